@@ -1,0 +1,61 @@
+"""graphopt: a compiler-style graph transformation toolkit for large language models.
+
+    import graphopt as go
+
+    program = go.capture("demo")
+    program, report = go.Pipeline.parse("normalise,insert-kv-cache").run(program)
+    go.emit(program, "out", emit=("onnx",))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphopt.capture import capture
+    from graphopt.compiler import compile_model, emit
+    from graphopt.errors import GraphoptError
+    from graphopt.ir import Program
+    from graphopt.passes.base import Context, Pass, PassResult, Skip, register_pass
+    from graphopt.pipeline import Pipeline
+    from graphopt.sources import open_model
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Context": "graphopt.passes.base",
+    "GraphoptError": "graphopt.errors",
+    "Pass": "graphopt.passes.base",
+    "PassResult": "graphopt.passes.base",
+    "Pipeline": "graphopt.pipeline",
+    "Program": "graphopt.ir",
+    "Skip": "graphopt.passes.base",
+    "capture": "graphopt.capture",
+    "compile_model": "graphopt.compiler",
+    "emit": "graphopt.compiler",
+    "open_model": "graphopt.sources",
+    "register_pass": "graphopt.passes.base",
+}
+
+__all__ = [
+    "Context",
+    "GraphoptError",
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "Program",
+    "Skip",
+    "capture",
+    "compile_model",
+    "emit",
+    "open_model",
+    "register_pass",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: torch takes seconds, which `graphopt --help` should not."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,74 @@
+"""Capture: from a model as users have it to a program."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from graphopt.errors import SourceError
+from graphopt.ir.graph import Program
+from graphopt.ir.weights import Array, Missing, Producer
+
+if TYPE_CHECKING:
+    from graphopt.sources import ModelSource
+
+
+def capture(
+    source: str | nn.Module | ModelSource, *, trust_remote_code: bool = False
+) -> Program:
+    """Capture a model into a program.
+
+    Args:
+        source: A Hugging Face id or folder, a `.gguf` file, `demo`, a config file, a graphopt
+            output folder, an opened `ModelSource`, or an `nn.Module` whose
+            forward(input_ids [, attention_mask, position_ids]) returns logits [B, S, vocab].
+        trust_remote_code: Allow a checkpoint to bring its own modelling code.
+
+    Returns:
+        The program. Weights are not read, but for the constants the model computes itself.
+
+    Raises:
+        SourceError: The model cannot be read, or its weights do not fit its config.
+        CaptureError: The model cannot be traced.
+    """
+    from graphopt.capture.assemble import capture_module
+
+    if isinstance(source, nn.Module):
+        return capture_module(source, type(source).__name__, _own_values(source))
+    if isinstance(source, str):
+        from graphopt.sources import open_model
+
+        source = open_model(source, trust_remote_code=trust_remote_code)
+    if source.program is not None:
+        return source.program
+    from graphopt.capture.checkpoint import CheckpointNames
+    from graphopt.capture.model import build_model
+
+    module = build_model(source.config, trust_remote_code=trust_remote_code)
+    names = CheckpointNames(module, source)
+    program = capture_module(module, source.name, names.resolve)
+    program.notes += names.finish()
+    program.source = source.spec
+    program.config = source.config.to_dict() if source.config is not None else {}
+    program.tokenizer = str(source.tokenizer) if source.tokenizer is not None else None
+    program.checkpoint_dtype = source.dtype
+    return program
+
+
+def _own_values(module: nn.Module) -> object:
+    """Take the values of a module's own parameters."""
+    names: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=True):
+        names[id(parameter)] = name
+
+    def resolve(name: str, parameter: Tensor) -> tuple[Producer, str | None]:
+        own = names.get(id(parameter), name)
+        if parameter.is_meta:
+            return Missing(tuple(parameter.shape), parameter.dtype, own), own
+        return Array(parameter.detach()), own
+
+    return resolve
+
+
+__all__ = ["SourceError", "capture"]

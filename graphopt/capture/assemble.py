@@ -1,0 +1,439 @@
+"""From exported functions to a program."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.capture.activations import raise_activations
+from graphopt.capture.attention import raise_attention
+from graphopt.capture.canonical import canonicalise
+from graphopt.capture.export import Exported, LayerCall, export_layer, export_shell
+from graphopt.capture.hoist import LayerKind, hoist, merge_equal_constants, stream_values
+from graphopt.capture.linears import raise_linears, sink_flattening
+from graphopt.capture.model import PROGRAM_INPUTS, accepted_inputs
+from graphopt.capture.moves import raise_moves
+from graphopt.capture.naming import name_slots, name_values
+from graphopt.capture.norms import raise_norms
+from graphopt.capture.positions import (
+    MaskRecogniser,
+    RopeTables,
+    raise_position_embeddings,
+    raise_ropes,
+    set_masks,
+)
+from graphopt.capture.rewriting import Raiser, base
+from graphopt.capture.slots import SlotSources
+from graphopt.capture.unify import unify
+from graphopt.ir.graph import Call, Function, Node, Program, Value, unique_name
+from graphopt.ir.ops import is_aten
+from graphopt.ir.printer import print_function
+from graphopt.ir.types import B, S, Type
+from graphopt.ir.verify import verify
+from graphopt.ir.weights import Array, Producer, Weight
+
+Resolve = Callable[[str, "Tensor"], tuple[Producer, str | None]]
+"""(qualified parameter name, parameter) -> (its producer, its checkpoint tensor's name)."""
+
+
+def capture_module(module: nn.Module, name: str, resolve: Resolve) -> Program:
+    """Capture a language model.
+
+    Args:
+        module: Parameters may stand on meta; buffers must be real.
+        name: What to call the program.
+        resolve: Gives the producer of every parameter.
+
+    Raises:
+        CaptureError: torch.export cannot trace the module.
+    """
+    names = accepted_inputs(module)
+    exported, _ = export_shell(module)
+    slots = SlotSources()
+    if exported.stubs:
+        shell = Raiser(exported.function, exported.types, exported.constants, "the model")
+        kinds = _layer_kinds(exported, shell)
+    else:
+        shell, kinds = _single(exported, module, slots)
+    canonicalise(shell)
+    notes: list[tuple[str, str]] = []
+    inputs = {value.name: value for value in shell.function.params}
+    for kind in kinds:
+        merge_equal_constants(kind, shell.constants)
+        canonicalise(kind.raiser)
+        hoist(shell, kind, stream_values(shell, set(shell_stubs(kinds))))
+    _merge_equal_nodes(shell, set(shell_stubs(kinds)))
+    tables = RopeTables(shell, _position_ids(shell, inputs))
+    masks = MaskRecogniser(shell, inputs)
+    for kind in kinds:
+        notes += _raise_layer(kind, shell, inputs, tables, masks)
+    _raise_sums(shell, slots)
+    raise_moves(shell, slots)
+    raise_position_embeddings(shell, inputs)
+    for kind in kinds:
+        kind.drop_unused_params()
+    shell.sweep()
+    kinds = unify(kinds)
+    program = _Assembler(shell, slots, kinds, module, resolve).program(name)
+    program.notes += notes + _left_over(program)
+    program.inputs = {
+        input_name: Type((B, S), torch.int64) for input_name in PROGRAM_INPUTS
+    }
+    _ = names
+    verify(program)
+    return program
+
+
+def shell_stubs(kinds: list[LayerKind]) -> list[Node]:
+    return [stub for kind in kinds for stub in kind.stubs]
+
+
+def _position_ids(shell: Raiser, inputs: dict[str, Value]) -> Value:
+    """Return the position input; a model without one gets it as a new parameter."""
+    if "position_ids" not in inputs:
+        value = Value("position_ids")
+        shell.function.params.append(value)
+        shell.types[value] = Type((B, S), torch.int64)
+        inputs["position_ids"] = value
+    return inputs["position_ids"]
+
+
+def _layer_kinds(exported: Exported, shell: Raiser) -> list[LayerKind]:
+    """Export the first and the last layer of every group; all of it where those two differ."""
+    groups: dict[Any, list[tuple[Node, LayerCall]]] = {}
+    for node, record in exported.stubs.items():
+        groups.setdefault(record.key, []).append((node, record))
+    kinds: list[LayerKind] = []
+    for members in groups.values():
+        shapes = [shell.types[v] for v in members[0][0].inputs if v is not None]
+        first = export_layer(members[0][1], shapes)
+        if len(members) == 1:
+            kinds.append(_kind(first, members))
+            continue
+        last = export_layer(members[-1][1], shapes)
+        if _equal(first, last):
+            kinds.append(_kind(first, members))
+            continue
+        kinds.append(_kind(first, members[:1]))
+        for member in members[1:-1]:
+            kinds.append(_kind(export_layer(member[1], shapes), [member]))
+        kinds.append(_kind(last, members[-1:]))
+    return kinds
+
+
+def _equal(a: Exported, b: Exported) -> bool:
+    return print_function(a.function) == print_function(b.function)
+
+
+def _kind(exported: Exported, members: list[tuple[Node, LayerCall]]) -> LayerKind:
+    record = members[0][1]
+    raiser = Raiser(exported.function, exported.types, exported.constants, record.path)
+    return LayerKind(raiser, SlotSources(), [n for n, _ in members], [r for _, r in members])
+
+
+def _single(
+    exported: Exported, module: nn.Module, slots: SlotSources
+) -> tuple[Raiser, list[LayerKind]]:
+    """A model without repeated layers: one call of it inside an empty shell."""
+    inner = Raiser(exported.function, exported.types, exported.constants, "the model")
+    function = Function("shell")
+    types: dict[Value, Type] = {}
+    for param in exported.function.params:
+        value = Value(param.name)
+        function.params.append(value)
+        types[value] = exported.types[param]
+    stub = function.add("graphopt_capture.layer.default", function.params, {"args": [[], 0]})
+    function.results = [stub.output]
+    types[stub.output] = exported.types[exported.function.results[0]]
+    record = LayerCall("", module, None, [], [])
+    return Raiser(function, types, {}, "the model"), [LayerKind(inner, slots, [stub], [record])]
+
+
+def _merge_equal_nodes(shell: Raiser, stubs: set[Node]) -> None:
+    """Masks and tables hoisted from several kinds of layers are often the same."""
+    seen: dict[Any, Node] = {}
+    for node in list(shell.function.nodes):
+        if node in stubs:
+            continue
+        key = (node.op, tuple(id(v) for v in node.inputs), repr(node.attrs))
+        if key in seen:
+            for old, new in zip(node.outputs, seen[key].outputs, strict=True):
+                shell.function.replace(old, new)
+            shell.function.nodes.remove(node)
+        else:
+            seen[key] = node
+
+
+def _raise_sums(raiser: Raiser, slots: SlotSources) -> None:
+    raise_linears(raiser, slots)
+    raise_norms(raiser)
+    raise_activations(raiser)
+    sink_flattening(raiser)
+
+
+def _raise_layer(
+    kind: LayerKind,
+    shell: Raiser,
+    inputs: dict[str, Value],
+    tables: RopeTables,
+    masks: MaskRecogniser,
+) -> list[tuple[str, str]]:
+    raiser = kind.raiser
+    _raise_sums(raiser, kind.slots)
+    raise_ropes(kind, tables)
+    raise_moves(raiser, kind.slots)
+    kind.raised, left = raise_attention(raiser)
+    hold = [term.value for item in kind.raised for term in item.terms]
+    raiser.function.results += hold
+    raiser.sweep()
+    kind.raised = [item for item in kind.raised if item.node in raiser.function.nodes]
+    raise_moves(raiser, kind.slots)
+    if hold:
+        held = raiser.function.results[-len(hold) :]
+        raiser.function.results = raiser.function.results[: -len(hold)]
+        terms = [term for item in kind.raised for term in item.terms]
+        for term, value in zip(terms, held, strict=True):
+            term.value = value
+    notes = set_masks(kind, shell, inputs, masks)
+    raiser.sweep()
+    return [(f"{raiser.label} {name}", reason) for name, reason in left + notes]
+
+
+def _left_over(program: Program) -> list[tuple[str, str]]:
+    """Name the kinds of ATen nodes that stayed, function by function."""
+    notes: list[tuple[str, str]] = []
+    for function in program.functions.values():
+        counts: dict[str, int] = {}
+        for node in function.nodes:
+            if is_aten(node.op):
+                counts[node.op] = counts.get(node.op, 0) + 1
+        if counts:
+            text = ", ".join(f"{n} x{c}" if c > 1 else n for n, c in sorted(counts.items()))
+            notes.append((function.name, f"left as ATen: {text}"))
+    return notes
+
+
+class _Assembler:
+    """Cuts the shell at its stubs and lays the calls out."""
+
+    def __init__(
+        self,
+        shell: Raiser,
+        slots: SlotSources,
+        kinds: list[LayerKind],
+        module: nn.Module,
+        resolve: Resolve,
+    ) -> None:
+        self.shell = shell
+        self.slots = slots
+        self.kinds = kinds
+        self.module = module
+        self.resolve = resolve
+        self.kind_of = {stub: kind for kind in kinds for stub in kind.stubs}
+        self.stubs = [n for n in shell.function.nodes if n in self.kind_of]
+        self.result = Program("model")
+        self.names: dict[Value, str] = {}
+        self.constants: list[tuple[Tensor, str]] = []
+
+    def program(self, name: str) -> Program:
+        program = self.result
+        program.name = name
+        self._drop_unused_results()
+        self.shell.sweep()
+        stages = self._stages()
+        for param in self.shell.function.params:
+            self.names[param] = param.name
+        self._name_functions()
+        for position in range(len(self.stubs) + 1):
+            nodes = [n for n, stage in stages.items() if stage == position]
+            self._segment(position, nodes)
+            if position < len(self.stubs):
+                self._layer(position, self.stubs[position])
+        program.outputs = [self.names[self.shell.function.results[0]]]
+        for call in program.calls:
+            call.results = ["logits" if r == program.outputs[0] else r for r in call.results]
+        program.outputs = ["logits"]
+        return program
+
+    def _drop_unused_results(self) -> None:
+        function = self.shell.function
+        used = {v for node in function.nodes for v in node.inputs} | set(function.results)
+        for kind in self.kinds:
+            count = len(kind.raiser.function.results)
+            keep = [
+                i for i in range(count) if any(stub.outputs[i] in used for stub in kind.stubs)
+            ]
+            kind.raiser.function.results = [kind.raiser.function.results[i] for i in keep]
+            for stub in kind.stubs:
+                stub.outputs = [stub.outputs[i] for i in keep]
+            kind.raiser.sweep()
+            kind.drop_unused_params()
+
+    def _stages(self) -> dict[Node, int]:
+        """For every shell node, the number of layer calls it must come after."""
+        stage_of: dict[Value, int] = {}
+        stages: dict[Node, int] = {}
+        number = 0
+        for node in self.shell.function.nodes:
+            if node in self.kind_of:
+                number += 1
+                for value in node.outputs:
+                    stage_of[value] = number
+                continue
+            stage = max((stage_of.get(v, 0) for v in node.inputs if v is not None), default=0)
+            stages[node] = stage
+            for value in node.outputs:
+                stage_of[value] = stage
+        return stages
+
+    def _name_functions(self) -> None:
+        single = len(self.stubs) == 1 and self.kinds[0].records[0].path == ""
+        for number, kind in enumerate(self.kinds):
+            function = kind.raiser.function
+            function.name = "main" if single else "block" if number == 0 else f"block_{number}"
+            self._remove_unused_slots(function)
+            name_slots(function, kind.slots)
+            _name_params(kind, self.shell)
+            name_values(function)
+            self.result.functions[function.name] = function
+
+    @staticmethod
+    def _remove_unused_slots(function: Function) -> None:
+        used = {v for node in function.nodes for v in node.inputs} | set(function.results)
+        function.weights = {s: v for s, v in function.weights.items() if v in used}
+
+    def _segment(self, position: int, nodes: list[Node]) -> None:
+        """Make the function and call for the shell's nodes between two layer calls."""
+        if not nodes:
+            return
+        inside = {v for node in nodes for v in node.outputs}
+        readers = [n for n in self.shell.function.nodes if n not in nodes]
+        wanted = {v for n in readers for v in n.inputs if v in inside}
+        wanted |= {v for v in self.shell.function.results if v in inside}
+        results = [v for node in nodes for v in node.outputs if v in wanted]
+        if not results:
+            return
+        last = len(self.stubs)
+        label = "embed" if position == 0 else "head" if position == last else "glue"
+        function = Function(unique_name(label, set(self.result.functions)))
+        mapping: dict[Value, Value] = {}
+        call = Call(function.name, [], [])
+        for node in nodes:
+            for value in node.inputs:
+                if value is None or value in mapping or value in inside:
+                    continue
+                slot = self.shell.slot(value)
+                if slot is None:
+                    mapping[value] = Value(self.names[value])
+                    function.params.append(mapping[value])
+                    call.args.append(self.names[value])
+                else:
+                    mapping[value] = Value(slot)
+                    function.weights[slot] = mapping[value]
+            twin = Node(
+                node.op,
+                [None if v is None else mapping.get(v, v) for v in node.inputs],
+                copy.deepcopy(node.attrs),
+                node.outputs,
+            )
+            for value in node.outputs:
+                value.node = twin
+            function.nodes.append(twin)
+        for param in function.params:
+            if param.name not in PROGRAM_INPUTS and len(function.params) == 1:
+                param.name = "x"
+        function.results = results
+        for node in function.nodes:
+            node.inputs = [None if v is None else mapping.get(v, v) for v in node.inputs]
+        name_slots(function, self.slots)
+        name_values(function)
+        for value in results:
+            self.names[value] = unique_name(value.name, set(self.names.values()))
+            call.results.append(self.names[value])
+        for slot in function.weights:
+            constant = self.shell.constants.get(slot)
+            call.weights[slot] = self._weight("", slot, self.slots, constant, self.module)
+        self.result.functions[function.name] = function
+        self.result.calls.append(call)
+
+    def _layer(self, position: int, stub: Node) -> None:
+        kind = self.kind_of[stub]
+        number = kind.stubs.index(stub)
+        record = kind.records[number]
+        function = kind.raiser.function
+        call = Call(function.name, [], [], path=record.path)
+        for value in stub.inputs:
+            assert value is not None
+            call.args.append(self.names[value])
+        for index, value in enumerate(stub.outputs):
+            wanted = f"x{position}" if index == 0 else f"x{position}_{index}"
+            self.names[value] = unique_name(wanted, set(self.names.values()))
+            call.results.append(self.names[value])
+        for slot in function.weights:
+            constant = kind.raiser.constants.get(slot)
+            if constant is not None:
+                target: Any = record.module
+                for part in slot.split("."):
+                    target = getattr(target, part, None)
+                constant = target if isinstance(target, Tensor) else constant
+            call.weights[slot] = self._weight(
+                record.path, slot, kind.slots, constant, record.module
+            )
+        call.attrs = dict(kind.attrs[number])
+        self.result.calls.append(call)
+
+    def _weight(
+        self,
+        path: str,
+        slot: str,
+        slots: SlotSources,
+        constant: Tensor | None,
+        module: nn.Module,
+    ) -> str:
+        """Add the program weight of a slot, if it is not there, and return its name."""
+        store = self.result.weights
+        name = f"{path}.{slot}".lstrip(".")
+        if constant is not None:
+            for known, known_name in self.constants:
+                if known.shape == constant.shape and torch.equal(known, constant):
+                    return known_name
+            store.add(Weight(name, Array(constant.detach().clone()), None, True))
+            self.constants.append((constant, name))
+            return name
+        checkpoint: list[str | None] = []
+
+        def producer(origin: str) -> Producer:
+            full = f"{path}.{origin}".lstrip(".")
+            parameter = self.module.get_parameter(full)
+            made, found = self.resolve(full, parameter)
+            checkpoint.append(found)
+            return made
+
+        made = slots.producer(slot, producer)
+        if slot not in slots.derived and checkpoint[0] is not None:
+            name = checkpoint[0]
+        if name not in store:
+            store.add(Weight(name, made, checkpoint[0]))
+        return name
+
+
+def _name_params(kind: LayerKind, shell: Raiser) -> None:
+    """Call the stream x, and the others as the shell calls them."""
+    taken: set[str] = set(kind.raiser.function.weights)
+    for param in kind.raiser.function.params:
+        argument = kind.arguments(param)[0]
+        node = argument.node
+        if shell.types[argument].dtype.is_floating_point and (
+            node is None or base(node.op) in ("layer", "embedding", "scale", "add", "layer_norm")
+        ):
+            wanted = "x"
+        elif node is not None and node.op == "rope_table":
+            wanted = ("cos", "sin")[argument.index]
+        else:
+            wanted = argument.name
+        param.name = unique_name(wanted, taken)
+        taken.add(param.name)

@@ -1,0 +1,92 @@
+"""Which checkpoint tensor every parameter is, and whether config and weights agree."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from graphopt.errors import SourceError
+from graphopt.ir.weights import Missing, Producer
+
+if TYPE_CHECKING:
+    from graphopt.sources import ModelSource
+
+
+class CheckpointNames:
+    """Resolves parameter names of a module against the tensors of a source."""
+
+    def __init__(self, module: nn.Module, source: ModelSource) -> None:
+        self.source = source
+        self.used: set[str] = set()
+        self.aliases: dict[int, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            self.aliases.setdefault(id(parameter), []).append(name)
+        self.prefix = getattr(module, "base_model_prefix", "") or ""
+        self.known = {re.sub(r"\d+", "#", n) for names in self.aliases.values() for n in names}
+        self.ignored = [
+            *(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()),
+            r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$",
+            r"rotary_emb\.(cos|sin)_cached$",
+        ]  # fmt: skip
+
+    def _spellings(self, name: str) -> list[str]:
+        """Return the names a checkpoint may hold a parameter under."""
+        spellings = [name]
+        if self.prefix:
+            if name.startswith(self.prefix + "."):
+                spellings.append(name.removeprefix(self.prefix + "."))
+            else:
+                spellings.append(f"{self.prefix}.{name}")
+        return spellings
+
+    def resolve(self, name: str, parameter: Tensor) -> tuple[Producer, str | None]:
+        """Return the producer of a parameter and the checkpoint tensor's name.
+
+        Raises:
+            SourceError: The checkpoint lacks it, or has it in another shape.
+        """
+        aliases = self.aliases.get(id(parameter), [name])
+        if self.source.kind == "config":
+            first = aliases[0]
+            return Missing(tuple(parameter.shape), self.source.dtype, first), first
+        for alias in aliases:
+            for spelling in self._spellings(alias):
+                producer = self.source.producers.get(spelling)
+                if producer is None:
+                    continue
+                if tuple(producer.shape) != tuple(parameter.shape):
+                    raise SourceError(
+                        f"{self.source.spec}: config and weights disagree: {spelling!r} has shape "
+                        f"{list(producer.shape)}, the config makes it {list(parameter.shape)}.",
+                        "Check that config.json belongs to these weights.",
+                    )
+                self.used.add(spelling)
+                return producer, spelling
+        raise SourceError(
+            f"{self.source.spec}: the checkpoint has no tensor {name!r}.",
+            "Check that config.json belongs to these weights and that no file is missing.",
+        )
+
+    def finish(self) -> list[tuple[str, str]]:
+        """Report the tensors that no parameter took.
+
+        Raises:
+            SourceError: Some belong to layers that the config does not have.
+        """
+        left = [name for name in self.source.producers if name not in self.used]
+        left = [name for name in left if not any(re.search(p, name) for p in self.ignored)]
+        tied = {s for names in self.aliases.values() for n in names for s in self._spellings(n)}
+        left = [name for name in left if name not in tied]
+        for name in left:
+            if re.sub(r"\d+", "#", name) in self.known:
+                raise SourceError(
+                    f"{self.source.spec}: config and weights disagree: the checkpoint holds "
+                    f"{name!r}, a layer that the config does not have.",
+                    "Check num_hidden_layers in config.json.",
+                )
+        if not left:
+            return []
+        shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+        return [("checkpoint", f"{len(left)} tensors the model does not use: {shown}")]

@@ -1,0 +1,170 @@
+"""Moving what every layer computes alike out of the layers, into the shell around them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+
+from graphopt.capture.attention import Raised
+from graphopt.capture.export import LayerCall
+from graphopt.capture.rewriting import Raiser
+from graphopt.capture.slots import SlotSources
+from graphopt.ir.graph import Node, Value
+
+
+@dataclass
+class LayerKind:
+    """Layers that share one function.
+
+    Attributes:
+        raiser: The function, its parameters in the order of the stubs' operands.
+        slots: Its derived weight slots.
+        stubs: The shell's nodes that stand for its calls, in order.
+        records: What was recorded about each call.
+        raised: Its attention nodes.
+        attrs: For each stub, the attributes that differ between calls.
+    """
+
+    raiser: Raiser
+    slots: SlotSources
+    stubs: list[Node]
+    records: list[LayerCall]
+    raised: list[Raised] = field(default_factory=list)
+    attrs: list[dict[str, object]] = field(default_factory=list)
+
+    def add_param(self, name: str, values: list[Value], shell: Raiser) -> Value:
+        """Add a parameter that each stub gets from its own value of the shell."""
+        taken = self.raiser.function.value_names()
+        while name in taken:
+            name += "_"
+        param = Value(name)
+        self.raiser.function.params.append(param)
+        self.raiser.types[param] = shell.types[values[0]]
+        for stub, value in zip(self.stubs, values, strict=True):
+            stub.inputs.append(value)
+        return param
+
+    def arguments(self, param: Value) -> list[Value]:
+        """Return what each stub passes for a parameter."""
+        position = self.raiser.function.params.index(param)
+        return [stub.inputs[position] for stub in self.stubs]  # type: ignore[misc]
+
+    def drop_unused_params(self) -> None:
+        """Remove parameters nothing reads, from the function and its stubs."""
+        function = self.raiser.function
+        used = function.outside_values()
+        used |= {v for node in function.nodes for v in node.inputs if v is not None}
+        used |= {term.value for item in self.raised for term in item.terms}
+        for position in reversed(range(len(function.params))):
+            if function.params[position] not in used:
+                del function.params[position]
+                for stub in self.stubs:
+                    del stub.inputs[position]
+
+
+def stream_values(shell: Raiser, stubs: set[Node]) -> set[Value]:
+    """Return the shell's values that depend on a trained weight or on a layer's output."""
+    stream: set[Value] = {v for v in shell.function.weights.values() if shell.is_weight(v)}
+    for node in shell.function.nodes:
+        if node in stubs or any(v in stream for v in node.inputs if v is not None):
+            stream.update(node.outputs)
+    return stream
+
+
+def merge_equal_constants(kind: LayerKind, shell_constants: dict[str, torch.Tensor]) -> None:
+    """Nothing differs between layers in a constant that all of them hold alike.
+
+    Constants are recorded for the exported layer; here the other layers' are compared, and a
+    slot whose values differ is no longer taken for a constant.
+    """
+    for slot in list(kind.raiser.constants):
+        value = kind.raiser.constants[slot]
+        for record in kind.records:
+            other = _lookup(record.module, slot)
+            if other is None:
+                continue
+            if other.shape != value.shape or not torch.equal(other.to(value.dtype), value):
+                del kind.raiser.constants[slot]
+                break
+
+
+def _lookup(module: torch.nn.Module, slot: str) -> torch.Tensor | None:
+    target: object = module
+    for part in slot.split("."):
+        target = getattr(target, part, None)
+    return target if isinstance(target, torch.Tensor) and not target.is_meta else None
+
+
+def hoist(shell: Raiser, kind: LayerKind, stream: set[Value]) -> None:
+    """Move the nodes of a layer that depend on nothing but the model's inputs to the shell."""
+    raiser = kind.raiser
+    function = raiser.function
+    still = {p for p in function.params if not any(a in stream for a in kind.arguments(p))}
+    fixed: set[Value] = set(still)
+    moved: list[Node] = []
+    for node in function.nodes:
+        operands = [v for v in node.inputs if v is not None]
+        if all(v in fixed or raiser.constant(v) is not None for v in operands):
+            fixed.update(node.outputs)
+            moved.append(node)
+    readers = {v for node in function.nodes if node not in moved for v in node.inputs}
+    readers |= set(function.results)
+    exits = [v for node in moved for v in node.outputs if v in readers]
+    if not exits:
+        return
+    made: dict[tuple[Value | None, ...], list[Value]] = {}
+    per_stub: list[list[Value]] = []
+    order = [function.params.index(p) for p in function.params if p in still]
+    for stub in kind.stubs:
+        key = tuple(stub.inputs[position] for position in order)
+        if key not in made:
+            made[key] = _clone_into(shell, kind, moved, exits, stub)
+        per_stub.append(made[key])
+    for index, value in enumerate(exits):
+        param = kind.add_param(value.name, [values[index] for values in per_stub], shell)
+        raiser.types[param] = raiser.types[value]
+        function.replace(value, param)
+    raiser.sweep()
+
+
+def _clone_into(
+    shell: Raiser, kind: LayerKind, moved: list[Node], exits: list[Value], stub: Node
+) -> list[Value]:
+    """Copy nodes of a layer in front of a stub of the shell and return the exits' copies."""
+    raiser = kind.raiser
+    mapping: dict[Value, Value] = dict(
+        zip(raiser.function.params, stub.inputs, strict=True)  # type: ignore[arg-type]
+    )
+    needed = set(raiser.region(exits, raiser.function.params))
+    for node in moved:
+        if node not in needed:
+            continue
+        for value in node.inputs:
+            if value is not None and value not in mapping:
+                mapping[value] = _constant_in_shell(shell, kind, value, stub)
+        twin = shell.function.add(
+            node.op,
+            [None if v is None else mapping[v] for v in node.inputs],
+            copy.deepcopy(node.attrs),
+            [value.name for value in node.outputs],
+            before=stub,
+        )
+        for old, new in zip(node.outputs, twin.outputs, strict=True):
+            mapping[old] = new
+            shell.types[new] = raiser.types[old]
+    return [mapping[value] for value in exits]
+
+
+def _constant_in_shell(shell: Raiser, kind: LayerKind, value: Value, stub: Node) -> Value:
+    """Return the shell's copy of a constant that all layers of a kind hold."""
+    slot = kind.raiser.slot(value)
+    assert slot is not None
+    constant = kind.raiser.constants[slot]
+    record = kind.records[kind.stubs.index(stub)]
+    name = f"{record.path}.{slot}"
+    if name in shell.function.weights:
+        return shell.function.weights[name]
+    shell.constants[name] = constant
+    return shell.add_weight(name, tuple(constant.shape), constant.dtype)

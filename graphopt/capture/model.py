@@ -1,0 +1,147 @@
+"""Building the module to capture: parameters on meta, buffers real."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.errors import CaptureError
+
+PROGRAM_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside, every parameter goes to meta the moment a module registers it.
+
+    Buffers are computed for real, since a checkpoint does not hold them (inverse frequencies,
+    slopes, sinusoid tables). A parameter's memory is reserved for an instant and never touched,
+    so building a 70B model costs no memory to speak of.
+    """
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(
+                torch.empty_like(param, device="meta"), requires_grad=param.requires_grad
+            )
+        original(module, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def build_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """Return the causal language model of a Hugging Face config, without weights, in fp32.
+
+    Raises:
+        CaptureError: transformers has no causal language model for this config.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config.use_cache = False
+    try:
+        with no_init_weights(), parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+            # `no_init_weights` skips tying, which must hold for the export to see one weight.
+            model.tie_weights()
+    except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise CaptureError(
+            f"No causal language model can be built from the config of type "
+            f"{getattr(config, 'model_type', '?')!r}: {str(error).splitlines()[0]}.",
+            "graphopt takes decoder-only language models that transformers can build.",
+        ) from error
+    model.eval()
+    return model
+
+
+@contextlib.contextmanager
+def parameters_reserved(module: nn.Module, leave: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Inside, meta parameters stand on the CPU in memory that is reserved and never touched.
+
+    torch.export replaces them by fake tensors, so nothing is computed; but a module that asks
+    its parameters for their device, to put constants there, now gets real constants.
+
+    Args:
+        leave: Parts whose parameters stay on meta.
+    """
+    stay = {id(part) for layer in leave for part in layer.modules()}
+    made: dict[int, nn.Parameter] = {}
+    places: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+    for part in module.modules():
+        for key, parameter in part._parameters.items():
+            if parameter is None or not parameter.is_meta or id(part) in stay:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(
+                    torch.empty_like(parameter, device="cpu"), requires_grad=False
+                )
+            places.append((part._parameters, key, parameter))
+            part._parameters[key] = made[id(parameter)]
+    try:
+        yield
+    finally:
+        for store, key, parameter in places:
+            store[key] = parameter
+
+
+@contextlib.contextmanager
+def everything_on_meta(module: nn.Module) -> Iterator[None]:
+    """Inside, buffers and tensor attributes stand on meta too, so that running is free."""
+    places: list[tuple[dict[str, Any], str, Tensor]] = []
+    for part in module.modules():
+        for store in (part._parameters, part._buffers, part.__dict__):
+            for key, value in list(store.items()):
+                if isinstance(value, Tensor) and not value.is_meta:
+                    places.append((store, key, value))
+                    on_meta = value.to("meta")
+                    is_parameter = isinstance(value, nn.Parameter)
+                    store[key] = nn.Parameter(on_meta, False) if is_parameter else on_meta
+    try:
+        yield
+    finally:
+        for store, key, value in places:
+            store[key] = value
+
+
+def accepted_inputs(module: nn.Module) -> tuple[str, ...]:
+    """Return which of the program inputs the module's forward takes by name.
+
+    Raises:
+        CaptureError: It takes no `input_ids`.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    names = tuple(name for name in PROGRAM_INPUTS if name in parameters)
+    if "input_ids" not in names:
+        raise CaptureError(
+            f"{type(module).__name__}.forward takes no 'input_ids'.",
+            "Wrap the module in one whose forward(input_ids, attention_mask, position_ids) "
+            "returns logits; the last two may be left out.",
+        )
+    return names
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits in what a model returned: a tensor, `.logits`, or the first of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, tuple | list) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
+        raise CaptureError(
+            f"The model returns {type(output).__name__}, which holds no logits.",
+            "graphopt takes language models whose forward returns logits [B, S, vocab].",
+        )
+    return logits

@@ -1,0 +1,79 @@
+"""One function for layers that differ in attribute values alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graphopt.capture.hoist import LayerKind
+from graphopt.ir.graph import Function, Param, Value
+from graphopt.ir.ops import is_aten
+
+
+def unify(kinds: list[LayerKind]) -> list[LayerKind]:
+    """Merge kinds whose functions are equal up to the attributes of raised ops.
+
+    An attribute that differs becomes a `Param`, and each stub's `attrs` gets its value.
+    """
+    merged: list[LayerKind] = []
+    for kind in kinds:
+        kind.attrs = kind.attrs or [{} for _ in kind.stubs]
+        for other in merged:
+            if _merge(other, kind):
+                break
+        else:
+            merged.append(kind)
+    return merged
+
+
+def structure(function: Function) -> list[Any]:
+    """Return what two functions must share to be one: everything but raised ops' attributes."""
+    number: dict[Value, int] = {}
+    for value in [*function.params, *(function.weights[s] for s in sorted(function.weights))]:
+        number[value] = len(number)
+    rows: list[Any] = [len(function.params), sorted(function.weights)]
+    for node in function.nodes:
+        attrs = repr(node.attrs) if is_aten(node.op) else sorted(node.attrs)
+        operands = [None if v is None else number[v] for v in node.inputs]
+        rows.append((node.op, operands, attrs, len(node.outputs)))
+        for value in node.outputs:
+            number[value] = len(number)
+    rows.append([number[value] for value in function.results])
+    return rows
+
+
+def _merge(target: LayerKind, kind: LayerKind) -> bool:
+    ours, theirs = target.raiser.function, kind.raiser.function
+    if structure(ours) != structure(theirs):
+        return False
+    if sorted(target.slots.derived) != sorted(kind.slots.derived):
+        return False
+    constants = kind.raiser.constants.keys()
+    if constants != target.raiser.constants.keys():
+        return False
+    taken = {p.name for n in ours.nodes for p in n.attrs.values() if isinstance(p, Param)}
+    for node, twin in zip(ours.nodes, theirs.nodes, strict=True):
+        if is_aten(node.op):
+            continue
+        for key in node.attrs:
+            a, b = node.attrs[key], twin.attrs[key]
+            if isinstance(a, Param) and isinstance(b, Param):
+                for attrs in kind.attrs:
+                    attrs[a.name] = attrs.pop(b.name)
+                continue
+            if type(a) is type(b) and a == b:
+                continue
+            if not isinstance(a, Param):
+                name = key
+                while name in taken:
+                    name += "_"
+                taken.add(name)
+                for attrs in target.attrs:
+                    attrs[name] = a
+                a = node.attrs[key] = Param(name)
+            for attrs in kind.attrs:
+                attrs[a.name] = attrs.pop(b.name) if isinstance(b, Param) else b
+    # Slots and parameters of the same position keep the target's names.
+    target.stubs += kind.stubs
+    target.records += kind.records
+    target.attrs += kind.attrs
+    return True

@@ -1,0 +1,56 @@
+"""The errors users see: what went wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GraphoptError(Exception):
+    """Base of every error that is a message to the user rather than a bug.
+
+    Args:
+        message: One sentence that says what is wrong and where.
+        remedy: One sentence that says what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(f"{message} {remedy}".strip())
+        self.message = message
+        self.remedy = remedy
+
+
+class UsageError(GraphoptError):
+    """The arguments are wrong: an unknown name, a bad value, an impossible combination."""
+
+    exit_code = 2
+
+
+class SourceError(GraphoptError):
+    """A model, tokenizer or text could not be read."""
+
+
+class CaptureError(GraphoptError):
+    """The model could not be brought into the IR."""
+
+
+class VerifyError(GraphoptError):
+    """The program is malformed, or a pass changed its results beyond the stated tolerance."""
+
+
+class PassError(GraphoptError):
+    """A pass can't run on this program."""
+
+
+class LoweringError(GraphoptError):
+    """The program can't be emitted in this form or for this target."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """Return the error for an unknown `kind` called `name`, with the nearest known name."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}?" if near else ""
+    return UsageError(f"Unknown {kind} {name!r}.", f"{hint} Known: {', '.join(choices)}.".strip())

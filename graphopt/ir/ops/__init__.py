@@ -1,0 +1,19 @@
+"""The op set. One file a family; importing this package registers them all."""
+
+from graphopt.ir.ops import aten, attention, elementwise, embedding, linear, norm, rope
+from graphopt.ir.ops.base import Op, all_ops, get_op, is_aten, register
+
+__all__ = [
+    "Op",
+    "all_ops",
+    "aten",
+    "attention",
+    "elementwise",
+    "embedding",
+    "get_op",
+    "is_aten",
+    "linear",
+    "norm",
+    "register",
+    "rope",
+]

@@ -1,0 +1,198 @@
+"""Scaled dot-product attention, and the moves of heads around it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphopt.ir.ops.base import Attrs, Op, Tensors, Types, broadcast, need, register, same
+from graphopt.ir.types import Dim, Type, dim
+from graphopt.runtime import ops as runtime
+
+QUERY, KEY, VALUE, MASK, BIAS, SLOPES, SINKS, PAST_K, PAST_V = range(9)
+
+
+def _get(items: Tensors, index: int) -> Tensor | None:
+    return items[index] if index < len(items) else None
+
+
+@register
+class Attention(Op):
+    """softmax(cap(q k^T scale) + alibi + bias, over allowed keys) v; rows with no key give 0.
+
+    Operands: q [B,H,S,D]; k [B,G,S,D]; v [B,G,S,Dv]; mask [B,T] nonzero at real tokens;
+    bias additive, broadcastable to [B,H,S,T]; slopes [H] (ALiBi by key position);
+    sinks [H]; past_k [B,G,P,D], past_v [B,G,P,Dv].
+    Without past T = S, and the one output is o [B,H,S,Dv]. With past the new keys and values
+    are put behind it, T = P + S, and present_k, present_v are outputs two and three.
+    Query i stands at cache index P + i: `causal` allows keys up to it, `window` the last
+    `window` of those, `chunk` those in its own chunk of that length.
+    """
+
+    name = "attention"
+    operands = ("q", "k", "v", "mask?", "bias?", "slopes?", "sinks?", "past_k?", "past_v?")
+    defaults = {"window": None, "chunk": None, "softcap": None}  # noqa: RUF012
+
+    def infer(self, types: Types, attrs: Attrs) -> list[Type]:
+        q, k, v = need(types, 0), need(types, 1), need(types, 2)
+        if not (len(q.shape) == len(k.shape) == len(v.shape) == 4):
+            raise ValueError(f"attention of {q}, {k}, {v}")
+        if not same(q.shape[3], k.shape[3]) or not same(k.shape[1], v.shape[1]):
+            raise ValueError(f"attention of {q}, {k}, {v}: head sizes or counts differ")
+        if int(q.shape[1]) % int(k.shape[1]):
+            raise ValueError(f"attention: {q.shape[1]} query heads over {k.shape[1]} key heads")
+        past = types[PAST_K] if len(types) > PAST_K else None
+        keys = k.shape[2] if past is None else past.shape[2] + k.shape[2]
+        mask = types[MASK] if len(types) > MASK else None
+        if mask is not None and not same(mask.shape[1], keys):
+            raise ValueError(f"attention: mask {mask} for {keys} keys")
+        bias = types[BIAS] if len(types) > BIAS else None
+        if bias is not None:
+            broadcast(bias.shape, (q.shape[0], q.shape[1], q.shape[2], keys))
+        for index in (SLOPES, SINKS):
+            per_head = types[index] if len(types) > index else None
+            if per_head is not None and per_head.shape != (q.shape[1],):
+                raise ValueError(f"attention: {self.operands[index]} {per_head} for {q}")
+        out = Type((*q.shape[:3], v.shape[3]), q.dtype)
+        if past is None:
+            return [out]
+        return [
+            out,
+            Type((k.shape[0], k.shape[1], dim(keys), k.shape[3]), k.dtype),
+            Type((v.shape[0], v.shape[1], dim(keys), v.shape[3]), v.dtype),
+        ]
+
+    def flops(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]
+        # The full S x T rectangle: what a kernel that skips nothing computes.
+        q, k, v = need(types, 0), need(types, 1), need(types, 2)
+        past = types[PAST_K] if len(types) > PAST_K else None
+        keys = k.shape[2] if past is None else past.shape[2] + k.shape[2]
+        rows = q.shape[0] * q.shape[1] * q.shape[2]
+        return dim(rows * keys * (2 * q.shape[3] + 2 * v.shape[3] + 5))
+
+    def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        q, k, v = tensors[0], tensors[1], tensors[2]
+        assert q is not None and k is not None and v is not None
+        past_k, past_v = _get(tensors, PAST_K), _get(tensors, PAST_V)
+        if past_k is not None and past_v is not None:
+            k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
+        batch, heads, queries, _ = q.shape
+        keys, groups = k.shape[2], q.shape[1] // k.shape[1]
+        k_full, v_full = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        scores = q @ k_full.transpose(-1, -2) * attrs["scale"]
+        if attrs.get("softcap") is not None:
+            scores = torch.tanh(scores / attrs["softcap"]) * attrs["softcap"]
+        mask, bias = _get(tensors, MASK), _get(tensors, BIAS)
+        slopes, sinks = _get(tensors, SLOPES), _get(tensors, SINKS)
+        if mask is None:
+            mask = torch.ones(batch, keys, dtype=torch.long, device=q.device)
+        if slopes is not None:
+            position = (mask.cumsum(-1) - 1) * mask
+            scores = scores + slopes.view(1, -1, 1, 1) * position.view(batch, 1, 1, keys)
+        if bias is not None:
+            scores = scores + bias
+        query_index = torch.arange(queries, device=q.device).view(-1, 1) + keys - queries
+        key_index = torch.arange(keys, device=q.device).view(1, -1)
+        allowed = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
+        if attrs["causal"]:
+            allowed &= key_index <= query_index
+        if attrs.get("window") is not None:
+            allowed &= key_index > query_index - attrs["window"]
+        if attrs.get("chunk") is not None:
+            allowed &= key_index // attrs["chunk"] == query_index // attrs["chunk"]
+        allowed = allowed & mask.bool().view(batch, 1, 1, keys)
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        if sinks is not None:
+            column = sinks.view(1, heads, 1, 1).expand(batch, heads, queries, 1)
+            scores = torch.cat((scores, column.to(scores.dtype)), -1)
+        weights = torch.softmax(scores, -1).nan_to_num(0.0)[..., :keys]
+        out = weights @ v_full
+        return (out,) if past_k is None else (out, k, v)
+
+    def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        q, k, v = tensors[0], tensors[1], tensors[2]
+        assert q is not None and k is not None and v is not None
+        past_k, past_v = _get(tensors, PAST_K), _get(tensors, PAST_V)
+        if past_k is not None and past_v is not None:
+            k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
+        extras = [_get(tensors, index) for index in (MASK, BIAS, SLOPES, SINKS)]
+        options = {key: attrs.get(key) for key in ("window", "chunk", "softcap")}
+        out = runtime.attention(
+            q, k, v, *extras, scale=attrs["scale"], causal=attrs["causal"], **options
+        )
+        return (out,) if past_k is None else (out, k, v)
+
+
+class _Move(Op):
+    """Reorders elements; costs no arithmetic."""
+
+    def flops(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]
+        return 0
+
+
+@register
+class SplitHeads(_Move):
+    """[B, S, H * head_dim] -> [B, H, S, head_dim]; without swap [B, S, H, head_dim]."""
+
+    name = "split_heads"
+    operands = ("x",)
+    defaults = {"swap": True}  # noqa: RUF012
+
+    def infer(self, types: Types, attrs: Attrs) -> list[Type]:
+        x, head_dim = need(types, 0), attrs["head_dim"]
+        width = x.shape[-1]
+        if len(x.shape) != 3 or not isinstance(width, int) or width % head_dim:
+            raise ValueError(f"split_heads of {x} by {head_dim}")
+        heads = width // head_dim
+        batch, sequence = x.shape[0], x.shape[1]
+        if attrs.get("swap", True):
+            return [Type((batch, heads, sequence, head_dim), x.dtype)]
+        return [Type((batch, sequence, heads, head_dim), x.dtype)]
+
+    def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        x = tensors[0]
+        assert x is not None
+        y = x.reshape(x.shape[0], x.shape[1], -1, attrs["head_dim"])
+        return (y.transpose(1, 2) if attrs.get("swap", True) else y,)
+
+
+@register
+class MergeHeads(_Move):
+    """[B, H, S, D] -> [B, S, H * D]; without swap from [B, S, H, D]."""
+
+    name = "merge_heads"
+    operands = ("x",)
+    defaults = {"swap": True}  # noqa: RUF012
+
+    def infer(self, types: Types, attrs: Attrs) -> list[Type]:
+        x = need(types, 0)
+        if len(x.shape) != 4:
+            raise ValueError(f"merge_heads of {x}")
+        batch, first, second, head_dim = x.shape
+        heads, sequence = (first, second) if attrs.get("swap", True) else (second, first)
+        return [Type((batch, sequence, dim(heads * head_dim)), x.dtype)]
+
+    def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        x = tensors[0]
+        assert x is not None
+        y = x.transpose(1, 2) if attrs.get("swap", True) else x
+        return (y.flatten(2),)
+
+
+@register
+class SwapHeads(_Move):
+    """[B, S, H, D] <-> [B, H, S, D]."""
+
+    name = "swap_heads"
+    operands = ("x",)
+
+    def infer(self, types: Types, attrs: Attrs) -> list[Type]:
+        x = need(types, 0)
+        if len(x.shape) != 4:
+            raise ValueError(f"swap_heads of {x}")
+        return [Type((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype)]
+
+    def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        x = tensors[0]
+        assert x is not None
+        return (x.transpose(1, 2),)

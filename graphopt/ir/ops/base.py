@@ -1,0 +1,124 @@
+"""What an op is, and the registry of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import sympy
+from torch import Tensor
+
+from graphopt.ir.types import Dim, Type, dim
+
+Types = Sequence[Type | None]
+Tensors = Sequence[Tensor | None]
+Attrs = Mapping[str, Any]
+
+
+class Op(ABC):
+    """A high-level operation: shape function, symbolic cost and two implementations.
+
+    `reference` is plain and works in fp64; `torch` is what calibration, tuning and evaluation
+    run on. The third implementation, what a target runs, is under `graphopt.lowering`.
+
+    Attributes:
+        name: What the printer, recipes and saved programs call it.
+        operands: Operand names in order; a trailing `?` marks one that may be absent.
+        defaults: Attributes the printer leaves out at these values.
+    """
+
+    name: ClassVar[str]
+    operands: ClassVar[tuple[str, ...]]
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    @abstractmethod
+    def infer(self, types: Types, attrs: Attrs) -> list[Type]:
+        """Return the output types.
+
+        Raises:
+            ValueError: The operand types or attributes do not fit the op.
+        """
+
+    def flops(self, types: Types, outputs: Sequence[Type], attrs: Attrs) -> Dim:
+        """Return floating-point operations; the default is one per output element."""
+        return dim(sum((sympy.sympify(t.numel) for t in outputs), sympy.Integer(0)))
+
+    def bytes(self, types: Types, outputs: Sequence[Type], attrs: Attrs) -> Dim:
+        """Return the bytes moved when every operand is read and every output written once."""
+        moved = [t.bytes for t in types if t is not None] + [t.bytes for t in outputs]
+        return dim(sum((sympy.sympify(m) for m in moved), sympy.Integer(0)))
+
+    @abstractmethod
+    def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        """Compute plainly, in the dtype of the operands, fp64 included."""
+
+    def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        """Compute fast; the default is the reference."""
+        return self.reference(tensors, attrs)
+
+
+_OPS: dict[str, Op] = {}
+
+
+def register(op: type[Op]) -> type[Op]:
+    """Class decorator: make an op known under its name."""
+    if op.name in _OPS:
+        raise ValueError(f"op {op.name!r} is registered twice")
+    _OPS[op.name] = op()
+    return op
+
+
+def get_op(name: str) -> Op:
+    """Return the op called `name`; every `aten.*` and `transformers.*` name is the ATen op.
+
+    Raises:
+        KeyError: No such op.
+    """
+    if "." in name:
+        return _OPS["aten"]
+    return _OPS[name]
+
+
+def is_aten(name: str) -> bool:
+    """True for an operation that capture could not raise."""
+    return "." in name
+
+
+def all_ops() -> dict[str, Op]:
+    """Return the registered ops by name."""
+    return dict(_OPS)
+
+
+def need(types: Types, index: int) -> Type:
+    """Return operand type `index`, which must be there."""
+    value = types[index]
+    if value is None:
+        raise ValueError(f"operand {index} is missing")
+    return value
+
+
+def broadcast(*shapes: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """Return the broadcast of `shapes`.
+
+    Raises:
+        ValueError: Two sizes differ and neither is 1.
+    """
+    rank = max(len(shape) for shape in shapes)
+    result: list[Dim] = []
+    for axis in range(rank):
+        size: Dim = 1
+        for shape in shapes:
+            offset = axis - (rank - len(shape))
+            other = shape[offset] if offset >= 0 else 1
+            if size == 1:
+                size = other
+            elif other != 1 and sympy.simplify(sympy.sympify(size) - other) != 0:
+                raise ValueError(f"sizes {size} and {other} do not broadcast")
+        result.append(size)
+    return tuple(result)
+
+
+def same(a: Dim, b: Dim) -> bool:
+    """True where two symbolic sizes are equal for all B, S and P."""
+    return a == b or sympy.simplify(sympy.sympify(a) - sympy.sympify(b)) == 0

@@ -1,0 +1,44 @@
+"""Table look-ups."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphopt.ir.ops.base import Attrs, Op, Tensors, Types, need, register
+from graphopt.ir.types import Dim, Type
+
+
+@register
+class Embedding(Op):
+    """Rows `ids` [...] plus `offset` of weight [rows, N] -> [..., N].
+
+    `offset` is for learned positions that start in the table's third row (OPT).
+    """
+
+    name = "embedding"
+    operands = ("ids", "weight")
+    defaults = {"offset": 0}  # noqa: RUF012
+
+    def infer(self, types: Types, attrs: Attrs) -> list[Type]:
+        ids, weight = need(types, 0), need(types, 1)
+        if len(weight.shape) != 2 or ids.dtype.is_floating_point:
+            raise ValueError(f"embedding of {ids} in {weight}")
+        return [Type((*ids.shape, weight.shape[1]), weight.dtype)]
+
+    def flops(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]
+        return 0
+
+    def bytes(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]
+        return 2 * outputs[0].bytes + need(types, 0).bytes
+
+    def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        ids, weight = tensors
+        assert ids is not None and weight is not None
+        return (weight[ids + attrs.get("offset", 0)],)
+
+    def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        ids, weight = tensors
+        assert ids is not None and weight is not None
+        offset = attrs.get("offset", 0)
+        return (F.embedding(ids + offset if offset else ids, weight),)

@@ -1,0 +1,69 @@
+"""Types of every value, derived for one call or for a whole program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from graphopt.errors import VerifyError
+from graphopt.ir.graph import Call, Function, Program, Value, resolve_attrs
+from graphopt.ir.ops import get_op
+from graphopt.ir.types import B, P, Type
+
+
+def infer_function(
+    function: Function, call: Call, args: Sequence[Type], program: Program
+) -> dict[Value, Type]:
+    """Return the type of every value of `function` as `call` uses it.
+
+    Args:
+        args: Types of the carried arguments.
+
+    Raises:
+        VerifyError: An op refuses its operands.
+    """
+    types: dict[Value, Type] = dict(zip(function.params, args, strict=True))
+    for slot, value in function.weights.items():
+        weight = program.weights[call.weights[slot]]
+        types[value] = Type(weight.shape, weight.dtype)
+    for cache in function.caches:
+        state = program.states[call.caches[cache.slot]]
+        types[cache.past_k] = Type((B, state.heads, P, state.k_dim), state.dtype)
+        types[cache.past_v] = Type((B, state.heads, P, state.v_dim), state.dtype)
+    for node in function.nodes:
+        operands = [None if v is None else types[v] for v in node.inputs]
+        try:
+            outputs = get_op(node.op).infer(operands, resolve_attrs(node, call))
+        except (ValueError, KeyError, TypeError) as error:
+            where = f"{call.path or function.name}: {node.outputs[0].name} = {node.op}"
+            raise VerifyError(f"{where}: {error}.") from error
+        types.update(zip(node.outputs, outputs, strict=True))
+    return types
+
+
+def infer_program(program: Program) -> tuple[list[dict[Value, Type]], dict[str, Type]]:
+    """Return the types of every call's values, in call order, and of every program value."""
+    carried: dict[str, Type] = dict(program.inputs)
+    per_call: list[dict[Value, Type]] = []
+    seen: dict[object, dict[Value, Type]] = {}
+    for call in program.calls:
+        function = program.functions[call.function]
+        args = [carried[name] for name in call.args]
+        # Equal signatures have equal types: 80 layers are inferred once.
+        key = (
+            function.name,
+            tuple(args),
+            tuple((s, program.weights[w].shape) for s, w in sorted(call.weights.items())),
+            repr(sorted(call.attrs.items())),
+            tuple(
+                (slot, state.heads, state.k_dim, state.v_dim)
+                for slot, name in sorted(call.caches.items())
+                for state in [program.states[name]]
+            ),
+        )
+        if key not in seen:
+            seen[key] = infer_function(function, call, args, program)
+        types = seen[key]
+        per_call.append(types)
+        for name, value in zip(call.results, function.results, strict=True):
+            carried[name] = types[value]
+    return per_call, carried

@@ -1,0 +1,92 @@
+"""Symbolic sizes and tensor types.
+
+`B` is the batch, `S` the number of query tokens in this step, `P` the number of tokens
+already in the KV cache, and `T = P + S` the number of keys attention sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import sympy
+import torch
+
+B = sympy.Symbol("B", integer=True, positive=True)
+S = sympy.Symbol("S", integer=True, positive=True)
+P = sympy.Symbol("P", integer=True, nonnegative=True)
+T = P + S
+
+SYMBOLS: dict[str, sympy.Symbol] = {"B": B, "S": S, "P": P}
+
+Dim: TypeAlias = int | sympy.Expr
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+    torch.complex64: "c64",
+}
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+def dim(value: object) -> Dim:
+    """Return `value` as an `int` where it is a plain number, else as a sympy expression."""
+    if isinstance(value, int):
+        return value
+    expr = sympy.sympify(value)
+    return int(expr) if expr.is_Integer else expr
+
+
+def numel(shape: Iterable[Dim]) -> Dim:
+    """Return the number of elements of `shape`."""
+    total: Dim = 1
+    for size in shape:
+        total = total * size
+    return dim(total)
+
+
+def evaluate(value: Dim, sizes: Mapping[sympy.Symbol, int]) -> int:
+    """Return `value` with the symbols replaced by `sizes`.
+
+    Raises:
+        ValueError: A symbol of `value` has no size, or the result is not whole.
+    """
+    if isinstance(value, int):
+        return value
+    result = value.subs(dict(sizes))
+    if not result.is_Integer:
+        raise ValueError(f"{value} is not a whole number for {dict(sizes)}")
+    return int(result)
+
+
+@dataclass(frozen=True, slots=True)
+class Type:
+    """Shape (ints or expressions in B, S, P) and dtype of a tensor."""
+
+    shape: tuple[Dim, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        sizes = ",".join(str(size).replace(" ", "") for size in self.shape)
+        return f"{DTYPE_NAMES.get(self.dtype, str(self.dtype))}[{sizes}]"
+
+    @property
+    def numel(self) -> Dim:
+        return numel(self.shape)
+
+    @property
+    def bytes(self) -> Dim:
+        return dim(numel(self.shape) * self.dtype.itemsize)
+
+    def concrete(self, sizes: Mapping[sympy.Symbol, int]) -> tuple[int, ...]:
+        """Return the shape for the given B, S and P."""
+        return tuple(evaluate(size, sizes) for size in self.shape)

@@ -1,0 +1,94 @@
+"""The structural verifier: what every program must satisfy, between any two passes."""
+
+from __future__ import annotations
+
+from graphopt.errors import VerifyError
+from graphopt.ir.graph import Function, Param, Program, Value
+from graphopt.ir.ops import all_ops, get_op, is_aten
+from graphopt.ir.shapes import infer_program
+
+
+def verify_function(function: Function) -> set[str]:
+    """Check one function and return the names of the call attributes it mentions.
+
+    Raises:
+        VerifyError: Names repeat, a value is read before it is made, an op is unknown or has
+            the wrong number of operands, or an output points at another node.
+    """
+    where = f"function {function.name!r}"
+    names: set[str] = set()
+    for value in function.values():
+        if value.name in names:
+            raise VerifyError(f"{where}: two values are called {value.name!r}.")
+        names.add(value.name)
+    known: set[Value] = set(function.params) | set(function.weights.values())
+    for cache in function.caches:
+        known |= {cache.past_k, cache.past_v}
+    mentioned: set[str] = set()
+    ops = all_ops()
+    for node in function.nodes:
+        if not node.outputs:
+            raise VerifyError(f"{where}: a {node.op} node has no output.")
+        label = f"{where}: {node.outputs[0].name} = {node.op}"
+        if not is_aten(node.op) and node.op not in ops:
+            raise VerifyError(f"{label}: no such op.")
+        operands = get_op(node.op).operands
+        if not is_aten(node.op):
+            required = sum(not operand.endswith("?") for operand in operands)
+            if not required <= len(node.inputs) <= len(operands):
+                raise VerifyError(f"{label}: {len(node.inputs)} operands for {operands}.")
+            if any(value is None for value in node.inputs[:required]):
+                raise VerifyError(f"{label}: a required operand is missing.")
+        for value in node.inputs:
+            if value is not None and value not in known:
+                raise VerifyError(f"{label}: reads {value.name!r} before it is made.")
+        for index, value in enumerate(node.outputs):
+            if value.node is not node or value.index != index:
+                raise VerifyError(f"{label}: output {value.name!r} points at another node.")
+            known.add(value)
+        mentioned |= {v.name for v in node.attrs.values() if isinstance(v, Param)}
+    for value in function.outside_values():
+        if value not in known:
+            raise VerifyError(f"{where}: result {value.name!r} is never made.")
+    return mentioned
+
+
+def verify(program: Program) -> None:
+    """Check the whole program: functions, calls, weights, states and types.
+
+    Raises:
+        VerifyError: With the place and what is wrong there.
+    """
+    mentioned = {name: verify_function(f) for name, f in program.functions.items()}
+    carried = set(program.inputs)
+    for call in program.calls:
+        where = f"call of {call.function!r} at {call.path or 'top'}"
+        if call.function not in program.functions:
+            raise VerifyError(f"{where}: no such function.")
+        function = program.functions[call.function]
+        if len(call.args) != len(function.params):
+            raise VerifyError(f"{where}: {len(call.args)} args for {len(function.params)}.")
+        if len(call.results) != len(function.results):
+            raise VerifyError(f"{where}: {len(call.results)} results, not as the function.")
+        missing = [name for name in call.args if name not in carried]
+        if missing:
+            raise VerifyError(f"{where}: reads {missing[0]!r} before it is made.")
+        if set(call.weights) != set(function.weights):
+            odd = sorted(set(call.weights) ^ set(function.weights))[0]
+            raise VerifyError(f"{where}: weight slot {odd!r} does not match the function.")
+        for slot, name in call.weights.items():
+            if name not in program.weights:
+                raise VerifyError(f"{where}: slot {slot!r} names no weight {name!r}.")
+        if set(call.caches) != {cache.slot for cache in function.caches}:
+            raise VerifyError(f"{where}: cache slots do not match the function.")
+        for name in call.caches.values():
+            if name not in program.states:
+                raise VerifyError(f"{where}: no state {name!r}.")
+        absent = mentioned[call.function] - set(call.attrs)
+        if absent:
+            raise VerifyError(f"{where}: attribute {sorted(absent)[0]!r} is not set.")
+        carried |= set(call.results)
+    for name in program.outputs:
+        if name not in carried:
+            raise VerifyError(f"program output {name!r} is never made.")
+    infer_program(program)

@@ -1,0 +1,216 @@
+"""Weights: named logical tensors whose values are produced when they are asked for.
+
+A weight is a shape, a dtype and a producer. A producer is a slice of a file, or an expression
+over other producers (rows, transposes), so a fused or transposed checkpoint tensor becomes
+several logical weights without being read, and the way back to the checkpoint stays known.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+
+class Producer(ABC):
+    """Where the value of a weight comes from."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def load(self) -> torch.Tensor:
+        """Return the value: a tensor of `shape` and `dtype` on the CPU.
+
+        Raises:
+            SourceError: The value cannot be read.
+        """
+
+    def load_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows `start:stop` of dimension 0, reading no more than needed where possible."""
+        return self.load()[start:stop]
+
+
+@dataclass(frozen=True, eq=False)
+class Array(Producer):
+    """A tensor held in memory: small constants, and what passes compute."""
+
+    value: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple(self.value.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.value.dtype
+
+    def load(self) -> torch.Tensor:
+        return self.value.detach()
+
+
+@dataclass(frozen=True)
+class Missing(Producer):
+    """No value: the model was captured from a bare config."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    name: str
+
+    def load(self) -> torch.Tensor:
+        from graphopt.errors import SourceError
+
+        raise SourceError(
+            f"Weight {self.name!r} has no value: the program was captured from a config alone.",
+            "Give a model folder, a .gguf file or 'demo' to work with weights.",
+        )
+
+
+@dataclass(frozen=True)
+class Rows(Producer):
+    """Rows of another producer's dimension 0: a part of a fused projection.
+
+    `index` is either a `slice` with a step or a tuple of row numbers.
+    """
+
+    source: Producer
+    index: slice | tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        index = self.index
+        count = (
+            len(range(*index.indices(self.source.shape[0])))
+            if isinstance(index, slice)
+            else len(index)
+        )
+        return (count, *self.source.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.source.dtype
+
+    def load(self) -> torch.Tensor:
+        index = self.index
+        if isinstance(index, slice):
+            start, stop, step = index.indices(self.source.shape[0])
+            return self.source.load_rows(start, stop)[::step]
+        low, high = min(index), max(index) + 1
+        return self.source.load_rows(low, high)[torch.tensor(index) - low]
+
+
+@dataclass(frozen=True)
+class Transposed(Producer):
+    """The transpose of a matrix: GPT-2 keeps its projections as [in, out]."""
+
+    source: Producer
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        rows, columns = self.source.shape
+        return (columns, rows)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.source.dtype
+
+    def load(self) -> torch.Tensor:
+        return self.source.load().t()
+
+
+@dataclass(frozen=True)
+class Reshaped(Producer):
+    """The same elements, row-major, in another shape."""
+
+    source: Producer
+    shape: tuple[int, ...]  # type: ignore[misc]
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.source.dtype
+
+    def load(self) -> torch.Tensor:
+        return self.source.load().reshape(self.shape)
+
+
+@dataclass
+class Weight:
+    """A logical tensor of the program.
+
+    Attributes:
+        name: Unique name in the program; the checkpoint's own name where it is one tensor there.
+        producer: Where the value comes from.
+        checkpoint: The checkpoint tensor it is made of; None for a constant or a new weight.
+        constant: True for a buffer the checkpoint does not hold (inverse frequencies and such).
+    """
+
+    name: str
+    producer: Producer
+    checkpoint: str | None = None
+    constant: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.producer.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.producer.dtype
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    def load(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the value on the CPU, cast to `dtype` when it is given and floating point."""
+        value = self.producer.load()
+        if dtype is not None and value.is_floating_point():
+            value = value.to(dtype)
+        return value
+
+
+@dataclass
+class WeightStore:
+    """The weights of a program by name, in a stable order."""
+
+    _weights: dict[str, Weight] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Weight:
+        return self._weights[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
+    def __iter__(self) -> Iterator[Weight]:
+        return iter(self._weights.values())
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def add(self, weight: Weight) -> Weight:
+        """Add `weight`.
+
+        Raises:
+            KeyError: The name is taken.
+        """
+        if weight.name in self._weights:
+            raise KeyError(f"weight {weight.name!r} exists already")
+        self._weights[weight.name] = weight
+        return weight
+
+    def replace(self, weight: Weight) -> None:
+        """Put `weight` in the place of the one with its name."""
+        if weight.name not in self._weights:
+            raise KeyError(f"no weight {weight.name!r}")
+        self._weights[weight.name] = weight
+
+    def remove(self, name: str) -> None:
+        del self._weights[name]
+
+    def copy(self) -> WeightStore:
+        return WeightStore(dict(self._weights))

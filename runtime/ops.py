@@ -1,0 +1,205 @@
+"""The ops of an emitted model, in plain torch: composite, differentiable, compilable.
+
+Layout letters: B batch, S query tokens, T key tokens (cached ones first), H query heads,
+G key/value heads, D head size, N features.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
+    """Root-mean-square norm over the last dimension, gain `weight + offset`.
+
+    Computed in fp32 for 16-bit inputs. `weight` is [N] or broadcasts against `x` [..., N].
+    """
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        gain = weight.to(wide.dtype)
+        normed = normed * (gain + offset if offset else gain)
+    return normed.to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Mean-and-variance norm over the last dimension; `weight`, `bias` broadcast against `x`."""
+    if (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    normed = F.layer_norm(x, x.shape[-1:], None, None, eps)
+    if weight is not None:
+        normed = normed * weight
+    return normed if bias is None else normed + bias
+
+
+def rope_table(positions: Tensor, inv_freq: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, S, R/2] of the angles `positions` [B, S] times `inv_freq` [R/2].
+
+    Source: Su et al., RoFormer, arXiv 2104.09864, section 3.2; `scale` is YaRN's attention
+    factor (arXiv 2309.00071).
+    """
+    angles = positions[..., None].to(inv_freq.dtype) * inv_freq
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def rope(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, heads_first: bool = True
+) -> Tensor:
+    """Rotate the first R features of each head of `x`; the others pass.
+
+    Args:
+        x: [B, H, S, D] where `heads_first`, else [B, S, H, D].
+        cos, sin: [B, S, R/2].
+        interleaved: Pairs are neighbours (0,1), (2,3), ... rather than halves (0,R/2), ...
+    """
+    axis = 1 if heads_first else 2
+    cos, sin = cos.unsqueeze(axis).to(x.dtype), sin.unsqueeze(axis).to(x.dtype)
+    rotated = 2 * cos.shape[-1]
+    head, tail = x[..., :rotated], x[..., rotated:]
+    if interleaved:
+        first, second = head[..., 0::2], head[..., 1::2]
+        pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), -1)
+        head = pairs.flatten(-2)
+    else:
+        first, second = head.chunk(2, -1)
+        head = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    return head if tail.shape[-1] == 0 else torch.cat((head, tail), -1)
+
+
+def allowed_keys(
+    query_count: int,
+    mask: Tensor | None,
+    key_count: int,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    device: torch.device,
+) -> Tensor | None:
+    """Which keys each query may see: bool, broadcastable to [B, 1, S, T]; None means all.
+
+    Query i stands at cache index T - S + i. `mask` [B, T] is nonzero where a key is a real
+    token. `window` keeps the last `window` keys including the query's own, `chunk` those of
+    the query's own chunk of that length.
+    """
+    allowed: Tensor | None = None
+    if causal or window is not None or chunk is not None:
+        query = torch.arange(key_count - query_count, key_count, device=device)[:, None]
+        key = torch.arange(key_count, device=device)[None, :]
+        allowed = key <= query if causal else torch.ones_like(key <= query)
+        if window is not None:
+            allowed = allowed & (key > query - window)
+        if chunk is not None:
+            allowed = allowed & (key // chunk == query // chunk)
+        allowed = allowed[None, None]
+    if mask is not None:
+        real = mask.bool()[:, None, None, :]
+        allowed = real if allowed is None else allowed & real
+    return allowed
+
+
+def alibi(slopes: Tensor, mask: Tensor) -> Tensor:
+    """ALiBi bias [B, H, 1, T]: `slopes` [H] times each key's position among the real tokens.
+
+    Equal to the bias by distance, since softmax ignores what a whole row shares.
+    Source: Press et al., arXiv 2108.12409, section 3.
+    """
+    real = mask.to(slopes.dtype)
+    positions = (real.cumsum(-1) - 1) * real
+    return slopes[None, :, None, None] * positions[:, None, None, :]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(cap(q k^T scale) + alibi + bias) v with grouped heads; rows with no key give 0.
+
+    Args:
+        q: [B, H, S, D].
+        k, v: [B, G, T, D] and [B, G, T, Dv], H a multiple of G; the S newest keys are last.
+        mask: [B, T], nonzero at real tokens.
+        bias: Additive, broadcastable to [B, H, S, T].
+        slopes: [H], see `alibi`.
+        sinks: [H], one more logit per head that takes part in the softmax and carries no value.
+
+    Returns:
+        [B, H, S, Dv].
+    """
+    S, T = q.shape[2], k.shape[2]
+    groups = q.shape[1] // k.shape[1]
+    allowed = allowed_keys(S, mask, T, causal, window, chunk, q.device)
+    if slopes is not None:
+        real = mask if mask is not None else q.new_ones(q.shape[0], T)
+        slope_bias = alibi(slopes, real).to(q.dtype)
+        bias = slope_bias if bias is None else bias + slope_bias
+    if softcap is None and sinks is None:
+        if bias is not None and allowed is not None:
+            bias = torch.where(allowed, bias, float("-inf"))
+        out = F.scaled_dot_product_attention(
+            q, k, v, bias if bias is not None else allowed, scale=scale, enable_gqa=groups > 1
+        )
+        if mask is None and bias is None:
+            return out
+        empty = (bias == float("-inf")) if bias is not None else ~allowed  # type: ignore[operator]
+        return out.masked_fill(empty.all(-1, keepdim=True), 0.0)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    top = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        top = torch.maximum(top, sinks[None, :, None, None].to(scores.dtype))
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks[None, :, None, None].to(scores.dtype) - top)
+    return (weights / total.masked_fill(total == 0, 1.0)) @ v
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, S, H * head_dim] to [B, H, S, head_dim]."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, S, D] to [B, S, H * D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def relu2(x: Tensor) -> Tensor:
+    """Squared ReLU."""
+    return F.relu(x).square()
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap)."""
+    return torch.tanh(x / cap) * cap
