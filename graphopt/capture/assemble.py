@@ -51,7 +51,7 @@ def capture_module(module: nn.Module, name: str, resolve: Resolve) -> Program:
     Raises:
         CaptureError: torch.export cannot trace the module.
     """
-    names = accepted_inputs(module)
+    accepted_inputs(module)
     exported, _ = export_shell(module)
     slots = SlotSources()
     if exported.stubs:
@@ -71,9 +71,9 @@ def capture_module(module: nn.Module, name: str, resolve: Resolve) -> Program:
     masks = MaskRecogniser(shell, inputs)
     for kind in kinds:
         notes += _raise_layer(kind, shell, inputs, tables, masks)
+    raise_position_embeddings(shell, inputs)
     _raise_sums(shell, slots)
     raise_moves(shell, slots)
-    raise_position_embeddings(shell, inputs)
     for kind in kinds:
         kind.drop_unused_params()
     shell.sweep()
@@ -83,7 +83,6 @@ def capture_module(module: nn.Module, name: str, resolve: Resolve) -> Program:
     program.inputs = {
         input_name: Type((B, S), torch.int64) for input_name in PROGRAM_INPUTS
     }
-    _ = names
     verify(program)
     return program
 

@@ -13,6 +13,7 @@ from graphopt.ir.graph import In, Node, Value
 from graphopt.ir.types import Type, dim
 
 PRODUCTS = ("matmul", "bmm", "baddbmm")
+_NOT_ATTENTION = "no product with values follows the softmax"
 
 
 @dataclass
@@ -64,7 +65,7 @@ def raise_attention(raiser: Raiser) -> tuple[list[Raised], list[tuple[str, str]]
                 raised.append(_raise_sdpa(raiser, node))
             elif name in ("softmax", "_softmax"):
                 reason = _raise_eager(raiser, node, raised)
-                if reason is not None:
+                if reason is not None and reason != _NOT_ATTENTION:
                     left.append((node.output.name, reason))
         except NotRaisedError as error:
             left.append((node.output.name, str(error)))
@@ -138,7 +139,7 @@ def _raise_eager(raiser: Raiser, softmax: Node, raised: list[Raised]) -> str | N
     weights, dropped = _weights_after(raiser, softmax)
     product, v = _value_product(raiser, weights)
     if product is None or v is None:
-        return "no product with values follows the softmax"
+        return _NOT_ATTENTION
     scores = _scores_before(raiser, raiser.arg(softmax, 0), dropped)
     if isinstance(scores, str):
         return scores

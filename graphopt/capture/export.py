@@ -13,6 +13,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import Application
 from torch import Tensor, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -568,9 +569,9 @@ _SYMPY_TWINS: dict[str, Callable[..., sympy.Expr]] = {
 def _simplify(expr: sympy.Expr) -> sympy.Expr:
     """Resolve minima and maxima that hold for every batch and length of at least one."""
     # torch has functions of its own for these; the IR speaks sympy's.
-    for function in expr.atoms(sympy.Function):
+    for function in expr.atoms(Application):
         plain = _SYMPY_TWINS.get(type(function).__name__)
-        if plain is not None and not isinstance(function, (sympy.Max, sympy.Min, sympy.Mod)):
+        if plain is not None and not type(function).__module__.startswith("sympy."):
             expr = expr.xreplace({function: plain(*function.args)})
     if not expr.has(sympy.Max, sympy.Min):
         return expr

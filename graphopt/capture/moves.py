@@ -170,13 +170,14 @@ def _core(start: Tensor, aim: Tensor) -> _Core | None:
         merged = (start.transpose(1, 2) if swap else start).flatten(2)
         if merged.shape == aim.shape and torch.equal(merged, aim):
             return (None, None, True, swap, False, 1)
-    turned = start.transpose(1, 2)
-    if turned.shape == aim.shape and torch.equal(turned, aim):
-        return (None, None, False, True, True, 1)
-    if aim.dim() == 4 and aim.shape[1] > start.shape[1] and aim.shape[1] % start.shape[1] == 0:
-        repeat = aim.shape[1] // start.shape[1]
-        if torch.equal(start.repeat_interleave(repeat, 1), aim):
-            return (None, None, False, True, False, repeat)
+    for swapped in (False, True):
+        heads = start.transpose(1, 2) if swapped else start
+        if heads.shape == aim.shape and torch.equal(heads, aim):
+            return (None, None, False, True, swapped, 1)
+        if aim.dim() == 4 and aim.shape[1] > heads.shape[1] and aim.shape[1] % heads.shape[1] == 0:
+            repeat = aim.shape[1] // heads.shape[1]
+            if torch.equal(heads.repeat_interleave(repeat, 1), aim):
+                return (None, None, False, True, swapped, repeat)
     return None
 
 

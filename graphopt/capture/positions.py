@@ -376,18 +376,19 @@ class MaskRecogniser:
     def __init__(self, shell: Raiser, inputs: dict[str, Value]) -> None:
         self.shell = shell
         self.inputs = inputs
-        self._known: dict[tuple[Value, str], MaskForm | None] = {}
+        self._known: dict[tuple[Value, str, int], MaskForm | None] = {}
 
-    def form(self, value: Value, kind: str) -> MaskForm | None:
+    def form(self, value: Value, kind: str, heads: int) -> MaskForm | None:
         """Return the closed form of a term of the scores; None if it has none."""
-        if (value, kind) not in self._known:
-            self._known[value, kind] = self._recognise(value, kind)
-        return self._known[value, kind]
+        key = (value, kind, heads)
+        if key not in self._known:
+            self._known[key] = self._recognise(value, kind, heads)
+        return self._known[key]
 
-    def _recognise(self, value: Value, kind: str) -> MaskForm | None:
+    def _recognise(self, value: Value, kind: str, heads: int) -> MaskForm | None:
         allowed = self._allowed(value, kind, {})
         if allowed is None:
-            return self._alibi(value) if kind == "add" else None
+            return self._alibi(value, heads) if kind == "add" else None
         for padding in (True, False):
             for causal in (True, False):
                 form = MaskForm(causal=causal, padding=padding)
@@ -533,15 +534,14 @@ class MaskRecogniser:
         rows = mask[:, :, None].expand_as(full)
         return bool((allowed[rows] == full[rows]).all())
 
-    def _alibi(self, value: Value) -> MaskForm | None:
+    def _alibi(self, value: Value, heads: int) -> MaskForm | None:
         """Match slope_h times key position, up to what a whole row shares."""
         result = self._evaluate(value, {})
         if result is None or not result.is_floating_point() or result.dim() < 3:
             return None
         mask = padded_masks(_LENGTH)
-        heads = result.shape[0] // 4 if result.dim() == 3 else result.shape[1]
         try:
-            bias = result.reshape(4 if result.shape[0] % 4 == 0 else 1, heads, -1, _LENGTH)
+            bias = result.reshape(-1, heads, *result.shape[-2:])
             bias = bias.expand(4, heads, _LENGTH, _LENGTH).double()
         except RuntimeError:
             return None
@@ -586,7 +586,9 @@ def set_masks(
         while len(node.inputs) < 7:
             node.inputs.append(None)
         # Where one term is a plain causal mask, its rows decide which keys a bias is added to.
-        forms = [_forms(kind, recogniser, term) for term in item.terms]
+        assert node.inputs[0] is not None
+        heads = int(kind.raiser.types[node.inputs[0]].shape[1])
+        forms = [_forms(kind, recogniser, term, heads) for term in item.terms]
         per_call: list[dict[str, Any]] = [
             {"causal": node.attrs["causal"], "window": None, "chunk": None} for _ in kind.stubs
         ]
@@ -629,12 +631,12 @@ def set_masks(
 
 
 def _forms(
-    kind: LayerKind, recogniser: MaskRecogniser, term: Term
+    kind: LayerKind, recogniser: MaskRecogniser, term: Term, heads: int
 ) -> list[MaskForm] | None:
     """Return each call's closed form of a term; None if some call's has none."""
     if term.value not in kind.raiser.function.params:
         return None
-    forms = [recogniser.form(value, term.kind) for value in kind.arguments(term.value)]
+    forms = [recogniser.form(value, term.kind, heads) for value in kind.arguments(term.value)]
     known = [form for form in forms if form is not None]
     if len(known) != len(forms) or len({f.padding for f in known}) > 1:
         return None
@@ -715,11 +717,17 @@ def raise_position_embeddings(shell: Raiser, inputs: dict[str, Value]) -> None:
             (found,) = shell.evaluate([ids], boundary, {B: 4, S: _LENGTH, P: 0})
         except (KeyError, RuntimeError, ValueError, IndexError):
             continue
-        if found.shape != wanted.shape:
+        if found.numel() != wanted.numel():
             continue
+        found = found.reshape(wanted.shape)
         offset = int(found[0, 0])
         if bool((found[real] == wanted[real] + offset).all()) and "position_ids" in inputs:
             attrs = {"offset": offset} if offset else {}
             operands = [inputs["position_ids"], node.inputs[1]]
-            shell.replace(node.output, "embedding", operands, attrs, "p")
+            kind = shell.types[node.output]
+            made = shell.insert("embedding", operands, attrs, node, ["p"]).output
+            if shell.types[made] != kind:
+                made = _aten(shell, "aten.reshape.default", made, [In(0), list(kind.shape)],
+                             kind, node)  # fmt: skip
+            shell.function.replace(node.output, made)
     shell.sweep()

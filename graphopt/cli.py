@@ -1,0 +1,425 @@
+"""The command line. Torch and transformers are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+
+from graphopt import console as ui
+from graphopt.errors import GraphoptError, UsageError
+
+if TYPE_CHECKING:
+    from graphopt.ir.graph import Program
+    from graphopt.pipeline import Pipeline
+
+app = typer.Typer(
+    name="graphopt",
+    help="Capture a language model once, transform it with passes that check themselves, and "
+    "emit a model that runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Args = ParamSpec("Args")
+
+INTERRUPTED = 130
+
+
+def _errors_as_sentences(command: Callable[Args, None]) -> Callable[Args, None]:
+    """Turn errors meant for users into one sentence on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Args.args, **kwargs: Args.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except GraphoptError as error:
+            ui.say_error(error.message, error.remedy)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            ui.say_error("Interrupted; nothing was left half-written.")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise typer.Exit(1) from None
+        except OSError as error:
+            message, remedy = _describe_os_error(error)
+            ui.say_error(message, remedy)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def _describe_os_error(error: OSError) -> tuple[str, str]:
+    import errno
+
+    where = f" at {error.filename}" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"The disk is full{where}.", "Free some space and run again with --resume."
+    return f"A file operation failed{where}: {error.strerror or error}.", ""
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+Remote = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let code of the checkpoint run.")
+]
+ModelArg = Annotated[
+    str | None,
+    typer.Argument(
+        help="Hugging Face id or folder, .gguf file, 'demo', or an output folder of graphopt."
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="A config.json instead of a model: structure without weights."),
+]
+
+
+def _spec(model: str | None, config: Path | None) -> str:
+    if (model is None) == (config is None):
+        raise UsageError("Name one model.", "Give MODEL, or --config FILE for a bare config.")
+    return f"config:{config}" if config is not None else str(model)
+
+
+def _capture(spec: str, trust_remote_code: bool) -> Program:
+    from graphopt.capture import capture
+
+    return capture(spec, trust_remote_code=trust_remote_code)
+
+
+def _pipeline(passes: str | None, recipe: Path | None) -> Pipeline:
+    from graphopt.pipeline import Pipeline
+
+    if passes is not None and recipe is not None:
+        raise UsageError("Both --passes and --recipe are given.", "Give one of them.")
+    if recipe is not None:
+        return Pipeline.from_yaml(recipe)
+    return Pipeline.parse(passes) if passes is not None else Pipeline.default()
+
+
+@app.command("compile")
+@_errors_as_sentences
+def compile_command(
+    model: ModelArg = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make.")] = Path("out"),
+    target: Annotated[str, typer.Option(help="What to emit for; see 'graphopt targets'.")] = "cpu",
+    emit: Annotated[str, typer.Option(help="Comma-separated: onnx, torch, hf.")] = "onnx",
+    passes: Annotated[
+        str | None, typer.Option(help="Recipe, such as 'normalise,dead-code'; '' for none.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe as a YAML file.")] = None,
+    calib: Annotated[
+        Path | None, typer.Option(help="Text file for calibration and verification.")
+    ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Don't compare results before and after passes.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the folder if it exists.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; read no weight.")
+    ] = False,
+    stop_after: Annotated[
+        str | None, typer.Option(help="Leave out the passes behind this one.")
+    ] = None,
+    dump_ir: Annotated[
+        Path | None, typer.Option(help="Folder for the program after every pass, as text.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted compile to this folder.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where verification computes.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    config: ConfigOption = None,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a model to a folder that runs, with a report."""
+    spec = _spec(model, config)
+    with ui.progress_bars() as progress:
+        progress("starting", 0, 1)
+        from graphopt.compiler import check_output, compile_model
+
+        if not dry_run:
+            check_output(out, force)
+        pipeline = _pipeline(passes, recipe)
+        progress("starting", 1, 1)
+        console = ui.stderr() if as_json else ui.stdout()
+
+        def on_capture(program: Program) -> None:
+            progress("capture", 1, 1)
+            rows = ui.describe(program)
+            rows += [("target", target), ("recipe", str(pipeline) or "(no passes)")]
+            if not as_json:
+                ui.print_rows(console, rows)
+
+        progress("capture", 0, 1)
+        report = compile_model(
+            spec,
+            out,
+            target=target,
+            emit=[name.strip() for name in emit.split(",") if name.strip()],
+            recipe=pipeline,
+            calib=calib,
+            verify=not no_verify,
+            force=force,
+            dry_run=dry_run,
+            stop_after=stop_after,
+            dump_ir=dump_ir,
+            resume=resume,
+            device=device,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            on_capture=on_capture,
+        )
+    if as_json:
+        _print_json(report.to_json())
+        return
+    console.print()
+    ui.print_passes(console, report.passes)
+    console.print()
+    if dry_run:
+        console.print("Dry run: no weight was read and nothing was written.")
+    else:
+        ui.print_report(console, report)
+
+
+@app.command()
+@_errors_as_sentences
+def inspect(
+    model: ModelArg = None,
+    config: ConfigOption = None,
+    batch: Annotated[int, typer.Option(min=1, help="B, sequences.")] = 1,
+    seq: Annotated[int, typer.Option(min=1, help="S, tokens of one step.")] = 128,
+    past: Annotated[int, typer.Option(min=0, help="P, tokens in the KV cache.")] = 0,
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Print a model's program, parameters, and FLOPs and bytes; no weight is read."""
+    from graphopt.inspection import inspect_program
+
+    with ui.progress_bars() as progress:
+        progress("capture", 0, 1)
+        program = _capture(_spec(model, config), trust_remote_code)
+        found = inspect_program(program, batch, seq, past)
+        progress("capture", 1, 1)
+    if as_json:
+        _print_json(found)
+    else:
+        ui.print_inspection(ui.stdout(), program, found)
+
+
+Backend = Annotated[
+    str, typer.Option(help="auto, program, torch or onnx: which form of an artifact to run.")
+]
+
+
+def _backend(name: str) -> Any:
+    from graphopt.errors import unknown_name
+
+    known = ("auto", "program", "torch", "onnx")
+    if name not in known:
+        raise unknown_name("backend", name, known)
+    return name
+
+
+@app.command("eval")
+@_errors_as_sentences
+def eval_command(
+    model: Annotated[str, typer.Argument(help="A model or an output folder.")],
+    text: Annotated[Path | None, typer.Option(help="Text file for perplexity.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Windows at most; all by default.")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens of a window; 2048, or what the model takes.")
+    ] = None,
+    piqa: Annotated[Path | None, typer.Option(help="PIQA rows as JSON lines.")] = None,
+    backend: Backend = "auto",
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity and PIQA accuracy of a model, a torch or an ONNX artifact."""
+    if text is None and piqa is None:
+        raise UsageError("Nothing to evaluate on.", "Give --text FILE, --piqa FILE, or both.")
+    with ui.progress_bars() as progress:
+        progress("opening", 0, 1)
+        from graphopt import evaluate
+
+        content = evaluate.read_text(text) if text is not None else None
+        rows = evaluate.read_piqa(piqa) if piqa is not None else None
+        opened = evaluate.open_language_model(
+            model, _backend(backend), trust_remote_code=trust_remote_code
+        )
+        tokenizer = evaluate.load_tokenizer(opened)
+        progress("opening", 1, 1)
+        found: dict[str, Any] = {
+            "model": model,
+            "backend": opened.backend,
+            "perplexity": None,
+            "tokens": 0,
+            "windows": 0,
+            "seqlen": None,
+            "seconds": 0.0,
+            "piqa_accuracy": None,
+            "piqa_rows": 0,
+        }
+        if content is not None:
+            length = seqlen or min(2048, opened.positions or 2048)
+            measured = evaluate.perplexity(
+                opened, tokenizer, content, windows=windows, seqlen=length, progress=progress
+            )
+            found["perplexity"] = measured.perplexity
+            found["tokens"], found["windows"] = measured.tokens, measured.windows
+            found["seqlen"] = measured.seqlen
+            found["seconds"] += measured.seconds
+        if rows is not None:
+            answered = evaluate.piqa_accuracy(opened, tokenizer, rows, progress=progress)
+            found["piqa_accuracy"], found["piqa_rows"] = answered.accuracy, answered.rows
+            found["seconds"] += answered.seconds
+    if as_json:
+        _print_json(found)
+        return
+    lines = [("model", f"{model}  ({found['backend']})")]
+    if content is not None:
+        windowed = f"{found['windows']} windows of {found['seqlen']} tokens"
+        lines.append(("ppl", f"{found['perplexity']:.4f}  ({windowed})"))
+    if rows is not None:
+        lines.append(("piqa", f"{found['piqa_accuracy']:.2%}  ({found['piqa_rows']} questions)"))
+    lines.append(("time", f"{found['seconds']:.1f} s"))
+    ui.print_rows(ui.stdout(), lines)
+
+
+@app.command("generate")
+@_errors_as_sentences
+def generate_command(
+    model: Annotated[str, typer.Argument(help="A model or an output folder.")],
+    prompt: Annotated[str, typer.Option(help="What to answer or to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 for greedy decoding.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest, up to this sum.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt, without the chat template.")
+    ] = False,
+    backend: Backend = "auto",
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, printing tokens as they come."""
+    import time
+
+    with ui.progress_bars() as progress:
+        progress("opening", 0, 1)
+        from graphopt.evaluate import load_tokenizer, open_language_model
+        from graphopt.generate import generate
+
+        opened = open_language_model(model, _backend(backend), trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(opened)
+        progress("opening", 1, 1)
+    start = time.perf_counter()
+    pieces: list[str] = []
+    for piece in generate(
+        opened,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        raw=raw,
+    ):
+        pieces.append(piece)
+        if not as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if as_json:
+        seconds = time.perf_counter() - start
+        found = {"model": model, "backend": opened.backend, "prompt": prompt}
+        _print_json({**found, "text": "".join(pieces), "seconds": seconds})
+    else:
+        sys.stdout.write("\n")
+
+
+@app.command("passes")
+@_errors_as_sentences
+def passes_command(
+    name: Annotated[str | None, typer.Argument(help="One pass, with its legality rules.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the passes, their options and whether they are exact."""
+    from graphopt.inspection import describe_passes
+
+    found = describe_passes(name)
+    if as_json:
+        _print_json(found)
+    else:
+        ui.print_pass_list(ui.stdout(), found, full=name is not None)
+
+
+@app.command("targets")
+@_errors_as_sentences
+def targets_command(
+    name: Annotated[str | None, typer.Argument(help="One target, with its sources.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the targets and what is known about them."""
+    import dataclasses
+
+    from graphopt.targets import all_targets, get_target
+
+    targets = [get_target(name)] if name is not None else list(all_targets().values())
+    found = [dataclasses.asdict(target) for target in targets]
+    if as_json:
+        _print_json(found)
+    else:
+        ui.print_targets(ui.stdout(), found, full=name is not None)
+
+
+@app.command()
+@_errors_as_sentences
+def diff(
+    a: Annotated[str, typer.Argument(help="A model or an output folder.")],
+    b: Annotated[str, typer.Argument(help="Another one.")],
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Compare two models: structure, parameters, weights and reports."""
+    from graphopt.inspection import diff_models
+
+    with ui.progress_bars() as progress:
+        found = diff_models(a, b, trust_remote_code=trust_remote_code, progress=progress)
+    if as_json:
+        _print_json(found)
+    else:
+        ui.print_diff(ui.stdout(), found)
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from graphopt import __version__
+
+        typer.echo(f"graphopt {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""From a model to an output folder: capture, passes, emission, report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphopt.errors import UsageError
+from graphopt.ir.graph import Program
+from graphopt.ir.printer import print_program
+from graphopt.ir.types import DTYPE_NAMES
+from graphopt.measure import Meter
+from graphopt.pipeline import OnPass, Pipeline
+from graphopt.progress import Progress, silent
+from graphopt.report import ArtifactEntry, Report, block_entries, machine, versions
+from graphopt.targets import get_target
+
+if TYPE_CHECKING:
+    import torch
+
+    from graphopt.lowering.base import Emitter
+    from graphopt.sources import ModelSource
+
+MANIFEST_VERSION = 1
+DEFAULT_EMIT = ("onnx",)
+
+
+def check_output(out: Path, force: bool) -> None:
+    """Refuse an output folder that may not be written.
+
+    Raises:
+        UsageError: It exists and `force` is off, is a file, or holds the working folder.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise UsageError(f"Output {str(out)!r} is a file.", "Name a folder that does not exist.")
+    if not force:
+        raise UsageError(
+            f"Output folder {str(out)!r} exists.", "Name another one, or replace it with --force."
+        )
+    if Path.cwd().resolve().is_relative_to(out.resolve()):
+        raise UsageError(
+            f"Output folder {str(out)!r} holds the working folder.", "Name another one."
+        )
+
+
+@contextlib.contextmanager
+def output_folder(out: Path, force: bool) -> Iterator[Path]:
+    """Give a new folder beside `out` that takes its name when the body ends well.
+
+    After an error, Ctrl-C included, the new folder is deleted and `out` is as it was.
+
+    Raises:
+        UsageError: See `check_output`.
+    """
+    check_output(out, force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    try:
+        yield fresh
+        mask = os.umask(0)
+        os.umask(mask)
+        fresh.chmod(0o777 & ~mask)
+        check_output(out, force)
+        if out.exists():
+            old = fresh.with_suffix(".old")
+            out.rename(old)
+            fresh.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            fresh.rename(out)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+@dataclass
+class _Emission:
+    """Which emitters write for which target; checked before any weight is read."""
+
+    target: str
+    emitters: list[Emitter]
+
+    @classmethod
+    def of(cls, target: str, names: Sequence[str]) -> _Emission:
+        from graphopt.lowering import get_emitter
+
+        get_target(target).require_lowering()
+        if not names:
+            raise UsageError("Nothing to emit.", "Name at least one of onnx, torch, hf.")
+        unique = list(dict.fromkeys(names))
+        return cls(target, [get_emitter(name) for name in unique])
+
+    def check(self, program: Program) -> None:
+        for emitter in self.emitters:
+            emitter.check(program, self.target)
+
+    def write(self, program: Program, root: Path, recipe: str, progress: Progress) -> list[str]:
+        """Write everything but the report under `root`; return the usage lines."""
+        from graphopt.saved import save_program
+
+        usage: list[str] = []
+        storage: dict[str, Any] = {}
+        for emitter in self.emitters:
+            emitted = emitter.emit(program, root, self.target, progress)
+            usage += emitted.usage
+            for name, stored in emitted.storage.items():
+                storage.setdefault(name, stored)
+        save_program(program, root, storage)
+        (root / "program.txt").write_text(print_program(program) + "\n", encoding="utf-8")
+        (root / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        manifest = {
+            "format": "graphopt-artifact",
+            "version": MANIFEST_VERSION,
+            "name": program.name,
+            "source": program.source,
+            "target": self.target,
+            "emit": [emitter.name for emitter in self.emitters],
+            "versions": versions(),
+            "files": {
+                path.relative_to(root).as_posix(): path.stat().st_size for path in _files(root)
+            },
+        }
+        text = json.dumps(manifest, indent=2) + "\n"
+        (root / "manifest.json").write_text(text, encoding="utf-8")
+        return usage
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+def emit(
+    program: Program,
+    out: str | Path,
+    *,
+    target: str = "cpu",
+    emit: Sequence[str] = DEFAULT_EMIT,
+    report: Report | None = None,
+    recipe: Pipeline | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Report:
+    """Write a program as an output folder, which is itself a model graphopt opens.
+
+    Args:
+        emit: Names of emitters: `onnx`, `torch`, `hf`.
+        report: From `Pipeline.run`, to be completed; None for a report of the emission alone.
+        recipe: What made the program, for `recipe.yaml`.
+        force: Replace an existing folder, once the new one is complete.
+
+    Returns:
+        The report, as written.
+
+    Raises:
+        UsageError: Unknown target or emitter, or the folder exists.
+        LoweringError: The program has no such form, or the target is not in this version.
+    """
+    emission = _Emission.of(target, emit)
+    emission.check(program)
+    if report is None:
+        report = Report(
+            source=program.source,
+            name=program.name,
+            recipe="",
+            versions=versions(),
+            machine=machine(),
+            parameters=program.parameter_count(),
+            dtype=DTYPE_NAMES[program.checkpoint_dtype],
+            blocks=block_entries(program),
+        )
+    _write(program, Path(out), emission, report, recipe or Pipeline(), force, progress)
+    return report
+
+
+def _write(
+    program: Program,
+    out: Path,
+    emission: _Emission,
+    report: Report,
+    recipe: Pipeline,
+    force: bool,
+    progress: Progress,
+) -> None:
+    with output_folder(out, force) as root:
+        with Meter() as meter:
+            usage = emission.write(program, root, recipe.to_yaml(), progress)
+        size = sum(path.stat().st_size for path in _files(root))
+        names = [emitter.name for emitter in emission.emitters]
+        report.target = emission.target
+        report.artifact = ArtifactEntry(
+            str(out), size, names, [line.replace(str(root), str(out)) for line in usage]
+        )
+        report.stages["emit"] = meter.seconds
+        report.total_seconds += meter.seconds
+        report.peak_bytes = max(report.peak_bytes, meter.peak_bytes)
+        report.write(root)
+
+
+def work_folder(out: Path) -> Path:
+    """Return where the snapshots of a compile to `out` lie until it succeeds."""
+    return out.parent / f".{out.name}.work"
+
+
+def compile_model(
+    model: str | ModelSource,
+    out: str | Path,
+    *,
+    target: str = "cpu",
+    emit: Sequence[str] = DEFAULT_EMIT,
+    recipe: Pipeline | None = None,
+    calib: str | Path | None = None,
+    verify: bool = True,
+    force: bool = False,
+    dry_run: bool = False,
+    stop_after: str | None = None,
+    dump_ir: str | Path | None = None,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+    on_capture: Callable[[Program], None] | None = None,
+    on_pass: OnPass | None = None,
+) -> Report:
+    """Compile a model to an output folder.
+
+    Target, emitters, recipe and output folder are checked before the model is opened, and what
+    depends on its structure before any weight is read.
+
+    Args:
+        model: Hugging Face id or folder, `.gguf` file, `demo`, or a graphopt output folder.
+        out: Folder to make.
+        target: Name of a target.
+        emit: Names of emitters.
+        recipe: Passes; None for the default recipe.
+        calib: Text file for calibration and verification.
+        verify: Compare results before and after every pass.
+        force: Replace `out` if it exists, once the new one is complete.
+        dry_run: Only say what would be done: no weight is read and nothing is written.
+        stop_after: Leave out the passes behind the one of this name.
+        dump_ir: Folder for the program before and after every pass as text.
+        resume: Go on with an interrupted compile to the same `out`.
+        device: Where verification computes.
+        seed: Of everything random.
+        trust_remote_code: Let code of the checkpoint run.
+        progress: Told about long work.
+        on_capture: Told about the captured program.
+        on_pass: Told about every pass when it is done.
+
+    Returns:
+        The report, which is also in the folder.
+
+    Raises:
+        GraphoptError: Whatever is wrong, as one sentence with a remedy; `out` is as it was.
+    """
+    from graphopt.capture import capture
+
+    folder = Path(out)
+    if not dry_run:
+        check_output(folder, force)
+    emission = _Emission.of(target, emit)
+    pipeline = recipe if recipe is not None else Pipeline.default()
+    if stop_after is not None:
+        pipeline = pipeline.until(stop_after)
+    with Meter() as whole:
+        with Meter() as capturing:
+            program = capture(model, trust_remote_code=trust_remote_code)
+        if on_capture is not None:
+            on_capture(program)
+        planned, entries = pipeline.plan(program)
+        structural = not any(item.reads_weights for item in pipeline.passes)
+        if structural:
+            emission.check(planned)
+        if dry_run:
+            report = _dry_report(planned, pipeline, entries, target)
+        else:
+            work = work_folder(folder)
+            program, report = pipeline.run(
+                program,
+                calib=calib,
+                verify=verify,
+                dump_ir=dump_ir,
+                work=work,
+                resume=resume,
+                device=device,
+                seed=seed,
+                progress=progress,
+                on_pass=on_pass,
+            )
+            if not structural:
+                emission.check(program)
+    report.stages = {"capture": capturing.seconds, **report.stages}
+    report.total_seconds, report.peak_bytes = whole.seconds, whole.peak_bytes
+    if not dry_run:
+        _write(program, folder, emission, report, pipeline, force, progress)
+        shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def _dry_report(program: Program, pipeline: Pipeline, entries: list[Any], target: str) -> Report:
+    return Report(
+        source=program.source,
+        name=program.name,
+        recipe=str(pipeline),
+        target=target,
+        passes=entries,
+        versions=versions(),
+        machine=machine(),
+        parameters=program.parameter_count(),
+        dtype=DTYPE_NAMES[program.checkpoint_dtype],
+        blocks=block_entries(program),
+        dry_run=True,
+    )

@@ -1,0 +1,303 @@
+"""What the command line prints: echo, progress, tables."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from graphopt.ir.graph import Program
+    from graphopt.progress import Progress as ProgressCallback
+    from graphopt.report import PassEntry, Report
+
+
+def stdout() -> Console:
+    """Return the console for results; it honours NO_COLOR and never wraps when piped."""
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(console.width, 120))
+    return console
+
+
+def stderr() -> Console:
+    """Return the console for progress and errors."""
+    return Console(stderr=True, highlight=False)
+
+
+def say_error(message: str, remedy: str = "") -> None:
+    """Write an error as one sentence and its remedy to stderr."""
+    console = stderr()
+    console.print("error: ", style="bold red", end="")
+    console.print(message, markup=False, soft_wrap=True)
+    if remedy:
+        console.print(remedy, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[ProgressCallback]:
+    """Give a progress callback that draws bars on stderr while it is a terminal."""
+    console = stderr()
+    if not console.is_terminal:
+        from graphopt.progress import silent
+
+        yield silent
+        return
+    bars = Progress(
+        TextColumn("{task.description}", justify="left"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    tasks: dict[str, Any] = {}
+    with bars:
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+            if done >= total:
+                bars.remove_task(tasks.pop(what))
+
+        yield show
+
+
+def format_bytes(count: float) -> str:
+    """Return `count` bytes as `513.1 MB` and the like."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(count) >= limit:
+            return f"{count / limit:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_figure(value: float | None, digits: int = 3) -> str:
+    """Return a measured figure; `-` where there is none."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def describe(program: Program) -> list[tuple[str, str]]:
+    """Return what was resolved about a model, as (label, text)."""
+    from graphopt.ir.printer import format_count
+    from graphopt.ir.types import DTYPE_NAMES
+
+    config = program.config
+    classes = config.get("architectures") or []
+    family = config.get("model_type", "")
+    model = ", ".join(classes) + (f" ({family})" if family and classes else family)
+    blocks = sum(any(n.op == "attention" for n in program.function_of(c).nodes)
+                 for c in program.calls)  # fmt: skip
+    rows = [("model", f"{program.name}  {model}".rstrip())]
+    rows.append(
+        (
+            "size",
+            f"{format_count(program.parameter_count())} parameters, {blocks} attention blocks, "
+            f"{DTYPE_NAMES.get(program.checkpoint_dtype, '?')}",
+        )
+    )
+    rows += [("note", f"{where}: {reason}") for where, reason in program.notes]
+    return rows
+
+
+def print_rows(console: Console, rows: Iterable[tuple[str, str]]) -> None:
+    """Print aligned `label  text` lines."""
+    for label, text in rows:
+        console.print(f"[dim]{label:<9}[/dim]", end="")
+        console.print(text, markup=False, soft_wrap=True)
+
+
+def pass_table(entries: Iterable[PassEntry]) -> Table:
+    """Return the table of passes."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("pass", no_wrap=True)
+    for heading in ("matched", "changed", "skipped", "params", "max|Δlogit|", "KL", "perplexity"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    table.add_column("peak", justify="right", no_wrap=True)
+    table.add_column("verified", no_wrap=True)
+    for entry in entries:
+        table.add_row(
+            entry.name,
+            str(entry.matched),
+            str(entry.changed),
+            str(len(entry.skipped)),
+            _parameters(entry),
+            format_figure(entry.max_abs_logit_delta, 2),
+            format_figure(entry.kl, 2),
+            _perplexity(entry),
+            f"{entry.seconds:.1f}+{entry.verify_seconds:.1f}",
+            format_bytes(entry.peak_bytes),
+            entry.verification + (", resumed" if entry.resumed else ""),
+        )
+    return table
+
+
+def _parameters(entry: PassEntry) -> str:
+    from graphopt.ir.printer import format_count
+
+    before, after = entry.parameters_before, entry.parameters_after
+    if before == after or before == 0:
+        return format_count(after)
+    return f"{format_count(after)} ({(after - before) / before:+.1%})"
+
+
+def _perplexity(entry: PassEntry) -> str:
+    before, after = entry.perplexity_before, entry.perplexity_after
+    if before is None or after is None:
+        return "-"
+    if f"{before:.2f}" == f"{after:.2f}":
+        return f"{after:.2f}"
+    return f"{before:.2f} → {after:.2f}"
+
+
+def print_passes(console: Console, entries: list[PassEntry]) -> None:
+    """Print the table of passes, and under it what they left alone and why."""
+    if not entries:
+        console.print("[dim]The recipe has no passes.[/dim]")
+        return
+    console.print(pass_table(entries))
+    for entry in entries:
+        for skip in entry.skipped:
+            console.print(
+                f"  {entry.name} skipped {skip.where}: {skip.reason}", markup=False, soft_wrap=True
+            )
+
+
+def print_report(console: Console, report: Report) -> None:
+    """Print what a compile left behind."""
+    artifact = report.artifact
+    assert artifact is not None
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages.items())
+    rows = [
+        ("time", f"{report.total_seconds:.1f} s ({stages})"),
+        ("memory", f"{format_bytes(report.peak_bytes)} at most"),
+        ("artifact", f"{artifact.path}  {format_bytes(artifact.bytes)}"),
+        ("report", f"{artifact.path}/report.html"),
+    ]
+    rows += [("run", line) for line in artifact.usage]
+    print_rows(console, rows)
+
+
+def print_inspection(console: Console, program: Program, found: dict[str, Any]) -> None:
+    """Print what `inspect` found."""
+    from graphopt.ir.printer import format_count
+
+    sizes = ", ".join(f"{name}={size}" for name, size in found["sizes"].items())
+    console.print(found["program"], markup=False, soft_wrap=True)
+    console.print()
+    print_rows(console, describe(program))
+    if not found["kv_cache"]:
+        print_rows(console, [("cache", "its attention can't have a KV cache; past is taken as 0")])
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("part", no_wrap=True)
+    for heading in ("parameters", f"FLOPs ({sizes})"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for part, figures in found["parts"].items():
+        table.add_row(part, format_count(figures["parameters"]), format_count(figures["flops"]))
+    table.add_row("total", format_count(found["parameters"]), format_count(found["flops"]["value"]))
+    console.print()
+    console.print(table)
+    console.print()
+    rows = [("FLOPs", f"{found['flops']['symbolic']}")]
+    for name, cost in found["bytes"].items():
+        rows.append((name.replace("_", " "), f"{format_bytes(cost['value'])}  {cost['symbolic']}"))
+    width = max(len(label) for label, _ in rows) + 2
+    for label, text in rows:
+        console.print(f"[dim]{label:<{width}}[/dim]", end="")
+        console.print(text, markup=False, soft_wrap=True)
+
+
+def print_pass_list(console: Console, found: list[dict[str, Any]], *, full: bool) -> None:
+    """Print passes with their options; `full` adds the legality rules."""
+    for item in found:
+        kind = "exact" if item["exact"] else "lossy"
+        console.print(f"[bold]{item['name']}[/bold]  [dim]{kind}[/dim]")
+        console.print(f"  {item['doc'] if full else item['summary']}", markup=False)
+        for option in item["options"]:
+            console.print(
+                f"  {option['name']}: {option['type']} = {option['default']!r}", markup=False
+            )
+        if item["requires"]:
+            console.print(f"  requires {', '.join(item['requires'])}", markup=False)
+
+
+def print_targets(console: Console, found: list[dict[str, Any]], *, full: bool) -> None:
+    """Print targets; `full` adds memories, limits and the source of each figure."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("target", "what", "isa", "dtypes", "cores", "bandwidth", "compile"):
+        table.add_column(heading, no_wrap=heading != "what")
+    for item in found:
+        bandwidth = item["bandwidth"]
+        table.add_row(
+            item["name"],
+            item["title"],
+            item["isa"],
+            " ".join(item["dtypes"]),
+            str(item["cores"] or "-"),
+            f"{format_bytes(bandwidth)}/s" if bandwidth else "-",
+            "yes" if item["lowering"] else "not yet",
+        )
+    console.print(table)
+    if not full:
+        return
+    for item in found:
+        console.print()
+        for memory in item["memories"]:
+            size = format_bytes(memory["bytes"]) if memory["bytes"] else "-"
+            console.print(f"  {memory['name']}: {size} a {memory['per']}", markup=False)
+        for name, limit in item["limits"].items():
+            console.print(f"  {name}: {limit}", markup=False)
+        for figure, source in item["sources"].items():
+            console.print(f"  source of {figure}: {source}", markup=False, soft_wrap=True)
+
+
+def print_diff(console: Console, found: dict[str, Any]) -> None:
+    """Print how two models differ."""
+    from graphopt.ir.printer import format_count
+
+    styles = {"+": "green", "-": "red", "@": "cyan"}
+    for line in found["structure"]:
+        console.print(line, style=styles.get(line[:1]), markup=False, soft_wrap=True)
+    if not found["structure"]:
+        console.print("The programs have the same structure.")
+    weights = found["weights"]
+    before, after = (format_count(count) for count in found["parameters"])
+    rows = [("parameters", f"{before} → {after}")]
+    rows += [
+        (f"only in {side}", ", ".join(weights[key]))
+        for side, key in (("a", "only_a"), ("b", "only_b"))
+        if weights[key]
+    ]
+    equal = weights["common"] - len(weights["changed"])
+    compared = "" if weights["compared"] else " in shape and dtype; values were not compared"
+    rows.append(("weights", f"{equal} of {weights['common']} common ones are equal{compared}"))
+    for label, text in rows:
+        console.print(f"{label:<12}", style="dim", end="")
+        console.print(text, markup=False, soft_wrap=True)
+    if weights["changed"]:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("weight", no_wrap=True)
+        for heading in ("shape", "dtype", "max|Δ|"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in weights["changed"]:
+            pairs = (row["shape"], row["dtype"])
+            cells = [str(a) if a == b else f"{a} → {b}" for a, b in pairs]
+            table.add_row(row["name"], *cells, format_figure(row["max_abs_delta"]))
+        console.print(table)
+    if found["report"]:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for heading in ("report", "a", "b"):
+            table.add_column(heading)
+        for key, (a, b) in found["report"].items():
+            table.add_row(key, _cell(a), _cell(b))
+        console.print(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)

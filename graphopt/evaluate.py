@@ -1,0 +1,593 @@
+"""Running a model in any of its forms, and measuring how good it is.
+
+A language model is a source captured into a program, the `model.py` of a torch artifact or the
+graph of an ONNX artifact; all three give logits through one interface, so that their quality is
+measured by the same code.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import SourceError, UsageError
+from graphopt.ir.execute import complete_inputs
+from graphopt.ir.graph import Program
+from graphopt.progress import Progress, silent
+from graphopt.sources.base import reason, tokenizer_in
+from graphopt.sources.check import CheckedRunner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Backend = Literal["auto", "program", "torch", "onnx"]
+
+ROWS_AT_ONCE = 256
+"""Rows of logits whose log-softmax is in memory at once."""
+
+
+class LanguageModel(ABC):
+    """Something that maps token ids to logits, with or without a KV cache.
+
+    Attributes:
+        backend: How it runs: "program", "torch" or "onnx".
+        name: Short name of the model.
+        config: The Hugging Face config as a dict; {} where there is none.
+        tokenizer: Folder with its tokenizer; None if there is none.
+    """
+
+    backend: ClassVar[str]
+    name: str
+    config: dict[str, Any]
+    tokenizer: Path | None
+
+    @abstractmethod
+    def start(self, batch: int) -> Any:
+        """Return an empty cache for `batch` sequences, in the model's own form."""
+
+    @abstractmethod
+    def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
+        """Run the next tokens of every sequence.
+
+        Args:
+            inputs: `input_ids` [B, S], `attention_mask` [B, P + S], nonzero at real tokens, and
+                `position_ids` [B, S], all int64.
+            cache: From `start` or the step before, holding P tokens; it is used up.
+
+        Returns:
+            Logits [B, S, vocab] in fp32 on the CPU, and the cache with P + S tokens.
+        """
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model was made for; None if the config does not say."""
+        for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
+            if isinstance(self.config.get(key), int):
+                return int(self.config[key])
+        return None
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the logits of whole sequences.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: int64 [B, S], nonzero at real tokens; all of them by default.
+
+        Returns:
+            fp32 [B, S, vocab].
+        """
+        inputs = {"input_ids": input_ids}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
+        return self.step(complete_inputs(inputs), self.start(input_ids.shape[0]))[0]
+
+
+@dataclass
+class _Replay:
+    """What stands for a cache where the program has none: the tokens so far, run again."""
+
+    input_ids: Tensor | None = None
+
+
+class ProgramModel(LanguageModel):
+    """A program, run by the ops' torch implementations in fp32.
+
+    Args:
+        program: What to run, with or without KV states.
+        keep_weights: Hold every weight after its first use; otherwise each run reads them again
+            and needs the memory of one layer.
+    """
+
+    backend = "program"
+
+    def __init__(self, program: Program, *, keep_weights: bool = True) -> None:
+        self.name = program.name
+        self.config = program.config
+        self.tokenizer = Path(program.tokenizer) if program.tokenizer else None
+        self._runner = CheckedRunner(program, keep_weights=keep_weights)
+
+    def start(self, batch: int) -> Any:
+        states = self._runner.program.states
+        return self._runner.empty_cache(batch) if states else _Replay()
+
+    def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
+        if not isinstance(cache, _Replay):
+            outputs, cache = self._runner.run(inputs, cache)
+            return outputs[0].float(), cache
+        new = inputs["input_ids"]
+        ids = new if cache.input_ids is None else torch.cat([cache.input_ids, new], 1)
+        whole = complete_inputs({"input_ids": ids, "attention_mask": inputs["attention_mask"]})
+        outputs, _ = self._runner.run(whole)
+        return outputs[0][:, -new.shape[1] :].float(), _Replay(ids)
+
+
+class TorchArtifactModel(LanguageModel):
+    """The `model.py` of a torch artifact.
+
+    The file is code, so it is run only where it is, byte for byte, what graphopt writes for the
+    program beside it.
+
+    Args:
+        root: Output folder of `graphopt compile --emit torch`.
+        program: The program saved in it.
+        trust_remote_code: Run the file even if it was changed.
+
+    Raises:
+        SourceError: The file differs from what graphopt writes, or cannot be loaded.
+    """
+
+    backend = "torch"
+
+    def __init__(self, root: Path, program: Program, *, trust_remote_code: bool = False) -> None:
+        from graphopt.lowering.torch import render_model
+
+        path = root / "model.py"
+        if not trust_remote_code and path.read_bytes() != render_model(program).encode():
+            raise SourceError(
+                f"{path} is not the file that graphopt writes for {root / 'program.json'}.",
+                "Read it, and pass --trust-remote-code if you want it to run; or compile again.",
+            )
+        self.name = program.name
+        self.config = program.config
+        self.tokenizer = _artifact_tokenizer(root, program)
+        spec = importlib.util.spec_from_file_location(f"graphopt_artifact_{id(self)}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        try:
+            spec.loader.exec_module(module)
+            self._model = module.load(root)
+        except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+            raise SourceError(
+                f"{path} cannot be loaded: {reason(error)}.",
+                "Compile the model again.",
+            ) from error
+
+    def start(self, batch: int) -> Any:
+        return self._model.empty_cache(batch)
+
+    def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
+        with torch.no_grad():
+            logits, cache = self._model(
+                inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"], cache
+            )
+        return logits.float(), cache
+
+
+class OnnxArtifactModel(LanguageModel):
+    """The graph of an ONNX artifact, run by ONNX Runtime on the CPU.
+
+    Args:
+        folder: Folder with `model.onnx`, whose inputs are `input_ids`, and where it has them
+            `attention_mask`, `position_ids` and `past_key_values.N.key` / `.value`, and whose
+            outputs are `logits` and `present.N.key` / `.value`.
+        name: Short name of the model.
+        config: Its Hugging Face config.
+        tokenizer: Folder with its tokenizer; by default `folder` where it holds one.
+
+    Raises:
+        SourceError: ONNX Runtime cannot load the graph, or its inputs are others.
+    """
+
+    backend = "onnx"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str = "",
+        config: Mapping[str, Any] | None = None,
+        tokenizer: Path | None = None,
+    ) -> None:
+        import onnxruntime
+
+        self.name = name or folder.resolve().name
+        self.config = dict(config or {})
+        self.tokenizer = tokenizer_in(folder) or tokenizer
+        path = folder / "model.onnx"
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            # ONNX Runtime's exceptions share no base class of their own.
+            raise SourceError(
+                f"ONNX Runtime cannot load {path}: {reason(error)}.",
+                "Compile the model again.",
+            ) from error
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        self._pasts = [name for name in self._inputs if name.startswith("past_key_values.")]
+        known = {"input_ids", "attention_mask", "position_ids", *self._pasts}
+        presents = {name.replace("past_key_values.", "present.") for name in self._pasts}
+        missing = ({"input_ids"} - set(self._inputs)) | (presents - set(self._outputs))
+        odd = sorted((set(self._inputs) - known) | missing)
+        if odd or "logits" not in self._outputs:
+            raise SourceError(
+                f"{path} is no language model as graphopt emits it: {(odd or ['logits'])[0]!r} is "
+                "unexpected or missing.",
+                "Compile the model again with --emit onnx.",
+            )
+
+    def start(self, batch: int) -> Any:
+        if not self._pasts:
+            return _Replay()
+        cache = {}
+        for name in self._pasts:
+            _, heads, _, width = self._inputs[name].shape
+            cache[name] = torch.zeros(batch, heads, 0, width).numpy()
+        return cache
+
+    def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
+        count = inputs["input_ids"].shape[1]
+        replayed = isinstance(cache, _Replay)
+        if replayed and cache.input_ids is not None:
+            ids = torch.cat([cache.input_ids, inputs["input_ids"]], 1)
+            mask = inputs["attention_mask"]
+            inputs = complete_inputs({"input_ids": ids, "attention_mask": mask})
+        feeds = {n: v.numpy() for n, v in inputs.items() if n in self._inputs}
+        if not replayed:
+            feeds.update(cache)
+        results = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        logits = torch.from_numpy(results["logits"]).float()
+        if replayed:
+            return logits[:, -count:], _Replay(inputs["input_ids"])
+        return logits, {
+            name: results[name.replace("past_key_values.", "present.")] for name in self._pasts
+        }
+
+
+def _artifact_tokenizer(root: Path, program: Program) -> Path | None:
+    """Return the folder of an artifact that holds its tokenizer."""
+    saved = [Path(program.tokenizer)] if program.tokenizer else []
+    for folder in (root, root / "onnx", root / "hf", *saved):
+        if tokenizer_in(folder):
+            return folder
+    return None
+
+
+def open_language_model(
+    spec: str,
+    backend: Backend = "auto",
+    *,
+    trust_remote_code: bool = False,
+    keep_weights: bool = True,
+) -> LanguageModel:
+    """Open a model or an artifact to run it.
+
+    Args:
+        spec: What `open_model` takes, an output folder of `graphopt compile`, or a folder with
+            `model.onnx`.
+        backend: "auto" runs an output folder's model.py where it has one, else its ONNX graph,
+            else its program; everything else is captured and run as a program.
+        trust_remote_code: Let code of a checkpoint, or a changed model.py, run.
+        keep_weights: See `ProgramModel`.
+
+    Raises:
+        SourceError: There is no such model, or it cannot be read.
+        CaptureError: The source cannot be captured.
+        UsageError: The backend is not among what the folder holds.
+    """
+    root = Path(spec).expanduser()
+    artifact = (root / "program.json").is_file()
+    onnx_folder = root / "onnx" if artifact else root
+    has_torch = artifact and (root / "model.py").is_file()
+    has_onnx = (onnx_folder / "model.onnx").is_file()
+    if backend == "auto":
+        backend = "torch" if has_torch else "onnx" if has_onnx else "program"
+    for name, there in (("torch", has_torch), ("onnx", has_onnx)):
+        if backend == name and not there:
+            raise UsageError(
+                f"{spec!r} holds no {name} artifact.",
+                f"Compile one with `graphopt compile {spec} --emit {name} -o FOLDER`.",
+            )
+    if backend == "onnx" and not artifact:
+        return OnnxArtifactModel(onnx_folder)
+    from graphopt.capture import capture
+
+    program = capture(spec, trust_remote_code=trust_remote_code)
+    if backend == "torch":
+        return TorchArtifactModel(root, program, trust_remote_code=trust_remote_code)
+    if backend == "onnx":
+        return OnnxArtifactModel(
+            onnx_folder,
+            name=program.name,
+            config=program.config,
+            tokenizer=_artifact_tokenizer(root, program),
+        )
+    model = ProgramModel(program, keep_weights=keep_weights)
+    if artifact:
+        model.tokenizer = _artifact_tokenizer(root, program)
+    return model
+
+
+def load_tokenizer(model: LanguageModel) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model.
+
+    Raises:
+        SourceError: It has none, or the files cannot be read without running code.
+    """
+    from transformers import AutoTokenizer
+
+    if model.tokenizer is None:
+        raise SourceError(
+            f"{model.name} has no tokenizer.",
+            "Put tokenizer.json and tokenizer_config.json into the model's folder.",
+        )
+    try:
+        return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+            str(model.tokenizer), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise SourceError(
+            f"The tokenizer in {model.tokenizer} cannot be loaded: {reason(error)}.",
+            "Put a tokenizer.json there that transformers loads without code of its own.",
+        ) from error
+
+
+def read_text(path: Path) -> str:
+    """Return an evaluation text as papers prepare it: the lines of the file joined by blank lines.
+
+    Raises:
+        SourceError: The file cannot be read, is not UTF-8 or holds no text.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}.",
+            "Convert it to UTF-8.",
+        ) from error
+    if not text.strip():
+        raise SourceError(f"{path} is empty.", "Give a file with text in the model's language.")
+    return "\n\n".join(text.removesuffix("\n").split("\n"))
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What `perplexity` measured.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood.
+        tokens: Tokens that were run: windows times seqlen.
+        windows: How many windows.
+        seqlen: Tokens of a window.
+        seconds: Time it took, without opening the model.
+    """
+
+    perplexity: float
+    tokens: int
+    windows: int
+    seqlen: int
+    seconds: float
+
+
+def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the log-probability of each target under softmax(logits), in fp32.
+
+    Args:
+        logits: [..., vocab].
+        targets: int64 [...].
+
+    Returns:
+        fp32 [...]. Temporary memory is that of a few hundred rows.
+    """
+    rows, wanted = logits.flatten(0, -2), targets.flatten()
+    parts = [
+        part.float().gather(-1, index[:, None])[:, 0] - part.float().logsumexp(-1)
+        for part, index in zip(rows.split(ROWS_AT_ONCE), wanted.split(ROWS_AT_ONCE), strict=True)
+    ]
+    return torch.cat(parts).view(targets.shape)
+
+
+def perplexity(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    windows: int | None = None,
+    seqlen: int = 2048,
+    progress: Progress = silent,
+) -> PerplexityResult:
+    """Measure perplexity over non-overlapping windows, as compression papers do.
+
+    The text is tokenised once, as a whole, and cut into windows of `seqlen` tokens; a rest that
+    fills no window is left out. A window's first token is not predicted. Source of the procedure:
+    Frantar et al., GPTQ, arXiv 2210.17323, section 4.
+
+    Args:
+        text: See `read_text`.
+        windows: How many at most, from the start of the text; None for all.
+        seqlen: Tokens of a window.
+
+    Raises:
+        SourceError: The text fills no window.
+        UsageError: `windows` or `seqlen` is out of range for the model.
+    """
+    if windows is not None and windows < 1:
+        raise UsageError(f"The number of windows must be at least 1, not {windows}.")
+    if seqlen < 2:
+        raise UsageError(f"The window length must be at least 2 tokens, not {seqlen}.")
+    if model.positions is not None and seqlen > model.positions:
+        raise UsageError(
+            f"A window of {seqlen} tokens exceeds the {model.positions} that {model.name} takes.",
+            f"Pass --seqlen {model.positions} or less.",
+        )
+    # `verbose` off: a text longer than the model's context is what this is about.
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    count = len(ids) // seqlen
+    if count == 0:
+        raise SourceError(
+            f"The text is too short: its {len(ids)} tokens fill no window of {seqlen}.",
+            f"Give a longer text, or pass --seqlen {len(ids)} or less."
+            if len(ids) > 1
+            else "Give a longer text.",
+        )
+    count = count if windows is None else min(count, windows)
+    started = time.perf_counter()
+    total = 0.0
+    progress("perplexity", 0, count)
+    for index in range(count):
+        window = ids[None, index * seqlen : (index + 1) * seqlen]
+        likelihoods = token_log_likelihoods(model.logits(window)[:, :-1], window[:, 1:])
+        total -= float(likelihoods.double().sum())
+        progress("perplexity", index + 1, count)
+    mean = total / (count * (seqlen - 1))
+    return PerplexityResult(
+        # exp overflows where a broken model is sure of the wrong token.
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        tokens=count * seqlen,
+        windows=count,
+        seqlen=seqlen,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@dataclass(frozen=True)
+class PiqaRow:
+    """One question: a goal, two solutions, and which of them (0 or 1) is right."""
+
+    goal: str
+    solutions: tuple[str, str]
+    label: int
+
+
+@dataclass(frozen=True)
+class PiqaResult:
+    """What `piqa_accuracy` measured: the share answered rightly, over how many, in what time."""
+
+    accuracy: float
+    rows: int
+    seconds: float
+
+
+def read_piqa(path: Path) -> list[PiqaRow]:
+    """Read PIQA questions: JSON lines with `goal`, `sol1`, `sol2` and `label` (0 means sol1).
+
+    Raises:
+        SourceError: The file cannot be read or is empty, or a line is malformed; with its number.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SourceError(f"{path} cannot be read: {reason}.") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+            goal, first, second = (data[key] for key in ("goal", "sol1", "sol2"))
+            label = int(data["label"])
+            if not all(isinstance(s, str) for s in (goal, first, second)) or label not in (0, 1):
+                raise ValueError("a field is out of range")
+            if not first or not second:
+                raise ValueError("a solution is empty")
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise SourceError(
+                f"{path}, line {number}, is no PIQA question: {reason}.",
+                'Each line is {"goal": ..., "sol1": ..., "sol2": ..., "label": 0 or 1}.',
+            ) from error
+        rows.append(PiqaRow(goal, (first, second), label))
+    if not rows:
+        raise SourceError(f"{path} is empty.", "Give a file with one question a line.")
+    return rows
+
+
+def piqa_accuracy(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[PiqaRow],
+    *,
+    batch: int = 8,
+    progress: Progress = silent,
+) -> PiqaResult:
+    """Measure how often the right solution is the likelier one, per character.
+
+    The prompt is "Question: {goal}\\nAnswer: {solution}". A solution's score is the log-probability
+    of its tokens after the prompt, divided by its length in characters (`acc_norm` of the
+    lm-evaluation-harness).
+
+    Args:
+        rows: See `read_piqa`.
+        batch: Sequences that run at once; they are padded on the right, which changes no result.
+
+    Raises:
+        UsageError: There are no rows, or `batch` is not positive.
+    """
+    if not rows or batch < 1:
+        raise UsageError("PIQA needs at least one question and a batch of at least one.")
+    started = time.perf_counter()
+    sequences: list[list[int]] = []
+    starts: list[int] = []
+    for row in rows:
+        prompt = f"Question: {row.goal}\nAnswer:"
+        answer_at = len(tokenizer(prompt)["input_ids"])
+        for solution in row.solutions:
+            sequences.append(tokenizer(f"{prompt} {solution}")["input_ids"])
+            starts.append(min(answer_at, len(sequences[-1]) - 1))
+    if model.positions is not None:
+        # What is too long loses its beginning.
+        surplus = [max(len(ids) - model.positions, 0) for ids in sequences]
+        sequences = [ids[cut:] for ids, cut in zip(sequences, surplus, strict=True)]
+        starts = [max(start - cut, 1) for start, cut in zip(starts, surplus, strict=True)]
+    scores = [0.0] * len(sequences)
+    # Sequences of like length share a batch, so that little of it is padding.
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+    progress("piqa", 0, len(order))
+    for first in range(0, len(order), batch):
+        members = order[first : first + batch]
+        length = max(len(sequences[index]) for index in members)
+        ids = torch.zeros(len(members), length, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for place, index in enumerate(members):
+            own = sequences[index]
+            ids[place, : len(own)], mask[place, : len(own)] = torch.tensor(own), 1
+        likelihoods = token_log_likelihoods(model.logits(ids, mask)[:, :-1], ids[:, 1:])
+        for place, index in enumerate(members):
+            answer = likelihoods[place, starts[index] - 1 : len(sequences[index]) - 1]
+            solution = rows[index // 2].solutions[index % 2]
+            scores[index] = float(answer.double().sum()) / len(solution)
+        progress("piqa", min(first + batch, len(order)), len(order))
+    right = sum(
+        int(scores[2 * number + 1] > scores[2 * number]) == row.label
+        for number, row in enumerate(rows)
+    )
+    return PiqaResult(right / len(rows), len(rows), time.perf_counter() - started)

@@ -1,0 +1,235 @@
+"""What `graphopt inspect`, `passes` and `diff` say, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphopt.breakdown import PARTS, at, breakdown, kv_cache_bytes
+from graphopt.ir.cost import total_cost
+from graphopt.ir.graph import Program
+from graphopt.ir.printer import print_program
+from graphopt.ir.types import DTYPE_NAMES, B, Dim, P, S
+from graphopt.ir.weights import Weight
+from graphopt.passes.base import Context, Pass, all_passes, default_of, get_pass, type_name
+from graphopt.passes.insert_kv_cache import InsertKVCache
+from graphopt.progress import Progress, silent
+from graphopt.verification import has_values
+
+
+def inspect_program(
+    program: Program, batch: int = 1, seq: int = 128, past: int = 0
+) -> dict[str, Any]:
+    """Return a program's text, parameters and costs; no weight is read.
+
+    FLOPs and bytes are those of the program with a KV cache where it can have one, so that past
+    tokens count.
+
+    Args:
+        batch, seq, past: B sequences, S tokens of the step, P tokens in the cache.
+
+    Returns:
+        JSON data; a cost has a `symbolic` form in B, S and P and a `value`.
+    """
+    cached = InsertKVCache().run(program.copy(), Context()).program
+    if not cached.states:
+        past = 0
+    sizes = {B: batch, S: seq, P: past}
+    cost = total_cost(cached)
+
+    def both(value: Dim) -> dict[str, Any]:
+        return {"symbolic": _pretty(value), "value": at(value, sizes)}
+
+    parts: dict[str, dict[str, int]] = {part: {"parameters": 0, "flops": 0} for part in PARTS}
+    evaluated: dict[int, dict[str, int]] = {}
+    for block in breakdown(cached):
+        for part, count in block.parameters.items():
+            parts[part]["parameters"] += count
+        if id(block.flops) not in evaluated:
+            evaluated[id(block.flops)] = {p: at(c, sizes) for p, c in block.flops.items()}
+        for part, count in evaluated[id(block.flops)].items():
+            parts[part]["flops"] += count
+    return {
+        "name": program.name,
+        "source": program.source,
+        "model_type": program.config.get("model_type"),
+        "dtype": DTYPE_NAMES[program.checkpoint_dtype],
+        "parameters": program.parameter_count(),
+        "weight_bytes": sum(w.numel * w.dtype.itemsize for w in program.used_weights()),
+        "inputs": {name: str(kind) for name, kind in program.inputs.items()},
+        "outputs": list(program.outputs),
+        "functions": {
+            name: {
+                "calls": sum(call.function == name for call in program.calls),
+                "nodes": len(function.nodes),
+            }
+            for name, function in program.functions.items()
+        },
+        "sizes": {"B": batch, "S": seq, "P": past},
+        "kv_cache": bool(cached.states),
+        "flops": both(cost.flops),
+        "bytes": {
+            "weights": both(cost.weight_bytes),
+            "activations": both(cost.activation_bytes),
+            "kv_cache": both(kv_cache_bytes(cached)),
+        },
+        "flops_by_op": {op: at(flops, sizes) for op, flops in cost.by_op.items() if flops != 0},
+        "parts": parts,
+        "notes": [{"where": where, "reason": reason} for where, reason in program.notes],
+        "program": print_program(program),
+    }
+
+
+def _pretty(value: Dim) -> str:
+    """Return a cost as a polynomial with the sizes B, S and P."""
+    import sympy
+
+    expanded = sympy.expand(sympy.sympify(value))
+    return str(sympy.collect(expanded, B)).replace("**", "^")
+
+
+def describe_passes(name: str | None = None) -> list[dict[str, Any]]:
+    """Return what is known of every pass, or of one.
+
+    Raises:
+        UsageError: There is no pass of this name.
+    """
+    chosen = [get_pass(name)] if name is not None else list(all_passes().values())
+    return [_describe_pass(cls) for cls in chosen]
+
+
+def _describe_pass(cls: type[Pass]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    text = inspect.cleandoc(cls.__doc__ or "")
+    return {
+        "name": cls.name,
+        "summary": " ".join(text.split("\n\n")[0].split()),
+        "exact": cls.exact,
+        "reads_weights": cls.reads_weights,
+        "requires": list(cls.requires),
+        "options": [
+            {
+                "name": option.name,
+                "type": type_name(hints[option.name]),
+                "default": default_of(option),
+            }
+            for option in dataclasses.fields(cls)
+        ],
+        "doc": text,
+    }
+
+
+def diff_models(
+    a: str, b: str, *, trust_remote_code: bool = False, progress: Progress = silent
+) -> dict[str, Any]:
+    """Compare two models or output folders.
+
+    Weights that both have are read one by one and compared as fp32, unless both come from the
+    same place.
+
+    Returns:
+        JSON data: `parameters`, `weight_bytes`, `structure` (a unified diff of the programs as
+        text), `weights` and, where both have one, `report`.
+
+    Raises:
+        GraphoptError: One of them cannot be opened or captured.
+    """
+    from graphopt.capture import capture
+
+    left = capture(a, trust_remote_code=trust_remote_code)
+    right = capture(b, trust_remote_code=trust_remote_code)
+    before, after = _body(left).splitlines(), _body(right).splitlines()
+    return {
+        "a": a,
+        "b": b,
+        "parameters": [left.parameter_count(), right.parameter_count()],
+        "weight_bytes": [
+            sum(w.numel * w.dtype.itemsize for w in program.used_weights())
+            for program in (left, right)
+        ],
+        "structure": list(difflib.unified_diff(before, after, fromfile=a, tofile=b, lineterm="")),
+        "weights": _diff_weights(left, right, progress),
+        "report": _diff_reports(Path(a), Path(b)),
+    }
+
+
+def _body(program: Program) -> str:
+    """Return the printed program without its header line, which names it."""
+    return print_program(program).partition("\n")[2]
+
+
+def _diff_weights(left: Program, right: Program, progress: Progress) -> dict[str, Any]:
+    ours = {weight.name: weight for weight in left.used_weights()}
+    theirs = {weight.name: weight for weight in right.used_weights()}
+    common = [name for name in ours if name in theirs]
+    changed: list[dict[str, Any]] = []
+    readable = has_values(left) and has_values(right)
+    progress("weights", 0, len(common))
+    for done, name in enumerate(common, start=1):
+        row = _diff_weight(ours[name], theirs[name], readable)
+        if row is not None:
+            changed.append({"name": name, **row})
+        progress("weights", done, len(common))
+    return {
+        "only_a": sorted(set(ours) - set(theirs)),
+        "only_b": sorted(set(theirs) - set(ours)),
+        "common": len(common),
+        "compared": readable,
+        "changed": changed,
+    }
+
+
+def _diff_weight(a: Weight, b: Weight, readable: bool) -> dict[str, Any] | None:
+    """Return how a weight differs; None where it does not."""
+    shapes = {"shape": [list(a.shape), list(b.shape)]}
+    dtypes = {"dtype": [DTYPE_NAMES.get(w.dtype, str(w.dtype)) for w in (a, b)]}
+    if a.shape != b.shape:
+        return {**shapes, **dtypes, "max_abs_delta": None}
+    if not readable or a.producer == b.producer:
+        return {**shapes, **dtypes, "max_abs_delta": None} if a.dtype != b.dtype else None
+    delta = _largest_difference(a, b)
+    if delta == 0 and a.dtype == b.dtype:
+        return None
+    return {**shapes, **dtypes, "max_abs_delta": delta}
+
+
+def _largest_difference(a: Weight, b: Weight) -> float:
+    if a.numel == 0:
+        return 0.0
+    x, y = a.load(torch.float32), b.load(torch.float32)
+    if x.is_floating_point():
+        # Equal infinities, as masks hold them, don't differ.
+        return float((x - y).masked_fill(x == y, 0.0).abs().max())
+    return float((x.double() - y.double()).abs().max())
+
+
+def _diff_reports(a: Path, b: Path) -> dict[str, list[Any]] | None:
+    """Return the figures of two reports side by side; None unless both are there."""
+    found: list[dict[str, Any]] = []
+    for folder in (a, b):
+        try:
+            data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        last: dict[str, Any] = next(
+            (p for p in reversed(data["passes"]) if p["perplexity_after"]), {}
+        )
+        found.append(
+            {
+                "recipe": data["recipe"],
+                "target": data["target"],
+                "parameters": data["parameters"],
+                "perplexity": last.get("perplexity_after"),
+                "total_seconds": data["total_seconds"],
+                "peak_bytes": data["peak_bytes"],
+                "artifact_bytes": (data["artifact"] or {}).get("bytes"),
+            }
+        )
+    return {key: [found[0][key], found[1][key]] for key in found[0]}

@@ -1,0 +1,430 @@
+"""Running passes in order, each verified."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from graphopt.errors import PassError, UsageError, VerifyError, unknown_name
+from graphopt.evaluate import read_text
+from graphopt.ir.graph import Program
+from graphopt.ir.printer import print_program
+from graphopt.ir.types import DTYPE_NAMES
+from graphopt.ir.verify import verify as verify_structure
+from graphopt.measure import Meter
+from graphopt.passes.base import PROPERTIES, Context, Pass, all_passes, make_pass
+from graphopt.probe import PROBE_TEXT
+from graphopt.progress import Progress, silent
+from graphopt.recipe import format_recipe, parse_recipe, read_recipe, recipe_to_yaml
+from graphopt.report import PassEntry, Report, SkipEntry, block_entries, machine, versions
+from graphopt.snapshot import Snapshots
+from graphopt.verification import (
+    Measured,
+    Probe,
+    compare,
+    finite,
+    has_values,
+    make_probe,
+    measure,
+)
+
+DEFAULT_RECIPE = "normalise,common-subexpression,fold-constants,dead-code,insert-kv-cache"
+
+OnPass: TypeAlias = Callable[[PassEntry], None]
+
+
+@dataclass
+class Pipeline:
+    """Passes in the order they run.
+
+    Attributes:
+        passes: The recipe, as objects.
+    """
+
+    passes: list[Pass] = field(default_factory=list)
+
+    def __init__(self, passes: Iterable[Pass | str] = ()) -> None:
+        """Take `Pass` objects, or names of passes with all options at their defaults.
+
+        Raises:
+            UsageError: A name is unknown.
+        """
+        self.passes = [make_pass(p, {}) if isinstance(p, str) else p for p in passes]
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """Return the pipeline of a recipe's text form, such as `normalise,dead-code`.
+
+        Raises:
+            UsageError: With the position of what is wrong, or the nearest known name.
+        """
+        return cls(parse_recipe(text))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Pipeline:
+        """Return the pipeline of a recipe file.
+
+        Raises:
+            UsageError: The file cannot be read, or its content is wrong.
+        """
+        return cls(read_recipe(Path(path)))
+
+    @classmethod
+    def default(cls) -> Pipeline:
+        """Return the pipeline `graphopt compile` runs when none is given."""
+        return cls.parse(DEFAULT_RECIPE)
+
+    def __str__(self) -> str:
+        return format_recipe(self.passes)
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML, which `from_yaml` reads."""
+        return recipe_to_yaml(self.passes)
+
+    def until(self, name: str) -> Pipeline:
+        """Return the pipeline up to and with the last pass called `name`.
+
+        Raises:
+            UsageError: It is not in the recipe.
+        """
+        names = [item.name for item in self.passes]
+        if name not in names:
+            known = all_passes()
+            if name in known:
+                raise UsageError(
+                    f"The recipe has no pass {name!r} to stop after.",
+                    f"It runs {', '.join(names) or 'nothing'}.",
+                )
+            raise unknown_name("pass", name, known)
+        last = len(names) - names[::-1].index(name)
+        return Pipeline(self.passes[:last])
+
+    def plan(self, program: Program) -> tuple[Program, list[PassEntry]]:
+        """Check the recipe on the structure of `program`, reading no weight.
+
+        Passes that need no weights are run on a copy. From the first that reads weights on,
+        only prerequisites are checked; what it will change is not known yet.
+
+        Returns:
+            The program as far as it is known, and an entry a pass without figures.
+
+        Raises:
+            PassError: A prerequisite does not hold, or a pass refuses the program.
+        """
+        self._check_order(program)
+        current, known = program.copy(), True
+        entries: list[PassEntry] = []
+        for number, item in enumerate(self.passes):
+            entry = _new_entry(item, current)
+            entry.verification = "planned"
+            if known:
+                self._check_properties(item, number, current)
+                item.check(current)
+            if known and not item.reads_weights:
+                with Meter() as meter:
+                    result = item.run(current, Context())
+                current = result.program
+                entry.matched, entry.changed = result.matched, result.changed
+                entry.skipped = [SkipEntry(s.where, s.reason) for s in result.skipped]
+                entry.details = result.details
+                entry.seconds, entry.peak_bytes = meter.seconds, meter.peak_bytes
+            else:
+                known = False
+            entry.parameters_after = current.parameter_count()
+            entries.append(entry)
+        return current, entries
+
+    def check(self, program: Program) -> None:
+        """Refuse what this recipe can't do to `program`, before any weight is read.
+
+        Raises:
+            PassError: A prerequisite does not hold, or a pass refuses the program.
+        """
+        self.plan(program)
+
+    def run(
+        self,
+        program: Program,
+        *,
+        calib: str | Path | None = None,
+        verify: bool = True,
+        dump_ir: str | Path | None = None,
+        stop_after: str | None = None,
+        work: str | Path | None = None,
+        resume: bool = False,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        progress: Progress = silent,
+        on_pass: OnPass | None = None,
+    ) -> tuple[Program, Report]:
+        """Run the passes and verify each.
+
+        Args:
+            program: Left as it is; weights are shared with the result.
+            calib: Text file for calibration and for the probe; None for a built-in text.
+            verify: Compare results before and after every pass. The structure is always
+                verified.
+            dump_ir: Folder that gets the program before and after every pass as text.
+            stop_after: Name of the last pass to run.
+            work: Folder for snapshots, which the caller deletes when it has used the result;
+                None to keep none.
+            resume: Take up the latest snapshot in `work` that fits source and recipe.
+            device: Where verification computes.
+            seed: Of everything random.
+            progress: Told about long work.
+            on_pass: Told about every pass when it is done.
+
+        Returns:
+            The transformed program, and a report without target and artifact.
+
+        Raises:
+            UsageError: `stop_after` names no pass of the recipe.
+            PassError: A pass can't run on this program; nothing was read.
+            VerifyError: A pass broke the program or changed results beyond the tolerance.
+            SourceError: A weight or the text cannot be used.
+        """
+        pipeline = self.until(stop_after) if stop_after is not None else self
+        text = read_text(Path(calib)) if calib is not None else PROBE_TEXT
+        pipeline.check(program)
+        tokenizer = Path(program.tokenizer) if program.tokenizer else None
+        folder = Path(work) if work is not None else None
+        context = Context(text, tokenizer, torch.device(device), seed, progress, folder)
+        with Meter() as meter:
+            run = _Run(pipeline.passes, program, context, verify, on_pass)
+            if dump_ir is not None:
+                run.dump_to(Path(dump_ir))
+            if folder is not None:
+                salt = f"{versions().get('graphopt')} {seed} {verify} {device}\n{text}\n"
+                run.snapshots = Snapshots(folder, program, salt)
+                if resume:
+                    run.restore()
+                else:
+                    run.snapshots.clear()
+            run.all()
+        report = Report(
+            source=program.source,
+            name=program.name,
+            recipe=str(pipeline),
+            passes=run.entries,
+            versions=versions(),
+            machine=machine(),
+            total_seconds=meter.seconds,
+            peak_bytes=meter.peak_bytes,
+            parameters=run.program.parameter_count(),
+            dtype=DTYPE_NAMES[run.program.checkpoint_dtype],
+            probe=run.probe_entry(),
+            blocks=block_entries(run.program),
+        )
+        fresh = [entry for entry in run.entries if not entry.resumed]
+        report.stages = {
+            "passes": sum(entry.seconds for entry in fresh),
+            "verify": sum(entry.verify_seconds for entry in fresh),
+        }
+        return run.program, report
+
+    def _check_order(self, program: Program) -> None:
+        """Check prerequisites that name passes."""
+        known = all_passes()
+        for number, item in enumerate(self.passes):
+            for wanted in item.requires:
+                if wanted.lstrip("!") in PROPERTIES:
+                    continue
+                if wanted not in known:
+                    raise PassError(
+                        f"Pass {item.name!r} requires {wanted!r}, which is neither a pass nor a "
+                        "property of programs."
+                    )
+                if wanted not in [earlier.name for earlier in self.passes[:number]]:
+                    raise PassError(
+                        f"Pass {item.name!r} must come after {wanted!r}.",
+                        f"Put {wanted!r} before it in the recipe.",
+                    )
+
+    def _check_properties(self, item: Pass, number: int, program: Program) -> None:
+        """Check prerequisites that name properties of the program `item` gets."""
+        for wanted in item.requires:
+            name, negated = wanted.lstrip("!"), wanted.startswith("!")
+            holds = PROPERTIES[name](program) if name in PROPERTIES else not negated
+            if holds != negated:
+                continue
+            where = f"number {number + 1} of the recipe"
+            if negated:
+                raise PassError(
+                    f"Pass {item.name!r}, {where}, needs a program without {name}.",
+                    "Move it before the pass that makes it.",
+                )
+            raise PassError(
+                f"Pass {item.name!r}, {where}, needs a program with {name}.",
+                "Move it behind the pass that makes it.",
+            )
+
+
+def _new_entry(item: Pass, program: Program) -> PassEntry:
+    options = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
+    count = program.parameter_count()
+    return PassEntry(
+        item.name, options, item.exact, parameters_before=count, parameters_after=count
+    )
+
+
+class _Run:
+    """One run of a recipe: the program as it stands, and what verification knows of it."""
+
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        program: Program,
+        context: Context,
+        verify: bool,
+        on_pass: OnPass | None,
+    ) -> None:
+        self.passes = passes
+        self.program = program
+        self.context = context
+        self.verify = verify
+        self.on_pass = on_pass
+        self.entries: list[PassEntry] = []
+        self.snapshots: Snapshots | None = None
+        self._dump: Path | None = None
+        self._probe: Probe | None = None
+        # What exact passes are held to, and what the program as it stands gives.
+        self._reference: Measured | None = None
+        self._latest: Measured | None = None
+
+    def dump_to(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._dump = folder
+        self._write_dump("00-capture", self.program)
+
+    def _write_dump(self, name: str, program: Program) -> None:
+        if self._dump is not None:
+            text = print_program(program) + "\n"
+            (self._dump / f"{name}.txt").write_text(text, encoding="utf-8")
+
+    def _prefix(self, count: int) -> str:
+        return format_recipe(self.passes[:count])
+
+    def restore(self) -> None:
+        """Go to the latest snapshot of this run, if there is one."""
+        assert self.snapshots is not None
+        for count in range(len(self.passes), 0, -1):
+            found = self.snapshots.load(self._prefix(count), count)
+            if found is not None:
+                self.program, entries = found
+                self.entries = [PassEntry.from_json(entry) for entry in entries]
+                for entry in self.entries:
+                    entry.resumed = True
+                    if self.on_pass is not None:
+                        self.on_pass(entry)
+                return
+
+    def all(self) -> None:
+        """Run what is left of the recipe."""
+        for number in range(len(self.entries), len(self.passes)):
+            entry = self._one(self.passes[number])
+            self.entries.append(entry)
+            self._write_dump(f"{number + 1:02d}-{entry.name}", self.program)
+            if self.snapshots is not None:
+                saved = [dataclasses.asdict(done) for done in self.entries]
+                self.snapshots.save(self.program, self._prefix(number + 1), number + 1, saved)
+            if self.on_pass is not None:
+                self.on_pass(entry)
+
+    def _one(self, item: Pass) -> PassEntry:
+        before = self.program
+        entry = _new_entry(item, before)
+        self.context.progress(item.name, 0, 1)
+        with Meter() as meter:
+            item.check(before)
+            result = item.run(before.copy(), self.context)
+        entry.seconds, entry.peak_bytes = meter.seconds, meter.peak_bytes
+        after = result.program
+        entry.matched, entry.changed = result.matched, result.changed
+        entry.skipped = [SkipEntry(skip.where, skip.reason) for skip in result.skipped]
+        entry.details = result.details
+        entry.parameters_after = after.parameter_count()
+        self.context.progress(item.name, 1, 1)
+        with Meter() as meter:
+            try:
+                verify_structure(after)
+            except VerifyError as error:
+                raise VerifyError(
+                    f"Pass {item.name!r} made a malformed program: {error.message}",
+                    f"Leave {item.name!r} out of the recipe; this is a bug in the pass.",
+                ) from error
+            if result.changed == 0 and print_program(after) == print_program(before):
+                entry.verification = "unchanged"
+                self._latest = self._latest or self._reference
+                if self._latest is not None:
+                    self._fill_unchanged(entry, self._latest)
+            elif self.verify:
+                self._verify_numbers(item, before, after, entry)
+        entry.verify_seconds = meter.seconds
+        self.program = after
+        return entry
+
+    @staticmethod
+    def _fill_unchanged(entry: PassEntry, measured: Measured) -> None:
+        """An equal program has equal results, and they are known."""
+        entry.perplexity_before = entry.perplexity_after = finite(measured.perplexity)
+
+    def _verify_numbers(
+        self, item: Pass, before: Program, after: Program, entry: PassEntry
+    ) -> None:
+        if not has_values(before) or not has_values(after):
+            entry.verification = "no weights to verify with"
+            return
+        if self._latest is None:
+            self._latest = self._measure(before, "reference")
+        if self._reference is None:
+            self._reference = self._latest
+        measured = self._measure(after, f"verify {item.name}")
+        against = self._reference if item.exact else self._latest
+        difference = compare(against, measured)
+        entry.max_abs_logit_delta = finite(difference.max_abs_logit_delta)
+        entry.kl = finite(difference.kl)
+        entry.perplexity_before = finite(self._latest.perplexity)
+        entry.perplexity_after = finite(measured.perplexity)
+        if item.exact:
+            entry.tolerance = difference.tolerance
+            if not difference.within_tolerance:
+                raise VerifyError(
+                    f"Pass {item.name!r} is exact but moved the logits by "
+                    f"{difference.max_abs_logit_delta:.3g}, more than {difference.tolerance:.3g} "
+                    "(1e-4 of the largest logit).",
+                    f"Leave {item.name!r} out of the recipe; --no-verify would keep the error.",
+                )
+            entry.verification = "passed"
+        else:
+            if entry.max_abs_logit_delta is None:
+                raise VerifyError(
+                    f"Pass {item.name!r} made logits that are not finite.",
+                    "Give it milder options, or leave it out of the recipe.",
+                )
+            entry.verification = "measured"
+            # From here on, exact passes are held to what this one made.
+            self._reference = measured
+        self._latest = measured
+
+    def _measure(self, program: Program, what: str) -> Measured:
+        if self._probe is None:
+            context = self.context
+            self._probe = make_probe(program, context.text, context.tokenizer, context.seed)
+        return measure(
+            program,
+            self._probe,
+            device=self.context.device,
+            progress=self.context.progress,
+            what=what,
+        )
+
+    def probe_entry(self) -> dict[str, Any] | None:
+        if self._probe is None:
+            return None
+        probe = self._probe
+        return {"tokens": probe.tokens, "is_text": probe.is_text, "note": probe.note}

@@ -1,0 +1,171 @@
+"""The report of a compile: `report.json`, which is a contract (docs/report.md), and its page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from graphopt.breakdown import at, breakdown
+from graphopt.ir.graph import Program
+from graphopt.ir.types import B, P, S
+
+VERSION = 1
+
+SIZES = {B: 1, S: 128, P: 0}
+"""For which FLOPs by part are counted: one prompt of 128 tokens."""
+
+_PACKAGES = ("graphopt", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "numpy")
+
+
+@dataclass
+class SkipEntry:
+    """A place a pass left alone."""
+
+    where: str
+    reason: str
+
+
+@dataclass
+class PassEntry:
+    """What one pass did; figures are measured in this run or None.
+
+    Attributes:
+        verification: `passed` (exact, within tolerance), `measured` (lossy), `unchanged` (the
+            program prints the same, nothing to run), `off`, or why there was none.
+        tolerance: What `max_abs_logit_delta` had to stay within; None for a lossy pass.
+        seconds, peak_bytes: Of the pass itself.
+        verify_seconds: Of verifying it.
+        resumed: It ran before an interruption, and its result was taken from there.
+    """
+
+    name: str
+    options: dict[str, Any]
+    exact: bool
+    matched: int = 0
+    changed: int = 0
+    skipped: list[SkipEntry] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    parameters_before: int = 0
+    parameters_after: int = 0
+    verification: str = "off"
+    max_abs_logit_delta: float | None = None
+    tolerance: float | None = None
+    kl: float | None = None
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    seconds: float = 0.0
+    verify_seconds: float = 0.0
+    peak_bytes: int = 0
+    resumed: bool = False
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> PassEntry:
+        """Return the entry saved as `data`."""
+        return cls(**{**data, "skipped": [SkipEntry(**skip) for skip in data["skipped"]]})
+
+
+@dataclass
+class ArtifactEntry:
+    """What a compile wrote.
+
+    Attributes:
+        path: The output folder.
+        bytes: Of all files together.
+        emit: Names of the emitters.
+        usage: Lines that tell how to run it.
+    """
+
+    path: str
+    bytes: int
+    emit: list[str]
+    usage: list[str]
+
+
+@dataclass
+class BlockEntry:
+    """Parameters and FLOPs of one call of the final program, by part."""
+
+    name: str
+    parameters: dict[str, int]
+    flops: dict[str, int]
+
+
+@dataclass
+class Report:
+    """A whole run.
+
+    Attributes:
+        source: What the user named.
+        name: Short name of the model.
+        target: Name of the target; None where nothing was emitted.
+        recipe: Text form of the passes that ran.
+        stages: Seconds of `capture`, `passes`, `verify` and `emit`.
+        peak_bytes: Most resident memory of the whole run.
+        probe: Of verification: `tokens`, `is_text`, `note`; None with verification off.
+        artifact: None where nothing was emitted.
+        blocks: Parameters and FLOPs by part, for B=1, S=128, P=0.
+    """
+
+    source: str
+    name: str
+    recipe: str
+    target: str | None = None
+    passes: list[PassEntry] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=dict)
+    total_seconds: float = 0.0
+    peak_bytes: int = 0
+    parameters: int = 0
+    dtype: str = ""
+    probe: dict[str, Any] | None = None
+    artifact: ArtifactEntry | None = None
+    blocks: list[BlockEntry] = field(default_factory=list)
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `report.json`."""
+        return {"version": VERSION, **dataclasses.asdict(self)}
+
+    def write(self, folder: Path) -> None:
+        """Write `report.json` and `report.html` into `folder`."""
+        from graphopt.report_page import render
+
+        text = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
+        (folder / "report.json").write_text(text, encoding="utf-8")
+        (folder / "report.html").write_text(render(self.to_json()), encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that shape a result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Return what kind of machine this is."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"system": platform.system(), "processor": platform.machine(), "cores": cores}
+
+
+def block_entries(program: Program) -> list[BlockEntry]:
+    """Return parameters and FLOPs by part of every call, for the sizes in `SIZES`."""
+    evaluated: dict[int, dict[str, int]] = {}
+    entries: list[BlockEntry] = []
+    for block in breakdown(program):
+        if id(block.flops) not in evaluated:
+            flops = {part: at(cost, SIZES) for part, cost in block.flops.items()}
+            evaluated[id(block.flops)] = {part: count for part, count in flops.items() if count}
+        entries.append(BlockEntry(block.name, block.parameters, evaluated[id(block.flops)]))
+    return entries

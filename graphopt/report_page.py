@@ -1,0 +1,291 @@
+"""`report.html`: the report as one page without any outside reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib import resources
+from string import Template
+from typing import Any
+
+from graphopt.breakdown import PARTS
+
+_LABELS = {"embed": "embedding", "ffn": "feed-forward", "norm": "norms"}
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """Return the page for the content of a `report.json`."""
+    template = resources.files("graphopt").joinpath("report.html").read_text(encoding="utf-8")
+    passes: list[dict[str, Any]] = report["passes"]
+    blocks: list[dict[str, Any]] = report["blocks"]
+    return Template(template).substitute(
+        title=f"{escape(report['name'])} · graphopt report",
+        name=escape(report["name"]),
+        subtitle=_subtitle(report),
+        tiles=_tiles(report),
+        run=_usage(report),
+        recipe=escape(report["recipe"]) or "no passes",
+        passes=_pass_table(passes),
+        quality=_quality(passes, report["probe"]),
+        time=_times(passes),
+        parameters=_columns(blocks, "parameters"),
+        flops=_columns(blocks, "flops"),
+        skipped=_skipped(passes),
+        made=_made(report),
+    )
+
+
+def si(value: float, unit: str = "") -> str:
+    """Return a number with three digits and a metric prefix: 134.5 M."""
+    for limit, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.1f} {prefix}{unit}"
+    return f"{value:g} {unit}".rstrip()
+
+
+def _figure(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def _subtitle(report: Mapping[str, Any]) -> str:
+    parts = [f"from {escape(report['source'])}"] if report["source"] else []
+    if report["target"]:
+        parts.append(f"target {escape(report['target'])}")
+    if report["artifact"]:
+        parts.append("emitted as " + ", ".join(map(escape, report["artifact"]["emit"])))
+    return " · ".join(parts) or "graphopt report"
+
+
+def _tiles(report: Mapping[str, Any]) -> str:
+    passes = report["passes"]
+    before = passes[0]["parameters_before"] if passes else report["parameters"]
+    after = report["parameters"]
+    label = "parameters"
+    if before != after:
+        label += f" ({(after - before) / before:+.1%})"
+    tiles = [(si(after), label)]
+    measured = [p for p in passes if p["perplexity_after"] is not None]
+    if measured:
+        old, new = measured[0]["perplexity_before"], measured[-1]["perplexity_after"]
+        change = "unchanged" if f"{old:.2f}" == f"{new:.2f}" else f"from {old:.2f}"
+        tiles.append((f"{new:.2f}", f"probe perplexity, {change}"))
+    tiles.append((f"{report['total_seconds']:.1f} s", "total time"))
+    tiles.append((si(report["peak_bytes"], "B"), "peak memory"))
+    if report["artifact"]:
+        tiles.append((si(report["artifact"]["bytes"], "B"), "artifact"))
+    cells = [
+        f'<div class="tile"><b>{escape(v)}</b><span>{escape(t)}</span></div>' for v, t in tiles
+    ]
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def _usage(report: Mapping[str, Any]) -> str:
+    if not report["artifact"] or not report["artifact"]["usage"]:
+        return ""
+    lines = escape("\n".join(report["artifact"]["usage"]))
+    return f'<section class="card"><h2>Run it</h2><pre>{lines}</pre></section>'
+
+
+_COLUMNS = (
+    "matched", "changed", "skipped", "parameters", "max |Δ logit|", "KL", "perplexity",
+    "seconds", "peak memory",
+)  # fmt: skip
+
+
+def _pass_table(passes: Sequence[Mapping[str, Any]]) -> str:
+    if not passes:
+        return '<p class="dim">The recipe has no passes.</p>'
+    head = "".join(f'<th class="n">{name}</th>' for name in _COLUMNS)
+    rows: list[str] = []
+    for item in passes:
+        cells = (
+            item["matched"],
+            item["changed"],
+            len(item["skipped"]),
+            _parameters(item),
+            _figure(item["max_abs_logit_delta"]),
+            _figure(item["kl"]),
+            _perplexity(item),
+            f"{item['seconds']:.2f}",
+            si(item["peak_bytes"], "B"),
+        )
+        numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
+        rows.append(f"<tr><td>{escape(item['name'])}</td>{numbers}<td>{_verdict(item)}</td></tr>")
+    return (
+        f'<div class="scroll"><table><thead><tr><th>pass</th>{head}<th>verified</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _parameters(item: Mapping[str, Any]) -> str:
+    before, after = item["parameters_before"], item["parameters_after"]
+    return "–" if before == after or not before else f"{(after - before) / before:+.1%}"
+
+
+def _perplexity(item: Mapping[str, Any]) -> str:
+    before, after = item["perplexity_before"], item["perplexity_after"]
+    if before is None or after is None:
+        return "–"
+    if f"{before:.2f}" == f"{after:.2f}":
+        return f"{after:.2f}"
+    return f"{before:.2f} → {after:.2f}"
+
+
+def _verdict(item: Mapping[str, Any]) -> str:
+    style = {"passed": "good", "measured": "warn"}.get(item["verification"], "dim")
+    return f'<span class="{style}">{escape(item["verification"])}</span>'
+
+
+def _bar(parts: Iterable[tuple[float, str]]) -> str:
+    """Return one horizontal bar of stacked shares of its width."""
+    rects = ['<rect class="track" width="100" height="1"/>']
+    start = 0.0
+    for share, style in parts:
+        width = max(share * 100, 0.0)
+        rects.append(f'<rect class="{style}" x="{start:.3f}" width="{width:.3f}" height="1"/>')
+        start += width
+    return (
+        '<svg viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true">'
+        f"{''.join(rects)}</svg>"
+    )
+
+
+def _row(label: str, figure: str, bar: str) -> str:
+    return (
+        f'<div class="row"><div><span>{escape(label)}</span><span class="dim">{escape(figure)}'
+        f"</span></div>{bar}</div>"
+    )
+
+
+def _quality(passes: Sequence[Mapping[str, Any]], probe: Mapping[str, Any] | None) -> str:
+    rows: list[str] = []
+    for item in passes:
+        delta, limit = item["max_abs_logit_delta"], item["tolerance"]
+        if item["verification"] == "unchanged":
+            rows.append(_row(item["name"], "program unchanged", _bar([])))
+        elif delta is None:
+            rows.append(_row(item["name"], item["verification"], _bar([])))
+        elif limit is not None:
+            share = delta / limit
+            rows.append(
+                _row(
+                    item["name"],
+                    f"Δ logit {_figure(delta)}, {share:.1%} of the tolerance",
+                    _bar([(_decades(share), "delta")]),
+                )
+            )
+        else:
+            old, new = item["perplexity_before"], item["perplexity_after"]
+            figure = f"KL {_figure(item['kl'])}"
+            share = 0.0
+            if old and new:
+                figure += f", perplexity {old:.2f} → {new:.2f}"
+                share = min(max(new / old - 1, 0.0), 1.0)
+            rows.append(_row(item["name"], figure, _bar([(share, "ffn")])))
+    note = "Nothing was measured."
+    if probe is not None:
+        what = "of text" if probe["is_text"] else f"({probe['note']})"
+        note = (
+            f"On {probe['tokens']} tokens {what}. Exact passes: largest change of a logit beside "
+            "its tolerance, four decades wide. Lossy passes: rise of the perplexity."
+        )
+    return f'<p class="dim">{escape(note)}</p>{"".join(rows)}'
+
+
+def _decades(share: float) -> float:
+    """Return where a share of the tolerance lies on four decades up to it."""
+    return 0.0 if share <= 0 else min(max(1 + math.log10(share) / 4, 0.0), 1.0)
+
+
+def _times(passes: Sequence[Mapping[str, Any]]) -> str:
+    longest = max((p["seconds"] + p["verify_seconds"] for p in passes), default=0.0) or 1.0
+    rows = [
+        _row(
+            item["name"],
+            f"{item['seconds']:.2f} s + {item['verify_seconds']:.2f} s",
+            _bar(
+                [(item["seconds"] / longest, "time"), (item["verify_seconds"] / longest, "check")]
+            ),
+        )
+        for item in passes
+    ]
+    legend = _legend([("bg-time", "the pass"), ("bg-check", "verifying it")])
+    return f'<p class="dim">Seconds of wall time.</p>{"".join(rows)}{legend}'
+
+
+def _legend(entries: Iterable[tuple[str, str]]) -> str:
+    items = [f'<span><i class="{style}"></i>{escape(label)}</span>' for style, label in entries]
+    return f'<div class="legend">{"".join(items)}</div>'
+
+
+def _columns(blocks: Sequence[Mapping[str, Any]], kind: str) -> str:
+    """Return stacked columns, one a call in order, and the totals of the parts."""
+    totals = {part: sum(block[kind].get(part, 0) for block in blocks) for part in PARTS}
+    total = sum(totals.values())
+    if not total:
+        return '<p class="dim">None.</p>'
+    highest = max(sum(block[kind].values()) for block in blocks)
+    rects: list[str] = []
+    for index, block in enumerate(blocks):
+        top = 100.0
+        for part in PARTS:
+            count = block[kind].get(part, 0)
+            if not count:
+                continue
+            height = 100 * count / highest
+            top -= height
+            title = f"{block['name']}: {_LABELS.get(part, part)} {si(count)}"
+            rects.append(
+                f'<rect class="{part}" x="{index + 0.08:.2f}" y="{top:.3f}" width="0.84" '
+                f'height="{height:.3f}"><title>{escape(title)}</title></rect>'
+            )
+    legend = _legend(
+        (part, f"{_LABELS.get(part, part)} {si(totals[part])}, {totals[part] / total:.0%}")
+        for part in PARTS
+        if totals[part]
+    )
+    intro = f"{si(total)} in all; a column each for embedding, blocks and head."
+    if kind == "flops":
+        intro = f"{si(total)} for one prompt of 128 tokens; a multiply-add counts as two."
+    return (
+        f'<p class="dim">{intro} The highest column is {si(highest)}.</p>'
+        f'<svg class="columns" viewBox="0 0 {len(blocks)} 100" preserveAspectRatio="none" '
+        f'role="img" aria-label="{kind} by part and block">{"".join(rects)}</svg>'
+        f'<div class="axis"><span>{escape(blocks[0]["name"])}</span>'
+        f"<span>{escape(blocks[-1]['name'])}</span></div>{legend}"
+    )
+
+
+def _skipped(passes: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        f"<tr><td>{escape(item['name'])}</td><td><code>{escape(skip['where'])}</code></td>"
+        f"<td>{escape(skip['reason'])}</td></tr>"
+        for item in passes
+        for skip in item["skipped"]
+    ]
+    if not rows:
+        return ""
+    return (
+        '<section class="card"><h2>Left alone, and why</h2><div class="scroll"><table><thead><tr>'
+        f"<th>pass</th><th>where</th><th>reason</th></tr></thead><tbody>{''.join(rows)}</tbody>"
+        "</table></div></section>"
+    )
+
+
+def _made(report: Mapping[str, Any]) -> str:
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["stages"].items())
+    machine = report["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    rows = [
+        ("Time", stages),
+        ("Versions", versions),
+        ("Machine", f"{machine['system']} {machine['processor']}, {machine['cores']} cores"),
+        ("Weights", report["dtype"]),
+    ]
+    cells = "".join(
+        f'<tr><td class="dim">{name}</td><td>{escape(text)}</td></tr>'
+        for name, text in rows
+        if text
+    )
+    return f"<table><tbody>{cells}</tbody></table>"

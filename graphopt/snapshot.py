@@ -1,0 +1,129 @@
+"""Programs saved between passes, so that an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphopt.ir.graph import Program
+from graphopt.ir.serialize import program_from_json, program_to_json
+from graphopt.ir.weights import Array, Producer
+from graphopt.sources.safetensors import WEIGHTS_NAME, SafetensorsWriter, read_header
+
+
+def fingerprint(program: Program) -> str:
+    """Return a hash of a program's structure and of where its weights come from.
+
+    Files count by path, size and time of change: their content is not read.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps(program_to_json(program), sort_keys=True, default=str).encode())
+    for weight in program.weights:
+        _feed(digest, weight.name)
+        _feed(digest, weight.producer)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Array):
+        tensor = value.value.detach().cpu().contiguous()
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Producer) and dataclasses.is_dataclass(value):
+        digest.update(type(value).__qualname__.encode())
+        for part in dataclasses.fields(value):
+            _feed(digest, getattr(value, part.name))
+    elif isinstance(value, Path):
+        digest.update(str(value).encode())
+        with contextlib.suppress(OSError):
+            status = value.stat()
+            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+    else:
+        digest.update(repr(value).encode())
+
+
+class Snapshots:
+    """The folder with the latest snapshot of a run.
+
+    A snapshot holds the structure, and of the weights only those that no longer are the
+    source's own.
+
+    Args:
+        folder: Made when the first snapshot is saved.
+        source: The program before the first pass.
+        salt: What beside source and recipe decides the result, such as seed and text.
+    """
+
+    def __init__(self, folder: Path, source: Program, salt: str) -> None:
+        self.folder = folder
+        self._source = source
+        self._salt = salt + fingerprint(source)
+        self._origin = {id(weight.producer): weight.name for weight in source.weights}
+
+    def _place(self, recipe: str, number: int) -> Path:
+        key = hashlib.sha256(f"{self._salt}\n{recipe}".encode()).hexdigest()[:16]
+        return self.folder / f"{number:02d}-{key}"
+
+    def save(
+        self, program: Program, recipe: str, number: int, entries: list[dict[str, Any]]
+    ) -> None:
+        """Keep `program`, the result of the first `number` passes, and drop older snapshots.
+
+        Args:
+            recipe: Text form of those passes.
+            entries: Their report entries.
+        """
+        place = self._place(recipe, number)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
+        origin = {
+            weight.name: self._origin[id(weight.producer)]
+            for weight in program.weights
+            if id(weight.producer) in self._origin
+        }
+        changed = [weight for weight in program.weights if weight.name not in origin]
+        if changed:
+            announced = {weight.name: (weight.shape, weight.dtype) for weight in changed}
+            with SafetensorsWriter(fresh / WEIGHTS_NAME, announced) as writer:
+                for weight in changed:
+                    if weight.constant:  # may hold infinities, which a trained weight may not
+                        writer.write(weight.name, weight.load())
+                    else:
+                        writer.copy(weight.name, weight.producer)
+        state = {"program": program_to_json(program), "origin": origin, "entries": entries}
+        (fresh / "snapshot.json").write_text(json.dumps(state), encoding="utf-8")
+        old = [path for path in self.folder.iterdir() if path != fresh]
+        # The new snapshot gets its name before the old one goes: there always is a whole one.
+        if place.exists():
+            shutil.rmtree(place)
+        fresh.rename(place)
+        for path in old:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def load(self, recipe: str, number: int) -> tuple[Program, list[dict[str, Any]]] | None:
+        """Return the snapshot after the first `number` passes and their entries, if there."""
+        place = self._place(recipe, number)
+        try:
+            state = json.loads((place / "snapshot.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        producers: dict[str, Producer] = {
+            name: self._source.weights[source].producer for name, source in state["origin"].items()
+        }
+        if (place / WEIGHTS_NAME).exists():
+            producers.update(read_header(place / WEIGHTS_NAME))
+        program = program_from_json(state["program"], producers)
+        program.tokenizer = self._source.tokenizer
+        return program, state["entries"]
+
+    def clear(self) -> None:
+        """Delete every snapshot."""
+        shutil.rmtree(self.folder, ignore_errors=True)

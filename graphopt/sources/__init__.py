@@ -1,0 +1,109 @@
+"""Opening models: what `MODEL` on the command line may be, and how each is read."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from graphopt.errors import SourceError
+from graphopt.sources.base import ModelSource
+
+__all__ = ["ModelSource", "open_model"]
+
+CONFIG_PREFIX = "config:"
+PROGRAM_NAME = "program.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def open_model(spec: str, *, trust_remote_code: bool = False) -> ModelSource:
+    """Open a model without reading its weights.
+
+    Args:
+        spec: "demo"; a folder with a transformers checkpoint or a graphopt output; a .gguf file; a
+            config.json file, also written "config:FILE"; or a Hugging Face hub id.
+        trust_remote_code: Let code of the checkpoint run where transformers has no class for it.
+
+    Raises:
+        SourceError: There is no such model, or it is damaged or of a kind that is refused.
+    """
+    from graphopt.sources.huggingface import CONFIG_NAME, open_config, open_folder, open_hub
+
+    if spec == "demo":
+        from graphopt.sources.demo import open_demo
+
+        return open_demo()
+    if spec.startswith(CONFIG_PREFIX):
+        path = Path(spec.removeprefix(CONFIG_PREFIX)).expanduser()
+        return open_config(spec, path, trust_remote_code=trust_remote_code)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        if (path / PROGRAM_NAME).exists():
+            return _open_program(spec, path)
+        if (path / CONFIG_NAME).exists():
+            return open_folder(spec, path, trust_remote_code=trust_remote_code)
+        raise _unfit_folder(path)
+    if path.is_file():
+        if path.suffix == ".json":
+            return open_config(spec, path, trust_remote_code=trust_remote_code)
+        if path.suffix == ".gguf" or _starts_like_gguf(path):
+            from graphopt.sources.gguf import open_gguf
+
+            return open_gguf(spec, path)
+        raise SourceError(
+            f"{path} is a file of a kind graphopt does not open.",
+            "Give the model's folder, a .gguf file, a config.json, a hub id or 'demo'.",
+        )
+    hint = _nearest(path)
+    if not _HUB_ID.fullmatch(spec) or path.suffix in (".gguf", ".json", ".safetensors"):
+        raise SourceError(f"There is no file or folder {spec!r}.", hint)
+    return open_hub(spec, hint=hint, trust_remote_code=trust_remote_code)
+
+
+def _open_program(spec: str, folder: Path) -> ModelSource:
+    from graphopt.saved import load_program
+    from graphopt.sources.base import tokenizer_in
+
+    program = load_program(folder)
+    tokenizer = tokenizer_in(Path(program.tokenizer)) if program.tokenizer else None
+    return ModelSource(
+        spec=spec,
+        name=program.name,
+        kind="program",
+        tokenizer=tokenizer,
+        dtype=program.checkpoint_dtype,
+        program=program,
+    )
+
+
+def _unfit_folder(folder: Path) -> SourceError:
+    """The refusal of a folder that is neither a checkpoint nor an output."""
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        return SourceError(
+            f"{folder} holds .gguf files and no config.json.", f"Name the file: {ggufs[0]}."
+        )
+    inner = sorted(p.parent.name for p in folder.glob("*/config.json"))
+    near = f"Did you mean {folder / inner[0]}?" if inner else ""
+    return SourceError(
+        f"{folder} holds neither config.json nor program.json, so it is not a model.", near
+    )
+
+
+def _starts_like_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _nearest(path: Path) -> str:
+    """Return a hint with the name nearest to a path that does not exist, or an empty string."""
+    try:
+        beside = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        beside = []
+    names = [*beside, "demo"] if path.parent == Path(".") else beside
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f"Did you mean {str(path.parent / near[0])!r}?" if near else ""

@@ -1,0 +1,46 @@
+"""What every weight is checked for while it is streamed."""
+
+from __future__ import annotations
+
+import torch
+
+from graphopt.errors import SourceError
+from graphopt.ir.execute import Runner
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a weight that holds NaN or Inf.
+
+    Args:
+        name: What the message calls the weight.
+        tensor: Its value, or a part of it. Integer tensors pass.
+
+    Raises:
+        SourceError: Naming the weight and how many of its elements are not finite.
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    value = tensor if tensor.dtype.itemsize > 1 else tensor.float()
+    # aminmax propagates NaN and needs one pass without a mask as large as the weight.
+    low, high = torch.aminmax(value)
+    if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
+        return
+    nans, infs = int(value.isnan().sum()), int(value.isinf().sum())
+    raise SourceError(
+        f"Weight {name!r} holds {nans} NaN and {infs} Inf among {tensor.numel()} elements.",
+        "The checkpoint is damaged or its training diverged; take another one.",
+    )
+
+
+class CheckedRunner(Runner):
+    """A runner that refuses weights with NaN or Inf when it reads them.
+
+    Constants pass: a model may add minus infinity on purpose.
+    """
+
+    def weight(self, name: str) -> torch.Tensor:
+        known = name in self._kept
+        value = super().weight(name)
+        if not known and not self.program.weights[name].constant:
+            check_finite(name, value)
+        return value

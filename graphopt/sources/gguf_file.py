@@ -1,0 +1,275 @@
+"""The header of a GGUF file: metadata and where every tensor lies.
+
+The `gguf` package has a reader of its own, which spends seconds on a vocabulary of 50 000 tokens
+and maps the tensors it has not checked to be there; this one walks the bytes once and refuses a
+damaged file. Block formats and their sizes come from the package.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+from graphopt.errors import SourceError
+from graphopt.ir.weights import Producer
+from graphopt.sources.raw import read_exactly
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+AGAIN = "Download the file again."
+
+# Metadata value types that have a fixed width, by their number in the format.
+_FIXED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_FLOAT32, _STRING, _ARRAY = 6, 8, 9
+
+_CHUNK_BLOCKS = 128
+"""Blocks per row handed to `dequantize`, which works on 16 rows at a time: about 64 k elements,
+so that its temporaries stay in the processor's cache."""
+
+PLAIN = {
+    GGMLQuantizationType.F64: torch.float64,
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class GgufTensor(Producer):
+    """A tensor of a GGUF file, given as fp32 whatever its encoding.
+
+    Attributes:
+        path: The file.
+        offset: Where its bytes start.
+        shape: Sizes, outermost first (a GGUF file lists them the other way round).
+        encoding: How the elements are packed.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]  # type: ignore[misc]
+    encoding: GGMLQuantizationType
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return torch.float32
+
+    def load(self) -> torch.Tensor:
+        return self._read(0, math.prod(self.shape)).view(self.shape)
+
+    def load_rows(self, start: int, stop: int) -> torch.Tensor:
+        start, stop, _ = slice(start, stop).indices(self.shape[0])
+        count, row = max(stop - start, 0), math.prod(self.shape[1:])
+        return self._read(start * row, count * row).view(count, *self.shape[1:])
+
+    def _read(self, start: int, count: int) -> torch.Tensor:
+        """Return `count` elements from number `start` on; both are whole blocks."""
+        elements, size = GGML_QUANT_SIZES[self.encoding]
+        offset = self.offset + start // elements * size
+        data = read_exactly(self.path, offset, count // elements * size)
+        if self.encoding in PLAIN:
+            return data.view(PLAIN[self.encoding]).float()
+        raw, blocks = data.numpy(), count // elements
+        whole = blocks // _CHUNK_BLOCKS * _CHUNK_BLOCKS
+        result = np.empty(count, dtype=np.float32)
+        for first, last, width in ((0, whole, _CHUNK_BLOCKS), (whole, blocks, blocks - whole)):
+            if first < last:
+                rows = raw[first * size : last * size].reshape(-1, width * size)
+                values = dequantize(rows, self.encoding)
+                result[first * elements : last * elements] = values.reshape(-1)
+        return torch.from_numpy(result)
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """What the header of a GGUF file says.
+
+    Attributes:
+        path: The file.
+        metadata: Key -> value; arrays are lists.
+        tensors: GGUF tensor name -> the tensor, unread.
+        digest: SHA-256 of the header.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+    digest: str
+
+    @property
+    def architecture(self) -> str:
+        return self.expect("general.architecture", str)
+
+    def expect(self, key: str, kind: type[Value]) -> Value:
+        """Return the metadata value of `key`, which must be there and of type `kind`.
+
+        Raises:
+            SourceError: It is not.
+        """
+        value = self.metadata.get(key)
+        if kind is float and isinstance(value, int):
+            value = float(value)
+        if not isinstance(value, kind):
+            state = "is missing" if value is None else f"is {value!r:.60}"
+            raise SourceError(
+                f"{self.path}: the metadata entry {key!r} {state}.",
+                "The file is incomplete; convert the model again.",
+            )
+        return value
+
+
+class _Cursor:
+    """Reads values one after the other and never past the end."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data, self.path, self.position = data, path, 0
+
+    def take(self, count: int) -> bytes:
+        start, end = self.position, self.position + count
+        if end > len(self.data):
+            raise SourceError(
+                f"{self.path} is truncated: its header goes on past the {len(self.data)} bytes "
+                "of the file.",
+                AGAIN,
+            )
+        self.position = end
+        return self.data[start:end]
+
+    def unpack(self, format: str) -> tuple[Any, ...]:
+        return struct.unpack("<" + format, self.take(struct.calcsize("<" + format)))
+
+    def number(self, format: str) -> Any:
+        return self.unpack(format)[0]
+
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8", errors="surrogateescape")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.text()
+        if kind == _ARRAY:
+            item, count = self.unpack("IQ")
+            if item in _FIXED:
+                width = struct.calcsize("<" + _FIXED[item])
+                raw = self.take(count * width)
+                return list(struct.unpack(f"<{count}{_FIXED[item]}", raw))
+            if item == _STRING:
+                return [self.text() for _ in range(count)]
+            kind = item  # nested arrays, which no model uses, end in the refusal below
+        if kind == _FLOAT32:
+            # The shortest decimal that rounds to the stored number: 1e-05, not 9.99999974e-06.
+            return float(str(np.float32(self.number("f"))))
+        if kind in _FIXED:
+            return self.number(_FIXED[kind])
+        raise SourceError(
+            f"{self.path} is corrupt: it holds a metadata value of unknown type {kind}.", AGAIN
+        )
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Read the header of a GGUF file.
+
+    Raises:
+        SourceError: The file cannot be read, is truncated or corrupt, is of another version or one
+            part of several, or a tensor is in an unknown encoding.
+    """
+    path = Path(path)
+    try:
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            return _read_header(_Cursor(data, path), path)
+    except ValueError as error:
+        # mmap refuses an empty file with a ValueError.
+        raise SourceError(f"{path} is empty or corrupt: {error}.", AGAIN) from error
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _read_header(cursor: _Cursor, path: Path) -> GgufFile:
+    if cursor.data[:4] != MAGIC:
+        raise SourceError(f"{path} is not a GGUF file: it starts with {cursor.data[:4]!r}.", AGAIN)
+    cursor.position = 4
+    version, tensor_count, entry_count = cursor.unpack("IQQ")
+    if version not in VERSIONS:
+        raise SourceError(
+            f"{path} is of GGUF version {version}, graphopt reads versions 2 and 3.",
+            "Convert the model with a current llama.cpp; big-endian files are not read.",
+        )
+    metadata: dict[str, Any] = {}
+    for _ in range(entry_count):
+        key = cursor.text()
+        if key in metadata:
+            raise SourceError(f"{path} is corrupt: the entry {key!r} occurs twice.", AGAIN)
+        metadata[key] = cursor.value(cursor.number("I"))
+    if metadata.get("split.count", 0) > 1:
+        raise SourceError(
+            f"{path} is one of {metadata['split.count']} parts of a model.",
+            "Merge them with `llama-gguf-split --merge` and name the result.",
+        )
+    entries = []
+    for _ in range(tensor_count):
+        name, dimensions = cursor.text(), cursor.number("I")
+        if dimensions > 4:
+            raise SourceError(f"{path} is corrupt: {name!r} has {dimensions} dimensions.", AGAIN)
+        shape = tuple(reversed(cursor.unpack(f"{dimensions}Q")))
+        entries.append((name, shape, *cursor.unpack("IQ")))
+    header_end = cursor.position
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise SourceError(f"{path} is corrupt: its alignment is {alignment!r}.", AGAIN)
+    base = -(-header_end // alignment) * alignment
+    tensors: dict[str, GgufTensor] = {}
+    decodable: set[GGMLQuantizationType] = set(PLAIN)
+    used = 0
+    for name, shape, code, offset in sorted(entries, key=lambda entry: entry[3]):
+        try:
+            encoding = GGMLQuantizationType(code)
+        except ValueError as error:
+            raise SourceError(
+                f"{path}: tensor {name!r} is in the unknown encoding {code}.",
+                "Quantise the model in another format, or update the gguf package.",
+            ) from error
+        elements, size = GGML_QUANT_SIZES[encoding]
+        if encoding not in decodable:
+            _check_decodable(path, name, encoding)
+            decodable.add(encoding)
+        if name in tensors or 0 in shape or (shape[-1] if shape else 1) % elements:
+            raise SourceError(f"{path} is corrupt: tensor {name!r} is malformed.", AGAIN)
+        if offset < used:
+            raise SourceError(f"{path} is corrupt: tensor {name!r} overlaps another one.", AGAIN)
+        used = offset + math.prod(shape) // elements * size
+        if base + used > len(cursor.data):
+            raise SourceError(
+                f"{path} is truncated: tensor {name!r} ends at byte {base + used} and the file has "
+                f"{len(cursor.data)}.",
+                AGAIN,
+            )
+        tensors[name] = GgufTensor(path, base + offset, shape, encoding)
+    digest = hashlib.sha256(cursor.data[:header_end]).hexdigest()
+    return GgufFile(path, metadata, tensors, digest)
+
+
+def _check_decodable(path: Path, name: str, encoding: GGMLQuantizationType) -> None:
+    """Decode one empty block, so that an encoding the package lacks is refused on opening."""
+    _, size = GGML_QUANT_SIZES[encoding]
+    try:
+        dequantize(np.zeros((1, size), dtype=np.uint8), encoding)
+    except NotImplementedError as error:
+        raise SourceError(
+            f"{path}: tensor {name!r} is in the encoding {encoding.name}, which cannot be decoded.",
+            "Quantise the model in another format, or update the gguf package.",
+        ) from error

@@ -1,0 +1,246 @@
+"""Models in transformers' layout: a folder, a hub id, or a bare config file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphopt.errors import SourceError
+from graphopt.ir.weights import Producer
+from graphopt.sources.base import ModelSource, common_dtype, reason, tokenizer_in
+from graphopt.sources.safetensors import INDEX_NAME, WEIGHTS_NAME, read_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+CONFIG_NAME = "config.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+DOWNLOAD_PATTERNS = [
+    "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken",
+]  # fmt: skip
+"""What is fetched from the hub: no pickles, no code, no copies in other formats."""
+
+CONNECT_SECONDS = 10.0
+"""How long the hub may take to answer before the cached copy is used or the run is refused."""
+
+
+def read_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return the config in a config.json, checked to be of a causal language model.
+
+    A checkpoint that brings code is read with transformers' own class for its type where there is
+    one; its code runs only where `trust_remote_code` is set.
+
+    Raises:
+        SourceError: The file is missing or malformed, needs code that is not trusted, or describes
+            an encoder-decoder, a model that takes images or sound, one that is quantised, or one
+            that is no causal language model.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise SourceError(f"{path} is not valid JSON: {error}.", "Download it again.") from error
+    model_type = data.get("model_type") if isinstance(data, dict) else None
+    if not isinstance(model_type, str):
+        raise SourceError(
+            f"{path} states no model_type, so it is not the config of a transformers model.",
+            "Give the config.json of a causal language model.",
+        )
+    native = model_type in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in data)
+    if not native and not trust_remote_code:
+        _refuse_unknown(path, model_type, has_code="auto_map" in data)
+    try:
+        if native:
+            config = AutoConfig.for_model(**data)
+        else:
+            config = AutoConfig.from_pretrained(path.parent, trust_remote_code=True)
+    except Exception as error:
+        # Config classes check their entries with assorted error types.
+        raise SourceError(
+            f"{path} is not a valid config of type {model_type!r}: {reason(error)}.",
+            "Correct the entry it names.",
+        ) from error
+    _refuse_other_models(path, config, native=native)
+    return config
+
+
+def _refuse_unknown(path: Path, model_type: str, *, has_code: bool) -> None:
+    if has_code:
+        raise SourceError(
+            f"{path} describes a model of type {model_type!r} that only code from the checkpoint "
+            "itself can build (auto_map).",
+            "Read that code, and pass --trust-remote-code if you want it to run.",
+        )
+    raise SourceError(
+        f"{path} describes a model of type {model_type!r}, which the installed transformers does "
+        "not know.",
+        "Update transformers, or give a model of another type.",
+    )
+
+
+def _refuse_other_models(path: Path, config: Any, *, native: bool) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    what = f"{path} describes a model of type {config.model_type!r}"
+    remedy = "graphopt takes decoder-only language models."
+    if config.is_encoder_decoder:
+        raise SourceError(f"{what}, which is an encoder-decoder.", remedy)
+    other = [name for name in config.sub_configs if name not in ("text_config", "decoder")]
+    if other:
+        raise SourceError(
+            f"{what}, which takes more than text ({', '.join(sorted(other))}).",
+            f"{remedy} Some models are also published as a text-only checkpoint.",
+        )
+    if getattr(config, "quantization_config", None):
+        method = config.quantization_config
+        method = method.get("quant_method", "") if isinstance(method, dict) else ""
+        raise SourceError(
+            f"{what} whose weights are quantised{f' by {method!r}' if method else ''}.",
+            "Give the checkpoint in fp32, fp16 or bf16.",
+        )
+    if not native:
+        return
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise SourceError(f"{what}, which is no causal language model.", remedy)
+    known = set(_class_names(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]))
+    stated = [name for name in config.architectures or [] if isinstance(name, str)]
+    if stated and not known & set(stated):
+        heads = [name for name in stated if "For" in name and "CausalLM" not in name]
+        if heads:
+            raise SourceError(
+                f"{what} with the head of {heads[0]}, which is no causal language model.", remedy
+            )
+
+
+def _class_names(classes: Any) -> list[str]:
+    several = classes if isinstance(classes, tuple | list) else (classes,)
+    return [cls.__name__ for cls in several]
+
+
+def read_weights(folder: Path) -> dict[str, Producer]:
+    """Return the tensors of a checkpoint folder, unread.
+
+    Raises:
+        SourceError: There are no safetensors files, or they are damaged or incomplete.
+    """
+    if not (folder / WEIGHTS_NAME).exists() and not (folder / INDEX_NAME).exists():
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise SourceError(
+                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when "
+                "it is loaded.",
+                "Convert it: load it with transformers in a place you trust and call "
+                "save_pretrained, which writes safetensors.",
+            )
+        if (folder / "adapter_model.safetensors").exists():
+            raise SourceError(
+                f"{folder} holds an adapter, not a model.",
+                "Merge it into its base model with peft's merge_and_unload and save the result.",
+            )
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        if others:
+            raise SourceError(
+                f"{folder} holds {others[0]} but no {INDEX_NAME}.",
+                f"Add the index, or rename a single file to {WEIGHTS_NAME}.",
+            )
+        raise SourceError(
+            f"{folder} holds no weights ({WEIGHTS_NAME}).",
+            "Pass --config for a model without weights.",
+        )
+    return dict(read_checkpoint(folder))
+
+
+def open_folder(
+    spec: str, folder: Path, *, name: str = "", trust_remote_code: bool = False
+) -> ModelSource:
+    """Open a checkpoint folder.
+
+    Raises:
+        SourceError: The config or the weights are refused; see `read_config`, `read_weights`.
+    """
+    config = read_config(folder / CONFIG_NAME, trust_remote_code=trust_remote_code)
+    producers = read_weights(folder)
+    return ModelSource(
+        spec=spec,
+        name=name or folder.resolve().name,
+        kind="hf",
+        config=config,
+        producers=producers,
+        tokenizer=tokenizer_in(folder),
+        dtype=common_dtype(producers),
+    )
+
+
+def open_config(spec: str, path: Path, *, trust_remote_code: bool = False) -> ModelSource:
+    """Open a config.json alone: a model without weights.
+
+    Raises:
+        SourceError: The config is refused; see `read_config`.
+    """
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    name = path.parent.resolve().name if path.name == CONFIG_NAME else path.stem
+    dtype = getattr(config, "dtype", None)
+    return ModelSource(
+        spec=spec,
+        name=name,
+        kind="config",
+        config=config,
+        dtype=dtype or common_dtype({}),
+    )
+
+
+def open_hub(spec: str, *, hint: str = "", trust_remote_code: bool = False) -> ModelSource:
+    """Open a model of the Hugging Face hub, downloaded once into huggingface_hub's cache.
+
+    Without a network a cached copy is used.
+
+    Args:
+        hint: Said in the refusal where a local file was probably meant.
+
+    Raises:
+        SourceError: There is no such model, it is not open to this user, or the hub cannot be
+            reached and there is no cached copy; or the checkpoint is refused.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    patterns = [*DOWNLOAD_PATTERNS, *(["*.py"] if trust_remote_code else [])]
+    try:
+        folder = snapshot_download(spec, allow_patterns=patterns, etag_timeout=CONNECT_SECONDS)
+    except GatedRepoError as error:
+        raise SourceError(
+            f"The hub gives {spec!r} only to users who accepted its terms.",
+            "Accept them on the model's page and log in with `hf auth login`.",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"There is no file or folder {spec!r} here and no such model on the hub.", hint
+        ) from error
+    except (HFValidationError, ValueError) as error:
+        raise SourceError(
+            f"There is no file or folder {spec!r}, and it is not a hub id.", hint
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise SourceError(
+            f"There is no file or folder {spec!r} here, and the Hugging Face hub is out of reach.",
+            hint or "Connect to a network, or give a model folder, a .gguf file or 'demo'.",
+        ) from error
+    except Exception as error:
+        # The hub's client lets errors of the HTTP library through, and their types change with it.
+        raise SourceError(
+            f"{spec!r} could not be downloaded from the hub: {reason(error)}.",
+            "Try again, or download the model by other means and give its folder.",
+        ) from error
+    return open_folder(
+        spec, Path(folder), name=spec.split("/")[-1], trust_remote_code=trust_remote_code
+    )

@@ -1,0 +1,129 @@
+"""Targets: what a machine can do, as data. One TOML file each, beside this module.
+
+Planners read sizes from here and from nowhere else. Every figure has its source in the file.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from graphopt.errors import LoweringError, unknown_name
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A memory a kernel can place data in.
+
+    Attributes:
+        name: Such as `shared` or `L0A`.
+        bytes: Size; None where it depends on the machine.
+        per: What has one: `core`, `vector core`, `device`.
+    """
+
+    name: str
+    bytes: int | None
+    per: str
+
+
+@dataclass(frozen=True)
+class MatrixUnit:
+    """A shape that one matrix instruction multiplies: [m, k] by [k, n].
+
+    Attributes:
+        input: Element type of both operands, as IR dtype names.
+        accumulate: Element types the sum may have.
+    """
+
+    m: int
+    n: int
+    k: int
+    input: str
+    accumulate: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine to emit for.
+
+    Attributes:
+        name: What the command line calls it.
+        title: What it is called in full.
+        kind: `cpu`, `gpu` or `npu`.
+        isa: Instruction set, such as `sm_70`.
+        dtypes: Element types kernels may compute in, as IR dtype names.
+        cores: Number of cores (streaming multiprocessors, cube cores); None where it varies.
+        bandwidth: Bytes a second of the device memory; None where it varies.
+        lowering: Whether this version can lower attention for it.
+        memories: On-chip and device memories.
+        matrix_units: What its matrix instructions multiply.
+        limits: Further limits of kernels, by name.
+        runtime: Package -> version an artifact for it needs.
+        sources: Figure, or group of figures -> where it was stated.
+    """
+
+    name: str
+    title: str
+    kind: str
+    isa: str
+    dtypes: tuple[str, ...]
+    cores: int | None = None
+    bandwidth: float | None = None
+    lowering: bool = False
+    memories: tuple[Memory, ...] = ()
+    matrix_units: tuple[MatrixUnit, ...] = ()
+    limits: dict[str, int] = field(default_factory=dict)
+    runtime: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_toml(cls, data: dict[str, Any]) -> Target:
+        """Return the target a TOML file describes."""
+        values = dict(data)
+        values["dtypes"] = tuple(values["dtypes"])
+        values["memories"] = tuple(
+            Memory(m["name"], m.get("bytes"), m["per"]) for m in values.pop("memory", [])
+        )
+        values["matrix_units"] = tuple(
+            MatrixUnit(u["m"], u["n"], u["k"], u["input"], tuple(u["accumulate"]))
+            for u in values.pop("matrix_unit", [])
+        )
+        return cls(**values)
+
+    def require_lowering(self) -> None:
+        """Refuse a target this version can't lower for.
+
+        Raises:
+            LoweringError: With what to use instead.
+        """
+        if not self.lowering:
+            raise LoweringError(
+                f"Attention lowering for {self.name} is not in this version.",
+                "Use --target cpu: its onnx, torch and hf outputs are portable.",
+            )
+
+
+@cache
+def all_targets() -> dict[str, Target]:
+    """Return every target by name, those this version can lower for first."""
+    found: list[Target] = []
+    for entry in resources.files(__name__).iterdir():
+        if entry.name.endswith(".toml"):
+            found.append(Target.from_toml(tomllib.loads(entry.read_text(encoding="utf-8"))))
+    found.sort(key=lambda target: (not target.lowering, target.name))
+    return {target.name: target for target in found}
+
+
+def get_target(name: str) -> Target:
+    """Return the target called `name`.
+
+    Raises:
+        UsageError: There is none; the message has the nearest name.
+    """
+    targets = all_targets()
+    if name not in targets:
+        raise unknown_name("target", name, targets)
+    return targets[name]

@@ -1,0 +1,254 @@
+"""What a pass did to the results: logits, KL divergence and perplexity on a small probe."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import SourceError, UsageError
+from graphopt.ir.execute import CacheContents, complete_inputs
+from graphopt.ir.graph import Program
+from graphopt.ir.shapes import infer_program
+from graphopt.ir.weights import Missing, Producer
+from graphopt.progress import Progress, silent
+from graphopt.sources.check import CheckedRunner
+
+RELATIVE_TOLERANCE = 1e-4
+"""Of the largest logit (at least 1): more than rounding in fp32, far less than any wrong term."""
+
+ROW, PADDED_ROW, SHORT_ROW = 56, 47, 7
+"""Lengths of the probe's texts: a full row, a left-padded one beside it, and short batches."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Token ids that verification runs, and how they are laid out.
+
+    Attributes:
+        batches: Program inputs; the first is two rows, the second of them left-padded.
+        is_text: The ids are text, so perplexity means something.
+        note: Why not, where they aren't.
+    """
+
+    batches: tuple[dict[str, Tensor], ...]
+    is_text: bool
+    note: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """How many real tokens there are."""
+        return int(sum(int(batch["attention_mask"].sum()) for batch in self.batches))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Logits of one program on the probe.
+
+    Attributes:
+        logits: Of every batch, at real tokens only: [tokens, vocab] in fp32.
+        continued: Of the first batch, run in two steps with a KV cache; None without one.
+        perplexity: On the rows of the first batch; None where the probe is no text.
+    """
+
+    logits: tuple[Tensor, ...]
+    continued: Tensor | None
+    perplexity: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two programs are apart on the probe.
+
+    Attributes:
+        max_abs_logit_delta: Over all real tokens; NaN where one of them is NaN.
+        tolerance: What an exact pass may reach.
+        kl: Mean KL divergence KL(before || after) over real tokens, in nats.
+    """
+
+    max_abs_logit_delta: float
+    tolerance: float
+    kl: float
+
+    @property
+    def within_tolerance(self) -> bool:
+        return self.max_abs_logit_delta <= self.tolerance
+
+
+def has_values(program: Program) -> bool:
+    """False where a weight has no value: the program comes from a bare config."""
+    return not any(_is_missing(weight.producer) for weight in program.used_weights())
+
+
+def _is_missing(producer: Producer) -> bool:
+    if isinstance(producer, Missing):
+        return True
+    if not dataclasses.is_dataclass(producer):
+        return False
+    parts = [getattr(producer, part.name) for part in dataclasses.fields(producer)]
+    return any(_is_missing(part) for part in parts if isinstance(part, Producer))
+
+
+def make_probe(program: Program, text: str, tokenizer: Path | None, seed: int = 0) -> Probe:
+    """Return the probe for a program: the start of `text`, or random ids without a tokenizer.
+
+    Raises:
+        SourceError: The text is shorter than the probe.
+    """
+    _, carried = infer_program(program)
+    vocab = int(carried[program.outputs[0]].shape[-1])
+    limit = program.config.get("max_position_embeddings") or ROW
+    row = min(ROW, int(limit))
+    needed = row + min(PADDED_ROW, row) + min(SHORT_ROW, row) + 1
+    ids: list[int] | None = None
+    note = "random tokens: the model has no tokenizer"
+    if tokenizer is not None:
+        ids = _tokenize(tokenizer, text)
+        if len(ids) < needed:
+            raise SourceError(
+                f"The text has {len(ids)} tokens, verification needs {needed}.",
+                "Give a longer text, or none to use the built-in one.",
+            )
+        if max(ids[:needed]) >= vocab:
+            ids, note = None, f"random tokens: the tokenizer has ids beyond the {vocab} logits"
+    if ids is None:
+        generator = torch.Generator().manual_seed(seed)
+        random = torch.randint(0, vocab, (needed,), generator=generator).tolist()
+        return Probe(_lay_out(random, row), is_text=False, note=note)
+    return Probe(_lay_out(ids, row), is_text=True)
+
+
+def _tokenize(folder: Path, text: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SourceError(f"The tokenizer in {folder} cannot be read: {reason}") from None
+    # The first few thousand characters hold far more tokens than the probe takes.
+    return list(tokenizer(text[:8192], verbose=False)["input_ids"])
+
+
+def _lay_out(ids: Sequence[int], row: int) -> tuple[dict[str, Tensor], ...]:
+    lengths = (row, min(PADDED_ROW, row), min(SHORT_ROW, row), 1)
+    parts: list[list[int]] = []
+    start = 0
+    for length in lengths:
+        parts.append(list(ids[start : start + length]))
+        start += length
+    full, padded, short, single = parts
+    gap = row - len(padded)
+    first = complete_inputs(
+        {
+            "input_ids": torch.tensor([full, [0] * gap + padded]),
+            "attention_mask": torch.tensor([[1] * row, [0] * gap + [1] * len(padded)]),
+        }
+    )
+    others = [complete_inputs({"input_ids": torch.tensor([part])}) for part in (short, single)]
+    return (first, *others)
+
+
+def measure(
+    program: Program,
+    probe: Probe,
+    *,
+    device: torch.device | None = None,
+    progress: Progress = silent,
+    what: str = "verifying",
+) -> Measured:
+    """Run the probe through a program, one layer in memory at a time, in fp32.
+
+    A program with a KV cache also runs the first batch in two steps.
+
+    Raises:
+        SourceError: A weight holds NaN or Inf, or cannot be read.
+    """
+    device = device or torch.device("cpu")
+    runner = CheckedRunner(program, device=device, keep_weights=False)
+    batches: list[Mapping[str, Tensor]] = [_to(batch, device) for batch in probe.batches]
+    pasts: list[CacheContents] = [runner.empty_cache(b["input_ids"].shape[0]) for b in batches]
+    if program.states:
+        shared = runner.empty_cache(batches[0]["input_ids"].shape[0])
+        steps = _steps(batches[0])
+        batches += steps
+        pasts += [shared] * len(steps)
+    outputs: list[Tensor] = []
+    total = len(program.calls)
+    progress(what, 0, total)
+    with torch.no_grad():
+        for done, (_, environments) in enumerate(runner.stream(batches, pasts), start=1):
+            if done == total:
+                outputs = [env[program.outputs[0]].float().cpu() for env in environments]
+            progress(what, done, total)
+    count = len(probe.batches)
+    real = [batch["attention_mask"].bool() for batch in probe.batches]
+    logits = tuple(out[mask] for out, mask in zip(outputs, real, strict=False))
+    continued = torch.cat(outputs[count:], 1)[real[0]] if program.states else None
+    perplexity = _perplexity(outputs[0], probe.batches[0]) if probe.is_text else None
+    return Measured(logits, continued, perplexity)
+
+
+def _to(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _steps(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Split a batch in two steps; the second sees the first in the cache."""
+    length = batch["input_ids"].shape[1]
+    cut = max(1, length * 2 // 3)
+    return [
+        {
+            "input_ids": batch["input_ids"][:, start:stop],
+            "position_ids": batch["position_ids"][:, start:stop],
+            "attention_mask": batch["attention_mask"][:, :stop],
+        }
+        for start, stop in ((0, cut), (cut, length))
+        if stop > start
+    ]
+
+
+def _perplexity(logits: Tensor, batch: Mapping[str, Tensor]) -> float:
+    """Return exp of the mean next-token loss over the rows of a batch."""
+    loss, count = 0.0, 0
+    for row, ids, mask in zip(logits, batch["input_ids"], batch["attention_mask"], strict=True):
+        places = mask.bool()
+        row, ids = row[places], ids[places].cpu()
+        log_probabilities = torch.log_softmax(row[:-1].double(), -1)
+        loss -= float(log_probabilities.gather(1, ids[1:, None]).sum())
+        count += len(ids) - 1
+    return math.exp(min(loss / max(count, 1), 700.0)) if math.isfinite(loss) else math.nan
+
+
+def compare(before: Measured, after: Measured) -> Difference:
+    """Return how far `after` is from `before`."""
+    delta, divergence, count, largest = 0.0, 0.0, 0, 1.0
+    pairs = list(zip(before.logits, after.logits, strict=True))
+    if after.continued is not None:
+        pairs.append((before.logits[0], after.continued))
+    for old, new in pairs:
+        if old.shape != new.shape:
+            raise UsageError(f"Logits of {tuple(old.shape)} became {tuple(new.shape)}.")
+        largest = max(largest, float(old.abs().max()))
+        difference = float((old - new).abs().max())
+        delta = difference if math.isnan(difference) else max(delta, difference)
+        if math.isnan(delta):
+            break
+    for old, new in pairs[: len(before.logits)]:
+        for old_row, new_row in zip(old.double(), new.double(), strict=True):
+            p, q = torch.log_softmax(old_row, -1), torch.log_softmax(new_row, -1)
+            divergence += float((p.exp() * (p - q)).sum())
+            count += 1
+    kl = divergence / count
+    kl = kl if math.isnan(kl) else max(kl, 0.0)
+    return Difference(delta, RELATIVE_TOLERANCE * largest, kl)
+
+
+def finite(value: float | None) -> float | None:
+    """Return `value`, or None where JSON has no number for it."""
+    return value if value is not None and math.isfinite(value) else None

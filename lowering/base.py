@@ -1,0 +1,67 @@
+"""What an emitter is: it turns a program into files for one kind of runtime."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from graphopt.ir.graph import Program
+from graphopt.progress import Progress
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Where the bytes of a weight lie in an output folder.
+
+    Attributes:
+        file: Path relative to the output folder.
+        offset: First byte in the file.
+        shape: Shape as stored, row-major.
+        dtype: Element type as stored.
+        transposed: The stored matrix is the weight's transpose.
+    """
+
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transposed: bool = False
+
+
+@dataclass
+class Emitted:
+    """What an emitter left behind.
+
+    Attributes:
+        files: Every file written.
+        storage: Program weight name -> where its bytes are.
+        usage: Lines that tell the user how to run it.
+        notes: What could not be done, as (where, reason).
+    """
+
+    files: list[Path] = field(default_factory=list)
+    storage: dict[str, StoredWeight] = field(default_factory=dict)
+    usage: list[str] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Emitter(ABC):
+    """Writes one form of a program under an output folder."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def check(self, program: Program, target: str) -> None:
+        """Refuse what cannot be emitted, before any weight is read.
+
+        Raises:
+            LoweringError: With the reason and the remedy.
+        """
+
+    @abstractmethod
+    def emit(self, program: Program, root: Path, target: str, progress: Progress) -> Emitted:
+        """Write the files under `root`."""

@@ -1,0 +1,244 @@
+"""The ONNX emitter: one graph for prefill and decode, straight from the IR."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import onnx_ir as ir
+import torch
+
+from graphopt.errors import LoweringError
+from graphopt.ir.graph import Program
+from graphopt.ir.ops import is_aten
+from graphopt.ir.shapes import infer_program
+from graphopt.ir.types import B, P, S, Type
+from graphopt.lowering.base import Emitted, Emitter
+from graphopt.lowering.onnx.builder import ONNX_DTYPES, GraphBuilder
+from graphopt.lowering.onnx.external import DataFile
+from graphopt.lowering.onnx.genai import genai_config, why_not
+from graphopt.lowering.onnx.ops import Heads, Lowering, translation_of
+from graphopt.lowering.onnx.ops.norm import fusable_sums
+from graphopt.progress import Progress
+
+# Weights smaller than this many elements are written into the model file itself.
+_INLINE = 256
+_TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+
+
+class OnnxEmitter(Emitter):
+    """Writes `onnx/model.onnx`, its data file, and what onnxruntime-genai needs beside them."""
+
+    name: ClassVar[str] = "onnx"
+
+    def check(self, program: Program, target: str) -> None:
+        """Refuse a program with an op that has no ONNX form.
+
+        Raises:
+            LoweringError: Naming the op and the call.
+        """
+        for call in program.calls:
+            function = program.functions[call.function]
+            for node in function.nodes:
+                if translation_of(node.op) is None:
+                    where = call.path or function.name
+                    kind = "ATen operator" if is_aten(node.op) else "op"
+                    raise LoweringError(
+                        f"{where}: {node.outputs[0].name} = {node.op}: this {kind} has no ONNX "
+                        "form.",
+                        "Emit torch instead (--emit torch), or add a form under "
+                        "lowering/onnx/ops/.",
+                    )
+
+    def emit(self, program: Program, root: Path, target: str, progress: Progress) -> Emitted:
+        folder = root / "onnx"
+        folder.mkdir(parents=True, exist_ok=True)
+        data = DataFile(folder / "model.onnx.data", root)
+        model = _Graph(program, data).build()
+        data.write(progress)
+        path = folder / "model.onnx"
+        ir.save(model, path)
+        emitted = Emitted([path, data.path], data.storage)
+        emitted.usage.append(f"graphopt generate {{out}} --prompt 'Hello'   # {path.name}")
+        reason = why_not(program)
+        if reason is None:
+            emitted.files += self._genai(program, folder)
+            emitted.usage.append(
+                "onnxruntime-genai:  og.Model('{out}/onnx')   # loads genai_config.json"
+            )
+        else:
+            emitted.notes.append(("onnx", f"no genai_config.json: {reason}"))
+        return emitted
+
+    @staticmethod
+    def _genai(program: Program, folder: Path) -> list[Path]:
+        assert program.tokenizer is not None
+        kinds, _ = infer_program(program)
+        heads = 0
+        for call, types in zip(program.calls, kinds, strict=True):
+            for node in program.functions[call.function].nodes:
+                if node.op == "attention" and node.inputs[0] is not None:
+                    heads = int(types[node.inputs[0]].shape[1])
+        config = folder / "genai_config.json"
+        config.write_text(json.dumps(genai_config(program, heads), indent=2) + "\n", "utf-8")
+        written = [config]
+        for pattern in _TOKENIZER_FILES:
+            for source in sorted(Path(program.tokenizer).glob(pattern)):
+                if source.name in ("config.json", "genai_config.json") or "safetensors" in source.name:
+                    continue
+                written.append(Path(shutil.copyfile(source, folder / source.name)))
+        return written
+
+
+class _Graph:
+    """Lowers a program call by call into one graph."""
+
+    def __init__(self, program: Program, data: DataFile) -> None:
+        self.program = program
+        self.data = data
+        self.builder = GraphBuilder()
+        self.shared: dict[object, object] = {"transposed": set()}
+        self.weights: dict[str, ir.Value] = {}
+        self.transposed = self._transposable()
+
+    def _transposable(self) -> set[str]:
+        """Return the weights that nothing but `linear` reads, as its matrix."""
+        linear: set[str] = set()
+        other: set[str] = set()
+        for call in self.program.calls:
+            function = self.program.functions[call.function]
+            slots = {value: slot for slot, value in function.weights.items()}
+            for node in function.nodes:
+                for index, value in enumerate(node.inputs):
+                    if value in slots:
+                        is_matrix = node.op == "linear" and index == 1
+                        (linear if is_matrix else other).add(call.weights[slots[value]])
+        return linear - other
+
+    def build(self) -> ir.Model:
+        program, builder = self.program, self.builder
+        inputs = {name: self._input(name, kind) for name, kind in program.inputs.items()}
+        batch = builder.op("Shape", inputs["input_ids"], start=0, end=1, name="sizes/B")
+        length = builder.op("Shape", inputs["input_ids"], start=1, end=2, name="sizes/S")
+        builder.bind(B, batch)
+        builder.bind(S, length)
+        if program.states:
+            total = builder.op("Shape", inputs["attention_mask"], start=1, end=2, name="sizes/T")
+            builder.bind(P + S, total)
+            builder.bind(P, builder.op("Sub", total, length, name="sizes/P"))
+        else:
+            builder.bind(P + S, length)
+            builder.bind(P, builder.constant([0]))
+        pasts, outputs = self._caches()
+        graph_inputs = [*inputs.values(), *pasts.values()]
+        kinds, carried_types = infer_program(program)
+        carried: dict[str, object] = dict(inputs)
+        presents: dict[str, ir.Value] = {}
+        for call, types in zip(program.calls, kinds, strict=True):
+            function = program.functions[call.function]
+            builder.scope = call.path.replace(".", "/") or function.name
+            lower = Lowering(
+                builder, program, call, function, types, {}, inputs, self.shared
+            )
+            lower.values.update(
+                {p: carried[a] for p, a in zip(function.params, call.args, strict=True)}  # type: ignore[misc]
+            )
+            for slot, value in function.weights.items():
+                lower.values[value] = self._weight(call.weights[slot])
+            for cache in function.caches:
+                state = call.caches[cache.slot]
+                lower.values[cache.past_k] = pasts[f"{state}.key"]
+                lower.values[cache.past_v] = pasts[f"{state}.value"]
+            self._lower(lower)
+            for name, value in zip(call.results, function.results, strict=True):
+                carried[name] = lower.values[value]
+                if isinstance(lower.values[value], Heads):
+                    carried[name] = lower.whole(value)
+            for cache in function.caches:
+                state = call.caches[cache.slot]
+                presents[f"{state}.key"] = lower.whole(cache.present_k)
+                presents[f"{state}.value"] = lower.whole(cache.present_v)
+        builder.scope = ""
+        results = [self._output("logits", carried["logits"], carried_types["logits"])]
+        for key, (name, kind) in outputs.items():
+            results.append(self._output(name, presents[key], kind))
+        metadata = {"graphopt.source": program.source, "graphopt.program": program.name}
+        return builder.model(program.name, graph_inputs, results, metadata)
+
+    def _lower(self, lower: Lowering) -> None:
+        lower.fused = fusable_sums(lower)
+        for node in lower.function.nodes:
+            if node in lower.fused:
+                continue
+            form = translation_of(node.op)
+            assert form is not None
+            try:
+                made = form(lower, node)
+            except ValueError as error:
+                where = lower.call.path or lower.function.name
+                raise LoweringError(
+                    f"{where}: {node.outputs[0].name} = {node.op}: {error}.",
+                    "Emit torch instead (--emit torch).",
+                ) from error
+            values: Sequence[object] = made if isinstance(made, list) else [made]
+            for value, result in zip(node.outputs, values, strict=False):
+                lower.values[value] = result  # type: ignore[assignment]
+
+    def _input(self, name: str, kind: Type) -> ir.Value:
+        # attention_mask's length is that of the cache and the new tokens together.
+        labels = {B: "batch", S: "sequence", P + S: "total"}
+        dims = [labels.get(size, size) for size in kind.shape]
+        return ir.Value(
+            name=name, shape=ir.Shape(dims), type=ir.TensorType(ONNX_DTYPES[kind.dtype])
+        )
+
+    def _output(self, name: str, value: object, kind: Type) -> ir.Value:
+        """Give a result its public name."""
+        assert isinstance(value, ir.Value)
+        result = self.builder.op("Identity", value, name=f"output/{name}")
+        assert isinstance(result, ir.Value)
+        result.name = name
+        labels = {B: "batch", S: "sequence", P + S: "total"}
+        result.shape = ir.Shape([labels.get(size, size) for size in kind.shape])
+        result.type = ir.TensorType(ONNX_DTYPES[kind.dtype])
+        return result
+
+    def _caches(self) -> tuple[dict[str, ir.Value], dict[str, tuple[str, Type]]]:
+        """Return the cache inputs, and the names and types of the cache outputs, by state."""
+        pasts: dict[str, ir.Value] = {}
+        outputs: dict[str, tuple[str, Type]] = {}
+        for number, state in enumerate(self.program.states.values()):
+            for part, width in (("key", state.k_dim), ("value", state.v_dim)):
+                key = f"{state.name}.{part}"
+                dims = ["batch", state.heads, "past", width]
+                pasts[key] = ir.Value(
+                    name=f"past_key_values.{number}.{part}",
+                    shape=ir.Shape(dims),
+                    type=ir.TensorType(ir.DataType.FLOAT),
+                )
+                kind = Type((B, state.heads, P + S, width), torch.float32)
+                outputs[key] = (f"present.{number}.{part}", kind)
+        return pasts, outputs
+
+    def _weight(self, name: str) -> ir.Value:
+        """Return the initializer of a program weight."""
+        if name in self.weights:
+            return self.weights[name]
+        weight = self.program.weights[name]
+        label = self.builder.unique(name)
+        if weight.constant or weight.numel < _INLINE:
+            value = weight.load(torch.float32).contiguous()
+            tensor: ir.TensorProtocol = ir.tensor(value.numpy(), name=label)
+        else:
+            tensor = self.data.reserve(weight, name in self.transposed)
+        made = self.builder.initializer(label, tensor)
+        if name in self.transposed:
+            if weight.constant or weight.numel < _INLINE:
+                turned = ir.tensor(value.t().contiguous().numpy(), name=label)
+                made = self.builder.initializer(label, turned)
+            self.shared["transposed"].add(made)  # type: ignore[attr-defined]
+        self.weights[name] = made
+        return made

@@ -1,0 +1,85 @@
+"""genai_config.json: what onnxruntime-genai needs to run a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graphopt.ir.graph import Program
+
+
+def why_not(program: Program) -> str | None:
+    """Return why onnxruntime-genai cannot run the program; None where it can."""
+    states = list(program.states.values())
+    if not states:
+        return "it has no KV cache (run insert-kv-cache)"
+    first = states[0]
+    if any((s.heads, s.k_dim, s.v_dim) != (first.heads, first.k_dim, first.k_dim) for s in states):
+        return "its layers' caches differ in heads or head size"
+    if program.tokenizer is None:
+        return "it has no tokenizer"
+    return None
+
+
+def genai_config(program: Program, heads: int) -> dict[str, Any]:
+    """Return the config of a program that `why_not` has nothing against.
+
+    Args:
+        heads: Query heads of an attention.
+    """
+    config = program.config
+    text = config.get("text_config") or config
+    states = list(program.states.values())
+    eos = text.get("eos_token_id", config.get("eos_token_id"))
+    pad = text.get("pad_token_id", config.get("pad_token_id"))
+    if pad is None:
+        pad = eos[0] if isinstance(eos, list) else eos
+    length = text.get("max_position_embeddings") or text.get("n_positions") or 2048
+    hidden = text.get("hidden_size") or text.get("n_embd") or heads * states[0].k_dim
+    return {
+        "model": {
+            "bos_token_id": text.get("bos_token_id", config.get("bos_token_id")) or 0,
+            "context_length": length,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": "model.onnx",
+                "head_size": states[0].k_dim,
+                "hidden_size": hidden,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+                "num_attention_heads": heads,
+                "num_hidden_layers": len(states),
+                "num_key_value_heads": states[0].heads,
+            },
+            "eos_token_id": eos if eos is not None else 0,
+            "pad_token_id": pad if pad is not None else 0,
+            # A name of genai's own list for plain decoders; nothing else hangs on it.
+            "type": "llama",
+            "vocab_size": text.get("vocab_size", 0),
+        },
+        "search": {
+            "diversity_penalty": 0.0,
+            "do_sample": False,
+            "early_stopping": True,
+            "length_penalty": 1.0,
+            "max_length": length,
+            "min_length": 0,
+            "no_repeat_ngram_size": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": True,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }

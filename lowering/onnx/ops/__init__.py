@@ -1,0 +1,28 @@
+"""Every op's ONNX form: one file a family; importing this package registers them all."""
+
+from graphopt.lowering.onnx.ops import (
+    aten,
+    aten_index,
+    aten_shape,
+    attention,
+    elementwise,
+    linear,
+    norm,
+    rope,
+)
+from graphopt.lowering.onnx.ops.registry import Heads, Lowering, translation, translation_of
+
+__all__ = [
+    "Heads",
+    "Lowering",
+    "aten",
+    "aten_index",
+    "aten_shape",
+    "attention",
+    "elementwise",
+    "linear",
+    "norm",
+    "rope",
+    "translation",
+    "translation_of",
+]

@@ -1,0 +1,447 @@
+"""ATen arithmetic, comparisons, reductions and products that capture did not raise."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import sympy
+import torch
+
+from graphopt.ir.graph import Node, Value
+from graphopt.lowering.onnx.builder import ONNX_DTYPES
+from graphopt.lowering.onnx.ops.registry import Lowering, translation
+
+# Operands ---------------------------------------------------------------------------------------
+
+
+def dtype_of(lower: Lowering, node: Node, index: int = 0) -> torch.dtype:
+    return lower.types[node.outputs[index]].dtype
+
+
+def operand(lower: Lowering, item: Any, dtype: torch.dtype) -> ir.Value:
+    """Return a tensor, a number or a size as a tensor of the dtype."""
+    if isinstance(item, Value):
+        value = lower.whole(item)
+        return cast(lower, value, lower.types[item].dtype, dtype)
+    if isinstance(item, sympy.Expr) and not item.is_number:
+        return cast(lower, lower.builder.scalar(item), torch.int64, dtype)
+    return lower.builder.number(_plain(item, dtype), dtype)
+
+
+def _plain(item: Any, dtype: torch.dtype) -> Any:
+    number = float(item) if isinstance(item, sympy.Expr) else item
+    if dtype == torch.float32 and isinstance(number, float) and math.isfinite(number):
+        limit = float(np.finfo(np.float32).max)
+        return min(max(number, -limit), limit)
+    return number
+
+
+def cast(
+    lower: Lowering, value: ir.Value, have: torch.dtype, want: torch.dtype
+) -> ir.Value:
+    """Convert between element types; the same type costs nothing."""
+    if have == want:
+        return value
+    return lower.builder.op("Cast", value, to=ONNX_DTYPES[want])  # type: ignore[no-any-return]
+
+
+def _common(lower: Lowering, items: list[Any]) -> torch.dtype:
+    """Return the dtype torch computes in: tensors decide, a float lifts integers."""
+    dtype: torch.dtype | None = None
+    for item in items:
+        if isinstance(item, Value):
+            own = lower.types[item].dtype
+            dtype = own if dtype is None else torch.promote_types(dtype, own)
+    if dtype is None:
+        return torch.float32
+    has_float = any(isinstance(item, float) for item in items)
+    if has_float and not dtype.is_floating_point:
+        return torch.float32
+    return torch.int64 if dtype == torch.bool and not has_float and len(items) > 1 and not all(
+        isinstance(item, Value) for item in items
+    ) else dtype  # fmt: skip
+
+
+# Arithmetic -------------------------------------------------------------------------------------
+
+
+def _unary(names: tuple[str, ...], op_type: str) -> None:
+    @translation(*names)
+    def form(lower: Lowering, node: Node) -> ir.Value:
+        x = operand(lower, lower.aten_arg(node, 0), dtype_of(lower, node))
+        return lower.builder.op(op_type, x)  # type: ignore[no-any-return]
+
+
+for _names, _op_type in (
+    (("aten.neg",), "Neg"),
+    (("aten.abs",), "Abs"),
+    (("aten.exp",), "Exp"),
+    (("aten.log",), "Log"),
+    (("aten.sqrt",), "Sqrt"),
+    (("aten.reciprocal",), "Reciprocal"),
+    (("aten.cos",), "Cos"),
+    (("aten.sin",), "Sin"),
+    (("aten.tanh",), "Tanh"),
+    (("aten.sigmoid",), "Sigmoid"),
+    (("aten.relu",), "Relu"),
+    (("aten.erf",), "Erf"),
+    (("aten.floor",), "Floor"),
+    (("aten.ceil",), "Ceil"),
+    (("aten.sign", "aten.sgn"), "Sign"),
+    (("aten.round",), "Round"),
+):
+    _unary(_names, _op_type)
+
+
+def _binary(names: tuple[str, ...], op_type: str) -> None:
+    @translation(*names)
+    def form(lower: Lowering, node: Node) -> ir.Value:
+        a, b = lower.aten_arg(node, 0), lower.aten_arg(node, 1, "other")
+        dtype = dtype_of(lower, node)
+        left, right = operand(lower, a, dtype), operand(lower, b, dtype)
+        alpha = lower.aten_arg(node, 2, "alpha", 1)
+        if alpha != 1:
+            right = lower.builder.op("Mul", right, lower.builder.number(alpha, dtype))
+        return lower.builder.op(op_type, left, right)  # type: ignore[no-any-return]
+
+
+for _names, _op_type in (
+    (("aten.add",), "Add"),
+    (("aten.sub",), "Sub"),
+    (("aten.mul",), "Mul"),
+    (("aten.maximum", "aten.max.other"), "Max"),
+    (("aten.minimum", "aten.min.other"), "Min"),
+    (("aten.pow",), "Pow"),
+):
+    _binary(_names, _op_type)
+
+
+@translation("aten.div", "aten.true_divide")
+def div(lower: Lowering, node: Node) -> ir.Value:
+    dtype = dtype_of(lower, node)
+    mode = lower.aten_arg(node, 2, "rounding_mode")
+    a, b = (operand(lower, lower.aten_arg(node, i), dtype) for i in (0, 1))
+    if mode == "floor":
+        return _floor_divide(lower, a, b, dtype)
+    result = lower.builder.op("Div", a, b)
+    if mode == "trunc" and dtype.is_floating_point:
+        floor, ceil = lower.builder.op("Floor", result), lower.builder.op("Ceil", result)
+        negative = lower.builder.op("Less", result, lower.builder.number(0.0, dtype))
+        return lower.builder.op("Where", negative, ceil, floor)  # type: ignore[no-any-return]
+    return result  # type: ignore[no-any-return]
+
+
+def _floor_divide(
+    lower: Lowering, a: ir.Value, b: ir.Value, dtype: torch.dtype
+) -> ir.Value:
+    """ONNX divides integers towards zero, torch towards minus infinity."""
+    builder = lower.builder
+    if dtype.is_floating_point:
+        return builder.op("Floor", builder.op("Div", a, b))  # type: ignore[no-any-return]
+    rest = builder.op("Mod", a, b)
+    return builder.op("Div", builder.op("Sub", a, rest), b)  # type: ignore[no-any-return]
+
+
+@translation("aten.floor_divide")
+def floor_divide(lower: Lowering, node: Node) -> ir.Value:
+    dtype = dtype_of(lower, node)
+    a, b = (operand(lower, lower.aten_arg(node, i), dtype) for i in (0, 1))
+    return _floor_divide(lower, a, b, dtype)
+
+
+@translation("aten.remainder")
+def remainder(lower: Lowering, node: Node) -> ir.Value:
+    dtype = dtype_of(lower, node)
+    a, b = (operand(lower, lower.aten_arg(node, i), dtype) for i in (0, 1))
+    if not dtype.is_floating_point:
+        return lower.builder.op("Mod", a, b)  # type: ignore[no-any-return]
+    whole = lower.builder.op("Mul", _floor_divide(lower, a, b, dtype), b)
+    return lower.builder.op("Sub", a, whole)  # type: ignore[no-any-return]
+
+
+@translation("aten.rsub")
+def rsub(lower: Lowering, node: Node) -> ir.Value:
+    dtype = dtype_of(lower, node)
+    a, b = (operand(lower, lower.aten_arg(node, i), dtype) for i in (0, 1))
+    return lower.builder.op("Sub", b, a)  # type: ignore[no-any-return]
+
+
+@translation("aten.square")
+def square(lower: Lowering, node: Node) -> ir.Value:
+    x = lower.whole(node.inputs[0])
+    return lower.builder.op("Mul", x, x)  # type: ignore[no-any-return]
+
+
+@translation("aten.rsqrt")
+def rsqrt(lower: Lowering, node: Node) -> ir.Value:
+    root = lower.builder.op("Sqrt", lower.whole(node.inputs[0]))
+    return lower.builder.op("Reciprocal", root)  # type: ignore[no-any-return]
+
+
+@translation("aten.log1p")
+def log1p(lower: Lowering, node: Node) -> ir.Value:
+    x = operand(lower, lower.aten_arg(node, 0), dtype_of(lower, node))
+    return lower.builder.op("Log", lower.builder.op("Add", x, lower.builder.number(1.0)))  # type: ignore[no-any-return]
+
+
+@translation("aten.expm1")
+def expm1(lower: Lowering, node: Node) -> ir.Value:
+    """exp(x) - 1 as 2 tanh(x/2) / (1 - tanh(x/2)), which does not cancel near zero."""
+    builder = lower.builder
+    x = lower.whole(node.inputs[0])
+    half = builder.op("Tanh", builder.op("Mul", x, builder.number(0.5)))
+    top = builder.op("Mul", half, builder.number(2.0))
+    bent = builder.op("Div", top, builder.op("Sub", builder.number(1.0), half))
+    plain = builder.op("Sub", builder.op("Exp", x), builder.number(1.0))
+    small = builder.op("Less", builder.op("Abs", x), builder.number(1.0))
+    return builder.op("Where", small, bent, plain)  # type: ignore[no-any-return]
+
+
+@translation("aten.softplus")
+def softplus(lower: Lowering, node: Node) -> ir.Value:
+    builder, x = lower.builder, lower.whole(node.inputs[0])
+    beta, threshold = lower.aten_arg(node, 1, "beta", 1), lower.aten_arg(node, 2, "threshold", 20)
+    scaled = x if beta == 1 else builder.op("Mul", x, builder.number(float(beta)))
+    soft = builder.op("Softplus", scaled)
+    if beta != 1:
+        soft = builder.op("Div", soft, builder.number(float(beta)))
+    large = builder.op("Greater", scaled, builder.number(float(threshold)))
+    return builder.op("Where", large, x, soft)  # type: ignore[no-any-return]
+
+
+@translation("aten.silu")
+def silu(lower: Lowering, node: Node) -> ir.Value:
+    x = lower.whole(node.inputs[0])
+    return lower.builder.op("Mul", x, lower.builder.op("Sigmoid", x))  # type: ignore[no-any-return]
+
+
+@translation("aten.gelu")
+def gelu(lower: Lowering, node: Node) -> ir.Value:
+    kind = lower.aten_arg(node, 1, "approximate", "none")
+    return lower.builder.op("Gelu", lower.whole(node.inputs[0]), approximate=kind)  # type: ignore[no-any-return]
+
+
+@translation("aten.clamp", "aten.clamp_min", "aten.clamp_max", "aten.hardtanh")
+def clamp(lower: Lowering, node: Node) -> ir.Value:
+    dtype = dtype_of(lower, node)
+    low, high = lower.aten_arg(node, 1, "min"), lower.aten_arg(node, 2, "max")
+    if ".clamp_max" in node.op:
+        low, high = None, low
+    x = operand(lower, lower.aten_arg(node, 0), dtype)
+    if low is not None:
+        x = lower.builder.op("Max", x, operand(lower, low, dtype))
+    if high is not None:
+        x = lower.builder.op("Min", x, operand(lower, high, dtype))
+    return x
+
+
+# Comparisons and logic --------------------------------------------------------------------------
+
+
+def _comparison(name: str, op_type: str, negate: bool = False) -> None:
+    @translation(name)
+    def form(lower: Lowering, node: Node) -> ir.Value:
+        items = [lower.aten_arg(node, 0), lower.aten_arg(node, 1)]
+        dtype = _common(lower, items)
+        a, b = (operand(lower, item, dtype) for item in items)
+        result = lower.builder.op(op_type, a, b)
+        return lower.builder.op("Not", result) if negate else result  # type: ignore[no-any-return]
+
+
+for _name, _op_type, _negate in (
+    ("aten.eq", "Equal", False),
+    ("aten.ne", "Equal", True),
+    ("aten.lt", "Less", False),
+    ("aten.le", "LessOrEqual", False),
+    ("aten.gt", "Greater", False),
+    ("aten.ge", "GreaterOrEqual", False),
+):
+    _comparison(_name, _op_type, _negate)
+
+
+def _logic(names: tuple[str, ...], op_type: str) -> None:
+    @translation(*names)
+    def form(lower: Lowering, node: Node) -> ir.Value:
+        a, b = (operand(lower, lower.aten_arg(node, i), torch.bool) for i in (0, 1))
+        return lower.builder.op(op_type, a, b)  # type: ignore[no-any-return]
+
+
+_logic(("aten.__and__", "aten.bitwise_and", "aten.logical_and"), "And")
+_logic(("aten.__or__", "aten.bitwise_or", "aten.logical_or"), "Or")
+_logic(("aten.__xor__", "aten.bitwise_xor", "aten.logical_xor"), "Xor")
+
+
+@translation("aten.logical_not", "aten.bitwise_not")
+def logical_not(lower: Lowering, node: Node) -> ir.Value:
+    return lower.builder.op("Not", operand(lower, lower.aten_arg(node, 0), torch.bool))  # type: ignore[no-any-return]
+
+
+@translation("aten.where")
+def where(lower: Lowering, node: Node) -> ir.Value:
+    dtype = dtype_of(lower, node)
+    condition = operand(lower, lower.aten_arg(node, 0), torch.bool)
+    a, b = (operand(lower, lower.aten_arg(node, i), dtype) for i in (1, 2))
+    return lower.builder.op("Where", condition, a, b)  # type: ignore[no-any-return]
+
+
+@translation("aten.masked_fill")
+def masked_fill(lower: Lowering, node: Node) -> ir.Value:
+    dtype = dtype_of(lower, node)
+    x = operand(lower, lower.aten_arg(node, 0), dtype)
+    mask = operand(lower, lower.aten_arg(node, 1), torch.bool)
+    fill = operand(lower, lower.aten_arg(node, 2), dtype)
+    return lower.builder.op("Where", mask, fill, x)  # type: ignore[no-any-return]
+
+
+# Reductions -------------------------------------------------------------------------------------
+
+
+def _axes(lower: Lowering, item: Any) -> ir.Value | None:
+    if item is None:
+        return None
+    dims = [item] if isinstance(item, int) else list(item)
+    return lower.builder.constant(dims) if dims else None
+
+
+def _reduction(names: tuple[str, ...], op_type: str) -> None:
+    @translation(*names)
+    def form(lower: Lowering, node: Node) -> ir.Value:
+        dtype = dtype_of(lower, node)
+        x = operand(lower, lower.aten_arg(node, 0), dtype)
+        axes = _axes(lower, lower.aten_arg(node, 1, "dim"))
+        keep = int(bool(lower.aten_arg(node, 2, "keepdim", False)))
+        return lower.builder.op(op_type, x, axes, keepdims=keep)  # type: ignore[no-any-return]
+
+
+_reduction(("aten.mean",), "ReduceMean")
+_reduction(("aten.sum",), "ReduceSum")
+_reduction(("aten.amax",), "ReduceMax")
+_reduction(("aten.amin",), "ReduceMin")
+_reduction(("aten.prod",), "ReduceProd")
+
+
+@translation("aten.any")
+def any_(lower: Lowering, node: Node) -> ir.Value:
+    x = operand(lower, lower.aten_arg(node, 0), torch.int64)
+    axes = _axes(lower, lower.aten_arg(node, 1, "dim"))
+    keep = int(bool(lower.aten_arg(node, 2, "keepdim", False)))
+    total = lower.builder.op("ReduceMax", x, axes, keepdims=keep)
+    return lower.builder.op("Cast", total, to=ir.DataType.BOOL)  # type: ignore[no-any-return]
+
+
+@translation("aten.max.dim", "aten.min.dim")
+def extreme(lower: Lowering, node: Node) -> list[ir.Value]:
+    x, axis = lower.whole(node.inputs[0]), lower.aten_arg(node, 1, "dim")
+    keep = int(bool(lower.aten_arg(node, 2, "keepdim", False)))
+    kind = "Max" if ".max." in node.op else "Min"
+    axes = lower.builder.constant([axis])
+    return [
+        lower.builder.op(f"Reduce{kind}", x, axes, keepdims=keep),
+        lower.builder.op(f"Arg{kind}", x, axis=axis, keepdims=keep),
+    ]
+
+
+@translation("aten.argmax", "aten.argmin")
+def argmax(lower: Lowering, node: Node) -> ir.Value:
+    kind = "ArgMax" if ".argmax" in node.op else "ArgMin"
+    keep = int(bool(lower.aten_arg(node, 2, "keepdim", False)))
+    return lower.builder.op(  # type: ignore[no-any-return]
+        kind, lower.whole(node.inputs[0]), axis=lower.aten_arg(node, 1, "dim"), keepdims=keep
+    )
+
+
+@translation("aten.cumsum")
+def cumsum(lower: Lowering, node: Node) -> ir.Value:
+    x = operand(lower, lower.aten_arg(node, 0), dtype_of(lower, node))
+    return lower.builder.op("CumSum", x, lower.builder.constant(lower.aten_arg(node, 1)))  # type: ignore[no-any-return]
+
+
+@translation("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax")
+def softmax(lower: Lowering, node: Node) -> ir.Value:
+    x = operand(lower, lower.aten_arg(node, 0), dtype_of(lower, node))
+    op_type = "LogSoftmax" if "log" in node.op else "Softmax"
+    return lower.builder.op(op_type, x, axis=lower.aten_arg(node, 1))  # type: ignore[no-any-return]
+
+
+@translation("aten.linalg_vector_norm", "aten.norm")
+def vector_norm(lower: Lowering, node: Node) -> ir.Value:
+    order = lower.aten_arg(node, 1, "ord", 2)
+    if order not in (1, 2):
+        raise ValueError(f"a norm of order {order} has no ONNX form")
+    axes = _axes(lower, lower.aten_arg(node, 2, "dim"))
+    keep = int(bool(lower.aten_arg(node, 3, "keepdim", False)))
+    x = lower.whole(node.inputs[0])
+    return lower.builder.op(f"ReduceL{order}", x, axes, keepdims=keep)  # type: ignore[no-any-return]
+
+
+# Products ---------------------------------------------------------------------------------------
+
+
+@translation("aten.matmul", "aten.bmm", "aten.mm")
+def matmul(lower: Lowering, node: Node) -> ir.Value:
+    a, b = (lower.whole(lower.aten_arg(node, i)) for i in (0, 1))
+    return lower.builder.op("MatMul", a, b)  # type: ignore[no-any-return]
+
+
+@translation("aten.baddbmm", "aten.addmm")
+def addmm(lower: Lowering, node: Node) -> ir.Value:
+    builder = lower.builder
+    c, a, b = (lower.whole(lower.aten_arg(node, i)) for i in (0, 1, 2))
+    beta, alpha = lower.aten_arg(node, 3, "beta", 1), lower.aten_arg(node, 4, "alpha", 1)
+    product = builder.op("MatMul", a, b)
+    if alpha != 1:
+        product = builder.op("Mul", product, builder.number(float(alpha)))
+    if beta == 0:
+        return product  # type: ignore[no-any-return]
+    if beta != 1:
+        c = builder.op("Mul", c, builder.number(float(beta)))
+    return builder.op("Add", product, c)  # type: ignore[no-any-return]
+
+
+@translation("aten.linear")
+def linear(lower: Lowering, node: Node) -> ir.Value:
+    x, weight = lower.whole(lower.aten_arg(node, 0)), lower.whole(lower.aten_arg(node, 1))
+    bias = lower.aten_arg(node, 2, "bias")
+    y = lower.builder.op("MatMul", x, lower.builder.op("Transpose", weight, perm=[1, 0]))
+    return y if bias is None else lower.builder.op("Add", y, lower.whole(bias))  # type: ignore[no-any-return]
+
+
+@translation("aten.conv1d")
+def conv1d(lower: Lowering, node: Node) -> ir.Value:
+    x, weight = lower.whole(lower.aten_arg(node, 0)), lower.whole(lower.aten_arg(node, 1))
+    bias = lower.aten_arg(node, 2, "bias")
+    strides, padding = lower.aten_arg(node, 3, "stride", [1]), lower.aten_arg(node, 4, "padding", [0])
+    if isinstance(padding, str):
+        raise ValueError(f"conv1d with padding {padding!r} has no ONNX form here")
+    pad = padding[0] if isinstance(padding, list | tuple) else padding
+    stride = strides[0] if isinstance(strides, list | tuple) else strides
+    dilation = lower.aten_arg(node, 5, "dilation", [1])
+    spread = dilation[0] if isinstance(dilation, list | tuple) else dilation
+    return lower.builder.op(  # type: ignore[no-any-return]
+        "Conv", x, weight, None if bias is None else lower.whole(bias),
+        strides=[stride], pads=[pad, pad], dilations=[spread],
+        group=lower.aten_arg(node, 6, "groups", 1),
+    )  # fmt: skip
+
+
+@translation("aten.layer_norm", "aten.rms_norm")
+def norm(lower: Lowering, node: Node) -> ir.Value:
+    shape, weight = lower.aten_arg(node, 1), lower.aten_arg(node, 2, "weight")
+    is_layer = ".layer_norm" in node.op
+    bias = lower.aten_arg(node, 3, "bias") if is_layer else None
+    eps = lower.aten_arg(node, 4 if is_layer else 3, "eps") or (
+        1e-5 if is_layer else torch.finfo(torch.float32).eps
+    )
+    gain = (
+        lower.builder.constant(np.ones([int(size) for size in shape]), np.float32)
+        if weight is None
+        else lower.whole(weight)
+    )
+    op_type = "LayerNormalization" if is_layer else "RMSNormalization"
+    return lower.builder.op(  # type: ignore[no-any-return]
+        op_type, lower.whole(node.inputs[0]), gain, None if bias is None else lower.whole(bias),
+        axis=-len(shape), epsilon=eps,
+    )  # fmt: skip

@@ -1,0 +1,44 @@
+"""Embeddings and matrix products."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from graphopt.ir.graph import Node
+from graphopt.lowering.onnx.ops.registry import Lowering, translation
+
+
+@translation("embedding")
+def embedding(lower: Lowering, node: Node) -> ir.Value:
+    ids, weight = lower.whole(node.inputs[0]), lower.whole(node.inputs[1])
+    offset = lower.attrs(node).get("offset", 0)
+    if offset:
+        ids = lower.builder.op("Add", ids, lower.builder.constant(offset))
+    return lower.builder.op("Gather", weight, ids, axis=0)  # type: ignore[no-any-return]
+
+
+@translation("linear")
+def linear(lower: Lowering, node: Node) -> ir.Value:
+    """MatMul with a weight stored as [in, out], which is what ONNX Runtime packs best.
+
+    A weight that is stored as [out, in] for another use, such as a tied embedding, is not
+    stored twice: Gemm reads it transposed.
+    """
+    builder = lower.builder
+    x, weight = lower.whole(node.inputs[0]), node.inputs[1]
+    assert weight is not None
+    bias = lower.operand(node, 2)
+    stored = lower.values[weight]
+    assert isinstance(stored, ir.Value)
+    if stored in lower.shared["transposed"]:
+        product = builder.op("MatMul", x, stored)
+        return product if bias is None else builder.op("Add", product, lower.whole(bias))
+    out, width = (int(size) for size in lower.types[weight].shape)
+    flat = builder.op("Reshape", x, builder.constant([-1, width]))
+    operands = [flat, stored] if bias is None else [flat, stored, lower.whole(bias)]
+    product = builder.op("Gemm", *operands, transB=1)
+    assert node.inputs[0] is not None
+    rest = lower.types[node.inputs[0]].shape[:-1]
+    if len(rest) == 1:
+        return product  # type: ignore[no-any-return]
+    return builder.reshape(product, (*rest, out))

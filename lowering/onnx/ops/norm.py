@@ -1,0 +1,124 @@
+"""Norms, fused with the sum in front of them where ONNX Runtime has one kernel for both."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from graphopt.ir.graph import Node, Value
+from graphopt.lowering.onnx.builder import MICROSOFT
+from graphopt.lowering.onnx.ops.registry import Heads, Lowered, Lowering, translation
+
+
+def _gain(lower: Lowering, weight: Value | None, width: int, offset: float) -> ir.Value | None:
+    """Return the gain as a vector; None where it does not broadcast along the last axis alone."""
+    if weight is None:
+        return lower.builder.constant(np.full(width, 1.0 + offset), np.float32)
+    if len(lower.types[weight].shape) != 1:
+        return None
+    gain = lower.whole(weight)
+    if not offset:
+        return gain
+    key = ("gain", gain, offset)
+    if key not in lower.shared:
+        lower.shared[key] = lower.builder.op("Add", gain, lower.builder.number(offset))
+    return lower.shared[key]  # type: ignore[no-any-return]
+
+
+def _skip_sum(lower: Lowering, node: Node) -> Node | None:
+    """Return the sum of two plain streams [B, S, N] that this norm reads."""
+    x = node.inputs[0]
+    assert x is not None
+    add = x.node
+    if add is None or add.op != "add" or add not in lower.fused:
+        return None
+    return add
+
+
+@translation("rms_norm")
+def rms_norm(lower: Lowering, node: Node) -> Lowered:
+    builder, attrs = lower.builder, lower.attrs(node)
+    x, weight = node.inputs[0], lower.operand(node, 1)
+    assert x is not None
+    width = int(lower.types[x].shape[-1])
+    gain = _gain(lower, weight, width, attrs.get("offset", 0.0))
+    add = _skip_sum(lower, node)
+    if add is not None and gain is not None:
+        a, b = (lower.whole(v) for v in add.inputs)
+        y, _, _, total = builder.op(
+            "SkipSimplifiedLayerNormalization", a, b, gain,
+            domain=MICROSOFT, outputs=4, epsilon=attrs["eps"],
+        )  # fmt: skip
+        lower.values[x] = total
+        return y  # type: ignore[no-any-return]
+    lowered = lower.values[x]
+    if isinstance(lowered, Heads) and gain is not None:
+        split = builder.op(
+            "Reshape", lowered.flat, builder.constant([0, 0, lowered.heads, lowered.dim])
+        )
+        y = builder.op("RMSNormalization", split, gain, axis=-1, epsilon=attrs["eps"])
+        flat = builder.op("Reshape", y, builder.constant([0, 0, lowered.heads * lowered.dim]))
+        return Heads(flat, lowered.heads, lowered.dim, lowered.heads_first)
+    if gain is not None:
+        return builder.op(  # type: ignore[no-any-return]
+            "RMSNormalization", lower.whole(x), gain, axis=-1, epsilon=attrs["eps"]
+        )
+    ones = builder.constant(np.ones(width), np.float32)
+    y = builder.op("RMSNormalization", lower.whole(x), ones, axis=-1, epsilon=attrs["eps"])
+    scaled = lower.whole(weight)
+    if attrs.get("offset"):
+        scaled = builder.op("Add", scaled, builder.number(attrs["offset"]))
+    return builder.op("Mul", y, scaled)  # type: ignore[no-any-return]
+
+
+@translation("layer_norm")
+def layer_norm(lower: Lowering, node: Node) -> Lowered:
+    builder, attrs = lower.builder, lower.attrs(node)
+    x, weight, bias = node.inputs[0], lower.operand(node, 1), lower.operand(node, 2)
+    assert x is not None
+    width = int(lower.types[x].shape[-1])
+    gain = _gain(lower, weight, width, attrs.get("offset", 0.0))
+    plain_bias = bias is None or len(lower.types[bias].shape) == 1
+    add = _skip_sum(lower, node)
+    shift = None if bias is None else lower.whole(bias)
+    if add is not None and gain is not None and plain_bias:
+        a, b = (lower.whole(v) for v in add.inputs)
+        y, _, _, total = builder.op(
+            "SkipLayerNormalization", a, b, gain, shift,
+            domain=MICROSOFT, outputs=4, epsilon=attrs["eps"],
+        )  # fmt: skip
+        lower.values[x] = total
+        return y  # type: ignore[no-any-return]
+    if gain is not None and plain_bias:
+        return builder.op(  # type: ignore[no-any-return]
+            "LayerNormalization", lower.whole(x), gain, shift, axis=-1, epsilon=attrs["eps"]
+        )
+    ones = builder.constant(np.ones(width), np.float32)
+    y = builder.op("LayerNormalization", lower.whole(x), ones, axis=-1, epsilon=attrs["eps"])
+    if weight is not None:
+        y = builder.op("Mul", y, lower.whole(weight))
+    return y if bias is None else builder.op("Add", y, lower.whole(bias))  # type: ignore[no-any-return]
+
+
+def fusable_sums(lower: Lowering) -> set[Node]:
+    """Return the sums that the next norm takes in: both operands whole streams of its shape."""
+    found: set[Node] = set()
+    order = {node: index for index, node in enumerate(lower.function.nodes)}
+    uses = lower.function.uses()
+    for node in lower.function.nodes:
+        if node.op not in ("rms_norm", "layer_norm") or node.inputs[0] is None:
+            continue
+        add = node.inputs[0].node
+        if add is None or add.op != "add" or add in found:
+            continue
+        kinds = [lower.types[v] for v in add.inputs if v is not None]
+        same = all(kind == lower.types[add.output] for kind in kinds)
+        weight = lower.operand(node, 1)
+        vector = weight is None or len(lower.types[weight].shape) == 1
+        # The norm makes the sum too, so nothing may read it earlier.
+        first = min(order[user] for user, _ in uses[add.output])
+        three = len(lower.types[add.output].shape) == 3
+        if same and vector and three and kinds[0].dtype == torch.float32 and first == order[node]:
+            found.add(add)
+    return found

@@ -1,0 +1,132 @@
+"""The registry of ONNX forms, and what a form is given to work with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt.ir.graph import Call, Function, In, Node, Program, Value, resolve_attrs
+from graphopt.ir.types import Type
+from graphopt.lowering.onnx.builder import GraphBuilder
+
+
+@dataclass
+class Heads:
+    """A tensor of heads, kept flat [B, S, heads * dim] for as long as possible.
+
+    The fused ONNX ops take and give flat tensors; [B, H, S, D] is made when something asks.
+
+    Attributes:
+        flat: [B, S, heads * dim].
+        heads_first: The IR value is [B, H, S, D] rather than [B, S, H, D].
+    """
+
+    flat: ir.Value
+    heads: int
+    dim: int
+    heads_first: bool
+    _whole: ir.Value | None = None
+
+    def whole(self, builder: GraphBuilder) -> ir.Value:
+        """Return the four-dimensional tensor."""
+        if self._whole is None:
+            split = builder.op(
+                "Reshape", self.flat, builder.constant([0, 0, self.heads, self.dim])
+            )
+            if self.heads_first:
+                split = builder.op("Transpose", split, perm=[0, 2, 1, 3])
+            self._whole = split
+        return self._whole
+
+
+Lowered = ir.Value | Heads
+
+
+@dataclass
+class Lowering:
+    """Lowers the nodes of one call after the other.
+
+    Attributes:
+        builder: The graph being written.
+        program, call, function: What is being lowered.
+        types: Types of the call's values.
+        values: What each value of the function has become.
+        positions: The graph's `position_ids`, `attention_mask`, `input_ids`.
+        shared: Things made once for the whole graph, such as masks, by key.
+    """
+
+    builder: GraphBuilder
+    program: Program
+    call: Call
+    function: Function
+    types: Mapping[Value, Type]
+    values: dict[Value, Lowered]
+    inputs: Mapping[str, ir.Value]
+    shared: dict[Any, Any] = field(default_factory=dict)
+    fused: set[Node] = field(default_factory=set)
+
+    def attrs(self, node: Node) -> dict[str, Any]:
+        return resolve_attrs(node, self.call)
+
+    def whole(self, value: Value | None) -> ir.Value:
+        """Return a value as a plain ONNX tensor of the IR's shape."""
+        assert value is not None
+        lowered = self.values[value]
+        return lowered.whole(self.builder) if isinstance(lowered, Heads) else lowered
+
+    def heads(self, value: Value | None) -> Heads:
+        """Return a four-dimensional value as flat heads, [B, H, S, D] in the IR."""
+        assert value is not None
+        lowered = self.values[value]
+        if isinstance(lowered, Heads):
+            return lowered
+        _, heads, _, width = self.types[value].shape
+        turned = self.builder.op("Transpose", lowered, perm=[0, 2, 1, 3])
+        flat = self.builder.op(
+            "Reshape", turned, self.builder.constant([0, 0, int(heads) * int(width)])
+        )
+        return Heads(flat, int(heads), int(width), True, lowered)
+
+    def operand(self, node: Node, index: int) -> Value | None:
+        return node.inputs[index] if index < len(node.inputs) else None
+
+    def aten_arg(self, node: Node, position: int, name: str = "", default: Any = None) -> Any:
+        """Return an argument of an ATen node: a Value, or a literal."""
+        args, kwargs = node.attrs["args"], node.attrs.get("kwargs", {})
+        if position < len(args):
+            leaf = args[position]
+        elif name in kwargs:
+            leaf = kwargs[name]
+        else:
+            return default
+        return node.inputs[leaf.index] if isinstance(leaf, In) else leaf
+
+
+Form = Callable[[Lowering, Node], Lowered | list[Lowered]]
+_FORMS: dict[str, Form] = {}
+
+
+def translation(*names: str) -> Callable[[Form], Form]:
+    """Decorator: the ONNX form of an op, or of every overload of an ATen operator."""
+
+    def add(form: Form) -> Form:
+        for name in names:
+            if name in _FORMS:
+                raise ValueError(f"{name!r} has an ONNX form already")
+            _FORMS[name] = form
+        return form
+
+    return add
+
+
+def translation_of(op: str) -> Form | None:
+    """Return the ONNX form of an op; an ATen operator is looked up with and without overload."""
+    if op in _FORMS:
+        return _FORMS[op]
+    if "." in op:
+        namespace, name, _ = op.split(".")
+        return _FORMS.get(f"{namespace}.{name}")
+    return None

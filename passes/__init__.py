@@ -1,0 +1,37 @@
+"""Passes: one transformation a file.
+
+Importing this package registers the passes below. To add one, write its file and name it here;
+a pass of another distribution names its module under the entry point group `graphopt.passes`.
+"""
+
+from graphopt.passes import (
+    common_subexpression,
+    dead_code,
+    fold_constants,
+    insert_kv_cache,
+    normalise,
+)
+from graphopt.passes.base import (
+    Context,
+    Pass,
+    PassResult,
+    Skip,
+    all_passes,
+    get_pass,
+    register_pass,
+)
+
+__all__ = [
+    "Context",
+    "Pass",
+    "PassResult",
+    "Skip",
+    "all_passes",
+    "common_subexpression",
+    "dead_code",
+    "fold_constants",
+    "get_pass",
+    "insert_kv_cache",
+    "normalise",
+    "register_pass",
+]

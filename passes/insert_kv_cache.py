@@ -1,0 +1,191 @@
+"""KV caches for causal attention: prefill and decode in one program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import sympy
+
+from graphopt.errors import VerifyError
+from graphopt.ir.graph import Cache, Function, KVState, Node, Program, Value, unique_name
+from graphopt.ir.ops import get_op
+from graphopt.ir.ops.attention import BIAS, MASK, PAST_K
+from graphopt.ir.shapes import infer_program
+from graphopt.ir.types import B, P, S, Type, dim
+from graphopt.ir.verify import verify
+from graphopt.passes.base import Context, Pass, PassResult, Skip, register_pass
+from graphopt.passes.common import calls_of, types_of, uniform
+
+_MASK_INPUT = "attention_mask"
+
+
+@register_pass
+@dataclass
+class InsertKVCache(Pass):
+    """Give every attention a KV cache, so that a step computes new tokens alone.
+
+    Attentions get the operands `past_k` and `past_v` and the results `present_k` and
+    `present_v`; the program gets a state `kv.0`, `kv.1`, ... a layer, in layer order, and its
+    `attention_mask` becomes [B, P + S].
+
+    Legality:
+
+    1. The attention is causal in every call: a cached key never changes.
+    2. Its keys are those of the step itself, S of them, made without a cache so far.
+    3. Its additive bias has one row for all queries: a bias a query needs rows of is laid out
+       for a step that starts at position 0.
+    4. Its padding mask is the program's `attention_mask` itself, and nothing but attention
+       reads that input: what is computed from it is laid out for S keys.
+    5. All attentions of the program or none: with some left alone the mask would fit neither.
+    """
+
+    name: ClassVar[str] = "insert-kv-cache"
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        result = PassResult(program)
+        calls = calls_of(program)
+        for name, function in program.functions.items():
+            result.matched += len(_attentions(function)) * len(calls[name])
+        result.skipped = _illegal(program)
+        pending = any(not _is_cached(n) for f in program.functions.values() for n in _attentions(f))
+        if result.skipped or not pending:
+            return result
+        cached = program.copy()
+        result.changed = _insert(cached)
+        try:
+            verify(cached)
+        except VerifyError as error:
+            result.changed = 0
+            result.skipped.append(Skip(program.name, f"with a cache, {error.message}"))
+            return result
+        result.program = cached
+        return result
+
+
+def _attentions(function: Function) -> list[Node]:
+    return [node for node in function.nodes if node.op == "attention"]
+
+
+def _is_cached(node: Node) -> bool:
+    return len(node.inputs) > PAST_K and node.inputs[PAST_K] is not None
+
+
+def _operand(node: Node, index: int) -> Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _illegal(program: Program) -> list[Skip]:
+    """Return the places that keep the program from having caches, with the reason."""
+    skipped: list[Skip] = []
+    calls, types = calls_of(program), types_of(program)
+    always, ever = _values_of_input(program, _MASK_INPUT)
+    for name, function in program.functions.items():
+        for node in function.nodes if calls[name] else []:
+            reason: str | None = None
+            if node.op != "attention":
+                if ever[name] & set(node.inputs):
+                    reason = f"{node.op} computes something from {_MASK_INPUT} for S keys"
+            elif not _is_cached(node):
+                mask = _operand(node, MASK)
+                if uniform(node, "causal", calls[name]) is not True:
+                    reason = "it is not causal in every call"
+                elif mask is not None and mask not in always[name]:
+                    reason = f"its padding mask {mask.name} is not {_MASK_INPUT} itself"
+                else:
+                    reason = _layout_reason(node, types[name])
+            if reason:
+                skipped.append(Skip(f"{name}: {node.outputs[0].name}", reason))
+    return skipped
+
+
+def _layout_reason(node: Node, kinds: list[dict[Value, Type]]) -> str | None:
+    bias = _operand(node, BIAS)
+    for types in kinds:
+        k = node.inputs[1]
+        assert k is not None
+        if types[k].shape[2] != S:
+            return f"its keys {types[k]} are not those of the step"
+        if bias is None:
+            continue
+        shape = types[bias].shape
+        if len(shape) >= 2 and shape[-2] != 1:
+            return f"its bias {types[bias]} has a row for each query"
+        if any(isinstance(size, sympy.Expr) and S in size.free_symbols for size in shape):
+            return f"its bias {types[bias]} is laid out for S keys"
+    return None
+
+
+def _values_of_input(
+    program: Program, name: str
+) -> tuple[dict[str, set[Value]], dict[str, set[Value]]]:
+    """Return, for every function, which parameters are the program input `name`.
+
+    First those that are in every call, then those that are in any.
+    """
+    bound = {name}
+    always = {key: set(function.params) for key, function in program.functions.items()}
+    ever: dict[str, set[Value]] = {key: set() for key in program.functions}
+    for call in program.calls:
+        function = program.functions[call.function]
+        handed = {v for v, arg in zip(function.params, call.args, strict=True) if arg in bound}
+        always[call.function] &= handed
+        ever[call.function] |= handed
+        for value, result in zip(function.results, call.results, strict=True):
+            (bound.add if value in handed else bound.discard)(result)
+    return always, ever
+
+
+def _insert(program: Program) -> int:
+    """Rewrite every attention; return how many, over all calls."""
+    kinds, _ = infer_program(program)
+    for function in program.functions.values():
+        for node in _attentions(function):
+            if not _is_cached(node):
+                _add_cache(function, node)
+    inputs = program.inputs
+    if _MASK_INPUT in inputs:
+        inputs[_MASK_INPUT] = Type((B, dim(P + S)), inputs[_MASK_INPUT].dtype)
+    inserted = 0
+    states: dict[str, KVState] = dict(program.states)
+    for call, types in zip(program.calls, kinds, strict=True):
+        function = program.functions[call.function]
+        for cache in function.caches:
+            if cache.slot in call.caches:
+                continue
+            assert cache.present_k.node is not None
+            _, k, v = cache.present_k.node.inputs[:3]
+            assert k is not None and v is not None
+            name = unique_name(f"kv.{len(states)}", set(states))
+            states[name] = KVState(
+                name,
+                int(types[k].shape[1]),
+                int(types[k].shape[3]),
+                int(types[v].shape[3]),
+                types[k].dtype,
+            )
+            call.caches[cache.slot] = name
+            inserted += 1
+    program.states = states
+    return inserted
+
+
+def _add_cache(function: Function, node: Node) -> None:
+    taken = function.value_names()
+
+    def fresh(name: str) -> Value:
+        value = Value(unique_name(name, taken))
+        taken.add(value.name)
+        return value
+
+    past_k, past_v, present_k, present_v = map(
+        fresh, ("past_k", "past_v", "present_k", "present_v")
+    )
+    width = len(get_op("attention").operands)
+    node.inputs += [None] * (width - len(node.inputs))
+    node.inputs[PAST_K], node.inputs[PAST_K + 1] = past_k, past_v
+    for index, value in enumerate((present_k, present_v), start=1):
+        value.node, value.index = node, index
+        node.outputs.append(value)
+    slot = unique_name("kv", {cache.slot for cache in function.caches})
+    function.caches.append(Cache(slot, past_k, past_v, present_k, present_v))

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from small import X, function, one, programs, results, slot
+
+from graphopt.errors import PassError
+from graphopt.ir import B, Call, In, Param, S, Type
+from graphopt.ir.printer import print_function
+from graphopt.ir.verify import verify
+from graphopt.passes.base import Context
+from graphopt.passes.dead_code import DeadCode
+from graphopt.passes.fold_constants import FoldConstants
+
+THREE = torch.tensor([1.0, 2.0, 4.0, 8.0, 1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
+
+
+def test_what_depends_on_constants_alone_becomes_a_weight():
+    f = function()
+    c = f.add("scale", [slot(f, "c")], {"factor": 0.5}, ["half"]).output
+    c = f.add("tanh", [c], names=["gain"]).output
+    f.results = [f.add("mul", [f.params[0], c], names=["y"]).output]
+    program = one(f, constants={"c": THREE})
+    before = results(program)
+    result = FoldConstants().run(program, Context())
+    verify(program)
+    assert print_function(f).splitlines() == [
+        "def block(x):",
+        "    y = x * folded.gain",
+        "    return y",
+    ]
+    assert (result.matched, result.changed, result.skipped) == (1, 1, [])
+    weight = program.weights["block.folded.gain"]
+    assert weight.constant and weight.checkpoint is None
+    assert weight.load().equal(torch.tanh(THREE / 2))
+    assert program.parameter_count() == 0
+    torch.testing.assert_close(results(program), before, rtol=0, atol=0)
+    DeadCode().run(program, Context())
+    assert [weight.name for weight in program.weights] == ["block.folded.gain"]
+
+
+def test_a_trained_weight_is_never_folded():
+    f = function()
+    gain = f.add("tanh", [slot(f, "w")]).output
+    f.results = [f.add("mul", [f.params[0], gain]).output]
+    assert FoldConstants().run(one(f, weights={"w": THREE}), Context()).matched == 0
+
+
+def test_a_large_result_stays_computed_with_the_reason():
+    f = function()
+    gain = f.add("tanh", [slot(f, "c")], names=["gain"]).output
+    f.results = [f.add("mul", [f.params[0], gain]).output]
+    program = one(f, constants={"c": THREE})
+    text = str(program)
+    result = FoldConstants(max_bytes=63).run(program, Context())
+    assert (result.matched, result.changed) == (1, 0)
+    (skip,) = result.skipped
+    assert skip.where == "block: gain"
+    assert skip.reason == "its value has 64 bytes, more than max_bytes=63"
+    assert str(program) == text
+
+
+def test_sizes_and_random_numbers_are_not_constant():
+    f = function()
+    row = {"args": [S], "types": [Type((S,), torch.int64)]}
+    f.add("aten.arange.default", [], row)
+    noise = {"args": [In(0)], "types": [Type((8,), torch.float64)]}
+    random = f.add("aten.rand_like.default", [slot(f, "c")], noise).output
+    f.results = [f.add("add", [f.params[0], random]).output]
+    assert FoldConstants().run(one(f, constants={"c": THREE}), Context()).matched == 0
+
+
+def test_calls_with_other_attributes_get_other_values():
+    f = function()
+    gain = f.add("scale", [slot(f, "c")], {"factor": Param("by")}, ["gain"]).output
+    f.results = [f.add("mul", [f.params[0], gain]).output]
+    program = one(f, constants={"c": THREE}, attrs={"by": 2.0})
+    program.calls.append(Call("block", ["r0"], ["r0"], {"c": "c"}, {"by": 3.0}))
+    program.calls.append(Call("block", ["r0"], ["r0"], {"c": "c"}, {"by": 2.0}))
+    before = results(program)
+    FoldConstants().run(program, Context())
+    verify(program)
+    names = [call.weights["folded.gain"] for call in program.calls]
+    assert names == ["block.folded.gain", "block.folded.gain_1", "block.folded.gain"]
+    torch.testing.assert_close(results(program), before, rtol=1e-15, atol=0)
+
+
+def test_a_senseless_cap_is_refused():
+    f = function()
+    f.results = [f.params[0]]
+    with pytest.raises(PassError, match="max_bytes is 0"):
+        FoldConstants(max_bytes=0).check(one(f))
+    assert X.shape[0] == B
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(programs())
+def test_results_stay_and_a_second_run_finds_nothing(program):
+    before = results(program)
+    FoldConstants().run(program, Context())
+    verify(program)
+    torch.testing.assert_close(results(program), before, rtol=1e-12, atol=1e-12)
+    text = str(program)
+    assert FoldConstants().run(program, Context()).changed == 0
+    assert str(program) == text
