@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import UsageError
+from graphopt.evaluate import read_text
 from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program
 from graphopt.ir.types import DTYPE_NAMES
@@ -271,6 +272,8 @@ def compile_model(
     pipeline = recipe if recipe is not None else Pipeline.default()
     if stop_after is not None:
         pipeline = pipeline.until(stop_after)
+    if calib is not None:
+        read_text(Path(calib))
     with Meter() as whole:
         with Meter() as capturing:
             program = capture(model, trust_remote_code=trust_remote_code)

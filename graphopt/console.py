@@ -108,34 +108,55 @@ def describe(program: Program) -> list[tuple[str, str]]:
 def print_rows(console: Console, rows: Iterable[tuple[str, str]]) -> None:
     """Print aligned `label  text` lines."""
     for label, text in rows:
-        console.print(f"[dim]{label:<9}[/dim]", end="")
+        console.print(f"{label:<9}", style="dim", end="")
         console.print(text, markup=False, soft_wrap=True)
 
 
 def pass_table(entries: Iterable[PassEntry]) -> Table:
     """Return the table of passes."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("pass", no_wrap=True)
-    for heading in ("matched", "changed", "skipped", "params", "max|Δlogit|", "KL", "perplexity"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    table.add_column("pass", overflow="fold")
+    for heading in ("matched", "changed", "skipped", "params", "max |Δlogit|", "KL", "ppl"):
+        table.add_column(heading, justify="right", overflow="fold")
     table.add_column("seconds", justify="right", no_wrap=True)
     table.add_column("peak", justify="right", no_wrap=True)
-    table.add_column("verified", no_wrap=True)
     for entry in entries:
         table.add_row(
-            entry.name,
+            entry.name + (" (resumed)" if entry.resumed else ""),
             str(entry.matched),
             str(entry.changed),
             str(len(entry.skipped)),
             _parameters(entry),
-            format_figure(entry.max_abs_logit_delta, 2),
+            _delta(entry),
             format_figure(entry.kl, 2),
             _perplexity(entry),
-            f"{entry.seconds:.1f}+{entry.verify_seconds:.1f}",
-            format_bytes(entry.peak_bytes),
-            entry.verification + (", resumed" if entry.resumed else ""),
+            f"{entry.seconds + entry.verify_seconds:.1f}",
+            format_bytes(entry.peak_bytes).replace(" ", ""),
         )
     return table
+
+
+def _delta(entry: PassEntry) -> str:
+    if entry.verification == "unchanged":
+        return "same"
+    return format_figure(entry.max_abs_logit_delta, 2)
+
+
+def _verdict(entries: list[PassEntry]) -> str:
+    """Return one line on what verification found."""
+    kinds = [entry.verification for entry in entries]
+    parts: list[str] = []
+    for kind, text in (
+        ("passed", "{} within tolerance"),
+        ("measured", "{} lossy, measured"),
+        ("unchanged", "{} changed nothing"),
+        ("off", "{} not verified"),
+        ("planned", "{} planned, nothing was run on weights"),
+    ):
+        if kind in kinds:
+            parts.append(text.format(kinds.count(kind)))
+            kinds = [other for other in kinds if other != kind]
+    return ", ".join([*parts, *sorted(set(kinds))])
 
 
 def _parameters(entry: PassEntry) -> str:
@@ -162,6 +183,7 @@ def print_passes(console: Console, entries: list[PassEntry]) -> None:
         console.print("[dim]The recipe has no passes.[/dim]")
         return
     console.print(pass_table(entries))
+    print_rows(console, [("verified", _verdict(entries))])
     for entry in entries:
         for skip in entry.skipped:
             console.print(

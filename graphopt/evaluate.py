@@ -25,7 +25,7 @@ from graphopt.errors import SourceError, UsageError
 from graphopt.ir.execute import complete_inputs
 from graphopt.ir.graph import Program
 from graphopt.progress import Progress, silent
-from graphopt.sources.base import reason, tokenizer_in
+from graphopt.sources.base import output_tokenizer, reason, tokenizer_in
 from graphopt.sources.check import CheckedRunner
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class TorchArtifactModel(LanguageModel):
             )
         self.name = program.name
         self.config = program.config
-        self.tokenizer = _artifact_tokenizer(root, program)
+        self.tokenizer = output_tokenizer(root, program)
         spec = importlib.util.spec_from_file_location(f"graphopt_artifact_{id(self)}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -270,15 +270,6 @@ class OnnxArtifactModel(LanguageModel):
         }
 
 
-def _artifact_tokenizer(root: Path, program: Program) -> Path | None:
-    """Return the folder of an artifact that holds its tokenizer."""
-    saved = [Path(program.tokenizer)] if program.tokenizer else []
-    for folder in (root, root / "onnx", root / "hf", *saved):
-        if tokenizer_in(folder):
-            return folder
-    return None
-
-
 def open_language_model(
     spec: str,
     backend: Backend = "auto",
@@ -326,12 +317,9 @@ def open_language_model(
             onnx_folder,
             name=program.name,
             config=program.config,
-            tokenizer=_artifact_tokenizer(root, program),
+            tokenizer=output_tokenizer(root, program),
         )
-    model = ProgramModel(program, keep_weights=keep_weights)
-    if artifact:
-        model.tokenizer = _artifact_tokenizer(root, program)
-    return model
+    return ProgramModel(program, keep_weights=keep_weights)
 
 
 def load_tokenizer(model: LanguageModel) -> PreTrainedTokenizerBase:
@@ -348,7 +336,7 @@ def load_tokenizer(model: LanguageModel) -> PreTrainedTokenizerBase:
             "Put tokenizer.json and tokenizer_config.json into the model's folder.",
         )
     try:
-        return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(
             str(model.tokenizer), local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
@@ -408,10 +396,11 @@ def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
         fp32 [...]. Temporary memory is that of a few hundred rows.
     """
     rows, wanted = logits.flatten(0, -2), targets.flatten()
-    parts = [
-        part.float().gather(-1, index[:, None])[:, 0] - part.float().logsumexp(-1)
-        for part, index in zip(rows.split(ROWS_AT_ONCE), wanted.split(ROWS_AT_ONCE), strict=True)
-    ]
+    parts = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE].float()
+        index = wanted[start : start + ROWS_AT_ONCE, None]
+        parts.append(part.gather(-1, index)[:, 0] - part.logsumexp(-1))
     return torch.cat(parts).view(targets.shape)
 
 

@@ -51,10 +51,10 @@ def _feed(digest: Any, value: Any) -> None:
 
 
 class Snapshots:
-    """The folder with the latest snapshot of a run.
+    """The folder with the snapshots of a run.
 
-    A snapshot holds the structure, and of the weights only those that no longer are the
-    source's own.
+    A snapshot holds the structure, and of the weights only those that neither are the source's
+    own nor lie in an earlier snapshot.
 
     Args:
         folder: Made when the first snapshot is saved.
@@ -66,51 +66,55 @@ class Snapshots:
         self.folder = folder
         self._source = source
         self._salt = salt + fingerprint(source)
-        self._origin = {id(weight.producer): weight.name for weight in source.weights}
+        # Producers by identity, kept alive so that an id stays one producer's.
+        self._origin = {id(w.producer): (w.name, w.producer) for w in source.weights}
+        self._stored: dict[int, tuple[str, str, Producer]] = {}
 
-    def _place(self, recipe: str, number: int) -> Path:
+    def _name(self, recipe: str, number: int) -> str:
         key = hashlib.sha256(f"{self._salt}\n{recipe}".encode()).hexdigest()[:16]
-        return self.folder / f"{number:02d}-{key}"
+        return f"{number:02d}-{key}"
 
     def save(
         self, program: Program, recipe: str, number: int, entries: list[dict[str, Any]]
     ) -> None:
-        """Keep `program`, the result of the first `number` passes, and drop older snapshots.
+        """Keep `program`, the result of the first `number` passes.
 
         Args:
             recipe: Text form of those passes.
             entries: Their report entries.
         """
-        place = self._place(recipe, number)
+        name = self._name(recipe, number)
         self.folder.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
-        origin = {
-            weight.name: self._origin[id(weight.producer)]
-            for weight in program.weights
-            if id(weight.producer) in self._origin
-        }
-        changed = [weight for weight in program.weights if weight.name not in origin]
-        if changed:
-            announced = {weight.name: (weight.shape, weight.dtype) for weight in changed}
+        own = [w for w in program.weights if id(w.producer) not in self._origin]
+        unsaved = [w for w in own if id(w.producer) not in self._stored]
+        if unsaved:
+            announced = {weight.name: (weight.shape, weight.dtype) for weight in unsaved}
             with SafetensorsWriter(fresh / WEIGHTS_NAME, announced) as writer:
-                for weight in changed:
+                for weight in unsaved:
                     if weight.constant:  # may hold infinities, which a trained weight may not
                         writer.write(weight.name, weight.load())
                     else:
                         writer.copy(weight.name, weight.producer)
-        state = {"program": program_to_json(program), "origin": origin, "entries": entries}
+        for weight in unsaved:
+            self._stored[id(weight.producer)] = (name, weight.name, weight.producer)
+        state = {
+            "program": program_to_json(program),
+            "origin": {
+                w.name: self._origin[id(w.producer)][0]
+                for w in program.weights
+                if id(w.producer) in self._origin
+            },
+            "stored": {w.name: self._stored[id(w.producer)][:2] for w in own},
+            "entries": entries,
+        }
         (fresh / "snapshot.json").write_text(json.dumps(state), encoding="utf-8")
-        old = [path for path in self.folder.iterdir() if path != fresh]
-        # The new snapshot gets its name before the old one goes: there always is a whole one.
-        if place.exists():
-            shutil.rmtree(place)
-        fresh.rename(place)
-        for path in old:
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        fresh.rename(self.folder / name)
 
     def load(self, recipe: str, number: int) -> tuple[Program, list[dict[str, Any]]] | None:
         """Return the snapshot after the first `number` passes and their entries, if there."""
-        place = self._place(recipe, number)
+        place = self.folder / self._name(recipe, number)
         try:
             state = json.loads((place / "snapshot.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -118,8 +122,14 @@ class Snapshots:
         producers: dict[str, Producer] = {
             name: self._source.weights[source].producer for name, source in state["origin"].items()
         }
-        if (place / WEIGHTS_NAME).exists():
-            producers.update(read_header(place / WEIGHTS_NAME))
+        files = {
+            folder: read_header(self.folder / folder / WEIGHTS_NAME)
+            for folder in {folder for folder, _ in state["stored"].values()}
+        }
+        for name, (folder, stored) in state["stored"].items():
+            producer = files[folder][stored]
+            producers[name] = producer
+            self._stored[id(producer)] = (folder, stored, producer)
         program = program_from_json(state["program"], producers)
         program.tokenizer = self._source.tokenizer
         return program, state["entries"]

@@ -33,7 +33,10 @@ def tiny_model(model_type: str = "llama", **entries: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     given = {key: value for key, value in (sizes | entries).items() if value is not None}
     config = AutoConfig.for_model(model_type, **given)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config, dtype=torch.float32
+    )
+    model.eval()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.15)
@@ -49,7 +52,7 @@ def byte_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>"])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token="<end>",
         chat_template=CHAT_TEMPLATE if chat else None,

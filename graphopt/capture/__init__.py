@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+import types
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -11,12 +13,11 @@ from graphopt.ir.graph import Program
 from graphopt.ir.weights import Array, Missing, Producer
 
 if TYPE_CHECKING:
+    from graphopt.capture.assemble import Resolve
     from graphopt.sources import ModelSource
 
 
-def capture(
-    source: str | nn.Module | ModelSource, *, trust_remote_code: bool = False
-) -> Program:
+def capture(source: str | nn.Module | ModelSource, *, trust_remote_code: bool = False) -> Program:
     """Capture a model into a program.
 
     Args:
@@ -56,7 +57,7 @@ def capture(
     return program
 
 
-def _own_values(module: nn.Module) -> object:
+def _own_values(module: nn.Module) -> Resolve:
     """Take the values of a module's own parameters."""
     names: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=True):
@@ -70,5 +71,14 @@ def _own_values(module: nn.Module) -> object:
 
     return resolve
 
+
+class _CallableModule(types.ModuleType):
+    """Lets `graphopt.capture(...)` work although importing this module hides the function."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Program:
+        return capture(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 __all__ = ["SourceError", "capture"]

@@ -80,9 +80,7 @@ def capture_module(module: nn.Module, name: str, resolve: Resolve) -> Program:
     kinds = unify(kinds)
     program = _Assembler(shell, slots, kinds, module, resolve).program(name)
     program.notes += notes + _left_over(program)
-    program.inputs = {
-        input_name: Type((B, S), torch.int64) for input_name in PROGRAM_INPUTS
-    }
+    program.inputs = {input_name: Type((B, S), torch.int64) for input_name in PROGRAM_INPUTS}
     verify(program)
     return program
 
@@ -263,9 +261,7 @@ class _Assembler:
         used = {v for node in function.nodes for v in node.inputs} | set(function.results)
         for kind in self.kinds:
             count = len(kind.raiser.function.results)
-            keep = [
-                i for i in range(count) if any(stub.outputs[i] in used for stub in kind.stubs)
-            ]
+            keep = [i for i in range(count) if any(stub.outputs[i] in used for stub in kind.stubs)]
             kind.raiser.function.results = [kind.raiser.function.results[i] for i in keep]
             for stub in kind.stubs:
                 stub.outputs = [stub.outputs[i] for i in keep]

@@ -89,9 +89,7 @@ def _strip(raiser: Raiser, value: Value, factor: float = 1.0) -> tuple[Value, fl
         value = inner
 
 
-def _strip_keys(
-    raiser: Raiser, k: Value, v: Value, factor: float
-) -> tuple[Value, Value, float]:
+def _strip_keys(raiser: Raiser, k: Value, v: Value, factor: float) -> tuple[Value, Value, float]:
     """Strip keys and values alike: both of repeated heads or neither."""
     bare_k, bare_factor = _strip(raiser, k, factor)
     bare_v = _strip_repeat(raiser, v)
@@ -276,7 +274,18 @@ def _fill_value(raiser: Raiser, item: Any) -> float | None:
 
 def _leads_to_product(raiser: Raiser, value: Value) -> bool:
     """True where the value is scores: a few elementwise steps from a batched product."""
-    through = ("scale", "softcap", "max", "maximum", "add", "view", "reshape", "_unsafe_view", "masked_fill", "where")
+    through = (
+        "scale",
+        "softcap",
+        "max",
+        "maximum",
+        "add",
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "masked_fill",
+        "where",
+    )
     frontier = [value]
     for _ in range(12):
         following: list[Value] = []
@@ -325,7 +334,7 @@ def _untranspose(raiser: Raiser, value: Value) -> Value | None:
         axes = {raiser.arg(node, 1), raiser.arg(node, 2)}
         rank = len(raiser.types[value].shape)
         if axes in ({-1, -2}, {rank - 1, rank - 2}):
-            return raiser.arg(node, 0)  # type: ignore[no-any-return]
+            return raiser.arg(node, 0)
         return None
     scaled = raiser.made_by(value, "scale")
     reshape = raiser.made_by(value, "reshape", "view")
@@ -367,6 +376,3 @@ def _sink_weight(raiser: Raiser, value: Value | None) -> Value | None:
             return None
         value = raiser.arg(node, 0)
     return None
-
-
-

@@ -276,9 +276,7 @@ def export_shell(module: nn.Module) -> tuple[Exported, list[LayerCall]]:
         CaptureError: torch.export fails or specialises batch or length.
     """
     names = accepted_inputs(module)
-    inputs = [
-        torch.ones(TRACE_BATCH, TRACE_LENGTH, dtype=torch.long) for _ in names
-    ]
+    inputs = [torch.ones(TRACE_BATCH, TRACE_LENGTH, dtype=torch.long) for _ in names]
     keywords = {}
     if "use_cache" in _parameters(module):
         keywords["use_cache"] = False
@@ -397,9 +395,7 @@ class _Converter:
         """Map torch's size symbols to expressions in B and S through the input shapes."""
         mapping: dict[sympy.Symbol, Any] = {}
         user = set(self.program.graph_signature.user_inputs)
-        nodes = [
-            n for n in self.program.graph.nodes if n.op == "placeholder" and n.name in user
-        ]
+        nodes = [n for n in self.program.graph.nodes if n.op == "placeholder" and n.name in user]
         for node, shape in zip(nodes, shapes, strict=True):
             for size, wanted in zip(node.meta["val"].shape, shape, strict=True):
                 if isinstance(size, torch.SymInt):
@@ -424,7 +420,7 @@ class _Converter:
     def type_of(self, tensor: Tensor) -> Type:
         return Type(tuple(self.expr(size) for size in tensor.shape), tensor.dtype)
 
-    def new_value(self, name: str, tensor: Tensor) -> Value:
+    def new_value(self, name: str, tensor: Any) -> Value:
         unique = unique_name(name, self.names)
         self.names.add(unique)
         value = Value(unique)
@@ -489,7 +485,9 @@ class _Converter:
                 f"{self.where}: {node.target} (a branch or loop on values) has no form in the IR.",
                 "Choose a config without it, such as a fixed rotary scaling.",
             )
-        position = next(i for i, a in enumerate(node.args) if isinstance(self._lookup(a), nn.Module))
+        position = next(
+            i for i, a in enumerate(node.args) if isinstance(self._lookup(a), nn.Module)
+        )
         body: torch.fx.GraphModule = self._lookup(node.args[position])
         operands = list(node.args[position + 1 :])
         inner_outputs: Any = None
@@ -498,7 +496,7 @@ class _Converter:
                 self.env[inner] = self._lookup(operands.pop(0))
             elif inner.op == "output":
                 inner_outputs = map_leaves(
-                    map_arg(inner.args[0], lambda n: _Held(self.env[n])),
+                    map_arg(inner.args[0], lambda n: _Held(self.env[n])),  # type: ignore[arg-type, return-value]
                     lambda leaf: leaf.value if isinstance(leaf, _Held) else leaf,
                 )
             else:

@@ -101,7 +101,8 @@ def everything_on_meta(module: nn.Module) -> Iterator[None]:
     """Inside, buffers and tensor attributes stand on meta too, so that running is free."""
     places: list[tuple[dict[str, Any], str, Tensor]] = []
     for part in module.modules():
-        for store in (part._parameters, part._buffers, part.__dict__):
+        stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, part.__dict__)
+        for store in stores:
             for key, value in list(store.items()):
                 if isinstance(value, Tensor) and not value.is_meta:
                     places.append((store, key, value))

@@ -104,7 +104,10 @@ def _raise_chain(raiser: Raiser, slots: SlotSources, value: Value) -> None:
     except (KeyError, RuntimeError, ValueError, IndexError, TypeError):
         return
     roots = [raiser.types[root].concrete(sizes) for sizes in SMALL_SIZES]
-    forms = [_closed_form(m, shape, sizes) for m, shape, sizes in zip(maps, roots, SMALL_SIZES)]
+    forms = [
+        _closed_form(m, shape, sizes)
+        for m, shape, sizes in zip(maps, roots, SMALL_SIZES, strict=True)
+    ]
     if forms[0] is None or forms[0] != forms[1]:
         return
     form = forms[0]
@@ -273,9 +276,7 @@ def _reshape(raiser: Raiser, x: Value, shape: tuple[Dim, ...], before: Node) -> 
     return _aten(raiser, "aten.reshape.default", x, [In(0), list(shape)], kind, before)
 
 
-def _aten(
-    raiser: Raiser, op: str, x: Value, args: list[Any], kind: Type, before: Node
-) -> Value:
+def _aten(raiser: Raiser, op: str, x: Value, args: list[Any], kind: Type, before: Node) -> Value:
     attrs = {"args": args, "kwargs": {}, "types": [kind]}
     node = raiser.function.add(op, [x], attrs, before=before)
     raiser.types[node.output] = kind

@@ -20,13 +20,13 @@ def name_values(function: Function) -> None:
     wanted: dict[Value, str] = {}
     for node in function.nodes:
         short = _SHORT.get(node.op)
-        for index, value in enumerate(node.outputs):
+        for index, output in enumerate(node.outputs):
             if short is not None:
-                wanted[value] = short[index]
+                wanted[output] = short[index]
             elif node.op == "linear":
-                wanted[value] = _projection(function, node.inputs[1])
+                wanted[output] = _projection(function, node.inputs[1])
             else:
-                wanted[value] = node.op.split(".")[1] if "." in node.op else node.op
+                wanted[output] = node.op.split(".")[1] if "." in node.op else node.op
     for node in function.nodes:
         if node.op == "attention":
             for letter, value in zip("qkv", node.inputs, strict=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ from graphopt.ir.types import B, P, S, Type
 _ROPE_OPS = {
     "mul", "add", "sub", "neg", "cat", "slice", "split", "chunk", "stack", "view", "reshape",
     "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "expand", "index", "select",
-    "unbind", "view_as_complex", "view_as_real", "scale", "split_with_sizes", "permute", "_unsafe_view",
-    "contiguous", "narrow", "type_as", "to", "addcmul", "swap_heads", "repeat_interleave",
+    "unbind", "view_as_complex", "view_as_real", "scale", "split_with_sizes", "permute",
+    "_unsafe_view", "contiguous", "narrow", "type_as", "to", "addcmul", "swap_heads",
+    "repeat_interleave",
 }  # fmt: skip
 _ROPE_ENDS = ("cat", "add", "view", "reshape", "flatten", "_unsafe_view")
 _MOST_ROPE_NODES = 40
@@ -48,18 +50,14 @@ class RopeTables:
     position_ids: Value
     _made: dict[tuple[Value, ...], tuple[Value, Value] | None] = field(default_factory=dict)
 
-    def halves(
-        self, tables: tuple[Value, ...], form: _RopeForm
-    ) -> tuple[Value, Value] | None:
+    def halves(self, tables: tuple[Value, ...], form: _RopeForm) -> tuple[Value, Value] | None:
         """Return cos and sin [B, S, R/2] for shell values that hold a rotary table."""
         key = (*tables, form)  # type: ignore[assignment]
         if key not in self._made:
             self._made[key] = self._recognise(tables, form)  # type: ignore[index]
         return self._made[key]  # type: ignore[index]
 
-    def _recognise(
-        self, tables: tuple[Value, ...], form: _RopeForm
-    ) -> tuple[Value, Value] | None:
+    def _recognise(self, tables: tuple[Value, ...], form: _RopeForm) -> tuple[Value, Value] | None:
         positions = torch.tensor([[0, 1, 2, 3, 7, 40], [5, 0, 11, 200, 33, 2]])
         cos_sin = self._values(tables, form, positions)
         if cos_sin is None:
@@ -178,9 +176,7 @@ def raise_ropes(kind: LayerKind, tables: RopeTables) -> None:
                 raiser.sweep()
 
 
-def _try_rope(
-    kind: LayerKind, tables: RopeTables, value: Value, moving: set[Value]
-) -> bool:
+def _try_rope(kind: LayerKind, tables: RopeTables, value: Value, moving: set[Value]) -> bool:
     """Replace `value` by a rope if some region behind it is one."""
     raiser = kind.raiser
     if value.node is None or len(raiser.types[value].shape) != 4:
@@ -320,8 +316,7 @@ def _rotate(
     """Rotate with full tables (one entry a feature) or half ones (one a pair)."""
     if layout == "half":
         cos, sin = (
-            t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1)
-            for t in (cos, sin)
+            t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in (cos, sin)
         )
     width = cos.shape[-1]
     if width > x.shape[-1] or width % 2:
@@ -435,9 +430,9 @@ class MaskRecogniser:
             if small is None:
                 continue
             for field_name in ("window", "chunk"):
-                trial = MaskForm(form.causal, padding=form.padding, **{field_name: _SMALL_WINDOW})
+                trial = dataclasses.replace(form, **{field_name: _SMALL_WINDOW})  # type: ignore[arg-type]
                 if self._fits(small, trial):
-                    return MaskForm(form.causal, padding=form.padding, **{field_name: number})
+                    return dataclasses.replace(form, **{field_name: number})  # type: ignore[arg-type]
             if only is None and not self._fits(small, form):
                 # The number matters to the mask in a way that is neither a window nor a chunk.
                 return None
@@ -557,7 +552,9 @@ class MaskRecogniser:
                 if not keys[q]:
                     continue
                 row = difference[b, :, q][:, seen]
-                if not bool((row - row[:, :1]).abs().max() <= 1e-5 * max(1.0, float(slopes.abs().max()))):
+                if not bool(
+                    (row - row[:, :1]).abs().max() <= 1e-5 * max(1.0, float(slopes.abs().max()))
+                ):
                     return None
         if not bool((slopes != 0).any()):
             return None
@@ -645,9 +642,7 @@ def _forms(
     return known
 
 
-def _input_param(
-    kind: LayerKind, shell: Raiser, name: str, inputs: dict[str, Value]
-) -> Value:
+def _input_param(kind: LayerKind, shell: Raiser, name: str, inputs: dict[str, Value]) -> Value:
     values = [inputs[name]] * len(kind.stubs)
     for param in kind.raiser.function.params:
         if kind.arguments(param) == values:
@@ -672,7 +667,7 @@ def _bias(kind: LayerKind, node: Node, terms: list[Term]) -> Value:
         value = term.value
         if len(raiser.types[value].shape) == 3:
             heads = int(raiser.types[node.inputs[0]].shape[1])  # type: ignore[index]
-            first, *rest = raiser.types[value].shape
+            _, *rest = raiser.types[value].shape
             value = _aten(raiser, "aten.reshape.default", value, [In(0), [B, heads, *rest]],
                           Type((B, heads, *rest), raiser.types[value].dtype), node)  # fmt: skip
         if term.kind != "add":
@@ -686,9 +681,7 @@ def _bias(kind: LayerKind, node: Node, terms: list[Term]) -> Value:
     return total
 
 
-def _aten(
-    raiser: Raiser, op: str, x: Value, args: list[Any], kind: Type, before: Node
-) -> Value:
+def _aten(raiser: Raiser, op: str, x: Value, args: list[Any], kind: Type, before: Node) -> Value:
     node = raiser.function.add(
         op, [x], {"args": args, "kwargs": {}, "types": [kind]}, before=before
     )

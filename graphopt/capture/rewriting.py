@@ -265,4 +265,6 @@ def close(expected: Tensor, actual: Tensor, tolerance: float = 1e-6) -> bool:
     if not bool(torch.isfinite(actual).all() & torch.isfinite(expected).all()):
         return bool(torch.equal(expected, actual))
     largest = max(float(expected.abs().max()) if expected.numel() else 0.0, 1e-30)
-    return bool((expected - actual).abs().max() <= tolerance * largest) if expected.numel() else True
+    return (
+        bool((expected - actual).abs().max() <= tolerance * largest) if expected.numel() else True
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import sympy
 
@@ -11,7 +12,7 @@ from graphopt.ir.ops import get_op
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
 
-Expr = sympy.Expr
+Expr: TypeAlias = sympy.Expr
 
 
 @dataclass

@@ -135,9 +135,7 @@ class Runner:
             for name in call.args:
                 last_use.setdefault(name, index)
                 last_use[name] = max(last_use[name], index)
-        lengths = [
-            _past_length(batch, past) for batch, past in zip(batches, pasts, strict=True)
-        ]
+        lengths = [_past_length(batch, past) for batch, past in zip(batches, pasts, strict=True)]
         for index, call in enumerate(program.calls):
             function, weights = program.functions[call.function], self.call_weights(call)
             for environment, past, tokens_past in zip(environments, pasts, lengths, strict=True):

@@ -34,22 +34,22 @@ def verify_function(function: Function) -> set[str]:
             raise VerifyError(f"{label}: no such op.")
         operands = get_op(node.op).operands
         if not is_aten(node.op):
-            required = sum(not operand.endswith("?") for operand in operands)
+            required = sum(not name.endswith("?") for name in operands)
             if not required <= len(node.inputs) <= len(operands):
                 raise VerifyError(f"{label}: {len(node.inputs)} operands for {operands}.")
             if any(value is None for value in node.inputs[:required]):
                 raise VerifyError(f"{label}: a required operand is missing.")
-        for value in node.inputs:
-            if value is not None and value not in known:
-                raise VerifyError(f"{label}: reads {value.name!r} before it is made.")
-        for index, value in enumerate(node.outputs):
-            if value.node is not node or value.index != index:
-                raise VerifyError(f"{label}: output {value.name!r} points at another node.")
-            known.add(value)
+        for operand in node.inputs:
+            if operand is not None and operand not in known:
+                raise VerifyError(f"{label}: reads {operand.name!r} before it is made.")
+        for index, output in enumerate(node.outputs):
+            if output.node is not node or output.index != index:
+                raise VerifyError(f"{label}: output {output.name!r} points at another node.")
+            known.add(output)
         mentioned |= {v.name for v in node.attrs.values() if isinstance(v, Param)}
-    for value in function.outside_values():
-        if value not in known:
-            raise VerifyError(f"{where}: result {value.name!r} is never made.")
+    for result in function.outside_values():
+        if result not in known:
+            raise VerifyError(f"{where}: result {result.name!r} is never made.")
     return mentioned
 
 

@@ -62,10 +62,11 @@ def open_model(spec: str, *, trust_remote_code: bool = False) -> ModelSource:
 
 def _open_program(spec: str, folder: Path) -> ModelSource:
     from graphopt.saved import load_program
-    from graphopt.sources.base import tokenizer_in
+    from graphopt.sources.base import output_tokenizer
 
     program = load_program(folder)
-    tokenizer = tokenizer_in(Path(program.tokenizer)) if program.tokenizer else None
+    tokenizer = output_tokenizer(folder, program)
+    program.tokenizer = str(tokenizer) if tokenizer else None
     return ModelSource(
         spec=spec,
         name=program.name,

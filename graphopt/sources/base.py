@@ -72,6 +72,17 @@ def tokenizer_in(folder: Path) -> Path | None:
     return folder if any((folder / name).exists() for name in TOKENIZER_FILES) else None
 
 
+def output_tokenizer(root: Path, program: Program) -> Path | None:
+    """Return the folder with the tokenizer of a graphopt output, or None.
+
+    Args:
+        root: The output folder, whose own copies come first.
+        program: The program saved in it, which may name the folder it was compiled from.
+    """
+    named = [Path(program.tokenizer)] if program.tokenizer else []
+    return next(filter(tokenizer_in, (root, root / "onnx", root / "hf", *named)), None)
+
+
 def reason(error: BaseException) -> str:
     """Return what went wrong, in one line without a full stop.
 

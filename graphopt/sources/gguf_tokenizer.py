@@ -142,7 +142,7 @@ def _byte_level(file: GgufFile) -> Any:
             pair=f"{bos} $A {bos}:1 $B:1",
             special_tokens=[(bos, vocabulary[bos])],
         )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         chat_template=entries.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,

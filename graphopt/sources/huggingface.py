@@ -56,9 +56,11 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedCon
         _refuse_unknown(path, model_type, has_code="auto_map" in data)
     try:
         if native:
-            config = AutoConfig.for_model(**data)
+            data.pop("auto_map", None)  # or it would be followed when the model is built
+            config: Any = CONFIG_MAPPING[model_type].from_dict(data)
         else:
-            config = AutoConfig.from_pretrained(path.parent, trust_remote_code=True)
+            place = path.parent if path.name == CONFIG_NAME else path
+            config = AutoConfig.from_pretrained(place, trust_remote_code=True)
     except Exception as error:
         # Config classes check their entries with assorted error types.
         raise SourceError(

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import sympy
 import torch
 
-from graphopt.ir.types import SYMBOLS, B, Dim, P, S
+from graphopt.ir.types import Dim
 
 OPSET = 23
 MICROSOFT = "com.microsoft"
@@ -95,9 +95,7 @@ class GraphBuilder:
             operands.pop()
         label = self.unique(f"{self.scope}/{name or op_type}" if self.scope else name or op_type)
         given = {key: value for key, value in attributes.items() if value is not None}
-        node = ir.node(
-            op_type, operands, given, domain=domain, num_outputs=outputs, name=label
-        )
+        node = ir.node(op_type, operands, given, domain=domain, num_outputs=outputs, name=label)
         for index, value in enumerate(node.outputs):
             value.name = label if outputs == 1 else f"{label}:{index}"
         self.nodes.append(node)
@@ -105,7 +103,7 @@ class GraphBuilder:
 
     def constant(self, value: Any, dtype: type = np.int64) -> ir.Value:
         """Return a small constant; equal ones are shared."""
-        array = np.asarray(value, dtype=dtype)
+        array: np.ndarray[Any, Any] = np.asarray(value, dtype=dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             kind = array.dtype.name
@@ -121,7 +119,7 @@ class GraphBuilder:
         """Add an initializer under a name that is unique already."""
         value = ir.Value(
             name=name,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             type=ir.TensorType(tensor.dtype),
             const_value=tensor,
         )
@@ -265,6 +263,3 @@ class GraphBuilder:
 
 def _plain(expr: sympy.Expr) -> Dim:
     return int(expr) if expr.is_Integer else expr
-
-
-__all__ = ["GRAPHOPT", "MICROSOFT", "ONNX_DTYPES", "OPSET", "SYMBOLS", "B", "GraphBuilder", "P", "S"]

@@ -26,6 +26,7 @@ from graphopt.progress import Progress
 
 # Weights smaller than this many elements are written into the model file itself.
 _INLINE = 256
+_NOT_TOKENIZER = ("config.json", "genai_config.json")
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
@@ -87,7 +88,10 @@ class OnnxEmitter(Emitter):
         written = [config]
         for pattern in _TOKENIZER_FILES:
             for source in sorted(Path(program.tokenizer).glob(pattern)):
-                if source.name in ("config.json", "genai_config.json") or "safetensors" in source.name:
+                if (
+                    source.name in ("config.json", "genai_config.json")
+                    or "safetensors" in source.name
+                ):
                     continue
                 written.append(Path(shutil.copyfile(source, folder / source.name)))
         return written
@@ -140,9 +144,7 @@ class _Graph:
         for call, types in zip(program.calls, kinds, strict=True):
             function = program.functions[call.function]
             builder.scope = call.path.replace(".", "/") or function.name
-            lower = Lowering(
-                builder, program, call, function, types, {}, inputs, self.shared
-            )
+            lower = Lowering(builder, program, call, function, types, {}, inputs, self.shared)
             lower.values.update(
                 {p: carried[a] for p, a in zip(function.params, call.args, strict=True)}  # type: ignore[misc]
             )
@@ -213,7 +215,7 @@ class _Graph:
         for number, state in enumerate(self.program.states.values()):
             for part, width in (("key", state.k_dim), ("value", state.v_dim)):
                 key = f"{state.name}.{part}"
-                dims = ["batch", state.heads, "past", width]
+                dims: list[int | str | None] = ["batch", state.heads, "past", width]
                 pasts[key] = ir.Value(
                     name=f"past_key_values.{number}.{part}",
                     shape=ir.Shape(dims),

@@ -99,4 +99,4 @@ class DataFile:
         if item.transposed:
             value = value.t()
         file.seek(item.offset)
-        file.write(memoryview(value.contiguous().numpy()).cast("B"))
+        file.write(value.contiguous().numpy().data.cast("B"))

@@ -74,7 +74,10 @@ def results(program: Program, seed: int = 0) -> list[Tensor]:
     return [environment[name] for name in program.outputs]
 
 
-_SIZES = {"x": (8,), "h": (2, 4), "s": (2, 4)}
+_STEPS = (
+    "sum", "product", "scale", "unit", "tanh", "split", "merge", "swap", "rope", "norm", "linear",
+    "const",
+)  # fmt: skip
 
 
 class _Builder:
@@ -106,24 +109,7 @@ class _Builder:
         return slot(self.function, f"w{number}")
 
     def step(self) -> None:
-        kind = self.draw(
-            st.sampled_from(
-                [
-                    "sum",
-                    "product",
-                    "scale",
-                    "unit",
-                    "tanh",
-                    "split",
-                    "merge",
-                    "swap",
-                    "rope",
-                    "norm",
-                    "linear",
-                    "const",
-                ]
-            )
-        )
+        kind = self.draw(st.sampled_from(_STEPS))
         match kind:
             case "sum" | "product":
                 a = self.pick()

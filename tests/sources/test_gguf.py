@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -43,7 +44,10 @@ def llama(tmp_path: Path) -> Path:
 
 def rebuilt(source: ModelSource) -> PreTrainedModel:
     """The model that a source describes, with its weights."""
-    model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        source.config, dtype=torch.float32
+    )
+    model.eval()  # type: ignore[no-untyped-call]
     state = {name: producer.load() for name, producer in source.producers.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
@@ -92,7 +96,9 @@ def test_equal_to_transformers(tmp_path: Path) -> None:
 
     model = tiny_model(tie_word_embeddings=False, intermediate_size=64)
     path = write_gguf(tmp_path / "m.gguf", model, LLAMA, encoding=gguf.GGMLQuantizationType.Q8_0)
-    theirs = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    theirs = load_gguf_checkpoint(  # type: ignore[no-untyped-call]
+        str(path), return_tensors=True, model_to_load=model
+    )["tensors"]
     producers = open_model(str(path)).producers
     assert set(producers) == set(theirs)
     for name, tensor in theirs.items():
@@ -109,7 +115,7 @@ def test_rotary_pairs_are_undone(heads: int, half: int, width: int) -> None:
 
 
 def test_llama3_frequency_scaling(tmp_path: Path) -> None:
-    rope = {
+    rope: dict[str, Any] = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
         "factor": 32.0,
@@ -117,7 +123,11 @@ def test_llama3_frequency_scaling(tmp_path: Path) -> None:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    entries = {"rope_parameters": rope, "head_dim": 16, "max_position_embeddings": 16384}
+    entries: dict[str, Any] = {
+        "rope_parameters": rope,
+        "head_dim": 16,
+        "max_position_embeddings": 16384,
+    }
     model = tiny_model(**entries)
     plain = rope["rope_theta"] ** (-torch.arange(0, 16, 2) / 16)
     divisors = (plain / model.model.rotary_emb.inv_freq).numpy().astype(np.float32)

@@ -22,7 +22,8 @@ TEXTS = ["the 12  34\n\n5. abc", "naïve 日本語 🙂", "  a  b\tc", "I'll go,
 
 def genai_model(folder: Path) -> Path:
     """Add the smallest graph that genai opens: the logits are the input ids."""
-    past, present = ["batch", 1, "past", 4], ["batch", 1, "total", 4]
+    past: list[str | int | None] = ["batch", 1, "past", 4]
+    present: list[str | int | None] = ["batch", 1, "total", 4]
     names = ["key", "value"]
     info = helper.make_tensor_value_info
     graph = helper.make_graph(

@@ -31,7 +31,7 @@ def resolve_target(name: str) -> Callable[..., Any]:
     """
     namespace, op, overload = name.split(".")
     try:
-        return getattr(getattr(getattr(torch.ops, namespace), op), overload)  # type: ignore[no-any-return]
+        return getattr(getattr(getattr(torch.ops, namespace), op), overload)
     except AttributeError as error:
         raise KeyError(f"no torch operator {name!r}") from error
 

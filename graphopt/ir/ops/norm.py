@@ -75,6 +75,4 @@ class LayerNorm(Op):
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         x = tensors[0]
         assert x is not None
-        return (
-            runtime.layer_norm(x, _operand(tensors, 1), _operand(tensors, 2), attrs["eps"]),
-        )
+        return (runtime.layer_norm(x, _operand(tensors, 1), _operand(tensors, 2), attrs["eps"]),)

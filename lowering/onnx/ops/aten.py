@@ -39,13 +39,11 @@ def _plain(item: Any, dtype: torch.dtype) -> Any:
     return number
 
 
-def cast(
-    lower: Lowering, value: ir.Value, have: torch.dtype, want: torch.dtype
-) -> ir.Value:
+def cast(lower: Lowering, value: ir.Value, have: torch.dtype, want: torch.dtype) -> ir.Value:
     """Convert between element types; the same type costs nothing."""
     if have == want:
         return value
-    return lower.builder.op("Cast", value, to=ONNX_DTYPES[want])  # type: ignore[no-any-return]
+    return lower.builder.op("Cast", value, to=ONNX_DTYPES[want])
 
 
 def _common(lower: Lowering, items: list[Any]) -> torch.dtype:
@@ -72,7 +70,7 @@ def _unary(names: tuple[str, ...], op_type: str) -> None:
     @translation(*names)
     def form(lower: Lowering, node: Node) -> ir.Value:
         x = operand(lower, lower.aten_arg(node, 0), dtype_of(lower, node))
-        return lower.builder.op(op_type, x)  # type: ignore[no-any-return]
+        return lower.builder.op(op_type, x)
 
 
 for _names, _op_type in (
@@ -105,7 +103,7 @@ def _binary(names: tuple[str, ...], op_type: str) -> None:
         alpha = lower.aten_arg(node, 2, "alpha", 1)
         if alpha != 1:
             right = lower.builder.op("Mul", right, lower.builder.number(alpha, dtype))
-        return lower.builder.op(op_type, left, right)  # type: ignore[no-any-return]
+        return lower.builder.op(op_type, left, right)
 
 
 for _names, _op_type in (
@@ -130,19 +128,17 @@ def div(lower: Lowering, node: Node) -> ir.Value:
     if mode == "trunc" and dtype.is_floating_point:
         floor, ceil = lower.builder.op("Floor", result), lower.builder.op("Ceil", result)
         negative = lower.builder.op("Less", result, lower.builder.number(0.0, dtype))
-        return lower.builder.op("Where", negative, ceil, floor)  # type: ignore[no-any-return]
-    return result  # type: ignore[no-any-return]
+        return lower.builder.op("Where", negative, ceil, floor)
+    return result
 
 
-def _floor_divide(
-    lower: Lowering, a: ir.Value, b: ir.Value, dtype: torch.dtype
-) -> ir.Value:
+def _floor_divide(lower: Lowering, a: ir.Value, b: ir.Value, dtype: torch.dtype) -> ir.Value:
     """ONNX divides integers towards zero, torch towards minus infinity."""
     builder = lower.builder
     if dtype.is_floating_point:
-        return builder.op("Floor", builder.op("Div", a, b))  # type: ignore[no-any-return]
+        return builder.op("Floor", builder.op("Div", a, b))
     rest = builder.op("Mod", a, b)
-    return builder.op("Div", builder.op("Sub", a, rest), b)  # type: ignore[no-any-return]
+    return builder.op("Div", builder.op("Sub", a, rest), b)
 
 
 @translation("aten.floor_divide")
@@ -157,34 +153,34 @@ def remainder(lower: Lowering, node: Node) -> ir.Value:
     dtype = dtype_of(lower, node)
     a, b = (operand(lower, lower.aten_arg(node, i), dtype) for i in (0, 1))
     if not dtype.is_floating_point:
-        return lower.builder.op("Mod", a, b)  # type: ignore[no-any-return]
+        return lower.builder.op("Mod", a, b)
     whole = lower.builder.op("Mul", _floor_divide(lower, a, b, dtype), b)
-    return lower.builder.op("Sub", a, whole)  # type: ignore[no-any-return]
+    return lower.builder.op("Sub", a, whole)
 
 
 @translation("aten.rsub")
 def rsub(lower: Lowering, node: Node) -> ir.Value:
     dtype = dtype_of(lower, node)
     a, b = (operand(lower, lower.aten_arg(node, i), dtype) for i in (0, 1))
-    return lower.builder.op("Sub", b, a)  # type: ignore[no-any-return]
+    return lower.builder.op("Sub", b, a)
 
 
 @translation("aten.square")
 def square(lower: Lowering, node: Node) -> ir.Value:
     x = lower.whole(node.inputs[0])
-    return lower.builder.op("Mul", x, x)  # type: ignore[no-any-return]
+    return lower.builder.op("Mul", x, x)
 
 
 @translation("aten.rsqrt")
 def rsqrt(lower: Lowering, node: Node) -> ir.Value:
     root = lower.builder.op("Sqrt", lower.whole(node.inputs[0]))
-    return lower.builder.op("Reciprocal", root)  # type: ignore[no-any-return]
+    return lower.builder.op("Reciprocal", root)
 
 
 @translation("aten.log1p")
 def log1p(lower: Lowering, node: Node) -> ir.Value:
     x = operand(lower, lower.aten_arg(node, 0), dtype_of(lower, node))
-    return lower.builder.op("Log", lower.builder.op("Add", x, lower.builder.number(1.0)))  # type: ignore[no-any-return]
+    return lower.builder.op("Log", lower.builder.op("Add", x, lower.builder.number(1.0)))
 
 
 @translation("aten.expm1")
@@ -197,7 +193,7 @@ def expm1(lower: Lowering, node: Node) -> ir.Value:
     bent = builder.op("Div", top, builder.op("Sub", builder.number(1.0), half))
     plain = builder.op("Sub", builder.op("Exp", x), builder.number(1.0))
     small = builder.op("Less", builder.op("Abs", x), builder.number(1.0))
-    return builder.op("Where", small, bent, plain)  # type: ignore[no-any-return]
+    return builder.op("Where", small, bent, plain)
 
 
 @translation("aten.softplus")
@@ -209,19 +205,19 @@ def softplus(lower: Lowering, node: Node) -> ir.Value:
     if beta != 1:
         soft = builder.op("Div", soft, builder.number(float(beta)))
     large = builder.op("Greater", scaled, builder.number(float(threshold)))
-    return builder.op("Where", large, x, soft)  # type: ignore[no-any-return]
+    return builder.op("Where", large, x, soft)
 
 
 @translation("aten.silu")
 def silu(lower: Lowering, node: Node) -> ir.Value:
     x = lower.whole(node.inputs[0])
-    return lower.builder.op("Mul", x, lower.builder.op("Sigmoid", x))  # type: ignore[no-any-return]
+    return lower.builder.op("Mul", x, lower.builder.op("Sigmoid", x))
 
 
 @translation("aten.gelu")
 def gelu(lower: Lowering, node: Node) -> ir.Value:
     kind = lower.aten_arg(node, 1, "approximate", "none")
-    return lower.builder.op("Gelu", lower.whole(node.inputs[0]), approximate=kind)  # type: ignore[no-any-return]
+    return lower.builder.op("Gelu", lower.whole(node.inputs[0]), approximate=kind)
 
 
 @translation("aten.clamp", "aten.clamp_min", "aten.clamp_max", "aten.hardtanh")
@@ -248,7 +244,7 @@ def _comparison(name: str, op_type: str, negate: bool = False) -> None:
         dtype = _common(lower, items)
         a, b = (operand(lower, item, dtype) for item in items)
         result = lower.builder.op(op_type, a, b)
-        return lower.builder.op("Not", result) if negate else result  # type: ignore[no-any-return]
+        return lower.builder.op("Not", result) if negate else result
 
 
 for _name, _op_type, _negate in (
@@ -266,7 +262,7 @@ def _logic(names: tuple[str, ...], op_type: str) -> None:
     @translation(*names)
     def form(lower: Lowering, node: Node) -> ir.Value:
         a, b = (operand(lower, lower.aten_arg(node, i), torch.bool) for i in (0, 1))
-        return lower.builder.op(op_type, a, b)  # type: ignore[no-any-return]
+        return lower.builder.op(op_type, a, b)
 
 
 _logic(("aten.__and__", "aten.bitwise_and", "aten.logical_and"), "And")
@@ -276,7 +272,7 @@ _logic(("aten.__xor__", "aten.bitwise_xor", "aten.logical_xor"), "Xor")
 
 @translation("aten.logical_not", "aten.bitwise_not")
 def logical_not(lower: Lowering, node: Node) -> ir.Value:
-    return lower.builder.op("Not", operand(lower, lower.aten_arg(node, 0), torch.bool))  # type: ignore[no-any-return]
+    return lower.builder.op("Not", operand(lower, lower.aten_arg(node, 0), torch.bool))
 
 
 @translation("aten.where")
@@ -284,7 +280,7 @@ def where(lower: Lowering, node: Node) -> ir.Value:
     dtype = dtype_of(lower, node)
     condition = operand(lower, lower.aten_arg(node, 0), torch.bool)
     a, b = (operand(lower, lower.aten_arg(node, i), dtype) for i in (1, 2))
-    return lower.builder.op("Where", condition, a, b)  # type: ignore[no-any-return]
+    return lower.builder.op("Where", condition, a, b)
 
 
 @translation("aten.masked_fill")
@@ -293,7 +289,7 @@ def masked_fill(lower: Lowering, node: Node) -> ir.Value:
     x = operand(lower, lower.aten_arg(node, 0), dtype)
     mask = operand(lower, lower.aten_arg(node, 1), torch.bool)
     fill = operand(lower, lower.aten_arg(node, 2), dtype)
-    return lower.builder.op("Where", mask, fill, x)  # type: ignore[no-any-return]
+    return lower.builder.op("Where", mask, fill, x)
 
 
 # Reductions -------------------------------------------------------------------------------------
@@ -313,7 +309,7 @@ def _reduction(names: tuple[str, ...], op_type: str) -> None:
         x = operand(lower, lower.aten_arg(node, 0), dtype)
         axes = _axes(lower, lower.aten_arg(node, 1, "dim"))
         keep = int(bool(lower.aten_arg(node, 2, "keepdim", False)))
-        return lower.builder.op(op_type, x, axes, keepdims=keep)  # type: ignore[no-any-return]
+        return lower.builder.op(op_type, x, axes, keepdims=keep)
 
 
 _reduction(("aten.mean",), "ReduceMean")
@@ -329,7 +325,7 @@ def any_(lower: Lowering, node: Node) -> ir.Value:
     axes = _axes(lower, lower.aten_arg(node, 1, "dim"))
     keep = int(bool(lower.aten_arg(node, 2, "keepdim", False)))
     total = lower.builder.op("ReduceMax", x, axes, keepdims=keep)
-    return lower.builder.op("Cast", total, to=ir.DataType.BOOL)  # type: ignore[no-any-return]
+    return lower.builder.op("Cast", total, to=ir.DataType.BOOL)
 
 
 @translation("aten.max.dim", "aten.min.dim")
@@ -348,7 +344,7 @@ def extreme(lower: Lowering, node: Node) -> list[ir.Value]:
 def argmax(lower: Lowering, node: Node) -> ir.Value:
     kind = "ArgMax" if ".argmax" in node.op else "ArgMin"
     keep = int(bool(lower.aten_arg(node, 2, "keepdim", False)))
-    return lower.builder.op(  # type: ignore[no-any-return]
+    return lower.builder.op(
         kind, lower.whole(node.inputs[0]), axis=lower.aten_arg(node, 1, "dim"), keepdims=keep
     )
 
@@ -356,14 +352,14 @@ def argmax(lower: Lowering, node: Node) -> ir.Value:
 @translation("aten.cumsum")
 def cumsum(lower: Lowering, node: Node) -> ir.Value:
     x = operand(lower, lower.aten_arg(node, 0), dtype_of(lower, node))
-    return lower.builder.op("CumSum", x, lower.builder.constant(lower.aten_arg(node, 1)))  # type: ignore[no-any-return]
+    return lower.builder.op("CumSum", x, lower.builder.constant(lower.aten_arg(node, 1)))
 
 
 @translation("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax")
 def softmax(lower: Lowering, node: Node) -> ir.Value:
     x = operand(lower, lower.aten_arg(node, 0), dtype_of(lower, node))
     op_type = "LogSoftmax" if "log" in node.op else "Softmax"
-    return lower.builder.op(op_type, x, axis=lower.aten_arg(node, 1))  # type: ignore[no-any-return]
+    return lower.builder.op(op_type, x, axis=lower.aten_arg(node, 1))
 
 
 @translation("aten.linalg_vector_norm", "aten.norm")
@@ -374,7 +370,7 @@ def vector_norm(lower: Lowering, node: Node) -> ir.Value:
     axes = _axes(lower, lower.aten_arg(node, 2, "dim"))
     keep = int(bool(lower.aten_arg(node, 3, "keepdim", False)))
     x = lower.whole(node.inputs[0])
-    return lower.builder.op(f"ReduceL{order}", x, axes, keepdims=keep)  # type: ignore[no-any-return]
+    return lower.builder.op(f"ReduceL{order}", x, axes, keepdims=keep)
 
 
 # Products ---------------------------------------------------------------------------------------
@@ -383,7 +379,7 @@ def vector_norm(lower: Lowering, node: Node) -> ir.Value:
 @translation("aten.matmul", "aten.bmm", "aten.mm")
 def matmul(lower: Lowering, node: Node) -> ir.Value:
     a, b = (lower.whole(lower.aten_arg(node, i)) for i in (0, 1))
-    return lower.builder.op("MatMul", a, b)  # type: ignore[no-any-return]
+    return lower.builder.op("MatMul", a, b)
 
 
 @translation("aten.baddbmm", "aten.addmm")
@@ -395,10 +391,10 @@ def addmm(lower: Lowering, node: Node) -> ir.Value:
     if alpha != 1:
         product = builder.op("Mul", product, builder.number(float(alpha)))
     if beta == 0:
-        return product  # type: ignore[no-any-return]
+        return product
     if beta != 1:
         c = builder.op("Mul", c, builder.number(float(beta)))
-    return builder.op("Add", product, c)  # type: ignore[no-any-return]
+    return builder.op("Add", product, c)
 
 
 @translation("aten.linear")
@@ -406,21 +402,24 @@ def linear(lower: Lowering, node: Node) -> ir.Value:
     x, weight = lower.whole(lower.aten_arg(node, 0)), lower.whole(lower.aten_arg(node, 1))
     bias = lower.aten_arg(node, 2, "bias")
     y = lower.builder.op("MatMul", x, lower.builder.op("Transpose", weight, perm=[1, 0]))
-    return y if bias is None else lower.builder.op("Add", y, lower.whole(bias))  # type: ignore[no-any-return]
+    return y if bias is None else lower.builder.op("Add", y, lower.whole(bias))
 
 
 @translation("aten.conv1d")
 def conv1d(lower: Lowering, node: Node) -> ir.Value:
     x, weight = lower.whole(lower.aten_arg(node, 0)), lower.whole(lower.aten_arg(node, 1))
     bias = lower.aten_arg(node, 2, "bias")
-    strides, padding = lower.aten_arg(node, 3, "stride", [1]), lower.aten_arg(node, 4, "padding", [0])
+    strides, padding = (
+        lower.aten_arg(node, 3, "stride", [1]),
+        lower.aten_arg(node, 4, "padding", [0]),
+    )
     if isinstance(padding, str):
         raise ValueError(f"conv1d with padding {padding!r} has no ONNX form here")
     pad = padding[0] if isinstance(padding, list | tuple) else padding
     stride = strides[0] if isinstance(strides, list | tuple) else strides
     dilation = lower.aten_arg(node, 5, "dilation", [1])
     spread = dilation[0] if isinstance(dilation, list | tuple) else dilation
-    return lower.builder.op(  # type: ignore[no-any-return]
+    return lower.builder.op(
         "Conv", x, weight, None if bias is None else lower.whole(bias),
         strides=[stride], pads=[pad, pad], dilations=[spread],
         group=lower.aten_arg(node, 6, "groups", 1),
@@ -441,7 +440,7 @@ def norm(lower: Lowering, node: Node) -> ir.Value:
         else lower.whole(weight)
     )
     op_type = "LayerNormalization" if is_layer else "RMSNormalization"
-    return lower.builder.op(  # type: ignore[no-any-return]
+    return lower.builder.op(
         op_type, lower.whole(node.inputs[0]), gain, None if bias is None else lower.whole(bias),
         axis=-len(shape), epsilon=eps,
     )  # fmt: skip

@@ -14,8 +14,7 @@ from graphopt.lowering.onnx.ops.registry import Lowering, translation
 
 def _indices(lower: Lowering, node: Node) -> list[Value | None]:
     return [
-        node.inputs[leaf.index] if isinstance(leaf, In) else None
-        for leaf in node.attrs["args"][1]
+        node.inputs[leaf.index] if isinstance(leaf, In) else None for leaf in node.attrs["args"][1]
     ]
 
 
@@ -29,10 +28,10 @@ def index(lower: Lowering, node: Node) -> ir.Value:
         chosen = operand(lower, indices[places[0]], torch.int64)
         if lower.types[indices[places[0]]].dtype == torch.bool:  # type: ignore[index]
             raise ValueError("indexing by a bool tensor gives a size that depends on values")
-        return builder.op("Gather", x, chosen, axis=places[0])  # type: ignore[no-any-return]
+        return builder.op("Gather", x, chosen, axis=places[0])
     if places != list(range(len(places))):
         raise ValueError("index tensors on axes that are not the first ones")
-    return builder.op("GatherND", x, _coordinates(lower, node, indices))  # type: ignore[no-any-return]
+    return builder.op("GatherND", x, _coordinates(lower, node, indices))
 
 
 def _coordinates(lower: Lowering, node: Node, indices: list[Value | None]) -> ir.Value:
@@ -51,7 +50,7 @@ def _coordinates(lower: Lowering, node: Node, indices: list[Value | None]) -> ir
         wrapped = builder.op("Where", negative, builder.op("Add", part, size), part)
         wide = builder.op("Expand", wrapped, shape)
         columns.append(builder.op("Unsqueeze", wide, builder.constant([-1])))
-    return builder.op("Concat", *columns, axis=-1)  # type: ignore[no-any-return]
+    return builder.op("Concat", *columns, axis=-1)
 
 
 @translation("aten.index_put")
@@ -67,7 +66,7 @@ def index_put(lower: Lowering, node: Node) -> ir.Value:
     shape = builder.op("Concat", lead, builder.shape(rest), axis=0) if rest else lead
     wide = builder.op("Expand", values, shape)
     accumulate = bool(lower.aten_arg(node, 3, "accumulate", False))
-    return builder.op(  # type: ignore[no-any-return]
+    return builder.op(
         "ScatterND", lower.whole(node.inputs[0]), places, wide,
         reduction="add" if accumulate else "none",
     )  # fmt: skip
@@ -76,7 +75,7 @@ def index_put(lower: Lowering, node: Node) -> ir.Value:
 @translation("aten.index_select")
 def index_select(lower: Lowering, node: Node) -> ir.Value:
     x, axis, chosen = (lower.aten_arg(node, i) for i in (0, 1, 2))
-    return lower.builder.op("Gather", lower.whole(x), lower.whole(chosen), axis=axis)  # type: ignore[no-any-return]
+    return lower.builder.op("Gather", lower.whole(x), lower.whole(chosen), axis=axis)
 
 
 @translation("aten.index_add")
@@ -86,21 +85,19 @@ def index_add(lower: Lowering, node: Node) -> ir.Value:
     if axis != 0 or lower.aten_arg(node, 4, "alpha", 1) != 1:
         raise ValueError("index_add on an axis other than the first")
     rows = builder.op("Unsqueeze", lower.whole(chosen), builder.constant([-1]))
-    return builder.op("ScatterND", lower.whole(x), rows, lower.whole(source), reduction="add")  # type: ignore[no-any-return]
+    return builder.op("ScatterND", lower.whole(x), rows, lower.whole(source), reduction="add")
 
 
 @translation("aten.embedding")
 def embedding(lower: Lowering, node: Node) -> ir.Value:
     weight, ids = lower.aten_arg(node, 0), lower.aten_arg(node, 1)
-    return lower.builder.op("Gather", lower.whole(weight), lower.whole(ids), axis=0)  # type: ignore[no-any-return]
+    return lower.builder.op("Gather", lower.whole(weight), lower.whole(ids), axis=0)
 
 
 @translation("aten.gather")
 def gather(lower: Lowering, node: Node) -> ir.Value:
     x, axis, chosen = (lower.aten_arg(node, i) for i in (0, 1, 2))
-    return lower.builder.op(  # type: ignore[no-any-return]
-        "GatherElements", lower.whole(x), lower.whole(chosen), axis=axis
-    )
+    return lower.builder.op("GatherElements", lower.whole(x), lower.whole(chosen), axis=axis)
 
 
 @translation("aten.scatter", "aten.scatter_add")
@@ -114,7 +111,7 @@ def scatter(lower: Lowering, node: Node) -> ir.Value:
         shape = builder.op("Shape", lower.whole(chosen))
         values = builder.op("Expand", values, shape)
     reduction = "add" if ".scatter_add" in node.op else "none"
-    return builder.op(  # type: ignore[no-any-return]
+    return builder.op(
         "ScatterElements", x, lower.whole(chosen), values, axis=axis, reduction=reduction
     )
 
@@ -137,23 +134,21 @@ def slice_scatter(lower: Lowering, node: Node) -> ir.Value:
     column[axis] = -1
     shaped = builder.op("Reshape", places, builder.constant(column))
     wide = builder.op("Expand", shaped, builder.op("Shape", lower.whole(source)))
-    return builder.op(  # type: ignore[no-any-return]
-        "ScatterElements", lower.whole(x), wide, lower.whole(source), axis=axis
-    )
+    return builder.op("ScatterElements", lower.whole(x), wide, lower.whole(source), axis=axis)
 
 
 @translation("aten.one_hot")
 def one_hot(lower: Lowering, node: Node) -> ir.Value:
     depth = lower.builder.constant(lower.aten_arg(node, 1))
     values = lower.builder.constant([0, 1])
-    return lower.builder.op("OneHot", lower.whole(node.inputs[0]), depth, values, axis=-1)  # type: ignore[no-any-return]
+    return lower.builder.op("OneHot", lower.whole(node.inputs[0]), depth, values, axis=-1)
 
 
 @translation("aten.topk")
 def topk(lower: Lowering, node: Node) -> list[ir.Value]:
     k, axis = lower.aten_arg(node, 1), lower.aten_arg(node, 2, "dim", -1)
     largest = int(bool(lower.aten_arg(node, 3, "largest", True)))
-    return lower.builder.op(  # type: ignore[no-any-return]
+    return lower.builder.op(
         "TopK", lower.whole(node.inputs[0]), lower.builder.size(k), outputs=2,
         axis=axis, largest=largest,
     )  # fmt: skip
@@ -202,9 +197,7 @@ def grouped_mm(lower: Lowering, node: Node) -> ir.Value:
     experts = int(lower.types[weight].shape[0])
     size = lower.types[rows].shape[0]
     last = operand(lower, ends, torch.int64)
-    numbers = builder.op(
-        "Range", builder.constant(0), builder.scalar(size), builder.constant(1)
-    )
+    numbers = builder.op("Range", builder.constant(0), builder.scalar(size), builder.constant(1))
     column = builder.op("Unsqueeze", numbers, builder.constant([-1]))
     passed = builder.op("Cast", builder.op("GreaterOrEqual", column, last), to=ir.DataType.INT64)
     own = builder.op("ReduceSum", passed, builder.constant([-1]), keepdims=1)
@@ -213,4 +206,4 @@ def grouped_mm(lower: Lowering, node: Node) -> ir.Value:
     keep = builder.op("Transpose", keep, perm=[1, 0])
     keep = builder.op("Unsqueeze", keep, builder.constant([-1]))
     products = builder.op("MatMul", builder.op("Mul", keep, lower.whole(rows)), lower.whole(weight))
-    return builder.op("ReduceSum", products, builder.constant([0]), keepdims=0)  # type: ignore[no-any-return]
+    return builder.op("ReduceSum", products, builder.constant([0]), keepdims=0)

@@ -35,7 +35,7 @@ def reshape(lower: Lowering, node: Node) -> ir.Value:
     """Every change of shape alone: the exported output shape says all."""
     x = lower.whole(node.inputs[0])
     if ".unsqueeze." in node.op:
-        return lower.builder.op("Unsqueeze", x, lower.builder.constant([lower.aten_arg(node, 1)]))  # type: ignore[no-any-return]
+        return lower.builder.op("Unsqueeze", x, lower.builder.constant([lower.aten_arg(node, 1)]))
     return lower.builder.reshape(x, _out_shape(lower, node))
 
 
@@ -45,14 +45,14 @@ def transpose(lower: Lowering, node: Node) -> ir.Value:
     order = list(range(rank))
     a, b = lower.aten_arg(node, 1), lower.aten_arg(node, 2)
     order[a], order[b] = order[b], order[a]
-    return lower.builder.op("Transpose", lower.whole(node.inputs[0]), perm=order)  # type: ignore[no-any-return]
+    return lower.builder.op("Transpose", lower.whole(node.inputs[0]), perm=order)
 
 
 @translation("aten.permute")
 def permute(lower: Lowering, node: Node) -> ir.Value:
     rank = _rank(lower, node.inputs[0])
     order = [axis % rank for axis in lower.aten_arg(node, 1)]
-    return lower.builder.op("Transpose", lower.whole(node.inputs[0]), perm=order)  # type: ignore[no-any-return]
+    return lower.builder.op("Transpose", lower.whole(node.inputs[0]), perm=order)
 
 
 @translation("aten.t", "aten.numpy_T", "aten.mT")
@@ -60,13 +60,13 @@ def turn(lower: Lowering, node: Node) -> ir.Value:
     rank = _rank(lower, node.inputs[0])
     order = list(range(rank))
     order = order[::-1] if ".mT." not in node.op else [*order[:-2], rank - 1, rank - 2]
-    return lower.builder.op("Transpose", lower.whole(node.inputs[0]), perm=order)  # type: ignore[no-any-return]
+    return lower.builder.op("Transpose", lower.whole(node.inputs[0]), perm=order)
 
 
 @translation("aten.expand", "aten.expand_as", "aten.broadcast_to")
 def expand(lower: Lowering, node: Node) -> ir.Value:
     x = lower.whole(node.inputs[0])
-    return lower.builder.op("Expand", x, lower.builder.shape(_out_shape(lower, node)))  # type: ignore[no-any-return]
+    return lower.builder.op("Expand", x, lower.builder.shape(_out_shape(lower, node)))
 
 
 @translation("aten.repeat")
@@ -76,7 +76,7 @@ def repeat(lower: Lowering, node: Node) -> ir.Value:
     extra = len(counts) - rank
     if extra:
         x = lower.builder.op("Unsqueeze", x, lower.builder.constant(list(range(extra))))
-    return lower.builder.op("Tile", x, lower.builder.shape(counts))  # type: ignore[no-any-return]
+    return lower.builder.op("Tile", x, lower.builder.shape(counts))
 
 
 @translation("aten.repeat_interleave.self_int")
@@ -88,7 +88,9 @@ def repeat_interleave(lower: Lowering, node: Node) -> ir.Value:
     sizes = list(lower.types[node.inputs[0]].shape)
     axis = axis % len(sizes)
     wide = builder.op("Unsqueeze", x, builder.constant([axis + 1]))
-    wide = builder.op("Expand", wide, builder.shape([*sizes[: axis + 1], count, *sizes[axis + 1 :]]))
+    wide = builder.op(
+        "Expand", wide, builder.shape([*sizes[: axis + 1], count, *sizes[axis + 1 :]])
+    )
     return builder.reshape(wide, _out_shape(lower, node))
 
 
@@ -104,8 +106,11 @@ def _slice(
     lower: Lowering, x: ir.Value, axis: int, start: Any, end: Any, step: int = 1
 ) -> ir.Value:
     builder = lower.builder
-    bounds = [builder.size(0 if start is None else start), builder.size(_END if end is None else end)]
-    return builder.op("Slice", x, *bounds, builder.constant([axis]), builder.constant([step]))  # type: ignore[no-any-return]
+    bounds = [
+        builder.size(0 if start is None else start),
+        builder.size(_END if end is None else end),
+    ]
+    return builder.op("Slice", x, *bounds, builder.constant([axis]), builder.constant([step]))
 
 
 @translation("aten.narrow")
@@ -117,7 +122,7 @@ def narrow(lower: Lowering, node: Node) -> ir.Value:
 @translation("aten.select")
 def select(lower: Lowering, node: Node) -> ir.Value:
     axis, index = lower.aten_arg(node, 1), lower.aten_arg(node, 2)
-    return lower.builder.op(  # type: ignore[no-any-return]
+    return lower.builder.op(
         "Gather", lower.whole(node.inputs[0]), lower.builder.scalar(index), axis=axis
     )
 
@@ -129,9 +134,7 @@ def split(lower: Lowering, node: Node) -> list[ir.Value]:
     if len(sizes) == 1:
         return [lower.whole(node.inputs[0])]
     x = lower.whole(node.inputs[0])
-    return lower.builder.op(  # type: ignore[no-any-return]
-        "Split", x, lower.builder.shape(sizes), outputs=len(sizes), axis=axis
-    )
+    return lower.builder.op("Split", x, lower.builder.shape(sizes), outputs=len(sizes), axis=axis)
 
 
 @translation("aten.unbind")
@@ -152,7 +155,7 @@ def _list(lower: Lowering, node: Node) -> list[ir.Value]:
 
 @translation("aten.cat", "aten.concat")
 def cat(lower: Lowering, node: Node) -> ir.Value:
-    return lower.builder.op("Concat", *_list(lower, node), axis=lower.aten_arg(node, 1, "dim", 0))  # type: ignore[no-any-return]
+    return lower.builder.op("Concat", *_list(lower, node), axis=lower.aten_arg(node, 1, "dim", 0))
 
 
 @translation("aten.stack")
@@ -160,7 +163,7 @@ def stack(lower: Lowering, node: Node) -> ir.Value:
     axis = lower.aten_arg(node, 1, "dim", 0)
     axes = lower.builder.constant([axis])
     parts = [lower.builder.op("Unsqueeze", part, axes) for part in _list(lower, node)]
-    return lower.builder.op("Concat", *parts, axis=axis)  # type: ignore[no-any-return]
+    return lower.builder.op("Concat", *parts, axis=axis)
 
 
 @translation("aten.pad", "aten.constant_pad_nd")
@@ -175,7 +178,7 @@ def pad(lower: Lowering, node: Node) -> ir.Value:
     before = [sizes[2 * index] for index in range(len(axes))]
     after = [sizes[2 * index + 1] for index in range(len(axes))]
     dtype = dtype_of(lower, node)
-    return lower.builder.op(  # type: ignore[no-any-return]
+    return lower.builder.op(
         "Pad", lower.whole(node.inputs[0]), lower.builder.shape([*before, *after]),
         lower.builder.number(fill, dtype), lower.builder.constant(axes),
     )  # fmt: skip
@@ -190,7 +193,7 @@ def convert(lower: Lowering, node: Node) -> ir.Value:
     if ".copy." in node.op:
         source = operand(lower, lower.aten_arg(node, 1), dtype_of(lower, node))
         shape = lower.builder.shape(_out_shape(lower, node))
-        return lower.builder.op("Expand", source, shape)  # type: ignore[no-any-return]
+        return lower.builder.op("Expand", source, shape)
     x = lower.aten_arg(node, 0)
     return cast(lower, lower.whole(x), lower.types[x].dtype, dtype_of(lower, node))
 
@@ -201,12 +204,14 @@ def convert(lower: Lowering, node: Node) -> ir.Value:
 def _filled(lower: Lowering, node: Node, fill: Any) -> ir.Value:
     dtype = dtype_of(lower, node)
     shape = lower.builder.shape(_out_shape(lower, node))
-    return lower.builder.op("Expand", operand(lower, fill, dtype), shape)  # type: ignore[no-any-return]
+    return lower.builder.op("Expand", operand(lower, fill, dtype), shape)
 
 
 @translation("aten.full", "aten.new_full", "aten.full_like")
 def full(lower: Lowering, node: Node) -> ir.Value:
-    return _filled(lower, node, lower.aten_arg(node, 2 if ".new_full" in node.op else 1, "fill_value"))
+    return _filled(
+        lower, node, lower.aten_arg(node, 2 if ".new_full" in node.op else 1, "fill_value")
+    )
 
 
 @translation("aten.ones", "aten.new_ones", "aten.ones_like")
@@ -251,4 +256,4 @@ def triangle(lower: Lowering, node: Node) -> ir.Value:
         else lower.builder.constant(np.int64(diagonal))
     )
     result = lower.builder.op("Trilu", x, offset, upper=int(".triu" in node.op))
-    return lower.builder.op("Cast", result, to=ONNX_DTYPES[dtype])  # type: ignore[no-any-return]
+    return lower.builder.op("Cast", result, to=ONNX_DTYPES[dtype])

@@ -41,7 +41,7 @@ def swap_heads(lower: Lowering, node: Node) -> Lowered:
     lowered = lower.values[x]
     if isinstance(lowered, Heads):
         return Heads(lowered.flat, lowered.heads, lowered.dim, not lowered.heads_first)
-    return lower.builder.op("Transpose", lowered, perm=[0, 2, 1, 3])  # type: ignore[no-any-return]
+    return lower.builder.op("Transpose", lowered, perm=[0, 2, 1, 3])
 
 
 @translation("merge_heads")
@@ -55,7 +55,7 @@ def merge_heads(lower: Lowering, node: Node) -> ir.Value:
     if swap:
         whole = builder.op("Transpose", whole, perm=[0, 2, 1, 3])
     width = int(lower.types[node.output].shape[-1])
-    return builder.op("Reshape", whole, builder.constant([0, 0, width]))  # type: ignore[no-any-return]
+    return builder.op("Reshape", whole, builder.constant([0, 0, width]))
 
 
 def _key_mask(lower: Lowering, mask: Value | None) -> ir.Value:
@@ -68,7 +68,7 @@ def _key_mask(lower: Lowering, mask: Value | None) -> ir.Value:
         shape = builder.op("Shape", lower.inputs["attention_mask"])
         ones = ir.tensor(np.ones(1, dtype=np.int64))
         lower.shared[key] = builder.op("ConstantOfShape", shape, value=ones)
-    return lower.shared[key]  # type: ignore[no-any-return]
+    return lower.shared[key]
 
 
 def attention_bias(
@@ -88,7 +88,7 @@ def attention_bias(
     slope_values = None if slopes is None else lower.whole(slopes)
     key = ("bias", key_mask, slope_values, causal, window, chunk)
     if key in lower.shared:
-        return lower.shared[key]  # type: ignore[no-any-return]
+        return lower.shared[key]
     scope, builder.scope = builder.scope, "mask"
     allowed = builder.op("Cast", key_mask, to=ir.DataType.BOOL)
     allowed = builder.op("Unsqueeze", allowed, builder.constant([1, 2]))
@@ -104,7 +104,9 @@ def attention_bias(
     if chunk is not None:
         length = builder.constant(chunk)
         own = builder.op("Div", queries, length)
-        allowed = builder.op("And", allowed, builder.op("Equal", builder.op("Div", keys, length), own))
+        allowed = builder.op(
+            "And", allowed, builder.op("Equal", builder.op("Div", keys, length), own)
+        )
     bias = builder.op("Where", allowed, builder.number(0.0), builder.number(BLOCKED))
     if slope_values is not None:
         real = builder.op("Cast", key_mask, to=ir.DataType.FLOAT)
@@ -118,7 +120,7 @@ def attention_bias(
         bias = builder.op("Expand", bias, ones)
     builder.scope = scope
     lower.shared[key] = bias
-    return bias  # type: ignore[no-any-return]
+    return bias
 
 
 def _lengths(lower: Lowering) -> tuple[ir.Value, ir.Value]:
@@ -135,13 +137,14 @@ def _lengths(lower: Lowering) -> tuple[ir.Value, ir.Value]:
         batch = builder.op("Shape", lower.inputs["input_ids"], start=0, end=1)
         lower.shared["lengths"] = builder.op("Expand", last, batch), total
         builder.scope = scope
-    return lower.shared["lengths"]  # type: ignore[no-any-return]
+    return lower.shared["lengths"]
 
 
 @translation("attention")
 def attention(lower: Lowering, node: Node) -> Lowered | list[Lowered]:
     if not _fits_group_query(lower, node):
-        return _plain(lower, node)
+        made = _plain(lower, node, [lower.whole(node.inputs[i]) for i in (QUERY, KEY, VALUE)])
+        return [*made] if isinstance(made, list) else made
     builder = lower.builder
     q, k, v = (lower.heads(node.inputs[i]) for i in (QUERY, KEY, VALUE))
     bias = attention_bias(
@@ -151,7 +154,9 @@ def attention(lower: Lowering, node: Node) -> Lowered | list[Lowered]:
     several = _several_rows_continue(lower)
     _lengths(lower)
     with builder.branch("continue") as plain:
-        out, present_k, present_v = _plain(lower, node)
+        # Copies: what this branch makes of the heads must not be read outside of it.
+        inside = [Heads(x.flat, x.heads, x.dim, True).whole(builder) for x in (q, k, v)]
+        out, present_k, present_v = _plain(lower, node, inside)  # type: ignore[misc]
         flat = builder.op("Transpose", out, perm=[0, 2, 1, 3])
         flat = builder.op("Reshape", flat, builder.constant([0, 0, q.heads * v.dim]))
         plain.results = [flat, present_k, present_v]
@@ -177,7 +182,7 @@ def _several_rows_continue(lower: Lowering) -> ir.Value:
         )
         lower.shared["several"] = builder.op("And", builder.op("And", rows, tokens), past)
         builder.scope = scope
-    return lower.shared["several"]  # type: ignore[no-any-return]
+    return lower.shared["several"]
 
 
 def _fits_group_query(lower: Lowering, node: Node) -> bool:
@@ -201,7 +206,7 @@ def _group_query(
     attrs = lower.attrs(node)
     last, total = _lengths(lower)
     sinks = lower.operand(node, SINKS)
-    return lower.builder.op(  # type: ignore[no-any-return]
+    return lower.builder.op(
         "GroupQueryAttention",
         q.flat, k.flat, v.flat,
         lower.whole(lower.operand(node, PAST_K)), lower.whole(lower.operand(node, PAST_V)),
@@ -213,19 +218,22 @@ def _group_query(
     )  # fmt: skip
 
 
-def _plain(lower: Lowering, node: Node) -> Lowered | list[Lowered]:
-    """Products and a softmax, for what no fused kernel does."""
+def _plain(lower: Lowering, node: Node, operands: list[ir.Value]) -> ir.Value | list[ir.Value]:
+    """Products and a softmax, for what no fused kernel does.
+
+    Args:
+        operands: q, k and v as [B, heads, S, head_dim].
+    """
     builder, attrs = lower.builder, lower.attrs(node)
     q, k, v = (node.inputs[i] for i in (QUERY, KEY, VALUE))
     assert q is not None and k is not None and v is not None
     heads, groups = int(lower.types[q].shape[1]), int(lower.types[k].shape[1])
-    keys, values = lower.whole(k), lower.whole(v)
+    query, keys, values = operands
     past = lower.operand(node, PAST_K)
     if past is not None:
         keys = builder.op("Concat", lower.whole(past), keys, axis=2)
         values = builder.op("Concat", lower.whole(lower.operand(node, PAST_V)), values, axis=2)
     present: list[Any] = [keys, values]
-    query = lower.whole(q)
     widths = int(lower.types[q].shape[3]), int(lower.types[v].shape[3])
     share = heads // groups
     if share > 1:
@@ -265,4 +273,4 @@ def _plain(lower: Lowering, node: Node) -> Lowered | list[Lowered]:
     out = builder.op("MatMul", weights, values)
     if share > 1:
         out = builder.op("Reshape", out, builder.shape([-1, heads, S, widths[1]]))
-    return out if past is None else [out, *present]  # type: ignore[no-any-return]
+    return out if past is None else [out, *present]

@@ -15,9 +15,7 @@ from graphopt.lowering.onnx.ops.registry import Lowered, Lowering, translation
 def _simple(name: str, op_type: str) -> None:
     @translation(name)
     def form(lower: Lowering, node: Node) -> ir.Value:
-        return lower.builder.op(  # type: ignore[no-any-return]
-            op_type, *(lower.whole(value) for value in node.inputs)
-        )
+        return lower.builder.op(op_type, *(lower.whole(value) for value in node.inputs))
 
 
 for _name, _op_type in {
@@ -32,29 +30,23 @@ for _name, _op_type in {
 
 @translation("gelu")
 def gelu(lower: Lowering, node: Node) -> ir.Value:
-    return lower.builder.op("Gelu", lower.whole(node.inputs[0]))  # type: ignore[no-any-return]
+    return lower.builder.op("Gelu", lower.whole(node.inputs[0]))
 
 
 @translation("gelu_tanh")
 def gelu_tanh(lower: Lowering, node: Node) -> ir.Value:
-    return lower.builder.op(  # type: ignore[no-any-return]
-        "Gelu", lower.whole(node.inputs[0]), approximate="tanh"
-    )
+    return lower.builder.op("Gelu", lower.whole(node.inputs[0]), approximate="tanh")
 
 
 @translation("silu")
 def silu(lower: Lowering, node: Node) -> ir.Value:
     """QuickGelu with alpha 1 is x sigmoid(x) in one kernel."""
-    return lower.builder.op(  # type: ignore[no-any-return]
-        "QuickGelu", lower.whole(node.inputs[0]), domain=MICROSOFT, alpha=1.0
-    )
+    return lower.builder.op("QuickGelu", lower.whole(node.inputs[0]), domain=MICROSOFT, alpha=1.0)
 
 
 @translation("quick_gelu")
 def quick_gelu(lower: Lowering, node: Node) -> ir.Value:
-    return lower.builder.op(  # type: ignore[no-any-return]
-        "QuickGelu", lower.whole(node.inputs[0]), domain=MICROSOFT, alpha=1.702
-    )
+    return lower.builder.op("QuickGelu", lower.whole(node.inputs[0]), domain=MICROSOFT, alpha=1.702)
 
 
 @translation("scale")
@@ -62,7 +54,7 @@ def scale(lower: Lowering, node: Node) -> Lowered:
     factor = lower.attrs(node)["factor"]
     x = node.inputs[0]
     assert x is not None
-    return lower.builder.op(  # type: ignore[no-any-return]
+    return lower.builder.op(
         "Mul", lower.whole(x), lower.builder.number(factor, lower.types[x].dtype)
     )
 
@@ -71,9 +63,7 @@ def _function(name: str, body: Callable[[ir.Value], list[ir.Node]]) -> ir.Functi
     """Return a local function of one input, its body in standard ops."""
     x = ir.Value(name="x")
     nodes = body(x)
-    graph = ir.Graph(
-        [x], [nodes[-1].outputs[0]], nodes=nodes, opset_imports={"": OPSET}, name=name
-    )
+    graph = ir.Graph([x], [nodes[-1].outputs[0]], nodes=nodes, opset_imports={"": OPSET}, name=name)
     return ir.Function(GRAPHOPT, name, graph=graph, attributes=[])
 
 
@@ -84,7 +74,7 @@ def relu2(lower: Lowering, node: Node) -> ir.Value:
         return [positive, ir.node("Mul", [positive.outputs[0], positive.outputs[0]])]
 
     function = lower.builder.functions.get("Relu2") or _function("Relu2", body)
-    return lower.builder.call(function, lower.whole(node.inputs[0]))  # type: ignore[no-any-return]
+    return lower.builder.call(function, lower.whole(node.inputs[0]))
 
 
 @translation("softcap")
@@ -100,4 +90,4 @@ def softcap(lower: Lowering, node: Node) -> ir.Value:
 
     name = f"Softcap_{cap:g}".replace(".", "_").replace("-", "m").replace("+", "")
     function = lower.builder.functions.get(name) or _function(name, body)
-    return lower.builder.call(function, lower.whole(node.inputs[0]))  # type: ignore[no-any-return]
+    return lower.builder.call(function, lower.whole(node.inputs[0]))

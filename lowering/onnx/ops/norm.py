@@ -23,7 +23,7 @@ def _gain(lower: Lowering, weight: Value | None, width: int, offset: float) -> i
     key = ("gain", gain, offset)
     if key not in lower.shared:
         lower.shared[key] = lower.builder.op("Add", gain, lower.builder.number(offset))
-    return lower.shared[key]  # type: ignore[no-any-return]
+    return lower.shared[key]
 
 
 def _skip_sum(lower: Lowering, node: Node) -> Node | None:
@@ -51,7 +51,7 @@ def rms_norm(lower: Lowering, node: Node) -> Lowered:
             domain=MICROSOFT, outputs=4, epsilon=attrs["eps"],
         )  # fmt: skip
         lower.values[x] = total
-        return y  # type: ignore[no-any-return]
+        return y
     lowered = lower.values[x]
     if isinstance(lowered, Heads) and gain is not None:
         split = builder.op(
@@ -61,15 +61,13 @@ def rms_norm(lower: Lowering, node: Node) -> Lowered:
         flat = builder.op("Reshape", y, builder.constant([0, 0, lowered.heads * lowered.dim]))
         return Heads(flat, lowered.heads, lowered.dim, lowered.heads_first)
     if gain is not None:
-        return builder.op(  # type: ignore[no-any-return]
-            "RMSNormalization", lower.whole(x), gain, axis=-1, epsilon=attrs["eps"]
-        )
+        return builder.op("RMSNormalization", lower.whole(x), gain, axis=-1, epsilon=attrs["eps"])
     ones = builder.constant(np.ones(width), np.float32)
     y = builder.op("RMSNormalization", lower.whole(x), ones, axis=-1, epsilon=attrs["eps"])
     scaled = lower.whole(weight)
     if attrs.get("offset"):
         scaled = builder.op("Add", scaled, builder.number(attrs["offset"]))
-    return builder.op("Mul", y, scaled)  # type: ignore[no-any-return]
+    return builder.op("Mul", y, scaled)
 
 
 @translation("layer_norm")
@@ -89,16 +87,16 @@ def layer_norm(lower: Lowering, node: Node) -> Lowered:
             domain=MICROSOFT, outputs=4, epsilon=attrs["eps"],
         )  # fmt: skip
         lower.values[x] = total
-        return y  # type: ignore[no-any-return]
+        return y
     if gain is not None and plain_bias:
-        return builder.op(  # type: ignore[no-any-return]
+        return builder.op(
             "LayerNormalization", lower.whole(x), gain, shift, axis=-1, epsilon=attrs["eps"]
         )
     ones = builder.constant(np.ones(width), np.float32)
     y = builder.op("LayerNormalization", lower.whole(x), ones, axis=-1, epsilon=attrs["eps"])
     if weight is not None:
         y = builder.op("Mul", y, lower.whole(weight))
-    return y if bias is None else builder.op("Add", y, lower.whole(bias))  # type: ignore[no-any-return]
+    return y if bias is None else builder.op("Add", y, lower.whole(bias))
 
 
 def fusable_sums(lower: Lowering) -> set[Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,9 +33,7 @@ class Heads:
     def whole(self, builder: GraphBuilder) -> ir.Value:
         """Return the four-dimensional tensor."""
         if self._whole is None:
-            split = builder.op(
-                "Reshape", self.flat, builder.constant([0, 0, self.heads, self.dim])
-            )
+            split = builder.op("Reshape", self.flat, builder.constant([0, 0, self.heads, self.dim]))
             if self.heads_first:
                 split = builder.op("Transpose", split, perm=[0, 2, 1, 3])
             self._whole = split
@@ -105,7 +103,7 @@ class Lowering:
         return node.inputs[leaf.index] if isinstance(leaf, In) else leaf
 
 
-Form = Callable[[Lowering, Node], Lowered | list[Lowered]]
+Form = Callable[[Lowering, Node], Lowered | Sequence[Lowered]]
 _FORMS: dict[str, Form] = {}
 
 

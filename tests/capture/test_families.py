@@ -1,0 +1,86 @@
+"""Every family: captured, run, and exported to ONNX, against eager fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, LISTED, TOLERANCE, Case, cases, eager_logits, error, random_model
+from torch import Tensor
+
+from graphopt.capture import capture
+from graphopt.ir.execute import Runner
+from graphopt.ir.graph import Program
+from graphopt.ir.ops import is_aten
+from graphopt.lowering.onnx import OnnxEmitter
+from graphopt.passes.base import Context
+from graphopt.passes.insert_kv_cache import InsertKVCache
+from graphopt.progress import silent
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_program_and_onnx_equal_eager(family: str, tmp_path: Path) -> None:
+    model = random_model(family)
+    program = capture(model)
+    runner = Runner(program)
+    expected = [eager_logits(model, case) for case in cases()]
+    for case, logits in zip(cases(), expected, strict=True):
+        assert error(logits, runner.logits(case.inputs), case) < TOLERANCE, str(case)
+    cached = InsertKVCache().run(program, Context()).program
+    if family in LISTED:
+        assert cached.states, "a listed family gets a KV cache"
+        left = [n.op for f in program.functions.values() for n in f.nodes if is_aten(n.op)]
+        assert not left, "a listed family is raised completely"
+    session = _Session(cached, tmp_path)
+    for case, logits in zip(cases(), expected, strict=True):
+        whole, _ = session.step(case, 0, case.input_ids.shape[1], session.empty(case))
+        assert error(logits, whole, case) < TOLERANCE, f"ONNX, {case}"
+        if cached.states and case.input_ids.shape[1] > 2:
+            assert error(logits, session.in_steps(case), case) < TOLERANCE, f"cached ONNX, {case}"
+
+
+class _Session:
+    """An exported program in onnxruntime."""
+
+    def __init__(self, program: Program, folder: Path) -> None:
+        import onnxruntime
+
+        emitter = OnnxEmitter()
+        emitter.check(program, "cpu")
+        emitter.emit(program, folder, "cpu", silent)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx", options)
+        self.outputs = [output.name for output in self.session.get_outputs()]
+
+    def empty(self, case: Case) -> dict[str, np.ndarray]:
+        batch = case.input_ids.shape[0]
+        return {
+            i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), np.float32)
+            for i in self.session.get_inputs()
+            if i.name.startswith("past_key_values")
+        }
+
+    def step(
+        self, case: Case, start: int, stop: int, past: dict[str, np.ndarray]
+    ) -> tuple[Tensor, dict[str, np.ndarray]]:
+        feed = {
+            "input_ids": case.input_ids[:, start:stop].numpy(),
+            "attention_mask": case.attention_mask[:, :stop].numpy(),
+            "position_ids": case.position_ids[:, start:stop].numpy(),
+            **past,
+        }
+        values = dict(zip(self.outputs, self.session.run(None, feed), strict=True))
+        logits = torch.from_numpy(values.pop("logits"))
+        return logits, {k.replace("present", "past_key_values"): v for k, v in values.items()}
+
+    def in_steps(self, case: Case) -> Tensor:
+        """Prefill half, go on by several tokens at once, then by one."""
+        length = case.input_ids.shape[1]
+        parts, past = [], self.empty(case)
+        for start, stop in ((0, length // 2), (length // 2, length - 1), (length - 1, length)):
+            logits, past = self.step(case, start, stop, past)
+            parts.append(logits)
+        return torch.cat(parts, 1)

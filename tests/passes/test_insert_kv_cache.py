@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from programs import tiny_program
+from small import function, one
+
+from graphopt.ir import B, Call, In, P, Param, S, Type
+from graphopt.ir.execute import Runner
+from graphopt.ir.printer import print_function
+from graphopt.ir.verify import verify
+from graphopt.passes.base import Context
+from graphopt.passes.dead_code import DeadCode
+from graphopt.passes.insert_kv_cache import InsertKVCache
+from graphopt.passes.normalise import Normalise
+
+VARIANTS = {
+    "plain": {},
+    "one head": {"kv_heads": 1, "tied": False},
+    "bias, layer norm": {"bias": True, "norm": "layer"},
+    "window": {"window": 3},
+    "softcap": {"softcap": 2.0},
+    "alibi": {"alibi": True},
+    "sinks": {"sinks": True},
+    "partial, interleaved": {"rotary_dim": 4, "interleaved": True},
+    "all": {"window": 4, "softcap": 2.0, "sinks": True, "bias": True, "rotary_dim": 4},
+}
+
+
+def insert(program):
+    result = InsertKVCache().run(program, Context())
+    verify(result.program)
+    return result
+
+
+def test_before_and_after():
+    program = tiny_program()
+    before = print_function(program.functions["block"])
+    result = insert(program)
+    after = print_function(result.program.functions["block"])
+    attention = "attention(rope(q_heads, cos, sin), rope(k_heads, cos, sin), v_heads, "
+    old = f"a = {attention}attention_mask, scale=0.353553, causal)"
+    new = (
+        f"a, present_k, present_v = {attention}attention_mask, past_k=past_k, past_v=past_v, "
+        "scale=0.353553, causal)"
+    )
+    assert old in before
+    assert after == before.replace(old, new)
+    assert (result.matched, result.changed, result.skipped) == (2, 2, [])
+    cached = result.program
+    assert [(s.name, s.heads, s.k_dim, s.v_dim) for s in cached.states.values()] == [
+        ("kv.0", 2, 8, 8),
+        ("kv.1", 2, 8, 8),
+    ]
+    blocks = [call for call in cached.calls if call.function == "block"]
+    assert [call.caches for call in blocks] == [{"kv": "kv.0"}, {"kv": "kv.1"}]
+    assert cached.inputs["attention_mask"] == Type((B, P + S), torch.int64)
+    assert cached.inputs["input_ids"] == program.inputs["input_ids"]
+
+
+def test_a_second_run_finds_nothing_to_change():
+    cached = insert(tiny_program()).program
+    again = insert(cached)
+    assert (again.matched, again.changed, again.skipped) == (2, 0, [])
+    assert str(again.program) == str(cached)
+    # The exact passes keep caches that nothing but the next step reads.
+    text = str(cached)
+    for item in (Normalise(), DeadCode()):
+        item.run(cached, Context())
+    assert list(cached.states) == ["kv.0", "kv.1"]
+    assert "present_k" in text and "present_k" in str(cached)
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_steps_with_a_cache_equal_one_pass_without(options):
+    program = tiny_program(**options)
+    ids = torch.randint(0, 97, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1] * 9, [0] * 2 + [1] * 7, [0] * 5 + [1] * 4])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    plain = Runner(program, dtype=torch.float64, mode="reference")
+    whole = plain.logits({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+    runner = Runner(insert(program).program, dtype=torch.float64)
+    past = None
+    pieces = []
+    for start, stop in ((0, 4), (4, 7), (7, 8), (8, 9)):
+        step = {
+            "input_ids": ids[:, start:stop],
+            "attention_mask": mask[:, :stop],
+            "position_ids": positions[:, start:stop],
+        }
+        outputs, past = runner.run(step, past)
+        pieces.append(outputs[0])
+    real = mask.bool()
+    # fp64 rounding of a few thousand additions, logits of order 1.
+    torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], rtol=0, atol=1e-10)
+    assert past is not None and all(k.shape[2] == 9 for k, _ in past.values())
+
+
+def attention_alone(mask=True, inputs=None, attrs=None, bias=None):
+    """One attention over x, with x as its keys; `bias` is the type of an additive bias."""
+    params = ("x", "attention_mask") if mask else ("x",)
+    f = function("block", params + (("bias",) if bias else ()))
+    heads = f.add("split_heads", [f.params[0]], {"head_dim": 4}).output
+    operands = [heads, heads, heads, f.params[1] if mask else None]
+    if bias:
+        operands.append(f.params[-1])
+    settings = {"scale": 0.5, "causal": True, **(attrs or {})}
+    a = f.add("attention", operands, settings, ["a"]).output
+    f.results = [f.add("merge_heads", [a]).output]
+    kinds = {"attention_mask": Type((B, S), torch.int64)}
+    if bias:
+        kinds["bias"] = bias
+    return one(f, inputs=kinds | (inputs or {}))
+
+
+def reason(program):
+    text = str(program)
+    result = insert(program)
+    assert result.changed == 0 and not result.program.states
+    assert str(result.program) == text
+    (skip,) = result.skipped
+    return skip.where, skip.reason
+
+
+def test_attention_that_looks_ahead_is_left_alone():
+    where, why = reason(attention_alone(attrs={"causal": False}))
+    assert (where, why) == ("block: a", "it is not causal in every call")
+    program = attention_alone(attrs={"causal": Param("causal")})
+    program.calls[0].attrs["causal"] = True
+    program.calls.append(Call("block", ["r0", "attention_mask"], ["r1"], attrs={"causal": False}))
+    assert reason(program)[1] == "it is not causal in every call"
+
+
+def test_a_bias_with_a_row_for_each_query_is_left_alone():
+    rows = Type((B, 1, S, S), torch.float64)
+    assert reason(attention_alone(bias=rows))[1] == "its bias f64[B,1,S,S] has a row for each query"
+    keys = Type((B, 1, 1, S), torch.float64)
+    assert reason(attention_alone(bias=keys))[1] == "its bias f64[B,1,1,S] is laid out for S keys"
+
+
+def test_a_constant_bias_is_no_obstacle():
+    result = insert(attention_alone(bias=Type((1, 2, 1, 1), torch.float64)))
+    assert (result.changed, result.skipped) == (1, [])
+
+
+def test_a_computed_mask_is_left_alone():
+    program = attention_alone()
+    f = program.functions["block"]
+    kind = Type((B, S), torch.int64)
+    attrs = {"args": [In(0), 1], "kwargs": {}, "types": [kind]}
+    made = f.add("aten.mul.Tensor", [f.params[1]], attrs, ["made"], before=f.nodes[0]).output
+    next(node for node in f.nodes if node.op == "attention").inputs[3] = made
+    result = insert(program)
+    assert result.changed == 0
+    assert [(skip.where, skip.reason) for skip in result.skipped] == [
+        ("block: made", "aten.mul.Tensor computes something from attention_mask for S keys"),
+        ("block: a", "its padding mask made is not attention_mask itself"),
+    ]
+
+
+def test_no_mask_is_fine():
+    result = insert(attention_alone(mask=False))
+    assert result.changed == 1

@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import yaml
+from programs import tiny_program
+from typer.testing import CliRunner
+
+from graphopt import lowering
+from graphopt.cli import app
+from graphopt.errors import LoweringError
+from graphopt.lowering.base import Emitted, Emitter
+from graphopt.passes.base import get_pass
+
+CAPTURE = importlib.import_module("graphopt.capture")
+
+
+class FakeEmitter(Emitter):
+    """Writes a text file; what it does on the way is up to the test."""
+
+    name: ClassVar[str] = "fake"
+    meanwhile: ClassVar[object] = None
+
+    def check(self, program, target):
+        if not program.states:
+            raise LoweringError("fake needs a KV cache.", "Add insert-kv-cache.")
+
+    def emit(self, program, root, target, progress):
+        (root / "fake.txt").write_text("half")
+        if FakeEmitter.meanwhile is not None:
+            FakeEmitter.meanwhile()
+        (root / "fake.txt").write_text(str(program))
+        return Emitted([root / "fake.txt"], usage=[f"graphopt generate {root} --prompt 'Hi'"])
+
+
+@pytest.fixture(autouse=True)
+def _fake(monkeypatch, tmp_path):
+    monkeypatch.setitem(lowering._EMITTERS, "fake", (__name__, "FakeEmitter"))
+    monkeypatch.setattr(FakeEmitter, "meanwhile", None)
+    monkeypatch.chdir(tmp_path)
+    real = CAPTURE.capture
+    made = {"tiny": {}, "windowed": {"window": 3}}
+
+    def capture(source, **options):
+        if source not in made:
+            return real(source, **options)
+        program = tiny_program(**made[source])
+        program.source = source
+        return program
+
+    monkeypatch.setattr(CAPTURE, "capture", capture)
+
+
+def graphopt(*args):
+    """Run the command line; return (exit code, stdout, stderr)."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def compile_tiny(*args, out="out"):
+    return graphopt("compile", "tiny", "-o", out, "--emit", "fake", *args)
+
+
+def leftovers():
+    return sorted(path.name for path in Path().iterdir())
+
+
+def test_compile_makes_the_folder_and_says_what_it_did():
+    code, out, _ = compile_tiny()
+    assert code == 0, out
+    for text in (
+        "18.6K parameters, 2 attention blocks, f32",
+        "target   cpu",
+        "recipe   normalise,common-subexpression,fold-constants,dead-code,insert-kv-cache",
+        "|Δlogit|",
+        "verified 1 within tolerance, 4 changed nothing",
+        "artifact out",
+        "graphopt generate out --prompt 'Hi'",
+    ):
+        assert text in out
+    written = {p.name for p in Path("out").iterdir()}
+    assert {"fake.txt", "manifest.json", "program.json", "program.txt", "recipe.yaml",
+            "report.html", "report.json"} <= written  # fmt: skip
+    assert leftovers() == ["out"]  # neither a half-made folder nor snapshots
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["target"] == "cpu" and report["source"] == "tiny"
+    assert report["artifact"]["path"] == "out" and report["artifact"]["emit"] == ["fake"]
+    assert set(report["stages"]) == {"capture", "passes", "verify", "emit"}
+    assert report["total_seconds"] >= sum(report["stages"].values()) - 0.01
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest["files"]["fake.txt"] == Path("out/fake.txt").stat().st_size
+
+
+def test_the_saved_recipe_replays_the_run():
+    compile_tiny("--passes", "normalise,fold-constants{max_bytes=64},insert-kv-cache")
+    assert yaml.safe_load(Path("out/recipe.yaml").read_text())["passes"] == [
+        "normalise",
+        {"fold-constants": {"max_bytes": 64}},
+        "insert-kv-cache",
+    ]
+    code, _, _ = compile_tiny("--recipe", "out/recipe.yaml", out="again")
+    assert code == 0
+    recipes = [json.loads(Path(f"{o}/report.json").read_text())["recipe"] for o in ("out", "again")]
+    assert recipes[0] == recipes[1]
+
+
+def test_json_is_all_of_stdout():
+    code, out, _ = compile_tiny("--json")
+    assert code == 0
+    assert json.loads(out) == json.loads(Path("out/report.json").read_text())
+
+
+def test_a_dry_run_reads_and_writes_nothing():
+    code, out, _ = compile_tiny("--dry-run")
+    assert code == 0 and leftovers() == []
+    assert "planned" in out and "Dry run: no weight was read" in out
+    code, out, _ = compile_tiny("--dry-run", "--json")
+    data = json.loads(out)
+    assert data["dry_run"] and data["artifact"] is None
+    assert data["passes"][-1]["changed"] == 2
+
+
+def test_stop_after_dump_and_no_verify():
+    code, _, error = compile_tiny("--stop-after", "dead-code")
+    assert code == 1 and "fake needs a KV cache" in error and leftovers() == []
+    code, _, _ = compile_tiny("--dump-ir", "ir", "--no-verify")
+    assert code == 0
+    assert len(list(Path("ir").iterdir())) == 6
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["passes"][-1]["verification"] == "off" and report["probe"] is None
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["compile"], 2, "Give MODEL, or --config FILE"),
+        (["compile", "tiny", "--target", "volt"], 2, "Did you mean 'volta'?"),
+        (["compile", "tiny", "--target", "volta"], 1, "lowering for volta is not in this version"),
+        (["compile", "tiny", "--emit", "onxx"], 2, "Did you mean 'onnx'?"),
+        (["compile", "tiny", "--emit", ","], 2, "Nothing to emit."),
+        (["compile", "tiny", "--passes", "normalize"], 2, "Did you mean 'normalise'?"),
+        (["compile", "tiny", "--passes", "dead-code{x=1}"], 2, "has no option 'x'"),
+        (["compile", "tiny", "--passes", "a", "--recipe", "b"], 2, "Both --passes and --recipe"),
+        (["compile", "tiny", "--recipe", "absent.yaml"], 2, "'absent.yaml' cannot be read"),
+        (["compile", "tiny", "--stop-after", "nothing"], 2, "Unknown pass 'nothing'"),
+        (["compile", "tiny", "--emit", "fake", "--calib", "absent.txt"], 1, "cannot be read"),
+        (["compile", "./absent"], 1, "There is no file or folder"),
+        (["compile", "tiny", "--bogus"], 2, "No such option"),
+        (["bogus"], 2, "No such command"),
+        (["inspect"], 2, "Name one model."),
+        (["inspect", "tiny", "--batch", "0"], 2, "Invalid value"),
+        (["passes", "dead"], 2, "Did you mean 'dead-code'?"),
+        (["targets", "cpuu"], 2, "Did you mean 'cpu'?"),
+        (["eval", "tiny"], 2, "Nothing to evaluate on."),
+        (["eval", "tiny", "--text", "absent.txt"], 1, "absent.txt cannot be read"),
+        (["generate", "tiny", "--prompt", "x", "--backend", "onn"], 2, "Did you mean 'onnx'?"),
+    ],
+)
+def test_bad_arguments_get_a_sentence_and_leave_nothing(args, code, message):
+    found, out, error = graphopt(*args)
+    assert (found, out) == (code, "")
+    assert message in " ".join(error.replace("│", " ").split())
+    assert "Traceback" not in error
+    assert leftovers() == []
+
+
+def test_an_existing_folder_needs_force():
+    Path("out").mkdir()
+    Path("out/mine.txt").write_text("keep me")
+    code, _, error = compile_tiny()
+    assert code == 2 and "'out' exists" in error and "--force" in error
+    assert Path("out/mine.txt").exists()
+    code, _, _ = compile_tiny("--force")
+    assert code == 0
+    assert not Path("out/mine.txt").exists() and Path("out/fake.txt").exists()
+    assert leftovers() == ["out"]
+    Path("file").write_text("")
+    assert "is a file" in compile_tiny("--force", out="file")[2]
+    assert "holds the working folder" in compile_tiny("--force", out=".")[2]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_nothing_half_written_stays(existing):
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "fake.txt")
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    if existing:
+        Path("out").mkdir()
+        Path("out/old.txt").write_text("old")
+    for action, code, message in ((full, 1, "disk is full"), (interrupt, 130, "Interrupted")):
+        FakeEmitter.meanwhile = action
+        found, _, error = compile_tiny("--force")
+        assert found == code and message in error
+        assert [n for n in leftovers() if not n.startswith(".out.work")] == ["out"] * existing
+        if existing:
+            assert [path.name for path in Path("out").iterdir()] == ["old.txt"]
+
+
+def test_resume_repeats_no_finished_pass(monkeypatch):
+    ran = []
+    for name in ("normalise", "insert-kv-cache"):
+        cls = get_pass(name)
+
+        def run(self, program, context, original=cls.run):
+            if context.progress is not None and context.work is not None:
+                ran.append(self.name)  # the plan runs passes without a work folder
+            return original(self, program, context)
+
+        monkeypatch.setattr(cls, "run", run)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    FakeEmitter.meanwhile = interrupt
+    assert compile_tiny()[0] == 130
+    assert leftovers() == [".out.work"]
+    assert ran == ["normalise", "insert-kv-cache"]
+    FakeEmitter.meanwhile = None
+    code, out, _ = compile_tiny("--resume")
+    assert code == 0 and "resumed" in out
+    assert ran == ["normalise", "insert-kv-cache"]
+    assert leftovers() == ["out"]
+
+
+def test_inspect():
+    code, out, _ = graphopt("inspect", "tiny")
+    assert code == 0
+    assert "attention(rope(q_heads, cos, sin)" in out and "kv cache" in out
+    code, out, _ = graphopt("inspect", "tiny", "--json", "--batch", 2, "--seq", 5, "--past", 7)
+    data = json.loads(out)
+    assert data["parameters"] == tiny_program().parameter_count()
+    assert data["sizes"] == {"B": 2, "S": 5, "P": 7}
+    # Two layers, keys and values, two heads of 8, 4 bytes, 2 rows of 12 tokens.
+    assert data["bytes"]["kv_cache"]["value"] == 2 * 2 * 2 * 8 * 4 * 2 * 12
+    assert data["bytes"]["kv_cache"]["symbolic"] == "B*(256*P + 256*S)"
+    assert data["flops"]["value"] == sum(part["flops"] for part in data["parts"].values())
+    # The projections of a layer alone: two multiply-adds an element and token.
+    layer = 2 * 32 * (32 + 16 + 16 + 32) + 3 * 2 * 32 * 48
+    assert data["flops"]["value"] > 2 * layer * 10
+    assert data["program"].startswith("program  tiny")
+
+
+def test_passes_and_targets():
+    code, out, _ = graphopt("passes")
+    assert code == 0 and "max_bytes: int = 1048576" in out and "exact" in out
+    assert "Legality:" not in out and "Legality:" in graphopt("passes", "dead-code")[1]
+    data = json.loads(graphopt("passes", "--json")[1])
+    assert {"name", "summary", "exact", "options", "doc"} <= set(data[0])
+    code, out, _ = graphopt("targets")
+    assert code == 0 and "volta" in out and "not yet" in out
+    data = {target["name"]: target for target in json.loads(graphopt("targets", "--json")[1])}
+    assert set(data) == {"cpu", "volta", "ampere", "hopper", "ascend910b"}
+    assert data["cpu"]["lowering"] and not data["volta"]["lowering"]
+    assert data["volta"]["limits"]["shared_bytes_per_block"] == 96 * 1024
+    for target in data.values():
+        stated = set(target["sources"])
+        assert "dtypes" in stated or target["matrix_units"]
+        for group in ("limits", "memory", "matrix_unit", "cores", "bandwidth"):
+            held = target.get(
+                {"memory": "memories", "matrix_unit": "matrix_units"}.get(group, group)
+            )
+            assert not held or group in stated, (target["name"], group)
+    assert "source of cores" in graphopt("targets", "volta")[1]
+
+
+def test_diff():
+    code, out, _ = graphopt("diff", "tiny", "tiny")
+    assert code == 0 and "same structure" in out and "21 of 21" in " ".join(out.split())
+    data = json.loads(graphopt("diff", "tiny", "windowed", "--json")[1])
+    assert any("window" in line for line in data["structure"])
+    assert data["weights"]["changed"] == [] and data["report"] is None
+
+
+def test_colour_is_left_out_on_request(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    _, out, _ = graphopt("targets")
+    assert "\x1b[3" not in out
+
+
+def test_help_is_quick_and_imports_no_torch():
+    program = "import sys, graphopt.cli; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "graphopt.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - start < 5
+    for command in ["compile", "inspect", "eval", "generate", "passes", "targets", "diff"]:
+        assert command in done.stdout
+
+
+def test_the_python_interface_is_what_the_documentation_says(tmp_path):
+    import graphopt as go
+
+    program = go.capture("tiny")
+    program, report = go.Pipeline.parse("normalise,insert-kv-cache").run(program)
+    go.emit(program, tmp_path / "py", emit=("fake",), report=report)
+    assert json.loads((tmp_path / "py/report.json").read_text())["passes"][1]["changed"] == 2
+    import graphopt.capture
+
+    assert go.capture("tiny").name == "tiny"
