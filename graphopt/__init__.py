@@ -1,10 +1,10 @@
 """graphopt: a compiler-style graph transformation toolkit for large language models.
 
-    import graphopt as go
+import graphopt as go
 
-    program = go.capture("demo")
-    program, report = go.Pipeline.parse("normalise,insert-kv-cache").run(program)
-    go.emit(program, "out", emit=("onnx",))
+program = go.capture("demo")
+program, report = go.Pipeline.parse("normalise,insert-kv-cache").run(program)
+go.emit(program, "out", emit=("onnx",))
 """
 
 from __future__ import annotations

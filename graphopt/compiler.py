@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from graphopt.ir.types import DTYPE_NAMES
 from graphopt.measure import Meter
 from graphopt.pipeline import OnPass, Pipeline
 from graphopt.progress import Progress, silent
-from graphopt.report import ArtifactEntry, Report, block_entries, machine, versions
+from graphopt.report import ArtifactEntry, Report, SkipEntry, block_entries, machine, versions
 from graphopt.targets import get_target
 
 if TYPE_CHECKING:
@@ -104,15 +105,19 @@ class _Emission:
         for emitter in self.emitters:
             emitter.check(program, self.target)
 
-    def write(self, program: Program, root: Path, recipe: str, progress: Progress) -> list[str]:
-        """Write everything but the report under `root`; return the usage lines."""
+    def write(
+        self, program: Program, root: Path, recipe: str, progress: Progress
+    ) -> tuple[list[str], list[SkipEntry]]:
+        """Write everything but the report under `root`; return usage lines and notes."""
         from graphopt.saved import save_program
 
         usage: list[str] = []
+        notes: list[SkipEntry] = []
         storage: dict[str, Any] = {}
         for emitter in self.emitters:
             emitted = emitter.emit(program, root, self.target, progress)
             usage += emitted.usage
+            notes += [SkipEntry(where, reason) for where, reason in emitted.notes]
             for name, stored in emitted.storage.items():
                 storage.setdefault(name, stored)
         save_program(program, root, storage)
@@ -132,7 +137,7 @@ class _Emission:
         }
         text = json.dumps(manifest, indent=2) + "\n"
         (root / "manifest.json").write_text(text, encoding="utf-8")
-        return usage
+        return usage, notes
 
 
 def _files(root: Path) -> list[Path]:
@@ -193,13 +198,13 @@ def _write(
 ) -> None:
     with output_folder(out, force) as root:
         with Meter() as meter:
-            usage = emission.write(program, root, recipe.to_yaml(), progress)
+            usage, notes = emission.write(program, root, recipe.to_yaml(), progress)
         size = sum(path.stat().st_size for path in _files(root))
         names = [emitter.name for emitter in emission.emitters]
         report.target = emission.target
-        report.artifact = ArtifactEntry(
-            str(out), size, names, [line.replace(str(root), str(out)) for line in usage]
-        )
+        place = shlex.quote(str(out))
+        lines = [line.replace("{out}", place) for line in usage]
+        report.artifact = ArtifactEntry(str(out), size, names, lines, notes)
         report.stages["emit"] = meter.seconds
         report.total_seconds += meter.seconds
         report.peak_bytes = max(report.peak_bytes, meter.peak_bytes)

@@ -202,6 +202,7 @@ def print_report(console: Console, report: Report) -> None:
         ("artifact", f"{artifact.path}  {format_bytes(artifact.bytes)}"),
         ("report", f"{artifact.path}/report.html"),
     ]
+    rows += [("note", f"{note.where}: {note.reason}") for note in artifact.notes]
     rows += [("run", line) for line in artifact.usage]
     print_rows(console, rows)
 

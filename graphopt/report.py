@@ -79,12 +79,14 @@ class ArtifactEntry:
         bytes: Of all files together.
         emit: Names of the emitters.
         usage: Lines that tell how to run it.
+        notes: What an emitter could not do, and why.
     """
 
     path: str
     bytes: int
     emit: list[str]
     usage: list[str]
+    notes: list[SkipEntry] = field(default_factory=list)
 
 
 @dataclass

@@ -31,7 +31,7 @@ def render(report: Mapping[str, Any]) -> str:
         time=_times(passes),
         parameters=_columns(blocks, "parameters"),
         flops=_columns(blocks, "flops"),
-        skipped=_skipped(passes),
+        skipped=_skipped(passes, report["artifact"]),
         made=_made(report),
     )
 
@@ -257,12 +257,13 @@ def _columns(blocks: Sequence[Mapping[str, Any]], kind: str) -> str:
     )
 
 
-def _skipped(passes: Sequence[Mapping[str, Any]]) -> str:
+def _skipped(passes: Sequence[Mapping[str, Any]], artifact: Mapping[str, Any] | None) -> str:
+    places = [(item["name"], skip) for item in passes for skip in item["skipped"]]
+    places += [("emission", note) for note in (artifact or {}).get("notes", [])]
     rows = [
-        f"<tr><td>{escape(item['name'])}</td><td><code>{escape(skip['where'])}</code></td>"
-        f"<td>{escape(skip['reason'])}</td></tr>"
-        for item in passes
-        for skip in item["skipped"]
+        f"<tr><td>{escape(name)}</td><td><code>{escape(place['where'])}</code></td>"
+        f"<td>{escape(place['reason'])}</td></tr>"
+        for name, place in places
     ]
     if not rows:
         return ""

@@ -39,7 +39,7 @@ class FakeEmitter(Emitter):
         if FakeEmitter.meanwhile is not None:
             FakeEmitter.meanwhile()
         (root / "fake.txt").write_text(str(program))
-        return Emitted([root / "fake.txt"], usage=[f"graphopt generate {root} --prompt 'Hi'"])
+        return Emitted([root / "fake.txt"], usage=["graphopt generate {out} --prompt 'Hi'"])
 
 
 @pytest.fixture(autouse=True)
