@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import types
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from graphopt.ir.graph import Program
 from graphopt.ir.weights import Array, Missing, Producer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from graphopt.capture.assemble import Resolve
     from graphopt.sources import ModelSource
 
@@ -48,13 +52,43 @@ def capture(source: str | nn.Module | ModelSource, *, trust_remote_code: bool = 
 
     module = build_model(source.config, trust_remote_code=trust_remote_code)
     names = CheckpointNames(module, source)
-    program = capture_module(module, source.name, names.resolve)
+    program = capture_module(module, source.name, names.resolve, names.trained_buffers())
     program.notes += names.finish()
     program.source = source.spec
     program.config = source.config.to_dict() if source.config is not None else {}
     program.tokenizer = str(source.tokenizer) if source.tokenizer is not None else None
     program.checkpoint_dtype = source.dtype
     return program
+
+
+def capture_config(
+    config: dict[str, Any], trained: Collection[str] = ()
+) -> tuple[Program, PreTrainedModel]:
+    """Capture the model that a config makes, without weights.
+
+    Args:
+        config: The content of a config.json of a type that transformers knows.
+        trained: Buffers that are weights; see `capture_module`.
+
+    Returns:
+        The program, whose weights have no values and are called as the module calls its
+        parameters, and the module, its parameters on meta.
+
+    Raises:
+        CaptureError: transformers has no causal language model for this config.
+    """
+    from transformers import AutoConfig
+
+    from graphopt.capture.assemble import capture_module
+    from graphopt.capture.model import build_model
+
+    module = build_model(AutoConfig.for_model(**copy.deepcopy(config)))
+    program = capture_module(module, type(module).__name__, _no_values, trained)
+    return program, module
+
+
+def _no_values(name: str, parameter: Tensor) -> tuple[Producer, str | None]:
+    return Missing(tuple(parameter.shape), parameter.dtype, name), name
 
 
 def _own_values(module: nn.Module) -> Resolve:
@@ -81,4 +115,4 @@ class _CallableModule(types.ModuleType):
 
 sys.modules[__name__].__class__ = _CallableModule
 
-__all__ = ["SourceError", "capture"]
+__all__ = ["SourceError", "capture", "capture_config"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -40,23 +41,28 @@ Resolve = Callable[[str, "Tensor"], tuple[Producer, str | None]]
 """(qualified parameter name, parameter) -> (its producer, its checkpoint tensor's name)."""
 
 
-def capture_module(module: nn.Module, name: str, resolve: Resolve) -> Program:
+def capture_module(
+    module: nn.Module, name: str, resolve: Resolve, trained: Collection[str] = ()
+) -> Program:
     """Capture a language model.
 
     Args:
         module: Parameters may stand on meta; buffers must be real.
         name: What to call the program.
-        resolve: Gives the producer of every parameter.
+        resolve: Gives the producer of every parameter, and of every trained buffer.
+        trained: Buffers that are weights rather than constants, in every layer alike.
 
     Raises:
         CaptureError: torch.export cannot trace the module.
     """
     accepted_inputs(module)
     exported, _ = export_shell(module)
+    weights = _Trained(trained)
+    weights.release(exported, "")
     slots = SlotSources()
     if exported.stubs:
         shell = Raiser(exported.function, exported.types, exported.constants, "the model")
-        kinds = _layer_kinds(exported, shell)
+        kinds = _layer_kinds(exported, shell, weights)
     else:
         shell, kinds = _single(exported, module, slots)
     canonicalise(shell)
@@ -99,25 +105,48 @@ def _position_ids(shell: Raiser, inputs: dict[str, Value]) -> Value:
     return inputs["position_ids"]
 
 
-def _layer_kinds(exported: Exported, shell: Raiser) -> list[LayerKind]:
+class _Trained:
+    """The buffers that are weights: by their names with all layer numbers alike."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._patterns = {_without_numbers(name) for name in names}
+
+    def release(self, exported: Exported, path: str) -> None:
+        """No longer take a module's trained buffers for constants."""
+        for slot in list(exported.constants):
+            if _without_numbers(f"{path}.{slot}".lstrip(".")) in self._patterns:
+                del exported.constants[slot]
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _layer_kinds(exported: Exported, shell: Raiser, trained: _Trained) -> list[LayerKind]:
     """Export the first and the last layer of every group; all of it where those two differ."""
+
+    def export(record: LayerCall, shapes: Sequence[Type]) -> Exported:
+        made = export_layer(record, shapes)
+        trained.release(made, record.path)
+        return made
+
     groups: dict[Any, list[tuple[Node, LayerCall]]] = {}
     for node, record in exported.stubs.items():
         groups.setdefault(record.key, []).append((node, record))
     kinds: list[LayerKind] = []
     for members in groups.values():
         shapes = [shell.types[v] for v in members[0][0].inputs if v is not None]
-        first = export_layer(members[0][1], shapes)
+        first = export(members[0][1], shapes)
         if len(members) == 1:
             kinds.append(_kind(first, members))
             continue
-        last = export_layer(members[-1][1], shapes)
+        last = export(members[-1][1], shapes)
         if _equal(first, last):
             kinds.append(_kind(first, members))
             continue
         kinds.append(_kind(first, members[:1]))
         for member in members[1:-1]:
-            kinds.append(_kind(export_layer(member[1], shapes), [member]))
+            kinds.append(_kind(export(member[1], shapes), [member]))
         kinds.append(_kind(last, members[-1:]))
     return kinds
 
@@ -345,7 +374,7 @@ class _Assembler:
         for node in function.nodes:
             node.inputs = [None if v is None else mapping.get(v, v) for v in node.inputs]
         name_slots(function, self.slots)
-        name_values(function)
+        name_values(function, self.shell.function.results[0])
         for value in results:
             self.names[value] = unique_name(value.name, set(self.names.values()))
             call.results.append(self.names[value])
@@ -403,7 +432,7 @@ class _Assembler:
 
         def producer(origin: str) -> Producer:
             full = f"{path}.{origin}".lstrip(".")
-            parameter = self.module.get_parameter(full)
+            parameter = _parameter_or_buffer(self.module, full)
             made, found = self.resolve(full, parameter)
             checkpoint.append(found)
             return made
@@ -414,6 +443,13 @@ class _Assembler:
         if name not in store:
             store.add(Weight(name, made, checkpoint[0]))
         return name
+
+
+def _parameter_or_buffer(module: nn.Module, name: str) -> Tensor:
+    try:
+        return module.get_parameter(name)
+    except AttributeError:
+        return module.get_buffer(name)
 
 
 def _name_params(kind: LayerKind, shell: Raiser) -> None:

@@ -5,20 +5,32 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
+from graphopt.capture.conversion import to_module
 from graphopt.errors import SourceError
 from graphopt.ir.weights import Missing, Producer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from graphopt.sources import ModelSource
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a checkpoint of the module holds, by qualified name."""
+    own = module.state_dict()
+    return {name: value for name, value in module.named_buffers() if name in own}
 
 
 class CheckpointNames:
     """Resolves parameter names of a module against the tensors of a source."""
 
-    def __init__(self, module: nn.Module, source: ModelSource) -> None:
+    def __init__(self, module: PreTrainedModel, source: ModelSource) -> None:
         self.source = source
+        self.module = module
+        self.producers = to_module(module, source.producers)
         self.used: set[str] = set()
         self.aliases: dict[int, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -53,7 +65,7 @@ class CheckpointNames:
             return Missing(tuple(parameter.shape), self.source.dtype, first), first
         for alias in aliases:
             for spelling in self._spellings(alias):
-                producer = self.source.producers.get(spelling)
+                producer = self.producers.get(spelling)
                 if producer is None:
                     continue
                 if tuple(producer.shape) != tuple(parameter.shape):
@@ -69,13 +81,30 @@ class CheckpointNames:
             "Check that config.json belongs to these weights and that no file is missing.",
         )
 
+    def trained_buffers(self) -> set[str]:
+        """Return the buffers in which the checkpoint holds other values than the class computes.
+
+        A table of positions or a mask is as the class makes it; a bias of a router's scores or a
+        scale of a layer is trained, though the class calls it a buffer.
+        """
+        found: set[str] = set()
+        for name, value in persistent_buffers(self.module).items():
+            for spelling in self._spellings(name):
+                producer = self.producers.get(spelling)
+                if producer is None or tuple(producer.shape) != tuple(value.shape):
+                    continue
+                self.used.add(spelling)
+                if not torch.equal(producer.load().to(value.dtype), value):
+                    found.add(name)
+        return found
+
     def finish(self) -> list[tuple[str, str]]:
         """Report the tensors that no parameter took.
 
         Raises:
             SourceError: Some belong to layers that the config does not have.
         """
-        left = [name for name in self.source.producers if name not in self.used]
+        left = [name for name in self.producers if name not in self.used]
         left = [name for name in left if not any(re.search(p, name) for p in self.ignored)]
         tied = {s for names in self.aliases.values() for n in names for s in self._spellings(n)}
         left = [name for name in left if name not in tied]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from graphopt.errors import CaptureError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROGRAM_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -39,7 +43,7 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def build_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+def build_model(config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return the causal language model of a Hugging Face config, without weights, in fp32.
 
     Raises:
@@ -48,6 +52,7 @@ def build_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    config = copy.deepcopy(config)
     config.use_cache = False
     try:
         with no_init_weights(), parameters_on_meta():

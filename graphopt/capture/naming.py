@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphopt.capture.slots import SlotSources
-from graphopt.ir.graph import Function, Value, unique_name
+from graphopt.ir.graph import Function, Node, Value, unique_name
 
 _SHORT = {
     "rms_norm": ["h"],
@@ -12,11 +12,32 @@ _SHORT = {
     "rope_table": ["cos", "sin"],
     "embedding": ["x"],
     "add": ["x"],
+    "scale": ["scaled"],
+    "softcap": ["capped"],
 }
+_ACTIVATIONS = {"relu", "relu2", "silu", "sigmoid", "tanh", "gelu", "gelu_tanh", "quick_gelu"}
 
 
-def name_values(function: Function) -> None:
-    """Give every value a short unique name; parameters keep theirs where they are plain."""
+_BEHIND = {
+    "linear": "{}",
+    "split_heads": "{}_heads",
+    "swap_heads": "{}_heads",
+    "rope": "{}_rope",
+    "rms_norm": "{}_norm",
+    "layer_norm": "{}_norm",
+    "scale": "{}_scaled",
+}
+"""How values on the way to an attention's operand are called."""
+
+_LONGEST_CHAIN = 8
+
+
+def name_values(function: Function, logits: Value | None = None) -> None:
+    """Give every value a short unique name; parameters keep theirs where they are plain.
+
+    Args:
+        logits: The value that is the program's result, if it is made here.
+    """
     wanted: dict[Value, str] = {}
     for node in function.nodes:
         short = _SHORT.get(node.op)
@@ -25,13 +46,21 @@ def name_values(function: Function) -> None:
                 wanted[output] = short[index]
             elif node.op == "linear":
                 wanted[output] = _projection(function, node.inputs[1])
+            elif node.op == "mul" and any(_is_activated(value) for value in node.inputs):
+                wanted[output] = "gated"
             else:
                 wanted[output] = node.op.split(".")[1] if "." in node.op else node.op
+    named: set[Value] = set()
     for node in function.nodes:
         if node.op == "attention":
-            for letter, value in zip("qkv", node.inputs, strict=False):
-                if value is not None and value in wanted:
-                    wanted[value] = letter
+            for letter, operand in zip("qkv", node.inputs, strict=False):
+                for value in _chain(operand):
+                    pattern = _BEHIND.get(value.node.op) if value.node is not None else None
+                    if pattern is not None and value not in named:
+                        wanted[value] = pattern.format(letter)
+                        named.add(value)
+    if logits in wanted:
+        wanted[logits] = "logits"
     taken = {value.name for value in [*function.params, *function.weights.values()]}
     for cache in function.caches:
         taken |= {cache.past_k.name, cache.past_v.name}
@@ -39,6 +68,21 @@ def name_values(function: Function) -> None:
         for value in node.outputs:
             value.name = unique_name(wanted[value], taken)
             taken.add(value.name)
+
+
+def _is_activated(value: Value | None) -> bool:
+    return value is not None and value.node is not None and value.node.op in _ACTIVATIONS
+
+
+def _chain(value: Value | None) -> list[Value]:
+    """Return an attention's operand and what it is made of, back to the linear."""
+    found: list[Value] = []
+    while value is not None and value.node is not None and len(found) < _LONGEST_CHAIN:
+        found.append(value)
+        if value.node.op == "linear":
+            break
+        value = value.node.inputs[0] if value.node.inputs else None
+    return found
 
 
 def _projection(function: Function, weight: Value | None) -> str:
@@ -77,15 +121,9 @@ def name_slots(function: Function, slots: SlotSources) -> None:
                 _rename(function, slots, slot, role)
 
 
-def _linears_behind(value: Value | None) -> list:  # type: ignore[type-arg]
+def _linears_behind(value: Value | None) -> list[Node]:
     """Return the linear that q, k or v is made by, through heads, norms and rotations."""
-    for _ in range(8):
-        if value is None or value.node is None:
-            return []
-        if value.node.op == "linear":
-            return [value.node]
-        value = value.node.inputs[0] if value.node.inputs else None
-    return []
+    return [v.node for v in _chain(value) if v.node is not None and v.node.op == "linear"]
 
 
 def _name_gate(inputs: list, names: dict, roles: dict[str, str]) -> None:  # type: ignore[type-arg]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from graphopt.capture.hoist import LayerKind
-from graphopt.ir.graph import Function, Param, Value
+from graphopt.ir.compare import slots_by_use, structure
+from graphopt.ir.graph import Node, Param
 from graphopt.ir.ops import is_aten
 
 
@@ -25,25 +26,16 @@ def unify(kinds: list[LayerKind]) -> list[LayerKind]:
     return merged
 
 
-def structure(function: Function) -> list[Any]:
-    """Return what two functions must share to be one: everything but raised ops' attributes."""
-    number: dict[Value, int] = {}
-    for value in [*function.params, *(function.weights[s] for s in sorted(function.weights))]:
-        number[value] = len(number)
-    rows: list[Any] = [len(function.params), sorted(function.weights)]
-    for node in function.nodes:
-        attrs = repr(node.attrs) if is_aten(node.op) else sorted(node.attrs)
-        operands = [None if v is None else number[v] for v in node.inputs]
-        rows.append((node.op, operands, attrs, len(node.outputs)))
-        for value in node.outputs:
-            number[value] = len(number)
-    rows.append([number[value] for value in function.results])
-    return rows
+def _attributes(node: Node) -> Any:
+    """Of raised ops only which attributes there are: their values may differ between calls."""
+    return repr(node.attrs) if is_aten(node.op) else sorted(node.attrs)
 
 
 def _merge(target: LayerKind, kind: LayerKind) -> bool:
     ours, theirs = target.raiser.function, kind.raiser.function
-    if structure(ours) != structure(theirs):
+    if structure(ours, _attributes) != structure(theirs, _attributes):
+        return False
+    if slots_by_use(ours) != slots_by_use(theirs):
         return False
     if sorted(target.slots.derived) != sorted(kind.slots.derived):
         return False

@@ -85,6 +85,10 @@ def _refuse_unknown(path: Path, model_type: str, *, has_code: bool) -> None:
     )
 
 
+_LANGUAGE_PARTS = ("text_config", "decoder", "attn_config", "ffn_config")
+"""Configs inside a config that describe the language model, or a part of its layers."""
+
+
 def _refuse_other_models(path: Path, config: Any, *, native: bool) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -92,7 +96,7 @@ def _refuse_other_models(path: Path, config: Any, *, native: bool) -> None:
     remedy = "graphopt takes decoder-only language models."
     if config.is_encoder_decoder:
         raise SourceError(f"{what}, which is an encoder-decoder.", remedy)
-    other = [name for name in config.sub_configs if name not in ("text_config", "decoder")]
+    other = [name for name in config.sub_configs if name not in _LANGUAGE_PARTS]
     if other:
         raise SourceError(
             f"{what}, which takes more than text ({', '.join(sorted(other))}).",

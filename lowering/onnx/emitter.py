@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -22,12 +21,11 @@ from graphopt.lowering.onnx.external import DataFile
 from graphopt.lowering.onnx.genai import genai_config, why_not
 from graphopt.lowering.onnx.ops import Heads, Lowering, translation_of
 from graphopt.lowering.onnx.ops.norm import fusable_sums
+from graphopt.lowering.tokenizer import copy_tokenizer
 from graphopt.progress import Progress
 
 # Weights smaller than this many elements are written into the model file itself.
 _INLINE = 256
-_NOT_TOKENIZER = ("config.json", "genai_config.json")
-_TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
 class OnnxEmitter(Emitter):
@@ -76,7 +74,6 @@ class OnnxEmitter(Emitter):
 
     @staticmethod
     def _genai(program: Program, folder: Path) -> list[Path]:
-        assert program.tokenizer is not None
         kinds, _ = infer_program(program)
         heads = 0
         for call, types in zip(program.calls, kinds, strict=True):
@@ -85,16 +82,18 @@ class OnnxEmitter(Emitter):
                     heads = int(types[node.inputs[0]].shape[1])
         config = folder / "genai_config.json"
         config.write_text(json.dumps(genai_config(program, heads), indent=2) + "\n", "utf-8")
-        written = [config]
-        for pattern in _TOKENIZER_FILES:
-            for source in sorted(Path(program.tokenizer).glob(pattern)):
-                if (
-                    source.name in ("config.json", "genai_config.json")
-                    or "safetensors" in source.name
-                ):
-                    continue
-                written.append(Path(shutil.copyfile(source, folder / source.name)))
-        return written
+        return [config, *copy_tokenizer(program, folder)]
+
+
+def _single(kind: Type) -> Type:
+    """Return a type as the graph has it: it computes in fp32, whatever the checkpoint holds."""
+    return Type(kind.shape, torch.float32) if kind.dtype.is_floating_point else kind
+
+
+def _shape(kind: Type) -> ir.Shape:
+    labels = {B: "batch", S: "sequence", P + S: "total"}
+    return ir.Shape([size if isinstance(size, int) else labels.get(size, str(size))
+                     for size in kind.shape])  # fmt: skip
 
 
 class _Graph:
@@ -138,7 +137,8 @@ class _Graph:
             builder.bind(P, builder.constant([0]))
         pasts, outputs = self._caches()
         graph_inputs = [*inputs.values(), *pasts.values()]
-        kinds, carried_types = infer_program(program)
+        inferred, carried_types = infer_program(program)
+        kinds = [{value: _single(kind) for value, kind in types.items()} for types in inferred]
         carried: dict[str, object] = dict(inputs)
         presents: dict[str, ir.Value] = {}
         for call, types in zip(program.calls, kinds, strict=True):
@@ -164,7 +164,7 @@ class _Graph:
                 presents[f"{state}.key"] = lower.whole(cache.present_k)
                 presents[f"{state}.value"] = lower.whole(cache.present_v)
         builder.scope = ""
-        results = [self._output("logits", carried["logits"], carried_types["logits"])]
+        results = [self._output("logits", carried["logits"], _single(carried_types["logits"]))]
         for key, (name, kind) in outputs.items():
             results.append(self._output(name, presents[key], kind))
         metadata = {"graphopt.source": program.source, "graphopt.program": program.name}
@@ -191,11 +191,7 @@ class _Graph:
 
     def _input(self, name: str, kind: Type) -> ir.Value:
         # attention_mask's length is that of the cache and the new tokens together.
-        labels = {B: "batch", S: "sequence", P + S: "total"}
-        dims = [labels.get(size, size) for size in kind.shape]
-        return ir.Value(
-            name=name, shape=ir.Shape(dims), type=ir.TensorType(ONNX_DTYPES[kind.dtype])
-        )
+        return ir.Value(name=name, shape=_shape(kind), type=ir.TensorType(ONNX_DTYPES[kind.dtype]))
 
     def _output(self, name: str, value: object, kind: Type) -> ir.Value:
         """Give a result its public name."""
@@ -203,8 +199,7 @@ class _Graph:
         result = self.builder.op("Identity", value, name=f"output/{name}")
         assert isinstance(result, ir.Value)
         result.name = name
-        labels = {B: "batch", S: "sequence", P + S: "total"}
-        result.shape = ir.Shape([labels.get(size, size) for size in kind.shape])
+        result.shape = _shape(kind)
         result.type = ir.TensorType(ONNX_DTYPES[kind.dtype])
         return result
 

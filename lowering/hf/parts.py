@@ -1,0 +1,106 @@
+"""Checkpoint tensors put together from the weights that capture cut out of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphopt.ir.weights import Missing, Producer, Reshaped, Rows, Transposed
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weight of the program, and where in a checkpoint tensor it belongs.
+
+    Attributes:
+        steps: The producers between the checkpoint tensor and the weight, innermost first.
+        weight: The weight's value.
+    """
+
+    steps: tuple[Producer, ...]
+    weight: Producer
+
+
+def origin(producer: Producer) -> tuple[str, tuple[Producer, ...]]:
+    """Return the name of the checkpoint tensor a weight without value is made of, and the steps.
+
+    Raises:
+        ValueError: It is not made of one tensor by rows, transposes and reshapes.
+    """
+    steps: list[Producer] = []
+    while isinstance(producer, Rows | Transposed | Reshaped):
+        steps.append(producer)
+        producer = producer.source
+    if not isinstance(producer, Missing):
+        raise ValueError(f"a {type(producer).__name__} is no part of a checkpoint tensor")
+    return producer.name, tuple(reversed(steps))
+
+
+@dataclass(frozen=True, eq=False)
+class Assembled(Producer):
+    """A checkpoint tensor made of parts, which fill it."""
+
+    shape: tuple[int, ...]  # type: ignore[misc]
+    parts: tuple[Part, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.parts[0].weight.dtype
+
+    def load(self) -> Tensor:
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        for part in self.parts:
+            _place(whole, part)
+        return whole
+
+
+def _place(whole: Tensor, part: Part) -> None:
+    """Write a part into views of the whole, so that no map of indices is needed."""
+    view = whole
+    for step in part.steps:
+        if isinstance(step, Rows):
+            if not isinstance(step.index, slice):
+                # Listed rows are no view; they come last, where assignment takes them.
+                view[torch.tensor(step.index)] = part.weight.load().to(view.dtype)
+                return
+            view = view[step.index]
+        else:
+            view = view.t() if isinstance(step, Transposed) else view.view(step.shape)
+    view.copy_(part.weight.load())
+
+
+def assemble(shape: tuple[int, ...], parts: list[Part]) -> Producer:
+    """Return the producer of a checkpoint tensor.
+
+    Raises:
+        ValueError: The parts do not fill it, or cannot be put back.
+    """
+    if len(parts) == 1 and not parts[0].steps:
+        return parts[0].weight
+    if len(parts) == 1 and all(isinstance(step, Transposed) for step in parts[0].steps):
+        return Transposed(parts[0].weight)
+    for part in parts:
+        listed = [isinstance(s, Rows) and not isinstance(s.index, slice) for s in part.steps]
+        if any(listed[:-1]):
+            raise ValueError("rows were chosen by a list and then changed")
+    filled = torch.zeros(shape, dtype=torch.bool)
+    for part in parts:
+        _place(filled, Part(part.steps, _Mark(tuple(part.weight.shape), torch.bool)))
+    if not bool(filled.all()):
+        missing = int((~filled).sum())
+        raise ValueError(f"{missing} of its {math.prod(shape)} elements are in no weight")
+    return Assembled(shape, tuple(parts))
+
+
+@dataclass(frozen=True)
+class _Mark(Producer):
+    """True everywhere, to see which elements parts fill."""
+
+    shape: tuple[int, ...]  # type: ignore[misc]
+    dtype: torch.dtype  # type: ignore[misc]
+
+    def load(self) -> Tensor:
+        return torch.ones((), dtype=torch.bool).expand(self.shape)
