@@ -28,6 +28,7 @@ from graphopt.capture.positions import (
     set_masks,
 )
 from graphopt.capture.rewriting import Raiser, base
+from graphopt.capture.sizes_check import check_sizes
 from graphopt.capture.slots import SlotSources
 from graphopt.capture.unify import unify
 from graphopt.ir.graph import Call, Function, Node, Program, Value, unique_name
@@ -53,7 +54,8 @@ def capture_module(
         trained: Buffers that are weights rather than constants, in every layer alike.
 
     Raises:
-        CaptureError: torch.export cannot trace the module.
+        CaptureError: torch.export cannot trace the module, or what it traced holds for one length
+            alone.
     """
     accepted_inputs(module)
     exported, _ = export_shell(module)
@@ -77,9 +79,10 @@ def capture_module(
     masks = MaskRecogniser(shell, inputs)
     for kind in kinds:
         notes += _raise_layer(kind, shell, inputs, tables, masks)
-    raise_position_embeddings(shell, inputs)
+    shell.attempt(raise_position_embeddings, shell, inputs)
     _raise_sums(shell, slots)
-    raise_moves(shell, slots)
+    shell.attempt(raise_moves, shell, slots)
+    notes += shell.notes
     for kind in kinds:
         kind.drop_unused_params()
     shell.sweep()
@@ -88,6 +91,7 @@ def capture_module(
     program.notes += notes + _left_over(program)
     program.inputs = {input_name: Type((B, S), torch.int64) for input_name in PROGRAM_INPUTS}
     verify(program)
+    check_sizes(program)
     return program
 
 
@@ -195,10 +199,10 @@ def _merge_equal_nodes(shell: Raiser, stubs: set[Node]) -> None:
 
 
 def _raise_sums(raiser: Raiser, slots: SlotSources) -> None:
-    raise_linears(raiser, slots)
-    raise_norms(raiser)
-    raise_activations(raiser)
-    sink_flattening(raiser)
+    raiser.attempt(raise_linears, raiser, slots)
+    raiser.attempt(raise_norms, raiser)
+    raiser.attempt(raise_activations, raiser)
+    raiser.attempt(sink_flattening, raiser)
 
 
 def _raise_layer(
@@ -210,14 +214,14 @@ def _raise_layer(
 ) -> list[tuple[str, str]]:
     raiser = kind.raiser
     _raise_sums(raiser, kind.slots)
-    raise_ropes(kind, tables)
-    raise_moves(raiser, kind.slots)
+    raiser.attempt(raise_ropes, kind, tables)
+    raiser.attempt(raise_moves, raiser, kind.slots)
     kind.raised, left = raise_attention(raiser)
     hold = [term.value for item in kind.raised for term in item.terms]
     raiser.function.results += hold
     raiser.sweep()
     kind.raised = [item for item in kind.raised if item.node in raiser.function.nodes]
-    raise_moves(raiser, kind.slots)
+    raiser.attempt(raise_moves, raiser, kind.slots)
     if hold:
         held = raiser.function.results[-len(hold) :]
         raiser.function.results = raiser.function.results[: -len(hold)]
@@ -226,7 +230,8 @@ def _raise_layer(
             term.value = value
     notes = set_masks(kind, shell, inputs, masks)
     raiser.sweep()
-    return [(f"{raiser.label} {name}", reason) for name, reason in left + notes]
+    found = [(f"{raiser.label} {name}", reason) for name, reason in left + notes]
+    return raiser.notes + found
 
 
 def _left_over(program: Program) -> list[tuple[str, str]]:

@@ -135,6 +135,8 @@ def _closed_form(
     where: Tensor, root: tuple[int, ...], sizes: Mapping[sympy.Symbol, int]
 ) -> Form | None:
     """Return the form of an index map, at one choice of sizes."""
+    if where.numel() == 0:
+        return None
     batch = sizes[B]
     numbers = torch.arange(torch.Size(root).numel()).reshape(root)
     starts: list[tuple[int | None, Tensor]] = [(None, numbers)]

@@ -6,7 +6,7 @@ random fp64 inputs; only a candidate that computes the same is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -39,6 +39,7 @@ class Raiser:
         types: Type of every value; kept up to date.
         constants: Values of constant weight slots.
         label: Where this function comes from, for messages.
+        notes: Rules that stopped, as (where, reason).
     """
 
     def __init__(
@@ -52,7 +53,20 @@ class Raiser:
         self.types = types
         self.constants = constants
         self.label = label
+        self.notes: list[tuple[str, str]] = []
         self._slots = {value: slot for slot, value in function.weights.items()}
+
+    def attempt(self, rule: Callable[..., None], *args: Any) -> None:
+        """Run a rule; where it stops at a graph it was not made for, the rest stays ATen.
+
+        Every step of a rule leaves a graph that computes the same, so what it did so far holds.
+        """
+        try:
+            rule(*args)
+        except Exception as error:
+            reason = f"the rule {rule.__name__} stopped: {type(error).__name__}: {error}"
+            self.notes.append((self.label, reason))
+            self.sweep()
 
     # Looking -------------------------------------------------------------------------------
 

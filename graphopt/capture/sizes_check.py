@@ -1,0 +1,81 @@
+"""Whether a captured program computes at other sizes than those it was traced at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sympy
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from graphopt.errors import CaptureError
+from graphopt.ir.execute import run_function
+from graphopt.ir.graph import Call, Program, Value
+from graphopt.ir.shapes import infer_program
+from graphopt.ir.types import B, P, S, Type
+
+SIZES: tuple[Mapping[sympy.Symbol, int], ...] = (
+    {B: 1, S: 1, P: 0},
+    {B: 2, S: 5, P: 0},
+    {B: 1, S: 37, P: 0},
+)
+"""One token, and lengths below and above the traced one."""
+
+
+def check_sizes(program: Program) -> None:
+    """Run every function once a choice of sizes, on tensors without memory.
+
+    Raises:
+        CaptureError: A node fails, or makes a tensor of another shape than the graph says.
+    """
+    types, carried = infer_program(program)
+    seen: set[str] = set()
+    for call, kinds in zip(program.calls, types, strict=True):
+        if call.function not in seen:
+            seen.add(call.function)
+            args = [carried[name] for name in call.args]
+            for sizes in SIZES:
+                _check(program, call, args, kinds, sizes)
+
+
+def _check(
+    program: Program,
+    call: Call,
+    args: list[Type],
+    kinds: Mapping[Value, Type],
+    sizes: Mapping[sympy.Symbol, int],
+) -> None:
+    function = program.functions[call.function]
+    made: list[tuple[Value, tuple[int, ...]]] = []
+    with FakeTensorMode(), torch.no_grad():
+        weights = {
+            slot: torch.empty(program.weights[name].shape, dtype=program.weights[name].dtype)
+            for slot, name in call.weights.items()
+        }
+        inputs = [torch.zeros(kind.concrete(sizes), dtype=kind.dtype) for kind in args]
+        try:
+            run_function(
+                function, call, inputs, weights, sizes,
+                watch=lambda value, tensor: made.append((value, tuple(tensor.shape))),
+            )  # fmt: skip
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            node = function.nodes[len({value.node for value, _ in made})]
+            raise _failed(call, node.outputs[0], node.op, str(error), sizes) from error
+    for value, shape in made:
+        wanted = kinds[value].concrete(sizes)
+        if shape != wanted and value.node is not None:
+            reason = f"it makes {list(shape)} where the graph says {list(wanted)}"
+            raise _failed(call, value, value.node.op, reason, sizes)
+
+
+def _failed(
+    call: Call, value: Value, op: str, reason: str, sizes: Mapping[sympy.Symbol, int]
+) -> CaptureError:
+    first = reason.strip().splitlines()[0].rstrip(".") if reason.strip() else "it fails"
+    where = call.path or call.function
+    return CaptureError(
+        f"{where}: {value.name} = {op} does not compute for batch {sizes[B]} and length "
+        f"{sizes[S]}: {first}.",
+        "The module computes with the length as a plain number, as recurrent mixers do; such a "
+        "mixer has no form in graphopt yet.",
+    )
