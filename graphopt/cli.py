@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -418,7 +419,13 @@ def _top(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    # A tracer makes millions of small objects that live as long as the process. Looking for
+    # cycles among them, while they are made and once more at exit, takes seconds.
+    gc.set_threshold(100_000, 20, 100)
+    try:
+        app()
+    finally:
+        gc.freeze()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,11 @@ _POINTWISE = {
 }  # fmt: skip
 _CLOSED_FORMS = ("relu", "relu2", "silu", "sigmoid", "tanh", "gelu", "gelu_tanh", "quick_gelu")
 _MOST_NODES = 12
-_POINTS = torch.linspace(-7.0, 7.0, 281, dtype=torch.float64)
+_NEAR = torch.linspace(-7.0, 7.0, 281, dtype=torch.float64)
+_FAR = torch.tensor([8.0, 12.0, 30.0, 100.0, 1e3, 1e4, 7e4, 1e6, 1e12, 1e30], dtype=torch.float64)
+_LAST = len(_NEAR) - 1
+_POINTS = torch.cat((_NEAR, -_FAR, _FAR))
+"""Where a formula is compared: closely where it bends, and far out, where a clamp would show."""
 
 
 def raise_activations(raiser: Raiser) -> None:
@@ -82,19 +86,28 @@ def _curve(raiser: Raiser, target: Value, source: Value) -> Tensor | None:
 
 def _closed_form(values: Tensor, count: int) -> tuple[str, dict[str, float]] | None:
     """Return (op, attributes) of the closed form with these values over `_POINTS`."""
-    slope = float(values[-1] / _POINTS[-1])
-    if math.isfinite(slope) and slope != 0 and close(values, _POINTS * slope, 1e-12):
+    slope = float(values[_LAST] / _NEAR[-1])
+    if math.isfinite(slope) and slope != 0 and _agree(values, _POINTS * slope, 1e-12):
         return "scale", {"factor": slope}
     for name in _CLOSED_FORMS:
-        if close(values, get_op(name).reference([_POINTS], {})[0], 2e-7):
+        if _agree(values, get_op(name).reference([_POINTS], {})[0], 2e-7):
             return name, {}
     cap = _cap(values) if count > 1 else None
     return None if cap is None else ("softcap", {"cap": cap})
 
 
+def _agree(values: Tensor, formula: Tensor, tolerance: float) -> bool:
+    """Compare near zero relative to the largest value there, and far out each by itself."""
+    count = len(_NEAR)
+    far, wanted = values[count:], formula[count:]
+    return close(values[:count], formula[:count], tolerance) and bool(
+        ((far - wanted).abs() <= 1e-6 * wanted.abs()).all()
+    )
+
+
 def _cap(values: Tensor) -> float | None:
     """Solve cap tanh(x / cap) = y at the last point by bisection, then compare everywhere."""
-    y, x = float(values[-1]), float(_POINTS[-1])
+    y, x = float(values[_LAST]), float(_NEAR[-1])
     if not 0 < y < x * (1 - 1e-12):
         return None
     low, high = y, 1e6
@@ -106,4 +119,4 @@ def _cap(values: Tensor) -> float | None:
             high = middle
     # Caps are written as short decimals; bisection is exact to about nine digits.
     cap = float(f"{low:.7g}")
-    return cap if close(values, cap * torch.tanh(_POINTS / cap), 1e-7) else None
+    return cap if _agree(values, cap * torch.tanh(_POINTS / cap), 1e-7) else None

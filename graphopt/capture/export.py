@@ -6,13 +6,16 @@ memory don't grow with depth; then one layer of each kind is exported on its own
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
+import torch._dynamo.config
 from sympy.core.function import Application
 from torch import Tensor, nn
 from torch.fx.node import map_arg
@@ -137,17 +140,31 @@ def _plain_attributes(layer: nn.Module, skip: set[tuple[str, str]]) -> tuple[Any
     return tuple(rows)
 
 
-def _group_key(call: LayerCall, shapes: Sequence[Any], skip: set[tuple[str, str]]) -> Any:
-    params = tuple((n, tuple(p.shape), p.dtype) for n, p in call.module.named_parameters())
-    statics = tuple(repr(leaf) for leaf in call.leaves)
-    return (
-        type(call.module),
-        params,
-        _plain_attributes(call.module, skip),
-        str(call.spec),
-        statics,
-        tuple(shapes),
-    )
+class _Parameters:
+    """The parameters of a layer, taken away from it while the shell is exported.
+
+    torch.export does work for every parameter it sees, also of layers that are opaque to it.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in layer.named_parameters())
+        self._stores = [(part, part._parameters) for part in layer.modules() if part._parameters]
+
+    def hide(self) -> None:
+        for part, _ in self._stores:
+            part._parameters = {}
+
+    def show(self) -> None:
+        for part, store in self._stores:
+            part._parameters = store
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        self.show()
+        try:
+            yield
+        finally:
+            self.hide()
 
 
 class _Shell:
@@ -159,16 +176,34 @@ class _Shell:
         self.records: list[LayerCall] = []
         self._shapes: dict[Any, LayerCall] = {}
         self._original: dict[str, Callable[..., Any]] = {}
+        self._parameters: dict[str, _Parameters] = {}
 
     def install(self) -> None:
         for path, layer in self.layers.items():
             self._original[path] = layer.forward
             layer.forward = self._stub(path, layer)  # type: ignore[method-assign]
+            self._parameters[path] = _Parameters(layer)
+        # Layers may share parts, so that all are looked at before any is emptied.
+        for parameters in self._parameters.values():
+            parameters.hide()
 
     def remove(self) -> None:
+        for parameters in self._parameters.values():
+            parameters.show()
         for path, layer in self.layers.items():
             if path in self._original:
                 del layer.__dict__["forward"]
+
+    def _group_key(self, call: LayerCall, shapes: Sequence[Any]) -> Any:
+        statics = tuple(repr(leaf) for leaf in call.leaves)
+        return (
+            type(call.module),
+            self._parameters[call.path].shapes,
+            _plain_attributes(call.module, self._skip),
+            str(call.spec),
+            statics,
+            tuple(shapes),
+        )
 
     def _stub(self, path: str, layer: nn.Module) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -178,10 +213,11 @@ class _Shell:
             statics = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             call = LayerCall(path, layer, spec, statics, positions)
             shapes = [(t.dtype, tuple(str(s) for s in t.shape)) for t in inputs]
-            call.key = _group_key(call, shapes, self._skip)
+            call.key = self._group_key(call, shapes)
             twin = self._shapes.get(call.key)
             if twin is None:
-                self._measure(call, inputs)
+                with self._parameters[path].shown():
+                    self._measure(call, inputs)
                 self._shapes[call.key] = call
             else:
                 call.outputs, call.out_spec = twin.outputs, twin.out_spec
@@ -277,9 +313,7 @@ def export_shell(module: nn.Module) -> tuple[Exported, list[LayerCall]]:
     """
     names = accepted_inputs(module)
     inputs = [torch.ones(TRACE_BATCH, TRACE_LENGTH, dtype=torch.long) for _ in names]
-    keywords = {}
-    if "use_cache" in _parameters(module):
-        keywords["use_cache"] = False
+    keywords = {"use_cache": False} if _takes_use_cache(module) else {}
 
     def run(inner: nn.Module, *tensors: Tensor) -> Tensor:
         return logits_of(inner(**dict(zip(names, tensors, strict=True)), **keywords))
@@ -287,7 +321,7 @@ def export_shell(module: nn.Module) -> tuple[Exported, list[LayerCall]]:
     shell = _Shell(module)
     shell.install()
     try:
-        with parameters_reserved(module, leave=shell.layers.values()):
+        with parameters_reserved(module):
             exported = _export(_Wrapped(module, run), inputs, [(B, S)] * len(names), "the model")
     finally:
         shell.remove()
@@ -316,10 +350,11 @@ def export_layer(call: LayerCall, shapes: Sequence[Type]) -> Exported:
         return _export(_Wrapped(call.module, run), inputs, [t.shape for t in shapes], call.path)
 
 
-def _parameters(module: nn.Module) -> Any:
-    import inspect
-
-    return inspect.signature(module.forward).parameters
+def _takes_use_cache(module: nn.Module) -> bool:
+    """True where forward takes `use_cache`, or a transformers model hands keywords on."""
+    parameters = inspect.signature(module.forward).parameters
+    hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return "use_cache" in parameters or (hands_on and hasattr(module, "config"))
 
 
 def _export(
@@ -335,7 +370,9 @@ def _export(
         for shape in shapes
     ]
     try:
-        with torch.no_grad():
+        # A layer is traced once or twice: remembering the shapes of its operators costs more
+        # than it saves, a third of the time.
+        with torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
             program = torch.export.export(
                 module, tuple(inputs), dynamic_shapes=(tuple(dynamic),), strict=False
             )

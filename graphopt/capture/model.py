@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,21 +72,17 @@ def build_model(config: Any, *, trust_remote_code: bool = False) -> PreTrainedMo
 
 
 @contextlib.contextmanager
-def parameters_reserved(module: nn.Module, leave: Collection[nn.Module] = ()) -> Iterator[None]:
+def parameters_reserved(module: nn.Module) -> Iterator[None]:
     """Inside, meta parameters stand on the CPU in memory that is reserved and never touched.
 
     torch.export replaces them by fake tensors, so nothing is computed; but a module that asks
     its parameters for their device, to put constants there, now gets real constants.
-
-    Args:
-        leave: Parts whose parameters stay on meta.
     """
-    stay = {id(part) for layer in leave for part in layer.modules()}
     made: dict[int, nn.Parameter] = {}
     places: list[tuple[dict[str, Any], str, nn.Parameter]] = []
     for part in module.modules():
         for key, parameter in part._parameters.items():
-            if parameter is None or not parameter.is_meta or id(part) in stay:
+            if parameter is None or not parameter.is_meta:
                 continue
             if id(parameter) not in made:
                 made[id(parameter)] = nn.Parameter(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import onnx_ir as ir
 import torch
@@ -12,10 +14,14 @@ import torch
 from graphopt.ir.weights import Weight
 from graphopt.lowering.base import StoredWeight
 from graphopt.lowering.onnx.builder import ONNX_DTYPES
+from graphopt.progress import Progress
 from graphopt.sources.check import check_finite
 
 # Runtimes map the file; tensors that start on a page can be used where they lie.
 ALIGNMENT = 4096
+
+_WORKERS = 2
+"""Decoding a weight and writing it leave the interpreter to the others."""
 
 
 @dataclass
@@ -79,24 +85,36 @@ class DataFile:
             for name, item in self.reserved.items()
         }
 
-    def write(self, progress: object) -> None:
-        """Write every reserved weight, reading one at a time.
+    def write(self, progress: Progress) -> None:
+        """Write every reserved weight; a few are in memory at a time, read side by side.
 
         Raises:
             SourceError: A weight cannot be read, or holds NaN or infinity.
         """
         total = len(self.reserved)
-        with self.path.open("wb") as file:
-            for done, item in enumerate(self.reserved.values()):
-                progress("writing weights", done, total)  # type: ignore[operator]
-                self._write(file, item)
-            progress("writing weights", total, total)  # type: ignore[operator]
+        with self.path.open("wb") as file, ThreadPoolExecutor(_WORKERS) as pool:
+            file.truncate(self._end)
+            waiting: deque[Future[None]] = deque()
+            try:
+                for done, item in enumerate(self.reserved.values()):
+                    progress("writing weights", done, total)
+                    waiting.append(pool.submit(_write, file.fileno(), item))
+                    if len(waiting) > _WORKERS:
+                        waiting.popleft().result()
+                while waiting:
+                    waiting.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+            progress("writing weights", total, total)
 
-    @staticmethod
-    def _write(file: BinaryIO, item: Reserved) -> None:
-        value = item.weight.load(torch.float32)
-        check_finite(item.weight.name, value)
-        if item.transposed:
-            value = value.t()
-        file.seek(item.offset)
-        file.write(value.contiguous().numpy().data.cast("B"))
+
+def _write(file: int, item: Reserved) -> None:
+    value = item.weight.load(torch.float32)
+    check_finite(item.weight.name, value)
+    if item.transposed:
+        value = value.t()
+    data = value.contiguous().numpy().data.cast("B")
+    place = item.offset
+    while data:
+        count = os.pwrite(file, data, place)
+        data, place = data[count:], place + count
