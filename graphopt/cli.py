@@ -241,9 +241,11 @@ def _backend(name: str) -> Any:
 def eval_command(
     model: Annotated[str, typer.Argument(help="A model or an output folder.")],
     text: Annotated[Path | None, typer.Option(help="Text file for perplexity.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Windows at most; all by default.")] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows at most; all by default.")
+    ] = None,
     seqlen: Annotated[
-        int | None, typer.Option(help="Tokens of a window; 2048, or what the model takes.")
+        int | None, typer.Option(min=2, help="Tokens of a window; 2048, or what the model takes.")
     ] = None,
     piqa: Annotated[Path | None, typer.Option(help="PIQA rows as JSON lines.")] = None,
     backend: Backend = "auto",
@@ -323,8 +325,11 @@ def generate_command(
     with ui.progress_bars() as progress:
         progress("opening", 0, 1)
         from graphopt.evaluate import load_tokenizer, open_language_model
-        from graphopt.generate import generate
+        from graphopt.generate import check_options, generate
 
+        check_options(max_new_tokens, temperature, top_p)
+        if not prompt:
+            raise UsageError("The prompt is empty.", "Give at least one word.")
         opened = open_language_model(model, _backend(backend), trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(opened)
         progress("opening", 1, 1)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import UsageError
+from graphopt.devices import usable_device
+from graphopt.errors import GraphoptError, UsageError
 from graphopt.evaluate import read_text
 from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program
@@ -38,8 +39,10 @@ def check_output(out: Path, force: bool) -> None:
     """Refuse an output folder that may not be written.
 
     Raises:
-        UsageError: It exists and `force` is off, is a file, or holds the working folder.
+        UsageError: It exists and `force` is off, is a file or under one, or holds the working
+            folder.
     """
+    check_parents(out)
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir():
@@ -52,6 +55,31 @@ def check_output(out: Path, force: bool) -> None:
         raise UsageError(
             f"Output folder {str(out)!r} holds the working folder.", "Name another one."
         )
+
+
+def check_parents(folder: Path) -> None:
+    """Refuse a folder that cannot be made because a file stands in its path.
+
+    Raises:
+        UsageError: Naming the file.
+    """
+    above = next((parent for parent in folder.absolute().parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise UsageError(
+            f"The folder {str(folder)!r} cannot be made: {str(above)!r} is a file.",
+            "Name another one.",
+        )
+
+
+def check_dump(folder: Path) -> None:
+    """Refuse a folder for dumps that cannot be made.
+
+    Raises:
+        UsageError: It is a file or under one.
+    """
+    check_parents(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{str(folder)!r} is a file.", "Name a folder for the dumps.")
 
 
 @contextlib.contextmanager
@@ -79,8 +107,11 @@ def output_folder(out: Path, force: bool) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             fresh.rename(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(error, GraphoptError):
+            # The user knows the folder by its own name alone.
+            error.message = error.message.replace(str(fresh), str(out))
         raise
 
 
@@ -273,6 +304,9 @@ def compile_model(
     folder = Path(out)
     if not dry_run:
         check_output(folder, force)
+    if dump_ir is not None:
+        check_dump(Path(dump_ir))
+    device = usable_device(device)
     emission = _Emission.of(target, emit)
     pipeline = recipe if recipe is not None else Pipeline.default()
     if stop_after is not None:

@@ -114,6 +114,19 @@ def end_tokens(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> set[
     return {int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None}
 
 
+def check_options(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Refuse options of generation that make no sense, before a model is opened.
+
+    Raises:
+        UsageError: One is out of range.
+    """
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise UsageError(
+            "Generation needs a temperature of at least 0, a top-p above 0 and at most 1, and at "
+            "least one new token."
+        )
+
+
 def generate_ids(
     model: LanguageModel,
     prompt: list[int],
@@ -137,11 +150,7 @@ def generate_ids(
     Raises:
         UsageError: An option is out of range, or the prompt leaves no position free.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise UsageError(
-            "Generation needs a temperature of at least 0, a top-p above 0 and at most 1, and at "
-            "least one new token."
-        )
+    check_options(max_new_tokens, temperature, top_p)
     if model.positions is not None:
         if len(prompt) >= model.positions:
             raise UsageError(

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from graphopt.devices import usable_device
 from graphopt.errors import PassError, UsageError, VerifyError, unknown_name
 from graphopt.evaluate import read_text
 from graphopt.ir.graph import Program
@@ -193,7 +194,7 @@ class Pipeline:
         pipeline.check(program)
         tokenizer = Path(program.tokenizer) if program.tokenizer else None
         folder = Path(work) if work is not None else None
-        context = Context(text, tokenizer, torch.device(device), seed, progress, folder)
+        context = Context(text, tokenizer, usable_device(device), seed, progress, folder)
         with Meter() as meter:
             run = _Run(pipeline.passes, program, context, verify, on_pass)
             if dump_ir is not None:

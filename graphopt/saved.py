@@ -63,7 +63,7 @@ def load_program(root: Path) -> Program:
 
     Raises:
         SourceError: `program.json` is malformed, or a file is missing, too short, or holds a
-            weight of another shape than the program's.
+            weight of another shape than the program's, or a weight is stored nowhere.
     """
     path = root / PROGRAM_NAME
     try:
@@ -74,6 +74,11 @@ def load_program(root: Path) -> Program:
         raise SourceError(
             f"{path} is not a saved graphopt program: {error}.", "Compile the model again."
         ) from error
+    lost = sorted(set(shapes) - set(stored))
+    if lost:
+        raise SourceError(
+            f"{path} does not say where weight {lost[0]!r} is stored.", "Compile the model again."
+        )
     producers: dict[str, Producer] = {}
     for name, place in stored.items():
         producers[name] = _producer(root, name, place)

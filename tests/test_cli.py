@@ -165,6 +165,14 @@ def test_stop_after_dump_and_no_verify():
         (["eval", "tiny"], 2, "Nothing to evaluate on."),
         (["eval", "tiny", "--text", "absent.txt"], 1, "absent.txt cannot be read"),
         (["generate", "tiny", "--prompt", "x", "--backend", "onn"], 2, "Did you mean 'onnx'?"),
+        (["generate", "tiny", "--prompt", "x", "--top-p", "0"], 2, "a top-p above 0"),
+        (["generate", "tiny", "--prompt", ""], 2, "The prompt is empty."),
+        (["eval", "tiny", "--text", "t", "--seqlen", "0"], 2, "Invalid value"),
+        (["eval", "tiny", "--text", "t", "--windows", "0"], 2, "Invalid value"),
+        (["compile", "tiny", "--device", "cudda"], 2, "Unknown device 'cudda'"),
+        (["compile", "tiny", "--device", "cuda:63"], 1, "The device 'cuda:63' cannot be used here"),
+        (["compile", "tiny", "-o", __file__ + "/x"], 2, "test_cli.py' is a file"),
+        (["compile", "tiny", "--dump-ir", __file__], 2, "Name a folder for the dumps."),
     ],
 )
 def test_bad_arguments_get_a_sentence_and_leave_nothing(args, code, message):

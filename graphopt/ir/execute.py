@@ -147,6 +147,7 @@ class Runner:
                 )
                 past.update(present)
                 environment.update(zip(call.results, results, strict=True))
+            del weights  # before the next layer's are read
             yield call, environments
             for environment in environments:
                 for name in set(environment) - {"input_ids"}:

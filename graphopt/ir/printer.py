@@ -21,7 +21,8 @@ _INFIX = {"add": "+", "mul": "*"}
 def format_count(count: int) -> str:
     """Return `count` as 134.5M and the like."""
     for limit, suffix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if count >= limit:
+        # Whatever rounds to 1.0 of a unit is written in it.
+        if round(count / limit, 1) >= 1.0 and count >= 1000:
             return f"{count / limit:.1f}{suffix}"
     return str(count)
 
@@ -42,7 +43,13 @@ def format_attr(value: Any) -> str:
 
 
 class FunctionPrinter:
-    """Prints one function; values used once are written where they are used."""
+    """Prints one function; values used once are written where they are used.
+
+    Attributes:
+        inline_width: An expression longer than this gets a line of its own.
+    """
+
+    inline_width = _WIDTH // 2
 
     def __init__(self, function: Function, types: Mapping[Value, Type] | None = None) -> None:
         self.function = function
@@ -53,10 +60,15 @@ class FunctionPrinter:
         self._slots = {value: slot for slot, value in function.weights.items()}
 
     def name(self, value: Value) -> str:
+        """Return how a value is written where it is read."""
         if value in self._inline:
             return self._inline[value]
         slot = self._slots.get(value)
         return value.name if slot is None else slot.removesuffix(".weight")
+
+    def target(self, value: Value) -> str:
+        """Return how a value is written where it is assigned."""
+        return value.name
 
     def expression(self, node: Node) -> str:
         """Return the right-hand side of a node."""
@@ -106,7 +118,7 @@ class FunctionPrinter:
         result: list[tuple[str, str]] = []
         for node in self.function.nodes:
             text = self.expression(node)
-            targets = ", ".join(value.name for value in node.outputs)
+            targets = ", ".join(self.target(value) for value in node.outputs)
             if len(node.outputs) == 1 and self._may_inline(node, text):
                 self._inline[node.output] = text
                 continue
@@ -119,7 +131,7 @@ class FunctionPrinter:
     def _may_inline(self, node: Node, text: str) -> bool:
         value = node.output
         uses = self._uses[value]
-        if len(uses) != 1 or value in self._outside or len(text) > _WIDTH // 2:
+        if len(uses) != 1 or value in self._outside or len(text) > self.inline_width:
             return False
         user = uses[0][0]
         # Norms, attention and sums into the residual stream are the landmarks of a block.

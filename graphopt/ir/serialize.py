@@ -6,6 +6,9 @@ the values lie beside it as safetensors.
 
 from __future__ import annotations
 
+import ast
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -62,7 +65,7 @@ def _unpack(value: Any) -> Any:
         case "in":
             return In(content)
         case "dtype" | "torch":
-            return getattr(torch, content)
+            return _torch_constant(content)
         case "device":
             return torch.device("cpu")
         case "expr":
@@ -76,14 +79,60 @@ def _unpack(value: Any) -> Any:
     raise SourceError(f"program.json holds an attribute of unknown kind {kind!r}.")
 
 
-_SAFE = set("BSP0123456789+-*/() ,Modfloorax")
+def _torch_constant(name: str) -> Any:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype | torch.layout | torch.memory_format):
+        raise ValueError(f"torch has no {name!r}")
+    return found
+
+
+_OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "Max": sympy.Max,
+    "Min": sympy.Min,
+    "Mod": sympy.Mod,
+    "ceiling": sympy.ceiling,
+    "floor": sympy.floor,
+}
+_MAX_POWER = 16
 
 
 def _parse_expr(text: str) -> Any:
-    """Parse a size; the character check keeps `sympify`, which evaluates, to plain algebra."""
-    if not set(text) <= _SAFE:
-        raise SourceError(f"program.json holds a size that is not algebra: {text!r}.")
-    return dim(sympy.sympify(text, locals=dict(SYMBOLS)))
+    """Return the size written as `text`.
+
+    Only sums, products, small powers and a few functions of B, S and P are built; sympy's own
+    parser would evaluate the text as Python.
+    """
+
+    def build(node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=int() as value) if not isinstance(value, bool):
+                return sympy.Integer(value)
+            case ast.Name(id=name) if name in SYMBOLS:
+                return SYMBOLS[name]
+            case ast.UnaryOp(op=ast.USub(), operand=inner):
+                return -build(inner)
+            case ast.BinOp(left, ast.Pow(), ast.Constant(value=int() as power)):
+                if 0 <= power <= _MAX_POWER:
+                    return build(left) ** power
+            case ast.BinOp(left, op, right) if type(op) in _OPERATORS:
+                return _OPERATORS[type(op)](build(left), build(right))
+            case ast.Call(ast.Name(id=name), args, keywords=[]) if name in _FUNCTIONS:
+                return _FUNCTIONS[name](*map(build, args))
+        raise ValueError("not a size")
+
+    try:
+        size = build(ast.parse(text, mode="eval").body)
+        if size.has(sympy.zoo, sympy.nan):
+            raise ValueError("division by zero")
+        return dim(size)
+    except (SyntaxError, ValueError, TypeError, RecursionError) as error:
+        raise SourceError(f"program.json holds a size that is not algebra: {text!r}.") from error
 
 
 def _pack_function(function: Function) -> dict[str, Any]:
@@ -184,7 +233,7 @@ def program_from_json(data: dict[str, Any], producers: dict[str, Producer]) -> P
     Raises:
         SourceError: The data is of another format or version, or is malformed.
     """
-    if data.get("format") != "graphopt-program":
+    if not isinstance(data, dict) or data.get("format") != "graphopt-program":
         raise SourceError("program.json is not a saved graphopt program.")
     if data.get("version") != FORMAT_VERSION:
         raise SourceError(
@@ -215,6 +264,8 @@ def program_from_json(data: dict[str, Any], producers: dict[str, Producer]) -> P
             program.weights.add(Weight(w["name"], producer, w["checkpoint"], w["constant"]))
         for name, heads, k_dim, v_dim, dtype in data["states"]:
             program.states[name] = KVState(name, heads, k_dim, v_dim, DTYPES[dtype])
-    except (KeyError, TypeError, ValueError) as error:
-        raise SourceError(f"program.json is malformed: {error!r}.") from error
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise SourceError(
+            f"program.json is malformed: {error!r}.", "Compile the model again."
+        ) from error
     return program

@@ -33,9 +33,12 @@ def infer_function(
         operands = [None if v is None else types[v] for v in node.inputs]
         try:
             outputs = get_op(node.op).infer(operands, resolve_attrs(node, call))
+            if len(outputs) != len(node.outputs):
+                raise ValueError(f"{len(node.outputs)} outputs where there are {len(outputs)}")
         except (ValueError, KeyError, TypeError) as error:
             where = f"{call.path or function.name}: {node.outputs[0].name} = {node.op}"
-            raise VerifyError(f"{where}: {error}.") from error
+            absent = f"attribute {error} is not set" if isinstance(error, KeyError) else ""
+            raise VerifyError(f"{where}: {absent or error}.") from error
         types.update(zip(node.outputs, outputs, strict=True))
     return types
 
@@ -50,12 +53,16 @@ def infer_program(program: Program) -> tuple[list[dict[Value, Type]], dict[str, 
         args = [carried[name] for name in call.args]
         # Equal signatures have equal types: 80 layers are inferred once.
         key = (
-            function.name,
+            call.function,
             tuple(args),
-            tuple((s, program.weights[w].shape) for s, w in sorted(call.weights.items())),
+            tuple(
+                (slot, weight.shape, weight.dtype)
+                for slot, name in sorted(call.weights.items())
+                for weight in [program.weights[name]]
+            ),
             repr(sorted(call.attrs.items())),
             tuple(
-                (slot, state.heads, state.k_dim, state.v_dim)
+                (slot, state.heads, state.k_dim, state.v_dim, state.dtype)
                 for slot, name in sorted(call.caches.items())
                 for state in [program.states[name]]
             ),

@@ -5,7 +5,16 @@ from __future__ import annotations
 from graphopt.errors import VerifyError
 from graphopt.ir.graph import Function, Param, Program, Value
 from graphopt.ir.ops import all_ops, get_op, is_aten
+from graphopt.ir.ops.aten import resolve_target
 from graphopt.ir.shapes import infer_program
+
+
+def _is_torch(name: str) -> bool:
+    try:
+        resolve_target(name)
+    except KeyError:
+        return False
+    return True
 
 
 def verify_function(function: Function) -> set[str]:
@@ -30,7 +39,7 @@ def verify_function(function: Function) -> set[str]:
         if not node.outputs:
             raise VerifyError(f"{where}: a {node.op} node has no output.")
         label = f"{where}: {node.outputs[0].name} = {node.op}"
-        if not is_aten(node.op) and node.op not in ops:
+        if not (_is_torch(node.op) if is_aten(node.op) else node.op in ops):
             raise VerifyError(f"{label}: no such op.")
         operands = get_op(node.op).operands
         if not is_aten(node.op):

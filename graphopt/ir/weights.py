@@ -8,7 +8,7 @@ several logical weights without being read, and the way back to the checkpoint s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -79,26 +79,31 @@ class Rows(Producer):
     index: slice | tuple[int, ...]
 
     @property
+    def _numbers(self) -> Sequence[int]:
+        if isinstance(self.index, slice):
+            return range(*self.index.indices(self.source.shape[0]))
+        return self.index
+
+    @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        index = self.index
-        count = (
-            len(range(*index.indices(self.source.shape[0])))
-            if isinstance(index, slice)
-            else len(index)
-        )
-        return (count, *self.source.shape[1:])
+        return (len(self._numbers), *self.source.shape[1:])
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.source.dtype
 
     def load(self) -> torch.Tensor:
-        index = self.index
-        if isinstance(index, slice):
-            start, stop, step = index.indices(self.source.shape[0])
-            return self.source.load_rows(start, stop)[::step]
-        low, high = min(index), max(index) + 1
-        return self.source.load_rows(low, high)[torch.tensor(index) - low]
+        return self.load_rows(0, len(self._numbers))
+
+    def load_rows(self, start: int, stop: int) -> torch.Tensor:
+        numbers = self._numbers[start:stop]
+        if not numbers:
+            return self.source.load_rows(0, 0)
+        low, high = min(numbers), max(numbers) + 1
+        rows = self.source.load_rows(low, high)
+        if isinstance(numbers, range) and numbers.step > 0:
+            return rows[:: numbers.step]
+        return rows[torch.tensor(numbers) - low]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-from graphopt.errors import SourceError
+from graphopt.errors import SourceError, VerifyError
 from graphopt.sources.base import ModelSource
 
 __all__ = ["ModelSource", "open_model"]
@@ -61,10 +61,18 @@ def open_model(spec: str, *, trust_remote_code: bool = False) -> ModelSource:
 
 
 def _open_program(spec: str, folder: Path) -> ModelSource:
+    from graphopt.ir.verify import verify
     from graphopt.saved import load_program
     from graphopt.sources.base import output_tokenizer
 
     program = load_program(folder)
+    try:
+        verify(program)
+    except VerifyError as error:
+        raise SourceError(
+            f"{folder / PROGRAM_NAME} holds a malformed program: {error.message}",
+            "Compile the model again.",
+        ) from error
     tokenizer = output_tokenizer(folder, program)
     program.tokenizer = str(tokenizer) if tokenizer else None
     return ModelSource(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from graphopt.errors import GraphoptError, SourceError
-from graphopt.ir.weights import Producer
+from graphopt.ir.weights import Array, Producer
 from graphopt.sources.check import check_finite
 from graphopt.sources.raw import RawTensor
 
@@ -185,6 +185,9 @@ def blocks(producer: Producer, limit: int = BLOCK_BYTES) -> Iterator[torch.Tenso
         yield producer.load()
         return
     rows = producer.shape[0]
+    if type(producer).load_rows is Producer.load_rows:
+        # It knows no way to read a part, and would read the whole for every part.
+        producer = Array(producer.load())
     step = max(1, limit * rows // (count * producer.dtype.itemsize))
     for start in range(0, rows, step):
         yield producer.load_rows(start, min(start + step, rows))

@@ -112,7 +112,13 @@ class GraphBuilder:
         return self._constants[key]
 
     def number(self, value: float, like: torch.dtype = torch.float32) -> ir.Value:
-        """Return a scalar constant of the dtype."""
+        """Return a scalar constant of the dtype.
+
+        Raises:
+            ValueError: Constants of that dtype are not written.
+        """
+        if like not in NUMPY_DTYPES:
+            raise ValueError(f"a number of type {like} has no ONNX form here")
         return self.constant(value, NUMPY_DTYPES[like])
 
     def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
@@ -165,22 +171,34 @@ class GraphBuilder:
             return self.constant([int(expr)])
         if expr.is_Add or expr.is_Mul:
             name = "Add" if expr.is_Add else "Mul"
-            if expr.is_Mul:
-                numerator, denominator = expr.as_numer_denom()
-                if denominator != 1:
-                    return self.op("Div", self.size(numerator), self.size(denominator))
+            numerator, denominator = sympy.fraction(sympy.together(expr))
+            if denominator != 1:
+                parts = self.size(_plain(numerator)), self.size(_plain(denominator))
+                return self.op("Div", *parts)
             first, *rest = (self.size(_plain(arg)) for arg in expr.args)
             for other in rest:
                 first = self.op(name, first, other)
             return first
+        if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
+            power = base = self.size(_plain(expr.base))
+            for _ in range(int(expr.exp) - 1):
+                power = self.op("Mul", power, base)
+            return power
         if isinstance(expr, sympy.floor):
-            return self.size(expr.args[0])
+            return self._floor(*sympy.fraction(sympy.together(expr.args[0])))
+        if isinstance(expr, sympy.ceiling):
+            return self.op("Neg", self._floor(*sympy.fraction(sympy.together(-expr.args[0]))))
         if isinstance(expr, sympy.Max | sympy.Min):
             name = "Max" if isinstance(expr, sympy.Max) else "Min"
             return self.op(name, *(self.size(_plain(arg)) for arg in expr.args))
         if isinstance(expr, sympy.Mod):
             return self.op("Mod", *(self.size(_plain(arg)) for arg in expr.args))
         raise ValueError(f"the size {expr} has no ONNX form")
+
+    def _floor(self, numerator: sympy.Expr, denominator: sympy.Expr) -> ir.Value:
+        """Divide towards minus infinity; ONNX divides towards zero, but for a multiple."""
+        top, bottom = self.size(_plain(numerator)), self.size(_plain(denominator))
+        return self.op("Div", self.op("Sub", top, self.op("Mod", top, bottom)), bottom)
 
     def shape(self, sizes: Sequence[Dim]) -> ir.Value:
         """Return sizes as an int64 vector."""

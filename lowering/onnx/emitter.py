@@ -23,6 +23,7 @@ from graphopt.lowering.onnx.ops import Heads, Lowering, translation_of
 from graphopt.lowering.onnx.ops.norm import fusable_sums
 from graphopt.lowering.tokenizer import copy_tokenizer
 from graphopt.progress import Progress
+from graphopt.sources.check import check_finite
 
 # Weights smaller than this many elements are written into the model file itself.
 _INLINE = 256
@@ -228,6 +229,8 @@ class _Graph:
         label = self.builder.unique(name)
         if weight.constant or weight.numel < _INLINE:
             value = weight.load(torch.float32).contiguous()
+            if not weight.constant:
+                check_finite(name, value)
             tensor: ir.TensorProtocol = ir.tensor(value.numpy(), name=label)
         else:
             tensor = self.data.reserve(weight, name in self.transposed)

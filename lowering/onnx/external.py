@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx_ir as ir
 import torch
@@ -21,7 +22,7 @@ from graphopt.sources.check import check_finite
 ALIGNMENT = 4096
 
 _WORKERS = 2
-"""Decoding a weight and writing it leave the interpreter to the others."""
+"""One decodes a weight while the other writes one; both leave the interpreter to the rest."""
 
 
 @dataclass
@@ -95,10 +96,11 @@ class DataFile:
         with self.path.open("wb") as file, ThreadPoolExecutor(_WORKERS) as pool:
             file.truncate(self._end)
             waiting: deque[Future[None]] = deque()
+            turn = threading.Lock()
             try:
                 for done, item in enumerate(self.reserved.values()):
                     progress("writing weights", done, total)
-                    waiting.append(pool.submit(_write, file.fileno(), item))
+                    waiting.append(pool.submit(_write, file, turn, item))
                     if len(waiting) > _WORKERS:
                         waiting.popleft().result()
                 while waiting:
@@ -108,13 +110,12 @@ class DataFile:
             progress("writing weights", total, total)
 
 
-def _write(file: int, item: Reserved) -> None:
+def _write(file: BinaryIO, turn: threading.Lock, item: Reserved) -> None:
     value = item.weight.load(torch.float32)
     check_finite(item.weight.name, value)
     if item.transposed:
         value = value.t()
     data = value.contiguous().numpy().data.cast("B")
-    place = item.offset
-    while data:
-        count = os.pwrite(file, data, place)
-        data, place = data[count:], place + count
+    with turn:
+        file.seek(item.offset)
+        file.write(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,16 +24,24 @@ def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
+_REGISTERED_BY = {"transformers": "transformers.integrations.moe"}
+"""Namespace -> the module that registers its operators, which a saved program needs first."""
+
+
 def resolve_target(name: str) -> Callable[..., Any]:
     """Return the torch operator called `namespace.name.overload`.
 
     Raises:
-        KeyError: There is no such operator in this process.
+        KeyError: There is no such operator, or it reads files, which no model needs.
     """
-    namespace, op, overload = name.split(".")
     try:
+        namespace, op, overload = name.split(".")
+        if namespace in _REGISTERED_BY:
+            importlib.import_module(_REGISTERED_BY[namespace])
+        if op == "from_file":
+            raise AttributeError(name)
         return getattr(getattr(getattr(torch.ops, namespace), op), overload)
-    except AttributeError as error:
+    except (AttributeError, ImportError, ValueError) as error:
         raise KeyError(f"no torch operator {name!r}") from error
 
 

@@ -16,6 +16,11 @@ def _get(items: Tensors, index: int) -> Tensor | None:
     return items[index] if index < len(items) else None
 
 
+def _alike(a: Type, b: Type, axes: tuple[int, ...]) -> bool:
+    """True where two types of rank 4 agree along `axes`."""
+    return len(a.shape) == len(b.shape) == 4 and all(same(a.shape[i], b.shape[i]) for i in axes)
+
+
 @register
 class Attention(Op):
     """softmax(cap(q k^T scale) + alibi + bias, over allowed keys) v; rows with no key give 0.
@@ -39,12 +44,21 @@ class Attention(Op):
             raise ValueError(f"attention of {q}, {k}, {v}")
         if not same(q.shape[3], k.shape[3]) or not same(k.shape[1], v.shape[1]):
             raise ValueError(f"attention of {q}, {k}, {v}: head sizes or counts differ")
+        if not (same(q.shape[0], k.shape[0]) and _alike(k, v, axes=(0, 2))):
+            raise ValueError(f"attention of {q}, {k}, {v}: batches or lengths differ")
         if int(q.shape[1]) % int(k.shape[1]):
             raise ValueError(f"attention: {q.shape[1]} query heads over {k.shape[1]} key heads")
         past = types[PAST_K] if len(types) > PAST_K else None
+        past_v = types[PAST_V] if len(types) > PAST_V else None
+        if (past is None) != (past_v is None):
+            raise ValueError("attention: past keys and past values come together or not at all")
+        if past is not None and past_v is not None:
+            alike = _alike(past, k, axes=(0, 1, 3)) and _alike(past_v, v, axes=(0, 1, 3))
+            if not alike or not same(past.shape[2], past_v.shape[2]):
+                raise ValueError(f"attention of {k}, {v} with past {past}, {past_v}")
         keys = k.shape[2] if past is None else past.shape[2] + k.shape[2]
         mask = types[MASK] if len(types) > MASK else None
-        if mask is not None and not same(mask.shape[1], keys):
+        if mask is not None and (len(mask.shape) != 2 or not same(mask.shape[1], keys)):
             raise ValueError(f"attention: mask {mask} for {keys} keys")
         bias = types[BIAS] if len(types) > BIAS else None
         if bias is not None:
@@ -102,11 +116,12 @@ class Attention(Op):
             allowed &= key_index // attrs["chunk"] == query_index // attrs["chunk"]
         allowed = allowed & mask.bool().view(batch, 1, 1, keys)
         scores = scores.masked_fill(~allowed, float("-inf"))
+        empty = (scores == float("-inf")).all(-1, keepdim=True)
         if sinks is not None:
             column = sinks.view(1, heads, 1, 1).expand(batch, heads, queries, 1)
             scores = torch.cat((scores, column.to(scores.dtype)), -1)
-        weights = torch.softmax(scores, -1).nan_to_num(0.0)[..., :keys]
-        out = weights @ v_full
+        weights = torch.softmax(scores, -1)[..., :keys]
+        out = (weights @ v_full).masked_fill(empty, 0.0)
         return (out,) if past_k is None else (out, k, v)
 
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
@@ -141,9 +156,10 @@ class SplitHeads(_Move):
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         x, head_dim = need(types, 0), attrs["head_dim"]
         width = x.shape[-1]
-        if len(x.shape) != 3 or not isinstance(width, int) or width % head_dim:
+        fits = isinstance(width, int) and head_dim > 0 and width % head_dim == 0
+        if len(x.shape) != 3 or not fits:
             raise ValueError(f"split_heads of {x} by {head_dim}")
-        heads = width // head_dim
+        heads = int(width) // head_dim
         batch, sequence = x.shape[0], x.shape[1]
         if attrs.get("swap", True):
             return [Type((batch, heads, sequence, head_dim), x.dtype)]

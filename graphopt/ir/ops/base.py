@@ -91,8 +91,12 @@ def all_ops() -> dict[str, Op]:
 
 
 def need(types: Types, index: int) -> Type:
-    """Return operand type `index`, which must be there."""
-    value = types[index]
+    """Return operand type `index`.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    value = types[index] if index < len(types) else None
     if value is None:
         raise ValueError(f"operand {index} is missing")
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphopt.ir.ops.base import Attrs, Op, Tensors, Types, need, register
+from graphopt.ir.ops.base import Attrs, Op, Tensors, Types, need, register, same
 from graphopt.ir.types import Dim, Type, dim
 from graphopt.runtime import ops as runtime
 
@@ -54,10 +54,14 @@ class Rope(Op):
     defaults = {"interleaved": False, "heads_first": True}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
-        x, cos = need(types, 0), need(types, 1)
+        x, cos, sin = need(types, 0), need(types, 1), need(types, 2)
+        fits = len(x.shape) == 4 and len(cos.shape) == 3 and cos.shape == sin.shape
         width, half = x.shape[-1], cos.shape[-1]
-        if len(x.shape) != 4 or not isinstance(width, int) or 2 * int(half) > width:
-            raise ValueError(f"rope of {x} with a table {cos}")
+        if not fits or not isinstance(width, int) or 2 * int(half) > width:
+            raise ValueError(f"rope of {x} with tables {cos} and {sin}")
+        tokens = (x.shape[0], x.shape[2 if attrs.get("heads_first", True) else 1])
+        if not all(a in (1, b) or same(a, b) for a, b in zip(cos.shape, tokens, strict=False)):
+            raise ValueError(f"rope of {x} with tables {cos} and {sin}")
         return [x]
 
     def flops(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]

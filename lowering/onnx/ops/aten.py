@@ -84,14 +84,36 @@ for _names, _op_type in (
     (("aten.sin",), "Sin"),
     (("aten.tanh",), "Tanh"),
     (("aten.sigmoid",), "Sigmoid"),
-    (("aten.relu",), "Relu"),
     (("aten.erf",), "Erf"),
-    (("aten.floor",), "Floor"),
-    (("aten.ceil",), "Ceil"),
     (("aten.sign", "aten.sgn"), "Sign"),
-    (("aten.round",), "Round"),
 ):
     _unary(_names, _op_type)
+
+
+@translation("aten.relu")
+def relu(lower: Lowering, node: Node) -> ir.Value:
+    dtype = dtype_of(lower, node)
+    x = lower.whole(node.inputs[0])
+    if dtype.is_floating_point:
+        return lower.builder.op("Relu", x)
+    return lower.builder.op("Max", x, lower.builder.number(0, dtype))
+
+
+def _rounding(name: str, op_type: str) -> None:
+    @translation(f"{name}.default")
+    def form(lower: Lowering, node: Node) -> ir.Value:
+        x = lower.whole(node.inputs[0])
+        # Whole numbers are round already, and ONNX has no such op for them.
+        is_float = dtype_of(lower, node).is_floating_point
+        return lower.builder.op(op_type, x) if is_float else x
+
+
+for _name, _op_type in (("floor", "Floor"), ("ceil", "Ceil"), ("round", "Round")):
+    _rounding(f"aten.{_name}", _op_type)
+
+
+_LOGICAL = {"Add": "Or", "Max": "Or", "Mul": "And", "Min": "And"}
+"""What arithmetic on truth values is, of which ONNX has none."""
 
 
 def _binary(names: tuple[str, ...], op_type: str) -> None:
@@ -100,10 +122,14 @@ def _binary(names: tuple[str, ...], op_type: str) -> None:
         a, b = lower.aten_arg(node, 0), lower.aten_arg(node, 1, "other")
         dtype = dtype_of(lower, node)
         left, right = operand(lower, a, dtype), operand(lower, b, dtype)
-        alpha = lower.aten_arg(node, 2, "alpha", 1)
-        if alpha != 1:
-            right = lower.builder.op("Mul", right, lower.builder.number(alpha, dtype))
-        return lower.builder.op(op_type, left, right)
+        if dtype == torch.bool:
+            return lower.builder.op(_LOGICAL[op_type], left, right)
+        return lower.builder.op(op_type, left, _times_alpha(lower, node, right, dtype))
+
+
+def _times_alpha(lower: Lowering, node: Node, x: ir.Value, dtype: torch.dtype) -> ir.Value:
+    alpha = lower.aten_arg(node, 2, "alpha", 1)
+    return x if alpha == 1 else lower.builder.op("Mul", x, operand(lower, alpha, dtype))
 
 
 for _names, _op_type in (
@@ -132,13 +158,23 @@ def div(lower: Lowering, node: Node) -> ir.Value:
     return result
 
 
+def _rest(lower: Lowering, a: ir.Value, b: ir.Value, dtype: torch.dtype) -> ir.Value:
+    """The remainder with the sign of the divisor."""
+    builder = lower.builder
+    if not dtype.is_floating_point:
+        return builder.op("Mod", a, b)
+    # a - floor(a / b) b would carry the rounding of a / b.
+    rest = builder.op("Mod", a, b, fmod=1)
+    zero = builder.number(0.0, dtype)
+    other_sign = builder.op("Less", builder.op("Mul", rest, builder.op("Sign", b)), zero)
+    return builder.op("Where", other_sign, builder.op("Add", rest, b), rest)
+
+
 def _floor_divide(lower: Lowering, a: ir.Value, b: ir.Value, dtype: torch.dtype) -> ir.Value:
     """ONNX divides integers towards zero, torch towards minus infinity."""
     builder = lower.builder
-    if dtype.is_floating_point:
-        return builder.op("Floor", builder.op("Div", a, b))
-    rest = builder.op("Mod", a, b)
-    return builder.op("Div", builder.op("Sub", a, rest), b)
+    result = builder.op("Div", builder.op("Sub", a, _rest(lower, a, b, dtype)), b)
+    return builder.op("Round", result) if dtype.is_floating_point else result
 
 
 @translation("aten.floor_divide")
@@ -152,17 +188,14 @@ def floor_divide(lower: Lowering, node: Node) -> ir.Value:
 def remainder(lower: Lowering, node: Node) -> ir.Value:
     dtype = dtype_of(lower, node)
     a, b = (operand(lower, lower.aten_arg(node, i), dtype) for i in (0, 1))
-    if not dtype.is_floating_point:
-        return lower.builder.op("Mod", a, b)
-    whole = lower.builder.op("Mul", _floor_divide(lower, a, b, dtype), b)
-    return lower.builder.op("Sub", a, whole)
+    return _rest(lower, a, b, dtype)
 
 
 @translation("aten.rsub")
 def rsub(lower: Lowering, node: Node) -> ir.Value:
     dtype = dtype_of(lower, node)
     a, b = (operand(lower, lower.aten_arg(node, i), dtype) for i in (0, 1))
-    return lower.builder.op("Sub", b, a)
+    return lower.builder.op("Sub", b, _times_alpha(lower, node, a, dtype))
 
 
 @translation("aten.square")
@@ -173,21 +206,31 @@ def square(lower: Lowering, node: Node) -> ir.Value:
 
 @translation("aten.rsqrt")
 def rsqrt(lower: Lowering, node: Node) -> ir.Value:
-    root = lower.builder.op("Sqrt", lower.whole(node.inputs[0]))
+    x = operand(lower, node.inputs[0], dtype_of(lower, node))
+    root = lower.builder.op("Sqrt", x)
     return lower.builder.op("Reciprocal", root)
 
 
 @translation("aten.log1p")
 def log1p(lower: Lowering, node: Node) -> ir.Value:
+    """log(1 + x) as log(y) x / (y - 1) with y = 1 + x, whose rounding cancels out."""
+    builder = lower.builder
     x = operand(lower, lower.aten_arg(node, 0), dtype_of(lower, node))
-    return lower.builder.op("Log", lower.builder.op("Add", x, lower.builder.number(1.0)))
+    one = builder.number(1.0)
+    y = builder.op("Add", x, one)
+    change = builder.op("Sub", y, one)
+    bent = builder.op("Mul", builder.op("Log", y), builder.op("Div", x, change))
+    exact = builder.op("Equal", change, x)
+    tiny = builder.op("Equal", change, builder.number(0.0))
+    result = builder.op("Where", exact, builder.op("Log", y), bent)
+    return builder.op("Where", tiny, x, result)
 
 
 @translation("aten.expm1")
 def expm1(lower: Lowering, node: Node) -> ir.Value:
     """exp(x) - 1 as 2 tanh(x/2) / (1 - tanh(x/2)), which does not cancel near zero."""
     builder = lower.builder
-    x = lower.whole(node.inputs[0])
+    x = operand(lower, node.inputs[0], dtype_of(lower, node))
     half = builder.op("Tanh", builder.op("Mul", x, builder.number(0.5)))
     top = builder.op("Mul", half, builder.number(2.0))
     bent = builder.op("Div", top, builder.op("Sub", builder.number(1.0), half))
@@ -224,6 +267,8 @@ def gelu(lower: Lowering, node: Node) -> ir.Value:
 def clamp(lower: Lowering, node: Node) -> ir.Value:
     dtype = dtype_of(lower, node)
     low, high = lower.aten_arg(node, 1, "min"), lower.aten_arg(node, 2, "max")
+    if ".hardtanh" in node.op:
+        low, high = lower.aten_arg(node, 1, "min_val", -1), lower.aten_arg(node, 2, "max_val", 1)
     if ".clamp_max" in node.op:
         low, high = None, low
     x = operand(lower, lower.aten_arg(node, 0), dtype)
@@ -242,6 +287,8 @@ def _comparison(name: str, op_type: str, negate: bool = False) -> None:
     def form(lower: Lowering, node: Node) -> ir.Value:
         items = [lower.aten_arg(node, 0), lower.aten_arg(node, 1)]
         dtype = _common(lower, items)
+        if dtype == torch.bool and op_type != "Equal":
+            dtype = torch.int32  # truth values have no order in ONNX
         a, b = (operand(lower, item, dtype) for item in items)
         result = lower.builder.op(op_type, a, b)
         return lower.builder.op("Not", result) if negate else result
@@ -259,20 +306,24 @@ for _name, _op_type, _negate in (
 
 
 def _logic(names: tuple[str, ...], op_type: str) -> None:
+    """The operator on truth values, and, unless it is logical by name, on the bits of integers."""
+
     @translation(*names)
     def form(lower: Lowering, node: Node) -> ir.Value:
-        a, b = (operand(lower, lower.aten_arg(node, i), torch.bool) for i in (0, 1))
-        return lower.builder.op(op_type, a, b)
+        dtype = dtype_of(lower, node)
+        a, b = (operand(lower, lower.aten_arg(node, i), dtype) for i in (0, 1))
+        return lower.builder.op(op_type if dtype == torch.bool else f"Bitwise{op_type}", a, b)
 
 
-_logic(("aten.__and__", "aten.bitwise_and", "aten.logical_and"), "And")
-_logic(("aten.__or__", "aten.bitwise_or", "aten.logical_or"), "Or")
-_logic(("aten.__xor__", "aten.bitwise_xor", "aten.logical_xor"), "Xor")
+for _word, _op_type in (("and", "And"), ("or", "Or"), ("xor", "Xor")):
+    _logic((f"aten.__{_word}__", f"aten.bitwise_{_word}", f"aten.logical_{_word}"), _op_type)
 
 
 @translation("aten.logical_not", "aten.bitwise_not")
 def logical_not(lower: Lowering, node: Node) -> ir.Value:
-    return lower.builder.op("Not", operand(lower, lower.aten_arg(node, 0), torch.bool))
+    dtype = dtype_of(lower, node)
+    x = operand(lower, lower.aten_arg(node, 0), dtype)
+    return lower.builder.op("Not" if dtype == torch.bool else "BitwiseNot", x)
 
 
 @translation("aten.where")
@@ -314,14 +365,15 @@ def _reduction(names: tuple[str, ...], op_type: str) -> None:
 
 _reduction(("aten.mean",), "ReduceMean")
 _reduction(("aten.sum",), "ReduceSum")
-_reduction(("aten.amax",), "ReduceMax")
-_reduction(("aten.amin",), "ReduceMin")
+_reduction(("aten.amax", "aten.max.default"), "ReduceMax")
+_reduction(("aten.amin", "aten.min.default"), "ReduceMin")
 _reduction(("aten.prod",), "ReduceProd")
 
 
 @translation("aten.any")
 def any_(lower: Lowering, node: Node) -> ir.Value:
-    x = operand(lower, lower.aten_arg(node, 0), torch.int64)
+    truth = operand(lower, lower.aten_arg(node, 0), torch.bool)
+    x = cast(lower, truth, torch.bool, torch.int64)
     axes = _axes(lower, lower.aten_arg(node, 1, "dim"))
     keep = int(bool(lower.aten_arg(node, 2, "keepdim", False)))
     total = lower.builder.op("ReduceMax", x, axes, keepdims=keep)
@@ -343,10 +395,14 @@ def extreme(lower: Lowering, node: Node) -> list[ir.Value]:
 @translation("aten.argmax", "aten.argmin")
 def argmax(lower: Lowering, node: Node) -> ir.Value:
     kind = "ArgMax" if ".argmax" in node.op else "ArgMin"
-    keep = int(bool(lower.aten_arg(node, 2, "keepdim", False)))
-    return lower.builder.op(
-        kind, lower.whole(node.inputs[0]), axis=lower.aten_arg(node, 1, "dim"), keepdims=keep
-    )
+    keep = bool(lower.aten_arg(node, 2, "keepdim", False))
+    x, axis = lower.whole(node.inputs[0]), lower.aten_arg(node, 1, "dim")
+    if axis is None:
+        if keep:
+            raise ValueError("the place in the whole tensor with its axes kept has no ONNX form")
+        flat = lower.builder.op("Reshape", x, lower.builder.constant([-1]))
+        return lower.builder.op(kind, flat, axis=0, keepdims=0)
+    return lower.builder.op(kind, x, axis=axis, keepdims=int(keep))
 
 
 @translation("aten.cumsum")
@@ -370,7 +426,7 @@ def vector_norm(lower: Lowering, node: Node) -> ir.Value:
     axes = _axes(lower, lower.aten_arg(node, 2, "dim"))
     keep = int(bool(lower.aten_arg(node, 3, "keepdim", False)))
     x = lower.whole(node.inputs[0])
-    return lower.builder.op(f"ReduceL{order}", x, axes, keepdims=keep)
+    return lower.builder.op(f"ReduceL{int(order)}", x, axes, keepdims=keep)
 
 
 # Products ---------------------------------------------------------------------------------------

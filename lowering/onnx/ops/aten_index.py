@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
+import sympy
 import torch
 
 from graphopt.ir.graph import In, Node, Value
+from graphopt.ir.types import Dim, dim
 from graphopt.lowering.onnx.ops.aten import cast, dtype_of, operand
 from graphopt.lowering.onnx.ops.registry import Lowering, translation
 
@@ -116,19 +118,26 @@ def scatter(lower: Lowering, node: Node) -> ir.Value:
     )
 
 
+def _bound(place: Dim, size: Dim) -> Dim:
+    """Return a bound of a slice counted from the start, and inside."""
+    wrapped = place + size if isinstance(place, int) and place < 0 else place
+    return dim(sympy.Max(0, sympy.Min(wrapped, size)))
+
+
 @translation("aten.slice_scatter")
 def slice_scatter(lower: Lowering, node: Node) -> ir.Value:
     """Write a slice of the last axes: by its positions along one axis."""
     builder = lower.builder
     x, source = lower.aten_arg(node, 0), lower.aten_arg(node, 1)
     axis = lower.aten_arg(node, 2, "dim", 0)
-    start, end = lower.aten_arg(node, 3, "start", 0) or 0, lower.aten_arg(node, 4, "end")
+    start, end = lower.aten_arg(node, 3, "start") or 0, lower.aten_arg(node, 4, "end")
     step = lower.aten_arg(node, 5, "step", 1)
     sizes = lower.types[x].shape
     axis = axis % len(sizes)
-    last = sizes[axis] if end is None or (isinstance(end, int) and end > 2**60) else end
+    size = sizes[axis]
+    first, last = _bound(start, size), _bound(size if end is None else end, size)
     places = builder.op(
-        "Range", builder.scalar(start), builder.scalar(last), builder.constant(step)
+        "Range", builder.scalar(first), builder.scalar(last), builder.constant(step)
     )
     column = [1] * len(sizes)
     column[axis] = -1

@@ -116,7 +116,9 @@ def _slice(
 @translation("aten.narrow")
 def narrow(lower: Lowering, node: Node) -> ir.Value:
     axis, start, length = (lower.aten_arg(node, i) for i in (1, 2, 3))
-    return _slice(lower, lower.whole(node.inputs[0]), axis, start, start + length)
+    end = start + length
+    # Counted from the end, a slice up to the end has no number for where it stops.
+    return _slice(lower, lower.whole(node.inputs[0]), axis, start, None if end == 0 else end)
 
 
 @translation("aten.select")
@@ -185,7 +187,7 @@ def pad(lower: Lowering, node: Node) -> ir.Value:
 
 
 @translation(
-    "aten.to", "aten._to_copy", "aten.type_as", "aten.float", "aten.clone", "aten.contiguous",
+    "aten.to", "aten._to_copy", "aten.type_as", "aten.clone", "aten.contiguous",
     "aten.detach", "aten.alias", "aten.dropout", "aten.lift_fresh_copy", "aten.copy",
 )  # fmt: skip
 def convert(lower: Lowering, node: Node) -> ir.Value:

@@ -65,7 +65,7 @@ def _key_mask(lower: Lowering, mask: Value | None) -> ir.Value:
     key = "ones"
     if key not in lower.shared:
         builder = lower.builder
-        shape = builder.op("Shape", lower.inputs["attention_mask"])
+        shape = builder.shape([B, P + S])
         ones = ir.tensor(np.ones(1, dtype=np.int64))
         lower.shared[key] = builder.op("ConstantOfShape", shape, value=ones)
     return lower.shared[key]

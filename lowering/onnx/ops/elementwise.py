@@ -88,6 +88,7 @@ def softcap(lower: Lowering, node: Node) -> ir.Value:
         bent = ir.node("Tanh", [ratio.outputs[0]])
         return [limit, ratio, bent, ir.node("Mul", [bent.outputs[0], limit.outputs[0]])]
 
-    name = f"Softcap_{cap:g}".replace(".", "_").replace("-", "m").replace("+", "")
+    digits = str(np.float32(cap)).removesuffix(".0")
+    name = f"Softcap_{digits}".replace(".", "_").replace("-", "m").replace("+", "")
     function = lower.builder.functions.get(name) or _function(name, body)
     return lower.builder.call(function, lower.whole(node.inputs[0]))

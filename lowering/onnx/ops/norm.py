@@ -14,7 +14,7 @@ from graphopt.lowering.onnx.ops.registry import Heads, Lowered, Lowering, transl
 def _gain(lower: Lowering, weight: Value | None, width: int, offset: float) -> ir.Value | None:
     """Return the gain as a vector; None where it does not broadcast along the last axis alone."""
     if weight is None:
-        return lower.builder.constant(np.full(width, 1.0 + offset), np.float32)
+        return lower.builder.constant(np.ones(width), np.float32)
     if len(lower.types[weight].shape) != 1:
         return None
     gain = lower.whole(weight)

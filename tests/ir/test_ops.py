@@ -1,0 +1,480 @@
+"""Every op: against a formula of its own, its fast form against it, its types and refusals."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphopt.ir import B, P, S, Type
+from graphopt.ir.ops import all_ops, get_op
+
+F64, I64 = torch.float64, torch.int64
+OPS = sorted(set(all_ops()) - {"aten"})
+
+
+@dataclass
+class Case:
+    """One way to use an op.
+
+    Attributes:
+        types: Of the operands, in B, S and P; None for an absent one.
+        terms: The longest sum behind one output element.
+        size: The largest magnitude on the way to an output, where it is more than that.
+    """
+
+    op: str
+    types: list[Type | None]
+    attrs: dict[str, Any] = field(default_factory=dict)
+    terms: int = 1
+    size: float = 1.0
+
+    def __str__(self):
+        options = "".join(f",{key}={value}" for key, value in self.attrs.items())
+        present = sum(kind is not None for kind in self.types)
+        return f"{self.op}({present}{options})"
+
+    def tensors(self, sizes, dtype=F64, seed=0):
+        """Return random operands; what an integer operand means is told by its name."""
+        generator = torch.Generator().manual_seed(seed)
+        made = []
+        for name, kind in zip(get_op(self.op).operands, self.types, strict=False):
+            if kind is None:
+                made.append(None)
+                continue
+            shape = kind.concrete(sizes)
+            if name == "ids":
+                made.append(torch.randint(0, 5, shape, generator=generator))
+            elif name == "positions":
+                made.append(torch.randint(0, 60, shape, generator=generator))
+            elif name == "mask?":
+                mask = torch.ones(shape, dtype=I64)
+                mask[-1, : shape[1] // 2] = 0
+                made.append(mask)
+            else:
+                made.append(torch.randn(shape, generator=generator, dtype=F64).to(dtype))
+        return made
+
+
+def f64(*shape):
+    return Type(shape, F64)
+
+
+def i64(*shape):
+    return Type(shape, I64)
+
+
+X = f64(B, S, 6)
+Q, K, V = f64(B, 4, S, 8), f64(B, 2, S, 8), f64(B, 2, S, 5)
+MASK, PAST_MASK = i64(B, S), i64(B, P + S)
+PAST = [f64(B, 2, P, 8), f64(B, 2, P, 5)]
+HEADS = f64(4)
+TABLE = f64(B, S, 3)
+
+
+def attention(*extra, **attrs):
+    return Case("attention", [Q, K, V, *extra], {"scale": 0.35, "causal": True} | attrs, 21)
+
+
+CASES = [
+    *(Case(name, [X]) for name in ("relu", "relu2", "silu", "sigmoid", "tanh", "gelu",
+                                   "gelu_tanh", "quick_gelu")),
+    Case("softcap", [X], {"cap": 1.5}),
+    Case("scale", [X], {"factor": -0.7}),
+    *(Case(name, kinds) for name in ("add", "mul")
+      for kinds in ([X, X], [X, f64(6)], [f64(B, 1, 6), f64(S, 1)])),
+    Case("embedding", [i64(B, S), f64(7, 3)]),
+    Case("embedding", [i64(B, S), f64(7, 3)], {"offset": 2}),
+    Case("linear", [X, f64(5, 6)], terms=6),
+    Case("linear", [X, f64(5, 6), f64(5)], terms=7),
+    *(Case("rms_norm", [X, *gain], {"eps": 1e-3} | offset, 6)
+      for gain in ([], [f64(6)], [f64(S, 6)]) for offset in ({}, {"offset": 1.0})),
+    *(Case("layer_norm", [X, *rest], {"eps": 1e-3}, 12)
+      for rest in ([], [f64(6)], [f64(6), f64(6)], [None, f64(6)], [f64(S, 6), f64(S, 6)])),
+    # Angles go up to 60 times three, and are known to that many roundings of 1.
+    *(Case("rope_table", [i64(B, S), f64(3)], scale, size=60 * 3)
+      for scale in ({}, {"scale": 1.3})),
+    *(Case("rope", [x, TABLE, TABLE], {"interleaved": pairs, "heads_first": x is Q}, 2)
+      for x in (Q, f64(B, S, 4, 6)) for pairs in (False, True)),
+    *(Case("split_heads", [f64(B, S, 12)], {"head_dim": 4, "swap": swap})
+      for swap in (True, False)),
+    *(Case("merge_heads", [Q], {"swap": swap}) for swap in (True, False)),
+    Case("swap_heads", [Q]),
+    attention(),
+    attention(causal=False),
+    attention(MASK, window=2),
+    attention(MASK, chunk=3, softcap=1.0),
+    attention(MASK, f64(B, 1, S, S), HEADS, HEADS),
+    attention(PAST_MASK, None, None, HEADS, *PAST),
+    attention(PAST_MASK, f64(1, 4, 1, P + S), None, None, *PAST, window=4),
+    attention(None, None, None, None, *PAST, softcap=2.0),
+]  # fmt: skip
+SIZES = [{B: 2, S: 3, P: 2}, {B: 1, S: 5, P: 4}]
+
+
+def test_every_op_has_a_case():
+    assert {case.op for case in CASES} == set(OPS)
+
+
+# References -------------------------------------------------------------------------------------
+
+
+def logistic(x):
+    return 0.5 * (1 + math.tanh(x / 2))
+
+
+SCALARS = {
+    "relu": lambda x: (x + abs(x)) / 2,
+    "relu2": lambda x: x * x if x > 0 else 0.0,
+    "silu": lambda x: x * logistic(x),
+    "sigmoid": logistic,
+    "tanh": lambda x: 1 - 2 / (math.exp(2 * x) + 1),
+    "gelu": lambda x: x * math.erfc(-x / math.sqrt(2)) / 2,
+    "gelu_tanh": lambda x: x * logistic(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
+    "quick_gelu": lambda x: x * logistic(1.702 * x),
+    "softcap": lambda x, cap: cap * (2 * logistic(2 * x / cap) - 1),
+    "scale": lambda x, factor: factor * x,
+}
+
+
+def loops(function, *arrays, **attrs):
+    """Apply a function of numbers to every element of arrays that broadcast."""
+    return np.vectorize(lambda *items: function(*items, **attrs), otypes=[float])(*arrays)
+
+
+def expect_embedding(ids, weight, offset=0):
+    flat = [weight[int(i) + offset] for i in ids.reshape(-1)]
+    return np.stack(flat).reshape(*ids.shape, -1)
+
+
+def expect_linear(x, weight, bias=None):
+    y = np.einsum("...i,oi->...o", x, weight)
+    return y if bias is None else y + bias
+
+
+def expect_rms_norm(x, weight=None, eps=0.0, offset=0.0):
+    y = np.empty_like(x)
+    for place in np.ndindex(*x.shape[:-1]):
+        y[place] = x[place] / math.sqrt(sum(v * v for v in x[place]) / len(x[place]) + eps)
+    return y if weight is None else y * (weight + offset)
+
+
+def expect_layer_norm(x, weight=None, bias=None, eps=0.0):
+    y = np.empty_like(x)
+    for place in np.ndindex(*x.shape[:-1]):
+        y[place] = (x[place] - np.mean(x[place])) / math.sqrt(np.var(x[place]) + eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def expect_rope_table(positions, inv_freq, scale=1.0):
+    turn = scale * np.exp(1j * positions[..., None] * inv_freq)
+    return turn.real, turn.imag
+
+
+def expect_rope(x, cos, sin, interleaved=False, heads_first=True):
+    """A pair of features is a complex number, and rotating it a product."""
+    y, half = x.copy(), cos.shape[-1]
+    for place in np.ndindex(*x.shape[:-1]):
+        token = (place[0], place[2] if heads_first else place[1])
+        for f in range(half):
+            a, b = (2 * f, 2 * f + 1) if interleaved else (f, half + f)
+            turned = complex(x[place][a], x[place][b]) * complex(cos[token][f], sin[token][f])
+            y[place][a], y[place][b] = turned.real, turned.imag
+    return y
+
+
+def expect_split_heads(x, head_dim, swap=True):
+    heads = x.shape[-1] // head_dim
+    parts = [x[..., h * head_dim : (h + 1) * head_dim] for h in range(heads)]
+    return np.stack(parts, 1 if swap else 2)
+
+
+def expect_merge_heads(x, swap=True):
+    axis = 1 if swap else 2
+    return np.concatenate([np.take(x, h, axis) for h in range(x.shape[axis])], -1)
+
+
+def expect_swap_heads(x):
+    return np.stack([x[:, i] for i in range(x.shape[1])], 2)
+
+
+def expect_attention(
+    q, k, v, mask=None, bias=None, slopes=None, sinks=None, past_k=None, past_v=None,
+    *, scale, causal, window=None, chunk=None, softcap=None,
+):  # fmt: skip
+    """Query by query and key by key."""
+    past = 0 if past_k is None else past_k.shape[2]
+    if past_k is not None:
+        k, v = np.concatenate((past_k, k), 2), np.concatenate((past_v, v), 2)
+    batch, heads, queries, _ = q.shape
+    keys = k.shape[2]
+    mask = np.ones((batch, keys)) if mask is None else mask
+    wide = None if bias is None else np.broadcast_to(bias, (batch, heads, queries, keys))
+    out = np.zeros((batch, heads, queries, v.shape[3]))
+    for b, h, i in np.ndindex(batch, heads, queries):
+        group = h // (heads // k.shape[1])
+        here = past + i
+        scores = {}
+        for j in range(keys):
+            if not mask[b, j] or (causal and j > here):
+                continue
+            if window is not None and not (j > here - window):
+                continue
+            if chunk is not None and j // chunk != here // chunk:
+                continue
+            score = float(q[b, h, i] @ k[b, group, j]) * scale
+            if softcap is not None:
+                score = math.tanh(score / softcap) * softcap
+            if slopes is not None:
+                score += slopes[h] * sum(1 for other in range(j) if mask[b, other])
+            if wide is not None:
+                score += wide[b, h, i, j]
+            scores[j] = score
+        total = sum(map(math.exp, scores.values()))
+        total += 0.0 if sinks is None else math.exp(sinks[h])
+        for j, score in scores.items():
+            out[b, h, i] += math.exp(score) / total * v[b, group, j]
+    return out if past_k is None else (out, k, v)
+
+
+EXPECTED = {
+    **{name: functools.partial(loops, f) for name, f in SCALARS.items()},
+    "add": lambda a, b: loops(lambda x, y: x + y, a, b),
+    "mul": lambda a, b: loops(lambda x, y: x * y, a, b),
+    **{name.removeprefix("expect_"): f for name, f in list(globals().items())
+       if name.startswith("expect_")},
+}  # fmt: skip
+
+
+def expected(op, tensors, attrs):
+    arrays = [None if t is None else t.numpy() for t in tensors]
+    result = EXPECTED[op](*arrays, **attrs)
+    parts = result if isinstance(result, tuple) else (result,)
+    return [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=["small", "long"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference(case, sizes):
+    tensors = case.tensors(sizes)
+    found = get_op(case.op).reference(tensors, case.attrs)
+    # Both sides round in fp64, on sums of at most a hundred terms of order 1.
+    torch.testing.assert_close(
+        list(found), expected(case.op, tensors, case.attrs), rtol=1e-13, atol=1e-13 * case.size
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_fast_form_equals_the_reference(case):
+    for seed, sizes in enumerate(SIZES):
+        tensors = case.tensors(sizes, torch.float32, seed)
+        wide = [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+        found = get_op(case.op).torch(tensors, case.attrs)
+        exact = get_op(case.op).reference(wide, case.attrs)
+        for fast, plain in zip(found, exact, strict=True):
+            assert fast.dtype == torch.float32
+            # A rounding (2^-24) a term of the longest sum, and 16 for the functions around it,
+            # relative to the largest operand, of which 4 is a generous bound for normal numbers.
+            bound = 2**-24 * (case.terms + 16) * 4 * case.size
+            allowed = bound * max(1.0, float(plain.abs().max()))
+            torch.testing.assert_close(fast.double(), plain, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_types_are_those_of_the_results(case):
+    op = get_op(case.op)
+    kinds = op.infer(case.types, case.attrs)
+    for sizes in SIZES:
+        for form in (op.reference, op.torch):
+            made = form(case.tensors(sizes), case.attrs)
+            assert [tuple(t.shape) for t in made] == [kind.concrete(sizes) for kind in kinds]
+            assert [t.dtype for t in made] == [kind.dtype for kind in kinds]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_flow_through_the_fast_form(case):
+    op = get_op(case.op)
+    tensors = case.tensors({B: 2, S: 3, P: 2}, seed=3)
+    tensors = [t if t is None or not t.is_floating_point() else t.requires_grad_() for t in tensors]
+    places = [index for index, t in enumerate(tensors) if t is not None and t.requires_grad]
+
+    def run(*moving):
+        operands = list(tensors)
+        for place, tensor in zip(places, moving, strict=True):
+            operands[place] = tensor
+        return op.torch(operands, case.attrs)
+
+    assert torch.autograd.gradcheck(run, [tensors[place] for place in places], fast_mode=True)
+
+
+# Attention --------------------------------------------------------------------------------------
+
+
+@st.composite
+def attentions(draw):
+    """Operands and attributes of every combination of features, some with rows without a key."""
+    batch, groups, share = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    queries, past = draw(st.integers(1, 4)), draw(st.integers(0, 3))
+    head_dim, value_dim = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+
+    def random(*shape):
+        return 2 * torch.randn(shape, generator=generator, dtype=F64)
+
+    heads, keys = groups * share, past + queries
+    bias_shape = draw(st.sampled_from([None, (1, 1, 1, keys), (batch, heads, queries, keys)]))
+    mask = torch.tensor(draw(st.lists(st.lists(st.integers(0, 1), min_size=keys, max_size=keys),
+                                      min_size=batch, max_size=batch)))  # fmt: skip
+    operands = [
+        random(batch, heads, queries, head_dim),
+        random(batch, groups, queries, head_dim),
+        random(batch, groups, queries, value_dim),
+        mask if draw(st.booleans()) else None,
+        None if bias_shape is None else random(*bias_shape),
+        random(heads) if draw(st.booleans()) else None,
+        random(heads) if draw(st.booleans()) else None,
+    ]
+    if past or draw(st.booleans()):
+        operands += [
+            random(batch, groups, past, head_dim),
+            random(batch, groups, past, value_dim),
+        ]
+    attrs = {
+        "scale": draw(st.sampled_from((0.5, 1.0))),
+        "causal": draw(st.booleans()),
+        "window": draw(st.sampled_from((None, 1, 2, 9))),
+        "chunk": draw(st.sampled_from((None, 1, 3))),
+        "softcap": draw(st.sampled_from((None, 0.7))),
+    }
+    return operands, attrs
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(attentions())
+def test_attention_of_any_features(drawn):
+    operands, attrs = drawn
+    wanted = expected("attention", operands, attrs)
+    op = get_op("attention")
+    for form in (op.reference, op.torch):
+        # fp64, and scores up to about 20, of which the exponential amplifies the rounding.
+        torch.testing.assert_close(list(form(operands, attrs)), wanted, rtol=1e-12, atol=1e-12)
+
+
+def padded(dtype, extras=()):
+    """Two rows, the first of them without one real token; the operands that take gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 3, 8), (2, 2, 3, 8), (2, 2, 3, 8)]
+    moving = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+    mask = torch.tensor([[0, 0, 0], [0, 1, 1]])
+    return [tensor.requires_grad_() for tensor in moving], [mask, None, None, *extras]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_without_a_key_give_zero_and_no_gradient(dtype, softcap, sinks):
+    extras = [torch.randn(4, dtype=dtype)] if sinks else []
+    moving, rest = padded(dtype, extras)
+    attrs = {"scale": 0.3, "causal": True, "softcap": softcap}
+    op = get_op("attention")
+    for form in (op.reference, op.torch):
+        (out,) = form([*moving, *rest], attrs)
+        assert out[0].eq(0).all() and out[1, :, 0].eq(0).all()
+        assert out[1, :, 1:].ne(0).all()
+    for grad in torch.autograd.grad(out.square().sum(), moving):
+        assert grad.isfinite().all() and grad[0].eq(0).all() and grad[1].ne(0).any()
+
+
+def test_nan_is_not_taken_for_a_row_without_a_key():
+    operands = attention(MASK).tensors({B: 2, S: 3, P: 0})
+    operands[0][0, 0, 1, 0] = math.nan
+    op = get_op("attention")
+    for form in (op.reference, op.torch):
+        (out,) = form(operands, {"scale": 1.0, "causal": True})
+        assert out[0, 0, 1].isnan().all() and not out[0, 1].isnan().any()
+
+
+def test_alibi_by_position_equals_alibi_by_distance():
+    """The paper's form, arXiv 2108.12409: a bias of minus slope times the distance."""
+    q, k, v, mask, _, slopes, *_ = attention(MASK, None, HEADS).tensors({B: 2, S: 6, P: 0})
+    attrs = {"scale": 0.5, "causal": True}
+    place = mask.cumsum(-1).double()
+    distance = place[:, None, :, None] - place[:, None, None, :]
+    bias = -slopes[None, :, None, None] * distance
+    op = get_op("attention")
+    (by_position,) = op.torch([q, k, v, mask, None, slopes], attrs)
+    (by_distance,) = op.torch([q, k, v, mask, bias], attrs)
+    torch.testing.assert_close(by_position, by_distance, rtol=1e-12, atol=1e-12)
+
+
+def test_sixteen_bit_norms_are_computed_wide():
+    """A row whose mean square overflows fp16: 300^2 is more than 65504."""
+    x = torch.tensor([[300.0, -300.0, 300.0, -300.0]], dtype=torch.float16)
+    for name in ("rms_norm", "layer_norm"):
+        (y,) = get_op(name).torch([x], {"eps": 1e-5})
+        assert y.dtype == torch.float16 and y.equal(x.sign())
+
+
+# Refusals ---------------------------------------------------------------------------------------
+
+REFUSED = {
+    "add, sizes": ("add", [X, f64(5)], {}, "do not broadcast"),
+    "add, symbols": ("add", [f64(B, S), f64(B, P + 2)], {}, "do not broadcast"),
+    "add, absent": ("add", [X, None], {}, "operand 1 is missing"),
+    "add, one": ("add", [X], {}, "operand 1 is missing"),
+    "embedding, vector": ("embedding", [i64(B, S), f64(7)], {}, "embedding of"),
+    "embedding, floats": ("embedding", [X, f64(7, 3)], {}, "embedding of"),
+    "linear, width": ("linear", [X, f64(5, 7)], {}, "linear of"),
+    "linear, rank": ("linear", [X, f64(6)], {}, "linear of"),
+    "linear, bias": ("linear", [X, f64(5, 6), f64(6)], {}, "bias"),
+    "rms_norm, gain": ("rms_norm", [X, f64(5)], {"eps": 0.1}, "broadcast"),
+    "rms_norm, wide gain": ("rms_norm", [f64(6), f64(2, 6)], {"eps": 0.1}, "norm of"),
+    "layer_norm, bias": ("layer_norm", [X, None, f64(3, 1, 1, 6)], {"eps": 0.1}, "norm of"),
+    "rope_table, matrix": ("rope_table", [i64(B, S), f64(3, 3)], {}, "inv_freq"),
+    "rope, rank": ("rope", [X, TABLE, TABLE], {}, "rope of"),
+    "rope, too wide": ("rope", [f64(B, 4, S, 4), TABLE, TABLE], {}, "rope of"),
+    "rope, sine": ("rope", [Q, TABLE, f64(B, S, 2)], {}, "rope of"),
+    "rope, order": ("rope", [Q, TABLE, TABLE], {"heads_first": False}, "rope of"),
+    "rope, table": ("rope", [Q, f64(S, 3), f64(S, 3)], {}, "rope of"),
+    "split_heads, rank": ("split_heads", [Q], {"head_dim": 4}, "split_heads of"),
+    "split_heads, width": ("split_heads", [X], {"head_dim": 4}, "split_heads of"),
+    "split_heads, zero": ("split_heads", [X], {"head_dim": 0}, "split_heads of"),
+    "merge_heads, rank": ("merge_heads", [X], {}, "merge_heads of"),
+    "swap_heads, rank": ("swap_heads", [X], {}, "swap_heads of"),
+}
+BAD_ATTENTION = {
+    "rank": ([X, K, V], "attention of"),
+    "head size": ([Q, f64(B, 2, S, 7), V], "head sizes"),
+    "value heads": ([Q, K, f64(B, 1, S, 5)], "head sizes or counts"),
+    "groups": ([Q, f64(B, 3, S, 8), f64(B, 3, S, 5)], "4 query heads over 3"),
+    "batch": ([Q, f64(1, 2, S, 8), f64(1, 2, S, 5)], "attention of"),
+    "value length": ([Q, K, f64(B, 2, S + 1, 5)], "attention of"),
+    "mask length": ([Q, K, V, i64(B, S + 1)], "mask"),
+    "mask rank": ([Q, K, V, i64(S)], "mask"),
+    "mask without past": ([Q, K, V, MASK, None, None, None, *PAST], "mask"),
+    "bias": ([Q, K, V, None, f64(B, 3, S, S)], "broadcast"),
+    "slopes": ([Q, K, V, None, None, f64(2)], "slopes"),
+    "sinks": ([Q, K, V, None, None, None, f64(2)], "sinks"),
+    "half a past": ([Q, K, V, None, None, None, None, PAST[0]], "past"),
+    "past heads": ([Q, K, V, None, None, None, None, f64(B, 4, P, 8), PAST[1]], "past"),
+    "past width": ([Q, K, V, None, None, None, None, PAST[0], f64(B, 2, P, 8)], "past"),
+    "past length": ([Q, K, V, None, None, None, None, PAST[0], f64(B, 2, S, 5)], "past"),
+}
+REFUSED |= {
+    f"attention, {name}": ("attention", types, {"scale": 1.0, "causal": True}, message)
+    for name, (types, message) in BAD_ATTENTION.items()
+}
+
+
+@pytest.mark.parametrize(("op", "types", "attrs", "message"), REFUSED.values(), ids=REFUSED)
+def test_bad_operands_are_refused(op, types, attrs, message):
+    with pytest.raises(ValueError, match=message):
+        get_op(op).infer(types, attrs)
