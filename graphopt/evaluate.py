@@ -150,6 +150,8 @@ class TorchArtifactModel(LanguageModel):
     backend = "torch"
 
     def __init__(self, root: Path, program: Program, *, trust_remote_code: bool = False) -> None:
+        from safetensors import SafetensorError
+
         from graphopt.lowering.torch import render_model
 
         path = root / "model.py"
@@ -161,23 +163,35 @@ class TorchArtifactModel(LanguageModel):
         self.name = program.name
         self.config = program.config
         self.tokenizer = output_tokenizer(root, program)
+        self._cached = bool(program.states)
         spec = importlib.util.spec_from_file_location(f"graphopt_artifact_{id(self)}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up
         try:
             spec.loader.exec_module(module)
-            self._model = module.load(root)
-        except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+            self._model = module.load(root, dtype=torch.float32)
+        except (
+            OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError
+        ) as error:  # fmt: skip
             raise SourceError(
                 f"{path} cannot be loaded: {reason(error)}.",
                 "Compile the model again.",
             ) from error
 
     def start(self, batch: int) -> Any:
-        return self._model.empty_cache(batch)
+        return self._model.empty_cache(batch) if self._cached else _Replay()
 
     def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
+        if not isinstance(cache, _Replay):
+            return self._run(inputs, cache)
+        new = inputs["input_ids"]
+        ids = new if cache.input_ids is None else torch.cat([cache.input_ids, new], 1)
+        whole = complete_inputs({"input_ids": ids, "attention_mask": inputs["attention_mask"]})
+        logits, _ = self._run(whole, self._model.empty_cache(ids.shape[0]))
+        return logits[:, -new.shape[1] :], _Replay(ids)
+
+    def _run(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
         with torch.no_grad():
             logits, cache = self._model(
                 inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"], cache

@@ -6,9 +6,36 @@ G key/value heads, D head size, N features.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias in the dtype of `weight` [out, in]; `x` [..., in] may be wider."""
+    return F.linear(x.to(weight.dtype), weight, bias)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """The product a b in the dtype of `b`; `a` may be wider."""
+    return a.to(b.dtype) @ b
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Multiply each row of `x` [N, K] by the matrix of its group in `weight` [E, K, M].
+
+    Group e is the rows from `ends[e - 1]` up to `ends[e]` (int [E], ascending); rows behind the
+    last group give 0.
+
+    Returns:
+        [N, M] in the dtype of `weight`.
+    """
+    counts = torch.diff(ends, prepend=ends.new_zeros(1), append=ends.new_full((1,), len(x)))
+    *groups, rest = x.to(weight.dtype).split(counts.tolist())
+    products = [rows @ matrix for rows, matrix in zip(groups, weight, strict=True) if len(rows)]
+    return torch.cat([*products, rest.new_zeros(len(rest), weight.shape[2])])
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
@@ -25,7 +52,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) 
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Mean-and-variance norm over the last dimension; `weight`, `bias` broadcast against `x`."""
+    """Mean-and-variance norm over the last dimension, in the dtype of `x`.
+
+    `weight` and `bias` are [N], or broadcast against `x` [..., N].
+    """
+    weight = None if weight is None else weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     if (weight is None or weight.dim() == 1) and (bias is None or bias.dim() == 1):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     normed = F.layer_norm(x, x.shape[-1:], None, None, eps)
@@ -127,6 +159,8 @@ def attention(
 ) -> Tensor:
     """softmax(cap(q k^T scale) + alibi + bias) v with grouped heads; rows with no key give 0.
 
+    Computed in the dtype of `v`: what was rotated by fp32 tables may be wider.
+
     Args:
         q: [B, H, S, D].
         k, v: [B, G, T, D] and [B, G, T, Dv], H a multiple of G; the S newest keys are last.
@@ -138,22 +172,22 @@ def attention(
     Returns:
         [B, H, S, Dv].
     """
+    q, k = q.to(v.dtype), k.to(v.dtype)
     S, T = q.shape[2], k.shape[2]
     groups = q.shape[1] // k.shape[1]
     allowed = allowed_keys(S, mask, T, causal, window, chunk, q.device)
     if slopes is not None:
-        real = mask if mask is not None else q.new_ones(q.shape[0], T)
-        slope_bias = alibi(slopes, real).to(q.dtype)
+        slope_bias = alibi(slopes, q.new_ones(q.shape[0], T) if mask is None else mask)
         bias = slope_bias if bias is None else bias + slope_bias
+    bias = None if bias is None else bias.to(q.dtype)
     if softcap is None and sinks is None:
         if bias is not None and allowed is not None:
             bias = torch.where(allowed, bias, float("-inf"))
-        out = F.scaled_dot_product_attention(
-            q, k, v, bias if bias is not None else allowed, scale=scale, enable_gqa=groups > 1
-        )
-        if mask is None and bias is None:
+        added = allowed if bias is None else bias
+        out = F.scaled_dot_product_attention(q, k, v, added, scale=scale, enable_gqa=groups > 1)
+        if added is None or (mask is None and bias is None):
             return out
-        empty = (bias == float("-inf")) if bias is not None else ~allowed  # type: ignore[operator]
+        empty = ~added if bias is None else added == float("-inf")
         return out.masked_fill(empty.all(-1, keepdim=True), 0.0)
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -175,14 +209,49 @@ def attention(
     return (weights / total.masked_fill(total == 0, 1.0)) @ v
 
 
-def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """[B, S, H * head_dim] to [B, H, S, head_dim]."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention` that also sees the keys and values of the tokens before.
+
+    Args:
+        q, k, v: Of the S new tokens.
+        past: Keys [B, G, P, D] and values [B, G, P, Dv] of the cached tokens; None if there are
+            none.
+        mask: [B, P + S], nonzero at real tokens.
+        bias, slopes, sinks, options: As for `attention`, with T = P + S.
+
+    Returns:
+        The output [B, H, S, Dv], the keys [B, G, P + S, D] and the values [B, G, P + S, Dv].
+    """
+    k = k.to(v.dtype)
+    if past is not None:
+        k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+    return attention(q, k, v, mask, bias, slopes, sinks, **options), k, v
 
 
-def merge_heads(x: Tensor) -> Tensor:
-    """[B, H, S, D] to [B, S, H * D]."""
-    return x.transpose(1, 2).flatten(2)
+def split_heads(x: Tensor, head_dim: int, swap: bool = True) -> Tensor:
+    """[B, S, H * head_dim] to [B, H, S, head_dim]; without swap to [B, S, H, head_dim]."""
+    heads = x.unflatten(-1, (-1, head_dim))
+    return heads.transpose(1, 2) if swap else heads
+
+
+def merge_heads(x: Tensor, swap: bool = True) -> Tensor:
+    """[B, H, S, D], or without swap [B, S, H, D], to [B, S, H * D]."""
+    return (x.transpose(1, 2) if swap else x).flatten(2)
+
+
+def swap_heads(x: Tensor) -> Tensor:
+    """[B, S, H, D] to [B, H, S, D], or back."""
+    return x.transpose(1, 2)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -330,7 +330,7 @@ def test_bad_onnx(tmp_path: Path, bigram: Bigram) -> None:
 MODEL_PY = """
 import torch
 
-def load(folder):
+def load(folder, dtype=None):
     open(folder / "ran", "w").close()
     torch.manual_seed(0)
     return Model()
@@ -373,7 +373,9 @@ def test_changed_model_file_is_not_run(tmp_path: Path, renderer: None) -> None:
 
 
 def test_model_file_that_fails(tmp_path: Path, renderer: None) -> None:
-    (tmp_path / "model.py").write_text("def load(folder):\n    raise OSError('no weights')\n")
+    (tmp_path / "model.py").write_text(
+        "def load(folder, dtype=None):\n    raise OSError('no weights')\n"
+    )
     with pytest.raises(SourceError, match=r"model\.py cannot be loaded: no weights"):
         TorchArtifactModel(tmp_path, Program("small"), trust_remote_code=True)
 

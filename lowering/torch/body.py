@@ -1,0 +1,326 @@
+"""A function of the program as the body of a module's `forward`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from graphopt.errors import LoweringError
+from graphopt.ir.graph import Cache, Function, In, Node, Param, Value
+from graphopt.ir.ops import get_op, is_aten
+from graphopt.ir.ops.aten import map_leaves, resolve_target
+from graphopt.ir.ops.attention import PAST_K, PAST_V
+from graphopt.ir.printer import FunctionPrinter
+from graphopt.lowering.torch.text import (
+    HELPERS,
+    attribute_names,
+    identifier,
+    literal,
+    size_text,
+)
+
+# op -> what is called. A name without a dot is a function of graphopt.runtime.ops.
+_CALLEES = {
+    "gelu": "F.gelu",
+    "gelu_tanh": "gelu_tanh",
+    "layer_norm": "layer_norm",
+    "linear": "linear",
+    "merge_heads": "merge_heads",
+    "quick_gelu": "quick_gelu",
+    "relu": "F.relu",
+    "relu2": "relu2",
+    "rms_norm": "rms_norm",
+    "rope": "rope",
+    "rope_table": "rope_table",
+    "sigmoid": "torch.sigmoid",
+    "silu": "F.silu",
+    "softcap": "softcap",
+    "split_heads": "split_heads",
+    "swap_heads": "swap_heads",
+    "tanh": "torch.tanh",
+}
+# ATen operators whose operands must be of one dtype, and one that is not of torch's own.
+_ATEN_CALLEES = {
+    "aten.bmm.default": "matmul",
+    "aten.matmul.default": "matmul",
+    "aten.mm.default": "matmul",
+    "transformers.grouped_mm_fallback.default": "grouped_matmul",
+}
+# Operands that are given even where they are absent.
+_POSITIONAL = {"layer_norm": 3, "rms_norm": 2}
+_BINDS = {"add": 1, "mul": 2, "scale": 2}
+_SIZES = ("B", "S", "P", "device")
+
+
+class BodyPrinter(FunctionPrinter):
+    """Prints a function as statements of a `forward`, in plain PyTorch.
+
+    Args:
+        function: Without dead nodes.
+        where: Of a call of it, for messages.
+
+    Attributes:
+        params: Python name of every parameter, in order.
+        pasts: Python name of the parameter for every cache slot.
+        attributes: Attribute of the module for every weight slot.
+        options: Attribute of the module for every call attribute.
+        helpers: Functions of graphopt.runtime.ops that the body calls.
+        needs: Which of B, S, P and device the body mentions, in this order.
+    """
+
+    inline_width = 50
+
+    def __init__(self, function: Function, where: str) -> None:
+        super().__init__(function)
+        self.where = where
+        self.helpers: set[str] = set()
+        self._needs: set[str] = set()
+        self._taken: set[str] = set()
+        self.params = [self._claim(value.name) for value in function.params]
+        self.pasts = {cache.slot: self._claim("past") for cache in function.caches}
+        attrs = [attr for node in function.nodes for attr in node.attrs.values()]
+        mentioned = dict.fromkeys(attr.name for attr in attrs if isinstance(attr, Param))
+        self.attributes = attribute_names(list(function.weights))
+        self.options = attribute_names(list(mentioned), self.attributes.values())
+        self._names = dict(zip(function.params, self.params, strict=True))
+        for slot, value in function.weights.items():
+            self._names[value] = f"self.{self.attributes[slot]}"
+        self._cache_of = {c.past_k: c for c in function.caches}
+        for value in (v for c in function.caches for v in (c.past_k, c.past_v)):
+            self._names[value] = self._claim(value.name)
+        for node in function.nodes:
+            for value in node.outputs:
+                self._names[value] = self._claim(value.name)
+        self.statements = self._statements()
+        self.needs = [name for name in _SIZES if name in self._needs]
+
+    def _claim(self, name: str) -> str:
+        name = identifier(name, self._taken)
+        self._taken.add(name)
+        return name
+
+    def name(self, value: Value) -> str:
+        return self._inline[value] if value in self._inline else self._names[value]
+
+    def target(self, value: Value) -> str:
+        return self._names[value]
+
+    def results(self) -> list[str]:
+        """Return what `forward` returns: the results, then (keys, values) of each cache."""
+        texts = [self.name(value) for value in self.function.results]
+        for cache in self.function.caches:
+            texts.append(f"({self.name(cache.present_k)}, {self.name(cache.present_v)})")
+        return texts
+
+    def _statements(self) -> list[str]:
+        body = [statement for statement, _ in self.lines()]
+        return [*self._unpacked(), *body]
+
+    def _unpacked(self) -> list[str]:
+        """Take caches apart whose keys or values something else than attention reads."""
+        plain = {v for node in self.function.nodes if self._past(node) is None for v in node.inputs}
+        alone = plain | self._outside
+        return [
+            f"{self._names[c.past_k]}, {self._names[c.past_v]} = {self.pasts[c.slot]}"
+            for c in self.function.caches
+            if c.past_k in alone or c.past_v in alone
+        ]
+
+    def expression(self, node: Node) -> str:
+        try:
+            if is_aten(node.op):
+                return self._aten(node)
+            form = _FORMS.get(node.op)
+            if form is not None:
+                return form(self, node)
+            if node.op in _CALLEES:
+                return self._call(node, _CALLEES[node.op], node.inputs)
+        except ValueError as error:
+            raise self._refusal(node, str(error)) from error
+        raise self._refusal(node, "this op has no form in PyTorch")
+
+    def _refusal(self, node: Node, reason: str) -> LoweringError:
+        return LoweringError(
+            f"{self.where}: {node.outputs[0].name} = {node.op}: {reason}.",
+            "Add a form under lowering/torch/, or leave torch out of --emit.",
+        )
+
+    def _may_inline(self, node: Node, text: str) -> bool:
+        if not super()._may_inline(node, text):
+            return False
+        user = self._uses[node.output][0][0]
+        return not (is_aten(user.op) and _mentions(user, node.output) > 1)
+
+    def _call(self, node: Node, callee: str, operands: Sequence[Value | None]) -> str:
+        arguments = [*self._operands(node, operands), *self._options(node)]
+        return self.helper(callee, ", ".join(arguments))
+
+    def _operands(self, node: Node, operands: Sequence[Value | None]) -> list[str]:
+        """Return operands by place, and by name behind one that is absent."""
+        names = [name.rstrip("?") for name in get_op(node.op).operands]
+        given = _POSITIONAL.get(node.op, 0)
+        texts: list[str] = []
+        by_name = False
+        for index in range(max(len(operands), given)):
+            value = operands[index] if index < len(operands) else None
+            if value is not None:
+                texts.append(f"{names[index]}={self.name(value)}" if by_name else self.name(value))
+            elif index < given:
+                texts.append("None")
+            else:
+                by_name = True
+        return texts
+
+    def _options(self, node: Node) -> list[str]:
+        """Return the attributes that are not at their defaults."""
+        defaults = get_op(node.op).defaults
+        return [
+            self._keyword(key, attr, node)
+            for key, attr in node.attrs.items()
+            if not (key in defaults and defaults[key] == attr)
+        ]
+
+    def _keyword(self, key: str, value: Any, node: Node) -> str:
+        if not key.isidentifier():
+            raise ValueError(f"{key!r} is no name of an argument")
+        return f"{key}={self.literal(value, node)}"
+
+    def helper(self, callee: str, arguments: str) -> str:
+        """Return a call, and remember its function if the file has to define it."""
+        if callee in HELPERS:
+            self.helpers.add(callee)
+        return f"{callee}({arguments})"
+
+    def infix(self, node: Node, sign: str, left: Value | None, right: str | Value | None) -> str:
+        """Return `left sign right`, in the order of evaluation the graph has."""
+        rest = right if isinstance(right, str) else self._operand(right, _BINDS[node.op] + 1)
+        return f"{self._operand(left, _BINDS[node.op])} {sign} {rest}"
+
+    def _operand(self, value: Value | None, least: int) -> str:
+        assert value is not None
+        inner = value.node.op if value in self._inline and value.node is not None else ""
+        text = self.name(value)
+        return f"({text})" if _BINDS.get(inner, least) < least else text
+
+    def _past(self, node: Node) -> Cache | None:
+        """Return the cache whose keys and values an attention reads as its past."""
+        if node.op != "attention" or len(node.inputs) <= PAST_V:
+            return None
+        k, v = node.inputs[PAST_K], node.inputs[PAST_V]
+        cache = None if k is None else self._cache_of.get(k)
+        return cache if cache is not None and cache.past_v is v else None
+
+    def attention(self, node: Node) -> str:
+        """Return an attention; one with a past takes it as its fourth argument."""
+        pasts = [v for v in node.inputs[PAST_K : PAST_V + 1] if v is not None]
+        if not pasts:
+            return self._call(node, "attention", node.inputs[:PAST_K])
+        cache = self._past(node)
+        past = f"({', '.join(map(self.name, pasts))})" if cache is None else self.pasts[cache.slot]
+        texts = self._operands(node, node.inputs[:PAST_K])
+        texts.insert(3, past)
+        return self.helper("cached_attention", ", ".join([*texts, *self._options(node)]))
+
+    def literal(self, value: Any, node: Node) -> str:
+        """Return an attribute as Python text.
+
+        Raises:
+            ValueError: It has no such form.
+        """
+        if isinstance(value, Param):
+            return f"self.{self.options[value.name]}"
+        if isinstance(value, In):
+            operand = node.inputs[value.index]
+            return "None" if operand is None else self.name(operand)
+        if isinstance(value, torch.device):
+            return self._device(node)
+        if isinstance(value, sympy.Expr):
+            self._needs |= {symbol.name for symbol in value.free_symbols}
+            return size_text(value)
+        if isinstance(value, list | tuple):
+            return f"[{', '.join(self.literal(item, node) for item in value)}]"
+        return literal(value)
+
+    def _device(self, node: Node) -> str:
+        """Return the device of the first operand; without one, that of the input ids."""
+        operand = next((v for v in node.inputs if v is not None), None)
+        text = "" if operand is None else self.name(operand)
+        if re.fullmatch(r"[\w.]+", text):
+            return f"{text}.device"
+        self._needs.add("device")
+        return "device"
+
+    def _aten(self, node: Node) -> str:
+        args = [self.literal(arg, node) for arg in node.attrs["args"]]
+        for key, value in node.attrs.get("kwargs", {}).items():
+            if key != "pin_memory" or value:
+                args.append(self._keyword(key, value, node))
+        if node.op in _ATEN_CALLEES:
+            return self.helper(_ATEN_CALLEES[node.op], ", ".join(args))
+        target = _torch_operator(node.op)
+        text = f"{node.op}({', '.join(args)})"
+        returns = target._schema.returns
+        if len(returns) == 1 and isinstance(returns[0].type, torch.TensorType):
+            return text
+        # A list or tuple: one name takes its first part, fewer names than parts the first ones.
+        if len(node.outputs) == 1:
+            return f"{text}[0]"
+        return text if len(returns) in (1, len(node.outputs)) else f"{text}[:{len(node.outputs)}]"
+
+
+def _torch_operator(name: str) -> torch._ops.OpOverload:
+    """Return an operator that PyTorch itself has.
+
+    Raises:
+        ValueError: It is of another library, or there is none of that name.
+    """
+    if not re.fullmatch(r"aten(\.\w+){2}", name, flags=re.ASCII):
+        raise ValueError("PyTorch itself has no such operator")
+    try:
+        target = resolve_target(name)
+    except KeyError:
+        target = None
+    if not isinstance(target, torch._ops.OpOverload):
+        raise ValueError("PyTorch has no such operator")
+    return target
+
+
+def _mentions(node: Node, value: Value) -> int:
+    """Return how often the arguments of an ATen node name `value`."""
+    count = 0
+
+    def look(leaf: Any) -> Any:
+        nonlocal count
+        count += isinstance(leaf, In) and node.inputs[leaf.index] is value
+        return leaf
+
+    map_leaves([node.attrs["args"], node.attrs.get("kwargs", {})], look)
+    return count
+
+
+def _embedding(printer: BodyPrinter, node: Node) -> str:
+    ids, weight = node.inputs
+    assert ids is not None and weight is not None
+    rows = printer.name(ids)
+    offset = node.attrs.get("offset", 0)
+    if offset != 0:
+        rows += f" + {printer.literal(offset, node)}"
+    return f"F.embedding({rows}, {printer.name(weight)})"
+
+
+def _scale(printer: BodyPrinter, node: Node) -> str:
+    factor = printer.literal(node.attrs["factor"], node)
+    return printer.infix(node, "*", node.inputs[0], factor)
+
+
+_FORMS: dict[str, Callable[[BodyPrinter, Node], str]] = {
+    "add": lambda printer, node: printer.infix(node, "+", node.inputs[0], node.inputs[1]),
+    "attention": BodyPrinter.attention,
+    "embedding": _embedding,
+    "mul": lambda printer, node: printer.infix(node, "*", node.inputs[0], node.inputs[1]),
+    "scale": _scale,
+}

@@ -1,0 +1,123 @@
+"""A function of the program as a class, and the text of that class."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from graphopt.ir.graph import Call, Function
+from graphopt.ir.types import Dim, Type
+from graphopt.lowering.torch.body import BodyPrinter
+from graphopt.lowering.torch.text import WIDTH, prose, quoted, wrap, wrap_def
+
+Shapes = Sequence[tuple[Dim, ...]]
+
+
+class ModuleClass:
+    """One function as an `nn.Module`.
+
+    Args:
+        name: Of the class.
+        function: The function.
+        calls: Its calls.
+        arguments: For every call, the types of its arguments.
+        results: For every call, the types of its results.
+
+    Attributes:
+        body: The printed `forward`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Function,
+        calls: Sequence[Call],
+        arguments: Sequence[Sequence[Type]],
+        results: Sequence[Sequence[Type]],
+    ) -> None:
+        self.name = name
+        self.calls = calls
+        self.arguments = arguments
+        self.results = results
+        live = function.clone()
+        live.remove_dead()
+        self.function = live
+        self.body = BodyPrinter(live, calls[0].path or function.name)
+
+    def signature(self) -> tuple[object, ...]:
+        """Return what calls of two classes must have in common to be made by one statement."""
+        caches, results = len(self.function.caches), len(self.function.results)
+        return caches, results, sorted(self.body.options.items()), self.body.needs
+
+    def lines(self) -> list[str]:
+        """Return the text of the class."""
+        lines = [f"class {self.name}(nn.Module):", f'    """{self._uses()}"""', ""]
+        lines += wrap_def("__init__", self._init_params(), "None", 4)
+        lines.append("        super().__init__()")
+        for slot, attribute in self.body.attributes.items():
+            lines += wrap(f"self.{attribute} = weights[{quoted(slot)}]", 8)
+        for attribute in self.body.options.values():
+            lines.append(f"        self.{attribute} = {attribute}")
+        lines.append("")
+        texts = self.body.results()
+        lines += wrap_def("forward", self._params(), self._returns(), 4)
+        lines += self._shapes()
+        for statement in self.body.statements:
+            lines += wrap(statement, 8)
+        lines += wrap(f"return {', '.join(texts)}" if texts else "return ()", 8)
+        return lines
+
+    def _uses(self) -> str:
+        paths = [prose(path) for path in (self.calls[0].path, self.calls[-1].path)]
+        where = f": {' to '.join(dict.fromkeys(paths))}" if all(paths) else ""
+        count = len(self.calls)
+        return f"Called {'once' if count == 1 else f'{count} times'}{where}."
+
+    def _init_params(self) -> list[str]:
+        params = ["self", "weights: dict[str, Tensor]"]
+        if self.body.options:
+            params.append("*")
+        for name, attribute in self.body.options.items():
+            values = [call.attrs[name] for call in self.calls]
+            kinds = sorted({"None" if v is None else type(v).__name__ for v in values})
+            kinds.sort(key=lambda kind: kind == "None")
+            params.append(f"{attribute}: {' | '.join(kinds)}")
+        return params
+
+    def _params(self) -> list[str]:
+        params = ["self", *(f"{name}: Tensor" for name in self.body.params)]
+        sizes = [f"{n}: {'torch.device' if n == 'device' else 'int'}" for n in self.body.needs]
+        pasts = [f"{past}: KV | None = None" for past in self.body.pasts.values()]
+        return [*params, *sizes, *pasts]
+
+    def _returns(self) -> str:
+        kinds = ["Tensor"] * len(self.function.results) + ["KV"] * len(self.function.caches)
+        return kinds[0] if len(kinds) == 1 else f"tuple[{', '.join(kinds) or '()'}]"
+
+    def _shapes(self) -> list[str]:
+        """Return a docstring with the shapes of what goes in and comes out."""
+        taken = [
+            f"{name} {_shape([types[index].shape for types in self.arguments])}"
+            for index, name in enumerate(self.body.params)
+        ]
+        made = [
+            _shape([types[index].shape for types in self.results])
+            for index in range(len(self.function.results))
+        ]
+        text = f"{', '.join(taken)} -> {', '.join(made)}" if made else ", ".join(taken)
+        text = text.strip() or "Nothing"
+        rows = textwrap.wrap(text, WIDTH - 14, break_long_words=False, break_on_hyphens=False)
+        rows[0] = f'"""{rows[0]}'
+        rows[-1] += '."""'
+        return [f"        {row}" for row in rows]
+
+
+def _shape(shapes: Shapes) -> str:
+    """Return a shape as the printed program has it; `*` where calls differ."""
+    if len({len(shape) for shape in shapes}) > 1:
+        return "[...]"
+    sizes = [
+        prose(str(column[0]).replace(" ", "")) if all(size == column[0] for size in column) else "*"
+        for column in zip(*shapes, strict=True)
+    ]
+    return f"[{','.join(sizes)}]"

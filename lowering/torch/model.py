@@ -1,0 +1,321 @@
+"""The text of the class that holds all modules and runs them: the calls of a program."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from graphopt.errors import LoweringError
+from graphopt.ir.graph import Call, Program, unique_name
+from graphopt.lowering.torch.classes import ModuleClass
+from graphopt.lowering.torch.columns import Columns
+from graphopt.lowering.torch.flow import Carried, Flow, Run, find_runs
+from graphopt.lowering.torch.text import (
+    ATTRIBUTES,
+    WIDTH,
+    identifier,
+    literal,
+    quoted,
+    series,
+    wrap,
+)
+
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
+# What `forward` has as variables, but for the values of the program.
+_LOCALS = (*_INPUTS, "cache", "i", "layer")
+_COLUMNS = ("table", "tables", "place")
+
+
+class ModelClass:
+    """The class `Model`.
+
+    Args:
+        program: What it runs.
+        classes: The class of every function.
+
+    Raises:
+        LoweringError: The program has an input that a language model does not have.
+    """
+
+    def __init__(self, program: Program, classes: Mapping[str, ModuleClass]) -> None:
+        odd = [name for name in program.inputs if name not in _INPUTS]
+        if odd or "input_ids" not in program.inputs:
+            raise LoweringError(
+                f"{program.name}: its inputs are {', '.join(program.inputs)}.",
+                f"A torch artifact takes {', '.join(_INPUTS)}; leave torch out of --emit.",
+            )
+        self.program = program
+        self.classes = classes
+        self.flow = Flow(program)
+        signatures = {name: made.signature() for name, made in classes.items()}
+        self.runs = find_runs(self.flow, program, lambda a, b: signatures[a] == signatures[b])
+        self.states = {name: number for number, name in enumerate(program.states)}
+        self.modules = self._module_names()
+        self._names = {value: name for name, value in self.flow.inputs.items()}
+        self._hints = self._loop_hints()
+
+    def lines(self) -> list[str]:
+        """Return the text of the class."""
+        modules = [
+            self._module(run, name) for run, name in zip(self.runs, self.modules, strict=True)
+        ]
+        return [
+            "class Model(nn.Module):",
+            '    """The whole model; its weights are named as in `model.safetensors`."""',
+            "",
+            "    def __init__(self, weights: dict[str, Tensor]) -> None:",
+            "        super().__init__()",
+            *(line for module in modules for line in module),
+            "",
+            *self._empty_cache(),
+            "",
+            *self._forward(),
+        ]
+
+    def _class(self, number: int) -> ModuleClass:
+        return self.classes[self.program.calls[number].function]
+
+    def _module_names(self) -> list[str]:
+        """Return the attribute that holds the module, or the list of modules, of every run."""
+        taken = {*ATTRIBUTES, "empty_cache"}
+        names: list[str] = []
+        repeated = Counter(call.function for call in self.program.calls)
+        for run in self.runs:
+            call = self.program.calls[run.first]
+            wanted = call.function
+            if len(run.calls) > 1:
+                wanted = "layers"
+            elif repeated[call.function] > 1 and call.path:
+                wanted = ".".join(call.path.split(".")[-2:])
+            name = unique_name(identifier(wanted, ()), taken)
+            taken.add(name)
+            names.append(name)
+        return names
+
+    # --- the modules ---
+
+    def _module(self, run: Run, name: str) -> list[str]:
+        """Return the statement that makes the module of a call, or the list of a loop."""
+        calls = [self.program.calls[number] for number in run.calls]
+        kinds = [self._class(number).name for number in run.calls]
+        columns = Columns(len(calls), kinds)
+        callee = columns.add("kind", kinds)
+        arguments = [self._weights(run, calls, columns)]
+        for option, attribute in self._class(run.first).body.options.items():
+            values = [literal(call.attrs[option]) for call in calls]
+            arguments.append(f"{attribute}={columns.add(attribute, values)}")
+        made = f"{callee}({', '.join(arguments)})"
+        if len(calls) == 1:
+            return wrap(f"self.{name} = {made}", 8)
+        loop = columns.loop()
+        whole = f"{made} {loop}"
+        head = f"        self.{name} = nn.ModuleList("
+        if len(head) + len(whole) < WIDTH:
+            return [f"{head}{whole})"]
+        if 12 + len(whole) <= WIDTH:
+            return [head, f"            {whole}", "        )"]
+        return [head, *wrap(made, 12), *wrap(loop, 12), "        )"]
+
+    def _weights(self, run: Run, calls: Sequence[Call], columns: Columns) -> str:
+        """Return the weights of a call by slot: those under one prefix, and the others by name."""
+        used = [
+            {slot: call.weights[slot] for slot in self._class(number).function.weights}
+            for number, call in zip(run.calls, calls, strict=True)
+        ]
+        prefixes = [_prefix(weights) for weights in used]
+        odd: dict[str, None] = {}
+        for weights, prefix in zip(used, prefixes, strict=True):
+            odd.update((s, None) for s, name in weights.items() if name != f"{prefix}{s}")
+        under = ""
+        if any(slot not in odd for weights in used for slot in weights):
+            text = columns.add_names("prefix", prefixes)
+            under = "weights" if text == '""' else f"under({text}, weights)"
+        others: list[str] = []
+        for slot in odd:
+            first = next(weights[slot] for weights in used if slot in weights)
+            names = [weights.get(slot, first) for weights in used]
+            others.append(f"{quoted(slot)}: weights[{columns.add_names('name', names)}]")
+        if not under:
+            return f"{{{', '.join(others)}}}"
+        return f"{under} | {{{', '.join(others)}}}" if others else under
+
+    def _empty_cache(self) -> list[str]:
+        lines = ["    def empty_cache(self, batch: int = 1) -> list[KV]:"]
+        states = list(self.program.states.values())
+        if not states:
+            return [
+                *lines,
+                '        """Return an empty list: this model has no cache."""',
+                "        return []",
+            ]
+        sizes = [(state.heads, state.k_dim, state.v_dim) for state in states]
+        shapes = series([f"({', '.join(map(literal, row))})" for row in sizes])
+        return [
+            *lines,
+            '        """Return the cache before the first token: keys and values of each layer."""',
+            "        like = next(p for p in self.parameters() if p.is_floating_point())",
+            "        return [",
+            "            (like.new_zeros(batch, heads, 0, k), like.new_zeros(batch, heads, 0, v))",
+            *wrap(f"for heads, k, v in {shapes}", 12),
+            "        ]",
+        ]
+
+    # --- the calls ---
+
+    def _forward(self) -> list[str]:
+        tokens = "P+S" if self.states else "S"
+        lines = [
+            "    def forward(",
+            "        self,",
+            "        input_ids: Tensor,",
+            "        attention_mask: Tensor | None = None,",
+            "        position_ids: Tensor | None = None,",
+            "        cache: list[KV] | None = None,",
+            "    ) -> tuple[Tensor, list[KV]]:",
+            '        """Return the logits [B,S,vocab], and the cache with the new tokens in it.',
+            "",
+            "        Args:",
+            "            input_ids: int64 [B,S].",
+            f"            attention_mask: int64 [B,{tokens}], 0 at padding; all ones by default.",
+            "            position_ids: int64 [B,S]; by default how many real tokens precede each.",
+            self._about_cache(),
+            '        """',
+            *(f"        {line}" for line in self._defaults()),
+        ]
+        statements: list[str] = []
+        for run, name in zip(self.runs, self.modules, strict=True):
+            statements += self._run(run, name)
+        logits = self._names[self.flow.output]
+        result = logits
+        if statements and statements[-1].startswith(f"        {logits} = "):
+            result = statements.pop().partition(" = ")[2]
+        for statement in statements:
+            body = statement.lstrip()
+            lines += wrap(body, len(statement) - len(body))
+        return [*lines, *wrap(f"return {result}, {'cache' if self.states else '[]'}", 8)]
+
+    def _about_cache(self) -> str:
+        what = "From the step before, with P tokens; None for an empty one. It is not changed."
+        return f"            cache: {what if self.states else 'Ignored: this model has none.'}"
+
+    def _defaults(self) -> list[str]:
+        """Return the statements that complete the inputs."""
+        needs = {need for made in self.classes.values() for need in made.body.needs}
+        read = {name for name, value in self.flow.inputs.items() if value.uses}
+        masked = bool(read & {"attention_mask", "position_ids"})
+        lines = ["B, S = input_ids.shape"]
+        if self.states:
+            lines.append("cache = list(cache or self.empty_cache(B))")
+        if self.states and (masked or "P" in needs):
+            lines.append("P = cache[0][0].shape[2]")
+        elif "P" in needs:
+            lines.append("P = 0")
+        if masked:
+            tokens = "P + S" if self.states else "S"
+            lines += [
+                "if attention_mask is None:",
+                f"    attention_mask = torch.ones(B, {tokens}, dtype=torch.long, "
+                "device=input_ids.device)",
+            ]
+        if "position_ids" in read:
+            lines += [
+                "if position_ids is None:",
+                "    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -S:]",
+            ]
+        return lines
+
+    def _loop_hints(self) -> dict[Carried, str]:
+        """Return names for what a loop carries: those of the layers' own parameters."""
+        hints: dict[Carried, str] = {}
+        for run in self.runs:
+            params = self._class(run.first).body.params
+            places = [*run.lead, *([None] * len(run.tables[0] if run.tables else ())), *run.tail]
+            for item, param in zip(places, params, strict=True):
+                if isinstance(item, int):
+                    hints.setdefault(run.initial[item], param)
+                    hints[self.flow.results[run.last][item]] = param
+        return hints
+
+    def _fresh(self, value: Carried, run: Run) -> str:
+        """Return a variable for a value that `run` makes: one whose value is not needed."""
+        # A loop reads these again and again.
+        tables = [value for row in run.tables for value in row]
+        read = [*run.fixed, *run.initial.values(), *tables] if len(run.calls) > 1 else []
+        taken = {
+            name
+            for other, name in self._names.items()
+            if other.last_use > run.last or other.made == run.last or other in read
+        }
+        wanted = self._hints.get(value) or re.sub(r"(?<=[A-Za-z])\d+$", "", value.name)
+        name = identifier(wanted, ())
+        return unique_name(f"{name}_" if name in (*_LOCALS, *_COLUMNS) else name, taken)
+
+    def _run(self, run: Run, module: str) -> list[str]:
+        """Return the statements of one run, not yet broken into lines."""
+        columns = Columns(len(run.calls), _LOCALS)
+        tables = self._tables(run, columns)
+        fixed = {item: self._names[item] for item in run.fixed}
+        lines = self._start(run)
+        final = self.flow.results[run.last]
+        before, after = (
+            [self._names[final[item]] if isinstance(item, int) else fixed[item] for item in items]
+            for items in (run.lead, run.tail)
+        )
+        sizes = [_SIZE_TEXT[need] for need in self._class(run.first).body.needs]
+        slots = self._cache_items(run, columns)
+        for value in final:
+            if value.uses and value not in self._names:
+                self._names[value] = self._fresh(value, run)
+        targets = [*(self._names.get(value, "_") for value in final), *slots]
+        assigned = f"{', '.join(targets)} = " if targets else ""
+        arguments = ", ".join([*before, *tables, *after, *sizes, *slots])
+        if len(run.calls) == 1:
+            return [*lines, f"        {assigned}self.{module}({arguments})"]
+        return [
+            *lines,
+            f"        for {columns.over(f'self.{module}')}:",
+            f"            {assigned}layer({arguments})",
+        ]
+
+    def _start(self, run: Run) -> list[str]:
+        """Name what a loop carries; return the statements that set it before the loop."""
+        lines: list[str] = []
+        used: set[str] = set()
+        for item, value in run.initial.items():
+            name = self._names[value]
+            if name in used or name in _INPUTS or value.last_use > run.first:
+                name = self._fresh(self.flow.results[run.last][item], run)
+                lines.append(f"        {name} = {self._names[value]}")
+            used.add(name)
+            self._names[self.flow.results[run.last][item]] = name
+        return lines
+
+    def _tables(self, run: Run, columns: Columns) -> list[str]:
+        """Return the argument that differs from call to call of a loop."""
+        rows = [[self._names[value] for value in row] for row in run.tables]
+        if not any(rows):
+            return []
+        if all(len(row) == 1 for row in rows):
+            return [columns.add("table", [row[0] for row in rows])]
+        tuples = [f"({', '.join(row)}{',' if len(row) == 1 else ''})" for row in rows]
+        return [f"*{columns.add('tables', tuples)}"]
+
+    def _cache_items(self, run: Run, columns: Columns) -> list[str]:
+        """Return the items of `cache` that a call reads and replaces."""
+        places: list[list[int]] = []
+        for number in run.calls:
+            call, caches = self.program.calls[number], self._class(number).function.caches
+            places.append([self.states[call.caches[cache.slot]] for cache in caches])
+        return [f"cache[{columns.add_place(list(column))}]" for column in zip(*places, strict=True)]
+
+
+_SIZE_TEXT = {"B": "B", "S": "S", "P": "P", "device": "input_ids.device"}
+
+
+def _prefix(weights: Mapping[str, str]) -> str:
+    """Return what most weight names of a call have in front of the slot."""
+    found = Counter(
+        name[: len(name) - len(slot)] for slot, name in weights.items() if name.endswith(slot)
+    )
+    return found.most_common(1)[0][0] if found else ""

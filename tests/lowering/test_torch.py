@@ -1,0 +1,569 @@
+"""The torch artifact: `model.py` against eager models and against the program it was made of."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, LISTED, TOLERANCE, Case, cases, eager_logits, error, random_model
+from programs import tiny_program
+from tiny_models import save_tiny
+from torch import Tensor
+
+from graphopt.capture import capture
+from graphopt.compiler import emit
+from graphopt.errors import LoweringError, SourceError
+from graphopt.evaluate import TorchArtifactModel, open_language_model
+from graphopt.ir import Array, B, Call, Function, Param, Program, S, Type, Value, Weight
+from graphopt.ir.execute import Runner, complete_inputs
+from graphopt.ir.graph import In
+from graphopt.ir.serialize import program_from_json, program_to_json
+from graphopt.ir.types import P
+from graphopt.ir.verify import verify
+from graphopt.lowering.torch import TorchEmitter, render_model
+from graphopt.lowering.torch.text import numbers, series, size_text, wrap
+from graphopt.passes.base import Context
+from graphopt.passes.insert_kv_cache import InsertKVCache
+from graphopt.progress import silent
+
+LIBRARIES = {"torch", "safetensors", "tokenizers"}
+"""What the file may import; the last only where a prompt is a text."""
+
+
+def write(program: Program, folder: Path) -> ModuleType:
+    """Emit a program into a folder and return its `model.py` as a module."""
+    emitter = TorchEmitter()
+    emitter.check(program, "cpu")
+    emitter.emit(program, folder, "cpu", silent)
+    return load_file(folder / "model.py")
+
+
+def load_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"emitted_{path.parent.name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def whole(model: Any, case: Case) -> Tensor:
+    with torch.no_grad():
+        return model(case.input_ids, case.attention_mask, case.position_ids)[0]
+
+
+def in_steps(model: Any, case: Case) -> Tensor:
+    """Prefill half, go on by several tokens at once, then by one; positions come by default."""
+    length = case.input_ids.shape[1]
+    parts, cache = [], model.empty_cache(case.input_ids.shape[0])
+    for start, stop in ((0, length // 2), (length // 2, length - 1), (length - 1, length)):
+        with torch.no_grad():
+            logits, cache = model(
+                case.input_ids[:, start:stop], case.attention_mask[:, :stop], cache=cache
+            )
+        parts.append(logits)
+    return torch.cat(parts, 1)
+
+
+def run_python(*arguments: str, env: dict[str, str] | None = None) -> str:
+    result = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=env, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# Capture takes most of the time: of the unlisted families these are the ones unlike the others.
+SOON = ("apertus", "codegen", "ctrl", "diffllama", "gpt_oss", "llama4_text", "mixtral")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [f if f in LISTED or f in SOON else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
+)
+def test_families_equal_eager(family: str, tmp_path: Path) -> None:
+    model = random_model(family)
+    program = InsertKVCache().run(capture(model), Context()).program
+    emitted = write(program, tmp_path)
+    mine = emitted.load(tmp_path)
+    for case in cases((1, 7, 64) if family in LISTED else (7, 20)):
+        expected = eager_logits(model, case)
+        assert error(expected, whole(mine, case), case) < TOLERANCE, str(case)
+        if program.states and case.input_ids.shape[1] > 2:
+            assert error(expected, in_steps(mine, case), case) < TOLERANCE, f"cached, {case}"
+    check_text(tmp_path / "model.py", program)
+    check_half(emitted, tmp_path, cases((7,))[2])
+
+
+def check_text(path: Path, program: Program) -> None:
+    """The text is what any other rendering gives, and reads well."""
+    text = path.read_text(encoding="utf-8")
+    assert text == render_model(program) == render_model(saved(program))
+    imported = {name for node in ast.walk(ast.parse(text)) for name in modules_of(node)}
+    assert imported <= {"__future__", "argparse", "collections", "pathlib", "typing"} | LIBRARIES
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert not any(line != line.rstrip() for line in lines)
+
+
+def modules_of(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name.partition(".")[0] for alias in node.names]
+    return [str(node.module).partition(".")[0]] if isinstance(node, ast.ImportFrom) else []
+
+
+def check_half(emitted: ModuleType, folder: Path, case: Case) -> None:
+    """In 16 bit the model runs and is about the same; constants are as they were."""
+    exact, half = emitted.load(folder), emitted.load(folder, dtype=torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters())
+    assert [b.dtype for b in half.buffers()] == [b.dtype for b in exact.buffers()]
+    logits = whole(half, case)
+    assert error(whole(exact, case), logits.float(), case) < 0.6
+    if half.empty_cache():
+        assert error(logits.float(), in_steps(half, case).float(), case) < 0.6
+
+
+def saved(program: Program) -> Program:
+    """Return the program as it comes back from program.json."""
+    return program_from_json(json.loads(json.dumps(program_to_json(program))), {})
+
+
+def compare(program: Program, folder: Path) -> Any:
+    """Check a program's `model.py` against the program, whole and in steps; return the model."""
+    verify(program)
+    model = write(program, folder).load(folder)
+    check_text(folder / "model.py", program)
+    for case in cases((1, 7), vocab=97):
+        expected = Runner(program).logits(case.inputs)
+        assert error(expected, whole(model, case), case) < 1e-6, str(case)
+        if program.states and case.input_ids.shape[1] > 2:
+            assert error(expected, in_steps(model, case), case) < 1e-5, f"cached, {case}"
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alibi": True},
+        {"sinks": True, "softcap": 2.0, "window": 3},
+        {"norm": "layer", "bias": True, "tied": False, "interleaved": True, "layers": 5},
+        {"rotary_dim": 4, "window": 3, "layers": 3},
+    ],
+)
+@pytest.mark.parametrize("cache", [False, True])
+def test_features_equal_the_program(options: dict[str, Any], cache: bool, tmp_path: Path) -> None:
+    compare(tiny_program(cache=cache, **options), tmp_path)
+
+
+def test_block_reads_like_the_program() -> None:
+    text = render_model(tiny_program(cache=True))
+    block = text[text.index("class Block(") : text.index("class Head(")]
+    assert block.strip() == BLOCK.strip()
+    body = text[text.index("        x, cos, sin = ") : text.index("# Loading and running.")]
+    assert body.strip() == BODY.strip()
+
+
+BLOCK = '''
+class Block(nn.Module):
+    """Called 2 times: layers.0 to layers.1."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.input_layernorm = weights["input_layernorm.weight"]
+        self.q_proj = weights["self_attn.q_proj.weight"]
+        self.k_proj = weights["self_attn.k_proj.weight"]
+        self.v_proj = weights["self_attn.v_proj.weight"]
+        self.o_proj = weights["self_attn.o_proj.weight"]
+        self.post_attention_layernorm = weights["post_attention_layernorm.weight"]
+        self.gate_proj = weights["mlp.gate_proj.weight"]
+        self.up_proj = weights["mlp.up_proj.weight"]
+        self.down_proj = weights["mlp.down_proj.weight"]
+
+    def forward(
+        self, x: Tensor, attention_mask: Tensor, cos: Tensor, sin: Tensor, past: KV | None = None
+    ) -> tuple[Tensor, KV]:
+        """x [B,S,32], attention_mask [B,P+S], cos [B,S,4], sin [B,S,4] -> [B,S,32]."""
+        h = rms_norm(x, self.input_layernorm, eps=1e-05)
+        q_rope = rope(split_heads(linear(h, self.q_proj), head_dim=8), cos, sin)
+        k_rope = rope(split_heads(linear(h, self.k_proj), head_dim=8), cos, sin)
+        a, present_k, present_v = cached_attention(
+            q_rope,
+            k_rope,
+            split_heads(linear(h, self.v_proj), head_dim=8),
+            past,
+            attention_mask,
+            scale=0.3535533905932738,
+            causal=True,
+        )
+        x_1 = x + linear(merge_heads(a), self.o_proj)
+        h_1 = rms_norm(x_1, self.post_attention_layernorm, eps=1e-05)
+        m = F.silu(linear(h_1, self.gate_proj)) * linear(h_1, self.up_proj)
+        x_2 = x_1 + linear(m, self.down_proj)
+        return x_2, (present_k, present_v)
+'''
+
+BODY = """
+        x, cos, sin = self.embed(input_ids, position_ids)
+        for i, layer in enumerate(self.layers):
+            x, cache[i] = layer(x, attention_mask, cos, sin, cache[i])
+        return self.head(x), cache
+"""
+
+
+def test_layers_of_two_kinds_and_tables_of_their_own_are_one_loop(tmp_path: Path) -> None:
+    """As in Gemma 3, where layers take other tables, and in SmolLM3, where some take none."""
+    program = tiny_program(layers=6, cache=True)
+    embed, block = program.functions["embed"], program.functions["block"]
+    positions, frequencies = embed.params[1], embed.weights["rope.inv_freq"]
+    names = ["cos_wide", "sin_wide"]
+    embed.results += embed.add(
+        "rope_table", [positions, frequencies], {"scale": 2.0}, names, outputs=2
+    ).outputs
+    program.calls[0].results += names
+    plain = block.clone("plain")
+    for node in [node for node in plain.nodes if node.op == "rope"]:
+        assert node.inputs[0] is not None
+        plain.replace(node.output, node.inputs[0])
+    plain.remove_dead()
+    plain.params = plain.params[:2]
+    program.functions["plain"] = plain
+    for number, call in enumerate(program.calls[1:-1]):
+        call.args = [*call.args[:2], *(names if number % 3 == 0 else call.args[2:])]
+        if number % 3 == 2:
+            call.function, call.args = "plain", call.args[:2]
+    compare(program, tmp_path)
+    text = (tmp_path / "model.py").read_text()
+    assert "[(cos_wide, sin_wide), (cos, sin), ()] * 2" in text
+    assert "for kind, i in zip([Block, Block, Plain] * 2, range(6))" in text
+    assert "x, cache[i] = layer(x, attention_mask, *tables, cache[i])" in text
+
+
+def test_pruned_tied_and_unequal_layers(tmp_path: Path) -> None:
+    program = tiny_program(layers=6, cache=True, window=3)
+    narrow = tiny_program(layers=6, ffn=16, seed=1)
+    for part in ("gate", "up", "down"):  # layer 5 is narrower than the others
+        name = f"layers.5.mlp.{part}_proj.weight"
+        program.weights.replace(Weight(name, narrow.weights[name].producer, name))
+    program.calls[5].weights = dict(program.calls[2].weights)  # layer 4 is layer 1 again
+    del program.calls[3]  # layer 2
+    program.states = dict(reversed(program.states.items()))  # the last layer's comes first
+    program.prune_unused()
+    model = compare(program, tmp_path)
+    assert model.layers[1].q_proj is model.layers[3].q_proj
+    assert model.layers[4].gate_proj.shape[0] == 16
+    text = (tmp_path / "model.py").read_text()
+    assert 'Block(under(f"layers.{i}.", weights), window=window)' in text
+    assert "zip([0, 1, 3, 1, 5], [5, " not in text and "zip([0, 1, 3, 1, 5], " in text
+
+
+def odd_program() -> Program:
+    """Return a program with names that are no names, and values that flow across its loops."""
+    program = Program('a "\\" name\nand """', source="C:\\models\\é\u2028")
+    generator = torch.Generator().manual_seed(0)
+
+    def weight(name: str, *shape: int) -> str:
+        value = torch.randn(shape, generator=generator) * 0.3
+        program.weights.add(Weight(name, Array(value)))
+        return name
+
+    program.inputs = {"input_ids": Type((B, S), torch.int64)}
+    embed = Function("embed", [Value("input_ids")], {"weight": Value("weight")})
+    x = embed.add("embedding", [embed.params[0], embed.weights["weight"]], names=["x"]).output
+    embed.results = [x, embed.add("scale", [x], {"factor": 0.5}, ["class"]).output, x]
+    mix = Function("half", [Value("lambda"), Value("b")])
+    mix.weights = {'q"uo\\te': Value("w"), "training.weight": Value("c"), "ß": Value("d")}
+    w, c, d = mix.weights.values()
+    made = mix.add("linear", [mix.params[0], w], names=["linear"]).output
+    made = mix.add("add", [made, c], names=["sum"]).output
+    turned = mix.add("mul", [made, d], names=["self"]).output
+    made = mix.add("mul", [turned, mix.add("mul", [made, d], names=["F"]).output], names=["m"])
+    made = mix.add("add", [made.output, mix.params[1]], names=["__and__"])
+    scaled = mix.add("scale", [mix.params[1]], {"factor": Param("from")}, ["torch"]).output
+    mix.results = [scaled, made.output, w]
+    head = Function("model", [Value("x"), Value("y"), Value("z")], {"weight": Value("weight")})
+    y = head.add("add", head.params[:2], names=["y_1"]).output
+    y = head.add("mul", [y, head.params[2]], names=["rms_norm"]).output
+    logits = head.add("linear", [y, head.weights["weight"]], names=["logits"]).output
+    head.results = [logits]
+    program.functions = {f.name: f for f in (embed, mix, head)}
+    table = weight('ta"ble\U0001f600', 97, 8)
+    program.calls.append(Call("embed", ["input_ids"], ["x", "p", "q"], {"weight": table}))
+    p, q = "p", "q"
+    for layer in range(7):
+        weights = {
+            slot: weight(f"{layer} {slot}", *shape)
+            for slot, shape in zip(mix.weights, ((8, 8), (8,), (8,)), strict=True)
+        }
+        # Each layer hands on its two results crosswise, under names used before.
+        results = ["r", "p", "w"] if layer != 4 else ["r", "kept", "w"]
+        attrs: dict[str, Any] = {"from": 0.5 + layer % 2}
+        program.calls.append(Call("half", [p, q], results, weights, attrs, path="a.b"))
+        p, q = results[1], results[0]
+    program.calls.append(Call("model", ["x", "p", "kept"], ["logits"], {"weight": table}))
+    program.outputs = ["logits"]
+    return program
+
+
+def test_odd_names_and_wiring(tmp_path: Path) -> None:
+    model = compare(odd_program(), tmp_path)
+    assert model.empty_cache(3) == []
+    text = (tmp_path / "model.py").read_text(encoding="utf-8")
+    # The fifth layer's result is read by the head as well, which no loop can say.
+    assert text.count("nn.ModuleList(") == 2 and text.count("for layer in self.layers") == 2
+
+
+def sized_program() -> Program:
+    """Return a program that makes its mask from B, S and P, on the device of the ids."""
+    program = tiny_program(cache=True)
+    glue = Function("glue")
+    where = {"device": torch.device("cpu"), "pin_memory": False}
+
+    def aten(op: str, inputs: list[Value], shape: tuple[Any, ...], *args: Any, **kw: Any) -> Value:
+        kind = Type(shape, torch.int64)
+        attrs = {"args": list(args), "kwargs": kw, "types": [kind]}
+        return glue.add(f"aten.{op}", list(inputs), attrs).output
+
+    row = aten("arange.start", [], (P + S,), 3, P + S + 3, **where)
+    row = aten("clamp.default", [row], (P + S,), In(0), 0, 1)
+    row = aten("unsqueeze.default", [row], (1, P + S), In(0), 0)
+    glue.results = [aten("expand.default", [row], (B, P + S), In(0), [B, P + S])]
+    program.functions["glue"] = glue
+    program.calls.insert(1, Call("glue", [], ["ones"]))
+    for call in program.calls[2:-1]:
+        call.args = ["ones" if arg == "attention_mask" else arg for arg in call.args]
+    return program
+
+
+def test_sizes_and_devices(tmp_path: Path) -> None:
+    compare(sized_program(), tmp_path)
+    text = (tmp_path / "model.py").read_text()
+    assert "ones = self.glue(B, S, P, input_ids.device)" in text
+    assert "aten.arange.start(3, P + S + 3, device=device)" in text
+
+
+def test_past_that_something_else_reads(tmp_path: Path) -> None:
+    """Keys go through a product before attention, and come back out as they came."""
+    program = tiny_program(cache=True, layers=2)
+    block = program.functions["block"]
+    (cache,) = block.caches
+    node = cache.present_k.node
+    assert node is not None
+    scaled = block.add("scale", [cache.past_k], {"factor": 1.0}, ["scaled"], before=node).output
+    node.inputs[7] = scaled
+    compare(program, tmp_path)
+    text = (tmp_path / "model.py").read_text()
+    assert "past_k, past_v = past\n" in text and "(past_k * 1.0, past_v)" in text
+
+
+@pytest.mark.parametrize(
+    "op, attrs, said",
+    [
+        ("other.thing.default", {"args": []}, "PyTorch itself has no such operator"),
+        ("aten.nothing.default", {"args": []}, "PyTorch has no such operator"),
+        ("aten.cat.__class__", {"args": []}, "PyTorch has no such operator"),
+        ("aten.x(print()).y", {"args": []}, "PyTorch itself has no such operator"),
+        ("aten.exp.default", {"args": [print]}, "builtin_function_or_method cannot be written"),
+        ("aten.exp.default", {"args": [], "kwargs": {"a=print() or b": 1}}, "no name of an arg"),
+        ("aten.exp.default", {"args": [S**B]}, "cannot be written as whole-number arithmetic"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(op: str, attrs: dict[str, Any], said: str) -> None:
+    program = tiny_program()
+    block = program.functions["block"]
+    x = block.results[0]
+    kind = {"types": [Type((B, S, 32), torch.float32)]}
+    block.results = [block.add(op, [x], {**attrs, **kind}, ["odd"]).output]
+    with pytest.raises(LoweringError, match=rf"layers\.0: odd = .*{said}"):
+        TorchEmitter().check(program, "cpu")
+
+
+def test_other_inputs_are_refused() -> None:
+    program = tiny_program()
+    program.inputs["pixels"] = Type((B, S), torch.float32)
+    with pytest.raises(LoweringError, match=r"its inputs are input_ids, .*pixels"):
+        TorchEmitter().check(program, "cpu")
+
+
+def test_attribute_names_that_would_be_code_are_refused() -> None:
+    program = tiny_program()
+    program.functions["head"].nodes[0].attrs["eps=1) or print("] = 1
+    with pytest.raises(LoweringError, match="is no name of an argument"):
+        render_model(program)
+
+
+SIZES = [B, S - 1, 2 * B * S, P + S, (P + S) / 2 * 2, S**2 - 3 * B, 4, B * (S + P), -S, 2 - B * S]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes_as_text(size: Any) -> None:
+    for b, s, p in ((1, 1, 0), (3, 7, 5), (2, 64, 9)):
+        value = eval(size_text(size), {"B": b, "S": s, "P": p})
+        assert value == (size if isinstance(size, int) else size.subs({B: b, S: s, P: p}))
+
+
+def test_quotients_as_text() -> None:
+    from sympy import Max, Min, Mod, ceiling, floor
+
+    for size in (floor(S / 2), ceiling(S / 3) + 1, Mod(S, 4) * B, Max(S - 5, P), Min(B, S) - P,
+                 floor((B * S + 1) / 4) * 4, -ceiling(S / 4)):  # fmt: skip
+        for b, s, p in ((1, 1, 0), (3, 7, 5), (2, 64, 9)):
+            value = eval(size_text(size), {"B": b, "S": s, "P": p})
+            assert value == size.subs({B: b, S: s, P: p}), size
+
+
+@pytest.mark.parametrize(
+    "items, text",
+    [
+        ("abc", "[a, b, c]"),
+        ("aaaa", "[a] * 4"),
+        ("aaaaabaaaaabaaaaabaa", "([a] * 5 + [b]) * 3 + [a, a]"),
+        ("aaaaaaaabbbbbbbb", "[a] * 8 + [b] * 8"),
+        ("ababa", "[a, b, a, b, a]"),
+        ("abcdefabcdefabc", "[a, b, c, d, e, f] * 2 + [a, b, c]"),
+    ],
+)
+def test_series(items: str, text: str) -> None:
+    assert series(list(items)) == text
+    assert "".join(eval(text, {letter: letter for letter in items})) == items
+
+
+def test_numbers() -> None:
+    assert numbers([0, 1, 2]) == "range(3)" and numbers([4, 5]) == "range(4, 6)"
+    assert numbers([0, 1, 2, 3, 5, 8, 9, 10, 11]) == "[*range(4), 5, *range(8, 12)]"
+
+
+def test_long_lines_are_broken_inside_brackets() -> None:
+    text = "value = call(" + ", ".join(f'name_{i}(["a, (b", {i}])' for i in range(12)) + ")"
+    lines = wrap(text, 8)
+    assert max(map(len, lines)) <= 100 and len(lines) == 14
+    same = ast.dump(ast.parse("\n".join(line[8:] for line in lines)))
+    assert same == ast.dump(ast.parse(text))
+
+
+def test_runs_where_neither_graphopt_nor_transformers_can_be_imported(tmp_path: Path) -> None:
+    program = tiny_program(cache=True)
+    program.config["eos_token_id"] = [500, 501]
+    write(program, tmp_path)
+    expected = greedy(program, [1, 2, 3], 6)
+    code = (
+        "import sys; sys.modules['graphopt'] = sys.modules['transformers'] = None; import model; "
+        "print(model.generate(model.load(), [1, 2, 3], 6), model.END)"
+    )
+    # Not isolated from the folder, as a person's own python is.
+    environment = {**os.environ, "PYTHONSAFEPATH": "", "PYTHONPATH": str(tmp_path)}
+    assert run_python("-c", code, env=environment) == f"{expected} [500, 501]\n"
+    printed = run_python(str(tmp_path / "model.py"), "1", "2", "3", "--new", "6")
+    assert printed.split() == [str(token) for token in expected]
+
+
+def greedy(program: Program, ids: list[int], count: int) -> list[int]:
+    made: list[int] = []
+    for _ in range(count):
+        made.append(
+            int(Runner(program).logits({"input_ids": torch.tensor([ids + made])})[0, -1].argmax())
+        )
+    return made
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_generation_stops(cache: bool, tmp_path: Path) -> None:
+    program = tiny_program(cache=cache)
+    emitted = write(program, tmp_path)
+    model = emitted.load(tmp_path)
+    expected = greedy(program, [5, 6], 8)
+    assert emitted.generate(model, [5, 6], 8) == expected
+    last = expected[3]
+    assert emitted.generate(model, [5, 6], 8, stop=[last]) == expected[: expected.index(last)]
+    assert emitted.generate(model, [5, 6], 0) == []
+
+
+def test_constants_keep_their_dtype_and_ties_hold(tmp_path: Path) -> None:
+    program = tiny_program(cache=True)
+    emitted = write(program, tmp_path)
+    model = emitted.load(tmp_path, dtype=torch.float16)
+    assert model.embed.inv_freq.dtype == torch.float32
+    assert model.head.lm_head is model.embed.weight
+    parameters = list(model.parameters())
+    assert len(parameters) == sum(not weight.constant for weight in program.weights)
+    assert not any(p.requires_grad for p in parameters)
+    assert {p.dtype for p in parameters} == {torch.float16}
+    assert model.empty_cache(2)[0][0].dtype == torch.float16
+    assert emitted.load(tmp_path).embed.weight.dtype == torch.float32
+
+
+def test_weights_are_stored_as_they_are(tmp_path: Path) -> None:
+    from safetensors.torch import load_file as load_tensors
+
+    program = tiny_program(tied=False)
+    name = "layers.0.mlp.up_proj.weight"
+    half = program.weights[name].load().to(torch.bfloat16)
+    program.weights.replace(Weight(name, Array(half), name))
+    program.weights.add(Weight("unused", Array(torch.tensor([float("inf"), 1.0])), constant=True))
+    emitted = TorchEmitter().emit(program, tmp_path, "cpu", silent)
+    stored = load_tensors(tmp_path / "model.safetensors")
+    assert set(stored) == set(emitted.storage) == {weight.name for weight in program.weights}
+    for weight in program.weights:
+        assert stored[weight.name].dtype == weight.dtype
+        assert torch.equal(stored[weight.name], weight.load())
+    assert emitted.files == [tmp_path / "model.py", tmp_path / "model.safetensors"]
+    broken = torch.full((97, 32), float("nan"))
+    program.weights.replace(Weight("embed.weight", Array(broken), "embed.weight"))
+    with pytest.raises(SourceError, match=r"embed\.weight"):
+        TorchEmitter().emit(program, tmp_path, "cpu", silent)
+
+
+def test_an_output_folder_is_a_model_that_runs(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    program = (
+        InsertKVCache()
+        .run(capture(str(save_tiny(tmp_path / "source", "gemma2"))), Context())
+        .program
+    )
+    report = emit(program, out, emit=("torch",))
+    assert report.artifact is not None
+    assert any("--prompt" in line for line in report.artifact.usage)
+    assert not list((out).glob("*.onnx*")) and (out / "tokenizer.json").is_file()
+    model = open_language_model(str(out))
+    assert isinstance(model, TorchArtifactModel) and model.tokenizer == out
+    ids = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.logits(ids), Runner(program).logits({"input_ids": ids}))
+    said = run_python(str(out / "model.py"), "--prompt", "the", "--new", "3")
+    assert said.endswith("\n")
+    (out / "model.py").write_text((out / "model.py").read_text() + "# changed\n")
+    with pytest.raises(SourceError, match="is not the file that graphopt writes"):
+        open_language_model(str(out))
+
+
+@pytest.mark.parametrize("forms", [("onnx", "torch"), ("torch", "onnx")])
+def test_beside_onnx(forms: tuple[str, ...], tmp_path: Path) -> None:
+    """Another emitter may store weights in another dtype; the file is the same."""
+    program = tiny_program(cache=True)
+    for weight in list(program.weights):
+        if not weight.constant:
+            half = weight.load().to(torch.bfloat16)
+            program.weights.replace(Weight(weight.name, Array(half), weight.name))
+    emit(program, tmp_path / "out", emit=forms)
+    model = open_language_model(str(tmp_path / "out"), "torch")
+    ids = torch.tensor([[1, 2, 3, 4]])
+    torch.testing.assert_close(model.logits(ids), Runner(program).logits({"input_ids": ids}))
+
+
+def test_without_states_the_tokens_run_again(tmp_path: Path) -> None:
+    program = tiny_program()
+    emit(program, tmp_path / "out", emit=("torch",))
+    model = open_language_model(str(tmp_path / "out"))
+    ids, mask = torch.randint(0, 97, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    expected = model.logits(ids)
+    cache = model.start(2)
+    for start, stop in ((0, 3), (3, 4), (4, 6)):
+        step = complete_inputs({"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]})
+        logits, cache = model.step(step, cache)
+        torch.testing.assert_close(logits, expected[:, start:stop])
