@@ -234,7 +234,8 @@ def _write(
         names = [emitter.name for emitter in emission.emitters]
         report.target = emission.target
         place = shlex.quote(str(out))
-        lines = [line.replace("{out}", place) for line in usage]
+        # Two forms may be run by the same command.
+        lines = [line.replace("{out}", place) for line in dict.fromkeys(usage)]
         report.artifact = ArtifactEntry(str(out), size, names, lines, notes)
         report.stages["emit"] = meter.seconds
         report.total_seconds += meter.seconds

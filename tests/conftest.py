@@ -5,4 +5,30 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+TEXTS = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def demo() -> str:
+    """Return the demo's name once it is in the cache; skip where it cannot be fetched."""
+    from graphopt.errors import SourceError
+    from graphopt.sources.demo import demo_file
+
+    try:
+        demo_file()
+    except SourceError as error:
+        pytest.skip(f"the demo model is not here: {error.message}")
+    return "demo"
+
+
+@pytest.fixture(scope="session")
+def test_text() -> Path:
+    """Return the WikiText-2 test text that lies beside the repository; skip where it doesn't."""
+    path = TEXTS / "wikitext2" / "test-dev.txt"
+    if not path.is_file():
+        pytest.skip(f"there is no {path}")
+    return path

@@ -62,7 +62,7 @@ class OnnxEmitter(Emitter):
         path = folder / "model.onnx"
         ir.save(model, path)
         emitted = Emitted([path, data.path], data.storage)
-        emitted.usage.append(f"graphopt generate {{out}} --prompt 'Hello'   # {path.name}")
+        emitted.usage.append("graphopt generate {out} --prompt 'Hello'")
         reason = why_not(program)
         if reason is None:
             emitted.files += self._genai(program, folder)

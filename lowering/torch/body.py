@@ -122,8 +122,13 @@ class BodyPrinter(FunctionPrinter):
 
     def _unpacked(self) -> list[str]:
         """Take caches apart whose keys or values something else than attention reads."""
-        plain = {v for node in self.function.nodes if self._past(node) is None for v in node.inputs}
-        alone = plain | self._outside
+        alone = set(self._outside)
+        for node in self.function.nodes:
+            alone.update(
+                value
+                for value in (node.inputs if self._past(node) is None else node.inputs[:PAST_K])
+                if value is not None
+            )
         return [
             f"{self._names[c.past_k]}, {self._names[c.past_v]} = {self.pasts[c.slot]}"
             for c in self.function.caches

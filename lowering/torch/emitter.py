@@ -33,10 +33,11 @@ class TorchEmitter(Emitter):
         path.write_text(render_model(program), encoding="utf-8", newline="\n")
         storage = self._write_weights(program, root / WEIGHTS_NAME, progress)
         files = copy_tokenizer(program, root)
-        usage = [f"python {{out}}/{MODEL_NAME} 1 2 3 --new 16   # needs torch and safetensors"]
+        run = f"python {{out}}/{MODEL_NAME}"
+        usage = [f"{run} 1 2 3 --new 16   # token ids; needs torch and safetensors"]
         if any(file.name == "tokenizer.json" for file in files):
-            usage = [f"python {{out}}/{MODEL_NAME} --prompt 'Hello'   # and tokenizers for text"]
-        usage.append("graphopt generate {out} --prompt 'Hello'")
+            usage = [f"{run} --prompt 'Hello'   # needs torch, safetensors and tokenizers"]
+        usage.insert(0, "graphopt generate {out} --prompt 'Hello'")
         return Emitted([path, root / WEIGHTS_NAME, *files], storage, usage)
 
     @staticmethod

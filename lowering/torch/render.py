@@ -18,6 +18,7 @@ from graphopt.runtime import ops as runtime
 
 _STANDARD = {
     "argparse": "import argparse",
+    "importlib": "import importlib.util",
     "Collection": "from collections.abc import Collection",
     "Path": "from pathlib import Path",
     "Any": "from typing import Any",
@@ -86,9 +87,10 @@ def _sources(helpers: Collection[str]) -> list[str]:
 
     def visit(name: str) -> None:
         source = inspect.getsource(getattr(runtime, name)).strip()
-        mentioned = {n.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)}
+        calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+        called = {callee.id for callee in calls if isinstance(callee, ast.Name)}
         for other in HELPERS:
-            if other in mentioned and other != name and other not in found:
+            if other in called and other != name and other not in found:
                 visit(other)
         found[name] = source
 

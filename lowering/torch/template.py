@@ -74,16 +74,19 @@ MAIN = """
 def main() -> None:
     parser = argparse.ArgumentParser(description="Go on from token ids, or from a text.")
     parser.add_argument("ids", nargs="*", type=int, help="token ids")
-    parser.add_argument("--prompt", help="a text; needs tokenizers, and tokenizer.json here")
+    parser.add_argument("--prompt", help="a text instead; needs the package tokenizers")
     parser.add_argument("--new", type=int, default=16, help="how many tokens to add")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     options = parser.parse_args()
     ids, decode = options.ids, None
     if options.prompt is not None:
+        path = Path(__file__).with_name("tokenizer.json")
+        if not path.is_file() or importlib.util.find_spec("tokenizers") is None:
+            parser.error("--prompt needs tokenizer.json here, and the package tokenizers")
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(Path(__file__).parent / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(path))
         ids, decode = tokenizer.encode(options.prompt).ids, tokenizer.decode
     if not ids:
         parser.error("give token ids, or --prompt TEXT")

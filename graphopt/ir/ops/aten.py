@@ -78,7 +78,11 @@ class Aten(Op):
 
         def change(leaf: Any) -> Any:
             if isinstance(leaf, In):
-                return tensors[leaf.index]
+                operand = tensors[leaf.index]
+                if operand is not None and operand.dtype is torch.float32:
+                    # Such as whole numbers that became fp32 and now meet an fp64 operand.
+                    return operand.to(wide)
+                return operand
             if isinstance(leaf, torch.device):
                 return device
             if leaf is torch.float32:
