@@ -12,7 +12,7 @@ from graphopt.errors import SourceError
 from graphopt.ir.graph import Program
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.types import DTYPE_NAMES, DTYPES
-from graphopt.ir.weights import Producer, Transposed
+from graphopt.ir.weights import Producer, Rows, Transposed
 from graphopt.lowering.base import StoredWeight
 from graphopt.sources.raw import RawTensor
 from graphopt.sources.safetensors import SafetensorsWriter
@@ -102,7 +102,8 @@ def _producer(root: Path, name: str, place: StoredWeight) -> Producer:
             f"{path} {what}: weight {name!r} should be in it.", "Compile the model again."
         )
     raw = RawTensor(path, place.offset, place.shape, place.dtype)
-    return Transposed(raw) if place.transposed else raw
+    whole = Transposed(raw) if place.transposed else raw
+    return whole if place.rows is None else Rows(whole, slice(*place.rows, 1))
 
 
 def _pack(place: StoredWeight) -> dict[str, Any]:
@@ -112,10 +113,19 @@ def _pack(place: StoredWeight) -> dict[str, Any]:
         "shape": list(place.shape),
         "dtype": DTYPE_NAMES[place.dtype],
         "transposed": place.transposed,
+        "rows": place.rows,
     }
 
 
 def _unpack(item: dict[str, Any]) -> StoredWeight:
     dtype: torch.dtype = DTYPES[item["dtype"]]
     shape = tuple(int(size) for size in item["shape"])
-    return StoredWeight(item["file"], int(item["offset"]), shape, dtype, bool(item["transposed"]))
+    rows = item.get("rows")
+    return StoredWeight(
+        item["file"],
+        int(item["offset"]),
+        shape,
+        dtype,
+        bool(item["transposed"]),
+        None if rows is None else (int(rows[0]), int(rows[1])),
+    )

@@ -23,6 +23,7 @@ class StoredWeight:
         shape: Shape as stored, row-major.
         dtype: Element type as stored.
         transposed: The stored matrix is the weight's transpose.
+        rows: The weight is these rows (first, end) of the matrix; None for all of it.
     """
 
     file: str
@@ -30,6 +31,7 @@ class StoredWeight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     transposed: bool = False
+    rows: tuple[int, int] | None = None
 
 
 @dataclass

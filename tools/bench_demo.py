@@ -1,11 +1,10 @@
 """Compile the demo and measure it beside onnxruntime-genai's model builder, in one run.
 
-    python tools/bench_demo.py --text FILE [--out benchmarks/demo.json]
+    python tools/bench_demo.py [--out benchmarks/demo.json]
 
 What is measured: wall time and peak memory of `graphopt compile demo` with and without
 verification and of the builder on the same weights; greedy tokens of both ONNX models under
-onnxruntime-genai against transformers' `generate` in fp32; decode speed of both, taken in turns;
-perplexity of the source, of the torch artifact and of the ONNX artifact.
+onnxruntime-genai against transformers' `generate` in fp32; decode speed of both, taken in turns.
 """
 
 from __future__ import annotations
@@ -117,22 +116,13 @@ def trimmed(tokens: list[int], ends: list[int]) -> list[int]:
     return tokens[:stop]
 
 
-def evaluate(model: str, backend: str, text: Path) -> dict[str, Any]:
-    """Return what `graphopt eval --json` prints."""
-    command = ["graphopt", "eval", model, "--backend", backend, "--text", str(text), "--json"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, required=True, help="evaluation text")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/demo.json"))
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="bench-demo-"))
     try:
-        result = measure(work, args.text)
+        result = measure(work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -140,9 +130,9 @@ def main() -> None:
     print(json.dumps(result["summary"], indent=2))
 
 
-def measure(work: Path, text: Path) -> dict[str, Any]:
+def measure(work: Path) -> dict[str, Any]:
     compile_ = ["graphopt", "compile", "demo", "-o"]
-    run([*compile_, str(work / "all"), "--emit", "hf,torch,onnx", "--no-verify"])
+    run([*compile_, str(work / "all"), "--emit", "hf", "--no-verify"])
     checkpoint = work / "all" / "hf"
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint)]
     runs: dict[str, list[dict[str, Any]]] = {"builder": [], "unverified": [], "verified": []}
@@ -163,11 +153,6 @@ def measure(work: Path, text: Path) -> dict[str, Any]:
         for name, got in answers.items()
     }
     speeds = decode_speed({"graphopt": ours, "builder": peer_folder}, prompts[1])
-    perplexity = {
-        "source": evaluate("demo", "auto", text),
-        "torch": evaluate(str(work / "all"), "torch", text),
-        "onnx": evaluate(str(work / "full0"), "onnx", text),
-    }
     medians = {
         f"{name}_{key}": statistics.median(item[key] for item in items)
         for name, items in runs.items()
@@ -184,12 +169,10 @@ def measure(work: Path, text: Path) -> dict[str, Any]:
             "prompts_with_equal_tokens": {name: sum(found) for name, found in equal.items()},
             "prompts": len(PROMPTS),
             "decode_tokens_per_second": {n: statistics.median(s) for n, s in speeds.items()},
-            "perplexity": {name: found["perplexity"] for name, found in perplexity.items()},
         },
         "compile_runs": runs,
         "decode_runs": speeds,
         "equal_tokens": equal,
-        "evaluations": perplexity,
     }
 
 

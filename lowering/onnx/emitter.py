@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,16 +12,16 @@ import onnx_ir as ir
 import torch
 
 from graphopt.errors import LoweringError
-from graphopt.ir.graph import Program
+from graphopt.ir.graph import Call, Node, Program, Value
 from graphopt.ir.ops import is_aten
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, P, S, Type
+from graphopt.ir.weights import Weight
 from graphopt.lowering.base import Emitted, Emitter
 from graphopt.lowering.onnx.builder import ONNX_DTYPES, GraphBuilder
 from graphopt.lowering.onnx.external import DataFile
 from graphopt.lowering.onnx.genai import genai_config, why_not
-from graphopt.lowering.onnx.ops import Heads, Lowering, translation_of
-from graphopt.lowering.onnx.ops.norm import fusable_sums
+from graphopt.lowering.onnx.ops import Heads, Lowering, Pack, Sum, translation_of
 from graphopt.lowering.tokenizer import copy_tokenizer
 from graphopt.progress import Progress
 from graphopt.sources.check import check_finite
@@ -107,6 +108,7 @@ class _Graph:
         self.shared: dict[object, object] = {"transposed": set()}
         self.weights: dict[str, ir.Value] = {}
         self.transposed = self._transposable()
+        self.uses = Counter(self._reads())
 
     def _transposable(self) -> set[str]:
         """Return the weights that nothing but `linear` reads, as its matrix."""
@@ -121,6 +123,44 @@ class _Graph:
                         is_matrix = node.op == "linear" and index == 1
                         (linear if is_matrix else other).add(call.weights[slots[value]])
         return linear - other
+
+    def _reads(self) -> Iterator[str]:
+        """Yield the name of a weight for every operand it is."""
+        for call in self.program.calls:
+            function = self.program.functions[call.function]
+            slots = {value: slot for slot, value in function.weights.items()}
+            for node in function.nodes:
+                yield from (call.weights[slots[v]] for v in node.inputs if v in slots)
+
+    def _packs(self, call: Call) -> dict[Node, Pack]:
+        """Return the linears of a call whose weights are stored side by side.
+
+        Linears of one input are one product: a decode step is as long as the weights are, and
+        the start of a product costs as much as a hundred rows.
+        """
+        function, weights = self.program.functions[call.function], self.program.weights
+        slots = {value: slot for slot, value in function.weights.items()}
+        siblings: dict[Value | None, list[tuple[Node, Weight]]] = {}
+        for node in function.nodes:
+            if node.op != "linear" or node.inputs[1] not in slots:
+                continue
+            weight = weights[call.weights[slots[node.inputs[1]]]]
+            alone = weight.name in self.transposed and self.uses[weight.name] == 1
+            if alone and not weight.constant and weight.numel >= _INLINE:
+                siblings.setdefault(node.inputs[0], []).append((node, weight))
+        packs: dict[Node, Pack] = {}
+        for members in siblings.values():
+            if len(members) > 1:
+                matrices = [weight for _, weight in members]
+                stem = matrices[0].name.removesuffix(".weight")
+                label = self.builder.unique(f"{stem}.and_{len(members) - 1}_more")
+                tensor = self.data.reserve(matrices, transposed=True)
+                tensor.name = label
+                pack = Pack(
+                    tuple(node for node, _ in members), self.builder.initializer(label, tensor)
+                )
+                packs |= dict.fromkeys(pack.nodes, pack)
+        return packs
 
     def build(self) -> ir.Model:
         program, builder = self.program, self.builder
@@ -146,20 +186,22 @@ class _Graph:
             function = program.functions[call.function]
             builder.scope = call.path.replace(".", "/") or function.name
             lower = Lowering(builder, program, call, function, types, {}, inputs, self.shared)
+            lower.packs = self._packs(call)
+            packed = {node.inputs[1] for node in lower.packs}
             lower.values.update(
                 {p: carried[a] for p, a in zip(function.params, call.args, strict=True)}  # type: ignore[misc]
             )
             for slot, value in function.weights.items():
-                lower.values[value] = self._weight(call.weights[slot])
+                if value not in packed:
+                    lower.values[value] = self._weight(call.weights[slot])
             for cache in function.caches:
                 state = call.caches[cache.slot]
                 lower.values[cache.past_k] = pasts[f"{state}.key"]
                 lower.values[cache.past_v] = pasts[f"{state}.value"]
             self._lower(lower)
             for name, value in zip(call.results, function.results, strict=True):
-                carried[name] = lower.values[value]
-                if isinstance(lower.values[value], Heads):
-                    carried[name] = lower.whole(value)
+                made = lower.values[value]
+                carried[name] = lower.whole(value) if isinstance(made, Heads) else made
             for cache in function.caches:
                 state = call.caches[cache.slot]
                 presents[f"{state}.key"] = lower.whole(cache.present_k)
@@ -172,10 +214,7 @@ class _Graph:
         return builder.model(program.name, graph_inputs, results, metadata)
 
     def _lower(self, lower: Lowering) -> None:
-        lower.fused = fusable_sums(lower)
         for node in lower.function.nodes:
-            if node in lower.fused:
-                continue
             form = translation_of(node.op)
             assert form is not None
             try:
@@ -233,7 +272,7 @@ class _Graph:
                 check_finite(name, value)
             tensor: ir.TensorProtocol = ir.tensor(value.numpy(), name=label)
         else:
-            tensor = self.data.reserve(weight, name in self.transposed)
+            tensor = self.data.reserve([weight], name in self.transposed)
         made = self.builder.initializer(label, tensor)
         if name in self.transposed:
             if weight.constant or weight.numel < _INLINE:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +29,14 @@ _WORKERS = 2
 
 @dataclass
 class Reserved:
-    """A weight's place in the data file, decided before anything is read.
+    """The place of a weight in the data file, or of several side by side, before any is read.
 
     Attributes:
+        weights: One, or matrices of one width whose rows follow each other.
         transposed: A matrix [out, in] is stored as [in, out].
     """
 
-    weight: Weight
+    weights: tuple[Weight, ...]
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -41,10 +44,7 @@ class Reserved:
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class DataFile:
@@ -58,15 +58,24 @@ class DataFile:
     def __init__(self, path: Path, root: Path) -> None:
         self.path = path
         self.root = root
-        self.reserved: dict[str, Reserved] = {}
+        self.reserved: list[Reserved] = []
         self._end = 0
 
-    def reserve(self, weight: Weight, transposed: bool) -> ir.ExternalTensor:
-        """Give a weight its place and return the tensor that points at it."""
-        dtype = torch.float32 if weight.dtype.is_floating_point else weight.dtype
-        shape = weight.shape[::-1] if transposed else weight.shape
-        item = Reserved(weight, self._end, shape, dtype, transposed)
-        self.reserved[weight.name] = item
+    def reserve(self, weights: Sequence[Weight], transposed: bool) -> ir.ExternalTensor:
+        """Give a weight its place, or several as one matrix; return a tensor that points there.
+
+        Args:
+            weights: Several must be matrices of equal width.
+            transposed: Store [in, out] rather than [out, in].
+        """
+        first = weights[0]
+        dtype = torch.float32 if first.dtype.is_floating_point else first.dtype
+        shape = first.shape
+        if len(weights) > 1:
+            shape = (sum(weight.shape[0] for weight in weights), *first.shape[1:])
+        shape = shape[::-1] if transposed else shape
+        item = Reserved(tuple(weights), self._end, shape, dtype, transposed)
+        self.reserved.append(item)
         self._end = -(-(self._end + item.nbytes) // ALIGNMENT) * ALIGNMENT
         return ir.ExternalTensor(
             self.path.name,
@@ -74,17 +83,23 @@ class DataFile:
             item.nbytes,
             ONNX_DTYPES[dtype],
             shape=ir.Shape(shape),
-            name=weight.name,
+            name=first.name,
             base_dir=self.path.parent,
         )
 
     @property
     def storage(self) -> dict[str, StoredWeight]:
         file = self.path.relative_to(self.root).as_posix()
-        return {
-            name: StoredWeight(file, item.offset, item.shape, item.dtype, item.transposed)
-            for name, item in self.reserved.items()
-        }
+        places: dict[str, StoredWeight] = {}
+        for item in self.reserved:
+            row = 0
+            for weight in item.weights:
+                rows = (row, row + weight.shape[0]) if len(item.weights) > 1 else None
+                places[weight.name] = StoredWeight(
+                    file, item.offset, item.shape, item.dtype, item.transposed, rows
+                )
+                row += weight.shape[0] if weight.shape else 0
+        return places
 
     def write(self, progress: Progress) -> None:
         """Write every reserved weight; a few are in memory at a time, read side by side.
@@ -98,7 +113,7 @@ class DataFile:
             waiting: deque[Future[None]] = deque()
             turn = threading.Lock()
             try:
-                for done, item in enumerate(self.reserved.values()):
+                for done, item in enumerate(self.reserved):
                     progress("writing weights", done, total)
                     waiting.append(pool.submit(_write, file, turn, item))
                     if len(waiting) > _WORKERS:
@@ -111,8 +126,11 @@ class DataFile:
 
 
 def _write(file: BinaryIO, turn: threading.Lock, item: Reserved) -> None:
-    value = item.weight.load(torch.float32)
-    check_finite(item.weight.name, value)
+    parts: list[torch.Tensor] = []
+    for weight in item.weights:
+        parts.append(weight.load(torch.float32))
+        check_finite(weight.name, parts[-1])
+    value = parts[0] if len(parts) == 1 else torch.cat(parts)
     if item.transposed:
         value = value.t()
     data = value.contiguous().numpy().data.cast("B")

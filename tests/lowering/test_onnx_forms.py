@@ -400,20 +400,26 @@ def test_weights_lie_aligned_in_the_data_file(tmp_path):
         place = {entry.key: entry.value for entry in tensor.external_data}
         if place:
             assert place["location"] == "model.onnx.data"
-            stored[tensor.name] = (int(place["offset"]), int(place["length"]), list(tensor.dims))
-    assert {n: s[0] for n, s in stored.items()} == {n: s.offset for n, s in emitted.storage.items()}
-    end = 0
+            stored[int(place["offset"])] = (int(place["length"]), list(tensor.dims))
+    assert set(stored) == {place.offset for place in emitted.storage.values()}
     data = path.with_name("model.onnx.data").read_bytes()
-    for name, (offset, length, shape) in sorted(stored.items(), key=lambda item: item[1]):
+    for name, place in emitted.storage.items():
+        length, shape = stored[place.offset]
+        assert place.file == "onnx/model.onnx.data" and list(place.shape) == shape
+        raw = data[place.offset : place.offset + length]
+        found = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(shape)
+        found = found.t() if place.transposed else found
+        rows = slice(None) if place.rows is None else slice(*place.rows)
+        assert found[rows].equal(program.weights[name].load())
+    end = 0
+    for offset, (length, _) in sorted(stored.items()):
         assert offset % ALIGNMENT == 0 and offset >= end
         end = offset + length
-        value = program.weights[name].load()
-        place = emitted.storage[name]
-        assert place.file == "onnx/model.onnx.data" and list(place.shape) == shape
-        turned = value.t() if place.transposed else value
-        found = torch.frombuffer(bytearray(data[offset:end]), dtype=torch.float32)
-        assert found.view(shape).equal(turned)
     assert end <= len(data) < end + ALIGNMENT
+    # What reads one input is one matrix.
+    packed = [emitted.storage[f"layers.0.self_attn.{p}_proj.weight"] for p in "qkv"]
+    assert [place.rows for place in packed] == [(0, 32), (32, 48), (48, 64)]
+    assert len({place.offset for place in packed}) == 1
     # Matrices that only products read lie as [in, out]; the tied embedding is also looked up.
     assert emitted.storage["layers.0.mlp.down_proj.weight"].transposed
     assert not emitted.storage["embed.weight"].transposed

@@ -10,11 +10,20 @@ from graphopt.lowering.onnx.ops import (
     norm,
     rope,
 )
-from graphopt.lowering.onnx.ops.registry import Heads, Lowering, translation, translation_of
+from graphopt.lowering.onnx.ops.registry import (
+    Heads,
+    Lowering,
+    Pack,
+    Sum,
+    translation,
+    translation_of,
+)
 
 __all__ = [
     "Heads",
     "Lowering",
+    "Pack",
+    "Sum",
     "aten",
     "aten_index",
     "aten_shape",

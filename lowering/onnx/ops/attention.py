@@ -41,7 +41,7 @@ def swap_heads(lower: Lowering, node: Node) -> Lowered:
     lowered = lower.values[x]
     if isinstance(lowered, Heads):
         return Heads(lowered.flat, lowered.heads, lowered.dim, not lowered.heads_first)
-    return lower.builder.op("Transpose", lowered, perm=[0, 2, 1, 3])
+    return lower.builder.op("Transpose", lower.whole(x), perm=[0, 2, 1, 3])
 
 
 @translation("merge_heads")

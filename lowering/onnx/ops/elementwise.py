@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt.ir.graph import Node
 from graphopt.lowering.onnx.builder import GRAPHOPT, MICROSOFT, OPSET
-from graphopt.lowering.onnx.ops.registry import Lowered, Lowering, translation
+from graphopt.lowering.onnx.ops.registry import Lowered, Lowering, Sum, translation
 
 
 def _simple(name: str, op_type: str) -> None:
@@ -22,10 +22,18 @@ for _name, _op_type in {
     "relu": "Relu",
     "sigmoid": "Sigmoid",
     "tanh": "Tanh",
-    "add": "Add",
     "mul": "Mul",
 }.items():
     _simple(_name, _op_type)
+
+
+@translation("add")
+def add(lower: Lowering, node: Node) -> Lowered:
+    a, b = (lower.whole(value) for value in node.inputs)
+    kinds = {lower.types[v] for v in (*node.inputs, node.output) if v is not None}
+    if len(kinds) == 1 and len(lower.types[node.output].shape) == 3:
+        return Sum(a, b)
+    return lower.builder.op("Add", a, b)
 
 
 @translation("gelu")

@@ -27,6 +27,8 @@ def linear(lower: Lowering, node: Node) -> ir.Value:
     builder = lower.builder
     x, weight = lower.whole(node.inputs[0]), node.inputs[1]
     assert weight is not None
+    if node in lower.packs:
+        return _packed(lower, node, x)
     bias = lower.operand(node, 2)
     stored = lower.values[weight]
     assert isinstance(stored, ir.Value)
@@ -42,3 +44,17 @@ def linear(lower: Lowering, node: Node) -> ir.Value:
     if len(rest) == 1:
         return product
     return builder.reshape(product, (*rest, out))
+
+
+def _packed(lower: Lowering, node: Node, x: ir.Value) -> ir.Value:
+    """Return this linear's part of a product that its siblings share."""
+    builder, pack = lower.builder, lower.packs[node]
+    key = ("pack", pack)
+    if key not in lower.shared:
+        widths = [int(lower.types[member.inputs[1]].shape[0]) for member in pack.nodes]  # type: ignore[index]
+        product = builder.op("MatMul", x, pack.matrix)
+        parts = builder.op("Split", product, builder.constant(widths), outputs=len(widths), axis=-1)
+        lower.shared[key] = dict(zip(pack.nodes, parts, strict=True))
+    part = lower.shared[key][node]
+    bias = lower.operand(node, 2)
+    return part if bias is None else builder.op("Add", part, lower.whole(bias))

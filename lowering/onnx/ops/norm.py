@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from graphopt.ir.graph import Node, Value
 from graphopt.lowering.onnx.builder import MICROSOFT
-from graphopt.lowering.onnx.ops.registry import Heads, Lowered, Lowering, translation
+from graphopt.lowering.onnx.ops.registry import Heads, Lowered, Lowering, Sum, translation
 
 
 def _gain(lower: Lowering, weight: Value | None, width: int, offset: float) -> ir.Value | None:
@@ -26,14 +25,12 @@ def _gain(lower: Lowering, weight: Value | None, width: int, offset: float) -> i
     return lower.shared[key]
 
 
-def _skip_sum(lower: Lowering, node: Node) -> Node | None:
-    """Return the sum of two plain streams [B, S, N] that this norm reads."""
+def _pending(lower: Lowering, node: Node) -> Sum | None:
+    """Return the sum that this norm reads, if nothing has asked for it before."""
     x = node.inputs[0]
     assert x is not None
-    add = x.node
-    if add is None or add.op != "add" or add not in lower.fused:
-        return None
-    return add
+    lowered = lower.values[x]
+    return lowered if isinstance(lowered, Sum) and lowered.total is None else None
 
 
 @translation("rms_norm")
@@ -43,14 +40,12 @@ def rms_norm(lower: Lowering, node: Node) -> Lowered:
     assert x is not None
     width = int(lower.types[x].shape[-1])
     gain = _gain(lower, weight, width, attrs.get("offset", 0.0))
-    add = _skip_sum(lower, node)
-    if add is not None and gain is not None:
-        a, b = (lower.whole(v) for v in add.inputs)
-        y, _, _, total = builder.op(
-            "SkipSimplifiedLayerNormalization", a, b, gain,
+    pending = _pending(lower, node)
+    if pending is not None and gain is not None:
+        y, _, _, pending.total = builder.op(
+            "SkipSimplifiedLayerNormalization", pending.a, pending.b, gain,
             domain=MICROSOFT, outputs=4, epsilon=attrs["eps"],
         )  # fmt: skip
-        lower.values[x] = total
         return y
     lowered = lower.values[x]
     if isinstance(lowered, Heads) and gain is not None:
@@ -78,15 +73,13 @@ def layer_norm(lower: Lowering, node: Node) -> Lowered:
     width = int(lower.types[x].shape[-1])
     gain = _gain(lower, weight, width, attrs.get("offset", 0.0))
     plain_bias = bias is None or len(lower.types[bias].shape) == 1
-    add = _skip_sum(lower, node)
+    pending = _pending(lower, node)
     shift = None if bias is None else lower.whole(bias)
-    if add is not None and gain is not None and plain_bias:
-        a, b = (lower.whole(v) for v in add.inputs)
-        y, _, _, total = builder.op(
-            "SkipLayerNormalization", a, b, gain, shift,
+    if pending is not None and gain is not None and plain_bias:
+        y, _, _, pending.total = builder.op(
+            "SkipLayerNormalization", pending.a, pending.b, gain, shift,
             domain=MICROSOFT, outputs=4, epsilon=attrs["eps"],
         )  # fmt: skip
-        lower.values[x] = total
         return y
     if gain is not None and plain_bias:
         return builder.op(
@@ -97,26 +90,3 @@ def layer_norm(lower: Lowering, node: Node) -> Lowered:
     if weight is not None:
         y = builder.op("Mul", y, lower.whole(weight))
     return y if bias is None else builder.op("Add", y, lower.whole(bias))
-
-
-def fusable_sums(lower: Lowering) -> set[Node]:
-    """Return the sums that the next norm takes in: both operands whole streams of its shape."""
-    found: set[Node] = set()
-    order = {node: index for index, node in enumerate(lower.function.nodes)}
-    uses = lower.function.uses()
-    for node in lower.function.nodes:
-        if node.op not in ("rms_norm", "layer_norm") or node.inputs[0] is None:
-            continue
-        add = node.inputs[0].node
-        if add is None or add.op != "add" or add in found:
-            continue
-        kinds = [lower.types[v] for v in add.inputs if v is not None]
-        same = all(kind == lower.types[add.output] for kind in kinds)
-        weight = lower.operand(node, 1)
-        vector = weight is None or len(lower.types[weight].shape) == 1
-        # The norm makes the sum too, so nothing may read it earlier.
-        first = min(order[user] for user, _ in uses[add.output])
-        three = len(lower.types[add.output].shape) == 3
-        if same and vector and three and kinds[0].dtype == torch.float32 and first == order[node]:
-            found.add(add)
-    return found

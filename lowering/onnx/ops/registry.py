@@ -40,7 +40,38 @@ class Heads:
         return self._whole
 
 
-Lowered = ir.Value | Heads
+@dataclass
+class Sum:
+    """A sum of two streams [B, S, N] that is not made yet: a norm behind it may take it in.
+
+    Whatever reads it first decides. It may be read in the call after the one that adds.
+    """
+
+    a: ir.Value
+    b: ir.Value
+    total: ir.Value | None = None
+
+    def whole(self, builder: GraphBuilder) -> ir.Value:
+        """Return the sum."""
+        if self.total is None:
+            self.total = builder.op("Add", self.a, self.b)
+        return self.total
+
+
+Lowered = ir.Value | Heads | Sum
+
+
+@dataclass(eq=False)
+class Pack:
+    """Linears of one input, computed by one product.
+
+    Attributes:
+        nodes: The linears, in order.
+        matrix: Their weights side by side, [in, sum of outs].
+    """
+
+    nodes: tuple[Node, ...]
+    matrix: ir.Value
 
 
 @dataclass
@@ -54,6 +85,7 @@ class Lowering:
         values: What each value of the function has become.
         positions: The graph's `position_ids`, `attention_mask`, `input_ids`.
         shared: Things made once for the whole graph, such as masks, by key.
+        packs: For a linear whose weight is stored with those of its siblings, the pack.
     """
 
     builder: GraphBuilder
@@ -64,7 +96,7 @@ class Lowering:
     values: dict[Value, Lowered]
     inputs: Mapping[str, ir.Value]
     shared: dict[Any, Any] = field(default_factory=dict)
-    fused: set[Node] = field(default_factory=set)
+    packs: Mapping[Node, Pack] = field(default_factory=dict)
 
     def attrs(self, node: Node) -> dict[str, Any]:
         return resolve_attrs(node, self.call)
@@ -73,7 +105,7 @@ class Lowering:
         """Return a value as a plain ONNX tensor of the IR's shape."""
         assert value is not None
         lowered = self.values[value]
-        return lowered.whole(self.builder) if isinstance(lowered, Heads) else lowered
+        return lowered if isinstance(lowered, ir.Value) else lowered.whole(self.builder)
 
     def heads(self, value: Value | None) -> Heads:
         """Return a four-dimensional value as flat heads, [B, H, S, D] in the IR."""
@@ -82,6 +114,7 @@ class Lowering:
         if isinstance(lowered, Heads):
             return lowered
         _, heads, _, width = self.types[value].shape
+        lowered = self.whole(value)
         turned = self.builder.op("Transpose", lowered, perm=[0, 2, 1, 3])
         flat = self.builder.op(
             "Reshape", turned, self.builder.constant([0, 0, int(heads) * int(width)])
