@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-REPEATS = 3
+REPEATS = 1
 PACKAGES = ("graphopt", "torch", "transformers", "sympy", "networkx")
 LLAMA_70B = {
     "model_type": "llama",

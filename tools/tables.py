@@ -108,7 +108,7 @@ def scale() -> str:
         ],
     ]
     table = _rows(["", "time", "memory"], rows)
-    return f"{table}\n\n{_measured_on(result, 'torch', 'transformers')} The worst of three runs."
+    return f"{table}\n\n{_measured_on(result, 'torch', 'transformers')} One run each."
 
 
 TABLES: dict[str, Callable[[], str]] = {"demo": demo, "quality": quality, "scale": scale}

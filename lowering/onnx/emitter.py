@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Call, Node, Program, Value
@@ -20,7 +21,7 @@ from graphopt.ir.weights import Weight
 from graphopt.lowering.base import Emitted, Emitter
 from graphopt.lowering.onnx.builder import ONNX_DTYPES, GraphBuilder
 from graphopt.lowering.onnx.external import DataFile
-from graphopt.lowering.onnx.genai import genai_config, why_not
+from graphopt.lowering.onnx.genai import GENAI_NAME, genai_config, why_not
 from graphopt.lowering.onnx.ops import Heads, Lowering, Pack, Sum, translation_of
 from graphopt.lowering.tokenizer import copy_tokenizer
 from graphopt.progress import Progress
@@ -66,7 +67,10 @@ class OnnxEmitter(Emitter):
         emitted.usage.append("graphopt generate {out} --prompt 'Hello'")
         reason = why_not(program)
         if reason is None:
-            emitted.files += self._genai(program, folder)
+            # Weights lie in the order in which a graph is built, so both find them alike.
+            again = DataFile(data.path, root)
+            ir.save(_Graph(program, again, continues=False).build(), folder / GENAI_NAME)
+            emitted.files += [folder / GENAI_NAME, *self._genai(program, folder)]
             emitted.usage.append(
                 "onnxruntime-genai:  og.Model('{out}/onnx')   # loads genai_config.json"
             )
@@ -99,13 +103,17 @@ def _shape(kind: Type) -> ir.Shape:
 
 
 class _Graph:
-    """Lowers a program call by call into one graph."""
+    """Lowers a program call by call into one graph.
 
-    def __init__(self, program: Program, data: DataFile) -> None:
+    Args:
+        continues: The graph can go on from a cache with several rows and several tokens.
+    """
+
+    def __init__(self, program: Program, data: DataFile, *, continues: bool = True) -> None:
         self.program = program
         self.data = data
         self.builder = GraphBuilder()
-        self.shared: dict[object, object] = {"transposed": set()}
+        self.shared: dict[object, object] = {"transposed": set(), "continues": continues}
         self.weights: dict[str, ir.Value] = {}
         self.transposed = self._transposable()
         self.uses = Counter(self._reads())
@@ -135,14 +143,17 @@ class _Graph:
     def _packs(self, call: Call) -> dict[Node, Pack]:
         """Return the linears of a call whose weights are stored side by side.
 
-        Linears of one input are one product: a decode step is as long as the weights are, and
-        the start of a product costs as much as a hundred rows.
+        These are queries, keys and values of one input: GroupQueryAttention takes them as one
+        product. For others the saved start of a product is spent again on taking it apart.
         """
         function, weights = self.program.functions[call.function], self.program.weights
         slots = {value: slot for slot, value in function.weights.items()}
         siblings: dict[Value | None, list[tuple[Node, Weight]]] = {}
+        uses = function.uses()
         for node in function.nodes:
             if node.op != "linear" or node.inputs[1] not in slots:
+                continue
+            if any(user.op != "split_heads" for user, _ in uses[node.output]):
                 continue
             weight = weights[call.weights[slots[node.inputs[1]]]]
             alone = weight.name in self.transposed and self.uses[weight.name] == 1
@@ -207,11 +218,16 @@ class _Graph:
                 presents[f"{state}.key"] = lower.whole(cache.present_k)
                 presents[f"{state}.value"] = lower.whole(cache.present_v)
         builder.scope = ""
-        results = [self._output("logits", carried["logits"], _single(carried_types["logits"]))]
+        logits = carried["logits"]
+        whole = logits.whole(builder) if isinstance(logits, Sum) else logits
+        results = [self._output("logits", whole, _single(carried_types["logits"]))]
         for key, (name, kind) in outputs.items():
             results.append(self._output(name, presents[key], kind))
         metadata = {"graphopt.source": program.source, "graphopt.program": program.name}
-        return builder.model(program.name, graph_inputs, results, metadata)
+        model = builder.model(program.name, graph_inputs, results, metadata)
+        # Heads that an attention takes from their pack are not asked for one by one.
+        RemoveUnusedNodesPass()(model)
+        return model
 
     def _lower(self, lower: Lowering) -> None:
         for node in lower.function.nodes:

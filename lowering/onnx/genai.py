@@ -6,6 +6,12 @@ from typing import Any
 
 from graphopt.ir.graph import Program
 
+GENAI_NAME = "genai.onnx"
+"""The graph for onnxruntime-genai, which shares its data file with `model.onnx`.
+
+Around its attentions there is no branch, through which a cache could not be extended in place.
+"""
+
 
 def why_not(program: Program) -> str | None:
     """Return why onnxruntime-genai cannot run the program; None where it can."""
@@ -41,7 +47,7 @@ def genai_config(program: Program, heads: int) -> dict[str, Any]:
             "context_length": length,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "filename": "model.onnx",
+                "filename": GENAI_NAME,
                 "head_size": states[0].k_dim,
                 "hidden_size": hidden,
                 "inputs": {
