@@ -371,7 +371,7 @@ def _export(
     ]
     try:
         # A layer is traced once or twice: remembering the shapes of its operators costs more
-        # than it saves, a third of the time.
+        # than it saves.
         with torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
             program = torch.export.export(
                 module, tuple(inputs), dynamic_shapes=(tuple(dynamic),), strict=False

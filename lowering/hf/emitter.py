@@ -22,7 +22,8 @@ from graphopt.ir.weights import Array, Producer, Transposed
 from graphopt.lowering.base import Emitted, Emitter, StoredWeight
 from graphopt.lowering.hf.parts import Part, assemble, origin
 from graphopt.lowering.tokenizer import copy_tokenizer
-from graphopt.passes.base import Context, make_pass
+from graphopt.passes.base import Context
+from graphopt.pipeline import Pipeline
 from graphopt.progress import Progress
 from graphopt.sources.safetensors import INDEX_NAME, WEIGHTS_NAME, SafetensorsWriter
 
@@ -31,14 +32,6 @@ if TYPE_CHECKING:
 
 LARGEST_SHARD = 5 * 10**9
 """Bytes of a file beyond which another one is begun, as transformers does by default."""
-
-_EXACT_PASSES = (
-    "normalise",
-    "common-subexpression",
-    "fold-constants",
-    "dead-code",
-    "insert-kv-cache",
-)
 
 
 class HfEmitter(Emitter):
@@ -85,12 +78,12 @@ def _capture_again(config: str, trained: tuple[str, ...]) -> tuple[Program, PreT
 
 
 def _one_form(program: Program) -> Program:
-    """Return the program as the exact passes leave it when they find nothing more to do."""
+    """Return the program as the default passes, all exact, leave it at last."""
     program = program.copy()
     while True:
         changed = 0
-        for name in _EXACT_PASSES:
-            result = make_pass(name, {}).run(program, Context())
+        for item in Pipeline.default().passes:
+            result = item.run(program, Context())
             program, changed = result.program, changed + result.changed
         if not changed:
             return program

@@ -1,8 +1,7 @@
 """Attention: GroupQueryAttention where it is exact, plain products and a softmax elsewhere.
 
-Measured at the shape of SmolLM2-135M on two cores: ONNX Runtime's standard Attention takes three
-times as long for a decode step, and GroupQueryAttention that rotates queries and keys out of one
-product makes the whole step 3 % shorter than one that is given them rotated.
+ONNX Runtime's standard Attention is much slower on a CPU, and GroupQueryAttention alone extends a
+cache in place and rotates queries and keys out of one product.
 """
 
 from __future__ import annotations
