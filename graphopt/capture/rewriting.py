@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from graphopt.ir.dataflow import region
 from graphopt.ir.graph import Function, In, Node, Param, Value
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import concretize
@@ -234,17 +235,7 @@ class Raiser:
 
     def region(self, targets: Sequence[Value], boundary: Iterable[Value]) -> list[Node]:
         """Return the nodes between the boundary and the targets, in order."""
-        stop = set(boundary)
-        order = self.node_index()
-        found: set[Node] = set()
-        stack = [t for t in targets if t not in stop]
-        while stack:
-            node = stack.pop().node
-            if node is None or node in found:
-                continue
-            found.add(node)
-            stack.extend(v for v in node.inputs if v is not None and v not in stop)
-        return sorted(found, key=lambda node: order[node])
+        return region(self.function, targets, boundary)
 
     def proves(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,10 +86,15 @@ class GraphBuilder:
         *inputs: ir.Value | None,
         domain: str = "",
         outputs: int = 1,
+        without: Collection[int] = (),
         name: str = "",
         **attributes: Any,
     ) -> Any:
-        """Append a node and return its output, or a list of its outputs."""
+        """Append a node and return its output, or a list of its outputs.
+
+        Args:
+            without: Optional outputs that are not asked for: a runtime need not compute them.
+        """
         operands = list(inputs)
         while operands and operands[-1] is None:
             operands.pop()
@@ -98,6 +103,8 @@ class GraphBuilder:
         node = ir.node(op_type, operands, given, domain=domain, num_outputs=outputs, name=label)
         for index, value in enumerate(node.outputs):
             value.name = label if outputs == 1 else f"{label}:{index}"
+            if index in without:
+                value.name = ""
         self.nodes.append(node)
         return node.outputs[0] if outputs == 1 else list(node.outputs)
 

@@ -119,6 +119,36 @@ def test_steps_with_a_cache(options, tmp_path):
         close(torch.cat(pieces, 1), reference(program, inputs), mask)
 
 
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_the_graph_for_genai(options, tmp_path):
+    """One row in steps of any length, several rows from nothing: the same as model.onnx, exactly.
+
+    No branch, so that a shared buffer can be extended in place.
+    """
+    program = tiny_program(cache=True, **options)
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    program.tokenizer = str(tmp_path / "tokenizer")
+    _, path = emit(program, tmp_path / "out")
+    theirs = path.with_name("genai.onnx")
+    assert not [node for node in onnx.load(theirs).graph.node if node.op_type == "If"]
+    models = session(path), session(theirs)
+    for ids, mask, stops in ((IDS[:1], MASK[:1], (4, 5, 9)), (IDS, MASK, (8, 9))):
+        inputs = complete_inputs({"input_ids": ids, "attention_mask": mask})
+        start, pasts = 0, (None, None)
+        for stop in stops:
+            step = {
+                "input_ids": ids[:, start:stop],
+                "attention_mask": mask[:, :stop],
+                "position_ids": inputs["position_ids"][:, start:stop],
+            }
+            results = [run(model, step, past) for model, past in zip(models, pasts, strict=True)]
+            (expected, cache), (found, other) = results
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+            for name, value in cache.items():
+                np.testing.assert_array_equal(other[name], value)
+            start, pasts = stop, (cache, other)
+
+
 STEPS = st.lists(st.integers(1, 8), unique=True).map(lambda cuts: [0, *sorted(cuts), 9])
 
 

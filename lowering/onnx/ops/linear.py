@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.ir.graph import Node
+from graphopt.lowering.onnx.builder import MICROSOFT
 from graphopt.lowering.onnx.ops.registry import Lowering, translation
 
 
@@ -22,7 +23,7 @@ def linear(lower: Lowering, node: Node) -> ir.Value:
     """MatMul with a weight stored as [in, out], which is what ONNX Runtime packs best.
 
     A weight that is stored as [out, in] for another use, such as a tied embedding, is not
-    stored twice: Gemm reads it transposed.
+    stored twice: it is read transposed.
     """
     builder = lower.builder
     x, weight = lower.whole(node.inputs[0]), node.inputs[1]
@@ -35,15 +36,8 @@ def linear(lower: Lowering, node: Node) -> ir.Value:
     if stored in lower.shared["transposed"]:
         product = builder.op("MatMul", x, stored)
         return product if bias is None else builder.op("Add", product, lower.whole(bias))
-    out, width = (int(size) for size in lower.types[weight].shape)
-    flat = builder.op("Reshape", x, builder.constant([-1, width]))
-    operands = [flat, stored] if bias is None else [flat, stored, lower.whole(bias)]
-    product = builder.op("Gemm", *operands, transB=1)
-    assert node.inputs[0] is not None
-    rest = lower.types[node.inputs[0]].shape[:-1]
-    if len(rest) == 1:
-        return product
-    return builder.reshape(product, (*rest, out))
+    product = builder.op("FusedMatMul", x, stored, domain=MICROSOFT, transB=1)
+    return product if bias is None else builder.op("Add", product, lower.whole(bias))
 
 
 def _packed(lower: Lowering, node: Node, x: ir.Value) -> ir.Value:

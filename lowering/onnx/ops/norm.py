@@ -44,7 +44,7 @@ def rms_norm(lower: Lowering, node: Node) -> Lowered:
     if pending is not None and gain is not None:
         y, _, _, pending.total = builder.op(
             "SkipSimplifiedLayerNormalization", pending.a, pending.b, gain,
-            domain=MICROSOFT, outputs=4, epsilon=attrs["eps"],
+            domain=MICROSOFT, outputs=4, without=(1, 2), epsilon=attrs["eps"],
         )  # fmt: skip
         return y
     lowered = lower.values[x]
@@ -78,7 +78,7 @@ def layer_norm(lower: Lowering, node: Node) -> Lowered:
     if pending is not None and gain is not None and plain_bias:
         y, _, _, pending.total = builder.op(
             "SkipLayerNormalization", pending.a, pending.b, gain, shift,
-            domain=MICROSOFT, outputs=4, epsilon=attrs["eps"],
+            domain=MICROSOFT, outputs=4, without=(1, 2), epsilon=attrs["eps"],
         )  # fmt: skip
         return y
     if gain is not None and plain_bias:
