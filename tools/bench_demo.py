@@ -20,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,15 @@ PROMPTS = (
     "Question: What do plants need to grow?\nAnswer:",
 )
 TOKENS = 64
-REPEATS = 7
+REPEATS = 3
+TURNS = 6
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
 
 
 def run(command: list[str]) -> dict[str, Any]:
     """Run a command and return its wall seconds and peak resident bytes."""
+    # What others left to be written would be waited for here.
+    os.sync()
     # Modules are compiled once, as those of an installed package are.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     start = time.perf_counter()
@@ -70,26 +75,38 @@ def greedy(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     return answers
 
 
-def decode_speed(folders: dict[str, Path], prompt: list[int]) -> dict[str, list[float]]:
-    """Return tokens per second of every model, the repetitions taken in turns."""
+def decode_speed(folder: Path, prompt: list[int]) -> list[float]:
+    """Return tokens per second of a model, some repetitions."""
     import onnxruntime_genai as og
 
-    models = {name: og.Model(str(folder)) for name, folder in folders.items()}
-    speeds: dict[str, list[float]] = {name: [] for name in models}
+    model = og.Model(str(folder))
+    speeds: list[float] = []
     for repeat in range(REPEATS + 1):
-        for name, model in models.items():
-            params = og.GeneratorParams(model)
-            # Lengths alone end the run, so that every model does the same work.
-            length = len(prompt) + TOKENS
-            params.set_search_options(max_length=length, min_length=length, do_sample=False)
-            generator = og.Generator(model, params)
-            generator.append_tokens(prompt)
+        params = og.GeneratorParams(model)
+        # Lengths alone end the run, so that every model does the same work.
+        length = len(prompt) + TOKENS
+        params.set_search_options(max_length=length, min_length=length, do_sample=False)
+        generator = og.Generator(model, params)
+        generator.append_tokens(prompt)
+        generator.generate_next_token()
+        start = time.perf_counter()
+        for _ in range(TOKENS - 1):
             generator.generate_next_token()
-            start = time.perf_counter()
-            for _ in range(TOKENS - 1):
-                generator.generate_next_token()
-            if repeat:
-                speeds[name].append((TOKENS - 1) / (time.perf_counter() - start))
+        if repeat:
+            speeds.append((TOKENS - 1) / (time.perf_counter() - start))
+    return speeds
+
+
+def decode_speeds(folders: dict[str, Path], prompt: list[int]) -> dict[str, list[float]]:
+    """Return tokens per second of every model, each time in a process of its own, in turns.
+
+    Two models in one process differ by several percent in where their weights come to lie.
+    """
+    speeds: dict[str, list[float]] = {name: [] for name in folders}
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+        for turn in range(TURNS):
+            for name, folder in list(folders.items())[:: -1 if turn % 2 else 1]:
+                speeds[name] += processes.submit(decode_speed, folder, prompt).result()
     return speeds
 
 
@@ -141,17 +158,21 @@ def measure(work: Path) -> dict[str, Any]:
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint)]
     runs: dict[str, list[dict[str, Any]]] = {"builder": [], "unverified": [], "verified": []}
     for repeat in range(3):
+        peer, plain, full = (str(work / f"{name}{repeat}") for name in ("peer", "plain", "full"))
         cache = str(work / f"cache{repeat}")
-        peer = [*builder, "-o", str(work / f"peer{repeat}"), "-p", "fp32", "-e", "cpu", "-c", cache]
-        runs["builder"].append(run(peer))
-        plain = str(work / f"plain{repeat}")
-        runs["unverified"].append(run([*compile_, plain, "--no-verify"]))
-        runs["verified"].append(run([*compile_, str(work / f"full{repeat}")]))
-        # Gigabytes that wait to be written would slow down the next one.
+        commands = {
+            "builder": [*builder, "-o", peer, "-p", "fp32", "-e", "cpu", "-c", cache],
+            "unverified": [*compile_, plain, "--no-verify"],
+            "verified": [*compile_, full],
+        }
+        # Each is first once.
+        turns = list(commands)[repeat:] + list(commands)[:repeat]
+        for name in turns:
+            runs[name].append(run(commands[name]))
         shutil.rmtree(plain)
         if repeat:
-            shutil.rmtree(work / f"peer{repeat}")
-            shutil.rmtree(work / f"full{repeat}")
+            shutil.rmtree(peer)
+            shutil.rmtree(full)
     ours, peer_folder = work / "full0" / "onnx", work / "peer0"
     prompts, expected = reference_tokens(checkpoint)
     ends = json.loads((ours / "genai_config.json").read_text())["model"]["eos_token_id"]
@@ -161,7 +182,7 @@ def measure(work: Path) -> dict[str, Any]:
         name: [trimmed(a, ends) == trimmed(e, ends) for a, e in zip(got, expected, strict=True)]
         for name, got in answers.items()
     }
-    speeds = decode_speed({"graphopt": ours, "builder": peer_folder}, prompts[1])
+    speeds = decode_speeds({"graphopt": ours, "builder": peer_folder}, prompts[1])
     medians = {
         f"{name}_{key}": statistics.median(item[key] for item in items)
         for name, items in runs.items()

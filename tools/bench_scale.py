@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-REPEATS = 1
+REPEATS = 3
 PACKAGES = ("graphopt", "torch", "transformers", "sympy", "networkx")
 LLAMA_70B = {
     "model_type": "llama",

@@ -108,7 +108,9 @@ def scale() -> str:
         ],
     ]
     table = _rows(["", "time", "memory"], rows)
-    return f"{table}\n\n{_measured_on(result, 'torch', 'transformers')} One run each."
+    runs = len(result["inspect_runs"])
+    measured = _measured_on(result, "torch", "transformers")
+    return f"{table}\n\n{measured} The slowest and the largest of {runs} runs each."
 
 
 TABLES: dict[str, Callable[[], str]] = {"demo": demo, "quality": quality, "scale": scale}

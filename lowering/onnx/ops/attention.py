@@ -116,7 +116,7 @@ def attention_bias(
         positions = builder.op("Unsqueeze", positions, builder.constant([1, 2]))
         per_head = builder.op("Unsqueeze", slope_values, builder.constant([1, 2]))
         bias = builder.op("Add", bias, builder.op("Mul", per_head, positions))
-    elif not (causal or window is not None or chunk is not None):
+    if not (causal or window is not None or chunk is not None):
         ones = builder.shape([1, 1, S, 1])
         bias = builder.op("Expand", bias, ones)
     builder.scope = scope
@@ -148,12 +148,14 @@ def attention(lower: Lowering, node: Node) -> Lowered | list[Lowered]:
         return [*made] if isinstance(made, list) else made
     builder = lower.builder
     q, k, v = (lower.heads(node.inputs[i]) for i in (QUERY, KEY, VALUE))
+    continues = bool(lower.shared["continues"])
+    # The fused operator is causal of itself; the products of the other branch are not.
     bias = attention_bias(
-        lower, lower.operand(node, MASK), lower.operand(node, SLOPES), True,
+        lower, lower.operand(node, MASK), lower.operand(node, SLOPES), continues,
         lower.attrs(node).get("window"), lower.attrs(node).get("chunk"),
     )  # fmt: skip
     rotary = _rotary_pack(lower, node)
-    if not lower.shared["continues"]:
+    if not continues:
         out, *present = _group_query(lower, node, q, k, v, bias, rotary)
         return [Heads(out, q.heads, v.dim, True), *present]
     several = _several_rows_continue(lower)
