@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, cast
 
 import typer
 
@@ -390,6 +390,66 @@ def targets_command(
         _print_json(found)
     else:
         ui.print_targets(ui.stdout(), found, full=name is not None)
+
+
+@app.command("plan-attention")
+@_errors_as_sentences
+def plan_attention_command(
+    target: Annotated[str, typer.Option(help="See 'graphopt targets'.")],
+    head_dim: Annotated[int, typer.Option(help="Size of a query or key head.")],
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    kv_heads: Annotated[int | None, typer.Option(help="Key heads; all heads by default.")] = None,
+    value_dim: Annotated[int | None, typer.Option(help="Size of a value head.")] = None,
+    dtype: Annotated[str, typer.Option(help="f16 or bf16.")] = "f16",
+    phase: Annotated[str, typer.Option(help="prefill or decode.")] = "prefill",
+    causal: Annotated[bool, typer.Option(help="See keys up to the query's place.")] = True,
+    align: Annotated[str, typer.Option(help="bottom-right or top-left.")] = "bottom-right",
+    window: Annotated[int | None, typer.Option(help="Keys a query sees.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Length of the chunks of keys.")] = None,
+    softcap: Annotated[float | None, typer.Option(help="Bound of the scores.")] = None,
+    kv: Annotated[str, typer.Option(help="contiguous, ring or paged.")] = "contiguous",
+    page: Annotated[int | None, typer.Option(help="Tokens of a page.")] = None,
+    kv_bits: Annotated[int, typer.Option(help="Bits of a cached element.")] = 16,
+    also: Annotated[
+        str,
+        typer.Option(
+            "--with",
+            help="Comma-separated: sinks, alibi, key_mask, bias, varlen, lengths, "
+            "selected_pages, lse, page_max.",
+        ),
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Show which kernel a target runs an attention with, and by which inequalities."""
+    import dataclasses
+
+    from graphopt.errors import unknown_name
+    from graphopt.plan import AttentionSpec, plan_attention
+    from graphopt.targets import get_target
+
+    switches = [f.name for f in dataclasses.fields(AttentionSpec) if f.default is False]
+    wanted = [name.strip() for name in also.split(",") if name.strip()]
+    for name in wanted:
+        if name not in switches:
+            raise unknown_name("feature", name, switches)
+    for name, value, known in (
+        ("phase", phase, ("prefill", "decode")),
+        ("alignment", align, ("bottom-right", "top-left")),
+        ("cache", kv, ("contiguous", "ring", "paged")),
+    ):
+        if value not in known:
+            raise unknown_name(name, value, known)
+    spec = AttentionSpec(
+        head_dim=head_dim, value_dim=value_dim, heads=heads, kv_heads=kv_heads or heads,
+        dtype=dtype, phase=cast(Any, phase), causal=causal, align=cast(Any, align), window=window,
+        chunk=chunk, softcap=softcap, kv=cast(Any, kv), page=page, kv_bits=kv_bits,
+        **cast(Any, dict.fromkeys(wanted, True)),
+    )  # fmt: skip
+    plan = plan_attention(spec, get_target(target))
+    if as_json:
+        _print_json(dataclasses.asdict(plan))
+    else:
+        ui.stdout().print("\n".join(plan.lines()), soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()

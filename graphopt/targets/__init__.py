@@ -5,6 +5,7 @@ Planners read sizes from here and from nowhere else. Every figure has its source
 
 from __future__ import annotations
 
+import json
 import tomllib
 from dataclasses import dataclass, field
 from functools import cache
@@ -46,6 +47,28 @@ class MatrixUnit:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """Tiles of a kernel that were measured to be the fastest.
+
+    Attributes:
+        kernel: Name of the kernel family.
+        form: Fields of the attention that the measurement was made for, and their values.
+        tiles: The fastest.
+        device, date: Where and when.
+    """
+
+    kernel: str
+    form: dict[str, Any]
+    tiles: dict[str, int]
+    device: str
+    date: str
+
+    def fits(self, spec: object) -> bool:
+        """Return whether a description agrees in every field that the form names."""
+        return all(getattr(spec, name) == value for name, value in self.form.items())
+
+
+@dataclass(frozen=True)
 class Target:
     """A machine to emit for.
 
@@ -57,7 +80,8 @@ class Target:
         dtypes: Element types kernels may compute in, as IR dtype names.
         cores: Number of cores (streaming multiprocessors, cube cores); None where it varies.
         bandwidth: Bytes a second of the device memory; None where it varies.
-        lowering: Whether this version can lower attention for it.
+        lowering: Whether this version can emit for it.
+        kernels: Families of attention kernels it has, the best first.
         memories: On-chip and device memories.
         matrix_units: What its matrix instructions multiply.
         limits: Further limits of kernels, by name.
@@ -73,6 +97,7 @@ class Target:
     cores: int | None = None
     bandwidth: float | None = None
     lowering: bool = False
+    kernels: tuple[str, ...] = ()
     memories: tuple[Memory, ...] = ()
     matrix_units: tuple[MatrixUnit, ...] = ()
     limits: dict[str, int] = field(default_factory=dict)
@@ -84,6 +109,7 @@ class Target:
         """Return the target a TOML file describes."""
         values = dict(data)
         values["dtypes"] = tuple(values["dtypes"])
+        values["kernels"] = tuple(values.get("kernels", ()))
         values["memories"] = tuple(
             Memory(m["name"], m.get("bytes"), m["per"]) for m in values.pop("memory", [])
         )
@@ -92,6 +118,10 @@ class Target:
             for u in values.pop("matrix_unit", [])
         )
         return cls(**values)
+
+    def tuned(self, kernel: str) -> list[Tuned]:
+        """Return the measured tiles of a kernel family, in the table's order."""
+        return [row for row in _tuned(self.name) if row.kernel == kernel]
 
     def require_lowering(self) -> None:
         """Refuse a target this version can't lower for.
@@ -104,6 +134,19 @@ class Target:
                 f"Attention lowering for {self.name} is not in this version.",
                 "Use --target cpu: its onnx, torch and hf outputs are portable.",
             )
+
+
+@cache
+def _tuned(target: str) -> tuple[Tuned, ...]:
+    """Read the table that `tools/tune_attention.py` writes; a target without one has no rows."""
+    table = resources.files(__name__) / f"{target}.tuned.json"
+    if not table.is_file():
+        return ()
+    data = json.loads(table.read_text(encoding="utf-8"))
+    return tuple(
+        Tuned(row["kernel"], row["form"], row["tiles"], data["device"], data["date"])
+        for row in data["rows"]
+    )
 
 
 @cache

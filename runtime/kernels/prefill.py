@@ -1,0 +1,258 @@
+"""Tiled attention of many query tokens, in Triton.
+
+One program computes BLOCK_M query rows of one head. It walks over the keys in blocks of BLOCK_N
+and keeps a running maximum and sum of every row (Dao et al., arXiv 2205.14135, algorithm 1; with
+the row as the outer loop, arXiv 2307.08691, algorithm 1). Exponentials are to base 2.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# The running maximum starts here rather than at -inf: differences to it stay finite, and a row
+# that sees no key ends with the sum 0.
+LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def attention_prefill(
+    q_ptr,  # [B, H, S, HEAD_DIM], by strides
+    k_ptr,  # [B, G, T, HEAD_DIM]; paged: [pages, G, PAGE, HEAD_DIM]
+    v_ptr,  # [B, G, T, VALUE_DIM]; paged: [pages, G, PAGE, VALUE_DIM]
+    out_ptr,  # [B, H, S, VALUE_DIM]
+    lse_ptr,  # fp32 [B, H, S], contiguous: natural logarithm of the sum of exponentials
+    mask_ptr,  # int8 [B, T], contiguous: nonzero at real keys
+    bias_ptr,  # [B, H, S, T], by strides, 0 where it broadcasts
+    slopes_ptr,  # fp32 [H]
+    place_ptr,  # int32 [B, T], contiguous: ALiBi position of every key
+    sinks_ptr,  # fp32 [H]
+    q_ends_ptr,  # int32 [B + 1]: where each sequence begins among the queries, and the end
+    k_ends_ptr,  # int32 [B + 1]: the same among the keys
+    lengths_ptr,  # int32 [B]: keys of each row, where they are fewer than T
+    table_ptr,  # int32 [B, table_width]: page of the pool that holds a page of the sequence
+    pages_ptr,  # int32 [B, pages_width]: the pages that are read, ascending, -1 behind the last
+    first_ptr,  # int32 [B]: ring slot of key 0
+    q_stride_b, q_stride_h, q_stride_s,
+    k_stride_b, k_stride_h, k_stride_t,
+    v_stride_b, v_stride_h, v_stride_t,
+    o_stride_b, o_stride_h, o_stride_s,
+    bias_stride_b, bias_stride_h, bias_stride_s, bias_stride_t,
+    table_width, pages_width,
+    S, T, H,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    D0: tl.constexpr,  # HEAD_DIM as a power of two, and what is left of it
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TOP_LEFT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    BIAS: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SINKS: tl.constexpr,
+    VARLEN: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    RING: tl.constexpr,
+    PAGE: tl.constexpr,
+    SELECTED: tl.constexpr,
+    LSE: tl.constexpr,
+):  # fmt: skip
+    # The last rows of a causal attention see the most keys: they start first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch = tl.program_id(1) // H
+    head = tl.program_id(1) % H
+    group = head // GROUP
+    q_batch, k_batch = batch.to(tl.int64), batch.to(tl.int64)
+    q_first, k_first = 0, 0
+    if VARLEN:
+        q_first = tl.load(q_ends_ptr + batch)
+        k_first = tl.load(k_ends_ptr + batch)
+        S = tl.load(q_ends_ptr + batch + 1) - q_first
+        T = tl.load(k_ends_ptr + batch + 1) - k_first
+        q_batch, k_batch = q_batch * 0, k_batch * 0
+        if block * BLOCK_M >= S:
+            return
+    if LENGTHS:
+        T = tl.load(lengths_ptr + batch)
+
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = rows < S
+    # Query i stands at key i + shift.
+    shift = 0 if TOP_LEFT else T - S
+    places = rows + shift
+
+    q_rows = q_ptr + q_batch * q_stride_b + head.to(tl.int64) * q_stride_h
+    q_rows += (q_first + rows).to(tl.int64)[:, None] * q_stride_s
+    d0 = tl.arange(0, D0)
+    q0 = tl.load(q_rows + d0[None, :], mask=real[:, None], other=0.0)
+    if D1:
+        d1 = D0 + tl.arange(0, D1)
+        q1 = tl.load(q_rows + d1[None, :], mask=real[:, None] & (d1 < HEAD_DIM)[None, :], other=0.0)
+    v0 = tl.arange(0, V0)
+    if V1:
+        v1 = V0 + tl.arange(0, V1)
+
+    top = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS:
+        top += tl.load(sinks_ptr + head) * LOG2E - LOWEST
+        total += 1.0
+    sum0 = tl.zeros([BLOCK_M, V0], tl.float32)
+    if V1:
+        sum1 = tl.zeros([BLOCK_M, V1], tl.float32)
+    if ALIBI:
+        slope = tl.load(slopes_ptr + head) * LOG2E
+
+    # Keys from `low` up to `high` are walked; between the inner two every row sees every key.
+    low, high = 0, T
+    inner_low, inner_high = 0, T // BLOCK_N * BLOCK_N
+    first_place = block * BLOCK_M + shift
+    last_place = first_place + BLOCK_M - 1
+    if SELECTED:
+        high = pages_width * PAGE
+        inner_high = 0
+    else:
+        if CAUSAL:
+            high = min(high, max(last_place + 1, 0))
+            inner_high = min(inner_high, max(first_place + 1, 0) // BLOCK_N * BLOCK_N)
+        if WINDOW:
+            low = max(first_place - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+            inner_low = tl.cdiv(max(last_place - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
+        if CHUNK:
+            start = max(first_place, 0) // CHUNK * CHUNK
+            low = max(low, start // BLOCK_N * BLOCK_N)
+            start = max(last_place, 0) // CHUNK * CHUNK
+            inner_low = max(inner_low, tl.cdiv(start, BLOCK_N) * BLOCK_N)
+            end = (max(first_place, 0) // CHUNK + 1) * CHUNK
+            inner_high = min(inner_high, end // BLOCK_N * BLOCK_N)
+    inner_low = min(max(inner_low, low), high)
+    inner_high = min(max(inner_high, inner_low), high)
+
+    k_head = k_ptr + group.to(tl.int64) * k_stride_h
+    v_head = v_ptr + group.to(tl.int64) * v_stride_h
+    if not PAGE:
+        k_head += k_batch * k_stride_b
+        v_head += k_batch * v_stride_b
+
+    # Three stretches: the left edge, the inside, the right edge.
+    for part in tl.static_range(0 if WINDOW or CHUNK else 1, 3):
+        if part == 0:
+            begin, end = low, inner_low
+        elif part == 1:
+            begin, end = inner_low, inner_high
+        else:
+            begin, end = inner_high, high
+        for start in range(begin, end, BLOCK_N):
+            slots = start + tl.arange(0, BLOCK_N)
+            keys = slots
+            if SELECTED:
+                picked = slots // PAGE
+                page = tl.load(
+                    pages_ptr + batch * pages_width + picked, mask=picked < pages_width, other=-1
+                )
+                keys = tl.where(page < 0, T, page * PAGE + slots % PAGE)
+            present = keys < T
+            held = (k_first + keys).to(tl.int64)
+            k_rows, v_rows = (
+                k_head + held[:, None] * k_stride_t,
+                v_head + held[:, None] * v_stride_t,
+            )
+            if RING:
+                slot = tl.load(first_ptr + batch) + keys
+                held = tl.where(slot >= RING, slot - RING, slot).to(tl.int64)
+                k_rows = k_head + held[:, None] * k_stride_t
+                v_rows = v_head + held[:, None] * v_stride_t
+            if PAGE:
+                pool = tl.load(
+                    table_ptr + batch * table_width + keys // PAGE, mask=present, other=0
+                ).to(tl.int64)
+                inside = (keys % PAGE).to(tl.int64)
+                k_rows = k_head + (pool * k_stride_b + inside * k_stride_t)[:, None]
+                v_rows = v_head + (pool * v_stride_b + inside * v_stride_t)[:, None]
+
+            if part == 1:
+                k0 = tl.load(k_rows + d0[None, :])
+            else:
+                k0 = tl.load(k_rows + d0[None, :], mask=present[:, None], other=0.0)
+            scores = tl.dot(q0, tl.trans(k0))
+            if D1:
+                k1 = tl.load(
+                    k_rows + d1[None, :],
+                    mask=present[:, None] & (d1 < HEAD_DIM)[None, :],
+                    other=0.0,
+                )
+                scores = tl.dot(q1, tl.trans(k1), scores)
+
+            if SOFTCAP > 0:
+                # cap tanh(x / cap), by tanh(y) = 1 - 2 / (exp(2 y) + 1).
+                scores = scores * (scale * 2.0 * LOG2E / SOFTCAP)
+                scores = (SOFTCAP * LOG2E) * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
+            else:
+                scores = scores * (scale * LOG2E)
+            if ALIBI:
+                place = tl.load(place_ptr + batch * T + keys, mask=present, other=0)
+                scores += slope * place.to(tl.float32)[None, :]
+            if BIAS:
+                bias_rows = bias_ptr + q_batch * bias_stride_b + head * bias_stride_h
+                added = tl.load(
+                    bias_rows
+                    + rows[:, None].to(tl.int64) * bias_stride_s
+                    + keys[None, :] * bias_stride_t,
+                    mask=real[:, None] & present[None, :],
+                    other=0.0,
+                )
+                scores += added.to(tl.float32) * LOG2E
+            if part != 1:
+                seen = present[None, :]
+                if CAUSAL:
+                    seen = seen & (keys[None, :] <= places[:, None])
+                if WINDOW:
+                    seen = seen & (keys[None, :] > places[:, None] - WINDOW)
+                if CHUNK:
+                    seen = seen & (keys[None, :] // CHUNK == places[:, None] // CHUNK)
+                scores = tl.where(seen, scores, float("-inf"))
+            if KEY_MASK:
+                token = tl.load(mask_ptr + batch * T + keys, mask=present, other=0)
+                scores = tl.where(token[None, :] != 0, scores, float("-inf"))
+
+            raised = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp2(scores - raised[:, None])
+            shrink = tl.exp2(top - raised)
+            total = total * shrink + tl.sum(weights, 1)
+            sum0 = sum0 * shrink[:, None]
+            weights = weights.to(v_ptr.dtype.element_ty)
+            if part == 1:
+                value0 = tl.load(v_rows + v0[None, :])
+            else:
+                value0 = tl.load(v_rows + v0[None, :], mask=present[:, None], other=0.0)
+            sum0 = tl.dot(weights, value0, sum0)
+            if V1:
+                sum1 = sum1 * shrink[:, None]
+                value1 = tl.load(
+                    v_rows + v1[None, :],
+                    mask=present[:, None] & (v1 < VALUE_DIM)[None, :],
+                    other=0.0,
+                )
+                sum1 = tl.dot(weights, value1, sum1)
+            top = raised
+
+    factor = tl.where(total > 0.0, 1.0 / total, 0.0)
+    out_rows = out_ptr + q_batch * o_stride_b + head.to(tl.int64) * o_stride_h
+    out_rows += (q_first + rows).to(tl.int64)[:, None] * o_stride_s
+    out0 = (sum0 * factor[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_rows + v0[None, :], out0, mask=real[:, None])
+    if V1:
+        out1 = (sum1 * factor[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_rows + v1[None, :], out1, mask=real[:, None] & (v1 < VALUE_DIM)[None, :])
+    if LSE:
+        lse = tl.where(total > 0.0, (top + tl.log2(total)) * LN2, float("-inf"))
+        tl.store(lse_ptr + (q_batch * H + head) * S + rows, lse, mask=real)
