@@ -73,6 +73,7 @@ def attention_decode(
     batch = tl.program_id(1) // groups
     group = tl.program_id(1) % groups
     batch_64, group_64 = batch.to(tl.int64), group.to(tl.int64)
+    capacity = T
     if LENGTHS:
         T = tl.load(lengths_ptr + batch)
     walked = T
@@ -92,6 +93,10 @@ def attention_decode(
     if (CAUSAL and not TOP_LEFT) and (WINDOW and not SELECTED):
         # Blocks that no row's window reaches are not read.
         low = max(low, max(shift - WINDOW + 1, 0) // BLOCK_N * BLOCK_N)
+
+    # What a score is times to be an exponent to base 2; where something is added to it, it
+    # already is one. Multiplied with the maximum's subtraction, in one rounding.
+    unit = 1.0 if SOFTCAP > 0 or ALIBI or BIAS else scale * LOG2E
 
     q_rows = q_ptr + batch_64 * q_stride_b + head.to(tl.int64) * q_stride_h + token * q_stride_s
     d0 = tl.arange(0, D0)
@@ -156,10 +161,10 @@ def attention_decode(
             # cap tanh(x / cap), by tanh(y) = 1 - 2 / (exp(2 y) + 1).
             scores = scores * (scale * 2.0 * LOG2E / SOFTCAP)
             scores = (SOFTCAP * LOG2E) * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
-        else:
+        elif ALIBI or BIAS:
             scores = scores * (scale * LOG2E)
         if ALIBI:
-            place = tl.load(place_ptr + batch * T + keys, mask=present, other=0)
+            place = tl.load(place_ptr + batch * capacity + keys, mask=present, other=0)
             scores += slope[:, None] * place.to(tl.float32)[None, :]
         if BIAS:
             bias_rows = bias_ptr + batch_64 * bias_stride_b + head * bias_stride_h
@@ -178,7 +183,7 @@ def attention_decode(
         if CHUNK:
             seen = seen & (keys[None, :] // CHUNK == places[:, None] // CHUNK)
         if KEY_MASK:
-            known = tl.load(mask_ptr + batch * T + keys, mask=present, other=0)
+            known = tl.load(mask_ptr + batch * capacity + keys, mask=present, other=0)
             seen = seen & (known != 0)[None, :]
         scores = tl.where(seen, scores, float("-inf"))
 
@@ -186,7 +191,7 @@ def attention_decode(
             # BLOCK_N is a multiple of the page, or divides it.
             SPAN: tl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
             parts = tl.reshape(scores, [BLOCK_M, BLOCK_N // SPAN, SPAN])
-            largest = tl.max(parts, 2) * LN2
+            largest = tl.max(parts, 2) * (unit * LN2)
             place_of = start // PAGE + tl.arange(0, BLOCK_N // SPAN)
             where = (batch_64 * H + head) * S + token
             tl.atomic_max(
@@ -196,8 +201,8 @@ def attention_decode(
                 sem="relaxed",
             )
 
-        raised = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - raised[:, None])
+        raised = tl.maximum(top, tl.max(scores, 1) * unit)
+        weights = tl.exp2(scores * unit - raised[:, None])
         shrink = tl.exp2(top - raised)
         total = total * shrink + tl.sum(weights, 1)
         weights = weights.to(v_ptr.dtype.element_ty)
@@ -212,14 +217,16 @@ def attention_decode(
             sum1 = tl.dot(weights, value1, sum1 * shrink[:, None])
         top = raised
 
-    factor = tl.where(total > 0.0, 1.0 / total, 0.0)
+    some = total > 0.0
+    total = tl.where(some, total, 1.0)
+    factor = tl.where(some, 1.0 / total, 0.0)
     where = ((batch_64 * H + head) * S + token) * splits + split
     part_rows = part_ptr + where[:, None] * VALUE_DIM
     tl.store(part_rows + v0[None, :], sum0 * factor[:, None], mask=real[:, None])
     if V1:
         inside = (v1 < VALUE_DIM)[None, :]
         tl.store(part_rows + v1[None, :], sum1 * factor[:, None], mask=real[:, None] & inside)
-    lse = tl.where(total > 0.0, top + tl.log2(total), float("-inf"))
+    lse = tl.where(some, top + tl.log2(total), float("-inf"))
     tl.store(part_lse_ptr + where, lse, mask=real)
 
 
@@ -258,10 +265,12 @@ def attention_merge(
     total = tl.sum(weights, 0)
     if SINKS:
         total += tl.exp2(sink - top)
-    out = tl.sum(parts * weights[:, None], 0) * tl.where(total > 0.0, 1.0 / total, 0.0)
+    some = total > 0.0
+    total = tl.where(some, total, 1.0)
+    out = tl.sum(parts * weights[:, None], 0) * tl.where(some, 1.0 / total, 0.0)
     out_row = out_ptr + batch * o_stride_b + head * o_stride_h + token * o_stride_s
     tl.store(out_row + columns, out.to(out_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
     if LSE:
         if tl.program_id(1) == 0:
-            whole = tl.where(total > 0.0, (top + tl.log2(total)) * LN2, float("-inf"))
+            whole = tl.where(some, (top + tl.log2(total)) * LN2, float("-inf"))
             tl.store(lse_ptr + row, whole)

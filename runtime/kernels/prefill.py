@@ -73,6 +73,7 @@ def attention_prefill(
     group = head // GROUP
     q_batch, k_batch = batch.to(tl.int64), batch.to(tl.int64)
     q_first, k_first = 0, 0
+    capacity, lse_rows = T, S
     if VARLEN:
         q_first = tl.load(q_ends_ptr + batch)
         k_first = tl.load(k_ends_ptr + batch)
@@ -90,6 +91,10 @@ def attention_prefill(
     shift = 0 if TOP_LEFT else T - S
     places = rows + shift
 
+    # What a score is times to be an exponent to base 2; where something is added to it, it
+    # already is one. Multiplied with the maximum's subtraction, in one rounding.
+    unit = 1.0 if SOFTCAP > 0 or ALIBI or BIAS else scale * LOG2E
+
     q_rows = q_ptr + q_batch * q_stride_b + head.to(tl.int64) * q_stride_h
     q_rows += (q_first + rows).to(tl.int64)[:, None] * q_stride_s
     d0 = tl.arange(0, D0)
@@ -101,11 +106,12 @@ def attention_prefill(
     if V1:
         v1 = V0 + tl.arange(0, V1)
 
-    top = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if SINKS:
-        top += tl.load(sinks_ptr + head) * LOG2E - LOWEST
+        top = total + tl.load(sinks_ptr + head) * LOG2E
         total += 1.0
+    else:
+        top = tl.full([BLOCK_M], LOWEST, tl.float32)
     sum0 = tl.zeros([BLOCK_M, V0], tl.float32)
     if V1:
         sum1 = tl.zeros([BLOCK_M, V1], tl.float32)
@@ -196,10 +202,10 @@ def attention_prefill(
                 # cap tanh(x / cap), by tanh(y) = 1 - 2 / (exp(2 y) + 1).
                 scores = scores * (scale * 2.0 * LOG2E / SOFTCAP)
                 scores = (SOFTCAP * LOG2E) * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
-            else:
+            elif ALIBI or BIAS:
                 scores = scores * (scale * LOG2E)
             if ALIBI:
-                place = tl.load(place_ptr + batch * T + keys, mask=present, other=0)
+                place = tl.load(place_ptr + batch * capacity + keys, mask=present, other=0)
                 scores += slope * place.to(tl.float32)[None, :]
             if BIAS:
                 bias_rows = bias_ptr + q_batch * bias_stride_b + head * bias_stride_h
@@ -221,11 +227,11 @@ def attention_prefill(
                     seen = seen & (keys[None, :] // CHUNK == places[:, None] // CHUNK)
                 scores = tl.where(seen, scores, float("-inf"))
             if KEY_MASK:
-                token = tl.load(mask_ptr + batch * T + keys, mask=present, other=0)
+                token = tl.load(mask_ptr + batch * capacity + keys, mask=present, other=0)
                 scores = tl.where(token[None, :] != 0, scores, float("-inf"))
 
-            raised = tl.maximum(top, tl.max(scores, 1))
-            weights = tl.exp2(scores - raised[:, None])
+            raised = tl.maximum(top, tl.max(scores, 1) * unit)
+            weights = tl.exp2(scores * unit - raised[:, None])
             shrink = tl.exp2(top - raised)
             total = total * shrink + tl.sum(weights, 1)
             sum0 = sum0 * shrink[:, None]
@@ -245,7 +251,9 @@ def attention_prefill(
                 sum1 = tl.dot(weights, value1, sum1)
             top = raised
 
-    factor = tl.where(total > 0.0, 1.0 / total, 0.0)
+    some = total > 0.0
+    total = tl.where(some, total, 1.0)
+    factor = tl.where(some, 1.0 / total, 0.0)
     out_rows = out_ptr + q_batch * o_stride_b + head.to(tl.int64) * o_stride_h
     out_rows += (q_first + rows).to(tl.int64)[:, None] * o_stride_s
     out0 = (sum0 * factor[:, None]).to(out_ptr.dtype.element_ty)
@@ -254,5 +262,5 @@ def attention_prefill(
         out1 = (sum1 * factor[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_rows + v1[None, :], out1, mask=real[:, None] & (v1 < VALUE_DIM)[None, :])
     if LSE:
-        lse = tl.where(total > 0.0, (top + tl.log2(total)) * LN2, float("-inf"))
-        tl.store(lse_ptr + (q_batch * H + head) * S + rows, lse, mask=real)
+        lse = tl.where(some, (top + tl.log2(total)) * LN2, float("-inf"))
+        tl.store(lse_ptr + (q_batch * H + head) * lse_rows + q_first + rows, lse, mask=real)

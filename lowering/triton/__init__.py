@@ -1,0 +1,1 @@
+"""Attention and its neighbours as Triton source."""

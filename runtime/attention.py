@@ -1,0 +1,331 @@
+"""Launching the tiled attention kernels of `graphopt.runtime.kernels`.
+
+A kernel takes its sizes and switches as constants; which, an attention's plan says. Layout
+letters: B batch, S query tokens, T key tokens, H query heads, G key heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Constants = Mapping[str, int | float | bool]
+
+SIZES = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys and values, and where in their memory each row's keys lie.
+
+    Attributes:
+        k: [B, G, T, D], or for pages [pages, G, page, D].
+        v: [B, G, T, Dv], or for pages [pages, G, page, Dv].
+        lengths: int32 [B]: keys of each row, where the memory holds more.
+        first: int32 [B]: slot of a ring in which a row's first key lies.
+        table: int32 [B, N]: the page of the pool that holds page n of a row.
+        pages: int32 [B, M]: the pages of a row that are read, ascending, -1 behind the last.
+        ends: int32 [B + 1]: where each sequence begins among the keys, and the end of the last;
+            for sequences one behind the other.
+    """
+
+    k: Tensor
+    v: Tensor
+    lengths: Tensor | None = None
+    first: Tensor | None = None
+    table: Tensor | None = None
+    pages: Tensor | None = None
+    ends: Tensor | None = None
+
+    def capacity(self) -> int:
+        """Return how many keys a row may have."""
+        if self.table is not None:
+            return int(self.table.shape[1]) * int(self.k.shape[2])
+        return int(self.k.shape[2])
+
+
+def check(q: Tensor, keys: Keys, constants: Constants) -> None:
+    """Refuse operands that a kernel of these constants would read wrongly.
+
+    Raises:
+        ValueError: Naming the operand and what it should be.
+    """
+    wanted = (constants["HEAD_DIM"], constants["VALUE_DIM"])
+    found = (q.shape[-1], keys.k.shape[-1], keys.v.shape[-1])
+    if found != (wanted[0], *wanted):
+        raise ValueError(
+            f"head sizes of q, k, v are {found}: this kernel was made for {wanted[0]}, "
+            f"{wanted[0]}, {wanted[1]}; plan one for these sizes"
+        )
+    if q.shape[1] != keys.k.shape[1] * constants["GROUP"]:
+        raise ValueError(
+            f"{q.shape[1]} query heads over {keys.k.shape[1]} key heads: this kernel was made "
+            f"for {constants['GROUP']} query heads a key head"
+        )
+    if 0 in q.shape or 0 in keys.k.shape:
+        raise ValueError(
+            f"nothing to attend: q is {tuple(q.shape)}, k is {tuple(keys.k.shape)}; "
+            "leave out empty batches and lengths"
+        )
+    for name, tensor in (("k", keys.k), ("v", keys.v)):
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} and q is {q.dtype}: give one dtype")
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{name}'s last axis is not contiguous: call .contiguous()")
+    if q.stride(-1) != 1:
+        raise ValueError("q's last axis is not contiguous: call .contiguous()")
+    for switch, name in (
+        ("LENGTHS", "lengths"), ("RING", "first"), ("PAGE", "table"),
+        ("SELECTED", "pages"), ("VARLEN", "ends"),
+    ):  # fmt: skip
+        if bool(constants[switch]) != (getattr(keys, name) is not None):
+            state = "needs" if constants[switch] else "does not take"
+            raise ValueError(f"this kernel {state} {name!r}: plan one for the cache at hand")
+    if constants["RING"] and constants["RING"] != keys.k.shape[2]:
+        raise ValueError(f"a ring of {keys.k.shape[2]} slots: made for {constants['RING']}")
+    if constants["PAGE"] and constants["PAGE"] != keys.k.shape[2]:
+        raise ValueError(f"pages of {keys.k.shape[2]} tokens: made for {constants['PAGE']}")
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is added to the scores, or masks them.
+
+    Attributes:
+        mask: int8 [B, T], nonzero at real keys.
+        bias: Additive, broadcastable to [B, H, S, T].
+        slopes: fp32 [H], ALiBi.
+        places: int32 [B, T], the position of each key that a slope is times; by default its
+            index, or its index among the real keys.
+        sinks: fp32 [H].
+    """
+
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    slopes: Tensor | None = None
+    places: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+def _extras(
+    extras: Extras, constants: Constants, shape: tuple[int, int, int, int]
+) -> dict[str, Any]:
+    """Return the kernel's arguments for `extras`; `shape` is (B, H, S, T)."""
+    batch, heads, _, keys = shape
+    for switch, name in (
+        ("KEY_MASK", "mask"), ("BIAS", "bias"), ("ALIBI", "slopes"), ("SINKS", "sinks"),
+    ):  # fmt: skip
+        given = getattr(extras, name) is not None
+        if switch in constants and bool(constants[switch]) != given:
+            state = "needs" if constants[switch] else "does not take"
+            raise ValueError(f"this kernel {state} {name!r}: plan one for the attention at hand")
+    found: dict[str, Any] = {}
+    if extras.mask is not None:
+        if extras.mask.shape != (batch, keys):
+            raise ValueError(f"mask is {tuple(extras.mask.shape)}: it should be {(batch, keys)}")
+        found["mask_ptr"] = extras.mask.to(torch.int8).contiguous()
+    if extras.bias is not None:
+        wide = extras.bias.expand(shape)
+        found["bias_ptr"] = wide
+        found |= {f"bias_stride_{axis}": wide.stride(i) for i, axis in enumerate("bhst")}
+    for name in ("slopes", "sinks"):
+        values = getattr(extras, name)
+        if values is not None:
+            if values.shape != (heads,):
+                raise ValueError(f"{name} is {tuple(values.shape)}: it should be {(heads,)}")
+            found[f"{name}_ptr"] = values.float().contiguous()
+    if extras.slopes is not None:
+        found["place_ptr"] = _places(extras, batch, keys)
+    return found
+
+
+def _places(extras: Extras, batch: int, keys: int) -> Tensor:
+    """Return the ALiBi position of every key, int32 [B, T]."""
+    if extras.places is not None:
+        return extras.places.to(torch.int32).expand(batch, keys).contiguous()
+    if extras.mask is None:
+        assert extras.slopes is not None
+        places = torch.arange(keys, dtype=torch.int32, device=extras.slopes.device)
+        return places.expand(batch, keys).contiguous()
+    real = extras.mask.ne(0).to(torch.int32)
+    return ((real.cumsum(-1) - 1) * real).to(torch.int32)
+
+
+def _keys(keys: Keys) -> dict[str, Any]:
+    found: dict[str, Any] = {"k_ptr": keys.k, "v_ptr": keys.v}
+    for name, tensor in (("k", keys.k), ("v", keys.v)):
+        found |= {f"{name}_stride_{axis}": tensor.stride(i) for i, axis in enumerate("bht")}
+    for name, tensor in (
+        ("lengths", keys.lengths), ("first", keys.first), ("table", keys.table),
+        ("pages", keys.pages), ("k_ends", keys.ends),
+    ):  # fmt: skip
+        if tensor is not None:
+            found[f"{name}_ptr"] = tensor.to(torch.int32).contiguous()
+    found["table_width"] = 0 if keys.table is None else keys.table.shape[1]
+    found["pages_width"] = 0 if keys.pages is None else keys.pages.shape[1]
+    return found
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+    """Launch a Triton kernel with those of the arguments that it has; what it lacks is None."""
+    names = set(kernel.arg_names)
+    given = {name: arguments.get(name) for name in kernel.arg_names}
+    options = {name: arguments[name] for name in SIZES if name in arguments}
+    strides = {name: 0 for name in names if "_stride_" in name and given[name] is None}
+    kernel[grid](**(given | strides), **options)
+
+
+def _divide(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def prefill(
+    kernel: Any,
+    q: Tensor,
+    keys: Keys,
+    constants: Constants,
+    *,
+    scale: float,
+    extras: Extras = Extras(),
+    ends: Tensor | None = None,
+    longest: int | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run `attention_prefill`.
+
+    Args:
+        kernel: The kernel of kernels/prefill.py, whole or as it was emitted.
+        q: [B, H, S, D]; [1, H, all, D] where sequences lie one behind the other.
+        constants: The kernel's constants and `num_warps`, `num_stages`.
+        ends: int32 [B + 1]: where each sequence begins among the queries, and the end.
+        longest: Queries of the longest sequence, with `ends`.
+        out: Written to if given, [B, H, S, Dv].
+
+    Returns:
+        The output [B, H, S, Dv] and, where the constants ask for it, the log-sum-exp [B, H, S].
+
+    Raises:
+        ValueError: The operands are not those the constants were made for.
+    """
+    check(q, keys, constants)
+    batch, heads, queries, _ = q.shape
+    rows = queries
+    if ends is not None:
+        batch, rows = len(ends) - 1, queries if longest is None else longest
+    count = keys.capacity()
+    if out is None:
+        # As [B, S, H, Dv] in memory: the heads of a token lie side by side for what follows.
+        shape = (q.shape[0], queries, heads, keys.v.shape[-1])
+        out = torch.empty(shape, dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = None
+    if constants["LSE"]:
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    arguments = {
+        **constants,
+        **_keys(keys),
+        **_extras(extras, constants, (batch, heads, queries, count)),
+        "q_ptr": q,
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "q_ends_ptr": None if ends is None else ends.to(torch.int32),
+        "S": queries,
+        "T": count,
+        "H": heads,
+        "scale": scale,
+    }
+    for name, tensor in (("q", q), ("o", out)):
+        arguments |= {f"{name}_stride_{axis}": tensor.stride(i) for i, axis in enumerate("bhs")}
+    launch(kernel, (_divide(rows, int(constants["BLOCK_M"])), batch * heads), arguments)
+    return out, lse
+
+
+def splits_of(keys: int, constants: Constants) -> int:
+    """Return into how many spans `keys` are split: by their number alone, not by the batch."""
+    return max(1, min(int(constants["SPLITS"]), _divide(keys, int(constants["SPAN"]))))
+
+
+def decode(
+    kernel: Any,
+    merge: Any,
+    q: Tensor,
+    keys: Keys,
+    constants: Constants,
+    *,
+    scale: float,
+    extras: Extras = Extras(),
+    splits: int | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Run `attention_decode` and `attention_merge`.
+
+    Args:
+        kernel, merge: The kernels of kernels/decode.py, whole or as they were emitted.
+        q: [B, H, S, D], few tokens.
+        constants: The kernel's constants, `num_warps`, `num_stages`, `SPLITS` and `SPAN`.
+        splits: Spans the keys are split into; by default `splits_of` the cache's capacity.
+
+    Returns:
+        The output [B, H, S, Dv]; where the constants ask for them the log-sum-exp [B, H, S] and
+        the largest score of every page read, [B, H, S, pages], -inf where nothing was seen.
+
+    Raises:
+        ValueError: The operands are not those the constants were made for.
+    """
+    check(q, keys, constants)
+    batch, heads, queries, _ = q.shape
+    count, width = keys.capacity(), keys.v.shape[-1]
+    walked = count if keys.pages is None else keys.pages.shape[1] * int(constants["PAGE"])
+    if splits is None:
+        splits = splits_of(walked, constants)
+    group = int(constants["GROUP"])
+    if out is None:
+        shape = (batch, queries, heads, width)
+        out = torch.empty(shape, dtype=q.dtype, device=q.device).transpose(1, 2)
+    lead = (batch, heads, queries)
+    part = torch.empty((*lead, splits, width), dtype=torch.float32, device=q.device)
+    part_lse = torch.empty((*lead, splits), dtype=torch.float32, device=q.device)
+    lse = torch.empty(lead, dtype=torch.float32, device=q.device) if constants["LSE"] else None
+    page_max, page_slots = None, 0
+    if constants["PAGE_MAX"]:
+        page_slots = walked // int(constants["PAGE"])
+        page_max = torch.full((*lead, page_slots), float("-inf"), device=q.device)
+    arguments = {
+        **constants,
+        **_keys(keys),
+        **_extras(extras, constants, (batch, heads, queries, count)),
+        "q_ptr": q,
+        "part_ptr": part,
+        "part_lse_ptr": part_lse,
+        "page_max_ptr": page_max,
+        "page_slots": page_slots,
+        "S": queries,
+        "T": count,
+        "H": heads,
+        "scale": scale,
+    }
+    arguments |= {f"q_stride_{axis}": q.stride(i) for i, axis in enumerate("bhs")}
+    blocks = _divide(queries * group, int(constants["BLOCK_M"]))
+    launch(kernel, (splits, batch * (heads // group), blocks), arguments)
+    columns = min(64, 1 << (width - 1).bit_length())
+    merging = {
+        **constants,
+        "part_ptr": part,
+        "part_lse_ptr": part_lse,
+        "sinks_ptr": arguments.get("sinks_ptr"),
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "S": queries,
+        "H": heads,
+        "splits": splits,
+        "SPLITS": 1 << (splits - 1).bit_length(),
+        "BLOCK_V": columns,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+    merging |= {f"o_stride_{axis}": out.stride(i) for i, axis in enumerate("bhs")}
+    launch(merge, (batch * heads * queries, _divide(width, columns)), merging)
+    return out, lse, page_max

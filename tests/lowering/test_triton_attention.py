@@ -1,0 +1,290 @@
+"""The Triton kernels against fp64: on a CUDA device where there is one, else interpreted."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+
+import pytest
+import torch
+from attention_reference import random_case
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from graphopt.lowering.triton.constants import kernel_constants  # noqa: E402
+from graphopt.plan import AttentionSpec, plan_attention  # noqa: E402
+from graphopt.runtime.attention import Extras, Keys, decode, prefill, splits_of  # noqa: E402
+from graphopt.runtime.kernels.decode import attention_decode, attention_merge  # noqa: E402
+from graphopt.runtime.kernels.prefill import attention_prefill  # noqa: E402
+from graphopt.targets import get_target  # noqa: E402
+
+FORMS = {
+    "causal": {},
+    "full": {"causal": False},
+    "top left": {"align": "top-left"},
+    "window": {"window": 20},
+    "window, top left": {"window": 9, "align": "top-left"},
+    "chunk": {"chunk": 24},
+    "softcap": {"softcap": 2.0},
+    "key mask": {"key_mask": True},
+    "full, key mask": {"causal": False, "key_mask": True},
+    "bias": {"bias": True, "causal": False},
+    "alibi": {"alibi": True},
+    "alibi, key mask": {"alibi": True, "key_mask": True},
+    "sinks": {"sinks": True},
+    "lengths": {"lengths": True},
+    "everything": {"window": 30, "softcap": 3.0, "key_mask": True, "bias": True, "alibi": True,
+                   "sinks": True, "lengths": True},
+}  # fmt: skip
+HEAD_SIZES = (32, 64, 80, 96, 128, 192, 256)
+# The interpreter multiplies bf16 as if it were integers.
+DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
+LENGTHS = (1, 7, 63, 64, 65, 127)
+
+
+def planned(case, phase="prefill", **changes):
+    """The constants for a case; small blocks, so that small inputs cross several."""
+    heads, groups = case.q.shape[1], case.k.shape[1]
+    dtype = {torch.float16: "f16", torch.bfloat16: "bf16"}[case.q.dtype]
+    spec = AttentionSpec(
+        head_dim=case.q.shape[3], value_dim=case.v.shape[3], heads=heads, kv_heads=groups,
+        dtype=dtype, phase=phase, lse=True, **case.fields,
+    )  # fmt: skip
+    plan = plan_attention(spec, dataclasses.replace(get_target("ampere"), kernels=("triton",)))
+    tiles = {"BLOCK_N": 16, "SPAN": 64} if phase == "decode" else {"BLOCK_M": 32, "BLOCK_N": 32}
+    plan = dataclasses.replace(plan, tiles={**plan.tiles, "num_warps": 4, "num_stages": 1, **tiles})
+    return {**kernel_constants(plan), **changes}
+
+
+def on_device(item):
+    """A dataclass of tensors, or a tensor, on the device; what is None stays so."""
+    if isinstance(item, torch.Tensor):
+        return item.to(DEVICE)
+    if dataclasses.is_dataclass(item):
+        changes = {f.name: on_device(getattr(item, f.name)) for f in dataclasses.fields(item)}
+        return dataclasses.replace(item, **changes)
+    return item
+
+
+def operands(case, keys=None):
+    extras = Extras(case.mask, case.bias, case.slopes, None, case.sinks)
+    keys = keys or Keys(case.k, case.v, lengths=case.lengths)
+    return on_device(case.q), on_device(keys), on_device(extras)
+
+
+def close(found, lse, case):
+    exact, bound = case.bound()
+    assert torch.isfinite(found).all()
+    assert (found.cpu().double() - exact).abs().max().item() <= bound
+    _, expected = case.run(torch.float64)
+    # A score is a sum of D products in fp32; its error is below D roundings of its size.
+    torch.testing.assert_close(lse.cpu().double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def check_prefill(case, keys=None, **changes):
+    q, keys, extras = operands(case, keys)
+    out, lse = prefill(
+        attention_prefill, q, keys, planned(case, **changes), scale=case.scale, extras=extras
+    )
+    close(out, lse, case)
+    return out
+
+
+def check_decode(case, keys=None, splits=None, **changes):
+    q, keys, extras = operands(case, keys)
+    constants = planned(case, "decode", **changes)
+    out, lse, page_max = decode(
+        attention_decode, attention_merge, q, keys, constants,
+        scale=case.scale, extras=extras, splits=splits,
+    )  # fmt: skip
+    close(out, lse, case)
+    return out, page_max
+
+
+def sizes_of(form, width=None):
+    """A head size and lengths for a form: all of them are met over the forms."""
+    number = list(FORMS).index(form)
+    width = width or HEAD_SIZES[number % len(HEAD_SIZES)]
+    queries, keys = LENGTHS[number % 6], LENGTHS[(number + 3) % 6]
+    return width, queries, keys
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_prefill_of_every_form(form):
+    width, queries, keys = sizes_of(form)
+    for s, t in ((queries, queries), (queries, keys), (65, 65)):
+        check_prefill(random_case((2, 4, 2, s, t, width, width), FORMS[form], seed=s))
+
+
+@pytest.mark.parametrize("width", HEAD_SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_of_every_head_size(width, dtype):
+    for length in (1, 7, 64, 127):
+        check_prefill(random_case((1, 2, 1, length, length, width, width), {}, dtype=dtype))
+    check_prefill(random_case((1, 2, 2, 33, 40, width, 48), {"causal": False}, dtype=dtype))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_decode_of_every_form(form):
+    width, _, keys = sizes_of(form)
+    for s, t, splits in ((1, keys, None), (1, 127, 5), (3, 65, 2), (2, 7, 1)):
+        fields = FORMS[form]
+        check_decode(random_case((2, 4, 2, s, t, width, width), fields, seed=t), splits=splits)
+
+
+@pytest.mark.parametrize("width", HEAD_SIZES)
+def test_decode_of_every_head_size_and_group(width):
+    for heads, groups in ((4, 4), (6, 2), (20, 1)):
+        check_decode(random_case((1, heads, groups, 1, 70, width, width), {}), splits=3)
+    for dtype in DTYPES:
+        check_decode(random_case((1, 2, 1, 1, 33, width, 48), {}, dtype=dtype))
+
+
+def test_split_and_unsplit_agree_and_runs_repeat():
+    case = random_case((2, 8, 2, 1, 200, 64, 64), {"window": 150})
+    whole, _ = check_decode(case, splits=1)
+    for splits in (2, 3, 7, 13):
+        found, _ = check_decode(case, splits=splits)
+        again, _ = check_decode(case, splits=splits)
+        assert torch.equal(found, again)
+        # Two results within the bound of one another's distance to the exact one.
+        assert (found.double() - whole.double()).abs().max().item() <= 2 * case.bound()[1]
+
+
+def test_a_row_does_not_hang_on_its_batch():
+    case = random_case((3, 4, 2, 1, 300, 32, 32), {})
+    out, _ = check_decode(case)
+    alone = dataclasses.replace(case, q=case.q[1:2], k=case.k[1:2], v=case.v[1:2])
+    assert torch.equal(out[1:2], check_decode(alone)[0])
+    assert splits_of(300, planned(case, "decode")) > 1
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_rows_that_see_nothing_are_zero(phase):
+    check = check_prefill if phase == "prefill" else lambda case: check_decode(case, splits=2)[0]
+    case = random_case((2, 2, 1, 5, 40, 32, 32), {"key_mask": True, "sinks": True})
+    case.mask[1] = 0
+    out = check(case)
+    assert out[1].eq(0).all() and out[0].ne(0).any()
+    # More queries than keys: the first stand before all keys.
+    case = random_case((1, 2, 1, 9, 4, 32, 32), {})
+    assert check(case)[0, :, :5].eq(0).all()
+
+
+def test_scores_far_from_zero_stay_finite():
+    for sign in (1, -1):
+        case = random_case((1, 1, 1, 40, 40, 64, 64), {})
+        case.q[:], case.k[:] = 60.0, 125.0 * sign
+        case.k[..., 0] += torch.arange(40).to(torch.float16) % 7
+        assert 5.9e4 < case.scores(torch.float64).abs().nan_to_num(0, posinf=0).max() < 6.1e4
+        check_prefill(case)
+
+
+def test_sequences_one_behind_the_other():
+    lengths = ((5, 5), (64, 64), (1, 33), (40, 3))
+    for fields in ({}, {"window": 10}, {"causal": False, "softcap": 2.0}):
+        cases = [
+            random_case((1, 4, 2, s, t, 64, 64), fields, seed=i) for i, (s, t) in enumerate(lengths)
+        ]
+        q, k, v = (torch.cat([getattr(c, n) for c in cases], 2) for n in "qkv")
+        ends = [torch.tensor([0, *torch.tensor(n).cumsum(0)]) for n in zip(*lengths, strict=True)]
+        joined = dataclasses.replace(cases[0], q=q, k=k, v=v, fields={**fields, "varlen": True})
+        keys = on_device(Keys(k, v, ends=ends[1]))
+        out, lse = prefill(
+            attention_prefill, on_device(q), keys, planned(joined),
+            scale=joined.scale, ends=on_device(ends[0]), longest=64,
+        )  # fmt: skip
+        for case, start, end in zip(cases, ends[0][:-1], ends[0][1:], strict=True):
+            close(out[:, :, start:end], lse[:, :, start:end], case)
+
+
+def paged(case, page, seed=0):
+    """The keys of a case as pages in random order, with pages of noise between them."""
+    batch, groups, count, _ = case.k.shape
+    per_row = -(-count // page)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(2 * batch * per_row, generator=generator)[: batch * per_row]
+    table = order.view(batch, per_row)
+    pools = []
+    for source in (case.k, case.v):
+        pool = torch.randn(2 * batch * per_row, groups, page, source.shape[3]).to(source.dtype)
+        for b in range(batch):
+            for n in range(per_row):
+                piece = source[b, :, n * page : (n + 1) * page]
+                pool[table[b, n], :, : piece.shape[1]] = piece
+        pools.append(pool)
+    return Keys(*pools, lengths=case.lengths, table=table)
+
+
+@pytest.mark.parametrize("page", [16, 24, 64])
+def test_pages(page):
+    fields = {"kv": "paged", "page": page, "lengths": True}
+    for form in ({}, {"window": 20, "softcap": 2.0}):
+        case = random_case((2, 4, 2, 30, 100, 64, 64), {**form, **fields})
+        check_prefill(case, paged(case, page))
+        case = random_case((2, 4, 2, 1, 100, 80, 80), {**form, **fields})
+        check_decode(case, paged(case, page), splits=3)
+
+
+@pytest.mark.parametrize("page", [16, 32])
+def test_selected_pages_and_their_maxima(page):
+    fields = {"kv": "paged", "page": page, "lengths": True, "selected_pages": True}
+    case = random_case((2, 4, 2, 1, 150, 64, 64), fields)
+    lists = torch.tensor([[0, 2, 4], [1, 3, -1]])
+    case.picked = torch.zeros(2, 150, dtype=torch.bool)
+    for b in range(2):
+        for page_number in lists[b][lists[b] >= 0]:
+            case.picked[b, page_number * page : (page_number + 1) * page] = True
+    keys = dataclasses.replace(paged(case, page), pages=lists)
+    case.fields["page_max"] = True
+    _, maxima = check_decode(case, keys, splits=2)
+    scores = case.scores(torch.float64)
+    for b in range(2):
+        for slot, page_number in enumerate(lists[b]):
+            # Lists end in -1: such a slot has seen nothing.
+            expected = torch.full((4, 1), float("-inf"), dtype=torch.float64)
+            if page_number >= 0:
+                expected = scores[b, :, :, page_number * page : (page_number + 1) * page].amax(-1)
+            torch.testing.assert_close(
+                maxima[b, :, :, slot].cpu().double(), expected, rtol=1e-5, atol=1e-4
+            )
+    del case.fields["page_max"]
+    wide = random_case((2, 4, 2, 12, 150, 64, 64), fields)
+    wide = dataclasses.replace(wide, k=case.k, v=case.v, picked=case.picked)
+    check_prefill(wide, keys)
+
+
+def test_a_ring():
+    fields = {"kv": "ring", "lengths": True, "window": 40}
+    for queries, check in ((1, check_decode), (20, check_prefill)):
+        case = random_case((2, 4, 2, queries, 90, 64, 64), fields)
+        first = torch.tensor([0, 70])
+        slots = (torch.arange(90)[None] + first[:, None]) % 90
+        index = slots[:, None, :, None]
+        k, v = (torch.zeros_like(x).scatter(2, index.expand_as(x), x) for x in (case.k, case.v))
+        check(case, Keys(k, v, lengths=case.lengths, first=first), RING=90)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: {"q": c.q[:, :3]}, "3 query heads over 2 key heads"),
+        (lambda c: {"q": c.q[..., :16]}, "head sizes"),
+        (lambda c: {"q": c.q[:, :, :0]}, "leave out empty"),
+        (lambda c: {"v": c.v.float()}, "give one dtype"),
+        (lambda c: {"k": c.k.transpose(2, 3).contiguous().transpose(2, 3)}, "not contiguous"),
+        (lambda c: {"mask": torch.ones(2, 8, dtype=torch.int8)}, "does not take 'mask'"),
+        (lambda c: {"lengths": torch.ones(2)}, "does not take 'lengths'"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(change, message):
+    case = random_case((2, 4, 2, 8, 8, 32, 32), {})
+    constants = planned(case)
+    q, keys, extras = operands(dataclasses.replace(case, **change(case)))
+    with pytest.raises(ValueError, match=message):
+        prefill(attention_prefill, q, keys, constants, scale=1.0, extras=extras)
