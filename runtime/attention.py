@@ -159,12 +159,12 @@ def _keys(keys: Keys) -> dict[str, Any]:
     found: dict[str, Any] = {"k_ptr": keys.k, "v_ptr": keys.v}
     for name, tensor in (("k", keys.k), ("v", keys.v)):
         found |= {f"{name}_stride_{axis}": tensor.stride(i) for i, axis in enumerate("bht")}
-    for name, tensor in (
+    for name, index in (
         ("lengths", keys.lengths), ("first", keys.first), ("table", keys.table),
         ("pages", keys.pages), ("k_ends", keys.ends),
     ):  # fmt: skip
-        if tensor is not None:
-            found[f"{name}_ptr"] = tensor.to(torch.int32).contiguous()
+        if index is not None:
+            found[f"{name}_ptr"] = index.to(torch.int32).contiguous()
     found["table_width"] = 0 if keys.table is None else keys.table.shape[1]
     found["pages_width"] = 0 if keys.pages is None else keys.pages.shape[1]
     return found
