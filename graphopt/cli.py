@@ -116,7 +116,10 @@ def compile_command(
     model: ModelArg = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make.")] = Path("out"),
     target: Annotated[str, typer.Option(help="What to emit for; see 'graphopt targets'.")] = "cpu",
-    emit: Annotated[str, typer.Option(help="Comma-separated: onnx, torch, hf.")] = "onnx",
+    emit: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated: onnx (the CPU's default), torch (others'), hf."),
+    ] = None,
     passes: Annotated[
         str | None, typer.Option(help="Recipe, such as 'normalise,dead-code'; '' for none.")
     ] = None,
@@ -129,6 +132,10 @@ def compile_command(
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the folder if it exists.")
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse what would run without a kernel of the target."),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done; read no weight.")
@@ -172,11 +179,12 @@ def compile_command(
             spec,
             out,
             target=target,
-            emit=[name.strip() for name in emit.split(",") if name.strip()],
+            emit=None if emit is None else [n.strip() for n in emit.split(",") if n.strip()],
             recipe=pipeline,
             calib=calib,
             verify=not no_verify,
             force=force,
+            strict=strict,
             dry_run=dry_run,
             stop_after=stop_after,
             dump_ir=dump_ir,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.devices import usable_device
-from graphopt.errors import GraphoptError, UsageError
+from graphopt.errors import GraphoptError, LoweringError, UsageError
 from graphopt.evaluate import read_text
 from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program
@@ -32,7 +32,15 @@ if TYPE_CHECKING:
     from graphopt.sources import ModelSource
 
 MANIFEST_VERSION = 1
-DEFAULT_EMIT = ("onnx",)
+
+
+def default_emit(target: str) -> tuple[str, ...]:
+    """Return what is emitted for a target where nothing is named.
+
+    Raises:
+        UsageError: There is no such target.
+    """
+    return ("onnx",) if get_target(target).kind == "cpu" else ("torch",)
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -121,16 +129,19 @@ class _Emission:
 
     target: str
     emitters: list[Emitter]
+    strict: bool = False
 
     @classmethod
-    def of(cls, target: str, names: Sequence[str]) -> _Emission:
+    def of(cls, target: str, names: Sequence[str] | None, strict: bool) -> _Emission:
         from graphopt.lowering import get_emitter
 
         get_target(target).require_lowering()
+        if names is None:
+            names = default_emit(target)
         if not names:
             raise UsageError("Nothing to emit.", "Name at least one of onnx, torch, hf.")
         unique = list(dict.fromkeys(names))
-        return cls(target, [get_emitter(name) for name in unique])
+        return cls(target, [get_emitter(name) for name in unique], strict)
 
     def check(self, program: Program) -> None:
         for emitter in self.emitters:
@@ -148,7 +159,14 @@ class _Emission:
         for emitter in self.emitters:
             emitted = emitter.emit(program, root, self.target, progress)
             usage += emitted.usage
-            notes += [SkipEntry(where, reason) for where, reason in emitted.notes]
+            if self.strict and emitted.fallbacks:
+                where, reason = emitted.fallbacks[0]
+                raise LoweringError(
+                    f"{where}: {reason}", "Leave --strict out to go on without what is missing."
+                )
+            notes += [
+                SkipEntry(where, reason) for where, reason in emitted.notes + emitted.fallbacks
+            ]
             for name, stored in emitted.storage.items():
                 storage.setdefault(name, stored)
         save_program(program, root, storage)
@@ -180,19 +198,22 @@ def emit(
     out: str | Path,
     *,
     target: str = "cpu",
-    emit: Sequence[str] = DEFAULT_EMIT,
+    emit: Sequence[str] | None = None,
     report: Report | None = None,
     recipe: Pipeline | None = None,
     force: bool = False,
+    strict: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Write a program as an output folder, which is itself a model graphopt opens.
 
     Args:
-        emit: Names of emitters: `onnx`, `torch`, `hf`.
+        emit: Names of emitters: `onnx`, `torch`, `hf`; by default `onnx` for a CPU and `torch`
+            for other targets.
         report: From `Pipeline.run`, to be completed; None for a report of the emission alone.
         recipe: What made the program, for `recipe.yaml`.
         force: Replace an existing folder, once the new one is complete.
+        strict: Refuse what would run without a kernel of the target.
 
     Returns:
         The report, as written.
@@ -201,7 +222,7 @@ def emit(
         UsageError: Unknown target or emitter, or the folder exists.
         LoweringError: The program has no such form, or the target is not in this version.
     """
-    emission = _Emission.of(target, emit)
+    emission = _Emission.of(target, emit, strict)
     emission.check(program)
     if report is None:
         report = Report(
@@ -253,11 +274,12 @@ def compile_model(
     out: str | Path,
     *,
     target: str = "cpu",
-    emit: Sequence[str] = DEFAULT_EMIT,
+    emit: Sequence[str] | None = None,
     recipe: Pipeline | None = None,
     calib: str | Path | None = None,
     verify: bool = True,
     force: bool = False,
+    strict: bool = False,
     dry_run: bool = False,
     stop_after: str | None = None,
     dump_ir: str | Path | None = None,
@@ -278,11 +300,12 @@ def compile_model(
         model: Hugging Face id or folder, `.gguf` file, `demo`, or a graphopt output folder.
         out: Folder to make.
         target: Name of a target.
-        emit: Names of emitters.
+        emit: Names of emitters; see `emit`.
         recipe: Passes; None for the default recipe.
         calib: Text file for calibration and verification.
         verify: Compare results before and after every pass.
         force: Replace `out` if it exists, once the new one is complete.
+        strict: Refuse what would run without a kernel of the target.
         dry_run: Only say what would be done: no weight is read and nothing is written.
         stop_after: Leave out the passes behind the one of this name.
         dump_ir: Folder for the program before and after every pass as text.
@@ -308,7 +331,7 @@ def compile_model(
     if dump_ir is not None:
         check_dump(Path(dump_ir))
     device = usable_device(device)
-    emission = _Emission.of(target, emit)
+    emission = _Emission.of(target, emit, strict)
     pipeline = recipe if recipe is not None else Pipeline.default()
     if stop_after is not None:
         pipeline = pipeline.until(stop_after)

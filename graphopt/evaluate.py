@@ -27,6 +27,7 @@ from graphopt.ir.graph import Program
 from graphopt.progress import Progress, silent
 from graphopt.sources.base import output_tokenizer, reason, tokenizer_in
 from graphopt.sources.check import CheckedRunner
+from graphopt.targets import get_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,8 +136,9 @@ class ProgramModel(LanguageModel):
 class TorchArtifactModel(LanguageModel):
     """The `model.py` of a torch artifact.
 
-    The file is code, so it is run only where it is, byte for byte, what graphopt writes for the
-    program beside it.
+    The file is code, and so are those beside it for a GPU, so they are run only where they are,
+    byte for byte, what graphopt writes for the program beside them. One for a GPU runs there in
+    16 bits where there is one, and otherwise on the CPU in fp32.
 
     Args:
         root: Output folder of `graphopt compile --emit torch`.
@@ -152,14 +154,21 @@ class TorchArtifactModel(LanguageModel):
     def __init__(self, root: Path, program: Program, *, trust_remote_code: bool = False) -> None:
         from safetensors import SafetensorError
 
-        from graphopt.lowering.torch import render_model
+        from graphopt.lowering.torch import source_files
+        from graphopt.saved import artifact_target
 
+        target = artifact_target(root)
         path = root / "model.py"
-        if not trust_remote_code and path.read_bytes() != render_model(program).encode():
-            raise SourceError(
-                f"{path} is not the file that graphopt writes for {root / 'program.json'}.",
-                "Read it, and pass --trust-remote-code if you want it to run; or compile again.",
-            )
+        for name, text in source_files(program, target).items():
+            if not trust_remote_code and _differs(root / name, text):
+                raise SourceError(
+                    f"{root / name} is not the file that graphopt writes for "
+                    f"{root / 'program.json'} and {target}.",
+                    "Read it, and pass --trust-remote-code if you want it to run; or compile "
+                    "again.",
+                )
+        on_gpu = get_target(target).kind == "gpu" and torch.cuda.is_available()
+        self._device = torch.device("cuda" if on_gpu else "cpu")
         self.name = program.name
         self.config = program.config
         self.tokenizer = output_tokenizer(root, program)
@@ -170,7 +179,10 @@ class TorchArtifactModel(LanguageModel):
         sys.modules[spec.name] = module  # dataclasses look their module up
         try:
             spec.loader.exec_module(module)
-            self._model = module.load(root, dtype=torch.float32)
+            if on_gpu:
+                self._model = module.load(root, device=self._device)
+            else:
+                self._model = module.load(root, dtype=torch.float32, device=self._device)
         except (
             OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError
         ) as error:  # fmt: skip
@@ -192,11 +204,24 @@ class TorchArtifactModel(LanguageModel):
         return logits[:, -new.shape[1] :], _Replay(ids)
 
     def _run(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
+        mask = inputs["attention_mask"]
+        # Kernels need no mask where nothing is padded.
+        needed = self._device.type == "cpu" or not bool(mask.all())
         with torch.no_grad():
             logits, cache = self._model(
-                inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"], cache
+                inputs["input_ids"].to(self._device),
+                mask.to(self._device) if needed else None,
+                inputs["position_ids"].to(self._device),
+                cache,
             )
-        return logits.float(), cache
+        return logits.float().cpu(), cache
+
+
+def _differs(path: Path, text: str) -> bool:
+    try:
+        return path.read_bytes() != text.encode()
+    except OSError:
+        return True
 
 
 class OnnxArtifactModel(LanguageModel):

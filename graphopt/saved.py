@@ -129,3 +129,20 @@ def _unpack(item: dict[str, Any]) -> StoredWeight:
         bool(item["transposed"]),
         None if rows is None else (int(rows[0]), int(rows[1])),
     )
+
+
+def artifact_target(root: Path) -> str:
+    """Return the target an output folder was emitted for; `cpu` where it does not say.
+
+    Raises:
+        SourceError: Its manifest cannot be read.
+    """
+    path = root / "manifest.json"
+    if not path.is_file():
+        return "cpu"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["target"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"{path} is not a manifest of graphopt.", "Compile the model again."
+        ) from error

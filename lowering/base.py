@@ -42,13 +42,15 @@ class Emitted:
         files: Every file written.
         storage: Program weight name -> where its bytes are.
         usage: Lines that tell the user how to run it.
-        notes: What could not be done, as (where, reason).
+        notes: What a user should know, as (where, what).
+        fallbacks: What runs by less than the target's kernels, as (where, reason).
     """
 
     files: list[Path] = field(default_factory=list)
     storage: dict[str, StoredWeight] = field(default_factory=dict)
     usage: list[str] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
+    fallbacks: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Emitter(ABC):

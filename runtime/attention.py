@@ -15,7 +15,7 @@ from torch import Tensor
 
 Constants = Mapping[str, int | float | bool]
 
-SIZES = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 
 
 @dataclass(frozen=True)
@@ -172,10 +172,9 @@ def _keys(keys: Keys) -> dict[str, Any]:
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
     """Launch a Triton kernel with those of the arguments that it has; what it lacks is None."""
-    names = set(kernel.arg_names)
     given = {name: arguments.get(name) for name in kernel.arg_names}
-    options = {name: arguments[name] for name in SIZES if name in arguments}
-    strides = {name: 0 for name in names if "_stride_" in name and given[name] is None}
+    options = {name: arguments[name] for name in OPTIONS if name in arguments}
+    strides = {name: 0 for name in given if "_stride_" in name and given[name] is None}
     kernel[grid](**(given | strides), **options)
 
 
@@ -326,6 +325,8 @@ def decode(
         "num_warps": 4,
         "num_stages": 1,
     }
+    if constants["OVERLAP"]:
+        merging["launch_pdl"] = True
     merging |= {f"o_stride_{axis}": out.stride(i) for i, axis in enumerate("bhs")}
     launch(merge, (batch * heads * queries, _divide(width, columns)), merging)
     return out, lse, page_max

@@ -330,7 +330,7 @@ def test_bad_onnx(tmp_path: Path, bigram: Bigram) -> None:
 MODEL_PY = """
 import torch
 
-def load(folder, dtype=None):
+def load(folder, dtype=None, device=None):
     open(folder / "ran", "w").close()
     torch.manual_seed(0)
     return Model()
@@ -351,7 +351,7 @@ class Model(torch.nn.Module):
 def renderer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The emitter, as far as it matters here: it always writes MODEL_PY."""
     module = ModuleType("graphopt.lowering.torch")
-    module.render_model = lambda program: MODEL_PY  # type: ignore[attr-defined]
+    module.source_files = lambda program, target: {"model.py": MODEL_PY}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "graphopt.lowering.torch", module)
 
 
@@ -374,7 +374,7 @@ def test_changed_model_file_is_not_run(tmp_path: Path, renderer: None) -> None:
 
 def test_model_file_that_fails(tmp_path: Path, renderer: None) -> None:
     (tmp_path / "model.py").write_text(
-        "def load(folder, dtype=None):\n    raise OSError('no weights')\n"
+        "def load(folder, dtype=None, device=None):\n    raise OSError('no weights')\n"
     )
     with pytest.raises(SourceError, match=r"model\.py cannot be loaded: no weights"):
         TorchArtifactModel(tmp_path, Program("small"), trust_remote_code=True)

@@ -7,12 +7,14 @@ from graphopt.plan.base import AttentionPlan, Inequality, Planner
 from graphopt.plan.hopper import HopperPlanner
 from graphopt.plan.spec import AttentionSpec
 from graphopt.plan.triton import TritonPlanner
+from graphopt.plan.volta import VoltaPlanner
 from graphopt.targets import Target
 
 __all__ = ["AttentionPlan", "AttentionSpec", "Inequality", "Planner", "plan_attention"]
 
 PLANNERS: dict[str, Planner] = {
-    planner.kernel: planner for planner in (HopperPlanner(), TritonPlanner())
+    planner.kernel: planner
+    for planner in (HopperPlanner(), TritonPlanner(), VoltaPlanner())
 }
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from graphopt.plan.base import BYTES, Inequality, Planner
+from graphopt.plan.base import Inequality, Planner
 from graphopt.plan.spec import AttentionSpec
+from graphopt.runtime.hopper import shared_bytes
 from graphopt.targets import Target
 
 # Registers a thread of a consumer may have beside its tiles: addresses, maxima, sums, and what
@@ -47,18 +48,15 @@ class HopperPlanner(Planner):
     def inequalities(
         self, spec: AttentionSpec, target: Target, tiles: dict[str, int]
     ) -> list[Inequality]:
-        size = BYTES[spec.dtype]
-        keys, values = (-(-width // 64) * 64 for width in (spec.head_dim, spec.values))
-        m, n, stages, consumers = (
-            tiles[name] for name in ("BLOCK_M", "BLOCK_N", "STAGES", "CONSUMERS")
-        )
-        shared = (m * keys + stages * n * (keys + values)) * size + 8 * (1 + 4 * stages) + 1024
+        n, consumers = tiles["BLOCK_N"], tiles["CONSUMERS"]
+        # And the number of a tile, which lies in memory of fixed size.
+        shared = shared_bytes(spec.head_dim, spec.values, tiles) + 16
         registers = spec.values // 2 + n // 2 + n // 4 + _OVERHEAD
         return [
             Inequality(
                 "shared memory",
-                "(BLOCK_M D + STAGES BLOCK_N (D + Dv)) 2, D and Dv in whole panels of 64, "
-                "+ 8 (1 + 4 STAGES) of barriers + 1024 to align",
+                "2 (BLOCK_M D + STAGES BLOCK_N (D + Dv)), D and Dv in whole panels of 64, "
+                "+ 32 (1 + STAGES) of barriers + 1040 to align them and number tiles",
                 shared,
                 target.limits["shared_bytes_per_block"],
                 "bytes",

@@ -42,20 +42,20 @@ class TritonPlanner(Planner):
             if m >= 16 * warps or warps == min(warps_of)
         ]
 
-        def worth(tiles: dict[str, int]) -> tuple[float, int, int, int]:
-            # Rows over bytes: how often a key that was read is used; then fewer, wider steps.
-            m, n = tiles["BLOCK_M"], tiles["BLOCK_N"]
-            return (m * n / (m + n), min(tiles["num_stages"], 3), -tiles["num_warps"], n)
+        def worth(tiles: dict[str, int]) -> tuple[float, float, int, int]:
+            # How often a warp uses a key it has taken out of shared memory; how often a block
+            # uses one it has taken out of device memory; then deeper and wider steps.
+            m, n, warps = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["num_warps"]
+            return (m / warps, m * n / (m + n), tiles["num_stages"], n)
 
         return sorted(found, key=worth, reverse=True)
 
     @staticmethod
     def _decode(spec: AttentionSpec, target: Target, tiles: dict[str, int]) -> dict[str, int]:
-        # Two programs a core, however many key heads there are: with one sequence the whole
-        # machine reads, and a longer batch changes no row's result.
-        programs = 2 * (target.cores or 1) // spec.kv_heads
-        splits = 1 << max(programs.bit_length() - 1, 0) if programs else 1
-        return {**tiles, "SPLITS": min(max(splits, 1), 128), "SPAN": 4 * tiles["BLOCK_N"]}
+        # A program a core, however many key heads there are: with one sequence the whole machine
+        # reads, and a longer batch changes no row's result.
+        splits = max(1, (target.cores or 1) // spec.kv_heads)
+        return {**tiles, "SPLITS": min(splits, 128), "SPAN": 4 * tiles["BLOCK_N"]}
 
     def inequalities(
         self, spec: AttentionSpec, target: Target, tiles: dict[str, int]
@@ -65,8 +65,8 @@ class TritonPlanner(Planner):
         keys, values = sum(split_size(spec.head_dim)), sum(split_size(spec.values))
         size = BYTES[spec.dtype]
         shared = max(tiles["num_stages"] * n * (keys + values) * size, m * keys * size)
-        # In 32-bit registers: sums and scores in fp32, queries as matrix operands in 16 bits.
-        registers = -(-(m * values + m * n + m * keys * size // 4) // threads)
+        # In 32-bit registers: sums and scores in fp32, weights and queries as matrix operands.
+        registers = -(-(m * values + m * n + m * (n + keys) * size // 4) // threads)
         return [
             Inequality(
                 "shared memory",
@@ -78,7 +78,7 @@ class TritonPlanner(Planner):
             ),
             Inequality(
                 "registers",
-                "(BLOCK_M Dv + BLOCK_M BLOCK_N + BLOCK_M D / 2) / threads, live at once",
+                "BLOCK_M (Dv + BLOCK_N + (BLOCK_N + D) / 2) / threads, live at once",
                 registers,
                 target.limits["registers_per_thread"],
                 "a thread",

@@ -5,14 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+from graphopt.errors import LoweringError
 from graphopt.ir.graph import Program
 from graphopt.lowering.base import Emitted, Emitter, StoredWeight
 from graphopt.lowering.tokenizer import copy_tokenizer
 from graphopt.lowering.torch.render import render_model
+from graphopt.lowering.torch.tiled import (
+    FOLDER,
+    TiledModel,
+    lower_attentions,
+    range_report,
+)
 from graphopt.progress import Progress
 from graphopt.sources.safetensors import WEIGHTS_NAME, SafetensorsWriter
 
 MODEL_NAME = "model.py"
+
+
+def source_files(program: Program, target: str) -> dict[str, str]:
+    """Return the text of every source file of the artifact, by its path in the output folder.
+
+    Raises:
+        LoweringError: See `render_model`.
+    """
+    found = {MODEL_NAME: render_model(program, target)}
+    tiled = lower_attentions(program, target)
+    if tiled is not None:
+        found |= {f"{FOLDER}/{name}": text for name, text in tiled.files().items()}
+    return found
 
 
 class TorchEmitter(Emitter):
@@ -26,19 +46,45 @@ class TorchEmitter(Emitter):
         Raises:
             LoweringError: Naming the op and the call.
         """
-        render_model(program)
+        render_model(program, target)
 
     def emit(self, program: Program, root: Path, target: str, progress: Progress) -> Emitted:
-        path = root / MODEL_NAME
-        path.write_text(render_model(program), encoding="utf-8", newline="\n")
+        sources = source_files(program, target)
+        for name, text in sources.items():
+            path = root / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8", newline="\n")
+        files = [root / name for name in sources]
+        tiled = lower_attentions(program, target)
+        notes: list[tuple[str, str]] = []
+        fallbacks: list[tuple[str, str]] = []
+        if tiled is not None:
+            images, fallbacks = self._compile(tiled, root / FOLDER)
+            files += images
+            notes = range_report(program, tiled.dtype)
         storage = self._write_weights(program, root / WEIGHTS_NAME, progress)
-        files = copy_tokenizer(program, root)
+        files += [root / WEIGHTS_NAME, *copy_tokenizer(program, root)]
         run = f"python {{out}}/{MODEL_NAME}"
         usage = [f"{run} 1 2 3 --new 16   # token ids; needs torch and safetensors"]
         if any(file.name == "tokenizer.json" for file in files):
             usage = [f"{run} --prompt 'Hello'   # needs torch, safetensors and tokenizers"]
         usage.insert(0, "graphopt generate {out} --prompt 'Hello'")
-        return Emitted([path, root / WEIGHTS_NAME, *files], storage, usage)
+        if tiled is not None:
+            usage[-1] = usage[-1].replace("needs torch", "needs torch, triton")
+        return Emitted(files, storage, usage, notes, fallbacks)
+
+    @staticmethod
+    def _compile(tiled: TiledModel, folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+        """Write what is compiled ahead; return its files, and what runs without a kernel."""
+        fallbacks = [(where, f"attention by its reference: {why}") for where, why in tiled.refused]
+        try:
+            images = tiled.compile()
+        except LoweringError as error:
+            fallbacks.append((FOLDER, f"sources only: {error.message} {error.remedy}"))
+            return [], fallbacks
+        for name, data in images.items():
+            (folder / name).write_bytes(data)
+        return [folder / name for name in images], fallbacks
 
     @staticmethod
     def _write_weights(program: Program, path: Path, progress: Progress) -> dict[str, StoredWeight]:

@@ -33,12 +33,15 @@ class ModelClass:
     Args:
         program: What it runs.
         classes: The class of every function.
+        unmasked: A model without padding runs without a mask, instead of one of ones.
 
     Raises:
         LoweringError: The program has an input that a language model does not have.
     """
 
-    def __init__(self, program: Program, classes: Mapping[str, ModuleClass]) -> None:
+    def __init__(
+        self, program: Program, classes: Mapping[str, ModuleClass], *, unmasked: bool = False
+    ) -> None:
         odd = [name for name in program.inputs if name not in _INPUTS]
         if odd or "input_ids" not in program.inputs:
             raise LoweringError(
@@ -47,6 +50,7 @@ class ModelClass:
             )
         self.program = program
         self.classes = classes
+        self.unmasked = unmasked
         self.flow = Flow(program)
         signatures = {name: made.signature() for name, made in classes.items()}
         self.runs = find_runs(self.flow, program, lambda a, b: signatures[a] == signatures[b])
@@ -211,7 +215,7 @@ class ModelClass:
             lines.append("P = cache[0][0].shape[2]")
         elif "P" in needs:
             lines.append("P = 0")
-        if masked:
+        if masked and not self.unmasked:
             tokens = "P + S" if self.states else "S"
             lines += [
                 "if attention_mask is None:",
@@ -219,10 +223,19 @@ class ModelClass:
                 "device=input_ids.device)",
             ]
         if "position_ids" in read:
-            lines += [
-                "if position_ids is None:",
-                "    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -S:]",
-            ]
+            counted = "(attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -S:]"
+            lines.append("if position_ids is None:")
+            if self.unmasked:
+                past, end = ("P", "P + S") if self.states else ("0", "S")
+                lines += [
+                    "    if attention_mask is None:",
+                    f"        position_ids = torch.arange({past}, {end}, "
+                    "device=input_ids.device).expand(B, S)",
+                    "    else:",
+                    f"        position_ids = {counted}",
+                ]
+            else:
+                lines.append(f"    position_ids = {counted}")
         return lines
 
     def _loop_hints(self) -> dict[Carried, str]:

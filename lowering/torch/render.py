@@ -14,13 +14,21 @@ from graphopt.lowering.torch import template
 from graphopt.lowering.torch.classes import ModuleClass
 from graphopt.lowering.torch.model import ModelClass
 from graphopt.lowering.torch.text import HELPERS, WIDTH, class_name, prose, quoted, wrap
+from graphopt.lowering.torch.tiled import (
+    TORCH_NAMES,
+    TiledModel,
+    lower_attentions,
+    mask_is_for_attention_alone,
+)
 from graphopt.runtime import ops as runtime
 
 _STANDARD = {
     "argparse": "import argparse",
     "importlib": "import importlib.util",
+    "sys": "import sys",
     "Collection": "from collections.abc import Collection",
     "Path": "from pathlib import Path",
+    "ModuleType": "from types import ModuleType",
     "Any": "from typing import Any",
 }
 _LIBRARIES = {
@@ -31,8 +39,8 @@ _LIBRARIES = {
 }
 
 
-def render_model(program: Program) -> str:
-    """Return the text of `model.py` for a program.
+def render_model(program: Program, target: str = "cpu") -> str:
+    """Return the text of `model.py` for a program on a target.
 
     It depends on nothing that `program.json` leaves out, nor on the dtype of a weight, which
     another emitter may change: a program that was saved gives the same text when it is loaded
@@ -41,27 +49,40 @@ def render_model(program: Program) -> str:
     Raises:
         LoweringError: An op, an attribute or an input has no form in the file.
     """
+    tiled = lower_attentions(program, target)
     classes = _classes(program)
-    model = "\n".join(ModelClass(program, classes).lines())
+    ahead = ("attention", "cached_attention") if tiled else ()
+    unmasked = tiled is not None and mask_is_for_attention_alone(program)
+    model = "\n".join(ModelClass(program, classes, unmasked=unmasked).lines())
     parts = ["\n".join(made.lines()) for made in classes.values()]
     if "under(" in model:
         parts.append(template.UNDER.strip())
+    helpers = {name for made in classes.values() for name in made.body.helpers}
     body = [
         "# What the layers are made of.",
-        *_sources({name for made in classes.values() for name in made.body.helpers}),
+        *([template.KERNELS.strip()] if tiled else []),
+        *_sources(helpers.difference(ahead)),
         "# The layers.",
         *parts,
         model,
         "# Loading and running.",
-        template.LOAD.strip(),
-        (template.CACHED if program.states else template.UNCACHED).strip(),
-        template.MAIN.strip(),
+        template.load(tiled is not None).strip(),
+        _generate(program, classes, unmasked).strip(),
+        template.main(tiled is not None).strip(),
     ]
     text = "\n\n\n".join(body)
-    head = [_docstring(program), "from __future__ import annotations"]
+    head = [_docstring(program, tiled), "from __future__ import annotations"]
     head += [_imports(text, _STANDARD), _imports(text, _LIBRARIES)]
-    head.append("\n".join(_names(program, text)))
+    head.append("\n".join(_names(program, text, tiled)))
     return "\n\n".join(head) + f"\n\n\n{text}\n"
+
+
+def _generate(program: Program, classes: dict[str, ModuleClass], unmasked: bool) -> str:
+    """Return `generate`: with a cache of fixed room where nothing asks how full it is."""
+    if not program.states:
+        return template.UNCACHED
+    sizes = any("P" in made.body.needs for made in classes.values())
+    return template.STATIC if unmasked and not sizes else template.CACHED
 
 
 def _classes(program: Program) -> dict[str, ModuleClass]:
@@ -100,10 +121,14 @@ def _sources(helpers: Collection[str]) -> list[str]:
     return list(found.values())
 
 
-def _docstring(program: Program) -> str:
-    about = f"{prose(program.name)}: a language model in plain PyTorch, written by graphopt."
+def _docstring(program: Program, tiled: TiledModel | None) -> str:
+    where = "in plain PyTorch" if tiled is None else f"for {prose(tiled.target.title)}"
+    about = f"{prose(program.name)}: a language model {where}, written by graphopt."
     origin = f"Made from {prose(program.source)}. " if program.source else ""
-    rest = f"{origin}Needs torch and safetensors, and model.safetensors beside this file."
+    needs = "torch and safetensors, and model.safetensors"
+    if tiled is not None:
+        needs = "torch, triton and safetensors, and model.safetensors and kernels"
+    rest = f"{origin}Needs {needs} beside this file."
     usage = """
     python model.py 1 2 3 --new 16
 
@@ -119,12 +144,14 @@ def _imports(text: str, statements: dict[str, str]) -> str:
     return "\n".join(used)
 
 
-def _names(program: Program, text: str) -> list[str]:
+def _names(program: Program, text: str, tiled: TiledModel | None) -> list[str]:
     """Return the definitions that stand above everything else."""
     lines = ["aten = torch.ops.aten"] if re.search(r"\baten\.", text) else []
     lines.append("KV = tuple[Tensor, Tensor]  # keys and values of a layer: [B,heads,tokens,size]")
     constants = ", ".join(quoted(weight.name) for weight in program.weights if weight.constant)
     lines += wrap(f"CONSTANTS: set[str] = {{{constants}}}" if constants else _NO_CONSTANTS, 0)
+    if tiled is not None:
+        lines.append(f"DTYPE = torch.{TORCH_NAMES[tiled.dtype]}  # what it computes in, on a GPU")
     lines.append(f"END: list[int] = {_end_tokens(program)}  # tokens that end a text")
     return lines
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from graphopt.plan import AttentionPlan
 from graphopt.plan.base import split_size
+from graphopt.targets import get_target
 
 
 def kernel_constants(plan: AttentionPlan, *, ring: int = 0) -> dict[str, Any]:
@@ -41,5 +42,7 @@ def kernel_constants(plan: AttentionPlan, *, ring: int = 0) -> dict[str, Any]:
         "SELECTED": spec.selected_pages,
         "LSE": spec.lse,
         "PAGE_MAX": spec.page_max,
+        # A launch before the end of the one in front came with sm_90.
+        "OVERLAP": int(get_target(plan.target).isa.removeprefix("sm_")) >= 90,
         **plan.tiles,
     }

@@ -22,7 +22,7 @@ def span_length(keys, splits, BLOCK_N: tl.constexpr):
     return tl.cdiv(tl.cdiv(keys, splits), BLOCK_N) * BLOCK_N
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T", "table_width", "pages_width", "page_slots"])
 def attention_decode(
     q_ptr,  # [B, H, S, HEAD_DIM], by strides
     k_ptr,  # [B, G, T, HEAD_DIM]; paged: [pages, G, PAGE, HEAD_DIM]
@@ -67,7 +67,10 @@ def attention_decode(
     PAGE: tl.constexpr,
     SELECTED: tl.constexpr,
     PAGE_MAX: tl.constexpr,
+    OVERLAP: tl.constexpr,  # the merge may be launched while this runs, and waits for its end
 ):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     split, splits = tl.program_id(0), tl.num_programs(0)
     groups = H // GROUP
     batch = tl.program_id(1) // groups
@@ -230,7 +233,7 @@ def attention_decode(
     tl.store(part_lse_ptr + where, lse, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def attention_merge(
     part_ptr,  # fp32 [B, H, S, splits, VALUE_DIM]
     part_lse_ptr,  # fp32 [B, H, S, splits], to base 2
@@ -245,7 +248,10 @@ def attention_merge(
     BLOCK_V: tl.constexpr,
     SINKS: tl.constexpr,
     LSE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     token, head, batch = row % S, row // S % H, row // S // H
     index = tl.arange(0, SPLITS)

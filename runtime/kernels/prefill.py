@@ -15,7 +15,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T", "table_width", "pages_width"])
 def attention_prefill(
     q_ptr,  # [B, H, S, HEAD_DIM], by strides
     k_ptr,  # [B, G, T, HEAD_DIM]; paged: [pages, G, PAGE, HEAD_DIM]

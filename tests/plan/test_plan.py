@@ -163,9 +163,8 @@ def test_measured_tiles_come_first_where_they_fit(monkeypatch):
 def test_splits_of_a_decode_fill_the_machine_whatever_the_batch():
     for kv_heads in (1, 2, 8, 32):
         found = plan_attention(spec(kv_heads=kv_heads, phase="decode"), get_target("hopper"))
-        splits = found.tiles["SPLITS"]
-        assert splits & (splits - 1) == 0 and splits <= 128
-        assert splits * kv_heads >= get_target("hopper").cores or splits == 128
+        splits, cores = found.tiles["SPLITS"], get_target("hopper").cores
+        assert splits == 128 or cores - kv_heads < splits * kv_heads <= cores
 
 
 def test_command():

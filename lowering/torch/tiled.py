@@ -1,0 +1,254 @@
+"""A model's attentions on a target with kernels: plans, sources, and what is compiled ahead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import torch
+
+from graphopt.errors import LoweringError
+from graphopt.ir.graph import Node, Program, Value, resolve_attrs
+from graphopt.ir.ops.attention import BIAS, KEY, MASK, QUERY, SINKS, SLOPES, VALUE
+from graphopt.ir.shapes import infer_program
+from graphopt.ir.types import Type
+from graphopt.lowering.cuda.compile import compile_cuda
+from graphopt.lowering.cuda.hopper import hopper_constants, hopper_source
+from graphopt.lowering.triton.constants import kernel_constants
+from graphopt.plan import PLANNERS, AttentionPlan, AttentionSpec, plan_attention
+from graphopt.targets import Target, get_target
+
+FOLDER = "kernels"
+# Modules of the runtime that go with the model, as they are.
+_MODULES = ("ops", "attention", "tiled")
+_AHEAD = {"hopper-cuda": ("driver", "hopper")}
+_KERNELS = ("prefill", "decode")
+
+
+@dataclass
+class TiledModel:
+    """What a program's attentions become on a target.
+
+    Attributes:
+        dtype: What the model computes in, an IR name.
+        plans: Distinct ones, the best for a form first.
+        refused: (where, reason) of each attention that no kernel of the target takes.
+        images: Plans whose kernel is compiled ahead, by file name.
+    """
+
+    target: Target
+    dtype: str
+    plans: list[AttentionPlan] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    images: dict[str, AttentionPlan] = field(default_factory=dict)
+
+    def files(self) -> dict[str, str]:
+        """Return the text of every source file of the folder `kernels`, by name."""
+        modules = list(_MODULES)
+        for plan in self.plans:
+            modules += [m for m in _AHEAD.get(plan.kernel, ()) if m not in modules]
+        texts = {f"{name}.py": _runtime_text(f"{name}.py") for name in modules}
+        for name in _KERNELS:
+            texts[f"{name}.py"] = _runtime_text(f"kernels/{name}.py")
+        for name, plan in self.images.items():
+            texts[name.replace(".cubin", ".cu")] = hopper_source(plan)
+        texts["__init__.py"] = self._init()
+        return texts
+
+    def compile(self) -> dict[str, bytes]:
+        """Return the machine code of every kernel that is compiled ahead, by file name.
+
+        Raises:
+            LoweringError: There is no compiler for it.
+        """
+        found: dict[str, bytes] = {}
+        for name, plan in self.images.items():
+            compiled = compile_cuda(hopper_source(plan), name, f"{self.target.isa}a", {})
+            found[name] = compiled.image
+        return found
+
+    def _init(self) -> str:
+        rows: list[str] = []
+        names = {id(plan): name for name, plan in self.images.items()}
+        for plan in self.plans:
+            rows += [f"    # {line}" for line in plan.lines()]
+            spec = plan.spec
+            image = names.get(id(plan))
+            constants = (
+                {**kernel_constants(plan), **hopper_constants(plan)}
+                if image
+                else kernel_constants(plan)
+            )
+            rows += [
+                "    Planned(",
+                "        Form(",
+                f"            {spec.phase!r}, {spec.head_dim}, {spec.values}, {spec.group}, "
+                f"torch.{TORCH_NAMES[spec.dtype]},",
+                f"            causal={spec.causal}, window={spec.window}, chunk={spec.chunk}, "
+                f"softcap={spec.softcap},",
+                f"            sinks={spec.sinks}, alibi={spec.alibi}, bias={spec.bias}, "
+                f"key_mask={spec.key_mask}, lengths={spec.lengths},",
+                "        ),",
+                f"        {plan.kernel!r},",
+                f"        {constants!r},",
+                f"        {image!r},",
+                "    ),",
+            ]
+        major, minor = divmod(int(self.target.isa.removeprefix("sm_")), 10)
+        return _INIT.format(title=self.target.title, rows="\n".join(rows), arch=(major, minor))
+
+
+TORCH_NAMES = {"f16": "float16", "bf16": "bfloat16"}
+_INIT = '''"""Attention for {title}, and the plans of its kernels; written by graphopt."""
+
+from pathlib import Path
+
+import torch
+
+from .tiled import Form, Planned, Slot, Tiled
+
+PLANS = [
+{rows}
+]
+TILED = Tiled(PLANS, Path(__file__).parent, {arch})
+attention, cached_attention = TILED.attention, TILED.cached_attention
+
+__all__ = ["Slot", "attention", "cached_attention"]
+'''
+
+
+def _runtime_text(name: str) -> str:
+    """Return a module of the runtime, its imports turned to its neighbours in one folder."""
+    text = (resources.files("graphopt.runtime") / name).read_text(encoding="utf-8")
+    text = re.sub(r"from graphopt\.runtime\.(?:kernels\.)?(\w+) import", r"from .\1 import", text)
+    return text.replace("from graphopt.runtime import", "from . import")
+
+
+def compute_dtype(program: Program, target: Target) -> str:
+    """Return the 16-bit dtype a model computes in: its own where the target has it, else f16."""
+    own = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(program.checkpoint_dtype)
+    return own if own is not None and own in target.dtypes else "f16"
+
+
+def lower_attentions(program: Program, target: str) -> TiledModel | None:
+    """Plan every attention of a program; None where the target has no kernels of ours.
+
+    Every form is planned for prefill and decode, with and without a padding mask, and for a
+    cache that grows by copying as for one with room to spare.
+    """
+    machine = get_target(target)
+    if not machine.kernels:
+        return None
+    model = TiledModel(machine, compute_dtype(program, machine))
+    seen: dict[AttentionSpec, None] = {}
+    for where, spec in _specs(program, model.dtype):
+        if spec in seen:
+            continue
+        seen[spec] = None
+        try:
+            for phase in ("prefill", "decode"):
+                for key_mask in (False, True):
+                    for lengths in (False, True):
+                        form = spec.replace(phase=phase, key_mask=key_mask, lengths=lengths)
+                        model.plans += _plans(form, machine)
+        except LoweringError as error:
+            model.refused.append((where, error.message))
+    for number, plan in enumerate(p for p in model.plans if p.kernel in _AHEAD):
+        model.images[f"{plan.kernel.replace('-cuda', '')}_{number}.cubin"] = plan
+    return model
+
+
+def _plans(spec: AttentionSpec, target: Target) -> Iterator[AttentionPlan]:
+    """Yield the plan, and behind one of a kernel compiled ahead what runs without its image."""
+    plan = plan_attention(spec, target)
+    yield plan
+    if plan.kernel in _AHEAD and "triton" in target.kernels:
+        planner = PLANNERS["triton"]
+        if planner.refuses(spec, target) is None:
+            chosen = planner.choose(spec, target)
+            if not isinstance(chosen, str):
+                tiles, found, why = chosen
+                yield AttentionPlan(spec, target.name, "triton", tiles, tuple(found), why)
+
+
+def _specs(program: Program, dtype: str) -> Iterator[tuple[str, AttentionSpec]]:
+    """Yield where each attention is, and its description without phase and masks."""
+    kinds, _ = infer_program(program)
+    for call, types in zip(program.calls, kinds, strict=True):
+        for node in program.functions[call.function].nodes:
+            if node.op == "attention":
+                attrs = resolve_attrs(node, call)
+                yield call.path or call.function, _spec(node, types, attrs, dtype)
+
+
+def _spec(node: Node, types: dict[Value, Type], attrs: dict[str, Any], dtype: str) -> AttentionSpec:
+    def shape(index: int) -> tuple[Any, ...]:
+        value = node.inputs[index]
+        assert value is not None
+        return types[value].shape
+
+    def has(index: int) -> bool:
+        return len(node.inputs) > index and node.inputs[index] is not None
+
+    return AttentionSpec(
+        head_dim=int(shape(QUERY)[3]), value_dim=int(shape(VALUE)[3]),
+        heads=int(shape(QUERY)[1]), kv_heads=int(shape(KEY)[1]), dtype=dtype,
+        causal=bool(attrs["causal"]), window=attrs.get("window"), chunk=attrs.get("chunk"),
+        softcap=attrs.get("softcap"), sinks=has(SINKS), alibi=has(SLOPES), bias=has(BIAS),
+    )  # fmt: skip
+
+
+def mask_is_for_attention_alone(program: Program) -> bool:
+    """Return whether the padding mask is read by attentions and by nothing else.
+
+    Then a model without padding needs no mask at all.
+    """
+    for call in program.calls:
+        function = program.functions[call.function]
+        uses = function.uses()
+        for param, name in zip(function.params, call.args, strict=True):
+            if name == "attention_mask":
+                if param in function.results:
+                    return False
+                if any(node.op != "attention" or index != MASK for node, index in uses[param]):
+                    return False
+    return True
+
+
+def range_report(program: Program, dtype: str) -> list[tuple[str, str]]:
+    """Return what is lost where trained weights are rounded to f16, as (where, what).
+
+    Reads every weight, one at a time. Nothing is said where they are of the dtype already.
+
+    Raises:
+        LoweringError: A weight is beyond the largest number of f16.
+    """
+    limits = torch.finfo(torch.float16)
+    largest, small, count = 0.0, 0, 0
+    if dtype != "f16":
+        return []
+    for weight in program.weights:
+        if weight.constant or weight.dtype == torch.float16 or not weight.dtype.is_floating_point:
+            continue
+        values = weight.load(torch.float32).abs()
+        top = float(values.max()) if values.numel() else 0.0
+        if top > limits.max:
+            raise LoweringError(
+                f"{weight.name} holds {top:.6g}, and f16 ends at {limits.max:.6g}.",
+                "Emit for a target with bf16, or for the CPU.",
+            )
+        largest = max(largest, top)
+        small += int(((values > 0) & (values < limits.tiny)).sum())
+        count += values.numel()
+    if not count:
+        return []
+    return [
+        (
+            "weights",
+            f"computed in f16: the largest is {largest:.4g} of {limits.max:.6g}; "
+            f"{small:,} of {count:,} are below {limits.tiny:.2g} and lose precision",
+        )
+    ]

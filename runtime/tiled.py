@@ -1,0 +1,229 @@
+"""The attention of an emitted model: by the kernels of its target, or else by the reference.
+
+Which kernel runs which form of attention, and with what constants, was planned when the model was
+emitted. What no kernel was planned for, and whatever runs on a CPU, goes to `ops.attention`; the
+first time, it is said why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from graphopt.runtime import ops
+from graphopt.runtime.attention import Extras, Keys, decode, prefill
+
+DECODE_TOKENS = 16
+"""Query tokens up to which keys are split over programs instead of queries."""
+
+
+class Slot(NamedTuple):
+    """A cache with room for more tokens than it holds; new ones are written into it.
+
+    Attributes:
+        k: [B, G, capacity, D].
+        v: [B, G, capacity, Dv].
+        length: int32 [1], tokens in it before this step. Whoever runs the model moves it on.
+    """
+
+    k: Tensor
+    v: Tensor
+    length: Tensor
+
+
+@dataclass(frozen=True)
+class Form:
+    """What decides which kernel runs: the fields of a description that hang on operands."""
+
+    phase: str
+    head_dim: int
+    value_dim: int
+    group: int
+    dtype: torch.dtype
+    causal: bool
+    window: int | None
+    chunk: int | None
+    softcap: float | None
+    sinks: bool
+    alibi: bool
+    bias: bool
+    key_mask: bool
+    lengths: bool
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A kernel for a form.
+
+    Attributes:
+        kernel: `triton`, or the name of a kernel that was compiled ahead.
+        constants: Of the kernel, and launch options.
+        image: File of machine code, beside the plans; None for Triton.
+    """
+
+    form: Form
+    kernel: str
+    constants: Mapping[str, Any]
+    image: str | None = None
+
+
+class Tiled:
+    """The attention functions of a model, as `ops.attention` and `ops.cached_attention`.
+
+    Args:
+        plans: The best for a form first.
+        folder: Where images lie.
+        arch: (major, minor) that images were compiled for; on another GPU they are passed over.
+    """
+
+    def __init__(self, plans: Sequence[Planned], folder: Path, arch: tuple[int, int]) -> None:
+        self._plans: dict[Form, list[Planned]] = {}
+        for plan in plans:
+            self._plans.setdefault(plan.form, []).append(plan)
+        self._folder, self._arch = folder, arch
+        self._kernels: dict[int, Any] = {}
+        self._said: set[str] = set()
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """As `ops.attention`."""
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        found = self._run(q, Keys(k, v), Extras(mask, bias, slopes, None, sinks), options)
+        if found is None:
+            return ops.attention(q, k, v, mask, bias, slopes, sinks, **options)
+        return found
+
+    def cached_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past: tuple[Tensor, Tensor] | Slot | None,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `ops.cached_attention`; a `Slot` is written to in place, and returned whole."""
+        k = k.to(v.dtype)
+        if isinstance(past, Slot):
+            return self._with_slot(q.to(v.dtype), k, v, past, mask, bias, slopes, sinks, options)
+        if past is not None:
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+        return self.attention(q, k, v, mask, bias, slopes, sinks, **options), k, v
+
+    def _with_slot(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slot: Slot,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        slopes: Tensor | None,
+        sinks: Tensor | None,
+        options: Mapping[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        steps = torch.arange(q.shape[2], device=q.device)
+        index = slot.length.long() + steps
+        slot.k.index_copy_(2, index, k)
+        slot.v.index_copy_(2, index, v)
+        lengths = (slot.length + q.shape[2]).expand(q.shape[0])
+        keys = Keys(slot.k, slot.v, lengths=lengths)
+        found = self._run(q, keys, Extras(mask, bias, slopes, None, sinks), options)
+        if found is None:
+            end = int(slot.length) + q.shape[2]
+            held = (slot.k[:, :, :end], slot.v[:, :, :end])
+            part = None if mask is None else mask[:, :end]
+            found = ops.attention(q, *held, part, bias, slopes, sinks, **options)
+        return found, slot.k, slot.v
+
+    def _run(
+        self, q: Tensor, keys: Keys, extras: Extras, options: Mapping[str, Any]
+    ) -> Tensor | None:
+        """Return the output, or None where no kernel takes the operands."""
+        if q.device.type != "cuda":
+            self._instead("attention on a CPU runs by its reference")
+            return None
+        form = Form(
+            phase="decode" if q.shape[2] <= DECODE_TOKENS else "prefill",
+            head_dim=q.shape[3],
+            value_dim=keys.v.shape[3],
+            group=q.shape[1] // keys.k.shape[1],
+            dtype=q.dtype,
+            causal=options.get("causal", True),
+            window=options.get("window"),
+            chunk=options.get("chunk"),
+            softcap=options.get("softcap"),
+            sinks=extras.sinks is not None,
+            alibi=extras.slopes is not None,
+            bias=extras.bias is not None,
+            key_mask=extras.mask is not None,
+            lengths=keys.lengths is not None,
+        )
+        plan = self._plan(form)
+        if plan is None:
+            self._instead(f"no kernel was planned for {form}: it runs by its reference")
+            return None
+        kernel, *rest = self._load(plan)
+        scale = options["scale"]
+        if form.phase == "decode":
+            (merge,) = rest
+            return decode(kernel, merge, q, keys, plan.constants, scale=scale, extras=extras)[0]
+        return prefill(kernel, q, keys, plan.constants, scale=scale, extras=extras)[0]
+
+    def _plan(self, form: Form) -> Planned | None:
+        for plan in self._plans.get(form, ()):
+            if plan.image is None:
+                return plan
+            if not (self._folder / plan.image).is_file():
+                self._instead(f"{plan.image} was not compiled: another kernel runs its attention")
+                continue
+            if torch.cuda.get_device_capability() == self._arch:
+                return plan
+            self._instead(
+                f"{plan.image} was compiled for sm_{self._arch[0]}{self._arch[1]} and this is "
+                f"{torch.cuda.get_device_name()}: its attention runs by another kernel"
+            )
+        return None
+
+    def _load(self, plan: Planned) -> tuple[Any, ...]:
+        if id(plan) not in self._kernels:
+            self._kernels[id(plan)] = self._import(plan)
+        found: tuple[Any, ...] = self._kernels[id(plan)]
+        return found
+
+    def _import(self, plan: Planned) -> tuple[Any, ...]:
+        # Imported here: a CPU has no Triton, and needs none.
+        if plan.image is not None:
+            from graphopt.runtime.hopper import HopperPrefill
+
+            return (HopperPrefill((self._folder / plan.image).read_bytes(), plan.constants),)
+        if plan.form.phase == "decode":
+            from graphopt.runtime.kernels.decode import attention_decode, attention_merge
+
+            return attention_decode, attention_merge
+        from graphopt.runtime.kernels.prefill import attention_prefill
+
+        return (attention_prefill,)
+
+    def _instead(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(reason, stacklevel=4)
