@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from graphopt.errors import LoweringError
+from graphopt.plan.ascend import AscendPlanner
 from graphopt.plan.base import AttentionPlan, Inequality, Planner
 from graphopt.plan.hopper import HopperPlanner
 from graphopt.plan.spec import AttentionSpec
@@ -14,7 +15,7 @@ __all__ = ["AttentionPlan", "AttentionSpec", "Inequality", "Planner", "plan_atte
 
 PLANNERS: dict[str, Planner] = {
     planner.kernel: planner
-    for planner in (HopperPlanner(), TritonPlanner(), VoltaPlanner())
+    for planner in (HopperPlanner(), TritonPlanner(), VoltaPlanner(), AscendPlanner())
 }
 
 

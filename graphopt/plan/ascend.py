@@ -1,0 +1,268 @@
+"""Tiles of the Ascend kernel, runtime/kernels/ascend_prefill.py.
+
+The kernel's Triton is compiled by triton-ascend and bishengir-compile, which place every buffer.
+What that takes is modelled here, buffer by buffer, so that a plan says beforehand whether it
+fits; `tools/check_ascend.py` holds the model to the compiler's own report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, ClassVar
+
+from graphopt.plan.base import BYTES, AttentionPlan, Inequality, Planner, power_above
+from graphopt.plan.spec import AttentionSpec
+from graphopt.targets import Target
+
+_FP32 = 4
+
+
+class AscendPlanner(Planner):
+    """Scores and sums pass between a cube core and the two vector cores beside it."""
+
+    kernel: ClassVar[str] = "ascend-triton"
+
+    def limits(self, spec: AttentionSpec, target: Target) -> str | None:
+        if spec.phase == "decode":
+            return "its tiles are of many query rows, which decoding does not fill"
+        for name in ("chunk", "alibi", "bias", "varlen"):
+            if getattr(spec, name):
+                return f"it does not do {name}"
+        if spec.kv != "contiguous":
+            return f"its tiles are read by one stride, not from a {spec.kv} cache"
+        return None
+
+    def candidates(self, spec: AttentionSpec, target: Target) -> Sequence[dict[str, int]]:
+        found = [
+            self.complete(spec, {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_KV": n * blocks})
+            for m, n, blocks in product((256, 128, 64, 32), (512, 256, 128, 64, 32), (4, 2, 1))
+            if n * blocks <= 1024
+        ]
+
+        wide = target.limits["mixed_alignment_bytes"]
+
+        def worth(tiles: dict[str, int]) -> tuple[float, bool, int]:
+            # Rows and keys over their sum: how often what was read is used; the more keys a
+            # round has, the fewer times the cube and the vector cores wait for one another. Rows
+            # that pass between them go in pieces of 512 bytes.
+            m, n, keys = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_KV"]
+            return (m * keys / (m + keys), n * _FP32 % wide == 0, n)
+
+        return sorted(found, key=worth, reverse=True)
+
+    @staticmethod
+    def complete(spec: AttentionSpec, tiles: dict[str, int]) -> dict[str, int]:
+        """Return the tiles with those that follow: of the heads, and the side of the mask table.
+
+        Heads are padded to a power of two rather than split in two: a second product, with a
+        second tile of sums, costs the unified buffer more than the padding.
+        """
+        return {
+            **tiles,
+            "HEAD_TILE": power_above(spec.head_dim),
+            "VALUE_TILE": power_above(spec.values),
+            "M": max(tiles["BLOCK_M"], tiles["BLOCK_N"]),
+        }
+
+    def inequalities(
+        self, spec: AttentionSpec, target: Target, tiles: dict[str, int]
+    ) -> list[Inequality]:
+        m, n, d, v = (tiles[name] for name in ("BLOCK_M", "BLOCK_N", "HEAD_TILE", "VALUE_TILE"))
+        size, depth = BYTES[spec.dtype], min(unit.k for unit in target.matrix_units)
+        buffer = unified_buffer(spec, tiles)
+        align = target.limits["vector_alignment_bytes"]
+        found = [
+            (
+                "unified buffer",
+                buffer.formula + "; live at once on a vector core",
+                buffer.live,
+                _memory(target, "UB"),
+                "bytes",
+                "memory.UB",
+            ),
+            (
+                "L0C",
+                f"max(BLOCK_M BLOCK_N, BLOCK_M VALUE_TILE) {_FP32}, one product",
+                m * max(n, v) * _FP32,
+                _memory(target, "L0C"),
+                "bytes",
+                "memory.L0C",
+            ),
+            (
+                "L1",
+                # Keys make room for the values; the weights come in by two slots, so that the
+                # vector cores write one while the cube reads the other.
+                f"(BLOCK_M HEAD_TILE + max(BLOCK_N HEAD_TILE, 2 BLOCK_M BLOCK_N + "
+                f"BLOCK_N VALUE_TILE)) {size}",
+                (m * d + max(n * d, 2 * m * n + n * v)) * size,
+                _memory(target, "L1"),
+                "bytes",
+                "memory.L1",
+            ),
+            (
+                "L0A",
+                f"2 BLOCK_M {depth} {size}, two slots of one step of the cube",
+                2 * m * depth * size,
+                _memory(target, "L0A"),
+                "bytes",
+                "memory.L0A",
+            ),
+            (
+                "L0B",
+                f"2 max(BLOCK_N, VALUE_TILE) {depth} {size}, two slots of one step of the cube",
+                2 * max(n, v) * depth * size,
+                _memory(target, "L0B"),
+                "bytes",
+                "memory.L0B",
+            ),
+            (
+                "alignment",
+                f"what the rows of HEAD_TILE, VALUE_TILE and BLOCK_N leave over {align} bytes",
+                max(width * size % align for width in (d, v, n)),
+                0,
+                "bytes",
+                "limits.vector_alignment_bytes",
+            ),
+            (
+                "mask table",
+                "max(BLOCK_M, BLOCK_N), half a side at least",
+                max(m, n),
+                tiles["M"],
+                "rows",
+                "FastAttention, arXiv 2410.16663, tiling-mask",
+            ),
+        ]
+        return [Inequality(*row) for row in found]
+
+
+def _memory(target: Target, name: str) -> int:
+    size = next(memory.bytes for memory in target.memories if memory.name == name)
+    assert size is not None
+    return size
+
+
+@dataclass(frozen=True)
+class UnifiedBuffer:
+    """What the buffers of one vector core take, in bytes.
+
+    Attributes:
+        live: Those that live at once where the most do. More than there is, and the compiler
+            gives up. The figure it then reports is this one, or more where its placing leaves
+            holes (by up to two fifths seen).
+        spread: All of them side by side. The compiler gives no two the same place while there
+            is room.
+        formula: How `live` comes about.
+    """
+
+    live: int
+    spread: int
+    formula: str
+
+    def reported(self, capacity: int) -> int:
+        """Return the figure that the compiler's memory report should come near.
+
+        Where all do not lie side by side, the compiler shares places, first as freely as its
+        pipelines allow, which ends anywhere from two thirds of the memory up, then, with much
+        more to place, only as far as needed, which leaves the memory all but full. The figures
+        for these are in the middle.
+        """
+        if self.live > capacity:
+            return self.live
+        if self.spread > capacity * 13 // 10:
+            return capacity * 15 // 16
+        return min(self.spread, capacity * 13 // 16)
+
+
+def unified_buffer(spec: AttentionSpec, tiles: dict[str, int]) -> UnifiedBuffer:
+    """Return what bishengir-compile (ascendnpu-ir 1.2.0) places in a vector core's buffer.
+
+    Each of the two vector cores takes half the rows. Tiles of fp32 are counted: `scores` of a
+    small block, half BLOCK_M by BLOCK_N, and `sums`, half BLOCK_M by VALUE_TILE. Everything else
+    is of one row or one column and comes to a few bytes a row.
+    """
+    rows = tiles["BLOCK_M"] // 2
+    scores = rows * tiles["BLOCK_N"] * _FP32
+    sums = rows * tiles["VALUE_TILE"] * _FP32
+    blocks = tiles["BLOCK_KV"] // tiles["BLOCK_N"]
+    # Tables looked up at an edge: of the diagonal and of the window's lower edge.
+    tables = int(spec.causal) + int(spec.window is not None)
+
+    # At an edge: the scores, and what is added to them. A window of the table comes in as fp16,
+    # half a tile, and is widened, one tile; the weights are 16 bits wide, half a tile.
+    edge = 5 * scores // 2 if tables else 3 * scores // 2
+    # In a round: the scores of all its small blocks wait for their one maximum, then one at a
+    # time becomes weights. With a window and a soft-cap the compiler keeps the capped scores apart.
+    inside = (2 * blocks + (2 if spec.window and spec.softcap else 1)) * scores // 2
+    if not tables and not spec.key_mask:
+        # No loop adds a whole tile from elsewhere: the compiler halves all of them by rows.
+        inside //= 2
+    # At the end of a round: the products come in and the factors of the rows are spread over a
+    # tile, beside the sums that stay through all of it.
+    live = sums + max(2 * sums, edge, inside) + 16 * rows
+    where = {
+        2 * sums: "2 sums at the end of a round",
+        edge: f"{edge / scores:g} scores at an edge",
+        inside: f"{inside / scores:g} scores in a round",
+    }
+    formula = (
+        f"sums + {where[max(where)]} + 16 rows; rows = BLOCK_M / 2, sums = {_FP32} rows "
+        f"VALUE_TILE, scores = {_FP32} rows BLOCK_N"
+    )
+
+    # Side by side, over the loops: the edges, whole rounds, small blocks left over. A loop has
+    # products and spread factors at its end; sums and results come once.
+    edges = 1 + int(spec.window is not None)
+    left_over = int(blocks > 1)
+    score_blocks = edges + blocks + left_over
+    spread = sums * (2 * (edges + 1 + left_over) + 2)
+    # Scores, and the weights of 16 bits; a window of the table, widened. In whole rounds and what
+    # they leave, weights mostly take the place of scores.
+    spread += scores * edges * 3 // 2 + scores * edges * tables
+    spread += scores * left_over + scores * blocks * 9 // 8
+    if spec.softcap:
+        spread += scores * score_blocks * 5 // 8
+    if spec.key_mask:
+        spread += scores * score_blocks // 8
+    # A maximum and a sum along each row fold it in half, the first fold into a place of its own,
+    # until it is as long as a vector; those of halved loops are half as long.
+    fold = tiles["BLOCK_N"] // 2 if tiles["BLOCK_N"] > 64 else 8
+    spread += 2 * rows * fold * _FP32 * score_blocks * 3 // 4
+    # Some ten vectors of a number a row, and what little is left.
+    spread += 10 * rows * _FP32 + 1536
+    return UnifiedBuffer(live, spread, formula)
+
+
+def rounds(keys: int, tiles: dict[str, int]) -> int:
+    """Return how often, over `keys` that a block of rows sees, sums are rescaled and handed over.
+
+    It falls with BLOCK_KV over BLOCK_N: what the larger block of the two-level tiling is for.
+    """
+    return -(-keys // tiles["BLOCK_KV"])
+
+
+def ascend_constants(plan: AttentionPlan) -> dict[str, Any]:
+    """Return a plan as the constants of runtime/kernels/ascend_prefill.py.
+
+    With them those that say of a cache what it is not, for `graphopt.runtime.attention.check`.
+    """
+    spec = plan.spec
+    return {
+        "HEAD_DIM": spec.head_dim,
+        "VALUE_DIM": spec.values,
+        "GROUP": spec.group,
+        "CAUSAL": spec.causal,
+        "TOP_LEFT": spec.align == "top-left",
+        "WINDOW": spec.window or 0,
+        "SOFTCAP": float(spec.softcap or 0.0),
+        "KEY_MASK": spec.key_mask,
+        "SINKS": spec.sinks,
+        "LENGTHS": spec.lengths,
+        "LSE": spec.lse,
+        "VARLEN": False,
+        "RING": 0,
+        "PAGE": 0,
+        "SELECTED": False,
+        **plan.tiles,
+    }

@@ -1,0 +1,198 @@
+"""The Ascend kernel: interpreted against fp64; compiled for a 910B and executed on this machine.
+
+The kernel is interpreted by upstream Triton in a process of its own, whatever device is here.
+Tests marked `ascend` need the virtual environment that `tools/check_ascend.py` makes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# Fields of the attention; then B, H, G, S, T, D, Dv; then BLOCK_M, BLOCK_N, BLOCK_KV.
+CASES = {
+    "causal": ({}, (1, 2, 1, 65, 65, 64, 64), (32, 16, 64)),
+    "one query": ({}, (2, 2, 1, 1, 63, 64, 64), (16, 16, 32)),
+    "one key": ({}, (1, 2, 1, 1, 1, 32, 32), (16, 16, 64)),
+    "more keys": ({}, (1, 2, 1, 7, 127, 80, 48), (32, 16, 64)),
+    "more queries": ({}, (1, 2, 2, 64, 40, 32, 32), (32, 32, 64)),
+    "full": ({"causal": False}, (1, 2, 1, 33, 127, 32, 64), (32, 16, 32)),
+    "top left": ({"align": "top-left"}, (1, 2, 1, 40, 64, 64, 64), (16, 32, 32)),
+    "window": ({"window": 20}, (1, 2, 1, 65, 65, 32, 32), (32, 16, 16)),
+    "window over rounds": ({"window": 80}, (1, 1, 1, 64, 160, 32, 32), (16, 16, 32)),
+    "window, full, top left": (
+        {"window": 9, "causal": False, "align": "top-left"}, (1, 2, 1, 65, 40, 32, 32),
+        (32, 16, 32),
+    ),
+    "softcap": ({"softcap": 2.0}, (1, 2, 1, 40, 40, 96, 96), (32, 16, 64)),
+    "key mask": ({"key_mask": True}, (3, 2, 1, 33, 65, 32, 32), (32, 16, 32)),
+    "sinks, lengths": ({"sinks": True, "lengths": True}, (2, 2, 1, 33, 63, 32, 32), (32, 16, 16)),
+    "wide": ({}, (1, 1, 1, 17, 64, 256, 192), (32, 32, 32)),
+    "everything": (
+        {"window": 30, "softcap": 3.0, "key_mask": True, "sinks": True, "lengths": True},
+        (2, 4, 2, 40, 64, 64, 64), (32, 16, 64),
+    ),
+}  # fmt: skip
+
+
+def interpret():
+    """Run every case in this process and print the errors; what the fixture below starts."""
+    import torch
+
+    sys.path.insert(0, str(REPOSITORY / "tests"))
+    from attention_reference import random_case
+
+    from graphopt.plan import AttentionPlan, AttentionSpec
+    from graphopt.plan.ascend import AscendPlanner, ascend_constants
+    from graphopt.runtime.ascend import prefill
+    from graphopt.runtime.attention import Extras, Keys
+    from graphopt.runtime.kernels.ascend_prefill import ascend_prefill
+
+    found = {}
+    for name, (fields, sizes, blocks) in CASES.items():
+        case = random_case(sizes, fields, seed=3)
+        spec = AttentionSpec(
+            head_dim=sizes[5], value_dim=sizes[6], heads=sizes[1], kv_heads=sizes[2], lse=True,
+            **fields,
+        )  # fmt: skip
+        tiles = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_KV"), blocks, strict=True))
+        tiles = AscendPlanner.complete(spec, tiles)
+        plan = AttentionPlan(spec, "ascend910b", "ascend-triton", tiles, (), "given")
+        runs = [
+            prefill(
+                ascend_prefill, case.q, Keys(case.k, case.v, lengths=case.lengths),
+                ascend_constants(plan), scale=case.scale,
+                extras=Extras(mask=case.mask, sinks=case.sinks), programs=programs,
+            )
+            # Results don't hang on how many programs share the tasks.
+            for programs in ((1, 3) if name == "causal" else (3,))
+        ]  # fmt: skip
+        out, lse = runs[-1]
+        exact, bound = case.bound()
+        _, expected = case.run(torch.float64)
+        unseen = torch.isinf(expected)
+        found[name] = {
+            "error": (out.double() - exact).abs().max().item(),
+            "bound": bound,
+            "lse_error": (lse.double() - expected)[~unseen].abs().max().item(),
+            "unseen_rows": int(unseen.sum()),
+            "unseen_rows_agree": bool(torch.equal(torch.isinf(lse), unseen)),
+            "unseen_rows_are_0": bool((out[unseen] == 0).all()),
+            "finite": bool(torch.isfinite(out).all()),
+            "same": all(torch.equal(out, other) for other, _ in runs),
+        }
+    print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__],
+        capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_it_is_as_exact_as_it_may_be(interpreted, name):
+    found = interpreted[name]
+    assert found["finite"] and found["same"]
+    assert found["error"] <= found["bound"]
+    assert found["lse_error"] <= 1e-4
+    assert found["unseen_rows_agree"] and found["unseen_rows_are_0"]
+
+
+def test_rows_that_see_nothing_are_among_the_cases(interpreted):
+    assert interpreted["more queries"]["unseen_rows"] > 0
+    assert interpreted["window, full, top left"]["unseen_rows"] > 0
+
+
+# --- With the compiler ---
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location(
+        "check_ascend", REPOSITORY / "tools" / "check_ascend.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def venv(tool):
+    folder = Path(os.environ.get("GRAPHOPT_ASCEND_VENV") or tool.default_venv())
+    if not tool.is_ready(folder):
+        pytest.skip(
+            f"there is no triton-ascend in {folder}: run python tools/check_ascend.py once, or "
+            "name its folder in GRAPHOPT_ASCEND_VENV"
+        )
+    return folder
+
+
+@pytest.mark.ascend
+@pytest.mark.slow
+def test_the_compiler_agrees_with_the_planner(tool, venv, tmp_path):
+    rows = tool.compare(venv, tool.draw_shapes(4, seed=5), tmp_path)
+    assert all(row["agree"] for row in rows)
+    assert all(abs(row.get("ub_error", 0.0)) <= 0.2 for row in rows)
+
+
+@pytest.mark.ascend
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_what_the_planner_chooses_compiles(tool, venv, tmp_path, head_dim):
+    from graphopt.plan import AttentionSpec, plan_attention
+    from graphopt.targets import get_target
+
+    fields = {"head_dim": head_dim, "heads": 8, "kv_heads": 2, "window": 1024, "key_mask": True}
+    tiles = plan_attention(AttentionSpec(**fields), get_target("ascend910b")).tiles
+    given = {name: tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_KV")}
+    fields["dtype"] = "f16"
+    (row,) = tool.compare(venv, [{"fields": fields, "tiles": given}], tmp_path)
+    assert row["compiler_fits"] and row["planner_fits"]
+
+
+@pytest.mark.ascend
+@pytest.mark.slow
+def test_the_compiled_form_executed_here_is_exact(tool, venv, tmp_path):
+    try:
+        tool.native_tools()
+    except tool.Missing as missing:
+        pytest.skip(str(missing))
+    for row in tool.execute(venv, list(tool.RUNS[-2:]), tmp_path):
+        assert row["max_error"] <= row["bound"]
+        assert row["max_relative_error"] <= 1e-3
+        assert row["lse_error"] <= 1e-4 and row["unseen_rows_agree"]
+
+
+def test_a_missing_tool_is_said_with_what_to_install(tool, tmp_path, monkeypatch):
+    with pytest.raises(tool.Missing, match="remove that folder and run this again"):
+        tool.compiler(tmp_path, "bishengir-compile")
+    monkeypatch.setattr(tool, "LLVM", str(tmp_path))
+    with pytest.raises(tool.Missing, match="apt-get install mlir-19-tools llvm-19"):
+        tool.native_tools()
+    monkeypatch.setattr(tool.platform, "machine", lambda: "riscv64")
+    with pytest.raises(tool.Missing, match="no build for linux on riscv64"):
+        tool.prepare(tmp_path)
+
+
+def test_the_shapes_are_drawn_the_same_again(tool):
+    assert tool.draw_shapes(5) == tool.draw_shapes(5) != tool.draw_shapes(5, seed=tool.SEED + 1)
+
+
+if __name__ == "__main__":
+    interpret()
