@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +64,7 @@ class Planned:
     Attributes:
         kernel: `triton`, or the name of a kernel that was compiled ahead.
         constants: Of the kernel, and launch options.
-        image: File of machine code, beside the plans; None for Triton.
+        image: Stem of the files of its code, beside the plans; None for Triton.
     """
 
     form: Form
@@ -179,8 +179,11 @@ class Tiled:
         )
         plan = self._plan(form)
         if plan is None:
-            self._instead(f"no kernel was planned for {form}: it runs by its reference")
+            if form not in self._plans:
+                self._instead(f"no kernel was planned for {form}: it runs by its reference")
             return None
+        if extras.bias is not None:
+            extras = replace(extras, bias=extras.bias.to(q.dtype))
         kernel, *rest = self._load(plan)
         scale = options["scale"]
         if form.phase == "decode":
@@ -190,17 +193,24 @@ class Tiled:
 
     def _plan(self, form: Form) -> Planned | None:
         for plan in self._plans.get(form, ()):
-            if plan.image is None:
+            if plan.image is None or self._code(plan.image) is not None:
                 return plan
-            if not (self._folder / plan.image).is_file():
-                self._instead(f"{plan.image} was not compiled: another kernel runs its attention")
-                continue
-            if torch.cuda.get_device_capability() == self._arch:
-                return plan
-            self._instead(
-                f"{plan.image} was compiled for sm_{self._arch[0]}{self._arch[1]} and this is "
-                f"{torch.cuda.get_device_name()}: its attention runs by another kernel"
-            )
+        return None
+
+    def _code(self, image: str) -> Path | None:
+        """Return the file of code that this GPU runs: made for it, or for its driver to compile."""
+        here, name = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
+        made, portable = (self._folder / f"{image}{suffix}" for suffix in (".cubin", ".ptx"))
+        if here == self._arch and made.is_file():
+            return made
+        target = f"sm_{self._arch[0]}{self._arch[1]}"
+        if here >= self._arch and portable.is_file():
+            self._instead(f"{image} was made for {target}: on {name} it is right, and slow")
+            return portable
+        why = f"was made for {target} and this is {name}"
+        if here == self._arch:
+            why = "was not compiled when the model was emitted"
+        self._instead(f"{image} {why}: another kernel, or the reference, runs its attention")
         return None
 
     def _load(self, plan: Planned) -> tuple[Any, ...]:
@@ -212,9 +222,18 @@ class Tiled:
     def _import(self, plan: Planned) -> tuple[Any, ...]:
         # Imported here: a CPU has no Triton, and needs none.
         if plan.image is not None:
-            from graphopt.runtime.hopper import HopperPrefill
+            path = self._code(plan.image)
+            assert path is not None
+            code = path.read_bytes() + (b"\0" if path.suffix == ".ptx" else b"")
+            if plan.kernel == "hopper-cuda":
+                from graphopt.runtime.hopper import HopperPrefill
 
-            return (HopperPrefill((self._folder / plan.image).read_bytes(), plan.constants),)
+                return (HopperPrefill(code, plan.constants),)
+            from graphopt.runtime.volta import decode_kernels, prefill_kernel
+
+            if plan.form.phase == "decode":
+                return decode_kernels(code, plan.constants)
+            return (prefill_kernel(code, plan.constants),)
         if plan.form.phase == "decode":
             from graphopt.runtime.kernels.decode import attention_decode, attention_merge
 

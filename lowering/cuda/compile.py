@@ -63,7 +63,7 @@ def compile_cuda(
     options = [f"--gpu-architecture={arch}", "--std=c++17", "-default-device"]
     if arch.startswith("sm_"):
         options.append("--ptxas-options=-v")
-    options += [f"-D{key}={_literal(value)}" for key, value in defines.items()]
+    options += [f"-D{key}={macro(value)}" for key, value in defines.items()]
     program = ctypes.c_void_p()
     _check(
         nvrtc,
@@ -101,7 +101,8 @@ def nvrtc_version(at_most: int | None = None) -> tuple[int, int]:
     return _version(_library(at_most))
 
 
-def _literal(value: int | float | str) -> str:
+def macro(value: int | float | str) -> str:
+    """Return a constant as the text of a macro."""
     if isinstance(value, bool):
         return str(int(value))
     return f"{value!r}f" if isinstance(value, float) else str(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 
+from graphopt.lowering.cuda.compile import macro
 from graphopt.plan import AttentionPlan
 from graphopt.plan.hopper import consumer_registers, loader_registers
 from graphopt.targets import get_target
@@ -36,10 +37,7 @@ def hopper_constants(plan: AttentionPlan) -> dict[str, int | float]:
 def hopper_source(plan: AttentionPlan) -> str:
     """Return the CUDA C++ text of a plan's kernel, its plan in front as a comment."""
     constants = hopper_constants(plan)
-    defines = "".join(
-        f"#define {name} {f'{value!r}f' if isinstance(value, float) else value}\n"
-        for name, value in constants.items()
-    )
+    defines = "".join(f"#define {name} {macro(value)}\n" for name, value in constants.items())
     dtype = plan.spec.dtype
     body = (resources.files("graphopt.runtime.kernels") / TEXT).read_text(encoding="utf-8")
     return "\n".join(

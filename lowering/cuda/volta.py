@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from graphopt.lowering.cuda.compile import Compiled, compile_cuda
+from graphopt.lowering.cuda.compile import Compiled, compile_cuda, macro
 from graphopt.plan import AttentionPlan
 from graphopt.runtime.volta import DEFINES
 
@@ -51,6 +51,13 @@ def volta_constants(plan: AttentionPlan, *, ring: int = 0, bias_bits: int = 16) 
         "OVERLAP": False,
         **plan.tiles,
     }
+
+
+def volta_text(plan: AttentionPlan) -> str:
+    """Return the CUDA C++ text of a plan's kernels, its plan and constants in front."""
+    constants = volta_constants(plan)
+    defines = [f"#define {name} {macro(constants[name])}" for name in DEFINES]
+    return "\n".join([*(f"// {line}" for line in plan.lines()), "", *defines, "", volta_source()])
 
 
 def compile_volta(constants: Mapping[str, Any], arch: str = "sm_70") -> Compiled:

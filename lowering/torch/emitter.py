@@ -69,7 +69,7 @@ class TorchEmitter(Emitter):
         if any(file.name == "tokenizer.json" for file in files):
             usage = [f"{run} --prompt 'Hello'   # needs torch, safetensors and tokenizers"]
         usage.insert(0, "graphopt generate {out} --prompt 'Hello'")
-        if tiled is not None:
+        if tiled is not None and tiled.uses_triton:
             usage[-1] = usage[-1].replace("needs torch", "needs torch, triton")
         return Emitted(files, storage, usage, notes, fallbacks)
 

@@ -15,8 +15,7 @@ from graphopt.ir.graph import Node, Program, Value, resolve_attrs
 from graphopt.ir.ops.attention import BIAS, KEY, MASK, QUERY, SINKS, SLOPES, VALUE
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
-from graphopt.lowering.cuda.compile import compile_cuda
-from graphopt.lowering.cuda.hopper import hopper_constants, hopper_source
+from graphopt.lowering.cuda.ahead import AHEAD
 from graphopt.lowering.triton.constants import kernel_constants
 from graphopt.plan import PLANNERS, AttentionPlan, AttentionSpec, plan_attention
 from graphopt.targets import Target, get_target
@@ -24,8 +23,7 @@ from graphopt.targets import Target, get_target
 FOLDER = "kernels"
 # Modules of the runtime that go with the model, as they are.
 _MODULES = ("ops", "attention", "tiled")
-_AHEAD = {"hopper-cuda": ("driver", "hopper")}
-_KERNELS = ("prefill", "decode")
+_TRITON_KERNELS = ("prefill", "decode")
 
 
 @dataclass
@@ -36,7 +34,7 @@ class TiledModel:
         dtype: What the model computes in, an IR name.
         plans: Distinct ones, the best for a form first.
         refused: (where, reason) of each attention that no kernel of the target takes.
-        images: Plans whose kernel is compiled ahead, by file name.
+        images: Plans whose kernel is compiled ahead, by the stem of their files' names.
     """
 
     target: Target
@@ -48,13 +46,14 @@ class TiledModel:
     def files(self) -> dict[str, str]:
         """Return the text of every source file of the folder `kernels`, by name."""
         modules = list(_MODULES)
-        for plan in self.plans:
-            modules += [m for m in _AHEAD.get(plan.kernel, ()) if m not in modules]
+        for plan in self.images.values():
+            modules += [m for m in AHEAD[plan.kernel].modules if m not in modules]
         texts = {f"{name}.py": _runtime_text(f"{name}.py") for name in modules}
-        for name in _KERNELS:
-            texts[f"{name}.py"] = _runtime_text(f"kernels/{name}.py")
-        for name, plan in self.images.items():
-            texts[name.replace(".cubin", ".cu")] = hopper_source(plan)
+        if self.uses_triton:
+            for name in _TRITON_KERNELS:
+                texts[f"{name}.py"] = _runtime_text(f"kernels/{name}.py")
+        for stem, plan in self.images.items():
+            texts[f"{stem}.cu"] = AHEAD[plan.kernel].text(plan)
         texts["__init__.py"] = self._init()
         return texts
 
@@ -65,22 +64,24 @@ class TiledModel:
             LoweringError: There is no compiler for it.
         """
         found: dict[str, bytes] = {}
-        for name, plan in self.images.items():
-            compiled = compile_cuda(hopper_source(plan), name, f"{self.target.isa}a", {})
-            found[name] = compiled.image
+        for stem, plan in self.images.items():
+            found |= AHEAD[plan.kernel].compile(plan, stem)
         return found
+
+    @property
+    def uses_triton(self) -> bool:
+        """Whether a plan's kernel is written in Triton."""
+        return any(plan.kernel == "triton" for plan in self.plans)
 
     def _init(self) -> str:
         rows: list[str] = []
-        names = {id(plan): name for name, plan in self.images.items()}
+        names = {id(plan): stem for stem, plan in self.images.items()}
         for plan in self.plans:
             rows += [f"    # {line}" for line in plan.lines()]
             spec = plan.spec
             image = names.get(id(plan))
             constants = (
-                {**kernel_constants(plan), **hopper_constants(plan)}
-                if image
-                else kernel_constants(plan)
+                kernel_constants(plan) if image is None else AHEAD[plan.kernel].constants(plan)
             )
             rows += [
                 "    Planned(",
@@ -156,8 +157,8 @@ def lower_attentions(program: Program, target: str) -> TiledModel | None:
                         model.plans += _plans(form, machine)
         except LoweringError as error:
             model.refused.append((where, error.message))
-    for number, plan in enumerate(p for p in model.plans if p.kernel in _AHEAD):
-        model.images[f"{plan.kernel.replace('-cuda', '')}_{number}.cubin"] = plan
+    for number, plan in enumerate(p for p in model.plans if p.kernel in AHEAD):
+        model.images[f"{plan.kernel.removesuffix('-cuda')}_{plan.spec.phase}_{number}"] = plan
     return model
 
 
@@ -165,7 +166,7 @@ def _plans(spec: AttentionSpec, target: Target) -> Iterator[AttentionPlan]:
     """Yield the plan, and behind one of a kernel compiled ahead what runs without its image."""
     plan = plan_attention(spec, target)
     yield plan
-    if plan.kernel in _AHEAD and "triton" in target.kernels:
+    if plan.kernel in AHEAD and "triton" in target.kernels:
         planner = PLANNERS["triton"]
         if planner.refuses(spec, target) is None:
             chosen = planner.choose(spec, target)
