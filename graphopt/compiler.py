@@ -135,7 +135,7 @@ class _Emission:
     def of(cls, target: str, names: Sequence[str] | None, strict: bool) -> _Emission:
         from graphopt.lowering import get_emitter
 
-        get_target(target).require_lowering()
+        get_target(target)
         if names is None:
             names = default_emit(target)
         if not names:

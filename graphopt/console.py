@@ -253,7 +253,7 @@ def print_pass_list(console: Console, found: list[dict[str, Any]], *, full: bool
 def print_targets(console: Console, found: list[dict[str, Any]], *, full: bool) -> None:
     """Print targets; `full` adds memories, limits and the source of each figure."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("target", "what", "isa", "dtypes", "cores", "bandwidth", "compile"):
+    for heading in ("target", "what", "isa", "dtypes", "cores", "bandwidth", "attention"):
         table.add_column(heading, no_wrap=heading != "what")
     for item in found:
         bandwidth = item["bandwidth"]
@@ -264,7 +264,7 @@ def print_targets(console: Console, found: list[dict[str, Any]], *, full: bool) 
             " ".join(item["dtypes"]),
             str(item["cores"] or "-"),
             f"{format_bytes(bandwidth)}/s" if bandwidth else "-",
-            "yes" if item["lowering"] else "not yet",
+            " ".join(item["kernels"]) or "-",
         )
     console.print(table)
     if not full:

@@ -80,9 +80,12 @@ class Tiled:
         plans: The best for a form first.
         folder: Where images lie.
         arch: (major, minor) that images were compiled for; on another GPU they are passed over.
+            None where there are none.
     """
 
-    def __init__(self, plans: Sequence[Planned], folder: Path, arch: tuple[int, int]) -> None:
+    def __init__(
+        self, plans: Sequence[Planned], folder: Path, arch: tuple[int, int] | None
+    ) -> None:
         self._plans: dict[Form, list[Planned]] = {}
         for plan in plans:
             self._plans.setdefault(plan.form, []).append(plan)
@@ -158,7 +161,7 @@ class Tiled:
         self, q: Tensor, keys: Keys, extras: Extras, options: Mapping[str, Any]
     ) -> Tensor | None:
         """Return the output, or None where no kernel takes the operands."""
-        if q.device.type != "cuda":
+        if q.device.type == "cpu":
             self._instead("attention on a CPU runs by its reference")
             return None
         form = Form(
@@ -178,6 +181,9 @@ class Tiled:
             lengths=keys.lengths is not None,
         )
         plan = self._plan(form)
+        if plan is None and form.phase == "decode":
+            # Few query tokens are also a short prefill, if one that leaves most of a tile empty.
+            plan = self._plan(replace(form, phase="prefill"))
         if plan is None:
             if form not in self._plans:
                 self._instead(f"no kernel was planned for {form}: it runs by its reference")
@@ -186,7 +192,11 @@ class Tiled:
             extras = replace(extras, bias=extras.bias.to(q.dtype))
         kernel, *rest = self._load(plan)
         scale = options["scale"]
-        if form.phase == "decode":
+        if plan.kernel == "ascend-triton":
+            from graphopt.runtime import ascend
+
+            return ascend.prefill(kernel, q, keys, plan.constants, scale=scale, extras=extras)[0]
+        if plan.form.phase == "decode":
             (merge,) = rest
             return decode(kernel, merge, q, keys, plan.constants, scale=scale, extras=extras)[0]
         return prefill(kernel, q, keys, plan.constants, scale=scale, extras=extras)[0]
@@ -199,6 +209,7 @@ class Tiled:
 
     def _code(self, image: str) -> Path | None:
         """Return the file of code that this GPU runs: made for it, or for its driver to compile."""
+        assert self._arch is not None
         here, name = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
         made, portable = (self._folder / f"{image}{suffix}" for suffix in (".cubin", ".ptx"))
         if here == self._arch and made.is_file():
@@ -234,6 +245,10 @@ class Tiled:
             if plan.form.phase == "decode":
                 return decode_kernels(code, plan.constants)
             return (prefill_kernel(code, plan.constants),)
+        if plan.kernel == "ascend-triton":
+            from graphopt.runtime.kernels.ascend_prefill import ascend_prefill
+
+            return (ascend_prefill,)
         if plan.form.phase == "decode":
             from graphopt.runtime.kernels.decode import attention_decode, attention_merge
 

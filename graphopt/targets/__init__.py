@@ -12,7 +12,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from graphopt.errors import LoweringError, unknown_name
+from graphopt.errors import unknown_name
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,6 @@ class Target:
         dtypes: Element types kernels may compute in, as IR dtype names.
         cores: Number of cores (streaming multiprocessors, cube cores); None where it varies.
         bandwidth: Bytes a second of the device memory; None where it varies.
-        lowering: Whether this version can emit for it.
         kernels: Families of attention kernels it has, the best first.
         memories: On-chip and device memories.
         matrix_units: What its matrix instructions multiply.
@@ -96,7 +95,6 @@ class Target:
     dtypes: tuple[str, ...]
     cores: int | None = None
     bandwidth: float | None = None
-    lowering: bool = False
     kernels: tuple[str, ...] = ()
     memories: tuple[Memory, ...] = ()
     matrix_units: tuple[MatrixUnit, ...] = ()
@@ -123,18 +121,6 @@ class Target:
         """Return the measured tiles of a kernel family, in the table's order."""
         return [row for row in _tuned(self.name) if row.kernel == kernel]
 
-    def require_lowering(self) -> None:
-        """Refuse a target this version can't lower for.
-
-        Raises:
-            LoweringError: With what to use instead.
-        """
-        if not self.lowering:
-            raise LoweringError(
-                f"Attention lowering for {self.name} is not in this version.",
-                "Use --target cpu: its onnx, torch and hf outputs are portable.",
-            )
-
 
 @cache
 def _tuned(target: str) -> tuple[Tuned, ...]:
@@ -151,12 +137,12 @@ def _tuned(target: str) -> tuple[Tuned, ...]:
 
 @cache
 def all_targets() -> dict[str, Target]:
-    """Return every target by name, those this version can lower for first."""
+    """Return every target by name, the CPU first."""
     found: list[Target] = []
     for entry in resources.files(__name__).iterdir():
         if entry.name.endswith(".toml"):
             found.append(Target.from_toml(tomllib.loads(entry.read_text(encoding="utf-8"))))
-    found.sort(key=lambda target: (not target.lowering, target.name))
+    found.sort(key=lambda target: (target.kind != "cpu", target.name))
     return {target.name: target for target in found}
 
 

@@ -60,7 +60,7 @@ def render_model(program: Program, target: str = "cpu") -> str:
     helpers = {name for made in classes.values() for name in made.body.helpers}
     body = [
         "# What the layers are made of.",
-        *([template.KERNELS.strip()] if tiled else []),
+        *([template.kernels(tiled.device).strip()] if tiled else []),
         *_sources(helpers.difference(ahead)),
         "# The layers.",
         *parts,

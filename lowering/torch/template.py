@@ -42,11 +42,11 @@ def load(tiled: bool) -> str:
         device="DEVICE",
         default="by default DTYPE on a GPU, else float32",
         body="    if dtype is None:\n"
-        '        dtype = DTYPE if torch.device(device).type == "cuda" else torch.float32\n',
+        '        dtype = torch.float32 if torch.device(device).type == "cpu" else DTYPE\n',
     )
 
 
-KERNELS = '''
+_KERNELS = '''
 def package(folder: Path) -> ModuleType:
     """Import a folder of modules under a name of its own, whatever else is called so."""
     name = f"kernels_{abs(hash(folder.resolve())):x}"
@@ -63,8 +63,14 @@ def package(folder: Path) -> ModuleType:
 
 kernels = package(Path(__file__).with_name("kernels"))
 attention, cached_attention = kernels.attention, kernels.cached_attention
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "{device}" if hasattr(torch, "{device}") and torch.{device}.is_available() else "cpu"
 '''
+
+
+def kernels(device: str) -> str:
+    """Return what imports the kernels, and the device they are for."""
+    return _KERNELS.replace("{device}", device)
+
 
 CACHED = '''
 @torch.no_grad()

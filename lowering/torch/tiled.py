@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -18,12 +18,33 @@ from graphopt.ir.types import Type
 from graphopt.lowering.cuda.ahead import AHEAD
 from graphopt.lowering.triton.constants import kernel_constants
 from graphopt.plan import PLANNERS, AttentionPlan, AttentionSpec, plan_attention
+from graphopt.plan.ascend import ascend_constants
 from graphopt.targets import Target, get_target
 
 FOLDER = "kernels"
 # Modules of the runtime that go with the model, as they are.
 _MODULES = ("ops", "attention", "tiled")
-_TRITON_KERNELS = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class _Triton:
+    """A family written in Triton, which the machine at hand compiles when it runs.
+
+    Attributes:
+        kernels: Its files under runtime/kernels.
+        modules: Modules of the runtime that launch it, beside those that go with every model.
+        constants: What they ask for.
+    """
+
+    kernels: tuple[str, ...]
+    modules: tuple[str, ...]
+    constants: Callable[[AttentionPlan], dict[str, Any]]
+
+
+_TRITON = {
+    "triton": _Triton(("prefill", "decode"), (), kernel_constants),
+    "ascend-triton": _Triton(("ascend_prefill",), ("ascend", "tiling_mask"), ascend_constants),
+}
 
 
 @dataclass
@@ -45,13 +66,14 @@ class TiledModel:
 
     def files(self) -> dict[str, str]:
         """Return the text of every source file of the folder `kernels`, by name."""
-        modules = list(_MODULES)
-        for plan in self.images.values():
-            modules += [m for m in AHEAD[plan.kernel].modules if m not in modules]
+        used = dict.fromkeys(plan.kernel for plan in self.plans)
+        modules: list[str] = [*_MODULES]
+        kernels: list[str] = []
+        for kernel in used:
+            modules += (AHEAD if kernel in AHEAD else _TRITON)[kernel].modules
+            kernels += _TRITON[kernel].kernels if kernel in _TRITON else ()
         texts = {f"{name}.py": _runtime_text(f"{name}.py") for name in modules}
-        if self.uses_triton:
-            for name in _TRITON_KERNELS:
-                texts[f"{name}.py"] = _runtime_text(f"kernels/{name}.py")
+        texts |= {f"{name}.py": _runtime_text(f"kernels/{name}.py") for name in kernels}
         for stem, plan in self.images.items():
             texts[f"{stem}.cu"] = AHEAD[plan.kernel].text(plan)
         texts["__init__.py"] = self._init()
@@ -69,9 +91,14 @@ class TiledModel:
         return found
 
     @property
+    def device(self) -> str:
+        """What torch calls the device."""
+        return "npu" if self.target.kind == "npu" else "cuda"
+
+    @property
     def uses_triton(self) -> bool:
         """Whether a plan's kernel is written in Triton."""
-        return any(plan.kernel == "triton" for plan in self.plans)
+        return any(plan.kernel in _TRITON for plan in self.plans)
 
     def _init(self) -> str:
         rows: list[str] = []
@@ -80,9 +107,8 @@ class TiledModel:
             rows += [f"    # {line}" for line in plan.lines()]
             spec = plan.spec
             image = names.get(id(plan))
-            constants = (
-                kernel_constants(plan) if image is None else AHEAD[plan.kernel].constants(plan)
-            )
+            family = _TRITON[plan.kernel] if image is None else AHEAD[plan.kernel]
+            constants = family.constants(plan)
             rows += [
                 "    Planned(",
                 "        Form(",
@@ -98,8 +124,9 @@ class TiledModel:
                 f"        {image!r},",
                 "    ),",
             ]
-        major, minor = divmod(int(self.target.isa.removeprefix("sm_")), 10)
-        return _INIT.format(title=self.target.title, rows="\n".join(rows), arch=(major, minor))
+        number = self.target.isa.removeprefix("sm_")
+        arch = divmod(int(number), 10) if number.isdigit() else None
+        return _INIT.format(title=self.target.title, rows="\n".join(rows), arch=arch)
 
 
 TORCH_NAMES = {"f16": "float16", "bf16": "bfloat16"}
@@ -149,14 +176,14 @@ def lower_attentions(program: Program, target: str) -> TiledModel | None:
         if spec in seen:
             continue
         seen[spec] = None
-        try:
-            for phase in ("prefill", "decode"):
+        for phase in ("prefill", "decode"):
+            try:
                 for key_mask in (False, True):
                     for lengths in (False, True):
                         form = spec.replace(phase=phase, key_mask=key_mask, lengths=lengths)
                         model.plans += _plans(form, machine)
-        except LoweringError as error:
-            model.refused.append((where, error.message))
+            except LoweringError as error:
+                model.refused.append((where, f"{phase}: {error.message}"))
     for number, plan in enumerate(p for p in model.plans if p.kernel in AHEAD):
         model.images[f"{plan.kernel.removesuffix('-cuda')}_{plan.spec.phase}_{number}"] = plan
     return model

@@ -42,7 +42,7 @@ def test_a_form(name):
 
 
 @needs_gcc
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", FORMS)
 def test_a_form_at_more_lengths(name):
     constants = FORMS[name].constants()
@@ -259,7 +259,7 @@ def test_ptx_for_the_driver_to_compile(name):
 
 
 @needs_nvrtc
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("size", range(32, 257, 8))
 def test_no_head_size_spills(size, phase):
