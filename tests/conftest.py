@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
+
+# Before anything imports Triton, whose own functions are either compiled or interpreted too.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import sys
 from pathlib import Path
 

@@ -61,16 +61,20 @@ class TorchEmitter(Emitter):
         if tiled is not None:
             images, fallbacks = self._compile(tiled, root / FOLDER)
             files += images
-            notes = range_report(program, tiled.dtype)
+            notes = tiled.notes + range_report(program, tiled.dtype)
         storage = self._write_weights(program, root / WEIGHTS_NAME, progress)
         files += [root / WEIGHTS_NAME, *copy_tokenizer(program, root)]
         run = f"python {{out}}/{MODEL_NAME}"
-        usage = [f"{run} 1 2 3 --new 16   # token ids; needs torch and safetensors"]
+        needs = ["torch", "safetensors"] if tiled is None else tiled.packages
         if any(file.name == "tokenizer.json" for file in files):
-            usage = [f"{run} --prompt 'Hello'   # needs torch, safetensors and tokenizers"]
-        usage.insert(0, "graphopt generate {out} --prompt 'Hello'")
-        if tiled is not None and tiled.uses_triton:
-            usage[-1] = usage[-1].replace("needs torch", "needs torch, triton")
+            needs, run = [*needs, "tokenizers"], f"{run} --prompt 'Hello'"
+        else:
+            run = f"{run} 1 2 3 --new 16   # token ids;"
+        mark = "" if "#" in run else "   #"
+        usage = [
+            "graphopt generate {out} --prompt 'Hello'",
+            f"{run}{mark} needs {', '.join(needs[:-1])} and {needs[-1]}",
+        ]
         return Emitted(files, storage, usage, notes, fallbacks)
 
     @staticmethod

@@ -127,8 +127,7 @@ def _docstring(program: Program, tiled: TiledModel | None) -> str:
     origin = f"Made from {prose(program.source)}. " if program.source else ""
     needs = "torch and safetensors, and model.safetensors"
     if tiled is not None:
-        triton = ", triton" if tiled.uses_triton else ""
-        needs = f"torch{triton} and safetensors, and model.safetensors and kernels"
+        needs = f"{', '.join(tiled.packages)}, and model.safetensors and kernels"
     rest = f"{origin}Needs {needs} beside this file."
     usage = """
     python model.py 1 2 3 --new 16

@@ -55,6 +55,7 @@ class TiledModel:
         dtype: What the model computes in, an IR name.
         plans: Distinct ones, the best for a form first.
         refused: (where, reason) of each attention that no kernel of the target takes.
+        notes: (where, what) of those that a kernel takes which was made for something else.
         images: Plans whose kernel is compiled ahead, by the stem of their files' names.
     """
 
@@ -62,6 +63,7 @@ class TiledModel:
     dtype: str
     plans: list[AttentionPlan] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
     images: dict[str, AttentionPlan] = field(default_factory=dict)
 
     def files(self) -> dict[str, str]:
@@ -96,9 +98,9 @@ class TiledModel:
         return "npu" if self.target.kind == "npu" else "cuda"
 
     @property
-    def uses_triton(self) -> bool:
-        """Whether a plan's kernel is written in Triton."""
-        return any(plan.kernel in _TRITON for plan in self.plans)
+    def packages(self) -> list[str]:
+        """What the model needs of PyPI, by the target's file."""
+        return [*self.target.runtime, "safetensors"]
 
     def _init(self) -> str:
         rows: list[str] = []
@@ -183,7 +185,10 @@ def lower_attentions(program: Program, target: str) -> TiledModel | None:
                         form = spec.replace(phase=phase, key_mask=key_mask, lengths=lengths)
                         model.plans += _plans(form, machine)
             except LoweringError as error:
-                model.refused.append((where, f"{phase}: {error.message}"))
+                if phase == "decode" and any(plan.spec == spec for plan in model.plans):
+                    model.notes.append((where, f"decodes as a short prefill: {error.message}"))
+                else:
+                    model.refused.append((where, f"{phase}: {error.message}"))
     for number, plan in enumerate(p for p in model.plans if p.kernel in AHEAD):
         model.images[f"{plan.kernel.removesuffix('-cuda')}_{plan.spec.phase}_{number}"] = plan
     return model

@@ -99,7 +99,7 @@ def attention_decode(
 
     # What a score is times to be an exponent to base 2; where something is added to it, it
     # already is one. Multiplied with the maximum's subtraction, in one rounding.
-    unit = 1.0 if SOFTCAP > 0 or ALIBI or BIAS else scale * LOG2E
+    unit = 1.0 if (SOFTCAP > 0 or ALIBI) or BIAS else scale * LOG2E
 
     q_rows = q_ptr + batch_64 * q_stride_b + head.to(tl.int64) * q_stride_h + token * q_stride_s
     d0 = tl.arange(0, D0)

@@ -91,9 +91,10 @@ def attention_prefill(
     shift = 0 if TOP_LEFT else T - S
     places = rows + shift
 
+    # Two operands at a time: Triton 3.1, which compiles this for Volta, takes no more.
     # What a score is times to be an exponent to base 2; where something is added to it, it
     # already is one. Multiplied with the maximum's subtraction, in one rounding.
-    unit = 1.0 if SOFTCAP > 0 or ALIBI or BIAS else scale * LOG2E
+    unit = 1.0 if (SOFTCAP > 0 or ALIBI) or BIAS else scale * LOG2E
 
     q_rows = q_ptr + q_batch * q_stride_b + head.to(tl.int64) * q_stride_h
     q_rows += (q_first + rows).to(tl.int64)[:, None] * q_stride_s
@@ -150,7 +151,7 @@ def attention_prefill(
         v_head += k_batch * v_stride_b
 
     # Three stretches: the left edge, the inside, the right edge.
-    for part in tl.static_range(0 if WINDOW or CHUNK else 1, 3):
+    for part in tl.static_range(0 if (WINDOW or CHUNK) else 1, 3):
         if part == 0:
             begin, end = low, inner_low
         elif part == 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from attention_reference import random_case
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from graphopt.lowering.triton.constants import kernel_constants  # noqa: E402
 from graphopt.plan import AttentionSpec, plan_attention  # noqa: E402
