@@ -135,9 +135,8 @@ class _Emission:
     def of(cls, target: str, names: Sequence[str] | None, strict: bool) -> _Emission:
         from graphopt.lowering import get_emitter
 
-        get_target(target)
-        if names is None:
-            names = default_emit(target)
+        usual = default_emit(target)  # refuses an unknown target, whatever is named
+        names = usual if names is None else names
         if not names:
             raise UsageError("Nothing to emit.", "Name at least one of onnx, torch, hf.")
         unique = list(dict.fromkeys(names))

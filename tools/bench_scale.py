@@ -127,7 +127,7 @@ def measure(work: Path) -> dict[str, Any]:
 
     parameters = random_checkpoint(work / "model")
     shards = len(list((work / "model").glob("*.safetensors")))
-    idle = measured([sys.executable, "-c", IMPORTS.format(model="Qwen2ForCausalLM")])
+    idle = measured([sys.executable, "-P", "-c", IMPORTS.format(model="Qwen2ForCausalLM")])
     compiled: list[dict[str, Any]] = []
     for repeat in range(REPEATS):
         out = work / f"out{repeat}"

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar
 
-from graphopt.plan.base import BYTES, AttentionPlan, Inequality, Planner, power_above
+from graphopt.plan.base import (
+    BYTES,
+    AttentionPlan,
+    Inequality,
+    Planner,
+    form_constants,
+    power_above,
+)
 from graphopt.plan.spec import AttentionSpec
 from graphopt.targets import Target
 
@@ -247,22 +254,4 @@ def ascend_constants(plan: AttentionPlan) -> dict[str, Any]:
 
     With them those that say of a cache what it is not, for `graphopt.runtime.attention.check`.
     """
-    spec = plan.spec
-    return {
-        "HEAD_DIM": spec.head_dim,
-        "VALUE_DIM": spec.values,
-        "GROUP": spec.group,
-        "CAUSAL": spec.causal,
-        "TOP_LEFT": spec.align == "top-left",
-        "WINDOW": spec.window or 0,
-        "SOFTCAP": float(spec.softcap or 0.0),
-        "KEY_MASK": spec.key_mask,
-        "SINKS": spec.sinks,
-        "LENGTHS": spec.lengths,
-        "LSE": spec.lse,
-        "VARLEN": False,
-        "RING": 0,
-        "PAGE": 0,
-        "SELECTED": False,
-        **plan.tiles,
-    }
+    return {**form_constants(plan.spec), **plan.tiles}

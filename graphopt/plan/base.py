@@ -136,6 +136,35 @@ class Planner(ABC):
         return ordered + [("by the model", tiles) for tiles in self.candidates(spec, target)]
 
 
+def form_constants(spec: AttentionSpec, *, ring: int = 0) -> dict[str, int | float | bool]:
+    """Return what every kernel takes of a description as constants, by the names kernels share.
+
+    Args:
+        ring: Slots of the ring, where the cache is one.
+    """
+    return {
+        "HEAD_DIM": spec.head_dim,
+        "VALUE_DIM": spec.values,
+        "GROUP": spec.group,
+        "CAUSAL": spec.causal,
+        "TOP_LEFT": spec.align == "top-left",
+        "WINDOW": spec.window or 0,
+        "CHUNK": spec.chunk or 0,
+        "SOFTCAP": float(spec.softcap or 0.0),
+        "KEY_MASK": spec.key_mask,
+        "BIAS": spec.bias,
+        "ALIBI": spec.alibi,
+        "SINKS": spec.sinks,
+        "VARLEN": spec.varlen,
+        "LENGTHS": spec.lengths,
+        "RING": ring,
+        "PAGE": spec.page or 0,
+        "SELECTED": spec.selected_pages,
+        "LSE": spec.lse,
+        "PAGE_MAX": spec.page_max,
+    }
+
+
 def power_above(size: int) -> int:
     """Return the smallest power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()

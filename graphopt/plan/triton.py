@@ -10,9 +10,6 @@ from graphopt.plan.base import BYTES, Inequality, Planner, power_above, split_si
 from graphopt.plan.spec import AttentionSpec
 from graphopt.targets import Target
 
-DECODE_TOKENS = 16
-"""Query tokens up to which keys are split over programs instead of queries."""
-
 
 class TritonPlanner(Planner):
     """Queries stay in registers; keys and values pass through buffers in shared memory."""

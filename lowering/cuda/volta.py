@@ -8,6 +8,7 @@ from typing import Any
 
 from graphopt.lowering.cuda.compile import Compiled, compile_cuda, macro
 from graphopt.plan import AttentionPlan
+from graphopt.plan.base import form_constants
 from graphopt.runtime.volta import DEFINES
 
 SOURCE = "volta.cu"
@@ -28,26 +29,9 @@ def volta_constants(plan: AttentionPlan, *, ring: int = 0, bias_bits: int = 16) 
     """
     spec = plan.spec
     return {
+        **form_constants(spec, ring=ring),
         "DECODE": spec.phase == "decode",
-        "HEAD_DIM": spec.head_dim,
-        "VALUE_DIM": spec.values,
-        "GROUP": spec.group,
-        "CAUSAL": spec.causal,
-        "TOP_LEFT": spec.align == "top-left",
-        "WINDOW": spec.window or 0,
-        "CHUNK": spec.chunk or 0,
-        "SOFTCAP": float(spec.softcap or 0.0),
-        "KEY_MASK": spec.key_mask,
         "BIAS": bias_bits if spec.bias else 0,
-        "ALIBI": spec.alibi,
-        "SINKS": spec.sinks,
-        "VARLEN": spec.varlen,
-        "LENGTHS": spec.lengths,
-        "RING": ring,
-        "PAGE": spec.page or 0,
-        "LSE": spec.lse,
-        "SELECTED": False,
-        "PAGE_MAX": False,
         "OVERLAP": False,
         **plan.tiles,
     }

@@ -103,6 +103,7 @@ class Decoder:
 
     def __init__(self, model: Model, capacity: int) -> None:
         self.model, self.capacity = model, capacity
+        self.used = 0  # tokens in the cache, known here without asking the device
         device = next(model.parameters()).device
         self.length = torch.zeros(1, dtype=torch.int32, device=device)
         self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
@@ -126,14 +127,16 @@ class Decoder:
         positions = torch.arange(len(ids), device=device)[None]
         logits, _ = self.model(torch.tensor([ids], device=device), None, positions, self.cache)
         self.length.fill_(len(ids))
+        self.used = len(ids)
         self.token.copy_(logits[:, -1:].argmax(-1))
         return int(self.token)
 
     @torch.no_grad()
     def step(self) -> int:
         """Return the token after the one before."""
-        if int(self.length) >= self.capacity:
+        if self.used >= self.capacity:
             raise ValueError(f"the cache of {self.capacity} tokens is full")
+        self.used += 1
         if self.token.device.type != "cuda":
             self._advance()
         else:

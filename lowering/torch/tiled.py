@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
@@ -17,7 +18,7 @@ from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
 from graphopt.lowering.cuda.ahead import AHEAD
 from graphopt.lowering.triton.constants import kernel_constants
-from graphopt.plan import PLANNERS, AttentionPlan, AttentionSpec, plan_attention
+from graphopt.plan import AttentionPlan, AttentionSpec, plan_attention
 from graphopt.plan.ascend import ascend_constants
 from graphopt.targets import Target, get_target
 
@@ -199,12 +200,8 @@ def _plans(spec: AttentionSpec, target: Target) -> Iterator[AttentionPlan]:
     plan = plan_attention(spec, target)
     yield plan
     if plan.kernel in AHEAD and "triton" in target.kernels:
-        planner = PLANNERS["triton"]
-        if planner.refuses(spec, target) is None:
-            chosen = planner.choose(spec, target)
-            if not isinstance(chosen, str):
-                tiles, found, why = chosen
-                yield AttentionPlan(spec, target.name, "triton", tiles, tuple(found), why)
+        with contextlib.suppress(LoweringError):
+            yield plan_attention(spec, replace(target, kernels=("triton",)))
 
 
 def _specs(program: Program, dtype: str) -> Iterator[tuple[str, AttentionSpec]]:
