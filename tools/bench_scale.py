@@ -101,7 +101,8 @@ model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 print(sum(parameter.numel() for parameter in model.parameters()))
 model.save_pretrained({str(folder)!r}, max_shard_size="420MB")
 """
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[0])
 
 
