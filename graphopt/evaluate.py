@@ -57,6 +57,13 @@ class LanguageModel(ABC):
     def start(self, batch: int) -> Any:
         """Return an empty cache for `batch` sequences, in the model's own form."""
 
+    def start_text(self, room: int) -> Any:
+        """Return an empty cache for one text of at most `room` tokens.
+
+        A step with it gives at least the logits of its last token; nothing is padded.
+        """
+        return self.start(1)
+
     @abstractmethod
     def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
         """Run the next tokens of every sequence.
@@ -179,6 +186,7 @@ class TorchArtifactModel(LanguageModel):
         sys.modules[spec.name] = module  # dataclasses look their module up
         try:
             spec.loader.exec_module(module)
+            self._decoder = getattr(module, "Decoder", None)
             if on_gpu:
                 self._model = module.load(root, device=self._device)
             else:
@@ -194,7 +202,21 @@ class TorchArtifactModel(LanguageModel):
     def start(self, batch: int) -> Any:
         return self._model.empty_cache(batch) if self._cached else _Replay()
 
+    def start_text(self, room: int) -> Any:
+        if self._decoder is None:
+            return self.start(1)
+        # A decoder holds a token more than the prompt.
+        return self._decoder(self._model, max(room, 2))
+
     def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
+        if self._decoder is not None and isinstance(cache, self._decoder):
+            (tokens,) = inputs["input_ids"].tolist()
+            if cache.used:
+                for token in tokens:
+                    cache.step(token)
+            else:
+                cache.start(tokens)
+            return cache.logits[:, None].float().cpu(), cache
         if not isinstance(cache, _Replay):
             return self._run(inputs, cache)
         new = inputs["input_ids"]

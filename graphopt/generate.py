@@ -172,7 +172,7 @@ def _generate(
     seed: int,
 ) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
-    cache = model.start(1)
+    cache = model.start_text(len(prompt) + max_new_tokens)
     new, past = torch.tensor([prompt]), 0
     for _ in range(max_new_tokens):
         logits, cache = model.step(complete_inputs({"input_ids": new}, past), cache)

@@ -111,7 +111,7 @@ class Extras:
     sinks: Tensor | None = None
 
 
-def _extras(
+def extra_arguments(
     extras: Extras, constants: Constants, shape: tuple[int, int, int, int]
 ) -> dict[str, Any]:
     """Return the kernel's arguments for `extras`; `shape` is (B, H, S, T)."""
@@ -155,7 +155,7 @@ def _places(extras: Extras, batch: int, keys: int) -> Tensor:
     return ((real.cumsum(-1) - 1) * real).to(torch.int32)
 
 
-def _keys(keys: Keys) -> dict[str, Any]:
+def key_arguments(keys: Keys) -> dict[str, Any]:
     found: dict[str, Any] = {"k_ptr": keys.k, "v_ptr": keys.v}
     for name, tensor in (("k", keys.k), ("v", keys.v)):
         found |= {f"{name}_stride_{axis}": tensor.stride(i) for i, axis in enumerate("bht")}
@@ -193,7 +193,7 @@ def prefill(
     ends: Tensor | None = None,
     longest: int | None = None,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Run `attention_prefill`.
 
     Args:
@@ -205,7 +205,8 @@ def prefill(
         out: Written to if given, [B, H, S, Dv].
 
     Returns:
-        The output [B, H, S, Dv] and, where the constants ask for it, the log-sum-exp [B, H, S].
+        The output [B, H, S, Dv]; where the constants ask for them the log-sum-exp [B, H, S] and
+        the largest score of every page read, [B, H, S, pages], -inf where nothing was seen.
 
     Raises:
         ValueError: The operands are not those the constants were made for.
@@ -223,13 +224,16 @@ def prefill(
     lse = None
     if constants["LSE"]:
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    page_max = _page_maxima(q, keys, constants)
     arguments = {
         **constants,
-        **_keys(keys),
-        **_extras(extras, constants, (batch, heads, queries, count)),
+        **key_arguments(keys),
+        **extra_arguments(extras, constants, (batch, heads, queries, count)),
         "q_ptr": q,
         "out_ptr": out,
         "lse_ptr": lse,
+        "page_max_ptr": page_max,
+        "page_slots": 0 if page_max is None else page_max.shape[3],
         "q_ends_ptr": None if ends is None else ends.to(torch.int32),
         "S": queries,
         "T": count,
@@ -239,7 +243,22 @@ def prefill(
     for name, tensor in (("q", q), ("o", out)):
         arguments |= {f"{name}_stride_{axis}": tensor.stride(i) for i, axis in enumerate("bhs")}
     launch(kernel, (_divide(rows, int(constants["BLOCK_M"])), batch * heads), arguments)
-    return out, lse
+    return out, lse, page_max
+
+
+def _walked(keys: Keys, constants: Constants) -> int:
+    """Return how many slots of keys a kernel walks: of the pages that are read, or of all."""
+    if keys.pages is None:
+        return keys.capacity()
+    return int(keys.pages.shape[1]) * int(constants["PAGE"])
+
+
+def _page_maxima(q: Tensor, keys: Keys, constants: Constants) -> Tensor | None:
+    """Return fp32 [B, H, S, pages] for a kernel to raise, where the constants ask for it."""
+    if not constants["PAGE_MAX"]:
+        return None
+    pages = _walked(keys, constants) // int(constants["PAGE"])
+    return torch.full((*q.shape[:3], pages), float("-inf"), device=q.device)
 
 
 def splits_of(keys: int, constants: Constants) -> int:
@@ -277,9 +296,8 @@ def decode(
     check(q, keys, constants)
     batch, heads, queries, _ = q.shape
     count, width = keys.capacity(), keys.v.shape[-1]
-    walked = count if keys.pages is None else keys.pages.shape[1] * int(constants["PAGE"])
     if splits is None:
-        splits = splits_of(walked, constants)
+        splits = splits_of(_walked(keys, constants), constants)
     group = int(constants["GROUP"])
     if out is None:
         shape = (batch, queries, heads, width)
@@ -288,19 +306,16 @@ def decode(
     part = torch.empty((*lead, splits, width), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((*lead, splits), dtype=torch.float32, device=q.device)
     lse = torch.empty(lead, dtype=torch.float32, device=q.device) if constants["LSE"] else None
-    page_max, page_slots = None, 0
-    if constants["PAGE_MAX"]:
-        page_slots = walked // int(constants["PAGE"])
-        page_max = torch.full((*lead, page_slots), float("-inf"), device=q.device)
+    page_max = _page_maxima(q, keys, constants)
     arguments = {
         **constants,
-        **_keys(keys),
-        **_extras(extras, constants, (batch, heads, queries, count)),
+        **key_arguments(keys),
+        **extra_arguments(extras, constants, (batch, heads, queries, count)),
         "q_ptr": q,
         "part_ptr": part,
         "part_lse_ptr": part_lse,
         "page_max_ptr": page_max,
-        "page_slots": page_slots,
+        "page_slots": 0 if page_max is None else page_max.shape[3],
         "S": queries,
         "T": count,
         "H": heads,
@@ -320,7 +335,7 @@ def decode(
         "S": queries,
         "H": heads,
         "splits": splits,
-        "SPLITS": 1 << (splits - 1).bit_length(),
+        "SLOTS": 1 << (splits - 1).bit_length(),
         "BLOCK_V": columns,
         "num_warps": 4,
         "num_stages": 1,

@@ -2,6 +2,10 @@
 
 Takes machine code or PTX, and torch's current device, context and stream. A kernel is called the
 way a Triton kernel is: `kernel[grid](name=value, ...)`.
+
+By ctypes rather than `cuda.core` because that, in 1.2.2, cannot allow a kernel more than 48 KB of
+dynamic shared memory, takes no struct as an argument (NVIDIA/cuda-python issue 2343), and loads
+PTX without the driver's log of errors.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ G key/value heads, D head size, N features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,14 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) 
         gain = weight.to(wide.dtype)
         normed = normed * (gain + offset if offset else gain)
     return normed.to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The sum x + y, or `x` where there is no `y`, and its `rms_norm`."""
+    total = x if y is None else x + y
+    return total, rms_norm(total, weight, eps, offset)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -100,6 +109,19 @@ def rope(
     return head if tail.shape[-1] == 0 else torch.cat((head, tail), -1)
 
 
+def rope_pair(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    heads_first: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`rope` of queries and keys."""
+    options = (cos, sin, interleaved, heads_first)
+    return rope(q, *options), rope(k, *options)
+
+
 def allowed_keys(
     query_count: int,
     mask: Tensor | None,
@@ -108,23 +130,26 @@ def allowed_keys(
     window: int | None,
     chunk: int | None,
     device: torch.device,
+    lengths: Tensor | None = None,
 ) -> Tensor | None:
     """Which keys each query may see: bool, broadcastable to [B, 1, S, T]; None means all.
 
-    Query i stands at cache index T - S + i. `mask` [B, T] is nonzero where a key is a real
-    token. `window` keeps the last `window` keys including the query's own, `chunk` those of
-    the query's own chunk of that length.
+    Query i stands at cache index T - S + i, or with `lengths` [B] in place of T, behind which
+    there are no keys. `mask` [B, T] is nonzero where a key is a real token. `window` keeps the
+    last `window` keys including the query's own, `chunk` those of the query's own chunk of that
+    length.
     """
     allowed: Tensor | None = None
-    if causal or window is not None or chunk is not None:
-        query = torch.arange(key_count - query_count, key_count, device=device)[:, None]
-        key = torch.arange(key_count, device=device)[None, :]
-        allowed = key <= query if causal else torch.ones_like(key <= query)
+    if causal or window is not None or chunk is not None or lengths is not None:
+        end = key_count if lengths is None else lengths[:, None, None]
+        query = torch.arange(query_count, device=device)[:, None] + (end - query_count)
+        key = torch.arange(key_count, device=device)
+        allowed = key <= query if causal else (key < end).expand_as(key <= query)
         if window is not None:
             allowed = allowed & (key > query - window)
         if chunk is not None:
             allowed = allowed & (key // chunk == query // chunk)
-        allowed = allowed[None, None]
+        allowed = allowed[None, None] if lengths is None else allowed[:, None]
     if mask is not None:
         real = mask.bool()[:, None, None, :]
         allowed = real if allowed is None else allowed & real
@@ -156,6 +181,7 @@ def attention(
     window: int | None = None,
     chunk: int | None = None,
     softcap: float | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """softmax(cap(q k^T scale) + alibi + bias) v with grouped heads; rows with no key give 0.
 
@@ -168,6 +194,7 @@ def attention(
         bias: Additive, broadcastable to [B, H, S, T].
         slopes: [H], see `alibi`.
         sinks: [H], one more logit per head that takes part in the softmax and carries no value.
+        lengths: int [B]: keys of each row, the queries' own last, where T is room for more.
 
     Returns:
         [B, H, S, Dv].
@@ -175,7 +202,13 @@ def attention(
     q, k = q.to(v.dtype), k.to(v.dtype)
     S, T = q.shape[2], k.shape[2]
     groups = q.shape[1] // k.shape[1]
-    allowed = allowed_keys(S, mask, T, causal, window, chunk, q.device)
+    extras = (mask, bias, slopes, softcap, sinks, chunk, lengths)
+    if causal and S == T and all(e is None for e in extras) and (window is None or window >= T):
+        # A mask would keep torch from its fastest kernels.
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=groups > 1
+        )
+    allowed = allowed_keys(S, mask, T, causal, window, chunk, q.device, lengths)
     if slopes is not None:
         slope_bias = alibi(slopes, q.new_ones(q.shape[0], T) if mask is None else mask)
         bias = slope_bias if bias is None else bias + slope_bias
@@ -238,6 +271,25 @@ def cached_attention(
     return attention(q, k, v, mask, bias, slopes, sinks, **options), k, v
 
 
+def append_kv(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor) -> Tensor:
+    """Write keys and values behind those that each row of a cache with room to spare holds.
+
+    Args:
+        k, v: [B, G, S, D] and [B, G, S, Dv], of the new tokens.
+        cache_k, cache_v: [B, G, T, D] and [B, G, T, Dv]; written to.
+        length: int32 [B], or [1] for all rows: tokens in the cache.
+
+    Returns:
+        int32 [B], the lengths with the new tokens.
+    """
+    batch, _, count, _ = k.shape
+    row = torch.arange(batch, device=k.device)[:, None]
+    place = length.expand(batch)[:, None].long() + torch.arange(count, device=k.device)
+    cache_k.transpose(1, 2)[row, place] = k.transpose(1, 2)
+    cache_v.transpose(1, 2)[row, place] = v.transpose(1, 2)
+    return (length + count).expand(batch).contiguous()
+
+
 def split_heads(x: Tensor, head_dim: int, swap: bool = True) -> Tensor:
     """[B, S, H * head_dim] to [B, H, S, head_dim]; without swap to [B, S, H, head_dim]."""
     heads = x.unflatten(-1, (-1, head_dim))
@@ -269,6 +321,24 @@ def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def act_mul(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
+    """act(gate) * up; `act` is one of ACTIVATIONS."""
+    return ACTIVATIONS[act](gate) * up
+
+
 def softcap(x: Tensor, cap: float) -> Tensor:
     """cap * tanh(x / cap)."""
     return torch.tanh(x / cap) * cap
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+    "relu2": relu2,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+"""The activations of `act_mul`, by their names as ops."""

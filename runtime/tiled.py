@@ -8,7 +8,7 @@ first time, it is said why.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,8 @@ class Slot(NamedTuple):
     Attributes:
         k: [B, G, capacity, D].
         v: [B, G, capacity, Dv].
-        length: int32 [1], tokens in it before this step. Whoever runs the model moves it on.
+        length: int32 [B], or [1] for all rows: tokens in it before this step. Whoever runs the
+            model moves it on.
     """
 
     k: Tensor
@@ -79,17 +80,22 @@ class Tiled:
     Args:
         plans: The best for a form first.
         folder: Where images lie.
-        arch: (major, minor) that images were compiled for; on another GPU they are passed over.
-            None where there are none.
+        arch: (major, minor) of the GPU the plans were made for; None for what is no GPU. Images
+            of code run on that one alone, Triton on what is not older: plans count on its memory.
+        append: Writes new keys and values to a cache, as `ops.append_kv`.
     """
 
     def __init__(
-        self, plans: Sequence[Planned], folder: Path, arch: tuple[int, int] | None
+        self,
+        plans: Sequence[Planned],
+        folder: Path,
+        arch: tuple[int, int] | None,
+        append: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = ops.append_kv,
     ) -> None:
         self._plans: dict[Form, list[Planned]] = {}
         for plan in plans:
             self._plans.setdefault(plan.form, []).append(plan)
-        self._folder, self._arch = folder, arch
+        self._folder, self._arch, self._append = folder, arch, append
         self._kernels: dict[int, Any] = {}
         self._said: set[str] = set()
 
@@ -123,7 +129,11 @@ class Tiled:
         sinks: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `ops.cached_attention`; a `Slot` is written to in place, and returned whole."""
+        """As `ops.cached_attention`; a `Slot` is written to in place, and returned whole.
+
+        Raises:
+            ValueError: The new tokens or rows are more than the `Slot` has room for.
+        """
         k = k.to(v.dtype)
         if isinstance(past, Slot):
             return self._with_slot(q.to(v.dtype), k, v, past, mask, bias, slopes, sinks, options)
@@ -143,18 +153,18 @@ class Tiled:
         sinks: Tensor | None,
         options: Mapping[str, Any],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        steps = torch.arange(q.shape[2], device=q.device)
-        index = slot.length.long() + steps
-        slot.k.index_copy_(2, index, k)
-        slot.v.index_copy_(2, index, v)
-        lengths = (slot.length + q.shape[2]).expand(q.shape[0])
+        if k.shape[0] != slot.k.shape[0] or k.shape[2] > slot.k.shape[2]:
+            raise ValueError(
+                f"keys of {k.shape[2]} tokens in {k.shape[0]} rows do not fit a cache for "
+                f"{slot.k.shape[2]} tokens in {slot.k.shape[0]} rows: make one that is large enough"
+            )
+        lengths = self._append(k, v, slot.k, slot.v, slot.length)
         keys = Keys(slot.k, slot.v, lengths=lengths)
         found = self._run(q, keys, Extras(mask, bias, slopes, None, sinks), options)
         if found is None:
-            end = int(slot.length) + q.shape[2]
-            held = (slot.k[:, :, :end], slot.v[:, :, :end])
-            part = None if mask is None else mask[:, :end]
-            found = ops.attention(q, *held, part, bias, slopes, sinks, **options)
+            found = ops.attention(
+                q, slot.k, slot.v, mask, bias, slopes, sinks, lengths=lengths, **options
+            )
         return found, slot.k, slot.v
 
     def _run(
@@ -190,22 +200,32 @@ class Tiled:
             return None
         if extras.bias is not None:
             extras = replace(extras, bias=extras.bias.to(q.dtype))
-        kernel, *rest = self._load(plan)
-        scale = options["scale"]
+        decoding = plan.form.phase == "decode"
+        run: Callable[..., tuple[Any, ...]] = decode if decoding else prefill
         if plan.kernel == "ascend-triton":
             from graphopt.runtime import ascend
 
-            return ascend.prefill(kernel, q, keys, plan.constants, scale=scale, extras=extras)[0]
-        if plan.form.phase == "decode":
-            (merge,) = rest
-            return decode(kernel, merge, q, keys, plan.constants, scale=scale, extras=extras)[0]
-        return prefill(kernel, q, keys, plan.constants, scale=scale, extras=extras)[0]
+            run = ascend.decode if decoding else ascend.prefill
+        options = {"scale": options["scale"], "extras": extras}
+        out: Tensor = run(*self._load(plan), q, keys, plan.constants, **options)[0]
+        return out
 
     def _plan(self, form: Form) -> Planned | None:
         for plan in self._plans.get(form, ()):
-            if plan.image is None or self._code(plan.image) is not None:
+            if self._runs_here() if plan.image is None else self._code(plan.image) is not None:
                 return plan
         return None
+
+    def _runs_here(self) -> bool:
+        """Return whether this GPU has what a Triton kernel was planned for."""
+        if self._arch is None or torch.cuda.get_device_capability() >= self._arch:
+            return True
+        self._instead(
+            f"the kernels were made for sm_{self._arch[0]}{self._arch[1]} and this is "
+            f"{torch.cuda.get_device_name()}: attention runs by its reference; compile the model "
+            "for this GPU"
+        )
+        return False
 
     def _code(self, image: str) -> Path | None:
         """Return the file of code that this GPU runs: made for it, or for its driver to compile."""
@@ -246,6 +266,10 @@ class Tiled:
                 return decode_kernels(code, plan.constants)
             return (prefill_kernel(code, plan.constants),)
         if plan.kernel == "ascend-triton":
+            if plan.form.phase == "decode":
+                from graphopt.runtime.kernels.ascend_decode import ascend_decode, ascend_merge
+
+                return ascend_decode, ascend_merge
             from graphopt.runtime.kernels.ascend_prefill import ascend_prefill
 
             return (ascend_prefill,)

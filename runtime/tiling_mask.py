@@ -23,13 +23,18 @@ Block = tuple[int, int]
 
 
 def table(
-    half: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float16
+    half: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float16,
+    *,
+    heads: int = 1,
 ) -> Tensor:
-    """Return the table: [2 half, 2 half], 1 where column > row (not seen), else 0.
+    """Return the table: [2 half heads, 2 half], 1 where column > row // heads (not seen), else 0.
 
     Args:
         half: M, at least the longest side of every block looked up.
         dtype: fp16 by default, which kernels read.
+        heads: Rows a token has in a block, one behind the other: query heads that share keys.
 
     Raises:
         ValueError: `half` is less than 1.
@@ -37,12 +42,12 @@ def table(
     if half < 1:
         raise ValueError(f"half a side of the table is {half}: give a number from 1 up")
     ones = torch.ones(2 * half, 2 * half, dtype=dtype, device=device)
-    return ones.triu(1)
+    return ones.triu(1).repeat_interleave(heads, 0)
 
 
-def table_bytes(half: int, element: int = 2) -> int:
+def table_bytes(half: int, element: int = 2, *, heads: int = 1) -> int:
     """Return the bytes of a table, whatever the number of queries and keys."""
-    return (2 * half) ** 2 * element
+    return (2 * half) ** 2 * heads * element
 
 
 def corner(delta: int, block: Block) -> tuple[int, int]:
@@ -55,17 +60,20 @@ def corner(delta: int, block: Block) -> tuple[int, int]:
     return min(max(delta, 0), keys), min(max(-delta, 0), rows)
 
 
-def lookup(whole: Tensor, delta: int, block: Block) -> Tensor:
-    """Return the window [BLOCK_M, BLOCK_N] of the table: 1 where column > row + `delta`.
+def lookup(whole: Tensor, delta: int, block: Block, heads: int = 1) -> Tensor:
+    """Return the window [BLOCK_M, BLOCK_N] of the table: 1 where column > row // heads + `delta`.
+
+    Args:
+        whole: The table for as many `heads`.
 
     Raises:
         ValueError: A side of the block is longer than half the table's.
     """
     rows, keys = block
-    if 2 * max(block) > whole.shape[0]:
-        raise ValueError(f"blocks of {block} need a table of at least {2 * max(block)} rows")
+    if 2 * max(block) > whole.shape[1]:
+        raise ValueError(f"blocks of {block} need a table of at least {2 * max(block)} columns")
     row, column = corner(delta, block)
-    return whole[row : row + rows, column : column + keys]
+    return whole[row * heads : row * heads + rows, column : column + keys]
 
 
 @dataclass(frozen=True)

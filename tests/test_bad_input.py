@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import gguf
@@ -19,8 +21,11 @@ from programs import tiny_program
 from tiny_models import save_tiny, tiny_model, write_gguf
 from typer.testing import CliRunner
 
+import graphopt as go
 from graphopt.cli import app
+from graphopt.errors import LoweringError
 from graphopt.ir import Array, Weight
+from graphopt.runtime import fused
 
 CAPTURE = importlib.import_module("graphopt.capture")
 REAL_CAPTURE = CAPTURE.capture
@@ -484,3 +489,65 @@ def test_damaged_artifacts(compiled):
     data.unlink()
     message = message.replace("truncated", "missing")
     refused("inspect", compiled, message=message, remedy="Compile the model again")
+
+
+# Artifacts for GPUs -----------------------------------------------------------------------------
+
+
+def planned(folder, *, device="", capability=None, monkeypatch=None):
+    """Load a model for Hopper as if it ran on another GPU; return its attention and its forms."""
+    go.emit(tiny_program(cache=True, head_dim=64), folder, target="hopper", emit=("torch",))
+    spec = importlib.util.spec_from_file_location("for_a_gpu", folder / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: device)
+    return module.kernels.TILED
+
+
+def test_a_model_for_another_gpu(here, monkeypatch):
+    """A newer one runs what is in Triton; an older one gets the reference, and hears why."""
+    tiled = planned(here / "out", device="NVIDIA A100", capability=(8, 0), monkeypatch=monkeypatch)
+    with pytest.warns(UserWarning) as heard:
+        assert all(tiled._plan(form) is None for form in tiled._plans)
+    said = [str(warning.message) for warning in heard]
+    assert any(
+        re.search("was made for sm_90 and this is NVIDIA A100: another kernel", s) for s in said
+    )
+    assert any(
+        re.search("made for sm_90 and this is NVIDIA A100: attention runs by its ref", s)
+        for s in said
+    )
+    assert len(said) == len(set(said))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert {tiled._plan(form).kernel for form in tiled._plans} == {"triton"}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert {tiled._plan(form).kernel for form in tiled._plans} == {"hopper-cuda", "triton"}
+
+
+def test_kernels_of_layers_on_an_old_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla V100")
+    fused._triton_runs.cache_clear()
+    with pytest.warns(UserWarning, match="Triton does not support Tesla V100: norms, .* in plain"):
+        assert not fused._triton_runs()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    fused._triton_runs.cache_clear()
+    with pytest.warns(UserWarning, match=r"Triton is not installed \(pip install triton\): norms"):
+        assert not fused._triton_runs()
+    fused._triton_runs.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [({"head_dim": 20}, "head_dim is 20"), ({"head_dim": 264, "heads": 2}, "head_dim is 264")],
+)
+def test_what_a_target_cannot_take(features, message, here):
+    """Reported, and run by the reference; with --strict refused before anything is written."""
+    report = go.emit(tiny_program(cache=True, **features), here / "out", target="ampere")
+    assert any(message in note.reason for note in report.artifact.notes)
+    with pytest.raises(LoweringError, match=message):
+        go.emit(tiny_program(cache=True, **features), here / "no", target="ampere", strict=True)
+    assert not (here / "no").exists()

@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import tiny_program
 from tiny_models import VOCAB, byte_tokenizer, save_tiny, tiny_model
 from torch import Tensor
 
+import graphopt as go
 from graphopt.errors import SourceError, UsageError
 from graphopt.evaluate import LanguageModel, open_language_model
 from graphopt.generate import (
@@ -23,6 +25,7 @@ from graphopt.generate import (
     generate_ids,
     pick_token,
 )
+from graphopt.ir.execute import complete_inputs
 
 
 class Script(LanguageModel):
@@ -64,6 +67,28 @@ def test_tokens_go_through_the_cache_one_by_one() -> None:
     model = Script([7, 8, 9])
     assert list(generate_ids(model, [1, 2], stop=set(), max_new_tokens=3)) == [7, 8, 9]
     assert model.steps == [[1, 2], [7], [8]]
+
+
+def test_an_artifact_for_a_gpu_decodes_in_its_own_cache(tmp_path: Path) -> None:
+    """Greedy and drawn tokens are those of the program, and no step copies the cache."""
+    program = tiny_program(cache=True, head_dim=32)
+    go.emit(program, tmp_path / "out", target="ampere", emit=("torch",))
+    model = open_language_model(str(tmp_path / "out"))
+    rooms: list[int] = []
+    start = model.start_text
+    model.start_text = lambda room: rooms.append(room) or start(room)  # type: ignore[method-assign,func-returns-value]
+    plain = open_language_model(str(tmp_path / "out"), "program")
+    for options in ({}, {"temperature": 0.8, "seed": 3}):
+        made = [
+            list(generate_ids(m, [1, 2, 3], stop=set(), max_new_tokens=6, **options))  # type: ignore[arg-type]
+            for m in (model, plain)
+        ]
+        assert made[0] == made[1] and len(made[0]) == 6
+    assert rooms == [9, 9]
+    cache = model.start_text(9)
+    logits, same = model.step(complete_inputs({"input_ids": torch.tensor([[1, 2, 3]])}), cache)
+    assert same is cache and cache.used == 3 and logits.shape == (1, 1, 97)
+    assert list(generate_ids(model, [1], stop=set(), max_new_tokens=1)) != []
 
 
 def test_end_token_is_not_part_of_the_text() -> None:

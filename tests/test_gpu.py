@@ -11,7 +11,10 @@ import torch
 from programs import tiny_program
 
 import graphopt as go
-from graphopt.ir.execute import Runner
+from graphopt.evaluate import open_language_model
+from graphopt.ir.execute import Runner, complete_inputs
+from graphopt.lowering.torch.fuse import FUSED
+from graphopt.runtime import fused, ops
 
 FEATURES: list[dict[str, object]] = [
     {},
@@ -113,3 +116,85 @@ def test_a_recorded_step_computes_what_a_step_does(target: str, tmp_path: Path) 
         text = torch.tensor([[token]]).cuda()
     with pytest.raises(ValueError, match="a prompt of 80 tokens in a cache of 80"):
         decoder.start([1] * 80)
+
+
+LAYERS: list[dict[str, object]] = [
+    {"head_dim": 32},
+    {"head_dim": 64, "rotary_dim": 20, "interleaved": True, "bias": True, "ffn": 88},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("features", LAYERS)
+def test_the_kernels_of_layers_compute_what_plain_torch_does(
+    features: dict[str, object], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    program = tiny_program(cache=True, **features)  # type: ignore[arg-type]
+    program.checkpoint_dtype = dtype
+    go.emit(program, tmp_path / "out", target="ampere", emit=("torch",))
+    module = _module(tmp_path / "out" / "model.py")
+    model = module.load(tmp_path / "out")
+    assert next(model.parameters()).dtype == dtype
+    ids = torch.randint(0, 97, (2, 50), generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():
+        found, _ = model(ids)
+        for name in FUSED:
+            setattr(module, name, getattr(ops, name))
+        plain, _ = model(ids)
+    # Each of the dozens of roundings on the way through may fall the other way.
+    tolerance = 12 * torch.finfo(dtype).eps
+    assert float((found - plain).abs().max()) < tolerance * float(plain.abs().max())
+
+
+def test_kernels_of_layers_run_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not silently plain torch, which is right as well; in fp32 it is what runs."""
+    called: list[tuple[object, ...]] = []
+    launch = fused.launch_norm
+    monkeypatch.setattr(fused, "launch_norm", lambda *a: called.append(a) or launch(*a))
+    x, weight = torch.randn(3, 64, device="cuda"), torch.randn(64, device="cuda")
+    assert torch.equal(fused.rms_norm(x, weight, 1e-5), ops.rms_norm(x, weight, 1e-5))
+    assert not called
+    half = fused.rms_norm(x.half(), weight.half(), 1e-5)
+    assert len(called) == 1
+    torch.testing.assert_close(half, ops.rms_norm(x.half(), weight.half(), 1e-5))
+
+
+@pytest.mark.parametrize("head_dim", [64, 8])
+def test_several_texts_are_decoded_as_each_alone(head_dim: int, tmp_path: Path) -> None:
+    """A head of 8 has no kernel: its reference is part of the recorded step."""
+    program = tiny_program(cache=True, head_dim=head_dim, window=20)
+    go.emit(program, tmp_path / "out", target="ampere", emit=("torch",))
+    module = _module(tmp_path / "out" / "model.py")
+    model = module.load(tmp_path / "out")
+    texts = [list(range(1, 40)), [7, 8], list(range(50, 71))]
+    decoder = module.Decoder(model, 80, batch=3)
+    steps = [decoder.start(texts)]
+    while len(steps) < 20:
+        steps.append(decoder.step())
+    for row, text in enumerate(texts):
+        tokens = [step[row] for step in steps]
+        with torch.no_grad():
+            logits = model(torch.tensor([text + tokens]).cuda())[0][0, len(text) - 1 : -1]
+        best = logits.topk(2)
+        for token, first, values in zip(tokens, best.indices[:, 0], best.values, strict=True):
+            # Another order of adding up may turn two that are closer than its roundings.
+            assert token == int(first) or float(values[0] - values[1]) < 2e-2
+    assert len(module.generate(model, texts, 5)) == 3
+
+
+def test_a_decoder_goes_on_with_the_token_it_is_given(tmp_path: Path) -> None:
+    go.emit(
+        tiny_program(cache=True, head_dim=32), tmp_path / "out", target="ampere", emit=("torch",)
+    )
+    opened = open_language_model(str(tmp_path / "out"))
+    cache = opened.start_text(20)
+    prompt = [1, 2, 3]
+    for tokens in (prompt, [44], [5], [6]):
+        step = complete_inputs({"input_ids": torch.tensor([tokens])})
+        logits, cache = opened.step(step, cache)
+        prompt = prompt if tokens is prompt else prompt + tokens
+        expected = opened.logits(torch.tensor([prompt]))[:, -1:]
+        torch.testing.assert_close(
+            logits, expected, rtol=0, atol=1e-2 * float(expected.abs().max())
+        )
+    assert cache.graph is not None

@@ -190,7 +190,7 @@ def run(form, kernels, constants, case, device="cpu", splits=None):
             *kernels, q, keys, constants, scale=case.scale, extras=extras, splits=splits
         )
         return out, lse
-    return prefill(kernels, q, keys, constants, scale=case.scale, extras=extras)
+    return prefill(kernels, q, keys, constants, scale=case.scale, extras=extras)[:2]
 
 
 def close(out, lse, case):
@@ -222,7 +222,7 @@ def check_varlen(form, kernels, constants, device="cpu", lengths=LENGTHS, unequa
     cases = [case_of(form, s, t, seed=i, batch=1) for i, (s, t) in enumerate(pairs)]
     q, k, v = (torch.cat([getattr(c, n) for c in cases], 2) for n in "qkv")
     ends = [torch.tensor([0, *torch.tensor(n).cumsum(0)]) for n in zip(*pairs, strict=True)]
-    out, lse = prefill(
+    out, lse, _ = prefill(
         kernels, q.to(device), moved(Keys(k, v, ends=ends[1]), device), constants,
         scale=cases[0].scale, ends=ends[0].to(device), longest=max(s for s, _ in pairs),
     )  # fmt: skip

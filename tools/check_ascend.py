@@ -1,6 +1,6 @@
-"""Compile the Ascend kernel for a 910B without one, and hold the planner to what the compiler says.
+"""Compile the Ascend kernels for a 910B without one, and hold the planner to the compiler.
 
-    python tools/check_ascend.py [--venv DIR] [--shapes N] [--runs N] [--out benchmarks/ascend.json]
+    python tools/check_ascend.py [--venv DIR] [--shapes N] [--decodes N] [--runs N] [--out FILE]
 
 Shapes are drawn with a fixed seed. Each goes through triton-ascend to linalg and through
 `bishengir-compile` to final HIVM for a 910B; whether it fits, and the bytes of unified buffer in
@@ -31,7 +31,10 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-KERNEL = REPOSITORY / "runtime" / "kernels" / "ascend_prefill.py"
+KERNELS = REPOSITORY / "runtime" / "kernels"
+# The kernels of a phase; each phase has a module, and the first kernel the module's name.
+PHASES = {"prefill": ("ascend_prefill",), "decode": ("ascend_decode", "ascend_merge")}
+MODULES = {name: names[0] for names in PHASES.values() for name in names}
 PACKAGES = {
     "torch": "2.13.0",
     "triton-ascend": "3.2.0",
@@ -63,7 +66,7 @@ LOWERING = (
 )  # fmt: skip
 POINTERS = {
     "lse_ptr": "*fp32", "table_ptr": "*fp16", "mask_ptr": "*i8", "sinks_ptr": "*fp32",
-    "lengths_ptr": "*i32",
+    "lengths_ptr": "*i32", "part_ptr": "*fp32", "part_lse_ptr": "*fp32",
 }  # fmt: skip
 
 
@@ -156,20 +159,23 @@ def native_tools() -> dict[str, str]:
 
 def emit_linalg(requests: list[dict[str, Any]], folder: Path) -> None:
     """Write the linalg form of each request as `folder`/N.mlir, by triton-ascend."""
-    import importlib.util
+    import importlib
+    import types
 
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import ASTSource, make_backend
 
-    spec = importlib.util.spec_from_file_location("ascend_prefill", KERNEL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    kernel = module.ascend_prefill
+    # The kernels' package, without the packages around it: those import what is not here.
+    for name in ("graphopt", "graphopt.runtime", "graphopt.runtime.kernels"):
+        package = types.ModuleType(name)
+        package.__path__ = [str(KERNELS)]
+        sys.modules[name] = package
     target = GPUTarget("npu", CHIP, 0)
     backend = make_backend(target)
     for number, request in enumerate(requests):
+        module = importlib.import_module(f"graphopt.runtime.kernels.{MODULES[request['kernel']]}")
+        kernel = getattr(module, request["kernel"])
         constants = {n: v for n, v in request["constants"].items() if n in kernel.arg_names}
         element = {"f16": "*fp16", "bf16": "*bf16"}[request["dtype"]]
         signature = {
@@ -264,7 +270,10 @@ def two_levels(venv: Path, folder: Path) -> list[dict[str, int]]:
     fields = {"head_dim": 128, "heads": 1, "kv_heads": 1, "dtype": "f16", "causal": False}
     sizes = (128, 256, 512)
     tiles = [{"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_KV": size} for size in sizes]
-    requests = [{"constants": planned(fields, given)[0], "dtype": "f16"} for given in tiles]
+    requests = [
+        {"kernel": "ascend_prefill", "constants": planned(fields, given)[0], "dtype": "f16"}
+        for given in tiles
+    ]
     files = linalg(venv, requests, folder / "levels")
     for size, file in zip(sizes, files, strict=True):
         place = folder / f"levels{size}"
@@ -301,14 +310,18 @@ def _first_round(hivm: str) -> str:
     raise RuntimeError("there is no loop over keys in the compiled kernel")
 
 
-def draw_shapes(count: int, seed: int = SEED) -> list[dict[str, Any]]:
+# Rows of tiles that are drawn.
+ROWS = {"prefill": [32, 64, 128, 128, 256, 256], "decode": [16, 32, 128, 256, 256]}
+
+
+def draw_shapes(count: int, seed: int = SEED, phase: str = "prefill") -> list[dict[str, Any]]:
     """Return attentions and tiles, drawn with a fixed seed; some 40 % ask for too much."""
     generator = random.Random(seed)
     drawn = []
     for _ in range(count):
         head = generator.choice([32, 64, 80, 96, 128, 128, 192, 256])
         tiles = {
-            "BLOCK_M": generator.choice([32, 64, 128, 128, 256, 256]),
+            "BLOCK_M": generator.choice(ROWS[phase]),
             "BLOCK_N": generator.choice([32, 64, 128, 256, 256, 512]),
         }
         tiles["BLOCK_KV"] = tiles["BLOCK_N"] * generator.choice([1, 2, 4])
@@ -326,7 +339,11 @@ def draw_shapes(count: int, seed: int = SEED) -> list[dict[str, Any]]:
             "sinks": generator.random() < 0.2,
             "lengths": generator.random() < 0.2,
             "lse": generator.random() < 0.3,
+            "phase": phase,
         }
+        if phase == "decode":
+            fields["heads"] = fields["kv_heads"] * generator.choice([1, 3, 4, 8])
+            tiles["SPLITS"] = generator.choice([16, 32, 64, 64])
         drawn.append({"fields": fields, "tiles": tiles})
     return drawn
 
@@ -347,8 +364,11 @@ def planned(fields: dict[str, Any], tiles: dict[str, int]) -> tuple[dict[str, An
 
 
 def compare(venv: Path, shapes: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Return, for each shape, the planner's and the compiler's verdict and unified buffer."""
-    from graphopt.plan.ascend import unified_buffer
+    """Return, for each shape, the planner's and the compiler's verdict and unified buffer.
+
+    A decode's shape fits where both its kernels do; the merge's figures begin with `merge_`.
+    """
+    from graphopt.plan.ascend import merge_buffer, unified_buffer
     from graphopt.targets import get_target
 
     memories = {memory.name: memory.bytes for memory in get_target("ascend910b").memories}
@@ -356,31 +376,40 @@ def compare(venv: Path, shapes: list[dict[str, Any]], folder: Path) -> list[dict
     assert capacity is not None
     plans = [planned(shape["fields"], shape["tiles"]) for shape in shapes]
     requests = [
-        {"constants": constants, "dtype": shape["fields"]["dtype"]}
-        for (constants, _), shape in zip(plans, shapes, strict=True)
+        {"kernel": kernel, "constants": constants, "dtype": plan.spec.dtype}
+        for constants, plan in plans
+        for kernel in PHASES[plan.spec.phase]
     ]
     rows = []
-    files = linalg(venv, requests, folder / "linalg")
-    for number, (file, (_, plan)) in enumerate(zip(files, plans, strict=True)):
-        found = to_hivm(venv, file, folder / f"hivm{number}")
-        shutil.rmtree(folder / f"hivm{number}", ignore_errors=True)
+    files = iter(linalg(venv, requests, folder / "linalg"))
+    for number, (_, plan) in enumerate(plans):
+        found = {}
+        for kernel in PHASES[plan.spec.phase]:
+            place = folder / f"hivm{number}"
+            found[kernel] = to_hivm(venv, next(files), place)
+            shutil.rmtree(place, ignore_errors=True)
+        fits = all(each["fits"] for each in found.values())
         broken = [i.name for i in plan.inequalities if not i.holds]
         row = {
             **shapes[number],
             "planner_fits": not broken,
-            "compiler_fits": found["fits"],
-            "agree": found["fits"] == (not broken),
+            "compiler_fits": fits,
+            "agree": fits == (not broken),
             "planner_broken": broken,
-            "compiler_overflow_bits": found["overflow"],
         }
-        row |= {key: found[key] for key in ("failure",) if key in found}
-        if "ub_bytes" in found:
-            ours = unified_buffer(plan.spec, plan.tiles).reported(capacity)
-            row |= {
-                "compiler_ub_bytes": found["ub_bytes"],
-                "planner_ub_bytes": ours,
-                "ub_error": round(ours / found["ub_bytes"] - 1, 4),
-            }
+        for kernel, each in found.items():
+            merges = kernel == "ascend_merge"
+            buffer = merge_buffer(plan.tiles) if merges else unified_buffer(plan.spec, plan.tiles)
+            figures = {"compiler_overflow_bits": each["overflow"]}
+            figures |= {key: each[key] for key in ("failure",) if key in each}
+            if "ub_bytes" in each:
+                ours = buffer.reported(capacity)
+                figures |= {
+                    "compiler_ub_bytes": each["ub_bytes"],
+                    "planner_ub_bytes": ours,
+                    "ub_error": round(ours / each["ub_bytes"] - 1, 4),
+                }
+            row |= {f"merge_{key}" if merges else key: value for key, value in figures.items()}
         rows.append(row)
         mark = "agree" if row["agree"] else "DIFFER"
         print(f"{number + 1}/{len(shapes)} {mark} {row}", file=sys.stderr)
@@ -403,8 +432,19 @@ RUNS: tuple[tuple[dict[str, Any], tuple[int, ...]], ...] = (
     ({"window": 30, "softcap": 3.0, "key_mask": True, "sinks": True, "lengths": True},
      (2, 4, 2, 65, 127, 192, 192)),
     ({}, (1, 1, 1, 65, 300, 256, 256)),
+    ({"phase": "decode"}, (1, 8, 1, 1, 1000, 64, 64)),
+    ({"phase": "decode"}, (2, 6, 2, 4, 65, 128, 128)),
+    ({"phase": "decode"}, (1, 4, 1, 4, 1, 32, 32)),
+    ({"phase": "decode", "window": 50, "key_mask": True}, (3, 8, 2, 4, 300, 64, 64)),
+    ({"phase": "decode", "window": 9, "align": "top-left", "causal": False},
+     (1, 2, 2, 4, 64, 64, 64)),
+    ({"phase": "decode", "softcap": 3.0, "sinks": True, "lengths": True},
+     (2, 8, 1, 4, 700, 80, 48)),
 )  # fmt: skip
-RUN_TILES = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_KV": 128}
+RUN_TILES = {
+    "prefill": {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_KV": 128},
+    "decode": {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_KV": 128, "SPLITS": 16},
+}
 
 
 def execute(
@@ -419,29 +459,23 @@ def execute(
             "head_dim": size, "value_dim": values, "heads": heads, "kv_heads": groups, "lse": True,
             **fields,
         }  # fmt: skip
-        constants, plan = planned(whole, RUN_TILES)
-        requests.append({"constants": constants, "dtype": plan.spec.dtype})
+        phase = fields.get("phase", "prefill")
+        constants, plan = planned(whole, RUN_TILES[phase])
+        requests += [
+            {"kernel": kernel, "constants": constants, "dtype": plan.spec.dtype}
+            for kernel in PHASES[phase]
+        ]
         cases.append((constants, fields, (batch, heads, groups, queries, keys, size, values)))
     rows = []
-    for number, file in enumerate(linalg(venv, requests, folder / "run")):
-        lowered, text, item, library = (
-            file.with_suffix(suffix) for suffix in (".llvm.mlir", ".ll", ".o", ".so")
-        )
-        for command in (
-            [str(opt), str(file), *LOWERING, "-o", str(lowered)],
-            [tools["mlir-translate"], "--mlir-to-llvmir", str(lowered), "-o", str(text)],
-            [tools["llc"], "-O2", "-filetype=obj", "-relocation-model=pic", str(text),
-             "-o", str(item)],
-            [tools["cc"], "-shared", str(item), "-o", str(library), "-lm", tools["runtime"],
-             f"-Wl,-rpath,{Path(tools['runtime']).parent}"],
-        ):  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-        constants, fields, sizes = cases[number]
+    files = iter(linalg(venv, requests, folder / "run"))
+    for number, (constants, fields, sizes) in enumerate(cases):
+        libraries = {
+            kernel: str(_library(opt, tools, next(files)))
+            for kernel in PHASES[fields.get("phase", "prefill")]
+        }
         # In a process of its own: a wrong address would end this one.
-        request = file.with_suffix(".run.json")
-        request.write_text(json.dumps([str(library), constants, fields, list(sizes)]))
+        request = folder / "run" / f"{number}.run.json"
+        request.write_text(json.dumps([libraries, constants, fields, list(sizes)]))
         done = subprocess.run(
             [sys.executable, str(Path(__file__).resolve()), "--call", str(request)],
             capture_output=True, text=True,
@@ -454,16 +488,36 @@ def execute(
     return rows
 
 
+def _library(opt: Path, tools: dict[str, str], file: Path) -> Path:
+    """Return the shared library that a linalg file becomes on this machine."""
+    lowered, text, item, library = (
+        file.with_suffix(suffix) for suffix in (".llvm.mlir", ".ll", ".o", ".so")
+    )
+    for command in (
+        [str(opt), str(file), *LOWERING, "-o", str(lowered)],
+        [tools["mlir-translate"], "--mlir-to-llvmir", str(lowered), "-o", str(text)],
+        [tools["llc"], "-O2", "-filetype=obj", "-relocation-model=pic", str(text),
+         "-o", str(item)],
+        [tools["cc"], "-shared", str(item), "-o", str(library), "-lm", tools["runtime"],
+         f"-Wl,-rpath,{Path(tools['runtime']).parent}"],
+    ):  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return library
+
+
 class _Call:
     """Stands in for a Triton kernel: a launch calls the library for each program of the grid."""
 
-    def __init__(self, library: str) -> None:
-        names = re.search(r"def ascend_prefill\((.*?)\):", KERNEL.read_text(), re.S)
+    def __init__(self, kernel: str, library: str) -> None:
+        text = (KERNELS / f"{MODULES[kernel]}.py").read_text()
+        names = re.search(rf"def {kernel}\((.*?)\):", text, re.S)
         assert names is not None
         body = re.sub(r"#.*", "", names.group(1))
         self.arg_names = [part.split(":")[0].strip() for part in body.split(",") if part.strip()]
         self.constants = set(re.findall(r"(\w+): tl\.constexpr", body))
-        self._function = ctypes.CDLL(library).ascend_prefill
+        self._function = getattr(ctypes.CDLL(library), kernel)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def memref(tensor: Any) -> list[Any]:
@@ -494,13 +548,15 @@ def call_library(request: Path) -> dict[str, Any]:
     sys.path.insert(0, str(REPOSITORY / "tests"))
     from attention_reference import random_case
 
-    from graphopt.runtime.ascend import prefill
+    from graphopt.runtime.ascend import decode, prefill
     from graphopt.runtime.attention import Extras, Keys
 
-    library, constants, fields, sizes = json.loads(request.read_text())
+    libraries, constants, fields, sizes = json.loads(request.read_text())
     case = random_case(tuple(sizes), fields, seed=1)
-    out, lse = prefill(
-        _Call(library), case.q, Keys(case.k, case.v, lengths=case.lengths), constants,
+    run = decode if fields.get("phase") == "decode" else prefill
+    out, lse = run(
+        *(_Call(*each) for each in libraries.items()),
+        case.q, Keys(case.k, case.v, lengths=case.lengths), constants,
         scale=case.scale, extras=Extras(mask=case.mask, sinks=case.sinks), programs=3,
     )  # fmt: skip
     exact, expected = case.run(torch.float64)
@@ -520,13 +576,16 @@ def call_library(request: Path) -> dict[str, Any]:
 
 
 def summarise(shapes: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    from graphopt.runtime.tiling_mask import table_bytes
+    """Return what the figures of one phase come to."""
 
     def errors(fits: bool) -> dict[str, Any]:
+        # A memory that overflowed is named; a kernel that fits has a report.
         found = sorted(
-            abs(row["ub_error"])
+            abs(row[f"{kernel}ub_error"])
             for row in shapes
-            if "ub_error" in row and row["compiler_fits"] == fits
+            for kernel in ("", "merge_")
+            if f"{kernel}ub_error" in row
+            and ("ub" not in row[f"{kernel}compiler_overflow_bits"]) == fits
         )
         if not found:
             return {"figures": 0}
@@ -547,20 +606,27 @@ def summarise(shapes: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[
         "x86_runs": len(runs),
         "x86_max_error": max((row["max_relative_error"] for row in runs), default=None),
         "x86_within_bound": all(row["max_error"] <= row["bound"] for row in runs),
-        "mask_bytes": {
-            f"S={length // 1024}K": {
-                "tiling_mask_fp16": table_bytes(256),
-                "whole_mask_fp16": 2 * length * length,
-            }
-            for length in (1024, 4096, 16384, 65536)
-        },
+    }
+
+
+def mask_bytes() -> dict[str, dict[str, int]]:
+    """Return the memory of a causal mask, by a table and whole."""
+    from graphopt.runtime.tiling_mask import table_bytes
+
+    return {
+        f"S={length // 1024}K": {
+            "tiling_mask_fp16": table_bytes(256),
+            "whole_mask_fp16": 2 * length * length,
+        }
+        for length in (1024, 4096, 16384, 65536)
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--venv", type=Path, default=default_venv())
-    parser.add_argument("--shapes", type=int, default=48, help="how many are drawn")
+    parser.add_argument("--shapes", type=int, default=48, help="how many prefills are drawn")
+    parser.add_argument("--decodes", type=int, default=32, help="how many decodes are drawn")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--runs", type=int, default=len(RUNS), help="how many are executed")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/ascend.json"))
@@ -581,6 +647,9 @@ def main() -> None:
             runs = execute(args.venv, list(RUNS[: args.runs]), Path(folder)) if args.runs else []
             levels = two_levels(args.venv, Path(folder))
             shapes = compare(args.venv, draw_shapes(args.shapes, args.seed), Path(folder))
+            shapes += compare(
+                args.venv, draw_shapes(args.decodes, args.seed, "decode"), Path(folder)
+            )
     except Missing as error:
         sys.exit(str(error))
     result = {
@@ -590,7 +659,14 @@ def main() -> None:
         "versions": {name: version for name, version in PACKAGES.items() if version}
         | {"llvm": "19.1.7"},
         "seed": args.seed,
-        "summary": summarise(shapes, runs),
+        "summary": {
+            phase: summarise(
+                [row for row in shapes if row["fields"]["phase"] == phase],
+                [row for row in runs if row["fields"].get("phase", "prefill") == phase],
+            )
+            for phase in PHASES
+        },
+        "mask_bytes": mask_bytes(),
         "two_levels": levels,
         "runs": runs,
         "shapes": shapes,

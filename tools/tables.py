@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md",)
+PAGES = ("README.md", "docs/attention.md", "docs/volta.md")
 _TABLE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end table -->", re.DOTALL)
 
 
@@ -113,7 +113,143 @@ def scale() -> str:
     return f"{table}\n\n{measured} The slowest and the largest of {runs} runs each."
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "quality": quality, "scale": scale}
+def attention() -> str:
+    """Prefill beside torch's own kernels."""
+    result = _result("attention")
+    lengths = sorted({row["length"] for row in result["prefill"]})
+    speeds: dict[tuple[int, bool, str], dict[int, float]] = {}
+    for row in result["prefill"]:
+        form = row["head_dim"], row["causal"], row["kernel"]
+        speeds.setdefault(form, {})[row["length"]] = row["tflops"]
+    rows = [
+        [
+            str(width),
+            "causal" if causal else "full",
+            kernel,
+            *(f"{found[length]:.0f}" for length in lengths),
+        ]
+        for (width, causal, kernel), found in sorted(
+            speeds.items(), key=lambda i: (*i[0][:2], i[0][2].lower())
+        )
+    ]
+    head = ["D", "", "TFLOP/s, bf16", *(f"{length:,}" for length in lengths)]
+    note = (
+        "`ampere` is its kernel compiled for sm_80, so run with Ampere's instructions on this "
+        "card: a statement about the code, not about an A100."
+    )
+    return f"{_rows(head, rows)}\n\n{_measured_on(result, 'torch', 'triton')} {note}"
+
+
+def decode() -> str:
+    """One token over a long cache, beside torch's own kernels."""
+    result = _result("attention")
+    rows = [
+        [
+            f"{row['keys']:,}",
+            row["kernel"],
+            f"{row['microseconds']:.1f}",
+            f"{row['tb_per_s']:.2f}",
+        ]
+        for row in result["decode"]
+    ]
+    table = _rows(["keys", "decode, 32 heads over 8, D 128", "µs", "TB/s"], rows)
+    return f"{table}\n\nA copy on the same card moves {result['copy_tb_per_s']:.2f} TB/s."
+
+
+def forms() -> str:
+    """Forms that torch's fixed kernels lack, beside FlexAttention."""
+    result = _result("attention")
+    rows = [
+        [row["form"], str(row["head_dim"]), f"{row['length']:,}", f"{row['faster']:.2f}"]
+        for row in result["forms"]
+    ]
+    return _rows(["form", "D", "length", "times faster than FlexAttention"], rows)
+
+
+def volta() -> str:
+    """The machine code of the Volta kernels beside what Triton 3.1.0 makes."""
+    result = _result("volta")
+    rows = [
+        [
+            f"{row['phase']}, D {row['head_dim']}",
+            _tile(row),
+            f"{row['hmma']:,}",
+            str(row["registers"]),
+            f"{row['spilled_bytes']:,}",
+            str(row["two_byte_stores"]),
+            f"{row['shared_bytes']:,}",
+        ]
+        for row in result["ours"]
+    ]
+    rows += [
+        [
+            f"Triton, {row['form']}",
+            _tile(row),
+            f"{row['hmma']:,}",
+            str(row["registers"]),
+            f"{row['spilled_bytes']:,}",
+            str(row["two_byte_stores"]),
+            f"{row['shared_bytes']:,}",
+        ]
+        for row in result["triton"]
+        if row["form"] in ("D 64", "D 128", "D 256")
+    ]
+    head = [
+        "causal, f16", "tile, warps", "HMMA.884", "registers", "bytes spilled",
+        "2-byte stores to shared memory", "bytes of shared memory",
+    ]  # fmt: skip
+    return f"{_rows(head, rows)}\n\n{_measured_on(result, 'nvrtc', 'triton')}"
+
+
+def _tile(row: dict[str, Any]) -> str:
+    m, n, warps = row["tile"]
+    return f"{m} x {n}, {warps}"
+
+
+def volta_model() -> str:
+    """What the issue model says of the published kernel, for each length it may be fitted to."""
+    model = _result("volta")["model"]
+    lengths = list(model["published_tflops"])
+    rows = [["published", *(f"{model['published_tflops'][name]:.1f}" for name in lengths)]]
+    for fitted in sorted(model["fits"], key=lambda f: int(f) != model["fitted_length"]):
+        fit = model["fits"][fitted]
+        cells = [
+            f"{fit['tflops'][name]:.1f}"
+            + (f" ({fit['error'][name]:+.0%})" if name != fitted else "")
+            for name in lengths
+        ]
+        rows.append([f"fitted to {fitted}, x {fit['factor']:.2f}", *cells])
+    return _rows(["TFLOP/s", *lengths], rows)
+
+
+def volta_predicted() -> str:
+    """What the issue model predicts for our kernels, with what its fits span."""
+    predicted = _result("volta")["predicted"]
+    lengths = list(predicted[0]["tflops"])
+    rows = [
+        [
+            f"D {row['head_dim']}",
+            *(
+                f"{row['tflops'][n]:.0f} ({row['span'][n][0]:.0f} to {row['span'][n][1]:.0f})"
+                for n in lengths
+            ),
+        ]
+        for row in predicted
+    ]
+    return _rows(["TFLOP/s", *lengths], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "attention": attention,
+    "decode": decode,
+    "demo": demo,
+    "forms": forms,
+    "quality": quality,
+    "scale": scale,
+    "volta": volta,
+    "volta_model": volta_model,
+    "volta_predicted": volta_predicted,
+}
 
 
 def render(text: str) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import networkx
 
-from graphopt.ir.graph import Function, Node, Value
+from graphopt.ir.graph import Function, Node, Program, Value
+from graphopt.ir.ops.attention import MASK
 
 
 def dataflow(function: Function, boundary: Iterable[Value] = ()) -> networkx.DiGraph[Node]:
@@ -34,3 +35,20 @@ def region(
     graph = dataflow(function, cut)
     found = ends.union(*(networkx.ancestors(graph, node) for node in ends))
     return [node for node in function.nodes if node in found]
+
+
+def mask_is_for_attention_alone(program: Program) -> bool:
+    """Return whether the padding mask is read by attentions and by nothing else.
+
+    Then a model without padding needs no mask at all.
+    """
+    for call in program.calls:
+        function = program.functions[call.function]
+        uses = function.uses()
+        for param, name in zip(function.params, call.args, strict=True):
+            if name == "attention_mask":
+                if param in function.results:
+                    return False
+                if any(node.op != "attention" or index != MASK for node, index in uses[param]):
+                    return False
+    return True

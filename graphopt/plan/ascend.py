@@ -1,6 +1,6 @@
-"""Tiles of the Ascend kernel, runtime/kernels/ascend_prefill.py.
+"""Tiles of the Ascend kernels, runtime/kernels/ascend_prefill.py and ascend_decode.py.
 
-The kernel's Triton is compiled by triton-ascend and bishengir-compile, which place every buffer.
+The kernels' Triton is compiled by triton-ascend and bishengir-compile, which place every buffer.
 What that takes is modelled here, buffer by buffer, so that a plan says beforehand whether it
 fits; `tools/check_ascend.py` holds the model to the compiler's own report.
 """
@@ -21,6 +21,8 @@ from graphopt.plan.base import (
     power_above,
 )
 from graphopt.plan.spec import AttentionSpec
+from graphopt.runtime.tiled import DECODE_TOKENS
+from graphopt.runtime.tiling_mask import table_bytes
 from graphopt.targets import Target
 
 _FP32 = 4
@@ -32,8 +34,6 @@ class AscendPlanner(Planner):
     kernel: ClassVar[str] = "ascend-triton"
 
     def limits(self, spec: AttentionSpec, target: Target) -> str | None:
-        if spec.phase == "decode":
-            return "its tiles are of many query rows, which decoding does not fill"
         for name in ("chunk", "alibi", "bias", "varlen"):
             if getattr(spec, name):
                 return f"it does not do {name}"
@@ -42,32 +42,45 @@ class AscendPlanner(Planner):
         return None
 
     def candidates(self, spec: AttentionSpec, target: Target) -> Sequence[dict[str, int]]:
+        rows, longest = [256, 128, 64, 32], 1024
+        splits: list[dict[str, int]] = [{}]
+        if spec.phase == "decode":
+            # Rows are the heads of a group, of as many tokens as a step may have; most steps
+            # have one, and leave a taller tile nothing but less room for keys. A span of keys is
+            # a round at least, so that short rounds let few keys fill many cores.
+            most = max(power_above(spec.group), min(128, power_above(DECODE_TOKENS * spec.group)))
+            rows, longest = [m for m in (*rows, 16) if m <= most], 512
+            splits = [{"SPLITS": 64}, {"SPLITS": 32}, {"SPLITS": 16}]
         found = [
-            self.complete(spec, {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_KV": n * blocks})
-            for m, n, blocks in product((256, 128, 64, 32), (512, 256, 128, 64, 32), (4, 2, 1))
-            if n * blocks <= 1024
+            {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_KV": n * blocks, **split}
+            for m, n, blocks, split in product(rows, (512, 256, 128, 64, 32), (4, 2, 1), splits)
+            if n * blocks <= longest
         ]
 
         wide = target.limits["mixed_alignment_bytes"]
 
-        def worth(tiles: dict[str, int]) -> tuple[float, bool, int]:
+        def worth(tiles: dict[str, int]) -> tuple[float, bool, int, int]:
             # Rows and keys over their sum: how often what was read is used; the more keys a
             # round has, the fewer times the cube and the vector cores wait for one another. Rows
             # that pass between them go in pieces of 512 bytes.
             m, n, keys = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_KV"]
-            return (m * keys / (m + keys), n * _FP32 % wide == 0, n)
+            whole = n * _FP32 % wide == 0
+            return (m * keys / (m + keys), whole, n, tiles.get("SPLITS", 0))
 
-        return sorted(found, key=worth, reverse=True)
+        return [self.complete(spec, tiles) for tiles in sorted(found, key=worth, reverse=True)]
 
     @staticmethod
     def complete(spec: AttentionSpec, tiles: dict[str, int]) -> dict[str, int]:
         """Return the tiles with those that follow: of the heads, and the side of the mask table.
 
         Heads are padded to a power of two rather than split in two: a second product, with a
-        second tile of sums, costs the unified buffer more than the padding.
+        second tile of sums, costs the unified buffer more than the padding. In decode also SPAN,
+        the keys from which on they are split: a round.
         """
+        span = {"SPAN": tiles["BLOCK_KV"]} if spec.phase == "decode" else {}
         return {
             **tiles,
+            **span,
             "HEAD_TILE": power_above(spec.head_dim),
             "VALUE_TILE": power_above(spec.values),
             "M": max(tiles["BLOCK_M"], tiles["BLOCK_N"]),
@@ -140,7 +153,35 @@ class AscendPlanner(Planner):
                 "rows",
                 "FastAttention, arXiv 2410.16663, tiling-mask",
             ),
+            (
+                "mask table's bytes",
+                "(2 M)^2 2 heads of a token in one tile, an eighth of the cache at most",
+                table_bytes(tiles["M"], heads=spec.group if spec.phase == "decode" else 1),
+                _memory(target, "L2") // 8,
+                "bytes",
+                "memory.L2",
+            ),
         ]
+        if spec.phase == "decode":
+            merge = merge_buffer(tiles)
+            found += [
+                (
+                    "group",
+                    "query heads of a key head, all in one tile",
+                    spec.group,
+                    m,
+                    "rows",
+                    "tiles.BLOCK_M",
+                ),
+                (
+                    "unified buffer of the merge",
+                    merge.formula + "; live at once on a vector core",
+                    merge.live,
+                    _memory(target, "UB"),
+                    "bytes",
+                    "memory.UB",
+                ),
+            ]
         return [Inequality(*row) for row in found]
 
 
@@ -173,13 +214,13 @@ class UnifiedBuffer:
         Where all do not lie side by side, the compiler shares places, first as freely as its
         pipelines allow, which ends anywhere from two thirds of the memory up, then, with much
         more to place, only as far as needed, which leaves the memory all but full. The figures
-        for these are in the middle.
+        for these are in the middle: four fifths is within a fifth of either end.
         """
         if self.live > capacity:
             return self.live
         if self.spread > capacity * 13 // 10:
             return capacity * 15 // 16
-        return min(self.spread, capacity * 13 // 16)
+        return min(self.spread, capacity * 4 // 5)
 
 
 def unified_buffer(spec: AttentionSpec, tiles: dict[str, int]) -> UnifiedBuffer:
@@ -241,6 +282,16 @@ def unified_buffer(spec: AttentionSpec, tiles: dict[str, int]) -> UnifiedBuffer:
     return UnifiedBuffer(live, spread, formula)
 
 
+def merge_buffer(tiles: dict[str, int]) -> UnifiedBuffer:
+    """Return the same for the merge of a decode's spans: a program has those of one row."""
+    parts = tiles["SPLITS"] * tiles["VALUE_TILE"] * _FP32
+    # The parts as they come in, in two slots while there is room, and as they are weighted. The
+    # log-sum-exps are read with a stride: the compiler gives each 32 bytes.
+    live = 2 * parts + 32 * tiles["SPLITS"]
+    spread = 3 * parts + 160 * tiles["SPLITS"] + 1536
+    return UnifiedBuffer(live, spread, f"2 SPLITS VALUE_TILE {_FP32} + 32 SPLITS")
+
+
 def rounds(keys: int, tiles: dict[str, int]) -> int:
     """Return how often, over `keys` that a block of rows sees, sums are rescaled and handed over.
 
@@ -250,7 +301,7 @@ def rounds(keys: int, tiles: dict[str, int]) -> int:
 
 
 def ascend_constants(plan: AttentionPlan) -> dict[str, Any]:
-    """Return a plan as the constants of runtime/kernels/ascend_prefill.py.
+    """Return a plan as the constants of ascend_prefill.py, or ascend_decode.py, under kernels.
 
     With them those that say of a cache what it is not, for `graphopt.runtime.attention.check`.
     """

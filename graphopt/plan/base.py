@@ -95,8 +95,6 @@ class Planner(ABC):
                 return f"{name} is {size}: only multiples of 8 from {low} to {high} are lowered"
         if spec.kv_bits != 16:
             return f"a cache of {spec.kv_bits} bits is not read yet, only one of 16"
-        if spec.page_max and spec.phase == "prefill":
-            return "page maxima are an output of decode alone"
         return self.limits(spec, target)
 
     def limits(self, spec: AttentionSpec, target: Target) -> str | None:

@@ -81,6 +81,8 @@ class Target:
         cores: Number of cores (streaming multiprocessors, cube cores); None where it varies.
         bandwidth: Bytes a second of the device memory; None where it varies.
         kernels: Families of attention kernels it has, the best first.
+        layer_kernels: Families of kernels for the rest of a layer: norms, rotary positions, gates
+            and cache writes.
         memories: On-chip and device memories.
         matrix_units: What its matrix instructions multiply.
         limits: Further limits of kernels, by name.
@@ -96,6 +98,7 @@ class Target:
     cores: int | None = None
     bandwidth: float | None = None
     kernels: tuple[str, ...] = ()
+    layer_kernels: tuple[str, ...] = ()
     memories: tuple[Memory, ...] = ()
     matrix_units: tuple[MatrixUnit, ...] = ()
     limits: dict[str, int] = field(default_factory=dict)
@@ -107,7 +110,8 @@ class Target:
         """Return the target a TOML file describes."""
         values = dict(data)
         values["dtypes"] = tuple(values["dtypes"])
-        values["kernels"] = tuple(values.get("kernels", ()))
+        for name in ("kernels", "layer_kernels"):
+            values[name] = tuple(values.get(name, ()))
         values["memories"] = tuple(
             Memory(m["name"], m.get("bytes"), m["per"]) for m in values.pop("memory", [])
         )

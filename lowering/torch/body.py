@@ -19,8 +19,11 @@ from graphopt.lowering.torch.text import (
     HELPERS,
     attribute_names,
     identifier,
+    joint_name,
     literal,
+    quoted,
     size_text,
+    sizes_of,
 )
 
 # op -> what is called. A name without a dot is a function of graphopt.runtime.ops.
@@ -66,7 +69,8 @@ class BodyPrinter(FunctionPrinter):
     Attributes:
         params: Python name of every parameter, in order.
         pasts: Python name of the parameter for every cache slot.
-        attributes: Attribute of the module for every weight slot.
+        attributes: Attribute of the module for every weight slot that has one of its own.
+        packs: Slots of the weights, or biases, that lie in one attribute, by its name.
         options: Attribute of the module for every call attribute.
         helpers: Functions of graphopt.runtime.ops that the body calls.
         needs: Which of B, S, P and device the body mentions, in this order.
@@ -85,10 +89,16 @@ class BodyPrinter(FunctionPrinter):
         attrs = [attr for node in function.nodes for attr in node.attrs.values()]
         mentioned = dict.fromkeys(attr.name for attr in attrs if isinstance(attr, Param))
         self.attributes = attribute_names(list(function.weights))
-        self.options = attribute_names(list(mentioned), self.attributes.values())
+        self.packs: dict[str, list[str]] = {}
+        self._packed = {
+            node: self._pack(node) for node in function.nodes if node.op == "packed_linear"
+        }
+        own = [*self.attributes.values(), *self.packs, *map(sizes_of, self.packs)]
+        self.options = attribute_names(list(mentioned), own)
         self._names = dict(zip(function.params, self.params, strict=True))
         for slot, value in function.weights.items():
-            self._names[value] = f"self.{self.attributes[slot]}"
+            if slot in self.attributes:
+                self._names[value] = f"self.{self.attributes[slot]}"
         self._cache_of = {c.past_k: c for c in function.caches}
         for value in (v for c in function.caches for v in (c.past_k, c.past_v)):
             self._names[value] = self._claim(value.name)
@@ -103,11 +113,26 @@ class BodyPrinter(FunctionPrinter):
         self._taken.add(name)
         return name
 
+    def _pack(self, node: Node) -> list[str]:
+        """Move the factors of a packed product out of `attributes`; return where they lie."""
+        slots = {value: slot for slot, value in self.function.weights.items()}
+        parts = node.attrs["parts"]
+        made: list[str] = []
+        for start in range(1, len(node.inputs), parts):
+            mine = [slots[v] for v in node.inputs[start : start + parts] if v is not None]
+            taken = {*self.attributes.values(), *self.packs, *map(sizes_of, self.packs)}
+            name = joint_name([self.attributes.pop(slot) for slot in mine], taken)
+            self.packs[name] = mine
+            made.append(name)
+        return made
+
     def name(self, value: Value) -> str:
         return self._inline[value] if value in self._inline else self._names[value]
 
     def target(self, value: Value) -> str:
-        return self._names[value]
+        joined = value.node is not None and value.node.op == "add_rms_norm"
+        unread = not self._uses[value] and value not in self._outside
+        return "_" if joined and unread else self._names[value]
 
     def results(self) -> list[str]:
         """Return what `forward` returns: the results, then (keys, values) of each cache."""
@@ -180,9 +205,9 @@ class BodyPrinter(FunctionPrinter):
                 by_name = True
         return texts
 
-    def _options(self, node: Node) -> list[str]:
-        """Return the attributes that are not at their defaults."""
-        defaults = get_op(node.op).defaults
+    def _options(self, node: Node, op: str = "") -> list[str]:
+        """Return the attributes that are not at their defaults, those of `op` if given."""
+        defaults = get_op(op or node.op).defaults
         return [
             self._keyword(key, attr, node)
             for key, attr in node.attrs.items()
@@ -229,6 +254,19 @@ class BodyPrinter(FunctionPrinter):
         texts = self._operands(node, node.inputs[:PAST_K])
         texts.insert(3, past)
         return self.helper("cached_attention", ", ".join([*texts, *self._options(node)]))
+
+    def joined(self, node: Node, op: str) -> str:
+        """Return a node that stands for several, with the attributes that `op` has."""
+        names = ["None" if value is None else self.name(value) for value in node.inputs]
+        return self.helper(node.op, ", ".join([*names, *self._options(node, op)]))
+
+    def packed_linear(self, node: Node) -> str:
+        """Return the products of one tensor with several weights."""
+        assert node.inputs[0] is not None
+        factors = self._packed[node]
+        names = [self.name(node.inputs[0]), *(f"self.{name}" for name in factors)]
+        product = self.helper("linear", ", ".join(names))
+        return f"{product}.split(self.{sizes_of(factors[0])}, -1)"
 
     def literal(self, value: Any, node: Node) -> str:
         """Return an attribute as Python text.
@@ -307,6 +345,11 @@ def _mentions(node: Node, value: Value) -> int:
     return count
 
 
+def _act_mul(printer: BodyPrinter, node: Node) -> str:
+    gate, up = (printer.name(value) for value in node.inputs if value is not None)
+    return printer.helper("act_mul", f"{gate}, {up}, {quoted(node.attrs['act'])}")
+
+
 def _embedding(printer: BodyPrinter, node: Node) -> str:
     ids, weight = node.inputs
     assert ids is not None and weight is not None
@@ -323,9 +366,14 @@ def _scale(printer: BodyPrinter, node: Node) -> str:
 
 
 _FORMS: dict[str, Callable[[BodyPrinter, Node], str]] = {
+    "act_mul": _act_mul,
+    "add_rms_norm": lambda printer, node: printer.joined(node, "rms_norm"),
     "add": lambda printer, node: printer.infix(node, "+", node.inputs[0], node.inputs[1]),
     "attention": BodyPrinter.attention,
     "embedding": _embedding,
+    "none": lambda printer, node: "None",
     "mul": lambda printer, node: printer.infix(node, "*", node.inputs[0], node.inputs[1]),
+    "packed_linear": BodyPrinter.packed_linear,
+    "rope_pair": lambda printer, node: printer.joined(node, "rope"),
     "scale": _scale,
 }

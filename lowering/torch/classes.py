@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from graphopt.ir.graph import Call, Function
 from graphopt.ir.types import Dim, Type
 from graphopt.lowering.torch.body import BodyPrinter
-from graphopt.lowering.torch.text import WIDTH, prose, quoted, wrap, wrap_def
+from graphopt.lowering.torch.fuse import fuse
+from graphopt.lowering.torch.text import WIDTH, prose, quoted, sizes_of, wrap, wrap_def
 
 Shapes = Sequence[tuple[Dim, ...]]
 
@@ -22,6 +23,8 @@ class ModuleClass:
         calls: Its calls.
         arguments: For every call, the types of its arguments.
         results: For every call, the types of its results.
+        packable: Weight slots that one product may have together; None leaves every node alone.
+        optional: Numbers of the parameters that may be None.
 
     Attributes:
         body: The printed `forward`.
@@ -34,13 +37,18 @@ class ModuleClass:
         calls: Sequence[Call],
         arguments: Sequence[Sequence[Type]],
         results: Sequence[Sequence[Type]],
+        packable: Collection[str] | None = None,
+        optional: Collection[int] = (),
     ) -> None:
         self.name = name
         self.calls = calls
         self.arguments = arguments
         self.results = results
+        self.optional = optional
         live = function.clone()
         live.remove_dead()
+        if packable is not None:
+            fuse(live, packable)
         self.function = live
         self.body = BodyPrinter(live, calls[0].path or function.name)
 
@@ -56,6 +64,9 @@ class ModuleClass:
         lines.append("        super().__init__()")
         for slot, attribute in self.body.attributes.items():
             lines += wrap(f"self.{attribute} = weights[{quoted(slot)}]", 8)
+        for attribute, slots in self.body.packs.items():
+            parts = ", ".join(f"weights[{quoted(slot)}]" for slot in slots)
+            lines += wrap(f"self.{attribute}, self.{sizes_of(attribute)} = pack({parts})", 8)
         for attribute in self.body.options.values():
             lines.append(f"        self.{attribute} = {attribute}")
         lines.append("")
@@ -85,13 +96,20 @@ class ModuleClass:
         return params
 
     def _params(self) -> list[str]:
-        params = ["self", *(f"{name}: Tensor" for name in self.body.params)]
+        kinds = [
+            "Tensor | None" if i in self.optional else "Tensor"
+            for i in range(len(self.body.params))
+        ]
+        given = zip(self.body.params, kinds, strict=True)
+        params = ["self", *(f"{name}: {kind}" for name, kind in given)]
         sizes = [f"{n}: {'torch.device' if n == 'device' else 'int'}" for n in self.body.needs]
         pasts = [f"{past}: KV | None = None" for past in self.body.pasts.values()]
         return [*params, *sizes, *pasts]
 
     def _returns(self) -> str:
-        kinds = ["Tensor"] * len(self.function.results) + ["KV"] * len(self.function.caches)
+        absent = [v.node is not None and v.node.op == "none" for v in self.function.results]
+        kinds = ["None" if none else "Tensor" for none in absent]
+        kinds += ["KV"] * len(self.function.caches)
         return kinds[0] if len(kinds) == 1 else f"tuple[{', '.join(kinds) or '()'}]"
 
     def _shapes(self) -> list[str]:

@@ -28,8 +28,11 @@ def source_files(program: Program, target: str) -> dict[str, str]:
     Raises:
         LoweringError: See `render_model`.
     """
-    found = {MODEL_NAME: render_model(program, target)}
-    tiled = lower_attentions(program, target)
+    return _texts(program, target, lower_attentions(program, target))
+
+
+def _texts(program: Program, target: str, tiled: TiledModel | None) -> dict[str, str]:
+    found = {MODEL_NAME: render_model(program, target, tiled)}
     if tiled is not None:
         found |= {f"{FOLDER}/{name}": text for name, text in tiled.files().items()}
     return found
@@ -49,13 +52,13 @@ class TorchEmitter(Emitter):
         render_model(program, target)
 
     def emit(self, program: Program, root: Path, target: str, progress: Progress) -> Emitted:
-        sources = source_files(program, target)
+        tiled = lower_attentions(program, target)
+        sources = _texts(program, target, tiled)
         for name, text in sources.items():
             path = root / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8", newline="\n")
         files = [root / name for name in sources]
-        tiled = lower_attentions(program, target)
         notes: list[tuple[str, str]] = []
         fallbacks: list[tuple[str, str]] = []
         if tiled is not None:

@@ -208,7 +208,11 @@ class ModelClass:
         needs = {need for made in self.classes.values() for need in made.body.needs}
         read = {name for name, value in self.flow.inputs.items() if value.uses}
         masked = bool(read & {"attention_mask", "position_ids"})
-        lines = ["B, S = input_ids.shape"]
+        lines = [
+            "B, S = input_ids.shape",
+            "if 0 in (B, S):",
+            '    raise ValueError(f"input_ids is [{B}, {S}]: give a text, and a token of each")',
+        ]
         if self.states:
             lines.append("cache = list(cache or self.empty_cache(B))")
         if self.states and (masked or "P" in needs):

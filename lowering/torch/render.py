@@ -6,27 +6,31 @@ import ast
 import inspect
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Collection
 
-from graphopt.ir.graph import Program
+from graphopt.ir.dataflow import mask_is_for_attention_alone
+from graphopt.ir.graph import Program, resolve_attrs
+from graphopt.ir.ops import is_aten
 from graphopt.ir.shapes import infer_program
 from graphopt.lowering.torch import template
 from graphopt.lowering.torch.classes import ModuleClass
+from graphopt.lowering.torch.fuse import FUSED, Deferred, defer_sums
 from graphopt.lowering.torch.model import ModelClass
 from graphopt.lowering.torch.text import HELPERS, WIDTH, class_name, prose, quoted, wrap
 from graphopt.lowering.torch.tiled import (
     TORCH_NAMES,
     TiledModel,
     lower_attentions,
-    mask_is_for_attention_alone,
 )
 from graphopt.runtime import ops as runtime
 
+_ATTENTION = ("attention", "cached_attention")
 _STANDARD = {
     "argparse": "import argparse",
     "importlib": "import importlib.util",
     "sys": "import sys",
-    "Collection": "from collections.abc import Collection",
+    "Iterator": "from collections.abc import Collection, Iterator",
     "Path": "from pathlib import Path",
     "ModuleType": "from types import ModuleType",
     "Any": "from typing import Any",
@@ -39,8 +43,11 @@ _LIBRARIES = {
 }
 
 
-def render_model(program: Program, target: str = "cpu") -> str:
+def render_model(program: Program, target: str = "cpu", lowered: TiledModel | None = None) -> str:
     """Return the text of `model.py` for a program on a target.
+
+    Args:
+        lowered: What `lower_attentions` makes of the program there, if that is at hand.
 
     It depends on nothing that `program.json` leaves out, nor on the dtype of a weight, which
     another emitter may change: a program that was saved gives the same text when it is loaded
@@ -49,25 +56,31 @@ def render_model(program: Program, target: str = "cpu") -> str:
     Raises:
         LoweringError: An op, an attribute or an input has no form in the file.
     """
-    tiled = lower_attentions(program, target)
-    classes = _classes(program)
-    ahead = ("attention", "cached_attention") if tiled else ()
+    tiled = lowered or lower_attentions(program, target)
+    fused = tiled is not None and bool(tiled.target.layer_kernels)
+    deferred = defer_sums(program) if fused else Deferred(program)
+    classes = _classes(program, deferred, fused)
+    ahead = [*(_ATTENTION if tiled else ()), *(FUSED if fused else ())]
     unmasked = tiled is not None and mask_is_for_attention_alone(program)
-    model = "\n".join(ModelClass(program, classes, unmasked=unmasked).lines())
+    model = "\n".join(ModelClass(deferred.program, classes, unmasked=unmasked).lines())
     parts = ["\n".join(made.lines()) for made in classes.values()]
     if "under(" in model:
         parts.append(template.UNDER.strip())
+    if "pack(" in "".join(parts):
+        parts.append(template.PACK.strip())
     helpers = {name for made in classes.values() for name in made.body.helpers}
+    used = [name for name in ahead if name in helpers]
     body = [
         "# What the layers are made of.",
-        *([template.kernels(tiled.device).strip()] if tiled else []),
+        *([template.kernels(tiled.device, used).strip()] if tiled else []),
         *_sources(helpers.difference(ahead)),
         "# The layers.",
         *parts,
         model,
         "# Loading and running.",
         template.load(tiled is not None).strip(),
-        _generate(program, classes, unmasked).strip(),
+        _steps(program, classes, unmasked).strip(),
+        template.GENERATE.strip(),
         template.main(tiled is not None).strip(),
     ]
     text = "\n\n\n".join(body)
@@ -77,28 +90,89 @@ def render_model(program: Program, target: str = "cpu") -> str:
     return "\n\n".join(head) + f"\n\n\n{text}\n"
 
 
-def _generate(program: Program, classes: dict[str, ModuleClass], unmasked: bool) -> str:
-    """Return `generate`: with a cache of fixed room where nothing asks how full it is."""
+def _steps(program: Program, classes: dict[str, ModuleClass], unmasked: bool) -> str:
+    """Return `steps`: with a cache of fixed room where nothing asks how full it is."""
     if not program.states:
-        return template.UNCACHED
+        return template.UNCACHED.format(why="This model has no cache")
     sizes = any("P" in made.body.needs for made in classes.values())
-    return template.STATIC if unmasked and not sizes else template.CACHED
+    if unmasked and not sizes and _causal(program):
+        return template.STATIC
+    if any("attention_mask" in call.args for call in program.calls):
+        return template.CACHED
+    return template.UNCACHED.format(why="This model has no mask that tells padding from text")
 
 
-def _classes(program: Program) -> dict[str, ModuleClass]:
-    """Return the class of every function that is called, in order of the first call."""
+def _causal(program: Program) -> bool:
+    """Return whether no token sees a later one."""
+    return all(
+        resolve_attrs(node, call)["causal"]
+        for call in program.calls
+        for node in program.functions[call.function].nodes
+        if node.op == "attention"
+    )
+
+
+def _positions(program: Program) -> int | None:
+    """Return the rows of the smallest table that `position_ids` is looked up in."""
+    rows: list[int] = []
+    for call in program.calls:
+        function = program.functions[call.function]
+        params = zip(function.params, call.args, strict=True)
+        ids = [param for param, name in params if name == "position_ids"]
+        slots = {value: slot for slot, value in function.weights.items()}
+        for node in function.nodes:
+            if node.op == "embedding" and node.inputs[0] in ids and node.inputs[1] in slots:
+                table = program.weights[call.weights[slots[node.inputs[1]]]]
+                rows.append(int(table.shape[0]) - int(resolve_attrs(node, call).get("offset", 0)))
+    return min(rows, default=None)
+
+
+# What the host has to know before the next kernel can be started.
+_HOST = ("grouped_mm_fallback", "nonzero", "item", "masked_select", "bincount")
+
+
+def _recordable(program: Program) -> bool:
+    """Return whether a step is the same kernels each time, so that a CUDA graph can hold it."""
+    used = {call.function for call in program.calls}
+    ops = {node.op for name in used for node in program.functions[name].nodes}
+    return not any(is_aten(op) and op.split(".")[1] in _HOST for op in ops)
+
+
+def _classes(program: Program, deferred: Deferred, fused: bool) -> dict[str, ModuleClass]:
+    """Return the class of every function that is called, in order of the first call.
+
+    Args:
+        deferred: The program as it is emitted.
+        fused: Join what the target has kernels for; see `graphopt.lowering.torch.fuse`.
+    """
     per_call, _ = infer_program(program)
+    uses = Counter(name for call in program.calls for name in call.weights.values())
     classes: dict[str, ModuleClass] = {}
     taken = {"Model"}
     for name in dict.fromkeys(call.function for call in program.calls):
         function = program.functions[name]
         numbers = [n for n, call in enumerate(program.calls) if call.function == name]
-        arguments = [[per_call[n][value] for value in function.params] for n in numbers]
-        results = [[per_call[n][value] for value in function.results] for n in numbers]
-        calls = [program.calls[n] for n in numbers]
+        params, made = deferred.places(name)
+        arguments = [[per_call[n][function.params[i]] for i in params] for n in numbers]
+        results = [[per_call[n][function.results[i]] for i in made] for n in numbers]
+        calls = [deferred.program.calls[n] for n in numbers]
+        # What is used twice would be there twice.
+        packable = [
+            slot
+            for slot in function.weights
+            if fused and all(uses[call.weights[slot]] == 1 for call in calls)
+        ]
         unique = class_name(name, taken)
         taken.add(unique)
-        classes[name] = ModuleClass(unique, function, calls, arguments, results)
+        classes[name] = ModuleClass(
+            unique,
+            deferred.program.functions[name],
+            calls,
+            arguments,
+            results,
+            packable if fused else None,
+            [place for place, old in enumerate(params) if old in params[:place]],
+        )
     return classes
 
 
@@ -153,6 +227,13 @@ def _names(program: Program, text: str, tiled: TiledModel | None) -> list[str]:
     if tiled is not None:
         lines.append(f"DTYPE = torch.{TORCH_NAMES[tiled.dtype]}  # what it computes in, on a GPU")
     lines.append(f"END: list[int] = {_end_tokens(program)}  # tokens that end a text")
+    rows = _positions(program)
+    lines.append(f"POSITIONS: int | None = {rows}  # rows of its table of positions, if it has one")
+    if "RECORDS" in text:
+        why = "a step is the same kernels each time"
+        lines.append(
+            f"RECORDS = {_recordable(program)}  # whether {why}, so that a graph can hold it"
+        )
     return lines
 
 

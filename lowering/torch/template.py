@@ -1,9 +1,23 @@
 """The parts of `model.py` that are the same for every model."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 UNDER = '''
 def under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights whose names begin with `prefix`, by what comes behind it."""
     return {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
+'''
+
+PACK = '''
+def pack(*weights: Tensor) -> tuple[nn.Parameter, list[int]]:
+    """Return weights one behind the other in one, and how long each is; they become parts of it."""
+    sizes = [len(weight) for weight in weights]
+    whole = torch.cat(weights)
+    for weight, part in zip(weights, whole.split(sizes), strict=True):
+        weight.data = part
+    return nn.Parameter(whole, requires_grad=False), sizes
 '''
 
 _LOAD = '''
@@ -62,55 +76,101 @@ def package(folder: Path) -> ModuleType:
 
 
 kernels = package(Path(__file__).with_name("kernels"))
-attention, cached_attention = kernels.attention, kernels.cached_attention
+{names}
 DEVICE = "{device}" if hasattr(torch, "{device}") and torch.{device}.is_available() else "cpu"
 '''
 
 
-def kernels(device: str) -> str:
-    """Return what imports the kernels, and the device they are for."""
-    return _KERNELS.replace("{device}", device)
+def kernels(device: str, names: Sequence[str]) -> str:
+    """Return what imports functions of the kernels, and the device they are for."""
+    lines = "\n".join(f"{name} = kernels.{name}" for name in names)
+    return _KERNELS.replace("{device}", device).replace("{names}", lines)
 
+
+GENERATE = '''
+def generate(
+    model: Model, ids: list[int] | list[list[int]], count: int, stop: Collection[int] = ()
+) -> list[int] | list[list[int]]:
+    """Return up to `count` tokens that follow `ids`, the likeliest each time.
+
+    A token of `stop` ends a text and is not part of it. A list of texts gives a list of answers;
+    their lengths may differ.
+
+    Raises:
+        ValueError: There is no text, one is empty, or the model has too few positions.
+    """
+    several = len(ids) > 0 and isinstance(ids[0], list)
+    texts = ids if several else [ids]
+    longest = max(map(len, texts))
+    if not all(texts):
+        raise ValueError("a text without tokens: give every text at least one")
+    if POSITIONS is not None and longest + count > POSITIONS:
+        raise ValueError(f"{longest} tokens and {count} more: the model has {POSITIONS} positions")
+    answers: list[list[int]] = [[] for _ in texts]
+    ended = [False for _ in texts]
+    for tokens in steps(model, texts, count):
+        for row, token in enumerate(tokens):
+            ended[row] |= token in stop
+            if not ended[row]:
+                answers[row].append(token)
+        if all(ended):
+            break
+    return answers if several else answers[0]
+'''
 
 CACHED = '''
 @torch.no_grad()
-def generate(model: Model, ids: list[int], count: int, stop: Collection[int] = ()) -> list[int]:
-    """Return up to `count` tokens that follow `ids`, the likeliest each time.
-
-    A token of `stop` ends the text and is not part of it.
-    """
+def steps(model: Model, texts: list[list[int]], count: int) -> Iterator[list[int]]:
+    """Yield the likeliest next token of every text, `count` times, with a cache that grows."""
     device = next(model.parameters()).device
-    made: list[int] = []
-    new, cache = ids, model.empty_cache()
-    while len(made) < count:
-        logits, cache = model(torch.tensor([new], device=device), cache=cache)
-        new = [int(logits[0, -1].argmax())]
-        if new[0] in stop:
-            break
-        made += new
-    return made
+    longest, cache = max(map(len, texts)), model.empty_cache(len(texts))
+    # Padded in front, so that the newest token of every text is the last one.
+    pads = [longest - len(text) for text in texts]
+    new = torch.tensor([[0] * pad + text for pad, text in zip(pads, texts)], device=device)
+    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)
+    for _ in range(count):
+        logits, cache = model(new, mask, cache=cache)
+        new = logits[:, -1:].argmax(-1)
+        mask = torch.cat((mask, mask.new_ones(len(texts), 1)), -1)
+        yield new[:, 0].tolist()
 '''
 
 STATIC = '''
 class Decoder:
-    """Greedy decoding of one text, in a cache with room for all of it.
+    """Greedy decoding, in a cache with room for a whole text, or for several at once.
 
-    A step is recorded as a CUDA graph once and replayed: nothing is launched one by one.
+    On a GPU a step is recorded as a CUDA graph once and replayed: nothing is launched one by one.
 
     Args:
-        capacity: Tokens of the prompt and of the answer together.
+        capacity: Tokens of a prompt and of its answer together.
+        batch: How many texts. Their lengths may differ.
+
+    Attributes:
+        logits: [batch, vocab], those of the next token of every text.
+
+    Raises:
+        ValueError: Such a cache holds nothing, or is longer than what the model has positions for.
     """
 
-    def __init__(self, model: Model, capacity: int) -> None:
-        self.model, self.capacity = model, capacity
-        self.used = 0  # tokens in the cache, known here without asking the device
+    def __init__(self, model: Model, capacity: int, batch: int = 1) -> None:
+        if batch < 1 or capacity < 2:
+            raise ValueError(
+                f"a cache of {capacity} tokens for {batch} texts: there must be room for at least "
+                "one text, and for 2 tokens"
+            )
+        if POSITIONS is not None and capacity > POSITIONS:
+            raise ValueError(f"a cache of {capacity} tokens: the model has {POSITIONS} positions")
+        self.model, self.capacity, self.batch = model, capacity, batch
+        self.used = 0  # tokens of the longest text, known here without asking the device
+        self.several = False
         device = next(model.parameters()).device
-        self.length = torch.zeros(1, dtype=torch.int32, device=device)
-        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self.length = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.logits: Tensor | None = None
         self.cache = [
             kernels.Slot(
-                k.new_zeros(1, k.shape[1], capacity, k.shape[3]),
-                v.new_zeros(1, v.shape[1], capacity, v.shape[3]),
+                k.new_zeros(batch, k.shape[1], capacity, k.shape[3]),
+                v.new_zeros(batch, v.shape[1], capacity, v.shape[3]),
                 self.length,
             )
             for k, v in model.empty_cache()
@@ -118,37 +178,68 @@ class Decoder:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
-    def start(self, ids: list[int]) -> int:
-        """Read the prompt and return the first token of the answer."""
-        if not 0 < len(ids) < self.capacity:
-            raise ValueError(f"a prompt of {len(ids)} tokens in a cache of {self.capacity}")
-        device = self.token.device
+    def start(self, ids: list[int] | list[list[int]]) -> int | list[int]:
+        """Read the prompt and return the first token of the answer; of several, a list of each.
+
+        Raises:
+            ValueError: A prompt is empty or leaves no room, or there are not `batch` of them.
+        """
+        self.several = len(ids) > 0 and isinstance(ids[0], list)
+        texts = ids if self.several else [ids]
+        if len(texts) != self.batch:
+            raise ValueError(f"{len(texts)} prompts in a cache for {self.batch}")
+        counts = [len(text) for text in texts]
+        for count in counts:
+            if not 0 < count < self.capacity:
+                raise ValueError(f"a prompt of {count} tokens in a cache of {self.capacity}")
+        device, longest = self.token.device, max(counts)
+        # Padded behind: no token sees a later one, and a row's next tokens overwrite the padding.
+        padded = [text + [0] * (longest - len(text)) for text in texts]
+        positions = torch.arange(longest, device=device).expand(self.batch, longest)
         self.length.zero_()
-        positions = torch.arange(len(ids), device=device)[None]
-        logits, _ = self.model(torch.tensor([ids], device=device), None, positions, self.cache)
-        self.length.fill_(len(ids))
-        self.used = len(ids)
-        self.token.copy_(logits[:, -1:].argmax(-1))
-        return int(self.token)
+        logits, _ = self.model(torch.tensor(padded, device=device), None, positions, self.cache)
+        self.length.copy_(torch.tensor(counts))
+        self.used = longest
+        last = logits[torch.arange(self.batch, device=device), self.length.long() - 1]
+        if self.logits is None:
+            self.logits = torch.empty_like(last)
+        self._take(last)
+        return self._answer()
 
     @torch.no_grad()
-    def step(self) -> int:
-        """Return the token after the one before."""
-        if self.used >= self.capacity:
-            raise ValueError(f"the cache of {self.capacity} tokens is full")
+    def step(self, given: int | list[int] | None = None) -> int | list[int]:
+        """Return the token after the one before.
+
+        Args:
+            given: What was chosen as the token before, in place of the likeliest.
+
+        Raises:
+            ValueError: The cache is full.
+        """
+        if not 0 < self.used < self.capacity:
+            state = "full" if self.used else "empty: start with a prompt"
+            raise ValueError(f"the cache of {self.capacity} tokens is {state}")
         self.used += 1
-        if self.token.device.type != "cuda":
+        if given is not None:
+            self.token.copy_(torch.tensor(given).view(self.batch, 1))
+        if self.token.device.type != "cuda" or not RECORDS:
             self._advance()
         else:
             if self.graph is None:
                 self.graph = self._record()
             self.graph.replay()
-        return int(self.token)
+        return self._answer()
+
+    def _answer(self) -> int | list[int]:
+        return self.token[:, 0].tolist() if self.several else int(self.token)
+
+    def _take(self, logits: Tensor) -> None:
+        self.logits.copy_(logits)
+        self.token.copy_(logits.argmax(-1, keepdim=True))
 
     def _advance(self) -> None:
-        positions = self.length.long()[None]
-        logits, _ = self.model(self.token, None, positions, self.cache)
-        self.token.copy_(logits[:, -1:].argmax(-1))
+        logits, _ = self.model(self.token, None, self.length.long()[:, None], self.cache)
+        self._take(logits[:, -1])
         self.length += 1
 
     def _record(self) -> torch.cuda.CUDAGraph:
@@ -167,39 +258,27 @@ class Decoder:
         return graph
 
 
-def generate(model: Model, ids: list[int], count: int, stop: Collection[int] = ()) -> list[int]:
-    """Return up to `count` tokens that follow `ids`, the likeliest each time.
-
-    A token of `stop` ends the text and is not part of it.
-    """
-    decoder = Decoder(model, len(ids) + count)
-    made: list[int] = []
-    token = decoder.start(ids)
-    while token not in stop:
-        made.append(token)
-        if len(made) == count:
-            break
-        token = decoder.step()
-    return made
+def steps(model: Model, texts: list[list[int]], count: int) -> Iterator[list[int]]:
+    """Yield the likeliest next token of every text, `count` times."""
+    decoder = Decoder(model, max(map(len, texts)) + max(count, 1), len(texts))
+    for number in range(count):
+        yield decoder.step() if number else decoder.start(texts)
 '''
 
 UNCACHED = '''
 @torch.no_grad()
-def generate(model: Model, ids: list[int], count: int, stop: Collection[int] = ()) -> list[int]:
-    """Return up to `count` tokens that follow `ids`, the likeliest each time.
+def steps(model: Model, texts: list[list[int]], count: int) -> Iterator[list[int]]:
+    """Yield the likeliest next token of every text, `count` times.
 
-    A token of `stop` ends the text and is not part of it. This model has no cache: every step
-    runs the whole text again.
+    {why}: every step runs every text again.
     """
     device = next(model.parameters()).device
-    made: list[int] = []
-    while len(made) < count:
-        logits, _ = model(torch.tensor([ids + made], device=device))
-        token = int(logits[0, -1].argmax())
-        if token in stop:
-            break
-        made.append(token)
-    return made
+    texts = [list(text) for text in texts]
+    for _ in range(count):
+        for text in texts:
+            logits, _ = model(torch.tensor([text], device=device))
+            text.append(int(logits[0, -1].argmax()))
+        yield [text[-1] for text in texts]
 '''
 
 _MAIN = """

@@ -26,7 +26,7 @@ HELPERS = tuple(
 """The functions of the runtime, in the order of their file."""
 
 # What a local name must not hide: whatever the text around it may mention.
-_GLOBALS = ("self", "torch", "nn", "F", "Tensor", "KV", "Any", "aten", "under", "weights")
+_GLOBALS = ("self", "torch", "nn", "F", "Tensor", "KV", "Any", "aten", "under", "pack", "weights")
 _SIZES = ("B", "S", "P", "device")
 RESERVED = frozenset([*dir(builtins), *keyword.kwlist, *HELPERS, *_GLOBALS, *_SIZES])
 # What an attribute of a module must not replace.
@@ -84,6 +84,23 @@ def attribute_names(slots: Sequence[str], taken: Collection[str] = ()) -> dict[s
         names[slot] = unique_name(f"{wanted}_" if wanted in ATTRIBUTES else wanted, used)
         used.add(names[slot])
     return names
+
+
+def joint_name(names: Sequence[str], taken: Collection[str]) -> str:
+    """Return a name for several attributes in one: `gate_up_proj` for `gate_proj`, `up_proj`."""
+    words = [name.split("_") for name in names]
+    common = 0
+    while all(len(w) > common + 1 and w[-common - 1] == words[0][-common - 1] for w in words):
+        common += 1
+    end = words[0][len(words[0]) - common :]
+    parts = [word for w in words for word in w[: len(w) - common]]
+    name = "_".join(dict.fromkeys(parts)) if common else "_".join(names)
+    return unique_name("_".join([name, *end]), {*taken, *ATTRIBUTES})
+
+
+def sizes_of(packed: str) -> str:
+    """Return the attribute with the sizes of what lies in another one."""
+    return f"{packed}_sizes"
 
 
 def quoted(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
@@ -13,11 +13,13 @@ import torch
 
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Node, Program, Value, resolve_attrs
-from graphopt.ir.ops.attention import BIAS, KEY, MASK, QUERY, SINKS, SLOPES, VALUE
+from graphopt.ir.ops.attention import BIAS, KEY, QUERY, SINKS, SLOPES, VALUE
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
 from graphopt.lowering.cuda.ahead import AHEAD
+from graphopt.lowering.torch.fuse import FUSED
 from graphopt.lowering.triton.constants import kernel_constants
+from graphopt.lowering.triton.specialise import specialise
 from graphopt.plan import AttentionPlan, AttentionSpec, plan_attention
 from graphopt.plan.ascend import ascend_constants
 from graphopt.targets import Target, get_target
@@ -35,17 +37,29 @@ class _Triton:
         kernels: Its files under runtime/kernels.
         modules: Modules of the runtime that launch it, beside those that go with every model.
         constants: What they ask for.
+        entries: The functions that run a plan, by its phase: those of its files are emitted with
+            all folded that is the same in every plan. None for files that go as they are.
     """
 
     kernels: tuple[str, ...]
     modules: tuple[str, ...]
     constants: Callable[[AttentionPlan], dict[str, Any]]
+    entries: Mapping[str, tuple[str, ...]] | None = None
 
 
 _TRITON = {
-    "triton": _Triton(("prefill", "decode"), (), kernel_constants),
-    "ascend-triton": _Triton(("ascend_prefill",), ("ascend", "tiling_mask"), ascend_constants),
+    "triton": _Triton(
+        ("common", "prefill", "decode"),
+        (),
+        kernel_constants,
+        {"prefill": ("attention_prefill",), "decode": ("attention_decode", "attention_merge")},
+    ),
+    "ascend-triton": _Triton(
+        ("ascend_prefill", "ascend_decode"), ("ascend", "tiling_mask"), ascend_constants
+    ),
 }
+# Families of kernels beside attention: the modules that launch them, and their files.
+_LAYER_KERNELS = {"triton": (["fused"], ["block"])}
 
 
 @dataclass
@@ -74,13 +88,32 @@ class TiledModel:
         kernels: list[str] = []
         for kernel in used:
             modules += (AHEAD if kernel in AHEAD else _TRITON)[kernel].modules
-            kernels += _TRITON[kernel].kernels if kernel in _TRITON else ()
+        for family in self.target.layer_kernels:
+            modules += _LAYER_KERNELS[family][0]
+            kernels += _LAYER_KERNELS[family][1]
         texts = {f"{name}.py": _runtime_text(f"{name}.py") for name in modules}
         texts |= {f"{name}.py": _runtime_text(f"kernels/{name}.py") for name in kernels}
+        for kernel in used:
+            if kernel in _TRITON:
+                texts |= self._kernel_texts(kernel)
         for stem, plan in self.images.items():
             texts[f"{stem}.cu"] = AHEAD[plan.kernel].text(plan)
         texts["__init__.py"] = self._init()
         return texts
+
+    def _kernel_texts(self, kernel: str) -> dict[str, str]:
+        """Return the files of a family in Triton, by name, as its plans here need them."""
+        family = _TRITON[kernel]
+        texts = {name: _runtime_text(f"kernels/{name}.py") for name in family.kernels}
+        if family.entries is not None:
+            served: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+            for plan in self.plans:
+                if plan.kernel == kernel:
+                    for entry in family.entries[plan.spec.phase]:
+                        row = (plan.spec.describe(), family.constants(plan))
+                        served.setdefault(entry, []).append(row)
+            texts = specialise(texts, served)
+        return {f"{name}.py": text for name, text in texts.items()}
 
     def compile(self) -> dict[str, bytes]:
         """Return the machine code of every kernel that is compiled ahead, by file name.
@@ -129,7 +162,17 @@ class TiledModel:
             ]
         number = self.target.isa.removeprefix("sm_")
         arch = divmod(int(number), 10) if number.isdigit() else None
-        return _INIT.format(title=self.target.title, rows="\n".join(rows), arch=arch)
+        exported, tiled = ["Slot", "attention", "cached_attention"], f"PLANS, HERE, {arch}"
+        imports = "from .tiled import Form, Planned, Slot, Tiled"
+        if self.target.layer_kernels:
+            joined = ", ".join(sorted([*FUSED, "append_kv"]))
+            imports = f"from .fused import {joined}\n{imports}"
+            exported += FUSED
+            tiled += ", append_kv"
+        return _INIT.format(
+            title=self.target.title, rows="\n".join(rows), imports=imports, tiled=tiled,
+            names=", ".join(f'"{name}"' for name in exported),
+        )  # fmt: skip
 
 
 TORCH_NAMES = {"f16": "float16", "bf16": "bfloat16"}
@@ -139,15 +182,16 @@ from pathlib import Path
 
 import torch
 
-from .tiled import Form, Planned, Slot, Tiled
+{imports}
 
+HERE = Path(__file__).parent
 PLANS = [
 {rows}
 ]
-TILED = Tiled(PLANS, Path(__file__).parent, {arch})
+TILED = Tiled({tiled})
 attention, cached_attention = TILED.attention, TILED.cached_attention
 
-__all__ = ["Slot", "attention", "cached_attention"]
+__all__ = [{names}]
 '''
 
 
@@ -229,23 +273,6 @@ def _spec(node: Node, types: dict[Value, Type], attrs: dict[str, Any], dtype: st
         causal=bool(attrs["causal"]), window=attrs.get("window"), chunk=attrs.get("chunk"),
         softcap=attrs.get("softcap"), sinks=has(SINKS), alibi=has(SLOPES), bias=has(BIAS),
     )  # fmt: skip
-
-
-def mask_is_for_attention_alone(program: Program) -> bool:
-    """Return whether the padding mask is read by attentions and by nothing else.
-
-    Then a model without padding needs no mask at all.
-    """
-    for call in program.calls:
-        function = program.functions[call.function]
-        uses = function.uses()
-        for param, name in zip(function.params, call.args, strict=True):
-            if name == "attention_mask":
-                if param in function.results:
-                    return False
-                if any(node.op != "attention" or index != MASK for node, index in uses[param]):
-                    return False
-    return True
 
 
 def range_report(program: Program, dtype: str) -> list[tuple[str, str]]:

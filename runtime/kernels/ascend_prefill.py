@@ -87,12 +87,184 @@ def block_scores(
 
 
 @triton.jit
-def table_window(table_ptr, delta, M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return, fp32 [BLOCK_M, BLOCK_N], 1 where column > row + delta and else 0."""
-    row = min(max(delta, 0), BLOCK_N)
+def table_window(
+    table_ptr,
+    delta,
+    HEADS: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Return, fp32 [BLOCK_M, BLOCK_N], 1 where column > row // HEADS + delta and else 0."""
+    row = min(max(delta, 0), BLOCK_N) * HEADS
     column = min(max(-delta, 0), BLOCK_M)
     corner = table_ptr + row * (2 * M) + column
     return load_tile(corner, 2 * M, 0, BLOCK_N, BLOCK_M, BLOCK_N, False).to(tl.float32)
+
+
+@triton.jit
+def stretches(
+    first_place,  # the key at which the tile's first row stands
+    last_place,
+    keys,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Return low, inner_low, inner_high, high: which keys the rows of a tile see.
+
+    Keys from `low` up to `high` are walked, the rest is seen by no row. Between the inner two,
+    which are whole blocks, every row sees every key.
+    """
+    low = 0
+    high = keys
+    inner_low = 0
+    inner_high = keys // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        high = min(high, max(last_place + 1, 0))
+        inner_high = min(inner_high, max(first_place + 1, 0) // BLOCK_N * BLOCK_N)
+    if WINDOW:
+        low = max(first_place - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        inner_low = tl.cdiv(max(last_place - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
+    inner_low = min(max(inner_low, low), high)
+    inner_high = min(max(inner_high, inner_low), high)
+    return low, inner_low, inner_high, high
+
+
+@triton.jit
+def walk_keys(
+    q,  # [BLOCK_M, HEAD_TILE]: of each token the HEADS query heads that share the keys
+    k_head,  # key 0 of the row and key head
+    v_head,
+    table_ptr,
+    mask_ptr,
+    mask_row,  # the key mask's element of key 0
+    top,  # fp32 [BLOCK_M]: the largest exponent so far
+    total,  # fp32 [BLOCK_M]: the sum of weights so far
+    summed,  # fp32 [BLOCK_M, VALUE_TILE]: the weighted sum of values so far
+    low, inner_low, inner_high, high,  # of `stretches`
+    first_place,
+    keys,
+    k_stride_t, v_stride_t,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    M: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """Return top, total and summed after the keys from `low` up to `high`.
+
+    Of the inner keys as much as whole rounds hold, up to `wide`, is walked in rounds of BLOCK_KV.
+    """
+    wide = inner_low + (inner_high - inner_low) // BLOCK_KV * BLOCK_KV
+
+    # Four stretches: the left edge, whole rounds, whole small blocks, the right edge.
+    for part in tl.static_range(0 if WINDOW else 1, 4):
+        if part == 0:
+            begin, end = low, inner_low
+        elif part == 1:
+            begin, end = inner_low, wide
+        elif part == 2:
+            begin, end = wide, inner_high
+        else:
+            begin, end = inner_high, high
+        if part != 2 or BLOCK_KV > BLOCK_N:
+            for start in range(begin, end, BLOCK_KV if part == 1 else BLOCK_N):
+                left = keys - start
+                k_rows = k_head + tl.cast(start, tl.int64) * k_stride_t
+                v_rows = v_head + tl.cast(start, tl.int64) * v_stride_t
+                token = mask_row + start
+                scores0 = block_scores(
+                    q, k_rows, k_stride_t, mask_ptr, token, left, scale,
+                    HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, KEY_MASK, part == 0 or part == 3,
+                )  # fmt: skip
+                if part == 0 or part == 3:
+                    if CAUSAL:
+                        upper = table_window(
+                            table_ptr, first_place - start, HEADS, M, BLOCK_M, BLOCK_N
+                        )
+                        scores0 += upper * UNSEEN
+                    if WINDOW:
+                        # The same table, read the other way: 1 is what the window holds.
+                        lower = table_window(
+                            table_ptr, first_place - WINDOW - start, HEADS, M, BLOCK_M, BLOCK_N
+                        )
+                        scores0 += (1.0 - lower) * UNSEEN
+                    if not KEY_MASK:
+                        # The end of the keys is a row of the table.
+                        table_row = table_ptr + min(left - 1, BLOCK_N) * (HEADS * 2 * M)
+                        cut = tl.load(table_row + tl.arange(0, BLOCK_N)).to(tl.float32)
+                        scores0 += (cut * UNSEEN)[None, :]
+                raised = tl.maximum(top, tl.max(scores0, 1))
+                if part == 1 and BLOCK_KV > BLOCK_N:
+                    scores1 = block_scores(
+                        q, k_rows + BLOCK_N * k_stride_t, k_stride_t,
+                        mask_ptr, token + BLOCK_N, left - BLOCK_N, scale,
+                        HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, KEY_MASK, False,
+                    )  # fmt: skip
+                    raised = tl.maximum(raised, tl.max(scores1, 1))
+                if part == 1 and BLOCK_KV > 2 * BLOCK_N:
+                    scores2 = block_scores(
+                        q, k_rows + 2 * BLOCK_N * k_stride_t, k_stride_t,
+                        mask_ptr, token + 2 * BLOCK_N, left - 2 * BLOCK_N, scale,
+                        HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, KEY_MASK, False,
+                    )  # fmt: skip
+                    raised = tl.maximum(raised, tl.max(scores2, 1))
+                    scores3 = block_scores(
+                        q, k_rows + 3 * BLOCK_N * k_stride_t, k_stride_t,
+                        mask_ptr, token + 3 * BLOCK_N, left - 3 * BLOCK_N, scale,
+                        HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, KEY_MASK, False,
+                    )  # fmt: skip
+                    raised = tl.maximum(raised, tl.max(scores3, 1))
+                shrink = tl.exp2(top - raised)
+                top = raised
+
+                weights = tl.exp2(scores0 - raised[:, None])
+                total = total * shrink + tl.sum(weights, 1)
+                value = load_tile(
+                    v_rows,
+                    v_stride_t,
+                    left,
+                    VALUE_DIM,
+                    BLOCK_N,
+                    VALUE_TILE,
+                    part == 0 or part == 3,
+                )
+                added = tl.dot(weights.to(v_head.dtype.element_ty), value)
+                if part == 1 and BLOCK_KV > BLOCK_N:
+                    weights = tl.exp2(scores1 - raised[:, None])
+                    total += tl.sum(weights, 1)
+                    v_rows += BLOCK_N * v_stride_t
+                    value = load_tile(
+                        v_rows, v_stride_t, left, VALUE_DIM, BLOCK_N, VALUE_TILE, False
+                    )
+                    added = tl.dot(weights.to(v_head.dtype.element_ty), value, added)
+                if part == 1 and BLOCK_KV > 2 * BLOCK_N:
+                    weights = tl.exp2(scores2 - raised[:, None])
+                    total += tl.sum(weights, 1)
+                    v_rows += BLOCK_N * v_stride_t
+                    value = load_tile(
+                        v_rows, v_stride_t, left, VALUE_DIM, BLOCK_N, VALUE_TILE, False
+                    )
+                    added = tl.dot(weights.to(v_head.dtype.element_ty), value, added)
+                    weights = tl.exp2(scores3 - raised[:, None])
+                    total += tl.sum(weights, 1)
+                    v_rows += BLOCK_N * v_stride_t
+                    value = load_tile(
+                        v_rows, v_stride_t, left, VALUE_DIM, BLOCK_N, VALUE_TILE, False
+                    )
+                    added = tl.dot(weights.to(v_head.dtype.element_ty), value, added)
+                summed = summed * shrink[:, None] + added
+    return top, total, summed
 
 
 @triton.jit
@@ -171,120 +343,15 @@ def ascend_prefill(
         # through the whole kernel, beside the one that it is copied to.
         summed = tl.zeros([BLOCK_M, VALUE_TILE], tl.float32) + tl.cast(task, tl.float32) * 0.0
 
-        # Keys from `low` up to `high` are walked, the rest is seen by no row; between the inner
-        # two every row sees every key, and as much of that as whole rounds hold, up to `wide`,
-        # is walked in rounds of BLOCK_KV.
-        low = 0
-        high = keys
-        inner_low = 0
-        inner_high = keys // BLOCK_N * BLOCK_N
-        if CAUSAL:
-            high = min(high, max(last_place + 1, 0))
-            inner_high = min(inner_high, max(first_place + 1, 0) // BLOCK_N * BLOCK_N)
-        if WINDOW:
-            low = max(first_place - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-            inner_low = tl.cdiv(max(last_place - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
-        inner_low = min(max(inner_low, low), high)
-        inner_high = min(max(inner_high, inner_low), high)
-        wide = inner_low + (inner_high - inner_low) // BLOCK_KV * BLOCK_KV
-
-        # Four stretches: the left edge, whole rounds, whole small blocks, the right edge.
-        for part in tl.static_range(0 if WINDOW else 1, 4):
-            if part == 0:
-                begin, end = low, inner_low
-            elif part == 1:
-                begin, end = inner_low, wide
-            elif part == 2:
-                begin, end = wide, inner_high
-            else:
-                begin, end = inner_high, high
-            if part != 2 or BLOCK_KV > BLOCK_N:
-                for start in range(begin, end, BLOCK_KV if part == 1 else BLOCK_N):
-                    left = keys - start
-                    k_rows = k_head + tl.cast(start, tl.int64) * k_stride_t
-                    v_rows = v_head + tl.cast(start, tl.int64) * v_stride_t
-                    token = mask_row + start
-                    scores0 = block_scores(
-                        q, k_rows, k_stride_t, mask_ptr, token, left, scale,
-                        HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, KEY_MASK, part == 0 or part == 3,
-                    )  # fmt: skip
-                    if part == 0 or part == 3:
-                        if CAUSAL:
-                            upper = table_window(
-                                table_ptr, first_place - start, M, BLOCK_M, BLOCK_N
-                            )
-                            scores0 += upper * UNSEEN
-                        if WINDOW:
-                            # The same table, read the other way: 1 is what the window holds.
-                            lower = table_window(
-                                table_ptr, first_place - WINDOW - start, M, BLOCK_M, BLOCK_N
-                            )
-                            scores0 += (1.0 - lower) * UNSEEN
-                        if not KEY_MASK:
-                            # The end of the keys is a row of the table.
-                            table_row = table_ptr + min(left - 1, BLOCK_N) * (2 * M)
-                            cut = tl.load(table_row + tl.arange(0, BLOCK_N)).to(tl.float32)
-                            scores0 += (cut * UNSEEN)[None, :]
-                    raised = tl.maximum(top, tl.max(scores0, 1))
-                    if part == 1 and BLOCK_KV > BLOCK_N:
-                        scores1 = block_scores(
-                            q, k_rows + BLOCK_N * k_stride_t, k_stride_t,
-                            mask_ptr, token + BLOCK_N, left - BLOCK_N, scale,
-                            HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, KEY_MASK, False,
-                        )  # fmt: skip
-                        raised = tl.maximum(raised, tl.max(scores1, 1))
-                    if part == 1 and BLOCK_KV > 2 * BLOCK_N:
-                        scores2 = block_scores(
-                            q, k_rows + 2 * BLOCK_N * k_stride_t, k_stride_t,
-                            mask_ptr, token + 2 * BLOCK_N, left - 2 * BLOCK_N, scale,
-                            HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, KEY_MASK, False,
-                        )  # fmt: skip
-                        raised = tl.maximum(raised, tl.max(scores2, 1))
-                        scores3 = block_scores(
-                            q, k_rows + 3 * BLOCK_N * k_stride_t, k_stride_t,
-                            mask_ptr, token + 3 * BLOCK_N, left - 3 * BLOCK_N, scale,
-                            HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, KEY_MASK, False,
-                        )  # fmt: skip
-                        raised = tl.maximum(raised, tl.max(scores3, 1))
-                    shrink = tl.exp2(top - raised)
-                    top = raised
-
-                    weights = tl.exp2(scores0 - raised[:, None])
-                    total = total * shrink + tl.sum(weights, 1)
-                    value = load_tile(
-                        v_rows,
-                        v_stride_t,
-                        left,
-                        VALUE_DIM,
-                        BLOCK_N,
-                        VALUE_TILE,
-                        part == 0 or part == 3,
-                    )
-                    added = tl.dot(weights.to(v_ptr.dtype.element_ty), value)
-                    if part == 1 and BLOCK_KV > BLOCK_N:
-                        weights = tl.exp2(scores1 - raised[:, None])
-                        total += tl.sum(weights, 1)
-                        v_rows += BLOCK_N * v_stride_t
-                        value = load_tile(
-                            v_rows, v_stride_t, left, VALUE_DIM, BLOCK_N, VALUE_TILE, False
-                        )
-                        added = tl.dot(weights.to(v_ptr.dtype.element_ty), value, added)
-                    if part == 1 and BLOCK_KV > 2 * BLOCK_N:
-                        weights = tl.exp2(scores2 - raised[:, None])
-                        total += tl.sum(weights, 1)
-                        v_rows += BLOCK_N * v_stride_t
-                        value = load_tile(
-                            v_rows, v_stride_t, left, VALUE_DIM, BLOCK_N, VALUE_TILE, False
-                        )
-                        added = tl.dot(weights.to(v_ptr.dtype.element_ty), value, added)
-                        weights = tl.exp2(scores3 - raised[:, None])
-                        total += tl.sum(weights, 1)
-                        v_rows += BLOCK_N * v_stride_t
-                        value = load_tile(
-                            v_rows, v_stride_t, left, VALUE_DIM, BLOCK_N, VALUE_TILE, False
-                        )
-                        added = tl.dot(weights.to(v_ptr.dtype.element_ty), value, added)
-                    summed = summed * shrink[:, None] + added
+        low, inner_low, inner_high, high = stretches(
+            first_place, last_place, keys, BLOCK_N, CAUSAL, WINDOW
+        )
+        top, total, summed = walk_keys(
+            q, k_head, v_head, table_ptr, mask_ptr, mask_row, top, total, summed,
+            low, inner_low, inner_high, high, first_place, keys, k_stride_t, v_stride_t, scale,
+            HEAD_DIM, VALUE_DIM, HEAD_TILE, VALUE_TILE, 1, BLOCK_M, BLOCK_N, BLOCK_KV, M,
+            CAUSAL, WINDOW, SOFTCAP, KEY_MASK,
+        )  # fmt: skip
 
         # A row that saw no key has a sum of 0.
         some = total > 0.0

@@ -9,11 +9,19 @@ is the same bit for bit whatever else is in the batch.
 import triton
 import triton.language as tl
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# The running maximum starts here rather than at -inf: differences to it stay finite, and a row
-# that sees no key ends with the sum 0.
-LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
+from graphopt.runtime.kernels.common import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    exponent_unit,
+    key_offsets,
+    picked_keys,
+    raise_page_max,
+    shares,
+    softmax_step,
+    transformed,
+    visible,
+)
 
 
 @triton.jit
@@ -76,7 +84,7 @@ def attention_decode(
     batch = tl.program_id(1) // groups
     group = tl.program_id(1) % groups
     batch_64, group_64 = batch.to(tl.int64), group.to(tl.int64)
-    capacity = T
+    mask_row = batch * T
     if LENGTHS:
         T = tl.load(lengths_ptr + batch)
     walked = T
@@ -97,9 +105,7 @@ def attention_decode(
         # Blocks that no row's window reaches are not read.
         low = max(low, max(shift - WINDOW + 1, 0) // BLOCK_N * BLOCK_N)
 
-    # What a score is times to be an exponent to base 2; where something is added to it, it
-    # already is one. Multiplied with the maximum's subtraction, in one rounding.
-    unit = 1.0 if (SOFTCAP > 0 or ALIBI) or BIAS else scale * LOG2E
+    unit = exponent_unit(scale, SOFTCAP, ALIBI, BIAS)
 
     q_rows = q_ptr + batch_64 * q_stride_b + head.to(tl.int64) * q_stride_h + token * q_stride_s
     d0 = tl.arange(0, D0)
@@ -117,8 +123,13 @@ def attention_decode(
     sum0 = tl.zeros([BLOCK_M, V0], tl.float32)
     if V1:
         sum1 = tl.zeros([BLOCK_M, V1], tl.float32)
+    slope = 0.0
+    bias_rows = bias_ptr
     if ALIBI:
-        slope = tl.load(slopes_ptr + head, mask=real, other=0.0) * LOG2E
+        slope = tl.load(slopes_ptr + head, mask=real, other=0.0)[:, None] * LOG2E
+    if BIAS:
+        bias_rows += batch_64 * bias_stride_b + head[:, None] * bias_stride_h
+        bias_rows += token[:, None] * bias_stride_s
 
     k_head = k_ptr + group_64 * k_stride_h
     v_head = v_ptr + group_64 * v_stride_h
@@ -130,99 +141,54 @@ def attention_decode(
         slots = start + tl.arange(0, BLOCK_N)
         keys = slots
         if SELECTED:
-            picked = slots // PAGE
-            page = tl.load(
-                pages_ptr + batch * pages_width + picked, mask=picked < pages_width, other=-1
-            )
-            keys = tl.where(page < 0, T, page * PAGE + slots % PAGE)
+            keys = picked_keys(slots, batch, pages_ptr, pages_width, T, PAGE)
         present = keys < T
-        held = keys.to(tl.int64)
-        k_rows, v_rows = k_head + held * k_stride_t, v_head + held * v_stride_t
-        if RING:
-            slot = tl.load(first_ptr + batch) + keys
-            held = tl.where(slot >= RING, slot - RING, slot).to(tl.int64)
-            k_rows, v_rows = k_head + held * k_stride_t, v_head + held * v_stride_t
-        if PAGE:
-            pool = tl.load(
-                table_ptr + batch * table_width + keys // PAGE, mask=present, other=0
-            ).to(tl.int64)
-            offset = (keys % PAGE).to(tl.int64)
-            k_rows = k_head + pool * k_stride_b + offset * k_stride_t
-            v_rows = v_head + pool * v_stride_b + offset * v_stride_t
+        k_offsets, v_offsets = key_offsets(
+            keys, present, batch, first_ptr, table_ptr, table_width,
+            k_stride_b, k_stride_t, v_stride_b, v_stride_t, RING, PAGE,
+        )  # fmt: skip
+        k_rows = k_head + k_offsets[:, None]
+        v_rows = v_head + v_offsets[:, None]
 
-        k0 = tl.load(k_rows[:, None] + d0[None, :], mask=present[:, None], other=0.0)
+        k0 = tl.load(k_rows + d0[None, :], mask=present[:, None], other=0.0)
         scores = tl.dot(q0, tl.trans(k0))
         if D1:
             k1 = tl.load(
-                k_rows[:, None] + d1[None, :],
+                k_rows + d1[None, :],
                 mask=present[:, None] & (d1 < HEAD_DIM)[None, :],
                 other=0.0,
             )
             scores = tl.dot(q1, tl.trans(k1), scores)
 
-        if SOFTCAP > 0:
-            # cap tanh(x / cap), by tanh(y) = 1 - 2 / (exp(2 y) + 1).
-            scores = scores * (scale * 2.0 * LOG2E / SOFTCAP)
-            scores = (SOFTCAP * LOG2E) * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
-        elif ALIBI or BIAS:
-            scores = scores * (scale * LOG2E)
-        if ALIBI:
-            place = tl.load(place_ptr + batch * capacity + keys, mask=present, other=0)
-            scores += slope[:, None] * place.to(tl.float32)[None, :]
-        if BIAS:
-            bias_rows = bias_ptr + batch_64 * bias_stride_b + head * bias_stride_h
-            bias_rows += token * bias_stride_s
-            added = tl.load(
-                bias_rows[:, None] + keys[None, :] * bias_stride_t,
-                mask=real[:, None] & present[None, :],
-                other=0.0,
-            )
-            scores += added.to(tl.float32) * LOG2E
-        seen = present[None, :]
-        if CAUSAL:
-            seen = seen & (keys[None, :] <= places[:, None])
-        if WINDOW:
-            seen = seen & (keys[None, :] > places[:, None] - WINDOW)
-        if CHUNK:
-            seen = seen & (keys[None, :] // CHUNK == places[:, None] // CHUNK)
-        if KEY_MASK:
-            known = tl.load(mask_ptr + batch * capacity + keys, mask=present, other=0)
-            seen = seen & (known != 0)[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
-
+        if (SOFTCAP > 0 or ALIBI) or BIAS:
+            scores = transformed(
+                scores, keys, present, real, scale, slope, place_ptr, mask_row,
+                bias_rows, bias_stride_t, SOFTCAP, ALIBI, BIAS,
+            )  # fmt: skip
+        scores = visible(
+            scores, keys, present, places, mask_ptr, mask_row,
+            True, CAUSAL, WINDOW, CHUNK, KEY_MASK,
+        )  # fmt: skip
         if PAGE_MAX:
-            # BLOCK_N is a multiple of the page, or divides it.
-            SPAN: tl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
-            parts = tl.reshape(scores, [BLOCK_M, BLOCK_N // SPAN, SPAN])
-            largest = tl.max(parts, 2) * (unit * LN2)
-            place_of = start // PAGE + tl.arange(0, BLOCK_N // SPAN)
             where = (batch_64 * H + head) * S + token
-            tl.atomic_max(
-                page_max_ptr + where[:, None] * page_slots + place_of[None, :],
-                largest,
-                mask=real[:, None] & (place_of < page_slots)[None, :],
-                sem="relaxed",
-            )
+            raise_page_max(
+                scores, unit, page_max_ptr, where, real, start, page_slots,
+                BLOCK_M, BLOCK_N, PAGE,
+            )  # fmt: skip
 
-        raised = tl.maximum(top, tl.max(scores, 1) * unit)
-        weights = tl.exp2(scores * unit - raised[:, None])
-        shrink = tl.exp2(top - raised)
-        total = total * shrink + tl.sum(weights, 1)
+        weights, shrink, top, total = softmax_step(scores, unit, top, total)
         weights = weights.to(v_ptr.dtype.element_ty)
-        value0 = tl.load(v_rows[:, None] + v0[None, :], mask=present[:, None], other=0.0)
+        value0 = tl.load(v_rows + v0[None, :], mask=present[:, None], other=0.0)
         sum0 = tl.dot(weights, value0, sum0 * shrink[:, None])
         if V1:
             value1 = tl.load(
-                v_rows[:, None] + v1[None, :],
+                v_rows + v1[None, :],
                 mask=present[:, None] & (v1 < VALUE_DIM)[None, :],
                 other=0.0,
             )
             sum1 = tl.dot(weights, value1, sum1 * shrink[:, None])
-        top = raised
 
-    some = total > 0.0
-    total = tl.where(some, total, 1.0)
-    factor = tl.where(some, 1.0 / total, 0.0)
+    some, total, factor = shares(total)
     where = ((batch_64 * H + head) * S + token) * splits + split
     part_rows = part_ptr + where[:, None] * VALUE_DIM
     tl.store(part_rows + v0[None, :], sum0 * factor[:, None], mask=real[:, None])
@@ -244,7 +210,7 @@ def attention_merge(
     S, H,
     splits,
     VALUE_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,  # the power of two from `splits` up
+    SLOTS: tl.constexpr,  # the power of two from `splits` up
     BLOCK_V: tl.constexpr,
     SINKS: tl.constexpr,
     LSE: tl.constexpr,
@@ -254,7 +220,7 @@ def attention_merge(
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     token, head, batch = row % S, row // S % H, row // S // H
-    index = tl.arange(0, SPLITS)
+    index = tl.arange(0, SLOTS)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     known = index < splits
     lse = tl.load(part_lse_ptr + row * splits + index, mask=known, other=float("-inf"))
@@ -271,9 +237,8 @@ def attention_merge(
     total = tl.sum(weights, 0)
     if SINKS:
         total += tl.exp2(sink - top)
-    some = total > 0.0
-    total = tl.where(some, total, 1.0)
-    out = tl.sum(parts * weights[:, None], 0) * tl.where(some, 1.0 / total, 0.0)
+    some, total, factor = shares(total)
+    out = tl.sum(parts * weights[:, None], 0) * factor
     out_row = out_ptr + batch * o_stride_b + head * o_stride_h + token * o_stride_s
     tl.store(out_row + columns, out.to(out_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
     if LSE:

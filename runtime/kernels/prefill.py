@@ -8,20 +8,29 @@ the row as the outer loop, arXiv 2307.08691, algorithm 1). Exponentials are to b
 import triton
 import triton.language as tl
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# The running maximum starts here rather than at -inf: differences to it stay finite, and a row
-# that sees no key ends with the sum 0.
-LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
+from graphopt.runtime.kernels.common import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    exponent_unit,
+    key_offsets,
+    picked_keys,
+    raise_page_max,
+    shares,
+    softmax_step,
+    transformed,
+    visible,
+)
 
 
-@triton.jit(do_not_specialize=["S", "T", "table_width", "pages_width"])
+@triton.jit(do_not_specialize=["S", "T", "table_width", "pages_width", "page_slots"])
 def attention_prefill(
     q_ptr,  # [B, H, S, HEAD_DIM], by strides
     k_ptr,  # [B, G, T, HEAD_DIM]; paged: [pages, G, PAGE, HEAD_DIM]
     v_ptr,  # [B, G, T, VALUE_DIM]; paged: [pages, G, PAGE, VALUE_DIM]
     out_ptr,  # [B, H, S, VALUE_DIM]
     lse_ptr,  # fp32 [B, H, S], contiguous: natural logarithm of the sum of exponentials
+    page_max_ptr,  # fp32 [B, H, S, page_slots]: largest score of every page read
     mask_ptr,  # int8 [B, T], contiguous: nonzero at real keys
     bias_ptr,  # [B, H, S, T], by strides, 0 where it broadcasts
     slopes_ptr,  # fp32 [H]
@@ -38,7 +47,7 @@ def attention_prefill(
     v_stride_b, v_stride_h, v_stride_t,
     o_stride_b, o_stride_h, o_stride_s,
     bias_stride_b, bias_stride_h, bias_stride_s, bias_stride_t,
-    table_width, pages_width,
+    table_width, pages_width, page_slots,
     S, T, H,
     scale,
     HEAD_DIM: tl.constexpr,
@@ -65,6 +74,7 @@ def attention_prefill(
     PAGE: tl.constexpr,
     SELECTED: tl.constexpr,
     LSE: tl.constexpr,
+    PAGE_MAX: tl.constexpr,
 ):  # fmt: skip
     # The last rows of a causal attention see the most keys: they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -73,7 +83,8 @@ def attention_prefill(
     group = head // GROUP
     q_batch, k_batch = batch.to(tl.int64), batch.to(tl.int64)
     q_first, k_first = 0, 0
-    capacity, lse_rows = T, S
+    lse_rows = S
+    mask_row = batch * T
     if VARLEN:
         q_first = tl.load(q_ends_ptr + batch)
         k_first = tl.load(k_ends_ptr + batch)
@@ -91,10 +102,7 @@ def attention_prefill(
     shift = 0 if TOP_LEFT else T - S
     places = rows + shift
 
-    # Two operands at a time: Triton 3.1, which compiles this for Volta, takes no more.
-    # What a score is times to be an exponent to base 2; where something is added to it, it
-    # already is one. Multiplied with the maximum's subtraction, in one rounding.
-    unit = 1.0 if (SOFTCAP > 0 or ALIBI) or BIAS else scale * LOG2E
+    unit = exponent_unit(scale, SOFTCAP, ALIBI, BIAS)
 
     q_rows = q_ptr + q_batch * q_stride_b + head.to(tl.int64) * q_stride_h
     q_rows += (q_first + rows).to(tl.int64)[:, None] * q_stride_s
@@ -116,8 +124,13 @@ def attention_prefill(
     sum0 = tl.zeros([BLOCK_M, V0], tl.float32)
     if V1:
         sum1 = tl.zeros([BLOCK_M, V1], tl.float32)
+    slope = 0.0
+    bias_rows = bias_ptr
     if ALIBI:
         slope = tl.load(slopes_ptr + head) * LOG2E
+    if BIAS:
+        bias_rows += q_batch * bias_stride_b + head * bias_stride_h
+        bias_rows += rows[:, None].to(tl.int64) * bias_stride_s
 
     # Keys from `low` up to `high` are walked; between the inner two every row sees every key.
     low, high = 0, T
@@ -162,29 +175,14 @@ def attention_prefill(
             slots = start + tl.arange(0, BLOCK_N)
             keys = slots
             if SELECTED:
-                picked = slots // PAGE
-                page = tl.load(
-                    pages_ptr + batch * pages_width + picked, mask=picked < pages_width, other=-1
-                )
-                keys = tl.where(page < 0, T, page * PAGE + slots % PAGE)
+                keys = picked_keys(slots, batch, pages_ptr, pages_width, T, PAGE)
             present = keys < T
-            held = (k_first + keys).to(tl.int64)
-            k_rows, v_rows = (
-                k_head + held[:, None] * k_stride_t,
-                v_head + held[:, None] * v_stride_t,
-            )
-            if RING:
-                slot = tl.load(first_ptr + batch) + keys
-                held = tl.where(slot >= RING, slot - RING, slot).to(tl.int64)
-                k_rows = k_head + held[:, None] * k_stride_t
-                v_rows = v_head + held[:, None] * v_stride_t
-            if PAGE:
-                pool = tl.load(
-                    table_ptr + batch * table_width + keys // PAGE, mask=present, other=0
-                ).to(tl.int64)
-                inside = (keys % PAGE).to(tl.int64)
-                k_rows = k_head + (pool * k_stride_b + inside * k_stride_t)[:, None]
-                v_rows = v_head + (pool * v_stride_b + inside * v_stride_t)[:, None]
+            k_offsets, v_offsets = key_offsets(
+                k_first + keys, present, batch, first_ptr, table_ptr, table_width,
+                k_stride_b, k_stride_t, v_stride_b, v_stride_t, RING, PAGE,
+            )  # fmt: skip
+            k_rows = k_head + k_offsets[:, None]
+            v_rows = v_head + v_offsets[:, None]
 
             if part == 1:
                 k0 = tl.load(k_rows + d0[None, :])
@@ -199,42 +197,23 @@ def attention_prefill(
                 )
                 scores = tl.dot(q1, tl.trans(k1), scores)
 
-            if SOFTCAP > 0:
-                # cap tanh(x / cap), by tanh(y) = 1 - 2 / (exp(2 y) + 1).
-                scores = scores * (scale * 2.0 * LOG2E / SOFTCAP)
-                scores = (SOFTCAP * LOG2E) * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
-            elif ALIBI or BIAS:
-                scores = scores * (scale * LOG2E)
-            if ALIBI:
-                place = tl.load(place_ptr + batch * capacity + keys, mask=present, other=0)
-                scores += slope * place.to(tl.float32)[None, :]
-            if BIAS:
-                bias_rows = bias_ptr + q_batch * bias_stride_b + head * bias_stride_h
-                added = tl.load(
-                    bias_rows
-                    + rows[:, None].to(tl.int64) * bias_stride_s
-                    + keys[None, :] * bias_stride_t,
-                    mask=real[:, None] & present[None, :],
-                    other=0.0,
-                )
-                scores += added.to(tl.float32) * LOG2E
-            if part != 1:
-                seen = present[None, :]
-                if CAUSAL:
-                    seen = seen & (keys[None, :] <= places[:, None])
-                if WINDOW:
-                    seen = seen & (keys[None, :] > places[:, None] - WINDOW)
-                if CHUNK:
-                    seen = seen & (keys[None, :] // CHUNK == places[:, None] // CHUNK)
-                scores = tl.where(seen, scores, float("-inf"))
-            if KEY_MASK:
-                token = tl.load(mask_ptr + batch * capacity + keys, mask=present, other=0)
-                scores = tl.where(token[None, :] != 0, scores, float("-inf"))
+            if (SOFTCAP > 0 or ALIBI) or BIAS:
+                scores = transformed(
+                    scores, keys, present, real, scale, slope, place_ptr, mask_row,
+                    bias_rows, bias_stride_t, SOFTCAP, ALIBI, BIAS,
+                )  # fmt: skip
+            scores = visible(
+                scores, keys, present, places, mask_ptr, mask_row,
+                part != 1, CAUSAL, WINDOW, CHUNK, KEY_MASK,
+            )  # fmt: skip
+            if PAGE_MAX:
+                where = (q_batch * H + head) * S + rows
+                raise_page_max(
+                    scores, unit, page_max_ptr, where, real, start, page_slots,
+                    BLOCK_M, BLOCK_N, PAGE,
+                )  # fmt: skip
 
-            raised = tl.maximum(top, tl.max(scores, 1) * unit)
-            weights = tl.exp2(scores * unit - raised[:, None])
-            shrink = tl.exp2(top - raised)
-            total = total * shrink + tl.sum(weights, 1)
+            weights, shrink, top, total = softmax_step(scores, unit, top, total)
             sum0 = sum0 * shrink[:, None]
             weights = weights.to(v_ptr.dtype.element_ty)
             if part == 1:
@@ -250,11 +229,8 @@ def attention_prefill(
                     other=0.0,
                 )
                 sum1 = tl.dot(weights, value1, sum1)
-            top = raised
 
-    some = total > 0.0
-    total = tl.where(some, total, 1.0)
-    factor = tl.where(some, 1.0 / total, 0.0)
+    some, total, factor = shares(total)
     out_rows = out_ptr + q_batch * o_stride_b + head.to(tl.int64) * o_stride_h
     out_rows += (q_first + rows).to(tl.int64)[:, None] * o_stride_s
     out0 = (sum0 * factor[:, None]).to(out_ptr.dtype.element_ty)

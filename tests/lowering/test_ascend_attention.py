@@ -1,12 +1,13 @@
-"""The Ascend kernel: interpreted against fp64; compiled for a 910B and executed on this machine.
+"""The Ascend kernels: interpreted against fp64; compiled for a 910B and executed on this machine.
 
-The kernel is interpreted by upstream Triton in a process of its own, whatever device is here.
+The kernels are interpreted by upstream Triton in a process of its own, whatever device is here.
 Tests marked `ascend` need the virtual environment that `tools/check_ascend.py` makes.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -43,6 +44,32 @@ CASES = {
 }  # fmt: skip
 
 
+DECODES = {
+    f"{group} heads a key head, {keys} keys, {tokens} tokens": (
+        {}, (2, group, 1, tokens, keys, 32, 32), (16, 64, 128) if keys > 100 else (16, 16, 64),
+    )
+    for group, keys, tokens in itertools.product((1, 3, 4, 8), (1, 63, 64, 65, 1000), (1, 4))
+} | {
+    "wide": ({}, (1, 4, 1, 4, 130, 192, 256), (16, 32, 64)),
+    "tile larger than the step": ({}, (1, 4, 1, 3, 130, 80, 48), (64, 32, 32)),
+    "full": ({"causal": False}, (1, 4, 1, 4, 130, 32, 64), (16, 32, 32)),
+    "top left": ({"align": "top-left"}, (1, 4, 2, 4, 64, 64, 64), (16, 16, 32)),
+    "window": ({"window": 100}, (1, 6, 2, 4, 300, 32, 32), (16, 16, 32)),
+    "window, full, top left": (
+        {"window": 9, "causal": False, "align": "top-left"}, (1, 4, 1, 4, 200, 32, 32),
+        (16, 16, 32),
+    ),
+    "softcap": ({"softcap": 2.0}, (1, 8, 1, 1, 130, 96, 96), (16, 32, 64)),
+    "sinks": ({"sinks": True}, (2, 6, 2, 4, 130, 32, 32), (16, 16, 16)),
+    "key mask": ({"key_mask": True}, (3, 8, 2, 4, 130, 32, 32), (16, 16, 32)),
+    "lengths": ({"lengths": True}, (3, 8, 2, 1, 130, 32, 32), (16, 16, 16)),
+    "everything": (
+        {"window": 90, "softcap": 3.0, "key_mask": True, "sinks": True, "lengths": True},
+        (3, 6, 2, 4, 260, 64, 64), (16, 16, 32),
+    ),
+}  # fmt: skip
+
+
 def interpret():
     """Run every case in this process and print the errors; what the fixture below starts."""
     import torch
@@ -52,34 +79,27 @@ def interpret():
 
     from graphopt.plan import AttentionPlan, AttentionSpec
     from graphopt.plan.ascend import AscendPlanner, ascend_constants
-    from graphopt.runtime.ascend import prefill
+    from graphopt.runtime.ascend import decode, prefill
     from graphopt.runtime.attention import Extras, Keys
+    from graphopt.runtime.kernels.ascend_decode import ascend_decode, ascend_merge
     from graphopt.runtime.kernels.ascend_prefill import ascend_prefill
 
-    found = {}
-    for name, (fields, sizes, blocks) in CASES.items():
-        case = random_case(sizes, fields, seed=3)
+    def constants_of(fields, sizes, blocks, phase):
         spec = AttentionSpec(
             head_dim=sizes[5], value_dim=sizes[6], heads=sizes[1], kv_heads=sizes[2], lse=True,
-            **fields,
+            phase=phase, **fields,
         )  # fmt: skip
         tiles = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_KV"), blocks, strict=True))
-        tiles = AscendPlanner.complete(spec, tiles)
-        plan = AttentionPlan(spec, "ascend910b", "ascend-triton", tiles, (), "given")
-        runs = [
-            prefill(
-                ascend_prefill, case.q, Keys(case.k, case.v, lengths=case.lengths),
-                ascend_constants(plan), scale=case.scale,
-                extras=Extras(mask=case.mask, sinks=case.sinks), programs=programs,
-            )
-            # Results don't hang on how many programs share the tasks.
-            for programs in ((1, 3) if name == "causal" else (3,))
-        ]  # fmt: skip
-        out, lse = runs[-1]
+        tiles = AscendPlanner.complete(spec, {**tiles, "SPLITS": 8})
+        return ascend_constants(
+            AttentionPlan(spec, "ascend910b", "ascend-triton", tiles, (), "given")
+        )
+
+    def measure(case, out, lse):
         exact, bound = case.bound()
         _, expected = case.run(torch.float64)
         unseen = torch.isinf(expected)
-        found[name] = {
+        return {
             "error": (out.double() - exact).abs().max().item(),
             "bound": bound,
             "lse_error": (lse.double() - expected)[~unseen].abs().max().item(),
@@ -87,9 +107,50 @@ def interpret():
             "unseen_rows_agree": bool(torch.equal(torch.isinf(lse), unseen)),
             "unseen_rows_are_0": bool((out[unseen] == 0).all()),
             "finite": bool(torch.isfinite(out).all()),
-            "same": all(torch.equal(out, other) for other, _ in runs),
         }
-    print(json.dumps(found))
+
+    prefills = {}
+    for name, (fields, sizes, blocks) in CASES.items():
+        case = random_case(sizes, fields, seed=3)
+        runs = [
+            prefill(
+                ascend_prefill, case.q, Keys(case.k, case.v, lengths=case.lengths),
+                constants_of(fields, sizes, blocks, "prefill"), scale=case.scale,
+                extras=Extras(mask=case.mask, sinks=case.sinks), programs=programs,
+            )
+            # Results don't hang on how many programs share the tasks.
+            for programs in ((1, 3) if name == "causal" else (3,))
+        ]  # fmt: skip
+        prefills[name] = measure(case, *runs[-1])
+        prefills[name]["same"] = all(torch.equal(runs[-1][0], other) for other, _ in runs)
+
+    decodes = {}
+    for name, (fields, sizes, blocks) in DECODES.items():
+        case = random_case(sizes, fields, seed=3)
+        if name == "key mask":
+            case.mask[0] = 0
+        constants = constants_of(fields, sizes, blocks, "decode")
+
+        def run(rows=slice(None), splits=None, programs=3, case=case, constants=constants):
+            mask, lengths = (None if x is None else x[rows] for x in (case.mask, case.lengths))
+            return decode(
+                ascend_decode, ascend_merge, case.q[rows],
+                Keys(case.k[rows], case.v[rows], lengths=lengths), constants, scale=case.scale,
+                extras=Extras(mask=mask, sinks=case.sinks), splits=splits, programs=programs,
+            )  # fmt: skip
+
+        out, lse = run()
+        whole, whole_lse = run(splits=1)
+        again, again_lse = run(programs=2)
+        alone, alone_lse = run(rows=slice(sizes[0] - 1, None))
+        decodes[name] = {
+            **measure(case, out, lse),
+            "whole": measure(case, whole, whole_lse),
+            "same": torch.equal(out, again) and torch.equal(lse, again_lse),
+            "same_alone": torch.equal(out[-1:], alone) and torch.equal(lse[-1:], alone_lse),
+            "split": not torch.equal(lse, whole_lse),
+        }
+    print(json.dumps({"prefill": prefills, "decode": decodes}))
 
 
 @pytest.fixture(scope="module")
@@ -105,18 +166,37 @@ def interpreted():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_interpreted_it_is_as_exact_as_it_may_be(interpreted, name):
-    found = interpreted[name]
-    assert found["finite"] and found["same"]
+def assert_exact(found):
+    assert found["finite"]
     assert found["error"] <= found["bound"]
     assert found["lse_error"] <= 1e-4
     assert found["unseen_rows_agree"] and found["unseen_rows_are_0"]
 
 
-def test_rows_that_see_nothing_are_among_the_cases(interpreted):
-    assert interpreted["more queries"]["unseen_rows"] > 0
-    assert interpreted["window, full, top left"]["unseen_rows"] > 0
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_it_is_as_exact_as_it_may_be(interpreted, name):
+    found = interpreted["prefill"][name]
+    assert_exact(found)
+    assert found["same"]
+
+
+@pytest.mark.parametrize("name", DECODES)
+def test_interpreted_decoding_is_as_exact_split_and_whole(interpreted, name):
+    found = interpreted["decode"][name]
+    assert_exact(found)
+    assert_exact(found["whole"])
+    assert found["same"] and found["same_alone"]
+
+
+def test_rows_that_see_nothing_and_spans_are_among_the_cases(interpreted):
+    assert interpreted["prefill"]["more queries"]["unseen_rows"] > 0
+    assert interpreted["prefill"]["window, full, top left"]["unseen_rows"] > 0
+    decodes = interpreted["decode"]
+    assert decodes["key mask"]["unseen_rows"] == 8 * 4
+    assert decodes["3 heads a key head, 1 keys, 4 tokens"]["unseen_rows"] == 2 * 3 * 3
+    # Another order of summation shows that keys were split at all.
+    for name in ("8 heads a key head, 1000 keys, 1 tokens", "window", "lengths", "everything"):
+        assert decodes[name]["split"], name
 
 
 # --- With the compiler ---
@@ -146,24 +226,32 @@ def venv(tool):
 @pytest.mark.ascend
 @pytest.mark.slow
 def test_the_compiler_agrees_with_the_planner(tool, venv, tmp_path):
-    rows = tool.compare(venv, tool.draw_shapes(4, seed=5), tmp_path)
+    shapes = tool.draw_shapes(4, seed=5) + tool.draw_shapes(4, seed=5, phase="decode")
+    rows = tool.compare(venv, shapes, tmp_path)
     assert all(row["agree"] for row in rows)
-    assert all(abs(row.get("ub_error", 0.0)) <= 0.2 for row in rows)
+    for name in ("ub_error", "merge_ub_error"):
+        assert all(abs(row.get(name, 0.0)) <= 0.2 for row in rows)
 
 
 @pytest.mark.ascend
 @pytest.mark.slow
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_what_the_planner_chooses_compiles(tool, venv, tmp_path, head_dim):
+def test_what_the_planner_chooses_compiles(tool, venv, tmp_path, head_dim, phase):
     from graphopt.plan import AttentionSpec, plan_attention
     from graphopt.targets import get_target
 
-    fields = {"head_dim": head_dim, "heads": 8, "kv_heads": 2, "window": 1024, "key_mask": True}
+    fields = {
+        "head_dim": head_dim, "heads": 8, "kv_heads": 2, "window": 1024, "key_mask": True,
+        "phase": phase,
+    }  # fmt: skip
     tiles = plan_attention(AttentionSpec(**fields), get_target("ascend910b")).tiles
-    given = {name: tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_KV")}
-    fields["dtype"] = "f16"
-    (row,) = tool.compare(venv, [{"fields": fields, "tiles": given}], tmp_path)
-    assert row["compiler_fits"] and row["planner_fits"]
+    shapes = [{"fields": fields, "tiles": tiles}]
+    if phase == "decode":
+        # The tile of a step of one token.
+        shapes.append({"fields": fields, "tiles": {**tiles, "BLOCK_M": 16}})
+    for row in tool.compare(venv, shapes, tmp_path):
+        assert row["compiler_fits"] and row["planner_fits"]
 
 
 @pytest.mark.ascend
@@ -173,7 +261,8 @@ def test_the_compiled_form_executed_here_is_exact(tool, venv, tmp_path):
         tool.native_tools()
     except tool.Missing as missing:
         pytest.skip(str(missing))
-    for row in tool.execute(venv, list(tool.RUNS[-2:]), tmp_path):
+    runs = [run for run in tool.RUNS if {"sinks", "phase"} & set(run[0])]
+    for row in tool.execute(venv, runs[-3:], tmp_path):
         assert row["max_error"] <= row["bound"]
         assert row["max_relative_error"] <= 1e-3
         assert row["lse_error"] <= 1e-4 and row["unseen_rows_agree"]
@@ -191,7 +280,10 @@ def test_a_missing_tool_is_said_with_what_to_install(tool, tmp_path, monkeypatch
 
 
 def test_the_shapes_are_drawn_the_same_again(tool):
-    assert tool.draw_shapes(5) == tool.draw_shapes(5) != tool.draw_shapes(5, seed=tool.SEED + 1)
+    for phase in ("prefill", "decode"):
+        drawn = tool.draw_shapes(5, phase=phase)
+        assert drawn == tool.draw_shapes(5, phase=phase)
+        assert drawn != tool.draw_shapes(5, seed=tool.SEED + 1, phase=phase)
 
 
 if __name__ == "__main__":

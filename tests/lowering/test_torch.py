@@ -41,11 +41,12 @@ LIBRARIES = {"torch", "safetensors", "tokenizers"}
 """What the file may import; the last only where a prompt is a text."""
 
 
-def write(program: Program, folder: Path) -> ModuleType:
+def write(program: Program, folder: Path, target: str = "cpu") -> ModuleType:
     """Emit a program into a folder and return its `model.py` as a module."""
     emitter = TorchEmitter()
-    emitter.check(program, "cpu")
-    emitter.emit(program, folder, "cpu", silent)
+    emitter.check(program, target)
+    folder.mkdir(exist_ok=True)
+    emitter.emit(program, folder, target, silent)
     return load_file(folder / "model.py")
 
 
@@ -233,6 +234,235 @@ BODY = """
             x, cache[i] = layer(x, attention_mask, cos, sin, cache[i])
         return self.head(x), cache
 """
+
+
+def test_a_target_with_kernels_for_layers_gets_joined_ones() -> None:
+    text = render_model(tiny_program(cache=True), "ampere")
+    block = text[text.index("class Block(") : text.index("class Head(")]
+    assert block.strip() == FUSED_BLOCK.strip()
+    assert "add_rms_norm = kernels.add_rms_norm\n" in text and "def rms_norm" not in text
+    assert "        x, x_delta, cos, sin = self.embed(input_ids, position_ids)\n" in text
+    assert "x, x_delta, cache[i] = layer(x, x_delta, attention_mask, cos, sin, cache[i])" in text
+    assert "        _, h = add_rms_norm(x, x_delta, self.norm, eps=1e-05)\n" in text
+    for target in ("volta", "ascend910b"):
+        assert BLOCK.strip() in render_model(tiny_program(cache=True), target)
+
+
+FUSED_BLOCK = '''
+class Block(nn.Module):
+    """Called 2 times: layers.0 to layers.1."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.input_layernorm = weights["input_layernorm.weight"]
+        self.o_proj = weights["self_attn.o_proj.weight"]
+        self.post_attention_layernorm = weights["post_attention_layernorm.weight"]
+        self.down_proj = weights["mlp.down_proj.weight"]
+        self.q_k_v_proj, self.q_k_v_proj_sizes = pack(
+            weights["self_attn.q_proj.weight"],
+            weights["self_attn.k_proj.weight"],
+            weights["self_attn.v_proj.weight"],
+        )
+        self.gate_up_proj, self.gate_up_proj_sizes = pack(
+            weights["mlp.gate_proj.weight"], weights["mlp.up_proj.weight"]
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        x_delta: Tensor | None,
+        attention_mask: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        past: KV | None = None,
+    ) -> tuple[Tensor, Tensor, KV]:
+        """x [B,S,32], x_delta [B,S,32], attention_mask [B,P+S], cos [B,S,4], sin [B,S,4] ->
+        [B,S,32], [B,S,32]."""
+        total, h = add_rms_norm(x, x_delta, self.input_layernorm, eps=1e-05)
+        q, k, v = linear(h, self.q_k_v_proj).split(self.q_k_v_proj_sizes, -1)
+        q_rope, k_rope = rope_pair(split_heads(q, head_dim=8), split_heads(k, head_dim=8), cos, sin)
+        a, present_k, present_v = cached_attention(
+            q_rope,
+            k_rope,
+            split_heads(v, head_dim=8),
+            past,
+            attention_mask,
+            scale=0.3535533905932738,
+            causal=True,
+        )
+        x_1, h_1 = add_rms_norm(
+            total, linear(merge_heads(a), self.o_proj), self.post_attention_layernorm, eps=1e-05
+        )
+        gate, up = linear(h_1, self.gate_up_proj).split(self.gate_up_proj_sizes, -1)
+        down = linear(act_mul(gate, up, "silu"), self.down_proj)
+        return x_1, down, (present_k, present_v)
+'''
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": True, "interleaved": True, "rotary_dim": 4},
+        {"norm": "layer", "bias": True, "tied": False},
+        {"alibi": True, "layers": 3},
+        {"sinks": True, "softcap": 2.0, "window": 3},
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compares in fp32, on the CPU")
+@pytest.mark.filterwarnings("ignore:attention on a CPU")
+def test_joined_nodes_compute_what_they_did_apart(options: dict[str, Any], tmp_path: Path) -> None:
+    program = tiny_program(cache=True, **options)
+    emitted = write(program, tmp_path, "hopper")
+    model = emitted.load(tmp_path)
+    for case in cases((1, 7), vocab=97):
+        expected = Runner(program).logits(case.inputs)
+        assert error(expected, whole(model, case), case) < 1e-6, str(case)
+    whole_sizes = sum(w.load().numel() for w in program.weights if not w.constant)
+    assert sum(p.numel() for p in model.parameters()) == whole_sizes
+
+
+def test_sums_that_something_else_reads_stay_where_they_are() -> None:
+    """No norm comes next, two calls read one, or the norm is another."""
+    program = tiny_program(cache=True)
+    head = program.functions["head"]
+    norm = head.nodes[0]
+    norm.inputs[0] = head.add("scale", [head.params[0]], {"factor": 2.0}, before=norm).output
+    text = render_model(program, "ampere")
+    assert "_delta" not in text and "x_2 = x_1 + " in text
+    program = tiny_program(cache=True)
+    head = program.functions["head"]
+    head.params.append(Value("before"))
+    operands = [head.nodes[0].output, head.params[1]]
+    head.nodes[-1].inputs[0] = head.add("add", operands, before=head.nodes[-1]).output
+    # Layer 1 and the head read what layer 0 makes.
+    program.calls[1].results, program.calls[2].args[0] = ["x_0"], "x_0"
+    program.calls[3].args.append("x_0")
+    assert "_delta" not in render_model(program, "ampere")
+    assert "_delta" not in render_model(tiny_program(cache=True, norm="layer"), "ampere")
+
+
+def test_weights_with_two_uses_are_not_packed(tmp_path: Path) -> None:
+    """They would be there twice."""
+    program = tiny_program(layers=3, cache=True)
+    program.calls[3].weights = dict(program.calls[1].weights)  # layer 2 is layer 0 again
+    text = render_model(program, "ampere")
+    assert "pack(" not in text and "add_rms_norm(" in text
+
+
+def test_what_stands_between_is_not_passed_by() -> None:
+    """A rotation that reads what another one made is no pair with it; a value read twice stays."""
+    program = tiny_program(cache=True, kv_heads=4)
+    block = program.functions["block"]
+    q_rope, k_rope = (node for node in block.nodes if node.op == "rope")
+    k_rope.inputs[0] = block.add("scale", [q_rope.output], {"factor": 0.5}, before=k_rope).output
+    attention = next(node for node in block.nodes if node.op == "attention")
+    attention.inputs[2] = attention.inputs[1]
+    attention.inputs[0] = attention.inputs[1]
+    act = next(node for node in block.nodes if node.op == "silu")
+    down = next(n for n in reversed(block.nodes) if n.op == "linear")
+    down.inputs[0] = block.add("add", [down.inputs[0], act.output], before=down).output
+    text = render_model(program, "ampere")
+    assert "rope_pair(" not in text and "act_mul(" not in text
+
+
+@pytest.mark.parametrize("kind", ["grows", "none", "fixed"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compares tokens in fp32, on the CPU")
+@pytest.mark.filterwarnings("ignore:attention on a CPU")
+def test_texts_of_unequal_length_at_once(kind: str, tmp_path: Path) -> None:
+    program = tiny_program(cache=kind != "none", window=3)
+    emitted = write(program, tmp_path, "ampere" if kind == "fixed" else "cpu")
+    assert hasattr(emitted, "Decoder") == (kind == "fixed")
+    model = emitted.load(tmp_path)
+    texts = [[5, 6], [1, 2, 3, 4, 5, 6, 7], [9]]
+    alone = [greedy(program, text, 8) for text in texts]
+    assert emitted.generate(model, texts, 8) == alone
+    assert emitted.generate(model, texts[1], 8) == alone[1]
+    assert emitted.generate(model, texts[:1], 8) == alone[:1]
+    # A row that ended stays so, whatever it would say behind its end.
+    stop = {alone[0][2], alone[2][5]}
+    cut = [next((a[:i] for i, token in enumerate(a) if token in stop), a) for a in alone]
+    assert emitted.generate(model, texts, 8, stop) == cut
+
+
+@pytest.mark.parametrize("kind", ["grows", "none", "fixed"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the CPU")
+def test_nothing_to_run_and_too_much_are_refused(kind: str, tmp_path: Path) -> None:
+    program = with_positions(tiny_program(cache=kind != "none", alibi=True), 12)
+    emitted = write(program, tmp_path, "ampere" if kind == "fixed" else "cpu")
+    assert emitted.POSITIONS == 12
+    model = emitted.load(tmp_path)
+    for ids in ([], [[]], [[1, 2], []]):
+        with pytest.raises(ValueError, match="a text without tokens: give every text at least one"):
+            emitted.generate(model, ids, 3)
+    with pytest.raises(ValueError, match="9 tokens and 4 more: the model has 12 positions"):
+        emitted.generate(model, [[1] * 9, [1]], 4)
+    for shape in ((0, 3), (2, 0)):
+        with pytest.raises(ValueError, match=rf"input_ids is \[{shape[0]}, {shape[1]}\]"):
+            model(torch.ones(shape, dtype=torch.long))
+
+
+def with_positions(program: Program, rows: int) -> Program:
+    """Add learned positions, as GPT-2 has them."""
+    embed = program.functions["embed"]
+    ids, table = Value("position_ids"), Value("wpe")
+    embed.params.append(ids)
+    embed.weights["wpe.weight"] = table
+    place = embed.add("embedding", [ids, table], names=["place"]).output
+    embed.results[0] = embed.add("add", [embed.results[0], place], names=["x"]).output
+    program.calls[0].args.append("position_ids")
+    program.calls[0].weights["wpe.weight"] = "wpe.weight"
+    value = torch.randn(rows, 32, generator=torch.Generator().manual_seed(1)) * 0.1
+    program.weights.add(Weight("wpe.weight", Array(value)))
+    return program
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the CPU")
+@pytest.mark.filterwarnings("ignore:attention on a CPU")
+def test_decoder_refusals_and_rows(tmp_path: Path) -> None:
+    program = with_positions(tiny_program(cache=True, alibi=True), 12)
+    emitted = write(program, tmp_path, "hopper")
+    model = emitted.load(tmp_path)
+    with pytest.raises(ValueError, match="a cache of 13 tokens: the model has 12 positions"):
+        emitted.Decoder(model, 13)
+    for capacity, batch in ((12, 0), (1, 1)):
+        with pytest.raises(ValueError, match=f"a cache of {capacity} tokens for {batch} texts"):
+            emitted.Decoder(model, capacity, batch)
+    decoder = emitted.Decoder(model, 6, batch=2)
+    with pytest.raises(ValueError, match="is empty: start with a prompt"):
+        decoder.step()
+    with pytest.raises(ValueError, match="3 prompts in a cache for 2"):
+        decoder.start([[1], [2], [3]])
+    with pytest.raises(ValueError, match="a prompt of 6 tokens in a cache of 6"):
+        decoder.start([[1], [1] * 6])
+    with pytest.raises(ValueError, match="a prompt of 0 tokens in a cache of 6"):
+        decoder.start([[1], []])
+    slots = emitted.Decoder(model, 6).cache
+    for shape in ((1, 7), (2, 3)):
+        with pytest.raises(ValueError, match=rf"{shape[1]} tokens in {shape[0]} rows do not fit"):
+            ids = torch.ones(shape, dtype=torch.long)
+            model(ids, None, torch.zeros_like(ids), slots)
+    texts = [[1, 2, 3], [4]]
+    for _ in range(2):  # a decoder starts anew
+        tokens = [decoder.start(texts), decoder.step(), decoder.step([7, 8])]
+        assert decoder.logits.shape == (2, 97)
+        for row, text in enumerate(texts):
+            first, second = greedy(program, text, 2)
+            assert [step[row] for step in tokens[:2]] == [first, second]
+            given = [*text, first, [7, 8][row]]
+            assert tokens[2][row] == greedy(program, given, 1)[0]
+    decoder.step()
+    with pytest.raises(ValueError, match="the cache of 6 tokens is full"):
+        decoder.step()
+
+
+def test_steps_that_the_host_takes_part_in_are_not_recorded() -> None:
+    program = tiny_program(cache=True)
+    assert "RECORDS = True" in render_model(program, "ampere")
+    block = program.functions["block"]
+    x = block.results[0]
+    kind = {"types": [Type((B, S, 32), torch.float32)], "args": [In(0)]}
+    block.results = [block.add("aten.nonzero.default", [x], kind, ["odd"]).output]
+    assert "RECORDS = False" in render_model(program, "ampere")
 
 
 def test_layers_of_two_kinds_and_tables_of_their_own_are_one_loop(tmp_path: Path) -> None:
@@ -466,10 +696,11 @@ def test_long_lines_are_broken_inside_brackets() -> None:
 
 
 @pytest.mark.parametrize("make", [odd_program, sized_program, lambda: tiny_program(window=3)])
-def test_linters_and_formatters_have_nothing_to_say(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["cpu", "hopper"])
+def test_linters_and_formatters_have_nothing_to_say(make: Any, target: str, tmp_path: Path) -> None:
     pytest.importorskip("ruff", reason="ruff is not installed")
     path = tmp_path / "model.py"
-    path.write_text(render_model(make()), encoding="utf-8")
+    path.write_text(render_model(make(), target), encoding="utf-8")
     run_python("-m", "ruff", "check", "--isolated", "--select", "E9,F", str(path))
     if make is not odd_program:  # its names hold quotes, which ruff would write in single ones
         run_python("-m", "ruff", "format", "--isolated", "--line-length=100", "--check", str(path))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +17,16 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+from graphopt.lowering.torch.tiled import _runtime_text  # noqa: E402
 from graphopt.lowering.triton.constants import kernel_constants  # noqa: E402
+from graphopt.lowering.triton.specialise import specialise  # noqa: E402
 from graphopt.plan import AttentionSpec, plan_attention  # noqa: E402
 from graphopt.runtime.attention import Extras, Keys, decode, prefill, splits_of  # noqa: E402
 from graphopt.runtime.kernels.decode import attention_decode, attention_merge  # noqa: E402
 from graphopt.runtime.kernels.prefill import attention_prefill  # noqa: E402
 from graphopt.targets import get_target  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 FORMS = {
     "causal": {},
     "full": {"causal": False},
@@ -85,11 +92,11 @@ def close(found, lse, case):
 
 def check_prefill(case, keys=None, **changes):
     q, keys, extras = operands(case, keys)
-    out, lse = prefill(
+    out, lse, page_max = prefill(
         attention_prefill, q, keys, planned(case, **changes), scale=case.scale, extras=extras
     )
     close(out, lse, case)
-    return out
+    return out, page_max
 
 
 def check_decode(case, keys=None, splits=None, **changes):
@@ -163,7 +170,9 @@ def test_a_row_does_not_hang_on_its_batch():
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_rows_that_see_nothing_are_zero(phase):
-    check = check_prefill if phase == "prefill" else lambda case: check_decode(case, splits=2)[0]
+    def check(case):
+        return (check_prefill(case) if phase == "prefill" else check_decode(case, splits=2))[0]
+
     case = random_case((2, 2, 1, 5, 40, 32, 32), {"key_mask": True, "sinks": True})
     case.mask[1] = 0
     out = check(case)
@@ -192,7 +201,7 @@ def test_sequences_one_behind_the_other():
         ends = [torch.tensor([0, *torch.tensor(n).cumsum(0)]) for n in zip(*lengths, strict=True)]
         joined = dataclasses.replace(cases[0], q=q, k=k, v=v, fields={**fields, "varlen": True})
         keys = on_device(Keys(k, v, ends=ends[1]))
-        out, lse = prefill(
+        out, lse, _ = prefill(
             attention_prefill, on_device(q), keys, planned(joined),
             scale=joined.scale, ends=on_device(ends[0]), longest=64,
         )  # fmt: skip
@@ -228,32 +237,56 @@ def test_pages(page):
         check_decode(case, paged(case, page), splits=3)
 
 
-@pytest.mark.parametrize("page", [16, 32])
-def test_selected_pages_and_their_maxima(page):
-    fields = {"kv": "paged", "page": page, "lengths": True, "selected_pages": True}
-    case = random_case((2, 4, 2, 1, 150, 64, 64), fields)
-    lists = torch.tensor([[0, 2, 4], [1, 3, -1]])
-    case.picked = torch.zeros(2, 150, dtype=torch.bool)
-    for b in range(2):
-        for page_number in lists[b][lists[b] >= 0]:
-            case.picked[b, page_number * page : (page_number + 1) * page] = True
-    keys = dataclasses.replace(paged(case, page), pages=lists)
-    case.fields["page_max"] = True
-    _, maxima = check_decode(case, keys, splits=2)
+def picked(case, lists, page):
+    """bool [B, T]: keys of the pages that are listed."""
+    found = torch.zeros(case.k.shape[0], case.k.shape[2], dtype=torch.bool)
+    for b, row in enumerate(lists):
+        for number in row[row >= 0]:
+            found[b, number * page : (number + 1) * page] = True
+    return found
+
+
+def check_maxima(found, case, lists, page):
     scores = case.scores(torch.float64)
-    for b in range(2):
-        for slot, page_number in enumerate(lists[b]):
+    assert found.shape == (*scores.shape[:3], lists.shape[1])
+    for b, row in enumerate(lists):
+        for slot, number in enumerate(row):
+            expected = scores.new_full(scores.shape[1:3], float("-inf"))
             # Lists end in -1: such a slot has seen nothing.
-            expected = torch.full((4, 1), float("-inf"), dtype=torch.float64)
-            if page_number >= 0:
-                expected = scores[b, :, :, page_number * page : (page_number + 1) * page].amax(-1)
+            if number >= 0 and number * page < scores.shape[3]:
+                expected = scores[b, :, :, number * page : (number + 1) * page].amax(-1)
             torch.testing.assert_close(
-                maxima[b, :, :, slot].cpu().double(), expected, rtol=1e-5, atol=1e-4
+                found[b, :, :, slot].cpu().double(), expected, rtol=1e-5, atol=1e-4
             )
-    del case.fields["page_max"]
-    wide = random_case((2, 4, 2, 12, 150, 64, 64), fields)
-    wide = dataclasses.replace(wide, k=case.k, v=case.v, picked=case.picked)
-    check_prefill(wide, keys)
+
+
+@pytest.mark.parametrize("page", [16, 32, 64])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_selected_pages_and_their_maxima(phase, page):
+    fields = {"kv": "paged", "page": page, "lengths": True, "selected_pages": True}
+    queries, check = (1, check_decode) if phase == "decode" else (40, check_prefill)
+    case = random_case((2, 4, 2, queries, 150, 64, 64), fields)
+    lists = torch.tensor([[0, 2, 4], [1, 2, -1]])
+    case.picked = picked(case, lists, page)
+    keys = dataclasses.replace(paged(case, page), pages=lists)
+    _, maxima = check(case, keys, PAGE_MAX=True)
+    check_maxima(maxima, case, lists, page)
+    assert check(case, keys)[1] is None
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"causal": False, "window": 20}, {"softcap": 2.0, "key_mask": True, "sinks": True},
+     {"chunk": 24, "alibi": True, "bias": True}],
+)  # fmt: skip
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_maxima_of_all_pages(phase, form):
+    page, queries = 16, 1 if phase == "decode" else 45
+    check = check_decode if phase == "decode" else check_prefill
+    fields = {**form, "kv": "paged", "page": page, "lengths": True}
+    case = random_case((2, 4, 2, queries, 96, 32, 32), fields)
+    _, maxima = check(case, paged(case, page), PAGE_MAX=True)
+    check_maxima(maxima, case, torch.arange(6).expand(2, 6), page)
 
 
 def test_a_ring():
@@ -285,3 +318,66 @@ def test_operands_that_do_not_fit_are_refused(change, message):
     q, keys, extras = operands(dataclasses.replace(case, **change(case)))
     with pytest.raises(ValueError, match=message):
         prefill(attention_prefill, q, keys, constants, scale=1.0, extras=extras)
+
+
+SPECIALISED = {
+    "causal": [{}, {"key_mask": True}, {"lengths": True}, {"key_mask": True, "lengths": True}],
+    "all of one": [FORMS["everything"]],
+    "window and none": [{"window": 9, "align": "top-left"}, {"align": "top-left"}],
+    "chunk, softcap": [{"chunk": 24, "softcap": 2.0}, {"softcap": 2.0}],
+    "bias": [{"bias": True, "causal": False}, {"bias": True, "causal": False, "key_mask": True}],
+    "alibi, sinks": [{"alibi": True, "sinks": True}],
+    "pages": [{"kv": "paged", "page": 16, "lengths": True}],
+}
+
+
+def emitted(folder, served, monkeypatch):
+    """The kernels specialised for plans, as a package; and their texts before and after."""
+    before = {name: _runtime_text(f"kernels/{name}.py") for name in ("common", "prefill", "decode")}
+    after = specialise(before, served)
+    package = folder / f"made_{folder.name}"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name, text in after.items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(folder))
+    modules = {name: importlib.import_module(f"{package.name}.{name}") for name in after}
+    return modules, before, after, package
+
+
+@pytest.mark.parametrize("width", [64, 80])
+@pytest.mark.parametrize("name", SPECIALISED)
+def test_specialised_kernels_give_the_same_bits(name, width, tmp_path, monkeypatch):
+    forms = SPECIALISED[name]
+    cases = [random_case((2, 4, 2, 40, 70, width, width), f, seed=i) for i, f in enumerate(forms)]
+    few = [random_case((2, 4, 2, 2, 70, width, width), f, seed=i) for i, f in enumerate(forms)]
+    constants = [planned(case) for case in cases], [planned(case, "decode") for case in few]
+    rows = [[(str(form), row) for form, row in zip(forms, c, strict=True)] for c in constants]
+    served = {"attention_prefill": rows[0], "attention_decode": rows[1],
+              "attention_merge": rows[1]}  # fmt: skip
+    modules, before, after, package = emitted(tmp_path, served, monkeypatch)
+    assert after == specialise(before, served)
+    for module in after:
+        assert after[module].count("\n") < before[module].count("\n")
+    # Relative imports are the folder's way to stand alone.
+    for arguments in (["format", "--check"], ["check", "--ignore", "TID252"]):
+        command = [sys.executable, "-m", "ruff", *arguments, "--no-cache", "--config",
+                   str(ROOT / "pyproject.toml"), str(package)]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    small = modules["prefill"].attention_prefill
+    assert len(small.arg_names) < len(attention_prefill.arg_names) - 10
+    for case, row in zip(cases, constants[0], strict=True):
+        q, keys, extras = operands(case, paged(case, 16) if case.fields.get("page") else None)
+        options = {"scale": case.scale, "extras": extras}
+        whole = prefill(attention_prefill, q, keys, row, **options)
+        for one, other in zip(prefill(small, q, keys, row, **options), whole, strict=True):
+            assert one is other is None or torch.equal(one, other)
+    pair = modules["decode"].attention_decode, modules["decode"].attention_merge
+    for case, row in zip(few, constants[1], strict=True):
+        q, keys, extras = operands(case, paged(case, 16) if case.fields.get("page") else None)
+        options = {"scale": case.scale, "extras": extras, "splits": 3}
+        whole = decode(attention_decode, attention_merge, q, keys, row, **options)
+        for one, other in zip(decode(*pair, q, keys, row, **options), whole, strict=True):
+            assert one is other is None or torch.equal(one, other)

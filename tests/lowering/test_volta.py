@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -16,7 +14,13 @@ from volta_forms import FORMS, Form, case_of, check, close, run
 from graphopt.errors import LoweringError
 from graphopt.lowering.cuda import compile as nvrtc
 from graphopt.lowering.cuda import compile_cuda, nvrtc_version
-from graphopt.lowering.cuda.volta import compile_volta, volta_source
+from graphopt.lowering.cuda.sass import disassemble, find_nvdisasm, usage
+from graphopt.lowering.cuda.volta import (
+    compile_volta,
+    matrix_instructions,
+    shared_loads,
+    volta_source,
+)
 from graphopt.plan.volta_layout import operand_layout, value_layout
 from graphopt.runtime.attention import Keys, prefill
 from graphopt.runtime.volta import DECODE, MERGE, PREFILL, decode_kernels, prefill_kernel
@@ -187,28 +191,16 @@ def _nvrtc():
         return None, error.message
 
 
+def _nvdisasm():
+    try:
+        return find_nvdisasm(), ""
+    except LoweringError as error:
+        return None, error.message
+
+
 VERSION, WHY = _nvrtc()
 needs_nvrtc = pytest.mark.skipif(VERSION is None, reason=WHY)
-NVDISASM = shutil.which("nvdisasm")
-
-
-def usage(log):
-    """Kernel -> its registers and the bytes it spills, as ptxas says."""
-    pattern = (
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers"
-    )
-    return {
-        name: (int(registers), int(stores) + int(loads))
-        for name, stores, loads, registers in re.findall(pattern, log, re.DOTALL)
-    }
-
-
-def products(constants):
-    """Instructions of the matrix unit in the body of a tile, all of whose loops are unrolled."""
-    rows = constants["BLOCK_M"] // (1 if constants["DECODE"] else constants["WARPS"])
-    width = constants["HEAD_DIM"] + -(-constants["VALUE_DIM"] // 16) * 16
-    return 4 * rows * constants["BLOCK_N"] * width // 1024
+NVDISASM, WHY_NOT_DISASSEMBLED = _nvdisasm()
 
 
 COMPILED = (
@@ -222,23 +214,31 @@ COMPILED = (
 
 @needs_nvrtc
 @pytest.mark.parametrize("name", COMPILED)
-def test_machine_code(name, tmp_path):
+def test_machine_code(name):
     constants = FORMS[name].constants()
     compiled = compile_volta(constants, "sm_70")
     assert compiled.image == compiled.cubin and compiled.cubin[:4] == b"\x7fELF"
     assert compiled.ptx is None
-    for registers, spilled in usage(compiled.log).values():
-        assert registers <= 255 and spilled == 0
-    assert len(usage(compiled.log)) == 1 + constants["DECODE"]
-    if NVDISASM is None:
-        return
-    (tmp_path / "kernel.cubin").write_bytes(compiled.cubin)
-    command = [NVDISASM, "-c", str(tmp_path / "kernel.cubin")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return  # nvdisasm of CUDA 13 knows no sm_70
-    assert len(re.findall(r"\bHMMA\.884\.F32\.F32\.STEP\d", done.stdout)) == products(constants)
-    assert not re.search(r"\b(LDL|STL|LDSM|LDGSTS)\b", done.stdout)
+    used = usage(compiled.log)
+    assert all(u.registers <= 255 and u.spilled == 0 and u.shared == 0 for u in used.values())
+    assert len(used) == 1 + constants["DECODE"]
+
+
+@needs_nvrtc
+@pytest.mark.skipif(NVDISASM is None, reason=WHY_NOT_DISASSEMBLED)
+@pytest.mark.parametrize("name", COMPILED)
+def test_instructions(name):
+    constants = FORMS[name].constants()
+    kernels = disassemble(compile_volta(constants, "sm_70").cubin, NVDISASM)
+    kernel = kernels["attention_decode" if constants["DECODE"] else "attention_prefill"]
+    expected = matrix_instructions(constants)
+    assert kernel.count(r"HMMA\.884\.F32\.F32\.STEP\d") == kernel.count("HMMA") == expected
+    assert sum(k.count("LDL|STL|LDSM|LDGSTS") for k in kernels.values()) == 0
+    # What the bank model is asked about is what the body of a tile loads.
+    loop = [kernel.instructions[i].opcode for i in kernel.main_loop()]
+    for width in (8, 16):
+        loads = [x.count for x in shared_loads(constants).values() if x.width == width]
+        assert sum(f".{8 * width}" in op and op.startswith("LDS") for op in loop) == sum(loads)
 
 
 @needs_nvrtc
@@ -249,7 +249,8 @@ def test_ptx_for_the_driver_to_compile(name):
     assert compiled.cubin is None and compiled.image.endswith(b"\0")
     assert ".target sm_70" in compiled.ptx
     # A step of K is one product of a warp, and four instructions.
-    assert compiled.ptx.count("mma.sync.aligned.m8n8k4.row") == products(constants) // 4
+    products = matrix_instructions(constants) // 4
+    assert compiled.ptx.count("mma.sync.aligned.m8n8k4.row") == products
     for newer in ("cp.async", "ldmatrix", "bf16", "m16n8k"):
         assert newer not in compiled.ptx
     entries = re.findall(r"\.entry (\w+)", compiled.ptx)
@@ -265,7 +266,7 @@ def test_ptx_for_the_driver_to_compile(name):
 def test_no_head_size_spills(size, phase):
     for fields in ({}, {"bias": True, "alibi": True}, {"kv": "paged", "page": 16, "window": 100}):
         compiled = compile_volta(Form(size, {**fields, "phase": phase}).constants())
-        assert all(spilled == 0 for _, spilled in usage(compiled.log).values()), fields
+        assert all(used.spilled == 0 for used in usage(compiled.log).values()), fields
 
 
 @needs_nvrtc

@@ -1,4 +1,4 @@
-"""The plan of the Ascend kernel, and its mask by windows of one table."""
+"""The plans of the Ascend kernels, and their mask by windows of one table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from graphopt.errors import LoweringError
 from graphopt.plan import PLANNERS, AttentionSpec, plan_attention
-from graphopt.plan.ascend import ascend_constants, rounds, unified_buffer
+from graphopt.plan.ascend import ascend_constants, merge_buffer, rounds, unified_buffer
 from graphopt.runtime import ascend
 from graphopt.runtime.tiling_mask import Band, corner, lookup, table, table_bytes
 from graphopt.targets import get_target
@@ -66,6 +66,29 @@ def test_every_head_size_has_tiles_that_satisfy_all(head, value, dtype, causal, 
     assert max(tiles["BLOCK_M"], tiles["BLOCK_N"]) <= tiles["M"]
 
 
+@pytest.mark.parametrize("head", [64, 128, 256])
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
+def test_a_decode_packs_the_heads_of_a_group_and_splits_keys(head, group):
+    found = plan_attention(spec(head_dim=head, heads=2 * group, kv_heads=2, phase="decode"), TARGET)
+    assert found.kernel == "ascend-triton"
+    assert found.inequalities and all(inequality.holds for inequality in found.inequalities)
+    tiles = found.tiles
+    assert group <= tiles["BLOCK_M"] <= 16 * 16
+    assert tiles["SPAN"] % tiles["BLOCK_KV"] == 0
+    # The group's heads take no more rows than a step of 16 tokens fills.
+    assert tiles["BLOCK_M"] < 2 * 16 * group
+    # A step of fewer tokens runs in a smaller tile, which fits as well.
+    for rows in (16, 32, 64, 128):
+        if group <= rows < tiles["BLOCK_M"]:
+            smaller = PLANNER.inequalities(found.spec, TARGET, {**tiles, "BLOCK_M": rows})
+            assert all(inequality.holds for inequality in smaller)
+
+
+def test_a_group_that_no_tile_holds_is_refused():
+    with pytest.raises(LoweringError, match=r"group: .* = 512 > "):
+        plan_attention(spec(heads=512, kv_heads=1, phase="decode"), TARGET)
+
+
 def test_the_common_head_has_the_two_levels():
     tiles = plan_attention(spec(), TARGET).tiles
     assert tiles["BLOCK_KV"] > tiles["BLOCK_N"]
@@ -93,19 +116,34 @@ def test_the_memories_bound_what_they_should():
         assert broken in [i.name for i in found if not i.holds], broken
 
 
+def test_the_memories_bound_what_a_decode_should():
+    shape = spec(phase="decode")
+    tiles = PLANNER.complete(shape, {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_KV": 512, "SPLITS": 64})
+    assert all(i.holds for i in PLANNER.inequalities(shape, TARGET, tiles))
+    for changes, broken in (
+        ({"BLOCK_M": 2}, "group"),
+        ({"SPLITS": 256}, "unified buffer of the merge"),
+        ({"M": 1024}, "mask table's bytes"),
+    ):
+        found = PLANNER.inequalities(shape, TARGET, {**tiles, **changes})
+        assert [i.name for i in found if not i.holds] == [broken]
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("name", ["UB", "L0C", "L1"])
-def test_a_smaller_memory_gets_smaller_tiles_or_a_reason(name):
+def test_a_smaller_memory_gets_smaller_tiles_or_a_reason(name, phase):
+    shape = spec(phase=phase)
     sizes = []
     for part in (1, 4, 16):
         try:
-            tiles = plan_attention(spec(), with_memory(name, memory(name) // part)).tiles
+            tiles = plan_attention(shape, with_memory(name, memory(name) // part)).tiles
         except LoweringError:
             sizes.append(0)
         else:
             sizes.append(tiles["BLOCK_M"] * tiles["BLOCK_KV"])
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
     with pytest.raises(LoweringError, match="no tiles fit"):
-        plan_attention(spec(), with_memory(name, 1024))
+        plan_attention(shape, with_memory(name, 1024))
 
 
 def test_more_forms_never_take_less_of_the_unified_buffer():
@@ -138,14 +176,25 @@ def test_what_the_compiler_says_overflows(fields, tiles, needs):
     assert found.live == pytest.approx(needs, rel=0.1)
 
 
+# The same of the merge.
+@pytest.mark.parametrize(
+    ("value", "splits", "says"),
+    [(128, 256, 2162944 // 8), (256, 128, 2130176 // 8), (256, 256, 4260096 // 8),
+     (32, 16, 9796), (128, 64, 110404), (256, 64, 141092)],
+)  # fmt: skip
+def test_what_the_compiler_says_of_the_merge(value, splits, says):
+    found = merge_buffer({"VALUE_TILE": value, "SPLITS": splits})
+    assert (found.live > memory("UB")) == (says > memory("UB"))
+    assert found.reported(memory("UB")) == pytest.approx(says, rel=0.15)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"phase": "decode"}, "many query rows"),
         ({"chunk": 64}, "does not do chunk"),
         ({"alibi": True}, "does not do alibi"),
         ({"bias": True}, "does not do bias"),
-        ({"varlen": True}, "does not do varlen"),
         ({"kv": "ring"}, "not from a ring cache"),
         ({"kv": "paged", "page": 64}, "not from a paged cache"),
         ({"head_dim": 16}, "head_dim is 16"),
@@ -154,29 +203,46 @@ def test_what_the_compiler_says_overflows(fields, tiles, needs):
         ({"kv_bits": 8}, "a cache of 8 bits"),
     ],
 )
-def test_what_it_cannot_do_is_refused_with_the_reason(fields, reason):
+def test_what_it_cannot_do_is_refused_with_the_reason(fields, reason, phase):
     with pytest.raises(LoweringError, match=reason):
-        plan_attention(spec(**fields), TARGET)
+        plan_attention(spec(phase=phase, **fields), TARGET)
+
+
+def test_sequences_one_behind_the_other_are_refused():
+    with pytest.raises(LoweringError, match="does not do varlen"):
+        plan_attention(spec(varlen=True), TARGET)
 
 
 # --- The launch ---
 
 
+class Kept:
+    """A kernel that only keeps its grid and arguments."""
+
+    arg_names = (
+        "q_ptr", "part_ptr", "out_ptr", "table_ptr", "T", "splits", "q_stride_b", "BLOCK_M",
+    )  # fmt: skip
+
+    def __getitem__(self, grid):
+        self.grid = grid
+        return lambda **given: vars(self).update(given)
+
+
 def run(constants, **changes):
-    """Launch a kernel that only keeps its grid and arguments."""
-    seen = {}
-
-    class Kernel:
-        arg_names = ("q_ptr", "table_ptr", "mask_ptr", "T", "k_stride_t", "BLOCK_M")
-
-        def __getitem__(self, grid):
-            seen["grid"] = grid
-            return lambda **given: seen.update(given)
-
     q, k = torch.zeros(2, 4, 100, 32).half(), torch.zeros(2, 2, 300, 32).half()
     given = {"scale": 1.0, "programs": 20, **changes}
-    ascend.prefill(Kernel(), q, ascend.Keys(k, k), constants, **given)
-    return seen
+    kernel = Kept()
+    ascend.prefill(kernel, q, ascend.Keys(k, k), constants, **given)
+    return kernel
+
+
+def step(constants, *, batch=2, tokens=1, keys=3000, **changes):
+    """Launch a decode of 4 query heads over 2 key heads; return both kernels and the queries."""
+    q, k = torch.zeros(batch, 4, tokens, 32).half(), torch.zeros(batch, 2, keys, 32).half()
+    given = {"scale": 1.0, "programs": 10**6, **changes}
+    kernel, merge = Kept(), Kept()
+    ascend.decode(kernel, merge, q, ascend.Keys(k, k), constants, **given)
+    return kernel, merge, q
 
 
 def constants_of(**fields):
@@ -188,24 +254,66 @@ def constants_of(**fields):
 def test_the_grid_is_the_cores_and_never_more_than_tasks_or_a_launch_may_have(monkeypatch):
     constants = {**constants_of(), "BLOCK_M": 32}
     tasks = 2 * 4 * 4
-    assert run(constants)["grid"] == (20,)
-    assert run(constants, programs=10**6)["grid"] == (tasks,)
-    assert run({**constants, "BLOCK_M": 1}, programs=10**6)["grid"] == (800,)
+    assert run(constants).grid == (20,)
+    assert run(constants, programs=10**6).grid == (tasks,)
+    assert run({**constants, "BLOCK_M": 1}, programs=10**6).grid == (800,)
     monkeypatch.setattr(ascend, "MOST_PROGRAMS", 7)
-    assert run(constants)["grid"] == (7,)
+    assert run(constants).grid == (7,)
     assert TARGET.limits["programs"] == 65535
 
 
 def test_the_number_of_cores_is_asked_of_the_device(monkeypatch):
-    asked = SimpleNamespace(get_device_properties=lambda index: {"num_aicore": 3 + index})
+    properties = {"num_aicore": 3, "num_vectorcore": 6}
+    asked = SimpleNamespace(get_device_properties=lambda index: properties)
     driver = SimpleNamespace(active=SimpleNamespace(utils=asked))
     fake = SimpleNamespace(runtime=SimpleNamespace(driver=driver))
     monkeypatch.setitem(sys.modules, "triton", fake)
-    assert ascend.cube_cores(torch.device("cpu")) == 3
-    assert run(constants_of(), programs=None)["grid"] == (3,)
+    assert ascend.cores(torch.device("cpu"), "aicore") == 3
+    assert run(constants_of(), programs=None).grid == (3,)
+    # The decode's products run on the cube cores, its merge on the vector cores alone.
+    kernel, merge, _ = step(constants_of(phase="decode"), programs=None)
+    assert (kernel.grid, merge.grid) == ((3,), (6,))
     driver.active.utils = SimpleNamespace(get_device_properties=lambda index: {})
     with pytest.raises(RuntimeError, match="install triton-ascend and torch-npu"):
-        ascend.cube_cores(torch.device("cpu"))
+        ascend.cores(torch.device("cpu"), "aicore")
+
+
+def test_a_step_reads_the_keys_of_a_key_head_once():
+    constants = {**constants_of(phase="decode"), "BLOCK_M": 32, "SPAN": 512, "SPLITS": 64}
+    # A task for every span of every key head, whatever the query heads; a merge for every row.
+    for tokens, block in ((1, 16), (8, 16), (9, 32), (16, 32)):
+        kernel, merge, _ = step(constants, tokens=tokens)
+        assert block == kernel.BLOCK_M
+        assert kernel.splits == 6 and kernel.grid == (2 * 2 * 6,)
+        assert merge.grid == (2 * 4 * tokens,)
+    assert step(constants, tokens=17)[0].grid == (2 * 2 * 6 * 2,)
+    kernel, _, q = step(constants)
+    assert kernel.q_ptr.data_ptr() == q.data_ptr()  # one token is packed as it lies
+
+
+def test_spans_hang_on_the_keys_alone():
+    constants = {**constants_of(phase="decode"), "SPAN": 512, "SPLITS": 8}
+    for keys, splits in ((1, 1), (512, 1), (513, 2), (10**5, 8)):
+        found = {step(constants, batch=batch, keys=keys)[0].splits for batch in (1, 2, 7)}
+        assert found == {splits}
+    # A window is split rather than what lies before it.
+    window = {**constants_of(phase="decode", window=1024), "SPAN": 512, "SPLITS": 8}
+    assert step(window, keys=10**5)[0].splits == 2
+    with pytest.raises(ValueError, match="made for up to 8"):
+        step(constants, splits=9)
+
+
+def test_packed_rows_are_the_heads_of_each_token():
+    q = torch.arange(2 * 6 * 3 * 32).reshape(2, 6, 3, 32).half()
+    k = torch.zeros(2, 2, 40, 32).half()
+    kernel = Kept()
+    constants = ascend_constants(
+        plan_attention(spec(head_dim=32, heads=6, kv_heads=2, phase="decode"), TARGET)
+    )
+    ascend.decode(kernel, Kept(), q, ascend.Keys(k, k), constants, scale=1.0, programs=1)
+    for token, head in ((0, 0), (0, 5), (2, 1), (2, 3)):
+        row = kernel.q_ptr[1, head // 3, token * 3 + head % 3]
+        assert torch.equal(row, q[1, head, token])
 
 
 @pytest.mark.parametrize(
@@ -253,6 +361,14 @@ def test_blocks_of_the_table_are_the_dense_mask(queries, keys, block, causal, wi
     assert found == band.counts(block)
 
 
+@given(st.integers(-200, 200), st.tuples(SIDES, SIDES), st.integers(1, 5))
+def test_a_table_for_the_heads_of_each_token(delta, block, heads):
+    whole = table(max(block), heads=heads)
+    assert whole.numel() * whole.element_size() == table_bytes(max(block), heads=heads)
+    i, j = torch.arange(block[0])[:, None], torch.arange(block[1])[None, :]
+    assert torch.equal(lookup(whole, delta, block, heads).bool(), j > i // heads + delta)
+
+
 @given(st.integers(-200, 200), st.tuples(SIDES, SIDES))
 def test_a_window_lies_inside_the_table_whatever_the_shift(delta, block):
     row, column = corner(delta, block)
@@ -285,7 +401,7 @@ def test_counts_of_a_long_causal_mask():
 
 
 def test_a_table_too_small_is_refused():
-    with pytest.raises(ValueError, match="a table of at least 32 rows"):
+    with pytest.raises(ValueError, match="a table of at least 32 columns"):
         lookup(table(8), 0, (16, 4))
     with pytest.raises(ValueError, match="from 1 up"):
         table(0)

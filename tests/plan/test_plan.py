@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from graphopt.cli import app
 from graphopt.errors import LoweringError, UsageError
+from graphopt.lowering.triton.constants import kernel_constants
 from graphopt.plan import PLANNERS, AttentionSpec, plan_attention
 from graphopt.plan.base import split_size
 from graphopt.plan.hopper import consumer_registers, loader_registers
@@ -77,7 +78,7 @@ def test_a_smaller_machine_gets_smaller_tiles_or_a_reason(target, kernel):
         ({"value_dim": 512}, "value_dim is 512"),
         ({"dtype": "f32"}, "convert the model to f16 or bf16"),
         ({"kv_bits": 8}, "a cache of 8 bits is not read yet"),
-        ({"kv": "paged", "page": 64, "page_max": True}, "page maxima are an output of decode"),
+        ({"kv": "paged", "page": 48, "page_max": True}, "must be a power of two"),
         (
             {"kv": "paged", "page": 48, "page_max": True, "phase": "decode"},
             "must be a power of two",
@@ -88,6 +89,14 @@ def test_what_a_gpu_cannot_do_is_refused_with_the_reason(fields, reason):
     for target in GPUS:
         with pytest.raises(LoweringError, match=reason):
             plan_attention(spec(**fields), get_target(target))
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_page_maxima_are_planned_for_triton(phase):
+    fields = {"kv": "paged", "page": 64, "page_max": True, "selected_pages": True}
+    for target in GPUS:
+        found = plan_attention(spec(phase=phase, **fields), get_target(target))
+        assert found.kernel == "triton" and kernel_constants(found)["PAGE_MAX"]
 
 
 def test_a_target_without_kernels_or_without_the_dtype():

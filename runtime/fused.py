@@ -1,0 +1,283 @@
+"""Norms, rotary positions, gated activations and cache writes: one kernel each, in Triton.
+
+Functions named as one of `graphopt.runtime.ops` stand in for it: 16-bit tensors on a GPU go to a
+kernel, and whatever else there is (a CPU, fp32, a gain of two axes, a machine without Triton) goes
+to `ops`. A kernel computes in fp32 and rounds once, where it writes.
+
+Layout letters: B batch, S new tokens, T room of a cache, H query heads, G key heads, D head size,
+N features.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.runtime import ops
+
+HALF = (torch.float16, torch.bfloat16)
+OLDEST = (8, 0)
+"""Compute capability from which Triton supports a GPU."""
+BLOCK = 1024
+"""Elements a program of four warps is given, where a row or the work does not decide it."""
+
+
+def _power(size: int) -> int:
+    """Return the least power of two that is not below `size`."""
+    return 1 << (size - 1).bit_length()
+
+
+def _warps(elements: int) -> int:
+    return min(16, max(1, elements // 256))
+
+
+@functools.cache
+def _triton_runs() -> bool:
+    """Return whether the GPU and what is installed can run the kernels; say why they cannot."""
+    if importlib.util.find_spec("triton") is None:
+        why = "Triton is not installed (pip install triton)"
+    elif torch.cuda.get_device_capability() < OLDEST:
+        why = f"Triton does not support {torch.cuda.get_device_name()}"
+    else:
+        return True
+    warnings.warn(f"{why}: norms, rotary positions and gates run in plain torch", stacklevel=4)
+    return False
+
+
+def _by_kernel(*tensors: Tensor) -> bool:
+    """Return whether kernels take these: 16 bits, all of one dtype, on a GPU, not empty."""
+    kind = tensors[0].dtype
+    return (
+        kind in HALF
+        and all(t.is_cuda and t.dtype == kind and t.numel() > 0 for t in tensors)
+        and _triton_runs()
+    )
+
+
+def _rows(*tensors: Tensor) -> tuple[list[Tensor], list[int], list[list[int]]]:
+    """Return tensors of one shape, and the sizes and strides of three axes that walk their rows.
+
+    One whose last axis is not contiguous, or whose rows need more axes, is copied.
+    """
+    sizes: list[int] = []
+    strides: list[list[int]] = [[] for _ in tensors]
+    for axis, size in enumerate(tensors[0].shape[:-1]):
+        steps = [t.stride(axis) for t in tensors]
+        if size == 1:
+            continue
+        if sizes and all(s[-1] == size * step for s, step in zip(strides, steps, strict=True)):
+            sizes[-1] *= size
+            for s, step in zip(strides, steps, strict=True):
+                s[-1] = step
+            continue
+        sizes.append(size)
+        for s, step in zip(strides, steps, strict=True):
+            s.append(step)
+    if len(sizes) > 3 or any(t.stride(-1) != 1 for t in tensors):
+        return _rows(*(t.clone(memory_format=torch.contiguous_format) for t in tensors))
+    pad = 3 - len(sizes)
+    return list(tensors), [1] * pad + sizes, [[0] * pad + s for s in strides]
+
+
+def _named(name: str, strides: list[int]) -> dict[str, int]:
+    return {f"{name}_stride_{axis}": stride for axis, stride in enumerate(strides)}
+
+
+# Launching ----------------------------------------------------------------------------------------
+
+
+def launch_norm(
+    x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    """Return x + y and its root-mean-square norm; without `y`, `x` and its norm.
+
+    Args:
+        x, y: [..., N] of any strides.
+        weight: [N].
+    """
+    from graphopt.runtime.kernels.block import rms_norm as kernel
+
+    width = x.shape[-1]
+    tensors, sizes, strides = _rows(x) if y is None else _rows(x, y)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = x if y is None else torch.empty_like(out)
+    rows, block = math.prod(sizes), _power(width)
+    held = max(1, min(BLOCK // block, _power(rows)))
+    kernel[(-(-rows // held),)](
+        tensors[0], None if y is None else tensors[1], weight, None if y is None else total, out,
+        rows, sizes[1], sizes[2],
+        **_named("x", strides[0]), **_named("y", strides[-1]),
+        eps=float(eps), offset=float(offset),
+        N=width, ROWS=held, BLOCK=block, num_warps=_warps(held * block),
+    )  # fmt: skip
+    return total, out
+
+
+def launch_rope(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Rotate the heads of `q`, and in the same launch those of `k`.
+
+    Args:
+        q, k: [B, H, S, D] and [B, G, S, D], the last axis contiguous.
+        cos, sin: [B, S, R/2], or 1 in place of B or S; the last axis contiguous.
+
+    Returns:
+        [B, H, S, D] and [B, G, S, D], tokens first in memory.
+    """
+    from graphopt.runtime.kernels.block import rope as kernel
+
+    batch, heads, count, width = q.shape
+    half = cos.shape[-1]
+    given = [q] if k is None else [q, k]
+    outs = [
+        torch.empty((batch, count, t.shape[1], width), dtype=q.dtype, device=q.device)
+        for t in given
+    ]
+    names = {
+        f"{name}_stride_{axis}": tensor.stride(i)
+        for name, tensor in (("q", q), ("k", given[-1]))
+        for i, axis in enumerate("bhs")
+    }
+    for name, table in (("cos", cos), ("sin", sin)):
+        wide = table.expand(batch, count, half)
+        names |= {f"{name}_stride_b": wide.stride(0), f"{name}_stride_s": wide.stride(1)}
+    most, block = _power(max(t.shape[1] for t in given)), _power(half)
+    tail = _power(max(width - 2 * half, 1))
+    kernel[(batch * count, len(given))](
+        q, k, outs[0], None if k is None else outs[1], cos, sin,
+        count, heads, given[-1].shape[1],
+        **names,
+        D=width, HALF=half, INTERLEAVED=interleaved,
+        HEADS=most, BLOCK=block, TAIL=tail, num_warps=_warps(most * block),
+    )  # fmt: skip
+    views = [out.transpose(1, 2) for out in outs]
+    return views[0], None if k is None else views[1]
+
+
+def launch_act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """Return act(gate) * up; both [..., N] of any strides."""
+    from graphopt.runtime.kernels.block import act_mul as kernel
+
+    width = gate.shape[-1]
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    tensors, sizes, strides = _rows(gate, up)
+    block = min(BLOCK, _power(width))
+    kernel[(math.prod(sizes), -(-width // block))](
+        *tensors, out, sizes[1], sizes[2],
+        **_named("gate", strides[0]), **_named("up", strides[1]),
+        N=width, ACT=act, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return out
+
+
+def launch_append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor) -> Tensor:
+    """Copy keys and values behind those of each row; return the new lengths, int32 [B].
+
+    Args:
+        k, v: [B, G, S, D] and [B, G, S, Dv], the last axis contiguous.
+        cache_k, cache_v: [B, G, T, D] and [B, G, T, Dv]; written to.
+        length: int32 [B] or [1].
+    """
+    from graphopt.runtime.kernels.block import append_kv as kernel
+
+    batch, heads, count, _ = k.shape
+    ends = torch.empty(batch, dtype=torch.int32, device=k.device)
+    strides: dict[str, Any] = {
+        f"{name}_stride_{axis}": tensor.stride(i)
+        for name, tensor in (("k", k), ("v", v))
+        for i, axis in enumerate("bhs")
+    }
+    strides |= {
+        f"cache_{name}_stride_{axis}": tensor.stride(i)
+        for name, tensor in (("k", cache_k), ("v", cache_v))
+        for i, axis in enumerate("bht")
+    }
+    block = _power(max(k.shape[3], v.shape[3]))
+    kernel[(batch * count,)](
+        k, v, cache_k, cache_v, length, ends,
+        count, heads, cache_k.shape[2], length.expand(batch).stride(0),
+        **strides,
+        K_DIM=k.shape[3], V_DIM=v.shape[3], HEADS=_power(heads),
+        BLOCK_K=_power(k.shape[3]), BLOCK_V=_power(v.shape[3]),
+        num_warps=min(4, _warps(_power(heads) * block)),
+    )  # fmt: skip
+    return ends
+
+
+# In place of `ops` --------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
+    """As `ops.rms_norm`."""
+    if _by_kernel(x) and _is_gain(weight, x):
+        return launch_norm(x, None, weight, eps, offset)[1]
+    return ops.rms_norm(x, weight, eps, offset)
+
+
+def add_rms_norm(
+    x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """As `ops.add_rms_norm`."""
+    given = [x] if y is None else [x, y]
+    if _by_kernel(*given) and given[-1].shape == x.shape and _is_gain(weight, x):
+        return launch_norm(x, y, weight, eps, offset)
+    return ops.add_rms_norm(x, y, weight, eps, offset)
+
+
+def _is_gain(weight: Tensor | None, x: Tensor) -> bool:
+    return weight is None or (
+        weight.shape == x.shape[-1:] and weight.is_contiguous() and weight.dtype != torch.float64
+    )
+
+
+def rope(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, heads_first: bool = True
+) -> Tensor:
+    """As `ops.rope`; the tables stay in fp32."""
+    if not (_by_kernel(x) and _rotatable(cos, sin, x)):
+        return ops.rope(x, cos, sin, interleaved, heads_first)
+    turned = launch_rope(x if heads_first else x.transpose(1, 2), None, cos, sin, interleaved)[0]
+    return turned if heads_first else turned.transpose(1, 2)
+
+
+def rope_pair(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    heads_first: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """As `ops.rope_pair`; the tables stay in fp32."""
+    if not (_by_kernel(q, k) and q.shape[-1] == k.shape[-1] and _rotatable(cos, sin, q, k)):
+        return ops.rope_pair(q, k, cos, sin, interleaved, heads_first)
+    if not heads_first:
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    a, b = launch_rope(q, k, cos, sin, interleaved)
+    assert b is not None
+    return (a, b) if heads_first else (a.transpose(1, 2), b.transpose(1, 2))
+
+
+def _rotatable(*tensors: Tensor) -> bool:
+    return all(t.stride(-1) == 1 and t.dtype != torch.float64 for t in tensors)
+
+
+def act_mul(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
+    """As `ops.act_mul`."""
+    if _by_kernel(gate, up) and gate.shape == up.shape:
+        return launch_act_mul(gate, up, act)
+    return ops.act_mul(gate, up, act)
+
+
+def append_kv(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor) -> Tensor:
+    """As `ops.append_kv`."""
+    if _by_kernel(k, v, cache_k, cache_v) and _rotatable(k, v, cache_k, cache_v):
+        return launch_append(k, v, cache_k, cache_v, length)
+    return ops.append_kv(k, v, cache_k, cache_v, length)

@@ -1,0 +1,209 @@
+"""Kernels of a decoder layer beside its attention: norm, rotary positions, gate, cache writes.
+
+Each reads and writes 16 bits and computes in fp32. Rows are those along the last axis, which is
+contiguous; where they begin is told by three sizes and strides, so that a slice of a packed
+projection or a transposed view is read as it lies.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _row_start(row, size_1, size_2, stride_0, stride_1, stride_2):
+    """Return where a row begins: its number in mixed base (any, size_1, size_2)."""
+    inner = row % size_2
+    middle = row // size_2 % size_1
+    return row // size_2 // size_1 * stride_0 + middle * stride_1 + inner * stride_2
+
+
+@triton.jit
+def rms_norm(
+    x_ptr, y_ptr, weight_ptr, sum_ptr, out_ptr,
+    rows, size_1, size_2,
+    x_stride_0, x_stride_1, x_stride_2,
+    y_stride_0, y_stride_1, y_stride_2,
+    eps, offset,
+    N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write norm(x) * (weight + offset); with `y`, the sum x + y and the norm of the sum.
+
+    The sum is rounded to 16 bits before its norm is taken, as a sum in memory is.
+    """
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < N)[None, :]
+    target = row[:, None] * N + column[None, :]
+    start = _row_start(row, size_1, size_2, x_stride_0, x_stride_1, x_stride_2)
+    x = tl.load(x_ptr + start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if y_ptr is not None:
+        start = _row_start(row, size_1, size_2, y_stride_0, y_stride_1, y_stride_2)
+        y = tl.load(y_ptr + start[:, None] + column[None, :], mask=inside, other=0.0)
+        total = (x + y.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + target, total, mask=inside)
+        x = total.to(tl.float32)
+    mean = tl.sum(x * x, 1) / N
+    normed = x * tl.rsqrt(mean + eps)[:, None]
+    if weight_ptr is not None:
+        gain = tl.load(weight_ptr + column, mask=column < N, other=0.0).to(tl.float32) + offset
+        normed = normed * gain[None, :]
+    tl.store(out_ptr + target, normed.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate(
+    x_ptr, out_ptr, cos, sin, x_stride_h, heads,
+    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Rotate the heads of one token; `x_ptr` and `out_ptr` are at its first."""
+    head = tl.arange(0, HEADS)[:, None]
+    pair = tl.arange(0, BLOCK)[None, :]
+    inside = (head < heads) & (pair < HALF)
+    if INTERLEAVED:
+        one, two = 2 * pair, 2 * pair + 1
+    else:
+        one, two = pair, pair + HALF
+    source, target = x_ptr + head * x_stride_h, out_ptr + head * D
+    first = tl.load(source + one, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + two, mask=inside, other=0.0).to(tl.float32)
+    kind = out_ptr.dtype.element_ty
+    tl.store(target + one, (first * cos - second * sin).to(kind), mask=inside)
+    tl.store(target + two, (second * cos + first * sin).to(kind), mask=inside)
+    if D > 2 * HALF:
+        rest = 2 * HALF + tl.arange(0, TAIL)[None, :]
+        passing = (head < heads) & (rest < D)
+        tl.store(target + rest, tl.load(source + rest, mask=passing), mask=passing)
+
+
+@triton.jit
+def rope(
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr,
+    S, q_heads, k_heads,
+    q_stride_b, q_stride_h, q_stride_s,
+    k_stride_b, k_stride_h, k_stride_s,
+    cos_stride_b, cos_stride_s, sin_stride_b, sin_stride_s,
+    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Rotate one token's heads of q, or in the second row of programs those of k.
+
+    Results are [B, S, heads, D], contiguous. The tables are not rounded to 16 bits.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    b, s = token // S, token % S
+    pair = tl.arange(0, BLOCK)
+    cos_at = cos_ptr + b * cos_stride_b + s * cos_stride_s + pair
+    sin_at = sin_ptr + b * sin_stride_b + s * sin_stride_s + pair
+    cos = tl.load(cos_at, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_at, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
+    if tl.program_id(1) == 0:
+        x_ptr = q_ptr + b * q_stride_b + s * q_stride_s
+        out_ptr = q_out_ptr + token * q_heads * D
+        _rotate(
+            x_ptr, out_ptr, cos, sin, q_stride_h, q_heads, D, HALF, INTERLEAVED, HEADS, BLOCK, TAIL
+        )
+    elif k_ptr is not None:
+        x_ptr = k_ptr + b * k_stride_b + s * k_stride_s
+        out_ptr = k_out_ptr + token * k_heads * D
+        _rotate(
+            x_ptr, out_ptr, cos, sin, k_stride_h, k_heads, D, HALF, INTERLEAVED, HEADS, BLOCK, TAIL
+        )
+
+
+@triton.jit
+def _tanh(x):
+    # The quotient loses the digits of a small x, where three terms of the series are enough.
+    small = x * (1.0 - x * x * (1.0 / 3.0 - x * x * (2.0 / 15.0)))
+    decay = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.05, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def _activation(x, ACT: tl.constexpr):
+    if ACT == "silu":
+        y = x * tl.sigmoid(x)
+    elif ACT == "sigmoid":
+        y = tl.sigmoid(x)
+    elif ACT == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        # 1 + tanh(u) is 2 sigmoid(2 u).
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACT == "quick_gelu":
+        y = x * tl.sigmoid(1.702 * x)
+    elif ACT == "relu":
+        y = tl.maximum(x, 0.0)
+    elif ACT == "relu2":
+        y = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    else:
+        tl.static_assert(ACT == "tanh", "an activation that this kernel does not have")
+        y = _tanh(x)
+    return y
+
+
+@triton.jit
+def act_mul(
+    gate_ptr, up_ptr, out_ptr,
+    size_1, size_2,
+    gate_stride_0, gate_stride_1, gate_stride_2,
+    up_stride_0, up_stride_1, up_stride_2,
+    N, ACT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write act(gate) * up for a block of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < N
+    start = _row_start(row, size_1, size_2, gate_stride_0, gate_stride_1, gate_stride_2)
+    gate = tl.load(gate_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
+    start = _row_start(row, size_1, size_2, up_stride_0, up_stride_1, up_stride_2)
+    up = tl.load(up_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
+    made = _activation(gate, ACT) * up
+    tl.store(out_ptr + row * N + column, made.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _copy_heads(
+    source_ptr, target_ptr, source_stride_h, target_stride_h, heads,
+    D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
+    mask = (head < heads) & (column < D)
+    values = tl.load(source_ptr + head * source_stride_h + column, mask=mask)
+    # Caches may be larger than 2^31 elements.
+    tl.store(target_ptr + head.to(tl.int64) * target_stride_h + column, values, mask=mask)
+
+
+@triton.jit
+def append_kv(
+    k_ptr, v_ptr, cache_k_ptr, cache_v_ptr, length_ptr, ends_ptr,
+    S, heads, capacity, length_stride,
+    k_stride_b, k_stride_h, k_stride_s,
+    v_stride_b, v_stride_h, v_stride_s,
+    cache_k_stride_b, cache_k_stride_h, cache_k_stride_t,
+    cache_v_stride_b, cache_v_stride_h, cache_v_stride_t,
+    K_DIM: tl.constexpr, V_DIM: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Copy one token's keys and values behind those of its row; write the row's new length.
+
+    What would lie behind the end of the cache is left out.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    b, s = token // S, token % S
+    length = tl.load(length_ptr + b * length_stride)
+    place = (length + s).to(tl.int64)
+    heads = tl.where(place < capacity, heads, 0)
+    _copy_heads(
+        k_ptr + b * k_stride_b + s * k_stride_s,
+        cache_k_ptr + b * cache_k_stride_b + place * cache_k_stride_t,
+        k_stride_h, cache_k_stride_h, heads, K_DIM, HEADS, BLOCK_K,
+    )  # fmt: skip
+    _copy_heads(
+        v_ptr + b * v_stride_b + s * v_stride_s,
+        cache_v_ptr + b * cache_v_stride_b + place * cache_v_stride_t,
+        v_stride_h, cache_v_stride_h, heads, V_DIM, HEADS, BLOCK_V,
+    )  # fmt: skip
+    if s == 0:
+        tl.store(ends_ptr + b, length + S)

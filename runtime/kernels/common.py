@@ -1,0 +1,191 @@
+"""What the prefill and the decode kernel have in common: keys, scores, and the running softmax.
+
+Every function here is inlined where it is called.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# The running maximum starts here rather than at -inf: differences to it stay finite, and a row
+# that sees no key ends with the sum 0.
+LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def picked_keys(
+    slots,  # [BLOCK_N]
+    batch,
+    pages_ptr,
+    pages_width,
+    T,
+    PAGE: tl.constexpr,
+):
+    """Return the key at each slot of the pages that are listed.
+
+    Behind the last page of a list it is T, which is no key.
+    """
+    listed = slots // PAGE
+    page_ptrs = pages_ptr + batch * pages_width + listed
+    page = tl.load(page_ptrs, mask=listed < pages_width, other=-1)
+    return tl.where(page < 0, T, page * PAGE + slots % PAGE)
+
+
+@triton.jit
+def key_offsets(
+    keys,  # [BLOCK_N]
+    present,
+    batch,
+    first_ptr,
+    table_ptr,
+    table_width,
+    k_stride_b,
+    k_stride_t,
+    v_stride_b,
+    v_stride_t,
+    RING: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """Return how far each key, and each value, lies behind the first of its head."""
+    held = keys.to(tl.int64)
+    if RING:
+        slot = tl.load(first_ptr + batch) + keys
+        held = tl.where(slot >= RING, slot - RING, slot).to(tl.int64)
+    if PAGE:
+        page_ptrs = table_ptr + batch * table_width + keys // PAGE
+        page = tl.load(page_ptrs, mask=present, other=0).to(tl.int64)
+        held = (keys % PAGE).to(tl.int64)
+        k_offsets = page * k_stride_b + held * k_stride_t
+        v_offsets = page * v_stride_b + held * v_stride_t
+    else:
+        k_offsets = held * k_stride_t
+        v_offsets = held * v_stride_t
+    return k_offsets, v_offsets
+
+
+@triton.jit
+def exponent_unit(scale, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr):
+    """Return what a score is times to be an exponent to base 2.
+
+    Where something is added to a score, it already is one. Else it is multiplied together with
+    the maximum's subtraction, in one rounding.
+    """
+    unit = scale * LOG2E
+    # Two operands at a time: Triton 3.1, which compiles this for Volta, takes no more.
+    if (SOFTCAP > 0 or ALIBI) or BIAS:
+        unit = 1.0
+    return unit
+
+
+@triton.jit
+def transformed(
+    scores,  # [BLOCK_M, BLOCK_N]: products of queries and keys
+    keys,
+    present,
+    real,  # [BLOCK_M]: which rows there are
+    scale,
+    slope,  # of ALiBi, to base 2: one, or [BLOCK_M, 1]
+    place_ptr,
+    row,  # elements of a [B, T] in front of this row's
+    bias_rows,  # [BLOCK_M, 1] pointers to the bias of key 0
+    bias_stride_t,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """Return the scores capped, and with ALiBi and the bias added, as exponents to base 2."""
+    if SOFTCAP > 0:
+        # cap tanh(x / cap), by tanh(y) = 1 - 2 / (exp(2 y) + 1).
+        scores = scores * (scale * 2.0 * LOG2E / SOFTCAP)
+        scores = (SOFTCAP * LOG2E) * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
+    else:
+        scores = scores * (scale * LOG2E)
+    if ALIBI:
+        place = tl.load(place_ptr + row + keys, mask=present, other=0)
+        scores += slope * place.to(tl.float32)[None, :]
+    if BIAS:
+        bias_ptrs = bias_rows + keys[None, :] * bias_stride_t
+        added = tl.load(bias_ptrs, mask=real[:, None] & present[None, :], other=0.0)
+        scores += added.to(tl.float32) * LOG2E
+    return scores
+
+
+@triton.jit
+def visible(
+    scores,  # [BLOCK_M, BLOCK_N]
+    keys,
+    present,
+    places,  # [BLOCK_M]: the key at which a row stands
+    mask_ptr,
+    row,
+    EDGE: tl.constexpr,  # whether a row may miss a key for its place
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+):
+    """Return the scores, -inf where a row does not see the key."""
+    if EDGE:
+        seen = present[None, :]
+        if CAUSAL:
+            seen = seen & (keys[None, :] <= places[:, None])
+        if WINDOW:
+            seen = seen & (keys[None, :] > places[:, None] - WINDOW)
+        if CHUNK:
+            seen = seen & (keys[None, :] // CHUNK == places[:, None] // CHUNK)
+        scores = tl.where(seen, scores, float("-inf"))
+    if KEY_MASK:
+        token = tl.load(mask_ptr + row + keys, mask=present, other=0)
+        scores = tl.where(token[None, :] != 0, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def raise_page_max(
+    scores,  # [BLOCK_M, BLOCK_N], -inf where nothing is seen
+    unit,
+    page_max_ptr,
+    where,  # [BLOCK_M]: the row among all of [B, H, S]
+    real,
+    start,  # the block's first slot
+    page_slots,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """Raise the maxima of the pages that lie in a block; a page may lie in several."""
+    # BLOCK_N is a multiple of the page, or divides it.
+    SPAN: tl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
+    parts = tl.reshape(scores, [BLOCK_M, BLOCK_N // SPAN, SPAN])
+    largest = tl.max(parts, 2) * (unit * LN2)
+    slot = start // PAGE + tl.arange(0, BLOCK_N // SPAN)
+    tl.atomic_max(
+        page_max_ptr + where[:, None] * page_slots + slot[None, :],
+        largest,
+        mask=real[:, None] & (slot < page_slots)[None, :],
+        sem="relaxed",
+    )
+
+
+@triton.jit
+def softmax_step(
+    scores,  # [BLOCK_M, BLOCK_N]
+    unit,
+    top,  # [BLOCK_M]: the largest exponent so far
+    total,  # [BLOCK_M]: the sum of weights so far, against `top`
+):
+    """Return the weights, what earlier sums are times, and the new maximum and sum."""
+    raised = tl.maximum(top, tl.max(scores, 1) * unit)
+    weights = tl.exp2(scores * unit - raised[:, None])
+    shrink = tl.exp2(top - raised)
+    total = total * shrink + tl.sum(weights, 1)
+    return weights, shrink, raised, total
+
+
+@triton.jit
+def shares(total):
+    """Return which rows have seen a key, and the sum and its reciprocal: 1 and 0 if none."""
+    some = total > 0.0
+    total = tl.where(some, total, 1.0)
+    return some, total, tl.where(some, 1.0 / total, 0.0)
