@@ -107,7 +107,7 @@ def _pipeline(passes: str | None, recipe: Path | None) -> Pipeline:
         raise UsageError("Both --passes and --recipe are given.", "Give one of them.")
     if recipe is not None:
         return Pipeline.from_yaml(recipe)
-    return Pipeline.parse(passes) if passes is not None else Pipeline.default()
+    return Pipeline.parse(passes).within_default() if passes is not None else Pipeline.default()
 
 
 @app.command("compile")
@@ -121,7 +121,11 @@ def compile_command(
         typer.Option(help="Comma-separated: onnx (the CPU's default), torch (others'), hf."),
     ] = None,
     passes: Annotated[
-        str | None, typer.Option(help="Recipe, such as 'normalise,dead-code'; '' for none.")
+        str | None,
+        typer.Option(
+            help="Recipe, such as 'prune-blocks{ratio=0.25},fuse-blocks'. Unless it names one of "
+            "the default passes, it runs between them; '' for none."
+        ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe as a YAML file.")] = None,
     calib: Annotated[
@@ -149,7 +153,7 @@ def compile_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted compile to this folder.")
     ] = False,
-    device: Annotated[str, typer.Option(help="Where verification computes.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where passes and verification compute.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     config: ConfigOption = None,
     trust_remote_code: Remote = False,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from graphopt.errors import GraphoptError, UsageError
+from graphopt.ir.graph import Program
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -29,3 +32,24 @@ def usable_device(name: str | torch.device) -> torch.device:
             f"The device {str(name)!r} cannot be used here: {reason}.", "Leave --device out."
         ) from error
     return device
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory a device has left; 0 where that cannot be known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def scoring_dtype(program: Program, device: torch.device) -> torch.dtype:
+    """Return what activations are computed in where nothing is trained.
+
+    The checkpoint's own 16 bits on a GPU that has them, else fp32.
+    """
+    own = program.checkpoint_dtype
+    if device.type == "cuda" and own == torch.bfloat16 and torch.cuda.is_bf16_supported(False):
+        return own
+    return own if device.type == "cuda" and own == torch.float16 else torch.float32

@@ -80,6 +80,19 @@ class Pipeline:
         """Return the pipeline `graphopt compile` runs when none is given."""
         return cls.parse(DEFAULT_RECIPE)
 
+    def within_default(self) -> Pipeline:
+        """Return these passes between the default ones, in front of the KV cache.
+
+        A recipe that names a default pass, or none at all, is returned as it is: who wrote it
+        says where everything goes. So `prune-blocks{ratio=0.25}` alone gives a model that
+        decodes with a cache.
+        """
+        default = Pipeline.default().passes
+        names = {item.name for item in default}
+        if not self.passes or any(item.name in names for item in self.passes):
+            return self
+        return Pipeline([*default[:-1], *self.passes, default[-1]])
+
     def __str__(self) -> str:
         return format_recipe(self.passes)
 
@@ -175,7 +188,7 @@ class Pipeline:
             work: Folder for snapshots, which the caller deletes when it has used the result;
                 None to keep none.
             resume: Take up the latest snapshot in `work` that fits source and recipe.
-            device: Where verification computes.
+            device: Where passes and verification compute.
             seed: Of everything random.
             progress: Told about long work.
             on_pass: Told about every pass when it is done.
@@ -194,7 +207,9 @@ class Pipeline:
         pipeline.check(program)
         tokenizer = Path(program.tokenizer) if program.tokenizer else None
         folder = Path(work) if work is not None else None
-        context = Context(text, tokenizer, usable_device(device), seed, progress, folder)
+        context = Context(
+            text, calib is None, tokenizer, usable_device(device), seed, progress, folder
+        )
         with Meter() as meter:
             run = _Run(pipeline.passes, program, context, verify, on_pass)
             if dump_ir is not None:
@@ -285,7 +300,7 @@ class _Run:
         on_pass: OnPass | None,
     ) -> None:
         self.passes = passes
-        self.program = program
+        self.source = self.program = program
         self.context = context
         self.verify = verify
         self.on_pass = on_pass
@@ -318,11 +333,22 @@ class _Run:
             if found is not None:
                 self.program, entries = found
                 self.entries = [PassEntry.from_json(entry) for entry in entries]
+                self._restore_context()
                 for entry in self.entries:
                     entry.resumed = True
                     if self.on_pass is not None:
                         self.on_pass(entry)
                 return
+
+    def _restore_context(self) -> None:
+        """Put what later passes learn of the restored ones into the context."""
+        assert self.snapshots is not None
+        for number, entry in enumerate(self.entries):
+            options = self.passes[number].options()
+            self.context.earlier[entry.name] = {**entry.details, "options": options}
+            if not entry.exact and self.context.dense is None:
+                kept = self.snapshots.load(self._prefix(number), number) if number else None
+                self.context.dense = kept[0] if kept is not None else self.source.copy()
 
     def all(self) -> None:
         """Run what is left of the recipe."""
@@ -342,6 +368,8 @@ class _Run:
         self.context.progress(item.name, 0, 1)
         with Meter() as meter:
             item.check(before)
+            if not item.exact and self.context.dense is None:
+                self.context.dense = before
             result = item.run(before.copy(), self.context)
         entry.seconds, entry.peak_bytes = meter.seconds, meter.peak_bytes
         after = result.program
@@ -349,6 +377,7 @@ class _Run:
         entry.skipped = [SkipEntry(skip.where, skip.reason) for skip in result.skipped]
         entry.details = result.details
         entry.parameters_after = after.parameter_count()
+        self.context.earlier[item.name] = {**result.details, "options": item.options()}
         self.context.progress(item.name, 1, 1)
         with Meter() as meter:
             try:

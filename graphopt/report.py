@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -132,8 +134,9 @@ class Report:
     dry_run: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of `report.json`."""
-        return {"version": VERSION, **dataclasses.asdict(self)}
+        """Return the content of `report.json`; a figure that is not finite is None there."""
+        content: dict[str, Any] = _finite({"version": VERSION, **dataclasses.asdict(self)})
+        return content
 
     def write(self, folder: Path) -> None:
         """Write `report.json` and `report.html` into `folder`."""
@@ -142,6 +145,47 @@ class Report:
         text = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
         (folder / "report.json").write_text(text, encoding="utf-8")
         (folder / "report.html").write_text(render(self.to_json()), encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON data with None for Inf and NaN, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def removal_order(details: Mapping[str, Any]) -> list[str]:
+    """Return what a pass's details say was removed, first to last."""
+    order = details.get("order")
+    return [str(unit) for unit in order] if isinstance(order, list | tuple) else []
+
+
+def perplexity_steps(details: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+    """Return what a pass's details say about perplexity along the way, as (after what, value).
+
+    Args:
+        details: Its `perplexity` is a list of `{"after", "value"}`, or of values before the pass
+            and after each removal of its `order`. Details are no contract: what has another form
+            is left out.
+    """
+    found = details.get("perplexity")
+    if not isinstance(found, list | tuple) or not found:
+        return []
+    if all(isinstance(item, Mapping) for item in found):
+        steps = [(str(item.get("after", "")), item.get("value")) for item in found]
+    else:
+        removed = [f"{unit} removed" for unit in removal_order(details)]
+        if len(found) != len(removed) + 1:
+            removed = ["all removed"] * (len(found) - 1)
+        steps = list(zip(["whole model", *removed], found, strict=True))
+    return steps if all(is_figure(value) for _, value in steps) else []
+
+
+def is_figure(value: Any) -> bool:
+    """Return whether a value is a number, or None for one that was not measured."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from string import Template
 from typing import Any
 
 from graphopt.breakdown import PARTS
+from graphopt.report import is_figure, perplexity_steps, removal_order
 
 _LABELS = {"embed": "embedding", "ffn": "feed-forward", "norm": "norms"}
 
@@ -31,6 +32,7 @@ def render(report: Mapping[str, Any]) -> str:
         time=_times(passes),
         parameters=_columns(blocks, "parameters"),
         flops=_columns(blocks, "flops"),
+        details="".join(_details(item) for item in passes),
         skipped=_skipped(passes, report["artifact"]),
         made=_made(report),
     )
@@ -255,6 +257,250 @@ def _columns(blocks: Sequence[Mapping[str, Any]], kind: str) -> str:
         f'<div class="axis"><span>{escape(blocks[0]["name"])}</span>'
         f"<span>{escape(blocks[-1]['name'])}</span></div>{legend}"
     )
+
+
+def _details(item: Mapping[str, Any]) -> str:
+    """Return the card of what a pass tells about itself; none where it tells nothing known.
+
+    A pass's details are no contract. Whatever pass they come from, `scores`, `order`,
+    `perplexity`, `training`, `controls`, `seconds`, `refits` and `tokens_per_second` have their
+    pictures, as docs/report.md describes them; what has another form is left out.
+    """
+    details = item["details"]
+    halves = [
+        part
+        for part in (_perplexity_rows(details), _seconds_rows(details), _controls(details))
+        if part
+    ]
+    parts = [
+        _removed(details),
+        _scores(details),
+        f'<div class="halves">{"".join(f"<div>{half}</div>" for half in halves)}</div>'
+        if halves
+        else "",
+        _trainings(details),
+        _facts(details),
+    ]
+    if not any(parts):
+        return ""
+    return f'<section class="card"><h2>{escape(item["name"])}</h2>{"".join(parts)}</section>'
+
+
+def _records(details: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """Return the objects of a list in the details; none where it is something else."""
+    found = details.get(key)
+    if not isinstance(found, list | tuple):
+        return []
+    return [record for record in found if isinstance(record, Mapping)]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if value is not None and is_figure(value) else None
+
+
+def _removed(details: Mapping[str, Any]) -> str:
+    order = removal_order(details)
+    return f"<p>Removed, in this order: {escape(', '.join(order))}.</p>" if order else ""
+
+
+def _scores(details: Mapping[str, Any]) -> str:
+    """Return a bar for each candidate's score in the first round, by their decades."""
+    rounds = _records(details, "scores")
+    first = {} if not rounds else {unit: _number(score) for unit, score in rounds[0].items()}
+    positive = [score for score in first.values() if score is not None and score > 0]
+    if not positive:
+        return ""
+    lowest, highest = min(positive), max(positive)
+    decades = math.log(highest / lowest) or 1.0
+    order = removal_order(details)
+    bars: list[str] = []
+    marks: list[str] = []
+    for index, (unit, score) in enumerate(first.items()):
+        # The lowest has a bar too, and so has what scores nothing.
+        height = 4.0
+        if score is not None and score > 0:
+            height = 100 - 96 * math.log(highest / score) / decades
+        style = "attention"
+        title = [str(unit)]
+        for number, scored in enumerate(rounds, 1):
+            if unit in scored:
+                title.append(f"round {number}: {_figure(_number(scored[unit]), 4)}")
+        if unit in order:
+            place = order.index(unit) + 1
+            style = "ffn"
+            title.append(f"removed as number {place}")
+            middle = 100 * (index + 0.5) / len(first)
+            marks.append(f'<span style="left:{middle:.2f}%">{place}</span>')
+        bars.append(
+            f"<g><title>{escape(chr(10).join(title))}</title>"
+            f'<rect class="track" x="{index + 0.08:.2f}" width="0.84" height="100"/>'
+            f'<rect class="{style}" x="{index + 0.08:.2f}" y="{100 - height:.2f}" width="0.84" '
+            f'height="{height:.2f}"/></g>'
+        )
+    units = [str(unit) for unit in first]
+    note = (
+        f"Scores of the first round, from {_figure(lowest)} to {_figure(highest)} on a "
+        "logarithmic scale."
+    )
+    if len(rounds) > 1:
+        note += f" Point at a bar for all {len(rounds)} rounds."
+    legend = _legend([("attention", "kept"), ("ffn", "removed; the number is its turn")])
+    return (
+        f'<p class="dim">{note}</p>'
+        f'<div class="scroll"><div style="min-width:{14 * len(first)}px">'
+        f'<svg class="columns low" viewBox="0 0 {len(first)} 100" preserveAspectRatio="none" '
+        f'role="img" aria-label="scores by candidate">{"".join(bars)}</svg>'
+        f'<div class="marks">{"".join(marks)}</div>'
+        f'<div class="axis"><span>{escape(units[0])}</span><span>{escape(units[-1])}</span></div>'
+        f"</div></div>{legend if order else ''}"
+    )
+
+
+def _perplexity_rows(details: Mapping[str, Any]) -> str:
+    steps = perplexity_steps(details)
+    known = [value for _, value in steps if value is not None and value > 0]
+    if not known:
+        return ""
+    lowest = min(known)
+    # A full bar is a doubling at least, so that a small rise looks small.
+    full = max(math.log(max(known) / lowest), math.log(2))
+    rows = [
+        _row(
+            what,
+            "–" if value is None else f"{value:.2f}",
+            _bar([(math.log(value / lowest) / full, "ffn")] if value in known else []),
+        )
+        for what, value in steps
+    ]
+    note = "Perplexity on held-out windows of the calibration text, the bar from the lowest up."
+    return f'<h3>Perplexity</h3><p class="dim">{note}</p>{"".join(rows)}'
+
+
+def _seconds_rows(details: Mapping[str, Any]) -> str:
+    found = details.get("seconds")
+    if not isinstance(found, Mapping):
+        return ""
+    parts = {
+        str(part): seconds
+        for part, value in found.items()
+        if part != "all" and (seconds := _number(value)) is not None
+    }
+    total = _number(found.get("all")) or sum(parts.values())
+    if not parts or not total:
+        return ""
+    rows = [
+        _row(part, f"{seconds:.1f} s", _bar([(min(seconds / total, 1.0), "time")]))
+        for part, seconds in parts.items()
+    ]
+    note = f"Of {total:.1f} s in all."
+    return f'<h3>Time by part</h3><p class="dim">{note}</p>{"".join(rows)}'
+
+
+def _controls(details: Mapping[str, Any]) -> str:
+    rows = [
+        f"<tr><td>{escape(str(control.get('donor', '')))}</td>"
+        f'<td class="n">{_figure(_number(control.get("loss")), 4)}</td>'
+        f'<td class="n">{_figure(_number(control.get("perplexity")), 4)}</td></tr>'
+        for control in _records(details, "controls")
+    ]
+    if not rows:
+        return ""
+    return (
+        '<h3>Control</h3><p class="dim">The same training with another donor.</p>'
+        '<table><thead><tr><th>donor</th><th class="n">held-out loss</th>'
+        f'<th class="n">perplexity</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
+
+
+def _trainings(details: Mapping[str, Any]) -> str:
+    pictures = "".join(_training(record) for record in _records(details, "training"))
+    if not pictures:
+        return ""
+    legend = _legend([("bg-time", "training loss"), ("ffn", "held-out check")])
+    return f'<h3>Training</h3><div class="pictures">{pictures}</div>{legend}'
+
+
+def _training(record: Mapping[str, Any]) -> str:
+    """Return a small picture of losses over steps, and what the training took."""
+    losses, checks = _points(record.get("losses")), _points(record.get("checks"))
+    known = [value for _, value in (*losses, *checks)]
+    last = max((step for step, _ in (*losses, *checks)), default=0.0)
+    picture = ""
+    if last > 0:
+        lowest, highest = min(known), max(known)
+        span = math.log(highest / lowest) or 1.0
+
+        def line(points: Sequence[tuple[float, float]], style: str) -> str:
+            places = " ".join(
+                f"{100 * step / last:.2f},{38 - 36 * math.log(value / lowest) / span:.2f}"
+                for step, value in points
+            )
+            return f'<polyline class="{style}" points="{places}"/>'
+
+        ends = f"loss {_figure(lowest, 3)} to {_figure(highest, 3)}, logarithmic"
+        picture = (
+            '<svg class="lines" viewBox="0 0 100 40" preserveAspectRatio="none" role="img" '
+            f'aria-label="loss over steps"><title>{escape(ends)}</title>'
+            f"{line(losses, 'time')}{line(checks, 'ffn')}</svg>"
+            f'<div class="axis"><span>step 0</span><span>{ends}</span>'
+            f"<span>{last:,.0f}</span></div>"
+        )
+    facts: list[str] = []
+    for key, unit in (("steps", "steps"), ("tokens", "tokens"), ("seconds", "s")):
+        value = _number(record.get(key))
+        if value is not None:
+            facts.append(f"{value:.1f} s" if unit == "s" else f"{value:,.0f} {unit}")
+    if len(checks) > 1:
+        best = min(value for _, value in checks)
+        facts.append(f"held-out loss {_figure(checks[0][1], 3)} → {_figure(best, 3)}")
+    if record.get("stopped"):
+        facts.append(f"stopped early: {record['stopped']}")
+    return (
+        f"<div><b>{escape(str(record.get('part', '')))}</b>"
+        f'<p class="dim">{escape(", ".join(facts))}</p>{picture}</div>'
+    )
+
+
+def _points(pairs: Any) -> list[tuple[float, float]]:
+    """Return the (step, loss) pairs that can be drawn on a logarithmic scale."""
+    points: list[tuple[float, float]] = []
+    for pair in pairs if isinstance(pairs, list | tuple) else []:
+        if isinstance(pair, list | tuple) and len(pair) == 2:
+            step, value = map(_number, pair)
+            if step is not None and value is not None and value > 0:
+                points.append((step, value))
+    return points
+
+
+def _facts(details: Mapping[str, Any]) -> str:
+    """Return what is told in a sentence each."""
+    facts: list[str] = []
+    scoring = _number(details.get("scoring_seconds"))
+    if scoring is not None:
+        facts.append(f"Scoring took {scoring:.1f} s.")
+    refits = _records(details, "refits")
+    if refits:
+        better = [refit for refit in refits if refit.get("ridge") is not None]
+        fact = f"{len(better)} of {len(refits)} projections refitted in closed form"
+        ends = [_number(refits[-1].get(key)) for key in ("before", "after")]
+        if None not in ends:
+            fact += (
+                f"; relative squared error of the stream behind the last {_figure(ends[0])} → "
+                f"{_figure(ends[1])}"
+            )
+        facts.append(fact + ".")
+    own = _number(details.get("own_windows"))
+    if own:
+        facts.append(f"{own:,.0f} windows of text were written by the dense model.")
+    speed = details.get("tokens_per_second")
+    if isinstance(speed, list | tuple) and len(speed) == 2:
+        before, after = map(_number, speed)
+        if before and after:
+            facts.append(
+                f"A forward pass takes in {before:,.0f} → {after:,.0f} tokens a second "
+                f"({after / before - 1:+.1%})."
+            )
+    return f'<p class="facts dim">{escape(" ".join(facts))}</p>' if facts else ""
 
 
 def _skipped(passes: Sequence[Mapping[str, Any]], artifact: Mapping[str, Any] | None) -> str:

@@ -8,8 +8,10 @@ from graphopt.passes import (
     common_subexpression,
     dead_code,
     fold_constants,
+    fuse_blocks,
     insert_kv_cache,
     normalise,
+    prune_blocks,
 )
 from graphopt.passes.base import (
     Context,
@@ -30,8 +32,10 @@ __all__ = [
     "common_subexpression",
     "dead_code",
     "fold_constants",
+    "fuse_blocks",
     "get_pass",
     "insert_kv_cache",
     "normalise",
+    "prune_blocks",
     "register_pass",
 ]

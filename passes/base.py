@@ -59,19 +59,26 @@ class Context:
 
     Attributes:
         text: Calibration text; also the probe text of verification.
+        built_in: Whether the text is the built-in one, because the user gave none.
         tokenizer: Folder with the model's tokenizer files; None if there is none.
         device: Where a pass may compute.
         seed: Seed of everything random in a pass.
         progress: Called as `progress(what, done, total)`.
         work: Folder for large intermediate results; None where nothing may be written.
+        dense: The program before the first pass that is not exact: what lossy passes are
+            measured against and distil from; None before there is one.
+        earlier: `PassResult.details` of the passes before, by name, and their `options`.
     """
 
     text: str = ""
+    built_in: bool = False
     tokenizer: Path | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     progress: Progress = silent
     work: Path | None = None
+    dense: Program | None = None
+    earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass

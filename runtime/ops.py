@@ -139,6 +139,8 @@ def allowed_keys(
     last `window` keys including the query's own, `chunk` those of the query's own chunk of that
     length.
     """
+    if query_count == 1 and lengths is None:
+        causal = False  # the newest token sees all keys, and needs no mask for it
     allowed: Tensor | None = None
     if causal or window is not None or chunk is not None or lengths is not None:
         end = key_count if lengths is None else lengths[:, None, None]

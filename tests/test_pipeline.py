@@ -366,3 +366,13 @@ def test_pipelines_from_text_yaml_and_objects_are_equal(tmp_path):
     path.write_text(Pipeline.parse(text).to_yaml())
     assert Pipeline.parse(text) == Pipeline.from_yaml(path) == Pipeline(["normalise", Shrink(0.25)])
     assert str(Pipeline.from_yaml(path)) == text
+
+
+def test_a_recipe_without_default_passes_runs_between_them() -> None:
+    names = [item.name for item in Pipeline.default().passes]
+    given = Pipeline.parse("prune-blocks{blocks=1},fuse-blocks")
+    between = [*names[:-1], "prune-blocks", "fuse-blocks", names[-1]]
+    assert [item.name for item in given.within_default().passes] == between
+    for text in ("", "dead-code", "prune-blocks{blocks=1},insert-kv-cache"):
+        written = Pipeline.parse(text)
+        assert str(written.within_default()) == str(written)

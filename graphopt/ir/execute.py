@@ -10,10 +10,12 @@ import sympy
 import torch
 from torch import Tensor
 
+from graphopt.devices import free_bytes
 from graphopt.ir.graph import Call, Function, Program, Value, resolve_attrs
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import concretize
 from graphopt.ir.types import B, P, S
+from graphopt.ir.weights import Array, Weight
 
 Mode = Literal["torch", "reference"]
 CacheContents = dict[str, tuple[Tensor, Tensor]]
@@ -203,4 +205,23 @@ def complete_inputs(inputs: Mapping[str, Tensor], past: int = 0) -> dict[str, Te
     if "position_ids" not in result:
         mask = result["attention_mask"].long()
         result["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return result
+
+
+def resident(program: Program, dtype: torch.dtype, device: torch.device) -> Program:
+    """Return the program with its weights in the memory of a device, if they fit in half of it.
+
+    What runs a program many times would otherwise read and convert every weight each time. A
+    program that does not fit is returned as it is, and streams its weights.
+    """
+    used = program.used_weights()
+    size = sum(w.numel * (dtype if w.dtype.is_floating_point else w.dtype).itemsize for w in used)
+    if size > free_bytes(device) // 2:
+        return program
+    result = program.copy()
+    for weight in used:
+        value = weight.load(dtype).to(device)
+        result.weights.replace(
+            Weight(weight.name, Array(value), weight.checkpoint, weight.constant)
+        )
     return result

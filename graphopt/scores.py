@@ -1,0 +1,319 @@
+"""How much a block, or a part of one, matters: what leaving it out does to the results.
+
+All candidates are scored in one walk over the program. Beside the stream of the whole model, a
+stream is kept for every candidate passed so far; each block runs over all of them while its
+weights are in memory, so that n blocks cost n (n + 1) / 2 block calls and every weight is read
+once. The naive way, a run of the model for each candidate, costs about n^2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphopt.errors import SourceError
+from graphopt.evaluate import token_log_likelihoods
+from graphopt.ir.blocks import Block, find_blocks, sub_blocks, without_sub_block
+from graphopt.ir.execute import Runner, complete_inputs, run_function
+from graphopt.ir.graph import Call, Function, Program
+from graphopt.ir.types import B, P, S
+from graphopt.progress import Progress, silent
+
+METRICS = {
+    "mi": "macro influence: 1 - cosine of the last block's outputs with and without the candidate",
+    "bi": "block influence: 1 - cosine of the stream behind the block with and without it",
+    "angular": "the angle of that cosine, in units of pi",
+    "kl": "KL divergence of the logits without the candidate from those with it, in nats",
+    "ppl": "perplexity of the text without the candidate",
+}
+"""What a score is; the lowest is the least important."""
+
+_AT_THE_END = ("mi", "kl", "ppl")
+_TOKENS_AT_ONCE = 16384
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """What may be left out: a whole block, or its attention or feed-forward part.
+
+    Attributes:
+        block: Index among `find_blocks`.
+        kind: `block`, `attention` or `ffn`.
+    """
+
+    block: int
+    kind: str = "block"
+
+    def __str__(self) -> str:
+        return str(self.block) if self.kind == "block" else f"{self.block}.{self.kind}"
+
+
+@dataclass
+class Scores:
+    """Scores of a walk.
+
+    Attributes:
+        values: Score of each candidate; not finite where the model without it is not.
+        calls: Block calls it took, over one batch.
+    """
+
+    values: dict[Unit, float]
+    calls: int
+
+    def lowest(self) -> Unit:
+        """Return the least important unit, the first of equals."""
+        known = {unit: v for unit, v in self.values.items() if math.isfinite(v)}
+        if not known:
+            raise SourceError("No candidate has a finite score: the model gives NaN or Inf.")
+        return min(known, key=lambda unit: (known[unit], unit))
+
+
+def units_of(program: Program, kinds: Sequence[str]) -> list[Unit]:
+    """Return every candidate of these kinds, in order."""
+    units: list[Unit] = []
+    for index, block in enumerate(find_blocks(program)):
+        function = program.functions[program.calls[block.position].function]
+        parts = {part.kind for part in sub_blocks(function, block.stream)}
+        for kind in kinds:
+            if kind == "block" or kind in parts:
+                units.append(Unit(index, kind))
+    return units
+
+
+def score_units(
+    program: Program,
+    units: Sequence[Unit],
+    windows: Tensor,
+    metric: str = "mi",
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    reference: Sequence[Tensor] | None = None,
+    progress: Progress = silent,
+) -> Scores:
+    """Score candidates on text.
+
+    Args:
+        units: See `units_of`.
+        windows: int64 [windows, tokens].
+        metric: One of `METRICS`.
+        dtype: Of weights and activations; scores are computed in fp32.
+        reference: What results are compared with: for every batch the last block's output (mi)
+            or the logits (kl) of another model, from `final_results`; by default those of
+            `program` itself.
+
+    Raises:
+        SourceError: A weight cannot be read.
+    """
+    walk = _Walk(program, windows, device or torch.device("cpu"), dtype)
+    walk.progress = progress
+    with torch.inference_mode():
+        if metric in _AT_THE_END:
+            return walk.at_the_end(units, metric, reference)
+        return walk.at_the_block(units, metric)
+
+
+def final_results(
+    program: Program,
+    windows: Tensor,
+    metric: str,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """Return what `score_units` compares with, for every batch of windows."""
+    walk = _Walk(program, windows, device or torch.device("cpu"), dtype)
+    with torch.inference_mode():
+        streams = walk.through(lambda *_: None)
+        return walk.results(streams, metric)
+
+
+@dataclass
+class _Walk:
+    """One pass over the blocks with a stream for every batch of windows."""
+
+    program: Program
+    windows: Tensor
+    device: torch.device
+    dtype: torch.dtype
+    progress: Progress = silent
+    calls: int = 0
+    blocks: list[Block] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rows = max(1, _TOKENS_AT_ONCE // self.windows.shape[1])
+        self.ids = [part.to(self.device) for part in self.windows.split(rows)]
+        self.runner = Runner(self.program, self.dtype, self.device, keep_weights=False)
+        self.blocks = find_blocks(self.program)
+        self.environments = [complete_inputs({"input_ids": ids}) for ids in self.ids]
+        self._run_calls(0, self.blocks[0].position, self.environments)
+
+    def _run_calls(self, start: int, stop: int, environments: Sequence[dict[str, Tensor]]) -> None:
+        for call in self.program.calls[start:stop]:
+            function, weights = (
+                self.program.functions[call.function],
+                self.runner.call_weights(call),
+            )
+            for environment in environments:
+                results = self._run(function, call, weights, environment)
+                environment.update(zip(call.results, results, strict=True))
+
+    def _run(
+        self,
+        function: Function,
+        call: Call,
+        weights: Mapping[str, Tensor],
+        environment: Mapping[str, Tensor],
+        stream: tuple[str, Tensor] | None = None,
+    ) -> list[Tensor]:
+        ids = environment["input_ids"]
+        args = [
+            stream[1] if stream is not None and name == stream[0] else environment[name]
+            for name in call.args
+        ]
+        past = {
+            state: (
+                args[0].new_zeros(len(ids), s.heads, 0, s.k_dim, dtype=self.dtype),
+                args[0].new_zeros(len(ids), s.heads, 0, s.v_dim, dtype=self.dtype),
+            )
+            for state, s in self.program.states.items()
+            if state in call.caches.values()
+        }
+        sizes = {B: ids.shape[0], S: ids.shape[1], P: 0}
+        return run_function(function, call, args, weights, sizes, past)[0]
+
+    def through(
+        self, behind: Callable[[int, Callable[..., Tensor], list[Tensor], list[Tensor]], None]
+    ) -> list[Tensor]:
+        """Walk the blocks; return the stream behind the last one, for every batch.
+
+        Args:
+            behind: Called behind every block with its index, a function that runs it (or a
+                variant of its function) over a stream of one batch, and the streams before and
+                behind it.
+        """
+        first = self.program.calls[self.blocks[0].position].args[self.blocks[0].stream]
+        streams = [environment[first] for environment in self.environments]
+        self.progress("scoring blocks", 0, len(self.blocks))
+        for index, block in enumerate(self.blocks):
+            call = self.program.calls[block.position]
+            function, weights = (
+                self.program.functions[call.function],
+                self.runner.call_weights(call),
+            )
+
+            def run(
+                batch: int,
+                stream: Tensor,
+                other: Function | None = None,
+                *,
+                block: Block = block,
+                call: Call = call,
+                function: Function = function,
+                weights: Mapping[str, Tensor] = weights,
+            ) -> Tensor:
+                self.calls += 1
+                named = (call.args[block.stream], stream)
+                return self._run(other or function, call, weights, self.environments[batch], named)[
+                    0
+                ]
+
+            after = [run(batch, stream) for batch, stream in enumerate(streams)]
+            behind(index, run, streams, after)
+            streams = after
+            self.progress("scoring blocks", index + 1, len(self.blocks))
+        return streams
+
+    def results(self, streams: Sequence[Tensor], metric: str) -> list[Tensor]:
+        """Return what a metric compares, from the last block's outputs."""
+        if metric == "mi":
+            return list(streams)
+        last = self.blocks[-1].position
+        named = self.program.calls[last].results[0]
+        environments = [
+            {**environment, named: stream}
+            for environment, stream in zip(self.environments, streams, strict=True)
+        ]
+        self._run_calls(last + 1, len(self.program.calls), environments)
+        return [environment[self.program.outputs[0]] for environment in environments]
+
+    def at_the_end(
+        self, units: Sequence[Unit], metric: str, reference: Sequence[Tensor] | None
+    ) -> Scores:
+        wanted: dict[int, list[Unit]] = {}
+        for unit in units:
+            wanted.setdefault(unit.block, []).append(unit)
+        kept: dict[Unit, list[Tensor]] = {}
+
+        def behind(
+            index: int, run: Callable[..., Tensor], before: list[Tensor], after: list[Tensor]
+        ) -> None:
+            for unit, streams in kept.items():
+                kept[unit] = [run(batch, stream) for batch, stream in enumerate(streams)]
+            for unit in wanted.get(index, ()):
+                kept[unit] = self._without(unit, run, before)
+
+        streams = self.through(behind)
+        base = self.results(streams, metric) if reference is None else list(reference)
+        values: dict[Unit, float] = {}
+        for done, unit in enumerate(units, start=1):
+            values[unit] = self._compare(self.results(kept.pop(unit), metric), base, metric)
+            self.progress("comparing results", done, len(units))
+        return Scores(values, self.calls // len(self.ids))
+
+    def at_the_block(self, units: Sequence[Unit], metric: str) -> Scores:
+        wanted: dict[int, list[Unit]] = {}
+        for unit in units:
+            wanted.setdefault(unit.block, []).append(unit)
+        values: dict[Unit, float] = {}
+
+        def behind(
+            index: int, run: Callable[..., Tensor], before: list[Tensor], after: list[Tensor]
+        ) -> None:
+            for unit in wanted.get(index, ()):
+                values[unit] = self._compare(self._without(unit, run, before), after, metric)
+
+        self.through(behind)
+        return Scores({unit: values[unit] for unit in units}, self.calls // len(self.ids))
+
+    def _without(
+        self, unit: Unit, run: Callable[..., Tensor], before: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the streams behind a block that leaves the unit out."""
+        block = self.blocks[unit.block]
+        function = self.program.functions[self.program.calls[block.position].function]
+        parts = {part.kind for part in sub_blocks(function, block.stream)}
+        if unit.kind == "block" or parts == {unit.kind}:
+            return list(before)
+        twin = without_sub_block(function, block.stream, [unit.kind], function.name)
+        return [run(batch, stream, twin) for batch, stream in enumerate(before)]
+
+    def _compare(self, found: Sequence[Tensor], base: Sequence[Tensor], metric: str) -> float:
+        total, count = 0.0, 0
+        for ids, ours, theirs in zip(self.ids, found, base, strict=True):
+            if metric == "ppl":
+                likely = token_log_likelihoods(ours[:, :-1], ids[:, 1:])
+                total, count = total - float(likely.double().sum()), count + likely.numel()
+                continue
+            for row, other in zip(ours, theirs, strict=True):
+                total += float(_distances(row.float(), other.float(), metric).double().sum())
+                count += len(row)
+        mean = total / max(count, 1)
+        return math.exp(min(mean, 700.0)) if metric == "ppl" and math.isfinite(mean) else mean
+
+
+def _distances(ours: Tensor, theirs: Tensor, metric: str) -> Tensor:
+    """Return how far rows [tokens, N] are apart, fp32 [tokens]."""
+    if metric == "kl":
+        p, q = torch.log_softmax(theirs, -1), torch.log_softmax(ours, -1)
+        return (p.exp() * (p - q)).sum(-1)
+    # 1 - cos as half the squared distance of unit vectors: exact where they nearly agree.
+    apart = (F.normalize(ours, dim=-1) - F.normalize(theirs, dim=-1)).square().sum(-1) / 2
+    if metric == "angular":
+        return torch.arccos((1 - apart).clamp(-1, 1)) / math.pi
+    return apart

@@ -1,0 +1,663 @@
+"""Distillation: weights of a program are trained to give what another program gives.
+
+A pass hands over which weights change and in what form (`Form`): whole, by a low-rank term, or
+by a term of its own. The tuner trains them between two places of the program, with the residual
+stream or the logits of the dense model as the target, and folds the result into weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.devices import free_bytes
+from graphopt.errors import PassError
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.dataflow import mask_is_for_attention_alone
+from graphopt.ir.execute import Runner, complete_inputs, run_function
+from graphopt.ir.graph import Call, Program, Value
+from graphopt.ir.types import B, P, S
+from graphopt.progress import Progress, silent
+
+TOKENS_OF_LOGITS = 2048
+"""Tokens whose logits are in memory at once."""
+
+SAVE_EVERY = 30.0
+"""Seconds between two saved states of a training."""
+
+LOOK_EVERY = 20
+"""Steps between two looks at the loss, which make a GPU wait."""
+
+CHECK_EVERY = 0.1
+"""Of the schedule, between two checks on held-out windows."""
+
+WARM_UP = 3
+"""Steps on a GPU before one is recorded: what is made at first use must not be in the record."""
+
+
+class Form(nn.Module, ABC):
+    """A weight while it is trained."""
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """Return the weight's value in fp32, differentiable in the form's parameters."""
+
+    def rates(self) -> list[tuple[float, list[nn.Parameter]]]:
+        """Return the parameters, with what the schedule's learning rate is times for each."""
+        return [(1.0, list(self.parameters()))]
+
+
+class Whole(Form):
+    """Every element of the weight is trained.
+
+    Args:
+        rate: What the schedule's learning rate is times.
+    """
+
+    def __init__(self, value: Tensor, rate: float = 1.0) -> None:
+        super().__init__()
+        self.value, self.rate = nn.Parameter(value.clone()), rate
+
+    def forward(self) -> Tensor:
+        return self.value
+
+    def rates(self) -> list[tuple[float, list[nn.Parameter]]]:
+        return [(self.rate, [self.value])]
+
+
+class LowRank(Form):
+    """W + B A, B [out, rank] from 0 and A [rank, in] (Hu et al., arXiv 2106.09685, section 4)."""
+
+    def __init__(self, value: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        out, width = value.shape
+        self.base = nn.Buffer(value)
+        self.down = nn.Parameter(kaiming((rank, width), generator).to(value.device))
+        self.up = nn.Parameter(value.new_zeros(out, rank))
+
+    def forward(self) -> Tensor:
+        return self.base + self.up @ self.down
+
+
+def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Return a matrix uniform in +-1/sqrt(columns): He et al.'s for a slope of sqrt(5)."""
+    bound = 1 / math.sqrt(shape[1])
+    return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Attributes:
+        steps: Most steps; None for as many as the seconds allow.
+        seconds: Most seconds; None for as many as the steps take.
+        rate: Highest learning rate. It falls to 0 by a cosine, over whichever of steps and
+            seconds is nearer its end.
+        warm_up: Of the schedule, in which the rate rises from 0.
+        batch: Windows of a step.
+        betas: Of Adam.
+        patience: Stop after this many checks without a better held-out loss; 0 never stops.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+    rate: float = 5e-4
+    warm_up: float = 0.02
+    batch: int = 4
+    betas: tuple[float, float] = (0.9, 0.95)
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.seconds is None:
+            raise ValueError("a schedule needs steps or seconds")
+
+    def done(self, step: int, elapsed: float) -> float:
+        """Return how far a training is, from 0 to 1."""
+        parts = [0.0]
+        if self.steps is not None:
+            parts.append(step / self.steps if self.steps else 1.0)
+        if self.seconds is not None:
+            parts.append(elapsed / self.seconds if self.seconds else 1.0)
+        return min(max(parts), 1.0)
+
+    def factor(self, done: float) -> float:
+        """Return what the learning rate is times."""
+        rise = 1.0 if done >= self.warm_up else (done + 1e-3) / (self.warm_up + 1e-3)
+        return rise * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass
+class Tuned:
+    """What a training did.
+
+    Attributes:
+        steps, seconds, tokens: Of all its pieces together.
+        losses: (step, mean training loss since the entry before) pairs.
+        checks: (step, loss on held-out windows) pairs, the first before any step.
+        stopped: Why it ended before its schedule did, or "".
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    checks: list[tuple[int, float]] = field(default_factory=list)
+    stopped: str = ""
+
+
+def relative_mse(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Squared error of every token, in units of its target's square, averaged over tokens.
+
+    Without the division a few tokens of huge norm, which most models have, decide the loss.
+    """
+    ours, theirs = ours.float(), theirs.float()
+    error = (ours - theirs).square().sum(-1)
+    return (error / theirs.square().sum(-1).clamp(min=1e-12)).mean()
+
+
+def batch_kl(ours: Tensor, theirs: Tensor) -> Tensor:
+    """KL(softmax(theirs) || softmax(ours)) over the batch, summed and divided by it.
+
+    Source: FuseGPT, arXiv 2411.14507, equations 5 and 6. Each (token, feature) is a distribution
+    over the sequences of the batch, so that an error which all sequences share costs nothing.
+
+    Raises:
+        PassError: The batch has one sequence: the loss would be 0 whatever the student gives.
+    """
+    if ours.shape[0] < 2:
+        raise PassError(
+            "The loss batch_kl compares the sequences of a batch, and there is one.",
+            "Give batch=2 or more, or another loss.",
+        )
+    p = torch.log_softmax(theirs.float(), 0)
+    q = torch.log_softmax(ours.float(), 0)
+    return (p.exp() * (p - q)).sum() / ours.shape[0]
+
+
+class Student:
+    """A part of a program, run differentiably with some of its weights in trained forms.
+
+    Args:
+        program: The model.
+        first, stop: The blocks that are run, as positions of calls, from `first` to before
+            `stop`. Calls in front of the first block of the program are run without gradient.
+        forms: What is trained, by weight name.
+        device: Where to compute. On CUDA products are in bf16 where it has it, weights in fp32.
+        keep_weights: Hold every weight after its first use, instead of reading it again.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        first: int,
+        stop: int,
+        forms: Mapping[str, Form],
+        device: torch.device,
+        *,
+        keep_weights: bool = True,
+    ) -> None:
+        self.program, self.device = program, device
+        self.first, self.stop = first, stop
+        blocks = find_blocks(program)
+        self.embedding = blocks[0].position
+        stream = next(block.stream for block in blocks if block.position == first)
+        self.entry = program.calls[first].args[stream]
+        self.forms = {name: form.to(device) for name, form in forms.items()}
+        self._runner = Runner(program, torch.float32, device, keep_weights)
+        self._half = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+        self._unmasked = mask_is_for_attention_alone(program)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Every trained parameter."""
+        return [p for form in self.forms.values() for p in form.parameters() if p.requires_grad]
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """What its streams are kept in."""
+        return torch.bfloat16 if self._half else torch.float32
+
+    @property
+    def exit(self) -> str:
+        """The program value that the last call makes."""
+        return self.program.calls[self.stop - 1].results[0]
+
+    def inputs(self, ids: Tensor) -> dict[str, Any]:
+        """Return the program's inputs for windows of token ids [B, S] without padding."""
+        values: dict[str, Any] = dict(complete_inputs({"input_ids": ids}))
+        if self._unmasked:
+            # Nothing is padded, and attention without a mask is several times faster.
+            values["attention_mask"] = None
+        return values
+
+    def run(
+        self,
+        values: dict[str, Any],
+        first: int,
+        stop: int,
+        watch: Callable[[Value, Tensor], None] | None = None,
+    ) -> None:
+        """Run calls; what they make is added to `values`.
+
+        Args:
+            watch: Called with every value inside a call as it is made.
+        """
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self._half, cache_enabled=False
+        ):
+            for call in self.program.calls[first:stop]:
+                results = self._call(call, values, watch)
+                values.update(zip(call.results, results, strict=True))
+
+    def _call(
+        self,
+        call: Call,
+        values: Mapping[str, Any],
+        watch: Callable[[Value, Tensor], None] | None,
+    ) -> list[Tensor]:
+        batch, length = values["input_ids"].shape
+        function = self.program.functions[call.function]
+        with torch.autocast(self.device.type, enabled=False):
+            weights = {
+                slot: self.forms[name]() if name in self.forms else self._runner.weight(name)
+                for slot, name in call.weights.items()
+            }
+        past = self._runner.empty_cache(batch) if function.caches else {}
+        sizes = {B: batch, S: length, P: 0}
+        args = [values[name] for name in call.args]
+        return run_function(function, call, args, weights, sizes, past, watch=watch)[0]
+
+
+class Objective(ABC):
+    """What a student is held to."""
+
+    @abstractmethod
+    def measure(
+        self, student: Student, values: dict[str, Any], target: Tensor, learn: bool
+    ) -> Tensor:
+        """Return the loss of a batch, in fp32 without gradient.
+
+        Args:
+            values: What `Student.run` left.
+            target: [B, S, D], what the dense model has in the place of the student's exit.
+            learn: Also add to the gradients of the student's parameters.
+        """
+
+
+@dataclass(frozen=True)
+class StreamObjective(Objective):
+    """The stream itself, by `relative_mse`, `batch_kl` or another loss of two streams."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    def measure(
+        self, student: Student, values: dict[str, Any], target: Tensor, learn: bool
+    ) -> Tensor:
+        loss = self.loss(values[student.exit], target)
+        if learn:
+            loss.backward()
+        return loss.detach()
+
+
+class LogitObjective(Objective):
+    """KL(dense || student) of the next token's distribution, averaged over tokens.
+
+    Both models share the calls behind the student's exit, so the dense model's stream there
+    stands for its logits, and only a few thousand tokens' logits are in memory at a time.
+    Source: Hinton et al., arXiv 1503.02531, section 2, at temperature 1.
+    """
+
+    def measure(
+        self, student: Student, values: dict[str, Any], target: Tensor, learn: bool
+    ) -> Tensor:
+        stream = values[student.exit]
+        batch, length, _ = stream.shape
+        rows = max(1, TOKENS_OF_LOGITS // length)
+        total = stream.new_zeros((), dtype=torch.float32)
+        gradients: list[Tensor] = []
+        for start in range(0, batch, rows):
+            part = stream[start : start + rows].detach().requires_grad_(learn)
+            logits = self._logits(student, values, part, start, rows)
+            with torch.no_grad():
+                theirs = self._logits(student, values, target[start : start + rows], start, rows)
+                wanted = torch.log_softmax(theirs.float(), -1)
+                ours = torch.log_softmax(logits.float(), -1)
+                p = wanted.exp()
+                total += (p * wanted.sub_(ours)).sum() / (batch * length)
+            if learn:
+                # The gradient of the divergence in the logits is the difference of the odds.
+                logits.backward(ours.exp_().sub_(p).div_(batch * length).to(logits.dtype))
+                assert part.grad is not None
+                gradients.append(part.grad)
+        if learn:
+            stream.backward(torch.cat(gradients).to(stream.dtype))
+        return total
+
+    @staticmethod
+    def _logits(
+        student: Student, values: Mapping[str, Any], stream: Tensor, start: int, rows: int
+    ) -> Tensor:
+        count = len(values["input_ids"])
+        part = {
+            name: value[start : start + rows]
+            if isinstance(value, Tensor) and value.dim() and len(value) == count
+            else value
+            for name, value in values.items()
+        }
+        part[student.exit] = stream
+        student.run(part, student.stop, len(student.program.calls))
+        logits: Tensor = part[student.program.outputs[0]]
+        return logits
+
+
+class Streams:
+    """The stream at one place of a model on windows of text, made when first asked for and kept.
+
+    Kept in bf16 where the model computes in it. On the device, as long as that takes no more
+    than an eighth of what is free there, and else in the memory of the host.
+
+    Args:
+        student: The model; its calls are run from the start to its last one.
+        ids: int64 [N, S].
+    """
+
+    def __init__(self, student: Student, ids: Tensor) -> None:
+        self._student, self._ids = student, ids
+        self._known: dict[int, Tensor] = {}
+        self._place: torch.device | None = None
+
+    def rows(self, rows: Sequence[int]) -> Tensor:
+        """Return the streams of some windows, [len(rows), S, D] on the model's device."""
+        new = [row for row in rows if row not in self._known]
+        if new:
+            student = self._student
+            values = student.inputs(self._ids[torch.tensor(new)].to(student.device))
+            with torch.no_grad():
+                student.run(values, 0, student.stop)
+            stream = values[student.exit].to(student.kept_dtype)
+            if self._place is None:
+                size = stream[0].numel() * stream.element_size() * len(self._ids)
+                fits = size <= free_bytes(student.device) // 8
+                self._place = student.device if fits else torch.device("cpu")
+            self._known |= dict(zip(new, stream.to(self._place).unbind(), strict=True))
+        return torch.stack([self._known[row] for row in rows]).to(self._student.device)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a student learns from.
+
+    Attributes:
+        ids: int64 [N, S], windows of tokens.
+        targets: The dense model's stream in the place of the student's exit.
+        entry: The stream in front of the student's first call; None where it starts from the
+            ids.
+        held_out: How many windows, the last ones, are for checks alone. One at least: the best
+            state is chosen by them, and it is what a training that fails falls back to.
+    """
+
+    ids: Tensor
+    targets: Streams
+    entry: Streams | None = None
+    held_out: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < len(self.ids):
+            raise ValueError(f"{self.held_out} of {len(self.ids)} windows are held out")
+
+
+class Tuner:
+    """A training of one student.
+
+    Args:
+        student: Its forms are trained in place.
+        lessons: What from.
+        objective: What for.
+        schedule: How long.
+        seed: Of the order of the windows.
+        saved: File for the state of the training, so that an interrupted one goes on; taken up
+            where it exists. None to keep none.
+        progress: Called with `what`, and thousandths of the schedule.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        lessons: Lessons,
+        objective: Objective,
+        schedule: Schedule,
+        *,
+        seed: int = 0,
+        saved: Path | None = None,
+        progress: Progress = silent,
+        what: str = "training",
+    ) -> None:
+        self.student, self.lessons, self.objective = student, lessons, objective
+        self.schedule, self.saved = schedule, saved
+        self.progress, self.what = progress, what
+        self.result = Tuned()
+        self._order = torch.Generator().manual_seed(seed)
+        self._queue: list[int] = []
+        self._best, self._best_state = math.inf, list[Tensor]()
+        self._checked_at, self._worse = 0.0, 0
+        self._parameters = student.parameters
+        cuda = student.device.type == "cuda"
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for form in student.forms.values():
+            for rate, parameters in form.rates():
+                by_rate.setdefault(rate, []).extend(p for p in parameters if p.requires_grad)
+        # On a GPU a rate is a tensor, which a recorded step reads anew.
+        self._rates = {
+            rate: torch.zeros((), device=student.device) if cuda else None for rate in by_rate
+        }
+        self._optimizer = torch.optim.Adam(
+            [{"params": parameters, "lr": self._rates[rate] if cuda else 1.0, "factor": rate}
+             for rate, parameters in by_rate.items()],
+            betas=schedule.betas, fused=True if cuda else None, capturable=cuda,
+        )  # fmt: skip
+        self._recorded: _Recorded | None = None
+        self._eager = 0
+
+    def run(self) -> Tuned:
+        """Train to the end of the schedule, and leave the best state in the forms.
+
+        Raises:
+            PassError: Memory does not suffice; the message says what lowers the need.
+        """
+        try:
+            return self._run()
+        except torch.cuda.OutOfMemoryError as error:
+            raise PassError(
+                f"{self.what} does not fit the memory of {self.student.device}.",
+                "Lower batch or seqlen, or take mode=local, which trains a few blocks at a time.",
+            ) from error
+
+    def _run(self) -> Tuned:
+        result, schedule = self._restore(), self.schedule
+        if result.stopped:
+            return result
+        begun = time.perf_counter() - result.seconds
+        saved_at = result.seconds
+        losses = _Mean(self.student.device)
+        if not result.checks:
+            self._check(0.0)
+        self.progress(self.what, 0, 1000)
+        while (done := schedule.done(result.steps, result.seconds)) < 1 and not result.stopped:
+            losses.add(self._step(schedule.rate * schedule.factor(done)))
+            result.steps += 1
+            result.tokens += schedule.batch * self.lessons.ids.shape[1]
+            if losses.count >= LOOK_EVERY:
+                loss = losses.take()
+                result.losses.append((result.steps, loss))
+                if not math.isfinite(loss):
+                    result.stopped = f"the loss became {loss} before step {result.steps}"
+                self.progress(self.what, int(done * 1000), 1000)
+            if done - self._checked_at >= CHECK_EVERY and not result.stopped:
+                self._check(done)
+                if schedule.patience and self._worse >= schedule.patience:
+                    result.stopped = f"no better held-out loss in {self._worse} checks"
+            result.seconds = time.perf_counter() - begun
+            if self.saved is not None and result.seconds - saved_at >= SAVE_EVERY:
+                saved_at = result.seconds
+                self._save()
+        if not result.stopped:
+            self._check(1.0)
+        for parameter, value in zip(self._parameters, self._best_state, strict=True):
+            parameter.data.copy_(value)
+        result.seconds = time.perf_counter() - begun
+        self.progress(self.what, 1000, 1000)
+        return result
+
+    def _check(self, done: float) -> None:
+        """Measure the held-out windows, and keep the state if it is the best so far."""
+        count, size, total = self.lessons.held_out, self.schedule.batch, 0.0
+        self._checked_at = done
+        for start in range(len(self.lessons.ids) - count, len(self.lessons.ids), size):
+            rows = list(range(start, min(start + size, len(self.lessons.ids))))
+            with torch.no_grad():
+                loss = self.objective.measure(*self._forward(*self._batch(rows)), learn=False)
+            total += float(loss) * len(rows) / count
+        self.result.checks.append((self.result.steps, total))
+        self._worse += 1
+        if total < self._best:
+            self._best, self._worse = total, 0
+            self._best_state = [parameter.detach().clone() for parameter in self._parameters]
+
+    def _rows(self) -> list[int]:
+        """Return the windows of the next step; every window comes once in an epoch."""
+        usable = len(self.lessons.ids) - self.lessons.held_out
+        while len(self._queue) < self.schedule.batch:
+            self._queue += torch.randperm(usable, generator=self._order).tolist()
+        rows, self._queue = self._queue[: self.schedule.batch], self._queue[self.schedule.batch :]
+        return rows
+
+    def _batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        lessons = self.lessons
+        return (
+            lessons.ids[torch.tensor(rows)].to(self.student.device),
+            lessons.targets.rows(rows),
+            None if lessons.entry is None else lessons.entry.rows(rows),
+        )
+
+    def _forward(
+        self, ids: Tensor, target: Tensor, entry: Tensor | None
+    ) -> tuple[Student, dict[str, Any], Tensor]:
+        student = self.student
+        values = student.inputs(ids)
+        with torch.no_grad():
+            student.run(values, 0, student.embedding)
+        if entry is None:
+            student.run(values, student.embedding, student.stop)
+        else:
+            values[student.entry] = entry
+            student.run(values, student.first, student.stop)
+        return student, values, target
+
+    def _work(self, ids: Tensor, target: Tensor, entry: Tensor | None) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self.objective.measure(*self._forward(ids, target, entry), learn=True)
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        return loss
+
+    def _step(self, rate: float) -> Tensor:
+        batch = self._batch(self._rows())
+        for group in self._optimizer.param_groups:
+            tensor = self._rates[group["factor"]]
+            if tensor is None:
+                group["lr"] = rate * group["factor"]
+            else:
+                tensor.fill_(rate * group["factor"])
+        if self.student.device.type != "cuda":
+            return self._work(*batch)
+        if self._recorded is None:
+            self._eager += 1
+            if self._eager <= WARM_UP:
+                return self._work(*batch)
+            self._recorded = _Recorded(self._work, batch)
+        return self._recorded.replay(batch)
+
+    def _save(self) -> None:
+        assert self.saved is not None
+        self.saved.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.saved.with_suffix(".part")
+        torch.save(
+            {
+                "parameters": [p.detach().cpu() for p in self._parameters],
+                "optimizer": self._optimizer.state_dict(),
+                "order": self._order.get_state(),
+                "queue": self._queue,
+                "best": (self._best, [value.cpu() for value in self._best_state]),
+                "checks": (self._checked_at, self._worse),
+                "result": dataclasses.asdict(self.result),
+            },
+            fresh,
+        )
+        fresh.rename(self.saved)
+
+    def _restore(self) -> Tuned:
+        """Take up the saved state, if there is one; return the result so far."""
+        if self.saved is None or not self.saved.is_file():
+            return self.result
+        state = torch.load(self.saved, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+        self._optimizer.load_state_dict(state["optimizer"])
+        for group in self._optimizer.param_groups:
+            # Loading puts a copy in the group, and a rate is set through its own tensor.
+            group["lr"] = self._rates[group["factor"]]
+        self._order.set_state(state["order"])
+        self._queue = state["queue"]
+        self._best, kept = state["best"]
+        self._best_state = [value.to(self.student.device) for value in kept]
+        self._checked_at, self._worse = state["checks"]
+        self.result = Tuned(**state["result"])
+        return self.result
+
+
+class _Recorded:
+    """A step of a training as a CUDA graph: its thousands of kernels are launched at once."""
+
+    def __init__(self, work: Callable[..., Tensor], batch: Sequence[Tensor | None]) -> None:
+        self._places = [None if value is None else value.clone() for value in batch]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
+            self._loss = work(*self._places)
+
+    def replay(self, batch: Sequence[Tensor | None]) -> Tensor:
+        for place, value in zip(self._places, batch, strict=True):
+            if place is not None and value is not None:
+                place.copy_(value)
+        self._graph.replay()
+        return self._loss
+
+
+class _Mean:
+    """The mean of losses that are on a device, without waiting for each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._total = torch.zeros((), device=device)
+        self.count = 0
+
+    def add(self, loss: Tensor) -> None:
+        self._total += loss
+        self.count += 1
+
+    def take(self) -> float:
+        mean = float(self._total) / self.count
+        self._total.zero_()
+        self.count = 0
+        return mean

@@ -1,0 +1,281 @@
+"""Depth pruning: the blocks, or parts of blocks, that matter least are taken out."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from graphopt.calibrate import forward_speed, held_out_perplexity, pick, text_windows
+from graphopt.devices import scoring_dtype
+from graphopt.errors import PassError
+from graphopt.ir.blocks import (
+    block_name,
+    find_blocks,
+    private_results,
+    remove_sub_blocks,
+    sub_blocks,
+)
+from graphopt.ir.execute import resident
+from graphopt.ir.graph import Program
+from graphopt.passes.base import Context, Pass, PassResult, register_pass
+from graphopt.scores import METRICS, Scores, Unit, final_results, score_units, units_of
+from graphopt.verification import finite
+
+PARTS = {
+    "block": ("block",),
+    "attention": ("attention",),
+    "ffn": ("ffn",),
+    "any": ("attention", "ffn"),
+}
+
+DEFAULT_WINDOWS = ((2, 256), (8, 512))
+"""How many windows are scored, of how many tokens: on a CPU and on a GPU."""
+
+HELD_OUT = 2
+"""Windows on which perplexity is followed; no score comes from them where there are others."""
+
+
+@register_pass
+@dataclass
+class PruneBlocks(Pass):
+    """Take out the blocks that change the results least.
+
+    Give one of `ratio` (a share of the blocks, rounded up), `blocks` (how many) and `remove`
+    (which, from 0). What is scored is chosen by `part`: whole blocks, their attentions, their
+    feed-forward parts, or either of these two.
+
+    Scores come from `windows` windows of `seqlen` tokens of the calibration text, by default 8
+    of 512 on a GPU and 2 of 256 on a CPU; see `graphopt.scores.METRICS`. Where `iterative`,
+    everything is scored again after each removal, and compared with the `reference`: the
+    `original` model, or the `current` one, from which what was removed before is missing. Equal
+    scores go to the lowest index. Blocks that are listed are not scored.
+
+    Source of macro influence and of the loop: FuseGPT, arXiv 2411.14507, equation 1 and
+    algorithm 1, where the reference is the current model.
+
+    Legality:
+
+    1. The program has at least two blocks: calls that take a stream and give it back in the
+       same type.
+    2. A block's result is read by the next call alone, so that leaving it out changes what one
+       call reads.
+    3. Parts of blocks are terms added to the stream; a block that is no such sum has none.
+    4. At least one block is left.
+    """
+
+    name: ClassVar[str] = "prune-blocks"
+    exact: ClassVar[bool] = False
+    reads_weights: ClassVar[bool] = True
+
+    ratio: float | None = None
+    blocks: int | None = None
+    remove: list[int] = field(default_factory=list)
+    part: str = "block"
+    score: str = "mi"
+    iterative: bool = True
+    reference: str = "original"
+    windows: int | None = None
+    seqlen: int | None = None
+
+    def check(self, program: Program) -> None:
+        given = [self.ratio is not None, self.blocks is not None, bool(self.remove)]
+        if sum(given) != 1:
+            raise PassError(
+                "prune-blocks takes one of ratio, blocks and remove, and was given "
+                f"{sum(given) or 'none'}.",
+                "Write prune-blocks{ratio=0.25}, or blocks=8, or remove=[20,21].",
+            )
+        for option, known in (
+            ("score", METRICS), ("part", PARTS), ("reference", ("original", "current")),
+        ):  # fmt: skip
+            if getattr(self, option) not in known:
+                raise PassError(
+                    f"prune-blocks knows no {option} {getattr(self, option)!r}.",
+                    f"Known: {', '.join(known)}.",
+                )
+        for option, least in (("windows", 1), ("seqlen", 2)):
+            value = getattr(self, option)
+            if value is not None and value < least:
+                raise PassError(
+                    f"prune-blocks: {option}={value} is below {least}.", f"Leave {option} out."
+                )
+        blocks = find_blocks(program)
+        if len(blocks) < 2:
+            raise PassError(
+                f"{program.name} has {len(blocks)} blocks that could be taken out.",
+                "Only models with a stack of blocks can be pruned in depth.",
+            )
+        reason = private_results(program, blocks)
+        if reason:
+            raise PassError(f"Blocks of {program.name} cannot be taken out: {reason}.")
+        self._check_count(program)
+
+    def _check_count(self, program: Program) -> None:
+        total = len(find_blocks(program))
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise PassError(
+                f"A ratio of {self.ratio:g} of the blocks cannot be removed.",
+                "Give one between 0 and 1, such as ratio=0.25.",
+            )
+        if self.remove:
+            odd = sorted({i for i in self.remove if not 0 <= i < total})
+            if odd:
+                raise PassError(
+                    f"There is no block {odd[0]}: {program.name} has blocks 0 to {total - 1}.",
+                    "Name existing ones in remove=[...].",
+                )
+            if len(set(self.remove)) != len(self.remove):
+                raise PassError("remove=[...] names a block twice.", "Name each once.")
+            if self.part == "any":
+                raise PassError(
+                    "remove=[...] with part=any does not say which parts.",
+                    "Give part=attention, part=ffn or part=block.",
+                )
+        units = units_of(program, PARTS[self.part])
+        if not units:
+            raise PassError(
+                f"No block of {program.name} is a sum of a stream and parts of kind {self.part!r}.",
+                "Remove whole blocks: part=block.",
+            )
+        count = self.count(program)
+        if not 0 < count < len(units):
+            raise PassError(
+                f"{count} of {len(units)} cannot be removed: at least one must go and one stay.",
+                f"Give blocks= from 1 to {len(units) - 1}.",
+            )
+
+    def count(self, program: Program) -> int:
+        """Return how many units go."""
+        if self.remove:
+            return len(self.remove)
+        if self.blocks is not None:
+            return self.blocks
+        assert self.ratio is not None
+        return math.ceil(self.ratio * len(units_of(program, PARTS[self.part])) - 1e-9)
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        names = [block_name(program, block) for block in find_blocks(program)]
+        units = units_of(program, PARTS[self.part])
+        started = time.perf_counter()
+        choice = self.choose(program, context)
+        seconds = time.perf_counter() - started
+        remove_sub_blocks(program, [(unit.block, unit.kind) for unit in choice.order])
+        details: dict[str, Any] = {
+            "order": [str(unit) for unit in choice.order],
+            "removed": [names[unit.block] for unit in choice.order],
+            "candidates": [str(unit) for unit in units],
+            "scores": choice.scores,
+            "perplexity": choice.perplexity,
+            "scoring_seconds": seconds,
+            "tokens_per_second": choice.speed,
+        }
+        return PassResult(program, len(units), len(choice.order), details=details)
+
+    def choose(self, program: Program, context: Context) -> Choice:
+        """Return what goes, in which order, without changing the program.
+
+        Raises:
+            PassError: The calibration text is too short.
+            SourceError: The model has no tokenizer, or a weight cannot be read.
+        """
+        return Chooser(self, program, context).all()
+
+
+@dataclass
+class Choice:
+    """What goes, and why.
+
+    Attributes:
+        order: Units of the given program, in the order of their removal.
+        scores: For every round the score of each candidate left, by name.
+        perplexity: On held-out windows, of the whole model and after each removal.
+        speed: Tokens a second of a forward pass, before and after.
+    """
+
+    order: list[Unit] = field(default_factory=list)
+    scores: list[dict[str, float | None]] = field(default_factory=list)
+    perplexity: list[dict[str, Any]] = field(default_factory=list)
+    speed: list[float] = field(default_factory=list)
+
+
+class Chooser:
+    """The loop of scoring and removing."""
+
+    def __init__(self, options: PruneBlocks, program: Program, context: Context) -> None:
+        self.options, self.context = options, context
+        self.device = context.device
+        self.dtype = scoring_dtype(program, self.device)
+        count, length = DEFAULT_WINDOWS[self.device.type == "cuda"]
+        count, length = options.windows or count, options.seqlen or length
+        windows = text_windows(program, context.text, length)
+        # Held-out windows are the last ones; scores come from the others, where there are more.
+        self.checked = windows[-HELD_OUT:]
+        scored = windows[:-HELD_OUT] if len(windows) > HELD_OUT else windows
+        self.windows = pick(scored, count, context.seed)
+        self.program = resident(program, self.dtype, self.device)
+
+    def all(self) -> Choice:
+        """Choose everything that goes."""
+        options, choice = self.options, Choice()
+        units = units_of(self.program, PARTS[options.part])
+        count = options.count(self.program)
+        base: list[Tensor] | None = None
+        if options.reference == "original" and options.score in ("mi", "kl"):
+            base = final_results(
+                self.program, self.windows, options.score, device=self.device, dtype=self.dtype
+            )
+        self._note("the whole model", self.program, choice)
+        if options.remove:
+            choice.order = [Unit(index, options.part) for index in options.remove]
+            self._note("removing all of them", self._without(choice.order), choice)
+        left = list(units)
+        while len(choice.order) < count:
+            current = self._without(choice.order)
+            scores = self.score(current, self._renamed(left, choice.order), base)
+            named = dict(zip(left, scores.values.values(), strict=True))
+            choice.scores.append({str(u): finite(v) for u, v in named.items()})
+            rounds = 1 if options.iterative else count
+            for _ in range(rounds):
+                unit = Scores(named, 0).lowest()
+                choice.order.append(unit)
+                left.remove(unit)
+                del named[unit]
+                self._note(f"removing {unit}", self._without(choice.order), choice)
+        for model in (self.program, self._without(choice.order)):
+            choice.speed.append(forward_speed(model, self.windows, self.device, self.dtype))
+        return choice
+
+    def score(self, program: Program, units: list[Unit], base: list[Tensor] | None) -> Scores:
+        """Score units of a program that is in memory."""
+        return score_units(
+            program, units, self.windows, self.options.score,
+            device=self.device, dtype=self.dtype, reference=base, progress=self.context.progress,
+        )  # fmt: skip
+
+    def _without(self, units: list[Unit]) -> Program:
+        program = self.program.copy()
+        if units:
+            remove_sub_blocks(program, [(unit.block, unit.kind) for unit in units])
+        return program
+
+    def _renamed(self, left: list[Unit], gone: list[Unit]) -> list[Unit]:
+        """Return what units of the whole program are called in the one without `gone`."""
+        blocks = find_blocks(self.program)
+        lost: set[int] = set()
+        for index, block in enumerate(blocks):
+            kinds = {unit.kind for unit in gone if unit.block == index}
+            function = self.program.functions[self.program.calls[block.position].function]
+            parts = {part.kind for part in sub_blocks(function, block.stream)}
+            if "block" in kinds or (parts and parts <= kinds):
+                lost.add(index)
+        return [
+            Unit(unit.block - sum(index < unit.block for index in lost), unit.kind) for unit in left
+        ]
+
+    def _note(self, what: str, program: Program, choice: Choice) -> None:
+        value = held_out_perplexity(program, self.checked, self.device, self.dtype)
+        choice.perplexity.append({"after": what, "value": finite(value)})

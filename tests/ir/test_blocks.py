@@ -1,0 +1,191 @@
+"""Blocks: found by dataflow, taken out as transformers would without those layers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from programs import tiny_program
+from tiny_models import tiny_model
+
+import graphopt as go
+from graphopt.errors import LoweringError
+from graphopt.ir.blocks import (
+    find_blocks,
+    private_results,
+    remove_blocks,
+    remove_sub_blocks,
+    sub_blocks,
+    without_sub_block,
+)
+from graphopt.ir.execute import Runner
+from graphopt.ir.verify import verify
+
+IDS = torch.randint(0, 250, (2, 11), generator=torch.Generator().manual_seed(0))
+FAMILIES = {
+    "llama": {"num_hidden_layers": 5},
+    "qwen2": {"num_hidden_layers": 5},
+    "qwen3": {"num_hidden_layers": 5},
+    "gemma2": {"num_hidden_layers": 5, "sliding_window": 4, "query_pre_attn_scalar": 8},
+    "gpt2": {"vocab_size": 300, "n_embd": 32, "n_inner": 48, "n_layer": 5, "n_head": 4,
+             "n_positions": 128},
+    "gpt_neox": {"num_hidden_layers": 5, "num_key_value_heads": None, "head_dim": None},
+}  # fmt: skip
+
+
+def model_of(family):
+    return tiny_model(family, **FAMILIES[family])
+
+
+def layers_of(model):
+    return model.transformer.h if hasattr(model, "transformer") else next(
+        m for n, m in model.named_modules() if n.endswith("layers")
+    )  # fmt: skip
+
+
+def without(model, removed):
+    """Return transformers' own model with layers deleted."""
+    twin = copy.deepcopy(model)
+    layers = layers_of(twin)
+    for index in sorted(removed, reverse=True):
+        del layers[index]
+    config = twin.config
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    if getattr(config, "layer_types", None):
+        kept = [t for i, t in enumerate(config.layer_types) if i not in removed]
+        config.num_hidden_layers, config.layer_types = len(layers), kept
+    config.num_hidden_layers = len(layers)
+    return twin
+
+
+def close(ours, theirs):
+    return float((ours - theirs).abs().max()) < 1e-4 * max(float(theirs.abs().max()), 1.0)
+
+
+@pytest.mark.parametrize("removed", [{0}, {4}, {1, 2}, {0, 2, 4}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_program_without_blocks_is_the_model_without_those_layers(family, removed):
+    model = model_of(family)
+    program = go.capture(model)
+    assert len(find_blocks(program)) == 5
+    remove_blocks(program, removed)
+    verify(program)
+    assert len(find_blocks(program)) == 5 - len(removed)
+    with torch.no_grad():
+        theirs = without(model, removed)(IDS, use_cache=False).logits
+    assert close(Runner(program).logits({"input_ids": IDS}), theirs)
+
+
+def test_configs_follow(tmp_path):
+    for family, key in (("llama", "num_hidden_layers"), ("gpt2", "n_layer")):
+        model_of(family).save_pretrained(tmp_path / family)
+        program = go.capture(str(tmp_path / family))
+        remove_blocks(program, [1, 3])
+        assert program.config[key] == 3
+    model_of("gemma2").save_pretrained(tmp_path / "gemma2")
+    program = go.capture(str(tmp_path / "gemma2"))
+    kinds = list(program.config["layer_types"])
+    remove_blocks(program, [0, 3])
+    assert program.config["layer_types"] == [kinds[1], kinds[2], kinds[4]]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_the_checkpoint_of_a_shortened_program_loads_and_says_the_same(family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = model_of(family)
+    model.save_pretrained(tmp_path / "whole")
+    program = go.capture(str(tmp_path / "whole"))
+    remove_blocks(program, [1, 2])
+    go.emit(program, tmp_path / "out", emit=("hf",))
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out" / "hf", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        theirs = loaded(IDS).logits
+        brute = without(model, {1, 2})(IDS, use_cache=False).logits
+    assert close(Runner(program).logits({"input_ids": IDS}), theirs) and close(theirs, brute)
+
+
+def test_caches_are_numbered_anew_and_steps_agree_with_the_whole():
+    program, _ = go.Pipeline.parse("insert-kv-cache").run(tiny_program(layers=5))
+    remove_blocks(program, [0, 3])
+    verify(program)
+    assert list(program.states) == ["kv.0", "kv.1", "kv.2"]
+    assert [state.name for state in program.states.values()] == list(program.states)
+    runner = Runner(program)
+    ids = IDS % 97
+    whole = runner.logits({"input_ids": ids})
+    first, cache = runner.run({"input_ids": ids[:, :6]})
+    second, _ = runner.run({"input_ids": ids[:, 6:]}, cache)
+    assert torch.allclose(torch.cat((first[0], second[0]), 1), whole, atol=1e-5)
+
+
+# ---- parts of blocks ----
+
+
+@pytest.mark.parametrize("kind", ["attention", "ffn"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_a_program_without_a_part_is_the_model_whose_part_adds_nothing(family, kind):
+    model = model_of(family)
+    program = go.capture(model)
+    remove_sub_blocks(program, [(1, kind), (3, kind)])
+    verify(program)
+    assert len(find_blocks(program)) == 5
+    twin = copy.deepcopy(model)
+    for index in (1, 3):
+        layer = layers_of(twin)[index]
+        part = {"attention": ("o_proj", "attn.c_proj", "attention.dense"),
+                "ffn": ("down_proj", "mlp.c_proj", "mlp.dense_4h_to_h")}[kind]  # fmt: skip
+        (last,) = [m for n, m in layer.named_modules() if n.endswith(part)]
+        for parameter in last.parameters():
+            parameter.data.zero_()
+    with torch.no_grad():
+        theirs = twin(IDS, use_cache=False).logits
+    assert close(Runner(program).logits({"input_ids": IDS}), theirs)
+
+
+def test_a_block_that_loses_all_its_parts_goes_whole():
+    parts, whole = tiny_program(layers=4), tiny_program(layers=4)
+    remove_sub_blocks(parts, [(2, "attention"), (2, "ffn")])
+    remove_blocks(whole, [2])
+    assert str(parts) == str(whole)
+
+
+def test_a_part_taken_out_with_a_cache_takes_its_cache_along():
+    program, _ = go.Pipeline.parse("insert-kv-cache").run(tiny_program(layers=3))
+    remove_sub_blocks(program, [(1, "attention")])
+    verify(program)
+    assert list(program.states) == ["kv.0", "kv.1"] and len(find_blocks(program)) == 3
+
+
+def test_no_checkpoint_is_made_of_a_program_that_no_config_makes(tmp_path):
+    model_of("llama").save_pretrained(tmp_path / "whole")
+    program = go.capture(str(tmp_path / "whole"))
+    remove_sub_blocks(program, [(1, "ffn")])
+    with pytest.raises(LoweringError, match="no transformers checkpoint"):
+        go.emit(program, tmp_path / "out", emit=("hf",))
+
+
+def test_a_norm_behind_the_sum_hides_the_parts():
+    program = tiny_program(layers=2)
+    function = program.functions["block"]
+    normed = function.add("rms_norm", [function.results[0]], {"eps": 1e-6})
+    function.results[0] = normed.output
+    assert sub_blocks(function, 0) == []
+    with pytest.raises(ValueError, match="not a stream to which parts are added"):
+        without_sub_block(function, 0, ["ffn"], "twin")
+
+
+def test_a_result_with_two_readers_is_not_private():
+    program = tiny_program(layers=3)
+    blocks = find_blocks(program)
+    assert private_results(program, blocks) is None
+    program.outputs.append(program.calls[blocks[2].position].results[0])
+    reason = private_results(program, blocks)
+    assert reason == "the result of layers.2 is read by later blocks too"

@@ -1,0 +1,240 @@
+"""Recovery after depth pruning: every mode on a model that has learnt something."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from programs import tiny_program
+from trained import LENGTH, book, save_trained
+
+import graphopt as go
+from graphopt.errors import PassError
+from graphopt.ir.blocks import find_blocks, remove_blocks
+from graphopt.ir.execute import Runner
+from graphopt.passes.base import Context, make_pass
+from graphopt.passes.fuse_blocks import Injection, group_of, require_equal
+
+TEXT = book()[:24000]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return go.capture(str(save_trained(tmp_path_factory.mktemp("trained"))))
+
+
+def fused(dense, tmp_path, pruning, fusion, **options):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    recipe = f"prune-blocks{{{pruning},seqlen={LENGTH}}},fuse-blocks{{{fusion},seqlen={LENGTH}}}"
+    program, report = go.Pipeline.parse(recipe).run(dense, calib=text, **options)
+    # Whatever a report holds is plain JSON.
+    json.dumps(report.to_json(), allow_nan=False)
+    return program, report.passes[0], report.passes[1]
+
+
+def steps_of(entry):
+    return [(step["after"], step["value"]) for step in entry.details["perplexity"]]
+
+
+# ---- the modes, on a trained model ----
+
+
+def test_distilling_takes_back_half_of_what_removal_cost(dense, tmp_path):
+    program, pruning, entry = fused(
+        dense, tmp_path, "ratio=0.25", "steps=80,batch=8,rate=0.0002", device="cpu"
+    )
+    assert len(find_blocks(program)) == 6 and program.config["num_hidden_layers"] == 6
+    whole, steps = pruning.details["perplexity"][0]["value"], dict(steps_of(entry))
+    gap = math.log(steps["plain removal"] / whole)
+    assert gap > 0.02
+    assert steps["trained"] <= steps["warm start"] < steps["plain removal"]
+    assert math.log(steps["trained"] / whole) < 0.5 * gap
+    assert entry.verification == "measured"
+    (training,) = entry.details["training"]
+    assert training["steps"] == 80 and training["checks"][0][0] == 0
+    assert set(entry.details["seconds"]) >= {"warm start", "training", "all"}
+
+
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        "mode=local,steps=60,batch=8,group=3,rate=0.0003",
+        "steps=40,batch=8,train=low-rank,rank=4",
+        "steps=20,batch=8,own_text=4",
+    ],
+)
+def test_every_other_mode_does_better_than_plain_removal(dense, tmp_path, fusion):
+    program, _, entry = fused(dense, tmp_path, "remove=[3,6]", fusion)
+    steps = steps_of(entry)
+    assert steps[-1][1] < steps[0][1]
+    assert len(find_blocks(program)) == 6
+    # A stock model: the same functions, every weight in the checkpoint's dtype and on the CPU.
+    assert set(program.functions) == set(dense.functions)
+    for weight in program.weights:
+        assert weight.load().device == CPU
+        assert weight.dtype == dense.weights[weight.name].dtype
+
+
+@pytest.mark.parametrize("donor", ["pruned", "self", "random", "none"])
+def test_the_faithful_mode_lowers_the_papers_loss(dense, tmp_path, donor):
+    fusion = f"mode=faithful,steps=60,batch=8,group=4,rank=8,donor={donor}"
+    program, _, entry = fused(dense, tmp_path, "remove=[3,6]", fusion)
+    assert [part["steps"] for part in entry.details["training"]] == [30, 30]
+    for part in entry.details["training"]:
+        losses = [loss for _, loss in part["checks"]]
+        assert min(losses) < losses[0]
+    assert entry.details["order"] == [3, 6] and len(find_blocks(program)) == 6
+
+
+def test_the_result_is_a_checkpoint_that_transformers_loads(dense, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    program, _, _ = fused(dense, tmp_path, "blocks=2", "steps=4,batch=4")
+    go.emit(program, tmp_path / "out", emit=("hf",))
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out" / "hf", output_loading_info=True
+    )
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert len(model.model.layers) == model.config.num_hidden_layers == 6
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(6))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        theirs = model(ids).logits
+    ours = Runner(program).logits({"input_ids": ids})
+    assert float((ours - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
+
+
+def test_an_interrupted_compile_goes_on_behind_the_last_stage(dense, tmp_path, monkeypatch):
+    from graphopt.passes import fuse_blocks
+
+    straight, _, whole = fused(
+        dense, tmp_path, "remove=[3,6]", "mode=faithful,steps=20,batch=8,group=4,rank=4"
+    )
+    real, calls = fuse_blocks._Fusion._fuse_one, []
+
+    def stops(self, place, what, share):
+        calls.append(what)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(self, place, what, share)
+
+    monkeypatch.setattr(fuse_blocks._Fusion, "_fuse_one", stops)
+    options = {"work": tmp_path / "work"}
+    recipe = ("remove=[3,6]", "mode=faithful,steps=20,batch=8,group=4,rank=4")
+    with pytest.raises(KeyboardInterrupt):
+        fused(dense, tmp_path, *recipe, **options)
+    resumed, _, entry = fused(dense, tmp_path, *recipe, resume=True, **options)
+    assert calls == ["fusing model.layers.3", "fusing model.layers.6", "fusing model.layers.6"]
+    assert [step for step, _ in steps_of(entry)] == [step for step, _ in steps_of(whole)]
+    for weight in straight.weights:
+        assert torch.allclose(weight.load(), resumed.weights[weight.name].load(), atol=1e-6)
+
+
+# ---- the paper's parts ----
+
+
+def group_by_the_formula(place, neighbours, count):
+    """Equation 2 with its numbers from 1: the window of G + 1 around p, shifted inside."""
+    members = [(place + 1) - neighbours // 2 + i for i in range(neighbours + 1)]
+    shift = max(1 - members[0], 0) - max(members[-1] - count, 0)
+    return members[0] + shift - 1, members[-1] + shift - 1
+
+
+@pytest.mark.parametrize("neighbours", [1, 2, 7])
+def test_groups_are_those_of_the_formula(neighbours):
+    for count in (neighbours + 2, 12, 32):
+        for place in range(count):
+            assert group_of(place, neighbours, count) == group_by_the_formula(
+                place, neighbours, count
+            )
+    assert group_of(1, 7, 8) == (0, 7)
+    assert group_of(2, 7, 3) == (0, 2)
+    # Seven neighbours: three in front, four behind.
+    assert group_of(15, 7, 32) == (12, 19)
+
+
+def test_an_injection_starts_as_plain_removal_and_folds_to_what_it_computed():
+    generator = torch.Generator().manual_seed(0)
+    own, donor = torch.randn(2, 10, 14, generator=generator)
+    form = Injection(own, donor, 3, generator)
+    assert torch.equal(form(), own)
+    with torch.no_grad():
+        for parameter in form.parameters():
+            parameter.normal_(generator=generator)
+    x = torch.randn(5, 14, generator=generator).double()
+    left, right = form.coefficients_left.double(), form.coefficients_right.double()
+    low = form.up.double() @ form.down.double()
+    expected = x @ own.double().T + x @ low.T + x @ ((left @ right) * donor.double()).T
+    assert float((x @ form().double().T - expected).abs().max()) < 1e-4
+    assert torch.equal(form.base, own) and torch.equal(form.donor, donor)
+    trained = {name for name, _ in form.named_parameters()}
+    assert trained == {"coefficients_left", "coefficients_right", "up", "down"}
+
+
+def test_every_donor_has_as_many_parameters():
+    generator = torch.Generator().manual_seed(0)
+    own, donor = torch.randn(2, 10, 14, generator=generator)
+    sizes = {
+        sum(p.numel() for p in Injection(own, given, 3, generator).parameters())
+        for given in (donor, own, None)
+    }
+    assert sizes == {2 * 3 * (10 + 14)}
+
+
+def test_blocks_that_differ_are_refused_with_the_pair():
+    program = tiny_program(layers=4)
+    calls = [program.calls[block.position] for block in find_blocks(program)]
+    require_equal(program, calls)
+    twin = program.functions["block"].clone("other")
+    program.functions["other"] = twin
+    calls[2].function = "other"
+    with pytest.raises(PassError, match=r"layers\.0.* and .*layers\.2.*different kinds"):
+        require_equal(program, calls)
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "magic"}, "no mode 'magic'"),
+        ({"donor": "other"}, "no donor 'other'"),
+        ({"train": "none"}, "no train 'none'"),
+        ({"seconds": -1.0}, "seconds=-1.0 is below 0"),
+        ({"batch": 0}, "batch=0 is below 1"),
+        ({"mode": "faithful", "batch": 1}, "batch=1 has one"),
+        ({"group": 1}, "group=1 is below 2"),
+        ({"rank": 0}, "rank=0 is below 1"),
+    ],
+)
+def test_wrong_options_are_refused_before_a_weight_is_read(options, message):
+    with pytest.raises(PassError, match=message) as caught:
+        make_pass("fuse-blocks", options).check(tiny_program())
+    assert caught.value.message
+
+
+def test_without_a_pruning_pass_there_is_nothing_to_fuse(dense):
+    with pytest.raises(PassError, match="must come after 'prune-blocks'"):
+        go.Pipeline.parse("fuse-blocks").run(dense)
+    with pytest.raises(PassError, match="from which prune-blocks removed"):
+        make_pass("fuse-blocks", {}).run(dense.copy(), Context())
+
+
+def test_a_text_that_is_too_short_is_refused_with_the_numbers(dense):
+    context = Context("a short text", tokenizer=None)
+    context.dense = dense
+    context.earlier["prune-blocks"] = {"removed": ["model.layers.1"], "options": {}}
+    pruned = dense.copy()
+    remove_blocks(pruned, [1])
+    with pytest.raises(PassError, match=r"has 12 tokens, and a window takes 64"):
+        make_pass("fuse-blocks", {"steps": 1, "seqlen": 64}).run(pruned, context)
+
+
+def test_the_faithful_mode_refuses_parts_of_blocks(dense, tmp_path):
+    with pytest.raises(PassError, match="fuses whole blocks"):
+        fused(dense, tmp_path, "blocks=1,part=ffn", "mode=faithful,steps=1")

@@ -1,0 +1,111 @@
+"""Closed-form repair against brute-force least squares, and what it leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from programs import tiny_program
+
+from graphopt.ir.blocks import find_blocks, remove_blocks, sub_blocks
+from graphopt.repair import RIDGES, _Sums, repair
+from graphopt.tune import Streams, Student, relative_mse
+
+CPU = torch.device("cpu")
+IDS = torch.randint(0, 97, (40, 16), generator=torch.Generator().manual_seed(3))
+
+
+def behind(program, block):
+    blocks = find_blocks(program)
+    student = Student(program, blocks[0].position, blocks[block].position + 1, {}, CPU)
+    return Streams(student, IDS).rows(range(len(IDS)))
+
+
+def cut(program, *indices):
+    pruned = program.copy()
+    remove_blocks(pruned, indices)
+    return pruned
+
+
+def test_sums_solve_the_weighted_least_squares_with_a_pull():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(5, 8, 6, generator=generator)
+    residual, target = torch.randn(2, 5, 8, 4, generator=generator)
+    sums = _Sums()
+    for part in range(5):
+        sums.add(features[part], residual[part], target[part])
+    root = target.double().square().sum(-1).rsqrt().flatten()[:, None]
+    x, y = features.double().flatten(0, 1) * root, residual.double().flatten(0, 1) * root
+    for ridge in RIDGES:
+        pull = ridge * float((x.T @ x).diagonal().mean())
+        rows = torch.cat([x, pull**0.5 * torch.eye(6, dtype=torch.float64)])
+        expected = torch.linalg.lstsq(rows, torch.cat([y, y.new_zeros(6, 4)])).solution
+        found = sums.solve(ridge)
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+        left = float((y - x @ found).square().sum())
+        assert sums.error(found) == pytest.approx(left, rel=1e-4)
+    assert sums.error(None) == pytest.approx(float(y.square().sum()), rel=1e-5)
+
+
+def test_the_stream_comes_nearer_to_the_dense_models_at_the_cut_and_behind_it():
+    dense = tiny_program(layers=6)
+    pruned = cut(dense, 2, 3)
+    places = ((1, 3), (2, 4), (3, 5))
+    before = [relative_mse(behind(pruned, i), behind(dense, j)) for i, j in places]
+    refits, skipped = repair(pruned, dense, IDS)
+    after = [relative_mse(behind(pruned, i), behind(dense, j)) for i, j in places]
+    assert not skipped
+    # The block in front of the cut and those behind it: attention and feed-forward of each.
+    assert [refit.where for refit in refits] == [
+        f"layers.{layer}: {kind}" for layer in (1, 4, 5) for kind in ("attention", "ffn")
+    ]
+    assert all(refit.after <= refit.before for refit in refits)
+    assert all(float(b) < 0.9 * float(a) for a, b in zip(before, after, strict=True))
+
+
+def test_what_lies_in_front_of_the_cut_stays_bit_for_bit():
+    dense = tiny_program(layers=5)
+    pruned = cut(dense, 3)
+    repair(pruned, dense, IDS)
+    changed = {w.name for w in pruned.weights if w.producer is not dense.weights[w.name].producer}
+    assert changed and all(name.startswith(("layers.2.", "layers.4.")) for name in changed)
+    projections = set()
+    for block in find_blocks(pruned)[2:]:
+        call = pruned.calls[block.position]
+        function = pruned.functions[call.function]
+        slots = {value: slot for slot, value in function.weights.items()}
+        for part in sub_blocks(function, block.stream):
+            projections.add(call.weights[slots[part.term.node.inputs[1]]])
+    assert changed <= projections
+
+
+def test_a_model_from_which_nothing_is_missing_is_left_as_it_is():
+    dense = tiny_program(layers=3)
+    copy = dense.copy()
+    assert repair(copy, dense, IDS) == ([], [])
+
+
+def test_the_first_and_the_last_block_may_be_missing():
+    dense = tiny_program(layers=4)
+    pruned = cut(dense, 0, 3)
+    refits, _ = repair(pruned, dense, IDS)
+    assert [refit.where.split(":")[0] for refit in refits] == ["layers.1"] * 2 + ["layers.2"] * 2
+    plain = relative_mse(behind(cut(dense, 0, 3), 1), behind(dense, 3))
+    assert float(relative_mse(behind(pruned, 1), behind(dense, 3))) < float(plain)
+
+
+def test_a_weight_with_two_users_is_left_alone_with_the_reason():
+    dense = tiny_program(layers=4)
+    calls = [dense.calls[block.position] for block in find_blocks(dense)]
+    function = dense.functions[calls[0].function]
+    (slot,) = {
+        slot
+        for slot, value in function.weights.items()
+        if value is sub_blocks(function, 0)[-1].term.node.inputs[1]
+    }
+    calls[3].weights[slot] = calls[2].weights[slot]
+    pruned = cut(dense, 1)
+    _, skipped = repair(pruned, dense, IDS)
+    assert [(where, "other places" in why) for where, why in skipped] == [
+        ("layers.2: ffn", True),
+        ("layers.3: ffn", True),
+    ]

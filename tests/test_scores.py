@@ -1,0 +1,155 @@
+"""Scores: one walk against a run of the model without each candidate."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from programs import tiny_program
+
+from graphopt.errors import SourceError
+from graphopt.ir.blocks import find_blocks, remove_sub_blocks
+from graphopt.ir.execute import Runner
+from graphopt.ir.weights import Array, Weight
+from graphopt.passes.base import Context, make_pass
+from graphopt.scores import METRICS, Scores, Unit, final_results, score_units, units_of
+from graphopt.tune import Student
+
+CPU = torch.device("cpu")
+IDS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(5))
+
+
+def stream(program, count=None):
+    """Return the stream behind a program's first `count` blocks, by default all, in fp64."""
+    blocks = find_blocks(program)
+    student = Student(program, blocks[0].position, blocks[-1].position + 1, {}, CPU)
+    values = student.inputs(IDS)
+    call = program.calls[blocks[0].position]
+    stop, name = blocks[0].position, call.args[blocks[0].stream]
+    if count != 0:
+        stop = blocks[-1 if count is None else count - 1].position + 1
+        name = program.calls[stop - 1].results[0]
+    with torch.no_grad():
+        student.run(values, 0, stop)
+    return values[name].double()
+
+
+def without(program, unit):
+    pruned = program.copy()
+    remove_sub_blocks(pruned, [(unit.block, unit.kind)])
+    return pruned
+
+
+def naive(program, unit, metric):
+    """Score a candidate the way its definition says."""
+    if metric in ("bi", "angular"):
+        index = unit.block
+        lost = without(program, unit)
+        left = index if unit.kind == "block" else index + 1
+        cosine = F.cosine_similarity(stream(program, index + 1), stream(lost, left), dim=-1)
+    elif metric == "mi":
+        cosine = F.cosine_similarity(stream(program), stream(without(program, unit)), dim=-1)
+    else:
+        ours = Runner(without(program, unit)).logits({"input_ids": IDS}).double().log_softmax(-1)
+        if metric == "ppl":
+            return math.exp(-float(ours[:, :-1].gather(-1, IDS[:, 1:, None]).mean()))
+        theirs = Runner(program).logits({"input_ids": IDS}).double().log_softmax(-1)
+        return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+    if metric == "angular":
+        return float((cosine.clamp(-1, 1).arccos() / math.pi).mean())
+    return float((1 - cosine).mean())
+
+
+@pytest.mark.parametrize("kinds", [("block",), ("attention", "ffn")])
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_walk_gives_the_scores_of_the_definition(metric, kinds):
+    program = tiny_program(layers=5)
+    units = units_of(program, kinds)
+    scores = score_units(program, units, IDS, metric)
+    for unit in units:
+        assert scores.values[unit] == pytest.approx(
+            naive(program, unit, metric), abs=1e-6, rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("layers", [2, 5, 8])
+def test_a_walk_takes_half_the_block_calls(layers):
+    program = tiny_program(layers=layers)
+    units = units_of(program, ("block",))
+    assert score_units(program, units, IDS, "mi").calls == layers * (layers + 1) // 2
+    assert score_units(program, units, IDS, "bi").calls == layers
+
+
+def silenced(program, index):
+    """Return the program with a block whose parts add nothing."""
+    call = program.calls[find_blocks(program)[index].position]
+    for slot, name in call.weights.items():
+        if "o_proj" in slot or "down" in slot:
+            weight = program.weights[name]
+            program.weights.replace(Weight(name, Array(torch.zeros(weight.shape))))
+    return program
+
+
+def test_a_block_that_adds_nothing_has_no_influence_and_goes_first():
+    program = silenced(tiny_program(layers=6), 3)
+    scores = score_units(program, units_of(program, ("block",)), IDS, "mi")
+    assert scores.values[Unit(3)] <= 1e-6 and scores.lowest() == Unit(3)
+
+
+def test_the_influence_of_the_last_block_is_that_of_its_own_output():
+    program = tiny_program(layers=4)
+    units = [Unit(3)]
+    assert score_units(program, units, IDS, "mi").values[Unit(3)] == pytest.approx(
+        score_units(program, units, IDS, "bi").values[Unit(3)], rel=1e-6
+    )
+
+
+def test_equal_scores_go_to_the_lowest_index_and_no_number_is_never_chosen():
+    values = {Unit(4): 0.1, Unit(2): 0.1, Unit(1): math.nan, Unit(3): 0.5}
+    assert Scores(values, 0).lowest() == Unit(2)
+    with pytest.raises(SourceError, match="finite"):
+        Scores({Unit(0): math.nan}, 0).lowest()
+    program = silenced(silenced(tiny_program(layers=6), 4), 2)
+    assert score_units(program, units_of(program, ("block",)), IDS, "mi").lowest() == Unit(2)
+
+
+def test_scores_repeat_bit_for_bit():
+    program = tiny_program(layers=4)
+    units = units_of(program, ("block",))
+    first, second = (score_units(program, units, IDS, "mi").values for _ in range(2))
+    assert first == second
+
+
+def test_a_score_may_be_against_another_model():
+    program = tiny_program(layers=5)
+    base = final_results(program, IDS, "mi")
+    shorter = without(program, Unit(1))
+    units = units_of(shorter, ("block",))
+    found = score_units(shorter, units, IDS, "mi", reference=base).values
+    for unit in units:
+        cosine = F.cosine_similarity(stream(program), stream(without(shorter, unit)), dim=-1)
+        assert found[unit] == pytest.approx(float((1 - cosine).mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("reference", ["original", "current"])
+def test_the_order_of_removal_is_that_of_brute_force(reference, monkeypatch):
+    from graphopt.passes import prune_blocks
+
+    program = tiny_program(layers=8)
+    monkeypatch.setattr(prune_blocks, "text_windows", lambda *_: torch.cat([IDS, IDS[:2]]))
+    options = {"blocks": 4, "reference": reference, "windows": 3, "seqlen": 20}
+    result = make_pass("prune-blocks", options).run(program.copy(), Context())
+    left, order, current = list(range(8)), [], program
+    for _ in range(4):
+        target = stream(program if reference == "original" else current)
+        scores = []
+        for place in range(len(left)):
+            cosine = F.cosine_similarity(target, stream(without(current, Unit(place))), dim=-1)
+            scores.append(float((1 - cosine).mean()))
+        place = scores.index(min(scores))
+        order.append(str(left.pop(place)))
+        current = without(current, Unit(place))
+    assert result.details["order"] == order
+    assert str(result.program) == str(current)

@@ -1,0 +1,252 @@
+"""The tuner: losses, schedules, training to a target, going on, and what goes wrong."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from programs import tiny_program
+from torch import Tensor
+
+from graphopt.errors import PassError
+from graphopt.ir.blocks import find_blocks
+from graphopt.tune import (
+    Lessons,
+    LogitObjective,
+    LowRank,
+    Schedule,
+    StreamObjective,
+    Streams,
+    Student,
+    Tuner,
+    Whole,
+    batch_kl,
+    relative_mse,
+)
+
+CPU = torch.device("cpu")
+IDS = torch.randint(0, 97, (130, 12), generator=torch.Generator().manual_seed(0))
+
+
+def student_of(program, forms=None, first=0, stop=None):
+    blocks = find_blocks(program)
+    last = blocks[-1 if stop is None else stop - 1].position
+    return Student(program, blocks[first].position, last + 1, forms or {}, CPU)
+
+
+def whole(program):
+    names = {n for b in find_blocks(program) for n in program.calls[b.position].weights.values()}
+    return {
+        name: Whole(program.weights[name].load())
+        for name in sorted(names)
+        if not program.weights[name].constant
+    }
+
+
+def disturbed(program):
+    """Return the forms of a program's weights, moved off their values."""
+    generator = torch.Generator().manual_seed(1)
+    forms = whole(program)
+    for form in forms.values():
+        form.value.data += 0.05 * torch.randn(form.value.shape, generator=generator)
+    return forms
+
+
+def tuner_of(program, forms, schedule, objective=None, saved=None):
+    lessons = Lessons(IDS, Streams(student_of(program), IDS), held_out=10)
+    return Tuner(student_of(program, forms), lessons, objective or LogitObjective(), schedule,
+                 saved=saved)  # fmt: skip
+
+
+# ---- losses ----
+
+
+def test_batch_kl_cannot_see_what_all_sequences_share_and_the_squared_error_can():
+    generator = torch.Generator().manual_seed(0)
+    stream = torch.randn(4, 5, 6, generator=generator)
+    shifted = stream + torch.randn(1, 5, 6, generator=generator)
+    assert float(batch_kl(shifted, stream)) < 1e-5
+    assert float(relative_mse(shifted, stream)) > 0.1
+    assert float(batch_kl(stream + torch.randn(4, 5, 6, generator=generator), stream)) > 0.1
+
+
+def test_batch_kl_needs_two_sequences():
+    with pytest.raises(PassError, match="there is one"):
+        batch_kl(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
+
+
+def test_batch_kl_is_the_divergence_over_the_batch():
+    ours, theirs = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(2)).double()
+    p, q = torch.softmax(theirs, 0), torch.softmax(ours, 0)
+    expected = float((p * (p / q).log()).sum()) / 3
+    assert float(batch_kl(ours, theirs)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_tokens_of_huge_norm_do_not_decide_the_relative_error():
+    theirs = torch.ones(1, 2, 4)
+    theirs[0, 1] *= 1e4
+    ours = theirs.clone()
+    ours[0, 0] += 1.0  # an error as large as its target
+    assert float(relative_mse(ours, theirs)) == pytest.approx(0.5)
+
+
+def logits_of(program, stream: Tensor) -> Tensor:
+    student = student_of(program)
+    values = student.inputs(IDS[:3])
+    values[student.exit] = stream
+    student.run(values, student.stop, len(program.calls))
+    return values[program.outputs[0]]
+
+
+def test_the_logit_objective_is_the_divergence_and_so_is_its_gradient():
+    program = tiny_program(layers=2)
+    student = student_of(program)
+    stream = Streams(student, IDS).rows([0, 1, 2])
+    moved = (stream + 0.3).requires_grad_()
+    values = {**student.inputs(IDS[:3]), student.exit: moved}
+    loss = LogitObjective().measure(student, values, stream, learn=True)
+    again = (stream + 0.3).requires_grad_()
+    p = torch.log_softmax(logits_of(program, stream), -1)
+    q = torch.log_softmax(logits_of(program, again), -1)
+    expected = (p.exp() * (p - q)).sum() / IDS[:3].numel()
+    expected.backward()
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-4) and float(loss) > 1e-3
+    assert torch.allclose(moved.grad, again.grad, atol=1e-6)
+
+
+# ---- schedules ----
+
+
+def test_the_rate_rises_and_falls_over_whichever_of_steps_and_seconds_is_nearer_its_end():
+    schedule = Schedule(steps=100, seconds=10.0)
+    assert schedule.done(50, 0.0) == schedule.done(0, 5.0) == 0.5
+    assert schedule.done(10, 9.0) == 0.9 and schedule.done(1000, 0.0) == 1.0
+    rates = [schedule.factor(step / 100) for step in range(101)]
+    assert rates[0] < 0.1 and max(rates) <= 1.0 and rates[100] == pytest.approx(0.0)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    with pytest.raises(ValueError, match="steps or seconds"):
+        Schedule()
+
+
+# ---- training ----
+
+
+def test_a_disturbed_student_finds_back_to_its_teacher():
+    program = tiny_program(layers=3)
+    forms = disturbed(program)
+    tuned = tuner_of(program, forms, Schedule(steps=150, batch=16, rate=3e-3)).run()
+    first, last = tuned.checks[0][1], min(loss for _, loss in tuned.checks)
+    assert tuned.steps == 150 and tuned.tokens == 150 * 16 * 12
+    assert last < 0.5 * first
+    # The best state is the one that is left.
+    student = student_of(program, forms)
+    values = student.inputs(IDS[-10:])
+    student.run(values, 0, student.stop)
+    target = Streams(student_of(program), IDS).rows(range(120, 130))
+    with torch.no_grad():
+        left = LogitObjective().measure(student, values, target, learn=False)
+    assert float(left) == pytest.approx(last, rel=1e-4)
+
+
+def test_two_runs_are_the_same_bit_for_bit_and_only_forms_change():
+    program = tiny_program(layers=2)
+    before = {weight.name: weight.load().clone() for weight in program.weights}
+    results = []
+    for _ in range(2):
+        forms = disturbed(program)
+        tuner_of(program, forms, Schedule(steps=7)).run()
+        results.append({name: form().detach().clone() for name, form in forms.items()})
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert all(torch.equal(before[w.name], w.load()) for w in program.weights)
+
+
+def test_an_interrupted_training_goes_on_where_it_was(tmp_path):
+    program = tiny_program(layers=2)
+    straight = disturbed(program)
+    tuner_of(program, straight, Schedule(steps=10)).run()
+    pieces = disturbed(program)
+    tuner = tuner_of(program, pieces, Schedule(steps=10), saved=tmp_path / "state.pt")
+    real, count = tuner._step, 0
+
+    def stops(rate):
+        nonlocal count
+        count += 1
+        if count == 6:
+            tuner._save()
+            raise KeyboardInterrupt
+        return real(rate)
+
+    tuner._step = stops
+    with pytest.raises(KeyboardInterrupt):
+        tuner.run()
+    again = disturbed(program)
+    tuned = tuner_of(program, again, Schedule(steps=10), saved=tmp_path / "state.pt").run()
+    assert tuned.steps == 10
+    for name, form in straight.items():
+        assert torch.allclose(form(), again[name](), atol=1e-6)
+
+
+def test_a_part_is_trained_on_the_stream_behind_it():
+    program = tiny_program(layers=4)
+    forms = {n: f for n, f in disturbed(program).items() if ".1." in n or ".2." in n}
+    assert forms
+    student = student_of(program, forms, 1, 3)
+    lessons = Lessons(
+        IDS,
+        Streams(student_of(program, None, 0, 3), IDS),
+        Streams(student_of(program, None, 0, 1), IDS),
+        held_out=10,
+    )
+    objective = StreamObjective(relative_mse)
+    tuned = Tuner(student, lessons, objective, Schedule(steps=100, batch=16, rate=3e-3)).run()
+    assert min(loss for _, loss in tuned.checks) < 0.5 * tuned.checks[0][1]
+
+
+def test_patience_ends_a_training_that_does_not_get_better():
+    program = tiny_program(layers=2)
+    tuned = tuner_of(program, whole(program), Schedule(steps=200, patience=2)).run()
+    assert "no better held-out loss" in tuned.stopped and tuned.steps < 200
+
+
+def test_a_loss_that_is_no_number_stops_and_leaves_the_last_good_state():
+    program = tiny_program(layers=2)
+    forms = disturbed(program)
+    start = {name: form().detach().clone() for name, form in forms.items()}
+    tuner = tuner_of(program, forms, Schedule(steps=100, rate=1e30))
+    tuned = tuner.run()
+    assert "the loss became" in tuned.stopped and tuned.steps < 100
+    assert not math.isfinite(tuned.losses[-1][1])
+    assert all(torch.equal(start[name], form()) for name, form in forms.items())
+
+
+def test_a_low_rank_form_starts_as_its_weight_and_moves_within_its_rank():
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(12, 20, generator=generator)
+    form = LowRank(value, 3, generator)
+    assert torch.equal(form(), value)
+    form.up.data.normal_()
+    sizes = torch.linalg.svdvals((form() - value).double())
+    assert sizes[2] > 0.1 and sizes[3] < 1e-5  # what fp32 rounds
+
+
+def test_streams_are_made_once():
+    program = tiny_program(layers=2)
+    student = student_of(program)
+    streams = Streams(student, IDS)
+    first = streams.rows([3, 1])
+    student.run = None  # would fail if called again
+    assert torch.equal(streams.rows([1, 3]), first.flip(0))
+
+
+def test_memory_that_does_not_suffice_is_said_with_what_lowers_it():
+    program = tiny_program(layers=2)
+    tuner = tuner_of(program, whole(program), Schedule(steps=3))
+
+    def full(rate):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    tuner._step = full
+    with pytest.raises(PassError, match="does not fit the memory of cpu") as caught:
+        tuner.run()
+    assert "mode=local" in caught.value.remedy

@@ -1,0 +1,240 @@
+"""Measure pruning in depth and recovery: what is left of the quality, after how many seconds.
+
+    python tools/bench_depth.py recover --calib FILE --text FILE [--recipe RECIPE] [--device cuda]
+    python tools/bench_depth.py scores --calib FILE    # one walk beside a run for each candidate
+    python tools/bench_depth.py onnx --calib FILE      # decoding, pruned beside dense
+    python tools/bench_depth.py shape --device cuda    # macro influence of a random Llama-7B
+
+Each part is kept in benchmarks/depth.json beside what other parts, and other devices, gave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import graphopt as go
+from graphopt.calibrate import held_out_perplexity, pick, text_windows
+from graphopt.capture import capture
+from graphopt.evaluate import OnnxArtifactModel, read_text
+from graphopt.ir.blocks import find_blocks, remove_blocks
+from graphopt.ir.execute import complete_inputs, resident
+from graphopt.ir.weights import Producer, Weight
+from graphopt.scores import Unit, final_results, score_units, units_of
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "onnxruntime", "numpy")
+PRUNE = "prune-blocks{ratio=0.25}"
+MIDDLE = "prune-blocks{remove=[12,13,14,15,16,17,18,26],windows=1}"
+RECIPES = {
+    "cuda": (
+        PRUNE,
+        f"{PRUNE},fuse-blocks{{seconds=45}}",
+        f"{PRUNE},fuse-blocks{{seconds=135,own_text=256}}",
+        f"{PRUNE},fuse-blocks{{mode=local,seconds=135}}",
+    ),
+    "cpu": (PRUNE, f"{PRUNE},fuse-blocks{{seconds=450}}"),
+}
+LLAMA_7B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000,
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+    "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def recover(options: argparse.Namespace) -> dict[str, Any]:
+    """Run recipes on the demo; perplexity of the whole evaluation text before and after."""
+    device = torch.device(options.device)
+    dense = capture("demo")
+    windows = text_windows(dense, read_text(options.text), 2048)[: options.windows]
+
+    def quality(program: Any) -> float:
+        return held_out_perplexity(
+            resident(program, torch.float32, device), windows, device, torch.float32
+        )
+
+    base = quality(dense)
+    print(f"dense {base:.3f}", flush=True)
+    runs = []
+    for recipe in options.recipe or RECIPES[device.type]:
+        started = time.perf_counter()
+        program, report = go.Pipeline.parse(recipe).run(
+            dense, calib=options.calib, device=device, verify=False, seed=options.seed
+        )
+        seconds = time.perf_counter() - started
+        found = quality(program)
+        runs.append(
+            {
+                "recipe": recipe,
+                "seconds": seconds,
+                "perplexity": found,
+                "times_dense": found / base,
+                "passes": {entry.name: entry.details for entry in report.passes},
+            }
+        )
+        print(f"{recipe}: {found:.3f}, {found / base:.3f} x dense, {seconds:.1f} s", flush=True)
+        if options.keep is not None:
+            go.emit(program, options.keep, emit=("hf",), force=True)
+    return {
+        "dense_perplexity": base,
+        "text": options.text.name,
+        "calib": options.calib.name,
+        "windows": len(windows),
+        "runs": runs,
+    }
+
+
+def scores(options: argparse.Namespace) -> dict[str, Any]:
+    """Time one walk over all candidates, and a run of the model for each; compare the scores."""
+    device = torch.device(options.device)
+    program = resident(capture("demo"), torch.float32, device)
+    windows = pick(text_windows(program, read_text(options.calib), 256), 2, 0)
+    units = units_of(program, ("block",))
+    times: dict[str, list[float]] = {"one walk": [], "naive": []}
+    for _ in range(3):
+        started = time.perf_counter()
+        together = score_units(program, units, windows, device=device).values
+        times["one walk"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        base = final_results(program, windows, "mi", device=device)
+        alone = {unit: naive(program, unit, windows, base, device) for unit in units}
+        times["naive"].append(time.perf_counter() - started)
+    largest = max(abs(together[unit] - alone[unit]) for unit in units)
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    share = medians["one walk"] / medians["naive"]
+    print(f"one walk takes {share:.2f} of the naive time; largest difference {largest:.1e}")
+    return {"seconds": times, "share": share, "largest_difference": largest, "blocks": len(units)}
+
+
+def naive(program: Any, unit: Unit, windows: Any, base: Any, device: torch.device) -> float:
+    """Return a block's macro influence by running the model without it."""
+    pruned = program.copy()
+    remove_blocks(pruned, [unit.block])
+    (ours,) = final_results(pruned, windows, "mi", device=device)
+    cosine = torch.nn.functional.cosine_similarity(ours.double(), base[0].double(), dim=-1)
+    return float((1 - cosine).mean())
+
+
+def onnx(options: argparse.Namespace) -> dict[str, Any]:
+    """Decode with the dense and the pruned ONNX graph in turns."""
+    with tempfile.TemporaryDirectory(prefix="bench-depth-") as work:
+        models = {}
+        for name, passes in (("dense", ""), ("pruned", f"{MIDDLE},")):
+            recipe = f"{passes}{go.Pipeline.default()}"
+            program, _ = go.Pipeline.parse(recipe).run(
+                capture("demo"), calib=options.calib, verify=False
+            )
+            go.emit(program, Path(work) / name, emit=("onnx",))
+            models[name] = OnnxArtifactModel(Path(work) / name / "onnx")
+        speeds: dict[str, list[float]] = {name: [] for name in models}
+        for turn in range(6):
+            for name in list(models)[:: -1 if turn % 2 else 1]:
+                speeds[name].append(decode_speed(models[name]))
+    medians = {name: statistics.median(found) for name, found in speeds.items()}
+    faster = medians["pruned"] / medians["dense"]
+    print(f"pruned decodes {faster:.2f} times faster: {medians}")
+    return {"tokens_per_second": speeds, "times_faster": faster}
+
+
+def decode_speed(model: OnnxArtifactModel, prompt: int = 64, count: int = 48) -> float:
+    ids = torch.arange(prompt)[None] + 1000
+    logits, cache = model.step(complete_inputs({"input_ids": ids}), model.start(1))
+    started = time.perf_counter()
+    for done in range(count):
+        token = logits[:, -1:].argmax(-1)
+        logits, cache = model.step(complete_inputs({"input_ids": token}, prompt + done), cache)
+    return count / (time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Random(Producer):
+    """Small random numbers, made anew on the device whenever they are asked for."""
+
+    shape: tuple[int, ...]  # type: ignore[misc]
+    dtype: torch.dtype  # type: ignore[misc]
+    device: str
+    seed: int
+
+    def load(self) -> torch.Tensor:
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        value = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return value.normal_(0.0, 0.02, generator=generator)
+
+
+def shape(options: argparse.Namespace) -> dict[str, Any]:
+    """Score the blocks of a 16-bit Llama-7B with random weights over 32 windows of 2,048."""
+    device = torch.device(options.device)
+    with tempfile.TemporaryDirectory() as work:
+        path = Path(work) / "config.json"
+        path.write_text(json.dumps(LLAMA_7B), encoding="utf-8")
+        program = capture(f"config:{path}")
+    for seed, weight in enumerate(list(program.weights)):
+        if not weight.constant:
+            made = Random(weight.shape, torch.bfloat16, options.device, seed)
+            program.weights.replace(Weight(weight.name, made, weight.checkpoint))
+    windows = torch.randint(0, 32000, (32, 2048), generator=torch.Generator().manual_seed(0))
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    found = score_units(
+        program, units_of(program, ("block",)), windows, device=device, dtype=torch.bfloat16
+    )
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated()
+    count = len(find_blocks(program))
+    print(f"macro influence of {count} blocks: {seconds:.1f} s, {peak / 1e9:.1f} GB")
+    return {"seconds": seconds, "peak_bytes": peak, "block_calls": found.calls}
+
+
+PARTS = {"recover": recover, "scores": scores, "onnx": onnx, "shape": shape}
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--calib", type=Path, help="calibration text")
+    parser.add_argument("--text", type=Path, help="evaluation text")
+    parser.add_argument("--windows", type=int, help="of the evaluation text; all by default")
+    parser.add_argument("--recipe", action="append", help="instead of those for the device")
+    parser.add_argument("--keep", type=Path, help="folder for the last result, as a checkpoint")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "depth.json")
+    options = parser.parse_args()
+    if options.part != "shape" and options.calib is None:
+        parser.error("give a calibration text with --calib")
+    if options.part == "recover" and options.text is None:
+        parser.error("give an evaluation text with --text")
+    found = PARTS[options.part](options)
+    gpu = options.device != "cpu"
+    cores = len(os.sched_getaffinity(0))
+    name = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {cores} cores"
+    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    kept[f"{options.part} on {options.device}"] = {
+        "command": f"python tools/bench_depth.py {options.part} --device {options.device}",
+        "date": datetime.date.today().isoformat(),
+        "device": name,
+        "python": platform.python_version(),
+        "versions": {package: metadata.version(package) for package in PACKAGES},
+        **found,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
