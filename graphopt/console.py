@@ -188,6 +188,8 @@ def _along_the_way(entry: PassEntry) -> str:
         # Where each step is one of the removals, those have been named.
         if not removed or len(steps) != len(removed) + 1:
             values = [f"{v} ({what})" for v, (what, _) in zip(values, steps, strict=True)]
+            if len(values) > 4:
+                values = [values[0], "…", values[-1]]
         parts.append("perplexity " + " → ".join(values))
     return "; ".join(parts)
 

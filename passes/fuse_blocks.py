@@ -190,6 +190,7 @@ class _Fusion:
     def run(self) -> PassResult:
         removed = self.context.earlier["prune-blocks"]["removed"]
         if not self.done:
+            self._note("the whole model", self.dense)
             self._note("plain removal", self.program)
         if self.options.mode == "faithful":
             self._faithful()

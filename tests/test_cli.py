@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import yaml
 from programs import tiny_program
 from typer.testing import CliRunner
 
-from graphopt import lowering
+from graphopt import console, lowering
 from graphopt.cli import app
 from graphopt.errors import LoweringError
+from graphopt.ir.blocks import remove_blocks
 from graphopt.lowering.base import Emitted, Emitter
-from graphopt.passes.base import get_pass
+from graphopt.passes.base import PassResult, get_pass
+from graphopt.report import PassEntry
 
 CAPTURE = importlib.import_module("graphopt.capture")
 
@@ -113,6 +116,69 @@ def test_the_saved_recipe_replays_the_run():
     assert code == 0
     recipes = [json.loads(Path(f"{o}/report.json").read_text())["recipe"] for o in ("out", "again")]
     assert recipes[0] == recipes[1]
+
+
+DEFAULT = ["normalise", "common-subexpression", "fold-constants", "dead-code", "insert-kv-cache"]
+
+
+@pytest.fixture
+def _first_block_goes(monkeypatch):
+    """Let prune-blocks take out block 0 without a text, and say what it would have measured."""
+
+    def run(self, program, context):
+        remove_blocks(program, [0])
+        details = {"order": ["0"], "scores": [{"0": 0.1, "1": 0.2}], "perplexity": [20.0, 41.25]}
+        return PassResult(program, 2, 1, details=details)
+
+    monkeypatch.setattr(get_pass("prune-blocks"), "run", run)
+
+
+@pytest.mark.usefixtures("_first_block_goes")
+def test_passes_that_name_no_default_one_run_between_those():
+    code, out, _ = compile_tiny("--passes", "prune-blocks{blocks=1}")
+    assert code == 0, out  # the emitter refuses a model without a KV cache
+    whole = "normalise,common-subexpression,fold-constants,dead-code,prune-blocks{blocks=1},"
+    assert f"recipe   {whole}insert-kv-cache" in out
+    assert "  prune-blocks removed 0; perplexity 20 → 41.25" in out
+    assert yaml.safe_load(Path("out/recipe.yaml").read_text())["passes"] == [
+        *DEFAULT[:-1], {"prune-blocks": {"blocks": 1}}, DEFAULT[-1],
+    ]  # fmt: skip
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["recipe"] == f"{whole}insert-kv-cache"
+    assert report["passes"][4]["details"]["perplexity"] == [20.0, 41.25]
+    assert "Removed, in this order: 0." in Path("out/report.html").read_text()
+
+
+@pytest.mark.usefixtures("_first_block_goes")
+def test_recipes_that_name_a_default_pass_run_as_written():
+    code, out, _ = compile_tiny("--dry-run", "--passes", "prune-blocks{blocks=1},dead-code")
+    assert code == 0 and "recipe   prune-blocks{blocks=1},dead-code\n" in out
+    code, _, error = compile_tiny("--passes", "prune-blocks{blocks=1},dead-code")
+    assert code == 1 and "fake needs a KV cache" in error
+    Path("recipe.yaml").write_text("passes:\n- prune-blocks: {blocks: 1}\n")
+    code, out, _ = compile_tiny("--dry-run", "--recipe", "recipe.yaml")
+    assert code == 0 and "recipe   prune-blocks{blocks=1}\n" in out
+    code, out, error = compile_tiny("--passes", "")
+    assert code == 1 and "recipe   (no passes)" in out and "fake needs a KV cache" in error
+
+
+def test_the_console_says_what_lossy_passes_did_on_the_way(capsys):
+    steps = [("plain removal", 101.83), ("warm start", 61.14), ("trained", math.inf)]
+    fused = [{"after": what, "value": value} for what, value in steps]
+    long = [{"after": f"fusing {i}", "value": 20.0 + i} for i in range(9)]
+    entries = [
+        PassEntry("a", {}, False, details={"order": [4, 2], "perplexity": [22.271, 30.0, 1234.5]}),
+        PassEntry("b", {}, False, details={"perplexity": fused}),
+        PassEntry("c", {}, False, details={"order": ["1.ffn"], "perplexity": long}),
+        PassEntry("d", {}, False, details={"removed": 3, "perplexity": "?"}),
+    ]
+    console.print_passes(console.stdout(), entries)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[lines.index("verified 4 not verified") + 1 :] == [
+        "  a removed 4, 2; perplexity 22.27 → 30 → 1234",
+        "  b perplexity 101.8 (plain removal) → 61.14 (warm start) → inf (trained)",
+        "  c removed 1.ffn; perplexity 20 (fusing 0) → … → 28 (fusing 8)",
+    ]
 
 
 def test_json_is_all_of_stdout():
