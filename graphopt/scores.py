@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,10 @@ class Scores:
         """Return the least important unit, the first of equals."""
         known = {unit: v for unit, v in self.values.items() if math.isfinite(v)}
         if not known:
-            raise SourceError("No candidate has a finite score: the model gives NaN or Inf.")
+            raise SourceError(
+                "No candidate has a finite score: without it, the model gives NaN or Inf.",
+                "Score with --device cpu, which computes in fp32, or with another score.",
+            )
         return min(known, key=lambda unit: (known[unit], unit))
 
 
@@ -110,8 +113,7 @@ def score_units(
     Raises:
         SourceError: A weight cannot be read.
     """
-    walk = _Walk(program, windows, device or torch.device("cpu"), dtype)
-    walk.progress = progress
+    walk = _Walk(program, windows, device or torch.device("cpu"), dtype, progress)
     with torch.inference_mode():
         if metric in _AT_THE_END:
             return walk.at_the_end(units, metric, reference)
@@ -133,32 +135,30 @@ def final_results(
         return walk.results(streams, metric)
 
 
-@dataclass
 class _Walk:
     """One pass over the blocks with a stream for every batch of windows."""
 
-    program: Program
-    windows: Tensor
-    device: torch.device
-    dtype: torch.dtype
-    progress: Progress = silent
-    calls: int = 0
-    blocks: list[Block] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        rows = max(1, _TOKENS_AT_ONCE // self.windows.shape[1])
-        self.ids = [part.to(self.device) for part in self.windows.split(rows)]
-        self.runner = Runner(self.program, self.dtype, self.device, keep_weights=False)
-        self.blocks = find_blocks(self.program)
+    def __init__(
+        self,
+        program: Program,
+        windows: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress = silent,
+    ) -> None:
+        self.program, self.dtype, self.progress = program, dtype, progress
+        rows = max(1, _TOKENS_AT_ONCE // windows.shape[1])
+        self.ids = [part.to(device) for part in windows.split(rows)]
+        self.runner = Runner(program, dtype, device, keep_weights=False)
+        self.blocks: list[Block] = find_blocks(program)
+        self.calls = 0
         self.environments = [complete_inputs({"input_ids": ids}) for ids in self.ids]
         self._run_calls(0, self.blocks[0].position, self.environments)
 
     def _run_calls(self, start: int, stop: int, environments: Sequence[dict[str, Tensor]]) -> None:
         for call in self.program.calls[start:stop]:
-            function, weights = (
-                self.program.functions[call.function],
-                self.runner.call_weights(call),
-            )
+            function = self.program.functions[call.function]
+            weights = self.runner.call_weights(call)
             for environment in environments:
                 results = self._run(function, call, weights, environment)
                 environment.update(zip(call.results, results, strict=True))
@@ -202,10 +202,8 @@ class _Walk:
         self.progress("scoring blocks", 0, len(self.blocks))
         for index, block in enumerate(self.blocks):
             call = self.program.calls[block.position]
-            function, weights = (
-                self.program.functions[call.function],
-                self.runner.call_weights(call),
-            )
+            function = self.program.functions[call.function]
+            weights = self.runner.call_weights(call)
 
             def run(
                 batch: int,
@@ -218,10 +216,8 @@ class _Walk:
                 weights: Mapping[str, Tensor] = weights,
             ) -> Tensor:
                 self.calls += 1
-                named = (call.args[block.stream], stream)
-                return self._run(other or function, call, weights, self.environments[batch], named)[
-                    0
-                ]
+                named, environment = (call.args[block.stream], stream), self.environments[batch]
+                return self._run(other or function, call, weights, environment, named)[0]
 
             after = [run(batch, stream) for batch, stream in enumerate(streams)]
             behind(index, run, streams, after)
@@ -312,8 +308,9 @@ def _distances(ours: Tensor, theirs: Tensor, metric: str) -> Tensor:
     if metric == "kl":
         p, q = torch.log_softmax(theirs, -1), torch.log_softmax(ours, -1)
         return (p.exp() * (p - q)).sum(-1)
-    # 1 - cos as half the squared distance of unit vectors: exact where they nearly agree.
+    # 1 - cos as half the squared distance of unit vectors, and the angle from its chord: both
+    # are exact where the rows nearly agree.
     apart = (F.normalize(ours, dim=-1) - F.normalize(theirs, dim=-1)).square().sum(-1) / 2
     if metric == "angular":
-        return torch.arccos((1 - apart).clamp(-1, 1)) / math.pi
+        return 2 * torch.arcsin((apart / 2).clamp(max=1).sqrt()) / math.pi
     return apart

@@ -12,6 +12,7 @@ from torch import Tensor
 from graphopt.calibrate import forward_speed, held_out_perplexity, pick, text_windows
 from graphopt.devices import scoring_dtype
 from graphopt.errors import PassError
+from graphopt.evaluate import ProgramModel
 from graphopt.ir.blocks import (
     block_name,
     find_blocks,
@@ -49,9 +50,10 @@ class PruneBlocks(Pass):
     feed-forward parts, or either of these two.
 
     Scores come from `windows` windows of `seqlen` tokens of the calibration text, by default 8
-    of 512 on a GPU and 2 of 256 on a CPU; see `graphopt.scores.METRICS`. Where `iterative`,
-    everything is scored again after each removal, and compared with the `reference`: the
-    `original` model, or the `current` one, from which what was removed before is missing. Equal
+    of 512 on a GPU and 2 of 256 on a CPU, or shorter ones where the model takes fewer tokens;
+    see `graphopt.scores.METRICS`. Where `iterative`, everything is scored again after each
+    removal. Scores `mi` and `kl` compare with the `reference`: the `original` model, or the
+    `current` one, from which what was removed before is missing; the others need none. Equal
     scores go to the lowest index. Blocks that are listed are not scored.
 
     Source of macro influence and of the loop: FuseGPT, arXiv 2411.14507, equation 1 and
@@ -106,8 +108,9 @@ class PruneBlocks(Pass):
         blocks = find_blocks(program)
         if len(blocks) < 2:
             raise PassError(
-                f"{program.name} has {len(blocks)} blocks that could be taken out.",
-                "Only models with a stack of blocks can be pruned in depth.",
+                f"Pruning in depth needs a stack of two blocks or more, and {program.name} has "
+                f"{len(blocks)}.",
+                "Leave prune-blocks out of the recipe.",
             )
         reason = private_results(program, blocks)
         if reason:
@@ -141,11 +144,19 @@ class PruneBlocks(Pass):
                 f"No block of {program.name} is a sum of a stream and parts of kind {self.part!r}.",
                 "Remove whole blocks: part=block.",
             )
+        odd = sorted(i for i in self.remove if Unit(i, self.part) not in units)
+        if odd:
+            where = block_name(program, find_blocks(program)[odd[0]])
+            raise PassError(
+                f"{where} (block {odd[0]}) has no {self.part} to remove: it is not a sum of the "
+                "stream and such a part.",
+                f"Leave {odd[0]} out of remove=[...], or remove whole blocks: part=block.",
+            )
         count = self.count(program)
         if not 0 < count < len(units):
             raise PassError(
                 f"{count} of {len(units)} cannot be removed: at least one must go and one stay.",
-                f"Give blocks= from 1 to {len(units) - 1}.",
+                f"Remove 1 to {len(units) - 1}." if len(units) > 1 else "Give another part=.",
             )
 
     def count(self, program: Program) -> int:
@@ -210,7 +221,8 @@ class Chooser:
         self.device = context.device
         self.dtype = scoring_dtype(program, self.device)
         count, length = DEFAULT_WINDOWS[self.device.type == "cuda"]
-        count, length = options.windows or count, options.seqlen or length
+        count = options.windows or count
+        length = options.seqlen or min(length, ProgramModel(program).positions or length)
         windows = text_windows(program, context.text, length)
         # Held-out windows are the last ones; scores come from the others, where there are more.
         self.checked = windows[-HELD_OUT:]

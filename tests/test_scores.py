@@ -98,6 +98,48 @@ def test_a_block_that_adds_nothing_has_no_influence_and_goes_first():
     assert scores.values[Unit(3)] <= 1e-6 and scores.lowest() == Unit(3)
 
 
+def test_small_angles_are_exact():
+    # In fp32, arccos of a cosine near 1 knows angles to about 1e-4 of pi only.
+    program = tiny_program(layers=4)
+    call = program.calls[find_blocks(program)[2].position]
+    for slot, name in call.weights.items():
+        if "o_proj" in slot or "down" in slot:
+            value = program.weights[name].load(torch.float32) * 1e-4
+            program.weights.replace(Weight(name, Array(value)))
+    found = score_units(program, [Unit(2)], IDS, "angular").values[Unit(2)]
+    before, behind = (F.normalize(stream(program, count), dim=-1) for count in (2, 3))
+    chord = (before - behind).norm(dim=-1)
+    expected = float((2 * (chord / 2).arcsin() / math.pi).mean())
+    assert expected < 1e-3 and found == pytest.approx(expected, rel=1e-3)
+
+
+def test_parts_that_add_nothing_have_no_influence():
+    program = silenced(tiny_program(layers=4), 2)
+    values = score_units(program, units_of(program, ("attention", "ffn")), IDS, "mi").values
+    quiet = {Unit(2, "attention"), Unit(2, "ffn")}
+    assert all((value <= 1e-6) == (unit in quiet) for unit, value in values.items())
+
+
+def test_texts_in_several_batches_score_as_in_one(monkeypatch):
+    program = tiny_program(layers=4)
+    units = units_of(program, ("block",))
+    together = score_units(program, units, IDS, "kl")
+    monkeypatch.setattr("graphopt.scores._TOKENS_AT_ONCE", 20)
+    apart = score_units(program, units, IDS, "kl")
+    assert apart.calls == together.calls
+    for unit in units:
+        assert apart.values[unit] == pytest.approx(together.values[unit], rel=1e-5)
+
+
+def test_a_program_with_a_cache_scores_as_without():
+    units = [Unit(index) for index in range(4)]
+    plain, cached = (
+        score_units(tiny_program(layers=4, cache=cache), units, IDS, "mi").values
+        for cache in (False, True)
+    )
+    assert cached == pytest.approx(plain, rel=1e-5)
+
+
 def test_the_influence_of_the_last_block_is_that_of_its_own_output():
     program = tiny_program(layers=4)
     units = [Unit(3)]

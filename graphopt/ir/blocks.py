@@ -17,6 +17,15 @@ from graphopt.ir.shapes import infer_program
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """What configs call the number of blocks."""
 
+LEADING_COUNTS = ("first_k_dense_replace",)
+"""What configs call a number of blocks at the beginning that are of another kind."""
+
+INDEX_LISTS = ("moe_layers", "mlp_only_layers")
+"""What configs call lists of the indices of some blocks."""
+
+NO_LAYER_LISTS = ("architectures", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Lists that have as many entries as there are blocks by chance alone."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -113,12 +122,16 @@ def remove_blocks(program: Program, indices: Collection[int]) -> None:
 
 def _shrink_config(config: dict[str, Any], count: int, removed: set[int]) -> None:
     """Make a config say that `removed` of `count` layers are gone."""
-    for key in LAYER_COUNTS:
-        if config.get(key) == count:
-            config[key] = count - len(removed)
+    kept = [index for index in range(count) if index not in removed]
     for key, value in config.items():
-        if isinstance(value, list) and len(value) == count and key not in ("architectures",):
-            config[key] = [item for i, item in enumerate(value) if i not in removed]
+        if key in LAYER_COUNTS and value == count:
+            config[key] = len(kept)
+        elif key in LEADING_COUNTS and isinstance(value, int):
+            config[key] = sum(index < value for index in kept)
+        elif key in INDEX_LISTS and isinstance(value, list):
+            config[key] = [place for place, index in enumerate(kept) if index in value]
+        elif key not in NO_LAYER_LISTS and isinstance(value, list) and len(value) == count:
+            config[key] = [value[index] for index in kept]
 
 
 def _renumber_states(program: Program) -> None:
@@ -159,9 +172,22 @@ def sub_blocks(function: Function, stream: int) -> list[SubBlock]:
     for node, term in reversed(adds):
         for inner, part in _terms(node, term, uses):
             nodes = region(function, [part], points)
-            kind = "attention" if any(n.op == "attention" for n in nodes) else "ffn"
+            kind = "attention" if any(map(_is_attention, nodes)) else "ffn"
             found.append(SubBlock(kind, part, inner, node.output))
     return found
+
+
+def _is_attention(node: Node) -> bool:
+    """Return whether a node mixes tokens: an attention, or the product with a softmax of one.
+
+    Capture leaves an attention of unusual form in ATen ops.
+    """
+    if node.op in ("aten.matmul.default", "aten.bmm.default"):
+        weights = node.inputs[0].node if node.inputs[0] is not None else None
+        while weights is not None and weights.op.startswith("aten.to.") and weights.inputs[0]:
+            weights = weights.inputs[0].node
+        return weights is not None and weights.op.startswith(("aten.softmax.", "aten._softmax."))
+    return node.op == "attention"
 
 
 def _terms(

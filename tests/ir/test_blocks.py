@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
+import onnx
 import pytest
 import torch
+from families import FAMILIES as EVERY_FAMILY
+from families import random_model
 from programs import tiny_program
 from tiny_models import tiny_model
 
 import graphopt as go
 from graphopt.errors import LoweringError
 from graphopt.ir.blocks import (
+    block_name,
     find_blocks,
     private_results,
     remove_blocks,
@@ -31,6 +36,8 @@ FAMILIES = {
     "gpt2": {"vocab_size": 300, "n_embd": 32, "n_inner": 48, "n_layer": 5, "n_head": 4,
              "n_positions": 128},
     "gpt_neox": {"num_hidden_layers": 5, "num_key_value_heads": None, "head_dim": None},
+    **{family: {"num_hidden_layers": 5, "num_key_value_heads": None, "head_dim": None,
+                "intermediate_size": None, "rotary_dim": 4} for family in ("gptj", "codegen")},
 }  # fmt: skip
 
 
@@ -112,6 +119,62 @@ def test_the_checkpoint_of_a_shortened_program_loads_and_says_the_same(family, t
     assert close(Runner(program).logits({"input_ids": IDS}), theirs) and close(theirs, brute)
 
 
+def test_lists_that_are_not_per_layer_stay_and_indices_of_layers_follow():
+    program = tiny_program(layers=4)
+    program.config = {
+        "num_hidden_layers": 4,
+        "eos_token_id": [1, 2, 3, 4],
+        "layer_types": ["a", "b", "c", "d"],
+        "first_k_dense_replace": 2,
+        "moe_layers": [1, 3],
+    }
+    remove_blocks(program, [0, 2])
+    assert program.config == {
+        "num_hidden_layers": 2,
+        "eos_token_id": [1, 2, 3, 4],
+        "layer_types": ["b", "d"],
+        "first_k_dense_replace": 1,
+        "moe_layers": [0, 1],
+    }
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_neo", "smollm3"])
+def test_families_with_blocks_of_two_kinds_make_checkpoints(family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    random_model(family).save_pretrained(tmp_path / "whole")
+    program = go.capture(str(tmp_path / "whole"))
+    remove_blocks(program, [0, 2])
+    go.emit(program, tmp_path / "out", emit=("hf",))
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out" / "hf", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = IDS % 128
+    with torch.no_grad():
+        assert close(Runner(program).logits({"input_ids": ids}), loaded(ids).logits)
+
+
+def test_an_exported_graph_has_the_operators_of_the_blocks_that_are_left(tmp_path):
+    def operators(program, folder):
+        go.emit(program, folder, emit=("onnx",))
+        graph = onnx.load(folder / "onnx" / "model.onnx", load_external_data=False).graph
+        return Counter(node.op_type for node in graph.node)
+
+    model_of("llama").save_pretrained(tmp_path / "whole")
+    sizes = {}
+    for removed in ((), (1,), (0, 1, 2)):
+        program = go.capture(str(tmp_path / "whole"))
+        remove_blocks(program, removed)
+        program, _ = go.Pipeline.parse("insert-kv-cache").run(program)
+        sizes[len(removed)] = operators(program, tmp_path / str(len(removed)))
+    # A block's operators are what one removal takes away; three take three times as many.
+    block = sizes[0] - sizes[1]
+    assert block["MatMul"] and sizes[0]["MatMul"] == 5 * block["MatMul"] + 1  # and the head's
+    assert sizes[0] - sizes[3] == Counter({kind: 3 * n for kind, n in block.items()})
+    assert not sizes[3] - sizes[0]
+
+
 def test_caches_are_numbered_anew_and_steps_agree_with_the_whole():
     program, _ = go.Pipeline.parse("insert-kv-cache").run(tiny_program(layers=5))
     remove_blocks(program, [0, 3])
@@ -126,11 +189,28 @@ def test_caches_are_numbered_anew_and_steps_agree_with_the_whole():
     assert torch.allclose(torch.cat((first[0], second[0]), 1), whole, atol=1e-5)
 
 
+# ---- found in every family ----
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_blocks_are_the_layers_alone(family):
+    program = go.capture(random_model(family))
+    blocks = find_blocks(program)
+    assert [block.position for block in blocks] == [1, 2, 3, 4]
+    assert len(program.calls) == 6 and private_results(program, blocks) is None
+    names = [block_name(program, block) for block in blocks]
+    assert [int(name.rsplit(".", 1)[1]) for name in names] == [0, 1, 2, 3]
+    for block in blocks:
+        function = program.functions[program.calls[block.position].function]
+        kinds = [part.kind for part in sub_blocks(function, block.stream)]
+        assert kinds.count("attention") == 1 and kinds.count("ffn") == len(kinds) - 1 >= 1
+
+
 # ---- parts of blocks ----
 
 
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gptj", "codegen"])
 def test_a_program_without_a_part_is_the_model_whose_part_adds_nothing(family, kind):
     model = model_of(family)
     program = go.capture(model)
@@ -140,9 +220,9 @@ def test_a_program_without_a_part_is_the_model_whose_part_adds_nothing(family, k
     twin = copy.deepcopy(model)
     for index in (1, 3):
         layer = layers_of(twin)[index]
-        part = {"attention": ("o_proj", "attn.c_proj", "attention.dense"),
-                "ffn": ("down_proj", "mlp.c_proj", "mlp.dense_4h_to_h")}[kind]  # fmt: skip
-        (last,) = [m for n, m in layer.named_modules() if n.endswith(part)]
+        part = {"attention": ("o_proj", "attn.c_proj", "attention.dense", "attn.out_proj"),
+                "ffn": ("down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out")}  # fmt: skip
+        (last,) = [m for n, m in layer.named_modules() if n.endswith(part[kind])]
         for parameter in last.parameters():
             parameter.data.zero_()
     with torch.no_grad():

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
+import torch
 from programs import tiny_program
 from tiny_models import save_tiny
 
 import graphopt as go
+from graphopt.calibrate import held_out_perplexity, text_windows
 from graphopt.errors import GraphoptError, PassError
-from graphopt.ir.blocks import find_blocks
+from graphopt.evaluate import read_text
+from graphopt.ir.blocks import find_blocks, remove_blocks
+from graphopt.ir.execute import Runner
+from graphopt.passes import prune_blocks
 from graphopt.passes.base import make_pass
+from graphopt.passes.prune_blocks import HELD_OUT
 
 TEXT = "the cat and the dog and the other animals of the house sat down to eat. " * 40
 
@@ -77,6 +85,60 @@ def test_parts_are_scored_and_removed_apart(model, tmp_path, part):
     assert program.parameter_count() == report.passes[0].parameters_after
 
 
+def test_by_default_windows_are_no_longer_than_the_model_takes(model):
+    assert model.config["max_position_embeddings"] == 128
+    _, report = go.Pipeline.parse("prune-blocks{blocks=1}").run(model)
+    assert len(report.passes[0].details["scores"]) == 1
+
+
+def test_the_figures_are_those_of_the_models_without_what_was_removed(model, tmp_path):
+    _, report = run(model, "blocks=3", tmp_path)
+    details = report.passes[0].details
+    order = [int(index) for index in details["order"]]
+    checked = text_windows(model, read_text(tmp_path / "text.txt"), 32)[-HELD_OUT:]
+    for done, entry in enumerate(details["perplexity"]):
+        pruned = model.copy()
+        remove_blocks(pruned, order[:done])
+        expected = held_out_perplexity(pruned, checked, torch.device("cpu"), torch.float32)
+        assert entry["value"] == pytest.approx(expected, rel=1e-6)
+    for round_, scores in enumerate(details["scores"]):
+        assert set(scores) == {str(i) for i in range(4)} - set(details["order"][:round_])
+
+
+def test_a_score_that_is_no_number_is_null_in_the_report_and_never_chosen(
+    model, tmp_path, monkeypatch
+):
+    real = prune_blocks.score_units
+
+    def scores(program, units, *arguments, **options):
+        found = real(program, units, *arguments, **options)
+        return replace(found, values={**found.values, units[1]: math.nan})
+
+    monkeypatch.setattr(prune_blocks, "score_units", scores)
+    _, report = run(model, "blocks=2,iterative=false", tmp_path)
+    details = report.passes[0].details
+    assert details["scores"][0]["1"] is None and "1" not in details["order"]
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_a_shortened_model_writes_the_same_with_and_without_a_cache(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    recipe = "prune-blocks{blocks=2,windows=2,seqlen=32},insert-kv-cache"
+    program, _ = go.Pipeline.parse(recipe).run(model, calib=text)
+    assert list(program.states) == ["kv.0", "kv.1"]
+    runner = Runner(program)
+    ids = torch.randint(0, 250, (2, 6), generator=torch.Generator().manual_seed(0))
+    cached, (step, cache) = ids, runner.run({"input_ids": ids})
+    for _ in range(8):
+        token = step[0][:, -1:].argmax(-1)
+        cached = torch.cat((cached, token), 1)
+        step, cache = runner.run({"input_ids": token}, cache)
+    for _ in range(8):
+        ids = torch.cat((ids, runner.logits({"input_ids": ids})[:, -1:].argmax(-1)), 1)
+    assert cached.equal(ids)
+
+
 def test_an_interrupted_recipe_knows_the_dense_model_when_it_goes_on(model, tmp_path):
     work = tmp_path / "work"
     run(model, "blocks=1", tmp_path, work=work)
@@ -117,8 +179,48 @@ def test_wrong_options_are_refused_before_a_weight_is_read(options, message):
     assert caught.value.remedy
 
 
+def hiding_parts(program, index):
+    """Return the program with a norm behind the sum of one block."""
+    call = program.calls[find_blocks(program)[index].position]
+    function = program.functions[call.function].clone("normed")
+    program.functions["normed"], call.function = function, "normed"
+    function.results = [function.add("rms_norm", function.results, {"eps": 1e-6}).output]
+    return program
+
+
+def test_a_part_that_a_listed_block_does_not_have_is_refused_with_its_place():
+    program = hiding_parts(tiny_program(layers=4), 2)
+    make_pass("prune-blocks", {"remove": [1], "part": "ffn"}).check(program)
+    with pytest.raises(PassError, match=r"layers\.2 \(block 2\) has no ffn to remove") as caught:
+        make_pass("prune-blocks", {"remove": [1, 2], "part": "ffn"}).check(program)
+    assert "part=block" in caught.value.remedy
+
+
+def test_a_model_whose_blocks_are_no_sums_has_no_parts():
+    program = hiding_parts(hiding_parts(tiny_program(layers=2), 0), 1)
+    with pytest.raises(PassError, match="No block of tiny is a sum") as caught:
+        make_pass("prune-blocks", {"blocks": 1, "part": "any"}).check(program)
+    assert "part=block" in caught.value.remedy
+
+
+def test_a_result_that_is_read_twice_is_refused_with_its_place():
+    program = tiny_program(layers=4)
+    program.outputs.append(program.calls[find_blocks(program)[3].position].results[0])
+    with pytest.raises(PassError, match=r"the result of layers\.3 is read by later blocks too"):
+        make_pass("prune-blocks", {"blocks": 1}).check(program)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"), [({"ratio": 0.99}, 4), ({"remove": [0, 1, 2, 3]}, 4)]
+)
+def test_not_everything_can_go(options, count):
+    with pytest.raises(PassError, match=f"{count} of 4 cannot be removed") as caught:
+        make_pass("prune-blocks", options).check(tiny_program(layers=4))
+    assert caught.value.remedy == "Remove 1 to 3."
+
+
 def test_a_model_of_one_block_is_refused():
-    with pytest.raises(PassError, match="has 1 blocks"):
+    with pytest.raises(PassError, match="two blocks or more, and tiny has 1"):
         make_pass("prune-blocks", {"blocks": 1}).check(tiny_program(layers=1))
 
 
