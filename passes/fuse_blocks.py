@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from graphopt.calibrate import held_out_perplexity, pick, sample_windows, text_windows
 from graphopt.devices import scoring_dtype
 from graphopt.errors import PassError
+from graphopt.evaluate import ProgramModel
 from graphopt.ir.blocks import block_name, find_blocks, remove_blocks
 from graphopt.ir.execute import resident
 from graphopt.ir.graph import Call, Program
@@ -140,7 +141,8 @@ class _Fusion:
         self.device = context.device
         gpu = self.device.type == "cuda"
         batch = options.batch if options.batch is not None else (4 if gpu else 2)
-        seqlen = options.seqlen if options.seqlen is not None else (2048 if gpu else 256)
+        usual = 2048 if gpu else 256
+        seqlen = options.seqlen or min(usual, ProgramModel(program).positions or usual)
         seconds = options.seconds
         if seconds is None and options.steps is None:
             seconds = 150.0
