@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import PassError
-from graphopt.evaluate import ProgramModel, load_tokenizer, token_log_likelihoods
+from graphopt.evaluate import ProgramModel, load_tokenizer, window_perplexity
 from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.execute import Runner, complete_inputs
 from graphopt.ir.graph import Program
@@ -151,15 +150,7 @@ def held_out_perplexity(
 ) -> float:
     """Return the perplexity of windows of ids [N, S] under a program; infinite beyond e^700."""
     runner = Runner(program, dtype, device, keep_weights=False)
-    batches = [{"input_ids": row[None].to(device)} for row in windows]
-    loss = 0.0
-    for batch in batches:
-        logits = runner.logits(batch)
-        loss -= float(
-            token_log_likelihoods(logits[:, :-1], batch["input_ids"][:, 1:]).double().sum()
-        )
-    mean = loss / (len(windows) * (windows.shape[1] - 1))
-    return math.exp(mean) if mean < 700 else math.inf
+    return window_perplexity(lambda ids: runner.logits({"input_ids": ids}), windows.to(device))
 
 
 def forward_speed(

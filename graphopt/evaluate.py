@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -465,6 +465,27 @@ def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts).view(targets.shape)
 
 
+def window_perplexity(
+    logits: Callable[[Tensor], Tensor], windows: Tensor, progress: Progress = silent
+) -> float:
+    """Return the perplexity of windows of ids, the first token of each not predicted.
+
+    Args:
+        logits: From int64 [1, S] to the next tokens' logits [1, S, vocab], on one device.
+        windows: int64 [N, S], one at a time.
+
+    Returns:
+        Infinity beyond e^700, where a broken model is sure of the wrong token.
+    """
+    total = 0.0
+    progress("perplexity", 0, len(windows))
+    for done, window in enumerate(windows.split(1), start=1):
+        total -= float(token_log_likelihoods(logits(window)[:, :-1], window[:, 1:]).double().sum())
+        progress("perplexity", done, len(windows))
+    mean = total / (len(windows) * (windows.shape[1] - 1))
+    return math.exp(mean) if mean < 700 else math.inf
+
+
 def perplexity(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -510,17 +531,9 @@ def perplexity(
         )
     count = count if windows is None else min(count, windows)
     started = time.perf_counter()
-    total = 0.0
-    progress("perplexity", 0, count)
-    for index in range(count):
-        window = ids[None, index * seqlen : (index + 1) * seqlen]
-        likelihoods = token_log_likelihoods(model.logits(window)[:, :-1], window[:, 1:])
-        total -= float(likelihoods.double().sum())
-        progress("perplexity", index + 1, count)
-    mean = total / (count * (seqlen - 1))
+    rows = ids[: count * seqlen].view(count, seqlen)
     return PerplexityResult(
-        # exp overflows where a broken model is sure of the wrong token.
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        perplexity=window_perplexity(model.logits, rows, progress),
         tokens=count * seqlen,
         windows=count,
         seqlen=seqlen,

@@ -146,7 +146,7 @@ class _Walk:
         dtype: torch.dtype,
         progress: Progress = silent,
     ) -> None:
-        self.program, self.dtype, self.progress = program, dtype, progress
+        self.program, self.progress = program, progress
         rows = max(1, _TOKENS_AT_ONCE // windows.shape[1])
         self.ids = [part.to(device) for part in windows.split(rows)]
         self.runner = Runner(program, dtype, device, keep_weights=False)
@@ -176,14 +176,7 @@ class _Walk:
             stream[1] if stream is not None and name == stream[0] else environment[name]
             for name in call.args
         ]
-        past = {
-            state: (
-                args[0].new_zeros(len(ids), s.heads, 0, s.k_dim, dtype=self.dtype),
-                args[0].new_zeros(len(ids), s.heads, 0, s.v_dim, dtype=self.dtype),
-            )
-            for state, s in self.program.states.items()
-            if state in call.caches.values()
-        }
+        past = self.runner.empty_cache(len(ids)) if function.caches else {}
         sizes = {B: ids.shape[0], S: ids.shape[1], P: 0}
         return run_function(function, call, args, weights, sizes, past)[0]
 

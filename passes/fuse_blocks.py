@@ -22,8 +22,9 @@ from graphopt.ir.execute import resident
 from graphopt.ir.graph import Call, Program
 from graphopt.ir.weights import Array, Weight
 from graphopt.passes.base import Context, Pass, PassResult, Skip, make_pass, register_pass
-from graphopt.passes.prune_blocks import HELD_OUT, PruneBlocks
+from graphopt.passes.prune_blocks import HELD_OUT, Chooser, PruneBlocks
 from graphopt.repair import repair
+from graphopt.scores import units_of
 from graphopt.tune import (
     Form,
     Lessons,
@@ -117,7 +118,9 @@ class FuseBlocks(Pass):
         ):  # fmt: skip
             value = getattr(self, option)
             if value is not None and not value >= least:
-                raise PassError(f"fuse-blocks: {option}={value} is below {least}.")
+                raise PassError(
+                    f"fuse-blocks: {option}={value} is below {least}.", f"Leave {option} out."
+                )
         if self.mode == "faithful" and (self.batch or 2) < 2:
             raise PassError(
                 "The loss of mode=faithful compares the sequences of a batch, and batch=1 has one.",
@@ -460,13 +463,14 @@ class _Fusion:
             self.program = self.dense.copy()
             self.details |= {"order": [], "training": []}
         names = [block_name(self.dense, block) for block in find_blocks(self.dense)]
+        chooser = None if pruning.remove else Chooser(pruning, self.dense, self.context)
         for number in range(len(self.details["order"]), len(removed)):
             here = [block_name(self.program, block) for block in find_blocks(self.program)]
-            if pruning.remove:
+            if chooser is None:
                 place = here.index(removed[number])
             else:
-                once = replace(pruning, ratio=None, blocks=1, reference="current")
-                place = once.choose(self.program, self.context).order[0].block
+                units = units_of(self.program, ("block",))
+                place = chooser.score(self.program, units, None).lowest().block
             what = f"fusing {here[place]}"
             self._fuse_one(place, what, len(removed) - number)
             self.details["order"].append(names.index(here[place]))

@@ -171,9 +171,7 @@ class PruneBlocks(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         names = [block_name(program, block) for block in find_blocks(program)]
         units = units_of(program, PARTS[self.part])
-        started = time.perf_counter()
-        choice = self.choose(program, context)
-        seconds = time.perf_counter() - started
+        choice = Chooser(self, program, context).all()
         remove_sub_blocks(program, [(unit.block, unit.kind) for unit in choice.order])
         details: dict[str, Any] = {
             "order": [str(unit) for unit in choice.order],
@@ -181,19 +179,10 @@ class PruneBlocks(Pass):
             "candidates": [str(unit) for unit in units],
             "scores": choice.scores,
             "perplexity": choice.perplexity,
-            "scoring_seconds": seconds,
+            "scoring_seconds": choice.seconds,
             "tokens_per_second": choice.speed,
         }
         return PassResult(program, len(units), len(choice.order), details=details)
-
-    def choose(self, program: Program, context: Context) -> Choice:
-        """Return what goes, in which order, without changing the program.
-
-        Raises:
-            PassError: The calibration text is too short.
-            SourceError: The model has no tokenizer, or a weight cannot be read.
-        """
-        return Chooser(self, program, context).all()
 
 
 @dataclass
@@ -205,16 +194,23 @@ class Choice:
         scores: For every round the score of each candidate left, by name.
         perplexity: On held-out windows, of the whole model and after each removal.
         speed: Tokens a second of a forward pass, before and after.
+        seconds: Of scoring alone.
     """
 
     order: list[Unit] = field(default_factory=list)
     scores: list[dict[str, float | None]] = field(default_factory=list)
     perplexity: list[dict[str, Any]] = field(default_factory=list)
     speed: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 class Chooser:
-    """The loop of scoring and removing."""
+    """The loop of scoring and removing.
+
+    Raises:
+        PassError: The calibration text is too short.
+        SourceError: The model has no tokenizer, or a weight cannot be read.
+    """
 
     def __init__(self, options: PruneBlocks, program: Program, context: Context) -> None:
         self.options, self.context = options, context
@@ -231,7 +227,7 @@ class Chooser:
         self.program = resident(program, self.dtype, self.device)
 
     def all(self) -> Choice:
-        """Choose everything that goes."""
+        """Return what goes, in which order, without changing the program."""
         options, choice = self.options, Choice()
         units = units_of(self.program, PARTS[options.part])
         count = options.count(self.program)
@@ -246,8 +242,10 @@ class Chooser:
             self._note("removing all of them", self._without(choice.order), choice)
         left = list(units)
         while len(choice.order) < count:
+            started = time.perf_counter()
             current = self._without(choice.order)
             scores = self.score(current, self._renamed(left, choice.order), base)
+            choice.seconds += time.perf_counter() - started
             named = dict(zip(left, scores.values.values(), strict=True))
             choice.scores.append({str(u): finite(v) for u, v in named.items()})
             rounds = 1 if options.iterative else count

@@ -271,7 +271,7 @@ def remove_sub_blocks(program: Program, places: Iterable[tuple[int, str]]) -> No
             name = unique_name(f"{call.function}_no_{'_'.join(key[1])}", set(program.functions))
             program.functions[name] = without_sub_block(function, block.stream, kinds, name)
             made[key] = name
-        _retarget(call, function, program.functions[made[key]], made[key])
+        _retarget(call, program.functions[made[key]])
     if whole:
         remove_blocks(program, whole)
     else:
@@ -279,8 +279,8 @@ def remove_sub_blocks(program: Program, places: Iterable[tuple[int, str]]) -> No
         _renumber_states(program)
 
 
-def _retarget(call: Call, old: Function, new: Function, name: str) -> None:
-    call.function = name
+def _retarget(call: Call, new: Function) -> None:
+    call.function = new.name
     call.weights = {slot: weight for slot, weight in call.weights.items() if slot in new.weights}
     slots = {cache.slot for cache in new.caches}
     call.caches = {slot: state for slot, state in call.caches.items() if slot in slots}

@@ -216,7 +216,7 @@ def test_blocks_that_differ_are_refused_with_the_pair():
 def test_wrong_options_are_refused_before_a_weight_is_read(options, message):
     with pytest.raises(PassError, match=message) as caught:
         make_pass("fuse-blocks", options).check(tiny_program())
-    assert caught.value.message
+    assert caught.value.remedy
 
 
 def test_without_a_pruning_pass_there_is_nothing_to_fuse(dense):
