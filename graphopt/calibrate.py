@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import tempfile
 import time
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from graphopt.errors import PassError
-from graphopt.evaluate import ProgramModel, load_tokenizer, window_perplexity
+from graphopt.devices import free_bytes, scoring_dtype
+from graphopt.errors import LoweringError, PassError
+from graphopt.evaluate import ProgramModel, import_model, load_tokenizer, window_perplexity
 from graphopt.ir.dataflow import mask_is_for_attention_alone
-from graphopt.ir.execute import Runner, complete_inputs
+from graphopt.ir.execute import CacheContents, Runner, complete_inputs, resident
 from graphopt.ir.graph import Program
 from graphopt.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from graphopt.passes.base import Context
+
+
+PIECE, PROMPT = 512, 16
+"""Tokens of a text that a model writes, and how many of them it is given."""
+
+PIECES_AT_ONCE = 2048
+
+WRITTEN = ((16, 256), (64, 2048))
+"""Windows that a model writes where no text is given, and their tokens: on a CPU, on a GPU."""
 
 
 def text_windows(program: Program, text: str, length: int) -> Tensor:
@@ -23,14 +42,49 @@ def text_windows(program: Program, text: str, length: int) -> Tensor:
         PassError: The text has fewer than `length` tokens, or the model takes fewer.
         SourceError: The model has no tokenizer.
     """
-    model = ProgramModel(program)
-    if model.positions is not None and length > model.positions:
+    return _windows(program, _tokens(program, text), length)
+
+
+def calibration_windows(program: Program, context: Context, length: int) -> Tensor:
+    """Return the calibration text of a compile as int64 [windows, length].
+
+    The built-in text has a few hundred tokens. Where it is all there is, the model writes on
+    behind beginnings from it.
+
+    Args:
+        program: The whole model; it writes for all passes, when the first of them asks.
+
+    Raises:
+        PassError: As for `text_windows` and `sample_windows`.
+        SourceError: The model has no tokenizer.
+    """
+    if not context.built_in:
+        return text_windows(program, context.text, length)
+    if context.written is None:
+        count, tokens = WRITTEN[context.device.type == "cuda"]
+        context.written = sample_windows(
+            program, _tokens(program, context.text)[None], count,
+            min(tokens, ProgramModel(program).positions or tokens),
+            device=context.device, seed=context.seed, progress=context.progress,
+        ).flatten()  # fmt: skip
+    return _windows(program, context.written, length)
+
+
+def _tokens(program: Program, text: str) -> Tensor:
+    ids: Tensor = load_tokenizer(ProgramModel(program))(text, return_tensors="pt", verbose=False)[
+        "input_ids"
+    ][0]
+    return ids
+
+
+def _windows(program: Program, ids: Tensor, length: int) -> Tensor:
+    positions = ProgramModel(program).positions
+    if positions is not None and length > positions:
         raise PassError(
-            f"Windows of {length} tokens are longer than the {model.positions} that the model "
-            "was made for.",
-            f"Give seqlen={model.positions} or less.",
+            f"Windows of {length} tokens are longer than the {positions} that the model was made "
+            "for.",
+            f"Give seqlen={positions} or less.",
         )
-    ids = load_tokenizer(model)(text, return_tensors="pt", verbose=False)["input_ids"][0]
     count = len(ids) // length
     if not count:
         raise PassError(
@@ -49,100 +103,195 @@ def pick(windows: Tensor, count: int, seed: int) -> Tensor:
     return windows[chosen]
 
 
-PIECE, PROMPT = 512, 16
-"""Tokens of a text that a model writes, and how many of them it is given."""
-
-PIECES_AT_ONCE = 1024
-
-
 def sample_windows(
     program: Program,
-    windows: Tensor,
+    text: Tensor,
     count: int,
+    length: int,
     *,
     device: torch.device,
-    dtype: torch.dtype,
+    seconds: float | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Tensor:
     """Return windows of text that a model writes, each token drawn from its distribution.
 
-    A window is made of pieces of `PIECE` tokens, each begun with a few tokens from a random
-    place of a given window; many pieces are written at once.
+    The text is pieces of `PIECE` tokens, each begun with a few tokens from a random place of a
+    given text; many pieces are written at once, in bf16 where the device has it.
 
     Args:
-        windows: int64 [N, S], text to begin with.
+        text: int64 [N, S], windows of text to begin with.
         count: How many windows to make.
+        length: Of a window.
+        seconds: Stop after about so many; there are fewer windows then, and pieces may be shorter.
 
     Returns:
-        int64 [count, S] on the CPU.
+        int64 [count, length] on the CPU.
 
     Raises:
         PassError: The model can have no KV cache.
     """
-    length = windows.shape[1]
+    deadline = math.inf if seconds is None else time.perf_counter() + seconds
+    begun, wanted = time.perf_counter(), count * length
     piece = min(PIECE, length)
-    prompt = min(PROMPT, piece // 2)
-    pieces = count * -(-length // piece)
+    prompt = min(PROMPT, piece // 2, text.shape[1])
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(windows), (pieces,), generator=generator)
-    places = torch.randint(length - prompt + 1, (pieces,), generator=generator)
-    prompts = windows[rows[:, None], places[:, None] + torch.arange(prompt)]
-    writer = _Writer(program, device, dtype, seed)
+    writer = _writer(program, device, seed)
+    most = writer.at_once(piece, prompt)
     made: list[Tensor] = []
-    for start in range(0, pieces, PIECES_AT_ONCE):
-        done = sum(map(len, made))
+    done = 0
+    while done < wanted and (time.perf_counter() < deadline or not made):
+        part = min(most, -(-(wanted - done) // piece))
+        rows = torch.randint(len(text), (part,), generator=generator)
+        places = torch.randint(text.shape[1] - prompt + 1, (part,), generator=generator)
+        prompts = text[rows[:, None], places[:, None] + torch.arange(prompt)]
 
-        def tell(what: str, step: int, steps: int, done: int = done) -> None:
-            progress(what, done * steps + (pieces - done) * step, pieces * steps)
+        def tell(step: int, done: int = done, part: int = part) -> bool:
+            now = time.perf_counter()
+            share = max((done + part * step) / wanted, (now - begun) / max(deadline - begun, 1e-9))
+            progress("writing text", int(min(share, 1.0) * 1000), 1000)
+            return now < deadline
 
-        made.append(writer.write(prompts[start : start + PIECES_AT_ONCE], piece, tell))
-    return torch.cat(made).view(count, -1)[:, :length].contiguous()
+        made.append(writer.write(prompts, piece, tell).flatten())
+        done += len(made[-1])
+    progress("writing text", 1000, 1000)
+    written = torch.cat(made)[:wanted]
+    return written[: len(written) // length * length].view(-1, length)
 
 
-class _Writer:
+def _writer(program: Program, device: torch.device, seed: int) -> _Writer:
+    # Imported here: passes import this module.
+    from graphopt.passes.base import Context
+    from graphopt.passes.insert_kv_cache import InsertKVCache
+
+    if not program.states:
+        result = InsertKVCache().run(program.copy(), Context())
+        if not result.program.states:
+            reason = result.skipped[0].reason if result.skipped else "it has no attention"
+            raise PassError(
+                f"{program.name} cannot write calibration text of its own: {reason}.",
+                "Give a text with --calib, and own_text=0 to fuse-blocks.",
+            )
+        program = result.program
+    dtype = scoring_dtype(program, device)
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(False):
+        dtype = torch.bfloat16
+        with contextlib.suppress(LoweringError):
+            fast = _Emitted(program, device, dtype, seed)
+            if fast.decoder is not None:
+                return fast
+    return _Interpreted(program, device, dtype, seed)
+
+
+class _Writer(ABC):
     """A model that writes on."""
 
     def __init__(
         self, program: Program, device: torch.device, dtype: torch.dtype, seed: int
     ) -> None:
-        # Imported here: passes import this module.
-        from graphopt.passes.base import Context
-        from graphopt.passes.insert_kv_cache import InsertKVCache
-
-        if not program.states:
-            result = InsertKVCache().run(program.copy(), Context())
-            if not result.program.states:
-                reason = result.skipped[0].reason if result.skipped else "it has no attention"
-                raise PassError(
-                    f"{program.name} cannot write calibration text of its own: {reason}.",
-                    "Leave own_text out.",
-                )
-            program = result.program
-        self.runner = Runner(program, dtype, device)
-        self.unmasked = mask_is_for_attention_alone(program)
+        self.program = resident(program, dtype, device)
+        self.device, self.dtype = device, dtype
         self.generator = torch.Generator(device).manual_seed(seed)
 
+    @abstractmethod
+    def start(self, prompts: Tensor, length: int) -> Tensor:
+        """Begin texts that will have `length` tokens behind prompts [texts, P].
+
+        Returns:
+            The next token's logits, [texts, vocab].
+        """
+
+    @abstractmethod
+    def step(self, tokens: Tensor) -> Tensor:
+        """Go on behind tokens [texts, 1]; return the next one's logits, [texts, vocab]."""
+
+    def at_once(self, length: int, prompt: int) -> int:
+        """Return how many texts to write at a time."""
+        states, vocabulary = self.program.states.values(), self.program.config.get("vocab_size", 0)
+        cached = length * sum(state.heads * (state.k_dim + state.v_dim) for state in states)
+        # Logits of a prompt are there as the model makes them and as softmax reads them.
+        need = (cached + 3 * prompt * int(vocabulary)) * self.dtype.itemsize
+        return min(PIECES_AT_ONCE, max(1, free_bytes(self.device) // 3 // need))
+
     @torch.inference_mode()
-    def write(self, prompts: Tensor, length: int, progress: Progress) -> Tensor:
-        """Return int64 [texts, length] on the CPU, behind prompts [texts, P]."""
-        runner = self.runner
-        ids = new = prompts.to(runner.device)
-        cache = runner.empty_cache(len(ids))
-        while ids.shape[1] < length:
-            values: dict[str, Any] = complete_inputs(
-                {"input_ids": new}, ids.shape[1] - new.shape[1]
-            )
-            if self.unmasked:
-                values["attention_mask"] = None
-            for _, (environment,) in runner.stream([values], [cache]):
-                logits = environment.get(runner.program.outputs[0])
-            assert logits is not None
-            odds = torch.softmax(logits[:, -1].float(), -1)
-            new = torch.multinomial(odds, 1, generator=self.generator)
-            ids = torch.cat([ids, new], 1)
-            progress("writing text", ids.shape[1], length)
-        return ids.cpu()
+    def write(self, prompts: Tensor, length: int, go_on: Callable[[int], bool]) -> Tensor:
+        """Return int64 [texts, length] on the CPU, behind prompts [texts, P].
+
+        Args:
+            go_on: Called with the length of the texts so far; False ends them there.
+        """
+        prompts = prompts.to(self.device)
+        parts, logits = [prompts], self.start(prompts, length)
+        for count in range(prompts.shape[1] + 1, length + 1):
+            odds = torch.softmax(logits.float(), -1)
+            parts.append(torch.multinomial(odds, 1, generator=self.generator))
+            if not go_on(count) or count == length:
+                break
+            logits = self.step(parts[-1])
+        return torch.cat(parts, 1).cpu()
+
+
+class _Interpreted(_Writer):
+    """Runs the program op by op, anywhere."""
+
+    def __init__(
+        self, program: Program, device: torch.device, dtype: torch.dtype, seed: int
+    ) -> None:
+        super().__init__(program, device, dtype, seed)
+        self.runner = Runner(self.program, dtype, device)
+        self.unmasked = mask_is_for_attention_alone(program)
+        self.cache: CacheContents = {}
+        self.past = 0
+
+    def start(self, prompts: Tensor, length: int) -> Tensor:
+        self.cache, self.past = self.runner.empty_cache(len(prompts)), 0
+        return self.step(prompts)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        values: dict[str, Any] = complete_inputs({"input_ids": tokens}, self.past)
+        if self.unmasked:
+            values["attention_mask"] = None
+        self.past += tokens.shape[1]
+        found: Tensor | None = None
+        for _, (environment,) in self.runner.stream([values], [self.cache]):
+            found = environment.get(self.program.outputs[0])
+        assert found is not None
+        return found[:, -1]
+
+
+class _Emitted(_Writer):
+    """Runs the emitted model, whose recorded step has no launches to wait for."""
+
+    def __init__(
+        self, program: Program, device: torch.device, dtype: torch.dtype, seed: int
+    ) -> None:
+        from graphopt.lowering.torch import TorchEmitter
+
+        super().__init__(program, device, dtype, seed)
+        self.folder = tempfile.TemporaryDirectory(prefix="graphopt-")  # kernels are read from it
+        root = Path(self.folder.name)
+        given = self.program.copy()
+        given.checkpoint_dtype = dtype  # which is what kernels are planned for
+        # Ampere's kernels are those of every later GPU too.
+        TorchEmitter().emit(given, root, "ampere", silent)
+        module = import_model(root / "model.py")
+        self.decoder = getattr(module, "Decoder", None)
+        self.model = module.load(root, dtype=dtype, device=device)
+        self.state: Any = None
+
+    def start(self, prompts: Tensor, length: int) -> Tensor:
+        assert self.decoder is not None
+        if self.state is None or self.state.batch != len(prompts):
+            self.state = None  # gives its memory back before the next one takes some
+            self.state = self.decoder(self.model, length, len(prompts))
+        self.state.start(prompts.tolist())
+        found: Tensor = self.state.logits
+        return found
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.state.step(tokens[:, 0].tolist())
+        found: Tensor = self.state.logits
+        return found
 
 
 def held_out_perplexity(

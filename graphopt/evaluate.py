@@ -12,10 +12,12 @@ import json
 import math
 import sys
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Backend = Literal["auto", "program", "torch", "onnx"]
+
+_CPU = torch.device("cpu")
 
 ROWS_AT_ONCE = 256
 """Rows of logits whose log-softmax is in memory at once."""
@@ -115,29 +119,34 @@ class ProgramModel(LanguageModel):
         program: What to run, with or without KV states.
         keep_weights: Hold every weight after its first use; otherwise each run reads them again
             and needs the memory of one layer.
+        device: Where to run.
     """
 
     backend = "program"
 
-    def __init__(self, program: Program, *, keep_weights: bool = True) -> None:
+    def __init__(
+        self, program: Program, *, keep_weights: bool = True, device: torch.device = _CPU
+    ) -> None:
         self.name = program.name
         self.config = program.config
         self.tokenizer = Path(program.tokenizer) if program.tokenizer else None
-        self._runner = CheckedRunner(program, keep_weights=keep_weights)
+        self._device = device
+        self._runner = CheckedRunner(program, device=device, keep_weights=keep_weights)
 
     def start(self, batch: int) -> Any:
         states = self._runner.program.states
         return self._runner.empty_cache(batch) if states else _Replay()
 
     def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
+        inputs = {name: value.to(self._device) for name, value in inputs.items()}
         if not isinstance(cache, _Replay):
             outputs, cache = self._runner.run(inputs, cache)
-            return outputs[0].float(), cache
+            return outputs[0].float().cpu(), cache
         new = inputs["input_ids"]
         ids = new if cache.input_ids is None else torch.cat([cache.input_ids, new], 1)
         whole = complete_inputs({"input_ids": ids, "attention_mask": inputs["attention_mask"]})
         outputs, _ = self._runner.run(whole)
-        return outputs[0][:, -new.shape[1] :].float(), _Replay(ids)
+        return outputs[0][:, -new.shape[1] :].float().cpu(), _Replay(ids)
 
 
 class TorchArtifactModel(LanguageModel):
@@ -180,12 +189,8 @@ class TorchArtifactModel(LanguageModel):
         self.config = program.config
         self.tokenizer = output_tokenizer(root, program)
         self._cached = bool(program.states)
-        spec = importlib.util.spec_from_file_location(f"graphopt_artifact_{id(self)}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up
         try:
-            spec.loader.exec_module(module)
+            module = import_model(path)
             self._decoder = getattr(module, "Decoder", None)
             if on_gpu:
                 self._model = module.load(root, device=self._device)
@@ -237,6 +242,16 @@ class TorchArtifactModel(LanguageModel):
                 cache,
             )
         return logits.float().cpu(), cache
+
+
+def import_model(path: Path) -> ModuleType:
+    """Import the `model.py` of a torch artifact, under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"graphopt_artifact_{uuid.uuid4().hex}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def _differs(path: Path, text: str) -> bool:

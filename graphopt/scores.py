@@ -21,6 +21,7 @@ from graphopt.evaluate import token_log_likelihoods
 from graphopt.ir.blocks import Block, find_blocks, sub_blocks, without_sub_block
 from graphopt.ir.execute import Runner, complete_inputs, run_function
 from graphopt.ir.graph import Call, Function, Program
+from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, P, S
 from graphopt.progress import Progress, silent
 
@@ -35,6 +36,8 @@ METRICS = {
 
 _AT_THE_END = ("mi", "kl", "ppl")
 _TOKENS_AT_ONCE = 16384
+_TOKENS_OF_CANDIDATES = {"cpu": 4096, "cuda": 32768}
+"""Tokens of several candidates that a block runs over at once: a GPU waits for launches else."""
 
 
 @dataclass(frozen=True, order=True)
@@ -152,6 +155,7 @@ class _Walk:
         self.runner = Runner(program, dtype, device, keep_weights=False)
         self.blocks: list[Block] = find_blocks(program)
         self.calls = 0
+        self.types = infer_program(program)[1]
         self.environments = [complete_inputs({"input_ids": ids}) for ids in self.ids]
         self._run_calls(0, self.blocks[0].position, self.environments)
 
@@ -171,13 +175,20 @@ class _Walk:
         environment: Mapping[str, Tensor],
         stream: tuple[str, Tensor] | None = None,
     ) -> list[Tensor]:
+        """Run a call; the stream, where one is given, may stack several of the same windows."""
         ids = environment["input_ids"]
-        args = [
-            stream[1] if stream is not None and name == stream[0] else environment[name]
-            for name in call.args
-        ]
-        past = self.runner.empty_cache(len(ids)) if function.caches else {}
-        sizes = {B: ids.shape[0], S: ids.shape[1], P: 0}
+        rows = len(ids) if stream is None else len(stream[1])
+        args = []
+        for name in call.args:
+            if stream is not None and name == stream[0]:
+                args.append(stream[1])
+                continue
+            value = environment[name]
+            if rows > len(ids) and self.types[name].shape[:1] == (B,):
+                value = value.repeat(rows // len(ids), *[1] * (value.dim() - 1))
+            args.append(value)
+        past = self.runner.empty_cache(rows) if function.caches else {}
+        sizes = {B: rows, S: ids.shape[1], P: 0}
         return run_function(function, call, args, weights, sizes, past)[0]
 
     def through(
@@ -242,8 +253,16 @@ class _Walk:
         def behind(
             index: int, run: Callable[..., Tensor], before: list[Tensor], after: list[Tensor]
         ) -> None:
-            for unit, streams in kept.items():
-                kept[unit] = [run(batch, stream) for batch, stream in enumerate(streams)]
+            known = list(kept)
+            for batch, ids in enumerate(self.ids):
+                size = max(1, _TOKENS_OF_CANDIDATES[ids.device.type] // ids.numel())
+                for start in range(0, len(known), size):
+                    part = known[start : start + size]
+                    stacked = torch.cat([kept[unit][batch] for unit in part])
+                    found = run(batch, stacked).split(len(ids))
+                    self.calls += len(part) - 1
+                    for unit, stream in zip(part, found, strict=True):
+                        kept[unit][batch] = stream
             for unit in wanted.get(index, ()):
                 kept[unit] = self._without(unit, run, before)
 

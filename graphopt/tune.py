@@ -8,6 +8,8 @@ stream or the logits of the dense model as the target, and folds the result into
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 import time
 from abc import ABC, abstractmethod
@@ -22,14 +24,22 @@ from torch import Tensor, nn
 from graphopt.devices import free_bytes
 from graphopt.errors import PassError
 from graphopt.ir.blocks import find_blocks
+from graphopt.ir.compiled import run_compiled
 from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.execute import Runner, complete_inputs, run_function
 from graphopt.ir.graph import Call, Program, Value
 from graphopt.ir.types import B, P, S
 from graphopt.progress import Progress, silent
+from graphopt.sources.base import reason
 
 TOKENS_OF_LOGITS = 2048
 """Tokens whose logits are in memory at once."""
+
+TOKENS_AHEAD = 32768
+"""Tokens over which a GPU runs the dense model at once: with fewer it waits for launches."""
+
+TOKENS_AHEAD = 32768
+"""Tokens over which a GPU runs the dense model at once: it would wait for launches else."""
 
 SAVE_EVERY = 30.0
 """Seconds between two saved states of a training."""
@@ -42,6 +52,9 @@ CHECK_EVERY = 0.1
 
 WARM_UP = 3
 """Steps on a GPU before one is recorded: what is made at first use must not be in the record."""
+
+COMPILE_FROM = (30.0, 300)
+"""Seconds and steps from which a training on a GPU is worth the time to compile its step."""
 
 
 class Form(nn.Module, ABC):
@@ -142,17 +155,21 @@ class Tuned:
 
     Attributes:
         steps, seconds, tokens: Of all its pieces together.
+        preparing: Of the seconds, those that compiling the step took.
         losses: (step, mean training loss since the entry before) pairs.
         checks: (step, loss on held-out windows) pairs, the first before any step.
         stopped: Why it ended before its schedule did, or "".
+        not_compiled: Why its step could not be compiled, which costs time alone, or "".
     """
 
     steps: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    preparing: float = 0.0
     losses: list[tuple[int, float]] = field(default_factory=list)
     checks: list[tuple[int, float]] = field(default_factory=list)
     stopped: str = ""
+    not_compiled: str = ""
 
 
 def relative_mse(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -210,17 +227,27 @@ class Student:
         self.first, self.stop = first, stop
         blocks = find_blocks(program)
         self.embedding = blocks[0].position
-        stream = next(block.stream for block in blocks if block.position == first)
-        self.entry = program.calls[first].args[stream]
+        self._stream = {block.position: block.stream for block in blocks}
+        self.entry = self.stream_into(first)
         self.forms = {name: form.to(device) for name, form in forms.items()}
         self._runner = Runner(program, torch.float32, device, keep_weights)
         self._half = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
         self._unmasked = mask_is_for_attention_alone(program)
+        self._inputs = {"input_ids", *program.inputs}
+        self._last_use = {
+            name: position for position, call in enumerate(program.calls) for name in call.args
+        }
+        self.compiled = False
+        """Whether blocks that take a gradient are run by compiled functions."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Every trained parameter."""
         return [p for form in self.forms.values() for p in form.parameters() if p.requires_grad]
+
+    def stream_into(self, position: int) -> str:
+        """Return the program value that is the stream in front of the block at a position."""
+        return self.program.calls[position].args[self._stream[position]]
 
     @property
     def kept_dtype(self) -> torch.dtype:
@@ -249,21 +276,29 @@ class Student:
     ) -> None:
         """Run calls; what they make is added to `values`.
 
+        Without gradients, what no later call reads is taken out again.
+
         Args:
             watch: Called with every value inside a call as it is made.
         """
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self._half, cache_enabled=False
         ):
-            for call in self.program.calls[first:stop]:
-                results = self._call(call, values, watch)
+            for position, call in enumerate(self.program.calls[first:stop], first):
+                compiled = self.compiled and position in self._stream and watch is None
+                results = self._call(call, values, watch, compiled)
                 values.update(zip(call.results, results, strict=True))
+                if not torch.is_grad_enabled():
+                    for name in call.args:
+                        if self._last_use[name] == position and name not in self._inputs:
+                            values.pop(name, None)
 
     def _call(
         self,
         call: Call,
         values: Mapping[str, Any],
         watch: Callable[[Value, Tensor], None] | None,
+        compiled: bool,
     ) -> list[Tensor]:
         batch, length = values["input_ids"].shape
         function = self.program.functions[call.function]
@@ -275,6 +310,8 @@ class Student:
         past = self._runner.empty_cache(batch) if function.caches else {}
         sizes = {B: batch, S: length, P: 0}
         args = [values[name] for name in call.args]
+        if compiled and torch.is_grad_enabled() and not past:
+            return run_compiled(function, call, args, weights, sizes)
         return run_function(function, call, args, weights, sizes, past, watch=watch)[0]
 
 
@@ -330,13 +367,11 @@ class LogitObjective(Objective):
             logits = self._logits(student, values, part, start, rows)
             with torch.no_grad():
                 theirs = self._logits(student, values, target[start : start + rows], start, rows)
-                wanted = torch.log_softmax(theirs.float(), -1)
-                ours = torch.log_softmax(logits.float(), -1)
-                p = wanted.exp()
-                total += (p * wanted.sub_(ours)).sum() / (batch * length)
+                compare = _compiled_divergence() if student.compiled else _divergence
+                loss, gradient = compare(logits.detach(), theirs, batch * length)
+                total += loss
             if learn:
-                # The gradient of the divergence in the logits is the difference of the odds.
-                logits.backward(ours.exp_().sub_(p).div_(batch * length).to(logits.dtype))
+                logits.backward(gradient)
                 assert part.grad is not None
                 gradients.append(part.grad)
         if learn:
@@ -360,11 +395,29 @@ class LogitObjective(Objective):
         return logits
 
 
+def _divergence(ours: Tensor, theirs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return KL(theirs || ours) of logits [.., V], summed over `count`, and its gradient in ours.
+
+    The gradient is the difference of the odds.
+    """
+    wanted = torch.log_softmax(theirs.float(), -1)
+    found = torch.log_softmax(ours.float(), -1)
+    p = wanted.exp()
+    loss = (p * wanted.sub_(found)).sum() / count
+    return loss, found.exp_().sub_(p).div_(count).to(ours.dtype)
+
+
+@functools.cache
+def _compiled_divergence() -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    return torch.compile(_divergence, dynamic=False)
+
+
 class Streams:
     """The stream at one place of a model on windows of text, made when first asked for and kept.
 
     Kept in bf16 where the model computes in it. On the device, as long as that takes no more
-    than an eighth of what is free there, and else in the memory of the host.
+    than half of what is free there, and else in half of what is free in the host's memory; what
+    fits neither is made anew each time.
 
     Args:
         student: The model; its calls are run from the start to its last one.
@@ -375,22 +428,37 @@ class Streams:
         self._student, self._ids = student, ids
         self._known: dict[int, Tensor] = {}
         self._place: torch.device | None = None
+        self._begun = False
 
     def rows(self, rows: Sequence[int]) -> Tensor:
         """Return the streams of some windows, [len(rows), S, D] on the model's device."""
-        new = [row for row in rows if row not in self._known]
-        if new:
-            student = self._student
-            values = student.inputs(self._ids[torch.tensor(new)].to(student.device))
-            with torch.no_grad():
-                student.run(values, 0, student.stop)
-            stream = values[student.exit].to(student.kept_dtype)
+        missing = [row for row in rows if row not in self._known]
+        if missing:
+            if self._place is not None and self._student.device.type == "cuda":
+                others = (row for row in range(len(self._ids)) if row not in self._known)
+                ahead = itertools.islice(others, TOKENS_AHEAD // self._ids.shape[1])
+                missing = list(dict.fromkeys([*missing, *ahead]))
+            made = self._make(missing)
+            if not self._begun:
+                self._begun, self._place = True, self._roomy(made[0].nbytes * len(self._ids))
             if self._place is None:
-                size = stream[0].numel() * stream.element_size() * len(self._ids)
-                fits = size <= free_bytes(student.device) // 8
-                self._place = student.device if fits else torch.device("cpu")
-            self._known |= dict(zip(new, stream.to(self._place).unbind(), strict=True))
+                return made
+            self._known |= dict(zip(missing, made.to(self._place).unbind(), strict=True))
         return torch.stack([self._known[row] for row in rows]).to(self._student.device)
+
+    def _make(self, rows: Sequence[int]) -> Tensor:
+        student = self._student
+        values = student.inputs(self._ids[torch.tensor(rows)].to(student.device))
+        with torch.no_grad():
+            student.run(values, 0, student.stop)
+        return values[student.exit].to(student.kept_dtype)
+
+    def _roomy(self, size: int) -> torch.device | None:
+        """Return where so many bytes fit; None where they do nowhere."""
+        for device in (self._student.device, torch.device("cpu")):
+            if size <= free_bytes(device) // 2:
+                return device
+        return None
 
 
 @dataclass(frozen=True)
@@ -489,10 +557,12 @@ class Tuner:
         begun = time.perf_counter() - result.seconds
         saved_at = result.seconds
         losses = _Mean(self.student.device)
+        self.progress(self.what, 0, 1000)
         if not result.checks:
             self._check(0.0)
-        self.progress(self.what, 0, 1000)
-        while (done := schedule.done(result.steps, result.seconds)) < 1 and not result.stopped:
+        result.preparing += self._prepare()
+        result.seconds = time.perf_counter() - begun
+        while (done := self._done()) < 1 and not result.stopped:
             losses.add(self._step(schedule.rate * schedule.factor(done)))
             result.steps += 1
             result.tokens += schedule.batch * self.lessons.ids.shape[1]
@@ -517,6 +587,42 @@ class Tuner:
         result.seconds = time.perf_counter() - begun
         self.progress(self.what, 1000, 1000)
         return result
+
+    def _done(self) -> float:
+        """Return how far the training is; time that went into compiling has not moved it."""
+        result, seconds = self.result, self.schedule.seconds
+        if seconds is not None:
+            seconds -= result.preparing
+        schedule = dataclasses.replace(self.schedule, seconds=seconds)
+        return schedule.done(result.steps, result.seconds - result.preparing)
+
+    def _prepare(self) -> float:
+        """Compile the step, where that pays; return the seconds it took."""
+        seconds, steps = COMPILE_FROM
+        schedule, result = self.schedule, self.result
+        if (
+            self.student.device.type != "cuda"
+            or (schedule.seconds is not None and schedule.seconds - result.seconds < seconds)
+            or (schedule.steps is not None and schedule.steps - result.steps < steps)
+        ):
+            return 0.0
+        started = time.perf_counter()
+        self.progress("compiling the step", 0, 1)
+        usable = len(self.lessons.ids) - self.lessons.held_out
+        batch = self._batch([row % usable for row in range(schedule.batch)])
+        self.student.compiled = True
+        try:
+            self.objective.measure(*self._forward(*batch), learn=True)
+            torch.cuda.synchronize()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # A compiler fails in its own ways, and the step works without it.
+            self.student.compiled = False
+            self.result.not_compiled = reason(error)
+        self._optimizer.zero_grad(set_to_none=True)
+        self.progress("compiling the step", 1, 1)
+        return time.perf_counter() - started
 
     def _check(self, done: float) -> None:
         """Measure the held-out windows, and keep the state if it is the best so far."""
@@ -556,11 +662,14 @@ class Tuner:
         values = student.inputs(ids)
         with torch.no_grad():
             student.run(values, 0, student.embedding)
-        if entry is None:
-            student.run(values, student.embedding, student.stop)
-        else:
+        if entry is not None:
             values[student.entry] = entry
-            student.run(values, student.first, student.stop)
+        first = student.embedding if entry is None else student.first
+        if student.compiled and torch.is_grad_enabled():
+            # As the other blocks' streams do: with one that does not, it is another function.
+            stream = student.stream_into(first)
+            values[stream] = values[stream].detach().requires_grad_()
+        student.run(values, first, student.stop)
         return student, values, target
 
     def _work(self, ids: Tensor, target: Tensor, entry: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 
 from graphopt.errors import UsageError, unknown_name
 from graphopt.ir.graph import Program
@@ -68,6 +69,8 @@ class Context:
         dense: The program before the first pass that is not exact: what lossy passes are
             measured against and distil from; None before there is one.
         earlier: `PassResult.details` of the passes before, by name, and their `options`.
+        written: Tokens that the model wrote in place of the built-in text, once a pass asked for
+            more than it has; see `graphopt.calibrate.calibration_windows`.
     """
 
     text: str = ""
@@ -79,6 +82,7 @@ class Context:
     work: Path | None = None
     dense: Program | None = None
     earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
+    written: Tensor | None = None
 
 
 @dataclass

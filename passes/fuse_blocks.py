@@ -13,13 +13,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graphopt.calibrate import held_out_perplexity, pick, sample_windows, text_windows
-from graphopt.devices import scoring_dtype
+from graphopt.calibrate import (
+    calibration_windows,
+    held_out_perplexity,
+    pick,
+    sample_windows,
+)
+from graphopt.devices import free_bytes, scoring_dtype
 from graphopt.errors import PassError
 from graphopt.evaluate import ProgramModel
 from graphopt.ir.blocks import block_name, find_blocks, remove_blocks
 from graphopt.ir.execute import resident
 from graphopt.ir.graph import Call, Program
+from graphopt.ir.shapes import infer_program
+from graphopt.ir.types import evaluate
 from graphopt.ir.weights import Array, Weight
 from graphopt.passes.base import Context, Pass, PassResult, Skip, make_pass, register_pass
 from graphopt.passes.prune_blocks import HELD_OUT, Chooser, PruneBlocks
@@ -51,6 +58,12 @@ TRAIN = ("all", "low-rank")
 WARM_TOKENS = (32768, 131072)
 """Tokens of the warm start, on a CPU and on a GPU."""
 
+OWN_TEXT_SHARE = 0.1
+"""Of a training's seconds, in which the dense model writes text for it."""
+
+EPOCHS = 4
+"""How often a training of a given number of steps reads what the dense model writes."""
+
 FAITHFUL_RATE = 1e-3
 FAITHFUL_OTHERS = 9.65e-6 / FAITHFUL_RATE
 """The paper's learning rates: of coefficients, and of everything else relative to them."""
@@ -72,12 +85,15 @@ class FuseBlocks(Pass):
 
     Training lasts `seconds` or `steps`, whichever is given (150 seconds if neither), in all
     modes over all of their parts together. A step takes `batch` windows of `seqlen` tokens; by
-    default 4 of 2048 on a GPU and 2 of 256 on a CPU. `own_text` adds that many windows which the
-    dense model writes itself, behind the beginnings of calibration windows.
+    default 4 of 2048 on a GPU and 2 of 256 on a CPU. `own_text` is how many windows the dense
+    model writes itself, behind beginnings from the calibration text; by default none on a CPU,
+    and on a GPU as many as a tenth of the seconds allows, or as a quarter of the steps reads.
 
     `train=low-rank` trains matrices by terms of that `rank` instead of whole. `donor` is what
     coefficients of the faithful mode multiply: the `pruned` block, the neighbour's own weight
-    (`self`), a `random` matrix of the pruned one's size, or nothing (`none`).
+    (`self`), a `random` matrix of the pruned one's size, or nothing (`none`). With `controls`
+    the first block is fused by each of the other donors too, in as many seconds or steps again,
+    for the report alone.
 
     Legality:
 
@@ -98,11 +114,12 @@ class FuseBlocks(Pass):
     batch: int | None = None
     seqlen: int | None = None
     warm_start: bool = True
-    own_text: int = 0
+    own_text: int | None = None
     group: int = 8
     train: str = "all"
     rank: int = 128
     donor: str = "pruned"
+    controls: bool = False
     patience: int = 0
 
     def check(self, program: Program) -> None:
@@ -121,6 +138,11 @@ class FuseBlocks(Pass):
                 raise PassError(
                     f"fuse-blocks: {option}={value} is below {least}.", f"Leave {option} out."
                 )
+        if self.controls and self.mode != "faithful":
+            raise PassError(
+                f"controls compares donors, and mode={self.mode} has none.",
+                "Give mode=faithful, or leave controls out.",
+            )
         if self.mode == "faithful" and (self.batch or 2) < 2:
             raise PassError(
                 "The loss of mode=faithful compares the sequences of a batch, and batch=1 has one.",
@@ -164,7 +186,7 @@ class _Fusion:
         self.origin = {weight.name: weight.producer for weight in whole}
         self.details: dict[str, Any] = {"seconds": {}, "perplexity": []}
         self.skipped: list[Skip] = []
-        windows = text_windows(self.dense, context.text, seqlen)
+        windows = calibration_windows(self.dense, context, seqlen)
         # The loss of the faithful mode compares sequences, also in checks.
         held = max(2 if options.mode == "faithful" else 1, min(HELD_OUT, len(windows) // 8))
         if len(windows) <= held:
@@ -174,7 +196,7 @@ class _Fusion:
                 "Give a longer text with --calib, or a lower seqlen.",
             )
         self.windows, self.checked = windows[:-held], windows[-held:]
-        if len(self.windows) < batch and options.own_text == 0:
+        if len(self.windows) < batch and (options.own_text == 0 or not gpu):
             self.schedule = replace(self.schedule, batch=len(self.windows))
         self.done: list[str] = []
         self._resume()
@@ -208,16 +230,19 @@ class _Fusion:
             else:
                 self._local()
         self._note("trained", self.program)
-        self.details["seconds"]["all"] = time.perf_counter() - self.started
+        seconds = self.details["seconds"]
+        seconds["all"] = time.perf_counter() - self.started + seconds.get("controls", 0.0)
         return PassResult(self._fold(), len(removed), len(removed), self.skipped, self.details)
 
     # ---- what all modes share ----
 
     def _note(self, what: str, program: Program) -> None:
-        value = held_out_perplexity(
-            program, self.checked, self.device, scoring_dtype(program, self.device)
-        )
+        value = self._perplexity(program)
         self.details["perplexity"].append({"after": what, "value": finite(value)})
+
+    def _perplexity(self, program: Program) -> float:
+        kind = scoring_dtype(program, self.device)
+        return held_out_perplexity(program, self.checked, self.device, kind)
 
     def _clock(self, what: str, started: float) -> None:
         seconds = self.details["seconds"]
@@ -231,18 +256,42 @@ class _Fusion:
 
     def _lessons_text(self) -> Tensor:
         """Return the windows to learn from: those of the text, and the dense model's own."""
-        if not self.options.own_text:
+        count, seconds = self._own_text()
+        if not count:
             return self.windows
-        started = time.perf_counter()
-        kind = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        own = sample_windows(
-            resident(self.dense, kind, self.device), self.windows, self.options.own_text,
-            device=self.device, dtype=kind, seed=self.context.seed,
-            progress=self.context.progress,
-        )  # fmt: skip
-        self._clock("writing text", started)
+        path = self._saved("text")
+        if path is not None and path.is_file():
+            own = torch.load(path, weights_only=True)
+        else:
+            started = time.perf_counter()
+            own = sample_windows(
+                self.dense, self.windows, count, self.seqlen, seconds=seconds,
+                device=self.device, seed=self.context.seed, progress=self.context.progress,
+            )  # fmt: skip
+            self._clock("writing text", started)
+            if path is not None:
+                # A training that goes on must find the text that it began with.
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(own, path)
         self.details["own_windows"] = len(own)
         return torch.cat([self.windows, own])
+
+    def _own_text(self) -> tuple[int, float | None]:
+        """Return how many windows the dense model writes, and in how many seconds at most."""
+        if self.options.own_text is not None:
+            return self.options.own_text, None
+        if self.device.type != "cuda" or self.options.steps == 0:
+            return 0, None
+        behind = self.dense.calls[find_blocks(self.dense)[-1].position].results[0]
+        width = evaluate(infer_program(self.dense)[1][behind].shape[-1], {})
+        # The dense model's streams of them are kept, in 16 bits.
+        most = free_bytes(self.device) // 4 // (2 * self.seqlen * width)
+        left = self._left()
+        if left is not None:
+            return most, left * OWN_TEXT_SHARE
+        assert self.schedule.steps is not None
+        wanted = self.schedule.steps * self.schedule.batch // EPOCHS - len(self.windows)
+        return min(max(wanted, 0), most), None
 
     def _streams(self, program: Program, ids: Tensor, behind: int) -> Streams:
         """Return the stream behind a call of a program, given by its position."""
@@ -293,6 +342,9 @@ class _Fusion:
         tuned = tuner.run()
         if tuned.stopped:
             self.skipped.append(Skip(what, f"stopped early: {tuned.stopped}"))
+        if tuned.not_compiled:
+            reason = f"its step was not compiled, and is slower: {tuned.not_compiled}"
+            self.skipped.append(Skip(what, reason))
         with torch.no_grad():
             for name, form in student.forms.items():
                 _assign(program, name, form())
@@ -411,7 +463,7 @@ class _Fusion:
                 continue
             started = time.perf_counter()
             calls = [self.program.calls[block.position] for block in blocks[first:stop]]
-            targets = self._streams(self.dense, ids, self._twin(calls[-1]))
+            targets = self._streams(self.dense, ids, self._behind(calls[-1]))
             entry = None
             if first:
                 entry = self._streams(self.program.copy(), ids, blocks[first - 1].position)
@@ -436,25 +488,40 @@ class _Fusion:
             trained.append({"part": f"blocks {first} to {stop - 1}", **_plain(tuned)})
             self._checkpoint(stage)
 
-    def _twin(self, call: Call) -> int:
-        """Return the position in the dense program of a block of the pruned one."""
-        for block in find_blocks(self.dense):
-            if self.dense.calls[block.position].path == call.path:
-                return block.position
-        raise PassError(f"The dense model has no block {call.path!r}.")
+    def _behind(self, call: Call) -> int:
+        """Return what ends, in the dense program, where a block of the pruned one should.
+
+        That is the last of the removed blocks that follow it, or the same block.
+        """
+        kept = {self.program.calls[block.position].path for block in find_blocks(self.program)}
+        blocks = [block.position for block in find_blocks(self.dense)]
+        paths = [self.dense.calls[position].path for position in blocks]
+        place = paths.index(call.path)
+        while place + 1 < len(paths) and paths[place + 1] not in kept:
+            place += 1
+        return blocks[place]
 
     def _groups(self) -> list[tuple[int, int]]:
-        """Return runs of blocks, from the first that follows a removed one to the last."""
-        kept = [block_name(self.program, block) for block in find_blocks(self.program)]
-        whole = [block_name(self.dense, block) for block in find_blocks(self.dense)]
+        """Return runs of blocks, from the first that follows a removed one to the last.
+
+        The last run is as long as the others and may share blocks with the one before it: it is
+        the one that learns what the model is for.
+        """
+
+        def named(program: Program) -> list[tuple[str, str]]:
+            # A block that lost a part of its own runs another function.
+            return [
+                (block_name(program, block), program.calls[block.position].function)
+                for block in find_blocks(program)
+            ]
+
+        kept, whole = named(self.program), named(self.dense)
         first = next((i for i, (a, b) in enumerate(zip(kept, whole, strict=False)) if a != b),
                      len(kept) - 1)  # fmt: skip
         # The block in front of the first cut takes part: it is the nearest to what is missing.
-        first = max(first - 1, 0)
-        return [
-            (start, min(start + self.options.group, len(kept)))
-            for start in range(first, len(kept), self.options.group)
-        ]
+        first, size = max(first - 1, 0), self.options.group
+        runs = [(start, start + size) for start in range(first, len(kept) - size, size)]
+        return [*runs, (max(len(kept) - size, 0), len(kept))]
 
     def _faithful(self) -> None:
         pruning = self._pruning()
@@ -472,10 +539,37 @@ class _Fusion:
                 units = units_of(self.program, ("block",))
                 place = chooser.score(self.program, units, None).lowest().block
             what = f"fusing {here[place]}"
-            self._fuse_one(place, what, len(removed) - number)
+            schedule = self._part(len(removed) - number)
+            pruned, tuned = self._fuse_one(place, what, schedule, self.options.donor)
+            if self.options.controls and not number:
+                self._compare(place, what, schedule, pruned, tuned)
+            self.program = pruned
+            self.details["training"].append({"part": what, **_plain(tuned)})
             self.details["order"].append(names.index(here[place]))
             self._note(what, self.program)
             self._checkpoint(what)
+
+    def _compare(
+        self, place: int, what: str, schedule: Schedule, pruned: Program, tuned: Tuned
+    ) -> None:
+        """Fuse a block by every other donor too, and put what came of each into the report."""
+        started = time.perf_counter()
+        fused = {self.options.donor: (pruned, tuned)}
+        for donor in DONORS:
+            if donor not in fused:
+                named = f"{what} with donor={donor}"
+                fused[donor] = self._fuse_one(place, named, schedule, donor)
+        self.details["controls"] = [
+            {
+                "donor": donor,
+                "loss": finite(min(loss for _, loss in tuned.checks)),
+                "perplexity": finite(self._perplexity(program)),
+            }
+            for donor, (program, tuned) in fused.items()
+        ]
+        self._clock("controls", started)
+        # What serves the report alone takes nothing from the other blocks.
+        self.started += time.perf_counter() - started
 
     def _pruning(self) -> PruneBlocks:
         options = self.context.earlier["prune-blocks"].get("options", {})
@@ -488,13 +582,24 @@ class _Fusion:
             )
         return made
 
-    def _fuse_one(self, place: int, what: str, share: int) -> None:
-        """Remove a block and fuse it into its neighbours."""
+    def _part(self, share: int) -> Schedule:
+        """Return the schedule of the next of `share` fusions."""
+        left, steps = self._left(), self.schedule.steps
+        if steps is not None:
+            done = sum(item["steps"] for item in self.details["training"])
+            steps = (steps - done) // share
+        seconds = None if left is None else left / share
+        return replace(self.schedule, warm_up=0.0, seconds=seconds, steps=steps)
+
+    def _fuse_one(
+        self, place: int, what: str, schedule: Schedule, donor: str
+    ) -> tuple[Program, Tuned]:
+        """Return the program without a block, which is fused into its neighbours."""
         program = self.program
         blocks = find_blocks(program)
         first, last = group_of(place, self.options.group - 1, len(blocks))
         calls = [program.calls[block.position] for block in blocks]
-        donor = calls[place]
+        gone = calls[place]
         require_equal(program, calls[first : last + 1])
         ids = torch.cat([self.windows, self.checked])
         targets = self._streams(program, ids, blocks[last].position)
@@ -513,20 +618,11 @@ class _Fusion:
                 if value.dim() != 2:
                     forms[name] = Whole(value, FAITHFUL_OTHERS)
                     continue
-                given = program.weights[donor.weights[slot]].load(torch.float32)
+                given = program.weights[gone.weights[slot]].load(torch.float32)
                 forms[name] = Injection(
-                    value, self._donation(value, given.to(self.device), generator),
+                    value, _donation(donor, value, given.to(self.device), generator),
                     self.options.rank, generator,
                 )  # fmt: skip
-        left = self._left()
-        schedule = replace(
-            self.schedule, warm_up=0.0,
-            seconds=None if left is None else left / share,
-            steps=None if self.schedule.steps is None else self.schedule.steps // share,
-        )  # fmt: skip
-        if self.schedule.steps is not None:
-            done = sum(item["steps"] for item in self.details["training"])
-            schedule = replace(schedule, steps=(self.schedule.steps - done) // share)
         after = find_blocks(pruned)
         started = time.perf_counter()
         tuned = self._tune(
@@ -534,19 +630,21 @@ class _Fusion:
             Lessons(ids, targets, entry, held_out=len(self.checked)),
             StreamObjective(batch_kl), schedule, what,
         )  # fmt: skip
-        self._clock("training", started)
-        self.details["training"].append({"part": what, **_plain(tuned)})
-        self.program = pruned
+        if donor == self.options.donor:
+            self._clock("training", started)
+        return pruned, tuned
 
-    def _donation(self, own: Tensor, pruned: Tensor, generator: torch.Generator) -> Tensor | None:
-        if self.options.donor == "none":
-            return None
-        if self.options.donor == "self":
-            return own
-        if self.options.donor == "pruned":
-            return pruned
-        noise = torch.randn(pruned.shape, generator=generator).to(pruned.device)
-        return noise * pruned.std()
+
+def _donation(donor: str, own: Tensor, pruned: Tensor, generator: torch.Generator) -> Tensor | None:
+    """Return what coefficients multiply; None for nothing."""
+    if donor == "none":
+        return None
+    if donor == "self":
+        return own
+    if donor == "pruned":
+        return pruned
+    noise = torch.randn(pruned.shape, generator=generator).to(pruned.device)
+    return noise * pruned.std()
 
 
 class Injection(Form):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from graphopt.calibrate import forward_speed, held_out_perplexity, pick, text_windows
+from graphopt.calibrate import calibration_windows, forward_speed, held_out_perplexity, pick
 from graphopt.devices import scoring_dtype
 from graphopt.errors import PassError
 from graphopt.evaluate import ProgramModel
@@ -219,7 +219,7 @@ class Chooser:
         count, length = DEFAULT_WINDOWS[self.device.type == "cuda"]
         count = options.windows or count
         length = options.seqlen or min(length, ProgramModel(program).positions or length)
-        windows = text_windows(program, context.text, length)
+        windows = calibration_windows(program, context, length)
         # Held-out windows are the last ones; scores come from the others, where there are more.
         self.checked = windows[-HELD_OUT:]
         scored = windows[:-HELD_OUT] if len(windows) > HELD_OUT else windows

@@ -180,7 +180,7 @@ def test_the_order_of_removal_is_that_of_brute_force(reference, monkeypatch):
     from graphopt.passes import prune_blocks
 
     program = tiny_program(layers=8)
-    monkeypatch.setattr(prune_blocks, "text_windows", lambda *_: torch.cat([IDS, IDS[:2]]))
+    monkeypatch.setattr(prune_blocks, "calibration_windows", lambda *_: torch.cat([IDS, IDS[:2]]))
     options = {"blocks": 4, "reference": reference, "windows": 3, "seqlen": 20}
     result = make_pass("prune-blocks", options).run(program.copy(), Context())
     left, order, current = list(range(8)), [], program

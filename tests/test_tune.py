@@ -239,6 +239,42 @@ def test_streams_are_made_once():
     assert torch.equal(streams.rows([1, 3]), first.flip(0))
 
 
+def test_streams_that_fit_nowhere_are_made_anew(monkeypatch):
+    from graphopt import tune
+
+    program = tiny_program(layers=2)
+    kept = Streams(student_of(program), IDS).rows([3, 1])
+    monkeypatch.setattr(tune, "free_bytes", lambda device: 0)
+    streams = Streams(student_of(program), IDS)
+    for _ in range(2):
+        assert torch.equal(streams.rows([3, 1]), kept)
+    assert not streams._known
+
+
+@pytest.mark.gpu
+def test_a_compiled_step_learns_what_the_step_itself_learns(monkeypatch):
+    from graphopt import tune
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    gpu = torch.device("cuda")
+    found = []
+    for compile_from in ((math.inf, 10**9), (0.0, 0)):
+        monkeypatch.setattr(tune, "COMPILE_FROM", compile_from)
+        program = tiny_program(layers=3)
+        blocks = find_blocks(program)
+        first, last = blocks[0].position, blocks[-1].position + 1
+        streams = Streams(Student(program, first, last, {}, gpu), IDS)
+        student = Student(program, first, last, disturbed(program), gpu)
+        lessons = Lessons(IDS, streams, held_out=10)
+        tuned = Tuner(student, lessons, LogitObjective(), Schedule(steps=40, rate=1e-3)).run()
+        assert tuned.not_compiled == "" and (tuned.preparing > 0) == student.compiled
+        found.append([loss for _, loss in tuned.checks])
+    # Products are in bf16, with 8 bits: the losses of two orders of operations agree to 2 %.
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+    assert found[1][-1] < 0.5 * found[1][0]
+
+
 def test_memory_that_does_not_suffice_is_said_with_what_lowers_it():
     program = tiny_program(layers=2)
     tuner = tuner_of(program, whole(program), Schedule(steps=3))

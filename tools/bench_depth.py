@@ -18,6 +18,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +29,14 @@ import torch
 import graphopt as go
 from graphopt.calibrate import held_out_perplexity, pick, text_windows
 from graphopt.capture import capture
-from graphopt.evaluate import OnnxArtifactModel, read_text
+from graphopt.evaluate import (
+    OnnxArtifactModel,
+    ProgramModel,
+    load_tokenizer,
+    piqa_accuracy,
+    read_piqa,
+    read_text,
+)
 from graphopt.ir.blocks import find_blocks, remove_blocks
 from graphopt.ir.execute import complete_inputs, resident
 from graphopt.ir.weights import Producer, Weight
@@ -41,9 +49,13 @@ MIDDLE = "prune-blocks{remove=[12,13,14,15,16,17,18,26],windows=1}"
 RECIPES = {
     "cuda": (
         PRUNE,
-        f"{PRUNE},fuse-blocks{{seconds=45}}",
-        f"{PRUNE},fuse-blocks{{seconds=135,own_text=256}}",
-        f"{PRUNE},fuse-blocks{{mode=local,seconds=135}}",
+        f"{PRUNE},fuse-blocks{{seconds=50}}",
+        f"{PRUNE},fuse-blocks{{seconds=140}}",
+        f"{PRUNE},fuse-blocks{{mode=local,seconds=140}}",
+        # What the parts of the second one contribute, on the blocks that it chooses.
+        f"{MIDDLE},fuse-blocks{{steps=0}}",
+        f"{MIDDLE},fuse-blocks{{seconds=50,warm_start=false}}",
+        f"{MIDDLE},fuse-blocks{{seconds=50,own_text=0}}",
     ),
     "cpu": (PRUNE, f"{PRUNE},fuse-blocks{{seconds=450}}"),
 }
@@ -61,40 +73,61 @@ def recover(options: argparse.Namespace) -> dict[str, Any]:
     dense = capture("demo")
     windows = text_windows(dense, read_text(options.text), 2048)[: options.windows]
 
-    def quality(program: Any) -> float:
-        return held_out_perplexity(
-            resident(program, torch.float32, device), windows, device, torch.float32
-        )
+    rows = None if options.piqa is None else read_piqa(options.piqa)
+
+    def quality(program: Any) -> dict[str, float]:
+        program = resident(program, torch.float32, device)
+        found = {"perplexity": held_out_perplexity(program, windows, device, torch.float32)}
+        if rows is not None:
+            model = ProgramModel(program, device=device)
+            found["piqa"] = piqa_accuracy(model, load_tokenizer(model), rows, batch=32).accuracy
+        return found
 
     base = quality(dense)
-    print(f"dense {base:.3f}", flush=True)
-    runs = []
+    print(f"dense {base}", flush=True)
+    runs: list[dict[str, Any]] = []
+    found: dict[str, Any] = {
+        "dense": base,
+        "text": options.text.name,
+        "calib": options.calib.name,
+        "windows": len(windows),
+        "runs": runs,
+    }
     for recipe in options.recipe or RECIPES[device.type]:
         started = time.perf_counter()
         program, report = go.Pipeline.parse(recipe).run(
             dense, calib=options.calib, device=device, verify=False, seed=options.seed
         )
         seconds = time.perf_counter() - started
-        found = quality(program)
+        measured = quality(program)
+        times = measured["perplexity"] / base["perplexity"]
         runs.append(
             {
                 "recipe": recipe,
                 "seconds": seconds,
-                "perplexity": found,
-                "times_dense": found / base,
-                "passes": {entry.name: entry.details for entry in report.passes},
+                **measured,
+                "times_dense": times,
+                "passes": {entry.name: brief(entry.details) for entry in report.passes},
             }
         )
-        print(f"{recipe}: {found:.3f}, {found / base:.3f} x dense, {seconds:.1f} s", flush=True)
+        print(f"{recipe}: {measured}, {times:.3f} x dense, {seconds:.1f} s", flush=True)
+        # A later run may be cut off.
+        keep(options, found)
         if options.keep is not None:
             go.emit(program, options.keep, emit=("hf",), force=True)
-    return {
-        "dense_perplexity": base,
-        "text": options.text.name,
-        "calib": options.calib.name,
-        "windows": len(windows),
-        "runs": runs,
-    }
+    return found
+
+
+def brief(details: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a pass tells, without the curves that its report is for."""
+    left_out = ("scores", "candidates", "refits")
+    kept = {name: value for name, value in details.items() if name not in left_out}
+    if "training" in kept:
+        kept["training"] = [
+            {name: value for name, value in part.items() if name != "losses"}
+            for part in kept["training"]
+        ]
+    return kept
 
 
 def scores(options: argparse.Namespace) -> dict[str, Any]:
@@ -208,6 +241,7 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--calib", type=Path, help="calibration text")
     parser.add_argument("--text", type=Path, help="evaluation text")
+    parser.add_argument("--piqa", type=Path, help="questions, as for graphopt eval --piqa")
     parser.add_argument("--windows", type=int, help="of the evaluation text; all by default")
     parser.add_argument("--recipe", action="append", help="instead of those for the device")
     parser.add_argument("--keep", type=Path, help="folder for the last result, as a checkpoint")
@@ -220,12 +254,24 @@ def main() -> None:
     if options.part == "recover" and options.text is None:
         parser.error("give an evaluation text with --text")
     found = PARTS[options.part](options)
+    keep(options, found)
+
+
+def keep(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    """Put what a part gave beside what is there."""
     gpu = options.device != "cpu"
     cores = len(os.sched_getaffinity(0))
     name = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {cores} cores"
     kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    texts = [
+        f"--{option} {getattr(options, option).name}"
+        for option in ("calib", "text", "piqa")
+        if getattr(options, option) is not None
+    ]
     kept[f"{options.part} on {options.device}"] = {
-        "command": f"python tools/bench_depth.py {options.part} --device {options.device}",
+        "command": " ".join(
+            ["python tools/bench_depth.py", options.part, *texts, "--device", options.device]
+        ),
         "date": datetime.date.today().isoformat(),
         "device": name,
         "python": platform.python_version(),

@@ -288,7 +288,7 @@ class SafetensorsWriter:
 
     def _put(self, offset: int, tensor: torch.Tensor) -> int:
         """Write the elements of `tensor` at `offset` and return how many bytes they took."""
-        data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         with self._clear_errors():
             self._file.seek(offset)
             self._file.write(data)

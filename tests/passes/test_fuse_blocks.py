@@ -91,6 +91,37 @@ def test_the_faithful_mode_lowers_the_papers_loss(dense, tmp_path, donor):
     assert entry.details["order"] == [3, 6] and len(find_blocks(program)) == 6
 
 
+def test_controls_fuse_the_first_block_by_every_donor_and_change_nothing_else(dense, tmp_path):
+    fusion = "mode=faithful,steps=8,batch=8,group=4,rank=4"
+    alone, _, _ = fused(dense, tmp_path, "remove=[3,6]", fusion)
+    program, _, entry = fused(dense, tmp_path, "remove=[3,6]", f"{fusion},controls=true")
+    controls = entry.details["controls"]
+    assert [control["donor"] for control in controls] == ["pruned", "self", "random", "none"]
+    losses = [control["loss"] for control in controls]
+    assert losses[0] == min(loss for _, loss in entry.details["training"][0]["checks"])
+    assert len(set(losses)) == 4 and all(control["perplexity"] > 1 for control in controls)
+    assert [part["steps"] for part in entry.details["training"]] == [4, 4]
+    for weight in alone.used_weights():
+        assert torch.equal(weight.load(), program.weights[weight.name].load())
+
+
+def test_groups_reach_from_the_first_cut_to_the_end_and_aim_behind_what_is_missing(dense):
+    from graphopt.passes.fuse_blocks import _Fusion
+
+    pruned = dense.copy()
+    remove_blocks(pruned, [2, 5])
+    context = Context(TEXT, tokenizer=None)
+    context.dense = dense
+    context.earlier["prune-blocks"] = {"removed": ["model.layers.2", "model.layers.5"]}
+    options = make_pass("fuse-blocks", {"mode": "local", "group": 2, "seqlen": LENGTH})
+    fusion = _Fusion(options, pruned, context)
+    # Blocks 0 1 3 4 6 7 of the whole model: from 1 on, in pairs, the last one whole.
+    assert fusion._groups() == [(1, 3), (3, 5), (4, 6)]
+    calls = [pruned.calls[block.position] for block in find_blocks(pruned)]
+    places = [block.position for block in find_blocks(dense)]
+    assert [places.index(fusion._behind(call)) for call in calls] == [0, 2, 3, 5, 6, 7]
+
+
 def test_the_result_is_a_checkpoint_that_transformers_loads(dense, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -117,11 +148,11 @@ def test_an_interrupted_compile_goes_on_behind_the_last_stage(dense, tmp_path, m
     )
     real, calls = fuse_blocks._Fusion._fuse_one, []
 
-    def stops(self, place, what, share):
+    def stops(self, place, what, schedule, donor):
         calls.append(what)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        real(self, place, what, share)
+        return real(self, place, what, schedule, donor)
 
     monkeypatch.setattr(fuse_blocks._Fusion, "_fuse_one", stops)
     options = {"work": tmp_path / "work"}
@@ -210,6 +241,7 @@ def test_blocks_that_differ_are_refused_with_the_pair():
         ({"batch": 0}, "batch=0 is below 1"),
         ({"mode": "faithful", "batch": 1}, "batch=1 has one"),
         ({"group": 1}, "group=1 is below 2"),
+        ({"controls": True}, "mode=distil has none"),
         ({"rank": 0}, "rank=0 is below 1"),
     ],
 )

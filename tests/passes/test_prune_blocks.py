@@ -235,6 +235,12 @@ def test_a_text_that_is_too_short_is_refused_with_the_numbers(model, tmp_path):
     assert caught.value.remedy
 
 
+def test_without_a_text_the_model_writes_what_is_scored(model):
+    _, report = go.Pipeline.parse("prune-blocks{blocks=1,seqlen=64}").run(model)
+    (details,) = [entry.details for entry in report.passes]
+    assert all(score is not None for score in details["scores"][0].values())
+
+
 def test_a_model_without_tokenizer_cannot_read_a_text():
     with pytest.raises(GraphoptError, match="has no tokenizer"):
         go.Pipeline.parse("prune-blocks{blocks=1}").run(tiny_program(layers=3))

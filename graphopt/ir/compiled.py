@@ -1,0 +1,66 @@
+"""Functions of a program as compiled torch functions: many small kernels become few.
+
+Compiling takes seconds, so it pays for what is run hundreds of times, such as a training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from graphopt.ir.execute import run_function
+from graphopt.ir.graph import Call, Function
+
+_made: dict[Any, Callable[..., list[Tensor]]] = {}
+"""What was compiled, by all that it depends on: models of one family share it."""
+
+
+def run_compiled(
+    function: Function,
+    call: Call,
+    args: Sequence[Tensor | None],
+    weights: Mapping[str, Tensor],
+    sizes: Mapping[sympy.Symbol, int],
+) -> list[Tensor]:
+    """Return the results of one call without a cache, as `run_function` does.
+
+    Calls that differ in their weights alone share one compilation, as long as the same operands
+    take gradients and autocast is the same.
+
+    Raises:
+        Exception: Whatever torch.compile raises where it cannot work, such as a C compiler that
+            is not installed; also when a gradient is taken for the first time.
+    """
+    given = [value for value in (*args, *weights.values()) if value is not None]
+    shapes = tuple((tuple(value.shape), value.dtype, value.device) for value in given)
+    sized = tuple(sorted((str(name), size) for name, size in sizes.items()))
+    key = (repr(function), repr(sorted(call.attrs.items())), sized, shapes)
+    if key not in _made:
+        _made[key] = _compile(function, call, args, weights, sizes, given)
+    return _made[key](*given)
+
+
+def _compile(
+    function: Function,
+    call: Call,
+    args: Sequence[Tensor | None],
+    weights: Mapping[str, Tensor],
+    sizes: Mapping[sympy.Symbol, int],
+    given: Sequence[Tensor],
+) -> Callable[..., list[Tensor]]:
+    slots, missing = list(weights), [value is None for value in args]
+
+    def plain(*tensors: Tensor) -> list[Tensor]:
+        rest = iter(tensors)
+        operands: list[Any] = [None if none else next(rest) for none in missing]
+        return run_function(function, call, operands, dict(zip(slots, rest, strict=True)), sizes)[0]
+
+    # Traced here and not by the compiler, which would have to follow the interpreter.
+    graph = make_fx(plain, pre_dispatch=True)(*(value.detach() for value in given))
+    compiled: Callable[..., list[Tensor]] = torch.compile(graph, dynamic=False)
+    return compiled

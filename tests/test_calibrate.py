@@ -1,0 +1,90 @@
+"""Calibration text: windows of a file, and what a model writes itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from trained import book, save_trained
+
+import graphopt as go
+from graphopt import calibrate
+from graphopt.calibrate import calibration_windows, sample_windows, text_windows
+from graphopt.errors import PassError
+from graphopt.passes.base import Context
+from graphopt.passes.insert_kv_cache import InsertKVCache
+from graphopt.probe import PROBE_TEXT
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return go.capture(str(save_trained(tmp_path_factory.mktemp("trained"), layers=3, steps=60)))
+
+
+def written(model, count, length, **options):
+    text = text_windows(model, book()[:4000], 64)
+    return text, sample_windows(model, text, count, length, device=CPU, **options)
+
+
+def test_the_text_is_pieces_that_begin_in_the_given_one(model, monkeypatch):
+    monkeypatch.setattr(calibrate, "PIECE", 32)
+    text, made = written(model, 3, 80)
+    assert made.shape == (3, 80)
+    joined = text.flatten().tolist()
+    known = {tuple(joined[i : i + 16]) for i in range(len(joined) - 15)}
+    flat = made.flatten().tolist()
+    for start in range(0, 3 * 80 - 16, 32):
+        assert tuple(flat[start : start + 16]) in known
+    assert torch.equal(made, written(model, 3, 80)[1])
+    assert not torch.equal(made, written(model, 3, 80, seed=1)[1])
+
+
+def test_tokens_come_as_often_as_the_model_says(model):
+    cached = InsertKVCache().run(model.copy(), Context()).program
+    writer = calibrate._Interpreted(cached, CPU, torch.float32, 0)
+    prompts = text_windows(model, book()[:400], 16)[:1].expand(4000, 16)
+    odds = torch.softmax(writer.start(prompts[:1], 17)[0], -1)
+    drawn = writer.write(prompts, 17, lambda count: True)[:, 16]
+    share = torch.bincount(drawn, minlength=len(odds)) / len(drawn)
+    # Four standard deviations of a share of 4000 draws.
+    assert bool(((share - odds).abs() <= 4 * (odds * (1 - odds) / 4000).sqrt() + 1e-3).all())
+
+
+def test_the_emitted_model_writes_what_the_interpreter_writes(model):
+    cached = InsertKVCache().run(model.copy(), Context()).program
+    prompts = text_windows(model, book()[:400], 16)[:3]
+    texts = [
+        kind(cached, CPU, torch.float32, 0).write(prompts, 40, lambda count: True)
+        for kind in (calibrate._Interpreted, calibrate._Emitted)
+    ]
+    assert torch.equal(*texts)
+    # A second batch, of another size, in the same writer.
+    writer = calibrate._Emitted(cached, CPU, torch.float32, 0)
+    writer.write(prompts[:2], 20, lambda count: True)
+    assert writer.write(prompts, 40, lambda count: True).shape == (3, 40)
+
+
+def test_seconds_end_the_writing_where_it_is(model):
+    assert len(written(model, 8, 24)[1]) == 8
+    # 8 texts of a beginning of 12 tokens and one more: 104 tokens, 4 windows.
+    assert len(written(model, 8, 24, seconds=0.0)[1]) == 4
+
+
+def test_without_a_text_the_model_writes_one_for_all_passes(model):
+    context = Context(PROBE_TEXT, built_in=True)
+    first = calibration_windows(model, context, 32)
+    assert first.shape[1] == 32 and first.numel() == context.written.numel()
+    assert first.numel() == 16 * 128  # the model takes no more
+    other = calibration_windows(model, context, 64)
+    assert torch.equal(first.flatten(), other.flatten())
+
+
+def test_a_text_that_was_given_is_taken_as_it_is(model):
+    context = Context(book()[:640])
+    assert torch.equal(
+        calibration_windows(model, context, 64), text_windows(model, context.text, 64)
+    )
+    assert context.written is None
+    with pytest.raises(PassError, match=r"has \d\d tokens, and a window takes 100"):
+        calibration_windows(model, Context(book()[:80]), 100)
