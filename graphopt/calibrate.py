@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graphopt.devices import free_bytes, scoring_dtype
+from graphopt.devices import free_bytes, holds_aten, scoring_dtype
 from graphopt.errors import LoweringError, PassError
 from graphopt.evaluate import ProgramModel, import_model, load_tokenizer, window_perplexity
 from graphopt.ir.dataflow import mask_is_for_attention_alone
@@ -174,7 +174,7 @@ def _writer(program: Program, device: torch.device, seed: int) -> _Writer:
             )
         program = result.program
     dtype = scoring_dtype(program, device)
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(False):
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(False) and not holds_aten(program):
         dtype = torch.bfloat16
         with contextlib.suppress(LoweringError):
             fast = _Emitted(program, device, dtype, seed)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from graphopt.errors import GraphoptError, UsageError
+from graphopt.errors import GraphoptError, PassError, UsageError
 from graphopt.ir.graph import Program
+from graphopt.ir.ops import is_aten
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -51,12 +54,37 @@ def free_bytes(device: torch.device) -> int:
         return 0
 
 
+@contextmanager
+def must_fit(device: torch.device, what: str, remedy: str) -> Iterator[None]:
+    """Say what lowers the need where memory does not suffice in the body.
+
+    Raises:
+        PassError: The device, or the host, has too little.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise PassError(f"{what} does not fit the memory of {device}.", remedy) from error
+    except (MemoryError, RuntimeError) as error:
+        # torch has no class of its own for what the host cannot give.
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        raise PassError(f"{what} does not fit the memory of this machine.", remedy) from error
+
+
+def holds_aten(program: Program) -> bool:
+    """Return whether a program holds ops as they were traced: in fp32, with casts that say so."""
+    return any(is_aten(node.op) for f in program.functions.values() for node in f.nodes)
+
+
 def scoring_dtype(program: Program, device: torch.device) -> torch.dtype:
     """Return what activations are computed in where nothing is trained.
 
     The checkpoint's own 16 bits on a GPU that has them, else fp32.
     """
     own = program.checkpoint_dtype
-    if device.type == "cuda" and own == torch.bfloat16 and torch.cuda.is_bf16_supported(False):
+    if device.type != "cuda" or holds_aten(program):
+        return torch.float32
+    if own == torch.bfloat16 and torch.cuda.is_bf16_supported(False):
         return own
-    return own if device.type == "cuda" and own == torch.float16 else torch.float32
+    return own if own == torch.float16 else torch.float32

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.devices import free_bytes
+from graphopt.devices import free_bytes, must_fit
 from graphopt.errors import PassError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.compiled import run_compiled
@@ -542,13 +542,11 @@ class Tuner:
         Raises:
             PassError: Memory does not suffice; the message says what lowers the need.
         """
-        try:
+        with must_fit(
+            self.student.device, self.what,
+            "Lower batch or seqlen, or take mode=local, which trains a few blocks at a time.",
+        ):  # fmt: skip
             return self._run()
-        except torch.cuda.OutOfMemoryError as error:
-            raise PassError(
-                f"{self.what} does not fit the memory of {self.student.device}.",
-                "Lower batch or seqlen, or take mode=local, which trains a few blocks at a time.",
-            ) from error
 
     def _run(self) -> Tuned:
         result, schedule = self._restore(), self.schedule

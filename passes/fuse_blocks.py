@@ -19,7 +19,7 @@ from graphopt.calibrate import (
     pick,
     sample_windows,
 )
-from graphopt.devices import free_bytes, scoring_dtype
+from graphopt.devices import free_bytes, must_fit, scoring_dtype
 from graphopt.errors import PassError
 from graphopt.evaluate import ProgramModel
 from graphopt.ir.blocks import block_name, find_blocks, remove_blocks
@@ -58,7 +58,7 @@ TRAIN = ("all", "low-rank")
 WARM_TOKENS = (32768, 131072)
 """Tokens of the warm start, on a CPU and on a GPU."""
 
-OWN_TEXT_SHARE = 0.1
+OWN_TEXT_SHARE = 0.25
 """Of a training's seconds, in which the dense model writes text for it."""
 
 EPOCHS = 4
@@ -87,7 +87,7 @@ class FuseBlocks(Pass):
     modes over all of their parts together. A step takes `batch` windows of `seqlen` tokens; by
     default 4 of 2048 on a GPU and 2 of 256 on a CPU. `own_text` is how many windows the dense
     model writes itself, behind beginnings from the calibration text; by default none on a CPU,
-    and on a GPU as many as a tenth of the seconds allows, or as a quarter of the steps reads.
+    and on a GPU as many as a quarter of the seconds allows, or as a quarter of the steps reads.
 
     `train=low-rank` trains matrices by terms of that `rank` instead of whole. `donor` is what
     coefficients of the faithful mode multiply: the `pruned` block, the neighbour's own weight
@@ -150,7 +150,9 @@ class FuseBlocks(Pass):
             )
 
     def run(self, program: Program, context: Context) -> PassResult:
-        return _Fusion(self, program, context).run()
+        remedy = "Lower batch or seqlen, give own_text=0, or take mode=local or --device cpu."
+        with must_fit(context.device, "fuse-blocks", remedy):
+            return _Fusion(self, program, context).run()
 
 
 class _Fusion:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from graphopt.calibrate import calibration_windows, forward_speed, held_out_perplexity, pick
-from graphopt.devices import scoring_dtype
+from graphopt.devices import must_fit, scoring_dtype
 from graphopt.errors import PassError
 from graphopt.evaluate import ProgramModel
 from graphopt.ir.blocks import (
@@ -171,7 +171,11 @@ class PruneBlocks(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         names = [block_name(program, block) for block in find_blocks(program)]
         units = units_of(program, PARTS[self.part])
-        choice = Chooser(self, program, context).all()
+        remedy = (
+            "Lower windows or seqlen, or take score=bi, which keeps one stream, or --device cpu."
+        )
+        with must_fit(context.device, "Scoring blocks", remedy):
+            choice = Chooser(self, program, context).all()
         remove_sub_blocks(program, [(unit.block, unit.kind) for unit in choice.order])
         details: dict[str, Any] = {
             "order": [str(unit) for unit in choice.order],

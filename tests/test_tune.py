@@ -272,7 +272,7 @@ def test_a_compiled_step_learns_what_the_step_itself_learns(monkeypatch):
         found.append([loss for _, loss in tuned.checks])
     # Products are in bf16, with 8 bits: the losses of two orders of operations agree to 2 %.
     assert found[1] == pytest.approx(found[0], rel=0.02)
-    assert found[1][-1] < 0.5 * found[1][0]
+    assert found[1][-1] < 0.8 * found[1][0]
 
 
 def test_memory_that_does_not_suffice_is_said_with_what_lowers_it():

@@ -11,19 +11,24 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/attention.md", "docs/volta.md")
+PAGES = ("README.md", "docs/attention.md", "docs/depth.md", "docs/volta.md")
 _TABLE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end table -->", re.DOTALL)
 
 
 def _result(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
     return found
+
+
+def _median(values: list[float]) -> float:
+    return float(statistics.median(values))
 
 
 def _rows(head: list[str], rows: list[list[str]]) -> str:
@@ -156,6 +161,28 @@ def decode() -> str:
     return f"{table}\n\nA copy on the same card moves {result['copy_tb_per_s']:.2f} TB/s."
 
 
+def generation() -> str:
+    """A whole emitted model's decoding, beside transformers."""
+    result = _result("decode")
+    speeds = result["summary"]["tokens_per_second"]
+    names = {
+        "graphopt": f"the emitted package, `--target {result['target']}`",
+        "compiled": "transformers, static cache, the step under `torch.compile`",
+        "generate": "transformers, `generate`",
+    }
+    rows = [
+        [text, f"{speeds[name]:.0f}", f"{speeds['graphopt'] / speeds[name]:.1f}"]
+        for name, text in names.items()
+    ]
+    head = [f"SmolLM2-135M-Instruct, {result['dtype']}, one text", "tokens a second", "times slower"]
+    measured = _measured_on(result, "torch", "transformers", "triton")
+    note = (
+        "Medians of five runs, taken in turns. So small a model waits for its launches, and for "
+        "those the host's processor counts as much as the GPU."
+    )
+    return f"{_rows(head, rows)}\n\n{measured} {note}"
+
+
 def forms() -> str:
     """Forms that torch's fixed kernels lack, beside FlexAttention."""
     result = _result("attention")
@@ -164,6 +191,76 @@ def forms() -> str:
         for row in result["forms"]
     ]
     return _rows(["form", "D", "length", "times faster than FlexAttention"], rows)
+
+
+def depth() -> str:
+    """A quarter of the blocks removed, and what was put back in how many seconds."""
+    result = _result("depth")
+    rows, notes = [], []
+    for device in ("cuda", "cpu"):
+        part = result.get(f"recover on {device}")
+        if part is None:
+            continue
+        for run in part["runs"]:
+            rows.append(
+                [
+                    f"`{run['recipe']}`",
+                    "GPU" if device == "cuda" else "CPU",
+                    f"{run['seconds']:.0f}",
+                    f"{run['perplexity']:.2f}",
+                    f"{run['times_dense']:.3f}",
+                    f"{run['piqa']:.1%}" if "piqa" in run else "-",
+                ]
+            )
+        dense = part["dense"]
+        piqa = f", PIQA {dense['piqa']:.1%}" if "piqa" in dense else ""
+        notes.append(
+            f"{_measured_on(part, 'torch', 'transformers')} The whole model has perplexity "
+            f"{dense['perplexity']:.2f}{piqa} on {part['windows']} windows of 2,048 tokens of "
+            f"{part['text']}; calibration text {part['calib']}."
+        )
+    head = ["recipe", "", "seconds", "perplexity", "times the whole model's", "PIQA"]
+    return "\n\n".join([_rows(head, rows), *notes])
+
+
+def depth_speed() -> str:
+    """What scoring takes, and what fewer blocks give."""
+    result = _result("depth")
+    rows = []
+    scores = result.get("scores on cpu")
+    if scores:
+        times = scores["seconds"]
+        rows.append(
+            [
+                f"scoring {scores['blocks']} blocks of SmolLM2-135M, one walk",
+                f"{_median(times['one walk']):.1f} s",
+                f"a run of the model for each: {_median(times['naive']):.1f} s; largest difference "
+                f"of a score {scores['largest_difference']:.0e}",
+                scores["device"],
+            ]
+        )
+    shape = result.get("shape on cuda")
+    if shape:
+        rows.append(
+            [
+                "scoring 32 blocks of a Llama-7B's shape, bf16, 32 windows of 2,048 tokens",
+                f"{shape['seconds']:.0f} s",
+                f"peak memory {shape['peak_bytes'] / 1e9:.1f} GB",
+                shape["device"],
+            ]
+        )
+    onnx = result.get("onnx on cpu")
+    if onnx:
+        speeds = onnx["tokens_per_second"]
+        rows.append(
+            [
+                "decoding by ONNX Runtime, 22 of 30 blocks",
+                f"{_median(speeds['pruned']):.1f} tokens a second",
+                f"{onnx['times_faster']:.2f} times the whole model's {_median(speeds['dense']):.1f}",
+                onnx["device"],
+            ]
+        )
+    return _rows(["", "", "", "on"], rows)
 
 
 def volta() -> str:
@@ -247,6 +344,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "scale": scale,
     "volta": volta,
+    "generation": generation,
+    "depth": depth,
+    "depth_speed": depth_speed,
     "volta_model": volta_model,
     "volta_predicted": volta_predicted,
 }

@@ -52,3 +52,16 @@ def mask_is_for_attention_alone(program: Program) -> bool:
                 if any(node.op != "attention" or index != MASK for node, index in uses[param]):
                     return False
     return True
+
+
+def angle_weights(program: Program) -> set[str]:
+    """Return the weights that turn positions into angles, which 16 bits do not hold.
+
+    A relative error of 2^-9 is a whole radian at position 512.
+    """
+    found: set[str] = set()
+    for call in program.calls:
+        function = program.functions[call.function]
+        read = {v for node in function.nodes if node.op == "rope_table" for v in node.inputs}
+        found |= {call.weights[slot] for slot, value in function.weights.items() if value in read}
+    return found

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graphopt.devices import free_bytes
+from graphopt.ir.dataflow import angle_weights
 from graphopt.ir.graph import Call, Function, Program, Value, resolve_attrs
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import concretize
@@ -80,7 +81,8 @@ class Runner:
 
     Attributes:
         program: What to run.
-        dtype: Floating-point type of weights and activations.
+        dtype: Floating-point type of weights and activations. What turns positions into angles is
+            in 32 bits at least.
         device: Where to run.
         keep_weights: Hold every weight after its first use, instead of reading it again.
         mode: Which implementation of the ops.
@@ -92,12 +94,16 @@ class Runner:
     keep_weights: bool = True
     mode: Mode = "torch"
     _kept: dict[str, Tensor] = field(default_factory=dict)
+    _angles: set[str] | None = None
 
     def weight(self, name: str) -> Tensor:
         """Return one weight's value in the runner's dtype on its device."""
         if name in self._kept:
             return self._kept[name]
-        value = self.program.weights[name].load(self.dtype).to(self.device)
+        if self._angles is None:
+            self._angles = angle_weights(self.program)
+        dtype = torch.float32 if name in self._angles and self.dtype.itemsize < 4 else self.dtype
+        value = self.program.weights[name].load(dtype).to(self.device)
         if self.keep_weights:
             self._kept[name] = value
         return value
@@ -218,9 +224,10 @@ def resident(program: Program, dtype: torch.dtype, device: torch.device) -> Prog
     size = sum(w.numel * (dtype if w.dtype.is_floating_point else w.dtype).itemsize for w in used)
     if size > free_bytes(device) // 2:
         return program
-    result = program.copy()
+    result, angles = program.copy(), angle_weights(program)
     for weight in used:
-        value = weight.load(dtype).to(device)
+        kept = weight.name in angles and dtype.itemsize < 4
+        value = weight.load(torch.float32 if kept else dtype).to(device)
         result.weights.replace(
             Weight(weight.name, Array(value), weight.checkpoint, weight.constant)
         )

@@ -241,6 +241,29 @@ def test_without_a_text_the_model_writes_what_is_scored(model):
     assert all(score is not None for score in details["scores"][0].values())
 
 
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "memory of cpu"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory of this machine"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_said_with_what_lowers_it(
+    model, tmp_path, monkeypatch, error, where
+):
+    from graphopt.passes import prune_blocks
+
+    def full(*args, **options):
+        raise error
+
+    monkeypatch.setattr(prune_blocks, "score_units", full)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    with pytest.raises(PassError, match=f"Scoring blocks does not fit the {where}") as caught:
+        go.Pipeline.parse("prune-blocks{blocks=1,seqlen=64}").run(model, calib=text)
+    assert "Lower windows or seqlen" in caught.value.remedy
+
+
 def test_a_model_without_tokenizer_cannot_read_a_text():
     with pytest.raises(GraphoptError, match="has no tokenizer"):
         go.Pipeline.parse("prune-blocks{blocks=1}").run(tiny_program(layers=3))
