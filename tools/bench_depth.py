@@ -268,9 +268,13 @@ def keep(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
         for option in ("calib", "text", "piqa")
         if getattr(options, option) is not None
     ]
+    for option in ("windows", "seed"):
+        if getattr(options, option):
+            texts.append(f"--{option} {getattr(options, option)}")
+    texts += [f"--recipe '{recipe}'" for recipe in options.recipe or ()]
     kept[f"{options.part} on {options.device}"] = {
         "command": " ".join(
-            ["python tools/bench_depth.py", options.part, *texts, "--device", options.device]
+            ["python tools/bench_depth.py", options.part, "--device", options.device, *texts]
         ),
         "date": datetime.date.today().isoformat(),
         "device": name,

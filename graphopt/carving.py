@@ -1,0 +1,201 @@
+"""Which neurons of a feed-forward part belong together: marks, rates and balanced clusters.
+
+A neuron is a column of the hidden activations: a row of the gate and up projections and a column
+of the down projection. Source: CMoE, arXiv 2502.04416, sections 4.1 and 4.2.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from graphopt.errors import PassError
+
+
+def top_marks(hidden_TN: Tensor, count: int) -> Tensor:
+    """Return the `count` neurons of largest magnitude for every token, int64 [T, count].
+
+    Of equal magnitudes the lowest index is marked, on every device. The order within a row is
+    not defined.
+
+    Raises:
+        PassError: There are fewer neurons.
+    """
+    tokens, width = hidden_TN.shape
+    if not 0 < count <= width:
+        raise PassError(
+            f"{count} of {width} neurons cannot be marked in every token.",
+            f"Give a number from 1 to {width}.",
+        )
+    sizes = hidden_TN.abs()
+    if count == width:
+        return torch.arange(width, device=hidden_TN.device).expand(tokens, width)
+    values, marks = sizes.topk(count + 1, dim=-1)
+    # `topk` says nothing about ties; they matter only where one runs over the edge.
+    tied = (values[:, count] == values[:, count - 1]).nonzero()[:, 0]
+    marks = marks[:, :count]
+    if len(tied):
+        order = sizes[tied].sort(dim=-1, descending=True, stable=True).indices
+        marks[tied] = order[:, :count]
+    return marks
+
+
+def mark_counts(marks_TK: Tensor, width: int) -> Tensor:
+    """Return in how many tokens each neuron is marked, int64 [width]."""
+    return torch.bincount(marks_TK.flatten(), minlength=width)
+
+
+def overlaps(marks_TK: Tensor, centres_TC: Tensor, width: int) -> Tensor:
+    """Return the inner products of every neuron's marks with centres [T, C], fp32 [width, C].
+
+    A neuron's marks are a vector over tokens, 1 where it is marked; it is never built.
+    """
+    count = marks_TK.shape[1]
+    found = centres_TC.new_zeros(width, centres_TC.shape[1], dtype=torch.float32)
+    rows = centres_TC.float().repeat_interleave(count, 0)
+    return found.index_add_(0, marks_TK.flatten(), rows)
+
+
+def balanced_assignment(gain_NC: Tensor, capacity: int) -> Tensor:
+    """Assign every row to a column so that each column gets `capacity` and the sum is largest.
+
+    Exact. Every row first takes its best column; then, as long as a column holds too many, one
+    unit is moved along the path over columns that costs least, which keeps the assignment the
+    best one for its loads (successive shortest paths, Ahuja, Magnanti and Orlin, Network Flows,
+    section 9.7). Equal gains go to the lowest column and the lowest row.
+
+    Args:
+        gain_NC: fp [C * capacity, C].
+
+    Returns:
+        int64 [N] on the CPU.
+
+    Raises:
+        PassError: The capacities do not hold the rows exactly, or a gain is no number.
+    """
+    gain: NDArray[np.float64] = gain_NC.detach().cpu().double().numpy()
+    count, columns = gain.shape
+    if count != columns * capacity:
+        raise PassError(
+            f"{count} neurons do not fill {columns} experts of {capacity}.",
+            "Take another number of experts.",
+        )
+    if not np.isfinite(gain).all():
+        raise PassError("A neuron's activations hold NaN or infinity, so it has no expert.")
+    return torch.from_numpy(_Assignment(gain, capacity).solve())
+
+
+class _Assignment:
+    def __init__(self, gain: NDArray[np.float64], capacity: int) -> None:
+        self.gain, self.capacity = gain, capacity
+        self.columns = gain.shape[1]
+        self.place: NDArray[np.int64] = gain.argmax(1)
+        self.loads = np.bincount(self.place, minlength=self.columns)
+        # For every pair of columns what it costs to move a row of the first to the second.
+        self.heaps: list[list[list[tuple[float, int]]]] = [
+            [[] for _ in range(self.columns)] for _ in range(self.columns)
+        ]
+        for column in range(self.columns):
+            rows = np.flatnonzero(self.place == column)
+            costs = gain[rows, column, None] - gain[rows]
+            for other in range(self.columns):
+                if other != column:
+                    heap = list(zip(costs[:, other].tolist(), rows.tolist(), strict=True))
+                    heapq.heapify(heap)
+                    self.heaps[column][other] = heap
+        self.costs = np.full((self.columns, self.columns), np.inf)
+        for column in range(self.columns):
+            self._refresh(column)
+
+    def solve(self) -> NDArray[np.int64]:
+        while (self.loads > self.capacity).any():
+            path = self._shortest_path()
+            moves = [(a, b, self.heaps[a][b][0][1]) for a, b in itertools.pairwise(path)]
+            for a, b, row in moves:
+                self._move(row, a, b)
+            for column in path:
+                self._refresh(column)
+        return self.place
+
+    def _shortest_path(self) -> list[int]:
+        """Return the cheapest path of columns from one that holds too many to one with room."""
+        far = np.where(self.loads > self.capacity, 0.0, np.inf)
+        before = np.full(self.columns, -1)
+        for _ in range(self.columns - 1):
+            through = far[:, None] + self.costs
+            best = through.argmin(0)
+            cost = through[best, np.arange(self.columns)]
+            # Rounding must not let a path circle.
+            better = cost < far - 1e-12 * (1 + np.where(np.isfinite(far), np.abs(far), 0.0))
+            if not better.any():
+                break
+            far = np.where(better, cost, far)
+            before = np.where(better, best, before)
+        room = np.where(self.loads < self.capacity, far, np.inf)
+        path = [int(room.argmin())]
+        while before[path[0]] >= 0 and len(path) <= self.columns:
+            path.insert(0, int(before[path[0]]))
+        return path
+
+    def _move(self, row: int, a: int, b: int) -> None:
+        self.place[row] = b
+        self.loads[a] -= 1
+        self.loads[b] += 1
+        own = self.gain[row]
+        for other in range(self.columns):
+            if other != b:
+                heapq.heappush(self.heaps[b][other], (float(own[b] - own[other]), row))
+
+    def _refresh(self, column: int) -> None:
+        """Drop what has left a column from its heaps, and read what a move costs."""
+        for other in range(self.columns):
+            heap = self.heaps[column][other]
+            while heap and self.place[heap[0][1]] != column:
+                heapq.heappop(heap)
+            self.costs[column, other] = heap[0][0] if heap else np.inf
+
+
+def cluster(
+    marks_TK: Tensor, members: Tensor, width: int, experts: int, iterations: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Divide neurons into experts of equal size by the tokens in which they are marked.
+
+    Centres start as the marks of the most often marked members; then members are assigned so
+    that their inner products with the centres are largest, and centres become the means of
+    their members, `iterations` times. For marks and equal sizes that assignment is also the one
+    of least distance, absolute and squared: |c - v|_1 = |v|_1 + |c| - 2 <c, v>, and likewise for
+    the square. Source: CMoE, arXiv 2502.04416, section 4.2.
+
+    Args:
+        marks_TK: From `top_marks`.
+        members: int64 [N], the neurons to divide, N a multiple of `experts`.
+        width: Number of neurons that marks speak of.
+
+    Returns:
+        int64 [experts, N / experts]: the neurons of every expert, in ascending order; and the
+        last centres, fp32 [T, experts].
+    """
+    tokens = len(marks_TK)
+    counts = mark_counts(marks_TK, width)
+    seeds = members[counts[members].sort(descending=True, stable=True).indices[:experts]]
+    centres = torch.zeros(tokens, experts, device=marks_TK.device)
+    for number, seed in enumerate(seeds.tolist()):
+        centres[:, number] = (marks_TK == seed).any(-1).float()
+    capacity = len(members) // experts
+    groups = members[: capacity * experts].view(experts, capacity)
+    for _ in range(iterations):
+        gains = overlaps(marks_TK, centres, width)[members]
+        place = balanced_assignment(gains, capacity).to(members.device)
+        groups = torch.stack([members[place == number].sort().values for number in range(experts)])
+        owner = torch.full((width,), experts, device=marks_TK.device)
+        for number in range(experts):
+            owner[groups[number]] = number
+        marked = torch.zeros(tokens, experts + 1, device=marks_TK.device)
+        marked.scatter_add_(1, owner[marks_TK], torch.ones_like(marks_TK, dtype=marked.dtype))
+        centres = marked[:, :experts] / capacity
+    return groups, centres

@@ -1,0 +1,100 @@
+"""Marks and balanced clusters against brute force and the assignment problem."""
+
+from __future__ import annotations
+
+import networkx
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphopt.carving import balanced_assignment, cluster, mark_counts, overlaps, top_marks
+from graphopt.errors import PassError
+
+
+def marker(marks, width):
+    """Return the marks as a matrix of 0 and 1."""
+    return torch.zeros(len(marks), width).scatter_(1, marks, 1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 7))
+def test_marks_are_those_of_a_loop_over_tokens_ties_to_the_lowest_index(seed, width, count):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randint(-2, 3, (9, width), generator=generator).float()
+    count = min(count, width)
+    marks = top_marks(hidden, count)
+    for row, found in zip(hidden.abs().tolist(), marks.tolist(), strict=True):
+        expected = sorted(range(width), key=lambda i: (-row[i], i))[:count]
+        assert sorted(found) == sorted(expected)
+    counts = mark_counts(marks, width)
+    assert int(counts.sum()) == 9 * count
+    assert torch.equal(counts.float(), marker(marks, width).sum(0))
+
+
+def test_more_marks_than_neurons_are_refused():
+    with pytest.raises(PassError, match="5 of 4 neurons"):
+        top_marks(torch.ones(2, 4), 5)
+
+
+def test_overlaps_are_products_of_the_marks_matrix():
+    generator = torch.Generator().manual_seed(0)
+    marks = top_marks(torch.randn(20, 11, generator=generator), 4)
+    centres = torch.rand(20, 3, generator=generator)
+    expected = marker(marks, 11).t() @ centres
+    assert torch.allclose(overlaps(marks, centres, 11), expected, atol=1e-5)
+
+
+def best_sum(gain, size):
+    """Return the largest sum of whole gains, by networkx' network simplex."""
+    graph = networkx.DiGraph()
+    for row, gains in enumerate(gain.tolist()):
+        graph.add_node(("row", row), demand=-1)
+        for column, value in enumerate(gains):
+            graph.add_edge(("row", row), ("column", column), capacity=1, weight=-value)
+    for column in range(gain.shape[1]):
+        graph.add_node(("column", column), demand=size)
+    return -networkx.min_cost_flow_cost(graph)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 6), st.sampled_from([4, 10**6]))
+def test_an_assignment_is_as_good_as_any(seed, columns, size, most):
+    gain = np.random.default_rng(seed).integers(0, most, (columns * size, columns))
+    place = balanced_assignment(torch.from_numpy(gain), size).numpy()
+    assert np.bincount(place, minlength=columns).tolist() == [size] * columns
+    assert gain[np.arange(len(gain)), place].sum() == best_sum(gain, size)
+
+
+def test_overlap_and_both_distances_have_one_optimum():
+    generator = torch.Generator().manual_seed(3)
+    marks = top_marks(torch.randn(40, 12, generator=generator), 3)
+    columns, size = 3, 4
+    # Centres of sixteenths, so that every distance is a whole number of 1/256.
+    centres = torch.randint(0, 17, (40, columns), generator=generator) / 16
+    place = balanced_assignment(overlaps(marks, centres, 12), size)
+    for power in (1, 2):
+        apart = (marker(marks, 12).t()[:, :, None] - centres[None]).abs().pow(power).sum(1)
+        whole = (apart.double() * 256).long()
+        assert int(whole[torch.arange(12), place].sum()) == -best_sum(-whole, size)
+
+
+def test_what_does_not_fill_the_experts_is_refused():
+    with pytest.raises(PassError, match="7 neurons do not fill 2 experts of 3"):
+        balanced_assignment(torch.ones(7, 2), 3)
+    with pytest.raises(PassError, match="NaN or infinity"):
+        balanced_assignment(torch.full((4, 2), float("nan")), 2)
+
+
+def test_neurons_that_fire_together_are_one_expert():
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.randperm(24, generator=generator).view(3, 8)
+    hidden = 0.1 * torch.randn(90, 30, generator=generator)
+    for token in range(90):
+        hidden[token, groups[token % 3]] += 3.0
+    found, centres = cluster(top_marks(hidden, 8), torch.arange(24), 30, 3, iterations=2)
+    assert {tuple(g) for g in found.tolist()} == {tuple(g) for g in groups.sort(1).values.tolist()}
+    assert centres.shape == (90, 3) and float(centres.max()) == 1.0
+    again, _ = cluster(top_marks(hidden, 8), torch.arange(24), 30, 3, iterations=2)
+    assert torch.equal(found, again)
