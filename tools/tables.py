@@ -174,7 +174,8 @@ def generation() -> str:
         [text, f"{speeds[name]:.0f}", f"{speeds['graphopt'] / speeds[name]:.1f}"]
         for name, text in names.items()
     ]
-    head = [f"SmolLM2-135M-Instruct, {result['dtype']}, one text", "tokens a second", "times slower"]
+    what = f"SmolLM2-135M-Instruct, {result['dtype']}, one text"
+    head = [what, "tokens a second", "times slower"]
     measured = _measured_on(result, "torch", "transformers", "triton")
     note = (
         "Medians of five runs, taken in turns. So small a model waits for its launches, and for "
@@ -252,11 +253,12 @@ def depth_speed() -> str:
     onnx = result.get("onnx on cpu")
     if onnx:
         speeds = onnx["tokens_per_second"]
+        whole = _median(speeds["dense"])
         rows.append(
             [
                 "decoding by ONNX Runtime, 22 of 30 blocks",
                 f"{_median(speeds['pruned']):.1f} tokens a second",
-                f"{onnx['times_faster']:.2f} times the whole model's {_median(speeds['dense']):.1f}",
+                f"{onnx['times_faster']:.2f} times the whole model's {whole:.1f}",
                 onnx["device"],
             ]
         )
