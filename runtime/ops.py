@@ -328,6 +328,53 @@ def act_mul(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
     return ACTIVATIONS[act](gate) * up
 
 
+def top_gates(
+    scores: Tensor, bias: Tensor | None = None, extra: Tensor | None = None, *, count: int
+) -> Tensor:
+    """Gates [..., E] of the `count` experts with the highest scores; the others' are 0.
+
+    A chosen one's is 1, or 1 + softmax(scores) extra. With `bias` the highest of
+    softmax(scores) + bias are chosen. Of equal ones the first.
+    """
+    wide = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+    odds = torch.softmax(wide, -1)
+    ranked = scores if bias is None else odds + bias
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    chosen = torch.zeros_like(scores).scatter(-1, order, 1.0)
+    return chosen if extra is None else chosen * (1 + odds * extra).to(chosen.dtype)
+
+
+def experts(
+    x: Tensor,
+    gates: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    *,
+    act: str,
+    active: int | None = None,
+) -> Tensor:
+    """The sum of experts by their gates, every neuron computed and those of no gate put to 0.
+
+    Args:
+        x: [..., N].
+        gates: [..., E].
+        up, gate: [E m, N], the experts' neurons side by side; without `gate` one is act(up x).
+        down: [N', E m].
+        act: One of ACTIVATIONS.
+        active: How many gates of a token are not 0; nothing here depends on it.
+    """
+    hidden = linear(x, up, up_bias)
+    if gate is None:
+        hidden = ACTIVATIONS[act](hidden)
+    else:
+        hidden = ACTIVATIONS[act](linear(x, gate, gate_bias)) * hidden
+    size = up.shape[0] // gates.shape[-1]
+    return linear(hidden * gates.to(hidden.dtype).repeat_interleave(size, -1), down)
+
+
 def softcap(x: Tensor, cap: float) -> Tensor:
     """cap * tanh(x / cap)."""
     return torch.tanh(x / cap) * cap

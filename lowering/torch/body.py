@@ -28,6 +28,8 @@ from graphopt.lowering.torch.text import (
 
 # op -> what is called. A name without a dot is a function of graphopt.runtime.ops.
 _CALLEES = {
+    "abs": "torch.abs",
+    "experts": "experts",
     "gelu": "F.gelu",
     "gelu_tanh": "gelu_tanh",
     "layer_norm": "layer_norm",
@@ -45,6 +47,7 @@ _CALLEES = {
     "split_heads": "split_heads",
     "swap_heads": "swap_heads",
     "tanh": "torch.tanh",
+    "top_gates": "top_gates",
 }
 # ATen operators whose operands must be of one dtype, and one that is not of torch's own.
 _ATEN_CALLEES = {

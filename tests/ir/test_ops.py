@@ -84,7 +84,7 @@ def attention(*extra, **attrs):
 
 
 CASES = [
-    *(Case(name, [X]) for name in ("relu", "relu2", "silu", "sigmoid", "tanh", "gelu",
+    *(Case(name, [X]) for name in ("abs", "relu", "relu2", "silu", "sigmoid", "tanh", "gelu",
                                    "gelu_tanh", "quick_gelu")),
     Case("softcap", [X], {"cap": 1.5}),
     Case("scale", [X], {"factor": -0.7}),
@@ -92,6 +92,12 @@ CASES = [
       for kinds in ([X, X], [X, f64(6)], [f64(B, 1, 6), f64(S, 1)])),
     Case("embedding", [i64(B, S), f64(7, 3)]),
     Case("embedding", [i64(B, S), f64(7, 3)], {"offset": 2}),
+    *(Case("top_gates", [f64(B, S, 5), *rest], {"count": count})
+      for count in (1, 3, 5) for rest in ([], [f64(5)], [None, f64(5)], [f64(5), f64(5)])),
+    *(Case("experts", [X, f64(B, S, 3), f64(12, 6), f64(7, 12), *rest],
+           {"act": act, "active": 2}, terms=24, size=8)
+      for act, rest in (("silu", [f64(12, 6)]), ("relu", []), ("gelu", [None, f64(12)]),
+                        ("silu", [f64(12, 6), f64(12), f64(12)]))),
     Case("linear", [X, f64(5, 6)], terms=6),
     Case("linear", [X, f64(5, 6), f64(5)], terms=7),
     *(Case("rms_norm", [X, *gain], {"eps": 1e-3} | offset, 6)
@@ -131,6 +137,7 @@ def logistic(x):
 
 
 SCALARS = {
+    "abs": lambda x: math.sqrt(x * x),
     "relu": lambda x: (x + abs(x)) / 2,
     "relu2": lambda x: x * x if x > 0 else 0.0,
     "silu": lambda x: x * logistic(x),
@@ -157,6 +164,33 @@ def expect_embedding(ids, weight, offset=0):
 def expect_linear(x, weight, bias=None):
     y = np.einsum("...i,oi->...o", x, weight)
     return y if bias is None else y + bias
+
+
+def expect_top_gates(scores, bias=None, extra=None, count=0):
+    gates = np.zeros_like(scores)
+    for place in np.ndindex(*scores.shape[:-1]):
+        row = [math.exp(v) for v in scores[place]]
+        odds = [v / sum(row) for v in row]
+        rank = scores[place] if bias is None else odds + bias
+        for e in sorted(range(len(row)), key=lambda e: (-rank[e], e))[:count]:
+            gates[place][e] = 1.0 if extra is None else 1 + odds[e] * extra[e]
+    return gates
+
+
+def expect_experts(x, gates, up, down, gate=None, up_bias=None, gate_bias=None, act="", active=0):
+    """Neuron by neuron."""
+    y = np.zeros((*x.shape[:-1], len(down)))
+    size = len(up) // gates.shape[-1]
+    for place in np.ndindex(*x.shape[:-1]):
+        for n in range(len(up)):
+            first = up[n] @ x[place] + (0 if up_bias is None else up_bias[n])
+            if gate is None:
+                value = SCALARS[act](first)
+            else:
+                pre = gate[n] @ x[place] + (0 if gate_bias is None else gate_bias[n])
+                value = SCALARS[act](pre) * first
+            y[place] += gates[place][n // size] * value * down[:, n]
+    return y
 
 
 def expect_rms_norm(x, weight=None, eps=0.0, offset=0.0):

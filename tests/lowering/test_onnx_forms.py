@@ -248,7 +248,8 @@ def compare(program, folder, atol=2e-6):
         names = {item.name for item in model.get_inputs()}
         feeds = {name: t.numpy() for name, t in inputs.items() if name in names}
         (found,) = model.run(["logits"], feeds)
-        torch.testing.assert_close(torch.from_numpy(found).double(), expected, rtol=0, atol=atol)
+        allowed = atol * max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(torch.from_numpy(found).double(), expected, rtol=0, atol=allowed)
 
 
 VECTOR, WIDE = Type((8,), torch.float32), Type((4, 1, 8), torch.float32)
@@ -257,8 +258,8 @@ ROW = Type((B, S, 4, 8), torch.float32)
 ATTENTION = {"scale": 0.4, "causal": True}
 BIAS = Type((B, 1, S, S), torch.float32)
 OPS = {
-    **{op: (op, [X]) for op in ("relu", "relu2", "silu", "sigmoid", "tanh", "gelu", "gelu_tanh",
-                                "quick_gelu")},
+    **{op: (op, [X]) for op in ("abs", "relu", "relu2", "silu", "sigmoid", "tanh", "gelu",
+                                "gelu_tanh", "quick_gelu")},
     "softcap": ("softcap", [X], {"cap": 1e-3}),
     "scale": ("scale", [X], {"factor": -0.7}),
     "add": ("add", [X, VECTOR]),
@@ -266,6 +267,16 @@ OPS = {
     "embedding": ("embedding", [IDS_TYPE, Type((2, 8), torch.float32)], {}, (1,)),
     "embedding, offset": ("embedding", [IDS_TYPE, Type((5, 8), torch.float32)], {"offset": 3},
                           (1,)),
+    "top_gates": ("top_gates", [X], {"count": 3}),
+    "top_gates, bias": ("top_gates", [X, VECTOR], {"count": 3}, (1,)),
+    "top_gates, extra": ("top_gates", [X, VECTOR, VECTOR], {"count": 2}, (1, 2)),
+    **{f"experts, {act}, {len(rest)} more": (
+        "experts", [X, Type((B, S, 2), torch.float32), Type((6, 8), torch.float32),
+                    Type((5, 6), torch.float32), *rest],
+        {"act": act, "active": 1}, tuple(range(2, 4 + len(rest))),
+    ) for act in ("silu", "relu", "relu2", "gelu", "gelu_tanh", "quick_gelu", "sigmoid", "tanh")
+       for rest in ([], [Type((6, 8), torch.float32)],
+                    [Type((6, 8), torch.float32), *[Type((6,), torch.float32)] * 2])},
     "linear": ("linear", [X, Type((5, 8), torch.float32)], {}, (1,)),
     "linear, bias": ("linear", [X, Type((5, 8), torch.float32), Type((5,), torch.float32)], {},
                      (1, 2)),

@@ -1,6 +1,15 @@
 """The op set. One file a family; importing this package registers them all."""
 
-from graphopt.ir.ops import aten, attention, elementwise, embedding, linear, norm, rope
+from graphopt.ir.ops import (
+    aten,
+    attention,
+    elementwise,
+    embedding,
+    experts,
+    linear,
+    norm,
+    rope,
+)
 from graphopt.ir.ops.base import Op, all_ops, get_op, is_aten, register
 
 __all__ = [
@@ -10,6 +19,7 @@ __all__ = [
     "attention",
     "elementwise",
     "embedding",
+    "experts",
     "get_op",
     "is_aten",
     "linear",

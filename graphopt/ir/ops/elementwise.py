@@ -54,6 +54,7 @@ def _unary(
     register(_Activation)
 
 
+_unary("abs", lambda x: torch.where(x < 0, -x, x), torch.abs, "y = |x|", 1)
 _unary("relu", lambda x: x.clamp(min=0), F.relu, "y = max(x, 0)", 1)
 _unary("relu2", lambda x: x.clamp(min=0) ** 2, runtime.relu2, "y = max(x, 0)^2", 2)
 _unary("silu", lambda x: x / (1 + torch.exp(-x)), F.silu, "y = x sigmoid(x)")

@@ -19,6 +19,7 @@ def _simple(name: str, op_type: str) -> None:
 
 
 for _name, _op_type in {
+    "abs": "Abs",
     "relu": "Relu",
     "sigmoid": "Sigmoid",
     "tanh": "Tanh",

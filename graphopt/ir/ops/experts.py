@@ -1,0 +1,121 @@
+"""Feed-forward parts of which every token runs some: gates of experts, and the experts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from graphopt.ir.ops.base import Attrs, Op, Tensors, Types, get_op, need, register, same
+from graphopt.ir.types import Dim, Type, dim
+from graphopt.runtime import ops as runtime
+
+
+def _operand(tensors: Tensors, index: int) -> Tensor | None:
+    return tensors[index] if index < len(tensors) else None
+
+
+@register
+class TopGates(Op):
+    """The gates of the `count` experts with the highest scores [..., E]; the others' are 0.
+
+    A chosen expert's gate is 1, or with `extra` [E] 1 + softmax(scores) extra. With `bias` [E]
+    the highest of softmax(scores) + bias are chosen instead; it is in no gate. Equal scores go
+    to the lowest index. Source: CMoE, arXiv 2502.04416, section 4.3.
+    """
+
+    name = "top_gates"
+    operands = ("scores", "bias?", "extra?")
+
+    def infer(self, types: Types, attrs: Attrs) -> list[Type]:
+        scores = need(types, 0)
+        experts = scores.shape[-1]
+        for kind in types[1:]:
+            if kind is not None and kind.shape != (experts,):
+                raise ValueError(f"top_gates of {scores} with {kind}")
+        if not 0 < attrs["count"] <= experts:
+            raise ValueError(f"top_gates of {attrs['count']} of {experts} experts")
+        return [scores]
+
+    def flops(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]
+        return dim(6 * outputs[0].numel)
+
+    def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        scores, bias, extra = tensors[0], _operand(tensors, 1), _operand(tensors, 2)
+        assert scores is not None
+        odds = (scores - scores.amax(-1, keepdim=True)).exp()
+        odds = odds / odds.sum(-1, keepdim=True)
+        ranked = scores if bias is None else odds + bias
+        better = (ranked[..., None, :] > ranked[..., :, None]).sum(-1)
+        equal = ranked[..., None, :] == ranked[..., :, None]
+        earlier = equal.tril(-1).sum(-1)
+        chosen = (better + earlier < attrs["count"]).to(scores.dtype)
+        return (chosen if extra is None else chosen * (1 + odds * extra),)
+
+    def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        scores = tensors[0]
+        assert scores is not None
+        bias, extra = _operand(tensors, 1), _operand(tensors, 2)
+        return (runtime.top_gates(scores, bias, extra, count=attrs["count"]),)
+
+
+@register
+class Experts(Op):
+    """The sum of experts by their gates [..., E]: sum_e g_e down_e (act(gate_e x) up_e x).
+
+    The experts' neurons lie side by side: `gate` and `up` are [E m, in], `down` is [out, E m],
+    and expert e is rows, or columns, e m to e m + m. Without `gate` a neuron is act(up x).
+    `active` is how many gates of a token are not 0, which only the cost asks for.
+    Source: CMoE, arXiv 2502.04416, equation 1.
+    """
+
+    name = "experts"
+    operands = ("x", "gates", "up", "down", "gate?", "up_bias?", "gate_bias?")
+
+    def infer(self, types: Types, attrs: Attrs) -> list[Type]:
+        x, gates, up, down = (need(types, index) for index in range(4))
+        count = gates.shape[-1]
+        neurons = up.shape[0]
+        if len(up.shape) != 2 or len(down.shape) != 2 or not same(up.shape[1], x.shape[-1]):
+            raise ValueError(f"experts of {x} with {up} and {down}")
+        if not same(down.shape[1], neurons) or int(neurons) % int(count):
+            raise ValueError(f"{count} experts of {neurons} neurons with {down}")
+        for index, shape in ((4, up.shape), (5, (neurons,)), (6, (neurons,))):
+            kind = types[index] if index < len(types) else None
+            if kind is not None and kind.shape != shape:
+                raise ValueError(f"experts with {up} and {kind}")
+        if not 0 < attrs["active"] <= count:
+            raise ValueError(f"{attrs['active']} of {count} experts active")
+        return [Type((*x.shape[:-1], down.shape[0]), x.dtype)]
+
+    def flops(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]
+        x, gates, up, down = (need(types, index) for index in range(4))
+        tokens = dim(x.numel / x.shape[-1])
+        width = int(up.shape[0]) // int(gates.shape[-1]) * attrs["active"]
+        gated = len(types) > 4 and types[4] is not None
+        products = 2 * (1 + gated) * x.shape[-1] + 2 * down.shape[0]
+        # An activation, the product with the other half, and the gate.
+        return dim(tokens * width * (products + 4 + gated + 1))
+
+    def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        x, gates, up, down = tensors[:4]
+        gate, up_bias, gate_bias = (_operand(tensors, index) for index in (4, 5, 6))
+        assert x is not None and gates is not None and up is not None and down is not None
+        act = get_op(attrs["act"])
+        count = gates.shape[-1]
+        size = up.shape[0] // count
+        total = x.new_zeros(*x.shape[:-1], down.shape[0])
+        for number in range(count):
+            rows = slice(number * size, (number + 1) * size)
+            first = x @ (up if gate is None else gate)[rows].t()
+            bias = up_bias if gate is None else gate_bias
+            hidden = act.reference([first if bias is None else first + bias[rows]], {})[0]
+            if gate is not None:
+                other = x @ up[rows].t()
+                hidden = hidden * (other if up_bias is None else other + up_bias[rows])
+            total = total + gates[..., number, None] * (hidden @ down[:, rows].t())
+        return (total,)
+
+    def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        x, gates, up, down = tensors[:4]
+        assert x is not None and gates is not None and up is not None and down is not None
+        rest = [_operand(tensors, index) for index in (4, 5, 6)]
+        return (runtime.experts(x, gates, up, down, *rest, act=attrs["act"]),)

@@ -1,0 +1,81 @@
+"""Gates of experts, and experts as one feed-forward part whose other neurons are put to 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.ir.graph import Node, Value
+from graphopt.lowering.onnx.builder import MICROSOFT
+from graphopt.lowering.onnx.ops.registry import Lowering, translation
+
+ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gelu": ("Gelu", {}),
+    "gelu_tanh": ("Gelu", {"approximate": "tanh"}),
+    "quick_gelu": ("QuickGelu", {"domain": MICROSOFT, "alpha": 1.702}),
+    "relu": ("Relu", {}),
+    "sigmoid": ("Sigmoid", {}),
+    "silu": ("QuickGelu", {"domain": MICROSOFT, "alpha": 1.0}),
+    "tanh": ("Tanh", {}),
+}
+"""ONNX ops of activations, and their attributes."""
+
+
+def activation(lower: Lowering, act: str, x: ir.Value) -> ir.Value:
+    """Return an activation of a value."""
+    if act == "relu2":
+        x = lower.builder.op("Relu", x)
+        return lower.builder.op("Mul", x, x)
+    if act not in ACTIVATIONS:
+        raise ValueError(f"experts with {act} have no ONNX form here")
+    op_type, attributes = ACTIVATIONS[act]
+    made: ir.Value = lower.builder.op(op_type, x, **attributes)
+    return made
+
+
+@translation("top_gates")
+def top_gates(lower: Lowering, node: Node) -> ir.Value:
+    """TopK, whose first of equal values is the lowest index, and a one in each of its places."""
+    builder, count = lower.builder, lower.attrs(node)["count"]
+    scores = lower.whole(node.inputs[0])
+    bias, extra = lower.operand(node, 1), lower.operand(node, 2)
+    odds = None if bias is None and extra is None else builder.op("Softmax", scores, axis=-1)
+    ranked = scores if bias is None else builder.op("Add", odds, lower.whole(bias))
+    _, places = builder.op(
+        "TopK", ranked, builder.constant([count]), outputs=2, axis=-1, largest=1, sorted=1
+    )
+    nothing, one = builder.number(0.0), builder.number(1.0)
+    nothing = builder.op("Expand", nothing, builder.op("Shape", scores))
+    ones = builder.op("Expand", one, builder.op("Shape", places))
+    chosen = builder.op("ScatterElements", nothing, places, ones, axis=-1)
+    if extra is None:
+        return chosen
+    gate = builder.op("Mul", odds, lower.whole(extra))
+    return builder.op("Mul", chosen, builder.op("Add", gate, one))
+
+
+@translation("experts")
+def experts(lower: Lowering, node: Node) -> ir.Value:
+    builder, attrs = lower.builder, lower.attrs(node)
+    x, gates = lower.whole(node.inputs[0]), lower.whole(node.inputs[1])
+    up, down, gate = node.inputs[2], node.inputs[3], lower.operand(node, 4)
+    assert up is not None and down is not None
+    hidden = _product(lower, x, up, lower.operand(node, 5))
+    if gate is None:
+        hidden = activation(lower, attrs["act"], hidden)
+    else:
+        first = activation(lower, attrs["act"], _product(lower, x, gate, lower.operand(node, 6)))
+        hidden = builder.op("Mul", first, hidden)
+    count = int(lower.types[node.inputs[1]].shape[-1])  # type: ignore[index]
+    size = int(lower.types[up].shape[0]) // count
+    of_neuron = builder.constant(np.arange(count).repeat(size))
+    hidden = builder.op("Mul", hidden, builder.op("Gather", gates, of_neuron, axis=-1))
+    return _product(lower, hidden, down, None)
+
+
+def _product(lower: Lowering, x: ir.Value, weight: Value, bias: Value | None) -> ir.Value:
+    builder, stored = lower.builder, lower.whole(weight)
+    product = builder.op("FusedMatMul", x, stored, domain=MICROSOFT, transB=1)
+    return product if bias is None else builder.op("Add", product, lower.whole(bias))
