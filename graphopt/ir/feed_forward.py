@@ -1,0 +1,242 @@
+"""The feed-forward parts of blocks, and dividing their neurons into experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphopt.ir.blocks import SubBlock, sub_blocks
+from graphopt.ir.dataflow import region
+from graphopt.ir.graph import Call, Function, Node, Program, Value
+from graphopt.ir.weights import Array, Producer, Rows, Transposed, Weight
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "silu", "tanh")
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A part down(act(gate x) * up x), or down(act(up x)), of a function.
+
+    Attributes:
+        x: What the projections read, [..., N].
+        hidden: What the down projection reads, one feature a neuron.
+        gate: The linear behind the activation; None where there are two matrices.
+        up, down: The other linears.
+        act: The activation's name as an op.
+    """
+
+    x: Value
+    hidden: Value
+    gate: Node | None
+    up: Node
+    down: Node
+    act: str
+
+
+def feed_forwards(function: Function, stream: int) -> list[FeedForward | str]:
+    """Return the feed-forward parts that a block adds to its stream; for an odd one the reason."""
+    return [_read(function, part) for part in sub_blocks(function, stream) if part.kind == "ffn"]
+
+
+def _read(function: Function, part: SubBlock) -> FeedForward | str:
+    uses = function.uses()
+    weights = set(function.weights.values())
+    found: list[FeedForward] = []
+    for node in region(function, [part.term]):
+        if node.op != "linear" or node.inputs[1] not in weights:
+            continue
+        hidden = node.inputs[0]
+        read = None if hidden is None else _hidden(hidden, weights)
+        if hidden is None or read is None:
+            continue
+        act, gate, up = read
+        between = [hidden, up.output] + ([] if gate is None else [gate.output])
+        if any(len(uses[value]) > 1 for value in between):
+            return f"something else reads {hidden.name} or what it is made of"
+        assert up.inputs[0] is not None
+        found.append(FeedForward(up.inputs[0], hidden, gate, up, node, act))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        return "it has several feed-forward parts in one"
+    return "it is no projection of an activation, or of its product with a projection"
+
+
+def _hidden(hidden: Value, weights: set[Value]) -> tuple[str, Node | None, Node] | None:
+    """Return the activation, the linear behind it and the other one, if a value is that."""
+    node = hidden.node
+    if node is None:
+        return None
+    if node.op in ACTIVATIONS:
+        up = _linear(node.inputs[0], weights)
+        return None if up is None else (node.op, None, up)
+    if node.op != "mul":
+        return None
+    for first, second in ((0, 1), (1, 0)):
+        active, up = node.inputs[first], _linear(node.inputs[second], weights)
+        inner = None if active is None else active.node
+        if inner is None or inner.op not in ACTIVATIONS or up is None:
+            continue
+        gate = _linear(inner.inputs[0], weights)
+        if gate is not None and gate is not up and gate.inputs[0] is up.inputs[0]:
+            return inner.op, gate, up
+    return None
+
+
+def _linear(value: Value | None, weights: set[Value]) -> Node | None:
+    node = None if value is None else value.node
+    return node if node is not None and node.op == "linear" and node.inputs[1] in weights else None
+
+
+@dataclass(frozen=True)
+class Split:
+    """How neurons are divided.
+
+    Attributes:
+        shared: Neurons that every token runs.
+        experts: Number of routed experts.
+        active: How many of them a token runs.
+    """
+
+    shared: int
+    experts: int
+    active: int
+
+
+def with_experts(
+    function: Function, part: FeedForward, split: Split, name: str, *, balanced: bool = False
+) -> tuple[Function, dict[str, str]]:
+    """Return a copy of a function whose feed-forward part is shared neurons and routed experts.
+
+    The router is a linear of the part's input, with a bias. What the part was named by stays in
+    the names of its slots: `mlp.up_proj.weight` becomes `mlp.up_proj.weight.shared` and
+    `mlp.up_proj.weight.experts`.
+
+    Args:
+        name: Of the copy.
+        balanced: Also give the gates a bias of the choice and a share of the softmax.
+
+    Returns:
+        The copy, and for every new slot what it holds: `gate`, `up` or `down` (with `.bias` for
+        biases), then `.shared` or `.experts`; `router`, `router.bias`, `balance`, `extra`.
+    """
+    twin = function.clone(name)
+    where = dict(zip(function.nodes, twin.nodes, strict=True))
+    down, up = where[part.down], where[part.up]
+    gate = None if part.gate is None else where[part.gate]
+    slots = {value: slot for slot, value in twin.weights.items()}
+    x = up.inputs[0]
+    made: dict[str, str] = {}
+
+    def weight(slot: str, holds: str) -> Value:
+        twin.weights[slot] = Value(slot)
+        made[slot] = holds
+        return twin.weights[slot]
+
+    def piece(node: Node, kind: str, place: str) -> list[Value | None]:
+        """Return the weight, and the bias if there is one, of a projection's part."""
+        given = [node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None]
+        holds = (kind, f"{kind}.bias")
+        return [
+            None if value is None else weight(f"{slots[value]}.{place}", f"{held}.{place}")
+            for value, held in zip(given, holds, strict=True)
+        ]
+
+    stem = slots[down.inputs[1]].removesuffix(".weight").rpartition(".")[0]  # type: ignore[index]
+    stem = f"{stem}." if stem else ""
+    parts: list[Value] = []
+    bias = down.inputs[2] if len(down.inputs) > 2 else None
+    if split.shared:
+        own = twin.add("linear", [x, *piece(up, "up", "shared")], before=down).output
+        if gate is None:
+            own = twin.add(part.act, [own], before=down).output
+        else:
+            first = twin.add("linear", [x, *piece(gate, "gate", "shared")], before=down).output
+            first = twin.add(part.act, [first], before=down).output
+            own = twin.add("mul", [first, own], before=down).output
+        matrix = weight(f"{slots[down.inputs[1]]}.shared", "down.shared")  # type: ignore[index]
+        parts.append(twin.add("linear", [own, matrix, bias], before=down).output)
+    if split.experts:
+        router = [
+            weight(f"{stem}router.weight", "router"),
+            weight(f"{stem}router.bias", "router.bias"),
+        ]
+        scores = twin.add("linear", [x, *router], before=down).output
+        extras: list[Value | None] = []
+        if balanced:
+            extras = [weight(f"{stem}balance", "balance"), weight(f"{stem}extra", "extra")]
+        gates = twin.add(
+            "top_gates", [scores, *extras], {"count": split.active}, before=down
+        ).output
+        up_weight, up_bias = piece(up, "up", "experts")
+        gate_weight, gate_bias = (None, None) if gate is None else piece(gate, "gate", "experts")
+        matrix = weight(f"{slots[down.inputs[1]]}.experts", "down.experts")  # type: ignore[index]
+        routed = twin.add(
+            "experts",
+            [x, gates, up_weight, matrix, gate_weight, up_bias, gate_bias],
+            {"act": part.act, "active": split.active},
+            before=down,
+        ).output
+        if bias is not None and not split.shared:
+            routed = twin.add("add", [routed, bias], before=down).output
+        parts.append(routed)
+    whole = parts[0]
+    if len(parts) == 2:
+        whole = twin.add("add", parts, before=down).output
+    twin.replace(down.output, whole)
+    twin.remove_dead()
+    return twin, made
+
+
+def carve_call(
+    program: Program,
+    call: Call,
+    part: FeedForward,
+    twin: Function,
+    made: dict[str, str],
+    order: Tensor,
+    shared: int,
+    router: dict[str, Tensor],
+) -> None:
+    """Make a call run a function from `with_experts`, on the weights it has, in another order.
+
+    No weight is read: the new ones are rows, or columns, of those that are there.
+
+    Args:
+        part: Of the function that the call runs so far.
+        twin, made: From `with_experts`; the function is in the program.
+        order: int64, every neuron once: the shared ones, then the experts' side by side.
+        shared: How many of them are shared.
+        router: For `router`, `router.bias`, `balance` and `extra`, as far as the twin has them,
+            the value.
+    """
+    function = program.functions[call.function]
+    slots = {value: slot for slot, value in function.weights.items()}
+    nodes = {"gate": part.gate, "up": part.up, "down": part.down}
+    rows = {"shared": tuple(order[:shared].tolist()), "experts": tuple(order[shared:].tolist())}
+    weights = {slot: name for slot, name in call.weights.items() if slot in twin.weights}
+    # A layer's new weights are named as its own ones are.
+    down = call.weights[slots[part.down.inputs[1]]]  # type: ignore[index]
+    for slot, holds in made.items():
+        if holds in router:
+            name = f"{down.rpartition('.')[0].rpartition('.')[0] or down}.{holds}"
+            program.weights.add(Weight(name, Array(router[holds].to(torch.float32).contiguous())))
+            weights[slot] = name
+            continue
+        kind, _, place = holds.rpartition(".")
+        node = nodes[kind.removesuffix(".bias")]
+        assert node is not None
+        value = node.inputs[2 if kind.endswith(".bias") else 1]
+        assert value is not None
+        source = program.weights[call.weights[slots[value]]]
+        producer: Producer
+        if kind == "down":
+            producer = Transposed(Rows(Transposed(source.producer), rows[place]))
+        else:
+            producer = Rows(source.producer, rows[place])
+        name = f"{source.name}.{place}"
+        program.weights.add(Weight(name, producer))
+        weights[slot] = name
+    call.function, call.weights = twin.name, weights
