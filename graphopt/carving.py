@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -61,16 +62,18 @@ def overlaps(marks_TK: Tensor, centres_TC: Tensor, width: int) -> Tensor:
     return found.index_add_(0, marks_TK.flatten(), rows)
 
 
-def balanced_assignment(gain_NC: Tensor, capacity: int) -> Tensor:
-    """Assign every row to a column so that each column gets `capacity` and the sum is largest.
+def balanced_assignment(gain_NC: Tensor, capacity: Sequence[int]) -> Tensor:
+    """Assign every row to a column so that each gets its capacity and the sum is largest.
 
-    Exact. Every row first takes its best column; then, as long as a column holds too many, one
-    unit is moved along the path over columns that costs least, which keeps the assignment the
-    best one for its loads (successive shortest paths, Ahuja, Magnanti and Orlin, Network Flows,
-    section 9.7). Equal gains go to the lowest column and the lowest row.
+    Exact. Every row first takes its best column at prices that nearly balance the columns; then,
+    as long as a column holds too many, one unit is moved along the path over columns that costs
+    least. Either keeps the assignment the best one for its loads (successive shortest paths,
+    Ahuja, Magnanti and Orlin, Network Flows, section 9.7). The same gains give the same
+    assignment.
 
     Args:
-        gain_NC: fp [C * capacity, C].
+        gain_NC: fp [N, C].
+        capacity: Of every column; together they hold the rows exactly.
 
     Returns:
         int64 [N] on the CPU.
@@ -79,22 +82,40 @@ def balanced_assignment(gain_NC: Tensor, capacity: int) -> Tensor:
         PassError: The capacities do not hold the rows exactly, or a gain is no number.
     """
     gain: NDArray[np.float64] = gain_NC.detach().cpu().double().numpy()
-    count, columns = gain.shape
-    if count != columns * capacity:
+    if len(gain) != sum(capacity):
         raise PassError(
-            f"{count} neurons do not fill {columns} experts of {capacity}.",
+            f"{len(gain)} neurons do not fill {len(capacity)} experts with room for "
+            f"{sum(capacity)}.",
             "Take another number of experts.",
         )
     if not np.isfinite(gain).all():
         raise PassError("A neuron's activations hold NaN or infinity, so it has no expert.")
-    return torch.from_numpy(_Assignment(gain, capacity).solve())
+    return torch.from_numpy(_Assignment(gain, np.array(capacity)).solve())
+
+
+PRICE_ROUNDS = 8
+"""Rounds over the columns in which each sets the price at which just its capacity wants it."""
+
+
+def _prices(gain: NDArray[np.float64], capacity: NDArray[np.int64]) -> NDArray[np.float64]:
+    count, columns = gain.shape
+    prices = np.zeros(columns)
+    for _ in range(PRICE_ROUNDS if columns > 1 else 0):
+        for column in range(columns):
+            rest = gain - prices
+            rest[:, column] = -np.inf
+            margin = gain[:, column] - rest.max(1)
+            edge = min(count - int(capacity[column]), count - 1)
+            prices[column] = np.partition(margin, edge)[edge]
+    return prices
 
 
 class _Assignment:
-    def __init__(self, gain: NDArray[np.float64], capacity: int) -> None:
+    def __init__(self, gain: NDArray[np.float64], capacity: NDArray[np.int64]) -> None:
         self.gain, self.capacity = gain, capacity
         self.columns = gain.shape[1]
-        self.place: NDArray[np.int64] = gain.argmax(1)
+        # Prices change every assignment of the same loads by the same sum.
+        self.place: NDArray[np.int64] = (gain - _prices(gain, capacity)).argmax(1)
         self.loads = np.bincount(self.place, minlength=self.columns)
         # For every pair of columns what it costs to move a row of the first to the second.
         self.heaps: list[list[list[tuple[float, int]]]] = [
@@ -190,7 +211,7 @@ def cluster(
     groups = members[: capacity * experts].view(experts, capacity)
     for _ in range(iterations):
         gains = overlaps(marks_TK, centres, width)[members]
-        place = balanced_assignment(gains, capacity).to(members.device)
+        place = balanced_assignment(gains, [capacity] * experts).to(members.device)
         groups = torch.stack([members[place == number].sort().values for number in range(experts)])
         owner = torch.full((width,), experts, device=marks_TK.device)
         for number in range(experts):

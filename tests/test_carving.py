@@ -46,7 +46,7 @@ def test_overlaps_are_products_of_the_marks_matrix():
     assert torch.allclose(overlaps(marks, centres, 11), expected, atol=1e-5)
 
 
-def best_sum(gain, size):
+def best_sum(gain, sizes):
     """Return the largest sum of whole gains, by networkx' network simplex."""
     graph = networkx.DiGraph()
     for row, gains in enumerate(gain.tolist()):
@@ -54,17 +54,21 @@ def best_sum(gain, size):
         for column, value in enumerate(gains):
             graph.add_edge(("row", row), ("column", column), capacity=1, weight=-value)
     for column in range(gain.shape[1]):
-        graph.add_node(("column", column), demand=size)
+        graph.add_node(("column", column), demand=sizes[column])
     return -networkx.min_cost_flow_cost(graph)
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 6), st.sampled_from([4, 10**6]))
-def test_an_assignment_is_as_good_as_any(seed, columns, size, most):
-    gain = np.random.default_rng(seed).integers(0, most, (columns * size, columns))
-    place = balanced_assignment(torch.from_numpy(gain), size).numpy()
-    assert np.bincount(place, minlength=columns).tolist() == [size] * columns
-    assert gain[np.arange(len(gain)), place].sum() == best_sum(gain, size)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.integers(0, 7), min_size=1, max_size=5).filter(any),
+    st.sampled_from([2, 4, 10**6]),
+)
+def test_an_assignment_is_as_good_as_any(seed, sizes, most):
+    gain = np.random.default_rng(seed).integers(0, most, (sum(sizes), len(sizes)))
+    place = balanced_assignment(torch.from_numpy(gain), sizes).numpy()
+    assert np.bincount(place, minlength=len(sizes)).tolist() == sizes
+    assert gain[np.arange(len(gain)), place].sum() == best_sum(gain, sizes)
 
 
 def test_overlap_and_both_distances_have_one_optimum():
@@ -73,18 +77,19 @@ def test_overlap_and_both_distances_have_one_optimum():
     columns, size = 3, 4
     # Centres of sixteenths, so that every distance is a whole number of 1/256.
     centres = torch.randint(0, 17, (40, columns), generator=generator) / 16
-    place = balanced_assignment(overlaps(marks, centres, 12), size)
+    sizes = [size] * columns
+    place = balanced_assignment(overlaps(marks, centres, 12), sizes)
     for power in (1, 2):
         apart = (marker(marks, 12).t()[:, :, None] - centres[None]).abs().pow(power).sum(1)
         whole = (apart.double() * 256).long()
-        assert int(whole[torch.arange(12), place].sum()) == -best_sum(-whole, size)
+        assert int(whole[torch.arange(12), place].sum()) == -best_sum(-whole, sizes)
 
 
 def test_what_does_not_fill_the_experts_is_refused():
-    with pytest.raises(PassError, match="7 neurons do not fill 2 experts of 3"):
-        balanced_assignment(torch.ones(7, 2), 3)
+    with pytest.raises(PassError, match="7 neurons do not fill 2 experts with room for 6"):
+        balanced_assignment(torch.ones(7, 2), [3, 3])
     with pytest.raises(PassError, match="NaN or infinity"):
-        balanced_assignment(torch.full((4, 2), float("nan")), 2)
+        balanced_assignment(torch.full((4, 2), float("nan")), [2, 2])
 
 
 def test_neurons_that_fire_together_are_one_expert():
