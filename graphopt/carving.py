@@ -1,7 +1,7 @@
-"""Which neurons of a feed-forward part belong together: marks, rates and balanced clusters.
+"""Which neurons of a feed-forward part belong together, and what tells that a token needs them.
 
 A neuron is a column of the hidden activations: a row of the gate and up projections and a column
-of the down projection. Source: CMoE, arXiv 2502.04416, sections 4.1 and 4.2.
+of the down projection. Source: CMoE, arXiv 2502.04416, section 4.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from graphopt.errors import PassError
+from graphopt.runtime import ops as runtime
 
 
 def top_marks(hidden_TN: Tensor, count: int) -> Tensor:
@@ -220,3 +223,146 @@ def cluster(
         marked.scatter_add_(1, owner[marks_TK], torch.ones_like(marks_TK, dtype=marked.dtype))
         centres = marked[:, :experts] / capacity
     return groups, centres
+
+
+@dataclass(frozen=True)
+class Division:
+    """Neurons divided into shared ones and experts.
+
+    Attributes:
+        order: int64 [N], every neuron once: the shared ones, then the experts' side by side.
+        shared: How many are shared.
+        router: What tells experts from the part's input, by what it is called in
+            `graphopt.ir.feed_forward.with_experts`; {} without experts.
+        rounds: How often neurons changed places before nothing moved, or the limit.
+    """
+
+    order: Tensor
+    shared: int
+    router: dict[str, Tensor]
+    rounds: int = 0
+
+
+FIRST_MARKS = 0.1
+"""Share of the neurons that are marked in a token for the first clusters."""
+
+RIDGE = 1e-2
+"""Pull of a fitted router towards 0, in units of its features' mean power."""
+
+
+def energies(hidden_TN: Tensor, down: Tensor) -> Tensor:
+    """Return the square of what each neuron adds to the output, fp32 [T, N].
+
+    Args:
+        down: The down projection [out, N].
+    """
+    return (hidden_TN.float() * down.float().norm(dim=0)).square()
+
+
+def static_order(energy_TN: Tensor) -> Tensor:
+    """Return all neurons, the ones that add most on average first; int64 [N]."""
+    return energy_TN.sqrt().mean(0).sort(descending=True, stable=True).indices
+
+
+def divide_by_fit(
+    x_TD: Tensor, energy_TN: Tensor, shared: int, experts: int, active: int, rounds: int
+) -> Division:
+    """Divide neurons so that a linear router loses as little energy as it can.
+
+    In turns, until no neuron moves: the router is fitted to the square root of every expert's
+    energy, by least squares; every token takes its `active` experts of highest score; and
+    neurons are assigned anew, each to where the tokens that run it hold most of its energy,
+    which is exact for those tokens (`balanced_assignment`). The shared neurons are one more
+    place, which every token runs. No turn lowers the energy that the tokens keep, up to the
+    change of the router. The first clusters are those of CMoE.
+
+    Args:
+        x_TD: The part's input.
+        energy_TN: From `energies`.
+        shared: Number of shared neurons.
+        active: Experts of a token.
+    """
+    width = energy_TN.shape[1]
+    size = (width - shared) // experts
+    order = static_order(energy_TN)
+    marks = top_marks(energy_TN, max(1, round(FIRST_MARKS * width)))
+    groups, _ = cluster(marks, order[shared:].sort().values, width, experts)
+    place = torch.zeros(width, dtype=torch.int64, device=energy_TN.device)
+    for number in range(experts):
+        place[groups[number]] = number + 1
+    fit = _Ridge(x_TD)
+    turns = 0
+    while turns < rounds:
+        turns += 1
+        scores = fit.predict(fit.solve(_energy_of(energy_TN, place, experts).sqrt()))
+        runs = torch.cat([scores.new_ones(len(scores), 1), chosen(scores, active)], 1)
+        gain = energy_TN.t() @ runs
+        new = balanced_assignment(gain, [shared] + [size] * experts).to(place.device)
+        moved = not torch.equal(new, place)
+        place = new
+        if not moved:
+            break
+    weight = fit.solve(_energy_of(energy_TN, place, experts).sqrt())
+    router = {"router": weight[:-1].t().contiguous(), "router.bias": weight[-1].clone()}
+    return Division(place.sort(stable=True).indices, shared, router, turns)
+
+
+def divide_as_published(
+    hidden_TN: Tensor, gate: Tensor | None, up: Tensor, shared: int, experts: int, marks: int
+) -> Division:
+    """Divide neurons and make the router as CMoE does (arXiv 2502.04416, section 4).
+
+    The neurons that are marked in most tokens are shared; the others are clustered once by their
+    marks; and the scores of an expert are those of the member nearest to its centre, with rows
+    of the projections scaled to length 1. With few marks that is the member that is marked
+    least: |c - v|_1 = |v|_1 + |c| - 2 <c, v>, and v is below a half everywhere.
+
+    Args:
+        gate, up: The projections [N, D].
+        marks: Marked neurons of a token.
+    """
+    width = hidden_TN.shape[1]
+    marked = top_marks(hidden_TN, marks)
+    counts = mark_counts(marked, width)
+    order = counts.sort(descending=True, stable=True).indices
+    members = order[shared:].sort().values
+    groups, centres = cluster(marked, members, width, experts)
+    # Up to what depends on the centre alone, the distance to it.
+    far = counts[:, None] - 2 * overlaps(marked, centres, width)
+    chosen_neurons = torch.stack(
+        [group[far[group, number].argmin()] for number, group in enumerate(groups)]
+    )
+    router = {"router": F.normalize(up[chosen_neurons].float(), dim=-1)}
+    if gate is not None:
+        router["router.gate"] = F.normalize(gate[chosen_neurons].float(), dim=-1)
+    return Division(torch.cat([order[:shared].sort().values, groups.flatten()]), shared, router, 1)
+
+
+def chosen(scores_TE: Tensor, active: int) -> Tensor:
+    """Return 1 for the experts that tokens run and 0 for the others, as `top_gates` does."""
+    return runtime.top_gates(scores_TE, count=active)
+
+
+def _energy_of(energy_TN: Tensor, place_N: Tensor, experts: int) -> Tensor:
+    """Return every expert's energy [T, E]; place 0 is what is shared."""
+    found = energy_TN.new_zeros(len(energy_TN), experts + 1)
+    return found.index_add_(1, place_N, energy_TN)[:, 1:]
+
+
+class _Ridge:
+    """Least squares on the same features, with a constant, for any number of targets."""
+
+    def __init__(self, x_TD: Tensor) -> None:
+        x = x_TD.float()
+        self.features = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        gram = (self.features.t() @ self.features).double()
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+        self.factor = torch.linalg.cholesky(gram)
+
+    def solve(self, targets_TE: Tensor) -> Tensor:
+        """Return the weights [D + 1, E], the constant's last."""
+        cross = (self.features.t() @ targets_TE).double()
+        return torch.cholesky_solve(cross, self.factor).float()
+
+    def predict(self, weight: Tensor) -> Tensor:
+        return self.features @ weight

@@ -5,6 +5,7 @@ a pass of another distribution names its module under the entry point group `gra
 """
 
 from graphopt.passes import (
+    carve_moe,
     common_subexpression,
     dead_code,
     fold_constants,
@@ -29,6 +30,7 @@ __all__ = [
     "PassResult",
     "Skip",
     "all_passes",
+    "carve_moe",
     "common_subexpression",
     "dead_code",
     "fold_constants",

@@ -353,8 +353,7 @@ def experts(
     up_bias: Tensor | None = None,
     gate_bias: Tensor | None = None,
     *,
-    act: str,
-    active: int | None = None,
+    act: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """The sum of experts by their gates, every neuron computed and those of no gate put to 0.
 
@@ -363,14 +362,9 @@ def experts(
         gates: [..., E].
         up, gate: [E m, N], the experts' neurons side by side; without `gate` one is act(up x).
         down: [N', E m].
-        act: One of ACTIVATIONS.
-        active: How many gates of a token are not 0; nothing here depends on it.
     """
     hidden = linear(x, up, up_bias)
-    if gate is None:
-        hidden = ACTIVATIONS[act](hidden)
-    else:
-        hidden = ACTIVATIONS[act](linear(x, gate, gate_bias)) * hidden
+    hidden = act(hidden) if gate is None else act(linear(x, gate, gate_bias)) * hidden
     size = up.shape[0] // gates.shape[-1]
     return linear(hidden * gates.to(hidden.dtype).repeat_interleave(size, -1), down)
 
@@ -390,4 +384,4 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
-"""The activations of `act_mul`, by their names as ops."""
+"""The activations of `act_mul` and `experts`, by their names as ops."""

@@ -215,6 +215,8 @@ def depth() -> str:
             )
         dense = part["dense"]
         piqa = f", PIQA {dense['piqa']:.1%}" if "piqa" in dense else ""
+        # The recipes are in the rows.
+        part = {**part, "command": part["command"].partition(" --recipe")[0]}
         notes.append(
             f"{_measured_on(part, 'torch', 'transformers')} The whole model has perplexity "
             f"{dense['perplexity']:.2f}{piqa} on {part['windows']} windows of 2,048 tokens of "

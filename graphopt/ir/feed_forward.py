@@ -106,21 +106,29 @@ class Split:
 
 
 def with_experts(
-    function: Function, part: FeedForward, split: Split, name: str, *, balanced: bool = False
+    function: Function,
+    part: FeedForward,
+    split: Split,
+    name: str,
+    *,
+    router: str = "linear",
+    balanced: bool = False,
 ) -> tuple[Function, dict[str, str]]:
     """Return a copy of a function whose feed-forward part is shared neurons and routed experts.
 
-    The router is a linear of the part's input, with a bias. What the part was named by stays in
-    the names of its slots: `mlp.up_proj.weight` becomes `mlp.up_proj.weight.shared` and
-    `mlp.up_proj.weight.experts`.
+    What the part was named by stays in the names of its slots: `mlp.up_proj.weight` becomes
+    `mlp.up_proj.weight.shared` and `mlp.up_proj.weight.experts`.
 
     Args:
         name: Of the copy.
+        router: `linear`: scores are a linear of the part's input, with a bias. `neuron`: they
+            are the magnitude of one neuron an expert.
         balanced: Also give the gates a bias of the choice and a share of the softmax.
 
     Returns:
         The copy, and for every new slot what it holds: `gate`, `up` or `down` (with `.bias` for
-        biases), then `.shared` or `.experts`; `router`, `router.bias`, `balance`, `extra`.
+        biases), then `.shared` or `.experts`; `router`, `router.bias`, `router.gate`, `balance`,
+        `extra`.
     """
     twin = function.clone(name)
     where = dict(zip(function.nodes, twin.nodes, strict=True))
@@ -159,11 +167,20 @@ def with_experts(
         matrix = weight(f"{slots[down.inputs[1]]}.shared", "down.shared")  # type: ignore[index]
         parts.append(twin.add("linear", [own, matrix, bias], before=down).output)
     if split.experts:
-        router = [
-            weight(f"{stem}router.weight", "router"),
-            weight(f"{stem}router.bias", "router.bias"),
-        ]
-        scores = twin.add("linear", [x, *router], before=down).output
+        matrix = weight(f"{stem}router.weight", "router")
+        if router == "linear":
+            offset = weight(f"{stem}router.bias", "router.bias")
+            scores = twin.add("linear", [x, matrix, offset], before=down).output
+        else:
+            scores = twin.add("linear", [x, matrix], before=down).output
+            if gate is None:
+                scores = twin.add(part.act, [scores], before=down).output
+            else:
+                first = weight(f"{stem}router.gate", "router.gate")
+                active = twin.add("linear", [x, first], before=down).output
+                active = twin.add(part.act, [active], before=down).output
+                scores = twin.add("mul", [active, scores], before=down).output
+            scores = twin.add("abs", [scores], before=down).output
         extras: list[Value | None] = []
         if balanced:
             extras = [weight(f"{stem}balance", "balance"), weight(f"{stem}extra", "extra")]
@@ -209,8 +226,8 @@ def carve_call(
         twin, made: From `with_experts`; the function is in the program.
         order: int64, every neuron once: the shared ones, then the experts' side by side.
         shared: How many of them are shared.
-        router: For `router`, `router.bias`, `balance` and `extra`, as far as the twin has them,
-            the value.
+        router: For `router`, `router.bias`, `router.gate`, `balance` and `extra`, as far as the
+            twin has them, the value.
     """
     function = program.functions[call.function]
     slots = {value: slot for slot, value in function.weights.items()}

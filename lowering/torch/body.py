@@ -29,7 +29,6 @@ from graphopt.lowering.torch.text import (
 # op -> what is called. A name without a dot is a function of graphopt.runtime.ops.
 _CALLEES = {
     "abs": "torch.abs",
-    "experts": "experts",
     "gelu": "F.gelu",
     "gelu_tanh": "gelu_tanh",
     "layer_norm": "layer_norm",
@@ -189,10 +188,10 @@ class BodyPrinter(FunctionPrinter):
         return not (is_aten(user.op) and _mentions(user, node.output) > 1)
 
     def _call(self, node: Node, callee: str, operands: Sequence[Value | None]) -> str:
-        arguments = [*self._operands(node, operands), *self._options(node)]
+        arguments = [*self.operands(node, operands), *self._options(node)]
         return self.helper(callee, ", ".join(arguments))
 
-    def _operands(self, node: Node, operands: Sequence[Value | None]) -> list[str]:
+    def operands(self, node: Node, operands: Sequence[Value | None]) -> list[str]:
         """Return operands by place, and by name behind one that is absent."""
         names = [name.rstrip("?") for name in get_op(node.op).operands]
         given = _POSITIONAL.get(node.op, 0)
@@ -254,7 +253,7 @@ class BodyPrinter(FunctionPrinter):
             return self._call(node, "attention", node.inputs[:PAST_K])
         cache = self._past(node)
         past = f"({', '.join(map(self.name, pasts))})" if cache is None else self.pasts[cache.slot]
-        texts = self._operands(node, node.inputs[:PAST_K])
+        texts = self.operands(node, node.inputs[:PAST_K])
         texts.insert(3, past)
         return self.helper("cached_attention", ", ".join([*texts, *self._options(node)]))
 
@@ -363,6 +362,14 @@ def _embedding(printer: BodyPrinter, node: Node) -> str:
     return f"F.embedding({rows}, {printer.name(weight)})"
 
 
+def _experts(printer: BodyPrinter, node: Node) -> str:
+    act = _CALLEES[node.attrs["act"]]
+    if act in HELPERS:
+        printer.helpers.add(act)
+    arguments = [*printer.operands(node, node.inputs), f"act={act}"]
+    return printer.helper("experts", ", ".join(arguments))
+
+
 def _scale(printer: BodyPrinter, node: Node) -> str:
     factor = printer.literal(node.attrs["factor"], node)
     return printer.infix(node, "*", node.inputs[0], factor)
@@ -374,6 +381,7 @@ _FORMS: dict[str, Callable[[BodyPrinter, Node], str]] = {
     "add": lambda printer, node: printer.infix(node, "+", node.inputs[0], node.inputs[1]),
     "attention": BodyPrinter.attention,
     "embedding": _embedding,
+    "experts": _experts,
     "none": lambda printer, node: "None",
     "mul": lambda printer, node: printer.infix(node, "*", node.inputs[0], node.inputs[1]),
     "packed_linear": BodyPrinter.packed_linear,

@@ -118,4 +118,5 @@ class Experts(Op):
         x, gates, up, down = tensors[:4]
         assert x is not None and gates is not None and up is not None and down is not None
         rest = [_operand(tensors, index) for index in (4, 5, 6)]
-        return (runtime.experts(x, gates, up, down, *rest, act=attrs["act"]),)
+        act = runtime.ACTIVATIONS[attrs["act"]]
+        return (runtime.experts(x, gates, up, down, *rest, act=act),)
