@@ -56,8 +56,11 @@ RECIPES = {
         f"{MIDDLE},fuse-blocks{{steps=0}}",
         f"{MIDDLE},fuse-blocks{{seconds=50,warm_start=false}}",
         f"{MIDDLE},fuse-blocks{{seconds=50,own_text=0}}",
+        # The paper's way, with its choice of blocks.
+        "prune-blocks{ratio=0.25,reference=current},"
+        "fuse-blocks{mode=faithful,seconds=140,controls=true}",
     ),
-    "cpu": (PRUNE, f"{PRUNE},fuse-blocks{{seconds=450}}"),
+    "cpu": (PRUNE, f"{PRUNE},fuse-blocks{{seconds=470}}"),
 }
 LLAMA_7B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000,
