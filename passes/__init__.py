@@ -13,6 +13,7 @@ from graphopt.passes import (
     insert_kv_cache,
     normalise,
     prune_blocks,
+    tune_moe,
 )
 from graphopt.passes.base import (
     Context,
@@ -40,4 +41,5 @@ __all__ = [
     "normalise",
     "prune_blocks",
     "register_pass",
+    "tune_moe",
 ]

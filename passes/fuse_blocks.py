@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from graphopt.calibrate import (
-    calibration_windows,
-    held_out_perplexity,
-    pick,
-    sample_windows,
-)
-from graphopt.devices import free_bytes, must_fit, scoring_dtype
+from graphopt.calibrate import pick
+from graphopt.devices import must_fit
+from graphopt.distil import Distiller, TrainingOptions, plain
 from graphopt.errors import PassError
-from graphopt.evaluate import ProgramModel
 from graphopt.ir.blocks import block_name, find_blocks, remove_blocks
-from graphopt.ir.execute import resident
 from graphopt.ir.graph import Call, Program
-from graphopt.ir.shapes import infer_program
-from graphopt.ir.types import evaluate
-from graphopt.ir.weights import Array, Weight
 from graphopt.passes.base import Context, Pass, PassResult, Skip, make_pass, register_pass
-from graphopt.passes.prune_blocks import HELD_OUT, Chooser, PruneBlocks
+from graphopt.passes.prune_blocks import Chooser, PruneBlocks
 from graphopt.repair import repair
 from graphopt.scores import units_of
 from graphopt.tune import (
     Form,
     Lessons,
     LogitObjective,
-    LowRank,
-    Objective,
     Schedule,
     StreamObjective,
-    Streams,
-    Student,
     Tuned,
-    Tuner,
     Whole,
     batch_kl,
     kaiming,
@@ -53,16 +35,9 @@ from graphopt.verification import finite
 
 MODES = ("distil", "local", "faithful")
 DONORS = ("pruned", "self", "random", "none")
-TRAIN = ("all", "low-rank")
 
 WARM_TOKENS = (32768, 131072)
 """Tokens of the warm start, on a CPU and on a GPU."""
-
-OWN_TEXT_SHARE = 0.25
-"""Of a training's seconds, in which the dense model writes text for it."""
-
-EPOCHS = 4
-"""How often a training of a given number of steps reads what the dense model writes."""
 
 FAITHFUL_RATE = 1e-3
 FAITHFUL_OTHERS = 9.65e-6 / FAITHFUL_RATE
@@ -71,7 +46,7 @@ FAITHFUL_OTHERS = 9.65e-6 / FAITHFUL_RATE
 
 @register_pass
 @dataclass
-class FuseBlocks(Pass):
+class FuseBlocks(TrainingOptions, Pass):
     """Train the blocks that `prune-blocks` left to do what the dense model did.
 
     `mode=distil` (the default) first refits the projections into the stream in closed form
@@ -108,36 +83,21 @@ class FuseBlocks(Pass):
     requires: ClassVar[tuple[str, ...]] = ("prune-blocks",)
 
     mode: str = "distil"
-    seconds: float | None = None
-    steps: int | None = None
-    rate: float | None = None
-    batch: int | None = None
-    seqlen: int | None = None
     warm_start: bool = True
-    own_text: int | None = None
     group: int = 8
-    train: str = "all"
-    rank: int = 128
     donor: str = "pruned"
     controls: bool = False
-    patience: int = 0
 
     def check(self, program: Program) -> None:
-        for option, known in (("mode", MODES), ("donor", DONORS), ("train", TRAIN)):
+        for option, known in (("mode", MODES), ("donor", DONORS)):
             if getattr(self, option) not in known:
                 raise PassError(
                     f"fuse-blocks knows no {option} {getattr(self, option)!r}.",
                     f"Known: {', '.join(known)}.",
                 )
-        for option, least in (
-            ("seconds", 0), ("steps", 0), ("rate", 0), ("batch", 1), ("seqlen", 2),
-            ("own_text", 0), ("group", 2), ("rank", 1), ("patience", 0),
-        ):  # fmt: skip
-            value = getattr(self, option)
-            if value is not None and not value >= least:
-                raise PassError(
-                    f"fuse-blocks: {option}={value} is below {least}.", f"Leave {option} out."
-                )
+        self.check_training(self.name)
+        if self.group < 2:
+            raise PassError(f"fuse-blocks: group={self.group} is below 2.", "Leave group out.")
         if self.controls and self.mode != "faithful":
             raise PassError(
                 f"controls compares donors, and mode={self.mode} has none.",
@@ -155,8 +115,10 @@ class FuseBlocks(Pass):
             return _Fusion(self, program, context).run()
 
 
-class _Fusion:
+class _Fusion(Distiller):
     """One run of the pass."""
+
+    options: FuseBlocks
 
     def __init__(self, options: FuseBlocks, program: Program, context: Context) -> None:
         if context.dense is None or "prune-blocks" not in context.earlier:
@@ -164,262 +126,43 @@ class _Fusion:
                 "fuse-blocks needs the model from which prune-blocks removed blocks.",
                 "Run both in one recipe: prune-blocks{ratio=0.25},fuse-blocks.",
             )
-        self.options, self.context = options, context
-        self.device = context.device
-        gpu = self.device.type == "cuda"
-        batch = options.batch if options.batch is not None else (4 if gpu else 2)
-        usual = 2048 if gpu else 256
-        seqlen = options.seqlen or min(usual, ProgramModel(program).positions or usual)
-        seconds = options.seconds
-        if seconds is None and options.steps is None:
-            seconds = 150.0
-        # A step of fewer tokens is a noisier one.
-        rate = 5e-4 * min(1.0, math.sqrt(batch * seqlen / 8192))
-        self.schedule = Schedule(
-            options.steps, seconds, batch=batch, patience=options.patience,
-            rate=options.rate or (FAITHFUL_RATE if options.mode == "faithful" else rate),
+        faithful = options.mode == "faithful"
+        super().__init__(
+            options, program, context,
+            rate=FAITHFUL_RATE if faithful else None,
+            # The loss of the faithful mode compares sequences, also in checks.
+            least_held=2 if faithful else 1,
         )  # fmt: skip
-        self.started = time.perf_counter()
-        self.seqlen = seqlen
-        self.given = program
-        self.dense = resident(context.dense, torch.float32, self.device)
-        self.program = self._share(program)
-        whole = [*self.dense.weights, *self.program.weights]
-        self.origin = {weight.name: weight.producer for weight in whole}
-        self.details: dict[str, Any] = {"seconds": {}, "perplexity": []}
-        self.skipped: list[Skip] = []
-        windows = calibration_windows(self.dense, context, seqlen)
-        # The loss of the faithful mode compares sequences, also in checks.
-        held = max(2 if options.mode == "faithful" else 1, min(HELD_OUT, len(windows) // 8))
-        if len(windows) <= held:
-            raise PassError(
-                f"The calibration text has {len(windows)} windows of {seqlen} tokens, of which "
-                f"checks take {held}: none is left to learn from.",
-                "Give a longer text with --calib, or a lower seqlen.",
-            )
-        self.windows, self.checked = windows[:-held], windows[-held:]
-        if len(self.windows) < batch and (options.own_text == 0 or not gpu):
-            self.schedule = replace(self.schedule, batch=len(self.windows))
-        self.done: list[str] = []
-        self._resume()
 
-    def _share(self, program: Program) -> Program:
-        """Return the pruned program in memory; what it has of the dense one is there once."""
-        assert self.context.dense is not None
-        program = program.copy()
-        for weight in program.used_weights():
-            dense = self.context.dense.weights
-            if weight.name in dense and dense[weight.name].producer is weight.producer:
-                value = self.dense.weights[weight.name].producer
-            else:
-                value = Array(weight.load(torch.float32).to(self.device))
-            program.weights.replace(Weight(weight.name, value, weight.checkpoint, weight.constant))
-        return program
+    def resume_structure(self, blocks: list[str]) -> None:
+        if self.options.mode != "faithful":
+            return
+        self.program = self.dense.copy()
+        names = [block_name(self.program, block) for block in find_blocks(self.program)]
+        remove_blocks(self.program, [i for i, name in enumerate(names) if name not in blocks])
 
     def run(self) -> PassResult:
         removed = self.context.earlier["prune-blocks"]["removed"]
         if not self.done:
-            self._note("the whole model", self.dense)
-            self._note("plain removal", self.program)
+            self.note("the whole model", self.dense)
+            self.note("plain removal", self.program)
         if self.options.mode == "faithful":
             self._faithful()
         else:
             if self.options.warm_start and "warm start" not in self.done:
                 self._warm_start()
-                self._checkpoint("warm start")
+                self.checkpoint("warm start")
             if self.options.mode == "distil":
-                self._distil()
+                self.distil()
             else:
                 self._local()
-        self._note("trained", self.program)
+        self.note("trained", self.program)
         seconds = self.details["seconds"]
         seconds["all"] = time.perf_counter() - self.started + seconds.get("controls", 0.0)
-        return PassResult(self._fold(), len(removed), len(removed), self.skipped, self.details)
+        folded = self.fold(self.program if self.options.mode == "faithful" else None)
+        return PassResult(folded, len(removed), len(removed), self.skipped, self.details)
 
     # ---- what all modes share ----
-
-    def _note(self, what: str, program: Program) -> None:
-        value = self._perplexity(program)
-        self.details["perplexity"].append({"after": what, "value": finite(value)})
-
-    def _perplexity(self, program: Program) -> float:
-        kind = scoring_dtype(program, self.device)
-        return held_out_perplexity(program, self.checked, self.device, kind)
-
-    def _clock(self, what: str, started: float) -> None:
-        seconds = self.details["seconds"]
-        seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - started
-
-    def _left(self) -> float | None:
-        """Return the seconds that are left of the whole pass."""
-        if self.schedule.seconds is None:
-            return None
-        return max(self.schedule.seconds - (time.perf_counter() - self.started), 0.0)
-
-    def _lessons_text(self) -> Tensor:
-        """Return the windows to learn from: those of the text, and the dense model's own."""
-        count, seconds = self._own_text()
-        if not count:
-            return self.windows
-        path = self._saved("text")
-        if path is not None and path.is_file():
-            own = torch.load(path, weights_only=True)
-        else:
-            started = time.perf_counter()
-            own = sample_windows(
-                self.dense, self.windows, count, self.seqlen, seconds=seconds,
-                device=self.device, seed=self.context.seed, progress=self.context.progress,
-            )  # fmt: skip
-            self._clock("writing text", started)
-            if path is not None:
-                # A training that goes on must find the text that it began with.
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(own, path)
-        self.details["own_windows"] = len(own)
-        return torch.cat([self.windows, own])
-
-    def _own_text(self) -> tuple[int, float | None]:
-        """Return how many windows the dense model writes, and in how many seconds at most."""
-        if self.options.own_text is not None:
-            return self.options.own_text, None
-        if self.device.type != "cuda" or self.options.steps == 0:
-            return 0, None
-        behind = self.dense.calls[find_blocks(self.dense)[-1].position].results[0]
-        width = evaluate(infer_program(self.dense)[1][behind].shape[-1], {})
-        # The dense model's streams of them are kept, in 16 bits.
-        most = free_bytes(self.device) // 4 // (2 * self.seqlen * width)
-        left = self._left()
-        if left is not None:
-            return most, left * OWN_TEXT_SHARE
-        assert self.schedule.steps is not None
-        wanted = self.schedule.steps * self.schedule.batch // EPOCHS - len(self.windows)
-        return min(max(wanted, 0), most), None
-
-    def _streams(self, program: Program, ids: Tensor, behind: int) -> Streams:
-        """Return the stream behind a call of a program, given by its position."""
-        first = find_blocks(program)[0].position
-        return Streams(Student(program, first, behind + 1, {}, self.device), ids)
-
-    def _forms(self, program: Program, calls: list[Call]) -> dict[str, Form]:
-        """Return what is trained of calls: every weight of theirs, but none used elsewhere."""
-        owners: dict[str, set[int]] = {}
-        for number, call in enumerate(program.calls):
-            for name in call.weights.values():
-                owners.setdefault(name, set()).add(number)
-        inside = {number for number, call in enumerate(program.calls) if call in calls}
-        generator = torch.Generator().manual_seed(self.context.seed)
-        forms: dict[str, Form] = {}
-        for call in calls:
-            for name in call.weights.values():
-                weight = program.weights[name]
-                if weight.constant or name in forms or not weight.dtype.is_floating_point:
-                    continue
-                if not owners[name] <= inside:
-                    self.skipped.append(Skip(name, "it is used outside the blocks too"))
-                    continue
-                value = weight.load(torch.float32).to(self.device)
-                if self.options.train == "low-rank" and value.dim() == 2:
-                    forms[name] = LowRank(value, self.options.rank, generator)
-                else:
-                    forms[name] = Whole(value)
-        return forms
-
-    def _tune(
-        self,
-        program: Program,
-        forms: dict[str, Form],
-        first: int,
-        stop: int,
-        lessons: Lessons,
-        objective: Objective,
-        schedule: Schedule,
-        what: str,
-    ) -> Tuned:
-        """Train forms and put their values into the program."""
-        student = Student(program, first, stop, forms, self.device)
-        tuner = Tuner(
-            student, lessons, objective, schedule, seed=self.context.seed,
-            saved=self._saved(what), progress=self.context.progress, what=what,
-        )  # fmt: skip
-        tuned = tuner.run()
-        if tuned.stopped:
-            self.skipped.append(Skip(what, f"stopped early: {tuned.stopped}"))
-        if tuned.not_compiled:
-            reason = f"its step was not compiled, and is slower: {tuned.not_compiled}"
-            self.skipped.append(Skip(what, reason))
-        with torch.no_grad():
-            for name, form in student.forms.items():
-                _assign(program, name, form())
-        return tuned
-
-    def _saved(self, what: str) -> Path | None:
-        """Return the file that keeps something between two runs of one compile."""
-        if self.context.work is None:
-            return None
-        key = json.dumps([asdict(self.options), what, self.context.seed], sort_keys=True)
-        paths = [call.path for call in self.given.calls]
-        digest = hashlib.sha256(f"{key}\n{self.context.text}\n{paths}\n{self.given}".encode())
-        return self.context.work / f"fuse-{digest.hexdigest()[:16]}.pt"
-
-    def _checkpoint(self, stage: str) -> None:
-        """Keep what the stages so far made, so that an interrupted compile goes on behind them."""
-        self.done.append(stage)
-        path = self._saved("stages")
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".part")
-        changed = {
-            weight.name: weight.load().cpu()
-            for weight in self.program.used_weights()
-            if weight.producer is not self.origin.get(weight.name)
-        }
-        blocks = [block_name(self.program, block) for block in find_blocks(self.program)]
-        torch.save(
-            {
-                "done": self.done,
-                "blocks": blocks,
-                "weights": changed,
-                "details": json.dumps(self.details),
-                "skipped": [(skip.where, skip.reason) for skip in self.skipped],
-                "spent": time.perf_counter() - self.started,
-            },
-            fresh,
-        )
-        fresh.rename(path)
-
-    def _resume(self) -> None:
-        path = self._saved("stages")
-        if path is None or not path.is_file():
-            return
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if self.options.mode == "faithful":
-            self.program = self.dense.copy()
-            names = [block_name(self.program, block) for block in find_blocks(self.program)]
-            gone = [i for i, name in enumerate(names) if name not in state["blocks"]]
-            remove_blocks(self.program, gone)
-        for name, value in state["weights"].items():
-            _assign(self.program, name, value.to(self.device))
-        self.done, self.details = state["done"], json.loads(state["details"])
-        self.skipped = [Skip(where, reason) for where, reason in state["skipped"]]
-        self.started -= state["spent"]
-
-    def _fold(self) -> Program:
-        """Return the result: weights in their own dtype, on the CPU, where they changed."""
-        result = self.given.copy()
-        if self.options.mode == "faithful":
-            result = self.program.copy()
-        assert self.context.dense is not None
-        for weight in self.program.used_weights():
-            names = self.given.weights if weight.name in self.given.weights else None
-            source = (names or self.context.dense.weights)[weight.name]
-            if weight.producer is self.origin[weight.name]:
-                folded = source
-            else:
-                value = weight.load().to(source.dtype).cpu().contiguous()
-                folded = Weight(weight.name, Array(value), source.checkpoint, source.constant)
-            result.weights.replace(folded)
-        return result
 
     # ---- the modes ----
 
@@ -432,30 +175,11 @@ class _Fusion:
         )
         self.skipped += [Skip(where, reason) for where, reason in skipped]
         self.details["refits"] = [asdict(refit) for refit in refits]
-        self._clock("warm start", started)
-        self._note("warm start", self.program)
-
-    def _distil(self) -> None:
-        ids = torch.cat([self._lessons_text(), self.checked])
-        last = find_blocks(self.dense)[-1].position
-        blocks = find_blocks(self.program)
-        calls = [self.program.calls[block.position] for block in blocks]
-        started = time.perf_counter()
-        tuned = self._tune(
-            self.program,
-            self._forms(self.program, calls),
-            blocks[0].position,
-            blocks[-1].position + 1,
-            Lessons(ids, self._streams(self.dense, ids, last), held_out=len(self.checked)),
-            LogitObjective(),
-            replace(self.schedule, seconds=self._left()),
-            "distilling",
-        )
-        self._clock("training", started)
-        self.details["training"] = [{"part": "all blocks", **_plain(tuned)}]
+        self.clock("warm start", started)
+        self.note("warm start", self.program)
 
     def _local(self) -> None:
-        ids = torch.cat([self._lessons_text(), self.checked])
+        ids = torch.cat([self.lessons_text(), self.checked])
         groups = self._groups()
         blocks = find_blocks(self.program)
         trained = self.details.setdefault("training", [])
@@ -465,20 +189,20 @@ class _Fusion:
                 continue
             started = time.perf_counter()
             calls = [self.program.calls[block.position] for block in blocks[first:stop]]
-            targets = self._streams(self.dense, ids, self._behind(calls[-1]))
+            targets = self.streams(self.dense, ids, self._behind(calls[-1]))
             entry = None
             if first:
-                entry = self._streams(self.program.copy(), ids, blocks[first - 1].position)
+                entry = self.streams(self.program.copy(), ids, blocks[first - 1].position)
             last = stop == len(blocks)
-            left, share = self._left(), len(groups) - number
+            left, share = self.left(), len(groups) - number
             schedule = replace(
                 self.schedule,
                 seconds=None if left is None else left / share,
                 steps=None if self.schedule.steps is None else self.schedule.steps // len(groups),
             )
-            tuned = self._tune(
+            tuned = self.tune(
                 self.program,
-                self._forms(self.program, calls),
+                self.forms(self.program, calls),
                 blocks[first].position,
                 blocks[stop - 1].position + 1,
                 Lessons(ids, targets, entry, held_out=len(self.checked)),
@@ -486,9 +210,9 @@ class _Fusion:
                 schedule,
                 stage,
             )
-            self._clock("training", started)
-            trained.append({"part": f"blocks {first} to {stop - 1}", **_plain(tuned)})
-            self._checkpoint(stage)
+            self.clock("training", started)
+            trained.append({"part": f"blocks {first} to {stop - 1}", **plain(tuned)})
+            self.checkpoint(stage)
 
     def _behind(self, call: Call) -> int:
         """Return what ends, in the dense program, where a block of the pruned one should.
@@ -546,10 +270,10 @@ class _Fusion:
             if self.options.controls and not number:
                 self._compare(place, what, schedule, pruned, tuned)
             self.program = pruned
-            self.details["training"].append({"part": what, **_plain(tuned)})
+            self.details["training"].append({"part": what, **plain(tuned)})
             self.details["order"].append(names.index(here[place]))
-            self._note(what, self.program)
-            self._checkpoint(what)
+            self.note(what, self.program)
+            self.checkpoint(what)
 
     def _compare(
         self, place: int, what: str, schedule: Schedule, pruned: Program, tuned: Tuned
@@ -565,11 +289,11 @@ class _Fusion:
             {
                 "donor": donor,
                 "loss": finite(min(loss for _, loss in tuned.checks)),
-                "perplexity": finite(self._perplexity(program)),
+                "perplexity": finite(self.perplexity(program)),
             }
             for donor, (program, tuned) in fused.items()
         ]
-        self._clock("controls", started)
+        self.clock("controls", started)
         # What serves the report alone takes nothing from the other blocks.
         self.started += time.perf_counter() - started
 
@@ -586,7 +310,7 @@ class _Fusion:
 
     def _part(self, share: int) -> Schedule:
         """Return the schedule of the next of `share` fusions."""
-        left, steps = self._left(), self.schedule.steps
+        left, steps = self.left(), self.schedule.steps
         if steps is not None:
             done = sum(item["steps"] for item in self.details["training"])
             steps = (steps - done) // share
@@ -604,8 +328,8 @@ class _Fusion:
         gone = calls[place]
         require_equal(program, calls[first : last + 1])
         ids = torch.cat([self.windows, self.checked])
-        targets = self._streams(program, ids, blocks[last].position)
-        entry = self._streams(program, ids, blocks[first - 1].position) if first else None
+        targets = self.streams(program, ids, blocks[last].position)
+        entry = self.streams(program, ids, blocks[first - 1].position) if first else None
         pruned = program.copy()
         remove_blocks(pruned, [place])
         neighbours = [call for i, call in enumerate(calls[first : last + 1], first) if i != place]
@@ -627,13 +351,13 @@ class _Fusion:
                 )  # fmt: skip
         after = find_blocks(pruned)
         started = time.perf_counter()
-        tuned = self._tune(
+        tuned = self.tune(
             pruned, forms, after[first].position, after[last - 1].position + 1,
             Lessons(ids, targets, entry, held_out=len(self.checked)),
             StreamObjective(batch_kl), schedule, what,
         )  # fmt: skip
         if donor == self.options.donor:
-            self._clock("training", started)
+            self.clock("training", started)
         return pruned, tuned
 
 
@@ -715,17 +439,3 @@ def require_equal(program: Program, calls: list[Call]) -> None:
             ours, theirs = program.weights[name].shape, program.weights[call.weights[slot]].shape
             if ours != theirs:
                 raise PassError(f"{pair} cannot be fused: {slot} is {ours} and {theirs}.", remedy)
-
-
-def _plain(tuned: Tuned) -> dict[str, Any]:
-    """Return what a training did as JSON has it."""
-    found = asdict(tuned)
-    for name in ("losses", "checks"):
-        found[name] = [(step, finite(loss)) for step, loss in found[name]]
-    return found
-
-
-def _assign(program: Program, name: str, value: Tensor) -> None:
-    weight = program.weights[name]
-    array = Array(value.detach().to(torch.float32).clone())
-    program.weights.replace(Weight(name, array, weight.checkpoint, weight.constant))

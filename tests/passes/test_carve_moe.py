@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -141,3 +142,46 @@ def test_the_emitted_forms_give_what_the_program_gives(dense, tmp_path, mode):
         # Two experts of nearly one score may change places in another order of adding up.
         close = ((found - expected).abs() < 1e-4 * float(expected.abs().max())).all(-1)
         assert float(close.float().mean()) > 0.95, backend
+
+
+def test_tuning_lowers_perplexity_and_moves_experts_and_router(dense, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    recipe = (
+        f"carve-moe{{shared=1,active=1,experts=8,seqlen={LENGTH},windows=24}},"
+        f"tune-moe{{steps=80,batch=8,seqlen={LENGTH},rate=0.0005}}"
+    )
+    program, report = go.Pipeline.parse(recipe).run(dense, calib=text)
+    json.dumps(report.to_json(), allow_nan=False)
+    steps = {step["after"]: step["value"] for step in report.passes[1].details["perplexity"]}
+    assert steps["the whole model"] < steps["trained"] < steps["carving"]
+    # At least half of what carving cost, in nats.
+    whole, carving, trained = (
+        math.log(steps[s]) for s in ("the whole model", "carving", "trained")
+    )
+    assert trained - whole < 0.5 * (carving - whole)
+    fresh, _ = carved(dense, tmp_path, "shared=1,active=1,experts=8")
+    moved = {
+        name: float((program.weights[name].load() - fresh.weights[name].load()).abs().max())
+        for name in (w.name for w in program.used_weights())
+        if "router" in name or ".experts" in name
+    }
+    assert len(moved) == 4 * 5 and all(value > 1e-6 for value in moved.values()), moved
+    attrs = [n.attrs for f in program.functions.values() for n in f.nodes if n.op == "top_gates"]
+    assert attrs and all("surrogate" not in item for item in attrs)
+
+
+def test_tuning_needs_a_carved_model(dense):
+    with pytest.raises(PassError, match="must come after 'carve-moe'"):
+        go.Pipeline.parse("tune-moe").run(dense)
+
+
+def test_a_soft_choice_changes_no_gate_and_has_a_gradient():
+    from graphopt.ir.ops import get_op
+
+    scores = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    (hard,) = get_op("top_gates").torch([scores], {"count": 2})
+    (soft,) = get_op("top_gates").torch([scores], {"count": 2, "surrogate": True})
+    assert torch.equal(hard, soft) and not hard.requires_grad
+    soft[:, 0].sum().backward()
+    assert bool((scores.grad[:, 0] > 0).all()) and float(scores.grad[:, 1:].abs().max()) == 0.0

@@ -20,10 +20,15 @@ class TopGates(Op):
     A chosen expert's gate is 1, or with `extra` [E] 1 + softmax(scores) extra. With `bias` [E]
     the highest of softmax(scores) + bias are chosen instead; it is in no gate. Equal scores go
     to the lowest index. Source: CMoE, arXiv 2502.04416, section 4.3.
+
+    A choice has no gradient. With `surrogate` the fast form gives the scores that of a soft
+    choice in its place, which changes no value: sigmoid((score - edge) / spread), edge half way
+    between the last chosen score and the next, spread the scores' standard deviation.
     """
 
     name = "top_gates"
     operands = ("scores", "bias?", "extra?")
+    defaults = {"surrogate": False}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         scores = need(types, 0)
@@ -54,7 +59,19 @@ class TopGates(Op):
         scores = tensors[0]
         assert scores is not None
         bias, extra = _operand(tensors, 1), _operand(tensors, 2)
-        return (runtime.top_gates(scores, bias, extra, count=attrs["count"]),)
+        gates = runtime.top_gates(scores, bias, extra, count=attrs["count"])
+        if attrs.get("surrogate") and attrs["count"] < scores.shape[-1]:
+            soft = soft_choice(scores, attrs["count"])
+            gates = gates + (soft - soft.detach())
+        return (gates,)
+
+
+def soft_choice(scores: Tensor, count: int) -> Tensor:
+    """Return the soft choice whose gradient stands for that of `top_gates`."""
+    ranked = scores.detach().sort(dim=-1, descending=True).values
+    edge = (ranked[..., count - 1 : count] + ranked[..., count : count + 1]) / 2
+    spread = ranked.std(-1, keepdim=True).clamp(min=1e-6)
+    return ((scores - edge) / spread).sigmoid()
 
 
 @register

@@ -1,0 +1,383 @@
+"""Training a program on the one it was made of: what every pass that distils has in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.calibrate import calibration_windows, held_out_perplexity, sample_windows
+from graphopt.devices import free_bytes, scoring_dtype
+from graphopt.errors import PassError
+from graphopt.evaluate import ProgramModel
+from graphopt.ir.blocks import block_name, find_blocks
+from graphopt.ir.execute import resident
+from graphopt.ir.graph import Call, Program
+from graphopt.ir.shapes import infer_program
+from graphopt.ir.types import evaluate
+from graphopt.ir.weights import Array, Weight
+from graphopt.passes.base import Context, Skip
+from graphopt.tune import (
+    Form,
+    Lessons,
+    LogitObjective,
+    LowRank,
+    Objective,
+    Schedule,
+    Streams,
+    Student,
+    Tuned,
+    Tuner,
+    Whole,
+)
+from graphopt.verification import finite
+
+TRAIN = ("all", "low-rank")
+
+HELD_OUT = 2
+"""Windows on which a training is followed; nothing is learnt from them."""
+
+OWN_TEXT_SHARE = 0.25
+"""Of a training's seconds, in which the dense model writes text for it."""
+
+EPOCHS = 4
+"""How often a training of a given number of steps reads what the dense model writes."""
+
+
+@dataclass
+class TrainingOptions:
+    """What passes that train are told; see `docs/depth.md`."""
+
+    seconds: float | None = None
+    steps: int | None = None
+    rate: float | None = None
+    batch: int | None = None
+    seqlen: int | None = None
+    own_text: int | None = None
+    train: str = "all"
+    rank: int = 128
+    patience: int = 0
+
+    def check_training(self, name: str) -> None:
+        """Refuse options out of range.
+
+        Raises:
+            PassError: Naming the option and what it may be.
+        """
+        if self.train not in TRAIN:
+            raise PassError(f"{name} knows no train {self.train!r}.", f"Known: {', '.join(TRAIN)}.")
+        for option, least in (
+            ("seconds", 0), ("steps", 0), ("rate", 0), ("batch", 1), ("seqlen", 2),
+            ("own_text", 0), ("rank", 1), ("patience", 0),
+        ):  # fmt: skip
+            value = getattr(self, option)
+            if value is not None and not value >= least:
+                raise PassError(
+                    f"{name}: {option}={value} is below {least}.", f"Leave {option} out."
+                )
+
+
+class Distiller:
+    """One run of a pass that trains a program on the dense one.
+
+    Args:
+        options: Of the pass.
+        program: What is trained; it is not changed.
+        rate: Learning rate where the options have none; None for one that suits whole weights.
+        least_held: Windows that checks need at least.
+
+    Attributes:
+        dense, program: The two models, in the memory of the device where they fit.
+        windows, checked: Text to learn from, and text for checks.
+        details, skipped: Of the pass's result.
+        done: Stages that an interrupted run left behind it.
+    """
+
+    def __init__(
+        self,
+        options: TrainingOptions,
+        program: Program,
+        context: Context,
+        *,
+        rate: float | None = None,
+        least_held: int = 1,
+    ) -> None:
+        assert context.dense is not None
+        self.options, self.context = options, context
+        self.device = context.device
+        gpu = self.device.type == "cuda"
+        batch = options.batch if options.batch is not None else (4 if gpu else 2)
+        usual = 2048 if gpu else 256
+        seqlen = options.seqlen or min(usual, ProgramModel(program).positions or usual)
+        seconds = options.seconds
+        if seconds is None and options.steps is None:
+            seconds = 150.0
+        # A step of fewer tokens is a noisier one.
+        usual_rate = 5e-4 * min(1.0, math.sqrt(batch * seqlen / 8192))
+        self.schedule = Schedule(
+            options.steps, seconds, batch=batch, patience=options.patience,
+            rate=options.rate or rate or usual_rate,
+        )  # fmt: skip
+        self.started = time.perf_counter()
+        self.seqlen = seqlen
+        self.given = program
+        self.dense = resident(context.dense, torch.float32, self.device)
+        self.program = self._share(program)
+        whole = [*self.dense.weights, *self.program.weights]
+        self.origin = {weight.name: weight.producer for weight in whole}
+        self.details: dict[str, Any] = {"seconds": {}, "perplexity": []}
+        self.skipped: list[Skip] = []
+        windows = calibration_windows(self.dense, context, seqlen)
+        held = max(least_held, min(HELD_OUT, len(windows) // 8))
+        if len(windows) <= held:
+            raise PassError(
+                f"The calibration text has {len(windows)} windows of {seqlen} tokens, of which "
+                f"checks take {held}: none is left to learn from.",
+                "Give a longer text with --calib, or a lower seqlen.",
+            )
+        self.windows, self.checked = windows[:-held], windows[-held:]
+        if len(self.windows) < batch and (options.own_text == 0 or not gpu):
+            self.schedule = replace(self.schedule, batch=len(self.windows))
+        self.done: list[str] = []
+        self._resume()
+
+    def _share(self, program: Program) -> Program:
+        """Return the pruned program in memory; what it has of the dense one is there once."""
+        assert self.context.dense is not None
+        program = program.copy()
+        for weight in program.used_weights():
+            dense = self.context.dense.weights
+            if weight.name in dense and dense[weight.name].producer is weight.producer:
+                value = self.dense.weights[weight.name].producer
+            else:
+                value = Array(weight.load(torch.float32).to(self.device))
+            program.weights.replace(Weight(weight.name, value, weight.checkpoint, weight.constant))
+        return program
+
+    def note(self, what: str, program: Program) -> None:
+        """Put a program's perplexity on held-out windows into the details."""
+        value = self.perplexity(program)
+        self.details["perplexity"].append({"after": what, "value": finite(value)})
+
+    def perplexity(self, program: Program) -> float:
+        """Return a program's perplexity on held-out windows."""
+        kind = scoring_dtype(program, self.device)
+        return held_out_perplexity(program, self.checked, self.device, kind)
+
+    def clock(self, what: str, started: float) -> None:
+        """Add the time since `started` to the details."""
+        seconds = self.details["seconds"]
+        seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - started
+
+    def left(self) -> float | None:
+        """Return the seconds that are left of the whole pass."""
+        if self.schedule.seconds is None:
+            return None
+        return max(self.schedule.seconds - (time.perf_counter() - self.started), 0.0)
+
+    def lessons_text(self) -> Tensor:
+        """Return the windows to learn from: those of the text, and the dense model's own."""
+        count, seconds = self._own_text()
+        if not count:
+            return self.windows
+        path = self._saved("text")
+        if path is not None and path.is_file():
+            own = torch.load(path, weights_only=True)
+        else:
+            started = time.perf_counter()
+            own = sample_windows(
+                self.dense, self.windows, count, self.seqlen, seconds=seconds,
+                device=self.device, seed=self.context.seed, progress=self.context.progress,
+            )  # fmt: skip
+            self.clock("writing text", started)
+            if path is not None:
+                # A training that goes on must find the text that it began with.
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(own, path)
+        self.details["own_windows"] = len(own)
+        return torch.cat([self.windows, own])
+
+    def _own_text(self) -> tuple[int, float | None]:
+        """Return how many windows the dense model writes, and in how many seconds at most."""
+        if self.options.own_text is not None:
+            return self.options.own_text, None
+        if self.device.type != "cuda" or self.options.steps == 0:
+            return 0, None
+        behind = self.dense.calls[find_blocks(self.dense)[-1].position].results[0]
+        width = evaluate(infer_program(self.dense)[1][behind].shape[-1], {})
+        # The dense model's streams of them are kept, in 16 bits.
+        most = free_bytes(self.device) // 4 // (2 * self.seqlen * width)
+        left = self.left()
+        if left is not None:
+            return most, left * OWN_TEXT_SHARE
+        assert self.schedule.steps is not None
+        wanted = self.schedule.steps * self.schedule.batch // EPOCHS - len(self.windows)
+        return min(max(wanted, 0), most), None
+
+    def streams(self, program: Program, ids: Tensor, behind: int) -> Streams:
+        """Return the stream behind a call of a program, given by its position."""
+        first = find_blocks(program)[0].position
+        return Streams(Student(program, first, behind + 1, {}, self.device), ids)
+
+    def forms(self, program: Program, calls: list[Call]) -> dict[str, Form]:
+        """Return what is trained of calls: every weight of theirs, but none used elsewhere."""
+        owners: dict[str, set[int]] = {}
+        for number, call in enumerate(program.calls):
+            for name in call.weights.values():
+                owners.setdefault(name, set()).add(number)
+        inside = {number for number, call in enumerate(program.calls) if call in calls}
+        generator = torch.Generator().manual_seed(self.context.seed)
+        forms: dict[str, Form] = {}
+        for call in calls:
+            for name in call.weights.values():
+                weight = program.weights[name]
+                if weight.constant or name in forms or not weight.dtype.is_floating_point:
+                    continue
+                if not owners[name] <= inside:
+                    self.skipped.append(Skip(name, "it is used outside the blocks too"))
+                    continue
+                value = weight.load(torch.float32).to(self.device)
+                if self.options.train == "low-rank" and value.dim() == 2:
+                    forms[name] = LowRank(value, self.options.rank, generator)
+                else:
+                    forms[name] = Whole(value)
+        return forms
+
+    def tune(
+        self,
+        program: Program,
+        forms: dict[str, Form],
+        first: int,
+        stop: int,
+        lessons: Lessons,
+        objective: Objective,
+        schedule: Schedule,
+        what: str,
+    ) -> Tuned:
+        """Train forms and put their values into the program."""
+        student = Student(program, first, stop, forms, self.device)
+        tuner = Tuner(
+            student, lessons, objective, schedule, seed=self.context.seed,
+            saved=self._saved(what), progress=self.context.progress, what=what,
+        )  # fmt: skip
+        tuned = tuner.run()
+        if tuned.stopped:
+            self.skipped.append(Skip(what, f"stopped early: {tuned.stopped}"))
+        if tuned.not_compiled:
+            reason = f"its step was not compiled, and is slower: {tuned.not_compiled}"
+            self.skipped.append(Skip(what, reason))
+        with torch.no_grad():
+            for name, form in student.forms.items():
+                assign(program, name, form())
+        return tuned
+
+    def _saved(self, what: str) -> Path | None:
+        """Return the file that keeps something between two runs of one compile."""
+        if self.context.work is None:
+            return None
+        key = json.dumps([asdict(self.options), what, self.context.seed], sort_keys=True)
+        paths = [call.path for call in self.given.calls]
+        digest = hashlib.sha256(f"{key}\n{self.context.text}\n{paths}\n{self.given}".encode())
+        return self.context.work / f"fuse-{digest.hexdigest()[:16]}.pt"
+
+    def checkpoint(self, stage: str) -> None:
+        """Keep what the stages so far made, so that an interrupted compile goes on behind them."""
+        self.done.append(stage)
+        path = self._saved("stages")
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".part")
+        changed = {
+            weight.name: weight.load().cpu()
+            for weight in self.program.used_weights()
+            if weight.producer is not self.origin.get(weight.name)
+        }
+        blocks = [block_name(self.program, block) for block in find_blocks(self.program)]
+        torch.save(
+            {
+                "done": self.done,
+                "blocks": blocks,
+                "weights": changed,
+                "details": json.dumps(self.details),
+                "skipped": [(skip.where, skip.reason) for skip in self.skipped],
+                "spent": time.perf_counter() - self.started,
+            },
+            fresh,
+        )
+        fresh.rename(path)
+
+    def _resume(self) -> None:
+        path = self._saved("stages")
+        if path is None or not path.is_file():
+            return
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.resume_structure(state["blocks"])
+        for name, value in state["weights"].items():
+            assign(self.program, name, value.to(self.device))
+        self.done, self.details = state["done"], json.loads(state["details"])
+        self.skipped = [Skip(where, reason) for where, reason in state["skipped"]]
+        self.started -= state["spent"]
+
+    def resume_structure(self, blocks: list[str]) -> None:
+        """Bring the program to the blocks it had when it was kept, for passes that change them."""
+
+    def fold(self, structure: Program | None = None) -> Program:
+        """Return the result: weights in their own dtype, on the CPU, where they changed.
+
+        Args:
+            structure: Its calls; by default those of the given program.
+        """
+        result = (structure or self.given).copy()
+        assert self.context.dense is not None
+        for weight in self.program.used_weights():
+            names = self.given.weights if weight.name in self.given.weights else None
+            source = (names or self.context.dense.weights)[weight.name]
+            if weight.producer is self.origin[weight.name]:
+                folded = source
+            else:
+                value = weight.load().to(source.dtype).cpu().contiguous()
+                folded = Weight(weight.name, Array(value), source.checkpoint, source.constant)
+            result.weights.replace(folded)
+        return result
+
+    def distil(self) -> None:
+        """Train all blocks on the dense model's next-token distributions."""
+        ids = torch.cat([self.lessons_text(), self.checked])
+        last = find_blocks(self.dense)[-1].position
+        blocks = find_blocks(self.program)
+        calls = [self.program.calls[block.position] for block in blocks]
+        started = time.perf_counter()
+        tuned = self.tune(
+            self.program,
+            self.forms(self.program, calls),
+            blocks[0].position,
+            blocks[-1].position + 1,
+            Lessons(ids, self.streams(self.dense, ids, last), held_out=len(self.checked)),
+            LogitObjective(),
+            replace(self.schedule, seconds=self.left()),
+            "distilling",
+        )
+        self.clock("training", started)
+        self.details["training"] = [{"part": "all blocks", **plain(tuned)}]
+
+
+def plain(tuned: Tuned) -> dict[str, Any]:
+    """Return what a training did as JSON has it."""
+    found = asdict(tuned)
+    for name in ("losses", "checks"):
+        found[name] = [(step, finite(loss)) for step, loss in found[name]]
+    return found
+
+
+def assign(program: Program, name: str, value: Tensor) -> None:
+    weight = program.weights[name]
+    array = Array(value.detach().to(torch.float32).clone())
+    program.weights.replace(Weight(name, array, weight.checkpoint, weight.constant))
