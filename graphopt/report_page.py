@@ -263,8 +263,8 @@ def _details(item: Mapping[str, Any]) -> str:
     """Return the card of what a pass tells about itself; none where it tells nothing known.
 
     A pass's details are no contract. Whatever pass they come from, `scores`, `order`,
-    `perplexity`, `training`, `controls`, `seconds`, `refits` and `tokens_per_second` have their
-    pictures, as docs/report.md describes them; what has another form is left out.
+    `perplexity`, `training`, `controls`, `parts`, `seconds`, `refits` and `tokens_per_second` have
+    their pictures, as docs/report.md describes them; what has another form is left out.
     """
     details = item["details"]
     halves = [
@@ -278,6 +278,7 @@ def _details(item: Mapping[str, Any]) -> str:
         f'<div class="halves">{"".join(f"<div>{half}</div>" for half in halves)}</div>'
         if halves
         else "",
+        _carved(details),
         _trainings(details),
         _facts(details),
     ]
@@ -409,6 +410,42 @@ def _controls(details: Mapping[str, Any]) -> str:
         '<h3>Control</h3><p class="dim">The same training with another donor.</p>'
         '<table><thead><tr><th>donor</th><th class="n">held-out loss</th>'
         f'<th class="n">perplexity</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
+
+
+_SHARES = {
+    "random": ("norm", "random experts"),
+    "static": ("head", "the same neurons for every token"),
+    "routed": ("ffn", "the router's experts"),
+    "oracle": ("embed", "the best experts"),
+}
+"""Shares of energy in what became of carved parts: style and name of their lines."""
+
+
+def _carved(details: Mapping[str, Any]) -> str:
+    """Return a picture of the energy in the neurons that tokens do not run, block by block."""
+    records = _records(details, "parts")
+    found = {key: [_number(record.get(key)) for record in records] for key in _SHARES}
+    known = [value for values in found.values() for value in values if value is not None]
+    if len(records) < 2 or len(known) < len(_SHARES) * len(records) or max(known) <= 0:
+        return ""
+    highest, last = max(known), len(records) - 1
+    lines, labels = [], []
+    for key, (style, label) in _SHARES.items():
+        values = [value or 0.0 for value in found[key]]
+        places = " ".join(
+            f"{100 * place / last:.2f},{39 - 38 * value / highest:.2f}"
+            for place, value in enumerate(values)
+        )
+        lines.append(f'<polyline class="{style}" points="{places}"/>')
+        labels.append((style, f"{label}, {sum(values) / len(values):.1%} on average"))
+    ends = [escape(str(record.get("where", ""))) for record in (records[0], records[-1])]
+    return (
+        '<h3>What tokens leave out</h3><p class="dim">Energy in the neurons that a token does not '
+        f"run, as a share of all. The highest point is {highest:.1%}.</p>"
+        '<svg class="lines" viewBox="0 0 100 40" preserveAspectRatio="none" role="img" '
+        f'aria-label="energy left out by block">{"".join(lines)}</svg>'
+        f'<div class="axis"><span>{ends[0]}</span><span>{ends[1]}</span></div>{_legend(labels)}'
     )
 
 

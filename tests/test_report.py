@@ -165,6 +165,26 @@ def rendered(*details):
     return html, " ".join(" ".join(page.text).split())
 
 
+def test_what_carved_parts_leave_out_is_drawn():
+    parts = [
+        {
+            "where": f"layers.{n}",
+            "static": 0.1,
+            "random": 0.2,
+            "oracle": 0.05,
+            "routed": 0.05 + n / 100,
+        }
+        for n in range(3)
+    ]
+    html, text = rendered({"parts": parts})
+    lines = re.findall(r'<polyline class="(\w+)" points="([^"]*)"/>', html)
+    assert [style for style, _ in lines] == ["norm", "head", "ffn", "embed"]
+    routed = [float(p.split(",")[1]) for p in lines[2][1].split()]
+    assert routed == sorted(routed, reverse=True)  # more is higher up
+    assert "the router's experts, 6.0% on average" in text and "highest point is 20.0%" in text
+    assert "What tokens leave out" not in rendered({"parts": [{"where": "x"}] * 3})[1]
+
+
 def test_depth_pruning_is_drawn():
     html, text = rendered(PRUNING, FUSION)
     assert "Removed, in this order: 4, 2." in text
