@@ -31,6 +31,9 @@ PIECE, PROMPT = 512, 16
 
 PIECES_AT_ONCE = 2048
 
+HELD_OUT = 2
+"""Windows, the last ones, on which perplexity is followed; nothing is learnt from them."""
+
 WRITTEN = ((16, 256), (64, 2048))
 """Windows that a model writes where no text is given, and their tokens: on a CPU, on a GPU."""
 

@@ -184,16 +184,14 @@ class _Assignment:
             self.costs[column, other] = heap[0][0] if heap else np.inf
 
 
-def cluster(
-    marks_TK: Tensor, members: Tensor, width: int, experts: int, iterations: int = 1
-) -> tuple[Tensor, Tensor]:
+def cluster(marks_TK: Tensor, members: Tensor, width: int, experts: int) -> tuple[Tensor, Tensor]:
     """Divide neurons into experts of equal size by the tokens in which they are marked.
 
     Centres start as the marks of the most often marked members; then members are assigned so
-    that their inner products with the centres are largest, and centres become the means of
-    their members, `iterations` times. For marks and equal sizes that assignment is also the one
-    of least distance, absolute and squared: |c - v|_1 = |v|_1 + |c| - 2 <c, v>, and likewise for
-    the square. Source: CMoE, arXiv 2502.04416, section 4.2.
+    that their inner products with the centres are largest. For marks and equal sizes that
+    assignment is also the one of least distance, absolute and squared:
+    |c - v|_1 = |v|_1 + |c| - 2 <c, v>, and likewise for the square. Source: CMoE,
+    arXiv 2502.04416, section 4.2.
 
     Args:
         marks_TK: From `top_marks`.
@@ -202,7 +200,7 @@ def cluster(
 
     Returns:
         int64 [experts, N / experts]: the neurons of every expert, in ascending order; and the
-        last centres, fp32 [T, experts].
+        means of their marks, fp32 [T, experts].
     """
     tokens = len(marks_TK)
     counts = mark_counts(marks_TK, width)
@@ -211,18 +209,15 @@ def cluster(
     for number, seed in enumerate(seeds.tolist()):
         centres[:, number] = (marks_TK == seed).any(-1).float()
     capacity = len(members) // experts
-    groups = members[: capacity * experts].view(experts, capacity)
-    for _ in range(iterations):
-        gains = overlaps(marks_TK, centres, width)[members]
-        place = balanced_assignment(gains, [capacity] * experts).to(members.device)
-        groups = torch.stack([members[place == number].sort().values for number in range(experts)])
-        owner = torch.full((width,), experts, device=marks_TK.device)
-        for number in range(experts):
-            owner[groups[number]] = number
-        marked = torch.zeros(tokens, experts + 1, device=marks_TK.device)
-        marked.scatter_add_(1, owner[marks_TK], torch.ones_like(marks_TK, dtype=marked.dtype))
-        centres = marked[:, :experts] / capacity
-    return groups, centres
+    gains = overlaps(marks_TK, centres, width)[members]
+    place = balanced_assignment(gains, [capacity] * experts).to(members.device)
+    groups = torch.stack([members[place == number].sort().values for number in range(experts)])
+    owner = torch.full((width,), experts, device=marks_TK.device)
+    for number in range(experts):
+        owner[groups[number]] = number
+    marked = torch.zeros(tokens, experts + 1, device=marks_TK.device)
+    marked.scatter_add_(1, owner[marks_TK], torch.ones_like(marks_TK, dtype=marked.dtype))
+    return groups, marked[:, :experts] / capacity
 
 
 @dataclass(frozen=True)

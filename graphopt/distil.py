@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.calibrate import calibration_windows, held_out_perplexity, sample_windows
+from graphopt.calibrate import (
+    HELD_OUT,
+    calibration_windows,
+    held_out_perplexity,
+    sample_windows,
+)
 from graphopt.devices import free_bytes, scoring_dtype
 from graphopt.errors import PassError
 from graphopt.evaluate import ProgramModel
@@ -41,9 +46,6 @@ from graphopt.verification import finite
 
 TRAIN = ("all", "low-rank")
 
-HELD_OUT = 2
-"""Windows on which a training is followed; nothing is learnt from them."""
-
 OWN_TEXT_SHARE = 0.25
 """Of a training's seconds, in which the dense model writes text for it."""
 
@@ -53,7 +55,19 @@ EPOCHS = 4
 
 @dataclass
 class TrainingOptions:
-    """What passes that train are told; see `docs/depth.md`."""
+    """What passes that train are told.
+
+    Attributes:
+        seconds: Of the whole pass, at most; 150 where neither this nor `steps` is given.
+        steps: Of training, at most.
+        rate: Highest learning rate; by default 5e-4, and less for steps of under 8,192 tokens.
+        batch: Windows of a step; 4 on a GPU and 2 on a CPU by default.
+        seqlen: Tokens of a window; 2048 on a GPU and 256 on a CPU by default.
+        own_text: Windows that the dense model writes itself; see `Distiller.lessons_text`.
+        train: `all` trains weights whole, `low-rank` matrices by a term.
+        rank: Of that term.
+        patience: Stop after this many checks without a better held-out loss; 0 never stops.
+    """
 
     seconds: float | None = None
     steps: int | None = None
@@ -149,7 +163,7 @@ class Distiller:
         self._resume()
 
     def _share(self, program: Program) -> Program:
-        """Return the pruned program in memory; what it has of the dense one is there once."""
+        """Return a program in memory; what it has of the dense one is there once."""
         assert self.context.dense is not None
         program = program.copy()
         for weight in program.used_weights():
@@ -285,7 +299,7 @@ class Distiller:
         key = json.dumps([asdict(self.options), what, self.context.seed], sort_keys=True)
         paths = [call.path for call in self.given.calls]
         digest = hashlib.sha256(f"{key}\n{self.context.text}\n{paths}\n{self.given}".encode())
-        return self.context.work / f"fuse-{digest.hexdigest()[:16]}.pt"
+        return self.context.work / f"distil-{digest.hexdigest()[:16]}.pt"
 
     def checkpoint(self, stage: str) -> None:
         """Keep what the stages so far made, so that an interrupted compile goes on behind them."""
@@ -378,6 +392,7 @@ def plain(tuned: Tuned) -> dict[str, Any]:
 
 
 def assign(program: Program, name: str, value: Tensor) -> None:
+    """Give a program's weight a new value of the same shape, kept in fp32."""
     weight = program.weights[name]
     array = Array(value.detach().to(torch.float32).clone())
     program.weights.replace(Weight(name, array, weight.checkpoint, weight.constant))

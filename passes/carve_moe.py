@@ -102,15 +102,15 @@ class CarveMoe(Pass):
             )
         if self.active and self.shared == self.experts:
             raise PassError("All pieces are shared, so none can be active.", "Lower shared.")
-        found = [part for _, part in _parts(program)]
-        if not any(isinstance(part, FeedForward) for part in found):
-            reasons = sorted({part for part in found if isinstance(part, str)})
+        found = _parts(program)
+        if not any(isinstance(part, FeedForward) for _, part in found):
+            reasons = sorted({part for _, part in found if isinstance(part, str)})
             raise PassError(
                 f"{program.name} has no feed-forward part to carve"
                 + (f": {'; '.join(reasons)}." if reasons else "."),
                 "A model of experts already cannot be carved; leave carve-moe out.",
             )
-        for block, part in _parts(program):
+        for block, part in found:
             if isinstance(part, FeedForward):
                 width = _width(program, program.calls[block.position], part)
                 if width % self.experts:

@@ -9,7 +9,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from graphopt.calibrate import calibration_windows, forward_speed, held_out_perplexity, pick
+from graphopt.calibrate import (
+    HELD_OUT,
+    calibration_windows,
+    forward_speed,
+    held_out_perplexity,
+    pick,
+)
 from graphopt.devices import must_fit, scoring_dtype
 from graphopt.errors import PassError
 from graphopt.evaluate import ProgramModel
@@ -35,9 +41,6 @@ PARTS = {
 
 DEFAULT_WINDOWS = ((2, 256), (8, 512))
 """How many windows are scored, of how many tokens: on a CPU and on a GPU."""
-
-HELD_OUT = 2
-"""Windows on which perplexity is followed; no score comes from them where there are others."""
 
 
 @register_pass

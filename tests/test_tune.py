@@ -252,11 +252,10 @@ def test_streams_that_fit_nowhere_are_made_anew(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_a_compiled_step_learns_what_the_step_itself_learns(monkeypatch):
     from graphopt import tune
 
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     gpu = torch.device("cuda")
     found = []
     for compile_from in ((math.inf, 10**9), (0.0, 0)):

@@ -101,8 +101,8 @@ class Runner:
         if name in self._kept:
             return self._kept[name]
         if self._angles is None:
-            self._angles = angle_weights(self.program)
-        dtype = torch.float32 if name in self._angles and self.dtype.itemsize < 4 else self.dtype
+            self._angles = angle_weights(self.program) if self.dtype.itemsize < 4 else set()
+        dtype = torch.float32 if name in self._angles else self.dtype
         value = self.program.weights[name].load(dtype).to(self.device)
         if self.keep_weights:
             self._kept[name] = value
@@ -224,10 +224,10 @@ def resident(program: Program, dtype: torch.dtype, device: torch.device) -> Prog
     size = sum(w.numel * (dtype if w.dtype.is_floating_point else w.dtype).itemsize for w in used)
     if size > free_bytes(device) // 2:
         return program
-    result, angles = program.copy(), angle_weights(program)
+    result = program.copy()
+    angles = angle_weights(program) if dtype.itemsize < 4 else set()
     for weight in used:
-        kept = weight.name in angles and dtype.itemsize < 4
-        value = weight.load(torch.float32 if kept else dtype).to(device)
+        value = weight.load(torch.float32 if weight.name in angles else dtype).to(device)
         result.weights.replace(
             Weight(weight.name, Array(value), weight.checkpoint, weight.constant)
         )

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from graphopt.ir.blocks import SubBlock, sub_blocks
 from graphopt.ir.dataflow import region
-from graphopt.ir.graph import Call, Function, Node, Program, Value
+from graphopt.ir.graph import Call, Function, Node, Program, Value, unique_name
 from graphopt.ir.weights import Array, Producer, Rows, Transposed, Weight
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "silu", "tanh")
+from graphopt.runtime.ops import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,6 @@ def with_experts(
     name: str,
     *,
     router: str = "linear",
-    balanced: bool = False,
 ) -> tuple[Function, dict[str, str]]:
     """Return a copy of a function whose feed-forward part is shared neurons and routed experts.
 
@@ -123,12 +121,10 @@ def with_experts(
         name: Of the copy.
         router: `linear`: scores are a linear of the part's input, with a bias. `neuron`: they
             are the magnitude of one neuron an expert.
-        balanced: Also give the gates a bias of the choice and a share of the softmax.
 
     Returns:
         The copy, and for every new slot what it holds: `gate`, `up` or `down` (with `.bias` for
-        biases), then `.shared` or `.experts`; `router`, `router.bias`, `router.gate`, `balance`,
-        `extra`.
+        biases), then `.shared` or `.experts`; `router`, `router.bias`, `router.gate`.
     """
     twin = function.clone(name)
     where = dict(zip(function.nodes, twin.nodes, strict=True))
@@ -181,12 +177,7 @@ def with_experts(
                 active = twin.add(part.act, [active], before=down).output
                 scores = twin.add("mul", [active, scores], before=down).output
             scores = twin.add("abs", [scores], before=down).output
-        extras: list[Value | None] = []
-        if balanced:
-            extras = [weight(f"{stem}balance", "balance"), weight(f"{stem}extra", "extra")]
-        gates = twin.add(
-            "top_gates", [scores, *extras], {"count": split.active}, before=down
-        ).output
+        gates = twin.add("top_gates", [scores], {"count": split.active}, before=down).output
         up_weight, up_bias = piece(up, "up", "experts")
         gate_weight, gate_bias = (None, None) if gate is None else piece(gate, "gate", "experts")
         matrix = weight(f"{slots[down.inputs[1]]}.experts", "down.experts")  # type: ignore[index]
@@ -226,8 +217,8 @@ def carve_call(
         twin, made: From `with_experts`; the function is in the program.
         order: int64, every neuron once: the shared ones, then the experts' side by side.
         shared: How many of them are shared.
-        router: For `router`, `router.bias`, `router.gate`, `balance` and `extra`, as far as the
-            twin has them, the value.
+        router: For `router`, `router.bias` and `router.gate`, as far as the twin has them, the
+            value.
     """
     function = program.functions[call.function]
     slots = {value: slot for slot, value in function.weights.items()}
@@ -236,24 +227,29 @@ def carve_call(
     weights = {slot: name for slot, name in call.weights.items() if slot in twin.weights}
     # A layer's new weights are named as its own ones are.
     down = call.weights[slots[part.down.inputs[1]]]  # type: ignore[index]
+
+    def add(name: str, producer: Producer) -> str:
+        # Layers may share their weights, and are divided each in its own way.
+        name = unique_name(name, {weight.name for weight in program.weights})
+        program.weights.add(Weight(name, producer))
+        return name
+
     for slot, holds in made.items():
         if holds in router:
-            name = f"{down.rpartition('.')[0].rpartition('.')[0] or down}.{holds}"
-            program.weights.add(Weight(name, Array(router[holds].to(torch.float32).contiguous())))
-            weights[slot] = name
+            stem = down.rpartition(".")[0].rpartition(".")[0] or down
+            value = router[holds].to(torch.float32).contiguous()
+            weights[slot] = add(f"{stem}.{holds}", Array(value))
             continue
         kind, _, place = holds.rpartition(".")
         node = nodes[kind.removesuffix(".bias")]
         assert node is not None
-        value = node.inputs[2 if kind.endswith(".bias") else 1]
-        assert value is not None
-        source = program.weights[call.weights[slots[value]]]
+        own = node.inputs[2 if kind.endswith(".bias") else 1]
+        assert own is not None
+        source = program.weights[call.weights[slots[own]]]
         producer: Producer
         if kind == "down":
             producer = Transposed(Rows(Transposed(source.producer), rows[place]))
         else:
             producer = Rows(source.producer, rows[place])
-        name = f"{source.name}.{place}"
-        program.weights.add(Weight(name, producer))
-        weights[slot] = name
+        weights[slot] = add(f"{source.name}.{place}", producer)
     call.function, call.weights = twin.name, weights

@@ -16,7 +16,7 @@ from graphopt.capture import capture
 from graphopt.errors import PassError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.execute import Runner
-from graphopt.passes.base import make_pass
+from graphopt.passes.base import Context, make_pass
 
 TEXT = book()[:24000]
 
@@ -79,16 +79,23 @@ def test_without_active_experts_the_best_neurons_stay_and_no_router(dense, tmp_p
     assert mean(entry, "routed") == mean(entry, "static")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "gpt_neox"])
-def test_two_matrices_and_biases_are_carved_too(family, tmp_path):
-    from graphopt.ir.feed_forward import feed_forwards
+@pytest.mark.parametrize("mode", ["fit", "faithful"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom"])
+def test_two_matrices_and_biases_are_carved_too(family, mode, monkeypatch):
+    from graphopt.passes import carve_moe
 
+    ids = torch.randint(0, 128, (6, 32), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(carve_moe, "calibration_windows", lambda *_: ids)
     program = capture(random_model(family))
-    block = find_blocks(program)[0]
-    (part,) = feed_forwards(program.functions[program.calls[block.position].function], block.stream)
-    assert part.gate is None
-    make_pass("carve-moe", {"experts": 8}).check(program)
-    assert cases((7,))
+    inputs = cases((7,))[0].inputs
+    expected = Runner(program).logits(inputs)
+    options = {"shared": 3, "active": 5, "experts": 8, "mode": mode, "seqlen": 32}
+    result = make_pass("carve-moe", options).run(program.copy(), Context())
+    found = Runner(result.program).logits(inputs)
+    assert result.changed == 4
+    assert float((found - expected).abs().max()) < 1e-5 * max(1.0, float(expected.abs().max()))
+    sparse = make_pass("carve-moe", {**options, "active": 2}).run(program.copy(), Context())
+    assert not torch.allclose(Runner(sparse.program).logits(inputs), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.graph import Node, Value
 from graphopt.lowering.onnx.builder import MICROSOFT
-from graphopt.lowering.onnx.ops.registry import Lowering, translation
-
-ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gelu": ("Gelu", {}),
-    "gelu_tanh": ("Gelu", {"approximate": "tanh"}),
-    "quick_gelu": ("QuickGelu", {"domain": MICROSOFT, "alpha": 1.702}),
-    "relu": ("Relu", {}),
-    "sigmoid": ("Sigmoid", {}),
-    "silu": ("QuickGelu", {"domain": MICROSOFT, "alpha": 1.0}),
-    "tanh": ("Tanh", {}),
-}
-"""ONNX ops of activations, and their attributes."""
+from graphopt.lowering.onnx.ops.registry import Lowering, translation, translation_of
 
 
 def activation(lower: Lowering, act: str, x: ir.Value) -> ir.Value:
-    """Return an activation of a value."""
-    if act == "relu2":
-        x = lower.builder.op("Relu", x)
-        return lower.builder.op("Mul", x, x)
-    if act not in ACTIVATIONS:
-        raise ValueError(f"experts with {act} have no ONNX form here")
-    op_type, attributes = ACTIVATIONS[act]
-    made: ir.Value = lower.builder.op(op_type, x, **attributes)
+    """Return an activation of a value, in the form that the op itself has."""
+    value = Value("hidden")
+    lower.values[value] = x
+    form = translation_of(act)
+    assert form is not None
+    made = form(lower, Node(act, [value], {}))
+    assert isinstance(made, ir.Value)
     return made
 
 
