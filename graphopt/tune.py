@@ -38,9 +38,6 @@ TOKENS_OF_LOGITS = 2048
 TOKENS_AHEAD = 32768
 """Tokens over which a GPU runs the dense model at once: with fewer it waits for launches."""
 
-TOKENS_AHEAD = 32768
-"""Tokens over which a GPU runs the dense model at once: it would wait for launches else."""
-
 SAVE_EVERY = 30.0
 """Seconds between two saved states of a training."""
 

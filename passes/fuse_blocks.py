@@ -49,14 +49,14 @@ FAITHFUL_OTHERS = 9.65e-6 / FAITHFUL_RATE
 class FuseBlocks(TrainingOptions, Pass):
     """Train the blocks that `prune-blocks` left to do what the dense model did.
 
-    `mode=distil` (the default) first refits the projections into the stream in closed form
-    (`graphopt.repair`; `warm_start=false` leaves it out) and then trains all remaining block
-    weights on the dense model's next-token distributions. `mode=local` trains `group` blocks at
-    a time on the dense model's stream behind them, which is kept; the last group learns the
-    distributions. `mode=faithful` is FuseGPT (arXiv 2411.14507, equations 2 to 6 and algorithm
-    1): a block is scored, removed and fused into its `group - 1` neighbours by low-rank
-    coefficients, then the next; it repeats the choice of `prune-blocks` on the model fused so
-    far, with that pass's options.
+    `mode=distil` (the default) trains all remaining block weights on the dense model's next-token
+    distributions. On a CPU, and where no step follows, the projections into the stream are first
+    refitted in closed form (`graphopt.repair`; `warm_start` says so for any device). `mode=local`
+    trains `group` blocks at a time on the dense model's stream behind them, which is kept; the last
+    group learns the distributions. `mode=faithful` is FuseGPT (arXiv 2411.14507, equations 2 to 6
+    and algorithm 1): a block is scored, removed and fused into its `group - 1` neighbours by
+    low-rank coefficients, then the next; it repeats the choice of `prune-blocks` on the model fused
+    so far, with that pass's options.
 
     Training lasts `seconds` or `steps`, whichever is given (150 seconds if neither), in all
     modes over all of their parts together. A step takes `batch` windows of `seqlen` tokens; by
@@ -83,7 +83,7 @@ class FuseBlocks(TrainingOptions, Pass):
     requires: ClassVar[tuple[str, ...]] = ("prune-blocks",)
 
     mode: str = "distil"
-    warm_start: bool = True
+    warm_start: bool | None = None
     group: int = 8
     donor: str = "pruned"
     controls: bool = False
@@ -149,7 +149,7 @@ class _Fusion(Distiller):
         if self.options.mode == "faithful":
             self._faithful()
         else:
-            if self.options.warm_start and "warm start" not in self.done:
+            if self._warm and "warm start" not in self.done:
                 self._warm_start()
                 self.checkpoint("warm start")
             if self.options.mode == "distil":
@@ -162,9 +162,16 @@ class _Fusion(Distiller):
         folded = self.fold(self.program if self.options.mode == "faithful" else None)
         return PassResult(folded, len(removed), len(removed), self.skipped, self.details)
 
-    # ---- what all modes share ----
+    @property
+    def _warm(self) -> bool:
+        """Whether the closed form comes first.
 
-    # ---- the modes ----
+        Training that sees millions of tokens ends better without it: what fits the few tokens of
+        the closed form exactly is a worse place to start from than the dense model's own weights.
+        """
+        if self.options.warm_start is not None:
+            return self.options.warm_start
+        return self.device.type != "cuda" or self.schedule.steps == 0
 
     def _warm_start(self) -> None:
         started = time.perf_counter()

@@ -66,12 +66,14 @@ def test_distilling_takes_back_half_of_what_removal_cost(dense, tmp_path):
         "mode=local,steps=60,batch=8,group=3,rate=0.0003",
         "steps=40,batch=8,train=low-rank,rank=4",
         "steps=20,batch=8,own_text=4",
+        "steps=40,batch=8,warm_start=false,rate=0.0003",
     ],
 )
 def test_every_other_mode_does_better_than_plain_removal(dense, tmp_path, fusion):
     program, _, entry = fused(dense, tmp_path, "remove=[3,6]", fusion)
     steps = steps_of(entry)
     assert steps[-1][1] < dict(steps)["plain removal"]
+    assert ("warm start" in dict(steps)) == ("warm_start=false" not in fusion)
     assert len(find_blocks(program)) == 6
     # A stock model: the same functions, every weight in the checkpoint's dtype and on the CPU.
     assert set(program.functions) == set(dense.functions)
