@@ -54,6 +54,7 @@ RECIPES = {
         f"{PRUNE},fuse-blocks{{mode=local,seconds=140}}",
         # What the parts of the second one contribute, on the blocks that it chooses.
         f"{MIDDLE},fuse-blocks{{steps=0}}",
+        f"{MIDDLE},fuse-blocks{{seconds=50}}",
         f"{MIDDLE},fuse-blocks{{seconds=50,warm_start=true}}",
         f"{MIDDLE},fuse-blocks{{seconds=50,own_text=0}}",
         # The paper's way, with its choice of blocks.

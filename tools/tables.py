@@ -202,17 +202,8 @@ def depth() -> str:
         part = result.get(f"recover on {device}")
         if part is None:
             continue
-        for run in part["runs"]:
-            rows.append(
-                [
-                    f"`{run['recipe']}`",
-                    "GPU" if device == "cuda" else "CPU",
-                    f"{run['seconds']:.0f}",
-                    f"{run['perplexity']:.2f}",
-                    f"{run['times_dense']:.3f}",
-                    f"{run['piqa']:.1%}" if "piqa" in run else "-",
-                ]
-            )
+        place = "GPU" if device == "cuda" else "CPU"
+        rows += [_recovered(run, place) for run in part["runs"] if not _is_ablation(run)]
         dense = part["dense"]
         piqa = f", PIQA {dense['piqa']:.1%}" if "piqa" in dense else ""
         # The recipes are in the rows.
@@ -222,8 +213,40 @@ def depth() -> str:
             f"{dense['perplexity']:.2f}{piqa} on {part['windows']} windows of 2,048 tokens of "
             f"{part['text']}; calibration text {part['calib']}."
         )
-    head = ["recipe", "", "seconds", "perplexity", "times the whole model's", "PIQA"]
-    return "\n\n".join([_rows(head, rows), *notes])
+    return "\n\n".join([_rows(_RECOVERED, rows), *notes])
+
+
+_RECOVERED = ["recipe", "", "seconds", "perplexity", "times the whole model's", "PIQA"]
+
+
+def _is_ablation(run: dict[str, Any]) -> bool:
+    """Whether a run is of given blocks, or of another method: it shows what a part does."""
+    return "remove=" in run["recipe"] or "faithful" in run["recipe"]
+
+
+def _recovered(run: dict[str, Any], place: str) -> list[str]:
+    return [
+        f"`{run['recipe']}`",
+        place,
+        f"{run['seconds']:.0f}",
+        f"{run['perplexity']:.2f}",
+        f"{run['times_dense']:.3f}",
+        f"{run['piqa']:.1%}" if "piqa" in run else "-",
+    ]
+
+
+def depth_parts() -> str:
+    """What the parts of recovery do, and the paper's way with what its donors come to."""
+    part = _result("depth")["recover on cuda"]
+    runs = [run for run in part["runs"] if _is_ablation(run)]
+    tables = [_rows(_RECOVERED, [_recovered(run, "GPU") for run in runs])]
+    for run in runs:
+        controls = run["passes"].get("fuse-blocks", {}).get("controls")
+        if controls:
+            rows = [[c["donor"], f"{c['loss']:.0f}", f"{c['perplexity']:.2f}"] for c in controls]
+            head = ["first block fused with donor", "loss on held-out text", "perplexity on it"]
+            tables.append(_rows(head, rows))
+    return "\n\n".join(tables)
 
 
 def depth_speed() -> str:
@@ -350,6 +373,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "volta": volta,
     "generation": generation,
     "depth": depth,
+    "depth_parts": depth_parts,
     "depth_speed": depth_speed,
     "volta_model": volta_model,
     "volta_predicted": volta_predicted,
