@@ -47,13 +47,14 @@ SPLITS = {
     "S2A2E16": "carve-moe{shared=2,active=2,experts=16}",
 }
 TOKENS = 512
-TURNS = 15
+TURNS = 11
 
 
 def onnx(options: argparse.Namespace) -> dict[str, Any]:
     """Prefill and decode with dense and carved graphs in turns, whole and their FFN parts alone.
 
-    `moe` is what the same parts take with com.microsoft::MoE for the experts.
+    `moe` is what the same parts take with com.microsoft::MoE for the experts. Threads do not
+    spin between operators.
     """
     dense = capture("demo")
     ids = text_windows(dense, read_text(options.calib), TOKENS)[-1:]
@@ -66,23 +67,34 @@ def onnx(options: argparse.Namespace) -> dict[str, Any]:
             folder = Path(work)
             measured = {
                 "recipe": recipe,
-                "ffn": in_turns(ffn_runs(plain, carved, ids, folder, options.threads)),
-                **whole_models({"dense": plain, "carved": carved}, ids, folder),
+                **ffn_alone(plain, carved, ids, folder, options.threads),
+                **whole_models({"dense": plain, "carved": carved}, ids, folder, options.threads),
             }
         found["splits"][split] = measured
-        for part in ("ffn", "prefill", "decode"):
+        for part in ("ffn", "ffn of one token", "prefill", "decode"):
             print(f"{split} {part}: {measured[part]['share']}", flush=True)
         # A later split may be cut off.
         keep(options, found)
     return found
 
 
-def whole_models(programs: Mapping[str, Program], ids: Tensor, folder: Path) -> dict[str, Any]:
+def session(folder: Path, threads: int) -> onnxruntime.InferenceSession:
+    """Return a session whose threads do not spin: a run in turn with others takes their cores."""
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(folder / "model.onnx"), settings)
+
+
+def whole_models(
+    programs: Mapping[str, Program], ids: Tensor, folder: Path, threads: int
+) -> dict[str, Any]:
     """Time prefill and the steps behind it of whole models."""
     models = {}
     for name, program in programs.items():
         go.emit(program, folder / name, emit=("onnx",))
         models[name] = OnnxArtifactModel(folder / name / "onnx")
+        models[name]._session = session(folder / name / "onnx", threads)
     runs = {name: functools.partial(decode_runs, model, ids) for name, model in models.items()}
     prefill = {
         name: functools.partial(model.step, complete_inputs({"input_ids": ids}), model.start(1))
@@ -91,7 +103,7 @@ def whole_models(programs: Mapping[str, Program], ids: Tensor, folder: Path) -> 
     return {"prefill": in_turns(prefill), "decode": in_turns(runs, seconds_of=True)}
 
 
-def decode_runs(model: OnnxArtifactModel, ids: Tensor, prompt: int = 64, count: int = 32) -> float:
+def decode_runs(model: OnnxArtifactModel, ids: Tensor, prompt: int = 64, count: int = 16) -> float:
     """Return the seconds of a step of one token."""
     logits, cache = model.step(complete_inputs({"input_ids": ids[:, :prompt]}), model.start(1))
     started = time.perf_counter()
@@ -110,8 +122,6 @@ def in_turns(runs: Mapping[str, Callable[[], Any]], *, seconds_of: bool = False)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(-1, TURNS):
         for name in list(runs)[:: -1 if turn % 2 else 1]:
-            # Threads of the run before still look for work for a moment.
-            time.sleep(0.05)
             started = time.perf_counter()
             own = runs[name]()
             if turn >= 0:
@@ -121,10 +131,10 @@ def in_turns(runs: Mapping[str, Callable[[], Any]], *, seconds_of: bool = False)
     return {"seconds": times, "share": share}
 
 
-def ffn_runs(
+def ffn_alone(
     dense: Program, carved: Program, ids: Tensor, folder: Path, threads: int
-) -> dict[str, Callable[[], Any]]:
-    """Return runs of the feed-forward parts alone, on what they get in the carved model."""
+) -> dict[str, Any]:
+    """Time the feed-forward parts alone, on what they get in the carved model."""
     parts = ffn_program(carved)
     feeds = {"input_ids": ids.numpy(), **ffn_inputs(carved, ids)}
     sessions = {}
@@ -136,15 +146,17 @@ def ffn_runs(
             go.emit(program, folder / f"ffn-{name}", emit=("onnx",))
         finally:
             FORMS["experts"] = own_form
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = threads
-        path = folder / f"ffn-{name}" / "onnx" / "model.onnx"
-        sessions[name] = onnxruntime.InferenceSession(str(path), settings)
-    runs = {name: functools.partial(s.run, None, feeds) for name, s in sessions.items()}
-    (ours,), (theirs,) = runs["carved"](), runs["moe"]()
+        sessions[name] = session(folder / f"ffn-{name}" / "onnx", threads)
+    ours, theirs = (sessions[name].run(None, feeds)[0] for name in ("carved", "moe"))
     # Sums of the same products in another order.
     assert np.abs(ours - theirs).max() < 1e-4 * np.abs(ours).max()
-    return runs
+    last = {name: np.ascontiguousarray(value[:, -1:]) for name, value in feeds.items()}
+    return {
+        part: in_turns(
+            {name: functools.partial(s.run, None, given) for name, s in sessions.items()}
+        )
+        for part, given in (("ffn", feeds), ("ffn of one token", last))
+    }
 
 
 def ffn_values(function: Function, stream: int) -> tuple[Value, list[Value]]:

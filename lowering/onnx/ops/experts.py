@@ -44,8 +44,8 @@ def top_gates(lower: Lowering, node: Node) -> ir.Value:
 def experts(lower: Lowering, node: Node) -> ir.Value:
     """For each expert products over the tokens whose gate is not 0, added where they stand.
 
-    ONNX Runtime's MoE multiplies weights that are not packed and has one thread an expert, which
-    on a CPU is slower than computing all neurons when experts are few (tools/bench_width.py).
+    ONNX Runtime's MoE multiplies weights that are not packed, by one thread an expert, and takes
+    longer for prompts (tools/bench_width.py).
 
     Tokens are added expert by expert: ScatterND adds side by side, so that within one no place
     may occur twice (microsoft/onnxruntime#23396).
