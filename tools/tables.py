@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/attention.md", "docs/depth.md", "docs/volta.md")
+PAGES = ("README.md", "docs/attention.md", "docs/depth.md", "docs/volta.md", "docs/width.md")
 _TABLE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end table -->", re.DOTALL)
 
 
@@ -290,6 +290,26 @@ def depth_speed() -> str:
     return _rows(["", "", "", "on"], rows)
 
 
+def width_onnx() -> str:
+    """What carved models take in ONNX Runtime, in terms of the dense one."""
+    result = _result("width")["onnx on cpu"]
+    splits = result["splits"]
+    kinds = {
+        f"feed-forward parts, {result['tokens']} tokens": ("ffn", "carved"),
+        f"by `com.microsoft::MoE`, {result['tokens']} tokens": ("ffn", "moe"),
+        "feed-forward parts, 1 token": ("ffn of one token", "carved"),
+        "by `com.microsoft::MoE`, 1 token": ("ffn of one token", "moe"),
+        f"prefill of {result['tokens']} tokens": ("prefill", "carved"),
+        "a decoding step": ("decode", "carved"),
+    }
+    rows = [
+        [label, *(f"{found[part]['share'][side]:.2f}" for found in splits.values())]
+        for label, (part, side) in kinds.items()
+    ]
+    table = _rows(["time, dense = 1", *splits], rows)
+    return f"{table}\n\n{_measured_on(result, 'onnxruntime')}"
+
+
 def volta() -> str:
     """The machine code of the Volta kernels beside what Triton 3.1.0 makes."""
     result = _result("volta")
@@ -375,6 +395,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "depth": depth,
     "depth_parts": depth_parts,
     "depth_speed": depth_speed,
+    "width_onnx": width_onnx,
     "volta_model": volta_model,
     "volta_predicted": volta_predicted,
 }

@@ -69,6 +69,7 @@ class GraphBuilder:
         self.scope = ""
         self._names: dict[str, int] = {}
         self._constants: dict[Any, ir.Value] = {}
+        self._rows: dict[ir.Value, list[ir.Value]] = {}
         self._sizes: dict[Any, ir.Value] = {}
         self._symbols: dict[sympy.Symbol, ir.Value] = {}
 
@@ -138,6 +139,43 @@ class GraphBuilder:
         )
         self.initializers[name] = value
         return value
+
+    def split(self, value: ir.Value, count: int, sizes: ir.Value | None = None) -> list[ir.Value]:
+        """Split dimension 0 in parts of the sizes, an int64 tensor [count], or in equal ones."""
+        equal = count if sizes is None else None
+        parts = self.op("Split", value, sizes, outputs=count, axis=0, num_outputs=equal)
+        return [parts] if count == 1 else list(parts)
+
+    def rows(self, value: ir.Value, count: int) -> list[ir.Value]:
+        """Return a tensor in equal parts of dimension 0.
+
+        Those of an initializer are initializers on the same bytes; others are split when the
+        graph runs.
+        """
+        if value in self._rows:
+            return self._rows[value]
+        tensor = value.const_value
+        if tensor is None:
+            return self.split(value, count)
+        assert value.name is not None
+        size, *rest = tensor.shape.numpy()
+        shape = ir.Shape([size // count, *rest])
+        parts: list[ir.Value] = []
+        for number in range(count):
+            name = self.unique(f"{value.name}.{number}")
+            if isinstance(tensor, ir.ExternalTensor):
+                assert tensor.length is not None
+                length = tensor.length // count
+                part: ir.TensorProtocol = ir.ExternalTensor(
+                    tensor.location, (tensor.offset or 0) + number * length, length, tensor.dtype,
+                    shape=shape, name=name, base_dir=tensor.base_dir,
+                )  # fmt: skip
+            else:
+                rows = slice(number * size // count, (number + 1) * size // count)
+                part = ir.tensor(tensor.numpy()[rows], name=name)
+            parts.append(self.initializer(name, part))
+        self._rows[value] = parts
+        return parts
 
     @contextlib.contextmanager
     def branch(self, name: str) -> Iterator[Branch]:

@@ -30,6 +30,9 @@ from graphopt.sources.check import check_finite
 # Weights smaller than this many elements are written into the model file itself.
 _INLINE = 256
 
+# Operands that are read as [in, out].
+_TURNED = {("linear", 1), ("experts", 3)}
+
 
 class OnnxEmitter(Emitter):
     """Writes `onnx/model.onnx`, its data file, and what onnxruntime-genai needs beside them."""
@@ -119,8 +122,8 @@ class _Graph:
         self.uses = Counter(self._reads())
 
     def _transposable(self) -> set[str]:
-        """Return the weights that nothing but `linear` reads, as its matrix."""
-        linear: set[str] = set()
+        """Return the weights that are stored as [in, out], since nothing reads them otherwise."""
+        turned: set[str] = set()
         other: set[str] = set()
         for call in self.program.calls:
             function = self.program.functions[call.function]
@@ -128,9 +131,9 @@ class _Graph:
             for node in function.nodes:
                 for index, value in enumerate(node.inputs):
                     if value in slots:
-                        is_matrix = node.op == "linear" and index == 1
-                        (linear if is_matrix else other).add(call.weights[slots[value]])
-        return linear - other
+                        is_turned = (node.op, index) in _TURNED
+                        (turned if is_turned else other).add(call.weights[slots[value]])
+        return turned - other
 
     def _reads(self) -> Iterator[str]:
         """Yield the name of a weight for every operand it is."""

@@ -1,12 +1,10 @@
-"""Gates of experts, and experts as one feed-forward part whose other neurons are put to 0."""
+"""Gates of experts, and experts that each compute the tokens they are chosen for."""
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.graph import Node, Value
-from graphopt.lowering.onnx.builder import MICROSOFT
 from graphopt.lowering.onnx.ops.registry import Lowering, translation, translation_of
 
 
@@ -44,24 +42,82 @@ def top_gates(lower: Lowering, node: Node) -> ir.Value:
 
 @translation("experts")
 def experts(lower: Lowering, node: Node) -> ir.Value:
-    builder, attrs = lower.builder, lower.attrs(node)
+    """For each expert products over the tokens whose gate is not 0, added where they stand.
+
+    ONNX Runtime's MoE multiplies weights that are not packed, by one thread an expert, and takes
+    longer for prompts (tools/bench_width.py).
+
+    Tokens are added expert by expert: ScatterND adds side by side, so that within one no place
+    may occur twice (microsoft/onnxruntime#23396).
+    """
+    builder, act = lower.builder, lower.attrs(node)["act"]
     x, gates = lower.whole(node.inputs[0]), lower.whole(node.inputs[1])
     up, down, gate = node.inputs[2], node.inputs[3], lower.operand(node, 4)
-    assert up is not None and down is not None
-    hidden = _product(lower, x, up, lower.operand(node, 5))
-    if gate is None:
-        hidden = activation(lower, attrs["act"], hidden)
-    else:
-        first = activation(lower, attrs["act"], _product(lower, x, gate, lower.operand(node, 6)))
-        hidden = builder.op("Mul", first, hidden)
-    count = int(lower.types[node.inputs[1]].shape[-1])  # type: ignore[index]
-    size = int(lower.types[up].shape[0]) // count
-    of_neuron = builder.constant(np.arange(count).repeat(size))
-    hidden = builder.op("Mul", hidden, builder.op("Gather", gates, of_neuron, axis=-1))
-    return _product(lower, hidden, down, None)
+    assert node.inputs[1] is not None
+    shape = lower.types[node.inputs[1]].shape
+    rank, count = len(shape), int(shape[-1])
+    by_expert = [rank - 1, *range(rank - 1)]
+    chosen = builder.op("Cast", gates, to=ir.DataType.BOOL)
+    chosen = builder.op("Transpose", chosen, perm=by_expert)
+    # In the order of experts, and for each the place of a token: [routes, rank].
+    routes = builder.op("Transpose", builder.op("NonZero", chosen), perm=[1, 0])
+    tokens = builder.op("Slice", routes, *(builder.constant([i]) for i in (1, rank, 1)))
+    loads = builder.op("Cast", chosen, to=ir.DataType.INT64)
+    loads = builder.op("ReduceSum", loads, builder.constant([*range(1, rank)]), keepdims=0)
+    places = builder.split(tokens, count, loads)
+    weights: list[ir.Value] | None = None
+    if not _ones(lower, node.inputs[1]):
+        of_routes = builder.op("GatherND", builder.op("Transpose", gates, perm=by_expert), routes)
+        of_routes = builder.op("Unsqueeze", of_routes, builder.constant([1]))
+        weights = builder.split(of_routes, count, loads)
+    first = _parts(lower, up if gate is None else gate, count)
+    first_bias = _parts(lower, lower.operand(node, 5 if gate is None else 6), count)
+    other = _parts(lower, None if gate is None else up, count)
+    other_bias = _parts(lower, None if gate is None else lower.operand(node, 5), count)
+    last = _parts(lower, down, count, turned=True)
+    total = _zeros(lower, node.output)
+    for number in range(count):
+        own = builder.op("GatherND", x, places[number])
+        hidden = builder.op("Gemm", own, first[number], first_bias[number], transB=1)
+        hidden = activation(lower, act, hidden)
+        if gate is not None:
+            wide = builder.op("Gemm", own, other[number], other_bias[number], transB=1)
+            hidden = builder.op("Mul", hidden, wide)
+        if weights is not None:
+            hidden = builder.op("Mul", hidden, weights[number])
+        out = builder.op("MatMul", hidden, last[number])
+        total = builder.op("ScatterND", total, places[number], out, reduction="add")
+    return total
 
 
-def _product(lower: Lowering, x: ir.Value, weight: Value, bias: Value | None) -> ir.Value:
-    builder, stored = lower.builder, lower.whole(weight)
-    product = builder.op("FusedMatMul", x, stored, domain=MICROSOFT, transB=1)
-    return product if bias is None else builder.op("Add", product, lower.whole(bias))
+def _ones(lower: Lowering, gates: Value) -> bool:
+    """Return whether the gates that are not 0 are 1."""
+    made = gates.node
+    return made is not None and made.op == "top_gates" and lower.operand(made, 2) is None
+
+
+def _zeros(lower: Lowering, value: Value) -> ir.Value:
+    """Return zeros of a value's shape; made once a graph."""
+    shape = lower.types[value].shape
+    key = ("zeros", shape)
+    if key not in lower.shared:
+        builder = lower.builder
+        scope, builder.scope = builder.scope, "experts"
+        sizes = builder.shape(shape)
+        lower.shared[key] = builder.op("Expand", builder.number(0.0), sizes)
+        builder.scope = scope
+    made = lower.shared[key]
+    assert isinstance(made, ir.Value)
+    return made
+
+
+def _parts(
+    lower: Lowering, value: Value | None, count: int, *, turned: bool = False
+) -> list[ir.Value] | list[None]:
+    """Return each expert's rows of an operand, or of its transpose; Nones where there is none."""
+    if value is None:
+        return [None] * count
+    stored = lower.whole(value)
+    if turned and stored not in lower.shared["transposed"]:
+        stored = lower.builder.op("Transpose", stored, perm=[1, 0])
+    return lower.builder.rows(stored, count)

@@ -1,0 +1,293 @@
+"""Measure models carved into experts beside dense ones.
+
+    python tools/bench_width.py onnx --calib FILE      # prefill and decoding in ONNX Runtime
+
+Each part is kept in benchmarks/width.json beside what other parts, and other devices, gave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import Tensor
+
+import graphopt as go
+from graphopt.calibrate import text_windows
+from graphopt.capture import capture
+from graphopt.evaluate import OnnxArtifactModel, read_text
+from graphopt.ir.blocks import find_blocks, sub_blocks
+from graphopt.ir.execute import Runner, complete_inputs
+from graphopt.ir.feed_forward import FeedForward, feed_forwards
+from graphopt.ir.graph import Call, Function, Node, Program, Value
+from graphopt.ir.shapes import infer_program
+from graphopt.lowering.onnx.builder import MICROSOFT
+from graphopt.lowering.onnx.ops import Lowering
+from graphopt.lowering.onnx.ops.registry import _FORMS as FORMS
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "onnxruntime", "numpy")
+SPLITS = {
+    "S3A3E8": "carve-moe{shared=3,active=3,experts=8}",
+    "S2A2E16": "carve-moe{shared=2,active=2,experts=16}",
+}
+TOKENS = 512
+TURNS = 11
+
+
+def onnx(options: argparse.Namespace) -> dict[str, Any]:
+    """Prefill and decode with dense and carved graphs in turns, whole and their FFN parts alone.
+
+    `moe` is what the same parts take with com.microsoft::MoE for the experts. Threads do not
+    spin between operators.
+    """
+    dense = capture("demo")
+    ids = text_windows(dense, read_text(options.calib), TOKENS)[-1:]
+    found: dict[str, Any] = {"tokens": TOKENS, "threads": options.threads, "splits": {}}
+    for split, recipe in SPLITS.items():
+        passes = f"{recipe},{go.Pipeline.default()}"
+        carved, _ = go.Pipeline.parse(passes).run(dense, calib=options.calib, verify=False)
+        plain, _ = go.Pipeline.parse(str(go.Pipeline.default())).run(dense, verify=False)
+        with tempfile.TemporaryDirectory(prefix="bench-width-") as work:
+            folder = Path(work)
+            measured = {
+                "recipe": recipe,
+                **ffn_alone(plain, carved, ids, folder, options.threads),
+                **whole_models({"dense": plain, "carved": carved}, ids, folder, options.threads),
+            }
+        found["splits"][split] = measured
+        for part in ("ffn", "ffn of one token", "prefill", "decode"):
+            print(f"{split} {part}: {measured[part]['share']}", flush=True)
+        # A later split may be cut off.
+        keep(options, found)
+    return found
+
+
+def session(folder: Path, threads: int) -> onnxruntime.InferenceSession:
+    """Return a session whose threads do not spin: a run in turn with others takes their cores."""
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(folder / "model.onnx"), settings)
+
+
+def whole_models(
+    programs: Mapping[str, Program], ids: Tensor, folder: Path, threads: int
+) -> dict[str, Any]:
+    """Time prefill and the steps behind it of whole models."""
+    models = {}
+    for name, program in programs.items():
+        go.emit(program, folder / name, emit=("onnx",))
+        models[name] = OnnxArtifactModel(folder / name / "onnx")
+        models[name]._session = session(folder / name / "onnx", threads)
+    runs = {name: functools.partial(decode_runs, model, ids) for name, model in models.items()}
+    prefill = {
+        name: functools.partial(model.step, complete_inputs({"input_ids": ids}), model.start(1))
+        for name, model in models.items()
+    }
+    return {"prefill": in_turns(prefill), "decode": in_turns(runs, seconds_of=True)}
+
+
+def decode_runs(model: OnnxArtifactModel, ids: Tensor, prompt: int = 64, count: int = 16) -> float:
+    """Return the seconds of a step of one token."""
+    logits, cache = model.step(complete_inputs({"input_ids": ids[:, :prompt]}), model.start(1))
+    started = time.perf_counter()
+    for done in range(count):
+        token = logits[:, -1:].argmax(-1)
+        logits, cache = model.step(complete_inputs({"input_ids": token}, prompt + done), cache)
+    return (time.perf_counter() - started) / count
+
+
+def in_turns(runs: Mapping[str, Callable[[], Any]], *, seconds_of: bool = False) -> dict[str, Any]:
+    """Return seconds of runs made in turns, and the medians' shares of the dense one's.
+
+    Args:
+        seconds_of: A run returns its seconds itself.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(-1, TURNS):
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            started = time.perf_counter()
+            own = runs[name]()
+            if turn >= 0:
+                times[name].append(own if seconds_of else time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    share = {name: median / medians["dense"] for name, median in medians.items()}
+    return {"seconds": times, "share": share}
+
+
+def ffn_alone(
+    dense: Program, carved: Program, ids: Tensor, folder: Path, threads: int
+) -> dict[str, Any]:
+    """Time the feed-forward parts alone, on what they get in the carved model."""
+    parts = ffn_program(carved)
+    feeds = {"input_ids": ids.numpy(), **ffn_inputs(carved, ids)}
+    sessions = {}
+    for name, program in (("dense", ffn_program(dense)), ("carved", parts), ("moe", parts)):
+        own_form = FORMS["experts"]
+        if name == "moe":
+            FORMS["experts"] = fused
+        try:
+            go.emit(program, folder / f"ffn-{name}", emit=("onnx",))
+        finally:
+            FORMS["experts"] = own_form
+        sessions[name] = session(folder / f"ffn-{name}" / "onnx", threads)
+    ours, theirs = (sessions[name].run(None, feeds)[0] for name in ("carved", "moe"))
+    # Sums of the same products in another order.
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(ours).max()
+    last = {name: np.ascontiguousarray(value[:, -1:]) for name, value in feeds.items()}
+    return {
+        part: in_turns(
+            {name: functools.partial(s.run, None, given) for name, s in sessions.items()}
+        )
+        for part, given in (("ffn", feeds), ("ffn of one token", last))
+    }
+
+
+def ffn_values(function: Function, stream: int) -> tuple[Value, list[Value]]:
+    """Return what a block's feed-forward part reads, and the terms it adds to the stream."""
+    terms = [part.term for part in sub_blocks(function, stream) if part.kind == "ffn"]
+    for node in function.nodes:
+        if node.op == "experts":
+            assert node.inputs[0] is not None
+            return node.inputs[0], terms
+    (part,) = feed_forwards(function, stream)
+    assert isinstance(part, FeedForward)
+    return part.x, terms
+
+
+def ffn_program(program: Program) -> Program:
+    """Return the sum of a program's feed-forward parts, each of an input x0, x1, ... of its own."""
+    made = Program("ffn", inputs={"input_ids": program.inputs["input_ids"]}, outputs=["logits"])
+    made.weights = program.weights.copy()
+    kinds, _ = infer_program(program)
+    total = ""
+    for number, block in enumerate(find_blocks(program)):
+        call = program.calls[block.position]
+        function = program.functions[call.function]
+        x, terms = ffn_values(function, block.stream)
+        twin = function.clone(f"ffn{number}")
+        ours = dict(zip(function.values(), twin.values(), strict=True))
+        twin.caches, twin.params = [], [Value("x")]
+        twin.replace(ours[x], twin.params[0])
+        if total:
+            twin.params.append(Value("total"))
+        out, *rest = [*twin.params[1:], *(ours[term] for term in terms)]
+        for term in rest:
+            out = twin.add("add", [out, term]).output
+        twin.results = [out]
+        twin.remove_dead()
+        made.functions[twin.name] = twin
+        made.inputs[f"x{number}"] = kinds[block.position][x]
+        args = [f"x{number}", *([total] if total else [])]
+        total = f"total{number}"
+        used = {slot: name for slot, name in call.weights.items() if slot in twin.weights}
+        made.calls.append(Call(twin.name, args, [total], used, dict(call.attrs), {}, call.path))
+    made.calls[-1].results = ["logits"]
+    made.prune_unused()
+    return made
+
+
+def ffn_inputs(program: Program, ids: Tensor) -> dict[str, Any]:
+    """Return what the feed-forward parts of a program read, by the names of `ffn_program`."""
+    program = program.copy()
+    wanted: dict[int, str] = {}
+    for number, block in enumerate(find_blocks(program)):
+        call = program.calls[block.position]
+        function = program.functions[call.function]
+        x, _ = ffn_values(function, block.stream)
+        twin = function.clone(f"{function.name}{number}")
+        ours = dict(zip(function.values(), twin.values(), strict=True))
+        twin.results.append(ours[x])
+        program.functions[twin.name] = twin
+        wanted[block.position] = f"x{number}"
+        call.function, call.results = twin.name, [*call.results, f"x{number}"]
+    found: dict[str, Any] = {}
+    runner = Runner(program, keep_weights=False)
+    walk = runner.stream([complete_inputs({"input_ids": ids})])
+    for position, (_, (values,)) in enumerate(walk):
+        if position in wanted:
+            found[wanted[position]] = values[wanted[position]].numpy()
+    return found
+
+
+def fused(lower: Lowering, node: Node) -> ir.Value:
+    """Return experts as com.microsoft::MoE, whose router is the logarithm of 0 or 1."""
+    builder, attrs = lower.builder, lower.attrs(node)
+    assert attrs["act"] == "silu" and len(lower.types[node.output].shape) == 3
+    up, down, gate = (
+        lower.program.weights[lower.call.weights[slot]].load(torch.float32)
+        for value in (node.inputs[2], node.inputs[3], node.inputs[4])
+        for slot, own in lower.function.weights.items()
+        if own is value
+    )
+    count, active = int(lower.types[node.inputs[1]].shape[-1]), attrs["active"]  # type: ignore[index]
+    first = torch.stack([gate, up], 1).view(count, -1, up.shape[1])
+    last = down.view(down.shape[0], count, -1).transpose(0, 1).contiguous()
+    matrices = []
+    for value in (first, last):
+        name = builder.unique(f"{lower.call.path}.moe")
+        matrices.append(builder.initializer(name, ir.tensor(value.numpy(), name=name)))
+    scores = builder.op("Log", lower.whole(node.inputs[1]))
+    scores = builder.op("Reshape", scores, builder.constant([-1, count]))
+    made = builder.op(
+        "MoE", lower.whole(node.inputs[0]), scores, matrices[0], None, matrices[1],
+        domain=MICROSOFT, k=active, activation_type="swiglu", swiglu_fusion=1,
+        activation_alpha=1.0, activation_beta=0.0, normalize_routing_weights=0,
+    )  # fmt: skip
+    made = builder.op("Mul", made, builder.number(float(active)))
+    assert isinstance(made, ir.Value)
+    return made
+
+
+PARTS = {"onnx": onnx}
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--calib", type=Path, required=True, help="calibration text")
+    parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "width.json")
+    options = parser.parse_args()
+    keep(options, PARTS[options.part](options))
+
+
+def keep(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    """Put what a part gave beside what is there."""
+    gpu = options.device != "cpu"
+    cores = len(os.sched_getaffinity(0))
+    name = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {cores} cores"
+    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    kept[f"{options.part} on {options.device}"] = {
+        "command": f"python tools/bench_width.py {options.part} --device {options.device} "
+        f"--calib {options.calib.name} --threads {options.threads}",
+        "date": datetime.date.today().isoformat(),
+        "device": name,
+        "python": platform.python_version(),
+        "versions": {package: metadata.version(package) for package in PACKAGES},
+        **found,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
