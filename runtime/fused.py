@@ -50,7 +50,7 @@ def _triton_runs() -> bool:
     return False
 
 
-def _by_kernel(*tensors: Tensor) -> bool:
+def runs_by_kernel(*tensors: Tensor) -> bool:
     """Return whether kernels take these: 16 bits, all of one dtype, on a GPU, not empty."""
     kind = tensors[0].dtype
     return (
@@ -216,7 +216,7 @@ def launch_append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
     """As `ops.rms_norm`."""
-    if _by_kernel(x) and _is_gain(weight, x):
+    if runs_by_kernel(x) and _is_gain(weight, x):
         return launch_norm(x, None, weight, eps, offset)[1]
     return ops.rms_norm(x, weight, eps, offset)
 
@@ -226,7 +226,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """As `ops.add_rms_norm`."""
     given = [x] if y is None else [x, y]
-    if _by_kernel(*given) and given[-1].shape == x.shape and _is_gain(weight, x):
+    if runs_by_kernel(*given) and given[-1].shape == x.shape and _is_gain(weight, x):
         return launch_norm(x, y, weight, eps, offset)
     return ops.add_rms_norm(x, y, weight, eps, offset)
 
@@ -241,7 +241,7 @@ def rope(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, heads_first: bool = True
 ) -> Tensor:
     """As `ops.rope`; the tables stay in fp32."""
-    if not (_by_kernel(x) and _rotatable(cos, sin, x)):
+    if not (runs_by_kernel(x) and _rotatable(cos, sin, x)):
         return ops.rope(x, cos, sin, interleaved, heads_first)
     turned = launch_rope(x if heads_first else x.transpose(1, 2), None, cos, sin, interleaved)[0]
     return turned if heads_first else turned.transpose(1, 2)
@@ -256,7 +256,7 @@ def rope_pair(
     heads_first: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """As `ops.rope_pair`; the tables stay in fp32."""
-    if not (_by_kernel(q, k) and q.shape[-1] == k.shape[-1] and _rotatable(cos, sin, q, k)):
+    if not (runs_by_kernel(q, k) and q.shape[-1] == k.shape[-1] and _rotatable(cos, sin, q, k)):
         return ops.rope_pair(q, k, cos, sin, interleaved, heads_first)
     if not heads_first:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
@@ -271,13 +271,13 @@ def _rotatable(*tensors: Tensor) -> bool:
 
 def act_mul(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
     """As `ops.act_mul`."""
-    if _by_kernel(gate, up) and gate.shape == up.shape:
+    if runs_by_kernel(gate, up) and gate.shape == up.shape:
         return launch_act_mul(gate, up, act)
     return ops.act_mul(gate, up, act)
 
 
 def append_kv(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor) -> Tensor:
     """As `ops.append_kv`."""
-    if _by_kernel(k, v, cache_k, cache_v) and _rotatable(k, v, cache_k, cache_v):
+    if runs_by_kernel(k, v, cache_k, cache_v) and _rotatable(k, v, cache_k, cache_v):
         return launch_append(k, v, cache_k, cache_v, length)
     return ops.append_kv(k, v, cache_k, cache_v, length)

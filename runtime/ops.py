@@ -344,6 +344,24 @@ def top_gates(
     return chosen if extra is None else chosen * (1 + odds * extra).to(chosen.dtype)
 
 
+def route(
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor | None = None,
+    bias: Tensor | None = None,
+    extra: Tensor | None = None,
+    *,
+    count: int,
+) -> Tensor:
+    """`top_gates` of the scores that a linear of x gives.
+
+    Args:
+        x: [..., N].
+        weight, offset: Of the linear, [E, N] and [E].
+    """
+    return top_gates(linear(x, weight, offset), bias, extra, count=count)
+
+
 def experts(
     x: Tensor,
     gates: Tensor,
@@ -367,6 +385,43 @@ def experts(
     hidden = act(hidden) if gate is None else act(linear(x, gate, gate_bias)) * hidden
     size = up.shape[0] // gates.shape[-1]
     return linear(hidden * gates.to(hidden.dtype).repeat_interleave(size, -1), down)
+
+
+def moe(
+    x: Tensor,
+    gates: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    shared_up: Tensor | None = None,
+    shared_down: Tensor | None = None,
+    shared_gate: Tensor | None = None,
+    shared_up_bias: Tensor | None = None,
+    shared_gate_bias: Tensor | None = None,
+    shared_down_bias: Tensor | None = None,
+    *,
+    act: str,
+    active: int,
+) -> Tensor:
+    """The sum of `experts` and of a feed-forward part that every token runs, if there is one.
+
+    Args:
+        shared_up, shared_gate: [M, N].
+        shared_down: [N', M].
+        act: One of ACTIVATIONS.
+        active: How many gates of a token are not 0, at most.
+    """
+    routed = experts(x, gates, up, down, gate, up_bias, gate_bias, act=ACTIVATIONS[act])
+    if shared_up is None or shared_down is None:
+        return routed
+    hidden = linear(x, shared_up, shared_up_bias)
+    if shared_gate is None:
+        hidden = ACTIVATIONS[act](hidden)
+    else:
+        hidden = act_mul(linear(x, shared_gate, shared_gate_bias), hidden, act)
+    return linear(hidden, shared_down, shared_down_bias) + routed
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:

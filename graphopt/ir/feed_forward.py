@@ -47,7 +47,7 @@ def _read(function: Function, part: SubBlock) -> FeedForward | str:
         if node.op != "linear" or node.inputs[1] not in weights:
             continue
         hidden = node.inputs[0]
-        read = None if hidden is None else _hidden(hidden, weights)
+        read = None if hidden is None else read_hidden(hidden, weights)
         if hidden is None or read is None:
             continue
         act, gate, up = read
@@ -63,9 +63,12 @@ def _read(function: Function, part: SubBlock) -> FeedForward | str:
     return "it is no projection of an activation, or of its product with a projection"
 
 
-def _hidden(hidden: Value, weights: set[Value]) -> tuple[str, Node | None, Node] | None:
-    """Return the activation, the linear behind it and the other one, if a value is that."""
-    node = hidden.node
+def read_hidden(hidden: Value | None, weights: set[Value]) -> tuple[str, Node | None, Node] | None:
+    """Return the activation, the linear behind it and the other one, if a value is that.
+
+    Where there is one linear, it is the last.
+    """
+    node = None if hidden is None else hidden.node
     if node is None:
         return None
     if node.op in ACTIVATIONS:

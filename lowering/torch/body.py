@@ -370,6 +370,32 @@ def _experts(printer: BodyPrinter, node: Node) -> str:
     return printer.helper("experts", ", ".join(arguments))
 
 
+_MOE = [name.rstrip("?") for name in get_op("experts").operands]
+_MOE += [f"shared_{name}" for name in ("up", "down", "gate", "up_bias", "gate_bias", "down_bias")]
+_ROUTE = ["x", "weight", "offset", "bias", "extra"]
+
+
+def _named(
+    printer: BodyPrinter, node: Node, names: Sequence[str], given: int, *options: str
+) -> str:
+    """Return a call whose operands behind the first `given` ones are given by name."""
+    texts = [
+        printer.name(value) if place < given else f"{name}={printer.name(value)}"
+        for place, (name, value) in enumerate(zip(names, node.inputs, strict=False))
+        if value is not None
+    ]
+    return printer.helper(node.op, ", ".join([*texts, *options]))
+
+
+def _moe(printer: BodyPrinter, node: Node) -> str:
+    options = f"act={quoted(node.attrs['act'])}", f"active={node.attrs['active']}"
+    return _named(printer, node, _MOE, 4, *options)
+
+
+def _route(printer: BodyPrinter, node: Node) -> str:
+    return _named(printer, node, _ROUTE, 2, f"count={node.attrs['count']}")
+
+
 def _scale(printer: BodyPrinter, node: Node) -> str:
     factor = printer.literal(node.attrs["factor"], node)
     return printer.infix(node, "*", node.inputs[0], factor)
@@ -382,9 +408,11 @@ _FORMS: dict[str, Callable[[BodyPrinter, Node], str]] = {
     "attention": BodyPrinter.attention,
     "embedding": _embedding,
     "experts": _experts,
+    "moe": _moe,
     "none": lambda printer, node: "None",
     "mul": lambda printer, node: printer.infix(node, "*", node.inputs[0], node.inputs[1]),
     "packed_linear": BodyPrinter.packed_linear,
+    "route": _route,
     "rope_pair": lambda printer, node: printer.joined(node, "rope"),
     "scale": _scale,
 }

@@ -7,6 +7,8 @@ that says what it computes:
 2. `act_mul`: an activation and the product that alone reads it.
 3. `rope_pair`: two rotations by the same tables, where neither hangs on the other.
 4. `packed_linear`: products of one tensor with several weights, as one with all of them.
+5. `moe`: experts, and the feed-forward part of the same input that their sum is added to.
+6. `route`: gates, and the linear that alone gives them their scores.
 
 The sum at the end of a layer and the norm at the start of the next one are in two functions:
 `defer_sums` moves the sum to where the norm is.
@@ -19,12 +21,15 @@ from dataclasses import dataclass, field
 
 import networkx
 
+from graphopt.ir.feed_forward import read_hidden
 from graphopt.ir.graph import Function, Node, Program, Value
 from graphopt.lowering.torch.flow import Flow
 from graphopt.runtime.ops import ACTIVATIONS
 
 FUSED = ("rms_norm", "add_rms_norm", "rope", "rope_pair", "act_mul")
 """Functions of `graphopt.runtime.ops` that a target with kernels for layers has its own of."""
+MOE = ("moe", "route", "top_gates")
+"""The same, of models with experts."""
 
 
 def fuse(function: Function, packable: Collection[str]) -> None:
@@ -33,6 +38,10 @@ def fuse(function: Function, packable: Collection[str]) -> None:
     Args:
         packable: Weight slots that may be put into one with others.
     """
+    for node in [node for node in function.nodes if node.op == "experts"]:
+        _experts(function, node)
+    for node in [node for node in function.nodes if node.op == "top_gates"]:
+        _route(function, node)
     for node in list(function.nodes):
         if node.op == "mul":
             _gate(function, node)
@@ -71,6 +80,59 @@ def _gate(function: Function, product: Node) -> None:
         _swap(function, [product], new)
         function.nodes.remove(act)
         return
+
+
+def _experts(function: Function, routed: Node) -> None:
+    """Join experts with what every token runs beside them; the last operands are that part's."""
+    uses, outside = function.uses(), function.outside_values()
+    operands = [*routed.inputs, *[None] * (7 - len(routed.inputs))]
+    total = uses[routed.output][0][0] if len(uses[routed.output]) == 1 else routed
+    shared: list[Value | None] = []
+    old = routed
+    if total.op == "add" and routed.output not in outside:
+        other = next((v for v in total.inputs if v is not routed.output), None)
+        shared = _shared(function, other, routed)
+        old = total if shared else routed
+    new = function.add("moe", [*operands, *shared], routed.attrs, before=old)
+    _swap(function, [old], new)
+    function.remove_dead()
+
+
+def _route(function: Function, gates: Node) -> None:
+    scores = gates.inputs[0]
+    made = None if scores is None else scores.node
+    if made is None or made.op != "linear" or len(function.uses()[made.output]) > 1:
+        return
+    if made.output in function.outside_values():
+        return
+    operands = [*made.inputs, *[None] * (3 - len(made.inputs)), *gates.inputs[1:]]
+    new = function.add("route", operands, {"count": gates.attrs["count"]}, before=gates)
+    _swap(function, [gates], new)
+    function.nodes.remove(made)
+
+
+def _shared(function: Function, value: Value | None, routed: Node) -> list[Value | None]:
+    """Return the weights of a feed-forward part that reads what experts read; [] for none."""
+    node = None if value is None else value.node
+    if node is None or node.op != "linear" or len(function.uses()[node.output]) > 1:
+        return []
+    read = read_hidden(node.inputs[0], set(function.weights.values()))
+    if read is None or read[0] != routed.attrs["act"]:
+        return []
+    _, gate, up = read
+    if up.inputs[0] is not routed.inputs[0] or (gate is None) != (
+        len(routed.inputs) < 5 or routed.inputs[4] is None
+    ):
+        return []
+
+    def factors(part: Node | None) -> tuple[Value | None, Value | None]:
+        given = [] if part is None else part.inputs[1:]
+        return (given[0] if given else None, given[1] if len(given) > 1 else None)
+
+    (up_weight, up_bias), (gate_weight, gate_bias), (down, down_bias) = map(
+        factors, (up, gate, node)
+    )
+    return [up_weight, down, gate_weight, up_bias, gate_bias, down_bias]
 
 
 def _sum(function: Function, norm: Node) -> None:

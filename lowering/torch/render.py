@@ -15,7 +15,7 @@ from graphopt.ir.ops import is_aten
 from graphopt.ir.shapes import infer_program
 from graphopt.lowering.torch import template
 from graphopt.lowering.torch.classes import ModuleClass
-from graphopt.lowering.torch.fuse import FUSED, Deferred, defer_sums
+from graphopt.lowering.torch.fuse import FUSED, MOE, Deferred, defer_sums
 from graphopt.lowering.torch.model import ModelClass
 from graphopt.lowering.torch.text import HELPERS, WIDTH, class_name, prose, quoted, wrap
 from graphopt.lowering.torch.tiled import (
@@ -60,7 +60,7 @@ def render_model(program: Program, target: str = "cpu", lowered: TiledModel | No
     fused = tiled is not None and bool(tiled.target.layer_kernels)
     deferred = defer_sums(program) if fused else Deferred(program)
     classes = _classes(program, deferred, fused)
-    ahead = [*(_ATTENTION if tiled else ()), *(FUSED if fused else ())]
+    ahead = [*(_ATTENTION if tiled else ()), *((*FUSED, *MOE) if fused else ())]
     unmasked = tiled is not None and mask_is_for_attention_alone(program)
     model = "\n".join(ModelClass(deferred.program, classes, unmasked=unmasked).lines())
     parts = ["\n".join(made.lines()) for made in classes.values()]

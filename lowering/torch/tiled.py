@@ -17,7 +17,7 @@ from graphopt.ir.ops.attention import BIAS, KEY, QUERY, SINKS, SLOPES, VALUE
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
 from graphopt.lowering.cuda.ahead import AHEAD
-from graphopt.lowering.torch.fuse import FUSED
+from graphopt.lowering.torch.fuse import FUSED, MOE
 from graphopt.lowering.triton.constants import kernel_constants
 from graphopt.lowering.triton.specialise import specialise
 from graphopt.plan import AttentionPlan, AttentionSpec, plan_attention
@@ -60,6 +60,8 @@ _TRITON = {
 }
 # Families of kernels beside attention: the modules that launch them, and their files.
 _LAYER_KERNELS = {"triton": (["fused"], ["block"])}
+# The same, for models with experts.
+_MOE_KERNELS = {"triton": (["moe"], ["experts"])}
 
 
 @dataclass
@@ -72,6 +74,7 @@ class TiledModel:
         refused: (where, reason) of each attention that no kernel of the target takes.
         notes: (where, what) of those that a kernel takes which was made for something else.
         images: Plans whose kernel is compiled ahead, by the stem of their files' names.
+        experts: Whether tokens run some of a part's neurons.
     """
 
     target: Target
@@ -80,6 +83,7 @@ class TiledModel:
     refused: list[tuple[str, str]] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
     images: dict[str, AttentionPlan] = field(default_factory=dict)
+    experts: bool = False
 
     def files(self) -> dict[str, str]:
         """Return the text of every source file of the folder `kernels`, by name."""
@@ -91,6 +95,9 @@ class TiledModel:
         for family in self.target.layer_kernels:
             modules += _LAYER_KERNELS[family][0]
             kernels += _LAYER_KERNELS[family][1]
+            if self.experts:
+                modules += _MOE_KERNELS[family][0]
+                kernels += _MOE_KERNELS[family][1]
         texts = {f"{name}.py": _runtime_text(f"{name}.py") for name in modules}
         texts |= {f"{name}.py": _runtime_text(f"kernels/{name}.py") for name in kernels}
         for kernel in used:
@@ -166,8 +173,12 @@ class TiledModel:
         imports = "from .tiled import Form, Planned, Slot, Tiled"
         if self.target.layer_kernels:
             joined = ", ".join(sorted([*FUSED, "append_kv"]))
-            imports = f"from .fused import {joined}\n{imports}"
+            own = f"from .fused import {joined}\n"
             exported += FUSED
+            if self.experts:
+                own += f"from .moe import {', '.join(MOE)}\n"
+                exported += MOE
+            imports = own + imports
             tiled += ", append_kv"
         return _INIT.format(
             title=self.target.title, rows="\n".join(rows), imports=imports, tiled=tiled,
@@ -218,6 +229,10 @@ def lower_attentions(program: Program, target: str) -> TiledModel | None:
     if not machine.kernels:
         return None
     model = TiledModel(machine, compute_dtype(program, machine))
+    called = {call.function for call in program.calls}
+    model.experts = any(
+        node.op == "experts" for name in called for node in program.functions[name].nodes
+    )
     seen: dict[AttentionSpec, None] = {}
     for where, spec in _specs(program, model.dtype):
         if spec in seen:

@@ -121,7 +121,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _activation(x, ACT: tl.constexpr):
+def activation(x, ACT: tl.constexpr):
     if ACT == "silu":
         y = x * tl.sigmoid(x)
     elif ACT == "sigmoid":
@@ -159,7 +159,7 @@ def act_mul(
     gate = tl.load(gate_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
     start = _row_start(row, size_1, size_2, up_stride_0, up_stride_1, up_stride_2)
     up = tl.load(up_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
-    made = _activation(gate, ACT) * up
+    made = activation(gate, ACT) * up
     tl.store(out_ptr + row * N + column, made.to(out_ptr.dtype.element_ty), mask=inside)
 
 

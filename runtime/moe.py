@@ -1,0 +1,368 @@
+"""Feed-forward parts with experts on a GPU, in Triton: of many tokens, and of few.
+
+Functions named as one of `graphopt.runtime.ops` stand in for it, as those of
+`graphopt.runtime.fused` do. Many tokens are sorted by expert and take part in one product an
+expert; a few tokens read the weights of their own experts, row by row.
+
+Layout letters: T tokens, E experts, D features, N neurons of an expert.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.runtime import ops
+from graphopt.runtime.fused import act_mul, runs_by_kernel
+
+AT_ONCE = 16384
+"""Tokens whose experts' outputs are in memory at once."""
+MOST_EXPERTS = 64
+"""More are compared with each other in torch."""
+
+
+def _power(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product of sorted tokens is cut.
+
+    Attributes:
+        rows, columns, depth: Of a tile: tokens, outputs, and what is summed over at a time.
+        group: Tiles of rows that share the columns of a weight while those are in the cache.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 8
+
+    def options(self, experts: int) -> dict[str, int]:
+        """Return what a kernel is compiled for."""
+        return {
+            "BLOCK_T": self.rows, "BLOCK_N": self.columns, "BLOCK_D": self.depth,
+            "BLOCK_E": _power(experts), "GROUP": self.group,
+            "num_warps": self.warps, "num_stages": self.stages,
+        }  # fmt: skip
+
+
+ROWS = ((384, 128), (48, 64), (24, 32))
+"""From how many tokens an expert has on average how many are a tile: its last one is half empty."""
+
+# By rows: experts of few tokens wait for weights, those of many for products.
+EXPAND = {
+    16: Tiles(16, 64, 128, 4, 4), 32: Tiles(32, 64, 128, 4, 4), 64: Tiles(64, 128, 64, 4, 4),
+    128: Tiles(128, 128, 64, 8, 4),
+}  # fmt: skip
+REDUCE = {
+    16: Tiles(16, 128, 128, 4, 4), 32: Tiles(32, 128, 128, 4, 4), 64: Tiles(64, 256, 64, 4, 4),
+    128: Tiles(128, 256, 64, 8, 4),
+}  # fmt: skip
+
+
+@functools.cache
+def _copies_tiles() -> bool:
+    """Return whether the GPU copies tiles of a tensor by itself (Hopper and later)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def _described(weight: Tensor | None, rows: int, columns: int) -> Any:
+    """Return the tensor descriptor of tiles of a matrix, None where the GPU has none for it."""
+    if weight is None or not weight.is_cuda or not _copies_tiles():
+        return None
+    # Such copies start and step at multiples of 16 bytes, and a tile is no larger than the matrix.
+    if weight.data_ptr() % 16 or weight.stride(0) * weight.element_size() % 16:
+        return None
+    if weight.shape[0] < rows or weight.shape[1] < columns:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(weight, [rows, columns])
+
+
+def launch_top_gates(
+    scores: Tensor, bias: Tensor | None, extra: Tensor | None, count: int
+) -> Tensor:
+    """Return the gates, of the scores' dtype and shape.
+
+    Args:
+        scores: [..., E].
+        bias, extra: [E].
+    """
+    from graphopt.runtime.kernels.experts import top_gates as kernel
+
+    experts = scores.shape[-1]
+    flat = scores.reshape(-1, experts)
+    gates = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    wide = _power(experts)
+    rows = max(1, min(64, 4096 // (wide * wide)))
+    kernel[(-(-len(flat) // rows),)](
+        flat, bias, extra, gates, len(flat), flat.stride(0),
+        E=experts, COUNT=count, BLOCK_T=rows, BLOCK_E=wide, num_warps=4,
+    )  # fmt: skip
+    return gates
+
+
+def launch_route(
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    extra: Tensor | None,
+    count: int,
+) -> Tensor:
+    """Return the gates [T, E] of the scores x weight^T + offset.
+
+    Args:
+        x: [T, D], the last axis contiguous.
+        weight: [E, D], contiguous.
+        offset, bias, extra: [E].
+    """
+    from graphopt.runtime.kernels.experts import route as kernel
+
+    tokens, width = x.shape
+    experts = weight.shape[0]
+    gates = torch.empty(tokens, experts, dtype=x.dtype, device=x.device)
+    # One program reads all features of its tokens.
+    wide = _power(experts)
+    rows, wide, depth, warps = (
+        (1, wide, 32768 // wide, 16) if tokens <= 64 else (16, max(16, wide), 128, 4)
+    )
+    kernel[(-(-tokens // rows),)](
+        x, weight, offset, bias, extra, gates, tokens, x.stride(0),
+        D=width, E=experts, COUNT=count, BLOCK_T=rows, BLOCK_E=wide,
+        BLOCK_D=min(depth, max(16, _power(width))), num_warps=warps, num_stages=3,
+    )  # fmt: skip
+    return gates
+
+
+def launch_many(
+    x: Tensor,
+    gates: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    up_bias: Tensor | None,
+    gate_bias: Tensor | None,
+    out_bias: Tensor | None,
+    act: str,
+    active: int,
+    expand_tiles: Tiles | None = None,
+    reduce_tiles: Tiles | None = None,
+) -> Tensor:
+    """Return the experts' sum [T, D'], and `out_bias` added to it, of tokens sorted by expert.
+
+    Args:
+        x: [T, D], the last axis contiguous.
+        gates: [T, E], contiguous; at most `active` of a token are not 0.
+        up, gate: [E N, D].
+        down: [D', E N].
+        out_bias: [D'].
+        expand_tiles, reduce_tiles: By default those that suit so many tokens.
+    """
+    from graphopt.runtime.kernels.experts import combine, expand, list_tokens, reduce
+
+    tokens, width = x.shape
+    experts, out = gates.shape[1], down.shape[0]
+    size = up.shape[0] // experts
+    wide = _power(experts)
+    mean = tokens * active // experts
+    rows = next((rows for least, rows in ROWS if mean >= least), 16)
+    tiles_up, tiles_down = expand_tiles or EXPAND[rows], reduce_tiles or REDUCE[rows]
+    rows = tiles_up.rows
+    room = -(-size // tiles_down.depth) * tiles_down.depth
+    order = torch.empty(experts, tokens, dtype=torch.int32, device=x.device)
+    counts = torch.empty(experts, dtype=torch.int32, device=x.device)
+    block = min(_power(tokens), max(16, 32768 // wide))
+    list_tokens[(experts,)](
+        gates, order, counts, tokens,
+        E=experts, COUNT=active, BLOCK_T=block, BLOCK_E=wide, num_warps=16,
+    )  # fmt: skip
+    # Each expert may leave its last tile unfilled.
+    tiles = tokens * active // rows + experts
+    hidden = torch.empty(tiles * rows, room, dtype=x.dtype, device=x.device)
+    columns = -(-room // tiles_up.columns)
+    expand[(tiles * columns,)](
+        x, up, gate,
+        _described(up, tiles_up.columns, tiles_up.depth),
+        _described(gate, tiles_up.columns, tiles_up.depth),
+        up_bias, gate_bias, gates, order, counts, hidden, tokens, tiles, x.stride(0),
+        D=width, E=experts, SIZE=size, ROOM=room, COUNT=active, ACT=act,
+        **tiles_up.options(experts),
+    )  # fmt: skip
+    parts = torch.empty(tokens * active, out, dtype=x.dtype, device=x.device)
+    columns = -(-out // tiles_down.columns)
+    described = _described(down, tiles_down.columns, tiles_down.depth)
+    reduce[(tiles * columns,)](
+        hidden,
+        None if described is None else _described(hidden, rows, tiles_down.depth),
+        down, described, order, counts, parts, tokens, tiles,
+        OUT=out, E=experts, SIZE=size, ROOM=room,
+        **(tiles_down.options(experts) | {"BLOCK_T": rows}),
+    )  # fmt: skip
+    y = torch.empty(tokens, out, dtype=x.dtype, device=x.device)
+    block = min(1024, _power(out))
+    combine[(tokens, -(-out // block))](
+        parts, gates, out_bias, y,
+        OUT=out, E=experts, COUNT=active, BLOCK_E=wide, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def launch_few(
+    x: Tensor,
+    gates: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    up_bias: Tensor | None,
+    gate_bias: Tensor | None,
+    shared_up: Tensor | None,
+    shared_down: Tensor | None,
+    shared_gate: Tensor | None,
+    shared_up_bias: Tensor | None,
+    shared_gate_bias: Tensor | None,
+    shared_down_bias: Tensor | None,
+    act: str,
+    active: int,
+    expand_block: tuple[int, int, int] = (4, 4096, 8),
+    reduce_block: tuple[int, int, int] = (4, 2048, 8),
+) -> Tensor:
+    """Return the sum of the experts and the shared neurons, every token by itself.
+
+    Args:
+        x: [T, D], the last axis contiguous.
+        gates: [T, E], contiguous; at most `active` of a token are not 0.
+        expand_block, reduce_block: Rows of a weight that a program reads, elements of each at a
+            time, and warps.
+    """
+    from graphopt.runtime.kernels.experts import expand_few, reduce_few
+
+    tokens, width = x.shape
+    experts, out = gates.shape[1], down.shape[0]
+    size = up.shape[0] // experts
+    common = 0 if shared_up is None else shared_up.shape[0]
+    sizes = {"E": experts, "SIZE": size, "SHARED": common, "COUNT": active}
+    sizes["BLOCK_E"] = _power(experts)
+    hidden = torch.empty(tokens, common + active * size, dtype=x.dtype, device=x.device)
+    rows, depth, warps = expand_block
+    blocks = -(-common // rows) + active * -(-size // rows)
+    expand_few[(blocks, tokens)](
+        x, up, gate, up_bias, gate_bias, shared_up, shared_gate, shared_up_bias, shared_gate_bias,
+        gates, hidden, x.stride(0),
+        D=width, ACT=act, BLOCK_N=rows, BLOCK_D=min(depth, _power(width)), num_warps=warps,
+        **sizes,
+    )  # fmt: skip
+    y = torch.empty(tokens, out, dtype=x.dtype, device=x.device)
+    rows, depth, warps = reduce_block
+    reduce_few[(-(-out // rows), tokens)](
+        hidden, down, shared_down, shared_down_bias, gates, y,
+        OUT=out, BLOCK_N=rows, BLOCK_D=min(depth, _power(max(common, size))), num_warps=warps,
+        **sizes,
+    )  # fmt: skip
+    return y
+
+
+# In place of `ops` --------------------------------------------------------------------------------
+
+
+def top_gates(
+    scores: Tensor, bias: Tensor | None = None, extra: Tensor | None = None, *, count: int
+) -> Tensor:
+    """As `ops.top_gates`."""
+    if runs_by_kernel(scores) and scores.shape[-1] <= MOST_EXPERTS:
+        return launch_top_gates(scores, bias, extra, count)
+    return ops.top_gates(scores, bias, extra, count=count)
+
+
+def route(
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor | None = None,
+    bias: Tensor | None = None,
+    extra: Tensor | None = None,
+    *,
+    count: int,
+) -> Tensor:
+    """As `ops.route`."""
+    given = [t for t in (offset, bias, extra) if t is not None]
+    if (
+        not runs_by_kernel(x, weight, *given)
+        or not weight.is_contiguous()
+        or len(weight) > MOST_EXPERTS
+    ):
+        return ops.route(x, weight, offset, bias, extra, count=count)
+    gates = launch_route(x.reshape(-1, x.shape[-1]), weight, offset, bias, extra, count)
+    return gates.view(*x.shape[:-1], len(weight))
+
+
+def moe(
+    x: Tensor,
+    gates: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    shared_up: Tensor | None = None,
+    shared_down: Tensor | None = None,
+    shared_gate: Tensor | None = None,
+    shared_up_bias: Tensor | None = None,
+    shared_gate_bias: Tensor | None = None,
+    shared_down_bias: Tensor | None = None,
+    *,
+    act: str,
+    active: int,
+) -> Tensor:
+    """As `ops.moe`."""
+    routed = (up, down, gate, up_bias, gate_bias)
+    shared = (
+        shared_up, shared_down, shared_gate, shared_up_bias, shared_gate_bias, shared_down_bias
+    )  # fmt: skip
+    weights = [weight for weight in (*routed, *shared) if weight is not None]
+    if not runs_by_kernel(x, *weights) or not all(weight.is_contiguous() for weight in weights):
+        return ops.moe(x, gates, *routed, *shared, act=act, active=active)
+    shape = x.shape[:-1]
+    x = x.reshape(-1, x.shape[-1])
+    gates = gates.reshape(-1, gates.shape[-1]).contiguous()
+    if len(x) == 1 or 2 * len(x) * active <= gates.shape[1]:
+        # Hardly two tokens share an expert: each reads the weights of its own.
+        y = launch_few(x, gates, *routed, *shared, act, active)
+        return y.view(*shape, y.shape[-1])
+    if shared_up is None or shared_down is None:
+        y = _routed(x, gates, *routed, None, act, active)
+        return y.view(*shape, y.shape[-1])
+    # Neither part fills the GPU to its end, so they run beside each other.
+    main, side = torch.cuda.current_stream(), _side_stream(x.device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        hidden = ops.linear(x, shared_up, shared_up_bias)
+        if shared_gate is None:
+            hidden = ops.ACTIVATIONS[act](hidden)
+        else:
+            hidden = act_mul(ops.linear(x, shared_gate, shared_gate_bias), hidden, act)
+    y = _routed(x, gates, *routed, shared_down_bias, act, active)
+    main.wait_stream(side)
+    y.addmm_(hidden, shared_down.t())
+    return y.view(*shape, y.shape[-1])
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    # What it allocates it uses again only after it has waited for the stream beside it.
+    return torch.cuda.Stream(device)
+
+
+def _routed(x: Tensor, gates: Tensor, *rest: Any) -> Tensor:
+    """Return `launch_many` of any number of tokens."""
+    starts = range(0, len(x), AT_ONCE)
+    pieces = [launch_many(x[i : i + AT_ONCE], gates[i : i + AT_ONCE], *rest) for i in starts]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -1,0 +1,203 @@
+"""Kernels of feed-forward parts with experts, against fp64: on a GPU, else interpreted."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from programs import carved, tiny_program
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+import graphopt as go  # noqa: E402
+from graphopt.ir.execute import Runner  # noqa: E402
+from graphopt.ir.feed_forward import Split  # noqa: E402
+from graphopt.ir.ops import get_op  # noqa: E402
+from graphopt.runtime import moe, ops  # noqa: E402
+
+# The interpreter cuts bf16 off where a GPU rounds.
+DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
+SHAPES = [
+    # tokens, experts, active, neurons of an expert, shared neurons, features
+    (1, 5, 3, 24, 72, 64),
+    (3, 14, 2, 12, 0, 40),
+    (70, 5, 3, 43, 16, 96),
+    (33, 2, 1, 16, 8, 32),
+    (20, 4, 4, 16, 0, 32),
+]
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype).to(DEVICE)
+
+
+class Part:
+    """Weights of a part, and what fp64 makes of them."""
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, act: str, gated: bool, biased: bool
+    ) -> None:
+        tokens, experts, self.active, size, shared, width = shape
+        self.experts, self.act = experts, act
+        self.x = random(tokens, width, dtype=dtype, seed=0) * width**0.5
+
+        def weights(neurons: int, seed: int) -> list[Tensor | None]:
+            def vector(n: int, seed: int) -> Tensor | None:
+                return random(n, dtype=dtype, seed=seed) * n**0.5 if biased else None
+
+            return [
+                random(neurons, width, dtype=dtype, seed=seed),
+                random(width, neurons, dtype=dtype, seed=seed + 1),
+                random(neurons, width, dtype=dtype, seed=seed + 2) if gated else None,
+                vector(neurons, seed + 3),
+                vector(neurons, seed + 4) if gated else None,
+            ]
+
+        self.routed = weights(experts * size, 1)
+        self.shared: list[Tensor | None] = [None] * 6
+        if shared:
+            down_bias = random(width, dtype=dtype, seed=20) if biased else None
+            self.shared = [*weights(shared, 11), down_bias]
+
+    def exact(self, gates: Tensor) -> Tensor:
+        """Return the result in fp64."""
+
+        def wide(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.double().cpu()
+
+        x = self.x.double().cpu()
+        operands = [x, wide(gates), *map(wide, self.routed)]
+        whole = get_op("experts").reference(operands, {"act": self.act, "active": self.active})[0]
+        up, down, gate, up_bias, gate_bias, down_bias = map(wide, self.shared)
+        if up is not None:
+            hidden = _linear(x, up, up_bias)
+            act = get_op(self.act)
+            if gate is None:
+                hidden = act.reference([hidden], {})[0]
+            else:
+                hidden = act.reference([_linear(x, gate, gate_bias)], {})[0] * hidden
+            whole = whole + _linear(hidden, down, down_bias)
+        return whole
+
+
+def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    assert weight is not None
+    return x @ weight.t() if bias is None else x @ weight.t() + bias
+
+
+def some_gates(part: Part, dtype: torch.dtype, kind: str) -> Tensor:
+    tokens, experts = len(part.x), part.experts
+    if kind == "one":
+        # Every token runs the last experts, and the others none.
+        gates = torch.zeros(tokens, experts)
+        gates[:, -part.active :] = 1
+        return gates.to(dtype).to(DEVICE)
+    scores = random(tokens, experts, dtype=dtype, seed=30)
+    gates = ops.top_gates(scores, count=part.active)
+    if kind == "scaled":
+        gates = gates * (1 + scores.abs())
+    if kind == "fewer":
+        gates = gates * (torch.arange(tokens, device=DEVICE) % 3 > 0)[:, None]
+    return gates
+
+
+def close(found: Tensor, exact: Tensor, part: Part) -> None:
+    """Hidden neurons, parts and sums are each rounded once: a few units of the output's scale."""
+    eps = torch.finfo(found.dtype).eps
+    scale = exact.abs().mean() + exact.abs()
+    assert bool(((found.double().cpu() - exact).abs() <= 4 * eps * scale).all())
+
+
+FORMS, KINDS = ("gated", "plain", "biased"), ("top", "one", "scaled", "fewer")
+# An interpreter takes seconds for each: there every shape is in one form, and one in several.
+CASES = [
+    (shape, form, kind)
+    for i, shape in enumerate(SHAPES)
+    for j, form in enumerate(FORMS)
+    for k, kind in enumerate(KINDS)
+    if DEVICE == "cuda" or (j, k) == (i % 3, i % 4) or (i == 1 and j == k % 3)
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "form", "kind"), CASES)
+def test_parts(shape: tuple[int, ...], form: str, kind: str, dtype: torch.dtype) -> None:
+    part = Part(shape, dtype, "gelu" if form == "plain" else "silu", form != "plain",
+                form == "biased")  # fmt: skip
+    gates = some_gates(part, dtype, kind)
+    exact = part.exact(gates)
+    few = moe.launch_few(part.x, gates, *part.routed, *part.shared, part.act, part.active)
+    close(few, exact, part)
+    again = moe.launch_few(part.x, gates, *part.routed, *part.shared, part.act, part.active)
+    assert torch.equal(few, again)
+    part.shared = [None] * 6
+    exact = part.exact(gates)
+    bias = random(len(exact[0]), dtype=dtype, seed=40)
+    many = moe.launch_many(part.x, gates, *part.routed, bias, part.act, part.active)
+    close(many, exact + bias.double().cpu(), part)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("experts", [1, 5, 14, 64])
+@pytest.mark.parametrize("operands", ["scores", "bias", "extra", "both"])
+def test_gates(operands: str, experts: int, dtype: torch.dtype) -> None:
+    scores = random(37, experts, dtype=dtype, seed=0) * experts**0.5
+    # Two equal ones: the first is chosen.
+    scores[:, -1] = scores[:, 0]
+    # One that changes the choice, and no ties of sums that are rounded differently.
+    bias = random(experts, dtype=dtype, seed=1) if operands in ("bias", "both") else None
+    extra = random(experts, dtype=dtype, seed=2) if operands in ("extra", "both") else None
+    count = max(1, experts // 3)
+    found = moe.launch_top_gates(scores, bias, extra, count)
+    # The same scores as products with one feature, and with zeros behind it.
+    weight = torch.eye(experts, 48 if experts < 48 else 80, dtype=dtype, device=DEVICE)
+    x = torch.zeros(len(scores), weight.shape[1], dtype=dtype, device=DEVICE)
+    x[:, :experts] = scores
+    assert torch.equal(moe.launch_route(x, weight, None, bias, extra, count), found)
+    offset = torch.zeros(experts, dtype=dtype, device=DEVICE)
+    offset[-1] = 100.0
+    assert bool((moe.launch_route(x, weight, offset, bias, extra, count)[:, -1] != 0).all())
+    exact = ops.top_gates(
+        scores.double().cpu(),
+        None if bias is None else bias.double().cpu(),
+        None if extra is None else extra.double().cpu(),
+        count=count,
+    )
+    assert bool(((found != 0).sum(-1) == count).all())
+    eps = torch.finfo(dtype).eps
+    assert bool(((found.double().cpu() - exact).abs() <= eps * (1 + exact.abs())).all())
+
+
+@pytest.mark.parametrize("shared", [0, 24])
+def test_emitted_models_run_experts_by_kernels(shared: int, tmp_path: Path) -> None:
+    program = carved(tiny_program(head_dim=32, ffn=56), Split(shared, 4, 2))
+    program = go.Pipeline.default().run(program, verify=False)[0]
+    go.emit(program, tmp_path / "out", target="ampere", emit=("torch",))
+    text = (tmp_path / "out" / "model.py").read_text(encoding="utf-8")
+    # What every token runs is part of the call.
+    assert text.count(" moe(") == 1 and ("shared_up=" in text) == bool(shared)
+    assert "experts(" not in text
+    spec = importlib.util.spec_from_file_location("emitted_model", tmp_path / "out" / "model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    ids = torch.randint(0, 97, (2, 50), generator=torch.Generator().manual_seed(0))
+    exact = Runner(program, dtype=torch.float64, mode="reference").logits({"input_ids": ids})
+    model = module.load(tmp_path / "out", device=DEVICE, dtype=torch.float32)
+    with torch.no_grad():
+        logits, _ = model(ids.to(DEVICE))
+    assert float((logits.cpu().double() - exact).abs().max()) < 1e-5 * float(exact.abs().max())
+    if DEVICE == "cuda":
+        model = module.load(tmp_path / "out")
+        with torch.no_grad():
+            whole, _ = model(ids.cuda())
+        # Where two scores are nearly equal 16 bits may choose another expert: most tokens agree.
+        error = (whole.double().cpu() - exact).abs().amax(-1) / exact.abs().max()
+        assert float((error < 2e-2).double().mean()) > 0.9
+        assert module.generate(model, [1, 2, 3], 5) == module.generate(model, [1, 2, 3], 5)
