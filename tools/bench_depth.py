@@ -11,39 +11,30 @@ Each part is kept in benchmarks/depth.json beside what other parts, and other de
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from measure import keep, random_llama, run_recipes
+
 import graphopt as go
-from graphopt.calibrate import held_out_perplexity, pick, text_windows
+from graphopt.calibrate import pick, text_windows
 from graphopt.capture import capture
-from graphopt.evaluate import (
-    OnnxArtifactModel,
-    ProgramModel,
-    load_tokenizer,
-    piqa_accuracy,
-    read_piqa,
-    read_text,
-)
+from graphopt.evaluate import OnnxArtifactModel, read_text
 from graphopt.ir.blocks import find_blocks, remove_blocks
 from graphopt.ir.execute import complete_inputs, resident
-from graphopt.ir.weights import Producer, Weight
+from graphopt.ir.graph import Program
 from graphopt.scores import Unit, final_results, score_units, units_of
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "onnxruntime", "numpy")
 PRUNE = "prune-blocks{ratio=0.25}"
 MIDDLE = "prune-blocks{remove=[12,13,14,15,16,17,18,26],windows=1}"
 RECIPES = {
@@ -63,75 +54,21 @@ RECIPES = {
     ),
     "cpu": (PRUNE, f"{PRUNE},fuse-blocks{{seconds=470}}"),
 }
-LLAMA_7B = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000,
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
-    "tie_word_embeddings": False, "dtype": "bfloat16",
-}  # fmt: skip
 
 
 def recover(options: argparse.Namespace) -> dict[str, Any]:
-    """Run recipes on the demo; perplexity of the whole evaluation text before and after."""
-    device = torch.device(options.device)
-    dense = capture("demo")
-    windows = text_windows(dense, read_text(options.text), 2048)[: options.windows]
+    """Run recipes on the demo."""
 
-    rows = None if options.piqa is None else read_piqa(options.piqa)
-
-    def quality(program: Any) -> dict[str, float]:
-        program = resident(program, torch.float32, device)
-        found = {"perplexity": held_out_perplexity(program, windows, device, torch.float32)}
-        if rows is not None:
-            model = ProgramModel(program, device=device)
-            found["piqa"] = piqa_accuracy(model, load_tokenizer(model), rows, batch=32).accuracy
-        return found
-
-    base = quality(dense)
-    print(f"dense {base}", flush=True)
-    runs: list[dict[str, Any]] = []
-    found: dict[str, Any] = {
-        "dense": base,
-        "text": options.text.name,
-        "calib": options.calib.name,
-        "windows": len(windows),
-        "runs": runs,
-    }
-    for recipe in options.recipe or RECIPES[device.type]:
-        started = time.perf_counter()
-        program, report = go.Pipeline.parse(recipe).run(
-            dense, calib=options.calib, device=device, verify=False, seed=options.seed
-        )
-        seconds = time.perf_counter() - started
-        measured = quality(program)
-        times = measured["perplexity"] / base["perplexity"]
-        runs.append(
-            {
-                "recipe": recipe,
-                "seconds": seconds,
-                **measured,
-                "times_dense": times,
-                "passes": {entry.name: brief(entry.details) for entry in report.passes},
-            }
-        )
-        print(f"{recipe}: {measured}, {times:.3f} x dense, {seconds:.1f} s", flush=True)
-        # A later run may be cut off.
-        keep(options, found)
+    def made(program: Program) -> None:
         if options.keep is not None:
             go.emit(program, options.keep, emit=("hf",), force=True)
-    return found
 
-
-def brief(details: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a pass tells, without the curves that its report is for."""
-    left_out = ("scores", "candidates", "refits")
-    kept = {name: value for name, value in details.items() if name not in left_out}
-    if "training" in kept:
-        kept["training"] = [
-            {name: value for name, value in part.items() if name != "losses"}
-            for part in kept["training"]
-        ]
-    return kept
+    device = torch.device(options.device)
+    return run_recipes(
+        options.recipe or RECIPES[device.type], calib=options.calib, text=options.text,
+        device=device, windows=options.windows, piqa=options.piqa, seed=options.seed,
+        save=lambda found: save(options, found), made=made,
+    )  # fmt: skip
 
 
 def scores(options: argparse.Namespace) -> dict[str, Any]:
@@ -196,32 +133,10 @@ def decode_speed(model: OnnxArtifactModel, prompt: int = 64, count: int = 48) ->
     return count / (time.perf_counter() - started)
 
 
-@dataclass(frozen=True)
-class Random(Producer):
-    """Small random numbers, made anew on the device whenever they are asked for."""
-
-    shape: tuple[int, ...]  # type: ignore[misc]
-    dtype: torch.dtype  # type: ignore[misc]
-    device: str
-    seed: int
-
-    def load(self) -> torch.Tensor:
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-        value = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        return value.normal_(0.0, 0.02, generator=generator)
-
-
 def shape(options: argparse.Namespace) -> dict[str, Any]:
     """Score the blocks of a 16-bit Llama-7B with random weights over 32 windows of 2,048."""
     device = torch.device(options.device)
-    with tempfile.TemporaryDirectory() as work:
-        path = Path(work) / "config.json"
-        path.write_text(json.dumps(LLAMA_7B), encoding="utf-8")
-        program = capture(f"config:{path}")
-    for seed, weight in enumerate(list(program.weights)):
-        if not weight.constant:
-            made = Random(weight.shape, torch.bfloat16, options.device, seed)
-            program.weights.replace(Weight(weight.name, made, weight.checkpoint))
+    program = random_llama(device)
     windows = torch.randint(0, 32000, (32, 2048), generator=torch.Generator().manual_seed(0))
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
@@ -257,37 +172,21 @@ def main() -> None:
         parser.error("give a calibration text with --calib")
     if options.part == "recover" and options.text is None:
         parser.error("give an evaluation text with --text")
-    found = PARTS[options.part](options)
-    keep(options, found)
+    save(options, PARTS[options.part](options))
 
 
-def keep(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
-    """Put what a part gave beside what is there."""
-    gpu = options.device != "cpu"
-    cores = len(os.sched_getaffinity(0))
-    name = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {cores} cores"
-    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
-    texts = [
+def save(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    command = ["python tools/bench_depth.py", options.part, "--device", options.device]
+    command += [
         f"--{option} {getattr(options, option).name}"
         for option in ("calib", "text", "piqa")
         if getattr(options, option) is not None
     ]
     for option in ("windows", "seed"):
         if getattr(options, option):
-            texts.append(f"--{option} {getattr(options, option)}")
-    texts += [f"--recipe '{recipe}'" for recipe in options.recipe or ()]
-    kept[f"{options.part} on {options.device}"] = {
-        "command": " ".join(
-            ["python tools/bench_depth.py", options.part, "--device", options.device, *texts]
-        ),
-        "date": datetime.date.today().isoformat(),
-        "device": name,
-        "python": platform.python_version(),
-        "versions": {package: metadata.version(package) for package in PACKAGES},
-        **found,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            command.append(f"--{option} {getattr(options, option)}")
+    command += [f"--recipe '{recipe}'" for recipe in options.recipe or ()]
+    keep(options.out, options.part, command, torch.device(options.device), found)
 
 
 if __name__ == "__main__":

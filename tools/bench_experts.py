@@ -1,0 +1,225 @@
+"""Measure models carved into experts on a GPU: the time of a part, its quality, and a 7B carve.
+
+    python tools/bench_experts.py ffn                      # a part of Llama-7B's shape, and dense
+    python tools/bench_experts.py quality --calib FILE --text FILE
+    python tools/bench_experts.py shape                    # carve a random Llama-7B
+
+Each part is kept in benchmarks/width.json beside what other benches gave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from measure import LLAMA_7B, brief, keep, random_llama, run_recipes
+
+from graphopt.passes.base import Context, make_pass
+from graphopt.runtime import fused, moe, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+SPLITS = {"S3A3E8": (3, 3, 8), "S2A2E16": (2, 2, 16)}
+PREFILL = (512, 1024, 4096, 16384)
+BATCHES = (1, 2, 4, 16, 64)
+TURNS = 7
+RUNS = 20
+"""Runs of a turn; its time is their mean."""
+
+LEARN = "windows=64,seqlen=2048"
+RECIPES = [
+    recipe
+    for shared, active, experts in SPLITS.values()
+    for routed in (
+        f"carve-moe{{shared={shared},active={active},experts={experts}",
+        f"carve-moe{{shared={shared + active},active=0,experts={experts}",
+    )
+    for recipe in (f"{routed}}}", f"{routed}}},tune-moe{{seconds=50,own_text=0}}")
+] + [
+    f"carve-moe{{shared={shared},active={active},experts={experts},mode=faithful}}"
+    for shared, active, experts in SPLITS.values()
+]
+
+
+class Part:
+    """A feed-forward part of Llama-7B's shape with random weights, dense and carved."""
+
+    def __init__(self, split: tuple[int, int, int], dtype: torch.dtype) -> None:
+        shared, self.active, pieces = split
+        width, neurons = LLAMA_7B["hidden_size"], LLAMA_7B["intermediate_size"]
+        assert isinstance(width, int) and isinstance(neurons, int)
+        self.dtype = dtype
+        self.neurons = neurons
+        self.gate_up, self.down = self.random(2 * neurons, width), self.random(width, neurons)
+        self.router = self.random(pieces - shared, width)
+        self.offset = self.random(pieces - shared)
+        own = neurons // pieces * shared
+        gate, up = self.gate_up.split(neurons)
+        self.weights = {
+            "up": up[own:], "down": self.down[:, own:], "gate": gate[own:],
+            "shared_up": up[:own], "shared_down": self.down[:, :own], "shared_gate": gate[:own],
+        }  # fmt: skip
+        self.weights = {name: value.contiguous() for name, value in self.weights.items()}
+
+    def random(self, *shape: int) -> Tensor:
+        return (torch.randn(shape, device="cuda") / shape[-1] ** 0.5).to(self.dtype)
+
+    def dense(self, x: Tensor) -> Tensor:
+        """As an emitted model computes a part that is not carved."""
+        gate, up = ops.linear(x, self.gate_up).split(self.neurons, -1)
+        return ops.linear(fused.act_mul(gate, up, "silu"), self.down)
+
+    def carved(self, x: Tensor) -> Tensor:
+        """As an emitted model computes a carved part."""
+        gates = moe.route(x, self.router, self.offset, count=self.active)
+        return moe.moe(x, gates, **self.weights, act="silu", active=self.active)
+
+
+def ffn(options: argparse.Namespace) -> dict[str, Any]:
+    """Time a carved part beside the dense one, in turns; up to 64 tokens as recorded graphs."""
+    torch.manual_seed(options.seed)
+    rows: list[dict[str, Any]] = []
+    for name, split in SPLITS.items():
+        part = Part(split, torch.bfloat16)
+        for tokens in (*BATCHES, *PREFILL):
+            # As large as what a norm gives.
+            x = part.random(tokens, 4096) * 64
+            runs = {
+                "dense": functools.partial(part.dense, x),
+                "carved": functools.partial(part.carved, x),
+            }
+            with torch.no_grad():
+                check(part, x)
+                if tokens in BATCHES:
+                    runs = {form: recorded(run) for form, run in runs.items()}
+                times = in_turns(runs)
+            medians = {form: statistics.median(found) for form, found in times.items()}
+            share = medians["carved"] / medians["dense"]
+            rows.append({"split": name, "tokens": tokens, "microseconds": times, "share": share})
+            shown = ", ".join(f"{form} {value:.1f} us" for form, value in medians.items())
+            print(f"{name} {tokens}: {shown}, {share:.3f}", flush=True)
+    return {"dtype": "bfloat16", "shape": "Llama-7B", "rows": rows}
+
+
+def check(part: Part, x: Tensor) -> None:
+    """Compare with all neurons computed and those of other experts put to 0."""
+    gates = moe.route(x, part.router, part.offset, count=part.active)
+    plain = ops.moe(x, gates, **part.weights, act="silu", active=part.active).float()
+    error = float((part.carved(x).float() - plain).abs().max() / plain.abs().max())
+    assert error < 2e-2, error
+
+
+def recorded(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return a run as a CUDA graph, so that nothing is launched one by one."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def in_turns(runs: Mapping[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
+    """Return microseconds of runs made in turns, with cold caches."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    other = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    for turn in range(-1, TURNS):
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            marks = []
+            for _ in range(RUNS):
+                other.zero_()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                runs[name]()
+                end.record()
+                marks.append((start, end))
+            torch.cuda.synchronize()
+            if turn >= 0:
+                spent = [start.elapsed_time(end) for start, end in marks]
+                times[name].append(1e3 * statistics.mean(spent))
+    return times
+
+
+def quality(options: argparse.Namespace) -> dict[str, Any]:
+    """Run recipes on the demo."""
+    return run_recipes(
+        options.recipe or RECIPES, calib=options.calib, text=options.text,
+        device=torch.device("cuda"), windows=options.windows, piqa=options.piqa,
+        seed=options.seed, save=lambda found: save(options, found),
+    )  # fmt: skip
+
+
+def shape(options: argparse.Namespace) -> dict[str, Any]:
+    """Carve a Llama-7B with random weights by 8 windows of 2,048 random tokens."""
+    device = torch.device("cuda")
+    program = random_llama(device)
+    ids = torch.randint(0, 32000, (8 * 2048,), generator=torch.Generator().manual_seed(0))
+    # The text that a model without tokenizer has written.
+    context = Context(device=device, built_in=True, written=ids)
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    result = make_pass("carve-moe", {"windows": 8, "seqlen": 2048}).run(program, context)
+    torch.cuda.synchronize()
+    seconds, peak = time.perf_counter() - started, torch.cuda.max_memory_allocated()
+    print(f"{result.changed} parts carved: {seconds:.1f} s, {peak / 1e9:.1f} GB")
+    return {
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "carved": result.changed,
+        "details": brief({**result.details, "parts": result.details["parts"][:1]}),
+    }
+
+
+PARTS = {"ffn": ffn, "quality": quality, "shape": shape}
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--calib", type=Path, help="calibration text")
+    parser.add_argument("--text", type=Path, help="evaluation text")
+    parser.add_argument("--piqa", type=Path, help="questions, as for graphopt eval --piqa")
+    parser.add_argument("--windows", type=int, help="of the evaluation text; all by default")
+    parser.add_argument("--recipe", action="append", help="instead of the bench's own")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "width.json")
+    options = parser.parse_args()
+    if options.part == "quality" and (options.calib is None or options.text is None):
+        parser.error("give texts with --calib and --text")
+    save(options, PARTS[options.part](options))
+
+
+def save(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    command = ["python tools/bench_experts.py", options.part]
+    command += [
+        f"--{option} {getattr(options, option).name}"
+        for option in ("calib", "text", "piqa")
+        if getattr(options, option) is not None
+    ]
+    command += [f"--windows {options.windows}"] if options.windows else []
+    command += [f"--seed {options.seed}"] if options.seed else []
+    keep(options.out, options.part, command, torch.device("cuda"), found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What benches have in common: recipes run on the demo, shapes of large models, kept results."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import graphopt as go
+from graphopt.calibrate import held_out_perplexity, text_windows
+from graphopt.capture import capture
+from graphopt.evaluate import ProgramModel, load_tokenizer, piqa_accuracy, read_piqa, read_text
+from graphopt.ir.execute import resident
+from graphopt.ir.graph import Program
+from graphopt.ir.weights import Producer, Weight
+
+PACKAGES = ("torch", "transformers", "onnxruntime", "numpy")
+LLAMA_7B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000,
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+    "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def run_recipes(
+    recipes: Sequence[str],
+    *,
+    calib: Path,
+    text: Path,
+    device: torch.device,
+    windows: int | None = None,
+    piqa: Path | None = None,
+    seed: int = 0,
+    save: Callable[[dict[str, Any]], None] = lambda found: None,
+    made: Callable[[Program], None] = lambda program: None,
+) -> dict[str, Any]:
+    """Run recipes on the demo; perplexity of the whole evaluation text before and after.
+
+    Args:
+        windows: Of 2,048 tokens of the text, at most.
+        piqa: Questions; without them no accuracy is measured.
+        save: Called with all results so far: a later run may be cut off.
+        made: Called with what each recipe makes.
+    """
+    dense = capture("demo")
+    ids = text_windows(dense, read_text(text), 2048)[:windows]
+    rows = None if piqa is None else read_piqa(piqa)
+
+    def quality(program: Program) -> dict[str, float]:
+        program = resident(program, torch.float32, device)
+        found = {"perplexity": held_out_perplexity(program, ids, device, torch.float32)}
+        if rows is not None:
+            model = ProgramModel(program, device=device)
+            found["piqa"] = piqa_accuracy(model, load_tokenizer(model), rows, batch=32).accuracy
+        return found
+
+    base = quality(dense)
+    print(f"dense {base}", flush=True)
+    runs: list[dict[str, Any]] = []
+    found: dict[str, Any] = {
+        "dense": base,
+        "text": text.name,
+        "calib": calib.name,
+        "windows": len(ids),
+        "runs": runs,
+    }
+    for recipe in recipes:
+        started = time.perf_counter()
+        program, report = go.Pipeline.parse(recipe).run(
+            dense, calib=calib, device=device, verify=False, seed=seed
+        )
+        seconds = time.perf_counter() - started
+        measured = quality(program)
+        times = measured["perplexity"] / base["perplexity"]
+        runs.append(
+            {
+                "recipe": recipe,
+                "seconds": seconds,
+                **measured,
+                "times_dense": times,
+                "passes": {entry.name: brief(entry.details) for entry in report.passes},
+            }
+        )
+        print(f"{recipe}: {measured}, {times:.3f} x dense, {seconds:.1f} s", flush=True)
+        save(found)
+        made(program)
+    return found
+
+
+def brief(details: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a pass tells, without the curves that its report is for."""
+    left_out = ("scores", "candidates", "refits")
+    kept = {name: value for name, value in details.items() if name not in left_out}
+    if "training" in kept:
+        kept["training"] = [
+            {name: value for name, value in part.items() if name != "losses"}
+            for part in kept["training"]
+        ]
+    return kept
+
+
+@dataclass(frozen=True)
+class Random(Producer):
+    """Small random numbers, made anew on the device whenever they are asked for."""
+
+    shape: tuple[int, ...]  # type: ignore[misc]
+    dtype: torch.dtype  # type: ignore[misc]
+    device: str
+    seed: int
+
+    def load(self) -> torch.Tensor:
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        value = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return value.normal_(0.0, 0.02, generator=generator)
+
+
+def random_llama(device: torch.device) -> Program:
+    """Return a Llama-7B whose bf16 weights are random, and made when they are read."""
+    with tempfile.TemporaryDirectory() as work:
+        path = Path(work) / "config.json"
+        path.write_text(json.dumps(LLAMA_7B), encoding="utf-8")
+        program = capture(f"config:{path}")
+    for seed, weight in enumerate(list(program.weights)):
+        if not weight.constant:
+            made = Random(weight.shape, torch.bfloat16, str(device), seed)
+            program.weights.replace(Weight(weight.name, made, weight.checkpoint))
+    return program
+
+
+def keep(
+    out: Path, name: str, command: Sequence[str], device: torch.device, found: Mapping[str, Any]
+) -> None:
+    """Put what a part of a bench gave beside what is there.
+
+    Args:
+        out: The file of results.
+        name: Of the part; it stands under this name and the device.
+        command: What gave it.
+    """
+    cores = len(os.sched_getaffinity(0))
+    gpu = device.type == "cuda"
+    where = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {cores} cores"
+    kept = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    kept[f"{name} on {device.type}"] = {
+        "command": " ".join(command),
+        "date": datetime.date.today().isoformat(),
+        "device": where,
+        "python": platform.python_version(),
+        "versions": {package: metadata.version(package) for package in PACKAGES},
+        **found,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
