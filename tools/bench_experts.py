@@ -13,6 +13,7 @@ import argparse
 import functools
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measure import LLAMA_7B, brief, keep, random_llama, run_recipes
 
+from graphopt.capture import capture
+from graphopt.evaluate import ProgramModel, load_tokenizer, read_text
 from graphopt.passes.base import Context, make_pass
 from graphopt.runtime import fused, moe, ops
 
@@ -36,7 +39,8 @@ TURNS = 7
 RUNS = 20
 """Runs of a turn; its time is their mean."""
 
-LEARN = "windows=64,seqlen=2048"
+LEARNT = 64 * 2048
+"""Tokens of the calibration text that recipes get, checks on held-out windows among them."""
 RECIPES = [
     recipe
     for shared, active, experts in SPLITS.values()
@@ -44,7 +48,11 @@ RECIPES = [
         f"carve-moe{{shared={shared},active={active},experts={experts}",
         f"carve-moe{{shared={shared + active},active=0,experts={experts}",
     )
-    for recipe in (f"{routed}}}", f"{routed}}},tune-moe{{seconds=50,own_text=0}}")
+    for recipe in (
+        f"{routed}}}",
+        f"{routed}}},tune-moe{{seconds=50,own_text=0}}",
+        f"{routed}}},tune-moe{{seconds=50}}",
+    )
 ] + [
     f"carve-moe{{shared={shared},active={active},experts={experts},mode=faithful}}"
     for shared, active, experts in SPLITS.values()
@@ -160,12 +168,19 @@ def in_turns(runs: Mapping[str, Callable[[], Tensor]]) -> dict[str, list[float]]
 
 
 def quality(options: argparse.Namespace) -> dict[str, Any]:
-    """Run recipes on the demo."""
-    return run_recipes(
-        options.recipe or RECIPES, calib=options.calib, text=options.text,
-        device=torch.device("cuda"), windows=options.windows, piqa=options.piqa,
-        seed=options.seed, save=lambda found: save(options, found),
-    )  # fmt: skip
+    """Run recipes on the demo, with the first tokens of the calibration text alone."""
+    tokenizer = load_tokenizer(ProgramModel(capture("demo")))
+    text = read_text(options.calib)
+    ends = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    with tempfile.TemporaryDirectory() as work:
+        calib = Path(work) / options.calib.name
+        calib.write_text(text[: ends[LEARNT - 1][1]], encoding="utf-8")
+        found = run_recipes(
+            options.recipe or RECIPES, calib=calib, text=options.text,
+            device=torch.device("cuda"), windows=options.windows, piqa=options.piqa,
+            seed=options.seed, save=lambda found: save(options, found),
+        )  # fmt: skip
+    return {"learnt_tokens": LEARNT, **found}
 
 
 def shape(options: argparse.Namespace) -> dict[str, Any]:
