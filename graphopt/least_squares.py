@@ -80,12 +80,15 @@ def best_ridge(
 ) -> tuple[float | None, float]:
     """Return the strength whose weights are best on held-out tokens, and their error there.
 
-    None stands for no weights at all, where any leave more than nothing added does.
+    They are tried from the strongest on until one is no better than the one before: every
+    solution takes the cube of the features' number. None stands for no weights at all, where the
+    strongest leave more than nothing added does.
     """
     best: float | None = None
     lowest = held_out.error(None)
-    for ridge in ridges:
+    for ridge in sorted(ridges, reverse=True):
         error = held_out.error(learn.solve(ridge))
-        if error < lowest:
-            best, lowest = ridge, error
+        if error >= lowest:
+            break
+        best, lowest = ridge, error
     return best, lowest

@@ -124,18 +124,49 @@ def test_a_compiled_call_has_the_same_gradients():
     assert float(found[1]["mlp.router.balance"].abs().max()) >= 1
 
 
-def tuner_of(program, names, steps, saved=None, gamma=GAMMA):
+def tuner_of(program, names, steps, saved=None, gamma=GAMMA, device=CPU):
     forms = {name: Balance(value_of(program, name), gamma) for name in names["balance"]}
     forms |= {name: Whole(value_of(program, name), 2.0) for name in names["scale"]}
     blocks = find_blocks(program)
     first, stop = blocks[0].position, blocks[-1].position + 1
-    dense = tiny_program()
-    whole = Student(dense, first, stop, {}, CPU)
+    whole = Student(tiny_program(), first, stop, {}, device)
     lessons = Lessons(IDS, Streams(whole, IDS), held_out=8)
-    student = Student(program, first, stop, forms, CPU)
+    student = Student(program, first, stop, forms, device)
     return Tuner(
         student, lessons, LogitObjective(), Schedule(steps=steps, batch=4, rate=1e-2), saved=saved
     )
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+        ]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_bias_moves_once_a_step_also_recorded_and_compiled(device, compiled, monkeypatch):
+    from graphopt import tune
+
+    if compiled:
+        monkeypatch.setattr(tune, "COMPILE_FROM", (0.0, 0))
+    program, names = gated(train=True)
+    for name in names["balance"]:
+        # The first two experts are always chosen, and the others never.
+        start = torch.tensor([9.0, 9.0, -9.0, -9.0, -9.0])
+        program.weights.replace(Weight(name, Array(start)))
+    tuner = tuner_of(program, names, 8, gamma=2.0**-10, device=torch.device(device))
+    tuner._prepare()
+    for step in range(1, 9):
+        tuner._step(1e-3)
+        tuner._check(step / 8)
+        moved = step * 2.0**-10
+        expected = torch.tensor([9 - moved, 9 - moved, *[moved - 9] * 3])
+        for name in names["balance"]:
+            assert torch.equal(tuner.student.forms[name]().detach().cpu(), expected), step
 
 
 def test_a_step_moves_every_bias_by_gamma_and_a_check_by_nothing():
