@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graphopt.errors import PassError
+from graphopt.least_squares import RIDGES, LeastSquares, best_ridge
 from graphopt.runtime import ops as runtime
 
 
@@ -241,9 +242,6 @@ class Division:
 FIRST_MARKS = 0.1
 """Share of the neurons that are marked in a token for the first clusters."""
 
-RIDGE = 1e-2
-"""Pull of a fitted router towards 0, in units of its features' mean power."""
-
 
 def energies(hidden_TN: Tensor, down: Tensor) -> Tensor:
     """Return the square of what each neuron adds to the output, fp32 [T, N].
@@ -259,47 +257,83 @@ def static_order(energy_TN: Tensor) -> Tensor:
     return energy_TN.sqrt().mean(0).sort(descending=True, stable=True).indices
 
 
+def first_marks(width: int) -> int:
+    """Return how many neurons are marked in a token for the first clusters."""
+    return max(1, round(FIRST_MARKS * width))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a part has of some tokens.
+
+    Attributes:
+        x: Its input [T, D].
+        energy: From `energies` [T, N].
+    """
+
+    x: Tensor
+    energy: Tensor
+
+
 def divide_by_fit(
-    x_TD: Tensor, energy_TN: Tensor, shared: int, experts: int, active: int, rounds: int
+    learn: Tokens,
+    held_out: Tokens,
+    shared: int,
+    experts: int,
+    active: int,
+    rounds: int,
+    *,
+    threshold: bool = False,
 ) -> Division:
     """Divide neurons so that a linear router loses as little energy as it can.
 
     In turns, until no neuron moves: the router is fitted to the square root of every expert's
-    energy, by least squares; every token takes its `active` experts of highest score; and
-    neurons are assigned anew, each to where the tokens that run it hold most of its energy,
-    which is exact for those tokens (`balanced_assignment`). The shared neurons are one more
-    place, which every token runs. No turn lowers the energy that the tokens keep, up to the
-    change of the router. The first clusters are those of CMoE.
+    energy, by least squares with the pull that is best on held-out tokens; every token takes
+    its `active` experts of highest score; and neurons are assigned anew, each to where the
+    tokens that run it hold most of its energy, which is exact for those tokens
+    (`balanced_assignment`). The shared neurons are one more place, which every token runs. No
+    turn lowers the energy that the tokens keep, up to the change of the router. The first
+    clusters are those of CMoE. Scores are scaled so that those of a token have a standard
+    deviation of 1 on average: their softmax is neither flat nor all one expert's. With
+    `threshold` their constants are such that the experts of held-out tokens with scores above 0
+    are `active` on average.
 
     Args:
-        x_TD: The part's input.
-        energy_TN: From `energies`.
+        learn: What neurons are assigned by and routers fitted to.
+        held_out: What the router's pull, and the threshold, are chosen by.
         shared: Number of shared neurons.
-        active: Experts of a token.
+        active: Experts of a token, or with `threshold` their mean.
     """
-    width = energy_TN.shape[1]
+    energy = learn.energy
+    width = energy.shape[1]
     size = (width - shared) // experts
-    order = static_order(energy_TN)
-    marks = top_marks(energy_TN, max(1, round(FIRST_MARKS * width)))
+    order = static_order(energy)
+    marks = top_marks(energy, first_marks(width))
     groups, _ = cluster(marks, order[shared:].sort().values, width, experts)
-    place = torch.zeros(width, dtype=torch.int64, device=energy_TN.device)
+    place = torch.zeros(width, dtype=torch.int64, device=energy.device)
     for number in range(experts):
         place[groups[number]] = number + 1
-    fit = _Ridge(x_TD)
+    router = _RouterFit(learn, held_out, experts)
     turns = 0
     while turns < rounds:
         turns += 1
-        scores = fit.predict(fit.solve(_energy_of(energy_TN, place, experts).sqrt()))
-        runs = torch.cat([scores.new_ones(len(scores), 1), chosen(scores, active)], 1)
-        gain = energy_TN.t() @ runs
+        scores = router.features[0] @ router.fit(place)
+        runs = chosen(scores, active, threshold=threshold)
+        runs = torch.cat([scores.new_ones(len(scores), 1), runs], 1)
+        gain = energy.t() @ runs
         new = balanced_assignment(gain, [shared] + [size] * experts).to(place.device)
         moved = not torch.equal(new, place)
         place = new
         if not moved:
             break
-    weight = fit.solve(_energy_of(energy_TN, place, experts).sqrt())
-    router = {"router": weight[:-1].t().contiguous(), "router.bias": weight[-1].clone()}
-    return Division(place.sort(stable=True).indices, shared, router, turns)
+    weight = router.fit(place)
+    if experts > 1:
+        spread = (router.features[0] @ weight).std(-1).mean()
+        weight = weight / spread.clamp(min=1e-12)
+    if threshold:
+        weight[-1] -= edge(router.features[1] @ weight, active)
+    made = {"router": weight[:-1].t().contiguous(), "router.bias": weight[-1].clone()}
+    return Division(place.sort(stable=True).indices, shared, made, turns)
 
 
 def divide_as_published(
@@ -333,9 +367,24 @@ def divide_as_published(
     return Division(torch.cat([order[:shared].sort().values, groups.flatten()]), shared, router, 1)
 
 
-def chosen(scores_TE: Tensor, active: int) -> Tensor:
-    """Return 1 for the experts that tokens run and 0 for the others, as `top_gates` does."""
+def chosen(scores_TE: Tensor, active: int, *, threshold: bool = False) -> Tensor:
+    """Return 1 for the experts that tokens run and 0 for the others, as `top_gates` does.
+
+    Args:
+        threshold: Run what lies above one edge for all tokens, `active` experts on average.
+    """
+    if threshold:
+        return (scores_TE > edge(scores_TE, active)).to(scores_TE.dtype)
     return runtime.top_gates(scores_TE, count=active)
+
+
+def edge(scores_TE: Tensor, active: int) -> Tensor:
+    """Return what `active` scores of a token are above on average; ties may make it fewer."""
+    scores = scores_TE.flatten()
+    least = len(scores) - active * len(scores_TE)
+    if not least:
+        return scores.min() - 1
+    return scores.kthvalue(least).values
 
 
 def _energy_of(energy_TN: Tensor, place_N: Tensor, experts: int) -> Tensor:
@@ -344,20 +393,27 @@ def _energy_of(energy_TN: Tensor, place_N: Tensor, experts: int) -> Tensor:
     return found.index_add_(1, place_N, energy_TN)[:, 1:]
 
 
-class _Ridge:
-    """Least squares on the same features, with a constant, for any number of targets."""
+class _RouterFit:
+    """Routers of the same features, the part's input and a constant."""
 
-    def __init__(self, x_TD: Tensor) -> None:
-        x = x_TD.float()
-        self.features = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        gram = (self.features.t() @ self.features).double()
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-        self.factor = torch.linalg.cholesky(gram)
+    def __init__(self, learn: Tokens, held_out: Tokens, experts: int) -> None:
+        self.tokens, self.experts = (learn, held_out), experts
+        self.features = [
+            torch.cat([tokens.x.float(), tokens.x.new_ones(len(tokens.x), 1).float()], 1)
+            for tokens in self.tokens
+        ]
+        self.sums: list[LeastSquares] = []
 
-    def solve(self, targets_TE: Tensor) -> Tensor:
+    def fit(self, place: Tensor) -> Tensor:
         """Return the weights [D + 1, E], the constant's last."""
-        cross = (self.features.t() @ targets_TE).double()
-        return torch.cholesky_solve(cross, self.factor).float()
-
-    def predict(self, weight: Tensor) -> Tensor:
-        return self.features @ weight
+        targets = [_energy_of(tokens.energy, place, self.experts).sqrt() for tokens in self.tokens]
+        both = list(zip(self.features, targets, strict=True))
+        if self.sums:
+            self.sums = [s.retarget(*pair) for s, pair in zip(self.sums, both, strict=True)]
+        else:
+            self.sums = [LeastSquares(), LeastSquares()]
+            for sums, pair in zip(self.sums, both, strict=True):
+                sums.add(*pair)
+        # Where nothing predicts better than 0 does, the strongest pull predicts least.
+        learn, held_out = self.sums
+        return learn.solve(best_ridge(learn, held_out)[0] or max(RIDGES)).float()

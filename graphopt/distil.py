@@ -258,7 +258,12 @@ class Distiller:
                     self.skipped.append(Skip(name, "it is used outside the blocks too"))
                     continue
                 value = weight.load(torch.float32).to(self.device)
-                if self.options.train == "low-rank" and value.dim() == 2:
+                if (
+                    self.options.train == "low-rank"
+                    and value.dim() == 2
+                    # A router has few rows, which are no more than a term of them would be.
+                    and self.options.rank < min(value.shape)
+                ):
                     forms[name] = LowRank(value, self.options.rank, generator)
                 else:
                     forms[name] = Whole(value)

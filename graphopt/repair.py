@@ -22,11 +22,9 @@ from torch import Tensor
 from graphopt.ir.blocks import Block, block_name, find_blocks, sub_blocks
 from graphopt.ir.graph import Call, Function, Node, Program, Value
 from graphopt.ir.weights import Array, Weight
+from graphopt.least_squares import LeastSquares, best_ridge
 from graphopt.progress import Progress, silent
 from graphopt.tune import Student
-
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Strengths of the pull towards the present weight that are tried, times the features' power."""
 
 TOKENS_AT_ONCE = 8192
 
@@ -189,11 +187,15 @@ class _Repair:
                 skips.append((where, reason or "it is an input"))
                 continue
             last = number == len(parts) - 1
-            sums = [_Sums(), _Sums()]
+            sums = [LeastSquares(), LeastSquares()]
             kept: list[tuple[Tensor, Tensor]] = []
             for values, target, held in zip(ours, targets, self.held_out, strict=True):
                 features, point = self._watched(block, values, node, part.behind)
-                sums[held].add(features, target[number] - point, target[number])
+                # Every token counts in units of its target's square, as in `relative_mse`.
+                square = target[number].float().square().sum(-1, keepdim=True)
+                root = square.clamp(min=1e-12).rsqrt()
+                residual = target[number].float() - point.float()
+                sums[held].add(features.float() * root, residual * root)
                 if last:
                     kept.append((features, point))
             refit, change = self._solve(where, function, call, node, sums)
@@ -237,21 +239,15 @@ class _Repair:
         return None
 
     def _solve(
-        self, where: str, function: Function, call: Call, node: Node, sums: list[_Sums]
+        self, where: str, function: Function, call: Call, node: Node, sums: list[LeastSquares]
     ) -> tuple[Refit, Tensor | None]:
         """Put the best weight into the program; return what became of it, and the change."""
         slots = {value: slot for slot, value in function.weights.items()}
         assert node.inputs[1] is not None
         name = call.weights[slots[node.inputs[1]]]
         fit, held = sums
-        scale = held.power
-        best, change, chosen = held.error(None), None, None
-        before = best
-        for ridge in RIDGES:
-            found = fit.solve(ridge)
-            error = held.error(found)
-            if error < best:
-                best, change, chosen = error, found, ridge
+        ridge, after = best_ridge(fit, held)
+        change = None if ridge is None else fit.solve(ridge)
         if change is not None:
             weight = self.program.weights[name]
             value = weight.load(torch.float32)
@@ -259,43 +255,5 @@ class _Repair:
             self.program.weights.replace(
                 Weight(name, Array(value), weight.checkpoint, weight.constant)
             )
-        return Refit(where, before / scale, best / scale, chosen), change
-
-
-class _Sums:
-    """What a least-squares fit needs of features [.., N] and residuals [.., D], over batches.
-
-    Every token counts in units of its target's square, as in `graphopt.tune.relative_mse`.
-    """
-
-    def __init__(self) -> None:
-        self.gram: Tensor | None = None
-        self.cross: Tensor | None = None
-        self.square, self.power = 0.0, 0.0
-
-    def add(self, features: Tensor, residual: Tensor, target: Tensor) -> None:
-        root = target.float().square().sum(-1).clamp(min=1e-12).rsqrt().flatten()[:, None]
-        features = features.float().flatten(0, -2) * root
-        residual = residual.float().flatten(0, -2) * root
-        gram, cross = features.t() @ features, features.t() @ residual
-        self.gram = gram if self.gram is None else self.gram + gram
-        self.cross = cross if self.cross is None else self.cross + cross
-        self.square += float(residual.double().square().sum())
-        self.power += len(residual)
-
-    def solve(self, ridge: float) -> Tensor:
-        """Return the change of the weight, transposed, [N, D]."""
-        assert self.gram is not None and self.cross is not None
-        gram = self.gram.double()
-        pull = ridge * gram.diagonal().mean().clamp(min=1e-12)
-        gram.diagonal().add_(pull)
-        return torch.cholesky_solve(self.cross.double(), torch.linalg.cholesky(gram))
-
-    def error(self, change: Tensor | None) -> float:
-        """Return the squared residual that is left."""
-        if change is None:
-            return self.square
-        assert self.gram is not None and self.cross is not None
-        explained = 2 * (change * self.cross.double()).sum()
-        own = (change * (self.gram.double() @ change)).sum()
-        return self.square - float(explained - own)
+        # Of a token the target's square is 1.
+        return Refit(where, held.error(None) / held.count, after / held.count, ridge), change

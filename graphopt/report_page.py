@@ -263,8 +263,9 @@ def _details(item: Mapping[str, Any]) -> str:
     """Return the card of what a pass tells about itself; none where it tells nothing known.
 
     A pass's details are no contract. Whatever pass they come from, `scores`, `order`,
-    `perplexity`, `training`, `controls`, `parts`, `seconds`, `refits` and `tokens_per_second` have
-    their pictures, as docs/report.md describes them; what has another form is left out.
+    `perplexity`, `training`, `controls`, `parts`, `work`, `loads`, `seconds`, `refits` and
+    `tokens_per_second` have their pictures, as docs/report.md describes them; what has another
+    form is left out.
     """
     details = item["details"]
     halves = [
@@ -529,6 +530,7 @@ def _facts(details: Mapping[str, Any]) -> str:
     own = _number(details.get("own_windows"))
     if own:
         facts.append(f"{own:,.0f} windows of text were written by the dense model.")
+    facts += _work(details)
     speed = details.get("tokens_per_second")
     if isinstance(speed, list | tuple) and len(speed) == 2:
         before, after = map(_number, speed)
@@ -538,6 +540,42 @@ def _facts(details: Mapping[str, Any]) -> str:
                 f"({after / before - 1:+.1%})."
             )
     return f'<p class="facts dim">{escape(" ".join(facts))}</p>' if facts else ""
+
+
+def _work(details: Mapping[str, Any]) -> list[str]:
+    """Return what a prompt takes before and after, and how evenly experts are used."""
+    facts: list[str] = []
+    work = details.get("work")
+    for key, what in (("flops", "FLOPs in all"), ("weight_products", "products with weights")):
+        found = work.get(key) if isinstance(work, Mapping) else None
+        if isinstance(work, Mapping) and isinstance(found, list | tuple) and len(found) == 2:
+            before, after, tokens = map(_number, (*found, work.get("tokens")))
+            if before and after and tokens:
+                facts.append(
+                    f"A prompt of {tokens:,.0f} tokens takes {si(before)} → {si(after)} {what} "
+                    f"({after / before - 1:+.1%})."
+                )
+    added = sum(_number(record.get("added")) or 0.0 for record in _records(details, "parts"))
+    if added:
+        facts.append(f"{added:,.0f} neurons of zeros were added.")
+    loads = _records(details, "loads")
+    for what in ("before", "after"):
+        known = [load for record in loads if (load := _shares(record.get(what)))]
+        if known:
+            most = sum(max(load) / (sum(load) / len(load)) for load in known) / len(known)
+            active = sum(map(sum, known)) / len(known)
+            facts.append(
+                f"{what.capitalize()} training a token runs {active:.2f} experts of a part, and "
+                f"the most used one runs {most:.2f} times as often as the mean."
+            )
+    return facts
+
+
+def _shares(values: Any) -> list[float]:
+    """Return shares of tokens, if that is what a list holds and some are not 0."""
+    shares = [_number(value) for value in values] if isinstance(values, list | tuple) else []
+    known = [share for share in shares if share is not None]
+    return known if len(known) == len(shares) and sum(known) > 0 else []
 
 
 def _skipped(passes: Sequence[Mapping[str, Any]], artifact: Mapping[str, Any] | None) -> str:

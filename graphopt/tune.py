@@ -65,6 +65,9 @@ class Form(nn.Module, ABC):
         """Return the parameters, with what the schedule's learning rate is times for each."""
         return [(1.0, list(self.parameters()))]
 
+    def step(self) -> None:
+        """Move parameters that have no rate, by their gradients; called once a training step."""
+
 
 class Whole(Form):
     """Every element of the weight is trained.
@@ -96,6 +99,29 @@ class LowRank(Form):
 
     def forward(self) -> Tensor:
         return self.base + self.up @ self.down
+
+
+class Balance(Form):
+    """The bias by which a choice of experts is balanced: it moves by `gamma` against its gradient.
+
+    Only the gradient's sign counts. `top_gates` makes it the excess of every expert's load
+    (`graphopt.ir.ops.experts.TopGates`), so that an expert of more than the mean load is chosen
+    less often from then on. Source: CMoE, arXiv 2502.04416, section 4.4.
+    """
+
+    def __init__(self, value: Tensor, gamma: float) -> None:
+        super().__init__()
+        self.value, self.gamma = nn.Parameter(value.clone()), gamma
+
+    def forward(self) -> Tensor:
+        return self.value
+
+    def rates(self) -> list[tuple[float, list[nn.Parameter]]]:
+        return []
+
+    def step(self) -> None:
+        if self.value.grad is not None:
+            self.value.data.sub_(self.gamma * self.value.grad.sign())
 
 
 def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -530,6 +556,7 @@ class Tuner:
              for rate, parameters in by_rate.items()],
             betas=schedule.betas, fused=True if cuda else None, capturable=cuda,
         )  # fmt: skip
+        self._rated = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._recorded: _Recorded | None = None
         self._eager = 0
 
@@ -615,7 +642,7 @@ class Tuner:
             # A compiler fails in its own ways, and the step works without it.
             self.student.compiled = False
             self.result.not_compiled = reason(error)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         self.progress("compiling the step", 1, 1)
         return time.perf_counter() - started
 
@@ -668,11 +695,17 @@ class Tuner:
         return student, values, target
 
     def _work(self, ids: Tensor, target: Tensor, entry: Tensor | None) -> Tensor:
-        self._optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         loss = self.objective.measure(*self._forward(ids, target, entry), learn=True)
-        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(self._rated, 1.0)
         self._optimizer.step()
+        for form in self.student.forms.values():
+            form.step()
         return loss
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def _step(self, rate: float) -> Tensor:
         batch = self._batch(self._rows())

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt.calibrate import calibration_windows, pick
 from graphopt.carving import (
     Division,
+    Tokens,
     chosen,
     divide_as_published,
     divide_by_fit,
     energies,
+    first_marks,
     static_order,
 )
 from graphopt.devices import must_fit
 from graphopt.errors import PassError
 from graphopt.evaluate import ProgramModel
-from graphopt.ir.blocks import Block, block_name, find_blocks
+from graphopt.ir.blocks import Block, block_name, find_blocks, sub_blocks
+from graphopt.ir.cost import total_cost, weight_products
+from graphopt.ir.dataflow import region
 from graphopt.ir.feed_forward import (
     FeedForward,
     Split,
@@ -30,8 +37,11 @@ from graphopt.ir.feed_forward import (
     with_experts,
 )
 from graphopt.ir.graph import Call, Function, Program, Value, unique_name
+from graphopt.ir.types import B, P, S, evaluate
+from graphopt.ir.weights import Array, Weight
+from graphopt.least_squares import LeastSquares, best_ridge
 from graphopt.passes.base import Context, Pass, PassResult, Skip, register_pass
-from graphopt.runtime.ops import ACTIVATIONS
+from graphopt.repair import Refit
 from graphopt.tune import Student
 
 MODES = ("fit", "faithful")
@@ -43,19 +53,33 @@ HELD_OUT = 0.25
 """Of the windows, on which the report's figures are measured."""
 
 
+PROMPT = 128
+"""Tokens of the prompt for which the report says what the models take, as in CMoE's table 7."""
+
+
 @register_pass
 @dataclass
 class CarveMoe(Pass):
     """Divide the neurons of every feed-forward part into `experts` equal pieces.
 
     `shared` of the pieces are run by every token, and of the others the `active` ones with the
-    highest scores of a router. No value of a weight changes: pieces are rows and columns of the
-    projections. `active=0` leaves the pieces that matter most on average, and no router.
+    highest scores of a router. Pieces are rows and columns of the projections. `active=0` leaves
+    the pieces that matter most on average, and no router.
 
     With `mode=fit` neurons and a linear router are fitted to each other in up to `rounds` turns
     (`graphopt.carving.divide_by_fit`). `mode=faithful` is CMoE as published (arXiv 2502.04416):
     clusters of neurons that are among the `marks` largest of the same tokens, and as router one
     neuron of each.
+
+    With `refit` (and `mode=fit`) the down projections are then solved for anew, by least squares
+    that pull towards the weights as they are, so that the stream behind each part is nearest to
+    what it was before carving. The pull is the one that is best on windows that the fit does not
+    see.
+
+    With `threshold` a token runs every expert whose score is above 0, and the router's constants
+    are such that these are `active` on average: tokens that need more of them get more.
+
+    Where `experts` do not divide the neurons, `pad` adds neurons of zeros.
 
     Blocks are carved in order, each on what the carved blocks before it give, from `windows`
     windows of `seqlen` tokens: 8 of 2048 on a GPU and 8 of 512 on a CPU.
@@ -64,7 +88,7 @@ class CarveMoe(Pass):
 
     1. A block adds one feed-forward part: a projection of an activation, or of its product with
        another projection, whose parts nothing else reads. Others are left as they are.
-    2. The number of neurons is a multiple of `experts`.
+    2. The number of neurons is a multiple of `experts`, or `pad` is given.
     """
 
     name: ClassVar[str] = "carve-moe"
@@ -76,6 +100,9 @@ class CarveMoe(Pass):
     experts: int = 8
     mode: str = "fit"
     rounds: int = 6
+    refit: bool = True
+    threshold: bool = False
+    pad: bool = False
     marks: int = 10
     windows: int | None = None
     seqlen: int | None = None
@@ -100,10 +127,26 @@ class CarveMoe(Pass):
                 f"{self.experts}, which is how many there are.",
                 "Lower shared or active, or raise experts.",
             )
+        if self.pad and self.mode == "faithful":
+            raise PassError(
+                "mode=faithful takes the neuron that is marked least as an expert's router, which "
+                "would be one of the zeros that pad=true adds.",
+                "Use mode=fit, or experts that divide the neurons.",
+            )
+        if self.threshold and (self.mode == "faithful" or not self.active):
+            what = "mode=faithful" if self.mode == "faithful" else "active=0"
+            raise PassError(
+                f"threshold=true goes by scores of a fitted router, and {what} has none.",
+                "Leave threshold out.",
+            )
         if self.active and self.shared == self.experts:
             raise PassError("All pieces are shared, so none can be active.", "Lower shared.")
         found = _parts(program)
         if not any(isinstance(part, FeedForward) for _, part in found):
+            if any(node.op == "top_gates" for f in program.functions.values() for node in f.nodes):
+                raise PassError(
+                    f"{program.name} is carved into experts already.", "Leave carve-moe out."
+                )
             reasons = sorted({part for _, part in found if isinstance(part, str)})
             raise PassError(
                 f"{program.name} has no feed-forward part to carve"
@@ -112,21 +155,28 @@ class CarveMoe(Pass):
             )
         for block, part in found:
             if isinstance(part, FeedForward):
-                width = _width(program, program.calls[block.position], part)
-                if width % self.experts:
-                    fitting = [n for n in range(2, 65) if width % n == 0]
-                    raise PassError(
-                        f"{block_name(program, block)} has {width} neurons, which {self.experts} "
-                        "pieces do not divide.",
-                        f"Take experts={min(fitting, key=lambda n: abs(n - self.experts))}."
-                        if fitting
-                        else "Leave carve-moe out.",
-                    )
-                if width == self.experts:
-                    raise PassError(
-                        f"{block_name(program, block)} has {width} neurons, one for each piece.",
-                        "Lower experts.",
-                    )
+                self._check_width(block_name(program, block), _width(program, block, part))
+
+    def _check_width(self, where: str, width: int) -> None:
+        if width % self.experts and not self.pad:
+            fitting = [n for n in range(2, 65) if width % n == 0]
+            nearest = min(fitting, key=lambda n: abs(n - self.experts), default=None)
+            raise PassError(
+                f"{where} has {width} neurons, which {self.experts} pieces do not divide.",
+                ("" if nearest is None else f"Take experts={nearest}, or ")
+                + ("add" if nearest else "Add")
+                + " neurons of zeros with pad=true.",
+            )
+        if width <= self.experts:
+            raise PassError(
+                f"{where} has {width} neurons, and {self.experts} pieces need more than one each.",
+                "Lower experts.",
+            )
+        if self.mode == "faithful" and self.marks > width:
+            raise PassError(
+                f"{where} has {width} neurons, of which {self.marks} cannot be marked.",
+                f"Give marks={width} or less.",
+            )
 
     def run(self, program: Program, context: Context) -> PassResult:
         remedy = "Lower windows or seqlen, or take --device cpu."
@@ -159,8 +209,8 @@ def _weights(program: Program, call: Call, part: FeedForward) -> dict[str, Any]:
     }
 
 
-def _width(program: Program, call: Call, part: FeedForward) -> int:
-    return int(_weights(program, call, part)["up"].shape[0])
+def _width(program: Program, block: Block, part: FeedForward) -> int:
+    return int(_weights(program, program.calls[block.position], part)["up"].shape[0])
 
 
 @dataclass(frozen=True)
@@ -169,6 +219,7 @@ class Carved:
 
     Attributes:
         where: The block.
+        added: Neurons of zeros that fill the pieces.
         rounds: Turns of fitting.
         static, random, oracle, routed: Energy of the neurons that tokens do not run, as a share
             of all: with the best pieces for every token alike, with random experts, with the
@@ -179,6 +230,7 @@ class Carved:
     """
 
     where: str
+    added: int
     rounds: int
     static: float
     random: float
@@ -189,11 +241,37 @@ class Carved:
     load: list[float]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A part that is carved, and what it has of all tokens.
+
+    Attributes:
+        x: Its input [T, D].
+        hidden: Its hidden activations [T, N], with the neurons that were added.
+        energy: Of the neurons [T, N].
+        learn, held: Which tokens are learnt from, and which are held out.
+        added: Neurons of zeros.
+    """
+
+    block: Block
+    form: FeedForward
+    x: Tensor
+    hidden: Tensor
+    energy: Tensor
+    learn: slice
+    held: slice
+    added: int
+
+    def tokens(self, which: slice) -> Tokens:
+        return Tokens(self.x[which], self.energy[which])
+
+
 class _Carving:
     """One run of the pass."""
 
     def __init__(self, options: CarveMoe, program: Program, context: Context) -> None:
         self.options, self.program, self.context = options, program, context
+        self.given = program.copy()
         self.device = context.device
         count, length = DEFAULT_WINDOWS[self.device.type == "cuda"]
         length = options.seqlen or min(length, ProgramModel(program).positions or length)
@@ -206,144 +284,249 @@ class _Carving:
                 "Give a longer text with --calib, or a lower seqlen.",
             )
         self.held = max(1, round(HELD_OUT * len(windows)))
+        self._check_tokens((len(windows) - self.held) * length)
         self.windows = windows.to(self.device)
         self.twins: dict[str, tuple[Function, dict[str, str]]] = {}
-        self.seconds = {"model": 0.0, "dividing": 0.0}
+        self.seconds = {"model": 0.0, "dividing": 0.0, "refitting": 0.0}
+        # With all pieces run nothing is missing.
+        whole = options.shared + options.active == options.experts
+        self.refits = options.refit and options.mode == "fit" and not whole
+
+    def _check_tokens(self, tokens: int) -> None:
+        """Refuse so few tokens that most neurons are marked in none of them."""
+        widths = [
+            _width(self.program, block, part)
+            for block, part in _parts(self.program)
+            if isinstance(part, FeedForward)
+        ]
+        for width in widths if self.options.active else []:
+            marks = first_marks(width) if self.options.mode == "fit" else self.options.marks
+            if tokens * marks < width:
+                raise PassError(
+                    f"{tokens} tokens to learn from, with {marks} marked neurons each, cannot tell "
+                    f"{width} neurons apart.",
+                    f"Give a longer text with --calib, or windows and seqlen of {width // marks} "
+                    "tokens and more.",
+                )
 
     def run(self) -> PassResult:
-        program, options = self.program, self.options
-        blocks = find_blocks(program)
-        first, last = blocks[0].position, blocks[-1].position + 1
-        walker = Student(program, first, last, {}, self.device, keep_weights=False)
-        values = walker.inputs(self.windows)
+        program, found = self.program, _parts(self.program)
+        first, last = found[0][0].position, found[-1][0].position + 1
+        self.ours, theirs = (
+            Student(model, first, last, {}, self.device, keep_weights=False)
+            for model in (program, self.given)
+        )
         skipped: list[Skip] = []
         carved: list[Carved] = []
+        refits: list[Refit] = []
+        values = self.ours.inputs(self.windows)
         with torch.no_grad():
-            walker.run(values, 0, first)
-            for number, (block, part) in enumerate(_parts(program)):
-                self.context.progress("carving", number, len(blocks))
-                started = time.perf_counter()
-                if isinstance(part, str):
-                    skipped.append(Skip(block_name(program, block), part))
-                else:
-                    seen: dict[Value, Tensor] = {}
-
-                    def watch(
-                        value: Value,
-                        tensor: Tensor,
-                        part: FeedForward = part,
-                        seen: dict[Value, Tensor] = seen,
-                    ) -> None:
-                        if value in (part.x, part.hidden):
-                            seen[value] = tensor
-
-                    walker.run(dict(values), block.position, block.position + 1, watch)
-                    divided = time.perf_counter()
-                    carved.append(self._carve(block, part, seen[part.x], seen[part.hidden]))
-                    self.seconds["dividing"] += time.perf_counter() - divided
-                    started += time.perf_counter() - divided
-                walker.run(values, block.position, block.position + 1)
-                self.seconds["model"] += time.perf_counter() - started
-            self.context.progress("carving", len(blocks), len(blocks))
+            self.ours.run(values, 0, first)
+            targets = dict(values)
+            for number, (block, form) in enumerate(found):
+                self.context.progress("carving", number, len(found))
+                where = block_name(program, block)
+                if self.refits:
+                    with self._clock("model"):
+                        theirs.run(targets, block.position, block.position + 1)
+                if isinstance(form, str):
+                    skipped.append(Skip(where, form))
+                    with self._clock("model"):
+                        self.ours.run(values, block.position, block.position + 1)
+                    continue
+                fixed = _not_refitted(program, block, form)
+                part = self._look(values, block, form)
+                with self._clock("dividing"):
+                    division = self._divide(part)
+                    self._put(part, division)
+                gates = self._run_carved(values, block)
+                with self._clock("dividing"):
+                    carved.append(self._measure(part, division, gates))
+                if not self.refits:
+                    continue
+                if fixed:
+                    skipped.append(Skip(f"{where}: refit", fixed))
+                    continue
+                with self._clock("refitting"):
+                    refits.append(self._refit(part, division, gates, values, targets))
+            self.context.progress("carving", len(found), len(found))
         program.prune_unused()
         details = {
-            "split": f"S{options.shared}A{options.active}E{options.experts}",
+            "split": f"S{self.options.shared}A{self.options.active}E{self.options.experts}",
             "parts": [asdict(item) for item in carved],
+            "refits": [asdict(item) for item in refits],
+            "work": self._work(),
             "seconds": self.seconds,
         }
-        return PassResult(program, len(blocks), len(carved), skipped, details)
+        return PassResult(program, len(found), len(carved), skipped, details)
 
-    def _carve(self, block: Block, part: FeedForward, x: Tensor, hidden: Tensor) -> Carved:
-        program, options = self.program, self.options
-        call = program.calls[block.position]
-        weights = _weights(program, call, part)
-        width = int(weights["up"].shape[0])
-        size = width // options.experts
-        shared, routed = options.shared * size, options.experts - options.shared
-        down = weights["down"].load(torch.float32).to(self.device)
-        rows = len(self.windows) - self.held
-        learn, held = (
-            (x[part_].flatten(0, 1).float(), hidden[part_].flatten(0, 1).float())
-            for part_ in (slice(0, rows), slice(rows, None))
-        )
-        energy = energies(learn[1], down)
-        keep = (options.shared + options.active) * size
+    @contextlib.contextmanager
+    def _clock(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - started
+
+    def _look(self, values: dict[str, Any], block: Block, form: FeedForward) -> _Part:
+        """Run a block as it is, over the stream of the carved ones before it."""
+        seen: dict[Value, Tensor] = {}
+
+        def watch(value: Value, tensor: Tensor) -> None:
+            if value in (form.x, form.hidden):
+                seen[value] = tensor.flatten(0, -2).float()
+
+        with self._clock("model"):
+            self.ours.run(dict(values), block.position, block.position + 1, watch)
+        with self._clock("dividing"):
+            weights = _weights(self.program, self.program.calls[block.position], form)
+            added = -seen[form.hidden].shape[1] % self.options.experts
+            down = weights["down"].load(torch.float32).to(self.device)
+            hidden, down = (F.pad(value, (0, added)) for value in (seen[form.hidden], down))
+            rows = (len(self.windows) - self.held) * self.windows.shape[1]
+            return _Part(
+                block, form, seen[form.x], hidden, energies(hidden, down),
+                slice(0, rows), slice(rows, None), added,
+            )  # fmt: skip
+
+    def _divide(self, part: _Part) -> Division:
+        options = self.options
+        size = part.hidden.shape[1] // options.experts
+        shared, experts = options.shared * size, options.experts - options.shared
+        learn, held = part.tokens(part.learn), part.tokens(part.held)
         if not options.active:
-            order = static_order(energy)
             # What is left out is an expert that nothing reads.
-            division = Division(order[:keep], keep, {})
-        elif options.mode == "faithful":
-            gate = weights["gate"].load(torch.float32).to(self.device) if part.gate else None
-            up = weights["up"].load(torch.float32).to(self.device)
-            division = divide_as_published(learn[1], gate, up, shared, routed, options.marks)
-        else:
-            division = divide_by_fit(learn[0], energy, shared, routed, options.active,
-                                     options.rounds)  # fmt: skip
-        result = self._measure(
-            block, division, routed, energy, held[0], energies(held[1], down), part.act
+            return Division(static_order(learn.energy)[:shared], shared, {})
+        if options.mode == "fit":
+            return divide_by_fit(
+                learn, held, shared, experts, options.active, options.rounds,
+                threshold=options.threshold,
+            )  # fmt: skip
+        weights = _weights(self.program, self.program.calls[part.block.position], part.form)
+        gate, up = (
+            weights[kind].load(torch.float32).to(self.device) if kind in weights else None
+            for kind in ("gate", "up")
         )
-        self._put(call, part, division, size)
-        return result
+        assert up is not None
+        hidden = part.hidden[part.learn]
+        return divide_as_published(hidden, gate, up, shared, experts, options.marks)
 
-    def _put(self, call: Call, part: FeedForward, division: Division, size: int) -> None:
+    def _put(self, part: _Part, division: Division) -> None:
         program, options = self.program, self.options
+        call = program.calls[part.block.position]
         function = program.functions[call.function]
         if function.name not in self.twins:
             experts = options.experts - options.shared if options.active else 0
-            split = Split(division.shared, experts, options.active)
+            split = Split(division.shared, experts, options.active, options.threshold)
             name = unique_name(f"{function.name}_experts", set(program.functions))
             router = "neuron" if options.mode == "faithful" else "linear"
-            self.twins[function.name] = with_experts(function, part, split, name, router=router)
+            self.twins[function.name] = with_experts(
+                function, part.form, split, name, router=router
+            )
             program.functions[name] = self.twins[function.name][0]
-        twin, made = self.twins[function.name]
+        twin, slots = self.twins[function.name]
         router_cpu = {name: value.cpu() for name, value in division.router.items()}
         carve_call(
-            program, call, part, twin, made, division.order.cpu(), division.shared, router_cpu
+            program, call, part.form, twin, slots, division.order.cpu(), division.shared, router_cpu
         )
 
-    def _measure(
-        self,
-        block: Block,
-        division: Division,
-        experts: int,
-        learnt: Tensor,
-        x: Tensor,
-        energy: Tensor,
-        act: str,
-    ) -> Carved:
+    def _run_carved(self, values: dict[str, Any], block: Block) -> Tensor | None:
+        """Run a block that is carved; return its gates [T, E], if there are experts."""
+        found: list[Tensor] = []
+
+        def watch(value: Value, tensor: Tensor) -> None:
+            if value.node is not None and value.node.op == "top_gates":
+                found.append(tensor.flatten(0, -2).float())
+
+        with self._clock("model"):
+            self.ours.run(values, block.position, block.position + 1, watch)
+        return found[0] if found else None
+
+    def _measure(self, part: _Part, division: Division, gates: Tensor | None) -> Carved:
         """Measure a division on held-out tokens."""
-        options = self.options
+        options, energy = self.options, part.energy[part.held]
+        where = block_name(self.program, part.block)
         size = energy.shape[1] // options.experts
         keep = (options.shared + options.active) * size
         total = float(energy.sum())
-        static = 1 - float(energy[:, static_order(learnt)[:keep]].sum()) / total
-        where = block_name(self.program, block)
-        if not options.active:
-            return Carved(where, 0, static, static, static, static, 1.0, 1.0, [])
+        best = static_order(part.energy[part.learn])[:keep]
+        static = 1 - float(energy[:, best].sum()) / total
+        if gates is None:
+            return Carved(where, part.added, 0, static, static, static, static, 1.0, 1.0, [])
         order, shared = division.order, division.shared
-        of_experts = energy[:, order[shared:]].unflatten(1, (experts, size)).sum(-1)
+        of_experts = energy[:, order[shared:]].unflatten(1, (gates.shape[1], size)).sum(-1)
         own = float(energy[:, order[:shared]].sum())
-        best = chosen(of_experts, options.active)
-        scores = _scores(division.router, x, act)
-        routed = chosen(scores, options.active)
+        routed = (gates[part.held] != 0).float()
+        oracle = chosen(of_experts, options.active, threshold=options.threshold)
         generator = torch.Generator().manual_seed(self.context.seed)
-        noise = torch.rand(scores.shape, generator=generator).to(scores)
+        noise = torch.rand(routed.shape, generator=generator).to(routed)
 
-        def lost(gates: Tensor) -> float:
-            return 1 - (own + float((of_experts * gates).sum())) / total
+        def lost(runs: Tensor) -> float:
+            return 1 - (own + float((of_experts * runs).sum())) / total
 
         return Carved(
-            where, division.rounds, static, lost(chosen(noise, options.active)), lost(best),
-            lost(routed), float((of_experts * routed).sum() / (of_experts * best).sum()),
-            float((routed == best).all(-1).float().mean()), routed.mean(0).tolist(),
+            where, part.added, division.rounds, static, lost(chosen(noise, options.active)),
+            lost(oracle), lost(routed),
+            float((of_experts * routed).sum() / (of_experts * oracle).sum()),
+            float((routed == oracle).all(-1).float().mean()), routed.mean(0).tolist(),
         )  # fmt: skip
 
+    def _refit(
+        self,
+        part: _Part,
+        division: Division,
+        gates: Tensor | None,
+        values: dict[str, Any],
+        targets: dict[str, Any],
+    ) -> Refit:
+        """Solve for a part's down projections anew, and move the stream behind it with them."""
+        program, options = self.program, self.options
+        call, given = (model.calls[part.block.position] for model in (program, self.given))
+        stream = call.results[0]
+        target = targets[given.results[0]].flatten(0, -2).float()
+        here = values[stream].flatten(0, -2).float()
+        features = part.hidden[:, division.order]
+        if gates is not None:
+            size = part.hidden.shape[1] // options.experts
+            features[:, division.shared :] *= gates.repeat_interleave(size, 1)
+        # A token counts in units of its target's square: few of a huge norm would decide else.
+        root = target.square().sum(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+        sums = [LeastSquares(), LeastSquares()]
+        for fit, which in zip(sums, (part.learn, part.held), strict=True):
+            fit.add(features[which] * root[which], ((target - here) * root)[which])
+        learn, held = sums
+        ridge, after = best_ridge(learn, held)
+        where = block_name(program, part.block)
+        result = Refit(where, held.error(None) / held.count, after / held.count, ridge)
+        if ridge is None:
+            return result
+        change = (learn + held).solve(ridge).float()
+        values[stream] = (here + features @ change).to(values[stream]).view_as(values[stream])
+        for slot, holds in self.twins[given.function][1].items():
+            if holds in ("down.shared", "down.experts"):
+                weight = program.weights[call.weights[slot]]
+                own = slice(0, division.shared)
+                if holds == "down.experts":
+                    own = slice(division.shared, None)
+                value = weight.load(torch.float32) + change[own].t().cpu()
+                value = value.to(weight.dtype).contiguous()
+                program.weights.replace(Weight(weight.name, Array(value), weight.checkpoint))
+        return result
 
-def _scores(router: dict[str, Tensor], x: Tensor, act: str) -> Tensor:
-    """Return what a router gives, as the ops that `with_experts` makes of it do."""
-    found = x @ router["router"].t()
-    if "router.bias" in router:
-        return found + router["router.bias"]
-    if "router.gate" in router:
-        return (ACTIVATIONS[act](x @ router["router.gate"].t()) * found).abs()
-    return ACTIVATIONS[act](found).abs()
+    def _work(self) -> dict[str, Any]:
+        """Return what a prompt of `PROMPT` tokens takes, of the model as given and carved."""
+        sizes = {B: 1, S: PROMPT, P: 0}
+        flops = [evaluate(total_cost(model).flops, sizes) for model in (self.given, self.program)]
+        products = [evaluate(weight_products(model), sizes) for model in (self.given, self.program)]
+        return {"tokens": PROMPT, "flops": flops, "weight_products": products}
+
+
+def _not_refitted(program: Program, block: Block, form: FeedForward) -> str | None:
+    """Return why what the down projection makes is no plain term of the block's result."""
+    function = program.functions[program.calls[block.position].function]
+    parts = sub_blocks(function, block.stream)
+    places = [number for number, part in enumerate(parts) if part.term is form.down.output]
+    if not places:
+        return "something stands between its down projection and the stream"
+    node = parts[places[0]].node
+    if any(node in region(function, [part.term]) for part in parts[places[0] + 1 :]):
+        return "the block goes on behind it"
+    return None

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
 
 from graphopt.devices import must_fit
 from graphopt.distil import Distiller, TrainingOptions
 from graphopt.errors import PassError
-from graphopt.ir.graph import Program
+from graphopt.ir.blocks import block_name, find_blocks
+from graphopt.ir.feed_forward import add_gates
+from graphopt.ir.graph import Call, Program, Value
 from graphopt.passes.base import Context, Pass, PassResult, register_pass
+from graphopt.tune import Balance, Form, Student, Whole
+
+SCALE_RATE = 2.0
+"""Of the learning rate, for the scales of gates: with the usual one CMoE's 1e-3."""
 
 
 @register_pass
@@ -19,7 +28,11 @@ class TuneMoe(TrainingOptions, Pass):
 
     All weights of the blocks are trained: of experts, of what is shared, of attention and of the
     router. A choice of experts has no gradient, so the router learns by that of a soft choice in
-    its place (`graphopt.ir.ops.experts.TopGates`).
+    its place (`graphopt.ir.ops.experts.TopGates`); with `surrogate=false` it learns by its gates
+    alone. With `gate` a chosen expert's gate is 1 and its odds times a scale that is trained
+    from 0. `balance` is how far a bias of every expert's odds moves in a step towards equal
+    loads; it takes part in choices alone, and 0 leaves it out. Both are CMoE's
+    (arXiv 2502.04416, section 4.4).
 
     Training lasts `seconds` or `steps`, whichever is given (150 seconds if neither). A step
     takes `batch` windows of `seqlen` tokens; by default 4 of 2048 on a GPU and 2 of 256 on a
@@ -36,8 +49,16 @@ class TuneMoe(TrainingOptions, Pass):
     reads_weights: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("carve-moe",)
 
+    surrogate: bool = True
+    gate: bool = True
+    balance: float = 1e-3
+
     def check(self, program: Program) -> None:
         self.check_training(self.name)
+        if not self.balance >= 0:
+            raise PassError(
+                f"tune-moe: balance={self.balance} is below 0.", "Give balance=0 for none."
+            )
 
     def run(self, program: Program, context: Context) -> PassResult:
         if context.dense is None or "carve-moe" not in context.earlier:
@@ -52,14 +73,60 @@ class TuneMoe(TrainingOptions, Pass):
 class _Tuning(Distiller):
     """One run of the pass."""
 
+    options: TuneMoe
+
+    def __init__(self, options: TuneMoe, program: Program, context: Context) -> None:
+        program = program.copy()
+        self.gates = add_gates(program, balance=options.balance > 0, scale=options.gate)
+        super().__init__(options, program, context)
+
     def run(self) -> PassResult:
+        options = self.options
         self.note("the whole model", self.dense)
         self.note("carving", self.program)
+        before = self._loads()
         for function in self.program.functions.values():
             for node in function.nodes:
                 if node.op == "top_gates":
-                    node.attrs["surrogate"] = True
+                    node.attrs |= {"surrogate": options.surrogate, "balance": options.balance > 0}
         self.distil()
         self.note("trained", self.program)
+        self.details["loads"] = [
+            {"where": where, "before": load, "after": after}
+            for (where, load), (_, after) in zip(before, self._loads(), strict=True)
+        ]
         parts = len(self.context.earlier["carve-moe"]["parts"])
         return PassResult(self.fold(), parts, parts, self.skipped, self.details)
+
+    def forms(self, program: Program, calls: list[Call]) -> dict[str, Form]:
+        forms = super().forms(program, calls)
+        for kind, names in self.gates.items():
+            for name in names:
+                value = program.weights[name].load().to(self.device)
+                forms[name] = (
+                    Balance(value, self.options.balance)
+                    if kind == "balance"
+                    else Whole(value, SCALE_RATE)
+                )
+        return forms
+
+    def _loads(self) -> list[tuple[str, list[float]]]:
+        """Return the share of held-out tokens that run each expert, part by part."""
+        program = self.program
+        blocks = find_blocks(program)
+        first, stop = blocks[0].position, blocks[-1].position + 1
+        student = Student(program, first, stop, {}, self.device, keep_weights=False)
+        found: list[tuple[str, list[float]]] = []
+        values: dict[str, Any] = student.inputs(self.checked.to(self.device))
+        with torch.no_grad():
+            student.run(values, 0, first)
+            for block in blocks:
+                where = block_name(program, block)
+
+                def watch(value: Value, gates: Tensor, where: str = where) -> None:
+                    if value.node is not None and value.node.op == "top_gates":
+                        load = (gates != 0).flatten(0, -2).float().mean(0)
+                        found.append((where, load.tolist()))
+
+                student.run(values, block.position, block.position + 1, watch)
+        return found

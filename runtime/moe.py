@@ -89,13 +89,14 @@ def _described(weight: Tensor | None, rows: int, columns: int) -> Any:
 
 
 def launch_top_gates(
-    scores: Tensor, bias: Tensor | None, extra: Tensor | None, count: int
+    scores: Tensor, bias: Tensor | None, extra: Tensor | None, count: int, mean: int = 0
 ) -> Tensor:
     """Return the gates, of the scores' dtype and shape.
 
     Args:
         scores: [..., E].
         bias, extra: [E].
+        count, mean: As in `ops.top_gates`.
     """
     from graphopt.runtime.kernels.experts import top_gates as kernel
 
@@ -106,7 +107,7 @@ def launch_top_gates(
     rows = max(1, min(64, 4096 // (wide * wide)))
     kernel[(-(-len(flat) // rows),)](
         flat, bias, extra, gates, len(flat), flat.stride(0),
-        E=experts, COUNT=count, BLOCK_T=rows, BLOCK_E=wide, num_warps=4,
+        E=experts, COUNT=count, MEAN=mean > 0, BLOCK_T=rows, BLOCK_E=wide, num_warps=4,
     )  # fmt: skip
     return gates
 
@@ -118,6 +119,7 @@ def launch_route(
     bias: Tensor | None,
     extra: Tensor | None,
     count: int,
+    mean: int = 0,
 ) -> Tensor:
     """Return the gates [T, E] of the scores x weight^T + offset.
 
@@ -125,6 +127,7 @@ def launch_route(
         x: [T, D], the last axis contiguous.
         weight: [E, D], contiguous.
         offset, bias, extra: [E].
+        count, mean: As in `ops.top_gates`.
     """
     from graphopt.runtime.kernels.experts import route as kernel
 
@@ -138,7 +141,7 @@ def launch_route(
     )
     kernel[(-(-tokens // rows),)](
         x, weight, offset, bias, extra, gates, tokens, x.stride(0),
-        D=width, E=experts, COUNT=count, BLOCK_T=rows, BLOCK_E=wide,
+        D=width, E=experts, COUNT=count, MEAN=mean > 0, BLOCK_T=rows, BLOCK_E=wide,
         BLOCK_D=min(depth, max(16, _power(width))), num_warps=warps, num_stages=3,
     )  # fmt: skip
     return gates
@@ -275,12 +278,17 @@ def launch_few(
 
 
 def top_gates(
-    scores: Tensor, bias: Tensor | None = None, extra: Tensor | None = None, *, count: int
+    scores: Tensor,
+    bias: Tensor | None = None,
+    extra: Tensor | None = None,
+    *,
+    count: int,
+    mean: int = 0,
 ) -> Tensor:
     """As `ops.top_gates`."""
     if runs_by_kernel(scores) and scores.shape[-1] <= MOST_EXPERTS:
-        return launch_top_gates(scores, bias, extra, count)
-    return ops.top_gates(scores, bias, extra, count=count)
+        return launch_top_gates(scores, bias, extra, count, mean)
+    return ops.top_gates(scores, bias, extra, count=count, mean=mean)
 
 
 def route(
@@ -291,6 +299,7 @@ def route(
     extra: Tensor | None = None,
     *,
     count: int,
+    mean: int = 0,
 ) -> Tensor:
     """As `ops.route`."""
     given = [t for t in (offset, bias, extra) if t is not None]
@@ -299,8 +308,8 @@ def route(
         or not weight.is_contiguous()
         or len(weight) > MOST_EXPERTS
     ):
-        return ops.route(x, weight, offset, bias, extra, count=count)
-    gates = launch_route(x.reshape(-1, x.shape[-1]), weight, offset, bias, extra, count)
+        return ops.route(x, weight, offset, bias, extra, count=count, mean=mean)
+    gates = launch_route(x.reshape(-1, x.shape[-1]), weight, offset, bias, extra, count, mean)
     return gates.view(*x.shape[:-1], len(weight))
 
 

@@ -329,18 +329,27 @@ def act_mul(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
 
 
 def top_gates(
-    scores: Tensor, bias: Tensor | None = None, extra: Tensor | None = None, *, count: int
+    scores: Tensor,
+    bias: Tensor | None = None,
+    extra: Tensor | None = None,
+    *,
+    count: int,
+    mean: int = 0,
 ) -> Tensor:
     """Gates [..., E] of the `count` experts with the highest scores; the others' are 0.
 
     A chosen one's is 1, or 1 + softmax(scores) extra. With `bias` the highest of
-    softmax(scores) + bias are chosen. Of equal ones the first.
+    softmax(scores) + bias are chosen. Of equal ones the first. With `mean` those are chosen
+    whose score, and bias, is above 0.
     """
     wide = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
     odds = torch.softmax(wide, -1)
-    ranked = scores if bias is None else odds + bias
-    order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    chosen = torch.zeros_like(scores).scatter(-1, order, 1.0)
+    if mean:
+        chosen = ((scores if bias is None else wide + bias) > 0).to(scores.dtype)
+    else:
+        ranked = scores if bias is None else odds + bias
+        order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        chosen = torch.zeros_like(scores).scatter(-1, order, 1.0)
     return chosen if extra is None else chosen * (1 + odds * extra).to(chosen.dtype)
 
 
@@ -352,6 +361,7 @@ def route(
     extra: Tensor | None = None,
     *,
     count: int,
+    mean: int = 0,
 ) -> Tensor:
     """`top_gates` of the scores that a linear of x gives.
 
@@ -359,7 +369,7 @@ def route(
         x: [..., N].
         weight, offset: Of the linear, [E, N] and [E].
     """
-    return top_gates(linear(x, weight, offset), bias, extra, count=count)
+    return top_gates(linear(x, weight, offset), bias, extra, count=count, mean=mean)
 
 
 def experts(

@@ -191,8 +191,10 @@ def tiny_program(
     return program
 
 
-def carved(program: Program, split: Split, seed: int = 0) -> Program:
-    """Return the program with its neurons divided, and its routers set, at random."""
+def carved(
+    program: Program, split: Split, seed: int = 0, router: Literal["linear", "neuron"] = "linear"
+) -> Program:
+    """Return the program with its neurons divided at random, by random routers."""
     program = program.copy()
     generator = torch.Generator().manual_seed(seed)
     twins: dict[str, tuple[Function, dict[str, str]]] = {}
@@ -202,18 +204,21 @@ def carved(program: Program, split: Split, seed: int = 0) -> Program:
         (part,) = feed_forwards(function, block.stream)
         assert isinstance(part, FeedForward)
         if function.name not in twins:
-            twin, made = with_experts(function, part, split, f"{function.name}_experts")
+            name = f"{function.name}_experts"
+            twin, made = with_experts(function, part, split, name, router=router)
             program.functions[twin.name] = twin
             twins[function.name] = twin, made
         twin, made = twins[function.name]
         slots = {value: slot for slot, value in function.weights.items()}
         width, size = program.weights[call.weights[slots[part.up.inputs[1]]]].shape
-        router = {
-            "router": torch.randn(split.experts, size, generator=generator),
-            "router.bias": torch.randn(split.experts, generator=generator),
+        # Scores of about 1, as fitted ones are.
+        scorers = {
+            "router": torch.randn(split.experts, size, generator=generator) / size**0.5,
+            "router.bias": torch.randn(split.experts, generator=generator) / 4,
+            "router.gate": torch.randn(split.experts, size, generator=generator) / size**0.5,
         }
         order = torch.randperm(width, generator=generator)
-        carve_call(program, call, part, twin, made, order, split.shared, router)
+        carve_call(program, call, part, twin, made, order, split.shared, scorers)
     program.prune_unused()
     verify(program)
     return program

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from programs import tiny_program
 
 from graphopt.ir.blocks import find_blocks, remove_blocks, sub_blocks
-from graphopt.repair import RIDGES, _Sums, repair
+from graphopt.repair import repair
 from graphopt.tune import Streams, Student, relative_mse
 
 CPU = torch.device("cpu")
@@ -24,26 +23,6 @@ def cut(program, *indices):
     pruned = program.copy()
     remove_blocks(pruned, indices)
     return pruned
-
-
-def test_sums_solve_the_weighted_least_squares_with_a_pull():
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(5, 8, 6, generator=generator)
-    residual, target = torch.randn(2, 5, 8, 4, generator=generator)
-    sums = _Sums()
-    for part in range(5):
-        sums.add(features[part], residual[part], target[part])
-    root = target.double().square().sum(-1).rsqrt().flatten()[:, None]
-    x, y = features.double().flatten(0, 1) * root, residual.double().flatten(0, 1) * root
-    for ridge in RIDGES:
-        pull = ridge * float((x.T @ x).diagonal().mean())
-        rows = torch.cat([x, pull**0.5 * torch.eye(6, dtype=torch.float64)])
-        expected = torch.linalg.lstsq(rows, torch.cat([y, y.new_zeros(6, 4)])).solution
-        found = sums.solve(ridge)
-        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
-        left = float((y - x @ found).square().sum())
-        assert sums.error(found) == pytest.approx(left, rel=1e-4)
-    assert sums.error(None) == pytest.approx(float(y.square().sum()), rel=1e-5)
 
 
 def test_the_stream_comes_nearer_to_the_dense_models_at_the_cut_and_behind_it():

@@ -185,6 +185,19 @@ def test_what_carved_parts_leave_out_is_drawn():
     assert "What tokens leave out" not in rendered({"parts": [{"where": "x"}] * 3})[1]
 
 
+def test_work_and_loads_are_said_before_and_after():
+    work = {"tokens": 128, "flops": [2e9, 1.5e9], "weight_products": [1e9, 8e8]}
+    loads = [{"where": "x", "before": [0.75, 0.25, 0.5], "after": [0.5, 0.5, 0.5]}]
+    text = rendered({"work": work, "parts": [{"added": 3}, {"added": 2}]}, {"loads": loads})[1]
+    assert "A prompt of 128 tokens takes 2.0 G → 1.5 G FLOPs in all (-25.0%)." in text
+    assert "1.0 G → 800.0 M products with weights (-20.0%)." in text
+    assert "5 neurons of zeros were added." in text
+    assert "Before training a token runs 1.50 experts of a part, and the most used one" in text
+    assert "1.50 times as often" in text and "1.00 times as often" in text
+    odd = {"work": {"flops": [1, "x"]}, "loads": [{"before": [0.0], "after": "x"}]}
+    assert "times as often" not in rendered(odd)[1]
+
+
 def test_depth_pruning_is_drawn():
     html, text = rendered(PRUNING, FUSION)
     assert "Removed, in this order: 4, 2." in text

@@ -14,7 +14,16 @@ from graphopt.ir.graph import (
     unique_name,
 )
 from graphopt.ir.types import DTYPE_NAMES, DTYPES, SYMBOLS, B, Dim, P, S, T, Type
-from graphopt.ir.weights import Array, Missing, Producer, Rows, Transposed, Weight, WeightStore
+from graphopt.ir.weights import (
+    Array,
+    Missing,
+    Padded,
+    Producer,
+    Rows,
+    Transposed,
+    Weight,
+    WeightStore,
+)
 
 __all__ = [
     "DTYPES",
@@ -31,6 +40,7 @@ __all__ = [
     "Missing",
     "Node",
     "P",
+    "Padded",
     "Param",
     "Producer",
     "Program",

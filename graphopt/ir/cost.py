@@ -87,3 +87,28 @@ def total_cost(program: Program) -> Cost:
     for cost in program_costs(program):
         total = total + cost
     return total
+
+
+def weight_products(program: Program) -> Expr:
+    """Return the multiply-adds of products with weights, experts that are not run left out.
+
+    Scores and sums of attention are no products with weights. Source: CMoE, arXiv 2502.04416,
+    table 7, counts so.
+    """
+    total: Expr = sympy.Integer(0)
+    for call, types in zip(program.calls, infer_program(program)[0], strict=True):
+        for node in program.functions[call.function].nodes:
+            if node.op == "linear":
+                x, weight = node.inputs[0], node.inputs[1]
+                assert x is not None and weight is not None
+                rows = types[x].numel / types[x].shape[-1]
+                total += rows * types[weight].numel
+            elif node.op == "experts":
+                x, gates, up, down, gate = node.inputs[:5]
+                assert x is not None and gates is not None
+                rows = types[x].numel / types[x].shape[-1]
+                attrs = resolve_attrs(node, call)
+                active = attrs.get("mean") or attrs["active"]
+                share = sympy.Rational(active, types[gates].shape[-1])
+                total += rows * share * sum(types[v].numel for v in (up, down, gate) if v)
+    return sympy.expand(total)

@@ -10,7 +10,7 @@ from torch import Tensor
 from graphopt.ir.blocks import SubBlock, sub_blocks
 from graphopt.ir.dataflow import region
 from graphopt.ir.graph import Call, Function, Node, Program, Value, unique_name
-from graphopt.ir.weights import Array, Producer, Rows, Transposed, Weight
+from graphopt.ir.weights import Array, Padded, Producer, Rows, Transposed, Weight
 from graphopt.runtime.ops import ACTIVATIONS
 
 
@@ -100,11 +100,13 @@ class Split:
         shared: Neurons that every token runs.
         experts: Number of routed experts.
         active: How many of them a token runs.
+        threshold: Whether that is a mean over tokens, which run every expert of a score above 0.
     """
 
     shared: int
     experts: int
     active: int
+    threshold: bool = False
 
 
 def with_experts(
@@ -180,14 +182,17 @@ def with_experts(
                 active = twin.add(part.act, [active], before=down).output
                 scores = twin.add("mul", [active, scores], before=down).output
             scores = twin.add("abs", [scores], before=down).output
-        gates = twin.add("top_gates", [scores], {"count": split.active}, before=down).output
+        most, mean = split.active, {}
+        if split.threshold:
+            most, mean = split.experts, {"mean": split.active}
+        gates = twin.add("top_gates", [scores], {"count": most, **mean}, before=down).output
         up_weight, up_bias = piece(up, "up", "experts")
         gate_weight, gate_bias = (None, None) if gate is None else piece(gate, "gate", "experts")
         matrix = weight(f"{slots[down.inputs[1]]}.experts", "down.experts")  # type: ignore[index]
         routed = twin.add(
             "experts",
             [x, gates, up_weight, matrix, gate_weight, up_bias, gate_bias],
-            {"act": part.act, "active": split.active},
+            {"act": part.act, "active": most, **mean},
             before=down,
         ).output
         if bias is not None and not split.shared:
@@ -219,6 +224,7 @@ def carve_call(
         part: Of the function that the call runs so far.
         twin, made: From `with_experts`; the function is in the program.
         order: int64, every neuron once: the shared ones, then the experts' side by side.
+            Numbers from the part's width on are neurons of zeros, which are added.
         shared: How many of them are shared.
         router: For `router`, `router.bias` and `router.gate`, as far as the twin has them, the
             value.
@@ -249,10 +255,55 @@ def carve_call(
         own = node.inputs[2 if kind.endswith(".bias") else 1]
         assert own is not None
         source = program.weights[call.weights[slots[own]]]
-        producer: Producer
+        neurons: Producer = source.producer
         if kind == "down":
-            producer = Transposed(Rows(Transposed(source.producer), rows[place]))
-        else:
-            producer = Rows(source.producer, rows[place])
+            neurons = Transposed(neurons)
+        more = max((*rows["shared"], *rows["experts"])) + 1 - neurons.shape[0]
+        if more > 0:
+            neurons = Padded(neurons, more)
+        producer: Producer = Rows(neurons, rows[place])
+        if kind == "down":
+            producer = Transposed(producer)
         weights[slot] = add(f"{source.name}.{place}", producer)
     call.function, call.weights = twin.name, weights
+
+
+def add_gates(program: Program, *, balance: bool, scale: bool) -> dict[str, list[str]]:
+    """Give every choice of experts, in place, a bias and a scale that are 0 at first.
+
+    With them at 0 every token runs the experts that it ran, with a gate of 1. What the router's
+    slots are named by stays in the new ones: `mlp.router.balance` and `mlp.router.scale`.
+
+    Args:
+        balance: Add the operand `bias` of `top_gates`, by which loads are balanced.
+        scale: Add the operand `extra`, by which a gate is 1 and some of its expert's odds.
+
+    Returns:
+        The names of the new program weights, by `balance` and `scale`.
+    """
+    kinds = [("balance", 1)] * balance + [("scale", 2)] * scale
+    made: dict[str, list[str]] = {"balance": [], "scale": []}
+    # For every function, the new slots: of which kind, and the slot that has as many rows.
+    slots: dict[str, dict[str, tuple[str, str]]] = {}
+    for function in program.functions.values():
+        named = {value: slot for slot, value in function.weights.items()}
+        for node in [node for node in function.nodes if node.op == "top_gates"]:
+            assert node.inputs[0] is not None
+            last = [n for n in region(function, [node.inputs[0]]) if n.op == "linear"][-1]
+            router = named[last.inputs[1]]  # type: ignore[index]
+            stem = router.removesuffix(".weight")
+            node.inputs += [None] * (3 - len(node.inputs))
+            for kind, place in kinds:
+                if node.inputs[place] is None:
+                    slot = unique_name(f"{stem}.{kind}", set(function.weights))
+                    node.inputs[place] = function.weights[slot] = Value(slot)
+                    slots.setdefault(function.name, {})[slot] = kind, router
+    for call in program.calls:
+        for slot, (kind, router) in slots.get(call.function, {}).items():
+            name = f"{call.path}.{slot}" if call.path else slot
+            name = unique_name(name, {weight.name for weight in program.weights})
+            rows = program.weights[call.weights[router]].shape[0]
+            program.weights.add(Weight(name, Array(torch.zeros(rows))))
+            call.weights[slot] = name
+            made[kind].append(name)
+    return made

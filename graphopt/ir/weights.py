@@ -126,6 +126,31 @@ class Transposed(Producer):
 
 
 @dataclass(frozen=True)
+class Padded(Producer):
+    """Another producer's value, and `rows` more rows of zeros behind it."""
+
+    source: Producer
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (self.source.shape[0] + self.rows, *self.source.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.source.dtype
+
+    def load(self) -> torch.Tensor:
+        return self.load_rows(0, self.shape[0])
+
+    def load_rows(self, start: int, stop: int) -> torch.Tensor:
+        given = self.source.shape[0]
+        value = self.source.load_rows(min(start, given), min(stop, given))
+        zeros = max(min(stop, self.shape[0]) - max(start, given), 0)
+        return torch.cat([value, value.new_zeros(zeros, *self.source.shape[1:])])
+
+
+@dataclass(frozen=True)
 class Reshaped(Producer):
     """The same elements, row-major, in another shape."""
 

@@ -188,7 +188,7 @@ class BodyPrinter(FunctionPrinter):
         return not (is_aten(user.op) and _mentions(user, node.output) > 1)
 
     def _call(self, node: Node, callee: str, operands: Sequence[Value | None]) -> str:
-        arguments = [*self.operands(node, operands), *self._options(node)]
+        arguments = [*self.operands(node, operands), *self.options_of(node)]
         return self.helper(callee, ", ".join(arguments))
 
     def operands(self, node: Node, operands: Sequence[Value | None]) -> list[str]:
@@ -207,7 +207,7 @@ class BodyPrinter(FunctionPrinter):
                 by_name = True
         return texts
 
-    def _options(self, node: Node, op: str = "") -> list[str]:
+    def options_of(self, node: Node, op: str = "") -> list[str]:
         """Return the attributes that are not at their defaults, those of `op` if given."""
         defaults = get_op(op or node.op).defaults
         return [
@@ -255,12 +255,12 @@ class BodyPrinter(FunctionPrinter):
         past = f"({', '.join(map(self.name, pasts))})" if cache is None else self.pasts[cache.slot]
         texts = self.operands(node, node.inputs[:PAST_K])
         texts.insert(3, past)
-        return self.helper("cached_attention", ", ".join([*texts, *self._options(node)]))
+        return self.helper("cached_attention", ", ".join([*texts, *self.options_of(node)]))
 
     def joined(self, node: Node, op: str) -> str:
         """Return a node that stands for several, with the attributes that `op` has."""
         names = ["None" if value is None else self.name(value) for value in node.inputs]
-        return self.helper(node.op, ", ".join([*names, *self._options(node, op)]))
+        return self.helper(node.op, ", ".join([*names, *self.options_of(node, op)]))
 
     def packed_linear(self, node: Node) -> str:
         """Return the products of one tensor with several weights."""
@@ -393,7 +393,7 @@ def _moe(printer: BodyPrinter, node: Node) -> str:
 
 
 def _route(printer: BodyPrinter, node: Node) -> str:
-    return _named(printer, node, _ROUTE, 2, f"count={node.attrs['count']}")
+    return _named(printer, node, _ROUTE, 2, *printer.options_of(node, "top_gates"))
 
 
 def _scale(printer: BodyPrinter, node: Node) -> str:

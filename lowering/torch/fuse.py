@@ -106,7 +106,7 @@ def _route(function: Function, gates: Node) -> None:
     if made.output in function.outside_values():
         return
     operands = [*made.inputs, *[None] * (3 - len(made.inputs)), *gates.inputs[1:]]
-    new = function.add("route", operands, {"count": gates.attrs["count"]}, before=gates)
+    new = function.add("route", operands, gates.attrs, before=gates)
     _swap(function, [gates], new)
     function.nodes.remove(made)
 

@@ -34,8 +34,13 @@ def _products(
 
 
 @triton.jit
-def _choose(scores, bias_ptr, extra_ptr, expert, E: tl.constexpr, COUNT: tl.constexpr):
-    """Return the gates [T, E] of the COUNT experts with the highest scores; the others' are 0."""
+def _choose(
+    scores, bias_ptr, extra_ptr, expert, E: tl.constexpr, COUNT: tl.constexpr, MEAN: tl.constexpr
+):  # fmt: skip
+    """Return the gates [T, E] of the COUNT experts with the highest scores; the others' are 0.
+
+    With MEAN those are chosen whose score is above 0.
+    """
     there = (expert < E)[None, :]
     ranked = tl.where(there, scores, -float("inf"))
     odds = scores
@@ -44,10 +49,13 @@ def _choose(scores, bias_ptr, extra_ptr, expert, E: tl.constexpr, COUNT: tl.cons
         odds = odds / tl.sum(odds, 1)[:, None]
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)
-        ranked = tl.where(there, odds + bias[None, :], -float("inf"))
-    mine, other = ranked[:, :, None], ranked[:, None, :]
-    ahead = (other > mine) | ((other == mine) & (expert[None, None, :] < expert[None, :, None]))
-    chosen = tl.sum(ahead.to(tl.int32), 2) < COUNT
+        ranked = tl.where(there, (scores if MEAN else odds) + bias[None, :], -float("inf"))
+    if MEAN:
+        chosen = ranked > 0.0
+    else:
+        mine, other = ranked[:, :, None], ranked[:, None, :]
+        ahead = (other > mine) | ((other == mine) & (expert[None, None, :] < expert[None, :, None]))
+        chosen = tl.sum(ahead.to(tl.int32), 2) < COUNT
     gates = tl.where(chosen, 1.0, 0.0)
     if extra_ptr is not None:
         extra = tl.load(extra_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)
@@ -58,7 +66,8 @@ def _choose(scores, bias_ptr, extra_ptr, expert, E: tl.constexpr, COUNT: tl.cons
 @triton.jit
 def top_gates(
     scores_ptr, bias_ptr, extra_ptr, gates_ptr, tokens, scores_stride,
-    E: tl.constexpr, COUNT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    E: tl.constexpr, COUNT: tl.constexpr, MEAN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Write the gates [T, E] of scores [T, E]."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -66,7 +75,7 @@ def top_gates(
     inside = (token < tokens)[:, None] & (expert < E)[None, :]
     at = token.to(tl.int64)[:, None] * scores_stride + expert[None, :]
     scores = tl.load(scores_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    gates = _choose(scores, bias_ptr, extra_ptr, expert, E, COUNT)
+    gates = _choose(scores, bias_ptr, extra_ptr, expert, E, COUNT, MEAN)
     target = token.to(tl.int64)[:, None] * E + expert[None, :]
     tl.store(gates_ptr + target, gates.to(gates_ptr.dtype.element_ty), mask=inside)
 
@@ -74,7 +83,7 @@ def top_gates(
 @triton.jit
 def route(
     x_ptr, weight_ptr, offset_ptr, bias_ptr, extra_ptr, gates_ptr, tokens, x_stride,
-    D: tl.constexpr, E: tl.constexpr, COUNT: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, COUNT: tl.constexpr, MEAN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the gates [T, E] of the scores x weight^T + offset, which are not rounded."""
@@ -99,7 +108,7 @@ def route(
     if offset_ptr is not None:
         offset = tl.load(offset_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)
         scores += offset[None, :]
-    gates = _choose(scores, bias_ptr, extra_ptr, expert, E, COUNT)
+    gates = _choose(scores, bias_ptr, extra_ptr, expert, E, COUNT, MEAN)
     inside = (token < tokens)[:, None] & (expert < E)[None, :]
     target = token.to(tl.int64)[:, None] * E + expert[None, :]
     tl.store(gates_ptr + target, gates.to(gates_ptr.dtype.element_ty), mask=inside)

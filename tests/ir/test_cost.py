@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import tiny_program
+from programs import carved, tiny_program
 
+from graphopt.capture import capture
 from graphopt.ir import Array, B, P, S, Type, Weight, cost
-from graphopt.ir.cost import call_cost, program_costs, total_cost
+from graphopt.ir.cost import call_cost, program_costs, total_cost, weight_products
+from graphopt.ir.feed_forward import Split
 from graphopt.ir.ops import get_op
 from graphopt.ir.shapes import infer_program
 
@@ -127,3 +131,35 @@ def test_layers_of_another_dtype_count_by_their_own_bytes():
     assert first.weight_bytes - second.weight_bytes == 2 * 32 * 48
     # Past keys and values of two heads of 8, at two bytes less an element.
     assert first.activation_bytes - second.activation_bytes == 2 * (2 * 2 * 8) * B * P
+
+
+LLAMA_2_7B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000,
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_a_carved_llama_2_7b_takes_the_products_that_the_paper_counts(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_2_7B), encoding="utf-8")
+    dense = capture(f"config:{path}")
+
+    def giga(program):
+        return number(weight_products(program), 1, 128, 0) / 1e9
+
+    # CMoE, arXiv 2502.04416, table 7; to three digits more, 32 blocks and a head of 32,000 rows.
+    assert giga(dense) == pytest.approx(845.706, abs=5e-4)
+    split = Split(3 * 1376, 5, 3)
+    assert giga(carved(dense, split, router="neuron")) == pytest.approx(707.361, abs=5e-4)
+    # A linear router has one matrix [5, 4096] a block and not two.
+    linear = giga(carved(dense, split))
+    assert linear == pytest.approx(707.361 - 32 * 128 * 5 * 4096 / 1e9, abs=5e-4)
+    # The share of a block's products that the formula gives, all in all.
+    mlp, attention = 3 * 4096 * 11008, 4 * 4096**2
+    saved = 2 / 8 * mlp / (attention + mlp) - 5 * 4096 / (attention + mlp)
+    head = 128 * 32000 * 4096 / 1e9
+    assert 1 - (linear - head) / (giga(dense) - head) == pytest.approx(saved, abs=1e-9)
+    # With a mean number of experts the cost is that of the mean.
+    assert giga(carved(dense, Split(3 * 1376, 5, 3, threshold=True))) == pytest.approx(linear)

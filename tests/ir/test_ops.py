@@ -94,6 +94,8 @@ CASES = [
     Case("embedding", [i64(B, S), f64(7, 3)], {"offset": 2}),
     *(Case("top_gates", [f64(B, S, 5), *rest], {"count": count})
       for count in (1, 3, 5) for rest in ([], [f64(5)], [None, f64(5)], [f64(5), f64(5)])),
+    *(Case("top_gates", [f64(B, S, 5), *rest], {"count": 5, "mean": 2})
+      for rest in ([], [f64(5)], [f64(5), f64(5)])),
     *(Case("experts", [X, f64(B, S, 3), f64(12, 6), f64(7, 12), *rest],
            {"act": act, "active": 2}, terms=24, size=8)
       for act, rest in (("silu", [f64(12, 6)]), ("relu", []), ("gelu", [None, f64(12)]),
@@ -166,13 +168,17 @@ def expect_linear(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
-def expect_top_gates(scores, bias=None, extra=None, count=0):
+def expect_top_gates(scores, bias=None, extra=None, count=0, mean=0):
     gates = np.zeros_like(scores)
     for place in np.ndindex(*scores.shape[:-1]):
         row = [math.exp(v) for v in scores[place]]
         odds = [v / sum(row) for v in row]
         rank = scores[place] if bias is None else odds + bias
-        for e in sorted(range(len(row)), key=lambda e: (-rank[e], e))[:count]:
+        chosen = sorted(range(len(row)), key=lambda e: (-rank[e], e))[:count]
+        if mean:
+            offset = np.zeros(len(row)) if bias is None else bias
+            chosen = [e for e in chosen if scores[place][e] + offset[e] > 0]
+        for e in chosen:
             gates[place][e] = 1.0 if extra is None else 1 + odds[e] * extra[e]
     return gates
 

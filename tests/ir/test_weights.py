@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphopt.errors import SourceError
-from graphopt.ir import Array, Missing, Producer, Rows, Transposed, Weight, WeightStore
+from graphopt.ir import Array, Missing, Padded, Producer, Rows, Transposed, Weight, WeightStore
 from graphopt.ir.weights import Reshaped
 
 
@@ -104,6 +104,17 @@ def test_a_transpose_is_read_by_columns():
     assert turned.load_rows(1, 3).equal(matrix().t()[1:3])
     assert Rows(turned, slice(3, 4)).load().equal(matrix().t()[3:4])
     assert Transposed(Rows(source, slice(0, 2))).load().equal(matrix()[:2].t())
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 9), (0, 2), (2, 6), (5, 8), (7, 9), (3, 3)])
+def test_rows_of_zeros_stand_behind_what_is_read(start, stop):
+    source = spy()
+    padded = Padded(source, 3)
+    whole = torch.cat([matrix(), torch.zeros(3, matrix().shape[1])])
+    assert padded.shape == tuple(whole.shape) and padded.dtype == whole.dtype
+    assert padded.load_rows(start, stop).equal(whole[start:stop])
+    assert all(stop <= 6 for _, stop in source.read)
+    assert Padded(Transposed(Array(matrix())), 2).load()[-2:].eq(0).all()
 
 
 def test_another_shape():

@@ -174,6 +174,20 @@ def test_gates(operands: str, experts: int, dtype: torch.dtype) -> None:
     assert bool(((found.double().cpu() - exact).abs() <= eps * (1 + exact.abs())).all())
 
 
+def test_thresholds_choose_what_is_above_them() -> None:
+    scores = random(19, 6, dtype=torch.float16, seed=0)
+    bias = torch.tensor([0.0, -9.0, 9.0, 0.0, 0.0, 0.0], dtype=torch.float16, device=DEVICE)
+    for given in (None, bias):
+        gates = moe.launch_top_gates(scores, given, None, 6, mean=2)
+        ranked = scores.double() if given is None else scores.double() + given.double()
+        assert torch.equal(gates, (ranked > 0).to(gates.dtype))
+        part = Part((19, 6, 6, 8, 0, 32), torch.float16, "silu", True, False)
+        many = moe.launch_many(part.x, gates, *part.routed, None, part.act, part.active)
+        close(many, part.exact(gates), part)
+        few = moe.launch_few(part.x, gates, *part.routed, *part.shared, part.act, part.active)
+        close(few, part.exact(gates), part)
+
+
 @pytest.mark.parametrize("shared", [0, 24])
 def test_emitted_models_run_experts_by_kernels(shared: int, tmp_path: Path) -> None:
     program = carved(tiny_program(head_dim=32, ffn=56), Split(shared, 4, 2))

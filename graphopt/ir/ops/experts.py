@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from graphopt.ir.ops.base import Attrs, Op, Tensors, Types, get_op, need, register, same
@@ -21,14 +24,23 @@ class TopGates(Op):
     the highest of softmax(scores) + bias are chosen instead; it is in no gate. Equal scores go
     to the lowest index. Source: CMoE, arXiv 2502.04416, section 4.3.
 
+    With `mean` a token chooses as many experts as have a score above 0, or score + bias; `mean`
+    is how many these are on average, and `count` the number of all experts, which is how many
+    they may be.
+
     A choice has no gradient. With `surrogate` the fast form gives the scores that of a soft
     choice in its place, which changes no value: sigmoid((score - edge) / spread), edge half way
-    between the last chosen score and the next, spread the scores' standard deviation.
+    between the last chosen score and the next, or 0 with `mean`, spread the scores' standard
+    deviation. Scores are here what is ranked, and no gradient of the soft choice is the bias's.
+
+    With `balance` the fast form gives `bias` a gradient of its own, whatever the gates' one is:
+    how many tokens more than the mean run each expert. With `mean`, where choices are not one
+    against the other, it is for all experts how many more they are than `mean` for each token.
     """
 
     name = "top_gates"
     operands = ("scores", "bias?", "extra?")
-    defaults = {"surrogate": False}  # noqa: RUF012
+    defaults = {"mean": 0, "surrogate": False, "balance": False}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         scores = need(types, 0)
@@ -38,6 +50,10 @@ class TopGates(Op):
                 raise ValueError(f"top_gates of {scores} with {kind}")
         if not 0 < attrs["count"] <= experts:
             raise ValueError(f"top_gates of {attrs['count']} of {experts} experts")
+        if attrs.get("mean", 0) and not 0 < attrs["mean"] <= attrs["count"] == experts:
+            raise ValueError(f"top_gates of {attrs['mean']} of {experts} experts on average")
+        if attrs.get("balance") and (len(types) < 2 or types[1] is None):
+            raise ValueError("top_gates cannot balance a choice without a bias")
         return [scores]
 
     def flops(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]
@@ -48,30 +64,73 @@ class TopGates(Op):
         assert scores is not None
         odds = (scores - scores.amax(-1, keepdim=True)).exp()
         odds = odds / odds.sum(-1, keepdim=True)
-        ranked = scores if bias is None else odds + bias
-        better = (ranked[..., None, :] > ranked[..., :, None]).sum(-1)
-        equal = ranked[..., None, :] == ranked[..., :, None]
-        earlier = equal.tril(-1).sum(-1)
-        chosen = (better + earlier < attrs["count"]).to(scores.dtype)
+        if attrs.get("mean"):
+            chosen = ((scores if bias is None else scores + bias) > 0).to(scores.dtype)
+        else:
+            ranked = scores if bias is None else odds + bias
+            better = (ranked[..., None, :] > ranked[..., :, None]).sum(-1)
+            equal = ranked[..., None, :] == ranked[..., :, None]
+            earlier = equal.tril(-1).sum(-1)
+            chosen = (better + earlier < attrs["count"]).to(scores.dtype)
         return (chosen if extra is None else chosen * (1 + odds * extra),)
 
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         scores = tensors[0]
         assert scores is not None
         bias, extra = _operand(tensors, 1), _operand(tensors, 2)
-        gates = runtime.top_gates(scores, bias, extra, count=attrs["count"])
-        if attrs.get("surrogate") and attrs["count"] < scores.shape[-1]:
-            soft = soft_choice(scores, attrs["count"])
+        count, mean = attrs["count"], attrs.get("mean", 0)
+        gates = runtime.top_gates(scores, bias, extra, count=count, mean=mean)
+        if attrs.get("surrogate") and (mean or count < scores.shape[-1]):
+            ranked = scores.float()
+            if bias is not None:
+                ranked = (ranked if mean else ranked.softmax(-1)) + bias.detach()
+            soft = soft_choice(ranked, count, mean).to(gates.dtype)
             gates = gates + (soft - soft.detach())
+        if attrs.get("balance"):
+            assert bias is not None
+            gates = _balanced(gates, bias, mean)
         return (gates,)
 
 
-def soft_choice(scores: Tensor, count: int) -> Tensor:
+def soft_choice(ranked: Tensor, count: int, mean: int = 0) -> Tensor:
     """Return the soft choice whose gradient stands for that of `top_gates`."""
-    ranked = scores.detach().sort(dim=-1, descending=True).values
-    edge = (ranked[..., count - 1 : count] + ranked[..., count : count + 1]) / 2
-    spread = ranked.std(-1, keepdim=True).clamp(min=1e-6)
-    return ((scores - edge) / spread).sigmoid()
+    edge: Tensor | float = 0.0
+    if not mean:
+        order = ranked.detach().sort(dim=-1, descending=True).values
+        edge = (order[..., count - 1 : count] + order[..., count : count + 1]) / 2
+    spread = ranked.detach().std(-1, keepdim=True).clamp(min=1e-6)
+    return ((ranked - edge) / spread).sigmoid()
+
+
+@torch.library.custom_op("graphopt::balanced", mutates_args=())
+def _balanced(gates: Tensor, bias: Tensor, mean: int) -> Tensor:
+    """Return gates [..., E], with a gradient for `bias` [E] as `TopGates` has it.
+
+    An operator of torch, because a step that is compiled is traced before it has gradients.
+    """
+    return gates.clone()
+
+
+@_balanced.register_fake
+def _(gates: Tensor, bias: Tensor, mean: int) -> Tensor:
+    return torch.empty_like(gates)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.mean = inputs[2]
+
+
+def _excess(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    gates, bias = ctx.saved_tensors
+    chosen = (gates != 0).flatten(0, -2).to(bias.dtype)
+    load = chosen.sum(0)
+    if ctx.mean:
+        return gradient, (load.sum() - ctx.mean * len(chosen)).expand_as(load), None
+    return gradient, load - load.mean(), None
+
+
+_balanced.register_autograd(_excess, setup_context=_keep)
 
 
 @register
@@ -80,12 +139,14 @@ class Experts(Op):
 
     The experts' neurons lie side by side: `gate` and `up` are [E m, in], `down` is [out, E m],
     and expert e is rows, or columns, e m to e m + m. Without `gate` a neuron is act(up x).
-    `active` is how many gates of a token are not 0, which only the cost asks for.
+    `active` is how many gates of a token are not 0 at most; the cost is that of `mean` experts
+    where there is a mean.
     Source: CMoE, arXiv 2502.04416, equation 1.
     """
 
     name = "experts"
     operands = ("x", "gates", "up", "down", "gate?", "up_bias?", "gate_bias?")
+    defaults = {"mean": 0}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         x, gates, up, down = (need(types, index) for index in range(4))
@@ -106,7 +167,7 @@ class Experts(Op):
     def flops(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]
         x, gates, up, down = (need(types, index) for index in range(4))
         tokens = dim(x.numel / x.shape[-1])
-        width = int(up.shape[0]) // int(gates.shape[-1]) * attrs["active"]
+        width = int(up.shape[0]) // int(gates.shape[-1]) * (attrs.get("mean") or attrs["active"])
         gated = len(types) > 4 and types[4] is not None
         products = 2 * (1 + gated) * x.shape[-1] + 2 * down.shape[0]
         # An activation, the product with the other half, and the gate.

@@ -21,19 +21,25 @@ def activation(lower: Lowering, act: str, x: ir.Value) -> ir.Value:
 
 @translation("top_gates")
 def top_gates(lower: Lowering, node: Node) -> ir.Value:
-    """TopK, whose first of equal values is the lowest index, and a one in each of its places."""
-    builder, count = lower.builder, lower.attrs(node)["count"]
+    """TopK, whose first of equal values is the lowest index, and a one in each of its places.
+
+    With a mean in place of a count, a one where something is above 0.
+    """
+    builder, attrs = lower.builder, lower.attrs(node)
     scores = lower.whole(node.inputs[0])
     bias, extra = lower.operand(node, 1), lower.operand(node, 2)
     odds = None if bias is None and extra is None else builder.op("Softmax", scores, axis=-1)
-    ranked = scores if bias is None else builder.op("Add", odds, lower.whole(bias))
-    _, places = builder.op(
-        "TopK", ranked, builder.constant([count]), outputs=2, axis=-1, largest=1, sorted=1
-    )
     nothing, one = builder.number(0.0), builder.number(1.0)
-    nothing = builder.op("Expand", nothing, builder.op("Shape", scores))
-    ones = builder.op("Expand", one, builder.op("Shape", places))
-    chosen = builder.op("ScatterElements", nothing, places, ones, axis=-1)
+    if attrs.get("mean"):
+        ranked = scores if bias is None else builder.op("Add", scores, lower.whole(bias))
+        chosen = builder.op("Where", builder.op("Greater", ranked, nothing), one, nothing)
+    else:
+        ranked = scores if bias is None else builder.op("Add", odds, lower.whole(bias))
+        count = builder.constant([attrs["count"]])
+        _, places = builder.op("TopK", ranked, count, outputs=2, axis=-1, largest=1, sorted=1)
+        nothing = builder.op("Expand", nothing, builder.op("Shape", scores))
+        ones = builder.op("Expand", one, builder.op("Shape", places))
+        chosen = builder.op("ScatterElements", nothing, places, ones, axis=-1)
     if extra is None:
         return chosen
     gate = builder.op("Mul", odds, lower.whole(extra))

@@ -1,0 +1,94 @@
+"""Least squares with a pull towards 0, from sums over tokens: closed-form fits of projections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Strengths of the pull that are tried, times the features' mean power."""
+
+
+class LeastSquares:
+    """What a fit of features [.., N] to targets [.., D] needs of them, summed over tokens.
+
+    The sums are in fp32 and everything behind them is in fp64.
+    """
+
+    def __init__(self) -> None:
+        self.gram: Tensor | None = None
+        self.cross: Tensor | None = None
+        self.square, self.count = 0.0, 0
+        self._factors: dict[float, Tensor] = {}
+
+    def add(self, features: Tensor, targets: Tensor) -> None:
+        """Add tokens."""
+        features, targets = features.float().flatten(0, -2), targets.float().flatten(0, -2)
+        gram, cross = features.t() @ features, features.t() @ targets
+        self.gram = gram if self.gram is None else self.gram + gram
+        self.cross = cross if self.cross is None else self.cross + cross
+        self.square += float(targets.double().square().sum())
+        self.count += len(targets)
+        self._factors.clear()
+
+    def retarget(self, features: Tensor, targets: Tensor) -> LeastSquares:
+        """Return the fit of other targets to the same features, which are not summed again."""
+        other = LeastSquares()
+        features, targets = features.float().flatten(0, -2), targets.float().flatten(0, -2)
+        other.gram, other.cross = self.gram, features.t() @ targets
+        other.square = float(targets.double().square().sum())
+        other.count, other._factors = self.count, self._factors
+        return other
+
+    def __add__(self, other: LeastSquares) -> LeastSquares:
+        assert self.gram is not None and self.cross is not None
+        assert other.gram is not None and other.cross is not None
+        both = LeastSquares()
+        both.gram, both.cross = self.gram + other.gram, self.cross + other.cross
+        both.square, both.count = self.square + other.square, self.count + other.count
+        return both
+
+    def solve(self, ridge: float) -> Tensor:
+        """Return the weights, transposed, [N, D] in fp64.
+
+        Args:
+            ridge: Strength of the pull towards 0, times the features' mean power.
+        """
+        assert self.gram is not None and self.cross is not None
+        if ridge not in self._factors:
+            gram = self.gram.double()
+            pull = ridge * gram.diagonal().mean().clamp(min=1e-12)
+            gram.diagonal().add_(pull)
+            self._factors.clear()  # one is as large as the sums in fp64
+            self._factors[ridge] = torch.linalg.cholesky(gram)
+        return torch.cholesky_solve(self.cross.double(), self._factors[ridge])
+
+    def error(self, weight: Tensor | None) -> float:
+        """Return the squared error that weights [N, D] leave; without any, of nothing added."""
+        if weight is None:
+            return self.square
+        assert self.gram is not None and self.cross is not None
+        explained = 2 * (weight * self.cross.double()).sum()
+        own = (weight * (self.gram.double() @ weight)).sum()
+        return self.square - float(explained - own)
+
+
+def best_ridge(
+    learn: LeastSquares, held_out: LeastSquares, ridges: Sequence[float] = RIDGES
+) -> tuple[float | None, float]:
+    """Return the strength whose weights are best on held-out tokens, and their error there.
+
+    They are tried from the strongest on until one is no better than the one before: every
+    solution takes the cube of the features' number. None stands for no weights at all, where the
+    strongest leave more than nothing added does.
+    """
+    best: float | None = None
+    lowest = held_out.error(None)
+    for ridge in sorted(ridges, reverse=True):
+        error = held_out.error(learn.solve(ridge))
+        if error >= lowest:
+            break
+        best, lowest = ridge, error
+    return best, lowest

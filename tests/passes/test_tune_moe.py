@@ -1,0 +1,263 @@
+"""Gates and balance of carved models: what trains them, when, and that they stay."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from programs import carved, tiny_program
+from torch.utils.checkpoint import checkpoint
+
+import graphopt as go
+from graphopt.errors import PassError
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.execute import Runner
+from graphopt.ir.feed_forward import Split, add_gates
+from graphopt.ir.ops import get_op
+from graphopt.ir.verify import verify
+from graphopt.ir.weights import Array, Weight
+from graphopt.passes.base import make_pass
+from graphopt.tune import Balance, Lessons, LogitObjective, Schedule, Streams, Student, Tuner, Whole
+
+CPU = torch.device("cpu")
+IDS = torch.randint(0, 97, (40, 12), generator=torch.Generator().manual_seed(0))
+GAMMA = 1e-3
+
+
+def gated(*, layers=2, train=False):
+    """Return a carved program whose choices have a bias and a scale, and their names."""
+    program = carved(tiny_program(layers=layers), Split(8, 5, 2))
+    names = add_gates(program, balance=True, scale=True)
+    verify(program)
+    for function in program.functions.values():
+        for node in function.nodes:
+            if node.op == "top_gates" and train:
+                node.attrs |= {"surrogate": True, "balance": True}
+    return program, names
+
+
+def value_of(program, name):
+    return program.weights[name].load()
+
+
+def set_gates(program, names):
+    """Put values into biases and scales that make a difference."""
+    generator = torch.Generator().manual_seed(4)
+    for name in (*names["balance"], *names["scale"]):
+        program.weights.replace(Weight(name, Array(torch.randn(5, generator=generator))))
+
+
+def test_gates_at_0_change_nothing_and_others_do():
+    plain = carved(tiny_program(), Split(8, 5, 2))
+    program, names = gated()
+    assert [len(names[kind]) for kind in ("balance", "scale")] == [2, 2]
+    assert names["balance"][0] == "layers.0.mlp.router.balance"
+    inputs = {"input_ids": IDS[:2]}
+    expected = Runner(plain).logits(inputs)
+    assert torch.equal(Runner(program).logits(inputs), expected)
+    set_gates(program, names)
+    assert not torch.allclose(Runner(program).logits(inputs), expected, atol=1e-3)
+
+
+def test_a_bias_takes_part_in_choices_and_in_no_gate():
+    scores = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    bias, scale = torch.tensor([0.0, 9.0, 0.0, -9.0, 0.0, 0.0]), torch.linspace(-1, 1, 6)
+    (gates,) = get_op("top_gates").torch([scores, bias, scale], {"count": 2})
+    assert bool((gates[:, 1] != 0).all()) and bool((gates[:, 3] == 0).all())
+    expected = 1 + scores.softmax(-1) * scale
+    assert torch.allclose(gates[gates != 0], expected[gates != 0])
+
+
+@pytest.mark.parametrize("factor", [1.0, -3.0, 0.0])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_the_gradient_of_a_bias_is_the_excess_of_load_whatever_comes_from_above(factor, recomputed):
+    scores = torch.randn(7, 9, 4, generator=torch.Generator().manual_seed(1))
+    bias = torch.tensor([0.3, 0.0, -0.2, 0.0], requires_grad=True)
+    attrs = {"count": 2, "surrogate": True, "balance": True}
+    runs = 0
+
+    def choose(bias):
+        nonlocal runs
+        runs += 1
+        return get_op("top_gates").torch([scores, bias], attrs)[0]
+
+    gates = checkpoint(choose, bias, use_reentrant=False) if recomputed else choose(bias)
+    (factor * gates).square().sum().backward()
+    assert runs == 1 + recomputed
+    top = (scores.softmax(-1) + bias.detach()).topk(2).indices.flatten()
+    load = torch.bincount(top, minlength=4).float()
+    assert torch.equal(bias.grad, load - load.mean())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ here")
+@pytest.mark.slow
+def test_a_compiled_call_has_the_same_gradients():
+    from graphopt.ir.compiled import run_compiled
+    from graphopt.ir.execute import complete_inputs, run_function
+    from graphopt.ir.types import B, P, S
+
+    program, _ = gated(layers=1, train=True)
+    runner = Runner(program)
+    values = complete_inputs({"input_ids": IDS[:2]}) | {"attention_mask": None}
+    sizes = {B: 2, S: 12, P: 0}
+    (block,) = find_blocks(program)
+    for call in program.calls[: block.position]:
+        args = [values[name] for name in call.args]
+        made = run_function(
+            program.functions[call.function], call, args, runner.call_weights(call), sizes
+        )[0]
+        values |= dict(zip(call.results, made, strict=True))
+    call = program.calls[block.position]
+    args = [values[name] for name in call.args]
+    found = []
+    for run in (lambda *all: run_function(*all)[0], run_compiled):
+        leaves = {s: v.clone().requires_grad_() for s, v in runner.call_weights(call).items()}
+        run(program.functions[call.function], call, args, leaves, sizes)[
+            0
+        ].square().sum().backward()
+        found.append({slot: leaf.grad for slot, leaf in leaves.items()})
+    for slot, expected in found[0].items():
+        # fp32 sums of some 50 terms in another order.
+        close = 1e-5 * float(expected.abs().max())
+        assert float((expected - found[1][slot]).abs().max()) <= close, slot
+    assert float(found[1]["mlp.router.balance"].abs().max()) >= 1
+
+
+def tuner_of(program, names, steps, saved=None, gamma=GAMMA, device=CPU):
+    forms = {name: Balance(value_of(program, name), gamma) for name in names["balance"]}
+    forms |= {name: Whole(value_of(program, name), 2.0) for name in names["scale"]}
+    blocks = find_blocks(program)
+    first, stop = blocks[0].position, blocks[-1].position + 1
+    whole = Student(tiny_program(), first, stop, {}, device)
+    lessons = Lessons(IDS, Streams(whole, IDS), held_out=8)
+    student = Student(program, first, stop, forms, device)
+    return Tuner(
+        student, lessons, LogitObjective(), Schedule(steps=steps, batch=4, rate=1e-2), saved=saved
+    )
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+        ]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_bias_moves_once_a_step_also_recorded_and_compiled(device, compiled, monkeypatch):
+    from graphopt import tune
+
+    if compiled:
+        monkeypatch.setattr(tune, "COMPILE_FROM", (0.0, 0))
+    program, names = gated(train=True)
+    for name in names["balance"]:
+        # The first two experts are always chosen, and the others never.
+        start = torch.tensor([9.0, 9.0, -9.0, -9.0, -9.0])
+        program.weights.replace(Weight(name, Array(start)))
+    tuner = tuner_of(program, names, 8, gamma=2.0**-10, device=torch.device(device))
+    tuner._prepare()
+    for step in range(1, 9):
+        tuner._step(1e-3)
+        tuner._check(step / 8)
+        moved = step * 2.0**-10
+        expected = torch.tensor([9 - moved, 9 - moved, *[moved - 9] * 3])
+        for name in names["balance"]:
+            assert torch.equal(tuner.student.forms[name]().detach().cpu(), expected), step
+
+
+def test_a_step_moves_every_bias_by_gamma_and_a_check_by_nothing():
+    program, names = gated(train=True)
+    tuner = tuner_of(program, names, 1)
+    tuner._check(0.0)
+    assert all(not float(form().detach().abs().max()) for form in tuner.student.forms.values())
+    rows = torch.randperm(32, generator=torch.Generator().manual_seed(0)).tolist()[:4]
+    tuner._step(1e-2)
+    loads = []
+    watched = Student(program, 1, len(program.calls) - 1, {}, CPU)
+    values = watched.inputs(IDS[rows])
+    with torch.no_grad():
+        watched.run(values, 0, find_blocks(program)[-1].position + 1, lambda value, tensor: (
+            loads.append((tensor != 0).flatten(0, -2).sum(0).float())
+            if value.node is not None and value.node.op == "top_gates" else None
+        ))  # fmt: skip
+    assert len(loads) == 2
+    for name, load in zip(names["balance"], loads, strict=True):
+        moved = tuner.student.forms[name]().detach()
+        assert torch.equal(moved, -GAMMA * (load - load.mean()).sign())
+    for name in names["scale"]:
+        assert float(tuner.student.forms[name]().detach().abs().max()) > 0
+
+
+def test_loads_come_nearer_to_each_other_by_balance_alone():
+    program, names = gated(train=True)
+    for name in names["balance"]:
+        # Odds are about 0.2 each: the first expert has next to no tokens, and the last all.
+        program.weights.replace(Weight(name, Array(torch.linspace(-0.3, 0.3, 5))))
+    tuner = tuner_of(program, names, 80, gamma=0.01)
+    excess = []
+    for _ in range(80):
+        tuner._step(0.0)
+        forms = [tuner.student.forms[name] for name in names["balance"]]
+        excess.append(sum(float(form.value.grad.abs().sum()) for form in forms))
+    assert sum(excess[-8:]) < 0.6 * sum(excess[:8])
+
+
+def test_with_thresholds_the_bias_holds_the_mean_number_of_experts():
+    scores = torch.randn(30, 4, generator=torch.Generator().manual_seed(1))
+    bias = torch.full((4,), 0.2, requires_grad=True)
+    attrs = {"count": 4, "mean": 1, "surrogate": True, "balance": True}
+    (gates,) = get_op("top_gates").torch([scores, bias], attrs)
+    assert torch.equal(gates, (scores + 0.2 > 0).float())
+    gates.sum().backward()
+    assert torch.equal(bias.grad, (gates.detach().sum() - 30).expand(4))
+    assert bool((bias.grad > 0).all())
+
+
+def test_an_interrupted_training_goes_on_with_its_biases(tmp_path):
+    program, names = gated(train=True)
+    straight = tuner_of(program, names, 8)
+    straight.run()
+    stopped = tuner_of(program, names, 8, tmp_path / "state.pt")
+    real, count = stopped._step, 0
+
+    def stops(rate):
+        nonlocal count
+        count += 1
+        if count == 5:
+            stopped._save()
+            raise KeyboardInterrupt
+        return real(rate)
+
+    stopped._step = stops
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    again = tuner_of(program, names, 8, tmp_path / "state.pt")
+    assert again.run().steps == 8
+    for name, form in straight.student.forms.items():
+        assert torch.allclose(form(), again.student.forms[name](), atol=1e-7), name
+    moved = [form().detach() for name, form in again.student.forms.items() if "balance" in name]
+    assert all(float(value.abs().max()) >= GAMMA / 2 for value in moved)
+
+
+def test_biases_and_scales_stay_in_what_is_emitted(tmp_path):
+    from graphopt.evaluate import open_language_model
+
+    program, names = gated()
+    set_gates(program, names)
+    expected = Runner(program).logits({"input_ids": IDS[:2]})
+    go.emit(program, tmp_path / "out", emit=("torch", "onnx"))
+    for backend in ("torch", "onnx"):
+        found = open_language_model(str(tmp_path / "out"), backend=backend).logits(IDS[:2])
+        assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max())), backend
+    opened = go.capture(str(tmp_path / "out"))
+    for name in (*names["balance"], *names["scale"]):
+        assert torch.equal(value_of(opened, name), value_of(program, name))
+
+
+def test_a_negative_balance_is_refused():
+    with pytest.raises(PassError, match=r"balance=-1\.0 is below 0"):
+        make_pass("tune-moe", {"balance": -1.0}).check(tiny_program())
