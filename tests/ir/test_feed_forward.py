@@ -4,42 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from carved import carved
 from families import FAMILIES, LISTED, cases, random_model
 
 from graphopt.capture import capture
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.execute import Runner
-from graphopt.ir.feed_forward import Split, carve_call, feed_forwards, with_experts
-from graphopt.ir.verify import verify
+from graphopt.ir.feed_forward import Split, feed_forwards, read_split
+from graphopt.ir.shapes import infer_program
 
 CASE = cases((7,))[0]
-
-
-def carved(program, split, seed=0):
-    """Return the program with its neurons divided at random, and how many there are."""
-    program = program.copy()
-    generator = torch.Generator().manual_seed(seed)
-    twins = {}
-    for block in find_blocks(program):
-        call = program.calls[block.position]
-        function = program.functions[call.function]
-        (part,) = feed_forwards(function, block.stream)
-        if function.name not in twins:
-            twin, made = with_experts(function, part, split, f"{function.name}_experts")
-            program.functions[twin.name] = twin
-            twins[function.name] = twin, made
-        twin, made = twins[function.name]
-        slots = {value: slot for slot, value in function.weights.items()}
-        width, size = program.weights[call.weights[slots[part.up.inputs[1]]]].shape
-        router = {
-            "router": torch.randn(split.experts, size, generator=generator),
-            "router.bias": torch.randn(split.experts, generator=generator),
-        }
-        order = torch.randperm(width, generator=generator)
-        carve_call(program, call, part, twin, made, order, split.shared, router)
-    program.prune_unused()
-    verify(program)
-    return program
 
 
 @pytest.mark.parametrize("family", LISTED)
@@ -82,3 +56,16 @@ def test_what_is_no_such_part_says_why():
                 if isinstance(part, str):
                     reasons.add(part)
     assert reasons and all(len(reason) > 20 for reason in reasons)
+
+
+@pytest.mark.parametrize("router", ["linear", "neuron"])
+@pytest.mark.parametrize("split", [Split(32, 4, 2), Split(0, 8, 3), Split(64, 0, 0)], ids=str)
+def test_how_a_part_was_divided_can_be_read(split, router):
+    program = capture(random_model("llama"))
+    (dense, *_), width = find_blocks(program), 96
+    assert read_split(program, dense, infer_program(program)[0][dense.position], width) is None
+    made = carved(program, split, router=router)
+    kinds, _ = infer_program(made)
+    for block in find_blocks(made):
+        found = read_split(made, block, kinds[block.position], width)
+        assert found == (split, router if split.experts else "linear")
