@@ -7,9 +7,6 @@ from typing import Any, Literal
 import torch
 
 from graphopt.ir import Array, B, Call, Function, Param, Program, S, Type, Value, Weight
-from graphopt.ir.blocks import find_blocks
-from graphopt.ir.feed_forward import FeedForward, Split, carve_call, feed_forwards, with_experts
-from graphopt.ir.verify import verify
 from graphopt.passes.base import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
 
@@ -188,37 +185,4 @@ def tiny_program(
     program.calls.append(Call("head", ["x"], ["logits"], weights, path="head"))
     if cache:
         program = InsertKVCache().run(program, Context()).program
-    return program
-
-
-def carved(
-    program: Program, split: Split, seed: int = 0, router: Literal["linear", "neuron"] = "linear"
-) -> Program:
-    """Return the program with its neurons divided at random, by random routers."""
-    program = program.copy()
-    generator = torch.Generator().manual_seed(seed)
-    twins: dict[str, tuple[Function, dict[str, str]]] = {}
-    for block in find_blocks(program):
-        call = program.calls[block.position]
-        function = program.functions[call.function]
-        (part,) = feed_forwards(function, block.stream)
-        assert isinstance(part, FeedForward)
-        if function.name not in twins:
-            name = f"{function.name}_experts"
-            twin, made = with_experts(function, part, split, name, router=router)
-            program.functions[twin.name] = twin
-            twins[function.name] = twin, made
-        twin, made = twins[function.name]
-        slots = {value: slot for slot, value in function.weights.items()}
-        width, size = program.weights[call.weights[slots[part.up.inputs[1]]]].shape
-        # Scores of about 1, as fitted ones are.
-        scorers = {
-            "router": torch.randn(split.experts, size, generator=generator) / size**0.5,
-            "router.bias": torch.randn(split.experts, generator=generator) / 4,
-            "router.gate": torch.randn(split.experts, size, generator=generator) / size**0.5,
-        }
-        order = torch.randperm(width, generator=generator)
-        carve_call(program, call, part, twin, made, order, split.shared, scorers)
-    program.prune_unused()
-    verify(program)
     return program

@@ -79,12 +79,17 @@ def capture_config(
     """
     from transformers import AutoConfig
 
-    from graphopt.capture.assemble import capture_module
     from graphopt.capture.model import build_model
 
     module = build_model(AutoConfig.for_model(**copy.deepcopy(config)))
-    program = capture_module(module, type(module).__name__, _no_values, trained)
-    return program, module
+    return capture_structure(module, trained), module
+
+
+def capture_structure(module: nn.Module, trained: Collection[str] = ()) -> Program:
+    """Capture a module whose parameters stand on meta; see `capture_config`."""
+    from graphopt.capture.assemble import capture_module
+
+    return capture_module(module, type(module).__name__, _no_values, trained)
 
 
 def _no_values(name: str, parameter: Tensor) -> tuple[Producer, str | None]:
@@ -115,4 +120,4 @@ class _CallableModule(types.ModuleType):
 
 sys.modules[__name__].__class__ = _CallableModule
 
-__all__ = ["SourceError", "capture", "capture_config"]
+__all__ = ["SourceError", "capture", "capture_config", "capture_structure"]

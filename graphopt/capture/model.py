@@ -43,8 +43,16 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def build_model(config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_model(
+    config: Any,
+    *,
+    trust_remote_code: bool = False,
+    model_class: type[PreTrainedModel] | None = None,
+) -> PreTrainedModel:
     """Return the causal language model of a Hugging Face config, without weights, in fp32.
+
+    Args:
+        model_class: None for the class that transformers, or the checkpoint, has for the config.
 
     Raises:
         CaptureError: transformers has no causal language model for this config.
@@ -56,9 +64,12 @@ def build_model(config: Any, *, trust_remote_code: bool = False) -> PreTrainedMo
     config.use_cache = False
     try:
         with no_init_weights(), parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
+            if model_class is None:
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, trust_remote_code=trust_remote_code
+                )
+            else:
+                model = model_class._from_config(config, dtype=torch.float32)
             # `no_init_weights` skips tying, which must hold for the export to see one weight.
             model.tie_weights()
     except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:

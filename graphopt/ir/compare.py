@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,48 @@ def structure(function: Function, attributes: Callable[[Node], Any]) -> list[Any
             number[value] = len(number)
     rows.append([number[value] for value in function.results])
     return rows
+
+
+_EITHER_WAY = ("add", "mul")
+"""Ops whose two operands may change places."""
+
+
+def in_order_of_use(program: Program) -> Program:
+    """Return a copy whose functions say the same in one order, however they were written.
+
+    Nodes stand where what comes behind first needs them; of the two operands of a sum or a
+    product the same one is first, unless they are made alike; and operands that are left out at
+    the end are not mentioned.
+    """
+    program = program.copy()
+    for function in program.functions.values():
+        keys: dict[Value, int] = dict.fromkeys(function.weights.values(), -1)
+        keys |= {value: index for index, value in enumerate(function.params)}
+        for node in function.nodes:
+            while node.inputs and node.inputs[-1] is None:
+                node.inputs.pop()
+            operands = [-2 if value is None else keys.get(value, -3) for value in node.inputs]
+            if node.op in _EITHER_WAY and len(operands) == 2 and operands[0] > operands[1]:
+                node.inputs.reverse()
+                operands.reverse()
+            known = repr((node.op, sorted(node.attrs.items()), operands))
+            for index, value in enumerate(node.outputs):
+                keys[value] = zlib.crc32(f"{index} {known}".encode())
+        order: dict[Node, None] = {}
+        ends = [
+            *function.results,
+            *(v for c in function.caches for v in (c.present_k, c.present_v)),
+        ]
+        waiting: list[tuple[Node, bool]] = [(v.node, False) for v in ends[::-1] if v.node]
+        while waiting:
+            node, complete = waiting.pop()
+            if complete:
+                order[node] = None
+            elif node not in order:
+                needed = [value.node for value in node.inputs if value is not None and value.node]
+                waiting += [(node, True), *((other, False) for other in needed[::-1])]
+        function.nodes = list(order)
+    return program
 
 
 def first_difference(have: Program, want: Program) -> str | None:

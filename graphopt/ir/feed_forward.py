@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from graphopt.ir.blocks import SubBlock, sub_blocks
+from graphopt.ir.blocks import Block, SubBlock, sub_blocks
 from graphopt.ir.dataflow import region
-from graphopt.ir.graph import Call, Function, Node, Program, Value, unique_name
+from graphopt.ir.graph import (
+    Call,
+    Function,
+    Node,
+    Program,
+    Value,
+    resolve_attrs,
+    unique_name,
+)
+from graphopt.ir.types import Type
 from graphopt.ir.weights import Array, Padded, Producer, Rows, Transposed, Weight
 from graphopt.runtime.ops import ACTIVATIONS
 
@@ -204,6 +214,55 @@ def with_experts(
     twin.replace(down.output, whole)
     twin.remove_dead()
     return twin, made
+
+
+def read_split(
+    program: Program, block: Block, types: Mapping[Value, Type], width: int
+) -> tuple[Split, str, int] | None:
+    """Return what `with_experts` was given to make a block's function, as far as it shows.
+
+    Args:
+        types: Of the values of the block's call.
+        width: Neurons that its feed-forward part had before.
+
+    Returns:
+        The split, what the router is, and how many neurons are divided, those of zeros among
+        them. None where the block does not have one carved part, or its part is whole.
+    """
+    call = program.calls[block.position]
+    function = program.functions[call.function]
+    routed = [node for node in function.nodes if node.op == "experts"]
+    if not routed:
+        parts = feed_forwards(function, block.stream)
+        if len(parts) != 1 or isinstance(parts[0], str):
+            return None
+        kept = int(types[parts[0].hidden].shape[-1])
+        return (Split(kept, 0, 0), "linear", width) if kept < width else None
+    gates, up = routed[0].inputs[1:3]
+    scores = None
+    if gates is not None and gates.node is not None and gates.node.op == "top_gates":
+        scores = gates.node.inputs[0]
+    if len(routed) > 1 or gates is None or up is None or scores is None:
+        return None
+    beside = [
+        read
+        for node in function.nodes
+        if node.op == "linear"
+        and (read := read_hidden(node.inputs[0], set(function.weights.values()))) is not None
+        and read[2].inputs[0] is routed[0].inputs[0]
+    ]
+    if len(beside) > 1:
+        return None
+    shared = int(types[beside[0][2].output].shape[-1]) if beside else 0
+    attrs = resolve_attrs(routed[0], call)
+    bilinear = scores.node is not None and scores.node.op == "abs"
+    split = Split(
+        shared,
+        int(types[gates].shape[-1]),
+        attrs.get("mean") or attrs["active"],
+        threshold=bool(attrs.get("mean")),
+    )
+    return split, "neuron" if bilinear else "linear", shared + int(types[up].shape[0])
 
 
 def carve_call(

@@ -1,25 +1,38 @@
-"""The transformers emitter: a checkpoint, where the structure is one a config makes."""
+"""The transformers emitter: a checkpoint, where the structure is one a config makes.
+
+A carved program has one too: of a narrower config, or with a class that the checkpoint brings.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from graphopt.capture import capture_config
+from graphopt.capture import capture_config, capture_structure
 from graphopt.capture.checkpoint import persistent_buffers
 from graphopt.capture.conversion import to_checkpoint
+from graphopt.capture.model import build_model
 from graphopt.errors import CaptureError, LoweringError
-from graphopt.ir.compare import first_difference, slots_by_use
+from graphopt.ir.compare import first_difference, in_order_of_use, slots_by_use
 from graphopt.ir.graph import Program
 from graphopt.ir.types import DTYPE_NAMES
 from graphopt.ir.weights import Array, Producer, Transposed
 from graphopt.lowering.base import Emitted, Emitter, StoredWeight
+from graphopt.lowering.hf.carved import (
+    CODE_NAME,
+    CarvedPart,
+    carve_alike,
+    carved_class,
+    carved_config,
+    render,
+)
 from graphopt.lowering.hf.parts import Part, assemble, origin
 from graphopt.lowering.tokenizer import copy_tokenizer
 from graphopt.passes.base import Context
@@ -38,7 +51,8 @@ class HfEmitter(Emitter):
     """Writes `hf/`: config.json, safetensors and tokenizer, as `save_pretrained` would.
 
     The program must be what the config makes: the config is captured again and the two programs
-    are compared, both brought to one form by the exact passes.
+    are compared, both brought to one form by the exact passes. What the config makes may be
+    carved for that as the program is; then the checkpoint brings a class of its own.
     """
 
     name: ClassVar[str] = "hf"
@@ -52,15 +66,46 @@ class HfEmitter(Emitter):
         _checkpoint(program)
 
     def emit(self, program: Program, root: Path, target: str, progress: Progress) -> Emitted:
-        module, tensors = _checkpoint(program)
+        found = _checkpoint(program)
         folder = root / "hf"
         folder.mkdir(parents=True, exist_ok=True)
         emitted = Emitted()
-        places = _write(tensors, folder, emitted, progress)
-        emitted.files += [_write_config(program, module, folder), *copy_tokenizer(program, folder)]
-        _add_storage(program, tensors, places, root, emitted)
-        emitted.usage.append("transformers:  AutoModelForCausalLM.from_pretrained('{out}/hf')")
+        places = _write(found.tensors, folder, emitted, progress)
+        emitted.files.append(_write_config(program, found.module, folder))
+        emitted.files += copy_tokenizer(program, folder)
+        _add_storage(program, found.tensors, places, root, emitted)
+        trust = ""
+        if found.code is not None:
+            (folder / CODE_NAME).write_text(found.code, encoding="utf-8")
+            emitted.files.append(folder / CODE_NAME)
+            trust = ", trust_remote_code=True"
+            name = found.module.config.auto_map["AutoModelForCausalLM"]
+            emitted.notes.append(
+                (
+                    "hf",
+                    f"no class of transformers is carved, so the checkpoint brings {name} "
+                    "(auto_map), which runs where a user sets trust_remote_code=True",
+                )
+            )
+        emitted.usage.append(
+            f"transformers:  AutoModelForCausalLM.from_pretrained('{{out}}/hf'{trust})"
+        )
         return emitted
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What is written.
+
+    Attributes:
+        module: The model of transformers that loads it, on meta.
+        tensors: By their names in the file.
+        code: Of the class, where it is none of transformers'.
+    """
+
+    module: PreTrainedModel
+    tensors: dict[str, Producer]
+    code: str | None = None
 
 
 def _refusal(reason: str) -> LoweringError:
@@ -70,15 +115,31 @@ def _refusal(reason: str) -> LoweringError:
     )
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)
 def _capture_again(config: str, trained: tuple[str, ...]) -> tuple[Program, PreTrainedModel]:
-    """Return the program and the module that a config makes; the latest is kept."""
+    """Return the program and the module that a config makes; the latest are kept."""
     program, module = capture_config(json.loads(config), trained)
     return _one_form(program), module
 
 
+def _made_by(
+    config: Mapping[str, Any], used: set[str]
+) -> tuple[Program, PreTrainedModel, tuple[str, ...]]:
+    """Return what `_capture_again` does, and the buffers of the module among `used`.
+
+    Raises:
+        CaptureError: transformers makes no model of the config.
+    """
+    text = json.dumps(config, sort_keys=True, default=str)
+    program, module = _capture_again(text, ())
+    trained = tuple(sorted(used & set(persistent_buffers(module))))
+    if trained:
+        program, module = _capture_again(text, trained)
+    return program, module, trained
+
+
 def _one_form(program: Program) -> Program:
-    """Return the program as the default passes, all exact, leave it at last."""
+    """Return the program as the default passes, all exact, leave it at last, in one order."""
     program = program.copy()
     while True:
         changed = 0
@@ -86,45 +147,125 @@ def _one_form(program: Program) -> Program:
             result = item.run(program, Context())
             program, changed = result.program, changed + result.changed
         if not changed:
-            return program
+            return in_order_of_use(program)
 
 
-def _checkpoint(program: Program) -> tuple[PreTrainedModel, dict[str, Producer]]:
-    """Return the module of a program's config, and the tensors of its checkpoint by name.
+def _checkpoint(program: Program) -> _Checkpoint:
+    """Return what a checkpoint of the program is.
 
     Raises:
-        LoweringError: The program is not what the config makes.
+        LoweringError: The program is not what its config makes, carved or not.
     """
     if not program.config:
         raise _refusal("it was captured from a module without a transformers config")
     if program.config.get("auto_map"):
         raise _refusal("its class is code of the checkpoint, which is not part of transformers")
     used = {w.checkpoint for w in program.used_weights() if w.checkpoint and not w.constant}
-    text = json.dumps(program.config, sort_keys=True, default=str)
     try:
-        want, module = _capture_again(text, ())
-        trained = tuple(sorted(used & set(persistent_buffers(module))))
-        if trained:
-            want, module = _capture_again(text, trained)
+        want, module, trained = _made_by(program.config, used)
     except CaptureError as error:
         raise _refusal(error.message.rstrip(".")) from error
     have = _one_form(program)
     difference = first_difference(have, want)
-    if difference is not None:
+    if difference is None:
+        tensors = _module_tensors(have, want, module)
+        return _Checkpoint(module, to_checkpoint(module, tensors))
+    try:
+        twin, parts = carve_alike(have, want, module)
+    except ValueError as error:
+        raise _refusal(f"a carved part has no place in {type(module).__name__}: {error}") from error
+    if not parts:
         raise _refusal(f"{difference}, as its config makes it")
-    tensors = _module_tensors(have, want, module)
-    return module, to_checkpoint(module, tensors)
+    twin = _one_form(twin)
+    difference = first_difference(have, twin)
+    if difference is not None:
+        raise _refusal(f"{difference}, as its config makes it with carved feed-forward parts")
+    return _narrower(program, have, parts, used) or _with_class(
+        program, have, want, twin, module, parts, trained
+    )
 
 
-def _module_tensors(have: Program, want: Program, module: PreTrainedModel) -> dict[str, Producer]:
+FEED_FORWARD_WIDTHS = ("n_inner", "intermediate_size", "ffn_dim", "ffn_hidden_size")
+"""Entries of configs that may be null, which stands for a multiple of the hidden size."""
+
+
+def _narrower(
+    program: Program, have: Program, parts: list[CarvedPart], used: set[str]
+) -> _Checkpoint | None:
+    """Return the checkpoint of a config with narrower feed-forward parts, if one makes them."""
+    splits = {part.split for part in parts}
+    widths = {part.width for part in parts}
+    if len(splits) > 1 or len(widths) > 1 or any(split.experts for split in splits):
+        return None
+    (split,), (width,) = splits, widths
+    for key, value in program.config.items():
+        if value == width or (value is None and key in FEED_FORWARD_WIDTHS):
+            try:
+                want, module, _ = _made_by({**program.config, key: split.shared}, used)
+            except CaptureError:
+                continue  # the entry is something else that happens to have this value
+            if first_difference(have, want) is None:
+                tensors = _module_tensors(have, want, module)
+                return _Checkpoint(module, to_checkpoint(module, tensors))
+    return None
+
+
+def _with_class(
+    program: Program,
+    have: Program,
+    want: Program,
+    twin: Program,
+    dense: PreTrainedModel,
+    parts: list[CarvedPart],
+    trained: tuple[str, ...],
+) -> _Checkpoint:
+    """Return a checkpoint with a class of its own.
+
+    That carved parts go where they belong is not assumed: with parts that keep every neuron for
+    every token, the class must be what the config makes.
+
+    Args:
+        want, twin: What the config makes, and that carved as the program is.
+
+    Raises:
+        LoweringError: The class would be something else.
+    """
+    paths = [part.path for part in parts]
+    twice = [path for path in paths if paths.count(path) > 1]
+    if twice:
+        raise _refusal(f"several layers run {twice[0]}, each with its own carved part")
+    _, kind = carved_class(dense)
+    whole = {part.path: part.whole for part in parts}
+    try:
+        probe = build_model(carved_config(dense, program.config, whole), model_class=kind)
+        difference = first_difference(_one_form(capture_structure(probe, trained)), want)
+    except CaptureError as error:
+        difference = error.message
+    if difference is not None:
+        raise _refusal(
+            f"carved parts in {', '.join(list(whole)[:2])}, ... are not in the place of the "
+            f"dense ones: {difference.rstrip('.')}"
+        )
+    carving = {part.path: part.options for part in parts}
+    module = build_model(carved_config(dense, program.config, carving), model_class=kind)
+    tensors = _module_tensors(have, twin, module, parts)
+    return _Checkpoint(module, to_checkpoint(module, tensors), render(dense))
+
+
+def _module_tensors(
+    have: Program, want: Program, module: PreTrainedModel, carved: Sequence[CarvedPart] = ()
+) -> dict[str, Producer]:
     """Return the value of every parameter and persistent buffer of the module."""
     filled: dict[str, str] = {}
     parts: dict[str, list[Part]] = {}
-    for ours, theirs in zip(have.calls, want.calls, strict=True):
+    carved_at = {part.position: part for part in carved}
+    renamed = {old: new for part in carved for old, new in part.renamed.items()}
+    for position, (ours, theirs) in enumerate(zip(have.calls, want.calls, strict=True)):
         slots = zip(
             *(slots_by_use(p.functions[c.function]) for p, c in ((have, ours), (want, theirs))),
             strict=True,
         )
+        held: dict[str, Producer] = {}
         for slot, twin in slots:
             name = theirs.weights[twin]
             weight, value = want.weights[name], have.weights[ours.weights[slot]]
@@ -134,10 +275,17 @@ def _module_tensors(have: Program, want: Program, module: PreTrainedModel) -> di
                 continue
             if filled.setdefault(name, value.name) != value.name:
                 raise _refusal(f"the config ties {filled[name]!r} and {value.name!r}")
+            if position in carved_at and twin in carved_at[position].made:
+                held[carved_at[position].made[twin]] = value.producer
+                continue
             parent, steps = origin(weight.producer)
             part = Part(steps, value.producer)
+            parent = renamed.get(parent, parent)
             if part not in parts.setdefault(parent, []):
                 parts[parent].append(part)
+        if position in carved_at:
+            for name, producer in carved_at[position].tensors(held).items():
+                parts[name] = [Part((), producer)]
     tied = set(getattr(module, "all_tied_weights_keys", None) or ())
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -156,6 +304,9 @@ def _module_tensors(have: Program, want: Program, module: PreTrainedModel) -> di
     for name, buffer in persistent_buffers(module).items():
         found = parts.get(name, [])
         tensors[name] = assemble(tuple(buffer.shape), found) if found else Array(buffer)
+    left = set(parts).difference(*names.values(), tensors)
+    if left:
+        raise _refusal(f"its class has no parameter {min(left)!r}")
     return tensors
 
 

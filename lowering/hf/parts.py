@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -104,3 +105,41 @@ class _Mark(Producer):
 
     def load(self) -> Tensor:
         return torch.ones((), dtype=torch.bool).expand(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Combined(Producer):
+    """What a function makes of the values of other producers."""
+
+    shape: tuple[int, ...]  # type: ignore[misc]
+    sources: tuple[Producer, ...]
+    combine: Callable[..., Tensor]
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.sources[0].dtype
+
+    def load(self) -> Tensor:
+        return self.combine(*(source.load() for source in self.sources))
+
+
+def stacked_rows(sources: tuple[Producer, ...], count: int) -> Producer:
+    """Return [count, rows, ...]: every producer cut into `count` pieces of rows, the first
+    pieces of all side by side, then the second ones."""
+    rows = sum(source.shape[0] for source in sources) // count
+    shape = (count, rows, *sources[0].shape[1:])
+
+    def combine(*values: Tensor) -> Tensor:
+        return torch.cat([value.unflatten(0, (count, -1)) for value in values], 1)
+
+    return Combined(shape, sources, combine)
+
+
+def stacked_columns(source: Producer, count: int) -> Producer:
+    """Return [count, rows, columns / count]: a matrix cut into `count` pieces of columns."""
+    rows, columns = source.shape
+
+    def combine(value: Tensor) -> Tensor:
+        return value.unflatten(1, (count, -1)).transpose(0, 1).contiguous()
+
+    return Combined((count, rows, columns // count), (source,), combine)

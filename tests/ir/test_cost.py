@@ -7,9 +7,10 @@ import json
 import pytest
 import sympy
 import torch
+from carved import carved
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import carved, tiny_program
+from programs import tiny_program
 
 from graphopt.capture import capture
 from graphopt.ir import Array, B, P, S, Type, Weight, cost

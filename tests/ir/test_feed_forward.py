@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from carved import carved
 from families import FAMILIES, LISTED, cases, random_model
-from programs import carved
 
 from graphopt.capture import capture
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.execute import Runner
-from graphopt.ir.feed_forward import Split, feed_forwards
+from graphopt.ir.feed_forward import Split, feed_forwards, read_split
+from graphopt.ir.shapes import infer_program
 
 CASE = cases((7,))[0]
 
@@ -55,3 +56,21 @@ def test_what_is_no_such_part_says_why():
                 if isinstance(part, str):
                     reasons.add(part)
     assert reasons and all(len(reason) > 20 for reason in reasons)
+
+
+@pytest.mark.parametrize("router", ["linear", "neuron"])
+@pytest.mark.parametrize(
+    "split",
+    [Split(32, 4, 2), Split(0, 8, 3), Split(64, 0, 0), Split(33, 4, 2, threshold=True)],
+    ids=str,
+)
+def test_how_a_part_was_divided_can_be_read(split, router):
+    program = capture(random_model("llama"))
+    (dense, *_), width = find_blocks(program), 96
+    assert read_split(program, dense, infer_program(program)[0][dense.position], width) is None
+    padded = 1 if split.shared % 2 else 0
+    made = carved(program, split, router=router, padded=padded)
+    kinds, _ = infer_program(made)
+    for block in find_blocks(made):
+        found = read_split(made, block, kinds[block.position], width)
+        assert found == (split, router if split.experts else "linear", width + padded)

@@ -115,11 +115,11 @@ def test_what_no_config_makes_is_refused_with_the_reason(tmp_path: Path) -> None
     del shorter.config["layer_types"][1]
     HfEmitter().check(shorter, "cpu")  # without a block it is a checkpoint again, with its config
 
-    narrow = program.copy()
-    for part, shape in {"gate": (90, 64), "up": (90, 64), "down": (64, 90)}.items():
-        name = narrow.calls[1].weights[f"mlp.{part}_proj.weight"]
-        narrow.weights.replace(Weight(name, Array(torch.zeros(shape)), name))
-    assert "_proj.weight' is [" in _refused(narrow)
+    wide = program.copy()
+    for part, shape in {"gate": (102, 64), "up": (102, 64), "down": (64, 102)}.items():
+        name = wide.calls[1].weights[f"mlp.{part}_proj.weight"]
+        wide.weights.replace(Weight(name, Array(torch.zeros(shape)), name))
+    assert "_proj.weight' is [" in _refused(wide)
 
     untied = program.copy()
     head = untied.calls[-1].weights

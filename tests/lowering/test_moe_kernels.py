@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import carved, tiny_program
+from carved import carved
+from programs import tiny_program
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:

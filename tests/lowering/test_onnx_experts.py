@@ -9,8 +9,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from carved import carved
 from onnx.reference import ReferenceEvaluator
-from programs import IDS, carved, tiny_program
+from programs import IDS, tiny_program
 from tiny_models import byte_tokenizer
 
 import graphopt as go

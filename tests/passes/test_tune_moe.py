@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from programs import carved, tiny_program
+from carved import carved
+from programs import tiny_program
 from torch.utils.checkpoint import checkpoint
 
 import graphopt as go
