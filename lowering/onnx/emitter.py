@@ -20,7 +20,7 @@ from graphopt.ir.types import B, P, S, Type
 from graphopt.ir.weights import Weight
 from graphopt.lowering.base import Emitted, Emitter
 from graphopt.lowering.onnx.builder import ONNX_DTYPES, GraphBuilder
-from graphopt.lowering.onnx.external import DataFile
+from graphopt.lowering.onnx.external import DataFile, Layout
 from graphopt.lowering.onnx.genai import GENAI_NAME, genai_config, why_not
 from graphopt.lowering.onnx.ops import Heads, Lowering, Pack, Sum, translation_of
 from graphopt.lowering.tokenizer import copy_tokenizer
@@ -168,8 +168,7 @@ class _Graph:
                 matrices = [weight for _, weight in members]
                 stem = matrices[0].name.removesuffix(".weight")
                 label = self.builder.unique(f"{stem}.and_{len(members) - 1}_more")
-                tensor = self.data.reserve(matrices, transposed=True)
-                tensor.name = label
+                tensor = self.data.reserve(Layout(tuple(matrices), transposed=True), label)
                 pack = Pack(
                     tuple(node for node, _ in members), self.builder.initializer(label, tensor)
                 )
@@ -291,7 +290,7 @@ class _Graph:
                 check_finite(name, value)
             tensor: ir.TensorProtocol = ir.tensor(value.numpy(), name=label)
         else:
-            tensor = self.data.reserve([weight], name in self.transposed)
+            tensor = self.data.reserve(Layout((weight,), name in self.transposed), label)
         made = self.builder.initializer(label, tensor)
         if name in self.transposed:
             if weight.constant or weight.numel < _INLINE:
