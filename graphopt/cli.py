@@ -141,6 +141,13 @@ def compile_command(
         bool,
         typer.Option("--strict", help="Refuse what would run without a kernel of the target."),
     ] = False,
+    onnx_moe: Annotated[
+        bool,
+        typer.Option(
+            "--onnx-moe",
+            help="In the ONNX form, experts become com.microsoft::MoE: faster for single tokens.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done; read no weight.")
     ] = False,
@@ -189,6 +196,7 @@ def compile_command(
             verify=not no_verify,
             force=force,
             strict=strict,
+            onnx_moe=onnx_moe,
             dry_run=dry_run,
             stop_after=stop_after,
             dump_ir=dump_ir,

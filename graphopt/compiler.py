@@ -132,15 +132,23 @@ class _Emission:
     strict: bool = False
 
     @classmethod
-    def of(cls, target: str, names: Sequence[str] | None, strict: bool) -> _Emission:
+    def of(
+        cls, target: str, names: Sequence[str] | None, strict: bool, onnx_moe: bool
+    ) -> _Emission:
         from graphopt.lowering import get_emitter
 
         usual = default_emit(target)  # refuses an unknown target, whatever is named
         names = usual if names is None else names
         if not names:
             raise UsageError("Nothing to emit.", "Name at least one of onnx, torch, hf.")
+        if onnx_moe and "onnx" not in names:
+            raise UsageError(
+                f"--onnx-moe is for the ONNX form, and what is emitted is {', '.join(names)}.",
+                "Leave it out, or name onnx after --emit as well.",
+            )
+        options = {"onnx": {"moe": onnx_moe}}
         unique = list(dict.fromkeys(names))
-        return cls(target, [get_emitter(name) for name in unique], strict)
+        return cls(target, [get_emitter(name, **options.get(name, {})) for name in unique], strict)
 
     def check(self, program: Program) -> None:
         for emitter in self.emitters:
@@ -202,6 +210,7 @@ def emit(
     recipe: Pipeline | None = None,
     force: bool = False,
     strict: bool = False,
+    onnx_moe: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Write a program as an output folder, which is itself a model graphopt opens.
@@ -213,6 +222,7 @@ def emit(
         recipe: What made the program, for `recipe.yaml`.
         force: Replace an existing folder, once the new one is complete.
         strict: Refuse what would run without a kernel of the target.
+        onnx_moe: In the ONNX form, experts become com.microsoft::MoE.
 
     Returns:
         The report, as written.
@@ -221,7 +231,7 @@ def emit(
         UsageError: Unknown target or emitter, or the folder exists.
         LoweringError: The program has no such form, or the target is not in this version.
     """
-    emission = _Emission.of(target, emit, strict)
+    emission = _Emission.of(target, emit, strict, onnx_moe)
     emission.check(program)
     if report is None:
         report = Report(
@@ -279,6 +289,7 @@ def compile_model(
     verify: bool = True,
     force: bool = False,
     strict: bool = False,
+    onnx_moe: bool = False,
     dry_run: bool = False,
     stop_after: str | None = None,
     dump_ir: str | Path | None = None,
@@ -305,6 +316,7 @@ def compile_model(
         verify: Compare results before and after every pass.
         force: Replace `out` if it exists, once the new one is complete.
         strict: Refuse what would run without a kernel of the target.
+        onnx_moe: In the ONNX form, experts become com.microsoft::MoE.
         dry_run: Only say what would be done: no weight is read and nothing is written.
         stop_after: Leave out the passes behind the one of this name.
         dump_ir: Folder for the program before and after every pass as text.
@@ -330,7 +342,7 @@ def compile_model(
     if dump_ir is not None:
         check_dump(Path(dump_ir))
     device = usable_device(device)
-    emission = _Emission.of(target, emit, strict)
+    emission = _Emission.of(target, emit, strict, onnx_moe)
     pipeline = recipe if recipe is not None else Pipeline.default()
     if stop_after is not None:
         pipeline = pipeline.until(stop_after)

@@ -12,7 +12,7 @@ from graphopt.errors import SourceError
 from graphopt.ir.graph import Program
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.types import DTYPE_NAMES, DTYPES
-from graphopt.ir.weights import Producer, Rows, Transposed
+from graphopt.ir.weights import Producer, Reshaped, Rows, Transposed
 from graphopt.lowering.base import StoredWeight
 from graphopt.sources.raw import RawTensor
 from graphopt.sources.safetensors import SafetensorsWriter
@@ -102,8 +102,11 @@ def _producer(root: Path, name: str, place: StoredWeight) -> Producer:
             f"{path} {what}: weight {name!r} should be in it.", "Compile the model again."
         )
     raw = RawTensor(path, place.offset, place.shape, place.dtype)
-    whole = Transposed(raw) if place.transposed else raw
-    return whole if place.rows is None else Rows(whole, slice(*place.rows, 1))
+    whole: Producer = Transposed(raw) if place.transposed else raw
+    if place.transposed and len(place.shape) == 3:
+        parts, out, columns = place.shape
+        whole = Reshaped(whole, (out, parts * columns))
+    return whole if place.rows is None else Rows(whole, slice(*place.rows))
 
 
 def _pack(place: StoredWeight) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def _unpack(item: dict[str, Any]) -> StoredWeight:
         shape,
         dtype,
         bool(item["transposed"]),
-        None if rows is None else (int(rows[0]), int(rows[1])),
+        None if rows is None else tuple(int(row) for row in rows),
     )
 
 

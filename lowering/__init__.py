@@ -19,8 +19,8 @@ def emitter_names() -> list[str]:
     return sorted(_EMITTERS)
 
 
-def get_emitter(name: str) -> Emitter:
-    """Return the emitter called `name`.
+def get_emitter(name: str, **options: bool) -> Emitter:
+    """Return the emitter called `name`, made with its own options.
 
     Raises:
         UsageError: There is none of that name.
@@ -28,7 +28,7 @@ def get_emitter(name: str) -> Emitter:
     if name not in _EMITTERS:
         raise unknown_name("output form", name, _EMITTERS)
     module, attribute = _EMITTERS[name]
-    emitter: Emitter = getattr(importlib.import_module(module), attribute)()
+    emitter: Emitter = getattr(importlib.import_module(module), attribute)(**options)
     return emitter
 
 

@@ -22,8 +22,10 @@ class StoredWeight:
         offset: First byte in the file.
         shape: Shape as stored, row-major.
         dtype: Element type as stored.
-        transposed: The stored matrix is the weight's transpose.
-        rows: The weight is these rows (first, end) of the matrix; None for all of it.
+        transposed: The weight is a matrix [out, in], stored as [in, out], or as
+            [parts, out, in / parts]: equal parts of its columns, one behind the other.
+        rows: The weight is these rows (first, end), or (first, end, step), of what is stored;
+            None for all of it.
     """
 
     file: str
@@ -31,7 +33,7 @@ class StoredWeight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     transposed: bool = False
-    rows: tuple[int, int] | None = None
+    rows: tuple[int, ...] | None = None
 
 
 @dataclass

@@ -214,6 +214,7 @@ def test_stop_after_dump_and_no_verify():
         (["compile", "tiny", "--target", "volt"], 2, "Did you mean 'volta'?"),
         (["compile", "tiny", "--emit", "onxx"], 2, "Did you mean 'onnx'?"),
         (["compile", "tiny", "--emit", ","], 2, "Nothing to emit."),
+        (["compile", "tiny", "--emit", "torch", "--onnx-moe"], 2, "is for the ONNX form"),
         (["compile", "tiny", "--passes", "normalize"], 2, "Did you mean 'normalise'?"),
         (["compile", "tiny", "--passes", "dead-code{x=1}"], 2, "has no option 'x'"),
         (["compile", "tiny", "--passes", "a", "--recipe", "b"], 2, "Both --passes and --recipe"),

@@ -108,21 +108,21 @@ class Rows(Producer):
 
 @dataclass(frozen=True)
 class Transposed(Producer):
-    """The transpose of a matrix: GPT-2 keeps its projections as [in, out]."""
+    """The first two dimensions in the other order: GPT-2 keeps its projections as [in, out]."""
 
     source: Producer
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        rows, columns = self.source.shape
-        return (columns, rows)
+        rows, columns, *rest = self.source.shape
+        return (columns, rows, *rest)
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.source.dtype
 
     def load(self) -> torch.Tensor:
-        return self.source.load().t()
+        return self.source.load().transpose(0, 1)
 
 
 @dataclass(frozen=True)

@@ -305,8 +305,7 @@ class GraphBuilder:
     ) -> ir.Model:  # fmt: skip
         """Return the finished model."""
         imports = {"": OPSET, MICROSOFT: 1}
-        if self.functions:
-            imports[GRAPHOPT] = 1
+        imports |= {function.domain: 1 for function in self.functions.values()}
         graph = ir.Graph(
             inputs,
             outputs,

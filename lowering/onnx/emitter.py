@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,9 +19,11 @@ from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, P, S, Type
 from graphopt.ir.weights import Weight
 from graphopt.lowering.base import Emitted, Emitter
+from graphopt.lowering.onnx import moe
 from graphopt.lowering.onnx.builder import ONNX_DTYPES, GraphBuilder
-from graphopt.lowering.onnx.external import DataFile
+from graphopt.lowering.onnx.external import DataFile, Layout
 from graphopt.lowering.onnx.genai import GENAI_NAME, genai_config, why_not
+from graphopt.lowering.onnx.moe import Fused, Kind, Plan
 from graphopt.lowering.onnx.ops import Heads, Lowering, Pack, Sum, translation_of
 from graphopt.lowering.tokenizer import copy_tokenizer
 from graphopt.progress import Progress
@@ -35,9 +37,16 @@ _TURNED = {("linear", 1), ("experts", 3)}
 
 
 class OnnxEmitter(Emitter):
-    """Writes `onnx/model.onnx`, its data file, and what onnxruntime-genai needs beside them."""
+    """Writes `onnx/model.onnx`, its data file, and what onnxruntime-genai needs beside them.
+
+    Args:
+        moe: Experts become com.microsoft::MoE, where its kernel computes what they are.
+    """
 
     name: ClassVar[str] = "onnx"
+
+    def __init__(self, *, moe: bool = False) -> None:
+        self.moe = moe
 
     def check(self, program: Program, target: str) -> None:
         """Refuse a program with an op that has no ONNX form.
@@ -62,17 +71,23 @@ class OnnxEmitter(Emitter):
         folder = root / "onnx"
         folder.mkdir(parents=True, exist_ok=True)
         data = DataFile(folder / "model.onnx.data", root)
-        model = _Graph(program, data).build()
+        graph = _Graph(program, data, moe=self.moe)
+        model = graph.build()
         data.write(progress)
         path = folder / "model.onnx"
         ir.save(model, path)
         emitted = Emitted([path, data.path], data.storage)
         emitted.usage.append("graphopt generate {out} --prompt 'Hello'")
+        if self.moe:
+            emitted.fallbacks += graph.plain()
+            if not graph.fused and not emitted.fallbacks:
+                emitted.notes.append(("onnx", "there are no experts for com.microsoft::MoE"))
         reason = why_not(program)
         if reason is None:
             # Weights lie in the order in which a graph is built, so both find them alike.
             again = DataFile(data.path, root)
-            ir.save(_Graph(program, again, continues=False).build(), folder / GENAI_NAME)
+            model = _Graph(program, again, continues=False, moe=self.moe).build()
+            ir.save(model, folder / GENAI_NAME)
             emitted.files += [folder / GENAI_NAME, *self._genai(program, folder)]
             emitted.usage.append(
                 "onnxruntime-genai:  og.Model('{out}/onnx')   # loads genai_config.json"
@@ -110,9 +125,15 @@ class _Graph:
 
     Args:
         continues: The graph can go on from a cache with several rows and several tokens.
+        moe: Experts become com.microsoft::MoE where they can.
+
+    Attributes:
+        fused: How many parts did.
     """
 
-    def __init__(self, program: Program, data: DataFile, *, continues: bool = True) -> None:
+    def __init__(
+        self, program: Program, data: DataFile, *, continues: bool = True, moe: bool = False
+    ) -> None:
         self.program = program
         self.data = data
         self.builder = GraphBuilder()
@@ -120,6 +141,10 @@ class _Graph:
         self.weights: dict[str, ir.Value] = {}
         self.transposed = self._transposable()
         self.uses = Counter(self._reads())
+        self.moe = moe
+        self.fused = 0
+        self._kind: Kind | None = None
+        self._plain: dict[str, list[str]] = {}
 
     def _transposable(self) -> set[str]:
         """Return the weights that are stored as [in, out], since nothing reads them otherwise."""
@@ -168,13 +193,64 @@ class _Graph:
                 matrices = [weight for _, weight in members]
                 stem = matrices[0].name.removesuffix(".weight")
                 label = self.builder.unique(f"{stem}.and_{len(members) - 1}_more")
-                tensor = self.data.reserve(matrices, transposed=True)
-                tensor.name = label
+                tensor = self.data.reserve(Layout(tuple(matrices), transposed=True), label)
                 pack = Pack(
                     tuple(node for node, _ in members), self.builder.initializer(label, tensor)
                 )
                 packs |= dict.fromkeys(pack.nodes, pack)
         return packs
+
+    def _experts(self, call: Call, types: Mapping[Value, Type]) -> dict[Node, Fused]:
+        """Return the experts of a call that com.microsoft::MoE computes, and note the others."""
+        function = self.program.functions[call.function]
+        found: dict[Node, Fused] = {}
+        for node in function.nodes:
+            if node.op != "experts":
+                continue
+            made = moe.plan(self.program, call, function, node, types)
+            if isinstance(made, Plan):
+                if any(self.uses[name] > 1 for name in made.weights):
+                    made = "something else reads its matrices"
+                elif self._kind not in (None, made.kind):
+                    made = "a file has one body for it, which is that of other experts"
+            if isinstance(made, str):
+                self._plain.setdefault(made, []).append(call.path or function.name)
+                continue
+            self._kind = made.kind
+            self.builder.functions[moe.NAME] = moe.body(made.kind)
+            self.fused += 1
+            found[node] = self._fused(made)
+        return found
+
+    def _fused(self, made: Plan) -> Fused:
+        experts = made.experts
+
+        def held(names: Sequence[str], parts: int = 1) -> ir.Value:
+            weights = tuple(self.program.weights[name] for name in names)
+            layout = Layout(weights, alternating=len(weights) > 1, parts=parts)
+            more = f".and_{len(names) - 1}_more" if len(names) > 1 else ""
+            label = self.builder.unique(f"{names[0]}{more}")
+            shape = layout.shape
+            if len(shape) < 3:
+                shape = (experts, shape[0] // experts, *shape[1:])
+            if layout.numel < _INLINE:
+                value = layout.load().view(shape)
+                return self.builder.initializer(label, ir.tensor(value.numpy(), name=label))
+            return self.builder.initializer(label, self.data.reserve(layout, label, shape))
+
+        first = held(made.first)
+        bias = held(made.biases) if made.biases else None
+        return Fused(made, first, bias, held([made.last], experts))
+
+    def plain(self) -> list[tuple[str, str]]:
+        """Return where experts did not become com.microsoft::MoE, and why."""
+        return [
+            (
+                f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0],
+                f"experts in plain operators, not com.microsoft::MoE: {reason}",
+            )
+            for reason, paths in self._plain.items()
+        ]
 
     def build(self) -> ir.Model:
         program, builder = self.program, self.builder
@@ -202,6 +278,9 @@ class _Graph:
             lower = Lowering(builder, program, call, function, types, {}, inputs, self.shared)
             lower.packs = self._packs(call)
             packed = {node.inputs[1] for node in lower.packs}
+            if self.moe:
+                lower.fused = self._experts(call, types)
+                packed |= {value for node in lower.fused for value in node.inputs[2:]}
             lower.values.update(
                 {p: carried[a] for p, a in zip(function.params, call.args, strict=True)}  # type: ignore[misc]
             )
@@ -291,7 +370,7 @@ class _Graph:
                 check_finite(name, value)
             tensor: ir.TensorProtocol = ir.tensor(value.numpy(), name=label)
         else:
-            tensor = self.data.reserve([weight], name in self.transposed)
+            tensor = self.data.reserve(Layout((weight,), name in self.transposed), label)
         made = self.builder.initializer(label, tensor)
         if name in self.transposed:
             if weight.constant or weight.numel < _INLINE:

@@ -27,24 +27,72 @@ _WORKERS = 2
 """One decodes a weight while the other writes one; both leave the interpreter to the rest."""
 
 
-@dataclass
-class Reserved:
-    """The place of a weight in the data file, or of several side by side, before any is read.
+@dataclass(frozen=True)
+class Layout:
+    """How a weight lies in the graph's data, or several as one tensor.
 
     Attributes:
         weights: One, or matrices of one width whose rows follow each other.
         transposed: A matrix [out, in] is stored as [in, out].
+        alternating: The weights are of one shape, and their rows take turns.
+        parts: A matrix [out, in] is stored as [parts, out, in / parts].
     """
 
     weights: tuple[Weight, ...]
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    transposed: bool
+    transposed: bool = False
+    alternating: bool = False
+    parts: int = 1
 
     @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+    def dtype(self) -> torch.dtype:
+        dtype = self.weights[0].dtype
+        return torch.float32 if dtype.is_floating_point else dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.weights[0].shape
+        if len(self.weights) > 1:
+            shape = (sum(weight.shape[0] for weight in self.weights), *shape[1:])
+        if self.parts > 1:
+            return (self.parts, shape[0], shape[1] // self.parts)
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def load(self) -> torch.Tensor:
+        """Return the value as it is stored.
+
+        Raises:
+            SourceError: A weight cannot be read, or holds NaN or infinity.
+        """
+        values: list[torch.Tensor] = []
+        for weight in self.weights:
+            values.append(weight.load(torch.float32))
+            check_finite(weight.name, values[-1])
+        if self.alternating:
+            value = torch.stack(values, 1).flatten(0, 1)
+        else:
+            value = values[0] if len(values) == 1 else torch.cat(values)
+        if self.parts > 1:
+            value = value.unflatten(1, (self.parts, -1)).transpose(0, 1)
+        return (value.t() if self.transposed else value).contiguous()
+
+    def places(self, file: str, offset: int) -> dict[str, StoredWeight]:
+        """Return where each weight lies, by name, when the tensor starts at an offset."""
+        turned = self.transposed or self.parts > 1
+        places: dict[str, StoredWeight] = {}
+        start = 0
+        for number, weight in enumerate(self.weights):
+            rows: tuple[int, ...] | None = None
+            if self.alternating:
+                rows = (number, self.shape[0], len(self.weights))
+            elif len(self.weights) > 1:
+                rows = (start, start + weight.shape[0])
+                start += weight.shape[0]
+            places[weight.name] = StoredWeight(file, offset, self.shape, self.dtype, turned, rows)
+        return places
 
 
 class DataFile:
@@ -58,32 +106,28 @@ class DataFile:
     def __init__(self, path: Path, root: Path) -> None:
         self.path = path
         self.root = root
-        self.reserved: list[Reserved] = []
+        self.reserved: list[tuple[int, Layout]] = []
         self._end = 0
 
-    def reserve(self, weights: Sequence[Weight], transposed: bool) -> ir.ExternalTensor:
-        """Give a weight its place, or several as one matrix; return a tensor that points there.
+    def reserve(
+        self, layout: Layout, name: str, shape: Sequence[int] | None = None
+    ) -> ir.ExternalTensor:
+        """Give weights their place; return a tensor that points there.
 
         Args:
-            weights: Several must be matrices of equal width.
-            transposed: Store [in, out] rather than [out, in].
+            name: Of the tensor.
+            shape: What the graph takes the tensor for; None for the layout's own shape.
         """
-        first = weights[0]
-        dtype = torch.float32 if first.dtype.is_floating_point else first.dtype
-        shape = first.shape
-        if len(weights) > 1:
-            shape = (sum(weight.shape[0] for weight in weights), *first.shape[1:])
-        shape = shape[::-1] if transposed else shape
-        item = Reserved(tuple(weights), self._end, shape, dtype, transposed)
-        self.reserved.append(item)
-        self._end = -(-(self._end + item.nbytes) // ALIGNMENT) * ALIGNMENT
+        start, nbytes = self._end, layout.numel * layout.dtype.itemsize
+        self.reserved.append((start, layout))
+        self._end = -(-(start + nbytes) // ALIGNMENT) * ALIGNMENT
         return ir.ExternalTensor(
             self.path.name,
-            item.offset,
-            item.nbytes,
-            ONNX_DTYPES[dtype],
-            shape=ir.Shape(shape),
-            name=first.name,
+            start,
+            nbytes,
+            ONNX_DTYPES[layout.dtype],
+            shape=ir.Shape(layout.shape if shape is None else shape),
+            name=name,
             base_dir=self.path.parent,
         )
 
@@ -91,14 +135,8 @@ class DataFile:
     def storage(self) -> dict[str, StoredWeight]:
         file = self.path.relative_to(self.root).as_posix()
         places: dict[str, StoredWeight] = {}
-        for item in self.reserved:
-            row = 0
-            for weight in item.weights:
-                rows = (row, row + weight.shape[0]) if len(item.weights) > 1 else None
-                places[weight.name] = StoredWeight(
-                    file, item.offset, item.shape, item.dtype, item.transposed, rows
-                )
-                row += weight.shape[0] if weight.shape else 0
+        for offset, layout in self.reserved:
+            places |= layout.places(file, offset)
         return places
 
     def write(self, progress: Progress) -> None:
@@ -113,9 +151,9 @@ class DataFile:
             waiting: deque[Future[None]] = deque()
             turn = threading.Lock()
             try:
-                for done, item in enumerate(self.reserved):
+                for done, (offset, layout) in enumerate(self.reserved):
                     progress("writing weights", done, total)
-                    waiting.append(pool.submit(_write, file, turn, item))
+                    waiting.append(pool.submit(_write, file, turn, offset, layout))
                     if len(waiting) > _WORKERS:
                         waiting.popleft().result()
                 while waiting:
@@ -125,15 +163,8 @@ class DataFile:
             progress("writing weights", total, total)
 
 
-def _write(file: BinaryIO, turn: threading.Lock, item: Reserved) -> None:
-    parts: list[torch.Tensor] = []
-    for weight in item.weights:
-        parts.append(weight.load(torch.float32))
-        check_finite(weight.name, parts[-1])
-    value = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if item.transposed:
-        value = value.t()
-    data = value.contiguous().numpy().data.cast("B")
+def _write(file: BinaryIO, turn: threading.Lock, offset: int, layout: Layout) -> None:
+    data = layout.load().numpy().data.cast("B")
     with turn:
-        file.seek(item.offset)
+        file.seek(offset)
         file.write(data)

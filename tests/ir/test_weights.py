@@ -104,6 +104,9 @@ def test_a_transpose_is_read_by_columns():
     assert turned.load_rows(1, 3).equal(matrix().t()[1:3])
     assert Rows(turned, slice(3, 4)).load().equal(matrix().t()[3:4])
     assert Transposed(Rows(source, slice(0, 2))).load().equal(matrix()[:2].t())
+    stacked = Transposed(Reshaped(source, (3, 2, 4)))
+    assert stacked.shape == (2, 3, 4)
+    assert stacked.load().equal(matrix().view(3, 2, 4).transpose(0, 1))
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 9), (0, 2), (2, 6), (5, 8), (7, 9), (3, 3)])

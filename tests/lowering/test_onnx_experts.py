@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from carved import carved
+from expert_parts import SPLITS, TOKENS, WIDTH, Part, random
 from onnx.reference import ReferenceEvaluator
 from programs import IDS, tiny_program
 from tiny_models import byte_tokenizer
@@ -24,98 +26,12 @@ from graphopt.lowering.onnx import OnnxEmitter
 from graphopt.progress import silent
 from graphopt.saved import load_program
 
-WIDTH, OUT, NEURONS = 40, 24, 12
-"""Of x, of what comes out, and of an expert: its matrices lie in the data file."""
-
-SPLITS = {
-    "S3A3E8": (5, 3),
-    "S2A2E16": (14, 2),
-    "S0A2E8": (8, 2),
-    "S7A1E8": (1, 1),
-    "S4A4E8": (4, 4),
-}
 PARTS = {
     "gated": ("silu", (4,)),
     "gated, biases": ("gelu_tanh", (4, 5, 6)),
     "two matrices": ("relu", ()),
     "two matrices, bias": ("gelu", (5,)),
 }
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
-
-
-class Part:
-    """`experts` of random weights, behind `top_gates` of scores or on gates as they are given.
-
-    Args:
-        act, optional: The activation, and which of the optional operands there are.
-        routed: Operands of `top_gates` behind the scores; None for no `top_gates`.
-    """
-
-    def __init__(self, folder, count, active, act, optional, routed=None, neurons=NEURONS):
-        total = count * neurons
-        shapes = {2: (total, WIDTH), 3: (OUT, total), 4: (total, WIDTH), 5: (total,), 6: (total,)}
-        self.attrs = {"act": act, "active": active}
-        self.weights = {i: random(*shapes[i], seed=i) for i in (2, 3, *optional)}
-        self.program = Program("part", inputs={"input_ids": IDS}, outputs=["logits"])
-        function = Function("part")
-        self.program.functions["part"] = function
-        for name, size in (("x", WIDTH), ("gates", count)):
-            self.program.inputs[name] = Type((B, S, size), torch.float32)
-            function.params.append(Value(name))
-        x, gates = function.params
-
-        def weight(slot, value):
-            function.weights[slot] = Value(slot)
-            self.program.weights.add(Weight(slot, Array(value)))
-            return function.weights[slot]
-
-        if routed is not None:
-            given = [None if value is None else weight(f"r{i}", value)
-                     for i, value in enumerate(routed)]  # fmt: skip
-            gates = function.add("top_gates", [gates, *given], {"count": active}).output
-        rest = [weight(f"w{i}", self.weights[i]) if i in self.weights else None
-                for i in range(2, 7)]  # fmt: skip
-        function.results = [function.add("experts", [x, gates, *rest], self.attrs).output]
-        slots = {slot: slot for slot in function.weights}
-        self.program.calls.append(Call("part", ["x", "gates"], ["logits"], slots))
-        self.emitted = OnnxEmitter().emit(self.program, folder, "cpu", silent)
-        self.path = folder / "onnx" / "model.onnx"
-        settings = ort.SessionOptions()
-        settings.intra_op_num_threads = 4
-        self.session = ort.InferenceSession(str(self.path), settings)
-
-    def check(self, x, scores, gates, gate_sizes=None):
-        """Compare what the graph gives for scores, or gates, with the op in fp64.
-
-        The allowance is what rounding can do at most: a sum of n products is off by n u times
-        the sum of their magnitudes, and an activation is no steeper than 1.13, with 8 u of its
-        own. Magnitudes are those of a part of absolute values; `gate_sizes` are those that a
-        gate was added up from.
-        """
-        feeds = {"input_ids": np.zeros(x.shape[:2], dtype=np.int64)}
-        feeds |= {"x": x.numpy(), "gates": scores.numpy()}
-        found = torch.from_numpy(
-            self.session.run(None, {n: v for n, v in feeds.items() if n in self.inputs})[0]
-        )
-        wide = [x.double(), gates.double()]
-        wide += [self.weights[i].double() if i in self.weights else None for i in range(2, 7)]
-        (expected,) = get_op("experts").reference(wide, self.attrs)
-        sizes = [None if value is None else value.abs() for value in wide]
-        sizes[1] = sizes[1] if gate_sizes is None else gate_sizes
-        (magnitude,) = get_op("experts").reference(sizes, self.attrs | {"act": "relu"})
-        roundings = 2 * 1.13 * (WIDTH + 1 + 8) + NEURONS + gates.shape[-1] + 8
-        assert bool(((found.double() - expected).abs() <= roundings * 2**-24 * magnitude).all())
-        return expected
-
-    @property
-    def inputs(self):
-        return {item.name for item in self.session.get_inputs()}
-
-
-TOKENS = [(3, 5), (1, 1), (2, 200)]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -241,16 +157,23 @@ IDS_OF_ROWS = torch.randint(0, 97, (3, 9), generator=torch.Generator().manual_se
 MASK = torch.tensor([[1] * 9, [0] * 2 + [1] * 7, [0] * 5 + [1] * 4])
 
 
+def moe_nodes(path):
+    return [node for node in onnx.load(path, load_external_data=False).graph.node
+            if node.op_type == "MoE"]  # fmt: skip
+
+
+@pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("split", [Split(18, 5, 3), Split(0, 8, 2)], ids=str)
-def test_a_carved_model_decodes(split, bias, tmp_path):
+def test_a_carved_model_decodes(split, bias, moe, tmp_path):
     """A prefill, steps of several tokens and of one, rows padded on the left."""
     options = {"bias": bias, "layers": 3}
     program = carved(tiny_program(**options), split)
     cached = carved(tiny_program(cache=True, **options), split)
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     cached.tokenizer = str(tmp_path / "tokenizer")
-    go.emit(cached, tmp_path / "out", emit=("onnx",))
+    go.emit(cached, tmp_path / "out", emit=("onnx",), onnx_moe=moe)
+    assert len(moe_nodes(tmp_path / "out" / "onnx" / "model.onnx")) == 3 * moe
     model = OnnxArtifactModel(tmp_path / "out" / "onnx")
     whole = complete_inputs({"input_ids": IDS_OF_ROWS, "attention_mask": MASK})
     expected = Runner(program, dtype=torch.float64, mode="reference").logits(whole)
@@ -265,22 +188,32 @@ def test_a_carved_model_decodes(split, bias, tmp_path):
     torch.testing.assert_close(found[real], expected[real], rtol=0, atol=2e-5)
 
 
-def test_a_carved_artifact_opens_again_with_its_weights(tmp_path):
-    program = carved(tiny_program(cache=True, ffn=96, hidden=32), Split(32, 4, 2))
-    go.emit(program, tmp_path / "out", emit=("onnx",))
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("moe", [False, True])
+def test_a_carved_artifact_opens_again_with_its_weights(moe, bias, tmp_path):
+    """Biases of 384 neurons are long enough for the data file."""
+    program = tiny_program(cache=True, ffn=512, hidden=32, bias=bias)
+    program = carved(program, Split(128, 4, 2))
+    go.emit(program, tmp_path / "out", emit=("onnx",), onnx_moe=moe)
     again = load_program(tmp_path / "out")
+    routed = [weight for weight in program.weights if weight.name.endswith(".experts")]
+    places = json.loads((tmp_path / "out" / "program.json").read_text())["storage"]
+    assert len(routed) == 2 * (5 if bias else 3)
+    assert {places[weight.name]["file"] for weight in routed} == {"onnx/model.onnx.data"}
     for weight in program.weights:
         assert torch.equal(again.weights[weight.name].load(), weight.load()), weight.name
 
 
-def test_a_carved_model_runs_in_genai(tmp_path):
+@pytest.mark.parametrize("moe", [False, True])
+def test_a_carved_model_runs_in_genai(moe, tmp_path):
     og = pytest.importorskip("onnxruntime_genai")
     program = carved(tiny_program(cache=True, vocab=512, head_dim=16), Split(18, 5, 3))
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     program.tokenizer = str(tmp_path / "tokenizer")
     program.config = {"vocab_size": 512, "hidden_size": 32, "max_position_embeddings": 64,
                       "eos_token_id": 511, "bos_token_id": 1}  # fmt: skip
-    go.emit(program, tmp_path / "out", emit=("onnx",))
+    go.emit(program, tmp_path / "out", emit=("onnx",), onnx_moe=moe)
+    assert len(moe_nodes(tmp_path / "out" / "onnx" / "genai.onnx")) == 2 * moe
     prompt, count = [3, 17, 99, 4, 250], 12
     model = og.Model(str(tmp_path / "out" / "onnx"))
     settings = og.GeneratorParams(model)

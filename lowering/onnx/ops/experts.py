@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt.ir.graph import Node, Value
+from graphopt.lowering.onnx import moe
 from graphopt.lowering.onnx.ops.registry import Lowering, translation, translation_of
 
 
@@ -51,13 +52,15 @@ def experts(lower: Lowering, node: Node) -> ir.Value:
     """For each expert products over the tokens whose gate is not 0, added where they stand.
 
     ONNX Runtime's MoE multiplies weights that are not packed, by one thread an expert, and takes
-    longer for prompts (tools/bench_width.py).
+    longer for prompts (tools/bench_width.py): it is there for those who ask for it.
 
     Tokens are added expert by expert: ScatterND adds side by side, so that within one no place
     may occur twice (microsoft/onnxruntime#23396).
     """
     builder, act = lower.builder, lower.attrs(node)["act"]
     x, gates = lower.whole(node.inputs[0]), lower.whole(node.inputs[1])
+    if node in lower.fused:
+        return moe.routed(builder, lower.fused[node], x, gates)
     up, down, gate = node.inputs[2], node.inputs[3], lower.operand(node, 4)
     assert node.inputs[1] is not None
     shape = lower.types[node.inputs[1]].shape

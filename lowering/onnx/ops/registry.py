@@ -11,6 +11,7 @@ import onnx_ir as ir
 from graphopt.ir.graph import Call, Function, In, Node, Program, Value, resolve_attrs
 from graphopt.ir.types import Type
 from graphopt.lowering.onnx.builder import GraphBuilder
+from graphopt.lowering.onnx.moe import Fused
 
 
 @dataclass
@@ -86,6 +87,7 @@ class Lowering:
         positions: The graph's `position_ids`, `attention_mask`, `input_ids`.
         shared: Things made once for the whole graph, such as masks, by key.
         packs: For a linear whose weight is stored with those of its siblings, the pack.
+        fused: For `experts` that com.microsoft::MoE computes, the weights in its layout.
     """
 
     builder: GraphBuilder
@@ -97,6 +99,7 @@ class Lowering:
     inputs: Mapping[str, ir.Value]
     shared: dict[Any, Any] = field(default_factory=dict)
     packs: Mapping[Node, Pack] = field(default_factory=dict)
+    fused: Mapping[Node, Fused] = field(default_factory=dict)
 
     def attrs(self, node: Node) -> dict[str, Any]:
         return resolve_attrs(node, self.call)
