@@ -506,7 +506,7 @@ class _Carving:
                 own = slice(0, division.shared)
                 if holds == "down.experts":
                     own = slice(division.shared, None)
-                value = weight.load(torch.float32) + change[own].t().cpu()
+                value = weight.load(torch.float32).cpu() + change[own].t().cpu()
                 value = value.to(weight.dtype).contiguous()
                 program.weights.replace(Weight(weight.name, Array(value), weight.checkpoint))
         return result

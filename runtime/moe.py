@@ -68,6 +68,10 @@ REDUCE = {
 }  # fmt: skip
 
 
+DESCRIBED = 4096
+"""Rows of all experts together from which descriptors, which the host makes, are worth its time."""
+
+
 @functools.cache
 def _copies_tiles() -> bool:
     """Return whether the GPU copies tiles of a tensor by itself (Hopper and later)."""
@@ -86,6 +90,10 @@ def _described(weight: Tensor | None, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(weight, [rows, columns])
+
+
+def _undescribed(weight: Tensor | None, rows: int, columns: int) -> None:
+    return None
 
 
 def launch_top_gates(
@@ -192,21 +200,22 @@ def launch_many(
     # Each expert may leave its last tile unfilled.
     tiles = tokens * active // rows + experts
     hidden = torch.empty(tiles * rows, room, dtype=x.dtype, device=x.device)
+    describe = _described if tokens * active >= DESCRIBED else _undescribed
     columns = -(-room // tiles_up.columns)
     expand[(tiles * columns,)](
         x, up, gate,
-        _described(up, tiles_up.columns, tiles_up.depth),
-        _described(gate, tiles_up.columns, tiles_up.depth),
+        describe(up, tiles_up.columns, tiles_up.depth),
+        describe(gate, tiles_up.columns, tiles_up.depth),
         up_bias, gate_bias, gates, order, counts, hidden, tokens, tiles, x.stride(0),
         D=width, E=experts, SIZE=size, ROOM=room, COUNT=active, ACT=act,
         **tiles_up.options(experts),
     )  # fmt: skip
     parts = torch.empty(tokens * active, out, dtype=x.dtype, device=x.device)
     columns = -(-out // tiles_down.columns)
-    described = _described(down, tiles_down.columns, tiles_down.depth)
+    described = describe(down, tiles_down.columns, tiles_down.depth)
     reduce[(tiles * columns,)](
         hidden,
-        None if described is None else _described(hidden, rows, tiles_down.depth),
+        None if described is None else describe(hidden, rows, tiles_down.depth),
         down, described, order, counts, parts, tokens, tiles,
         OUT=out, E=experts, SIZE=size, ROOM=room,
         **(tiles_down.options(experts) | {"BLOCK_T": rows}),

@@ -133,7 +133,7 @@ def plan(
     if len(matrices) != len(given) or any(weight.constant for weight in matrices):
         return "its matrices are not weights of the model"
     made = gates.node
-    if made is None or made.op != "top_gates":
+    if made is None or made.op != "top_gates" or made.attrs.get("mean"):
         return "it needs the same number of experts for every token"
     extra = made.inputs[2] if len(made.inputs) > 2 else None
     if extra is not None:
