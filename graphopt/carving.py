@@ -10,6 +10,7 @@ import heapq
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graphopt.errors import PassError
+from graphopt.ir.blocks import block_name, find_blocks
+from graphopt.ir.graph import Program, Value
 from graphopt.least_squares import RIDGES, LeastSquares, best_ridge
 from graphopt.runtime import ops as runtime
+from graphopt.tune import Student
 
 
 def top_marks(hidden_TN: Tensor, count: int) -> Tensor:
@@ -417,3 +421,36 @@ class _RouterFit:
         # Where nothing predicts better than 0 does, the strongest pull predicts least.
         learn, held_out = self.sums
         return learn.solve(best_ridge(learn, held_out)[0] or max(RIDGES)).float()
+
+
+LOADED = 4
+"""Windows that are run at once to count what tokens run."""
+
+
+def expert_loads(
+    program: Program, windows: Tensor, device: torch.device
+) -> list[tuple[str, list[float]]]:
+    """Return the share of tokens that run each expert, of every part of a carved program.
+
+    Args:
+        windows: int64 [N, S].
+    """
+    blocks = find_blocks(program)
+    first, stop = blocks[0].position, blocks[-1].position + 1
+    student = Student(program, first, stop, {}, device, keep_weights=False)
+    found: dict[str, Tensor] = {}
+    nothing = torch.zeros((), dtype=torch.float64, device=device)
+    for ids in windows.split(LOADED):
+        values: dict[str, Any] = student.inputs(ids.to(device))
+        with torch.no_grad():
+            student.run(values, 0, first)
+            for block in blocks:
+                where = block_name(program, block)
+
+                def watch(value: Value, gates: Tensor, where: str = where) -> None:
+                    if value.node is not None and value.node.op == "top_gates":
+                        runs = (gates != 0).flatten(0, -2).double().sum(0)
+                        found[where] = found.get(where, nothing) + runs
+
+                student.run(values, block.position, block.position + 1, watch)
+    return [(where, (runs / windows.numel()).tolist()) for where, runs in found.items()]

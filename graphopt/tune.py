@@ -54,6 +54,10 @@ COMPILE_FROM = (30.0, 300)
 """Seconds and steps from which a training on a GPU is worth the time to compile its step."""
 
 
+FOLLOWED = 0.1
+"""Of its gradient that a bias of thresholds takes in a step: a batch's is noisy."""
+
+
 class Form(nn.Module, ABC):
     """A weight while it is trained."""
 
@@ -107,9 +111,11 @@ class Balance(Form):
     Only the gradient's sign counts. `top_gates` makes it the excess of every expert's load
     (`graphopt.ir.ops.experts.TopGates`), so that an expert of more than the mean load is chosen
     less often from then on. Source: CMoE, arXiv 2502.04416, section 4.4.
+
+    With `gamma=None`, for thresholds, it follows its gradient, of which a step takes a part.
     """
 
-    def __init__(self, value: Tensor, gamma: float) -> None:
+    def __init__(self, value: Tensor, gamma: float | None) -> None:
         super().__init__()
         self.value, self.gamma = nn.Parameter(value.clone()), gamma
 
@@ -120,8 +126,10 @@ class Balance(Form):
         return []
 
     def step(self) -> None:
-        if self.value.grad is not None:
-            self.value.data.sub_(self.gamma * self.value.grad.sign())
+        gradient = self.value.grad
+        if gradient is not None:
+            by = FOLLOWED * gradient if self.gamma is None else self.gamma * gradient.sign()
+            self.value.data.sub_(by)
 
 
 def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor
-
+from graphopt.carving import expert_loads
 from graphopt.devices import must_fit
 from graphopt.distil import Distiller, TrainingOptions
 from graphopt.errors import PassError
-from graphopt.ir.blocks import block_name, find_blocks
 from graphopt.ir.feed_forward import add_gates
-from graphopt.ir.graph import Call, Program, Value
+from graphopt.ir.graph import Call, Node, Program
 from graphopt.passes.base import Context, Pass, PassResult, register_pass
-from graphopt.tune import Balance, Form, Student, Whole
+from graphopt.tune import Balance, Form, Whole
 
 SCALE_RATE = 2.0
 """Of the learning rate, for the scales of gates: with the usual one CMoE's 1e-3."""
@@ -32,7 +29,8 @@ class TuneMoe(TrainingOptions, Pass):
     alone. With `gate` a chosen expert's gate is 1 and its odds times a scale that is trained
     from 0. `balance` is how far a bias of every expert's odds moves in a step towards equal
     loads; it takes part in choices alone, and 0 leaves it out. Both are CMoE's
-    (arXiv 2502.04416, section 4.4).
+    (arXiv 2502.04416, section 4.4). Thresholds always have such a bias, which follows the edge
+    that gives as many experts as they are to have on average.
 
     Training lasts `seconds` or `steps`, whichever is given (150 seconds if neither). A step
     takes `batch` windows of `seqlen` tokens; by default 4 of 2048 on a GPU and 2 of 256 on a
@@ -77,7 +75,9 @@ class _Tuning(Distiller):
 
     def __init__(self, options: TuneMoe, program: Program, context: Context) -> None:
         program = program.copy()
-        self.gates = add_gates(program, balance=options.balance > 0, scale=options.gate)
+        self.thresholds = any(node.attrs.get("mean") for node in _choices(program))
+        self.balances = options.balance > 0 or self.thresholds
+        self.gates = add_gates(program, balance=self.balances, scale=options.gate)
         super().__init__(options, program, context)
 
     def run(self) -> PassResult:
@@ -85,10 +85,8 @@ class _Tuning(Distiller):
         self.note("the whole model", self.dense)
         self.note("carving", self.program)
         before = self._loads()
-        for function in self.program.functions.values():
-            for node in function.nodes:
-                if node.op == "top_gates":
-                    node.attrs |= {"surrogate": options.surrogate, "balance": options.balance > 0}
+        for node in _choices(self.program):
+            node.attrs |= {"surrogate": options.surrogate, "balance": self.balances}
         self.distil()
         self.note("trained", self.program)
         self.details["loads"] = [
@@ -104,29 +102,16 @@ class _Tuning(Distiller):
             for name in names:
                 value = program.weights[name].load().to(self.device)
                 forms[name] = (
-                    Balance(value, self.options.balance)
+                    Balance(value, None if self.thresholds else self.options.balance)
                     if kind == "balance"
                     else Whole(value, SCALE_RATE)
                 )
         return forms
 
     def _loads(self) -> list[tuple[str, list[float]]]:
-        """Return the share of held-out tokens that run each expert, part by part."""
-        program = self.program
-        blocks = find_blocks(program)
-        first, stop = blocks[0].position, blocks[-1].position + 1
-        student = Student(program, first, stop, {}, self.device, keep_weights=False)
-        found: list[tuple[str, list[float]]] = []
-        values: dict[str, Any] = student.inputs(self.checked.to(self.device))
-        with torch.no_grad():
-            student.run(values, 0, first)
-            for block in blocks:
-                where = block_name(program, block)
+        return expert_loads(self.program, self.checked, self.device)
 
-                def watch(value: Value, gates: Tensor, where: str = where) -> None:
-                    if value.node is not None and value.node.op == "top_gates":
-                        load = (gates != 0).flatten(0, -2).float().mean(0)
-                        found.append((where, load.tolist()))
 
-                student.run(values, block.position, block.position + 1, watch)
-        return found
+def _choices(program: Program) -> list[Node]:
+    functions = program.functions.values()
+    return [node for function in functions for node in function.nodes if node.op == "top_gates"]

@@ -27,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import LLAMA_7B, brief, keep, random_llama, run_recipes
 
 from graphopt.capture import capture
+from graphopt.carving import expert_loads
 from graphopt.evaluate import ProgramModel, load_tokenizer, read_text
+from graphopt.ir.graph import Program
 from graphopt.passes.base import Context, make_pass
 from graphopt.runtime import fused, moe, ops
 
@@ -39,6 +41,8 @@ TURNS = 7
 RUNS = 20
 """Runs of a turn; its time is their mean."""
 
+COUNTED = 16
+"""Windows of the evaluation text in which experts are counted."""
 LEARNT = 64 * 2048
 """Tokens of the calibration text that recipes get, checks on held-out windows among them."""
 RECIPES = [
@@ -177,10 +181,17 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
         calib.write_text(text[: ends[LEARNT - 1][1]], encoding="utf-8")
         found = run_recipes(
             options.recipe or RECIPES, calib=calib, text=options.text,
-            device=torch.device("cuda"), windows=options.windows, piqa=options.piqa,
-            seed=options.seed, save=lambda found: save(options, found),
+            device=torch.device(options.device), windows=options.windows, piqa=options.piqa,
+            seed=options.seed, save=lambda found: save(options, found), more=experts_run,
         )  # fmt: skip
     return {"learnt_tokens": LEARNT, **found}
+
+
+def experts_run(program: Program, windows: Tensor, device: torch.device) -> dict[str, Any]:
+    """Return how many experts a token runs, over all parts: thresholds only aim at a number."""
+    loads = expert_loads(program, windows[:COUNTED], device)
+    numbers = [sum(load) for _, load in loads]
+    return {"experts_run": statistics.mean(numbers)} if numbers else {}
 
 
 def shape(options: argparse.Namespace) -> dict[str, Any]:
@@ -200,7 +211,7 @@ def shape(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "peak_bytes": peak,
         "carved": result.changed,
-        "details": brief({**result.details, "parts": result.details["parts"][:1]}),
+        "details": brief(result.details),
     }
 
 
@@ -216,6 +227,7 @@ def main() -> None:
     parser.add_argument("--piqa", type=Path, help="questions, as for graphopt eval --piqa")
     parser.add_argument("--windows", type=int, help="of the evaluation text; all by default")
     parser.add_argument("--recipe", action="append", help="instead of the bench's own")
+    parser.add_argument("--device", default="cuda", help="of quality; the other parts need a GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "width.json")
     options = parser.parse_args()
@@ -225,7 +237,7 @@ def main() -> None:
 
 
 def save(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
-    command = ["python tools/bench_experts.py", options.part]
+    command = ["python tools/bench_experts.py", options.part, "--device", options.device]
     command += [
         f"--{option} {getattr(options, option).name}"
         for option in ("calib", "text", "piqa")
@@ -233,7 +245,8 @@ def save(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
     ]
     command += [f"--windows {options.windows}"] if options.windows else []
     command += [f"--seed {options.seed}"] if options.seed else []
-    keep(options.out, options.part, command, torch.device("cuda"), found)
+    command += [f"--recipe '{recipe}'" for recipe in options.recipe or ()]
+    keep(options.out, options.part, command, torch.device(options.device), found)
 
 
 if __name__ == "__main__":

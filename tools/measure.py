@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import graphopt as go
 from graphopt.calibrate import held_out_perplexity, text_windows
@@ -44,6 +46,7 @@ def run_recipes(
     seed: int = 0,
     save: Callable[[dict[str, Any]], None] = lambda found: None,
     made: Callable[[Program], None] = lambda program: None,
+    more: Callable[[Program, Tensor, torch.device], dict[str, Any]] = lambda *_: {},
 ) -> dict[str, Any]:
     """Run recipes on the demo; perplexity of the whole evaluation text before and after.
 
@@ -52,6 +55,7 @@ def run_recipes(
         piqa: Questions; without them no accuracy is measured.
         save: Called with all results so far: a later run may be cut off.
         made: Called with what each recipe makes.
+        more: What else to measure of it, given the windows and the device.
     """
     dense = capture("demo")
     ids = text_windows(dense, read_text(text), 2048)[:windows]
@@ -89,6 +93,7 @@ def run_recipes(
                 "seconds": seconds,
                 **measured,
                 "times_dense": times,
+                **more(program, ids, device),
                 "passes": {entry.name: brief(entry.details) for entry in report.passes},
             }
         )
@@ -99,9 +104,15 @@ def run_recipes(
 
 
 def brief(details: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a pass tells, without the curves that its report is for."""
-    left_out = ("scores", "candidates", "refits")
+    """Return what a pass tells, without the curves that its report is for; of parts the means."""
+    left_out = ("scores", "candidates", "refits", "loads")
     kept = {name: value for name, value in details.items() if name not in left_out}
+    if "parts" in kept:
+        parts = kept["parts"]
+        numbers = [name for name, value in parts[0].items() if isinstance(value, int | float)]
+        kept["parts"] = {
+            name: statistics.mean(part[name] for part in parts) for name in numbers
+        } | {"count": len(parts)}
     if "training" in kept:
         kept["training"] = [
             {name: value for name, value in part.items() if name != "losses"}

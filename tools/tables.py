@@ -310,6 +310,50 @@ def width_onnx() -> str:
     return f"{table}\n\n{_measured_on(result, 'onnxruntime')}"
 
 
+def width() -> str:
+    """What carving costs in quality, and what training puts back."""
+    result = _result("width")["quality on cuda"]
+    rows = [
+        [
+            f"`{run['recipe']}`",
+            f"{run['seconds']:.0f}",
+            f"{run['perplexity']:.2f}",
+            f"{run['times_dense']:.3f}",
+        ]
+        for run in result["runs"]
+    ]
+    head = ["recipe", "seconds", "perplexity", "times the dense model's"]
+    note = (
+        f"The dense model has perplexity {result['dense']['perplexity']:.2f} on "
+        f"{result['windows']} windows of 2,048 tokens of {result['text']}; learnt from "
+        f"{result['learnt_tokens']:,} tokens of {result['calib']}."
+    )
+    return f"{_rows(head, rows)}\n\n{_measured_on(result, 'torch', 'transformers')} {note}"
+
+
+def width_ffn() -> str:
+    """What a carved part takes on a GPU, beside the dense one."""
+    result = _result("width")["ffn on cuda"]
+    splits = list(dict.fromkeys(row["split"] for row in result["rows"]))
+    found = {(row["split"], row["tokens"]): row for row in result["rows"]}
+    rows = []
+    for tokens in dict.fromkeys(row["tokens"] for row in result["rows"]):
+        cells = [f"{tokens:,}", f"{_median(found[splits[0], tokens]['microseconds']['dense']):.0f}"]
+        for split in splits:
+            row = found[split, tokens]
+            cells.append(f"{_median(row['microseconds']['carved']):.0f} ({row['share']:.2f})")
+        rows.append(cells)
+    head = ["tokens", "dense, µs", *(f"{split}, µs (share)" for split in splits)]
+    shape = _result("width")["shape on cuda"]
+    note = (
+        f"A part of {result['shape']}'s shape, {result['dtype']}; up to 64 tokens recorded as "
+        f"graphs, more launched one by one. A whole Llama-7B of random weights is carved in "
+        f"{shape['seconds']:.0f} s, with {shape['peak_bytes'] / 1e9:.1f} GB of the GPU's memory "
+        f"at most."
+    )
+    return f"{_rows(head, rows)}\n\n{_measured_on(result, 'torch')} {note}"
+
+
 def volta() -> str:
     """The machine code of the Volta kernels beside what Triton 3.1.0 makes."""
     result = _result("volta")
@@ -395,6 +439,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "depth": depth,
     "depth_parts": depth_parts,
     "depth_speed": depth_speed,
+    "width": width,
+    "width_ffn": width_ffn,
     "width_onnx": width_onnx,
     "volta_model": volta_model,
     "volta_predicted": volta_predicted,

@@ -34,8 +34,9 @@ class TopGates(Op):
     deviation. Scores are here what is ranked, and no gradient of the soft choice is the bias's.
 
     With `balance` the fast form gives `bias` a gradient of its own, whatever the gates' one is:
-    how many tokens more than the mean run each expert. With `mean`, where choices are not one
-    against the other, it is for all experts how many more they are than `mean` for each token.
+    how many tokens more than the mean run each expert. With `mean` a form that learns chooses
+    `mean` experts a token of those at hand, for else every gradient would ask for more; the
+    gradient is the edge above which these lie, and taking it from the bias brings that to 0.
     """
 
     name = "top_gates"
@@ -79,16 +80,25 @@ class TopGates(Op):
         assert scores is not None
         bias, extra = _operand(tensors, 1), _operand(tensors, 2)
         count, mean = attrs["count"], attrs.get("mean", 0)
-        gates = runtime.top_gates(scores, bias, extra, count=count, mean=mean)
+        pull: Tensor | None = None
+        if attrs.get("balance") and mean and torch.is_grad_enabled():
+            assert bias is not None
+            pull = _edge(scores.detach().float() + bias.detach(), mean).expand_as(bias)
+        # The bias itself is moved by `pull`, and has no part in other gradients.
+        moved = bias if pull is None or bias is None else bias.detach() - pull
+        gates = runtime.top_gates(scores, moved, extra, count=count, mean=mean)
         if attrs.get("surrogate") and (mean or count < scores.shape[-1]):
             ranked = scores.float()
-            if bias is not None:
-                ranked = (ranked if mean else ranked.softmax(-1)) + bias.detach()
+            if moved is not None:
+                ranked = (ranked if mean else ranked.softmax(-1)) + moved.detach()
             soft = soft_choice(ranked, count, mean).to(gates.dtype)
             gates = gates + (soft - soft.detach())
         if attrs.get("balance"):
             assert bias is not None
-            gates = _balanced(gates, bias, mean)
+            if pull is None:
+                load = (gates.detach() != 0).flatten(0, -2).sum(0).to(bias.dtype)
+                pull = load - load.mean()
+            gates = _balanced(gates, bias, pull)
         return (gates,)
 
 
@@ -102,9 +112,15 @@ def soft_choice(ranked: Tensor, count: int, mean: int = 0) -> Tensor:
     return ((ranked - edge) / spread).sigmoid()
 
 
+def _edge(ranked: Tensor, mean: int) -> Tensor:
+    """Return the score above which `mean` experts a token lie, over all tokens together."""
+    flat = ranked.flatten()
+    return flat.kthvalue(len(flat) - mean * (len(flat) // ranked.shape[-1]) + 1).values
+
+
 @torch.library.custom_op("graphopt::balanced", mutates_args=())
-def _balanced(gates: Tensor, bias: Tensor, mean: int) -> Tensor:
-    """Return gates [..., E], with a gradient for `bias` [E] as `TopGates` has it.
+def _balanced(gates: Tensor, bias: Tensor, pull: Tensor) -> Tensor:
+    """Return gates [..., E]; the gradient of `bias` [E] is `pull`, whatever comes from above.
 
     An operator of torch, because a step that is compiled is traced before it has gradients.
     """
@@ -112,25 +128,20 @@ def _balanced(gates: Tensor, bias: Tensor, mean: int) -> Tensor:
 
 
 @_balanced.register_fake
-def _(gates: Tensor, bias: Tensor, mean: int) -> Tensor:
+def _(gates: Tensor, bias: Tensor, pull: Tensor) -> Tensor:
     return torch.empty_like(gates)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.mean = inputs[2]
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
 
 
-def _excess(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-    gates, bias = ctx.saved_tensors
-    chosen = (gates != 0).flatten(0, -2).to(bias.dtype)
-    load = chosen.sum(0)
-    if ctx.mean:
-        return gradient, (load.sum() - ctx.mean * len(chosen)).expand_as(load), None
-    return gradient, load - load.mean(), None
+def _pull(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    (pull,) = ctx.saved_tensors
+    return gradient, pull, None
 
 
-_balanced.register_autograd(_excess, setup_context=_keep)
+_balanced.register_autograd(_pull, setup_context=_keep)
 
 
 @register
