@@ -145,7 +145,8 @@ def compile_command(
         bool,
         typer.Option(
             "--onnx-moe",
-            help="In the ONNX form, experts become com.microsoft::MoE: faster for single tokens.",
+            help="In the ONNX form, experts become com.microsoft::MoE: faster for single tokens "
+            "where there are many.",
         ),
     ] = False,
     dry_run: Annotated[

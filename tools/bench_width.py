@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import Tensor
@@ -34,11 +33,8 @@ from graphopt.evaluate import OnnxArtifactModel, read_text
 from graphopt.ir.blocks import find_blocks, sub_blocks
 from graphopt.ir.execute import Runner, complete_inputs
 from graphopt.ir.feed_forward import FeedForward, feed_forwards
-from graphopt.ir.graph import Call, Function, Node, Program, Value
+from graphopt.ir.graph import Call, Function, Program, Value
 from graphopt.ir.shapes import infer_program
-from graphopt.lowering.onnx.builder import MICROSOFT
-from graphopt.lowering.onnx.ops import Lowering
-from graphopt.lowering.onnx.ops.registry import _FORMS as FORMS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "onnxruntime", "numpy")
@@ -53,7 +49,7 @@ TURNS = 11
 def onnx(options: argparse.Namespace) -> dict[str, Any]:
     """Prefill and decode with dense and carved graphs in turns, whole and their FFN parts alone.
 
-    `moe` is what the same parts take with com.microsoft::MoE for the experts. Threads do not
+    `moe` is what the carved ones take with com.microsoft::MoE for the experts. Threads do not
     spin between operators.
     """
     dense = capture("demo")
@@ -68,7 +64,9 @@ def onnx(options: argparse.Namespace) -> dict[str, Any]:
             measured = {
                 "recipe": recipe,
                 **ffn_alone(plain, carved, ids, folder, options.threads),
-                **whole_models({"dense": plain, "carved": carved}, ids, folder, options.threads),
+                **whole_models(
+                    {"dense": plain, "carved": carved, "moe": carved}, ids, folder, options.threads
+                ),
             }
         found["splits"][split] = measured
         for part in ("ffn", "ffn of one token", "prefill", "decode"):
@@ -86,13 +84,19 @@ def session(folder: Path, threads: int) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(folder / "model.onnx"), settings)
 
 
+def write(program: Program, folder: Path, name: str) -> None:
+    """Emit a program; as `moe` all of its experts are com.microsoft::MoE."""
+    moe = name == "moe"
+    go.emit(program, folder, emit=("onnx",), onnx_moe=moe, strict=moe)
+
+
 def whole_models(
     programs: Mapping[str, Program], ids: Tensor, folder: Path, threads: int
 ) -> dict[str, Any]:
     """Time prefill and the steps behind it of whole models."""
     models = {}
     for name, program in programs.items():
-        go.emit(program, folder / name, emit=("onnx",))
+        write(program, folder / name, name)
         models[name] = OnnxArtifactModel(folder / name / "onnx")
         models[name]._session = session(folder / name / "onnx", threads)
     runs = {name: functools.partial(decode_runs, model, ids) for name, model in models.items()}
@@ -139,13 +143,7 @@ def ffn_alone(
     feeds = {"input_ids": ids.numpy(), **ffn_inputs(carved, ids)}
     sessions = {}
     for name, program in (("dense", ffn_program(dense)), ("carved", parts), ("moe", parts)):
-        own_form = FORMS["experts"]
-        if name == "moe":
-            FORMS["experts"] = fused
-        try:
-            go.emit(program, folder / f"ffn-{name}", emit=("onnx",))
-        finally:
-            FORMS["experts"] = own_form
+        write(program, folder / f"ffn-{name}", name)
         sessions[name] = session(folder / f"ffn-{name}" / "onnx", threads)
     ours, theirs = (sessions[name].run(None, feeds)[0] for name in ("carved", "moe"))
     # Sums of the same products in another order.
@@ -224,35 +222,6 @@ def ffn_inputs(program: Program, ids: Tensor) -> dict[str, Any]:
         if position in wanted:
             found[wanted[position]] = values[wanted[position]].numpy()
     return found
-
-
-def fused(lower: Lowering, node: Node) -> ir.Value:
-    """Return experts as com.microsoft::MoE, whose router is the logarithm of 0 or 1."""
-    builder, attrs = lower.builder, lower.attrs(node)
-    assert attrs["act"] == "silu" and len(lower.types[node.output].shape) == 3
-    up, down, gate = (
-        lower.program.weights[lower.call.weights[slot]].load(torch.float32)
-        for value in (node.inputs[2], node.inputs[3], node.inputs[4])
-        for slot, own in lower.function.weights.items()
-        if own is value
-    )
-    count, active = int(lower.types[node.inputs[1]].shape[-1]), attrs["active"]  # type: ignore[index]
-    first = torch.stack([gate, up], 1).view(count, -1, up.shape[1])
-    last = down.view(down.shape[0], count, -1).transpose(0, 1).contiguous()
-    matrices = []
-    for value in (first, last):
-        name = builder.unique(f"{lower.call.path}.moe")
-        matrices.append(builder.initializer(name, ir.tensor(value.numpy(), name=name)))
-    scores = builder.op("Log", lower.whole(node.inputs[1]))
-    scores = builder.op("Reshape", scores, builder.constant([-1, count]))
-    made = builder.op(
-        "MoE", lower.whole(node.inputs[0]), scores, matrices[0], None, matrices[1],
-        domain=MICROSOFT, k=active, activation_type="swiglu", swiglu_fusion=1,
-        activation_alpha=1.0, activation_beta=0.0, normalize_routing_weights=0,
-    )  # fmt: skip
-    made = builder.op("Mul", made, builder.number(float(active)))
-    assert isinstance(made, ir.Value)
-    return made
 
 
 PARTS = {"onnx": onnx}

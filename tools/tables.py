@@ -300,7 +300,9 @@ def width_onnx() -> str:
         "feed-forward parts, 1 token": ("ffn of one token", "carved"),
         "by `com.microsoft::MoE`, 1 token": ("ffn of one token", "moe"),
         f"prefill of {result['tokens']} tokens": ("prefill", "carved"),
+        f"by `com.microsoft::MoE`, prefill of {result['tokens']} tokens": ("prefill", "moe"),
         "a decoding step": ("decode", "carved"),
+        "by `com.microsoft::MoE`, a decoding step": ("decode", "moe"),
     }
     rows = [
         [label, *(f"{found[part]['share'][side]:.2f}" for found in splits.values())]
