@@ -8,16 +8,12 @@ Each part is kept in benchmarks/width.json beside what other parts, and other de
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import json
-import os
-import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,10 @@ import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from measure import keep
 
 import graphopt as go
 from graphopt.calibrate import text_windows
@@ -37,7 +37,6 @@ from graphopt.ir.graph import Call, Function, Program, Value
 from graphopt.ir.shapes import infer_program
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "onnxruntime", "numpy")
 SPLITS = {
     "S3A3E8": "carve-moe{shared=3,active=3,experts=8}",
     "S2A2E16": "carve-moe{shared=2,active=2,experts=16}",
@@ -72,7 +71,7 @@ def onnx(options: argparse.Namespace) -> dict[str, Any]:
         for part in ("ffn", "ffn of one token", "prefill", "decode"):
             print(f"{split} {part}: {measured[part]['share']}", flush=True)
         # A later split may be cut off.
-        keep(options, found)
+        save(options, found)
     return found
 
 
@@ -233,29 +232,15 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--calib", type=Path, required=True, help="calibration text")
     parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "width.json")
     options = parser.parse_args()
-    keep(options, PARTS[options.part](options))
+    save(options, PARTS[options.part](options))
 
 
-def keep(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
-    """Put what a part gave beside what is there."""
-    gpu = options.device != "cpu"
-    cores = len(os.sched_getaffinity(0))
-    name = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {cores} cores"
-    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
-    kept[f"{options.part} on {options.device}"] = {
-        "command": f"python tools/bench_width.py {options.part} --device {options.device} "
-        f"--calib {options.calib.name} --threads {options.threads}",
-        "date": datetime.date.today().isoformat(),
-        "device": name,
-        "python": platform.python_version(),
-        "versions": {package: metadata.version(package) for package in PACKAGES},
-        **found,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+def save(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    command = ["python tools/bench_width.py", options.part, f"--calib {options.calib.name}"]
+    command.append(f"--threads {options.threads}")
+    keep(options.out, options.part, command, torch.device("cpu"), found)
 
 
 if __name__ == "__main__":
