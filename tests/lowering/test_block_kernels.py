@@ -205,7 +205,7 @@ def test_an_emitted_model_by_these_kernels(
     spec.loader.exec_module(module)
     emitted = sys.modules[f"{module.kernels.__name__}.fused"]
     calls: list[bool] = []
-    monkeypatch.setattr(emitted, "_by_kernel", lambda *tensors: calls.append(True) or True)
+    monkeypatch.setattr(emitted, "runs_by_kernel", lambda *tensors: calls.append(True) or True)
     model = module.load(tmp_path / "out", dtype=torch.float16)
     texts = [[5, 6, 7, 8, 9], [1, 2]]
     decoder = module.Decoder(model, 12, batch=2)
