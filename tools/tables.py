@@ -314,23 +314,32 @@ def width_onnx() -> str:
 
 def width() -> str:
     """What carving costs in quality, and what training puts back."""
-    result = _result("width")["quality on cuda"]
-    rows = [
-        [
-            f"`{run['recipe']}`",
-            f"{run['seconds']:.0f}",
-            f"{run['perplexity']:.2f}",
-            f"{run['times_dense']:.3f}",
-        ]
-        for run in result["runs"]
-    ]
-    head = ["recipe", "seconds", "perplexity", "times the dense model's"]
-    note = (
-        f"The dense model has perplexity {result['dense']['perplexity']:.2f} on "
-        f"{result['windows']} windows of 2,048 tokens of {result['text']}; learnt from "
-        f"{result['learnt_tokens']:,} tokens of {result['calib']}."
-    )
-    return f"{_rows(head, rows)}\n\n{_measured_on(result, 'torch', 'transformers')} {note}"
+    rows, notes = [], []
+    for device in ("cuda", "cpu"):
+        part = _result("width").get(f"quality on {device}")
+        if part is None:
+            continue
+        for run in part["runs"]:
+            rows.append(
+                [
+                    f"`{run['recipe']}`",
+                    "GPU" if device == "cuda" else "CPU",
+                    f"{run['seconds']:.0f}",
+                    f"{run['perplexity']:.2f}",
+                    f"{run['times_dense']:.3f}",
+                    f"{run['experts_run']:.2f}" if "experts_run" in run else "-",
+                ]
+            )
+        # The recipes are in the rows.
+        part = {**part, "command": part["command"].partition(" --recipe")[0]}
+        notes.append(
+            f"{_measured_on(part, 'torch', 'transformers')} The dense model has perplexity "
+            f"{part['dense']['perplexity']:.2f} on {part['windows']} windows of 2,048 tokens of "
+            f"{part['text']}; learnt from at most {part['learnt_tokens']:,} tokens of "
+            f"{part['calib']}."
+        )
+    head = ["recipe", "", "seconds", "perplexity", "times the dense model's", "experts a token ran"]
+    return "\n\n".join([_rows(head, rows), *notes])
 
 
 def width_ffn() -> str:
