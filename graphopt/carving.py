@@ -21,6 +21,7 @@ from torch import Tensor
 from graphopt.errors import PassError
 from graphopt.ir.blocks import block_name, find_blocks
 from graphopt.ir.graph import Program, Value
+from graphopt.ir.ops.experts import edge
 from graphopt.least_squares import RIDGES, LeastSquares, best_ridge
 from graphopt.runtime import ops as runtime
 from graphopt.tune import Student
@@ -382,15 +383,6 @@ def chosen(scores_TE: Tensor, active: int, *, threshold: bool = False) -> Tensor
     return runtime.top_gates(scores_TE, count=active)
 
 
-def edge(scores_TE: Tensor, active: int) -> Tensor:
-    """Return what `active` scores of a token are above on average; ties may make it fewer."""
-    scores = scores_TE.flatten()
-    least = len(scores) - active * len(scores_TE)
-    if not least:
-        return scores.min() - 1
-    return scores.kthvalue(least).values
-
-
 def _energy_of(energy_TN: Tensor, place_N: Tensor, experts: int) -> Tensor:
     """Return every expert's energy [T, E]; place 0 is what is shared."""
     found = energy_TN.new_zeros(len(energy_TN), experts + 1)
@@ -434,6 +426,9 @@ def expert_loads(
 
     Args:
         windows: int64 [N, S].
+
+    Returns:
+        For each part its block's name, and for each of its experts a share from 0 to 1.
     """
     blocks = find_blocks(program)
     first, stop = blocks[0].position, blocks[-1].position + 1

@@ -68,6 +68,9 @@ REDUCE = {
 }  # fmt: skip
 
 
+EXPAND_FEW, REDUCE_FEW = (4, 4096, 8), (4, 2048, 8)
+"""Rows of a weight that a program reads for one token, elements of each at a time, and warps."""
+
 DESCRIBED = 4096
 """Rows of all experts together from which descriptors, which the host makes, are worth its time."""
 
@@ -78,9 +81,13 @@ def _copies_tiles() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
-def _described(weight: Tensor | None, rows: int, columns: int) -> Any:
-    """Return the tensor descriptor of tiles of a matrix, None where the GPU has none for it."""
-    if weight is None or not weight.is_cuda or not _copies_tiles():
+def _described(weight: Tensor | None, rows: int, columns: int, routes: int) -> Any:
+    """Return the tensor descriptor of tiles of a matrix, None where there is none for it.
+
+    Args:
+        routes: Rows of all experts together.
+    """
+    if weight is None or routes < DESCRIBED or not weight.is_cuda or not _copies_tiles():
         return None
     # Such copies start and step at multiples of 16 bytes, and a tile is no larger than the matrix.
     if weight.data_ptr() % 16 or weight.stride(0) * weight.element_size() % 16:
@@ -90,10 +97,6 @@ def _described(weight: Tensor | None, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(weight, [rows, columns])
-
-
-def _undescribed(weight: Tensor | None, rows: int, columns: int) -> None:
-    return None
 
 
 def launch_top_gates(
@@ -166,8 +169,6 @@ def launch_many(
     out_bias: Tensor | None,
     act: str,
     active: int,
-    expand_tiles: Tiles | None = None,
-    reduce_tiles: Tiles | None = None,
 ) -> Tensor:
     """Return the experts' sum [T, D'], and `out_bias` added to it, of tokens sorted by expert.
 
@@ -177,7 +178,6 @@ def launch_many(
         up, gate: [E N, D].
         down: [D', E N].
         out_bias: [D'].
-        expand_tiles, reduce_tiles: By default those that suit so many tokens.
     """
     from graphopt.runtime.kernels.experts import combine, expand, list_tokens, reduce
 
@@ -185,10 +185,9 @@ def launch_many(
     experts, out = gates.shape[1], down.shape[0]
     size = up.shape[0] // experts
     wide = _power(experts)
-    mean = tokens * active // experts
-    rows = next((rows for least, rows in ROWS if mean >= least), 16)
-    tiles_up, tiles_down = expand_tiles or EXPAND[rows], reduce_tiles or REDUCE[rows]
-    rows = tiles_up.rows
+    routes = tokens * active
+    rows = next((rows for least, rows in ROWS if routes // experts >= least), 16)
+    tiles_up, tiles_down = EXPAND[rows], REDUCE[rows]
     room = -(-size // tiles_down.depth) * tiles_down.depth
     order = torch.empty(experts, tokens, dtype=torch.int32, device=x.device)
     counts = torch.empty(experts, dtype=torch.int32, device=x.device)
@@ -198,27 +197,26 @@ def launch_many(
         E=experts, COUNT=active, BLOCK_T=block, BLOCK_E=wide, num_warps=16,
     )  # fmt: skip
     # Each expert may leave its last tile unfilled.
-    tiles = tokens * active // rows + experts
+    tiles = routes // rows + experts
     hidden = torch.empty(tiles * rows, room, dtype=x.dtype, device=x.device)
-    describe = _described if tokens * active >= DESCRIBED else _undescribed
     columns = -(-room // tiles_up.columns)
     expand[(tiles * columns,)](
         x, up, gate,
-        describe(up, tiles_up.columns, tiles_up.depth),
-        describe(gate, tiles_up.columns, tiles_up.depth),
+        _described(up, tiles_up.columns, tiles_up.depth, routes),
+        _described(gate, tiles_up.columns, tiles_up.depth, routes),
         up_bias, gate_bias, gates, order, counts, hidden, tokens, tiles, x.stride(0),
         D=width, E=experts, SIZE=size, ROOM=room, COUNT=active, ACT=act,
         **tiles_up.options(experts),
     )  # fmt: skip
-    parts = torch.empty(tokens * active, out, dtype=x.dtype, device=x.device)
+    parts = torch.empty(routes, out, dtype=x.dtype, device=x.device)
     columns = -(-out // tiles_down.columns)
-    described = describe(down, tiles_down.columns, tiles_down.depth)
+    described = _described(down, tiles_down.columns, tiles_down.depth, routes)
     reduce[(tiles * columns,)](
         hidden,
-        None if described is None else describe(hidden, rows, tiles_down.depth),
+        None if described is None else _described(hidden, rows, tiles_down.depth, routes),
         down, described, order, counts, parts, tokens, tiles,
         OUT=out, E=experts, SIZE=size, ROOM=room,
-        **(tiles_down.options(experts) | {"BLOCK_T": rows}),
+        **tiles_down.options(experts),
     )  # fmt: skip
     y = torch.empty(tokens, out, dtype=x.dtype, device=x.device)
     block = min(1024, _power(out))
@@ -245,16 +243,12 @@ def launch_few(
     shared_down_bias: Tensor | None,
     act: str,
     active: int,
-    expand_block: tuple[int, int, int] = (4, 4096, 8),
-    reduce_block: tuple[int, int, int] = (4, 2048, 8),
 ) -> Tensor:
     """Return the sum of the experts and the shared neurons, every token by itself.
 
     Args:
         x: [T, D], the last axis contiguous.
         gates: [T, E], contiguous; at most `active` of a token are not 0.
-        expand_block, reduce_block: Rows of a weight that a program reads, elements of each at a
-            time, and warps.
     """
     from graphopt.runtime.kernels.experts import expand_few, reduce_few
 
@@ -265,7 +259,7 @@ def launch_few(
     sizes = {"E": experts, "SIZE": size, "SHARED": common, "COUNT": active}
     sizes["BLOCK_E"] = _power(experts)
     hidden = torch.empty(tokens, common + active * size, dtype=x.dtype, device=x.device)
-    rows, depth, warps = expand_block
+    rows, depth, warps = EXPAND_FEW
     blocks = -(-common // rows) + active * -(-size // rows)
     expand_few[(blocks, tokens)](
         x, up, gate, up_bias, gate_bias, shared_up, shared_gate, shared_up_bias, shared_gate_bias,
@@ -274,7 +268,7 @@ def launch_few(
         **sizes,
     )  # fmt: skip
     y = torch.empty(tokens, out, dtype=x.dtype, device=x.device)
-    rows, depth, warps = reduce_block
+    rows, depth, warps = REDUCE_FEW
     reduce_few[(-(-out // rows), tokens)](
         hidden, down, shared_down, shared_down_bias, gates, y,
         OUT=out, BLOCK_N=rows, BLOCK_D=min(depth, _power(max(common, size))), num_warps=warps,
@@ -359,7 +353,7 @@ def moe(
         y = _routed(x, gates, *routed, None, act, active)
         return y.view(*shape, y.shape[-1])
     # Neither part fills the GPU to its end, so they run beside each other.
-    main, side = torch.cuda.current_stream(), _side_stream(x.device)
+    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
     side.wait_stream(main)
     with torch.cuda.stream(side):
         hidden = ops.linear(x, shared_up, shared_up_bias)

@@ -54,8 +54,8 @@ RECIPES = [
     )
     for recipe in (
         f"{routed}}}",
-        f"{routed}}},tune-moe{{seconds=50,own_text=0}}",
-        f"{routed}}},tune-moe{{seconds=50}}",
+        f"{routed}}},tune-moe{{seconds=45,own_text=0}}",
+        f"{routed}}},tune-moe{{seconds=45}}",
     )
 ] + [
     f"carve-moe{{shared={shared},active={active},experts={experts},mode=faithful}}"

@@ -214,9 +214,9 @@ def test_with_thresholds_a_form_that_learns_runs_the_mean_number_of_experts():
     bias = torch.full((4,), 0.2, requires_grad=True)
     attrs = {"count": 4, "mean": 1, "surrogate": True, "balance": True}
     (gates,) = get_op("top_gates").torch([scores, bias], attrs)
-    # The 30 highest of 120, but for the one that is the edge.
-    edge = (scores + 0.2).flatten().sort(descending=True).values[29]
-    assert torch.equal(gates, (scores + 0.2 > edge).float()) and int(gates.sum()) == 29
+    # The 30 highest of 120.
+    edge = (scores + 0.2).flatten().sort(descending=True).values[30]
+    assert torch.equal(gates, (scores + 0.2 > edge).float()) and int(gates.sum()) == 30
     gates.sum().backward()
     assert torch.equal(bias.grad, edge.expand(4))
     # What is deployed goes by the bias as it is; taking the gradient from it makes the two one.

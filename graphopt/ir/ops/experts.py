@@ -83,7 +83,7 @@ class TopGates(Op):
         pull: Tensor | None = None
         if attrs.get("balance") and mean and torch.is_grad_enabled():
             assert bias is not None
-            pull = _edge(scores.detach().float() + bias.detach(), mean).expand_as(bias)
+            pull = edge(scores.detach().float() + bias.detach(), mean).expand_as(bias)
         # The bias itself is moved by `pull`, and has no part in other gradients.
         moved = bias if pull is None or bias is None else bias.detach() - pull
         gates = runtime.top_gates(scores, moved, extra, count=count, mean=mean)
@@ -112,10 +112,15 @@ def soft_choice(ranked: Tensor, count: int, mean: int = 0) -> Tensor:
     return ((ranked - edge) / spread).sigmoid()
 
 
-def _edge(ranked: Tensor, mean: int) -> Tensor:
-    """Return the score above which `mean` experts a token lie, over all tokens together."""
+def edge(ranked: Tensor, mean: int) -> Tensor:
+    """Return the score, a scalar, above which `mean` experts a token lie, over all tokens.
+
+    Args:
+        ranked: [..., E]. Equal ones may make it fewer experts.
+    """
     flat = ranked.flatten()
-    return flat.kthvalue(len(flat) - mean * (len(flat) // ranked.shape[-1]) + 1).values
+    below = len(flat) - mean * (len(flat) // ranked.shape[-1])
+    return flat.kthvalue(below).values if below else flat.min() - 1
 
 
 @torch.library.custom_op("graphopt::balanced", mutates_args=())
