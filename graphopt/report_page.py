@@ -491,6 +491,8 @@ def _training(record: Mapping[str, Any]) -> str:
     if len(checks) > 1:
         best = min(value for _, value in checks)
         facts.append(f"held-out loss {_figure(checks[0][1], 3)} → {_figure(best, 3)}")
+    for step, rate in _points(record.get("lowered")):
+        facts.append(f"rate {rate:.1e} from step {step:,.0f} on: the one before got no further")
     if record.get("stopped"):
         facts.append(f"stopped early: {record['stopped']}")
     return (

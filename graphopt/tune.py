@@ -47,6 +47,13 @@ LOOK_EVERY = 20
 CHECK_EVERY = 0.1
 """Of the schedule, between two checks on held-out windows."""
 
+FRUITLESS = 3
+"""Checks in a row, none of them the best so far, before a training goes back to its best state: what
+starts near the dense model is spoilt by steps that suit what starts far from it."""
+
+LOWERED = 0.25
+"""Of the rate, with which it goes on from there."""
+
 WARM_UP = 3
 """Steps on a GPU before one is recorded: what is made at first use must not be in the record."""
 
@@ -189,6 +196,7 @@ class Tuned:
         preparing: Of the seconds, those that compiling the step took.
         losses: (step, mean training loss since the entry before) pairs.
         checks: (step, loss on held-out windows) pairs, the first before any step.
+        lowered: (step, highest rate of the schedule from there on) pairs, where a rate got no further.
         stopped: Why it ended before its schedule did, or "".
         not_compiled: Why its step could not be compiled, which costs time alone, or "".
     """
@@ -199,6 +207,7 @@ class Tuned:
     preparing: float = 0.0
     losses: list[tuple[int, float]] = field(default_factory=list)
     checks: list[tuple[int, float]] = field(default_factory=list)
+    lowered: list[tuple[int, float]] = field(default_factory=list)
     stopped: str = ""
     not_compiled: str = ""
 
@@ -549,6 +558,7 @@ class Tuner:
         self._queue: list[int] = []
         self._best, self._best_state = math.inf, list[Tensor]()
         self._checked_at, self._worse = 0.0, 0
+        self._rate, self._fruitless = schedule.rate, 0
         self._parameters = student.parameters
         cuda = student.device.type == "cuda"
         by_rate: dict[float, list[nn.Parameter]] = {}
@@ -593,7 +603,7 @@ class Tuner:
         result.preparing += self._prepare()
         result.seconds = time.perf_counter() - begun
         while (done := self._done()) < 1 and not result.stopped:
-            losses.add(self._step(schedule.rate * schedule.factor(done)))
+            losses.add(self._step(self._rate * schedule.factor(done)))
             result.steps += 1
             result.tokens += schedule.batch * self.lessons.ids.shape[1]
             if losses.count >= LOOK_EVERY:
@@ -604,6 +614,7 @@ class Tuner:
                 self.progress(self.what, int(done * 1000), 1000)
             if done - self._checked_at >= CHECK_EVERY and not result.stopped:
                 self._check(done)
+                self._look_back()
                 if schedule.patience and self._worse >= schedule.patience:
                     result.stopped = f"no better held-out loss in {self._worse} checks"
             result.seconds = time.perf_counter() - begun
@@ -612,8 +623,7 @@ class Tuner:
                 self._save()
         if not result.stopped:
             self._check(1.0)
-        for parameter, value in zip(self._parameters, self._best_state, strict=True):
-            parameter.data.copy_(value)
+        self._go_back()
         result.seconds = time.perf_counter() - begun
         self.progress(self.what, 1000, 1000)
         return result
@@ -668,6 +678,18 @@ class Tuner:
         if total < self._best:
             self._best, self._worse = total, 0
             self._best_state = [parameter.detach().clone() for parameter in self._parameters]
+
+    def _look_back(self) -> None:
+        """Go on from the best state with a lower rate, where checks show no gain by this one."""
+        self._fruitless = self._fruitless + 1 if self._worse else 0
+        if self._fruitless == FRUITLESS:
+            self._go_back()
+            self._rate, self._fruitless = self._rate * LOWERED, 0
+            self.result.lowered.append((self.result.steps, self._rate))
+
+    def _go_back(self) -> None:
+        for parameter, value in zip(self._parameters, self._best_state, strict=True):
+            parameter.data.copy_(value)
 
     def _rows(self) -> list[int]:
         """Return the windows of the next step; every window comes once in an epoch."""
@@ -743,7 +765,8 @@ class Tuner:
                 "order": self._order.get_state(),
                 "queue": self._queue,
                 "best": (self._best, [value.cpu() for value in self._best_state]),
-                "checks": (self._checked_at, self._worse),
+                "checks": (self._checked_at, self._worse, self._fruitless),
+                "rate": self._rate,
                 "result": dataclasses.asdict(self.result),
             },
             fresh,
@@ -766,7 +789,8 @@ class Tuner:
         self._queue = state["queue"]
         self._best, kept = state["best"]
         self._best_state = [value.to(self.student.device) for value in kept]
-        self._checked_at, self._worse = state["checks"]
+        self._checked_at, self._worse, self._fruitless = state["checks"]
+        self._rate = state["rate"]
         self.result = Tuned(**state["result"])
         return self.result
 

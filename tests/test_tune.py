@@ -44,12 +44,12 @@ def whole(program):
     }
 
 
-def disturbed(program):
+def disturbed(program, by=0.05):
     """Return the forms of a program's weights, moved off their values."""
     generator = torch.Generator().manual_seed(1)
     forms = whole(program)
     for form in forms.values():
-        form.value.data += 0.05 * torch.randn(form.value.shape, generator=generator)
+        form.value.data += by * torch.randn(form.value.shape, generator=generator)
     return forms
 
 
@@ -185,6 +185,21 @@ def test_an_interrupted_training_goes_on_where_it_was(tmp_path):
     assert tuned.steps == 10
     for name, form in straight.items():
         assert torch.allclose(form(), again[name](), atol=1e-6)
+
+
+def test_a_rate_that_spoils_what_is_nearly_right_is_lowered_from_the_best_state():
+    program = tiny_program(layers=2)
+    schedule = Schedule(steps=120, batch=16, rate=1e-2)
+    tuned = tuner_of(program, disturbed(program, by=0.005), schedule).run()
+    start = tuned.checks[0][1]
+    assert tuned.lowered and min(loss for _, loss in tuned.checks) < start
+    checks = dict(tuned.checks)
+    for number, (step, rate) in enumerate(tuned.lowered, start=1):
+        assert rate == pytest.approx(1e-2 * 0.25**number)
+        assert checks[step] > min(loss for at, loss in tuned.checks if at < step)
+    # One that starts far off keeps its rate.
+    far = tuner_of(program, disturbed(program), Schedule(steps=60, batch=16, rate=3e-3)).run()
+    assert far.lowered == []
 
 
 def test_a_part_is_trained_on_the_stream_behind_it():
