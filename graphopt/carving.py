@@ -55,6 +55,25 @@ def top_marks(hidden_TN: Tensor, count: int) -> Tensor:
     return marks
 
 
+def normalised_hidden(x: Tensor, gate: Tensor | None, up: Tensor, act: str) -> Tensor:
+    """Return hidden activations of inputs and rows that are all scaled to length 1, fp32 [T, N].
+
+    A neuron's activation is then one of cosines alone: neither the length of its rows nor a
+    token's own has a part in it. Biases are left out. Source: CMoE's code marks neurons by these;
+    its paper (arXiv 2502.04416, section 4.1) says the activations themselves.
+
+    Args:
+        x: [T, D].
+        gate, up: [N, D].
+        act: The activation's name as an op.
+    """
+    x, up = (F.normalize(rows.float(), dim=-1) for rows in (x, up))
+    if gate is None:
+        return runtime.ACTIVATIONS[act](x @ up.t())
+    gate = F.normalize(gate.float(), dim=-1)
+    return runtime.ACTIVATIONS[act](x @ gate.t()) * (x @ up.t())
+
+
 def mark_counts(marks_TK: Tensor, width: int) -> Tensor:
     """Return in how many tokens each neuron is marked, int64 [width]."""
     return torch.bincount(marks_TK.flatten(), minlength=width)

@@ -21,6 +21,7 @@ from graphopt.carving import (
     divide_by_fit,
     energies,
     first_marks,
+    normalised_hidden,
     static_order,
 )
 from graphopt.devices import must_fit
@@ -69,7 +70,8 @@ class CarveMoe(Pass):
     With `mode=fit` neurons and a linear router are fitted to each other in up to `rounds` turns
     (`graphopt.carving.divide_by_fit`). `mode=faithful` is CMoE as published (arXiv 2502.04416):
     clusters of neurons that are among the `marks` largest of the same tokens, and as router one
-    neuron of each.
+    neuron of each. With `normalised` it marks as CMoE's code does, by activations of inputs and
+    rows of the projections scaled to length 1.
 
     With `refit` (and `mode=fit`) the down projections are then solved for anew, by least squares
     that pull towards the weights as they are, so that the stream behind each part is nearest to
@@ -104,6 +106,7 @@ class CarveMoe(Pass):
     threshold: bool = False
     pad: bool = False
     marks: int = 10
+    normalised: bool = False
     windows: int | None = None
     seqlen: int | None = None
 
@@ -132,6 +135,12 @@ class CarveMoe(Pass):
                 "mode=faithful takes the neuron that is marked least as an expert's router, which "
                 "would be one of the zeros that pad=true adds.",
                 "Use mode=fit, or experts that divide the neurons.",
+            )
+        if self.normalised and self.mode != "faithful":
+            raise PassError(
+                f"normalised=true is a way of marking neurons, which mode={self.mode} does by "
+                "their energy.",
+                "Leave normalised out, or take mode=faithful.",
             )
         if self.threshold and (self.mode == "faithful" or not self.active):
             what = "mode=faithful" if self.mode == "faithful" else "active=0"
@@ -407,6 +416,8 @@ class _Carving:
         )
         assert up is not None
         hidden = part.hidden[part.learn]
+        if options.normalised:
+            hidden = normalised_hidden(part.x[part.learn], gate, up, part.form.act)
         return divide_as_published(hidden, gate, up, shared, experts, options.marks)
 
     def _put(self, part: _Part, division: Division) -> None:

@@ -6,10 +6,18 @@ import networkx
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.carving import balanced_assignment, cluster, mark_counts, overlaps, top_marks
+from graphopt.carving import (
+    balanced_assignment,
+    cluster,
+    mark_counts,
+    normalised_hidden,
+    overlaps,
+    top_marks,
+)
 from graphopt.errors import PassError
 
 
@@ -36,6 +44,21 @@ def test_marks_are_those_of_a_loop_over_tokens_ties_to_the_lowest_index(seed, wi
 def test_more_marks_than_neurons_are_refused():
     with pytest.raises(PassError, match="5 of 4 neurons"):
         top_marks(torch.ones(2, 4), 5)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_normalised_activations_know_no_lengths(gated):
+    generator = torch.Generator().manual_seed(0)
+    x, gate, up = (torch.randn(n, 12, generator=generator) for n in (7, 9, 9))
+    found = normalised_hidden(x, gate if gated else None, up, "silu")
+    x64, gate64, up64 = (F.normalize(rows.double(), dim=-1) for rows in (x, gate, up))
+    expected = F.silu(x64 @ (gate64 if gated else up64).t())
+    if gated:
+        expected = expected * (x64 @ up64.t())
+    assert torch.allclose(found.double(), expected, atol=1e-6)
+    longer = [rows * (1 + torch.arange(len(rows))[:, None]) for rows in (x, gate, up)]
+    again = normalised_hidden(longer[0], longer[1] if gated else None, longer[2], "silu")
+    assert torch.allclose(again, found, atol=1e-6)
 
 
 def test_overlaps_are_products_of_the_marks_matrix():

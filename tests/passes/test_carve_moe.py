@@ -53,7 +53,19 @@ def test_a_fitted_router_beats_every_tokens_same_neurons_and_the_published_one(d
         assert sum(part["load"]) == pytest.approx(2.0) and len(part["load"]) == 6
 
 
-@pytest.mark.parametrize("mode", ["fit", "faithful"])
+def test_normalised_marks_divide_otherwise(dense, tmp_path):
+    both = [
+        carved(dense, tmp_path, f"shared=2,active=2,experts=8,mode=faithful{more}")[0]
+        for more in ("", ",normalised=true")
+    ]
+    first, other = (
+        next(weight.load() for weight in program.used_weights() if "up_proj" in weight.name)
+        for program in both
+    )
+    assert first.shape == other.shape and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("mode", ["fit", "faithful", "faithful,normalised=true"])
 @pytest.mark.parametrize("shared", [0, 3])
 def test_all_experts_active_is_the_model_itself(dense, tmp_path, mode, shared):
     options = f"shared={shared},active={8 - shared},experts=8,mode={mode}"
@@ -172,6 +184,7 @@ def test_two_matrices_and_biases_are_carved_too(family, mode, monkeypatch):
         ({"experts": 200, "pad": True}, "200 pieces need more than one each"),
         ({"pad": True, "mode": "faithful"}, "one of the zeros"),
         ({"threshold": True, "mode": "faithful"}, "mode=faithful has none"),
+        ({"normalised": True}, "mode=fit does by their energy"),
         ({"threshold": True, "active": 0}, "active=0 has none"),
         ({"mode": "faithful", "marks": 97}, "97 cannot be marked"),
         ({"experts": 96, "shared": 3}, "96 pieces need more than one each"),
