@@ -54,7 +54,7 @@ class Tiles:
         }  # fmt: skip
 
 
-ROWS = ((384, 128), (48, 64), (24, 32))
+ROWS = ((256, 128), (48, 64), (24, 32))
 """From how many tokens an expert has on average how many are a tile: its last one is half empty."""
 
 # By rows: experts of few tokens wait for weights, those of many for products.
@@ -71,7 +71,7 @@ REDUCE = {
 EXPAND_FEW, REDUCE_FEW = (4, 4096, 8), (4, 2048, 8)
 """Rows of a weight that a program reads for one token, elements of each at a time, and warps."""
 
-DESCRIBED = 4096
+DESCRIBED = 2048
 """Rows of all experts together from which descriptors, which the host makes, are worth its time."""
 
 
@@ -166,20 +166,19 @@ def launch_many(
     gate: Tensor | None,
     up_bias: Tensor | None,
     gate_bias: Tensor | None,
-    out_bias: Tensor | None,
     act: str,
     active: int,
 ) -> Tensor:
-    """Return the experts' sum [T, D'], and `out_bias` added to it, of tokens sorted by expert.
+    """Return what a token's experts add to it, [T, active, D']; tokens are sorted by expert.
 
     Args:
         x: [T, D], the last axis contiguous.
-        gates: [T, E], contiguous; at most `active` of a token are not 0.
+        gates: [T, E], contiguous; at most `active` of a token are not 0, and only as many of its
+            rows are written.
         up, gate: [E N, D].
         down: [D', E N].
-        out_bias: [D'].
     """
-    from graphopt.runtime.kernels.experts import combine, expand, list_tokens, reduce
+    from graphopt.runtime.kernels.experts import expand, list_tokens, reduce
 
     tokens, width = x.shape
     experts, out = gates.shape[1], down.shape[0]
@@ -208,7 +207,7 @@ def launch_many(
         D=width, E=experts, SIZE=size, ROOM=room, COUNT=active, ACT=act,
         **tiles_up.options(experts),
     )  # fmt: skip
-    parts = torch.empty(routes, out, dtype=x.dtype, device=x.device)
+    parts = torch.empty(tokens, active, out, dtype=x.dtype, device=x.device)
     columns = -(-out // tiles_down.columns)
     described = _described(down, tiles_down.columns, tiles_down.depth, routes)
     reduce[(tiles * columns,)](
@@ -218,13 +217,27 @@ def launch_many(
         OUT=out, E=experts, SIZE=size, ROOM=room,
         **tiles_down.options(experts),
     )  # fmt: skip
-    y = torch.empty(tokens, out, dtype=x.dtype, device=x.device)
+    return parts
+
+
+def launch_combine(
+    parts: Tensor, gates: Tensor, shared: Tensor | None, bias: Tensor | None, y: Tensor
+) -> None:
+    """Write to y [T, D'] what a token's experts add to it, `shared` [T, D'] and a bias [D'].
+
+    Args:
+        parts: [T, active, D'], as `launch_many` gives.
+        gates: [T, E], contiguous.
+    """
+    from graphopt.runtime.kernels.experts import combine
+
+    tokens, active, out = parts.shape
+    experts = gates.shape[1]
     block = min(1024, _power(out))
     combine[(tokens, -(-out // block))](
-        parts, gates, out_bias, y,
-        OUT=out, E=experts, COUNT=active, BLOCK_E=wide, BLOCK=block, num_warps=4,
+        parts, gates, bias, shared, y,
+        OUT=out, E=experts, COUNT=active, BLOCK_E=_power(experts), BLOCK=block, num_warps=4,
     )  # fmt: skip
-    return y
 
 
 def launch_few(
@@ -336,34 +349,40 @@ def moe(
 ) -> Tensor:
     """As `ops.moe`."""
     routed = (up, down, gate, up_bias, gate_bias)
-    shared = (
+    common = (
         shared_up, shared_down, shared_gate, shared_up_bias, shared_gate_bias, shared_down_bias
     )  # fmt: skip
-    weights = [weight for weight in (*routed, *shared) if weight is not None]
+    weights = [weight for weight in (*routed, *common) if weight is not None]
     if not runs_by_kernel(x, *weights) or not all(weight.is_contiguous() for weight in weights):
-        return ops.moe(x, gates, *routed, *shared, act=act, active=active)
+        return ops.moe(x, gates, *routed, *common, act=act, active=active)
     shape = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     gates = gates.reshape(-1, gates.shape[-1]).contiguous()
     if len(x) == 1 or 2 * len(x) * active <= gates.shape[1]:
         # Hardly two tokens share an expert: each reads the weights of its own.
-        y = launch_few(x, gates, *routed, *shared, act, active)
+        y = launch_few(x, gates, *routed, *common, act, active)
         return y.view(*shape, y.shape[-1])
-    if shared_up is None or shared_down is None:
-        y = _routed(x, gates, *routed, None, act, active)
-        return y.view(*shape, y.shape[-1])
-    # Neither part fills the GPU to its end, so they run beside each other.
-    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        hidden = ops.linear(x, shared_up, shared_up_bias)
-        if shared_gate is None:
-            hidden = ops.ACTIVATIONS[act](hidden)
-        else:
-            hidden = act_mul(ops.linear(x, shared_gate, shared_gate_bias), hidden, act)
-    y = _routed(x, gates, *routed, shared_down_bias, act, active)
-    main.wait_stream(side)
-    y.addmm_(hidden, shared_down.t())
+    y = torch.empty(len(x), len(down), dtype=x.dtype, device=x.device)
+    shared: Tensor | None = None
+    if shared_up is not None and shared_down is not None:
+        # Neither part fills the GPU to its end, so they run beside each other.
+        main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            hidden = ops.linear(x, shared_up, shared_up_bias)
+            if shared_gate is None:
+                hidden = ops.ACTIVATIONS[act](hidden)
+            else:
+                hidden = act_mul(ops.linear(x, shared_gate, shared_gate_bias), hidden, act)
+            shared = ops.linear(hidden, shared_down)
+    for start in range(0, len(x), AT_ONCE):
+        rows = slice(start, start + AT_ONCE)
+        parts = launch_many(x[rows], gates[rows], *routed, act, active)
+        ours: Tensor | None = None
+        if shared is not None:
+            main.wait_stream(side)
+            ours = shared[rows]
+        launch_combine(parts, gates[rows], ours, shared_down_bias, y[rows])
     return y.view(*shape, y.shape[-1])
 
 
@@ -371,10 +390,3 @@ def moe(
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     # What it allocates it uses again only after it has waited for the stream beside it.
     return torch.cuda.Stream(device)
-
-
-def _routed(x: Tensor, gates: Tensor, *rest: Any) -> Tensor:
-    """Return `launch_many` of any number of tokens."""
-    starts = range(0, len(x), AT_ONCE)
-    pieces = [launch_many(x[i : i + AT_ONCE], gates[i : i + AT_ONCE], *rest) for i in starts]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -174,6 +174,15 @@ def _tile_of(
 
 
 @triton.jit
+def _block(at, place, end, ALL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Return a block of what is summed over; where ALL is no multiple of it, zeros behind `end`."""
+    if ALL % BLOCK == 0:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=place < end, other=0.0)
+
+
+@triton.jit
 def expand(
     x_ptr, up_ptr, gate_ptr, up_tiles, gate_tiles, up_bias_ptr, gate_bias_ptr,
     gates_ptr, order_ptr, counts_ptr, hidden_ptr,
@@ -197,37 +206,30 @@ def expand(
         feature = tl.arange(0, BLOCK_D)
         x_at = x_ptr + token.to(tl.int64)[:, None] * x_stride + feature[None, :]
         first = expert * SIZE + column * BLOCK_N
-        row = first + tl.arange(0, BLOCK_N)
-        # Rows of the next expert, or none, fill the last block: their neurons are put to 0.
-        there = row < E * SIZE
+        # Rows of the next expert, or the last row, fill the last block: their neurons are put to 0.
+        row = tl.minimum(first + tl.arange(0, BLOCK_N), E * SIZE - 1)
         weight_at = row.to(tl.int64)[None, :] * D + feature[:, None]
         above = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         gated = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         for start in range(0, D, BLOCK_D):
-            inside = start + feature < D
-            x = tl.load(x_at + start, mask=inside[None, :], other=0.0)
+            left = D - start
+            x = _block(x_at + start, feature[None, :], left, D, BLOCK_D)
             if up_tiles is not None:
                 up = up_tiles.load([first, start]).T
             else:
-                up = tl.load(
-                    up_ptr + weight_at + start, mask=there[None, :] & inside[:, None], other=0.0
-                )
+                up = _block(up_ptr + weight_at + start, feature[:, None], left, D, BLOCK_D)
             above = tl.dot(x, up, above)
             if gate_ptr is not None:
                 if gate_tiles is not None:
                     gate = gate_tiles.load([first, start]).T
                 else:
-                    gate = tl.load(
-                        gate_ptr + weight_at + start,
-                        mask=there[None, :] & inside[:, None], other=0.0,
-                    )  # fmt: skip
+                    gate = _block(gate_ptr + weight_at + start, feature[:, None], left, D, BLOCK_D)
                 gated = tl.dot(x, gate, gated)
         if up_bias_ptr is not None:
-            above += tl.load(up_bias_ptr + row, mask=there, other=0.0).to(tl.float32)[None, :]
+            above += tl.load(up_bias_ptr + row).to(tl.float32)[None, :]
         if gate_ptr is not None:
             if gate_bias_ptr is not None:
-                bias = tl.load(gate_bias_ptr + row, mask=there, other=0.0)
-                gated += bias.to(tl.float32)[None, :]
+                gated += tl.load(gate_bias_ptr + row).to(tl.float32)[None, :]
             hidden = activation(gated, ACT) * above
         else:
             hidden = activation(above, ACT)
@@ -257,7 +259,8 @@ def reduce(
         out = column * BLOCK_N + tl.arange(0, BLOCK_N)
         neuron = tl.arange(0, BLOCK_D)
         hidden_at = hidden_ptr + line[:, None] * ROOM + neuron[None, :]
-        down_at = down_ptr + out.to(tl.int64)[None, :] * (E * SIZE) + neuron[:, None]
+        row = tl.minimum(out, OUT - 1).to(tl.int64)
+        down_at = down_ptr + row[None, :] * (E * SIZE) + neuron[:, None]
         total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         for start in range(0, ROOM, BLOCK_D):
             place = expert * SIZE + start
@@ -265,10 +268,11 @@ def reduce(
                 hidden = hidden_tiles.load([tile * BLOCK_T, start])
                 down = down_tiles.load([column * BLOCK_N, place]).T
             else:
-                hidden = tl.load(hidden_at + start, mask=(entry >= 0)[:, None], other=0.0)
+                # Rows of no token come to nothing, whatever is in them.
+                hidden = tl.load(hidden_at + start)
                 # Columns of the next expert meet neurons that are 0.
-                there = (out < OUT)[None, :] & (place + neuron < E * SIZE)[:, None]
-                down = tl.load(down_at + place, mask=there, other=0.0)
+                end = E * SIZE - place
+                down = _block(down_at + place, neuron[:, None], end, SIZE, BLOCK_D)
             total = tl.dot(hidden, down, total)
         target = parts_ptr + tl.maximum(entry, 0).to(tl.int64)[:, None] * OUT + out[None, :]
         mask = (entry >= 0)[:, None] & (out < OUT)[None, :]
@@ -277,11 +281,11 @@ def reduce(
 
 @triton.jit
 def combine(
-    parts_ptr, gates_ptr, bias_ptr, y_ptr,
+    parts_ptr, gates_ptr, bias_ptr, shared_ptr, y_ptr,
     OUT: tl.constexpr, E: tl.constexpr, COUNT: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write a block of one token's sum over its experts, and a bias [OUT]."""
+    """Write a block of one token's sum over its experts, a bias [OUT] and `shared` [T, OUT]."""
     token = tl.program_id(0).to(tl.int64)
     out = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.arange(0, BLOCK_E)
@@ -290,6 +294,9 @@ def combine(
     total = tl.zeros((BLOCK,), tl.float32)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + out, mask=out < OUT, other=0.0).to(tl.float32)
+    if shared_ptr is not None:
+        shared = tl.load(shared_ptr + token * OUT + out, mask=out < OUT, other=0.0)
+        total += shared.to(tl.float32)
     for slot in tl.static_range(COUNT):
         part = parts_ptr + (token * COUNT + slot) * OUT + out
         room = tl.minimum(tl.maximum(count - slot, 0), 1) * OUT

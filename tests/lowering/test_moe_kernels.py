@@ -143,8 +143,18 @@ def test_parts(shape: tuple[int, ...], form: str, kind: str, dtype: torch.dtype)
     part.shared = [None] * 6
     exact = part.exact(gates)
     bias = random(len(exact[0]), dtype=dtype, seed=40)
-    many = moe.launch_many(part.x, gates, *part.routed, bias, part.act, part.active)
-    close(many, exact + bias.double().cpu())
+    others = random(*exact.shape, dtype=dtype, seed=41)
+    close(many(part, gates, others, bias), exact + bias.double().cpu() + others.double().cpu())
+
+
+def many(
+    part: Part, gates: Tensor, shared: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Return the sum of the experts, what else is shared and a bias, as of many tokens."""
+    parts = moe.launch_many(part.x, gates, *part.routed, part.act, part.active)
+    y = torch.empty(len(parts), parts.shape[-1], dtype=parts.dtype, device=parts.device)
+    moe.launch_combine(parts, gates, shared, bias, y)
+    return y
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -186,8 +196,7 @@ def test_thresholds_choose_what_is_above_them() -> None:
         ranked = scores.double() if given is None else scores.double() + given.double()
         assert torch.equal(gates, (ranked > 0).to(gates.dtype))
         part = Part((19, 6, 6, 8, 0, 32), torch.float16, "silu", True, False)
-        many = moe.launch_many(part.x, gates, *part.routed, None, part.act, part.active)
-        close(many, part.exact(gates))
+        close(many(part, gates), part.exact(gates))
         x, own = part.x[:3], gates[:3]
         few = moe.launch_few(x, own, *part.routed, *part.shared, part.act, part.active)
         close(few, part.exact(gates)[:3])
