@@ -441,9 +441,11 @@ def _carved(details: Mapping[str, Any]) -> str:
         lines.append(f'<polyline class="{style}" points="{places}"/>')
         labels.append((style, f"{label}, {sum(values) / len(values):.1%} on average"))
     ends = [escape(str(record.get("where", ""))) for record in (records[0], records[-1])]
+    shared = [str(record.get("shared", "")) for record in records]
+    pieces = f" Shared pieces, part by part: {', '.join(shared)}." if len(set(shared)) > 1 else ""
     return (
         '<h3>What tokens leave out</h3><p class="dim">Energy in the neurons that a token does not '
-        f"run, as a share of all. The highest point is {highest:.1%}.</p>"
+        f"run, as a share of all. The highest point is {highest:.1%}.{escape(pieces)}</p>"
         '<svg class="lines" viewBox="0 0 100 40" preserveAspectRatio="none" role="img" '
         f'aria-label="energy left out by block">{"".join(lines)}</svg>'
         f'<div class="axis"><span>{ends[0]}</span><span>{ends[1]}</span></div>{_legend(labels)}'

@@ -9,8 +9,9 @@ once. The naive way, a run of the model for each candidate, costs about n^2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from graphopt.errors import SourceError
 from graphopt.evaluate import token_log_likelihoods
 from graphopt.ir.blocks import Block, find_blocks, sub_blocks, without_sub_block
 from graphopt.ir.execute import Runner, complete_inputs, run_function
-from graphopt.ir.graph import Call, Function, Program
+from graphopt.ir.graph import Call, Function, Program, Value
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, P, S
 from graphopt.progress import Progress, silent
@@ -116,11 +117,22 @@ def score_units(
     Raises:
         SourceError: A weight cannot be read.
     """
-    walk = _Walk(program, windows, device or torch.device("cpu"), dtype, progress)
+    walk = Walk(program, windows, device or torch.device("cpu"), dtype, progress)
+    wanted: dict[int, list[Unit]] = {}
+    for unit in units:
+        wanted.setdefault(unit.block, []).append(unit)
     with torch.inference_mode():
         if metric in _AT_THE_END:
-            return walk.at_the_end(units, metric, reference)
-        return walk.at_the_block(units, metric)
+            values = walk.at_the_end(
+                lambda index, run, before: {
+                    unit: walk.without(unit, run, before) for unit in wanted.get(index, ())
+                },
+                metric,
+                reference,
+            )
+        else:
+            values = walk.at_the_block(wanted, metric)
+    return Scores({unit: values[unit] for unit in units}, walk.calls // len(walk.ids))
 
 
 def final_results(
@@ -132,14 +144,45 @@ def final_results(
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """Return what `score_units` compares with, for every batch of windows."""
-    walk = _Walk(program, windows, device or torch.device("cpu"), dtype)
+    walk = Walk(program, windows, device or torch.device("cpu"), dtype)
     with torch.inference_mode():
         streams = walk.through(lambda *_: None)
         return walk.results(streams, metric)
 
 
-class _Walk:
-    """One pass over the blocks with a stream for every batch of windows."""
+class RunBlock(Protocol):
+    """Runs a block over a stream [N, S, D], N a multiple of the windows of a batch."""
+
+    def __call__(
+        self,
+        batch: int,
+        stream: Tensor,
+        other: Function | None = None,
+        *,
+        changed: Mapping[str, Tensor] | None = None,
+        watch: Callable[[Value, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Return the stream behind the block.
+
+        Args:
+            other: A variant of its function.
+            changed: Weights, by slot, in the place of its own.
+            watch: Called with every value inside the block as it is made.
+        """
+
+
+Candidate = TypeVar("Candidate", bound=Hashable)
+
+
+class Walk:
+    """One pass over the blocks with a stream for every batch of windows.
+
+    Attributes:
+        ids: The batches' windows, int64 [N, S].
+        blocks: The program's.
+        runner: Has their weights.
+        calls: Block calls so far.
+    """
 
     def __init__(
         self,
@@ -174,6 +217,7 @@ class _Walk:
         weights: Mapping[str, Tensor],
         environment: Mapping[str, Tensor],
         stream: tuple[str, Tensor] | None = None,
+        watch: Callable[[Value, Tensor], None] | None = None,
     ) -> list[Tensor]:
         """Run a call; the stream, where one is given, may stack several of the same windows."""
         ids = environment["input_ids"]
@@ -189,17 +233,16 @@ class _Walk:
             args.append(value)
         past = self.runner.empty_cache(rows) if function.caches else {}
         sizes = {B: rows, S: ids.shape[1], P: 0}
-        return run_function(function, call, args, weights, sizes, past)[0]
+        return run_function(function, call, args, weights, sizes, past, watch=watch)[0]
 
     def through(
-        self, behind: Callable[[int, Callable[..., Tensor], list[Tensor], list[Tensor]], None]
+        self, behind: Callable[[int, RunBlock, list[Tensor], list[Tensor]], None]
     ) -> list[Tensor]:
         """Walk the blocks; return the stream behind the last one, for every batch.
 
         Args:
-            behind: Called behind every block with its index, a function that runs it (or a
-                variant of its function) over a stream of one batch, and the streams before and
-                behind it.
+            behind: Called behind every block with its index, what runs it, and the streams
+                before and behind it.
         """
         first = self.program.calls[self.blocks[0].position].args[self.blocks[0].stream]
         streams = [environment[first] for environment in self.environments]
@@ -214,6 +257,8 @@ class _Walk:
                 stream: Tensor,
                 other: Function | None = None,
                 *,
+                changed: Mapping[str, Tensor] | None = None,
+                watch: Callable[[Value, Tensor], None] | None = None,
                 block: Block = block,
                 call: Call = call,
                 function: Function = function,
@@ -221,7 +266,8 @@ class _Walk:
             ) -> Tensor:
                 self.calls += 1
                 named, environment = (call.args[block.stream], stream), self.environments[batch]
-                return self._run(other or function, call, weights, environment, named)[0]
+                own = {**weights, **(changed or {})}
+                return self._run(other or function, call, own, environment, named, watch)[0]
 
             after = [run(batch, stream) for batch, stream in enumerate(streams)]
             behind(index, run, streams, after)
@@ -243,55 +289,57 @@ class _Walk:
         return [environment[self.program.outputs[0]] for environment in environments]
 
     def at_the_end(
-        self, units: Sequence[Unit], metric: str, reference: Sequence[Tensor] | None
-    ) -> Scores:
-        wanted: dict[int, list[Unit]] = {}
-        for unit in units:
-            wanted.setdefault(unit.block, []).append(unit)
-        kept: dict[Unit, list[Tensor]] = {}
+        self,
+        candidates: Callable[[int, RunBlock, list[Tensor]], Mapping[Candidate, list[Tensor]]],
+        metric: str,
+        reference: Sequence[Tensor] | None = None,
+    ) -> dict[Candidate, float]:
+        """Score candidates by what they come to behind the last block.
 
-        def behind(
-            index: int, run: Callable[..., Tensor], before: list[Tensor], after: list[Tensor]
-        ) -> None:
+        Args:
+            candidates: Called behind every block with its index, what runs it and the streams
+                before it; returns for each candidate there the streams behind the block.
+            metric: One of `METRICS` that is measured there.
+            reference: As for `score_units`.
+        """
+        kept: dict[Candidate, list[Tensor]] = {}
+
+        def behind(index: int, run: RunBlock, before: list[Tensor], after: list[Tensor]) -> None:
             known = list(kept)
             for batch, ids in enumerate(self.ids):
                 size = max(1, _TOKENS_OF_CANDIDATES[ids.device.type] // ids.numel())
                 for start in range(0, len(known), size):
                     part = known[start : start + size]
-                    stacked = torch.cat([kept[unit][batch] for unit in part])
+                    stacked = torch.cat([kept[candidate][batch] for candidate in part])
                     found = run(batch, stacked).split(len(ids))
                     self.calls += len(part) - 1
-                    for unit, stream in zip(part, found, strict=True):
-                        kept[unit][batch] = stream
-            for unit in wanted.get(index, ()):
-                kept[unit] = self._without(unit, run, before)
+                    for candidate, stream in zip(part, found, strict=True):
+                        kept[candidate][batch] = stream
+            kept.update(candidates(index, run, before))
 
         streams = self.through(behind)
         base = self.results(streams, metric) if reference is None else list(reference)
-        values: dict[Unit, float] = {}
-        for done, unit in enumerate(units, start=1):
-            values[unit] = self._compare(self.results(kept.pop(unit), metric), base, metric)
-            self.progress("comparing results", done, len(units))
-        return Scores(values, self.calls // len(self.ids))
+        values: dict[Candidate, float] = {}
+        count = len(kept)
+        for done, candidate in enumerate(list(kept), start=1):
+            values[candidate] = self._compare(
+                self.results(kept.pop(candidate), metric), base, metric
+            )
+            self.progress("comparing results", done, count)
+        return values
 
-    def at_the_block(self, units: Sequence[Unit], metric: str) -> Scores:
-        wanted: dict[int, list[Unit]] = {}
-        for unit in units:
-            wanted.setdefault(unit.block, []).append(unit)
+    def at_the_block(self, wanted: Mapping[int, Sequence[Unit]], metric: str) -> dict[Unit, float]:
+        """Score units, by the index of their block, by the stream behind it."""
         values: dict[Unit, float] = {}
 
-        def behind(
-            index: int, run: Callable[..., Tensor], before: list[Tensor], after: list[Tensor]
-        ) -> None:
+        def behind(index: int, run: RunBlock, before: list[Tensor], after: list[Tensor]) -> None:
             for unit in wanted.get(index, ()):
-                values[unit] = self._compare(self._without(unit, run, before), after, metric)
+                values[unit] = self._compare(self.without(unit, run, before), after, metric)
 
         self.through(behind)
-        return Scores({unit: values[unit] for unit in units}, self.calls // len(self.ids))
+        return values
 
-    def _without(
-        self, unit: Unit, run: Callable[..., Tensor], before: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def without(self, unit: Unit, run: RunBlock, before: Sequence[Tensor]) -> list[Tensor]:
         """Return the streams behind a block that leaves the unit out."""
         block = self.blocks[unit.block]
         function = self.program.functions[self.program.calls[block.position].function]

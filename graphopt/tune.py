@@ -48,8 +48,8 @@ CHECK_EVERY = 0.1
 """Of the schedule, between two checks on held-out windows."""
 
 FRUITLESS = 3
-"""Checks in a row, none of them the best so far, before a training goes back to its best state: what
-starts near the dense model is spoilt by steps that suit what starts far from it."""
+"""Checks in a row, none of them the best so far, before a training goes back to its best state:
+what starts near the dense model is spoilt by steps that suit what starts far from it."""
 
 LOWERED = 0.25
 """Of the rate, with which it goes on from there."""
@@ -196,7 +196,7 @@ class Tuned:
         preparing: Of the seconds, those that compiling the step took.
         losses: (step, mean training loss since the entry before) pairs.
         checks: (step, loss on held-out windows) pairs, the first before any step.
-        lowered: (step, highest rate of the schedule from there on) pairs, where a rate got no further.
+        lowered: (step, rate from there on) pairs, where the one before got no further.
         stopped: Why it ended before its schedule did, or "".
         not_compiled: Why its step could not be compiled, which costs time alone, or "".
     """

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphopt.budget import Need, measure_needs, share_out
 from graphopt.calibrate import calibration_windows, pick
 from graphopt.carving import (
     Division,
@@ -44,6 +45,7 @@ from graphopt.least_squares import LeastSquares, best_ridge
 from graphopt.passes.base import Context, Pass, PassResult, Skip, register_pass
 from graphopt.repair import Refit
 from graphopt.tune import Student
+from graphopt.verification import finite
 
 MODES = ("fit", "faithful")
 
@@ -53,6 +55,8 @@ DEFAULT_WINDOWS = ((8, 512), (8, 2048))
 HELD_OUT = 0.25
 """Of the windows, on which the report's figures are measured."""
 
+NEEDS_TOKENS = {"cpu": 512, "cuda": 4096}
+"""Of which the parts' needs are measured."""
 
 PROMPT = 128
 """Tokens of the prompt for which the report says what the models take, as in CMoE's table 7."""
@@ -81,6 +85,10 @@ class CarveMoe(Pass):
     With `threshold` a token runs every expert whose score is above 0, and the router's constants
     are such that these are `active` on average: tokens that need more of them get more.
 
+    With `by_layer` every part has a number of shared pieces of its own, and `shared` is what they
+    are on average: those get more by which the model loses more (`graphopt.budget`). A part that
+    then runs all of its pieces is left as it is.
+
     Where `experts` do not divide the neurons, `pad` adds neurons of zeros.
 
     Blocks are carved in order, each on what the carved blocks before it give, from `windows`
@@ -104,6 +112,7 @@ class CarveMoe(Pass):
     rounds: int = 6
     refit: bool = True
     threshold: bool = False
+    by_layer: bool = False
     pad: bool = False
     marks: int = 10
     normalised: bool = False
@@ -150,6 +159,12 @@ class CarveMoe(Pass):
             )
         if self.active and self.shared == self.experts:
             raise PassError("All pieces are shared, so none can be active.", "Lower shared.")
+        if self.by_layer and (not self.shared or self.shared + self.active == self.experts):
+            what = "shared=0 has none" if not self.shared else "no part is to run fewer than all"
+            raise PassError(
+                f"by_layer=true shares out the shared pieces of all parts, and {what}.",
+                "Leave by_layer out.",
+            )
         found = _parts(program)
         if not any(isinstance(part, FeedForward) for _, part in found):
             if any(node.op == "top_gates" for f in program.functions.values() for node in f.nodes):
@@ -228,6 +243,7 @@ class Carved:
 
     Attributes:
         where: The block.
+        shared: Pieces that every token runs.
         added: Neurons of zeros that fill the pieces.
         rounds: Turns of fitting.
         static, random, oracle, routed: Energy of the neurons that tokens do not run, as a share
@@ -239,6 +255,7 @@ class Carved:
     """
 
     where: str
+    shared: int
     added: int
     rounds: int
     static: float
@@ -255,6 +272,7 @@ class _Part:
     """A part that is carved, and what it has of all tokens.
 
     Attributes:
+        shared: Pieces of it that every token will run.
         x: Its input [T, D].
         hidden: Its hidden activations [T, N], with the neurons that were added.
         energy: Of the neurons [T, N].
@@ -264,6 +282,7 @@ class _Part:
 
     block: Block
     form: FeedForward
+    shared: int
     x: Tensor
     hidden: Tensor
     energy: Tensor
@@ -295,8 +314,9 @@ class _Carving:
         self.held = max(1, round(HELD_OUT * len(windows)))
         self._check_tokens((len(windows) - self.held) * length)
         self.windows = windows.to(self.device)
-        self.twins: dict[str, tuple[Function, dict[str, str]]] = {}
-        self.seconds = {"model": 0.0, "dividing": 0.0, "refitting": 0.0}
+        self.twins: dict[tuple[str, int], tuple[Function, dict[str, str]]] = {}
+        self.seconds = {"measuring": 0.0, "model": 0.0, "dividing": 0.0, "refitting": 0.0}
+        self.needs: dict[int, Need] = {}
         # With all pieces run nothing is missing.
         whole = options.shared + options.active == options.experts
         self.refits = options.refit and options.mode == "fit" and not whole
@@ -320,6 +340,7 @@ class _Carving:
 
     def run(self) -> PassResult:
         program, found = self.program, _parts(self.program)
+        numbers = self._numbers(found)
         first, last = found[0][0].position, found[-1][0].position + 1
         self.ours, theirs = (
             Student(model, first, last, {}, self.device, keep_weights=False)
@@ -338,13 +359,14 @@ class _Carving:
                 if self.refits:
                     with self._clock("model"):
                         theirs.run(targets, block.position, block.position + 1)
-                if isinstance(form, str):
-                    skipped.append(Skip(where, form))
+                if isinstance(form, str) or number not in numbers:
+                    reason = form if isinstance(form, str) else "all of its pieces are run"
+                    skipped.append(Skip(where, reason))
                     with self._clock("model"):
                         self.ours.run(values, block.position, block.position + 1)
                     continue
                 fixed = _not_refitted(program, block, form)
-                part = self._look(values, block, form)
+                part = self._look(values, block, form, numbers[number])
                 with self._clock("dividing"):
                     division = self._divide(part)
                     self._put(part, division)
@@ -364,10 +386,38 @@ class _Carving:
             "split": f"S{self.options.shared}A{self.options.active}E{self.options.experts}",
             "parts": [asdict(item) for item in carved],
             "refits": [asdict(item) for item in refits],
+            "needs": [
+                {"where": block_name(program, found[number][0]), "kl": finite(need.kl)}
+                for number, need in self.needs.items()
+            ],
             "work": self._work(),
             "seconds": self.seconds,
         }
         return PassResult(program, len(found), len(carved), skipped, details)
+
+    def _numbers(self, found: list[tuple[Block, FeedForward | str]]) -> dict[int, int]:
+        """Return how many shared pieces parts have, by number; nothing for those left whole."""
+        options = self.options
+        forms = {n: form for n, (_, form) in enumerate(found) if isinstance(form, FeedForward)}
+        if not options.by_layer:
+            return dict.fromkeys(forms, options.shared)
+        learn = self.windows[: -self.held]
+        count = max(1, NEEDS_TOKENS[self.device.type] // learn.shape[1])
+        with self._clock("measuring"):
+            self.needs = measure_needs(
+                self.program, forms, learn[:count], options.experts,
+                options.shared + options.active, device=self.device,
+                progress=self.context.progress,
+            )  # fmt: skip
+            # Without a router something must be left.
+            least, most = 0 if options.active else 1, options.experts - options.active
+            sizes = [need.size for need in self.needs.values()]
+            costs = [
+                [need.at(number + options.active) for number in range(least, most + 1)]
+                for need in self.needs.values()
+            ]
+            shared = share_out(costs, sizes, least, options.shared * sum(sizes))
+        return {n: own for n, own in zip(self.needs, shared, strict=True) if own < most}
 
     @contextlib.contextmanager
     def _clock(self, what: str) -> Iterator[None]:
@@ -375,7 +425,7 @@ class _Carving:
         yield
         self.seconds[what] += time.perf_counter() - started
 
-    def _look(self, values: dict[str, Any], block: Block, form: FeedForward) -> _Part:
+    def _look(self, values: dict[str, Any], block: Block, form: FeedForward, shared: int) -> _Part:
         """Run a block as it is, over the stream of the carved ones before it."""
         seen: dict[Value, Tensor] = {}
 
@@ -392,14 +442,14 @@ class _Carving:
             hidden, down = (F.pad(value, (0, added)) for value in (seen[form.hidden], down))
             rows = (len(self.windows) - self.held) * self.windows.shape[1]
             return _Part(
-                block, form, seen[form.x], hidden, energies(hidden, down),
+                block, form, shared, seen[form.x], hidden, energies(hidden, down),
                 slice(0, rows), slice(rows, None), added,
             )  # fmt: skip
 
     def _divide(self, part: _Part) -> Division:
         options = self.options
         size = part.hidden.shape[1] // options.experts
-        shared, experts = options.shared * size, options.experts - options.shared
+        shared, experts = part.shared * size, options.experts - part.shared
         learn, held = part.tokens(part.learn), part.tokens(part.held)
         if not options.active:
             # What is left out is an expert that nothing reads.
@@ -424,16 +474,15 @@ class _Carving:
         program, options = self.program, self.options
         call = program.calls[part.block.position]
         function = program.functions[call.function]
-        if function.name not in self.twins:
-            experts = options.experts - options.shared if options.active else 0
+        key = (function.name, part.shared)
+        if key not in self.twins:
+            experts = options.experts - part.shared if options.active else 0
             split = Split(division.shared, experts, options.active, options.threshold)
             name = unique_name(f"{function.name}_experts", set(program.functions))
             router = "neuron" if options.mode == "faithful" else "linear"
-            self.twins[function.name] = with_experts(
-                function, part.form, split, name, router=router
-            )
-            program.functions[name] = self.twins[function.name][0]
-        twin, slots = self.twins[function.name]
+            self.twins[key] = with_experts(function, part.form, split, name, router=router)
+            program.functions[name] = self.twins[key][0]
+        twin, slots = self.twins[key]
         router_cpu = {name: value.cpu() for name, value in division.router.items()}
         carve_call(
             program, call, part.form, twin, slots, division.order.cpu(), division.shared, router_cpu
@@ -456,12 +505,14 @@ class _Carving:
         options, energy = self.options, part.energy[part.held]
         where = block_name(self.program, part.block)
         size = energy.shape[1] // options.experts
-        keep = (options.shared + options.active) * size
+        keep = (part.shared + options.active) * size
         total = float(energy.sum())
         best = static_order(part.energy[part.learn])[:keep]
         static = 1 - float(energy[:, best].sum()) / total
         if gates is None:
-            return Carved(where, part.added, 0, static, static, static, static, 1.0, 1.0, [])
+            return Carved(
+                where, part.shared, part.added, 0, static, static, static, static, 1.0, 1.0, []
+            )
         order, shared = division.order, division.shared
         of_experts = energy[:, order[shared:]].unflatten(1, (gates.shape[1], size)).sum(-1)
         own = float(energy[:, order[:shared]].sum())
@@ -474,8 +525,8 @@ class _Carving:
             return 1 - (own + float((of_experts * runs).sum())) / total
 
         return Carved(
-            where, part.added, division.rounds, static, lost(chosen(noise, options.active)),
-            lost(oracle), lost(routed),
+            where, part.shared, part.added, division.rounds,
+            static, lost(chosen(noise, options.active)), lost(oracle), lost(routed),
             float((of_experts * routed).sum() / (of_experts * oracle).sum()),
             float((routed == oracle).all(-1).float().mean()), routed.mean(0).tolist(),
         )  # fmt: skip
@@ -511,7 +562,7 @@ class _Carving:
             return result
         change = (learn + held).solve(ridge).float()
         values[stream] = (here + features @ change).to(values[stream]).view_as(values[stream])
-        for slot, holds in self.twins[given.function][1].items():
+        for slot, holds in self.twins[given.function, part.shared][1].items():
             if holds in ("down.shared", "down.experts"):
                 weight = program.weights[call.weights[slot]]
                 own = slice(0, division.shared)

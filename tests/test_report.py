@@ -182,6 +182,9 @@ def test_what_carved_parts_leave_out_is_drawn():
     routed = [float(p.split(",")[1]) for p in lines[2][1].split()]
     assert routed == sorted(routed, reverse=True)  # more is higher up
     assert "the router's experts, 6.0% on average" in text and "highest point is 20.0%" in text
+    assert "Shared pieces" not in text
+    own = [{**part, "shared": n} for n, part in enumerate(parts)]
+    assert "Shared pieces, part by part: 0, 1, 2." in rendered({"parts": own})[1]
     assert "What tokens leave out" not in rendered({"parts": [{"where": "x"}] * 3})[1]
 
 

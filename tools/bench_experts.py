@@ -40,26 +40,30 @@ BATCHES = (1, 2, 4, 16, 64)
 TURNS = 7
 RUNS = 20
 """Runs of a turn; its time is their mean."""
+FLUSHES = 16
+"""Writes of 256 MiB in front of a run: caches are cold, and the host is ahead with its launches."""
 
 COUNTED = 16
 """Windows of the evaluation text in which experts are counted."""
 LEARNT = 64 * 2048
 """Tokens of the calibration text that recipes get, checks on held-out windows among them."""
+TUNED = ",tune-moe{seconds=45,own_text=0}"
 RECIPES = [
-    recipe
+    f"carve-moe{{shared={pieces},experts={experts}{option}}}{behind}"
     for shared, active, experts in SPLITS.values()
-    for routed in (
-        f"carve-moe{{shared={shared},active={active},experts={experts}",
-        f"carve-moe{{shared={shared + active},active=0,experts={experts}",
+    for pieces, option, behind in (
+        (f"{shared},active={active}", "", ""),
+        (f"{shared},active={active}", ",mode=faithful", ""),
+        (f"{shared},active={active}", ",threshold=true", ""),
+        (f"{shared},active={active}", ",by_layer=true", ""),
+        (f"{shared + active},active=0", "", ""),
+        (f"{shared + active},active=0", ",by_layer=true", ""),
+        (f"{shared},active={active}", "", TUNED),
+        (f"{shared},active={active}", ",threshold=true", TUNED),
+        (f"{shared},active={active}", ",by_layer=true", TUNED),
+        (f"{shared + active},active=0", "", TUNED),
+        (f"{shared},active={active}", "", ",tune-moe{seconds=45}"),
     )
-    for recipe in (
-        f"{routed}}}",
-        f"{routed}}},tune-moe{{seconds=45,own_text=0}}",
-        f"{routed}}},tune-moe{{seconds=45}}",
-    )
-] + [
-    f"carve-moe{{shared={shared},active={active},experts={experts},mode=faithful}}"
-    for shared, active, experts in SPLITS.values()
 ]
 
 
@@ -98,7 +102,10 @@ class Part:
 
 
 def ffn(options: argparse.Namespace) -> dict[str, Any]:
-    """Time a carved part beside the dense one, in turns; up to 64 tokens as recorded graphs."""
+    """Time a carved part beside the dense one, in turns; up to 64 tokens as recorded graphs.
+
+    Of more tokens the host's time to launch a part is measured as well.
+    """
     torch.manual_seed(options.seed)
     rows: list[dict[str, Any]] = []
     for name, split in SPLITS.items():
@@ -110,14 +117,17 @@ def ffn(options: argparse.Namespace) -> dict[str, Any]:
                 "dense": functools.partial(part.dense, x),
                 "carved": functools.partial(part.carved, x),
             }
+            row: dict[str, Any] = {"split": name, "tokens": tokens}
             with torch.no_grad():
                 check(part, x)
                 if tokens in BATCHES:
                     runs = {form: recorded(run) for form, run in runs.items()}
+                else:
+                    row["host_microseconds"] = {form: launched(run) for form, run in runs.items()}
                 times = in_turns(runs)
             medians = {form: statistics.median(found) for form, found in times.items()}
             share = medians["carved"] / medians["dense"]
-            rows.append({"split": name, "tokens": tokens, "microseconds": times, "share": share})
+            rows.append({**row, "microseconds": times, "share": share})
             shown = ", ".join(f"{form} {value:.1f} us" for form, value in medians.items())
             print(f"{name} {tokens}: {shown}, {share:.3f}", flush=True)
     return {"dtype": "bfloat16", "shape": "Llama-7B", "rows": rows}
@@ -150,6 +160,19 @@ def recorded(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
+def launched(run: Callable[[], Tensor]) -> list[float]:
+    """Return microseconds in which the host launches a run, while the GPU keeps up."""
+    found = []
+    for _ in range(TURNS):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(RUNS):
+            run()
+        found.append(1e6 * (time.perf_counter() - started) / RUNS)
+    torch.cuda.synchronize()
+    return found
+
+
 def in_turns(runs: Mapping[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
     """Return microseconds of runs made in turns, with cold caches."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -158,7 +181,8 @@ def in_turns(runs: Mapping[str, Callable[[], Tensor]]) -> dict[str, list[float]]
         for name in list(runs)[:: -1 if turn % 2 else 1]:
             marks = []
             for _ in range(RUNS):
-                other.zero_()
+                for _ in range(FLUSHES):
+                    other.zero_()
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 runs[name]()

@@ -355,10 +355,18 @@ def width_ffn() -> str:
             cells.append(f"{_median(row['microseconds']['carved']):.0f} ({row['share']:.2f})")
         rows.append(cells)
     head = ["tokens", "dense, µs", *(f"{split}, µs (share)" for split in splits)]
+    launches = {
+        form: _median(
+            [us for row in result["rows"] for us in row.get("host_microseconds", {}).get(form, ())]
+        )
+        for form in ("dense", "carved")
+    }
     shape = _result("width")["shape on cuda"]
     note = (
         f"A part of {result['shape']}'s shape, {result['dtype']}; up to 64 tokens recorded as "
-        f"graphs, more launched one by one. A whole Llama-7B of random weights is carved in "
+        f"graphs, more launched one by one, the host ahead of the GPU. It takes the host "
+        f"{launches['dense']:.0f} µs to launch a dense part and {launches['carved']:.0f} µs for a "
+        f"carved one. A whole Llama-7B of random weights is carved in "
         f"{shape['seconds']:.0f} s, with {shape['peak_bytes'] / 1e9:.1f} GB of the GPU's memory "
         f"at most."
     )

@@ -17,6 +17,7 @@ from graphopt.capture import capture
 from graphopt.errors import PassError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.execute import Runner
+from graphopt.ir.weights import Array, Weight
 from graphopt.passes.base import Context, make_pass
 
 TEXT = book()[:24000]
@@ -173,6 +174,43 @@ def test_two_matrices_and_biases_are_carved_too(family, mode, monkeypatch):
     assert not torch.allclose(Runner(sparse.program).logits(inputs), expected, atol=1e-3)
 
 
+def louder(dense, number, by):
+    """Return a program one of whose feed-forward parts adds `by` times as much."""
+    program = dense.copy()
+    call = program.calls[find_blocks(program)[number].position]
+    weight = program.weights[call.weights["mlp.down_proj.weight"]]
+    program.weights.replace(Weight(weight.name, Array(by * weight.load()), weight.checkpoint))
+    return program
+
+
+@pytest.mark.parametrize("active", [0, 2])
+def test_parts_that_matter_more_get_more_pieces_of_one_budget(dense, tmp_path, active):
+    options = f"shared=3,active={active},experts=8,by_layer=true"
+    program, entry = carved(louder(dense, 2, by=4.0), tmp_path, options)
+    json.dumps(entry.details, allow_nan=False)
+    blocks = find_blocks(program)
+    assert [need["where"] for need in entry.details["needs"]] == [
+        f"model.layers.{n}" for n in range(4)
+    ]
+    shared = {part["where"]: part["shared"] for part in entry.details["parts"]}
+    whole = {skip.where for skip in entry.skipped if skip.reason == "all of its pieces are run"}
+    numbers = [
+        8 - active if (where := f"model.layers.{n}") in whole else shared[where] for n in range(4)
+    ]
+    assert sum(numbers) == 4 * 3 and numbers[2] == max(numbers) > min(numbers)
+    assert min(numbers) >= (not active)
+    for number, block in zip(numbers, blocks, strict=True):
+        call = program.calls[block.position]
+        rows = {slot: program.weights[name].shape[0] for slot, name in call.weights.items()
+                if "up_proj" in slot}  # fmt: skip
+        if number == 8 - active:
+            assert rows == {"mlp.up_proj.weight": 128}
+        else:
+            found = {"mlp.up_proj.weight.shared": 16 * number}
+            found |= {"mlp.up_proj.weight.experts": 128 - 16 * number} if active else {}
+            assert rows == {slot: count for slot, count in found.items() if count}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -184,6 +222,8 @@ def test_two_matrices_and_biases_are_carved_too(family, mode, monkeypatch):
         ({"experts": 200, "pad": True}, "200 pieces need more than one each"),
         ({"pad": True, "mode": "faithful"}, "one of the zeros"),
         ({"threshold": True, "mode": "faithful"}, "mode=faithful has none"),
+        ({"by_layer": True, "shared": 0}, "shared=0 has none"),
+        ({"by_layer": True, "shared": 5}, "no part is to run fewer than all"),
         ({"normalised": True}, "mode=fit does by their energy"),
         ({"threshold": True, "active": 0}, "active=0 has none"),
         ({"mode": "faithful", "marks": 97}, "97 cannot be marked"),
@@ -238,7 +278,7 @@ def test_a_program_without_a_tokenizer_is_refused():
         go.Pipeline.parse("carve-moe{experts=4,shared=1,active=1}").run(tiny_program(layers=2))
 
 
-@pytest.mark.parametrize("mode", ["fit", "faithful", "fit,threshold=true"])
+@pytest.mark.parametrize("mode", ["fit", "faithful", "fit,threshold=true", "fit,by_layer=true"])
 def test_the_emitted_forms_give_what_the_program_gives(dense, tmp_path, mode):
     from graphopt.evaluate import open_language_model
 

@@ -1,0 +1,142 @@
+"""How many of its pieces each feed-forward part runs, where they are so many on average.
+
+What the model loses by a part is measured once, with as many pieces as parts run on average: the
+divergence of its next-token distributions with that part alone narrowed. All parts are measured in
+one walk (`graphopt.scores`). How it changes with the number of pieces is read off the energy of the
+neurons that are left out, of which a small divergence is a linear function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphopt.carving import energies, static_order
+from graphopt.devices import scoring_dtype
+from graphopt.ir.feed_forward import FeedForward
+from graphopt.ir.graph import Program, Value
+from graphopt.progress import Progress, silent
+from graphopt.scores import RunBlock, Walk
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a model loses by one part.
+
+    Attributes:
+        size: Neurons of a piece.
+        kl: KL divergence of the model's next-token distributions, in nats, with `kept` pieces of
+            the part, the same for every token.
+        kept: How many these are.
+        lost: For every number of pieces from 0 to all of them the energy of the neurons that are
+            left out, in units of the stream's square behind the block.
+    """
+
+    size: int
+    kl: float
+    kept: int
+    lost: tuple[float, ...]
+
+    def at(self, pieces: int) -> float:
+        """Return the divergence that is to be expected with a number of pieces."""
+        measured = self.lost[self.kept]
+        return self.kl * self.lost[pieces] / measured if measured else 0.0
+
+
+def measure_needs(
+    program: Program,
+    parts: Mapping[int, FeedForward],
+    windows: Tensor,
+    pieces: int,
+    kept: int,
+    *,
+    device: torch.device | None = None,
+    progress: Progress = silent,
+) -> dict[int, Need]:
+    """Measure parts on text.
+
+    Args:
+        parts: By the index of their block among `find_blocks`.
+        windows: int64 [N, S].
+        pieces: Of which every part is made.
+        kept: How many of them a part has while it is measured.
+    """
+    device = device or torch.device("cpu")
+    walk = Walk(program, windows, device, scoring_dtype(program, device), progress)
+    lost: dict[int, tuple[float, ...]] = {}
+    sizes: dict[int, int] = {}
+
+    def narrowed(index: int, run: RunBlock, before: list[Tensor]) -> dict[int, list[Tensor]]:
+        if index not in parts:
+            return {}
+        form = parts[index]
+        call = program.calls[walk.blocks[index].position]
+        function = program.functions[call.function]
+        slot = next(s for s, value in function.weights.items() if value is form.down.inputs[1])
+        down = walk.runner.weight(call.weights[slot])
+        found: list[Tensor] = []
+
+        def watch(value: Value, tensor: Tensor) -> None:
+            if value is form.hidden:
+                found.append(tensor.flatten(0, -2))
+
+        squares = []
+        for batch, stream in enumerate(before):
+            after = run(batch, stream, watch=watch)
+            squares.append(after.float().square().sum(-1).flatten().clamp(min=1e-12))
+        energy = energies(torch.cat(found), down)
+        order = static_order(energy)
+        size = sizes[index] = -(-len(order) // pieces)
+        means = (energy / torch.cat(squares)[:, None]).mean(0).double()[order]
+        rest = means.flip(0).cumsum(0).flip(0).tolist()
+        edges = [min(number * size, len(rest)) for number in range(pieces + 1)]
+        lost[index] = tuple(rest[edge] if edge < len(rest) else 0.0 for edge in edges)
+        rows = torch.zeros(len(order), dtype=down.dtype, device=down.device)
+        rows[order[: kept * size]] = 1
+        changed = {slot: down * rows}
+        return {index: [run(b, stream, changed=changed) for b, stream in enumerate(before)]}
+
+    with torch.inference_mode():
+        kl = walk.at_the_end(narrowed, "kl")
+    return {index: Need(sizes[index], kl[index], kept, lost[index]) for index in parts}
+
+
+def share_out(
+    costs: Sequence[Sequence[float]], sizes: Sequence[int], least: int, total: int
+) -> list[int]:
+    """Return numbers of pieces whose costs have the least sum, of those that fit.
+
+    Args:
+        costs: For every part its cost with `least` pieces, with one more, and so on.
+        sizes: Neurons of a part's pieces.
+        total: Neurons that may be run, over all parts.
+
+    Raises:
+        ValueError: Not even `least` pieces of every part fit.
+    """
+    unit = math.gcd(*sizes)
+    steps = [size // unit for size in sizes]
+    room = total // unit
+    # best[n]: the least sum of costs so far with n units.
+    best = np.zeros(room + 1)
+    choices: list[np.ndarray] = []
+    for own, step in zip(costs, steps, strict=True):
+        sums = np.full((len(own), room + 1), np.inf)
+        for number, cost in enumerate(own):
+            taken = (least + number) * step
+            if taken <= room:
+                sums[number, taken:] = best[: room + 1 - taken] + cost
+        choices.append(sums.argmin(0))
+        best = sums.min(0)
+    if not np.isfinite(best[room]):
+        raise ValueError(f"{least} pieces of every part are more than {total} neurons")
+    numbers: list[int] = []
+    for chosen, step in zip(reversed(choices), reversed(steps), strict=True):
+        numbers.append(least + int(chosen[room]))
+        room -= numbers[-1] * step
+    return numbers[::-1]

@@ -1,0 +1,100 @@
+"""What parts need, against runs of narrowed models, and how a budget is shared out."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs import tiny_program
+
+from graphopt.budget import measure_needs, share_out
+from graphopt.carving import energies, static_order
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.execute import Runner
+from graphopt.ir.feed_forward import feed_forwards
+from graphopt.ir.weights import Array, Weight
+from graphopt.tune import Student
+
+CPU = torch.device("cpu")
+IDS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(5))
+PIECES, KEPT = 4, 3
+
+
+def logits(program):
+    return torch.log_softmax(Runner(program).logits({"input_ids": IDS}).double(), -1)
+
+
+def test_needs_are_those_of_models_with_one_part_narrowed():
+    program = tiny_program(layers=3, ffn=56)
+    blocks = find_blocks(program)
+    parts = {}
+    for index in (0, 2):
+        call = program.calls[blocks[index].position]
+        (parts[index],) = feed_forwards(program.functions[call.function], blocks[index].stream)
+    needs = measure_needs(program, parts, IDS, PIECES, KEPT)
+    assert set(needs) == {0, 2}
+    whole = logits(program)
+    for index, need in needs.items():
+        call = program.calls[blocks[index].position]
+        form, function = parts[index], program.functions[call.function]
+        slot = next(s for s, v in function.weights.items() if v is form.down.inputs[1])
+        down = program.weights[call.weights[slot]]
+        student = Student(program, blocks[0].position, blocks[-1].position + 1, {}, CPU)
+        values, seen = student.inputs(IDS), {}
+
+        def watch(value, tensor, seen=seen):
+            seen[value] = tensor.flatten(0, -2)
+
+        with torch.no_grad():
+            student.run(values, 0, blocks[index].position)
+            student.run(values, blocks[index].position, blocks[index].position + 1, watch)
+        energy = energies(seen[form.hidden], down.load())
+        order = static_order(energy)
+        stream = values[call.results[0]].flatten(0, -2)
+        relative = energy / stream.square().sum(-1, keepdim=True)
+        assert need.size == 14 and need.kept == KEPT
+        for number, lost in enumerate(need.lost):
+            expected = float(relative[:, order[number * 14 :]].sum(-1).mean())
+            assert lost == pytest.approx(expected, rel=1e-4, abs=1e-9)
+        twin = program.copy()
+        narrow = down.load().clone()
+        narrow[:, order[KEPT * 14 :]] = 0
+        twin.weights.replace(Weight(down.name, Array(narrow), down.checkpoint))
+        found = logits(twin)
+        kl = float((whole.exp() * (whole - found)).sum(-1).mean())
+        assert need.kl == pytest.approx(kl, rel=1e-2, abs=1e-7)
+        assert need.at(KEPT) == need.kl and need.at(PIECES) == 0.0
+        assert need.at(0) > need.at(1) > need.at(2) > need.kl
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 1),
+    st.integers(0, 40),
+)  # fmt: skip
+def test_a_budget_is_shared_out_as_by_trying_everything(seed, parts, most, least, more):
+    generator = torch.Generator().manual_seed(seed)
+    costs = torch.rand(parts, most + 1, generator=generator, dtype=torch.float64).tolist()
+    sizes = [2 * int(n) for n in torch.randint(1, 4, (parts,), generator=generator)]
+    total = least * sum(sizes) + more
+    found = share_out(costs, sizes, least, total)
+
+    def cost(numbers):
+        return sum(own[number] for own, number in zip(costs, numbers, strict=True))
+
+    fitting = [
+        numbers
+        for numbers in itertools.product(range(most + 1), repeat=parts)
+        if sum((least + n) * size for n, size in zip(numbers, sizes, strict=True)) <= total
+    ]
+    assert sum(n * size for n, size in zip(found, sizes, strict=True)) <= total
+    best = min(map(cost, fitting))
+    assert cost([n - least for n in found]) == pytest.approx(best)
+
+
+def test_a_budget_below_the_least_is_refused():
+    with pytest.raises(ValueError, match="2 pieces of every part are more than 11 neurons"):
+        share_out([[1.0], [1.0]], [3, 3], 2, 11)
