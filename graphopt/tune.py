@@ -58,7 +58,8 @@ WARM_UP = 3
 """Steps on a GPU before one is recorded: what is made at first use must not be in the record."""
 
 COMPILE_FROM = (30.0, 300)
-"""Seconds and steps from which a training on a GPU is worth the time to compile its step."""
+"""Seconds and steps from which a training on a GPU is worth the time to compile its step, for every
+kind of block in it."""
 
 
 FOLLOWED = 0.1
@@ -279,6 +280,21 @@ class Student:
         }
         self.compiled = False
         """Whether blocks that take a gradient are run by compiled functions."""
+
+    @property
+    def kinds(self) -> int:
+        """How many different functions its blocks are, each of which is compiled."""
+        calls = [self.program.calls[at] for at in self._stream if self.first <= at < self.stop]
+        return len(
+            {
+                (
+                    call.function,
+                    repr(sorted(call.attrs.items())),
+                    tuple(self.program.weights[name].shape for name in call.weights.values()),
+                )
+                for call in calls
+            }
+        )
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -638,13 +654,18 @@ class Tuner:
 
     def _prepare(self) -> float:
         """Compile the step, where that pays; return the seconds it took."""
-        seconds, steps = COMPILE_FROM
         schedule, result = self.schedule, self.result
-        if (
-            self.student.device.type != "cuda"
-            or (schedule.seconds is not None and schedule.seconds - result.seconds < seconds)
-            or (schedule.steps is not None and schedule.steps - result.steps < steps)
+        if self.student.device.type != "cuda":
+            return 0.0
+        kinds = self.student.kinds
+        seconds, steps = (kinds * least for least in COMPILE_FROM)
+        if (schedule.seconds is not None and schedule.seconds - result.seconds < seconds) or (
+            schedule.steps is not None and schedule.steps - result.steps < steps
         ):
+            if kinds > 1:
+                result.not_compiled = (
+                    f"{kinds} kinds of blocks take longer to compile than it saves"
+                )
             return 0.0
         started = time.perf_counter()
         self.progress("compiling the step", 0, 1)

@@ -148,12 +148,12 @@ def launch_route(
     # One program reads all features of its tokens.
     wide = _power(experts)
     rows, wide, depth, warps = (
-        (1, wide, 32768 // wide, 16) if tokens <= 64 else (16, max(16, wide), 128, 4)
+        (1, wide, 32768 // wide, 16) if tokens <= 64 else (16, max(16, wide), 256, 4)
     )
     kernel[(-(-tokens // rows),)](
         x, weight, offset, bias, extra, gates, tokens, x.stride(0),
         D=width, E=experts, COUNT=count, MEAN=mean > 0, BLOCK_T=rows, BLOCK_E=wide,
-        BLOCK_D=min(depth, max(16, _power(width))), num_warps=warps, num_stages=3,
+        BLOCK_D=min(depth, max(16, _power(width))), num_warps=warps, num_stages=4,
     )  # fmt: skip
     return gates
 
@@ -190,7 +190,7 @@ def launch_many(
     room = -(-size // tiles_down.depth) * tiles_down.depth
     order = torch.empty(experts, tokens, dtype=torch.int32, device=x.device)
     counts = torch.empty(experts, dtype=torch.int32, device=x.device)
-    block = min(_power(tokens), max(16, 32768 // wide))
+    block = min(_power(tokens), max(16, 16384 // wide))
     list_tokens[(experts,)](
         gates, order, counts, tokens,
         E=experts, COUNT=active, BLOCK_T=block, BLOCK_E=wide, num_warps=16,

@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from carved import carved
 from programs import tiny_program
 from torch import Tensor
 
 from graphopt.errors import PassError
 from graphopt.ir.blocks import find_blocks
+from graphopt.ir.feed_forward import Split
 from graphopt.tune import (
     Lessons,
     LogitObjective,
@@ -264,6 +266,29 @@ def test_streams_that_fit_nowhere_are_made_anew(monkeypatch):
     for _ in range(2):
         assert torch.equal(streams.rows([3, 1]), kept)
     assert not streams._known
+
+
+def kinds_of_blocks():
+    return carved(tiny_program(layers=3, ffn=56), Split(8, 4, 2), Split(24, 4, 2), None)
+
+
+def test_blocks_are_of_as_many_kinds_as_have_to_be_compiled():
+    assert student_of(tiny_program(layers=3)).kinds == 1
+    assert student_of(kinds_of_blocks()).kinds == 3
+    assert student_of(kinds_of_blocks(), first=1).kinds == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_many_kinds_of_blocks_are_not_compiled_for_a_short_training():
+    program, gpu = kinds_of_blocks(), torch.device("cuda")
+    blocks = find_blocks(program)
+    first, last = blocks[0].position, blocks[-1].position + 1
+    student = Student(program, first, last, whole(program), gpu)
+    lessons = Lessons(IDS, Streams(Student(program, first, last, {}, gpu), IDS), held_out=10)
+    # Enough for one kind, and not for three.
+    tuned = Tuner(student, lessons, LogitObjective(), Schedule(steps=400)).run()
+    assert "3 kinds of blocks" in tuned.not_compiled and not student.compiled
 
 
 @pytest.mark.gpu
