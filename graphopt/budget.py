@@ -18,6 +18,8 @@ from torch import Tensor
 
 from graphopt.carving import energies, static_order
 from graphopt.devices import scoring_dtype
+from graphopt.errors import PassError
+from graphopt.ir.blocks import block_name
 from graphopt.ir.feed_forward import FeedForward
 from graphopt.ir.graph import Program, Value
 from graphopt.progress import Progress, silent
@@ -43,9 +45,15 @@ class Need:
     lost: tuple[float, ...]
 
     def at(self, pieces: int) -> float:
-        """Return the divergence that is to be expected with a number of pieces."""
+        """Return the divergence that is to be expected with a number of pieces.
+
+        Infinite, where pieces lose something and as many as were measured do not: how much is not
+        known, and none of it has to be lost.
+        """
+        if not self.lost[pieces]:
+            return 0.0
         measured = self.lost[self.kept]
-        return self.kl * self.lost[pieces] / measured if measured else 0.0
+        return self.kl * self.lost[pieces] / measured if measured else math.inf
 
 
 def measure_needs(
@@ -65,6 +73,9 @@ def measure_needs(
         windows: int64 [N, S].
         pieces: Of which every part is made.
         kept: How many of them a part has while it is measured.
+
+    Raises:
+        PassError: What the model gives with a part narrowed is no number.
     """
     device = device or torch.device("cpu")
     walk = Walk(program, windows, device, scoring_dtype(program, device), progress)
@@ -103,6 +114,13 @@ def measure_needs(
 
     with torch.inference_mode():
         kl = walk.at_the_end(narrowed, "kl")
+    for index, value in kl.items():
+        if not math.isfinite(value):
+            raise PassError(
+                f"{block_name(program, walk.blocks[index])}: with {kept} of {pieces} pieces of its "
+                "feed-forward part the model gives NaN or Inf.",
+                "Take --device cpu, which computes in fp32, or leave by_layer out.",
+            )
     return {index: Need(sizes[index], kl[index], kept, lost[index]) for index in parts}
 
 
@@ -112,7 +130,8 @@ def share_out(
     """Return numbers of pieces whose costs have the least sum, of those that fit.
 
     Args:
-        costs: For every part its cost with `least` pieces, with one more, and so on.
+        costs: For every part its cost with `least` pieces, with one more, and so on. Of equal
+            costs the fewest pieces are taken.
         sizes: Neurons of a part's pieces.
         total: Neurons that may be run, over all parts.
 

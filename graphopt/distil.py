@@ -49,6 +49,9 @@ TRAIN = ("all", "low-rank")
 OWN_TEXT_SHARE = 0.25
 """Of a training's seconds, in which the dense model writes text for it."""
 
+FORMAT = 2
+"""Of the files between two runs of one compile: those of another are not taken up."""
+
 EPOCHS = 4
 """How often a training of a given number of steps reads what the dense model writes."""
 
@@ -105,6 +108,7 @@ class Distiller:
         options: Of the pass.
         program: What is trained; it is not changed.
         rate: Learning rate where the options have none; None for one that suits whole weights.
+        lowers: Whether a rate that gets no further is lowered.
         least_held: Windows that checks need at least.
 
     Attributes:
@@ -121,6 +125,7 @@ class Distiller:
         context: Context,
         *,
         rate: float | None = None,
+        lowers: bool = True,
         least_held: int = 1,
     ) -> None:
         assert context.dense is not None
@@ -137,7 +142,7 @@ class Distiller:
         usual_rate = 5e-4 * min(1.0, math.sqrt(batch * seqlen / 8192))
         self.schedule = Schedule(
             options.steps, seconds, batch=batch, patience=options.patience,
-            rate=options.rate or rate or usual_rate,
+            rate=options.rate or rate or usual_rate, lowers=lowers,
         )  # fmt: skip
         self.started = time.perf_counter()
         self.seqlen = seqlen
@@ -290,7 +295,7 @@ class Distiller:
         if tuned.stopped:
             self.skipped.append(Skip(what, f"stopped early: {tuned.stopped}"))
         if tuned.not_compiled:
-            reason = f"its step was not compiled, and is slower: {tuned.not_compiled}"
+            reason = f"its step is not compiled, and slower: {tuned.not_compiled}"
             self.skipped.append(Skip(what, reason))
         with torch.no_grad():
             for name, form in student.forms.items():
@@ -301,7 +306,7 @@ class Distiller:
         """Return the file that keeps something between two runs of one compile."""
         if self.context.work is None:
             return None
-        key = json.dumps([asdict(self.options), what, self.context.seed], sort_keys=True)
+        key = json.dumps([FORMAT, asdict(self.options), what, self.context.seed], sort_keys=True)
         paths = [call.path for call in self.given.calls]
         digest = hashlib.sha256(f"{key}\n{self.context.text}\n{paths}\n{self.given}".encode())
         return self.context.work / f"distil-{digest.hexdigest()[:16]}.pt"

@@ -442,7 +442,7 @@ def _carved(details: Mapping[str, Any]) -> str:
         labels.append((style, f"{label}, {sum(values) / len(values):.1%} on average"))
     ends = [escape(str(record.get("where", ""))) for record in (records[0], records[-1])]
     shared = [str(record.get("shared", "")) for record in records]
-    pieces = f" Shared pieces, part by part: {', '.join(shared)}." if len(set(shared)) > 1 else ""
+    pieces = f" Shared pieces of these parts: {', '.join(shared)}." if len(set(shared)) > 1 else ""
     return (
         '<h3>What tokens leave out</h3><p class="dim">Energy in the neurons that a token does not '
         f"run, as a share of all. The highest point is {highest:.1%}.{escape(pieces)}</p>"
@@ -494,7 +494,9 @@ def _training(record: Mapping[str, Any]) -> str:
         best = min(value for _, value in checks)
         facts.append(f"held-out loss {_figure(checks[0][1], 3)} → {_figure(best, 3)}")
     for step, rate in _points(record.get("lowered")):
-        facts.append(f"rate {rate:.1e} from step {step:,.0f} on: the one before got no further")
+        facts.append(
+            f"rate at most {rate:.1e} from step {step:,.0f} on, as the one before got no further"
+        )
     if record.get("stopped"):
         facts.append(f"stopped early: {record['stopped']}")
     return (

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from graphopt.devices import free_bytes, must_fit
 from graphopt.errors import PassError
 from graphopt.ir.blocks import find_blocks
-from graphopt.ir.compiled import run_compiled
+from graphopt.ir.compiled import kind, run_compiled
 from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.execute import Runner, complete_inputs, run_function
 from graphopt.ir.graph import Call, Program, Value
@@ -159,6 +159,7 @@ class Schedule:
         batch: Windows of a step.
         betas: Of Adam.
         patience: Stop after this many checks without a better held-out loss; 0 never stops.
+        lowers: Whether a rate that gets no further is lowered, from the best state on.
     """
 
     steps: int | None = None
@@ -168,6 +169,7 @@ class Schedule:
     batch: int = 4
     betas: tuple[float, float] = (0.9, 0.95)
     patience: int = 0
+    lowers: bool = True
 
     def __post_init__(self) -> None:
         if self.steps is None and self.seconds is None:
@@ -197,9 +199,9 @@ class Tuned:
         preparing: Of the seconds, those that compiling the step took.
         losses: (step, mean training loss since the entry before) pairs.
         checks: (step, loss on held-out windows) pairs, the first before any step.
-        lowered: (step, rate from there on) pairs, where the one before got no further.
+        lowered: (step, highest rate from there on) pairs, where the one before got no further.
         stopped: Why it ended before its schedule did, or "".
-        not_compiled: Why its step could not be compiled, which costs time alone, or "".
+        not_compiled: Why its step was not compiled though it would have been worth it, or "".
     """
 
     steps: int = 0
@@ -284,15 +286,16 @@ class Student:
     @property
     def kinds(self) -> int:
         """How many different functions its blocks are, each of which is compiled."""
-        calls = [self.program.calls[at] for at in self._stream if self.first <= at < self.stop]
         return len(
             {
-                (
-                    call.function,
-                    repr(sorted(call.attrs.items())),
-                    tuple(self.program.weights[name].shape for name in call.weights.values()),
+                kind(
+                    self.program.functions[call.function],
+                    call,
+                    [self.program.weights[name] for name in call.weights.values()],
                 )
-                for call in calls
+                for at in self._stream
+                if self.first <= at < self.stop
+                for call in [self.program.calls[at]]
             }
         )
 
@@ -630,9 +633,10 @@ class Tuner:
                 self.progress(self.what, int(done * 1000), 1000)
             if done - self._checked_at >= CHECK_EVERY and not result.stopped:
                 self._check(done)
-                self._look_back()
                 if schedule.patience and self._worse >= schedule.patience:
                     result.stopped = f"no better held-out loss in {self._worse} checks"
+                elif schedule.lowers:
+                    self._look_back()
             result.seconds = time.perf_counter() - begun
             if self.saved is not None and result.seconds - saved_at >= SAVE_EVERY:
                 saved_at = result.seconds

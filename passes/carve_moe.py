@@ -45,7 +45,6 @@ from graphopt.least_squares import LeastSquares, best_ridge
 from graphopt.passes.base import Context, Pass, PassResult, Skip, register_pass
 from graphopt.repair import Refit
 from graphopt.tune import Student
-from graphopt.verification import finite
 
 MODES = ("fit", "faithful")
 
@@ -56,7 +55,7 @@ HELD_OUT = 0.25
 """Of the windows, on which the report's figures are measured."""
 
 NEEDS_TOKENS = {"cpu": 512, "cuda": 4096}
-"""Of which the parts' needs are measured."""
+"""Of which the parts' needs are measured, at least one window."""
 
 PROMPT = 128
 """Tokens of the prompt for which the report says what the models take, as in CMoE's table 7."""
@@ -85,9 +84,9 @@ class CarveMoe(Pass):
     With `threshold` a token runs every expert whose score is above 0, and the router's constants
     are such that these are `active` on average: tokens that need more of them get more.
 
-    With `by_layer` every part has a number of shared pieces of its own, and `shared` is what they
-    are on average: those get more by which the model loses more (`graphopt.budget`). A part that
-    then runs all of its pieces is left as it is.
+    With `by_layer` every part has a number of shared pieces of its own, which are at most `shared`
+    on average: those get more by which the model loses more (`graphopt.budget`). A part that then
+    runs all of its pieces is left as it is.
 
     Where `experts` do not divide the neurons, `pad` adds neurons of zeros.
 
@@ -387,7 +386,7 @@ class _Carving:
             "parts": [asdict(item) for item in carved],
             "refits": [asdict(item) for item in refits],
             "needs": [
-                {"where": block_name(program, found[number][0]), "kl": finite(need.kl)}
+                {"where": block_name(program, found[number][0]), "kl": need.kl}
                 for number, need in self.needs.items()
             ],
             "work": self._work(),

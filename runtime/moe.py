@@ -45,12 +45,21 @@ class Tiles:
     stages: int
     group: int = 8
 
-    def options(self, experts: int) -> dict[str, int]:
-        """Return what a kernel is compiled for."""
+    def options(self, experts: int, weights: int, room: int | None) -> dict[str, int]:
+        """Return what a kernel is compiled for.
+
+        Args:
+            weights: Of which it reads a tile each.
+            room: Bytes of shared memory; a GPU with little of it has fewer tiles ahead.
+        """
+        stages = self.stages
+        if room is not None:
+            ahead = room // (2 * self.depth * (self.rows + weights * self.columns))
+            stages = min(stages, max(2, ahead + 1))
         return {
             "BLOCK_T": self.rows, "BLOCK_N": self.columns, "BLOCK_D": self.depth,
             "BLOCK_E": _power(experts), "GROUP": self.group,
-            "num_warps": self.warps, "num_stages": self.stages,
+            "num_warps": self.warps, "num_stages": stages,
         }  # fmt: skip
 
 
@@ -79,6 +88,18 @@ DESCRIBED = 2048
 def _copies_tiles() -> bool:
     """Return whether the GPU copies tiles of a tensor by itself (Hopper and later)."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@functools.cache
+def _shared_bytes() -> int | None:
+    """Return the shared memory that a program may have; None where nothing is compiled."""
+    if not torch.cuda.is_available():
+        return None
+    import triton
+
+    index = torch.cuda.current_device()
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return int(properties["max_shared_mem"])
 
 
 def _described(weight: Tensor | None, rows: int, columns: int, routes: int) -> Any:
@@ -148,7 +169,9 @@ def launch_route(
     # One program reads all features of its tokens.
     wide = _power(experts)
     rows, wide, depth, warps = (
-        (1, wide, 32768 // wide, 16) if tokens <= 64 else (16, max(16, wide), 256, 4)
+        (1, wide, 32768 // wide, 16)
+        if tokens <= 64
+        else (16, max(16, wide), 256 if wide <= 16 else 128, 4)
     )
     kernel[(-(-tokens // rows),)](
         x, weight, offset, bias, extra, gates, tokens, x.stride(0),
@@ -173,8 +196,8 @@ def launch_many(
 
     Args:
         x: [T, D], the last axis contiguous.
-        gates: [T, E], contiguous; at most `active` of a token are not 0, and only as many of its
-            rows are written.
+        gates: [T, E], contiguous; at most `active` of a token are not 0. Behind the rows of the
+            experts that it runs a token's rows are left as they were allocated.
         up, gate: [E N, D].
         down: [D', E N].
     """
@@ -205,7 +228,7 @@ def launch_many(
         _described(gate, tiles_up.columns, tiles_up.depth, routes),
         up_bias, gate_bias, gates, order, counts, hidden, tokens, tiles, x.stride(0),
         D=width, E=experts, SIZE=size, ROOM=room, COUNT=active, ACT=act,
-        **tiles_up.options(experts),
+        **tiles_up.options(experts, 1 if gate is None else 2, _shared_bytes()),
     )  # fmt: skip
     parts = torch.empty(tokens, active, out, dtype=x.dtype, device=x.device)
     columns = -(-out // tiles_down.columns)
@@ -215,7 +238,7 @@ def launch_many(
         None if described is None else _described(hidden, rows, tiles_down.depth, routes),
         down, described, order, counts, parts, tokens, tiles,
         OUT=out, E=experts, SIZE=size, ROOM=room,
-        **tiles_down.options(experts),
+        **tiles_down.options(experts, 1, _shared_bytes()),
     )  # fmt: skip
     return parts
 
@@ -366,7 +389,8 @@ def moe(
     shared: Tensor | None = None
     if shared_up is not None and shared_down is not None:
         # Neither part fills the GPU to its end, so they run beside each other.
-        main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+        main = torch.cuda.current_stream(x.device)
+        side = _side_stream(main)
         side.wait_stream(main)
         with torch.cuda.stream(side):
             hidden = ops.linear(x, shared_up, shared_up_bias)
@@ -387,6 +411,6 @@ def moe(
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # What it allocates it uses again only after it has waited for the stream beside it.
-    return torch.cuda.Stream(device)
+def _side_stream(main: torch.cuda.Stream) -> torch.cuda.Stream:
+    # One for each stream: what it allocates it uses again only after it has waited for that one.
+    return torch.cuda.Stream(main.device)

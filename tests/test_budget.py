@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import tiny_program
 
-from graphopt.budget import measure_needs, share_out
+from graphopt.budget import Need, measure_needs, share_out
 from graphopt.carving import energies, static_order
+from graphopt.errors import PassError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.execute import Runner
 from graphopt.ir.feed_forward import feed_forwards
@@ -93,6 +95,29 @@ def test_a_budget_is_shared_out_as_by_trying_everything(seed, parts, most, least
     assert sum(n * size for n, size in zip(found, sizes, strict=True)) <= total
     best = min(map(cost, fitting))
     assert cost([n - least for n in found]) == pytest.approx(best)
+
+
+def test_a_part_whose_pieces_lose_nothing_keeps_as_many_as_that_takes():
+    free = Need(size=2, kl=0.0, kept=3, lost=(0.5, 0.2, 0.0, 0.0, 0.0))
+    other = Need(size=2, kl=0.1, kept=3, lost=(0.5, 0.3, 0.2, 0.1, 0.0))
+    costs = [[need.at(number) for number in range(1, 5)] for need in (free, other, free)]
+    assert costs[0] == [math.inf, 0.0, 0.0, 0.0]
+    # Nine pieces: what one part does not need is left to the other.
+    assert share_out(costs, [2, 2, 2], 1, 18) == [2, 4, 2]
+
+
+def test_a_model_that_gives_no_number_is_refused_with_the_part():
+    program = tiny_program(layers=2, ffn=56)
+    blocks = find_blocks(program)
+    call = program.calls[blocks[1].position]
+    parts = {1: feed_forwards(program.functions[call.function], blocks[1].stream)[0]}
+    name = next(name for slot, name in call.weights.items() if "norm" in slot)
+    weight = program.weights[name]
+    broken = Array(torch.full(tuple(weight.shape), math.nan))
+    program.weights.replace(Weight(name, broken, weight.checkpoint))
+    with pytest.raises(PassError, match="with 3 of 4 pieces") as caught:
+        measure_needs(program, parts, IDS, PIECES, KEPT)
+    assert "--device cpu" in caught.value.remedy
 
 
 def test_a_budget_below_the_least_is_refused():

@@ -184,7 +184,7 @@ def test_what_carved_parts_leave_out_is_drawn():
     assert "the router's experts, 6.0% on average" in text and "highest point is 20.0%" in text
     assert "Shared pieces" not in text
     own = [{**part, "shared": n} for n, part in enumerate(parts)]
-    assert "Shared pieces, part by part: 0, 1, 2." in rendered({"parts": own})[1]
+    assert "Shared pieces of these parts: 0, 1, 2." in rendered({"parts": own})[1]
     assert "What tokens leave out" not in rendered({"parts": [{"where": "x"}] * 3})[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -163,18 +164,24 @@ def test_two_runs_are_the_same_bit_for_bit_and_only_forms_change():
     assert all(torch.equal(before[w.name], w.load()) for w in program.weights)
 
 
-def test_an_interrupted_training_goes_on_where_it_was(tmp_path):
+@pytest.mark.parametrize(
+    ("by", "schedule", "at"),
+    [(0.05, Schedule(steps=10), 6), (0.005, Schedule(steps=40, batch=16, rate=1e-2), 21)],
+    ids=["plain", "behind a lowered rate"],
+)
+def test_an_interrupted_training_goes_on_where_it_was(tmp_path, by, schedule, at):
     program = tiny_program(layers=2)
-    straight = disturbed(program)
-    tuner_of(program, straight, Schedule(steps=10)).run()
-    pieces = disturbed(program)
-    tuner = tuner_of(program, pieces, Schedule(steps=10), saved=tmp_path / "state.pt")
+    straight = disturbed(program, by)
+    whole = tuner_of(program, straight, schedule).run()
+    assert all(step < at for step, _ in whole.lowered[:1]) and bool(whole.lowered) == (at > 10)
+    pieces = disturbed(program, by)
+    tuner = tuner_of(program, pieces, schedule, saved=tmp_path / "state.pt")
     real, count = tuner._step, 0
 
     def stops(rate):
         nonlocal count
         count += 1
-        if count == 6:
+        if count == at:
             tuner._save()
             raise KeyboardInterrupt
         return real(rate)
@@ -182,9 +189,9 @@ def test_an_interrupted_training_goes_on_where_it_was(tmp_path):
     tuner._step = stops
     with pytest.raises(KeyboardInterrupt):
         tuner.run()
-    again = disturbed(program)
-    tuned = tuner_of(program, again, Schedule(steps=10), saved=tmp_path / "state.pt").run()
-    assert tuned.steps == 10
+    again = disturbed(program, by)
+    tuned = tuner_of(program, again, schedule, saved=tmp_path / "state.pt").run()
+    assert tuned.steps == schedule.steps and tuned.lowered == whole.lowered
     for name, form in straight.items():
         assert torch.allclose(form(), again[name](), atol=1e-6)
 
@@ -192,13 +199,25 @@ def test_an_interrupted_training_goes_on_where_it_was(tmp_path):
 def test_a_rate_that_spoils_what_is_nearly_right_is_lowered_from_the_best_state():
     program = tiny_program(layers=2)
     schedule = Schedule(steps=120, batch=16, rate=1e-2)
-    tuned = tuner_of(program, disturbed(program, by=0.005), schedule).run()
+    tuner = tuner_of(program, disturbed(program, by=0.005), schedule)
+    real, rates = tuner._step, []
+
+    def step(rate):
+        rates.append(rate)
+        return real(rate)
+
+    tuner._step = step
+    tuned = tuner.run()
     start = tuned.checks[0][1]
     assert tuned.lowered and min(loss for _, loss in tuned.checks) < start
     checks = dict(tuned.checks)
-    for number, (step, rate) in enumerate(tuned.lowered, start=1):
+    for number, (at, rate) in enumerate(tuned.lowered, start=1):
         assert rate == pytest.approx(1e-2 * 0.25**number)
-        assert checks[step] > min(loss for at, loss in tuned.checks if at < step)
+        assert rates[at] == pytest.approx(rate * schedule.factor(at / 120))
+        assert checks[at] > min(loss for earlier, loss in tuned.checks if earlier < at)
+    # A paper's own schedule is left alone.
+    fixed = dataclasses.replace(schedule, lowers=False)
+    assert tuner_of(program, disturbed(program, by=0.005), fixed).run().lowered == []
     # One that starts far off keeps its rate.
     far = tuner_of(program, disturbed(program), Schedule(steps=60, batch=16, rate=3e-3)).run()
     assert far.lowered == []

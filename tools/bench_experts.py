@@ -161,7 +161,7 @@ def recorded(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def launched(run: Callable[[], Tensor]) -> list[float]:
-    """Return microseconds in which the host launches a run, while the GPU keeps up."""
+    """Return microseconds in which the host launches a run, whatever the GPU has done of it."""
     found = []
     for _ in range(TURNS):
         torch.cuda.synchronize()

@@ -356,17 +356,22 @@ def width_ffn() -> str:
         rows.append(cells)
     head = ["tokens", "dense, µs", *(f"{split}, µs (share)" for split in splits)]
     launches = {
-        form: _median(
-            [us for row in result["rows"] for us in row.get("host_microseconds", {}).get(form, ())]
-        )
+        form: [
+            _median(row["host_microseconds"][form])
+            for row in result["rows"]
+            if "host_microseconds" in row
+        ]
         for form in ("dense", "carved")
     }
+    host = ", ".join(
+        f"{min(found):.0f} to {max(found):.0f} µs for a {form} part"
+        for form, found in launches.items()
+    )
     shape = _result("width")["shape on cuda"]
     note = (
         f"A part of {result['shape']}'s shape, {result['dtype']}; up to 64 tokens recorded as "
-        f"graphs, more launched one by one, the host ahead of the GPU. It takes the host "
-        f"{launches['dense']:.0f} µs to launch a dense part and {launches['carved']:.0f} µs for a "
-        f"carved one. A whole Llama-7B of random weights is carved in "
+        f"graphs, more launched one by one, the host ahead of the GPU. To launch it takes the host "
+        f"{host}. A whole Llama-7B of random weights is carved in "
         f"{shape['seconds']:.0f} s, with {shape['peak_bytes'] / 1e9:.1f} GB of the GPU's memory "
         f"at most."
     )

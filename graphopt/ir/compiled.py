@@ -5,7 +5,7 @@ Compiling takes seconds, so it pays for what is run hundreds of times, such as a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -15,9 +15,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphopt.ir.execute import run_function
 from graphopt.ir.graph import Call, Function
+from graphopt.ir.weights import Weight
 
 _made: dict[Any, Callable[..., list[Tensor]]] = {}
 """What was compiled, by all that it depends on: models of one family share it."""
+
+
+def kind(function: Function, call: Call, given: Iterable[Tensor | Weight]) -> Any:
+    """Return a key that calls share which one compilation serves, for inputs of one size."""
+    shapes = tuple((tuple(value.shape), value.dtype) for value in given)
+    return repr(function), repr(sorted(call.attrs.items())), shapes
 
 
 def run_compiled(
@@ -37,9 +44,8 @@ def run_compiled(
             is not installed; also when a gradient is taken for the first time.
     """
     given = [value for value in (*args, *weights.values()) if value is not None]
-    shapes = tuple((tuple(value.shape), value.dtype, value.device) for value in given)
     sized = tuple(sorted((str(name), size) for name, size in sizes.items()))
-    key = (repr(function), repr(sorted(call.attrs.items())), sized, shapes)
+    key = (kind(function, call, given), sized, tuple(value.device for value in given))
     if key not in _made:
         _made[key] = _compile(function, call, args, weights, sizes, given)
     return _made[key](*given)

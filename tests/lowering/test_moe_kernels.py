@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +33,12 @@ SHAPES = [
     (70, 5, 3, 43, 16, 96),
     (33, 2, 1, 16, 8, 32),
     (20, 4, 4, 16, 0, 32),
+    # Blocks of what is summed over fit, so that nothing is masked.
+    (20, 4, 2, 128, 0, 128),
 ]
+if DEVICE == "cuda":
+    # Tiles of more tokens, and of such as the GPU copies by itself.
+    SHAPES += [(300, 4, 1, 128, 64, 192), (1500, 4, 2, 192, 64, 256)]
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -200,6 +208,70 @@ def test_thresholds_choose_what_is_above_them() -> None:
         x, own = part.x[:3], gates[:3]
         few = moe.launch_few(x, own, *part.routed, *part.shared, part.act, part.active)
         close(few, part.exact(gates)[:3])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tokens_run_in_pieces_beside_what_is_shared(dtype, monkeypatch) -> None:
+    monkeypatch.setattr(moe, "AT_ONCE", 64)
+    part = Part((150, 6, 2, 48, 80, 128), dtype, "silu", gated=True, biased=True)
+    gates = some_gates(part, dtype, "top")
+    for _ in range(3):
+        found = moe.moe(part.x, gates, *part.routed, *part.shared, act="silu", active=2)
+        close(found, part.exact(gates))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from graphopt.runtime import moe
+from graphopt.runtime.kernels import experts
+
+def shared_bytes(kernel, arch, options, **constants):
+    compiled = {key: options.pop(key) for key in ("num_warps", "num_stages")}
+    constants |= options
+    signature = {
+        name: "constexpr" if name in constants
+        else "*i32" if name in ("order_ptr", "counts_ptr")
+        else "*bf16" if name.endswith("_ptr") else "i32"
+        for name in kernel.arg_names
+    }
+    # As tensors are where they start, and rows where they begin.
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names) if name.endswith(("_ptr", "stride"))
+        and name not in constants
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=compiled)
+    return made.metadata.shared
+
+# What a program may have: an RTX 30 or 40, an A100.
+for arch, room in ((86, 101376), (80, 166912)):
+    for rows, up in moe.EXPAND.items():
+        sizes = {"E": 5, "SIZE": 1376, "ROOM": 1408}
+        used = shared_bytes(
+            experts.expand, arch, up.options(5, 2, room), D=4096, COUNT=3, ACT="silu",
+            up_tiles=None, gate_tiles=None, up_bias_ptr=None, gate_bias_ptr=None, **sizes,
+        )
+        assert used <= room, (arch, rows, used)
+        used = shared_bytes(
+            experts.reduce, arch, moe.REDUCE[rows].options(5, 1, room), OUT=4096,
+            hidden_tiles=None, down_tiles=None, **sizes,
+        )
+        assert used <= room, (arch, rows, used)
+"""
+
+
+def test_products_fit_into_the_shared_memory_of_small_gpus() -> None:
+    environment = {key: v for key, v in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-"], input=COMPILE, text=True, capture_output=True,
+        env=environment, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("shared", [0, 24])
