@@ -342,6 +342,43 @@ def width() -> str:
     return "\n\n".join([_rows(head, rows), *notes])
 
 
+def width_choices() -> str:
+    """What each way to choose a token's neurons costs on a GPU, untrained and tuned."""
+    result = _result("width")["quality on cuda"]
+    found = {run["recipe"]: run for run in result["runs"]}
+
+    def cell(options: str, behind: str) -> str:
+        run = found[f"carve-moe{{{options}}}{behind}"]
+        more = run.get("experts_run", 0) - int(options.partition("active=")[2].partition(",")[0])
+        return f"{run['times_dense']:.2f}" + (f" (+{more:.2f} experts)" if more > 0.005 else "")
+
+    rows = []
+    for shared, active, experts in ((3, 3, 8), (2, 2, 16)):
+        routed = f"shared={shared},active={active},experts={experts}"
+        alike = f"shared={shared + active},active=0,experts={experts}"
+        for behind in ("", ",tune-moe{seconds=45,own_text=0}"):
+            rows.append(
+                [
+                    f"{shared + active} of {experts} pieces" + (", tuned" if behind else ""),
+                    cell(alike, behind),
+                    cell(routed, behind),
+                    cell(f"{routed},by_layer=true", behind),
+                    cell(f"{routed},threshold=true", behind),
+                ]
+            )
+    head = ["times the dense model's perplexity", "the same for all tokens", "a router", "by layer"]
+    ffn = _result("width")["ffn on cuda"]
+    shares = [f"{row['share']:.2f}" for row in ffn["rows"] if row["tokens"] == 4096]
+    note = (
+        f"Tuned for 45 s by {result['learnt_tokens']:,} tokens of {result['calib']}. A part of "
+        f"{ffn['shape']}'s shape takes {' and '.join(shares)} of the dense one's time there, for a "
+        f"prompt of 4,096 tokens."
+    )
+    part = {**result, "command": result["command"].partition(" --recipe")[0]}
+    measured = _measured_on(part, "torch", "transformers")
+    return f"{_rows([*head, 'thresholds'], rows)}\n\n{measured} {note}"
+
+
 def width_ffn() -> str:
     """What a carved part takes on a GPU, beside the dense one."""
     result = _result("width")["ffn on cuda"]
@@ -464,6 +501,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "depth_parts": depth_parts,
     "depth_speed": depth_speed,
     "width": width,
+    "width_choices": width_choices,
     "width_ffn": width_ffn,
     "width_onnx": width_onnx,
     "volta_model": volta_model,
