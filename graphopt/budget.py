@@ -74,6 +74,9 @@ def measure_needs(
         pieces: Of which every part is made.
         kept: How many of them a part has while it is measured.
 
+    Returns:
+        For each part, by the same index, what is lost by it.
+
     Raises:
         PassError: What the model gives with a part narrowed is no number.
     """
@@ -130,13 +133,13 @@ def share_out(
     """Return numbers of pieces whose costs have the least sum, of those that fit.
 
     Args:
-        costs: For every part its cost with `least` pieces, with one more, and so on. Of equal
-            costs the fewest pieces are taken.
+        costs: For every part its cost with `least` pieces, with one more, and so on; infinite for
+            numbers it may not have. Of equal costs the fewest pieces are taken.
         sizes: Neurons of a part's pieces.
         total: Neurons that may be run, over all parts.
 
     Raises:
-        ValueError: Not even `least` pieces of every part fit.
+        ValueError: No numbers of a finite cost fit.
     """
     unit = math.gcd(*sizes)
     steps = [size // unit for size in sizes]
@@ -153,7 +156,7 @@ def share_out(
         choices.append(sums.argmin(0))
         best = sums.min(0)
     if not np.isfinite(best[room]):
-        raise ValueError(f"{least} pieces of every part are more than {total} neurons")
+        raise ValueError(f"no numbers of pieces that parts may have fit into {total} neurons")
     numbers: list[int] = []
     for chosen, step in zip(reversed(choices), reversed(steps), strict=True):
         numbers.append(least + int(chosen[room]))

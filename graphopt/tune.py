@@ -577,7 +577,7 @@ class Tuner:
         self._queue: list[int] = []
         self._best, self._best_state = math.inf, list[Tensor]()
         self._checked_at, self._worse = 0.0, 0
-        self._rate, self._fruitless = schedule.rate, 0
+        self._rate = schedule.rate
         self._parameters = student.parameters
         cuda = student.device.type == "cuda"
         by_rate: dict[float, list[nn.Parameter]] = {}
@@ -706,10 +706,9 @@ class Tuner:
 
     def _look_back(self) -> None:
         """Go on from the best state with a lower rate, where checks show no gain by this one."""
-        self._fruitless = self._fruitless + 1 if self._worse else 0
-        if self._fruitless == FRUITLESS:
+        if self._worse and self._worse % FRUITLESS == 0:
             self._go_back()
-            self._rate, self._fruitless = self._rate * LOWERED, 0
+            self._rate *= LOWERED
             self.result.lowered.append((self.result.steps, self._rate))
 
     def _go_back(self) -> None:
@@ -790,7 +789,7 @@ class Tuner:
                 "order": self._order.get_state(),
                 "queue": self._queue,
                 "best": (self._best, [value.cpu() for value in self._best_state]),
-                "checks": (self._checked_at, self._worse, self._fruitless),
+                "checks": (self._checked_at, self._worse),
                 "rate": self._rate,
                 "result": dataclasses.asdict(self.result),
             },
@@ -814,7 +813,7 @@ class Tuner:
         self._queue = state["queue"]
         self._best, kept = state["best"]
         self._best_state = [value.to(self.student.device) for value in kept]
-        self._checked_at, self._worse, self._fruitless = state["checks"]
+        self._checked_at, self._worse = state["checks"]
         self._rate = state["rate"]
         self.result = Tuned(**state["result"])
         return self.result

@@ -121,5 +121,5 @@ def test_a_model_that_gives_no_number_is_refused_with_the_part():
 
 
 def test_a_budget_below_the_least_is_refused():
-    with pytest.raises(ValueError, match="2 pieces of every part are more than 11 neurons"):
+    with pytest.raises(ValueError, match="fit into 11 neurons"):
         share_out([[1.0], [1.0]], [3, 3], 2, 11)

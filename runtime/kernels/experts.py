@@ -174,7 +174,7 @@ def _tile_of(
 
 
 @triton.jit
-def _block(at, place, end, ALL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _block(at, place, end, ALL: tl.constexpr, BLOCK: tl.constexpr):
     """Return a block of what is summed over; where ALL is no multiple of it, zeros behind `end`."""
     if ALL % BLOCK == 0:
         return tl.load(at)
