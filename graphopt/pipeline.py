@@ -14,11 +14,12 @@ from graphopt.devices import usable_device
 from graphopt.errors import PassError, UsageError, VerifyError, unknown_name
 from graphopt.evaluate import read_text
 from graphopt.ir.graph import Program
+from graphopt.ir.imprint import Imprint
 from graphopt.ir.printer import print_program
 from graphopt.ir.types import DTYPE_NAMES
 from graphopt.ir.verify import verify as verify_structure
 from graphopt.measure import Meter
-from graphopt.passes.base import PROPERTIES, Context, Pass, all_passes, make_pass
+from graphopt.passes.base import PROPERTIES, Context, Pass, PassResult, all_passes, make_pass
 from graphopt.probe import PROBE_TEXT
 from graphopt.progress import Progress, silent
 from graphopt.recipe import format_recipe, parse_recipe, read_recipe, recipe_to_yaml
@@ -364,6 +365,7 @@ class _Run:
 
     def _one(self, item: Pass) -> PassEntry:
         before = self.program
+        imprint = Imprint(before)
         entry = _new_entry(item, before)
         self.context.progress(item.name, 0, 1)
         with Meter() as meter:
@@ -387,7 +389,8 @@ class _Run:
                     f"Pass {item.name!r} made a malformed program: {error.message}",
                     f"Leave {item.name!r} out of the recipe; this is a bug in the pass.",
                 ) from error
-            if result.changed == 0 and print_program(after) == print_program(before):
+            self._believe(item, result, imprint, before)
+            if result.changed == 0:
                 entry.verification = "unchanged"
                 self._latest = self._latest or self._reference
                 if self._latest is not None:
@@ -397,6 +400,34 @@ class _Run:
         entry.verify_seconds = meter.seconds
         self.program = after
         return entry
+
+    @staticmethod
+    def _believe(item: Pass, result: PassResult, imprint: Imprint, before: Program) -> None:
+        """Compare what a pass says it changed with what it changed.
+
+        Raises:
+            VerifyError: It wrote to the program it got a copy of, or changed something and says
+                it did not, or the other way round.
+        """
+        leave_out = f"Leave {item.name!r} out of the recipe; this is a bug in the pass."
+        harmed = imprint.difference(before)
+        if harmed is not None:
+            raise VerifyError(
+                f"Pass {item.name!r} changed the program that it got a copy of: {harmed}.",
+                "This is a bug in the pass: it must put a new weight in place of an old one.",
+            )
+        found = imprint.difference(result.program)
+        if result.changed == 0 and found is not None:
+            raise VerifyError(
+                f"Pass {item.name!r} says that it changed nothing, but {found}.",
+                leave_out,
+            )
+        if result.changed != 0 and found is None:
+            raise VerifyError(
+                f"Pass {item.name!r} says that it changed {result.changed} places, but the program "
+                "is as it was.",
+                leave_out,
+            )
 
     @staticmethod
     def _fill_unchanged(entry: PassEntry, measured: Measured) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -256,7 +257,7 @@ def test_program_model(folder: Path, reference: PreTrainedModel, cached: bool) -
 def test_program_model_refuses_nan(folder: Path) -> None:
     program = capture(str(folder))
     weight = program.weights["model.norm.weight"]
-    weight.producer = Array(torch.full(weight.shape, torch.nan))
+    program.weights.replace(replace(weight, producer=Array(torch.full(weight.shape, torch.nan))))
     with pytest.raises(SourceError, match=r"'model\.norm\.weight' holds 32 NaN"):
         ProgramModel(program).logits(torch.tensor([[1, 2]]))
 

@@ -165,9 +165,11 @@ class Reshaped(Producer):
         return self.source.load().reshape(self.shape)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Weight:
     """A logical tensor of the program.
+
+    Programs share weights with their copies, so one is replaced in a store, never changed.
 
     Attributes:
         name: Unique name in the program; the checkpoint's own name where it is one tensor there.
