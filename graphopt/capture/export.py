@@ -551,8 +551,7 @@ class _Converter:
             return
         if target._schema.is_mutable:
             name = _functional_name(name)
-        # A view's strides are the tracer's business: the IR knows shapes alone.
-        name = _AS_RESHAPE.get(name, name)
+        name = _PLAIN_TWINS.get(name, name)
         inputs: list[Value] = []
 
         def place(leaf: Any) -> Any:
@@ -567,6 +566,8 @@ class _Converter:
 
         args = [map_leaves(_plain(a), place) for a in node.args]
         kwargs = {key: map_leaves(_plain(a), place) for key, a in node.kwargs.items()}
+        if name == "aten.zeros.default":
+            kwargs.pop("memory_format", None)  # which `empty` takes and `zeros` does not
         value = node.meta.get("val")
         outputs = list(value) if isinstance(value, list | tuple) else [value]
         result = Node(name, list(inputs), {"args": args, "kwargs": kwargs})
@@ -583,9 +584,14 @@ class _Converter:
             self.env[node.args[0]] = result.outputs[0]
 
 
-_AS_RESHAPE = {
+_PLAIN_TWINS = {
+    # A view's strides are the tracer's business: the IR knows shapes alone.
     "aten.view.default": "aten.reshape.default",
     "aten._unsafe_view.default": "aten.reshape.default",
+    # Memory that nothing was written to is what another computation left there.
+    "aten.empty.memory_format": "aten.zeros.default",
+    "aten.empty_like.default": "aten.zeros_like.default",
+    "aten.new_empty.default": "aten.new_zeros.default",
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,25 +26,95 @@ def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
-_REGISTERED_BY = {"transformers": "transformers.integrations.moe"}
-"""Namespace -> the module that registers its operators, which a saved program needs first."""
+_REGISTERED_BY = {"transformers.grouped_mm_fallback.default": "transformers.integrations.moe"}
+"""Operators outside PyTorch that capture produces -> the module that registers them."""
+
+_NAME = re.compile(r"aten\.(\w+)\.(\w+)", re.ASCII)
+
+_KINDS = (
+    "Tensor", "number", "int", "SymInt", "float", "bool", "str", "ScalarType", "Layout", "Device",
+    "MemoryFormat", "Generator",
+)  # fmt: skip
+"""Argument types that are values; a stream, a storage or an object of a class is none."""
+
+# Text says how these compute. Of other operators it may name a file (from_file) or print.
+_TAKES_TEXT = re.compile(
+    r"gelu|divide|div|scatter|scatter_reduce|index_reduce|einsum|pad|pad_sequence|searchsorted"
+    r"|quantile|nanquantile|meshgrid|conv[123]d|stft|fft_\w+|linalg_\w+"
+)
+
+# Operators for PyTorch's own use check less than public ones; these are what models become.
+_INTERNAL = re.compile(
+    r"_(?:"
+    r"adaptive_avg_pool2d|addmm_activation|aminmax|cdist_forward|chunk_cat|conj|"
+    r"conj_physical|convolution|euclidean_dist|fft_c2c|fft_c2r|fft_r2c|fused_rms_norm|"
+    r"grouped_mm|int_mm|is_all_true|is_any_true|linalg_det|linalg_eigh|linalg_slogdet|"
+    r"linalg_svd|log_softmax|logcumsumexp|native_batch_norm_legit_functional|"
+    r"native_batch_norm_legit_no_training|neg_view|pdist_forward|prelu_kernel|"
+    r"reshape_alias|reshape_copy|safe_softmax|scaled_dot_product_attention_math|"
+    r"scaled_dot_product_flash_attention_for_cpu|scaled_mm|shape_as_tensor|softmax|"
+    r"stack|to_copy|trilinear|unsafe_index|unsafe_view|weight_norm|"
+    r"weight_norm_interface"
+    r")"
+)
+
+# What gives memory that nothing was written to, or makes storage larger; what gives tensors of
+# another layout, whose indices PyTorch does not check; and parts of training and of backends.
+_EXCLUDED = re.compile(
+    r"empty\w*|new_empty\w*|resize\w*|set|set_data|pin_memory|record_stream|ctc_loss"
+    r"|\w*(?:sparse|quantize|nested|mkldnn|cudnn|miopen|fbgemm|foreach|_backward|_renorm)\w*"
+)
 
 
-def resolve_target(name: str) -> Callable[..., Any]:
+@functools.cache
+def resolve_target(name: str) -> torch._ops.OpOverload:
     """Return the torch operator called `namespace.name.overload`.
 
+    A saved program names its operators, and nothing it names may do more than compute: operators
+    are those of `aten` that PyTorch's dispatcher has in its table, whose schema writes to no
+    argument, whose arguments are tensors and plain values, and which return tensors; and one
+    of transformers that capture produces. A name is looked up in that table before any attribute
+    is, so that it cannot lead elsewhere.
+
     Raises:
-        KeyError: There is no such operator, or it reads files, which no model needs.
+        KeyError: There is no such operator, or it is not one of those.
     """
-    try:
-        namespace, op, overload = name.split(".")
-        if namespace in _REGISTERED_BY:
-            importlib.import_module(_REGISTERED_BY[namespace])
-        if op == "from_file":
-            raise AttributeError(name)
-        return getattr(getattr(getattr(torch.ops, namespace), op), overload)
-    except (AttributeError, ImportError, ValueError) as error:
-        raise KeyError(f"no torch operator {name!r}") from error
+    if name in _REGISTERED_BY:
+        importlib.import_module(_REGISTERED_BY[name])
+    else:
+        match = _NAME.fullmatch(name)
+        full = "" if match is None else f"aten::{match[1]}"
+        if match is not None and match[2] != "default":
+            full += f".{match[2]}"
+        if full not in _dispatched():
+            raise KeyError(f"no torch operator {name!r}")
+    namespace, op, overload = name.split(".")
+    found: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, namespace), op), overload)
+    if namespace == "aten" and not _computes(op, found._schema):
+        raise KeyError(f"no torch operator {name!r} that programs may use")
+    return found
+
+
+@functools.cache
+def _dispatched() -> frozenset[str]:
+    return frozenset(torch._C._dispatch_get_all_op_names())
+
+
+def _computes(op: str, schema: Any) -> bool:
+    """True where an operator makes tensors of its arguments and does nothing else."""
+    kinds = [str(argument.real_type) for argument in schema.arguments]
+    plain = all(re.sub(r"Optional|List|[\[\]]", "", kind) in _KINDS for kind in kinds)
+    says = any("str" in kind for kind in kinds)
+    returns = [str(result.type) for result in schema.returns]
+    return (
+        plain
+        and not schema.is_mutable
+        and bool(returns)
+        and all(kind in ("Tensor", "List[Tensor]") for kind in returns)
+        and not (says and not _TAKES_TEXT.fullmatch(op))
+        and not (op.startswith("_") and not op.startswith("__") and not _INTERNAL.fullmatch(op))
+        and not _EXCLUDED.fullmatch(op)
+    )
 
 
 def concretize(attrs: Mapping[str, Any], sizes: Mapping[sympy.Symbol, int]) -> dict[str, Any]:

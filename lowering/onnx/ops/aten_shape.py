@@ -221,10 +221,7 @@ def ones(lower: Lowering, node: Node) -> ir.Value:
     return _filled(lower, node, 1)
 
 
-@translation(
-    "aten.zeros", "aten.new_zeros", "aten.zeros_like", "aten.empty", "aten.empty_like",
-    "aten.new_empty",
-)  # fmt: skip
+@translation("aten.zeros", "aten.new_zeros", "aten.zeros_like")
 def zeros(lower: Lowering, node: Node) -> ir.Value:
     return _filled(lower, node, 0)
 
