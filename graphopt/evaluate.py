@@ -8,7 +8,6 @@ measured by the same code.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import sys
 import time
@@ -18,12 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+import pydantic
 import torch
 from torch import Tensor
 
 from graphopt.errors import SourceError, UsageError
+from graphopt.inputs import OpenSchema, parse, parse_json, read_utf8
 from graphopt.ir.execute import complete_inputs
 from graphopt.ir.graph import Program
 from graphopt.progress import Progress, silent
@@ -428,15 +429,7 @@ def read_text(path: Path) -> str:
     Raises:
         SourceError: The file cannot be read, is not UTF-8 or holds no text.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}.",
-            "Convert it to UTF-8.",
-        ) from error
+    text = read_utf8(Path(path)).replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise SourceError(f"{path} is empty.", "Give a file with text in the model's language.")
     return "\n\n".join(text.removesuffix("\n").split("\n"))
@@ -574,36 +567,31 @@ class PiqaResult:
     seconds: float
 
 
+class _PiqaLine(OpenSchema):
+    """One line of a PIQA file; some copies write the label as text."""
+
+    goal: str
+    sol1: Annotated[str, pydantic.Field(min_length=1)]
+    sol2: Annotated[str, pydantic.Field(min_length=1)]
+    label: Literal[0, 1, "0", "1"]
+
+
 def read_piqa(path: Path) -> list[PiqaRow]:
     """Read PIQA questions: JSON lines with `goal`, `sol1`, `sol2` and `label` (0 means sol1).
 
     Raises:
         SourceError: The file cannot be read or is empty, or a line is malformed; with its number.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise SourceError(f"{path} cannot be read: {reason}.") from error
+    remedy = 'Each line is {"goal": ..., "sol1": ..., "sol2": ..., "label": 0 or 1}.'
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_utf8(Path(path)).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            data = json.loads(line)
-            goal, first, second = (data[key] for key in ("goal", "sol1", "sol2"))
-            label = int(data["label"])
-            if not all(isinstance(s, str) for s in (goal, first, second)) or label not in (0, 1):
-                raise ValueError("a field is out of range")
-            if not first or not second:
-                raise ValueError("a solution is empty")
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise SourceError(
-                f"{path}, line {number}, is no PIQA question: {reason}.",
-                'Each line is {"goal": ..., "sol1": ..., "sol2": ..., "label": 0 or 1}.',
-            ) from error
-        rows.append(PiqaRow(goal, (first, second), label))
+        where = f"{path}, line {number}"
+        row = parse(
+            _PiqaLine, parse_json(line.encode(), where, remedy=remedy), where, remedy=remedy
+        )
+        rows.append(PiqaRow(row.goal, (row.sol1, row.sol2), int(row.label)))
     if not rows:
         raise SourceError(f"{path} is empty.", "Give a file with one question a line.")
     return rows

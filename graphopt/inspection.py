@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from graphopt.ir.weights import Weight
 from graphopt.passes.base import Context, Pass, all_passes, default_of, get_pass, type_name
 from graphopt.passes.insert_kv_cache import InsertKVCache
 from graphopt.progress import Progress, silent
+from graphopt.report import REPORT_NAME, read_report
 from graphopt.verification import has_values
 
 
@@ -214,22 +214,19 @@ def _diff_reports(a: Path, b: Path) -> dict[str, list[Any]] | None:
     """Return the figures of two reports side by side; None unless both are there."""
     found: list[dict[str, Any]] = []
     for folder in (a, b):
-        try:
-            data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        if not (folder / REPORT_NAME).exists():
             return None
-        last: dict[str, Any] = next(
-            (p for p in reversed(data["passes"]) if p["perplexity_after"]), {}
-        )
+        report = read_report(folder)
+        measured = [p.perplexity_after for p in report.passes if p.perplexity_after]
         found.append(
             {
-                "recipe": data["recipe"],
-                "target": data["target"],
-                "parameters": data["parameters"],
-                "perplexity": last.get("perplexity_after"),
-                "total_seconds": data["total_seconds"],
-                "peak_bytes": data["peak_bytes"],
-                "artifact_bytes": (data["artifact"] or {}).get("bytes"),
+                "recipe": report.recipe,
+                "target": report.target,
+                "parameters": report.parameters,
+                "perplexity": measured[-1] if measured else None,
+                "total_seconds": report.total_seconds,
+                "peak_bytes": report.peak_bytes,
+                "artifact_bytes": report.artifact.bytes if report.artifact else None,
             }
         )
     return {key: [found[0][key], found[1][key]] for key in found[0]}

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from graphopt.errors import UsageError
+from graphopt.inputs import MAX_YAML_BYTES, parse_yaml, read_utf8, shown, shown_path
 from graphopt.passes.base import Bare, Pass, make_pass
 
 VERSION = 1
@@ -168,22 +169,16 @@ def recipe_from_yaml(text: str, where: str = "recipe") -> list[Pass]:
     Raises:
         UsageError: With the line of what is not YAML, or the item that is wrong.
     """
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be read"
-        raise UsageError(f"{where}{place} is not YAML: {problem}.", "Mend the file.") from None
+    data = parse_yaml(text, where, error=UsageError)
     remedy = "A recipe is 'version: 1' and 'passes:', a list of names or name: {option: value}."
     if not isinstance(data, Mapping) or "passes" not in data:
         raise UsageError(f"{where} has no 'passes'.", remedy)
     unknown = sorted(str(key) for key in data if key not in ("version", "passes"))
     if unknown:
-        raise UsageError(f"{where} has an unknown key {unknown[0]!r}.", remedy)
+        raise UsageError(f"{where} has an unknown key {shown(unknown[0])}.", remedy)
     if data.get("version", VERSION) != VERSION:
         raise UsageError(
-            f"{where} has version {data['version']!r}, this graphopt reads {VERSION}.", remedy
+            f"{where} has version {shown(data['version'])}, this graphopt reads {VERSION}.", remedy
         )
     items = data["passes"] or []
     if not isinstance(items, list):
@@ -200,7 +195,7 @@ def _item_from_yaml(item: Any, number: int, where: str) -> Pass:
         if isinstance(name, str) and isinstance(options, Mapping):
             return make_pass(name, {str(key): value for key, value in options.items()})
     raise UsageError(
-        f"{where}: item {number} of 'passes' is {item!r}.",
+        f"{where}: item {number} of 'passes' is {shown(item)}.",
         "Write '- name' or '- name: {option: value}'.",
     )
 
@@ -211,9 +206,5 @@ def read_recipe(path: Path) -> list[Pass]:
     Raises:
         UsageError: The file cannot be read, or its content is wrong.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"Recipe {str(path)!r} cannot be read: {reason}.") from None
-    return recipe_from_yaml(text, str(path))
+    text = read_utf8(path, MAX_YAML_BYTES, error=UsageError)
+    return recipe_from_yaml(text, shown_path(path))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.breakdown import at, breakdown
+from graphopt.inputs import OpenSchema, Size, parse, read_json
 from graphopt.ir.graph import Program
 from graphopt.ir.types import B, P, S
 
@@ -143,8 +144,45 @@ class Report:
         from graphopt.report_page import render
 
         text = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
-        (folder / "report.json").write_text(text, encoding="utf-8")
+        (folder / REPORT_NAME).write_text(text, encoding="utf-8")
         (folder / "report.html").write_text(render(self.to_json()), encoding="utf-8")
+
+
+REPORT_NAME = "report.json"
+
+
+class SavedPass(OpenSchema):
+    """What is read of a pass's entry."""
+
+    perplexity_after: float | None
+
+
+class SavedArtifact(OpenSchema):
+    """What is read of what a compile wrote."""
+
+    bytes: Size
+
+
+class SavedReport(OpenSchema):
+    """What is read of a `report.json`; see `Report`."""
+
+    recipe: str
+    target: str | None
+    parameters: Size
+    total_seconds: float
+    peak_bytes: Size
+    passes: list[SavedPass]
+    artifact: SavedArtifact | None
+
+
+def read_report(folder: Path) -> SavedReport:
+    """Return the report of an output folder.
+
+    Raises:
+        SourceError: `report.json` cannot be read or is no report.
+    """
+    path, again = folder / REPORT_NAME, "Compile the model again."
+    return parse(SavedReport, read_json(path, remedy=again), str(path), remedy=again)
 
 
 def _finite(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from graphopt.errors import SourceError
+from graphopt.inputs import OpenSchema, parse, read_json
 from graphopt.ir.graph import Program
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.types import DTYPE_NAMES, DTYPES
@@ -66,11 +67,11 @@ def load_program(root: Path) -> Program:
             weight of another shape than the program's, or a weight is stored nowhere.
     """
     path = root / PROGRAM_NAME
+    data = read_json(path, remedy="Compile the model again.")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
         stored = {name: _unpack(item) for name, item in data["storage"].items()}
         shapes = {item["name"]: tuple(item["shape"]) for item in data["weights"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(
             f"{path} is not a saved graphopt program: {error}.", "Compile the model again."
         ) from error
@@ -134,6 +135,12 @@ def _unpack(item: dict[str, Any]) -> StoredWeight:
     )
 
 
+class _Manifest(OpenSchema):
+    """What is read of a manifest."""
+
+    target: str
+
+
 def artifact_target(root: Path) -> str:
     """Return the target an output folder was emitted for; `cpu` where it does not say.
 
@@ -141,11 +148,7 @@ def artifact_target(root: Path) -> str:
         SourceError: Its manifest cannot be read.
     """
     path = root / "manifest.json"
-    if not path.is_file():
+    if not path.exists():
         return "cpu"
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["target"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise SourceError(
-            f"{path} is not a manifest of graphopt.", "Compile the model again."
-        ) from error
+    again = "Compile the model again."
+    return parse(_Manifest, read_json(path, remedy=again), str(path), remedy=again).target

@@ -9,14 +9,36 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import torch
 
+from graphopt.errors import SourceError
+from graphopt.inputs import Schema, parse, read_json, shown
 from graphopt.ir.graph import Program
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.weights import Array, Producer
+from graphopt.sources.raw import RawTensor
 from graphopt.sources.safetensors import WEIGHTS_NAME, SafetensorsWriter, read_header
+
+SNAPSHOT_NAME = "snapshot.json"
+
+
+class _Snapshot(Schema):
+    """What a snapshot holds; its weights lie beside it.
+
+    Attributes:
+        program: See `program_to_json`.
+        origin: The program's weight -> the source's.
+        stored: The program's weight -> the snapshot that holds it, and its name there.
+        entries: Report entries of the passes so far.
+    """
+
+    program: dict[str, Any]
+    origin: dict[str, str]
+    stored: dict[str, Annotated[list[str], pydantic.Field(min_length=2, max_length=2)]]
+    entries: list[dict[str, Any]]
 
 
 def fingerprint(program: Program) -> str:
@@ -108,31 +130,40 @@ class Snapshots:
             "stored": {w.name: self._stored[id(w.producer)][:2] for w in own},
             "entries": entries,
         }
-        (fresh / "snapshot.json").write_text(json.dumps(state), encoding="utf-8")
+        (fresh / SNAPSHOT_NAME).write_text(json.dumps(state), encoding="utf-8")
         shutil.rmtree(self.folder / name, ignore_errors=True)
         fresh.rename(self.folder / name)
 
     def load(self, recipe: str, number: int) -> tuple[Program, list[dict[str, Any]]] | None:
-        """Return the snapshot after the first `number` passes and their entries, if there."""
-        place = self.folder / self._name(recipe, number)
-        try:
-            state = json.loads((place / "snapshot.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        """Return the snapshot after the first `number` passes and their entries, if there.
+
+        Raises:
+            SourceError: It is damaged.
+        """
+        path = self.folder / self._name(recipe, number) / SNAPSHOT_NAME
+        if not path.exists():
             return None
-        producers: dict[str, Producer] = {
-            name: self._source.weights[source].producer for name, source in state["origin"].items()
-        }
-        files = {
-            folder: read_header(self.folder / folder / WEIGHTS_NAME)
-            for folder in {folder for folder, _ in state["stored"].values()}
-        }
-        for name, (folder, stored) in state["stored"].items():
+        again = "Leave --resume out to start again."
+        state = parse(_Snapshot, read_json(path, remedy=again), str(path), remedy=again)
+        producers: dict[str, Producer] = {}
+        for name, source in state.origin.items():
+            if source not in self._source.weights:
+                raise SourceError(f"{path}: the source has no weight {shown(source)}.", again)
+            producers[name] = self._source.weights[source].producer
+        files: dict[str, dict[str, RawTensor]] = {}
+        for name, (folder, stored) in state.stored.items():
+            if Path(folder).name != folder:
+                raise SourceError(f"{path} names {shown(folder)}, which is no snapshot.", again)
+            if folder not in files:
+                files[folder] = read_header(self.folder / folder / WEIGHTS_NAME)
+            if stored not in files[folder]:
+                raise SourceError(f"{path}: the snapshots lack the weight {shown(stored)}.", again)
             producer = files[folder][stored]
             producers[name] = producer
             self._stored[id(producer)] = (folder, stored, producer)
-        program = program_from_json(state["program"], producers)
+        program = program_from_json(state.program, producers)
         program.tokenizer = self._source.tokenizer
-        return program, state["entries"]
+        return program, state.entries
 
     def clear(self) -> None:
         """Delete every snapshot."""

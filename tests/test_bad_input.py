@@ -101,9 +101,9 @@ def test_truncated_safetensors(model, command):
 @pytest.mark.parametrize(
     ("start", "data", "message"),
     [
-        (20, b"\xff" * 20, "its header is malformed"),
+        (20, b"\xff" * 20, "its header is not UTF-8 text"),
         (0, b"\xff" * 8, "is not a safetensors file or is corrupt"),
-        (0, b"\x10" + bytes(7), "its header is malformed"),
+        (0, b"\x10" + bytes(7), "its header, line 1, column .*, is not valid JSON"),
     ],
 )
 def test_corrupt_safetensors(model, start, data, message):
@@ -476,7 +476,7 @@ def test_malformed_programs(compiled, monkeypatch):
     assert found == 1 and "holds a size that is not algebra" in error
     assert not Path("ran").exists()
     path.write_text(text[: len(text) // 2])
-    refused("inspect", compiled, message="is not a saved graphopt program", remedy="Compile")
+    refused("inspect", compiled, message="is not valid JSON", remedy="Compile")
 
 
 def test_damaged_artifacts(compiled):

@@ -206,12 +206,15 @@ def test_read_piqa(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2, is no PIQA question"),
-        ("[]", "line 2, is no PIQA question"),
+        ("{", "line 2, line 1, column 2, is not valid JSON"),
+        ("[]", "line 2 is .*, and it should be a valid dictionary"),
         ('{"goal": "g", "sol1": "a", "sol2": "b"}', "'label' is missing"),
-        ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 2}', "out of range"),
-        ('{"goal": "g", "sol1": 1, "sol2": "b", "label": 0}', "out of range"),
-        ('{"goal": "g", "sol1": "", "sol2": "b", "label": 0}', "a solution is empty"),
+        ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 2}', "'label' is 2, and it should be"),
+        ('{"goal": "g", "sol1": 1, "sol2": "b", "label": 0}', "'sol1' is 1, and it should be"),
+        (
+            '{"goal": "g", "sol1": "", "sol2": "b", "label": 0}',
+            "'sol1' is '', and it should have at least 1 character",
+        ),
     ],
 )
 def test_bad_piqa_line(tmp_path: Path, line: str, message: str) -> None:

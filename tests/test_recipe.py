@@ -102,7 +102,7 @@ def test_errors_say_where_and_what_to_do(text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("passes: [", "line 1, column 10 is not YAML"),
+        ("passes: [", "line 1, column 10, is not YAML"),
         ("steps: []", "has no 'passes'"),
         ("- dead-code", "has no 'passes'"),
         ("passes: []\nextra: 1", "unknown key 'extra'"),

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from graphopt.errors import SourceError, VerifyError
+from graphopt.inputs import open_regular
 from graphopt.sources.base import ModelSource
 
 __all__ = ["ModelSource", "open_model"]
@@ -100,11 +101,8 @@ def _unfit_folder(folder: Path) -> SourceError:
 
 
 def _starts_like_gguf(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == b"GGUF"
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
+    with open_regular(path) as file:
+        return file.read(4) == b"GGUF"
 
 
 def _nearest(path: Path) -> str:

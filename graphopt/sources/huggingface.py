@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import SourceError
+from graphopt.inputs import read_json
 from graphopt.ir.weights import Producer
 from graphopt.sources.base import ModelSource, common_dtype, reason, tokenizer_in
 from graphopt.sources.safetensors import INDEX_NAME, WEIGHTS_NAME, read_checkpoint
@@ -39,12 +39,7 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedCon
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise SourceError(f"{path} is not valid JSON: {error}.", "Download it again.") from error
+    data = read_json(path)
     model_type = data.get("model_type") if isinstance(data, dict) else None
     if not isinstance(model_type, str):
         raise SourceError(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from graphopt.errors import SourceError
+from graphopt.inputs import open_regular
 from graphopt.ir.weights import Producer
 
 
@@ -24,16 +25,13 @@ def read_exactly(path: Path, offset: int, count: int) -> torch.Tensor:
     buffer = torch.empty(count, dtype=torch.uint8)
     view = buffer.numpy().data
     done = 0
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            while done < count:
-                got = file.readinto(view[done:])
-                if not got:
-                    break
-                done += got
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
+    with open_regular(path) as file:
+        file.seek(offset)
+        while done < count:
+            got = file.readinto(view[done:])
+            if not got:
+                break
+            done += got
     if done < count:
         raise SourceError(
             f"{path} is truncated: {count} bytes were expected at {offset}, {done} are there.",

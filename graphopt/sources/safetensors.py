@@ -12,18 +12,30 @@ import contextlib
 import errno
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import torch
 
 from graphopt.errors import GraphoptError, SourceError
+from graphopt.inputs import (
+    OpenSchema,
+    Schema,
+    Size,
+    open_regular,
+    parse,
+    parse_json,
+    read_json,
+    shown,
+)
 from graphopt.ir.weights import Array, Producer
 from graphopt.sources.check import check_finite
-from graphopt.sources.raw import RawTensor
+from graphopt.sources.raw import RawTensor, read_exactly
 
 DTYPE_OF: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -52,11 +64,22 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return result
+class _Entry(Schema):
+    """What the header says of a tensor."""
+
+    dtype: str
+    shape: Annotated[list[Size], pydantic.Field(max_length=16)]
+    data_offsets: Annotated[list[Size], pydantic.Field(min_length=2, max_length=2)]
+
+
+class _Header(pydantic.RootModel[dict[str, dict[str, Any]]]):
+    """Tensors by name; each is parsed for itself, so that one error is kept, not one of each."""
+
+
+class _Index(OpenSchema):
+    """Which shard holds which tensor."""
+
+    weight_map: dict[str, str]
 
 
 def read_header(path: Path) -> dict[str, RawTensor]:
@@ -68,36 +91,29 @@ def read_header(path: Path) -> dict[str, RawTensor]:
     """
     path = Path(path)
     again = "Download the file again."
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise SourceError(f"{path} is truncated: it has {size} bytes.", again)
-            (length,) = struct.unpack("<Q", prefix)
-            if length > MAX_HEADER_BYTES:
-                raise SourceError(f"{path} is not a safetensors file or is corrupt.", again)
-            if 8 + length > size:
-                raise SourceError(
-                    f"{path} is truncated: its header takes {length} bytes and the file has "
-                    f"{size}.",
-                    again,
-                )
-            text = file.read(length)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
-    try:
-        header = json.loads(text, object_pairs_hook=_refuse_repeats)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise SourceError(f"{path} is truncated: it has {size} bytes.", again)
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER_BYTES:
+            raise SourceError(f"{path} is not a safetensors file or is corrupt.", again)
+        if 8 + length > size:
+            raise SourceError(
+                f"{path} is truncated: its header takes {length} bytes and the file has {size}.",
+                again,
+            )
+        text = read_exactly(path, 8, length).numpy().tobytes()
+    where = f"{path} is corrupt: its header"
+    header = parse_json(text, where, remedy=again)
+    if isinstance(header, dict):
         header.pop("__metadata__", None)
-        entries = [
-            (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in header.items()
-        ]
-        numbers = [n for _, _, shape, start, stop in entries for n in (*shape, start, stop)]
-        if any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError("a size is not a whole number")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{path} is corrupt: its header is malformed.", again) from error
+    entries: list[tuple[str, str, tuple[int, ...], int, int]] = []
+    for name, data in parse(_Header, header, where, remedy=again).root.items():
+        entry = parse(_Entry, data, f"{where}, tensor {shown(name)}", remedy=again)
+        start, stop = entry.data_offsets
+        entries.append((name, entry.dtype, tuple(entry.shape), start, stop))
 
     base, end = 8 + length, 0
     tensors: dict[str, RawTensor] = {}
@@ -149,15 +165,16 @@ def read_checkpoint(folder: Path) -> dict[str, RawTensor]:
             f"{folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}.",
             "graphopt reads safetensors checkpoints only.",
         )
-    try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        shards: dict[str, list[str]] = {}
-        for name, shard in weight_map.items():
-            shards.setdefault(shard, []).append(name)
-        if any(Path(shard).name != shard for shard in shards):
-            raise ValueError("a shard lies outside the folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"{index_path} is malformed.", "Download the file again.") from error
+    index = parse(_Index, read_json(index_path), str(index_path))
+    shards: dict[str, list[str]] = {}
+    for name, shard in index.weight_map.items():
+        shards.setdefault(shard, []).append(name)
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise SourceError(
+                f"{index_path} names the shard {shown(shard)}, which lies outside the folder.",
+                "Download the file again.",
+            )
     missing = [shard for shard in sorted(shards) if not (folder / shard).exists()]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -131,12 +131,12 @@ def test_file_that_shrinks_after_its_header_was_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"not json at all", "malformed"),
-        (b"[1, 2]", "malformed"),
-        (b'{"a": {"dtype": "F32"}}', "malformed"),
+        (b"not json at all", "header, line 1, column 1, is not valid JSON"),
+        (b"[1, 2]", "header is .*, and it should be a valid dictionary"),
+        (b'{"a": {"dtype": "F32"}}', "'a': the entry 'shape' is missing"),
         (b'{"a": 1, "a": 2}', "malformed"),
-        ({"a": entry(0, 8, [2.5])}, "malformed"),
-        ({"a": entry(0, 8, [-2])}, "malformed"),
+        ({"a": entry(0, 8, [2.5])}, "'shape.0' is 2.5, and it should be a valid integer"),
+        ({"a": entry(0, 8, [-2])}, "'shape.0' is -2, and it should be greater"),
         ({"a": entry(0, 8, [2], "F4")}, "unknown dtype 'F4'"),
         ({"a": entry(0, 8, [3])}, "takes 8 bytes"),
         ({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, "'b' overlaps"),

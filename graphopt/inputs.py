@@ -1,0 +1,491 @@
+"""Reading what users' folders hold: bounded, of regular files, and parsed by a schema.
+
+Everything that did not come with graphopt passes through here: configs, headers, saved programs,
+reports, recipes and texts. A file is opened only where it is a regular one, read only up to a
+limit, and parsed only to a bounded depth and size of numbers; and what was parsed is checked
+against a schema before code looks into it. Whatever is wrong is one sentence that names the file,
+the place in it and what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import math
+import os
+import re
+import reprlib
+import stat
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
+
+import pydantic
+import yaml
+
+from graphopt.errors import GraphoptError, SourceError
+
+MAX_TEXT_BYTES = 128 * 2**20
+"""Of a text to calibrate with or to measure on: a hundred times WikiText-2."""
+
+MAX_JSON_BYTES = 64 * 2**20
+"""Of one JSON file: twice the largest tokenizer known."""
+
+MAX_YAML_BYTES = 2**18
+"""Of a recipe, which people write by hand."""
+
+MAX_DEPTH = 64
+"""How deep lists and objects may be nested; code that walks them recurses as deep."""
+
+MAX_VALUES = 2_000_000
+"""How many values one JSON file may hold; a schema that all of them break keeps an error each."""
+
+MAX_DIGITS = 40
+"""Of a whole number. Tokenizers state 1e30 for "no limit"; every size has its own bound."""
+
+Error = type[GraphoptError]
+Model = TypeVar("Model", bound=pydantic.BaseModel)
+
+Size = Annotated[int, pydantic.Field(ge=0, le=2**48)]
+"""A size, offset or count of anything in a file: no model comes near the bound."""
+
+
+class Schema(pydantic.BaseModel):
+    """Base of what files are parsed by: no value is converted, and no unknown entry passes."""
+
+    model_config = pydantic.ConfigDict(
+        strict=True, frozen=True, extra="forbid", protected_namespaces=()
+    )
+
+
+class OpenSchema(Schema):
+    """A schema of the entries that graphopt reads, among others that it does not know."""
+
+    model_config = pydantic.ConfigDict(extra="ignore")
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 3
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error message shows it: whole where it is short, else its beginning."""
+    return _SHORT.repr(value)
+
+
+def shown_path(path: str | Path) -> str:
+    """Return a path as text that can be printed, also where its bytes are no text."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+
+
+# Files ------------------------------------------------------------------------------------------
+
+
+def _kind(mode: int) -> str:
+    for test, name in (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    ):
+        if test(mode):
+            return name
+    return "no regular file"
+
+
+@contextlib.contextmanager
+def open_regular(path: Path, *, error: Error = SourceError) -> Iterator[io.FileIO]:
+    """Open a regular file for reading, unbuffered.
+
+    A pipe would hang whoever opens it, a device may never end, and opening either can have
+    effects; so what is no regular file is refused before and after it is opened.
+
+    Raises:
+        error: It is missing, may not be read, or is no regular file.
+    """
+    path = Path(path)
+    try:
+        _check_regular(path, path.stat().st_mode, error)
+        # Should a pipe have taken its place since, opening must not wait for a writer.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        file = io.FileIO(os.open(path, flags))
+    except (OSError, ValueError) as problem:
+        # A name with a zero byte in it is a ValueError.
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"{shown_path(path)} cannot be read: {reason}.") from problem
+    with file:
+        try:
+            _check_regular(path, os.fstat(file.fileno()).st_mode, error)
+            yield file
+        except OSError as problem:
+            raise error(
+                f"{shown_path(path)} cannot be read: {problem.strerror or problem}."
+            ) from problem
+
+
+def _check_regular(path: Path, mode: int, error: Error) -> None:
+    if not stat.S_ISREG(mode):
+        raise error(f"{shown_path(path)} is {_kind(mode)}.", "Give a regular file.")
+
+
+def read_bytes(path: Path, limit: int, *, error: Error = SourceError) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        error: It cannot be read, is no regular file, or has more than `limit` bytes.
+    """
+    with open_regular(path, error=error) as file:
+        size = os.fstat(file.fileno()).st_size
+        parts: list[bytes] = []
+        left = limit + 1
+        # The size may be wrong (files of /proc state none) or change while it is read.
+        while size <= limit and left > 0 and (part := file.read(min(left, 2**24))):
+            parts.append(part)
+            left -= len(part)
+    if size > limit or left <= 0:
+        raise error(
+            f"{shown_path(path)} has {max(size, limit + 1)} bytes, and graphopt reads at most "
+            f"{limit} of such a file.",
+            "Check that it is the right one, or give a shorter one.",
+        )
+    return b"".join(parts)
+
+
+def read_utf8(path: Path, limit: int = MAX_TEXT_BYTES, *, error: Error = SourceError) -> str:
+    """Return the content of a regular file that is UTF-8 text.
+
+    Raises:
+        error: See `read_bytes`; or it is not UTF-8.
+    """
+    data = read_bytes(path, limit, error=error)
+    return _decode(data, shown_path(path), "Convert it to UTF-8.", error)
+
+
+def _decode(data: bytes, where: str, remedy: str, error: Error) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise error(
+            f"{where} is not UTF-8 text: byte {problem.start} is {data[problem.start]:#04x}.",
+            remedy,
+        ) from problem
+
+
+# JSON -------------------------------------------------------------------------------------------
+
+
+class _Refused(ValueError):
+    """What a hook of a parser refuses; the text says it."""
+
+
+def _whole_number(text: str) -> int:
+    digits = len(text.lstrip("+-"))
+    if digits > MAX_DIGITS:
+        raise _Refused(f"the number {text[:12]}... has {digits} digits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise _Refused(f"the number {text[:20]} is too large")
+    return value
+
+
+_SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _entries(pairs: list[tuple[str, Any]]) -> Any:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _Refused(f"the key {shown(key)} occurs twice in one object")
+            seen.add(key)
+    if len(pairs) == 1 and pairs[0][0] == "__float__" and isinstance(pairs[0][1], str):
+        # transformers writes floats that JSON has no word for in this way.
+        if pairs[0][1] not in _SPECIAL_FLOATS:
+            raise _Refused(f'{{"__float__": {shown(pairs[0][1])}}} is no number')
+        return _SPECIAL_FLOATS[pairs[0][1]]
+    return result
+
+
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_NO_STRUCTURE = bytes(set(range(256)) - set(b"[]{},"))
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_json(
+    data: bytes,
+    where: str,
+    *,
+    remedy: str = "Download it again.",
+    max_values: int = MAX_VALUES,
+    error: Error = SourceError,
+) -> Any:
+    """Return the value of a JSON text.
+
+    Numbers that JSON has no word for are read as transformers writes them: `NaN`, `Infinity`, or
+    `{"__float__": "Infinity"}`.
+
+    Args:
+        data: UTF-8 text.
+        where: What error messages call it, such as its file name.
+        remedy: What to do where it is malformed.
+        max_values: How many values it may hold.
+
+    Raises:
+        error: It is not UTF-8 or not JSON; an object has a key twice; a text holds half a
+            surrogate pair; or it is nested too deeply, has a number too large or too many values.
+    """
+    text = _decode(data, where, remedy, error)
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_entries,
+            parse_int=_whole_number,
+            parse_float=_number,
+        )
+    except json.JSONDecodeError as problem:
+        raise error(
+            f"{where}, line {problem.lineno}, column {problem.colno}, is not valid JSON: "
+            f"{problem.msg}.",
+            remedy,
+        ) from problem
+    except _Refused as problem:
+        raise error(f"{where} is malformed: {problem}.", remedy) from problem
+    except RecursionError as problem:
+        raise error(f"{where} is nested deeper than {MAX_DEPTH} levels.", remedy) from problem
+    structure = _STRING.sub(b"", data).translate(None, _NO_STRUCTURE)
+    count = structure.count(b",") + structure.count(b"[") + structure.count(b"{")
+    if count > max_values:
+        raise error(f"{where} holds {count} values, more than {max_values}.", remedy)
+    brackets = structure.translate(bytes.maketrans(b"{}", b"[]"), b",")
+    for _ in range(MAX_DEPTH):
+        if not brackets:
+            break
+        brackets = brackets.replace(b"[]", b"")  # the innermost ones
+    if brackets:
+        raise error(f"{where} is nested deeper than {MAX_DEPTH} levels.", remedy)
+    if _ESCAPED_SURROGATE.search(data):
+        _refuse_surrogates(value, where, remedy, error)
+    return value
+
+
+def _refuse_surrogates(value: Any, where: str, remedy: str, error: Error) -> None:
+    """Refuse texts with half a surrogate pair, which can neither be printed nor written."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            if _SURROGATE.search(item):
+                plain = item.encode("ascii", errors="backslashreplace").decode()
+                raise error(f"{where}: the text {shown(plain)} is not valid Unicode.", remedy)
+        elif isinstance(item, dict):
+            left += item.keys()
+            left += item.values()
+        elif isinstance(item, list):
+            left += item
+
+
+def read_json(
+    path: Path,
+    *,
+    limit: int = MAX_JSON_BYTES,
+    remedy: str = "Download it again.",
+    max_values: int = MAX_VALUES,
+    error: Error = SourceError,
+) -> Any:
+    """Return the value in a JSON file; see `parse_json`.
+
+    Raises:
+        error: See `read_bytes` and `parse_json`.
+    """
+    data = read_bytes(path, limit, error=error)
+    return parse_json(data, shown_path(path), remedy=remedy, max_values=max_values, error=error)
+
+
+# YAML -------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what lets a short text stand for a large or surprising value.
+
+    Scalars are those of JSON (YAML 1.2's core schema): `null`, `true`, `false`, decimal numbers
+    and text; no dates, octal or sexagesimal numbers. There are no aliases and no other tags, and
+    no key occurs twice.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (declared so by the base)
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {}
+    yaml_multi_constructors: ClassVar[dict[str | None, Any]] = {}
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(None, None, "aliases are not read", event.start_mark)
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            problem = f"it is nested deeper than {MAX_DEPTH} levels"
+            raise yaml.MarkedYAMLError(None, None, problem, self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def refuse(self, node: yaml.Node) -> NoReturn:
+        raise yaml.MarkedYAMLError(
+            None, None, f"values of kind {shown(node.tag)} are not read", node.start_mark
+        )
+
+    def mapping(self, node: yaml.Node) -> dict[Hashable, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            self.refuse(node)
+        result: dict[Hashable, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool | None):
+                raise yaml.MarkedYAMLError(
+                    None, None, "a key is a list or a mapping", key_node.start_mark
+                )
+            if key in result:
+                raise yaml.MarkedYAMLError(
+                    None, None, f"the key {shown(key)} occurs twice", key_node.start_mark
+                )
+            result[key] = self.construct_object(value_node, deep=True)
+        return result
+
+    def sequence(self, node: yaml.Node) -> list[Any]:
+        if not isinstance(node, yaml.SequenceNode):
+            self.refuse(node)
+        return [self.construct_object(item, deep=True) for item in node.value]
+
+    def scalar(self, node: yaml.ScalarNode, convert: Callable[[str], Any]) -> Any:
+        try:
+            return convert(self.construct_scalar(node))
+        except (ValueError, KeyError) as problem:
+            text = str(problem) if isinstance(problem, _Refused) else "a value is malformed"
+            raise yaml.MarkedYAMLError(None, None, text, node.start_mark) from None
+
+
+_YAML_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
+_YAML_FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def _yaml_word(text: str) -> Any:
+    return _YAML_WORDS[text.lower()]
+
+
+def _yaml_float(text: str) -> float:
+    special = _YAML_FLOATS.get(text.lower().replace("+", "").replace(".", ""))
+    return _number(text) if special is None else special
+
+
+_YAML_SCALARS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
+    "null": (r"~|null|Null|NULL|", "~nN", _yaml_word),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF", _yaml_word),
+    "int": (r"[-+]?[0-9]+", "-+0123456789", _whole_number),
+    "float": (
+        r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+        _yaml_float,
+    ),
+}
+"""YAML 1.2's core schema (https://yaml.org/spec/1.2.2/#103-core-schema): the pattern, the
+characters it starts with, and how a scalar is read. Octal and hexadecimal numbers are left out."""
+
+
+def _register_scalars() -> None:
+    prefix = "tag:yaml.org,2002:"
+    for name, (pattern, first, convert) in _YAML_SCALARS.items():
+        starts = [*first, ""] if name == "null" else list(first)
+        _Loader.add_implicit_resolver(prefix + name, re.compile(f"(?:{pattern})\\Z"), starts)
+        _Loader.add_constructor(prefix + name, functools.partial(_Loader.scalar, convert=convert))
+    _Loader.add_constructor(prefix + "str", functools.partial(_Loader.scalar, convert=str))
+    _Loader.add_constructor(prefix + "seq", _Loader.sequence)
+    _Loader.add_constructor(prefix + "map", _Loader.mapping)
+    _Loader.add_constructor(None, _Loader.refuse)
+
+
+_register_scalars()
+
+
+def parse_yaml(text: str, where: str, *, error: Error = SourceError) -> Any:
+    """Return the value of a YAML text: the scalars of JSON, lists and mappings; see `_Loader`.
+
+    Args:
+        where: What error messages call it, such as its file name.
+
+    Raises:
+        error: With the line of what is not YAML or not read.
+    """
+    remedy = "Mend the file."
+    if len(text) > MAX_YAML_BYTES:
+        raise error(f"{where} has {len(text)} characters, more than {MAX_YAML_BYTES}.", remedy)
+    try:
+        loader = _Loader(text)
+        try:
+            value = loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as problem:
+        mark = problem.problem_mark or problem.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
+        said = problem.problem or problem.context or "it cannot be read"
+        raise error(f"{where}{place} is not YAML: {said}.", remedy) from problem
+    except yaml.reader.ReaderError as problem:
+        raise error(
+            f"{where}, character {problem.position + 1}, is not YAML: {problem.reason}.", remedy
+        ) from problem
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError, RecursionError) as problem:
+        # The scanner lets through what int and chr say of an escape such as "\U00110000".
+        raise error(f"{where} is not YAML: {problem}.", remedy) from problem
+    _refuse_surrogates(value, where, remedy, error)
+    return value
+
+
+# Schemas ----------------------------------------------------------------------------------------
+
+
+def _as_clause(found: re.Match[str]) -> str:
+    return "it should" if found[0].endswith("should") else ""
+
+
+def parse(
+    schema: type[Model],
+    data: Any,
+    where: str,
+    *,
+    remedy: str = "Download it again.",
+    error: Error = SourceError,
+) -> Model:
+    """Return JSON or YAML data as an object of `schema`.
+
+    Args:
+        where: What error messages call it, such as its file name.
+
+    Raises:
+        error: Naming the first entry that does not fit, what it is and what it should be.
+    """
+    try:
+        return schema.model_validate(data)
+    except pydantic.ValidationError as problem:
+        first = problem.errors(include_url=False, include_context=False)[0]
+        # What is wrong, in pydantic's words: "Input should be a valid integer", "Field required".
+        said = re.sub(r"^(Value error, |\w+ should)", _as_clause, first["msg"])
+        place = ".".join(str(part) for part in first["loc"])
+        entry = f": the entry {shown(place)}" if place else ""
+        is_ = "" if first["type"] == "missing" else f" is {shown(first['input'])}, and"
+        said = "is missing" if first["type"] == "missing" else said
+        raise error(f"{where}{entry}{is_} {said}.", remedy) from problem
