@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.execute import CacheContents, Runner, complete_inputs, resident
 from graphopt.ir.graph import Program
 from graphopt.progress import Progress, silent
+from graphopt.windows import Bos, TokenText
 
 if TYPE_CHECKING:
     from graphopt.passes.base import Context
@@ -38,21 +39,24 @@ WRITTEN = ((16, 256), (64, 2048))
 """Windows that a model writes where no text is given, and their tokens: on a CPU, on a GPU."""
 
 
-def text_windows(program: Program, text: str, length: int) -> Tensor:
+def text_windows(program: Program, text: str, length: int, bos: Bos = "every") -> Tensor:
     """Return a text as int64 [windows, length] token ids; what is left over is dropped.
+
+    Args:
+        bos: Which windows begin with what the tokenizer puts before a text.
 
     Raises:
         PassError: The text has fewer than `length` tokens, or the model takes fewer.
         SourceError: The model has no tokenizer.
     """
-    return _windows(program, _tokens(program, text), length)
+    return _windows(program, _tokens(program, text, bos), length)
 
 
 def calibration_windows(program: Program, context: Context, length: int) -> Tensor:
     """Return the calibration text of a compile as int64 [windows, length].
 
     The built-in text has a few hundred tokens. Where it is all there is, the model writes on
-    behind beginnings from it.
+    behind beginnings from it. `context.begin` says afterwards what every window begins with.
 
     Args:
         program: The whole model; it writes for all passes, when the first of them asks.
@@ -61,26 +65,26 @@ def calibration_windows(program: Program, context: Context, length: int) -> Tens
         PassError: As for `text_windows` and `sample_windows`.
         SourceError: The model has no tokenizer.
     """
+    text = _tokens(program, context.text, context.bos)
+    context.begin = tuple(text.begin.tolist())
     if not context.built_in:
-        return text_windows(program, context.text, length)
+        return _windows(program, text, length)
     if context.written is None:
         count, tokens = WRITTEN[context.device.type == "cuda"]
-        context.written = sample_windows(
-            program, _tokens(program, context.text)[None], count,
-            min(tokens, ProgramModel(program).positions or tokens),
+        made = sample_windows(
+            program, text.windows(len(text)), count,
+            min(tokens, ProgramModel(program).positions or tokens), begin=context.begin,
             device=context.device, seed=context.seed, progress=context.progress,
-        ).flatten()  # fmt: skip
-    return _windows(program, context.written, length)
+        )  # fmt: skip
+        context.written = made[:, len(context.begin) :].flatten()
+    return _windows(program, TokenText(context.written, text.begin), length)
 
 
-def _tokens(program: Program, text: str) -> Tensor:
-    ids: Tensor = load_tokenizer(ProgramModel(program))(text, return_tensors="pt", verbose=False)[
-        "input_ids"
-    ][0]
-    return ids
+def _tokens(program: Program, text: str, bos: Bos) -> TokenText:
+    return TokenText.of(load_tokenizer(ProgramModel(program)), text, bos)
 
 
-def _windows(program: Program, ids: Tensor, length: int) -> Tensor:
+def _windows(program: Program, text: TokenText, length: int) -> Tensor:
     positions = ProgramModel(program).positions
     if positions is not None and length > positions:
         raise PassError(
@@ -88,13 +92,18 @@ def _windows(program: Program, ids: Tensor, length: int) -> Tensor:
             "for.",
             f"Give seqlen={positions} or less.",
         )
-    count = len(ids) // length
-    if not count:
+    if text.room(length) < 1:
         raise PassError(
-            f"The calibration text has {len(ids)} tokens, and a window takes {length}.",
-            f"Give a longer text with --calib, or seqlen={len(ids)} or less.",
+            f"Windows of {length} tokens have no room for text: the tokenizer puts "
+            f"{len(text.begin)} before it.",
+            f"Give seqlen={len(text.begin) + 1} or more.",
         )
-    return ids[: count * length].view(count, length)
+    if not text.count(length):
+        raise PassError(
+            f"The calibration text has {len(text)} tokens, and a window takes {length}.",
+            f"Give a longer text with --calib, or seqlen={len(text)} or less.",
+        )
+    return text.windows(length)
 
 
 def pick(windows: Tensor, count: int, seed: int) -> Tensor:
@@ -112,6 +121,7 @@ def sample_windows(
     count: int,
     length: int,
     *,
+    begin: Sequence[int] = (),
     device: torch.device,
     seconds: float | None = None,
     seed: int = 0,
@@ -126,6 +136,8 @@ def sample_windows(
         text: int64 [N, S], windows of text to begin with.
         count: How many windows to make.
         length: Of a window.
+        begin: n ids that each of the given windows begins with. So does each of the new ones, and
+            each piece as it is written.
         seconds: Stop after about so many; there are fewer windows then, and pieces may be shorter.
 
     Returns:
@@ -135,31 +147,39 @@ def sample_windows(
         PassError: The model can have no KV cache.
     """
     deadline = math.inf if seconds is None else time.perf_counter() + seconds
-    begun, wanted = time.perf_counter(), count * length
+    n = len(begin)
+    begun, wanted = time.perf_counter(), count * (length - n)
     piece = min(PIECE, length)
-    prompt = min(PROMPT, piece // 2, text.shape[1])
+    prompt = min(PROMPT, (piece - n) // 2, text.shape[1] - n)
+    if prompt < 1:
+        raise PassError(
+            f"Windows of {length} tokens are too short for a model to write text in.",
+            f"Give seqlen={n + 2} or more.",
+        )
+    first = torch.tensor(begin, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
     writer = _writer(program, device, seed)
-    most = writer.at_once(piece, prompt)
+    most = writer.at_once(piece, n + prompt)
     made: list[Tensor] = []
     done = 0
     while done < wanted and (time.perf_counter() < deadline or not made):
-        part = min(most, -(-(wanted - done) // piece))
+        part = min(most, -(-(wanted - done) // (piece - n)))
         rows = torch.randint(len(text), (part,), generator=generator)
-        places = torch.randint(text.shape[1] - prompt + 1, (part,), generator=generator)
+        places = n + torch.randint(text.shape[1] - n - prompt + 1, (part,), generator=generator)
         prompts = text[rows[:, None], places[:, None] + torch.arange(prompt)]
+        prompts = torch.cat([first.expand(part, n), prompts], 1)
 
         def tell(step: int, done: int = done, part: int = part) -> bool:
             now = time.perf_counter()
-            share = max((done + part * step) / wanted, (now - begun) / max(deadline - begun, 1e-9))
+            text_share = (done + part * (step - n)) / wanted
+            share = max(text_share, (now - begun) / max(deadline - begun, 1e-9))
             progress("writing text", int(min(share, 1.0) * 1000), 1000)
             return now < deadline
 
-        made.append(writer.write(prompts, piece, tell).flatten())
+        made.append(writer.write(prompts, piece, tell)[:, n:].flatten())
         done += len(made[-1])
     progress("writing text", 1000, 1000)
-    written = torch.cat(made)[:wanted]
-    return written[: len(written) // length * length].view(-1, length)
+    return TokenText(torch.cat(made)[:wanted], first).windows(length)
 
 
 def _writer(program: Program, device: torch.device, seed: int) -> _Writer:

@@ -87,6 +87,14 @@ ConfigOption = Annotated[
     typer.Option("--config", help="A config.json instead of a model: structure without weights."),
 ]
 
+BosOption = Annotated[
+    str,
+    typer.Option(
+        help="Which windows of text begin with the token that the tokenizer puts before a text: "
+        "every, or, as in papers, the first."
+    ),
+]
+
 
 def _spec(model: str | None, config: Path | None) -> str:
     if (model is None) == (config is None):
@@ -163,6 +171,7 @@ def compile_command(
     ] = False,
     device: Annotated[str, typer.Option(help="Where passes and verification compute.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    bos: BosOption = "every",
     config: ConfigOption = None,
     trust_remote_code: Remote = False,
     as_json: Json = False,
@@ -172,6 +181,7 @@ def compile_command(
     with ui.progress_bars() as progress:
         progress("starting", 0, 1)
         from graphopt.compiler import check_output, compile_model
+        from graphopt.windows import check_bos
 
         if not dry_run:
             check_output(out, force)
@@ -204,6 +214,7 @@ def compile_command(
             resume=resume,
             device=device,
             seed=seed,
+            bos=check_bos(bos),
             trust_remote_code=trust_remote_code,
             progress=progress,
             on_capture=on_capture,
@@ -270,6 +281,7 @@ def eval_command(
     seqlen: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a window; 2048, or what the model takes.")
     ] = None,
+    bos: BosOption = "every",
     piqa: Annotated[Path | None, typer.Option(help="PIQA rows as JSON lines.")] = None,
     backend: Backend = "auto",
     trust_remote_code: Remote = False,
@@ -281,7 +293,9 @@ def eval_command(
     with ui.progress_bars() as progress:
         progress("opening", 0, 1)
         from graphopt import evaluate
+        from graphopt.windows import check_bos
 
+        beginning = check_bos(bos)
         content = evaluate.read_text(text) if text is not None else None
         rows = evaluate.read_piqa(piqa) if piqa is not None else None
         opened = evaluate.open_language_model(
@@ -296,6 +310,8 @@ def eval_command(
             "tokens": 0,
             "windows": 0,
             "seqlen": None,
+            "bos": None,
+            "begin": None,
             "seconds": 0.0,
             "piqa_accuracy": None,
             "piqa_rows": 0,
@@ -303,11 +319,13 @@ def eval_command(
         if content is not None:
             length = seqlen or min(2048, opened.positions or 2048)
             measured = evaluate.perplexity(
-                opened, tokenizer, content, windows=windows, seqlen=length, progress=progress
-            )
+                opened, tokenizer, content,
+                windows=windows, seqlen=length, bos=beginning, progress=progress,
+            )  # fmt: skip
             found["perplexity"] = measured.perplexity
             found["tokens"], found["windows"] = measured.tokens, measured.windows
             found["seqlen"] = measured.seqlen
+            found["bos"], found["begin"] = beginning, list(measured.begin)
             found["seconds"] += measured.seconds
         if rows is not None:
             answered = evaluate.piqa_accuracy(opened, tokenizer, rows, progress=progress)
@@ -319,6 +337,11 @@ def eval_command(
     lines = [("model", f"{model}  ({found['backend']})")]
     if content is not None:
         windowed = f"{found['windows']} windows of {found['seqlen']} tokens"
+        if found["begin"]:
+            named = " ".join(tokenizer.convert_ids_to_tokens(found["begin"]))
+            windowed += f", each begun with {named}"
+        elif beginning == "first":
+            windowed += ", cut from one tokenisation"
         lines.append(("ppl", f"{found['perplexity']:.4f}  ({windowed})"))
     if rows is not None:
         lines.append(("piqa", f"{found['piqa_accuracy']:.2%}  ({found['piqa_rows']} questions)"))

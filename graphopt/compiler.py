@@ -24,6 +24,7 @@ from graphopt.pipeline import OnPass, Pipeline
 from graphopt.progress import Progress, silent
 from graphopt.report import ArtifactEntry, Report, SkipEntry, block_entries, machine, versions
 from graphopt.targets import get_target
+from graphopt.windows import Bos
 
 if TYPE_CHECKING:
     import torch
@@ -296,6 +297,7 @@ def compile_model(
     resume: bool = False,
     device: str | torch.device = "cpu",
     seed: int = 0,
+    bos: Bos = "every",
     trust_remote_code: bool = False,
     progress: Progress = silent,
     on_capture: Callable[[Program], None] | None = None,
@@ -323,6 +325,7 @@ def compile_model(
         resume: Go on with an interrupted compile to the same `out`.
         device: Where verification computes.
         seed: Of everything random.
+        bos: Which windows of text begin with what the tokenizer puts before a text.
         trust_remote_code: Let code of the checkpoint run.
         progress: Told about long work.
         on_capture: Told about the captured program.
@@ -370,6 +373,7 @@ def compile_model(
                 resume=resume,
                 device=device,
                 seed=seed,
+                bos=bos,
                 progress=progress,
                 on_pass=on_pass,
             )

@@ -213,7 +213,8 @@ class Distiller:
             started = time.perf_counter()
             own = sample_windows(
                 self.dense, self.windows, count, self.seqlen, seconds=seconds,
-                device=self.device, seed=self.context.seed, progress=self.context.progress,
+                begin=self.context.begin or (), device=self.device, seed=self.context.seed,
+                progress=self.context.progress,
             )  # fmt: skip
             self.clock("writing text", started)
             if path is not None:
@@ -306,7 +307,10 @@ class Distiller:
         """Return the file that keeps something between two runs of one compile."""
         if self.context.work is None:
             return None
-        key = json.dumps([FORMAT, asdict(self.options), what, self.context.seed], sort_keys=True)
+        context = self.context
+        key = json.dumps(
+            [FORMAT, asdict(self.options), what, context.seed, context.bos], sort_keys=True
+        )
         paths = [call.path for call in self.given.calls]
         digest = hashlib.sha256(f"{key}\n{self.context.text}\n{paths}\n{self.given}".encode())
         return self.context.work / f"distil-{digest.hexdigest()[:16]}.pt"

@@ -31,6 +31,7 @@ from graphopt.progress import Progress, silent
 from graphopt.sources.base import output_tokenizer, reason, tokenizer_in
 from graphopt.sources.check import CheckedRunner
 from graphopt.targets import get_target
+from graphopt.windows import Bos, TokenText, prompt_ids, special_ends, tokenizer_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -405,22 +406,7 @@ def load_tokenizer(model: LanguageModel) -> PreTrainedTokenizerBase:
     Raises:
         SourceError: It has none, or the files cannot be read without running code.
     """
-    from transformers import AutoTokenizer
-
-    if model.tokenizer is None:
-        raise SourceError(
-            f"{model.name} has no tokenizer.",
-            "Put tokenizer.json and tokenizer_config.json into the model's folder.",
-        )
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(model.tokenizer), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise SourceError(
-            f"The tokenizer in {model.tokenizer} cannot be loaded: {reason(error)}.",
-            "Put a tokenizer.json there that transformers loads without code of its own.",
-        ) from error
+    return tokenizer_at(model.tokenizer, model.name)
 
 
 def read_text(path: Path) -> str:
@@ -445,6 +431,7 @@ class PerplexityResult:
         windows: How many windows.
         seqlen: Tokens of a window.
         seconds: Time it took, without opening the model.
+        begin: Ids that every window begins with, which count among its tokens.
     """
 
     perplexity: float
@@ -452,6 +439,7 @@ class PerplexityResult:
     windows: int
     seqlen: int
     seconds: float
+    begin: tuple[int, ...] = ()
 
 
 def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
@@ -474,13 +462,18 @@ def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def window_perplexity(
-    logits: Callable[[Tensor], Tensor], windows: Tensor, progress: Progress = silent
+    logits: Callable[[Tensor], Tensor],
+    windows: Tensor,
+    progress: Progress = silent,
+    *,
+    first: int = 1,
 ) -> float:
     """Return the perplexity of windows of ids, the first token of each not predicted.
 
     Args:
         logits: From int64 [1, S] to the next tokens' logits [1, S, vocab], on one device.
         windows: int64 [N, S], one at a time.
+        first: Place of the first token that is predicted, at least 1.
 
     Returns:
         Infinity beyond e^700, where a broken model is sure of the wrong token.
@@ -488,9 +481,10 @@ def window_perplexity(
     total = 0.0
     progress("perplexity", 0, len(windows))
     for done, window in enumerate(windows.split(1), start=1):
-        total -= float(token_log_likelihoods(logits(window)[:, :-1], window[:, 1:]).double().sum())
+        rows, targets = logits(window)[:, first - 1 : -1], window[:, first:]
+        total -= float(token_log_likelihoods(rows, targets).double().sum())
         progress("perplexity", done, len(windows))
-    mean = total / (len(windows) * (windows.shape[1] - 1))
+    mean = total / (len(windows) * (windows.shape[1] - first))
     return math.exp(mean) if mean < 700 else math.inf
 
 
@@ -501,18 +495,22 @@ def perplexity(
     *,
     windows: int | None = None,
     seqlen: int = 2048,
+    bos: Bos = "every",
     progress: Progress = silent,
 ) -> PerplexityResult:
-    """Measure perplexity over non-overlapping windows, as compression papers do.
+    """Measure perplexity over windows that do not overlap.
 
-    The text is tokenised once, as a whole, and cut into windows of `seqlen` tokens; a rest that
-    fills no window is left out. A window's first token is not predicted. Source of the procedure:
-    Frantar et al., GPTQ, arXiv 2210.17323, section 4.
+    The text is tokenised once, as a whole, and cut into windows of `seqlen` tokens, each of which
+    begins with what the tokenizer puts before a text; a rest that fills no window is left out.
+    Neither that beginning nor a window's first token is predicted. With `bos="first"` the
+    procedure is that of compression papers (Frantar et al., GPTQ, arXiv 2210.17323, section 4),
+    and the same for tokenizers that put nothing before a text.
 
     Args:
         text: See `read_text`.
         windows: How many at most, from the start of the text; None for all.
-        seqlen: Tokens of a window.
+        seqlen: Tokens of a window, with its beginning.
+        bos: Which windows begin with what the tokenizer puts before a text.
 
     Raises:
         SourceError: The text fills no window.
@@ -527,25 +525,33 @@ def perplexity(
             f"A window of {seqlen} tokens exceeds the {model.positions} that {model.name} takes.",
             f"Pass --seqlen {model.positions} or less.",
         )
-    # `verbose` off: a text longer than the model's context is what this is about.
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-    count = len(ids) // seqlen
+    tokens = TokenText.of(tokenizer, text, bos)
+    begin = tuple(tokens.begin.tolist())
+    if seqlen <= len(begin):
+        raise UsageError(
+            f"A window of {seqlen} tokens has no room for text: the tokenizer puts {len(begin)} "
+            "before it.",
+            f"Pass --seqlen {len(begin) + 1} or more.",
+        )
+    count = tokens.count(seqlen)
     if count == 0:
         raise SourceError(
-            f"The text is too short: its {len(ids)} tokens fill no window of {seqlen}.",
-            f"Give a longer text, or pass --seqlen {len(ids)} or less."
-            if len(ids) > 1
+            f"The text is too short: its {len(tokens)} tokens fill no window of {seqlen}.",
+            f"Give a longer text, or pass --seqlen {len(tokens)} or less."
+            if len(tokens) > max(len(begin), 1)
             else "Give a longer text.",
         )
     count = count if windows is None else min(count, windows)
     started = time.perf_counter()
-    rows = ids[: count * seqlen].view(count, seqlen)
+    first = max(len(begin), 1)
+    rows = tokens.windows(seqlen)[:count]
     return PerplexityResult(
-        perplexity=window_perplexity(model.logits, rows, progress),
+        perplexity=window_perplexity(model.logits, rows, progress, first=first),
         tokens=count * seqlen,
         windows=count,
         seqlen=seqlen,
         seconds=time.perf_counter() - started,
+        begin=begin,
     )
 
 
@@ -621,19 +627,21 @@ def piqa_accuracy(
     if not rows or batch < 1:
         raise UsageError("PIQA needs at least one question and a batch of at least one.")
     started = time.perf_counter()
+    ends = special_ends(tokenizer)
     sequences: list[list[int]] = []
     starts: list[int] = []
     for row in rows:
         prompt = f"Question: {row.goal}\nAnswer:"
-        answer_at = len(tokenizer(prompt)["input_ids"])
+        answer_at = len(prompt_ids(tokenizer, prompt, ends))
         for solution in row.solutions:
-            sequences.append(tokenizer(f"{prompt} {solution}")["input_ids"])
+            sequences.append(prompt_ids(tokenizer, f"{prompt} {solution}", ends))
             starts.append(min(answer_at, len(sequences[-1]) - 1))
     if model.positions is not None:
-        # What is too long loses its beginning.
+        # What is too long loses the beginning of its text.
+        n = len(ends[0])
         surplus = [max(len(ids) - model.positions, 0) for ids in sequences]
-        sequences = [ids[cut:] for ids, cut in zip(sequences, surplus, strict=True)]
-        starts = [max(start - cut, 1) for start, cut in zip(starts, surplus, strict=True)]
+        sequences = [ids[:n] + ids[n + cut :] for ids, cut in zip(sequences, surplus, strict=True)]
+        starts = [max(start - cut, n, 1) for start, cut in zip(starts, surplus, strict=True)]
     scores = [0.0] * len(sequences)
     # Sequences of like length share a batch, so that little of it is padding.
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))

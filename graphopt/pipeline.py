@@ -34,6 +34,7 @@ from graphopt.verification import (
     make_probe,
     measure,
 )
+from graphopt.windows import Bos
 
 DEFAULT_RECIPE = "normalise,common-subexpression,fold-constants,dead-code,insert-kv-cache"
 
@@ -174,6 +175,7 @@ class Pipeline:
         resume: bool = False,
         device: str | torch.device = "cpu",
         seed: int = 0,
+        bos: Bos = "every",
         progress: Progress = silent,
         on_pass: OnPass | None = None,
     ) -> tuple[Program, Report]:
@@ -191,6 +193,7 @@ class Pipeline:
             resume: Take up the latest snapshot in `work` that fits source and recipe.
             device: Where passes and verification compute.
             seed: Of everything random.
+            bos: Which windows of text begin with what the tokenizer puts before a text.
             progress: Told about long work.
             on_pass: Told about every pass when it is done.
 
@@ -209,14 +212,14 @@ class Pipeline:
         tokenizer = Path(program.tokenizer) if program.tokenizer else None
         folder = Path(work) if work is not None else None
         context = Context(
-            text, calib is None, tokenizer, usable_device(device), seed, progress, folder
+            text, calib is None, tokenizer, usable_device(device), seed, progress, folder, bos=bos
         )
         with Meter() as meter:
             run = _Run(pipeline.passes, program, context, verify, on_pass)
             if dump_ir is not None:
                 run.dump_to(Path(dump_ir))
             if folder is not None:
-                salt = f"{versions().get('graphopt')} {seed} {verify} {device}\n{text}\n"
+                salt = f"{versions().get('graphopt')} {seed} {verify} {device} {bos}\n{text}\n"
                 run.snapshots = Snapshots(folder, program, salt)
                 if resume:
                     run.restore()
@@ -235,6 +238,7 @@ class Pipeline:
             parameters=run.program.parameter_count(),
             dtype=DTYPE_NAMES[run.program.checkpoint_dtype],
             probe=run.probe_entry(),
+            windows=run.windows_entry(),
             blocks=block_entries(run.program),
         )
         fresh = [entry for entry in run.entries if not entry.resumed]
@@ -475,7 +479,9 @@ class _Run:
     def _measure(self, program: Program, what: str) -> Measured:
         if self._probe is None:
             context = self.context
-            self._probe = make_probe(program, context.text, context.tokenizer, context.seed)
+            self._probe = make_probe(
+                program, context.text, context.tokenizer, context.seed, context.bos
+            )
         return measure(
             program,
             self._probe,
@@ -489,3 +495,10 @@ class _Run:
             return None
         probe = self._probe
         return {"tokens": probe.tokens, "is_text": probe.is_text, "note": probe.note}
+
+    def windows_entry(self) -> dict[str, Any] | None:
+        """Return how windows of text began, if any were cut."""
+        begin = self.context.begin
+        if begin is None and self._probe is not None and self._probe.is_text:
+            begin = self._probe.begin
+        return None if begin is None else {"bos": self.context.bos, "begin": list(begin)}

@@ -113,6 +113,8 @@ class Report:
         stages: Seconds of `capture`, `passes`, `verify` and `emit`.
         peak_bytes: Most resident memory of the whole run.
         probe: Of verification: `tokens`, `is_text`, `note`; None with verification off.
+        windows: How windows of text began, for calibration and verification: `bos`, and in
+            `begin` the ids; None where no text was used.
         artifact: None where nothing was emitted.
         blocks: Parameters and FLOPs by part, for B=1, S=128, P=0.
     """
@@ -130,6 +132,7 @@ class Report:
     parameters: int = 0
     dtype: str = ""
     probe: dict[str, Any] | None = None
+    windows: dict[str, Any] | None = None
     artifact: ArtifactEntry | None = None
     blocks: list[BlockEntry] = field(default_factory=list)
     dry_run: bool = False

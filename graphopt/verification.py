@@ -18,6 +18,7 @@ from graphopt.ir.shapes import infer_program
 from graphopt.ir.weights import Missing, Producer
 from graphopt.progress import Progress, silent
 from graphopt.sources.check import CheckedRunner
+from graphopt.windows import Bos, TokenText, tokenizer_at
 
 RELATIVE_TOLERANCE = 1e-4
 """Of the largest logit (at least 1): more than rounding in fp32, far less than any wrong term."""
@@ -34,11 +35,13 @@ class Probe:
         batches: Program inputs; the first is two rows, the second of them left-padded.
         is_text: The ids are text, so perplexity means something.
         note: Why not, where they aren't.
+        begin: Ids that every text of it begins with.
     """
 
     batches: tuple[dict[str, Tensor], ...]
     is_text: bool
     note: str = ""
+    begin: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -94,60 +97,58 @@ def _is_missing(producer: Producer) -> bool:
     return any(_is_missing(part) for part in parts if isinstance(part, Producer))
 
 
-def make_probe(program: Program, text: str, tokenizer: Path | None, seed: int = 0) -> Probe:
+def make_probe(
+    program: Program, text: str, tokenizer: Path | None, seed: int = 0, bos: Bos = "every"
+) -> Probe:
     """Return the probe for a program: the start of `text`, or random ids without a tokenizer.
 
+    Args:
+        bos: Whether every text of the probe begins with what the tokenizer puts before one.
+
     Raises:
-        SourceError: The text is shorter than the probe.
+        SourceError: The text is shorter than the probe, or the tokenizer cannot be read.
     """
     _, carried = infer_program(program)
     vocab = int(carried[program.outputs[0]].shape[-1])
     limit = program.config.get("max_position_embeddings") or ROW
     row = min(ROW, int(limit))
-    needed = row + min(PADDED_ROW, row) + min(SHORT_ROW, row) + 1
-    ids: list[int] | None = None
+    lengths = (row, min(PADDED_ROW, row), min(SHORT_ROW, row), 1)
     note = "random tokens: the model has no tokenizer"
     if tokenizer is not None:
-        ids = _tokenize(tokenizer, text)
-        if len(ids) < needed:
+        # The first few thousand characters hold far more tokens than the probe takes.
+        tokens = TokenText.of(tokenizer_at(tokenizer, program.name), text[:8192], bos)
+        begin = tokens.begin.tolist()
+        needed = sum(max(length - len(begin), 0) for length in lengths)
+        if len(tokens.ids) < needed:
             raise SourceError(
-                f"The text has {len(ids)} tokens, verification needs {needed}.",
+                f"The text has {len(tokens.ids)} tokens, verification needs {needed}.",
                 "Give a longer text, or none to use the built-in one.",
             )
-        if max(ids[:needed]) >= vocab:
-            ids, note = None, f"random tokens: the tokenizer has ids beyond the {vocab} logits"
-    if ids is None:
-        generator = torch.Generator().manual_seed(seed)
-        random = torch.randint(0, vocab, (needed,), generator=generator).tolist()
-        return Probe(_lay_out(random, row), is_text=False, note=note)
-    return Probe(_lay_out(ids, row), is_text=True)
+        ids = tokens.ids[:needed].tolist()
+        if max([*begin, *ids]) < vocab:
+            return Probe(_lay_out(ids, lengths, begin), is_text=True, begin=tuple(begin))
+        note = f"random tokens: the tokenizer has ids beyond the {vocab} logits"
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randint(0, vocab, (sum(lengths),), generator=generator).tolist()
+    return Probe(_lay_out(random, lengths, []), is_text=False, note=note)
 
 
-def _tokenize(folder: Path, text: str) -> list[int]:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SourceError(f"The tokenizer in {folder} cannot be read: {reason}") from None
-    # The first few thousand characters hold far more tokens than the probe takes.
-    return list(tokenizer(text[:8192], verbose=False)["input_ids"])
-
-
-def _lay_out(ids: Sequence[int], row: int) -> tuple[dict[str, Tensor], ...]:
-    lengths = (row, min(PADDED_ROW, row), min(SHORT_ROW, row), 1)
+def _lay_out(
+    ids: Sequence[int], lengths: Sequence[int], begin: Sequence[int]
+) -> tuple[dict[str, Tensor], ...]:
+    """Return the batches of a probe: texts of `lengths`, each `begin` and the next of `ids`."""
     parts: list[list[int]] = []
     start = 0
     for length in lengths:
-        parts.append(list(ids[start : start + length]))
-        start += length
+        taken = max(length - len(begin), 0)
+        parts.append([*begin[:length], *ids[start : start + taken]])
+        start += taken
     full, padded, short, single = parts
-    gap = row - len(padded)
+    gap = len(full) - len(padded)
     first = complete_inputs(
         {
             "input_ids": torch.tensor([full, [0] * gap + padded]),
-            "attention_mask": torch.tensor([[1] * row, [0] * gap + [1] * len(padded)]),
+            "attention_mask": torch.tensor([[1] * len(full), [0] * gap + [1] * len(padded)]),
         }
     )
     others = [complete_inputs({"input_ids": torch.tensor([part])}) for part in (short, single)]

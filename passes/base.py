@@ -18,6 +18,7 @@ from torch import Tensor
 from graphopt.errors import UsageError, unknown_name
 from graphopt.ir.graph import Program
 from graphopt.progress import Progress, silent
+from graphopt.windows import Bos
 
 ENTRY_POINTS = "graphopt.passes"
 
@@ -61,6 +62,7 @@ class Context:
     Attributes:
         text: Calibration text; also the probe text of verification.
         built_in: Whether the text is the built-in one, because the user gave none.
+        bos: Which windows of text begin with what the tokenizer puts before a text.
         tokenizer: Folder with the model's tokenizer files; None if there is none.
         device: Where a pass may compute.
         seed: Seed of everything random in a pass.
@@ -71,6 +73,7 @@ class Context:
         earlier: `PassResult.details` of the passes before, by name, and their `options`.
         written: Tokens that the model wrote in place of the built-in text, once a pass asked for
             more than it has; see `graphopt.calibrate.calibration_windows`.
+        begin: Ids that every window begins with; None before a text was cut.
     """
 
     text: str = ""
@@ -83,6 +86,8 @@ class Context:
     dense: Program | None = None
     earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
     written: Tensor | None = None
+    bos: Bos = "every"
+    begin: tuple[int, ...] | None = None
 
 
 @dataclass

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -43,18 +44,30 @@ def tiny_model(model_type: str = "llama", **entries: Any) -> PreTrainedModel:
     return model
 
 
-def byte_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer of 256 bytes, two merges and the end token <end>."""
+def byte_tokenizer(
+    chat: bool = False, begin: Sequence[str] = (), end: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer of 256 bytes, two merges and the end token <end>.
+
+    Args:
+        begin, end: Special tokens that a post-processor puts before and behind every text.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("th", "e")]
     vocabulary = {token: index for index, token in enumerate([*alphabet, "th", "the"])}
     tokenizer = Tokenizer(BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.add_special_tokens(["<end>", *begin, *end])
+    if begin or end:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*begin, "$A", *end],
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in (*begin, *end)],
+        )
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token="<end>",
+        bos_token=begin[0] if begin else None,
         chat_template=CHAT_TEMPLATE if chat else None,
         clean_up_tokenization_spaces=False,
     )
