@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import functools
 import gc
+import inspect
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, cast
 
+import click
 import typer
 
 from graphopt import console as ui
-from graphopt.errors import GraphoptError, UsageError
+from graphopt.boundary import BUG_CODE, REPORT_BUG, out_of_memory
+from graphopt.errors import GraphoptError, UsageError, reason
 
 if TYPE_CHECKING:
     from graphopt.ir.graph import Program
@@ -35,37 +40,69 @@ Args = ParamSpec("Args")
 
 INTERRUPTED = 130
 
+MAX_SEED = 2**63 - 1
+MAX_COUNT = 2**31 - 1
+"""Bounds of numbers on the command line: what generators, and sizes of tensors, take."""
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
+
 
 def _errors_as_sentences(command: Callable[Args, None]) -> Callable[Args, None]:
-    """Turn errors meant for users into one sentence on stderr and an exit code."""
+    """Turn every error into one sentence on stderr and an exit code; adds the option --debug."""
 
     @functools.wraps(command)
     def wrapped(*args: Args.args, **kwargs: Args.kwargs) -> None:
+        debug = kwargs.pop("debug", False)
         try:
             command(*args, **kwargs)
-        except GraphoptError as error:
-            ui.say_error(error.message, error.remedy)
-            raise typer.Exit(error.exit_code) from None
+        except (typer.Exit, typer.Abort, click.ClickException):
+            raise
         except KeyboardInterrupt:
             ui.say_error("Interrupted; nothing was left half-written.")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             raise typer.Exit(1) from None
-        except OSError as error:
-            message, remedy = _describe_os_error(error)
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            message, remedy, code = describe_error(error, command.__name__)
             ui.say_error(message, remedy)
-            raise typer.Exit(1) from None
+            raise typer.Exit(code) from None
 
+    signature = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False)
+    wrapped.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), option.replace(annotation=Debug)]
+    )
+    wrapped.__annotations__ = {**command.__annotations__, "debug": Debug}
     return wrapped
 
 
-def _describe_os_error(error: OSError) -> tuple[str, str]:
-    import errno
+_LESS_MEMORY = {
+    "compile_command": "Give passes that calibrate smaller windows= or seqlen=, a shorter --calib "
+    "text, or --no-verify.",
+    "eval_command": "Give a smaller --seqlen, or a shorter text.",
+    "generate_command": "Give a shorter --prompt or smaller --max-new-tokens.",
+}
+"""By command, which options lower what memory it needs."""
 
-    where = f" at {error.filename}" if error.filename else ""
-    if error.errno == errno.ENOSPC:
-        return f"The disk is full{where}.", "Free some space and run again with --resume."
-    return f"A file operation failed{where}: {error.strerror or error}.", ""
+
+def describe_error(error: Exception, command: str) -> tuple[str, str, int]:
+    """Return the sentence, the remedy and the exit code of an error that ends a command."""
+    short_of = out_of_memory(error)
+    if short_of is not None and not (isinstance(error, GraphoptError) and "memory" in str(error)):
+        least = _LESS_MEMORY.get(command, "Give a smaller model.")
+        return f"The memory of {short_of} does not suffice.", least, 1
+    if isinstance(error, GraphoptError):
+        return error.message, error.remedy, error.exit_code
+    if isinstance(error, OSError):
+        where = f" at {error.filename}" if error.filename else ""
+        if error.errno == errno.ENOSPC:
+            return f"The disk is full{where}.", "Free some space and run again with --resume.", 1
+        return f"A file operation failed{where}: {error.strerror or error}.", "", 1
+    said = f"{type(error).__name__}: {reason(error)}"
+    return f"This is a bug in graphopt: {said}.", REPORT_BUG, BUG_CODE
 
 
 def _print_json(data: Any) -> None:
@@ -170,7 +207,7 @@ def compile_command(
         bool, typer.Option("--resume", help="Go on with an interrupted compile to this folder.")
     ] = False,
     device: Annotated[str, typer.Option(help="Where passes and verification compute.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of everything random.")] = 0,
     bos: BosOption = "every",
     config: ConfigOption = None,
     trust_remote_code: Remote = False,
@@ -231,14 +268,14 @@ def compile_command(
         ui.print_report(console, report)
 
 
-@app.command()
+@app.command("inspect")
 @_errors_as_sentences
-def inspect(
+def inspect_command(
     model: ModelArg = None,
     config: ConfigOption = None,
-    batch: Annotated[int, typer.Option(min=1, help="B, sequences.")] = 1,
-    seq: Annotated[int, typer.Option(min=1, help="S, tokens of one step.")] = 128,
-    past: Annotated[int, typer.Option(min=0, help="P, tokens in the KV cache.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="B, sequences.")] = 1,
+    seq: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="S, tokens of one step.")] = 128,
+    past: Annotated[int, typer.Option(min=0, max=MAX_COUNT, help="P, tokens in the KV cache.")] = 0,
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
@@ -276,10 +313,13 @@ def eval_command(
     model: Annotated[str, typer.Argument(help="A model or an output folder.")],
     text: Annotated[Path | None, typer.Option(help="Text file for perplexity.")] = None,
     windows: Annotated[
-        int | None, typer.Option(min=1, help="Windows at most; all by default.")
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="Windows at most; all by default.")
     ] = None,
     seqlen: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a window; 2048, or what the model takes.")
+        int | None,
+        typer.Option(
+            min=2, max=MAX_COUNT, help="Tokens of a window; 2048, or what the model takes."
+        ),
     ] = None,
     bos: BosOption = "every",
     piqa: Annotated[Path | None, typer.Option(help="PIQA rows as JSON lines.")] = None,
@@ -354,10 +394,10 @@ def eval_command(
 def generate_command(
     model: Annotated[str, typer.Argument(help="A model or an output folder.")],
     prompt: Annotated[str, typer.Option(help="What to answer or to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(max=MAX_COUNT, help="Tokens at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 for greedy decoding.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest, up to this sum.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sampling.")] = 0,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt, without the chat template.")
     ] = False,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from graphopt.boundary import out_of_memory
 from graphopt.errors import GraphoptError, PassError, UsageError
 from graphopt.ir.graph import Program
 from graphopt.ir.ops import is_aten
@@ -63,13 +64,12 @@ def must_fit(device: torch.device, what: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise PassError(f"{what} does not fit the memory of {device}.", remedy) from error
-    except (MemoryError, RuntimeError) as error:
-        # torch has no class of its own for what the host cannot give.
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+    except Exception as error:
+        short_of = out_of_memory(error)
+        if short_of is None:
             raise
-        raise PassError(f"{what} does not fit the memory of this machine.", remedy) from error
+        place = device if short_of == "the GPU" else short_of
+        raise PassError(f"{what} does not fit the memory of {place}.", remedy) from error
 
 
 def holds_aten(program: Program) -> bool:

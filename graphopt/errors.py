@@ -54,3 +54,15 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]!r}?" if near else ""
     return UsageError(f"Unknown {kind} {name!r}.", f"{hint} Known: {', '.join(choices)}.".strip())
+
+
+def reason(error: BaseException) -> str:
+    """Return what went wrong, in one line of at most 300 letters without a full stop.
+
+    The error may wrap the one that says it.
+    """
+    text = str(error.__cause__ or error).strip()
+    line = text.splitlines()[0].strip() if text else ""
+    if not line or isinstance(error, KeyError):
+        line = f"{type(error).__name__} {line}".strip()
+    return (line if len(line) <= 300 else line[:300] + "...").rstrip(".:")

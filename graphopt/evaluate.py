@@ -23,12 +23,12 @@ import pydantic
 import torch
 from torch import Tensor
 
-from graphopt.errors import SourceError, UsageError
+from graphopt.errors import SourceError, UsageError, reason
 from graphopt.inputs import OpenSchema, parse, parse_json, read_utf8
 from graphopt.ir.execute import complete_inputs
 from graphopt.ir.graph import Program
 from graphopt.progress import Progress, silent
-from graphopt.sources.base import output_tokenizer, reason, tokenizer_in
+from graphopt.sources.base import output_tokenizer, tokenizer_in
 from graphopt.sources.check import CheckedRunner
 from graphopt.targets import get_target
 from graphopt.windows import Bos, TokenText, prompt_ids, special_ends, tokenizer_at

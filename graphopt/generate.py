@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graphopt.errors import SourceError, UsageError
+from graphopt.errors import SourceError, UsageError, reason
 from graphopt.evaluate import LanguageModel
 from graphopt.ir.execute import complete_inputs
-from graphopt.sources.base import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

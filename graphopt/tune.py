@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.devices import free_bytes, must_fit
-from graphopt.errors import PassError
+from graphopt.errors import PassError, reason
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.compiled import kind, run_compiled
 from graphopt.ir.dataflow import mask_is_for_attention_alone
@@ -30,7 +30,6 @@ from graphopt.ir.execute import Runner, complete_inputs, run_function
 from graphopt.ir.graph import Call, Program, Value
 from graphopt.ir.types import B, P, S
 from graphopt.progress import Progress, silent
-from graphopt.sources.base import reason
 
 TOKENS_OF_LOGITS = 2048
 """Tokens whose logits are in memory at once."""

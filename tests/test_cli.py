@@ -218,7 +218,7 @@ def test_stop_after_dump_and_no_verify():
         (["compile", "tiny", "--passes", "normalize"], 2, "Did you mean 'normalise'?"),
         (["compile", "tiny", "--passes", "dead-code{x=1}"], 2, "has no option 'x'"),
         (["compile", "tiny", "--passes", "a", "--recipe", "b"], 2, "Both --passes and --recipe"),
-        (["compile", "tiny", "--recipe", "absent.yaml"], 2, "'absent.yaml' cannot be read"),
+        (["compile", "tiny", "--recipe", "absent.yaml"], 2, "absent.yaml cannot be read"),
         (["compile", "tiny", "--stop-after", "nothing"], 2, "Unknown pass 'nothing'"),
         (["compile", "tiny", "--emit", "fake", "--calib", "absent.txt"], 1, "cannot be read"),
         (["compile", "./absent"], 1, "There is no file or folder"),

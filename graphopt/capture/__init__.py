@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from graphopt.boundary import users_model
 from graphopt.errors import SourceError
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Array, Missing, Producer
@@ -52,7 +53,8 @@ def capture(source: str | nn.Module | ModelSource, *, trust_remote_code: bool = 
 
     module = build_model(source.config, trust_remote_code=trust_remote_code)
     names = CheckpointNames(module, source)
-    program = capture_module(module, source.name, names.resolve, names.trained_buffers())
+    with users_model(source.spec, "be captured"):
+        program = capture_module(module, source.name, names.resolve, names.trained_buffers())
     program.notes += names.finish()
     program.source = source.spec
     program.config = source.config.to_dict() if source.config is not None else {}

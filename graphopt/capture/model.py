@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.errors import CaptureError
+from graphopt.boundary import out_of_memory
+from graphopt.errors import CaptureError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,11 +73,15 @@ def build_model(
                 model = model_class._from_config(config, dtype=torch.float32)
             # `no_init_weights` skips tying, which must hold for the export to see one weight.
             model.tie_weights()
-    except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except Exception as error:
+        # What a class says of a config that it cannot make a model of has assorted types.
+        if out_of_memory(error):
+            raise
         raise CaptureError(
             f"No causal language model can be built from the config of type "
-            f"{getattr(config, 'model_type', '?')!r}: {str(error).splitlines()[0]}.",
-            "graphopt takes decoder-only language models that transformers can build.",
+            f"{getattr(config, 'model_type', '?')!r}: {reason(error)}.",
+            "Check its entries; graphopt takes decoder-only language models that transformers can "
+            "build.",
         ) from error
     model.eval()
     return model

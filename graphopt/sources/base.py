@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from graphopt.errors import reason as reason  # others look for it here
 from graphopt.ir.weights import Producer
 
 if TYPE_CHECKING:
@@ -81,12 +82,3 @@ def output_tokenizer(root: Path, program: Program) -> Path | None:
     """
     named = [Path(program.tokenizer)] if program.tokenizer else []
     return next(filter(tokenizer_in, (root, root / "onnx", root / "hf", *named)), None)
-
-
-def reason(error: BaseException) -> str:
-    """Return what went wrong, in one line without a full stop.
-
-    The error may wrap the one that says it.
-    """
-    text = str(error.__cause__ or error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graphopt.errors import SourceError
+from graphopt.errors import SourceError, reason
 from graphopt.ir.weights import Producer, Transposed
-from graphopt.sources.base import Kind, ModelSource, reason
+from graphopt.sources.base import Kind, ModelSource
 from graphopt.sources.gguf_file import GgufFile, read_gguf
 from graphopt.sources.gguf_tokenizer import gguf_tokenizer
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graphopt.errors import SourceError
-from graphopt.sources.base import reason
+from graphopt.errors import SourceError, reason
 from graphopt.sources.cache import cache_folder, new_entry
 from graphopt.sources.gguf_file import GgufFile
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import SourceError
+from graphopt.boundary import out_of_memory
+from graphopt.errors import SourceError, reason
 from graphopt.inputs import read_json
 from graphopt.ir.weights import Producer
-from graphopt.sources.base import ModelSource, common_dtype, reason, tokenizer_in
+from graphopt.sources.base import ModelSource, common_dtype, tokenizer_in
+from graphopt.sources.config_schema import check_config, check_sizes
 from graphopt.sources.safetensors import INDEX_NAME, WEIGHTS_NAME, read_checkpoint
 
 if TYPE_CHECKING:
@@ -49,20 +51,28 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedCon
     native = model_type in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in data)
     if not native and not trust_remote_code:
         _refuse_unknown(path, model_type, has_code="auto_map" in data)
+    kind = CONFIG_MAPPING[model_type] if native else None
+    names = dict(getattr(kind, "attribute_map", {}))
+    check_config(path, data, names)
     try:
-        if native:
+        if kind is not None:
             data.pop("auto_map", None)  # or it would be followed when the model is built
-            config: Any = CONFIG_MAPPING[model_type].from_dict(data)
+            config: Any = kind.from_dict(data)
         else:
             place = path.parent if path.name == CONFIG_NAME else path
             config = AutoConfig.from_pretrained(place, trust_remote_code=True)
     except Exception as error:
         # Config classes check their entries with assorted error types.
+        if out_of_memory(error):
+            raise
         raise SourceError(
             f"{path} is not a valid config of type {model_type!r}: {reason(error)}.",
             "Correct the entry it names.",
         ) from error
     _refuse_other_models(path, config, native=native)
+    # What the class computes of the entries, such as a head's size, must be a size as well.
+    remedy = "Correct the entries that it is computed from."
+    check_sizes(path, config.to_dict(), names, remedy=remedy)
     return config
 
 

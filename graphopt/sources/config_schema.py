@@ -1,0 +1,137 @@
+"""What a config.json may say, before transformers makes a config of it.
+
+transformers' config classes check the types of some entries and the sizes of none: a layer count
+of 2^70 fills the memory while the class lists its layers, and none at all gives a model without
+blocks. The sizes that every family has are checked here, under the name that a family gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import pydantic
+
+from graphopt.errors import SourceError
+from graphopt.inputs import OpenSchema, parse, shown
+
+Token = Annotated[int, pydantic.Field(ge=-1, le=2**31)]
+
+
+Number = Annotated[float, pydantic.Field(allow_inf_nan=False)]
+Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+Factors = Annotated[list[Positive], pydantic.Field(max_length=2**13)]
+
+
+class RopeEntries(OpenSchema):
+    """What the rotary embedding is computed from, of all layers or of the layers of one type."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Positive | None = None
+    factor: Positive | None = None
+    original_max_position_embeddings: Annotated[int, pydantic.Field(ge=1, le=2**31)] | None = None
+    attention_factor: Number | None = None
+    beta_fast: Number | None = None
+    beta_slow: Number | None = None
+    mscale: Number | None = None
+    mscale_all_dim: Number | None = None
+    short_factor: Factors | None = None
+    long_factor: Factors | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    partial_rotary_factor: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
+    truncate: bool | None = None
+
+
+class ConfigEntries(OpenSchema):
+    """The entries that are no sizes and that code relies on."""
+
+    model_type: Annotated[str, pydantic.Field(max_length=100)]
+    architectures: list[str] | None = None
+    auto_map: dict[str, Any] | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    layer_types: list[str] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | None = None
+    tie_word_embeddings: bool | None = None
+    bos_token_id: Token | list[Token] | None = None
+    eos_token_id: Token | list[Token] | None = None
+    pad_token_id: Token | list[Token] | None = None
+
+
+SIZES: dict[str, tuple[int, int]] = {
+    "num_hidden_layers": (1, 1024),
+    "hidden_size": (1, 2**18),
+    "intermediate_size": (1, 2**22),
+    "num_attention_heads": (1, 2**13),
+    "num_key_value_heads": (1, 2**13),
+    "head_dim": (1, 2**13),
+    "vocab_size": (1, 2**24),
+    "max_position_embeddings": (1, 2**26),
+    "num_local_experts": (0, 2**15),
+    "num_experts": (0, 2**15),
+    "n_routed_experts": (0, 2**15),
+    "num_experts_per_tok": (0, 2**13),
+    "moe_intermediate_size": (0, 2**22),
+    "kv_lora_rank": (0, 2**18),
+    "q_lora_rank": (0, 2**18),
+    "qk_rope_head_dim": (0, 2**13),
+    "qk_nope_head_dim": (0, 2**13),
+    "v_head_dim": (0, 2**13),
+}
+"""The least and the largest value of sizes, by transformers' own names. The largest known are 126
+layers, a width of 18,432 and 10 million positions; the bounds keep what is built in reach."""
+
+
+def _sizes(value: Any) -> Iterator[Any]:
+    """Yield a size, or the sizes of a list with one a layer."""
+    if isinstance(value, list):
+        yield from value
+    elif value is not None:
+        yield value
+
+
+def check_config(path: Any, data: Any, names: Mapping[str, str]) -> None:
+    """Check the entries of a config that hold for every family, in configs within it as well.
+
+    Args:
+        path: The file, for messages.
+        data: What the JSON file holds.
+        names: transformers' names of sizes -> the family's own.
+
+    Raises:
+        SourceError: Naming the entry, what it is and what it may be.
+    """
+    remedy = "Correct the entry, or download the file again."
+    entries = parse(ConfigEntries, data, str(path), remedy=remedy)
+    for name in ("rope_parameters", "rope_scaling"):
+        _check_rope(f"{path}: {name}", getattr(entries, name) or {}, remedy)
+    check_sizes(path, data, names, remedy=remedy)
+
+
+def _check_rope(where: str, entries: dict[str, Any], remedy: str) -> None:
+    parse(RopeEntries, entries, where, remedy=remedy)
+    for layers, own in entries.items():
+        if isinstance(own, dict):  # of the layers of one type
+            parse(RopeEntries, own, f"{where}.{layers}", remedy=remedy)
+
+
+def check_sizes(
+    path: Any, entries: Mapping[str, Any], names: Mapping[str, str], *, remedy: str
+) -> None:
+    """Check sizes of a config, in configs within it as well; see `check_config`."""
+    for name, (least, most) in SIZES.items():
+        for own in {name, names.get(name, name)}:
+            for size in _sizes(entries.get(own)):
+                if type(size) is not int or not least <= size <= most:
+                    raise SourceError(
+                        f"{path}: the entry {own!r} is {shown(size)}, and it should be a whole "
+                        f"number from {least} to {most}.",
+                        remedy,
+                    )
+    for value in entries.values():
+        if isinstance(value, dict):
+            check_sizes(path, value, names, remedy=remedy)

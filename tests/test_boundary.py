@@ -1,0 +1,112 @@
+"""Every error of a command is one sentence; a bug is called one; --debug shows the traceback."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from graphopt.boundary import BUG_CODE, out_of_memory, users_model
+from graphopt.cli import _errors_as_sentences, app
+from graphopt.errors import CaptureError, PassError, UsageError, reason
+
+
+def run(error, *args):
+    """Run a command that raises `error`; return (exit code, stderr in one line)."""
+    own = typer.Typer()
+
+    @own.command()
+    @_errors_as_sentences
+    def command(number: int = 0) -> None:
+        if isinstance(error, BaseException):
+            raise error
+        error()
+
+    result = CliRunner().invoke(own, [str(arg) for arg in args])
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.exit_code, " ".join(result.stderr.split())
+
+
+def allocate():
+    torch.empty(2**62, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UsageError("It is wrong.", "Mend it."), 2, "error: It is wrong. Mend it."),
+        (MemoryError(), 1, "error: The memory of this machine does not suffice. .+"),
+        (allocate, 1, "error: The memory of this machine does not suffice. .+"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: The memory of the GPU does .+"),
+        (RuntimeError("std::bad_alloc"), 1, "error: The memory of this machine .+"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "error: The memory of this .+"),
+        (OSError(errno.ENOSPC, "No space", "x"), 1, "error: The disk is full at x. Free some .+"),
+        (OSError(errno.EACCES, "Denied", "x"), 1, "error: A file operation failed at x: Denied."),
+        (KeyboardInterrupt(), 130, "error: Interrupted; .+"),
+        (KeyError("x"), BUG_CODE, "error: This is a bug in graphopt: KeyError.+--debug .+"),
+        (RecursionError("deep"), BUG_CODE, "error: This is a bug in graphopt: .+"),
+        (ValueError("a\nb"), BUG_CODE, "error: This is a bug in graphopt: ValueError: a. Run .+"),
+    ],
+)
+def test_errors_are_sentences(error, code, said):
+    found, text = run(error)
+    assert found == code and re.fullmatch(said, text), text
+    assert "Traceback" not in text
+
+
+def test_the_traceback_is_shown_on_request():
+    for error in (KeyError("x"), UsageError("It is wrong.")):
+        _, text = run(error, "--debug")
+        assert text.startswith("Traceback (most recent call last)") and "error: " in text
+
+
+def test_every_command_has_the_option():
+    for command in app.registered_commands:
+        name = command.name or command.callback.__name__
+        result = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"})
+        assert "--debug" in result.stdout
+
+
+def test_memory_is_found_behind_other_errors():
+    try:
+        try:
+            raise MemoryError
+        except MemoryError as inner:
+            raise ValueError("it failed") from inner
+    except ValueError as error:
+        assert out_of_memory(error) == "this machine"
+    assert out_of_memory(ValueError("bad_alloc")) is None
+    try:
+        try:
+            raise MemoryError
+        except MemoryError as inner:
+            raise PassError("The windows do not fit the memory.", "Give fewer.") from inner
+    except PassError as error:
+        assert run(error)[1] == "error: The windows do not fit the memory. Give fewer."
+
+
+def test_errors_of_libraries_name_the_model():
+    said = pytest.raises(CaptureError, match=r"my/model cannot be built: Expecting value: line 1")
+    with said, users_model("my/model", "be built"):
+        json.loads("x")
+
+
+def test_bugs_and_memory_are_not_blamed_on_the_model():
+    from graphopt.passes.base import make_pass
+
+    with pytest.raises(AttributeError), users_model("model", "be built"):
+        make_pass("dead-code", 3)
+    with pytest.raises(RuntimeError, match=r"allocate|overflow"), users_model("model", "be built"):
+        allocate()
+
+
+def test_reasons_are_one_short_line():
+    assert reason(ValueError("")) == "ValueError"
+    assert reason(KeyError("x")) == "KeyError 'x'"
+    assert reason(ValueError("a.\nb")) == "a"
+    assert len(reason(ValueError("x" * 10_000))) < 310
