@@ -75,6 +75,32 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return normed if bias is None else normed + bias
 
 
+def by_length(positions: Tensor, short: Tensor, long: Tensor, length: int) -> Tensor:
+    """Return `long` where the longest sequence has more than `length` tokens, else `short`.
+
+    `positions` [B, S] hold the newest token of every sequence; the longest decides for all.
+
+    Source: Ding et al., LongRoPE, arXiv 2402.13753, section 3.3.
+    """
+    return torch.where(positions.max() >= length, long, short)
+
+
+def ntk_frequencies(
+    positions: Tensor, exponents: Tensor, base: float, factor: float, length: int
+) -> Tensor:
+    """Rotary frequencies [R/2] of a base that grows once `positions` [B, S] pass `length`.
+
+    `exponents` [R/2] are 2i / R. The order of the operations is transformers', since the angle of
+    a late position shows every rounding.
+
+    Source: Peng et al., YaRN, arXiv 2309.00071, appendix B.2 (dynamic NTK).
+    """
+    longest = (positions.max() + 1).clamp(min=length).to(exponents.dtype)
+    stretch = factor * longest / length - (factor - 1)
+    rotated = 2 * exponents.shape[0]
+    return 1.0 / (base * stretch ** (rotated / (rotated - 2))) ** exponents
+
+
 def rope_table(positions: Tensor, inv_freq: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, S, R/2] of the angles `positions` [B, S] times `inv_freq` [R/2].
 

@@ -28,6 +28,7 @@ from graphopt.capture.positions import (
     set_masks,
 )
 from graphopt.capture.rewriting import Raiser, base
+from graphopt.capture.rotary import Rotaries
 from graphopt.capture.sizes_check import check_sizes
 from graphopt.capture.slots import SlotSources
 from graphopt.capture.unify import unify
@@ -58,14 +59,15 @@ def capture_module(
             alone.
     """
     accepted_inputs(module)
-    exported, _ = export_shell(module)
-    weights = _Trained(trained)
-    weights.release(exported, "")
-    slots = SlotSources()
-    if exported.stubs:
+    rotaries = Rotaries(module)
+    with rotaries.opaque():
+        exported, _ = export_shell(module)
+        weights = _Trained(trained)
+        weights.release(exported, "")
+        slots = SlotSources()
         shell = Raiser(exported.function, exported.types, exported.constants, "the model")
         kinds = _layer_kinds(exported, shell, weights)
-    else:
+    if not kinds:
         shell, kinds = _single(exported, module, slots)
     canonicalise(shell)
     notes: list[tuple[str, str]] = []
@@ -75,7 +77,7 @@ def capture_module(
         canonicalise(kind.raiser)
         hoist(shell, kind, stream_values(shell, set(shell_stubs(kinds))))
     _merge_equal_nodes(shell, set(shell_stubs(kinds)))
-    tables = RopeTables(shell, _position_ids(shell, inputs))
+    tables = RopeTables(shell, _position_ids(shell, inputs), rotaries)
     masks = MaskRecogniser(shell, inputs)
     for kind in kinds:
         notes += _raise_layer(kind, shell, inputs, tables, masks)
@@ -86,6 +88,8 @@ def capture_module(
     for kind in kinds:
         kind.drop_unused_params()
     shell.sweep()
+    functions = [shell.function, *(kind.raiser.function for kind in kinds)]
+    rotaries.refuse_rest(node for function in functions for node in function.nodes)
     kinds = unify(kinds)
     program = _Assembler(shell, slots, kinds, module, resolve).program(name)
     program.notes += notes + _left_over(program)

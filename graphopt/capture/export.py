@@ -18,6 +18,7 @@ import torch
 import torch._dynamo.config
 from sympy.core.function import Application
 from torch import Tensor, nn
+from torch.export.graph_signature import OutputKind
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -35,6 +36,9 @@ from graphopt.ir.types import B, S, Type, dim
 
 # Sizes used while tracing: distinct, and neither 0 nor 1, which torch.export specialises on.
 TRACE_BATCH, TRACE_LENGTH = 3, 11
+
+WHOLE = "the model"
+"""What messages call the module that is captured."""
 
 _LIBRARY = torch.library.Library("graphopt_capture", "DEF")
 _LIBRARY.define("layer(Tensor[] inputs, int record) -> Tensor[]")
@@ -322,7 +326,7 @@ def export_shell(module: nn.Module) -> tuple[Exported, list[LayerCall]]:
     shell.install()
     try:
         with parameters_reserved(module):
-            exported = _export(_Wrapped(module, run), inputs, [(B, S)] * len(names), "the model")
+            exported = _export(_Wrapped(module, run), inputs, [(B, S)] * len(names), WHOLE)
     finally:
         shell.remove()
     for value, name in zip(exported.function.params, names, strict=True):
@@ -475,11 +479,51 @@ class _Converter:
             if node.op == "placeholder":
                 self._placeholder(node, owned)
             elif node.op == "output":
-                results = pytree.tree_leaves(node.args)
-                self.function.results = [self.env[result] for result in results]
+                self._outputs(pytree.tree_leaves(node.args))
             else:
                 self._node(node, self.program.graph_module)
         return Exported(self.function, self.types, self.used)
+
+    def _outputs(self, results: Sequence[Any]) -> None:
+        """Take the module's own results; what else is returned are tensors it changed.
+
+        Raises:
+            CaptureError: One of those matters to what the program computes afterwards.
+        """
+        kinds = self.program.graph_signature.output_specs
+        changed: list[tuple[OutputKind, str]] = []
+        for spec, result in zip(kinds, results, strict=True):
+            if spec.kind is OutputKind.USER_OUTPUT:
+                self.function.results.append(self.env[result])
+            else:
+                changed.append((spec.kind, spec.target or ""))
+        if not changed:
+            return
+        self.function.remove_dead()
+        self.used = {k: v for k, v in self.used.items() if k in self.function.weights}
+        for kind, target in changed:
+            if kind is OutputKind.USER_INPUT_MUTATION:
+                self._refuse_changed_input(target)
+            else:
+                self._refuse_state(target.removeprefix("inner."))
+
+    def _refuse_state(self, name: str) -> None:
+        """A buffer that is written may be forgotten where no call reads what the last one left."""
+        if name in self.function.weights:
+            raise CaptureError(
+                f"{self.where}: its forward pass changes the buffer {name!r} and reads it in the "
+                "next call, which makes the model a recurrent one.",
+                "graphopt takes models whose only memory is a cache of keys and values.",
+            )
+
+    def _refuse_changed_input(self, name: str) -> None:
+        """The program's own inputs are the caller's; those of a layer are read behind it."""
+        if self.where != WHOLE:
+            raise CaptureError(
+                f"{self.where}: its forward pass changes its argument {name!r} in place, which "
+                "the layers around it would not see.",
+                "Let it return a new tensor instead.",
+            )
 
     def _placeholder(self, node: torch.fx.Node, owned: dict[str, str]) -> None:
         tensor = node.meta.get("val")
@@ -569,6 +613,11 @@ class _Converter:
         if name == "aten.zeros.default":
             kwargs.pop("memory_format", None)  # which `empty` takes and `zeros` does not
         value = node.meta.get("val")
+        if name == "aten.copy.default" and self._copies(node, inputs):
+            self.env[node] = inputs[-1]
+            if target._schema.is_mutable and isinstance(node.args[0], torch.fx.Node):
+                self.env[node.args[0]] = inputs[-1]
+            return
         outputs = list(value) if isinstance(value, list | tuple) else [value]
         result = Node(name, list(inputs), {"args": args, "kwargs": kwargs})
         single = len(outputs) == 1 and not isinstance(value, list | tuple)
@@ -582,6 +631,13 @@ class _Converter:
         if target._schema.is_mutable and isinstance(node.args[0], torch.fx.Node):
             # Later readers of the written tensor see the new value.
             self.env[node.args[0]] = result.outputs[0]
+
+    def _copies(self, node: torch.fx.Node, inputs: Sequence[Value]) -> bool:
+        """Whether a copy puts a tensor of the same type in place of all of the other."""
+        into, what = (self._lookup(a) for a in node.args[:2])
+        return (
+            isinstance(what, Value) and inputs[-1] is what and self.types[into] == self.types[what]
+        )
 
 
 _PLAIN_TWINS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from graphopt.capture.attention import Term
 from graphopt.capture.hoist import LayerKind
 from graphopt.capture.rewriting import Raiser, base, close
+from graphopt.capture.rotary import ROTARY, Ntk, Rotaries, recognise
 from graphopt.ir.graph import In, Node, Value
 from graphopt.ir.ops.aten import map_leaves
 from graphopt.ir.types import B, P, S, Type
@@ -42,23 +43,31 @@ class _RopeForm:
     layout: str  # "full" tables have one entry a feature, "half" one a pair, "complex" both
 
 
+Halves = tuple[Value, Value]
+"""cos and sin [B, S, R/2], values of the shell."""
+
+
 @dataclass
 class RopeTables:
     """Makes one `rope_table` in the shell for every distinct pair of tables."""
 
     shell: Raiser
     position_ids: Value
-    _made: dict[tuple[Value, ...], tuple[Value, Value] | None] = field(default_factory=dict)
+    rotaries: Rotaries
+    _made: dict[tuple[Value, ...], Halves | None] = field(default_factory=dict)
 
-    def halves(self, tables: tuple[Value, ...], form: _RopeForm) -> tuple[Value, Value] | None:
+    def halves(self, tables: tuple[Value, ...], form: _RopeForm) -> Halves | None:
         """Return cos and sin [B, S, R/2] for shell values that hold a rotary table."""
         key = (*tables, form)  # type: ignore[assignment]
         if key not in self._made:
             self._made[key] = self._recognise(tables, form)  # type: ignore[index]
         return self._made[key]  # type: ignore[index]
 
-    def _recognise(self, tables: tuple[Value, ...], form: _RopeForm) -> tuple[Value, Value] | None:
+    def _recognise(self, tables: tuple[Value, ...], form: _RopeForm) -> Halves | None:
         positions = torch.tensor([[0, 1, 2, 3, 7, 40], [5, 0, 11, 200, 33, 2]])
+        for node in self.shell.region(list(tables), [self.position_ids]):
+            if node.op == ROTARY:
+                return self._by_length(tables, form, node)
         cos_sin = self._values(tables, form, positions)
         if cos_sin is None:
             return None
@@ -75,32 +84,76 @@ class RopeTables:
                 break
         if found is None:
             return None
-        scale = round(scale, 9)
-        shell = self.shell
-        name = "rope.inv_freq"
-        for slot, constant in shell.constants.items():
-            if slot.startswith("rope.inv_freq") and torch.equal(constant, found.float()):
-                weight = shell.function.weights[slot]
-                break
-        else:
-            while name in shell.function.weights:
-                name += "_"
-            shell.constants[name] = found.float()
-            weight = shell.add_weight(name, tuple(found.shape), torch.float32)
-        for node in shell.function.nodes:
-            if node.op == "rope_table" and node.inputs[1] is weight:
-                if node.attrs.get("scale", 1.0) == scale:
-                    return node.outputs[0], node.outputs[1]
-        attrs = {} if scale == 1.0 else {"scale": scale}
-        node = shell.insert(
-            "rope_table",
-            [self.position_ids, weight],
-            attrs,
-            shell.function.nodes[0],
-            ["cos", "sin"],
-            outputs=2,
+        return self._table(self._constant("rope.inv_freq", found.float()), round(scale, 9))
+
+    def _by_length(self, tables: tuple[Value, ...], form: _RopeForm, node: Node) -> Halves | None:
+        """Make the tables of a module whose frequencies depend on the length."""
+        record = self.rotaries.of(node)
+        first = self._values(tables, form, torch.tensor([[0, 1]]))
+        if first is None:
+            return None
+        pairs = first[0].shape[-1]
+        made = recognise(record, pairs, lambda positions: self._values(tables, form, positions))
+        if made is None:
+            return None
+        if isinstance(made, Ntk):
+            exponents = self._constant("rope.exponents", made.exponents)
+            attrs = {"base": made.base, "factor": made.factor, "length": made.length}
+            (value,) = self._node("ntk_frequencies", [self.position_ids, exponents], attrs)
+            return self._table(value, made.scale)
+        short, long = made
+        frequencies = self._choice(
+            "rope.inv_freq", short.frequencies, long.frequencies, record.switch
         )
-        return node.outputs[0], node.outputs[1]
+        if short.scale == long.scale:
+            return self._table(frequencies, short.scale)
+        scale = self._choice(
+            "rope.scale", torch.tensor([short.scale]), torch.tensor([long.scale]), record.switch
+        )
+        cos, sin = self._table(frequencies, 1.0)
+        return (
+            self._node("mul", [cos, scale], {}, ["cos"])[0],
+            self._node("mul", [sin, scale], {}, ["sin"])[0],
+        )
+
+    def _choice(self, name: str, short: Tensor, long: Tensor, length: int | None) -> Value:
+        """Return `short` up to texts of `length` tokens and `long` beyond."""
+        operands = [self._constant(name, short)]
+        if length is None or torch.equal(short, long):
+            return operands[0]
+        operands.append(self._constant(name.replace(".", ".long_"), long))
+        return self._node("by_length", [self.position_ids, *operands], {"length": length})[0]
+
+    def _table(self, frequencies: Value, scale: float) -> Halves:
+        attrs = {} if scale == 1.0 else {"scale": scale}
+        operands = [self.position_ids, frequencies]
+        cos, sin = self._node("rope_table", operands, attrs, ["cos", "sin"])
+        return cos, sin
+
+    def _node(
+        self, op: str, operands: list[Value], attrs: dict[str, Any], names: Sequence[str] = ()
+    ) -> list[Value]:
+        """Return what a node of the shell makes: of one that is there, or of a new one."""
+        shell = self.shell
+        for node in shell.function.nodes:
+            if node.op == op and node.inputs == operands and node.attrs == attrs:
+                return node.outputs
+        # In front of everything, behind those it reads.
+        own = [shell.function.nodes.index(v.node) for v in operands if v.node is not None]
+        before = shell.function.nodes[max(own, default=-1) + 1]
+        outputs = max(len(names), 1)
+        return shell.insert(op, operands, attrs, before, names, outputs=outputs).outputs
+
+    def _constant(self, name: str, value: Tensor) -> Value:
+        """Return the shell's slot for a constant, which equal ones share."""
+        shell, stem = self.shell, name
+        for slot, constant in shell.constants.items():
+            if slot.rstrip("_") == stem and torch.equal(constant, value):
+                return shell.function.weights[slot]
+        while name in shell.function.weights:
+            name += "_"
+        shell.constants[name] = value
+        return shell.add_weight(name, tuple(value.shape), torch.float32)
 
     def _values(
         self, tables: tuple[Value, ...], form: _RopeForm, positions: Tensor
@@ -108,8 +161,14 @@ class RopeTables:
         """Return cos and sin over [2, 6, R/2], in fp64, for given positions."""
         batch, length = positions.shape
         boundary = {self.position_ids: positions}
+        sizes = {B: batch, S: length, P: 0}
         try:
-            raw = self.shell.evaluate(list(tables), boundary, {B: batch, S: length, P: 0})
+            for node in self.shell.region(list(tables), [self.position_ids]):
+                if node.op == ROTARY and node.inputs[0] is not None:
+                    (given,) = self.shell.evaluate([node.inputs[0]], boundary, sizes)
+                    made = self.rotaries.of(node).tables(given)
+                    boundary |= dict(zip(node.outputs, made, strict=True))
+            raw = self.shell.evaluate(list(tables), boundary, sizes)
         except (KeyError, RuntimeError, ValueError, IndexError):
             return None
         parts: list[Tensor] = []

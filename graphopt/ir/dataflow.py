@@ -54,6 +54,9 @@ def mask_is_for_attention_alone(program: Program) -> bool:
     return True
 
 
+_ANGLES = ("rope_table", "by_length", "ntk_frequencies")
+
+
 def angle_weights(program: Program) -> set[str]:
     """Return the weights that turn positions into angles, which 16 bits do not hold.
 
@@ -62,6 +65,6 @@ def angle_weights(program: Program) -> set[str]:
     found: set[str] = set()
     for call in program.calls:
         function = program.functions[call.function]
-        read = {v for node in function.nodes if node.op == "rope_table" for v in node.inputs}
+        read = {v for node in function.nodes if node.op in _ANGLES for v in node.inputs}
         found |= {call.weights[slot] for slot, value in function.weights.items() if value in read}
     return found

@@ -29,11 +29,13 @@ from graphopt.lowering.torch.text import (
 # op -> what is called. A name without a dot is a function of graphopt.runtime.ops.
 _CALLEES = {
     "abs": "torch.abs",
+    "by_length": "by_length",
     "gelu": "F.gelu",
     "gelu_tanh": "gelu_tanh",
     "layer_norm": "layer_norm",
     "linear": "linear",
     "merge_heads": "merge_heads",
+    "ntk_frequencies": "ntk_frequencies",
     "quick_gelu": "quick_gelu",
     "relu": "F.relu",
     "relu2": "relu2",

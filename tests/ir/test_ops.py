@@ -109,6 +109,11 @@ CASES = [
     # Angles go up to 60 times three, and are known to that many roundings of 1.
     *(Case("rope_table", [i64(B, S), f64(3)], scale, size=60 * 3)
       for scale in ({}, {"scale": 1.3})),
+    *(Case("by_length", [i64(B, S), kind, kind], {"length": length})
+      for kind in (f64(3), f64(1)) for length in (1, 60)),
+    *(Case("ntk_frequencies", [i64(B, S), f64(3)], {"base": 3.0, "factor": 2.0, "length": length},
+           size=40**4)
+      for length in (30, 60)),
     *(Case("rope", [x, TABLE, TABLE], {"interleaved": pairs, "heads_first": x is Q}, 2)
       for x in (Q, f64(B, S, 4, 6)) for pairs in (False, True)),
     *(Case("split_heads", [f64(B, S, 12)], {"head_dim": 4, "swap": swap})
@@ -217,6 +222,17 @@ def expect_layer_norm(x, weight=None, bias=None, eps=0.0):
 def expect_rope_table(positions, inv_freq, scale=1.0):
     turn = scale * np.exp(1j * positions[..., None] * inv_freq)
     return turn.real, turn.imag
+
+
+def expect_by_length(positions, short, long, length=0):
+    return long if any(p + 1 > length for p in positions.reshape(-1)) else short
+
+
+def expect_ntk_frequencies(positions, exponents, base=0.0, factor=0.0, length=0):
+    """transformers' `_compute_dynamic_ntk_parameters`, in numbers."""
+    rotated, n = 2 * len(exponents), max(length, *(p + 1 for p in positions.reshape(-1)))
+    base *= (factor * n / length - (factor - 1)) ** (rotated / (rotated - 2))
+    return np.array([1 / base**e for e in exponents])
 
 
 def expect_rope(x, cos, sin, interleaved=False, heads_first=True):
@@ -479,6 +495,20 @@ REFUSED = {
     "rms_norm, wide gain": ("rms_norm", [f64(6), f64(2, 6)], {"eps": 0.1}, "norm of"),
     "layer_norm, bias": ("layer_norm", [X, None, f64(3, 1, 1, 6)], {"eps": 0.1}, "norm of"),
     "rope_table, matrix": ("rope_table", [i64(B, S), f64(3, 3)], {}, "inv_freq"),
+    "by_length, shapes": ("by_length", [i64(B, S), f64(3), f64(1)], {"length": 5}, "by_length of"),
+    "by_length, none": ("by_length", [i64(B, S), f64(3), f64(3)], {"length": 0}, "by_length of"),
+    "ntk_frequencies, one pair": (
+        "ntk_frequencies",
+        [i64(B, S), f64(1)],
+        {"base": 2.0, "factor": 2.0, "length": 5},
+        "exponents",
+    ),
+    "ntk_frequencies, base": (
+        "ntk_frequencies",
+        [i64(B, S), f64(2)],
+        {"base": 0.0, "factor": 2.0, "length": 5},
+        "base",
+    ),
     "rope, rank": ("rope", [X, TABLE, TABLE], {}, "rope of"),
     "rope, too wide": ("rope", [f64(B, 4, S, 4), TABLE, TABLE], {}, "rope of"),
     "rope, sine": ("rope", [Q, TABLE, f64(B, S, 2)], {}, "rope of"),

@@ -254,6 +254,7 @@ def compare(program, folder, atol=2e-6):
 
 VECTOR, WIDE = Type((8,), torch.float32), Type((4, 1, 8), torch.float32)
 TABLE = Type((B, S, 2), torch.float32)
+PAIRS = Type((3,), torch.float32)
 ROW = Type((B, S, 4, 8), torch.float32)
 ATTENTION = {"scale": 0.4, "causal": True}
 BIAS = Type((B, 1, S, S), torch.float32)
@@ -297,6 +298,11 @@ OPS = {
     "rope_table": ("rope_table", [IDS_TYPE, Type((3,), torch.float32)], {}, (1,), 2, 0),
     "rope_table, scaled": ("rope_table", [IDS_TYPE, Type((3,), torch.float32)], {"scale": 1.3},
                            (1,), 2, 1),
+    **{f"by_length, {length}": ("by_length", [IDS_TYPE, PAIRS, PAIRS], {"length": length}, (1, 2))
+       for length in (1, 2)},
+    **{f"ntk_frequencies, {length}": (
+        "ntk_frequencies", [IDS_TYPE, PAIRS], {"base": 9.0, "factor": 3.0, "length": length}, (1,)
+    ) for length in (1, 2)},
     **{f"rope {x}, {pairs}": ("rope", [x, TABLE, TABLE], {"interleaved": pairs,
                                                           "heads_first": x is HEADS})
        for x in (HEADS, ROW) for pairs in (False, True)},

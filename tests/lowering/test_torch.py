@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from emitted import load_file
 from families import FAMILIES, LISTED, TOLERANCE, Case, cases, eager_logits, error, random_model
 from programs import tiny_program
 from tiny_models import save_tiny
@@ -48,14 +48,6 @@ def write(program: Program, folder: Path, target: str = "cpu") -> ModuleType:
     folder.mkdir(exist_ok=True)
     emitter.emit(program, folder, target, silent)
     return load_file(folder / "model.py")
-
-
-def load_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"emitted_{path.parent.name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def whole(model: Any, case: Case) -> Tensor:

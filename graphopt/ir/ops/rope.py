@@ -41,6 +41,84 @@ class RopeTable(Op):
         return runtime.rope_table(positions, inv_freq, attrs.get("scale", 1.0))
 
 
+class _Frequencies(Op):
+    """What depends on the longest sequence of a step: positions [B, S], its newest token included.
+
+    The longest decides for the whole batch, as in transformers' `dynamic_rope_update`; keys that
+    lie in a cache keep the rotation they were stored with.
+    """
+
+    def flops(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]
+        return dim(need(types, 0).numel)
+
+
+@register
+class ByLength(_Frequencies):
+    """`long` where the longest sequence has more than `length` tokens, else `short`.
+
+    LongRoPE's two sets of frequencies [R/2], or of factors on the tables [1].
+
+    Source: Ding et al., arXiv 2402.13753, section 3.3.
+    """
+
+    name = "by_length"
+    operands = ("positions", "short", "long")
+
+    def infer(self, types: Types, attrs: Attrs) -> list[Type]:
+        positions, short, long = need(types, 0), need(types, 1), need(types, 2)
+        if len(positions.shape) != 2 or short != long or not attrs["length"] > 0:
+            raise ValueError(f"by_length of {short} and {long} for positions {positions}")
+        return [short]
+
+    def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        positions, short, long = tensors
+        assert positions is not None and short is not None and long is not None
+        return ((long if int(positions.max()) + 1 > attrs["length"] else short).clone(),)
+
+    def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        positions, short, long = tensors
+        assert positions is not None and short is not None and long is not None
+        return (runtime.by_length(positions, short, long, attrs["length"]),)
+
+
+@register
+class NtkFrequencies(_Frequencies):
+    """Dynamic NTK: frequencies [R/2] of a base that grows with the longest sequence.
+
+    With n the tokens of the longest sequence, at least `length`, the base becomes
+    base (factor n / length - factor + 1)^(R / (R - 2)), and a frequency is the base to the power
+    of minus its exponent [R/2], which is 2i / R.
+
+    Source: Peng et al., arXiv 2309.00071, section 3.1 and appendix B.2.
+    """
+
+    name = "ntk_frequencies"
+    operands = ("positions", "exponents")
+
+    def infer(self, types: Types, attrs: Attrs) -> list[Type]:
+        positions, exponents = need(types, 0), need(types, 1)
+        pairs = exponents.shape[0] if len(exponents.shape) == 1 else 0
+        if len(positions.shape) != 2 or not isinstance(pairs, int) or pairs < 2:
+            raise ValueError(f"ntk_frequencies with exponents {exponents} at {positions}")
+        if not (attrs["length"] > 0 and attrs["base"] > 0 and attrs["factor"] >= 0):
+            raise ValueError(f"ntk_frequencies with {dict(attrs)}")
+        return [exponents]
+
+    def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        positions, exponents = tensors
+        assert positions is not None and exponents is not None
+        longest = max(int(positions.max()) + 1, attrs["length"])
+        stretch = attrs["factor"] * longest / attrs["length"] - attrs["factor"] + 1
+        rotated = 2 * exponents.shape[0]
+        return ((attrs["base"] * stretch ** (rotated / (rotated - 2))) ** -exponents,)
+
+    def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        positions, exponents = tensors
+        assert positions is not None and exponents is not None
+        numbers = (attrs["base"], attrs["factor"], attrs["length"])
+        return (runtime.ntk_frequencies(positions, exponents, *numbers),)
+
+
 @register
 class Rope(Op):
     """Rotate the first R features of every head; cos, sin [B, S, R/2].

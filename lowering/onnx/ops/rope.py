@@ -30,6 +30,44 @@ def rope_table(lower: Lowering, node: Node) -> list[Lowered]:
     return tables
 
 
+def _longest(lower: Lowering, positions: ir.Value) -> ir.Value:
+    """Return the number of tokens of the longest sequence, new ones included, int64 scalar."""
+    key = ("longest", positions)
+    if key not in lower.shared:
+        builder = lower.builder
+        newest = builder.op("ReduceMax", positions, keepdims=0)
+        lower.shared[key] = builder.op("Add", newest, builder.constant(1))
+    return lower.shared[key]  # type: ignore[return-value]
+
+
+@translation("by_length")
+def by_length(lower: Lowering, node: Node) -> ir.Value:
+    """A choice between two small tensors; a table of every position for each would be large."""
+    builder = lower.builder
+    positions, short, long = (lower.whole(value) for value in node.inputs)
+    length = builder.constant(lower.attrs(node)["length"])
+    beyond = builder.op("Greater", _longest(lower, positions), length)
+    return builder.op("Where", beyond, long, short)
+
+
+@translation("ntk_frequencies")
+def ntk_frequencies(lower: Lowering, node: Node) -> ir.Value:
+    builder, attrs = lower.builder, lower.attrs(node)
+    positions, exponents = (lower.whole(value) for value in node.inputs)
+    rotated = 2 * int(lower.types[node.output].shape[0])
+    longest = builder.op("Max", _longest(lower, positions), builder.constant(attrs["length"]))
+    stretch = builder.op("Cast", longest, to=ir.DataType.FLOAT)
+    for op, number in (
+        ("Mul", attrs["factor"]),
+        ("Div", attrs["length"]),
+        ("Sub", attrs["factor"] - 1),
+        ("Pow", rotated / (rotated - 2)),
+        ("Mul", attrs["base"]),
+    ):
+        stretch = builder.op(op, stretch, builder.number(number))
+    return builder.op("Reciprocal", builder.op("Pow", stretch, exponents))
+
+
 def rotary_caches(lower: Lowering, cos: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     """Return cosines and sines [positions, R/2] of every position the model was made for.
 
