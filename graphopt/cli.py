@@ -573,6 +573,8 @@ def main() -> NoReturn:
     # A tracer makes millions of small objects that live as long as the process. Looking for
     # cycles among them, while they are made and once more at exit, takes seconds.
     gc.set_threshold(100_000, 20, 100)
+    # A library that asks whether code may run gets no answer, not even from a pipe.
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     try:
         app()
         code: object = 0

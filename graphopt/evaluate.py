@@ -7,13 +7,10 @@ measured by the same code.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 import time
-import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +26,8 @@ from graphopt.ir.execute import complete_inputs
 from graphopt.ir.graph import Program
 from graphopt.progress import Progress, silent
 from graphopt.sources.base import output_tokenizer, tokenizer_in
-from graphopt.sources.check import CheckedRunner
+from graphopt.sources.check import CheckedRunner, check_finite
+from graphopt.sources.confined import folder_inside
 from graphopt.targets import get_target
 from graphopt.windows import Bos, TokenText, prompt_ids, special_ends, tokenizer_at
 
@@ -172,28 +170,26 @@ class TorchArtifactModel(LanguageModel):
     def __init__(self, root: Path, program: Program, *, trust_remote_code: bool = False) -> None:
         from safetensors import SafetensorError
 
-        from graphopt.lowering.torch import source_files
+        from graphopt.emitted import checked_code, trusted_code
         from graphopt.saved import artifact_target
 
         target = artifact_target(root)
         path = root / "model.py"
-        for name, text in source_files(program, target).items():
-            if not trust_remote_code and _differs(root / name, text):
-                raise SourceError(
-                    f"{root / name} is not the file that graphopt writes for "
-                    f"{root / 'program.json'} and {target}.",
-                    "Read it, and pass --trust-remote-code if you want it to run; or compile "
-                    "again.",
-                )
         on_gpu = get_target(target).kind == "gpu" and torch.cuda.is_available()
+        self._code = (
+            trusted_code(root)
+            if trust_remote_code
+            else checked_code(root, program, target, images=on_gpu)
+        )
         self._device = torch.device("cuda" if on_gpu else "cpu")
         self.name = program.name
         self.config = program.config
         self.tokenizer = output_tokenizer(root, program)
         self._cached = bool(program.states)
         try:
-            module = import_model(path)
+            module = self._code.import_model()
             self._decoder = getattr(module, "Decoder", None)
+            _check_weights(module, program)
             if on_gpu:
                 self._model = module.load(root, device=self._device)
             else:
@@ -246,21 +242,19 @@ class TorchArtifactModel(LanguageModel):
         return logits.float().cpu(), cache
 
 
-def import_model(path: Path) -> ModuleType:
-    """Import the `model.py` of a torch artifact, under a name of its own."""
-    spec = importlib.util.spec_from_file_location(f"graphopt_artifact_{uuid.uuid4().hex}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def _check_weights(module: ModuleType, program: Program) -> None:
+    """Let the weights that a module loads be checked, each by its name, before they are used."""
+    build = getattr(module, "Model", None)
+    constants = {weight.name for weight in program.weights if weight.constant}
 
+    def checked(*weights: Mapping[str, Tensor]) -> Any:
+        for name, value in (item for given in weights for item in given.items()):
+            check_finite(name, value.detach(), constant=name in constants)
+        assert build is not None
+        return build(*weights)
 
-def _differs(path: Path, text: str) -> bool:
-    try:
-        return path.read_bytes() != text.encode()
-    except OSError:
-        return True
+    if build is not None:
+        module.Model = checked  # type: ignore[attr-defined]
 
 
 class OnnxArtifactModel(LanguageModel):
@@ -273,9 +267,11 @@ class OnnxArtifactModel(LanguageModel):
         name: Short name of the model.
         config: Its Hugging Face config.
         tokenizer: Folder with its tokenizer; by default `folder` where it holds one.
+        constants: Initializers that may hold infinity on purpose.
 
     Raises:
-        SourceError: ONNX Runtime cannot load the graph, or its inputs are others.
+        SourceError: ONNX Runtime cannot load the graph, its inputs are others, its data lies
+            outside the folder, or a weight is not finite.
     """
 
     backend = "onnx"
@@ -287,13 +283,17 @@ class OnnxArtifactModel(LanguageModel):
         name: str = "",
         config: Mapping[str, Any] | None = None,
         tokenizer: Path | None = None,
+        constants: Collection[str] = (),
     ) -> None:
         import onnxruntime
+
+        from graphopt.sources.onnx_file import check_onnx
 
         self.name = name or folder.resolve().name
         self.config = dict(config or {})
         self.tokenizer = tokenizer_in(folder) or tokenizer
         path = folder / "model.onnx"
+        check_onnx(path, constants)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
@@ -372,7 +372,7 @@ def open_language_model(
     """
     root = Path(spec).expanduser()
     artifact = (root / "program.json").is_file()
-    onnx_folder = root / "onnx" if artifact else root
+    onnx_folder = (folder_inside(root, "onnx") or root / "onnx") if artifact else root
     has_torch = artifact and (root / "model.py").is_file()
     has_onnx = (onnx_folder / "model.onnx").is_file()
     if backend == "auto":
@@ -396,6 +396,7 @@ def open_language_model(
             name=program.name,
             config=program.config,
             tokenizer=output_tokenizer(root, program),
+            constants=[weight.name for weight in program.weights if weight.constant],
         )
     return ProgramModel(program, keep_weights=keep_weights)
 

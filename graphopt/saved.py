@@ -15,6 +15,7 @@ from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.types import DTYPE_NAMES, DTYPES
 from graphopt.ir.weights import Producer, Reshaped, Rows, Transposed
 from graphopt.lowering.base import StoredWeight
+from graphopt.sources.confined import inside
 from graphopt.sources.raw import RawTensor
 from graphopt.sources.safetensors import SafetensorsWriter
 
@@ -67,7 +68,7 @@ def load_program(root: Path) -> Program:
             weight of another shape than the program's, or a weight is stored nowhere.
     """
     path = root / PROGRAM_NAME
-    data = read_json(path, remedy="Compile the model again.")
+    data = read_json(inside(root, PROGRAM_NAME), remedy="Compile the model again.")
     try:
         stored = {name: _unpack(item) for name, item in data["storage"].items()}
         shapes = {item["name"]: tuple(item["shape"]) for item in data["weights"]}
@@ -94,6 +95,8 @@ def load_program(root: Path) -> Program:
 
 def _producer(root: Path, name: str, place: StoredWeight) -> Producer:
     path = root / place.file
+    if path.exists():
+        path = inside(root, place.file)
     count = place.dtype.itemsize
     for size in place.shape:
         count *= size
@@ -151,4 +154,5 @@ def artifact_target(root: Path) -> str:
     if not path.exists():
         return "cpu"
     again = "Compile the model again."
-    return parse(_Manifest, read_json(path, remedy=again), str(path), remedy=again).target
+    data = read_json(inside(root, path.name), remedy=again)
+    return parse(_Manifest, data, str(path), remedy=again).target

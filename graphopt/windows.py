@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import SourceError, unknown_name
-from graphopt.sources.base import reason
+from graphopt.sources.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,22 +55,12 @@ def tokenizer_at(folder: Path | None, name: str) -> PreTrainedTokenizerBase:
     Raises:
         SourceError: There is none, or the files cannot be read without running code.
     """
-    from transformers import AutoTokenizer
-
     if folder is None:
         raise SourceError(
             f"{name} has no tokenizer.",
             "Put tokenizer.json and tokenizer_config.json into the model's folder.",
         )
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise SourceError(
-            f"The tokenizer in {folder} cannot be loaded: {reason(error)}.",
-            "Put a tokenizer.json there that transformers loads without code of its own.",
-        ) from error
+    return read_tokenizer(folder)
 
 
 def special_ends(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -6,10 +6,7 @@ import shutil
 from pathlib import Path
 
 from graphopt.ir.graph import Program
-
-_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-# Descriptions of the model, which every emitter writes for itself.
-_OTHERS = ("config.json", "genai_config.json", "program.json", "report.json", "manifest.json")
+from graphopt.sources.tokenizer import tokenizer_files
 
 
 def copy_tokenizer(program: Program, folder: Path) -> list[Path]:
@@ -17,12 +14,14 @@ def copy_tokenizer(program: Program, folder: Path) -> list[Path]:
 
     Returns:
         The files written; none where the program has no tokenizer.
+
+    Raises:
+        SourceError: One of them is a link out of the tokenizer's folder.
     """
     if program.tokenizer is None:
         return []
     written: list[Path] = []
-    for pattern in _PATTERNS:
-        for source in sorted(Path(program.tokenizer).glob(pattern)):
-            if source.name not in _OTHERS and "safetensors" not in source.name:
-                written.append(Path(shutil.copyfile(source, folder / source.name)))
+    for name, source in tokenizer_files(Path(program.tokenizer)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        written.append(Path(shutil.copyfile(source, folder / name)))
     return written

@@ -11,6 +11,7 @@ import torch
 
 from graphopt.errors import reason as reason  # others look for it here
 from graphopt.ir.weights import Producer
+from graphopt.sources.confined import folder_inside
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -79,6 +80,10 @@ def output_tokenizer(root: Path, program: Program) -> Path | None:
     Args:
         root: The output folder, whose own copies come first.
         program: The program saved in it, which may name the folder it was compiled from.
+
+    Raises:
+        SourceError: One of the folders in it is a link out of it.
     """
+    own = [folder for name in ("onnx", "hf") if (folder := folder_inside(root, name)) is not None]
     named = [Path(program.tokenizer)] if program.tokenizer else []
-    return next(filter(tokenizer_in, (root, root / "onnx", root / "hf", *named)), None)
+    return next(filter(tokenizer_in, (root, *own, *named)), None)

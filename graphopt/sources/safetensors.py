@@ -35,6 +35,7 @@ from graphopt.inputs import (
 )
 from graphopt.ir.weights import Array, Producer
 from graphopt.sources.check import check_finite
+from graphopt.sources.confined import inside
 from graphopt.sources.raw import RawTensor, read_exactly
 
 DTYPE_OF: dict[str, torch.dtype] = {
@@ -158,14 +159,14 @@ def read_checkpoint(folder: Path) -> dict[str, RawTensor]:
     """
     folder = Path(folder)
     if (folder / WEIGHTS_NAME).exists():
-        return read_header(folder / WEIGHTS_NAME)
+        return read_header(inside(folder, WEIGHTS_NAME))
     index_path = folder / INDEX_NAME
     if not index_path.exists():
         raise SourceError(
             f"{folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}.",
             "graphopt reads safetensors checkpoints only.",
         )
-    index = parse(_Index, read_json(index_path), str(index_path))
+    index = parse(_Index, read_json(inside(folder, INDEX_NAME)), str(index_path))
     shards: dict[str, list[str]] = {}
     for name, shard in index.weight_map.items():
         shards.setdefault(shard, []).append(name)
@@ -184,7 +185,7 @@ def read_checkpoint(folder: Path) -> dict[str, RawTensor]:
         )
     tensors: dict[str, RawTensor] = {}
     for shard, names in shards.items():
-        held = read_header(folder / shard)
+        held = read_header(inside(folder, shard))
         for name in names:
             if name not in held:
                 raise SourceError(

@@ -198,8 +198,9 @@ def disassemble(cubin: bytes, nvdisasm: str) -> dict[str, Listing]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         done = subprocess.run(
-            [nvdisasm, "-hex", "-c", str(path)], capture_output=True, text=True, check=False
-        )
+            [nvdisasm, "-hex", "-c", str(path)],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        )  # fmt: skip
     if done.returncode:
         raise LoweringError(f"{nvdisasm} failed: {done.stderr.strip()}.", "")
     return parse_sass(done.stdout)
@@ -224,7 +225,10 @@ def find_nvdisasm(*places: str) -> str:
     for path in candidates:
         if path is None or not Path(path).is_file():
             continue
-        done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [path, "--version"],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        )  # fmt: skip
         release = re.search(r"release (\d+)\.(\d+)", done.stdout)
         if release and int(release[1]) <= _LAST_MAJOR:
             return path

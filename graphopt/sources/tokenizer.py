@@ -1,0 +1,110 @@
+"""Tokenizers of model folders: which files they are, and loading them without running code.
+
+transformers opens files by itself, follows links and paths in a tokenizer's configuration, and
+asks on the terminal whether code may run. So it is given a private copy of those files that the
+folder really holds, with everything taken out of the configuration that leads elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphopt.errors import SourceError, reason
+from graphopt.inputs import MAX_JSON_BYTES, read_bytes
+from graphopt.sources.confined import files_inside, inside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PATTERNS = (
+    "*.json", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.tiktoken",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+# Descriptions of the model, which every emitter writes for itself, and a run's own records.
+_OTHERS = (
+    "config.json", "genai_config.json", "program.json", "report.json", "manifest.json",
+    "program.txt",
+)  # fmt: skip
+
+# What the choice of a tokenizer's class hangs on, of the model's own config.
+_CONFIG_KEYS = ("model_type", "model_name", "tokenizer_class", "transformers_version")
+
+
+def tokenizer_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files of a tokenizer, and of generation defaults, as (name, path).
+
+    Raises:
+        SourceError: One is a link out of the folder, or no regular file.
+    """
+    for pattern in _PATTERNS:
+        for path in files_inside(folder, pattern):
+            if path.name not in _OTHERS and "safetensors" not in path.name:
+                yield path.relative_to(folder).as_posix(), path
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model folder, as transformers loads it; no code of it runs.
+
+    Raises:
+        SourceError: It cannot be loaded, needs code of its own, or a file of it is a link out of
+            the folder.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="graphopt-tokenizer-") as name:
+        private = Path(name)
+        for place, path in tokenizer_files(folder):
+            target = private / place
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(read_bytes(path, MAX_JSON_BYTES))
+        _rewrite(private / "tokenizer_config.json", _without_paths)
+        if (folder / "config.json").exists():
+            config = read_bytes(inside(folder, "config.json"), MAX_JSON_BYTES)
+            (private / "config.json").write_bytes(config)
+            _rewrite(private / "config.json", _kind_alone)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, local_files_only=True, trust_remote_code=False
+            )
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            # The tokenizers library raises plain Exceptions, and panics that are not even those.
+            raise SourceError(
+                f"The tokenizer in {folder} cannot be loaded: "
+                f"{reason(error).replace(name, str(folder))}.",
+                "Put a tokenizer.json there that transformers loads without code of its own.",
+            ) from error
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
+
+
+def _rewrite(path: Path, change: Any) -> None:
+    """Change an object in a JSON file; leave it to transformers to refuse what is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(data, dict):
+        path.write_text(json.dumps(change(data)), encoding="utf-8")
+
+
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer's configuration without names of files.
+
+    transformers finds a folder's files by their usual names; what stands in the configuration
+    would be opened wherever it leads.
+    """
+    ends = ("_file", "_files", "_path", "_dir")
+    return {
+        key: value for key, value in config.items() if key != "init_inputs" and
+        (not key.endswith(ends) or key == "name_or_path")
+    }  # fmt: skip
+
+
+def _kind_alone(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: config[key] for key in _CONFIG_KEYS if isinstance(config.get(key), str)}
