@@ -467,6 +467,7 @@ def parse(
     data: Any,
     where: str,
     *,
+    prefix: str = "",
     remedy: str = "Download it again.",
     error: Error = SourceError,
 ) -> Model:
@@ -474,6 +475,7 @@ def parse(
 
     Args:
         where: What error messages call it, such as its file name.
+        prefix: What the names of entries begin with in the file, and not in `data`.
 
     Raises:
         error: Naming the first entry that does not fit, what it is and what it should be.
@@ -485,7 +487,7 @@ def parse(
         # What is wrong, in pydantic's words: "Input should be a valid integer", "Field required".
         said = re.sub(r"^(Value error, |\w+ should)", _as_clause, first["msg"])
         place = ".".join(str(part) for part in first["loc"])
-        entry = f": the entry {shown(place)}" if place else ""
+        entry = f": the entry {shown(prefix + place)}" if place else ""
         is_ = "" if first["type"] == "missing" else f" is {shown(first['input'])}, and"
         said = "is missing" if first["type"] == "missing" else said
         raise error(f"{where}{entry}{is_} {said}.", remedy) from problem

@@ -116,7 +116,7 @@ def test_corrupt_safetensors(model, start, data, message):
     [
         (truncate, "is truncated: tensor 'output.weight' ends"),
         (lambda p: p.write_bytes(p.read_bytes()[:500]), "is truncated: its header goes on"),
-        (lambda p: p.write_bytes(b""), "is empty or corrupt"),
+        (lambda p: p.write_bytes(b""), "is empty"),
         (lambda p: overwrite(p, 0, b"junk"), "is not a GGUF file"),
         (lambda p: overwrite(p, 30, b"\xff" * 50), "is (truncated|corrupt)"),
     ],

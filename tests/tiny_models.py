@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,22 @@ def write_gguf(
     encoding: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     extra: dict[str, np.ndarray] | None = None,
     tokenizer: bool = False,
+    entries: dict[str, Any] | None = None,
+    change: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> Path:
-    """Write a model as llama.cpp's converter would, with names from the gguf package's own map."""
+    """Write a model as llama.cpp's converter would, with names from the gguf package's own map.
+
+    Args:
+        path: File to write.
+        model: What it holds.
+        architecture: The format's name for it.
+        encoding: Of the matrices.
+        extra: Further tensors.
+        tokenizer: Write the vocabulary of `byte_tokenizer` too.
+        entries: Metadata that is set, or left out where None; names that begin with a dot are of
+            the architecture.
+        change: Changes the tensors, by the format's names, before they are written.
+    """
     config = model.config
     name = gguf.MODEL_ARCH_NAMES[architecture]
     writer = gguf.GGUFWriter(path, name)
@@ -157,7 +171,7 @@ def write_gguf(
         if name == "gemma3":
             rope = rope["full_attention"]
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(rope["factor"])
+            writer.add_rope_scaling_factor(rope.get("factor", 1.0))
         writer.add_rope_freq_base(rope["rope_theta"])
     if getattr(config, "sliding_window", None) and name != "qwen2":
         writer.add_sliding_window(config.sliding_window)
@@ -166,7 +180,35 @@ def write_gguf(
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if tokenizer:
         add_tokenizer(writer)
+    for key, value in (entries or {}).items():
+        full = name + key if key.startswith(".") else key
+        writer.kv_data[0].pop(full, None)
+        if value is not None:
+            kind = gguf.GGUFValueType.get_type(value)
+            writer.add_key_value(full, value, kind)
+    tensors = gguf_tensors(model, architecture)
+    if change is not None:
+        change(tensors)
+    for target, array in tensors.items():
+        plain = array.ndim == 1 or encoding == gguf.GGMLQuantizationType.F32
+        if plain:
+            writer.add_tensor(target, array)
+        else:
+            writer.add_tensor(target, gguf.quants.quantize(array, encoding), raw_dtype=encoding)
+    for key, array in (extra or {}).items():
+        writer.add_tensor(key, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def gguf_tensors(model: PreTrainedModel, architecture: gguf.MODEL_ARCH) -> dict[str, np.ndarray]:
+    """Return a model's tensors under the format's names and in its layout."""
+    config, name = model.config, gguf.MODEL_ARCH_NAMES[architecture]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    tensors: dict[str, np.ndarray] = {}
     for key, value in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -180,19 +222,8 @@ def write_gguf(
             value = value + 1
         if name == "gpt2" and key.endswith(".weight") and (".c_" in key):
             value = value.t()
-        array = value.contiguous().numpy()
-        plain = array.ndim == 1 or encoding == gguf.GGMLQuantizationType.F32
-        if plain:
-            writer.add_tensor(target, array)
-        else:
-            writer.add_tensor(target, gguf.quants.quantize(array, encoding), raw_dtype=encoding)
-    for key, array in (extra or {}).items():
-        writer.add_tensor(key, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+        tensors[target] = value.contiguous().numpy()
+    return tensors
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, pre: str = "smollm") -> None:

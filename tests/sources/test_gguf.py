@@ -26,8 +26,8 @@ from graphopt.errors import SourceError
 from graphopt.ir.weights import Array
 from graphopt.sources import open_model
 from graphopt.sources.base import ModelSource
-from graphopt.sources.gguf import HalvesFromPairs
-from graphopt.sources.gguf_file import read_gguf
+from graphopt.sources.gguf.container import read_gguf
+from graphopt.sources.gguf.weights import HalvesFromPairs
 
 LLAMA = gguf.MODEL_ARCH.LLAMA
 
@@ -240,14 +240,18 @@ def tensor_entry(name: str, shape: list[int], code: int, offset: int) -> bytes:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (tensor_entry("a", [4], 0, 0) + tensor_entry("b", [4], 0, 8), "'b' overlaps"),
-        (tensor_entry("a", [4], 0, 0) + tensor_entry("a", [4], 0, 16), "'a' is malformed"),
+        (tensor_entry("a", [4], 0, 0) + tensor_entry("b", [4], 0, 0), "overlaps"),
+        (tensor_entry("a", [4], 0, 0) + tensor_entry("b", [4], 0, 16), "'b' is malformed"),
+        (tensor_entry("a", [4], 0, 0) + tensor_entry("b", [4], 0, 64), "'b' does not begin where"),
+        (tensor_entry("a", [4], 0, 0) + tensor_entry("a", [4], 0, 32), "'a' occurs twice"),
+        (tensor_entry("a", [], 0, 0) + tensor_entry("b", [4], 0, 32), "'a' has 0 dimensions"),
+        (tensor_entry("a", [1 << 62] * 4, 0, 0) + tensor_entry("b", [4], 0, 32), "'a' ends at"),
         (tensor_entry("a", [0], 0, 0) + tensor_entry("b", [4], 0, 0), "'a' is malformed"),
         (tensor_entry("a", [33], 8, 0) + tensor_entry("b", [4], 0, 64), "'a' is malformed"),
         (tensor_entry("a", [4], 99, 0) + tensor_entry("b", [4], 0, 64), "unknown encoding 99"),
         (tensor_entry("a", [4], 24, 0) + tensor_entry("b", [4], 0, 64), "encoding I8, which"),
         (tensor_entry("a", [1] * 5, 0, 0) + tensor_entry("b", [4], 0, 64), "5 dimensions"),
-        (tensor_entry("a", [4], 0, 0) + tensor_entry("b", [400], 0, 64), "'b' ends at byte"),
+        (tensor_entry("a", [4], 0, 0) + tensor_entry("b", [400], 0, 32), "'b' ends at byte"),
     ],
 )
 def test_corrupt_tensor_table(tmp_path: Path, tensors: bytes, message: str) -> None:
