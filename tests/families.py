@@ -201,11 +201,15 @@ class Case:
         return f"batch {len(pads)}, length {self.input_ids.shape[1]}, padding {pads}"
 
 
-def random_model(family: str, seed: int = 0) -> nn.Module:
-    """Return a model of the family in which every parameter matters."""
+def random_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """Return a model of the family in which every parameter matters.
+
+    Args:
+        changes: Entries of the config that differ from the family's here.
+    """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    config = CONFIG_MAPPING[family](**FAMILIES[family])
+    config = CONFIG_MAPPING[family](**FAMILIES[family] | changes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)

@@ -85,10 +85,9 @@ class OnnxEmitter(Emitter):
         reason = why_not(program)
         if reason is None:
             # Weights lie in the order in which a graph is built, so both find them alike.
-            again = DataFile(data.path, root)
-            model = _Graph(program, again, continues=False, moe=self.moe).build()
-            ir.save(model, folder / GENAI_NAME)
-            emitted.files += [folder / GENAI_NAME, *self._genai(program, folder)]
+            again = _Graph(program, DataFile(data.path, root), continues=False, moe=self.moe)
+            ir.save(again.build(), folder / GENAI_NAME)
+            emitted.files += [folder / GENAI_NAME, *self._genai(program, folder, again.in_place)]
             emitted.usage.append(
                 "onnxruntime-genai:  og.Model('{out}/onnx')   # loads genai_config.json"
             )
@@ -97,7 +96,7 @@ class OnnxEmitter(Emitter):
         return emitted
 
     @staticmethod
-    def _genai(program: Program, folder: Path) -> list[Path]:
+    def _genai(program: Program, folder: Path, in_place: bool) -> list[Path]:
         kinds, _ = infer_program(program)
         heads = 0
         for call, types in zip(program.calls, kinds, strict=True):
@@ -105,7 +104,8 @@ class OnnxEmitter(Emitter):
                 if node.op == "attention" and node.inputs[0] is not None:
                     heads = int(types[node.inputs[0]].shape[1])
         config = folder / "genai_config.json"
-        config.write_text(json.dumps(genai_config(program, heads), indent=2) + "\n", "utf-8")
+        entries = genai_config(program, heads, in_place)
+        config.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
         return [config, *copy_tokenizer(program, folder)]
 
 
@@ -242,6 +242,11 @@ class _Graph:
         bias = held(made.biases) if made.biases else None
         return Fused(made, first, bias, held([made.last], experts))
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the graph, once built, can write new keys into a buffer that holds the old."""
+        return bool(self.shared.get("in_place", True))
+
     def plain(self) -> list[tuple[str, str]]:
         """Return where experts did not become com.microsoft::MoE, and why."""
         return [
@@ -307,7 +312,7 @@ class _Graph:
             results.append(self._output(name, presents[key], kind))
         metadata = {"graphopt.source": program.source, "graphopt.program": program.name}
         model = builder.model(program.name, graph_inputs, results, metadata)
-        # Heads that an attention takes from their pack are not asked for one by one.
+        # A size that is at hand need not have been asked for.
         RemoveUnusedNodesPass()(model)
         return model
 

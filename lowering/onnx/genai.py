@@ -26,11 +26,12 @@ def why_not(program: Program) -> str | None:
     return None
 
 
-def genai_config(program: Program, heads: int) -> dict[str, Any]:
+def genai_config(program: Program, heads: int, in_place: bool) -> dict[str, Any]:
     """Return the config of a program that `why_not` has nothing against.
 
     Args:
         heads: Query heads of an attention.
+        in_place: Every attention can write new keys into the buffer that holds the old ones.
     """
     config = program.config
     text = config.get("text_config") or config
@@ -82,7 +83,7 @@ def genai_config(program: Program, heads: int) -> dict[str, Any]:
             "no_repeat_ngram_size": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            "past_present_share_buffer": True,
+            "past_present_share_buffer": in_place,
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_k": 1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
+from onnx_models import emit, run, run_in_steps, session
 from programs import IDS as IDS_TYPE
 from programs import tiny_program
 from tiny_models import byte_tokenizer
@@ -26,7 +26,8 @@ from graphopt.ir.ops import all_ops
 from graphopt.lowering.onnx import OnnxEmitter
 from graphopt.lowering.onnx.external import ALIGNMENT
 from graphopt.lowering.onnx.genai import why_not
-from graphopt.progress import silent
+from graphopt.passes.base import Context
+from graphopt.passes.insert_kv_cache import InsertKVCache
 
 VARIANTS = {
     "plain": {},
@@ -48,30 +49,6 @@ VARIANTS = {
 }  # fmt: skip
 IDS = torch.randint(0, 97, (3, 9), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1] * 9, [0] * 2 + [1] * 7, [0] * 5 + [1] * 4])
-
-
-def emit(program, root):
-    emitted = OnnxEmitter().emit(program, root, "cpu", silent)
-    return emitted, root / "onnx" / "model.onnx"
-
-
-def session(path):
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    return ort.InferenceSession(str(path), options)
-
-
-def run(model, inputs, past=None):
-    """Return logits and the new cache, by input name."""
-    names = [item.name for item in model.get_inputs()]
-    feeds = {name: inputs[name].numpy() for name in names if name in inputs}
-    for item in model.get_inputs():
-        if item.name.startswith("past_key_values"):
-            empty = (inputs["input_ids"].shape[0], item.shape[1], 0, item.shape[3])
-            feeds[item.name] = (past or {}).get(item.name, np.zeros(empty, dtype=np.float32))
-    outputs = dict(zip([o.name for o in model.get_outputs()], model.run(None, feeds), strict=True))
-    cache = {n.replace("present", "past_key_values"): v for n, v in outputs.items() if "." in n}
-    return torch.from_numpy(outputs["logits"]), cache
 
 
 def close(found, expected, mask):
@@ -106,17 +83,7 @@ def test_steps_with_a_cache(options, tmp_path):
     for rows in (3, 1):
         ids, mask = IDS[:rows], MASK[:rows]
         inputs = complete_inputs({"input_ids": ids, "attention_mask": mask})
-        pieces, past = [], None
-        for start, stop in ((0, 4), (4, 7), (7, 8), (8, 9)):
-            step = {
-                "input_ids": ids[:, start:stop],
-                "attention_mask": mask[:, :stop],
-                "position_ids": inputs["position_ids"][:, start:stop],
-            }
-            logits, past = run(model, step, past)
-            pieces.append(logits)
-            assert {value.shape[2] for value in past.values()} == {stop}
-        close(torch.cat(pieces, 1), reference(program, inputs), mask)
+        close(run_in_steps(model, inputs, (4, 7, 8, 9)), reference(program, inputs), mask)
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
@@ -153,7 +120,25 @@ def test_the_graph_for_genai(options, tmp_path):
             start, pasts = stop, (cache, other)
 
 
-STEPS = st.lists(st.integers(1, 8), unique=True).map(lambda cuts: [0, *sorted(cuts), 9])
+# GroupQueryAttention takes multiples of eight; those of sixteen alone if it rotates.
+HEAD_SIZES = (1, 2, 3, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 24, 30, 36, 40, 48, 50, 56, 64, 72)
+LARGE_HEAD_SIZES = (80, 88, 96, 100, 104, 112, 120, 136, 152, 160, 192, 200, 248, 256, 264, 512)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_SIZES + LARGE_HEAD_SIZES)
+def test_every_head_size(head_dim, tmp_path):
+    """With as much of a head rotated as can be, and with half of that."""
+    for part in {head_dim // 2 * 2, head_dim // 4 * 2}:
+        options = {"rotary_dim": part} if part else {"alibi": True}
+        program = tiny_program(head_dim=head_dim, layers=1, **options)
+        program.config = {"max_position_embeddings": 64}
+        cached = InsertKVCache().run(program, Context()).program
+        model = session(emit(cached, tmp_path / str(part))[1])
+        inputs = complete_inputs({"input_ids": IDS, "attention_mask": MASK})
+        close(run_in_steps(model, inputs, (4, 7, 8, 9)), reference(program, inputs), MASK)
+
+
+STOPS = st.lists(st.integers(1, 8), unique=True).map(lambda cuts: [*sorted(cuts), 9])
 
 
 @pytest.fixture(scope="module")
@@ -164,19 +149,14 @@ def everything(tmp_path_factory):
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(STEPS, st.lists(st.integers(0, 8), min_size=1, max_size=3))
-def test_any_split_and_padding(everything, steps, pads):
+@given(STOPS, st.lists(st.integers(0, 8), min_size=1, max_size=3))
+def test_any_split_and_padding(everything, stops, pads):
     program, model = everything
     ids, mask = IDS[: len(pads)], torch.ones(len(pads), 9, dtype=torch.long)
     for row, pad in enumerate(pads):
         mask[row, :pad] = 0
     inputs = complete_inputs({"input_ids": ids, "attention_mask": mask})
-    pieces, past = [], None
-    for start, stop in itertools.pairwise(steps):
-        step = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
-        logits, past = run(model, complete_inputs(step, start), past)
-        pieces.append(logits)
-    close(torch.cat(pieces, 1), reference(program, inputs), mask)
+    close(run_in_steps(model, inputs, stops), reference(program, inputs), mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -512,6 +492,16 @@ def test_genai_config_agrees_with_the_graph(tmp_path):
             named[side] |= {name % i for i in range(layers)} if "%d" in name else {name}
     assert named["inputs"] == {value.name for value in graph.input}
     assert named["outputs"] == {value.name for value in graph.output}
+
+
+@pytest.mark.parametrize(("head_dim", "shared"), [(8, True), (24, True), (6, False), (20, False)])
+def test_genai_shares_a_buffer_where_every_attention_can_write_into_it(head_dim, shared, tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    program = tiny_program(cache=True, head_dim=head_dim)
+    program.tokenizer = str(tmp_path / "tokenizer")
+    _, path = emit(program, tmp_path / "out")
+    config = json.loads(path.with_name("genai_config.json").read_text())
+    assert config["search"]["past_present_share_buffer"] is shared
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 """Attention: GroupQueryAttention where it is exact, plain products and a softmax elsewhere.
 
 ONNX Runtime's standard Attention is much slower on a CPU, and GroupQueryAttention alone extends a
-cache in place and rotates queries and keys out of one product.
+cache in place.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from graphopt.ir.ops.attention import BIAS, KEY, MASK, PAST_K, PAST_V, QUERY, SI
 from graphopt.ir.types import B, P, S
 from graphopt.lowering.onnx.builder import MICROSOFT
 from graphopt.lowering.onnx.ops.registry import Heads, Lowered, Lowering, translation
-from graphopt.lowering.onnx.ops.rope import rotary_caches
 
 # Far below any score, and far enough above the smallest float that adding a score to it, or
 # another mask, stays finite: a row without a key gives a plain mean instead of NaN.
@@ -154,25 +152,20 @@ def attention(lower: Lowering, node: Node) -> Lowered | list[Lowered]:
         lower, lower.operand(node, MASK), lower.operand(node, SLOPES), continues,
         lower.attrs(node).get("window"), lower.attrs(node).get("chunk"),
     )  # fmt: skip
-    rotary = _rotary_pack(lower, node)
     if not continues:
-        out, *present = _group_query(lower, node, q, k, v, bias, rotary)
+        out, *present = _group_query(lower, node, q, k, v, bias)
         return [Heads(out, q.heads, v.dim, True), *present]
     several = _several_rows_continue(lower)
     _lengths(lower)
     with builder.branch("continue") as plain:
         # Copies: what this branch makes of the heads must not be read outside of it.
-        flats = [q.flat, k.flat, v.flat] if rotary is None else rotary.rotated(lower, q, k, v)
-        inside = [
-            Heads(flat, x.heads, x.dim, True).whole(builder)
-            for flat, x in zip(flats, (q, k, v), strict=True)
-        ]
+        inside = [Heads(x.flat, x.heads, x.dim, True).whole(builder) for x in (q, k, v)]
         out, present_k, present_v = _plain(lower, node, inside)  # type: ignore[misc]
         flat = builder.op("Transpose", out, perm=[0, 2, 1, 3])
         flat = builder.op("Reshape", flat, builder.constant([0, 0, q.heads * v.dim]))
         plain.results = [flat, present_k, present_v]
     with builder.branch("fused") as fused:
-        fused.results = _group_query(lower, node, q, k, v, bias, rotary)
+        fused.results = _group_query(lower, node, q, k, v, bias)
     out, *present = builder.op(
         "If", several, outputs=3, then_branch=plain.graph(), else_branch=fused.graph()
     )
@@ -210,89 +203,26 @@ def _fits_group_query(lower: Lowering, node: Node) -> bool:
     )
 
 
-@dataclass
-class _RotaryPack:
-    """Queries, keys and values as one product, before rotation: what the fused operator takes.
-
-    Attributes:
-        product: [B, S, (H + 2 G) D].
-        cos, sin: Tables of the new tokens, [B, S, D/2].
-        caches: Tables of every position, [positions, D/2].
-    """
-
-    product: ir.Value
-    cos: ir.Value
-    sin: ir.Value
-    caches: tuple[ir.Value, ir.Value]
-    interleaved: bool
-
-    def rotated(self, lower: Lowering, q: Heads, k: Heads, v: Heads) -> list[ir.Value]:
-        """Return flat q, k and v, the first two rotated, made anew."""
-        builder = lower.builder
-        widths = builder.constant([x.heads * x.dim for x in (q, k, v)])
-        parts = builder.op("Split", self.product, widths, outputs=3, axis=-1)
-        for index, heads in enumerate((q.heads, k.heads)):
-            parts[index] = builder.op(
-                "RotaryEmbedding", parts[index], self.cos, self.sin,
-                num_heads=heads, interleaved=int(self.interleaved),
-            )  # fmt: skip
-        return list(parts)
-
-
-def _rotary_pack(lower: Lowering, node: Node) -> _RotaryPack | None:
-    """Return how q, k and v come out of one product by rotation alone; None if they don't."""
-    ropes = [None if value is None else value.node for value in node.inputs[: KEY + 1]]
-    q, k = ropes
-    if q is None or k is None or not q.op == k.op == "rope" or q.inputs[1:] != k.inputs[1:]:
-        return None
-    attrs = lower.attrs(q)
-    if lower.attrs(k) != attrs or not attrs.get("heads_first", True):
-        return None
-    linears: list[Node] = []
-    for value in (q.inputs[0], k.inputs[0], node.inputs[VALUE]):
-        split = None if value is None else value.node
-        if split is None or split.op != "split_heads" or not lower.attrs(split).get("swap", True):
-            return None
-        made = split.inputs[0].node if split.inputs[0] is not None else None
-        if made is None or lower.operand(made, 2) is not None:
-            return None
-        linears.append(made)
-    pack = lower.packs.get(linears[0])
-    cos, sin = q.inputs[1], q.inputs[2]
-    assert cos is not None and q.inputs[0] is not None
-    whole_head = 2 * int(lower.types[cos].shape[-1]) == int(lower.types[q.inputs[0]].shape[-1])
-    if pack is None or pack.nodes != tuple(linears) or not whole_head:
-        return None
-    tables = lower.whole(cos), lower.whole(sin)
-    caches = rotary_caches(lower, tables[0])
-    if caches is None:
-        return None
-    product = lower.shared["product", pack]
-    return _RotaryPack(product, *tables, caches, bool(attrs.get("interleaved", False)))
-
-
 def _group_query(
-    lower: Lowering, node: Node, q: Heads, k: Heads, v: Heads, bias: ir.Value,
-    rotary: _RotaryPack | None,
-) -> list[ir.Value]:  # fmt: skip
-    """Return the flat output and the new cache contents."""
+    lower: Lowering, node: Node, q: Heads, k: Heads, v: Heads, bias: ir.Value
+) -> list[ir.Value]:
+    """Return the flat output and the new cache contents.
+
+    Queries and keys come rotated. The operator would rotate them itself, but by other positions:
+    without a past, every row by the first row's first position and those that follow it, which
+    is right for no batch that is padded on the left.
+    """
     attrs = lower.attrs(node)
     last, total = _lengths(lower)
     sinks = lower.operand(node, SINKS)
     past = [lower.whole(lower.operand(node, index)) for index in (PAST_K, PAST_V)]
-    heads: list[ir.Value | None] = [q.flat, k.flat, v.flat]
-    tables: list[ir.Value | None] = [None, None, None]
-    if rotary is not None:
-        heads = [rotary.product, None, None]
-        tables = [*rotary.caches, lower.inputs["position_ids"]]
     return lower.builder.op(
         "GroupQueryAttention",
-        *heads, *past, last, total, *tables, bias,
+        q.flat, k.flat, v.flat, *past, last, total, None, None, None, bias,
         None if sinks is None else lower.whole(sinks),
         domain=MICROSOFT, outputs=3,
         num_heads=q.heads, kv_num_heads=k.heads, scale=attrs["scale"],
-        softcap=attrs.get("softcap"), do_rotary=int(rotary is not None),
-        rotary_interleaved=int(rotary is not None and rotary.interleaved),
+        softcap=attrs.get("softcap"), do_rotary=0,
     )  # fmt: skip
 
 
@@ -309,6 +239,7 @@ def _plain(lower: Lowering, node: Node, operands: list[ir.Value]) -> ir.Value | 
     query, keys, values = operands
     past = lower.operand(node, PAST_K)
     if past is not None:
+        lower.shared["in_place"] = False
         keys = builder.op("Concat", lower.whole(past), keys, axis=2)
         values = builder.op("Concat", lower.whole(lower.operand(node, PAST_V)), values, axis=2)
     present: list[Any] = [keys, values]

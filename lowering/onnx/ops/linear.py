@@ -49,7 +49,6 @@ def _packed(lower: Lowering, node: Node, x: ir.Value) -> ir.Value:
         product = builder.op("MatMul", x, pack.matrix)
         parts = builder.op("Split", product, builder.constant(widths), outputs=len(widths), axis=-1)
         lower.shared[key] = dict(zip(pack.nodes, parts, strict=True))
-        lower.shared["product", pack] = product
     part = lower.shared[key][node]
     bias = lower.operand(node, 2)
     return part if bias is None else builder.op("Add", part, lower.whole(bias))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-import torch
 
 from graphopt.ir.graph import Node
 from graphopt.lowering.onnx.ops.registry import Heads, Lowered, Lowering, translation
 
-_LARGEST_CACHES = 16 * 2**20
-"""Bytes of a cosine and a sine table that are written into the model file."""
-
 
 @translation("rope_table")
 def rope_table(lower: Lowering, node: Node) -> list[Lowered]:
+    """Cosines and sines of the new tokens' positions, [B, S, R/2], computed in the graph.
+
+    Made once for all layers, they cost nothing beside a layer, hold for positions of any size,
+    and need no constants by position.
+    """
     builder = lower.builder
     positions, inv_freq = lower.whole(node.inputs[0]), lower.whole(node.inputs[1])
     wide = builder.op("Cast", positions, to=ir.DataType.FLOAT)
@@ -23,10 +24,6 @@ def rope_table(lower: Lowering, node: Node) -> list[Lowered]:
     scale = lower.attrs(node).get("scale", 1.0)
     if scale != 1.0:
         tables = [builder.op("Mul", table, builder.number(scale)) for table in tables]
-    slot = next((s for s, v in lower.function.weights.items() if v is node.inputs[1]), None)
-    if slot is not None and positions is lower.inputs.get("position_ids"):
-        weight = lower.program.weights[lower.call.weights[slot]]
-        lower.shared["frequencies", tables[0]] = weight, scale
     return tables
 
 
@@ -66,37 +63,6 @@ def ntk_frequencies(lower: Lowering, node: Node) -> ir.Value:
     ):
         stretch = builder.op(op, stretch, builder.number(number))
     return builder.op("Reciprocal", builder.op("Pow", stretch, exponents))
-
-
-def rotary_caches(lower: Lowering, cos: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """Return cosines and sines [positions, R/2] of every position the model was made for.
-
-    Args:
-        cos: What `rope_table` made.
-
-    Returns:
-        None where the number of positions is not known, or the tables would be large.
-    """
-    config = lower.program.config
-    count = config.get("max_position_embeddings") or config.get("n_positions")
-    known = lower.shared.get(("frequencies", cos))
-    if known is None or not isinstance(count, int):
-        return None
-    weight, scale = known
-    if 2 * 4 * count * weight.numel > _LARGEST_CACHES:
-        return None
-    key = ("rotary caches", cos)
-    if key not in lower.shared:
-        frequencies = weight.load(torch.float32)
-        angles = torch.arange(count, dtype=torch.float32)[:, None] * frequencies
-        lower.shared[key] = tuple(
-            lower.builder.initializer(
-                (label := lower.builder.unique(f"rope/{name}_cache")),
-                ir.tensor((table * scale).numpy(), name=label),
-            )
-            for name, table in (("cos", angles.cos()), ("sin", angles.sin()))
-        )
-    return lower.shared[key]
 
 
 @translation("rope")
