@@ -55,6 +55,15 @@ def test_the_version_is_said_once():
     assert importlib.metadata.version("graphopt") == graphopt.__version__
 
 
+def test_the_oldest_versions_that_are_tested_are_those_that_are_admitted():
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.lower().split("==") for line in lines if line and line[0] != "#")
+    for requirement in PROJECT["project"]["dependencies"]:
+        name, lowest = re.fullmatch(r"([\w-]+)>=([\d.]+)(?:,<[\d.]+)?", requirement).groups()
+        if name != "torch":  # PyPI's CPU build of one version alone is what CI has
+            assert f"{pinned[name]}.".startswith(f"{lowest}."), requirement
+
+
 @pytest.mark.parametrize("folder", ["lowering", "passes", "runtime"])
 def test_the_bare_folders_are_no_packages_of_their_own(folder, tmp_path):
     """`import passes` finds nothing, wherever Python is started."""
