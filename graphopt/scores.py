@@ -23,7 +23,7 @@ from graphopt.ir.blocks import Block, find_blocks, sub_blocks, without_sub_block
 from graphopt.ir.execute import Runner, complete_inputs, run_function
 from graphopt.ir.graph import Call, Function, Program, Value
 from graphopt.ir.shapes import infer_program
-from graphopt.ir.types import B, P, S
+from graphopt.ir.types import B, Dim, P, S
 from graphopt.progress import Progress, silent
 
 METRICS = {
@@ -199,15 +199,39 @@ class Walk:
         self.blocks: list[Block] = find_blocks(program)
         self.calls = 0
         self.types = infer_program(program)[1]
-        self.environments = [complete_inputs({"input_ids": ids}) for ids in self.ids]
-        self._run_calls(0, self.blocks[0].position, self.environments)
+        self._stacked: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self.environments = [self._before_blocks(ids) for ids in self.ids]
+
+    def _before_blocks(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return the program's inputs for windows, and what the calls before the blocks make."""
+        environment = complete_inputs({"input_ids": ids})
+        self._run_calls(0, self.blocks[0].position, [environment])
+        return environment
+
+    def _argument(self, name: str, batch: int, times: int) -> Tensor:
+        """Return a value made before the blocks, for a batch's windows several times over.
+
+        Most values have a row a window, or none. But a size may be any function of the batch's
+        (a mixture of experts counts the tokens it routes, 2*B*S), and those are computed.
+        """
+        value = self.environments[batch][name]
+        first, *rest = (*self.types[name].shape, 1)
+        if times == 1 or not any(_depends_on_batch(size) for size in (first, *rest)):
+            return value
+        if first == B and not any(map(_depends_on_batch, rest)):
+            return value.repeat(times, *[1] * (value.dim() - 1))
+        if (batch, times) not in self._stacked:
+            made = self._before_blocks(self.ids[batch].repeat(times, 1))
+            self._stacked = {(batch, times): made}
+        return self._stacked[batch, times][name]
 
     def _run_calls(self, start: int, stop: int, environments: Sequence[dict[str, Tensor]]) -> None:
         for call in self.program.calls[start:stop]:
             function = self.program.functions[call.function]
             weights = self.runner.call_weights(call)
             for environment in environments:
-                results = self._run(function, call, weights, environment)
+                args = [environment[name] for name in call.args]
+                results = self._run(function, call, weights, args, environment["input_ids"].shape)
                 environment.update(zip(call.results, results, strict=True))
 
     def _run(
@@ -215,24 +239,13 @@ class Walk:
         function: Function,
         call: Call,
         weights: Mapping[str, Tensor],
-        environment: Mapping[str, Tensor],
-        stream: tuple[str, Tensor] | None = None,
+        args: list[Tensor],
+        size: tuple[int, ...],
         watch: Callable[[Value, Tensor], None] | None = None,
     ) -> list[Tensor]:
-        """Run a call; the stream, where one is given, may stack several of the same windows."""
-        ids = environment["input_ids"]
-        rows = len(ids) if stream is None else len(stream[1])
-        args = []
-        for name in call.args:
-            if stream is not None and name == stream[0]:
-                args.append(stream[1])
-                continue
-            value = environment[name]
-            if rows > len(ids) and self.types[name].shape[:1] == (B,):
-                value = value.repeat(rows // len(ids), *[1] * (value.dim() - 1))
-            args.append(value)
+        rows, length = size
         past = self.runner.empty_cache(rows) if function.caches else {}
-        sizes = {B: rows, S: ids.shape[1], P: 0}
+        sizes = {B: rows, S: length, P: 0}
         return run_function(function, call, args, weights, sizes, past, watch=watch)[0]
 
     def through(
@@ -265,9 +278,16 @@ class Walk:
                 weights: Mapping[str, Tensor] = weights,
             ) -> Tensor:
                 self.calls += 1
-                named, environment = (call.args[block.stream], stream), self.environments[batch]
+                rows, length = self.ids[batch].shape
+                args = [
+                    stream
+                    if place == block.stream
+                    else self._argument(name, batch, len(stream) // rows)
+                    for place, name in enumerate(call.args)
+                ]
                 own = {**weights, **(changed or {})}
-                return self._run(other or function, call, own, environment, named, watch)[0]
+                size = (len(stream), length)
+                return self._run(other or function, call, own, args, size, watch)[0]
 
             after = [run(batch, stream) for batch, stream in enumerate(streams)]
             behind(index, run, streams, after)
@@ -361,6 +381,10 @@ class Walk:
                 count += len(row)
         mean = total / max(count, 1)
         return math.exp(min(mean, 700.0)) if metric == "ppl" and math.isfinite(mean) else mean
+
+
+def _depends_on_batch(size: Dim) -> bool:
+    return not isinstance(size, int) and B in size.free_symbols
 
 
 def _distances(ours: Tensor, theirs: Tensor, metric: str) -> Tensor:

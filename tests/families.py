@@ -145,6 +145,7 @@ UNLISTED: dict[str, dict[str, Any]] = {
     "exaone4": _llama(sliding_window=5, sliding_window_pattern=2),
     "gpt_oss": _llama(head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=5),
     "mixtral": _llama(num_local_experts=4),
+    "granitemoe": _llama(num_local_experts=4, residual_multiplier=0.5),
     "qwen3_moe": _llama(
         head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
     ),

@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from families import random_model
 from programs import tiny_program
 
+from graphopt import scores as scores_module
+from graphopt.capture import capture
 from graphopt.errors import SourceError
 from graphopt.ir.blocks import find_blocks, remove_sub_blocks
 from graphopt.ir.execute import Runner
@@ -72,6 +75,21 @@ def test_one_walk_gives_the_scores_of_the_definition(metric, kinds):
         assert scores.values[unit] == pytest.approx(
             naive(program, unit, metric), abs=1e-6, rel=1e-5
         )
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_mixtures_of_experts_score_as_defined(family, monkeypatch):
+    # They count the tokens they route, so that some sizes are multiples of the batch's.
+    program = capture(random_model(family))
+    for rows in (1, 3):
+        monkeypatch.setattr(scores_module, "_TOKENS_AT_ONCE", rows * IDS.shape[1])
+        for metric in METRICS:
+            units = units_of(program, ("block", "attention", "ffn"))
+            scores = score_units(program, units, IDS, metric)
+            for unit in units:
+                assert scores.values[unit] == pytest.approx(
+                    naive(program, unit, metric), abs=1e-6, rel=1e-4
+                ), (metric, unit, rows)
 
 
 @pytest.mark.parametrize("layers", [2, 5, 8])

@@ -85,6 +85,11 @@ def _no_op(raiser: Raiser, node: Node) -> Value | None:
         if name == "dropout" and raiser.arg(node, 2, "train") not in (False, None):
             return None
         return first if name != "slice" or _full_slice(raiser, node) else None
+    if name == "copy":
+        # What is overwritten counts for nothing; autograd knows no derivative of a copy.
+        new = raiser.arg(node, 1)
+        alike = isinstance(new, Value) and raiser.types[new] == raiser.types[node.output]
+        return new if alike else None
     neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1}.get(name)
     if neutral is not None:
         other = raiser.arg(node, 1)

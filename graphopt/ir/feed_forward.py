@@ -70,6 +70,8 @@ def _read(function: Function, part: SubBlock) -> FeedForward | str:
         return found[0]
     if found:
         return "it has several feed-forward parts in one"
+    if any(node.op.startswith("aten.topk") for node in region(function, [part.term])):
+        return "it is a mixture of experts already"
     return "it is no projection of an activation, or of its product with a projection"
 
 
