@@ -62,7 +62,7 @@ class Encoder:
 
     def _parts(self, text: str) -> list[str | int]:
         """Cut the added tokens out, the longest first wherever they stand."""
-        parts: list[str | int] = [text]
+        parts: list[str | int] = [text] if text else []
         for number in self._added:
             token = self.vocabulary.tokens[number]
             if token in text:

@@ -18,8 +18,9 @@ from graphopt.sources.gguf.container import GgufFile
 from graphopt.sources.gguf.encoder import SPACE, Encoder, Unencodable, byte_letters
 from graphopt.sources.gguf.schema import CHECKPOINT
 from graphopt.sources.gguf.vocabulary import CONTROL, UNKNOWN, Vocabulary
+from graphopt.sources.tokenizer import read_tokenizer
 
-LAYOUT = 3
+LAYOUT = 4
 """Part of the cache key: raised when the conversion or its check changes."""
 
 
@@ -141,9 +142,17 @@ def _scored(vocabulary: Vocabulary) -> dict[str, Any]:
         normalizer = {"type": "Sequence", "normalizers": [first, spaces]}
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     unknown = vocabulary.special.get("unk")
+    # No space is left to cut at. Without the step onnxruntime-genai cuts as GPT-2 does, and with
+    # it puts no space in front.
+    cut_nowhere = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
     return {
         "normalizer": normalizer,
-        "pre_tokenizer": None,
+        "pre_tokenizer": None if vocabulary.space_prefix else cut_nowhere,
         "decoder": {"type": "Sequence", "decoders": steps},
         "model": _bpe(
             vocabulary,
@@ -242,20 +251,15 @@ def _own_text(vocabulary: Vocabulary) -> list[str]:
 
 def _check(file: GgufFile, vocabulary: Vocabulary, folder: Path) -> None:
     """Compare a converted tokenizer, loaded as it will be, with the file's vocabulary."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-        held = tokenizer.get_vocab()
-    except Exception as error:
-        # The readers of the files raise assorted error types.
+        tokenizer = read_tokenizer(folder)
+    except SourceError as error:
         raise SourceError(
             f"The tokenizer of {file.path}, of kind {vocabulary.model!r}, cannot be converted: "
             f"{reason(error)}.",
             CHECKPOINT,
         ) from error
+    held = tokenizer.get_vocab()
     remedy = "Report it with the versions of transformers and tokenizers; " + (
         f"{CHECKPOINT[0].lower()}{CHECKPOINT[1:]}"
     )
