@@ -27,6 +27,7 @@ from graphopt.capture.positions import (
     raise_ropes,
     set_masks,
 )
+from graphopt.capture.recurrent import refuse_recurrent
 from graphopt.capture.rewriting import Raiser, base
 from graphopt.capture.rotary import Rotaries
 from graphopt.capture.sizes_check import check_sizes
@@ -59,6 +60,7 @@ def capture_module(
             alone.
     """
     accepted_inputs(module)
+    refuse_recurrent(module)
     rotaries = Rotaries(module)
     with rotaries.opaque():
         exported, _ = export_shell(module)

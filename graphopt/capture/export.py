@@ -29,6 +29,7 @@ from graphopt.capture.model import (
     logits_of,
     parameters_reserved,
 )
+from graphopt.capture.tracing import traced
 from graphopt.errors import CaptureError
 from graphopt.ir.graph import Function, In, Node, Value, unique_name
 from graphopt.ir.ops.aten import map_leaves
@@ -373,23 +374,18 @@ def _export(
         or None
         for shape in shapes
     ]
-    try:
-        # A layer is traced once or twice: remembering the shapes of its operators costs more
-        # than it saves.
-        with torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
-            program = torch.export.export(
-                module, tuple(inputs), dynamic_shapes=(tuple(dynamic),), strict=False
-            )
-            if _needs_functionalizing(program.graph):
-                program = program.run_decompositions({})
-    except Exception as error:  # torch.export raises whatever the traced code raises
-        line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CaptureError(
-            f"torch.export cannot trace {where} with dynamic batch and length: "
-            f"{type(error).__name__}: {line}",
-            "Data-dependent Python (.item(), .tolist(), branches on values) and recurrent "
-            "mixers are the usual causes.",
-        ) from error
+    # A layer is traced once or twice: remembering the shapes of its operators costs more than it
+    # saves.
+    with (
+        traced(where),
+        torch.no_grad(),
+        torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
+    ):
+        program = torch.export.export(
+            module, tuple(inputs), dynamic_shapes=(tuple(dynamic),), strict=False
+        )
+        if _needs_functionalizing(program.graph):
+            program = program.run_decompositions({})
     return _Converter(program, shapes, where).convert()
 
 

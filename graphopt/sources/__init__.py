@@ -9,6 +9,7 @@ from pathlib import Path
 from graphopt.errors import SourceError, VerifyError
 from graphopt.inputs import open_regular
 from graphopt.sources.base import ModelSource
+from graphopt.sources.refusals import unfit_folder
 
 __all__ = ["ModelSource", "open_model"]
 
@@ -43,7 +44,7 @@ def open_model(spec: str, *, trust_remote_code: bool = False) -> ModelSource:
             return _open_program(spec, path)
         if (path / CONFIG_NAME).exists():
             return open_folder(spec, path, trust_remote_code=trust_remote_code)
-        raise _unfit_folder(path)
+        raise unfit_folder(path)
     if path.is_file():
         if path.suffix == ".json":
             return open_config(spec, path, trust_remote_code=trust_remote_code)
@@ -83,20 +84,6 @@ def _open_program(spec: str, folder: Path) -> ModelSource:
         tokenizer=tokenizer,
         dtype=program.checkpoint_dtype,
         program=program,
-    )
-
-
-def _unfit_folder(folder: Path) -> SourceError:
-    """The refusal of a folder that is neither a checkpoint nor an output."""
-    ggufs = sorted(folder.glob("*.gguf"))
-    if ggufs:
-        return SourceError(
-            f"{folder} holds .gguf files and no config.json.", f"Name the file: {ggufs[0]}."
-        )
-    inner = sorted(p.parent.name for p in folder.glob("*/config.json"))
-    near = f"Did you mean {folder / inner[0]}?" if inner else ""
-    return SourceError(
-        f"{folder} holds neither config.json nor program.json, so it is not a model.", near
     )
 
 

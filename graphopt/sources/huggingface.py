@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.boundary import out_of_memory
 from graphopt.errors import SourceError, reason
-from graphopt.inputs import read_json
+from graphopt.inputs import read_json, shown
 from graphopt.ir.weights import Producer
 from graphopt.sources.base import ModelSource, common_dtype, tokenizer_in
 from graphopt.sources.config_schema import check_config, check_sizes
 from graphopt.sources.confined import inside
+from graphopt.sources.refusals import REMEDY, refuse_adapter, refuse_quantised, unfit_folder
 from graphopt.sources.safetensors import INDEX_NAME, WEIGHTS_NAME, read_checkpoint
 
 if TYPE_CHECKING:
@@ -108,13 +109,14 @@ def _refuse_other_models(path: Path, config: Any, *, native: bool) -> None:
             f"{what}, which takes more than text ({', '.join(sorted(other))}).",
             f"{remedy} Some models are also published as a text-only checkpoint.",
         )
-    if getattr(config, "quantization_config", None):
-        method = config.quantization_config
-        method = method.get("quant_method", "") if isinstance(method, dict) else ""
-        raise SourceError(
-            f"{what} whose weights are quantised{f' by {method!r}' if method else ''}.",
-            "Give the checkpoint in fp32, fp16 or bf16.",
-        )
+    for entry in ("quantization_config", "compression_config", "quantization"):
+        stated = getattr(config, entry, None)
+        if stated:
+            # Of transformers, of compressed-tensors before it, and of MLX.
+            stated = stated if isinstance(stated, dict) else {}
+            method = stated.get("quant_method") or stated.get("format") or stated.get("mode")
+            by = f" by {shown(method)}" if method else f" ({entry})"
+            raise SourceError(f"{what} whose weights are quantised{by}.", REMEDY)
     if not native:
         return
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -149,11 +151,6 @@ def read_weights(folder: Path) -> dict[str, Producer]:
                 "Convert it: load it with transformers in a place you trust and call "
                 "save_pretrained, which writes safetensors.",
             )
-        if (folder / "adapter_model.safetensors").exists():
-            raise SourceError(
-                f"{folder} holds an adapter, not a model.",
-                "Merge it into its base model with peft's merge_and_unload and save the result.",
-            )
         others = sorted(path.name for path in folder.glob("*.safetensors"))
         if others:
             raise SourceError(
@@ -173,10 +170,15 @@ def open_folder(
     """Open a checkpoint folder.
 
     Raises:
-        SourceError: The config or the weights are refused; see `read_config`, `read_weights`.
+        SourceError: The config or the weights are refused, or it holds something else; see
+            `read_config`, `read_weights` and `refusals`.
     """
+    refuse_adapter(folder)
+    if not (folder / CONFIG_NAME).exists():
+        raise unfit_folder(folder)
     config = read_config(inside(folder, CONFIG_NAME), trust_remote_code=trust_remote_code)
     producers = read_weights(folder)
+    refuse_quantised(folder, producers)
     return ModelSource(
         spec=spec,
         name=name or folder.resolve().name,

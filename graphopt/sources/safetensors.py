@@ -37,6 +37,7 @@ from graphopt.ir.weights import Array, Producer
 from graphopt.sources.check import check_finite
 from graphopt.sources.confined import inside
 from graphopt.sources.raw import RawTensor, read_exactly
+from graphopt.sources.refusals import QUANTISED_CODES, REMEDY
 
 DTYPE_OF: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -119,6 +120,11 @@ def read_header(path: Path) -> dict[str, RawTensor]:
     base, end = 8 + length, 0
     tensors: dict[str, RawTensor] = {}
     for name, code, shape, start, stop in sorted(entries, key=lambda entry: entry[3:]):
+        if code in QUANTISED_CODES:
+            raise SourceError(
+                f"{path} holds quantised weights: tensor {name!r} has elements of type {code}.",
+                REMEDY,
+            )
         if code not in DTYPE_OF:
             raise SourceError(
                 f"{path}: tensor {name!r} has the unknown dtype {code!r}.",

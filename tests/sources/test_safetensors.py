@@ -137,7 +137,7 @@ def test_file_that_shrinks_after_its_header_was_read(tmp_path: Path) -> None:
         (b'{"a": 1, "a": 2}', "malformed"),
         ({"a": entry(0, 8, [2.5])}, "'shape.0' is 2.5, and it should be a valid integer"),
         ({"a": entry(0, 8, [-2])}, "'shape.0' is -2, and it should be greater"),
-        ({"a": entry(0, 8, [2], "F4")}, "unknown dtype 'F4'"),
+        ({"a": entry(0, 8, [2], "F5")}, "unknown dtype 'F5'"),
         ({"a": entry(0, 8, [3])}, "takes 8 bytes"),
         ({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, "'b' overlaps"),
         ({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, "gap before 'b'"),
