@@ -8,6 +8,7 @@ import functools
 import gc
 import inspect
 import json
+import logging
 import os
 import sys
 import traceback
@@ -54,6 +55,10 @@ def _errors_as_sentences(command: Callable[Args, None]) -> Callable[Args, None]:
     @functools.wraps(command)
     def wrapped(*args: Args.args, **kwargs: Args.kwargs) -> None:
         debug = kwargs.pop("debug", False)
+        logged = logging.root.manager.disable
+        if not debug:
+            # torch and transformers log tracebacks of what they then raise.
+            logging.disable(logging.ERROR)
         try:
             command(*args, **kwargs)
         except (typer.Exit, typer.Abort, click.ClickException):
@@ -69,6 +74,8 @@ def _errors_as_sentences(command: Callable[Args, None]) -> Callable[Args, None]:
             message, remedy, code = describe_error(error, command.__name__)
             ui.say_error(message, remedy)
             raise typer.Exit(code) from None
+        finally:
+            logging.disable(logged)
 
     signature = inspect.signature(command, eval_str=True)
     option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False)
@@ -217,7 +224,8 @@ def compile_command(
     spec = _spec(model, config)
     with ui.progress_bars() as progress:
         progress("starting", 0, 1)
-        from graphopt.compiler import check_output, compile_model
+        from graphopt.compiler import compile_model
+        from graphopt.output_folder import check_output
         from graphopt.windows import check_bos
 
         if not dry_run:

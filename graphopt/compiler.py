@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.devices import usable_device
-from graphopt.errors import GraphoptError, LoweringError, UsageError
+from graphopt.errors import LoweringError, UsageError
 from graphopt.evaluate import read_text
 from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program
 from graphopt.ir.types import DTYPE_NAMES
 from graphopt.measure import Meter
+from graphopt.output_folder import check_dump, check_output, locked, output_folder, work_folder
 from graphopt.pipeline import OnPass, Pipeline
 from graphopt.progress import Progress, silent
 from graphopt.report import ArtifactEntry, Report, SkipEntry, block_entries, machine, versions
@@ -42,86 +41,6 @@ def default_emit(target: str) -> tuple[str, ...]:
         UsageError: There is no such target.
     """
     return ("onnx",) if get_target(target).kind == "cpu" else ("torch",)
-
-
-def check_output(out: Path, force: bool) -> None:
-    """Refuse an output folder that may not be written.
-
-    Raises:
-        UsageError: It exists and `force` is off, is a file or under one, or holds the working
-            folder.
-    """
-    check_parents(out)
-    if not out.exists() and not out.is_symlink():
-        return
-    if not out.is_dir():
-        raise UsageError(f"Output {str(out)!r} is a file.", "Name a folder that does not exist.")
-    if not force:
-        raise UsageError(
-            f"Output folder {str(out)!r} exists.", "Name another one, or replace it with --force."
-        )
-    if Path.cwd().resolve().is_relative_to(out.resolve()):
-        raise UsageError(
-            f"Output folder {str(out)!r} holds the working folder.", "Name another one."
-        )
-
-
-def check_parents(folder: Path) -> None:
-    """Refuse a folder that cannot be made because a file stands in its path.
-
-    Raises:
-        UsageError: Naming the file.
-    """
-    above = next((parent for parent in folder.absolute().parents if parent.exists()), None)
-    if above is not None and not above.is_dir():
-        raise UsageError(
-            f"The folder {str(folder)!r} cannot be made: {str(above)!r} is a file.",
-            "Name another one.",
-        )
-
-
-def check_dump(folder: Path) -> None:
-    """Refuse a folder for dumps that cannot be made.
-
-    Raises:
-        UsageError: It is a file or under one.
-    """
-    check_parents(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{str(folder)!r} is a file.", "Name a folder for the dumps.")
-
-
-@contextlib.contextmanager
-def output_folder(out: Path, force: bool) -> Iterator[Path]:
-    """Give a new folder beside `out` that takes its name when the body ends well.
-
-    After an error, Ctrl-C included, the new folder is deleted and `out` is as it was.
-
-    Raises:
-        UsageError: See `check_output`.
-    """
-    check_output(out, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
-    try:
-        yield fresh
-        mask = os.umask(0)
-        os.umask(mask)
-        fresh.chmod(0o777 & ~mask)
-        check_output(out, force)
-        if out.exists():
-            old = fresh.with_suffix(".old")
-            out.rename(old)
-            fresh.rename(out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            fresh.rename(out)
-    except BaseException as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if isinstance(error, GraphoptError):
-            # The user knows the folder by its own name alone.
-            error.message = error.message.replace(str(fresh), str(out))
-        raise
 
 
 @dataclass
@@ -245,7 +164,9 @@ def emit(
             dtype=DTYPE_NAMES[program.checkpoint_dtype],
             blocks=block_entries(program),
         )
-    _write(program, Path(out), emission, report, recipe or Pipeline(), force, progress)
+    check_output(Path(out), force)
+    with locked(Path(out)):
+        _write(program, Path(out), emission, report, recipe or Pipeline(), force, progress)
     return report
 
 
@@ -272,11 +193,6 @@ def _write(
         report.total_seconds += meter.seconds
         report.peak_bytes = max(report.peak_bytes, meter.peak_bytes)
         report.write(root)
-
-
-def work_folder(out: Path) -> Path:
-    """Return where the snapshots of a compile to `out` lie until it succeeds."""
-    return out.parent / f".{out.name}.work"
 
 
 def compile_model(
@@ -351,39 +267,42 @@ def compile_model(
         pipeline = pipeline.until(stop_after)
     if calib is not None:
         read_text(Path(calib))
-    with Meter() as whole:
-        with Meter() as capturing:
-            program = capture(model, trust_remote_code=trust_remote_code)
-        if on_capture is not None:
-            on_capture(program)
-        planned, entries = pipeline.plan(program)
-        structural = not any(item.reads_weights for item in pipeline.passes)
-        if structural:
-            emission.check(planned)
-        if dry_run:
-            report = _dry_report(planned, pipeline, entries, target)
-        else:
-            work = work_folder(folder)
-            program, report = pipeline.run(
-                program,
-                calib=calib,
-                verify=verify,
-                dump_ir=dump_ir,
-                work=work,
-                resume=resume,
-                device=device,
-                seed=seed,
-                bos=bos,
-                progress=progress,
-                on_pass=on_pass,
-            )
-            if not structural:
-                emission.check(program)
-    report.stages = {"capture": capturing.seconds, **report.stages}
-    report.total_seconds, report.peak_bytes = whole.seconds, whole.peak_bytes
-    if not dry_run:
-        _write(program, folder, emission, report, pipeline, force, progress)
-        shutil.rmtree(work, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        with Meter() as whole:
+            with Meter() as capturing:
+                program = capture(model, trust_remote_code=trust_remote_code)
+            if on_capture is not None:
+                on_capture(program)
+            planned, entries = pipeline.plan(program)
+            structural = not any(item.reads_weights for item in pipeline.passes)
+            if structural:
+                emission.check(planned)
+            if dry_run:
+                report = _dry_report(planned, pipeline, entries, target)
+            else:
+                stack.enter_context(locked(folder))
+                check_output(folder, force)  # another compile may have ended meanwhile
+                work = work_folder(folder)
+                program, report = pipeline.run(
+                    program,
+                    calib=calib,
+                    verify=verify,
+                    dump_ir=dump_ir,
+                    work=work,
+                    resume=resume,
+                    device=device,
+                    seed=seed,
+                    bos=bos,
+                    progress=progress,
+                    on_pass=on_pass,
+                )
+                if not structural:
+                    emission.check(program)
+        report.stages = {"capture": capturing.seconds, **report.stages}
+        report.total_seconds, report.peak_bytes = whole.seconds, whole.peak_bytes
+        if not dry_run:
+            _write(program, folder, emission, report, pipeline, force, progress)
+            shutil.rmtree(work, ignore_errors=True)
     return report
 
 

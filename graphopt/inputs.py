@@ -47,6 +47,7 @@ MAX_DIGITS = 40
 
 Error = type[GraphoptError]
 Model = TypeVar("Model", bound=pydantic.BaseModel)
+Item = TypeVar("Item")
 
 Size = Annotated[int, pydantic.Field(ge=0, le=2**48)]
 """A size, offset or count of anything in a file: no model comes near the bound."""
@@ -483,11 +484,32 @@ def parse(
     try:
         return schema.model_validate(data)
     except pydantic.ValidationError as problem:
-        first = problem.errors(include_url=False, include_context=False)[0]
-        # What is wrong, in pydantic's words: "Input should be a valid integer", "Field required".
-        said = re.sub(r"^(Value error, |\w+ should)", _as_clause, first["msg"])
-        place = ".".join(str(part) for part in first["loc"])
-        entry = f": the entry {shown(prefix + place)}" if place else ""
-        is_ = "" if first["type"] == "missing" else f" is {shown(first['input'])}, and"
-        said = "is missing" if first["type"] == "missing" else said
-        raise error(f"{where}{entry}{is_} {said}.", remedy) from problem
+        raise _misfit(problem, where, prefix, remedy, error) from problem
+
+
+def parse_entry(
+    schema: pydantic.TypeAdapter[Item],
+    data: Any,
+    where: str,
+    *,
+    remedy: str = "Download it again.",
+    error: Error = SourceError,
+) -> Item:
+    """Return JSON data as an object of a dataclass or another type; see `parse`."""
+    try:
+        return schema.validate_python(data)
+    except pydantic.ValidationError as problem:
+        raise _misfit(problem, where, "", remedy, error) from problem
+
+
+def _misfit(
+    problem: pydantic.ValidationError, where: str, prefix: str, remedy: str, error: Error
+) -> GraphoptError:
+    first = problem.errors(include_url=False, include_context=False)[0]
+    # What is wrong, in pydantic's words: "Input should be a valid integer", "Field required".
+    said = re.sub(r"^(Value error, |\w+ should)", _as_clause, first["msg"])
+    place = ".".join(str(part) for part in first["loc"])
+    entry = f": the entry {shown(prefix + place)}" if place else ""
+    is_ = "" if first["type"] == "missing" else f" is {shown(first['input'])}, and"
+    said = "is missing" if first["type"] == "missing" else said
+    return error(f"{where}{entry}{is_} {said}.", remedy)

@@ -313,6 +313,8 @@ class _Run:
         self.snapshots: Snapshots | None = None
         self._dump: Path | None = None
         self._probe: Probe | None = None
+        # What a snapshot that was taken up says of the probe and of the windows.
+        self._figures: dict[str, Any] = {}
         # What exact passes are held to, and what the program as it stands gives.
         self._reference: Measured | None = None
         self._latest: Measured | None = None
@@ -336,7 +338,7 @@ class _Run:
         for count in range(len(self.passes), 0, -1):
             found = self.snapshots.load(self._prefix(count), count)
             if found is not None:
-                self.program, entries = found
+                self.program, entries, self._figures = found
                 self.entries = [PassEntry.from_json(entry) for entry in entries]
                 self._restore_context()
                 for entry in self.entries:
@@ -363,7 +365,9 @@ class _Run:
             self._write_dump(f"{number + 1:02d}-{entry.name}", self.program)
             if self.snapshots is not None:
                 saved = [dataclasses.asdict(done) for done in self.entries]
-                self.snapshots.save(self.program, self._prefix(number + 1), number + 1, saved)
+                figures = {"probe": self.probe_entry(), "windows": self.windows_entry()}
+                prefix = self._prefix(number + 1)
+                self.snapshots.save(self.program, prefix, number + 1, saved, figures)
             if self.on_pass is not None:
                 self.on_pass(entry)
 
@@ -492,7 +496,7 @@ class _Run:
 
     def probe_entry(self) -> dict[str, Any] | None:
         if self._probe is None:
-            return None
+            return self._figures.get("probe")
         probe = self._probe
         return {"tokens": probe.tokens, "is_text": probe.is_text, "note": probe.note}
 
@@ -501,4 +505,6 @@ class _Run:
         begin = self.context.begin
         if begin is None and self._probe is not None and self._probe.is_text:
             begin = self._probe.begin
-        return None if begin is None else {"bos": self.context.bos, "begin": list(begin)}
+        if begin is None:
+            return self._figures.get("windows")
+        return {"bos": self.context.bos, "begin": list(begin)}

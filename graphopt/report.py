@@ -13,8 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from graphopt.breakdown import at, breakdown
-from graphopt.inputs import OpenSchema, Size, parse, read_json
+from graphopt.inputs import OpenSchema, Size, parse, parse_entry, read_json
 from graphopt.ir.graph import Program
 from graphopt.ir.types import B, P, S
 
@@ -69,8 +71,13 @@ class PassEntry:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> PassEntry:
-        """Return the entry saved as `data`."""
-        return cls(**{**data, "skipped": [SkipEntry(**skip) for skip in data["skipped"]]})
+        """Return the entry saved as `data`.
+
+        Raises:
+            SourceError: It is no entry.
+        """
+        adapter = pydantic.TypeAdapter(cls)
+        return parse_entry(adapter, data, "A pass in a snapshot", remedy="Leave --resume out.")
 
 
 @dataclass

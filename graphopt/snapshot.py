@@ -33,12 +33,14 @@ class _Snapshot(Schema):
         origin: The program's weight -> the source's.
         stored: The program's weight -> the snapshot that holds it, and its name there.
         entries: Report entries of the passes so far.
+        figures: See `Snapshots.save`.
     """
 
     program: dict[str, Any]
     origin: dict[str, str]
     stored: dict[str, Annotated[list[str], pydantic.Field(min_length=2, max_length=2)]]
     entries: list[dict[str, Any]]
+    figures: dict[str, Any]
 
 
 def fingerprint(program: Program) -> str:
@@ -97,17 +99,39 @@ class Snapshots:
         return f"{number:02d}-{key}"
 
     def save(
-        self, program: Program, recipe: str, number: int, entries: list[dict[str, Any]]
+        self,
+        program: Program,
+        recipe: str,
+        number: int,
+        entries: list[dict[str, Any]],
+        figures: dict[str, Any],
     ) -> None:
         """Keep `program`, the result of the first `number` passes.
 
         Args:
             recipe: Text form of those passes.
             entries: Their report entries.
+            figures: What else the report says of the run, by its names there.
         """
         name = self._name(recipe, number)
         self.folder.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
+        try:
+            self._write(program, name, fresh, entries, figures)
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            fresh.rename(self.folder / name)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+
+    def _write(
+        self,
+        program: Program,
+        name: str,
+        fresh: Path,
+        entries: list[dict[str, Any]],
+        figures: dict[str, Any],
+    ) -> None:
         own = [w for w in program.weights if id(w.producer) not in self._origin]
         unsaved = [w for w in own if id(w.producer) not in self._stored]
         if unsaved:
@@ -129,13 +153,14 @@ class Snapshots:
             },
             "stored": {w.name: self._stored[id(w.producer)][:2] for w in own},
             "entries": entries,
+            "figures": figures,
         }
         (fresh / SNAPSHOT_NAME).write_text(json.dumps(state), encoding="utf-8")
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        fresh.rename(self.folder / name)
 
-    def load(self, recipe: str, number: int) -> tuple[Program, list[dict[str, Any]]] | None:
-        """Return the snapshot after the first `number` passes and their entries, if there.
+    def load(
+        self, recipe: str, number: int
+    ) -> tuple[Program, list[dict[str, Any]], dict[str, Any]] | None:
+        """Return the snapshot after the first `number` passes, its entries and figures, if there.
 
         Raises:
             SourceError: It is damaged.
@@ -162,8 +187,11 @@ class Snapshots:
             producers[name] = producer
             self._stored[id(producer)] = (folder, stored, producer)
         program = program_from_json(state.program, producers)
+        for weight in program.weights:
+            if weight.name not in producers:
+                raise SourceError(f"{path} does not say where {shown(weight.name)} is.", again)
         program.tokenizer = self._source.tokenizer
-        return program, state.entries
+        return program, state.entries, state.figures
 
     def clear(self) -> None:
         """Delete every snapshot."""
