@@ -29,9 +29,17 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+MAX_MESSAGE = 1000
+"""Letters of an error that are shown."""
+
+
 def say_error(message: str, remedy: str = "") -> None:
     """Write an error as one sentence and its remedy to stderr."""
     console = stderr()
+    if len(message) > MAX_MESSAGE:
+        # What a file or an argument holds is quoted in messages, however long it is.
+        half = MAX_MESSAGE // 2
+        message = f"{message[:half]} ... {message[-half:]}"
     console.print("error: ", style="bold red", end="")
     console.print(message, markup=False, soft_wrap=True)
     if remedy:

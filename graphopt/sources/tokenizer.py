@@ -11,10 +11,12 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import pydantic
 
 from graphopt.errors import SourceError, reason
-from graphopt.inputs import MAX_JSON_BYTES, read_bytes
+from graphopt.inputs import MAX_JSON_BYTES, OpenSchema, parse, parse_json, read_bytes
 from graphopt.sources.confined import files_inside, inside
 
 if TYPE_CHECKING:
@@ -30,8 +32,14 @@ _OTHERS = (
     "program.txt",
 )  # fmt: skip
 
+MAX_TOKENIZER_VALUES = 16_000_000
+"""In one JSON file; the largest known have 2 million, of tokens and merges."""
+
 # What the choice of a tokenizer's class hangs on, of the model's own config.
 _CONFIG_KEYS = ("model_type", "model_name", "tokenizer_class", "transformers_version")
+
+
+_PROBE = "The 3 cats: \u00e9t\u00e9, \U0001f600.\n\tx"
 
 
 def tokenizer_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -58,9 +66,12 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     with tempfile.TemporaryDirectory(prefix="graphopt-tokenizer-") as name:
         private = Path(name)
         for place, path in tokenizer_files(folder):
+            content = read_bytes(path, MAX_JSON_BYTES)
+            if path.suffix == ".json":
+                _check_json(path, content)
             target = private / place
             target.parent.mkdir(exist_ok=True)
-            target.write_bytes(read_bytes(path, MAX_JSON_BYTES))
+            target.write_bytes(content)
         _rewrite(private / "tokenizer_config.json", _without_paths)
         if (folder / "config.json").exists():
             config = read_bytes(inside(folder, "config.json"), MAX_JSON_BYTES)
@@ -70,6 +81,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(
                 name, local_files_only=True, trust_remote_code=False
             )
+            # A tokenizer that loads may yet fail at its first text.
+            tokenizer.decode(tokenizer(_PROBE)["input_ids"])
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
@@ -81,6 +94,33 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             ) from error
     tokenizer.name_or_path = str(folder)
     return tokenizer
+
+
+Special = str | dict[str, Any] | None
+
+
+class _TokenizerConfig(OpenSchema):
+    """The entries of a tokenizer's configuration that code computes with."""
+
+    model_max_length: Annotated[float, pydantic.Field(ge=1)] | None = None
+    tokenizer_class: str | None = None
+    chat_template: str | list[dict[str, str]] | dict[str, str] | None = None
+    bos_token: Special = None
+    eos_token: Special = None
+    unk_token: Special = None
+    pad_token: Special = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    added_tokens_decoder: dict[str, dict[str, Any]] | None = None
+    padding_side: Literal["left", "right"] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+
+
+def _check_json(path: Path, content: bytes) -> None:
+    """Refuse a tokenizer's file that is no bounded JSON, or whose configuration is malformed."""
+    data = parse_json(content, str(path), max_values=MAX_TOKENIZER_VALUES)
+    if path.name == "tokenizer_config.json":
+        parse(_TokenizerConfig, data, str(path))
 
 
 def _rewrite(path: Path, change: Any) -> None:
