@@ -73,6 +73,15 @@ class _Emission:
     def check(self, program: Program) -> None:
         for emitter in self.emitters:
             emitter.check(program, self.target)
+            if self.strict:
+                self._refuse(emitter.fallbacks(program, self.target))
+
+    @staticmethod
+    def _refuse(fallbacks: list[tuple[str, str]]) -> None:
+        for where, reason in fallbacks:
+            raise LoweringError(
+                f"{where}: {reason}", "Leave --strict out to go on without what is missing."
+            )
 
     def write(
         self, program: Program, root: Path, recipe: str, progress: Progress
@@ -86,11 +95,8 @@ class _Emission:
         for emitter in self.emitters:
             emitted = emitter.emit(program, root, self.target, progress)
             usage += emitted.usage
-            if self.strict and emitted.fallbacks:
-                where, reason = emitted.fallbacks[0]
-                raise LoweringError(
-                    f"{where}: {reason}", "Leave --strict out to go on without what is missing."
-                )
+            if self.strict:
+                self._refuse(emitted.fallbacks)
             notes += [
                 SkipEntry(where, reason) for where, reason in emitted.notes + emitted.fallbacks
             ]

@@ -68,6 +68,13 @@ class Emitter(ABC):
             LoweringError: With the reason and the remedy.
         """
 
+    def fallbacks(self, program: Program, target: str) -> list[tuple[str, str]]:
+        """Return what would run by less than the target's kernels, as (where, reason).
+
+        What its structure alone shows: no weight is read.
+        """
+        return []
+
     @abstractmethod
     def emit(self, program: Program, root: Path, target: str, progress: Progress) -> Emitted:
         """Write the files under `root`."""

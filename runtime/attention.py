@@ -6,8 +6,9 @@ letters: B batch, S query tokens, T key tokens, H query heads, G key heads, D he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 Constants = Mapping[str, int | float | bool]
 
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+LEAST = 16
+"""Rows and keys of the smallest tile: a matrix unit multiplies 16 at a time."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,92 @@ def key_arguments(keys: Keys) -> dict[str, Any]:
     return found
 
 
+def rows_aligned(tensor: Tensor) -> bool:
+    """Return whether every row along the last axis begins at a multiple of 16 bytes.
+
+    The kernels read and write rows by 16 bytes. Where an axis has one index its stride is not
+    followed.
+    """
+    each = 16 // tensor.element_size()
+    followed = [n for size, n in zip(tensor.shape[:-1], tensor.stride(), strict=False) if size > 1]
+    return tensor.data_ptr() % 16 == 0 and all(stride % each == 0 for stride in followed)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy whose rows are aligned; sizes of a head are multiples of 8."""
+    return tensor if rows_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _written(shape: tuple[int, ...], q: Tensor, out: Tensor | None) -> Tensor:
+    """Return where a kernel writes the output [B, H, S, Dv]: `out`, if it can."""
+    if out is not None and rows_aligned(out):
+        return out
+    batch, heads, queries, width = shape
+    # As [B, S, H, Dv] in memory: the heads of a token lie side by side for what follows.
+    made = torch.empty((batch, queries, heads, width), dtype=q.dtype, device=q.device)
+    return made.transpose(1, 2)
+
+
+def without_wgmma(constants: Constants) -> Constants:
+    """Return tiles that Triton does not multiply by Hopper's `wgmma`: 64 rows of four warps.
+
+    Its assembler mistakes an address in kernels with as many products as these (see
+    `graphopt.plan.triton`). Plans for Hopper have such tiles; those for Ampere get them on
+    Hopper, with as many rows a warp.
+    """
+    rows, warps = int(constants["BLOCK_M"]), int(constants["num_warps"])
+    if rows % 64 or warps % 4:
+        return constants
+    return {**constants, "BLOCK_M": max(LEAST, 2 * rows // warps), "num_warps": 2}
+
+
+def _compiles_for_hopper(device: torch.device) -> bool:
+    """Return whether Triton compiles for sm_90 here."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    return os.environ.get("TRITON_OVERRIDE_ARCH", "sm90").startswith("sm90")
+
+
+def smaller(constants: Constants) -> Iterator[Constants]:
+    """Yield constants of a Triton kernel, then of ever smaller tiles for a GPU with less memory.
+
+    What a tile takes of the shared memory hangs on the compiler's version as well, and a GPU
+    other than the plan's may have less of it. First fewer tiles are on their way at a time, then
+    they have fewer keys, then fewer rows. A row's result is the same but for its rounding.
+    """
+    tiles = {name: int(constants[name]) for name in ("num_stages", "BLOCK_N", "BLOCK_M")}
+    yield constants
+    for name, least in (("num_stages", 1), ("BLOCK_N", LEAST), ("BLOCK_M", LEAST)):
+        while tiles[name] > least:
+            tiles[name] = max(least, tiles[name] - 1 if name == "num_stages" else tiles[name] // 2)
+            yield {**constants, **tiles}
+
+
+def _first_that_fits(
+    constants: Constants, device: torch.device, start: Callable[[Constants], None]
+) -> None:
+    """Start a kernel with the first tiles for which the GPU has the memory.
+
+    Raises:
+        triton.OutOfResources: It has not enough for the smallest.
+    """
+    if "num_stages" not in constants:
+        return start(constants)
+    if _compiles_for_hopper(device):
+        constants = without_wgmma(constants)
+    refusal: Exception | None = None
+    for tiles in smaller(constants):
+        try:
+            return start(tiles)
+        except Exception as error:
+            # By its name: Triton is not there where there is no GPU.
+            if type(error).__name__ != "OutOfResources":
+                raise
+            refusal = error
+    assert refusal is not None
+    raise refusal
+
+
 def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
     """Launch a Triton kernel with those of the arguments that it has; what it lacks is None."""
     given = {name: arguments.get(name) for name in kernel.arg_names}
@@ -212,25 +301,22 @@ def prefill(
         ValueError: The operands are not those the constants were made for.
     """
     check(q, keys, constants)
+    q, keys = _aligned(q), replace(keys, k=_aligned(keys.k), v=_aligned(keys.v))
     batch, heads, queries, _ = q.shape
+    written = _written((*q.shape[:3], keys.v.shape[-1]), q, out)
     rows = queries
     if ends is not None:
         batch, rows = len(ends) - 1, queries if longest is None else longest
     count = keys.capacity()
-    if out is None:
-        # As [B, S, H, Dv] in memory: the heads of a token lie side by side for what follows.
-        shape = (q.shape[0], queries, heads, keys.v.shape[-1])
-        out = torch.empty(shape, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = None
     if constants["LSE"]:
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     page_max = _page_maxima(q, keys, constants)
     arguments = {
-        **constants,
         **key_arguments(keys),
         **extra_arguments(extras, constants, (batch, heads, queries, count)),
         "q_ptr": q,
-        "out_ptr": out,
+        "out_ptr": written,
         "lse_ptr": lse,
         "page_max_ptr": page_max,
         "page_slots": 0 if page_max is None else page_max.shape[3],
@@ -240,10 +326,20 @@ def prefill(
         "H": heads,
         "scale": scale,
     }
-    for name, tensor in (("q", q), ("o", out)):
+    for name, tensor in (("q", q), ("o", written)):
         arguments |= {f"{name}_stride_{axis}": tensor.stride(i) for i, axis in enumerate("bhs")}
-    launch(kernel, (_divide(rows, int(constants["BLOCK_M"])), batch * heads), arguments)
-    return out, lse, page_max
+
+    def start(constants: Constants) -> None:
+        blocks = _divide(rows, int(constants["BLOCK_M"]))
+        launch(kernel, (blocks, batch * heads), {**arguments, **constants})
+
+    _first_that_fits(constants, q.device, start)
+    return _returned(written, out), lse, page_max
+
+
+def _returned(written: Tensor, out: Tensor | None) -> Tensor:
+    """Return the output where the caller wants it."""
+    return written if out is None or out is written else out.copy_(written)
 
 
 def _walked(keys: Keys, constants: Constants) -> int:
@@ -294,21 +390,19 @@ def decode(
         ValueError: The operands are not those the constants were made for.
     """
     check(q, keys, constants)
+    q, keys = _aligned(q), replace(keys, k=_aligned(keys.k), v=_aligned(keys.v))
     batch, heads, queries, _ = q.shape
     count, width = keys.capacity(), keys.v.shape[-1]
     if splits is None:
         splits = splits_of(_walked(keys, constants), constants)
     group = int(constants["GROUP"])
-    if out is None:
-        shape = (batch, queries, heads, width)
-        out = torch.empty(shape, dtype=q.dtype, device=q.device).transpose(1, 2)
     lead = (batch, heads, queries)
+    written = _written((*lead, width), q, out)
     part = torch.empty((*lead, splits, width), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((*lead, splits), dtype=torch.float32, device=q.device)
     lse = torch.empty(lead, dtype=torch.float32, device=q.device) if constants["LSE"] else None
     page_max = _page_maxima(q, keys, constants)
     arguments = {
-        **constants,
         **key_arguments(keys),
         **extra_arguments(extras, constants, (batch, heads, queries, count)),
         "q_ptr": q,
@@ -322,15 +416,20 @@ def decode(
         "scale": scale,
     }
     arguments |= {f"q_stride_{axis}": q.stride(i) for i, axis in enumerate("bhs")}
-    blocks = _divide(queries * group, int(constants["BLOCK_M"]))
-    launch(kernel, (splits, batch * (heads // group), blocks), arguments)
+
+    def start(constants: Constants) -> None:
+        blocks = _divide(queries * group, int(constants["BLOCK_M"]))
+        grid = (splits, batch * (heads // group), blocks)
+        launch(kernel, grid, {**arguments, **constants})
+
+    _first_that_fits(constants, q.device, start)
     columns = min(64, 1 << (width - 1).bit_length())
     merging = {
         **constants,
         "part_ptr": part,
         "part_lse_ptr": part_lse,
         "sinks_ptr": arguments.get("sinks_ptr"),
-        "out_ptr": out,
+        "out_ptr": written,
         "lse_ptr": lse,
         "S": queries,
         "H": heads,
@@ -342,6 +441,6 @@ def decode(
     }
     if constants["OVERLAP"]:
         merging["launch_pdl"] = True
-    merging |= {f"o_stride_{axis}": out.stride(i) for i, axis in enumerate("bhs")}
+    merging |= {f"o_stride_{axis}": written.stride(i) for i, axis in enumerate("bhs")}
     launch(merge, (batch * heads * queries, _divide(width, columns)), merging)
-    return out, lse, page_max
+    return _returned(written, out), lse, page_max

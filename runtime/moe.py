@@ -209,6 +209,10 @@ def launch_many(
     wide = _power(experts)
     routes = tokens * active
     rows = next((rows for least, rows in ROWS if routes // experts >= least), 16)
+    if width % 8 or size % 8 or x.stride(0) % 8:
+        # Rows that begin anywhere come one number at a time, and the assembler gets Hopper's
+        # products of them wrong, which have 64 rows (see `graphopt.plan.triton`).
+        rows = min(rows, 32)
     tiles_up, tiles_down = EXPAND[rows], REDUCE[rows]
     room = -(-size // tiles_down.depth) * tiles_down.depth
     order = torch.empty(experts, tokens, dtype=torch.int32, device=x.device)
@@ -232,7 +236,8 @@ def launch_many(
     )  # fmt: skip
     parts = torch.empty(tokens, active, out, dtype=x.dtype, device=x.device)
     columns = -(-out // tiles_down.columns)
-    described = _described(down, tiles_down.columns, tiles_down.depth, routes)
+    # Such a copy starts at a multiple of 16 bytes: here at each expert's first column.
+    described = None if size % 8 else _described(down, tiles_down.columns, tiles_down.depth, routes)
     reduce[(tiles * columns,)](
         hidden,
         None if described is None else _described(hidden, rows, tiles_down.depth, routes),

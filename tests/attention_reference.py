@@ -9,7 +9,7 @@ import torch
 
 @dataclass
 class Case:
-    """Operands of one attention, on the CPU.
+    """Operands of one attention, on one device.
 
     q [B, H, S, D], k [B, G, T, D], v [B, G, T, Dv]; `fields` are those of AttentionSpec.
     """
@@ -31,11 +31,13 @@ class Case:
         """bool [B, H, S, T]: which keys each query sees."""
         batch, heads, queries, _ = self.q.shape
         keys = self.k.shape[2]
-        seen = torch.zeros(batch, heads, queries, keys, dtype=torch.bool)
+        device = self.q.device
+        seen = torch.zeros(batch, heads, queries, keys, dtype=torch.bool, device=device)
         for b in range(batch):
             count = keys if self.lengths is None else int(self.lengths[b])
             shift = 0 if self.fields.get("align") == "top-left" else count - queries
-            i, j = torch.arange(queries)[:, None] + shift, torch.arange(keys)[None, :]
+            i = torch.arange(queries, device=device)[:, None] + shift
+            j = torch.arange(keys, device=device)[None, :]
             allowed = (j < count) & (i == i)
             if self.fields.get("causal", True):
                 allowed = allowed & (j <= i)
@@ -60,7 +62,9 @@ class Case:
         if cap:
             scores = torch.tanh(scores / cap) * cap
         if self.slopes is not None:
-            real = torch.ones(self.k.shape[0], self.k.shape[2]) if self.mask is None else self.mask
+            real = self.mask
+            if real is None:
+                real = torch.ones(self.k.shape[0], self.k.shape[2], device=self.q.device)
             places = (real.cumsum(-1) - 1) * real
             scores = (
                 scores
@@ -70,8 +74,8 @@ class Case:
             scores = scores + self.bias.to(dtype)
         return scores.masked_fill(~self.seen(), float("-inf"))
 
-    def run(self, dtype, weights=None):
-        """The output in `dtype` and the log-sum-exp; `weights` is what the weights round to."""
+    def exponentials(self, dtype):
+        """The exponentials of scores, their sum (0 where no key is seen), and its logarithm."""
         scores = self.scores(dtype)
         top = scores.amax(-1, keepdim=True)
         if self.sinks is not None:
@@ -81,7 +85,11 @@ class Case:
         total = exps.sum(-1, keepdim=True)
         if self.sinks is not None:
             total = total + torch.exp(self.sinks.to(dtype)[None, :, None, None] - top)
-        lse = (top + total.log()).squeeze(-1)
+        return exps, total, (top + total.log()).squeeze(-1)
+
+    def run(self, dtype, weights=None):
+        """The output in `dtype` and the log-sum-exp; `weights` is what the weights round to."""
+        exps, total, lse = self.exponentials(dtype)
         v = self.v.to(dtype).repeat_interleave(self.q.shape[1] // self.v.shape[1], 1)
         # Rounded before they are divided by the sum, as a kernel has them.
         rounded = exps if weights is None else exps.to(weights).to(dtype)

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import graphopt as go
 from graphopt.cli import app
+from graphopt.compiler import _Emission
 from graphopt.errors import LoweringError
 from graphopt.ir import Array, Weight
 from graphopt.runtime import fused
@@ -544,10 +545,16 @@ def test_kernels_of_layers_on_an_old_gpu(monkeypatch):
     ("features", "message"),
     [({"head_dim": 20}, "head_dim is 20"), ({"head_dim": 264, "heads": 2}, "head_dim is 264")],
 )
-def test_what_a_target_cannot_take(features, message, here):
+def test_what_a_target_cannot_take(features, message, here, monkeypatch):
     """Reported, and run by the reference; with --strict refused before anything is written."""
     report = go.emit(tiny_program(cache=True, **features), here / "out", target="ampere")
     assert any(message in note.reason for note in report.artifact.notes)
     with pytest.raises(LoweringError, match=message):
         go.emit(tiny_program(cache=True, **features), here / "no", target="ampere", strict=True)
     assert not (here / "no").exists()
+    # Before any weight is read.
+    program = tiny_program(cache=True, **features)
+    emission = _Emission.of("ampere", None, strict=True, onnx_moe=False)
+    monkeypatch.setattr(Weight, "load", lambda *_: pytest.fail("a weight was read"))
+    with pytest.raises(LoweringError, match=message):
+        emission.check(program)

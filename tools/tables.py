@@ -145,6 +145,39 @@ def attention() -> str:
     return f"{_rows(head, rows)}\n\n{_measured_on(result, 'torch', 'triton')} {note}"
 
 
+def attention_sweep() -> str:
+    """Drawn descriptions by kernel: how many were right, and how near the bound the worst came."""
+    results = [_result(f"attention_sweep_{name}") for name in ("1", "2", "ascend")]
+    rows = []
+    for kind in dict.fromkeys((r["target"], r["kernel"]) for x in results for r in x["summary"]):
+        mine = [
+            row
+            for result in results
+            for row in result["rows"]
+            if (row["target"], row["kernel"]) == kind and row["verdict"] != "not run"
+        ]
+        right = [row for row in mine if row["verdict"] == "right"]
+        worst = max(right, key=lambda row: row["used"])
+        rows.append(
+            [
+                kind[0],
+                kind[1] + (", interpreted" if kind[1] == "ascend-triton" else ""),
+                f"{len(right):,} of {len(mine):,}",
+                f"{worst['used']:.2f}",
+                f"{max(row['error'] / row['weights'] for row in right if row['weights']):.2f}",
+            ]
+        )
+    head = ["target", "kernel", "within what is allowed", "the nearest came to",
+            "largest error over that of fp32 with 16-bit weights"]  # fmt: skip
+    sanitizer = _result("attention_sanitizer")
+    count = sum(row["count"] for row in sanitizer["sanitizer"])
+    note = (
+        f"The second seed: `{results[1]['command']}`. Under memcheck {sanitizer['clean']} of "
+        f"{count} were clean: `{sanitizer['command']}`."
+    )
+    return f"{_rows(head, rows)}\n\n{_measured_on(results[0], 'torch', 'triton')} {note}"
+
+
 def decode() -> str:
     """One token over a long cache, beside torch's own kernels."""
     result = _result("attention")
@@ -490,6 +523,7 @@ def volta_predicted() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
+    "attention_sweep": attention_sweep,
     "decode": decode,
     "demo": demo,
     "forms": forms,

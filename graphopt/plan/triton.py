@@ -10,9 +10,20 @@ from graphopt.plan.base import BYTES, Inequality, Planner, power_above, split_si
 from graphopt.plan.spec import AttentionSpec
 from graphopt.targets import Target
 
+# Shared memory beside the tiles: sums over warps, and what alignment leaves unused.
+_OVERHEAD = 1024
+# Two for each part of a core: one multiplies while the other works on its exponentials.
+_ENOUGH_WARPS = 8
+
 
 class TritonPlanner(Planner):
-    """Queries stay in registers; keys and values pass through buffers in shared memory."""
+    """Queries stay in registers; keys and values pass through buffers in shared memory.
+
+    On Hopper tiles are such that Triton takes the matrix instructions of Ampere: `wgmma` needs 64
+    rows and four warps. Of its products the assembler (ptxas 12.8 to 13.0) keeps the addresses in
+    a register that still holds the start of the shared memory, in kernels with as many products
+    as heads of two parts have; results were wrong, or memory was read where there is none.
+    """
 
     kernel: ClassVar[str] = "triton"
 
@@ -22,30 +33,42 @@ class TritonPlanner(Planner):
         return None
 
     def candidates(self, spec: AttentionSpec, target: Target) -> Sequence[dict[str, int]]:
-        warps_of = (4, 8)
+        wide = target.isa == "sm_90"
         if spec.phase == "decode":
-            rows = max(16, power_above(spec.group))
+            rows = min(max(16, power_above(spec.group)), 32 if wide else 64)
             found = [
-                {"BLOCK_M": min(rows, 64), "BLOCK_N": n, "num_warps": 4, "num_stages": stages}
+                {"BLOCK_M": rows, "BLOCK_N": n, "num_warps": 4, "num_stages": stages}
                 for n, stages in itertools.product((128, 64, 32, 16), (3, 2, 1))
             ]
             return [self._decode(spec, target, tiles) for tiles in found]
+        rows_of, warps_of = ((64, 32, 16), (2, 4)) if wide else ((128, 64, 32, 16), (4, 8))
         found = [
             {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
             for m, n, warps, stages in itertools.product(
-                (128, 64, 32, 16), (128, 64, 32, 16), warps_of, (3, 2, 1)
+                rows_of, (128, 64, 32, 16), warps_of, (3, 2, 1)
             )
             # A warp of a matrix unit works on 16 rows.
-            if m >= 16 * warps or warps == min(warps_of)
+            if (m >= 16 * warps or warps == min(warps_of)) and not (wide and takes_wgmma(m, warps))
         ]
 
-        def worth(tiles: dict[str, int]) -> tuple[float, float, int, int]:
-            # How often a warp uses a key it has taken out of shared memory; how often a block
-            # uses one it has taken out of device memory; then deeper and wider steps.
+        def worth(tiles: dict[str, int]) -> tuple[float, ...]:
+            # Blocks of two warps have to share a core. How often a warp uses a key it has taken
+            # out of shared memory; how often a block uses one it has taken out of device memory;
+            # then deeper and wider steps.
             m, n, warps = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["num_warps"]
-            return (m / warps, m * n / (m + n), tiles["num_stages"], n)
+            blocks = self._shared(target) // shared_bytes(spec, tiles)[0]
+            stages = tiles["num_stages"]
+            room = (min(blocks * warps, _ENOUGH_WARPS), m / warps, min(stages, 2)) if wide else ()
+            return (*room, m / warps, m * n / (m + n), stages, n)
 
         return sorted(found, key=worth, reverse=True)
+
+    @staticmethod
+    def _shared(target: Target) -> int:
+        """Return the bytes of shared memory of a core."""
+        size = next(memory.bytes for memory in target.memories if memory.name == "shared")
+        assert size is not None
+        return size
 
     @staticmethod
     def _decode(spec: AttentionSpec, target: Target, tiles: dict[str, int]) -> dict[str, int]:
@@ -61,13 +84,13 @@ class TritonPlanner(Planner):
         threads = tiles["num_warps"] * target.limits["warp"]
         keys, values = sum(split_size(spec.head_dim)), sum(split_size(spec.values))
         size = BYTES[spec.dtype]
-        shared = max(tiles["num_stages"] * n * (keys + values) * size, m * keys * size)
+        shared, formula = shared_bytes(spec, tiles)
         # In 32-bit registers: sums and scores in fp32, weights and queries as matrix operands.
         registers = -(-(m * values + m * n + m * (n + keys) * size // 4) // threads)
         return [
             Inequality(
                 "shared memory",
-                "max(num_stages BLOCK_N (D + Dv), BLOCK_M D) bytes of an element",
+                formula,
                 shared,
                 target.limits["shared_bytes_per_block"],
                 "bytes",
@@ -90,3 +113,41 @@ class TritonPlanner(Planner):
                 "limits.threads_per_block",
             ),
         ]
+
+
+def takes_wgmma(rows: int, warps: int) -> bool:
+    """Return whether Triton multiplies a tile by Hopper's `wgmma`."""
+    return rows % 64 == 0 and warps % 4 == 0
+
+
+def shared_bytes(spec: AttentionSpec, tiles: dict[str, int]) -> tuple[int, str]:
+    """Return the shared memory that Triton allocates at most, in bytes, and the formula.
+
+    Whatever a loop loads for a product, directly or through the scores, waits in num_stages
+    buffers: keys and values, the bias, the places of ALiBi, the numbers of pages. The first of
+    them are filled while the queries are still on their way to registers through a tile of their
+    own. A buffer of a tile also changes the layout of weights whose row several warps share, and
+    of scores of which pages' maxima are taken; and of the sums, when all others are gone.
+    `tests/plan/test_triton_plan.py` compares with what Triton allocates.
+    """
+    m, n, stages = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["num_stages"]
+    keys, values = sum(split_size(spec.head_dim)), sum(split_size(spec.values))
+    size = BYTES[spec.dtype]
+    parts = [
+        ("num_stages BLOCK_N (D + Dv) s", stages * n * (keys + values) * size),
+        ("BLOCK_M D s", m * keys * size),
+    ]
+    if spec.bias:
+        parts.append(("num_stages BLOCK_M BLOCK_N s", stages * m * n * size))
+    numbers = spec.alibi + 2 * (spec.kv == "paged") + 2 * spec.selected_pages
+    if numbers:
+        parts.append((f"{4 * numbers} num_stages BLOCK_N", 4 * numbers * stages * n))
+    if m < 16 * tiles["num_warps"]:
+        parts.append(("BLOCK_M BLOCK_N s", m * n * size))
+    if spec.page_max:
+        parts.append(("4 BLOCK_M BLOCK_N", 4 * m * n))
+    inside = sum(bytes_ for _, bytes_ in parts) + _OVERHEAD
+    outside = m * values * (4 if spec.phase == "decode" else size) + _OVERHEAD
+    if outside > inside:
+        return outside, f"BLOCK_M Dv of the sums + {_OVERHEAD}"
+    return inside, " + ".join(text for text, _ in parts) + f" + {_OVERHEAD}, s bytes an element"

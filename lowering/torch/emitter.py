@@ -38,6 +38,10 @@ def _texts(program: Program, target: str, tiled: TiledModel | None) -> dict[str,
     return found
 
 
+def _without_kernel(tiled: TiledModel) -> list[tuple[str, str]]:
+    return [(where, f"attention by its reference: {why}") for where, why in tiled.refused]
+
+
 class TorchEmitter(Emitter):
     """Writes `model.py`, `model.safetensors` with every weight, and the tokenizer's files."""
 
@@ -50,6 +54,10 @@ class TorchEmitter(Emitter):
             LoweringError: Naming the op and the call.
         """
         render_model(program, target)
+
+    def fallbacks(self, program: Program, target: str) -> list[tuple[str, str]]:
+        tiled = lower_attentions(program, target)
+        return [] if tiled is None else _without_kernel(tiled)
 
     def emit(self, program: Program, root: Path, target: str, progress: Progress) -> Emitted:
         tiled = lower_attentions(program, target)
@@ -83,7 +91,7 @@ class TorchEmitter(Emitter):
     @staticmethod
     def _compile(tiled: TiledModel, folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
         """Write what is compiled ahead; return its files, and what runs without a kernel."""
-        fallbacks = [(where, f"attention by its reference: {why}") for where, why in tiled.refused]
+        fallbacks = _without_kernel(tiled)
         try:
             images = tiled.compile()
         except LoweringError as error:

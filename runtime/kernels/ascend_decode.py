@@ -67,7 +67,7 @@ def ascend_decode(
         group = head % G
         keys = T
         if LENGTHS:
-            keys = tl.load(lengths_ptr + batch)
+            keys = min(T, tl.load(lengths_ptr + batch))
         first_token = block * TOKENS
         first_row = first_token * GROUP
         rows_left = min(S - first_token, TOKENS) * GROUP

@@ -312,7 +312,7 @@ def ascend_prefill(
         group = head // GROUP
         keys = T
         if LENGTHS:
-            keys = tl.load(lengths_ptr + batch)
+            keys = min(T, tl.load(lengths_ptr + batch))
         first_row = block * BLOCK_M
         rows_left = S - first_row
         # Query i stands at key i + shift.

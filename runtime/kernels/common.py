@@ -61,7 +61,8 @@ def key_offsets(
     else:
         k_offsets = held * k_stride_t
         v_offsets = held * v_stride_t
-    return k_offsets, v_offsets
+    # Rows begin at multiples of 16 bytes, which Triton does not see of a stride of 72.
+    return tl.multiple_of(k_offsets, 8), tl.multiple_of(v_offsets, 8)
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def transformed(
         place = tl.load(place_ptr + row + keys, mask=present, other=0)
         scores += slope * place.to(tl.float32)[None, :]
     if BIAS:
-        bias_ptrs = bias_rows + keys[None, :] * bias_stride_t
+        bias_ptrs = bias_rows + keys.to(tl.int64)[None, :] * bias_stride_t
         added = tl.load(bias_ptrs, mask=real[:, None] & present[None, :], other=0.0)
         scores += added.to(tl.float32) * LOG2E
     return scores
@@ -133,7 +134,9 @@ def visible(
         if WINDOW:
             seen = seen & (keys[None, :] > places[:, None] - WINDOW)
         if CHUNK:
-            seen = seen & (keys[None, :] // CHUNK == places[:, None] // CHUNK)
+            # Where there are more queries than keys some stand before all of them, in no chunk.
+            own = tl.where(places < 0, -1, places // CHUNK)
+            seen = seen & (keys[None, :] // CHUNK == own[:, None])
         scores = tl.where(seen, scores, float("-inf"))
     if KEY_MASK:
         token = tl.load(mask_ptr + row + keys, mask=present, other=0)

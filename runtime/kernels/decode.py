@@ -84,9 +84,9 @@ def attention_decode(
     batch = tl.program_id(1) // groups
     group = tl.program_id(1) % groups
     batch_64, group_64 = batch.to(tl.int64), group.to(tl.int64)
-    mask_row = batch * T
+    mask_row = batch_64 * T
     if LENGTHS:
-        T = tl.load(lengths_ptr + batch)
+        T = min(T, tl.load(lengths_ptr + batch))
     walked = T
     if SELECTED:
         walked = pages_width * PAGE
@@ -98,7 +98,7 @@ def attention_decode(
     rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     real = rows < S * GROUP
     token = rows // GROUP
-    head = group * GROUP + rows % GROUP
+    head = (group * GROUP + rows % GROUP).to(tl.int64)
     shift = 0 if TOP_LEFT else T - S
     places = token + shift
     if (CAUSAL and not TOP_LEFT) and (WINDOW and not SELECTED):
@@ -107,7 +107,8 @@ def attention_decode(
 
     unit = exponent_unit(scale, SOFTCAP, ALIBI, BIAS)
 
-    q_rows = q_ptr + batch_64 * q_stride_b + head.to(tl.int64) * q_stride_h + token * q_stride_s
+    q_batch = q_ptr + tl.multiple_of(batch_64 * q_stride_b, 8)
+    q_rows = q_batch + tl.multiple_of(head * q_stride_h + token.to(tl.int64) * q_stride_s, 8)
     d0 = tl.arange(0, D0)
     q0 = tl.load(q_rows[:, None] + d0[None, :], mask=real[:, None], other=0.0)
     if D1:
@@ -129,13 +130,13 @@ def attention_decode(
         slope = tl.load(slopes_ptr + head, mask=real, other=0.0)[:, None] * LOG2E
     if BIAS:
         bias_rows += batch_64 * bias_stride_b + head[:, None] * bias_stride_h
-        bias_rows += token[:, None] * bias_stride_s
+        bias_rows += token.to(tl.int64)[:, None] * bias_stride_s
 
-    k_head = k_ptr + group_64 * k_stride_h
-    v_head = v_ptr + group_64 * v_stride_h
+    k_head = k_ptr + tl.multiple_of(group_64 * k_stride_h, 8)
+    v_head = v_ptr + tl.multiple_of(group_64 * v_stride_h, 8)
     if not PAGE:
-        k_head += batch_64 * k_stride_b
-        v_head += batch_64 * v_stride_b
+        k_head += tl.multiple_of(batch_64 * k_stride_b, 8)
+        v_head += tl.multiple_of(batch_64 * v_stride_b, 8)
 
     for start in range(low, high, BLOCK_N):
         slots = start + tl.arange(0, BLOCK_N)

@@ -170,7 +170,7 @@ __device__ __forceinline__ Tile tile_of(int number, const Sizes& sizes, const in
   tile.keys = k_ends[tile.batch + 1] - tile.first_key;
 #endif
 #if LENGTHS
-  tile.keys = lengths[tile.batch];
+  tile.keys = min(sizes.keys, lengths[tile.batch]);
 #endif
   tile.shift = TOP_LEFT ? 0 : tile.keys - tile.queries;
   int first_place = tile.block * BLOCK_M + tile.shift;

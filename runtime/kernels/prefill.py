@@ -84,7 +84,7 @@ def attention_prefill(
     q_batch, k_batch = batch.to(tl.int64), batch.to(tl.int64)
     q_first, k_first = 0, 0
     lse_rows = S
-    mask_row = batch * T
+    mask_row = batch.to(tl.int64) * T
     if VARLEN:
         q_first = tl.load(q_ends_ptr + batch)
         k_first = tl.load(k_ends_ptr + batch)
@@ -94,7 +94,7 @@ def attention_prefill(
         if block * BLOCK_M >= S:
             return
     if LENGTHS:
-        T = tl.load(lengths_ptr + batch)
+        T = min(T, tl.load(lengths_ptr + batch))
 
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     real = rows < S
@@ -104,8 +104,8 @@ def attention_prefill(
 
     unit = exponent_unit(scale, SOFTCAP, ALIBI, BIAS)
 
-    q_rows = q_ptr + q_batch * q_stride_b + head.to(tl.int64) * q_stride_h
-    q_rows += (q_first + rows).to(tl.int64)[:, None] * q_stride_s
+    q_head = q_ptr + tl.multiple_of(q_batch * q_stride_b + head.to(tl.int64) * q_stride_h, 8)
+    q_rows = q_head + tl.multiple_of((q_first + rows).to(tl.int64) * q_stride_s, 8)[:, None]
     d0 = tl.arange(0, D0)
     q0 = tl.load(q_rows + d0[None, :], mask=real[:, None], other=0.0)
     if D1:
@@ -129,7 +129,7 @@ def attention_prefill(
     if ALIBI:
         slope = tl.load(slopes_ptr + head) * LOG2E
     if BIAS:
-        bias_rows += q_batch * bias_stride_b + head * bias_stride_h
+        bias_rows += q_batch * bias_stride_b + head.to(tl.int64) * bias_stride_h
         bias_rows += rows[:, None].to(tl.int64) * bias_stride_s
 
     # Keys from `low` up to `high` are walked; between the inner two every row sees every key.
@@ -152,16 +152,16 @@ def attention_prefill(
             low = max(low, start // BLOCK_N * BLOCK_N)
             start = max(last_place, 0) // CHUNK * CHUNK
             inner_low = max(inner_low, tl.cdiv(start, BLOCK_N) * BLOCK_N)
-            end = (max(first_place, 0) // CHUNK + 1) * CHUNK
+            end = tl.where(first_place < 0, 0, (max(first_place, 0) // CHUNK + 1) * CHUNK)
             inner_high = min(inner_high, end // BLOCK_N * BLOCK_N)
     inner_low = min(max(inner_low, low), high)
     inner_high = min(max(inner_high, inner_low), high)
 
-    k_head = k_ptr + group.to(tl.int64) * k_stride_h
-    v_head = v_ptr + group.to(tl.int64) * v_stride_h
+    k_head = k_ptr + tl.multiple_of(group.to(tl.int64) * k_stride_h, 8)
+    v_head = v_ptr + tl.multiple_of(group.to(tl.int64) * v_stride_h, 8)
     if not PAGE:
-        k_head += k_batch * k_stride_b
-        v_head += k_batch * v_stride_b
+        k_head += tl.multiple_of(k_batch * k_stride_b, 8)
+        v_head += tl.multiple_of(k_batch * v_stride_b, 8)
 
     # Three stretches: the left edge, the inside, the right edge.
     for part in tl.static_range(0 if (WINDOW or CHUNK) else 1, 3):
@@ -231,8 +231,8 @@ def attention_prefill(
                 sum1 = tl.dot(weights, value1, sum1)
 
     some, total, factor = shares(total)
-    out_rows = out_ptr + q_batch * o_stride_b + head.to(tl.int64) * o_stride_h
-    out_rows += (q_first + rows).to(tl.int64)[:, None] * o_stride_s
+    out_head = out_ptr + tl.multiple_of(q_batch * o_stride_b + head.to(tl.int64) * o_stride_h, 8)
+    out_rows = out_head + tl.multiple_of((q_first + rows).to(tl.int64) * o_stride_s, 8)[:, None]
     out0 = (sum0 * factor[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_rows + v0[None, :], out0, mask=real[:, None])
     if V1:

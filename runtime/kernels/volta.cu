@@ -364,7 +364,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) KERNEL(
     if (start_row >= S) return;
   }
 #endif
-  if (LENGTHS) T = lengths_ptr[batch];
+  if (LENGTHS) T = min(T, lengths_ptr[batch]);
   if (RING) k_first = first_ptr[batch];
   // Query i stands at key i + shift. Rows of decode are the heads of the group, token by token.
   const int shift = TOP_LEFT ? 0 : T - S;

@@ -220,6 +220,22 @@ def test_many_tokens_run_in_pieces_beside_what_is_shared(dtype, monkeypatch) -> 
         close(found, part.exact(gates))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "size", "width"),
+    [(3000, 90, 1001), (600, 90, 1001), (3000, 45, 100), (3000, 104, 1000)],
+)
+def test_many_tokens_of_rows_that_begin_anywhere(tokens, size, width, dtype) -> None:
+    """Copies and products of the largest tiles take rows that begin at multiples of 16 bytes."""
+    part = Part((tokens, 4, 2, size, 40, width), dtype, "silu", gated=True, biased=True)
+    gates = some_gates(part, dtype, "top")
+    close(
+        moe.moe(part.x, gates, *part.routed, *part.shared, act="silu", active=2), part.exact(gates)
+    )
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget

@@ -21,7 +21,14 @@ from graphopt.lowering.torch.tiled import _runtime_text  # noqa: E402
 from graphopt.lowering.triton.constants import kernel_constants  # noqa: E402
 from graphopt.lowering.triton.specialise import specialise  # noqa: E402
 from graphopt.plan import AttentionSpec, plan_attention  # noqa: E402
-from graphopt.runtime.attention import Extras, Keys, decode, prefill, splits_of  # noqa: E402
+from graphopt.runtime.attention import (  # noqa: E402
+    Extras,
+    Keys,
+    decode,
+    prefill,
+    rows_aligned,
+    splits_of,
+)
 from graphopt.runtime.kernels.decode import attention_decode, attention_merge  # noqa: E402
 from graphopt.runtime.kernels.prefill import attention_prefill  # noqa: E402
 from graphopt.targets import get_target  # noqa: E402
@@ -44,8 +51,9 @@ FORMS = {
     "lengths": {"lengths": True},
     "everything": {"window": 30, "softcap": 3.0, "key_mask": True, "bias": True, "alibi": True,
                    "sinks": True, "lengths": True},
+    "chunk, full": {"chunk": 24, "causal": False},
 }  # fmt: skip
-HEAD_SIZES = (32, 64, 80, 96, 128, 192, 256)
+HEAD_SIZES = (32, 40, 64, 72, 80, 96, 128, 192, 256)
 # The interpreter multiplies bf16 as if it were integers.
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
 LENGTHS = (1, 7, 63, 64, 65, 127)
@@ -189,6 +197,95 @@ def test_scores_far_from_zero_stay_finite():
         case.k[..., 0] += torch.arange(40).to(torch.float16) % 7
         assert 5.9e4 < case.scores(torch.float64).abs().nan_to_num(0, posinf=0).max() < 6.1e4
         check_prefill(case)
+
+
+@pytest.mark.parametrize("check", [check_prefill, check_decode])
+def test_queries_before_all_keys_are_in_no_chunk(check):
+    fields = {"chunk": 24, "causal": False}
+    check(random_case((2, 4, 2, 60, 9, 32, 32), {**fields, "lengths": True}))
+    check(random_case((1, 2, 1, 40, 30, 32, 32), fields))
+
+
+@pytest.mark.parametrize("check", [check_prefill, check_decode])
+def test_rows_that_begin_anywhere_are_copied(check):
+    case = random_case((2, 4, 2, 12, 40, 40, 72), {})
+    for name in "qkv":
+        x = getattr(case, name)
+        wide = torch.zeros(*x.shape[:3], x.shape[3] + 1, dtype=x.dtype)
+        setattr(case, name, wide[..., 1:].copy_(x))
+    assert not any(rows_aligned(getattr(case, name)) for name in "qkv")
+    check(case)
+
+
+def test_an_output_that_begins_anywhere_is_written():
+    case = random_case((1, 2, 1, 12, 12, 40, 40), {})
+    q, keys, extras = operands(case)
+    for phase, run in (("prefill", (prefill, attention_prefill)),
+                       ("decode", (decode, attention_decode, attention_merge))):  # fmt: skip
+        out = torch.zeros(1, 2, 12, 41, dtype=q.dtype, device=DEVICE)[..., 1:]
+        found, lse, _ = run[0](
+            *run[1:], q, keys, planned(case, phase), scale=case.scale, extras=extras, out=out
+        )
+        assert found is out
+        close(out, lse, case)
+
+
+def test_rows_are_aligned_by_the_axes_that_are_followed():
+    x = torch.zeros(4, 3, 8, 40, dtype=torch.float16)
+    assert rows_aligned(x) and rows_aligned(x.transpose(1, 2)) and rows_aligned(x[:, :1])
+    assert not rows_aligned(torch.zeros(3844, dtype=torch.float16)[4:].view(4, 3, 8, 40))
+    odd = torch.zeros(1, 3, 8, 40, dtype=torch.float16).as_strided((1, 3, 8, 40), (1, 320, 40, 1))
+    assert rows_aligned(odd)
+
+
+@pytest.mark.parametrize("check", [check_prefill, check_decode])
+def test_a_length_beyond_the_cache_is_that_of_the_cache(check):
+    case = random_case((2, 2, 1, 5, 40, 32, 32), {"lengths": True})
+    case.lengths = torch.tensor([40, 40])
+    q, keys, extras = operands(case)
+    keys = dataclasses.replace(keys, lengths=torch.tensor([41, 1000], device=DEVICE))
+    phase, run = ("prefill", (prefill, attention_prefill))
+    if check is check_decode:
+        phase, run = ("decode", (decode, attention_decode, attention_merge))
+    out, lse, _ = run[0](*run[1:], q, keys, planned(case, phase), scale=case.scale, extras=extras)
+    close(out, lse, case)
+
+
+class OutOfResources(Exception):
+    """By the name of Triton's."""
+
+
+class Cramped:
+    """A kernel that finds too little memory for more than one stage of 16 keys."""
+
+    def __init__(self, kernel, needs):
+        self.kernel, self.arg_names, self.needs, self.refused = kernel, kernel.arg_names, needs, 0
+
+    def __getitem__(self, grid):
+        def run(**given):
+            if given["num_stages"] * given["BLOCK_N"] > self.needs:
+                self.refused += 1
+                raise OutOfResources
+            return self.kernel[grid](**given)
+
+        return run
+
+
+def test_smaller_tiles_run_where_there_is_less_memory_than_was_planned_for():
+    case = random_case((1, 2, 1, 70, 90, 32, 32), {})
+    q, keys, extras = operands(case)
+    options = {"scale": case.scale, "extras": extras}
+    kernel = Cramped(attention_prefill, 16)
+    out, lse, _ = prefill(kernel, q, keys, planned(case, num_stages=3), **options)
+    close(out, lse, case)
+    assert kernel.refused == 3
+    kernel = Cramped(attention_decode, 16)
+    constants = planned(case, "decode", num_stages=2)
+    out, lse, _ = decode(kernel, attention_merge, q, keys, constants, **options)
+    close(out, lse, case)
+    assert kernel.refused == 1
+    with pytest.raises(OutOfResources):
+        prefill(Cramped(attention_prefill, 8), q, keys, planned(case), **options)
 
 
 def test_sequences_one_behind_the_other():
@@ -360,7 +457,8 @@ def test_specialised_kernels_give_the_same_bits(name, width, tmp_path, monkeypat
     for module in after:
         assert after[module].count("\n") < before[module].count("\n")
     # Relative imports are the folder's way to stand alone.
-    for arguments in (["format", "--check"], ["check", "--ignore", "TID252"]):
+    styles = (["format", "--check"], ["check", "--ignore", "TID252"])
+    for arguments in styles if importlib.util.find_spec("ruff") else ():
         command = [sys.executable, "-m", "ruff", *arguments, "--no-cache", "--config",
                    str(ROOT / "pyproject.toml"), str(package)]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
