@@ -147,7 +147,7 @@ def write_gguf(
         extra: Further tensors.
         tokenizer: Write the vocabulary of `byte_tokenizer` too.
         entries: Metadata that is set, or left out where None; names that begin with a dot are of
-            the architecture.
+            the architecture. A pair is a value and its type in the format.
         change: Changes the tensors, by the format's names, before they are written.
     """
     config = model.config
@@ -184,8 +184,9 @@ def write_gguf(
         full = name + key if key.startswith(".") else key
         writer.kv_data[0].pop(full, None)
         if value is not None:
-            kind = gguf.GGUFValueType.get_type(value)
-            writer.add_key_value(full, value, kind)
+            stated = value if isinstance(value, tuple) else (value, None)
+            kind = stated[1] or gguf.GGUFValueType.get_type(stated[0])
+            writer.add_key_value(full, stated[0], kind)
     tensors = gguf_tensors(model, architecture)
     if change is not None:
         change(tensors)
