@@ -214,6 +214,7 @@ DAMAGED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"tokens": ["a", "b", "a"]}, r"the tokens 0 and 2 are both 'a'"),
     ("llama", {"scores": [1.0]}, r"has \d+ tokens and 1 values of scores"),
     ("llama", {"scores": None}, r"no scores"),
+    ("llama", {"scores": [-1e3] * len(scored()["tokens"])}, r"all its pieces have one score"),
     ("llama", {"token_type": [1]}, r"1 values of token_type"),
     ("llama", {"token_type": "1"}, r"token_type' is '1'"),
     ("llama", {"bos_token_id": 10**6}, r"its bos token is number 1000000 of \d+"),

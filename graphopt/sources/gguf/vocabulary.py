@@ -177,16 +177,13 @@ def _vocabulary(file: GgufFile, keys: TokenizerKeys) -> Vocabulary:
     }
     ends = [special["eos"]] if "eos" in special else []
     splitting = Splitting(()) if keys.model == "llama" else splitting_of(file, keys.pre)
-    if keys.model == "llama" and not keys.scores:
-        raise _damaged(file, "it has no scores, by which its pieces are merged")
-    if keys.model == "gpt2" and "merges" not in keys.model_fields_set:
-        raise _damaged(file, "it has no list of merges")
+    merges = _merges(file, keys, kinds)
     return Vocabulary(
         model=keys.model,
         tokens=tokens,
         kinds=tuple(kinds),
         scores=tuple(keys.scores),
-        merges=tuple(_pair(file, number, text) for number, text in enumerate(keys.merges)),
+        merges=merges,
         splitting=splitting,
         special=special,
         ends=[*ends, *sorted(turns - set(ends))],
@@ -210,6 +207,21 @@ def _swallow(file: GgufFile, tokens: tuple[str, ...], kinds: list[int]) -> froze
         if kind in (UNKNOWN, CONTROL, USER_DEFINED)
         and tokens[number] not in ("<unk>", "<s>", "<|endoftext|>")
     )
+
+
+def _merges(file: GgufFile, keys: TokenizerKeys, kinds: list[int]) -> tuple[tuple[str, str], ...]:
+    """The pairs of a byte-level vocabulary; the other kind's are in its scores."""
+    if keys.model == "gpt2":
+        if "merges" not in keys.model_fields_set:
+            raise _damaged(file, "it has no list of merges")
+        return tuple(_pair(file, number, text) for number, text in enumerate(keys.merges))
+    if not keys.scores:
+        raise _damaged(file, "it has no scores, by which its pieces are merged")
+    pieces = [s for s, kind in zip(keys.scores, kinds, strict=True) if kind == NORMAL]
+    if len(pieces) > 1 and len(set(pieces)) == 1:
+        # Some converters wrote one number for every piece.
+        raise _damaged(file, "all its pieces have one score, by which they are merged")
+    return ()
 
 
 def _first(stated: bool | None, default: bool) -> bool:
