@@ -53,13 +53,13 @@ class TritonPlanner(Planner):
 
         def worth(tiles: dict[str, int]) -> tuple[float, ...]:
             # Blocks of two warps have to share a core. How often a warp uses a key it has taken
-            # out of shared memory; how often a block uses one it has taken out of device memory;
-            # then deeper and wider steps.
+            # out of shared memory; whether loads run ahead; how often a block uses a key it has
+            # taken out of device memory; then deeper and wider steps.
             m, n, warps = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["num_warps"]
             blocks = self._shared(target) // shared_bytes(spec, tiles)[0]
+            resident = min(blocks * warps, _ENOUGH_WARPS) if wide else 0
             stages = tiles["num_stages"]
-            room = (min(blocks * warps, _ENOUGH_WARPS), m / warps, min(stages, 2)) if wide else ()
-            return (*room, m / warps, m * n / (m + n), stages, n)
+            return (resident, m / warps, min(stages, 2), m * n / (m + n), stages, n)
 
         return sorted(found, key=worth, reverse=True)
 
@@ -126,8 +126,8 @@ def shared_bytes(spec: AttentionSpec, tiles: dict[str, int]) -> tuple[int, str]:
     Whatever a loop loads for a product, directly or through the scores, waits in num_stages
     buffers: keys and values, the bias, the places of ALiBi, the numbers of pages. The first of
     them are filled while the queries are still on their way to registers through a tile of their
-    own. A buffer of a tile also changes the layout of weights whose row several warps share, and
-    of scores of which pages' maxima are taken; and of the sums, when all others are gone.
+    own. Weights, and scores of which pages' maxima are taken, may change their layout through
+    one, and the sums, when all others are gone.
     `tests/plan/test_triton_plan.py` compares with what Triton allocates.
     """
     m, n, stages = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["num_stages"]
@@ -136,14 +136,13 @@ def shared_bytes(spec: AttentionSpec, tiles: dict[str, int]) -> tuple[int, str]:
     parts = [
         ("num_stages BLOCK_N (D + Dv) s", stages * n * (keys + values) * size),
         ("BLOCK_M D s", m * keys * size),
+        ("BLOCK_M BLOCK_N s", m * n * size),
     ]
     if spec.bias:
         parts.append(("num_stages BLOCK_M BLOCK_N s", stages * m * n * size))
     numbers = spec.alibi + 2 * (spec.kv == "paged") + 2 * spec.selected_pages
     if numbers:
         parts.append((f"{4 * numbers} num_stages BLOCK_N", 4 * numbers * stages * n))
-    if m < 16 * tiles["num_warps"]:
-        parts.append(("BLOCK_M BLOCK_N s", m * n * size))
     if spec.page_max:
         parts.append(("4 BLOCK_M BLOCK_N", 4 * m * n))
     inside = sum(bytes_ for _, bytes_ in parts) + _OVERHEAD
