@@ -28,6 +28,7 @@ from graphopt.progress import Progress, silent
 from graphopt.sources.base import output_tokenizer, tokenizer_in
 from graphopt.sources.check import CheckedRunner, check_finite
 from graphopt.sources.confined import folder_inside
+from graphopt.sources.generation import GenerationSettings, read_generation
 from graphopt.targets import get_target
 from graphopt.windows import Bos, TokenText, prompt_ids, special_ends, tokenizer_at
 
@@ -49,12 +50,14 @@ class LanguageModel(ABC):
         backend: How it runs: "program", "torch" or "onnx".
         name: Short name of the model.
         config: The Hugging Face config as a dict; {} where there is none.
+        generation: How text is to be generated, as `Program.generation` has it.
         tokenizer: Folder with its tokenizer; None if there is none.
     """
 
     backend: ClassVar[str]
     name: str
     config: dict[str, Any]
+    generation: Mapping[str, Any] = {}
     tokenizer: Path | None
 
     @abstractmethod
@@ -88,6 +91,15 @@ class LanguageModel(ABC):
             if isinstance(self.config.get(key), int):
                 return int(self.config[key])
         return None
+
+    @property
+    def settings(self) -> GenerationSettings:
+        """What ends a text of the model, and how its tokens are drawn.
+
+        Raises:
+            SourceError: An entry of its config is of a wrong type or out of range.
+        """
+        return GenerationSettings.of(self.config, self.generation)
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits of whole sequences.
@@ -128,7 +140,7 @@ class ProgramModel(LanguageModel):
         self, program: Program, *, keep_weights: bool = True, device: torch.device = _CPU
     ) -> None:
         self.name = program.name
-        self.config = program.config
+        self.config, self.generation = program.config, program.generation
         self.tokenizer = Path(program.tokenizer) if program.tokenizer else None
         self._device = device
         self._runner = CheckedRunner(program, device=device, keep_weights=keep_weights)
@@ -183,7 +195,7 @@ class TorchArtifactModel(LanguageModel):
         )
         self._device = torch.device("cuda" if on_gpu else "cpu")
         self.name = program.name
-        self.config = program.config
+        self.config, self.generation = program.config, program.generation
         self.tokenizer = output_tokenizer(root, program)
         self._cached = bool(program.states)
         try:
@@ -266,6 +278,8 @@ class OnnxArtifactModel(LanguageModel):
             outputs are `logits` and `present.N.key` / `.value`.
         name: Short name of the model.
         config: Its Hugging Face config.
+        generation: How text is to be generated; by default what a generation_config.json in the
+            folder says.
         tokenizer: Folder with its tokenizer; by default `folder` where it holds one.
         constants: Initializers that may hold infinity on purpose.
 
@@ -282,6 +296,7 @@ class OnnxArtifactModel(LanguageModel):
         *,
         name: str = "",
         config: Mapping[str, Any] | None = None,
+        generation: Mapping[str, Any] | None = None,
         tokenizer: Path | None = None,
         constants: Collection[str] = (),
     ) -> None:
@@ -291,6 +306,7 @@ class OnnxArtifactModel(LanguageModel):
 
         self.name = name or folder.resolve().name
         self.config = dict(config or {})
+        self.generation = read_generation(folder) if generation is None else generation
         self.tokenizer = tokenizer_in(folder) or tokenizer
         path = folder / "model.onnx"
         check_onnx(path, constants)
@@ -395,6 +411,7 @@ def open_language_model(
             onnx_folder,
             name=program.name,
             config=program.config,
+            generation=program.generation,
             tokenizer=output_tokenizer(root, program),
             constants=[weight.name for weight in program.weights if weight.constant],
         )

@@ -12,6 +12,9 @@ from torch import Tensor
 from graphopt.errors import SourceError, UsageError, reason
 from graphopt.evaluate import LanguageModel
 from graphopt.ir.execute import complete_inputs
+from graphopt.runtime.chat import chat_text
+from graphopt.sources.generation import GenerationSettings
+from graphopt.windows import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,29 +27,34 @@ def encode_prompt(
 ) -> list[int]:
     """Return the tokens of a prompt, put into the chat template where the tokenizer has one.
 
+    A template writes the special tokens itself, the first of a text too. Without one, the text
+    begins with what the tokenizer puts before it.
+
     Args:
         raw: Continue the text as it is, without the template.
 
     Raises:
-        UsageError: The prompt has no tokens.
+        UsageError: The prompt has no tokens, or is no text.
         SourceError: The template cannot be applied.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("The prompt is not valid Unicode.", "Give it in UTF-8.") from error
+    if not prompt:
+        raise UsageError("The prompt is empty.", "Give at least one word.")
     if tokenizer.chat_template and not raw:
-        messages = [{"role": "user", "content": prompt}]
         try:
-            text = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:
-            # A template is a program of the model's author and fails in its own ways.
+            template = tokenizer.get_chat_template()
+            text = chat_text(template, prompt, tokenizer.special_tokens_map)
+        except ValueError as error:
             raise SourceError(
                 f"The chat template cannot be applied: {reason(error)}.",
                 "Pass --raw to continue the prompt without it.",
             ) from error
-        # The template writes the special tokens itself.
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        ids = prompt_ids(tokenizer, prompt)
     if not ids:
         raise UsageError("The prompt is empty.", "Give at least one word.")
     return list(ids)
@@ -89,40 +97,146 @@ class PieceDecoder:
         return str(text)
 
 
-def pick_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Choose a token.
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; otherwise the logits are divided by it.
+        top_k: Draw from so many of the likeliest tokens; 0 for all.
+        top_p: Draw from the fewest tokens whose probabilities reach this sum.
+        min_p: Draw from tokens at least this share as likely as the likeliest.
+        repetition_penalty: Logits of tokens that are in the text so far are divided by it where
+            they are positive, and multiplied by it where they are not.
+        seed: Of what is drawn.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        settings: GenerationSettings,
+        *,
+        greedy: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> Sampling:
+        """Return what a user asks for, and where that says nothing what the model's settings do.
+
+        Tokens are drawn where the settings say so, or where a temperature, `top_k` or `top_p` is
+        given. What neither states has the values that transformers gives it.
+
+        Raises:
+            UsageError: `greedy` is asked for along with an option of drawing.
+        """
+        given = [value for value in (temperature, top_k, top_p) if value is not None]
+        if greedy and any(given):
+            raise UsageError(
+                "Greedy decoding draws nothing, and temperature, top-k or top-p are given too.",
+                "Leave out one or the other.",
+            )
+        penalty = settings.repetition_penalty
+        drawn = settings.do_sample or bool(given)
+        heat = settings.temperature if temperature is None else temperature
+        if greedy or not drawn or heat == 0:
+            return cls(repetition_penalty=penalty, seed=seed)
+        return cls(
+            heat,
+            settings.top_k if top_k is None else top_k,
+            # 0 is the likeliest token alone, which every share of it gives too.
+            max(settings.top_p, 1e-9) if top_p is None else top_p,
+            settings.min_p,
+            penalty,
+            seed,
+        )
+
+    def __str__(self) -> str:
+        parts = []
+        if self.temperature:
+            parts += [f"temperature {self.temperature:g}", f"top-k {self.top_k or 'all'}"]
+            parts += [f"top-p {self.top_p:g}"]
+            parts += [f"min-p {self.min_p:g}"] if self.min_p else []
+        if self.repetition_penalty != 1:
+            parts.append(f"repetition penalty {self.repetition_penalty:g}")
+        if not self.temperature:
+            return f"greedy decoding{', ' * bool(parts)}{', '.join(parts)}"
+        return f"sampling: {', '.join(parts)}, seed {self.seed}"
+
+
+def token_odds(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Return what tokens are drawn by.
+
+    Filters apply in transformers' order: each sees what the ones before it left.
 
     Args:
         logits: [vocab].
-        temperature: 0 takes the likeliest; otherwise the logits are divided by it.
-        top_p: Draw from the fewest tokens whose probabilities reach this sum.
+        sampling: With a temperature above 0.
+
+    Returns:
+        Probabilities [vocab] in fp64.
     """
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities, order = torch.softmax(logits.double() / temperature, -1).sort(descending=True)
+    scores, order = (logits.double() / sampling.temperature).sort(descending=True)
+    if sampling.top_k:
+        scores[sampling.top_k :] = -torch.inf
+    odds = torch.softmax(scores, -1)
     # A token belongs to the nucleus if those before it do not fill it.
-    outside = probabilities.cumsum(-1) - probabilities >= top_p
-    probabilities = probabilities.masked_fill(outside, 0.0)
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+    outside = odds.cumsum(-1) - odds >= sampling.top_p
+    outside |= odds < sampling.min_p * odds[0]
+    outside[0] = False
+    odds = odds.masked_fill(outside, 0.0)
+    return torch.zeros_like(odds).scatter(0, order, odds / odds.sum())
+
+
+def pick_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Choose a token by its logits [vocab]."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial(token_odds(logits, sampling), 1, generator=generator))
+
+
+def penalise(logits: Tensor, penalty: float, text: Tensor) -> Tensor:
+    """Return logits [vocab] with those of the tokens of a text (int64 [T]) made less likely.
+
+    Source: Keskar et al., CTRL, arXiv 1909.05858, section 4.1, as transformers has it.
+    """
+    own = logits[text]
+    return logits.scatter(0, text, torch.where(own > 0, own / penalty, own * penalty))
 
 
 def end_tokens(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the tokens at which generation stops: the tokenizer's and the config's."""
-    stated = model.config.get("eos_token_id")
-    listed = stated if isinstance(stated, list) else [stated]
-    return {int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None}
+    """Return the tokens at which generation stops.
+
+    They are those of the model's generation config, where it states some; otherwise those of its
+    config and the tokenizer's.
+
+    Raises:
+        SourceError: An entry of the model's configs is of a wrong type or out of range.
+    """
+    ends = set(model.settings.eos_token_id)
+    if model.generation.get("eos_token_id") is None and tokenizer.eos_token_id is not None:
+        ends.add(int(tokenizer.eos_token_id))
+    return ends
 
 
-def check_options(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def check_options(max_new_tokens: int, sampling: Sampling) -> None:
     """Refuse options of generation that make no sense, before a model is opened.
 
     Raises:
         UsageError: One is out of range.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+    in_range = sampling.temperature >= 0 and sampling.top_k >= 0 and 0 < sampling.top_p <= 1
+    if not in_range or max_new_tokens < 1:
         raise UsageError(
-            "Generation needs a temperature of at least 0, a top-p above 0 and at most 1, and at "
-            "least one new token."
+            "Generation needs a temperature and a top-k of at least 0, a top-p above 0 and at most "
+            "1, and at least one new token."
         )
 
 
@@ -132,9 +246,7 @@ def generate_ids(
     *,
     stop: set[int],
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = Sampling(),
 ) -> Iterator[int]:
     """Yield the tokens that follow `prompt`, without the one that ends the text.
 
@@ -142,14 +254,12 @@ def generate_ids(
         prompt: Token ids.
         stop: Tokens that end the text.
         max_new_tokens: How many at most; fewer where the model's positions end.
-        temperature: 0 for greedy decoding.
-        top_p: See `pick_token`.
-        seed: Of the sampling.
+        sampling: How each is chosen; the likeliest by default.
 
     Raises:
         UsageError: An option is out of range, or the prompt leaves no position free.
     """
-    check_options(max_new_tokens, temperature, top_p)
+    check_options(max_new_tokens, sampling)
     if model.positions is not None:
         if len(prompt) >= model.positions:
             raise UsageError(
@@ -158,7 +268,7 @@ def generate_ids(
                 "Shorten it.",
             )
         max_new_tokens = min(max_new_tokens, model.positions - len(prompt))
-    return _generate(model, prompt, stop, max_new_tokens, temperature, top_p, seed)
+    return _generate(model, prompt, stop, max_new_tokens, sampling)
 
 
 def _generate(
@@ -166,21 +276,23 @@ def _generate(
     prompt: list[int],
     stop: set[int],
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
+    sampling: Sampling,
 ) -> Iterator[int]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(sampling.seed)
     cache = model.start_text(len(prompt) + max_new_tokens)
-    new, past = torch.tensor([prompt]), 0
+    text = new = torch.tensor([prompt])
     for _ in range(max_new_tokens):
+        past = text.shape[1] - new.shape[1]
         logits, cache = model.step(complete_inputs({"input_ids": new}, past), cache)
-        past += new.shape[1]
-        token = pick_token(logits[0, -1], temperature, top_p, generator)
+        scores = logits[0, -1]
+        if sampling.repetition_penalty != 1:
+            scores = penalise(scores, sampling.repetition_penalty, text[0])
+        token = pick_token(scores, sampling, generator)
         if token in stop:
             return
         yield token
         new = torch.tensor([[token]])
+        text = torch.cat([text, new], 1)
 
 
 def generate(
@@ -189,28 +301,33 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    greedy: bool = False,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
     raw: bool = False,
 ) -> Iterator[str]:
     """Yield the text that follows `prompt`, piece by piece; joined, they are the whole answer.
 
     Args:
+        greedy, temperature, top_k, top_p, seed: How tokens are chosen, before what the model's
+            settings say; see `Sampling.of`.
         raw: See `encode_prompt`; for the others see `generate_ids`.
 
     Raises:
         UsageError: An option is out of range, or the prompt is empty or too long.
-        SourceError: The chat template cannot be applied.
+        SourceError: The chat template cannot be applied, or the model's settings are malformed.
     """
+    sampling = Sampling.of(
+        model.settings, greedy=greedy, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
     tokens = generate_ids(
         model,
         encode_prompt(tokenizer, prompt, raw=raw),
         stop=end_tokens(model, tokenizer),
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
+        sampling=sampling,
     )
     return _pieces(tokens, PieceDecoder(tokenizer))
 

@@ -19,13 +19,16 @@ from graphopt.errors import SourceError, UsageError
 from graphopt.evaluate import LanguageModel, open_language_model
 from graphopt.generate import (
     PieceDecoder,
+    Sampling,
     encode_prompt,
     end_tokens,
     generate,
     generate_ids,
     pick_token,
+    token_odds,
 )
 from graphopt.ir.execute import complete_inputs
+from graphopt.sources.generation import GenerationSettings
 
 
 class Script(LanguageModel):
@@ -78,13 +81,13 @@ def test_an_artifact_for_a_gpu_decodes_in_its_own_cache(tmp_path: Path) -> None:
     start = model.start_text
     model.start_text = lambda room: rooms.append(room) or start(room)  # type: ignore[method-assign,func-returns-value]
     plain = open_language_model(str(tmp_path / "out"), "program")
-    for options in ({}, {"temperature": 0.8, "seed": 3}):
+    for sampling in (Sampling(), Sampling(0.8, seed=3), Sampling(repetition_penalty=1.4)):
         made = [
-            list(generate_ids(m, [1, 2, 3], stop=set(), max_new_tokens=6, **options))  # type: ignore[arg-type]
+            list(generate_ids(m, [1, 2, 3], stop=set(), max_new_tokens=6, sampling=sampling))
             for m in (model, plain)
         ]
         assert made[0] == made[1] and len(made[0]) == 6
-    assert rooms == [9, 9]
+    assert rooms == [9, 9, 9]
     cache = model.start_text(9)
     logits, same = model.step(complete_inputs({"input_ids": torch.tensor([[1, 2, 3]])}), cache)
     assert same is cache and cache.used == 3 and logits.shape == (1, 1, 97)
@@ -106,18 +109,27 @@ def test_positions_end_the_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}]
-)
+    "options",
+    [
+        {"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1},
+        {"max_new_tokens": 0},
+    ],
+)  # fmt: skip
 def test_options_out_of_range_are_refused_at_once(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="Generation needs"):
-        generate_ids(Script([1]), [1], stop=set(), **options)
+        generate(Script([1]), byte_tokenizer(), "say", **options)
 
 
-def test_end_tokens_of_tokenizer_and_config() -> None:
+def test_end_tokens_of_tokenizer_and_configs() -> None:
     model, tokenizer = Script([]), byte_tokenizer()
     assert end_tokens(model, tokenizer) == {258}
     model.config = {"eos_token_id": [3, 4]}
     assert end_tokens(model, tokenizer) == {3, 4, 258}
+    model.generation = {"bos_token_id": 1}
+    assert end_tokens(model, tokenizer) == {3, 4, 258}
+    # What a generation config states is all that ends a text, as in transformers.
+    model.generation = {"eos_token_id": [5, 6]}
+    assert end_tokens(model, tokenizer) == {5, 6}
 
 
 def test_sampling_draws_from_the_nucleus() -> None:
@@ -125,7 +137,8 @@ def test_sampling_draws_from_the_nucleus() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def shares(temperature: float, top_p: float) -> list[float]:
-        draws = [pick_token(logits, temperature, top_p, generator) for _ in range(2000)]
+        sampling = Sampling(temperature, top_p=top_p)
+        draws = [pick_token(logits, sampling, generator) for _ in range(2000)]
         return [draws.count(token) / 2000 for token in range(4)]
 
     # Five standard deviations of 2000 draws are 0.056 at most.
@@ -133,7 +146,92 @@ def test_sampling_draws_from_the_nucleus() -> None:
     assert shares(1.0, 0.7) == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=0.056)
     assert shares(0.5, 1.0) == pytest.approx([0.1159, 0.7246, 0.0072, 0.1812], abs=0.056)
     assert shares(1.0, 0.3) == [0, 1, 0, 0]
-    assert pick_token(logits, 0.0, 1.0, generator) == 1
+    assert pick_token(logits, Sampling(), generator) == 1
+
+
+@given(
+    seed=st.integers(0, 1000),
+    temperature=st.floats(0.1, 3),
+    top_k=st.integers(0, 12),
+    top_p=st.floats(0.01, 1),
+    min_p=st.floats(0, 1),
+)
+@settings(deadline=None, max_examples=60)
+def test_tokens_are_drawn_as_transformers_draws_them(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    from transformers import (
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = torch.randn(10, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    steps: list[Any] = [TemperatureLogitsWarper(temperature)]
+    steps += [TopKLogitsWarper(top_k)] if top_k else []
+    steps += [TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)]
+    scores = logits[None] * 1
+    for step in steps:
+        scores = step(torch.zeros(1, 1, dtype=torch.long), scores)
+    got = token_odds(logits, Sampling(temperature, top_k, top_p, min_p))
+    torch.testing.assert_close(got, scores.softmax(-1)[0], rtol=1e-9, atol=1e-12)
+
+
+def test_greedy_tokens_under_a_repetition_penalty_equal_transformers(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "tiny")
+    prompt = byte_tokenizer()("the the the")["input_ids"]
+    reference: Any = tiny_model()
+    expected = reference.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=VOCAB + 1,
+        repetition_penalty=1.7,
+    )[0, len(prompt) :].tolist()  # fmt: skip
+    model = open_language_model(str(folder))
+    made = [
+        list(generate_ids(model, prompt, stop=set(), max_new_tokens=12, sampling=sampling))
+        for sampling in (Sampling(), Sampling(repetition_penalty=1.7))
+    ]
+    assert made[1] == expected != made[0]
+
+
+STATED = GenerationSettings(do_sample=True, temperature=0.6, top_k=20, top_p=0.9, min_p=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "expected"),
+    [
+        (GenerationSettings(), {}, Sampling()),
+        (GenerationSettings(), {"temperature": 0.5, "seed": 4}, Sampling(0.5, 50, seed=4)),
+        (GenerationSettings(), {"top_p": 0.5}, Sampling(1.0, 50, 0.5)),
+        (GenerationSettings(), {"top_k": 0}, Sampling(1.0, 0)),
+        # Stated, but not asked for.
+        (GenerationSettings(temperature=0.6, top_k=3), {}, Sampling()),
+        (GenerationSettings(top_k=3), {"temperature": 0.5}, Sampling(0.5, 3)),
+        (STATED, {}, Sampling(0.6, 20, 0.9, 0.1)),
+        (STATED, {"top_k": 5, "seed": 9}, Sampling(0.6, 5, 0.9, 0.1, seed=9)),
+        (STATED, {"temperature": 0.0}, Sampling()),
+        (STATED, {"greedy": True}, Sampling()),
+        (GenerationSettings(do_sample=True, temperature=0.0), {}, Sampling()),
+        (GenerationSettings(do_sample=True, top_p=0.0), {}, Sampling(1.0, 50, 1e-9)),
+        (GenerationSettings(repetition_penalty=1.2), {"greedy": True},
+         Sampling(repetition_penalty=1.2)),
+    ],
+)  # fmt: skip
+def test_what_a_user_gives_comes_before_what_the_model_states(
+    settings: GenerationSettings, asked: dict[str, Any], expected: Sampling
+) -> None:
+    assert Sampling.of(settings, **asked) == expected
+
+
+def test_the_settings_are_said() -> None:
+    assert str(Sampling()) == "greedy decoding"
+    assert str(Sampling(0.6, 20, 0.9, 0.1, 1.1, 4)) == (
+        "sampling: temperature 0.6, top-k 20, top-p 0.9, min-p 0.1, repetition penalty 1.1, seed 4"
+    )
+    assert str(Sampling(1.0)) == "sampling: temperature 1, top-k all, top-p 1, seed 0"
+    assert str(Sampling(repetition_penalty=1.1)) == "greedy decoding, repetition penalty 1.1"
+    with pytest.raises(UsageError, match="Greedy decoding draws nothing"):
+        Sampling.of(STATED, greedy=True, top_p=0.5)
 
 
 def test_seed_repeats_the_text(tmp_path: Path) -> None:
@@ -141,7 +239,9 @@ def test_seed_repeats_the_text(tmp_path: Path) -> None:
 
     def text(seed: int) -> list[int]:
         return list(
-            generate_ids(model, [1, 2], stop=set(), max_new_tokens=8, temperature=2.0, seed=seed)
+            generate_ids(
+                model, [1, 2], stop=set(), max_new_tokens=8, sampling=Sampling(2.0, seed=seed)
+            )
         )
 
     assert text(1) == text(1) != text(2)

@@ -60,6 +60,7 @@ def capture(source: str | nn.Module | ModelSource, *, trust_remote_code: bool = 
     program.notes += names.finish()
     program.source = source.spec
     program.config = source.config.to_dict() if source.config is not None else {}
+    program.generation = source.generation
     program.tokenizer = str(source.tokenizer) if source.tokenizer is not None else None
     program.checkpoint_dtype = source.dtype
     return program

@@ -263,6 +263,8 @@ class Program:
         weights: By name.
         states: KV caches by name, in layer order; empty before `insert-kv-cache`.
         config: The Hugging Face config as a plain dict; {} for a bare nn.Module.
+        generation: How text is to be generated, as generation_config.json says it; {} where
+            nothing does. What of it counts says `graphopt.sources.generation`.
         source: What the user named, for reports.
         tokenizer: Folder with tokenizer files to copy into artifacts; None if there is none.
         checkpoint_dtype: dtype of most floating-point weights in the checkpoint.
@@ -277,6 +279,7 @@ class Program:
     weights: WeightStore = field(default_factory=WeightStore)
     states: dict[str, KVState] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     tokenizer: str | None = None
     checkpoint_dtype: torch.dtype = torch.float32
@@ -319,6 +322,7 @@ class Program:
             weights=self.weights.copy(),
             states={name: copy.copy(state) for name, state in self.states.items()},
             config=copy.deepcopy(self.config),
+            generation=copy.deepcopy(self.generation),
             source=self.source,
             tokenizer=self.tokenizer,
             checkpoint_dtype=self.checkpoint_dtype,

@@ -223,6 +223,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
             for s in program.states.values()
         ],
         "config": program.config,
+        "generation": program.generation,
         "notes": [list(note) for note in program.notes],
     }
 
@@ -249,6 +250,8 @@ def program_from_json(data: dict[str, Any], producers: dict[str, Producer]) -> P
             outputs=list(data["outputs"]),
             functions={f["name"]: _unpack_function(f) for f in data["functions"]},
             config=data["config"],
+            # Programs saved by older versions have none.
+            generation=dict(data.get("generation", {})),
             checkpoint_dtype=DTYPES[data["checkpoint_dtype"]],
             notes=[(where, reason) for where, reason in data["notes"]],
         )

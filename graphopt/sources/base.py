@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -33,6 +33,7 @@ class ModelSource:
         producers: Checkpoint tensor name -> where its value comes from; empty for a bare config
             and for a saved program.
         tokenizer: Folder with tokenizer files that transformers loads; None if there is none.
+        generation: How text is to be generated, in the words of generation_config.json.
         dtype: dtype of most of the floating-point weights.
         program: The program of a graphopt output folder; None for every other kind.
     """
@@ -43,6 +44,7 @@ class ModelSource:
     config: PretrainedConfig | None = None
     producers: dict[str, Producer] = field(default_factory=dict)
     tokenizer: Path | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     program: Program | None = None
 

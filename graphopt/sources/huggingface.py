@@ -12,6 +12,7 @@ from graphopt.ir.weights import Producer
 from graphopt.sources.base import ModelSource, common_dtype, tokenizer_in
 from graphopt.sources.config_schema import check_config, check_sizes
 from graphopt.sources.confined import inside
+from graphopt.sources.generation import read_generation
 from graphopt.sources.refusals import REMEDY, refuse_adapter, refuse_quantised, unfit_folder
 from graphopt.sources.safetensors import INDEX_NAME, WEIGHTS_NAME, read_checkpoint
 
@@ -170,13 +171,16 @@ def open_folder(
     """Open a checkpoint folder.
 
     Raises:
-        SourceError: The config or the weights are refused, or it holds something else; see
-            `read_config`, `read_weights` and `refusals`.
+        SourceError: The config, the generation config or the weights are refused, or it holds
+            something else; see `read_config`, `read_generation`, `read_weights` and `refusals`.
     """
     refuse_adapter(folder)
     if not (folder / CONFIG_NAME).exists():
         raise unfit_folder(folder)
-    config = read_config(inside(folder, CONFIG_NAME), trust_remote_code=trust_remote_code)
+    path = inside(folder, CONFIG_NAME)
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    # Old checkpoints say in config.json how to generate, which config classes do not take in.
+    generation = read_generation(folder, read_json(path))
     producers = read_weights(folder)
     refuse_quantised(folder, producers)
     return ModelSource(
@@ -186,6 +190,7 @@ def open_folder(
         config=config,
         producers=producers,
         tokenizer=tokenizer_in(folder),
+        generation=generation,
         dtype=common_dtype(producers),
     )
 

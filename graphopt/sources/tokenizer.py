@@ -29,7 +29,7 @@ _PATTERNS = (
 # Descriptions of the model, which every emitter writes for itself, and a run's own records.
 _OTHERS = (
     "config.json", "genai_config.json", "program.json", "report.json", "manifest.json",
-    "program.txt",
+    "generation_config.json", "program.txt",
 )  # fmt: skip
 
 MAX_TOKENIZER_VALUES = 16_000_000
@@ -43,7 +43,7 @@ _PROBE = "The 3 cats: \u00e9t\u00e9, \U0001f600.\n\tx"
 
 
 def tokenizer_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the files of a tokenizer, and of generation defaults, as (name, path).
+    """Yield the files of a tokenizer as (name, path).
 
     Raises:
         SourceError: One is a link out of the folder, or no regular file.

@@ -34,7 +34,7 @@ from graphopt.lowering.hf.carved import (
     render,
 )
 from graphopt.lowering.hf.parts import Part, assemble, origin
-from graphopt.lowering.tokenizer import copy_tokenizer
+from graphopt.lowering.tokenizer import copy_tokenizer, write_generation
 from graphopt.passes.base import Context
 from graphopt.pipeline import Pipeline
 from graphopt.progress import Progress
@@ -72,7 +72,7 @@ class HfEmitter(Emitter):
         emitted = Emitted()
         places = _write(found.tensors, folder, emitted, progress)
         emitted.files.append(_write_config(program, found.module, folder))
-        emitted.files += copy_tokenizer(program, folder)
+        emitted.files += copy_tokenizer(program, folder) + write_generation(program, folder)
         _add_storage(program, found.tensors, places, root, emitted)
         trust = ""
         if found.code is not None:

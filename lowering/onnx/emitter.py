@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +20,13 @@ from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, P, S, Type
 from graphopt.ir.weights import Weight
 from graphopt.lowering.base import Emitted, Emitter
-from graphopt.lowering.onnx import moe
+from graphopt.lowering.onnx import genai_generate, moe
 from graphopt.lowering.onnx.builder import ONNX_DTYPES, GraphBuilder
 from graphopt.lowering.onnx.external import DataFile, Layout
-from graphopt.lowering.onnx.genai import GENAI_NAME, genai_config, why_not
+from graphopt.lowering.onnx.genai import GENAI_NAME, RUN_NAME, genai_config, why_not
 from graphopt.lowering.onnx.moe import Fused, Kind, Plan
 from graphopt.lowering.onnx.ops import Heads, Lowering, Pack, Sum, translation_of
-from graphopt.lowering.tokenizer import copy_tokenizer
+from graphopt.lowering.tokenizer import write_generation, write_tokenizer
 from graphopt.progress import Progress
 from graphopt.sources.check import check_finite
 
@@ -87,9 +88,12 @@ class OnnxEmitter(Emitter):
             # Weights lie in the order in which a graph is built, so both find them alike.
             again = _Graph(program, DataFile(data.path, root), continues=False, moe=self.moe)
             ir.save(again.build(), folder / GENAI_NAME)
+            files, notes = write_tokenizer(program, folder)
             emitted.files += [folder / GENAI_NAME, *self._genai(program, folder, again.in_place)]
+            emitted.files += files
+            emitted.notes += notes
             emitted.usage.append(
-                "onnxruntime-genai:  og.Model('{out}/onnx')   # loads genai_config.json"
+                f"python {{out}}/onnx/{RUN_NAME} --prompt 'Hello'   # needs onnxruntime-genai"
             )
         else:
             emitted.notes.append(("onnx", f"no genai_config.json: {reason}"))
@@ -106,7 +110,9 @@ class OnnxEmitter(Emitter):
         config = folder / "genai_config.json"
         entries = genai_config(program, heads, in_place)
         config.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
-        return [config, *copy_tokenizer(program, folder)]
+        script = folder / RUN_NAME
+        script.write_text(inspect.getsource(genai_generate), encoding="utf-8", newline="\n")
+        return [config, script, *write_generation(program, folder)]
 
 
 def _single(kind: Type) -> Type:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from graphopt.ir.graph import Program
+from graphopt.sources.generation import GenerationSettings
 
 GENAI_NAME = "genai.onnx"
 """The graph for onnxruntime-genai, which shares its data file with `model.onnx`.
 
 Around its attentions there is no branch, through which a cache could not be extended in place.
 """
+
+RUN_NAME = "generate.py"
+"""The script that runs it, a copy of `genai_generate`."""
 
 
 def why_not(program: Program) -> str | None:
@@ -36,15 +40,14 @@ def genai_config(program: Program, heads: int, in_place: bool) -> dict[str, Any]
     config = program.config
     text = config.get("text_config") or config
     states = list(program.states.values())
-    eos = text.get("eos_token_id", config.get("eos_token_id"))
-    pad = text.get("pad_token_id", config.get("pad_token_id"))
-    if pad is None:
-        pad = eos[0] if isinstance(eos, list) else eos
+    settings = GenerationSettings.of(config, program.generation)
+    ends = list(settings.eos_token_id) or [0]
+    pad = ends[0] if settings.pad_token_id is None else settings.pad_token_id
     length = text.get("max_position_embeddings") or text.get("n_positions") or 2048
     hidden = text.get("hidden_size") or text.get("n_embd") or heads * states[0].k_dim
     return {
         "model": {
-            "bos_token_id": text.get("bos_token_id", config.get("bos_token_id")) or 0,
+            "bos_token_id": settings.bos_token_id or 0,
             "context_length": length,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -67,15 +70,15 @@ def genai_config(program: Program, heads: int, in_place: bool) -> dict[str, Any]
                 "num_hidden_layers": len(states),
                 "num_key_value_heads": states[0].heads,
             },
-            "eos_token_id": eos if eos is not None else 0,
-            "pad_token_id": pad if pad is not None else 0,
+            "eos_token_id": ends if len(ends) > 1 else ends[0],
+            "pad_token_id": pad,
             # A name of genai's own list for plain decoders; nothing else hangs on it.
             "type": "llama",
             "vocab_size": text.get("vocab_size", 0),
         },
         "search": {
             "diversity_penalty": 0.0,
-            "do_sample": False,
+            "do_sample": settings.do_sample and settings.temperature > 0,
             "early_stopping": True,
             "length_penalty": 1.0,
             "max_length": length,
@@ -84,9 +87,9 @@ def genai_config(program: Program, heads: int, in_place: bool) -> dict[str, Any]
             "num_beams": 1,
             "num_return_sequences": 1,
             "past_present_share_buffer": in_place,
-            "repetition_penalty": 1.0,
-            "temperature": 1.0,
-            "top_k": 1,
-            "top_p": 1.0,
+            "repetition_penalty": settings.repetition_penalty,
+            "temperature": settings.temperature or 1.0,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
         },
     }

@@ -8,7 +8,12 @@ from typing import ClassVar
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Program
 from graphopt.lowering.base import Emitted, Emitter, StoredWeight
-from graphopt.lowering.tokenizer import copy_tokenizer
+from graphopt.lowering.tokenizer import (
+    TEMPLATE_NAME,
+    TOKENIZER_NAME,
+    write_generation,
+    write_tokenizer,
+)
 from graphopt.lowering.torch.render import render_model
 from graphopt.lowering.torch.tiled import (
     FOLDER,
@@ -74,11 +79,15 @@ class TorchEmitter(Emitter):
             files += images
             notes = tiled.notes + range_report(program, tiled.dtype)
         storage = self._write_weights(program, root / WEIGHTS_NAME, progress)
-        files += [root / WEIGHTS_NAME, *copy_tokenizer(program, root)]
+        tokenizer, told = write_tokenizer(program, root)
+        files += [root / WEIGHTS_NAME, *tokenizer, *write_generation(program, root)]
+        notes += told
         run = f"python {{out}}/{MODEL_NAME}"
         needs = ["torch", "safetensors"] if tiled is None else tiled.packages
-        if any(file.name == "tokenizer.json" for file in files):
-            needs, run = [*needs, "tokenizers"], f"{run} --prompt 'Hello'"
+        names = [file.name for file in tokenizer]
+        if TOKENIZER_NAME in names:
+            needs = [*needs, "tokenizers", *(["jinja2"] if TEMPLATE_NAME in names else [])]
+            run = f"{run} --prompt 'Hello'"
         else:
             run = f"{run} 1 2 3 --new 16   # token ids;"
         mark = "" if "#" in run else "   #"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import textwrap
 from collections import Counter
@@ -23,14 +24,21 @@ from graphopt.lowering.torch.tiled import (
     TiledModel,
     lower_attentions,
 )
+from graphopt.runtime import chat
 from graphopt.runtime import ops as runtime
+from graphopt.sources.generation import GenerationSettings
 
 _ATTENTION = ("attention", "cached_attention")
 _STANDARD = {
     "argparse": "import argparse",
+    "contextlib": "import contextlib",
     "importlib": "import importlib.util",
+    "inspect": "import inspect",
+    "json": "import json",
+    "subprocess": "import subprocess",
     "sys": "import sys",
     "Iterator": "from collections.abc import Collection, Iterator",
+    "datetime": "from datetime import datetime",
     "Path": "from pathlib import Path",
     "ModuleType": "from types import ModuleType",
     "Any": "from typing import Any",
@@ -81,6 +89,9 @@ def render_model(program: Program, target: str = "cpu", lowered: TiledModel | No
         template.load(tiled is not None).strip(),
         _steps(program, classes, unmasked).strip(),
         template.GENERATE.strip(),
+        inspect.getsource(chat.render_chat).strip(),
+        inspect.getsource(chat.chat_text).strip(),
+        template.PROMPT.strip(),
         template.main(tiled is not None).strip(),
     ]
     text = "\n\n\n".join(body)
@@ -202,8 +213,10 @@ def _docstring(program: Program, tiled: TiledModel | None) -> str:
     needs = "torch and safetensors, and model.safetensors"
     if tiled is not None:
         needs = f"{', '.join(tiled.packages)}, and model.safetensors and kernels"
-    rest = f"{origin}Needs {needs} beside this file."
+    prompts = "--prompt needs tokenizers, and jinja2 where the model has a chat template."
+    rest = f"{origin}Needs {needs} beside this file. {prompts}"
     usage = """
+    python model.py --prompt "What is the capital of France?"
     python model.py 1 2 3 --new 16
 
     from model import generate, load
@@ -226,7 +239,14 @@ def _names(program: Program, text: str, tiled: TiledModel | None) -> list[str]:
     lines += wrap(f"CONSTANTS: set[str] = {{{constants}}}" if constants else _NO_CONSTANTS, 0)
     if tiled is not None:
         lines.append(f"DTYPE = torch.{TORCH_NAMES[tiled.dtype]}  # what it computes in, on a GPU")
-    lines.append(f"END: list[int] = {_end_tokens(program)}  # tokens that end a text")
+    ends = list(GenerationSettings.of(program.config, program.generation).eos_token_id)
+    about, end = "tokens that end a text", f"END: list[int] = {ends}"
+    if len(end) + 4 + len(about) <= WIDTH:
+        lines.append(f"{end}  # {about}")
+    else:
+        lines += [f"# {about.capitalize()}.", *wrap(end, 0)]
+    limits = json.dumps(chat.CHAT_LIMITS)
+    lines.append(f"CHAT_LIMITS = {limits}  # of a chat template")
     rows = _positions(program)
     lines.append(f"POSITIONS: int | None = {rows}  # rows of its table of positions, if it has one")
     if "RECORDS" in text:
@@ -238,9 +258,3 @@ def _names(program: Program, text: str, tiled: TiledModel | None) -> list[str]:
 
 
 _NO_CONSTANTS = "CONSTANTS: set[str] = set()"
-
-
-def _end_tokens(program: Program) -> list[int]:
-    tokens = program.config.get("eos_token_id")
-    tokens = tokens if isinstance(tokens, list) else [tokens]
-    return [token for token in tokens if isinstance(token, int) and not isinstance(token, bool)]

@@ -281,29 +281,66 @@ def steps(model: Model, texts: list[list[int]], count: int) -> Iterator[list[int
         yield [text[-1] for text in texts]
 '''
 
+PROMPT = '''
+def encode(folder: Path, prompt: str, raw: bool = False) -> tuple[list[int], Any]:
+    """Return the token ids of a prompt, and the tokenizer of `folder`, which decodes others.
+
+    The prompt is put into the chat template of the folder, if there is one.
+
+    Args:
+        raw: Go on from the text as it is, without the template.
+
+    Raises:
+        ValueError: The template cannot be applied.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    template = folder / "chat_template.jinja"
+    if raw or not template.is_file():
+        return tokenizer.encode(prompt).ids, tokenizer
+    special: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            entries = json.loads((folder / name).read_text(encoding="utf-8"))
+            for key, value in entries.items():
+                value = value.get("content") if isinstance(value, dict) else value
+                if key.endswith("_token") and isinstance(value, str):
+                    special[key] = value
+    text = chat_text(template.read_text(encoding="utf-8"), prompt, special)
+    # A template writes the special tokens itself.
+    return tokenizer.encode(text, add_special_tokens=False).ids, tokenizer
+'''
+
 _MAIN = """
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Go on from token ids, or from a text.")
+    parser = argparse.ArgumentParser(description="Answer a prompt, or go on from token ids.")
     parser.add_argument("ids", nargs="*", type=int, help="token ids")
     parser.add_argument("--prompt", help="a text instead; needs the package tokenizers")
-    parser.add_argument("--new", type=int, default=16, help="how many tokens to add")
+    parser.add_argument("--raw", action="store_true", help="without the chat template")
+    parser.add_argument("--new", type=int, help="tokens to add: 16, or 128 to a prompt")
     parser.add_argument("--device", default={device})
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     options = parser.parse_args()
-    ids, decode = options.ids, None
+    ids, decoder, count = options.ids, None, 16
     if options.prompt is not None:
-        path = Path(__file__).with_name("tokenizer.json")
-        if not path.is_file() or importlib.util.find_spec("tokenizers") is None:
+        folder = Path(__file__).parent
+        if not (folder / "tokenizer.json").is_file() or not importlib.util.find_spec("tokenizers"):
             parser.error("--prompt needs tokenizer.json here, and the package tokenizers")
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(path))
-        ids, decode = tokenizer.encode(options.prompt).ids, tokenizer.decode
+        try:
+            ids, decoder = encode(folder, options.prompt, options.raw)
+        except ValueError as error:
+            parser.error(f"the chat template cannot be applied: {error}; --raw leaves it out")
+        count = 128
     if not ids:
         parser.error("give token ids, or --prompt TEXT")
+    if options.new is not None:
+        count = options.new
+    elif POSITIONS is not None:
+        count = min(count, max(POSITIONS - len(ids), 0))
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    made = generate(load(device=options.device, dtype=dtype), ids, options.new, END)
-    print(decode(made) if decode else " ".join(map(str, made)))
+    made = generate(load(device=options.device, dtype=dtype), ids, count, END)
+    print(decoder.decode(made) if decoder else " ".join(map(str, made)))
 
 
 if __name__ == "__main__":

@@ -36,9 +36,12 @@ from graphopt.passes.base import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
 from graphopt.progress import silent
 
-STANDARD = {"__future__", "argparse", "collections", "importlib", "pathlib", "typing"}
-LIBRARIES = {"torch", "safetensors", "tokenizers"}
-"""What the file may import; the last only where a prompt is a text."""
+STANDARD = {
+    "__future__", "argparse", "collections", "importlib", "pathlib", "typing",
+    "contextlib", "datetime", "inspect", "json", "resource", "subprocess", "sys",
+}  # fmt: skip
+LIBRARIES = {"torch", "safetensors", "tokenizers", "jinja2"}
+"""What the file may import; the last two, and the second row, only where a prompt is a text."""
 
 
 def write(program: Program, folder: Path, target: str = "cpu") -> ModuleType:

@@ -9,6 +9,7 @@ import torch
 from graphopt.sources.base import Kind, ModelSource
 from graphopt.sources.gguf.architectures import find_architecture, gguf_config
 from graphopt.sources.gguf.container import read_gguf
+from graphopt.sources.gguf.generation import gguf_generation
 from graphopt.sources.gguf.tokenizer import gguf_tokenizer
 from graphopt.sources.gguf.vocabulary import read_vocabulary
 from graphopt.sources.gguf.weights import gguf_producers
@@ -40,5 +41,6 @@ def open_gguf(spec: str, path: Path, kind: Kind = "gguf", name: str = "") -> Mod
         config=config,
         producers=gguf_producers(file, config),
         tokenizer=gguf_tokenizer(file, vocabulary),
+        generation=gguf_generation(file, vocabulary),
         dtype=torch.float32,
     )

@@ -1,0 +1,58 @@
+"""Answer a prompt with onnxruntime-genai, which it needs, and the files beside it.
+
+python generate.py --prompt 'What is the capital of France?'
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def encode(tokenizer: Any, folder: Path, prompt: str, raw: bool) -> list[int]:
+    """Return the token ids of a prompt, in the model's chat template if it has one."""
+    if raw or not (folder / "chat_template.jinja").is_file():
+        # By itself onnxruntime-genai leaves out what the tokenizer puts before a text.
+        tokenizer.update_options(add_special_tokens="true")
+        text = prompt
+    else:
+        # A template writes the special tokens itself.
+        messages = json.dumps([{"role": "user", "content": prompt}])
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return [int(token) for token in tokenizer.encode(text)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Answer a prompt with onnxruntime-genai.")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--new", type=int, default=256, help="tokens at most")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
+    parser.add_argument("--raw", action="store_true", help="without the chat template")
+    options = parser.parse_args()
+    import onnxruntime_genai as og
+
+    folder = Path(__file__).parent
+    model = og.Model(str(folder))
+    tokenizer = og.Tokenizer(model)
+    ids = encode(tokenizer, folder, options.prompt, options.raw)
+    settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    room = settings["model"]["context_length"]
+    if len(ids) >= room:
+        parser.error(f"the prompt has {len(ids)} tokens, and the model was made for {room}")
+    search = {"do_sample": False} if options.greedy else {}
+    params = og.GeneratorParams(model)
+    # The cache is made for as many tokens at once.
+    params.set_search_options(max_length=min(len(ids) + options.new, room), **search)
+    generator = og.Generator(model, params)
+    generator.append_tokens(ids)
+    pieces = tokenizer.create_stream()
+    while not generator.is_done():
+        generator.generate_next_token()
+        print(pieces.decode(generator.get_next_tokens()[0]), end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    main()
