@@ -34,11 +34,11 @@ def render_chat() -> None:
         class Generation(Extension):
             """Marks what an assistant said, for training; here it is plain text."""
 
-            tags = ("generation",)
-
             def parse(self, parser: Any) -> Any:
                 next(parser.stream)
                 return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        Generation.tags = {"generation"}
 
         def refuse(message: str) -> None:
             raise TemplateError(message)

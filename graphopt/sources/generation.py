@@ -121,7 +121,8 @@ def read_generation(folder: Path, config: Mapping[str, Any] | None = None) -> di
         config: The content of its config.json, which says it where there is no such file.
 
     Raises:
-        SourceError: The file is a link out of the folder or no JSON object, or an entry is of a wrong type or out of range.
+        SourceError: The file is a link out of the folder or no JSON object, or an entry is of a
+            wrong type or out of range.
     """
     path = folder / GENERATION_NAME
     if path.exists():
