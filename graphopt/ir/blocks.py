@@ -8,24 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from graphopt.ir.dataflow import region
+from graphopt.ir.layer_config import shrink_config
 from graphopt.ir.graph import Call, Function, Node, Param, Program, Value, unique_name
 from graphopt.ir.shapes import infer_program
-
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""What configs call the number of blocks."""
-
-LEADING_COUNTS = ("first_k_dense_replace",)
-"""What configs call a number of blocks at the beginning that are of another kind."""
-
-INDEX_LISTS = ("moe_layers", "mlp_only_layers")
-"""What configs call lists of the indices of some blocks."""
-
-NO_LAYER_LISTS = ("architectures", "bos_token_id", "eos_token_id", "pad_token_id")
-"""Lists that have as many entries as there are blocks by chance alone."""
-
 
 @dataclass(frozen=True)
 class Block:
@@ -103,7 +90,7 @@ def remove_blocks(program: Program, indices: Collection[int]) -> None:
         indices: Among `find_blocks`.
     """
     blocks = find_blocks(program)
-    _shrink_config(program.config, len(blocks), set(indices))
+    shrink_config(program.config, len(blocks), set(indices))
     streams = {blocks[index].position: blocks[index].stream for index in indices}
     instead: dict[str, str] = {}
     kept: list[Call] = []
@@ -118,20 +105,6 @@ def remove_blocks(program: Program, indices: Collection[int]) -> None:
     program.calls = kept
     program.prune_unused()
     _renumber_states(program)
-
-
-def _shrink_config(config: dict[str, Any], count: int, removed: set[int]) -> None:
-    """Make a config say that `removed` of `count` layers are gone."""
-    kept = [index for index in range(count) if index not in removed]
-    for key, value in config.items():
-        if key in LAYER_COUNTS and value == count:
-            config[key] = len(kept)
-        elif key in LEADING_COUNTS and isinstance(value, int):
-            config[key] = sum(index < value for index in kept)
-        elif key in INDEX_LISTS and isinstance(value, list):
-            config[key] = [place for place, index in enumerate(kept) if index in value]
-        elif key not in NO_LAYER_LISTS and isinstance(value, list) and len(value) == count:
-            config[key] = [value[index] for index in kept]
 
 
 def _renumber_states(program: Program) -> None:

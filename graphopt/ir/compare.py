@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
-from graphopt.ir.graph import Call, Function, Node, Program, Value, resolve_attrs
+import torch
+
+from graphopt.ir.graph import Call, Function, In, Node, Program, Value, resolve_attrs
 from graphopt.ir.printer import FunctionPrinter
 
 
@@ -44,46 +46,154 @@ def structure(function: Function, attributes: Callable[[Node], Any]) -> list[Any
     return rows
 
 
-_EITHER_WAY = ("add", "mul")
+_EITHER_WAY = frozenset(
+    ("add", "mul")
+    + tuple(
+        f"aten.{name}"
+        for name in (
+            "add.Tensor", "mul.Tensor", "maximum.default", "minimum.default", "eq.Tensor",
+            "ne.Tensor", "bitwise_and.Tensor", "bitwise_or.Tensor", "logical_and.default",
+            "logical_or.default",
+        )
+    )
+)  # fmt: skip
 """Ops whose two operands may change places."""
 
 
 def in_order_of_use(program: Program) -> Program:
     """Return a copy whose functions say the same in one order, however they were written.
 
-    Nodes stand where what comes behind first needs them; of the two operands of a sum or a
-    product the same one is first, unless they are made alike; and operands that are left out at
-    the end are not mentioned.
+    Nodes stand where what comes behind first needs them, and parameters in the order in which
+    nodes read them; of the two operands of a sum or a product the same one is first, and so it is
+    of results, unless they are made alike; and operands that are left out at the end are not
+    mentioned.
     """
     program = program.copy()
     for function in program.functions.values():
-        keys: dict[Value, int] = dict.fromkeys(function.weights.values(), -1)
-        keys |= {value: index for index, value in enumerate(function.params)}
         for node in function.nodes:
             while node.inputs and node.inputs[-1] is None:
                 node.inputs.pop()
-            operands = [-2 if value is None else keys.get(value, -3) for value in node.inputs]
-            if node.op in _EITHER_WAY and len(operands) == 2 and operands[0] > operands[1]:
+        calls = [call for call in program.calls if call.function == function.name]
+        keys = _keys_by_use(function, _constants(program, function, calls), calls)
+        for node in function.nodes:
+            operands = [_NO_KEY if value is None else keys.get(value, _OTHER_KEY)
+                        for value in node.inputs]  # fmt: skip
+            if _symmetric(node) and operands[0] > operands[1]:
                 node.inputs.reverse()
                 operands.reverse()
-            known = repr((node.op, sorted(node.attrs.items()), operands))
             for index, value in enumerate(node.outputs):
-                keys[value] = zlib.crc32(f"{index} {known}".encode())
-        order: dict[Node, None] = {}
-        ends = [
-            *function.results,
-            *(v for c in function.caches for v in (c.present_k, c.present_v)),
-        ]
-        waiting: list[tuple[Node, bool]] = [(v.node, False) for v in ends[::-1] if v.node]
-        while waiting:
-            node, complete = waiting.pop()
-            if complete:
-                order[node] = None
-            elif node not in order:
-                needed = [value.node for value in node.inputs if value is not None and value.node]
-                waiting += [(node, True), *((other, False) for other in needed[::-1])]
-        function.nodes = list(order)
+                keys[value] = _key(
+                    [
+                        (index, described, [operand[level] for operand in operands])
+                        for level, described in enumerate(_described(node, calls))
+                    ]
+                )
+        order = sorted(
+            range(len(function.results)),
+            key=lambda i: keys.get(function.results[i], _OTHER_KEY),
+        )
+        function.results = [function.results[i] for i in order]
+        for call in calls:
+            call.results = [call.results[i] for i in order]
+        _sort_nodes(function)
+        _sort_params(function, calls)
     return program
+
+
+def _symmetric(node: Node) -> bool:
+    if node.op not in _EITHER_WAY or len(node.inputs) != 2:
+        return False
+    # An ATen node may name one operand twice, or scale the second.
+    return node.attrs.get("args", [In(0), In(1)]) == [In(0), In(1)] and not node.attrs.get("kwargs")
+
+
+def _constants(program: Program, function: Function, calls: list[Call]) -> dict[Value, int]:
+    """Return a number for the content of every constant that a function's first call reads."""
+    found: dict[Value, int] = {}
+    for slot, value in function.weights.items() if calls else ():
+        weight = program.weights[calls[0].weights[slot]]
+        if weight.constant:
+            content = weight.load().contiguous().flatten().view(torch.uint8)
+            found[value] = zlib.crc32(content.numpy().tobytes())
+    return found
+
+
+_Key: TypeAlias = tuple[int, ...]
+"""Numbers for how a value is made: without what may differ from layer to layer, and with it."""
+
+_NO_KEY: _Key = (-2, -2)
+_OTHER_KEY: _Key = (-3, -3)
+
+
+def _key(levels: Sequence[Any]) -> _Key:
+    return tuple(zlib.crc32(repr(level).encode()) for level in levels)
+
+
+def _described(node: Node, calls: list[Call]) -> tuple[Any, Any]:
+    """Return a node's op and attributes, without the values of numbers and with them.
+
+    A number is an attribute of the call where layers that differ in it share a function, and of
+    the node where it is the same in all.
+    """
+    attrs = resolve_attrs(node, calls[0]) if calls else node.attrs
+    kept = {
+        name: None if isinstance(value, int | float | None) else value
+        for name, value in attrs.items()
+    }
+    return (node.op, sorted(kept.items())), (node.op, sorted(attrs.items()))
+
+
+def _keys_by_use(
+    function: Function, constants: Mapping[Value, int], calls: list[Call]
+) -> dict[Value, _Key]:
+    """Return a key for every parameter and weight that its place in a list has no part in."""
+    read: dict[Value, list[Any]] = {value: [] for value in function.params}
+    read |= {value: [] for value in function.weights.values()}
+    for node in function.nodes:
+        for index, value in enumerate(node.inputs):
+            if value in read:
+                place = -1 if _symmetric(node) else index
+                read[value].append([repr((place, level)) for level in _described(node, calls)])
+    params = set(function.params)
+    return {
+        value: _key(
+            [
+                (value in params, constants.get(value), sorted(place[level] for place in places))
+                for level in (0, 1)
+            ]
+        )
+        for value, places in read.items()
+    }
+
+
+def _sort_nodes(function: Function) -> None:
+    """Put every node where what comes behind first needs it."""
+    order: dict[Node, None] = {}
+    ends = [
+        *function.results,
+        *(v for c in function.caches for v in (c.present_k, c.present_v)),
+    ]
+    waiting: list[tuple[Node, bool]] = [(v.node, False) for v in ends[::-1] if v.node]
+    while waiting:
+        node, complete = waiting.pop()
+        if complete:
+            order[node] = None
+        elif node not in order:
+            needed = [value.node for value in node.inputs if value is not None and value.node]
+            waiting += [(node, True), *((other, False) for other in needed[::-1])]
+    function.nodes = list(order)
+
+
+def _sort_params(function: Function, calls: list[Call]) -> None:
+    """Put parameters in the order in which nodes first read them."""
+    read = [value for node in function.nodes for value in node.inputs] + function.results
+    places = {value: place for place, value in reversed(list(enumerate(read)))}
+    order = sorted(
+        range(len(function.params)), key=lambda i: places.get(function.params[i], len(read))
+    )
+    function.params = [function.params[i] for i in order]
+    for call in calls:
+        call.args = [call.args[i] for i in order]
 
 
 def first_difference(have: Program, want: Program) -> str | None:

@@ -37,7 +37,23 @@ def origin(producer: Producer) -> tuple[str, tuple[Producer, ...]]:
         producer = producer.source
     if not isinstance(producer, Missing):
         raise ValueError(f"a {type(producer).__name__} is no part of a checkpoint tensor")
-    return producer.name, tuple(reversed(steps))
+    return producer.name, _rows_at_once(steps[::-1])
+
+
+def _rows_at_once(steps: list[Producer]) -> tuple[Producer, ...]:
+    """Return the steps with rows that are chosen among listed rows listed by their places."""
+    made: list[Producer] = []
+    for step in steps:
+        last = made[-1] if made else None
+        if isinstance(last, Rows) and not isinstance(last.index, slice) and isinstance(step, Rows):
+            among = last.index
+            rows = among[step.index] if isinstance(step.index, slice) else [
+                among[row] for row in step.index
+            ]  # fmt: skip
+            made[-1] = Rows(last.source, tuple(rows))
+        else:
+            made.append(step)
+    return tuple(made)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,15 +13,17 @@ from transformers import AutoModelForCausalLM
 
 import graphopt as go
 from graphopt.errors import LoweringError
+from graphopt.ir.blocks import remove_blocks
 from graphopt.ir.execute import Runner
 from graphopt.ir.weights import Array, Missing, Rows, Transposed, Weight
 from graphopt.lowering.hf import HfEmitter, emitter
 from graphopt.lowering.hf.parts import Part, assemble
 from graphopt.sources.safetensors import read_checkpoint
 
-LAYOUTS = ["llama", "gpt2", "gpt_neox", "falcon", "bloom", "phi3", "gemma2", "mpt", "mixtral"]
+LAYOUTS = ["llama", "gpt2", "gpt_neox", "falcon", "bloom", "phi3", "gemma2", "mpt", "mixtral",
+           "codegen"]  # fmt: skip
 """Plain, transposed, interleaved, multi-query, fused by heads, fused by rows, tied, renamed,
-experts one by one."""
+experts one by one, fused and interleaved."""
 
 
 def _program(model: nn.Module, folder: Path) -> go.Program:
@@ -74,6 +76,23 @@ def test_large_checkpoints_are_sharded(tmp_path: Path, monkeypatch: pytest.Monke
     files = sorted(path.name for path in (tmp_path / "out/hf").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert torch.equal(eager_logits(model, case), eager_logits(_loaded(tmp_path / "out/hf"), case))
+
+
+@pytest.mark.parametrize("family", ["olmo3", "gemma3_text", "gpt_neo"])
+def test_layers_of_one_kind_alone_are_what_a_config_makes(family: str, tmp_path: Path) -> None:
+    """Captured with both kinds, and again with one: parameters and operands in another order."""
+    model, case = random_model(family), _case()
+    model.save_pretrained(tmp_path / "source")
+    program = go.capture(str(tmp_path / "source"))
+    windows = model.config.layer_types if family != "gpt_neo" else model.config.attention_layers
+    for kind in set(windows):
+        pruned = program.copy()
+        remove_blocks(pruned, [index for index, own in enumerate(windows) if own == kind])
+        go.emit(pruned, tmp_path / kind, emit=("hf",))
+        again = _loaded(tmp_path / kind / "hf")
+        expected = Runner(pruned).logits(case.inputs)
+        assert error(expected, eager_logits(again, case), case) < 1e-5
+        assert again.config.num_hidden_layers == len(windows) - windows.count(kind)
 
 
 def test_trained_buffers_are_weights(tmp_path: Path) -> None:
