@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -232,7 +233,8 @@ def check_options(max_new_tokens: int, sampling: Sampling) -> None:
     Raises:
         UsageError: One is out of range.
     """
-    in_range = sampling.temperature >= 0 and sampling.top_k >= 0 and 0 < sampling.top_p <= 1
+    warm = 0 <= sampling.temperature < math.inf  # which a temperature of NaN is not
+    in_range = warm and sampling.top_k >= 0 and 0 < sampling.top_p <= 1
     if not in_range or max_new_tokens < 1:
         raise UsageError(
             "Generation needs a temperature and a top-k of at least 0, a top-p above 0 and at most "

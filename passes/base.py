@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import UsageError, unknown_name
+from graphopt.inputs import shown
 from graphopt.ir.graph import Program
 from graphopt.progress import Progress, silent
 from graphopt.windows import Bos
@@ -249,6 +251,9 @@ def type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
+MAX_NUMBER = 2**53
+"""Of a whole number in a recipe: what a float, and so JSON anywhere, holds exactly."""
+
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -282,7 +287,7 @@ def coerce(key: str, value: Any, hint: Any, *, check_only: bool = False) -> Any:
 
 
 def _coerce_scalar(value: Any, hint: type) -> Any:
-    wrong = ValueError(f"{value!r} is not {'an' if hint is int else 'a'} {hint.__name__}")
+    wrong = ValueError(f"{shown(value)} is not {'an' if hint is int else 'a'} {hint.__name__}")
     if isinstance(value, list | tuple | dict) or value is None:
         raise wrong
     if hint is bool:
@@ -297,14 +302,20 @@ def _coerce_scalar(value: Any, hint: type) -> Any:
         if isinstance(value, float) and not value.is_integer():
             raise wrong
         try:
-            return int(value)
+            number = int(value)
         except (ValueError, OverflowError):
             raise wrong from None
+        if abs(number) > MAX_NUMBER:
+            raise ValueError(f"{shown(value)} is out of reach")
+        return number
     if hint is float:
         try:
-            return float(value)
-        except ValueError:
+            real = float(value)
+        except (ValueError, OverflowError):
             raise wrong from None
+        if not math.isfinite(real):
+            raise ValueError(f"{shown(value)} is not finite")
+        return real
     if isinstance(value, bool):
         return str(value).lower()
     return str(value)

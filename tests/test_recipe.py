@@ -38,14 +38,14 @@ class Options(Pass):
 
 
 TEXT = st.text(max_size=8)
-FLOATS = st.floats(allow_nan=False)
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 PASSES = st.one_of(
     st.sampled_from(["normalise", "dead-code", "insert-kv-cache"]).map(
         lambda name: parse_recipe(name)[0]
     ),
     st.builds(
         Options,
-        count=st.integers(),
+        count=st.integers(-(2**53), 2**53),
         ratio=FLOATS,
         deep=st.booleans(),
         mode=TEXT,
@@ -128,3 +128,16 @@ def test_files(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="not UTF-8"):
         read_recipe(path)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_numbers_of_options_are_finite(value):
+    with pytest.raises(UsageError, match="is not finite"):
+        parse_recipe(f"prune-blocks{{ratio={value}}}")
+
+
+@pytest.mark.parametrize("value", ["9" * 30, "-" + "9" * 30, "9" * 5000])
+def test_whole_numbers_of_options_are_within_reach(value):
+    with pytest.raises(UsageError, match=r"out of reach|is not an int") as caught:
+        parse_recipe(f"prune-blocks{{blocks={value}}}")
+    assert len(caught.value.message) < 200

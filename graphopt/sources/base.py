@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from graphopt.errors import reason as reason  # others look for it here
 from graphopt.ir.weights import Producer
 from graphopt.sources.confined import folder_inside
 
