@@ -272,6 +272,8 @@ def main() -> int:
                 attempt.command.append("--debug")
             run(attempt, folder)
             counts[attempt.outcome.split(":")[0]] += 1
+            if counts.total() % 100 == 0:
+                print(f"after {counts.total()}: {dict(counts)}", flush=True)
             worst = {name: max(value, getattr(attempt, name)) for name, value in worst.items()}
             if attempt.outcome not in ("done", "refused"):
                 failures.append(attempt)

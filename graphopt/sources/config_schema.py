@@ -63,7 +63,7 @@ class ConfigEntries(OpenSchema):
 
 
 SIZES: dict[str, tuple[int, int]] = {
-    "num_hidden_layers": (1, 1024),
+    "num_hidden_layers": (1, 512),
     "hidden_size": (1, 2**18),
     "intermediate_size": (1, 2**22),
     "num_attention_heads": (1, 2**13),
