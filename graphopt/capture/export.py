@@ -23,6 +23,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from graphopt.capture.arguments import added, flatten, unflatten
 from graphopt.capture.model import (
     accepted_inputs,
     everything_on_meta,
@@ -73,7 +74,7 @@ class LayerCall:
     Attributes:
         path: Qualified name of the layer.
         module: The layer.
-        spec: How `args, kwargs` flatten.
+        spec: How `args, kwargs` flatten; see `arguments`.
         leaves: The flattened arguments; tensors are replaced by None.
         tensors: Which leaves are tensors.
         outputs: Shapes of the tensors it returns.
@@ -90,11 +91,15 @@ class LayerCall:
     out_leaves: list[Any] = field(default_factory=list)
     key: Any = None
 
-    def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def run(self, forward: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
+        """Return what the layer returns for its tensor arguments, and writes into its mappings."""
         leaves = list(self.leaves)
         for position, tensor in zip(self.tensors, tensors, strict=True):
             leaves[position] = tensor
-        return pytree.tree_unflatten(leaves, self.spec)  # type: ignore[return-value]
+        args, kwargs, mappings = unflatten(leaves, self.spec)
+        before = [dict(mapping) for mapping in mappings]
+        output = forward(*args, **kwargs)
+        return output, added(before, mappings)
 
 
 def repeated_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -212,7 +217,7 @@ class _Shell:
 
     def _stub(self, path: str, layer: nn.Module) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            leaves, spec = pytree.tree_flatten((args, kwargs))
+            leaves, spec, mappings = flatten(args, kwargs)
             positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             inputs = [leaves[i] for i in positions]
             statics = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -235,7 +240,10 @@ class _Shell:
             places = [i for i, leaf in enumerate(out_leaves) if leaf is _TENSOR]
             for place, tensor in zip(places, results, strict=True):
                 out_leaves[place] = tensor
-            return pytree.tree_unflatten(out_leaves, call.out_spec)
+            output, written = pytree.tree_unflatten(out_leaves, call.out_spec)
+            for mapping, new in zip(mappings, written, strict=True):
+                mapping.update(new)
+            return output
 
         return forward
 
@@ -250,8 +258,7 @@ class _Shell:
                 torch.zeros([hint(s) for s in t.shape], dtype=t.dtype, device="meta")
                 for t in inputs
             ]
-            args, kwargs = call.rebuild(plain)
-            output = self._original[call.path](*args, **kwargs)
+            output = call.run(self._original[call.path], plain)
         leaves, call.out_spec = pytree.tree_flatten(output)
         dynamic = {TRACE_BATCH, TRACE_LENGTH}
         for leaf in leaves:
@@ -346,8 +353,7 @@ def export_layer(call: LayerCall, shapes: Sequence[Type]) -> Exported:
     """
 
     def run(inner: nn.Module, *tensors: Tensor) -> Any:
-        args, kwargs = call.rebuild(tensors)
-        return inner(*args, **kwargs)
+        return call.run(inner, tensors)
 
     sizes = {B: TRACE_BATCH, S: TRACE_LENGTH}
     inputs = [torch.zeros(shape.concrete(sizes), dtype=shape.dtype) for shape in shapes]
