@@ -89,7 +89,9 @@ class LanguageModel(ABC):
         """How many tokens the model was made for; None if the config does not say."""
         for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
             if isinstance(self.config.get(key), int):
-                return int(self.config[key])
+                # Dynamic NTK is for texts so much longer than the config says.
+                stretch = [entries.get("factor", 1) for entries in self._rotary("dynamic")]
+                return int(self.config[key] * max(stretch, default=1))
         return None
 
     @property
@@ -100,6 +102,21 @@ class LanguageModel(ABC):
             SourceError: An entry of its config is of a wrong type or out of range.
         """
         return GenerationSettings.of(self.config, self.generation)
+
+    @property
+    def rotary_switch(self) -> int | None:
+        """Tokens of the longest text with LongRoPE's short frequencies; None for other models."""
+        lengths = [
+            entries.get("original_max_position_embeddings") for entries in self._rotary("longrope")
+        ]
+        return next((length for length in lengths if isinstance(length, int)), None)
+
+    def _rotary(self, kind: str) -> list[dict[str, Any]]:
+        """Return the rotary parameters of one kind in the config, of all layers or of some."""
+        stated = self.config.get("rope_parameters")
+        stated = stated if isinstance(stated, dict) else {}
+        found = [stated, *(entries for entries in stated.values() if isinstance(entries, dict))]
+        return [entries for entries in found if entries.get("rope_type") == kind]
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits of whole sequences.

@@ -283,8 +283,12 @@ def _generate(
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = model.start_text(len(prompt) + max_new_tokens)
     text = new = torch.tensor([prompt])
+    switch = model.rotary_switch
     for _ in range(max_new_tokens):
         past = text.shape[1] - new.shape[1]
+        if switch is not None and 0 < past <= switch < text.shape[1]:
+            # Keys in the cache have the frequencies of short texts: read the whole text again.
+            cache, new, past = model.start_text(len(prompt) + max_new_tokens), text, 0
         logits, cache = model.step(complete_inputs({"input_ids": new}, past), cache)
         scores = logits[0, -1]
         if sampling.repetition_penalty != 1:

@@ -54,6 +54,48 @@ class Script(LanguageModel):
         return logits, cache + ids.shape[1]
 
 
+def test_a_text_that_crosses_the_original_length_is_read_again_as_transformers_does(
+    tmp_path: Path,
+) -> None:
+    """LongRoPE: keys in the cache have the frequencies of short texts (transformers' Phi-3)."""
+    entries: dict[str, Any] = {
+        "head_dim": None, "pad_token_id": 0, "original_max_position_embeddings": 12,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 4.0, 9.0, 16.0], "original_max_position_embeddings": 12,
+        },
+    }  # fmt: skip
+    folder = save_tiny(tmp_path / "tiny", "phi3", **entries)
+    prompt = byte_tokenizer()("the quick")["input_ids"]
+    assert len(prompt) < 12
+    reference: Any = tiny_model("phi3", **entries)
+    expected = reference.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=VOCAB + 1
+    )[0, len(prompt) :].tolist()
+    go.compile_model(str(folder), tmp_path / "out", emit=("torch",))
+    model = open_language_model(str(tmp_path / "out"))
+    assert model.rotary_switch == 12
+    step, read = model.step, []
+
+    def recording(inputs: Mapping[str, Tensor], cache: Any) -> Any:
+        read.append(inputs["input_ids"].shape[1])
+        return step(inputs, cache)
+
+    model.step = recording  # type: ignore[method-assign]
+    assert list(generate_ids(model, prompt, stop=set(), max_new_tokens=20)) == expected
+    alone = [1] * (12 - len(prompt))
+    assert read == [len(prompt), *alone, 13, *[1] * (20 - len(alone) - 2)]
+
+
+def test_dynamic_scaling_has_more_positions_than_the_config_says() -> None:
+    script = Script([])
+    script.config = {
+        "max_position_embeddings": 10,
+        "rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.5}},
+    }
+    assert script.positions == 25 and script.rotary_switch is None
+
+
 def test_greedy_tokens_equal_transformers(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "tiny")
     prompt = byte_tokenizer()("the quick")["input_ids"]
