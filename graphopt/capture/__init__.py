@@ -51,6 +51,7 @@ def capture(source: str | nn.Module | ModelSource, *, trust_remote_code: bool = 
     from graphopt.capture.checkpoint import CheckpointNames
     from graphopt.capture.model import build_model
     from graphopt.capture.recurrent import refuse_recurrent
+    from graphopt.capture.ties import say_untied
 
     module = build_model(source.config, trust_remote_code=trust_remote_code)
     refuse_recurrent(module)  # before the checkpoint is matched, which takes longer
@@ -60,6 +61,8 @@ def capture(source: str | nn.Module | ModelSource, *, trust_remote_code: bool = 
     program.notes += names.finish()
     program.source = source.spec
     program.config = source.config.to_dict() if source.config is not None else {}
+    if names.apart:
+        say_untied(program.config)
     program.generation = source.generation
     program.tokenizer = str(source.tokenizer) if source.tokenizer is not None else None
     program.checkpoint_dtype = source.dtype

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.capture.conversion import to_module
+from graphopt.capture.ties import untie
 from graphopt.errors import SourceError
 from graphopt.ir.weights import Missing, Producer
 
@@ -32,10 +33,11 @@ class CheckpointNames:
         self.module = module
         self.producers = to_module(module, source.producers)
         self.used: set[str] = set()
+        self.prefix = getattr(module, "base_model_prefix", "") or ""
+        self.apart = untie(module, self._producer, source.dtype)
         self.aliases: dict[int, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             self.aliases.setdefault(id(parameter), []).append(name)
-        self.prefix = getattr(module, "base_model_prefix", "") or ""
         self.known = {re.sub(r"\d+", "#", n) for names in self.aliases.values() for n in names}
         self.ignored = [
             *(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()),
@@ -52,6 +54,11 @@ class CheckpointNames:
             else:
                 spellings.append(f"{self.prefix}.{name}")
         return spellings
+
+    def _producer(self, name: str) -> Producer | None:
+        """Return the checkpoint's value of a parameter; None where it holds none."""
+        found = (self.producers.get(spelling) for spelling in self._spellings(name))
+        return next((producer for producer in found if producer is not None), None)
 
     def resolve(self, name: str, parameter: Tensor) -> tuple[Producer, str | None]:
         """Return the producer of a parameter and the checkpoint tensor's name.
@@ -78,8 +85,19 @@ class CheckpointNames:
                 return producer, spelling
         raise SourceError(
             f"{self.source.spec}: the checkpoint has no tensor {name!r}.",
-            "Check that config.json belongs to these weights and that no file is missing.",
+            "Check that config.json belongs to these weights and that no file is missing"
+            + (
+                "; tie_word_embeddings=true there would take the embedding for it."
+                if name == self._output()
+                else "."
+            ),
         )
+
+    def _output(self) -> str | None:
+        """Return the name of the output embedding's matrix, where the config does not tie it."""
+        output = self.module.get_output_embeddings()
+        weights = {id(p): n for n, p in self.module.named_parameters()}
+        return None if output is None else weights.get(id(getattr(output, "weight", None)))
 
     def trained_buffers(self) -> set[str]:
         """Return the buffers in which the checkpoint holds other values than the class computes.
@@ -115,7 +133,15 @@ class CheckpointNames:
                     f"{name!r}, a layer that the config does not have.",
                     "Check num_hidden_layers in config.json.",
                 )
+        notes = [
+            (
+                "checkpoint",
+                f"it holds two matrices, {target!r} and {source!r}, that its config ties: both "
+                "are kept, as transformers keeps them, and the config here says that none is tied",
+            )
+            for target, source in self.apart
+        ]
         if not left:
-            return []
+            return notes
         shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-        return [("checkpoint", f"{len(left)} tensors the model does not use: {shown}")]
+        return [*notes, ("checkpoint", f"{len(left)} tensors the model does not use: {shown}")]

@@ -10,9 +10,10 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from graphopt.ir.dataflow import region
-from graphopt.ir.layer_config import shrink_config
 from graphopt.ir.graph import Call, Function, Node, Param, Program, Value, unique_name
+from graphopt.ir.layer_config import shrink_config
 from graphopt.ir.shapes import infer_program
+
 
 @dataclass(frozen=True)
 class Block:

@@ -46,17 +46,11 @@ def structure(function: Function, attributes: Callable[[Node], Any]) -> list[Any
     return rows
 
 
-_EITHER_WAY = frozenset(
-    ("add", "mul")
-    + tuple(
-        f"aten.{name}"
-        for name in (
-            "add.Tensor", "mul.Tensor", "maximum.default", "minimum.default", "eq.Tensor",
-            "ne.Tensor", "bitwise_and.Tensor", "bitwise_or.Tensor", "logical_and.default",
-            "logical_or.default",
-        )
-    )
-)  # fmt: skip
+_EITHER_WAY = {
+    "add", "mul", "aten.add.Tensor", "aten.mul.Tensor", "aten.maximum.default",
+    "aten.minimum.default", "aten.eq.Tensor", "aten.ne.Tensor", "aten.bitwise_and.Tensor",
+    "aten.bitwise_or.Tensor", "aten.logical_and.default", "aten.logical_or.default",
+}  # fmt: skip
 """Ops whose two operands may change places."""
 
 
