@@ -75,11 +75,22 @@ def write_tokenizer(program: Program, folder: Path) -> tuple[list[Path], list[tu
     template = _template(tokenizer)
     if template is not None:
         (folder / TEMPLATE_NAME).write_text(template, encoding="utf-8", newline="")
+    _without_null_template(folder / "tokenizer_config.json")
     notes = []
     if not path.exists():
         notes.append(("tokenizer", "no tokenizer.json can be made of it, so only token ids work"))
     new = [folder / name for name in (TOKENIZER_NAME, TEMPLATE_NAME) if (folder / name).exists()]
     return list(dict.fromkeys([*files, *new])), notes
+
+
+def _without_null_template(path: Path) -> None:
+    """Take out a template that is stated as null, where onnxruntime-genai expects text."""
+    if not path.exists():
+        return
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if "chat_template" in data and data["chat_template"] is None:
+        del data["chat_template"]
+        path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _template(tokenizer: Any) -> str | None:

@@ -329,3 +329,28 @@ def test_prompt_refusals() -> None:
     tokenizer.chat_template = "{{ raise_exception('no users') }}"
     with pytest.raises(SourceError, match=r"template cannot be applied: no users.*--raw"):
         encode_prompt(tokenizer, "hi")
+
+
+def test_the_command_says_how_it_draws(tmp_path: Path) -> None:
+    import json
+
+    from typer.testing import CliRunner
+
+    from graphopt.cli import app
+
+    folder = save_tiny(tmp_path / "tiny")
+    stated = {"do_sample": True, "temperature": 0.7, "top_k": 9, "typical_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(stated))
+    command = ["generate", str(folder), "--prompt", "hi", "--max-new-tokens", "2"]
+
+    def run(*more: str) -> Any:
+        result = CliRunner().invoke(app, [*command, *more])
+        assert result.exit_code == 0, result.output
+        return result
+
+    said = "sampling: temperature 0.7, top-k 9, top-p 1, seed 0; not applied: typical_p"
+    assert said in " ".join(run().stderr.split())
+    assert "greedy decoding" in run("--greedy").stderr
+    assert "top-k 4, top-p 1, seed 3" in " ".join(run("--top-k", "4", "--seed", "3").stderr.split())
+    found = json.loads(run("--temperature", "0", "--json").stdout)
+    assert found["sampling"]["temperature"] == 0 and found["not_applied"] == ["typical_p"]
