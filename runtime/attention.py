@@ -17,6 +17,8 @@ from torch import Tensor
 Constants = Mapping[str, int | float | bool]
 
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+MOST_BLOCKS = 65535
+"""Blocks along the second and the third axis of a grid."""
 LEAST = 16
 """Rows and keys of the smallest tile: a matrix unit multiplies 16 at a time."""
 
@@ -260,7 +262,16 @@ def _first_that_fits(
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
-    """Launch a Triton kernel with those of the arguments that it has; what it lacks is None."""
+    """Launch a Triton kernel with those of the arguments that it has; what it lacks is None.
+
+    Raises:
+        ValueError: CUDA has no grid of that size.
+    """
+    if any(size > MOST_BLOCKS for size in grid[1:]):
+        raise ValueError(
+            f"a grid of {grid}: at most {MOST_BLOCKS:,} heads times rows of a batch; "
+            "give the batch in parts"
+        )
     given = {name: arguments.get(name) for name in kernel.arg_names}
     options = {name: arguments[name] for name in OPTIONS if name in arguments}
     strides = {name: 0 for name in given if "_stride_" in name and given[name] is None}

@@ -297,7 +297,8 @@ def worth_trying(kernel: str, spec: AttentionSpec, target: str) -> list[dict[str
     """Return the model's candidates, those that have been fast anywhere."""
     found = list(PLANNERS[kernel].candidates(spec, get_target(target)))
     if kernel == "triton":
-        return [tiles for tiles in found if tiles["BLOCK_M"] == 128 and tiles["BLOCK_N"] >= 32
+        most = max(tiles["BLOCK_M"] for tiles in found)
+        return [tiles for tiles in found if tiles["BLOCK_M"] == most and tiles["BLOCK_N"] >= 32
                 and tiles["num_stages"] > 1]  # fmt: skip
     return [tiles for tiles in found if tiles["BLOCK_N"] >= 80 and tiles["CONSUMERS"] > 1]
 

@@ -417,6 +417,15 @@ def test_operands_that_do_not_fit_are_refused(change, message):
         prefill(attention_prefill, q, keys, constants, scale=1.0, extras=extras)
 
 
+def test_more_heads_than_a_grid_has_are_refused_by_a_sentence():
+    case = random_case((1, 2, 1, 1, 1, 32, 32), {})
+    q, keys, extras = operands(case)
+    wide, many = q.expand(40000, -1, -1, -1), Keys(*(x.expand(40000, -1, -1, -1) for x in (
+        keys.k, keys.v)))  # fmt: skip
+    with pytest.raises(ValueError, match="at most 65,535 heads times rows"):
+        prefill(attention_prefill, wide, many, planned(case), scale=1.0, extras=extras)
+
+
 SPECIALISED = {
     "causal": [{}, {"key_mask": True}, {"lengths": True}, {"key_mask": True, "lengths": True}],
     "all of one": [FORMS["everything"]],
