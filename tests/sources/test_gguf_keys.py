@@ -100,12 +100,16 @@ ROTARY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("case", ROTARY)
+@pytest.mark.parametrize(
+    ("model_type", "case"),
+    [
+        *(("llama", case) for case in ROTARY),
+        # The others take the same way.
+        *itertools.product(["qwen2", "qwen3"], ["yarn betas", "linear"]),
+    ],
+)
 def test_rotary_scaling(tmp_path: Path, case: str, model_type: str) -> None:
     """Betas of YaRN and the rest: the model of the same parameters in transformers."""
-    if model_type != "llama" and not case.startswith(("yarn betas", "linear")):
-        pytest.skip("one architecture stands for the others, which take the same way")
     keys, rope = ROTARY[case]
     config = {"rope_parameters": rope, "head_dim": 16}
     model = written(tmp_path / "m.gguf", model_type, config, entries=keys)
