@@ -26,13 +26,19 @@ SIZES = {
 
 Place = tuple[str, damage.Mutator]
 
+
+def _both(name: str, mutator: damage.Mutator) -> list[Place]:
+    """The file in an output folder, which opens at once, and now and then in a checkpoint."""
+    return [(f"{folder}/{name}", mutator) for folder in ("made", "made", "made", "model")]
+
+
 FORMATS: dict[str, list[Place]] = {
     "config": [("model/config.json", damage.mutate_json_file)],
     "moe-config": [("moe/config.json", damage.mutate_json_file)],
-    "generation": [("model/generation_config.json", damage.mutate_json_file)],
-    "tokenizer": [("model/tokenizer.json", damage.mutate_json_file)],
-    "tokenizer-config": [("model/tokenizer_config.json", damage.mutate_json_file)],
-    "template": [("model/chat_template.jinja", damage.mutate_template)],
+    "generation": _both("generation_config.json", damage.mutate_json_file),
+    "tokenizer": _both("tokenizer.json", damage.mutate_json_file),
+    "tokenizer-config": _both("tokenizer_config.json", damage.mutate_json_file),
+    "template": _both("chat_template.jinja", damage.mutate_template),
     "safetensors": [("model/model.safetensors", damage.mutate_safetensors)],
     "index": [("sharded/model.safetensors.index.json", damage.mutate_json_file)],
     "gguf": [("model.gguf", damage.mutate_gguf)],
@@ -120,8 +126,8 @@ def spread(random: Random, options: list[list[str]]) -> list[str]:
     return [part for option in options if random.random() < 0.3 for part in option]
 
 
-def commands(random: Random, what: str) -> list[list[str]]:
-    """Return command lines that read what is damaged."""
+def commands(random: Random, what: str, model: str) -> list[list[str]]:
+    """Return command lines that read what is damaged, of the folder `model` where that may be."""
     emits = random.choice(("onnx", "torch", "hf", "onnx,torch", "torch,hf"))
     # Half of them stop before they write or run, which says as much of what was read.
     emit = ["--emit", emits, *spread(random, [["--no-verify"], ["--target", "hopper"]])]
@@ -146,26 +152,26 @@ def commands(random: Random, what: str) -> list[list[str]]:
                 ["generate", "made", *ask, *backend],
                 ["eval", "made", *measure, *backend],
                 ["compile", "made", *emit],
-                ["diff", "made", "model"],
+                ["diff", "made", "made"],
             ]
         case "report":
-            return [["diff", "made", "made"], ["diff", "made", "model"]]
+            return [["diff", "made", "made"]]
         case "snapshot":
             return [["compile", *INTERRUPTED, "--resume"]]
         case "recipe":
             return [
-                ["compile", "model", "--recipe", "recipe.yaml", "--no-verify", "--emit", "torch"],
-                ["compile", "model", "--recipe", "recipe.yaml", "--dry-run"],
+                ["compile", model, "--recipe", "recipe.yaml", "--no-verify", "--emit", "torch"],
+                ["compile", model, "--recipe", "recipe.yaml", "--dry-run"],
             ]
         case "piqa":
-            return [["eval", "model", "--piqa", "piqa.jsonl"]]
+            return [["eval", model, "--piqa", "piqa.jsonl"]]
         case "text":
-            return [["eval", "model", *measure], ["compile", "model", "--calib", "text.txt", *emit]]
+            return [["eval", model, *measure], ["compile", model, "--calib", "text.txt", *emit]]
         case "tokenizer" | "tokenizer-config" | "template" | "generation":
             return [
-                ["generate", "model", *ask],
-                ["eval", "model", *measure],
-                ["compile", "model", *emit],
+                ["generate", model, *ask],
+                ["eval", model, *measure],
+                ["compile", model, *emit],
             ]
     return [
         ["compile", "model", *emit],
@@ -244,7 +250,7 @@ ODD_WORDS = [
 
 OPTIONS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     "compile": (
-        ["model"],
+        ["made"],
         {
             "--out": ODD_PATHS,
             "--target": ODD_WORDS,
@@ -260,7 +266,7 @@ OPTIONS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         },
     ),
     "inspect": (
-        ["model"],
+        ["made"],
         {
             "--batch": ODD_NUMBERS,
             "--seq": ODD_NUMBERS,
@@ -269,7 +275,7 @@ OPTIONS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         },
     ),
     "eval": (
-        ["model"],
+        ["made"],
         {
             "--text": ODD_PATHS,
             "--windows": ODD_NUMBERS,
@@ -393,4 +399,5 @@ def prepare(seed: int, number: int, base: Path, folder: Path) -> Try:
         path.unlink()  # it is linked to the good one
         path.write_bytes(changed)
         described = str(path.relative_to(folder))
-    return Try(number, described, random.choice(commands(random, reads)))
+    model = name.split("/")[0] if "/" in name else random.choice(("made", "made", "model"))
+    return Try(number, described, random.choice(commands(random, reads, model)))
