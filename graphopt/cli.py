@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, cast
 
@@ -60,6 +60,7 @@ def _errors_as_sentences(command: Callable[Args, None]) -> Callable[Args, None]:
             # torch and transformers log tracebacks of what they then raise.
             logging.disable(logging.ERROR)
         try:
+            _refuse_bytes(kwargs)
             command(*args, **kwargs)
         except (typer.Exit, typer.Abort, click.ClickException):
             raise
@@ -84,6 +85,20 @@ def _errors_as_sentences(command: Callable[Args, None]) -> Callable[Args, None]:
     )
     wrapped.__annotations__ = {**command.__annotations__, "debug": Debug}
     return wrapped
+
+
+def _refuse_bytes(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments whose bytes are no text: they could be neither printed nor written."""
+    for name, value in arguments.items():
+        if isinstance(value, str | Path) and not str(value).isascii():
+            try:
+                str(value).encode()
+            except UnicodeEncodeError:
+                own = name.replace("_", "-")
+                raise UsageError(
+                    f"The argument {own} is not UTF-8 text: {str(value)!a:.100}.",
+                    "Give it in UTF-8, or rename the file.",
+                ) from None
 
 
 _LESS_MEMORY = {

@@ -110,3 +110,19 @@ def test_reasons_are_one_short_line():
     assert reason(KeyError("x")) == "KeyError 'x'"
     assert reason(ValueError("a.\nb")) == "a"
     assert len(reason(ValueError("x" * 10_000))) < 310
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "model", "--prompt", "a\udcffb"],
+        ["inspect", "model\udc80"],
+        ["compile", "model", "--out", "out\udcff"],
+        ["eval", "model", "--text", "\udcff.txt"],
+        ["compile", "model", "--passes", "\udcff"],
+    ],
+)
+def test_arguments_whose_bytes_are_no_text(args):
+    result = CliRunner().invoke(app, args)
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 2 and re.match(r"error: The argument .* is not UTF-8 text", said)
