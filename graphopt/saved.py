@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+import pydantic
 
 from graphopt.errors import SourceError
-from graphopt.inputs import OpenSchema, parse, read_json
+from graphopt.inputs import OpenSchema, Schema, Size, parse, read_json, shown
 from graphopt.ir.graph import Program
+from graphopt.ir.schema import Dtype, Shape
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.types import DTYPE_NAMES, DTYPES
 from graphopt.ir.weights import Producer, Reshaped, Rows, Transposed
@@ -20,7 +22,33 @@ from graphopt.sources.raw import RawTensor
 from graphopt.sources.safetensors import SafetensorsWriter
 
 PROGRAM_NAME = "program.json"
+_AGAIN = "Compile the model again."
 WEIGHTS_NAME = "model.safetensors"
+
+
+class _Place(Schema):
+    """What is saved of a `StoredWeight`."""
+
+    file: Annotated[str, pydantic.Field(min_length=1, max_length=1000)]
+    offset: Size
+    shape: Shape
+    dtype: Dtype
+    transposed: bool
+    rows: Annotated[list[Size], pydantic.Field(min_length=2, max_length=3)] | None
+
+    @pydantic.model_validator(mode="after")
+    def _is_whole(self) -> _Place:
+        if self.transposed and len(self.shape) not in (2, 3):
+            raise ValueError("what is transposed should have two or three dimensions")
+        if self.rows is not None and len(self.rows) == 3 and self.rows[2] == 0:
+            raise ValueError("the step of rows should be at least 1")
+        return self
+
+
+class _Storage(OpenSchema):
+    """Where weights are, by name; each is parsed for itself."""
+
+    storage: dict[str, Any]
 
 
 def save_program(program: Program, root: Path, storage: dict[str, StoredWeight]) -> None:
@@ -68,49 +96,46 @@ def load_program(root: Path) -> Program:
             weight of another shape than the program's, or a weight is stored nowhere.
     """
     path = root / PROGRAM_NAME
-    data = read_json(inside(root, PROGRAM_NAME), remedy="Compile the model again.")
-    try:
-        stored = {name: _unpack(item) for name, item in data["storage"].items()}
-        shapes = {item["name"]: tuple(item["shape"]) for item in data["weights"]}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(
-            f"{path} is not a saved graphopt program: {error}.", "Compile the model again."
-        ) from error
-    lost = sorted(set(shapes) - set(stored))
-    if lost:
-        raise SourceError(
-            f"{path} does not say where weight {lost[0]!r} is stored.", "Compile the model again."
-        )
+    data = read_json(inside(root, PROGRAM_NAME), remedy=_AGAIN)
+    storage = parse(_Storage, data, str(path), remedy=_AGAIN).storage
     producers: dict[str, Producer] = {}
-    for name, place in stored.items():
-        producers[name] = _producer(root, name, place)
-        if name in shapes and tuple(producers[name].shape) != shapes[name]:
+    for name, item in storage.items():
+        where = f"{path}: the place of weight {shown(name)}"
+        producers[name] = _producer(root, name, parse(_Place, item, where, remedy=_AGAIN))
+    program = program_from_json({k: v for k, v in data.items() if k != "storage"}, producers)
+    for weight in program.weights:
+        if weight.name not in producers:
             raise SourceError(
-                f"{path}: weight {name!r} is stored as {list(producers[name].shape)}, the program "
-                f"has it as {list(shapes[name])}.",
-                "Compile the model again.",
+                f"{path} does not say where weight {shown(weight.name)} is stored.", _AGAIN
             )
-    return program_from_json(data, producers)
+    return program
 
 
-def _producer(root: Path, name: str, place: StoredWeight) -> Producer:
+def _producer(root: Path, name: str, place: _Place) -> Producer:
     path = root / place.file
-    if path.exists():
+    if path.exists() or path.is_symlink():
         path = inside(root, place.file)
-    count = place.dtype.itemsize
-    for size in place.shape:
-        count *= size
-    if not path.is_file() or path.stat().st_size < place.offset + count:
+    end = place.offset + math.prod(place.shape) * DTYPES[place.dtype].itemsize
+    if not path.is_file() or path.stat().st_size < end:
         what = "is truncated" if path.is_file() else "is missing"
+        raise SourceError(f"{path} {what}: weight {shown(name)} should be in it.", _AGAIN)
+    raw = RawTensor(path, place.offset, tuple(place.shape), DTYPES[place.dtype])
+    whole: Producer = raw
+    if place.transposed:
+        whole = Transposed(raw)
+        if len(place.shape) == 3:
+            parts, out, columns = place.shape
+            whole = Reshaped(whole, (out, parts * columns))
+    if place.rows is None:
+        return whole
+    first, stop, *_ = place.rows
+    if not whole.shape or not first < stop <= whole.shape[0]:
         raise SourceError(
-            f"{path} {what}: weight {name!r} should be in it.", "Compile the model again."
+            f"{root / PROGRAM_NAME}: weight {shown(name)} should be rows {first} to {stop} of "
+            f"{list(whole.shape)}.",
+            _AGAIN,
         )
-    raw = RawTensor(path, place.offset, place.shape, place.dtype)
-    whole: Producer = Transposed(raw) if place.transposed else raw
-    if place.transposed and len(place.shape) == 3:
-        parts, out, columns = place.shape
-        whole = Reshaped(whole, (out, parts * columns))
-    return whole if place.rows is None else Rows(whole, slice(*place.rows))
+    return Rows(whole, slice(*place.rows))
 
 
 def _pack(place: StoredWeight) -> dict[str, Any]:
@@ -122,20 +147,6 @@ def _pack(place: StoredWeight) -> dict[str, Any]:
         "transposed": place.transposed,
         "rows": place.rows,
     }
-
-
-def _unpack(item: dict[str, Any]) -> StoredWeight:
-    dtype: torch.dtype = DTYPES[item["dtype"]]
-    shape = tuple(int(size) for size in item["shape"])
-    rows = item.get("rows")
-    return StoredWeight(
-        item["file"],
-        int(item["offset"]),
-        shape,
-        dtype,
-        bool(item["transposed"]),
-        None if rows is None else tuple(int(row) for row in rows),
-    )
 
 
 class _Manifest(OpenSchema):
@@ -153,6 +164,5 @@ def artifact_target(root: Path) -> str:
     path = root / "manifest.json"
     if not path.exists():
         return "cpu"
-    again = "Compile the model again."
-    data = read_json(inside(root, path.name), remedy=again)
-    return parse(_Manifest, data, str(path), remedy=again).target
+    data = read_json(inside(root, path.name), remedy=_AGAIN)
+    return parse(_Manifest, data, str(path), remedy=_AGAIN).target

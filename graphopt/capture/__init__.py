@@ -88,8 +88,9 @@ def capture_config(
     from transformers import AutoConfig
 
     from graphopt.capture.model import build_model
+    from graphopt.sources.config_schema import without_code
 
-    module = build_model(AutoConfig.for_model(**copy.deepcopy(config)))
+    module = build_model(AutoConfig.for_model(**copy.deepcopy(without_code(config))))
     return capture_structure(module, trained), module
 
 

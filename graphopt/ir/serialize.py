@@ -7,6 +7,7 @@ the values lie beside it as safetensors.
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,9 @@ import sympy
 import torch
 
 from graphopt.errors import SourceError
+from graphopt.inputs import parse, shown
 from graphopt.ir.graph import Cache, Call, Function, In, KVState, Node, Param, Program, Value
+from graphopt.ir.schema import MAX_WORK, FunctionEntry, ProgramEntry
 from graphopt.ir.types import DTYPE_NAMES, DTYPES, SYMBOLS, Type, dim
 from graphopt.ir.weights import Missing, Producer, Weight
 
@@ -51,39 +54,61 @@ def _pack(value: Any) -> Any:
     raise TypeError(f"an attribute of type {type(value).__name__} cannot be saved")
 
 
+_AGAIN = "Compile the model again."
+
+_FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+# By their names, so that no name leads to anything else of torch's.
+_CONSTANTS = {
+    str(item).removeprefix("torch."): item
+    for item in (*vars(torch).values(), torch.strided)
+    if isinstance(item, torch.dtype | torch.memory_format) or item is torch.strided
+}
+
+
+def _malformed(what: str) -> SourceError:
+    return SourceError(f"program.json is malformed: {what}.", _AGAIN)
+
+
 def _unpack(value: Any) -> Any:
+    """Return an attribute.
+
+    Raises:
+        SourceError: It is of no kind that `_pack` makes.
+    """
     if isinstance(value, list):
         return [_unpack(item) for item in value]
     if not isinstance(value, dict):
         return value
-    ((kind, content),) = value.items()
-    match kind:
-        case "float":
-            return float(content)
-        case "param":
-            return Param(content)
-        case "in":
-            return In(content)
-        case "dtype" | "torch":
-            return _torch_constant(content)
-        case "device":
+    match value:
+        case {"float": str(name)} if name in _FLOATS:
+            return _FLOATS[name]
+        case {"param": str(name)}:
+            return Param(name)
+        case {"in": int(index)} if not isinstance(index, bool) and index >= 0:
+            return In(index)
+        case {"dtype": str(name)} | {"torch": str(name)} if name in _CONSTANTS:
+            return _CONSTANTS[name]
+        case {"device": str()}:
             return torch.device("cpu")
-        case "expr":
+        case {"expr": content}:
             return _parse_expr(content)
-        case "type":
-            return Type(tuple(_unpack(size) for size in content[0]), DTYPES[content[1]])
-        case "tuple":
-            return tuple(_unpack(item) for item in content)
-        case "dict":
-            return {key: _unpack(item) for key, item in content.items()}
-    raise SourceError(f"program.json holds an attribute of unknown kind {kind!r}.")
+        case {"type": [list(shape), str(name)]} if name in DTYPES:
+            return _unpack_type(shape, DTYPES[name])
+        case {"tuple": list(items)}:
+            return tuple(_unpack(item) for item in items)
+        case {"dict": dict(items)}:
+            return {key: _unpack(item) for key, item in items.items()}
+    raise _malformed(f"the attribute {shown(value)} means nothing")
 
 
-def _torch_constant(name: str) -> Any:
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype | torch.layout | torch.memory_format):
-        raise ValueError(f"torch has no {name!r}")
-    return found
+def _unpack_type(shape: list[Any], dtype: torch.dtype) -> Type:
+    sizes = tuple(_unpack(size) for size in shape)
+    for size in sizes:
+        plain = type(size) is int and 0 <= size <= 2**48
+        if len(sizes) > 16 or not (plain or isinstance(size, sympy.Expr)):
+            raise _malformed(f"{shown(shape)} is no shape")
+    return Type(sizes, dtype)
 
 
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -100,39 +125,64 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "floor": sympy.floor,
 }
 _MAX_POWER = 16
+_MAX_PARTS = 200
+_MAX_NUMBER = 2**62
 
 
-def _parse_expr(text: str) -> Any:
+def _parse_expr(text: Any) -> Any:
     """Return the size written as `text`.
 
     Only sums, products, small powers and a few functions of B, S and P are built; sympy's own
-    parser would evaluate the text as Python.
+    parser would evaluate the text as Python. Its parts are counted and its degree is bounded, since
+    algebra on a power of powers takes for ever.
     """
+    parts = 0
 
-    def build(node: ast.expr) -> Any:
+    def build(node: ast.expr) -> tuple[Any, int]:
+        """Return the size and a bound of its degree."""
+        nonlocal parts
+        parts += 1
+        if parts > _MAX_PARTS:
+            raise ValueError("too long")
+        size, degree = combine(node)
+        if degree > _MAX_POWER or (size.is_number and abs(size) > _MAX_NUMBER):
+            raise ValueError("too large")
+        return size, degree
+
+    def combine(node: ast.expr) -> tuple[Any, int]:
         match node:
             case ast.Constant(value=int() as value) if not isinstance(value, bool):
-                return sympy.Integer(value)
+                return sympy.Integer(value), 0
             case ast.Name(id=name) if name in SYMBOLS:
-                return SYMBOLS[name]
+                return SYMBOLS[name], 1
             case ast.UnaryOp(op=ast.USub(), operand=inner):
-                return -build(inner)
+                size, degree = build(inner)
+                return -size, degree
             case ast.BinOp(left, ast.Pow(), ast.Constant(value=int() as power)):
-                if 0 <= power <= _MAX_POWER:
-                    return build(left) ** power
+                size, degree = build(left)
+                if 0 <= power <= _MAX_POWER and degree * power <= _MAX_POWER:
+                    return size**power, degree * power
             case ast.BinOp(left, op, right) if type(op) in _OPERATORS:
-                return _OPERATORS[type(op)](build(left), build(right))
+                (first, a), (second, b) = build(left), build(right)
+                degree = max(a, b) if isinstance(op, ast.Add | ast.Sub) else a + b
+                return _OPERATORS[type(op)](first, second), degree
             case ast.Call(ast.Name(id=name), args, keywords=[]) if name in _FUNCTIONS:
-                return _FUNCTIONS[name](*map(build, args))
+                built = [build(arg) for arg in args]
+                if len(built) <= 8:
+                    return _FUNCTIONS[name](*(size for size, _ in built)), max(d for _, d in built)
         raise ValueError("not a size")
 
     try:
-        size = build(ast.parse(text, mode="eval").body)
+        if not isinstance(text, str) or len(text) > 10_000:
+            raise ValueError("not a text")
+        size, _ = build(ast.parse(text, mode="eval").body)
         if size.has(sympy.zoo, sympy.nan):
             raise ValueError("division by zero")
         return dim(size)
-    except (SyntaxError, ValueError, TypeError, RecursionError) as error:
-        raise SourceError(f"program.json holds a size that is not algebra: {text!r}.") from error
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise SourceError(
+            f"program.json holds a size that is not algebra: {shown(text)}.", _AGAIN
+        ) from error
 
 
 def _pack_function(function: Function) -> dict[str, Any]:
@@ -158,30 +208,43 @@ def _pack_function(function: Function) -> dict[str, Any]:
     }
 
 
-def _unpack_function(data: dict[str, Any]) -> Function:
+def _unpack_function(entry: FunctionEntry) -> Function:
+    where = f"function {shown(entry.name)}"
     values: dict[str, Value] = {}
 
     def make(name: str) -> Value:
+        if name in values:
+            raise _malformed(f"in {where}, two values are called {shown(name)}")
         values[name] = Value(name)
         return values[name]
 
-    function = Function(data["name"])
-    function.params = [make(name) for name in data["params"]]
-    function.weights = {slot: make(name) for slot, name in data["weights"].items()}
-    pasts = [(c[0], make(c[1]), make(c[2]), c[3], c[4]) for c in data["caches"]]
-    for item in data["nodes"]:
+    def find(name: str, reader: str) -> Value:
+        # Values are made in order, so that nothing reads itself by whatever way.
+        if name not in values:
+            raise _malformed(f"in {where}, {reader} reads {shown(name)} before it is made")
+        return values[name]
+
+    function = Function(entry.name)
+    function.params = [make(name) for name in entry.params]
+    function.weights = {slot: make(name) for slot, name in entry.weights.items()}
+    pasts = [(c[0], make(c[1]), make(c[2]), c[3], c[4]) for c in entry.caches]
+    for item in entry.nodes:
+        reader = f"{shown(item.out[0])} = {shown(item.op)}"
         node = Node(
-            item["op"],
-            [None if name is None else values[name] for name in item["in"]],
-            {key: _unpack(attr) for key, attr in item["attrs"].items()},
+            item.op,
+            [None if name is None else find(name, reader) for name in item.inputs],
+            {key: _unpack(attr) for key, attr in item.attrs.items()},
         )
-        for index, name in enumerate(item["out"]):
+        for index, name in enumerate(item.out):
             value = make(name)
             value.node, value.index = node, index
             node.outputs.append(value)
         function.nodes.append(node)
-    function.caches = [Cache(s, k, v, values[pk], values[pv]) for s, k, v, pk, pv in pasts]
-    function.results = [values[name] for name in data["results"]]
+    function.caches = [
+        Cache(slot, k, v, find(pk, f"the cache {slot!r}"), find(pv, f"the cache {slot!r}"))
+        for slot, k, v, pk, pv in pasts
+    ]
+    function.results = [find(name, "its end") for name in entry.results]
     return function
 
 
@@ -242,33 +305,48 @@ def program_from_json(data: dict[str, Any], producers: dict[str, Producer]) -> P
             f"{FORMAT_VERSION}.",
             "Compile the model again with this version.",
         )
-    try:
-        program = Program(
-            name=data["name"],
-            source=data["source"],
-            inputs={name: _unpack(kind) for name, kind in data["inputs"].items()},
-            outputs=list(data["outputs"]),
-            functions={f["name"]: _unpack_function(f) for f in data["functions"]},
-            config=data["config"],
-            # Programs saved by older versions have none.
-            generation=dict(data.get("generation", {})),
-            checkpoint_dtype=DTYPES[data["checkpoint_dtype"]],
-            notes=[(where, reason) for where, reason in data["notes"]],
+    entry = parse(ProgramEntry, data, "program.json", remedy=_AGAIN)
+    functions: dict[str, Function] = {}
+    for item in entry.functions:
+        if item.name in functions:
+            raise _malformed(f"two functions are called {shown(item.name)}")
+        functions[item.name] = _unpack_function(item)
+    lengths = {name: len(function.nodes) for name, function in functions.items()}
+    if sum(lengths.get(call.function, 0) for call in entry.calls) > MAX_WORK:
+        raise _malformed(f"its calls have more than {MAX_WORK} nodes together")
+    inputs = {name: _unpack(kind) for name, kind in entry.inputs.items()}
+    for name, kind in inputs.items():
+        if not isinstance(kind, Type):
+            raise _malformed(f"the input {shown(name)} has no type")
+    program = Program(
+        name=entry.name,
+        source=entry.source,
+        inputs=inputs,
+        outputs=entry.outputs,
+        functions=functions,
+        config=entry.config,
+        generation=entry.generation,
+        checkpoint_dtype=DTYPES[entry.checkpoint_dtype],
+        notes=[(where, reason) for where, reason in entry.notes],
+    )
+    for c in entry.calls:
+        attrs = {key: _unpack(attr) for key, attr in c.attrs.items()}
+        program.calls.append(
+            Call(c.function, c.args, c.results, c.weights, attrs, c.caches, c.path)
         )
-        for c in data["calls"]:
-            attrs = {key: _unpack(attr) for key, attr in c["attrs"].items()}
-            program.calls.append(
-                Call(c["function"], c["args"], c["results"], c["weights"], attrs, c["caches"],
-                     c["path"])
-            )  # fmt: skip
-        for w in data["weights"]:
-            missing = Missing(tuple(w["shape"]), DTYPES[w["dtype"]], w["name"])
-            producer = producers.get(w["name"], missing)
-            program.weights.add(Weight(w["name"], producer, w["checkpoint"], w["constant"]))
-        for name, heads, k_dim, v_dim, dtype in data["states"]:
-            program.states[name] = KVState(name, heads, k_dim, v_dim, DTYPES[dtype])
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise SourceError(
-            f"program.json is malformed: {error!r}.", "Compile the model again."
-        ) from error
+    for w in entry.weights:
+        if w.name in program.weights:
+            raise _malformed(f"two weights are called {shown(w.name)}")
+        missing = Missing(tuple(w.shape), DTYPES[w.dtype], w.name)
+        producer = producers.get(w.name, missing)
+        if (tuple(producer.shape), producer.dtype) != (missing.shape, missing.dtype):
+            raise SourceError(
+                f"program.json: weight {shown(w.name)} is stored as {list(producer.shape)} in "
+                f"{DTYPE_NAMES.get(producer.dtype, producer.dtype)}, the program has it as "
+                f"{w.shape} in {w.dtype}.",
+                _AGAIN,
+            )
+        program.weights.add(Weight(w.name, producer, w.checkpoint, w.constant))
+    for s in entry.states:
+        program.states[s.name] = KVState(s.name, s.heads, s.k_dim, s.v_dim, DTYPES[s.dtype])
     return program

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from graphopt.errors import VerifyError
 from graphopt.ir.graph import Call, Function, Program, Value, resolve_attrs
-from graphopt.ir.ops import get_op
+from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.types import B, P, Type
 
 
@@ -32,7 +32,9 @@ def infer_function(
     for node in function.nodes:
         operands = [None if v is None else types[v] for v in node.inputs]
         try:
-            outputs = get_op(node.op).infer(operands, resolve_attrs(node, call))
+            op, attrs = get_op(node.op), resolve_attrs(node, call)
+            op.check({**attrs, "target": node.op} if is_aten(node.op) else attrs, operands)
+            outputs = op.infer(operands, attrs)
             if len(outputs) != len(node.outputs):
                 raise ValueError(f"{len(node.outputs)} outputs where there are {len(outputs)}")
         except (ValueError, KeyError, TypeError) as error:

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 from graphopt.errors import SourceError, VerifyError
-from graphopt.inputs import open_regular
+from graphopt.inputs import open_regular, shown
+from graphopt.ir.graph import Program
 from graphopt.sources.base import ModelSource
+from graphopt.sources.config_schema import check_saved_config
 from graphopt.sources.refusals import unfit_folder
 
 __all__ = ["ModelSource", "open_model"]
@@ -75,6 +77,7 @@ def _open_program(spec: str, folder: Path) -> ModelSource:
             f"{folder / PROGRAM_NAME} holds a malformed program: {error.message}",
             "Compile the model again.",
         ) from error
+    _check_model(program, folder / PROGRAM_NAME)
     tokenizer = output_tokenizer(folder, program)
     program.tokenizer = str(tokenizer) if tokenizer else None
     return ModelSource(
@@ -85,6 +88,34 @@ def _open_program(spec: str, folder: Path) -> ModelSource:
         dtype=program.checkpoint_dtype,
         program=program,
     )
+
+
+def _check_model(program: Program, path: Path) -> None:
+    """Refuse a program that is no language model, and a config that no language model has.
+
+    Raises:
+        SourceError: Naming what is missing or wrong.
+    """
+    from graphopt.capture.model import PROGRAM_INPUTS
+    from graphopt.ir.shapes import infer_program
+
+    again = "Compile the model again."
+    odd = sorted(set(program.inputs) - set(PROGRAM_INPUTS))
+    wrong = [n for n, k in program.inputs.items() if len(k.shape) != 2 or k.dtype.itemsize < 4]
+    if odd or wrong or "input_ids" not in program.inputs:
+        raise SourceError(
+            f"{path} is no language model: its input {shown([*odd, *wrong, 'input_ids'][0])} is "
+            "missing, or not one that a language model has.",
+            again,
+        )
+    carried = infer_program(program)[1]
+    logits = carried[program.outputs[0]] if program.outputs else None
+    if logits is None or len(logits.shape) != 3 or not isinstance(logits.shape[2], int):
+        raise SourceError(
+            f"{path} is no language model: it returns no logits [B, S, vocab].", again
+        )
+    if program.config:
+        check_saved_config(path, program.config)
 
 
 def _starts_like_gguf(path: Path) -> bool:

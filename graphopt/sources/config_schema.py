@@ -135,3 +135,35 @@ def check_sizes(
     for value in entries.values():
         if isinstance(value, dict):
             check_sizes(path, value, names, remedy=remedy)
+
+
+CODE_ENTRIES = (
+    "auto_map", "attn_implementation", "experts_implementation", "kernel_config", "use_kernels",
+    "custom_generate",
+)  # fmt: skip
+"""Entries by which a config names code: classes of the checkpoint, and kernels that transformers
+downloads from the hub and imports. A leading underscore and an end `_internal` are the same."""
+
+
+def without_code(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a config, and of configs within it, but for those that name code."""
+    kept: dict[str, Any] = {}
+    for name, value in data.items():
+        if name.lstrip("_").removesuffix("_internal") not in CODE_ENTRIES:
+            kept[name] = without_code(value) if isinstance(value, dict) else value
+    return kept
+
+
+def check_saved_config(path: Any, data: dict[str, Any]) -> None:
+    """Check the config that an output folder keeps; see `check_config`.
+
+    Raises:
+        SourceError: Naming the entry, what it is and what it may be.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = data.get("model_type")
+    names: Mapping[str, str] = {}
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        names = getattr(CONFIG_MAPPING[model_type], "attribute_map", {})
+    check_config(f"{path}: config", data, dict(names))

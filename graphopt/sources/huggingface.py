@@ -10,7 +10,7 @@ from graphopt.errors import SourceError, reason
 from graphopt.inputs import read_json, shown
 from graphopt.ir.weights import Producer
 from graphopt.sources.base import ModelSource, common_dtype, tokenizer_in
-from graphopt.sources.config_schema import check_config, check_sizes
+from graphopt.sources.config_schema import check_config, check_sizes, without_code
 from graphopt.sources.confined import inside
 from graphopt.sources.generation import read_generation
 from graphopt.sources.refusals import REMEDY, refuse_adapter, refuse_quantised, unfit_folder
@@ -59,8 +59,7 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedCon
     check_config(path, data, names)
     try:
         if kind is not None:
-            data.pop("auto_map", None)  # or it would be followed when the model is built
-            config: Any = kind.from_dict(data)
+            config: Any = kind.from_dict(without_code(data))
         else:
             place = path.parent if path.name == CONFIG_NAME else path
             config = AutoConfig.from_pretrained(place, trust_remote_code=True)

@@ -8,9 +8,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from programs import tiny_program
 from tiny_models import byte_tokenizer
 
-from graphopt.ir.graph import Program
 from graphopt.sources import open_model
 
 
@@ -19,7 +19,9 @@ def test_program_and_its_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str | None
 ) -> None:
     saved = ModuleType("graphopt.saved")
-    program = Program("small", checkpoint_dtype=torch.bfloat16, tokenizer=str(tmp_path / "gone"))
+    program = tiny_program(layers=1)
+    program.name, program.checkpoint_dtype = "small", torch.bfloat16
+    program.tokenizer = str(tmp_path / "gone")
     saved.load_program = lambda root: program  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "graphopt.saved", saved)
     (tmp_path / "program.json").touch()

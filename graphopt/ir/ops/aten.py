@@ -126,6 +126,31 @@ def concretize(attrs: Mapping[str, Any], sizes: Mapping[sympy.Symbol, int]) -> d
     return {key: map_leaves(value, change) for key, value in attrs.items() if key != "types"}
 
 
+def _fits(value: Any, kind: str, types: Types) -> bool:
+    """True where a value can be an argument of a type of PyTorch's schemas."""
+    if kind.startswith("Optional["):
+        return value is None or _fits(value, kind[9:-1], types)
+    if kind.startswith("List["):
+        items = value if isinstance(value, list | tuple) else [value]
+        return all(_fits(item, kind[5:-1], types) for item in items)
+    if kind == "Tensor" and isinstance(value, In):
+        return 0 <= value.index < len(types) and types[value.index] is not None
+    if kind in _CLASSES:
+        return isinstance(value, _CLASSES[kind])
+    number = isinstance(value, int | float | sympy.Expr)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return False
+    if kind in ("int", "SymInt"):
+        return number and not isinstance(value, bool | float)
+    return number and (kind != "float" or not isinstance(value, bool))
+
+
+_CLASSES = {
+    "bool": bool, "str": str, "ScalarType": torch.dtype, "Layout": torch.layout,
+    "Device": torch.device, "MemoryFormat": torch.memory_format, "Generator": type(None),
+}  # fmt: skip
+
+
 @register
 class Aten(Op):
     """Any torch operator.
@@ -136,6 +161,43 @@ class Aten(Op):
 
     name = "aten"
     operands = ()
+
+    def check(self, attrs: Attrs, types: Types) -> None:
+        """Check the arguments by the operator's own schema.
+
+        Raises:
+            ValueError: One is missing, unknown, of another type, or an operand that is not there.
+        """
+        for name in ("args", "types"):
+            if name not in attrs:
+                raise ValueError(f"attribute {name!r} is not set")
+        kinds = attrs["types"]
+        if not isinstance(kinds, list) or not all(isinstance(kind, Type) for kind in kinds):
+            raise ValueError("attribute 'types' is no list of types")
+        args, kwargs = attrs["args"], attrs.get("kwargs", {})
+        if not isinstance(args, list) or not isinstance(kwargs, dict):
+            raise ValueError("attributes 'args' and 'kwargs' are no list and no dict")
+        try:
+            arguments = resolve_target(attrs["target"])._schema.arguments
+        except KeyError:
+            return  # capture's own marks, and operators of code that the user trusts
+        by_place = [argument for argument in arguments if not argument.kwarg_only]
+        if len(args) > len(by_place):
+            raise ValueError(f"{len(args)} arguments for {len(by_place)}")
+        given = {argument.name: value for argument, value in zip(by_place, args, strict=False)}
+        for name, value in kwargs.items():
+            if name in given or name not in [argument.name for argument in arguments]:
+                raise ValueError(f"it has no argument {name!r}, or has it twice")
+            given[name] = value
+        for argument in arguments:
+            if argument.name in given:
+                if not _fits(given[argument.name], str(argument.real_type), types):
+                    raise ValueError(
+                        f"argument {argument.name!r} is {given[argument.name]!r:.60}, not of type "
+                        f"{argument.real_type}"
+                    )
+            elif not argument.has_default_value():
+                raise ValueError(f"argument {argument.name!r} is missing")
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         return list(attrs["types"])

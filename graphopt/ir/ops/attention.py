@@ -5,7 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphopt.ir.ops.base import Attrs, Op, Tensors, Types, broadcast, need, register, same
+from graphopt.ir.ops.base import (
+    Attrs,
+    Count,
+    Number,
+    Op,
+    Positive,
+    Tensors,
+    Types,
+    broadcast,
+    need,
+    register,
+    same,
+)
 from graphopt.ir.types import Dim, Type, dim
 from graphopt.runtime import ops as runtime
 
@@ -36,6 +48,10 @@ class Attention(Op):
 
     name = "attention"
     operands = ("q", "k", "v", "mask?", "bias?", "slopes?", "sinks?", "past_k?", "past_v?")
+    attributes = {  # noqa: RUF012
+        "scale": Number, "causal": bool, "window": Count | None, "chunk": Count | None,
+        "softcap": Positive | None,
+    }  # fmt: skip
     defaults = {"window": None, "chunk": None, "softcap": None}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
@@ -151,6 +167,7 @@ class SplitHeads(_Move):
 
     name = "split_heads"
     operands = ("x",)
+    attributes = {"head_dim": Count, "swap": bool}  # noqa: RUF012
     defaults = {"swap": True}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
@@ -178,6 +195,7 @@ class MergeHeads(_Move):
 
     name = "merge_heads"
     operands = ("x",)
+    attributes = {"swap": bool}  # noqa: RUF012
     defaults = {"swap": True}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from functools import cache
+from typing import Annotated, Any, ClassVar
 
+import pydantic
 import sympy
 from torch import Tensor
 
@@ -14,6 +16,21 @@ from graphopt.ir.types import Dim, Type, dim
 Types = Sequence[Type | None]
 Tensors = Sequence[Tensor | None]
 Attrs = Mapping[str, Any]
+
+Number = Annotated[float, pydantic.Field(allow_inf_nan=False)]
+"""Type of an attribute that is a finite number."""
+
+Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+"""Type of a finite number above 0."""
+
+Least = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+"""Type of a finite number that is not negative."""
+
+Count = Annotated[int, pydantic.Field(ge=1, le=2**31)]
+"""Type of how many there are of something, at least one."""
+
+Offset = Annotated[int, pydantic.Field(ge=0, le=2**31)]
+"""Type of a place, or of how many there are where there may be none."""
 
 
 class Op(ABC):
@@ -25,12 +42,32 @@ class Op(ABC):
     Attributes:
         name: What the printer, recipes and saved programs call it.
         operands: Operand names in order; a trailing `?` marks one that may be absent.
-        defaults: Attributes the printer leaves out at these values.
+        attributes: The type of every attribute it has.
+        defaults: Attributes the printer leaves out at these values; the others must be given.
     """
 
     name: ClassVar[str]
     operands: ClassVar[tuple[str, ...]]
+    attributes: ClassVar[Mapping[str, Any]] = {}
     defaults: ClassVar[Mapping[str, Any]] = {}
+
+    def check(self, attrs: Attrs, types: Types) -> None:
+        """Check the attributes of a node, as a call gives them, by their declared types.
+
+        Raises:
+            ValueError: One is missing, unknown, or not of its type.
+        """
+        try:
+            _schema(type(self)).model_validate(dict(attrs))
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            name = str(first["loc"][0])
+            if first["type"] == "missing":
+                raise ValueError(f"attribute {name!r} is not set") from error
+            if first["type"] == "extra_forbidden":
+                raise ValueError(f"it has no attribute {name!r}") from error
+            wanted = first["msg"].replace("Input should", "it should")
+            raise ValueError(f"attribute {name!r} is {attrs[name]!r:.60}, and {wanted}") from error
 
     @abstractmethod
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
@@ -56,6 +93,15 @@ class Op(ABC):
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         """Compute fast; the default is the reference."""
         return self.reference(tensors, attrs)
+
+
+@cache
+def _schema(op: type[Op]) -> type[pydantic.BaseModel]:
+    fields: dict[str, Any] = {
+        name: (kind, op.defaults.get(name, ...)) for name, kind in op.attributes.items()
+    }
+    strict = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+    return pydantic.create_model(op.__name__, __config__=strict, **fields)
 
 
 _OPS: dict[str, Op] = {}

@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphopt.ir.ops.base import Attrs, Op, Tensors, Types, broadcast, need, register
+from graphopt.ir.ops.base import (
+    Attrs,
+    Number,
+    Op,
+    Positive,
+    Tensors,
+    Types,
+    broadcast,
+    need,
+    register,
+)
 from graphopt.ir.types import Dim, Type, dim
 from graphopt.runtime import ops as runtime
 
@@ -87,6 +97,7 @@ class Softcap(Unary):
     """y = cap tanh(x / cap). Source: Gemma 2, arXiv 2408.00118, section 2."""
 
     name = "softcap"
+    attributes = {"cap": Positive}  # noqa: RUF012
 
     def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         x = tensors[0]
@@ -99,6 +110,7 @@ class Scale(Unary):
     """y = factor x, with a plain number."""
 
     name = "scale"
+    attributes = {"factor": Number}  # noqa: RUF012
     cost = 1
 
     def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphopt.ir.ops.base import Attrs, Op, Tensors, Types, need, register
+from graphopt.ir.ops.base import Attrs, Offset, Op, Tensors, Types, need, register
 from graphopt.ir.types import Dim, Type
 
 
@@ -18,6 +18,7 @@ class Embedding(Op):
 
     name = "embedding"
     operands = ("ids", "weight")
+    attributes = {"offset": Offset}  # noqa: RUF012
     defaults = {"offset": 0}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import torch
 from torch import Tensor
 
-from graphopt.ir.ops.base import Attrs, Op, Tensors, Types, get_op, need, register, same
+from graphopt.ir.ops.base import (
+    Attrs,
+    Count,
+    Offset,
+    Op,
+    Tensors,
+    Types,
+    get_op,
+    need,
+    register,
+    same,
+)
 from graphopt.ir.types import Dim, Type, dim
 from graphopt.runtime import ops as runtime
+
+Activation = Annotated[str, pydantic.Field(pattern=f"^({'|'.join(runtime.ACTIVATIONS)})$")]
+"""Type of the name of an activation."""
 
 
 def _operand(tensors: Tensors, index: int) -> Tensor | None:
@@ -41,6 +56,7 @@ class TopGates(Op):
 
     name = "top_gates"
     operands = ("scores", "bias?", "extra?")
+    attributes = {"count": Count, "mean": Offset, "surrogate": bool, "balance": bool}  # noqa: RUF012
     defaults = {"mean": 0, "surrogate": False, "balance": False}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
@@ -162,6 +178,7 @@ class Experts(Op):
 
     name = "experts"
     operands = ("x", "gates", "up", "down", "gate?", "up_bias?", "gate_bias?")
+    attributes = {"act": Activation, "active": Count, "mean": Offset}  # noqa: RUF012
     defaults = {"mean": 0}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from graphopt.ir.ops.base import Attrs, Op, Tensors, Types, broadcast, need, register
+from graphopt.ir.ops.base import Attrs, Least, Number, Op, Tensors, Types, broadcast, need, register
 from graphopt.ir.types import Dim, Type, dim
 from graphopt.runtime import ops as runtime
 
@@ -30,6 +30,7 @@ class RmsNorm(Op):
 
     name = "rms_norm"
     operands = ("x", "weight?")
+    attributes = {"eps": Least, "offset": Number}  # noqa: RUF012
     defaults = {"offset": 0.0}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
@@ -57,6 +58,7 @@ class LayerNorm(Op):
 
     name = "layer_norm"
     operands = ("x", "weight?", "bias?")
+    attributes = {"eps": Least}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         return _infer(types)

@@ -5,7 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphopt.ir.ops.base import Attrs, Op, Tensors, Types, need, register, same
+from graphopt.ir.ops.base import (
+    Attrs,
+    Count,
+    Least,
+    Number,
+    Op,
+    Positive,
+    Tensors,
+    Types,
+    need,
+    register,
+    same,
+)
 from graphopt.ir.types import Dim, Type, dim
 from graphopt.runtime import ops as runtime
 
@@ -19,6 +31,7 @@ class RopeTable(Op):
 
     name = "rope_table"
     operands = ("positions", "inv_freq")
+    attributes = {"scale": Number}  # noqa: RUF012
     defaults = {"scale": 1.0}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
@@ -63,6 +76,7 @@ class ByLength(_Frequencies):
 
     name = "by_length"
     operands = ("positions", "short", "long")
+    attributes = {"length": Count}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         positions, short, long = need(types, 0), need(types, 1), need(types, 2)
@@ -94,6 +108,7 @@ class NtkFrequencies(_Frequencies):
 
     name = "ntk_frequencies"
     operands = ("positions", "exponents")
+    attributes = {"base": Positive, "factor": Least, "length": Count}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         positions, exponents = need(types, 0), need(types, 1)
@@ -129,6 +144,7 @@ class Rope(Op):
 
     name = "rope"
     operands = ("x", "cos", "sin")
+    attributes = {"interleaved": bool, "heads_first": bool}  # noqa: RUF012
     defaults = {"interleaved": False, "heads_first": True}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:

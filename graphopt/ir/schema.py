@@ -1,0 +1,110 @@
+"""The schema of `program.json`: what a saved program may say, before a program is made of it.
+
+It says what kind each entry is of and how many there may be. What names refer to is checked when
+the program is put together, attributes by their ops' own declarations, and types by inference.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from graphopt.inputs import Schema, Size
+from graphopt.ir.types import DTYPES
+
+MAX_WORK = 400_000
+"""Nodes of all calls together. 126 layers of a thousand nodes, more than any model has, are a
+third of it."""
+
+Name = Annotated[str, pydantic.Field(min_length=1, max_length=1000)]
+Dtype = Annotated[str, pydantic.Field(pattern=f"^({'|'.join(DTYPES)})$")]
+Shape = Annotated[list[Size], pydantic.Field(max_length=16)]
+Names = Annotated[list[Name], pydantic.Field(max_length=10_000)]
+
+
+class NodeEntry(Schema):
+    """One operation: the values it reads, None for an absent operand, and those it makes."""
+
+    model_config = pydantic.ConfigDict(populate_by_name=True)
+
+    op: Name
+    inputs: Annotated[list[Name | None], pydantic.Field(alias="in", max_length=1000)]
+    attrs: dict[str, Any]
+    out: Annotated[list[Name], pydantic.Field(min_length=1, max_length=1000)]
+
+
+class FunctionEntry(Schema):
+    """One function; a cache is (slot, past_k, past_v, present_k, present_v)."""
+
+    name: Name
+    params: Names
+    weights: dict[Name, Name]
+    caches: list[Annotated[list[Name], pydantic.Field(min_length=5, max_length=5)]]
+    nodes: Annotated[list[NodeEntry], pydantic.Field(max_length=100_000)]
+    results: Names
+
+
+class CallEntry(Schema):
+    """One call of a function."""
+
+    function: Name
+    args: Names
+    results: Names
+    weights: dict[Name, Name]
+    attrs: dict[str, Any]
+    caches: dict[Name, Name]
+    path: str
+
+
+class WeightEntry(Schema):
+    """One weight, without its value."""
+
+    name: Name
+    shape: Shape
+    dtype: Dtype
+    checkpoint: str | None
+    constant: bool
+
+
+class StateEntry(Schema):
+    """The KV cache of one layer."""
+
+    name: Name
+    heads: Annotated[int, pydantic.Field(ge=1, le=2**16)]
+    k_dim: Annotated[int, pydantic.Field(ge=1, le=2**16)]
+    v_dim: Annotated[int, pydantic.Field(ge=1, le=2**16)]
+    dtype: Dtype
+
+
+class ProgramEntry(Schema):
+    """A whole program."""
+
+    format: Literal["graphopt-program"]
+    version: int
+    name: str
+    source: str
+    checkpoint_dtype: Dtype
+    inputs: dict[Name, Any]
+    outputs: Names
+    functions: Annotated[list[FunctionEntry], pydantic.Field(max_length=10_000)]
+    calls: Annotated[list[CallEntry], pydantic.Field(max_length=10_000)]
+    weights: list[WeightEntry]
+    states: list[StateEntry]
+    config: dict[str, Any]
+    generation: dict[str, Any] = pydantic.Field(default_factory=dict)
+    notes: list[Annotated[list[str], pydantic.Field(min_length=2, max_length=2)]]
+
+    @pydantic.field_validator("states", mode="before")
+    @classmethod
+    def _named_fields(cls, value: Any) -> Any:
+        """A state is saved as the list of its fields."""
+        names = list(StateEntry.model_fields)
+        if not isinstance(value, list):
+            return value
+        return [
+            dict(zip(names, item, strict=True))
+            if isinstance(item, list) and len(item) == len(names)
+            else item
+            for item in value
+        ]
