@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, cast
@@ -71,7 +70,7 @@ def _errors_as_sentences(command: Callable[Args, None]) -> Callable[Args, None]:
             raise typer.Exit(1) from None
         except Exception as error:
             if debug:
-                traceback.print_exc()
+                ui.say_traceback()
             message, remedy, code = describe_error(error, command.__name__)
             ui.say_error(message, remedy)
             raise typer.Exit(code) from None
@@ -474,8 +473,7 @@ def generate_command(
     ):
         pieces.append(piece)
         if not as_json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            ui.write_piece(piece)
     if as_json:
         seconds = time.perf_counter() - start
         found = {"model": model, "backend": opened.backend, "prompt": prompt}
@@ -578,7 +576,7 @@ def plan_attention_command(
     if as_json:
         _print_json(dataclasses.asdict(plan))
     else:
-        ui.stdout().print("\n".join(plan.lines()), soft_wrap=True, highlight=False, markup=False)
+        ui.stdout().print("\n".join(plan.lines()), soft_wrap=True)
 
 
 @app.command()
@@ -616,6 +614,7 @@ def main() -> NoReturn:
     # A tracer makes millions of small objects that live as long as the process. Looking for
     # cycles among them, while they are made and once more at exit, takes seconds.
     gc.set_threshold(100_000, 20, 100)
+    ui.keep_logs_plain()
     # A library that asks whether code may run gets no answer, not even from a pipe.
     sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     try:

@@ -1,14 +1,25 @@
-"""What the command line prints: echo, progress, tables."""
+"""What the command line prints: echo, progress, tables.
+
+Names, notes and tokens of a model are data: nothing in them styles the output or is obeyed by the
+terminal. That is seen to in one place, `_Console.render`, for whatever is printed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
+import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
+
+from graphopt.plain import plain_line, plain_text
 
 if TYPE_CHECKING:
     from graphopt.ir.graph import Program
@@ -16,17 +27,60 @@ if TYPE_CHECKING:
     from graphopt.report import PassEntry, Report
 
 
+class _Console(Console):
+    """A console that prints text as text: without markup, and without control characters."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            # Rich's own control codes come in segments of their own, styles apart from the text.
+            plain = segment.text if segment.control else plain_text(segment.text)
+            yield Segment(plain, segment.style, segment.control)
+
+
 def stdout() -> Console:
     """Return the console for results; it honours NO_COLOR and never wraps when piped."""
-    console = Console(highlight=False, soft_wrap=False)
+    console = _Console(soft_wrap=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.width, 120))
+        console = _Console(width=max(console.width, 120))
     return console
 
 
 def stderr() -> Console:
     """Return the console for progress and errors."""
-    return Console(stderr=True, highlight=False)
+    return _Console(stderr=True)
+
+
+def write_piece(text: str) -> None:
+    """Write a piece of generated text to stdout at once; a carriage return is left out."""
+    sys.stdout.write(plain_text(text.replace("\r", "")))
+    sys.stdout.flush()
+
+
+def say_traceback() -> None:
+    """Write the traceback of the error at hand to stderr."""
+    sys.stderr.write(plain_text(traceback.format_exc()))
+
+
+def keep_logs_plain() -> None:
+    """Let what libraries log, and warn of, go through the same as what graphopt prints."""
+    make, show = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = make(*args, **kwargs)
+        with contextlib.suppress(Exception):  # a bad format string is the logger's to report
+            made.msg, made.args = plain_text(made.getMessage()), ()
+        return made
+
+    def warning(*args: Any, **kwargs: Any) -> str:
+        return plain_text(show(*args, **kwargs))
+
+    logging.setLogRecordFactory(record)
+    warnings.formatwarning = warning
 
 
 MAX_MESSAGE = 1000
@@ -41,9 +95,9 @@ def say_error(message: str, remedy: str = "") -> None:
         half = MAX_MESSAGE // 2
         message = f"{message[:half]} ... {message[-half:]}"
     console.print("error: ", style="bold red", end="")
-    console.print(message, markup=False, soft_wrap=True)
+    console.print(message, soft_wrap=True)
     if remedy:
-        console.print(remedy, markup=False, soft_wrap=True)
+        console.print(remedy, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -56,7 +110,7 @@ def progress_bars() -> Iterator[ProgressCallback]:
         yield silent
         return
     bars = Progress(
-        TextColumn("{task.description}", justify="left"),
+        TextColumn("{task.description}", justify="left", markup=False),
         BarColumn(bar_width=28),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
@@ -117,7 +171,7 @@ def print_rows(console: Console, rows: Iterable[tuple[str, str]]) -> None:
     """Print aligned `label  text` lines."""
     for label, text in rows:
         console.print(f"{label:<9}", style="dim", end="")
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(plain_line(text), soft_wrap=True)
 
 
 def pass_table(entries: Iterable[PassEntry]) -> Table:
@@ -205,18 +259,16 @@ def _along_the_way(entry: PassEntry) -> str:
 def print_passes(console: Console, entries: list[PassEntry]) -> None:
     """Print the table of passes, and under it what they did on the way and left alone, and why."""
     if not entries:
-        console.print("[dim]The recipe has no passes.[/dim]")
+        console.print("The recipe has no passes.", style="dim")
         return
     console.print(pass_table(entries))
     print_rows(console, [("verified", _verdict(entries))])
     for entry in entries:
         line = _along_the_way(entry)
         if line:
-            console.print(f"  {entry.name} {line}", markup=False, soft_wrap=True)
+            console.print(f"  {entry.name} {line}", soft_wrap=True)
         for skip in entry.skipped:
-            console.print(
-                f"  {entry.name} skipped {skip.where}: {skip.reason}", markup=False, soft_wrap=True
-            )
+            console.print(f"  {entry.name} skipped {skip.where}: {skip.reason}", soft_wrap=True)
 
 
 def print_report(console: Console, report: Report) -> None:
@@ -240,7 +292,7 @@ def print_inspection(console: Console, program: Program, found: dict[str, Any]) 
     from graphopt.ir.printer import format_count
 
     sizes = ", ".join(f"{name}={size}" for name, size in found["sizes"].items())
-    console.print(found["program"], markup=False, soft_wrap=True)
+    console.print(found["program"], soft_wrap=True)
     console.print()
     print_rows(console, describe(program))
     if not found["kv_cache"]:
@@ -260,22 +312,21 @@ def print_inspection(console: Console, program: Program, found: dict[str, Any]) 
         rows.append((name.replace("_", " "), f"{format_bytes(cost['value'])}  {cost['symbolic']}"))
     width = max(len(label) for label, _ in rows) + 2
     for label, text in rows:
-        console.print(f"[dim]{label:<{width}}[/dim]", end="")
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(f"{label:<{width}}", style="dim", end="")
+        console.print(text, soft_wrap=True)
 
 
 def print_pass_list(console: Console, found: list[dict[str, Any]], *, full: bool) -> None:
     """Print passes with their options; `full` adds the legality rules."""
     for item in found:
         kind = "exact" if item["exact"] else "lossy"
-        console.print(f"[bold]{item['name']}[/bold]  [dim]{kind}[/dim]")
-        console.print(f"  {item['doc'] if full else item['summary']}", markup=False)
+        console.print(item["name"], style="bold", end="  ")
+        console.print(kind, style="dim")
+        console.print(f"  {item['doc'] if full else item['summary']}")
         for option in item["options"]:
-            console.print(
-                f"  {option['name']}: {option['type']} = {option['default']!r}", markup=False
-            )
+            console.print(f"  {option['name']}: {option['type']} = {option['default']!r}")
         if item["requires"]:
-            console.print(f"  requires {', '.join(item['requires'])}", markup=False)
+            console.print(f"  requires {', '.join(item['requires'])}")
 
 
 def print_targets(console: Console, found: list[dict[str, Any]], *, full: bool) -> None:
@@ -301,11 +352,11 @@ def print_targets(console: Console, found: list[dict[str, Any]], *, full: bool) 
         console.print()
         for memory in item["memories"]:
             size = format_bytes(memory["bytes"]) if memory["bytes"] else "-"
-            console.print(f"  {memory['name']}: {size} a {memory['per']}", markup=False)
+            console.print(f"  {memory['name']}: {size} a {memory['per']}")
         for name, limit in item["limits"].items():
-            console.print(f"  {name}: {limit}", markup=False)
+            console.print(f"  {name}: {limit}")
         for figure, source in item["sources"].items():
-            console.print(f"  source of {figure}: {source}", markup=False, soft_wrap=True)
+            console.print(f"  source of {figure}: {source}", soft_wrap=True)
 
 
 def print_diff(console: Console, found: dict[str, Any]) -> None:
@@ -314,7 +365,7 @@ def print_diff(console: Console, found: dict[str, Any]) -> None:
 
     styles = {"+": "green", "-": "red", "@": "cyan"}
     for line in found["structure"]:
-        console.print(line, style=styles.get(line[:1]), markup=False, soft_wrap=True)
+        console.print(line, style=styles.get(line[:1]), soft_wrap=True)
     if not found["structure"]:
         console.print("The programs have the same structure.")
     weights = found["weights"]
@@ -330,7 +381,7 @@ def print_diff(console: Console, found: dict[str, Any]) -> None:
     rows.append(("weights", f"{equal} of {weights['common']} common ones are equal{compared}"))
     for label, text in rows:
         console.print(f"{label:<12}", style="dim", end="")
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
     if weights["changed"]:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("weight", no_wrap=True)

@@ -328,7 +328,7 @@ class OnnxArtifactModel(LanguageModel):
         path = folder / "model.onnx"
         check_onnx(path, constants)
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is said by an exception, not by its log
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]

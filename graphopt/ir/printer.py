@@ -13,6 +13,7 @@ from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import map_leaves
 from graphopt.ir.shapes import infer_function, infer_program
 from graphopt.ir.types import DTYPE_NAMES, Type
+from graphopt.plain import plain_line
 
 _WIDTH = 88
 _INFIX = {"add": "+", "mul": "*"}
@@ -174,7 +175,7 @@ def print_program(program: Program) -> str:
         lines.extend(_param_lines(calls))
     for where, reason in program.notes:
         lines.append(f"note     {where}: {reason}")
-    return "\n".join(lines)
+    return "\n".join(map(plain_line, lines))
 
 
 def _param_lines(calls: list[Call]) -> list[str]:

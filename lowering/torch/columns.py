@@ -49,7 +49,7 @@ class Columns:
         if len(differing) == 1 and differing[0] % 2:
             place = differing[0]
             values = [row[place] for row in parts]
-            if all(str(int(value)) == value for value in values):
+            if all(len(value) < 10 and str(int(value)) == value for value in values):
                 index = self._variable("i", numbers([int(value) for value in values]))
                 head, tail = "".join(parts[0][:place]), "".join(parts[0][place + 1 :])
                 return f'f"{head}{{{index}}}{tail}"'

@@ -1,0 +1,215 @@
+"""Nothing that a model says is obeyed by a terminal, or by a browser that shows its report."""
+
+from __future__ import annotations
+
+import html.parser
+import io
+import json
+import logging
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hostile import change
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs import tiny_program
+from tiny_models import save_tiny
+from typer.testing import CliRunner
+
+import graphopt as go
+from graphopt import console as ui
+from graphopt.cli import app
+from graphopt.errors import SourceError
+from graphopt.plain import plain_line, plain_text
+from graphopt.report import ArtifactEntry, BlockEntry, PassEntry, Report, SkipEntry
+from graphopt.report_page import render
+
+ESCAPES = (
+    "\x1b[31mred", "\x1b]0;title\x07", "\x1b]52;c;ZXZpbA==\x07", "\x9b2J", "a\rb",
+    "\x08\x08", "\x00", "\u202egnp.exe", "\u2066x\u2069", "\x1b]8;;http://evil\x1b\\link",
+    "\x7f", "[red]x[/red]", "[link=http://evil]x[/link]", "[/]", ":smile:", "\ud800",
+)  # fmt: skip
+BAD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text(st.characters()))
+def test_plain_text(text: str) -> None:
+    plain = plain_text(text)
+    assert not BAD.search(plain) and "\n" not in plain_line(text)
+    plain.encode()
+    if not BAD.search(text) and "\u2028" not in text and "\u2029" not in text:
+        assert plain == text
+    assert plain_text(plain) == plain
+
+
+@pytest.fixture(params=[True, False], ids=["terminal", "pipe"])
+def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """Where a console writes; on a terminal Rich's own codes are there too, so colours are off."""
+    file = io.StringIO()
+    make = ui._Console.__init__
+    options = {"file": file, "force_terminal": request.param, "color_system": None, "width": 200}
+    monkeypatch.setattr(ui._Console, "__init__", lambda self, **kw: make(self, **{**kw, **options}))
+    return file
+
+
+@pytest.mark.parametrize("evil", ESCAPES, ids=ascii)
+def test_whatever_is_printed(screen: io.StringIO, evil: str) -> None:
+    from rich.table import Table
+
+    table = Table(evil)
+    table.add_row(evil)
+    console = ui.stdout()
+    console.print(evil)
+    console.print(table)
+    ui.print_rows(console, [("note", f"{evil}\nartifact  elsewhere")])
+    ui.say_error(f"{evil} is wrong.", evil)
+    ui.print_report(console, Report(
+        source=evil, name=evil, recipe=evil,
+        artifact=ArtifactEntry("out", 1, [evil], [evil], [SkipEntry(evil, evil)]),
+    ))  # fmt: skip
+    ui.print_passes(
+        console,
+        [PassEntry(evil, {}, True, skipped=[SkipEntry(evil, evil)], details={"order": [evil]})],
+    )
+    shown = screen.getvalue()
+    assert not BAD.search(shown)
+    if ("[" in evil and "\x1b" not in evil) or (":" in evil and "\x1b" not in evil):
+        assert evil in shown  # as it is, not as markup
+    assert "\nartifact" not in shown.split("error:")[0].replace("\nartifact  out", "")
+
+
+def run(*args: Any) -> str:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.stdout + result.stderr
+
+
+def test_commands_on_a_model_full_of_them(tmp_path: Path) -> None:
+    """Names of program, notes, values, weights, calls and config, by every command."""
+    root = tmp_path / "out"
+    program = tiny_program(layers=2, cache=True, vocab=300)
+    save_tiny(tmp_path / "tokenizer")
+    program.tokenizer = str(tmp_path / "tokenizer")
+    go.emit(program, root, emit=("torch",))
+    evil = "\x1b[31m\x1b]0;t\x07\r\u202e[bold]"
+
+    def edit(data: dict[str, Any]) -> None:
+        data["name"] = data["source"] = evil
+        data["notes"] = [[evil, evil]]
+        data["config"] = {"model_type": evil, "architectures": [evil]}
+        text = json.dumps(data)
+        for name in ("norm.weight", "logits"):
+            text = text.replace(json.dumps(name), json.dumps(name + evil))
+        data.update(json.loads(text))
+
+    change(root, edit)
+    shutil.copytree(root, tmp_path / "other")
+    (tmp_path / "text").write_text("the quick brown fox " * 40)
+    for args in (
+        ["inspect", root],
+        ["diff", root, tmp_path / "other"],
+        ["eval", root, "--backend", "program", "--text", tmp_path / "text", "--seqlen", 16],
+        ["generate", root, "--backend", "program", "--prompt", "the", "--max-new-tokens", 4],
+        ["compile", root, "-o", tmp_path / "again", "--emit", "torch", "--passes", ""],
+        ["compile", root, "-o", tmp_path / "hf", "--emit", "hf", "--dry-run"],
+        ["inspect", tmp_path / evil],
+    ):
+        shown = run(*args)
+        assert shown and not BAD.search(shown.replace("\r\n", "\n")), (args, shown)
+    for path in (tmp_path / "again").rglob("*.txt"):
+        assert not BAD.search(path.read_text()), path
+    model = (tmp_path / "again" / "model.py").read_text()
+    assert not BAD.search(model)
+
+
+@pytest.mark.parametrize("evil", ESCAPES, ids=ascii)
+def test_generated_text(capsys: pytest.CaptureFixture[str], evil: str) -> None:
+    ui.write_piece(f"a{evil}b\n")
+    assert not BAD.search(capsys.readouterr().out)
+
+
+def test_what_libraries_log_and_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    factory = logging.getLogRecordFactory()
+    stream = io.StringIO()
+    logger, handler = logging.getLogger("some.library"), logging.StreamHandler(stream)
+    logger.addHandler(handler)
+    try:
+        ui.keep_logs_plain()
+        logger.warning("config says %s", "\x1b[31m")
+        logger.warning("100%% of %s\x9b")
+        try:
+            raise ValueError("\x1b[2J")
+        except ValueError:
+            ui.say_traceback()
+        text = warnings.formatwarning("\x1b[31m", UserWarning, "file.py", 1)
+    finally:
+        logging.setLogRecordFactory(factory)
+        logger.removeHandler(handler)
+    assert "\\x1b[31m" in stream.getvalue() and not BAD.search(stream.getvalue() + text)
+
+
+# The report -------------------------------------------------------------------------------------
+
+MARKUP = "<img src=x onerror=alert(1)>\"'&</title></script><script>evil()</script>"
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would make of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def everywhere(value: Any) -> Any:
+    """Put markup into every text of JSON data, keys included."""
+    if isinstance(value, str):
+        return value + MARKUP
+    if isinstance(value, dict):
+        return {key: everywhere(item) for key, item in value.items()}
+    return [everywhere(item) for item in value] if isinstance(value, list) else value
+
+
+def test_a_report_shows_text_as_text() -> None:
+    details = {
+        "scores": [{f"block {MARKUP}": 1.0, "b": 2.0}], "order": [f"block {MARKUP}", "b"],
+        "perplexity": [{"after": "a", "value": 3.0}, {"after": "b", "value": 4.0}],
+        "training": [{"name": "x", "where": "y", "losses": [[0, 1.0], [1, 0.5]],
+                      "checks": [[0, 1.0], [1, 0.5]], "stopped": "early"}],
+        "controls": [{"name": "x", "loss": 1.0, "perplexity": 2.0}],
+        "parts": [{"where": "a", "shared": "x"}, {"where": "b", "shared": "y"}],
+        "seconds": {f"part {MARKUP}": 1.0}, "work": [{"what": "x"}], "loads": [{"where": "x"}],
+        "refits": [{"where": "x", "before": 1.0, "after": 0.5}],
+    }  # fmt: skip
+    entry = PassEntry("p", {}, False, skipped=[SkipEntry("w", "r")], details=details,
+                      verification="v")  # fmt: skip
+    report = Report(
+        source="s", name="n", recipe="r", target="t", passes=[entry], versions={"torch": "1"},
+        machine={"system": "s", "processor": "p", "cores": 2}, stages={f"s{MARKUP}": 1.0},
+        probe={"tokens": 1, "is_text": False, "note": "n"}, dtype="d",
+        artifact=ArtifactEntry("out", 1, ["e"], ["u"], [SkipEntry("w", "r")]),
+        blocks=[BlockEntry("b", {"attention": 3}, {"attention": 4})],
+    )  # fmt: skip
+    data = everywhere(report.to_json())
+    data["versions"] = {f"torch{MARKUP}": f"1{MARKUP}"}
+    page = Page()
+    page.feed(render(data))
+    tags = {tag for tag, _ in page.found}
+    assert not tags & {"img", "script", "iframe", "object", "embed", "link", "form"}
+    for tag, attrs in page.found:
+        assert not any(name.startswith("on") for name in attrs), (tag, attrs)
+        assert not {"src", "href", "action", "xlink:href"} & set(attrs), (tag, attrs)
+
+
+def test_an_error_names_odd_files_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SourceError):
+        go.capture(str(tmp_path / "\x1b[31m"))
