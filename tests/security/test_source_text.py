@@ -46,8 +46,7 @@ def damaged(where: str, payload: str, data: dict[str, Any]) -> dict[str, Any]:
             for call in data["calls"]:
                 call["path"] = payload
         case "config":
-            data["config"] = {"eos_token_id": payload, "model_type": payload}
-            data["config"]["chat_template"] = payload
+            data["config"] = {"model_type": payload, "architectures": [payload]}
         case "function":
             return rename(data, block["name"], payload)
         case "parameter":
@@ -61,7 +60,13 @@ def damaged(where: str, payload: str, data: dict[str, Any]) -> dict[str, Any]:
         case "state":
             return rename(data, data["states"][0][0], payload)
         case "attribute":
-            return rename(data, "window", payload)
+            for function in data["functions"]:
+                for node in function["nodes"]:
+                    if node["attrs"].get("window") == {"param": "window"}:
+                        node["attrs"]["window"] = {"param": payload}
+            for call in data["calls"]:
+                if "window" in call["attrs"]:
+                    call["attrs"][payload] = call["attrs"].pop("window")
     return data
 
 
@@ -71,7 +76,7 @@ WHERE = ("program", "note", "path", "config", "function", "parameter", "value", 
 
 def sources(where: str, payload: str, target: str) -> dict[str, str] | None:
     """Return the files of a program with a name changed; None where it is refused."""
-    program = tiny_program(layers=3, window=3, cache=True, hidden=64, head_dim=32, heads=2)
+    program = tiny_program(layers=2, window=3, cache=True, hidden=64, head_dim=32, heads=2)
     data = json.loads(json.dumps(program_to_json(program)))
     try:
         changed = program_from_json(damaged(where, payload, data), {})
@@ -100,7 +105,9 @@ def test_names_in_model_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wher
     plain = sources("", "", "cpu")
     assert plain is not None
     written = 0
-    for number, payload in enumerate(PAYLOADS):
+    # Every payload goes to some places, and every place gets some of each kind.
+    chosen = PAYLOADS[WHERE.index(where) % 4 :: 4]
+    for number, payload in enumerate(chosen):
         files = sources(where, payload.replace("RAN", str(tmp_path / "ran")), "cpu")
         if files is None:
             continue
@@ -112,15 +119,15 @@ def test_names_in_model_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wher
         module = import_model(path)
         assert not (tmp_path / "ran").exists(), payload
         del sys.modules[module.__name__]
-    assert written > len(PAYLOADS) // 2
+    assert written > len(chosen) // 2
 
 
-@pytest.mark.parametrize("where", ["program", "path", "function", "attribute", "weight"])
+@pytest.mark.parametrize("where", ["program", "path", "attribute"])
 def test_names_in_the_files_of_kernels(where: str) -> None:
     """The folder of kernels mentions no name of the program at all."""
     plain = sources("", "", "ampere")
     assert plain is not None
-    for payload in PAYLOADS[:8]:
+    for payload in PAYLOADS[:2]:
         files = sources(where, payload, "ampere")
         if files is not None:
             assert {k: v for k, v in files.items() if k != "model.py"} == {
