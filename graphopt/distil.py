@@ -29,6 +29,7 @@ from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import evaluate
 from graphopt.ir.weights import Array, Weight
 from graphopt.passes.base import Context, Skip
+from graphopt.snapshot import taking_up
 from graphopt.tune import (
     Form,
     Lessons,
@@ -208,7 +209,8 @@ class Distiller:
             return self.windows
         path = self._saved("text")
         if path is not None and path.is_file():
-            own = torch.load(path, weights_only=True)
+            with taking_up(path):
+                own = torch.load(path, weights_only=True)
         else:
             started = time.perf_counter()
             own = sample_windows(
@@ -346,13 +348,14 @@ class Distiller:
         path = self._saved("stages")
         if path is None or not path.is_file():
             return
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.resume_structure(state["blocks"])
-        for name, value in state["weights"].items():
-            assign(self.program, name, value.to(self.device))
-        self.done, self.details = state["done"], json.loads(state["details"])
-        self.skipped = [Skip(where, reason) for where, reason in state["skipped"]]
-        self.started -= state["spent"]
+        with taking_up(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.resume_structure(state["blocks"])
+            for name, value in state["weights"].items():
+                assign(self.program, name, value.to(self.device))
+            self.done, self.details = state["done"], json.loads(state["details"])
+            self.skipped = [Skip(where, reason) for where, reason in state["skipped"]]
+            self.started -= state["spent"]
 
     def resume_structure(self, blocks: list[str]) -> None:
         """Bring the program to the blocks it had when it was kept, for passes that change them."""

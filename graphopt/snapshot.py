@@ -8,13 +8,15 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 import torch
 
-from graphopt.errors import SourceError
+from graphopt.boundary import out_of_memory
+from graphopt.errors import GraphoptError, SourceError, reason
 from graphopt.inputs import Schema, parse, read_json, shown
 from graphopt.ir.graph import Program
 from graphopt.ir.serialize import program_from_json, program_to_json
@@ -41,6 +43,27 @@ class _Snapshot(Schema):
     stored: dict[str, Annotated[list[str], pydantic.Field(min_length=2, max_length=2)]]
     entries: list[dict[str, Any]]
     figures: dict[str, Any]
+
+
+@contextlib.contextmanager
+def taking_up(path: Path) -> Iterator[None]:
+    """Give what is wrong with the saved state of an interrupted run its sentence.
+
+    A state is read by torch's own reader, which has assorted errors for damaged files.
+
+    Raises:
+        SourceError: The body could not take up what `path` holds.
+    """
+    try:
+        yield
+    except GraphoptError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise SourceError(
+            f"{path} is damaged: {reason(error)}.", "Leave --resume out to start again."
+        ) from error
 
 
 def fingerprint(program: Program) -> str:

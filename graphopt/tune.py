@@ -30,6 +30,7 @@ from graphopt.ir.execute import Runner, complete_inputs, run_function
 from graphopt.ir.graph import Call, Program, Value
 from graphopt.ir.types import B, P, S
 from graphopt.progress import Progress, silent
+from graphopt.snapshot import taking_up
 
 TOKENS_OF_LOGITS = 2048
 """Tokens whose logits are in memory at once."""
@@ -800,21 +801,22 @@ class Tuner:
         """Take up the saved state, if there is one; return the result so far."""
         if self.saved is None or not self.saved.is_file():
             return self.result
-        state = torch.load(self.saved, map_location="cpu", weights_only=True)
-        with torch.no_grad():
-            for parameter, value in zip(self._parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
-        self._optimizer.load_state_dict(state["optimizer"])
-        for group in self._optimizer.param_groups:
-            # Loading puts a copy in the group, and a rate is set through its own tensor.
-            group["lr"] = self._rates[group["factor"]]
-        self._order.set_state(state["order"])
-        self._queue = state["queue"]
-        self._best, kept = state["best"]
-        self._best_state = [value.to(self.student.device) for value in kept]
-        self._checked_at, self._worse = state["checks"]
-        self._rate = state["rate"]
-        self.result = Tuned(**state["result"])
+        with taking_up(self.saved):
+            state = torch.load(self.saved, map_location="cpu", weights_only=True)
+            with torch.no_grad():
+                for parameter, value in zip(self._parameters, state["parameters"], strict=True):
+                    parameter.copy_(value)
+            self._optimizer.load_state_dict(state["optimizer"])
+            for group in self._optimizer.param_groups:
+                # Loading puts a copy in the group, and a rate is set through its own tensor.
+                group["lr"] = self._rates[group["factor"]]
+            self._order.set_state(state["order"])
+            self._queue = state["queue"]
+            self._best, kept = state["best"]
+            self._best_state = [value.to(self.student.device) for value in kept]
+            self._checked_at, self._worse = state["checks"]
+            self._rate = state["rate"]
+            self.result = Tuned(**state["result"])
         return self.result
 
 

@@ -11,13 +11,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from programs import tiny_program
 
 import graphopt as go
 from graphopt import compiler, output_folder
 from graphopt.errors import GraphoptError, SourceError, UsageError
 from graphopt.pipeline import Pipeline
-from graphopt.snapshot import SNAPSHOT_NAME
+from graphopt.snapshot import SNAPSHOT_NAME, taking_up
 
 CAPTURE = importlib.import_module("graphopt.capture")
 OUT = Path("out")
@@ -209,3 +210,16 @@ def test_snapshots_with_other_types():
                 continue
             assert key in ("entries", "figures")  # {} and [] say less, and nothing wrong
             interrupted(**options)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04", b"\x80\x04N."])
+def test_saved_states_that_are_damaged(content):
+    path = Path("state.pt")
+    path.write_bytes(content)
+    damaged = pytest.raises(SourceError, match=r"state\.pt is damaged: .+\. Leave --resume out")
+    with damaged, taking_up(path):
+        torch.load(path, weights_only=True)
+    torch.save({"other": 1}, path)
+    damaged = pytest.raises(SourceError, match=r"state\.pt is damaged: KeyError 'done'")
+    with damaged, taking_up(path):
+        torch.load(path, weights_only=True)["done"]
