@@ -215,6 +215,12 @@ def compile_command(
             "where there are many.",
         ),
     ] = False,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MAX_COUNT, help="Tokens of a text; what the config states by default."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done; read no weight.")
     ] = False,
@@ -267,6 +273,7 @@ def compile_command(
             force=force,
             strict=strict,
             onnx_moe=onnx_moe,
+            max_length=max_length,
             dry_run=dry_run,
             stop_after=stop_after,
             dump_ir=dump_ir,
@@ -469,7 +476,13 @@ def generate_command(
     start = time.perf_counter()
     pieces: list[str] = []
     for piece in generate(
-        opened, tokenizer, prompt, max_new_tokens=max_new_tokens, raw=raw, **options
+        opened,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        raw=raw,
+        say=ui.say_note,
+        **options,
     ):
         pieces.append(piece)
         if not as_json:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from graphopt.devices import usable_device
 from graphopt.errors import LoweringError, UsageError
 from graphopt.evaluate import read_text
+from graphopt.ir.context import set_max_length
 from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program
 from graphopt.ir.types import DTYPE_NAMES
@@ -213,6 +214,7 @@ def compile_model(
     force: bool = False,
     strict: bool = False,
     onnx_moe: bool = False,
+    max_length: int | None = None,
     dry_run: bool = False,
     stop_after: str | None = None,
     dump_ir: str | Path | None = None,
@@ -241,6 +243,7 @@ def compile_model(
         force: Replace `out` if it exists, once the new one is complete.
         strict: Refuse what would run without a kernel of the target.
         onnx_moe: In the ONNX form, experts become com.microsoft::MoE.
+        max_length: How many tokens texts may have; None for what the config states.
         dry_run: Only say what would be done: no weight is read and nothing is written.
         stop_after: Leave out the passes behind the one of this name.
         dump_ir: Folder for the program before and after every pass as text.
@@ -277,8 +280,11 @@ def compile_model(
         with Meter() as whole:
             with Meter() as capturing:
                 program = capture(model, trust_remote_code=trust_remote_code)
+            if max_length is not None:
+                set_max_length(program, max_length)
             if on_capture is not None:
                 on_capture(program)
+            length = program.max_length
             planned, entries = pipeline.plan(program)
             structural = not any(item.reads_weights for item in pipeline.passes)
             if structural:
@@ -302,6 +308,8 @@ def compile_model(
                     progress=progress,
                     on_pass=on_pass,
                 )
+                # A snapshot has that of the run which made it.
+                program.max_length = length
                 if not structural:
                     emission.check(program)
         report.stages = {"capture": capturing.seconds, **report.stages}

@@ -100,6 +100,11 @@ def say_error(message: str, remedy: str = "") -> None:
         console.print(remedy, soft_wrap=True)
 
 
+def say_note(message: str) -> None:
+    """Write a sentence beside a result to stderr."""
+    stderr().print(message, style="dim", markup=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def progress_bars() -> Iterator[ProgressCallback]:
     """Give a progress callback that draws bars on stderr while it is a terminal."""

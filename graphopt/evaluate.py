@@ -22,6 +22,7 @@ from torch import Tensor
 
 from graphopt.errors import SourceError, UsageError, reason
 from graphopt.inputs import OpenSchema, parse, parse_json, read_utf8
+from graphopt.ir.context import context_length, rotary_parameters, stated_length
 from graphopt.ir.execute import complete_inputs
 from graphopt.ir.graph import Program
 from graphopt.progress import Progress, silent
@@ -52,6 +53,7 @@ class LanguageModel(ABC):
         config: The Hugging Face config as a dict; {} where there is none.
         generation: How text is to be generated, as `Program.generation` has it.
         tokenizer: Folder with its tokenizer; None if there is none.
+        length: How many tokens a text may have; None where that is what the config states.
     """
 
     backend: ClassVar[str]
@@ -59,6 +61,7 @@ class LanguageModel(ABC):
     config: dict[str, Any]
     generation: Mapping[str, Any] = {}
     tokenizer: Path | None
+    length: int | None = None
 
     @abstractmethod
     def start(self, batch: int) -> Any:
@@ -86,13 +89,8 @@ class LanguageModel(ABC):
 
     @property
     def positions(self) -> int | None:
-        """How many tokens the model was made for; None if the config does not say."""
-        for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
-            if isinstance(self.config.get(key), int):
-                # Dynamic NTK is for texts so much longer than the config says.
-                stretch = [entries.get("factor", 1) for entries in self._rotary("dynamic")]
-                return int(self.config[key] * max(stretch, default=1))
-        return None
+        """How many tokens a text may have; None if nothing says it."""
+        return self.length or stated_length(self.config)
 
     @property
     def settings(self) -> GenerationSettings:
@@ -107,16 +105,10 @@ class LanguageModel(ABC):
     def rotary_switch(self) -> int | None:
         """Tokens of the longest text with LongRoPE's short frequencies; None for other models."""
         lengths = [
-            entries.get("original_max_position_embeddings") for entries in self._rotary("longrope")
+            entries.get("original_max_position_embeddings")
+            for entries in rotary_parameters(self.config, "longrope")
         ]
         return next((length for length in lengths if isinstance(length, int)), None)
-
-    def _rotary(self, kind: str) -> list[dict[str, Any]]:
-        """Return the rotary parameters of one kind in the config, of all layers or of some."""
-        stated = self.config.get("rope_parameters")
-        stated = stated if isinstance(stated, dict) else {}
-        found = [stated, *(entries for entries in stated.values() if isinstance(entries, dict))]
-        return [entries for entries in found if entries.get("rope_type") == kind]
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits of whole sequences.
@@ -159,6 +151,7 @@ class ProgramModel(LanguageModel):
         self.name = program.name
         self.config, self.generation = program.config, program.generation
         self.tokenizer = Path(program.tokenizer) if program.tokenizer else None
+        self.length = context_length(program)
         self._device = device
         self._runner = CheckedRunner(program, device=device, keep_weights=keep_weights)
 
@@ -214,6 +207,7 @@ class TorchArtifactModel(LanguageModel):
         self.name = program.name
         self.config, self.generation = program.config, program.generation
         self.tokenizer = output_tokenizer(root, program)
+        self.length = context_length(program)
         self._cached = bool(program.states)
         try:
             module = self._code.import_model()
@@ -299,6 +293,7 @@ class OnnxArtifactModel(LanguageModel):
             folder says.
         tokenizer: Folder with its tokenizer; by default `folder` where it holds one.
         constants: Initializers that may hold infinity on purpose.
+        length: How many tokens a text may have; None where that is what the config states.
 
     Raises:
         SourceError: ONNX Runtime cannot load the graph, its inputs are others, its data lies
@@ -316,6 +311,7 @@ class OnnxArtifactModel(LanguageModel):
         generation: Mapping[str, Any] | None = None,
         tokenizer: Path | None = None,
         constants: Collection[str] = (),
+        length: int | None = None,
     ) -> None:
         import onnxruntime
 
@@ -324,6 +320,7 @@ class OnnxArtifactModel(LanguageModel):
         self.name = name or folder.resolve().name
         self.config = dict(config or {})
         self.generation = read_generation(folder) if generation is None else generation
+        self.length = length
         self.tokenizer = tokenizer_in(folder) or tokenizer
         path = folder / "model.onnx"
         check_onnx(path, constants)
@@ -431,6 +428,7 @@ def open_language_model(
             generation=program.generation,
             tokenizer=output_tokenizer(root, program),
             constants=[weight.name for weight in program.weights if weight.constant],
+            length=context_length(program),
         )
     return ProgramModel(program, keep_weights=keep_weights)
 

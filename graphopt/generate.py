@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -249,6 +249,7 @@ def generate_ids(
     stop: set[int],
     max_new_tokens: int = 256,
     sampling: Sampling = Sampling(),
+    say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[int]:
     """Yield the tokens that follow `prompt`, without the one that ends the text.
 
@@ -257,6 +258,7 @@ def generate_ids(
         stop: Tokens that end the text.
         max_new_tokens: How many at most; fewer where the model's positions end.
         sampling: How each is chosen; the likeliest by default.
+        say: Told in a sentence, first of all, where the model's positions end sooner.
 
     Raises:
         UsageError: An option is out of range, or the prompt leaves no position free.
@@ -265,11 +267,18 @@ def generate_ids(
     if model.positions is not None:
         if len(prompt) >= model.positions:
             raise UsageError(
-                f"The prompt has {len(prompt)} tokens, and {model.name} was made for "
+                f"The prompt has {len(prompt)} tokens, and {model.name} takes texts of "
                 f"{model.positions}.",
-                "Shorten it.",
+                "Shorten it; or compile the model with a larger --max-length, which rotary "
+                "positions allow.",
             )
-        max_new_tokens = min(max_new_tokens, model.positions - len(prompt))
+        room = model.positions - len(prompt)
+        if room < max_new_tokens:
+            say(
+                f"{model.name} takes texts of {model.positions} tokens, and the prompt has "
+                f"{len(prompt)}: at most {room} follow."
+            )
+        max_new_tokens = min(max_new_tokens, room)
     return _generate(model, prompt, stop, max_new_tokens, sampling)
 
 
@@ -313,6 +322,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     raw: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[str]:
     """Yield the text that follows `prompt`, piece by piece; joined, they are the whole answer.
 
@@ -334,6 +344,7 @@ def generate(
         stop=end_tokens(model, tokenizer),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
+        say=say,
     )
     return _pieces(tokens, PieceDecoder(tokenizer))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import SourceError, UsageError
+from graphopt.ir.context import context_length
 from graphopt.ir.execute import CacheContents, complete_inputs
 from graphopt.ir.graph import Program
 from graphopt.ir.shapes import infer_program
@@ -110,8 +111,7 @@ def make_probe(
     """
     _, carried = infer_program(program)
     vocab = int(carried[program.outputs[0]].shape[-1])
-    limit = program.config.get("max_position_embeddings") or ROW
-    row = min(ROW, int(limit))
+    row = min(ROW, context_length(program) or ROW)
     lengths = (row, min(PADDED_ROW, row), min(SHORT_ROW, row), 1)
     note = "random tokens: the model has no tokenizer"
     if tokenizer is not None:

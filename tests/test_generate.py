@@ -145,7 +145,16 @@ def test_end_token_is_not_part_of_the_text() -> None:
 def test_positions_end_the_text() -> None:
     model = Script([7, 8, 9])
     model.config = {"n_positions": 4}
-    assert list(generate_ids(model, [1, 2], stop=set())) == [7, 8]
+    said: list[str] = []
+    assert list(generate_ids(model, [1, 2], stop=set(), say=said.append)) == [7, 8]
+    (sentence,) = said
+    assert "takes texts of 4 tokens, and the prompt has 2: at most 2 follow" in sentence
+    model.steps = []
+    assert list(generate_ids(model, [1, 2], stop=set(), max_new_tokens=2, say=said.append))
+    assert len(said) == 1
+    model.steps, model.length = [], 5
+    assert list(generate_ids(model, [1, 2], stop=set())) == [7, 8, 9]
+    model.length = None
     with pytest.raises(UsageError, match="The prompt has 4 tokens"):
         generate_ids(model, [1, 2, 3, 4], stop=set())
 

@@ -269,6 +269,7 @@ class Program:
         tokenizer: Folder with tokenizer files to copy into artifacts; None if there is none.
         checkpoint_dtype: dtype of most floating-point weights in the checkpoint.
         notes: What capture left as ATen, and why: (where, reason).
+        max_length: How many tokens texts may have where that is not what the config states.
     """
 
     name: str
@@ -284,6 +285,7 @@ class Program:
     tokenizer: str | None = None
     checkpoint_dtype: torch.dtype = torch.float32
     notes: list[tuple[str, str]] = field(default_factory=list)
+    max_length: int | None = None
 
     def function_of(self, call: Call) -> Function:
         return self.functions[call.function]
@@ -327,6 +329,7 @@ class Program:
             tokenizer=self.tokenizer,
             checkpoint_dtype=self.checkpoint_dtype,
             notes=list(self.notes),
+            max_length=self.max_length,
         )  # fmt: skip
 
     def prune_unused(self) -> None:

@@ -94,6 +94,7 @@ class ProgramEntry(Schema):
     config: dict[str, Any]
     generation: dict[str, Any] = pydantic.Field(default_factory=dict)
     notes: list[Annotated[list[str], pydantic.Field(min_length=2, max_length=2)]]
+    max_length: Annotated[int, pydantic.Field(ge=1, lt=2**31)] | None = None
 
     @pydantic.field_validator("states", mode="before")
     @classmethod

@@ -288,6 +288,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "config": program.config,
         "generation": program.generation,
         "notes": [list(note) for note in program.notes],
+        "max_length": program.max_length,
     }
 
 
@@ -328,6 +329,7 @@ def program_from_json(data: dict[str, Any], producers: dict[str, Producer]) -> P
         generation=entry.generation,
         checkpoint_dtype=DTYPES[entry.checkpoint_dtype],
         notes=[(where, reason) for where, reason in entry.notes],
+        max_length=entry.max_length,
     )
     for c in entry.calls:
         attrs = {key: _unpack(attr) for key, attr in c.attrs.items()}

@@ -16,6 +16,9 @@ from graphopt.sources.raw import RawTensor
 
 _AGAIN = "Compile the model again."
 
+OWN_CONSTANT = "constant_"
+"""What the names of numbers begin with that a graph needs for itself, such as a mask's infinity."""
+
 
 def check_onnx(path: Path, constants: Collection[str] = ()) -> None:
     """Refuse a model whose data lies outside its folder, or whose weights are not finite.
@@ -37,7 +40,8 @@ def check_onnx(path: Path, constants: Collection[str] = ()) -> None:
     except Exception as error:
         # protobuf's errors share no base class with a name of its own.
         raise SourceError(f"{path} is no ONNX model: {reason(error)}.", _AGAIN) from error
-    weights = {tensor.name for tensor in model.graph.initializer}.difference(constants)
+    named = {tensor.name for tensor in model.graph.initializer}
+    weights = {name for name in named if not name.startswith(OWN_CONSTANT)}.difference(constants)
     for tensor in _tensors(model):
         value = _value(path, tensor)
         if value is None or not value.is_floating_point():

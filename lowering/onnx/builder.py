@@ -13,6 +13,7 @@ import sympy
 import torch
 
 from graphopt.ir.types import Dim
+from graphopt.sources.onnx_file import OWN_CONSTANT
 
 OPSET = 23
 MICROSOFT = "com.microsoft"
@@ -115,7 +116,7 @@ class GraphBuilder:
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             kind = array.dtype.name
-            name = self.unique(f"constant_{kind}_{len(self._constants)}")
+            name = self.unique(f"{OWN_CONSTANT}{kind}_{len(self._constants)}")
             self._constants[key] = self.initializer(name, ir.tensor(array, name=name))
         return self._constants[key]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from graphopt.ir.context import context_length
 from graphopt.ir.graph import Program
 from graphopt.sources.generation import GenerationSettings
 
@@ -43,7 +44,7 @@ def genai_config(program: Program, heads: int, in_place: bool) -> dict[str, Any]
     settings = GenerationSettings.of(config, program.generation)
     ends = list(settings.eos_token_id) or [0]
     pad = ends[0] if settings.pad_token_id is None else settings.pad_token_id
-    length = text.get("max_position_embeddings") or text.get("n_positions") or 2048
+    length = context_length(program) or 2048
     hidden = text.get("hidden_size") or text.get("n_embd") or heads * states[0].k_dim
     return {
         "model": {
