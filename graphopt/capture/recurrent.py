@@ -60,8 +60,11 @@ def refuse_recurrent(module: nn.Module) -> None:
 
 def layer_types(config: Any) -> list[str]:
     """Return the types of the layers that a config lists, or none."""
-    stated = getattr(config, "layer_types", None)
-    return [str(kind) for kind in stated] if isinstance(stated, list | tuple) else []
+    for entry in ("layer_types", "layers_block_type"):
+        stated = getattr(config, entry, None)
+        if isinstance(stated, list | tuple):
+            return [str(kind) for kind in stated]
+    return []
 
 
 def _stateful_part(path: str, layer: nn.Module) -> tuple[str, str] | None:

@@ -101,8 +101,16 @@ def rope_model(family: str, kind: str, seed: int) -> PreTrainedModel:
     return model
 
 
+def forget(model: nn.Module) -> None:
+    """Drop kept long frequencies: transformers 5.17 fails where it has those of a layer type."""
+    for part in model.modules():
+        for name in [name for name in vars(part) if name.endswith("long_inv_freq")]:
+            delattr(part, name)
+
+
 def fresh(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> Any:
     """Run transformers; what a longer text left behind in dynamic frequencies goes first."""
+    forget(model)
     with torch.no_grad():
         model(input_ids=torch.ones(1, 1, dtype=torch.long), use_cache=False)
         return model(**inputs, **options)
@@ -135,6 +143,7 @@ def eager_in_steps(model: nn.Module, case: Case) -> Tensor:
     for start, stop in steps(case.input_ids.shape[1]):
         inputs = {name: x[:, start:stop] for name, x in case.inputs.items()}
         inputs["attention_mask"] = case.attention_mask[:, :stop]
+        forget(model)
         with torch.no_grad():
             parts.append(model(**inputs, past_key_values=cache, use_cache=True).logits)
     return torch.cat(parts, 1)
