@@ -45,6 +45,8 @@ FOUND = [
 @pytest.mark.parametrize("index", range(9))
 def test_drawn_attentions_interpreted(index: int) -> None:
     row = run(number(14, index, INTERPRETED))
+    if row["verdict"] == "not run":
+        pytest.skip(row["why"])
     assert row["verdict"] == "right", row
 
 
