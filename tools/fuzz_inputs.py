@@ -110,8 +110,12 @@ def child(command: list[str], folder: Path, result: int) -> None:
     notes: list[str] = []
     allowed = tuple(f"{folder}/{name}" for name in ("out", ".out"))
     watch((*allowed, str(state)), notes)
+    import torch
+
     from graphopt.cli import app
 
+    # A fork must make torch's pool of threads anew, which two threads at once cannot.
+    torch.set_num_threads(1)
     code: Any = 1
     try:
         app(command, standalone_mode=True, prog_name="graphopt")
