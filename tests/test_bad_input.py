@@ -396,7 +396,8 @@ def test_control_c(here, where, options):
         Path("out/old.txt").write_text("old")
     command = [sys.executable, "-c", INTERRUPTED, where, "compile", "tiny", *options]
     tests = str(Path(__file__).parent)
-    environment = {**os.environ, "PYTHONPATH": tests}
+    path = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
