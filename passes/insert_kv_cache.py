@@ -19,6 +19,9 @@ from graphopt.passes.common import calls_of, types_of, uniform
 
 _MASK_INPUT = "attention_mask"
 
+_NEIGHBOURS = ("aten.conv1d.", "aten.conv2d.", "aten.convolution.", "aten.roll.")
+"""Ops that mix what stands beside one another: along tokens, that is a state of its own."""
+
 
 @register_pass
 @dataclass
@@ -37,7 +40,9 @@ class InsertKVCache(Pass):
        for a step that starts at position 0.
     4. Its padding mask is the program's `attention_mask` itself, and nothing but attention
        reads that input: what is computed from it is laid out for S keys.
-    5. All attentions of the program or none: with some left alone the mask would fit neither.
+    5. Nothing else reads a token's neighbours: a convolution along tokens, or a shift of them,
+       would need a state too.
+    6. All attentions of the program or none: with some left alone the mask would fit neither.
     """
 
     name: ClassVar[str] = "insert-kv-cache"
@@ -86,6 +91,8 @@ def _illegal(program: Program) -> list[Skip]:
             if node.op != "attention":
                 if ever[name] & set(node.inputs):
                     reason = f"{node.op} computes something from {_MASK_INPUT} for S keys"
+                elif _mixes_tokens(node, types[name]):
+                    reason = f"{node.op} mixes tokens, and would need a state of its own"
             elif not _is_cached(node):
                 mask = _operand(node, MASK)
                 if uniform(node, "causal", calls[name]) is not True:
@@ -97,6 +104,25 @@ def _illegal(program: Program) -> list[Skip]:
             if reason:
                 skipped.append(Skip(f"{name}: {node.outputs[0].name}", reason))
     return skipped
+
+
+def _mixes_tokens(node: Node, kinds: list[dict[Value, Type]]) -> bool:
+    """Return whether a node reads the neighbours of a token along an axis of S."""
+    if not node.op.startswith(_NEIGHBOURS):
+        return False
+    x = node.inputs[0]
+    assert x is not None
+    for types in kinds:
+        shape = types[x].shape
+        # A convolution runs along the axes behind batch and channels.
+        axes = list(range(2, len(shape)))
+        if node.op.startswith("aten.roll."):
+            named = node.attrs["args"][2:3]
+            axes = [axis % len(shape) for axis in named[0]] if named else list(range(len(shape)))
+        sizes = [shape[axis] for axis in axes]
+        if any(isinstance(size, sympy.Expr) and S in size.free_symbols for size in sizes):
+            return True
+    return False
 
 
 def _layout_reason(node: Node, kinds: list[dict[Value, Type]]) -> str | None:

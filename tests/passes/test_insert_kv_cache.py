@@ -33,6 +33,25 @@ def insert(program):
     return result
 
 
+@pytest.mark.parametrize("along_tokens", [True, False])
+def test_what_reads_neighbours_would_need_a_state(along_tokens):
+    """A token shift is right for a whole sequence, and wrong from the first step with a past."""
+    program = tiny_program()
+    block = program.functions["block"]
+    first = block.nodes[0]
+    kind = Type((B, S, 32), torch.float32)
+    attrs = {"args": [In(0), [1], [1 if along_tokens else -1]], "types": [kind]}
+    shifted = block.add("aten.roll.default", [block.params[0]], attrs, ["shifted"], before=first)
+    first.inputs[0] = shifted.output
+    verify(program)
+    result = insert(program)
+    if along_tokens:
+        assert not result.program.states and not result.changed
+        assert "aten.roll.default mixes tokens" in result.skipped[0].reason
+    else:
+        assert len(result.program.states) == 2
+
+
 def test_before_and_after():
     program = tiny_program()
     before = print_function(program.functions["block"])
