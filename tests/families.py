@@ -222,13 +222,18 @@ def random_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:
     config = CONFIG_MAPPING[family](**FAMILIES[family] | changes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomise(model, seed)
+    return model.eval()
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Draw every parameter so that it matters: biases are not zero, gains are around one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * 0.15
             is_gain = parameter.dim() == 1 and not any(w in name for w in ("bias", "sink"))
             parameter.copy_(noise + 1.0 if is_gain else noise)
-    return model.eval()
 
 
 def cases(lengths: tuple[int, ...] = (1, 7, 64), vocab: int = 128) -> list[Case]:

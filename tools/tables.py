@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/attention.md", "docs/depth.md", "docs/volta.md", "docs/width.md")
+PAGES = (
+    "README.md", "docs/attention.md", "docs/depth.md", "docs/families.md", "docs/volta.md",
+    "docs/width.md",
+)  # fmt: skip
 _TABLE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end table -->", re.DOTALL)
 
 
@@ -524,11 +527,55 @@ def volta_predicted() -> str:
     return _rows(["TFLOP/s", *lengths], rows)
 
 
+def families() -> str:
+    """What each form does with each family."""
+    result = _result("families")
+    forms = [
+        "program", "torch", "onnx", "hf", "prune-blocks, onnx", "prune-blocks, hf",
+        "carve-moe, onnx", "carve-moe, hf",
+    ]  # fmt: skip
+    reasons: dict[str, int] = {}
+    rows = []
+    for name, drawn in result["families"].items():
+        found: dict[str, str] = {}
+        for row in drawn:
+            for form, text in row["verdicts"].items():
+                if found.get(form, "right") == "right":
+                    found[form] = text
+        cells = [name]
+        for form in forms:
+            whole = form.split(",")[0]
+            text = found["capture"] if found["capture"] != "right" else found.get(
+                form, found.get(whole, "")
+            )  # fmt: skip
+            if text in ("right", ""):
+                cells.append(text)
+            elif text.startswith("!"):
+                cells.append("**wrong**")
+            else:
+                text = _one_line(text)
+                cells.append(f"[{reasons.setdefault(text, len(reasons) + 1)}]")
+        rows.append(cells)
+    notes = "\n".join(f"{number}. {text}" for text, number in reasons.items())
+    packages = ("torch", "transformers", "onnxruntime")
+    return (
+        f"{_rows(['family', *forms], rows)}\n\nRefused because:\n\n{notes}\n\n"
+        f"{_measured_on(result, *packages)}"
+    )
+
+
+def _one_line(text: str) -> str:
+    """Return a refusal in one line, shortened."""
+    text = re.sub(r"\s+", " ", text).replace("|", "\\|")
+    return text if len(text) <= 160 else text[:157].rsplit(" ", 1)[0] + " ..."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "attention_sweep": attention_sweep,
     "decode": decode,
     "demo": demo,
+    "families": families,
     "forms": forms,
     "quality": quality,
     "scale": scale,
