@@ -130,10 +130,21 @@ def _rename(raiser: Raiser, node: Node) -> None:
             raiser.replace(out, "linear", operands)
     elif name in ("add", "sub", "mul", "div"):
         _arithmetic(raiser, node, name)
+    elif name in ("view_as", "reshape_as", "expand_as"):
+        _shape_of_another(raiser, node, "expand" if name == "expand_as" else "reshape")
     elif name == "index":
         _table_lookup(raiser, node)
     elif name == "index_select" and raiser.arg(node, 1) == 0:
         _lookup(raiser, node, raiser.arg(node, 0), raiser.arg(node, 2))
+
+
+def _shape_of_another(raiser: Raiser, node: Node, name: str) -> None:
+    """Write the shape that a node takes from an operand as numbers and sizes."""
+    kind = raiser.types[node.output]
+    attrs = {"args": [In(0), list(kind.shape)], "kwargs": {}, "types": [kind]}
+    twin = raiser.function.add(f"aten.{name}.default", [raiser.arg(node, 0)], attrs, before=node)
+    raiser.types[twin.output] = kind
+    raiser.function.replace(node.output, twin.output)
 
 
 def _table_lookup(raiser: Raiser, node: Node) -> None:
