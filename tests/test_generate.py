@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from emitted import load_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import tiny_program
@@ -85,6 +86,41 @@ def test_a_text_that_crosses_the_original_length_is_read_again_as_transformers_d
     assert list(generate_ids(model, prompt, stop=set(), max_new_tokens=20)) == expected
     alone = [1] * (12 - len(prompt))
     assert read == [len(prompt), *alone, 13, *[1] * (20 - len(alone) - 2)]
+    emitted = load_file(tmp_path / "out" / "model.py")
+    made = emitted.generate(emitted.load(tmp_path / "out"), [prompt, prompt[:4]], 20)
+    assert made[0] == expected
+    for first in (11, 12, 13):  # a prompt as long as the length, and one token to either side
+        text = (prompt * 3)[:first]
+        assert emitted.generate(emitted.load(tmp_path / "out"), text, 6) == list(
+            generate_ids(model, text, stop=set(), max_new_tokens=6)
+        )
+
+
+def test_genai_reads_a_text_again_where_its_own_rule_does(tmp_path: Path) -> None:
+    """The rule for models of type phi3: at 4,097 tokens, whatever the config says."""
+    og = pytest.importorskip("onnxruntime_genai")
+    entries: dict[str, Any] = {
+        "head_dim": None, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1,
+        "original_max_position_embeddings": 4096,
+        "max_position_embeddings": 8192, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 40.0, 90.0, 160.0], "original_max_position_embeddings": 4096,
+        },
+    }  # fmt: skip
+    folder = save_tiny(tmp_path / "tiny", "phi3", **entries)
+    go.compile_model(str(folder), tmp_path / "out", emit=("onnx",), verify=False)
+    text = torch.randint(3, VOCAB, (4090,), generator=torch.Generator().manual_seed(2)).tolist()
+    expected = list(
+        generate_ids(open_language_model(str(folder)), text, stop=set(), max_new_tokens=16)
+    )
+    model = og.Model(str(tmp_path / "out" / "onnx"))
+    options = og.GeneratorParams(model)
+    options.set_search_options(max_length=4090 + 16, do_sample=False)
+    generator = og.Generator(model, options)
+    generator.append_tokens(text)
+    while len(generator.get_sequence(0)) < 4090 + 16 and not generator.is_done():
+        generator.generate_next_token()
+    assert generator.get_sequence(0)[4090:].tolist() == expected
 
 
 def test_dynamic_scaling_has_more_positions_than_the_config_says() -> None:

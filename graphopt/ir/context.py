@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graphopt.errors import UsageError
-from graphopt.ir.graph import Program
+from graphopt.ir.graph import Program, resolve_attrs
 
 _KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 """What configs call it."""
@@ -42,6 +42,19 @@ def rotary_parameters(config: Mapping[str, Any], kind: str) -> list[dict[str, An
     stated = stated if isinstance(stated, dict) else {}
     found = [stated, *(entries for entries in stated.values() if isinstance(entries, dict))]
     return [entries for entries in found if entries.get("rope_type") == kind]
+
+
+def rotary_switch(program: Program) -> int | None:
+    """Return the tokens of the longest text with LongRoPE's short frequencies.
+
+    Keys that lie in a cache when a text comes to have more keep their rotation, so who generates
+    reads the text again there. None where the frequencies of all lengths are the same.
+    """
+    for call in program.calls:
+        for node in program.function_of(call).nodes:
+            if node.op == "by_length":
+                return int(resolve_attrs(node, call)["length"])
+    return None
 
 
 def stated_length(config: Mapping[str, Any]) -> int | None:

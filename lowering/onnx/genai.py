@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphopt.ir.context import context_length
+from graphopt.ir.context import context_length, rotary_switch
 from graphopt.ir.graph import Program
 from graphopt.sources.generation import GenerationSettings
 
@@ -29,6 +29,18 @@ def why_not(program: Program) -> str | None:
     if program.tokenizer is None:
         return "it has no tokenizer"
     return None
+
+
+_PHI3_SWITCH = 4096
+"""Where genai reads the one text of a generation again, for models of type `phi3`.
+
+Source: onnxruntime-genai's pull request 1161; the length is not taken from the config.
+"""
+
+
+def _type(program: Program) -> str:
+    """Return a name of genai's own list for plain decoders; nothing else hangs on it."""
+    return "phi3" if rotary_switch(program) == _PHI3_SWITCH else "llama"
 
 
 def genai_config(program: Program, heads: int, in_place: bool) -> dict[str, Any]:
@@ -73,8 +85,7 @@ def genai_config(program: Program, heads: int, in_place: bool) -> dict[str, Any]
             },
             "eos_token_id": ends if len(ends) > 1 else ends[0],
             "pad_token_id": pad,
-            # A name of genai's own list for plain decoders; nothing else hangs on it.
-            "type": "llama",
+            "type": _type(program),
             "vocab_size": text.get("vocab_size", 0),
         },
         "search": {

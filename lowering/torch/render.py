@@ -10,6 +10,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Collection
 
+from graphopt.ir.context import rotary_switch
 from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.graph import Program, resolve_attrs
 from graphopt.ir.ops import is_aten
@@ -88,7 +89,7 @@ def render_model(program: Program, target: str = "cpu", lowered: TiledModel | No
         "# Loading and running.",
         template.load(tiled is not None).strip(),
         _steps(program, classes, unmasked).strip(),
-        template.GENERATE.strip(),
+        template.generate(rotary_switch(program)).strip(),
         inspect.getsource(chat.render_chat).strip(),
         inspect.getsource(chat.chat_text).strip(),
         template.PROMPT.strip(),

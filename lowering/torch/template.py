@@ -87,7 +87,25 @@ def kernels(device: str, names: Sequence[str]) -> str:
     return _KERNELS.replace("{device}", device).replace("{names}", lines)
 
 
-GENERATE = '''
+_READ_AGAIN = '''
+def steps_read_again(model: Model, texts: list[list[int]], count: int) -> Iterator[list[int]]:
+    """Yield what `steps` does, and read every text again when the longest passes {switch} tokens.
+
+    Keys lie in the cache as they were rotated, with LongRoPE's frequencies of short texts.
+    """
+    within = {switch} + 1 - max(map(len, texts))
+    if not 0 < within < count:
+        yield from steps(model, texts, count)
+        return
+    texts = [list(text) for text in texts]
+    for tokens in steps(model, texts, within):
+        for text, token in zip(texts, tokens):
+            text.append(token)
+        yield tokens
+    yield from steps(model, texts, count - within)
+'''
+
+_GENERATE = '''
 def generate(
     model: Model, ids: list[int] | list[list[int]], count: int, stop: Collection[int] = ()
 ) -> list[int] | list[list[int]]:
@@ -108,7 +126,7 @@ def generate(
         raise ValueError(f"{longest} tokens and {count} more: the model has {POSITIONS} positions")
     answers: list[list[int]] = [[] for _ in texts]
     ended = [False for _ in texts]
-    for tokens in steps(model, texts, count):
+    for tokens in {steps}(model, texts, count):
         for row, token in enumerate(tokens):
             ended[row] |= token in stop
             if not ended[row]:
@@ -117,6 +135,15 @@ def generate(
             break
     return answers if several else answers[0]
 '''
+
+
+def generate(switch: int | None) -> str:
+    """Return `generate`, and what it needs where frequencies change behind `switch` tokens."""
+    if switch is None:
+        return _GENERATE.replace("{steps}", "steps")
+    again = _READ_AGAIN.replace("{switch}", str(switch))
+    return again + "\n" + _GENERATE.replace("{steps}", "steps_read_again")
+
 
 CACHED = '''
 @torch.no_grad()
