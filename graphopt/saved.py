@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
+import torch
 
 from graphopt.errors import SourceError
 from graphopt.inputs import OpenSchema, Schema, Size, parse, read_json, shown
@@ -19,7 +20,7 @@ from graphopt.ir.weights import Producer, Reshaped, Rows, Transposed
 from graphopt.lowering.base import StoredWeight
 from graphopt.sources.confined import inside
 from graphopt.sources.raw import RawTensor
-from graphopt.sources.safetensors import SafetensorsWriter
+from graphopt.sources.safetensors import SafetensorsWriter, read_header
 
 PROGRAM_NAME = "program.json"
 _AGAIN = "Compile the model again."
@@ -93,15 +94,28 @@ def load_program(root: Path) -> Program:
 
     Raises:
         SourceError: `program.json` is malformed, or a file is missing, too short, or holds a
-            weight of another shape than the program's, or a weight is stored nowhere.
+            weight of another shape than the program's or elsewhere, or a weight is stored nowhere.
     """
     path = root / PROGRAM_NAME
     data = read_json(inside(root, PROGRAM_NAME), remedy=_AGAIN)
     storage = parse(_Storage, data, str(path), remedy=_AGAIN).storage
     producers: dict[str, Producer] = {}
+    headers: dict[str, set[tuple[int, tuple[int, ...], torch.dtype]]] = {}
     for name, item in storage.items():
         where = f"{path}: the place of weight {shown(name)}"
-        producers[name] = _producer(root, name, parse(_Place, item, where, remedy=_AGAIN))
+        place = parse(_Place, item, where, remedy=_AGAIN)
+        producers[name] = _producer(root, name, place)
+        if place.file.endswith(".safetensors"):
+            if place.file not in headers:
+                tensors = read_header(inside(root, place.file)).values()
+                headers[place.file] = {(raw.offset, raw.shape, raw.dtype) for raw in tensors}
+            if (place.offset, tuple(place.shape), DTYPES[place.dtype]) not in headers[place.file]:
+                # `model.py` reads tensors by name: they must be those that were written.
+                raise SourceError(
+                    f"{root / place.file} has no {place.dtype} tensor {place.shape} at byte "
+                    f"{place.offset}, where weight {shown(name)} should be.",
+                    _AGAIN,
+                )
     program = program_from_json({k: v for k, v in data.items() if k != "storage"}, producers)
     for weight in program.weights:
         if weight.name not in producers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -113,7 +114,7 @@ def _constants(program: Program, function: Function, calls: list[Call]) -> dict[
 
 
 _Key: TypeAlias = tuple[int, ...]
-"""Numbers for how a value is made: without what may differ from layer to layer, and with it."""
+"""Numbers for how a value is made: without numbers and constants, which decide last, and with."""
 
 _NO_KEY: _Key = (-2, -2)
 _OTHER_KEY: _Key = (-3, -3)
@@ -152,8 +153,8 @@ def _keys_by_use(
     return {
         value: _key(
             [
-                (value in params, constants.get(value), sorted(place[level] for place in places))
-                for level in (0, 1)
+                (value in params, known, sorted(place[level] for place in places))
+                for level, known in enumerate((value in constants, constants.get(value)))
             ]
         )
         for value, places in read.items()
@@ -221,7 +222,8 @@ def _call_difference(have: Program, ours: Call, want: Program, theirs: Call) -> 
     )
     for index, (row, other) in enumerate(zip(rows, others, strict=False)):
         if row != other:
-            return f"{_describe(a, ours, index)}, not {_describe(b, theirs, index)}"
+            mine, other_index = _only_here(rows, others) or (index, index)
+            return f"{_describe(a, ours, mine)}, not {_describe(b, theirs, other_index)}"
     if len(rows) != len(others):
         return f"it has {len(a.nodes)} nodes, not {len(b.nodes)}"
     for slot, twin in zip(slots_by_use(a), slots_by_use(b), strict=True):
@@ -231,6 +233,23 @@ def _call_difference(have: Program, ours: Call, want: Program, theirs: Call) -> 
         if x.constant != y.constant:
             return f"weight {slot!r} is {'a constant' if x.constant else 'no constant'}"
     return None
+
+
+def _only_here(rows: list[Any], others: list[Any]) -> tuple[int, int] | None:
+    """Return the first row of each whose op and attributes the other has fewer of.
+
+    A node of another kind moves those around it in the order of use; it is the one to name.
+    """
+
+    def kinds(of: list[Any]) -> list[Any]:
+        return [(row[0], row[2]) for row in of[1:-1]]
+
+    def first(ours: list[Any], theirs: list[Any]) -> int | None:
+        more = Counter(ours) - Counter(theirs)
+        return next((i for i, kind in enumerate(ours, start=1) if kind in more), None)
+
+    mine, other = first(kinds(rows), kinds(others)), first(kinds(others), kinds(rows))
+    return None if mine is None or other is None else (mine, other)
 
 
 def _describe(function: Function, call: Call, index: int) -> str:
