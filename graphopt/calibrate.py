@@ -86,7 +86,9 @@ def _tokens(program: Program, text: str, bos: Bos) -> TokenText:
 
 
 def _windows(program: Program, text: TokenText, length: int) -> Tensor:
-    positions = ProgramModel(program).positions
+    model = ProgramModel(program)
+    model.check_ids([*text.begin.tolist(), *text.ids.tolist()])
+    positions = model.positions
     if positions is not None and length > positions:
         raise PassError(
             f"Windows of {length} tokens are longer than the {positions} that the model was made "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -86,6 +86,22 @@ class LanguageModel(ABC):
         Returns:
             Logits [B, S, vocab] in fp32 on the CPU, and the cache with P + S tokens.
         """
+
+    def check_ids(self, ids: Iterable[int]) -> None:
+        """Refuse tokens that the model has no embedding for.
+
+        Raises:
+            SourceError: An id is beyond the vocabulary that the config states.
+        """
+        text = self.config.get("text_config")
+        stated = (text if isinstance(text, dict) else self.config).get("vocab_size")
+        largest = max(ids, default=0)
+        if isinstance(stated, int) and largest >= stated:
+            raise SourceError(
+                f"The tokenizer of {self.name} gives the id {largest}, and the model knows "
+                f"{stated} tokens.",
+                "Put the tokenizer files that belong to the model into its folder.",
+            )
 
     @property
     def positions(self) -> int | None:
@@ -575,6 +591,7 @@ def perplexity(
             else "Give a longer text.",
         )
     count = count if windows is None else min(count, windows)
+    model.check_ids([*begin, *tokens.ids.tolist()])
     started = time.perf_counter()
     first = max(len(begin), 1)
     rows = tokens.windows(seqlen)[:count]
@@ -669,6 +686,7 @@ def piqa_accuracy(
         for solution in row.solutions:
             sequences.append(prompt_ids(tokenizer, f"{prompt} {solution}", ends))
             starts.append(min(answer_at, len(sequences[-1]) - 1))
+    model.check_ids(token for ids in sequences for token in ids)
     if model.positions is not None:
         # What is too long loses the beginning of its text.
         n = len(ends[0])

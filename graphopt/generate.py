@@ -264,6 +264,7 @@ def generate_ids(
         UsageError: An option is out of range, or the prompt leaves no position free.
     """
     check_options(max_new_tokens, sampling)
+    model.check_ids(prompt)
     if model.positions is not None:
         if len(prompt) >= model.positions:
             raise UsageError(

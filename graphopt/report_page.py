@@ -67,7 +67,8 @@ def _tiles(report: Mapping[str, Any]) -> str:
     if before != after:
         label += f" ({(after - before) / before:+.1%})"
     tiles = [(si(after), label)]
-    measured = [p for p in passes if p["perplexity_after"] is not None]
+    figures = ("perplexity_before", "perplexity_after")
+    measured = [p for p in passes if all(p[figure] is not None for figure in figures)]
     if measured:
         old, new = measured[0]["perplexity_before"], measured[-1]["perplexity_after"]
         change = "unchanged" if f"{old:.2f}" == f"{new:.2f}" else f"from {old:.2f}"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import graphopt as go
 from graphopt.errors import SourceError, UsageError
-from graphopt.evaluate import LanguageModel, open_language_model
+from graphopt.evaluate import LanguageModel, open_language_model, perplexity
 from graphopt.generate import (
     PieceDecoder,
     Sampling,
@@ -142,6 +142,16 @@ def test_greedy_tokens_equal_transformers(tmp_path: Path) -> None:
     model = open_language_model(str(folder))
     got = list(generate_ids(model, prompt, stop=set(), max_new_tokens=12))
     assert got == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("config", [{"vocab_size": 3}, {"text_config": {"vocab_size": 3}}])
+def test_a_token_beyond_the_vocabulary_is_refused(config: dict[str, Any]) -> None:
+    model = Script([1])
+    model.config = config
+    with pytest.raises(SourceError, match="gives the id 3, and the model knows 3 tokens"):
+        list(generate_ids(model, [1, 3], stop=set()))
+    with pytest.raises(SourceError, match="gives the id"):
+        perplexity(model, byte_tokenizer(), "the quick brown fox", seqlen=4)
 
 
 def test_tokens_go_through_the_cache_one_by_one() -> None:

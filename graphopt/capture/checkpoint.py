@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graphopt.capture.conversion import to_module
 from graphopt.capture.ties import untie
 from graphopt.errors import SourceError
+from graphopt.ir.types import DTYPE_NAMES
 from graphopt.ir.weights import Missing, Producer
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class CheckpointNames:
         """Return the producer of a parameter and the checkpoint tensor's name.
 
         Raises:
-            SourceError: The checkpoint lacks it, or has it in another shape.
+            SourceError: The checkpoint lacks it, or has it in another shape or as whole numbers.
         """
         aliases = self.aliases.get(id(parameter), [name])
         if self.source.kind == "config":
@@ -80,6 +81,14 @@ class CheckpointNames:
                         f"{self.source.spec}: config and weights disagree: {spelling!r} has shape "
                         f"{list(producer.shape)}, the config makes it {list(parameter.shape)}.",
                         "Check that config.json belongs to these weights.",
+                    )
+                if parameter.is_floating_point() and not producer.dtype.is_floating_point:
+                    kind = DTYPE_NAMES.get(producer.dtype, str(producer.dtype))
+                    raise SourceError(
+                        f"{self.source.spec}: tensor {spelling!r} is stored as {kind}, and the "
+                        "model computes with real numbers there.",
+                        "If the weights are quantised, give the model as it was before; else "
+                        "download the file again.",
                     )
                 self.used.add(spelling)
                 return producer, spelling

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 from torch import Tensor
 
+from graphopt.capture import capture
 from graphopt.errors import SourceError
 from graphopt.sources import open_model
 
@@ -186,3 +187,14 @@ def test_folders_of_other_kinds(files: dict[str, Any], message: str, tmp_path: P
         path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(SourceError, match=message):
         open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.bool])
+def test_weights_that_are_whole_numbers_are_refused_by_name(tmp_path: Path, dtype) -> None:
+    folder = save_tiny(tmp_path / "tiny")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=r"'model\.norm\.weight' is stored as \w+, and the model"):
+        capture(str(folder))
