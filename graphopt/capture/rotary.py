@@ -192,7 +192,8 @@ class Rotaries:
             yield
         finally:
             for part in patched:
-                del vars(part)["forward"]
+                # A list of rotary modules, one a kind of layers, is traced as layers are.
+                vars(part).pop("forward", None)
 
     def of(self, node: Node) -> Rotary:
         """Return the call that a `ROTARY` node stands for."""

@@ -331,6 +331,8 @@ for _name in ("amax", "amin"):
     case(f"aten.{_name}.default", X, [0, 2])
     case(f"aten.{_name}.default", N, [1])
     case(f"aten.{_name}.default", X)
+case("aten.logsumexp.default", X, [-1], True, tolerance=1e-5)
+case("aten.logsumexp.default", X * 400, [0, 2], tolerance=1e-5)
 case("aten.prod.dim_int", X, -1)
 case("aten.prod.dim_int", N, 2, True)
 case("aten.prod.default", positive(4))

@@ -368,6 +368,7 @@ _reduction(("aten.sum",), "ReduceSum")
 _reduction(("aten.amax", "aten.max.default"), "ReduceMax")
 _reduction(("aten.amin", "aten.min.default"), "ReduceMin")
 _reduction(("aten.prod",), "ReduceProd")
+_reduction(("aten.logsumexp",), "ReduceLogSumExp")
 
 
 @translation("aten.any")

@@ -53,8 +53,11 @@ def merge_heads(lower: Lowering, node: Node) -> ir.Value:
     builder, whole = lower.builder, lower.whole(x)
     if swap:
         whole = builder.op("Transpose", whole, perm=[0, 2, 1, 3])
-    width = int(lower.types[node.output].shape[-1])
-    return builder.op("Reshape", whole, builder.constant([0, 0, width]))
+    width = lower.types[node.output].shape[-1]
+    # What an indexer of sparse attention merges may be as wide as the text is long.
+    return builder.op(
+        "Reshape", whole, builder.constant([0, 0, width if isinstance(width, int) else -1])
+    )
 
 
 def _key_mask(lower: Lowering, mask: Value | None) -> ir.Value:
