@@ -8,6 +8,7 @@ from typing import ClassVar
 import sympy
 
 from graphopt.errors import VerifyError
+from graphopt.ir.context import counted_positions
 from graphopt.ir.graph import Cache, Function, KVState, Node, Program, Value, unique_name
 from graphopt.ir.ops import get_op
 from graphopt.ir.ops.attention import BIAS, MASK, PAST_K
@@ -30,7 +31,8 @@ class InsertKVCache(Pass):
 
     Attentions get the operands `past_k` and `past_v` and the results `present_k` and
     `present_v`; the program gets a state `kv.0`, `kv.1`, ... a layer, in layer order, and its
-    `attention_mask` becomes [B, P + S].
+    `attention_mask` becomes [B, P + S]. Where positions are looked up by counting the tokens of
+    a step, they are counted from P on.
 
     Legality:
 
@@ -166,6 +168,8 @@ def _insert(program: Program) -> int:
     """Rewrite every attention; return how many, over all calls."""
     kinds, _ = infer_program(program)
     for function in program.functions.values():
+        for node in counted_positions(function):
+            node.op, node.attrs["args"] = "aten.arange.start", [P, dim(P + S)]
         for node in _attentions(function):
             if not _is_cached(node):
                 _add_cache(function, node)

@@ -180,3 +180,24 @@ def test_a_computed_mask_is_left_alone():
 def test_no_mask_is_fine():
     result = insert(attention_alone(mask=False))
     assert result.changed == 1
+
+
+@pytest.mark.parametrize("start", [(), (0,)])
+@pytest.mark.parametrize("looked_up", [True, False])
+def test_places_that_look_a_table_up_are_counted_on_behind_the_cache(start, looked_up):
+    """Decoders of encoder-decoder families count the tokens of a step; what else counts stays."""
+    program = tiny_program()
+    embed = program.functions["embed"]
+    op = f"aten.arange.{'start' if start else 'default'}"
+    kinds = {"types": [Type((S,), torch.int64)]}
+    places = embed.add(op, [], {"args": [*start, S], "kwargs": {}, **kinds}, ["places"])
+    if looked_up:
+        table = embed.weights["weight"]
+        added = embed.add("embedding", [places.output, table], {}, ["learned"])
+    else:
+        kinds = {"types": [Type((S,), torch.float32)]}
+        added = embed.add("aten.sin.default", [places.output], {"args": [In(0)], **kinds}, ["wave"])
+    assert added.outputs and not program.states
+    result = insert(program).program
+    (node,) = (n for n in result.functions["embed"].nodes if n.op.startswith("aten.arange."))
+    assert list(node.attrs["args"]) == ([P, P + S] if looked_up else [*start, S])
