@@ -47,7 +47,7 @@ class RopeEntries(OpenSchema):
 class ConfigEntries(OpenSchema):
     """The entries that are no sizes and that code relies on."""
 
-    model_type: Annotated[str, pydantic.Field(max_length=100)]
+    model_type: Annotated[str, pydantic.Field(max_length=100)] | None = None
     architectures: list[str] | None = None
     auto_map: dict[str, Any] | None = None
     dtype: str | None = None

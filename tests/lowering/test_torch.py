@@ -22,7 +22,7 @@ from torch import Tensor
 
 from graphopt.capture import capture
 from graphopt.compiler import emit
-from graphopt.errors import LoweringError, SourceError
+from graphopt.errors import LoweringError, SourceError, VerifyError
 from graphopt.evaluate import TorchArtifactModel, open_language_model
 from graphopt.ir import Array, B, Call, Function, Param, Program, S, Type, Value, Weight
 from graphopt.ir.execute import Runner, complete_inputs
@@ -612,8 +612,8 @@ def test_past_that_something_else_reads(tmp_path: Path) -> None:
         ("aten.nothing.default", {"args": []}, "PyTorch has no such operator"),
         ("aten.cat.__class__", {"args": []}, "PyTorch has no such operator"),
         ("aten.x(print()).y", {"args": []}, "PyTorch itself has no such operator"),
-        ("aten.exp.default", {"args": [print]}, "builtin_function_or_method cannot be written"),
-        ("aten.exp.default", {"args": [], "kwargs": {"a=print() or b": 1}}, "no name of an arg"),
+        ("aten.exp.default", {"args": [print]}, "not of type Tensor"),
+        ("aten.exp.default", {"args": [], "kwargs": {"a=print() or b": 1}}, "has no argument"),
         ("aten.exp.default", {"args": [S**B]}, "cannot be written as whole-number arithmetic"),
     ],
 )
@@ -623,7 +623,7 @@ def test_what_cannot_be_written_is_refused(op: str, attrs: dict[str, Any], said:
     x = block.results[0]
     kind = {"types": [Type((B, S, 32), torch.float32)]}
     block.results = [block.add(op, [x], {**attrs, **kind}, ["odd"]).output]
-    with pytest.raises(LoweringError, match=rf"layers\.0: odd = .*{said}"):
+    with pytest.raises((LoweringError, VerifyError), match=rf"layers\.0: odd = .*{said}"):
         TorchEmitter().check(program, "cpu")
 
 
@@ -637,7 +637,7 @@ def test_other_inputs_are_refused() -> None:
 def test_attribute_names_that_would_be_code_are_refused() -> None:
     program = tiny_program()
     program.functions["head"].nodes[0].attrs["eps=1) or print("] = 1
-    with pytest.raises(LoweringError, match="is no name of an argument"):
+    with pytest.raises(VerifyError, match="it has no attribute 'eps=1"):
         render_model(program)
 
 
