@@ -14,6 +14,7 @@ from graphopt.capture.activations import raise_activations
 from graphopt.capture.attention import raise_attention
 from graphopt.capture.canonical import canonicalise
 from graphopt.capture.export import Exported, LayerCall, export_layer, export_shell
+from graphopt.capture.grouped import grouped_products
 from graphopt.capture.hoist import LayerKind, hoist, merge_equal_constants, stream_values
 from graphopt.capture.linears import raise_linears, sink_flattening
 from graphopt.capture.model import PROGRAM_INPUTS, accepted_inputs
@@ -62,7 +63,7 @@ def capture_module(
     accepted_inputs(module)
     refuse_recurrent(module)
     rotaries = Rotaries(module)
-    with rotaries.opaque():
+    with rotaries.opaque(), grouped_products(module):
         exported, _ = export_shell(module)
         weights = _Trained(trained)
         weights.release(exported, "")

@@ -23,6 +23,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from graphopt.capture.aliases import plain_name
 from graphopt.capture.arguments import added, flatten, unflatten
 from graphopt.capture.model import (
     accepted_inputs,
@@ -597,7 +598,7 @@ class _Converter:
             return
         if target._schema.is_mutable:
             name = _functional_name(name)
-        name = _PLAIN_TWINS.get(name, name)
+        name = plain_name(name)
         inputs: list[Value] = []
 
         def place(leaf: Any) -> Any:
@@ -640,17 +641,6 @@ class _Converter:
         return (
             isinstance(what, Value) and inputs[-1] is what and self.types[into] == self.types[what]
         )
-
-
-_PLAIN_TWINS = {
-    # A view's strides are the tracer's business: the IR knows shapes alone.
-    "aten.view.default": "aten.reshape.default",
-    "aten._unsafe_view.default": "aten.reshape.default",
-    # Memory that nothing was written to is what another computation left there.
-    "aten.empty.memory_format": "aten.zeros.default",
-    "aten.empty_like.default": "aten.zeros_like.default",
-    "aten.new_empty.default": "aten.new_zeros.default",
-}
 
 
 _SYMPY_TWINS: dict[str, Callable[..., sympy.Expr]] = {

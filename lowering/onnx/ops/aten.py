@@ -66,52 +66,6 @@ def _common(lower: Lowering, items: list[Any]) -> torch.dtype:
 # Arithmetic -------------------------------------------------------------------------------------
 
 
-def _unary(names: tuple[str, ...], op_type: str) -> None:
-    @translation(*names)
-    def form(lower: Lowering, node: Node) -> ir.Value:
-        x = operand(lower, lower.aten_arg(node, 0), dtype_of(lower, node))
-        return lower.builder.op(op_type, x)
-
-
-for _names, _op_type in (
-    (("aten.neg",), "Neg"),
-    (("aten.abs",), "Abs"),
-    (("aten.exp",), "Exp"),
-    (("aten.log",), "Log"),
-    (("aten.sqrt",), "Sqrt"),
-    (("aten.reciprocal",), "Reciprocal"),
-    (("aten.cos",), "Cos"),
-    (("aten.sin",), "Sin"),
-    (("aten.tanh",), "Tanh"),
-    (("aten.sigmoid",), "Sigmoid"),
-    (("aten.erf",), "Erf"),
-    (("aten.sign", "aten.sgn"), "Sign"),
-):
-    _unary(_names, _op_type)
-
-
-@translation("aten.relu")
-def relu(lower: Lowering, node: Node) -> ir.Value:
-    dtype = dtype_of(lower, node)
-    x = lower.whole(node.inputs[0])
-    if dtype.is_floating_point:
-        return lower.builder.op("Relu", x)
-    return lower.builder.op("Max", x, lower.builder.number(0, dtype))
-
-
-def _rounding(name: str, op_type: str) -> None:
-    @translation(f"{name}.default")
-    def form(lower: Lowering, node: Node) -> ir.Value:
-        x = lower.whole(node.inputs[0])
-        # Whole numbers are round already, and ONNX has no such op for them.
-        is_float = dtype_of(lower, node).is_floating_point
-        return lower.builder.op(op_type, x) if is_float else x
-
-
-for _name, _op_type in (("floor", "Floor"), ("ceil", "Ceil"), ("round", "Round")):
-    _rounding(f"aten.{_name}", _op_type)
-
-
 _LOGICAL = {"Add": "Or", "Max": "Or", "Mul": "And", "Min": "And"}
 """What arithmetic on truth values is, of which ONNX has none."""
 
@@ -191,92 +145,19 @@ def remainder(lower: Lowering, node: Node) -> ir.Value:
     return _rest(lower, a, b, dtype)
 
 
+@translation("aten.fmod")
+def fmod(lower: Lowering, node: Node) -> ir.Value:
+    """The remainder with the sign of the dividend."""
+    dtype = dtype_of(lower, node)
+    a, b = (operand(lower, lower.aten_arg(node, i), dtype) for i in (0, 1))
+    return lower.builder.op("Mod", a, b, fmod=1)
+
+
 @translation("aten.rsub")
 def rsub(lower: Lowering, node: Node) -> ir.Value:
     dtype = dtype_of(lower, node)
     a, b = (operand(lower, lower.aten_arg(node, i), dtype) for i in (0, 1))
     return lower.builder.op("Sub", b, _times_alpha(lower, node, a, dtype))
-
-
-@translation("aten.square")
-def square(lower: Lowering, node: Node) -> ir.Value:
-    x = lower.whole(node.inputs[0])
-    return lower.builder.op("Mul", x, x)
-
-
-@translation("aten.rsqrt")
-def rsqrt(lower: Lowering, node: Node) -> ir.Value:
-    x = operand(lower, node.inputs[0], dtype_of(lower, node))
-    root = lower.builder.op("Sqrt", x)
-    return lower.builder.op("Reciprocal", root)
-
-
-@translation("aten.log1p")
-def log1p(lower: Lowering, node: Node) -> ir.Value:
-    """log(1 + x) as log(y) x / (y - 1) with y = 1 + x, whose rounding cancels out."""
-    builder = lower.builder
-    x = operand(lower, lower.aten_arg(node, 0), dtype_of(lower, node))
-    one = builder.number(1.0)
-    y = builder.op("Add", x, one)
-    change = builder.op("Sub", y, one)
-    bent = builder.op("Mul", builder.op("Log", y), builder.op("Div", x, change))
-    exact = builder.op("Equal", change, x)
-    tiny = builder.op("Equal", change, builder.number(0.0))
-    result = builder.op("Where", exact, builder.op("Log", y), bent)
-    return builder.op("Where", tiny, x, result)
-
-
-@translation("aten.expm1")
-def expm1(lower: Lowering, node: Node) -> ir.Value:
-    """exp(x) - 1 as 2 tanh(x/2) / (1 - tanh(x/2)), which does not cancel near zero."""
-    builder = lower.builder
-    x = operand(lower, node.inputs[0], dtype_of(lower, node))
-    half = builder.op("Tanh", builder.op("Mul", x, builder.number(0.5)))
-    top = builder.op("Mul", half, builder.number(2.0))
-    bent = builder.op("Div", top, builder.op("Sub", builder.number(1.0), half))
-    plain = builder.op("Sub", builder.op("Exp", x), builder.number(1.0))
-    small = builder.op("Less", builder.op("Abs", x), builder.number(1.0))
-    return builder.op("Where", small, bent, plain)
-
-
-@translation("aten.softplus")
-def softplus(lower: Lowering, node: Node) -> ir.Value:
-    builder, x = lower.builder, lower.whole(node.inputs[0])
-    beta, threshold = lower.aten_arg(node, 1, "beta", 1), lower.aten_arg(node, 2, "threshold", 20)
-    scaled = x if beta == 1 else builder.op("Mul", x, builder.number(float(beta)))
-    soft = builder.op("Softplus", scaled)
-    if beta != 1:
-        soft = builder.op("Div", soft, builder.number(float(beta)))
-    large = builder.op("Greater", scaled, builder.number(float(threshold)))
-    return builder.op("Where", large, x, soft)
-
-
-@translation("aten.silu")
-def silu(lower: Lowering, node: Node) -> ir.Value:
-    x = lower.whole(node.inputs[0])
-    return lower.builder.op("Mul", x, lower.builder.op("Sigmoid", x))
-
-
-@translation("aten.gelu")
-def gelu(lower: Lowering, node: Node) -> ir.Value:
-    kind = lower.aten_arg(node, 1, "approximate", "none")
-    return lower.builder.op("Gelu", lower.whole(node.inputs[0]), approximate=kind)
-
-
-@translation("aten.clamp", "aten.clamp_min", "aten.clamp_max", "aten.hardtanh")
-def clamp(lower: Lowering, node: Node) -> ir.Value:
-    dtype = dtype_of(lower, node)
-    low, high = lower.aten_arg(node, 1, "min"), lower.aten_arg(node, 2, "max")
-    if ".hardtanh" in node.op:
-        low, high = lower.aten_arg(node, 1, "min_val", -1), lower.aten_arg(node, 2, "max_val", 1)
-    if ".clamp_max" in node.op:
-        low, high = None, low
-    x = operand(lower, lower.aten_arg(node, 0), dtype)
-    if low is not None:
-        x = lower.builder.op("Max", x, operand(lower, low, dtype))
-    if high is not None:
-        x = lower.builder.op("Min", x, operand(lower, high, dtype))
-    return x
 
 
 # Comparisons and logic --------------------------------------------------------------------------
@@ -371,13 +252,14 @@ _reduction(("aten.prod",), "ReduceProd")
 _reduction(("aten.logsumexp",), "ReduceLogSumExp")
 
 
-@translation("aten.any")
-def any_(lower: Lowering, node: Node) -> ir.Value:
+@translation("aten.any", "aten.all")
+def any_or_all(lower: Lowering, node: Node) -> ir.Value:
     truth = operand(lower, lower.aten_arg(node, 0), torch.bool)
     x = cast(lower, truth, torch.bool, torch.int64)
     axes = _axes(lower, lower.aten_arg(node, 1, "dim"))
     keep = int(bool(lower.aten_arg(node, 2, "keepdim", False)))
-    total = lower.builder.op("ReduceMax", x, axes, keepdims=keep)
+    kind = "ReduceMax" if ".any." in node.op else "ReduceMin"
+    total = lower.builder.op(kind, x, axes, keepdims=keep)
     return lower.builder.op("Cast", total, to=ir.DataType.BOOL)
 
 
@@ -433,7 +315,7 @@ def vector_norm(lower: Lowering, node: Node) -> ir.Value:
 # Products ---------------------------------------------------------------------------------------
 
 
-@translation("aten.matmul", "aten.bmm", "aten.mm")
+@translation("aten.matmul", "aten.bmm", "aten.mm", "aten.mv", "aten.dot")
 def matmul(lower: Lowering, node: Node) -> ir.Value:
     a, b = (lower.whole(lower.aten_arg(node, i)) for i in (0, 1))
     return lower.builder.op("MatMul", a, b)
@@ -452,6 +334,39 @@ def addmm(lower: Lowering, node: Node) -> ir.Value:
     if beta != 1:
         c = builder.op("Mul", c, builder.number(float(beta)))
     return builder.op("Add", product, c)
+
+
+@translation("aten.addcmul", "aten.addcdiv")
+def addcmul(lower: Lowering, node: Node) -> ir.Value:
+    builder, dtype = lower.builder, dtype_of(lower, node)
+    x, a, b = (operand(lower, lower.aten_arg(node, i), dtype) for i in (0, 1, 2))
+    term = builder.op("Mul" if ".addcmul" in node.op else "Div", a, b)
+    value = lower.aten_arg(node, 3, "value", 1)
+    if value != 1:
+        term = builder.op("Mul", term, operand(lower, value, dtype))
+    return builder.op("Add", x, term)
+
+
+@translation("aten.lerp")
+def lerp(lower: Lowering, node: Node) -> ir.Value:
+    builder, dtype = lower.builder, dtype_of(lower, node)
+    a, b, share = (operand(lower, lower.aten_arg(node, i), dtype) for i in (0, 1, 2))
+    return builder.op("Add", a, builder.op("Mul", share, builder.op("Sub", b, a)))
+
+
+@translation("aten.outer")
+def outer(lower: Lowering, node: Node) -> ir.Value:
+    dtype = dtype_of(lower, node)
+    a, b = (operand(lower, lower.aten_arg(node, i), dtype) for i in (0, 1))
+    return lower.builder.op("Mul", lower.builder.op("Unsqueeze", a, lower.builder.constant([1])), b)
+
+
+@translation("aten.einsum")
+def einsum(lower: Lowering, node: Node) -> ir.Value:
+    operands = [lower.whole(value) for value in node.inputs]
+    leaves = node.attrs["args"][1]
+    ordered = [operands[leaf.index] for leaf in leaves]
+    return lower.builder.op("Einsum", *ordered, equation=lower.aten_arg(node, 0).replace(" ", ""))
 
 
 @translation("aten.linear")

@@ -90,6 +90,16 @@ def index_add(lower: Lowering, node: Node) -> ir.Value:
     return builder.op("ScatterND", lower.whole(x), rows, lower.whole(source), reduction="add")
 
 
+@translation("aten.index_copy")
+def index_copy(lower: Lowering, node: Node) -> ir.Value:
+    builder = lower.builder
+    x, axis, chosen, source = (lower.aten_arg(node, i) for i in range(4))
+    if axis % len(lower.types[x].shape) != 0:
+        raise ValueError("index_copy on an axis other than the first")
+    rows = builder.op("Unsqueeze", lower.whole(chosen), builder.constant([-1]))
+    return builder.op("ScatterND", lower.whole(x), rows, lower.whole(source))
+
+
 @translation("aten.embedding")
 def embedding(lower: Lowering, node: Node) -> ir.Value:
     weight, ids = lower.aten_arg(node, 0), lower.aten_arg(node, 1)

@@ -48,6 +48,18 @@ def transpose(lower: Lowering, node: Node) -> ir.Value:
     return lower.builder.op("Transpose", lower.whole(node.inputs[0]), perm=order)
 
 
+@translation("aten.movedim", "aten.moveaxis")
+def movedim(lower: Lowering, node: Node) -> ir.Value:
+    rank = _rank(lower, node.inputs[0])
+    source, to = (
+        [axis % rank for axis in (item if isinstance(item, list | tuple) else [item])]
+        for item in (lower.aten_arg(node, 1), lower.aten_arg(node, 2))
+    )
+    rest = iter(axis for axis in range(rank) if axis not in source)
+    order = [source[to.index(place)] if place in to else next(rest) for place in range(rank)]
+    return lower.builder.op("Transpose", lower.whole(node.inputs[0]), perm=order)
+
+
 @translation("aten.permute")
 def permute(lower: Lowering, node: Node) -> ir.Value:
     rank = _rank(lower, node.inputs[0])
@@ -69,7 +81,7 @@ def expand(lower: Lowering, node: Node) -> ir.Value:
     return lower.builder.op("Expand", x, lower.builder.shape(_out_shape(lower, node)))
 
 
-@translation("aten.repeat")
+@translation("aten.repeat", "aten.tile")
 def repeat(lower: Lowering, node: Node) -> ir.Value:
     counts = lower.aten_arg(node, 1)
     x, rank = lower.whole(node.inputs[0]), _rank(lower, node.inputs[0])
@@ -153,6 +165,32 @@ def _list(lower: Lowering, node: Node) -> list[ir.Value]:
     dtype = dtype_of(lower, node)
     items = [node.inputs[leaf.index] for leaf in node.attrs["args"][0] if isinstance(leaf, In)]
     return [operand(lower, item, dtype) for item in items]
+
+
+@translation("aten.flip")
+def flip(lower: Lowering, node: Node) -> ir.Value:
+    builder, axes = lower.builder, list(lower.aten_arg(node, 1))
+    starts, ends, steps = (builder.constant([n] * len(axes)) for n in (-1, -_END, -1))
+    return builder.op("Slice", lower.whole(node.inputs[0]), starts, ends,
+                      builder.constant(axes), steps)  # fmt: skip
+
+
+@translation("aten.roll")
+def roll(lower: Lowering, node: Node) -> ir.Value:
+    """Put what leaves an axis at its end to its beginning, by as much as it is long at most."""
+    builder, x = lower.builder, lower.whole(node.inputs[0])
+    shifts, dims = lower.aten_arg(node, 1), lower.aten_arg(node, 2, "dims", [])
+    if not dims:
+        raise ValueError("rolling a whole tensor has no ONNX form here")
+    shape = _out_shape(lower, node)
+    for shift, axis in zip(shifts, dims, strict=True):
+        size = builder.op("Unsqueeze", builder.scalar(shape[axis]), builder.constant([0]))
+        count = builder.op("Mod", builder.constant([shift]), size)
+        cut, at = builder.op("Sub", size, count), builder.constant([axis])
+        last = builder.op("Slice", x, cut, builder.constant([_END]), at)
+        x = builder.op("Concat", last, builder.op("Slice", x, builder.constant([0]), cut, at),
+                       axis=axis)  # fmt: skip
+    return x
 
 
 @translation("aten.cat", "aten.concat")
@@ -242,6 +280,18 @@ def arange(lower: Lowering, node: Node) -> ir.Value:
     kind = dtype if dtype in (torch.int64, torch.float32) else torch.int64
     first, last, stride = (operand(lower, item, kind) for item in (start, end, step))
     return cast(lower, lower.builder.op("Range", first, last, stride), kind, dtype)
+
+
+@translation("aten.eye")
+def eye(lower: Lowering, node: Node) -> ir.Value:
+    """Ones where the row's number is the column's."""
+    builder = lower.builder
+    rows, columns = (
+        builder.op("Range", builder.constant(0), builder.scalar(size), builder.constant(1))
+        for size in _out_shape(lower, node)
+    )
+    same = builder.op("Equal", builder.op("Unsqueeze", rows, builder.constant([1])), columns)
+    return cast(lower, same, torch.bool, dtype_of(lower, node))
 
 
 @translation("aten.tril", "aten.triu")
