@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphopt.capture.model import attention_implementation
+
 TOLERANCE = 1e-4
 """Allowed error of logits, times max(1, largest logit)."""
 
@@ -233,7 +235,9 @@ def random_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:
 
     config = CONFIG_MAPPING[family](**FAMILIES[family] | changes)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention_implementation(config)
+    )
     randomise(model, seed)
     return model.eval()
 

@@ -14,6 +14,8 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from graphopt.capture.model import attention_implementation
+
 VOCAB = 300
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -35,7 +37,7 @@ def tiny_model(model_type: str = "llama", **entries: Any) -> PreTrainedModel:
     given = {key: value for key, value in (sizes | entries).items() if value is not None}
     config = AutoConfig.for_model(model_type, **given)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        config, dtype=torch.float32
+        config, dtype=torch.float32, attn_implementation=attention_implementation(config)
     )
     model.eval()  # type: ignore[no-untyped-call]
     with torch.no_grad():

@@ -44,6 +44,15 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
+def attention_implementation(config: Any) -> str | None:
+    """Return the attention that a model of this config needs; None for the one of its class.
+
+    PyTorch's fused attention caps no scores. Versions of transformers that choose it for Gemma 2
+    and its kin all the same (5.17 does) leave the cap out without a word.
+    """
+    return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None
+
+
 def build_model(
     config: Any,
     *,
@@ -63,14 +72,17 @@ def build_model(
 
     config = copy.deepcopy(config)
     config.use_cache = False
+    how: dict[str, Any] = {"dtype": torch.float32}
+    if (implementation := attention_implementation(config)) is not None:
+        how["attn_implementation"] = implementation
     try:
         with no_init_weights(), parameters_on_meta():
             if model_class is None:
                 model = AutoModelForCausalLM.from_config(
-                    config, dtype=torch.float32, trust_remote_code=trust_remote_code
+                    config, trust_remote_code=trust_remote_code, **how
                 )
             else:
-                model = model_class._from_config(config, dtype=torch.float32)
+                model = model_class._from_config(config, **how)
             # `no_init_weights` skips tying, which must hold for the export to see one weight.
             model.tie_weights()
     except Exception as error:

@@ -34,7 +34,7 @@ def _program(model: nn.Module, folder: Path) -> go.Program:
 
 def _loaded(folder: Path) -> nn.Module:
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not any(info.values()), info
     return model.eval()

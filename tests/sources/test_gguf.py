@@ -22,6 +22,7 @@ from tiny_models import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from graphopt.capture.model import attention_implementation
 from graphopt.errors import SourceError
 from graphopt.ir.weights import Array
 from graphopt.sources import open_model
@@ -45,7 +46,9 @@ def llama(tmp_path: Path) -> Path:
 def rebuilt(source: ModelSource) -> PreTrainedModel:
     """The model that a source describes, with its weights."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        source.config, dtype=torch.float32
+        source.config,
+        dtype=torch.float32,
+        attn_implementation=attention_implementation(source.config),
     )
     model.eval()  # type: ignore[no-untyped-call]
     state = {name: producer.load() for name, producer in source.producers.items()}

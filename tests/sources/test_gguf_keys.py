@@ -17,6 +17,7 @@ from tiny_models import GGUF_ARCHITECTURES, VOCAB, tiny_model, write_gguf
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from graphopt.capture import capture
+from graphopt.capture.model import attention_implementation
 from graphopt.errors import SourceError
 from graphopt.ir.execute import Runner
 from graphopt.sources import open_model
@@ -37,7 +38,9 @@ def error_of(path: Path, model: PreTrainedModel, length: int = 90) -> float:
     """The largest difference of logits of the file's model, as a share of the largest logit."""
     source = open_model(str(path))
     again = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        source.config, dtype=torch.float32
+        source.config,
+        dtype=torch.float32,
+        attn_implementation=attention_implementation(source.config),
     ).eval()
     state = {name: producer.load() for name, producer in source.producers.items()}
     missing, unexpected = again.load_state_dict(state, strict=False)
