@@ -20,6 +20,7 @@ import pydantic
 import torch
 from torch import Tensor
 
+from graphopt.boundary import out_of_memory
 from graphopt.errors import SourceError, UsageError, reason
 from graphopt.inputs import OpenSchema, parse, parse_json, read_utf8
 from graphopt.ir.context import context_length, rotary_parameters, stated_length
@@ -365,6 +366,37 @@ class OnnxArtifactModel(LanguageModel):
                 "unexpected or missing.",
                 "Compile the model again with --emit onnx.",
             )
+        self._path = path
+        self._check_logits(next(o for o in self._session.get_outputs() if o.name == "logits"))
+        for name in self._pasts:
+            self._check_cache(name)
+
+    def _check_logits(self, value: Any) -> None:
+        if value.type not in ("tensor(float)", "tensor(float16)", "tensor(double)"):
+            raise SourceError(
+                f"{self._path}: the output 'logits' is a {value.type}, and it should be a tensor "
+                "of floats.",
+                "Compile the model again with --emit onnx.",
+            )
+
+    def _check_cache(self, name: str) -> None:
+        """Refuse a cache of other dimensions than [B, heads, P, head size], the middle ones known.
+
+        Raises:
+            SourceError: Naming the input.
+        """
+        value = self._inputs[name]
+        sizes = value.shape[1::2]
+        if (
+            value.type != "tensor(float)"
+            or len(value.shape) != 4
+            or not all(isinstance(size, int) and 0 < size < 2**16 for size in sizes)
+        ):
+            raise SourceError(
+                f"{self._path}: the input {name!r} is a {value.type} of shape {value.shape}, and a "
+                "cache as graphopt emits it is a tensor(float) of [batch, heads, past, head size].",
+                "Compile the model again with --emit onnx.",
+            )
 
     def start(self, batch: int) -> Any:
         if not self._pasts:
@@ -385,13 +417,38 @@ class OnnxArtifactModel(LanguageModel):
         feeds = {n: v.numpy() for n, v in inputs.items() if n in self._inputs}
         if not replayed:
             feeds.update(cache)
-        results = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        results = dict(zip(self._outputs, self._run(feeds), strict=True))
         logits = torch.from_numpy(results["logits"]).float()
+        rows, places = feeds["input_ids"].shape
+        if logits.dim() != 3 or logits.shape[:2] != (rows, places):
+            raise SourceError(
+                f"{self._path} gives logits of shape {list(logits.shape)} for {rows} x {places} "
+                "tokens.",
+                "Compile the model again with --emit onnx.",
+            )
         if replayed:
             return logits[:, -count:], _Replay(inputs["input_ids"])
         return logits, {
             name: results[name.replace("past_key_values.", "present.")] for name in self._pasts
         }
+
+    def _run(self, feeds: Mapping[str, Any]) -> Sequence[Any]:
+        """Return the outputs of the graph.
+
+        Raises:
+            SourceError: ONNX Runtime cannot run it: shapes of tensors inside do not agree, or it
+                takes other inputs than it did when it was emitted.
+        """
+        try:
+            results: Sequence[Any] = self._session.run(self._outputs, feeds)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise SourceError(
+                f"ONNX Runtime cannot run {self._path}: {reason(error)}.",
+                "Compile the model again with --emit onnx.",
+            ) from error
+        return results
 
 
 def open_language_model(

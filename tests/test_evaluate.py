@@ -331,6 +331,47 @@ def test_bad_onnx(tmp_path: Path, bigram: Bigram) -> None:
         OnnxArtifactModel(folder)
 
 
+def _other_signature(name: str, shape: list[Any], kind: int = TensorProto.FLOAT) -> Any:
+    def change(graph: Any) -> None:
+        (value,) = (v for v in (*graph.input, *graph.output) if v.name == name)
+        value.CopyFrom(helper.make_tensor_value_info(name, kind, shape))
+
+    return change
+
+
+def _table_of_one_row(graph: Any) -> None:
+    (table,) = (tensor for tensor in graph.initializer if tensor.name == "table")
+    table.CopyFrom(helper.make_tensor("table", TensorProto.FLOAT, [1, VOCAB], [0.0] * VOCAB))
+
+
+def _one_row_of_logits(graph: Any) -> None:
+    graph.node[0].input[1] = "zero"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_signature("past_key_values.0.key", ["B", "H", "P", 4]), "'past_key_values.0.key'"),
+        (_other_signature("past_key_values.0.key", ["B", 2, "P"]), "cannot load|shape .'B', 2"),
+        (_other_signature("past_key_values.0.key", ["B", 2**40, "P", 4]), "cannot load|shape .'B'"),
+        (_other_signature("input_ids", ["B"], TensorProto.INT64), "cannot (load|run)"),
+        (_other_signature("input_ids", ["B", "S"], TensorProto.INT32), "cannot run"),
+        (_other_signature("attention_mask", [7, 7], TensorProto.INT64), "cannot run"),
+        (_table_of_one_row, "cannot run"),
+        (_one_row_of_logits, "gives logits of shape|cannot load"),
+    ],
+)
+def test_onnx_that_loads_and_does_not_run(
+    tmp_path: Path, bigram: Bigram, change: Any, message: str
+) -> None:
+    path = write_bigram_onnx(tmp_path, bigram.table, cached=True) / "model.onnx"
+    changed = onnx.load(path)
+    change(changed.graph)
+    onnx.save(changed, path)
+    with pytest.raises(SourceError, match=message):
+        OnnxArtifactModel(tmp_path).logits(torch.ones(1, 5).long())
+
+
 MODEL_PY = """
 import torch
 

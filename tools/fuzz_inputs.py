@@ -7,6 +7,10 @@ on the command line, and one command that runs in a forked process with limits o
 memory. It may succeed, or end with exactly one sentence on stderr; a traceback, a bug's exit code,
 a crash, a hang, a memory beyond the limit, a file changed outside the output folder, a connection
 or a program started is a failure. The same seed and number give the same try: `--only NUMBER`.
+
+Memory is what is resident in all processes of a try together, looked at every hundredth of a second
+and, of each one, at its end. Address space is limited as well, so that a try that would take more
+is refused for it; the result counts these under `short_of_memory`.
 """
 
 from __future__ import annotations
@@ -14,8 +18,11 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import ctypes
+import functools
 import gc
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -25,7 +32,7 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from fuzz_tries import Try, base_inputs, prepare
 
 TIME_LIMIT = 30.0
+"""Seconds that a try may compute. By the clock it may take four times that, so that a machine on
+which other things run does not make hangs; a try that waits for something is found all the same."""
+
 MEMORY_LIMIT = 4 * 2**30
 
 # In the forked process --------------------------------------------------------------------------
@@ -90,6 +100,13 @@ def watch(allowed: tuple[str, ...], notes: list[str]) -> None:
     sys.addaudithook(hook)
 
 
+def as_nobody_special() -> None:
+    """Give up what lets root read files whose mode says that nobody may."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    nothing = (ctypes.c_uint32 * 6)()
+    ctypes.CDLL(None).capset(header, nothing)
+
+
 def child(command: list[str], folder: Path, result: int) -> None:
     """Run a command with its output in files, and write what was noted to a descriptor."""
     os.setsid()
@@ -110,6 +127,7 @@ def child(command: list[str], folder: Path, result: int) -> None:
     notes: list[str] = []
     allowed = tuple(f"{folder}/{name}" for name in ("out", ".out"))
     watch((*allowed, str(state)), notes)
+    as_nobody_special()
     import torch
 
     from graphopt.cli import app
@@ -149,6 +167,30 @@ def tree(folder: Path) -> dict[str, tuple[Any, ...]]:
     return found
 
 
+def used(pid: int) -> tuple[int, float]:
+    """Return the bytes that a process and those that it started hold, and seconds they computed."""
+    try:
+        pages = Path(f"/proc/{pid}/statm").read_text().split()
+        # Behind the name, which may hold spaces: its own time, and that of those that ended.
+        times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return 0, 0.0
+    others = [used(int(number)) for number in children]
+    own = int(pages[1]) * resource.getpagesize() if pages else 0
+    seconds = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+    return own + sum(held for held, _ in others), seconds + sum(took for _, took in others)
+
+
+def remove(folder: Path) -> None:
+    """Delete the folder of a try, and folders in it that may not be read."""
+    for place, folders, _ in os.walk(folder):
+        for name in folders:
+            if not os.path.islink(Path(place) / name):
+                os.chmod(Path(place) / name, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def run(attempt: Try, folder: Path) -> None:
     """Run a try in a forked process and fill in what came of it."""
     state = folder.parent / "state"
@@ -163,21 +205,24 @@ def run(attempt: Try, folder: Path) -> None:
         finally:
             os._exit(98)
     os.close(writer)
-    peak, hung = 0, False
+    peak, seconds, hung = 0, 0.0, False
     while True:
         done, status, usage = os.wait4(pid, os.WNOHANG)
         if done:
             break
-        if time.monotonic() - started > TIME_LIMIT:
+        held, seconds = used(pid)
+        peak = max(peak, held)
+        if seconds > TIME_LIMIT or time.monotonic() - started > 4 * TIME_LIMIT:
             hung = True
             os.killpg(pid, signal.SIGKILL)
             done, status, usage = os.wait4(pid, 0)
             break
         time.sleep(0.01)
-    peak = usage.ru_maxrss * 1024
+    peak = max(peak, usage.ru_maxrss * 1024)
     with os.fdopen(reader, "rb") as file:
         answer = file.read()
-    attempt.seconds, attempt.peak_bytes = time.monotonic() - started, peak
+    seconds = max(seconds, usage.ru_utime + usage.ru_stime)
+    attempt.seconds, attempt.peak_bytes = seconds, peak
     said = (state / "stderr").read_text(errors="replace") if (state / "stderr").exists() else ""
     printed = (state / "stdout").read_text(errors="replace") if (state / "stdout").exists() else ""
     attempt.said = said[-3000:]
@@ -224,17 +269,71 @@ def signature(attempt: Try) -> str:
     return f"{attempt.outcome[:60]}: {said[:160]}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--only", type=int, nargs="+", help="these tries alone, with --debug")
-    parser.add_argument("--out", type=Path, help="JSON with every failure, and counts")
-    parser.add_argument(
-        "--work", type=Path, help="folder for the tries; a temporary one by default"
-    )
-    args = parser.parse_args()
-    import onnxruntime  # noqa: F401  (imported once, for every fork)
+@dataclass
+class Found:
+    """What came of the tries so far.
+
+    Attributes:
+        outcomes: How many ended how.
+        commands: How many there were of each command.
+        failures: Those that did not end as they should.
+        short_of_memory: The numbers of those that were refused memory.
+        seconds, peak_bytes: The largest of any.
+    """
+
+    outcomes: collections.Counter[str] = field(default_factory=collections.Counter)
+    commands: collections.Counter[str] = field(default_factory=collections.Counter)
+    failures: list[Try] = field(default_factory=list)
+    short_of_memory: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    def add(self, attempt: Try) -> None:
+        self.outcomes[attempt.outcome.split(":")[0]] += 1
+        self.commands[attempt.command[0]] += 1
+        self.seconds = max(self.seconds, attempt.seconds)
+        self.peak_bytes = max(self.peak_bytes, attempt.peak_bytes)
+        if "does not suffice" in attempt.said:
+            self.short_of_memory.append(attempt.number)
+            print(f"{attempt.number}: short of memory: {attempt.damaged}: {attempt.command}"[:300])
+        if attempt.outcome not in ("done", "refused"):
+            self.failures.append(attempt)
+            print(f"{attempt.number}: {attempt.damaged}: {' '.join(attempt.command)[:200]!r}")
+            print(f"    {signature(attempt)}")
+        if self.outcomes.total() % 100 == 0:
+            print(f"after {self.outcomes.total()}: {dict(self.outcomes)}")
+        sys.stdout.flush()
+
+    def to_json(self) -> dict[str, Any]:
+        kinds = collections.Counter(signature(attempt) for attempt in self.failures)
+        return {
+            "outcomes": dict(self.outcomes),
+            "commands": dict(self.commands.most_common()),
+            "seconds": round(self.seconds, 2),
+            "peak_bytes": self.peak_bytes,
+            "short_of_memory": self.short_of_memory,
+            "kinds": dict(kinds.most_common()),
+            "failures": [asdict(attempt) for attempt in self.failures],
+        }
+
+
+def one(seed: int, number: int, work: Path, *, debug: bool = False) -> Try:
+    """Run one try, in a folder of this process's own."""
+    place = work / f"worker-{os.getpid()}"
+    for name in ("tmp", "cache"):
+        (place / "state" / name).mkdir(parents=True, exist_ok=True)
+    (place / "state" / "yes").write_text("y\n" * 1000)
+    remove(place / "try")
+    attempt = prepare(seed, number, work / "base", place / "try")
+    if debug:
+        attempt.command.append("--debug")
+    run(attempt, place / "try")
+    return attempt
+
+
+def warm_up(work: Path) -> None:
+    """Make the good inputs in this process, so that every fork has what that imports and traces."""
+    import onnxruntime  # noqa: F401
     import torch
     import transformers
 
@@ -249,55 +348,44 @@ def main() -> int:
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    with contextlib.ExitStack() as stack:
-        work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        work = work.resolve()
-        state = work / "state"
-        for name in ("tmp", "cache"):
-            (state / name).mkdir(parents=True, exist_ok=True)
-        (state / "yes").write_text("y\n" * 1000)
-        os.environ["GRAPHOPT_CACHE"] = str(state / "cache")
-        # Made in this process, so that what is imported and traced for the first time, which takes
-        # most of a small compile, is there in every fork.
-        shutil.rmtree(work / "base", ignore_errors=True)
-        base_inputs(work / "base")
-        gc.collect()
-        gc.freeze()
-        numbers = args.only or range(args.count)
-        counts: collections.Counter[str] = collections.Counter()
-        failures: list[Try] = []
-        worst = {"seconds": 0.0, "peak_bytes": 0}
-        for number in numbers:
-            folder = work / "try"
-            shutil.rmtree(folder, ignore_errors=True)
-            attempt = prepare(args.seed, number, work / "base", folder)
-            if args.only is not None:
-                attempt.command.append("--debug")
-            run(attempt, folder)
-            counts[attempt.outcome.split(":")[0]] += 1
-            if counts.total() % 100 == 0:
-                print(f"after {counts.total()}: {dict(counts)}", flush=True)
-            worst = {name: max(value, getattr(attempt, name)) for name, value in worst.items()}
-            if attempt.outcome not in ("done", "refused"):
-                failures.append(attempt)
-                print(f"{number}: {attempt.damaged}: {' '.join(attempt.command)[:200]!r}")
-                print(f"    {signature(attempt)}", flush=True)
-            if args.only is not None:
-                print(f"{attempt.outcome}: {attempt.command}\n{attempt.said}")
-    kinds = collections.Counter(signature(attempt) for attempt in failures)
-    found = {
-        "seed": args.seed,
-        "count": len(numbers),
-        "outcomes": dict(counts),
-        **worst,
-        "kinds": dict(kinds.most_common()),
-        "failures": [asdict(a) for a in failures],
-    }
+    os.environ["GRAPHOPT_CACHE"] = str(work / "cache")
+    base_inputs(work / "base")
+    gc.collect()
+    gc.freeze()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=1, help="tries at a time")
+    parser.add_argument("--only", type=int, nargs="+", help="these tries alone, with --debug too")
+    parser.add_argument("--out", type=Path, help="JSON with every failure, and counts")
+    args = parser.parse_args()
+    found = Found()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder).resolve()
+        warm_up(work)
+        if args.only is not None:
+            for number in args.only:
+                attempt = one(args.seed, number, work)
+                found.add(attempt)
+                told = one(args.seed, number, work, debug=True)
+                print(f"{attempt.outcome}: {attempt.command}\n{told.said}")
+        else:
+            throw = functools.partial(one, args.seed, work=work)
+            with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+                for attempt in pool.imap_unordered(throw, range(args.count)):
+                    found.add(attempt)
+        for place in work.glob("worker-*"):
+            remove(place)
+    result = {"seed": args.seed, "count": found.outcomes.total(), **found.to_json()}
     if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: value for key, value in found.items() if key != "failures"}, indent=1))
-    return int(bool(failures))
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({key: value for key, value in result.items() if key != "failures"}, indent=1))
+    return int(bool(found.failures))
 
 
 if __name__ == "__main__":

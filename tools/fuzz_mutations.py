@@ -55,6 +55,8 @@ ODD_VALUES: list[Any] = [
     "\x1b[2J\x07",
     "a\x00b",
     "\u202e",
+    "\ud800",
+    "a\udfffb",
     "é中\U0001f600",
     "{{ 1 }}",
     "eager",
@@ -72,7 +74,14 @@ ODD_VALUES: list[Any] = [
     [-1],
     {"__float__": "Infinity"},
     {"__float__": "x"},
+    {"__float__": 1},
+    {"\ud800": 0},
     ["float32"],
+    [0.5, float("nan")],
+    ["\x1b[2J"],
+    [[[[[[[[[[]]]]]]]]]],
+    [0] * 600,
+    {str(number): number for number in range(600)},
     "2024-01-01",
 ]
 """What an entry may hold that it should not."""
@@ -91,6 +100,9 @@ def paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+_ODD_KEYS = ("auto_map", "x", "", "rope_scaling", "text_config", "\ud800", "x" * 9000, "__class__")
+
+
 def mutate_json(random: Random, data: Any) -> Any:
     """Return a copy of JSON data with one to three entries changed."""
     data = copy.deepcopy(data)
@@ -99,7 +111,8 @@ def mutate_json(random: Random, data: Any) -> Any:
         if not places:
             return random.choice(ODD_VALUES)
         # Entries near the root say more than those of long lists.
-        place = min(random.sample(places, min(3, len(places))), key=len)
+        several = random.choice((1, 3))
+        place = min(random.sample(places, min(several, len(places))), key=len)
         holder = data
         for key in place[:-1]:
             holder = holder[key]
@@ -111,8 +124,12 @@ def mutate_json(random: Random, data: Any) -> Any:
                 holder[key] = random.choice((old + 1, -old, old * 2, old * 10**6, old / 2, old**5))
             case 1 | 2 if isinstance(old, list) and old:
                 holder[key] = random.choice((old[1:], old * 2, old[::-1], old[0], old * 1000))
+            case 2 if isinstance(old, bool):
+                holder[key] = not old
+            case 2 if isinstance(old, dict):
+                holder[key] = list(old.items())
             case 3 if isinstance(holder, dict):
-                holder[random.choice(("auto_map", "x", "", key + "_", "rope_scaling"))] = old
+                holder[random.choice(_ODD_KEYS)] = old
             case 4:
                 other = random.choice(places)
                 value = data
@@ -181,6 +198,30 @@ def mutate_text(random: Random, text: bytes) -> bytes:
             return text[:at] + insert + text[at + random.choice((0, 1, 5)) :]
 
 
+def mutate_plain(random: Random, text: bytes) -> bytes:
+    """Return a text to calibrate with or to measure on that is none, or is much."""
+    return random.choice(
+        (
+            b"",
+            b"a",
+            b"the",
+            b" ",
+            b"\n" * 5000,
+            b"\xef\xbb\xbf",
+            b"<end>" * 400,
+            bytes(4000),
+            random.randbytes(4000),
+            text.decode().encode("utf-16"),
+            text[:2000].replace(b"a", b"\xff"),
+            b"the cat " * 400_000,
+            b"x" * 300_000,
+            "\U0001f600\u202e".encode() * 2000,
+            b"\x1b[2J" * 900,
+            mutate_text(random, text),
+        )
+    )
+
+
 def mutate_json_file(random: Random, text: bytes) -> bytes:
     if random.random() < 0.25:
         return mutate_text(random, text)
@@ -245,9 +286,29 @@ def mutate_safetensors(random: Random, data: bytes) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     names = [name for name in header if name != "__metadata__"]
-    match random.randrange(6):
+    match random.randrange(7):
         case 0:
             return mutate_bytes(random, data)
+        case 5:  # bytes that lie elsewhere, overlap, or are none
+            places = header[random.choice(names)]["data_offsets"]
+            other = header[random.choice(names)]["data_offsets"]
+            far = random.choice(
+                (0, -1, -8, 4, 2**31, 2**63, 2**64, 2**70, len(body), len(body) + 8)
+            )
+            places[:] = random.choice(
+                (
+                    other,
+                    places[::-1],
+                    [far, far],
+                    [0, far],
+                    [p + far for p in places],
+                    [],
+                    places[:1],
+                )
+            )
+            text = json_text(header)
+            if random.random() < 0.2:
+                return struct.pack("<Q", random.choice((0, 2, 2**40, 2**63, 2**64 - 1))) + text
         case 1:
             text = mutate_json_file(random, data[8 : 8 + length].strip())
         case 2:  # a tensor, or all, in another dtype, in a file that is right
@@ -283,139 +344,6 @@ def mutate_safetensors(random: Random, data: bytes) -> bytes:
             bad = random.choice((b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\x7f\x7f"))
             body = body[:cut] + bad + body[cut + 4 :]
     return struct.pack("<Q", len(text)) + text + body
-
-
-_GGUF_FORMATS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-
-
-def _gguf_value(data: bytes, at: int, kind: int) -> tuple[Any, int]:
-    if kind in _GGUF_FORMATS:
-        form = "<" + _GGUF_FORMATS[kind]
-        return struct.unpack_from(form, data, at)[0], at + struct.calcsize(form)
-    if kind == 8:
-        (length,) = struct.unpack_from("<Q", data, at)
-        return data[at + 8 : at + 8 + length], at + 8 + length
-    inner, count = struct.unpack_from("<IQ", data, at)
-    values, at = [], at + 12
-    for _ in range(count):
-        value, at = _gguf_value(data, at, inner)
-        values.append(value)
-    return (inner, values), at
-
-
-def _gguf_bytes(kind: int, value: Any) -> bytes:
-    if kind in _GGUF_FORMATS:
-        form = _GGUF_FORMATS[kind]
-        if form in "fd":
-            return struct.pack("<" + form, value)
-        if form == "?":
-            return struct.pack("<B", int(value) & 0xFF)
-        bits = 8 * struct.calcsize("<" + form)
-        return (int(value) & ((1 << bits) - 1)).to_bytes(bits // 8, "little")
-    if kind == 8:
-        return struct.pack("<Q", len(value)) + value
-    inner, values = value
-    return struct.pack("<IQ", inner, len(values)) + b"".join(_gguf_bytes(inner, v) for v in values)
-
-
-def _odd_gguf(random: Random, kind: int, value: Any) -> tuple[int, Any]:
-    """Return another type and value for an entry."""
-    if kind == 9 and random.random() < 0.7:
-        inner, values = value
-        match random.randrange(5):
-            case 0:
-                return 9, (inner, values[: len(values) // 2])
-            case 1 if values:
-                return 9, (inner, [values[0]] * len(values))
-            case 2 if values:
-                return 9, (inner, values + values[-1:])
-            case 3:
-                return 9, (4, [random.choice((0, 1, 2**31)) for _ in values])
-            case _:
-                return 9, (8, [random.choice((b"", b"\xff", b"a b c", b"<0x41>")) for _ in values])
-    return random.choice(
-        (
-            (8, b"x"),
-            (8, b"\xff\xfe"),
-            (8, b""),
-            (4, 0),
-            (4, 2**32 - 1),
-            (5, -1),
-            (10, 2**63),
-            (6, float("nan")),
-            (6, 0.0),
-            (6, -1e30),
-            (7, 1),
-            (9, (4, [])),
-            (9, (6, [1.0, 2.0])),
-            (9, (8, [b"a"])),
-            (12, float("inf")),
-            (4, 3),
-            (11, -(2**63)),
-            (8, b"{% for a in range(9**9) %}"),
-        )
-    )
-
-
-def mutate_gguf(random: Random, data: bytes) -> bytes:
-    """Return a GGUF file with bytes changed, or with an entry of its metadata changed or gone."""
-    if random.random() < 0.3:
-        return mutate_bytes(random, data)
-    version, tensors, count = struct.unpack_from("<IQQ", data, 4)
-    at, entries = 24, []
-    for _ in range(count):
-        key, at = _gguf_value(data, at, 8)
-        (kind,) = struct.unpack_from("<I", data, at)
-        value, at = _gguf_value(data, at + 4, kind)
-        entries.append((key, kind, value))
-    start, infos = at, []
-    for _ in range(tensors):
-        name, at = _gguf_value(data, at, 8)
-        (rank,) = struct.unpack_from("<I", data, at)
-        infos.append(
-            [
-                name,
-                list(struct.unpack_from(f"<{rank}Q", data, at + 4)),
-                *struct.unpack_from("<IQ", data, at + 4 + 8 * rank),
-            ]
-        )
-        at += 4 + 8 * rank + 12
-    body = data[-(-at // 32) * 32 :]
-    assert start < at
-    number = random.randrange(len(entries))
-    key, kind, value = entries[number]
-    match random.randrange(7):
-        case 0:
-            del entries[number]
-        case 1:
-            entries.append(entries[number])
-        case 2:
-            info = random.choice(infos)
-            info[1] = random.choice(([], [0], info[1][::-1], [2**40, 2**40], [1, 1, 1, 1, 1]))
-        case 3:
-            info = random.choice(infos)
-            info[random.choice((2, 3))] = random.choice((0, 1, 2, 8, 24, 26, 28, 30, 39, 99, 2**31))
-        case _:
-            entries[number] = (key, *_odd_gguf(random, kind, value))
-    out = b"GGUF" + struct.pack("<IQQ", version, len(infos), len(entries))
-    for key, kind, value in entries:
-        out += _gguf_bytes(8, key) + struct.pack("<I", kind) + _gguf_bytes(kind, value)
-    for name, shape, code, offset in infos:
-        out += _gguf_bytes(8, name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
-        out += struct.pack("<IQ", code, offset)
-    return out + bytes(-len(out) % 32) + body
 
 
 TEMPLATES = [
@@ -467,41 +395,6 @@ RECIPES = [
     'passes: ["\\U00110000"]\n',
     'passes: ["\\ud800"]\n',
     "passes:\n" + "- " * 3000 + "x\n",
-]
-
-RECIPE_TEXTS = [
-    "",
-    ",",
-    "{",
-    "normalise",
-    "normalise,,dead-code",
-    "prune-blocks{ratio=0.5}",
-    "prune-blocks{blocks=1}",
-    "prune-blocks{ratio=nan}",
-    "prune-blocks{ratio=1e999}",
-    "prune-blocks{ratio=2}",
-    "prune-blocks{blocks=-1}",
-    "prune-blocks{blocks=" + "9" * 5000 + "}",
-    "prune-blocks{ratio=[[]]}",
-    'prune-blocks{ratio="',
-    "é",
-    "prune-blocks{windows=0}",
-    "prune-blocks{blocks=1,windows=99999999999}",
-    "fuse-blocks{steps=-1}",
-    "prune-blocks{blocks=1,seqlen=2147483648}",
-    "fuse-blocks{lr=inf}",
-    "dead-code{x=1}",
-    "a" * 10_000,
-    "prune-blocks{blocks=1,count=1}",
-    "insert-kv-cache,insert-kv-cache",
-    "insert-kv-cache,normalise",
-    "carve-moe{}",
-    "carve-moe{experts=0}",
-    "carve-moe{experts=99999999999999999999}",
-    "tune-moe",
-    "prune-blocks{blocks=1,scope=x}",
-    "prune-blocks{score=\x00}",
-    "normalise,\ud800",
 ]
 
 Mutator = Callable[[Random, bytes], bytes]
