@@ -7,18 +7,25 @@ name read as another one.
 
 from __future__ import annotations
 
+import inspect
 import re
 
-_CONTROL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # all but tab and line feed
-    "\u2028\u2029\u202a-\u202e\u2066-\u2069"  # lines and directions of Unicode's own
-    "\ud800-\udfff]"  # halves of characters, which no terminal can be sent
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f"  # all but tab and line feed
+    r"\u2028\u2029\u202a-\u202e\u2066-\u2069"  # lines and directions of Unicode's own
+    r"\ud800-\udfff]"  # halves of characters, which no terminal can be sent
 )
 
 
 def plain_text(text: str) -> str:
     """Return text with its control characters written as Python writes them: `\\x1b[31m`."""
-    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
+    return CONTROL.sub(lambda match: ascii(match.group())[1:-1], text)
+
+
+def plain_text_source() -> str:
+    """Return `plain_text` as a text that needs `import re` alone, for scripts in artifacts."""
+    pattern = f'CONTROL = re.compile(\n    r"{CONTROL.pattern}"\n)'
+    return f"{pattern}\n\n\n{inspect.getsource(plain_text)}"
 
 
 def plain_line(text: str) -> str:

@@ -19,8 +19,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
-    "README.md", "docs/attention.md", "docs/depth.md", "docs/families.md", "docs/volta.md",
-    "docs/width.md",
+    "README.md", "docs/attention.md", "docs/depth.md", "docs/evaluate.md", "docs/families.md",
+    "docs/volta.md", "docs/width.md",
 )  # fmt: skip
 _TABLE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end table -->", re.DOTALL)
 
@@ -95,6 +95,22 @@ def quality() -> str:
     head = ["form", f"perplexity on {result['text']}", "tokens", "PIQA", "questions"]
     packages = ("torch", "transformers", "onnxruntime")
     return f"{_rows(head, rows)}\n\n{_measured_on(result, *packages)}"
+
+
+def beginnings() -> str:
+    """Perplexity with and without the beginning-of-sequence token before every window."""
+    result = _result("beginnings")
+    runs = result["runs"]
+    rows = [
+        [run["every"]["model"], *(f"{run[way]['perplexity']:.2f}" for way in ("every", "first"))]
+        for run in runs
+    ]
+    size = runs[0]["every"]
+    head = ["model", "before every window", "before the first alone (`--bos first`)"]
+    return (
+        f"{_rows(head, rows)}\n\n{_measured_on(result, 'torch', 'transformers')} Perplexity on "
+        f"{size['windows']} windows of {size['seqlen']} tokens."
+    )
 
 
 def scale() -> str:
@@ -573,6 +589,7 @@ def _one_line(text: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "attention_sweep": attention_sweep,
+    "beginnings": beginnings,
     "decode": decode,
     "demo": demo,
     "families": families,

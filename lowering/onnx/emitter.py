@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +19,10 @@ from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, P, S, Type
 from graphopt.ir.weights import Weight
 from graphopt.lowering.base import Emitted, Emitter
-from graphopt.lowering.onnx import genai_generate, moe
+from graphopt.lowering.onnx import moe
 from graphopt.lowering.onnx.builder import ONNX_DTYPES, GraphBuilder
 from graphopt.lowering.onnx.external import DataFile, Layout
-from graphopt.lowering.onnx.genai import GENAI_NAME, RUN_NAME, genai_config, why_not
+from graphopt.lowering.onnx.genai import GENAI_NAME, RUN_NAME, genai_config, run_script, why_not
 from graphopt.lowering.onnx.moe import Fused, Kind, Plan
 from graphopt.lowering.onnx.ops import Heads, Lowering, Pack, Sum, translation_of
 from graphopt.lowering.tokenizer import write_generation, write_tokenizer
@@ -111,7 +110,7 @@ class OnnxEmitter(Emitter):
         entries = genai_config(program, heads, in_place)
         config.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
         script = folder / RUN_NAME
-        script.write_text(inspect.getsource(genai_generate), encoding="utf-8", newline="\n")
+        script.write_text(run_script(), encoding="utf-8", newline="\n")
         return [config, script, *write_generation(program, folder)]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from graphopt.ir.context import context_length, rotary_switch
 from graphopt.ir.graph import Program
+from graphopt.lowering.onnx import genai_generate
+from graphopt.plain import plain_text_source
 from graphopt.sources.generation import GenerationSettings
 
 GENAI_NAME = "genai.onnx"
@@ -15,7 +18,16 @@ Around its attentions there is no branch, through which a cache could not be ext
 """
 
 RUN_NAME = "generate.py"
-"""The script that runs it, a copy of `genai_generate`."""
+"""The script that runs it: `run_script`."""
+
+
+def run_script() -> str:
+    """Return the text of `generate.py`: `genai_generate`, and what it imports of graphopt."""
+    text = inspect.getsource(genai_generate)
+    outside = "from graphopt.plain import plain_text\n"
+    return text.replace("import json\n", "import json\nimport re\n").replace(
+        outside, plain_text_source()
+    )
 
 
 def why_not(program: Program) -> str | None:

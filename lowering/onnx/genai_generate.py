@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from graphopt.plain import plain_text
+
 
 def encode(tokenizer: Any, folder: Path, prompt: str, raw: bool) -> list[int]:
     """Return the token ids of a prompt, in the model's chat template if it has one."""
@@ -50,7 +52,8 @@ def main() -> None:
     pieces = tokenizer.create_stream()
     while not generator.is_done():
         generator.generate_next_token()
-        print(pieces.decode(generator.get_next_tokens()[0]), end="", flush=True)
+        piece = pieces.decode(generator.get_next_tokens()[0])
+        print(plain_text(piece), end="", flush=True)
     print()
 
 

@@ -25,6 +25,7 @@ from graphopt.lowering.torch.tiled import (
     TiledModel,
     lower_attentions,
 )
+from graphopt.plain import plain_text_source
 from graphopt.runtime import chat
 from graphopt.runtime import ops as runtime
 from graphopt.sources.generation import GenerationSettings
@@ -36,6 +37,7 @@ _STANDARD = {
     "importlib": "import importlib.util",
     "inspect": "import inspect",
     "json": "import json",
+    "re": "import re",
     "subprocess": "import subprocess",
     "sys": "import sys",
     "Iterator": "from collections.abc import Collection, Iterator",
@@ -93,6 +95,7 @@ def render_model(program: Program, target: str = "cpu", lowered: TiledModel | No
         inspect.getsource(chat.render_chat).strip(),
         inspect.getsource(chat.chat_text).strip(),
         template.PROMPT.strip(),
+        plain_text_source().strip(),
         template.main(tiled is not None).strip(),
     ]
     text = "\n\n\n".join(body)

@@ -367,7 +367,7 @@ def main() -> None:
         count = min(count, max(POSITIONS - len(ids), 0))
     dtype = getattr(torch, options.dtype) if options.dtype else None
     made = generate(load(device=options.device, dtype=dtype), ids, count, END)
-    print(decoder.decode(made) if decoder else " ".join(map(str, made)))
+    print(plain_text(decoder.decode(made)) if decoder else " ".join(map(str, made)))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ import graphopt as go
 from graphopt import console as ui
 from graphopt.cli import app
 from graphopt.errors import SourceError
-from graphopt.plain import plain_line, plain_text
+from graphopt.lowering.onnx.genai import run_script
+from graphopt.lowering.torch.render import render_model
+from graphopt.plain import plain_line, plain_text, plain_text_source
 from graphopt.report import ArtifactEntry, BlockEntry, PassEntry, Report, SkipEntry
 from graphopt.report_page import render
 
@@ -45,6 +47,16 @@ def test_plain_text(text: str) -> None:
     if not BAD.search(text) and "\u2028" not in text and "\u2029" not in text:
         assert plain == text
     assert plain_text(plain) == plain
+
+
+@pytest.mark.parametrize("kind", ["genai", "torch"])
+def test_the_scripts_of_artifacts_print_plain_text(kind: str) -> None:
+    script = run_script() if kind == "genai" else render_model(tiny_program())
+    assert plain_text_source().strip() in script
+    scope: dict[str, Any] = {"re": re}
+    exec(plain_text_source(), scope)
+    assert [scope["plain_text"](text) for text in ESCAPES] == [plain_text(t) for t in ESCAPES]
+    assert script.count("print(plain_text(") == 1
 
 
 @pytest.fixture(params=[True, False], ids=["terminal", "pipe"])
