@@ -11,8 +11,9 @@ from typing import Any, TypeAlias
 import torch
 
 from graphopt.devices import usable_device
-from graphopt.errors import PassError, UsageError, VerifyError, unknown_name
+from graphopt.errors import PassError, SourceError, UsageError, VerifyError, unknown_name
 from graphopt.evaluate import read_text
+from graphopt.inputs import parse
 from graphopt.ir.graph import Program
 from graphopt.ir.imprint import Imprint
 from graphopt.ir.printer import print_program
@@ -23,7 +24,15 @@ from graphopt.passes.base import PROPERTIES, Context, Pass, PassResult, all_pass
 from graphopt.probe import PROBE_TEXT
 from graphopt.progress import Progress, silent
 from graphopt.recipe import format_recipe, parse_recipe, read_recipe, recipe_to_yaml
-from graphopt.report import PassEntry, Report, SkipEntry, block_entries, machine, versions
+from graphopt.report import (
+    PassEntry,
+    Report,
+    SavedFigures,
+    SkipEntry,
+    block_entries,
+    machine,
+    versions,
+)
 from graphopt.snapshot import Snapshots
 from graphopt.verification import (
     Measured,
@@ -338,14 +347,34 @@ class _Run:
         for count in range(len(self.passes), 0, -1):
             found = self.snapshots.load(self._prefix(count), count)
             if found is not None:
-                self.program, entries, self._figures = found
+                self.program, entries, figures = found
+                what = "What a snapshot keeps of the report"
+                kept = parse(SavedFigures, figures, what, remedy="Leave --resume out.")
+                self._figures = kept.model_dump()
                 self.entries = [PassEntry.from_json(entry) for entry in entries]
+                self._check_entries(count)
                 self._restore_context()
                 for entry in self.entries:
                     entry.resumed = True
                     if self.on_pass is not None:
                         self.on_pass(entry)
                 return
+
+    def _check_entries(self, count: int) -> None:
+        """Refuse entries of other passes than the first `count`, or without what later ones read.
+
+        Raises:
+            SourceError: Naming what is wrong.
+        """
+        names = [item.name for item in self.passes[:count]]
+        if [entry.name for entry in self.entries] != names:
+            raise SourceError(
+                f"A snapshot after {', '.join(names)} holds the entries of other passes.",
+                "Leave --resume out.",
+            )
+        for item, entry in zip(self.passes, self.entries, strict=False):
+            where = f"The details of {entry.name} in a snapshot"
+            parse(item.read_later, entry.details, where, remedy="Leave --resume out.")
 
     def _restore_context(self) -> None:
         """Put what later passes learn of the restored ones into the context."""

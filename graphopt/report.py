@@ -16,7 +16,7 @@ from typing import Any
 import pydantic
 
 from graphopt.breakdown import at, breakdown
-from graphopt.inputs import OpenSchema, Size, parse, parse_entry, read_json
+from graphopt.inputs import OpenSchema, Schema, Size, parse, parse_entry, read_json
 from graphopt.ir.graph import Program
 from graphopt.ir.types import B, P, S
 
@@ -78,6 +78,28 @@ class PassEntry:
         """
         adapter = pydantic.TypeAdapter(cls)
         return parse_entry(adapter, data, "A pass in a snapshot", remedy="Leave --resume out.")
+
+
+class SavedProbe(Schema):
+    """What verification ran; see `Report.probe`."""
+
+    tokens: Size
+    is_text: bool
+    note: str
+
+
+class SavedWindows(Schema):
+    """How windows of text began; see `Report.windows`."""
+
+    bos: str
+    begin: list[Size]
+
+
+class SavedFigures(Schema):
+    """What a snapshot keeps of a report beside its passes."""
+
+    probe: SavedProbe | None = None
+    windows: SavedWindows | None = None
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import UsageError, unknown_name
-from graphopt.inputs import shown
+from graphopt.inputs import OpenSchema, shown
 from graphopt.ir.graph import Program
 from graphopt.progress import Progress, silent
 from graphopt.windows import Bos
@@ -107,12 +107,15 @@ class Pass(ABC):
             on the structure alone for `--dry-run` and before any weight is read.
         requires: What must hold before it: names of passes earlier in the recipe, or names in
             `PROPERTIES`, with `!` in front for "must not hold".
+        read_later: What later passes read of its `PassResult.details`: those of a snapshot are
+            checked against it.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     reads_weights: ClassVar[bool] = False
     requires: ClassVar[tuple[str, ...]] = ()
+    read_later: ClassVar[type[OpenSchema]] = OpenSchema
 
     def check(self, program: Program) -> None:  # noqa: B027  (a hook: nothing to check by default)
         """Refuse a program or options this pass can't take, from the structure alone.

@@ -28,6 +28,7 @@ from graphopt.carving import (
 from graphopt.devices import must_fit
 from graphopt.errors import PassError
 from graphopt.evaluate import ProgramModel
+from graphopt.inputs import OpenSchema
 from graphopt.ir.blocks import Block, block_name, find_blocks, sub_blocks
 from graphopt.ir.cost import total_cost, weight_products
 from graphopt.ir.dataflow import region
@@ -59,6 +60,12 @@ NEEDS_TOKENS = {"cpu": 512, "cuda": 4096}
 
 PROMPT = 128
 """Tokens of the prompt for which the report says what the models take, as in CMoE's table 7."""
+
+
+class CarvedParts(OpenSchema):
+    """What of the details later passes read: how many parts were carved."""
+
+    parts: list[dict[str, Any]]
 
 
 @register_pass
@@ -101,6 +108,7 @@ class CarveMoe(Pass):
     """
 
     name: ClassVar[str] = "carve-moe"
+    read_later: ClassVar[type[OpenSchema]] = CarvedParts
     exact: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = True
 

@@ -13,6 +13,7 @@ from graphopt.calibrate import pick
 from graphopt.devices import must_fit
 from graphopt.distil import Distiller, TrainingOptions, plain
 from graphopt.errors import PassError
+from graphopt.inputs import shown
 from graphopt.ir.blocks import block_name, find_blocks, remove_blocks
 from graphopt.ir.graph import Call, Program
 from graphopt.passes.base import Context, Pass, PassResult, Skip, make_pass, register_pass
@@ -258,7 +259,7 @@ class _Fusion(Distiller):
 
     def _faithful(self) -> None:
         pruning = self._pruning()
-        removed = self.context.earlier["prune-blocks"]["removed"]
+        removed = self._removed()
         if not self.done:
             self.program = self.dense.copy()
             self.details |= {"order": [], "training": []}
@@ -303,6 +304,19 @@ class _Fusion(Distiller):
         self.clock("controls", started)
         # What serves the report alone takes nothing from the other blocks.
         self.started += time.perf_counter() - started
+
+    def _removed(self) -> list[str]:
+        """Return the names of the blocks that were removed, in the order of removal."""
+        removed: list[str] = self.context.earlier["prune-blocks"]["removed"]
+        names = {block_name(self.dense, block) for block in find_blocks(self.dense)}
+        for name in removed:
+            if name not in names:  # of a snapshot that is damaged
+                raise PassError(
+                    f"prune-blocks says that it removed {shown(name)}, and the model has no such "
+                    "block.",
+                    "Leave --resume out.",
+                )
+        return removed
 
     def _pruning(self) -> PruneBlocks:
         options = self.context.earlier["prune-blocks"].get("options", {})

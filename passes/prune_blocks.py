@@ -19,6 +19,7 @@ from graphopt.calibrate import (
 from graphopt.devices import must_fit, scoring_dtype
 from graphopt.errors import PassError
 from graphopt.evaluate import ProgramModel
+from graphopt.inputs import OpenSchema
 from graphopt.ir.blocks import (
     block_name,
     find_blocks,
@@ -41,6 +42,12 @@ PARTS = {
 
 DEFAULT_WINDOWS = ((2, 256), (8, 512))
 """How many windows are scored, of how many tokens: on a CPU and on a GPU."""
+
+
+class RemovedBlocks(OpenSchema):
+    """What of the details later passes read: the names of the blocks, in the order of removal."""
+
+    removed: list[str]
 
 
 @register_pass
@@ -73,6 +80,7 @@ class PruneBlocks(Pass):
     """
 
     name: ClassVar[str] = "prune-blocks"
+    read_later: ClassVar[type[OpenSchema]] = RemovedBlocks
     exact: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = True
 

@@ -17,6 +17,7 @@ from programs import tiny_program
 import graphopt as go
 from graphopt import compiler, output_folder
 from graphopt.errors import GraphoptError, SourceError, UsageError
+from graphopt.passes.base import get_pass
 from graphopt.pipeline import Pipeline
 from graphopt.snapshot import SNAPSHOT_NAME, taking_up
 
@@ -210,6 +211,31 @@ def test_snapshots_with_other_types():
                 continue
             assert key in ("entries", "figures")  # {} and [] say less, and nothing wrong
             interrupted(**options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["figures"].update(probe="x"),
+        lambda state: state["figures"].update(probe={"tokens": 1}),
+        lambda state: state["figures"].update(windows=[]),
+        lambda state: state["figures"].update(windows={"bos": "every", "begin": ["x"]}),
+        lambda state: state["entries"].clear(),
+        lambda state: state["entries"].extend(state["entries"]),
+        lambda state: state["entries"][0].update(name="dead-code"),
+        lambda state: state["entries"][0].update(details={}),
+        lambda state: state["entries"][0]["details"].update(removed=[None]),
+    ],
+)
+def test_what_a_snapshot_keeps_of_the_report(change, monkeypatch):
+    monkeypatch.setattr(get_pass("normalise"), "read_later", get_pass("prune-blocks").read_later)
+    options = {"recipe": Pipeline(["normalise"]), "verify": False}
+    (path,) = interrupted(**options)
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+    with pytest.raises(SourceError, match=r"Leave --resume out\."):
+        compile_tiny(resume=True, **options)
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04", b"\x80\x04N."])
