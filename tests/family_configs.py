@@ -194,6 +194,9 @@ ENTRIES: dict[str, Draw] = {
     "router_jitter_noise": _fixed(0.0),
     "swiglu_limit": _fixed(2.0),
     "zero_expert_num": _fixed(2),
+    # Embeddings of a token for every layer.
+    "vocab_size_per_layer_input": _fixed(VOCAB),
+    "hidden_size_per_layer_input": _fixed(8),
     # Compressed keys and values.
     "q_lora_rank": _one_of(None, 24),
     "kv_lora_rank": _fixed(16),
@@ -264,6 +267,74 @@ def _yarn(rng: random.Random) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _windowed(rng: random.Random, layers: int) -> list[str]:
+    """Kinds of layers of which the last has no window."""
+    kinds = ("sliding_attention", "full_attention")
+    return [*(rng.choice(kinds) for _ in range(layers - 1)), "full_attention"]
+
+
+def _shared(rng: random.Random, layers: int) -> dict[str, Any]:
+    """Kinds of layers, of which the last take keys and values of earlier ones, or none does."""
+    shared = rng.choice((0, 1, 2))
+    own = ["sliding_attention", "full_attention", *_windowed(rng, layers)]
+    return {
+        "num_hidden_layers": len(own) + shared,
+        "layer_types": own + _windowed(rng, shared) if shared else own,
+        "num_kv_shared_layers": shared,
+    }
+
+
+def _gemma3n(rng: random.Random, sizes: Sizes) -> dict[str, Any]:
+    kinds = _shared(rng, 2)
+    layers = kinds["num_hidden_layers"]
+    return kinds | {
+        "intermediate_size": [sizes.inner] * layers,
+        "activation_sparsity_pattern": [rng.choice((0.0, 0.5)) for _ in range(layers)],
+        "altup_num_inputs": 2,
+        "laurel_rank": 8,
+        "final_logit_softcapping": 2.0,
+        "hidden_size": sizes.heads * sizes.head_dim,
+    }
+
+
+def _gemma4(rng: random.Random, sizes: Sizes) -> dict[str, Any]:
+    experts = rng.random() < 0.5
+    return _shared(rng, 2) | {
+        "global_head_dim": rng.choice((16, 32)),
+        "enable_moe_block": experts,
+        "num_experts": sizes.experts if experts else None,
+        "top_k_experts": 2 if experts else None,
+        "moe_intermediate_size": 24 if experts else None,
+        "use_double_wide_mlp": rng.random() < 0.5,
+        "attention_k_eq_v": rng.random() < 0.5,
+        "hidden_size_per_layer_input": rng.choice((0, 8)),
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            "full_attention": {"rope_type": "proportional", "rope_theta": 1e4,
+                               "partial_rotary_factor": rng.choice((0.25, 0.5))},
+        },
+    }  # fmt: skip
+
+
+def _assistant(family: str) -> Callable[[random.Random, Sizes], dict[str, Any]]:
+    """An assistant, whose layers all take the keys and values of another model."""
+
+    def entries(rng: random.Random, sizes: Sizes) -> dict[str, Any]:
+        text = draw(family, rng) | {
+            "model_type": family,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "enable_moe_block": False,
+            "use_double_wide_mlp": False,
+        }
+        text["num_kv_shared_layers"] = text["num_hidden_layers"]
+        return {"text_config": text, "backbone_hidden_size": sizes.hidden}
+
+    return entries
+
+
+_MUSIC = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}}
+
 _TEXT_PARTS = ("text_config", "decoder")
 """Where a config holds the config of its language model."""
 
@@ -272,14 +343,32 @@ Own = Callable[[random.Random, Sizes], dict[str, Any]]
 _RECURRENT = ("linear_attention", "full_attention")
 
 OWN: dict[str, Own] = {
+    "big_bird": lambda rng, s: {"attention_type": "original_full"},
+    "cohere_compass_text": lambda rng, s: {
+        "hidden_size": s.heads * 16,
+        "layer_types": _both(rng, s, "full_attention", "sliding_attention"),
+        "rope_parameters": {
+            # Shares of eight pairs for height, width and time, which are one in text.
+            "sliding_attention": _rope(rng, {}) | {"mrope_section": [3, 3, 2]},
+            "full_attention": rng.choice((None, _rope(rng, {}) | {"mrope_section": [3, 3, 2]})),
+        },
+    },
     "beam": lambda rng, s: {"layer_types": _both(rng, s, "full_attention", "sliding_attention")},
     "codegen": lambda rng, s: {"n_head": 4, "n_embd": s.head_dim * 4, "rotary_dim": 8},
     "dbrx": lambda rng, s: {
         "tie_word_embeddings": False,
-        "attn_config": {"kv_n_heads": s.groups, "clip_qkv": rng.choice((None, 1.0))},
+        "attn_config": {
+            "kv_n_heads": s.groups,
+            "clip_qkv": rng.choice((None, 1.0)),
+            "rope_theta": 1e4,
+        },
         "ffn_config": {"ffn_hidden_size": s.inner, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "falcon_h1": lambda rng, s: {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
+    "gemma3n_text": _gemma3n,
+    "gemma4_assistant": _assistant("gemma4_text"),
+    "gemma4_text": _gemma4,
+    "gemma4_unified_assistant": _assistant("gemma4_unified_text"),
     "gpt_neo": lambda rng, s: {
         "num_layers": 4,
         "attention_types": [[["global", "local"], 1], [["local"], 2]],
@@ -287,12 +376,28 @@ OWN: dict[str, Own] = {
     "gpt_oss": lambda rng, s: {"num_experts_per_tok": 2},
     "gptj": lambda rng, s: {"rotary_dim": rng.choice((4, 8))},
     "jamba": lambda rng, s: {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": lambda rng, s: {"layer_types": _both(rng, s, "conv", "full_attention")},
+    "longcat_flash": lambda rng, s: {"q_lora_rank": 24, "qk_rope_head_dim": 8, "head_dim": 8},
     "mamba2": lambda rng, s: {"hidden_size": 64, "num_heads": 8, "head_dim": 16},
+    "musicgen": lambda rng, s: _MUSIC,
+    "musicgen_melody": lambda rng, s: _MUSIC,
     "ministral3": lambda rng, s: {"rope_parameters": _yarn(rng)},
     "phimoe": lambda rng, s: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "qwen3_5_text": lambda rng, s: {"layer_types": _both(rng, s, *_RECURRENT)},
     "qwen3_next": lambda rng, s: {"layer_types": _both(rng, s, *_RECURRENT)},
     "recurrent_gemma": lambda rng, s: {"block_types": ["recurrent", "attention"]},
+    "reformer": lambda rng, s: {
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "attention_head_size": 12,
+        "is_decoder": True,
+        "axial_pos_embds_dim": [16, 32],
+        "axial_pos_shape": [8, 16],
+        "attn_layers": ["local", "lsh"],
+        "local_attn_chunk_length": 32,
+        "lsh_attn_chunk_length": 32,
+        "num_buckets": 4,
+    },
     "xmod": lambda rng, s: {"languages": ["en_XX"], "default_language": "en_XX"},
     "zaya": lambda rng, s: {"num_experts_per_tok": 1},
 }
@@ -311,10 +416,15 @@ def draw(family: str, rng: random.Random) -> dict[str, Any]:
     """Return the entries of a drawn config of a family."""
     from transformers import CONFIG_MAPPING
 
-    kind = CONFIG_MAPPING[family]
+    kind, own = CONFIG_MAPPING[family], OWN.get(family)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        default = kind()
+        try:
+            default = kind()
+        except Exception:  # a class without defaults
+            if own is None:
+                raise
+            return own(rng, Sizes.draw(rng, free=False, multi_head=False))
     known = default.to_dict()
     maps: dict[str, str] = dict(getattr(kind, "attribute_map", None) or {})
     names = set(known) | {name for name, own in maps.items() if own in known}
@@ -334,5 +444,4 @@ def draw(family: str, rng: random.Random) -> dict[str, Any]:
         part = known.get(name)
         if isinstance(part, dict) and part.get("model_type") in CONFIG_MAPPING:
             made[name] = draw(part["model_type"], rng)
-    own = OWN.get(family)
     return made | (own(rng, sizes) if own is not None else {})

@@ -558,7 +558,8 @@ def families() -> str:
             for form, text in row["verdicts"].items():
                 if found.get(form, "right") == "right":
                     found[form] = text
-        cells = [name]
+        both_ways = any(not row.get("causal", True) for row in drawn)
+        cells = [f"{name} (sees both ways)" if both_ways else name]
         for form in forms:
             whole = form.split(",")[0]
             text = found["capture"] if found["capture"] != "right" else found.get(

@@ -50,11 +50,11 @@ def capture(source: str | nn.Module | ModelSource, *, trust_remote_code: bool = 
         return source.program
     from graphopt.capture.checkpoint import CheckpointNames
     from graphopt.capture.model import build_model
-    from graphopt.capture.recurrent import refuse_recurrent
     from graphopt.capture.ties import say_untied
+    from graphopt.capture.unsupported import refuse_unsupported
 
     module = build_model(source.config, trust_remote_code=trust_remote_code)
-    refuse_recurrent(module)  # before the checkpoint is matched, which takes longer
+    refuse_unsupported(module)  # before the checkpoint is matched, which takes longer
     names = CheckpointNames(module, source)
     with users_model(source.spec, "be captured"):
         program = capture_module(module, source.name, names.resolve, names.trained_buffers())

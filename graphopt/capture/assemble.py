@@ -28,12 +28,12 @@ from graphopt.capture.positions import (
     raise_ropes,
     set_masks,
 )
-from graphopt.capture.recurrent import refuse_recurrent
 from graphopt.capture.rewriting import Raiser, base
 from graphopt.capture.rotary import Rotaries
 from graphopt.capture.sizes_check import check_sizes
 from graphopt.capture.slots import SlotSources
 from graphopt.capture.unify import unify
+from graphopt.capture.unsupported import refuse_unsupported
 from graphopt.ir.graph import Call, Function, Node, Program, Value, unique_name
 from graphopt.ir.ops import is_aten
 from graphopt.ir.printer import print_function
@@ -61,7 +61,7 @@ def capture_module(
             alone.
     """
     accepted_inputs(module)
-    refuse_recurrent(module)
+    refuse_unsupported(module)
     rotaries = Rotaries(module)
     with rotaries.opaque(), grouped_products(module):
         exported, _ = export_shell(module)

@@ -18,7 +18,7 @@ from types import FrameType
 from graphopt.boundary import chain, out_of_memory
 from graphopt.errors import CaptureError, GraphoptError, reason
 
-_DATA = ("DataDependent", "data-dependent", "data dependent")
+_DATA = ("DataDependent", "data-dependent", "data dependent", "data-independent")
 _SIZES = ("Constraints violated", "specialized", "ConstraintViolation", "Not all values of")
 _LIBRARIES = ("torch", "functorch", "sympy", "graphopt", "contextlib", "inspect", "importlib")
 
@@ -92,7 +92,7 @@ def traced(where: str) -> Iterator[None]:
 def _cause(error: Exception) -> tuple[str, str]:
     """Return what a module does that no trace holds, and what helps."""
     said = [f"{type(link).__name__} {link}" for link in chain(error)]
-    if any(word in text for text in said for word in _DATA):
+    if any(word in text for text in said for word in _DATA) or _reads_values(error):
         return (
             "it branches on the values of a tensor, or makes a tensor as large as they say",
             "graphopt takes models whose computation is the same for every token; choose a config "
@@ -105,11 +105,24 @@ def _cause(error: Exception) -> tuple[str, str]:
             "graphopt.",
         )
     frames = list(traceback.walk_tb(error.__traceback__))
+    if any(Path(frame.f_code.co_filename).name == "cache_utils.py" for frame, _ in frames):
+        return (
+            "it keeps keys and values although it is called with use_cache=False",
+            "graphopt gives models a cache itself; a model that fills its own has no form in it.",
+        )
     # What the model's own code says of itself is for its user; what torch says is not.
     said_itself = frames and not _of_library(frames[-1][0])
     return (
         f"it raises {type(error).__name__}{f': {reason(error)}' if said_itself else ''}",
         "Check that the model runs in transformers; --debug shows the traceback.",
+    )
+
+
+def _reads_values(error: Exception) -> bool:
+    """True where a tensor without values was asked for them, which torch tries without end."""
+    return isinstance(error, RecursionError) and any(
+        frame.f_code.co_name == "_device_put_aten"
+        for frame, _ in traceback.walk_tb(error.__traceback__)
     )
 
 

@@ -51,6 +51,12 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedCon
             f"{path} states no model_type, so it is not the config of a transformers model.",
             "Give the config.json of a causal language model.",
         )
+    if "backbone_hidden_size" in data:
+        raise SourceError(
+            f"{path} describes a model of type {model_type!r}, an assistant that computes with the "
+            "states, keys and values of another model (backbone_hidden_size).",
+            "Give the model that it drafts tokens for.",
+        )
     native = model_type in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in data)
     if not native and not trust_remote_code:
         _refuse_unknown(path, model_type, has_code="auto_map" in data)
@@ -95,6 +101,9 @@ def _refuse_unknown(path: Path, model_type: str, *, has_code: bool) -> None:
 _LANGUAGE_PARTS = ("text_config", "decoder", "attn_config", "ffn_config")
 """Configs inside a config that describe the language model, or a part of its layers."""
 
+_MEDIA = ("audio", "image", "speech", "video", "vision", "vq")
+"""What the names of configs say that describe parts for images and sound."""
+
 
 def _refuse_other_models(path: Path, config: Any, *, native: bool) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -103,12 +112,15 @@ def _refuse_other_models(path: Path, config: Any, *, native: bool) -> None:
     remedy = "graphopt takes decoder-only language models."
     if config.is_encoder_decoder:
         raise SourceError(f"{what}, which is an encoder-decoder.", remedy)
-    other = [name for name in config.sub_configs if name not in _LANGUAGE_PARTS]
-    if other:
+    other = sorted(name for name in config.sub_configs if name not in _LANGUAGE_PARTS)
+    media = [name for name in other if any(word in name for word in _MEDIA)]
+    if media:
         raise SourceError(
-            f"{what}, which takes more than text ({', '.join(sorted(other))}).",
+            f"{what}, which takes more than text ({', '.join(media)}).",
             f"{remedy} Some models are also published as a text-only checkpoint.",
         )
+    if other:
+        raise SourceError(f"{what}, which is made of several models ({', '.join(other)}).", remedy)
     for entry in ("quantization_config", "compression_config", "quantization"):
         stated = getattr(config, entry, None)
         if stated:
@@ -119,10 +131,16 @@ def _refuse_other_models(path: Path, config: Any, *, native: bool) -> None:
             raise SourceError(f"{what} whose weights are quantised{by}.", REMEDY)
     if not native:
         return
+    stated = [name for name in config.architectures or [] if isinstance(name, str)]
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if any(name.endswith("ForCausalLM") for name in stated):
+            raise SourceError(
+                f"{what}, the text part of a model of another type: transformers' "
+                "AutoModelForCausalLM loads none by itself.",
+                remedy,
+            )
         raise SourceError(f"{what}, which is no causal language model.", remedy)
     known = set(_class_names(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]))
-    stated = [name for name in config.architectures or [] if isinstance(name, str)]
     if stated and not known & set(stated):
         heads = [name for name in stated if "For" in name and "CausalLM" not in name]
         if heads:

@@ -17,6 +17,7 @@ import graphopt as go
 from graphopt.capture import capture
 from graphopt.capture.model import build_model
 from graphopt.capture.recurrent import refuse_recurrent
+from graphopt.capture.unsupported import refuse_unsupported
 from graphopt.errors import CaptureError
 from graphopt.sources import open_model
 
@@ -105,18 +106,43 @@ def test_infinite_numbers_of_a_config_are_read_and_written_back(tmp_path: Path) 
         assert entries["extra"]["a"][1]["b"] != entries["extra"]["a"][1]["b"]
 
 
+def test_block_sparse_attention_is_refused_and_full_attention_is_not() -> None:
+    sizes = {"attention_type": "block_sparse", "is_decoder": True}
+    with pytest.raises(CaptureError, match="bert attends to random blocks in longer texts"):
+        capture(build_model(config_of("big_bird", sizes)))
+    refuse_unsupported(
+        build_model(config_of("big_bird", sizes | {"attention_type": "original_full"}))
+    )
+
+
+class _Step(nn.Module):
+    """A layer that asks a tensor for its values."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "rows":
+            return x + x[x > 0].sum()
+        return x + sum((x[0, :, 0] > 0).long().tolist())
+
+
 class _Language(nn.Module):
     """A language model around one step that no trace holds."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+        self.layers = nn.ModuleList([_Step(kind)])
         self.kind = kind
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)
         if self.kind == "branch" and input_ids.max() > 3:
             x = x + 1
+        if self.kind in ("rows", "list"):
+            x = self.layers[0](x)
         if self.kind == "number":
             x = x + len(range(int(input_ids.shape[1] * 1.0)))
         if self.kind == "shapes":
@@ -132,6 +158,8 @@ class _Language(nn.Module):
     ("kind", "message"),
     [
         ("branch", "branches on the values of a tensor"),
+        ("rows", "makes a tensor as large as they say"),
+        ("list", "branches on the values of a tensor"),
         ("shapes", r"it raises RuntimeError\."),
         ("own", r"it raises ValueError: a word of the model itself\."),
     ],

@@ -367,6 +367,11 @@ for _name in ("amax", "amin"):
     case(f"aten.{_name}.default", X)
 case("aten.logsumexp.default", X, [-1], True, tolerance=1e-5)
 case("aten.logsumexp.default", X * 400, [0, 2], tolerance=1e-5)
+for _name in ("std", "var"):
+    case(f"aten.{_name}.dim", X, [-1], False, True)
+    case(f"aten.{_name}.dim", X, [1, 2])
+    case(f"aten.{_name}.correction", X, [-1], correction=2, keepdim=True)
+    case(f"aten.{_name}.correction", X)
 case("aten.prod.dim_int", X, -1)
 case("aten.prod.dim_int", N, 2, True)
 case("aten.prod.default", positive(4))

@@ -120,6 +120,15 @@ def test_own_class_is_used_where_a_known_type_brings_code(tmp_path: Path) -> Non
         ({"model_type": "gemma3"}, r"takes more than text \(vision_config\)"),
         ({"model_type": "qwen2_audio"}, r"takes more than text \(audio_config\)"),
         ({"model_type": "vit"}, "no causal language model"),
+        ({"model_type": "blt"}, r"is made of several models \(decoder_config, encoder_config"),
+        (
+            {"model_type": "emu3_text_model", "architectures": ["Emu3ForCausalLM"]},
+            "the text part of a model of another type",
+        ),
+        (
+            {"model_type": "gemma4_assistant", "backbone_hidden_size": 8},
+            "an assistant that computes with the states",
+        ),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "head of BertForMaskedLM"),
         ({"model_type": "lama"}, "transformers does not know"),
         ({"hidden_size": 8}, "states no model_type"),

@@ -263,6 +263,27 @@ def any_or_all(lower: Lowering, node: Node) -> ir.Value:
     return lower.builder.op("Cast", total, to=ir.DataType.BOOL)
 
 
+@translation("aten.var.dim", "aten.var.correction", "aten.std.dim", "aten.std.correction")
+def variance(lower: Lowering, node: Node) -> ir.Value:
+    source = lower.aten_arg(node, 0)
+    builder, x, shape = lower.builder, lower.whole(source), lower.types[source].shape
+    dims = lower.aten_arg(node, 1, "dim")
+    dims = list(range(len(shape))) if not dims else [dims] if isinstance(dims, int) else dims
+    correction = lower.aten_arg(node, 2, "correction", None) if ".correction" in node.op else int(
+        lower.aten_arg(node, 2, "unbiased", True)
+    )  # fmt: skip
+    keep = int(bool(lower.aten_arg(node, 3, "keepdim", False)))
+    axes = builder.constant(list(dims))
+    apart = builder.op("Sub", x, builder.op("ReduceMean", x, axes, keepdims=1))
+    total = builder.op("ReduceSumSquare", apart, axes, keepdims=keep)
+    count = sympy.Integer(1)
+    for axis in dims:
+        count *= shape[axis]
+    freedom = count - (1 if correction is None else correction)
+    found = builder.op("Div", total, operand(lower, freedom, torch.float32))
+    return builder.op("Sqrt", found) if ".std." in node.op else found
+
+
 @translation("aten.max.dim", "aten.min.dim")
 def extreme(lower: Lowering, node: Node) -> list[ir.Value]:
     x, axis = lower.whole(node.inputs[0]), lower.aten_arg(node, 1, "dim")
