@@ -15,6 +15,7 @@ from graphopt.evaluate import LanguageModel
 from graphopt.ir.execute import complete_inputs
 from graphopt.runtime.chat import chat_text
 from graphopt.sources.generation import GenerationSettings
+from graphopt.sources.tokenizer import decode, encode
 from graphopt.windows import prompt_ids
 
 if TYPE_CHECKING:
@@ -53,12 +54,12 @@ def encode_prompt(
                 f"The chat template cannot be applied: {reason(error)}.",
                 "Pass --raw to continue the prompt without it.",
             ) from error
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode(tokenizer, text, special=False)
     else:
         ids = prompt_ids(tokenizer, prompt)
     if not ids:
         raise UsageError("The prompt is empty.", "Give at least one word.")
-    return list(ids)
+    return ids
 
 
 @dataclass
@@ -92,10 +93,7 @@ class PieceDecoder:
         return text[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(text)
+        return decode(self.tokenizer, ids)
 
 
 @dataclass(frozen=True)

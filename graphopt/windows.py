@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import SourceError, unknown_name
-from graphopt.sources.tokenizer import read_tokenizer
+from graphopt.sources.tokenizer import encode, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,13 +69,12 @@ def special_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
     They are what a short text has with special tokens and lacks without them.
     """
     for sample in _SAMPLES:
-        plain = list(tokenizer(sample, add_special_tokens=False)["input_ids"])
-        whole = list(tokenizer(sample)["input_ids"])
+        plain, whole = encode(tokenizer, sample, special=False), encode(tokenizer, sample)
         for start in range(len(whole) - len(plain) + 1):
             if plain and whole[start : start + len(plain)] == plain:
                 return whole[:start], whole[start + len(plain) :]
     # A text is cut otherwise beside special tokens, which then still are what stands outside it.
-    whole, special = list(tokenizer(_SAMPLES[0])["input_ids"]), set(tokenizer.all_special_ids)
+    whole, special = encode(tokenizer, _SAMPLES[0]), set(tokenizer.all_special_ids)
     inner = [place for place, token in enumerate(whole) if token not in special]
     return (whole[: inner[0]], whole[inner[-1] + 1 :]) if inner else ([], [])
 
@@ -101,8 +100,7 @@ class TokenText:
             tokenizer: Of transformers.
             bos: With "first" the ids are those of the tokenizer, with its special tokens.
         """
-        # `verbose` off: a text longer than the model's context is what this is about.
-        ids = list(tokenizer(text, verbose=False)["input_ids"])
+        ids = encode(tokenizer, text)
         begin: list[int] = []
         if bos == "every":
             begin, end = special_ends(tokenizer)
@@ -140,7 +138,7 @@ def prompt_ids(
         ends: What `special_ends` gives, if that is at hand.
     """
     begin, end = special_ends(tokenizer) if ends is None else ends
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    ids = encode(tokenizer, text)
     return begin + _inside(ids, begin, end)
 
 

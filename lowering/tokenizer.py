@@ -10,7 +10,7 @@ from typing import Any
 from graphopt.errors import SourceError
 from graphopt.ir.graph import Program
 from graphopt.sources.generation import GENERATION_NAME
-from graphopt.sources.tokenizer import tokenizer_files
+from graphopt.sources.tokenizer import OTHER_FILES, tokenizer_files, working
 from graphopt.windows import prompt_ids, special_ends, tokenizer_at
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -64,12 +64,13 @@ def write_tokenizer(program: Program, folder: Path) -> tuple[list[Path], list[tu
     files = copy_tokenizer(program, folder)
     if not files:
         return [], []
+    path = folder / TOKENIZER_NAME
     try:
         tokenizer = tokenizer_at(Path(program.tokenizer or ""), program.name)
+        with working(tokenizer.name_or_path, "be put into tokenizer.json", OTHER_FILES):
+            saved = _for_prompts(tokenizer, path)
     except SourceError as error:
         return files, [("tokenizer", f"its files are copied as they are: {error.message}")]
-    path = folder / TOKENIZER_NAME
-    saved = _for_prompts(tokenizer, path)
     if saved is not None:
         saved.save(str(path))
     template = _template(tokenizer)

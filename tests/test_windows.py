@@ -20,10 +20,11 @@ from transformers import AutoTokenizer, GPT2Tokenizer, LlamaTokenizer
 
 import graphopt as go
 from graphopt.calibrate import calibration_windows, sample_windows, text_windows
-from graphopt.errors import PassError, UsageError
+from graphopt.errors import PassError, SourceError, UsageError
 from graphopt.evaluate import LanguageModel, PiqaRow, perplexity, piqa_accuracy
 from graphopt.passes.base import Context
 from graphopt.probe import PROBE_TEXT
+from graphopt.sources.tokenizer import PROBE, read_tokenizer
 from graphopt.verification import make_probe
 from graphopt.windows import TokenText, check_bos, prompt_ids, special_ends
 
@@ -49,6 +50,7 @@ def gpt2(bos: bool) -> GPT2Tokenizer:
 class NoSpecials:
     """A tokenizer that cuts a text otherwise once special tokens stand beside it."""
 
+    name_or_path = "here"
     all_special_ids = (7, 8)
 
     def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
@@ -270,3 +272,33 @@ def test_the_report_says_how_windows_begin(bos: Any, model: go.Program, tmp_path
     assert json.loads(json.dumps(report.to_json()))["windows"] == expected
     _, silent = go.Pipeline.parse("normalise").run(model, verify=False)
     assert silent.windows is None
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "Unigram", "unk_id": None, "byte_fallback": False},
+        {"type": "WordLevel", "unk_token": "[UNK]"},
+    ],
+)
+def test_a_vocabulary_that_lacks_letters_of_a_text(model: dict[str, Any], tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    known = sorted({*PROBE, *"The harbour was quiet.", "▁"})
+    units = {letter: number for number, letter in enumerate(known)}
+    vocabulary: Any = [[letter, -1.0] for letter in known]
+    path = tmp_path / "tokenizer.json"
+    saved = json.loads(path.read_text()) | {
+        "model": model | {"vocab": vocabulary if model["type"] == "Unigram" else units},
+        "pre_tokenizer": {
+            "type": "Split", "pattern": {"Regex": "[\\s\\S]"},
+            "behavior": "Isolated", "invert": False,
+        },
+        "decoder": None,
+        "added_tokens": [],
+    }  # fmt: skip
+    path.write_text(json.dumps(saved))
+    tokenizer = read_tokenizer(tmp_path)
+    assert len(prompt_ids(tokenizer, "The quiet")) == 9
+    for run in (TokenText.of, prompt_ids):
+        with pytest.raises(SourceError, match=r"The tokenizer in .* cannot encode 'zz': .+\. Put"):
+            run(tokenizer, "zz")

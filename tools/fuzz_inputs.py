@@ -21,6 +21,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -125,8 +126,7 @@ def child(command: list[str], folder: Path, result: int) -> None:
     }
     tempfile.tempdir = str(state / "tmp")
     notes: list[str] = []
-    allowed = tuple(f"{folder}/{name}" for name in ("out", ".out"))
-    watch((*allowed, str(state)), notes)
+    watch((*outputs(command, folder), str(state)), notes)
     as_nobody_special()
     import torch
 
@@ -153,13 +153,26 @@ def child(command: list[str], folder: Path, result: int) -> None:
 # In the parent ----------------------------------------------------------------------------------
 
 
+def outputs(command: list[str], folder: Path) -> list[str]:
+    """Return what the paths begin with that a command may write to.
+
+    An output folder that is named may be written where there is none, or one that graphopt made.
+    """
+    places = [folder / "out"]
+    for option, value in itertools.pairwise(command):
+        if option in ("-o", "--out", "--dump-ir") and "\x00" not in value:
+            place = Path(os.path.realpath(folder / value))
+            with contextlib.suppress(OSError):
+                if not place.exists() or (place / "manifest.json").exists():
+                    places.append(place)
+    return [str(path) for place in places for path in (place, place.parent / f".{place.name}")]
+
+
 def tree(folder: Path) -> dict[str, tuple[Any, ...]]:
     """Return what lies in a working folder beside the outputs, and when it was changed."""
     found: dict[str, tuple[Any, ...]] = {}
     for place, folders, files in os.walk(folder):
         at = Path(place).relative_to(folder)
-        if at == Path():
-            folders[:] = [name for name in folders if not name.startswith(("out", ".out"))]
         for name in [*folders, *files]:
             status = os.lstat(Path(place) / name)
             size = status.st_size if not os.path.isdir(Path(place) / name) else 0
@@ -194,7 +207,7 @@ def remove(folder: Path) -> None:
 def run(attempt: Try, folder: Path) -> None:
     """Run a try in a forked process and fill in what came of it."""
     state = folder.parent / "state"
-    before = tree(folder)
+    before, written = tree(folder), tuple(outputs(attempt.command, folder))
     reader, writer = os.pipe()
     started = time.monotonic()
     pid = os.fork()
@@ -226,7 +239,11 @@ def run(attempt: Try, folder: Path) -> None:
     said = (state / "stderr").read_text(errors="replace") if (state / "stderr").exists() else ""
     printed = (state / "stdout").read_text(errors="replace") if (state / "stdout").exists() else ""
     attempt.said = said[-3000:]
-    changed = {k for k, v in tree(folder).items() ^ before.items()}
+    changed = {
+        name
+        for name, _ in tree(folder).items() ^ before.items()
+        if not f"{folder}/{name}".startswith(written)
+    }
     if hung:
         attempt.outcome = "hang"
     elif not answer:

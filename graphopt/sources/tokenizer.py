@@ -7,16 +7,18 @@ folder really holds, with everything taken out of the configuration that leads e
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
-from graphopt.errors import SourceError, reason
-from graphopt.inputs import MAX_JSON_BYTES, OpenSchema, parse, parse_json, read_bytes
+from graphopt.boundary import out_of_memory
+from graphopt.errors import GraphoptError, SourceError, reason
+from graphopt.inputs import MAX_JSON_BYTES, OpenSchema, parse, parse_json, read_bytes, shown
 from graphopt.sources.confined import files_inside, inside
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ MAX_TOKENIZER_VALUES = 16_000_000
 _CONFIG_KEYS = ("model_type", "model_name", "tokenizer_class", "transformers_version")
 
 
-_PROBE = "The 3 cats: \u00e9t\u00e9, \U0001f600.\n\tx"
+PROBE = "The 3 cats: \u00e9t\u00e9, \U0001f600.\n\tx"
+"""What every tokenizer is tried with when it is read."""
 
 
 def tokenizer_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -77,23 +80,70 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             config = read_bytes(inside(folder, "config.json"), MAX_JSON_BYTES)
             (private / "config.json").write_bytes(config)
             _rewrite(private / "config.json", _kind_alone)
-        try:
+        with working(
+            folder,
+            "be loaded",
+            "Put a tokenizer.json there that transformers loads without code of its own.",
+            hidden=name,
+        ):
             tokenizer = AutoTokenizer.from_pretrained(
                 name, local_files_only=True, trust_remote_code=False
             )
             # A tokenizer that loads may yet fail at its first text.
-            tokenizer.decode(tokenizer(_PROBE)["input_ids"])
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            # The tokenizers library raises plain Exceptions, and panics that are not even those.
-            raise SourceError(
-                f"The tokenizer in {folder} cannot be loaded: "
-                f"{reason(error).replace(name, str(folder))}.",
-                "Put a tokenizer.json there that transformers loads without code of its own.",
-            ) from error
+            tokenizer.decode(tokenizer(PROBE)["input_ids"])
     tokenizer.name_or_path = str(folder)
     return tokenizer
+
+
+@contextlib.contextmanager
+def working(folder: str | Path, doing: str, remedy: str, hidden: str = "") -> Iterator[None]:
+    """Give what the tokenizers library says of a tokenizer its sentence.
+
+    The library raises plain Exceptions, and panics that are not even those.
+
+    Args:
+        hidden: A path that the message is not to show.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GraphoptError):
+        raise
+    except BaseException as error:
+        if out_of_memory(error):
+            raise
+        said = reason(error).replace(hidden or str(folder), str(folder))
+        raise SourceError(f"The tokenizer in {folder} cannot {doing}: {said}.", remedy) from error
+
+
+OTHER_FILES = "Put the tokenizer files that belong to the model into its folder."
+
+
+def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+    """Return the ids of a text.
+
+    Args:
+        tokenizer: Of transformers.
+        special: With the special tokens that it puts before and behind a text.
+
+    Raises:
+        SourceError: It fails, as a vocabulary without a token for what is unknown does at a letter
+            that it lacks.
+    """
+    with working(tokenizer.name_or_path, f"encode {shown(text)}", OTHER_FILES):
+        # `verbose` off: a text longer than the model's context is nothing to warn of.
+        return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of ids, without special tokens.
+
+    Raises:
+        SourceError: It fails.
+    """
+    with working(tokenizer.name_or_path, "decode its own tokens", OTHER_FILES):
+        return str(
+            tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
 
 
 Special = str | dict[str, Any] | None
