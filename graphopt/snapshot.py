@@ -16,11 +16,14 @@ import pydantic
 import torch
 
 from graphopt.boundary import out_of_memory
-from graphopt.errors import GraphoptError, SourceError, reason
+from graphopt.errors import GraphoptError, SourceError, VerifyError, reason
 from graphopt.inputs import Schema, parse, read_json, shown
 from graphopt.ir.graph import Program
 from graphopt.ir.serialize import program_from_json, program_to_json
+from graphopt.ir.shapes import infer_program
+from graphopt.ir.verify import verify
 from graphopt.ir.weights import Array, Producer
+from graphopt.sources.config_schema import check_saved_config
 from graphopt.sources.raw import RawTensor
 from graphopt.sources.safetensors import WEIGHTS_NAME, SafetensorsWriter, read_header
 
@@ -77,6 +80,13 @@ def fingerprint(program: Program) -> str:
         _feed(digest, weight.name)
         _feed(digest, weight.producer)
     return digest.hexdigest()
+
+
+def _signature(program: Program) -> tuple[dict[str, tuple[int, torch.dtype]], list[int]]:
+    """Return what every pass keeps of inputs and outputs: a cache makes masks longer."""
+    carried = infer_program(program)[1]
+    inputs = {name: (len(kind.shape), kind.dtype) for name, kind in program.inputs.items()}
+    return inputs, [len(carried[name].shape) for name in program.outputs]
 
 
 def _feed(digest: Any, value: Any) -> None:
@@ -186,7 +196,7 @@ class Snapshots:
         """Return the snapshot after the first `number` passes, its entries and figures, if there.
 
         Raises:
-            SourceError: It is damaged.
+            SourceError: It is damaged, or its program is none that a pass makes of the source.
         """
         path = self.folder / self._name(recipe, number) / SNAPSHOT_NAME
         if not path.exists():
@@ -214,7 +224,28 @@ class Snapshots:
             if weight.name not in producers:
                 raise SourceError(f"{path} does not say where {shown(weight.name)} is.", again)
         program.tokenizer = self._source.tokenizer
+        self._check(program, path)
         return program, state.entries, state.figures
+
+    def _check(self, program: Program, path: Path) -> None:
+        """Refuse what no pass makes of the source.
+
+        Raises:
+            SourceError: It is malformed, or takes or returns something else.
+        """
+        again = "Leave --resume out to start again."
+        try:
+            verify(program)
+        except VerifyError as error:
+            raise SourceError(
+                f"{path} holds a malformed program: {error.message}", again
+            ) from error
+        if _signature(program) != _signature(self._source):
+            raise SourceError(
+                f"{path} holds a program of other inputs or outputs than the source.", again
+            )
+        if program.config:
+            check_saved_config(path, program.config)
 
     def clear(self) -> None:
         """Delete every snapshot."""

@@ -238,6 +238,27 @@ def test_what_a_snapshot_keeps_of_the_report(change, monkeypatch):
         compile_tiny(resume=True, **options)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda program: program["inputs"].popitem(),
+        lambda program: program["calls"].pop(0),
+        lambda program: program["outputs"].append(program["outputs"][0]),
+        lambda program: program["outputs"].clear(),
+        lambda program: program["weights"].pop(),
+        lambda program: program.update(config={"num_hidden_layers": -1}),
+    ],
+)
+def test_a_program_in_a_snapshot_that_no_pass_makes(change):
+    options = {"recipe": Pipeline(["normalise"]), "verify": False}
+    (path,) = interrupted(**options)
+    state = json.loads(path.read_text())
+    change(state["program"])
+    path.write_text(json.dumps(state))
+    with pytest.raises(SourceError, match=r"snapshot\.json|program\.json"):
+        compile_tiny(resume=True, **options)
+
+
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04", b"\x80\x04N."])
 def test_saved_states_that_are_damaged(content):
     path = Path("state.pt")
