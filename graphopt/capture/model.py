@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import mmap
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from graphopt.boundary import out_of_memory
 from graphopt.errors import CaptureError, reason
@@ -20,13 +23,27 @@ if TYPE_CHECKING:
 PROGRAM_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
+class _MetaBeyondMemory(TorchFunctionMode):
+    """Inside, `torch.empty` gives a tensor on meta where memory does not suffice for a real one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            if func is not torch.empty or not out_of_memory(error):
+                raise
+            return func(*args, **kwargs | {"device": "meta"})
+
+
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Inside, every parameter goes to meta the moment a module registers it.
 
     Buffers are computed for real, since a checkpoint does not hold them (inverse frequencies,
     slopes, sinusoid tables). A parameter's memory is reserved for an instant and never touched,
-    so building a 70B model costs no memory to speak of.
+    so building a 70B model costs no memory to speak of; one that is larger than the memory of the
+    machine, as stacked experts can be, is on meta from the start.
     """
     original = nn.Module.register_parameter
 
@@ -39,7 +56,8 @@ def parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with _MetaBeyondMemory():
+            yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
@@ -99,6 +117,26 @@ def build_model(
     return model
 
 
+def _reserved(parameter: Tensor) -> Tensor:
+    """Return a tensor on the CPU in memory that is reserved and not touched.
+
+    Linux refuses to reserve more than the machine has, unless it is told that nothing of it is to
+    be kept free.
+    """
+    try:
+        return torch.empty_like(parameter, device="cpu")
+    except RuntimeError as error:
+        if not out_of_memory(error) or not sys.platform.startswith("linux"):
+            raise
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    memory = mmap.mmap(-1, parameter.numel() * parameter.itemsize, flags=private)
+    return torch.frombuffer(memory, dtype=parameter.dtype).view(parameter.shape)
+
+
+_MAP_NORESERVE = 0x4000
+"""Linux's flag, which the module mmap has no name for."""
+
+
 @contextlib.contextmanager
 def parameters_reserved(module: nn.Module) -> Iterator[None]:
     """Inside, meta parameters stand on the CPU in memory that is reserved and never touched.
@@ -113,9 +151,7 @@ def parameters_reserved(module: nn.Module) -> Iterator[None]:
             if parameter is None or not parameter.is_meta:
                 continue
             if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(
-                    torch.empty_like(parameter, device="cpu"), requires_grad=False
-                )
+                made[id(parameter)] = nn.Parameter(_reserved(parameter), requires_grad=False)
             places.append((part._parameters, key, parameter))
             part._parameters[key] = made[id(parameter)]
     try:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from families import cases, eager_logits, error, random_model
@@ -43,3 +47,18 @@ def test_a_rule_that_stops_leaves_aten_behind_and_says_so(monkeypatch: pytest.Mo
     assert any("the rule raise_norms stopped: IndexError" in reason for reason in reasons)
     assert any("aten.rsqrt" in reason for reason in reasons)
     assert error(eager_logits(model, case), Runner(program).logits(case.inputs), case) < 1e-4
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is reserved by Linux")
+def test_experts_that_no_memory_holds_are_captured(tmp_path: Path) -> None:
+    strict = Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    if strict:
+        pytest.skip("this machine reserves no more memory than it has")
+    sizes = {"hidden_size": 8192, "num_experts": 4096, "moe_intermediate_size": 8192}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 1, "vocab_size": 9, **sizes, **heads}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    # 2.2 TB in one weight.
+    program = capture(f"config:{path}")
+    assert program.parameter_count() > 4096 * 3 * 8192**2
