@@ -201,7 +201,8 @@ class TorchArtifactModel(LanguageModel):
         trust_remote_code: Run the file even if it was changed.
 
     Raises:
-        SourceError: The file differs from what graphopt writes, or cannot be loaded.
+        SourceError: The file differs from what graphopt writes, or cannot be loaded, or the
+            weights beside it are others than the program's.
     """
 
     backend = "torch"
@@ -210,7 +211,7 @@ class TorchArtifactModel(LanguageModel):
         from safetensors import SafetensorError
 
         from graphopt.emitted import checked_code, trusted_code
-        from graphopt.saved import artifact_target
+        from graphopt.saved import artifact_target, check_weights_file
 
         target = artifact_target(root)
         path = root / "model.py"
@@ -220,6 +221,8 @@ class TorchArtifactModel(LanguageModel):
             if trust_remote_code
             else checked_code(root, program, target, images=on_gpu)
         )
+        if not trust_remote_code:  # a changed file may read others
+            check_weights_file(root, program)
         self._device = torch.device("cuda" if on_gpu else "cpu")
         self.name = program.name
         self.config, self.generation = program.config, program.generation

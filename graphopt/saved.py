@@ -125,6 +125,44 @@ def load_program(root: Path) -> Program:
     return program
 
 
+def check_weights_file(root: Path, program: Program) -> None:
+    """Refuse weights that are not those of a program, by the header of the file that holds them.
+
+    `program.json` may say that weights lie in the files of another form, so what it says of places
+    does not hold this file to anything; `model.py` takes from it, by name, whatever is there.
+
+    Args:
+        root: The output folder.
+        program: The program saved in it.
+
+    Raises:
+        SourceError: The file is missing, damaged or a link out of the folder, or lacks a weight, or
+            has it in another shape, or integers in the place of floats.
+    """
+    if not len(program.weights):
+        return
+    path = inside(root, WEIGHTS_NAME)
+    held = read_header(path)
+    for weight in program.weights:
+        raw = held.get(weight.name)
+        if raw is None:
+            raise SourceError(f"{path} lacks the weight {shown(weight.name)}.", _AGAIN)
+        # Forms may be stored in different precisions.
+        same = raw.dtype == weight.dtype or (
+            raw.dtype.is_floating_point and weight.dtype.is_floating_point
+        )
+        if raw.shape != weight.shape or not same:
+            kinds = [
+                f"{list(item.shape)} in {DTYPE_NAMES.get(item.dtype, item.dtype)}"
+                for item in (raw, weight)
+            ]
+            raise SourceError(
+                f"{path} holds weight {shown(weight.name)} as {kinds[0]}, and the program has it "
+                f"as {kinds[1]}.",
+                _AGAIN,
+            )
+
+
 def _producer(root: Path, name: str, place: _Place) -> Producer:
     path = root / place.file
     if path.exists() or path.is_symlink():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -100,3 +101,41 @@ def test_constants_may_be_infinite_and_not_nan(tmp_path: Path, form: Any) -> Non
     poison(tmp_path / "out", "offset", math.nan, form)
     with pytest.raises(SourceError, match="Weight 'offset' holds 1 NaN"):
         open_language_model(str(tmp_path / "out"), form).logits(torch.tensor([[1]]))
+
+
+def _header(path: Path, change: Any) -> None:
+    """Change the header of a safetensors file; every tensor stays where it is."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    assert len(text) == length
+    path.write_bytes(data[:8] + text + data[8 + length :])
+
+
+def _exchange(header: Any) -> None:
+    a, b = "layers.0.mlp.up_proj.weight", "layers.0.self_attn.q_proj.weight"
+    header[a], header[b] = header[b], header[a]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_exchange, r"holds weight 'layers\.\d\..*' as \[.*\] in f32, and the program has it as"),
+        (lambda h: h[NAMES[0]]["shape"].reverse(), rf"'{NAMES[0]}' as"),
+        (lambda h: h[NAMES[0]].update(shape=[1, *h[NAMES[0]]["shape"]]), r"as \[1, "),
+        (lambda h: h[NAMES[0]].update(dtype="I32"), r"in i32"),
+        (lambda h: h.update({"x": h.pop(NAMES[1])}), rf"lacks the weight '{NAMES[1]}'"),
+    ],
+)
+@pytest.mark.parametrize("emit", [("torch", "onnx"), ("onnx", "torch")])
+def test_weights_of_other_shapes_and_types(
+    tmp_path: Path, emit: tuple[str, ...], change: Any, message: str
+) -> None:
+    root = tmp_path / "out"
+    go.emit(tiny_program(layers=2, cache=True, bias=True), root, emit=emit)
+    _header(root / "model.safetensors", change)
+    # Where program.json places weights in that file, it says so of itself.
+    with pytest.raises(SourceError, match=f"{message}|model.safetensors has no f32 tensor"):
+        open_language_model(str(root), "torch")
