@@ -151,7 +151,8 @@ def final_results(
 
 
 class RunBlock(Protocol):
-    """Runs a block over a stream [N, S, D], N a multiple of the windows of a batch."""
+    """Runs a block over a stream, [N, S, D] or as the model lays it out, N a multiple of the
+    windows of a batch."""
 
     def __call__(
         self,
@@ -199,8 +200,20 @@ class Walk:
         self.blocks: list[Block] = find_blocks(program)
         self.calls = 0
         self.types = infer_program(program)[1]
+        shape = self.types[self.stream_name].shape
+        self._axis = shape.index(B) if B in shape else 0
         self._stacked: dict[tuple[int, int], dict[str, Tensor]] = {}
         self.environments = [self._before_blocks(ids) for ids in self.ids]
+
+    @property
+    def stream_name(self) -> str:
+        """What the first block's stream is called in the program."""
+        first = self.blocks[0]
+        return self.program.calls[first.position].args[first.stream]
+
+    def _windows_of(self, stream: Tensor) -> int:
+        """Return how many windows a stream holds: not all have the batch as their first axis."""
+        return stream.shape[self._axis]
 
     def _before_blocks(self, ids: Tensor) -> dict[str, Tensor]:
         """Return the program's inputs for windows, and what the calls before the blocks make."""
@@ -257,8 +270,7 @@ class Walk:
             behind: Called behind every block with its index, what runs it, and the streams
                 before and behind it.
         """
-        first = self.program.calls[self.blocks[0].position].args[self.blocks[0].stream]
-        streams = [environment[first] for environment in self.environments]
+        streams = [environment[self.stream_name] for environment in self.environments]
         self.progress("scoring blocks", 0, len(self.blocks))
         for index, block in enumerate(self.blocks):
             call = self.program.calls[block.position]
@@ -282,11 +294,11 @@ class Walk:
                 args = [
                     stream
                     if place == block.stream
-                    else self._argument(name, batch, len(stream) // rows)
+                    else self._argument(name, batch, self._windows_of(stream) // rows)
                     for place, name in enumerate(call.args)
                 ]
                 own = {**weights, **(changed or {})}
-                size = (len(stream), length)
+                size = (self._windows_of(stream), length)
                 return self._run(other or function, call, own, args, size, watch)[0]
 
             after = [run(batch, stream) for batch, stream in enumerate(streams)]
@@ -330,8 +342,8 @@ class Walk:
                 size = max(1, _TOKENS_OF_CANDIDATES[ids.device.type] // ids.numel())
                 for start in range(0, len(known), size):
                     part = known[start : start + size]
-                    stacked = torch.cat([kept[candidate][batch] for candidate in part])
-                    found = run(batch, stacked).split(len(ids))
+                    stacked = torch.cat([kept[candidate][batch] for candidate in part], self._axis)
+                    found = run(batch, stacked).split(len(ids), self._axis)
                     self.calls += len(part) - 1
                     for candidate, stream in zip(part, found, strict=True):
                         kept[candidate][batch] = stream

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from families import random_model
 from programs import tiny_program
+from torch import nn
 
 from graphopt import scores as scores_module
 from graphopt.capture import capture
@@ -90,6 +91,43 @@ def test_mixtures_of_experts_score_as_defined(family, monkeypatch):
                 assert scores.values[unit] == pytest.approx(
                     naive(program, unit, metric), abs=1e-6, rel=1e-4
                 ), (metric, unit, rows)
+
+
+class _SequenceFirst(nn.Module):
+    """Blocks over a stream [S, B, D], as XLNet has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(97, 8), nn.Linear(8, 97)
+        self.layers = nn.ModuleList([_Residual() for _ in range(4)])
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids).transpose(0, 1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.transpose(0, 1))
+
+
+class _Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_streams_may_have_the_batch_on_another_axis(metric):
+    torch.manual_seed(0)
+    program = capture(_SequenceFirst().eval())
+    units = units_of(program, ("block",))
+    assert len(units) == 4
+    scores = score_units(program, units, IDS, metric)
+    for unit in units:
+        assert scores.values[unit] == pytest.approx(
+            naive(program, unit, metric), abs=1e-6, rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("layers", [2, 5, 8])
