@@ -44,6 +44,9 @@ _CPU = torch.device("cpu")
 ROWS_AT_ONCE = 256
 """Rows of logits whose log-softmax is in memory at once."""
 
+_PROBED = 16
+"""Tokens of a text by which is told whether a model sees both ways."""
+
 
 class LanguageModel(ABC):
     """Something that maps token ids to logits, with or without a KV cache.
@@ -102,6 +105,26 @@ class LanguageModel(ABC):
                 f"The tokenizer of {self.name} gives the id {largest}, and the model knows "
                 f"{stated} tokens.",
                 "Put the tokenizer files that belong to the model into its folder.",
+            )
+
+    def check_causal(self, ids: Tensor) -> None:
+        """Refuse a model whose tokens see those behind them: it is shown what it is to predict.
+
+        Args:
+            ids: int64 [S], at least two.
+
+        Raises:
+            SourceError: Another last token changes the logits of an earlier one.
+        """
+        pair = ids[:_PROBED].repeat(2, 1)
+        pair[1, -1] = pair[0, 0] if pair[0, 0] != pair[0, -1] else (pair[0, -1] + 1) % 2
+        one, other = self.logits(pair)[:, :-1]
+        # A mixture's products differ by roundings of the dtype; what is seen shows beyond them.
+        if float((one - other).abs().max()) > 0.05 * float(one.abs().max()):
+            raise SourceError(
+                f"{self.name} sees both ways: another last token changes what it says of earlier "
+                "ones, so that likelihoods of a text say nothing.",
+                'Where it is a decoder, its config lacks "is_decoder": true or its like.',
             )
 
     @property
@@ -652,9 +675,10 @@ def perplexity(
         )
     count = count if windows is None else min(count, windows)
     model.check_ids([*begin, *tokens.ids.tolist()])
+    rows = tokens.windows(seqlen)[:count]
+    model.check_causal(rows[0])
     started = time.perf_counter()
     first = max(len(begin), 1)
-    rows = tokens.windows(seqlen)[:count]
     return PerplexityResult(
         perplexity=window_perplexity(model.logits, rows, progress, first=first),
         tokens=count * seqlen,
@@ -747,6 +771,7 @@ def piqa_accuracy(
             sequences.append(prompt_ids(tokenizer, f"{prompt} {solution}", ends))
             starts.append(min(answer_at, len(sequences[-1]) - 1))
     model.check_ids(token for ids in sequences for token in ids)
+    model.check_causal(torch.tensor(sequences[0]))
     if model.positions is not None:
         # What is too long loses the beginning of its text.
         n = len(ends[0])

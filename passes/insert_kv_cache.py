@@ -9,19 +9,27 @@ import sympy
 
 from graphopt.errors import VerifyError
 from graphopt.ir.context import counted_positions
-from graphopt.ir.graph import Cache, Function, KVState, Node, Program, Value, unique_name
-from graphopt.ir.ops import get_op
+from graphopt.ir.graph import (
+    Cache,
+    Call,
+    Function,
+    KVState,
+    Node,
+    Program,
+    Value,
+    resolve_attrs,
+    unique_name,
+)
+from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.attention import BIAS, MASK, PAST_K
 from graphopt.ir.shapes import infer_program
+from graphopt.ir.token_mixing import mixes_tokens
 from graphopt.ir.types import B, P, S, Type, dim
 from graphopt.ir.verify import verify
 from graphopt.passes.base import Context, Pass, PassResult, Skip, register_pass
 from graphopt.passes.common import calls_of, types_of, uniform
 
 _MASK_INPUT = "attention_mask"
-
-_NEIGHBOURS = ("aten.conv1d.", "aten.conv2d.", "aten.convolution.", "aten.roll.")
-"""Ops that mix what stands beside one another: along tokens, that is a state of its own."""
 
 
 @register_pass
@@ -42,8 +50,9 @@ class InsertKVCache(Pass):
        for a step that starts at position 0.
     4. Its padding mask is the program's `attention_mask` itself, and nothing but attention
        reads that input: what is computed from it is laid out for S keys.
-    5. Nothing else reads a token's neighbours: a convolution along tokens, or a shift of them,
-       would need a state too.
+    5. Nothing else lets a token's result depend on other tokens or on their number: a
+       convolution along tokens, a shift, a sum over them, or an attention that capture did not
+       recognise would need a state too.
     6. All attentions of the program or none: with some left alone the mask would fit neither.
     """
 
@@ -88,12 +97,13 @@ def _illegal(program: Program) -> list[Skip]:
     calls, types = calls_of(program), types_of(program)
     always, ever = _values_of_input(program, _MASK_INPUT)
     for name, function in program.functions.items():
+        counted = counted_positions(function)
         for node in function.nodes if calls[name] else []:
             reason: str | None = None
             if node.op != "attention":
                 if ever[name] & set(node.inputs):
                     reason = f"{node.op} computes something from {_MASK_INPUT} for S keys"
-                elif _mixes_tokens(node, types[name]):
+                elif node not in counted and _mixes_tokens(node, calls[name], types[name]):
                     reason = f"{node.op} mixes tokens, and would need a state of its own"
             elif not _is_cached(node):
                 mask = _operand(node, MASK)
@@ -108,22 +118,14 @@ def _illegal(program: Program) -> list[Skip]:
     return skipped
 
 
-def _mixes_tokens(node: Node, kinds: list[dict[Value, Type]]) -> bool:
-    """Return whether a node reads the neighbours of a token along an axis of S."""
-    if not node.op.startswith(_NEIGHBOURS):
-        return False
-    x = node.inputs[0]
-    assert x is not None
-    for types in kinds:
-        shape = types[x].shape
-        # A convolution runs along the axes behind batch and channels.
-        axes = list(range(2, len(shape)))
-        if node.op.startswith("aten.roll."):
-            named = node.attrs["args"][2:3]
-            axes = [axis % len(shape) for axis in named[0]] if named else list(range(len(shape)))
-        sizes = [shape[axis] for axis in axes]
-        if any(isinstance(size, sympy.Expr) and S in size.free_symbols for size in sizes):
-            return True
+def _mixes_tokens(node: Node, calls: list[Call], kinds: list[dict[Value, Type]]) -> bool:
+    tried: set[str] = set()
+    for attrs in [resolve_attrs(node, call) for call in calls] if is_aten(node.op) else []:
+        for types in kinds:
+            key = repr((attrs, [types[v] for v in node.inputs if v is not None]))
+            if key not in tried and mixes_tokens(node, attrs, types):
+                return True
+            tried.add(key)
     return False
 
 

@@ -105,6 +105,25 @@ def test_perplexity_takes_all_whole_windows(bigram: Bigram) -> None:
     assert math.log(result.perplexity) == pytest.approx(float(-logs[inside].mean()), abs=1e-6)
 
 
+class Mean(Bigram):
+    """Adds what all tokens have in common to the logits of each."""
+
+    def step(self, inputs: Any, cache: Any) -> tuple[Tensor, Any]:
+        logits, cache = super().step(inputs, cache)
+        return logits + logits.mean(1, keepdim=True), cache
+
+
+def test_a_model_that_sees_both_ways_has_no_likelihoods(bigram: Bigram) -> None:
+    model = Mean(bigram.table)
+    rows = [PiqaRow("a goal", ("one", "two"), 0)]
+    for refused in (
+        lambda: perplexity(model, byte_tokenizer(), "some text " * 9, seqlen=16),
+        lambda: piqa_accuracy(model, byte_tokenizer(), rows),
+    ):
+        with pytest.raises(SourceError, match="sees both ways"):
+            refused()
+
+
 def test_uniform_model_has_the_vocabulary_as_perplexity() -> None:
     model = Bigram(torch.zeros(VOCAB, VOCAB))
     result = perplexity(model, byte_tokenizer(), TEXT, seqlen=16)

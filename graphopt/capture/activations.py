@@ -77,11 +77,17 @@ def _curve(raiser: Raiser, target: Value, source: Value) -> Tensor | None:
         return None
     if not raiser.types[source].dtype.is_floating_point or raiser.slot(source) is not None:
         return None
-    try:
-        (values,) = raiser.evaluate([target], {source: _POINTS}, {B: 1, S: 1, P: 0})
-    except (KeyError, RuntimeError, ValueError, IndexError):
-        return None
-    return values if values.shape == _POINTS.shape else None
+    curves: list[Tensor] = []
+    # One length would hide that a formula counts tokens, as a division by their number does.
+    for sizes in ({B: 1, S: 1, P: 0}, {B: 2, S: 3, P: 0}):
+        try:
+            (values,) = raiser.evaluate([target], {source: _POINTS}, sizes)
+        except (KeyError, RuntimeError, ValueError, IndexError):
+            return None
+        curves.append(values)
+    values, other = curves
+    same = values.shape == other.shape == _POINTS.shape and values.equal(other)
+    return values if same else None
 
 
 def _closed_form(values: Tensor, count: int) -> tuple[str, dict[str, float]] | None:
