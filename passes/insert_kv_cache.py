@@ -8,7 +8,6 @@ from typing import ClassVar
 import sympy
 
 from graphopt.errors import VerifyError
-from graphopt.ir.context import counted_positions
 from graphopt.ir.graph import (
     Cache,
     Call,
@@ -28,6 +27,7 @@ from graphopt.ir.types import B, P, S, Type, dim
 from graphopt.ir.verify import verify
 from graphopt.passes.base import Context, Pass, PassResult, Skip, register_pass
 from graphopt.passes.common import calls_of, types_of, uniform
+from graphopt.passes.places import laid_out_from_start, start_at_past
 
 _MASK_INPUT = "attention_mask"
 
@@ -39,8 +39,8 @@ class InsertKVCache(Pass):
 
     Attentions get the operands `past_k` and `past_v` and the results `present_k` and
     `present_v`; the program gets a state `kv.0`, `kv.1`, ... a layer, in layer order, and its
-    `attention_mask` becomes [B, P + S]. Where positions are looked up by counting the tokens of
-    a step, they are counted from P on.
+    `attention_mask` becomes [B, P + S]. Where the tokens of a step are counted, or take the first
+    rows of a table, they are counted from P on.
 
     Legality:
 
@@ -97,13 +97,13 @@ def _illegal(program: Program) -> list[Skip]:
     calls, types = calls_of(program), types_of(program)
     always, ever = _values_of_input(program, _MASK_INPUT)
     for name, function in program.functions.items():
-        counted = counted_positions(function)
+        places = {n for kinds in types[name] for n in laid_out_from_start(function, kinds)}
         for node in function.nodes if calls[name] else []:
             reason: str | None = None
             if node.op != "attention":
                 if ever[name] & set(node.inputs):
                     reason = f"{node.op} computes something from {_MASK_INPUT} for S keys"
-                elif node not in counted and _mixes_tokens(node, calls[name], types[name]):
+                elif node not in places and _mixes_tokens(node, calls[name], types[name]):
                     reason = f"{node.op} mixes tokens, and would need a state of its own"
             elif not _is_cached(node):
                 mask = _operand(node, MASK)
@@ -169,9 +169,10 @@ def _values_of_input(
 def _insert(program: Program) -> int:
     """Rewrite every attention; return how many, over all calls."""
     kinds, _ = infer_program(program)
-    for function in program.functions.values():
-        for node in counted_positions(function):
-            node.op, node.attrs["args"] = "aten.arange.start", [P, dim(P + S)]
+    known = types_of(program)
+    for name, function in program.functions.items():
+        for node in laid_out_from_start(function, known[name][0]) if known[name] else []:
+            start_at_past(node)
         for node in _attentions(function):
             if not _is_cached(node):
                 _add_cache(function, node)

@@ -163,7 +163,10 @@ def parameters_reserved(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def everything_on_meta(module: nn.Module) -> Iterator[None]:
-    """Inside, buffers and tensor attributes stand on meta too, so that running is free."""
+    """Inside, buffers and tensor attributes stand on meta too, so that running is free.
+
+    What a module makes without naming a device is made there as well.
+    """
     places: list[tuple[dict[str, Any], str, Tensor]] = []
     for part in module.modules():
         stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, part.__dict__)
@@ -175,7 +178,8 @@ def everything_on_meta(module: nn.Module) -> Iterator[None]:
                     is_parameter = isinstance(value, nn.Parameter)
                     store[key] = nn.Parameter(on_meta, False) if is_parameter else on_meta
     try:
-        yield
+        with torch.device("meta"):
+            yield
     finally:
         for store, key, value in places:
             store[key] = value

@@ -436,8 +436,17 @@ class MaskRecogniser:
         """Return the closed form of a term of the scores; None if it has none."""
         key = (value, kind, heads)
         if key not in self._known:
-            self._known[key] = self._recognise(value, kind, heads)
+            fixed = not self._reads_ids(value)
+            self._known[key] = self._recognise(value, kind, heads) if fixed else None
         return self._known[key]
+
+    def _reads_ids(self, value: Value) -> bool:
+        """Return whether a mask depends on which tokens a text has, as one of documents does."""
+        reads = {self.inputs[name] for name in ("input_ids",) if name in self.inputs}
+        for node in self.shell.region([value], []):
+            if base(node.op) not in _SHAPE_ALONE and not reads.isdisjoint(node.inputs):
+                reads.update(node.outputs)
+        return value in reads
 
     def _recognise(self, value: Value, kind: str, heads: int) -> MaskForm | None:
         allowed = self._allowed(value, kind, {})
@@ -619,6 +628,12 @@ class MaskRecogniser:
             return None
         return MaskForm(slopes=tuple(float(s) for s in slopes))
 
+
+_SHAPE_ALONE = {
+    "ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros", "new_full",
+    "new_empty",
+}  # fmt: skip
+"""Ops that read no more of a tensor than its shape, dtype and device."""
 
 _ARITHMETIC = {
     "add", "sub", "rsub", "lt", "le", "gt", "ge", "eq", "ne", "floor_divide", "div", "remainder",

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graphopt.errors import UsageError
-from graphopt.ir.graph import Function, Node, Program, resolve_attrs
-from graphopt.ir.types import S
+from graphopt.ir.graph import Program, resolve_attrs
 
 _KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 """What configs call it."""
@@ -105,46 +104,6 @@ def position_table(program: Program) -> tuple[str, int] | None:
         return None
     rows, name = min(found)
     return name, rows
-
-
-def counted_positions(function: Function) -> list[Node]:
-    """Return the nodes that count a step's tokens from 0 to look rows of a weight up, and no more.
-
-    Decoders of encoder-decoder families number positions so, by the length of their input.
-    """
-    tables = set(function.weights.values())
-    found: list[Node] = []
-    for node in function.nodes:
-        start, end, step = _counted(node)
-        if (start, end, step) != (0, S, 1):
-            continue
-        places, looked_up = {node.output}, False
-        for reader in function.nodes:
-            read = places.intersection(reader.inputs)
-            if not read:
-                continue
-            given = [value for value in reader.inputs if value is not None]
-            if reader.op in _MOVES and places.issuperset(given):
-                places.update(reader.outputs)
-            elif reader.op in _GATHERS and len(given) == 2:
-                table, index = (given[i] for i in _GATHERS[reader.op])
-                looked_up = index in places and table in tables
-                if not looked_up:
-                    break
-            else:
-                looked_up = False
-                break
-        if looked_up and not places.intersection(function.results):
-            found.append(node)
-    return found
-
-
-def _counted(node: Node) -> tuple[Any, Any, Any]:
-    """Return start, end and step of an `arange`; None thrice for other ops."""
-    args = tuple(node.attrs.get("args", ()))
-    if not node.op.startswith("aten.arange.") or not args:
-        return None, None, None
-    return (0, args[0], 1) if len(args) == 1 else (*args, 1)[:3]
 
 
 def context_length(program: Program) -> int | None:
