@@ -6,6 +6,7 @@ are 2 and windows 5: leaving out any one feature moves the logits far beyond the
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphopt.capture import capture
 from graphopt.capture.model import attention_implementation
+from graphopt.ir.graph import Program
 
 TOLERANCE = 1e-4
 """Allowed error of logits, times max(1, largest logit)."""
@@ -240,6 +243,21 @@ def random_model(family: str, seed: int = 0, **changes: Any) -> nn.Module:
     )
     randomise(model, seed)
     return model.eval()
+
+
+@functools.cache
+def _captured(family: str) -> tuple[nn.Module, Program]:
+    model = random_model(family)
+    return model, capture(model)
+
+
+def captured(family: str) -> tuple[nn.Module, Program]:
+    """Return a family's random model, which nobody may change, and a program of it.
+
+    Many tests begin with it, and a capture takes longer than most of what they do with it.
+    """
+    model, program = _captured(family)
+    return model, program.copy()
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:

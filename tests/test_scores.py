@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from families import random_model
+from families import captured
 from programs import tiny_program
 from torch import nn
 
@@ -81,7 +81,7 @@ def test_one_walk_gives_the_scores_of_the_definition(metric, kinds):
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
 def test_mixtures_of_experts_score_as_defined(family, monkeypatch):
     # They count the tokens they route, so that some sizes are multiples of the batch's.
-    program = capture(random_model(family))
+    _, program = captured(family)
     for rows in (1, 3):
         monkeypatch.setattr(scores_module, "_TOKENS_AT_ONCE", rows * IDS.shape[1])
         for metric in METRICS:

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, LISTED, TOLERANCE, Case, cases, eager_logits, error, random_model
+from families import FAMILIES, LISTED, TOLERANCE, Case, captured, cases, eager_logits, error
 from torch import Tensor
 
-from graphopt.capture import capture
 from graphopt.ir.execute import Runner
 from graphopt.ir.graph import Program
 from graphopt.ir.ops import is_aten
@@ -22,8 +21,7 @@ from graphopt.progress import silent
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_program_and_onnx_equal_eager(family: str, tmp_path: Path) -> None:
-    model = random_model(family)
-    program = capture(model)
+    model, program = captured(family)
     runner = Runner(program)
     expected = [eager_logits(model, case) for case in cases()]
     for case, logits in zip(cases(), expected, strict=True):

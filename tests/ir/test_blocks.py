@@ -8,7 +8,7 @@ from collections import Counter
 import onnx
 import pytest
 import torch
-from families import LISTED, random_model
+from families import LISTED, captured, random_model
 from programs import tiny_program
 from tiny_models import tiny_model
 
@@ -196,7 +196,7 @@ UNUSUAL = ("codegen", "ctrl", "deepseek_v3", "gpt_neo", "gptj", "llama4_text", "
 
 @pytest.mark.parametrize("family", [*LISTED, *UNUSUAL])
 def test_blocks_are_the_layers_alone(family):
-    program = go.capture(random_model(family))
+    _, program = captured(family)
     blocks = find_blocks(program)
     assert [block.position for block in blocks] == [1, 2, 3, 4]
     assert len(program.calls) == 6 and private_results(program, blocks) is None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 
-from families import cases, random_model
+from families import captured, cases
 
-from graphopt.capture import capture
 from graphopt.ir.compare import first_difference, in_order_of_use
 from graphopt.ir.execute import Runner
 from graphopt.ir.graph import Program
@@ -38,7 +37,7 @@ def shuffled(program: Program, seed: int) -> Program:
 
 def test_one_order_whatever_it_was_and_the_same_logits():
     for family in ("llama", "gemma3_text"):
-        program = capture(random_model(family))
+        _, program = captured(family)
         case = cases((7,))[0]
         want = in_order_of_use(program)
         for seed in range(5):
@@ -51,7 +50,7 @@ def test_one_order_whatever_it_was_and_the_same_logits():
 
 
 def test_what_differs_differs_in_any_order():
-    program = capture(random_model("llama"))
+    _, program = captured("llama")
     other = program.copy()
     for node in other.functions["block"].nodes:
         if node.op == "silu":

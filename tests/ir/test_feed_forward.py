@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from carved import carved
-from families import FAMILIES, LISTED, cases, random_model
+from families import LISTED, captured, cases
 
-from graphopt.capture import capture
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.execute import Runner
 from graphopt.ir.feed_forward import Split, feed_forwards, read_split
@@ -17,17 +16,18 @@ CASE = cases((7,))[0]
 
 
 @pytest.mark.parametrize("family", LISTED)
-@pytest.mark.parametrize("split", [Split(32, 4, 4), Split(0, 4, 4)], ids=str)
-def test_with_all_experts_active_a_model_is_what_it_was(family, split):
-    program = capture(random_model(family))
+def test_with_all_experts_active_a_model_is_what_it_was(family):
+    _, program = captured(family)
     expected = Runner(program).logits(CASE.inputs)
-    found = Runner(carved(program, split)).logits(CASE.inputs)
-    # The acceptance line: 1e-5 of the largest logit, which sums in another order keep to.
-    assert float((found - expected).abs().max()) < 1e-5 * max(1.0, float(expected.abs().max()))
+    for split in Split(32, 4, 4), Split(0, 4, 4):
+        found = Runner(carved(program, split)).logits(CASE.inputs)
+        # The acceptance line: 1e-5 of the largest logit, which sums in another order keep to.
+        error = float((found - expected).abs().max())
+        assert error < 1e-5 * max(1.0, float(expected.abs().max())), split
 
 
 def test_with_one_expert_of_three_every_token_runs_its_own():
-    program = capture(random_model("llama"))
+    _, program = captured("llama")
     split = Split(24, 3, 1)
     sparse = carved(program, split)
     block = find_blocks(sparse)[0]
@@ -46,16 +46,19 @@ def test_with_one_expert_of_three_every_token_runs_its_own():
     )
 
 
-def test_what_is_no_such_part_says_why():
-    reasons = set()
-    for family in sorted(set(FAMILIES) - set(LISTED)):
-        program = capture(random_model(family))
-        for block in find_blocks(program):
-            function = program.functions[program.calls[block.position].function]
-            for part in feed_forwards(function, block.stream):
-                if isinstance(part, str):
-                    reasons.add(part)
-    assert reasons and all(len(reason) > 20 for reason in reasons)
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("apertus", "it is no projection of an activation, or of its product with a projection"),
+        ("mixtral", "it is a mixture of experts already"),
+    ],
+)
+def test_what_is_no_such_part_says_why(family, reason):
+    _, program = captured(family)
+    for block in find_blocks(program):
+        function = program.functions[program.calls[block.position].function]
+        parts = feed_forwards(function, block.stream)
+        assert [part for part in parts if isinstance(part, str)] == [reason]
 
 
 @pytest.mark.parametrize("router", ["linear", "neuron"])
@@ -65,7 +68,7 @@ def test_what_is_no_such_part_says_why():
     ids=str,
 )
 def test_how_a_part_was_divided_can_be_read(split, router):
-    program = capture(random_model("llama"))
+    _, program = captured("llama")
     (dense, *_), width = find_blocks(program), 96
     assert read_split(program, dense, infer_program(program)[0][dense.position], width) is None
     padded = 1 if split.shared % 2 else 0

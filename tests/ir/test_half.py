@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import LISTED, cases, random_model
+from families import LISTED, captured, cases
 
-from graphopt.capture import capture
 from graphopt.ir.dataflow import angle_weights
 from graphopt.ir.execute import Runner, resident
 
@@ -15,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("family", LISTED)
 def test_every_listed_family_runs_in_bf16(family):
-    program = capture(random_model(family))
+    _, program = captured(family)
     inputs = cases((64,))[0].inputs
     expected = Runner(program).logits(inputs)
     streamed = Runner(program, torch.bfloat16).logits(inputs)
@@ -26,7 +25,7 @@ def test_every_listed_family_runs_in_bf16(family):
 
 
 def test_a_far_position_has_the_angle_that_it_has_in_fp32():
-    program = capture(random_model("llama"))
+    _, program = captured("llama")
     assert angle_weights(program) == {"rope.inv_freq"}
     held = resident(program, torch.bfloat16, CPU).weights["rope.inv_freq"].load()
     assert torch.equal(held, program.weights["rope.inv_freq"].load())

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from emitted import load_file
-from families import FAMILIES, LISTED, TOLERANCE, Case, cases, eager_logits, error, random_model
+from families import FAMILIES, LISTED, TOLERANCE, Case, captured, cases, eager_logits, error
 from programs import tiny_program
 from tiny_models import save_tiny
 from torch import Tensor
@@ -79,17 +79,20 @@ def run_python(*arguments: str, env: dict[str, str] | None = None) -> str:
     return result.stdout
 
 
-# Capture takes most of the time: of the unlisted families these are the ones unlike the others.
+# Of the unlisted families these are the ones unlike the others.
 SOON = ("apertus", "codegen", "ctrl", "diffllama", "llama4_text", "mixtral")
 
 
 @pytest.mark.parametrize(
     "family",
-    [f if f in LISTED or f in SOON else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
+    [
+        f if f in LISTED or f in SOON else pytest.param(f, marks=pytest.mark.exhaustive)
+        for f in FAMILIES
+    ],
 )
 def test_families_equal_eager(family: str, tmp_path: Path) -> None:
-    model = random_model(family)
-    program = InsertKVCache().run(capture(model), Context()).program
+    model, program = captured(family)
+    program = InsertKVCache().run(program, Context()).program
     emitted = write(program, tmp_path)
     mine = emitted.load(tmp_path)
     for case in cases((1, 7, 64) if family in LISTED else (7, 20)):

@@ -139,7 +139,8 @@ def test_a_missing_barrier_is_noticed():
     [
         (lambda c: {n: getattr(c, n).bfloat16() for n in "qkv"}, "q is torch.bfloat16"),
         (lambda c: {"k": torch.zeros(2, 2, 8, 65)[..., 1:].half()}, None),
-        (lambda c: {"k": torch.zeros(2, 2, 8, 68).half()[..., 4:]}, "k is not aligned to 16"),
+        # Rows that begin anywhere are copied before a kernel sees them.
+        (lambda c: {"k": torch.zeros(2, 2, 8, 68).half()[..., 4:]}, None),
         (lambda c: {"scale": -1.0}, "scale is -1.0"),
     ],
 )

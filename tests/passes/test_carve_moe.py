@@ -7,13 +7,12 @@ import math
 
 import pytest
 import torch
-from families import cases, random_model
+from families import captured, cases
 from programs import tiny_program
 from tiny_models import byte_tokenizer
 from trained import LENGTH, book, save_trained
 
 import graphopt as go
-from graphopt.capture import capture
 from graphopt.errors import PassError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.execute import Runner
@@ -162,7 +161,7 @@ def test_two_matrices_and_biases_are_carved_too(family, mode, monkeypatch):
 
     ids = torch.randint(0, 128, (6, 32), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(carve_moe, "calibration_windows", lambda *_: ids)
-    program = capture(random_model(family))
+    _, program = captured(family)
     inputs = cases((7,))[0].inputs
     expected = Runner(program).logits(inputs)
     options = {"shared": 3, "active": 5, "experts": 8, "mode": mode, "seqlen": 32}
@@ -232,7 +231,7 @@ def test_parts_that_matter_more_get_more_pieces_of_one_budget(dense, tmp_path, a
     ],
 )
 def test_wrong_options_are_refused_before_a_weight_is_read(options, message):
-    program = capture(random_model("llama"))
+    _, program = captured("llama")
     with pytest.raises(PassError, match=message) as caught:
         make_pass("carve-moe", options).check(program)
     assert caught.value.remedy
@@ -240,7 +239,7 @@ def test_wrong_options_are_refused_before_a_weight_is_read(options, message):
 
 def test_a_width_that_is_not_divided_is_answered_with_what_would_do():
     with pytest.raises(PassError) as caught:
-        make_pass("carve-moe", {"experts": 7}).check(capture(random_model("llama")))
+        make_pass("carve-moe", {"experts": 7}).check(captured("llama")[1])
     assert caught.value.remedy == "Take experts=6, or add neurons of zeros with pad=true."
 
 
@@ -261,7 +260,7 @@ def test_too_few_tokens_for_the_marks_are_refused(dense, tmp_path, mode):
 
 def test_a_model_of_experts_is_refused():
     with pytest.raises(PassError, match="no feed-forward part to carve"):
-        make_pass("carve-moe", {}).check(capture(random_model("mixtral")))
+        make_pass("carve-moe", {}).check(captured("mixtral")[1])
 
 
 def test_too_few_windows_are_refused_with_the_numbers(dense, tmp_path):

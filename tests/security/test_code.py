@@ -13,6 +13,7 @@ import os
 import py_compile
 import shutil
 import sys
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -184,11 +185,13 @@ def test_a_tokenizer_with_code(tmp_path: Path, ran: Path, asked: list[str], form
     auto_map = {"AutoConfig": "evil.Config", "AutoTokenizer": "evil.Tokenizer",
                 "AutoModelForCausalLM": "evil.Model"}  # fmt: skip
     change(model, lambda data: data.update(auto_map=auto_map), "config.json")
-    for attempt in (
+    attempts: list[Callable[[], Any]] = [
         lambda: read_tokenizer(model),
-        lambda: go.compile_model(str(model), tmp_path / "out", emit=("torch",)),
         lambda: load_tokenizer(open_language_model(str(model))),
-    ):
+    ]
+    if form == "pair":
+        attempts.append(lambda: go.compile_model(str(model), tmp_path / "out", emit=("torch",)))
+    for attempt in attempts:
         try:
             attempt()
         except GraphoptError as error:
