@@ -9,9 +9,10 @@ import torch
 from families import Case, cases, eager_logits, error, random_model
 from programs import tiny_program
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import graphopt as go
+from graphopt.capture.model import attention_implementation
 from graphopt.errors import LoweringError
 from graphopt.ir.blocks import remove_blocks
 from graphopt.ir.execute import Runner
@@ -33,8 +34,10 @@ def _program(model: nn.Module, folder: Path) -> go.Program:
 
 
 def _loaded(folder: Path) -> nn.Module:
+    # As `random_model` has it: two implementations of attention differ in the last bits.
+    implementation = attention_implementation(AutoConfig.from_pretrained(folder))
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder, dtype=torch.float32, attn_implementation=implementation, output_loading_info=True
     )
     assert not any(info.values()), info
     return model.eval()
