@@ -139,6 +139,9 @@ class Recorder(LanguageModel):
             self.seen.append(ids[mask.bool()].tolist())
         return self.table[inputs["input_ids"]], None
 
+    def check_causal(self, ids: Tensor) -> None:
+        """Its logits are causal, and what shows that is no text to keep."""
+
 
 @pytest.mark.parametrize("begin", [(), ("<s>",), ("<a>", "<b>")])
 @pytest.mark.parametrize("end", [(), ("<c>",)])
