@@ -142,7 +142,10 @@ def check_weights_file(root: Path, program: Program) -> None:
     if not len(program.weights):
         return
     path = inside(root, WEIGHTS_NAME)
-    held = read_header(path)
+    try:
+        held = read_header(path)
+    except SourceError as error:  # which was made here, and not downloaded
+        raise SourceError(error.message, _AGAIN) from error
     for weight in program.weights:
         raw = held.get(weight.name)
         if raw is None:
