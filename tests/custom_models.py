@@ -26,8 +26,15 @@ NEIGHBOURS = (
 )  # fmt: skip
 """Kinds in which a token depends on those before it outside of attention."""
 
-MASKS = ("documents", "padding by id", "slopes by distance", "window of positions", "sinks")
-"""Kinds of masks and scores."""
+MASKS = (
+    "documents",
+    "padding by id",
+    "slopes by distance",
+    "window of positions",
+    "sinks",
+    "quantile",
+)
+"""Kinds of masks and scores, and of constants that are computed on the way."""
 
 
 class Attention(nn.Module):
@@ -53,6 +60,8 @@ class Attention(nn.Module):
             x = x + x.cumsum(1) / (numbers + 1)[None, :, None]
         elif kind == "product with tril":
             x = x + self.tril[0, 0, :length, :length] @ x
+        elif kind == "quantile":
+            x = x * torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(0.9))
         elif kind == "unfold":
             x = x + F.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1).mean(-1)
         q, k, v = (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
 from graphopt.boundary import out_of_memory
@@ -165,7 +166,8 @@ def parameters_reserved(module: nn.Module) -> Iterator[None]:
 def everything_on_meta(module: nn.Module) -> Iterator[None]:
     """Inside, buffers and tensor attributes stand on meta too, so that running is free.
 
-    What a module makes without naming a device is made there as well.
+    What a module makes without naming a device is made there as well. Distributions do not check
+    their arguments: these have no values there.
     """
     places: list[tuple[dict[str, Any], str, Tensor]] = []
     for part in module.modules():
@@ -177,10 +179,13 @@ def everything_on_meta(module: nn.Module) -> Iterator[None]:
                     on_meta = value.to("meta")
                     is_parameter = isinstance(value, nn.Parameter)
                     store[key] = nn.Parameter(on_meta, False) if is_parameter else on_meta
+    checks = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
     try:
         with torch.device("meta"):
             yield
     finally:
+        Distribution.set_default_validate_args(checks)
         for store, key, value in places:
             store[key] = value
 
