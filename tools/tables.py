@@ -550,6 +550,8 @@ def families() -> str:
         "program", "torch", "onnx", "hf", "prune-blocks, onnx", "prune-blocks, hf",
         "carve-moe, onnx", "carve-moe, hf",
     ]  # fmt: skip
+    swept = {form for drawn in result["families"].values() for r in drawn for form in r["verdicts"]}
+    forms = [form for form in forms if {form, form.split(",")[0]} & swept]
     reasons: dict[str, int] = {}
     rows = []
     for name, drawn in result["families"].items():
@@ -577,7 +579,7 @@ def families() -> str:
     packages = ("torch", "transformers", "onnxruntime")
     return (
         f"{_rows(['family', *forms], rows)}\n\nRefused because:\n\n{notes}\n\n"
-        f"{_measured_on(result, *packages)}"
+        f"{_measured_on(result, *packages)} {result.get('note', '')}".rstrip()
     )
 
 
