@@ -13,22 +13,19 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from bench_quality import evaluate
 
 PACKAGES = ("torch", "transformers", "numpy")
 WAYS = ("every", "first")
 
 
-def evaluate(model: str, options: list[str]) -> dict[str, Any]:
-    """Return what `graphopt eval --json` prints."""
-    command = ["graphopt", "eval", model, *options, "--json"]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    measured: dict[str, Any] = json.loads(result.stdout)
-    measured["model"] = Path(model).name
-    return measured
+def measured(model: str, options: list[str]) -> dict[str, Any]:
+    """Return what `graphopt eval --json` prints, of a model called by its file's name."""
+    return {**evaluate(model, "auto", options), "model": Path(model).name}
 
 
 def main() -> None:
@@ -41,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     size = ["--windows", str(args.windows), "--seqlen", str(args.seqlen)]
     runs = [
-        {way: evaluate(model, ["--text", str(args.text), *size, "--bos", way]) for way in WAYS}
+        {way: measured(model, ["--text", str(args.text), *size, "--bos", way]) for way in WAYS}
         for model in args.models
     ]
     names = " ".join(Path(model).name for model in args.models)
