@@ -164,10 +164,14 @@ def routed(builder: GraphBuilder, fused: Fused, x: ir.Value, gates: ir.Value) ->
         scores = builder.op("Log", builder.op("Max", gates, least))
         total = builder.op("ReduceSum", gates, builder.constant([-1]), keepdims=1)
     scores = builder.op("Reshape", scores, builder.constant([-1, made.experts]))
+    # Before ONNX Runtime 1.32 the kernel's output may lie where its input does, which it still
+    # reads. That needs two values of one known size; the number of rows is none that is known.
+    rows = builder.op("Flatten", x, axis=2)
     out = builder.op(
-        NAME, x, scores, fused.first, fused.bias, fused.last,
+        NAME, rows, scores, fused.first, fused.bias, fused.last,
         domain=MICROSOFT, k=made.chosen, **made.kind.attributes(),
     )  # fmt: skip
+    out = builder.op("Reshape", out, builder.op("Shape", x))
     result = out if made.unit and made.chosen == 1 else builder.op("Mul", out, total)
     assert isinstance(result, ir.Value)
     return result
@@ -307,17 +311,19 @@ def _error(kind: Kind, unit: bool) -> float:
     )
     single = ir.TensorType(ir.DataType.FLOAT)
     inputs = [
-        ir.Value(name=name, shape=ir.Shape(value.shape), type=single)
+        ir.Value(name=name, shape=ir.Shape(["batch", "sequence", value.shape[-1]]), type=single)
         for name, value in (("x", x), ("gates", gates))
     ]
-    out = routed(builder, fused, *inputs)
+    # A computed value of sizes that are not known, whose memory may be taken for another: what a
+    # model gives to the kernel.
+    out = routed(builder, fused, builder.op("Neg", inputs[0]), inputs[1])
     out.type = single
     model = builder.model("moe", inputs, [out], {})
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4  # what fails is said by the caller
     proto = ir.to_proto(model).SerializeToString()
     session = onnxruntime.InferenceSession(proto, settings, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"x": x.numpy(), "gates": gates.numpy()})
+    (found,) = session.run(None, {"x": -x.numpy(), "gates": gates.numpy()})
     operands = [x, gates, up, down, gate, up_bias, gate_bias]
     wide = [None if value is None else value.double() for value in operands]
     (expected,) = get_op("experts").reference(wide, {"act": kind.act, "active": chosen})
