@@ -18,7 +18,15 @@ import pydantic
 
 from graphopt.boundary import out_of_memory
 from graphopt.errors import GraphoptError, SourceError, reason
-from graphopt.inputs import MAX_JSON_BYTES, OpenSchema, parse, parse_json, read_bytes, shown
+from graphopt.inputs import (
+    MAX_DIGITS,
+    MAX_JSON_BYTES,
+    OpenSchema,
+    parse,
+    parse_json,
+    read_bytes,
+    shown,
+)
 from graphopt.sources.confined import files_inside, inside
 
 if TYPE_CHECKING:
@@ -36,6 +44,10 @@ _OTHERS = (
 
 MAX_TOKENIZER_VALUES = 16_000_000
 """In one JSON file; the largest known have 2 million, of tokens and merges."""
+
+MAX_TOKEN_ID = 2**24
+"""The tokenizers library takes memory for every number up to the largest id, held or not; the
+largest known vocabularies have 262,144."""
 
 # What the choice of a tokenizer's class hangs on, of the model's own config.
 _CONFIG_KEYS = ("model_type", "model_name", "tokenizer_class", "transformers_version")
@@ -167,10 +179,41 @@ class _TokenizerConfig(OpenSchema):
 
 
 def _check_json(path: Path, content: bytes) -> None:
-    """Refuse a tokenizer's file that is no bounded JSON, or whose configuration is malformed."""
+    """Refuse a tokenizer's file that is no bounded JSON, or has ids or settings out of bounds."""
     data = parse_json(content, str(path), max_values=MAX_TOKENIZER_VALUES)
     if path.name == "tokenizer_config.json":
         parse(_TokenizerConfig, data, str(path))
+    for token, number in _ids(path.name, data):
+        if isinstance(number, int) and number > MAX_TOKEN_ID:
+            raise SourceError(
+                f"{path} gives the token {shown(token)} the id {number}, and ids go up to "
+                f"{MAX_TOKEN_ID}.",
+                OTHER_FILES,
+            )
+
+
+def _ids(name: str, data: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (token, id) of everything that a tokenizer's file numbers; other types as they are."""
+    if not isinstance(data, dict):
+        return
+    vocabulary: Any = None
+    if name in ("vocab.json", "added_tokens.json"):
+        vocabulary = data
+    elif name == "tokenizer.json":
+        model = data.get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        added = data.get("added_tokens")
+        for entry in added if isinstance(added, list) else ():
+            if isinstance(entry, dict):
+                yield str(entry.get("content")), entry.get("id")
+    elif name == "tokenizer_config.json":
+        decoder = data.get("added_tokens_decoder")
+        for key, entry in (decoder if isinstance(decoder, dict) else {}).items():
+            if key.isdecimal() and isinstance(entry, dict):
+                # int() of thousands of digits is refused by Python itself.
+                yield str(entry.get("content")), int(key[:MAX_DIGITS])
+    if isinstance(vocabulary, dict):
+        yield from vocabulary.items()
 
 
 def _rewrite(path: Path, change: Any) -> None:

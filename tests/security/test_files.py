@@ -259,6 +259,30 @@ def test_paths_in_a_tokenizers_configuration_are_not_followed(
     assert ids == byte_tokenizer()(SECRET)["input_ids"] and len(ids) > 1
 
 
+@pytest.mark.parametrize("place", ["vocab", "added_tokens", "added_tokens_decoder", "vocab.json"])
+def test_ids_beyond_all_vocabularies(model: Path, place: str) -> None:
+    """The tokenizers library would take gigabytes for the numbers between."""
+    number = 2**31
+    if place == "vocab.json":
+        (model / place).write_text(json.dumps({"far": number}))
+    elif place == "added_tokens_decoder":
+        change(model, lambda data: data.update({place: {str(number): {"content": "far"}}}),
+               "tokenizer_config.json")  # fmt: skip
+    else:
+        entry = {"id": number, "content": "far", "special": False}
+        change(
+            model,
+            lambda data: (
+                data["model"]["vocab"].update(far=number)
+                if place == "vocab"
+                else data["added_tokens"].append(entry)
+            ),
+            "tokenizer.json",
+        )
+    with pytest.raises(SourceError, match="gives the token 'far' the id 2147483648, and ids go"):
+        read_tokenizer(model)
+
+
 def test_the_tokenizer_of_an_output_lies_in_it(artifact: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     byte_tokenizer().save_pretrained(elsewhere)
