@@ -29,6 +29,14 @@ class CarvedLlamaConfig(LlamaConfig):
 
     carving: dict[str, Any] | None = None
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Return that kinds of layers keep their names, by which transformers' own layers go.
+
+        transformers 5.17 renames some in the configs of all other code.
+        """
+        return False
+
 
 class SharedNeurons(nn.Module):
     """Neurons that every token runs: down(act(gate x) * up x), or down(act(up x))."""
