@@ -14,6 +14,7 @@ from typing import ClassVar
 import pytest
 import yaml
 from programs import tiny_program
+from tiny_models import save_tiny
 from typer.testing import CliRunner
 
 from graphopt import console, lowering
@@ -367,6 +368,26 @@ def test_colour_is_left_out_on_request(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     _, out, _ = graphopt("targets")
     assert "\x1b[3" not in out
+
+
+def test_generate_says_how_it_draws(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "tiny")
+    stated = {"do_sample": True, "temperature": 0.7, "top_k": 9, "typical_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(stated))
+
+    def run(*more: str) -> tuple[str, str]:
+        code, out, err = graphopt(
+            "generate", folder, "--prompt", "hi", "--max-new-tokens", "2", *more
+        )
+        assert code == 0, err
+        return out, " ".join(err.split())
+
+    said = "sampling: temperature 0.7, top-k 9, top-p 1, seed 0; not applied: typical_p"
+    assert said in run()[1]
+    assert "greedy decoding" in run("--greedy")[1]
+    assert "top-k 4, top-p 1, seed 3" in run("--top-k", "4", "--seed", "3")[1]
+    found = json.loads(run("--temperature", "0", "--json")[0])
+    assert found["sampling"]["temperature"] == 0 and found["not_applied"] == ["typical_p"]
 
 
 def test_help_is_quick_and_imports_no_torch():
