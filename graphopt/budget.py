@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from graphopt.carving import energies, static_order
-from graphopt.devices import scoring_dtype
 from graphopt.errors import PassError
 from graphopt.ir.blocks import block_name
+from graphopt.ir.dtypes import scoring_dtype
 from graphopt.ir.feed_forward import FeedForward
 from graphopt.ir.graph import Program, Value
 from graphopt.progress import Progress, silent

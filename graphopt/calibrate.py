@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graphopt.devices import free_bytes, holds_aten, scoring_dtype
+from graphopt.devices import free_bytes
 from graphopt.emitted import import_model
 from graphopt.errors import LoweringError, PassError
 from graphopt.evaluate import ProgramModel, load_tokenizer, window_perplexity
 from graphopt.ir.dataflow import mask_is_for_attention_alone
+from graphopt.ir.dtypes import holds_aten, scoring_dtype
 from graphopt.ir.execute import CacheContents, Runner, complete_inputs, resident
 from graphopt.ir.graph import Program
 from graphopt.progress import Progress, silent

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graphopt.errors import PassError
+from graphopt.ir import functional
 from graphopt.ir.blocks import block_name, find_blocks
 from graphopt.ir.graph import Program, Value
 from graphopt.ir.ops.experts import edge
 from graphopt.least_squares import RIDGES, LeastSquares, best_ridge
-from graphopt.runtime import ops as runtime
 from graphopt.tune import Student
 
 
@@ -69,9 +69,9 @@ def normalised_hidden(x: Tensor, gate: Tensor | None, up: Tensor, act: str) -> T
     """
     x, up = (F.normalize(rows.float(), dim=-1) for rows in (x, up))
     if gate is None:
-        return runtime.ACTIVATIONS[act](x @ up.t())
+        return functional.ACTIVATIONS[act](x @ up.t())
     gate = F.normalize(gate.float(), dim=-1)
-    return runtime.ACTIVATIONS[act](x @ gate.t()) * (x @ up.t())
+    return functional.ACTIVATIONS[act](x @ gate.t()) * (x @ up.t())
 
 
 def mark_counts(marks_TK: Tensor, width: int) -> Tensor:
@@ -399,7 +399,7 @@ def chosen(scores_TE: Tensor, active: int, *, threshold: bool = False) -> Tensor
     """
     if threshold:
         return (scores_TE > edge(scores_TE, active)).to(scores_TE.dtype)
-    return runtime.top_gates(scores_TE, count=active)
+    return functional.top_gates(scores_TE, count=active)
 
 
 def _energy_of(energy_TN: Tensor, place_N: Tensor, experts: int) -> Tensor:

@@ -11,8 +11,6 @@ import torch
 
 from graphopt.boundary import out_of_memory
 from graphopt.errors import GraphoptError, PassError, UsageError
-from graphopt.ir.graph import Program
-from graphopt.ir.ops import is_aten
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -70,21 +68,3 @@ def must_fit(device: torch.device, what: str, remedy: str) -> Iterator[None]:
             raise
         place = device if short_of == "the GPU" else short_of
         raise PassError(f"{what} does not fit the memory of {place}.", remedy) from error
-
-
-def holds_aten(program: Program) -> bool:
-    """Return whether a program holds ops as they were traced: in fp32, with casts that say so."""
-    return any(is_aten(node.op) for f in program.functions.values() for node in f.nodes)
-
-
-def scoring_dtype(program: Program, device: torch.device) -> torch.dtype:
-    """Return what activations are computed in where nothing is trained.
-
-    The checkpoint's own 16 bits on a GPU that has them, else fp32.
-    """
-    own = program.checkpoint_dtype
-    if device.type != "cuda" or holds_aten(program):
-        return torch.float32
-    if own == torch.bfloat16 and torch.cuda.is_bf16_supported(False):
-        return own
-    return own if own == torch.float16 else torch.float32

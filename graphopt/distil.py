@@ -19,10 +19,11 @@ from graphopt.calibrate import (
     held_out_perplexity,
     sample_windows,
 )
-from graphopt.devices import free_bytes, scoring_dtype
+from graphopt.devices import free_bytes
 from graphopt.errors import PassError
 from graphopt.evaluate import ProgramModel
 from graphopt.ir.blocks import block_name, find_blocks
+from graphopt.ir.dtypes import scoring_dtype
 from graphopt.ir.execute import resident
 from graphopt.ir.graph import Call, Program
 from graphopt.ir.shapes import infer_program

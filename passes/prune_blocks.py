@@ -16,7 +16,7 @@ from graphopt.calibrate import (
     held_out_perplexity,
     pick,
 )
-from graphopt.devices import must_fit, scoring_dtype
+from graphopt.devices import must_fit
 from graphopt.errors import PassError
 from graphopt.evaluate import ProgramModel
 from graphopt.inputs import OpenSchema
@@ -27,6 +27,7 @@ from graphopt.ir.blocks import (
     remove_sub_blocks,
     sub_blocks,
 )
+from graphopt.ir.dtypes import scoring_dtype
 from graphopt.ir.execute import resident
 from graphopt.ir.graph import Program
 from graphopt.passes.base import Context, Pass, PassResult, register_pass

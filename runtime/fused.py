@@ -1,8 +1,8 @@
 """Norms, rotary positions, gated activations and cache writes: one kernel each, in Triton.
 
-Functions named as one of `graphopt.runtime.ops` stand in for it: 16-bit tensors on a GPU go to a
+Functions named as one of `graphopt.ir.functional` stand in for it: 16-bit tensors on a GPU go to a
 kernel, and whatever else there is (a CPU, fp32, a gain of two axes, a machine without Triton) goes
-to `ops`. A kernel computes in fp32 and rounds once, where it writes.
+to `functional`. A kernel computes in fp32 and rounds once, where it writes.
 
 Layout letters: B batch, S new tokens, T room of a cache, H query heads, G key heads, D head size,
 N features.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.runtime import ops
+from graphopt.ir import functional
 
 HALF = (torch.float16, torch.bfloat16)
 OLDEST = (8, 0)
@@ -211,24 +211,24 @@ def launch_append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length
     return ends
 
 
-# In place of `ops` --------------------------------------------------------------------------------
+# In place of `functional` -------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
-    """As `ops.rms_norm`."""
+    """As `functional.rms_norm`."""
     if runs_by_kernel(x) and _is_gain(weight, x):
         return launch_norm(x, None, weight, eps, offset)[1]
-    return ops.rms_norm(x, weight, eps, offset)
+    return functional.rms_norm(x, weight, eps, offset)
 
 
 def add_rms_norm(
     x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """As `ops.add_rms_norm`."""
+    """As `functional.add_rms_norm`."""
     given = [x] if y is None else [x, y]
     if runs_by_kernel(*given) and given[-1].shape == x.shape and _is_gain(weight, x):
         return launch_norm(x, y, weight, eps, offset)
-    return ops.add_rms_norm(x, y, weight, eps, offset)
+    return functional.add_rms_norm(x, y, weight, eps, offset)
 
 
 def _is_gain(weight: Tensor | None, x: Tensor) -> bool:
@@ -240,9 +240,9 @@ def _is_gain(weight: Tensor | None, x: Tensor) -> bool:
 def rope(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, heads_first: bool = True
 ) -> Tensor:
-    """As `ops.rope`; the tables stay in fp32."""
+    """As `functional.rope`; the tables stay in fp32."""
     if not (runs_by_kernel(x) and _rotatable(cos, sin, x)):
-        return ops.rope(x, cos, sin, interleaved, heads_first)
+        return functional.rope(x, cos, sin, interleaved, heads_first)
     turned = launch_rope(x if heads_first else x.transpose(1, 2), None, cos, sin, interleaved)[0]
     return turned if heads_first else turned.transpose(1, 2)
 
@@ -255,9 +255,9 @@ def rope_pair(
     interleaved: bool = False,
     heads_first: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """As `ops.rope_pair`; the tables stay in fp32."""
+    """As `functional.rope_pair`; the tables stay in fp32."""
     if not (runs_by_kernel(q, k) and q.shape[-1] == k.shape[-1] and _rotatable(cos, sin, q, k)):
-        return ops.rope_pair(q, k, cos, sin, interleaved, heads_first)
+        return functional.rope_pair(q, k, cos, sin, interleaved, heads_first)
     if not heads_first:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     a, b = launch_rope(q, k, cos, sin, interleaved)
@@ -270,14 +270,14 @@ def _rotatable(*tensors: Tensor) -> bool:
 
 
 def act_mul(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
-    """As `ops.act_mul`."""
+    """As `functional.act_mul`."""
     if runs_by_kernel(gate, up) and gate.shape == up.shape:
         return launch_act_mul(gate, up, act)
-    return ops.act_mul(gate, up, act)
+    return functional.act_mul(gate, up, act)
 
 
 def append_kv(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor) -> Tensor:
-    """As `ops.append_kv`."""
+    """As `functional.append_kv`."""
     if runs_by_kernel(k, v, cache_k, cache_v) and _rotatable(k, v, cache_k, cache_v):
         return launch_append(k, v, cache_k, cache_v, length)
-    return ops.append_kv(k, v, cache_k, cache_v, length)
+    return functional.append_kv(k, v, cache_k, cache_v, length)

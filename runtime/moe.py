@@ -1,6 +1,6 @@
 """Feed-forward parts with experts on a GPU, in Triton: of many tokens, and of few.
 
-Functions named as one of `graphopt.runtime.ops` stand in for it, as those of
+Functions named as one of `graphopt.ir.functional` stand in for it, as those of
 `graphopt.runtime.fused` do. Many tokens are sorted by expert and take part in one product an
 expert; a few tokens read the weights of their own experts, row by row.
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.runtime import ops
+from graphopt.ir import functional
 from graphopt.runtime.fused import act_mul, runs_by_kernel
 
 AT_ONCE = 16384
@@ -128,7 +128,7 @@ def launch_top_gates(
     Args:
         scores: [..., E].
         bias, extra: [E].
-        count, mean: As in `ops.top_gates`.
+        count, mean: As in `functional.top_gates`.
     """
     from graphopt.runtime.kernels.experts import top_gates as kernel
 
@@ -159,7 +159,7 @@ def launch_route(
         x: [T, D], the last axis contiguous.
         weight: [E, D], contiguous.
         offset, bias, extra: [E].
-        count, mean: As in `ops.top_gates`.
+        count, mean: As in `functional.top_gates`.
     """
     from graphopt.runtime.kernels.experts import route as kernel
 
@@ -318,7 +318,7 @@ def launch_few(
     return y
 
 
-# In place of `ops` --------------------------------------------------------------------------------
+# In place of `functional` -------------------------------------------------------------------------
 
 
 def top_gates(
@@ -329,10 +329,10 @@ def top_gates(
     count: int,
     mean: int = 0,
 ) -> Tensor:
-    """As `ops.top_gates`."""
+    """As `functional.top_gates`."""
     if runs_by_kernel(scores) and scores.shape[-1] <= MOST_EXPERTS:
         return launch_top_gates(scores, bias, extra, count, mean)
-    return ops.top_gates(scores, bias, extra, count=count, mean=mean)
+    return functional.top_gates(scores, bias, extra, count=count, mean=mean)
 
 
 def route(
@@ -345,14 +345,14 @@ def route(
     count: int,
     mean: int = 0,
 ) -> Tensor:
-    """As `ops.route`."""
+    """As `functional.route`."""
     given = [t for t in (offset, bias, extra) if t is not None]
     if (
         not runs_by_kernel(x, weight, *given)
         or not weight.is_contiguous()
         or len(weight) > MOST_EXPERTS
     ):
-        return ops.route(x, weight, offset, bias, extra, count=count, mean=mean)
+        return functional.route(x, weight, offset, bias, extra, count=count, mean=mean)
     gates = launch_route(x.reshape(-1, x.shape[-1]), weight, offset, bias, extra, count, mean)
     return gates.view(*x.shape[:-1], len(weight))
 
@@ -375,14 +375,14 @@ def moe(
     act: str,
     active: int,
 ) -> Tensor:
-    """As `ops.moe`."""
+    """As `functional.moe`."""
     routed = (up, down, gate, up_bias, gate_bias)
     common = (
         shared_up, shared_down, shared_gate, shared_up_bias, shared_gate_bias, shared_down_bias
     )  # fmt: skip
     weights = [weight for weight in (*routed, *common) if weight is not None]
     if not runs_by_kernel(x, *weights) or not all(weight.is_contiguous() for weight in weights):
-        return ops.moe(x, gates, *routed, *common, act=act, active=active)
+        return functional.moe(x, gates, *routed, *common, act=act, active=active)
     shape = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     gates = gates.reshape(-1, gates.shape[-1]).contiguous()
@@ -398,12 +398,12 @@ def moe(
         side = _side_stream(main)
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            hidden = ops.linear(x, shared_up, shared_up_bias)
+            hidden = functional.linear(x, shared_up, shared_up_bias)
             if shared_gate is None:
-                hidden = ops.ACTIVATIONS[act](hidden)
+                hidden = functional.ACTIVATIONS[act](hidden)
             else:
-                hidden = act_mul(ops.linear(x, shared_gate, shared_gate_bias), hidden, act)
-            shared = ops.linear(hidden, shared_down)
+                hidden = act_mul(functional.linear(x, shared_gate, shared_gate_bias), hidden, act)
+            shared = functional.linear(hidden, shared_down)
     for start in range(0, len(x), AT_ONCE):
         rows = slice(start, start + AT_ONCE)
         parts = launch_many(x[rows], gates[rows], *routed, act, active)

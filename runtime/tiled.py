@@ -1,8 +1,8 @@
 """The attention of an emitted model: by the kernels of its target, or else by the reference.
 
 Which kernel runs which form of attention, and with what constants, was planned when the model was
-emitted. What no kernel was planned for, and whatever runs on a CPU, goes to `ops.attention`; the
-first time, it is said why.
+emitted. What no kernel was planned for, and whatever runs on a CPU, goes to
+`functional.attention`; the first time, it is said why.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from graphopt.runtime import ops
+from graphopt.ir import functional
 from graphopt.runtime.attention import Extras, Keys, decode, prefill
 
 DECODE_TOKENS = 16
@@ -75,14 +75,14 @@ class Planned:
 
 
 class Tiled:
-    """The attention functions of a model, as `ops.attention` and `ops.cached_attention`.
+    """The functions `attention` and `cached_attention` of a model, as those of `functional`.
 
     Args:
         plans: The best for a form first.
         folder: Where images lie.
         arch: (major, minor) of the GPU the plans were made for; None for what is no GPU. Images
             of code run on that one alone, Triton on what is not older: plans count on its memory.
-        append: Writes new keys and values to a cache, as `ops.append_kv`.
+        append: Writes new keys and values to a cache, as `functional.append_kv`.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Tiled:
         plans: Sequence[Planned],
         folder: Path,
         arch: tuple[int, int] | None,
-        append: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = ops.append_kv,
+        append: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = functional.append_kv,
     ) -> None:
         self._plans: dict[Form, list[Planned]] = {}
         for plan in plans:
@@ -110,11 +110,11 @@ class Tiled:
         sinks: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """As `ops.attention`."""
+        """As `functional.attention`."""
         q, k = q.to(v.dtype), k.to(v.dtype)
         found = self._run(q, Keys(k, v), Extras(mask, bias, slopes, None, sinks), options)
         if found is None:
-            return ops.attention(q, k, v, mask, bias, slopes, sinks, **options)
+            return functional.attention(q, k, v, mask, bias, slopes, sinks, **options)
         return found
 
     def cached_attention(
@@ -129,7 +129,7 @@ class Tiled:
         sinks: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `ops.cached_attention`; a `Slot` is written to in place, and returned whole.
+        """As `functional.cached_attention`; a `Slot` is written to in place, and returned whole.
 
         Raises:
             ValueError: The new tokens or rows are more than the `Slot` has room for.
@@ -162,7 +162,7 @@ class Tiled:
         keys = Keys(slot.k, slot.v, lengths=lengths)
         found = self._run(q, keys, Extras(mask, bias, slopes, None, sinks), options)
         if found is None:
-            found = ops.attention(
+            found = functional.attention(
                 q, slot.k, slot.v, mask, bias, slopes, sinks, lengths=lengths, **options
             )
         return found, slot.k, slot.v

@@ -12,9 +12,10 @@ from programs import tiny_program
 
 import graphopt as go
 from graphopt.evaluate import open_language_model
+from graphopt.ir import functional
 from graphopt.ir.execute import Runner, complete_inputs
 from graphopt.lowering.torch.fuse import FUSED
-from graphopt.runtime import fused, ops
+from graphopt.runtime import fused
 
 FEATURES: list[dict[str, object]] = [
     {},
@@ -139,7 +140,7 @@ def test_the_kernels_of_layers_compute_what_plain_torch_does(
     with torch.no_grad():
         found, _ = model(ids)
         for name in FUSED:
-            setattr(module, name, getattr(ops, name))
+            setattr(module, name, getattr(functional, name))
         plain, _ = model(ids)
     # Each of the dozens of roundings on the way through may fall the other way.
     tolerance = 12 * torch.finfo(dtype).eps
@@ -152,11 +153,11 @@ def test_kernels_of_layers_run_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> No
     launch = fused.launch_norm
     monkeypatch.setattr(fused, "launch_norm", lambda *a: called.append(a) or launch(*a))
     x, weight = torch.randn(3, 64, device="cuda"), torch.randn(64, device="cuda")
-    assert torch.equal(fused.rms_norm(x, weight, 1e-5), ops.rms_norm(x, weight, 1e-5))
+    assert torch.equal(fused.rms_norm(x, weight, 1e-5), functional.rms_norm(x, weight, 1e-5))
     assert not called
     half = fused.rms_norm(x.half(), weight.half(), 1e-5)
     assert len(called) == 1
-    torch.testing.assert_close(half, ops.rms_norm(x.half(), weight.half(), 1e-5))
+    torch.testing.assert_close(half, functional.rms_norm(x.half(), weight.half(), 1e-5))
 
 
 @pytest.mark.parametrize("head_dim", [64, 8])

@@ -29,9 +29,10 @@ from measure import LLAMA_7B, brief, keep, random_llama, run_recipes
 from graphopt.capture import capture
 from graphopt.carving import expert_loads
 from graphopt.evaluate import ProgramModel, load_tokenizer, read_text
+from graphopt.ir import functional
 from graphopt.ir.graph import Program
 from graphopt.passes.base import Context, make_pass
-from graphopt.runtime import fused, moe, ops
+from graphopt.runtime import fused, moe
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = {"S3A3E8": (3, 3, 8), "S2A2E16": (2, 2, 16)}
@@ -92,8 +93,8 @@ class Part:
 
     def dense(self, x: Tensor) -> Tensor:
         """As an emitted model computes a part that is not carved."""
-        gate, up = ops.linear(x, self.gate_up).split(self.neurons, -1)
-        return ops.linear(fused.act_mul(gate, up, "silu"), self.down)
+        gate, up = functional.linear(x, self.gate_up).split(self.neurons, -1)
+        return functional.linear(fused.act_mul(gate, up, "silu"), self.down)
 
     def carved(self, x: Tensor) -> Tensor:
         """As an emitted model computes a carved part."""
@@ -136,7 +137,7 @@ def ffn(options: argparse.Namespace) -> dict[str, Any]:
 def check(part: Part, x: Tensor) -> None:
     """Compare with all neurons computed and those of other experts put to 0."""
     gates = moe.route(x, part.router, part.offset, count=part.active)
-    plain = ops.moe(x, gates, **part.weights, act="silu", active=part.active).float()
+    plain = functional.moe(x, gates, **part.weights, act="silu", active=part.active).float()
     error = float((part.carved(x).float() - plain).abs().max() / plain.abs().max())
     assert error < 2e-2, error
 

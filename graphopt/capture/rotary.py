@@ -348,7 +348,7 @@ def recognise(
     if not isinstance(base, int | float) or not isinstance(factor, int | float) or pairs < 2:
         return None
     exponents = torch.arange(0, 2 * pairs, 2, dtype=torch.float32) / (2 * pairs)
-    from graphopt.runtime.ops import ntk_frequencies
+    from graphopt.ir.functional import ntk_frequencies
 
     numbers = (float(base), float(factor), switch)
     if len(set(scale.values())) == 1 and all(

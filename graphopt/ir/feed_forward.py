@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graphopt.ir.blocks import Block, SubBlock, sub_blocks
 from graphopt.ir.dataflow import region
+from graphopt.ir.functional import ACTIVATIONS
 from graphopt.ir.graph import (
     Call,
     Function,
@@ -21,7 +22,6 @@ from graphopt.ir.graph import (
 )
 from graphopt.ir.types import Type
 from graphopt.ir.weights import Array, Padded, Producer, Rows, Transposed, Weight
-from graphopt.runtime.ops import ACTIVATIONS
 
 
 @dataclass(frozen=True)

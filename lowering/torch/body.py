@@ -26,7 +26,7 @@ from graphopt.lowering.torch.text import (
     sizes_of,
 )
 
-# op -> what is called. A name without a dot is a function of graphopt.runtime.ops.
+# op -> what is called. A name without a dot is a function of graphopt.ir.functional.
 _CALLEES = {
     "abs": "torch.abs",
     "by_length": "by_length",
@@ -76,7 +76,7 @@ class BodyPrinter(FunctionPrinter):
         attributes: Attribute of the module for every weight slot that has one of its own.
         packs: Slots of the weights, or biases, that lie in one attribute, by its name.
         options: Attribute of the module for every call attribute.
-        helpers: Functions of graphopt.runtime.ops that the body calls.
+        helpers: Functions of graphopt.ir.functional that the body calls.
         needs: Which of B, S, P and device the body mentions, in this order.
     """
 

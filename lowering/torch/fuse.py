@@ -1,7 +1,7 @@
 """Nodes of a function joined where one kernel, or one product, does the work of several.
 
-What they are joined to is for the emitted text alone. Each has a function of `graphopt.runtime.ops`
-that says what it computes:
+What they are joined to is for the emitted text alone. Each has a function of
+`graphopt.ir.functional` that says what it computes:
 
 1. `add_rms_norm`: a sum and the first RMS norm that reads it.
 2. `act_mul`: an activation and the product that alone reads it.
@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 import networkx
 
 from graphopt.ir.feed_forward import read_hidden
+from graphopt.ir.functional import ACTIVATIONS
 from graphopt.ir.graph import Function, Node, Program, Value
 from graphopt.lowering.torch.flow import Flow
-from graphopt.runtime.ops import ACTIVATIONS
 
 FUSED = ("rms_norm", "add_rms_norm", "rope", "rope_pair", "act_mul")
-"""Functions of `graphopt.runtime.ops` that a target with kernels for layers has its own of."""
+"""Functions of `graphopt.ir.functional` that a target with kernels for layers has its own of."""
 MOE = ("moe", "route", "top_gates")
 """The same, of models with experts."""
 

@@ -10,6 +10,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Collection
 
+from graphopt.ir import functional
 from graphopt.ir.context import rotary_switch
 from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.graph import Program, resolve_attrs
@@ -27,7 +28,6 @@ from graphopt.lowering.torch.tiled import (
 )
 from graphopt.plain import plain_text_source
 from graphopt.runtime import chat
-from graphopt.runtime import ops as runtime
 from graphopt.sources.generation import GenerationSettings
 
 _ATTENTION = ("attention", "cached_attention")
@@ -196,7 +196,7 @@ def _sources(helpers: Collection[str]) -> list[str]:
     found: dict[str, str] = {}
 
     def visit(name: str) -> None:
-        source = inspect.getsource(getattr(runtime, name)).strip()
+        source = inspect.getsource(getattr(functional, name)).strip()
         calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
         called = {callee.id for callee in calls if isinstance(callee, ast.Name)}
         for other in HELPERS:

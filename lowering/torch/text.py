@@ -11,17 +11,17 @@ import sympy
 import torch
 from torch import nn
 
+from graphopt.ir import functional
 from graphopt.ir.graph import unique_name
 from graphopt.ir.types import SYMBOLS
-from graphopt.runtime import ops as runtime
 
 WIDTH = 100
 """Characters a line may have."""
 
 HELPERS = tuple(
     name
-    for name, item in vars(runtime).items()
-    if getattr(item, "__module__", None) == runtime.__name__
+    for name, item in vars(functional).items()
+    if getattr(item, "__module__", None) == functional.__name__
 )
 """The functions of the runtime, in the order of their file."""
 

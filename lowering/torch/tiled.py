@@ -25,8 +25,8 @@ from graphopt.plan.ascend import ascend_constants
 from graphopt.targets import Target, get_target
 
 FOLDER = "kernels"
-# Modules of the runtime that go with the model, as they are.
-_MODULES = ("ops", "attention", "tiled")
+# Modules that go with every model, as they are.
+_MODULES = ("functional", "attention", "tiled")
 
 
 @dataclass(frozen=True)
@@ -207,10 +207,11 @@ __all__ = [{names}]
 
 
 def _runtime_text(name: str) -> str:
-    """Return a module of the runtime, its imports turned to its neighbours in one folder."""
-    text = (resources.files("graphopt.runtime") / name).read_text(encoding="utf-8")
+    """Return a module that goes with a model, its imports turned to its neighbours."""
+    package = "graphopt.ir" if name == "functional.py" else "graphopt.runtime"
+    text = (resources.files(package) / name).read_text(encoding="utf-8")
     text = re.sub(r"from graphopt\.runtime\.(?:kernels\.)?(\w+) import", r"from .\1 import", text)
-    return text.replace("from graphopt.runtime import", "from . import")
+    return re.sub(r"from graphopt\.(?:ir|runtime) import", "from . import", text)
 
 
 def compute_dtype(program: Program, target: Target) -> str:

@@ -18,9 +18,10 @@ if importlib.util.find_spec("triton") is None:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 import graphopt as go  # noqa: E402
+from graphopt.ir import functional  # noqa: E402
 from graphopt.ir.execute import Runner  # noqa: E402
 from graphopt.ir.ops import get_op  # noqa: E402
-from graphopt.runtime import fused, ops  # noqa: E402
+from graphopt.runtime import fused  # noqa: E402
 
 WIDTHS = (1, 7, 64, 576, 2048, 8192)
 ROWS = (1, 3, 129)
@@ -103,7 +104,7 @@ def test_rows_are_read_as_they_lie() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act", list(ops.ACTIVATIONS))
+@pytest.mark.parametrize("act", list(functional.ACTIVATIONS))
 def test_gate(act: str, dtype: torch.dtype) -> None:
     for rows, width in ((1, 1), (3, 7), (129, 64), (1, 576), (2, 2048), (1, 8192)):
         gate = random(rows, width, dtype=dtype) * 3
@@ -157,7 +158,7 @@ def test_cache_writes(k_dim: int, v_dim: int, shared: bool) -> None:
         for _ in range(2)
     )
     ends = fused.launch_append(k, v, *found, length)
-    assert torch.equal(ends, ops.append_kv(k, v, *expected, length))
+    assert torch.equal(ends, functional.append_kv(k, v, *expected, length))
     assert ends.tolist() == ([9, 9, 9] if shared else [4, 9, 10])
     for row, end in enumerate(ends.tolist()):
         assert torch.equal(found[0][row, :, end - 4 : end], k[row])
@@ -178,15 +179,17 @@ def test_nothing_is_written_behind_the_end_of_a_cache() -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="here every call has a kernel")
 def test_on_a_cpu_the_reference_runs() -> None:
     x, y, weight = random(2, 3, 8), random(2, 3, 8, seed=1), random(8, seed=2)
-    assert torch.equal(fused.rms_norm(x, weight, 1e-5), ops.rms_norm(x, weight, 1e-5))
+    assert torch.equal(fused.rms_norm(x, weight, 1e-5), functional.rms_norm(x, weight, 1e-5))
     for a, b in zip(
-        fused.add_rms_norm(x, y, weight, 1e-5), ops.add_rms_norm(x, y, weight, 1e-5), strict=True
+        fused.add_rms_norm(x, y, weight, 1e-5),
+        functional.add_rms_norm(x, y, weight, 1e-5),
+        strict=True,
     ):
         assert torch.equal(a, b)
-    assert torch.equal(fused.act_mul(x, y), ops.act_mul(x, y))
+    assert torch.equal(fused.act_mul(x, y), functional.act_mul(x, y))
     q, (cos, sin) = random(2, 2, 3, 8), tables(2, 3, 4)
-    assert torch.equal(fused.rope(q, cos, sin), ops.rope(q, cos, sin))
-    assert torch.equal(fused.rope_pair(q, q, cos, sin)[1], ops.rope(q, cos, sin))
+    assert torch.equal(fused.rope(q, cos, sin), functional.rope(q, cos, sin))
+    assert torch.equal(fused.rope_pair(q, q, cos, sin)[1], functional.rope(q, cos, sin))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py has it")
@@ -227,7 +230,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from graphopt.runtime import ops
+from graphopt.ir import functional
 from graphopt.runtime.kernels import block
 
 def compiled(kernel, half, arch, **constants):
@@ -248,7 +251,7 @@ for arch, half in ((80, "bf16"), (90, "fp16")):
     for more in ({}, {"k_ptr": None, "k_out_ptr": None}):
         sizes = {"D": 80, "HALF": 16, "HEADS": 16, "BLOCK": 16, "TAIL": 64}
         compiled(block.rope, half, arch, INTERLEAVED=not more, **sizes, **more)
-    for act in ops.ACTIVATIONS:
+    for act in functional.ACTIVATIONS:
         compiled(block.act_mul, half, arch, ACT=act, BLOCK=1024)
     compiled(block.append_kv, half, arch, K_DIM=64, V_DIM=80, HEADS=4, BLOCK_K=64, BLOCK_V=128)
 """

@@ -17,10 +17,11 @@ if importlib.util.find_spec("triton") is None:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 import graphopt as go  # noqa: E402
+from graphopt.ir import functional  # noqa: E402
 from graphopt.ir.execute import Runner  # noqa: E402
 from graphopt.ir.feed_forward import Split  # noqa: E402
 from graphopt.ir.ops import get_op  # noqa: E402
-from graphopt.runtime import moe, ops  # noqa: E402
+from graphopt.runtime import moe  # noqa: E402
 
 # The interpreter cuts bf16 off where a GPU rounds.
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
@@ -106,7 +107,7 @@ def some_gates(part: Part, dtype: torch.dtype, kind: str) -> Tensor:
         gates[:, -part.active :] = 1
         return gates.to(dtype).to(DEVICE)
     scores = random(tokens, experts, dtype=dtype, seed=30)
-    gates = ops.top_gates(scores, count=part.active)
+    gates = functional.top_gates(scores, count=part.active)
     if kind == "scaled":
         gates = gates * (1 + scores.abs())
     if kind == "fewer":
@@ -183,7 +184,7 @@ def test_gates(operands: str, experts: int, dtype: torch.dtype) -> None:
     offset = torch.zeros(experts, dtype=dtype, device=DEVICE)
     offset[-1] = 100.0
     assert bool((moe.launch_route(x, weight, offset, bias, extra, count)[:, -1] != 0).all())
-    exact = ops.top_gates(
+    exact = functional.top_gates(
         scores.double().cpu(),
         None if bias is None else bias.double().cpu(),
         None if extra is None else extra.double().cpu(),

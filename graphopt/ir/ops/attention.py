@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphopt.ir import functional
 from graphopt.ir.ops.base import (
     Attrs,
     Count,
@@ -19,7 +20,6 @@ from graphopt.ir.ops.base import (
     same,
 )
 from graphopt.ir.types import Dim, Type, dim
-from graphopt.runtime import ops as runtime
 
 QUERY, KEY, VALUE, MASK, BIAS, SLOPES, SINKS, PAST_K, PAST_V = range(9)
 
@@ -148,7 +148,7 @@ class Attention(Op):
             k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
         extras = [_get(tensors, index) for index in (MASK, BIAS, SLOPES, SINKS)]
         options = {key: attrs.get(key) for key in ("window", "chunk", "softcap")}
-        out = runtime.attention(
+        out = functional.attention(
             q, k, v, *extras, scale=attrs["scale"], causal=attrs["causal"], **options
         )
         return (out,) if past_k is None else (out, k, v)

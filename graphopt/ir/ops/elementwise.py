@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphopt.ir import functional
 from graphopt.ir.ops.base import (
     Attrs,
     Number,
@@ -21,7 +22,6 @@ from graphopt.ir.ops.base import (
     register,
 )
 from graphopt.ir.types import Dim, Type, dim
-from graphopt.runtime import ops as runtime
 
 
 class Unary(Op):
@@ -66,7 +66,7 @@ def _unary(
 
 _unary("abs", lambda x: torch.where(x < 0, -x, x), torch.abs, "y = |x|", 1)
 _unary("relu", lambda x: x.clamp(min=0), F.relu, "y = max(x, 0)", 1)
-_unary("relu2", lambda x: x.clamp(min=0) ** 2, runtime.relu2, "y = max(x, 0)^2", 2)
+_unary("relu2", lambda x: x.clamp(min=0) ** 2, functional.relu2, "y = max(x, 0)^2", 2)
 _unary("silu", lambda x: x / (1 + torch.exp(-x)), F.silu, "y = x sigmoid(x)")
 _unary("sigmoid", lambda x: 1 / (1 + torch.exp(-x)), torch.sigmoid, "y = 1 / (1 + exp(-x))")
 _unary("tanh", torch.tanh, torch.tanh, "y = tanh(x)")
@@ -80,14 +80,14 @@ _unary(
 _unary(
     "gelu_tanh",
     lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    runtime.gelu_tanh,
+    functional.gelu_tanh,
     "GELU by its tanh approximation. Source: Hendrycks and Gimpel, arXiv 1606.08415.",
     8,
 )
 _unary(
     "quick_gelu",
     lambda x: x / (1 + torch.exp(-1.702 * x)),
-    runtime.quick_gelu,
+    functional.quick_gelu,
     "y = x sigmoid(1.702 x)",
 )
 

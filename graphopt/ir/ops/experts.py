@@ -8,6 +8,7 @@ import pydantic
 import torch
 from torch import Tensor
 
+from graphopt.ir import functional
 from graphopt.ir.ops.base import (
     Attrs,
     Count,
@@ -21,9 +22,8 @@ from graphopt.ir.ops.base import (
     same,
 )
 from graphopt.ir.types import Dim, Type, dim
-from graphopt.runtime import ops as runtime
 
-Activation = Annotated[str, pydantic.Field(pattern=f"^({'|'.join(runtime.ACTIVATIONS)})$")]
+Activation = Annotated[str, pydantic.Field(pattern=f"^({'|'.join(functional.ACTIVATIONS)})$")]
 """Type of the name of an activation."""
 
 
@@ -102,7 +102,7 @@ class TopGates(Op):
             pull = edge(scores.detach().float() + bias.detach(), mean).expand_as(bias)
         # The bias itself is moved by `pull`, and has no part in other gradients.
         moved = bias if pull is None or bias is None else bias.detach() - pull
-        gates = runtime.top_gates(scores, moved, extra, count=count, mean=mean)
+        gates = functional.top_gates(scores, moved, extra, count=count, mean=mean)
         if attrs.get("surrogate") and (mean or count < scores.shape[-1]):
             ranked = scores.float()
             if moved is not None:
@@ -229,5 +229,5 @@ class Experts(Op):
         x, gates, up, down = tensors[:4]
         assert x is not None and gates is not None and up is not None and down is not None
         rest = [_operand(tensors, index) for index in (4, 5, 6)]
-        act = runtime.ACTIVATIONS[attrs["act"]]
-        return (runtime.experts(x, gates, up, down, *rest, act=act),)
+        act = functional.ACTIVATIONS[attrs["act"]]
+        return (functional.experts(x, gates, up, down, *rest, act=act),)

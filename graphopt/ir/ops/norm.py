@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from graphopt.ir import functional
 from graphopt.ir.ops.base import Attrs, Least, Number, Op, Tensors, Types, broadcast, need, register
 from graphopt.ir.types import Dim, Type, dim
-from graphopt.runtime import ops as runtime
 
 
 def _operand(tensors: Tensors, index: int) -> Tensor | None:
@@ -49,7 +49,7 @@ class RmsNorm(Op):
         x = tensors[0]
         assert x is not None
         weight = _operand(tensors, 1)
-        return (runtime.rms_norm(x, weight, attrs["eps"], attrs.get("offset", 0.0)),)
+        return (functional.rms_norm(x, weight, attrs["eps"], attrs.get("offset", 0.0)),)
 
 
 @register
@@ -77,4 +77,4 @@ class LayerNorm(Op):
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         x = tensors[0]
         assert x is not None
-        return (runtime.layer_norm(x, _operand(tensors, 1), _operand(tensors, 2), attrs["eps"]),)
+        return (functional.layer_norm(x, _operand(tensors, 1), _operand(tensors, 2), attrs["eps"]),)

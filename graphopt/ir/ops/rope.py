@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphopt.ir import functional
 from graphopt.ir.ops.base import (
     Attrs,
     Count,
@@ -19,7 +20,6 @@ from graphopt.ir.ops.base import (
     same,
 )
 from graphopt.ir.types import Dim, Type, dim
-from graphopt.runtime import ops as runtime
 
 
 @register
@@ -51,7 +51,7 @@ class RopeTable(Op):
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         positions, inv_freq = tensors
         assert positions is not None and inv_freq is not None
-        return runtime.rope_table(positions, inv_freq, attrs.get("scale", 1.0))
+        return functional.rope_table(positions, inv_freq, attrs.get("scale", 1.0))
 
 
 class _Frequencies(Op):
@@ -92,7 +92,7 @@ class ByLength(_Frequencies):
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         positions, short, long = tensors
         assert positions is not None and short is not None and long is not None
-        return (runtime.by_length(positions, short, long, attrs["length"]),)
+        return (functional.by_length(positions, short, long, attrs["length"]),)
 
 
 @register
@@ -131,7 +131,7 @@ class NtkFrequencies(_Frequencies):
         positions, exponents = tensors
         assert positions is not None and exponents is not None
         numbers = (attrs["base"], attrs["factor"], attrs["length"])
-        return (runtime.ntk_frequencies(positions, exponents, *numbers),)
+        return (functional.ntk_frequencies(positions, exponents, *numbers),)
 
 
 @register
@@ -182,4 +182,4 @@ class Rope(Op):
         x, cos, sin = tensors
         assert x is not None and cos is not None and sin is not None
         interleaved, first = attrs.get("interleaved", False), attrs.get("heads_first", True)
-        return (runtime.rope(x, cos, sin, interleaved, first),)
+        return (functional.rope(x, cos, sin, interleaved, first),)
