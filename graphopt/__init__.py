@@ -17,25 +17,25 @@ if TYPE_CHECKING:
     from graphopt.compiler import compile_model, emit
     from graphopt.errors import GraphoptError
     from graphopt.ir import Program
-    from graphopt.passes.base import Context, Pass, PassResult, Skip, register_pass
-    from graphopt.pipeline import Pipeline
+    from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
+    from graphopt.pass_manager.pipeline import Pipeline
     from graphopt.sources import open_model
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Context": "graphopt.passes.base",
+    "Context": "graphopt.pass_manager.contract",
     "GraphoptError": "graphopt.errors",
-    "Pass": "graphopt.passes.base",
-    "PassResult": "graphopt.passes.base",
-    "Pipeline": "graphopt.pipeline",
+    "Pass": "graphopt.pass_manager.contract",
+    "PassResult": "graphopt.pass_manager.contract",
+    "Pipeline": "graphopt.pass_manager.pipeline",
     "Program": "graphopt.ir",
-    "Skip": "graphopt.passes.base",
+    "Skip": "graphopt.pass_manager.contract",
     "capture": "graphopt.capture",
     "compile_model": "graphopt.compiler",
     "emit": "graphopt.compiler",
     "open_model": "graphopt.sources",
-    "register_pass": "graphopt.passes.base",
+    "register_pass": "graphopt.pass_manager.contract",
 }
 
 __all__ = [

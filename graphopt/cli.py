@@ -19,12 +19,12 @@ import click
 import typer
 
 from graphopt import console as ui
-from graphopt.boundary import BUG_CODE, REPORT_BUG, out_of_memory
 from graphopt.errors import GraphoptError, UsageError, reason
+from graphopt.support.boundary import BUG_CODE, REPORT_BUG, out_of_memory
 
 if TYPE_CHECKING:
     from graphopt.ir.graph import Program
-    from graphopt.pipeline import Pipeline
+    from graphopt.pass_manager.pipeline import Pipeline
 
 app = typer.Typer(
     name="graphopt",
@@ -167,7 +167,7 @@ def _capture(spec: str, trust_remote_code: bool) -> Program:
 
 
 def _pipeline(passes: str | None, recipe: Path | None) -> Pipeline:
-    from graphopt.pipeline import Pipeline
+    from graphopt.pass_manager.pipeline import Pipeline
 
     if passes is not None and recipe is not None:
         raise UsageError("Both --passes and --recipe are given.", "Give one of them.")
@@ -245,8 +245,8 @@ def compile_command(
     with ui.progress_bars() as progress:
         progress("starting", 0, 1)
         from graphopt.compiler import compile_model
-        from graphopt.output_folder import check_output
-        from graphopt.windows import check_bos
+        from graphopt.sources.windows import check_bos
+        from graphopt.storage.output_folder import check_output
 
         if not dry_run:
             check_output(out, force)
@@ -309,7 +309,7 @@ def inspect_command(
     as_json: Json = False,
 ) -> None:
     """Print a model's program, parameters, and FLOPs and bytes; no weight is read."""
-    from graphopt.inspection import inspect_program
+    from graphopt.report.inspection import inspect_program
 
     with ui.progress_bars() as progress:
         progress("capture", 0, 1)
@@ -362,7 +362,7 @@ def eval_command(
     with ui.progress_bars() as progress:
         progress("opening", 0, 1)
         from graphopt import evaluate
-        from graphopt.windows import check_bos
+        from graphopt.sources.windows import check_bos
 
         beginning = check_bos(bos)
         content = evaluate.read_text(text) if text is not None else None
@@ -504,7 +504,7 @@ def passes_command(
     as_json: Json = False,
 ) -> None:
     """List the passes, their options and whether they are exact."""
-    from graphopt.inspection import describe_passes
+    from graphopt.report.inspection import describe_passes
 
     found = describe_passes(name)
     if as_json:
@@ -601,7 +601,7 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Compare two models: structure, parameters, weights and reports."""
-    from graphopt.inspection import diff_models
+    from graphopt.report.inspection import diff_models
 
     with ui.progress_bars() as progress:
         found = diff_models(a, b, trust_remote_code=trust_remote_code, progress=progress)

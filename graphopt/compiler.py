@@ -11,20 +11,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.devices import usable_device
 from graphopt.errors import LoweringError, UsageError
 from graphopt.evaluate import read_text
 from graphopt.ir.context import set_max_length
 from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program
 from graphopt.ir.types import DTYPE_NAMES
-from graphopt.measure import Meter
-from graphopt.output_folder import check_dump, check_output, locked, output_folder, work_folder
-from graphopt.pipeline import OnPass, Pipeline
-from graphopt.progress import Progress, silent
-from graphopt.report import ArtifactEntry, Report, SkipEntry, block_entries, machine, versions
+from graphopt.pass_manager.pipeline import OnPass, Pipeline
+from graphopt.report.records import (
+    ArtifactEntry,
+    Report,
+    SkipEntry,
+    block_entries,
+    machine,
+    versions,
+)
+from graphopt.sources.windows import Bos
+from graphopt.storage.output_folder import (
+    check_dump,
+    check_output,
+    locked,
+    output_folder,
+    work_folder,
+)
+from graphopt.support.devices import usable_device
+from graphopt.support.measure import Meter
+from graphopt.support.progress import Progress, silent
 from graphopt.targets import get_target
-from graphopt.windows import Bos
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +101,7 @@ class _Emission:
         self, program: Program, root: Path, recipe: str, progress: Progress
     ) -> tuple[list[str], list[SkipEntry]]:
         """Write everything but the report under `root`; return usage lines and notes."""
-        from graphopt.saved import save_program
+        from graphopt.storage.saved import save_program
 
         usage: list[str] = []
         notes: list[SkipEntry] = []

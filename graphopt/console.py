@@ -19,12 +19,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.segment import Segment
 from rich.table import Table
 
-from graphopt.plain import plain_line, plain_text
+from graphopt.support.plain import plain_line, plain_text
 
 if TYPE_CHECKING:
     from graphopt.ir.graph import Program
-    from graphopt.progress import Progress as ProgressCallback
-    from graphopt.report import PassEntry, Report
+    from graphopt.report.records import PassEntry, Report
+    from graphopt.support.progress import Progress as ProgressCallback
 
 
 class _Console(Console):
@@ -110,7 +110,7 @@ def progress_bars() -> Iterator[ProgressCallback]:
     """Give a progress callback that draws bars on stderr while it is a terminal."""
     console = stderr()
     if not console.is_terminal:
-        from graphopt.progress import silent
+        from graphopt.support.progress import silent
 
         yield silent
         return
@@ -246,7 +246,7 @@ def _perplexity(entry: PassEntry) -> str:
 
 def _along_the_way(entry: PassEntry) -> str:
     """Return one line on what a pass removed, and on the perplexity after each of its steps."""
-    from graphopt.report import perplexity_steps, removal_order
+    from graphopt.report.records import perplexity_steps, removal_order
 
     removed, steps = removal_order(entry.details), perplexity_steps(entry.details)
     parts = [f"removed {', '.join(removed)}"] if removed else []

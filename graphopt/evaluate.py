@@ -20,19 +20,19 @@ import pydantic
 import torch
 from torch import Tensor
 
-from graphopt.boundary import out_of_memory
 from graphopt.errors import SourceError, UsageError, reason
-from graphopt.inputs import OpenSchema, parse, parse_json, read_utf8
+from graphopt.execute.interpreter import complete_inputs
 from graphopt.ir.context import context_length, rotary_parameters, stated_length
-from graphopt.ir.execute import complete_inputs
 from graphopt.ir.graph import Program
-from graphopt.progress import Progress, silent
 from graphopt.sources.base import output_tokenizer, tokenizer_in
 from graphopt.sources.check import CheckedRunner, check_finite
 from graphopt.sources.confined import folder_inside
 from graphopt.sources.generation import GenerationSettings, read_generation
+from graphopt.sources.windows import Bos, TokenText, prompt_ids, special_ends, tokenizer_at
+from graphopt.support.boundary import out_of_memory
+from graphopt.support.inputs import OpenSchema, parse, parse_json, read_utf8
+from graphopt.support.progress import Progress, silent
 from graphopt.targets import get_target
-from graphopt.windows import Bos, TokenText, prompt_ids, special_ends, tokenizer_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -234,7 +234,7 @@ class TorchArtifactModel(LanguageModel):
         from safetensors import SafetensorError
 
         from graphopt.emitted import checked_code, trusted_code
-        from graphopt.saved import artifact_target, check_weights_file
+        from graphopt.storage.saved import artifact_target, check_weights_file
 
         target = artifact_target(root)
         path = root / "model.py"

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from graphopt.errors import SourceError, UsageError, reason
 from graphopt.evaluate import LanguageModel
-from graphopt.ir.execute import complete_inputs
+from graphopt.execute.interpreter import complete_inputs
 from graphopt.runtime.chat import chat_text
 from graphopt.sources.generation import GenerationSettings
 from graphopt.sources.tokenizer import decode, encode
-from graphopt.windows import prompt_ids
+from graphopt.sources.windows import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

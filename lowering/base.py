@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from graphopt.ir.graph import Program
-from graphopt.progress import Progress
+from graphopt.support.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from graphopt.errors import SourceError
 from graphopt.ir.graph import Program
 from graphopt.sources.generation import GENERATION_NAME
 from graphopt.sources.tokenizer import OTHER_FILES, tokenizer_files, working
-from graphopt.windows import prompt_ids, special_ends, tokenizer_at
+from graphopt.sources.windows import prompt_ids, special_ends, tokenizer_at
 
 TOKENIZER_NAME = "tokenizer.json"
 TEMPLATE_NAME = "chat_template.jinja"

@@ -4,6 +4,15 @@ Importing this package registers the passes below. To add one, write its file an
 a pass of another distribution names its module under the entry point group `graphopt.passes`.
 """
 
+from graphopt.pass_manager.contract import (
+    Context,
+    Pass,
+    PassResult,
+    Skip,
+    all_passes,
+    get_pass,
+    register_pass,
+)
 from graphopt.passes import (
     carve_moe,
     common_subexpression,
@@ -14,15 +23,6 @@ from graphopt.passes import (
     normalise,
     prune_blocks,
     tune_moe,
-)
-from graphopt.passes.base import (
-    Context,
-    Pass,
-    PassResult,
-    Skip,
-    all_passes,
-    get_pass,
-    register_pass,
 )
 
 __all__ = [

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphopt.budget import Need, measure_needs, share_out
-from graphopt.calibrate import calibration_windows, pick
-from graphopt.carving import (
+from graphopt.calibration.budget import Need, measure_needs, share_out
+from graphopt.calibration.carving import (
     Division,
     Tokens,
     chosen,
@@ -25,10 +24,10 @@ from graphopt.carving import (
     normalised_hidden,
     static_order,
 )
-from graphopt.devices import must_fit
+from graphopt.calibration.repair import Refit
+from graphopt.calibration.text import calibration_windows, pick
 from graphopt.errors import PassError
 from graphopt.evaluate import ProgramModel
-from graphopt.inputs import OpenSchema
 from graphopt.ir.blocks import Block, block_name, find_blocks, sub_blocks
 from graphopt.ir.cost import total_cost, weight_products
 from graphopt.ir.dataflow import region
@@ -42,10 +41,11 @@ from graphopt.ir.feed_forward import (
 from graphopt.ir.graph import Call, Function, Program, Value, unique_name
 from graphopt.ir.types import B, P, S, evaluate
 from graphopt.ir.weights import Array, Weight
-from graphopt.least_squares import LeastSquares, best_ridge
-from graphopt.passes.base import Context, Pass, PassResult, Skip, register_pass
-from graphopt.repair import Refit
-from graphopt.tune import Student
+from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
+from graphopt.solvers.least_squares import LeastSquares, best_ridge
+from graphopt.support.devices import must_fit
+from graphopt.support.inputs import OpenSchema
+from graphopt.training.tune import Student
 
 MODES = ("fit", "faithful")
 
@@ -78,10 +78,10 @@ class CarveMoe(Pass):
     the pieces that matter most on average, and no router.
 
     With `mode=fit` neurons and a linear router are fitted to each other in up to `rounds` turns
-    (`graphopt.carving.divide_by_fit`). `mode=faithful` is CMoE as published (arXiv 2502.04416):
-    clusters of neurons that are among the `marks` largest of the same tokens, and as router one
-    neuron of each. With `normalised` it marks as CMoE's code does, by activations of inputs and
-    rows of the projections scaled to length 1.
+    (`graphopt.calibration.carving.divide_by_fit`). `mode=faithful` is CMoE as published (arXiv
+    2502.04416): clusters of neurons that are among the `marks` largest of the same tokens, and as
+    router one neuron of each. With `normalised` it marks as CMoE's code does, by activations of
+    inputs and rows of the projections scaled to length 1.
 
     With `refit` (and `mode=fit`) the down projections are then solved for anew, by least squares
     that pull towards the weights as they are, so that the stream behind each part is nearest to
@@ -92,8 +92,8 @@ class CarveMoe(Pass):
     are such that these are `active` on average: tokens that need more of them get more.
 
     With `by_layer` every part has a number of shared pieces of its own, which are at most `shared`
-    on average: those get more by which the model loses more (`graphopt.budget`). A part that then
-    runs all of its pieces is left as it is.
+    on average: those get more by which the model loses more (`graphopt.calibration.budget`). A
+    part that then runs all of its pieces is left as it is.
 
     Where `experts` do not divide the neurons, `pad` adds neurons of zeros.
 

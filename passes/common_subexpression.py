@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from graphopt.ir.graph import Call, Function, Node, Program, Value, unique_name
-from graphopt.passes.base import Context, Pass, PassResult, register_pass
+from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
 from graphopt.passes.common import attribute_key, calls_of, is_random
 
 _COMMUTATIVE = frozenset({"add", "mul"})

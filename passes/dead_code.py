@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from graphopt.ir.graph import Call, Param, Program
-from graphopt.passes.base import Context, Pass, PassResult, register_pass
+from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
 from graphopt.passes.common import calls_of
 
 

@@ -15,7 +15,7 @@ from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
 from graphopt.ir.weights import Array, Weight
-from graphopt.passes.base import Context, Pass, PassResult, Skip, register_pass
+from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
 from graphopt.passes.common import (
     calls_of,
     dead_nodes,

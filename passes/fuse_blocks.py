@@ -9,18 +9,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from graphopt.calibrate import pick
-from graphopt.devices import must_fit
-from graphopt.distil import Distiller, TrainingOptions, plain
+from graphopt.calibration.repair import repair
+from graphopt.calibration.scores import units_of
+from graphopt.calibration.text import pick
 from graphopt.errors import PassError
-from graphopt.inputs import shown
 from graphopt.ir.blocks import block_name, find_blocks, remove_blocks
 from graphopt.ir.graph import Call, Program
-from graphopt.passes.base import Context, Pass, PassResult, Skip, make_pass, register_pass
+from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, make_pass, register_pass
+from graphopt.pass_manager.verification import finite
 from graphopt.passes.prune_blocks import Chooser, PruneBlocks
-from graphopt.repair import repair
-from graphopt.scores import units_of
-from graphopt.tune import (
+from graphopt.support.devices import must_fit
+from graphopt.support.inputs import shown
+from graphopt.training.distil import Distiller, TrainingOptions, plain
+from graphopt.training.tune import (
     Form,
     Lessons,
     LogitObjective,
@@ -32,7 +33,6 @@ from graphopt.tune import (
     kaiming,
     relative_mse,
 )
-from graphopt.verification import finite
 
 MODES = ("distil", "local", "faithful")
 DONORS = ("pruned", "self", "random", "none")
@@ -52,10 +52,10 @@ class FuseBlocks(TrainingOptions, Pass):
 
     `mode=distil` (the default) trains all remaining block weights on the dense model's next-token
     distributions. On a CPU, and where no step follows, the projections into the stream are first
-    refitted in closed form (`graphopt.repair`; `warm_start` says so for any device). `mode=local`
-    trains `group` blocks at a time on the dense model's stream behind them, which is kept; the last
-    group learns the distributions. `mode=faithful` is FuseGPT (arXiv 2411.14507, equations 2 to 6
-    and algorithm 1): a block is scored, removed and fused into its `group - 1` neighbours by
+    refitted in closed form (`graphopt.calibration.repair`; `warm_start` says so for any device).
+    `mode=local` trains `group` blocks at a time on the dense model's stream behind them, which is
+    kept; the last group learns the distributions. `mode=faithful` is FuseGPT (arXiv 2411.14507,
+    equations 2 to 6 and algorithm 1): a block is scored, removed and fused into its `group - 1` neighbours by
     low-rank coefficients, then the next; it repeats the choice of `prune-blocks` on the model fused
     so far, with that pass's options.
 

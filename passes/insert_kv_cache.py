@@ -25,7 +25,7 @@ from graphopt.ir.shapes import infer_program
 from graphopt.ir.token_mixing import mixes_tokens
 from graphopt.ir.types import B, P, S, Type, dim
 from graphopt.ir.verify import verify
-from graphopt.passes.base import Context, Pass, PassResult, Skip, register_pass
+from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
 from graphopt.passes.common import calls_of, types_of, uniform
 from graphopt.passes.places import laid_out_from_start, start_at_past
 

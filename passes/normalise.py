@@ -8,7 +8,7 @@ from typing import ClassVar, TypeAlias
 
 from graphopt.ir.graph import Call, Function, In, Node, Param, Program, Value
 from graphopt.ir.types import Type
-from graphopt.passes.base import Context, Pass, PassResult, register_pass
+from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
 from graphopt.passes.common import (
     NO_VALUE,
     calls_of,

@@ -9,17 +9,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from graphopt.calibrate import (
+from graphopt.calibration.scores import METRICS, Scores, Unit, final_results, score_units, units_of
+from graphopt.calibration.text import (
     HELD_OUT,
     calibration_windows,
     forward_speed,
     held_out_perplexity,
     pick,
 )
-from graphopt.devices import must_fit
 from graphopt.errors import PassError
 from graphopt.evaluate import ProgramModel
-from graphopt.inputs import OpenSchema
+from graphopt.execute.interpreter import resident
 from graphopt.ir.blocks import (
     block_name,
     find_blocks,
@@ -28,11 +28,11 @@ from graphopt.ir.blocks import (
     sub_blocks,
 )
 from graphopt.ir.dtypes import scoring_dtype
-from graphopt.ir.execute import resident
 from graphopt.ir.graph import Program
-from graphopt.passes.base import Context, Pass, PassResult, register_pass
-from graphopt.scores import METRICS, Scores, Unit, final_results, score_units, units_of
-from graphopt.verification import finite
+from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
+from graphopt.pass_manager.verification import finite
+from graphopt.support.devices import must_fit
+from graphopt.support.inputs import OpenSchema
 
 PARTS = {
     "block": ("block",),
@@ -62,8 +62,8 @@ class PruneBlocks(Pass):
 
     Scores come from `windows` windows of `seqlen` tokens of the calibration text, by default 8
     of 512 on a GPU and 2 of 256 on a CPU, or shorter ones where the model takes fewer tokens;
-    see `graphopt.scores.METRICS`. Where `iterative`, everything is scored again after each
-    removal. Scores `mi` and `kl` compare with the `reference`: the `original` model, or the
+    see `graphopt.calibration.scores.METRICS`. Where `iterative`, everything is scored again after
+    each removal. Scores `mi` and `kl` compare with the `reference`: the `original` model, or the
     `current` one, from which what was removed before is missing; the others need none. Equal
     scores go to the lowest index. Blocks that are listed are not scored.
 

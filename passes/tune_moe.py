@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from graphopt.carving import expert_loads
-from graphopt.devices import must_fit
-from graphopt.distil import Distiller, TrainingOptions
+from graphopt.calibration.carving import expert_loads
 from graphopt.errors import PassError
 from graphopt.ir.feed_forward import add_gates
 from graphopt.ir.graph import Call, Node, Program
-from graphopt.passes.base import Context, Pass, PassResult, register_pass
-from graphopt.tune import Balance, Form, Whole
+from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
+from graphopt.support.devices import must_fit
+from graphopt.training.distil import Distiller, TrainingOptions
+from graphopt.training.tune import Balance, Form, Whole
 
 SCALE_RATE = 2.0
 """Of the learning rate, for the scales of gates: with the usual one CMoE's 1e-3."""

@@ -10,7 +10,7 @@ from programs import IDS
 from graphopt.ir import Array, B, Call, Function, Program, S, Type, Value, Weight
 from graphopt.ir.ops import get_op
 from graphopt.lowering.onnx import OnnxEmitter
-from graphopt.progress import silent
+from graphopt.support.progress import silent
 
 WIDTH, OUT, NEURONS = 40, 24, 12
 """Of x, of what comes out, and of an expert: its matrices lie in the data file."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import graphopt as go
 from graphopt.errors import GraphoptError
 from graphopt.evaluate import LanguageModel, OnnxArtifactModel, ProgramModel, TorchArtifactModel
-from graphopt.saved import load_program
+from graphopt.storage.saved import load_program
 
 FORMS = ("program", "torch", "onnx", "hf")
 RECIPES = {

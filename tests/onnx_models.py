@@ -14,7 +14,7 @@ from torch import Tensor
 from graphopt.ir.graph import Program
 from graphopt.lowering.base import Emitted
 from graphopt.lowering.onnx import OnnxEmitter
-from graphopt.progress import silent
+from graphopt.support.progress import silent
 
 Cache = dict[str, np.ndarray]
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from graphopt.ir import Array, B, Call, Function, Param, Program, S, Type, Value, Weight
-from graphopt.passes.base import Context
+from graphopt.pass_manager.contract import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
 
 IDS = Type((B, S), torch.int64)

@@ -353,7 +353,7 @@ from dataclasses import dataclass
 from programs import tiny_program
 from graphopt.cli import main
 from graphopt.lowering.onnx import emitter
-from graphopt.passes.base import Pass, PassResult, register_pass
+from graphopt.pass_manager.contract import Pass, PassResult, register_pass
 
 @register_pass
 @dataclass

@@ -11,9 +11,9 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from graphopt.boundary import BUG_CODE, out_of_memory, users_model
 from graphopt.cli import _errors_as_sentences, app
 from graphopt.errors import CaptureError, PassError, UsageError, reason
+from graphopt.support.boundary import BUG_CODE, out_of_memory, users_model
 
 
 def run(error, *args):
@@ -97,7 +97,7 @@ def test_errors_of_libraries_name_the_model():
 
 
 def test_bugs_and_memory_are_not_blamed_on_the_model():
-    from graphopt.passes.base import make_pass
+    from graphopt.pass_manager.contract import make_pass
 
     with pytest.raises(AttributeError), users_model("model", "be built"):
         make_pass("dead-code", 3)

@@ -7,12 +7,12 @@ import torch
 from trained import book, save_trained
 
 import graphopt as go
-from graphopt import calibrate
-from graphopt.calibrate import calibration_windows, sample_windows, text_windows
+from graphopt.calibration import text as calibrate
+from graphopt.calibration.text import calibration_windows, sample_windows, text_windows
 from graphopt.errors import PassError
-from graphopt.passes.base import Context
+from graphopt.pass_manager.contract import Context
+from graphopt.pass_manager.probe import PROBE_TEXT
 from graphopt.passes.insert_kv_cache import InsertKVCache
-from graphopt.probe import PROBE_TEXT
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.carving import (
+from graphopt.calibration.carving import (
     balanced_assignment,
     cluster,
     mark_counts,

@@ -12,7 +12,7 @@ from graphopt.errors import SourceError, UsageError
 from graphopt.generate import encode_prompt
 from graphopt.runtime import chat
 from graphopt.runtime.chat import chat_text
-from graphopt.windows import prompt_ids
+from graphopt.sources.windows import prompt_ids
 
 TURNS = (
     "{{- bos_token }}\n{% for message in messages -%}\n"

@@ -12,8 +12,8 @@ from programs import tiny_program
 
 from graphopt.errors import VerifyError
 from graphopt.ir import Array, Program, Rows, Weight
-from graphopt.passes.base import Context, Pass, PassResult
-from graphopt.pipeline import Pipeline
+from graphopt.pass_manager.contract import Context, Pass, PassResult
+from graphopt.pass_manager.pipeline import Pipeline
 
 NAME = "layers.0.mlp.down_proj.weight"
 

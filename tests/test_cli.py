@@ -22,8 +22,8 @@ from graphopt.cli import app
 from graphopt.errors import LoweringError
 from graphopt.ir.blocks import remove_blocks
 from graphopt.lowering.base import Emitted, Emitter
-from graphopt.passes.base import PassResult, get_pass
-from graphopt.report import PassEntry
+from graphopt.pass_manager.contract import PassResult, get_pass
+from graphopt.report.records import PassEntry
 
 CAPTURE = importlib.import_module("graphopt.capture")
 

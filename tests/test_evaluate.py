@@ -34,10 +34,10 @@ from graphopt.evaluate import (
     read_text,
     token_log_likelihoods,
 )
-from graphopt.ir.execute import complete_inputs
+from graphopt.execute.interpreter import complete_inputs
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Array
-from graphopt.passes.base import Context
+from graphopt.pass_manager.contract import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
 
 TEXT = "the quick brown fox jumps over the lazy dog, then the other one. " * 4

@@ -18,6 +18,7 @@ from torch import Tensor
 import graphopt as go
 from graphopt.errors import SourceError, UsageError
 from graphopt.evaluate import LanguageModel, open_language_model, perplexity
+from graphopt.execute.interpreter import complete_inputs
 from graphopt.generate import (
     PieceDecoder,
     Sampling,
@@ -28,7 +29,6 @@ from graphopt.generate import (
     pick_token,
     token_odds,
 )
-from graphopt.ir.execute import complete_inputs
 from graphopt.sources.generation import GenerationSettings
 
 

@@ -12,8 +12,8 @@ from programs import tiny_program
 
 import graphopt as go
 from graphopt.evaluate import open_language_model
+from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import functional
-from graphopt.ir.execute import Runner, complete_inputs
 from graphopt.lowering.torch.fuse import FUSED
 from graphopt.runtime import fused
 

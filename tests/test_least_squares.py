@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphopt.least_squares import RIDGES, LeastSquares, best_ridge
+from graphopt.solvers.least_squares import RIDGES, LeastSquares, best_ridge
 
 
 def sums_of(features, targets):

@@ -15,11 +15,12 @@ import torch
 from programs import tiny_program
 
 import graphopt as go
-from graphopt import compiler, output_folder
+from graphopt import compiler
 from graphopt.errors import GraphoptError, SourceError, UsageError
-from graphopt.passes.base import get_pass
-from graphopt.pipeline import Pipeline
-from graphopt.snapshot import SNAPSHOT_NAME, taking_up
+from graphopt.pass_manager.contract import get_pass
+from graphopt.pass_manager.pipeline import Pipeline
+from graphopt.storage import output_folder
+from graphopt.storage.snapshot import SNAPSHOT_NAME, taking_up
 
 CAPTURE = importlib.import_module("graphopt.capture")
 OUT = Path("out")

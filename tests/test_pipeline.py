@@ -9,11 +9,11 @@ import torch
 from programs import tiny_program
 
 from graphopt.errors import PassError, SourceError, UsageError, VerifyError
+from graphopt.execute.interpreter import Runner
 from graphopt.ir import Array, Missing, Producer, Weight
-from graphopt.ir.execute import Runner
-from graphopt.passes.base import Context, Pass, PassResult, Skip, register_pass
-from graphopt.pipeline import DEFAULT_RECIPE, Pipeline
-from graphopt.verification import compare, make_probe, measure
+from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
+from graphopt.pass_manager.pipeline import DEFAULT_RECIPE, Pipeline
+from graphopt.pass_manager.verification import compare, make_probe, measure
 
 
 class _Test(Pass):

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphopt.errors import UsageError
-from graphopt.passes.base import Context, Pass, PassResult, register_pass
-from graphopt.recipe import (
+from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
+from graphopt.pass_manager.recipe import (
     format_recipe,
     parse_recipe,
     read_recipe,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from programs import tiny_program
 
+from graphopt.calibration.repair import repair
 from graphopt.ir.blocks import find_blocks, remove_blocks, sub_blocks
-from graphopt.repair import repair
-from graphopt.tune import Streams, Student, relative_mse
+from graphopt.training.tune import Streams, Student, relative_mse
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 97, (40, 16), generator=torch.Generator().manual_seed(3))

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from programs import tiny_program
 
-from graphopt.breakdown import breakdown, kv_cache_bytes, part_of_nodes
 from graphopt.ir.cost import program_costs
 from graphopt.ir.types import B, P, S
-from graphopt.pipeline import Pipeline
-from graphopt.report import (
+from graphopt.pass_manager.pipeline import Pipeline
+from graphopt.report.breakdown import breakdown, kv_cache_bytes, part_of_nodes
+from graphopt.report.page import render
+from graphopt.report.records import (
     VERSION,
     ArtifactEntry,
     PassEntry,
@@ -21,7 +22,6 @@ from graphopt.report import (
     SkipEntry,
     perplexity_steps,
 )
-from graphopt.report_page import render
 
 ISSUE_FIELDS = {
     "source", "target", "recipe", "versions", "total_seconds", "peak_bytes", "artifact", "passes",

@@ -11,15 +11,15 @@ from families import captured
 from programs import tiny_program
 from torch import nn
 
-from graphopt import scores as scores_module
+from graphopt.calibration import scores as scores_module
+from graphopt.calibration.scores import METRICS, Scores, Unit, final_results, score_units, units_of
 from graphopt.capture import capture
 from graphopt.errors import SourceError
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks, remove_sub_blocks
-from graphopt.ir.execute import Runner
 from graphopt.ir.weights import Array, Weight
-from graphopt.passes.base import Context, make_pass
-from graphopt.scores import METRICS, Scores, Unit, final_results, score_units, units_of
-from graphopt.tune import Student
+from graphopt.pass_manager.contract import Context, make_pass
+from graphopt.training.tune import Student
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(5))
@@ -180,7 +180,7 @@ def test_texts_in_several_batches_score_as_in_one(monkeypatch):
     program = tiny_program(layers=4)
     units = units_of(program, ("block",))
     together = score_units(program, units, IDS, "kl")
-    monkeypatch.setattr("graphopt.scores._TOKENS_AT_ONCE", 20)
+    monkeypatch.setattr("graphopt.calibration.scores._TOKENS_AT_ONCE", 20)
     apart = score_units(program, units, IDS, "kl")
     assert apart.calls == together.calls
     for unit in units:

@@ -14,7 +14,7 @@ from torch import Tensor
 from graphopt.errors import PassError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.feed_forward import Split
-from graphopt.tune import (
+from graphopt.training.tune import (
     Lessons,
     LogitObjective,
     LowRank,
@@ -276,7 +276,7 @@ def test_streams_are_made_once():
 
 
 def test_streams_that_fit_nowhere_are_made_anew(monkeypatch):
-    from graphopt import tune
+    from graphopt.training import tune
 
     program = tiny_program(layers=2)
     kept = Streams(student_of(program), IDS).rows([3, 1])
@@ -313,7 +313,7 @@ def test_many_kinds_of_blocks_are_not_compiled_for_a_short_training():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_a_compiled_step_learns_what_the_step_itself_learns(monkeypatch):
-    from graphopt import tune
+    from graphopt.training import tune
 
     gpu = torch.device("cuda")
     found = []

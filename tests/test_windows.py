@@ -19,14 +19,14 @@ from trained import book
 from transformers import AutoTokenizer, GPT2Tokenizer, LlamaTokenizer
 
 import graphopt as go
-from graphopt.calibrate import calibration_windows, sample_windows, text_windows
+from graphopt.calibration.text import calibration_windows, sample_windows, text_windows
 from graphopt.errors import PassError, SourceError, UsageError
 from graphopt.evaluate import LanguageModel, PiqaRow, perplexity, piqa_accuracy
-from graphopt.passes.base import Context
-from graphopt.probe import PROBE_TEXT
+from graphopt.pass_manager.contract import Context
+from graphopt.pass_manager.probe import PROBE_TEXT
+from graphopt.pass_manager.verification import make_probe
 from graphopt.sources.tokenizer import PROBE, read_tokenizer
-from graphopt.verification import make_probe
-from graphopt.windows import TokenText, check_bos, prompt_ids, special_ends
+from graphopt.sources.windows import TokenText, check_bos, prompt_ids, special_ends
 
 START, SECOND, LAST = 259, 260, 261
 SPM = ["<unk>", "<s>", "</s>", "▁", "t", "h", "e", "▁t", "▁th", "▁the"]
@@ -217,7 +217,7 @@ def test_calibration_text_begins_every_window(model: go.Program) -> None:
 def test_text_of_the_models_own_begins_every_window_and_every_piece(
     model: go.Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graphopt import calibrate
+    from graphopt.calibration import text as calibrate
 
     given: list[Tensor] = []
     write = calibrate._Interpreted.write

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measure import LLAMA_7B, brief, keep, random_llama, run_recipes
 
+from graphopt.calibration.carving import expert_loads
 from graphopt.capture import capture
-from graphopt.carving import expert_loads
 from graphopt.evaluate import ProgramModel, load_tokenizer, read_text
 from graphopt.ir import functional
 from graphopt.ir.graph import Program
-from graphopt.passes.base import Context, make_pass
+from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.runtime import fused, moe
 
 ROOT = Path(__file__).resolve().parent.parent

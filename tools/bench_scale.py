@@ -49,7 +49,7 @@ QWEN_1_5B = {
 }
 IMPORTS = """
 import graphopt.compiler, graphopt.capture.assemble, graphopt.capture.conversion
-import graphopt.lowering.hf, graphopt.pipeline, torch._export, torch.export
+import graphopt.lowering.hf, graphopt.pass_manager.pipeline, torch._export, torch.export
 from transformers import AutoModelForCausalLM, AutoTokenizer, {model}
 import time; time.sleep(3)
 """

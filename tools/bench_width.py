@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import keep
 
 import graphopt as go
-from graphopt.calibrate import text_windows
+from graphopt.calibration.text import text_windows
 from graphopt.capture import capture
 from graphopt.evaluate import OnnxArtifactModel, read_text
+from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir.blocks import find_blocks, sub_blocks
-from graphopt.ir.execute import Runner, complete_inputs
 from graphopt.ir.feed_forward import FeedForward, feed_forwards
 from graphopt.ir.graph import Call, Function, Program, Value
 from graphopt.ir.shapes import infer_program

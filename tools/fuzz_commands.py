@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 
 from graphopt.cli import app
-from graphopt.passes.base import all_passes
+from graphopt.pass_manager.contract import all_passes
 
 ODD_PATHS = [
     "",

@@ -358,9 +358,9 @@ def warm_up(work: Path) -> None:
     import graphopt.compiler
     import graphopt.evaluate
     import graphopt.generate
-    import graphopt.inspection
     import graphopt.lowering.onnx
     import graphopt.lowering.torch
+    import graphopt.report.inspection
     import graphopt.sources.gguf  # noqa: F401
 
     torch.set_num_threads(1)

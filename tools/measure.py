@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 import graphopt as go
-from graphopt.calibrate import held_out_perplexity, text_windows
+from graphopt.calibration.text import held_out_perplexity, text_windows
 from graphopt.capture import capture
 from graphopt.evaluate import ProgramModel, load_tokenizer, piqa_accuracy, read_piqa, read_text
-from graphopt.ir.execute import resident
+from graphopt.execute.interpreter import resident
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Producer, Weight
 

@@ -58,8 +58,9 @@ def warm_up() -> None:
     from transformers.utils import logging
 
     import graphopt as go
-    from graphopt import boundary, verification  # noqa: F401
     from graphopt.lowering import get_emitter
+    from graphopt.pass_manager import verification  # noqa: F401
+    from graphopt.support import boundary  # noqa: F401
 
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from graphopt.boundary import users_model
 from graphopt.errors import SourceError
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Array, Missing, Producer
+from graphopt.support.boundary import users_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

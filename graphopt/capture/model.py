@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
-from graphopt.boundary import out_of_memory
 from graphopt.errors import CaptureError, reason
+from graphopt.support.boundary import out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from graphopt.boundary import chain, out_of_memory
 from graphopt.errors import CaptureError, GraphoptError, reason
+from graphopt.support.boundary import chain, out_of_memory
 
 _DATA = ("DataDependent", "data-dependent", "data dependent", "data-independent")
 _SIZES = ("Constraints violated", "specialized", "ConstraintViolation", "Not all values of")

@@ -13,7 +13,7 @@ from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import map_leaves
 from graphopt.ir.shapes import infer_function, infer_program
 from graphopt.ir.types import DTYPE_NAMES, Type
-from graphopt.plain import plain_line
+from graphopt.support.plain import plain_line
 
 _WIDTH = 88
 _INFIX = {"add": "+", "mul": "*"}

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from graphopt.inputs import Schema, Size
 from graphopt.ir.types import DTYPES
+from graphopt.support.inputs import Schema, Size
 
 MAX_WORK = 400_000
 """Nodes of all calls together. 126 layers of a thousand nodes, more than any model has, are a

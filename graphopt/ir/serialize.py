@@ -16,11 +16,11 @@ import sympy
 import torch
 
 from graphopt.errors import SourceError
-from graphopt.inputs import parse, shown
 from graphopt.ir.graph import Cache, Call, Function, In, KVState, Node, Param, Program, Value
 from graphopt.ir.schema import MAX_WORK, FunctionEntry, ProgramEntry
 from graphopt.ir.types import DTYPE_NAMES, DTYPES, SYMBOLS, Type, dim
 from graphopt.ir.weights import Missing, Producer, Weight
+from graphopt.support.inputs import parse, shown
 
 FORMAT_VERSION = 1
 

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 from graphopt.errors import SourceError, VerifyError
-from graphopt.inputs import open_regular, shown
 from graphopt.ir.graph import Program
 from graphopt.sources.base import ModelSource
 from graphopt.sources.config_schema import check_saved_config
 from graphopt.sources.refusals import unfit_folder
+from graphopt.support.inputs import open_regular, shown
 
 __all__ = ["ModelSource", "open_model"]
 
@@ -66,8 +66,8 @@ def open_model(spec: str, *, trust_remote_code: bool = False) -> ModelSource:
 
 def _open_program(spec: str, folder: Path) -> ModelSource:
     from graphopt.ir.verify import verify
-    from graphopt.saved import load_program
     from graphopt.sources.base import output_tokenizer
+    from graphopt.storage.saved import load_program
 
     program = load_program(folder)
     try:

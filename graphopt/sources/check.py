@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from graphopt.errors import SourceError
-from graphopt.ir.execute import Runner
+from graphopt.execute.interpreter import Runner
 
 
 def check_finite(name: str, tensor: torch.Tensor, *, constant: bool = False) -> None:

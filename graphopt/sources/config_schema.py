@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import pydantic
 
 from graphopt.errors import SourceError
-from graphopt.inputs import OpenSchema, parse, shown
+from graphopt.support.inputs import OpenSchema, parse, shown
 
 Token = Annotated[int, pydantic.Field(ge=-1, le=2**31)]
 

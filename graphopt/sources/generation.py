@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import pydantic
 
-from graphopt.inputs import OpenSchema, parse, read_json
 from graphopt.sources.confined import inside
+from graphopt.support.inputs import OpenSchema, parse, read_json
 
 GENERATION_NAME = "generation_config.json"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from graphopt.errors import SourceError
-from graphopt.inputs import open_regular
 from graphopt.ir.weights import Producer
+from graphopt.support.inputs import open_regular
 
 
 def read_exactly(path: Path, offset: int, count: int) -> torch.Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from graphopt.errors import SourceError
-from graphopt.inputs import read_json, shown
 from graphopt.ir.weights import Producer
 from graphopt.sources.confined import inside
+from graphopt.support.inputs import read_json, shown
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

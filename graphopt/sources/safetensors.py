@@ -23,7 +23,12 @@ import pydantic
 import torch
 
 from graphopt.errors import GraphoptError, SourceError
-from graphopt.inputs import (
+from graphopt.ir.weights import Array, Producer
+from graphopt.sources.check import check_finite
+from graphopt.sources.confined import inside
+from graphopt.sources.raw import RawTensor, read_exactly
+from graphopt.sources.refusals import QUANTISED_CODES, REMEDY
+from graphopt.support.inputs import (
     OpenSchema,
     Schema,
     Size,
@@ -33,11 +38,6 @@ from graphopt.inputs import (
     read_json,
     shown,
 )
-from graphopt.ir.weights import Array, Producer
-from graphopt.sources.check import check_finite
-from graphopt.sources.confined import inside
-from graphopt.sources.raw import RawTensor, read_exactly
-from graphopt.sources.refusals import QUANTISED_CODES, REMEDY
 
 DTYPE_OF: dict[str, torch.dtype] = {
     "F64": torch.float64,

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
-from graphopt.boundary import out_of_memory
 from graphopt.errors import GraphoptError, SourceError, reason
-from graphopt.inputs import (
+from graphopt.sources.confined import files_inside, inside
+from graphopt.support.boundary import out_of_memory
+from graphopt.support.inputs import (
     MAX_DIGITS,
     MAX_JSON_BYTES,
     OpenSchema,
@@ -27,7 +28,6 @@ from graphopt.inputs import (
     read_bytes,
     shown,
 )
-from graphopt.sources.confined import files_inside, inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -35,10 +35,10 @@ from graphopt.lowering.hf.carved import (
 )
 from graphopt.lowering.hf.parts import Part, assemble, origin
 from graphopt.lowering.tokenizer import copy_tokenizer, write_generation
-from graphopt.passes.base import Context
-from graphopt.pipeline import Pipeline
-from graphopt.progress import Progress
+from graphopt.pass_manager.contract import Context
+from graphopt.pass_manager.pipeline import Pipeline
 from graphopt.sources.safetensors import INDEX_NAME, WEIGHTS_NAME, SafetensorsWriter
+from graphopt.support.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -26,8 +26,8 @@ from graphopt.lowering.onnx.genai import GENAI_NAME, RUN_NAME, genai_config, run
 from graphopt.lowering.onnx.moe import Fused, Kind, Plan
 from graphopt.lowering.onnx.ops import Heads, Lowering, Pack, Sum, translation_of
 from graphopt.lowering.tokenizer import write_generation, write_tokenizer
-from graphopt.progress import Progress
 from graphopt.sources.check import check_finite
+from graphopt.support.progress import Progress
 
 # Weights smaller than this many elements are written into the model file itself.
 _INLINE = 256

@@ -17,8 +17,8 @@ import torch
 from graphopt.ir.weights import Weight
 from graphopt.lowering.base import StoredWeight
 from graphopt.lowering.onnx.builder import ONNX_DTYPES
-from graphopt.progress import Progress
 from graphopt.sources.check import check_finite
+from graphopt.support.progress import Progress
 
 # Runtimes map the file; tensors that start on a page can be used where they lie.
 ALIGNMENT = 4096

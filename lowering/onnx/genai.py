@@ -8,8 +8,8 @@ from typing import Any
 from graphopt.ir.context import context_length, rotary_switch
 from graphopt.ir.graph import Program
 from graphopt.lowering.onnx import genai_generate
-from graphopt.plain import plain_text_source
 from graphopt.sources.generation import GenerationSettings
+from graphopt.support.plain import plain_text_source
 
 GENAI_NAME = "genai.onnx"
 """The graph for onnxruntime-genai, which shares its data file with `model.onnx`.
@@ -24,7 +24,7 @@ RUN_NAME = "generate.py"
 def run_script() -> str:
     """Return the text of `generate.py`: `genai_generate`, and what it imports of graphopt."""
     text = inspect.getsource(genai_generate)
-    outside = "from graphopt.plain import plain_text\n"
+    outside = "from graphopt.support.plain import plain_text\n"
     return text.replace("import json\n", "import json\nimport re\n").replace(
         outside, plain_text_source()
     )

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from graphopt.plain import plain_text
+from graphopt.support.plain import plain_text
 
 
 def encode(tokenizer: Any, folder: Path, prompt: str, raw: bool) -> list[int]:

@@ -21,8 +21,8 @@ from graphopt.lowering.torch.tiled import (
     lower_attentions,
     range_report,
 )
-from graphopt.progress import Progress
 from graphopt.sources.safetensors import WEIGHTS_NAME, SafetensorsWriter
+from graphopt.support.progress import Progress
 
 MODEL_NAME = "model.py"
 

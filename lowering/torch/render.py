@@ -26,9 +26,9 @@ from graphopt.lowering.torch.tiled import (
     TiledModel,
     lower_attentions,
 )
-from graphopt.plain import plain_text_source
 from graphopt.runtime import chat
 from graphopt.sources.generation import GenerationSettings
+from graphopt.support.plain import plain_text_source
 
 _ATTENTION = ("attention", "cached_attention")
 _STANDARD = {

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphopt.capture import capture
-from graphopt.ir.execute import Runner
+from graphopt.execute.interpreter import Runner
 
 FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: x * torch.sigmoid(x),

@@ -10,13 +10,13 @@ import torch
 from families import FAMILIES, LISTED, TOLERANCE, Case, captured, cases, eager_logits, error
 from torch import Tensor
 
-from graphopt.ir.execute import Runner
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.graph import Program
 from graphopt.ir.ops import is_aten
 from graphopt.lowering.onnx import OnnxEmitter
-from graphopt.passes.base import Context
+from graphopt.pass_manager.contract import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
-from graphopt.progress import silent
+from graphopt.support.progress import silent
 
 
 @pytest.mark.parametrize("family", FAMILIES)

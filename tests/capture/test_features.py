@@ -9,7 +9,7 @@ import pytest
 from families import FAMILIES, LISTED, TOLERANCE, cases, error, random_model
 
 from graphopt.capture import capture, capture_config
-from graphopt.ir.execute import Runner
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.graph import Node, Param, Program
 
 _LEAVE_OUT = {

@@ -14,8 +14,8 @@ from programs import tiny_program
 from graphopt.capture import assemble, capture
 from graphopt.capture.sizes_check import check_sizes
 from graphopt.errors import CaptureError
+from graphopt.execute.interpreter import Runner
 from graphopt.ir import Program, Type
-from graphopt.ir.execute import Runner
 from graphopt.ir.graph import In
 from graphopt.ir.types import B, S
 

@@ -25,14 +25,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from graphopt.capture import capture
 from graphopt.errors import CaptureError
-from graphopt.ir.execute import Runner
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.graph import Program
 from graphopt.ir.ops import is_aten
 from graphopt.lowering.onnx import OnnxEmitter
 from graphopt.lowering.torch import TorchEmitter
-from graphopt.passes.base import Context
+from graphopt.pass_manager.contract import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
-from graphopt.progress import silent
+from graphopt.support.progress import silent
 
 ORIGINAL = 12
 """Tokens of the original length; one step more and the long factors hold."""

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import graphopt as go
 from graphopt.errors import SourceError
 from graphopt.evaluate import open_language_model
-from graphopt.ir.execute import Runner
+from graphopt.execute.interpreter import Runner
 from graphopt.sources.safetensors import read_checkpoint, save_file
 
 CASE = cases(lengths=(7,))[-1]

@@ -14,6 +14,7 @@ from tiny_models import tiny_model
 
 import graphopt as go
 from graphopt.errors import LoweringError
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import (
     block_name,
     find_blocks,
@@ -23,7 +24,6 @@ from graphopt.ir.blocks import (
     sub_blocks,
     without_sub_block,
 )
-from graphopt.ir.execute import Runner
 from graphopt.ir.verify import verify
 
 IDS = torch.randint(0, 250, (2, 11), generator=torch.Generator().manual_seed(0))

@@ -6,8 +6,8 @@ import random
 
 from families import captured, cases
 
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.compare import first_difference, in_order_of_use
-from graphopt.ir.execute import Runner
 from graphopt.ir.graph import Program
 
 

@@ -15,9 +15,9 @@ from graphopt.capture import capture
 from graphopt.compiler import compile_model
 from graphopt.errors import UsageError
 from graphopt.evaluate import open_language_model
+from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir.context import context_length, position_table, set_max_length, stated_length
-from graphopt.ir.execute import Runner, complete_inputs
-from graphopt.passes.base import Context
+from graphopt.pass_manager.contract import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
 
 SMALL = {"num_hidden_layers": 1, "max_position_embeddings": 16}

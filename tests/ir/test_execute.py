@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import tiny_program
 
+from graphopt.execute.interpreter import Runner, complete_inputs, run_function
 from graphopt.ir import Array, B, P, Producer, S, Weight
-from graphopt.ir.execute import Runner, complete_inputs, run_function
 
 LENGTH = 8
 IDS = torch.randint(0, 97, (3, LENGTH), generator=torch.Generator().manual_seed(1))

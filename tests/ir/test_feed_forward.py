@@ -7,8 +7,8 @@ import torch
 from carved import carved
 from families import LISTED, captured, cases
 
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks
-from graphopt.ir.execute import Runner
 from graphopt.ir.feed_forward import Split, feed_forwards, read_split
 from graphopt.ir.shapes import infer_program
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from families import LISTED, captured, cases
 
+from graphopt.execute.interpreter import Runner, resident
 from graphopt.ir.dataflow import angle_weights
-from graphopt.ir.execute import Runner, resident
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from programs import tiny_program
 
 from graphopt.errors import SourceError
+from graphopt.execute.interpreter import Runner
 from graphopt.ir import B, Function, In, P, Param, Program, S, Type, Value
-from graphopt.ir.execute import Runner
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.verify import verify
 

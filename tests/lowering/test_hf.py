@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import graphopt as go
 from graphopt.capture.model import attention_implementation
 from graphopt.errors import LoweringError
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import remove_blocks
-from graphopt.ir.execute import Runner
 from graphopt.ir.weights import Array, Missing, Rows, Transposed, Weight
 from graphopt.lowering.hf import HfEmitter, emitter
 from graphopt.lowering.hf.parts import Part, assemble

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import graphopt as go
 from graphopt.errors import LoweringError
-from graphopt.ir.execute import Runner
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.feed_forward import Split
 from graphopt.ir.graph import Program, Value
 from graphopt.ir.weights import Array, Weight

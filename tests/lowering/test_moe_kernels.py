@@ -17,8 +17,8 @@ if importlib.util.find_spec("triton") is None:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 import graphopt as go  # noqa: E402
+from graphopt.execute.interpreter import Runner  # noqa: E402
 from graphopt.ir import functional  # noqa: E402
-from graphopt.ir.execute import Runner  # noqa: E402
 from graphopt.ir.feed_forward import Split  # noqa: E402
 from graphopt.ir.ops import get_op  # noqa: E402
 from graphopt.runtime import moe  # noqa: E402

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 import graphopt as go
-from graphopt.ir.execute import complete_inputs
+from graphopt.execute.interpreter import complete_inputs
 
 NAMES = sorted(ACT2FN)
 

@@ -18,13 +18,13 @@ from tiny_models import byte_tokenizer
 
 import graphopt as go
 from graphopt.evaluate import OnnxArtifactModel
+from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import Array, B, Call, Function, Program, S, Type, Value, Weight
-from graphopt.ir.execute import Runner, complete_inputs
 from graphopt.ir.feed_forward import Split
 from graphopt.ir.ops import get_op
 from graphopt.lowering.onnx import OnnxEmitter
-from graphopt.progress import silent
-from graphopt.saved import load_program
+from graphopt.storage.saved import load_program
+from graphopt.support.progress import silent
 
 PARTS = {
     "gated": ("silu", (4,)),

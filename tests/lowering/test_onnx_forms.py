@@ -20,13 +20,13 @@ from programs import tiny_program
 from tiny_models import byte_tokenizer
 
 from graphopt.errors import LoweringError, SourceError
+from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import Array, B, Call, Function, Program, S, Type, Value, Weight
-from graphopt.ir.execute import Runner, complete_inputs
 from graphopt.ir.ops import all_ops
 from graphopt.lowering.onnx import OnnxEmitter
 from graphopt.lowering.onnx.external import ALIGNMENT
 from graphopt.lowering.onnx.genai import why_not
-from graphopt.passes.base import Context
+from graphopt.pass_manager.contract import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
 
 VARIANTS = {

@@ -21,7 +21,7 @@ from graphopt.ir import Array, Weight
 from graphopt.ir.feed_forward import Split
 from graphopt.ir.ops import get_op
 from graphopt.lowering.onnx import OnnxEmitter, moe
-from graphopt.progress import silent
+from graphopt.support.progress import silent
 
 PARTS = {
     "gated": ("silu", (4,)),

@@ -21,7 +21,7 @@ from torch import nn
 
 from graphopt.capture import capture
 from graphopt.ir.graph import Program
-from graphopt.passes.base import Context
+from graphopt.pass_manager.contract import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
 
 LENGTH = 9

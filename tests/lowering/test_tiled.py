@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import graphopt as go
 from graphopt.cli import app
 from graphopt.errors import LoweringError
+from graphopt.execute.interpreter import Runner
 from graphopt.ir import Array, Weight
-from graphopt.ir.execute import Runner
 from graphopt.lowering.torch import source_files
 from graphopt.lowering.torch.tiled import compute_dtype, lower_attentions, range_report
 from graphopt.targets import get_target

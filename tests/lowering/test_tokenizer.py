@@ -21,7 +21,7 @@ from graphopt.evaluate import open_language_model
 from graphopt.generate import encode_prompt, end_tokens, generate, generate_ids
 from graphopt.ir.graph import Program
 from graphopt.lowering.tokenizer import copy_tokenizer, write_tokenizer
-from graphopt.windows import prompt_ids
+from graphopt.sources.windows import prompt_ids
 
 TURNS = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<model>"
 PLAIN = "{% for m in messages %}[{{ m.content }}]{% endfor %}"

@@ -24,17 +24,17 @@ from graphopt.capture import capture
 from graphopt.compiler import emit
 from graphopt.errors import LoweringError, SourceError, VerifyError
 from graphopt.evaluate import TorchArtifactModel, open_language_model
+from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import Array, B, Call, Function, Param, Program, S, Type, Value, Weight
-from graphopt.ir.execute import Runner, complete_inputs
 from graphopt.ir.graph import In
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.types import P
 from graphopt.ir.verify import verify
 from graphopt.lowering.torch import TorchEmitter, render_model
 from graphopt.lowering.torch.text import numbers, series, size_text, wrap
-from graphopt.passes.base import Context
+from graphopt.pass_manager.contract import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
-from graphopt.progress import silent
+from graphopt.support.progress import silent
 
 STANDARD = {
     "__future__", "argparse", "collections", "importlib", "pathlib", "typing",

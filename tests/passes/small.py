@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from graphopt.execute.interpreter import Runner
 from graphopt.ir import Array, B, Call, Function, Node, Program, S, Type, Value, Weight
-from graphopt.ir.execute import Runner
 
 X = Type((B, S, 8), torch.float64)
 IDS = Type((B, S), torch.int64)

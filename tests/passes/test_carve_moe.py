@@ -14,10 +14,10 @@ from trained import LENGTH, book, save_trained
 
 import graphopt as go
 from graphopt.errors import PassError
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks
-from graphopt.ir.execute import Runner
 from graphopt.ir.weights import Array, Weight
-from graphopt.passes.base import Context, make_pass
+from graphopt.pass_manager.contract import Context, make_pass
 
 TEXT = book()[:24000]
 

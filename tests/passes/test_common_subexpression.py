@@ -7,7 +7,7 @@ from small import X, function, one, programs, results, slot
 from graphopt.ir import Call, In, Program
 from graphopt.ir.printer import print_function
 from graphopt.ir.verify import verify
-from graphopt.passes.base import Context
+from graphopt.pass_manager.contract import Context
 from graphopt.passes.common_subexpression import CommonSubexpression
 from graphopt.passes.dead_code import DeadCode
 

@@ -7,7 +7,7 @@ from small import function, one, programs, results, slot
 from graphopt.ir import Array, Call, Function, Weight
 from graphopt.ir.printer import print_function
 from graphopt.ir.verify import verify
-from graphopt.passes.base import Context
+from graphopt.pass_manager.contract import Context
 from graphopt.passes.dead_code import DeadCode
 
 ONES = torch.ones(8, dtype=torch.float64)

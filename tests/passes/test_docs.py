@@ -5,8 +5,8 @@ from pathlib import Path
 
 from programs import tiny_program
 
-from graphopt.passes.base import all_passes
-from graphopt.recipe import recipe_from_yaml
+from graphopt.pass_manager.contract import all_passes
+from graphopt.pass_manager.recipe import recipe_from_yaml
 
 PAGE = (Path(__file__).parents[2] / "docs" / "passes.md").read_text(encoding="utf-8")
 

@@ -9,7 +9,7 @@ from graphopt.errors import PassError
 from graphopt.ir import B, Call, In, Param, S, Type
 from graphopt.ir.printer import print_function
 from graphopt.ir.verify import verify
-from graphopt.passes.base import Context
+from graphopt.pass_manager.contract import Context
 from graphopt.passes.dead_code import DeadCode
 from graphopt.passes.fold_constants import FoldConstants
 

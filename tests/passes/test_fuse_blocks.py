@@ -12,9 +12,9 @@ from trained import LENGTH, book, save_trained
 
 import graphopt as go
 from graphopt.errors import PassError
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks, remove_blocks
-from graphopt.ir.execute import Runner
-from graphopt.passes.base import Context, make_pass
+from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.passes.fuse_blocks import Injection, group_of, require_equal
 
 TEXT = book()[:24000]

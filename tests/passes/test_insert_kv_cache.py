@@ -5,11 +5,11 @@ import torch
 from programs import tiny_program
 from small import function, one
 
+from graphopt.execute.interpreter import Runner
 from graphopt.ir import B, Call, In, P, Param, S, Type
-from graphopt.ir.execute import Runner
 from graphopt.ir.printer import print_function
 from graphopt.ir.verify import verify
-from graphopt.passes.base import Context
+from graphopt.pass_manager.contract import Context
 from graphopt.passes.dead_code import DeadCode
 from graphopt.passes.insert_kv_cache import InsertKVCache
 from graphopt.passes.normalise import Normalise

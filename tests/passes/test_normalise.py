@@ -7,7 +7,7 @@ from small import function, one, programs, results, slot
 from graphopt.ir import B, Call, In, Param, S, Type
 from graphopt.ir.printer import print_function
 from graphopt.ir.verify import verify
-from graphopt.passes.base import Context
+from graphopt.pass_manager.contract import Context
 from graphopt.passes.normalise import Normalise
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

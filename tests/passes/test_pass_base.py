@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 
 from graphopt.errors import UsageError
-from graphopt.passes.base import (
+from graphopt.pass_manager.contract import (
     Bare,
     Context,
     Pass,

@@ -12,13 +12,13 @@ from programs import tiny_program
 from tiny_models import save_tiny
 
 import graphopt as go
-from graphopt.calibrate import held_out_perplexity, text_windows
+from graphopt.calibration.text import held_out_perplexity, text_windows
 from graphopt.errors import GraphoptError, PassError
 from graphopt.evaluate import read_text
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks, remove_blocks
-from graphopt.ir.execute import Runner
+from graphopt.pass_manager.contract import make_pass
 from graphopt.passes import prune_blocks
-from graphopt.passes.base import make_pass
 from graphopt.passes.prune_blocks import HELD_OUT
 
 TEXT = "the cat and the dog and the other animals of the house sat down to eat. " * 40

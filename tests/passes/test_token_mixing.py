@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import graphopt as go
 from graphopt.evaluate import ProgramModel
-from graphopt.passes.base import Context
+from graphopt.pass_manager.contract import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
 
 HEADS, WIDTH = 2, 8

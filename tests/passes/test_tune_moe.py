@@ -11,17 +11,26 @@ from programs import tiny_program
 from torch.utils.checkpoint import checkpoint
 
 import graphopt as go
-from graphopt.carving import expert_loads
-from graphopt.distil import assign
+from graphopt.calibration.carving import expert_loads
 from graphopt.errors import PassError
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks
-from graphopt.ir.execute import Runner
 from graphopt.ir.feed_forward import Split, add_gates
 from graphopt.ir.ops import get_op
 from graphopt.ir.verify import verify
 from graphopt.ir.weights import Array, Weight
-from graphopt.passes.base import make_pass
-from graphopt.tune import Balance, Lessons, LogitObjective, Schedule, Streams, Student, Tuner, Whole
+from graphopt.pass_manager.contract import make_pass
+from graphopt.training.distil import assign
+from graphopt.training.tune import (
+    Balance,
+    Lessons,
+    LogitObjective,
+    Schedule,
+    Streams,
+    Student,
+    Tuner,
+    Whole,
+)
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 97, (40, 12), generator=torch.Generator().manual_seed(0))
@@ -96,8 +105,8 @@ def test_the_gradient_of_a_bias_is_the_excess_of_load_whatever_comes_from_above(
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ here")
 @pytest.mark.slow
 def test_a_compiled_call_has_the_same_gradients():
-    from graphopt.ir.compiled import run_compiled
-    from graphopt.ir.execute import complete_inputs, run_function
+    from graphopt.execute.compiled import run_compiled
+    from graphopt.execute.interpreter import complete_inputs, run_function
     from graphopt.ir.types import B, P, S
 
     program, _ = gated(layers=1, train=True)
@@ -152,7 +161,7 @@ def tuner_of(program, names, steps, saved=None, gamma=GAMMA, device=CPU):
 )  # fmt: skip
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_bias_moves_once_a_step_also_recorded_and_compiled(device, compiled, monkeypatch):
-    from graphopt import tune
+    from graphopt.training import tune
 
     if compiled:
         monkeypatch.setattr(tune, "COMPILE_FROM", (0.0, 0))

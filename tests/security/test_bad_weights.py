@@ -17,8 +17,8 @@ from graphopt.errors import SourceError
 from graphopt.evaluate import LanguageModel, open_language_model
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Weight
-from graphopt.saved import load_program
 from graphopt.sources.raw import RawTensor
+from graphopt.storage.saved import load_program
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ from graphopt.cli import app
 from graphopt.errors import SourceError
 from graphopt.lowering.onnx.genai import run_script
 from graphopt.lowering.torch.render import render_model
-from graphopt.plain import plain_line, plain_text, plain_text_source
-from graphopt.report import ArtifactEntry, BlockEntry, PassEntry, Report, SkipEntry
-from graphopt.report_page import render
+from graphopt.report.page import render
+from graphopt.report.records import ArtifactEntry, BlockEntry, PassEntry, Report, SkipEntry
+from graphopt.support.plain import plain_line, plain_text, plain_text_source
 
 ESCAPES = (
     "\x1b[31mred", "\x1b]0;title\x07", "\x1b]52;c;ZXZpbA==\x07", "\x9b2J", "a\rb",

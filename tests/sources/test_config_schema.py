@@ -11,9 +11,9 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from graphopt.capture import capture
 from graphopt.errors import GraphoptError, SourceError
-from graphopt.inputs import parse_json
 from graphopt.sources.config_schema import SIZES, check_config, check_sizes
 from graphopt.sources.huggingface import read_config
+from graphopt.support.inputs import parse_json
 
 OTHER_NAMES = {"gpt2": {"num_hidden_layers": "n_layer", "hidden_size": "n_embd"}}
 

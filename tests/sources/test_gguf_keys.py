@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from graphopt.capture import capture
 from graphopt.capture.model import attention_implementation
 from graphopt.errors import SourceError
-from graphopt.ir.execute import Runner
+from graphopt.execute.interpreter import Runner
 from graphopt.sources import open_model
 from graphopt.sources.gguf.architectures import ARCHITECTURES
 from graphopt.sources.gguf.container import GgufFile

@@ -22,9 +22,9 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 from graphopt.errors import SourceError
-from graphopt.inputs import open_regular
 from graphopt.ir.weights import Producer
 from graphopt.sources.raw import read_exactly
+from graphopt.support.inputs import open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

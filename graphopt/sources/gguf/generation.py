@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphopt.inputs import parse, shown_path
 from graphopt.sources.generation import GenerationSettings
 from graphopt.sources.gguf.container import GgufFile
 from graphopt.sources.gguf.vocabulary import Vocabulary
+from graphopt.support.inputs import parse, shown_path
 
 _SAMPLING = {
     "top_k": "top_k",

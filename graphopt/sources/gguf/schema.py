@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, FailFast, Field
 
 from graphopt.errors import SourceError
-from graphopt.inputs import Schema, parse, shown, shown_path
+from graphopt.support.inputs import Schema, parse, shown, shown_path
 
 CHECKPOINT = "Give the safetensors checkpoint of the model."
 

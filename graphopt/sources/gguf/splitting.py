@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from graphopt.errors import SourceError
-from graphopt.inputs import shown
 from graphopt.sources.gguf.container import GgufFile
+from graphopt.support.inputs import shown
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.errors import SourceError, reason
-from graphopt.inputs import shown
 from graphopt.sources.cache import cache_folder, new_entry
 from graphopt.sources.gguf.container import GgufFile
 from graphopt.sources.gguf.encoder import SPACE, Encoder, Unencodable, byte_letters
 from graphopt.sources.gguf.schema import CHECKPOINT
 from graphopt.sources.gguf.vocabulary import CONTROL, UNKNOWN, Vocabulary
 from graphopt.sources.tokenizer import read_tokenizer
+from graphopt.support.inputs import shown
 
 LAYOUT = 4
 """Part of the cache key: raised when the conversion or its check changes."""

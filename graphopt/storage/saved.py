@@ -11,7 +11,6 @@ import pydantic
 import torch
 
 from graphopt.errors import SourceError
-from graphopt.inputs import OpenSchema, Schema, Size, parse, read_json, shown
 from graphopt.ir.graph import Program
 from graphopt.ir.schema import Dtype, Shape
 from graphopt.ir.serialize import program_from_json, program_to_json
@@ -21,6 +20,7 @@ from graphopt.lowering.base import StoredWeight
 from graphopt.sources.confined import inside
 from graphopt.sources.raw import RawTensor
 from graphopt.sources.safetensors import SafetensorsWriter, read_header
+from graphopt.support.inputs import OpenSchema, Schema, Size, parse, read_json, shown
 
 PROGRAM_NAME = "program.json"
 _AGAIN = "Compile the model again."

@@ -10,31 +10,24 @@ from typing import Any, TypeAlias
 
 import torch
 
-from graphopt.devices import usable_device
 from graphopt.errors import PassError, SourceError, UsageError, VerifyError, unknown_name
 from graphopt.evaluate import read_text
-from graphopt.inputs import parse
 from graphopt.ir.graph import Program
 from graphopt.ir.imprint import Imprint
 from graphopt.ir.printer import print_program
 from graphopt.ir.types import DTYPE_NAMES
 from graphopt.ir.verify import verify as verify_structure
-from graphopt.measure import Meter
-from graphopt.passes.base import PROPERTIES, Context, Pass, PassResult, all_passes, make_pass
-from graphopt.probe import PROBE_TEXT
-from graphopt.progress import Progress, silent
-from graphopt.recipe import format_recipe, parse_recipe, read_recipe, recipe_to_yaml
-from graphopt.report import (
-    PassEntry,
-    Report,
-    SavedFigures,
-    SkipEntry,
-    block_entries,
-    machine,
-    versions,
+from graphopt.pass_manager.contract import (
+    PROPERTIES,
+    Context,
+    Pass,
+    PassResult,
+    all_passes,
+    make_pass,
 )
-from graphopt.snapshot import Snapshots
-from graphopt.verification import (
+from graphopt.pass_manager.probe import PROBE_TEXT
+from graphopt.pass_manager.recipe import format_recipe, parse_recipe, read_recipe, recipe_to_yaml
+from graphopt.pass_manager.verification import (
     Measured,
     Probe,
     compare,
@@ -43,7 +36,21 @@ from graphopt.verification import (
     make_probe,
     measure,
 )
-from graphopt.windows import Bos
+from graphopt.report.records import (
+    PassEntry,
+    Report,
+    SavedFigures,
+    SkipEntry,
+    block_entries,
+    machine,
+    versions,
+)
+from graphopt.sources.windows import Bos
+from graphopt.storage.snapshot import Snapshots
+from graphopt.support.devices import usable_device
+from graphopt.support.inputs import parse
+from graphopt.support.measure import Meter
+from graphopt.support.progress import Progress, silent
 
 DEFAULT_RECIPE = "normalise,common-subexpression,fold-constants,dead-code,insert-kv-cache"
 

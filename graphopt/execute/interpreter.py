@@ -10,13 +10,13 @@ import sympy
 import torch
 from torch import Tensor
 
-from graphopt.devices import free_bytes
 from graphopt.ir.dataflow import angle_weights
 from graphopt.ir.graph import Call, Function, Program, Value, resolve_attrs
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import concretize
 from graphopt.ir.types import B, P, S
 from graphopt.ir.weights import Array, Weight
+from graphopt.support.devices import free_bytes
 
 Mode = Literal["torch", "reference"]
 CacheContents = dict[str, tuple[Tensor, Tensor]]

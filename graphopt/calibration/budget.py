@@ -2,8 +2,8 @@
 
 What the model loses by a part is measured once, with as many pieces as parts run on average: the
 divergence of its next-token distributions with that part alone narrowed. All parts are measured in
-one walk (`graphopt.scores`). How it changes with the number of pieces is read off the energy of the
-neurons that are left out, of which a small divergence is a linear function.
+one walk (`graphopt.calibration.scores`). How it changes with the number of pieces is read off the
+energy of the neurons that are left out, of which a small divergence is a linear function.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphopt.carving import energies, static_order
+from graphopt.calibration.carving import energies, static_order
+from graphopt.calibration.scores import RunBlock, Walk
 from graphopt.errors import PassError
 from graphopt.ir.blocks import block_name
 from graphopt.ir.dtypes import scoring_dtype
 from graphopt.ir.feed_forward import FeedForward
 from graphopt.ir.graph import Program, Value
-from graphopt.progress import Progress, silent
-from graphopt.scores import RunBlock, Walk
+from graphopt.support.progress import Progress, silent
 
 
 @dataclass(frozen=True)

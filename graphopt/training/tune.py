@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.devices import free_bytes, must_fit
 from graphopt.errors import PassError, reason
+from graphopt.execute.compiled import kind, run_compiled
+from graphopt.execute.interpreter import Runner, complete_inputs, run_function
 from graphopt.ir.blocks import find_blocks
-from graphopt.ir.compiled import kind, run_compiled
 from graphopt.ir.dataflow import mask_is_for_attention_alone
-from graphopt.ir.execute import Runner, complete_inputs, run_function
 from graphopt.ir.graph import Call, Program, Value
 from graphopt.ir.types import B, P, S
-from graphopt.progress import Progress, silent
-from graphopt.snapshot import taking_up
+from graphopt.storage.snapshot import taking_up
+from graphopt.support.devices import free_bytes, must_fit
+from graphopt.support.progress import Progress, silent
 
 TOKENS_OF_LOGITS = 2048
 """Tokens whose logits are in memory at once."""

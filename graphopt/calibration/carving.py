@@ -23,8 +23,8 @@ from graphopt.ir import functional
 from graphopt.ir.blocks import block_name, find_blocks
 from graphopt.ir.graph import Program, Value
 from graphopt.ir.ops.experts import edge
-from graphopt.least_squares import RIDGES, LeastSquares, best_ridge
-from graphopt.tune import Student
+from graphopt.solvers.least_squares import RIDGES, LeastSquares, best_ridge
+from graphopt.training.tune import Student
 
 
 def top_marks(hidden_TN: Tensor, count: int) -> Tensor:

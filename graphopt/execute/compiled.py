@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from graphopt.ir.execute import run_function
+from graphopt.execute.interpreter import run_function
 from graphopt.ir.graph import Call, Function
 from graphopt.ir.weights import Weight
 

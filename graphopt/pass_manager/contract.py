@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import UsageError, unknown_name
-from graphopt.inputs import OpenSchema, shown
 from graphopt.ir.graph import Program
-from graphopt.progress import Progress, silent
-from graphopt.windows import Bos
+from graphopt.sources.windows import Bos
+from graphopt.support.inputs import OpenSchema, shown
+from graphopt.support.progress import Progress, silent
 
 ENTRY_POINTS = "graphopt.passes"
 
@@ -74,7 +74,7 @@ class Context:
             measured against and distil from; None before there is one.
         earlier: `PassResult.details` of the passes before, by name, and their `options`.
         written: Tokens that the model wrote in place of the built-in text, once a pass asked for
-            more than it has; see `graphopt.calibrate.calibration_windows`.
+            more than it has; see `graphopt.calibration.text.calibration_windows`.
         begin: Ids that every window begins with; None before a text was cut.
     """
 

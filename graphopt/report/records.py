@@ -15,10 +15,10 @@ from typing import Any
 
 import pydantic
 
-from graphopt.breakdown import at, breakdown
-from graphopt.inputs import OpenSchema, Schema, Size, parse, parse_entry, read_json
 from graphopt.ir.graph import Program
 from graphopt.ir.types import B, P, S
+from graphopt.report.breakdown import at, breakdown
+from graphopt.support.inputs import OpenSchema, Schema, Size, parse, parse_entry, read_json
 
 VERSION = 1
 
@@ -173,7 +173,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Write `report.json` and `report.html` into `folder`."""
-        from graphopt.report_page import render
+        from graphopt.report.page import render
 
         text = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
         (folder / REPORT_NAME).write_text(text, encoding="utf-8")

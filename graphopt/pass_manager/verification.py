@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import SourceError, UsageError
+from graphopt.execute.interpreter import CacheContents, complete_inputs
 from graphopt.ir.context import context_length
-from graphopt.ir.execute import CacheContents, complete_inputs
 from graphopt.ir.graph import Program
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.weights import Missing, Producer
-from graphopt.progress import Progress, silent
 from graphopt.sources.check import CheckedRunner
-from graphopt.windows import Bos, TokenText, tokenizer_at
+from graphopt.sources.windows import Bos, TokenText, tokenizer_at
+from graphopt.support.progress import Progress, silent
 
 RELATIVE_TOLERANCE = 1e-4
 """Of the largest logit (at least 1): more than rounding in fp32, far less than any wrong term."""

@@ -9,15 +9,15 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from graphopt.breakdown import PARTS
-from graphopt.report import is_figure, perplexity_steps, removal_order
+from graphopt.report.breakdown import PARTS
+from graphopt.report.records import is_figure, perplexity_steps, removal_order
 
 _LABELS = {"embed": "embedding", "ffn": "feed-forward", "norm": "norms"}
 
 
 def render(report: Mapping[str, Any]) -> str:
     """Return the page for the content of a `report.json`."""
-    template = resources.files("graphopt").joinpath("report.html").read_text(encoding="utf-8")
+    template = resources.files("graphopt.report").joinpath("page.html").read_text(encoding="utf-8")
     passes: list[dict[str, Any]] = report["passes"]
     blocks: list[dict[str, Any]] = report["blocks"]
     return Template(template).substitute(

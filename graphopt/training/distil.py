@@ -13,25 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.calibrate import (
+from graphopt.calibration.text import (
     HELD_OUT,
     calibration_windows,
     held_out_perplexity,
     sample_windows,
 )
-from graphopt.devices import free_bytes
 from graphopt.errors import PassError
 from graphopt.evaluate import ProgramModel
+from graphopt.execute.interpreter import resident
 from graphopt.ir.blocks import block_name, find_blocks
 from graphopt.ir.dtypes import scoring_dtype
-from graphopt.ir.execute import resident
 from graphopt.ir.graph import Call, Program
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import evaluate
 from graphopt.ir.weights import Array, Weight
-from graphopt.passes.base import Context, Skip
-from graphopt.snapshot import taking_up
-from graphopt.tune import (
+from graphopt.pass_manager.contract import Context, Skip
+from graphopt.pass_manager.verification import finite
+from graphopt.storage.snapshot import taking_up
+from graphopt.support.devices import free_bytes
+from graphopt.training.tune import (
     Form,
     Lessons,
     LogitObjective,
@@ -44,7 +45,6 @@ from graphopt.tune import (
     Tuner,
     Whole,
 )
-from graphopt.verification import finite
 
 TRAIN = ("all", "low-rank")
 

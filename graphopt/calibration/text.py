@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graphopt.devices import free_bytes
 from graphopt.emitted import import_model
 from graphopt.errors import LoweringError, PassError
 from graphopt.evaluate import ProgramModel, load_tokenizer, window_perplexity
+from graphopt.execute.interpreter import CacheContents, Runner, complete_inputs, resident
 from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.dtypes import holds_aten, scoring_dtype
-from graphopt.ir.execute import CacheContents, Runner, complete_inputs, resident
 from graphopt.ir.graph import Program
-from graphopt.progress import Progress, silent
-from graphopt.windows import Bos, TokenText
+from graphopt.sources.windows import Bos, TokenText
+from graphopt.support.devices import free_bytes
+from graphopt.support.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from graphopt.passes.base import Context
+    from graphopt.pass_manager.contract import Context
 
 
 PIECE, PROMPT = 512, 16
@@ -188,7 +188,7 @@ def sample_windows(
 
 def _writer(program: Program, device: torch.device, seed: int) -> _Writer:
     # Imported here: passes import this module.
-    from graphopt.passes.base import Context
+    from graphopt.pass_manager.contract import Context
     from graphopt.passes.insert_kv_cache import InsertKVCache
 
     if not program.states:

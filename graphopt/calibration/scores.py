@@ -19,12 +19,12 @@ from torch import Tensor
 
 from graphopt.errors import SourceError
 from graphopt.evaluate import token_log_likelihoods
+from graphopt.execute.interpreter import Runner, complete_inputs, run_function
 from graphopt.ir.blocks import Block, find_blocks, sub_blocks, without_sub_block
-from graphopt.ir.execute import Runner, complete_inputs, run_function
 from graphopt.ir.graph import Call, Function, Program, Value
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, Dim, P, S
-from graphopt.progress import Progress, silent
+from graphopt.support.progress import Progress, silent
 
 METRICS = {
     "mi": "macro influence: 1 - cosine of the last block's outputs with and without the candidate",

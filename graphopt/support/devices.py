@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from graphopt.boundary import out_of_memory
 from graphopt.errors import GraphoptError, PassError, UsageError
+from graphopt.support.boundary import out_of_memory
 
 
 def usable_device(name: str | torch.device) -> torch.device:

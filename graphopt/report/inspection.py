@@ -11,17 +11,24 @@ from typing import Any
 
 import torch
 
-from graphopt.breakdown import PARTS, at, breakdown, kv_cache_bytes
 from graphopt.ir.cost import total_cost
 from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program
 from graphopt.ir.types import DTYPE_NAMES, B, Dim, P, S
 from graphopt.ir.weights import Weight
-from graphopt.passes.base import Context, Pass, all_passes, default_of, get_pass, type_name
+from graphopt.pass_manager.contract import (
+    Context,
+    Pass,
+    all_passes,
+    default_of,
+    get_pass,
+    type_name,
+)
+from graphopt.pass_manager.verification import has_values
 from graphopt.passes.insert_kv_cache import InsertKVCache
-from graphopt.progress import Progress, silent
-from graphopt.report import REPORT_NAME, read_report
-from graphopt.verification import has_values
+from graphopt.report.breakdown import PARTS, at, breakdown, kv_cache_bytes
+from graphopt.report.records import REPORT_NAME, read_report
+from graphopt.support.progress import Progress, silent
 
 
 def inspect_program(

@@ -22,9 +22,9 @@ from torch import Tensor
 from graphopt.ir.blocks import Block, block_name, find_blocks, sub_blocks
 from graphopt.ir.graph import Call, Function, Node, Program, Value
 from graphopt.ir.weights import Array, Weight
-from graphopt.least_squares import LeastSquares, best_ridge
-from graphopt.progress import Progress, silent
-from graphopt.tune import Student
+from graphopt.solvers.least_squares import LeastSquares, best_ridge
+from graphopt.support.progress import Progress, silent
+from graphopt.training.tune import Student
 
 TOKENS_AT_ONCE = 8192
 

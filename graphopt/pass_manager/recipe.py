@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from graphopt.errors import UsageError
-from graphopt.inputs import MAX_YAML_BYTES, parse_yaml, read_utf8, shown, shown_path
-from graphopt.passes.base import Bare, Pass, make_pass
+from graphopt.pass_manager.contract import Bare, Pass, make_pass
+from graphopt.support.inputs import MAX_YAML_BYTES, parse_yaml, read_utf8, shown, shown_path
 
 VERSION = 1
 

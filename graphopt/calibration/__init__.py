@@ -1,0 +1,1 @@
+"""What is measured on text before a program is changed, and refits by it."""

@@ -1,0 +1,1 @@
+"""Running programs without emitting them."""

@@ -1,0 +1,1 @@
+"""Numerical problems that passes pose."""

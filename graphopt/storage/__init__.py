@@ -1,0 +1,1 @@
+"""Output folders: written, locked, opened again, and taken up after an interruption."""

@@ -1,0 +1,1 @@
+"""What knows nothing of models: bounded reading, progress, memory, devices, text for terminals."""

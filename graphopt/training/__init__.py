@@ -1,0 +1,1 @@
+"""Training parts of a program towards what another program computes."""
