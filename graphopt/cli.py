@@ -309,7 +309,7 @@ def inspect_command(
     as_json: Json = False,
 ) -> None:
     """Print a model's program, parameters, and FLOPs and bytes; no weight is read."""
-    from graphopt.report.inspection import inspect_program
+    from graphopt.inspection import inspect_program
 
     with ui.progress_bars() as progress:
         progress("capture", 0, 1)
@@ -361,16 +361,17 @@ def eval_command(
         raise UsageError("Nothing to evaluate on.", "Give --text FILE, --piqa FILE, or both.")
     with ui.progress_bars() as progress:
         progress("opening", 0, 1)
-        from graphopt import evaluate
+        from graphopt.backends.opening import open_language_model
+        from graphopt.evaluate.perplexity import perplexity, read_text
+        from graphopt.evaluate.piqa import piqa_accuracy, read_piqa
+        from graphopt.execute.language_model import load_tokenizer
         from graphopt.sources.windows import check_bos
 
         beginning = check_bos(bos)
-        content = evaluate.read_text(text) if text is not None else None
-        rows = evaluate.read_piqa(piqa) if piqa is not None else None
-        opened = evaluate.open_language_model(
-            model, _backend(backend), trust_remote_code=trust_remote_code
-        )
-        tokenizer = evaluate.load_tokenizer(opened)
+        content = read_text(text) if text is not None else None
+        rows = read_piqa(piqa) if piqa is not None else None
+        opened = open_language_model(model, _backend(backend), trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(opened)
         progress("opening", 1, 1)
         found: dict[str, Any] = {
             "model": model,
@@ -387,7 +388,7 @@ def eval_command(
         }
         if content is not None:
             length = seqlen or min(2048, opened.positions or 2048)
-            measured = evaluate.perplexity(
+            measured = perplexity(
                 opened, tokenizer, content,
                 windows=windows, seqlen=length, bos=beginning, progress=progress,
             )  # fmt: skip
@@ -397,7 +398,7 @@ def eval_command(
             found["bos"], found["begin"] = beginning, list(measured.begin)
             found["seconds"] += measured.seconds
         if rows is not None:
-            answered = evaluate.piqa_accuracy(opened, tokenizer, rows, progress=progress)
+            answered = piqa_accuracy(opened, tokenizer, rows, progress=progress)
             found["piqa_accuracy"], found["piqa_rows"] = answered.accuracy, answered.rows
             found["seconds"] += answered.seconds
     if as_json:
@@ -458,8 +459,9 @@ def generate_command(
     }  # fmt: skip
     with ui.progress_bars() as progress:
         progress("opening", 0, 1)
-        from graphopt.evaluate import load_tokenizer, open_language_model
-        from graphopt.generate import Sampling, check_options, generate
+        from graphopt.backends.opening import open_language_model
+        from graphopt.execute.generate import Sampling, check_options, generate
+        from graphopt.execute.language_model import load_tokenizer
         from graphopt.sources.generation import GenerationSettings, not_applied
 
         check_options(max_new_tokens, Sampling.of(GenerationSettings(), **options))
@@ -504,7 +506,7 @@ def passes_command(
     as_json: Json = False,
 ) -> None:
     """List the passes, their options and whether they are exact."""
-    from graphopt.report.inspection import describe_passes
+    from graphopt.inspection import describe_passes
 
     found = describe_passes(name)
     if as_json:
@@ -601,7 +603,7 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Compare two models: structure, parameters, weights and reports."""
-    from graphopt.report.inspection import diff_models
+    from graphopt.inspection import diff_models
 
     with ui.progress_bars() as progress:
         found = diff_models(a, b, trust_remote_code=trust_remote_code, progress=progress)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import LoweringError, UsageError
-from graphopt.evaluate import read_text
+from graphopt.evaluate.perplexity import read_text
 from graphopt.ir.context import set_max_length
 from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 
 from graphopt.errors import unknown_name
-from graphopt.lowering.base import Emitted, Emitter, StoredWeight
+from graphopt.lowering.base import Emitted, Emitter
+from graphopt.storage.stored_weight import StoredWeight
 
 _EMITTERS = {
     "hf": ("graphopt.lowering.hf", "HfEmitter"),

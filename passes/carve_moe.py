@@ -27,7 +27,8 @@ from graphopt.calibration.carving import (
 from graphopt.calibration.repair import Refit
 from graphopt.calibration.text import calibration_windows, pick
 from graphopt.errors import PassError
-from graphopt.evaluate import ProgramModel
+from graphopt.execute.language_model import ProgramModel
+from graphopt.execute.student import Student
 from graphopt.ir.blocks import Block, block_name, find_blocks, sub_blocks
 from graphopt.ir.cost import total_cost, weight_products
 from graphopt.ir.dataflow import region
@@ -45,7 +46,6 @@ from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, regi
 from graphopt.solvers.least_squares import LeastSquares, best_ridge
 from graphopt.support.devices import must_fit
 from graphopt.support.inputs import OpenSchema
-from graphopt.training.tune import Student
 
 MODES = ("fit", "faithful")
 

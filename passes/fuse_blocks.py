@@ -13,6 +13,7 @@ from graphopt.calibration.repair import repair
 from graphopt.calibration.scores import units_of
 from graphopt.calibration.text import pick
 from graphopt.errors import PassError
+from graphopt.execute.student import Form
 from graphopt.ir.blocks import block_name, find_blocks, remove_blocks
 from graphopt.ir.graph import Call, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, make_pass, register_pass
@@ -21,18 +22,10 @@ from graphopt.passes.prune_blocks import Chooser, PruneBlocks
 from graphopt.support.devices import must_fit
 from graphopt.support.inputs import shown
 from graphopt.training.distil import Distiller, TrainingOptions, plain
-from graphopt.training.tune import (
-    Form,
-    Lessons,
-    LogitObjective,
-    Schedule,
-    StreamObjective,
-    Tuned,
-    Whole,
-    batch_kl,
-    kaiming,
-    relative_mse,
-)
+from graphopt.training.forms import Whole, kaiming
+from graphopt.training.losses import LogitObjective, StreamObjective, batch_kl, relative_mse
+from graphopt.training.schedule import Schedule, Tuned
+from graphopt.training.streams import Lessons
 
 MODES = ("distil", "local", "faithful")
 DONORS = ("pruned", "self", "random", "none")
@@ -55,9 +48,9 @@ class FuseBlocks(TrainingOptions, Pass):
     refitted in closed form (`graphopt.calibration.repair`; `warm_start` says so for any device).
     `mode=local` trains `group` blocks at a time on the dense model's stream behind them, which is
     kept; the last group learns the distributions. `mode=faithful` is FuseGPT (arXiv 2411.14507,
-    equations 2 to 6 and algorithm 1): a block is scored, removed and fused into its `group - 1` neighbours by
-    low-rank coefficients, then the next; it repeats the choice of `prune-blocks` on the model fused
-    so far, with that pass's options.
+    equations 2 to 6 and algorithm 1): a block is scored, removed and fused into its `group - 1`
+    neighbours by low-rank coefficients, then the next; it repeats the choice of `prune-blocks` on
+    the model fused so far, with that pass's options.
 
     Training lasts `seconds` or `steps`, whichever is given (150 seconds if neither), in all
     modes over all of their parts together. A step takes `batch` windows of `seqlen` tokens; by

@@ -18,8 +18,8 @@ from graphopt.calibration.text import (
     pick,
 )
 from graphopt.errors import PassError
-from graphopt.evaluate import ProgramModel
 from graphopt.execute.interpreter import resident
+from graphopt.execute.language_model import ProgramModel
 from graphopt.ir.blocks import (
     block_name,
     find_blocks,

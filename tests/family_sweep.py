@@ -25,8 +25,10 @@ from tiny_models import byte_tokenizer
 from torch import Tensor, nn
 
 import graphopt as go
+from graphopt.backends.onnx_artifact import OnnxArtifactModel
+from graphopt.backends.torch_artifact import TorchArtifactModel
 from graphopt.errors import GraphoptError
-from graphopt.evaluate import LanguageModel, OnnxArtifactModel, ProgramModel, TorchArtifactModel
+from graphopt.execute.language_model import LanguageModel, ProgramModel
 from graphopt.storage.saved import load_program
 
 FORMS = ("program", "torch", "onnx", "hf")

@@ -15,10 +15,10 @@ from graphopt.calibration.budget import Need, measure_needs, share_out
 from graphopt.calibration.carving import energies, static_order
 from graphopt.errors import PassError
 from graphopt.execute.interpreter import Runner
+from graphopt.execute.student import Student
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.feed_forward import feed_forwards
 from graphopt.ir.weights import Array, Weight
-from graphopt.training.tune import Student
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(5))

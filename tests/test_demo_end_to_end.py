@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from graphopt.backends.opening import open_language_model
 from graphopt.compiler import compile_model
-from graphopt.evaluate import load_tokenizer, open_language_model, perplexity, read_text
+from graphopt.evaluate.perplexity import perplexity, read_text
+from graphopt.execute.language_model import load_tokenizer
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 

@@ -18,23 +18,15 @@ from tiny_models import VOCAB, byte_tokenizer, save_tiny, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from graphopt.backends.onnx_artifact import OnnxArtifactModel
+from graphopt.backends.opening import open_language_model
+from graphopt.backends.torch_artifact import TorchArtifactModel
 from graphopt.capture import capture
 from graphopt.errors import SourceError, UsageError
-from graphopt.evaluate import (
-    LanguageModel,
-    OnnxArtifactModel,
-    PiqaRow,
-    ProgramModel,
-    TorchArtifactModel,
-    load_tokenizer,
-    open_language_model,
-    perplexity,
-    piqa_accuracy,
-    read_piqa,
-    read_text,
-    token_log_likelihoods,
-)
+from graphopt.evaluate.perplexity import perplexity, read_text, token_log_likelihoods
+from graphopt.evaluate.piqa import PiqaRow, piqa_accuracy, read_piqa
 from graphopt.execute.interpreter import complete_inputs
+from graphopt.execute.language_model import LanguageModel, ProgramModel, load_tokenizer
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Array
 from graphopt.pass_manager.contract import Context

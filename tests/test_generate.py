@@ -16,10 +16,10 @@ from tiny_models import VOCAB, byte_tokenizer, save_tiny, tiny_model
 from torch import Tensor
 
 import graphopt as go
+from graphopt.backends.opening import open_language_model
 from graphopt.errors import SourceError, UsageError
-from graphopt.evaluate import LanguageModel, open_language_model, perplexity
-from graphopt.execute.interpreter import complete_inputs
-from graphopt.generate import (
+from graphopt.evaluate.perplexity import perplexity
+from graphopt.execute.generate import (
     PieceDecoder,
     Sampling,
     encode_prompt,
@@ -29,6 +29,8 @@ from graphopt.generate import (
     pick_token,
     token_odds,
 )
+from graphopt.execute.interpreter import complete_inputs
+from graphopt.execute.language_model import LanguageModel
 from graphopt.sources.generation import GenerationSettings
 
 

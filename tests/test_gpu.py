@@ -11,7 +11,7 @@ import torch
 from programs import tiny_program
 
 import graphopt as go
-from graphopt.evaluate import open_language_model
+from graphopt.backends.opening import open_language_model
 from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import functional
 from graphopt.lowering.torch.fuse import FUSED

@@ -145,7 +145,7 @@ class FullDisk:
         for kind, name in ((Path, "write_text"), (Path, "write_bytes"), (Path, "mkdir")):
             monkeypatch.setattr(kind, name, self.wrap(getattr(kind, name)))
         for name in ("_write", "_put"):
-            kind = importlib.import_module("graphopt.sources.safetensors").SafetensorsWriter
+            kind = importlib.import_module("graphopt.files.safetensors").SafetensorsWriter
             if hasattr(kind, name):
                 monkeypatch.setattr(kind, name, self.wrap(getattr(kind, name)))
 

@@ -6,8 +6,10 @@ import torch
 from programs import tiny_program
 
 from graphopt.calibration.repair import repair
+from graphopt.execute.student import Student
 from graphopt.ir.blocks import find_blocks, remove_blocks, sub_blocks
-from graphopt.training.tune import Streams, Student, relative_mse
+from graphopt.training.losses import relative_mse
+from graphopt.training.streams import Streams
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 97, (40, 16), generator=torch.Generator().manual_seed(3))

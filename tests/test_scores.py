@@ -16,10 +16,10 @@ from graphopt.calibration.scores import METRICS, Scores, Unit, final_results, sc
 from graphopt.capture import capture
 from graphopt.errors import SourceError
 from graphopt.execute.interpreter import Runner
+from graphopt.execute.student import Student
 from graphopt.ir.blocks import find_blocks, remove_sub_blocks
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Context, make_pass
-from graphopt.training.tune import Student
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(5))

@@ -12,21 +12,14 @@ from programs import tiny_program
 from torch import Tensor
 
 from graphopt.errors import PassError
+from graphopt.execute.student import Student
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.feed_forward import Split
-from graphopt.training.tune import (
-    Lessons,
-    LogitObjective,
-    LowRank,
-    Schedule,
-    StreamObjective,
-    Streams,
-    Student,
-    Tuner,
-    Whole,
-    batch_kl,
-    relative_mse,
-)
+from graphopt.training.forms import LowRank, Whole
+from graphopt.training.losses import LogitObjective, StreamObjective, batch_kl, relative_mse
+from graphopt.training.schedule import Schedule
+from graphopt.training.streams import Lessons, Streams
+from graphopt.training.tuner import Tuner
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 97, (130, 12), generator=torch.Generator().manual_seed(0))
@@ -276,11 +269,11 @@ def test_streams_are_made_once():
 
 
 def test_streams_that_fit_nowhere_are_made_anew(monkeypatch):
-    from graphopt.training import tune
+    from graphopt.training import streams
 
     program = tiny_program(layers=2)
     kept = Streams(student_of(program), IDS).rows([3, 1])
-    monkeypatch.setattr(tune, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(streams, "free_bytes", lambda device: 0)
     streams = Streams(student_of(program), IDS)
     for _ in range(2):
         assert torch.equal(streams.rows([3, 1]), kept)
@@ -313,12 +306,12 @@ def test_many_kinds_of_blocks_are_not_compiled_for_a_short_training():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_a_compiled_step_learns_what_the_step_itself_learns(monkeypatch):
-    from graphopt.training import tune
+    from graphopt.training import tuner
 
     gpu = torch.device("cuda")
     found = []
     for compile_from in ((math.inf, 10**9), (0.0, 0)):
-        monkeypatch.setattr(tune, "COMPILE_FROM", compile_from)
+        monkeypatch.setattr(tuner, "COMPILE_FROM", compile_from)
         program = tiny_program(layers=3)
         blocks = find_blocks(program)
         first, last = blocks[0].position, blocks[-1].position + 1

@@ -21,7 +21,9 @@ from transformers import AutoTokenizer, GPT2Tokenizer, LlamaTokenizer
 import graphopt as go
 from graphopt.calibration.text import calibration_windows, sample_windows, text_windows
 from graphopt.errors import PassError, SourceError, UsageError
-from graphopt.evaluate import LanguageModel, PiqaRow, perplexity, piqa_accuracy
+from graphopt.evaluate.perplexity import perplexity
+from graphopt.evaluate.piqa import PiqaRow, piqa_accuracy
+from graphopt.execute.language_model import LanguageModel
 from graphopt.pass_manager.contract import Context
 from graphopt.pass_manager.probe import PROBE_TEXT
 from graphopt.pass_manager.verification import make_probe

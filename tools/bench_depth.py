@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import keep, random_llama, run_recipes
 
 import graphopt as go
+from graphopt.backends.onnx_artifact import OnnxArtifactModel
 from graphopt.calibration.scores import Unit, final_results, score_units, units_of
 from graphopt.calibration.text import pick, text_windows
 from graphopt.capture import capture
-from graphopt.evaluate import OnnxArtifactModel, read_text
+from graphopt.evaluate.perplexity import read_text
 from graphopt.execute.interpreter import complete_inputs, resident
 from graphopt.ir.blocks import find_blocks, remove_blocks
 from graphopt.ir.graph import Program

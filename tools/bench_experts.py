@@ -28,7 +28,8 @@ from measure import LLAMA_7B, brief, keep, random_llama, run_recipes
 
 from graphopt.calibration.carving import expert_loads
 from graphopt.capture import capture
-from graphopt.evaluate import ProgramModel, load_tokenizer, read_text
+from graphopt.evaluate.perplexity import read_text
+from graphopt.execute.language_model import ProgramModel, load_tokenizer
 from graphopt.ir import functional
 from graphopt.ir.graph import Program
 from graphopt.pass_manager.contract import Context, make_pass

@@ -27,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import keep
 
 import graphopt as go
+from graphopt.backends.onnx_artifact import OnnxArtifactModel
 from graphopt.calibration.text import text_windows
 from graphopt.capture import capture
-from graphopt.evaluate import OnnxArtifactModel, read_text
+from graphopt.evaluate.perplexity import read_text
 from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir.blocks import find_blocks, sub_blocks
 from graphopt.ir.feed_forward import FeedForward, feed_forwards

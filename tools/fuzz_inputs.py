@@ -357,10 +357,10 @@ def warm_up(work: Path) -> None:
     import graphopt.capture
     import graphopt.compiler
     import graphopt.evaluate
-    import graphopt.generate
+    import graphopt.execute.generate
+    import graphopt.inspection
     import graphopt.lowering.onnx
     import graphopt.lowering.torch
-    import graphopt.report.inspection
     import graphopt.sources.gguf  # noqa: F401
 
     torch.set_num_threads(1)

@@ -21,8 +21,10 @@ from torch import Tensor
 import graphopt as go
 from graphopt.calibration.text import held_out_perplexity, text_windows
 from graphopt.capture import capture
-from graphopt.evaluate import ProgramModel, load_tokenizer, piqa_accuracy, read_piqa, read_text
+from graphopt.evaluate.perplexity import read_text
+from graphopt.evaluate.piqa import piqa_accuracy, read_piqa
 from graphopt.execute.interpreter import resident
+from graphopt.execute.language_model import ProgramModel, load_tokenizer
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Producer, Weight
 

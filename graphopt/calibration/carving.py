@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graphopt.errors import PassError
+from graphopt.execute.student import Student
 from graphopt.ir import functional
 from graphopt.ir.blocks import block_name, find_blocks
 from graphopt.ir.graph import Program, Value
 from graphopt.ir.ops.experts import edge
 from graphopt.solvers.least_squares import RIDGES, LeastSquares, best_ridge
-from graphopt.training.tune import Student
 
 
 def top_marks(hidden_TN: Tensor, count: int) -> Tensor:

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.execute.student import Student
 from graphopt.ir.blocks import Block, block_name, find_blocks, sub_blocks
 from graphopt.ir.graph import Call, Function, Node, Program, Value
 from graphopt.ir.weights import Array, Weight
 from graphopt.solvers.least_squares import LeastSquares, best_ridge
 from graphopt.support.progress import Progress, silent
-from graphopt.training.tune import Student
 
 TOKENS_AT_ONCE = 8192
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt.errors import SourceError
-from graphopt.evaluate import token_log_likelihoods
+from graphopt.evaluate.perplexity import token_log_likelihoods
 from graphopt.execute.interpreter import Runner, complete_inputs, run_function
 from graphopt.ir.blocks import Block, find_blocks, sub_blocks, without_sub_block
 from graphopt.ir.graph import Call, Function, Program, Value

@@ -9,25 +9,23 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphopt.emitted import import_model
+from graphopt.backends.code import import_model
 from graphopt.errors import LoweringError, PassError
-from graphopt.evaluate import ProgramModel, load_tokenizer, window_perplexity
+from graphopt.evaluate.perplexity import window_perplexity
 from graphopt.execute.interpreter import CacheContents, Runner, complete_inputs, resident
+from graphopt.execute.language_model import ProgramModel, load_tokenizer
 from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.dtypes import holds_aten, scoring_dtype
 from graphopt.ir.graph import Program
+from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.sources.windows import Bos, TokenText
 from graphopt.support.devices import free_bytes
 from graphopt.support.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from graphopt.pass_manager.contract import Context
-
 
 PIECE, PROMPT = 512, 16
 """Tokens of a text that a model writes, and how many of them it is given."""
@@ -187,12 +185,8 @@ def sample_windows(
 
 
 def _writer(program: Program, device: torch.device, seed: int) -> _Writer:
-    # Imported here: passes import this module.
-    from graphopt.pass_manager.contract import Context
-    from graphopt.passes.insert_kv_cache import InsertKVCache
-
     if not program.states:
-        result = InsertKVCache().run(program.copy(), Context())
+        result = make_pass("insert-kv-cache", {}).run(program.copy(), Context())
         if not result.program.states:
             reason = result.skipped[0].reason if result.skipped else "it has no attention"
             raise PassError(

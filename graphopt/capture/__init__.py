@@ -88,7 +88,7 @@ def capture_config(
     from transformers import AutoConfig
 
     from graphopt.capture.model import build_model
-    from graphopt.sources.config_schema import without_code
+    from graphopt.files.config_schema import without_code
 
     module = build_model(AutoConfig.for_model(**copy.deepcopy(without_code(config))))
     return capture_structure(module, trained), module

@@ -17,7 +17,7 @@ from graphopt.capture.export import Exported, LayerCall, export_layer, export_sh
 from graphopt.capture.grouped import grouped_products
 from graphopt.capture.hoist import LayerKind, hoist, merge_equal_constants, stream_values
 from graphopt.capture.linears import raise_linears, sink_flattening
-from graphopt.capture.model import PROGRAM_INPUTS, accepted_inputs
+from graphopt.capture.model import accepted_inputs
 from graphopt.capture.moves import raise_moves
 from graphopt.capture.naming import name_slots, name_values
 from graphopt.capture.norms import raise_norms
@@ -34,7 +34,15 @@ from graphopt.capture.sizes_check import check_sizes
 from graphopt.capture.slots import SlotSources
 from graphopt.capture.unify import unify
 from graphopt.capture.unsupported import refuse_unsupported
-from graphopt.ir.graph import Call, Function, Node, Program, Value, unique_name
+from graphopt.ir.graph import (
+    PROGRAM_INPUTS,
+    Call,
+    Function,
+    Node,
+    Program,
+    Value,
+    unique_name,
+)
 from graphopt.ir.ops import is_aten
 from graphopt.ir.printer import print_function
 from graphopt.ir.types import B, S, Type

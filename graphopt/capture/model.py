@@ -16,12 +16,11 @@ from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
 from graphopt.errors import CaptureError, reason
+from graphopt.ir.graph import PROGRAM_INPUTS
 from graphopt.support.boundary import out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-PROGRAM_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class _MetaBeyondMemory(TorchFunctionMode):

@@ -57,7 +57,7 @@ def say_untied(config: dict[str, Any]) -> None:
 
 
 def _equal(first: Producer, second: Producer, dtype: torch.dtype) -> bool:
-    from graphopt.sources.safetensors import blocks
+    from graphopt.files.safetensors import blocks
 
     if first is second:
         return True

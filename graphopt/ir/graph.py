@@ -18,6 +18,9 @@ import torch
 from graphopt.ir.types import Dim, Type
 from graphopt.ir.weights import WeightStore
 
+PROGRAM_INPUTS = ("input_ids", "attention_mask", "position_ids")
+"""What a language model may take: int64 [B, S], the mask [B, P + S]."""
+
 
 @dataclass(frozen=True, slots=True)
 class Param:

@@ -187,7 +187,11 @@ def default_of(option: dataclasses.Field[Any]) -> Any:
 
 
 def _load_entry_points() -> None:
-    """Import what other distributions offer under the entry point group `graphopt.passes`."""
+    """Import what distributions offer under the entry point group `graphopt.passes`.
+
+    The passes of this one are offered there too: they lie above this package, which does not know
+    them.
+    """
     global _loaded_entry_points
     if _loaded_entry_points:
         return
@@ -197,9 +201,7 @@ def _load_entry_points() -> None:
 
 
 def all_passes() -> dict[str, type[Pass]]:
-    """Return every known pass by name: the built-in, the registered, and entry points."""
-    import graphopt.passes  # noqa: F401  (registers the built-in passes)
-
+    """Return every known pass by name: those of entry points, and the registered ones."""
     _load_entry_points()
     return dict(_PASSES)
 

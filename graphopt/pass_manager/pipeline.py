@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from graphopt.errors import PassError, SourceError, UsageError, VerifyError, unknown_name
-from graphopt.evaluate import read_text
+from graphopt.evaluate.perplexity import read_text
 from graphopt.ir.graph import Program
 from graphopt.ir.imprint import Imprint
 from graphopt.ir.printer import print_program

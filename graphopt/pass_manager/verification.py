@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import SourceError, UsageError
+from graphopt.execute.checked import CheckedRunner
 from graphopt.execute.interpreter import CacheContents, complete_inputs
 from graphopt.ir.context import context_length
 from graphopt.ir.graph import Program
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.weights import Missing, Producer
-from graphopt.sources.check import CheckedRunner
 from graphopt.sources.windows import Bos, TokenText, tokenizer_at
 from graphopt.support.progress import Progress, silent
 

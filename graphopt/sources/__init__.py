@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 from graphopt.errors import SourceError, VerifyError
-from graphopt.ir.graph import Program
+from graphopt.files.config_schema import check_saved_config
+from graphopt.files.refusals import unfit_folder
+from graphopt.ir.graph import PROGRAM_INPUTS, Program
 from graphopt.sources.base import ModelSource
-from graphopt.sources.config_schema import check_saved_config
-from graphopt.sources.refusals import unfit_folder
 from graphopt.support.inputs import open_regular, shown
 
 __all__ = ["ModelSource", "open_model"]
@@ -96,7 +96,6 @@ def _check_model(program: Program, path: Path) -> None:
     Raises:
         SourceError: Naming what is missing or wrong.
     """
-    from graphopt.capture.model import PROGRAM_INPUTS
     from graphopt.ir.shapes import infer_program
 
     again = "Compile the model again."

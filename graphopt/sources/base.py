@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from graphopt.files.confined import folder_inside
 from graphopt.ir.weights import Producer
-from graphopt.sources.confined import folder_inside
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from graphopt.sources.confined import inside
+from graphopt.files.confined import inside
 from graphopt.support.inputs import OpenSchema, parse, read_json
 
 GENERATION_NAME = "generation_config.json"

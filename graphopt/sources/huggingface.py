@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import SourceError, reason
+from graphopt.files.config_schema import check_config, check_sizes, without_code
+from graphopt.files.confined import inside
+from graphopt.files.refusals import REMEDY, refuse_adapter, refuse_quantised, unfit_folder
+from graphopt.files.safetensors import INDEX_NAME, WEIGHTS_NAME, read_checkpoint
 from graphopt.ir.weights import Producer
 from graphopt.sources.base import ModelSource, common_dtype, tokenizer_in
-from graphopt.sources.config_schema import check_config, check_sizes, without_code
-from graphopt.sources.confined import inside
 from graphopt.sources.generation import read_generation
-from graphopt.sources.refusals import REMEDY, refuse_adapter, refuse_quantised, unfit_folder
-from graphopt.sources.safetensors import INDEX_NAME, WEIGHTS_NAME, read_checkpoint
 from graphopt.support.boundary import out_of_memory
 from graphopt.support.inputs import read_json, shown
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import pydantic
 
 from graphopt.errors import GraphoptError, SourceError, reason
-from graphopt.sources.confined import files_inside, inside
+from graphopt.files.confined import files_inside, inside
 from graphopt.support.boundary import out_of_memory
 from graphopt.support.inputs import (
     MAX_DIGITS,

@@ -11,15 +11,15 @@ import pydantic
 import torch
 
 from graphopt.errors import SourceError
+from graphopt.files.confined import inside
+from graphopt.files.raw import RawTensor
+from graphopt.files.safetensors import SafetensorsWriter, read_header
 from graphopt.ir.graph import Program
 from graphopt.ir.schema import Dtype, Shape
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.types import DTYPE_NAMES, DTYPES
 from graphopt.ir.weights import Producer, Reshaped, Rows, Transposed
-from graphopt.lowering.base import StoredWeight
-from graphopt.sources.confined import inside
-from graphopt.sources.raw import RawTensor
-from graphopt.sources.safetensors import SafetensorsWriter, read_header
+from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.inputs import OpenSchema, Schema, Size, parse, read_json, shown
 
 PROGRAM_NAME = "program.json"

@@ -16,14 +16,14 @@ import pydantic
 import torch
 
 from graphopt.errors import GraphoptError, SourceError, VerifyError, reason
+from graphopt.files.config_schema import check_saved_config
+from graphopt.files.raw import RawTensor
+from graphopt.files.safetensors import WEIGHTS_NAME, SafetensorsWriter, read_header
 from graphopt.ir.graph import Program
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.verify import verify
 from graphopt.ir.weights import Array, Producer
-from graphopt.sources.config_schema import check_saved_config
-from graphopt.sources.raw import RawTensor
-from graphopt.sources.safetensors import WEIGHTS_NAME, SafetensorsWriter, read_header
 from graphopt.support.boundary import out_of_memory
 from graphopt.support.inputs import Schema, parse, read_json, shown
 

@@ -20,8 +20,9 @@ from graphopt.calibration.text import (
     sample_windows,
 )
 from graphopt.errors import PassError
-from graphopt.evaluate import ProgramModel
 from graphopt.execute.interpreter import resident
+from graphopt.execute.language_model import ProgramModel
+from graphopt.execute.student import Form, Student
 from graphopt.ir.blocks import block_name, find_blocks
 from graphopt.ir.dtypes import scoring_dtype
 from graphopt.ir.graph import Call, Program
@@ -32,19 +33,11 @@ from graphopt.pass_manager.contract import Context, Skip
 from graphopt.pass_manager.verification import finite
 from graphopt.storage.snapshot import taking_up
 from graphopt.support.devices import free_bytes
-from graphopt.training.tune import (
-    Form,
-    Lessons,
-    LogitObjective,
-    LowRank,
-    Objective,
-    Schedule,
-    Streams,
-    Student,
-    Tuned,
-    Tuner,
-    Whole,
-)
+from graphopt.training.forms import LowRank, Whole
+from graphopt.training.losses import LogitObjective, Objective
+from graphopt.training.schedule import Schedule, Tuned
+from graphopt.training.streams import Lessons, Streams
+from graphopt.training.tuner import Tuner
 
 TRAIN = ("all", "low-rank")
 

@@ -20,11 +20,12 @@ from graphopt.capture.checkpoint import persistent_buffers
 from graphopt.capture.conversion import to_checkpoint
 from graphopt.capture.model import build_model
 from graphopt.errors import CaptureError, LoweringError
+from graphopt.files.safetensors import INDEX_NAME, WEIGHTS_NAME, SafetensorsWriter
 from graphopt.ir.compare import first_difference, in_order_of_use, slots_by_use
 from graphopt.ir.graph import Program
 from graphopt.ir.types import DTYPE_NAMES
 from graphopt.ir.weights import Array, Producer, Transposed
-from graphopt.lowering.base import Emitted, Emitter, StoredWeight
+from graphopt.lowering.base import Emitted, Emitter
 from graphopt.lowering.hf.carved import (
     CODE_NAME,
     CarvedPart,
@@ -37,7 +38,7 @@ from graphopt.lowering.hf.parts import Part, assemble, origin
 from graphopt.lowering.tokenizer import copy_tokenizer, write_generation
 from graphopt.pass_manager.contract import Context
 from graphopt.pass_manager.pipeline import Pipeline
-from graphopt.sources.safetensors import INDEX_NAME, WEIGHTS_NAME, SafetensorsWriter
+from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
 
 if TYPE_CHECKING:

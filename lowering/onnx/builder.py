@@ -12,8 +12,8 @@ import onnx_ir as ir
 import sympy
 import torch
 
+from graphopt.files.onnx_file import OWN_CONSTANT
 from graphopt.ir.types import Dim
-from graphopt.sources.onnx_file import OWN_CONSTANT
 
 OPSET = 23
 MICROSOFT = "com.microsoft"

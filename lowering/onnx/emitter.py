@@ -13,6 +13,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graphopt.errors import LoweringError
+from graphopt.files.finite import check_finite
 from graphopt.ir.graph import Call, Node, Program, Value
 from graphopt.ir.ops import is_aten
 from graphopt.ir.shapes import infer_program
@@ -26,7 +27,6 @@ from graphopt.lowering.onnx.genai import GENAI_NAME, RUN_NAME, genai_config, run
 from graphopt.lowering.onnx.moe import Fused, Kind, Plan
 from graphopt.lowering.onnx.ops import Heads, Lowering, Pack, Sum, translation_of
 from graphopt.lowering.tokenizer import write_generation, write_tokenizer
-from graphopt.sources.check import check_finite
 from graphopt.support.progress import Progress
 
 # Weights smaller than this many elements are written into the model file itself.

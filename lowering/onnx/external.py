@@ -14,10 +14,10 @@ from typing import BinaryIO
 import onnx_ir as ir
 import torch
 
+from graphopt.files.finite import check_finite
 from graphopt.ir.weights import Weight
-from graphopt.lowering.base import StoredWeight
 from graphopt.lowering.onnx.builder import ONNX_DTYPES
-from graphopt.sources.check import check_finite
+from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
 
 # Runtimes map the file; tensors that start on a page can be used where they lie.

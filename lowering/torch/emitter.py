@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from graphopt.errors import LoweringError
+from graphopt.files.safetensors import WEIGHTS_NAME, SafetensorsWriter
 from graphopt.ir.graph import Program
-from graphopt.lowering.base import Emitted, Emitter, StoredWeight
+from graphopt.lowering.base import Emitted, Emitter
 from graphopt.lowering.tokenizer import (
     TEMPLATE_NAME,
     TOKENIZER_NAME,
@@ -21,7 +22,7 @@ from graphopt.lowering.torch.tiled import (
     lower_attentions,
     range_report,
 )
-from graphopt.sources.safetensors import WEIGHTS_NAME, SafetensorsWriter
+from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
 
 MODEL_NAME = "model.py"

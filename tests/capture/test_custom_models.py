@@ -12,7 +12,8 @@ from family_sweep import batches, compare
 from torch import Tensor
 
 import graphopt as go
-from graphopt.evaluate import OnnxArtifactModel, ProgramModel
+from graphopt.backends.onnx_artifact import OnnxArtifactModel
+from graphopt.execute.language_model import ProgramModel
 
 TOLERANCE = 2e-5
 

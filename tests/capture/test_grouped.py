@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import graphopt as go
 from graphopt.capture.grouped import grouped_products
 from graphopt.errors import CaptureError
-from graphopt.evaluate import ProgramModel
+from graphopt.execute.language_model import ProgramModel
 
 EXPERTS, WIDTH, INNER = 4, 6, 10
 

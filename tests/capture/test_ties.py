@@ -13,10 +13,10 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 import graphopt as go
+from graphopt.backends.opening import open_language_model
 from graphopt.errors import SourceError
-from graphopt.evaluate import open_language_model
 from graphopt.execute.interpreter import Runner
-from graphopt.sources.safetensors import read_checkpoint, save_file
+from graphopt.files.safetensors import read_checkpoint, save_file
 
 CASE = cases(lengths=(7,))[-1]
 

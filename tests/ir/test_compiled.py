@@ -8,8 +8,8 @@ import pytest
 import torch
 from programs import tiny_program
 
+from graphopt.execute import compiled
 from graphopt.execute.interpreter import Runner, complete_inputs, run_function
-from graphopt.ir import compiled
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.types import B, P, S
 

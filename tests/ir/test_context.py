@@ -11,10 +11,10 @@ from onnx_models import emit, run_in_steps, session
 from programs import tiny_program
 from tiny_models import save_tiny, tiny_model
 
+from graphopt.backends.opening import open_language_model
 from graphopt.capture import capture
 from graphopt.compiler import compile_model
 from graphopt.errors import UsageError
-from graphopt.evaluate import open_language_model
 from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir.context import context_length, position_table, set_max_length, stated_length
 from graphopt.pass_manager.contract import Context

@@ -15,11 +15,11 @@ import graphopt as go
 from graphopt.capture.model import attention_implementation
 from graphopt.errors import LoweringError
 from graphopt.execute.interpreter import Runner
+from graphopt.files.safetensors import read_checkpoint
 from graphopt.ir.blocks import remove_blocks
 from graphopt.ir.weights import Array, Missing, Rows, Transposed, Weight
 from graphopt.lowering.hf import HfEmitter, emitter
 from graphopt.lowering.hf.parts import Part, assemble
-from graphopt.sources.safetensors import read_checkpoint
 
 LAYOUTS = ["llama", "gpt2", "gpt_neox", "falcon", "bloom", "phi3", "gemma2", "mpt", "mixtral",
            "codegen"]  # fmt: skip

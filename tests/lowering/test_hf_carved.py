@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 import graphopt as go
 from graphopt.errors import LoweringError
 from graphopt.execute.interpreter import Runner
+from graphopt.files.safetensors import read_checkpoint
 from graphopt.ir.feed_forward import Split
 from graphopt.ir.graph import Program, Value
 from graphopt.ir.weights import Array, Weight
 from graphopt.lowering.hf import HfEmitter
 from graphopt.lowering.hf import carved as carved_classes
-from graphopt.sources.safetensors import read_checkpoint
 
 CLOSE = 1e-5
 """The acceptance line, of the largest logit: sums of some hundred terms of fp32 in another order

@@ -17,7 +17,7 @@ from programs import IDS, tiny_program
 from tiny_models import byte_tokenizer
 
 import graphopt as go
-from graphopt.evaluate import OnnxArtifactModel
+from graphopt.backends.onnx_artifact import OnnxArtifactModel
 from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import Array, B, Call, Function, Program, S, Type, Value, Weight
 from graphopt.ir.feed_forward import Split

@@ -145,7 +145,7 @@ def test_dtype_and_range():
 
 
 def test_changed_kernels_are_not_run(tmp_path):
-    from graphopt.evaluate import open_language_model
+    from graphopt.backends.opening import open_language_model
 
     go.emit(program(), tmp_path / "out", target="ampere", emit=("torch",))
     path = tmp_path / "out" / "kernels" / "tiled.py"

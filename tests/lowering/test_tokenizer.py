@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer
 
 import graphopt as go
-from graphopt.evaluate import open_language_model
-from graphopt.generate import encode_prompt, end_tokens, generate, generate_ids
+from graphopt.backends.opening import open_language_model
+from graphopt.execute.generate import encode_prompt, end_tokens, generate, generate_ids
 from graphopt.ir.graph import Program
 from graphopt.lowering.tokenizer import copy_tokenizer, write_tokenizer
 from graphopt.sources.windows import prompt_ids

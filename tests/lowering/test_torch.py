@@ -20,10 +20,11 @@ from programs import tiny_program
 from tiny_models import save_tiny
 from torch import Tensor
 
+from graphopt.backends.opening import open_language_model
+from graphopt.backends.torch_artifact import TorchArtifactModel
 from graphopt.capture import capture
 from graphopt.compiler import emit
 from graphopt.errors import LoweringError, SourceError, VerifyError
-from graphopt.evaluate import TorchArtifactModel, open_language_model
 from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import Array, B, Call, Function, Param, Program, S, Type, Value, Weight
 from graphopt.ir.graph import In

@@ -279,7 +279,7 @@ def test_a_program_without_a_tokenizer_is_refused():
 
 @pytest.mark.parametrize("mode", ["fit", "faithful", "fit,threshold=true", "fit,by_layer=true"])
 def test_the_emitted_forms_give_what_the_program_gives(dense, tmp_path, mode):
-    from graphopt.evaluate import open_language_model
+    from graphopt.backends.opening import open_language_model
 
     program, _ = carved(dense, tmp_path, f"shared=2,active=2,experts=8,mode={mode}")
     go.emit(program, tmp_path / "out", emit=("torch", "onnx"))

@@ -109,7 +109,7 @@ def test_a_malformed_pass_is_refused_when_it_registers():
 def test_entry_points_are_loaded(monkeypatch):
     from importlib import metadata
 
-    from graphopt.passes import base
+    from graphopt.pass_manager import contract
 
     loaded = []
 
@@ -118,7 +118,7 @@ def test_entry_points_are_loaded(monkeypatch):
             loaded.append(True)
 
     monkeypatch.setattr(metadata, "entry_points", lambda group: [Point()] if group else [])
-    monkeypatch.setattr(base, "_loaded_entry_points", False)
+    monkeypatch.setattr(contract, "_loaded_entry_points", False)
     all_passes()
     all_passes()
     assert loaded == [True]

@@ -14,7 +14,7 @@ from tiny_models import save_tiny
 import graphopt as go
 from graphopt.calibration.text import held_out_perplexity, text_windows
 from graphopt.errors import GraphoptError, PassError
-from graphopt.evaluate import read_text
+from graphopt.evaluate.perplexity import read_text
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks, remove_blocks
 from graphopt.pass_manager.contract import make_pass

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphopt as go
-from graphopt.evaluate import ProgramModel
+from graphopt.execute.language_model import ProgramModel
 from graphopt.pass_manager.contract import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
 

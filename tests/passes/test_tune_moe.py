@@ -14,6 +14,7 @@ import graphopt as go
 from graphopt.calibration.carving import expert_loads
 from graphopt.errors import PassError
 from graphopt.execute.interpreter import Runner
+from graphopt.execute.student import Student
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.feed_forward import Split, add_gates
 from graphopt.ir.ops import get_op
@@ -21,16 +22,11 @@ from graphopt.ir.verify import verify
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import make_pass
 from graphopt.training.distil import assign
-from graphopt.training.tune import (
-    Balance,
-    Lessons,
-    LogitObjective,
-    Schedule,
-    Streams,
-    Student,
-    Tuner,
-    Whole,
-)
+from graphopt.training.forms import Balance, Whole
+from graphopt.training.losses import LogitObjective
+from graphopt.training.schedule import Schedule
+from graphopt.training.streams import Lessons, Streams
+from graphopt.training.tuner import Tuner
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 97, (40, 12), generator=torch.Generator().manual_seed(0))
@@ -161,10 +157,10 @@ def tuner_of(program, names, steps, saved=None, gamma=GAMMA, device=CPU):
 )  # fmt: skip
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_bias_moves_once_a_step_also_recorded_and_compiled(device, compiled, monkeypatch):
-    from graphopt.training import tune
+    from graphopt.training import tuner
 
     if compiled:
-        monkeypatch.setattr(tune, "COMPILE_FROM", (0.0, 0))
+        monkeypatch.setattr(tuner, "COMPILE_FROM", (0.0, 0))
     program, names = gated(train=True)
     for name in names["balance"]:
         # The first two experts are always chosen, and the others never.
@@ -281,7 +277,7 @@ def test_an_interrupted_training_goes_on_with_its_biases(tmp_path):
 
 
 def test_biases_and_scales_stay_in_what_is_emitted(tmp_path):
-    from graphopt.evaluate import open_language_model
+    from graphopt.backends.opening import open_language_model
 
     program, names = gated()
     set_gates(program, names)

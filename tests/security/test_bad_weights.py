@@ -13,11 +13,12 @@ import torch
 from programs import tiny_program
 
 import graphopt as go
+from graphopt.backends.opening import open_language_model
 from graphopt.errors import SourceError
-from graphopt.evaluate import LanguageModel, open_language_model
+from graphopt.execute.language_model import LanguageModel
+from graphopt.files.raw import RawTensor
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Weight
-from graphopt.sources.raw import RawTensor
 from graphopt.storage.saved import load_program
 
 

@@ -25,11 +25,13 @@ from programs import tiny_program
 from tiny_models import save_tiny
 
 import graphopt as go
-from graphopt import cli, emitted
+from graphopt import cli
 from graphopt import console as ui
+from graphopt.backends import code as emitted
+from graphopt.backends.opening import open_language_model
 from graphopt.errors import GraphoptError, SourceError
-from graphopt.evaluate import load_tokenizer, open_language_model
-from graphopt.sources.config_schema import without_code
+from graphopt.execute.language_model import load_tokenizer
+from graphopt.files.config_schema import without_code
 from graphopt.sources.huggingface import read_config
 from graphopt.sources.tokenizer import read_tokenizer
 

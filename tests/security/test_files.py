@@ -16,11 +16,13 @@ from programs import tiny_program
 from tiny_models import byte_tokenizer, save_tiny
 
 import graphopt as go
+from graphopt.backends.onnx_artifact import OnnxArtifactModel
+from graphopt.backends.opening import open_language_model
 from graphopt.errors import GraphoptError, SourceError
-from graphopt.evaluate import OnnxArtifactModel, load_tokenizer, open_language_model
+from graphopt.execute.language_model import load_tokenizer
+from graphopt.files.confined import files_inside, folder_inside, inside
 from graphopt.lowering.tokenizer import copy_tokenizer
 from graphopt.sources import open_model
-from graphopt.sources.confined import files_inside, folder_inside, inside
 from graphopt.sources.tokenizer import read_tokenizer
 
 SECRET = "a secret of the user"

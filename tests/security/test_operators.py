@@ -9,8 +9,8 @@ import pytest
 import torch
 from hostile import change
 
+from graphopt.backends.opening import open_language_model
 from graphopt.errors import SourceError
-from graphopt.evaluate import open_language_model
 from graphopt.ir.ops.aten import resolve_target
 from graphopt.sources import open_model
 

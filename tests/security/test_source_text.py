@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from programs import tiny_program
 
-from graphopt.emitted import import_model
+from graphopt.backends.code import import_model
 from graphopt.errors import GraphoptError
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.verify import verify

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from graphopt.capture import capture
 from graphopt.errors import GraphoptError, SourceError
-from graphopt.sources.config_schema import SIZES, check_config, check_sizes
+from graphopt.files.config_schema import SIZES, check_config, check_sizes
 from graphopt.sources.huggingface import read_config
 from graphopt.support.inputs import parse_json
 

@@ -14,9 +14,10 @@ from tiny_models import byte_tokenizer, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import graphopt as go
+from graphopt.backends.opening import open_language_model
 from graphopt.errors import SourceError
-from graphopt.evaluate import ProgramModel, open_language_model
-from graphopt.generate import end_tokens, generate_ids
+from graphopt.execute.generate import end_tokens, generate_ids
+from graphopt.execute.language_model import ProgramModel
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.sources.generation import (
     GENERATION_NAME,

@@ -12,17 +12,17 @@ import safetensors.torch
 import torch
 
 from graphopt.errors import GraphoptError, SourceError
-from graphopt.ir.weights import Array, Transposed
-from graphopt.sources import safetensors as ours
-from graphopt.sources.check import check_finite
-from graphopt.sources.raw import RawTensor
-from graphopt.sources.safetensors import (
+from graphopt.files import safetensors as ours
+from graphopt.files.finite import check_finite
+from graphopt.files.raw import RawTensor
+from graphopt.files.safetensors import (
     SafetensorsWriter,
     blocks,
     read_checkpoint,
     read_header,
     save_file,
 )
+from graphopt.ir.weights import Array, Transposed
 
 TENSORS = {
     "matrix": torch.arange(12.0).reshape(3, 4),

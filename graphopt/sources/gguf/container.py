@@ -22,8 +22,8 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 from graphopt.errors import SourceError
+from graphopt.files.raw import read_exactly
 from graphopt.ir.weights import Producer
-from graphopt.sources.raw import read_exactly
 from graphopt.support.inputs import open_regular
 
 MAGIC = b"GGUF"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from graphopt.errors import SourceError, reason
-from graphopt.sources.check import check_finite
-from graphopt.sources.confined import inside
-from graphopt.sources.raw import RawTensor
+from graphopt.files.confined import inside
+from graphopt.files.finite import check_finite
+from graphopt.files.raw import RawTensor
 
 _AGAIN = "Compile the model again."
 

@@ -23,11 +23,11 @@ import pydantic
 import torch
 
 from graphopt.errors import GraphoptError, SourceError
+from graphopt.files.confined import inside
+from graphopt.files.finite import check_finite
+from graphopt.files.raw import RawTensor, read_exactly
+from graphopt.files.refusals import QUANTISED_CODES, REMEDY
 from graphopt.ir.weights import Array, Producer
-from graphopt.sources.check import check_finite
-from graphopt.sources.confined import inside
-from graphopt.sources.raw import RawTensor, read_exactly
-from graphopt.sources.refusals import QUANTISED_CODES, REMEDY
 from graphopt.support.inputs import (
     OpenSchema,
     Schema,

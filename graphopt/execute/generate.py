@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import SourceError, UsageError, reason
-from graphopt.evaluate import LanguageModel
 from graphopt.execute.interpreter import complete_inputs
+from graphopt.execute.language_model import LanguageModel
 from graphopt.runtime.chat import chat_text
 from graphopt.sources.generation import GenerationSettings
 from graphopt.sources.tokenizer import decode, encode

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import ModuleType
 
 from graphopt.errors import LoweringError, SourceError
+from graphopt.files.confined import files_inside, inside
 from graphopt.ir.graph import Program
-from graphopt.sources.confined import files_inside, inside
 
 MODEL_NAME = "model.py"
 KERNELS = "kernels"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from graphopt.errors import SourceError
+from graphopt.files.confined import inside
 from graphopt.ir.weights import Producer
-from graphopt.sources.confined import inside
 from graphopt.support.inputs import read_json, shown
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from graphopt.errors import SourceError
-from graphopt.execute.interpreter import Runner
 
 
 def check_finite(name: str, tensor: torch.Tensor, *, constant: bool = False) -> None:
@@ -34,14 +33,3 @@ def check_finite(name: str, tensor: torch.Tensor, *, constant: bool = False) -> 
         f"Weight {name!r} holds {nans} NaN and {infs} Inf among {tensor.numel()} elements.",
         "The checkpoint is damaged or its training diverged; take another one.",
     )
-
-
-class CheckedRunner(Runner):
-    """A runner that refuses weights with NaN or Inf, and constants with NaN, when it reads them."""
-
-    def weight(self, name: str) -> torch.Tensor:
-        known = name in self._kept
-        value = super().weight(name)
-        if not known:
-            check_finite(name, value, constant=self.program.weights[name].constant)
-        return value

@@ -1,0 +1,174 @@
+"""The graph of an ONNX artifact, run as a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import SourceError, reason
+from graphopt.execute.interpreter import complete_inputs
+from graphopt.sources.base import tokenizer_in
+from graphopt.sources.generation import read_generation
+from graphopt.support.boundary import out_of_memory
+
+if TYPE_CHECKING:
+    pass
+from graphopt.execute.language_model import LanguageModel, _Replay
+
+
+class OnnxArtifactModel(LanguageModel):
+    """The graph of an ONNX artifact, run by ONNX Runtime on the CPU.
+
+    Args:
+        folder: Folder with `model.onnx`, whose inputs are `input_ids`, and where it has them
+            `attention_mask`, `position_ids` and `past_key_values.N.key` / `.value`, and whose
+            outputs are `logits` and `present.N.key` / `.value`.
+        name: Short name of the model.
+        config: Its Hugging Face config.
+        generation: How text is to be generated; by default what a generation_config.json in the
+            folder says.
+        tokenizer: Folder with its tokenizer; by default `folder` where it holds one.
+        constants: Initializers that may hold infinity on purpose.
+        length: How many tokens a text may have; None where that is what the config states.
+
+    Raises:
+        SourceError: ONNX Runtime cannot load the graph, its inputs are others, its data lies
+            outside the folder, or a weight is not finite.
+    """
+
+    backend = "onnx"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str = "",
+        config: Mapping[str, Any] | None = None,
+        generation: Mapping[str, Any] | None = None,
+        tokenizer: Path | None = None,
+        constants: Collection[str] = (),
+        length: int | None = None,
+    ) -> None:
+        import onnxruntime
+
+        from graphopt.files.onnx_file import check_onnx
+
+        self.name = name or folder.resolve().name
+        self.config = dict(config or {})
+        self.generation = read_generation(folder) if generation is None else generation
+        self.length = length
+        self.tokenizer = tokenizer_in(folder) or tokenizer
+        path = folder / "model.onnx"
+        check_onnx(path, constants)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what fails is said by an exception, not by its log
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            # ONNX Runtime's exceptions share no base class of their own.
+            raise SourceError(
+                f"ONNX Runtime cannot load {path}: {reason(error)}.",
+                "Compile the model again.",
+            ) from error
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        self._pasts = [name for name in self._inputs if name.startswith("past_key_values.")]
+        known = {"input_ids", "attention_mask", "position_ids", *self._pasts}
+        presents = {name.replace("past_key_values.", "present.") for name in self._pasts}
+        missing = ({"input_ids"} - set(self._inputs)) | (presents - set(self._outputs))
+        odd = sorted((set(self._inputs) - known) | missing)
+        if odd or "logits" not in self._outputs:
+            raise SourceError(
+                f"{path} is no language model as graphopt emits it: {(odd or ['logits'])[0]!r} is "
+                "unexpected or missing.",
+                "Compile the model again with --emit onnx.",
+            )
+        self._path = path
+        self._check_logits(next(o for o in self._session.get_outputs() if o.name == "logits"))
+        for name in self._pasts:
+            self._check_cache(name)
+
+    def _check_logits(self, value: Any) -> None:
+        if value.type not in ("tensor(float)", "tensor(float16)", "tensor(double)"):
+            raise SourceError(
+                f"{self._path}: the output 'logits' is a {value.type}, and it should be a tensor "
+                "of floats.",
+                "Compile the model again with --emit onnx.",
+            )
+
+    def _check_cache(self, name: str) -> None:
+        """Refuse a cache of other dimensions than [B, heads, P, head size], the middle ones known.
+
+        Raises:
+            SourceError: Naming the input.
+        """
+        value = self._inputs[name]
+        sizes = value.shape[1::2]
+        if (
+            value.type != "tensor(float)"
+            or len(value.shape) != 4
+            or not all(isinstance(size, int) and 0 < size < 2**16 for size in sizes)
+        ):
+            raise SourceError(
+                f"{self._path}: the input {name!r} is a {value.type} of shape {value.shape}, and a "
+                "cache as graphopt emits it is a tensor(float) of [batch, heads, past, head size].",
+                "Compile the model again with --emit onnx.",
+            )
+
+    def start(self, batch: int) -> Any:
+        if not self._pasts:
+            return _Replay()
+        cache = {}
+        for name in self._pasts:
+            _, heads, _, width = self._inputs[name].shape
+            cache[name] = torch.zeros(batch, heads, 0, width).numpy()
+        return cache
+
+    def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
+        count = inputs["input_ids"].shape[1]
+        replayed = isinstance(cache, _Replay)
+        if replayed and cache.input_ids is not None:
+            ids = torch.cat([cache.input_ids, inputs["input_ids"]], 1)
+            mask = inputs["attention_mask"]
+            inputs = complete_inputs({"input_ids": ids, "attention_mask": mask})
+        feeds = {n: v.numpy() for n, v in inputs.items() if n in self._inputs}
+        if not replayed:
+            feeds.update(cache)
+        results = dict(zip(self._outputs, self._run(feeds), strict=True))
+        logits = torch.from_numpy(results["logits"]).float()
+        rows, places = feeds["input_ids"].shape
+        if logits.dim() != 3 or logits.shape[:2] != (rows, places):
+            raise SourceError(
+                f"{self._path} gives logits of shape {list(logits.shape)} for {rows} x {places} "
+                "tokens.",
+                "Compile the model again with --emit onnx.",
+            )
+        if replayed:
+            return logits[:, -count:], _Replay(inputs["input_ids"])
+        return logits, {
+            name: results[name.replace("past_key_values.", "present.")] for name in self._pasts
+        }
+
+    def _run(self, feeds: Mapping[str, Any]) -> Sequence[Any]:
+        """Return the outputs of the graph.
+
+        Raises:
+            SourceError: ONNX Runtime cannot run it: shapes of tensors inside do not agree, or it
+                takes other inputs than it did when it was emitted.
+        """
+        try:
+            results: Sequence[Any] = self._session.run(self._outputs, feeds)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise SourceError(
+                f"ONNX Runtime cannot run {self._path}: {reason(error)}.",
+                "Compile the model again with --emit onnx.",
+            ) from error
+        return results

@@ -1,0 +1,173 @@
+"""Perplexity of a text."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import SourceError, UsageError
+from graphopt.sources.windows import Bos, TokenText
+from graphopt.support.inputs import read_utf8
+from graphopt.support.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+from graphopt.execute.language_model import LanguageModel
+
+ROWS_AT_ONCE = 256
+"""Rows of logits whose log-softmax is in memory at once."""
+
+
+def read_text(path: Path) -> str:
+    """Return an evaluation text as papers prepare it: the lines of the file joined by blank lines.
+
+    Raises:
+        SourceError: The file cannot be read, is not UTF-8 or holds no text.
+    """
+    text = read_utf8(Path(path)).replace("\r\n", "\n").replace("\r", "\n")
+    if not text.strip():
+        raise SourceError(f"{path} is empty.", "Give a file with text in the model's language.")
+    return "\n\n".join(text.removesuffix("\n").split("\n"))
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What `perplexity` measured.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood.
+        tokens: Tokens that were run: windows times seqlen.
+        windows: How many windows.
+        seqlen: Tokens of a window.
+        seconds: Time it took, without opening the model.
+        begin: Ids that every window begins with, which count among its tokens.
+    """
+
+    perplexity: float
+    tokens: int
+    windows: int
+    seqlen: int
+    seconds: float
+    begin: tuple[int, ...] = ()
+
+
+def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the log-probability of each target under softmax(logits), in fp32.
+
+    Args:
+        logits: [..., vocab].
+        targets: int64 [...].
+
+    Returns:
+        fp32 [...]. Temporary memory is that of a few hundred rows.
+    """
+    rows, wanted = logits.flatten(0, -2), targets.flatten()
+    parts = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE].float()
+        index = wanted[start : start + ROWS_AT_ONCE, None]
+        parts.append(part.gather(-1, index)[:, 0] - part.logsumexp(-1))
+    return torch.cat(parts).view(targets.shape)
+
+
+def window_perplexity(
+    logits: Callable[[Tensor], Tensor],
+    windows: Tensor,
+    progress: Progress = silent,
+    *,
+    first: int = 1,
+) -> float:
+    """Return the perplexity of windows of ids, the first token of each not predicted.
+
+    Args:
+        logits: From int64 [1, S] to the next tokens' logits [1, S, vocab], on one device.
+        windows: int64 [N, S], one at a time.
+        first: Place of the first token that is predicted, at least 1.
+
+    Returns:
+        Infinity beyond e^700, where a broken model is sure of the wrong token.
+    """
+    total = 0.0
+    progress("perplexity", 0, len(windows))
+    for done, window in enumerate(windows.split(1), start=1):
+        rows, targets = logits(window)[:, first - 1 : -1], window[:, first:]
+        total -= float(token_log_likelihoods(rows, targets).double().sum())
+        progress("perplexity", done, len(windows))
+    mean = total / (len(windows) * (windows.shape[1] - first))
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def perplexity(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    windows: int | None = None,
+    seqlen: int = 2048,
+    bos: Bos = "every",
+    progress: Progress = silent,
+) -> PerplexityResult:
+    """Measure perplexity over windows that do not overlap.
+
+    The text is tokenised once, as a whole, and cut into windows of `seqlen` tokens, each of which
+    begins with what the tokenizer puts before a text; a rest that fills no window is left out.
+    Neither that beginning nor a window's first token is predicted. With `bos="first"` the
+    procedure is that of compression papers (Frantar et al., GPTQ, arXiv 2210.17323, section 4),
+    and the same for tokenizers that put nothing before a text.
+
+    Args:
+        text: See `read_text`.
+        windows: How many at most, from the start of the text; None for all.
+        seqlen: Tokens of a window, with its beginning.
+        bos: Which windows begin with what the tokenizer puts before a text.
+
+    Raises:
+        SourceError: The text fills no window.
+        UsageError: `windows` or `seqlen` is out of range for the model.
+    """
+    if windows is not None and windows < 1:
+        raise UsageError(f"The number of windows must be at least 1, not {windows}.")
+    if seqlen < 2:
+        raise UsageError(f"The window length must be at least 2 tokens, not {seqlen}.")
+    if model.positions is not None and seqlen > model.positions:
+        raise UsageError(
+            f"A window of {seqlen} tokens exceeds the {model.positions} that {model.name} takes.",
+            f"Pass --seqlen {model.positions} or less.",
+        )
+    tokens = TokenText.of(tokenizer, text, bos)
+    begin = tuple(tokens.begin.tolist())
+    if seqlen <= len(begin):
+        raise UsageError(
+            f"A window of {seqlen} tokens has no room for text: the tokenizer puts {len(begin)} "
+            "before it.",
+            f"Pass --seqlen {len(begin) + 1} or more.",
+        )
+    count = tokens.count(seqlen)
+    if count == 0:
+        raise SourceError(
+            f"The text is too short: its {len(tokens)} tokens fill no window of {seqlen}.",
+            f"Give a longer text, or pass --seqlen {len(tokens)} or less."
+            if len(tokens) > max(len(begin), 1)
+            else "Give a longer text.",
+        )
+    count = count if windows is None else min(count, windows)
+    model.check_ids([*begin, *tokens.ids.tolist()])
+    rows = tokens.windows(seqlen)[:count]
+    model.check_causal(rows[0])
+    started = time.perf_counter()
+    first = max(len(begin), 1)
+    return PerplexityResult(
+        perplexity=window_perplexity(model.logits, rows, progress, first=first),
+        tokens=count * seqlen,
+        windows=count,
+        seqlen=seqlen,
+        seconds=time.perf_counter() - started,
+        begin=begin,
+    )

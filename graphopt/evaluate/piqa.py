@@ -1,0 +1,136 @@
+"""Accuracy on PIQA."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import pydantic
+import torch
+
+from graphopt.errors import SourceError, UsageError
+from graphopt.sources.windows import prompt_ids, special_ends
+from graphopt.support.inputs import OpenSchema, parse, parse_json, read_utf8
+from graphopt.support.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+from graphopt.evaluate.perplexity import token_log_likelihoods
+from graphopt.execute.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class PiqaRow:
+    """One question: a goal, two solutions, and which of them (0 or 1) is right."""
+
+    goal: str
+    solutions: tuple[str, str]
+    label: int
+
+
+@dataclass(frozen=True)
+class PiqaResult:
+    """What `piqa_accuracy` measured: the share answered rightly, over how many, in what time."""
+
+    accuracy: float
+    rows: int
+    seconds: float
+
+
+class _PiqaLine(OpenSchema):
+    """One line of a PIQA file; some copies write the label as text."""
+
+    goal: str
+    sol1: Annotated[str, pydantic.Field(min_length=1)]
+    sol2: Annotated[str, pydantic.Field(min_length=1)]
+    label: Literal[0, 1, "0", "1"]
+
+
+def read_piqa(path: Path) -> list[PiqaRow]:
+    """Read PIQA questions: JSON lines with `goal`, `sol1`, `sol2` and `label` (0 means sol1).
+
+    Raises:
+        SourceError: The file cannot be read or is empty, or a line is malformed; with its number.
+    """
+    remedy = 'Each line is {"goal": ..., "sol1": ..., "sol2": ..., "label": 0 or 1}.'
+    rows = []
+    for number, line in enumerate(read_utf8(Path(path)).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        row = parse(
+            _PiqaLine, parse_json(line.encode(), where, remedy=remedy), where, remedy=remedy
+        )
+        rows.append(PiqaRow(row.goal, (row.sol1, row.sol2), int(row.label)))
+    if not rows:
+        raise SourceError(f"{path} is empty.", "Give a file with one question a line.")
+    return rows
+
+
+def piqa_accuracy(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[PiqaRow],
+    *,
+    batch: int = 8,
+    progress: Progress = silent,
+) -> PiqaResult:
+    """Measure how often the right solution is the likelier one, per character.
+
+    The prompt is "Question: {goal}\\nAnswer: {solution}". A solution's score is the log-probability
+    of its tokens after the prompt, divided by its length in characters (`acc_norm` of the
+    lm-evaluation-harness).
+
+    Args:
+        rows: See `read_piqa`.
+        batch: Sequences that run at once; they are padded on the right, which changes no result.
+
+    Raises:
+        UsageError: There are no rows, or `batch` is not positive.
+    """
+    if not rows or batch < 1:
+        raise UsageError("PIQA needs at least one question and a batch of at least one.")
+    started = time.perf_counter()
+    ends = special_ends(tokenizer)
+    sequences: list[list[int]] = []
+    starts: list[int] = []
+    for row in rows:
+        prompt = f"Question: {row.goal}\nAnswer:"
+        answer_at = len(prompt_ids(tokenizer, prompt, ends))
+        for solution in row.solutions:
+            sequences.append(prompt_ids(tokenizer, f"{prompt} {solution}", ends))
+            starts.append(min(answer_at, len(sequences[-1]) - 1))
+    model.check_ids(token for ids in sequences for token in ids)
+    model.check_causal(torch.tensor(sequences[0]))
+    if model.positions is not None:
+        # What is too long loses the beginning of its text.
+        n = len(ends[0])
+        surplus = [max(len(ids) - model.positions, 0) for ids in sequences]
+        sequences = [ids[:n] + ids[n + cut :] for ids, cut in zip(sequences, surplus, strict=True)]
+        starts = [max(start - cut, n, 1) for start, cut in zip(starts, surplus, strict=True)]
+    scores = [0.0] * len(sequences)
+    # Sequences of like length share a batch, so that little of it is padding.
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+    progress("piqa", 0, len(order))
+    for first in range(0, len(order), batch):
+        members = order[first : first + batch]
+        length = max(len(sequences[index]) for index in members)
+        ids = torch.zeros(len(members), length, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for place, index in enumerate(members):
+            own = sequences[index]
+            ids[place, : len(own)], mask[place, : len(own)] = torch.tensor(own), 1
+        likelihoods = token_log_likelihoods(model.logits(ids, mask)[:, :-1], ids[:, 1:])
+        for place, index in enumerate(members):
+            answer = likelihoods[place, starts[index] - 1 : len(sequences[index]) - 1]
+            solution = rows[index // 2].solutions[index % 2]
+            scores[index] = float(answer.double().sum()) / len(solution)
+        progress("piqa", min(first + batch, len(order)), len(order))
+    right = sum(
+        int(scores[2 * number + 1] > scores[2 * number]) == row.label
+        for number, row in enumerate(rows)
+    )
+    return PiqaResult(right / len(rows), len(rows), time.perf_counter() - started)

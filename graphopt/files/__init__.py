@@ -1,0 +1,1 @@
+"""Files of a model folder, read within bounds and within the folder."""

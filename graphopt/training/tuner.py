@@ -1,0 +1,365 @@
+"""Training weights between two places of a program."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.errors import reason
+from graphopt.execute.student import Student
+from graphopt.storage.snapshot import taking_up
+from graphopt.support.devices import must_fit
+from graphopt.support.progress import Progress, silent
+from graphopt.training.losses import Objective
+from graphopt.training.schedule import Schedule, Tuned
+from graphopt.training.streams import Lessons
+
+SAVE_EVERY = 30.0
+"""Seconds between two saved states of a training."""
+
+
+LOOK_EVERY = 20
+"""Steps between two looks at the loss, which make a GPU wait."""
+
+
+CHECK_EVERY = 0.1
+"""Of the schedule, between two checks on held-out windows."""
+
+
+FRUITLESS = 3
+"""Checks in a row, none of them the best so far, before a training goes back to its best state:
+what starts near the dense model is spoilt by steps that suit what starts far from it."""
+
+
+LOWERED = 0.25
+"""Of the rate, with which it goes on from there."""
+
+
+WARM_UP = 3
+"""Steps on a GPU before one is recorded: what is made at first use must not be in the record."""
+
+
+COMPILE_FROM = (30.0, 300)
+"""Seconds and steps from which a training on a GPU is worth the time to compile its step, for every
+kind of block in it."""
+
+
+class Tuner:
+    """A training of one student.
+
+    Args:
+        student: Its forms are trained in place.
+        lessons: What from.
+        objective: What for.
+        schedule: How long.
+        seed: Of the order of the windows.
+        saved: File for the state of the training, so that an interrupted one goes on; taken up
+            where it exists. None to keep none.
+        progress: Called with `what`, and thousandths of the schedule.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        lessons: Lessons,
+        objective: Objective,
+        schedule: Schedule,
+        *,
+        seed: int = 0,
+        saved: Path | None = None,
+        progress: Progress = silent,
+        what: str = "training",
+    ) -> None:
+        self.student, self.lessons, self.objective = student, lessons, objective
+        self.schedule, self.saved = schedule, saved
+        self.progress, self.what = progress, what
+        self.result = Tuned()
+        self._order = torch.Generator().manual_seed(seed)
+        self._queue: list[int] = []
+        self._best, self._best_state = math.inf, list[Tensor]()
+        self._checked_at, self._worse = 0.0, 0
+        self._rate = schedule.rate
+        self._parameters = student.parameters
+        cuda = student.device.type == "cuda"
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for form in student.forms.values():
+            for rate, parameters in form.rates():
+                by_rate.setdefault(rate, []).extend(p for p in parameters if p.requires_grad)
+        # On a GPU a rate is a tensor, which a recorded step reads anew.
+        self._rates = {
+            rate: torch.zeros((), device=student.device) if cuda else None for rate in by_rate
+        }
+        self._optimizer = torch.optim.Adam(
+            [{"params": parameters, "lr": self._rates[rate] if cuda else 1.0, "factor": rate}
+             for rate, parameters in by_rate.items()],
+            betas=schedule.betas, fused=True if cuda else None, capturable=cuda,
+        )  # fmt: skip
+        self._rated = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._recorded: _Recorded | None = None
+        self._eager = 0
+
+    def run(self) -> Tuned:
+        """Train to the end of the schedule, and leave the best state in the forms.
+
+        Raises:
+            PassError: Memory does not suffice; the message says what lowers the need.
+        """
+        with must_fit(
+            self.student.device, self.what,
+            "Lower batch or seqlen, or take mode=local, which trains a few blocks at a time.",
+        ):  # fmt: skip
+            return self._run()
+
+    def _run(self) -> Tuned:
+        result, schedule = self._restore(), self.schedule
+        if result.stopped:
+            return result
+        begun = time.perf_counter() - result.seconds
+        saved_at = result.seconds
+        losses = _Mean(self.student.device)
+        self.progress(self.what, 0, 1000)
+        if not result.checks:
+            self._check(0.0)
+        result.preparing += self._prepare()
+        result.seconds = time.perf_counter() - begun
+        while (done := self._done()) < 1 and not result.stopped:
+            losses.add(self._step(self._rate * schedule.factor(done)))
+            result.steps += 1
+            result.tokens += schedule.batch * self.lessons.ids.shape[1]
+            if losses.count >= LOOK_EVERY:
+                loss = losses.take()
+                result.losses.append((result.steps, loss))
+                if not math.isfinite(loss):
+                    result.stopped = f"the loss became {loss} before step {result.steps}"
+                self.progress(self.what, int(done * 1000), 1000)
+            if done - self._checked_at >= CHECK_EVERY and not result.stopped:
+                self._check(done)
+                if schedule.patience and self._worse >= schedule.patience:
+                    result.stopped = f"no better held-out loss in {self._worse} checks"
+                elif schedule.lowers:
+                    self._look_back()
+            result.seconds = time.perf_counter() - begun
+            if self.saved is not None and result.seconds - saved_at >= SAVE_EVERY:
+                saved_at = result.seconds
+                self._save()
+        if not result.stopped:
+            self._check(1.0)
+        self._go_back()
+        result.seconds = time.perf_counter() - begun
+        self.progress(self.what, 1000, 1000)
+        return result
+
+    def _done(self) -> float:
+        """Return how far the training is; time that went into compiling has not moved it."""
+        result, seconds = self.result, self.schedule.seconds
+        if seconds is not None:
+            seconds -= result.preparing
+        schedule = dataclasses.replace(self.schedule, seconds=seconds)
+        return schedule.done(result.steps, result.seconds - result.preparing)
+
+    def _prepare(self) -> float:
+        """Compile the step, where that pays; return the seconds it took."""
+        schedule, result = self.schedule, self.result
+        if self.student.device.type != "cuda":
+            return 0.0
+        kinds = self.student.kinds
+        seconds, steps = (kinds * least for least in COMPILE_FROM)
+        if (schedule.seconds is not None and schedule.seconds - result.seconds < seconds) or (
+            schedule.steps is not None and schedule.steps - result.steps < steps
+        ):
+            if kinds > 1:
+                result.not_compiled = (
+                    f"{kinds} kinds of blocks take longer to compile than it saves"
+                )
+            return 0.0
+        started = time.perf_counter()
+        self.progress("compiling the step", 0, 1)
+        usable = len(self.lessons.ids) - self.lessons.held_out
+        batch = self._batch([row % usable for row in range(schedule.batch)])
+        self.student.compiled = True
+        try:
+            self.objective.measure(*self._forward(*batch), learn=True)
+            torch.cuda.synchronize()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # A compiler fails in its own ways, and the step works without it.
+            self.student.compiled = False
+            self.result.not_compiled = reason(error)
+        self._drop_gradients()
+        self.progress("compiling the step", 1, 1)
+        return time.perf_counter() - started
+
+    def _check(self, done: float) -> None:
+        """Measure the held-out windows, and keep the state if it is the best so far."""
+        count, size, total = self.lessons.held_out, self.schedule.batch, 0.0
+        self._checked_at = done
+        for start in range(len(self.lessons.ids) - count, len(self.lessons.ids), size):
+            rows = list(range(start, min(start + size, len(self.lessons.ids))))
+            with torch.no_grad():
+                loss = self.objective.measure(*self._forward(*self._batch(rows)), learn=False)
+            total += float(loss) * len(rows) / count
+        self.result.checks.append((self.result.steps, total))
+        self._worse += 1
+        if total < self._best:
+            self._best, self._worse = total, 0
+            self._best_state = [parameter.detach().clone() for parameter in self._parameters]
+
+    def _look_back(self) -> None:
+        """Go on from the best state with a lower rate, where checks show no gain by this one."""
+        if self._worse and self._worse % FRUITLESS == 0:
+            self._go_back()
+            self._rate *= LOWERED
+            self.result.lowered.append((self.result.steps, self._rate))
+
+    def _go_back(self) -> None:
+        for parameter, value in zip(self._parameters, self._best_state, strict=True):
+            parameter.data.copy_(value)
+
+    def _rows(self) -> list[int]:
+        """Return the windows of the next step; every window comes once in an epoch."""
+        usable = len(self.lessons.ids) - self.lessons.held_out
+        while len(self._queue) < self.schedule.batch:
+            self._queue += torch.randperm(usable, generator=self._order).tolist()
+        rows, self._queue = self._queue[: self.schedule.batch], self._queue[self.schedule.batch :]
+        return rows
+
+    def _batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        lessons = self.lessons
+        return (
+            lessons.ids[torch.tensor(rows)].to(self.student.device),
+            lessons.targets.rows(rows),
+            None if lessons.entry is None else lessons.entry.rows(rows),
+        )
+
+    def _forward(
+        self, ids: Tensor, target: Tensor, entry: Tensor | None
+    ) -> tuple[Student, dict[str, Any], Tensor]:
+        student = self.student
+        values = student.inputs(ids)
+        with torch.no_grad():
+            student.run(values, 0, student.embedding)
+        if entry is not None:
+            values[student.entry] = entry
+        first = student.embedding if entry is None else student.first
+        if student.compiled and torch.is_grad_enabled():
+            # As the other blocks' streams do: with one that does not, it is another function.
+            stream = student.stream_into(first)
+            values[stream] = values[stream].detach().requires_grad_()
+        student.run(values, first, student.stop)
+        return student, values, target
+
+    def _work(self, ids: Tensor, target: Tensor, entry: Tensor | None) -> Tensor:
+        self._drop_gradients()
+        loss = self.objective.measure(*self._forward(ids, target, entry), learn=True)
+        torch.nn.utils.clip_grad_norm_(self._rated, 1.0)
+        self._optimizer.step()
+        for form in self.student.forms.values():
+            form.step()
+        return loss
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _step(self, rate: float) -> Tensor:
+        batch = self._batch(self._rows())
+        for group in self._optimizer.param_groups:
+            tensor = self._rates[group["factor"]]
+            if tensor is None:
+                group["lr"] = rate * group["factor"]
+            else:
+                tensor.fill_(rate * group["factor"])
+        if self.student.device.type != "cuda":
+            return self._work(*batch)
+        if self._recorded is None:
+            self._eager += 1
+            if self._eager <= WARM_UP:
+                return self._work(*batch)
+            self._recorded = _Recorded(self._work, batch)
+        return self._recorded.replay(batch)
+
+    def _save(self) -> None:
+        assert self.saved is not None
+        self.saved.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.saved.with_suffix(".part")
+        torch.save(
+            {
+                "parameters": [p.detach().cpu() for p in self._parameters],
+                "optimizer": self._optimizer.state_dict(),
+                "order": self._order.get_state(),
+                "queue": self._queue,
+                "best": (self._best, [value.cpu() for value in self._best_state]),
+                "checks": (self._checked_at, self._worse),
+                "rate": self._rate,
+                "result": dataclasses.asdict(self.result),
+            },
+            fresh,
+        )
+        fresh.rename(self.saved)
+
+    def _restore(self) -> Tuned:
+        """Take up the saved state, if there is one; return the result so far."""
+        if self.saved is None or not self.saved.is_file():
+            return self.result
+        with taking_up(self.saved):
+            state = torch.load(self.saved, map_location="cpu", weights_only=True)
+            with torch.no_grad():
+                for parameter, value in zip(self._parameters, state["parameters"], strict=True):
+                    parameter.copy_(value)
+            self._optimizer.load_state_dict(state["optimizer"])
+            for group in self._optimizer.param_groups:
+                # Loading puts a copy in the group, and a rate is set through its own tensor.
+                group["lr"] = self._rates[group["factor"]]
+            self._order.set_state(state["order"])
+            self._queue = state["queue"]
+            self._best, kept = state["best"]
+            self._best_state = [value.to(self.student.device) for value in kept]
+            self._checked_at, self._worse = state["checks"]
+            self._rate = state["rate"]
+            self.result = Tuned(**state["result"])
+        return self.result
+
+
+class _Recorded:
+    """A step of a training as a CUDA graph: its thousands of kernels are launched at once."""
+
+    def __init__(self, work: Callable[..., Tensor], batch: Sequence[Tensor | None]) -> None:
+        self._places = [None if value is None else value.clone() for value in batch]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
+            self._loss = work(*self._places)
+
+    def replay(self, batch: Sequence[Tensor | None]) -> Tensor:
+        for place, value in zip(self._places, batch, strict=True):
+            if place is not None and value is not None:
+                place.copy_(value)
+        self._graph.replay()
+        return self._loss
+
+
+class _Mean:
+    """The mean of losses that are on a device, without waiting for each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._total = torch.zeros((), device=device)
+        self.count = 0
+
+    def add(self, loss: Tensor) -> None:
+        self._total += loss
+        self.count += 1
+
+    def take(self) -> float:
+        mean = float(self._total) / self.count
+        self._total.zero_()
+        self.count = 0
+        return mean
