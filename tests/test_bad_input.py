@@ -22,7 +22,7 @@ from tiny_models import save_tiny, tiny_model, write_gguf
 from typer.testing import CliRunner
 
 import graphopt as go
-from graphopt.cli import app
+from graphopt.cli.commands import app
 from graphopt.compiler import _Emission
 from graphopt.errors import LoweringError
 from graphopt.ir import Array, Weight
@@ -351,7 +351,7 @@ import importlib, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from dataclasses import dataclass
 from programs import tiny_program
-from graphopt.cli import main
+from graphopt.cli.commands import main
 from graphopt.lowering.onnx import emitter
 from graphopt.pass_manager.contract import Pass, PassResult, register_pass
 

@@ -11,7 +11,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from graphopt.cli import _errors_as_sentences, app
+from graphopt.cli.commands import _errors_as_sentences, app
 from graphopt.errors import CaptureError, PassError, UsageError, reason
 from graphopt.support.boundary import BUG_CODE, out_of_memory, users_model
 

@@ -98,7 +98,7 @@ def test_a_wheel_holds_graphopt_alone(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (entry,) = (name for name in names if name.endswith("entry_points.txt"))
-        assert "graphopt = graphopt.cli:main" in archive.read(entry).decode()
+        assert "graphopt = graphopt.cli.commands:main" in archive.read(entry).decode()
     assert {name.split("/")[0] for name in names} == {"graphopt", f"graphopt-{version}.dist-info"}
     expected = {f"{package.replace('.', '/')}/{path.name}" for package, path in package_files()}
     assert {name for name in names if name.startswith("graphopt/")} == expected

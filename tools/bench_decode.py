@@ -47,7 +47,7 @@ Answer = Callable[[list[int], int], list[int]]
 
 
 def graphopt(*arguments: str) -> None:
-    code = "from graphopt.cli import main; main()"
+    code = "from graphopt.cli.commands import main; main()"
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.DEVNULL)
 
 

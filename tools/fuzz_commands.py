@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 from random import Random
 
-from graphopt.cli import app
+from graphopt.cli.commands import app
 from graphopt.pass_manager.contract import all_passes
 
 ODD_PATHS = [

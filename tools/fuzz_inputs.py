@@ -130,7 +130,7 @@ def child(command: list[str], folder: Path, result: int) -> None:
     as_nobody_special()
     import torch
 
-    from graphopt.cli import app
+    from graphopt.cli.commands import app
 
     # A fork must make torch's pool of threads anew, which two threads at once cannot.
     torch.set_num_threads(1)

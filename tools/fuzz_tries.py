@@ -108,7 +108,7 @@ def base_inputs(folder: Path) -> None:
     from typer.testing import CliRunner
     from vocabularies import scored
 
-    from graphopt.cli import app
+    from graphopt.cli.commands import app
     from graphopt.errors import GraphoptError
 
     folder.mkdir(parents=True)

@@ -12,7 +12,7 @@ from programs import tiny_program
 from typer.testing import CliRunner
 
 import graphopt as go
-from graphopt.cli import app
+from graphopt.cli.commands import app
 from graphopt.errors import LoweringError
 from graphopt.execute.interpreter import Runner
 from graphopt.ir import Array, Weight

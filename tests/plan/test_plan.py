@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from graphopt.cli import app
+from graphopt.cli.commands import app
 from graphopt.errors import LoweringError, UsageError
 from graphopt.lowering.triton.constants import kernel_constants
 from graphopt.plan import PLANNERS, AttentionSpec, plan_attention

@@ -25,10 +25,10 @@ from programs import tiny_program
 from tiny_models import save_tiny
 
 import graphopt as go
-from graphopt import cli
-from graphopt import console as ui
 from graphopt.backends import code as emitted
 from graphopt.backends.opening import open_language_model
+from graphopt.cli import commands as cli
+from graphopt.cli import console as ui
 from graphopt.errors import GraphoptError, SourceError
 from graphopt.execute.language_model import load_tokenizer
 from graphopt.files.config_schema import without_code

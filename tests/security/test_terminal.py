@@ -21,8 +21,8 @@ from tiny_models import save_tiny
 from typer.testing import CliRunner
 
 import graphopt as go
-from graphopt import console as ui
-from graphopt.cli import app
+from graphopt.cli import console as ui
+from graphopt.cli.commands import app
 from graphopt.errors import SourceError
 from graphopt.lowering.onnx.genai import run_script
 from graphopt.lowering.torch.render import render_model

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, cast
 import click
 import typer
 
-from graphopt import console as ui
+from graphopt.cli import console as ui
 from graphopt.errors import GraphoptError, UsageError, reason
 from graphopt.support.boundary import BUG_CODE, REPORT_BUG, out_of_memory
 
