@@ -22,10 +22,10 @@ from graphopt.pass_manager.contract import (
     all_passes,
     default_of,
     get_pass,
+    make_pass,
     type_name,
 )
 from graphopt.pass_manager.verification import has_values
-from graphopt.passes.insert_kv_cache import InsertKVCache
 from graphopt.report.breakdown import PARTS, at, breakdown, kv_cache_bytes
 from graphopt.report.records import REPORT_NAME, read_report
 from graphopt.support.progress import Progress, silent
@@ -45,7 +45,7 @@ def inspect_program(
     Returns:
         JSON data; a cost has a `symbolic` form in B, S and P and a `value`.
     """
-    cached = InsertKVCache().run(program.copy(), Context()).program
+    cached = make_pass("insert-kv-cache", {}).run(program.copy(), Context()).program
     if not cached.states:
         past = 0
     sizes = {B: batch, S: seq, P: past}
