@@ -1,11 +1,8 @@
-"""What `graphopt inspect`, `passes` and `diff` say, as plain data."""
+"""What `graphopt inspect` and `diff` say, as plain data."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import inspect
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +13,7 @@ from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program
 from graphopt.ir.types import DTYPE_NAMES, B, Dim, P, S
 from graphopt.ir.weights import Weight
-from graphopt.pass_manager.contract import (
-    Context,
-    Pass,
-    all_passes,
-    default_of,
-    get_pass,
-    make_pass,
-    type_name,
-)
+from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.pass_manager.verification import has_values
 from graphopt.report.breakdown import PARTS, at, breakdown, kv_cache_bytes
 from graphopt.report.records import REPORT_NAME, read_report
@@ -100,37 +89,6 @@ def _pretty(value: Dim) -> str:
 
     expanded = sympy.expand(sympy.sympify(value))
     return str(sympy.collect(expanded, B)).replace("**", "^")
-
-
-def describe_passes(name: str | None = None) -> list[dict[str, Any]]:
-    """Return what is known of every pass, or of one.
-
-    Raises:
-        UsageError: There is no pass of this name.
-    """
-    chosen = [get_pass(name)] if name is not None else list(all_passes().values())
-    return [_describe_pass(cls) for cls in chosen]
-
-
-def _describe_pass(cls: type[Pass]) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    text = inspect.cleandoc(cls.__doc__ or "")
-    return {
-        "name": cls.name,
-        "summary": " ".join(text.split("\n\n")[0].split()),
-        "exact": cls.exact,
-        "reads_weights": cls.reads_weights,
-        "requires": list(cls.requires),
-        "options": [
-            {
-                "name": option.name,
-                "type": type_name(hints[option.name]),
-                "default": default_of(option),
-            }
-            for option in dataclasses.fields(cls)
-        ],
-        "doc": text,
-    }
 
 
 def diff_models(

@@ -1,45 +1,5 @@
-"""Passes: one transformation a file.
+"""Passes: one transformation a file, which registers it; nothing else names it.
 
-Importing this package registers the passes below. To add one, write its file and name it here;
-a pass of another distribution names its module under the entry point group `graphopt.passes`.
+The entry point group `graphopt.passes` names this package, and a package or module of any other
+distribution that has passes.
 """
-
-from graphopt.pass_manager.contract import (
-    Context,
-    Pass,
-    PassResult,
-    Skip,
-    all_passes,
-    get_pass,
-    register_pass,
-)
-from graphopt.passes import (
-    carve_moe,
-    common_subexpression,
-    dead_code,
-    fold_constants,
-    fuse_blocks,
-    insert_kv_cache,
-    normalise,
-    prune_blocks,
-    tune_moe,
-)
-
-__all__ = [
-    "Context",
-    "Pass",
-    "PassResult",
-    "Skip",
-    "all_passes",
-    "carve_moe",
-    "common_subexpression",
-    "dead_code",
-    "fold_constants",
-    "fuse_blocks",
-    "get_pass",
-    "insert_kv_cache",
-    "normalise",
-    "prune_blocks",
-    "register_pass",
-    "tune_moe",
-]

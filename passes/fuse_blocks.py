@@ -21,9 +21,10 @@ from graphopt.pass_manager.verification import finite
 from graphopt.passes.prune_blocks import Chooser, PruneBlocks
 from graphopt.support.devices import must_fit
 from graphopt.support.inputs import shown
-from graphopt.training.distil import Distiller, TrainingOptions, plain
+from graphopt.training.distil import Distiller, plain
 from graphopt.training.forms import Whole, kaiming
 from graphopt.training.losses import LogitObjective, StreamObjective, batch_kl, relative_mse
+from graphopt.training.options import TrainingOptions
 from graphopt.training.schedule import Schedule, Tuned
 from graphopt.training.streams import Lessons
 

@@ -12,8 +12,9 @@ from graphopt.ir.feed_forward import add_gates
 from graphopt.ir.graph import Call, Node, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
 from graphopt.support.devices import must_fit
-from graphopt.training.distil import Distiller, TrainingOptions
+from graphopt.training.distil import Distiller
 from graphopt.training.forms import Balance, Whole
+from graphopt.training.options import TrainingOptions
 
 SCALE_RATE = 2.0
 """Of the learning rate, for the scales of gates: with the usual one CMoE's 1e-3."""

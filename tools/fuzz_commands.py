@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 
 from graphopt.cli.commands import app
-from graphopt.pass_manager.contract import all_passes
+from graphopt.pass_manager.contract import declared_passes
 
 ODD_PATHS = [
     "",
@@ -175,7 +175,7 @@ def odd_recipe(random: Random) -> str:
     """Return a recipe in text form, of one of the passes with odd options, or none at all."""
     if random.random() < 0.3:
         return random.choice(RECIPE_TEXTS)
-    passes = all_passes()
+    passes = declared_passes()
     name = random.choice(sorted(passes))
     options = [option.name for option in dataclasses.fields(passes[name])]
     given = [

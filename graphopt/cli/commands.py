@@ -506,7 +506,7 @@ def passes_command(
     as_json: Json = False,
 ) -> None:
     """List the passes, their options and whether they are exact."""
-    from graphopt.inspection import describe_passes
+    from graphopt.pass_manager.description import describe_passes
 
     found = describe_passes(name)
     if as_json:

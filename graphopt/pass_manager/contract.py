@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from graphopt.errors import UsageError, unknown_name
-from graphopt.ir.graph import Program
-from graphopt.sources.windows import Bos
+from graphopt.pass_manager.declarations import Declaration, declarations
 from graphopt.support.inputs import OpenSchema, shown
 from graphopt.support.progress import Progress, silent
 
-ENTRY_POINTS = "graphopt.passes"
+if TYPE_CHECKING:
+    # Passes are listed without torch, which takes seconds to import.
+    import torch
+    from torch import Tensor
+
+    from graphopt.ir.graph import Program
+    from graphopt.sources.windows import Bos
+
+
+def _cpu() -> torch.device:
+    import torch
+
+    return torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class Context:
     text: str = ""
     built_in: bool = False
     tokenizer: Path | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = field(default_factory=_cpu)
     seed: int = 0
     progress: Progress = silent
     work: Path | None = None
@@ -148,7 +157,6 @@ PROPERTIES: dict[str, Callable[[Program], bool]] = {
 """Properties of a program that `Pass.requires` may name."""
 
 _PASSES: dict[str, type[Pass]] = {}
-_loaded_entry_points = False
 
 P = TypeVar("P", bound=Pass)
 
@@ -186,24 +194,29 @@ def default_of(option: dataclasses.Field[Any]) -> Any:
     raise ValueError(f"option {option.name!r} of a pass needs a default")
 
 
-def _load_entry_points() -> None:
-    """Import what distributions offer under the entry point group `graphopt.passes`.
+@cache
+def _declarations() -> dict[str, Declaration]:
+    """Return what entry points declare, by the name of the pass.
 
-    The passes of this one are offered there too: they lie above this package, which does not know
-    them.
+    The passes of this distribution are offered there too: they lie above this package, which does
+    not know them.
     """
-    global _loaded_entry_points
-    if _loaded_entry_points:
-        return
-    _loaded_entry_points = True
-    for point in metadata.entry_points(group=ENTRY_POINTS):
-        point.load()
+    known: dict[str, Declaration] = {}
+    for declaration in declarations():
+        if declaration.declared is not None:
+            known[declaration.declared.name] = declaration
+            continue
+        before = set(_PASSES)
+        importlib.import_module(declaration.module)
+        for name in set(_PASSES) - before:
+            known[name] = Declaration(declaration.module, _PASSES[name])
+    return known
 
 
-def all_passes() -> dict[str, type[Pass]]:
-    """Return every known pass by name: those of entry points, and the registered ones."""
-    _load_entry_points()
-    return dict(_PASSES)
+def declared_passes() -> dict[str, type[Pass]]:
+    """Return every known pass by name, as declared: without methods where it is not imported."""
+    declared = {n: d.declared for n, d in _declarations().items() if d.declared is not None}
+    return {**declared, **_PASSES}
 
 
 def get_pass(name: str) -> type[Pass]:
@@ -212,10 +225,11 @@ def get_pass(name: str) -> type[Pass]:
     Raises:
         UsageError: There is none; the message has the nearest name.
     """
-    passes = all_passes()
-    if name not in passes:
-        raise unknown_name("pass", name, passes)
-    return passes[name]
+    if name not in _PASSES:
+        if name not in _declarations():
+            raise unknown_name("pass", name, declared_passes())
+        importlib.import_module(_declarations()[name].module)
+    return _PASSES[name]
 
 
 def make_pass(name: str, options: Mapping[str, Any]) -> Pass:

@@ -22,7 +22,7 @@ from graphopt.pass_manager.contract import (
     Context,
     Pass,
     PassResult,
-    all_passes,
+    declared_passes,
     make_pass,
 )
 from graphopt.pass_manager.probe import PROBE_TEXT
@@ -126,7 +126,7 @@ class Pipeline:
         """
         names = [item.name for item in self.passes]
         if name not in names:
-            known = all_passes()
+            known = declared_passes()
             if name in known:
                 raise UsageError(
                     f"The recipe has no pass {name!r} to stop after.",
@@ -266,7 +266,7 @@ class Pipeline:
 
     def _check_order(self, program: Program) -> None:
         """Check prerequisites that name passes."""
-        known = all_passes()
+        known = declared_passes()
         for number, item in enumerate(self.passes):
             for wanted in item.requires:
                 if wanted.lstrip("!") in PROPERTIES:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,10 @@ from graphopt.storage.snapshot import taking_up
 from graphopt.support.devices import free_bytes
 from graphopt.training.forms import LowRank, Whole
 from graphopt.training.losses import LogitObjective, Objective
+from graphopt.training.options import TrainingOptions
 from graphopt.training.schedule import Schedule, Tuned
 from graphopt.training.streams import Lessons, Streams
 from graphopt.training.tuner import Tuner
-
-TRAIN = ("all", "low-rank")
 
 OWN_TEXT_SHARE = 0.25
 """Of a training's seconds, in which the dense model writes text for it."""
@@ -49,51 +48,6 @@ FORMAT = 2
 
 EPOCHS = 4
 """How often a training of a given number of steps reads what the dense model writes."""
-
-
-@dataclass
-class TrainingOptions:
-    """What passes that train are told.
-
-    Attributes:
-        seconds: Of the whole pass, at most; 150 where neither this nor `steps` is given.
-        steps: Of training, at most.
-        rate: Highest learning rate; by default 5e-4, and less for steps of under 8,192 tokens.
-        batch: Windows of a step; 4 on a GPU and 2 on a CPU by default.
-        seqlen: Tokens of a window; 2048 on a GPU and 256 on a CPU by default.
-        own_text: Windows that the dense model writes itself; see `Distiller.lessons_text`.
-        train: `all` trains weights whole, `low-rank` matrices by a term.
-        rank: Of that term.
-        patience: Stop after this many checks without a better held-out loss; 0 never stops.
-    """
-
-    seconds: float | None = None
-    steps: int | None = None
-    rate: float | None = None
-    batch: int | None = None
-    seqlen: int | None = None
-    own_text: int | None = None
-    train: str = "all"
-    rank: int = 128
-    patience: int = 0
-
-    def check_training(self, name: str) -> None:
-        """Refuse options out of range.
-
-        Raises:
-            PassError: Naming the option and what it may be.
-        """
-        if self.train not in TRAIN:
-            raise PassError(f"{name} knows no train {self.train!r}.", f"Known: {', '.join(TRAIN)}.")
-        for option, least in (
-            ("seconds", 0), ("steps", 0), ("rate", 0), ("batch", 1), ("seqlen", 2),
-            ("own_text", 0), ("rank", 1), ("patience", 0),
-        ):  # fmt: skip
-            value = getattr(self, option)
-            if value is not None and not value >= least:
-                raise PassError(
-                    f"{name}: {option}={value} is below {least}.", f"Leave {option} out."
-                )
 
 
 class Distiller:

@@ -11,7 +11,7 @@ from graphopt.pass_manager.contract import (
     Context,
     Pass,
     PassResult,
-    all_passes,
+    declared_passes,
     get_pass,
     make_pass,
     register_pass,
@@ -37,7 +37,7 @@ class Everything(Pass):
 
 
 def test_the_first_passes_are_known():
-    known = all_passes()
+    known = declared_passes()
     names = "normalise common-subexpression fold-constants dead-code insert-kv-cache"
     assert set(names.split()) <= set(known)
     assert all("Legality:" in known[name].__doc__ for name in names.split())
@@ -104,21 +104,3 @@ def test_a_malformed_pass_is_refused_when_it_registers():
 
     with pytest.raises(ValueError, match="registered twice"):
         register_pass(Taken)
-
-
-def test_entry_points_are_loaded(monkeypatch):
-    from importlib import metadata
-
-    from graphopt.pass_manager import contract
-
-    loaded = []
-
-    class Point:
-        def load(self):
-            loaded.append(True)
-
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [Point()] if group else [])
-    monkeypatch.setattr(contract, "_loaded_entry_points", False)
-    all_passes()
-    all_passes()
-    assert loaded == [True]
