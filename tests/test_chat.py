@@ -9,7 +9,7 @@ import pytest
 from tiny_models import CHAT_TEMPLATE, byte_tokenizer
 
 from graphopt.errors import SourceError, UsageError
-from graphopt.execute.generate import encode_prompt
+from graphopt.generate import encode_prompt
 from graphopt.runtime import chat
 from graphopt.runtime.chat import chat_text
 from graphopt.sources.windows import prompt_ids

@@ -19,7 +19,9 @@ import graphopt as go
 from graphopt.backends.opening import open_language_model
 from graphopt.errors import SourceError, UsageError
 from graphopt.evaluate.perplexity import perplexity
-from graphopt.execute.generate import (
+from graphopt.execute.interpreter import complete_inputs
+from graphopt.execute.language_model import LanguageModel
+from graphopt.generate import (
     PieceDecoder,
     Sampling,
     encode_prompt,
@@ -29,8 +31,6 @@ from graphopt.execute.generate import (
     pick_token,
     token_odds,
 )
-from graphopt.execute.interpreter import complete_inputs
-from graphopt.execute.language_model import LanguageModel
 from graphopt.sources.generation import GenerationSettings
 
 

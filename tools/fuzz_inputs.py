@@ -357,7 +357,7 @@ def warm_up(work: Path) -> None:
     import graphopt.capture
     import graphopt.compiler
     import graphopt.evaluate
-    import graphopt.execute.generate
+    import graphopt.generate
     import graphopt.inspection
     import graphopt.lowering.onnx
     import graphopt.lowering.torch

@@ -460,8 +460,8 @@ def generate_command(
     with ui.progress_bars() as progress:
         progress("opening", 0, 1)
         from graphopt.backends.opening import open_language_model
-        from graphopt.execute.generate import Sampling, check_options, generate
         from graphopt.execute.language_model import load_tokenizer
+        from graphopt.generate import Sampling, check_options, generate
         from graphopt.sources.generation import GenerationSettings, not_applied
 
         check_options(max_new_tokens, Sampling.of(GenerationSettings(), **options))

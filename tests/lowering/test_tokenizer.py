@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 
 import graphopt as go
 from graphopt.backends.opening import open_language_model
-from graphopt.execute.generate import encode_prompt, end_tokens, generate, generate_ids
+from graphopt.generate import encode_prompt, end_tokens, generate, generate_ids
 from graphopt.ir.graph import Program
 from graphopt.lowering.tokenizer import copy_tokenizer, write_tokenizer
 from graphopt.sources.windows import prompt_ids

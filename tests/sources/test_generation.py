@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import graphopt as go
 from graphopt.backends.opening import open_language_model
 from graphopt.errors import SourceError
-from graphopt.execute.generate import end_tokens, generate_ids
 from graphopt.execute.language_model import ProgramModel
+from graphopt.generate import end_tokens, generate_ids
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.sources.generation import (
     GENERATION_NAME,
