@@ -58,7 +58,7 @@ def inspect_program(
         "model_type": program.config.get("model_type"),
         "dtype": DTYPE_NAMES[program.checkpoint_dtype],
         "parameters": program.parameter_count(),
-        "weight_bytes": sum(w.numel * w.dtype.itemsize for w in program.used_weights()),
+        "weight_bytes": sum(w.nbytes for w in program.used_weights()),
         "inputs": {name: str(kind) for name, kind in program.inputs.items()},
         "outputs": list(program.outputs),
         "functions": {
@@ -116,8 +116,7 @@ def diff_models(
         "b": b,
         "parameters": [left.parameter_count(), right.parameter_count()],
         "weight_bytes": [
-            sum(w.numel * w.dtype.itemsize for w in program.used_weights())
-            for program in (left, right)
+            sum(w.nbytes for w in program.used_weights()) for program in (left, right)
         ],
         "structure": list(difflib.unified_diff(before, after, fromfile=a, tofile=b, lineterm="")),
         "weights": _diff_weights(left, right, progress),

@@ -1,5 +1,6 @@
 """The intermediate representation: programs, functions, ops, weights, printer and verifier."""
 
+from graphopt.ir.encoding import Packed
 from graphopt.ir.graph import (
     Cache,
     Call,
@@ -16,6 +17,7 @@ from graphopt.ir.graph import (
 from graphopt.ir.types import DTYPE_NAMES, DTYPES, SYMBOLS, B, Dim, P, S, T, Type
 from graphopt.ir.weights import (
     Array,
+    Dequantised,
     Missing,
     Padded,
     Producer,
@@ -33,6 +35,7 @@ __all__ = [
     "B",
     "Cache",
     "Call",
+    "Dequantised",
     "Dim",
     "Function",
     "In",
@@ -40,6 +43,7 @@ __all__ = [
     "Missing",
     "Node",
     "P",
+    "Packed",
     "Padded",
     "Param",
     "Producer",

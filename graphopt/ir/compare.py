@@ -230,6 +230,9 @@ def _call_difference(have: Program, ours: Call, want: Program, theirs: Call) -> 
         x, y = have.weights[ours.weights[slot]], want.weights[theirs.weights[twin]]
         if x.shape != y.shape:
             return f"weight {slot!r} is {list(x.shape)}, not {list(y.shape)}"
+        if x.encoding != y.encoding:
+            ours_as, theirs_as = (w.encoding or "dense" for w in (x, y))
+            return f"weight {slot!r} is {ours_as}, not {theirs_as}"
         if x.constant != y.constant:
             return f"weight {slot!r} is {'a constant' if x.constant else 'no constant'}"
     return None

@@ -22,6 +22,38 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Take bytes [..., n] apart into codes [..., n * 8 / bits], uint8; the lowest bits first."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+
+
+def dequantise(
+    packed: Tensor, scales: Tensor, zeros: Tensor | None = None, *, bits: int, axis: int = -1
+) -> Tensor:
+    """The matrix that packed codes stand for: (code - zero point) * scale, group by group.
+
+    Computed in fp32, or in fp64 for scales of that type.
+
+    Args:
+        packed: uint8 [..., groups, group * bits / 8]; see `unpack`.
+        scales: [..., groups].
+        zeros: uint8 [..., ceil(groups * bits / 8)], zero points packed as the codes are; None
+            where all are 2 ** (bits - 1).
+        axis: Where the axis of the groups belongs; it is the last one of `packed`.
+
+    Returns:
+        [..., groups * group] in the dtype of `scales`, its last axis moved to `axis`.
+    """
+    wide = torch.float64 if scales.dtype == torch.float64 else torch.float32
+    codes = unpack(packed, bits).to(wide)
+    if zeros is None:
+        codes = codes - 2 ** (bits - 1)
+    else:
+        codes = codes - unpack(zeros, bits)[..., : scales.shape[-1], None].to(wide)
+    return (codes * scales[..., None].to(wide)).flatten(-2).movedim(-1, axis).to(scales.dtype)
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """The product a b in the dtype of `b`; `a` may be wider."""
     return a.to(b.dtype) @ b

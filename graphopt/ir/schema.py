@@ -57,14 +57,24 @@ class CallEntry(Schema):
     path: str
 
 
+class EncodingEntry(Schema):
+    """How a packed weight is stored; `graphopt.ir.encoding` refuses what is none."""
+
+    bits: Annotated[int, pydantic.Field(ge=1, le=8)]
+    group: Annotated[int, pydantic.Field(ge=1, le=2**31)]
+    axis: Annotated[int, pydantic.Field(ge=0, le=1)]
+    symmetric: bool
+
+
 class WeightEntry(Schema):
-    """One weight, without its value."""
+    """One weight, without its value; `encoding` is None where it is dense."""
 
     name: Name
     shape: Shape
     dtype: Dtype
     checkpoint: str | None
     constant: bool
+    encoding: EncodingEntry | None = None
 
 
 class StateEntry(Schema):

@@ -7,22 +7,26 @@ the values lie beside it as safetensors.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
 import torch
 
 from graphopt.errors import SourceError
+from graphopt.ir.encoding import Packed
 from graphopt.ir.graph import Cache, Call, Function, In, KVState, Node, Param, Program, Value
-from graphopt.ir.schema import MAX_WORK, FunctionEntry, ProgramEntry
+from graphopt.ir.schema import MAX_WORK, FunctionEntry, ProgramEntry, WeightEntry
 from graphopt.ir.types import DTYPE_NAMES, DTYPES, SYMBOLS, Type, dim
-from graphopt.ir.weights import Missing, Producer, Weight
+from graphopt.ir.weights import Dequantised, Missing, Producer, Weight
 from graphopt.support.inputs import parse, shown
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)
+"""Version 1 knew dense weights alone; what it lacks has the defaults of `graphopt.ir.schema`."""
 
 
 def _pack(value: Any) -> Any:
@@ -278,6 +282,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
                 "dtype": DTYPE_NAMES[w.dtype],
                 "checkpoint": w.checkpoint,
                 "constant": w.constant,
+                "encoding": None if w.encoding is None else dataclasses.asdict(w.encoding),
             }
             for w in program.weights
         ],
@@ -292,18 +297,52 @@ def program_to_json(program: Program) -> dict[str, Any]:
     }
 
 
-def program_from_json(data: dict[str, Any], producers: dict[str, Producer]) -> Program:
+def _producer(w: WeightEntry, producers: Mapping[str, Producer]) -> Producer:
+    """Return where the value of a weight comes from, put together from its stored tensors."""
+    shape, dtype = tuple(w.shape), DTYPES[w.dtype]
+    if w.encoding is None:
+        return _stored(w.name, shape, dtype, producers)
+    try:
+        encoding = Packed(**w.encoding.model_dump())
+        tensors = encoding.stored(shape, dtype)
+    except ValueError as error:
+        raise _malformed(f"weight {shown(w.name)}: {error}") from error
+    parts = {
+        suffix: _stored(f"{w.name}.{suffix}", *kind, producers) for suffix, kind in tensors.items()
+    }
+    return Dequantised(encoding, **parts)
+
+
+def _stored(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, producers: Mapping[str, Producer]
+) -> Producer:
+    """Return the producer of a tensor, if it is of the shape and dtype that the program has."""
+    producer = producers.get(name, Missing(shape, dtype, name))
+    if (tuple(producer.shape), producer.dtype) != (shape, dtype):
+        raise SourceError(
+            f"program.json: weight {shown(name)} is stored as {list(producer.shape)} in "
+            f"{DTYPE_NAMES.get(producer.dtype, producer.dtype)}, the program has it as "
+            f"{list(shape)} in {DTYPE_NAMES[dtype]}.",
+            _AGAIN,
+        )
+    return producer
+
+
+def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -> Program:
     """Return the program saved as `data`; weights take their values from `producers`.
+
+    Args:
+        producers: By the names of the tensors that weights are stored as (`Weight.tensors`).
 
     Raises:
         SourceError: The data is of another format or version, or is malformed.
     """
     if not isinstance(data, dict) or data.get("format") != "graphopt-program":
         raise SourceError("program.json is not a saved graphopt program.")
-    if data.get("version") != FORMAT_VERSION:
+    if data.get("version") not in READ_VERSIONS:
         raise SourceError(
             f"program.json has version {data.get('version')}, this graphopt reads "
-            f"{FORMAT_VERSION}.",
+            f"{' and '.join(map(str, READ_VERSIONS))}.",
             "Compile the model again with this version.",
         )
     entry = parse(ProgramEntry, data, "program.json", remedy=_AGAIN)
@@ -339,16 +378,7 @@ def program_from_json(data: dict[str, Any], producers: dict[str, Producer]) -> P
     for w in entry.weights:
         if w.name in program.weights:
             raise _malformed(f"two weights are called {shown(w.name)}")
-        missing = Missing(tuple(w.shape), DTYPES[w.dtype], w.name)
-        producer = producers.get(w.name, missing)
-        if (tuple(producer.shape), producer.dtype) != (missing.shape, missing.dtype):
-            raise SourceError(
-                f"program.json: weight {shown(w.name)} is stored as {list(producer.shape)} in "
-                f"{DTYPE_NAMES.get(producer.dtype, producer.dtype)}, the program has it as "
-                f"{w.shape} in {w.dtype}.",
-                _AGAIN,
-            )
-        program.weights.add(Weight(w.name, producer, w.checkpoint, w.constant))
+        program.weights.add(Weight(w.name, _producer(w, producers), w.checkpoint, w.constant))
     for s in entry.states:
         program.states[s.name] = KVState(s.name, s.heads, s.k_dim, s.v_dim, DTYPES[s.dtype])
     return program

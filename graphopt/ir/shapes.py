@@ -24,7 +24,7 @@ def infer_function(
     types: dict[Value, Type] = dict(zip(function.params, args, strict=True))
     for slot, value in function.weights.items():
         weight = program.weights[call.weights[slot]]
-        types[value] = Type(weight.shape, weight.dtype)
+        types[value] = weight.type
     for cache in function.caches:
         state = program.states[call.caches[cache.slot]]
         types[cache.past_k] = Type((B, state.heads, P, state.k_dim), state.dtype)
@@ -34,6 +34,7 @@ def infer_function(
         try:
             op, attrs = get_op(node.op), resolve_attrs(node, call)
             op.check({**attrs, "target": node.op} if is_aten(node.op) else attrs, operands)
+            op.check_encodings(operands)
             outputs = op.infer(operands, attrs)
             if len(outputs) != len(node.outputs):
                 raise ValueError(f"{len(node.outputs)} outputs where there are {len(outputs)}")
@@ -58,9 +59,7 @@ def infer_program(program: Program) -> tuple[list[dict[Value, Type]], dict[str, 
             call.function,
             tuple(args),
             tuple(
-                (slot, weight.shape, weight.dtype)
-                for slot, name in sorted(call.weights.items())
-                for weight in [program.weights[name]]
+                (slot, program.weights[name].type) for slot, name in sorted(call.weights.items())
             ),
             repr(sorted(call.attrs.items())),
             tuple(

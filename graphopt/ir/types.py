@@ -6,12 +6,15 @@ already in the KV cache, and `T = P + S` the number of keys attention sees.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import sympy
 import torch
+
+from graphopt.ir.encoding import Packed
 
 B = sympy.Symbol("B", integer=True, positive=True)
 S = sympy.Symbol("S", integer=True, positive=True)
@@ -70,14 +73,19 @@ def evaluate(value: Dim, sizes: Mapping[sympy.Symbol, int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Type:
-    """Shape (ints or expressions in B, S, P) and dtype of a tensor."""
+    """Shape (ints or expressions in B, S, P), dtype and encoding of a tensor.
+
+    What is packed has the shape and dtype of the value that its codes stand for.
+    """
 
     shape: tuple[Dim, ...]
     dtype: torch.dtype
+    encoding: Packed | None = None
 
     def __str__(self) -> str:
         sizes = ",".join(str(size).replace(" ", "") for size in self.shape)
-        return f"{DTYPE_NAMES.get(self.dtype, str(self.dtype))}[{sizes}]"
+        text = f"{DTYPE_NAMES.get(self.dtype, str(self.dtype))}[{sizes}]"
+        return text if self.encoding is None else f"{text} {self.encoding}"
 
     @property
     def numel(self) -> Dim:
@@ -85,7 +93,10 @@ class Type:
 
     @property
     def bytes(self) -> Dim:
-        return dim(numel(self.shape) * self.dtype.itemsize)
+        if self.encoding is None:
+            return dim(numel(self.shape) * self.dtype.itemsize)
+        stored = self.encoding.stored(self.concrete({}), self.dtype)
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored.values())
 
     def concrete(self, sizes: Mapping[sympy.Symbol, int]) -> tuple[int, ...]:
         """Return the shape for the given B, S and P."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from graphopt.errors import VerifyError
 from graphopt.ir.graph import Function, Param, Program, Value
 from graphopt.ir.ops import all_ops, get_op, is_aten
@@ -62,6 +64,14 @@ def verify_function(function: Function) -> set[str]:
     return mentioned
 
 
+def _verify_names(program: Program) -> None:
+    """Refuse a weight whose name is that of a tensor which another one is stored as."""
+    names = [tensor.name for tensor in program.weights.tensors()]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise VerifyError(f"two weights have a tensor that is called {name!r}.")
+
+
 def verify(program: Program) -> None:
     """Check the whole program: functions, calls, weights, states and types.
 
@@ -69,6 +79,7 @@ def verify(program: Program) -> None:
         VerifyError: With the place and what is wrong there.
     """
     mentioned = {name: verify_function(f) for name, f in program.functions.items()}
+    _verify_names(program)
     carried = set(program.inputs)
     for call in program.calls:
         where = f"call of {call.function!r} at {call.path or 'top'}"

@@ -3,22 +3,39 @@
 A weight is a shape, a dtype and a producer. A producer is a slice of a file, or an expression
 over other producers (rows, transposes), so a fused or transposed checkpoint tensor becomes
 several logical weights without being read, and the way back to the checkpoint stays known.
+
+What lies in a file of a weight is its encoding's to say: one tensor, or the several of a packed
+one, whose value is what they stand for. An expression over a packed weight is dense.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
+from graphopt.ir.encoding import Packed
+from graphopt.ir.types import Type
+
 
 class Producer(ABC):
-    """Where the value of a weight comes from."""
+    """Where the value of a weight comes from.
+
+    Attributes:
+        encoding: How the value is stored where it is not dense.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    encoding: ClassVar[Packed | None] = None
+
+    def tensors(self) -> dict[str, Producer]:
+        """Return the dense tensors it is stored as, by suffix; a dense one is "" itself."""
+        return {"": self}
 
     @abstractmethod
     def load(self) -> torch.Tensor:
@@ -166,6 +183,47 @@ class Reshaped(Producer):
 
 
 @dataclass(frozen=True)
+class Dequantised(Producer):
+    """The matrix that packed codes stand for; see `graphopt.ir.encoding` for their layout.
+
+    Raises:
+        ValueError: The tensors are not those of the encoding.
+    """
+
+    encoding: Packed = field()  # type: ignore[misc]  # no default, unlike the base
+    packed: Producer
+    scales: Producer
+    zeros: Producer | None = None
+
+    def __post_init__(self) -> None:
+        found = {suffix: (p.shape, p.dtype) for suffix, p in self.tensors().items()}
+        wanted = self.encoding.stored(self.shape, self.dtype)
+        if found != wanted:
+            raise ValueError(f"{self.encoding} of {list(self.shape)} has {wanted}, not {found}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.encoding.shape_of(self.packed.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.scales.dtype
+
+    def tensors(self) -> dict[str, Producer]:
+        found = {"packed": self.packed, "scales": self.scales}
+        return found if self.zeros is None else found | {"zeros": self.zeros}
+
+    def load(self) -> torch.Tensor:
+        return self.encoding.dequantise({s: p.load() for s, p in self.tensors().items()})
+
+    def load_rows(self, start: int, stop: int) -> torch.Tensor:
+        if self.encoding.axis == 0:
+            return self.load()[start:stop]
+        rows = {s: p.load_rows(start, stop) for s, p in self.tensors().items()}
+        return self.encoding.dequantise(rows)
+
+
+@dataclass(frozen=True)
 class Weight:
     """A logical tensor of the program.
 
@@ -192,11 +250,30 @@ class Weight:
         return self.producer.dtype
 
     @property
+    def encoding(self) -> Packed | None:
+        """How it is stored; None where it is dense."""
+        return self.producer.encoding
+
+    @property
+    def type(self) -> Type:
+        """What an op sees of it."""
+        return Type(self.shape, self.dtype, self.encoding)
+
+    @property
     def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes where it is stored."""
+        return int(self.type.bytes)
+
+    def tensors(self) -> list[Weight]:
+        """Return the dense weights that a file holds of it: itself, or those of its encoding."""
+        return [
+            Weight(f"{self.name}.{suffix}", producer) if suffix else self
+            for suffix, producer in self.producer.tensors().items()
+        ]
 
     def load(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the value on the CPU, cast to `dtype` when it is given and floating point."""
@@ -243,6 +320,10 @@ class WeightStore:
 
     def remove(self, name: str) -> None:
         del self._weights[name]
+
+    def tensors(self) -> list[Weight]:
+        """Return the dense tensors that hold all of them, in their order; see `Weight.tensors`."""
+        return [tensor for weight in self for tensor in weight.tensors()]
 
     def copy(self) -> WeightStore:
         return WeightStore(dict(self._weights))

@@ -58,14 +58,14 @@ def save_program(program: Program, root: Path, storage: dict[str, StoredWeight])
     Args:
         program: Weights are read one at a time.
         root: The output folder.
-        storage: Where emitters have put weights already, by program weight name.
+        storage: Where emitters have put weights already, by the names of `Weight.tensors`.
 
     Raises:
         SourceError: A weight cannot be read or is not finite.
         GraphoptError: The disk is full.
     """
     places = dict(storage)
-    left = [weight for weight in program.weights if weight.name not in places]
+    left = [tensor for tensor in program.weights.tensors() if tensor.name not in places]
     if left:
         path = root / WEIGHTS_NAME
         kinds = {weight.name: (weight.shape, weight.dtype) for weight in left}
@@ -84,7 +84,8 @@ def save_program(program: Program, root: Path, storage: dict[str, StoredWeight])
     data["storage"] = {name: _pack(places[name]) for name in sorted(places)}
     for weight in data["weights"]:
         # The saved form is what is stored: an emitter may have written another dtype.
-        weight["dtype"] = DTYPE_NAMES[places[weight["name"]].dtype]
+        stored = f"{weight['name']}.scales" if weight["encoding"] else weight["name"]
+        weight["dtype"] = DTYPE_NAMES[places[stored].dtype]
     text = json.dumps(data, indent=1, ensure_ascii=False)
     (root / PROGRAM_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -117,10 +118,10 @@ def load_program(root: Path) -> Program:
                     _AGAIN,
                 )
     program = program_from_json({k: v for k, v in data.items() if k != "storage"}, producers)
-    for weight in program.weights:
-        if weight.name not in producers:
+    for tensor in program.weights.tensors():
+        if tensor.name not in producers:
             raise SourceError(
-                f"{path} does not say where weight {shown(weight.name)} is stored.", _AGAIN
+                f"{path} does not say where weight {shown(tensor.name)} is stored.", _AGAIN
             )
     return program
 
@@ -146,7 +147,7 @@ def check_weights_file(root: Path, program: Program) -> None:
         held = read_header(path)
     except SourceError as error:  # which was made here, and not downloaded
         raise SourceError(error.message, _AGAIN) from error
-    for weight in program.weights:
+    for weight in program.weights.tensors():
         raw = held.get(weight.name)
         if raw is None:
             raise SourceError(f"{path} lacks the weight {shown(weight.name)}.", _AGAIN)

@@ -124,7 +124,7 @@ class Snapshots:
         self._source = source
         self._salt = salt + fingerprint(source)
         # Producers by identity, kept alive so that an id stays one producer's.
-        self._origin = {id(w.producer): (w.name, w.producer) for w in source.weights}
+        self._origin = {id(t.producer): (t.name, t.producer) for t in source.weights.tensors()}
         self._stored: dict[int, tuple[str, str, Producer]] = {}
 
     def _name(self, recipe: str, number: int) -> str:
@@ -165,7 +165,8 @@ class Snapshots:
         entries: list[dict[str, Any]],
         figures: dict[str, Any],
     ) -> None:
-        own = [w for w in program.weights if id(w.producer) not in self._origin]
+        tensors = program.weights.tensors()
+        own = [t for t in tensors if id(t.producer) not in self._origin]
         unsaved = [w for w in own if id(w.producer) not in self._stored]
         if unsaved:
             announced = {weight.name: (weight.shape, weight.dtype) for weight in unsaved}
@@ -180,9 +181,9 @@ class Snapshots:
         state = {
             "program": program_to_json(program),
             "origin": {
-                w.name: self._origin[id(w.producer)][0]
-                for w in program.weights
-                if id(w.producer) in self._origin
+                t.name: self._origin[id(t.producer)][0]
+                for t in tensors
+                if id(t.producer) in self._origin
             },
             "stored": {w.name: self._stored[id(w.producer)][:2] for w in own},
             "entries": entries,
@@ -204,10 +205,11 @@ class Snapshots:
         again = "Leave --resume out to start again."
         state = parse(_Snapshot, read_json(path, remedy=again), str(path), remedy=again)
         producers: dict[str, Producer] = {}
+        given = {tensor.name: tensor.producer for tensor in self._source.weights.tensors()}
         for name, source in state.origin.items():
-            if source not in self._source.weights:
+            if source not in given:
                 raise SourceError(f"{path}: the source has no weight {shown(source)}.", again)
-            producers[name] = self._source.weights[source].producer
+            producers[name] = given[source]
         files: dict[str, dict[str, RawTensor]] = {}
         for name, (folder, stored) in state.stored.items():
             if Path(folder).name != folder:
@@ -220,9 +222,9 @@ class Snapshots:
             producers[name] = producer
             self._stored[id(producer)] = (folder, stored, producer)
         program = program_from_json(state.program, producers)
-        for weight in program.weights:
-            if weight.name not in producers:
-                raise SourceError(f"{path} does not say where {shown(weight.name)} is.", again)
+        for tensor in program.weights.tensors():
+            if tensor.name not in producers:
+                raise SourceError(f"{path} does not say where {shown(tensor.name)} is.", again)
         program.tokenizer = self._source.tokenizer
         self._check(program, path)
         return program, state.entries, state.figures

@@ -157,6 +157,11 @@ def _checkpoint(program: Program) -> _Checkpoint:
     Raises:
         LoweringError: The program is not what its config makes, carved or not.
     """
+    for weight in program.used_weights():
+        if weight.encoding is not None:
+            raise _refusal(
+                f"weight {weight.name!r} is {weight.encoding}, and its config has no entry for that"
+            )
     if not program.config:
         raise _refusal("it was captured from a module without a transformers config")
     if program.config.get("auto_map"):

@@ -26,6 +26,7 @@ from graphopt.lowering.onnx.external import DataFile, Layout
 from graphopt.lowering.onnx.genai import GENAI_NAME, RUN_NAME, genai_config, run_script, why_not
 from graphopt.lowering.onnx.moe import Fused, Kind, Plan
 from graphopt.lowering.onnx.ops import Heads, Lowering, Pack, Sum, translation_of
+from graphopt.lowering.onnx.quantised import QuantisedMatrix, no_onnx_form
 from graphopt.lowering.tokenizer import write_generation, write_tokenizer
 from graphopt.support.progress import Progress
 
@@ -49,11 +50,18 @@ class OnnxEmitter(Emitter):
         self.moe = moe
 
     def check(self, program: Program, target: str) -> None:
-        """Refuse a program with an op that has no ONNX form.
+        """Refuse a program with an op or an encoding that has no ONNX form.
 
         Raises:
-            LoweringError: Naming the op and the call.
+            LoweringError: Naming the op and the call, or the weight.
         """
+        for weight in program.used_weights():
+            reason = None if weight.encoding is None else no_onnx_form(weight.encoding)
+            if reason is not None:
+                raise LoweringError(
+                    f"Weight {weight.name!r} is {weight.encoding}: {reason}.",
+                    "Emit torch instead (--emit torch).",
+                )
         for call in program.calls:
             function = program.functions[call.function]
             for node in function.nodes:
@@ -143,7 +151,7 @@ class _Graph:
         self.data = data
         self.builder = GraphBuilder()
         self.shared: dict[object, object] = {"transposed": set(), "continues": continues}
-        self.weights: dict[str, ir.Value] = {}
+        self.weights: dict[str, ir.Value | QuantisedMatrix] = {}
         self.transposed = self._transposable()
         self.uses = Counter(self._reads())
         self.moe = moe
@@ -190,6 +198,7 @@ class _Graph:
                 continue
             weight = weights[call.weights[slots[node.inputs[1]]]]
             alone = weight.name in self.transposed and self.uses[weight.name] == 1
+            alone = alone and weight.encoding is None
             if alone and not weight.constant and weight.numel >= _INLINE:
                 siblings.setdefault(node.inputs[0], []).append((node, weight))
         packs: dict[Node, Pack] = {}
@@ -368,11 +377,14 @@ class _Graph:
                 outputs[key] = (f"present.{number}.{part}", kind)
         return pasts, outputs
 
-    def _weight(self, name: str) -> ir.Value:
-        """Return the initializer of a program weight."""
+    def _weight(self, name: str) -> ir.Value | QuantisedMatrix:
+        """Return the initializer of a program weight, or a packed one as ops may read it."""
         if name in self.weights:
             return self.weights[name]
         weight = self.program.weights[name]
+        if weight.encoding is not None:
+            matrix = self.weights[name] = QuantisedMatrix.stored(weight, self.builder, self.data)
+            return matrix
         label = self.builder.unique(name)
         if weight.constant or weight.numel < _INLINE:
             value = weight.load(torch.float32).contiguous()

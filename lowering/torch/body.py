@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import sympy
@@ -15,6 +15,7 @@ from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import map_leaves, resolve_target
 from graphopt.ir.ops.attention import PAST_K, PAST_V
 from graphopt.ir.printer import FunctionPrinter
+from graphopt.lowering.torch.packed import rows_text
 from graphopt.lowering.torch.text import (
     HELPERS,
     attribute_names,
@@ -69,6 +70,7 @@ class BodyPrinter(FunctionPrinter):
     Args:
         function: Without dead nodes.
         where: Of a call of it, for messages.
+        packed: Weight slots that hold packed codes.
 
     Attributes:
         params: Python name of every parameter, in order.
@@ -76,16 +78,17 @@ class BodyPrinter(FunctionPrinter):
         attributes: Attribute of the module for every weight slot that has one of its own.
         packs: Slots of the weights, or biases, that lie in one attribute, by its name.
         options: Attribute of the module for every call attribute.
+        quantised: The packed weights; reading one gives the values that its codes stand for.
         helpers: Functions of graphopt.ir.functional that the body calls.
         needs: Which of B, S, P and device the body mentions, in this order.
     """
 
     inline_width = 50
 
-    def __init__(self, function: Function, where: str) -> None:
+    def __init__(self, function: Function, where: str, packed: Collection[str] = ()) -> None:
         super().__init__(function)
         self.where = where
-        self.helpers: set[str] = set()
+        self.helpers: set[str] = {"dequantise"} if packed else set()
         self._needs: set[str] = set()
         self._taken: set[str] = set()
         self.params = [self._claim(value.name) for value in function.params]
@@ -103,6 +106,9 @@ class BodyPrinter(FunctionPrinter):
         for slot, value in function.weights.items():
             if slot in self.attributes:
                 self._names[value] = f"self.{self.attributes[slot]}"
+                if slot in packed:
+                    self._names[value] += "()"
+        self.quantised = {function.weights[slot] for slot in packed}
         self._cache_of = {c.past_k: c for c in function.caches}
         for value in (v for c in function.caches for v in (c.past_k, c.past_v)):
             self._names[value] = self._claim(value.name)
@@ -361,6 +367,8 @@ def _embedding(printer: BodyPrinter, node: Node) -> str:
     offset = node.attrs.get("offset", 0)
     if offset != 0:
         rows += f" + {printer.literal(offset, node)}"
+    if weight in printer.quantised:
+        return rows_text(printer.name(weight), rows)
     return f"F.embedding({rows}, {printer.name(weight)})"
 
 

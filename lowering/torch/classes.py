@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+from graphopt.ir.encoding import Packed
 from graphopt.ir.graph import Call, Function
 from graphopt.ir.types import Dim, Type
 from graphopt.lowering.torch.body import BodyPrinter
 from graphopt.lowering.torch.fuse import fuse
+from graphopt.lowering.torch.packed import init_statement
 from graphopt.lowering.torch.text import WIDTH, prose, quoted, sizes_of, wrap, wrap_def
 
 Shapes = Sequence[tuple[Dim, ...]]
@@ -25,6 +27,7 @@ class ModuleClass:
         results: For every call, the types of its results.
         packable: Weight slots that one product may have together; None leaves every node alone.
         optional: Numbers of the parameters that may be None.
+        packed: Encodings of the weights that are packed, by slot.
 
     Attributes:
         body: The printed `forward`.
@@ -39,18 +42,21 @@ class ModuleClass:
         results: Sequence[Sequence[Type]],
         packable: Collection[str] | None = None,
         optional: Collection[int] = (),
+        packed: Mapping[str, Packed] | None = None,
     ) -> None:
         self.name = name
         self.calls = calls
         self.arguments = arguments
         self.results = results
         self.optional = optional
+        self.packed = dict(packed or {})
         live = function.clone()
         live.remove_dead()
         if packable is not None:
             fuse(live, packable)
         self.function = live
-        self.body = BodyPrinter(live, calls[0].path or function.name)
+        where = calls[0].path or function.name
+        self.body = BodyPrinter(live, where, [s for s in live.weights if s in self.packed])
 
     def signature(self) -> tuple[object, ...]:
         """Return what calls of two classes must have in common to be made by one statement."""
@@ -63,7 +69,10 @@ class ModuleClass:
         lines += wrap_def("__init__", self._init_params(), "None", 4)
         lines.append("        super().__init__()")
         for slot, attribute in self.body.attributes.items():
-            lines += wrap(f"self.{attribute} = weights[{quoted(slot)}]", 8)
+            text = f"self.{attribute} = weights[{quoted(slot)}]"
+            if slot in self.packed:
+                text = init_statement(attribute, quoted(slot), self.packed[slot])
+            lines += wrap(text, 8)
         for attribute, slots in self.body.packs.items():
             parts = ", ".join(f"weights[{quoted(slot)}]" for slot in slots)
             lines += wrap(f"self.{attribute}, self.{sizes_of(attribute)} = pack({parts})", 8)

@@ -113,13 +113,13 @@ class TorchEmitter(Emitter):
 
     @staticmethod
     def _write_weights(program: Program, path: Path, progress: Progress) -> dict[str, StoredWeight]:
-        """Write every weight as it is, reading one at a time; return where each one is.
+        """Write the tensors of every weight as they are, one at a time; return where each is.
 
         Raises:
             SourceError: A weight cannot be read, or a trained one holds NaN or infinity.
             GraphoptError: The disk is full.
         """
-        weights = list(program.weights)
+        weights = program.weights.tensors()
         kinds = {weight.name: (weight.shape, weight.dtype) for weight in weights}
         with SafetensorsWriter(path, kinds) as writer:
             for done, weight in enumerate(weights):

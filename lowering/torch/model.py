@@ -11,6 +11,7 @@ from graphopt.ir.graph import Call, Program, unique_name
 from graphopt.lowering.torch.classes import ModuleClass
 from graphopt.lowering.torch.columns import Columns
 from graphopt.lowering.torch.flow import Carried, Flow, Run, find_runs
+from graphopt.lowering.torch.packed import stored_slots
 from graphopt.lowering.torch.text import (
     ATTRIBUTES,
     WIDTH,
@@ -124,7 +125,7 @@ class ModelClass:
     def _weights(self, run: Run, calls: Sequence[Call], columns: Columns) -> str:
         """Return the weights of a call by slot: those under one prefix, and the others by name."""
         used = [
-            {slot: call.weights[slot] for slot in self._class(number).function.weights}
+            stored_slots(self.program, call, self._class(number).function.weights)
             for number, call in zip(run.calls, calls, strict=True)
         ]
         prefixes = [_prefix(weights) for weights in used]

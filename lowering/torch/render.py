@@ -16,10 +16,11 @@ from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.graph import Program, resolve_attrs
 from graphopt.ir.ops import is_aten
 from graphopt.ir.shapes import infer_program
-from graphopt.lowering.torch import template
+from graphopt.lowering.torch import packed, template
 from graphopt.lowering.torch.classes import ModuleClass
 from graphopt.lowering.torch.fuse import FUSED, MOE, Deferred, defer_sums
 from graphopt.lowering.torch.model import ModelClass
+from graphopt.lowering.torch.packed import with_uniform_encodings
 from graphopt.lowering.torch.text import HELPERS, WIDTH, class_name, prose, quoted, wrap
 from graphopt.lowering.torch.tiled import (
     TORCH_NAMES,
@@ -69,6 +70,7 @@ def render_model(program: Program, target: str = "cpu", lowered: TiledModel | No
     """
     tiled = lowered or lower_attentions(program, target)
     fused = tiled is not None and bool(tiled.target.layer_kernels)
+    program = with_uniform_encodings(program)
     deferred = defer_sums(program) if fused else Deferred(program)
     classes = _classes(program, deferred, fused)
     ahead = [*(_ATTENTION if tiled else ()), *((*FUSED, *MOE) if fused else ())]
@@ -77,6 +79,8 @@ def render_model(program: Program, target: str = "cpu", lowered: TiledModel | No
     parts = ["\n".join(made.lines()) for made in classes.values()]
     if "under(" in model:
         parts.append(template.UNDER.strip())
+    if any(made.packed for made in classes.values()):
+        parts.insert(0, packed.CLASS.strip())
     if "pack(" in "".join(parts):
         parts.append(template.PACK.strip())
     helpers = {name for made in classes.values() for name in made.body.helpers}
@@ -163,7 +167,7 @@ def _classes(program: Program, deferred: Deferred, fused: bool) -> dict[str, Mod
     per_call, _ = infer_program(program)
     uses = Counter(name for call in program.calls for name in call.weights.values())
     classes: dict[str, ModuleClass] = {}
-    taken = {"Model"}
+    taken = {"Model", packed.CLASS_NAME}
     for name in dict.fromkeys(call.function for call in program.calls):
         function = program.functions[name]
         numbers = [n for n, call in enumerate(program.calls) if call.function == name]
@@ -171,11 +175,12 @@ def _classes(program: Program, deferred: Deferred, fused: bool) -> dict[str, Mod
         arguments = [[per_call[n][function.params[i]] for i in params] for n in numbers]
         results = [[per_call[n][function.results[i]] for i in made] for n in numbers]
         calls = [deferred.program.calls[n] for n in numbers]
-        # What is used twice would be there twice.
+        stored = packed.encodings(program, calls[0])
+        # What is used twice would be there twice, and codes of different groups don't go together.
         packable = [
             slot
             for slot in function.weights
-            if fused and all(uses[call.weights[slot]] == 1 for call in calls)
+            if fused and all(uses[call.weights[slot]] == 1 for call in calls) and slot not in stored
         ]
         unique = class_name(name, taken)
         taken.add(unique)
@@ -187,6 +192,7 @@ def _classes(program: Program, deferred: Deferred, fused: bool) -> dict[str, Mod
             results,
             packable if fused else None,
             [place for place, old in enumerate(params) if old in params[:place]],
+            stored,
         )
     return classes
 

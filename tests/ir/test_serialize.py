@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import sympy
@@ -165,8 +166,19 @@ def test_other_formats_and_versions():
     for other in ({}, [], None, {"format": "onnx"}):
         with pytest.raises(SourceError, match="not a saved graphopt program"):
             program_from_json(other, {})
-    with pytest.raises(SourceError, match=r"has version 99.*reads 1\. Compile the model again"):
+    with pytest.raises(SourceError, match=r"has version 99.*reads 1 and 2\. Compile the model"):
         program_from_json({**data, "version": 99}, {})
+
+
+def test_a_file_of_the_first_version_opens():
+    """The file was written before encodings, layouts and placements were known."""
+    program = tiny_program(layers=2, window=3, sinks=True, cache=True)
+    program.config, program.notes = {"model_type": "tiny"}, [("layers.0", "a reason")]
+    data = json.loads((Path(__file__).parent / "saved" / "program-v1.json").read_text())
+    assert data["version"] == 1
+    opened = program_from_json(data, producers(program))
+    verify(opened)
+    assert program_to_json(opened) == program_to_json(program)
 
 
 def places(data, prefix=()):

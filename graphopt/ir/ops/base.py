@@ -44,12 +44,27 @@ class Op(ABC):
         operands: Operand names in order; a trailing `?` marks one that may be absent.
         attributes: The type of every attribute it has.
         defaults: Attributes the printer leaves out at these values; the others must be given.
+        encoded: Operands that may be packed, by name; the implementations get their values.
     """
 
     name: ClassVar[str]
     operands: ClassVar[tuple[str, ...]]
     attributes: ClassVar[Mapping[str, Any]] = {}
     defaults: ClassVar[Mapping[str, Any]] = {}
+    encoded: ClassVar[tuple[str, ...]] = ()
+
+    def check_encodings(self, types: Types) -> None:
+        """Check that only operands which may be packed are.
+
+        Raises:
+            ValueError: Another one is.
+        """
+        for index, operand in enumerate(types):
+            if operand is None or operand.encoding is None:
+                continue
+            name = self.operands[index].rstrip("?") if index < len(self.operands) else f"{index}"
+            if name not in self.encoded:
+                raise ValueError(f"operand {name!r} is {operand}, and this op reads dense ones")
 
     def check(self, attrs: Attrs, types: Types) -> None:
         """Check the attributes of a node, as a call gives them, by their declared types.

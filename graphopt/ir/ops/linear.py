@@ -15,6 +15,7 @@ class Linear(Op):
 
     name = "linear"
     operands = ("x", "weight", "bias?")
+    encoded = ("weight",)
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         x, weight = need(types, 0), need(types, 1)

@@ -60,13 +60,13 @@ class GgufTensor(Producer):
         path: The file.
         offset: Where its bytes start.
         shape: Sizes, outermost first (a GGUF file lists them the other way round).
-        encoding: How the elements are packed.
+        ggml_type: How the elements are packed.
     """
 
     path: Path
     offset: int
     shape: tuple[int, ...]  # type: ignore[misc]
-    encoding: GGMLQuantizationType
+    ggml_type: GGMLQuantizationType
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -82,18 +82,18 @@ class GgufTensor(Producer):
 
     def _read(self, start: int, count: int) -> torch.Tensor:
         """Return `count` elements from number `start` on; both are whole blocks."""
-        elements, size = GGML_QUANT_SIZES[self.encoding]
+        elements, size = GGML_QUANT_SIZES[self.ggml_type]
         offset = self.offset + start // elements * size
         data = read_exactly(self.path, offset, count // elements * size)
-        if self.encoding in PLAIN:
-            return data.view(PLAIN[self.encoding]).float()
+        if self.ggml_type in PLAIN:
+            return data.view(PLAIN[self.ggml_type]).float()
         raw, blocks = data.numpy(), count // elements
         whole = blocks // _CHUNK_BLOCKS * _CHUNK_BLOCKS
         result = np.empty(count, dtype=np.float32)
         for first, last, width in ((0, whole, _CHUNK_BLOCKS), (whole, blocks, blocks - whole)):
             if first < last:
                 rows = raw[first * size : last * size].reshape(-1, width * size)
-                values = dequantize(rows, self.encoding)
+                values = dequantize(rows, self.ggml_type)
                 result[first * elements : last * elements] = values.reshape(-1)
         return torch.from_numpy(result)
 

@@ -7,20 +7,27 @@ import onnx_ir as ir
 from graphopt.ir.graph import Node
 from graphopt.lowering.onnx.builder import MICROSOFT
 from graphopt.lowering.onnx.ops.registry import Lowering, translation
+from graphopt.lowering.onnx.quantised import QuantisedMatrix
 
 
 @translation("embedding")
 def embedding(lower: Lowering, node: Node) -> ir.Value:
-    ids, weight = lower.whole(node.inputs[0]), lower.whole(node.inputs[1])
+    ids, weight = lower.whole(node.inputs[0]), node.inputs[1]
     offset = lower.attrs(node).get("offset", 0)
     if offset:
         ids = lower.builder.op("Add", ids, lower.builder.constant(offset))
-    return lower.builder.op("Gather", weight, ids, axis=0)
+    assert weight is not None
+    stored = lower.values[weight]
+    if isinstance(stored, QuantisedMatrix) and stored.in_blocks:
+        return stored.gather(lower.builder, ids)
+    return lower.builder.op("Gather", lower.whole(weight), ids, axis=0)
 
 
 @translation("linear")
 def linear(lower: Lowering, node: Node) -> ir.Value:
     """MatMul with a weight stored as [in, out], which is what ONNX Runtime packs best.
+
+    A packed one is read by MatMulNBits where that knows its blocks, else by DequantizeLinear.
 
     A weight that is stored as [out, in] for another use, such as a tied embedding, is not
     stored twice: it is read transposed.
@@ -32,7 +39,10 @@ def linear(lower: Lowering, node: Node) -> ir.Value:
         return _packed(lower, node, x)
     bias = lower.operand(node, 2)
     stored = lower.values[weight]
-    assert isinstance(stored, ir.Value)
+    if isinstance(stored, QuantisedMatrix) and stored.in_blocks:
+        product = stored.matmul(builder, x)
+        return product if bias is None else builder.op("Add", product, lower.whole(bias))
+    stored = lower.whole(weight)
     if stored in lower.shared["transposed"]:
         product = builder.op("MatMul", x, stored)
         return product if bias is None else builder.op("Add", product, lower.whole(bias))

@@ -12,6 +12,7 @@ from graphopt.ir.graph import Call, Function, In, Node, Program, Value, resolve_
 from graphopt.ir.types import Type
 from graphopt.lowering.onnx.builder import GraphBuilder
 from graphopt.lowering.onnx.moe import Fused
+from graphopt.lowering.onnx.quantised import QuantisedMatrix
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Sum:
         return self.total
 
 
-Lowered = ir.Value | Heads | Sum
+Lowered = ir.Value | Heads | Sum | QuantisedMatrix
 
 
 @dataclass(eq=False)

@@ -1,0 +1,145 @@
+"""How the elements of a matrix are stored: as they are, or as packed integers with scales.
+
+A dense weight is one tensor. A packed one is up to three, which lie in files under the weight's
+name and a suffix. For a weight [out, in] with groups along axis 1:
+
+    NAME.packed   uint8 [out, groups, group * bits / 8]   the codes, the first in the low bits
+    NAME.scales   float [out, groups]
+    NAME.zeros    uint8 [out, ceil(groups * bits / 8)]    the groups' zero points, packed alike;
+                                                          not there where it is symmetric
+
+and element (o, i), in group g = i // group, is (code[o, i] - zero[o, g]) * scale[o, g]. Symmetric
+codes have the zero point 2 ** (bits - 1). With groups along axis 0 the tensors are those of the
+transposed weight. This is the layout of com.microsoft::MatMulNBits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphopt.ir import functional
+
+BITS = (2, 4, 8)
+"""Widths of a code: those of which a byte holds a whole number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The encoding of a matrix as integer codes that share a scale in groups.
+
+    Attributes:
+        bits: Width of a code, one of `BITS`.
+        group: How many neighbouring elements share a scale and a zero point.
+        axis: The axis [out, in] along which elements are neighbours.
+        symmetric: Whether the zero point is 2 ** (bits - 1) everywhere, and not stored.
+
+    Raises:
+        ValueError: The bits or the axis are others, or a group does not fill whole bytes.
+    """
+
+    bits: int
+    group: int
+    axis: int = 1
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"codes of {self.bits} bits: they may have {BITS}")
+        if self.axis not in (0, 1):
+            raise ValueError(f"groups along axis {self.axis}: a matrix has the axes 0 and 1")
+        if self.group < 1 or self.group * self.bits % 8:
+            raise ValueError(
+                f"groups of {self.group} codes of {self.bits} bits: a group fills whole bytes"
+            )
+
+    def __str__(self) -> str:
+        about = f"bits={self.bits}, group={self.group}, axis={self.axis}"
+        return f"packed({about}{', symmetric' if self.symmetric else ''})"
+
+    def stored(
+        self, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shape and dtype of each tensor of a weight, by its suffix.
+
+        Args:
+            shape: The weight's, [out, in].
+            dtype: Of the scales, and of what `functional.dequantise` returns.
+
+        Raises:
+            ValueError: The weight is no matrix, or its groups do not come out even.
+        """
+        if len(shape) != 2:
+            raise ValueError(f"a weight {list(shape)} is no matrix, and only those are packed")
+        rows, length = shape if self.axis == 1 else shape[::-1]
+        if length % self.group:
+            raise ValueError(f"axis {self.axis} of {list(shape)} is no multiple of {self.group}")
+        groups = length // self.group
+        tensors = {
+            "packed": ((rows, groups, self.group * self.bits // 8), torch.uint8),
+            "scales": ((rows, groups), dtype),
+        }
+        if not self.symmetric:
+            tensors["zeros"] = ((rows, -(-groups * self.bits // 8)), torch.uint8)
+        return tensors
+
+    def shape_of(self, packed: tuple[int, ...]) -> tuple[int, int]:
+        """Return the shape [out, in] of the weight whose codes have the shape `packed`."""
+        rows, groups, _ = packed
+        whole = (rows, groups * self.group)
+        return whole if self.axis == 1 else (whole[1], whole[0])
+
+    def dequantise(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight [out, in] in the dtype of its scales; `tensors` are by suffix."""
+        return functional.dequantise(
+            tensors["packed"], tensors["scales"], tensors.get("zeros"),
+            bits=self.bits, axis=self.axis,
+        )  # fmt: skip
+
+    def quantise(self, weight: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return a matrix rounded to the nearest codes, as tensors by suffix.
+
+        The scale of a group makes its largest magnitude, or from its least to its largest element
+        and 0, fit the codes. Other ways to choose codes, such as GPTQ, fill the same tensors.
+
+        Args:
+            weight: [out, in].
+            dtype: Of the scales; by default the weight's.
+
+        Raises:
+            ValueError: See `stored`.
+        """
+        kept = weight.dtype if dtype is None else dtype
+        self.stored(tuple(weight.shape), kept)
+        rows = weight.double().movedim(self.axis, -1).unflatten(-1, (-1, self.group))
+        top = 2**self.bits - 1
+        if self.symmetric:
+            middle = 2 ** (self.bits - 1)
+            scales = rows.abs().amax(-1) / (middle - 1 if self.bits > 2 else middle)
+            zeros = torch.full_like(scales, middle)
+        else:
+            low, high = rows.amin(-1).clamp(max=0), rows.amax(-1).clamp(min=0)
+            scales = (high - low) / top
+            zeros = (-low / scales.masked_fill(scales == 0, 1.0)).round().clamp(0, top)
+        # Codes are chosen for the scale as it is stored.
+        scales = scales.masked_fill(scales == 0, 1.0).to(kept)
+        codes = (rows / scales[..., None].double()).round() + zeros[..., None]
+        found = {"packed": pack(codes.clamp(0, top).to(torch.uint8), self.bits), "scales": scales}
+        if not self.symmetric:
+            found["zeros"] = pack(zeros.to(torch.uint8), self.bits)
+        return found
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Put codes [..., n] of `bits` bits into bytes [..., ceil(n * bits / 8)], the first lowest.
+
+    `functional.unpack` takes them apart again; bits that are left over are 0.
+    """
+    each = 8 // bits
+    padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % each))
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    parts = padded.unflatten(-1, (-1, each)) << shifts
+    return parts.sum(-1, dtype=torch.uint8)

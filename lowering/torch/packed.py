@@ -1,0 +1,79 @@
+"""Packed weights in `model.py`: kept as they are stored, and unpacked where they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from graphopt.ir.encoding import Packed
+from graphopt.ir.graph import Call, Program, unique_name
+
+CLASS_NAME = "QuantisedWeight"
+
+CLASS = f'''
+class {CLASS_NAME}(nn.Module):
+    """A matrix kept as packed codes with scales; a call gives the values they stand for."""
+
+    def __init__(self, weights: dict[str, Tensor], name: str, bits: int, axis: int) -> None:
+        super().__init__()
+        self.packed = weights[f"{{name}}.packed"]
+        self.scales = weights[f"{{name}}.scales"]
+        self.zeros = weights.get(f"{{name}}.zeros")
+        self.bits, self.axis = bits, axis
+
+    def forward(self) -> Tensor:
+        """Return the matrix [out,in]."""
+        return dequantise(self.packed, self.scales, self.zeros, bits=self.bits, axis=self.axis)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows `ids` [...] of the matrix, [...,in]; its groups lie along rows."""
+        zeros = None if self.zeros is None else self.zeros[ids]
+        return dequantise(self.packed[ids], self.scales[ids], zeros, bits=self.bits)
+'''
+
+
+def encodings(program: Program, call: Call) -> dict[str, Packed]:
+    """Return the encodings of a call's packed weights, by slot."""
+    found = {slot: program.weights[name].encoding for slot, name in call.weights.items()}
+    return {slot: encoding for slot, encoding in found.items() if encoding is not None}
+
+
+def with_uniform_encodings(program: Program) -> Program:
+    """Return a program in which the calls of a function agree on how its weights are stored.
+
+    Where they don't, as when the first layers stay dense, each way gets a copy of the function; a
+    program in which they do is returned as it is.
+    """
+    made = program
+    names: dict[tuple[str, str], str] = {}
+    for number, call in enumerate(program.calls):
+        key = (call.function, repr(sorted(encodings(program, call).items())))
+        if key not in names:
+            names[key] = call.function
+            if any(name == call.function for name, _ in list(names)[:-1]):
+                made = program.copy() if made is program else made
+                names[key] = unique_name(call.function, set(made.functions))
+                function = program.functions[call.function].clone(names[key])
+                made.functions[function.name] = function
+        if names[key] != call.function:
+            made.calls[number].function = names[key]
+    return made
+
+
+def init_statement(attribute: str, slot_text: str, encoding: Packed) -> str:
+    """Return what sets the attribute of a packed weight; `slot_text` is its slot as a literal."""
+    options = f"bits={encoding.bits}, axis={encoding.axis}"
+    return f"self.{attribute} = {CLASS_NAME}(weights, {slot_text}, {options})"
+
+
+def rows_text(attribute: str, ids: str) -> str:
+    """Return the look-up of rows of a packed table."""
+    return f"{attribute.removesuffix('()')}.rows({ids})"
+
+
+def stored_slots(program: Program, call: Call, slots: Mapping[str, object]) -> dict[str, str]:
+    """Return the names of the tensors that a call's weights are stored as, by slot and suffix."""
+    return {
+        slot + tensor.name.removeprefix(call.weights[slot]): tensor.name
+        for slot in slots
+        for tensor in program.weights[call.weights[slot]].tensors()
+    }
