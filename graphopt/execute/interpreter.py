@@ -10,8 +10,9 @@ import sympy
 import torch
 from torch import Tensor
 
+from graphopt.execute.paged_kv import PagedKV
 from graphopt.ir.dataflow import angle_weights
-from graphopt.ir.graph import Call, Function, Program, Value, resolve_attrs
+from graphopt.ir.graph import Call, Function, KVState, Program, Value, resolve_attrs
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import concretize
 from graphopt.ir.types import B, P, S
@@ -19,8 +20,8 @@ from graphopt.ir.weights import Array, Weight
 from graphopt.support.devices import free_bytes
 
 Mode = Literal["torch", "reference"]
-CacheContents = dict[str, tuple[Tensor, Tensor]]
-"""State name -> (keys [B, G, P, D], values [B, G, P, Dv])."""
+CacheContents = dict[str, tuple[Tensor, Tensor] | PagedKV]
+"""State name -> (keys [B, G, P, D], values [B, G, P, Dv]), of a ring its last tokens."""
 
 
 def run_function(
@@ -69,10 +70,17 @@ def run_function(
         for value in node.inputs:
             if value is not None and last_use[value] == index and value not in outside:
                 values.pop(value, None)
-    present = {
+    present: CacheContents = {
         call.caches[c.slot]: (values[c.present_k], values[c.present_v]) for c in function.caches
     }
     return [values[value] for value in function.results], present
+
+
+def _extend(past: CacheContents, present: CacheContents) -> None:
+    """Put the keys and values that a call leaves in the place of those that it found."""
+    for name, (k, v) in present.items():
+        held = past.get(name)
+        past[name] = held.extended(k, v) if isinstance(held, PagedKV) else (k, v)
 
 
 @dataclass
@@ -113,13 +121,17 @@ class Runner:
 
     def empty_cache(self, batch: int) -> CacheContents:
         """Return a cache without tokens for every state of the program."""
-        return {
-            name: (
-                torch.zeros(batch, s.heads, 0, s.k_dim, dtype=self.dtype, device=self.device),
-                torch.zeros(batch, s.heads, 0, s.v_dim, dtype=self.dtype, device=self.device),
+
+        def empty(state: KVState) -> tuple[Tensor, Tensor] | PagedKV:
+            if state.layout.kind == "paged":
+                return PagedKV.empty(state, batch, self.dtype, self.device)
+            k, v = (
+                torch.zeros(batch, state.heads, 0, size, dtype=self.dtype, device=self.device)
+                for size in (state.k_dim, state.v_dim)
             )
-            for name, s in self.program.states.items()
-        }
+            return k, v
+
+        return {name: empty(state) for name, state in self.program.states.items()}
 
     def stream(
         self, batches: Sequence[Mapping[str, Tensor]], pasts: Sequence[CacheContents] | None = None
@@ -153,7 +165,7 @@ class Runner:
                 results, present = run_function(
                     function, call, args, weights, sizes, past, self.mode
                 )
-                past.update(present)
+                _extend(past, present)
                 environment.update(zip(call.results, results, strict=True))
             del weights  # before the next layer's are read
             yield call, environments
@@ -174,8 +186,7 @@ class Runner:
         """
         contents = dict(past) if past is not None else None
         state = contents or self.empty_cache(inputs["input_ids"].shape[0])
-        tokens_past = next((k.shape[2] for k, _ in state.values()), 0)
-        batch = complete_inputs(inputs, tokens_past)
+        batch = complete_inputs(inputs, self._tokens_past(inputs, state))
         outputs: list[Tensor] = []
         with torch.no_grad():
             for _, environments in self.stream([batch], [state]):
@@ -183,6 +194,21 @@ class Runner:
                 if all(name in environment for name in self.program.outputs):
                     outputs = [environment[name] for name in self.program.outputs]
         return outputs, state
+
+    def _tokens_past(self, inputs: Mapping[str, Tensor], state: CacheContents) -> int:
+        """Return how many tokens came before, by the mask or by a state that holds them all.
+
+        Raises:
+            ValueError: A ring that may be full is all there is.
+        """
+        if state and "attention_mask" in inputs:
+            return int(inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1])
+        lengths = {name: k.shape[2] for name, (k, _) in state.items()}
+        rings = {name: s.layout.ring for name, s in self.program.states.items()}
+        whole = [length for name, length in lengths.items() if rings[name] is None]
+        if not whole and any(length == rings[name] for name, length in lengths.items()):
+            raise ValueError("full rings don't say how many tokens came before: give the mask")
+        return max(whole or lengths.values(), default=0)
 
     def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the logits [B, S, vocab] of a batch without past."""

@@ -235,6 +235,12 @@ def _call_difference(have: Program, ours: Call, want: Program, theirs: Call) -> 
             return f"weight {slot!r} is {ours_as}, not {theirs_as}"
         if x.constant != y.constant:
             return f"weight {slot!r} is {'a constant' if x.constant else 'no constant'}"
+    for cache, wanted_cache in zip(a.caches, b.caches, strict=True):
+        state = have.states[ours.caches[cache.slot]]
+        wanted = want.states[theirs.caches[wanted_cache.slot]]
+        if (state.types, state.layout) != (wanted.types, wanted.layout):
+            have_as, want_as = (f"{s.types[0]}, {s.types[1]} {s.layout}" for s in (state, wanted))
+            return f"state {state.name!r} is {have_as}, not {want_as}"
     return None
 
 

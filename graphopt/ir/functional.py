@@ -314,6 +314,8 @@ def cached_attention(
     bias: Tensor | None = None,
     slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    *,
+    ring: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention` that also sees the keys and values of the tokens before.
@@ -323,15 +325,21 @@ def cached_attention(
         past: Keys [B, G, P, D] and values [B, G, P, Dv] of the cached tokens; None if there are
             none.
         mask: [B, P + S], nonzero at real tokens.
+        ring: How many of the newest keys are kept; `past` then has at most as many, and of the
+            mask the newest count.
         bias, slopes, sinks, options: As for `attention`, with T = P + S.
 
     Returns:
-        The output [B, H, S, Dv], the keys [B, G, P + S, D] and the values [B, G, P + S, Dv].
+        The output [B, H, S, Dv], the keys [B, G, P + S, D] and the values [B, G, P + S, Dv]; of
+        both, at most `ring` tokens.
     """
     k = k.to(v.dtype)
     if past is not None:
         k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-    return attention(q, k, v, mask, bias, slopes, sinks, **options), k, v
+    if ring is not None and mask is not None:
+        mask = mask[:, -k.shape[2] :]
+    out = attention(q, k, v, mask, bias, slopes, sinks, **options)
+    return (out, k, v) if ring is None else (out, k[:, :, -ring:], v[:, :, -ring:])
 
 
 def append_kv(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor) -> Tensor:
@@ -351,6 +359,27 @@ def append_kv(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Te
     cache_k.transpose(1, 2)[row, place] = k.transpose(1, 2)
     cache_v.transpose(1, 2)[row, place] = v.transpose(1, 2)
     return (length + count).expand(batch).contiguous()
+
+
+def gather_pages(pool: Tensor, table: Tensor, length: int) -> Tensor:
+    """The first tokens [B, G, length, D] of rows that lie in pages.
+
+    Args:
+        pool: [pages, G, page, D].
+        table: int [B, N], the page of the pool that holds page n of a row.
+    """
+    return pool[table.long()].transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def append_pages(new: Tensor, pool: Tensor, table: Tensor, length: int) -> None:
+    """Write tokens `new` [B, G, S, D] behind the `length` ones that rows in pages hold.
+
+    Args:
+        pool, table: See `gather_pages`; the table names all pages that are needed.
+    """
+    place = torch.arange(length, length + new.shape[2], device=pool.device)
+    page = pool.shape[2]
+    pool.transpose(1, 2)[table.long()[:, place // page], place % page] = new.transpose(1, 2)
 
 
 def split_heads(x: Tensor, head_dim: int, swap: bool = True) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from graphopt.ir.kv import KVLayout, KVState
 from graphopt.ir.types import Dim, Type
 from graphopt.ir.weights import WeightStore
 
@@ -89,8 +90,8 @@ class Cache:
 
     Attributes:
         slot: Name in the function; a call maps it to a state of the program.
-        past_k, past_v: Inputs [B, kv_heads, P, head_dim].
-        present_k, present_v: Outputs [B, kv_heads, P + S, head_dim].
+        past_k, past_v: Inputs [B, kv_heads, P, head_dim], of a ring its length in place of P.
+        present_k, present_v: Outputs [B, kv_heads, P + S, head_dim], at most a ring's slots.
     """
 
     slot: str
@@ -242,17 +243,6 @@ class Call:
     path: str = ""
 
 
-@dataclass(slots=True)
-class KVState:
-    """The KV cache of one layer: keys [B, heads, P, k_dim] and values [B, heads, P, v_dim]."""
-
-    name: str
-    heads: int
-    k_dim: int
-    v_dim: int
-    dtype: torch.dtype = torch.float32
-
-
 @dataclass(eq=False)
 class Program:
     """A whole model.
@@ -379,6 +369,7 @@ __all__ = [
     "Dim",
     "Function",
     "In",
+    "KVLayout",
     "KVState",
     "Node",
     "Param",

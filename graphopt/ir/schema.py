@@ -77,6 +77,13 @@ class WeightEntry(Schema):
     encoding: EncodingEntry | None = None
 
 
+class LayoutEntry(Schema):
+    """Where the keys and values of a state lie; `graphopt.ir.kv` refuses what is no layout."""
+
+    kind: Literal["contiguous", "ring", "paged"] = "contiguous"
+    size: Annotated[int, pydantic.Field(ge=1, le=2**31)] | None = None
+
+
 class StateEntry(Schema):
     """The KV cache of one layer."""
 
@@ -85,6 +92,7 @@ class StateEntry(Schema):
     k_dim: Annotated[int, pydantic.Field(ge=1, le=2**16)]
     v_dim: Annotated[int, pydantic.Field(ge=1, le=2**16)]
     dtype: Dtype
+    layout: LayoutEntry = LayoutEntry()
 
 
 class ProgramEntry(Schema):
@@ -109,8 +117,8 @@ class ProgramEntry(Schema):
     @pydantic.field_validator("states", mode="before")
     @classmethod
     def _named_fields(cls, value: Any) -> Any:
-        """A state is saved as the list of its fields."""
-        names = list(StateEntry.model_fields)
+        """Version 1 has a state as the list of its first fields."""
+        names = list(StateEntry.model_fields)[:5]
         if not isinstance(value, list):
             return value
         return [

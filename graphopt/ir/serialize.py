@@ -18,7 +18,18 @@ import torch
 
 from graphopt.errors import SourceError
 from graphopt.ir.encoding import Packed
-from graphopt.ir.graph import Cache, Call, Function, In, KVState, Node, Param, Program, Value
+from graphopt.ir.graph import (
+    Cache,
+    Call,
+    Function,
+    In,
+    KVLayout,
+    KVState,
+    Node,
+    Param,
+    Program,
+    Value,
+)
 from graphopt.ir.schema import MAX_WORK, FunctionEntry, ProgramEntry, WeightEntry
 from graphopt.ir.types import DTYPE_NAMES, DTYPES, SYMBOLS, Type, dim
 from graphopt.ir.weights import Dequantised, Missing, Producer, Weight
@@ -287,7 +298,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
             for w in program.weights
         ],
         "states": [
-            [s.name, s.heads, s.k_dim, s.v_dim, DTYPE_NAMES[s.dtype]]
+            {**dataclasses.asdict(s), "dtype": DTYPE_NAMES[s.dtype]}
             for s in program.states.values()
         ],
         "config": program.config,
@@ -380,5 +391,9 @@ def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -
             raise _malformed(f"two weights are called {shown(w.name)}")
         program.weights.add(Weight(w.name, _producer(w, producers), w.checkpoint, w.constant))
     for s in entry.states:
-        program.states[s.name] = KVState(s.name, s.heads, s.k_dim, s.v_dim, DTYPES[s.dtype])
+        try:
+            layout = KVLayout(s.layout.kind, s.layout.size)
+        except ValueError as error:
+            raise _malformed(f"state {shown(s.name)}: {error}") from error
+        program.states[s.name] = KVState(s.name, s.heads, s.k_dim, s.v_dim, DTYPES[s.dtype], layout)
     return program

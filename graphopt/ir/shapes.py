@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from graphopt.errors import VerifyError
 from graphopt.ir.graph import Call, Function, Program, Value, resolve_attrs
 from graphopt.ir.ops import get_op, is_aten
-from graphopt.ir.types import B, P, Type
+from graphopt.ir.types import Type
 
 
 def infer_function(
@@ -27,8 +27,7 @@ def infer_function(
         types[value] = weight.type
     for cache in function.caches:
         state = program.states[call.caches[cache.slot]]
-        types[cache.past_k] = Type((B, state.heads, P, state.k_dim), state.dtype)
-        types[cache.past_v] = Type((B, state.heads, P, state.v_dim), state.dtype)
+        types[cache.past_k], types[cache.past_v] = state.types
     for node in function.nodes:
         operands = [None if v is None else types[v] for v in node.inputs]
         try:
@@ -62,11 +61,7 @@ def infer_program(program: Program) -> tuple[list[dict[Value, Type]], dict[str, 
                 (slot, program.weights[name].type) for slot, name in sorted(call.weights.items())
             ),
             repr(sorted(call.attrs.items())),
-            tuple(
-                (slot, state.heads, state.k_dim, state.v_dim, state.dtype)
-                for slot, name in sorted(call.caches.items())
-                for state in [program.states[name]]
-            ),
+            tuple((slot, program.states[name].types) for slot, name in sorted(call.caches.items())),
         )
         if key not in seen:
             seen[key] = infer_function(function, call, args, program)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from graphopt.errors import VerifyError
-from graphopt.ir.graph import Function, Param, Program, Value
+from graphopt.ir.graph import Cache, Call, Function, KVState, Param, Program, Value, resolve_attrs
 from graphopt.ir.ops import all_ops, get_op, is_aten
 from graphopt.ir.ops.aten import resolve_target
 from graphopt.ir.shapes import infer_program
@@ -64,6 +64,19 @@ def verify_function(function: Function) -> set[str]:
     return mentioned
 
 
+def _verify_ring(call: Call, cache: Cache, state: KVState, where: str) -> None:
+    """Refuse a state that holds another number of tokens than its attention leaves in it."""
+    node = cache.present_k.node
+    if node is None or node.op != "attention":
+        return
+    ring = resolve_attrs(node, call).get("ring")
+    if ring != state.layout.ring:
+        raise VerifyError(
+            f"{where}: state {state.name!r} is {state.layout}, and {node.outputs[0].name} keeps "
+            f"{'all keys' if ring is None else f'the last {ring}'}."
+        )
+
+
 def _verify_names(program: Program) -> None:
     """Refuse a weight whose name is that of a tensor which another one is stored as."""
     names = [tensor.name for tensor in program.weights.tensors()]
@@ -107,6 +120,8 @@ def verify(program: Program) -> None:
         absent = mentioned[call.function] - set(call.attrs)
         if absent:
             raise VerifyError(f"{where}: attribute {sorted(absent)[0]!r} is not set.")
+        for cache in function.caches:
+            _verify_ring(call, cache, program.states[call.caches[cache.slot]], where)
         carried |= set(call.results)
     for name in program.outputs:
         if name not in carried:

@@ -119,6 +119,9 @@ def kv_cache_bytes(program: Program, itemsize: int | None = None) -> Dim:
     Args:
         itemsize: Bytes an element; None for the activations' own dtype.
     """
+    if program.states:
+        states = (state.nbytes(T, itemsize) for state in program.states.values())
+        return sum(map(sympy.sympify, states), sympy.Integer(0))
     per_call, _ = infer_program(program)
     total: Dim = sympy.Integer(0)
     for call, types in zip(program.calls, per_call, strict=True):

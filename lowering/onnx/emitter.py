@@ -50,11 +50,18 @@ class OnnxEmitter(Emitter):
         self.moe = moe
 
     def check(self, program: Program, target: str) -> None:
-        """Refuse a program with an op or an encoding that has no ONNX form.
+        """Refuse a program with an op, an encoding or a layout that has no ONNX form.
 
         Raises:
-            LoweringError: Naming the op and the call, or the weight.
+            LoweringError: Naming the op and the call, the weight, or the state.
         """
+        for state in program.states.values():
+            if state.layout.kind != "contiguous":
+                raise LoweringError(
+                    f"State {state.name!r} is {state.layout}, and a graph takes and gives keys one "
+                    "behind the other.",
+                    "Keep this state contiguous, or emit torch instead (--emit torch).",
+                )
         for weight in program.used_weights():
             reason = None if weight.encoding is None else no_onnx_form(weight.encoding)
             if reason is not None:

@@ -217,7 +217,7 @@ class ModelClass:
         if self.states:
             lines.append("cache = list(cache or self.empty_cache(B))")
         if self.states and (masked or "P" in needs):
-            lines.append("P = cache[0][0].shape[2]")
+            lines += self._past_tokens()
         elif "P" in needs:
             lines.append("P = 0")
         if masked and not self.unmasked:
@@ -242,6 +242,17 @@ class ModelClass:
             else:
                 lines.append(f"    position_ids = {counted}")
         return lines
+
+    def _past_tokens(self) -> list[str]:
+        """Return the statements that set P, which a ring does not tell once it is full."""
+        rings = [state.layout.ring is not None for state in self.program.states.values()]
+        if not all(rings):
+            return [f"P = cache[{rings.index(False)}][0].shape[2]"]
+        return [
+            "if attention_mask is None and cache[0][0].shape[2]:",
+            '    raise ValueError("rings don\'t tell how many tokens came before: give the mask")',
+            "P = 0 if attention_mask is None else attention_mask.shape[1] - S",
+        ]
 
     def _loop_hints(self) -> dict[Carried, str]:
         """Return names for what a loop carries: those of the layers' own parameters."""

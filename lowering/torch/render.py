@@ -10,6 +10,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Collection
 
+from graphopt.errors import LoweringError
 from graphopt.ir import functional
 from graphopt.ir.context import rotary_switch
 from graphopt.ir.dataflow import mask_is_for_attention_alone
@@ -69,6 +70,7 @@ def render_model(program: Program, target: str = "cpu", lowered: TiledModel | No
         LoweringError: An op, an attribute or an input has no form in the file.
     """
     tiled = lowered or lower_attentions(program, target)
+    _check_layouts(program, tiled)
     fused = tiled is not None and bool(tiled.target.layer_kernels)
     program = with_uniform_encodings(program)
     deferred = defer_sums(program) if fused else Deferred(program)
@@ -107,6 +109,23 @@ def render_model(program: Program, target: str = "cpu", lowered: TiledModel | No
     head += [_imports(text, _STANDARD), _imports(text, _LIBRARIES)]
     head.append("\n".join(_names(program, text, tiled)))
     return "\n\n".join(head) + f"\n\n\n{text}\n"
+
+
+def _check_layouts(program: Program, tiled: TiledModel | None) -> None:
+    """Refuse states whose layout `model.py` does not have.
+
+    Raises:
+        LoweringError: Naming the state and what the file has in its place.
+    """
+    for state in program.states.values():
+        plain = state.layout.kind == "contiguous" or (tiled is None and state.layout.ring)
+        if not plain:
+            where = "in plain PyTorch" if tiled is None else f"for {tiled.target.title}"
+            raise LoweringError(
+                f"State {state.name!r} is {state.layout}, and model.py {where} keeps keys "
+                f"{'contiguous or in a ring' if tiled is None else 'contiguous'}.",
+                "Keep this state contiguous, or run the program without emitting it.",
+            )
 
 
 def _steps(program: Program, classes: dict[str, ModuleClass], unmasked: bool) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import sympy
 import torch
 from torch import Tensor
 
@@ -19,7 +22,7 @@ from graphopt.ir.ops.base import (
     register,
     same,
 )
-from graphopt.ir.types import Dim, Type, dim
+from graphopt.ir.types import Dim, P, Type, dim
 
 QUERY, KEY, VALUE, MASK, BIAS, SLOPES, SINKS, PAST_K, PAST_V = range(9)
 
@@ -44,15 +47,19 @@ class Attention(Op):
     are put behind it, T = P + S, and present_k, present_v are outputs two and three.
     Query i stands at cache index P + i: `causal` allows keys up to it, `window` the last
     `window` of those, `chunk` those in its own chunk of that length.
+    With `ring` the past holds the last min(P, ring) tokens alone, and so do the present keys and
+    values those of P + S; the mask still has a column for each of the P + S tokens. That gives the
+    same output where a window is no longer than the ring, and nothing depends on the number of
+    the tokens that are gone.
     """
 
     name = "attention"
     operands = ("q", "k", "v", "mask?", "bias?", "slopes?", "sinks?", "past_k?", "past_v?")
     attributes = {  # noqa: RUF012
         "scale": Number, "causal": bool, "window": Count | None, "chunk": Count | None,
-        "softcap": Positive | None,
+        "softcap": Positive | None, "ring": Count | None,
     }  # fmt: skip
-    defaults = {"window": None, "chunk": None, "softcap": None}  # noqa: RUF012
+    defaults = {"window": None, "chunk": None, "softcap": None, "ring": None}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         q, k, v = need(types, 0), need(types, 1), need(types, 2)
@@ -73,9 +80,13 @@ class Attention(Op):
             if not alike or not same(past.shape[2], past_v.shape[2]):
                 raise ValueError(f"attention of {k}, {v} with past {past}, {past_v}")
         keys = k.shape[2] if past is None else past.shape[2] + k.shape[2]
+        ring = attrs.get("ring")
+        if ring is not None:
+            _check_ring(ring, past, attrs)
         mask = types[MASK] if len(types) > MASK else None
-        if mask is not None and (len(mask.shape) != 2 or not same(mask.shape[1], keys)):
-            raise ValueError(f"attention: mask {mask} for {keys} keys")
+        tokens = keys if ring is None else P + k.shape[2]
+        if mask is not None and (len(mask.shape) != 2 or not same(mask.shape[1], tokens)):
+            raise ValueError(f"attention: mask {mask} for {tokens} keys")
         bias = types[BIAS] if len(types) > BIAS else None
         if bias is not None:
             broadcast(bias.shape, (q.shape[0], q.shape[1], q.shape[2], keys))
@@ -86,10 +97,11 @@ class Attention(Op):
         out = Type((*q.shape[:3], v.shape[3]), q.dtype)
         if past is None:
             return [out]
+        kept = dim(keys) if ring is None else sympy.Min(tokens, ring)
         return [
             out,
-            Type((k.shape[0], k.shape[1], dim(keys), k.shape[3]), k.dtype),
-            Type((v.shape[0], v.shape[1], dim(keys), v.shape[3]), v.dtype),
+            Type((k.shape[0], k.shape[1], kept, k.shape[3]), k.dtype),
+            Type((v.shape[0], v.shape[1], kept, v.shape[3]), v.dtype),
         ]
 
     def flops(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]
@@ -114,6 +126,9 @@ class Attention(Op):
             scores = torch.tanh(scores / attrs["softcap"]) * attrs["softcap"]
         mask, bias = _get(tensors, MASK), _get(tensors, BIAS)
         slopes, sinks = _get(tensors, SLOPES), _get(tensors, SINKS)
+        ring = attrs.get("ring")
+        if mask is not None and ring is not None:
+            mask = mask[:, mask.shape[1] - keys :]
         if mask is None:
             mask = torch.ones(batch, keys, dtype=torch.long, device=q.device)
         if slopes is not None:
@@ -138,20 +153,39 @@ class Attention(Op):
             scores = torch.cat((scores, column.to(scores.dtype)), -1)
         weights = torch.softmax(scores, -1)[..., :keys]
         out = (weights @ v_full).masked_fill(empty, 0.0)
-        return (out,) if past_k is None else (out, k, v)
+        if past_k is None:
+            return (out,)
+        gone = 0 if ring is None else max(keys - ring, 0)
+        return out, k[:, :, gone:], v[:, :, gone:]
 
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         q, k, v = tensors[0], tensors[1], tensors[2]
         assert q is not None and k is not None and v is not None
         past_k, past_v = _get(tensors, PAST_K), _get(tensors, PAST_V)
-        if past_k is not None and past_v is not None:
-            k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
         extras = [_get(tensors, index) for index in (MASK, BIAS, SLOPES, SINKS)]
-        options = {key: attrs.get(key) for key in ("window", "chunk", "softcap")}
-        out = functional.attention(
-            q, k, v, *extras, scale=attrs["scale"], causal=attrs["causal"], **options
-        )
-        return (out,) if past_k is None else (out, k, v)
+        options: dict[str, Any] = {
+            key: attrs.get(key) for key in ("scale", "causal", "window", "chunk", "softcap")
+        }
+        if past_k is None or past_v is None:
+            return (functional.attention(q, k, v, *extras, **options),)
+        options["ring"] = attrs.get("ring")
+        return functional.cached_attention(q, k, v, (past_k, past_v), *extras, **options)
+
+
+def _check_ring(ring: int, past: Type | None, attrs: Attrs) -> None:
+    """Refuse a ring that does not hold all that an attention reads.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    window = attrs.get("window")
+    if past is None or not same(past.shape[2], sympy.Min(P, ring)):
+        raise ValueError(f"attention: a ring of {ring} keys with the past {past}")
+    if window is None or window > ring:
+        seen = "all keys" if window is None else f"the last {window}"
+        raise ValueError(f"attention: a query sees {seen}, and a ring of {ring} does not hold them")
+    if attrs.get("chunk") is not None:
+        raise ValueError("attention: chunks begin at positions that a ring does not keep")
 
 
 class _Move(Op):

@@ -1,0 +1,99 @@
+"""How the keys and values of earlier tokens are kept: a state's layout and what it holds.
+
+A contiguous state holds all P tokens of the past, one behind the other. A ring of n slots holds the
+last n; a new token takes the slot of the oldest. A paged state holds all, in pages of a pool that a
+table names; `graphopt.ir.functional.gather_pages` is the reference. An attention sees keys in the
+order of their tokens, whatever the layout. Positions are no part of a state: they are counted from
+the padding mask, which covers all P tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import sympy
+import torch
+
+from graphopt.ir.types import B, Dim, P, Type
+
+Kind = Literal["contiguous", "ring", "paged"]
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Where the keys and values of a state lie.
+
+    Attributes:
+        kind: `contiguous`, `ring` or `paged`.
+        size: Slots of the ring, or tokens of a page; None where it is contiguous.
+
+    Raises:
+        ValueError: A size is missing, is below 1, or has no meaning.
+    """
+
+    kind: Kind = "contiguous"
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("contiguous", "ring", "paged"):
+            raise ValueError(f"{self.kind!r} is no layout: contiguous, ring or paged")
+        if (self.kind == "contiguous") != (self.size is None):
+            raise ValueError(f"a {self.kind} layout of size {self.size}")
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"a {self.kind} layout of size {self.size}: give 1 or more")
+
+    @property
+    def ring(self) -> int | None:
+        """How many of the newest tokens are kept; None where all are."""
+        return self.size if self.kind == "ring" else None
+
+    def __str__(self) -> str:
+        names = {"contiguous": "", "ring": "slots=", "paged": "page="}
+        return self.kind if self.size is None else f"{self.kind}({names[self.kind]}{self.size})"
+
+
+@dataclass(slots=True)
+class KVState:
+    """The keys and values of one layer.
+
+    Attributes:
+        name: Unique in the program.
+        heads: Key and value heads, G.
+        k_dim, v_dim: Sizes of a key and of a value head.
+        dtype: Of both.
+        layout: Where they lie.
+    """
+
+    name: str
+    heads: int
+    k_dim: int
+    v_dim: int
+    dtype: torch.dtype = torch.float32
+    layout: KVLayout = KVLayout()
+
+    @property
+    def length(self) -> Dim:
+        """How many valid tokens it holds when P came before: the least of P and a ring's slots."""
+        ring = self.layout.ring
+        return P if ring is None else sympy.Min(P, ring)
+
+    @property
+    def types(self) -> tuple[Type, Type]:
+        """What an attention reads: keys [B, G, length, k_dim] and values [B, G, length, v_dim]."""
+        k, v = ((B, self.heads, self.length, size) for size in (self.k_dim, self.v_dim))
+        return Type(k, self.dtype), Type(v, self.dtype)
+
+    def nbytes(self, tokens: Dim, itemsize: int | None = None) -> Dim:
+        """Return the bytes for B sequences after `tokens` tokens; a page counts whole.
+
+        Args:
+            itemsize: Bytes an element; None for those of the state's dtype.
+        """
+        held = tokens
+        if self.layout.kind == "ring":
+            held = sympy.Min(tokens, self.layout.size)
+        elif self.layout.kind == "paged":
+            held = sympy.ceiling(sympy.sympify(tokens) / self.layout.size) * self.layout.size
+        size = self.heads * (self.k_dim + self.v_dim) * (itemsize or self.dtype.itemsize)
+        return size * held * B
