@@ -298,7 +298,7 @@ def compile_model(
             if on_capture is not None:
                 on_capture(program)
             length = program.max_length
-            planned, entries = pipeline.plan(program)
+            planned, entries = pipeline.plan(program, device)
             structural = not any(item.reads_weights for item in pipeline.passes)
             if structural:
                 emission.check(planned)

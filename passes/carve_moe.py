@@ -6,10 +6,11 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from graphopt.calibration.budget import Need, measure_needs, share_out
@@ -25,9 +26,8 @@ from graphopt.calibration.carving import (
     static_order,
 )
 from graphopt.calibration.repair import Refit
-from graphopt.calibration.text import calibration_windows, pick
-from graphopt.errors import PassError
-from graphopt.execute.language_model import ProgramModel
+from graphopt.calibration.text import calibration_windows, pick, window_length
+from graphopt.errors import PassError, UsageError
 from graphopt.execute.student import Student
 from graphopt.ir.blocks import Block, block_name, find_blocks, sub_blocks
 from graphopt.ir.cost import total_cost, weight_products
@@ -46,16 +46,12 @@ from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, regi
 from graphopt.solvers.least_squares import LeastSquares, best_ridge
 from graphopt.support.devices import must_fit
 from graphopt.support.inputs import OpenSchema
-
-MODES = ("fit", "faithful")
-
-DEFAULT_WINDOWS = ((8, 512), (8, 2048))
-"""How many windows are read, of how many tokens: on a CPU and on a GPU."""
+from graphopt.support.per_device import PerDevice
 
 HELD_OUT = 0.25
 """Of the windows, on which the report's figures are measured."""
 
-NEEDS_TOKENS = {"cpu": 512, "cuda": 4096}
+NEEDS_TOKENS = PerDevice(cpu=512, gpu=4096)
 """Of which the parts' needs are measured, at least one window."""
 
 PROMPT = 128
@@ -112,66 +108,55 @@ class CarveMoe(Pass):
     exact: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = True
 
-    shared: int = 3
-    active: int = 3
-    experts: int = 8
-    mode: str = "fit"
-    rounds: int = 6
+    shared: Annotated[int, Field(ge=0)] = 3
+    active: Annotated[int, Field(ge=0)] = 3
+    experts: Annotated[int, Field(ge=2)] = 8
+    mode: Literal["fit", "faithful"] = "fit"
+    rounds: Annotated[int, Field(ge=0)] = 6
     refit: bool = True
     threshold: bool = False
     by_layer: bool = False
     pad: bool = False
-    marks: int = 10
+    marks: Annotated[int, Field(ge=1)] = 10
     normalised: bool = False
-    windows: int | None = None
-    seqlen: int | None = None
+    windows: Annotated[int, Field(ge=2)] = 8
+    seqlen: Annotated[int, Field(ge=2)] | PerDevice[int] = PerDevice(cpu=512, gpu=2048)
 
-    def check(self, program: Program) -> None:
-        if self.mode not in MODES:
-            raise PassError(
-                f"carve-moe knows no mode {self.mode!r}.", f"Known: {', '.join(MODES)}."
-            )
-        for option, least in (
-            ("shared", 0), ("active", 0), ("experts", 2), ("rounds", 0), ("marks", 1),
-            ("windows", 2), ("seqlen", 2),
-        ):  # fmt: skip
-            value = getattr(self, option)
-            if value is not None and value < least:
-                raise PassError(
-                    f"carve-moe: {option}={value} is below {least}.", f"Leave {option} out."
-                )
+    def check_options(self) -> None:
         if self.shared + self.active > self.experts or self.shared + self.active == 0:
-            raise PassError(
+            raise UsageError(
                 f"{self.shared} shared and {self.active} active pieces are not 1 to "
                 f"{self.experts}, which is how many there are.",
                 "Lower shared or active, or raise experts.",
             )
         if self.pad and self.mode == "faithful":
-            raise PassError(
+            raise UsageError(
                 "mode=faithful takes the neuron that is marked least as an expert's router, which "
                 "would be one of the zeros that pad=true adds.",
                 "Use mode=fit, or experts that divide the neurons.",
             )
         if self.normalised and self.mode != "faithful":
-            raise PassError(
+            raise UsageError(
                 f"normalised=true is a way of marking neurons, which mode={self.mode} does by "
                 "their energy.",
                 "Leave normalised out, or take mode=faithful.",
             )
         if self.threshold and (self.mode == "faithful" or not self.active):
             what = "mode=faithful" if self.mode == "faithful" else "active=0"
-            raise PassError(
+            raise UsageError(
                 f"threshold=true goes by scores of a fitted router, and {what} has none.",
                 "Leave threshold out.",
             )
         if self.active and self.shared == self.experts:
-            raise PassError("All pieces are shared, so none can be active.", "Lower shared.")
+            raise UsageError("All pieces are shared, so none can be active.", "Lower shared.")
         if self.by_layer and (not self.shared or self.shared + self.active == self.experts):
             what = "shared=0 has none" if not self.shared else "no part is to run fewer than all"
-            raise PassError(
+            raise UsageError(
                 f"by_layer=true shares out the shared pieces of all parts, and {what}.",
                 "Leave by_layer out.",
             )
+
+    def check(self, program: Program) -> None:
         found = _parts(program)
         if not any(isinstance(part, FeedForward) for _, part in found):
             if any(node.op == "top_gates" for f in program.functions.values() for node in f.nodes):
@@ -308,10 +293,9 @@ class _Carving:
         self.options, self.program, self.context = options, program, context
         self.given = program.copy()
         self.device = context.device
-        count, length = DEFAULT_WINDOWS[self.device.type == "cuda"]
-        length = options.seqlen or min(length, ProgramModel(program).positions or length)
+        length = window_length(program, options.seqlen, self.device)
         windows = calibration_windows(program, context, length)
-        windows = pick(windows, options.windows or count, context.seed)
+        windows = pick(windows, options.windows, context.seed)
         if len(windows) < 2:
             raise PassError(
                 f"The calibration text has {len(windows)} windows of {length} tokens, and carving "
@@ -409,7 +393,7 @@ class _Carving:
         if not options.by_layer:
             return dict.fromkeys(forms, options.shared)
         learn = self.windows[: -self.held]
-        count = max(1, NEEDS_TOKENS[self.device.type] // learn.shape[1])
+        count = max(1, NEEDS_TOKENS.on(self.device) // learn.shape[1])
         with self._clock("measuring"):
             self.needs = measure_needs(
                 self.program, forms, learn[:count], options.experts,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from graphopt.errors import PassError
 from graphopt.ir.graph import Call, Function, Node, Program, Value, resolve_attrs, unique_name
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.shapes import infer_program
@@ -42,16 +42,9 @@ class FoldConstants(Pass):
         max_bytes: Largest result to keep, in bytes.
     """
 
-    max_bytes: int = 1 << 20
+    max_bytes: Annotated[int, Field(ge=1)] = 1 << 20
 
     name: ClassVar[str] = "fold-constants"
-
-    def check(self, program: Program) -> None:
-        if self.max_bytes < 1:
-            raise PassError(
-                f"Pass 'fold-constants': max_bytes is {self.max_bytes}.",
-                "Give a positive number of bytes.",
-            )
 
     def run(self, program: Program, context: Context) -> PassResult:
         result = PassResult(program)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from graphopt.calibration.repair import repair
 from graphopt.calibration.scores import units_of
 from graphopt.calibration.text import pick
-from graphopt.errors import PassError
+from graphopt.errors import PassError, UsageError
 from graphopt.execute.student import Form
 from graphopt.ir.blocks import block_name, find_blocks, remove_blocks
 from graphopt.ir.graph import Call, Program
@@ -20,7 +21,8 @@ from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, make
 from graphopt.pass_manager.verification import finite
 from graphopt.passes.prune_blocks import Chooser, PruneBlocks
 from graphopt.support.devices import must_fit
-from graphopt.support.inputs import shown
+from graphopt.support.per_device import PerDevice
+from graphopt.support.plain import shown
 from graphopt.training.distil import Distiller, plain
 from graphopt.training.forms import Whole, kaiming
 from graphopt.training.losses import LogitObjective, StreamObjective, batch_kl, relative_mse
@@ -28,11 +30,10 @@ from graphopt.training.options import TrainingOptions
 from graphopt.training.schedule import Schedule, Tuned
 from graphopt.training.streams import Lessons
 
-MODES = ("distil", "local", "faithful")
-DONORS = ("pruned", "self", "random", "none")
+Donor = Literal["pruned", "self", "random", "none"]
 
-WARM_TOKENS = (32768, 131072)
-"""Tokens of the warm start, on a CPU and on a GPU."""
+WARM_TOKENS = PerDevice(cpu=32768, gpu=131072)
+"""Tokens of the warm start."""
 
 FAITHFUL_RATE = 1e-3
 FAITHFUL_OTHERS = 9.65e-6 / FAITHFUL_RATE
@@ -77,29 +78,20 @@ class FuseBlocks(TrainingOptions, Pass):
     reads_weights: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("prune-blocks",)
 
-    mode: str = "distil"
-    warm_start: bool | None = None
-    group: int = 8
-    donor: str = "pruned"
+    mode: Literal["distil", "local", "faithful"] = "distil"
+    warm_start: bool | PerDevice[bool] = PerDevice(cpu=True, gpu=False)
+    group: Annotated[int, Field(ge=2)] = 8
+    donor: Donor = "pruned"
     controls: bool = False
 
-    def check(self, program: Program) -> None:
-        for option, known in (("mode", MODES), ("donor", DONORS)):
-            if getattr(self, option) not in known:
-                raise PassError(
-                    f"fuse-blocks knows no {option} {getattr(self, option)!r}.",
-                    f"Known: {', '.join(known)}.",
-                )
-        self.check_training(self.name)
-        if self.group < 2:
-            raise PassError(f"fuse-blocks: group={self.group} is below 2.", "Leave group out.")
+    def check_options(self) -> None:
         if self.controls and self.mode != "faithful":
-            raise PassError(
+            raise UsageError(
                 f"controls compares donors, and mode={self.mode} has none.",
                 "Give mode=faithful, or leave controls out.",
             )
-        if self.mode == "faithful" and (self.batch or 2) < 2:
-            raise PassError(
+        if self.mode == "faithful" and self.batch == 1:
+            raise UsageError(
                 "The loss of mode=faithful compares the sequences of a batch, and batch=1 has one.",
                 "Give batch=2 or more.",
             )
@@ -164,13 +156,14 @@ class _Fusion(Distiller):
         Training that sees millions of tokens ends better without it: what fits the few tokens of
         the closed form exactly is a worse place to start from than the dense model's own weights.
         """
-        if self.options.warm_start is not None:
-            return self.options.warm_start
-        return self.device.type != "cuda" or self.schedule.steps == 0
+        warm_start = self.options.warm_start
+        if isinstance(warm_start, PerDevice):
+            return warm_start.on(self.device) or self.schedule.steps == 0
+        return warm_start
 
     def _warm_start(self) -> None:
         started = time.perf_counter()
-        tokens = WARM_TOKENS[self.device.type == "cuda"]
+        tokens = WARM_TOKENS.on(self.device)
         windows = pick(self.windows, max(2, tokens // self.seqlen), self.context.seed)
         refits, skipped = repair(
             self.program, self.dense, windows, device=self.device, progress=self.context.progress
@@ -283,7 +276,7 @@ class _Fusion(Distiller):
         """Fuse a block by every other donor too, and put what came of each into the report."""
         started = time.perf_counter()
         fused = {self.options.donor: (pruned, tuned)}
-        for donor in DONORS:
+        for donor in get_args(Donor):
             if donor not in fused:
                 named = f"{what} with donor={donor}"
                 fused[donor] = self._fuse_one(place, named, schedule, donor)

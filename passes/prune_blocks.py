@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
-from graphopt.calibration.scores import METRICS, Scores, Unit, final_results, score_units, units_of
+from graphopt.calibration.scores import Scores, Unit, final_results, score_units, units_of
 from graphopt.calibration.text import (
     HELD_OUT,
     calibration_windows,
     forward_speed,
     held_out_perplexity,
     pick,
+    window_length,
 )
-from graphopt.errors import PassError
+from graphopt.errors import PassError, UsageError
 from graphopt.execute.interpreter import resident
-from graphopt.execute.language_model import ProgramModel
 from graphopt.ir.blocks import (
     block_name,
     find_blocks,
@@ -33,6 +34,7 @@ from graphopt.pass_manager.contract import Context, Pass, PassResult, register_p
 from graphopt.pass_manager.verification import finite
 from graphopt.support.devices import must_fit
 from graphopt.support.inputs import OpenSchema
+from graphopt.support.per_device import PerDevice, on_device
 
 PARTS = {
     "block": ("block",),
@@ -40,9 +42,6 @@ PARTS = {
     "ffn": ("ffn",),
     "any": ("attention", "ffn"),
 }
-
-DEFAULT_WINDOWS = ((2, 256), (8, 512))
-"""How many windows are scored, of how many tokens: on a CPU and on a GPU."""
 
 
 class RemovedBlocks(OpenSchema):
@@ -85,38 +84,33 @@ class PruneBlocks(Pass):
     exact: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = True
 
-    ratio: float | None = None
-    blocks: int | None = None
-    remove: list[int] = field(default_factory=list)
-    part: str = "block"
-    score: str = "mi"
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    blocks: Annotated[int, Field(ge=1)] | None = None
+    remove: list[Annotated[int, Field(ge=0)]] = field(default_factory=list)
+    part: Literal["block", "attention", "ffn", "any"] = "block"
+    score: Literal["mi", "bi", "angular", "kl", "ppl"] = "mi"
     iterative: bool = True
-    reference: str = "original"
-    windows: int | None = None
-    seqlen: int | None = None
+    reference: Literal["original", "current"] = "original"
+    windows: Annotated[int, Field(ge=1)] | PerDevice[int] = PerDevice(cpu=2, gpu=8)
+    seqlen: Annotated[int, Field(ge=2)] | PerDevice[int] = PerDevice(cpu=256, gpu=512)
 
-    def check(self, program: Program) -> None:
+    def check_options(self) -> None:
         given = [self.ratio is not None, self.blocks is not None, bool(self.remove)]
         if sum(given) != 1:
-            raise PassError(
+            raise UsageError(
                 "prune-blocks takes one of ratio, blocks and remove, and was given "
                 f"{sum(given) or 'none'}.",
                 "Write prune-blocks{ratio=0.25}, or blocks=8, or remove=[20,21].",
             )
-        for option, known in (
-            ("score", METRICS), ("part", PARTS), ("reference", ("original", "current")),
-        ):  # fmt: skip
-            if getattr(self, option) not in known:
-                raise PassError(
-                    f"prune-blocks knows no {option} {getattr(self, option)!r}.",
-                    f"Known: {', '.join(known)}.",
-                )
-        for option, least in (("windows", 1), ("seqlen", 2)):
-            value = getattr(self, option)
-            if value is not None and value < least:
-                raise PassError(
-                    f"prune-blocks: {option}={value} is below {least}.", f"Leave {option} out."
-                )
+        if len(set(self.remove)) != len(self.remove):
+            raise UsageError("remove=[...] names a block twice.", "Name each once.")
+        if self.remove and self.part == "any":
+            raise UsageError(
+                "remove=[...] with part=any does not say which parts.",
+                "Give part=attention, part=ffn or part=block.",
+            )
+
+    def check(self, program: Program) -> None:
         blocks = find_blocks(program)
         if len(blocks) < 2:
             raise PassError(
@@ -131,24 +125,12 @@ class PruneBlocks(Pass):
 
     def _check_count(self, program: Program) -> None:
         total = len(find_blocks(program))
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise PassError(
-                f"A ratio of {self.ratio:g} of the blocks cannot be removed.",
-                "Give one between 0 and 1, such as ratio=0.25.",
-            )
         if self.remove:
-            odd = sorted({i for i in self.remove if not 0 <= i < total})
+            odd = sorted({i for i in self.remove if i >= total})
             if odd:
                 raise PassError(
                     f"There is no block {odd[0]}: {program.name} has blocks 0 to {total - 1}.",
                     "Name existing ones in remove=[...].",
-                )
-            if len(set(self.remove)) != len(self.remove):
-                raise PassError("remove=[...] names a block twice.", "Name each once.")
-            if self.part == "any":
-                raise PassError(
-                    "remove=[...] with part=any does not say which parts.",
-                    "Give part=attention, part=ffn or part=block.",
                 )
         units = units_of(program, PARTS[self.part])
         if not units:
@@ -232,14 +214,12 @@ class Chooser:
         self.options, self.context = options, context
         self.device = context.device
         self.dtype = scoring_dtype(program, self.device)
-        count, length = DEFAULT_WINDOWS[self.device.type == "cuda"]
-        count = options.windows or count
-        length = options.seqlen or min(length, ProgramModel(program).positions or length)
+        length = window_length(program, options.seqlen, self.device)
         windows = calibration_windows(program, context, length)
         # Held-out windows are the last ones; scores come from the others, where there are more.
         self.checked = windows[-HELD_OUT:]
         scored = windows[:-HELD_OUT] if len(windows) > HELD_OUT else windows
-        self.windows = pick(scored, count, context.seed)
+        self.windows = pick(scored, on_device(options.windows, self.device), context.seed)
         self.program = resident(program, self.dtype, self.device)
 
     def all(self) -> Choice:

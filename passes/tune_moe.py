@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from graphopt.calibration.carving import expert_loads
 from graphopt.errors import PassError
@@ -51,14 +53,7 @@ class TuneMoe(TrainingOptions, Pass):
 
     surrogate: bool = True
     gate: bool = True
-    balance: float = 1e-3
-
-    def check(self, program: Program) -> None:
-        self.check_training(self.name)
-        if not self.balance >= 0:
-            raise PassError(
-                f"tune-moe: balance={self.balance} is below 0.", "Give balance=0 for none."
-            )
+    balance: Annotated[float, Field(ge=0)] = 1e-3
 
     def run(self, program: Program, context: Context) -> PassResult:
         if context.dense is None or "carve-moe" not in context.earlier:

@@ -192,8 +192,10 @@ def test_a_lossy_pass_is_measured_and_what_follows_is_held_to_it():
 
 
 def test_not_finite_logits_are_refused():
+    shrink = Shrink()
+    shrink.by = float("nan")  # which no option may be given as
     with pytest.raises(SourceError, match="NaN"):
-        Pipeline([Shrink(by=float("nan"))]).run(tiny_program())
+        Pipeline([shrink]).run(tiny_program())
     program = tiny_program()
     scale_weight(program, "layers.1.mlp.up_proj.weight", float("inf"))
     with pytest.raises(SourceError, match=r"layers\.1\.mlp\.up_proj\.weight"):

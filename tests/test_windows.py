@@ -29,6 +29,7 @@ from graphopt.pass_manager.probe import PROBE_TEXT
 from graphopt.pass_manager.verification import make_probe
 from graphopt.sources.tokenizer import PROBE, read_tokenizer
 from graphopt.sources.windows import TokenText, check_bos, prompt_ids, special_ends
+from graphopt.support.per_device import PerDevice
 
 START, SECOND, LAST = 259, 260, 261
 SPM = ["<unk>", "<s>", "</s>", "▁", "t", "h", "e", "▁t", "▁th", "▁the"]
@@ -239,7 +240,7 @@ def test_text_of_the_models_own_begins_every_window_and_every_piece(
     known = {tuple(row[i : i + 11]) for row in text[:, 1:].tolist() for i in range(53)}
     assert all(tuple(row[1:]) in known for row in prompts.tolist())
 
-    monkeypatch.setattr(calibrate, "WRITTEN", ((2, 48), (2, 48)))
+    monkeypatch.setattr(calibrate, "WRITTEN", PerDevice((2, 48), (2, 48)))
     context = Context(PROBE_TEXT, built_in=True)
     windows = calibration_windows(model, context, 20)
     assert context.written is not None and len(context.written) == 2 * 47

@@ -24,6 +24,7 @@ from graphopt.ir.blocks import Block, find_blocks, sub_blocks, without_sub_block
 from graphopt.ir.graph import Call, Function, Program, Value
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, Dim, P, S
+from graphopt.support.per_device import PerDevice
 from graphopt.support.progress import Progress, silent
 
 METRICS = {
@@ -37,7 +38,7 @@ METRICS = {
 
 _AT_THE_END = ("mi", "kl", "ppl")
 _TOKENS_AT_ONCE = 16384
-_TOKENS_OF_CANDIDATES = {"cpu": 4096, "cuda": 32768}
+_TOKENS_OF_CANDIDATES = PerDevice(cpu=4096, gpu=32768)
 """Tokens of several candidates that a block runs over at once: a GPU waits for launches else."""
 
 
@@ -339,7 +340,7 @@ class Walk:
         def behind(index: int, run: RunBlock, before: list[Tensor], after: list[Tensor]) -> None:
             known = list(kept)
             for batch, ids in enumerate(self.ids):
-                size = max(1, _TOKENS_OF_CANDIDATES[ids.device.type] // ids.numel())
+                size = max(1, _TOKENS_OF_CANDIDATES.on(ids.device) // ids.numel())
                 for start in range(0, len(known), size):
                     part = known[start : start + size]
                     stacked = torch.cat([kept[candidate][batch] for candidate in part], self._axis)

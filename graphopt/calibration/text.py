@@ -25,6 +25,7 @@ from graphopt.ir.graph import Program
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.sources.windows import Bos, TokenText
 from graphopt.support.devices import free_bytes
+from graphopt.support.per_device import PerDevice
 from graphopt.support.progress import Progress, silent
 
 PIECE, PROMPT = 512, 16
@@ -35,8 +36,16 @@ PIECES_AT_ONCE = 2048
 HELD_OUT = 2
 """Windows, the last ones, on which perplexity is followed; nothing is learnt from them."""
 
-WRITTEN = ((16, 256), (64, 2048))
-"""Windows that a model writes where no text is given, and their tokens: on a CPU, on a GPU."""
+WRITTEN = PerDevice(cpu=(16, 256), gpu=(64, 2048))
+"""Windows that a model writes where no text is given, and their tokens."""
+
+
+def window_length(program: Program, seqlen: int | PerDevice[int], device: torch.device) -> int:
+    """Return the tokens of a window: those asked for, or the default where the model takes them."""
+    if not isinstance(seqlen, PerDevice):
+        return seqlen
+    usual = seqlen.on(device)
+    return min(usual, ProgramModel(program).positions or usual)
 
 
 def text_windows(program: Program, text: str, length: int, bos: Bos = "every") -> Tensor:
@@ -70,7 +79,7 @@ def calibration_windows(program: Program, context: Context, length: int) -> Tens
     if not context.built_in:
         return _windows(program, text, length)
     if context.written is None:
-        count, tokens = WRITTEN[context.device.type == "cuda"]
+        count, tokens = WRITTEN.on(context.device)
         made = sample_windows(
             program, text.windows(len(text)), count,
             min(tokens, ProgramModel(program).positions or tokens), begin=context.begin,

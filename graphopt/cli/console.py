@@ -329,9 +329,18 @@ def print_pass_list(console: Console, found: list[dict[str, Any]], *, full: bool
         console.print(kind, style="dim")
         console.print(f"  {item['doc'] if full else item['summary']}")
         for option in item["options"]:
-            console.print(f"  {option['name']}: {option['type']} = {option['default']!r}")
+            console.print(f"  {option['name']}: {option['type']} = {_default(option)}", end="")
+            allowed = f"  ({option['allowed']})" if option["allowed"] else ""
+            console.print(allowed, style="dim")
         if item["requires"]:
             console.print(f"  requires {', '.join(item['requires'])}")
+
+
+def _default(option: dict[str, Any]) -> str:
+    default = option["default"]
+    if isinstance(default, dict):
+        return f"{default['cpu']!r} on a CPU, {default['gpu']!r} on a GPU"
+    return repr(default)
 
 
 def print_targets(console: Console, found: list[dict[str, Any]], *, full: bool) -> None:

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import pydantic
 
 from graphopt.errors import SourceError
-from graphopt.support.inputs import OpenSchema, parse, shown
+from graphopt.support.inputs import OpenSchema, parse
+from graphopt.support.plain import shown
 
 Token = Annotated[int, pydantic.Field(ge=-1, le=2**31)]
 

@@ -12,7 +12,8 @@ import torch
 from graphopt.errors import SourceError
 from graphopt.files.confined import inside
 from graphopt.ir.weights import Producer
-from graphopt.support.inputs import read_json, shown
+from graphopt.support.inputs import read_json
+from graphopt.support.plain import shown
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

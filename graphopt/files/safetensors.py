@@ -36,8 +36,8 @@ from graphopt.support.inputs import (
     parse,
     parse_json,
     read_json,
-    shown,
 )
+from graphopt.support.plain import shown
 
 DTYPE_OF: dict[str, torch.dtype] = {
     "F64": torch.float64,

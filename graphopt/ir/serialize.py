@@ -33,7 +33,8 @@ from graphopt.ir.graph import (
 from graphopt.ir.schema import MAX_WORK, FunctionEntry, ProgramEntry, WeightEntry
 from graphopt.ir.types import DTYPE_NAMES, DTYPES, SYMBOLS, Type, dim
 from graphopt.ir.weights import Dequantised, Missing, Producer, Weight
-from graphopt.support.inputs import parse, shown
+from graphopt.support.inputs import parse
+from graphopt.support.plain import shown
 
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)

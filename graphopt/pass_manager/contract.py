@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
-import types
-import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from graphopt.errors import UsageError, unknown_name
 from graphopt.pass_manager.declarations import Declaration, declarations
-from graphopt.support.inputs import OpenSchema, shown
+from graphopt.pass_manager.options import default_of, option_types, validated
+from graphopt.support.inputs import OpenSchema
+from graphopt.support.per_device import on_device
 from graphopt.support.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -105,9 +104,9 @@ class Context:
 class Pass(ABC):
     """One transformation of a program.
 
-    A subclass is a dataclass whose fields are its options (`int`, `float`, `bool`, `str`,
-    `list[...]` of these, or `... | None`), with a default each, and whose docstring numbers its
-    legality rules. Register it with `register_pass`.
+    A subclass is a dataclass whose fields are its options, of types as
+    `graphopt.pass_manager.options` says and with a default each, and whose docstring numbers its
+    legality rules. Register it with `register_pass`. A pass with a wrong option cannot be made.
 
     Attributes:
         name: What the command line and recipes call it.
@@ -126,8 +125,21 @@ class Pass(ABC):
     requires: ClassVar[tuple[str, ...]] = ()
     read_later: ClassVar[type[OpenSchema]] = OpenSchema
 
+    def __post_init__(self) -> None:
+        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
+        for name, value in validated(type(self), given).items():
+            setattr(self, name, value)
+        self.check_options()
+
+    def check_options(self) -> None:  # noqa: B027  (a hook: nothing to check by default)
+        """Refuse options that do not go together; called when the pass is made.
+
+        Raises:
+            UsageError: With the reason and the remedy.
+        """
+
     def check(self, program: Program) -> None:  # noqa: B027  (a hook: nothing to check by default)
-        """Refuse a program or options this pass can't take, from the structure alone.
+        """Refuse a program that this pass can't take, from the structure alone.
 
         Raises:
             PassError: With the reason and the remedy.
@@ -140,6 +152,11 @@ class Pass(ABC):
         Raises:
             PassError: The pass can't run on this program.
         """
+
+    def values(self, device: torch.device) -> dict[str, Any]:
+        """Return every option with its value, the default on a device where none was given."""
+        given = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
+        return {name: on_device(value, device) for name, value in given.items()}
 
     def options(self) -> dict[str, Any]:
         """Return the options that are not at their defaults, in the order of the fields."""
@@ -173,25 +190,11 @@ def register_pass(cls: type[P]) -> type[P]:
         raise ValueError(f"pass {cls.name!r} is registered twice: {other} and {cls}")
     if "__dataclass_fields__" not in cls.__dict__:
         raise ValueError(f"pass {cls.name!r} is not a dataclass: put @dataclass on {cls}")
-    hints = typing.get_type_hints(cls)
     for option in dataclasses.fields(cls):
         default_of(option)
-        coerce(option.name, None, hints[option.name], check_only=True)
+    option_types(cls)
     _PASSES[cls.name] = cls
     return cls
-
-
-def default_of(option: dataclasses.Field[Any]) -> Any:
-    """Return the default of a dataclass field.
-
-    Raises:
-        ValueError: It has none.
-    """
-    if option.default is not dataclasses.MISSING:
-        return option.default
-    if option.default_factory is not dataclasses.MISSING:
-        return option.default_factory()
-    raise ValueError(f"option {option.name!r} of a pass needs a default")
 
 
 @cache
@@ -233,108 +236,19 @@ def get_pass(name: str) -> type[Pass]:
 
 
 def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
-    """Return the pass called `name` with its options coerced to their types.
+    """Return the pass called `name` with options.
 
     Args:
         options: Values of the right type, or their text.
 
     Raises:
-        UsageError: Unknown pass or option, or a value of the wrong type.
+        UsageError: Unknown pass or option, or a value of the wrong type or out of range.
     """
     cls = get_pass(name)
-    hints = typing.get_type_hints(cls)
     known = {option.name for option in dataclasses.fields(cls)}
-    values: dict[str, Any] = {}
-    for key, value in options.items():
+    for key in options:
         if key not in known:
             if not known:
                 raise UsageError(f"Pass {name!r} has no option {key!r}.", "It takes no options.")
             raise unknown_name(f"option of pass {name!r},", key, known)
-        try:
-            values[key] = coerce(key, value, hints[key])
-        except ValueError as error:
-            raise UsageError(
-                f"Option {key!r} of pass {name!r}: {error}.", f"Write {key}=VALUE."
-            ) from None
-    return cls(**values)
-
-
-class Bare(str):
-    """Text without quotes in a recipe, where `none` means the absent value."""
-
-    __slots__ = ()
-
-
-def type_name(hint: Any) -> str:
-    """Return an option's type as `graphopt passes` shows it."""
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-
-
-MAX_NUMBER = 2**53
-"""Of a whole number in a recipe: what a float, and so JSON anywhere, holds exactly."""
-
-_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-def coerce(key: str, value: Any, hint: Any, *, check_only: bool = False) -> Any:
-    """Return `value`, or the text of one, as `hint`.
-
-    Args:
-        check_only: Only check that `hint` is a type options may have.
-
-    Raises:
-        ValueError: `value` does not fit, or `hint` is no type an option may have.
-    """
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        inner = [a for a in arguments if a is not type(None)]
-        if len(inner) != 1:
-            raise ValueError(f"option {key!r} has the type {hint}, which has no text form")
-        if check_only:
-            return coerce(key, value, inner[0], check_only=True)
-        if value is None or (isinstance(value, Bare) and value.lower() == "none"):
-            return None
-        return coerce(key, value, inner[0])
-    if origin is list:
-        if check_only:
-            return coerce(key, value, arguments[0], check_only=True)
-        items = value if isinstance(value, list | tuple) else [value]
-        return [coerce(key, item, arguments[0]) for item in items]
-    if hint not in (int, float, bool, str):
-        raise ValueError(f"option {key!r} has the type {hint}, which has no text form")
-    return None if check_only else _coerce_scalar(value, hint)
-
-
-def _coerce_scalar(value: Any, hint: type) -> Any:
-    wrong = ValueError(f"{shown(value)} is not {'an' if hint is int else 'a'} {hint.__name__}")
-    if isinstance(value, list | tuple | dict) or value is None:
-        raise wrong
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() not in _BOOLS:
-            raise wrong
-        return _BOOLS[str(value).lower()]
-    if isinstance(value, bool) and hint is not str:
-        raise wrong
-    if hint is int:
-        if isinstance(value, float) and not value.is_integer():
-            raise wrong
-        try:
-            number = int(value)
-        except (ValueError, OverflowError):
-            raise wrong from None
-        if abs(number) > MAX_NUMBER:
-            raise ValueError(f"{shown(value)} is out of reach")
-        return number
-    if hint is float:
-        try:
-            real = float(value)
-        except (ValueError, OverflowError):
-            raise wrong from None
-        if not math.isfinite(real):
-            raise ValueError(f"{shown(value)} is not finite")
-        return real
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
+    return cls(**options)

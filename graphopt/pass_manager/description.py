@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import typing
 from typing import Any
 
 from graphopt.errors import unknown_name
-from graphopt.pass_manager.contract import Pass, declared_passes, default_of, type_name
+from graphopt.pass_manager.contract import Pass, declared_passes
+from graphopt.pass_manager.options import OptionType, default_of, option_types
+from graphopt.support.per_device import PerDevice
 
 
 def describe_passes(name: str | None = None) -> list[dict[str, Any]]:
@@ -24,7 +25,7 @@ def describe_passes(name: str | None = None) -> list[dict[str, Any]]:
 
 
 def _describe(declared: type[Pass]) -> dict[str, Any]:
-    hints = typing.get_type_hints(declared)
+    kinds = option_types(declared)
     text = inspect.cleandoc(declared.__doc__ or "")
     return {
         "name": declared.name,
@@ -33,12 +34,14 @@ def _describe(declared: type[Pass]) -> dict[str, Any]:
         "reads_weights": declared.reads_weights,
         "requires": list(declared.requires),
         "options": [
-            {
-                "name": option.name,
-                "type": type_name(hints[option.name]),
-                "default": default_of(option),
-            }
-            for option in dataclasses.fields(declared)
+            _describe_option(option, kinds[option.name]) for option in dataclasses.fields(declared)
         ],
         "doc": text,
     }
+
+
+def _describe_option(option: dataclasses.Field[Any], kind: OptionType) -> dict[str, Any]:
+    default = default_of(option)
+    if isinstance(default, PerDevice):
+        default = dataclasses.asdict(default)
+    return {"name": option.name, "type": kind.name, "allowed": kind.allowed, "default": default}

@@ -136,11 +136,16 @@ class Pipeline:
         last = len(names) - names[::-1].index(name)
         return Pipeline(self.passes[:last])
 
-    def plan(self, program: Program) -> tuple[Program, list[PassEntry]]:
+    def plan(
+        self, program: Program, device: str | torch.device = "cpu"
+    ) -> tuple[Program, list[PassEntry]]:
         """Check the recipe on the structure of `program`, reading no weight.
 
         Passes that need no weights are run on a copy. From the first that reads weights on,
         only prerequisites are checked; what it will change is not known yet.
+
+        Args:
+            device: Where the passes would compute, for the defaults of their options.
 
         Returns:
             The program as far as it is known, and an entry a pass without figures.
@@ -150,16 +155,17 @@ class Pipeline:
         """
         self._check_order(program)
         current, known = program.copy(), True
+        context = Context(device=torch.device(device))
         entries: list[PassEntry] = []
         for number, item in enumerate(self.passes):
-            entry = _new_entry(item, current)
+            entry = _new_entry(item, current, context.device)
             entry.verification = "planned"
             if known:
                 self._check_properties(item, number, current)
                 item.check(current)
             if known and not item.reads_weights:
                 with Meter() as meter:
-                    result = item.run(current, Context())
+                    result = item.run(current, context)
                 current = result.program
                 entry.matched, entry.changed = result.matched, result.changed
                 entry.skipped = [SkipEntry(s.where, s.reason) for s in result.skipped]
@@ -301,8 +307,8 @@ class Pipeline:
             )
 
 
-def _new_entry(item: Pass, program: Program) -> PassEntry:
-    options = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
+def _new_entry(item: Pass, program: Program, device: torch.device) -> PassEntry:
+    options = item.values(device)
     count = program.parameter_count()
     return PassEntry(
         item.name, options, item.exact, parameters_before=count, parameters_after=count
@@ -410,7 +416,7 @@ class _Run:
     def _one(self, item: Pass) -> PassEntry:
         before = self.program
         imprint = Imprint(before)
-        entry = _new_entry(item, before)
+        entry = _new_entry(item, before, self.context.device)
         self.context.progress(item.name, 0, 1)
         with Meter() as meter:
             item.check(before)

@@ -17,8 +17,10 @@ from typing import Any
 import yaml
 
 from graphopt.errors import UsageError
-from graphopt.pass_manager.contract import Bare, Pass, make_pass
-from graphopt.support.inputs import MAX_YAML_BYTES, parse_yaml, read_utf8, shown, shown_path
+from graphopt.pass_manager.contract import Pass, make_pass
+from graphopt.pass_manager.options import Bare
+from graphopt.support.inputs import MAX_YAML_BYTES, parse_yaml, read_utf8, shown_path
+from graphopt.support.plain import shown
 
 VERSION = 1
 

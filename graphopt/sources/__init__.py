@@ -11,7 +11,8 @@ from graphopt.files.config_schema import check_saved_config
 from graphopt.files.refusals import unfit_folder
 from graphopt.ir.graph import PROGRAM_INPUTS, Program
 from graphopt.sources.base import ModelSource
-from graphopt.support.inputs import open_regular, shown
+from graphopt.support.inputs import open_regular
+from graphopt.support.plain import shown
 
 __all__ = ["ModelSource", "open_model"]
 

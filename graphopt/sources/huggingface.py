@@ -14,7 +14,8 @@ from graphopt.ir.weights import Producer
 from graphopt.sources.base import ModelSource, common_dtype, tokenizer_in
 from graphopt.sources.generation import read_generation
 from graphopt.support.boundary import out_of_memory
-from graphopt.support.inputs import read_json, shown
+from graphopt.support.inputs import read_json
+from graphopt.support.plain import shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

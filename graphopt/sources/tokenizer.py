@@ -26,8 +26,8 @@ from graphopt.support.inputs import (
     parse,
     parse_json,
     read_bytes,
-    shown,
 )
+from graphopt.support.plain import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

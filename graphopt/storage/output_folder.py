@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from graphopt.errors import GraphoptError, UsageError
-from graphopt.support.inputs import shown
+from graphopt.support.plain import shown
 
 
 def check_output(out: Path, force: bool) -> None:

@@ -20,7 +20,8 @@ from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.types import DTYPE_NAMES, DTYPES
 from graphopt.ir.weights import Producer, Reshaped, Rows, Transposed
 from graphopt.storage.stored_weight import StoredWeight
-from graphopt.support.inputs import OpenSchema, Schema, Size, parse, read_json, shown
+from graphopt.support.inputs import OpenSchema, Schema, Size, parse, read_json
+from graphopt.support.plain import shown
 
 PROGRAM_NAME = "program.json"
 _AGAIN = "Compile the model again."

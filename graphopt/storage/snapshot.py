@@ -25,7 +25,8 @@ from graphopt.ir.shapes import infer_program
 from graphopt.ir.verify import verify
 from graphopt.ir.weights import Array, Producer
 from graphopt.support.boundary import out_of_memory
-from graphopt.support.inputs import Schema, parse, read_json, shown
+from graphopt.support.inputs import Schema, parse, read_json
+from graphopt.support.plain import shown
 
 SNAPSHOT_NAME = "snapshot.json"
 

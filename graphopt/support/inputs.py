@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import reprlib
 import stat
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ import pydantic
 import yaml
 
 from graphopt.errors import GraphoptError, SourceError
+from graphopt.support.plain import shown
 
 MAX_TEXT_BYTES = 128 * 2**20
 """Of a text to calibrate with or to measure on: a hundred times WikiText-2."""
@@ -65,17 +65,6 @@ class OpenSchema(Schema):
     """A schema of the entries that graphopt reads, among others that it does not know."""
 
     model_config = pydantic.ConfigDict(extra="ignore")
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel = 2
-_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 3
-_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
-
-
-def shown(value: Any) -> str:
-    """Return a value as an error message shows it: whole where it is short, else its beginning."""
-    return _SHORT.repr(value)
 
 
 def shown_path(path: str | Path) -> str:

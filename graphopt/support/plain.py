@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import reprlib
+from typing import Any
 
 CONTROL = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f"  # all but tab and line feed
@@ -31,3 +33,14 @@ def plain_text_source() -> str:
 def plain_line(text: str) -> str:
     """Return text as `plain_text` does, in one line."""
     return plain_text(text).replace("\n", "\\n")
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 3
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error message shows it: whole where it is short, else its beginning."""
+    return _SHORT.repr(value)

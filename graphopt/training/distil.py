@@ -18,10 +18,10 @@ from graphopt.calibration.text import (
     calibration_windows,
     held_out_perplexity,
     sample_windows,
+    window_length,
 )
 from graphopt.errors import PassError
 from graphopt.execute.interpreter import resident
-from graphopt.execute.language_model import ProgramModel
 from graphopt.execute.student import Form, Student
 from graphopt.ir.blocks import block_name, find_blocks
 from graphopt.ir.dtypes import scoring_dtype
@@ -33,6 +33,7 @@ from graphopt.pass_manager.contract import Context, Skip
 from graphopt.pass_manager.verification import finite
 from graphopt.storage.snapshot import taking_up
 from graphopt.support.devices import free_bytes
+from graphopt.support.per_device import on_device
 from graphopt.training.forms import LowRank, Whole
 from graphopt.training.losses import LogitObjective, Objective
 from graphopt.training.options import TrainingOptions
@@ -80,10 +81,8 @@ class Distiller:
         assert context.dense is not None
         self.options, self.context = options, context
         self.device = context.device
-        gpu = self.device.type == "cuda"
-        batch = options.batch if options.batch is not None else (4 if gpu else 2)
-        usual = 2048 if gpu else 256
-        seqlen = options.seqlen or min(usual, ProgramModel(program).positions or usual)
+        batch = on_device(options.batch, self.device)
+        seqlen = window_length(program, options.seqlen, self.device)
         seconds = options.seconds
         if seconds is None and options.steps is None:
             seconds = 150.0
@@ -111,7 +110,8 @@ class Distiller:
                 "Give a longer text with --calib, or a lower seqlen.",
             )
         self.windows, self.checked = windows[:-held], windows[-held:]
-        if len(self.windows) < batch and (options.own_text == 0 or not gpu):
+        on_cpu = self.device.type != "cuda"
+        if len(self.windows) < batch and (options.own_text == 0 or on_cpu):
             self.schedule = replace(self.schedule, batch=len(self.windows))
         self.done: list[str] = []
         self._resume()

@@ -6,10 +6,11 @@ Listing passes reads this module, so that it imports nothing that computes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from graphopt.errors import PassError
+from pydantic import Field
 
-TRAIN = ("all", "low-rank")
+from graphopt.support.per_device import PerDevice
 
 
 @dataclass
@@ -20,38 +21,20 @@ class TrainingOptions:
         seconds: Of the whole pass, at most; 150 where neither this nor `steps` is given.
         steps: Of training, at most.
         rate: Highest learning rate; by default 5e-4, and less for steps of under 8,192 tokens.
-        batch: Windows of a step; 4 on a GPU and 2 on a CPU by default.
-        seqlen: Tokens of a window; 2048 on a GPU and 256 on a CPU by default.
+        batch: Windows of a step.
+        seqlen: Tokens of a window.
         own_text: Windows that the dense model writes itself; see `Distiller.lessons_text`.
         train: `all` trains weights whole, `low-rank` matrices by a term.
         rank: Of that term.
         patience: Stop after this many checks without a better held-out loss; 0 never stops.
     """
 
-    seconds: float | None = None
-    steps: int | None = None
-    rate: float | None = None
-    batch: int | None = None
-    seqlen: int | None = None
-    own_text: int | None = None
-    train: str = "all"
-    rank: int = 128
-    patience: int = 0
-
-    def check_training(self, name: str) -> None:
-        """Refuse options out of range.
-
-        Raises:
-            PassError: Naming the option and what it may be.
-        """
-        if self.train not in TRAIN:
-            raise PassError(f"{name} knows no train {self.train!r}.", f"Known: {', '.join(TRAIN)}.")
-        for option, least in (
-            ("seconds", 0), ("steps", 0), ("rate", 0), ("batch", 1), ("seqlen", 2),
-            ("own_text", 0), ("rank", 1), ("patience", 0),
-        ):  # fmt: skip
-            value = getattr(self, option)
-            if value is not None and not value >= least:
-                raise PassError(
-                    f"{name}: {option}={value} is below {least}.", f"Leave {option} out."
-                )
+    seconds: Annotated[float, Field(ge=0)] | None = None
+    steps: Annotated[int, Field(ge=0)] | None = None
+    rate: Annotated[float, Field(gt=0)] | None = None
+    batch: Annotated[int, Field(ge=1)] | PerDevice[int] = PerDevice(cpu=2, gpu=4)
+    seqlen: Annotated[int, Field(ge=2)] | PerDevice[int] = PerDevice(cpu=256, gpu=2048)
+    own_text: Annotated[int, Field(ge=0)] | None = None
+    train: Literal["all", "low-rank"] = "all"
+    rank: Annotated[int, Field(ge=1)] = 128
+    patience: Annotated[int, Field(ge=0)] = 0

@@ -13,7 +13,7 @@ from tiny_models import byte_tokenizer
 from trained import LENGTH, book, save_trained
 
 import graphopt as go
-from graphopt.errors import PassError
+from graphopt.errors import PassError, UsageError
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.weights import Array, Weight
@@ -217,23 +217,33 @@ def test_parts_that_matter_more_get_more_pieces_of_one_budget(dense, tmp_path, a
         ({"shared": 5, "active": 4}, "5 shared and 4 active"),
         ({"shared": 0, "active": 0}, "0 shared and 0 active"),
         ({"shared": 8, "active": 0, "experts": 1}, "experts=1 is below 2"),
-        ({"experts": 7}, "which 7 pieces do not divide"),
-        ({"experts": 200, "pad": True}, "200 pieces need more than one each"),
         ({"pad": True, "mode": "faithful"}, "one of the zeros"),
         ({"threshold": True, "mode": "faithful"}, "mode=faithful has none"),
         ({"by_layer": True, "shared": 0}, "shared=0 has none"),
         ({"by_layer": True, "shared": 5}, "no part is to run fewer than all"),
         ({"normalised": True}, "mode=fit does by their energy"),
         ({"threshold": True, "active": 0}, "active=0 has none"),
-        ({"mode": "faithful", "marks": 97}, "97 cannot be marked"),
-        ({"experts": 96, "shared": 3}, "96 pieces need more than one each"),
         ({"windows": 1}, "windows=1 is below 2"),
     ],
 )
-def test_wrong_options_are_refused_before_a_weight_is_read(options, message):
-    _, program = captured("llama")
+def test_a_pass_with_wrong_options_cannot_be_made(options, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make_pass("carve-moe", options)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"experts": 7}, "which 7 pieces do not divide"),
+        ({"experts": 200, "pad": True}, "200 pieces need more than one each"),
+        ({"mode": "faithful", "marks": 97}, "97 cannot be marked"),
+        ({"experts": 96, "shared": 3}, "96 pieces need more than one each"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_a_weight_is_read(options, message):
     with pytest.raises(PassError, match=message) as caught:
-        make_pass("carve-moe", options).check(program)
+        make_pass("carve-moe", options).check(captured("llama")[1])
     assert caught.value.remedy
 
 

@@ -14,6 +14,7 @@ from graphopt.pass_manager import contract
 from graphopt.pass_manager.contract import declared_passes, get_pass, make_pass
 from graphopt.pass_manager.declarations import ENTRY_POINTS, declarations
 from graphopt.pass_manager.description import describe_passes
+from graphopt.pass_manager.options import default_of
 
 LISTING = """
 import sys
@@ -47,7 +48,7 @@ def test_what_a_module_declares_is_what_it_registers():
             assert getattr(item.declared, name) == getattr(imported, name)
         fields, own = (dataclasses.fields(cls) for cls in (item.declared, imported))
         assert [f.name for f in fields] == [f.name for f in own]
-        assert [contract.default_of(f) for f in fields] == [contract.default_of(f) for f in own]
+        assert [default_of(f) for f in fields] == [default_of(f) for f in own]
         hints, types = get_type_hints(item.declared), get_type_hints(imported)
         assert all(hints[f.name] == types[f.name] for f in fields)
 
@@ -129,14 +130,14 @@ def test_a_plugin_is_listed_without_what_it_runs_and_made_with_it(plugin):
 def test_a_declaration_that_needs_its_module_has_it_imported(plugin):
     plugin("plugged_b", most="getattr(Helper(), 'most', needed.DEFAULT)")
     declared = declared_passes()["plugged_b"]
-    assert [contract.default_of(f) for f in dataclasses.fields(declared)] == [[4, 8], 7]
+    assert [default_of(f) for f in dataclasses.fields(declared)] == [[4, 8], 7]
 
 
 def test_a_declaration_that_cannot_stand_alone_is_imported(plugin):
     # Read alone, `__file__` is not known.
     plugin("plugged_c", most="len(__file__) * 0 + 5")
     assert "plugged_c" not in sys.modules
-    assert contract.default_of(dataclasses.fields(declared_passes()["plugged_c"])[1]) == 5
+    assert default_of(dataclasses.fields(declared_passes()["plugged_c"])[1]) == 5
     assert "plugged_c" in sys.modules
 
 

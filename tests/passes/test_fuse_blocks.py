@@ -11,7 +11,7 @@ from programs import tiny_program
 from trained import LENGTH, book, save_trained
 
 import graphopt as go
-from graphopt.errors import PassError
+from graphopt.errors import PassError, UsageError
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks, remove_blocks
 from graphopt.pass_manager.contract import Context, make_pass
@@ -247,9 +247,9 @@ def test_blocks_that_differ_are_refused_with_the_pair():
         ({"rank": 0}, "rank=0 is below 1"),
     ],
 )
-def test_wrong_options_are_refused_before_a_weight_is_read(options, message):
-    with pytest.raises(PassError, match=message) as caught:
-        make_pass("fuse-blocks", options).check(tiny_program())
+def test_a_pass_with_wrong_options_cannot_be_made(options, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make_pass("fuse-blocks", options)
     assert caught.value.remedy
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from graphopt.errors import UsageError
 from graphopt.pass_manager.contract import (
-    Bare,
     Context,
     Pass,
     PassResult,
@@ -16,6 +15,7 @@ from graphopt.pass_manager.contract import (
     make_pass,
     register_pass,
 )
+from graphopt.pass_manager.options import Bare
 
 
 @register_pass

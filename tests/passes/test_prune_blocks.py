@@ -12,14 +12,16 @@ from programs import tiny_program
 from tiny_models import save_tiny
 
 import graphopt as go
+from graphopt.calibration.scores import METRICS
 from graphopt.calibration.text import held_out_perplexity, text_windows
-from graphopt.errors import GraphoptError, PassError
+from graphopt.errors import GraphoptError, PassError, UsageError
 from graphopt.evaluate.perplexity import read_text
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks, remove_blocks
 from graphopt.pass_manager.contract import make_pass
+from graphopt.pass_manager.options import option_types
 from graphopt.passes import prune_blocks
-from graphopt.passes.prune_blocks import HELD_OUT
+from graphopt.passes.prune_blocks import HELD_OUT, PruneBlocks
 
 TEXT = "the cat and the dog and the other animals of the house sat down to eat. " * 40
 
@@ -157,13 +159,11 @@ def test_an_interrupted_recipe_knows_the_dense_model_when_it_goes_on(model, tmp_
     [
         ({}, "was given none"),
         ({"ratio": 0.5, "blocks": 1}, "was given 2"),
-        ({"ratio": 0.0}, "ratio of 0 of the blocks"),
-        ({"ratio": 1.0}, "ratio of 1 of the blocks"),
-        ({"ratio": -0.1}, r"ratio of -0\.1"),
-        ({"blocks": 0}, "0 of 4 cannot be removed"),
-        ({"blocks": 4}, "4 of 4 cannot be removed"),
-        ({"remove": [1, 4]}, "no block 4: tiny has blocks 0 to 3"),
-        ({"remove": [-1]}, "no block -1"),
+        ({"ratio": 0.0}, r"ratio=0\.0 is not above 0"),
+        ({"ratio": 1.0}, r"ratio=1\.0 is not below 1"),
+        ({"ratio": -0.1}, r"ratio=-0\.1 is not above 0"),
+        ({"blocks": 0}, "blocks=0 is below 1"),
+        ({"remove": [-1]}, "remove=-1 is below 0"),
         ({"remove": [1, 1]}, "names a block twice"),
         ({"remove": [1], "part": "any"}, "does not say which parts"),
         ({"blocks": 1, "score": "magic"}, "no score 'magic'"),
@@ -173,10 +173,27 @@ def test_an_interrupted_recipe_knows_the_dense_model_when_it_goes_on(model, tmp_
         ({"blocks": 1, "seqlen": 1}, "seqlen=1 is below 2"),
     ],
 )
-def test_wrong_options_are_refused_before_a_weight_is_read(options, message):
+def test_a_pass_with_wrong_options_cannot_be_made(options, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make_pass("prune-blocks", options)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks": 4}, "4 of 4 cannot be removed"),
+        ({"remove": [1, 4]}, "no block 4: tiny has blocks 0 to 3"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_a_weight_is_read(options, message):
     with pytest.raises(PassError, match=message) as caught:
         make_pass("prune-blocks", options).check(tiny_program(layers=4))
     assert caught.value.remedy
+
+
+def test_every_score_can_be_chosen():
+    assert option_types(PruneBlocks)["score"].choices == tuple(METRICS)
 
 
 def hiding_parts(program, index):

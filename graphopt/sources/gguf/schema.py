@@ -9,7 +9,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, FailFast, Field
 
 from graphopt.errors import SourceError
-from graphopt.support.inputs import Schema, parse, shown, shown_path
+from graphopt.support.inputs import Schema, parse, shown_path
+from graphopt.support.plain import shown
 
 CHECKPOINT = "Give the safetensors checkpoint of the model."
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from graphopt.errors import SourceError
 from graphopt.sources.gguf.container import GgufFile
-from graphopt.support.inputs import shown
+from graphopt.support.plain import shown
 
 
 @dataclass(frozen=True)

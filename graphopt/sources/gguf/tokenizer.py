@@ -18,7 +18,7 @@ from graphopt.sources.gguf.encoder import SPACE, Encoder, Unencodable, byte_lett
 from graphopt.sources.gguf.schema import CHECKPOINT
 from graphopt.sources.gguf.vocabulary import CONTROL, UNKNOWN, Vocabulary
 from graphopt.sources.tokenizer import read_tokenizer
-from graphopt.support.inputs import shown
+from graphopt.support.plain import shown
 
 LAYOUT = 4
 """Part of the cache key: raised when the conversion or its check changes."""

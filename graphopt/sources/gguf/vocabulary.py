@@ -15,7 +15,7 @@ from graphopt.errors import SourceError
 from graphopt.sources.gguf.container import GgufFile
 from graphopt.sources.gguf.schema import CHECKPOINT, Entries, Text, Texts, read_entries
 from graphopt.sources.gguf.splitting import Splitting, splitting_of
-from graphopt.support.inputs import shown
+from graphopt.support.plain import shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens, as the format numbers them."""
