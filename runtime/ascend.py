@@ -5,7 +5,8 @@ Layout letters: B batch, S query tokens, T key tokens, H query heads, G key head
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def prefill(
     Args:
         kernel: The kernel of kernels/ascend_prefill.py, whole or as it was emitted.
         q: [B, H, S, D], fp16 or bf16, the last axis contiguous.
-        constants: The kernel's constants; see `graphopt.plan.ascend.ascend_constants`.
+        constants: The kernel's constants; see `graphopt.lowering.kernels.ascend_triton`.
         programs: How many run at once, each on a core of its own; by default the device's cube
             cores, never more than there are tasks.
         out: Written to if given, [B, H, S, Dv].
@@ -164,7 +165,7 @@ def decode(
     Args:
         kernel, merge: The kernels of kernels/ascend_decode.py, whole or as they were emitted.
         q: [B, H, S, D], few tokens, fp16 or bf16, the last axis contiguous.
-        constants: The kernels' constants; see `graphopt.plan.ascend.ascend_constants`. A step
+        constants: The kernels' constants; see `graphopt.lowering.kernels.ascend_triton`. A step
             whose rows, S times the group, are fewer than BLOCK_M runs in a smaller tile.
         splits: Spans the keys are split into; by default `splits_of` the keys that are seen.
         programs: How many run at once; by default the device's cube cores, and its vector cores
@@ -217,3 +218,20 @@ def decode(
         {**arguments, **written},
     )
     return out, lse
+
+
+def load(phase: str, constants: Constants, code: bytes | None) -> Callable[..., Any]:
+    """Return what runs an attention of (q, keys, scale=, extras=); see `prefill` and `decode`.
+
+    Args:
+        phase: `prefill` or `decode`.
+        code: None: Triton compiles the kernels where they run.
+    """
+    # Imported here: a CPU has no Triton, and needs none.
+    if phase == "decode":
+        from graphopt.runtime.kernels.ascend_decode import ascend_decode, ascend_merge
+
+        return partial(decode, ascend_decode, ascend_merge, constants=constants)
+    from graphopt.runtime.kernels.ascend_prefill import ascend_prefill
+
+    return partial(prefill, ascend_prefill, constants=constants)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from graphopt.runtime.attention import prefill
 from graphopt.runtime.driver import FLOAT, LONG, POINTER, Kernel, check_status, cuda_driver
 
 PANEL = 64
@@ -129,3 +131,14 @@ class HopperPrefill:
         if (device, stream) not in self._counters:
             self._counters[device, stream] = torch.zeros(2, dtype=torch.int32, device=device)
         return self._counters[device, stream]
+
+
+def load(phase: str, constants: Mapping[str, Any], code: bytes | None) -> Callable[..., Any]:
+    """Return what runs an attention of (q, keys, scale=, extras=); see `attention.prefill`.
+
+    Args:
+        phase: `prefill`, all that there is.
+        code: Machine code for `sm_90a`.
+    """
+    assert phase == "prefill" and code is not None
+    return partial(prefill, HopperPrefill(code, constants), constants=constants)

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
+from graphopt.runtime.attention import decode, prefill
 from graphopt.runtime.driver import FLOAT, INT, LONG, POINTER, Kernel
 
 # The constants that are macros of the source; the others are for the host.
@@ -128,3 +130,18 @@ def decode_kernels(image: bytes, constants: Mapping[str, Any]) -> tuple[Kernel, 
     )  # fmt: skip
     merge = Kernel(image, "attention_merge", MERGE, threads=MERGE_THREADS)
     return decode, merge
+
+
+def load(phase: str, constants: Mapping[str, Any], code: bytes | None) -> Callable[..., Any]:
+    """Return what runs an attention of (q, keys, scale=, extras=).
+
+    See `attention.prefill` and `attention.decode`.
+
+    Args:
+        phase: `prefill` or `decode`.
+        code: Machine code for `sm_70`, or PTX with a zero behind it.
+    """
+    assert code is not None
+    if phase == "decode":
+        return partial(decode, *decode_kernels(code, constants), constants=constants)
+    return partial(prefill, prefill_kernel(code, constants), constants=constants)

@@ -13,7 +13,8 @@ import torch
 from attention_reference import Case
 
 from graphopt.errors import UsageError
-from graphopt.plan import AttentionPlan, AttentionSpec, plan_attention
+from graphopt.lowering.kernels import plan_attention
+from graphopt.plan import AttentionPlan, AttentionSpec
 from graphopt.runtime.attention import Extras, Keys
 from graphopt.targets import get_target
 

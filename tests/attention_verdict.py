@@ -216,7 +216,7 @@ def started_kernel(
     drawn: Drawn, plan: AttentionPlan, posed: Problem
 ) -> tuple[Any, Any, Any, dict[str, Any]]:
     """Return output, log-sum-exp and page maxima, and what else is known of the kernel."""
-    from graphopt.lowering.triton.constants import kernel_constants
+    from graphopt.lowering.kernels.triton import kernel_constants
     from graphopt.runtime.attention import decode, prefill
 
     common = {"scale": posed.scale, "extras": posed.extras}
@@ -238,7 +238,7 @@ def started_kernel(
         return (*found, {"shared": kernel.shared, "wgmma": kernel.wgmma})
     if drawn.kernel == "hopper-cuda":
         from graphopt.lowering.cuda.compile import compile_cuda
-        from graphopt.lowering.cuda.hopper import hopper_constants, hopper_source
+        from graphopt.lowering.kernels.hopper_cuda import hopper_constants, hopper_source
         from graphopt.runtime.hopper import HopperPrefill
 
         image = compile_cuda(hopper_source(plan), "hopper_prefill.cu", "sm_90a", {}).image
@@ -247,7 +247,7 @@ def started_kernel(
         return (
             *prefill(launcher, posed.q, posed.keys, constants, **common, **posed.options), {}
         )  # fmt: skip
-    from graphopt.lowering.cuda.volta import compile_volta, volta_constants
+    from graphopt.lowering.kernels.volta_cuda import compile_volta, volta_constants
     from graphopt.runtime.volta import decode_kernels, prefill_kernel
 
     constants = volta_constants(plan, ring=posed.ring)
@@ -263,7 +263,7 @@ def ascend(
     plan: AttentionPlan, posed: Problem, common: dict[str, Any], decoding: bool
 ) -> tuple[Any, Any]:
     """Run the Ascend kernels by the interpreter."""
-    from graphopt.plan.ascend import ascend_constants
+    from graphopt.lowering.kernels.ascend_triton import ascend_constants
     from graphopt.runtime import ascend as launcher
     from graphopt.runtime.kernels.ascend_decode import ascend_decode, ascend_merge
     from graphopt.runtime.kernels.ascend_prefill import ascend_prefill

@@ -504,7 +504,7 @@ def planned(folder, *, device="", capability=None, monkeypatch=None):
     spec.loader.exec_module(module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: device)
-    return module.kernels.TILED
+    return module.kernels.DISPATCHER
 
 
 def test_a_model_for_another_gpu(here, monkeypatch):
@@ -524,9 +524,9 @@ def test_a_model_for_another_gpu(here, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert {tiled._plan(form).kernel for form in tiled._plans} == {"triton"}
+        assert {tiled._plan(key).launcher for key in tiled._plans} == {"triton_attention"}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    assert {tiled._plan(form).kernel for form in tiled._plans} == {"hopper-cuda", "triton"}
+    assert {tiled._plan(key).launcher for key in tiled._plans} == {"hopper", "triton_attention"}
 
 
 def test_kernels_of_layers_on_an_old_gpu(monkeypatch):

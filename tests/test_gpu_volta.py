@@ -19,7 +19,7 @@ from attention_reference import random_case
 from volta_forms import FORMS, case_of, check, close, file_name, run, sizes_of
 
 from graphopt.errors import LoweringError
-from graphopt.lowering.cuda.volta import compile_volta
+from graphopt.lowering.kernels.volta_cuda import compile_volta
 from graphopt.runtime.attention import Keys, prefill
 from graphopt.runtime.driver import DriverError, Kernel
 from graphopt.runtime.volta import PREFILL, decode_kernels, prefill_kernel

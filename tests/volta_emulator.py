@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from graphopt.lowering.cuda.volta import volta_source
+from graphopt.lowering.kernels.volta_cuda import volta_source
 from graphopt.runtime.driver import Kernel
 from graphopt.runtime.volta import DECODE, DEFINES, MERGE, MERGE_THREADS, PREFILL, shared_bytes
 

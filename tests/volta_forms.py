@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from attention_reference import random_case
 
-from graphopt.lowering.cuda.volta import volta_constants
-from graphopt.plan import AttentionSpec, plan_attention
+from graphopt.lowering.kernels import plan_attention
+from graphopt.lowering.kernels.volta_cuda import volta_constants
+from graphopt.plan import AttentionSpec
 from graphopt.runtime.attention import Extras, Keys, decode, prefill
 from graphopt.targets import get_target
 

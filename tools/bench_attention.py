@@ -31,14 +31,9 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from graphopt.lowering.cuda.compile import compile_cuda
-from graphopt.lowering.cuda.hopper import hopper_constants, hopper_source
-from graphopt.lowering.triton.constants import kernel_constants
-from graphopt.plan import PLANNERS, AttentionPlan, AttentionSpec, plan_attention
-from graphopt.runtime.attention import Keys, decode, prefill
-from graphopt.runtime.hopper import HopperPrefill
-from graphopt.runtime.kernels.decode import attention_decode, attention_merge
-from graphopt.runtime.kernels.prefill import attention_prefill
+from graphopt.lowering.kernels import get_family, plan_attention
+from graphopt.plan import AttentionPlan, AttentionSpec
+from graphopt.runtime.attention import Keys
 from graphopt.targets import get_target
 
 ROOT = Path(__file__).parents[1]
@@ -79,15 +74,12 @@ def runner(
 ) -> Run:
     """Return what runs a prefill by a plan, its kernel compiled once in `cache`."""
     scale = q.shape[3] ** -0.5
-    if plan.kernel == "hopper-cuda":
-        source = hopper_source(plan)
-        if source not in cache:
-            image = compile_cuda(source, "hopper_prefill", "sm_90a", {}).image
-            cache[source] = HopperPrefill(image, hopper_constants(plan))
-        constants = {**kernel_constants(plan), **hopper_constants(plan)}
-        return lambda: prefill(cache[source], q, keys, constants, scale=scale, **options)
-    constants = kernel_constants(plan)
-    return lambda: prefill(attention_prefill, q, keys, constants, scale=scale, **options)
+    # Plans that differ in nothing the kernel is made of share it.
+    family = get_family(plan.kernel)
+    made_of = f"{plan.kernel} {family.constants(plan)}"
+    if made_of not in cache:
+        cache[made_of] = family.load(plan)
+    return lambda: cache[made_of](q, keys, scale=scale, **options)
 
 
 def spec_of(q: Tensor, k: Tensor, **fields: Any) -> AttentionSpec:
@@ -170,12 +162,11 @@ def bench_decode(target: str) -> Iterator[dict[str, Any]]:
                   for _ in range(sets)]  # fmt: skip
         q = random(1, heads, 1, width)
         spec = spec_of(q, caches[0][0], phase="decode")
-        constants = kernel_constants(plan_attention(spec, get_target(target)))
+        plan = plan_attention(spec, get_target(target))
+        kernel = get_family(plan.kernel).load(plan)
 
-        def ours(k: Tensor, v: Tensor, q: Tensor = q, constants: Any = constants) -> Run:
-            return lambda: decode(
-                attention_decode, attention_merge, q, Keys(k, v), constants, scale=width**-0.5
-            )
+        def ours(k: Tensor, v: Tensor, q: Tensor = q, kernel: Any = kernel) -> Run:
+            return lambda: kernel(q, Keys(k, v), scale=width**-0.5)
 
         runs = {target: [ours(k, v) for k, v in caches]}
         for name, backend in PEERS.items():
@@ -268,7 +259,7 @@ def tune(target: str, widths: list[int]) -> list[dict[str, Any]]:
     for kernel, width, causal in itertools.product(machine.kernels, widths, (True, False)):
         operands = [prefill_operands(width, length) for length in (2048, 8192)]
         spec = spec_of(*operands[0][:2], causal=causal)
-        planner = PLANNERS[kernel]
+        planner = get_family(kernel).planner
         best: tuple[float, dict[str, int]] | None = None
         for tiles in worth_trying(kernel, spec, target):
             inequalities = planner.inequalities(spec, machine, tiles)
@@ -295,7 +286,7 @@ def tune(target: str, widths: list[int]) -> list[dict[str, Any]]:
 
 def worth_trying(kernel: str, spec: AttentionSpec, target: str) -> list[dict[str, int]]:
     """Return the model's candidates, those that have been fast anywhere."""
-    found = list(PLANNERS[kernel].candidates(spec, get_target(target)))
+    found = list(get_family(kernel).planner.candidates(spec, get_target(target)))
     if kernel == "triton":
         most = max(tiles["BLOCK_M"] for tiles in found)
         return [tiles for tiles in found if tiles["BLOCK_M"] == most and tiles["BLOCK_N"] >= 32

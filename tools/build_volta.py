@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from volta_forms import FORMS, file_name
 
 from graphopt.errors import GraphoptError
-from graphopt.lowering.cuda.volta import compile_volta
+from graphopt.lowering.kernels.volta_cuda import compile_volta
 
 
 def build(folder: Path, only: str = "") -> int:

@@ -350,8 +350,9 @@ def draw_shapes(count: int, seed: int = SEED, phase: str = "prefill") -> list[di
 
 def planned(fields: dict[str, Any], tiles: dict[str, int]) -> tuple[dict[str, Any], Any]:
     """Return the kernel's constants for tiles that were not chosen by the planner, and the plan."""
+    from graphopt.lowering.kernels.ascend_triton import ascend_constants
     from graphopt.plan import AttentionPlan, AttentionSpec
-    from graphopt.plan.ascend import AscendPlanner, ascend_constants
+    from graphopt.plan.ascend import AscendPlanner
     from graphopt.targets import get_target
 
     planner, target, spec = AscendPlanner(), get_target("ascend910b"), AttentionSpec(**fields)

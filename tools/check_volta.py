@@ -164,8 +164,9 @@ HEADS, KEY_HEADS = 32, 8
 
 def planned(size: int, phase: str = "prefill", **tiles: int) -> tuple[Any, dict[str, Any]]:
     """Return the plan of a causal attention, and its constants with some tiles changed."""
-    from graphopt.lowering.cuda.volta import volta_constants
-    from graphopt.plan import AttentionSpec, plan_attention
+    from graphopt.lowering.kernels import plan_attention
+    from graphopt.lowering.kernels.volta_cuda import volta_constants
+    from graphopt.plan import AttentionSpec
     from graphopt.targets import get_target
 
     spec = AttentionSpec(head_dim=size, heads=HEADS, kv_heads=KEY_HEADS, phase=phase)
@@ -176,7 +177,7 @@ def planned(size: int, phase: str = "prefill", **tiles: int) -> tuple[Any, dict[
 def compiled(constants: dict[str, Any], nvdisasm: str) -> tuple[Any, Any]:
     """Return the machine code of the constants' attention, and what ptxas says of it."""
     from graphopt.lowering.cuda.sass import disassemble, usage
-    from graphopt.lowering.cuda.volta import compile_volta
+    from graphopt.lowering.kernels.volta_cuda import compile_volta
 
     made = compile_volta(constants, "sm_70")
     name = "attention_decode" if constants["DECODE"] else "attention_prefill"
@@ -186,7 +187,7 @@ def compiled(constants: dict[str, Any], nvdisasm: str) -> tuple[Any, Any]:
 
 def our_row(size: int, phase: str, nvdisasm: str) -> dict[str, Any]:
     """Return what the machine code of a planned kernel holds, and what it should."""
-    from graphopt.lowering.cuda.volta import matrix_instructions, shared_loads
+    from graphopt.lowering.cuda.volta_counts import matrix_instructions, shared_loads
     from graphopt.plan.volta_layout import operand_load, padded, tile_row, value_load, wavefronts
     from graphopt.runtime.volta import shared_bytes
 

@@ -581,7 +581,8 @@ def plan_attention_command(
     import dataclasses
 
     from graphopt.errors import unknown_name
-    from graphopt.plan import AttentionSpec, plan_attention
+    from graphopt.lowering.kernels import plan_attention
+    from graphopt.plan import AttentionSpec
     from graphopt.targets import get_target
 
     switches = [f.name for f in dataclasses.fields(AttentionSpec) if f.default is False]

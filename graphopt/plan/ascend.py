@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from graphopt.plan.base import (
     BYTES,
-    AttentionPlan,
     Inequality,
     Planner,
-    form_constants,
     power_above,
 )
 from graphopt.plan.spec import AttentionSpec
-from graphopt.runtime.tiled import DECODE_TOKENS
+from graphopt.runtime.dispatch import DECODE_TOKENS
 from graphopt.runtime.tiling_mask import table_bytes
 from graphopt.targets import Target
 
@@ -298,11 +296,3 @@ def rounds(keys: int, tiles: dict[str, int]) -> int:
     It falls with BLOCK_KV over BLOCK_N: what the larger block of the two-level tiling is for.
     """
     return -(-keys // tiles["BLOCK_KV"])
-
-
-def ascend_constants(plan: AttentionPlan) -> dict[str, Any]:
-    """Return a plan as the constants of ascend_prefill.py, or ascend_decode.py, under kernels.
-
-    With them those that say of a cache what it is not, for `graphopt.runtime.attention.check`.
-    """
-    return {**form_constants(plan.spec), **plan.tiles}

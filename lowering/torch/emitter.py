@@ -18,7 +18,7 @@ from graphopt.lowering.tokenizer import (
 from graphopt.lowering.torch.render import render_model
 from graphopt.lowering.torch.tiled import (
     FOLDER,
-    TiledModel,
+    LoweredKernels,
     lower_attentions,
     range_report,
 )
@@ -37,14 +37,14 @@ def source_files(program: Program, target: str) -> dict[str, str]:
     return _texts(program, target, lower_attentions(program, target))
 
 
-def _texts(program: Program, target: str, tiled: TiledModel | None) -> dict[str, str]:
+def _texts(program: Program, target: str, tiled: LoweredKernels | None) -> dict[str, str]:
     found = {MODEL_NAME: render_model(program, target, tiled)}
     if tiled is not None:
         found |= {f"{FOLDER}/{name}": text for name, text in tiled.files().items()}
     return found
 
 
-def _without_kernel(tiled: TiledModel) -> list[tuple[str, str]]:
+def _without_kernel(tiled: LoweredKernels) -> list[tuple[str, str]]:
     return [(where, f"attention by its reference: {why}") for where, why in tiled.refused]
 
 
@@ -99,7 +99,7 @@ class TorchEmitter(Emitter):
         return Emitted(files, storage, usage, notes, fallbacks)
 
     @staticmethod
-    def _compile(tiled: TiledModel, folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    def _compile(tiled: LoweredKernels, folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
         """Write what is compiled ahead; return its files, and what runs without a kernel."""
         fallbacks = _without_kernel(tiled)
         try:

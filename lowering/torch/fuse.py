@@ -26,11 +26,6 @@ from graphopt.ir.functional import ACTIVATIONS
 from graphopt.ir.graph import Function, Node, Program, Value
 from graphopt.lowering.torch.flow import Flow
 
-FUSED = ("rms_norm", "add_rms_norm", "rope", "rope_pair", "act_mul")
-"""Functions of `graphopt.ir.functional` that a target with kernels for layers has its own of."""
-MOE = ("moe", "route", "top_gates")
-"""The same, of models with experts."""
-
 
 def fuse(function: Function, packable: Collection[str]) -> None:
     """Join what can be joined, in place.

@@ -19,20 +19,19 @@ from graphopt.ir.ops import is_aten
 from graphopt.ir.shapes import infer_program
 from graphopt.lowering.torch import packed, template
 from graphopt.lowering.torch.classes import ModuleClass
-from graphopt.lowering.torch.fuse import FUSED, MOE, Deferred, defer_sums
+from graphopt.lowering.torch.fuse import Deferred, defer_sums
 from graphopt.lowering.torch.model import ModelClass
 from graphopt.lowering.torch.packed import with_uniform_encodings
 from graphopt.lowering.torch.text import HELPERS, WIDTH, class_name, prose, quoted, wrap
 from graphopt.lowering.torch.tiled import (
     TORCH_NAMES,
-    TiledModel,
+    LoweredKernels,
     lower_attentions,
 )
 from graphopt.runtime import chat
 from graphopt.sources.generation import GenerationSettings
 from graphopt.support.plain import plain_text_source
 
-_ATTENTION = ("attention", "cached_attention")
 _STANDARD = {
     "argparse": "import argparse",
     "contextlib": "import contextlib",
@@ -56,7 +55,9 @@ _LIBRARIES = {
 }
 
 
-def render_model(program: Program, target: str = "cpu", lowered: TiledModel | None = None) -> str:
+def render_model(
+    program: Program, target: str = "cpu", lowered: LoweredKernels | None = None
+) -> str:
     """Return the text of `model.py` for a program on a target.
 
     Args:
@@ -75,7 +76,7 @@ def render_model(program: Program, target: str = "cpu", lowered: TiledModel | No
     program = with_uniform_encodings(program)
     deferred = defer_sums(program) if fused else Deferred(program)
     classes = _classes(program, deferred, fused)
-    ahead = [*(_ATTENTION if tiled else ()), *((*FUSED, *MOE) if fused else ())]
+    ahead = tiled.functions() if tiled is not None else []
     unmasked = tiled is not None and mask_is_for_attention_alone(program)
     model = "\n".join(ModelClass(deferred.program, classes, unmasked=unmasked).lines())
     parts = ["\n".join(made.lines()) for made in classes.values()]
@@ -235,7 +236,7 @@ def _sources(helpers: Collection[str]) -> list[str]:
     return list(found.values())
 
 
-def _docstring(program: Program, tiled: TiledModel | None) -> str:
+def _docstring(program: Program, tiled: LoweredKernels | None) -> str:
     where = "in plain PyTorch" if tiled is None else f"for {prose(tiled.target.title)}"
     about = f"{prose(program.name)}: a language model {where}, written by graphopt."
     origin = f"Made from {prose(program.source)}. " if program.source else ""
@@ -260,7 +261,7 @@ def _imports(text: str, statements: dict[str, str]) -> str:
     return "\n".join(used)
 
 
-def _names(program: Program, text: str, tiled: TiledModel | None) -> list[str]:
+def _names(program: Program, text: str, tiled: LoweredKernels | None) -> list[str]:
     """Return the definitions that stand above everything else."""
     lines = ["aten = torch.ops.aten"] if re.search(r"\baten\.", text) else []
     lines.append("KV = tuple[Tensor, Tensor]  # keys and values of a layer: [B,heads,tokens,size]")

@@ -195,7 +195,7 @@ class Decoder:
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.logits: Tensor | None = None
         self.cache = [
-            kernels.Slot(
+            kernels.StaticKVCache(
                 k.new_zeros(batch, k.shape[1], capacity, k.shape[3]),
                 v.new_zeros(batch, v.shape[1], capacity, v.shape[3]),
                 self.length,

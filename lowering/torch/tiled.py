@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from typing import Any
 
 import torch
@@ -16,65 +14,32 @@ from graphopt.ir.graph import Node, Program, Value, resolve_attrs
 from graphopt.ir.ops.attention import BIAS, KEY, QUERY, SINKS, SLOPES, VALUE
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
-from graphopt.lowering.cuda.ahead import AHEAD
-from graphopt.lowering.torch.fuse import FUSED, MOE
-from graphopt.lowering.triton.constants import kernel_constants
-from graphopt.lowering.triton.specialise import specialise
-from graphopt.plan import AttentionPlan, AttentionSpec, plan_attention
-from graphopt.plan.ascend import ascend_constants
+from graphopt.lowering.kernels import (
+    KernelFamily,
+    LayerKernels,
+    get_family,
+    get_layer_family,
+    plan_attention,
+)
+from graphopt.lowering.kernels.family import runtime_text
+from graphopt.plan import AttentionPlan, AttentionSpec
 from graphopt.targets import Target, get_target
 
 FOLDER = "kernels"
 # Modules that go with every model, as they are.
-_MODULES = ("functional", "attention", "tiled")
-
-
-@dataclass(frozen=True)
-class _Triton:
-    """A family written in Triton, which the machine at hand compiles when it runs.
-
-    Attributes:
-        kernels: Its files under runtime/kernels.
-        modules: Modules of the runtime that launch it, beside those that go with every model.
-        constants: What they ask for.
-        entries: The functions that run a plan, by its phase: those of its files are emitted with
-            all folded that is the same in every plan. None for files that go as they are.
-    """
-
-    kernels: tuple[str, ...]
-    modules: tuple[str, ...]
-    constants: Callable[[AttentionPlan], dict[str, Any]]
-    entries: Mapping[str, tuple[str, ...]] | None = None
-
-
-_TRITON = {
-    "triton": _Triton(
-        ("common", "prefill", "decode"),
-        (),
-        kernel_constants,
-        {"prefill": ("attention_prefill",), "decode": ("attention_decode", "attention_merge")},
-    ),
-    "ascend-triton": _Triton(
-        ("ascend_prefill", "ascend_decode"), ("ascend", "tiling_mask"), ascend_constants
-    ),
-}
-# Families of kernels beside attention: the modules that launch them, and their files.
-_LAYER_KERNELS = {"triton": (["fused"], ["block"])}
-# The same, for models with experts.
-_MOE_KERNELS = {"triton": (["moe"], ["experts"])}
+_MODULES = ("functional", "attention", "dispatch")
 
 
 @dataclass
-class TiledModel:
+class LoweredKernels:
     """What a program's attentions become on a target.
 
     Attributes:
         dtype: What the model computes in, an IR name.
-        plans: Distinct ones, the best for a form first.
+        plans: Distinct ones, the best for a description first.
         refused: (where, reason) of each attention that no kernel of the target takes.
         notes: (where, what) of those that a kernel takes which was made for something else.
-        images: Plans whose kernel is compiled ahead, by the stem of their files' names.
-        experts: Whether tokens run some of a part's neurons.
+        ops: Those of the program.
     """
 
     target: Target
@@ -82,45 +47,52 @@ class TiledModel:
     plans: list[AttentionPlan] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
-    images: dict[str, AttentionPlan] = field(default_factory=dict)
-    experts: bool = False
+    ops: frozenset[str] = frozenset()
+
+    def layer_kernels(self) -> list[LayerKernels]:
+        """Return the kernels beside attention that the target has and the program needs."""
+        groups = [g for name in self.target.layer_kernels for g in get_layer_family(name).groups]
+        return [group for group in groups if not group.needed_by or group.needed_by & self.ops]
+
+    def functions(self) -> list[str]:
+        """Return the functions of `graphopt.ir.functional` that the folder has its own of."""
+        own = [name for group in self.layer_kernels() for name in group.functions]
+        return ["attention", "cached_attention", *own]
+
+    def stems(self, family: KernelFamily) -> dict[str, AttentionPlan]:
+        """Return the plans of a family, by the stem of the files of each."""
+        return {
+            stem: plan
+            for stem, plan in zip(self._stems(), self.plans, strict=True)
+            if plan.kernel == family.name
+        }
+
+    def _stems(self) -> list[str]:
+        """Return the stem of the files of every plan; those compiled ahead are counted apart."""
+        counts = {True: 0, False: 0}
+        stems: list[str] = []
+        for plan in self.plans:
+            family = get_family(plan.kernel)
+            stems.append(f"{family.launcher}_{plan.spec.phase}_{counts[family.ahead]}")
+            counts[family.ahead] += 1
+        return stems
 
     def files(self) -> dict[str, str]:
         """Return the text of every source file of the folder `kernels`, by name."""
-        used = dict.fromkeys(plan.kernel for plan in self.plans)
+        families = [get_family(name) for name in dict.fromkeys(plan.kernel for plan in self.plans)]
         modules: list[str] = [*_MODULES]
         kernels: list[str] = []
-        for kernel in used:
-            modules += (AHEAD if kernel in AHEAD else _TRITON)[kernel].modules
-        for family in self.target.layer_kernels:
-            modules += _LAYER_KERNELS[family][0]
-            kernels += _LAYER_KERNELS[family][1]
-            if self.experts:
-                modules += _MOE_KERNELS[family][0]
-                kernels += _MOE_KERNELS[family][1]
-        texts = {f"{name}.py": _runtime_text(f"{name}.py") for name in modules}
-        texts |= {f"{name}.py": _runtime_text(f"kernels/{name}.py") for name in kernels}
-        for kernel in used:
-            if kernel in _TRITON:
-                texts |= self._kernel_texts(kernel)
-        for stem, plan in self.images.items():
-            texts[f"{stem}.cu"] = AHEAD[plan.kernel].text(plan)
+        for family in families:
+            modules += (*family.modules, family.launcher)
+        for group in self.layer_kernels():
+            modules.append(group.module)
+            kernels += group.files
+        texts = {f"{name}.py": runtime_text(f"{name}.py") for name in modules}
+        texts |= {f"{name}.py": runtime_text(f"kernels/{name}.py") for name in kernels}
+        for family in families:
+            texts |= family.sources(self.stems(family))
         texts["__init__.py"] = self._init()
         return texts
-
-    def _kernel_texts(self, kernel: str) -> dict[str, str]:
-        """Return the files of a family in Triton, by name, as its plans here need them."""
-        family = _TRITON[kernel]
-        texts = {name: _runtime_text(f"kernels/{name}.py") for name in family.kernels}
-        if family.entries is not None:
-            served: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-            for plan in self.plans:
-                if plan.kernel == kernel:
-                    for entry in family.entries[plan.spec.phase]:
-                        row = (plan.spec.describe(), family.constants(plan))
-                        served.setdefault(entry, []).append(row)
-            texts = specialise(texts, served)
-        return {f"{name}.py": text for name, text in texts.items()}
 
     def compile(self) -> dict[str, bytes]:
         """Return the machine code of every kernel that is compiled ahead, by file name.
@@ -128,10 +100,10 @@ class TiledModel:
         Raises:
             LoweringError: There is no compiler for it.
         """
-        found: dict[str, bytes] = {}
-        for stem, plan in self.images.items():
-            found |= AHEAD[plan.kernel].compile(plan, stem)
-        return found
+        code: dict[str, bytes] = {}
+        for stem, plan in zip(self._stems(), self.plans, strict=True):
+            code |= get_family(plan.kernel).compile(plan, stem)
+        return code
 
     @property
     def device(self) -> str:
@@ -145,16 +117,12 @@ class TiledModel:
 
     def _init(self) -> str:
         rows: list[str] = []
-        names = {id(plan): stem for stem, plan in self.images.items()}
-        for plan in self.plans:
+        for stem, plan in zip(self._stems(), self.plans, strict=True):
             rows += [f"    # {line}" for line in plan.lines()]
-            spec = plan.spec
-            image = names.get(id(plan))
-            family = _TRITON[plan.kernel] if image is None else AHEAD[plan.kernel]
-            constants = family.constants(plan)
+            spec, family = plan.spec, get_family(plan.kernel)
             rows += [
                 "    Planned(",
-                "        Form(",
+                "        AttentionKey(",
                 f"            {spec.phase!r}, {spec.head_dim}, {spec.values}, {spec.group}, "
                 f"torch.{TORCH_NAMES[spec.dtype]},",
                 f"            causal={spec.causal}, window={spec.window}, chunk={spec.chunk}, "
@@ -162,27 +130,27 @@ class TiledModel:
                 f"            sinks={spec.sinks}, alibi={spec.alibi}, bias={spec.bias}, "
                 f"key_mask={spec.key_mask}, lengths={spec.lengths},",
                 "        ),",
-                f"        {plan.kernel!r},",
-                f"        {constants!r},",
-                f"        {image!r},",
+                f"        {family.launcher!r},",
+                f"        {family.constants(plan)!r},",
+                f"        {stem if family.ahead else None!r},",
                 "    ),",
             ]
         number = self.target.isa.removeprefix("sm_")
         arch = divmod(int(number), 10) if number.isdigit() else None
-        exported, tiled = ["Slot", "attention", "cached_attention"], f"PLANS, HERE, {arch}"
-        imports = "from .tiled import Form, Planned, Slot, Tiled"
-        if self.target.layer_kernels:
-            joined = ", ".join(sorted([*FUSED, "append_kv"]))
-            own = f"from .fused import {joined}\n"
-            exported += FUSED
-            if self.experts:
-                own += f"from .moe import {', '.join(MOE)}\n"
-                exported += MOE
-            imports = own + imports
-            tiled += ", append_kv"
+        arguments = f"PLANS, HERE, {arch}"
+        imports = [
+            "from .dispatch import AttentionDispatcher, AttentionKey, Planned, StaticKVCache"
+        ]
+        for group in self.layer_kernels():
+            functions = [*group.functions]
+            if group.cache_writer is not None:
+                arguments += f", {group.cache_writer}"
+                functions.append(group.cache_writer)
+            imports.append(f"from .{group.module} import {', '.join(sorted(functions))}")
+        names = ["StaticKVCache", *self.functions()]
         return _INIT.format(
-            title=self.target.title, rows="\n".join(rows), imports=imports, tiled=tiled,
-            names=", ".join(f'"{name}"' for name in exported),
+            title=self.target.title, rows="\n".join(rows), imports="\n".join(imports),
+            arguments=arguments, names=", ".join(f'"{name}"' for name in names),
         )  # fmt: skip
 
 
@@ -199,19 +167,11 @@ HERE = Path(__file__).parent
 PLANS = [
 {rows}
 ]
-TILED = Tiled({tiled})
-attention, cached_attention = TILED.attention, TILED.cached_attention
+DISPATCHER = AttentionDispatcher({arguments})
+attention, cached_attention = DISPATCHER.attention, DISPATCHER.cached_attention
 
 __all__ = [{names}]
 '''
-
-
-def _runtime_text(name: str) -> str:
-    """Return a module that goes with a model, its imports turned to its neighbours."""
-    package = "graphopt.ir" if name == "functional.py" else "graphopt.runtime"
-    text = (resources.files(package) / name).read_text(encoding="utf-8")
-    text = re.sub(r"from graphopt\.runtime\.(?:kernels\.)?(\w+) import", r"from .\1 import", text)
-    return re.sub(r"from graphopt\.(?:ir|runtime) import", "from . import", text)
 
 
 def compute_dtype(program: Program, target: Target) -> str:
@@ -220,7 +180,7 @@ def compute_dtype(program: Program, target: Target) -> str:
     return own if own is not None and own in target.dtypes else "f16"
 
 
-def lower_attentions(program: Program, target: str) -> TiledModel | None:
+def lower_attentions(program: Program, target: str) -> LoweredKernels | None:
     """Plan every attention of a program; None where the target has no kernels of ours.
 
     Every form is planned for prefill and decode, with and without a padding mask, and for a
@@ -229,11 +189,9 @@ def lower_attentions(program: Program, target: str) -> TiledModel | None:
     machine = get_target(target)
     if not machine.kernels:
         return None
-    model = TiledModel(machine, compute_dtype(program, machine))
+    model = LoweredKernels(machine, compute_dtype(program, machine))
     called = {call.function for call in program.calls}
-    model.experts = any(
-        node.op == "experts" for name in called for node in program.functions[name].nodes
-    )
+    model.ops = frozenset(node.op for name in called for node in program.functions[name].nodes)
     seen: dict[AttentionSpec, None] = {}
     for where, spec in _specs(program, model.dtype):
         if spec in seen:
@@ -250,18 +208,17 @@ def lower_attentions(program: Program, target: str) -> TiledModel | None:
                     model.notes.append((where, f"decodes as a short prefill: {error.message}"))
                 else:
                     model.refused.append((where, f"{phase}: {error.message}"))
-    for number, plan in enumerate(p for p in model.plans if p.kernel in AHEAD):
-        model.images[f"{plan.kernel.removesuffix('-cuda')}_{plan.spec.phase}_{number}"] = plan
     return model
 
 
 def _plans(spec: AttentionSpec, target: Target) -> Iterator[AttentionPlan]:
-    """Yield the plan, and behind one of a kernel compiled ahead what runs without its image."""
+    """Yield the plan, and behind one of a kernel compiled ahead what runs without its code."""
     plan = plan_attention(spec, target)
     yield plan
-    if plan.kernel in AHEAD and "triton" in target.kernels:
+    others = tuple(name for name in target.kernels if not get_family(name).ahead)
+    if get_family(plan.kernel).ahead and others:
         with contextlib.suppress(LoweringError):
-            yield plan_attention(spec, replace(target, kernels=("triton",)))
+            yield plan_attention(spec, replace(target, kernels=others))
 
 
 def _specs(program: Program, dtype: str) -> Iterator[tuple[str, AttentionSpec]]:

@@ -79,8 +79,9 @@ def interpret():
     sys.path.insert(0, str(REPOSITORY / "tests"))
     from attention_reference import random_case
 
+    from graphopt.lowering.kernels.ascend_triton import ascend_constants
     from graphopt.plan import AttentionPlan, AttentionSpec
-    from graphopt.plan.ascend import AscendPlanner, ascend_constants
+    from graphopt.plan.ascend import AscendPlanner
     from graphopt.runtime.ascend import decode, prefill
     from graphopt.runtime.attention import Extras, Keys
     from graphopt.runtime.kernels.ascend_decode import ascend_decode, ascend_merge
@@ -243,7 +244,8 @@ def test_the_compiler_agrees_with_the_planner(tool, venv, tmp_path):
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_what_the_planner_chooses_compiles(tool, venv, tmp_path, head_dim, phase):
-    from graphopt.plan import AttentionSpec, plan_attention
+    from graphopt.lowering.kernels import plan_attention
+    from graphopt.plan import AttentionSpec
     from graphopt.targets import get_target
 
     fields = {

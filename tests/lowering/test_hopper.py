@@ -8,8 +8,9 @@ import pytest
 
 from graphopt.errors import LoweringError
 from graphopt.lowering.cuda.compile import compile_cuda, nvrtc_version
-from graphopt.lowering.cuda.hopper import hopper_constants, hopper_source
-from graphopt.plan import AttentionSpec, plan_attention
+from graphopt.lowering.kernels import plan_attention
+from graphopt.lowering.kernels.hopper_cuda import hopper_constants, hopper_source
+from graphopt.plan import AttentionSpec
 from graphopt.runtime.hopper import shared_bytes
 from graphopt.targets import get_target
 

@@ -38,7 +38,7 @@ def module_of(folder):
 def test_sources_are_python_with_their_plans_and_the_same_each_time(target):
     files = source_files(program(window=5), target)
     assert files == source_files(program(window=5), target)
-    assert {"model.py", "kernels/__init__.py", "kernels/tiled.py"} <= set(files)
+    assert {"model.py", "kernels/__init__.py", "kernels/dispatch.py"} <= set(files)
     assert ("kernels/prefill.py" in files) == (target in ("ampere", "hopper"))
     for name, text in files.items():
         if name.endswith(".py"):
@@ -148,7 +148,7 @@ def test_changed_kernels_are_not_run(tmp_path):
     from graphopt.backends.opening import open_language_model
 
     go.emit(program(), tmp_path / "out", target="ampere", emit=("torch",))
-    path = tmp_path / "out" / "kernels" / "tiled.py"
+    path = tmp_path / "out" / "kernels" / "dispatch.py"
     path.write_text(path.read_text() + "\n")
     shown = CliRunner().invoke(app, ["eval", str(tmp_path / "out"), "--text", str(path)])
     assert shown.exit_code == 1 and "is not the file that graphopt writes" in shown.output

@@ -17,10 +17,11 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-from graphopt.lowering.torch.tiled import _runtime_text  # noqa: E402
-from graphopt.lowering.triton.constants import kernel_constants  # noqa: E402
+from graphopt.lowering.kernels import plan_attention  # noqa: E402
+from graphopt.lowering.kernels.family import runtime_text  # noqa: E402
+from graphopt.lowering.kernels.triton import kernel_constants  # noqa: E402
 from graphopt.lowering.triton.specialise import specialise  # noqa: E402
-from graphopt.plan import AttentionSpec, plan_attention  # noqa: E402
+from graphopt.plan import AttentionSpec  # noqa: E402
 from graphopt.runtime.attention import (  # noqa: E402
     Extras,
     Keys,
@@ -439,7 +440,7 @@ SPECIALISED = {
 
 def emitted(folder, served, monkeypatch):
     """The kernels specialised for plans, as a package; and their texts before and after."""
-    before = {name: _runtime_text(f"kernels/{name}.py") for name in ("common", "prefill", "decode")}
+    before = {name: runtime_text(f"kernels/{name}.py") for name in ("common", "prefill", "decode")}
     after = specialise(before, served)
     package = folder / f"made_{folder.name}"
     package.mkdir()

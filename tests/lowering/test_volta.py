@@ -15,10 +15,9 @@ from graphopt.errors import LoweringError
 from graphopt.lowering.cuda import compile as nvrtc
 from graphopt.lowering.cuda import compile_cuda, nvrtc_version
 from graphopt.lowering.cuda.sass import disassemble, find_nvdisasm, usage
-from graphopt.lowering.cuda.volta import (
+from graphopt.lowering.cuda.volta_counts import matrix_instructions, shared_loads
+from graphopt.lowering.kernels.volta_cuda import (
     compile_volta,
-    matrix_instructions,
-    shared_loads,
     volta_source,
 )
 from graphopt.plan.volta_layout import operand_layout, value_layout

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from volta_forms import FORMS
 
 from graphopt.errors import LoweringError
-from graphopt.lowering.cuda import nvrtc_version
-from graphopt.lowering.cuda import volta as volta_lowering
+from graphopt.lowering.cuda import nvrtc_version, volta_counts
 from graphopt.lowering.cuda.issue_model import (
     CLOCK,
     LAUNCH,
@@ -26,7 +25,7 @@ from graphopt.lowering.cuda.issue_model import (
     seconds,
 )
 from graphopt.lowering.cuda.sass import Instruction, find_nvdisasm, parse_sass, usage
-from graphopt.lowering.cuda.volta import matrix_instructions, shared_loads
+from graphopt.lowering.cuda.volta_counts import matrix_instructions, shared_loads
 from graphopt.plan.volta_layout import padded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,8 +147,8 @@ def test_loads_take_the_fewest_wavefronts_and_unpadded_rows_do_not(size, phase, 
     loads = shared_loads(constants)
     assert set(loads) == {"Q", "K", "V", "P"}
     assert all(load.wavefronts == load.ideal for load in loads.values())
-    monkeypatch.setattr(volta_lowering, "operand_layout", padded)
-    monkeypatch.setattr(volta_lowering, "value_layout", padded)
+    monkeypatch.setattr(volta_counts, "operand_layout", padded)
+    monkeypatch.setattr(volta_counts, "value_layout", padded)
     unpadded = shared_loads(constants)
     for name in "QKV":
         assert unpadded[name].wavefronts > unpadded[name].ideal

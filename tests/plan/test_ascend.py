@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphopt.errors import LoweringError
-from graphopt.plan import PLANNERS, AttentionSpec, plan_attention
-from graphopt.plan.ascend import ascend_constants, merge_buffer, rounds, unified_buffer
+from graphopt.lowering.kernels import get_family, plan_attention
+from graphopt.lowering.kernels.ascend_triton import ascend_constants
+from graphopt.plan import AttentionSpec
+from graphopt.plan.ascend import merge_buffer, rounds, unified_buffer
 from graphopt.runtime import ascend
 from graphopt.runtime.tiling_mask import Band, corner, lookup, table, table_bytes
 from graphopt.targets import get_target
 
 TARGET = get_target("ascend910b")
-PLANNER = PLANNERS["ascend-triton"]
+PLANNER = get_family("ascend-triton").planner
 SIDES = st.sampled_from([2, 4, 8, 16])
 LENGTHS = st.integers(1, 70)
 

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from graphopt.cli.commands import app
 from graphopt.errors import LoweringError, UsageError
-from graphopt.lowering.triton.constants import kernel_constants
-from graphopt.plan import PLANNERS, AttentionSpec, plan_attention
+from graphopt.lowering.kernels import all_families, get_family, plan_attention
+from graphopt.lowering.kernels.triton import kernel_constants
+from graphopt.plan import AttentionSpec
 from graphopt.plan.base import split_size
 from graphopt.plan.hopper import consumer_registers, loader_registers
 from graphopt.targets import Tuned, all_targets, get_target
@@ -34,7 +35,7 @@ def test_every_head_size_has_tiles_that_satisfy_all(head, value, phase, target, 
         get_target(target),
     )
     assert found.inequalities and all(inequality.holds for inequality in found.inequalities)
-    planner = PLANNERS[found.kernel]
+    planner = get_family(found.kernel).planner
     assert planner.inequalities(found.spec, get_target(target), found.tiles) == list(
         found.inequalities
     )
@@ -189,4 +190,4 @@ def test_command():
 
 def test_every_family_of_a_target_has_a_planner():
     for target in all_targets().values():
-        assert set(target.kernels) <= set(PLANNERS)
+        assert set(target.kernels) <= set(all_families())

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphopt.errors import LoweringError
-from graphopt.plan import AttentionSpec, plan_attention
+from graphopt.lowering.kernels import plan_attention
+from graphopt.plan import AttentionSpec
 from graphopt.plan.triton import takes_wgmma
 from graphopt.runtime.attention import smaller, without_wgmma
 from graphopt.targets import get_target
@@ -82,8 +83,9 @@ import json
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from graphopt.lowering.triton.constants import kernel_constants
-from graphopt.plan import AttentionSpec, plan_attention
+from graphopt.lowering.kernels import plan_attention
+from graphopt.lowering.kernels.triton import kernel_constants
+from graphopt.plan import AttentionSpec
 from graphopt.runtime.kernels.decode import attention_decode
 from graphopt.runtime.kernels.prefill import attention_prefill
 from graphopt.targets import get_target

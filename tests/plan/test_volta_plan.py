@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphopt.errors import LoweringError
-from graphopt.plan import PLANNERS, AttentionSpec, plan_attention
+from graphopt.lowering.kernels import get_family, plan_attention
+from graphopt.plan import AttentionSpec
 from graphopt.plan.volta_layout import (
     a_col,
     a_row,
@@ -194,7 +195,7 @@ def test_every_head_size_has_tiles_that_satisfy_all(head, value, phase, kv_heads
     )
     assert found.kernel == "volta-cuda" and found.inequalities
     assert all(inequality.holds for inequality in found.inequalities)
-    planner = PLANNERS[found.kernel]
+    planner = get_family(found.kernel).planner
     assert planner.inequalities(found.spec, VOLTA, found.tiles) == list(found.inequalities)
     assert planner.resident_warps(found.spec, VOLTA, found.tiles) >= 4
 
@@ -255,7 +256,7 @@ def test_what_volta_cannot_do_is_refused_with_the_reason(fields, reason):
 
 
 def test_weights_go_by_shuffles_unless_shared_memory_is_less_work():
-    planner = PLANNERS["volta-cuda"]
+    planner = get_family("volta-cuda").planner
     for size in (64, 128, 256):
         found = plan_attention(spec(head_dim=size), VOLTA)
         shared = {**found.tiles, "P_PATH": 1}

@@ -111,7 +111,7 @@ def test_compiled_code_beside_kernels(
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("name", ["model.py", "kernels/__init__.py", "kernels/tiled.py",
+@pytest.mark.parametrize("name", ["model.py", "kernels/__init__.py", "kernels/dispatch.py",
                                   "kernels/prefill.py"])  # fmt: skip
 def test_changed_sources(for_a_gpu: Path, tmp_path: Path, ran: Path, name: str) -> None:
     artifact = Path(shutil.copytree(for_a_gpu, tmp_path / "artifact"))
@@ -126,12 +126,12 @@ def test_images_of_kernels_are_compiled_anew(
     for_a_gpu: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What lies in the folder under their names is not what a driver gets."""
-    from graphopt.lowering.torch.tiled import TiledModel
+    from graphopt.lowering.torch.tiled import LoweredKernels
     from graphopt.sources import open_model
 
     program = open_model(str(for_a_gpu)).program
     assert program is not None
-    monkeypatch.setattr(TiledModel, "compile", lambda self: {"volta_prefill_0.cubin": b"ours"})
+    monkeypatch.setattr(LoweredKernels, "compile", lambda self: {"volta_prefill_0.cubin": b"ours"})
     (for_a_gpu / "kernels" / "volta_prefill_0.cubin").write_bytes(b"theirs")
     code = emitted.checked_code(for_a_gpu, program, "ampere", images=True)
     images = {path.name: path.read_bytes() for path in code.root.rglob("*.cubin")}

@@ -7,6 +7,7 @@ emitted. What no kernel was planned for, and whatever runs on a CPU, goes to
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 
 from graphopt.ir import functional
-from graphopt.runtime.attention import Extras, Keys, decode, prefill
+from graphopt.runtime.attention import Extras, Keys
 
 DECODE_TOKENS = 16
 """Query tokens up to which keys are split over programs instead of queries."""
 
 
-class Slot(NamedTuple):
+class StaticKVCache(NamedTuple):
     """A cache with room for more tokens than it holds; new ones are written into it.
 
     Attributes:
@@ -39,8 +40,8 @@ class Slot(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Form:
-    """What decides which kernel runs: the fields of a description that hang on operands."""
+class AttentionKey:
+    """What decides which kernel runs: the fields of a description that the operands show."""
 
     phase: str
     head_dim: int
@@ -60,25 +61,27 @@ class Form:
 
 @dataclass(frozen=True)
 class Planned:
-    """A kernel for a form.
+    """A kernel that was planned for a key.
 
     Attributes:
-        kernel: `triton`, or the name of a kernel that was compiled ahead.
-        constants: Of the kernel, and launch options.
-        image: Stem of the files of its code, beside the plans; None for Triton.
+        launcher: The module beside this one whose `load(phase, constants, code)` returns what
+            runs the kernel.
+        constants: What the kernel is compiled for, and launch options.
+        image: Stem of the files of its machine code, beside the plans; None where the machine at
+            hand compiles it.
     """
 
-    form: Form
-    kernel: str
+    key: AttentionKey
+    launcher: str
     constants: Mapping[str, Any]
     image: str | None = None
 
 
-class Tiled:
+class AttentionDispatcher:
     """The functions `attention` and `cached_attention` of a model, as those of `functional`.
 
     Args:
-        plans: The best for a form first.
+        plans: The best for a key first.
         folder: Where images lie.
         arch: (major, minor) of the GPU the plans were made for; None for what is no GPU. Images
             of code run on that one alone, Triton on what is not older: plans count on its memory.
@@ -92,11 +95,11 @@ class Tiled:
         arch: tuple[int, int] | None,
         append: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = functional.append_kv,
     ) -> None:
-        self._plans: dict[Form, list[Planned]] = {}
+        self._plans: dict[AttentionKey, list[Planned]] = {}
         for plan in plans:
-            self._plans.setdefault(plan.form, []).append(plan)
+            self._plans.setdefault(plan.key, []).append(plan)
         self._folder, self._arch, self._append = folder, arch, append
-        self._kernels: dict[int, Any] = {}
+        self._runs: dict[int, Callable[..., Any]] = {}
         self._said: set[str] = set()
 
     def attention(
@@ -122,20 +125,20 @@ class Tiled:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        past: tuple[Tensor, Tensor] | Slot | None,
+        past: tuple[Tensor, Tensor] | StaticKVCache | None,
         mask: Tensor | None = None,
         bias: Tensor | None = None,
         slopes: Tensor | None = None,
         sinks: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `functional.cached_attention`; a `Slot` is written to in place, and returned whole.
+        """As `functional.cached_attention`; a `StaticKVCache` is written in place and returned.
 
         Raises:
-            ValueError: The new tokens or rows are more than the `Slot` has room for.
+            ValueError: The new tokens or rows are more than the `StaticKVCache` has room for.
         """
         k = k.to(v.dtype)
-        if isinstance(past, Slot):
+        if isinstance(past, StaticKVCache):
             return self._with_slot(q.to(v.dtype), k, v, past, mask, bias, slopes, sinks, options)
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
@@ -146,7 +149,7 @@ class Tiled:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        slot: Slot,
+        slot: StaticKVCache,
         mask: Tensor | None,
         bias: Tensor | None,
         slopes: Tensor | None,
@@ -174,7 +177,7 @@ class Tiled:
         if q.device.type == "cpu":
             self._instead("attention on a CPU runs by its reference")
             return None
-        form = Form(
+        key = AttentionKey(
             phase="decode" if q.shape[2] <= DECODE_TOKENS else "prefill",
             head_dim=q.shape[3],
             value_dim=keys.v.shape[3],
@@ -190,28 +193,21 @@ class Tiled:
             key_mask=extras.mask is not None,
             lengths=keys.lengths is not None,
         )
-        plan = self._plan(form)
-        if plan is None and form.phase == "decode":
+        plan = self._plan(key)
+        if plan is None and key.phase == "decode":
             # Few query tokens are also a short prefill, if one that leaves most of a tile empty.
-            plan = self._plan(replace(form, phase="prefill"))
+            plan = self._plan(replace(key, phase="prefill"))
         if plan is None:
-            if form not in self._plans:
-                self._instead(f"no kernel was planned for {form}: it runs by its reference")
+            if key not in self._plans:
+                self._instead(f"no kernel was planned for {key}: it runs by its reference")
             return None
         if extras.bias is not None:
             extras = replace(extras, bias=extras.bias.to(q.dtype))
-        decoding = plan.form.phase == "decode"
-        run: Callable[..., tuple[Any, ...]] = decode if decoding else prefill
-        if plan.kernel == "ascend-triton":
-            from graphopt.runtime import ascend
-
-            run = ascend.decode if decoding else ascend.prefill
-        options = {"scale": options["scale"], "extras": extras}
-        out: Tensor = run(*self._load(plan), q, keys, plan.constants, **options)[0]
+        out: Tensor = self._load(plan)(q, keys, scale=options["scale"], extras=extras)[0]
         return out
 
-    def _plan(self, form: Form) -> Planned | None:
-        for plan in self._plans.get(form, ()):
+    def _plan(self, key: AttentionKey) -> Planned | None:
+        for plan in self._plans.get(key, ()):
             if self._runs_here() if plan.image is None else self._code(plan.image) is not None:
                 return plan
         return None
@@ -244,42 +240,17 @@ class Tiled:
         self._instead(f"{image} {why}: another kernel, or the reference, runs its attention")
         return None
 
-    def _load(self, plan: Planned) -> tuple[Any, ...]:
-        if id(plan) not in self._kernels:
-            self._kernels[id(plan)] = self._import(plan)
-        found: tuple[Any, ...] = self._kernels[id(plan)]
-        return found
-
-    def _import(self, plan: Planned) -> tuple[Any, ...]:
-        # Imported here: a CPU has no Triton, and needs none.
-        if plan.image is not None:
-            path = self._code(plan.image)
-            assert path is not None
-            code = path.read_bytes() + (b"\0" if path.suffix == ".ptx" else b"")
-            if plan.kernel == "hopper-cuda":
-                from graphopt.runtime.hopper import HopperPrefill
-
-                return (HopperPrefill(code, plan.constants),)
-            from graphopt.runtime.volta import decode_kernels, prefill_kernel
-
-            if plan.form.phase == "decode":
-                return decode_kernels(code, plan.constants)
-            return (prefill_kernel(code, plan.constants),)
-        if plan.kernel == "ascend-triton":
-            if plan.form.phase == "decode":
-                from graphopt.runtime.kernels.ascend_decode import ascend_decode, ascend_merge
-
-                return ascend_decode, ascend_merge
-            from graphopt.runtime.kernels.ascend_prefill import ascend_prefill
-
-            return (ascend_prefill,)
-        if plan.form.phase == "decode":
-            from graphopt.runtime.kernels.decode import attention_decode, attention_merge
-
-            return attention_decode, attention_merge
-        from graphopt.runtime.kernels.prefill import attention_prefill
-
-        return (attention_prefill,)
+    def _load(self, plan: Planned) -> Callable[..., Any]:
+        """Return what runs a plan, loaded the first time; see `Planned.launcher`."""
+        if id(plan) not in self._runs:
+            code: bytes | None = None
+            if plan.image is not None:
+                path = self._code(plan.image)
+                assert path is not None
+                code = path.read_bytes() + (b"\0" if path.suffix == ".ptx" else b"")
+            launcher = importlib.import_module(f"{__package__}.{plan.launcher}")
+            self._runs[id(plan)] = launcher.load(plan.key.phase, plan.constants, code)
+        return self._runs[id(plan)]
 
     def _instead(self, reason: str) -> None:
         if reason not in self._said:

@@ -1,12 +1,17 @@
-"""The Hopper kernel as source: its constants and product instructions, and then its text."""
+"""The family for Hopper in CUDA C++: prefill by `wgmma` products and the bulk tensor copies.
+
+The source is a plan's constants, its product instructions, and then the text of the kernel.
+"""
 
 from __future__ import annotations
 
-from importlib import resources
+from typing import Any
 
 from graphopt.lowering.cuda.compile import macro
+from graphopt.lowering.kernels.family import CudaFamily, register_family, runtime_text
+from graphopt.lowering.kernels.triton import kernel_constants
 from graphopt.plan import AttentionPlan
-from graphopt.plan.hopper import consumer_registers, loader_registers
+from graphopt.plan.hopper import HopperPlanner, consumer_registers, loader_registers
 from graphopt.targets import get_target
 
 TEXT = "hopper_prefill.cu"
@@ -39,7 +44,7 @@ def hopper_source(plan: AttentionPlan) -> str:
     constants = hopper_constants(plan)
     defines = "".join(f"#define {name} {macro(value)}\n" for name, value in constants.items())
     dtype = plan.spec.dtype
-    body = (resources.files("graphopt.runtime.kernels") / TEXT).read_text(encoding="utf-8")
+    body = runtime_text(f"kernels/{TEXT}")
     return "\n".join(
         [
             *(f"// {line}" for line in plan.lines()),
@@ -78,3 +83,19 @@ def _product(name: str, columns: int, dtype: str, *, from_registers: bool) -> st
         f"__device__ __forceinline__ void {name}(float (&d)[{count}], {parameters}) {{\n"
         f"  asm volatile(\n      {code}\n      : {outputs}\n      : {inputs});\n}}\n"
     )
+
+
+@register_family
+class HopperFamily(CudaFamily):
+    """One kernel, for many query tokens."""
+
+    planner = HopperPlanner()
+    launcher = "hopper"
+    images = {".cubin": "sm_90a"}  # noqa: RUF012
+
+    def constants(self, plan: AttentionPlan, *, ring: int = 0) -> dict[str, Any]:
+        # What launches Triton's kernels launches this one, and asks for the same constants.
+        return {**kernel_constants(plan, ring=ring), **hopper_constants(plan)}
+
+    def source(self, plan: AttentionPlan) -> str:
+        return hopper_source(plan)

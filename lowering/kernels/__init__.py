@@ -1,0 +1,34 @@
+"""Kernel families: a file each, which says all that a plan of the family becomes."""
+
+from __future__ import annotations
+
+from graphopt.lowering.kernels import ascend_triton, hopper_cuda, triton, volta_cuda
+from graphopt.lowering.kernels.family import (
+    CudaFamily,
+    KernelFamily,
+    LayerFamily,
+    LayerKernels,
+    all_families,
+    get_family,
+    get_layer_family,
+    register_family,
+    register_layer_family,
+)
+from graphopt.lowering.kernels.planning import plan_attention
+
+__all__ = [
+    "CudaFamily",
+    "KernelFamily",
+    "LayerFamily",
+    "LayerKernels",
+    "all_families",
+    "ascend_triton",
+    "get_family",
+    "get_layer_family",
+    "hopper_cuda",
+    "plan_attention",
+    "register_family",
+    "register_layer_family",
+    "triton",
+    "volta_cuda",
+]

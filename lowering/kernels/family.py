@@ -1,0 +1,206 @@
+"""What a family of kernels is, and the registry of them: a file a family in this folder."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module, resources
+from typing import Any, ClassVar
+
+from graphopt.errors import LoweringError, unknown_name
+from graphopt.lowering.cuda.compile import compile_cuda
+from graphopt.plan import AttentionPlan, Planner
+
+
+class KernelFamily(ABC):
+    """The attention kernels of one family: planned, written, compiled and launched.
+
+    Attributes:
+        planner: Finds the tiles, or says why there are none; its `kernel` names the family.
+        launcher: The module of `graphopt.runtime` that starts the kernels. An emitted model
+            carries it and calls its `load(phase, constants, code)`, which returns a function of
+            (q, keys, scale=, extras=) that returns the output first.
+        modules: Further modules of `graphopt.runtime` that the launcher imports.
+        ahead: Whether a plan is compiled when the model is emitted. The machine that runs the
+            model compiles the kernels of other families.
+    """
+
+    planner: ClassVar[Planner]
+    launcher: ClassVar[str]
+    modules: ClassVar[tuple[str, ...]] = ()
+    ahead: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """What targets, plans and tables of measured tiles call the family."""
+        return self.planner.kernel
+
+    @abstractmethod
+    def constants(self, plan: AttentionPlan, *, ring: int = 0) -> dict[str, Any]:
+        """Return what a plan's kernel is compiled for and what its launcher asks for, by name.
+
+        Args:
+            ring: Slots of the ring, where the plan's cache is one.
+        """
+
+    @abstractmethod
+    def sources(self, plans: Mapping[str, AttentionPlan]) -> dict[str, str]:
+        """Return the kernels' source files, by file name.
+
+        Args:
+            plans: The plans of this family in one model, by the stem of the files of each.
+        """
+
+    def compile(self, plan: AttentionPlan, stem: str) -> dict[str, bytes]:
+        """Return the machine code of a plan by file name; nothing unless compiled ahead.
+
+        Raises:
+            LoweringError: There is no compiler, or it refuses the source.
+        """
+        return {}
+
+    def load(self, plan: AttentionPlan) -> Callable[..., Any]:
+        """Return what runs a plan on the machine at hand, as an emitted model would load it.
+
+        Raises:
+            LoweringError: There is no compiler, or it refuses the source.
+        """
+        code = next(iter(self.compile(plan, self.launcher).values()), None)
+        launcher = import_module(f"graphopt.runtime.{self.launcher}")
+        run: Callable[..., Any] = launcher.load(plan.spec.phase, self.constants(plan), code)
+        return run
+
+
+class CudaFamily(KernelFamily):
+    """A family in CUDA C++, compiled when a model is emitted.
+
+    Attributes:
+        images: Suffix of a file of machine code -> the architecture it is compiled for. PTX is
+            for GPUs that the machine code is not for.
+    """
+
+    modules = ("driver",)
+    ahead = True
+    images: ClassVar[Mapping[str, str]]
+
+    @abstractmethod
+    def source(self, plan: AttentionPlan) -> str:
+        """Return the CUDA C++ text of a plan's kernels, the plan in front as a comment."""
+
+    def sources(self, plans: Mapping[str, AttentionPlan]) -> dict[str, str]:
+        return {f"{stem}.cu": self.source(plan) for stem, plan in plans.items()}
+
+    def compile(self, plan: AttentionPlan, stem: str) -> dict[str, bytes]:
+        files: dict[str, bytes] = {}
+        for suffix, arch in self.images.items():
+            compiled = compile_cuda(self.source(plan), f"{stem}.cu", arch, {})
+            code = compiled.cubin if compiled.cubin is not None else (compiled.ptx or "").encode()
+            files[stem + suffix] = code
+        return files
+
+
+@dataclass(frozen=True)
+class LayerKernels:
+    """One module of kernels for what a layer does beside attention.
+
+    Attributes:
+        module: The module of `graphopt.runtime` that has a function of its own for each of
+            `functions`, of the same arguments.
+        files: Its kernels under runtime/kernels.
+        functions: Functions of `graphopt.ir.functional`, by name.
+        needed_by: Ops without which a program carries neither module nor kernels; empty where
+            every program carries them.
+        cache_writer: The function of the module that does what `functional.append_kv` does; None
+            where it has none.
+    """
+
+    module: str
+    files: tuple[str, ...]
+    functions: tuple[str, ...]
+    needed_by: frozenset[str] = frozenset()
+    cache_writer: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerFamily:
+    """The kernels of one family for norms, rotary positions, gates, cache writes and experts.
+
+    Attributes:
+        name: What targets call it, in `layer_kernels`.
+        groups: Its modules.
+    """
+
+    name: str
+    groups: tuple[LayerKernels, ...]
+
+
+_FAMILIES: dict[str, KernelFamily] = {}
+_LAYER_FAMILIES: dict[str, LayerFamily] = {}
+
+
+def register_family(family: type[KernelFamily]) -> type[KernelFamily]:
+    """Class decorator: make a family of attention kernels known under its planner's name.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    name = family.planner.kernel
+    if name in _FAMILIES:
+        raise ValueError(f"kernel family {name!r} is registered twice")
+    _FAMILIES[name] = family()
+    return family
+
+
+def register_layer_family(family: LayerFamily) -> LayerFamily:
+    """Make a family of layers' kernels known under its name.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    if family.name in _LAYER_FAMILIES:
+        raise ValueError(f"family of layers' kernels {family.name!r} is registered twice")
+    _LAYER_FAMILIES[family.name] = family
+    return family
+
+
+def all_families() -> dict[str, KernelFamily]:
+    """Return the families of attention kernels, by name."""
+    return dict(_FAMILIES)
+
+
+def get_family(name: str) -> KernelFamily:
+    """Return the family of attention kernels of that name.
+
+    Raises:
+        LoweringError: There is none; the message has the nearest name.
+    """
+    if name not in _FAMILIES:
+        nearest = unknown_name("kernel family", name, _FAMILIES)
+        raise LoweringError(nearest.message, nearest.remedy)
+    return _FAMILIES[name]
+
+
+def get_layer_family(name: str) -> LayerFamily:
+    """Return the family of layers' kernels of that name.
+
+    Raises:
+        LoweringError: There is none; the message has the nearest name.
+    """
+    if name not in _LAYER_FAMILIES:
+        nearest = unknown_name("family of layers' kernels", name, _LAYER_FAMILIES)
+        raise LoweringError(nearest.message, nearest.remedy)
+    return _LAYER_FAMILIES[name]
+
+
+def runtime_text(name: str) -> str:
+    """Return a file that goes with a model, its imports turned to its neighbours.
+
+    Args:
+        name: `functional.py`, or a path under `graphopt.runtime`.
+    """
+    package = "graphopt.ir" if name == "functional.py" else "graphopt.runtime"
+    text = (resources.files(package) / name).read_text(encoding="utf-8")
+    text = re.sub(r"from graphopt\.runtime\.(?:kernels\.)?(\w+) import", r"from .\1 import", text)
+    return re.sub(r"from graphopt\.(?:ir|runtime) import", "from . import", text)

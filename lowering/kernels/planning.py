@@ -1,0 +1,39 @@
+"""Which kernel family runs an attention on a target, and with what tiles."""
+
+from __future__ import annotations
+
+from graphopt.errors import LoweringError
+from graphopt.lowering.kernels.family import get_family
+from graphopt.plan import AttentionPlan, AttentionSpec
+from graphopt.targets import Target
+
+
+def plan_attention(spec: AttentionSpec, target: Target) -> AttentionPlan:
+    """Return how the target runs the attention: by the first of its kernel families that can.
+
+    Raises:
+        LoweringError: None can; the message has every reason.
+    """
+    refused: list[tuple[str, str]] = []
+    for name in target.kernels:
+        planner = get_family(name).planner
+        reason = planner.refuses(spec, target)
+        if reason is None:
+            chosen = planner.choose(spec, target)
+            if not isinstance(chosen, str):
+                tiles, inequalities, why = chosen
+                return AttentionPlan(
+                    spec, target.name, name, tiles, tuple(inequalities), why, tuple(refused)
+                )
+            reason = chosen
+        refused.append((name, reason))
+    if not refused:
+        raise LoweringError(
+            f"{target.title} has no attention kernels of ours.",
+            "Its programs run by their reference.",
+        )
+    reasons = dict.fromkeys(reason for _, reason in refused)
+    raise LoweringError(
+        f"{target.title} cannot run this attention ({spec.describe()}): {'; '.join(reasons)}.",
+        "It runs by its reference in torch, or on another target.",
+    )

@@ -1,0 +1,90 @@
+"""The family in Triton, for NVIDIA GPUs from Ampere on: attention, and the rest of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from graphopt.lowering.kernels.family import (
+    KernelFamily,
+    LayerFamily,
+    LayerKernels,
+    register_family,
+    register_layer_family,
+    runtime_text,
+)
+from graphopt.lowering.triton.specialise import specialise
+from graphopt.plan import AttentionPlan
+from graphopt.plan.base import form_constants, split_size
+from graphopt.plan.triton import TritonPlanner
+from graphopt.targets import get_target
+
+_FILES = ("common", "prefill", "decode")
+# The functions that run a plan, by its phase.
+_ENTRIES = {
+    "prefill": ("attention_prefill",),
+    "decode": ("attention_decode", "attention_merge"),
+}
+
+
+def kernel_constants(plan: AttentionPlan, *, ring: int = 0) -> dict[str, Any]:
+    """Return every constant of kernels/prefill.py or kernels/decode.py, and the launch options.
+
+    Args:
+        ring: Slots of the ring, where the plan's cache is one.
+    """
+    spec = plan.spec
+    first, rest = split_size(spec.head_dim)
+    value_first, value_rest = split_size(spec.values)
+    return {
+        **form_constants(spec, ring=ring),
+        "D0": first,
+        "D1": rest,
+        "V0": value_first,
+        "V1": value_rest,
+        # A launch before the end of the one in front came with sm_90.
+        "OVERLAP": int(get_target(plan.target).isa.removeprefix("sm_")) >= 90,
+        **plan.tiles,
+    }
+
+
+@register_family
+class TritonFamily(KernelFamily):
+    """Kernels that the machine at hand compiles when it runs, emitted for a model's own plans."""
+
+    planner = TritonPlanner()
+    launcher = "triton_attention"
+
+    def constants(self, plan: AttentionPlan, *, ring: int = 0) -> dict[str, Any]:
+        return kernel_constants(plan, ring=ring)
+
+    def sources(self, plans: Mapping[str, AttentionPlan]) -> dict[str, str]:
+        """Return the kernels with all folded that is the same in every plan."""
+        served: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        for plan in plans.values():
+            for entry in _ENTRIES[plan.spec.phase]:
+                row = (plan.spec.describe(), self.constants(plan))
+                served.setdefault(entry, []).append(row)
+        texts = specialise({name: runtime_text(f"kernels/{name}.py") for name in _FILES}, served)
+        return {f"{name}.py": text for name, text in texts.items()}
+
+
+register_layer_family(
+    LayerFamily(
+        "triton",
+        (
+            LayerKernels(
+                module="fused",
+                files=("block",),
+                functions=("rms_norm", "add_rms_norm", "rope", "rope_pair", "act_mul"),
+                cache_writer="append_kv",
+            ),
+            LayerKernels(
+                module="moe",
+                files=("experts",),
+                functions=("moe", "route", "top_gates"),
+                needed_by=frozenset({"experts"}),
+            ),
+        ),
+    )
+)

@@ -1,0 +1,74 @@
+"""Families of kernels: what each says of itself, and that its plans run by it alone."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from graphopt.errors import LoweringError
+from graphopt.ir import functional
+from graphopt.lowering.kernels import (
+    LayerFamily,
+    all_families,
+    get_family,
+    get_layer_family,
+    plan_attention,
+    register_family,
+    register_layer_family,
+)
+from graphopt.lowering.kernels.triton import TritonFamily
+from graphopt.plan import AttentionSpec
+from graphopt.runtime.attention import Extras, Keys
+from graphopt.targets import all_targets, get_target
+
+
+def test_every_family_of_every_target_is_known():
+    for target in all_targets().values():
+        for name in target.kernels:
+            assert get_family(name).name == name
+        for name in target.layer_kernels:
+            assert get_layer_family(name).name == name
+
+
+@pytest.mark.parametrize("get", [get_family, get_layer_family])
+def test_an_unknown_family_is_refused_with_the_nearest_name(get):
+    with pytest.raises(LoweringError, match="'tritn'") as error:
+        get("tritn")
+    assert "triton" in str(error.value)
+
+
+def test_a_name_belongs_to_one_family():
+    with pytest.raises(ValueError, match="'triton' is registered twice"):
+        register_family(TritonFamily)
+    with pytest.raises(ValueError, match="'triton' is registered twice"):
+        register_layer_family(LayerFamily("triton", ()))
+
+
+def test_launchers_and_layers_have_the_functions_that_emitted_models_ask_for():
+    for family in all_families().values():
+        module = importlib.import_module(f"graphopt.runtime.{family.launcher}")
+        assert callable(module.load)
+    for group in get_layer_family("triton").groups:
+        module = importlib.import_module(f"graphopt.runtime.{group.module}")
+        for name in group.functions:
+            assert getattr(module, name) is not getattr(functional, name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(("phase", "queries"), [("prefill", 20), ("decode", 1)])
+def test_a_family_loads_what_runs_its_plan(phase, queries):
+    spec = AttentionSpec(head_dim=32, heads=4, kv_heads=2, phase=phase)
+    plan = plan_attention(spec, get_target("ampere"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, tokens, 32, generator=generator).half().to(device)
+        for heads, tokens in ((4, queries), (2, 20), (2, 20))
+    )
+    run = get_family(plan.kernel).load(plan)
+    found = run(q, Keys(k, v), scale=0.2, extras=Extras())[0]
+    expected = functional.attention(q.double(), k.double(), v.double(), scale=0.2)
+    # Outputs of f16 are rounded once; weights of at most 1 are rounded before they are summed.
+    torch.testing.assert_close(found.double(), expected, rtol=2**-10, atol=2**-9)
