@@ -105,8 +105,8 @@ def test_compiled_code_beside_kernels(
     for path in (artifact / "kernels").glob("*.py"):
         plant(path, ran, "unchecked")
     (artifact / "kernels" / "fused.abi3.so").write_bytes(b"\x7fELF")
-    (artifact / "kernels" / "tiled").mkdir()  # a package of a module's name comes before it
-    (artifact / "kernels" / "tiled" / "__init__.py").write_text(evil(ran))
+    (artifact / "kernels" / "dispatch").mkdir()  # a package of a module's name comes before it
+    (artifact / "kernels" / "dispatch" / "__init__.py").write_text(evil(ran))
     open_language_model(str(artifact), "torch", trust_remote_code=trusted)
     assert not ran.exists()
 
