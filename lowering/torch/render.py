@@ -112,7 +112,7 @@ def render_model(
     return "\n\n".join(head) + f"\n\n\n{text}\n"
 
 
-def _check_layouts(program: Program, tiled: TiledModel | None) -> None:
+def _check_layouts(program: Program, tiled: LoweredKernels | None) -> None:
     """Refuse states whose layout `model.py` does not have.
 
     Raises:
