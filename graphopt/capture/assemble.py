@@ -17,19 +17,16 @@ from graphopt.capture.export import Exported, LayerCall, export_layer, export_sh
 from graphopt.capture.grouped import grouped_products
 from graphopt.capture.hoist import LayerKind, hoist, merge_equal_constants, stream_values
 from graphopt.capture.linears import raise_linears, sink_flattening
+from graphopt.capture.mask_operands import set_masks
+from graphopt.capture.masks import MaskRecogniser
 from graphopt.capture.model import accepted_inputs
 from graphopt.capture.moves import raise_moves
 from graphopt.capture.naming import name_slots, name_values
 from graphopt.capture.norms import raise_norms
-from graphopt.capture.positions import (
-    MaskRecogniser,
-    RopeTables,
-    raise_position_embeddings,
-    raise_ropes,
-    set_masks,
-)
+from graphopt.capture.position_embeddings import raise_position_embeddings
 from graphopt.capture.rewriting import Raiser, base
 from graphopt.capture.rotary import Rotaries
+from graphopt.capture.rotation import RopeTables, raise_ropes
 from graphopt.capture.sizes_check import check_sizes
 from graphopt.capture.slots import SlotSources
 from graphopt.capture.unify import unify
