@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from graphopt.capture.activations import raise_activations
 from graphopt.capture.attention import raise_attention
 from graphopt.capture.canonical import canonicalise
-from graphopt.capture.export import Exported, LayerCall, export_layer, export_shell
+from graphopt.capture.export import export_layer, export_shell
+from graphopt.capture.fx_conversion import Exported
 from graphopt.capture.grouped import grouped_products
 from graphopt.capture.hoist import LayerKind, hoist, merge_equal_constants, stream_values
+from graphopt.capture.layer_calls import LayerCall
 from graphopt.capture.linears import raise_linears, sink_flattening
 from graphopt.capture.mask_operands import set_masks
 from graphopt.capture.masks import MaskRecogniser

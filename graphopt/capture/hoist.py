@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from graphopt.capture.attention import Raised
-from graphopt.capture.export import LayerCall
+from graphopt.capture.layer_calls import LayerCall
 from graphopt.capture.rewriting import Raiser
 from graphopt.capture.slots import SlotSources
 from graphopt.ir.graph import Node, Value

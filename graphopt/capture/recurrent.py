@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from graphopt.capture.export import repeated_layers
+from graphopt.capture.layer_calls import repeated_layers
 from graphopt.errors import CaptureError
 
 STATE_ARGUMENTS = frozenset(
