@@ -85,6 +85,9 @@ class _Emission:
         return cls(target, [get_emitter(name, **options.get(name, {})) for name in unique], strict)
 
     def check(self, program: Program) -> None:
+        from graphopt.lowering.base import check_placements
+
+        check_placements(program)
         for emitter in self.emitters:
             emitter.check(program, self.target)
             if self.strict:

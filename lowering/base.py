@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from graphopt.errors import LoweringError
 from graphopt.ir.graph import Program
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
@@ -29,6 +30,23 @@ class Emitted:
     usage: list[str] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
     fallbacks: list[tuple[str, str]] = field(default_factory=list)
+
+
+def check_placements(program: Program) -> None:
+    """Refuse a program that is to run on devices of its choice: emitters write for one.
+
+    Raises:
+        LoweringError: Naming what is placed, and where.
+    """
+    placed = [(f"Weight {w.name!r}", w.placement) for w in program.weights]
+    placed += [(f"State {s.name!r}", s.placement) for s in program.states.values()]
+    placed += [(f"The call at {c.path or c.function!r}", c.placement) for c in program.calls]
+    for what, placement in placed:
+        if placement is not None:
+            raise LoweringError(
+                f"{what} is {placement}, and emitted models run on one device.",
+                "Take the placements out of the program.",
+            )
 
 
 class Emitter(ABC):

@@ -41,7 +41,7 @@ from graphopt.ir.feed_forward import (
 )
 from graphopt.ir.graph import Call, Function, Program, Value, unique_name
 from graphopt.ir.types import B, P, S, evaluate
-from graphopt.ir.weights import Array, Weight
+from graphopt.ir.weights import Array
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
 from graphopt.solvers.least_squares import LeastSquares, best_ridge
 from graphopt.support.devices import must_fit
@@ -561,7 +561,7 @@ class _Carving:
                     own = slice(division.shared, None)
                 value = weight.load(torch.float32).cpu() + change[own].t().cpu()
                 value = value.to(weight.dtype).contiguous()
-                program.weights.replace(Weight(weight.name, Array(value), weight.checkpoint))
+                program.weights.replace(weight.with_producer(Array(value)))
         return result
 
     def _work(self) -> dict[str, Any]:

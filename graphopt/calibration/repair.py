@@ -22,7 +22,7 @@ from torch import Tensor
 from graphopt.execute.student import Student
 from graphopt.ir.blocks import Block, block_name, find_blocks, sub_blocks
 from graphopt.ir.graph import Call, Function, Node, Program, Value
-from graphopt.ir.weights import Array, Weight
+from graphopt.ir.weights import Array
 from graphopt.solvers.least_squares import LeastSquares, best_ridge
 from graphopt.support.progress import Progress, silent
 
@@ -252,8 +252,6 @@ class _Repair:
             weight = self.program.weights[name]
             value = weight.load(torch.float32)
             value = value + change.t().to(value)
-            self.program.weights.replace(
-                Weight(name, Array(value), weight.checkpoint, weight.constant)
-            )
+            self.program.weights.replace(weight.with_producer(Array(value)))
         # Of a token the target's square is 1.
         return Refit(where, held.error(None) / held.count, after / held.count, ridge), change

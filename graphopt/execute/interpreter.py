@@ -16,7 +16,7 @@ from graphopt.ir.graph import Call, Function, KVState, Program, Value, resolve_a
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import concretize
 from graphopt.ir.types import B, P, S
-from graphopt.ir.weights import Array, Weight
+from graphopt.ir.weights import Array
 from graphopt.support.devices import free_bytes
 
 Mode = Literal["torch", "reference"]
@@ -254,7 +254,5 @@ def resident(program: Program, dtype: torch.dtype, device: torch.device) -> Prog
     angles = angle_weights(program) if dtype.itemsize < 4 else set()
     for weight in used:
         value = weight.load(torch.float32 if weight.name in angles else dtype).to(device)
-        result.weights.replace(
-            Weight(weight.name, Array(value), weight.checkpoint, weight.constant)
-        )
+        result.weights.replace(weight.with_producer(Array(value)))
     return result

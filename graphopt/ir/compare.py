@@ -215,6 +215,8 @@ def first_difference(have: Program, want: Program) -> str | None:
 
 
 def _call_difference(have: Program, ours: Call, want: Program, theirs: Call) -> str | None:
+    if ours.placement != theirs.placement:
+        return f"it is {ours.placement or 'unplaced'}, not {theirs.placement or 'unplaced'}"
     a, b = have.functions[ours.function], want.functions[theirs.function]
     rows, others = (
         structure(f, lambda node, c=call: repr(sorted(resolve_attrs(node, c).items())))  # type: ignore[misc]
@@ -233,11 +235,18 @@ def _call_difference(have: Program, ours: Call, want: Program, theirs: Call) -> 
         if x.encoding != y.encoding:
             ours_as, theirs_as = (w.encoding or "dense" for w in (x, y))
             return f"weight {slot!r} is {ours_as}, not {theirs_as}"
+        if x.placement != y.placement:
+            return (
+                f"weight {slot!r} is {x.placement or 'unplaced'}, not {y.placement or 'unplaced'}"
+            )
         if x.constant != y.constant:
             return f"weight {slot!r} is {'a constant' if x.constant else 'no constant'}"
     for cache, wanted_cache in zip(a.caches, b.caches, strict=True):
         state = have.states[ours.caches[cache.slot]]
         wanted = want.states[theirs.caches[wanted_cache.slot]]
+        if state.placement != wanted.placement:
+            have_as, want_as = (s.placement or "unplaced" for s in (state, wanted))
+            return f"state {state.name!r} is {have_as}, not {want_as}"
         if (state.types, state.layout) != (wanted.types, wanted.layout):
             have_as, want_as = (f"{s.types[0]}, {s.types[1]} {s.layout}" for s in (state, wanted))
             return f"state {state.name!r} is {have_as}, not {want_as}"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from graphopt.ir.kv import KVLayout, KVState
+from graphopt.ir.placement import Placement
 from graphopt.ir.types import Dim, Type
 from graphopt.ir.weights import WeightStore
 
@@ -232,6 +233,7 @@ class Call:
         attrs: Value of every `Param` the function mentions.
         caches: Function cache slot -> program state name.
         path: Module path of what this call was captured from, such as `model.layers.3`.
+        placement: Which devices compute it, each the whole of it; None on one.
     """
 
     function: str
@@ -241,6 +243,7 @@ class Call:
     attrs: dict[str, Any] = field(default_factory=dict)
     caches: dict[str, str] = field(default_factory=dict)
     path: str = ""
+    placement: Placement | None = None
 
 
 @dataclass(eq=False)
@@ -311,7 +314,7 @@ class Program:
             functions={name: function.clone() for name, function in self.functions.items()},
             calls=[
                 Call(c.function, list(c.args), list(c.results), dict(c.weights),
-                     copy.deepcopy(c.attrs), dict(c.caches), c.path)
+                     copy.deepcopy(c.attrs), dict(c.caches), c.path, c.placement)
                 for c in self.calls
             ],
             weights=self.weights.copy(),
@@ -373,6 +376,7 @@ __all__ = [
     "KVState",
     "Node",
     "Param",
+    "Placement",
     "Program",
     "Type",
     "Value",

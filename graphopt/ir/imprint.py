@@ -23,7 +23,9 @@ _NO_RESULT = ("name", "source", "notes", "weights")
 
 def _structure(program: Program) -> dict[str, Any]:
     data = program_to_json(program)
-    return {key: part for key, part in data.items() if key not in _NO_RESULT}
+    structure = {key: part for key, part in data.items() if key not in _NO_RESULT}
+    structure["placements"] = {weight.name: weight.placement for weight in program.weights}
+    return structure
 
 
 def arrays(producer: Producer) -> Iterator[Array]:

@@ -15,6 +15,7 @@ from typing import Literal
 import sympy
 import torch
 
+from graphopt.ir.placement import Placement
 from graphopt.ir.types import B, Dim, P, Type
 
 Kind = Literal["contiguous", "ring", "paged"]
@@ -63,6 +64,7 @@ class KVState:
         k_dim, v_dim: Sizes of a key and of a value head.
         dtype: Of both.
         layout: Where they lie.
+        placement: On which devices; None on one.
     """
 
     name: str
@@ -71,6 +73,7 @@ class KVState:
     v_dim: int
     dtype: torch.dtype = torch.float32
     layout: KVLayout = KVLayout()
+    placement: Placement | None = None
 
     @property
     def length(self) -> Dim:

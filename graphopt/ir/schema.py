@@ -45,6 +45,13 @@ class FunctionEntry(Schema):
     results: Names
 
 
+class PlacementEntry(Schema):
+    """The devices of something; `graphopt.ir.placement` refuses what is no placement."""
+
+    devices: Annotated[list[Name], pydantic.Field(min_length=1, max_length=10_000)]
+    axis: Annotated[int, pydantic.Field(ge=0, le=16)] | None
+
+
 class CallEntry(Schema):
     """One call of a function."""
 
@@ -55,6 +62,7 @@ class CallEntry(Schema):
     attrs: dict[str, Any]
     caches: dict[Name, Name]
     path: str
+    placement: PlacementEntry | None = None
 
 
 class EncodingEntry(Schema):
@@ -75,6 +83,7 @@ class WeightEntry(Schema):
     checkpoint: str | None
     constant: bool
     encoding: EncodingEntry | None = None
+    placement: PlacementEntry | None = None
 
 
 class LayoutEntry(Schema):
@@ -93,6 +102,7 @@ class StateEntry(Schema):
     v_dim: Annotated[int, pydantic.Field(ge=1, le=2**16)]
     dtype: Dtype
     layout: LayoutEntry = LayoutEntry()
+    placement: PlacementEntry | None = None
 
 
 class ProgramEntry(Schema):

@@ -30,7 +30,8 @@ from graphopt.ir.graph import (
     Program,
     Value,
 )
-from graphopt.ir.schema import MAX_WORK, FunctionEntry, ProgramEntry, WeightEntry
+from graphopt.ir.placement import Placement
+from graphopt.ir.schema import MAX_WORK, FunctionEntry, PlacementEntry, ProgramEntry, WeightEntry
 from graphopt.ir.types import DTYPE_NAMES, DTYPES, SYMBOLS, Type, dim
 from graphopt.ir.weights import Dequantised, Missing, Producer, Weight
 from graphopt.support.inputs import parse
@@ -201,6 +202,19 @@ def _parse_expr(text: Any) -> Any:
         ) from error
 
 
+def _pack_placement(placement: Placement | None) -> dict[str, Any] | None:
+    if placement is None:
+        return None
+    return {"devices": list(placement.devices), "axis": placement.axis}
+
+
+def _placement(entry: PlacementEntry | None, where: str) -> Placement | None:
+    try:
+        return None if entry is None else Placement(tuple(entry.devices), entry.axis)
+    except ValueError as error:
+        raise _malformed(f"{where}: {error}") from error
+
+
 def _pack_function(function: Function) -> dict[str, Any]:
     names = {value: value.name for value in function.values()}
     return {
@@ -284,6 +298,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
                 "attrs": {key: _pack(attr) for key, attr in c.attrs.items()},
                 "caches": c.caches,
                 "path": c.path,
+                "placement": _pack_placement(c.placement),
             }
             for c in program.calls
         ],
@@ -295,11 +310,16 @@ def program_to_json(program: Program) -> dict[str, Any]:
                 "checkpoint": w.checkpoint,
                 "constant": w.constant,
                 "encoding": None if w.encoding is None else dataclasses.asdict(w.encoding),
+                "placement": _pack_placement(w.placement),
             }
             for w in program.weights
         ],
         "states": [
-            {**dataclasses.asdict(s), "dtype": DTYPE_NAMES[s.dtype]}
+            {
+                **dataclasses.asdict(s),
+                "dtype": DTYPE_NAMES[s.dtype],
+                "placement": _pack_placement(s.placement),
+            }
             for s in program.states.values()
         ],
         "config": program.config,
@@ -384,17 +404,29 @@ def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -
     )
     for c in entry.calls:
         attrs = {key: _unpack(attr) for key, attr in c.attrs.items()}
+        placement = _placement(c.placement, f"the call at {shown(c.path)}")
         program.calls.append(
-            Call(c.function, c.args, c.results, c.weights, attrs, c.caches, c.path)
+            Call(c.function, c.args, c.results, c.weights, attrs, c.caches, c.path, placement)
         )
     for w in entry.weights:
         if w.name in program.weights:
             raise _malformed(f"two weights are called {shown(w.name)}")
-        program.weights.add(Weight(w.name, _producer(w, producers), w.checkpoint, w.constant))
+        program.weights.add(
+            Weight(
+                w.name,
+                _producer(w, producers),
+                w.checkpoint,
+                w.constant,
+                _placement(w.placement, f"weight {shown(w.name)}"),
+            )
+        )
     for s in entry.states:
         try:
             layout = KVLayout(s.layout.kind, s.layout.size)
         except ValueError as error:
             raise _malformed(f"state {shown(s.name)}: {error}") from error
-        program.states[s.name] = KVState(s.name, s.heads, s.k_dim, s.v_dim, DTYPES[s.dtype], layout)
+        program.states[s.name] = KVState(
+            s.name, s.heads, s.k_dim, s.v_dim, DTYPES[s.dtype], layout,
+            _placement(s.placement, f"state {shown(s.name)}"),
+        )  # fmt: skip
     return program

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from graphopt.errors import VerifyError
 from graphopt.ir.graph import Cache, Call, Function, KVState, Param, Program, Value, resolve_attrs
 from graphopt.ir.ops import all_ops, get_op, is_aten
 from graphopt.ir.ops.aten import resolve_target
+from graphopt.ir.placement import Placement
 from graphopt.ir.shapes import infer_program
+from graphopt.ir.types import Dim
 
 
 def _is_torch(name: str) -> bool:
@@ -85,6 +88,23 @@ def _verify_names(program: Program) -> None:
             raise VerifyError(f"two weights have a tensor that is called {name!r}.")
 
 
+def _verify_placements(program: Program) -> None:
+    """Refuse what does not split as its placement says; a call does not split at all."""
+    placed: list[tuple[str, Placement | None, Sequence[Dim]]] = [
+        (f"weight {weight.name!r}", weight.placement, weight.shape) for weight in program.weights
+    ]
+    for state in program.states.values():
+        placed.append((f"state {state.name!r}", state.placement, state.types[0].shape))
+    for call in program.calls:
+        placed.append((f"call of {call.function!r} at {call.path or 'top'}", call.placement, ()))
+    for what, placement, shape in placed:
+        try:
+            if placement is not None:
+                placement.check(shape)
+        except ValueError as error:
+            raise VerifyError(f"{what}: {error}.") from error
+
+
 def verify(program: Program) -> None:
     """Check the whole program: functions, calls, weights, states and types.
 
@@ -93,6 +113,7 @@ def verify(program: Program) -> None:
     """
     mentioned = {name: verify_function(f) for name, f in program.functions.items()}
     _verify_names(program)
+    _verify_placements(program)
     carried = set(program.inputs)
     for call in program.calls:
         where = f"call of {call.function!r} at {call.path or 'top'}"

@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 
 from graphopt.ir.encoding import Packed
+from graphopt.ir.placement import Placement
 from graphopt.ir.types import Type
 
 
@@ -234,12 +235,18 @@ class Weight:
         producer: Where the value comes from.
         checkpoint: The checkpoint tensor it is made of; None for a constant or a new weight.
         constant: True for a buffer the checkpoint does not hold (inverse frequencies and such).
+        placement: Where it belongs; None on one device.
     """
 
     name: str
     producer: Producer
     checkpoint: str | None = None
     constant: bool = False
+    placement: Placement | None = None
+
+    def with_producer(self, producer: Producer) -> Weight:
+        """Return the weight with another value."""
+        return replace(self, producer=producer)
 
     @property
     def shape(self) -> tuple[int, ...]:

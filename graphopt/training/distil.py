@@ -126,7 +126,7 @@ class Distiller:
                 value = self.dense.weights[weight.name].producer
             else:
                 value = Array(weight.load(torch.float32).to(self.device))
-            program.weights.replace(Weight(weight.name, value, weight.checkpoint, weight.constant))
+            program.weights.replace(weight.with_producer(value))
         return program
 
     def note(self, what: str, program: Program) -> None:
@@ -360,4 +360,4 @@ def assign(program: Program, name: str, value: Tensor) -> None:
     """Give a program's weight a new value of the same shape, kept in fp32."""
     weight = program.weights[name]
     array = Array(value.detach().to(torch.float32).clone())
-    program.weights.replace(Weight(name, array, weight.checkpoint, weight.constant))
+    program.weights.replace(weight.with_producer(array))
