@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from graphopt.errors import SourceError, UsageError
 from graphopt.support import inputs
+from graphopt.support.yaml_text import parse_yaml
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64) | st.floats(allow_nan=False)
@@ -89,7 +90,7 @@ def test_values_of_json_are_counted():
 ))  # fmt: skip
 def test_yaml_is_read_as_yaml(value):
     text = json.dumps(value, ensure_ascii=False)  # which YAML is a superset of
-    assert inputs.parse_yaml(text, "file") == value
+    assert parse_yaml(text, "file") == value
 
 
 @pytest.mark.parametrize(
@@ -121,13 +122,13 @@ def test_yaml_is_read_as_yaml(value):
 )
 def test_yaml_that_is_refused(text, match):
     with pytest.raises(UsageError, match=match) as caught:
-        inputs.parse_yaml(text, "file", error=UsageError)
+        parse_yaml(text, "file", error=UsageError)
     assert "\n" not in str(caught.value)
 
 
 def test_scalars_of_yaml():
     text = "[2001-12-14, 1:30, 0x10, 010, yes, off, 1_000, 1e3, 1.5, .inf, ~, '7', <<, =]"
-    found = inputs.parse_yaml(text, "file")
+    found = parse_yaml(text, "file")
     assert found == [
         "2001-12-14", "1:30", "0x10", 10, "yes", "off", "1_000", 1000.0, 1.5, math.inf, None,
         "7", "<<", "=",

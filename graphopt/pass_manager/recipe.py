@@ -19,8 +19,9 @@ import yaml
 from graphopt.errors import UsageError
 from graphopt.pass_manager.contract import Pass, make_pass
 from graphopt.pass_manager.options import Bare
-from graphopt.support.inputs import MAX_YAML_BYTES, parse_yaml, read_utf8, shown_path
+from graphopt.support.inputs import read_utf8, shown_path
 from graphopt.support.plain import shown
+from graphopt.support.yaml_text import MAX_YAML_BYTES, parse_yaml
 
 VERSION = 1
 

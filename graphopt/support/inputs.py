@@ -10,19 +10,17 @@ the place in it and what to do.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import math
 import os
 import re
 import stat
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
-import yaml
 
 from graphopt.errors import GraphoptError, SourceError
 from graphopt.support.plain import shown
@@ -32,9 +30,6 @@ MAX_TEXT_BYTES = 128 * 2**20
 
 MAX_JSON_BYTES = 64 * 2**20
 """Of one JSON file: twice the largest tokenizer known."""
-
-MAX_YAML_BYTES = 2**18
-"""Of a recipe, which people write by hand."""
 
 MAX_DEPTH = 64
 """How deep lists and objects may be nested; code that walks them recurses as deep."""
@@ -70,9 +65,6 @@ class OpenSchema(Schema):
 def shown_path(path: str | Path) -> str:
     """Return a path as text that can be printed, also where its bytes are no text."""
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
-
-
-# Files ------------------------------------------------------------------------------------------
 
 
 def _kind(mode: int) -> str:
@@ -166,24 +158,21 @@ def _decode(data: bytes, where: str, remedy: str, error: Error) -> str:
         ) from problem
 
 
-# JSON -------------------------------------------------------------------------------------------
-
-
-class _Refused(ValueError):
+class RefusedText(ValueError):
     """What a hook of a parser refuses; the text says it."""
 
 
-def _whole_number(text: str) -> int:
+def whole_number(text: str) -> int:
     digits = len(text.lstrip("+-"))
     if digits > MAX_DIGITS:
-        raise _Refused(f"the number {text[:12]}... has {digits} digits")
+        raise RefusedText(f"the number {text[:12]}... has {digits} digits")
     return int(text)
 
 
-def _number(text: str) -> float:
+def finite_number(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise _Refused(f"the number {text[:20]} is too large")
+        raise RefusedText(f"the number {text[:20]} is too large")
     return value
 
 
@@ -196,12 +185,12 @@ def _entries(pairs: list[tuple[str, Any]]) -> Any:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _Refused(f"the key {shown(key)} occurs twice in one object")
+                raise RefusedText(f"the key {shown(key)} occurs twice in one object")
             seen.add(key)
     if len(pairs) == 1 and pairs[0][0] == "__float__" and isinstance(pairs[0][1], str):
         # transformers writes floats that JSON has no word for in this way.
         if pairs[0][1] not in _SPECIAL_FLOATS:
-            raise _Refused(f'{{"__float__": {shown(pairs[0][1])}}} is no number')
+            raise RefusedText(f'{{"__float__": {shown(pairs[0][1])}}} is no number')
         return _SPECIAL_FLOATS[pairs[0][1]]
     return result
 
@@ -240,8 +229,8 @@ def parse_json(
         value = json.loads(
             text,
             object_pairs_hook=_entries,
-            parse_int=_whole_number,
-            parse_float=_number,
+            parse_int=whole_number,
+            parse_float=finite_number,
         )
     except json.JSONDecodeError as problem:
         raise error(
@@ -249,7 +238,7 @@ def parse_json(
             f"{problem.msg}.",
             remedy,
         ) from problem
-    except _Refused as problem:
+    except RefusedText as problem:
         raise error(f"{where} is malformed: {problem}.", remedy) from problem
     except RecursionError as problem:
         raise error(f"{where} is nested deeper than {MAX_DEPTH} levels.", remedy) from problem
@@ -265,11 +254,11 @@ def parse_json(
     if brackets:
         raise error(f"{where} is nested deeper than {MAX_DEPTH} levels.", remedy)
     if _ESCAPED_SURROGATE.search(data):
-        _refuse_surrogates(value, where, remedy, error)
+        refuse_surrogates(value, where, remedy, error)
     return value
 
 
-def _refuse_surrogates(value: Any, where: str, remedy: str, error: Error) -> None:
+def refuse_surrogates(value: Any, where: str, remedy: str, error: Error) -> None:
     """Refuse texts with half a surrogate pair, which can neither be printed nor written."""
     left = [value]
     while left:
@@ -300,152 +289,6 @@ def read_json(
     """
     data = read_bytes(path, limit, error=error)
     return parse_json(data, shown_path(path), remedy=remedy, max_values=max_values, error=error)
-
-
-# YAML -------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without what lets a short text stand for a large or surprising value.
-
-    Scalars are those of JSON (YAML 1.2's core schema): `null`, `true`, `false`, decimal numbers
-    and text; no dates, octal or sexagesimal numbers. There are no aliases and no other tags, and
-    no key occurs twice.
-    """
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (declared so by the base)
-    yaml_constructors: ClassVar[dict[str | None, Any]] = {}
-    yaml_multi_constructors: ClassVar[dict[str | None, Any]] = {}
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self._depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.MarkedYAMLError(None, None, "aliases are not read", event.start_mark)
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            problem = f"it is nested deeper than {MAX_DEPTH} levels"
-            raise yaml.MarkedYAMLError(None, None, problem, self.peek_event().start_mark)
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def refuse(self, node: yaml.Node) -> NoReturn:
-        raise yaml.MarkedYAMLError(
-            None, None, f"values of kind {shown(node.tag)} are not read", node.start_mark
-        )
-
-    def mapping(self, node: yaml.Node) -> dict[Hashable, Any]:
-        if not isinstance(node, yaml.MappingNode):
-            self.refuse(node)
-        result: dict[Hashable, Any] = {}
-        for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int | float | bool | None):
-                raise yaml.MarkedYAMLError(
-                    None, None, "a key is a list or a mapping", key_node.start_mark
-                )
-            if key in result:
-                raise yaml.MarkedYAMLError(
-                    None, None, f"the key {shown(key)} occurs twice", key_node.start_mark
-                )
-            result[key] = self.construct_object(value_node, deep=True)
-        return result
-
-    def sequence(self, node: yaml.Node) -> list[Any]:
-        if not isinstance(node, yaml.SequenceNode):
-            self.refuse(node)
-        return [self.construct_object(item, deep=True) for item in node.value]
-
-    def scalar(self, node: yaml.ScalarNode, convert: Callable[[str], Any]) -> Any:
-        try:
-            return convert(self.construct_scalar(node))
-        except (ValueError, KeyError) as problem:
-            text = str(problem) if isinstance(problem, _Refused) else "a value is malformed"
-            raise yaml.MarkedYAMLError(None, None, text, node.start_mark) from None
-
-
-_YAML_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
-_YAML_FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-
-
-def _yaml_word(text: str) -> Any:
-    return _YAML_WORDS[text.lower()]
-
-
-def _yaml_float(text: str) -> float:
-    special = _YAML_FLOATS.get(text.lower().replace("+", "").replace(".", ""))
-    return _number(text) if special is None else special
-
-
-_YAML_SCALARS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
-    "null": (r"~|null|Null|NULL|", "~nN", _yaml_word),
-    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF", _yaml_word),
-    "int": (r"[-+]?[0-9]+", "-+0123456789", _whole_number),
-    "float": (
-        r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+0123456789.",
-        _yaml_float,
-    ),
-}
-"""YAML 1.2's core schema (https://yaml.org/spec/1.2.2/#103-core-schema): the pattern, the
-characters it starts with, and how a scalar is read. Octal and hexadecimal numbers are left out."""
-
-
-def _register_scalars() -> None:
-    prefix = "tag:yaml.org,2002:"
-    for name, (pattern, first, convert) in _YAML_SCALARS.items():
-        starts = [*first, ""] if name == "null" else list(first)
-        _Loader.add_implicit_resolver(prefix + name, re.compile(f"(?:{pattern})\\Z"), starts)
-        _Loader.add_constructor(prefix + name, functools.partial(_Loader.scalar, convert=convert))
-    _Loader.add_constructor(prefix + "str", functools.partial(_Loader.scalar, convert=str))
-    _Loader.add_constructor(prefix + "seq", _Loader.sequence)
-    _Loader.add_constructor(prefix + "map", _Loader.mapping)
-    _Loader.add_constructor(None, _Loader.refuse)
-
-
-_register_scalars()
-
-
-def parse_yaml(text: str, where: str, *, error: Error = SourceError) -> Any:
-    """Return the value of a YAML text: the scalars of JSON, lists and mappings; see `_Loader`.
-
-    Args:
-        where: What error messages call it, such as its file name.
-
-    Raises:
-        error: With the line of what is not YAML or not read.
-    """
-    remedy = "Mend the file."
-    if len(text) > MAX_YAML_BYTES:
-        raise error(f"{where} has {len(text)} characters, more than {MAX_YAML_BYTES}.", remedy)
-    try:
-        loader = _Loader(text)
-        try:
-            value = loader.get_single_data()
-        finally:
-            loader.dispose()
-    except yaml.MarkedYAMLError as problem:
-        mark = problem.problem_mark or problem.context_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
-        said = problem.problem or problem.context or "it cannot be read"
-        raise error(f"{where}{place} is not YAML: {said}.", remedy) from problem
-    except yaml.reader.ReaderError as problem:
-        raise error(
-            f"{where}, character {problem.position + 1}, is not YAML: {problem.reason}.", remedy
-        ) from problem
-    except (yaml.YAMLError, ValueError, OverflowError, TypeError, RecursionError) as problem:
-        # The scanner lets through what int and chr say of an escape such as "\U00110000".
-        raise error(f"{where} is not YAML: {problem}.", remedy) from problem
-    _refuse_surrogates(value, where, remedy, error)
-    return value
-
-
-# Schemas ----------------------------------------------------------------------------------------
 
 
 def _as_clause(found: re.Match[str]) -> str:
