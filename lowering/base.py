@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from graphopt.errors import LoweringError
-from graphopt.ir.graph import Program
+from graphopt.ir.graph import Program, resolve_attrs
+from graphopt.ir.ops.attention import asks_for_statistics
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
 
@@ -47,6 +48,25 @@ def check_placements(program: Program) -> None:
                 f"{what} is {placement}, and emitted models run on one device.",
                 "Take the placements out of the program.",
             )
+
+
+def check_attention_results(program: Program, where: str) -> None:
+    """Refuse attentions that give more than their output, keys and values.
+
+    Args:
+        where: What has no place for them.
+
+    Raises:
+        LoweringError: Naming the attention.
+    """
+    for call in program.calls:
+        for node in program.functions[call.function].nodes:
+            if node.op == "attention" and asks_for_statistics(resolve_attrs(node, call)):
+                raise LoweringError(
+                    f"{call.path or call.function}: {node.outputs[0].name} = attention: it gives "
+                    f"the log-sum-exp or page maxima, which {where} has no place for.",
+                    "Emit torch for the CPU, or leave out these results.",
+                )
 
 
 class Emitter(ABC):

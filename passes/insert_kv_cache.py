@@ -218,7 +218,9 @@ def _add_cache(function: Function, node: Node) -> None:
     node.inputs += [None] * (width - len(node.inputs))
     node.inputs[PAST_K], node.inputs[PAST_K + 1] = past_k, past_v
     for index, value in enumerate((present_k, present_v), start=1):
-        value.node, value.index = node, index
-        node.outputs.append(value)
+        value.node = node
+        node.outputs.insert(index, value)
+    for index, value in enumerate(node.outputs):
+        value.index = index
     slot = unique_name("kv", {cache.slot for cache in function.caches})
     function.caches.append(Cache(slot, past_k, past_v, present_k, present_v))

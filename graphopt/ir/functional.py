@@ -230,6 +230,25 @@ def alibi(slopes: Tensor, mask: Tensor) -> Tensor:
     return slopes[None, :, None, None] * positions[:, None, None, :]
 
 
+def masked_scores(
+    q: Tensor,
+    k: Tensor,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """cap(q k^T scale) + bias [B, H, S, T], with -inf where `allowed` is not."""
+    groups = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(groups, 1) if groups > 1 else k
+    scores = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    return scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -285,15 +304,8 @@ def attention(
             return out
         empty = ~added if bias is None else added == float("-inf")
         return out.masked_fill(empty.all(-1, keepdim=True), 0.0)
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.transpose(-1, -2) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if bias is not None:
-        scores = scores + bias
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, float("-inf"))
+    scores = masked_scores(q, k, allowed, bias, scale, softcap)
+    v = v.repeat_interleave(groups, 1) if groups > 1 else v
     top = scores.amax(-1, keepdim=True)
     if sinks is not None:
         top = torch.maximum(top, sinks[None, :, None, None].to(scores.dtype))
@@ -340,6 +352,86 @@ def cached_attention(
         mask = mask[:, -k.shape[2] :]
     out = attention(q, k, v, mask, bias, slopes, sinks, **options)
     return (out, k, v) if ring is None else (out, k[:, :, -ring:], v[:, :, -ring:])
+
+
+def attention_statistics(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    page: int | None = None,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What merges attentions over parts of the keys, and what ranks parts of the keys.
+
+    Args:
+        page: How many neighbouring keys have a maximum together; None for no maxima.
+
+    Returns:
+        The log-sum-exp [B, H, S] of each row's scores, sinks included, -inf where there are none;
+        and the largest score of every page, [B, H, S, ceil(T / page)], -inf where nothing is seen.
+        Both in fp32 at least.
+    """
+    q, k = (x if x.dtype in (torch.float32, torch.float64) else x.float() for x in (q, k))
+    allowed = allowed_keys(q.shape[2], mask, k.shape[2], causal, window, chunk, q.device)
+    if slopes is not None:
+        slope_bias = alibi(slopes, q.new_ones(q.shape[0], k.shape[2]) if mask is None else mask)
+        bias = slope_bias if bias is None else bias + slope_bias
+    scores = masked_scores(q, k, allowed, bias, scale, softcap)
+    lse = torch.logsumexp(scores, -1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks[None, :, None].to(lse.dtype))
+    if page is None:
+        return lse, None
+    padded = F.pad(scores, (0, -scores.shape[-1] % page), value=float("-inf"))
+    return lse, padded.unflatten(-1, (-1, page)).amax(-1)
+
+
+def attention_results(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    cached: bool,
+    lse: bool = False,
+    page_max: int | None = None,
+    ring: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """`cached_attention` with its optional results.
+
+    Args:
+        cached: Whether the keys and values are results.
+        lse: Whether the log-sum-exp is one; see `attention_statistics`.
+        page_max: Keys of a page whose largest score is one; None for no such result.
+
+    Returns:
+        The output, and in this order what is asked for: keys, values, log-sum-exp, page maxima.
+    """
+    out, new_k, new_v = cached_attention(
+        q, k, v, past, mask, bias, slopes, sinks, ring=ring, **options
+    )
+    k = k.to(v.dtype)
+    keys = k if past is None else torch.cat((past[0], k), 2)
+    seen = mask if mask is None or ring is None else mask[:, -keys.shape[2] :]
+    total, maxima = attention_statistics(
+        q.to(v.dtype), keys, seen, bias, slopes, sinks, page=page_max, **options
+    )
+    found = [out, *((new_k, new_v) if cached else ())]
+    found += [total] if lse else []
+    return tuple(found) if maxima is None else (*found, maxima)
 
 
 def append_kv(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor) -> Tensor:

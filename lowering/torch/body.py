@@ -13,7 +13,7 @@ from graphopt.errors import LoweringError
 from graphopt.ir.graph import Cache, Function, In, Node, Param, Value
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import map_leaves, resolve_target
-from graphopt.ir.ops.attention import PAST_K, PAST_V
+from graphopt.ir.ops.attention import PAST_K, PAST_V, asks_for_statistics
 from graphopt.ir.printer import FunctionPrinter
 from graphopt.lowering.torch.packed import rows_text
 from graphopt.lowering.torch.text import (
@@ -257,13 +257,25 @@ class BodyPrinter(FunctionPrinter):
     def attention(self, node: Node) -> str:
         """Return an attention; one with a past takes it as its fourth argument."""
         pasts = [v for v in node.inputs[PAST_K : PAST_V + 1] if v is not None]
+        if asks_for_statistics(node.attrs):
+            return self._attention_results(node, pasts)
         if not pasts:
             return self._call(node, "attention", node.inputs[:PAST_K])
-        cache = self._past(node)
-        past = f"({', '.join(map(self.name, pasts))})" if cache is None else self.pasts[cache.slot]
         texts = self.operands(node, node.inputs[:PAST_K])
-        texts.insert(3, past)
+        texts.insert(3, self._past_text(node, pasts))
         return self.helper("cached_attention", ", ".join([*texts, *self.options_of(node)]))
+
+    def _past_text(self, node: Node, pasts: Sequence[Value]) -> str:
+        cache = self._past(node)
+        return f"({', '.join(map(self.name, pasts))})" if cache is None else self.pasts[cache.slot]
+
+    def _attention_results(self, node: Node, pasts: Sequence[Value]) -> str:
+        """Return an attention with log-sum-exp or page maxima among its results."""
+        texts = self.operands(node, node.inputs[:PAST_K])
+        texts.insert(3, self._past_text(node, pasts) if pasts else "None")
+        texts += [f"cached={bool(pasts)}", *self.options_of(node)]
+        call = self.helper("attention_results", ", ".join(texts))
+        return call if len(node.outputs) > 1 else f"{call}[0]"
 
     def joined(self, node: Node, op: str) -> str:
         """Return a node that stands for several, with the attributes that `op` has."""

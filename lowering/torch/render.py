@@ -17,6 +17,7 @@ from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.graph import Program, resolve_attrs
 from graphopt.ir.ops import is_aten
 from graphopt.ir.shapes import infer_program
+from graphopt.lowering.base import check_attention_results
 from graphopt.lowering.torch import packed, template
 from graphopt.lowering.torch.classes import ModuleClass
 from graphopt.lowering.torch.fuse import Deferred, defer_sums
@@ -72,6 +73,8 @@ def render_model(
     """
     tiled = lowered or lower_attentions(program, target)
     _check_layouts(program, tiled)
+    if tiled is not None:
+        check_attention_results(program, f"the kernels' launcher for {tiled.target.title}")
     fused = tiled is not None and bool(tiled.target.layer_kernels)
     program = with_uniform_encodings(program)
     deferred = defer_sums(program) if fused else Deferred(program)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -51,6 +51,9 @@ class Attention(Op):
     values those of P + S; the mask still has a column for each of the P + S tokens. That gives the
     same output where a window is no longer than the ring, and nothing depends on the number of
     the tokens that are gone.
+    Further outputs, last: with `lse` the log-sum-exp of each row's scores [B,H,S], sinks included;
+    with `page_max` the largest score among each `page_max` neighbouring keys, [B,H,S,pages]. Both
+    are -inf where nothing is seen.
     """
 
     name = "attention"
@@ -58,8 +61,12 @@ class Attention(Op):
     attributes = {  # noqa: RUF012
         "scale": Number, "causal": bool, "window": Count | None, "chunk": Count | None,
         "softcap": Positive | None, "ring": Count | None,
+        "lse": bool, "page_max": Count | None,
     }  # fmt: skip
-    defaults = {"window": None, "chunk": None, "softcap": None, "ring": None}  # noqa: RUF012
+    defaults: ClassVar[Attrs] = {
+        "window": None, "chunk": None, "softcap": None, "ring": None,
+        "lse": False, "page_max": None,
+    }  # fmt: skip
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         q, k, v = need(types, 0), need(types, 1), need(types, 2)
@@ -95,13 +102,19 @@ class Attention(Op):
             if per_head is not None and per_head.shape != (q.shape[1],):
                 raise ValueError(f"attention: {self.operands[index]} {per_head} for {q}")
         out = Type((*q.shape[:3], v.shape[3]), q.dtype)
+        rows = tuple(q.shape[:3])
+        statistics = [Type(rows, torch.float32)] if attrs.get("lse") else []
+        if attrs.get("page_max") is not None:
+            pages = dim(sympy.ceiling(sympy.sympify(keys) / attrs["page_max"]))
+            statistics.append(Type((*rows, pages), torch.float32))
         if past is None:
-            return [out]
+            return [out, *statistics]
         kept = dim(keys) if ring is None else sympy.Min(tokens, ring)
         return [
             out,
             Type((k.shape[0], k.shape[1], kept, k.shape[3]), k.dtype),
             Type((v.shape[0], v.shape[1], kept, v.shape[3]), v.dtype),
+            *statistics,
         ]
 
     def flops(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]
@@ -153,10 +166,16 @@ class Attention(Op):
             scores = torch.cat((scores, column.to(scores.dtype)), -1)
         weights = torch.softmax(scores, -1)[..., :keys]
         out = (weights @ v_full).masked_fill(empty, 0.0)
-        if past_k is None:
-            return (out,)
-        gone = 0 if ring is None else max(keys - ring, 0)
-        return out, k[:, :, gone:], v[:, :, gone:]
+        found = [out]
+        if past_k is not None:
+            gone = 0 if ring is None else max(keys - ring, 0)
+            found += [k[:, :, gone:], v[:, :, gone:]]
+        if attrs.get("lse"):
+            found.append(torch.logsumexp(scores, -1))
+        if attrs.get("page_max") is not None:
+            pages = scores[..., :keys].split(attrs["page_max"], -1)
+            found.append(torch.stack([page.amax(-1) for page in pages], -1))
+        return tuple(found)
 
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         q, k, v = tensors[0], tensors[1], tensors[2]
@@ -166,10 +185,17 @@ class Attention(Op):
         options: dict[str, Any] = {
             key: attrs.get(key) for key in ("scale", "causal", "window", "chunk", "softcap")
         }
-        if past_k is None or past_v is None:
+        past = None if past_k is None or past_v is None else (past_k, past_v)
+        if asks_for_statistics(attrs):
+            options |= {key: attrs.get(key) for key in ("ring", "page_max")}
+            options["lse"] = bool(attrs.get("lse"))
+            return functional.attention_results(
+                q, k, v, past, *extras, cached=past is not None, **options
+            )
+        if past is None:
             return (functional.attention(q, k, v, *extras, **options),)
         options["ring"] = attrs.get("ring")
-        return functional.cached_attention(q, k, v, (past_k, past_v), *extras, **options)
+        return functional.cached_attention(q, k, v, past, *extras, **options)
 
 
 def _check_ring(ring: int, past: Type | None, attrs: Attrs) -> None:
@@ -186,6 +212,11 @@ def _check_ring(ring: int, past: Type | None, attrs: Attrs) -> None:
         raise ValueError(f"attention: a query sees {seen}, and a ring of {ring} does not hold them")
     if attrs.get("chunk") is not None:
         raise ValueError("attention: chunks begin at positions that a ring does not keep")
+
+
+def asks_for_statistics(attrs: Attrs) -> bool:
+    """Return whether an attention has results beside its output, keys and values."""
+    return bool(attrs.get("lse")) or attrs.get("page_max") is not None
 
 
 class _Move(Op):
