@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import sympy
-import torch
 
 from graphopt.ir.graph import Call, Function, Node, Param, Program, Value
-from graphopt.ir.ops import get_op, is_aten
-from graphopt.ir.ops.aten import map_leaves, resolve_target
+from graphopt.ir.ops import get_op
+from graphopt.ir.ops.aten import map_leaves
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
 
@@ -54,14 +53,6 @@ def attribute_key(node: Node) -> Any:
     """Return a hashable form of the attributes, with defaults filled in."""
     attrs = {**get_op(node.op).defaults, **node.attrs}
     return tuple((key, repr(attrs[key])) for key in sorted(attrs))
-
-
-def is_random(node: Node) -> bool:
-    """True for an operator that draws random numbers: two equal ones differ."""
-    if not is_aten(node.op):
-        return False
-    tags = getattr(resolve_target(node.op), "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags
 
 
 def mentions_sizes(attrs: Mapping[str, Any]) -> bool:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from graphopt.ir.graph import Call, Function, Node, Program, Value, unique_name
+from graphopt.ir.ops.aten import is_random
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
-from graphopt.passes.common import attribute_key, calls_of, is_random
+from graphopt.passes.common import attribute_key, calls_of
 
 _COMMUTATIVE = frozenset({"add", "mul"})
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graphopt.ir.graph import Call, Function, Node, Program, Value, resolve_attrs, unique_name
 from graphopt.ir.ops import get_op, is_aten
+from graphopt.ir.ops.aten import is_random
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
 from graphopt.ir.weights import Array, Weight
@@ -20,7 +21,6 @@ from graphopt.passes.common import (
     calls_of,
     dead_nodes,
     drop_newly_dead,
-    is_random,
     mentions_sizes,
 )
 

@@ -164,7 +164,7 @@ def test_an_exact_pass_that_is_not_is_refused_with_the_figure():
         Pipeline(["normalise", Wrong()]).run(program)
     probe = make_probe(program, "", None)
     changed = Wrong().run(program.copy(), Context()).program
-    difference = compare(measure(program, probe), measure(changed, probe))
+    difference = compare(*measure([program, changed], probe))
     assert f"by {difference.max_abs_logit_delta:.3g}" in str(caught.value)
     assert "'test-wrong'" in str(caught.value) and "--no-verify" in caught.value.remedy
     _, report = Pipeline([Wrong()]).run(program, verify=False)

@@ -2,16 +2,18 @@
 
 A program after a pass shares producers with the one before it, so comparing the two does not show
 a tensor that was changed where it lies. An imprint keeps the structure as data, each weight's
-producer, and how often the tensors in memory had been written to.
+producer, and a checksum of each tensor in memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import zlib
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from graphopt.ir.graph import Program
 from graphopt.ir.serialize import program_to_json
@@ -20,12 +22,15 @@ from graphopt.ir.weights import Array, Producer
 _NO_RESULT = ("name", "source", "notes", "weights")
 """Parts of a saved program that decide no number; weights are compared by their producers."""
 
+_SMALL = 1 << 16
+"""Bytes up to which tensors in memory are told apart by their content."""
+
 
 def _structure(program: Program) -> dict[str, Any]:
     data = program_to_json(program)
-    structure = {key: part for key, part in data.items() if key not in _NO_RESULT}
-    structure["placements"] = {weight.name: weight.placement for weight in program.weights}
-    return structure
+    parts = {key: part for key, part in data.items() if key not in _NO_RESULT}
+    placements = {weight.name: weight.placement for weight in program.weights}
+    return {**parts, "placements": placements, "tokenizer": program.tokenizer}
 
 
 def arrays(producer: Producer) -> Iterator[Array]:
@@ -35,19 +40,67 @@ def arrays(producer: Producer) -> Iterator[Array]:
     elif dataclasses.is_dataclass(producer):
         for part in dataclasses.fields(producer):
             inner = getattr(producer, part.name)
-            if isinstance(inner, Producer):
-                yield from arrays(inner)
+            for item in inner if isinstance(inner, tuple | list) else (inner,):
+                if isinstance(item, Producer):
+                    yield from arrays(item)
 
 
-def _same_value(old: Producer, new: Producer) -> bool:
-    if old is new or (type(old) is type(new) and not isinstance(old, Array) and old == new):
+def checksum(value: Tensor) -> int:
+    """Return the CRC-32 of a tensor's bytes, row-major; off the CPU, how often it was written to.
+
+    Counting writes misses those that go past autograd, such as through a NumPy view.
+    """
+    if value.device.type != "cpu":
+        return 0 if value.is_inference() else value._version
+    return zlib.crc32(_bytes_of(value))
+
+
+def _bytes_of(value: Tensor) -> Any:
+    """Return the bytes of a tensor on the CPU, row-major, as a NumPy array."""
+    return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def producer_key(producer: Producer) -> Hashable:
+    """Return a key that two producers share only if they make the same value.
+
+    The class and all fields count, whatever `==` of the class says. Large tensors in memory count
+    by identity, so that producers without a common key may yet have equal values; the producers
+    must be kept alive for as long as their keys are used.
+    """
+    return _key(producer)
+
+
+def _key(item: Any) -> Hashable:
+    if isinstance(item, Tensor):
+        if item.nbytes > _SMALL or item.device.type != "cpu":
+            return ("tensor", id(item))
+        return ("content", item.dtype, tuple(item.shape), _bytes_of(item).tobytes())
+    if isinstance(item, tuple | list):
+        return (type(item), *map(_key, item))
+    if isinstance(item, slice):
+        return ("slice", item.start, item.stop, item.step)
+    if isinstance(item, Producer) and dataclasses.is_dataclass(item):
+        fields = dataclasses.fields(item)
+        return (type(item), *(_key(getattr(item, part.name)) for part in fields))
+    if isinstance(item, Producer):
+        return ("object", id(item))
+    try:
+        hash(item)
+    except TypeError:
+        return ("object", id(item))
+    return (type(item), item)
+
+
+def same_producer(old: Producer, new: Producer) -> bool:
+    """Return whether two producers make the same value; tensors in memory are compared."""
+    if old is new or producer_key(old) == producer_key(new):
         return True
     both = [part.value for part in (old, new) if isinstance(part, Array)]
     return len(both) == 2 and both[0].dtype == both[1].dtype and torch.equal(*both)
 
 
 class Imprint:
-    """Structure, producers and write counts of `program` as it is now.
+    """Structure, producers and checksums of `program` as it is now.
 
     Args:
         program: Its producers are kept alive; no weight is read.
@@ -56,16 +109,21 @@ class Imprint:
     def __init__(self, program: Program) -> None:
         self._structure = _structure(program)
         self._producers = {weight.name: weight.producer for weight in program.weights}
-        self._writes = {
-            name: [(array, array.value._version) for array in arrays(producer)]
-            for name, producer in self._producers.items()
-        }
+        self._sums: dict[int, int] = {}
+        for producer in self._producers.values():
+            for array in arrays(producer):
+                if id(array) not in self._sums:
+                    self._sums[id(array)] = checksum(array.value)
 
     def written(self) -> str | None:
         """Return the name of a weight whose tensor was written to since, None if there is none."""
-        for name, counted in self._writes.items():
-            if any(array.value._version != count for array, count in counted):
-                return name
+        sums: dict[int, int] = {}
+        for name, producer in self._producers.items():
+            for array in arrays(producer):
+                if id(array) not in sums:
+                    sums[id(array)] = checksum(array.value)
+                if sums[id(array)] != self._sums.get(id(array)):
+                    return name
         return None
 
     def difference(self, program: Program) -> str | None:
@@ -82,7 +140,7 @@ class Imprint:
         for weight in program.weights:
             if weight.name not in self._producers:
                 return f"weight {weight.name!r} is new"
-            if not _same_value(self._producers[weight.name], weight.producer):
+            if not same_producer(self._producers[weight.name], weight.producer):
                 return f"weight {weight.name!r} has another value"
         missing = self._producers.keys() - {weight.name for weight in program.weights}
         if missing:

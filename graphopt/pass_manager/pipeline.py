@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,9 +25,12 @@ from graphopt.pass_manager.contract import (
     declared_passes,
     make_pass,
 )
+from graphopt.pass_manager.lockstep import compare_calls
+from graphopt.pass_manager.numbering import same_outputs
 from graphopt.pass_manager.probe import PROBE_TEXT
 from graphopt.pass_manager.recipe import format_recipe, parse_recipe, read_recipe, recipe_to_yaml
 from graphopt.pass_manager.verification import (
+    Difference,
     Measured,
     Probe,
     compare,
@@ -487,54 +490,94 @@ class _Run:
     def _verify_numbers(
         self, item: Pass, before: Program, after: Program, entry: PassEntry
     ) -> None:
+        if item.exact and same_outputs(before, after):
+            entry.verification = "proved"
+            if self._latest is not None:
+                self._fill_unchanged(entry, self._latest)
+            return
         if not has_values(before) or not has_values(after):
             entry.verification = "no weights to verify with"
             return
-        if self._latest is None:
-            self._latest = self._measure(before, "reference")
-        if self._reference is None:
-            self._reference = self._latest
-        measured = self._measure(after, f"verify {item.name}")
-        against = self._reference if item.exact else self._latest
-        difference = compare(against, measured)
-        entry.max_abs_logit_delta = finite(difference.max_abs_logit_delta)
-        entry.kl = finite(difference.kl)
-        entry.perplexity_before = finite(self._latest.perplexity)
-        entry.perplexity_after = finite(measured.perplexity)
         if item.exact:
-            entry.tolerance = difference.tolerance
-            if not difference.within_tolerance:
-                raise VerifyError(
-                    f"Pass {item.name!r} is exact but moved the logits by "
-                    f"{difference.max_abs_logit_delta:.3g}, more than {difference.tolerance:.3g} "
-                    "(1e-4 of the largest logit).",
-                    f"Leave {item.name!r} out of the recipe; --no-verify would keep the error.",
-                )
-            entry.verification = "passed"
+            self._verify_exact(item, before, after, entry)
         else:
-            if entry.max_abs_logit_delta is None:
-                raise VerifyError(
-                    f"Pass {item.name!r} made logits that are not finite.",
-                    "Give it milder options, or leave it out of the recipe.",
-                )
-            entry.verification = "measured"
-            # From here on, exact passes are held to what this one made.
-            self._reference = measured
+            self._measure_loss(item, before, after, entry)
+
+    def _verify_exact(self, item: Pass, before: Program, after: Program, entry: PassEntry) -> None:
+        """Hold what the pass changed to fp64, call by call, and the whole program to fp32."""
+        self.context.progress(f"comparing {item.name}", 0, 1)
+        comparison = compare_calls(
+            before, after, device=self.context.device, seed=self.context.seed
+        )
+        entry.not_run = comparison.not_run
+        latest, measured = self._measure_both(
+            before, after, f"verify {item.name}", same_outputs(before, after, without_past=True)
+        )
+        self._reference = self._reference or latest
+        difference = compare(self._reference, measured)
+        self._fill(entry, difference, latest, measured)
+        entry.tolerance = difference.tolerance
+        leave_out = f"Leave {item.name!r} out of the recipe; --no-verify would keep the error."
+        because = "" if comparison.error is None else f": {comparison.error}"
+        if not difference.within_tolerance:
+            raise VerifyError(
+                f"Pass {item.name!r} is exact but moved the logits by "
+                f"{difference.max_abs_logit_delta:.3g}, more than {difference.tolerance:.3g} "
+                f"(1e-4 of the largest logit){because}.",
+                leave_out,
+            )
+        if comparison.error is not None:
+            raise VerifyError(
+                f"Pass {item.name!r} is exact but changed results: {comparison.error}.", leave_out
+            )
+        entry.verification = "passed"
         self._latest = measured
 
-    def _measure(self, program: Program, what: str) -> Measured:
-        if self._probe is None:
-            context = self.context
-            self._probe = make_probe(
-                program, context.text, context.tokenizer, context.seed, context.bos
+    def _measure_loss(self, item: Pass, before: Program, after: Program, entry: PassEntry) -> None:
+        latest, measured = self._measure_both(before, after, f"measure {item.name}")
+        self._fill(entry, compare(latest, measured), latest, measured)
+        if entry.max_abs_logit_delta is None:
+            raise VerifyError(
+                f"Pass {item.name!r} made logits that are not finite.",
+                "Give it milder options, or leave it out of the recipe.",
             )
-        return measure(
-            program,
+        entry.verification = "measured"
+        # From here on, exact passes are held to what this one made.
+        self._reference = self._latest = measured
+
+    @staticmethod
+    def _fill(entry: PassEntry, difference: Difference, before: Measured, after: Measured) -> None:
+        entry.max_abs_logit_delta = finite(difference.max_abs_logit_delta)
+        entry.kl = finite(difference.kl)
+        entry.perplexity_before = finite(before.perplexity)
+        entry.perplexity_after = finite(after.perplexity)
+
+    def _measure_both(
+        self, before: Program, after: Program, what: str, same_whole: bool = False
+    ) -> tuple[Measured, Measured]:
+        """Run the probe through both programs, as far as it is not known what they give.
+
+        Args:
+            same_whole: Whether both are proved to give the same for texts that are run whole.
+        """
+        context = self.context
+        if self._probe is None:
+            self._probe = make_probe(
+                before, context.text, context.tokenizer, context.seed, context.bos
+            )
+        programs = [after] if self._latest is not None else [before, after]
+        *first, measured = measure(
+            programs,
             self._probe,
-            device=self.context.device,
-            progress=self.context.progress,
+            steps_alone=same_whole,
+            device=context.device,
+            progress=context.progress,
             what=what,
         )
+        latest = self._latest or first[0]
+        if same_whole:
+            measured = replace(latest, continued=measured.continued)
+        return latest, measured
 
     def probe_entry(self) -> dict[str, Any] | None:
         if self._probe is None:

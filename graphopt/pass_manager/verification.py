@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from graphopt.errors import SourceError, UsageError
 from graphopt.execute.checked import CheckedRunner
-from graphopt.execute.interpreter import CacheContents, complete_inputs
+from graphopt.execute.interpreter import complete_inputs
 from graphopt.ir.context import context_length
 from graphopt.ir.graph import Program
 from graphopt.ir.shapes import infer_program
@@ -156,43 +157,96 @@ def _lay_out(
 
 
 def measure(
-    program: Program,
+    programs: Sequence[Program],
     probe: Probe,
     *,
+    steps_alone: bool = False,
     device: torch.device | None = None,
     progress: Progress = silent,
     what: str = "verifying",
-) -> Measured:
-    """Run the probe through a program, one layer in memory at a time, in fp32.
+) -> list[Measured]:
+    """Run the probe through programs side by side, one layer in memory at a time, in fp32.
 
-    A program with a KV cache also runs the first batch in two steps.
+    A weight that several programs have is read once. A program with a KV cache also runs the
+    first batch in two steps.
+
+    Args:
+        steps_alone: Run the last program in steps alone; it has no `logits` then.
 
     Raises:
         SourceError: A weight holds NaN or Inf, or cannot be read.
     """
-    device = device or torch.device("cpu")
-    runner = CheckedRunner(program, device=device, keep_weights=False)
-    batches: list[Mapping[str, Tensor]] = [_to(batch, device) for batch in probe.batches]
-    pasts: list[CacheContents] = [runner.empty_cache(b["input_ids"].shape[0]) for b in batches]
-    if program.states:
-        shared = runner.empty_cache(batches[0]["input_ids"].shape[0])
-        steps = _steps(batches[0])
-        batches += steps
-        pasts += [shared] * len(steps)
-    outputs: list[Tensor] = []
-    total = len(program.calls)
+    device, shared = device or torch.device("cpu"), dict[int, Tensor]()
+    last = len(programs) - 1
+    measurements = [
+        _Measurement(program, probe, not (steps_alone and number == last), device, shared)
+        for number, program in enumerate(programs)
+    ]
+    total = max(len(program.calls) for program in programs)
     progress(what, 0, total)
     with torch.no_grad():
-        for done, (_, environments) in enumerate(runner.stream(batches, pasts), start=1):
-            if done == total:
-                outputs = [env[program.outputs[0]].float().cpu() for env in environments]
+        streams = itertools.zip_longest(*(measurement.calls() for measurement in measurements))
+        for done, _ in enumerate(streams, start=1):
+            shared.clear()
             progress(what, done, total)
-    count = len(probe.batches)
-    real = [batch["attention_mask"].bool() for batch in probe.batches]
-    logits = tuple(out[mask] for out, mask in zip(outputs, real, strict=False))
-    continued = torch.cat(outputs[count:], 1)[real[0]] if program.states else None
-    perplexity = _perplexity(outputs[0], probe.batches[0]) if probe.is_text else None
-    return Measured(logits, continued, perplexity)
+    return [measurement.result() for measurement in measurements]
+
+
+class _SharingRunner(CheckedRunner):
+    """Reads a weight once for all programs that have it, until `shared` is cleared."""
+
+    shared: dict[int, Tensor]
+
+    def weight(self, name: str) -> Tensor:
+        place = id(self.program.weights[name].producer)
+        if place not in self.shared:
+            self.shared[place] = super().weight(name)
+        return self.shared[place]
+
+
+class _Measurement:
+    """The probe on its way through one program."""
+
+    def __init__(
+        self,
+        program: Program,
+        probe: Probe,
+        whole: bool,
+        device: torch.device,
+        shared: dict[int, Tensor],
+    ) -> None:
+        self.program, self.probe, self.whole = program, probe, whole
+        self.runner = _SharingRunner(program, device=device, keep_weights=False)
+        self.runner.shared = shared
+        self.batches = [_to(batch, device) for batch in (probe.batches if whole else ())]
+        self.pasts = [self.runner.empty_cache(b["input_ids"].shape[0]) for b in self.batches]
+        if program.states:
+            first = _to(probe.batches[0], device)
+            steps = _steps(first)
+            self.batches += steps
+            self.pasts += [self.runner.empty_cache(first["input_ids"].shape[0])] * len(steps)
+        self.outputs: list[Tensor] = []
+
+    def calls(self) -> Iterator[None]:
+        """Run one call after the other, on all batches."""
+        if not self.batches:
+            return
+        for call, environments in self.runner.stream(self.batches, self.pasts):
+            if call is self.program.calls[-1]:
+                output = self.program.outputs[0]
+                self.outputs = [env[output].float().cpu() for env in environments]
+            yield
+
+    def result(self) -> Measured:
+        """Return what came out."""
+        real = [batch["attention_mask"].bool() for batch in self.probe.batches]
+        whole = self.outputs[: len(real)] if self.whole else []
+        stepped = self.outputs[len(whole) :]
+        continued = torch.cat(stepped, 1)[real[0]] if stepped else None
+        logits = tuple(out[mask] for out, mask in zip(whole, real, strict=bool(whole)))
+        is_text = bool(whole) and self.probe.is_text
+        perplexity = _perplexity(whole[0], self.probe.batches[0]) if is_text else None
+        return Measured(logits, continued, perplexity)
 
 
 def _to(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -241,6 +295,9 @@ def compare(before: Measured, after: Measured) -> Difference:
         if math.isnan(delta):
             break
     for old, new in pairs[: len(before.logits)]:
+        if old is new:
+            count += len(old)
+            continue
         for old_row, new_row in zip(old.double(), new.double(), strict=True):
             p, q = torch.log_softmax(old_row, -1), torch.log_softmax(new_row, -1)
             divergence += float((p.exp() * (p - q)).sum())

@@ -41,8 +41,10 @@ class PassEntry:
     """What one pass did; figures are measured in this run or None.
 
     Attributes:
-        verification: `passed` (exact, within tolerance), `measured` (lossy), `unchanged` (the
-            program prints the same, nothing to run), `off`, or why there was none.
+        verification: `proved` (exact: the same expressions as before, nothing to run), `passed`
+            (exact, within tolerance), `measured` (lossy), `unchanged` (the program is as it was),
+            `off`, or why there was none.
+        not_run: What of an exact pass's changes was not compared in fp64, and why.
         tolerance: What `max_abs_logit_delta` had to stay within; None for a lossy pass.
         seconds, peak_bytes: Of the pass itself.
         verify_seconds: Of verifying it.
@@ -59,6 +61,7 @@ class PassEntry:
     parameters_before: int = 0
     parameters_after: int = 0
     verification: str = "off"
+    not_run: list[str] = field(default_factory=list)
     max_abs_logit_delta: float | None = None
     tolerance: float | None = None
     kl: float | None = None

@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from graphopt.ir.graph import In
+from graphopt.ir.graph import In, Node
 from graphopt.ir.ops.base import Attrs, Op, Tensors, Types, register
 from graphopt.ir.types import Type, evaluate
 
@@ -115,6 +115,14 @@ def _computes(op: str, schema: Any) -> bool:
         and not (op.startswith("_") and not op.startswith("__") and not _INTERNAL.fullmatch(op))
         and not _EXCLUDED.fullmatch(op)
     )
+
+
+def is_random(node: Node) -> bool:
+    """True for a node whose operator draws random numbers: two equal ones differ."""
+    if "." not in node.op:
+        return False
+    tags = getattr(resolve_target(node.op), "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags
 
 
 def concretize(attrs: Mapping[str, Any], sizes: Mapping[sympy.Symbol, int]) -> dict[str, Any]:

@@ -1,0 +1,221 @@
+"""Running one call of a program in fp64, whole or in steps that continue each other in a cache."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch import Tensor
+
+from graphopt.execute.checked import CheckedRunner
+from graphopt.execute.interpreter import CacheContents, run_function
+from graphopt.ir.graph import Call, Function, Program, Value
+from graphopt.ir.shapes import infer_program
+from graphopt.ir.types import B, P, S, Type
+from graphopt.pass_manager.lengths import with_short_lengths
+
+LOOK_UPS = frozenset({"embedding", "aten.embedding.default"})
+"""Ops that read rows of a table by number."""
+
+_LARGE = 1 << 30
+"""Bytes in fp64 from which on a table keeps the dtype that it has."""
+
+Step = tuple[int, int]
+"""The first token of a step, and the one behind its last."""
+
+
+def is_look_up(program: Program, call: Call) -> bool:
+    """Return whether a call only looks rows up, and computes for every token by itself."""
+    function = program.function_of(call)
+    uses = function.uses()
+    for slot, value in function.weights.items():
+        is_vector = len(program.weights[call.weights[slot]].shape) < 2
+        if not is_vector and any(node.op not in LOOK_UPS for node, _ in uses[value]):
+            return False
+    return all(node.op != "attention" for node in function.nodes)
+
+
+class _Fp64Runner(CheckedRunner):
+    """Holds weights in fp64, but for large tables of which rows are read."""
+
+    tables: frozenset[str] = frozenset()
+
+    def weight(self, name: str) -> Tensor:
+        if name in self.tables:
+            return self.program.weights[name].load().to(self.device)
+        return super().weight(name)
+
+
+def _large_tables(program: Program) -> frozenset[str]:
+    """Return the large weights that nothing but look-ups reads."""
+    looked_up: set[str] = set()
+    others: set[str] = set()
+    for call in program.calls:
+        function = program.function_of(call)
+        uses = function.uses()
+        for slot, value in function.weights.items():
+            plain = all(node.op in LOOK_UPS for node, _ in uses[value])
+            (looked_up if plain else others).add(call.weights[slot])
+    return frozenset(
+        name for name in looked_up - others if program.weights[name].numel * 8 > _LARGE
+    )
+
+
+@dataclass
+class Side:
+    """One of two programs that are run beside each other.
+
+    Attributes:
+        program: As it is, with its long windows.
+        values: For every batch, the live program values by name.
+    """
+
+    program: Program
+    short: dict[int, int]
+    device: torch.device
+    values: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        shortened = with_short_lengths(self.program, self.short)
+        self.types, _ = infer_program(shortened)
+        self.runner = _Fp64Runner(
+            shortened, dtype=torch.float64, device=self.device, keep_weights=False
+        )
+        self.runner.tables = _large_tables(self.program)
+
+    def function(self, index: int) -> Function:
+        """Return the function that call number `index` runs, with short windows."""
+        return self.runner.program.function_of(self.runner.program.calls[index])
+
+    def type_of(self, index: int, result: str) -> Type:
+        """Return the type of a result of call number `index`, by the result's name."""
+        place = self.program.calls[index].results.index(result)
+        return self.types[index][self.function(index).results[place]]
+
+    def begin(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Put the programs' inputs in place of all values."""
+        self.values = [
+            {name: value.to(self.device) for name, value in batch.items()} for batch in batches
+        ]
+
+    def advance(self, index: int) -> None:
+        """Run call number `index` on every batch."""
+        weights = self.weights(index)
+        for number, values in enumerate(self.values):
+            values.update(self.run(index, weights, values, self.steps(number)))
+
+    @property
+    def has_states(self) -> bool:
+        return bool(self.program.states)
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """Return the weights of call number `index`, by slot."""
+        return self.runner.call_weights(self.runner.program.calls[index])
+
+    def is_approximate(self, index: int) -> bool:
+        """Return whether a table of a call is not in fp64."""
+        return bool(self.runner.tables & set(self.program.calls[index].weights.values()))
+
+    def steps(self, batch: int) -> list[Step]:
+        """Return the steps in which a batch is run: one for the first, of which others continue it.
+
+        A program without states can run no text in steps.
+        """
+        length = self.values[batch]["input_ids"].shape[1]
+        if batch == 0 or not self.has_states or length < 4:
+            return [(0, length)]
+        cut = length // 3
+        ends = [0, cut, cut + 1, length - 1, length]
+        return [(start, stop) for start, stop in itertools.pairwise(ends) if start < stop]
+
+    def run(
+        self,
+        index: int,
+        weights: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+        steps: Sequence[Step],
+    ) -> dict[str, Tensor]:
+        """Run call number `index` on one batch and return its results by name.
+
+        Of a result with an axis of keys, what a step has no keys for is 0.
+
+        Raises:
+            Undivided: A value cannot be divided into steps.
+        """
+        call = self.runner.program.calls[index]
+        function, types = self.runner.program.function_of(call), self.types[index]
+        ids = values["input_ids"]
+        batch, length = ids.shape[0], ids.shape[1]
+        past = self._empty(call, function, types, batch)
+        whole: dict[str, Tensor] = {}
+        for start, stop in steps:
+            args = [
+                values[name][places(types[param], start, stop, length)]
+                for param, name in zip(function.params, call.args, strict=True)
+            ]
+            sizes: dict[sympy.Symbol, int] = {B: batch, S: stop - start, P: start}
+            with torch.no_grad():
+                results, present = run_function(function, call, args, weights, sizes, past)
+            past.update(present)
+            for value, name, result in zip(function.results, call.results, results, strict=True):
+                if result.is_floating_point():
+                    result = result.double()
+                where = places(types[value], start, stop, length)
+                if where == () or (start, stop) == (0, length):
+                    whole[name] = result
+                    continue
+                if name not in whole:
+                    shape = _whole_shape(types[value], result, length)
+                    whole[name] = result.new_zeros(shape)
+                whole[name][where] = result
+        return whole
+
+    def _empty(
+        self, call: Call, function: Function, types: Mapping[Value, Type], batch: int
+    ) -> CacheContents:
+        past: CacheContents = {}
+        for cache in function.caches:
+            sizes = {B: batch, S: 0, P: 0}
+            k, v = (
+                torch.zeros(types[x].concrete(sizes), dtype=torch.float64, device=self.device)
+                for x in (cache.past_k, cache.past_v)
+            )
+            past[call.caches[cache.slot]] = k, v
+        return past
+
+
+class Undivided(Exception):
+    """A value of a whole text does not say what the value of a step is."""
+
+
+def places(kind: Type, start: int, stop: int, length: int) -> tuple[slice, ...]:
+    """Return where in the value of a whole text that of a step lies; () where it has no tokens.
+
+    Raises:
+        Undivided: Its size is another expression of the number of tokens.
+    """
+    if (start, stop) == (0, length):
+        return ()
+    found: list[slice] = []
+    for size in kind.shape:
+        if isinstance(size, int) or not {S, P} & size.free_symbols:
+            found.append(slice(None))
+        elif size == S:
+            found.append(slice(start, stop))
+        elif size == P + S:
+            found.append(slice(0, stop))
+        elif size == P:
+            found.append(slice(0, start))
+        else:
+            raise Undivided(f"a value {kind} cannot be divided")
+    return tuple(found) if any(place != slice(None) for place in found) else ()
+
+
+def _whole_shape(kind: Type, result: Tensor, length: int) -> Sequence[int]:
+    return [
+        given if isinstance(size, int) or not {S, P} & size.free_symbols else length
+        for size, given in zip(kind.shape, result.shape, strict=True)
+    ]
