@@ -104,6 +104,7 @@ class _Lockstep:
             if number >= length
         ]
         self.blocks = {block.position: block.stream for block in find_blocks(before)}
+        self.read = {*after.outputs, *(name for call in after.calls for name in call.args)}
         numbers = ValueNumbers()
         old = {numbers.weight(weight) for weight in before.weights}
         self.computed = {w.name for w in after.weights if numbers.weight(w) not in old}
@@ -135,6 +136,10 @@ class _Lockstep:
                 break
         return result
 
+    def _note(self, what: str) -> None:
+        if what not in self.result.not_run:
+            self.result.not_run.append(what)
+
     def _begin(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
         for side in self.sides:
             side.begin(batches)
@@ -160,7 +165,8 @@ class _Lockstep:
                 values[call.results[0]] = values[call.args[self.blocks[i]]]
         else:
             first.advance(i)
-        if not pair.run and pair.equal.keys() < set(second.program.calls[j].results):
+        more = not pair.equal.keys() >= set(second.program.calls[j].results)
+        if not pair.run and (more or (second.has_states and not second.is_divided(j))):
             second.advance(j)
         for ours, theirs in zip(first.values, second.values, strict=True):
             theirs.update({name: ours[other] for name, other in pair.equal.items()})
@@ -202,7 +208,7 @@ class _Lockstep:
         try:
             results = second.run(j, weights[1], theirs, steps[1])
         except Undivided as reason:
-            self.result.not_run.append(f"{where} in steps: {reason}")
+            self._note(f"{where} in steps: {reason}")
             return expected, {name: expected[other] for name, other in equal.items()}
         except _FAILURES as reason:
             raise _Differs(f"{where} cannot be run any more: {reason}") from reason
@@ -238,6 +244,11 @@ class _Lockstep:
         found = (0.0, "")
         for name, other in equal.items():
             kind = stepping.type_of(index, name if second.has_states else other)
+            if name not in results:
+                if name in self.read:
+                    where = second.program.calls[j].path or second.program.calls[j].function
+                    self._note(f"{name} of {where} in steps: {kind} cannot be divided")
+                continue
             old, new = expected[other], results[name]
             if old.shape != new.shape:
                 raise _Differs(f"{name} became {list(new.shape)} from {list(old.shape)}")

@@ -95,6 +95,15 @@ class Side:
         place = self.program.calls[index].results.index(result)
         return self.types[index][self.function(index).results[place]]
 
+    def is_divided(self, index: int) -> bool:
+        """Return whether results of call number `index` for steps are parts of those for a text."""
+        for value in self.function(index).results:
+            try:
+                places(self.types[index][value], 1, 2, 4)
+            except Undivided:
+                return False
+        return True
+
     def begin(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
         """Put the programs' inputs in place of all values."""
         self.values = [
@@ -140,7 +149,8 @@ class Side:
     ) -> dict[str, Tensor]:
         """Run call number `index` on one batch and return its results by name.
 
-        Of a result with an axis of keys, what a step has no keys for is 0.
+        Of a result with an axis of keys, what a step has no keys for is 0. A result whose value
+        for a step is no part of that for the text is returned a step each, under `piece` names.
 
         Raises:
             Undivided: A value cannot be divided into steps.
@@ -152,10 +162,9 @@ class Side:
         past = self._empty(call, function, types, batch)
         whole: dict[str, Tensor] = {}
         for start, stop in steps:
-            args = [
-                values[name][places(types[param], start, stop, length)]
-                for param, name in zip(function.params, call.args, strict=True)
-            ]
+            args: list[Tensor] = []
+            for param, name in zip(function.params, call.args, strict=True):
+                args.append(_part(values, name, types[param], (start, stop), length))
             sizes: dict[sympy.Symbol, int] = {B: batch, S: stop - start, P: start}
             with torch.no_grad():
                 results, present = run_function(function, call, args, weights, sizes, past)
@@ -163,7 +172,11 @@ class Side:
             for value, name, result in zip(function.results, call.results, results, strict=True):
                 if result.is_floating_point():
                     result = result.double()
-                where = places(types[value], start, stop, length)
+                try:
+                    where = places(types[value], start, stop, length)
+                except Undivided:
+                    whole[piece(name, start)] = result
+                    continue
                 if where == () or (start, stop) == (0, length):
                     whole[name] = result
                     continue
@@ -185,6 +198,25 @@ class Side:
             )
             past[call.caches[cache.slot]] = k, v
         return past
+
+
+def piece(name: str, start: int) -> str:
+    """Return what the value of one step alone is called."""
+    return f"{name} from {start}"
+
+
+def _part(values: Mapping[str, Tensor], name: str, kind: Type, step: Step, length: int) -> Tensor:
+    """Return a value of one step.
+
+    Raises:
+        Undivided: Neither is it known by itself, nor is it a part of the value for the text.
+    """
+    alone = values.get(piece(name, step[0]))
+    if alone is not None:
+        return alone
+    if name not in values:
+        raise Undivided(f"{name} is not known for the whole text")
+    return values[name][places(kind, *step, length)]
 
 
 class Undivided(Exception):
