@@ -204,7 +204,7 @@ def pass_table(entries: Iterable[PassEntry]) -> Table:
 
 
 def _delta(entry: PassEntry) -> str:
-    if entry.verification == "unchanged":
+    if entry.verification in ("unchanged", "proved"):
         return "same"
     return format_figure(entry.max_abs_logit_delta, 2)
 
@@ -214,6 +214,7 @@ def _verdict(entries: list[PassEntry]) -> str:
     kinds = [entry.verification for entry in entries]
     parts: list[str] = []
     for kind, text in (
+        ("proved", "{} proved"),
         ("passed", "{} within tolerance"),
         ("measured", "{} lossy, measured"),
         ("unchanged", "{} changed nothing"),

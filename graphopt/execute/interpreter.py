@@ -76,7 +76,7 @@ def run_function(
     return [values[value] for value in function.results], present
 
 
-def _extend(past: CacheContents, present: CacheContents) -> None:
+def extend_caches(past: CacheContents, present: CacheContents) -> None:
     """Put the keys and values that a call leaves in the place of those that it found."""
     for name, (k, v) in present.items():
         held = past.get(name)
@@ -165,7 +165,7 @@ class Runner:
                 results, present = run_function(
                     function, call, args, weights, sizes, past, self.mode
                 )
-                _extend(past, present)
+                extend_caches(past, present)
                 environment.update(zip(call.results, results, strict=True))
             del weights  # before the next layer's are read
             yield call, environments

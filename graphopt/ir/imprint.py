@@ -29,8 +29,7 @@ _SMALL = 1 << 16
 def _structure(program: Program) -> dict[str, Any]:
     data = program_to_json(program)
     parts = {key: part for key, part in data.items() if key not in _NO_RESULT}
-    placements = {weight.name: weight.placement for weight in program.weights}
-    return {**parts, "placements": placements, "tokenizer": program.tokenizer}
+    return {**parts, "tokenizer": program.tokenizer}
 
 
 def arrays(producer: Producer) -> Iterator[Array]:
@@ -109,6 +108,7 @@ class Imprint:
     def __init__(self, program: Program) -> None:
         self._structure = _structure(program)
         self._producers = {weight.name: weight.producer for weight in program.weights}
+        self._placements = {weight.name: weight.placement for weight in program.weights}
         self._sums: dict[int, int] = {}
         for producer in self._producers.values():
             for array in arrays(producer):
@@ -142,6 +142,8 @@ class Imprint:
                 return f"weight {weight.name!r} is new"
             if not same_producer(self._producers[weight.name], weight.producer):
                 return f"weight {weight.name!r} has another value"
+            if self._placements[weight.name] != weight.placement:
+                return f"weight {weight.name!r} has another placement"
         missing = self._producers.keys() - {weight.name for weight in program.weights}
         if missing:
             return f"weight {min(missing)!r} is gone"

@@ -1,16 +1,16 @@
 """Lengths at which programs change what they do, and inputs that lie on both sides of each.
 
 A window of 4,096 tokens shows in texts of more, which cost too much to run. What counts is the
-order of the lengths and how near they are to each other: programs whose windows and chunks are all
-moved by one rule are equal if and only if the given ones are, so they are run with short ones. The
-lengths at which rotary frequencies change are counted in positions, which are an input: a dozen
-tokens may stand at any of them.
+order of the lengths and how near they are to each other: programs whose windows, chunks and rings
+are all moved by one rule are equal if and only if the given ones are, so they are run with short
+ones. The lengths at which rotary frequencies change are counted in positions, which are an input: a
+dozen tokens may stand at any of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from graphopt.ir.graph import Call, Function, Node, Param, Program, resolve_attr
 from graphopt.ir.ops.aten import map_leaves
 from graphopt.ir.shapes import infer_program
 
-_BY_INDEX = ("window", "chunk")
+_BY_INDEX = ("window", "chunk", "ring")
 """Attributes of an attention that count keys."""
 
 _BY_POSITION = ("by_length", "ntk_frequencies")
@@ -54,8 +54,8 @@ def _attentions(program: Program) -> Iterator[tuple[Call, Node]]:
 
 
 def key_lengths(program: Program) -> set[int]:
-    """Return the windows and chunks of all attentions."""
-    found = set[int]()
+    """Return the windows, chunks and rings of all attentions."""
+    found = {s.layout.ring for s in program.states.values() if s.layout.ring is not None}
     for call, node in _attentions(program):
         attrs = resolve_attrs(node, call)
         found |= {attrs[key] for key in _BY_INDEX if attrs.get(key) is not None}
@@ -111,8 +111,11 @@ def short_lengths(lengths: Iterable[int]) -> dict[int, int]:
 
 
 def with_short_lengths(program: Program, short: dict[int, int]) -> Program:
-    """Return a copy of a program whose windows and chunks are the `short` ones."""
+    """Return a copy of a program whose windows, chunks and rings are the `short` ones."""
     result = program.copy()
+    for state in result.states.values():
+        if state.layout.ring is not None:
+            state.layout = replace(state.layout, size=short[state.layout.ring])
     named: set[tuple[int, str]] = set()
     changed: set[int] = set()
     for call, node in _attentions(result):

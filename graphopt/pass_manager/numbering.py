@@ -120,11 +120,13 @@ class ValueNumbers:
             described = tuple((key, repr(attrs[key])) for key in sorted(attrs))
             random: Hashable = (id(node), id(call)) if is_random(node) else None
             for index, value in enumerate(node.outputs):
-                values[value] = self.of(node.op, tuple(operands), described, random, index)
-            if cached and node.op == "attention":
-                k, v = node.inputs[1], node.inputs[2]
-                assert k is not None and v is not None
-                values.update(zip(node.outputs[1:], (values[k], values[v]), strict=True))
+                place = index
+                if cached and node.op == "attention":
+                    if index in (1, 2):
+                        values[value] = self.of("kept", operands[index], attrs["ring"])
+                        continue
+                    place = max(index - 2, 0)
+                values[value] = self.of(node.op, tuple(operands), described, random, place)
 
 
 def number_program(

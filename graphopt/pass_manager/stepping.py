@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from graphopt.execute.checked import CheckedRunner
-from graphopt.execute.interpreter import CacheContents, run_function
-from graphopt.ir.graph import Call, Function, Program, Value
+from graphopt.execute.interpreter import extend_caches, run_function
+from graphopt.ir.graph import Call, Function, Program
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, P, S, Type
 from graphopt.pass_manager.lengths import with_short_lengths
@@ -159,7 +159,7 @@ class Side:
         function, types = self.runner.program.function_of(call), self.types[index]
         ids = values["input_ids"]
         batch, length = ids.shape[0], ids.shape[1]
-        past = self._empty(call, function, types, batch)
+        past = self.runner.empty_cache(batch) if function.caches else {}
         whole: dict[str, Tensor] = {}
         for start, stop in steps:
             args: list[Tensor] = []
@@ -168,7 +168,7 @@ class Side:
             sizes: dict[sympy.Symbol, int] = {B: batch, S: stop - start, P: start}
             with torch.no_grad():
                 results, present = run_function(function, call, args, weights, sizes, past)
-            past.update(present)
+            extend_caches(past, present)
             for value, name, result in zip(function.results, call.results, results, strict=True):
                 if result.is_floating_point():
                     result = result.double()
@@ -185,19 +185,6 @@ class Side:
                     whole[name] = result.new_zeros(shape)
                 whole[name][where] = result
         return whole
-
-    def _empty(
-        self, call: Call, function: Function, types: Mapping[Value, Type], batch: int
-    ) -> CacheContents:
-        past: CacheContents = {}
-        for cache in function.caches:
-            sizes = {B: batch, S: 0, P: 0}
-            k, v = (
-                torch.zeros(types[x].concrete(sizes), dtype=torch.float64, device=self.device)
-                for x in (cache.past_k, cache.past_v)
-            )
-            past[call.caches[cache.slot]] = k, v
-        return past
 
 
 def piece(name: str, start: int) -> str:

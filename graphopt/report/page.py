@@ -136,7 +136,9 @@ def _perplexity(item: Mapping[str, Any]) -> str:
 
 
 def _verdict(item: Mapping[str, Any]) -> str:
-    style = {"passed": "good", "measured": "warn"}.get(item["verification"], "dim")
+    style = {"proved": "good", "passed": "good", "measured": "warn"}.get(
+        item["verification"], "dim"
+    )
     return f'<span class="{style}">{escape(item["verification"])}</span>'
 
 
@@ -167,6 +169,8 @@ def _quality(passes: Sequence[Mapping[str, Any]], probe: Mapping[str, Any] | Non
         delta, limit = item["max_abs_logit_delta"], item["tolerance"]
         if item["verification"] == "unchanged":
             rows.append(_row(item["name"], "program unchanged", _bar([])))
+        elif item["verification"] == "proved":
+            rows.append(_row(item["name"], "the same expressions as before", _bar([])))
         elif delta is None:
             rows.append(_row(item["name"], item["verification"], _bar([])))
         elif limit is not None:
