@@ -61,7 +61,6 @@ class PassEntry:
     parameters_before: int = 0
     parameters_after: int = 0
     verification: str = "off"
-    not_run: list[str] = field(default_factory=list)
     max_abs_logit_delta: float | None = None
     tolerance: float | None = None
     kl: float | None = None
@@ -71,6 +70,7 @@ class PassEntry:
     verify_seconds: float = 0.0
     peak_bytes: int = 0
     resumed: bool = False
+    not_run: list[str] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> PassEntry:
