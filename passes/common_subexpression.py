@@ -7,12 +7,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from graphopt.ir.graph import Call, Function, Node, Program, Value, unique_name
+from graphopt.ir.graph import Call, Function, Program, Value, unique_name
 from graphopt.ir.ops.aten import is_random
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
-from graphopt.passes.common import attribute_key, calls_of
-
-_COMMUTATIVE = frozenset({"add", "mul"})
+from graphopt.rewrite import calls_of, merge_equal_nodes
 
 
 @register_pass
@@ -45,7 +43,7 @@ class CommonSubexpression(Pass):
                 for kind, count in (
                     ("parameters", _merge_parameters(function, calls[name])),
                     ("weight slots", _merge_slots(function, calls[name])),
-                    ("nodes", _merge_nodes(function)),
+                    ("nodes", merge_equal_nodes(function)),
                 ):
                     found[kind] = found.get(kind, 0) + count * times
             found["carried values"] = _merge_results(program)
@@ -56,26 +54,6 @@ class CommonSubexpression(Pass):
             again = sum(merged.values()) > before
         total = sum(merged.values())
         return PassResult(program, total, total, details={"merged": merged})
-
-
-def _merge_nodes(function: Function) -> int:
-    """Make readers of a repeated node read the first one; return how many went."""
-    first: dict[Hashable, Node] = {}
-    kept: list[Node] = []
-    for node in function.nodes:
-        operands = [0 if value is None else id(value) for value in node.inputs]
-        if node.op in _COMMUTATIVE:
-            operands.sort()
-        key = (node.op, tuple(operands), attribute_key(node))
-        twin = first.setdefault(key, node)
-        if twin is node or is_random(node):
-            kept.append(node)
-            continue
-        for old, new in zip(node.outputs, twin.outputs, strict=True):
-            function.replace(old, new)
-    merged = len(function.nodes) - len(kept)
-    function.nodes = kept
-    return merged
 
 
 def _merge_slots(function: Function, calls: list[Call]) -> int:

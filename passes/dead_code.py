@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.graph import Call, Param, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
-from graphopt.passes.common import calls_of
+from graphopt.rewrite import calls_of
 
 
 @register_pass
@@ -41,7 +42,7 @@ class DeadCode(Pass):
             count("results", _drop_unread_results(program, calls))
             for name, function in program.functions.items():
                 slots = len(function.weights)
-                count("nodes", function.remove_dead() * len(calls[name]))
+                count("nodes", remove_dead(function) * len(calls[name]))
                 count("weight slots", (slots - len(function.weights)) * len(calls[name]))
             count("parameters", _drop_unread_parameters(program, calls))
             count("attributes", _drop_unread_attributes(program, calls))

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from graphopt.ir.dead_code import dead_nodes, remove_newly_dead
 from graphopt.ir.graph import Call, Function, Node, Program, Value, resolve_attrs, unique_name
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import is_random
@@ -17,12 +18,8 @@ from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
-from graphopt.passes.common import (
-    calls_of,
-    dead_nodes,
-    drop_newly_dead,
-    mentions_sizes,
-)
+from graphopt.passes.common import mentions_sizes
+from graphopt.rewrite import calls_of
 
 
 @register_pass
@@ -66,7 +63,7 @@ class FoldConstants(Pass):
                     continue
                 _replace_by_weight(program, function, calls, value, sizes)
                 result.changed += len(calls)
-            drop_newly_dead(function, dead)
+            remove_newly_dead(function, dead)
         return result
 
 

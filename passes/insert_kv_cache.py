@@ -26,8 +26,8 @@ from graphopt.ir.token_mixing import mixes_tokens
 from graphopt.ir.types import B, P, S, Type, dim
 from graphopt.ir.verify import verify
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
-from graphopt.passes.common import calls_of, types_of, uniform
 from graphopt.passes.places import laid_out_from_start, start_at_past
+from graphopt.rewrite import calls_of, types_of, uniform_attribute
 
 _MASK_INPUT = "attention_mask"
 
@@ -107,7 +107,7 @@ def _illegal(program: Program) -> list[Skip]:
                     reason = f"{node.op} mixes tokens, and would need a state of its own"
             elif not _is_cached(node):
                 mask = _operand(node, MASK)
-                if uniform(node, "causal", calls[name]) is not True:
+                if uniform_attribute(node, "causal", calls[name]) is not True:
                     reason = "it is not causal in every call"
                 elif mask is not None and mask not in always[name]:
                     reason = f"its padding mask {mask.name} is not {_MASK_INPUT} itself"

@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 
-from graphopt.ir.graph import Call, Function, In, Node, Param, Program, Value
-from graphopt.ir.types import Type
+from graphopt.ir.graph import In, Param, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
-from graphopt.passes.common import (
-    NO_VALUE,
+from graphopt.rewrite import (
+    VARIES,
+    Match,
+    NoMatch,
+    Site,
+    apply_rules,
     calls_of,
-    dead_nodes,
-    drop_newly_dead,
+    rule,
     types_of,
-    uniform,
 )
-
-
-@dataclass
-class Place:
-    """A node a rule looks at, with what is known about its function."""
-
-    node: Node
-    function: Function
-    calls: list[Call]
-    types: list[dict[Value, Type]]
-    order: dict[Value, int]
-
-    def attr(self, key: str, node: Node | None = None) -> object:
-        return uniform(node or self.node, key, self.calls)
-
-    def maker(self, operand: int, op: str) -> Node | None:
-        """Return the node that makes an operand if it is an `op`."""
-        value = self.node.inputs[operand]
-        if value is None or value.node is None or value.node.op != op:
-            return None
-        return value.node
-
-    def same_type(self, a: Value, b: Value) -> bool:
-        return all(types[a] == types[b] for types in self.types)
-
-
-Outcome: TypeAlias = "Value | bool"
-"""A value to use in place of the node's output, or whether the node was changed in place."""
 
 _FORWARDING = frozenset(
     f"aten.{name}"
@@ -84,138 +56,139 @@ _UNIT = {
 """Operators that do nothing when their second argument is this number."""
 
 
-def drop_unit_scale(place: Place) -> Outcome:
+@rule("scale")
+def drop_unit_scale(site: Site) -> Match | NoMatch:
     """scale(x, 1) -> x."""
-    node = place.node
-    if node.op != "scale" or place.attr("factor") != 1:
-        return False
-    assert node.inputs[0] is not None
-    return node.inputs[0]
+    if site.attr("factor") != 1:
+        return site.no("its factor is not 1")
+    return site.forward(site.operand(0))
 
 
-def fold_scales(place: Place) -> Outcome:
+@rule("scale")
+def fold_scales(site: Site) -> Match | NoMatch:
     """scale(scale(x, a), b) -> scale(x, a b), where both are plain numbers."""
-    node = place.node
-    inner = place.maker(0, "scale") if node.op == "scale" else None
-    if inner is None or any(isinstance(n.attrs["factor"], Param) for n in (node, inner)):
-        return False
-    node.attrs["factor"] *= inner.attrs["factor"]
-    node.inputs = list(inner.inputs)
-    return True
+    node, inner = site.node, site.maker(0, "scale")
+    if inner is None:
+        return site.no("what it scales is not scaled")
+    for scale in (node, inner):
+        if isinstance(scale.attrs["factor"], Param):
+            return site.no("its factor is set by the calls", scale)
+    factor = node.attrs["factor"] * inner.attrs["factor"]
+    return site.change("scale", inner.inputs, {"factor": factor})
 
 
-def cancel_swaps(place: Place) -> Outcome:
+@rule("swap_heads")
+def cancel_swaps(site: Site) -> Match | NoMatch:
     """swap_heads(swap_heads(x)) -> x."""
-    inner = place.maker(0, "swap_heads") if place.node.op == "swap_heads" else None
-    if inner is None or inner.inputs[0] is None:
-        return False
-    return inner.inputs[0]
+    inner = site.maker(0, "swap_heads")
+    if inner is None:
+        return site.no("its operand is not swapped")
+    return site.forward(inner.inputs[0])
 
 
-def absorb_swap(place: Place) -> Outcome:
+@rule("swap_heads", "merge_heads")
+def absorb_swap(site: Site) -> Match | NoMatch:
     """Take a swap into the split before it or the merge after it."""
-    node = place.node
-    if node.op == "swap_heads":
-        inner = place.maker(0, "split_heads")
-        if inner is None or (swap := place.attr("swap", inner)) is NO_VALUE:
-            return False
-        node.op, node.attrs = "split_heads", {**inner.attrs, "swap": not swap}
-    elif node.op == "merge_heads":
-        inner = place.maker(0, "swap_heads")
-        if inner is None or (swap := place.attr("swap")) is NO_VALUE:
-            return False
-        node.attrs = {**node.attrs, "swap": not swap}
-    else:
-        return False
-    node.inputs = list(inner.inputs)
-    return True
+    node = site.node
+    swapping = node.op == "swap_heads"
+    inner = site.maker(0, "split_heads" if swapping else "swap_heads")
+    if inner is None:
+        return site.no("there is no split to swap, or swap to merge")
+    absorbing = inner if swapping else node
+    swap = site.attr("swap", absorbing)
+    if swap is VARIES:
+        return site.no("whether it swaps differs between the calls", absorbing)
+    op = "split_heads" if swapping else "merge_heads"
+    return site.change(op, inner.inputs, {**absorbing.attrs, "swap": not swap})
 
 
-def heads_before_rope(place: Place) -> Outcome:
+@rule("swap_heads")
+def heads_before_rope(site: Site) -> Match | NoMatch:
     """swap_heads(rope(x, heads_first=False)) -> rope(swap_heads(x)).
 
     The two nodes change places in the graph, so no value is made or lost.
     """
-    swap = place.node
-    rope = place.maker(0, "rope") if swap.op == "swap_heads" else None
-    if rope is None or place.attr("heads_first", rope) is not False:
-        return False
-    function = place.function
-    if len(function.uses()[rope.output]) != 1 or rope.output in function.outside_values():
-        return False
-    x, *tables = rope.inputs
-    swap.op, swap.inputs = "rope", [rope.output, *tables]
-    swap.attrs = {**rope.attrs, "heads_first": True}
-    rope.op, rope.inputs, rope.attrs = "swap_heads", [x], {}
-    for types in place.types:
-        types[rope.output] = types[swap.output]
-    return True
+    swap, rope = site.node, site.maker(0, "rope")
+    if rope is None or site.attr("heads_first", rope) is not False:
+        return site.no("its operand is no rotation with heads behind tokens")
+    if site.only_reader(rope.output) is not swap:
+        return site.no("something else reads the rotation", rope)
+    rotation = rope
+
+    def rewrite() -> None:
+        x, *tables = rotation.inputs
+        swap.op, swap.inputs = "rope", [rotation.output, *tables]
+        swap.attrs = {**rotation.attrs, "heads_first": True}
+        rotation.op, rotation.inputs, rotation.attrs = "swap_heads", [x], {}
+        for types in site.types:
+            types[rotation.output] = types[swap.output]
+
+    return Match(rewrite)
 
 
-def cancel_split_merge(place: Place) -> Outcome:
+@rule("merge_heads", "split_heads")
+def cancel_split_merge(site: Site) -> Match | NoMatch:
     """merge_heads(split_heads(x)) -> x, and the other way round where the sizes agree."""
-    node = place.node
-    other = {"merge_heads": "split_heads", "split_heads": "merge_heads"}.get(node.op)
-    inner = place.maker(0, other) if other else None
-    if inner is None or inner.inputs[0] is None:
-        return False
-    swaps = place.attr("swap"), place.attr("swap", inner)
-    if NO_VALUE in swaps or swaps[0] != swaps[1]:
-        return False
+    node = site.node
+    inner = site.maker(0, "split_heads" if node.op == "merge_heads" else "merge_heads")
+    if inner is None:
+        return site.no("its operand is not the other one")
+    swaps = site.attr("swap"), site.attr("swap", inner)
+    if VARIES in swaps or swaps[0] != swaps[1]:
+        return site.no("one of them swaps and the other does not", inner)
     x = inner.inputs[0]
-    return x if place.same_type(x, node.output) else False
-
-
-def drop_dropout(place: Place) -> Outcome:
-    """aten.dropout(x, p, train) -> x where it is off."""
-    node = place.node
-    if node.op != "aten.dropout.default":
-        return False
-    _, probability, train = node.attrs["args"]
-    if train and probability != 0:
-        return False
-    assert node.inputs[0] is not None
-    return node.inputs[0]
-
-
-def drop_forwarding(place: Place) -> Outcome:
-    """An ATen view, copy or cast to the type its operand has already -> its operand."""
-    node = place.node
-    if node.op not in _FORWARDING or node.attrs["args"][0] != In(0):
-        return False
-    x = node.inputs[0]
     assert x is not None
-    return x if place.same_type(x, node.output) else False
+    if not site.same_type(x, node.output):
+        return site.no("the sizes of heads differ", inner)
+    return site.forward(x)
 
 
-def drop_unit_arithmetic(place: Place) -> Outcome:
+@rule("aten.dropout.default")
+def drop_dropout(site: Site) -> Match | NoMatch:
+    """aten.dropout(x, p, train) -> x where it is off."""
+    _, probability, train = site.node.attrs["args"]
+    if train and probability != 0:
+        return site.no("it is on")
+    return site.forward(site.operand(0))
+
+
+@rule(*_FORWARDING)
+def drop_forwarding(site: Site) -> Match | NoMatch:
+    """An ATen view, copy or cast to the type its operand has already -> its operand."""
+    node, x = site.node, site.operand(0)
+    if node.attrs["args"][0] != In(0) or x is None:
+        return site.no("its first argument is no tensor")
+    if not site.same_type(x, node.output):
+        return site.no("it changes the type")
+    return site.forward(x)
+
+
+@rule(*_UNIT)
+def drop_unit_arithmetic(site: Site) -> Match | NoMatch:
     """x + 0, x - 0, x * 1, x / 1 in ATen -> x, where the type stays."""
-    node = place.node
+    node, x = site.node, site.operand(0)
     args = node.attrs.get("args", [])
-    if node.op not in _UNIT or len(args) < 2 or args[0] != In(0):
-        return False
+    if len(args) < 2 or args[0] != In(0) or x is None:
+        return site.no("its first argument is no tensor")
     number = args[1]
     if not isinstance(number, int | float) or number != _UNIT[node.op]:
-        return False
-    x = node.inputs[0]
-    assert x is not None
-    return x if place.same_type(x, node.output) else False
+        return site.no(f"its second argument is not {_UNIT[node.op]}")
+    if not site.same_type(x, node.output):
+        return site.no("it changes the type")
+    return site.forward(x)
 
 
-def order_operands(place: Place) -> Outcome:
+@rule("add", "mul")
+def order_operands(site: Site) -> Match | NoMatch:
     """a + b and a * b: what is made first stands first, weights stand last."""
-    node = place.node
-    if node.op not in ("add", "mul"):
-        return False
-    a, b = node.inputs
+    a, b = site.node.inputs
     assert a is not None and b is not None
-    if place.order[a] <= place.order[b]:
-        return False
-    node.inputs = [b, a]
-    return True
+    if site.order[a] <= site.order[b]:
+        return site.no("its operands are in order")
+    return site.change(site.node.op, [b, a])
 
 
-RULES: tuple[Callable[[Place], Outcome], ...] = (
+RULES = (
     drop_unit_scale,
     fold_scales,
     cancel_swaps,
@@ -252,46 +225,11 @@ class Normalise(Pass):
         calls, types = calls_of(program), types_of(program)
         counts: dict[str, int] = {}
         for name, function in program.functions.items():
-            if not calls[name]:
+            times = len(calls[name])
+            if not times:
                 continue
-            dead = dead_nodes(function)
-            for rule, count in _rewrite(function, calls[name], types[name]).items():
-                counts[rule] = counts.get(rule, 0) + count * len(calls[name])
-            drop_newly_dead(function, dead)
+            rewritten = apply_rules(function, RULES, calls[name], types[name])
+            for applied, count in rewritten.counts.items():
+                counts[applied] = counts.get(applied, 0) + count * times
         total = sum(counts.values())
         return PassResult(program, total, total, details={"rules": counts})
-
-
-def _rewrite(
-    function: Function, calls: list[Call], types: list[dict[Value, Type]]
-) -> dict[str, int]:
-    """Apply the rules until none applies; return how often each did."""
-    counts: dict[str, int] = {}
-    dead = set(map(id, dead_nodes(function)))
-    again = True
-    while again:
-        again = False
-        order = _order(function)
-        for node in function.nodes:
-            for rule in RULES if id(node) not in dead else ():
-                outcome = rule(Place(node, function, calls, types, order))
-                if outcome is False:
-                    continue
-                if isinstance(outcome, Value):
-                    function.replace(node.output, outcome)
-                    dead.add(id(node))
-                counts[rule.__name__] = counts.get(rule.__name__, 0) + 1
-                again = True
-                break
-    return counts
-
-
-def _order(function: Function) -> dict[Value, int]:
-    """Rank of every value: parameters, node outputs as they are made, then weights."""
-    values = list(function.params)
-    for cache in function.caches:
-        values += [cache.past_k, cache.past_v]
-    for node in function.nodes:
-        values += node.outputs
-    values += function.weights.values()
-    return {value: rank for rank, value in enumerate(values)}

@@ -33,6 +33,7 @@ from graphopt.capture import capture
 from graphopt.evaluate.perplexity import read_text
 from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir.blocks import find_blocks, sub_blocks
+from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.feed_forward import FeedForward, feed_forwards
 from graphopt.ir.graph import Call, Function, Program, Value
 from graphopt.ir.shapes import infer_program
@@ -197,7 +198,7 @@ def ffn_program(program: Program) -> Program:
         for term in rest:
             out = twin.add("add", [out, term]).output
         twin.results = [out]
-        twin.remove_dead()
+        remove_dead(twin)
         made.functions[twin.name] = twin
         made.inputs[f"x{number}"] = kinds[block.position][x]
         args = [f"x{number}", *([total] if total else [])]

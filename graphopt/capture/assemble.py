@@ -47,6 +47,7 @@ from graphopt.ir.printer import print_function
 from graphopt.ir.types import B, S, Type
 from graphopt.ir.verify import verify
 from graphopt.ir.weights import Array, Producer, Weight
+from graphopt.rewrite import merge_equal_nodes
 
 Resolve = Callable[[str, "Tensor"], tuple[Producer, str | None]]
 """(qualified parameter name, parameter) -> (its producer, its checkpoint tensor's name)."""
@@ -86,7 +87,8 @@ def capture_module(
         merge_equal_constants(kind, shell.constants)
         canonicalise(kind.raiser)
         hoist(shell, kind, stream_values(shell, set(shell_stubs(kinds))))
-    _merge_equal_nodes(shell, set(shell_stubs(kinds)))
+    # Masks and tables hoisted from several kinds of layers are often the same.
+    merge_equal_nodes(shell.function, set(shell_stubs(kinds)))
     tables = RopeTables(shell, _position_ids(shell, inputs), rotaries)
     masks = MaskRecogniser(shell, inputs)
     for kind in kinds:
@@ -195,21 +197,6 @@ def _single(
     types[stub.output] = exported.types[exported.function.results[0]]
     record = LayerCall("", module, None, [], [])
     return Raiser(function, types, {}, "the model"), [LayerKind(inner, slots, [stub], [record])]
-
-
-def _merge_equal_nodes(shell: Raiser, stubs: set[Node]) -> None:
-    """Masks and tables hoisted from several kinds of layers are often the same."""
-    seen: dict[Any, Node] = {}
-    for node in list(shell.function.nodes):
-        if node in stubs:
-            continue
-        key = (node.op, tuple(id(v) for v in node.inputs), repr(node.attrs))
-        if key in seen:
-            for old, new in zip(node.outputs, seen[key].outputs, strict=True):
-                shell.function.replace(old, new)
-            shell.function.nodes.remove(node)
-        else:
-            seen[key] = node
 
 
 def _raise_sums(raiser: Raiser, slots: SlotSources) -> None:

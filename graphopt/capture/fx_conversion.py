@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.aliases import plain_name
 from graphopt.capture.layer_calls import LayerCall
 from graphopt.errors import CaptureError
+from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.graph import Function, In, Node, Value, unique_name
 from graphopt.ir.ops.aten import map_leaves
 from graphopt.ir.types import B, S, Type, dim
@@ -128,7 +129,7 @@ class Converter:
                 changed.append((spec.kind, spec.target or ""))
         if not changed:
             return
-        self.function.remove_dead()
+        remove_dead(self.function)
         self.used = {k: v for k, v in self.used.items() if k in self.function.weights}
         for kind, target in changed:
             if kind is OutputKind.USER_INPUT_MUTATION:

@@ -21,6 +21,7 @@ from graphopt.capture.rewriting import SMALL_SIZES, NotRaisedError, Raiser, base
 from graphopt.capture.slots import Index, SlotSources
 from graphopt.ir.graph import In, Node, Value
 from graphopt.ir.types import B, Dim, Type, dim
+from graphopt.rewrite import equal_node
 
 MOVES = {
     "view", "reshape", "_unsafe_view", "transpose", "permute", "unsqueeze", "squeeze", "expand",
@@ -297,19 +298,12 @@ def _choose_features(
         for operand in made.inputs[1:]:
             if operand is not None:
                 operands.append(slots.rows(raiser, operand, features))
-        twin = _same_node(raiser, "linear", operands)
-        return twin or raiser.insert("linear", operands, {}, made).output
+        twin = equal_node(raiser.function, "linear", operands, {})
+        return twin.output if twin else raiser.insert("linear", operands, {}, made).output
     if isinstance(features, slice) and features.step == 1 and made is not None:
         *rest, _ = raiser.types[root].shape
         kind = Type((*rest, features.stop - features.start), raiser.types[root].dtype)
         args = [In(0), -1, features.start, features.stop]
         after = raiser.function.nodes[raiser.function.nodes.index(made) + 1]
         return _aten(raiser, "aten.slice.Tensor", root, args, kind, after)
-    return None
-
-
-def _same_node(raiser: Raiser, op: str, operands: list[Value | None]) -> Value | None:
-    for node in raiser.function.nodes:
-        if node.op == op and node.inputs == operands:
-            return node.output
     return None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from graphopt.ir.dataflow import region
+from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.graph import Function, In, Node, Param, Value
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import concretize
@@ -182,7 +183,7 @@ class Raiser:
     def sweep(self) -> None:
         """Remove what nothing reads; weights stay, the caller decides about them."""
         kept = dict(self.function.weights)
-        self.function.remove_dead()
+        remove_dead(self.function)
         self.function.weights = kept
 
     # Proving -------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from graphopt.ir.dataflow import region
+from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.graph import Call, Function, Node, Param, Program, Value, unique_name
 from graphopt.ir.layer_config import shrink_config
 from graphopt.ir.shapes import infer_program
@@ -211,7 +212,7 @@ def without_sub_block(function: Function, stream: int, kinds: Iterable[str], nam
         twin.replace(gone.node.output, left)
     caches = twin.caches
     twin.caches = []
-    twin.remove_dead()
+    remove_dead(twin)
     alive = {value for node in twin.nodes for value in node.outputs}
     twin.caches = [cache for cache in caches if cache.present_k in alive]
     return twin

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graphopt.ir.blocks import Block, SubBlock, sub_blocks
 from graphopt.ir.dataflow import region
+from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.functional import ACTIVATIONS
 from graphopt.ir.graph import (
     Call,
@@ -214,7 +215,7 @@ def with_experts(
     if len(parts) == 2:
         whole = twin.add("add", parts, before=down).output
     twin.replace(down.output, whole)
-    twin.remove_dead()
+    remove_dead(twin)
     return twin, made
 
 

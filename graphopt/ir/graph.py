@@ -9,7 +9,7 @@ from the weights and attributes of that call, so layers may differ in width, hea
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,19 +176,6 @@ class Function:
         for cache in self.caches:
             alive |= {cache.present_k, cache.present_v}
         return alive
-
-    def remove_dead(self, is_pure: Callable[[Node], bool] = lambda node: True) -> int:
-        """Delete nodes and weight slots nothing reads; return how many nodes went."""
-        alive = self.outside_values()
-        kept: list[Node] = []
-        for node in reversed(self.nodes):
-            if any(value in alive for value in node.outputs) or not is_pure(node):
-                alive.update(value for value in node.inputs if value is not None)
-                kept.append(node)
-        removed = len(self.nodes) - len(kept)
-        self.nodes = kept[::-1]
-        self.weights = {slot: value for slot, value in self.weights.items() if value in alive}
-        return removed
 
     def clone(self, name: str | None = None) -> Function:
         """Return an independent copy."""

@@ -81,12 +81,12 @@ class FunctionPrinter:
         op = get_op(node.op)
         parts: list[str] = []
         by_name = False
-        for operand, value in zip(op.operands, node.inputs, strict=False):
+        for index, value in enumerate(node.inputs):
             if value is None:
                 by_name = True
                 continue
             text = self.name(value)
-            parts.append(f"{operand.rstrip('?')}={text}" if by_name else text)
+            parts.append(f"{op.operand_name(index)}={text}" if by_name else text)
         for key, attr in node.attrs.items():
             if key in op.defaults and op.defaults[key] == attr:
                 continue

@@ -46,13 +46,11 @@ def verify_function(function: Function) -> set[str]:
         label = f"{where}: {node.outputs[0].name} = {node.op}"
         if not (_is_torch(node.op) if is_aten(node.op) else node.op in ops):
             raise VerifyError(f"{label}: no such op.")
-        operands = get_op(node.op).operands
         if not is_aten(node.op):
-            required = sum(not name.endswith("?") for name in operands)
-            if not required <= len(node.inputs) <= len(operands):
-                raise VerifyError(f"{label}: {len(node.inputs)} operands for {operands}.")
-            if any(value is None for value in node.inputs[:required]):
-                raise VerifyError(f"{label}: a required operand is missing.")
+            try:
+                get_op(node.op).check_count(node.inputs)
+            except ValueError as error:
+                raise VerifyError(f"{label}: {error}.") from error
         for operand in node.inputs:
             if operand is not None and operand not in known:
                 raise VerifyError(f"{label}: reads {operand.name!r} before it is made.")

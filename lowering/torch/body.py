@@ -30,6 +30,7 @@ from graphopt.lowering.torch.text import (
 # op -> what is called. A name without a dot is a function of graphopt.ir.functional.
 _CALLEES = {
     "abs": "torch.abs",
+    "add_rms_norm": "add_rms_norm",
     "by_length": "by_length",
     "gelu": "F.gelu",
     "gelu_tanh": "gelu_tanh",
@@ -42,6 +43,7 @@ _CALLEES = {
     "relu2": "relu2",
     "rms_norm": "rms_norm",
     "rope": "rope",
+    "rope_pair": "rope_pair",
     "rope_table": "rope_table",
     "sigmoid": "torch.sigmoid",
     "silu": "F.silu",
@@ -59,7 +61,7 @@ _ATEN_CALLEES = {
     "transformers.grouped_mm_fallback.default": "grouped_matmul",
 }
 # Operands that are given even where they are absent.
-_POSITIONAL = {"layer_norm": 3, "rms_norm": 2}
+_POSITIONAL = {"add_rms_norm": 3, "layer_norm": 3, "rms_norm": 2}
 _BINDS = {"add": 1, "mul": 2, "scale": 2}
 _SIZES = ("B", "S", "P", "device")
 
@@ -215,9 +217,9 @@ class BodyPrinter(FunctionPrinter):
                 by_name = True
         return texts
 
-    def options_of(self, node: Node, op: str = "") -> list[str]:
-        """Return the attributes that are not at their defaults, those of `op` if given."""
-        defaults = get_op(op or node.op).defaults
+    def options_of(self, node: Node) -> list[str]:
+        """Return the attributes that are not at their defaults."""
+        defaults = get_op(node.op).defaults
         return [
             self._keyword(key, attr, node)
             for key, attr in node.attrs.items()
@@ -276,11 +278,6 @@ class BodyPrinter(FunctionPrinter):
         texts += [f"cached={bool(pasts)}", *self.options_of(node)]
         call = self.helper("attention_results", ", ".join(texts))
         return call if len(node.outputs) > 1 else f"{call}[0]"
-
-    def joined(self, node: Node, op: str) -> str:
-        """Return a node that stands for several, with the attributes that `op` has."""
-        names = ["None" if value is None else self.name(value) for value in node.inputs]
-        return self.helper(node.op, ", ".join([*names, *self.options_of(node, op)]))
 
     def packed_linear(self, node: Node) -> str:
         """Return the products of one tensor with several weights."""
@@ -392,15 +389,9 @@ def _experts(printer: BodyPrinter, node: Node) -> str:
     return printer.helper("experts", ", ".join(arguments))
 
 
-_MOE = [name.rstrip("?") for name in get_op("experts").operands]
-_MOE += [f"shared_{name}" for name in ("up", "down", "gate", "up_bias", "gate_bias", "down_bias")]
-_ROUTE = ["x", "weight", "offset", "bias", "extra"]
-
-
-def _named(
-    printer: BodyPrinter, node: Node, names: Sequence[str], given: int, *options: str
-) -> str:
+def _named(printer: BodyPrinter, node: Node, given: int, *options: str) -> str:
     """Return a call whose operands behind the first `given` ones are given by name."""
+    names = [name.rstrip("?") for name in get_op(node.op).operands]
     texts = [
         printer.name(value) if place < given else f"{name}={printer.name(value)}"
         for place, (name, value) in enumerate(zip(names, node.inputs, strict=False))
@@ -411,11 +402,11 @@ def _named(
 
 def _moe(printer: BodyPrinter, node: Node) -> str:
     options = f"act={quoted(node.attrs['act'])}", f"active={node.attrs['active']}"
-    return _named(printer, node, _MOE, 4, *options)
+    return _named(printer, node, 4, *options)
 
 
 def _route(printer: BodyPrinter, node: Node) -> str:
-    return _named(printer, node, _ROUTE, 2, *printer.options_of(node, "top_gates"))
+    return _named(printer, node, 2, *printer.options_of(node))
 
 
 def _scale(printer: BodyPrinter, node: Node) -> str:
@@ -425,16 +416,14 @@ def _scale(printer: BodyPrinter, node: Node) -> str:
 
 _FORMS: dict[str, Callable[[BodyPrinter, Node], str]] = {
     "act_mul": _act_mul,
-    "add_rms_norm": lambda printer, node: printer.joined(node, "rms_norm"),
     "add": lambda printer, node: printer.infix(node, "+", node.inputs[0], node.inputs[1]),
     "attention": BodyPrinter.attention,
     "embedding": _embedding,
     "experts": _experts,
     "moe": _moe,
-    "none": lambda printer, node: "None",
+    "no_addend": lambda printer, node: "None",
     "mul": lambda printer, node: printer.infix(node, "*", node.inputs[0], node.inputs[1]),
     "packed_linear": BodyPrinter.packed_linear,
     "route": _route,
-    "rope_pair": lambda printer, node: printer.joined(node, "rope"),
     "scale": _scale,
 }

@@ -5,11 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 
+from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.encoding import Packed
 from graphopt.ir.graph import Call, Function
 from graphopt.ir.types import Dim, Type
 from graphopt.lowering.torch.body import BodyPrinter
-from graphopt.lowering.torch.fuse import fuse
 from graphopt.lowering.torch.packed import init_statement
 from graphopt.lowering.torch.text import WIDTH, prose, quoted, sizes_of, wrap, wrap_def
 
@@ -25,7 +25,6 @@ class ModuleClass:
         calls: Its calls.
         arguments: For every call, the types of its arguments.
         results: For every call, the types of its results.
-        packable: Weight slots that one product may have together; None leaves every node alone.
         optional: Numbers of the parameters that may be None.
         packed: Encodings of the weights that are packed, by slot.
 
@@ -40,7 +39,6 @@ class ModuleClass:
         calls: Sequence[Call],
         arguments: Sequence[Sequence[Type]],
         results: Sequence[Sequence[Type]],
-        packable: Collection[str] | None = None,
         optional: Collection[int] = (),
         packed: Mapping[str, Packed] | None = None,
     ) -> None:
@@ -51,9 +49,7 @@ class ModuleClass:
         self.optional = optional
         self.packed = dict(packed or {})
         live = function.clone()
-        live.remove_dead()
-        if packable is not None:
-            fuse(live, packable)
+        remove_dead(live)
         self.function = live
         where = calls[0].path or function.name
         self.body = BodyPrinter(live, where, [s for s in live.weights if s in self.packed])
@@ -116,7 +112,7 @@ class ModuleClass:
         return [*params, *sizes, *pasts]
 
     def _returns(self) -> str:
-        absent = [v.node is not None and v.node.op == "none" for v in self.function.results]
+        absent = [v.node is not None and v.node.op == "no_addend" for v in self.function.results]
         kinds = ["None" if none else "Tensor" for none in absent]
         kinds += ["KV"] * len(self.function.caches)
         return kinds[0] if len(kinds) == 1 else f"tuple[{', '.join(kinds) or '()'}]"

@@ -1,305 +1,234 @@
-"""Nodes of a function joined where one kernel, or one product, does the work of several.
+"""Several ops of a layer joined where one kernel, or one product, does the work of all.
 
-What they are joined to is for the emitted text alone. Each has a function of
-`graphopt.ir.functional` that says what it computes:
-
-1. `add_rms_norm`: a sum and the first RMS norm that reads it.
-2. `act_mul`: an activation and the product that alone reads it.
-3. `rope_pair`: two rotations by the same tables, where neither hangs on the other.
-4. `packed_linear`: products of one tensor with several weights, as one with all of them.
-5. `moe`: experts, and the feed-forward part of the same input that their sum is added to.
-6. `route`: gates, and the linear that alone gives them their scores.
-
-The sum at the end of a layer and the norm at the start of the next one are in two functions:
-`defer_sums` moves the sum to where the norm is.
+Each rule makes an op of `graphopt.ir.ops.fused`, which has a reference and a fast form like any
+other, so that the program after it is verified and run like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-import networkx
-
+from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.feed_forward import read_hidden
 from graphopt.ir.functional import ACTIVATIONS
-from graphopt.ir.graph import Function, Node, Program, Value
-from graphopt.lowering.torch.flow import Flow
+from graphopt.ir.graph import Call, Node, Program, Value
+from graphopt.pass_manager.contract import Context, Pass, PassResult
+from graphopt.rewrite import Match, NoMatch, Rule, Site, apply_rules, calls_of, rule
 
 
-def fuse(function: Function, packable: Collection[str]) -> None:
-    """Join what can be joined, in place.
+@dataclass
+class FuseLayerOps(Pass):
+    """Join what kernels of layers do at once: sums with norms, gates, rotations, products, experts.
+
+    Legality, rule by rule:
+
+    1. `fuse_experts`: experts that a sum adds to a feed-forward part of the same input, the same
+       activation and the same form (gated or not), whose result nothing else reads, become one
+       `moe` with that part; other experts become a `moe` without one.
+    2. `fuse_routing`: a linear whose scores `top_gates` alone reads becomes a `route` with it.
+    3. `fuse_activation_with_product`: an activation that a product alone reads becomes an
+       `act_mul` with it.
+    4. `fuse_sum_with_norm`: a sum and the first RMS norm of it, by a weight of the function or by
+       none, become an `add_rms_norm`.
+    5. `fuse_rotations`: two rotations by the same tables and attributes, nothing between which
+       reads the first, become a `rope_pair`.
+    6. `fuse_products`: linears of one input, each with dense weights that nothing else in the
+       program reads, and all or none with a bias, become a `packed_linear`.
+    7. No weight is read or changed.
+    """
+
+    name: ClassVar[str] = "fuse-layer-ops"
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        calls = calls_of(program)
+        counts: Counter[str] = Counter()
+        left: Counter[str] = Counter()
+        for name, function in program.functions.items():
+            times = len(calls[name])
+            if not times:
+                continue
+            slots = len(function.weights)
+            counts["dead code"] += (remove_dead(function) + slots - len(function.weights)) * times
+            packable = _read_once(program, calls[name])
+            for fusion in (*RULES, fuse_products(packable)):
+                rewritten = apply_rules(function, [fusion], calls[name])
+                for applied, count in rewritten.counts.items():
+                    counts[applied] += count * times
+                for refusing, refusal in rewritten.refused:
+                    left[f"{refusing}: {refusal.reason}"] += times
+        program.prune_unused()
+        rules = {name: count for name, count in counts.items() if count}
+        total = sum(rules.values())
+        details = {"rules": rules, "left": dict(left)}
+        return PassResult(program, total + sum(left.values()), total, details=details)
+
+
+def _read_once(program: Program, calls: Sequence[Call]) -> set[str]:
+    """Return the slots of dense weights that one slot of one call reads: a pack has a copy.
+
+    Codes of different groups don't go together.
+    """
+    reads = Counter(name for call in program.calls for name in call.weights.values())
+    return {
+        slot
+        for slot in calls[0].weights
+        if all(
+            reads[call.weights[slot]] == 1 and program.weights[call.weights[slot]].encoding is None
+            for call in calls
+        )
+    }
+
+
+@rule("experts")
+def fuse_experts(site: Site) -> Match | NoMatch:
+    """add(linear(act(..)), experts(x, ..)) -> moe(x, .., shared weights); else experts -> moe."""
+    routed = site.node
+    operands = [*routed.inputs, *[None] * (7 - len(routed.inputs))]
+    total = site.only_reader(routed.output)
+    if total is not None and total.op == "add":
+        other = next((v for v in total.inputs if v is not routed.output), None)
+        shared = _shared_weights(site, other)
+        if shared:
+            return site.join([total], "moe", [*operands, *shared], routed.attrs, before=total)
+    return site.join([routed], "moe", operands, routed.attrs, before=routed)
+
+
+def _shared_weights(site: Site, value: Value | None) -> list[Value | None]:
+    """Return the weights of a feed-forward part that reads what experts read; [] for none."""
+    routed = site.node
+    down = None if value is None else value.node
+    if down is None or down.op != "linear" or len(site.uses[down.output]) > 1:
+        return []
+    hidden = read_hidden(down.inputs[0], set(site.function.weights.values()))
+    if hidden is None or hidden[0] != routed.attrs["act"]:
+        return []
+    _, gate, up = hidden
+    if up.inputs[0] is not routed.inputs[0] or (gate is None) != (site.operand(4) is None):
+        return []
+
+    def factors(linear: Node | None) -> tuple[Value | None, Value | None]:
+        if linear is None:
+            return None, None
+        return site.operand(1, linear), site.operand(2, linear)
+
+    (up_weight, up_bias), (gate_weight, gate_bias), (down_weight, down_bias) = map(
+        factors, (up, gate, down)
+    )
+    return [up_weight, down_weight, gate_weight, up_bias, gate_bias, down_bias]
+
+
+@rule("top_gates")
+def fuse_routing(site: Site) -> Match | NoMatch:
+    """top_gates(linear(x, weight, offset), ..) -> route(x, weight, offset, ..)."""
+    gates = site.node
+    scores = site.maker(0, "linear")
+    if scores is None:
+        return site.no("its scores are not those of a linear")
+    if site.only_reader(scores.output) is not gates:
+        return site.no("something else reads its scores", scores)
+    operands = [*scores.inputs, *[None] * (3 - len(scores.inputs)), *gates.inputs[1:]]
+    return site.join([gates], "route", operands, gates.attrs, before=gates)
+
+
+@rule("mul")
+def fuse_activation_with_product(site: Site) -> Match | NoMatch:
+    """mul(act(gate), up) -> act_mul(gate, up)."""
+    product = site.node
+    reason = site.no("neither factor is an activation")
+    for place in (0, 1):
+        act = site.maker(place, *ACTIVATIONS)
+        if act is None:
+            continue
+        if site.only_reader(act.output) is not product:
+            reason = site.no("something else reads the activation", act)
+            continue
+        operands = [act.inputs[0], product.inputs[1 - place]]
+        return site.join([product], "act_mul", operands, {"act": act.op}, before=product)
+    return reason
+
+
+@rule("rms_norm")
+def fuse_sum_with_norm(site: Site) -> Match | NoMatch:
+    """rms_norm(add(x, y), weight) -> the second result of add_rms_norm(x, y, weight)."""
+    norm, weight = site.node, site.operand(1)
+    total = site.maker(0, "add")
+    if total is None:
+        return site.no("what it norms is no sum")
+    if weight is not None and not site.is_weight(weight):
+        return site.no("its gain is computed behind the sum")
+    # At the sum's place: whatever reads it may stand before the norm.
+    operands = [*total.inputs, weight]
+    return site.join([total, norm], "add_rms_norm", operands, norm.attrs, before=total)
+
+
+@rule("rope")
+def fuse_rotations(site: Site) -> Match | NoMatch:
+    """rope(q, cos, sin), rope(k, cos, sin) -> rope_pair(q, k, cos, sin)."""
+    first = site.node
+    nodes = site.function.nodes
+    between: list[Node] = []
+    for other in nodes[nodes.index(first) + 1 :]:
+        between.append(other)
+        if other.op != "rope" or other.inputs[1:] != first.inputs[1:]:
+            continue
+        if other.attrs != first.attrs:
+            continue
+        reader = next((node for node in between if first.output in node.inputs), None)
+        if reader is not None:
+            return site.no("something reads it before the other rotation", reader)
+        operands = [first.inputs[0], *other.inputs]
+        return site.join([first, other], "rope_pair", operands, other.attrs, before=other)
+    return site.no("nothing else is rotated by its tables")
+
+
+def fuse_products(packable: Collection[str]) -> Rule:
+    """Return the rule that joins linears of one input.
 
     Args:
         packable: Weight slots that may be put into one with others.
     """
-    for node in [node for node in function.nodes if node.op == "experts"]:
-        _experts(function, node)
-    for node in [node for node in function.nodes if node.op == "top_gates"]:
-        _route(function, node)
-    for node in list(function.nodes):
-        if node.op == "mul":
-            _gate(function, node)
-    for node in list(function.nodes):
-        if node.op == "rms_norm":
-            _sum(function, node)
-    _rotations(function)
-    _products(function, packable)
+
+    @rule("linear")
+    def fuse_products(site: Site) -> Match | NoMatch:
+        """linear(x, a), linear(x, b) -> packed_linear(x, a, b)."""
+        slots = {value: slot for slot, value in site.function.weights.items()}
+
+        def factors(node: Node) -> list[Value]:
+            return [value for value in node.inputs[1:] if value is not None]
+
+        def may_be_packed(node: Node) -> bool:
+            return all(slots.get(v) in packable and len(site.uses[v]) == 1 for v in factors(node))
+
+        count = len(factors(site.node))
+        if not may_be_packed(site.node):
+            return site.no("its weights are read elsewhere, or computed")
+        group = [
+            node
+            for node in site.function.nodes
+            if node.op == "linear"
+            and node.inputs[0] is site.node.inputs[0]
+            and len(factors(node)) == count
+            and may_be_packed(node)
+        ]
+        if len(group) == 1:
+            return site.no("nothing else multiplies its input")
+        # By what they are: all weights, then all biases.
+        columns = zip(*(factors(node) for node in group), strict=True)
+        operands = [site.node.inputs[0], *(value for column in columns for value in column)]
+        parts = {"parts": len(group)}
+        return site.join(group, "packed_linear", operands, parts, before=group[0])
+
+    return fuse_products
 
 
-def _swap(function: Function, old: list[Node], new: Node) -> None:
-    """Make the outputs of `old` those of `new`, in their order, and delete the nodes."""
-    outputs = [value for node in old for value in node.outputs]
-    new.outputs = outputs
-    for index, value in enumerate(outputs):
-        value.node, value.index = new, index
-    function.nodes = [node for node in function.nodes if node not in old]
-
-
-def _given(function: Function, value: Value | None) -> bool:
-    """Return whether a value is there from the start: a weight, or none at all."""
-    return value is None or value in function.weights.values()
-
-
-def _gate(function: Function, product: Node) -> None:
-    uses, outside = function.uses(), function.outside_values()
-    for place in (0, 1):
-        made = product.inputs[place]
-        if made is None or made.node is None or made in outside or len(uses[made]) != 1:
-            continue
-        act = made.node
-        if act.op not in ACTIVATIONS:
-            continue
-        operands = [act.inputs[0], product.inputs[1 - place]]
-        new = function.add("act_mul", operands, {"act": act.op}, before=product)
-        _swap(function, [product], new)
-        function.nodes.remove(act)
-        return
-
-
-def _experts(function: Function, routed: Node) -> None:
-    """Join experts with what every token runs beside them; the last operands are that part's."""
-    uses, outside = function.uses(), function.outside_values()
-    operands = [*routed.inputs, *[None] * (7 - len(routed.inputs))]
-    total = uses[routed.output][0][0] if len(uses[routed.output]) == 1 else routed
-    shared: list[Value | None] = []
-    old = routed
-    if total.op == "add" and routed.output not in outside:
-        other = next((v for v in total.inputs if v is not routed.output), None)
-        shared = _shared(function, other, routed)
-        old = total if shared else routed
-    new = function.add("moe", [*operands, *shared], routed.attrs, before=old)
-    _swap(function, [old], new)
-    function.remove_dead()
-
-
-def _route(function: Function, gates: Node) -> None:
-    scores = gates.inputs[0]
-    made = None if scores is None else scores.node
-    if made is None or made.op != "linear" or len(function.uses()[made.output]) > 1:
-        return
-    if made.output in function.outside_values():
-        return
-    operands = [*made.inputs, *[None] * (3 - len(made.inputs)), *gates.inputs[1:]]
-    new = function.add("route", operands, gates.attrs, before=gates)
-    _swap(function, [gates], new)
-    function.nodes.remove(made)
-
-
-def _shared(function: Function, value: Value | None, routed: Node) -> list[Value | None]:
-    """Return the weights of a feed-forward part that reads what experts read; [] for none."""
-    node = None if value is None else value.node
-    if node is None or node.op != "linear" or len(function.uses()[node.output]) > 1:
-        return []
-    read = read_hidden(node.inputs[0], set(function.weights.values()))
-    if read is None or read[0] != routed.attrs["act"]:
-        return []
-    _, gate, up = read
-    if up.inputs[0] is not routed.inputs[0] or (gate is None) != (
-        len(routed.inputs) < 5 or routed.inputs[4] is None
-    ):
-        return []
-
-    def factors(part: Node | None) -> tuple[Value | None, Value | None]:
-        given = [] if part is None else part.inputs[1:]
-        return (given[0] if given else None, given[1] if len(given) > 1 else None)
-
-    (up_weight, up_bias), (gate_weight, gate_bias), (down, down_bias) = map(
-        factors, (up, gate, node)
-    )
-    return [up_weight, down, gate_weight, up_bias, gate_bias, down_bias]
-
-
-def _sum(function: Function, norm: Node) -> None:
-    x, weight = norm.inputs[0], norm.inputs[1] if len(norm.inputs) > 1 else None
-    total = None if x is None else x.node
-    if total is None or total.op != "add" or not _given(function, weight):
-        return
-    # At the sum's place: whatever reads it may stand before the norm.
-    new = function.add("add_rms_norm", [*total.inputs, weight], norm.attrs, before=total)
-    _swap(function, [total, norm], new)
-
-
-def _rotations(function: Function) -> None:
-    waiting: dict[object, Node] = {}
-    for node in [node for node in function.nodes if node.op == "rope"]:
-        key = (*node.inputs[1:], *sorted(node.attrs.items()))
-        first = waiting.pop(key, None)
-        if first is None:
-            waiting[key] = node
-            continue
-        between = function.nodes[function.nodes.index(first) : function.nodes.index(node) + 1]
-        if any(first.output in other.inputs for other in between):
-            waiting[key] = node
-            continue
-        operands = [first.inputs[0], *node.inputs]
-        new = function.add("rope_pair", operands, node.attrs, before=node)
-        _swap(function, [first, node], new)
-
-
-def _products(function: Function, packable: Collection[str]) -> None:
-    slots = {value: slot for slot, value in function.weights.items()}
-    uses = function.uses()
-    groups: dict[object, list[Node]] = {}
-    for node in function.nodes:
-        if node.op != "linear":
-            continue
-        factors = [value for value in node.inputs[1:] if value is not None]
-        if all(slots.get(v) in packable and len(uses[v]) == 1 for v in factors):
-            groups.setdefault((node.inputs[0], len(factors)), []).append(node)
-    for group in groups.values():
-        if len(group) > 1:
-            # By kind: all weights, then all biases.
-            factors = [v for column in zip(*(n.inputs[1:] for n in group), strict=True)
-                       for v in column if v is not None]  # fmt: skip
-            operands = [group[0].inputs[0], *factors]
-            new = function.add("packed_linear", operands, {"parts": len(group)}, before=group[0])
-            _swap(function, group, new)
-
-
-@dataclass
-class Deferred:
-    """A program whose layers hand on their last sum as its two summands.
-
-    Attributes:
-        program: The program; where nothing is deferred, the one given.
-        params, results: By function, the old number of every parameter and result; a second
-            summand has that of the sum.
-    """
-
-    program: Program
-    params: dict[str, list[int]] = field(default_factory=dict)
-    results: dict[str, list[int]] = field(default_factory=dict)
-
-    def places(self, name: str) -> tuple[list[int], list[int]]:
-        """Return the old numbers of a function's parameters and results."""
-        function = self.program.functions[name]
-        return (
-            self.params.get(name, list(range(len(function.params)))),
-            self.results.get(name, list(range(len(function.results)))),
-        )
-
-
-def defer_sums(program: Program) -> Deferred:
-    """Take every sum that one call makes and the next one norms apart, and add it up there.
-
-    1. Every function that reads such a value takes its RMS norm first.
-    2. One of those that make it ends with a sum; another hands on None as the second summand.
-    3. Each is read by one call alone, and is no input or output of the program.
-    """
-    made = Deferred(program.copy())
-    edges = _edges(program)
-    graph: networkx.Graph[tuple[str, str, int]] = networkx.Graph(edges)
-    for part in networkx.connected_components(graph):
-        makers = {key for key in part if key[1] == "result"}
-        readers = part - makers
-        if all(_norms(program, key) for key in readers) and any(
-            _sum_of(program.functions[name], index) for name, _, index in makers
-        ):
-            _defer(made, makers, readers)
-    return made
-
-
-def _edges(program: Program) -> list[tuple[tuple[str, str, int], tuple[str, str, int]]]:
-    """Return which results of functions are which parameters of others.
-
-    What else reads or makes one of these is a node without a function, which norms nothing.
-    """
-    flow = Flow(program)
-    other = ("", "param", 0)
-    edges: list[tuple[tuple[str, str, int], tuple[str, str, int]]] = []
-    for number, call in enumerate(program.calls):
-        for index, value in enumerate(flow.args[number]):
-            if value.made < 0:
-                edges.append((other, (call.function, "param", index)))
-        for index, value in enumerate(flow.results[number]):
-            key = (call.function, "result", index)
-            if not value.uses:
-                continue
-            reader = value.uses[0]
-            if len(value.uses) > 1 or reader == len(program.calls):
-                edges.append((key, other))
-                continue
-            place = flow.args[reader].index(value)
-            edges.append((key, (program.calls[reader].function, "param", place)))
-    return edges
-
-
-def _norms(program: Program, key: tuple[str, str, int]) -> bool:
-    """Return whether a function takes the norm of a parameter, by a weight of its own."""
-    name, _, index = key
-    if not name:
-        return False
-    function = program.functions[name]
-    return any(
-        node.op == "rms_norm"
-        and node.inputs[0] is function.params[index]
-        and all(_given(function, weight) for weight in node.inputs[1:])
-        for node in function.nodes
-    )
-
-
-def _sum_of(function: Function, index: int) -> Node | None:
-    """Return the sum that a result is, if nothing else needs it."""
-    value = function.results[index]
-    outside = [*function.results, *(v for c in function.caches for v in (c.present_k, c.present_v))]
-    if value.node is None or value.node.op != "add":
-        return None
-    alone = not function.uses()[value] and sum(v is value for v in outside) == 1
-    return value.node if alone else None
-
-
-def _defer(
-    made: Deferred, makers: set[tuple[str, str, int]], readers: set[tuple[str, str, int]]
-) -> None:
-    """Take apart what `makers` make and `readers` read."""
-    program = made.program
-    for name, _, old in sorted(readers):
-        function = program.functions[name]
-        numbers = made.params.setdefault(name, list(range(len(function.params))))
-        index = numbers.index(old)
-        x = function.params[index]
-        delta = Value(f"{x.name}_delta")
-        total = function.add("add", [x, delta], names=["total"], before=function.nodes[0])
-        function.replace(x, total.output)
-        total.inputs = [x, delta]
-        function.params.insert(index + 1, delta)
-        numbers.insert(index + 1, old)
-        for call in program.calls:
-            if call.function == name:
-                call.args.insert(index + 1, f"{call.args[index]}_delta")
-    for name, _, old in sorted(makers):
-        function = program.functions[name]
-        numbers = made.results.setdefault(name, list(range(len(function.results))))
-        index = numbers.index(old)
-        last = _sum_of(function, index)
-        if last is None:
-            delta = function.add("none", [], names=["delta"]).output
-            function.results.insert(index + 1, delta)
-        else:
-            function.results[index : index + 1] = [v for v in last.inputs if v is not None]
-            function.nodes.remove(last)
-        numbers.insert(index + 1, old)
-        for call in program.calls:
-            if call.function == name:
-                call.results.insert(index + 1, f"{call.results[index]}_delta")
+RULES = (
+    fuse_experts,
+    fuse_routing,
+    fuse_activation_with_product,
+    fuse_sum_with_norm,
+    fuse_rotations,
+)
+"""In the order in which they run: each, until it applies nowhere, before the next."""

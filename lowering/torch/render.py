@@ -7,22 +7,21 @@ import inspect
 import json
 import re
 import textwrap
-from collections import Counter
 from collections.abc import Collection
 
 from graphopt.errors import LoweringError
 from graphopt.ir import functional
 from graphopt.ir.context import rotary_switch
 from graphopt.ir.dataflow import mask_is_for_attention_alone
-from graphopt.ir.graph import Program, resolve_attrs
+from graphopt.ir.graph import Function, Program, resolve_attrs
 from graphopt.ir.ops import is_aten
 from graphopt.ir.shapes import infer_program
 from graphopt.lowering.base import check_attention_results
 from graphopt.lowering.torch import packed, template
 from graphopt.lowering.torch.classes import ModuleClass
-from graphopt.lowering.torch.fuse import Deferred, defer_sums
 from graphopt.lowering.torch.model import ModelClass
 from graphopt.lowering.torch.packed import with_uniform_encodings
+from graphopt.lowering.torch.passes import lower
 from graphopt.lowering.torch.text import HELPERS, WIDTH, class_name, prose, quoted, wrap
 from graphopt.lowering.torch.tiled import (
     TORCH_NAMES,
@@ -57,12 +56,12 @@ _LIBRARIES = {
 
 
 def render_model(
-    program: Program, target: str = "cpu", lowered: LoweredKernels | None = None
+    program: Program, target: str = "cpu", kernels: LoweredKernels | None = None
 ) -> str:
     """Return the text of `model.py` for a program on a target.
 
     Args:
-        lowered: What `lower_attentions` makes of the program there, if that is at hand.
+        kernels: What `lower_attentions` makes of the program there, if that is at hand.
 
     It depends on nothing that `program.json` leaves out, nor on the dtype of a weight, which
     another emitter may change: a program that was saved gives the same text when it is loaded
@@ -71,17 +70,16 @@ def render_model(
     Raises:
         LoweringError: An op, an attribute or an input has no form in the file.
     """
-    tiled = lowered or lower_attentions(program, target)
+    tiled = kernels or lower_attentions(program, target)
     _check_layouts(program, tiled)
     if tiled is not None:
         check_attention_results(program, f"the kernels' launcher for {tiled.target.title}")
-    fused = tiled is not None and bool(tiled.target.layer_kernels)
     program = with_uniform_encodings(program)
-    deferred = defer_sums(program) if fused else Deferred(program)
-    classes = _classes(program, deferred, fused)
+    lowered = lower(program, target)
+    classes = _classes(lowered)
     ahead = tiled.functions() if tiled is not None else []
     unmasked = tiled is not None and mask_is_for_attention_alone(program)
-    model = "\n".join(ModelClass(deferred.program, classes, unmasked=unmasked).lines())
+    model = "\n".join(ModelClass(lowered, classes, unmasked=unmasked).lines())
     parts = ["\n".join(made.lines()) for made in classes.values()]
     if "under(" in model:
         parts.append(template.UNDER.strip())
@@ -180,44 +178,43 @@ def _recordable(program: Program) -> bool:
     return not any(is_aten(op) and op.split(".")[1] in _HOST for op in ops)
 
 
-def _classes(program: Program, deferred: Deferred, fused: bool) -> dict[str, ModuleClass]:
+def _classes(program: Program) -> dict[str, ModuleClass]:
     """Return the class of every function that is called, in order of the first call.
 
     Args:
-        deferred: The program as it is emitted.
-        fused: Join what the target has kernels for; see `graphopt.lowering.torch.fuse`.
+        program: As it is emitted.
     """
     per_call, _ = infer_program(program)
-    uses = Counter(name for call in program.calls for name in call.weights.values())
     classes: dict[str, ModuleClass] = {}
     taken = {"Model", packed.CLASS_NAME}
     for name in dict.fromkeys(call.function for call in program.calls):
         function = program.functions[name]
         numbers = [n for n, call in enumerate(program.calls) if call.function == name]
-        params, made = deferred.places(name)
-        arguments = [[per_call[n][function.params[i]] for i in params] for n in numbers]
-        results = [[per_call[n][function.results[i]] for i in made] for n in numbers]
-        calls = [deferred.program.calls[n] for n in numbers]
-        stored = packed.encodings(program, calls[0])
-        # What is used twice would be there twice, and codes of different groups don't go together.
-        packable = [
-            slot
-            for slot in function.weights
-            if fused and all(uses[call.weights[slot]] == 1 for call in calls) and slot not in stored
-        ]
+        calls = [program.calls[n] for n in numbers]
         unique = class_name(name, taken)
         taken.add(unique)
         classes[name] = ModuleClass(
             unique,
-            deferred.program.functions[name],
+            function,
             calls,
-            arguments,
-            results,
-            packable if fused else None,
-            [place for place, old in enumerate(params) if old in params[:place]],
-            stored,
+            [[per_call[n][value] for value in function.params] for n in numbers],
+            [[per_call[n][value] for value in function.results] for n in numbers],
+            _addends(function),
+            packed.encodings(program, calls[0]),
         )
     return classes
+
+
+def _addends(function: Function) -> list[int]:
+    """Return the parameters that are only added where a norm takes the sum: they may be None."""
+    uses = function.uses()
+    return [
+        place
+        for place, param in enumerate(function.params)
+        if uses[param]
+        and param not in function.outside_values()
+        and all(node.op == "add_rms_norm" and index == 1 for node, index in uses[param])
+    ]
 
 
 def _sources(helpers: Collection[str]) -> list[str]:

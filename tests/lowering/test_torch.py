@@ -27,6 +27,7 @@ from graphopt.compiler import emit
 from graphopt.errors import LoweringError, SourceError, VerifyError
 from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import Array, B, Call, Function, Param, Program, S, Type, Value, Weight
+from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.graph import In
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.types import P
@@ -478,7 +479,7 @@ def test_layers_of_two_kinds_and_tables_of_their_own_are_one_loop(tmp_path: Path
     for node in [node for node in plain.nodes if node.op == "rope"]:
         assert node.inputs[0] is not None
         plain.replace(node.output, node.inputs[0])
-    plain.remove_dead()
+    remove_dead(plain)
     plain.params = plain.params[:2]
     program.functions["plain"] = plain
     for number, call in enumerate(program.calls[1:-1]):

@@ -41,10 +41,13 @@ class Op(ABC):
 
     Attributes:
         name: What the printer, recipes and saved programs call it.
-        operands: Operand names in order; a trailing `?` marks one that may be absent.
+        operands: Operand names in order; a trailing `?` marks one that may be absent, and a
+            trailing `*` at the last one that there are as many as one likes, none absent.
         attributes: The type of every attribute it has.
         defaults: Attributes the printer leaves out at these values; the others must be given.
         encoded: Operands that may be packed, by name; the implementations get their values.
+        fused: True for what lowering makes of several ops for the kernels of a target. Other
+            emitters need no translation of it.
     """
 
     name: ClassVar[str]
@@ -52,6 +55,28 @@ class Op(ABC):
     attributes: ClassVar[Mapping[str, Any]] = {}
     defaults: ClassVar[Mapping[str, Any]] = {}
     encoded: ClassVar[tuple[str, ...]] = ()
+    fused: ClassVar[bool] = False
+
+    def operand_name(self, index: int) -> str:
+        """Return what an operand is called; of those behind a `*`, `factors_2` and so on."""
+        last = len(self.operands) - 1
+        if index >= last and self.operands[last].endswith("*"):
+            return f"{self.operands[last][:-1]}_{index - last}"
+        return self.operands[index].rstrip("?") if index <= last else f"{index}"
+
+    def check_count(self, operands: Sequence[object]) -> None:
+        """Check how many operands there are, and that none is absent that must be there.
+
+        Raises:
+            ValueError: There are too few, too many, or a required one is absent.
+        """
+        required = sum(name[-1] not in "?*" for name in self.operands)
+        many = self.operands[-1].endswith("*") if self.operands else False
+        if len(operands) < required or (len(operands) > len(self.operands) and not many):
+            raise ValueError(f"{len(operands)} operands for {self.operands}")
+        needed = operands if many else operands[:required]
+        if any(operand is None for operand in needed):
+            raise ValueError("a required operand is missing")
 
     def check_encodings(self, types: Types) -> None:
         """Check that only operands which may be packed are.
@@ -62,7 +87,7 @@ class Op(ABC):
         for index, operand in enumerate(types):
             if operand is None or operand.encoding is None:
                 continue
-            name = self.operands[index].rstrip("?") if index < len(self.operands) else f"{index}"
+            name = self.operand_name(index)
             if name not in self.encoded:
                 raise ValueError(f"operand {name!r} is {operand}, and this op reads dense ones")
 

@@ -1,0 +1,34 @@
+"""The passes that bring a program to what a torch artifact for a target runs."""
+
+from __future__ import annotations
+
+from graphopt.ir.graph import Program
+from graphopt.ir.verify import verify
+from graphopt.lowering.torch.fuse import FuseLayerOps
+from graphopt.lowering.torch.residuals import DeferResidualAdds
+from graphopt.pass_manager.contract import Context, Pass
+from graphopt.targets import get_target
+
+
+def lowering_passes(target: str) -> list[Pass]:
+    """Return the exact passes that run before emission for a target, in their order."""
+    return [DeferResidualAdds(), FuseLayerOps()] if get_target(target).layer_kernels else []
+
+
+def lower(program: Program, target: str) -> Program:
+    """Return the program as it is emitted for a target; only its structure is verified.
+
+    Emission reads no weight for its text. A compile runs the same passes through a pipeline,
+    which compares logits before and after each; see `graphopt.compiler`.
+
+    Raises:
+        VerifyError: A pass made a malformed program.
+    """
+    passes = lowering_passes(target)
+    if not passes:
+        return program
+    lowered = program.copy()
+    for item in passes:
+        lowered = item.run(lowered, Context()).program
+        verify(lowered)
+    return lowered

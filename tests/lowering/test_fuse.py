@@ -1,0 +1,222 @@
+"""Lowering passes: each fusion on a graph that it takes and on graphs that it must leave."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from carved import carved
+from programs import tiny_program
+
+import graphopt as go
+from graphopt.execute.interpreter import Runner
+from graphopt.ir.feed_forward import Split
+from graphopt.ir.graph import Function, Value
+from graphopt.ir.printer import print_function
+from graphopt.ir.verify import verify
+from graphopt.lowering.torch import fuse
+from graphopt.lowering.torch.passes import lower, lowering_passes
+from graphopt.rewrite import apply_rules
+
+EXPERTS = {"act": "silu", "active": 1}
+
+
+def function(*lines, params=("x", "y"), weights=("a", "b", "c"), results=("out",)):
+    """Return a function of lines such as ("out", "add", "x y", {})."""
+    made = Function("f", [Value(name) for name in params])
+    made.weights = {name: Value(name) for name in weights}
+    values = {value.name: value for value in made.values()}
+    for names, op, operands, *attrs in lines:
+        inputs = [values.get(name) for name in operands.split()]
+        outputs = names.split()
+        node = made.add(op, inputs, *attrs, names=outputs, outputs=len(outputs))
+        values |= {value.name: value for value in node.outputs}
+    made.results = [values[name] for name in results]
+    return made
+
+
+GATED = [("g", "linear", "x a"), ("u", "linear", "x b"), ("s", "silu", "g")]
+SHARED = [*GATED, ("h", "mul", "s u"), ("d", "linear", "h c")]
+TAKEN = {
+    "fuse_experts": (
+        function(
+            *SHARED, ("e", "experts", "x y k l m", EXPERTS), ("out", "add", "d e"),
+            weights=("a", "b", "c", "k", "l", "m"),
+        ),
+        ["moe(x, y, k, l, m, shared_up=b, shared_down=c, shared_gate=a"],
+    ),
+    "fuse_routing": (
+        function(("s", "linear", "x a b"), ("out", "top_gates", "s y", {"count": 2})),
+        ["route(x, a, b, y, count=2)"],
+    ),
+    "fuse_activation_with_product": (
+        function(("s", "silu", "x"), ("out", "mul", "y s")),
+        ["act_mul(x, y, act=silu)"],
+    ),
+    "fuse_sum_with_norm": (
+        function(
+            ("t", "add", "x y"), ("n", "rms_norm", "t a", {"eps": 1e-5}), ("out", "add", "t n")
+        ),
+        ["t, n = add_rms_norm(x, y, a, eps=1e-05)"],
+    ),
+    "fuse_rotations": (
+        function(
+            ("q", "rope", "x cos sin"), ("k", "rope", "y cos sin"),
+            params=("x", "y", "cos", "sin"), results=("q", "k"),
+        ),
+        ["q, k = rope_pair(x, y, cos, sin)"],
+    ),
+    "fuse_products": (
+        function(
+            ("q", "linear", "x a"), ("n", "relu", "q"), ("k", "linear", "x b"), results=("n", "k")
+        ),
+        ["q, k = packed_linear(x, a, b, parts=2)"],
+    ),
+}  # fmt: skip
+LEFT = {
+    "fuse_experts": [],
+    "fuse_routing": [
+        (function(("out", "top_gates", "x", {"count": 2})), "not those of a linear"),
+        (
+            function(
+                ("s", "linear", "x a"), ("out", "top_gates", "s", {"count": 2}),
+                results=("out", "s"),
+            ),
+            "something else reads its scores",
+        ),
+    ],
+    "fuse_activation_with_product": [
+        (function(("out", "mul", "x y")), "neither factor is an activation"),
+        (
+            function(("s", "silu", "x"), ("m", "mul", "s y"), ("out", "add", "s m")),
+            "something else reads the activation",
+        ),
+        (function(("s", "silu", "x"), ("out", "mul", "s s")), "something else reads the activ"),
+    ],
+    "fuse_sum_with_norm": [
+        (function(("out", "rms_norm", "x a", {"eps": 0.1})), "what it norms is no sum"),
+        (
+            function(
+                ("t", "add", "x y"), ("w", "abs", "a"), ("out", "rms_norm", "t w", {"eps": 0.1})
+            ),
+            "its gain is computed",
+        ),
+    ],
+    "fuse_rotations": [
+        (
+            function(
+                ("q", "rope", "x cos sin"), ("out", "rope", "q cos sin"), params=("x", "cos", "sin")
+            ),
+            "something reads it before the other",
+        ),
+        (
+            function(
+                ("q", "rope", "x cos sin"), ("k", "rope", "y cos sin", {"interleaved": True}),
+                params=("x", "y", "cos", "sin"), results=("q", "k"),
+            ),
+            "nothing else is rotated",
+        ),
+    ],
+    "fuse_products": [
+        (function(("out", "linear", "x a")), "nothing else multiplies its input"),
+        (
+            function(("q", "linear", "x a"), ("k", "linear", "x a"), results=("q", "k")),
+            "read elsewhere",
+        ),
+        (
+            function(("q", "linear", "x a"), ("k", "linear", "x b c"), results=("q", "k")),
+            "nothing else multiplies its input",
+        ),
+    ],
+}  # fmt: skip
+RULES = {rule.name: rule for rule in (*fuse.RULES, fuse.fuse_products({"a", "b", "c"}))}
+
+
+def test_every_rule_has_its_graphs():
+    assert set(RULES) == set(TAKEN) == set(LEFT)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_takes_its_graph(name):
+    before, expected = TAKEN[name]
+    after = before.clone()
+    assert apply_rules(after, [RULES[name]]).counts == {name: 1}
+    text = print_function(after)
+    assert all(line in text for line in expected), text
+    assert [v.name for v in after.results] == [v.name for v in before.results]
+    assert apply_rules(after, [RULES[name]]).counts == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "reason"),
+    [(name, before, reason) for name, rows in LEFT.items() for before, reason in rows],
+)
+def test_a_rule_leaves_what_it_must_and_says_why(name, before, reason):
+    after = before.clone()
+    result = apply_rules(after, [RULES[name]])
+    assert result.counts == {} and print_function(after) == print_function(before)
+    assert any(reason in refusal.reason for _, refusal in result.refused)
+    assert all(refusal.node in after.nodes for _, refusal in result.refused)
+
+
+def test_experts_with_another_part_stay_apart_from_it():
+    """Another activation, another input, or a part without a gate."""
+    for change in ({"act": "relu"}, None):
+        part = [*SHARED] if change else [("s", "silu", "x"), ("d", "linear", "s c")]
+        made = function(
+            *part, ("e", "experts", "x y k l m", EXPERTS | (change or {})), ("out", "add", "d e"),
+            weights=("a", "b", "c", "k", "l", "m"),
+        )  # fmt: skip
+        apply_rules(made, [fuse.fuse_experts])
+        text = print_function(made)
+        assert "moe(x, y, k, l, m" in text and "shared" not in text
+
+
+PROGRAMS = {
+    "plain": lambda: tiny_program(cache=True, head_dim=32),
+    "biases": lambda: tiny_program(bias=True, rotary_dim=4, interleaved=True, tied=False),
+    "layer norms": lambda: tiny_program(norm="layer", alibi=True),
+    "experts": lambda: carved(tiny_program(cache=True, ffn=56), Split(24, 4, 2)),
+    "experts alone": lambda: carved(tiny_program(ffn=56, bias=True), Split(0, 4, 2)),
+    "some experts": lambda: carved(tiny_program(ffn=56), Split(24, 4, 2), None),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_pipeline_verifies_lowering_like_any_pass(name):
+    program = PROGRAMS[name]()
+    lowered, report = go.Pipeline(lowering_passes("ampere")).run(program)
+    assert [entry.name for entry in report.passes] == ["defer-residual-adds", "fuse-layer-ops"]
+    assert all(entry.exact for entry in report.passes)
+    assert report.passes[1].verification == "passed"
+    assert str(lowered) == str(lower(program, "ampere"))
+    ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    exact = Runner(program, dtype=torch.float64, mode="reference").logits({"input_ids": ids})
+    for mode in ("reference", "torch"):
+        found = Runner(lowered, dtype=torch.float64, mode=mode).logits({"input_ids": ids})
+        # Sums in another order, in fp64.
+        torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11)
+
+
+def test_lowering_makes_the_fused_ops_and_keeps_the_program(tmp_path):
+    program = PROGRAMS["experts"]()
+    text = str(program)
+    lowered = lower(program, "hopper")
+    verify(lowered)
+    assert str(program) == text
+    ops = {node.op for f in lowered.functions.values() for node in f.nodes}
+    assert {"add_rms_norm", "rope_pair", "packed_linear", "moe", "route"} <= ops
+    assert "no_addend" in ops and not {"experts", "top_gates", "rope"} & ops
+    for target in ("cpu", "volta", "ascend910b"):
+        assert lower(program, target) is program
+
+
+def test_a_layer_hands_its_summands_to_the_norm_of_the_next():
+    lowered = lower(tiny_program(layers=3), "ampere")
+    first, *layers, head = lowered.calls
+    assert first.results[1].endswith("_delta") and head.args[:2] == layers[-1].results[:2]
+    for call in layers:
+        function = lowered.functions[call.function]
+        assert len(function.results) == 2
+        assert not any(
+            value.node is not None and value.node.op == "add" for value in function.results
+        )
