@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -43,9 +43,10 @@ from graphopt.ir.graph import Call, Function, Program, Value, unique_name
 from graphopt.ir.types import B, P, S, evaluate
 from graphopt.ir.weights import Array
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
+from graphopt.passes.carved_parts import Carved, CarvedParts, PartNeed, Work
+from graphopt.report.record import Record
 from graphopt.solvers.least_squares import LeastSquares, best_ridge
 from graphopt.support.devices import must_fit
-from graphopt.support.inputs import OpenSchema
 from graphopt.support.per_device import PerDevice
 
 HELD_OUT = 0.25
@@ -56,12 +57,6 @@ NEEDS_TOKENS = PerDevice(cpu=512, gpu=4096)
 
 PROMPT = 128
 """Tokens of the prompt for which the report says what the models take, as in CMoE's table 7."""
-
-
-class CarvedParts(OpenSchema):
-    """What of the details later passes read: how many parts were carved."""
-
-    parts: list[dict[str, Any]]
 
 
 @register_pass
@@ -104,7 +99,7 @@ class CarveMoe(Pass):
     """
 
     name: ClassVar[str] = "carve-moe"
-    read_later: ClassVar[type[OpenSchema]] = CarvedParts
+    record: ClassVar[type[Record]] = CarvedParts
     exact: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = True
 
@@ -230,36 +225,6 @@ def _width(program: Program, block: Block, part: FeedForward) -> int:
 
 
 @dataclass(frozen=True)
-class Carved:
-    """What became of one part, on held-out text.
-
-    Attributes:
-        where: The block.
-        shared: Pieces that every token runs.
-        added: Neurons of zeros that fill the pieces.
-        rounds: Turns of fitting.
-        static, random, oracle, routed: Energy of the neurons that tokens do not run, as a share
-            of all: with the best pieces for every token alike, with random experts, with the
-            experts of most energy, and with the router's.
-        recall: Energy in the router's experts, as a share of that in the best ones.
-        agreement: Share of tokens for which the router's experts are the best ones.
-        load: Share of tokens that run each expert.
-    """
-
-    where: str
-    shared: int
-    added: int
-    rounds: int
-    static: float
-    random: float
-    oracle: float
-    routed: float
-    recall: float
-    agreement: float
-    load: list[float]
-
-
-@dataclass(frozen=True)
 class _Part:
     """A part that is carved, and what it has of all tokens.
 
@@ -373,18 +338,18 @@ class _Carving:
                     refits.append(self._refit(part, division, gates, values, targets))
             self.context.progress("carving", len(found), len(found))
         program.prune_unused()
-        details = {
-            "split": f"S{self.options.shared}A{self.options.active}E{self.options.experts}",
-            "parts": [asdict(item) for item in carved],
-            "refits": [asdict(item) for item in refits],
-            "needs": [
-                {"where": block_name(program, found[number][0]), "kl": need.kl}
+        record = CarvedParts(
+            split=f"S{self.options.shared}A{self.options.active}E{self.options.experts}",
+            parts=carved,
+            refits=refits,
+            needs=[
+                PartNeed(where=block_name(program, found[number][0]), kl=need.kl)
                 for number, need in self.needs.items()
             ],
-            "work": self._work(),
-            "seconds": self.seconds,
-        }
-        return PassResult(program, len(found), len(carved), skipped, details)
+            work=self._work(),
+            seconds=self.seconds,
+        )
+        return PassResult(program, len(found), len(carved), skipped, record)
 
     def _numbers(self, found: list[tuple[Block, FeedForward | str]]) -> dict[int, int]:
         """Return how many shared pieces parts have, by number; nothing for those left whole."""
@@ -564,12 +529,15 @@ class _Carving:
                 program.weights.replace(weight.with_producer(Array(value)))
         return result
 
-    def _work(self) -> dict[str, Any]:
+    def _work(self) -> Work:
         """Return what a prompt of `PROMPT` tokens takes, of the model as given and carved."""
         sizes = {B: 1, S: PROMPT, P: 0}
-        flops = [evaluate(total_cost(model).flops, sizes) for model in (self.given, self.program)]
-        products = [evaluate(weight_products(model), sizes) for model in (self.given, self.program)]
-        return {"tokens": PROMPT, "flops": flops, "weight_products": products}
+        given, carved = (
+            (evaluate(total_cost(model).flops, sizes), evaluate(weight_products(model), sizes))
+            for model in (self.given, self.program)
+        )
+        flops, products = zip(given, carved, strict=True)
+        return Work(tokens=PROMPT, flops=flops, weight_products=products)
 
 
 def _not_refitted(program: Program, block: Block, form: FeedForward) -> str | None:

@@ -10,7 +10,14 @@ from typing import ClassVar
 from graphopt.ir.graph import Call, Function, Program, Value, unique_name
 from graphopt.ir.ops.aten import is_random
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
+from graphopt.report.record import Record
 from graphopt.rewrite import calls_of, merge_equal_nodes
+
+
+class Merged(Record):
+    """How many were merged into an equal one, by kind, over all calls."""
+
+    merged: dict[str, int]
 
 
 @register_pass
@@ -29,6 +36,7 @@ class CommonSubexpression(Pass):
     """
 
     name: ClassVar[str] = "common-subexpression"
+    record: ClassVar[type[Record]] = Merged
 
     def run(self, program: Program, context: Context) -> PassResult:
         merged: dict[str, int] = {}
@@ -53,7 +61,7 @@ class CommonSubexpression(Pass):
                     merged[kind] = merged.get(kind, 0) + count
             again = sum(merged.values()) > before
         total = sum(merged.values())
-        return PassResult(program, total, total, details={"merged": merged})
+        return PassResult(program, total, total, record=Merged(merged=merged))
 
 
 def _merge_slots(function: Function, calls: list[Call]) -> int:

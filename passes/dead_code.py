@@ -8,7 +8,14 @@ from typing import ClassVar
 from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.graph import Call, Param, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
+from graphopt.report.record import Record
 from graphopt.rewrite import calls_of
+
+
+class Removed(Record):
+    """How many there were of what was removed, by kind, over all calls."""
+
+    removed: dict[str, int]
 
 
 @register_pass
@@ -26,6 +33,7 @@ class DeadCode(Pass):
     """
 
     name: ClassVar[str] = "dead-code"
+    record: ClassVar[type[Record]] = Removed
 
     def run(self, program: Program, context: Context) -> PassResult:
         removed: dict[str, int] = {}
@@ -56,7 +64,7 @@ class DeadCode(Pass):
             again = sum(removed.values()) > before
         removed = {kind: number for kind, number in removed.items() if number}
         total = sum(removed.values())
-        return PassResult(program, total, total, details={"removed": removed})
+        return PassResult(program, total, total, record=Removed(removed=removed))
 
 
 def _drop_unread_calls(program: Program) -> int:

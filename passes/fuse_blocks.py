@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, get_args
 
+import pydantic
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from graphopt.calibration.repair import repair
+from graphopt.calibration.repair import Refit, repair
 from graphopt.calibration.scores import units_of
 from graphopt.calibration.text import pick
 from graphopt.errors import PassError, UsageError
 from graphopt.execute.student import Form
 from graphopt.ir.blocks import block_name, find_blocks, remove_blocks
 from graphopt.ir.graph import Call, Program
-from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, make_pass, register_pass
-from graphopt.pass_manager.verification import finite
-from graphopt.passes.prune_blocks import Chooser, PruneBlocks
+from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
+from graphopt.passes.prune_blocks import Chooser, PruneBlocks, PrunedBlocks
+from graphopt.report.pictures import (
+    figure,
+    halves,
+    perplexity_rows,
+    refit_sentences,
+    removed_in_order,
+    seconds_rows,
+    sentences,
+)
+from graphopt.report.record import Figure, Record, told_in_a_line
 from graphopt.support.devices import must_fit
 from graphopt.support.per_device import PerDevice
 from graphopt.support.plain import shown
-from graphopt.training.distil import Distiller, plain
+from graphopt.training.distil import Distiller, trained_part
 from graphopt.training.forms import Whole, kaiming
 from graphopt.training.losses import LogitObjective, StreamObjective, batch_kl, relative_mse
 from graphopt.training.options import TrainingOptions
+from graphopt.training.record import TrainingRecord, training_pictures
 from graphopt.training.schedule import Schedule, Tuned
 from graphopt.training.streams import Lessons
 
@@ -38,6 +49,61 @@ WARM_TOKENS = PerDevice(cpu=32768, gpu=131072)
 FAITHFUL_RATE = 1e-3
 FAITHFUL_OTHERS = 9.65e-6 / FAITHFUL_RATE
 """The paper's learning rates: of coefficients, and of everything else relative to them."""
+
+
+class Control(pydantic.BaseModel):
+    """What the first fusion gave with one donor."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    donor: Donor
+    loss: Figure
+    perplexity: Figure
+
+
+class FusedBlocks(TrainingRecord):
+    """What training took back of what was removed.
+
+    Attributes:
+        order: Numbers of the blocks that the faithful mode removed, first to last.
+        refits: What the warm start made of each projection.
+        controls: The first fusion with every donor, where it was asked for.
+    """
+
+    order: list[int] = Field(default_factory=list)
+    refits: list[Refit] = Field(default_factory=list)
+    controls: list[Control] = Field(default_factory=list)
+
+    def line(self) -> str:
+        return told_in_a_line([str(number) for number in self.order], self.perplexity)
+
+    def card(self) -> str:
+        figures = (
+            perplexity_rows(self.perplexity), seconds_rows(self.seconds), _table(self.controls)
+        )  # fmt: skip
+        return "".join(
+            (
+                removed_in_order([str(number) for number in self.order]),
+                halves(figures),
+                training_pictures(self.training),
+                sentences(refit_sentences(self.refits) + self.own_sentences()),
+            )
+        )
+
+
+def _table(controls: list[Control]) -> str:
+    rows = [
+        f'<tr><td>{control.donor}</td><td class="n">{figure(control.loss, 4)}</td>'
+        f'<td class="n">{figure(control.perplexity, 4)}</td></tr>'
+        for control in controls
+    ]
+    if not rows:
+        return ""
+    return (
+        '<h3>Control</h3><p class="dim">The same training with another donor.</p>'
+        '<table><thead><tr><th>donor</th><th class="n">held-out loss</th>'
+        f'<th class="n">perplexity</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
 
 
 @register_pass
@@ -74,6 +140,7 @@ class FuseBlocks(TrainingOptions, Pass):
     """
 
     name: ClassVar[str] = "fuse-blocks"
+    record: ClassVar[type[Record]] = FusedBlocks
     exact: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("prune-blocks",)
@@ -106,13 +173,17 @@ class _Fusion(Distiller):
     """One run of the pass."""
 
     options: FuseBlocks
+    record: FusedBlocks
+    tells = FusedBlocks
 
     def __init__(self, options: FuseBlocks, program: Program, context: Context) -> None:
-        if context.dense is None or "prune-blocks" not in context.earlier:
+        pruned, pruning = context.record(PrunedBlocks), context.options_of(PruneBlocks)
+        if context.dense is None or pruned is None or pruning is None:
             raise PassError(
                 "fuse-blocks needs the model from which prune-blocks removed blocks.",
                 "Run both in one recipe: prune-blocks{ratio=0.25},fuse-blocks.",
             )
+        self.pruned, self.pruning = pruned, pruning
         faithful = options.mode == "faithful"
         super().__init__(
             options, program, context,
@@ -129,7 +200,6 @@ class _Fusion(Distiller):
         remove_blocks(self.program, [i for i, name in enumerate(names) if name not in blocks])
 
     def run(self) -> PassResult:
-        removed = self.context.earlier["prune-blocks"]["removed"]
         if not self.done:
             self.note("the whole model", self.dense)
             self.note("plain removal", self.program)
@@ -144,10 +214,11 @@ class _Fusion(Distiller):
             else:
                 self._local()
         self.note("trained", self.program)
-        seconds = self.details["seconds"]
+        seconds = self.record.seconds
         seconds["all"] = time.perf_counter() - self.started + seconds.get("controls", 0.0)
         folded = self.fold(self.program if self.options.mode == "faithful" else None)
-        return PassResult(folded, len(removed), len(removed), self.skipped, self.details)
+        removed = len(self.pruned.removed)
+        return PassResult(folded, removed, removed, self.skipped, self.record)
 
     @property
     def _warm(self) -> bool:
@@ -169,7 +240,7 @@ class _Fusion(Distiller):
             self.program, self.dense, windows, device=self.device, progress=self.context.progress
         )
         self.skipped += [Skip(where, reason) for where, reason in skipped]
-        self.details["refits"] = [asdict(refit) for refit in refits]
+        self.record.refits = refits
         self.clock("warm start", started)
         self.note("warm start", self.program)
 
@@ -177,7 +248,6 @@ class _Fusion(Distiller):
         ids = torch.cat([self.lessons_text(), self.checked])
         groups = self._groups()
         blocks = find_blocks(self.program)
-        trained = self.details.setdefault("training", [])
         for number, (first, stop) in enumerate(groups):
             stage = f"group {number + 1} of {len(groups)}"
             if stage in self.done:
@@ -206,7 +276,7 @@ class _Fusion(Distiller):
                 stage,
             )
             self.clock("training", started)
-            trained.append({"part": f"blocks {first} to {stop - 1}", **plain(tuned)})
+            self.record.training.append(trained_part(f"blocks {first} to {stop - 1}", tuned))
             self.checkpoint(stage)
 
     def _behind(self, call: Call) -> int:
@@ -249,10 +319,9 @@ class _Fusion(Distiller):
         removed = self._removed()
         if not self.done:
             self.program = self.dense.copy()
-            self.details |= {"order": [], "training": []}
         names = [block_name(self.dense, block) for block in find_blocks(self.dense)]
         chooser = None if pruning.remove else Chooser(pruning, self.dense, self.context)
-        for number in range(len(self.details["order"]), len(removed)):
+        for number in range(len(self.record.order), len(removed)):
             here = [block_name(self.program, block) for block in find_blocks(self.program)]
             if chooser is None:
                 place = here.index(removed[number])
@@ -265,8 +334,8 @@ class _Fusion(Distiller):
             if self.options.controls and not number:
                 self._compare(place, what, schedule, pruned, tuned)
             self.program = pruned
-            self.details["training"].append({"part": what, **plain(tuned)})
-            self.details["order"].append(names.index(here[place]))
+            self.record.training.append(trained_part(what, tuned))
+            self.record.order.append(names.index(here[place]))
             self.note(what, self.program)
             self.checkpoint(what)
 
@@ -275,17 +344,17 @@ class _Fusion(Distiller):
     ) -> None:
         """Fuse a block by every other donor too, and put what came of each into the report."""
         started = time.perf_counter()
-        fused = {self.options.donor: (pruned, tuned)}
+        fused: dict[Donor, tuple[Program, Tuned]] = {self.options.donor: (pruned, tuned)}
         for donor in get_args(Donor):
             if donor not in fused:
                 named = f"{what} with donor={donor}"
                 fused[donor] = self._fuse_one(place, named, schedule, donor)
-        self.details["controls"] = [
-            {
-                "donor": donor,
-                "loss": finite(min(loss for _, loss in tuned.checks)),
-                "perplexity": finite(self.perplexity(program)),
-            }
+        self.record.controls = [
+            Control(
+                donor=donor,
+                loss=min(loss for _, loss in tuned.checks),
+                perplexity=self.perplexity(program),
+            )
             for donor, (program, tuned) in fused.items()
         ]
         self.clock("controls", started)
@@ -294,7 +363,7 @@ class _Fusion(Distiller):
 
     def _removed(self) -> list[str]:
         """Return the names of the blocks that were removed, in the order of removal."""
-        removed: list[str] = self.context.earlier["prune-blocks"]["removed"]
+        removed = self.pruned.removed
         names = {block_name(self.dense, block) for block in find_blocks(self.dense)}
         for name in removed:
             if name not in names:  # of a snapshot that is damaged
@@ -306,21 +375,20 @@ class _Fusion(Distiller):
         return removed
 
     def _pruning(self) -> PruneBlocks:
-        options = self.context.earlier["prune-blocks"].get("options", {})
-        made = make_pass("prune-blocks", options)
-        assert isinstance(made, PruneBlocks)
-        if made.part != "block":
+        """Return the options of the pass that pruned, which removed whole blocks."""
+        if self.pruning.part != "block":
             raise PassError(
-                f"mode=faithful fuses whole blocks, and prune-blocks removed part={made.part}.",
+                "mode=faithful fuses whole blocks, and prune-blocks removed "
+                f"part={self.pruning.part}.",
                 "Use mode=distil, or prune-blocks with part=block.",
             )
-        return made
+        return self.pruning
 
     def _part(self, share: int) -> Schedule:
         """Return the schedule of the next of `share` fusions."""
         left, steps = self.left(), self.schedule.steps
         if steps is not None:
-            done = sum(item["steps"] for item in self.details["training"])
+            done = sum(trained.steps for trained in self.record.training)
             steps = (steps - done) // share
         seconds = None if left is None else left / share
         return replace(self.schedule, warm_up=0.0, seconds=seconds, steps=steps)

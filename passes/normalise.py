@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from graphopt.ir.graph import In, Param, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
+from graphopt.report.record import Record
 from graphopt.rewrite import (
     VARIES,
     Match,
@@ -202,6 +203,12 @@ RULES = (
 )
 
 
+class AppliedRules(Record):
+    """How often each rule was applied, over all calls."""
+
+    rules: dict[str, int]
+
+
 @register_pass
 @dataclass
 class Normalise(Pass):
@@ -220,6 +227,7 @@ class Normalise(Pass):
     """
 
     name: ClassVar[str] = "normalise"
+    record: ClassVar[type[Record]] = AppliedRules
 
     def run(self, program: Program, context: Context) -> PassResult:
         calls, types = calls_of(program), types_of(program)
@@ -232,4 +240,4 @@ class Normalise(Pass):
             for applied, count in rewritten.counts.items():
                 counts[applied] = counts.get(applied, 0) + count * times
         total = sum(counts.values())
-        return PassResult(program, total, total, details={"rules": counts})
+        return PassResult(program, total, total, record=AppliedRules(rules=counts))

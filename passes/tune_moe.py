@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import pydantic
 from pydantic import Field
 
 from graphopt.calibration.carving import expert_loads
@@ -13,13 +14,52 @@ from graphopt.execute.student import Form
 from graphopt.ir.feed_forward import add_gates
 from graphopt.ir.graph import Call, Node, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
+from graphopt.passes.carved_parts import CarvedParts
+from graphopt.report.record import Record
 from graphopt.support.devices import must_fit
 from graphopt.training.distil import Distiller
 from graphopt.training.forms import Balance, Whole
 from graphopt.training.options import TrainingOptions
+from graphopt.training.record import TrainingRecord
 
 SCALE_RATE = 2.0
 """Of the learning rate, for the scales of gates: with the usual one CMoE's 1e-3."""
+
+
+class ExpertLoads(pydantic.BaseModel):
+    """Shares of held-out tokens that run each expert of a part, before and after training."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    where: str
+    before: list[float]
+    after: list[float]
+
+
+class TunedMoe(TrainingRecord):
+    """What training a carved model gave, with the loads of its experts, a part each."""
+
+    loads: list[ExpertLoads] = Field(default_factory=list)
+
+    def own_sentences(self) -> list[str]:
+        return super().own_sentences() + [
+            sentence
+            for when in ("before", "after")
+            if (sentence := _load_sentence(when, [getattr(load, when) for load in self.loads]))
+        ]
+
+
+def _load_sentence(when: str, loads: list[list[float]]) -> str:
+    """Return how many experts tokens run, and how evenly they are used."""
+    known = [load for load in loads if sum(load) > 0]
+    if not known:
+        return ""
+    most = sum(max(load) / (sum(load) / len(load)) for load in known) / len(known)
+    active = sum(map(sum, known)) / len(known)
+    return (
+        f"{when.capitalize()} training a token runs {active:.2f} experts of a part, and the most "
+        f"used one runs {most:.2f} times as often as the mean."
+    )
 
 
 @register_pass
@@ -47,6 +87,7 @@ class TuneMoe(TrainingOptions, Pass):
     """
 
     name: ClassVar[str] = "tune-moe"
+    record: ClassVar[type[Record]] = TunedMoe
     exact: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("carve-moe",)
@@ -56,7 +97,7 @@ class TuneMoe(TrainingOptions, Pass):
     balance: Annotated[float, Field(ge=0)] = 1e-3
 
     def run(self, program: Program, context: Context) -> PassResult:
-        if context.dense is None or "carve-moe" not in context.earlier:
+        if context.dense is None or context.record(CarvedParts) is None:
             raise PassError(
                 "tune-moe needs the model that carve-moe carved.",
                 "Run both in one recipe: carve-moe,tune-moe.",
@@ -69,6 +110,8 @@ class _Tuning(Distiller):
     """One run of the pass."""
 
     options: TuneMoe
+    record: TunedMoe
+    tells = TunedMoe
 
     def __init__(self, options: TuneMoe, program: Program, context: Context) -> None:
         program = program.copy()
@@ -86,12 +129,14 @@ class _Tuning(Distiller):
             node.attrs |= {"surrogate": options.surrogate, "balance": self.balances}
         self.distil()
         self.note("trained", self.program)
-        self.details["loads"] = [
-            {"where": where, "before": load, "after": after}
+        self.record.loads = [
+            ExpertLoads(where=where, before=load, after=after)
             for (where, load), (_, after) in zip(before, self._loads(), strict=True)
         ]
-        parts = len(self.context.earlier["carve-moe"]["parts"])
-        return PassResult(self.fold(), parts, parts, self.skipped, self.details)
+        carved = self.context.record(CarvedParts)
+        assert carved is not None
+        parts = len(carved.parts)
+        return PassResult(self.fold(), parts, parts, self.skipped, self.record)
 
     def forms(self, program: Program, calls: list[Call]) -> dict[str, Form]:
         forms = super().forms(program, calls)

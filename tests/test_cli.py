@@ -24,7 +24,12 @@ from graphopt.errors import LoweringError
 from graphopt.ir.blocks import remove_blocks
 from graphopt.lowering.base import Emitted, Emitter
 from graphopt.pass_manager.contract import PassResult, get_pass
+from graphopt.passes.fuse_blocks import FusedBlocks
+from graphopt.passes.normalise import AppliedRules
+from graphopt.passes.prune_blocks import PrunedBlocks
+from graphopt.report.record import Step
 from graphopt.report.records import PassEntry
+from graphopt.training.record import TrainingRecord
 
 CAPTURE = importlib.import_module("graphopt.capture")
 
@@ -129,8 +134,11 @@ def _first_block_goes(monkeypatch):
 
     def run(self, program, context):
         remove_blocks(program, [0])
-        details = {"order": ["0"], "scores": [{"0": 0.1, "1": 0.2}], "perplexity": [20.0, 41.25]}
-        return PassResult(program, 2, 1, details=details)
+        steps = [Step(after="the whole model", value=20.0), Step(after="removing 0", value=41.25)]
+        record = PrunedBlocks(
+            order=["0"], removed=["layers.0"], scores=[{"0": 0.1, "1": 0.2}], perplexity=steps
+        )
+        return PassResult(program, 2, 1, record=record)
 
     monkeypatch.setattr(get_pass("prune-blocks"), "run", run)
 
@@ -147,7 +155,9 @@ def test_passes_that_name_no_default_one_run_between_those():
     ]  # fmt: skip
     report = json.loads(Path("out/report.json").read_text())
     assert report["recipe"] == f"{whole}insert-kv-cache"
-    assert report["passes"][4]["details"]["perplexity"] == [20.0, 41.25]
+    assert report["passes"][4]["details"]["perplexity"] == [
+        {"after": "the whole model", "value": 20.0}, {"after": "removing 0", "value": 41.25},
+    ]  # fmt: skip
     assert "Removed, in this order: 0." in Path("out/report.html").read_text()
 
 
@@ -165,21 +175,29 @@ def test_recipes_that_name_a_default_pass_run_as_written():
 
 
 def test_the_console_says_what_lossy_passes_did_on_the_way(capsys):
-    steps = [("plain removal", 101.83), ("warm start", 61.14), ("trained", math.inf)]
-    fused = [{"after": what, "value": value} for what, value in steps]
-    long = [{"after": f"fusing {i}", "value": 20.0 + i} for i in range(9)]
+    def steps(*values):
+        return [Step(after=what, value=value) for what, value in values]
+
+    removals = steps(("the whole model", 22.271), ("removing 4", 30.0), ("removing 2", 1234.5))
+    trained = steps(("plain removal", 101.83), ("warm start", 61.14), ("trained", math.inf))
+    long = steps(*((f"fusing {i}", 20.0 + i) for i in range(9)))
+    records = [
+        PrunedBlocks(order=["4", "2"], removed=["x", "y"], perplexity=removals),
+        TrainingRecord(perplexity=trained),
+        FusedBlocks(order=[1], perplexity=long),
+        FusedBlocks(),
+        AppliedRules(rules={"swap": 3}),
+    ]
     entries = [
-        PassEntry("a", {}, False, details={"order": [4, 2], "perplexity": [22.271, 30.0, 1234.5]}),
-        PassEntry("b", {}, False, details={"perplexity": fused}),
-        PassEntry("c", {}, False, details={"order": ["1.ffn"], "perplexity": long}),
-        PassEntry("d", {}, False, details={"removed": 3, "perplexity": "?"}),
+        PassEntry(name, {}, False, record=record)
+        for name, record in zip("abcde", records, strict=True)
     ]
     console.print_passes(console.stdout(), entries)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert lines[lines.index("verified 4 not verified") + 1 :] == [
+    assert lines[lines.index("verified 5 not verified") + 1 :] == [
         "  a removed 4, 2; perplexity 22.27 → 30 → 1234",
-        "  b perplexity 101.8 (plain removal) → 61.14 (warm start) → inf (trained)",
-        "  c removed 1.ffn; perplexity 20 (fusing 0) → … → 28 (fusing 8)",
+        "  b perplexity 101.8 (plain removal) → 61.14 (warm start) → - (trained)",
+        "  c removed 1; perplexity 20 (fusing 0) → … → 28 (fusing 8)",
     ]
 
 

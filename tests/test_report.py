@@ -3,25 +3,36 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from programs import tiny_program
 
+from graphopt.errors import SourceError
 from graphopt.ir.cost import program_costs
 from graphopt.ir.types import B, P, S
 from graphopt.pass_manager.pipeline import Pipeline
+from graphopt.passes.carved_parts import Carved, CarvedParts, Work
+from graphopt.passes.fuse_blocks import Control, FusedBlocks
+from graphopt.passes.normalise import AppliedRules
+from graphopt.passes.prune_blocks import PrunedBlocks
+from graphopt.passes.tune_moe import ExpertLoads, TunedMoe
 from graphopt.report.breakdown import breakdown, kv_cache_bytes, part_of_nodes
 from graphopt.report.page import render
+from graphopt.report.record import Step
 from graphopt.report.records import (
     VERSION,
     ArtifactEntry,
     PassEntry,
     Report,
     SkipEntry,
-    perplexity_steps,
+    read_report,
 )
+from graphopt.training.record import TrainedPart, TrainingRecord
 
 ISSUE_FIELDS = {
     "source", "target", "recipe", "versions", "total_seconds", "peak_bytes", "artifact", "passes",
@@ -43,7 +54,7 @@ def report():
     )
     skip = SkipEntry("block: a", "its mask <b>is</b> computed")
     made.passes.append(
-        PassEntry("prune-blocks", {"ratio": 0.25}, False, 4, 1, [skip], {}, 100, 75, "measured",
+        PassEntry("prune-blocks", {"ratio": 0.25}, False, 4, 1, [skip], None, 100, 75, "measured",
                   2.5, None, 0.125, 20.0, 25.0, 1.5, 0.5, 10**9)
     )  # fmt: skip
     return made
@@ -52,7 +63,7 @@ def report():
 def test_the_json_has_what_is_documented(report, tmp_path):
     report.write(tmp_path)
     data = json.loads((tmp_path / "report.json").read_text())
-    assert data["version"] == VERSION == 1
+    assert data["version"] == VERSION == 2
     assert set(data) >= ISSUE_FIELDS
     assert all(set(entry) >= ISSUE_PASS_FIELDS for entry in data["passes"])
     assert data["passes"][-1]["skipped"] == [
@@ -62,7 +73,9 @@ def test_the_json_has_what_is_documented(report, tmp_path):
     fields = {*data, *data["passes"][0], *data["artifact"], *data["blocks"][0]}
     undocumented = sorted(name for name in fields if f"`{name}`" not in documented)
     assert not undocumented
-    assert PassEntry.from_json(data["passes"][-1]) == report.passes[-1]
+    for entry, saved in zip(report.passes, data["passes"], strict=True):
+        record = None if entry.record is None else type(entry.record)
+        assert PassEntry.from_json(saved, record) == entry
 
 
 class _Page(HTMLParser):
@@ -90,7 +103,7 @@ class _Page(HTMLParser):
 
 
 def test_the_page_is_whole_and_self_contained(report):
-    html = render(report.to_json())
+    html = render(report)
     page = _Page()
     page.feed(html)
     assert page.open == [] and page.references == []
@@ -113,7 +126,11 @@ PRUNING = {
         {"0": 0.91, "1": 0.072, "2": 0.0061, "3": 0.011, "4": 0.0048, "5": 0.34},
         {"0": 0.93, "1": 0.081, "2": 0.0125, "3": 0.024, "5": 0.41},
     ],
-    "perplexity": [22.27, 26.4, 41.8],
+    "perplexity": [
+        {"after": "the whole model", "value": 22.27},
+        {"after": "removing 4", "value": 26.4},
+        {"after": "removing 2", "value": 41.8},
+    ],
     "scoring_seconds": 14.2,
     "tokens_per_second": [1210.0, 1815.0],
 }
@@ -122,9 +139,12 @@ TUNED = {
     "steps": 300,
     "seconds": 120.5,
     "tokens": 2457600,
+    "preparing": 0.0,
     "losses": [[step, 0.9 * math.exp(-step / 90) + 0.2] for step in range(20, 301, 20)],
     "checks": [[step, 0.8 * math.exp(-step / 70) + 0.25] for step in range(0, 301, 30)],
+    "lowered": [],
     "stopped": "",
+    "not_compiled": "",
 }
 FUSION = {
     "seconds": {"warm start": 20.1, "training": 120.5, "all": 150.0},
@@ -146,63 +166,73 @@ FUSION = {
 }
 
 
-def depth_report(*details):
-    """Return a report with a pass for each of the details."""
+def lossy_report(*records):
+    """Return a report with a pass for each of the records."""
     made = Report(source="x", name="x", recipe="", machine={"system": "", "processor": "",
                   "cores": 1})  # fmt: skip
     made.passes = [
-        PassEntry(f"pass-{number}", {}, False, details=item) for number, item in enumerate(details)
+        PassEntry(f"pass-{number}", {}, False, record=record)
+        for number, record in enumerate(records)
     ]
     return made
 
 
-def rendered(*details):
+def rendered(*records):
     """Return the page, checked, and its text."""
-    html = render(depth_report(*details).to_json())
+    html = render(lossy_report(*records))
     page = _Page()
     page.feed(html)
     assert page.open == []
     return html, " ".join(" ".join(page.text).split())
 
 
+def carved(number, **values):
+    """Return what became of one part, with figures that nothing here depends on."""
+    figures = dict.fromkeys(("static", "random", "oracle", "routed", "recall", "agreement"), 0.5)
+    return Carved(
+        **{"where": f"layers.{number}", "shared": 3, "added": 0, "rounds": 2, "load": [],
+           **figures, **values}
+    )  # fmt: skip
+
+
+WORK = Work(tokens=128, flops=(2 * 10**9, 15 * 10**8), weight_products=(10**9, 8 * 10**8))
+
+
 def test_what_carved_parts_leave_out_is_drawn():
-    parts = [
-        {
-            "where": f"layers.{n}",
-            "static": 0.1,
-            "random": 0.2,
-            "oracle": 0.05,
-            "routed": 0.05 + n / 100,
-        }
-        for n in range(3)
-    ]
-    html, text = rendered({"parts": parts})
+    shares = {"static": 0.1, "random": 0.2, "oracle": 0.05}
+    parts = [carved(n, **shares, routed=0.05 + n / 100) for n in range(3)]
+    record = CarvedParts(split="S3A3E8", parts=parts, work=WORK)
+    html, text = rendered(record)
     lines = re.findall(r'<polyline class="(\w+)" points="([^"]*)"/>', html)
     assert [style for style, _ in lines] == ["norm", "head", "ffn", "embed"]
     routed = [float(p.split(",")[1]) for p in lines[2][1].split()]
     assert routed == sorted(routed, reverse=True)  # more is higher up
     assert "the router's experts, 6.0% on average" in text and "highest point is 20.0%" in text
     assert "Shared pieces" not in text
-    own = [{**part, "shared": n} for n, part in enumerate(parts)]
-    assert "Shared pieces of these parts: 0, 1, 2." in rendered({"parts": own})[1]
-    assert "What tokens leave out" not in rendered({"parts": [{"where": "x"}] * 3})[1]
+    own = [replace(part, shared=n) for n, part in enumerate(parts)]
+    text = rendered(record.model_copy(update={"parts": own}))[1]
+    assert "Shared pieces of these parts: 0, 1, 2." in text
+    odd = [replace(part, routed=math.nan) for part in parts]
+    text = rendered(record.model_copy(update={"parts": odd}))[1]
+    assert "What tokens leave out" not in text and "nan" not in text
 
 
 def test_work_and_loads_are_said_before_and_after():
-    work = {"tokens": 128, "flops": [2e9, 1.5e9], "weight_products": [1e9, 8e8]}
-    loads = [{"where": "x", "before": [0.75, 0.25, 0.5], "after": [0.5, 0.5, 0.5]}]
-    text = rendered({"work": work, "parts": [{"added": 3}, {"added": 2}]}, {"loads": loads})[1]
+    parts = [carved(0, added=3), carved(1, added=2)]
+    loads = [ExpertLoads(where="x", before=[0.75, 0.25, 0.5], after=[0.5, 0.5, 0.5])]
+    made = CarvedParts(split="S3A3E8", parts=parts, work=WORK), TunedMoe(loads=loads)
+    text = rendered(*made)[1]
     assert "A prompt of 128 tokens takes 2.0 G → 1.5 G FLOPs in all (-25.0%)." in text
     assert "1.0 G → 800.0 M products with weights (-20.0%)." in text
     assert "5 neurons of zeros were added." in text
     assert "Before training a token runs 1.50 experts of a part, and the most used one" in text
     assert "1.50 times as often" in text and "1.00 times as often" in text
-    odd = {"work": {"flops": [1, "x"]}, "loads": [{"before": [0.0], "after": "x"}]}
-    assert "times as often" not in rendered(odd)[1]
+    unused = [ExpertLoads(where="x", before=[0.0], after=[])]
+    assert "times as often" not in rendered(TunedMoe(loads=unused))[1]
 
 
 def test_depth_pruning_is_drawn():
-    html, text = rendered(PRUNING, FUSION)
+    html, text = rendered(PrunedBlocks.model_validate(PRUNING), FusedBlocks.model_validate(FUSION))
     assert "Removed, in this order: 4, 2." in text
     marks = re.findall(r'<span style="left:([\d.]+)%">(\d)</span>', html)
     # The middle of the third and of the fifth of six bars.
@@ -219,7 +249,7 @@ def test_depth_pruning_is_drawn():
     assert "<title>2\nround 1: 0.0061\nround 2: 0.0125\nremoved as number 2</title>" in html
     assert "<title>4\nround 1: 0.0048\nremoved as number 1</title>" in html
     for sentence in (
-        "whole model 22.27 4 removed 26.40 2 removed 41.80",
+        "the whole model 22.27 removing 4 26.40 removing 2 41.80",
         "plain removal 41.80 warm start 33.00 trained 25.60",
         "Scoring took 14.2 s.",
         "A forward pass takes in 1,210 → 1,815 tokens a second (+50.0%).",
@@ -238,48 +268,91 @@ def test_depth_pruning_is_drawn():
     assert points[15] == (0.0, 2.0) and min(y for _, y in points) == 2.0
 
 
-@pytest.mark.parametrize("key", [*FUSION, *PRUNING])
-@pytest.mark.parametrize(
-    "value",
-    [None, 3, True, "text", [], {}, [None], [[1, 2]], [{}], {"a": None}, [0.0, -1.0],
-     [{"a": 0.0}, {"a": -2.0}], [{"part": None, "losses": 3, "checks": [[1], ["a", 2], [0, 0.0]]}],
-     [{"after": 3, "value": "x"}]],
+@pytest.mark.parametrize(("record", "details"), [(PrunedBlocks, PRUNING), (FusedBlocks, FUSION)])
+@pytest.mark.parametrize("value", ["text", [{"a": {}}], [[[]]], [{"part": [], "losses": 3}]])
+def test_details_of_another_form_are_no_record(record, details, value):
+    """What a snapshot holds is refused by the entry that is wrong."""
+    entry = PassEntry("x", {}, False).to_json()
+    PassEntry.from_json({**entry, "details": details}, record)
+    for key in details:
+        with pytest.raises(SourceError, match=key) as caught:
+            PassEntry.from_json({**entry, "details": {**details, key: value}}, record)
+        assert "Leave --resume out." in caught.value.remedy
+    with pytest.raises(SourceError, match="surplus"):
+        PassEntry.from_json({**entry, "details": {**details, "surplus": 1}}, record)
+
+
+FIGURES = st.none() | st.floats()
+CURVES = st.lists(st.tuples(st.integers(0, 1000), FIGURES), max_size=4)
+STEPS = st.lists(st.builds(Step, after=st.text(max_size=3), value=FIGURES), max_size=4)
+SECONDS = st.floats(0, 1e6)
+TRAINED = st.builds(
+    TrainedPart, part=st.text(max_size=3), steps=st.integers(0, 9), tokens=st.integers(0, 9),
+    seconds=SECONDS, preparing=SECONDS,
+    losses=CURVES, checks=CURVES, lowered=CURVES, stopped=st.text(max_size=3),
 )  # fmt: skip
-def test_details_of_another_form_break_nothing(key, value):
-    rendered({**PRUNING, **FUSION, key: value}, {key: value})
+RECORDS = st.one_of(
+    st.builds(
+        PrunedBlocks, scoring_seconds=SECONDS,
+        order=st.lists(st.sampled_from("0123"), max_size=3, unique=True),
+        scores=st.lists(st.dictionaries(st.sampled_from("0123"), FIGURES, max_size=4), max_size=2),
+        perplexity=STEPS, tokens_per_second=st.lists(FIGURES, max_size=3),
+    ),
+    st.builds(
+        FusedBlocks, perplexity=STEPS, training=st.lists(TRAINED, max_size=2),
+        controls=st.lists(st.builds(Control, donor=st.just("self"), loss=FIGURES,
+                                    perplexity=FIGURES), max_size=2),
+    ),
+)  # fmt: skip
 
 
-def test_details_without_a_picture_have_no_card():
-    html, text = rendered({"rules": {"swap": 3}}, {"training": [], "scores": []})
+@settings(deadline=None)
+@given(RECORDS)
+def test_every_record_has_a_page_and_a_line_and_reads_back(record):
+    _, text = rendered(record)
+    assert not {"nan", "inf"} & set(text.split()) and "nan" not in record.line().split()
+    json.dumps(lossy_report(record).to_json(), allow_nan=False)
+    entry = PassEntry("x", {}, False, record=record)
+    assert PassEntry.from_json(json.loads(json.dumps(entry.to_json())), type(record)) == entry
+
+
+def test_a_record_without_a_picture_has_no_card():
+    html, text = rendered(AppliedRules(rules={"swap": 3}), TrainingRecord(), None)
     assert "<h2>pass-" not in html and "swap" not in text
 
 
 def test_figures_that_are_not_finite_are_null(tmp_path):
-    made = depth_report(
-        {"scores": [{"0": math.nan, "1": 2.0}], "perplexity": [20.0, math.inf], "order": ["1"]}
+    steps = [Step(after="a", value=20.0), Step(after="b", value=math.inf)]
+    record = PrunedBlocks(
+        order=["1"], removed=["x"], scores=[{"0": math.nan, "1": 2.0}], perplexity=steps
     )
-    made.write(tmp_path)
+    lossy_report(record).write(tmp_path)
     details = json.loads((tmp_path / "report.json").read_text())["passes"][0]["details"]
-    assert details == {
-        "scores": [{"0": None, "1": 2.0}], "perplexity": [20.0, None], "order": ["1"],
-    }  # fmt: skip
+    assert details["scores"] == [{"0": None, "1": 2.0}]
+    assert [step["value"] for step in details["perplexity"]] == [20.0, None]
     assert "round 1: –" in (tmp_path / "report.html").read_text()
 
 
-def test_perplexity_along_the_way():
-    assert perplexity_steps(PRUNING) == [
-        ("whole model", 22.27), ("4 removed", 26.4), ("2 removed", 41.8),
-    ]  # fmt: skip
-    listed = {"perplexity": [22.0, 40.0], "order": ["1", "2", "3"]}
-    assert perplexity_steps(listed) == [("whole model", 22.0), ("all removed", 40.0)]
-    assert perplexity_steps(FUSION)[-1] == ("trained", 25.6)
-    assert perplexity_steps({}) == []
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_report_of_an_older_version_opens(tmp_path, version):
+    lossy_report(PrunedBlocks.model_validate(PRUNING)).write(tmp_path)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": version}))
+    assert read_report(tmp_path).parameters == 0
+
+
+def test_a_report_of_a_later_version_is_refused(tmp_path):
+    lossy_report().write(tmp_path)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 3}))
+    with pytest.raises(SourceError, match="version"):
+        read_report(tmp_path)
 
 
 def test_a_page_of_nothing():
     empty = Report(source="", name="x", recipe="", machine={"system": "", "processor": "",
                    "cores": 1})  # fmt: skip
-    html = render(empty.to_json())
+    html = render(empty)
     assert "The recipe has no passes." in html and "Nothing was measured." in html
 
 

@@ -249,5 +249,5 @@ def test_the_order_of_removal_is_that_of_brute_force(reference, monkeypatch):
         place = scores.index(min(scores))
         order.append(str(left.pop(place)))
         current = without(current, Unit(place))
-    assert result.details["order"] == order
+    assert result.record.order == order
     assert str(result.program) == str(current)

@@ -237,7 +237,7 @@ def shape(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "peak_bytes": peak,
         "carved": result.changed,
-        "details": brief(result.details),
+        "details": brief(result.record.to_json() if result.record is not None else {}),
     }
 
 

@@ -245,23 +245,6 @@ def _perplexity(entry: PassEntry) -> str:
     return f"{before:.2f} → {after:.2f}"
 
 
-def _along_the_way(entry: PassEntry) -> str:
-    """Return one line on what a pass removed, and on the perplexity after each of its steps."""
-    from graphopt.report.records import perplexity_steps, removal_order
-
-    removed, steps = removal_order(entry.details), perplexity_steps(entry.details)
-    parts = [f"removed {', '.join(removed)}"] if removed else []
-    if steps:
-        values = [format_figure(value, 4) for _, value in steps]
-        # Where each step is one of the removals, those have been named.
-        if not removed or len(steps) != len(removed) + 1:
-            values = [f"{v} ({what})" for v, (what, _) in zip(values, steps, strict=True)]
-            if len(values) > 4:
-                values = [values[0], "…", values[-1]]
-        parts.append("perplexity " + " → ".join(values))
-    return "; ".join(parts)
-
-
 def print_passes(console: Console, entries: list[PassEntry]) -> None:
     """Print the table of passes, and under it what they did on the way and left alone, and why."""
     if not entries:
@@ -270,7 +253,7 @@ def print_passes(console: Console, entries: list[PassEntry]) -> None:
     console.print(pass_table(entries))
     print_rows(console, [("verified", _verdict(entries))])
     for entry in entries:
-        line = _along_the_way(entry)
+        line = entry.record.line() if entry.record is not None else ""
         if line:
             console.print(f"  {entry.name} {line}", soft_wrap=True)
         for skip in entry.skipped:

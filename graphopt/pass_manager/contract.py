@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from graphopt.errors import UsageError, unknown_name
 from graphopt.pass_manager.declarations import Declaration, declarations
 from graphopt.pass_manager.options import default_of, option_types, validated
-from graphopt.support.inputs import OpenSchema
+from graphopt.report.record import Record
 from graphopt.support.per_device import on_device
 from graphopt.support.progress import Progress, silent
 
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
     from graphopt.ir.graph import Program
     from graphopt.sources.windows import Bos
+
+
+P = TypeVar("P", bound="Pass")
+R = TypeVar("R", bound=Record)
 
 
 def _cpu() -> torch.device:
@@ -55,14 +59,28 @@ class PassResult:
         matched: Places where the pattern of the pass was found.
         changed: Places that were rewritten; 0 promises that the program is as it was.
         skipped: Matched places left alone, with the reason.
-        details: Figures of this pass alone, for the report; plain JSON data.
+        record: What this pass alone tells the report and later passes, of the type that
+            `Pass.record` names.
     """
 
     program: Program
     matched: int = 0
     changed: int = 0
     skipped: list[Skip] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
+    record: Record | None = None
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A pass that ran.
+
+    Attributes:
+        options: The pass itself, which is its options.
+        record: What it told.
+    """
+
+    options: Pass
+    record: Record | None
 
 
 @dataclass
@@ -80,7 +98,8 @@ class Context:
         work: Folder for large intermediate results; None where nothing may be written.
         dense: The program before the first pass that is not exact: what lossy passes are
             measured against and distil from; None before there is one.
-        earlier: `PassResult.details` of the passes before, by name, and their `options`.
+        earlier: The passes that ran before, with what they told; `record` and `options_of` ask
+            for one of them by its type.
         written: Tokens that the model wrote in place of the built-in text, once a pass asked for
             more than it has; see `graphopt.calibration.text.calibration_windows`.
         begin: Ids that every window begins with; None before a text was cut.
@@ -94,10 +113,20 @@ class Context:
     progress: Progress = silent
     work: Path | None = None
     dense: Program | None = None
-    earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
+    earlier: list[Earlier] = field(default_factory=list)
     written: Tensor | None = None
     bos: Bos = "every"
     begin: tuple[int, ...] | None = None
+
+    def record(self, of: type[R]) -> R | None:
+        """Return the latest record of a type that an earlier pass told; None if none did."""
+        found = [ran.record for ran in self.earlier if isinstance(ran.record, of)]
+        return found[-1] if found else None
+
+    def options_of(self, of: type[P]) -> P | None:
+        """Return the latest earlier pass of a type, which holds its options; None if none ran."""
+        found = [ran.options for ran in self.earlier if isinstance(ran.options, of)]
+        return found[-1] if found else None
 
 
 @dataclass
@@ -115,15 +144,15 @@ class Pass(ABC):
             on the structure alone for `--dry-run` and before any weight is read.
         requires: What must hold before it: names of passes earlier in the recipe, or names in
             `PROPERTIES`, with `!` in front for "must not hold".
-        read_later: What later passes read of its `PassResult.details`: those of a snapshot are
-            checked against it.
+        record: The type of what it tells, with its line for the terminal and its card for the
+            page; None for a pass that tells nothing beside what the pipeline measures.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     reads_weights: ClassVar[bool] = False
     requires: ClassVar[tuple[str, ...]] = ()
-    read_later: ClassVar[type[OpenSchema]] = OpenSchema
+    record: ClassVar[type[Record] | None] = None
 
     def __post_init__(self) -> None:
         given = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
@@ -174,8 +203,6 @@ PROPERTIES: dict[str, Callable[[Program], bool]] = {
 """Properties of a program that `Pass.requires` may name."""
 
 _PASSES: dict[str, type[Pass]] = {}
-
-P = TypeVar("P", bound=Pass)
 
 
 def register_pass(cls: type[P]) -> type[P]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from graphopt.ir.verify import verify as verify_structure
 from graphopt.pass_manager.contract import (
     PROPERTIES,
     Context,
+    Earlier,
     Pass,
     PassResult,
     declared_passes,
@@ -34,11 +34,11 @@ from graphopt.pass_manager.verification import (
     Measured,
     Probe,
     compare,
-    finite,
     has_values,
     make_probe,
     measure,
 )
+from graphopt.report.record import Record, finite
 from graphopt.report.records import (
     PassEntry,
     Report,
@@ -172,7 +172,7 @@ class Pipeline:
                 current = result.program
                 entry.matched, entry.changed = result.matched, result.changed
                 entry.skipped = [SkipEntry(s.where, s.reason) for s in result.skipped]
-                entry.details = result.details
+                entry.record = _checked_record(item, result)
                 entry.seconds, entry.peak_bytes = meter.seconds, meter.peak_bytes
             else:
                 known = False
@@ -318,6 +318,22 @@ def _new_entry(item: Pass, program: Program, device: torch.device) -> PassEntry:
     )
 
 
+def _checked_record(item: Pass, result: PassResult) -> Record | None:
+    """Return what a pass told.
+
+    Raises:
+        PassError: It is of another type than the pass declares.
+    """
+    declared = item.record
+    if not isinstance(result.record, declared or type(None)):
+        raise PassError(
+            f"Pass {item.name!r} returned a {type(result.record).__name__} as its record, and "
+            f"declares {declared.__name__ if declared is not None else 'none'}.",
+            "This is a bug in the pass: `record` must name the type of what `run` returns.",
+        )
+    return result.record
+
+
 class _Run:
     """One run of a recipe: the program as it stands, and what verification knows of it."""
 
@@ -367,8 +383,7 @@ class _Run:
                 what = "What a snapshot keeps of the report"
                 kept = parse(SavedFigures, figures, what, remedy="Leave --resume out.")
                 self._figures = kept.model_dump()
-                self.entries = [PassEntry.from_json(entry) for entry in entries]
-                self._check_entries(count)
+                self.entries = self._entries_of(count, entries)
                 self._restore_context()
                 for entry in self.entries:
                     entry.resumed = True
@@ -376,28 +391,29 @@ class _Run:
                         self.on_pass(entry)
                 return
 
-    def _check_entries(self, count: int) -> None:
-        """Refuse entries of other passes than the first `count`, or without what later ones read.
+    def _entries_of(self, count: int, saved: list[dict[str, Any]]) -> list[PassEntry]:
+        """Return the entries of the first `count` passes, as a snapshot holds them.
 
         Raises:
-            SourceError: Naming what is wrong.
+            SourceError: They are of other passes, or hold what these do not tell.
         """
-        names = [item.name for item in self.passes[:count]]
-        if [entry.name for entry in self.entries] != names:
+        passes = self.passes[:count]
+        names = [item.name for item in passes]
+        if [entry.get("name") for entry in saved] != names:
             raise SourceError(
                 f"A snapshot after {', '.join(names)} holds the entries of other passes.",
                 "Leave --resume out.",
             )
-        for item, entry in zip(self.passes, self.entries, strict=False):
-            where = f"The details of {entry.name} in a snapshot"
-            parse(item.read_later, entry.details, where, remedy="Leave --resume out.")
+        return [
+            PassEntry.from_json(entry, item.record)
+            for item, entry in zip(passes, saved, strict=True)
+        ]
 
     def _restore_context(self) -> None:
         """Put what later passes learn of the restored ones into the context."""
         assert self.snapshots is not None
         for number, entry in enumerate(self.entries):
-            options = self.passes[number].options()
-            self.context.earlier[entry.name] = {**entry.details, "options": options}
+            self.context.earlier.append(Earlier(self.passes[number], entry.record))
             if not entry.exact and self.context.dense is None:
                 kept = self.snapshots.load(self._prefix(number), number) if number else None
                 self.context.dense = kept[0] if kept is not None else self.source.copy()
@@ -409,7 +425,7 @@ class _Run:
             self.entries.append(entry)
             self._write_dump(f"{number + 1:02d}-{entry.name}", self.program)
             if self.snapshots is not None:
-                saved = [dataclasses.asdict(done) for done in self.entries]
+                saved = [done.to_json() for done in self.entries]
                 figures = {"probe": self.probe_entry(), "windows": self.windows_entry()}
                 prefix = self._prefix(number + 1)
                 self.snapshots.save(self.program, prefix, number + 1, saved, figures)
@@ -430,9 +446,9 @@ class _Run:
         after = result.program
         entry.matched, entry.changed = result.matched, result.changed
         entry.skipped = [SkipEntry(skip.where, skip.reason) for skip in result.skipped]
-        entry.details = result.details
+        entry.record = _checked_record(item, result)
         entry.parameters_after = after.parameter_count()
-        self.context.earlier[item.name] = {**result.details, "options": item.options()}
+        self.context.earlier.append(Earlier(item, entry.record))
         self.context.progress(item.name, 1, 1)
         with Meter() as meter:
             try:

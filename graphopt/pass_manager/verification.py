@@ -305,8 +305,3 @@ def compare(before: Measured, after: Measured) -> Difference:
     kl = divergence / count
     kl = kl if math.isnan(kl) else max(kl, 0.0)
     return Difference(delta, RELATIVE_TOLERANCE * largest, kl)
-
-
-def finite(value: float | None) -> float | None:
-    """Return `value`, or None where JSON has no number for it."""
-    return value if value is not None and math.isfinite(value) else None

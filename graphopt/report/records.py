@@ -11,16 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 
 from graphopt.ir.graph import Program
 from graphopt.ir.types import B, P, S
 from graphopt.report.breakdown import at, breakdown
+from graphopt.report.record import Record
 from graphopt.support.inputs import OpenSchema, Schema, Size, parse, parse_entry, read_json
+from graphopt.support.plain import shown
 
-VERSION = 1
+VERSION = 2
+"""Version 1 had null for options left at a default that depends on the device."""
 
 SIZES = {B: 1, S: 128, P: 0}
 """For which FLOPs by part are counted: one prompt of 128 tokens."""
@@ -57,7 +60,7 @@ class PassEntry:
     matched: int = 0
     changed: int = 0
     skipped: list[SkipEntry] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
+    record: Record | None = None
     parameters_before: int = 0
     parameters_after: int = 0
     verification: str = "off"
@@ -72,15 +75,35 @@ class PassEntry:
     resumed: bool = False
     not_run: list[str] = field(default_factory=list)
 
+    @property
+    def details(self) -> dict[str, Any]:
+        """What the pass told, as it stands in `report.json`."""
+        return {} if self.record is None else self.record.to_json()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry as it stands in `report.json` and in snapshots."""
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        content["skipped"] = [dataclasses.asdict(skip) for skip in self.skipped]
+        content["record"] = self.details
+        return {"details" if name == "record" else name: v for name, v in content.items()}
+
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> PassEntry:
-        """Return the entry saved as `data`.
+    def from_json(cls, data: Mapping[str, Any], record: type[Record] | None) -> PassEntry:
+        """Return the entry of a snapshot.
+
+        Args:
+            record: What the pass tells.
 
         Raises:
-            SourceError: It is no entry.
+            SourceError: It is no entry, or its details are no such record.
         """
-        adapter = pydantic.TypeAdapter(cls)
-        return parse_entry(adapter, data, "A pass in a snapshot", remedy="Leave --resume out.")
+        again = "Leave --resume out."
+        plain = {name: value for name, value in data.items() if name != "details"}
+        entry = parse_entry(pydantic.TypeAdapter(cls), plain, "A pass in a snapshot", remedy=again)
+        if record is not None:
+            where = f"The details of {shown(entry.name)} in a snapshot"
+            entry.record = parse(record, data.get("details"), where, remedy=again)
+        return entry
 
 
 class SavedProbe(Schema):
@@ -171,8 +194,13 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `report.json`; a figure that is not finite is None there."""
-        content: dict[str, Any] = _finite({"version": VERSION, **dataclasses.asdict(self)})
-        return content
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        content["passes"] = [entry.to_json() for entry in self.passes]
+        content["blocks"] = [dataclasses.asdict(block) for block in self.blocks]
+        if self.artifact is not None:
+            content["artifact"] = dataclasses.asdict(self.artifact)
+        finite: dict[str, Any] = _finite({"version": VERSION, **content})
+        return finite
 
     def write(self, folder: Path) -> None:
         """Write `report.json` and `report.html` into `folder`."""
@@ -180,7 +208,7 @@ class Report:
 
         text = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
         (folder / REPORT_NAME).write_text(text, encoding="utf-8")
-        (folder / "report.html").write_text(render(self.to_json()), encoding="utf-8")
+        (folder / "report.html").write_text(render(self), encoding="utf-8")
 
 
 REPORT_NAME = "report.json"
@@ -199,8 +227,9 @@ class SavedArtifact(OpenSchema):
 
 
 class SavedReport(OpenSchema):
-    """What is read of a `report.json`; see `Report`."""
+    """What is read of a `report.json` of this or an older version; see `Report`."""
 
+    version: Literal[1, 2]
     recipe: str
     target: str | None
     parameters: Size
@@ -227,38 +256,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def removal_order(details: Mapping[str, Any]) -> list[str]:
-    """Return what a pass's details say was removed, first to last."""
-    order = details.get("order")
-    return [str(unit) for unit in order] if isinstance(order, list | tuple) else []
-
-
-def perplexity_steps(details: Mapping[str, Any]) -> list[tuple[str, float | None]]:
-    """Return what a pass's details say about perplexity along the way, as (after what, value).
-
-    Args:
-        details: Its `perplexity` is a list of `{"after", "value"}`, or of values before the pass
-            and after each removal of its `order`. Details are no contract: what has another form
-            is left out.
-    """
-    found = details.get("perplexity")
-    if not isinstance(found, list | tuple) or not found:
-        return []
-    if all(isinstance(item, Mapping) for item in found):
-        steps = [(str(item.get("after", "")), item.get("value")) for item in found]
-    else:
-        removed = [f"{unit} removed" for unit in removal_order(details)]
-        if len(found) != len(removed) + 1:
-            removed = ["all removed"] * (len(found) - 1)
-        steps = list(zip(["whole model", *removed], found, strict=True))
-    return steps if all(is_figure(value) for _, value in steps) else []
-
-
-def is_figure(value: Any) -> bool:
-    """Return whether a value is a number, or None for one that was not measured."""
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def versions() -> dict[str, str]:

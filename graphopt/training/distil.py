@@ -8,7 +8,7 @@ import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,13 +30,14 @@ from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import evaluate
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Context, Skip
-from graphopt.pass_manager.verification import finite
+from graphopt.report.record import Step
 from graphopt.storage.snapshot import taking_up
 from graphopt.support.devices import free_bytes
 from graphopt.support.per_device import on_device
 from graphopt.training.forms import LowRank, Whole
 from graphopt.training.losses import LogitObjective, Objective
 from graphopt.training.options import TrainingOptions
+from graphopt.training.record import TrainedPart, TrainingRecord
 from graphopt.training.schedule import Schedule, Tuned
 from graphopt.training.streams import Lessons, Streams
 from graphopt.training.tuner import Tuner
@@ -44,7 +45,7 @@ from graphopt.training.tuner import Tuner
 OWN_TEXT_SHARE = 0.25
 """Of a training's seconds, in which the dense model writes text for it."""
 
-FORMAT = 2
+FORMAT = 3
 """Of the files between two runs of one compile: those of another are not taken up."""
 
 EPOCHS = 4
@@ -64,9 +65,12 @@ class Distiller:
     Attributes:
         dense, program: The two models, in the memory of the device where they fit.
         windows, checked: Text to learn from, and text for checks.
-        details, skipped: Of the pass's result.
+        record, skipped: Of the pass's result.
         done: Stages that an interrupted run left behind it.
     """
+
+    tells: ClassVar[type[TrainingRecord]] = TrainingRecord
+    """The type of what the pass tells."""
 
     def __init__(
         self,
@@ -99,7 +103,7 @@ class Distiller:
         self.program = self._share(program)
         whole = [*self.dense.weights, *self.program.weights]
         self.origin = {weight.name: weight.producer for weight in whole}
-        self.details: dict[str, Any] = {"seconds": {}, "perplexity": []}
+        self.record = self.tells()
         self.skipped: list[Skip] = []
         windows = calibration_windows(self.dense, context, seqlen)
         held = max(least_held, min(HELD_OUT, len(windows) // 8))
@@ -130,9 +134,9 @@ class Distiller:
         return program
 
     def note(self, what: str, program: Program) -> None:
-        """Put a program's perplexity on held-out windows into the details."""
+        """Put a program's perplexity on held-out windows into the record."""
         value = self.perplexity(program)
-        self.details["perplexity"].append({"after": what, "value": finite(value)})
+        self.record.perplexity.append(Step(after=what, value=value))
 
     def perplexity(self, program: Program) -> float:
         """Return a program's perplexity on held-out windows."""
@@ -140,8 +144,8 @@ class Distiller:
         return held_out_perplexity(program, self.checked, self.device, kind)
 
     def clock(self, what: str, started: float) -> None:
-        """Add the time since `started` to the details."""
-        seconds = self.details["seconds"]
+        """Add the time since `started` to the record."""
+        seconds = self.record.seconds
         seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - started
 
     def left(self) -> float | None:
@@ -171,7 +175,7 @@ class Distiller:
                 # A training that goes on must find the text that it began with.
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(own, path)
-        self.details["own_windows"] = len(own)
+        self.record.own_windows = len(own)
         return torch.cat([self.windows, own])
 
     def _own_text(self) -> tuple[int, float | None]:
@@ -284,7 +288,7 @@ class Distiller:
                 "done": self.done,
                 "blocks": blocks,
                 "weights": changed,
-                "details": json.dumps(self.details),
+                "record": self.record.model_dump_json(),
                 "skipped": [(skip.where, skip.reason) for skip in self.skipped],
                 "spent": time.perf_counter() - self.started,
             },
@@ -301,7 +305,8 @@ class Distiller:
             self.resume_structure(state["blocks"])
             for name, value in state["weights"].items():
                 assign(self.program, name, value.to(self.device))
-            self.done, self.details = state["done"], json.loads(state["details"])
+            self.done = state["done"]
+            self.record = self.tells.model_validate_json(state["record"])
             self.skipped = [Skip(where, reason) for where, reason in state["skipped"]]
             self.started -= state["spent"]
 
@@ -345,15 +350,12 @@ class Distiller:
             "distilling",
         )
         self.clock("training", started)
-        self.details["training"] = [{"part": "all blocks", **plain(tuned)}]
+        self.record.training = [trained_part("all blocks", tuned)]
 
 
-def plain(tuned: Tuned) -> dict[str, Any]:
-    """Return what a training did as JSON has it."""
-    found = asdict(tuned)
-    for name in ("losses", "checks"):
-        found[name] = [(step, finite(loss)) for step, loss in found[name]]
-    return found
+def trained_part(part: str, tuned: Tuned) -> TrainedPart:
+    """Return what the record says of one training."""
+    return TrainedPart(part=part, **asdict(tuned))
 
 
 def assign(program: Program, name: str, value: Tensor) -> None:

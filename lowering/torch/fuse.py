@@ -16,7 +16,15 @@ from graphopt.ir.feed_forward import read_hidden
 from graphopt.ir.functional import ACTIVATIONS
 from graphopt.ir.graph import Call, Node, Program, Value
 from graphopt.pass_manager.contract import Context, Pass, PassResult
+from graphopt.report.record import Record
 from graphopt.rewrite import Match, NoMatch, Rule, Site, apply_rules, calls_of, rule
+
+
+class FusedOps(Record):
+    """How often each rule was applied, and for which reason each left something, over all calls."""
+
+    rules: dict[str, int]
+    left: dict[str, int]
 
 
 @dataclass
@@ -41,6 +49,7 @@ class FuseLayerOps(Pass):
     """
 
     name: ClassVar[str] = "fuse-layer-ops"
+    record: ClassVar[type[Record]] = FusedOps
 
     def run(self, program: Program, context: Context) -> PassResult:
         calls = calls_of(program)
@@ -62,8 +71,8 @@ class FuseLayerOps(Pass):
         program.prune_unused()
         rules = {name: count for name, count in counts.items() if count}
         total = sum(rules.values())
-        details = {"rules": rules, "left": dict(left)}
-        return PassResult(program, total + sum(left.values()), total, details=details)
+        record = FusedOps(rules=rules, left=dict(left))
+        return PassResult(program, total + sum(left.values()), total, record=record)
 
 
 def _read_once(program: Program, calls: Sequence[Call]) -> set[str]:

@@ -50,7 +50,7 @@ class DeferResidualAdds(Pass):
                 _read_two(program, place, numbers)
             for place in sorted(makers):
                 _make_two(program, place, numbers)
-        return PassResult(program, matched, len(deferred), details={"deferred": len(deferred)})
+        return PassResult(program, matched, len(deferred))
 
 
 class _Numbers:

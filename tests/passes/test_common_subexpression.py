@@ -33,7 +33,7 @@ def test_equal_nodes_and_slots_merge():
         "    e = c * c",
         "    return e",
     ]
-    assert result.details["merged"] == {"weight slots": 1, "nodes": 3}
+    assert result.record.merged == {"weight slots": 1, "nodes": 3}
     torch.testing.assert_close(results(program), before, rtol=0, atol=0)
 
 
@@ -81,7 +81,7 @@ def test_equal_calls_merge_and_what_they_carry():
         ("block", ["x", "cos"], ["x"]),
         ("block", ["x", "cos"], ["x"]),
     ]
-    assert result.details["merged"] == {"calls": 1, "parameters": 2}
+    assert result.record.merged == {"calls": 1, "parameters": 2}
     torch.testing.assert_close(results(program), before, rtol=0, atol=0)
 
 

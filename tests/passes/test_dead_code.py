@@ -37,7 +37,7 @@ def test_everything_nothing_reads_goes():
     assert [weight.name for weight in program.weights] == ["used"]
     assert [(c.args, c.results, c.attrs) for c in program.calls] == [(["x"], ["r0"], {})]
     assert set(program.inputs) == {"input_ids", "x", "y"}  # the contract with runtimes stays
-    assert result.details["removed"] == {
+    assert result.record.removed == {
         "calls": 1,
         "results": 1,
         "nodes": 2,

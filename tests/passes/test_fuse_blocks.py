@@ -14,8 +14,9 @@ import graphopt as go
 from graphopt.errors import PassError, UsageError
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks, remove_blocks
-from graphopt.pass_manager.contract import Context, make_pass
+from graphopt.pass_manager.contract import Context, Earlier, make_pass
 from graphopt.passes.fuse_blocks import Injection, group_of, require_equal
+from graphopt.passes.prune_blocks import PrunedBlocks
 
 TEXT = book()[:24000]
 CPU = torch.device("cpu")
@@ -107,6 +108,13 @@ def test_controls_fuse_the_first_block_by_every_donor_and_change_nothing_else(de
         assert torch.equal(weight.load(), program.weights[weight.name].load())
 
 
+def removing(*blocks):
+    """A pruning pass that ran, and what it told."""
+    names = [f"model.layers.{number}" for number in blocks]
+    record = PrunedBlocks(order=[str(number) for number in blocks], removed=names)
+    return Earlier(make_pass("prune-blocks", {"remove": list(blocks)}), record)
+
+
 def test_groups_reach_from_the_first_cut_to_the_end_and_aim_behind_what_is_missing(dense):
     from graphopt.passes.fuse_blocks import _Fusion
 
@@ -114,7 +122,7 @@ def test_groups_reach_from_the_first_cut_to_the_end_and_aim_behind_what_is_missi
     remove_blocks(pruned, [2, 5])
     context = Context(TEXT, tokenizer=None)
     context.dense = dense
-    context.earlier["prune-blocks"] = {"removed": ["model.layers.2", "model.layers.5"]}
+    context.earlier.append(removing(2, 5))
     options = make_pass("fuse-blocks", {"mode": "local", "group": 2, "seqlen": LENGTH})
     fusion = _Fusion(options, pruned, context)
     # Blocks 0 1 3 4 6 7 of the whole model: from 1 on, in pairs, the last one whole.
@@ -263,7 +271,7 @@ def test_without_a_pruning_pass_there_is_nothing_to_fuse(dense):
 def test_a_text_that_is_too_short_is_refused_with_the_numbers(dense):
     context = Context("a short text", tokenizer=None)
     context.dense = dense
-    context.earlier["prune-blocks"] = {"removed": ["model.layers.1"], "options": {}}
+    context.earlier.append(removing(1))
     pruned = dense.copy()
     remove_blocks(pruned, [1])
     with pytest.raises(PassError, match=r"has 12 tokens, and a window takes 64"):

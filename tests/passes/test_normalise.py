@@ -34,7 +34,7 @@ def test_moves_of_heads_vanish_or_merge():
         "merge_heads = merge_heads(tanh(split_heads(x, head_dim=4)))",
         "return merge_heads",
     ]
-    assert result.details["rules"] == {
+    assert result.record.rules == {
         "absorb_swap": 3,
         "cancel_split_merge": 1,
         "drop_unit_scale": 1,
@@ -49,7 +49,7 @@ def test_two_swaps_are_none():
     f.results = [f.add("merge_heads", [f.add("silu", [twice]).output], names=["m"]).output]
     result = Normalise().run(one(f), Context())
     assert body(f) == ["m = merge_heads(silu(tanh(split_heads(x, head_dim=4))))", "return m"]
-    assert result.details["rules"] == {"cancel_swaps": 1}
+    assert result.record.rules == {"cancel_swaps": 1}
 
 
 def test_heads_come_first_before_rope():

@@ -1,0 +1,161 @@
+"""Parts of the page that the report and the records of passes are made of.
+
+All return HTML whose texts are escaped. Styles are those of `page.html`: `embed`, `attention`,
+`ffn`, `norm`, `head` for the parts of a model, `time` and `check` for durations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Protocol
+
+from graphopt.report.record import Step, finite
+
+
+def si(value: float, unit: str = "") -> str:
+    """Return a number with three digits and a metric prefix: 134.5 M."""
+    for limit, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.1f} {prefix}{unit}"
+    return f"{value:g} {unit}".rstrip()
+
+
+def figure(value: float | None, digits: int = 2) -> str:
+    """Return a figure with so many digits; a dash where there is none."""
+    known = finite(value)
+    return "–" if known is None else f"{known:.{digits}g}"
+
+
+def bar(parts: Iterable[tuple[float, str]]) -> str:
+    """Return one horizontal bar of stacked shares of its width."""
+    rects = ['<rect class="track" width="100" height="1"/>']
+    start = 0.0
+    for share, style in parts:
+        width = max(share * 100, 0.0)
+        rects.append(f'<rect class="{style}" x="{start:.3f}" width="{width:.3f}" height="1"/>')
+        start += width
+    return (
+        '<svg viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true">'
+        f"{''.join(rects)}</svg>"
+    )
+
+
+def row(label: str, value: str, drawn: str) -> str:
+    """Return a label and a value over a bar."""
+    return (
+        f'<div class="row"><div><span>{escape(label)}</span><span class="dim">{escape(value)}'
+        f"</span></div>{drawn}</div>"
+    )
+
+
+def legend(entries: Iterable[tuple[str, str]]) -> str:
+    """Return the meaning of colours, given as (style, label)."""
+    items = [f'<span><i class="{style}"></i>{escape(label)}</span>' for style, label in entries]
+    return f'<div class="legend">{"".join(items)}</div>'
+
+
+def halves(parts: Iterable[str]) -> str:
+    """Return what there is of several parts side by side."""
+    shown = "".join(f"<div>{part}</div>" for part in parts if part)
+    return f'<div class="halves">{shown}</div>' if shown else ""
+
+
+def removed_in_order(order: Sequence[str]) -> str:
+    """Return the sentence on what was removed, first to last."""
+    return f"<p>Removed, in this order: {escape(', '.join(order))}.</p>" if order else ""
+
+
+def sentences(facts: Sequence[str]) -> str:
+    """Return a paragraph of facts that have no picture."""
+    return f'<p class="facts dim">{escape(" ".join(facts))}</p>' if facts else ""
+
+
+def perplexity_rows(steps: Sequence[Step]) -> str:
+    """Return a bar for the perplexity after each step of a pass, from the lowest up."""
+    known = [step.value for step in steps if step.value is not None and step.value > 0]
+    if not known:
+        return ""
+    lowest = min(known)
+    # A full bar is a doubling at least, so that a small rise looks small.
+    full = max(math.log(max(known) / lowest), math.log(2))
+    rows = [
+        row(
+            step.after,
+            "–" if step.value is None else f"{step.value:.2f}",
+            bar([(math.log(step.value / lowest) / full, "ffn")] if step.value in known else []),
+        )
+        for step in steps
+    ]
+    note = "Perplexity on held-out windows of the calibration text, the bar from the lowest up."
+    return f'<h3>Perplexity</h3><p class="dim">{note}</p>{"".join(rows)}'
+
+
+def seconds_rows(seconds: Mapping[str, float]) -> str:
+    """Return a bar for the seconds of each part of a pass; `all` is the whole."""
+    parts = {part: value for part, value in seconds.items() if part != "all"}
+    total = seconds.get("all") or sum(parts.values())
+    if not parts or not total:
+        return ""
+    rows = [
+        row(part, f"{value:.1f} s", bar([(min(value / total, 1.0), "time")]))
+        for part, value in parts.items()
+    ]
+    note = f"Of {total:.1f} s in all."
+    return f'<h3>Time by part</h3><p class="dim">{note}</p>{"".join(rows)}'
+
+
+class Refitted(Protocol):
+    """A projection that was solved for anew; see `graphopt.calibration.repair.Refit`."""
+
+    @property
+    def before(self) -> float: ...
+    @property
+    def after(self) -> float: ...
+    @property
+    def ridge(self) -> float | None: ...
+
+
+def refit_sentences(refits: Sequence[Refitted]) -> list[str]:
+    """Return how many projections were refitted, and what came of the last one."""
+    if not refits:
+        return []
+    better = [refit for refit in refits if refit.ridge is not None]
+    fact = f"{len(better)} of {len(refits)} projections refitted in closed form"
+    last = refits[-1]
+    return [
+        f"{fact}; relative squared error of the stream behind the last {figure(last.before)} → "
+        f"{figure(last.after)}."
+    ]
+
+
+def curves(
+    lines: Iterable[tuple[str, Sequence[tuple[float, float]]]],
+    width: float,
+    label: str,
+    title: str = "",
+) -> str:
+    """Return lines over one axis, each as (style, points).
+
+    Args:
+        lines: Points are (x, y), with x from 0 to `width` and y from 0 at the bottom to 1.
+        label: What it shows, for readers of screens.
+        title: What pointing at it shows.
+    """
+    drawn = "".join(
+        f'<polyline class="{style}" points="'
+        + " ".join(f"{100 * x / width:.2f},{38 - 36 * y:.2f}" for x, y in points)
+        + '"/>'
+        for style, points in lines
+    )
+    told = f"<title>{escape(title)}</title>" if title else ""
+    return (
+        '<svg class="lines" viewBox="0 0 100 40" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(label)}">{told}{drawn}</svg>'
+    )
+
+
+def axis(*ends: str) -> str:
+    """Return the texts under a picture, from left to right."""
+    return f'<div class="axis">{"".join(f"<span>{escape(end)}</span>" for end in ends)}</div>'

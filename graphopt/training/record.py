@@ -1,0 +1,123 @@
+"""What a pass that trains tells, and how the report shows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Annotated
+
+import pydantic
+
+from graphopt.report.pictures import (
+    axis,
+    curves,
+    figure,
+    halves,
+    legend,
+    perplexity_rows,
+    seconds_rows,
+    sentences,
+)
+from graphopt.report.record import Figure, Record, Seconds, Step, told_in_a_line
+
+Count = Annotated[int, pydantic.Field(ge=0)]
+Curve = list[tuple[int, Figure]]
+"""(step, value) pairs."""
+
+
+class TrainedPart(pydantic.BaseModel):
+    """What one training did; see `graphopt.training.schedule.Tuned`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", from_attributes=True)
+
+    part: str
+    steps: Count
+    seconds: Seconds
+    tokens: Count
+    preparing: Seconds
+    losses: Curve
+    checks: Curve
+    lowered: Curve
+    stopped: str
+    not_compiled: str
+
+
+class TrainingRecord(Record):
+    """What every pass that trains tells.
+
+    Attributes:
+        seconds: By what they were spent on; `all` is the whole pass.
+        perplexity: On held-out windows, along the way.
+        training: An entry a training, in order.
+        own_windows: Windows that the dense model wrote to learn from; None for none.
+    """
+
+    seconds: dict[str, Seconds] = pydantic.Field(default_factory=dict)
+    perplexity: list[Step] = pydantic.Field(default_factory=list)
+    training: list[TrainedPart] = pydantic.Field(default_factory=list)
+    own_windows: Count | None = None
+
+    def line(self) -> str:
+        return told_in_a_line([], self.perplexity)
+
+    def card(self) -> str:
+        return "".join(
+            (
+                halves([perplexity_rows(self.perplexity), seconds_rows(self.seconds)]),
+                training_pictures(self.training),
+                sentences(self.own_sentences()),
+            )
+        )
+
+    def own_sentences(self) -> list[str]:
+        """Return what is told in a sentence each; here, on the text that the dense model wrote."""
+        if not self.own_windows:
+            return []
+        return [f"{self.own_windows:,.0f} windows of text were written by the dense model."]
+
+
+def training_pictures(parts: Sequence[TrainedPart]) -> str:
+    """Return a small picture of losses over steps for each training."""
+    if not parts:
+        return ""
+    pictures = "".join(map(_training, parts))
+    colours = legend([("bg-time", "training loss"), ("ffn", "held-out check")])
+    return f'<h3>Training</h3><div class="pictures">{pictures}</div>{colours}'
+
+
+def _training(trained: TrainedPart) -> str:
+    losses, checks = _drawable(trained.losses), _drawable(trained.checks)
+    known = [value for _, value in (*losses, *checks)]
+    last = max((step for step, _ in (*losses, *checks)), default=0)
+    picture = ""
+    if last > 0:
+        lowest, highest = min(known), max(known)
+        span = math.log(highest / lowest) or 1.0
+        scaled = [
+            (style, [(step, math.log(value / lowest) / span) for step, value in points])
+            for style, points in (("time", losses), ("ffn", checks))
+        ]
+        ends = f"loss {figure(lowest, 3)} to {figure(highest, 3)}, logarithmic"
+        picture = curves(scaled, last, "loss over steps", ends)
+        picture += axis("step 0", ends, f"{last:,.0f}")
+    facts = [f"{trained.steps:,.0f} steps", f"{trained.tokens:,.0f} tokens"]
+    facts.append(f"{trained.seconds:.1f} s")
+    if len(checks) > 1:
+        best = min(value for _, value in checks)
+        facts.append(f"held-out loss {figure(checks[0][1], 3)} → {figure(best, 3)}")
+    for step, rate in _drawable(trained.lowered):
+        facts.append(
+            f"rate at most {rate:.1e} from step {step:,.0f} on, as the one before got no further"
+        )
+    if trained.stopped:
+        facts.append(f"stopped early: {trained.stopped}")
+    return (
+        f'<div><b>{escape(trained.part)}</b><p class="dim">{escape(", ".join(facts))}</p>'
+        f"{picture}</div>"
+    )
+
+
+def _drawable(points: Curve) -> list[tuple[int, float]]:
+    """Return the points that have a place on a logarithmic scale."""
+    return [(step, value) for step, value in points if value is not None and value > 0]

@@ -1,0 +1,150 @@
+"""What `carve-moe` tells: what became of every part, and what the carved model takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pydantic
+
+from graphopt.calibration.repair import Refit
+from graphopt.report.pictures import (
+    axis,
+    curves,
+    halves,
+    legend,
+    refit_sentences,
+    seconds_rows,
+    sentences,
+    si,
+)
+from graphopt.report.record import Figure, Record, Seconds
+
+
+@dataclass(frozen=True)
+class Carved:
+    """What became of one part, on held-out text.
+
+    Attributes:
+        where: The block.
+        shared: Pieces that every token runs.
+        added: Neurons of zeros that fill the pieces.
+        rounds: Turns of fitting.
+        static, random, oracle, routed: Energy of the neurons that tokens do not run, as a share
+            of all: with the best pieces for every token alike, with random experts, with the
+            experts of most energy, and with the router's.
+        recall: Energy in the router's experts, as a share of that in the best ones.
+        agreement: Share of tokens for which the router's experts are the best ones.
+        load: Share of tokens that run each expert.
+    """
+
+    where: str
+    shared: int
+    added: int
+    rounds: int
+    static: float
+    random: float
+    oracle: float
+    routed: float
+    recall: float
+    agreement: float
+    load: list[float]
+
+
+class PartNeed(pydantic.BaseModel):
+    """What a model loses by one part: KL divergence of its next-token distributions, in nats."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    where: str
+    kl: Figure
+
+
+class Work(pydantic.BaseModel):
+    """What a prompt of `tokens` tokens takes, of the given model and of the carved one.
+
+    Attributes:
+        flops: In all.
+        weight_products: Of products with weights alone.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    tokens: int
+    flops: tuple[int, int]
+    weight_products: tuple[int, int]
+
+    def sentences(self) -> list[str]:
+        """Return a sentence for each of the two, where the given model takes any."""
+        return [
+            f"A prompt of {self.tokens:,.0f} tokens takes {si(before)} → {si(after)} {what} "
+            f"({after / before - 1:+.1%})."
+            for (before, after), what in (
+                (self.flops, "FLOPs in all"),
+                (self.weight_products, "products with weights"),
+            )
+            if before and after
+        ]
+
+
+class CarvedParts(Record):
+    """What was carved.
+
+    Attributes:
+        split: Shared, active and all pieces, such as `S3A3E8`.
+        parts: What became of each part that was carved.
+        refits: Of their down projections.
+        needs: What was measured where parts have numbers of shared pieces of their own.
+        work: What a prompt takes before and after.
+        seconds: By what they were spent on.
+    """
+
+    split: str
+    parts: list[Carved]
+    refits: list[Refit] = pydantic.Field(default_factory=list)
+    needs: list[PartNeed] = pydantic.Field(default_factory=list)
+    work: Work
+    seconds: dict[str, Seconds] = pydantic.Field(default_factory=dict)
+
+    def card(self) -> str:
+        facts = refit_sentences(self.refits) + self.work.sentences()
+        added = sum(part.added for part in self.parts)
+        if added:
+            facts.append(f"{added:,.0f} neurons of zeros were added.")
+        return "".join(
+            (halves([seconds_rows(self.seconds)]), _energy_picture(self.parts), sentences(facts))
+        )
+
+
+_SHARES = {
+    "random": ("norm", "random experts"),
+    "static": ("head", "the same neurons for every token"),
+    "routed": ("ffn", "the router's experts"),
+    "oracle": ("embed", "the best experts"),
+}
+"""Shares of energy in what became of carved parts: style and name of their lines."""
+
+
+def _energy_picture(parts: list[Carved]) -> str:
+    """Return a picture of the energy in the neurons that tokens do not run, block by block."""
+    found = {key: [getattr(part, key) for part in parts] for key in _SHARES}
+    known = [value for values in found.values() for value in values]
+    if len(parts) < 2 or not all(map(math.isfinite, known)) or max(known) <= 0:
+        return ""
+    highest, last = max(known), len(parts) - 1
+    lines = [
+        (style, [(number, value / highest) for number, value in enumerate(found[key])])
+        for key, (style, _) in _SHARES.items()
+    ]
+    labels = [
+        (style, f"{label}, {sum(found[key]) / len(parts):.1%} on average")
+        for key, (style, label) in _SHARES.items()
+    ]
+    shared = [str(part.shared) for part in parts]
+    pieces = f" Shared pieces of these parts: {', '.join(shared)}." if len(set(shared)) > 1 else ""
+    return (
+        '<h3>What tokens leave out</h3><p class="dim">Energy in the neurons that a token does not '
+        f"run, as a share of all. The highest point is {highest:.1%}.{pieces}</p>"
+        f"{curves(lines, last, 'energy left out by block')}"
+        f"{axis(parts[0].where, parts[-1].where)}{legend(labels)}"
+    )
