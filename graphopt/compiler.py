@@ -20,6 +20,7 @@ from graphopt.ir.types import DTYPE_NAMES
 from graphopt.pass_manager.pipeline import OnPass, Pipeline
 from graphopt.report.records import (
     ArtifactEntry,
+    PassEntry,
     Report,
     SkipEntry,
     block_entries,
@@ -92,6 +93,33 @@ class _Emission:
             emitter.check(program, self.target)
             if self.strict:
                 self._refuse(emitter.fallbacks(program, self.target))
+
+    def lower(
+        self, program: Program, dump_ir: str | Path | None, **options: Any
+    ) -> tuple[list[PassEntry], dict[str, float]]:
+        """Run the passes of every emitter through a pipeline; return their entries and stages.
+
+        The program is left as it is: what is saved is not what a target's kernels need.
+
+        Args:
+            dump_ir: Folder whose subfolder `lowering-EMITTER` gets the programs as text.
+            options: See `Pipeline.run`.
+
+        Raises:
+            VerifyError: A pass broke the program or changed results beyond the tolerance.
+        """
+        entries: list[PassEntry] = []
+        stages: dict[str, float] = {}
+        for emitter in self.emitters:
+            passes = emitter.passes(self.target)
+            if not passes:
+                continue
+            dump = None if dump_ir is None else Path(dump_ir) / f"lowering-{emitter.name}"
+            _, report = Pipeline(passes).run(program, dump_ir=dump, **options)
+            entries += report.passes
+            for stage, seconds in report.stages.items():
+                stages[stage] = stages.get(stage, 0.0) + seconds
+        return entries, stages
 
     @staticmethod
     def _refuse(fallbacks: list[tuple[str, str]]) -> None:
@@ -328,6 +356,20 @@ def compile_model(
                 program.max_length = length
                 if not structural:
                     emission.check(program)
+                lowering, seconds = emission.lower(
+                    program,
+                    dump_ir,
+                    calib=calib,
+                    verify=verify,
+                    device=device,
+                    seed=seed,
+                    bos=bos,
+                    progress=progress,
+                    on_pass=on_pass,
+                )
+                report.passes += lowering
+                for stage, more in seconds.items():
+                    report.stages[stage] = report.stages.get(stage, 0.0) + more
         report.stages = {"capture": capturing.seconds, **report.stages}
         report.total_seconds, report.peak_bytes = whole.seconds, whole.peak_bytes
         if not dry_run:

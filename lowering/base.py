@@ -10,6 +10,7 @@ from typing import ClassVar
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Program, resolve_attrs
 from graphopt.ir.ops.attention import asks_for_statistics
+from graphopt.pass_manager.contract import Pass
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
 
@@ -81,6 +82,13 @@ class Emitter(ABC):
         Raises:
             LoweringError: With the reason and the remedy.
         """
+
+    def passes(self, target: str) -> list[Pass]:
+        """Return the exact passes that emission for a target runs first, in their order.
+
+        What they make is not saved: the output folder holds the program as it came.
+        """
+        return []
 
     def fallbacks(self, program: Program, target: str) -> list[tuple[str, str]]:
         """Return what would run by less than the target's kernels, as (where, reason).

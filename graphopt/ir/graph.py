@@ -68,12 +68,15 @@ class Node:
         inputs: Operands in the order of the op's `operands`; None for an absent optional one.
         attrs: Attributes; a value may be a `Param`.
         outputs: What it makes.
+        annotations: What passes found out about it, by name, for the printer and the emitters:
+            `str` of one is its lines. They decide no number and are not saved.
     """
 
     op: str
     inputs: list[Value | None]
     attrs: dict[str, Any]
     outputs: list[Value] = field(default_factory=list)
+    annotations: dict[str, Any] = field(default_factory=dict)
 
     @property
     def output(self) -> Value:
@@ -200,6 +203,7 @@ class Function:
                 [None if v is None else value_of(v) for v in node.inputs],
                 copy.deepcopy(node.attrs),
                 [value_of(v) for v in node.outputs],
+                dict(node.annotations),
             )
             for value in twin.outputs:
                 value.node = twin

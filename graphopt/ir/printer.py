@@ -172,10 +172,21 @@ def print_program(program: Program) -> str:
                 notes.insert(0, f"x{len(calls)}")
             prefix = f"{label if index == 0 else '':8s} {text}"
             lines.append(f"{prefix:{_WIDTH}s} # {'  '.join(notes)}" if notes else prefix)
+        lines.extend(_annotation_lines(function))
         lines.extend(_param_lines(calls))
     for where, reason in program.notes:
         lines.append(f"note     {where}: {reason}")
     return "\n".join(map(plain_line, lines))
+
+
+def _annotation_lines(function: Function) -> list[str]:
+    """Return a comment for every line of the nodes' annotations, under the node's first output."""
+    return [
+        f"{'':8s} # {node.outputs[0].name} {name}: {line}"
+        for node in function.nodes
+        for name, annotation in node.annotations.items()
+        for line in str(annotation).splitlines()
+    ]
 
 
 def _param_lines(calls: list[Call]) -> list[str]:

@@ -164,7 +164,8 @@ class Report:
         source: What the user named.
         name: Short name of the model.
         target: Name of the target; None where nothing was emitted.
-        recipe: Text form of the passes that ran.
+        recipe: Text form of the passes of the recipe.
+        passes: Those of the recipe, and behind them those that lowering for the target ran.
         stages: Seconds of `capture`, `passes`, `verify` and `emit`.
         peak_bytes: Most resident memory of the whole run.
         probe: Of verification: `tokens`, `is_text`, `note`; None with verification off.

@@ -83,7 +83,7 @@ register_layer_family(
                 module="moe",
                 files=("experts",),
                 functions=("moe", "route", "top_gates"),
-                needed_by=frozenset({"experts"}),
+                needed_by=frozenset({"experts", "moe"}),
             ),
         ),
     )

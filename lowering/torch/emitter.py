@@ -15,6 +15,7 @@ from graphopt.lowering.tokenizer import (
     write_generation,
     write_tokenizer,
 )
+from graphopt.lowering.torch.passes import lower, lowering_passes
 from graphopt.lowering.torch.render import render_model
 from graphopt.lowering.torch.tiled import (
     FOLDER,
@@ -22,6 +23,7 @@ from graphopt.lowering.torch.tiled import (
     lower_attentions,
     range_report,
 )
+from graphopt.pass_manager.contract import Pass
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
 
@@ -34,14 +36,17 @@ def source_files(program: Program, target: str) -> dict[str, str]:
     Raises:
         LoweringError: See `render_model`.
     """
-    return _texts(program, target, lower_attentions(program, target))
+    return _texts(program, target)[0]
 
 
-def _texts(program: Program, target: str, tiled: LoweredKernels | None) -> dict[str, str]:
-    found = {MODEL_NAME: render_model(program, target, tiled)}
+def _texts(program: Program, target: str) -> tuple[dict[str, str], LoweredKernels | None]:
+    """Return the source files, and the kernels among them."""
+    lowered = lower(program, target)
+    tiled = lower_attentions(lowered, target)
+    texts = {MODEL_NAME: render_model(program, target, lowered)}
     if tiled is not None:
-        found |= {f"{FOLDER}/{name}": text for name, text in tiled.files().items()}
-    return found
+        texts |= {f"{FOLDER}/{name}": text for name, text in tiled.files().items()}
+    return texts, tiled
 
 
 def _without_kernel(tiled: LoweredKernels) -> list[tuple[str, str]]:
@@ -61,13 +66,15 @@ class TorchEmitter(Emitter):
         """
         render_model(program, target)
 
+    def passes(self, target: str) -> list[Pass]:
+        return lowering_passes(target)
+
     def fallbacks(self, program: Program, target: str) -> list[tuple[str, str]]:
         tiled = lower_attentions(program, target)
         return [] if tiled is None else _without_kernel(tiled)
 
     def emit(self, program: Program, root: Path, target: str, progress: Progress) -> Emitted:
-        tiled = lower_attentions(program, target)
-        sources = _texts(program, target, tiled)
+        sources, tiled = _texts(program, target)
         for name, text in sources.items():
             path = root / name
             path.parent.mkdir(exist_ok=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from graphopt.ir.graph import Program
 from graphopt.ir.verify import verify
+from graphopt.lowering.kernels.plan_kernels import PlanKernels
 from graphopt.lowering.torch.fuse import FuseLayerOps
+from graphopt.lowering.torch.packed import with_uniform_encodings
 from graphopt.lowering.torch.residuals import DeferResidualAdds
 from graphopt.pass_manager.contract import Context, Pass
 from graphopt.targets import get_target
@@ -12,22 +14,24 @@ from graphopt.targets import get_target
 
 def lowering_passes(target: str) -> list[Pass]:
     """Return the exact passes that run before emission for a target, in their order."""
-    return [DeferResidualAdds(), FuseLayerOps()] if get_target(target).layer_kernels else []
+    machine = get_target(target)
+    passes: list[Pass] = [DeferResidualAdds(), FuseLayerOps()] if machine.layer_kernels else []
+    return [*passes, PlanKernels(target)] if machine.kernels else passes
 
 
 def lower(program: Program, target: str) -> Program:
     """Return the program as it is emitted for a target; only its structure is verified.
 
     Emission reads no weight for its text. A compile runs the same passes through a pipeline,
-    which compares logits before and after each; see `graphopt.compiler`.
+    which verifies each as it does those of a recipe; see `graphopt.compiler`.
 
     Raises:
         VerifyError: A pass made a malformed program.
     """
+    lowered = with_uniform_encodings(program)
     passes = lowering_passes(target)
-    if not passes:
-        return program
-    lowered = program.copy()
+    if passes and lowered is program:
+        lowered = program.copy()
     for item in passes:
         lowered = item.run(lowered, Context()).program
         verify(lowered)

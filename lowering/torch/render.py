@@ -20,7 +20,6 @@ from graphopt.lowering.base import check_attention_results
 from graphopt.lowering.torch import packed, template
 from graphopt.lowering.torch.classes import ModuleClass
 from graphopt.lowering.torch.model import ModelClass
-from graphopt.lowering.torch.packed import with_uniform_encodings
 from graphopt.lowering.torch.passes import lower
 from graphopt.lowering.torch.text import HELPERS, WIDTH, class_name, prose, quoted, wrap
 from graphopt.lowering.torch.tiled import (
@@ -55,13 +54,11 @@ _LIBRARIES = {
 }
 
 
-def render_model(
-    program: Program, target: str = "cpu", kernels: LoweredKernels | None = None
-) -> str:
+def render_model(program: Program, target: str = "cpu", lowered: Program | None = None) -> str:
     """Return the text of `model.py` for a program on a target.
 
     Args:
-        kernels: What `lower_attentions` makes of the program there, if that is at hand.
+        lowered: What `lower` makes of the program for the target, if that is at hand.
 
     It depends on nothing that `program.json` leaves out, nor on the dtype of a weight, which
     another emitter may change: a program that was saved gives the same text when it is loaded
@@ -70,12 +67,11 @@ def render_model(
     Raises:
         LoweringError: An op, an attribute or an input has no form in the file.
     """
-    tiled = kernels or lower_attentions(program, target)
+    lowered = lower(program, target) if lowered is None else lowered
+    tiled = lower_attentions(lowered, target)
     _check_layouts(program, tiled)
     if tiled is not None:
         check_attention_results(program, f"the kernels' launcher for {tiled.target.title}")
-    program = with_uniform_encodings(program)
-    lowered = lower(program, target)
     classes = _classes(lowered)
     ahead = tiled.functions() if tiled is not None else []
     unmasked = tiled is not None and mask_is_for_attention_alone(program)

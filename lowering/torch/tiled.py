@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
 from graphopt.errors import LoweringError
-from graphopt.ir.graph import Node, Program, Value, resolve_attrs
-from graphopt.ir.ops.attention import BIAS, KEY, QUERY, SINKS, SLOPES, VALUE
-from graphopt.ir.shapes import infer_program
-from graphopt.ir.types import Type
-from graphopt.lowering.kernels import (
-    KernelFamily,
-    LayerKernels,
-    get_family,
-    get_layer_family,
-    plan_attention,
-)
+from graphopt.ir.graph import Program
+from graphopt.lowering.kernels import KernelFamily, LayerKernels, get_family, get_layer_family
 from graphopt.lowering.kernels.family import runtime_text
-from graphopt.plan import AttentionPlan, AttentionSpec
+from graphopt.lowering.kernels.plan_kernels import PlanKernels, compute_dtype, planned_attentions
+from graphopt.pass_manager.contract import Context
+from graphopt.plan import AttentionPlan
 from graphopt.targets import Target, get_target
 
 FOLDER = "kernels"
@@ -174,78 +164,28 @@ __all__ = [{names}]
 '''
 
 
-def compute_dtype(program: Program, target: Target) -> str:
-    """Return the 16-bit dtype a model computes in: its own where the target has it, else f16."""
-    own = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(program.checkpoint_dtype)
-    return own if own is not None and own in target.dtypes else "f16"
-
-
 def lower_attentions(program: Program, target: str) -> LoweredKernels | None:
-    """Plan every attention of a program; None where the target has no kernels of ours.
+    """Return the kernels of a program on a target; None where that has none of ours.
 
-    Every form is planned for prefill and decode, with and without a padding mask, and for a
-    cache that grows by copying as for one with room to spare.
+    Args:
+        program: As it is emitted: annotated by `plan-kernels`. Any other is planned here.
     """
     machine = get_target(target)
     if not machine.kernels:
         return None
-    model = LoweredKernels(machine, compute_dtype(program, machine))
+    planned = planned_attentions(program)
+    if not planned:
+        program = PlanKernels(target).run(program.copy(), Context()).program
+        planned = planned_attentions(program)
     called = {call.function for call in program.calls}
-    model.ops = frozenset(node.op for name in called for node in program.functions[name].nodes)
-    seen: dict[AttentionSpec, None] = {}
-    for where, spec in _specs(program, model.dtype):
-        if spec in seen:
-            continue
-        seen[spec] = None
-        for phase in ("prefill", "decode"):
-            try:
-                for key_mask in (False, True):
-                    for lengths in (False, True):
-                        form = spec.replace(phase=phase, key_mask=key_mask, lengths=lengths)
-                        model.plans += _plans(form, machine)
-            except LoweringError as error:
-                if phase == "decode" and any(plan.spec == spec for plan in model.plans):
-                    model.notes.append((where, f"decodes as a short prefill: {error.message}"))
-                else:
-                    model.refused.append((where, f"{phase}: {error.message}"))
-    return model
-
-
-def _plans(spec: AttentionSpec, target: Target) -> Iterator[AttentionPlan]:
-    """Yield the plan, and behind one of a kernel compiled ahead what runs without its code."""
-    plan = plan_attention(spec, target)
-    yield plan
-    others = tuple(name for name in target.kernels if not get_family(name).ahead)
-    if get_family(plan.kernel).ahead and others:
-        with contextlib.suppress(LoweringError):
-            yield plan_attention(spec, replace(target, kernels=others))
-
-
-def _specs(program: Program, dtype: str) -> Iterator[tuple[str, AttentionSpec]]:
-    """Yield where each attention is, and its description without phase and masks."""
-    kinds, _ = infer_program(program)
-    for call, types in zip(program.calls, kinds, strict=True):
-        for node in program.functions[call.function].nodes:
-            if node.op == "attention":
-                attrs = resolve_attrs(node, call)
-                yield call.path or call.function, _spec(node, types, attrs, dtype)
-
-
-def _spec(node: Node, types: dict[Value, Type], attrs: dict[str, Any], dtype: str) -> AttentionSpec:
-    def shape(index: int) -> tuple[Any, ...]:
-        value = node.inputs[index]
-        assert value is not None
-        return types[value].shape
-
-    def has(index: int) -> bool:
-        return len(node.inputs) > index and node.inputs[index] is not None
-
-    return AttentionSpec(
-        head_dim=int(shape(QUERY)[3]), value_dim=int(shape(VALUE)[3]),
-        heads=int(shape(QUERY)[1]), kv_heads=int(shape(KEY)[1]), dtype=dtype,
-        causal=bool(attrs["causal"]), window=attrs.get("window"), chunk=attrs.get("chunk"),
-        softcap=attrs.get("softcap"), sinks=has(SINKS), alibi=has(SLOPES), bias=has(BIAS),
-    )  # fmt: skip
+    return LoweredKernels(
+        machine,
+        compute_dtype(program, machine),
+        [plan for plans in planned for plan in plans.plans],
+        [(plans.where, reason) for plans in planned for reason in plans.refused],
+        [(plans.where, note) for plans in planned for note in plans.notes],
+        frozenset(node.op for name in called for node in program.functions[name].nodes),
+    )
 
 
 def range_report(program: Program, dtype: str) -> list[tuple[str, str]]:

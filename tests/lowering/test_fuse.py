@@ -6,6 +6,7 @@ import pytest
 import torch
 from carved import carved
 from programs import tiny_program
+from tiny_models import save_tiny
 
 import graphopt as go
 from graphopt.execute.interpreter import Runner
@@ -185,7 +186,8 @@ PROGRAMS = {
 def test_the_pipeline_verifies_lowering_like_any_pass(name):
     program = PROGRAMS[name]()
     lowered, report = go.Pipeline(lowering_passes("ampere")).run(program)
-    assert [entry.name for entry in report.passes] == ["defer-residual-adds", "fuse-layer-ops"]
+    names = [entry.name for entry in report.passes]
+    assert names == ["defer-residual-adds", "fuse-layer-ops", "plan-kernels"]
     assert all(entry.exact for entry in report.passes)
     assert report.passes[1].verification == "passed"
     assert str(lowered) == str(lower(program, "ampere"))
@@ -206,8 +208,11 @@ def test_lowering_makes_the_fused_ops_and_keeps_the_program(tmp_path):
     ops = {node.op for f in lowered.functions.values() for node in f.nodes}
     assert {"add_rms_norm", "rope_pair", "packed_linear", "moe", "route"} <= ops
     assert "no_addend" in ops and not {"experts", "top_gates", "rope"} & ops
-    for target in ("cpu", "volta", "ascend910b"):
-        assert lower(program, target) is program
+    assert lower(program, "cpu") is program
+    for target in ("volta", "ascend910b"):
+        text = str(lower(program, target))
+        assert "add_rms_norm" not in text and " kernels: prefill: " in text
+        assert "head_dim is 8" in text and "by its reference" in text
 
 
 def test_a_layer_hands_its_summands_to_the_norm_of_the_next():
@@ -220,3 +225,24 @@ def test_a_layer_hands_its_summands_to_the_norm_of_the_next():
         assert not any(
             value.node is not None and value.node.op == "add" for value in function.results
         )
+
+
+def test_a_compile_verifies_lowering_and_tells_of_it(tmp_path):
+    folder = save_tiny(tmp_path / "model", "llama", head_dim=32)
+    report = go.compile_model(
+        str(folder), tmp_path / "out", target="ampere", dump_ir=tmp_path / "dumps"
+    )
+    entries = {entry.name: entry for entry in report.passes}
+    fused = entries["fuse-layer-ops"]
+    assert list(entries)[-3:] == ["defer-residual-adds", "fuse-layer-ops", "plan-kernels"]
+    assert fused.verification == "passed" and fused.details["rules"]["fuse_rotations"] == 2
+    assert entries["plan-kernels"].details["families"] == ["triton"]
+    dumps = sorted(path.name for path in (tmp_path / "dumps" / "lowering-torch").iterdir())
+    assert dumps[1:] == [
+        "01-defer-residual-adds.txt", "02-fuse-layer-ops.txt", "03-plan-kernels.txt",
+    ]  # fmt: skip
+    text = (tmp_path / "dumps" / "lowering-torch" / dumps[3]).read_text()
+    assert "rope_pair(" in text and "kernels: prefill: triton BLOCK_M=" in text
+    saved = (tmp_path / "out" / "program.txt").read_text()
+    assert "rope_pair(" not in saved and "kernels:" not in saved
+    assert "fuse-layer-ops" in (tmp_path / "out" / "report.html").read_text()
