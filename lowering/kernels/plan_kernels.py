@@ -18,6 +18,7 @@ from graphopt.lowering.kernels.family import get_family
 from graphopt.lowering.kernels.planning import plan_attention
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip
 from graphopt.plan import AttentionPlan, AttentionSpec
+from graphopt.report.record import Record
 from graphopt.targets import Target, get_target
 
 ANNOTATION = "kernels"
@@ -69,6 +70,16 @@ class KernelPlans:
         return "\n".join(f"{spec}: {line}" for spec, lines in rows for line in lines)
 
 
+class PlannedKernels(Record):
+    """Which families of kernels run the attentions, and how many plans there are."""
+
+    families: list[str]
+    plans: int
+
+    def line(self) -> str:
+        return f"{self.plans} plans of {', '.join(self.families)}" if self.plans else "no plans"
+
+
 @dataclass
 class PlanKernels(Pass):
     """Annotate every attention with the kernels that run it on a target, or why none does.
@@ -88,11 +99,13 @@ class PlanKernels(Pass):
     target: str = "cpu"
 
     name: ClassVar[str] = "plan-kernels"
+    record: ClassVar[type[Record]] = PlannedKernels
 
     def run(self, program: Program, context: Context) -> PassResult:
         machine = get_target(self.target)
         result = PassResult(program)
         if not machine.kernels:
+            result.record = PlannedKernels(families=[], plans=0)
             return result
         planned: dict[AttentionSpec, SpecPlans] = {}
         of_node: dict[Node, dict[AttentionSpec, SpecPlans]] = {}
@@ -106,7 +119,7 @@ class PlanKernels(Pass):
             node.annotations[ANNOTATION] = KernelPlans(tuple(specs.values()))
         chosen = [plan for plans in planned.values() for plan in plans.plans]
         families = dict.fromkeys(plan.kernel for plan in chosen)
-        result.details = {"families": list(families), "plans": len(chosen)}
+        result.record = PlannedKernels(families=list(families), plans=len(chosen))
         return result
 
 

@@ -26,6 +26,9 @@ class FusedOps(Record):
     rules: dict[str, int]
     left: dict[str, int]
 
+    def line(self) -> str:
+        return ", ".join(f"{name} x{count}" for name, count in self.rules.items())
+
 
 @dataclass
 class FuseLayerOps(Pass):
