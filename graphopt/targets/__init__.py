@@ -139,15 +139,37 @@ def _tuned(target: str) -> tuple[Tuned, ...]:
     )
 
 
+_REGISTERED: dict[str, Target] = {}
+
+
+def register_target(text: str) -> Target:
+    """Make the target that a TOML text describes known under its name, in this process.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    target = Target.from_toml(tomllib.loads(text))
+    if target.name in all_targets():
+        raise ValueError(f"target {target.name!r} is there already")
+    _REGISTERED[target.name] = target
+    return target
+
+
 @cache
+def _own_targets() -> tuple[Target, ...]:
+    """Read the files that lie beside this module."""
+    return tuple(
+        Target.from_toml(tomllib.loads(entry.read_text(encoding="utf-8")))
+        for entry in resources.files(__name__).iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
 def all_targets() -> dict[str, Target]:
     """Return every target by name, the CPU first."""
-    found: list[Target] = []
-    for entry in resources.files(__name__).iterdir():
-        if entry.name.endswith(".toml"):
-            found.append(Target.from_toml(tomllib.loads(entry.read_text(encoding="utf-8"))))
-    found.sort(key=lambda target: (target.kind != "cpu", target.name))
-    return {target.name: target for target in found}
+    targets = [*_own_targets(), *_REGISTERED.values()]
+    targets.sort(key=lambda target: (target.kind != "cpu", target.name))
+    return {target.name: target for target in targets}
 
 
 def get_target(name: str) -> Target:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import sympy
@@ -15,44 +15,17 @@ from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import map_leaves, resolve_target
 from graphopt.ir.ops.attention import PAST_K, PAST_V, asks_for_statistics
 from graphopt.ir.printer import FunctionPrinter
-from graphopt.lowering.torch.packed import rows_text
+from graphopt.lowering.torch.forms import callee_of, form_of
 from graphopt.lowering.torch.text import (
     HELPERS,
     attribute_names,
     identifier,
     joint_name,
     literal,
-    quoted,
     size_text,
     sizes_of,
 )
 
-# op -> what is called. A name without a dot is a function of graphopt.ir.functional.
-_CALLEES = {
-    "abs": "torch.abs",
-    "add_rms_norm": "add_rms_norm",
-    "by_length": "by_length",
-    "gelu": "F.gelu",
-    "gelu_tanh": "gelu_tanh",
-    "layer_norm": "layer_norm",
-    "linear": "linear",
-    "merge_heads": "merge_heads",
-    "ntk_frequencies": "ntk_frequencies",
-    "quick_gelu": "quick_gelu",
-    "relu": "F.relu",
-    "relu2": "relu2",
-    "rms_norm": "rms_norm",
-    "rope": "rope",
-    "rope_pair": "rope_pair",
-    "rope_table": "rope_table",
-    "sigmoid": "torch.sigmoid",
-    "silu": "F.silu",
-    "softcap": "softcap",
-    "split_heads": "split_heads",
-    "swap_heads": "swap_heads",
-    "tanh": "torch.tanh",
-    "top_gates": "top_gates",
-}
 # ATen operators whose operands must be of one dtype, and one that is not of torch's own.
 _ATEN_CALLEES = {
     "aten.bmm.default": "matmul",
@@ -176,11 +149,12 @@ class BodyPrinter(FunctionPrinter):
         try:
             if is_aten(node.op):
                 return self._aten(node)
-            form = _FORMS.get(node.op)
+            form = form_of(node.op)
             if form is not None:
                 return form(self, node)
-            if node.op in _CALLEES:
-                return self._call(node, _CALLEES[node.op], node.inputs)
+            callee = callee_of(node.op)
+            if callee is not None:
+                return self.call(node, callee, node.inputs)
         except ValueError as error:
             raise self._refusal(node, str(error)) from error
         raise self._refusal(node, "this op has no form in PyTorch")
@@ -188,7 +162,7 @@ class BodyPrinter(FunctionPrinter):
     def _refusal(self, node: Node, reason: str) -> LoweringError:
         return LoweringError(
             f"{self.where}: {node.outputs[0].name} = {node.op}: {reason}.",
-            "Add a form under lowering/torch/, or leave torch out of --emit.",
+            "Add a form in lowering/torch/forms.py, or leave torch out of --emit.",
         )
 
     def _may_inline(self, node: Node, text: str) -> bool:
@@ -197,7 +171,7 @@ class BodyPrinter(FunctionPrinter):
         user = self._uses[node.output][0][0]
         return not (is_aten(user.op) and _mentions(user, node.output) > 1)
 
-    def _call(self, node: Node, callee: str, operands: Sequence[Value | None]) -> str:
+    def call(self, node: Node, callee: str, operands: Sequence[Value | None]) -> str:
         arguments = [*self.operands(node, operands), *self.options_of(node)]
         return self.helper(callee, ", ".join(arguments))
 
@@ -262,7 +236,7 @@ class BodyPrinter(FunctionPrinter):
         if asks_for_statistics(node.attrs):
             return self._attention_results(node, pasts)
         if not pasts:
-            return self._call(node, "attention", node.inputs[:PAST_K])
+            return self.call(node, "attention", node.inputs[:PAST_K])
         texts = self.operands(node, node.inputs[:PAST_K])
         texts.insert(3, self._past_text(node, pasts))
         return self.helper("cached_attention", ", ".join([*texts, *self.options_of(node)]))
@@ -362,68 +336,3 @@ def _mentions(node: Node, value: Value) -> int:
 
     map_leaves([node.attrs["args"], node.attrs.get("kwargs", {})], look)
     return count
-
-
-def _act_mul(printer: BodyPrinter, node: Node) -> str:
-    gate, up = (printer.name(value) for value in node.inputs if value is not None)
-    return printer.helper("act_mul", f"{gate}, {up}, {quoted(node.attrs['act'])}")
-
-
-def _embedding(printer: BodyPrinter, node: Node) -> str:
-    ids, weight = node.inputs
-    assert ids is not None and weight is not None
-    rows = printer.name(ids)
-    offset = node.attrs.get("offset", 0)
-    if offset != 0:
-        rows += f" + {printer.literal(offset, node)}"
-    if weight in printer.quantised:
-        return rows_text(printer.name(weight), rows)
-    return f"F.embedding({rows}, {printer.name(weight)})"
-
-
-def _experts(printer: BodyPrinter, node: Node) -> str:
-    act = _CALLEES[node.attrs["act"]]
-    if act in HELPERS:
-        printer.helpers.add(act)
-    arguments = [*printer.operands(node, node.inputs), f"act={act}"]
-    return printer.helper("experts", ", ".join(arguments))
-
-
-def _named(printer: BodyPrinter, node: Node, given: int, *options: str) -> str:
-    """Return a call whose operands behind the first `given` ones are given by name."""
-    names = [name.rstrip("?") for name in get_op(node.op).operands]
-    texts = [
-        printer.name(value) if place < given else f"{name}={printer.name(value)}"
-        for place, (name, value) in enumerate(zip(names, node.inputs, strict=False))
-        if value is not None
-    ]
-    return printer.helper(node.op, ", ".join([*texts, *options]))
-
-
-def _moe(printer: BodyPrinter, node: Node) -> str:
-    options = f"act={quoted(node.attrs['act'])}", f"active={node.attrs['active']}"
-    return _named(printer, node, 4, *options)
-
-
-def _route(printer: BodyPrinter, node: Node) -> str:
-    return _named(printer, node, 2, *printer.options_of(node))
-
-
-def _scale(printer: BodyPrinter, node: Node) -> str:
-    factor = printer.literal(node.attrs["factor"], node)
-    return printer.infix(node, "*", node.inputs[0], factor)
-
-
-_FORMS: dict[str, Callable[[BodyPrinter, Node], str]] = {
-    "act_mul": _act_mul,
-    "add": lambda printer, node: printer.infix(node, "+", node.inputs[0], node.inputs[1]),
-    "attention": BodyPrinter.attention,
-    "embedding": _embedding,
-    "experts": _experts,
-    "moe": _moe,
-    "no_addend": lambda printer, node: "None",
-    "mul": lambda printer, node: printer.infix(node, "*", node.inputs[0], node.inputs[1]),
-    "packed_linear": BodyPrinter.packed_linear,
-    "route": _route,
-    "scale": _scale,
-}
