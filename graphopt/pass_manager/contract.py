@@ -50,6 +50,14 @@ class Skip:
     reason: str
 
 
+class Statement(ABC):
+    """What a pass states of the program it made, such as which blocks are left."""
+
+    @abstractmethod
+    def check(self, before: Program, after: Program) -> str | None:
+        """Return, as a clause, what of it does not hold; None where all does."""
+
+
 @dataclass
 class PassResult:
     """What a pass did.
@@ -61,6 +69,8 @@ class PassResult:
         skipped: Matched places left alone, with the reason.
         record: What this pass alone tells the report and later passes, of the type that
             `Pass.record` names.
+        statement: What holds of the program, for verification to check; None for nothing beyond
+            what its structure says.
     """
 
     program: Program
@@ -68,6 +78,7 @@ class PassResult:
     changed: int = 0
     skipped: list[Skip] = field(default_factory=list)
     record: Record | None = None
+    statement: Statement | None = None
 
 
 @dataclass(frozen=True)

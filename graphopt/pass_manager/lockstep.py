@@ -129,7 +129,10 @@ class _Lockstep:
             try:
                 self._advance(pair)
             except _Differs as difference:
-                result.error = self._outputs_differ(difference.batches or batches, str(difference))
+                result.error = str(difference)
+                if not difference.is_choice:
+                    shown_by = difference.batches or batches
+                    result.error = self._outputs_differ(shown_by, result.error)
                 break
             except _Unable as reason:
                 result.not_run.append(str(reason))
@@ -176,6 +179,8 @@ class _Lockstep:
     def _compare(self, i: int, j: int, equal: Mapping[str, str]) -> None:
         first, second = self.sides
         weights = first.weights(i), second.weights(j)
+        observed = set(first.observed(i)) & set(second.observed(j))
+        equal = {**equal, **{name: name for name in observed}}
         for number, (ours, theirs) in enumerate(zip(first.values, second.values, strict=True)):
             steps = first.steps(number), second.steps(number)
             results = self._one(i, j, equal, weights, ours, theirs, steps)
@@ -220,9 +225,11 @@ class _Lockstep:
             moved = self._moved_by_rounding(j, weights[1], theirs, results, steps[1])
             tolerance += 4 * moved
         if not largest <= tolerance:
+            of = "" if name in first.observed(i) else f" of {where}"
             raise _Differs(
-                f"{name} of {where} differs in fp64 by {largest:.1e} of its largest number, where "
-                f"rounding explains {tolerance:.0e}"
+                f"{name}{of} differs in fp64 by {largest:.1e} of its largest number, where "
+                f"rounding explains {tolerance:.0e}",
+                is_choice=not of,
             )
         self.result.largest = max(self.result.largest, largest)
         return expected, results
@@ -412,11 +419,17 @@ class _Differs(Exception):
 
     Attributes:
         batches: The inputs that show it, where they are not the usual ones.
+        is_choice: It is what an op chooses by: other tokens show it in the results.
     """
 
-    def __init__(self, what: str, batches: list[dict[str, Tensor]] | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        batches: list[dict[str, Tensor]] | None = None,
+        is_choice: bool = False,
+    ) -> None:
         super().__init__(what)
-        self.batches = batches
+        self.batches, self.is_choice = batches, is_choice
 
 
 class _Unable(Exception):

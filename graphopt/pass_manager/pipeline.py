@@ -16,12 +16,12 @@ from graphopt.ir.imprint import Imprint
 from graphopt.ir.printer import print_program
 from graphopt.ir.types import DTYPE_NAMES
 from graphopt.ir.verify import verify as verify_structure
+from graphopt.pass_manager.claims import check_claims
 from graphopt.pass_manager.contract import (
     PROPERTIES,
     Context,
     Earlier,
     Pass,
-    PassResult,
     declared_passes,
     make_pass,
 )
@@ -458,7 +458,7 @@ class _Run:
                     f"Pass {item.name!r} made a malformed program: {error.message}",
                     f"Leave {item.name!r} out of the recipe; this is a bug in the pass.",
                 ) from error
-            self._believe(item, result, imprint, before)
+            check_claims(item, result, imprint, before)
             if result.changed == 0:
                 entry.verification = "unchanged"
                 self._latest = self._latest or self._reference
@@ -469,34 +469,6 @@ class _Run:
         entry.verify_seconds = meter.seconds
         self.program = after
         return entry
-
-    @staticmethod
-    def _believe(item: Pass, result: PassResult, imprint: Imprint, before: Program) -> None:
-        """Compare what a pass says it changed with what it changed.
-
-        Raises:
-            VerifyError: It wrote to the program it got a copy of, or changed something and says
-                it did not, or the other way round.
-        """
-        leave_out = f"Leave {item.name!r} out of the recipe; this is a bug in the pass."
-        harmed = imprint.difference(before)
-        if harmed is not None:
-            raise VerifyError(
-                f"Pass {item.name!r} changed the program that it got a copy of: {harmed}.",
-                "This is a bug in the pass: it must put a new weight in place of an old one.",
-            )
-        found = imprint.difference(result.program)
-        if result.changed == 0 and found is not None:
-            raise VerifyError(
-                f"Pass {item.name!r} says that it changed nothing, but {found}.",
-                leave_out,
-            )
-        if result.changed != 0 and found is None:
-            raise VerifyError(
-                f"Pass {item.name!r} says that it changed {result.changed} places, but the program "
-                "is as it was.",
-                leave_out,
-            )
 
     @staticmethod
     def _fill_unchanged(entry: PassEntry, measured: Measured) -> None:

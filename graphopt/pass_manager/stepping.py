@@ -20,6 +20,9 @@ from graphopt.pass_manager.lengths import with_short_lengths
 LOOK_UPS = frozenset({"embedding", "aten.embedding.default"})
 """Ops that read rows of a table by number."""
 
+CHOICES = frozenset({"top_gates", "aten.topk.default", "aten.argmax.default", "aten.sort.default"})
+"""Ops that choose by their operands: those may differ without any result that shows it."""
+
 _LARGE = 1 << 30
 """Bytes in fp64 from which on a table keeps the dtype that it has."""
 
@@ -64,6 +67,23 @@ def _large_tables(program: Program) -> frozenset[str]:
     )
 
 
+def observe_choices(program: Program) -> None:
+    """Make what ops choose by a result of every call, in place, under a name of its own."""
+    observed: set[str] = set()
+    for call in program.calls:
+        function = program.function_of(call)
+        read = [
+            (f"operand {place} of {node.op} {number}", value)
+            for number, node in enumerate(n for n in function.nodes if n.op in CHOICES)
+            for place, value in enumerate(node.inputs)
+            if value is not None
+        ]
+        call.results += [f"{name} in {call.path or call.function}" for name, _ in read]
+        if call.function not in observed:
+            function.results += [value for _, value in read]
+            observed.add(call.function)
+
+
 @dataclass
 class Side:
     """One of two programs that are run beside each other.
@@ -80,6 +100,7 @@ class Side:
 
     def __post_init__(self) -> None:
         shortened = with_short_lengths(self.program, self.short)
+        observe_choices(shortened)
         self.types, _ = infer_program(shortened)
         self.runner = _Fp64Runner(
             shortened, dtype=torch.float64, device=self.device, keep_weights=False
@@ -90,9 +111,14 @@ class Side:
         """Return the function that call number `index` runs, with short windows."""
         return self.runner.program.function_of(self.runner.program.calls[index])
 
+    def observed(self, index: int) -> list[str]:
+        """Return the names under which `run` gives what call number `index` chooses by."""
+        call = self.runner.program.calls[index]
+        return call.results[len(self.program.calls[index].results) :]
+
     def type_of(self, index: int, result: str) -> Type:
         """Return the type of a result of call number `index`, by the result's name."""
-        place = self.program.calls[index].results.index(result)
+        place = self.runner.program.calls[index].results.index(result)
         return self.types[index][self.function(index).results[place]]
 
     def is_divided(self, index: int) -> bool:
