@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from programs import tiny_program
 
 from graphopt.errors import VerifyError
-from graphopt.ir import Array, Program, Rows, Weight
+from graphopt.ir import Array, KVState, Producer, Program, Rows, Weight
 from graphopt.pass_manager.contract import Context, Pass, PassResult
 from graphopt.pass_manager.pipeline import Pipeline
 
@@ -77,6 +77,53 @@ def the_config(program: Program, context: Context) -> None:
     program.config["bos_token_id"] = 5
 
 
+def the_tokenizer(program: Program, context: Context) -> None:
+    program.tokenizer = "elsewhere"
+
+
+def a_state(program: Program, context: Context) -> None:
+    program.states["kv.0"] = KVState("kv.0", 2, 8, 8)
+
+
+@dataclass(frozen=True, eq=False)
+class Alike(Array):
+    """A producer that says that it is equal to any other."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = Array.__hash__
+
+
+def a_producer_that_looks_equal(program: Program, context: Context) -> None:
+    _replace(program, Alike(program.weights[NAME].load() * 2))
+
+
+@dataclass(frozen=True)
+class Doubled(Producer):
+    """Twice another producer's value; `times` is not compared."""
+
+    source: Producer
+    times: int = field(default=2, compare=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.source.dtype
+
+    def load(self) -> torch.Tensor:
+        return self.source.load() * self.times
+
+
+def a_field_that_is_not_compared(program: Program, context: Context) -> None:
+    producer = program.weights[NAME].producer
+    assert isinstance(producer, Doubled)
+    _replace(program, Doubled(producer.source, 3))
+
+
 def a_weight_more(program: Program, context: Context) -> None:
     program.weights.add(Weight("more", Array(torch.ones(2))))
 
@@ -92,12 +139,24 @@ def a_weight_more(program: Program, context: Context) -> None:
         (another_weight_in_a_slot, "the program's calls changed"),
         (an_attribute, "the program's functions changed"),
         (the_config, "the program's config changed"),
+        (the_tokenizer, "the program's tokenizer changed"),
+        (a_state, "the program's states changed"),
+        (a_producer_that_looks_equal, rf"weight '{NAME}' has another value"),
         (a_weight_more, "weight 'more' is new"),
     ],
 )
 def test_a_pass_that_hides_a_change_is_refused(act, found, verify):
     with pytest.raises(VerifyError, match=rf"says that it changed nothing, but {found}"):
         run(act, verify=verify)
+
+
+def test_fields_count_that_a_producer_does_not_compare():
+    program = tiny_program()
+    weight = program.weights[NAME]
+    program.weights.replace(weight.with_producer(Doubled(weight.producer)))
+    Claiming.act = staticmethod(a_field_that_is_not_compared)
+    with pytest.raises(VerifyError, match=rf"weight '{NAME}' has another value"):
+        Pipeline([Claiming()]).run(program, verify=False)
 
 
 def test_a_weight_that_is_gone():
@@ -124,10 +183,23 @@ def test_an_equal_value_in_a_new_place_is_no_change():
     assert run(same).notes
 
 
+def _in_place(value: torch.Tensor) -> None:
+    value.mul_(2)
+
+
+def _through_numpy(value: torch.Tensor) -> None:
+    value.numpy()[3, 5] += 1
+
+
+def _past_autograd(value: torch.Tensor) -> None:
+    value.data[0] = value.data[1]
+
+
 @pytest.mark.parametrize("changed", [0, 1])
-def test_writing_into_a_tensor_of_the_source_is_refused(changed):
+@pytest.mark.parametrize("way", [_in_place, _through_numpy, _past_autograd])
+def test_writing_into_a_tensor_of_the_source_is_refused(changed, way):
     def write(program: Program, context: Context) -> None:
-        program.weights[NAME].load().mul_(2)
+        way(program.weights[NAME].load())
 
     with pytest.raises(VerifyError, match=f"got a copy of: weight '{NAME}' was written to"):
         run(write, changed)

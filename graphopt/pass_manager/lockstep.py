@@ -13,7 +13,7 @@ pass may move work from one call into another.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -95,6 +95,7 @@ class _Lockstep:
         compared = compared_numbers(self._functions_to_run())
         reach = [number for _, number in compared if number <= REACH]
         self.texts = make_texts(before, after, [*short.values(), *reach], seed)
+        self.at_all_positions = self.texts
         if self.sides[0].has_states != self.sides[1].has_states:
             self.texts = one_regime(self.texts, before, after)
         length = self.texts.batches[0]["input_ids"].shape[1]
@@ -220,7 +221,10 @@ class _Lockstep:
         largest, name = self._largest(
             i, j, equal, expected, results, ours["attention_mask"], max(steps, key=len)
         )
-        tolerance = self._tolerance(j)
+        tolerance = self._tolerance(
+            second.program.calls[j].weights.values(),
+            first.is_approximate(i) or second.is_approximate(j),
+        )
         if largest > tolerance:
             moved = self._moved_by_rounding(j, weights[1], theirs, results, steps[1])
             tolerance += 4 * moved
@@ -266,17 +270,18 @@ class _Lockstep:
                 found = max(found, (_difference(old[part], new[part], real), name))
         return found
 
-    def _tolerance(self, j: int) -> float:
-        """Return what rounding explains of the results of a call, relative to the largest number.
+    def _tolerance(self, read: Iterable[str], approximate: bool = False) -> float:
+        """Return what rounding explains of results, relative to the largest number.
 
         A weight that the pass computed is off by some roundings of its own dtype.
+
+        Args:
+            read: Names of weights after the pass.
+            approximate: Whether a table was not in fp64.
         """
-        after = self.sides[1]
-        read = set(after.program.calls[j].weights.values()) & self.computed
-        dtypes = {after.program.weights[name].dtype for name in read}
+        dtypes = {self.sides[1].program.weights[name].dtype for name in self.computed & set(read)}
+        dtypes |= {torch.float32} if approximate else set()
         steps = [torch.finfo(dtype).eps / 2 for dtype in dtypes if dtype.is_floating_point]
-        if after.is_approximate(j) or self.sides[0].is_approximate(j):
-            steps.append(torch.finfo(torch.float32).eps / 2)
         return max([FP64_TOLERANCE, *(min(ROUNDINGS * step, MOST) for step in steps)])
 
     def _moved_by_rounding(
@@ -366,7 +371,7 @@ class _Lockstep:
         weights: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
         numbers: Tensor,
     ) -> list[dict[str, Tensor]]:
-        """Return a text of a few of the tokens and positions for which a look-up differs."""
+        """Return texts with a few of the tokens and positions for which a look-up differs."""
         while len(numbers) > 8:
             for half in numbers.tensor_split(2):
                 batch, whole = self._batch(half), [(0, len(half))]
@@ -377,21 +382,36 @@ class _Lockstep:
                     break
             else:
                 break
-        return [self._batch(numbers)]
+        # Beside others: a rotation shows in how far two tokens are apart.
+        others = torch.arange(min(8, self.texts.positions))
+        far = torch.linspace(0, self.texts.positions - 1, 8).long()
+        beside = (numbers, torch.cat([others, numbers]), torch.cat([far, numbers]))
+        return [self._batch(chosen) for chosen in beside]
 
     # Comparing whole programs
 
     def _outputs_differ(
         self, batches: Sequence[Mapping[str, Tensor]], reason: str = ""
     ) -> str | None:
-        """Run both programs to the end; return `reason`, or in what their outputs differ."""
+        """Run both programs to the end; return `reason`, or in what their outputs differ.
+
+        Texts at one position, as they are for steps, don't show how far it is from another.
+        """
+        error = self._run_to_the_end(batches, reason)
+        if error is None and self.at_all_positions is not self.texts:
+            for side in self.sides:
+                side.in_steps = False
+            error = self._run_to_the_end(self.at_all_positions.batches, reason)
+        return error
+
+    def _run_to_the_end(self, batches: Sequence[Mapping[str, Tensor]], reason: str) -> str | None:
         self._begin(batches)
         try:
             for side in self.sides:
                 for index in range(len(side.program.calls)):
                     side.advance(index)
         except Undivided as unable:
-            self.result.not_run.append(f"the whole program in steps: {unable}")
+            self._note(f"the whole program in steps: {unable}")
             return reason or None
         except _FAILURES as failure:
             return reason or f"it cannot be run any more: {failure}"
@@ -404,7 +424,9 @@ class _Lockstep:
                 mask = ours["attention_mask"].bool()
                 real = mask if ours[old].shape[:2] == mask.shape else None
                 largest = max(largest, _difference(ours[old], theirs[new], real))
-        tolerance = max(self._tolerance(j) for j in range(len(second.program.calls)))
+        calls = len(second.program.calls)
+        approximate = any(second.is_approximate(j) for j in range(calls))
+        tolerance = self._tolerance(self.computed, approximate)
         if largest <= tolerance:
             self.result.largest = max(self.result.largest, largest)
             return None

@@ -498,14 +498,19 @@ class _Run:
             before, after, device=self.context.device, seed=self.context.seed
         )
         entry.not_run = comparison.not_run
-        latest, measured = self._measure_both(
-            before, after, f"verify {item.name}", same_outputs(before, after, without_past=True)
-        )
+        leave_out = f"Leave {item.name!r} out of the recipe; --no-verify would keep the error."
+        changed = f"Pass {item.name!r} is exact but changed results: {comparison.error}."
+        same_whole = same_outputs(before, after, without_past=True)
+        try:
+            latest, measured = self._measure_both(before, after, f"verify {item.name}", same_whole)
+        except (RuntimeError, IndexError, ValueError, AssertionError) as failure:
+            if comparison.error is None:
+                raise
+            raise VerifyError(changed, leave_out) from failure
         self._reference = self._reference or latest
         difference = compare(self._reference, measured)
         self._fill(entry, difference, latest, measured)
         entry.tolerance = difference.tolerance
-        leave_out = f"Leave {item.name!r} out of the recipe; --no-verify would keep the error."
         because = "" if comparison.error is None else f": {comparison.error}"
         if not difference.within_tolerance:
             raise VerifyError(
@@ -515,9 +520,7 @@ class _Run:
                 leave_out,
             )
         if comparison.error is not None:
-            raise VerifyError(
-                f"Pass {item.name!r} is exact but changed results: {comparison.error}.", leave_out
-            )
+            raise VerifyError(changed, leave_out)
         entry.verification = "passed"
         self._latest = measured
 

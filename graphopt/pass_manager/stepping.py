@@ -91,12 +91,14 @@ class Side:
     Attributes:
         program: As it is, with its long windows.
         values: For every batch, the live program values by name.
+        in_steps: Whether texts are run in steps where there are states.
     """
 
     program: Program
     short: dict[int, int]
     device: torch.device
     values: list[dict[str, Tensor]] = field(default_factory=list)
+    in_steps: bool = True
 
     def __post_init__(self) -> None:
         shortened = with_short_lengths(self.program, self.short)
@@ -160,7 +162,7 @@ class Side:
         A program without states can run no text in steps.
         """
         length = self.values[batch]["input_ids"].shape[1]
-        if batch == 0 or not self.has_states or length < 4:
+        if batch == 0 or not (self.in_steps and self.has_states) or length < 4:
             return [(0, length)]
         cut = length // 3
         ends = [0, cut, cut + 1, length - 1, length]

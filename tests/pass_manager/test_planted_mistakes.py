@@ -1,0 +1,269 @@
+"""Mistakes planted behind exact passes are found, each for what it is; honest passes are not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from planted import (
+    BASES,
+    LARGE_SWITCH,
+    LARGE_WINDOW,
+    SWITCH,
+    WINDOW,
+    Mistake,
+    attr,
+    clamp,
+    drop_layer,
+    drop_operand,
+    drop_residual,
+    first,
+    half_states,
+    last_token,
+    layer_call,
+    of,
+    one_state,
+    past_swapped,
+    positions_in_the_step,
+    present_swapped,
+    read_instead,
+    router,
+    rows_off_by_one,
+    scaled,
+    set_op,
+    short_ring,
+    skip,
+    slot,
+    stream_before_attention,
+    swap_layers,
+    swap_operands,
+    swap_slots,
+    swapped,
+    transpose,
+    unrotated_keys,
+    untie,
+    weight,
+    window,
+)
+
+from graphopt.errors import VerifyError
+from graphopt.execute.interpreter import Runner, complete_inputs
+from graphopt.ir import Program
+from graphopt.pass_manager.contract import Context, Pass, PassResult, make_pass
+from graphopt.pass_manager.pipeline import DEFAULT_RECIPE, Pipeline
+
+EXACT = DEFAULT_RECIPE.split(",")
+NORMALISE, SUBEXPRESSION, FOLD, DEAD, CACHE = EXACT
+
+FREQUENCIES = "rope.inv_freq"
+Q, K, OUT = (f"layers.1.self_attn.{kind}_proj.weight" for kind in "qko")
+UP, SINKS = "layers.1.mlp.up_proj.weight", "layers.1.self_attn.sinks"
+BIAS = "layers.0.self_attn.v_proj.bias"
+GAIN, OTHER_GAIN = "input_layernorm.weight", "post_attention_layernorm.weight"
+
+# fmt: off
+WEIGHTS = [
+    Mistake("a head's queries off by 1e-3", FOLD, "plain", weight(Q, scaled(1.001, slice(8)))),
+    Mistake("a block's projection off by 1e-4", FOLD, "plain", weight(OUT, scaled(1.0001))),
+    Mistake("one neuron off by 1e-3", DEAD, "plain", weight(UP, scaled(1.001, 3))),
+    Mistake("one neuron is gone", DEAD, "plain", weight(UP, scaled(0.0, 5))),
+    Mistake("a matrix rounded to bf16", FOLD, "plain", weight(OUT, lambda w: w.bfloat16().float())),
+    Mistake("a square matrix transposed", NORMALISE, "plain", of(transpose, OUT)),
+    Mistake("two key heads swapped", SUBEXPRESSION, "plain",
+            weight(K, swapped(slice(0, 8), slice(8, 16)))),
+    Mistake("rows off by one", SUBEXPRESSION, "plain", of(rows_off_by_one, UP)),
+    Mistake("gate and up swapped", NORMALISE, "plain",
+            of(swap_slots, 1, "mlp.gate_proj.weight", "mlp.up_proj.weight")),
+    Mistake("gains of two norms swapped", SUBEXPRESSION, "plain",
+            of(swap_slots, 0, GAIN, OTHER_GAIN)),
+    Mistake("another layer's gain", SUBEXPRESSION, "plain", slot(2, GAIN, f"layers.0.{GAIN}")),
+    Mistake("all weights of two layers swapped", SUBEXPRESSION, "plain", swap_layers),
+    Mistake("a rare token's row", DEAD, "plain", weight("embed.weight", scaled(1.01, 93)),
+            length=97),
+    Mistake("rows of two tokens swapped", SUBEXPRESSION, "untied",
+            weight("embed.weight", swapped(89, 96)), length=97),
+    Mistake("the head's last row", FOLD, "untied", weight("lm_head.weight", scaled(1.001, 96))),
+    Mistake("a tied head untied, one row another", SUBEXPRESSION, "plain", untie, length=97),
+    Mistake("two heads that are not tied, tied", SUBEXPRESSION, "untied",
+            slot(-1, "lm_head.weight", "embed.weight")),
+    Mistake("a learned position", FOLD, "positions",
+            weight("positions.weight", scaled(1.01, 400)), length=600),
+    Mistake("learned positions off by one from 60 on", NORMALISE, "positions",
+            of(rows_off_by_one, "positions.weight", 60), length=100),
+    Mistake("a frequency", FOLD, "plain", weight(FREQUENCIES, scaled(1.0001, 2))),
+    Mistake("frequencies rounded to fp16", FOLD, "plain",
+            weight(FREQUENCIES, lambda w: w.half().float()), length=97),
+    Mistake("frequencies of another base", FOLD, "plain", weight(FREQUENCIES, lambda w: w**1.01)),
+    Mistake("long frequencies are the short ones", SUBEXPRESSION, "switch",
+            slot(0, "rope.long", FREQUENCIES), length=400),
+    Mistake("short frequencies are the long ones", SUBEXPRESSION, "switch",
+            slot(0, FREQUENCIES, "rope.long")),
+    Mistake("slopes in another order", NORMALISE, "alibi", weight("slopes", lambda w: w.flip(0))),
+    Mistake("a head's slope", FOLD, "alibi", weight("slopes", scaled(1.001, 3))),
+    Mistake("a head's sink", FOLD, "sinks", weight(SINKS, scaled(1.01, 2))),
+    Mistake("a bias halved", FOLD, "biased", weight(BIAS, scaled(0.5))),
+    Mistake("an expert's router", FOLD, "experts", router(scaled(1.001, 2)),
+            "operand 0 of top_gates", length=None),
+    Mistake("two experts' routers swapped", SUBEXPRESSION, "experts", router(swapped(0, 1))),
+    Mistake("an edge of a threshold", FOLD, "thresholds", router(scaled(1.001), "router.bias"),
+            "operand . of top_gates", length=None),
+]
+
+ATTRIBUTES = [
+    Mistake("a window one shorter", NORMALISE, "window", window(0, WINDOW - 1), length=120),
+    Mistake("a window one longer", CACHE, "window", window(0, WINDOW + 1), length=120),
+    Mistake("a window lost", DEAD, "window", window(0, None), length=120),
+    Mistake("a window in every layer", NORMALISE, "window", window(1, WINDOW), length=120),
+    Mistake("a large window one shorter", CACHE, "large window", window(0, LARGE_WINDOW - 1),
+            length=None),
+    Mistake("a chunk one longer", NORMALISE, "chunk", attr("attention", chunk=WINDOW + 1),
+            length=120),
+    Mistake("a chunk is a window", NORMALISE, "chunk",
+            attr("attention", chunk=None, window=WINDOW), length=220),
+    Mistake("a chunk lost", CACHE, "chunk", attr("attention", chunk=None), length=120),
+    Mistake("later tokens are seen", NORMALISE, "plain", attr("attention", causal=False)),
+    Mistake("a soft-cap lost", NORMALISE, "softcap", attr("attention", softcap=None)),
+    Mistake("a soft-cap off by 1e-3", FOLD, "softcap", attr("attention", softcap=2.002)),
+    Mistake("scores off by 1e-3", NORMALISE, "plain", attr("attention", scale=8**-0.5 * 1.001)),
+    Mistake("another eps", SUBEXPRESSION, "plain", first("rms_norm", eps=1.001e-5)),
+    Mistake("gains and 1", NORMALISE, "plain", first("rms_norm", offset=1.0)),
+    Mistake("pairs of neighbours", NORMALISE, "plain", first("rope", interleaved=True)),
+    Mistake("tables off by 1e-3", FOLD, "plain", attr("rope_table", scale=1.001)),
+    Mistake("a switch one later", NORMALISE, "switch", attr("by_length", length=SWITCH + 1),
+            length=4, start=SWITCH - 3),
+    Mistake("a switch one earlier", CACHE, "switch", attr("by_length", length=SWITCH - 1),
+            length=4, start=SWITCH - 4),
+    Mistake("a large switch one later", FOLD, "large switch",
+            attr("by_length", length=LARGE_SWITCH + 1), length=4, start=LARGE_SWITCH - 3),
+    Mistake("a base that grows later", NORMALISE, "growing",
+            attr("ntk_frequencies", length=SWITCH + 1), length=30, start=SWITCH),
+    Mistake("a base that grows faster", FOLD, "growing", attr("ntk_frequencies", factor=4.1),
+            length=30, start=SWITCH),
+    Mistake("tanh in a gelu", NORMALISE, "gelu", of(set_op, "gelu", "gelu_tanh")),
+    Mistake("another activation", NORMALISE, "plain", of(set_op, "silu", "quick_gelu")),
+    Mistake("positions from the second row", FOLD, "last position", attr("embedding", offset=1)),
+    Mistake("one expert more", SUBEXPRESSION, "experts", lambda program: (
+        attr("top_gates", count=3)(program), attr("experts", active=3)(program))),
+]
+
+GRAPH = [
+    Mistake("a residual dropped in one block", DEAD, "plain", of(drop_residual, 1, "attention")),
+    Mistake("the last residual dropped", DEAD, "plain", of(drop_residual, 0, "mlp")),
+    Mistake("the stream from before attention", SUBEXPRESSION, "plain", stream_before_attention),
+    Mistake("a norm skipped in one block", DEAD, "plain", of(skip, "rms_norm", "h", 1)),
+    Mistake("queries not rotated", NORMALISE, "plain", of(skip, "rope", "q_rope")),
+    Mistake("sines for cosines", SUBEXPRESSION, "plain", of(swap_operands, "rope", "k_rope", 1, 2)),
+    Mistake("values for keys", SUBEXPRESSION, "plain",
+            of(read_instead, "rope", "k_rope", 0, "v_heads")),
+    Mistake("keys for values", SUBEXPRESSION, "plain",
+            of(read_instead, "attention", "a", 2, "k_heads")),
+    Mistake("an activation skipped", DEAD, "plain", of(skip, "silu", "act")),
+    Mistake("padding is seen", DEAD, "plain", of(drop_operand, "attention", "a", 3)),
+    Mistake("sinks lost", DEAD, "sinks", of(drop_operand, "attention", "a", 6)),
+    Mistake("slopes lost", DEAD, "alibi", of(drop_operand, "attention", "a", 5)),
+    Mistake("a bias dropped", DEAD, "biased", of(drop_operand, "linear", "v", 2)),
+    Mistake("the last token's row", NORMALISE, "plain", last_token),
+    Mistake("a layer lost", DEAD, "plain", of(drop_layer, 1)),
+    Mistake("a layer twice", SUBEXPRESSION, "plain",
+            lambda program: program.calls.insert(2, replace(layer_call(program, 0)))),
+    Mistake("positions no further than 60", NORMALISE, "plain", of(clamp, "position_ids", 60),
+            length=80),
+    Mistake("positions no further than 500", FOLD, "positions", of(clamp, "position_ids", 500),
+            length=600),
+    Mistake("tokens no further than 90", NORMALISE, "plain", of(clamp, "input_ids", 90), length=97),
+]
+
+CACHES = [
+    Mistake("positions counted in the step", CACHE, "positions", positions_in_the_step),
+    Mistake("two layers in one state", CACHE, "plain", one_state, "is kept by"),
+    Mistake("old keys for old values", CACHE, "plain", past_swapped),
+    Mistake("new keys for new values", CACHE, "plain", present_swapped),
+    Mistake("states of 16 bits", CACHE, "plain", half_states, "is torch.float16", length=None),
+    Mistake("keys in the cache not rotated", CACHE, "plain", unrotated_keys),
+    Mistake("padding is seen behind a cache", CACHE, "plain",
+            of(drop_operand, "attention", "a", 3)),
+    Mistake("a ring that keeps too little", CACHE, "plain", of(short_ring, WINDOW), length=120),
+]
+
+CONTRACT = [
+    Mistake("the config", NORMALISE, "plain", lambda program: program.config.update(eps=5.0),
+            "exact but changed the program's config", length=None),
+    Mistake("the tokenizer", DEAD, "plain", lambda program: setattr(program, "tokenizer", "other"),
+            "exact but changed the program's tokenizer", length=None),
+    Mistake("how text is generated", DEAD, "plain",
+            lambda program: program.generation.update(top_k=1),
+            "exact but changed the program's generation", length=None),
+    Mistake("how long texts are", FOLD, "plain", lambda program: setattr(program, "max_length", 7),
+            "exact but changed the program's max length", length=None),
+    Mistake("an input more", DEAD, "plain",
+            lambda program: program.inputs.update(more=program.inputs["input_ids"]),
+            "exact but changed which inputs", length=None),
+]
+# fmt: on
+
+MISTAKES = [*WEIGHTS, *ATTRIBUTES, *GRAPH, *CACHES, *CONTRACT]
+
+
+@dataclass
+class Planted(Pass):
+    """An exact pass with a mistake behind it."""
+
+    name: ClassVar[str] = "test-planted"
+    reads_weights: ClassVar[bool] = True
+    mistake: ClassVar[Mistake]
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        result = make_pass(self.mistake.behind, {}).run(program, context)
+        self.mistake.act(result.program)
+        return replace(result, changed=result.changed + 1)
+
+
+def shown(before: Program, after: Program, length: int, start: int) -> float:
+    """Return by how much a mistake moves a logit of a text, in fp64, as a share of the largest."""
+    ids = torch.arange(2 * length).reshape(2, length) % 97
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[1, : min(3, length - 1)] = 0
+    inputs = complete_inputs({"input_ids": ids, "attention_mask": mask})
+    inputs["position_ids"] += start
+    old = Runner(before, dtype=torch.float64).logits(inputs)[mask.bool()]
+    runner = Runner(after, dtype=torch.float64)
+    try:
+        texts = [runner.logits(inputs)]
+        if after.states:
+            parts, past = [], None
+            for begin, stop in ((0, length // 2), (length // 2, length)):
+                step = {k: v[:, begin:stop] for k, v in inputs.items()}
+                step["attention_mask"] = mask[:, :stop]
+                outputs, past = runner.run(step, past)
+                parts.append(outputs[0])
+            texts.append(torch.cat(parts, 1))
+    except (RuntimeError, IndexError):
+        return float("inf")
+    moved = max(float((text[mask.bool()] - old).abs().max()) for text in texts)
+    return moved / float(old.abs().max())
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: f"{m.behind}: {m.what}")
+def test_a_mistake_is_found(mistake: Mistake):
+    program = BASES[mistake.base]()
+    Planted.mistake = mistake
+    if mistake.length is not None:
+        after = Planted().run(program.copy(), Context()).program
+        assert shown(program, after, mistake.length, mistake.start) > 1e-7, "it is no mistake"
+    with pytest.raises(VerifyError, match=mistake.found) as caught:
+        Pipeline([Planted()]).run(program)
+    assert "as it was" not in str(caught.value)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_honest_passes_are_not_refused(base: str):
+    _, report = Pipeline.default().run(BASES[base]())
+    assert {entry.verification for entry in report.passes} <= {"unchanged", "proved", "passed"}
+    assert not any(entry.not_run for entry in report.passes)
+
+
+def test_there_are_mistakes_behind_every_exact_pass():
+    assert len(MISTAKES) >= 60
+    assert min(sum(m.behind == name for m in MISTAKES) for name in EXACT) >= 8
