@@ -22,6 +22,7 @@ from graphopt.pass_manager.contract import (
     Context,
     Earlier,
     Pass,
+    PassResult,
     declared_passes,
     make_pass,
 )

@@ -16,6 +16,7 @@ from programs import IDS, tiny_program
 from torch import Tensor
 
 from graphopt.ir import Array, Program, Rows, Transposed, Value, Weight
+from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.feed_forward import Split
 from graphopt.ir.graph import Call, Function, In, Node
 from graphopt.ir.kv import KVLayout
@@ -249,7 +250,7 @@ def skip(program: Program, op: str, result: str, layer: int | None = None) -> No
     function = program.functions["block"] if layer is None else alone(program, layer)
     node = next(n for n in function.nodes if n.op == op and n.outputs[0].name == result)
     function.replace(node.output, node.inputs[0])
-    function.remove_dead()
+    remove_dead(function)
     program.prune_unused()
 
 
@@ -265,7 +266,7 @@ def drop_operand(program: Program, op: str, result: str, index: int) -> None:
                 node.inputs[index] = None
                 while node.inputs[-1] is None:
                     node.inputs.pop()
-        function.remove_dead()
+        remove_dead(function)
     program.prune_unused()
 
 
@@ -362,7 +363,7 @@ def unrotated_keys(program: Program) -> None:
     block = program.functions["block"]
     k = next(v for v in block.values() if v.name == "k_heads")
     nodes(program, "attention")[0].inputs[1] = k
-    block.remove_dead()
+    remove_dead(block)
 
 
 # Mistakes in weights

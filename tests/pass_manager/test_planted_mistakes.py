@@ -217,7 +217,7 @@ class Planted(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         result = make_pass(self.mistake.behind, {}).run(program, context)
         self.mistake.act(result.program)
-        return replace(result, changed=result.changed + 1)
+        return replace(result, changed=result.changed + 1, record=None)
 
 
 def shown(before: Program, after: Program, length: int, start: int) -> float:
