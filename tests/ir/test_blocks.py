@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 
 import onnx
@@ -44,6 +45,24 @@ def model_of(family):
     return tiny_model(family, **FAMILIES[family])
 
 
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """Return a function that gives a family's model and a program of its saved folder."""
+
+    @functools.cache
+    def captured_folder(family):
+        model = model_of(family)
+        folder = tmp_path_factory.mktemp(family)
+        model.save_pretrained(folder)
+        return model, go.capture(str(folder))
+
+    def model_and_program(family):
+        model, program = captured_folder(family)
+        return model, program.copy()
+
+    return model_and_program
+
+
 def layers_of(model):
     return model.transformer.h if hasattr(model, "transformer") else next(
         m for n, m in model.named_modules() if n.endswith("layers")
@@ -74,9 +93,8 @@ def close(ours, theirs):
 
 @pytest.mark.parametrize("removed", [{0}, {4}, {1, 2}, {0, 2, 4}])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_program_without_blocks_is_the_model_without_those_layers(family, removed):
-    model = model_of(family)
-    program = go.capture(model)
+def test_a_program_without_blocks_is_the_model_without_those_layers(opened, family, removed):
+    model, program = opened(family)
     assert len(find_blocks(program)) == 5
     remove_blocks(program, removed)
     verify(program)
@@ -86,26 +104,22 @@ def test_a_program_without_blocks_is_the_model_without_those_layers(family, remo
     assert close(Runner(program).logits({"input_ids": IDS}), theirs)
 
 
-def test_configs_follow(tmp_path):
+def test_configs_follow(opened):
     for family, key in (("llama", "num_hidden_layers"), ("gpt2", "n_layer")):
-        model_of(family).save_pretrained(tmp_path / family)
-        program = go.capture(str(tmp_path / family))
+        _, program = opened(family)
         remove_blocks(program, [1, 3])
         assert program.config[key] == 3
-    model_of("gemma2").save_pretrained(tmp_path / "gemma2")
-    program = go.capture(str(tmp_path / "gemma2"))
+    _, program = opened("gemma2")
     kinds = list(program.config["layer_types"])
     remove_blocks(program, [0, 3])
     assert program.config["layer_types"] == [kinds[1], kinds[2], kinds[4]]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_the_checkpoint_of_a_shortened_program_loads_and_says_the_same(family, tmp_path):
+def test_the_checkpoint_of_a_shortened_program_loads_and_says_the_same(opened, family, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    model = model_of(family)
-    model.save_pretrained(tmp_path / "whole")
-    program = go.capture(str(tmp_path / "whole"))
+    model, program = opened(family)
     remove_blocks(program, [1, 2])
     go.emit(program, tmp_path / "out", emit=("hf",))
     # By default, transformers 5.17 runs Gemma 2 without its cap on the scores.
@@ -156,16 +170,15 @@ def test_families_with_blocks_of_two_kinds_make_checkpoints(family, tmp_path):
         assert close(Runner(program).logits({"input_ids": ids}), loaded(ids).logits)
 
 
-def test_an_exported_graph_has_the_operators_of_the_blocks_that_are_left(tmp_path):
+def test_an_exported_graph_has_the_operators_of_the_blocks_that_are_left(opened, tmp_path):
     def operators(program, folder):
         go.emit(program, folder, emit=("onnx",))
         graph = onnx.load(folder / "onnx" / "model.onnx", load_external_data=False).graph
         return Counter(node.op_type for node in graph.node)
 
-    model_of("llama").save_pretrained(tmp_path / "whole")
     sizes = {}
     for removed in ((), (1,), (0, 1, 2)):
-        program = go.capture(str(tmp_path / "whole"))
+        _, program = opened("llama")
         remove_blocks(program, removed)
         program, _ = go.Pipeline.parse("insert-kv-cache").run(program)
         sizes[len(removed)] = operators(program, tmp_path / str(len(removed)))
@@ -215,9 +228,8 @@ def test_blocks_are_the_layers_alone(family):
 
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gptj", "codegen"])
-def test_a_program_without_a_part_is_the_model_whose_part_adds_nothing(family, kind):
-    model = model_of(family)
-    program = go.capture(model)
+def test_a_program_without_a_part_is_the_model_whose_part_adds_nothing(opened, family, kind):
+    model, program = opened(family)
     remove_sub_blocks(program, [(1, kind), (3, kind)])
     verify(program)
     assert len(find_blocks(program)) == 5
@@ -248,9 +260,8 @@ def test_a_part_taken_out_with_a_cache_takes_its_cache_along():
     assert list(program.states) == ["kv.0", "kv.1"] and len(find_blocks(program)) == 3
 
 
-def test_no_checkpoint_is_made_of_a_program_that_no_config_makes(tmp_path):
-    model_of("llama").save_pretrained(tmp_path / "whole")
-    program = go.capture(str(tmp_path / "whole"))
+def test_no_checkpoint_is_made_of_a_program_that_no_config_makes(opened, tmp_path):
+    _, program = opened("llama")
     remove_sub_blocks(program, [(1, "ffn")])
     with pytest.raises(LoweringError, match="no transformers checkpoint"):
         go.emit(program, tmp_path / "out", emit=("hf",))
