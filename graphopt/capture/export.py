@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.fx_conversion import WHOLE, Converter, Exported
+from graphopt.capture.in_place import needs_functionalizing
 from graphopt.capture.layer_calls import RECORDS, TRACE_BATCH, TRACE_LENGTH, LayerCall, Shell
 from graphopt.capture.model import (
     accepted_inputs,
@@ -115,27 +116,6 @@ def _export(
         program = torch.export.export(
             module, tuple(inputs), dynamic_shapes=(tuple(dynamic),), strict=False
         )
-        if _needs_functionalizing(program.graph):
+        if needs_functionalizing(program.graph):
             program = program.run_decompositions({})
     return Converter(program, shapes, where).convert()
-
-
-def _is_view(node: torch.fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(
-        r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
-    )
-
-
-def _needs_functionalizing(graph: torch.fx.Graph) -> bool:
-    """True where an in-place op writes to something that is seen through a view as well."""
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            continue
-        target = node.args[0]
-        if target.op != "call_function" or _is_view(target):
-            return True
-        if any(_is_view(user) for user in target.users if user is not node):
-            return True
-    return False

@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.aliases import plain_name
+from graphopt.capture.in_place import SCATTERS, written_slice
 from graphopt.capture.layer_calls import LayerCall
 from graphopt.errors import CaptureError
 from graphopt.ir.dead_code import remove_dead
@@ -245,8 +246,8 @@ class Converter:
         value = node.meta.get("val")
         if name == "aten.copy.default" and self._copies(node, inputs):
             self.env[node] = inputs[-1]
-            if target._schema.is_mutable and isinstance(node.args[0], torch.fx.Node):
-                self.env[node.args[0]] = inputs[-1]
+            if target._schema.is_mutable:
+                self._write(node, inputs[-1])
             return
         outputs = list(value) if isinstance(value, list | tuple) else [value]
         result = Node(name, list(inputs), {"args": args, "kwargs": kwargs})
@@ -258,9 +259,30 @@ class Converter:
         result.attrs["types"] = [self.types[made] for made in result.outputs]
         self.function.nodes.append(result)
         self.env[node] = result.outputs[0] if single else list(result.outputs)
-        if target._schema.is_mutable and isinstance(node.args[0], torch.fx.Node):
-            # Later readers of the written tensor see the new value.
-            self.env[node.args[0]] = result.outputs[0]
+        if target._schema.is_mutable:
+            self._write(node, result.outputs[0])
+
+    def _write(self, node: torch.fx.Node, value: Value) -> None:
+        """Let later readers of what an in-place operator writes see the new value."""
+        written = node.args[0]
+        assert isinstance(written, torch.fx.Node)
+        self.env[written] = value
+        view = written_slice(node)
+        if view is None:
+            return
+        base, *where = view.args
+        scatter = SCATTERS[view.target]  # type: ignore[index]
+        name = f"{scatter.namespace}.{scatter._schema.name.split('::')[1]}.{scatter._overloadname}"
+        assert isinstance(base, torch.fx.Node)
+        before: Value = self.env[base]
+        places = [In(0), In(1), *(self.expr(self._lookup(place)) for place in where)]
+        result = Node(name, [before, value], {"args": places, "kwargs": {}})
+        whole = self.new_value(f"{before.name}_written", base.meta["val"])
+        whole.node = result
+        result.outputs.append(whole)
+        result.attrs["types"] = [self.types[whole]]
+        self.function.nodes.append(result)
+        self.env[base] = whole
 
     def _copies(self, node: torch.fx.Node, inputs: Sequence[Value]) -> bool:
         """Whether a copy puts a tensor of the same type in place of all of the other."""
