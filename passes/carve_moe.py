@@ -20,15 +20,18 @@ from graphopt.calibration.carving import (
     chosen,
     divide_as_published,
     divide_by_fit,
-    energies,
     first_marks,
+    mean_magnitudes,
+    neuron_energies,
     normalised_hidden,
     static_order,
+    top_marks,
 )
-from graphopt.calibration.repair import Refit
+from graphopt.calibration.reconstruction import Reconstruction, held_out_windows, reconstruct
 from graphopt.calibration.text import calibration_windows, pick, window_length
 from graphopt.errors import PassError, UsageError
-from graphopt.execute.student import Student
+from graphopt.execute.block_runner import calibration_runner
+from graphopt.execute.hidden_states import BlockStep, HiddenStateStream, PerBatch
 from graphopt.ir.blocks import Block, block_name, find_blocks, sub_blocks
 from graphopt.ir.cost import total_cost, weight_products
 from graphopt.ir.dataflow import region
@@ -41,16 +44,12 @@ from graphopt.ir.feed_forward import (
 )
 from graphopt.ir.graph import Call, Function, Program, Value, unique_name
 from graphopt.ir.types import B, P, S, evaluate
-from graphopt.ir.weights import Array
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
 from graphopt.passes.carved_parts import Carved, CarvedParts, PartNeed, Work
 from graphopt.report.record import Record
-from graphopt.solvers.least_squares import LeastSquares, best_ridge
 from graphopt.support.devices import must_fit
 from graphopt.support.per_device import PerDevice
-
-HELD_OUT = 0.25
-"""Of the windows, on which the report's figures are measured."""
+from graphopt.support.progress import Progress, silent
 
 NEEDS_TOKENS = PerDevice(cpu=512, gpu=4096)
 """Of which the parts' needs are measured, at least one window."""
@@ -226,29 +225,40 @@ def _width(program: Program, block: Block, part: FeedForward) -> int:
 
 @dataclass(frozen=True)
 class _Part:
-    """A part that is carved, and what it has of all tokens.
+    """A part that is carved, and its activations on the calibration text.
 
     Attributes:
         shared: Pieces of it that every token will run.
-        x: Its input [T, D].
-        hidden: Its hidden activations [T, N], with the neurons that were added.
-        energy: Of the neurons [T, N].
-        learn, held: Which tokens are learnt from, and which are held out.
+        weights: Its projections in fp32, by `gate`, `up` and `down`.
+        x: Its input, [T, D] for every batch.
+        hidden: Its hidden activations, [T, N] for every batch, with the neurons that were added.
+        energy: Of the neurons, [T, N] for every batch.
+        learn: How many of the batches, the first ones, are learnt from; the others are held out.
         added: Neurons of zeros.
     """
 
-    block: Block
-    form: FeedForward
+    block: BlockStep
+    part: FeedForward
     shared: int
-    x: Tensor
-    hidden: Tensor
-    energy: Tensor
-    learn: slice
-    held: slice
+    weights: dict[str, Tensor]
+    x: PerBatch[Tensor]
+    hidden: PerBatch[Tensor]
+    energy: PerBatch[Tensor]
+    learn: int
     added: int
 
-    def tokens(self, which: slice) -> Tokens:
-        return Tokens(self.x[which], self.energy[which])
+    @property
+    def learnt(self) -> Tokens:
+        return Tokens(self.x[: self.learn], self.energy[: self.learn])
+
+    @property
+    def held_out(self) -> Tokens:
+        return Tokens(self.x[self.learn :], self.energy[self.learn :])
+
+    @property
+    def width(self) -> int:
+        """Neurons, with those that were added."""
+        return self.weights["down"].shape[1] + self.added
 
 
 class _Carving:
@@ -267,11 +277,12 @@ class _Carving:
                 "needs one to learn from and one to measure on.",
                 "Give a longer text with --calib, or a lower seqlen.",
             )
-        self.held = max(1, round(HELD_OUT * len(windows)))
+        self.held = held_out_windows(len(windows))
         self._check_tokens((len(windows) - self.held) * length)
-        self.windows = windows.to(self.device)
+        self.windows = windows
         self.twins: dict[tuple[str, int], tuple[Function, dict[str, str]]] = {}
         self.seconds = {"measuring": 0.0, "model": 0.0, "dividing": 0.0, "refitting": 0.0}
+        self.clocks: list[tuple[str, float]] = []
         self.needs: dict[int, Need] = {}
         # With all pieces run nothing is missing.
         whole = options.shared + options.active == options.experts
@@ -297,46 +308,37 @@ class _Carving:
     def run(self) -> PassResult:
         program, found = self.program, _parts(self.program)
         numbers = self._numbers(found)
-        first, last = found[0][0].position, found[-1][0].position + 1
-        self.ours, theirs = (
-            Student(model, first, last, {}, self.device, keep_weights=False)
-            for model in (program, self.given)
-        )
         skipped: list[Skip] = []
         carved: list[Carved] = []
-        refits: list[Refit] = []
-        values = self.ours.inputs(self.windows)
-        with torch.no_grad():
-            self.ours.run(values, 0, first)
-            targets = dict(values)
-            for number, (block, form) in enumerate(found):
-                self.context.progress("carving", number, len(found))
-                where = block_name(program, block)
-                if self.refits:
-                    with self._clock("model"):
-                        theirs.run(targets, block.position, block.position + 1)
-                if isinstance(form, str) or number not in numbers:
-                    reason = form if isinstance(form, str) else "all of its pieces are run"
-                    skipped.append(Skip(where, reason))
-                    with self._clock("model"):
-                        self.ours.run(values, block.position, block.position + 1)
-                    continue
-                fixed = _not_refitted(program, block, form)
-                part = self._look(values, block, form, numbers[number])
-                with self._clock("dividing"):
-                    division = self._divide(part)
-                    self._put(part, division)
-                gates = self._run_carved(values, block)
-                with self._clock("dividing"):
-                    carved.append(self._measure(part, division, gates))
-                if not self.refits:
-                    continue
-                if fixed:
-                    skipped.append(Skip(f"{where}: refit", fixed))
-                    continue
-                with self._clock("refitting"):
-                    refits.append(self._refit(part, division, gates, values, targets))
-            self.context.progress("carving", len(found), len(found))
+        refits: list[Reconstruction] = []
+        student = self._stream(program, self.context.progress)
+        teacher = self._stream(self.given, silent) if self.refits else None
+        for block in student:
+            if teacher is not None:
+                with self._clock("model"):
+                    teacher.current().advance()
+            form = found[block.index][1]
+            if isinstance(form, str) or block.index not in numbers:
+                reason = form if isinstance(form, str) else "all of its pieces are run"
+                skipped.append(Skip(block.name, reason))
+                with self._clock("model"):
+                    block.advance()
+                continue
+            fixed = _not_refitted(program, block.block, form)
+            part = self._activations(block, form, numbers[block.index])
+            with self._clock("dividing"):
+                division = self._divide(part)
+                self._put(part, division)
+            gates = self._run_carved(block)
+            with self._clock("dividing"):
+                carved.append(self._measure(part, division, gates))
+            if teacher is None:
+                continue
+            if fixed:
+                skipped.append(Skip(f"{block.name}: refit", fixed))
+                continue
+            with self._clock("refitting"):
+                refits.append(self._refit(part, division, gates, student, teacher.hidden))
         program.prune_unused()
         record = CarvedParts(
             split=f"S{self.options.shared}A{self.options.active}E{self.options.experts}",
@@ -375,159 +377,196 @@ class _Carving:
             shared = share_out(costs, sizes, least, options.shared * sum(sizes))
         return {n: own for n, own in zip(self.needs, shared, strict=True) if own < most}
 
+    def _stream(self, program: Program, progress: Progress) -> HiddenStateStream:
+        runner = calibration_runner(program, self.device)
+        return HiddenStateStream(
+            runner, self.windows, held_out=self.held, progress=progress, what="carving"
+        )
+
     @contextlib.contextmanager
     def _clock(self, what: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[what] += time.perf_counter() - started
+        """Count the body's seconds as `what`, but those of clocks inside it as theirs."""
+        self._lap()
+        self.clocks.append((what, time.perf_counter()))
+        try:
+            yield
+        finally:
+            self._lap()
+            self.clocks.pop()
+            if self.clocks:
+                self.clocks[-1] = (self.clocks[-1][0], time.perf_counter())
 
-    def _look(self, values: dict[str, Any], block: Block, form: FeedForward, shared: int) -> _Part:
-        """Run a block as it is, over the stream of the carved ones before it."""
-        seen: dict[Value, Tensor] = {}
+    def _lap(self) -> None:
+        if self.clocks:
+            what, started = self.clocks[-1]
+            self.seconds[what] += time.perf_counter() - started
 
-        def watch(value: Value, tensor: Tensor) -> None:
-            if value in (form.x, form.hidden):
-                seen[value] = tensor.flatten(0, -2).float()
+    def _activations(self, block: BlockStep, form: FeedForward, shared: int) -> _Part:
+        """Return a part's activations on what the carved blocks before it give.
 
-        with self._clock("model"):
-            self.ours.run(dict(values), block.position, block.position + 1, watch)
-        with self._clock("dividing"):
-            weights = _weights(self.program, self.program.calls[block.position], form)
-            added = -seen[form.hidden].shape[1] % self.options.experts
-            down = weights["down"].load(torch.float32).to(self.device)
-            hidden, down = (F.pad(value, (0, added)) for value in (seen[form.hidden], down))
-            rows = (len(self.windows) - self.held) * self.windows.shape[1]
-            return _Part(
-                block, form, shared, seen[form.x], hidden, energies(hidden, down),
-                slice(0, rows), slice(rows, None), added,
-            )  # fmt: skip
+        They are made anew batch by batch, from the residual stream in front of the part.
+        """
+        entry = _entry(block, form)
+        if entry is not None:
+            with self._clock("model"):
+                block.keep(entry)
+        slots = {value: slot for slot, value in block.function.weights.items()}
+        nodes = {"gate": form.gate, "up": form.up, "down": form.down}
+        weights = {
+            name: block.weights[slots[node.inputs[1]]]  # type: ignore[index]
+            for name, node in nodes.items()
+            if node is not None
+        }
+        down = weights["down"]
+        added = -down.shape[1] % self.options.experts
+        padded = F.pad(down, (0, added))
+
+        def value_of(value: Value) -> PerBatch[Tensor]:
+            def maker(batch: int) -> Tensor:
+                with self._clock("model"):
+                    return block.values(batch, [value])[0].flatten(0, -2).float()
+
+            batches = range(len(block.hidden))
+            return PerBatch.of(batches, maker, block.stream.fits_at_once)
+
+        hidden = value_of(form.hidden)
+        if added:
+            hidden = hidden.map(lambda hidden_TN: F.pad(hidden_TN, (0, added)))
+        return _Part(
+            block, form, shared, weights, value_of(form.x), hidden,
+            hidden.map(lambda hidden_TN: neuron_energies(hidden_TN, padded)),
+            block.stream.held_out.index(True), added,
+        )  # fmt: skip
 
     def _divide(self, part: _Part) -> Division:
         options = self.options
-        size = part.hidden.shape[1] // options.experts
+        size = part.width // options.experts
         shared, experts = part.shared * size, options.experts - part.shared
-        learn, held = part.tokens(part.learn), part.tokens(part.held)
+        learn = part.learnt
         if not options.active:
             # What is left out is an expert that nothing reads.
-            return Division(static_order(learn.energy)[:shared], shared, {})
+            return Division(static_order(mean_magnitudes(learn.energy))[:shared], shared, {})
         if options.mode == "fit":
             return divide_by_fit(
-                learn, held, shared, experts, options.active, options.rounds,
+                learn, part.held_out, shared, experts, options.active, options.rounds,
                 threshold=options.threshold,
             )  # fmt: skip
-        weights = _weights(self.program, self.program.calls[part.block.position], part.form)
-        gate, up = (
-            weights[kind].load(torch.float32).to(self.device) if kind in weights else None
-            for kind in ("gate", "up")
-        )
-        assert up is not None
-        hidden = part.hidden[part.learn]
-        if options.normalised:
-            hidden = normalised_hidden(part.x[part.learn], gate, up, part.form.act)
-        return divide_as_published(hidden, gate, up, shared, experts, options.marks)
+        gate, up = part.weights.get("gate"), part.weights["up"]
+
+        def marks_of(batch: int) -> Tensor:
+            if options.normalised:
+                hidden = normalised_hidden(part.x[batch], gate, up, part.part.act)
+            else:
+                hidden = part.hidden[batch]
+            return top_marks(hidden, options.marks)
+
+        marks = PerBatch.of(range(part.learn), marks_of)
+        return divide_as_published(marks, gate, up, shared, experts)
 
     def _put(self, part: _Part, division: Division) -> None:
         program, options = self.program, self.options
-        call = program.calls[part.block.position]
-        function = program.functions[call.function]
+        call = program.calls[part.block.block.position]
+        function = part.block.function
         key = (function.name, part.shared)
         if key not in self.twins:
             experts = options.experts - part.shared if options.active else 0
             split = Split(division.shared, experts, options.active, options.threshold)
             name = unique_name(f"{function.name}_experts", set(program.functions))
             router = "neuron" if options.mode == "faithful" else "linear"
-            self.twins[key] = with_experts(function, part.form, split, name, router=router)
+            self.twins[key] = with_experts(function, part.part, split, name, router=router)
             program.functions[name] = self.twins[key][0]
         twin, slots = self.twins[key]
         router_cpu = {name: value.cpu() for name, value in division.router.items()}
         carve_call(
-            program, call, part.form, twin, slots, division.order.cpu(), division.shared, router_cpu
+            program, call, part.part, twin, slots, division.order.cpu(), division.shared, router_cpu
         )
 
-    def _run_carved(self, values: dict[str, Any], block: Block) -> Tensor | None:
-        """Run a block that is carved; return its gates [T, E], if there are experts."""
-        found: list[Tensor] = []
+    def _run_carved(self, block: BlockStep) -> list[Tensor]:
+        """Go on behind a block that is carved; return its gates, [T, E] for every batch.
 
-        def watch(value: Value, tensor: Tensor) -> None:
-            if value.node is not None and value.node.op == "top_gates":
-                found.append(tensor.flatten(0, -2).float())
+        There are none without experts.
+        """
+        gates: list[Tensor] = []
+
+        def keep(batch: int, tensor: Tensor) -> None:
+            gates.append(tensor.flatten(0, -2).float())
 
         with self._clock("model"):
-            self.ours.run(values, block.position, block.position + 1, watch)
-        return found[0] if found else None
+            nodes = block.replace().function.nodes
+            choices = [node.output for node in nodes if node.op == "top_gates"]
+            block.advance(observers=dict.fromkeys(choices, keep))
+        return gates
 
-    def _measure(self, part: _Part, division: Division, gates: Tensor | None) -> Carved:
+    def _measure(self, part: _Part, division: Division, gates: list[Tensor]) -> Carved:
         """Measure a division on held-out tokens."""
-        options, energy = self.options, part.energy[part.held]
-        where = block_name(self.program, part.block)
-        size = energy.shape[1] // options.experts
+        options = self.options
+        size = part.width // options.experts
         keep = (part.shared + options.active) * size
-        total = float(energy.sum())
-        best = static_order(part.energy[part.learn])[:keep]
-        static = 1 - float(energy[:, best].sum()) / total
-        if gates is None:
-            return Carved(
-                where, part.shared, part.added, 0, static, static, static, static, 1.0, 1.0, []
-            )
+        best = static_order(mean_magnitudes(part.learnt.energy))[:keep]
         order, shared = division.order, division.shared
-        of_experts = energy[:, order[shared:]].unflatten(1, (gates.shape[1], size)).sum(-1)
-        own = float(energy[:, order[:shared]].sum())
-        routed = (gates[part.held] != 0).float()
-        oracle = chosen(of_experts, options.active, threshold=options.threshold)
+        total = of_best = of_shared = 0.0
+        of_experts: list[Tensor] = []
+        for energy_TN in part.held_out.energy:
+            total += float(energy_TN.sum())
+            of_best += float(energy_TN[:, best].sum())
+            of_shared += float(energy_TN[:, order[:shared]].sum())
+            if gates:
+                routed = energy_TN[:, order[shared:]]
+                of_experts.append(routed.unflatten(1, (gates[0].shape[1], size)).sum(-1))
+        static = 1 - of_best / total
+        if not gates:
+            return Carved(
+                part.block.name, part.shared, part.added, 0,
+                static, static, static, static, 1.0, 1.0, [],
+            )  # fmt: skip
+        energy_TE = torch.cat(of_experts)
+        runs = (torch.cat(gates[part.learn :]) != 0).float()
+        oracle = chosen(energy_TE, options.active, threshold=options.threshold)
         generator = torch.Generator().manual_seed(self.context.seed)
-        noise = torch.rand(routed.shape, generator=generator).to(routed)
+        noise = torch.rand(runs.shape, generator=generator).to(runs)
 
         def lost(runs: Tensor) -> float:
-            return 1 - (own + float((of_experts * runs).sum())) / total
+            return 1 - (of_shared + float((energy_TE * runs).sum())) / total
 
         return Carved(
-            where, part.shared, part.added, division.rounds,
-            static, lost(chosen(noise, options.active)), lost(oracle), lost(routed),
-            float((of_experts * routed).sum() / (of_experts * oracle).sum()),
-            float((routed == oracle).all(-1).float().mean()), routed.mean(0).tolist(),
+            part.block.name, part.shared, part.added, division.rounds,
+            static, lost(chosen(noise, options.active)), lost(oracle), lost(runs),
+            float((energy_TE * runs).sum() / (energy_TE * oracle).sum()),
+            float((runs == oracle).all(-1).float().mean()), runs.mean(0).tolist(),
         )  # fmt: skip
 
     def _refit(
         self,
         part: _Part,
         division: Division,
-        gates: Tensor | None,
-        values: dict[str, Any],
-        targets: dict[str, Any],
-    ) -> Refit:
+        gates: list[Tensor],
+        student: HiddenStateStream,
+        targets: list[Tensor],
+    ) -> Reconstruction:
         """Solve for a part's down projections anew, and move the stream behind it with them."""
-        program, options = self.program, self.options
-        call, given = (model.calls[part.block.position] for model in (program, self.given))
-        stream = call.results[0]
-        target = targets[given.results[0]].flatten(0, -2).float()
-        here = values[stream].flatten(0, -2).float()
-        features = part.hidden[:, division.order]
-        if gates is not None:
-            size = part.hidden.shape[1] // options.experts
-            features[:, division.shared :] *= gates.repeat_interleave(size, 1)
-        # A token counts in units of its target's square: few of a huge norm would decide else.
-        root = target.square().sum(-1, keepdim=True).clamp(min=1e-12).rsqrt()
-        sums = [LeastSquares(), LeastSquares()]
-        for fit, which in zip(sums, (part.learn, part.held), strict=True):
-            fit.add(features[which] * root[which], ((target - here) * root)[which])
-        learn, held = sums
-        ridge, after = best_ridge(learn, held)
-        where = block_name(program, part.block)
-        result = Refit(where, held.error(None) / held.count, after / held.count, ridge)
-        if ridge is None:
-            return result
-        change = (learn + held).solve(ridge).float()
-        values[stream] = (here + features @ change).to(values[stream]).view_as(values[stream])
-        for slot, holds in self.twins[given.function, part.shared][1].items():
-            if holds in ("down.shared", "down.experts"):
-                weight = program.weights[call.weights[slot]]
-                own = slice(0, division.shared)
-                if holds == "down.experts":
-                    own = slice(division.shared, None)
-                value = weight.load(torch.float32).cpu() + change[own].t().cpu()
-                value = value.to(weight.dtype).contiguous()
-                program.weights.replace(weight.with_producer(Array(value)))
-        return result
+        shared, size = division.shared, part.width // self.options.experts
+        behind = student.hidden
+
+        def features_and_behind(batch: int) -> tuple[Tensor, Tensor]:
+            features = part.hidden[batch][:, division.order]
+            if gates:
+                features[:, shared:] *= gates[batch].repeat_interleave(size, 1)
+            return features, behind[batch].to(self.device)
+
+        call = self.program.calls[part.block.block.position]
+        columns = {"down.shared": slice(0, shared), "down.experts": slice(shared, None)}
+        weights = {
+            call.weights[slot]: columns[holds]
+            for slot, holds in self.twins[part.block.function.name, part.shared][1].items()
+            if holds in columns
+        }
+        outcome, moved = reconstruct(
+            self.program, part.block.name, weights,
+            PerBatch.of(range(len(behind)), features_and_behind, held=False),
+            targets, student.held_out,
+        )  # fmt: skip
+        student.skip_to(student.index, moved)
+        return outcome
 
     def _work(self) -> Work:
         """Return what a prompt of `PROMPT` tokens takes, of the model as given and carved."""
@@ -538,6 +577,16 @@ class _Carving:
         )
         flops, products = zip(given, carved, strict=True)
         return Work(tokens=PROMPT, flops=flops, weight_products=products)
+
+
+def _entry(block: BlockStep, form: FeedForward) -> Value | None:
+    """Return the residual stream in front of a part, where another part of the block makes it."""
+    parts = sub_blocks(block.function, block.block.stream)
+    places = [number for number, part in enumerate(parts) if part.kind == "ffn"]
+    before = parts[places[0] - 1].behind if places and places[0] else None
+    if before is None or before.node not in region(block.function, [form.x]):
+        return None
+    return before
 
 
 def _not_refitted(program: Program, block: Block, form: FeedForward) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pydantic
 
-from graphopt.calibration.repair import Refit
+from graphopt.calibration.reconstruction import Reconstruction
 from graphopt.report.pictures import (
     axis,
     curves,
@@ -101,7 +101,7 @@ class CarvedParts(Record):
 
     split: str
     parts: list[Carved]
-    refits: list[Refit] = pydantic.Field(default_factory=list)
+    refits: list[Reconstruction] = pydantic.Field(default_factory=list)
     needs: list[PartNeed] = pydantic.Field(default_factory=list)
     work: Work
     seconds: dict[str, Seconds] = pydantic.Field(default_factory=dict)

@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from graphopt.calibration.repair import Refit, repair
+from graphopt.calibration.reconstruction import Reconstruction, reconstruct_behind_cuts
 from graphopt.calibration.scores import units_of
 from graphopt.calibration.text import pick
 from graphopt.errors import PassError, UsageError
-from graphopt.execute.student import Form
+from graphopt.execute.block_runner import Parametrisation
 from graphopt.ir.blocks import block_name, find_blocks, remove_blocks
 from graphopt.ir.graph import Call, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
@@ -34,12 +34,12 @@ from graphopt.support.devices import must_fit
 from graphopt.support.per_device import PerDevice
 from graphopt.support.plain import shown
 from graphopt.training.distil import Distiller, trained_part
-from graphopt.training.forms import Whole, kaiming
+from graphopt.training.distillation_data import DistillationData
 from graphopt.training.losses import LogitObjective, StreamObjective, batch_kl, relative_mse
 from graphopt.training.options import TrainingOptions
+from graphopt.training.parametrisations import FullParametrisation, kaiming
 from graphopt.training.record import TrainingRecord, training_pictures
 from graphopt.training.schedule import Schedule, Tuned
-from graphopt.training.streams import Lessons
 
 Donor = Literal["pruned", "self", "random", "none"]
 
@@ -71,7 +71,7 @@ class FusedBlocks(TrainingRecord):
     """
 
     order: list[int] = Field(default_factory=list)
-    refits: list[Refit] = Field(default_factory=list)
+    refits: list[Reconstruction] = Field(default_factory=list)
     controls: list[Control] = Field(default_factory=list)
 
     def line(self) -> str:
@@ -113,12 +113,12 @@ class FuseBlocks(TrainingOptions, Pass):
 
     `mode=distil` (the default) trains all remaining block weights on the dense model's next-token
     distributions. On a CPU, and where no step follows, the projections into the stream are first
-    refitted in closed form (`graphopt.calibration.repair`; `warm_start` says so for any device).
-    `mode=local` trains `group` blocks at a time on the dense model's stream behind them, which is
-    kept; the last group learns the distributions. `mode=faithful` is FuseGPT (arXiv 2411.14507,
-    equations 2 to 6 and algorithm 1): a block is scored, removed and fused into its `group - 1`
-    neighbours by low-rank coefficients, then the next; it repeats the choice of `prune-blocks` on
-    the model fused so far, with that pass's options.
+    refitted in closed form (`graphopt.calibration.reconstruction`; `warm_start` says so for any
+    device). `mode=local` trains `group` blocks at a time on the dense model's stream behind them,
+    which is kept; the last group learns the distributions. `mode=faithful` is FuseGPT
+    (arXiv 2411.14507, equations 2 to 6 and algorithm 1): a block is scored, removed and fused into
+    its `group - 1` neighbours by low-rank coefficients, then the next; it repeats the choice of
+    `prune-blocks` on the model fused so far, with that pass's options.
 
     Training lasts `seconds` or `steps`, whichever is given (150 seconds if neither), in all
     modes over all of their parts together. A step takes `batch` windows of `seqlen` tokens; by
@@ -236,7 +236,7 @@ class _Fusion(Distiller):
         started = time.perf_counter()
         tokens = WARM_TOKENS.on(self.device)
         windows = pick(self.windows, max(2, tokens // self.seqlen), self.context.seed)
-        refits, skipped = repair(
+        refits, skipped = reconstruct_behind_cuts(
             self.program, self.dense, windows, device=self.device, progress=self.context.progress
         )
         self.skipped += [Skip(where, reason) for where, reason in skipped]
@@ -245,7 +245,7 @@ class _Fusion(Distiller):
         self.note("warm start", self.program)
 
     def _local(self) -> None:
-        ids = torch.cat([self.lessons_text(), self.checked])
+        ids = torch.cat([self.training_windows(), self.checked])
         groups = self._groups()
         blocks = find_blocks(self.program)
         for number, (first, stop) in enumerate(groups):
@@ -267,10 +267,10 @@ class _Fusion(Distiller):
             )
             tuned = self.tune(
                 self.program,
-                self.forms(self.program, calls),
+                self.parametrisations(self.program, calls),
                 blocks[first].position,
                 blocks[stop - 1].position + 1,
-                Lessons(ids, targets, entry, held_out=len(self.checked)),
+                DistillationData(ids, targets, entry, held_out=len(self.checked)),
                 LogitObjective() if last else StreamObjective(relative_mse),
                 schedule,
                 stage,
@@ -410,26 +410,26 @@ class _Fusion(Distiller):
         remove_blocks(pruned, [place])
         neighbours = [call for i, call in enumerate(calls[first : last + 1], first) if i != place]
         generator = torch.Generator().manual_seed(self.context.seed)
-        forms: dict[str, Form] = {}
+        parametrisations: dict[str, Parametrisation] = {}
         for call in neighbours:
             for slot, name in call.weights.items():
                 weight = program.weights[name]
-                if weight.constant or name in forms:
+                if weight.constant or name in parametrisations:
                     continue
                 value = weight.load(torch.float32).to(self.device)
                 if value.dim() != 2:
-                    forms[name] = Whole(value, FAITHFUL_OTHERS)
+                    parametrisations[name] = FullParametrisation(value, FAITHFUL_OTHERS)
                     continue
                 given = program.weights[gone.weights[slot]].load(torch.float32)
-                forms[name] = Injection(
+                parametrisations[name] = Injection(
                     value, _donation(donor, value, given.to(self.device), generator),
                     self.options.rank, generator,
                 )  # fmt: skip
         after = find_blocks(pruned)
         started = time.perf_counter()
         tuned = self.tune(
-            pruned, forms, after[first].position, after[last - 1].position + 1,
-            Lessons(ids, targets, entry, held_out=len(self.checked)),
+            pruned, parametrisations, after[first].position, after[last - 1].position + 1,
+            DistillationData(ids, targets, entry, held_out=len(self.checked)),
             StreamObjective(batch_kl), schedule, what,
         )  # fmt: skip
         if donor == self.options.donor:
@@ -449,12 +449,12 @@ def _donation(donor: str, own: Tensor, pruned: Tensor, generator: torch.Generato
     return noise * pruned.std()
 
 
-class Injection(Form):
+class Injection(Parametrisation):
     """W + B A + (C_l C_r) * W_donor, elementwise: FuseGPT, arXiv 2411.14507, equations 3 and 4.
 
     C_l and B are 0 at first, so that the start is plain removal; W and W_donor stay as they are.
     Without a donor the coefficients' parameters go into a second low-rank term, so that both
-    forms have as many.
+    parametrisations have as many.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graphopt.calibration.scores import Scores, Unit, final_results, score_units, units_of
 from graphopt.calibration.text import (
-    HELD_OUT,
+    PERPLEXITY_WINDOWS,
     calibration_windows,
     forward_speed,
     held_out_perplexity,
@@ -313,8 +313,8 @@ class Chooser:
         length = window_length(program, options.seqlen, self.device)
         windows = calibration_windows(program, context, length)
         # Held-out windows are the last ones; scores come from the others, where there are more.
-        self.checked = windows[-HELD_OUT:]
-        scored = windows[:-HELD_OUT] if len(windows) > HELD_OUT else windows
+        self.checked = windows[-PERPLEXITY_WINDOWS:]
+        scored = windows[:-PERPLEXITY_WINDOWS] if len(windows) > PERPLEXITY_WINDOWS else windows
         self.windows = pick(scored, on_device(options.windows, self.device), context.seed)
         self.program = resident(program, self.dtype, self.device)
 

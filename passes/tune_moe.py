@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar
 import pydantic
 from pydantic import Field
 
-from graphopt.calibration.carving import expert_loads
+from graphopt.calibration.expert_load import expert_loads
 from graphopt.errors import PassError
-from graphopt.execute.student import Form
+from graphopt.execute.block_runner import Parametrisation
 from graphopt.ir.feed_forward import add_gates
 from graphopt.ir.graph import Call, Node, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
@@ -18,8 +18,8 @@ from graphopt.passes.carved_parts import CarvedParts
 from graphopt.report.record import Record
 from graphopt.support.devices import must_fit
 from graphopt.training.distil import Distiller
-from graphopt.training.forms import Balance, Whole
 from graphopt.training.options import TrainingOptions
+from graphopt.training.parametrisations import FullParametrisation, LoadBalanceBias
 from graphopt.training.record import TrainingRecord
 
 SCALE_RATE = 2.0
@@ -138,17 +138,17 @@ class _Tuning(Distiller):
         parts = len(carved.parts)
         return PassResult(self.fold(), parts, parts, self.skipped, self.record)
 
-    def forms(self, program: Program, calls: list[Call]) -> dict[str, Form]:
-        forms = super().forms(program, calls)
+    def parametrisations(self, program: Program, calls: list[Call]) -> dict[str, Parametrisation]:
+        parametrisations = super().parametrisations(program, calls)
         for kind, names in self.gates.items():
             for name in names:
                 value = program.weights[name].load().to(self.device)
-                forms[name] = (
-                    Balance(value, None if self.thresholds else self.options.balance)
+                parametrisations[name] = (
+                    LoadBalanceBias(value, None if self.thresholds else self.options.balance)
                     if kind == "balance"
-                    else Whole(value, SCALE_RATE)
+                    else FullParametrisation(value, SCALE_RATE)
                 )
-        return forms
+        return parametrisations
 
     def _loads(self) -> list[tuple[str, list[float]]]:
         return expert_loads(self.program, self.checked, self.device)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from programs import tiny_program
 
 from graphopt.calibration.budget import Need, measure_needs, share_out
-from graphopt.calibration.carving import energies, static_order
+from graphopt.calibration.carving import mean_magnitudes, neuron_energies, static_order
 from graphopt.errors import PassError
+from graphopt.execute.block_runner import BlockRunner
 from graphopt.execute.interpreter import Runner
-from graphopt.execute.student import Student
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.feed_forward import feed_forwards
 from graphopt.ir.weights import Array, Weight
@@ -44,17 +44,19 @@ def test_needs_are_those_of_models_with_one_part_narrowed():
         form, function = parts[index], program.functions[call.function]
         slot = next(s for s, v in function.weights.items() if v is form.down.inputs[1])
         down = program.weights[call.weights[slot]]
-        student = Student(program, blocks[0].position, blocks[-1].position + 1, {}, CPU)
-        values, seen = student.inputs(IDS), {}
+        student = BlockRunner(program, blocks[0].position, blocks[-1].position + 1, {}, CPU)
+        values, seen = student.window_inputs(IDS), {}
 
         def watch(value, tensor, seen=seen):
             seen[value] = tensor.flatten(0, -2)
 
         with torch.no_grad():
-            student.run(values, 0, blocks[index].position)
-            student.run(values, blocks[index].position, blocks[index].position + 1, watch)
-        energy = energies(seen[form.hidden], down.load())
-        order = static_order(energy)
+            student.run_range(values, 0, blocks[index].position)
+            at = blocks[index].position
+            for _ in student.run_calls([values], at, at + 1, observe=watch):
+                pass
+        energy = neuron_energies(seen[form.hidden], down.load())
+        order = static_order(mean_magnitudes([energy]))
         stream = values[call.results[0]].flatten(0, -2)
         relative = energy / stream.square().sum(-1, keepdim=True)
         assert need.size == 14 and need.kept == KEPT

@@ -21,7 +21,9 @@ def test_sums_over_batches_solve_the_least_squares_with_a_pull():
     sums = sums_of(features[0], targets[0]) + sums_of(features[1], targets[1])
     for part in range(2, 5):
         sums.add(features[part], targets[part])
-    other = sums.retarget(features, targets.exp())
+    other = sums.retarget()
+    for part in range(5):
+        other.add_targets(features[part], targets[part].exp())
     x = features.double().flatten(0, 1)
     for found_by, y in ((sums, targets), (other, targets.exp())):
         y = y.double().flatten(0, 1)

@@ -11,12 +11,12 @@ from families import captured
 from programs import tiny_program
 from torch import nn
 
-from graphopt.calibration import scores as scores_module
 from graphopt.calibration.scores import METRICS, Scores, Unit, final_results, score_units, units_of
 from graphopt.capture import capture
 from graphopt.errors import SourceError
+from graphopt.execute import hidden_states
+from graphopt.execute.block_runner import BlockRunner
 from graphopt.execute.interpreter import Runner
-from graphopt.execute.student import Student
 from graphopt.ir.blocks import find_blocks, remove_sub_blocks
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Context, make_pass
@@ -28,15 +28,15 @@ IDS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(5))
 def stream(program, count=None):
     """Return the stream behind a program's first `count` blocks, by default all, in fp64."""
     blocks = find_blocks(program)
-    student = Student(program, blocks[0].position, blocks[-1].position + 1, {}, CPU)
-    values = student.inputs(IDS)
+    student = BlockRunner(program, blocks[0].position, blocks[-1].position + 1, {}, CPU)
+    values = student.window_inputs(IDS)
     call = program.calls[blocks[0].position]
     stop, name = blocks[0].position, call.args[blocks[0].stream]
     if count != 0:
         stop = blocks[-1 if count is None else count - 1].position + 1
         name = program.calls[stop - 1].results[0]
     with torch.no_grad():
-        student.run(values, 0, stop)
+        student.run_range(values, 0, stop)
     return values[name].double()
 
 
@@ -83,7 +83,7 @@ def test_mixtures_of_experts_score_as_defined(family, monkeypatch):
     # They count the tokens they route, so that some sizes are multiples of the batch's.
     _, program = captured(family)
     for rows in (1, 3):
-        monkeypatch.setattr(scores_module, "_TOKENS_AT_ONCE", rows * IDS.shape[1])
+        monkeypatch.setattr(hidden_states, "TOKENS_AT_ONCE", rows * IDS.shape[1])
         for metric in METRICS:
             units = units_of(program, ("block", "attention", "ffn"))
             scores = score_units(program, units, IDS, metric)
@@ -180,7 +180,7 @@ def test_texts_in_several_batches_score_as_in_one(monkeypatch):
     program = tiny_program(layers=4)
     units = units_of(program, ("block",))
     together = score_units(program, units, IDS, "kl")
-    monkeypatch.setattr("graphopt.calibration.scores._TOKENS_AT_ONCE", 20)
+    monkeypatch.setattr(hidden_states, "TOKENS_AT_ONCE", 20)
     apart = score_units(program, units, IDS, "kl")
     assert apart.calls == together.calls
     for unit in units:

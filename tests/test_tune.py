@@ -12,13 +12,13 @@ from programs import tiny_program
 from torch import Tensor
 
 from graphopt.errors import PassError
-from graphopt.execute.student import Student
+from graphopt.execute.block_runner import BlockRunner
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.feed_forward import Split
-from graphopt.training.forms import LowRank, Whole
+from graphopt.training.distillation_data import DistillationData, HiddenStateCache
 from graphopt.training.losses import LogitObjective, StreamObjective, batch_kl, relative_mse
+from graphopt.training.parametrisations import FullParametrisation, LowRankParametrisation
 from graphopt.training.schedule import Schedule
-from graphopt.training.streams import Lessons, Streams
 from graphopt.training.tuner import Tuner
 
 CPU = torch.device("cpu")
@@ -28,13 +28,13 @@ IDS = torch.randint(0, 97, (130, 12), generator=torch.Generator().manual_seed(0)
 def student_of(program, forms=None, first=0, stop=None):
     blocks = find_blocks(program)
     last = blocks[-1 if stop is None else stop - 1].position
-    return Student(program, blocks[first].position, last + 1, forms or {}, CPU)
+    return BlockRunner(program, blocks[first].position, last + 1, forms or {}, CPU)
 
 
 def whole(program):
     names = {n for b in find_blocks(program) for n in program.calls[b.position].weights.values()}
     return {
-        name: Whole(program.weights[name].load())
+        name: FullParametrisation(program.weights[name].load())
         for name in sorted(names)
         if not program.weights[name].constant
     }
@@ -50,7 +50,7 @@ def disturbed(program, by=0.05):
 
 
 def tuner_of(program, forms, schedule, objective=None, saved=None):
-    lessons = Lessons(IDS, Streams(student_of(program), IDS), held_out=10)
+    lessons = DistillationData(IDS, HiddenStateCache(student_of(program), IDS), held_out=10)
     return Tuner(student_of(program, forms), lessons, objective or LogitObjective(), schedule,
                  saved=saved)  # fmt: skip
 
@@ -89,18 +89,18 @@ def test_tokens_of_huge_norm_do_not_decide_the_relative_error():
 
 def logits_of(program, stream: Tensor) -> Tensor:
     student = student_of(program)
-    values = student.inputs(IDS[:3])
+    values = student.window_inputs(IDS[:3])
     values[student.exit] = stream
-    student.run(values, student.stop, len(program.calls))
+    student.run_range(values, student.stop, len(program.calls))
     return values[program.outputs[0]]
 
 
 def test_the_logit_objective_is_the_divergence_and_so_is_its_gradient():
     program = tiny_program(layers=2)
     student = student_of(program)
-    stream = Streams(student, IDS).rows([0, 1, 2])
+    stream = HiddenStateCache(student, IDS).rows([0, 1, 2])
     moved = (stream + 0.3).requires_grad_()
-    values = {**student.inputs(IDS[:3]), student.exit: moved}
+    values = {**student.window_inputs(IDS[:3]), student.exit: moved}
     loss = LogitObjective().measure(student, values, stream, learn=True)
     again = (stream + 0.3).requires_grad_()
     p = torch.log_softmax(logits_of(program, stream), -1)
@@ -137,9 +137,9 @@ def test_a_disturbed_student_finds_back_to_its_teacher():
     assert last < 0.5 * first
     # The best state is the one that is left.
     student = student_of(program, forms)
-    values = student.inputs(IDS[-10:])
-    student.run(values, 0, student.stop)
-    target = Streams(student_of(program), IDS).rows(range(120, 130))
+    values = student.window_inputs(IDS[-10:])
+    student.run_range(values, 0, student.stop)
+    target = HiddenStateCache(student_of(program), IDS).rows(range(120, 130))
     with torch.no_grad():
         left = LogitObjective().measure(student, values, target, learn=False)
     assert float(left) == pytest.approx(last, rel=1e-4)
@@ -221,10 +221,10 @@ def test_a_part_is_trained_on_the_stream_behind_it():
     forms = {n: f for n, f in disturbed(program).items() if ".1." in n or ".2." in n}
     assert forms
     student = student_of(program, forms, 1, 3)
-    lessons = Lessons(
+    lessons = DistillationData(
         IDS,
-        Streams(student_of(program, None, 0, 3), IDS),
-        Streams(student_of(program, None, 0, 1), IDS),
+        HiddenStateCache(student_of(program, None, 0, 3), IDS),
+        HiddenStateCache(student_of(program, None, 0, 1), IDS),
         held_out=10,
     )
     objective = StreamObjective(relative_mse)
@@ -252,7 +252,7 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_last_good_state():
 def test_a_low_rank_form_starts_as_its_weight_and_moves_within_its_rank():
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(12, 20, generator=generator)
-    form = LowRank(value, 3, generator)
+    form = LowRankParametrisation(value, 3, generator)
     assert torch.equal(form(), value)
     form.up.data.normal_()
     sizes = torch.linalg.svdvals((form() - value).double())
@@ -262,19 +262,19 @@ def test_a_low_rank_form_starts_as_its_weight_and_moves_within_its_rank():
 def test_streams_are_made_once():
     program = tiny_program(layers=2)
     student = student_of(program)
-    streams = Streams(student, IDS)
+    streams = HiddenStateCache(student, IDS)
     first = streams.rows([3, 1])
-    student.run = None  # would fail if called again
+    student.run_calls = None  # would fail if called again
     assert torch.equal(streams.rows([1, 3]), first.flip(0))
 
 
 def test_streams_that_fit_nowhere_are_made_anew(monkeypatch):
-    from graphopt.training import streams
+    from graphopt.training import distillation_data
 
     program = tiny_program(layers=2)
-    kept = Streams(student_of(program), IDS).rows([3, 1])
-    monkeypatch.setattr(streams, "free_bytes", lambda device: 0)
-    streams = Streams(student_of(program), IDS)
+    kept = HiddenStateCache(student_of(program), IDS).rows([3, 1])
+    monkeypatch.setattr(distillation_data, "room_for", lambda *_: None)
+    streams = HiddenStateCache(student_of(program), IDS)
     for _ in range(2):
         assert torch.equal(streams.rows([3, 1]), kept)
     assert not streams._known
@@ -296,8 +296,10 @@ def test_many_kinds_of_blocks_are_not_compiled_for_a_short_training():
     program, gpu = kinds_of_blocks(), torch.device("cuda")
     blocks = find_blocks(program)
     first, last = blocks[0].position, blocks[-1].position + 1
-    student = Student(program, first, last, whole(program), gpu)
-    lessons = Lessons(IDS, Streams(Student(program, first, last, {}, gpu), IDS), held_out=10)
+    student = BlockRunner(program, first, last, whole(program), gpu)
+    lessons = DistillationData(
+        IDS, HiddenStateCache(BlockRunner(program, first, last, {}, gpu), IDS), held_out=10
+    )
     # Enough for one kind, and not for three.
     tuned = Tuner(student, lessons, LogitObjective(), Schedule(steps=400)).run()
     assert "3 kinds of blocks" in tuned.not_compiled and not student.compiled
@@ -315,9 +317,9 @@ def test_a_compiled_step_learns_what_the_step_itself_learns(monkeypatch):
         program = tiny_program(layers=3)
         blocks = find_blocks(program)
         first, last = blocks[0].position, blocks[-1].position + 1
-        streams = Streams(Student(program, first, last, {}, gpu), IDS)
-        student = Student(program, first, last, disturbed(program), gpu)
-        lessons = Lessons(IDS, streams, held_out=10)
+        streams = HiddenStateCache(BlockRunner(program, first, last, {}, gpu), IDS)
+        student = BlockRunner(program, first, last, disturbed(program), gpu)
+        lessons = DistillationData(IDS, streams, held_out=10)
         tuned = Tuner(student, lessons, LogitObjective(), Schedule(steps=40, rate=1e-3)).run()
         assert tuned.not_compiled == "" and (tuned.preparing > 0) == student.compiled
         found.append([loss for _, loss in tuned.checks])

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measure import LLAMA_7B, brief, keep, random_llama, run_recipes
 
-from graphopt.calibration.carving import expert_loads
+from graphopt.calibration.expert_load import expert_loads
 from graphopt.capture import capture
 from graphopt.evaluate.perplexity import read_text
 from graphopt.execute.language_model import ProgramModel, load_tokenizer

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphopt.calibration.carving import energies, static_order
-from graphopt.calibration.scores import RunBlock, Walk
+from graphopt.calibration.carving import neuron_energies, static_order
+from graphopt.calibration.scores import final_output_metric, scoring_stream
+from graphopt.calibration.token_power import token_power
 from graphopt.errors import PassError
-from graphopt.ir.blocks import block_name
+from graphopt.execute.hidden_states import BlockStep
 from graphopt.ir.dtypes import scoring_dtype
 from graphopt.ir.feed_forward import FeedForward
-from graphopt.ir.graph import Program, Value
+from graphopt.ir.graph import Program
 from graphopt.support.progress import Progress, silent
 
 
@@ -81,47 +82,44 @@ def measure_needs(
         PassError: What the model gives with a part narrowed is no number.
     """
     device = device or torch.device("cpu")
-    walk = Walk(program, windows, device, scoring_dtype(program, device), progress)
+    dtype = scoring_dtype(program, device)
+    stream = scoring_stream(program, windows, device=device, dtype=dtype, progress=progress)
     lost: dict[int, tuple[float, ...]] = {}
     sizes: dict[int, int] = {}
 
-    def narrowed(index: int, run: RunBlock, before: list[Tensor]) -> dict[int, list[Tensor]]:
-        if index not in parts:
+    def narrowed(block: BlockStep) -> dict[int, list[Tensor]]:
+        if block.index not in parts:
             return {}
-        form = parts[index]
-        call = program.calls[walk.blocks[index].position]
-        function = program.functions[call.function]
-        slot = next(s for s, value in function.weights.items() if value is form.down.inputs[1])
-        down = walk.runner.weight(call.weights[slot])
-        found: list[Tensor] = []
-
-        def watch(value: Value, tensor: Tensor) -> None:
-            if value is form.hidden:
-                found.append(tensor.flatten(0, -2))
-
-        squares = []
-        for batch, stream in enumerate(before):
-            after = run(batch, stream, watch=watch)
-            squares.append(after.float().square().sum(-1).flatten().clamp(min=1e-12))
-        energy = energies(torch.cat(found), down)
-        order = static_order(energy)
+        part, index = parts[block.index], block.index
+        slots = {value: slot for slot, value in block.function.weights.items()}
+        slot = slots[part.down.inputs[1]]  # type: ignore[index]
+        down = block.weights[slot]
+        magnitudes = torch.zeros(down.shape[1], device=device)
+        relative, tokens = torch.zeros_like(magnitudes), 0
+        for batch in range(len(stream.ids)):
+            hidden, behind = block.values(batch, [part.hidden, block.function.results[0]])
+            energy = neuron_energies(hidden.flatten(0, -2), down)
+            magnitudes += energy.sqrt().sum(0)
+            relative += (energy / token_power(behind).flatten(0, -2)).sum(0)
+            tokens += len(energy)
+        order = static_order(magnitudes)
         size = sizes[index] = -(-len(order) // pieces)
-        means = (energy / torch.cat(squares)[:, None]).mean(0).double()[order]
+        means = (relative / tokens).double()[order]
         rest = means.flip(0).cumsum(0).flip(0).tolist()
         edges = [min(number * size, len(rest)) for number in range(pieces + 1)]
         lost[index] = tuple(rest[edge] if edge < len(rest) else 0.0 for edge in edges)
         rows = torch.zeros(len(order), dtype=down.dtype, device=down.device)
         rows[order[: kept * size]] = 1
         changed = {slot: down * rows}
-        return {index: [run(b, stream, changed=changed) for b, stream in enumerate(before)]}
+        return {index: [block.run(batch, changed=changed) for batch in range(len(stream.ids))]}
 
     with torch.inference_mode():
-        kl = walk.at_the_end(narrowed, "kl")
+        kl = final_output_metric(stream, narrowed, "kl")
     for index, value in kl.items():
         if not math.isfinite(value):
             raise PassError(
-                f"{block_name(program, walk.blocks[index])}: with {kept} of {pieces} pieces of its "
-                "feed-forward part the model gives NaN or Inf.",
+                f"{stream.name_of(index)}: with {kept} of {pieces} pieces of its feed-forward part "
+                "the model gives NaN or Inf.",
                 "Take --device cpu, which computes in fp32, or leave by_layer out.",
             )
     return {index: Need(sizes[index], kl[index], kept, lost[index]) for index in parts}

@@ -6,24 +6,19 @@ of the down projection. Source: CMoE, arXiv 2502.04416, section 4.
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from graphopt.errors import PassError
-from graphopt.execute.student import Student
+from graphopt.execute.hidden_states import PerBatch
 from graphopt.ir import functional
-from graphopt.ir.blocks import block_name, find_blocks
-from graphopt.ir.graph import Program, Value
 from graphopt.ir.ops.experts import edge
+from graphopt.solvers.assignment import balanced_assignment
 from graphopt.solvers.least_squares import RIDGES, LeastSquares, best_ridge
 
 
@@ -90,126 +85,7 @@ def overlaps(marks_TK: Tensor, centres_TC: Tensor, width: int) -> Tensor:
     return found.index_add_(0, marks_TK.flatten(), rows)
 
 
-def balanced_assignment(gain_NC: Tensor, capacity: Sequence[int]) -> Tensor:
-    """Assign every row to a column so that each gets its capacity and the sum is largest.
-
-    Exact. Every row first takes its best column at prices that nearly balance the columns; then,
-    as long as a column holds too many, one unit is moved along the path over columns that costs
-    least. Either keeps the assignment the best one for its loads (successive shortest paths,
-    Ahuja, Magnanti and Orlin, Network Flows, section 9.7). The same gains give the same
-    assignment.
-
-    Args:
-        gain_NC: fp [N, C].
-        capacity: Of every column; together they hold the rows exactly.
-
-    Returns:
-        int64 [N] on the CPU.
-
-    Raises:
-        PassError: The capacities do not hold the rows exactly, or a gain is no number.
-    """
-    gain: NDArray[np.float64] = gain_NC.detach().cpu().double().numpy()
-    if len(gain) != sum(capacity):
-        raise PassError(
-            f"{len(gain)} neurons do not fill {len(capacity)} experts with room for "
-            f"{sum(capacity)}.",
-            "Take another number of experts.",
-        )
-    if not np.isfinite(gain).all():
-        raise PassError("A neuron's activations hold NaN or infinity, so it has no expert.")
-    return torch.from_numpy(_Assignment(gain, np.array(capacity)).solve())
-
-
-PRICE_ROUNDS = 8
-"""Rounds over the columns in which each sets the price at which just its capacity wants it."""
-
-
-def _prices(gain: NDArray[np.float64], capacity: NDArray[np.int64]) -> NDArray[np.float64]:
-    count, columns = gain.shape
-    prices = np.zeros(columns)
-    for _ in range(PRICE_ROUNDS if columns > 1 else 0):
-        for column in range(columns):
-            rest = gain - prices
-            rest[:, column] = -np.inf
-            margin = gain[:, column] - rest.max(1)
-            edge = min(count - int(capacity[column]), count - 1)
-            prices[column] = np.partition(margin, edge)[edge]
-    return prices
-
-
-class _Assignment:
-    def __init__(self, gain: NDArray[np.float64], capacity: NDArray[np.int64]) -> None:
-        self.gain, self.capacity = gain, capacity
-        self.columns = gain.shape[1]
-        # Prices change every assignment of the same loads by the same sum.
-        self.place: NDArray[np.int64] = (gain - _prices(gain, capacity)).argmax(1)
-        self.loads = np.bincount(self.place, minlength=self.columns)
-        # For every pair of columns what it costs to move a row of the first to the second.
-        self.heaps: list[list[list[tuple[float, int]]]] = [
-            [[] for _ in range(self.columns)] for _ in range(self.columns)
-        ]
-        for column in range(self.columns):
-            rows = np.flatnonzero(self.place == column)
-            costs = gain[rows, column, None] - gain[rows]
-            for other in range(self.columns):
-                if other != column:
-                    heap = list(zip(costs[:, other].tolist(), rows.tolist(), strict=True))
-                    heapq.heapify(heap)
-                    self.heaps[column][other] = heap
-        self.costs = np.full((self.columns, self.columns), np.inf)
-        for column in range(self.columns):
-            self._refresh(column)
-
-    def solve(self) -> NDArray[np.int64]:
-        while (self.loads > self.capacity).any():
-            path = self._shortest_path()
-            moves = [(a, b, self.heaps[a][b][0][1]) for a, b in itertools.pairwise(path)]
-            for a, b, row in moves:
-                self._move(row, a, b)
-            for column in path:
-                self._refresh(column)
-        return self.place
-
-    def _shortest_path(self) -> list[int]:
-        """Return the cheapest path of columns from one that holds too many to one with room."""
-        far = np.where(self.loads > self.capacity, 0.0, np.inf)
-        before = np.full(self.columns, -1)
-        for _ in range(self.columns - 1):
-            through = far[:, None] + self.costs
-            best = through.argmin(0)
-            cost = through[best, np.arange(self.columns)]
-            # Rounding must not let a path circle.
-            better = cost < far - 1e-12 * (1 + np.where(np.isfinite(far), np.abs(far), 0.0))
-            if not better.any():
-                break
-            far = np.where(better, cost, far)
-            before = np.where(better, best, before)
-        room = np.where(self.loads < self.capacity, far, np.inf)
-        path = [int(room.argmin())]
-        while before[path[0]] >= 0 and len(path) <= self.columns:
-            path.insert(0, int(before[path[0]]))
-        return path
-
-    def _move(self, row: int, a: int, b: int) -> None:
-        self.place[row] = b
-        self.loads[a] -= 1
-        self.loads[b] += 1
-        own = self.gain[row]
-        for other in range(self.columns):
-            if other != b:
-                heapq.heappush(self.heaps[b][other], (float(own[b] - own[other]), row))
-
-    def _refresh(self, column: int) -> None:
-        """Drop what has left a column from its heaps, and read what a move costs."""
-        for other in range(self.columns):
-            heap = self.heaps[column][other]
-            while heap and self.place[heap[0][1]] != column:
-                heapq.heappop(heap)
-            self.costs[column, other] = heap[0][0] if heap else np.inf
-
-
-def cluster(marks_TK: Tensor, members: Tensor, width: int, experts: int) -> tuple[Tensor, Tensor]:
+def cluster(marks: Sequence[Tensor], members: Tensor, width: int, experts: int) -> Tensor:
     """Divide neurons into experts of equal size by the tokens in which they are marked.
 
     Centres start as the marks of the most often marked members; then members are assigned so
@@ -219,30 +95,38 @@ def cluster(marks_TK: Tensor, members: Tensor, width: int, experts: int) -> tupl
     arXiv 2502.04416, section 4.2.
 
     Args:
-        marks_TK: From `top_marks`.
+        marks: From `top_marks`, a tensor [T, K] for every batch of tokens; iterated twice.
         members: int64 [N], the neurons to divide, N a multiple of `experts`.
         width: Number of neurons that marks speak of.
 
     Returns:
-        int64 [experts, N / experts]: the neurons of every expert, in ascending order; and the
-        means of their marks, fp32 [T, experts].
+        int64 [experts, N / experts]: the neurons of every expert, in ascending order.
     """
-    tokens = len(marks_TK)
-    counts = mark_counts(marks_TK, width)
+    counts = sum_of(mark_counts(marks_TK, width) for marks_TK in marks)
     seeds = members[counts[members].sort(descending=True, stable=True).indices[:experts]]
-    centres = torch.zeros(tokens, experts, device=marks_TK.device)
-    for number, seed in enumerate(seeds.tolist()):
-        centres[:, number] = (marks_TK == seed).any(-1).float()
+
+    def gains(marks_TK: Tensor) -> Tensor:
+        centres = [(marks_TK == seed).any(-1).float() for seed in seeds.tolist()]
+        return overlaps(marks_TK, torch.stack(centres, 1), width)[members]
+
     capacity = len(members) // experts
-    gains = overlaps(marks_TK, centres, width)[members]
-    place = balanced_assignment(gains, [capacity] * experts).to(members.device)
-    groups = torch.stack([members[place == number].sort().values for number in range(experts)])
+    assigned = balanced_assignment(sum_of(map(gains, marks)), [capacity] * experts)
+    place = assigned.to(members.device)
+    return torch.stack([members[place == number].sort().values for number in range(experts)])
+
+
+def cluster_centres(marks_TK: Tensor, groups: Tensor, width: int) -> Tensor:
+    """Return the means of the marks of every expert's neurons, fp32 [T, experts].
+
+    Args:
+        groups: From `cluster`, int64 [experts, N / experts].
+    """
+    experts, size = groups.shape
     owner = torch.full((width,), experts, device=marks_TK.device)
-    for number in range(experts):
-        owner[groups[number]] = number
-    marked = torch.zeros(tokens, experts + 1, device=marks_TK.device)
+    owner[groups] = torch.arange(experts, device=groups.device)[:, None]
+    marked = torch.zeros(len(marks_TK), experts + 1, device=marks_TK.device)
     marked.scatter_add_(1, owner[marks_TK], torch.ones_like(marks_TK, dtype=marked.dtype))
-    return groups, marked[:, :experts] / capacity
+    return marked[:, :experts] / size
 
 
 @dataclass(frozen=True)
@@ -267,7 +151,7 @@ FIRST_MARKS = 0.1
 """Share of the neurons that are marked in a token for the first clusters."""
 
 
-def energies(hidden_TN: Tensor, down: Tensor) -> Tensor:
+def neuron_energies(hidden_TN: Tensor, down: Tensor) -> Tensor:
     """Return the square of what each neuron adds to the output, fp32 [T, N].
 
     Args:
@@ -276,9 +160,23 @@ def energies(hidden_TN: Tensor, down: Tensor) -> Tensor:
     return (hidden_TN.float() * down.float().norm(dim=0)).square()
 
 
-def static_order(energy_TN: Tensor) -> Tensor:
-    """Return all neurons, the ones that add most on average first; int64 [N]."""
-    return energy_TN.sqrt().mean(0).sort(descending=True, stable=True).indices
+def mean_magnitudes(energies: Iterable[Tensor]) -> Tensor:
+    """Return what each neuron adds to the output on average, fp32 [N].
+
+    Args:
+        energies: From `neuron_energies`, a tensor [T, N] for every batch of tokens.
+    """
+    total, tokens = None, 0
+    for energy_TN in energies:
+        own = energy_TN.sqrt().sum(0)
+        total, tokens = own if total is None else total + own, tokens + len(energy_TN)
+    assert total is not None
+    return total / tokens
+
+
+def static_order(magnitudes_N: Tensor) -> Tensor:
+    """Return all neurons, the ones of largest mean magnitude first; int64 [N]."""
+    return magnitudes_N.sort(descending=True, stable=True).indices
 
 
 def first_marks(width: int) -> int:
@@ -288,15 +186,15 @@ def first_marks(width: int) -> int:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a part has of some tokens.
+    """A part's activations on some tokens, in batches.
 
     Attributes:
-        x: Its input [T, D].
-        energy: From `energies` [T, N].
+        x: Its input, [T, D] for every batch.
+        energy: Of its neurons, from `neuron_energies`, [T, N] for every batch.
     """
 
-    x: Tensor
-    energy: Tensor
+    x: Sequence[Tensor]
+    energy: Sequence[Tensor]
 
 
 def divide_by_fit(
@@ -328,23 +226,27 @@ def divide_by_fit(
         shared: Number of shared neurons.
         active: Experts of a token, or with `threshold` their mean.
     """
-    energy = learn.energy
-    width = energy.shape[1]
+    magnitudes = mean_magnitudes(learn.energy)
+    width = len(magnitudes)
     size = (width - shared) // experts
-    order = static_order(energy)
-    marks = top_marks(energy, first_marks(width))
-    groups, _ = cluster(marks, order[shared:].sort().values, width, experts)
-    place = torch.zeros(width, dtype=torch.int64, device=energy.device)
+    order = static_order(magnitudes)
+    count = first_marks(width)
+    marks = PerBatch.of(learn.energy, lambda energy_TN: top_marks(energy_TN, count))
+    groups = cluster(marks, order[shared:].sort().values, width, experts)
+    place = torch.zeros(width, dtype=torch.int64, device=order.device)
     for number in range(experts):
         place[groups[number]] = number + 1
     router = _RouterFit(learn, held_out, experts)
     turns = 0
     while turns < rounds:
         turns += 1
-        scores = router.features[0] @ router.fit(place)
+        scores = router.scores(learn, router.fit(place))
         runs = chosen(scores, active, threshold=threshold)
         runs = torch.cat([scores.new_ones(len(scores), 1), runs], 1)
-        gain = energy.t() @ runs
+        gain, start = scores.new_zeros(width, experts + 1), 0
+        for energy_TN in learn.energy:
+            gain += energy_TN.t() @ runs[start : start + len(energy_TN)]
+            start += len(energy_TN)
         new = balanced_assignment(gain, [shared] + [size] * experts).to(place.device)
         moved = not torch.equal(new, place)
         place = new
@@ -352,16 +254,16 @@ def divide_by_fit(
             break
     weight = router.fit(place)
     if experts > 1:
-        spread = (router.features[0] @ weight).std(-1).mean()
+        spread = router.scores(learn, weight).std(-1).mean()
         weight = weight / spread.clamp(min=1e-12)
     if threshold:
-        weight[-1] -= edge(router.features[1] @ weight, active)
+        weight[-1] -= edge(router.scores(held_out, weight), active)
     made = {"router": weight[:-1].t().contiguous(), "router.bias": weight[-1].clone()}
     return Division(place.sort(stable=True).indices, shared, made, turns)
 
 
 def divide_as_published(
-    hidden_TN: Tensor, gate: Tensor | None, up: Tensor, shared: int, experts: int, marks: int
+    marks: Sequence[Tensor], gate: Tensor | None, up: Tensor, shared: int, experts: int
 ) -> Division:
     """Divide neurons and make the router as CMoE does (arXiv 2502.04416, section 4).
 
@@ -371,17 +273,19 @@ def divide_as_published(
     least: |c - v|_1 = |v|_1 + |c| - 2 <c, v>, and v is below a half everywhere.
 
     Args:
+        marks: From `top_marks`, a tensor [T, K] for every batch of tokens.
         gate, up: The projections [N, D].
-        marks: Marked neurons of a token.
     """
-    width = hidden_TN.shape[1]
-    marked = top_marks(hidden_TN, marks)
-    counts = mark_counts(marked, width)
+    width = len(up)
+    counts = sum_of(mark_counts(marks_TK, width) for marks_TK in marks)
     order = counts.sort(descending=True, stable=True).indices
     members = order[shared:].sort().values
-    groups, centres = cluster(marked, members, width, experts)
+    groups = cluster(marks, members, width, experts)
+    near = sum_of(
+        overlaps(marks_TK, cluster_centres(marks_TK, groups, width), width) for marks_TK in marks
+    )
     # Up to what depends on the centre alone, the distance to it.
-    far = counts[:, None] - 2 * overlaps(marked, centres, width)
+    far = counts[:, None] - 2 * near
     chosen_neurons = torch.stack(
         [group[far[group, number].argmin()] for number, group in enumerate(groups)]
     )
@@ -413,58 +317,31 @@ class _RouterFit:
 
     def __init__(self, learn: Tokens, held_out: Tokens, experts: int) -> None:
         self.tokens, self.experts = (learn, held_out), experts
-        self.features = [
-            torch.cat([tokens.x.float(), tokens.x.new_ones(len(tokens.x), 1).float()], 1)
-            for tokens in self.tokens
-        ]
         self.sums: list[LeastSquares] = []
 
     def fit(self, place: Tensor) -> Tensor:
         """Return the weights [D + 1, E], the constant's last."""
-        targets = [_energy_of(tokens.energy, place, self.experts).sqrt() for tokens in self.tokens]
-        both = list(zip(self.features, targets, strict=True))
-        if self.sums:
-            self.sums = [s.retarget(*pair) for s, pair in zip(self.sums, both, strict=True)]
-        else:
-            self.sums = [LeastSquares(), LeastSquares()]
-            for sums, pair in zip(self.sums, both, strict=True):
-                sums.add(*pair)
+        first = not self.sums
+        self.sums = [LeastSquares(), LeastSquares()] if first else [s.retarget() for s in self.sums]
+        for sums, tokens in zip(self.sums, self.tokens, strict=True):
+            for x, energy_TN in zip(tokens.x, tokens.energy, strict=True):
+                targets = _energy_of(energy_TN, place, self.experts).sqrt()
+                (sums.add if first else sums.add_targets)(_with_constant(x), targets)
         # Where nothing predicts better than 0 does, the strongest pull predicts least.
         learn, held_out = self.sums
         return learn.solve(best_ridge(learn, held_out)[0] or max(RIDGES)).float()
 
+    @staticmethod
+    def scores(tokens: Tokens, weight: Tensor) -> Tensor:
+        """Return the scores of all tokens, [T, E]."""
+        return torch.cat([_with_constant(x) @ weight for x in tokens.x])
 
-LOADED = 4
-"""Windows that are run at once to count what tokens run."""
+
+def _with_constant(x: Tensor) -> Tensor:
+    """Return inputs [T, D] with a feature of 1 behind them, fp32 [T, D + 1]."""
+    return torch.cat([x.float(), x.new_ones(len(x), 1).float()], 1)
 
 
-def expert_loads(
-    program: Program, windows: Tensor, device: torch.device
-) -> list[tuple[str, list[float]]]:
-    """Return the share of tokens that run each expert, of every part of a carved program.
-
-    Args:
-        windows: int64 [N, S].
-
-    Returns:
-        For each part its block's name, and for each of its experts a share from 0 to 1.
-    """
-    blocks = find_blocks(program)
-    first, stop = blocks[0].position, blocks[-1].position + 1
-    student = Student(program, first, stop, {}, device, keep_weights=False)
-    found: dict[str, Tensor] = {}
-    nothing = torch.zeros((), dtype=torch.float64, device=device)
-    for ids in windows.split(LOADED):
-        values: dict[str, Any] = student.inputs(ids.to(device))
-        with torch.no_grad():
-            student.run(values, 0, first)
-            for block in blocks:
-                where = block_name(program, block)
-
-                def watch(value: Value, gates: Tensor, where: str = where) -> None:
-                    if value.node is not None and value.node.op == "top_gates":
-                        runs = (gates != 0).flatten(0, -2).double().sum(0)
-                        found[where] = found.get(where, nothing) + runs
-
-                student.run(values, block.position, block.position + 1, watch)
-    return [(where, (runs / windows.numel()).tolist()) for where, runs in found.items()]
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the sum of what batches give; one of them is in memory at a time."""
+    return functools.reduce(torch.add, tensors)

@@ -33,7 +33,7 @@ PIECE, PROMPT = 512, 16
 
 PIECES_AT_ONCE = 2048
 
-HELD_OUT = 2
+PERPLEXITY_WINDOWS = 2
 """Windows, the last ones, on which perplexity is followed; nothing is learnt from them."""
 
 WRITTEN = PerDevice(cpu=(16, 256), gpu=(64, 2048))
@@ -282,11 +282,11 @@ class _Interpreted(_Writer):
         if self.unmasked:
             values["attention_mask"] = None
         self.past += tokens.shape[1]
-        found: Tensor | None = None
+        logits: Tensor | None = None
         for _, (environment,) in self.runner.stream([values], [self.cache]):
-            found = environment.get(self.program.outputs[0])
-        assert found is not None
-        return found[:, -1]
+            logits = environment.get(self.program.outputs[0])
+        assert logits is not None
+        return logits[:, -1]
 
 
 class _Emitted(_Writer):

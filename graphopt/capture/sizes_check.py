@@ -55,7 +55,7 @@ def _check(
         try:
             run_function(
                 function, call, inputs, weights, sizes,
-                watch=lambda value, tensor: made.append((value, tuple(tensor.shape))),
+                observe=lambda value, tensor: made.append((value, tuple(tensor.shape))),
             )  # fmt: skip
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             node = function.nodes[len({value.node for value, _ in made})]

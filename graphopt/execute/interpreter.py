@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import sympy
 import torch
 from torch import Tensor
 
 from graphopt.execute.paged_kv import PagedKV
-from graphopt.ir.dataflow import angle_weights
-from graphopt.ir.graph import Call, Function, KVState, Program, Value, resolve_attrs
+from graphopt.ir.dataflow import angle_weights, mask_is_for_attention_alone
+from graphopt.ir.graph import Call, Function, KVState, Node, Program, Value, resolve_attrs
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import concretize
 from graphopt.ir.types import B, P, S
@@ -22,42 +24,108 @@ from graphopt.support.devices import free_bytes
 Mode = Literal["torch", "reference"]
 CacheContents = dict[str, tuple[Tensor, Tensor] | PagedKV]
 """State name -> (keys [B, G, P, D], values [B, G, P, Dv]), of a ring its last tokens."""
+Observer = Callable[[Value, Tensor], None]
+"""Is called with a value of a function and its tensor, when the tensor is made."""
 
 
 def run_function(
     function: Function,
     call: Call,
-    args: Sequence[Tensor],
+    args: Sequence[Tensor | None],
     weights: Mapping[str, Tensor],
     sizes: Mapping[sympy.Symbol, int],
     past: CacheContents | None = None,
     mode: Mode = "torch",
-    watch: Callable[[Value, Tensor], None] | None = None,
+    observe: Observer | None = None,
 ) -> tuple[list[Tensor], CacheContents]:
     """Run one call.
 
     Args:
-        args: Carried arguments in the function's order.
+        args: Arguments in the order of the function's parameters; None for an absent one.
         weights: Value of every weight slot.
         sizes: B, S and P.
         past: KV cache contents of the call's states.
-        watch: Called with every node output as it is made.
+        observe: Called with every node output as it is made.
 
     Returns:
         The results in the function's order, and the new cache contents.
     """
-    values: dict[Value, Tensor] = dict(zip(function.params, args, strict=True))
+    values = _given_values(function, call, args, weights, past)
+    _run_nodes(
+        function.nodes, call, values, function.outside_values(), sizes, mode, observe or _ignore
+    )
+    present: CacheContents = {
+        call.caches[c.slot]: (values[c.present_k], values[c.present_v]) for c in function.caches
+    }
+    return [values[value] for value in function.results], present
+
+
+def function_values(
+    function: Function,
+    call: Call,
+    args: Sequence[Tensor | None],
+    weights: Mapping[str, Tensor],
+    sizes: Mapping[sympy.Symbol, int],
+    wanted: Sequence[Value],
+    *,
+    known: Mapping[Value, Tensor] | None = None,
+    past: CacheContents | None = None,
+    mode: Mode = "torch",
+) -> list[Tensor]:
+    """Return values inside one call; only what they depend on is run.
+
+    Args:
+        args, weights, sizes, past: As for `run_function`.
+        wanted: Values of the function.
+        known: Values of the function that are given: what they are made of is not run.
+    """
+    values = {**_given_values(function, call, args, weights, past), **(known or {})}
+    missing = {value for value in wanted if value not in values}
+    nodes: list[Node] = []
+    for node in reversed(function.nodes):
+        if not missing.isdisjoint(node.outputs):
+            nodes.append(node)
+            missing.difference_update(node.outputs)
+            missing |= {v for v in node.inputs if v is not None and v not in values}
+    _run_nodes(nodes[::-1], call, values, set(wanted), sizes, mode, _ignore)
+    return [values[value] for value in wanted]
+
+
+def _given_values(
+    function: Function,
+    call: Call,
+    args: Sequence[Tensor | None],
+    weights: Mapping[str, Tensor],
+    past: CacheContents | None,
+) -> dict[Value, Any]:
+    """Return the tensors of a function's parameters, weights and cache inputs."""
+    values: dict[Value, Any] = dict(zip(function.params, args, strict=True))
     values.update({value: weights[slot] for slot, value in function.weights.items()})
     for cache in function.caches:
         assert past is not None
         values[cache.past_k], values[cache.past_v] = past[call.caches[cache.slot]]
-    outside = function.outside_values()
+    return values
+
+
+def _run_nodes(
+    nodes: Sequence[Node],
+    call: Call,
+    values: dict[Value, Any],
+    outside: Set[Value],
+    sizes: Mapping[sympy.Symbol, int],
+    mode: Mode,
+    observe: Observer,
+) -> None:
+    """Run nodes in order on `values`, to which their outputs are added.
+
+    A value is dropped behind its last reader, unless it is in `outside`.
+    """
     last_use: dict[Value, int] = {}
-    for index, node in enumerate(function.nodes):
+    for index, node in enumerate(nodes):
         for value in node.inputs:
             if value is not None:
                 last_use[value] = index
-    for index, node in enumerate(function.nodes):
+    for index, node in enumerate(nodes):
         op, attrs = get_op(node.op), resolve_attrs(node, call)
         if is_aten(node.op):
             attrs = {**concretize(attrs, sizes), "target": node.op}
@@ -65,15 +133,15 @@ def run_function(
         outputs = op.torch(operands, attrs) if mode == "torch" else op.reference(operands, attrs)
         for value, tensor in zip(node.outputs, outputs, strict=False):
             values[value] = tensor
-            if watch is not None:
-                watch(value, tensor)
+            observe(value, tensor)
+        del operands, outputs
         for value in node.inputs:
             if value is not None and last_use[value] == index and value not in outside:
                 values.pop(value, None)
-    present: CacheContents = {
-        call.caches[c.slot]: (values[c.present_k], values[c.present_v]) for c in function.caches
-    }
-    return [values[value] for value in function.results], present
+
+
+def _ignore(value: Value, tensor: Tensor) -> None:
+    """Observe nothing."""
 
 
 def extend_caches(past: CacheContents, present: CacheContents) -> None:
@@ -94,6 +162,8 @@ class Runner:
         device: Where to run.
         keep_weights: Hold every weight after its first use, instead of reading it again.
         mode: Which implementation of the ops.
+        autocast: Type of products, where it is another than that of weights and sums; see
+            `training_autocast`.
     """
 
     program: Program
@@ -101,6 +171,7 @@ class Runner:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     keep_weights: bool = True
     mode: Mode = "torch"
+    autocast: torch.dtype | None = None
     _kept: dict[str, Tensor] = field(default_factory=dict)
     _angles: set[str] | None = None
 
@@ -119,8 +190,8 @@ class Runner:
     def call_weights(self, call: Call) -> dict[str, Tensor]:
         return {slot: self.weight(name) for slot, name in call.weights.items()}
 
-    def empty_cache(self, batch: int) -> CacheContents:
-        """Return a cache without tokens for every state of the program."""
+    def empty_cache(self, batch: int, names: Iterable[str] | None = None) -> CacheContents:
+        """Return a cache without tokens for states of the program, by default all."""
 
         def empty(state: KVState) -> tuple[Tensor, Tensor] | PagedKV:
             if state.layout.kind == "paged":
@@ -131,12 +202,145 @@ class Runner:
             )
             return k, v
 
-        return {name: empty(state) for name, state in self.program.states.items()}
+        states = self.program.states
+        return {name: empty(states[name]) for name in (states if names is None else names)}
+
+    @functools.cached_property
+    def _needs_no_mask(self) -> bool:
+        return mask_is_for_attention_alone(self.program)
+
+    def window_inputs(self, ids: Tensor) -> dict[str, Any]:
+        """Return the program's inputs for windows of token ids [N, S] without padding."""
+        values: dict[str, Any] = dict(complete_inputs({"input_ids": ids}))
+        if self._needs_no_mask:
+            # Nothing is padded, and attention without a mask is several times faster.
+            values["attention_mask"] = None
+        return values
+
+    def run_call(
+        self,
+        call: Call,
+        args: Sequence[Tensor | None],
+        size: tuple[int, int],
+        weights: Mapping[str, Tensor],
+        *,
+        function: Function | None = None,
+        past: CacheContents | None = None,
+        tokens_past: int = 0,
+        observe: Observer | None = None,
+    ) -> tuple[list[Tensor], CacheContents]:
+        """Run one call on arguments.
+
+        Args:
+            args: In the order of the function's parameters.
+            size: B and S of the inputs that the arguments were made of.
+            weights: Value of every weight slot.
+            function: A variant of the call's function to run in its place.
+            past: KV cache contents of the call's states; none by default.
+            tokens_past: How many tokens they hold.
+            observe: Called with every value inside the function as it is made.
+
+        Returns:
+            As for `run_function`.
+        """
+        function = function or self.program.functions[call.function]
+        past = past if past is not None else self.empty_cache(size[0], call.caches.values())
+        sizes = {B: size[0], S: size[1], P: tokens_past}
+        with self._autocasting():
+            return run_function(function, call, args, weights, sizes, past, self.mode, observe)
+
+    def call_values(
+        self,
+        call: Call,
+        args: Sequence[Tensor | None],
+        size: tuple[int, int],
+        weights: Mapping[str, Tensor],
+        wanted: Sequence[Value],
+        *,
+        function: Function | None = None,
+        known: Mapping[Value, Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Return values inside one call without a past; see `function_values`.
+
+        Args:
+            function: A variant of the call's function to run in its place.
+        """
+        function = function or self.program.functions[call.function]
+        past = self.empty_cache(size[0], call.caches.values())
+        sizes = {B: size[0], S: size[1], P: 0}
+        with self._autocasting():
+            return function_values(
+                function, call, args, weights, sizes, wanted, known=known, past=past, mode=self.mode
+            )
+
+    def _autocasting(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
+
+    @functools.cached_property
+    def _last_uses(self) -> dict[str, int]:
+        """The position of the last call that reads each program value.
+
+        The ids, which say how large a batch is, and the outputs are always needed.
+        """
+        calls = enumerate(self.program.calls)
+        last = {name: position for position, call in calls for name in call.args}
+        for name in ("input_ids", *self.program.outputs):
+            last.pop(name, None)
+        return last
+
+    def run_calls(
+        self,
+        environments: Sequence[dict[str, Any]],
+        first: int,
+        stop: int,
+        *,
+        pasts: Sequence[CacheContents] | None = None,
+        observe: Observer | None = None,
+    ) -> Iterator[Call]:
+        """Run calls one by one, each over every batch; each call's weights are read once.
+
+        Args:
+            environments: For every batch the program values by name. What calls make is added,
+                and what no later call reads is taken out when the iteration goes on.
+            first, stop: Positions of the first call and of the one behind the last.
+            pasts: KV cache contents of each batch, extended in place; by default there are none,
+                and none are kept.
+            observe: Called with every value inside the calls as it is made.
+
+        Yields:
+            The call just run.
+        """
+        past_of: list[CacheContents | None] = [None] * len(environments)
+        lengths = [0] * len(environments)
+        if pasts is not None:
+            past_of = list(pasts)
+            lengths = list(map(_past_length, environments, pasts))
+        for position, call in enumerate(self.program.calls[first:stop], first):
+            weights = self.call_weights(call)
+            for environment, past, length in zip(environments, past_of, lengths, strict=True):
+                args = [environment[name] for name in call.args]
+                size = environment["input_ids"].shape
+                results, present = self.run_call(
+                    call, args, (size[0], size[1]), weights,
+                    past=past, tokens_past=length, observe=observe,
+                )  # fmt: skip
+                if past is not None:
+                    extend_caches(past, present)
+                environment.update(zip(call.results, results, strict=True))
+                del args, results, present
+            del weights  # before the next layer's are read
+            yield call
+            for environment in environments:
+                for name in call.args:
+                    if self._last_uses.get(name) == position:
+                        environment.pop(name, None)
 
     def stream(
         self, batches: Sequence[Mapping[str, Tensor]], pasts: Sequence[CacheContents] | None = None
-    ) -> Iterator[tuple[Call, list[dict[str, Tensor]]]]:
-        """Walk the calls once, each over every batch; each layer's weights are read once.
+    ) -> Iterator[tuple[Call, list[dict[str, Any]]]]:
+        """Run the whole program, call by call, each over every batch.
 
         Args:
             batches: Program inputs by name, one mapping a batch.
@@ -146,36 +350,12 @@ class Runner:
         Yields:
             The call just run and, for each batch, the live program values by name.
         """
-        program = self.program
-        environments = [dict(batch) for batch in batches]
-        if pasts is None:
-            pasts = [self.empty_cache(b["input_ids"].shape[0]) for b in batches]
-        last_use = {name: len(program.calls) for name in program.outputs}
-        for index, call in enumerate(program.calls):
-            for name in call.args:
-                last_use.setdefault(name, index)
-                last_use[name] = max(last_use[name], index)
-        lengths = [_past_length(batch, past) for batch, past in zip(batches, pasts, strict=True)]
-        for index, call in enumerate(program.calls):
-            function, weights = program.functions[call.function], self.call_weights(call)
-            for environment, past, tokens_past in zip(environments, pasts, lengths, strict=True):
-                ids = environment["input_ids"]
-                sizes = {B: ids.shape[0], S: ids.shape[1], P: tokens_past}
-                args = [environment[name] for name in call.args]
-                results, present = run_function(
-                    function, call, args, weights, sizes, past, self.mode
-                )
-                extend_caches(past, present)
-                environment.update(zip(call.results, results, strict=True))
-            del weights  # before the next layer's are read
+        environments: list[dict[str, Any]] = [dict(batch) for batch in batches]
+        for call in self.run_calls(environments, 0, len(self.program.calls), pasts=pasts):
             yield call, environments
-            for environment in environments:
-                for name in set(environment) - {"input_ids"}:
-                    if last_use.get(name, -1) <= index:
-                        del environment[name]
 
     def run(
-        self, inputs: Mapping[str, Tensor], past: CacheContents | None = None
+        self, inputs: Mapping[str, Any], past: CacheContents | None = None
     ) -> tuple[list[Tensor], CacheContents]:
         """Run one batch and return the outputs and the extended cache.
 
@@ -186,23 +366,22 @@ class Runner:
         """
         contents = dict(past) if past is not None else None
         state = contents or self.empty_cache(inputs["input_ids"].shape[0])
-        batch = complete_inputs(inputs, self._tokens_past(inputs, state))
-        outputs: list[Tensor] = []
+        past_tokens = self._tokens_past(inputs, state)
+        environment: dict[str, Any] = dict(complete_inputs(inputs, past_tokens))
         with torch.no_grad():
-            for _, environments in self.stream([batch], [state]):
-                environment = environments[0]
-                if all(name in environment for name in self.program.outputs):
-                    outputs = [environment[name] for name in self.program.outputs]
-        return outputs, state
+            for _ in self.run_calls([environment], 0, len(self.program.calls), pasts=[state]):
+                pass
+        return [environment[name] for name in self.program.outputs], state
 
-    def _tokens_past(self, inputs: Mapping[str, Tensor], state: CacheContents) -> int:
+    def _tokens_past(self, inputs: Mapping[str, Any], state: CacheContents) -> int:
         """Return how many tokens came before, by the mask or by a state that holds them all.
 
         Raises:
             ValueError: A ring that may be full is all there is.
         """
-        if state and "attention_mask" in inputs:
-            return int(inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1])
+        mask = inputs.get("attention_mask")
+        if state and mask is not None:
+            return int(mask.shape[1] - inputs["input_ids"].shape[1])
         lengths = {name: k.shape[2] for name, (k, _) in state.items()}
         rings = {name: s.layout.ring for name, s in self.program.states.items()}
         whole = [length for name, length in lengths.items() if rings[name] is None]

@@ -107,7 +107,7 @@ def seconds_rows(seconds: Mapping[str, float]) -> str:
 
 
 class Refitted(Protocol):
-    """A projection that was solved for anew; see `graphopt.calibration.repair.Refit`."""
+    """A projection that was solved for anew: a `graphopt.calibration.reconstruction` of one."""
 
     @property
     def before(self) -> float: ...

@@ -25,21 +25,24 @@ class LeastSquares:
 
     def add(self, features: Tensor, targets: Tensor) -> None:
         """Add tokens."""
-        features, targets = features.float().flatten(0, -2), targets.float().flatten(0, -2)
-        gram, cross = features.t() @ features, features.t() @ targets
+        rows = features.float().flatten(0, -2)
+        gram = rows.t() @ rows
         self.gram = gram if self.gram is None else self.gram + gram
+        self._factors.clear()
+        self.add_targets(features, targets)
+
+    def add_targets(self, features: Tensor, targets: Tensor) -> None:
+        """Add targets of tokens whose features are in the sums already."""
+        features, targets = features.float().flatten(0, -2), targets.float().flatten(0, -2)
+        cross = features.t() @ targets
         self.cross = cross if self.cross is None else self.cross + cross
         self.square += float(targets.double().square().sum())
         self.count += len(targets)
-        self._factors.clear()
 
-    def retarget(self, features: Tensor, targets: Tensor) -> LeastSquares:
-        """Return the fit of other targets to the same features, which are not summed again."""
+    def retarget(self) -> LeastSquares:
+        """Return a fit to the same features, which are not summed again, without targets so far."""
         other = LeastSquares()
-        features, targets = features.float().flatten(0, -2), targets.float().flatten(0, -2)
-        other.gram, other.cross = self.gram, features.t() @ targets
-        other.square = float(targets.double().square().sum())
-        other.count, other._factors = self.count, self._factors
+        other.gram, other._factors = self.gram, self._factors
         return other
 
     def __add__(self, other: LeastSquares) -> LeastSquares:

@@ -53,6 +53,17 @@ def free_bytes(device: torch.device) -> int:
         return 0
 
 
+def room_for(size: int, device: torch.device) -> torch.device | None:
+    """Return where `size` bytes take no more than half of what is free.
+
+    That is the device or else the host; None where neither has so much.
+    """
+    for place in (device, torch.device("cpu")):
+        if size <= free_bytes(place) // 2:
+            return place
+    return None
+
+
 @contextmanager
 def must_fit(device: torch.device, what: str, remedy: str) -> Iterator[None]:
     """Say what lowers the need where memory does not suffice in the body.

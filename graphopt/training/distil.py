@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from graphopt.calibration.text import (
-    HELD_OUT,
+    PERPLEXITY_WINDOWS,
     calibration_windows,
     held_out_perplexity,
     sample_windows,
     window_length,
 )
 from graphopt.errors import PassError
+from graphopt.execute.block_runner import BlockRunner, Parametrisation
 from graphopt.execute.interpreter import resident
-from graphopt.execute.student import Form, Student
 from graphopt.ir.blocks import block_name, find_blocks
 from graphopt.ir.dtypes import scoring_dtype
 from graphopt.ir.graph import Call, Program
@@ -34,12 +34,12 @@ from graphopt.report.record import Step
 from graphopt.storage.snapshot import taking_up
 from graphopt.support.devices import free_bytes
 from graphopt.support.per_device import on_device
-from graphopt.training.forms import LowRank, Whole
+from graphopt.training.distillation_data import DistillationData, HiddenStateCache
 from graphopt.training.losses import LogitObjective, Objective
 from graphopt.training.options import TrainingOptions
+from graphopt.training.parametrisations import FullParametrisation, LowRankParametrisation
 from graphopt.training.record import TrainedPart, TrainingRecord
 from graphopt.training.schedule import Schedule, Tuned
-from graphopt.training.streams import Lessons, Streams
 from graphopt.training.tuner import Tuner
 
 OWN_TEXT_SHARE = 0.25
@@ -106,7 +106,7 @@ class Distiller:
         self.record = self.tells()
         self.skipped: list[Skip] = []
         windows = calibration_windows(self.dense, context, seqlen)
-        held = max(least_held, min(HELD_OUT, len(windows) // 8))
+        held = max(least_held, min(PERPLEXITY_WINDOWS, len(windows) // 8))
         if len(windows) <= held:
             raise PassError(
                 f"The calibration text has {len(windows)} windows of {seqlen} tokens, of which "
@@ -154,7 +154,7 @@ class Distiller:
             return None
         return max(self.schedule.seconds - (time.perf_counter() - self.started), 0.0)
 
-    def lessons_text(self) -> Tensor:
+    def training_windows(self) -> Tensor:
         """Return the windows to learn from: those of the text, and the dense model's own."""
         count, seconds = self._own_text()
         if not count:
@@ -195,12 +195,12 @@ class Distiller:
         wanted = self.schedule.steps * self.schedule.batch // EPOCHS - len(self.windows)
         return min(max(wanted, 0), most), None
 
-    def streams(self, program: Program, ids: Tensor, behind: int) -> Streams:
+    def streams(self, program: Program, ids: Tensor, behind: int) -> HiddenStateCache:
         """Return the stream behind a call of a program, given by its position."""
         first = find_blocks(program)[0].position
-        return Streams(Student(program, first, behind + 1, {}, self.device), ids)
+        return HiddenStateCache(BlockRunner(program, first, behind + 1, {}, self.device), ids)
 
-    def forms(self, program: Program, calls: list[Call]) -> dict[str, Form]:
+    def parametrisations(self, program: Program, calls: list[Call]) -> dict[str, Parametrisation]:
         """Return what is trained of calls: every weight of theirs, but none used elsewhere."""
         owners: dict[str, set[int]] = {}
         for number, call in enumerate(program.calls):
@@ -208,11 +208,15 @@ class Distiller:
                 owners.setdefault(name, set()).add(number)
         inside = {number for number, call in enumerate(program.calls) if call in calls}
         generator = torch.Generator().manual_seed(self.context.seed)
-        forms: dict[str, Form] = {}
+        parametrisations: dict[str, Parametrisation] = {}
         for call in calls:
             for name in call.weights.values():
                 weight = program.weights[name]
-                if weight.constant or name in forms or not weight.dtype.is_floating_point:
+                if (
+                    weight.constant
+                    or name in parametrisations
+                    or not weight.dtype.is_floating_point
+                ):
                     continue
                 if not owners[name] <= inside:
                     self.skipped.append(Skip(name, "it is used outside the blocks too"))
@@ -224,26 +228,28 @@ class Distiller:
                     # A router has few rows, which are no more than a term of them would be.
                     and self.options.rank < min(value.shape)
                 ):
-                    forms[name] = LowRank(value, self.options.rank, generator)
+                    parametrisations[name] = LowRankParametrisation(
+                        value, self.options.rank, generator
+                    )
                 else:
-                    forms[name] = Whole(value)
-        return forms
+                    parametrisations[name] = FullParametrisation(value)
+        return parametrisations
 
     def tune(
         self,
         program: Program,
-        forms: dict[str, Form],
+        parametrisations: dict[str, Parametrisation],
         first: int,
         stop: int,
-        lessons: Lessons,
+        data: DistillationData,
         objective: Objective,
         schedule: Schedule,
         what: str,
     ) -> Tuned:
-        """Train forms and put their values into the program."""
-        student = Student(program, first, stop, forms, self.device)
+        """Train parametrisations and put their values into the program."""
+        student = BlockRunner(program, first, stop, parametrisations, self.device)
         tuner = Tuner(
-            student, lessons, objective, schedule, seed=self.context.seed,
+            student, data, objective, schedule, seed=self.context.seed,
             saved=self._saved(what), progress=self.context.progress, what=what,
         )  # fmt: skip
         tuned = tuner.run()
@@ -253,8 +259,8 @@ class Distiller:
             reason = f"its step is not compiled, and slower: {tuned.not_compiled}"
             self.skipped.append(Skip(what, reason))
         with torch.no_grad():
-            for name, form in student.forms.items():
-                assign(program, name, form())
+            for name, parametrisation in student.parametrisations.items():
+                assign(program, name, parametrisation())
         return tuned
 
     def _saved(self, what: str) -> Path | None:
@@ -334,17 +340,17 @@ class Distiller:
 
     def distil(self) -> None:
         """Train all blocks on the dense model's next-token distributions."""
-        ids = torch.cat([self.lessons_text(), self.checked])
+        ids = torch.cat([self.training_windows(), self.checked])
         last = find_blocks(self.dense)[-1].position
         blocks = find_blocks(self.program)
         calls = [self.program.calls[block.position] for block in blocks]
         started = time.perf_counter()
         tuned = self.tune(
             self.program,
-            self.forms(self.program, calls),
+            self.parametrisations(self.program, calls),
             blocks[0].position,
             blocks[-1].position + 1,
-            Lessons(ids, self.streams(self.dense, ids, last), held_out=len(self.checked)),
+            DistillationData(ids, self.streams(self.dense, ids, last), held_out=len(self.checked)),
             LogitObjective(),
             replace(self.schedule, seconds=self.left()),
             "distilling",

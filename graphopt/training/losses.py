@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import PassError
-from graphopt.execute.student import Student
+from graphopt.execute.block_runner import BlockRunner
 
 TOKENS_OF_LOGITS = 2048
 """Tokens whose logits are in memory at once."""
@@ -52,12 +52,12 @@ class Objective(ABC):
 
     @abstractmethod
     def measure(
-        self, student: Student, values: dict[str, Any], target: Tensor, learn: bool
+        self, student: BlockRunner, values: dict[str, Any], target: Tensor, learn: bool
     ) -> Tensor:
         """Return the loss of a batch, in fp32 without gradient.
 
         Args:
-            values: What `Student.run` left.
+            values: What `BlockRunner.run_range` left.
             target: [B, S, D], what the dense model has in the place of the student's exit.
             learn: Also add to the gradients of the student's parameters.
         """
@@ -70,7 +70,7 @@ class StreamObjective(Objective):
     loss: Callable[[Tensor, Tensor], Tensor]
 
     def measure(
-        self, student: Student, values: dict[str, Any], target: Tensor, learn: bool
+        self, student: BlockRunner, values: dict[str, Any], target: Tensor, learn: bool
     ) -> Tensor:
         loss = self.loss(values[student.exit], target)
         if learn:
@@ -87,7 +87,7 @@ class LogitObjective(Objective):
     """
 
     def measure(
-        self, student: Student, values: dict[str, Any], target: Tensor, learn: bool
+        self, student: BlockRunner, values: dict[str, Any], target: Tensor, learn: bool
     ) -> Tensor:
         stream = values[student.exit]
         batch, length, _ = stream.shape
@@ -112,7 +112,7 @@ class LogitObjective(Objective):
 
     @staticmethod
     def _logits(
-        student: Student, values: Mapping[str, Any], stream: Tensor, start: int, rows: int
+        student: BlockRunner, values: Mapping[str, Any], stream: Tensor, start: int, rows: int
     ) -> Tensor:
         count = len(values["input_ids"])
         part = {
@@ -122,7 +122,7 @@ class LogitObjective(Objective):
             for name, value in values.items()
         }
         part[student.exit] = stream
-        student.run(part, student.stop, len(student.program.calls))
+        student.run_range(part, student.stop, len(student.program.calls))
         logits: Tensor = part[student.program.outputs[0]]
         return logits
 

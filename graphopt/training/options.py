@@ -23,7 +23,7 @@ class TrainingOptions:
         rate: Highest learning rate; by default 5e-4, and less for steps of under 8,192 tokens.
         batch: Windows of a step.
         seqlen: Tokens of a window.
-        own_text: Windows that the dense model writes itself; see `Distiller.lessons_text`.
+        own_text: Windows that the dense model writes itself; see `Distiller.training_windows`.
         train: `all` trains weights whole, `low-rank` matrices by a term.
         rank: Of that term.
         patience: Stop after this many checks without a better held-out loss; 0 never stops.

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.errors import reason
-from graphopt.execute.student import Student
+from graphopt.execute.block_runner import BlockRunner
 from graphopt.storage.snapshot import taking_up
 from graphopt.support.devices import must_fit
 from graphopt.support.progress import Progress, silent
+from graphopt.training.distillation_data import DistillationData
 from graphopt.training.losses import Objective
 from graphopt.training.schedule import Schedule, Tuned
-from graphopt.training.streams import Lessons
 
 SAVE_EVERY = 30.0
 """Seconds between two saved states of a training."""
@@ -55,8 +55,8 @@ class Tuner:
     """A training of one student.
 
     Args:
-        student: Its forms are trained in place.
-        lessons: What from.
+        student: Its parametrisations are trained in place.
+        data: What from.
         objective: What for.
         schedule: How long.
         seed: Of the order of the windows.
@@ -67,8 +67,8 @@ class Tuner:
 
     def __init__(
         self,
-        student: Student,
-        lessons: Lessons,
+        student: BlockRunner,
+        data: DistillationData,
         objective: Objective,
         schedule: Schedule,
         *,
@@ -77,7 +77,7 @@ class Tuner:
         progress: Progress = silent,
         what: str = "training",
     ) -> None:
-        self.student, self.lessons, self.objective = student, lessons, objective
+        self.student, self.data, self.objective = student, data, objective
         self.schedule, self.saved = schedule, saved
         self.progress, self.what = progress, what
         self.result = Tuned()
@@ -89,8 +89,8 @@ class Tuner:
         self._parameters = student.parameters
         cuda = student.device.type == "cuda"
         by_rate: dict[float, list[nn.Parameter]] = {}
-        for form in student.forms.values():
-            for rate, parameters in form.rates():
+        for parametrisation in student.parametrisations.values():
+            for rate, parameters in parametrisation.rates():
                 by_rate.setdefault(rate, []).extend(p for p in parameters if p.requires_grad)
         # On a GPU a rate is a tensor, which a recorded step reads anew.
         self._rates = {
@@ -106,7 +106,7 @@ class Tuner:
         self._eager = 0
 
     def run(self) -> Tuned:
-        """Train to the end of the schedule, and leave the best state in the forms.
+        """Train to the end of the schedule, and leave the best state in the parametrisations.
 
         Raises:
             PassError: Memory does not suffice; the message says what lowers the need.
@@ -132,7 +132,7 @@ class Tuner:
         while (done := self._done()) < 1 and not result.stopped:
             losses.add(self._step(self._rate * schedule.factor(done)))
             result.steps += 1
-            result.tokens += schedule.batch * self.lessons.ids.shape[1]
+            result.tokens += schedule.batch * self.data.ids.shape[1]
             if losses.count >= LOOK_EVERY:
                 loss = losses.take()
                 result.losses.append((result.steps, loss))
@@ -181,7 +181,7 @@ class Tuner:
             return 0.0
         started = time.perf_counter()
         self.progress("compiling the step", 0, 1)
-        usable = len(self.lessons.ids) - self.lessons.held_out
+        usable = len(self.data.ids) - self.data.held_out
         batch = self._batch([row % usable for row in range(schedule.batch)])
         self.student.compiled = True
         try:
@@ -199,10 +199,10 @@ class Tuner:
 
     def _check(self, done: float) -> None:
         """Measure the held-out windows, and keep the state if it is the best so far."""
-        count, size, total = self.lessons.held_out, self.schedule.batch, 0.0
+        count, size, total = self.data.held_out, self.schedule.batch, 0.0
         self._checked_at = done
-        for start in range(len(self.lessons.ids) - count, len(self.lessons.ids), size):
-            rows = list(range(start, min(start + size, len(self.lessons.ids))))
+        for start in range(len(self.data.ids) - count, len(self.data.ids), size):
+            rows = list(range(start, min(start + size, len(self.data.ids))))
             with torch.no_grad():
                 loss = self.objective.measure(*self._forward(*self._batch(rows)), learn=False)
             total += float(loss) * len(rows) / count
@@ -225,27 +225,27 @@ class Tuner:
 
     def _rows(self) -> list[int]:
         """Return the windows of the next step; every window comes once in an epoch."""
-        usable = len(self.lessons.ids) - self.lessons.held_out
+        usable = len(self.data.ids) - self.data.held_out
         while len(self._queue) < self.schedule.batch:
             self._queue += torch.randperm(usable, generator=self._order).tolist()
         rows, self._queue = self._queue[: self.schedule.batch], self._queue[self.schedule.batch :]
         return rows
 
     def _batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-        lessons = self.lessons
+        data = self.data
         return (
-            lessons.ids[torch.tensor(rows)].to(self.student.device),
-            lessons.targets.rows(rows),
-            None if lessons.entry is None else lessons.entry.rows(rows),
+            data.ids[torch.tensor(rows)].to(self.student.device),
+            data.targets.rows(rows),
+            None if data.entry is None else data.entry.rows(rows),
         )
 
     def _forward(
         self, ids: Tensor, target: Tensor, entry: Tensor | None
-    ) -> tuple[Student, dict[str, Any], Tensor]:
+    ) -> tuple[BlockRunner, dict[str, Any], Tensor]:
         student = self.student
-        values = student.inputs(ids)
+        values = student.window_inputs(ids)
         with torch.no_grad():
-            student.run(values, 0, student.embedding)
+            student.run_range(values, 0, student.embedding)
         if entry is not None:
             values[student.entry] = entry
         first = student.embedding if entry is None else student.first
@@ -253,7 +253,7 @@ class Tuner:
             # As the other blocks' streams do: with one that does not, it is another function.
             stream = student.stream_into(first)
             values[stream] = values[stream].detach().requires_grad_()
-        student.run(values, first, student.stop)
+        student.run_range(values, first, student.stop)
         return student, values, target
 
     def _work(self, ids: Tensor, target: Tensor, entry: Tensor | None) -> Tensor:
@@ -261,8 +261,8 @@ class Tuner:
         loss = self.objective.measure(*self._forward(ids, target, entry), learn=True)
         torch.nn.utils.clip_grad_norm_(self._rated, 1.0)
         self._optimizer.step()
-        for form in self.student.forms.values():
-            form.step()
+        for parametrisation in self.student.parametrisations.values():
+            parametrisation.step()
         return loss
 
     def _drop_gradients(self) -> None:

@@ -196,7 +196,7 @@ def test_watch_sees_every_node_output():
     sizes = {B: 3, S: LENGTH, P: 0}
     run_function(
         function, call, args, runner.call_weights(call), sizes,
-        watch=lambda value, tensor: seen.append((value.name, tuple(tensor.shape))),
+        observe=lambda value, tensor: seen.append((value.name, tuple(tensor.shape))),
     )  # fmt: skip
     assert seen == [("x", (3, 8, 32)), ("cos", (3, 8, 4)), ("sin", (3, 8, 4))]
 

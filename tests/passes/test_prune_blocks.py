@@ -21,7 +21,7 @@ from graphopt.ir.blocks import find_blocks, remove_blocks
 from graphopt.pass_manager.contract import make_pass
 from graphopt.pass_manager.options import option_types
 from graphopt.passes import prune_blocks
-from graphopt.passes.prune_blocks import HELD_OUT, PruneBlocks
+from graphopt.passes.prune_blocks import PERPLEXITY_WINDOWS, PruneBlocks
 
 TEXT = "the cat and the dog and the other animals of the house sat down to eat. " * 40
 
@@ -97,7 +97,7 @@ def test_the_figures_are_those_of_the_models_without_what_was_removed(model, tmp
     _, report = run(model, "blocks=3", tmp_path)
     details = report.passes[0].details
     order = [int(index) for index in details["order"]]
-    checked = text_windows(model, read_text(tmp_path / "text.txt"), 32)[-HELD_OUT:]
+    checked = text_windows(model, read_text(tmp_path / "text.txt"), 32)[-PERPLEXITY_WINDOWS:]
     for done, entry in enumerate(details["perplexity"]):
         pruned = model.copy()
         remove_blocks(pruned, order[:done])

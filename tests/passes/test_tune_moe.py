@@ -11,10 +11,10 @@ from programs import tiny_program
 from torch.utils.checkpoint import checkpoint
 
 import graphopt as go
-from graphopt.calibration.carving import expert_loads
+from graphopt.calibration.expert_load import expert_loads
 from graphopt.errors import UsageError
+from graphopt.execute.block_runner import BlockRunner
 from graphopt.execute.interpreter import Runner
-from graphopt.execute.student import Student
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.feed_forward import Split, add_gates
 from graphopt.ir.ops import get_op
@@ -22,10 +22,10 @@ from graphopt.ir.verify import verify
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import make_pass
 from graphopt.training.distil import assign
-from graphopt.training.forms import Balance, Whole
+from graphopt.training.distillation_data import DistillationData, HiddenStateCache
 from graphopt.training.losses import LogitObjective
+from graphopt.training.parametrisations import FullParametrisation, LoadBalanceBias
 from graphopt.training.schedule import Schedule
-from graphopt.training.streams import Lessons, Streams
 from graphopt.training.tuner import Tuner
 
 CPU = torch.device("cpu")
@@ -133,13 +133,13 @@ def test_a_compiled_call_has_the_same_gradients():
 
 
 def tuner_of(program, names, steps, saved=None, gamma=GAMMA, device=CPU):
-    forms = {name: Balance(value_of(program, name), gamma) for name in names["balance"]}
-    forms |= {name: Whole(value_of(program, name), 2.0) for name in names["scale"]}
+    forms = {name: LoadBalanceBias(value_of(program, name), gamma) for name in names["balance"]}
+    forms |= {name: FullParametrisation(value_of(program, name), 2.0) for name in names["scale"]}
     blocks = find_blocks(program)
     first, stop = blocks[0].position, blocks[-1].position + 1
-    whole = Student(tiny_program(), first, stop, {}, device)
-    lessons = Lessons(IDS, Streams(whole, IDS), held_out=8)
-    student = Student(program, first, stop, forms, device)
+    whole = BlockRunner(tiny_program(), first, stop, {}, device)
+    lessons = DistillationData(IDS, HiddenStateCache(whole, IDS), held_out=8)
+    student = BlockRunner(program, first, stop, forms, device)
     return Tuner(
         student, lessons, LogitObjective(), Schedule(steps=steps, batch=4, rate=1e-2), saved=saved
     )
@@ -174,30 +174,36 @@ def test_a_bias_moves_once_a_step_also_recorded_and_compiled(device, compiled, m
         moved = step * 2.0**-10
         expected = torch.tensor([9 - moved, 9 - moved, *[moved - 9] * 3])
         for name in names["balance"]:
-            assert torch.equal(tuner.student.forms[name]().detach().cpu(), expected), step
+            assert torch.equal(tuner.student.parametrisations[name]().detach().cpu(), expected), (
+                step
+            )
 
 
 def test_a_step_moves_every_bias_by_gamma_and_a_check_by_nothing():
     program, names = gated(train=True)
     tuner = tuner_of(program, names, 1)
     tuner._check(0.0)
-    assert all(not float(form().detach().abs().max()) for form in tuner.student.forms.values())
+    assert all(
+        not float(form().detach().abs().max()) for form in tuner.student.parametrisations.values()
+    )
     rows = torch.randperm(32, generator=torch.Generator().manual_seed(0)).tolist()[:4]
     tuner._step(1e-2)
     loads = []
-    watched = Student(program, 1, len(program.calls) - 1, {}, CPU)
-    values = watched.inputs(IDS[rows])
+    watched = BlockRunner(program, 1, len(program.calls) - 1, {}, CPU)
+    values = watched.window_inputs(IDS[rows])
     with torch.no_grad():
-        watched.run(values, 0, find_blocks(program)[-1].position + 1, lambda value, tensor: (
+        for _ in watched.run_calls(
+            [values], 0, find_blocks(program)[-1].position + 1, observe=lambda value, tensor: (
             loads.append((tensor != 0).flatten(0, -2).sum(0).float())
             if value.node is not None and value.node.op == "top_gates" else None
-        ))  # fmt: skip
+        )):  # fmt: skip
+            pass
     assert len(loads) == 2
     for name, load in zip(names["balance"], loads, strict=True):
-        moved = tuner.student.forms[name]().detach()
+        moved = tuner.student.parametrisations[name]().detach()
         assert torch.equal(moved, -GAMMA * (load - load.mean()).sign())
     for name in names["scale"]:
-        assert float(tuner.student.forms[name]().detach().abs().max()) > 0
+        assert float(tuner.student.parametrisations[name]().detach().abs().max()) > 0
 
 
 def test_loads_come_nearer_to_each_other_by_balance_alone():
@@ -209,7 +215,7 @@ def test_loads_come_nearer_to_each_other_by_balance_alone():
     excess = []
     for _ in range(80):
         tuner._step(0.0)
-        forms = [tuner.student.forms[name] for name in names["balance"]]
+        forms = [tuner.student.parametrisations[name] for name in names["balance"]]
         excess.append(sum(float(form.value.grad.abs().sum()) for form in forms))
     assert sum(excess[-8:]) < 0.6 * sum(excess[:8])
 
@@ -238,7 +244,7 @@ def test_training_with_thresholds_holds_the_mean_number_of_experts():
 
     def means():
         with torch.no_grad():
-            for name, form in tuner.student.forms.items():
+            for name, form in tuner.student.parametrisations.items():
                 assign(program, name, form())
         loads = expert_loads(program, IDS, CPU)
         return [sum(load) for _, load in loads]
@@ -270,9 +276,13 @@ def test_an_interrupted_training_goes_on_with_its_biases(tmp_path):
         stopped.run()
     again = tuner_of(program, names, 8, tmp_path / "state.pt")
     assert again.run().steps == 8
-    for name, form in straight.student.forms.items():
-        assert torch.allclose(form(), again.student.forms[name](), atol=1e-7), name
-    moved = [form().detach() for name, form in again.student.forms.items() if "balance" in name]
+    for name, form in straight.student.parametrisations.items():
+        assert torch.allclose(form(), again.student.parametrisations[name](), atol=1e-7), name
+    moved = [
+        form().detach()
+        for name, form in again.student.parametrisations.items()
+        if "balance" in name
+    ]
     assert all(float(value.abs().max()) >= GAMMA / 2 for value in moved)
 
 

@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from graphopt.execute.student import Form
+from graphopt.execute.block_runner import Parametrisation
 
 FOLLOWED = 0.1
 """Of its gradient that a bias of thresholds takes in a step: a batch's is noisy."""
 
 
-class Whole(Form):
+class FullParametrisation(Parametrisation):
     """Every element of the weight is trained.
 
     Args:
@@ -31,7 +31,7 @@ class Whole(Form):
         return [(self.rate, [self.value])]
 
 
-class LowRank(Form):
+class LowRankParametrisation(Parametrisation):
     """W + B A, B [out, rank] from 0 and A [rank, in] (Hu et al., arXiv 2106.09685, section 4)."""
 
     def __init__(self, value: Tensor, rank: int, generator: torch.Generator) -> None:
@@ -45,7 +45,7 @@ class LowRank(Form):
         return self.base + self.up @ self.down
 
 
-class Balance(Form):
+class LoadBalanceBias(Parametrisation):
     """The bias by which a choice of experts is balanced: it moves by `gamma` against its gradient.
 
     Only the gradient's sign counts. `top_gates` makes it the excess of every expert's load

@@ -1,15 +1,15 @@
-"""Closed-form repair against brute-force least squares, and what it leaves alone."""
+"""Least-squares reconstruction against brute-force least squares, and what it leaves alone."""
 
 from __future__ import annotations
 
 import torch
 from programs import tiny_program
 
-from graphopt.calibration.repair import repair
-from graphopt.execute.student import Student
+from graphopt.calibration.reconstruction import reconstruct_behind_cuts
+from graphopt.execute.block_runner import BlockRunner
 from graphopt.ir.blocks import find_blocks, remove_blocks, sub_blocks
+from graphopt.training.distillation_data import HiddenStateCache
 from graphopt.training.losses import relative_mse
-from graphopt.training.streams import Streams
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 97, (40, 16), generator=torch.Generator().manual_seed(3))
@@ -17,8 +17,8 @@ IDS = torch.randint(0, 97, (40, 16), generator=torch.Generator().manual_seed(3))
 
 def behind(program, block):
     blocks = find_blocks(program)
-    student = Student(program, blocks[0].position, blocks[block].position + 1, {}, CPU)
-    return Streams(student, IDS).rows(range(len(IDS)))
+    student = BlockRunner(program, blocks[0].position, blocks[block].position + 1, {}, CPU)
+    return HiddenStateCache(student, IDS).rows(range(len(IDS)))
 
 
 def cut(program, *indices):
@@ -32,7 +32,7 @@ def test_the_stream_comes_nearer_to_the_dense_models_at_the_cut_and_behind_it():
     pruned = cut(dense, 2, 3)
     places = ((1, 3), (2, 4), (3, 5))
     before = [relative_mse(behind(pruned, i), behind(dense, j)) for i, j in places]
-    refits, skipped = repair(pruned, dense, IDS)
+    refits, skipped = reconstruct_behind_cuts(pruned, dense, IDS)
     after = [relative_mse(behind(pruned, i), behind(dense, j)) for i, j in places]
     assert not skipped
     # The block in front of the cut and those behind it: attention and feed-forward of each.
@@ -46,7 +46,7 @@ def test_the_stream_comes_nearer_to_the_dense_models_at_the_cut_and_behind_it():
 def test_what_lies_in_front_of_the_cut_stays_bit_for_bit():
     dense = tiny_program(layers=5)
     pruned = cut(dense, 3)
-    repair(pruned, dense, IDS)
+    reconstruct_behind_cuts(pruned, dense, IDS)
     changed = {w.name for w in pruned.weights if w.producer is not dense.weights[w.name].producer}
     assert changed and all(name.startswith(("layers.2.", "layers.4.")) for name in changed)
     projections = set()
@@ -62,13 +62,13 @@ def test_what_lies_in_front_of_the_cut_stays_bit_for_bit():
 def test_a_model_from_which_nothing_is_missing_is_left_as_it_is():
     dense = tiny_program(layers=3)
     copy = dense.copy()
-    assert repair(copy, dense, IDS) == ([], [])
+    assert reconstruct_behind_cuts(copy, dense, IDS) == ([], [])
 
 
 def test_the_first_and_the_last_block_may_be_missing():
     dense = tiny_program(layers=4)
     pruned = cut(dense, 0, 3)
-    refits, _ = repair(pruned, dense, IDS)
+    refits, _ = reconstruct_behind_cuts(pruned, dense, IDS)
     assert [refit.where.split(":")[0] for refit in refits] == ["layers.1"] * 2 + ["layers.2"] * 2
     plain = relative_mse(behind(cut(dense, 0, 3), 1), behind(dense, 3))
     assert float(relative_mse(behind(pruned, 1), behind(dense, 3))) < float(plain)
@@ -85,7 +85,7 @@ def test_a_weight_with_two_users_is_left_alone_with_the_reason():
     }
     calls[3].weights[slot] = calls[2].weights[slot]
     pruned = cut(dense, 1)
-    _, skipped = repair(pruned, dense, IDS)
+    _, skipped = reconstruct_behind_cuts(pruned, dense, IDS)
     assert [(where, "other places" in why) for where, why in skipped] == [
         ("layers.2: ffn", True),
         ("layers.3: ffn", True),

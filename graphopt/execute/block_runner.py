@@ -1,0 +1,156 @@
+"""A range of a program's blocks, run differentiably, with weights that may be trained."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.execute.compiled import kind, run_compiled
+from graphopt.execute.interpreter import CacheContents, Observer, Runner
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.graph import Call, Function, Program
+from graphopt.ir.types import B, P, S
+
+
+class Parametrisation(nn.Module, ABC):
+    """A weight while it is trained: a differentiable function of its parameters."""
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """Return the weight's value in fp32, differentiable in the parameters."""
+
+    def rates(self) -> list[tuple[float, list[nn.Parameter]]]:
+        """Return groups of parameters, each with the factor of the schedule's learning rate."""
+        return [(1.0, list(self.parameters()))]
+
+    def step(self) -> None:
+        """Move parameters that have no rate, by their gradients; called once a training step."""
+
+
+def training_autocast(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of products beside weights in fp32: bf16 on a GPU that has it."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    return torch.bfloat16 if bf16 else None
+
+
+def calibration_runner(program: Program, device: torch.device) -> Runner:
+    """Return a runner that computes as training does, and reads a weight each time it is needed.
+
+    Weights and the residual stream are in fp32, products as `training_autocast` says.
+    """
+    return Runner(program, device=device, keep_weights=False, autocast=training_autocast(device))
+
+
+class BlockRunner(Runner):
+    """Runs a range of a program's blocks differentiably, some of their weights parametrised.
+
+    Weights are in fp32, products as `training_autocast` says. Calls in front of the first block
+    of the program are run without gradient.
+
+    Args:
+        program: The model.
+        first, stop: The range as positions of calls: `first` is that of its first block, and
+            `stop` is behind its last one.
+        parametrisations: Of the weights that are trained, by name.
+        device: Where to compute.
+
+    Attributes:
+        embedding: Position of the program's first block, behind its embedding.
+        compiled: Whether blocks that take a gradient are run by compiled functions.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        first: int,
+        stop: int,
+        parametrisations: Mapping[str, Parametrisation],
+        device: torch.device,
+    ) -> None:
+        super().__init__(program, device=device, autocast=training_autocast(device))
+        self.first, self.stop = first, stop
+        blocks = find_blocks(program)
+        self.embedding = blocks[0].position
+        self._stream = {block.position: block.stream for block in blocks}
+        self._block_calls = {program.calls[block.position] for block in blocks}
+        self.parametrisations = {name: p.to(device) for name, p in parametrisations.items()}
+        self.compiled = False
+
+    @property
+    def kinds(self) -> int:
+        """How many different functions its blocks are, each of which is compiled."""
+        return len(
+            {
+                kind(
+                    self.program.functions[call.function],
+                    call,
+                    [self.program.weights[name] for name in call.weights.values()],
+                )
+                for call in self.program.calls[self.first : self.stop]
+                if call in self._block_calls
+            }
+        )
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Every trained parameter."""
+        trained = self.parametrisations.values()
+        return [p for weight in trained for p in weight.parameters() if p.requires_grad]
+
+    @property
+    def entry(self) -> str:
+        """The program value that is the residual stream in front of the range."""
+        return self.stream_into(self.first)
+
+    @property
+    def exit(self) -> str:
+        """The program value that is the residual stream behind the range."""
+        return self.program.calls[self.stop - 1].results[0]
+
+    def stream_into(self, position: int) -> str:
+        """Return the program value that is the stream in front of the block at a position."""
+        return self.program.calls[position].args[self._stream[position]]
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """The dtype in which hidden states are kept: that of products."""
+        return self.autocast or torch.float32
+
+    def weight(self, name: str) -> Tensor:
+        parametrised = self.parametrisations.get(name)
+        return super().weight(name) if parametrised is None else parametrised()
+
+    def run_range(self, values: dict[str, Any], first: int, stop: int) -> None:
+        """Run the calls from position `first` to before `stop` on program values by name.
+
+        What the calls make is added to `values`, and what no later call reads is taken out.
+        """
+        for _ in self.run_calls([values], first, stop):
+            pass
+
+    def run_call(
+        self,
+        call: Call,
+        args: Sequence[Tensor | None],
+        size: tuple[int, int],
+        weights: Mapping[str, Tensor],
+        *,
+        function: Function | None = None,
+        past: CacheContents | None = None,
+        tokens_past: int = 0,
+        observe: Observer | None = None,
+    ) -> tuple[list[Tensor], CacheContents]:
+        own = self.program.functions[call.function]
+        plain = function is None and observe is None and not own.caches
+        if self.compiled and plain and call in self._block_calls and torch.is_grad_enabled():
+            sizes = {B: size[0], S: size[1], P: tokens_past}
+            with self._autocasting():
+                return run_compiled(own, call, args, weights, sizes), {}
+        return super().run_call(
+            call, args, size, weights,
+            function=function, past=past, tokens_past=tokens_past, observe=observe,
+        )  # fmt: skip

@@ -1,0 +1,82 @@
+"""What a student learns from: windows of text, and the teacher's hidden states on them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphopt.execute.block_runner import BlockRunner
+from graphopt.support.devices import room_for
+
+TOKENS_AHEAD = 32768
+"""Tokens over which a GPU runs the teacher at once: with fewer it waits for launches."""
+
+
+class HiddenStateCache:
+    """A model's residual stream in one place on windows of text, made when first asked for.
+
+    It is kept in the dtype of products, on the device, as long as that takes no more than half of
+    what is free there, and else in half of what is free in the host's memory. What fits neither
+    is made anew each time.
+
+    Args:
+        teacher: The model; its calls are run from the start to its last one.
+        ids: int64 [N, S].
+    """
+
+    def __init__(self, teacher: BlockRunner, ids: Tensor) -> None:
+        self._teacher, self._ids = teacher, ids
+        self._known: dict[int, Tensor] = {}
+        self._place: torch.device | None = None
+        self._begun = False
+
+    def rows(self, rows: Sequence[int]) -> Tensor:
+        """Return the hidden states of some windows, [len(rows), S, D] on the model's device."""
+        missing = [row for row in rows if row not in self._known]
+        if missing:
+            if self._place is not None and self._teacher.device.type == "cuda":
+                others = (row for row in range(len(self._ids)) if row not in self._known)
+                ahead = itertools.islice(others, TOKENS_AHEAD // self._ids.shape[1])
+                missing = list(dict.fromkeys([*missing, *ahead]))
+            hidden = self._run(missing)
+            if not self._begun:
+                size = hidden[0].nbytes * len(self._ids)
+                self._begun, self._place = True, room_for(size, self._teacher.device)
+            if self._place is None:
+                return hidden
+            self._known |= dict(zip(missing, hidden.to(self._place).unbind(), strict=True))
+        return torch.stack([self._known[row] for row in rows]).to(self._teacher.device)
+
+    def _run(self, rows: Sequence[int]) -> Tensor:
+        teacher = self._teacher
+        values = teacher.window_inputs(self._ids[torch.tensor(rows)].to(teacher.device))
+        with torch.no_grad():
+            teacher.run_range(values, 0, teacher.stop)
+        return values[teacher.exit].to(teacher.kept_dtype)
+
+
+@dataclass(frozen=True)
+class DistillationData:
+    """What a student learns from.
+
+    Attributes:
+        ids: Windows of tokens, int64 [N, S].
+        targets: The teacher's hidden states in the place of the student's exit.
+        entry: The hidden states in front of the student's first call; None where it starts from
+            the ids.
+        held_out: How many windows, the last ones, are for checks alone. One at least: the best
+            state is chosen by them, and it is what a training that fails falls back to.
+    """
+
+    ids: Tensor
+    targets: HiddenStateCache
+    entry: HiddenStateCache | None = None
+    held_out: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < len(self.ids):
+            raise ValueError(f"{self.held_out} of {len(self.ids)} windows are held out")
