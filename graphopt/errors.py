@@ -40,6 +40,20 @@ class VerifyError(GraphoptError):
     """The program is malformed, or a pass changed its results beyond the stated tolerance."""
 
 
+class ParseError(GraphoptError):
+    """A program's text does not say a program.
+
+    Args:
+        line, column: Where, both from 1 up.
+        expected: What should be there.
+        found: What is there.
+    """
+
+    def __init__(self, line: int, column: int, expected: str, found: str) -> None:
+        super().__init__(f"Line {line}, column {column}: expected {expected}, found {found}.")
+        self.line, self.column = line, column
+
+
 class PassError(GraphoptError):
     """A pass can't run on this program."""
 

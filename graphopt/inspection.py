@@ -79,7 +79,7 @@ def inspect_program(
         "flops_by_op": {op: at(flops, sizes) for op, flops in cost.by_op.items() if flops != 0},
         "parts": parts,
         "notes": [{"where": where, "reason": reason} for where, reason in program.notes],
-        "program": print_program(program),
+        "program": print_program(program, facts=False),
     }
 
 
@@ -126,7 +126,7 @@ def diff_models(
 
 def _body(program: Program) -> str:
     """Return the printed program without its header line, which names it."""
-    return print_program(program).partition("\n")[2]
+    return print_program(program, facts=False).partition("\n")[2]
 
 
 def _diff_weights(left: Program, right: Program, progress: Progress) -> dict[str, Any]:

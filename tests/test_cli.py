@@ -336,7 +336,7 @@ def test_resume_repeats_no_finished_pass(monkeypatch):
 def test_inspect():
     code, out, _ = graphopt("inspect", "tiny")
     assert code == 0
-    assert "attention(rope(q_heads, cos, sin)" in out and "kv cache" in out
+    assert "a = attention(q_rope, k_rope, v_heads" in out and "kv cache" in out
     code, out, _ = graphopt("inspect", "tiny", "--json", "--batch", 2, "--seq", 5, "--past", 7)
     data = json.loads(out)
     assert data["parameters"] == tiny_program().parameter_count()

@@ -12,7 +12,7 @@ import torch
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Cache, Function, In, Node, Param, Value
 from graphopt.ir.ops import get_op, is_aten
-from graphopt.ir.ops.aten import map_leaves, resolve_target
+from graphopt.ir.ops.aten import resolve_target
 from graphopt.ir.ops.attention import PAST_K, PAST_V, asks_for_statistics
 from graphopt.ir.printer import FunctionPrinter
 from graphopt.lowering.torch.forms import callee_of, form_of
@@ -59,6 +59,7 @@ class BodyPrinter(FunctionPrinter):
     """
 
     inline_width = 50
+    keeps_order = False
 
     def __init__(self, function: Function, where: str, packed: Collection[str] = ()) -> None:
         super().__init__(function)
@@ -164,12 +165,6 @@ class BodyPrinter(FunctionPrinter):
             f"{self.where}: {node.outputs[0].name} = {node.op}: {reason}.",
             "Add a form in lowering/torch/forms.py, or leave torch out of --emit.",
         )
-
-    def _may_inline(self, node: Node, text: str) -> bool:
-        if not super()._may_inline(node, text):
-            return False
-        user = self._uses[node.output][0][0]
-        return not (is_aten(user.op) and _mentions(user, node.output) > 1)
 
     def call(self, node: Node, callee: str, operands: Sequence[Value | None]) -> str:
         arguments = [*self.operands(node, operands), *self.options_of(node)]
@@ -323,16 +318,3 @@ def _torch_operator(name: str) -> torch._ops.OpOverload:
     if not isinstance(target, torch._ops.OpOverload):
         raise ValueError("PyTorch has no such operator")
     return target
-
-
-def _mentions(node: Node, value: Value) -> int:
-    """Return how often the arguments of an ATen node name `value`."""
-    count = 0
-
-    def look(leaf: Any) -> Any:
-        nonlocal count
-        count += isinstance(leaf, In) and node.inputs[leaf.index] is value
-        return leaf
-
-    map_leaves([node.attrs["args"], node.attrs.get("kwargs", {})], look)
-    return count

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, LISTED, TOLERANCE, Case, captured, cases, eager_logits, error
+from same_programs import plain
 from torch import Tensor
 
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.graph import Program
 from graphopt.ir.ops import is_aten
+from graphopt.ir.parse import parse_program
+from graphopt.ir.printer import print_program
 from graphopt.lowering.onnx import OnnxEmitter
 from graphopt.pass_manager.contract import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
@@ -37,6 +40,17 @@ def test_program_and_onnx_equal_eager(family: str, tmp_path: Path) -> None:
         assert error(logits, whole, case) < TOLERANCE, f"ONNX, {case}"
         if cached.states and case.input_ids.shape[1] > 2:
             assert error(logits, session.in_steps(case), case) < TOLERANCE, f"cached ONNX, {case}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_programs_read_back_from_their_texts(family: str) -> None:
+    _, program = captured(family)
+    program.config = program.config or {"model_type": family}
+    for item in (program, InsertKVCache().run(program, Context()).program):
+        text = print_program(item)
+        twin = parse_program(text)
+        assert plain(twin) == plain(item)
+        assert print_program(twin) == text
 
 
 class _Session:

@@ -51,7 +51,7 @@ TAKEN = {
     ),
     "fuse_activation_with_product": (
         function(("s", "silu", "x"), ("out", "mul", "y s")),
-        ["act_mul(x, y, act=silu)"],
+        ['act_mul(x, y, act="silu")'],
     ),
     "fuse_sum_with_norm": (
         function(

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from graphopt.execute.interpreter import Runner
 from graphopt.ir import Array, B, Call, Function, Node, Program, S, Type, Value, Weight
+from graphopt.ir.parse import parse_program
+from graphopt.ir.printer import print_program
+from graphopt.ir.verify import verify
+from graphopt.pass_manager.contract import Context, Pass, PassResult
 
 X = Type((B, S, 8), torch.float64)
 IDS = Type((B, S), torch.int64)
@@ -72,6 +76,32 @@ def results(program: Program, seed: int = 0) -> list[Tensor]:
         for _, environments in runner.stream([inputs]):
             environment = dict(environments[0])
     return [environment[name] for name in program.outputs]
+
+
+def check_text(
+    item: Pass, before: str, after: str, values: Mapping[str, Tensor] | None = None
+) -> PassResult:
+    """Run an exact pass on the program of a text; what it makes is that of another text.
+
+    Both are verified, and give the same results bit for bit.
+
+    Args:
+        before, after: As `graphopt.ir.parse` reads them; weights without values are ones.
+        values: Values of weights.
+    """
+    program = parse_program(before)
+    given = {w.name: torch.ones(w.shape, dtype=w.dtype) for w in program.weights} | dict(
+        values or {}
+    )
+    program = parse_program(before, given)
+    verify(program)
+    expected = results(program)
+    result = item.run(program, Context())
+    verify(result.program)
+    shown = print_program(result.program, facts=False)
+    assert shown == print_program(parse_program(after), facts=False)
+    torch.testing.assert_close(results(result.program), expected, rtol=0, atol=0)
+    return result
 
 
 _STEPS = (
