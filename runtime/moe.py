@@ -9,6 +9,7 @@ Layout letters: T tokens, E experts, D features, N neurons of an expert.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -63,22 +64,56 @@ class Tiles:
         }  # fmt: skip
 
 
-ROWS = ((256, 128), (48, 64), (24, 32))
-"""From how many tokens an expert has on average how many are a tile: its last one is half empty."""
+@dataclass(frozen=True)
+class ManyTokens:
+    """Tiles of the products of tokens that are sorted by expert.
 
-# By rows: experts of few tokens wait for weights, those of many for products.
-EXPAND = {
-    16: Tiles(16, 64, 128, 4, 4), 32: Tiles(32, 64, 128, 4, 4), 64: Tiles(64, 128, 64, 4, 4),
-    128: Tiles(128, 128, 64, 8, 4),
-}  # fmt: skip
-REDUCE = {
-    16: Tiles(16, 128, 128, 4, 4), 32: Tiles(32, 128, 128, 4, 4), 64: Tiles(64, 256, 64, 4, 4),
-    128: Tiles(128, 256, 64, 8, 4),
-}  # fmt: skip
+    Attributes:
+        tokens: From how many tokens an expert has on average they are taken: an expert's last
+            tile is half empty.
+        expand, reduce: Of the products with `up` and `gate`, and with `down`; of the same rows.
+    """
+
+    tokens: int
+    expand: Tiles
+    reduce: Tiles
 
 
-EXPAND_FEW, REDUCE_FEW = (4, 4096, 8), (4, 2048, 8)
-"""Rows of a weight that a program reads for one token, elements of each at a time, and warps."""
+@dataclass(frozen=True)
+class FewTokens:
+    """What a program reads of a weight for one token.
+
+    Attributes:
+        rows, depth: Rows of the weight, and elements of each at a time.
+    """
+
+    rows: int
+    depth: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class ExpertTiles:
+    """Tiles of the experts' kernels on one target.
+
+    Attributes:
+        many: The most tokens first; the last from 0.
+        expand_few, reduce_few: For the products with `up` and `gate`, and with `down`.
+    """
+
+    many: tuple[ManyTokens, ...]
+    expand_few: FewTokens
+    reduce_few: FewTokens
+
+    def sorted_tokens(self, tokens: int, most_rows: int | None = None) -> ManyTokens:
+        """Return the tiles for so many tokens an expert.
+
+        Args:
+            most_rows: Of a tile; None for any number.
+        """
+        fit = [row for row in self.many if most_rows is None or row.expand.rows <= most_rows]
+        return next(row for row in fit if tokens >= row.tokens)
+
 
 DESCRIBED = 2048
 """Rows of all experts together from which descriptors, which the host makes, are worth its time."""
@@ -191,6 +226,7 @@ def launch_many(
     gate_bias: Tensor | None,
     act: str,
     active: int,
+    tiles: ExpertTiles,
 ) -> Tensor:
     """Return what a token's experts add to it, [T, active, D']; tokens are sorted by expert.
 
@@ -208,12 +244,11 @@ def launch_many(
     size = up.shape[0] // experts
     wide = _power(experts)
     routes = tokens * active
-    rows = next((rows for least, rows in ROWS if routes // experts >= least), 16)
-    if width % 8 or size % 8 or x.stride(0) % 8:
-        # Rows that begin anywhere come one number at a time, and the assembler gets Hopper's
-        # products of them wrong, which have 64 rows (see `graphopt.plan.triton`).
-        rows = min(rows, 32)
-    tiles_up, tiles_down = EXPAND[rows], REDUCE[rows]
+    # Rows that begin anywhere come one number at a time, and the assembler gets Hopper's products
+    # of them wrong, which have 64 rows (see `graphopt.plan.triton`).
+    anywhere = width % 8 or size % 8 or x.stride(0) % 8
+    chosen = tiles.sorted_tokens(routes // experts, 32 if anywhere else None)
+    tiles_up, tiles_down, rows = chosen.expand, chosen.reduce, chosen.expand.rows
     room = -(-size // tiles_down.depth) * tiles_down.depth
     order = torch.empty(experts, tokens, dtype=torch.int32, device=x.device)
     counts = torch.empty(experts, dtype=torch.int32, device=x.device)
@@ -223,14 +258,14 @@ def launch_many(
         E=experts, COUNT=active, BLOCK_T=block, BLOCK_E=wide, num_warps=16,
     )  # fmt: skip
     # Each expert may leave its last tile unfilled.
-    tiles = routes // rows + experts
-    hidden = torch.empty(tiles * rows, room, dtype=x.dtype, device=x.device)
+    count = routes // rows + experts
+    hidden = torch.empty(count * rows, room, dtype=x.dtype, device=x.device)
     columns = -(-room // tiles_up.columns)
-    expand[(tiles * columns,)](
+    expand[(count * columns,)](
         x, up, gate,
         _described(up, tiles_up.columns, tiles_up.depth, routes),
         _described(gate, tiles_up.columns, tiles_up.depth, routes),
-        up_bias, gate_bias, gates, order, counts, hidden, tokens, tiles, x.stride(0),
+        up_bias, gate_bias, gates, order, counts, hidden, tokens, count, x.stride(0),
         D=width, E=experts, SIZE=size, ROOM=room, COUNT=active, ACT=act,
         **tiles_up.options(experts, 1 if gate is None else 2, _shared_bytes()),
     )  # fmt: skip
@@ -238,10 +273,10 @@ def launch_many(
     columns = -(-out // tiles_down.columns)
     # Such a copy starts at a multiple of 16 bytes: here at each expert's first column.
     described = None if size % 8 else _described(down, tiles_down.columns, tiles_down.depth, routes)
-    reduce[(tiles * columns,)](
+    reduce[(count * columns,)](
         hidden,
         None if described is None else _described(hidden, rows, tiles_down.depth, routes),
-        down, described, order, counts, parts, tokens, tiles,
+        down, described, order, counts, parts, tokens, count,
         OUT=out, E=experts, SIZE=size, ROOM=room,
         **tiles_down.options(experts, 1, _shared_bytes()),
     )  # fmt: skip
@@ -284,6 +319,7 @@ def launch_few(
     shared_down_bias: Tensor | None,
     act: str,
     active: int,
+    tiles: ExpertTiles,
 ) -> Tensor:
     """Return the sum of the experts and the shared neurons, every token by itself.
 
@@ -300,7 +336,7 @@ def launch_few(
     sizes = {"E": experts, "SIZE": size, "SHARED": common, "COUNT": active}
     sizes["BLOCK_E"] = _power(experts)
     hidden = torch.empty(tokens, common + active * size, dtype=x.dtype, device=x.device)
-    rows, depth, warps = EXPAND_FEW
+    rows, depth, warps = dataclasses.astuple(tiles.expand_few)
     blocks = -(-common // rows) + active * -(-size // rows)
     expand_few[(blocks, tokens)](
         x, up, gate, up_bias, gate_bias, shared_up, shared_gate, shared_up_bias, shared_gate_bias,
@@ -309,7 +345,7 @@ def launch_few(
         **sizes,
     )  # fmt: skip
     y = torch.empty(tokens, out, dtype=x.dtype, device=x.device)
-    rows, depth, warps = REDUCE_FEW
+    rows, depth, warps = dataclasses.astuple(tiles.reduce_few)
     reduce_few[(-(-out // rows), tokens)](
         hidden, down, shared_down, shared_down_bias, gates, y,
         OUT=out, BLOCK_N=rows, BLOCK_D=min(depth, _power(max(common, size))), num_warps=warps,
@@ -357,62 +393,75 @@ def route(
     return gates.view(*x.shape[:-1], len(weight))
 
 
-def moe(
-    x: Tensor,
-    gates: Tensor,
-    up: Tensor,
-    down: Tensor,
-    gate: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    shared_up: Tensor | None = None,
-    shared_down: Tensor | None = None,
-    shared_gate: Tensor | None = None,
-    shared_up_bias: Tensor | None = None,
-    shared_gate_bias: Tensor | None = None,
-    shared_down_bias: Tensor | None = None,
-    *,
-    act: str,
-    active: int,
-) -> Tensor:
-    """As `functional.moe`."""
-    routed = (up, down, gate, up_bias, gate_bias)
-    common = (
-        shared_up, shared_down, shared_gate, shared_up_bias, shared_gate_bias, shared_down_bias
-    )  # fmt: skip
-    weights = [weight for weight in (*routed, *common) if weight is not None]
-    if not runs_by_kernel(x, *weights) or not all(weight.is_contiguous() for weight in weights):
-        return functional.moe(x, gates, *routed, *common, act=act, active=active)
-    shape = x.shape[:-1]
-    x = x.reshape(-1, x.shape[-1])
-    gates = gates.reshape(-1, gates.shape[-1]).contiguous()
-    if len(x) == 1 or 2 * len(x) * active <= gates.shape[1]:
-        # Hardly two tokens share an expert: each reads the weights of its own.
-        y = launch_few(x, gates, *routed, *common, act, active)
+class ExpertKernels:
+    """`moe` with the tiles of a target.
+
+    Args:
+        tiles: Those of the target that the model was emitted for.
+    """
+
+    def __init__(self, tiles: ExpertTiles) -> None:
+        self._tiles = tiles
+
+    def moe(
+        self,
+        x: Tensor,
+        gates: Tensor,
+        up: Tensor,
+        down: Tensor,
+        gate: Tensor | None = None,
+        up_bias: Tensor | None = None,
+        gate_bias: Tensor | None = None,
+        shared_up: Tensor | None = None,
+        shared_down: Tensor | None = None,
+        shared_gate: Tensor | None = None,
+        shared_up_bias: Tensor | None = None,
+        shared_gate_bias: Tensor | None = None,
+        shared_down_bias: Tensor | None = None,
+        *,
+        act: str,
+        active: int,
+    ) -> Tensor:
+        """As `functional.moe`."""
+        routed = (up, down, gate, up_bias, gate_bias)
+        common = (
+            shared_up, shared_down, shared_gate, shared_up_bias, shared_gate_bias, shared_down_bias
+        )  # fmt: skip
+        weights = [weight for weight in (*routed, *common) if weight is not None]
+        if not runs_by_kernel(x, *weights) or not all(weight.is_contiguous() for weight in weights):
+            return functional.moe(x, gates, *routed, *common, act=act, active=active)
+        shape = x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1])
+        gates = gates.reshape(-1, gates.shape[-1]).contiguous()
+        if len(x) == 1 or 2 * len(x) * active <= gates.shape[1]:
+            # Hardly two tokens share an expert: each reads the weights of its own.
+            y = launch_few(x, gates, *routed, *common, act, active, self._tiles)
+            return y.view(*shape, y.shape[-1])
+        y = torch.empty(len(x), len(down), dtype=x.dtype, device=x.device)
+        shared: Tensor | None = None
+        if shared_up is not None and shared_down is not None:
+            # Neither part fills the GPU to its end, so they run beside each other.
+            main = torch.cuda.current_stream(x.device)
+            side = _side_stream(main)
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                hidden = functional.linear(x, shared_up, shared_up_bias)
+                if shared_gate is None:
+                    hidden = functional.ACTIVATIONS[act](hidden)
+                else:
+                    hidden = act_mul(
+                        functional.linear(x, shared_gate, shared_gate_bias), hidden, act
+                    )
+                shared = functional.linear(hidden, shared_down)
+        for start in range(0, len(x), AT_ONCE):
+            rows = slice(start, start + AT_ONCE)
+            parts = launch_many(x[rows], gates[rows], *routed, act, active, self._tiles)
+            ours: Tensor | None = None
+            if shared is not None:
+                main.wait_stream(side)
+                ours = shared[rows]
+            launch_combine(parts, gates[rows], ours, shared_down_bias, y[rows])
         return y.view(*shape, y.shape[-1])
-    y = torch.empty(len(x), len(down), dtype=x.dtype, device=x.device)
-    shared: Tensor | None = None
-    if shared_up is not None and shared_down is not None:
-        # Neither part fills the GPU to its end, so they run beside each other.
-        main = torch.cuda.current_stream(x.device)
-        side = _side_stream(main)
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            hidden = functional.linear(x, shared_up, shared_up_bias)
-            if shared_gate is None:
-                hidden = functional.ACTIVATIONS[act](hidden)
-            else:
-                hidden = act_mul(functional.linear(x, shared_gate, shared_gate_bias), hidden, act)
-            shared = functional.linear(hidden, shared_down)
-    for start in range(0, len(x), AT_ONCE):
-        rows = slice(start, start + AT_ONCE)
-        parts = launch_many(x[rows], gates[rows], *routed, act, active)
-        ours: Tensor | None = None
-        if shared is not None:
-            main.wait_stream(side)
-            ours = shared[rows]
-        launch_combine(parts, gates[rows], ours, shared_down_bias, y[rows])
-    return y.view(*shape, y.shape[-1])
 
 
 @functools.cache

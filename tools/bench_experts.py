@@ -32,8 +32,10 @@ from graphopt.evaluate.perplexity import read_text
 from graphopt.execute.language_model import ProgramModel, load_tokenizer
 from graphopt.ir import functional
 from graphopt.ir.graph import Program
+from graphopt.lowering.kernels.triton import expert_tiles
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.runtime import fused, moe
+from graphopt.targets import get_target
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = {"S3A3E8": (3, 3, 8), "S2A2E16": (2, 2, 16)}
@@ -69,6 +71,15 @@ RECIPES = [
 ]
 
 
+@functools.cache
+def kernels() -> moe.ExpertKernels:
+    """Return the experts' kernels with the tiles of the target that this GPU is."""
+    name = "hopper" if torch.cuda.get_device_capability() >= (9, 0) else "ampere"
+    tiles = expert_tiles(get_target(name))
+    assert tiles is not None
+    return moe.ExpertKernels(tiles)
+
+
 class Part:
     """A feed-forward part of Llama-7B's shape with random weights, dense and carved."""
 
@@ -100,7 +111,7 @@ class Part:
     def carved(self, x: Tensor) -> Tensor:
         """As an emitted model computes a carved part."""
         gates = moe.route(x, self.router, self.offset, count=self.active)
-        return moe.moe(x, gates, **self.weights, act="silu", active=self.active)
+        return kernels().moe(x, gates, **self.weights, act="silu", active=self.active)
 
 
 def ffn(options: argparse.Namespace) -> dict[str, Any]:

@@ -85,6 +85,8 @@ class Target:
             and cache writes.
         memories: On-chip and device memories.
         matrix_units: What its matrix instructions multiply.
+        experts: Tiles of the experts' kernels: `many` and `few`, as the file has them; None where
+            there are none, and experts run in plain torch.
         limits: Further limits of kernels, by name.
         runtime: Package -> version an artifact for it needs.
         sources: Figure, or group of figures -> where it was stated.
@@ -101,6 +103,7 @@ class Target:
     layer_kernels: tuple[str, ...] = ()
     memories: tuple[Memory, ...] = ()
     matrix_units: tuple[MatrixUnit, ...] = ()
+    experts: dict[str, Any] | None = None
     limits: dict[str, int] = field(default_factory=dict)
     runtime: dict[str, str] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from graphopt.errors import LoweringError, unknown_name
 from graphopt.lowering.cuda.compile import compile_cuda
 from graphopt.plan import AttentionPlan, Planner
+from graphopt.targets import Target
 
 
 class KernelFamily(ABC):
@@ -102,6 +103,21 @@ class CudaFamily(KernelFamily):
 
 
 @dataclass(frozen=True)
+class LayerSetup:
+    """What an emitted model says to have a module's functions made for its target.
+
+    Attributes:
+        imports: Names of the module that the statements mention.
+        makes: Functions that the statements define; the others are imported.
+        statements: Lines of Python.
+    """
+
+    imports: tuple[str, ...]
+    makes: tuple[str, ...]
+    statements: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class LayerKernels:
     """One module of kernels for what a layer does beside attention.
 
@@ -114,6 +130,8 @@ class LayerKernels:
             every program carries them.
         cache_writer: The function of the module that does what `functional.append_kv` does; None
             where it has none.
+        setup: Returns what makes functions of the module from the figures of a target; None where
+            the target has none of them, which then runs `functional` instead.
     """
 
     module: str
@@ -121,6 +139,7 @@ class LayerKernels:
     functions: tuple[str, ...]
     needed_by: frozenset[str] = frozenset()
     cache_writer: str | None = None
+    setup: Callable[[Target], LayerSetup | None] | None = None
 
 
 @dataclass(frozen=True)

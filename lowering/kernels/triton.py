@@ -9,6 +9,7 @@ from graphopt.lowering.kernels.family import (
     KernelFamily,
     LayerFamily,
     LayerKernels,
+    LayerSetup,
     register_family,
     register_layer_family,
     runtime_text,
@@ -17,7 +18,8 @@ from graphopt.lowering.triton.specialise import specialise
 from graphopt.plan import AttentionPlan
 from graphopt.plan.base import form_constants, split_size
 from graphopt.plan.triton import TritonPlanner
-from graphopt.targets import get_target
+from graphopt.runtime.moe import ExpertTiles, FewTokens, ManyTokens, Tiles
+from graphopt.targets import Target, get_target
 
 _FILES = ("common", "prefill", "decode")
 # The functions that run a plan, by its phase.
@@ -69,6 +71,39 @@ class TritonFamily(KernelFamily):
         return {f"{name}.py": text for name, text in texts.items()}
 
 
+def expert_tiles(target: Target) -> ExpertTiles | None:
+    """Return the tiles of the experts' kernels that a target's file has; None where it has none."""
+    if target.experts is None:
+        return None
+    many = tuple(
+        ManyTokens(row["tokens"], Tiles(**row["expand"]), Tiles(**row["reduce"]))
+        for row in target.experts["many"]
+    )
+    few = target.experts["few"]
+    return ExpertTiles(many, FewTokens(**few["expand"]), FewTokens(**few["reduce"]))
+
+
+def _expert_setup(target: Target) -> LayerSetup | None:
+    tiles = expert_tiles(target)
+    if tiles is None:
+        return None
+    rows = [f"        {row!r}," for row in tiles.many]
+    return LayerSetup(
+        ("ExpertKernels", "ExpertTiles", "FewTokens", "ManyTokens", "Tiles"),
+        ("moe",),
+        (
+            "EXPERTS = ExpertTiles(",
+            "    many=(",
+            *rows,
+            "    ),",
+            f"    expand_few={tiles.expand_few!r},",
+            f"    reduce_few={tiles.reduce_few!r},",
+            ")",
+            "moe = ExpertKernels(EXPERTS).moe",
+        ),
+    )
+
+
 register_layer_family(
     LayerFamily(
         "triton",
@@ -84,6 +119,7 @@ register_layer_family(
                 files=("experts",),
                 functions=("moe", "route", "top_gates"),
                 needed_by=frozenset({"experts", "moe"}),
+                setup=_expert_setup,
             ),
         ),
     )

@@ -50,7 +50,8 @@ def _texts(program: Program, target: str) -> tuple[dict[str, str], LoweredKernel
 
 
 def _without_kernel(tiled: LoweredKernels) -> list[tuple[str, str]]:
-    return [(where, f"attention by its reference: {why}") for where, why in tiled.refused]
+    attentions = [(where, f"attention by its reference: {why}") for where, why in tiled.refused]
+    return attentions + tiled.without_layer_kernels()
 
 
 class TorchEmitter(Emitter):

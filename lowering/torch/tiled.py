@@ -41,8 +41,21 @@ class LoweredKernels:
 
     def layer_kernels(self) -> list[LayerKernels]:
         """Return the kernels beside attention that the target has and the program needs."""
+        return [group for group in self._wanted() if self._has(group)]
+
+    def without_layer_kernels(self) -> list[tuple[str, str]]:
+        """Return what runs in plain torch for want of figures in the target's file."""
+        why = f"run in plain torch: {self.target.name}.toml has no figures for their kernels"
+        return [
+            (", ".join(group.functions), why) for group in self._wanted() if not self._has(group)
+        ]
+
+    def _wanted(self) -> list[LayerKernels]:
         groups = [g for name in self.target.layer_kernels for g in get_layer_family(name).groups]
         return [group for group in groups if not group.needed_by or group.needed_by & self.ops]
+
+    def _has(self, group: LayerKernels) -> bool:
+        return group.setup is None or group.setup(self.target) is not None
 
     def functions(self) -> list[str]:
         """Return the functions of `graphopt.ir.functional` that the folder has its own of."""
@@ -131,15 +144,21 @@ class LoweredKernels:
         imports = [
             "from .dispatch import AttentionDispatcher, AttentionKey, Planned, StaticKVCache"
         ]
+        made: list[str] = []
         for group in self.layer_kernels():
             functions = [*group.functions]
             if group.cache_writer is not None:
                 arguments += f", {group.cache_writer}"
                 functions.append(group.cache_writer)
+            setup = None if group.setup is None else group.setup(self.target)
+            if setup is not None:
+                functions = [*setup.imports, *(n for n in functions if n not in setup.makes)]
+                made += [*setup.statements, ""]
             imports.append(f"from .{group.module} import {', '.join(sorted(functions))}")
         names = ["StaticKVCache", *self.functions()]
         return _INIT.format(
             title=self.target.title, rows="\n".join(rows), imports="\n".join(imports),
+            made="".join(f"{line}\n" for line in made),
             arguments=arguments, names=", ".join(f'"{name}"' for name in names),
         )  # fmt: skip
 
@@ -160,7 +179,7 @@ PLANS = [
 DISPATCHER = AttentionDispatcher({arguments})
 attention, cached_attention = DISPATCHER.attention, DISPATCHER.cached_attention
 
-__all__ = [{names}]
+{made}__all__ = [{names}]
 '''
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 
 import pytest
 import torch
+from carved import carved
+from programs import tiny_program
 
 from graphopt.errors import LoweringError
 from graphopt.ir import functional
+from graphopt.ir.feed_forward import Split
 from graphopt.lowering.kernels import (
     LayerFamily,
     all_families,
@@ -18,8 +22,10 @@ from graphopt.lowering.kernels import (
     register_family,
     register_layer_family,
 )
-from graphopt.lowering.kernels.triton import TritonFamily
+from graphopt.lowering.kernels.triton import TritonFamily, expert_tiles
+from graphopt.lowering.torch.tiled import lower_attentions
 from graphopt.plan import AttentionSpec
+from graphopt.runtime import moe
 from graphopt.runtime.attention import Extras, Keys
 from graphopt.targets import all_targets, get_target
 
@@ -52,8 +58,43 @@ def test_launchers_and_layers_have_the_functions_that_emitted_models_ask_for():
         assert callable(module.load)
     for group in get_layer_family("triton").groups:
         module = importlib.import_module(f"graphopt.runtime.{group.module}")
+        setup = group.setup(get_target("hopper")) if group.setup else None
+        made = () if setup is None else setup.makes
         for name in group.functions:
-            assert getattr(module, name) is not getattr(functional, name)
+            assert callable(getattr(functional, name))
+            assert name in made or getattr(module, name) is not getattr(functional, name)
+        assert setup is None or all(hasattr(module, name) for name in setup.imports)
+
+
+def experts_for(target):
+    """Return the kernels of a model with experts."""
+    return lower_attentions(carved(tiny_program(head_dim=32, ffn=56), Split(24, 4, 2)), target)
+
+
+@pytest.mark.parametrize("target", ["ampere", "hopper"])
+def test_an_emitted_model_has_the_experts_tiles_of_its_target(target):
+    lowered = experts_for(target)
+    text = lowered.files()["__init__.py"]
+    statement = text[text.index("EXPERTS = ") : text.index("moe = ")]
+    scope = {name: getattr(moe, name) for name in ("ExpertTiles", "FewTokens", "ManyTokens")}
+    exec(statement, scope | {"Tiles": moe.Tiles}, scope)
+    tiles = expert_tiles(get_target(target))
+    assert scope["EXPERTS"] == tiles and tiles.many[-1].tokens == 0
+    assert all(row.expand.rows == row.reduce.rows for row in tiles.many)
+    assert tiles.sorted_tokens(10**6).expand.rows == max(r.expand.rows for r in tiles.many)
+    assert tiles.sorted_tokens(10**6, 32).expand.rows == 32 and tiles.sorted_tokens(0).tokens == 0
+
+
+def test_without_tiles_experts_run_in_plain_torch_and_that_is_said():
+    lowered = experts_for("ampere")
+    assert lowered.without_layer_kernels() == []
+    lowered.target = dataclasses.replace(lowered.target, experts=None)
+    ((what, why),) = lowered.without_layer_kernels()
+    assert "moe" in what and "ampere.toml has no figures" in why
+    files = lowered.files()
+    assert "moe.py" not in files and "experts.py" not in files and "moe" not in lowered.functions()
+    plain = tiny_program(head_dim=32)
+    assert "moe.py" not in lower_attentions(plain, "ampere").files()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -21,7 +21,12 @@ from graphopt.execute.interpreter import Runner  # noqa: E402
 from graphopt.ir import functional  # noqa: E402
 from graphopt.ir.feed_forward import Split  # noqa: E402
 from graphopt.ir.ops import get_op  # noqa: E402
+from graphopt.lowering.kernels.triton import expert_tiles  # noqa: E402
 from graphopt.runtime import moe  # noqa: E402
+from graphopt.targets import get_target  # noqa: E402
+
+TILES = expert_tiles(get_target("hopper"))
+KERNELS = moe.ExpertKernels(TILES)
 
 # The interpreter cuts bf16 off where a GPU rounds.
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
@@ -143,9 +148,9 @@ def test_parts(shape: tuple[int, ...], form: str, kind: str, dtype: torch.dtype)
     # An interpreter runs programs one after the other: a few tokens say it all.
     first = slice(0, 3)
     x, own = part.x[first], gates[first]
-    few = moe.launch_few(x, own, *part.routed, *part.shared, part.act, part.active)
+    few = moe.launch_few(x, own, *part.routed, *part.shared, part.act, part.active, TILES)
     close(few, exact[first])
-    again = moe.launch_few(x, own, *part.routed, *part.shared, part.act, part.active)
+    again = moe.launch_few(x, own, *part.routed, *part.shared, part.act, part.active, TILES)
     assert torch.equal(few, again)
     part.shared = [None] * 6
     exact = part.exact(gates)
@@ -158,7 +163,7 @@ def many(
     part: Part, gates: Tensor, shared: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """Return the sum of the experts, what else is shared and a bias, as of many tokens."""
-    parts = moe.launch_many(part.x, gates, *part.routed, part.act, part.active)
+    parts = moe.launch_many(part.x, gates, *part.routed, part.act, part.active, TILES)
     y = torch.empty(len(parts), parts.shape[-1], dtype=parts.dtype, device=parts.device)
     moe.launch_combine(parts, gates, shared, bias, y)
     return y
@@ -205,7 +210,7 @@ def test_thresholds_choose_what_is_above_them() -> None:
         part = Part((19, 6, 6, 8, 0, 32), torch.float16, "silu", True, False)
         close(many(part, gates), part.exact(gates))
         x, own = part.x[:3], gates[:3]
-        few = moe.launch_few(x, own, *part.routed, *part.shared, part.act, part.active)
+        few = moe.launch_few(x, own, *part.routed, *part.shared, part.act, part.active, TILES)
         close(few, part.exact(gates)[:3])
 
 
@@ -217,7 +222,7 @@ def test_many_tokens_run_in_pieces_beside_what_is_shared(dtype, monkeypatch) -> 
     part = Part((150, 6, 2, 48, 80, 128), dtype, "silu", gated=True, biased=True)
     gates = some_gates(part, dtype, "top")
     for _ in range(3):
-        found = moe.moe(part.x, gates, *part.routed, *part.shared, act="silu", active=2)
+        found = KERNELS.moe(part.x, gates, *part.routed, *part.shared, act="silu", active=2)
         close(found, part.exact(gates))
 
 
@@ -236,7 +241,7 @@ def test_many_tokens_of_rows_that_begin_anywhere(tokens, size, width, dtype) -> 
     """
     part = Part((tokens, 4, 2, size, 40, width), dtype, "silu", gated=True, biased=True)
     gates = some_gates(part, dtype, "top")
-    found = moe.moe(part.x, gates, *part.routed, *part.shared, act="silu", active=2)
+    found = KERNELS.moe(part.x, gates, *part.routed, *part.shared, act="silu", active=2)
     close(found, part.exact(gates), units=8)
 
 
@@ -244,8 +249,9 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from graphopt.runtime import moe
+from graphopt.lowering.kernels.triton import expert_tiles
 from graphopt.runtime.kernels import experts
+from graphopt.targets import get_target
 
 def shared_bytes(kernel, arch, options, **constants):
     compiled = {key: options.pop(key) for key in ("num_warps", "num_stages")}
@@ -268,7 +274,8 @@ def shared_bytes(kernel, arch, options, **constants):
 
 # What a program may have: an RTX 30 or 40, an A100.
 for arch, room in ((86, 101376), (80, 166912)):
-    for rows, up in moe.EXPAND.items():
+    for row in expert_tiles(get_target("ampere")).many:
+        rows, up = row.expand.rows, row.expand
         sizes = {"E": 5, "SIZE": 1376, "ROOM": 1408}
         used = shared_bytes(
             experts.expand, arch, up.options(5, 2, room), D=4096, COUNT=3, ACT="silu",
@@ -276,7 +283,7 @@ for arch, room in ((86, 101376), (80, 166912)):
         )
         assert used <= room, (arch, rows, used)
         used = shared_bytes(
-            experts.reduce, arch, moe.REDUCE[rows].options(5, 1, room), OUT=4096,
+            experts.reduce, arch, row.reduce.options(5, 1, room), OUT=4096,
             hidden_tiles=None, down_tiles=None, **sizes,
         )
         assert used <= room, (arch, rows, used)
