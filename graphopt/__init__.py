@@ -14,22 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.capture import capture
-    from graphopt.compiler import compile_model, emit
+    from graphopt.compiler import CompileOptions, compile_model, emit
     from graphopt.errors import GraphoptError
     from graphopt.ir import Program
     from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
     from graphopt.pass_manager.pipeline import Pipeline
+    from graphopt.pass_manager.run_options import RunOptions
     from graphopt.sources import open_model
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CompileOptions": "graphopt.compiler",
     "Context": "graphopt.pass_manager.contract",
     "GraphoptError": "graphopt.errors",
     "Pass": "graphopt.pass_manager.contract",
     "PassResult": "graphopt.pass_manager.contract",
     "Pipeline": "graphopt.pass_manager.pipeline",
     "Program": "graphopt.ir",
+    "RunOptions": "graphopt.pass_manager.run_options",
     "Skip": "graphopt.pass_manager.contract",
     "capture": "graphopt.capture",
     "compile_model": "graphopt.compiler",
@@ -39,12 +42,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "CompileOptions",
     "Context",
     "GraphoptError",
     "Pass",
     "PassResult",
     "Pipeline",
     "Program",
+    "RunOptions",
     "Skip",
     "capture",
     "compile_model",

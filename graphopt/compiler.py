@@ -7,7 +7,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program
 from graphopt.ir.types import DTYPE_NAMES
 from graphopt.pass_manager.pipeline import OnPass, Pipeline
+from graphopt.pass_manager.run_options import RunOptions
 from graphopt.report.records import (
     ArtifactEntry,
     PassEntry,
@@ -27,7 +28,6 @@ from graphopt.report.records import (
     machine,
     versions,
 )
-from graphopt.sources.windows import Bos
 from graphopt.storage.output_folder import (
     check_dump,
     check_output,
@@ -41,8 +41,6 @@ from graphopt.support.progress import Progress, silent
 from graphopt.targets import get_target
 
 if TYPE_CHECKING:
-    import torch
-
     from graphopt.lowering.base import Emitter
     from graphopt.sources import ModelSource
 
@@ -95,27 +93,38 @@ class _Emission:
                 self._refuse(emitter.fallbacks(program, self.target))
 
     def lower(
-        self, program: Program, dump_ir: str | Path | None, **options: Any
+        self,
+        program: Program,
+        options: RunOptions,
+        *,
+        progress: Progress = silent,
+        on_pass: OnPass | None = None,
     ) -> tuple[list[PassEntry], dict[str, float]]:
         """Run the passes of every emitter through a pipeline; return their entries and stages.
 
         The program is left as it is: what is saved is not what a target's kernels need.
 
         Args:
-            dump_ir: Folder whose subfolder `lowering-EMITTER` gets the programs as text.
-            options: See `Pipeline.run`.
+            options: As for the passes of the recipe. A subfolder `lowering-EMITTER` of `dump_ir`
+                gets the programs as text.
 
         Raises:
             VerifyError: A pass broke the program or changed results beyond the tolerance.
         """
         entries: list[PassEntry] = []
         stages: dict[str, float] = {}
+        dumps = options.dump_ir
         for emitter in self.emitters:
             passes = emitter.passes(self.target)
             if not passes:
                 continue
-            dump = None if dump_ir is None else Path(dump_ir) / f"lowering-{emitter.name}"
-            _, report = Pipeline(passes).run(program, dump_ir=dump, **options)
+            dump = None if dumps is None else Path(dumps) / f"lowering-{emitter.name}"
+            _, report = Pipeline(passes).run(
+                program,
+                replace(options, dump_ir=dump, stop_after=None, resume=False),
+                progress=progress,
+                on_pass=on_pass,
+            )
             entries += report.passes
             for stage, seconds in report.stages.items():
                 stages[stage] = stages.get(stage, 0.0) + seconds
@@ -246,27 +255,38 @@ def _write(
         report.write(root)
 
 
+@dataclass(frozen=True)
+class CompileOptions(RunOptions):
+    """How a model is compiled: how its passes are run, and what is emitted.
+
+    Attributes:
+        target: Name of a target.
+        emit: Names of emitters; see `emit`.
+        recipe: Passes; None for the default recipe.
+        force: Replace the output folder if it exists, once the new one is complete.
+        strict: Refuse what would run without a kernel of the target.
+        onnx_moe: In the ONNX form, experts become com.microsoft::MoE.
+        max_length: How many tokens texts may have; None for what the config states.
+        dry_run: Only say what would be done: no weight is read and nothing is written.
+        trust_remote_code: Let code of the checkpoint run.
+    """
+
+    target: str = "cpu"
+    emit: Sequence[str] | None = None
+    recipe: Pipeline | None = None
+    force: bool = False
+    strict: bool = False
+    onnx_moe: bool = False
+    max_length: int | None = None
+    dry_run: bool = False
+    trust_remote_code: bool = False
+
+
 def compile_model(
     model: str | ModelSource,
     out: str | Path,
+    options: CompileOptions = CompileOptions(),
     *,
-    target: str = "cpu",
-    emit: Sequence[str] | None = None,
-    recipe: Pipeline | None = None,
-    calib: str | Path | None = None,
-    verify: bool = True,
-    force: bool = False,
-    strict: bool = False,
-    onnx_moe: bool = False,
-    max_length: int | None = None,
-    dry_run: bool = False,
-    stop_after: str | None = None,
-    dump_ir: str | Path | None = None,
-    resume: bool = False,
-    device: str | torch.device = "cpu",
-    seed: int = 0,
-    bos: Bos = "every",
-    trust_remote_code: bool = False,
     progress: Progress = silent,
     on_capture: Callable[[Program], None] | None = None,
     on_pass: OnPass | None = None,
@@ -279,23 +299,6 @@ def compile_model(
     Args:
         model: Hugging Face id or folder, `.gguf` file, `demo`, or a graphopt output folder.
         out: Folder to make.
-        target: Name of a target.
-        emit: Names of emitters; see `emit`.
-        recipe: Passes; None for the default recipe.
-        calib: Text file for calibration and verification.
-        verify: Compare results before and after every pass.
-        force: Replace `out` if it exists, once the new one is complete.
-        strict: Refuse what would run without a kernel of the target.
-        onnx_moe: In the ONNX form, experts become com.microsoft::MoE.
-        max_length: How many tokens texts may have; None for what the config states.
-        dry_run: Only say what would be done: no weight is read and nothing is written.
-        stop_after: Leave out the passes behind the one of this name.
-        dump_ir: Folder for the program before and after every pass as text.
-        resume: Go on with an interrupted compile to the same `out`.
-        device: Where verification computes.
-        seed: Of everything random.
-        bos: Which windows of text begin with what the tokenizer puts before a text.
-        trust_remote_code: Let code of the checkpoint run.
         progress: Told about long work.
         on_capture: Told about the captured program.
         on_pass: Told about every pass when it is done.
@@ -309,23 +312,23 @@ def compile_model(
     from graphopt.capture import capture
 
     folder = Path(out)
-    if not dry_run:
-        check_output(folder, force)
-    if dump_ir is not None:
-        check_dump(Path(dump_ir))
-    device = usable_device(device)
-    emission = _Emission.of(target, emit, strict, onnx_moe)
-    pipeline = recipe if recipe is not None else Pipeline.default()
-    if stop_after is not None:
-        pipeline = pipeline.until(stop_after)
-    if calib is not None:
-        read_text(Path(calib))
+    if not options.dry_run:
+        check_output(folder, options.force)
+    if options.dump_ir is not None:
+        check_dump(Path(options.dump_ir))
+    device = usable_device(options.device)
+    emission = _Emission.of(options.target, options.emit, options.strict, options.onnx_moe)
+    pipeline = options.recipe if options.recipe is not None else Pipeline.default()
+    if options.stop_after is not None:
+        pipeline = pipeline.until(options.stop_after)
+    if options.calib is not None:
+        read_text(Path(options.calib))
     with contextlib.ExitStack() as stack:
         with Meter() as whole:
             with Meter() as capturing:
-                program = capture(model, trust_remote_code=trust_remote_code)
-            if max_length is not None:
-                set_max_length(program, max_length)
+                program = capture(model, trust_remote_code=options.trust_remote_code)
+            if options.max_length is not None:
+                set_max_length(program, options.max_length)
             if on_capture is not None:
                 on_capture(program)
             length = program.max_length
@@ -333,47 +336,29 @@ def compile_model(
             structural = not any(item.reads_weights for item in pipeline.passes)
             if structural:
                 emission.check(planned)
-            if dry_run:
-                report = _dry_report(planned, pipeline, entries, target)
+            if options.dry_run:
+                report = _dry_report(planned, pipeline, entries, options.target)
             else:
                 stack.enter_context(locked(folder))
-                check_output(folder, force)  # another compile may have ended meanwhile
+                check_output(folder, options.force)  # another compile may have ended meanwhile
                 work = work_folder(folder)
                 program, report = pipeline.run(
-                    program,
-                    calib=calib,
-                    verify=verify,
-                    dump_ir=dump_ir,
-                    work=work,
-                    resume=resume,
-                    device=device,
-                    seed=seed,
-                    bos=bos,
-                    progress=progress,
-                    on_pass=on_pass,
+                    program, options, work=work, progress=progress, on_pass=on_pass
                 )
                 # A snapshot has that of the run which made it.
                 program.max_length = length
                 if not structural:
                     emission.check(program)
                 lowering, seconds = emission.lower(
-                    program,
-                    dump_ir,
-                    calib=calib,
-                    verify=verify,
-                    device=device,
-                    seed=seed,
-                    bos=bos,
-                    progress=progress,
-                    on_pass=on_pass,
+                    program, options, progress=progress, on_pass=on_pass
                 )
                 report.passes += lowering
                 for stage, more in seconds.items():
                     report.stages[stage] = report.stages.get(stage, 0.0) + more
         report.stages = {"capture": capturing.seconds, **report.stages}
         report.total_seconds, report.peak_bytes = whole.seconds, whole.peak_bytes
-        if not dry_run:
-            _write(program, folder, emission, report, pipeline, force, progress)
+        if not options.dry_run:
+            _write(program, folder, emission, report, pipeline, options.force, progress)
             shutil.rmtree(work, ignore_errors=True)
     return report
 

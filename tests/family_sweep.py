@@ -286,7 +286,7 @@ def sweep(
 
     def capture() -> dict[str, Any]:
         program = go.capture(str(work / "model"))
-        held.extend((program, go.Pipeline.default().run(program, verify=False)[0]))
+        held.extend((program, go.Pipeline.default().run(program, go.RunOptions(verify=False))[0]))
         assert causal or not held[1].states, "a cache although tokens see later ones"
         return {"cached": bool(held[1].states), "notes": [note for _, note in held[1].notes][:3]}
 
@@ -313,8 +313,10 @@ def _passed(name: str, program: go.Program, work: Path, *, causal: bool) -> dict
     """Run a recipe; return how its program comes out as ONNX and as a checkpoint."""
     text = work / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
-    made, report = go.Pipeline.parse(RECIPES[name]).run(program, calib=text, verify=False)
-    made, _ = go.Pipeline.default().run(made, verify=False)
+    made, report = go.Pipeline.parse(RECIPES[name]).run(
+        program, go.RunOptions(calib=text, verify=False)
+    )
+    made, _ = go.Pipeline.default().run(made, go.RunOptions(verify=False))
     form = ProgramModel(made)
     wanted = [form.logits(ids, mask) for ids, mask, _ in batches()]
     found: dict[str, Any] = {"changed": report.passes[0].changed}

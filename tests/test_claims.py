@@ -14,6 +14,7 @@ from graphopt.errors import VerifyError
 from graphopt.ir import Array, KVState, Producer, Program, Rows, Weight
 from graphopt.pass_manager.contract import Context, Pass, PassResult
 from graphopt.pass_manager.pipeline import Pipeline
+from graphopt.pass_manager.run_options import RunOptions
 
 NAME = "layers.0.mlp.down_proj.weight"
 
@@ -35,7 +36,7 @@ class Claiming(Pass):
 
 def run(act: Callable[[Program, Context], None], changed: int = 0, verify: bool = False) -> Program:
     Claiming.act = staticmethod(act)
-    return Pipeline([Claiming(changed)]).run(tiny_program(), verify=verify)[0]
+    return Pipeline([Claiming(changed)]).run(tiny_program(), RunOptions(verify=verify))[0]
 
 
 def _replace(program: Program, producer) -> None:
@@ -156,7 +157,7 @@ def test_fields_count_that_a_producer_does_not_compare():
     program.weights.replace(weight.with_producer(Doubled(weight.producer)))
     Claiming.act = staticmethod(a_field_that_is_not_compared)
     with pytest.raises(VerifyError, match=rf"weight '{NAME}' has another value"):
-        Pipeline([Claiming()]).run(program, verify=False)
+        Pipeline([Claiming()]).run(program, RunOptions(verify=False))
 
 
 def test_a_weight_that_is_gone():
@@ -167,7 +168,7 @@ def test_a_weight_that_is_gone():
     program.weights.add(Weight("spare", Array(torch.ones(2))))
     Claiming.act = staticmethod(drop)
     with pytest.raises(VerifyError, match="weight 'spare' is gone"):
-        Pipeline([Claiming()]).run(program, verify=False)
+        Pipeline([Claiming()]).run(program, RunOptions(verify=False))
 
 
 def test_a_change_that_is_none_is_refused():

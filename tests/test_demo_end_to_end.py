@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from graphopt.backends.opening import open_language_model
-from graphopt.compiler import compile_model
+from graphopt.compiler import CompileOptions, compile_model
 from graphopt.evaluate.perplexity import perplexity, read_text
 from graphopt.execute.language_model import load_tokenizer
 
@@ -21,7 +21,7 @@ TOKENS = 24
 @pytest.fixture(scope="module")
 def out(demo: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "out"
-    report = compile_model(demo, folder, emit=("hf", "torch", "onnx"))
+    report = compile_model(demo, folder, CompileOptions(emit=("hf", "torch", "onnx")))
     assert report.passes[-1].verification == "passed"
     return folder
 

@@ -80,7 +80,7 @@ def test_a_text_that_crosses_the_original_length_is_read_again(
         torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=VOCAB + 1,
         use_cache=False,
     )[0, len(prompt) :].tolist()  # fmt: skip
-    go.compile_model(str(folder), tmp_path / "out", emit=("torch",))
+    go.compile_model(str(folder), tmp_path / "out", go.CompileOptions(emit=("torch",)))
     model = open_language_model(str(tmp_path / "out"))
     assert model.rotary_switch == 12
     step, read = model.step, []
@@ -115,7 +115,7 @@ def test_genai_reads_a_text_again_where_its_own_rule_does(tmp_path: Path) -> Non
         },
     }  # fmt: skip
     folder = save_tiny(tmp_path / "tiny", "phi3", **entries)
-    go.compile_model(str(folder), tmp_path / "out", emit=("onnx",), verify=False)
+    go.compile_model(str(folder), tmp_path / "out", go.CompileOptions(emit=("onnx",), verify=False))
     text = torch.randint(3, VOCAB, (4090,), generator=torch.Generator().manual_seed(2)).tolist()
     expected = list(
         generate_ids(open_language_model(str(folder)), text, stop=set(), max_new_tokens=16)

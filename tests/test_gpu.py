@@ -41,7 +41,7 @@ def _module(path: Path) -> ModuleType:
 def test_verification_computes_on_the_device() -> None:
     program = tiny_program(window=3, softcap=2.0)
     on_cpu = go.Pipeline.default().run(program)[1].passes[-1]
-    on_gpu = go.Pipeline.default().run(program, device="cuda")[1].passes[-1]
+    on_gpu = go.Pipeline.default().run(program, go.RunOptions(device="cuda"))[1].passes[-1]
     assert on_gpu.verification == "passed"
     assert on_cpu.tolerance is not None
     assert on_gpu.tolerance == pytest.approx(on_cpu.tolerance, rel=1e-3)

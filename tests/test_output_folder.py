@@ -43,7 +43,7 @@ def names():
 
 
 def compile_tiny(out=OUT, **options):
-    return compiler.compile_model("tiny", out, emit=["torch"], **options)
+    return compiler.compile_model("tiny", out, compiler.CompileOptions(emit=["torch"], **options))
 
 
 def in_child(work):

@@ -13,6 +13,7 @@ from graphopt.execute.interpreter import Runner
 from graphopt.ir import Array, Missing, Producer, Weight
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
 from graphopt.pass_manager.pipeline import DEFAULT_RECIPE, Pipeline
+from graphopt.pass_manager.run_options import RunOptions
 from graphopt.pass_manager.verification import compare, make_probe, measure
 
 
@@ -167,7 +168,7 @@ def test_an_exact_pass_that_is_not_is_refused_with_the_figure():
     difference = compare(*measure([program, changed], probe))
     assert f"by {difference.max_abs_logit_delta:.3g}" in str(caught.value)
     assert "'test-wrong'" in str(caught.value) and "--no-verify" in caught.value.remedy
-    _, report = Pipeline([Wrong()]).run(program, verify=False)
+    _, report = Pipeline([Wrong()]).run(program, RunOptions(verify=False))
     assert report.passes[0].verification == "off"
     assert report.passes[0].max_abs_logit_delta is None
 
@@ -204,7 +205,7 @@ def test_not_finite_logits_are_refused():
 
 def test_a_malformed_program_is_refused_even_without_verification():
     with pytest.raises(VerifyError, match="'test-malformed' made a malformed program"):
-        Pipeline([Malformed()]).run(tiny_program(), verify=False)
+        Pipeline([Malformed()]).run(tiny_program(), RunOptions(verify=False))
 
 
 def test_order_and_structure_are_checked_before_any_weight_is_read():
@@ -257,18 +258,18 @@ def test_a_plan_reads_no_weight():
 
 
 def test_stop_after():
-    _, report = Pipeline.default().run(tiny_program(), stop_after="fold-constants")
+    _, report = Pipeline.default().run(tiny_program(), RunOptions(stop_after="fold-constants"))
     assert [e.name for e in report.passes] == DEFAULT_RECIPE.split(",")[:3]
     assert report.recipe == "normalise,common-subexpression,fold-constants"
     with pytest.raises(UsageError, match="Did you mean 'dead-code'"):
-        Pipeline.default().run(tiny_program(), stop_after="dead-cod")
+        Pipeline.default().run(tiny_program(), RunOptions(stop_after="dead-cod"))
     with pytest.raises(UsageError, match="The recipe has no pass 'dead-code'"):
-        Pipeline(["normalise"]).run(tiny_program(), stop_after="dead-code")
+        Pipeline(["normalise"]).run(tiny_program(), RunOptions(stop_after="dead-code"))
 
 
 def test_dumps(tmp_path):
     result, _ = Pipeline(["normalise", "insert-kv-cache"]).run(
-        tiny_program(), dump_ir=tmp_path / "ir"
+        tiny_program(), RunOptions(dump_ir=tmp_path / "ir")
     )
     names = sorted(path.name for path in (tmp_path / "ir").iterdir())
     assert names == ["00-capture.txt", "01-normalise.txt", "02-insert-kv-cache.txt"]
@@ -286,7 +287,7 @@ def test_an_interrupted_run_goes_on_without_repeating_finished_passes(tmp_path):
     assert held < changed.numel * 4 + 500  # the changed tensor alone
     assert _Test.ran == ["test-shrink", "test-crash"]
     Crash.armed = False
-    resumed, report = pipeline.run(program, work=work, resume=True)
+    resumed, report = pipeline.run(program, RunOptions(resume=True), work=work)
     assert _Test.ran == ["test-shrink", "test-crash", "test-crash"]
     assert [entry.resumed for entry in report.passes] == [True, True, False, False]
     assert report.passes[0].kl > 0 and report.passes[0].skipped[0].where == "layers.1"
@@ -310,7 +311,7 @@ def test_a_snapshot_of_another_run_is_not_used(tmp_path, other):
     if other == "text":
         (tmp_path / "text").write_text("another text")
         options["calib"] = tmp_path / "text"
-    _, report = pipeline.run(program, work=work, resume=True, **options)
+    _, report = pipeline.run(program, RunOptions(resume=True, **options), work=work)
     assert not any(entry.resumed for entry in report.passes)
 
 
@@ -337,9 +338,9 @@ def test_texts_that_cannot_serve(tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
     with pytest.raises(SourceError, match="is empty"):
-        Pipeline.default().run(tiny_program(), calib=empty)
+        Pipeline.default().run(tiny_program(), RunOptions(calib=empty))
     with pytest.raises(SourceError, match="cannot be read"):
-        Pipeline.default().run(tiny_program(), calib=tmp_path / "absent.txt")
+        Pipeline.default().run(tiny_program(), RunOptions(calib=tmp_path / "absent.txt"))
 
 
 def test_perplexity_needs_text(tmp_path):
@@ -359,7 +360,7 @@ def test_perplexity_needs_text(tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
     with pytest.raises(SourceError, match="has 10 tokens, verification needs 111"):
-        Pipeline.default().run(program, calib=short)
+        Pipeline.default().run(program, RunOptions(calib=short))
 
 
 def test_pipelines_from_text_yaml_and_objects_are_equal(tmp_path):

@@ -272,11 +272,11 @@ def test_the_report_says_how_windows_begin(bos: Any, model: go.Program, tmp_path
     calib = tmp_path / "book.txt"
     calib.write_text(book()[:6000])
     recipe = go.Pipeline.parse("prune-blocks{blocks=1,seqlen=32,windows=2}")
-    _, report = recipe.run(model, calib=calib, bos=bos)
+    _, report = recipe.run(model, go.RunOptions(calib=calib, bos=bos))
     expected = {"bos": bos, "begin": [START] if bos == "every" else []}
     assert report.windows == expected
     assert json.loads(json.dumps(report.to_json()))["windows"] == expected
-    _, silent = go.Pipeline.parse("normalise").run(model, verify=False)
+    _, silent = go.Pipeline.parse("normalise").run(model, go.RunOptions(verify=False))
     assert silent.windows is None
 
 

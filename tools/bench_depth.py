@@ -110,7 +110,7 @@ def onnx(options: argparse.Namespace) -> dict[str, Any]:
         for name, passes in (("dense", ""), ("pruned", f"{MIDDLE},")):
             recipe = f"{passes}{go.Pipeline.default()}"
             program, _ = go.Pipeline.parse(recipe).run(
-                capture("demo"), calib=options.calib, verify=False
+                capture("demo"), go.RunOptions(calib=options.calib, verify=False)
             )
             go.emit(program, Path(work) / name, emit=("onnx",))
             models[name] = OnnxArtifactModel(Path(work) / name / "onnx")

@@ -58,8 +58,12 @@ def onnx(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"tokens": TOKENS, "threads": options.threads, "splits": {}}
     for split, recipe in SPLITS.items():
         passes = f"{recipe},{go.Pipeline.default()}"
-        carved, _ = go.Pipeline.parse(passes).run(dense, calib=options.calib, verify=False)
-        plain, _ = go.Pipeline.parse(str(go.Pipeline.default())).run(dense, verify=False)
+        carved, _ = go.Pipeline.parse(passes).run(
+            dense, go.RunOptions(calib=options.calib, verify=False)
+        )
+        plain, _ = go.Pipeline.parse(str(go.Pipeline.default())).run(
+            dense, go.RunOptions(verify=False)
+        )
         with tempfile.TemporaryDirectory(prefix="bench-width-") as work:
             folder = Path(work)
             measured = {

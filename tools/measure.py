@@ -84,7 +84,7 @@ def run_recipes(
     for recipe in recipes:
         started = time.perf_counter()
         program, report = go.Pipeline.parse(recipe).run(
-            dense, calib=calib, device=device, verify=False, seed=seed
+            dense, go.RunOptions(calib=calib, device=device, verify=False, seed=seed)
         )
         seconds = time.perf_counter() - started
         measured = quality(program)

@@ -66,7 +66,7 @@ def warm_up() -> None:
     warnings.simplefilter("ignore")
     for name in ("torch", "onnx", "hf"):
         get_emitter(name)
-    go.Pipeline.default().run(go.capture(tiny_model()), verify=False)
+    go.Pipeline.default().run(go.capture(tiny_model()), go.RunOptions(verify=False))
 
 
 def run(

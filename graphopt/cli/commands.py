@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import errno
 import functools
 import gc
@@ -11,9 +12,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast, get_type_hints
 
 import click
 import typer
@@ -23,6 +25,7 @@ from graphopt.errors import GraphoptError, UsageError, reason
 from graphopt.support.boundary import BUG_CODE, REPORT_BUG, out_of_memory
 
 if TYPE_CHECKING:
+    from graphopt.compiler import CompileOptions
     from graphopt.ir.graph import Program
     from graphopt.pass_manager.pipeline import Pipeline
 
@@ -36,8 +39,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Args = ParamSpec("Args")
-
 INTERRUPTED = 130
 
 MAX_SEED = 2**63 - 1
@@ -48,11 +49,14 @@ MAX_COUNT = 2**31 - 1
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
 
 
-def _errors_as_sentences(command: Callable[Args, None]) -> Callable[Args, None]:
-    """Turn every error into one sentence on stderr and an exit code; adds the option --debug."""
+def _errors_as_sentences(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn every error into one sentence on stderr and an exit code; adds the option --debug.
+
+    A parameter whose type is a dataclass stands for its fields, an option of the command each.
+    """
 
     @functools.wraps(command)
-    def wrapped(*args: Args.args, **kwargs: Args.kwargs) -> None:
+    def wrapped(**kwargs: Any) -> None:
         debug = kwargs.pop("debug", False)
         logged = logging.root.manager.disable
         if not debug:
@@ -60,7 +64,7 @@ def _errors_as_sentences(command: Callable[Args, None]) -> Callable[Args, None]:
             logging.disable(logging.ERROR)
         try:
             _refuse_bytes(kwargs)
-            command(*args, **kwargs)
+            command(**_gathered(command, kwargs))
         except (typer.Exit, typer.Abort, click.ClickException):
             raise
         except KeyboardInterrupt:
@@ -77,13 +81,39 @@ def _errors_as_sentences(command: Callable[Args, None]) -> Callable[Args, None]:
         finally:
             logging.disable(logged)
 
-    signature = inspect.signature(command, eval_str=True)
     option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False)
-    wrapped.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), option.replace(annotation=Debug)]
-    )
-    wrapped.__annotations__ = {**command.__annotations__, "debug": Debug}
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in (*_expanded(command), option.replace(annotation=Debug))
+    ]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
     return wrapped
+
+
+def _expanded(command: Callable[..., None]) -> Iterator[inspect.Parameter]:
+    """Yield a command's parameters, with the fields of a dataclass in the place of one."""
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if not dataclasses.is_dataclass(parameter.annotation):
+            yield parameter
+            continue
+        hints = get_type_hints(parameter.annotation, include_extras=True)
+        for field in dataclasses.fields(parameter.annotation):
+            default = field.default
+            if default is dataclasses.MISSING:
+                default = inspect.Parameter.empty
+            yield parameter.replace(name=field.name, annotation=hints[field.name], default=default)
+
+
+def _gathered(command: Callable[..., None], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a command, with an object for the fields of a dataclass."""
+    arguments = dict(given)
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if dataclasses.is_dataclass(parameter.annotation):
+            names = [field.name for field in dataclasses.fields(parameter.annotation)]
+            made = cast(Callable[..., Any], parameter.annotation)
+            arguments[parameter.name] = made(**{name: arguments.pop(name) for name in names})
+    return arguments
 
 
 def _refuse_bytes(arguments: Mapping[str, Any]) -> None:
@@ -176,37 +206,35 @@ def _pipeline(passes: str | None, recipe: Path | None) -> Pipeline:
     return Pipeline.parse(passes).within_default() if passes is not None else Pipeline.default()
 
 
-@app.command("compile")
-@_errors_as_sentences
-def compile_command(
-    model: ModelArg = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make.")] = Path("out"),
-    target: Annotated[str, typer.Option(help="What to emit for; see 'graphopt targets'.")] = "cpu",
+@dataclass(frozen=True)
+class CompileFlags:
+    """The options of `graphopt compile`."""
+
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make.")] = Path("out")
+    target: Annotated[str, typer.Option(help="What to emit for; see 'graphopt targets'.")] = "cpu"
     emit: Annotated[
         str | None,
         typer.Option(help="Comma-separated: onnx (the CPU's default), torch (others'), hf."),
-    ] = None,
+    ] = None
     passes: Annotated[
         str | None,
         typer.Option(
             help="Recipe, such as 'prune-blocks{ratio=0.25},fuse-blocks'. Unless it names one of "
             "the default passes, it runs between them; '' for none."
         ),
-    ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe as a YAML file.")] = None,
+    ] = None
+    recipe: Annotated[Path | None, typer.Option(help="Recipe as a YAML file.")] = None
     calib: Annotated[
         Path | None, typer.Option(help="Text file for calibration and verification.")
-    ] = None,
+    ] = None
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Don't compare results before and after passes.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the folder if it exists.")
-    ] = False,
+    ] = False
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Refuse what would run without a kernel of the target."),
-    ] = False,
+    ] = False
     onnx_moe: Annotated[
         bool,
         typer.Option(
@@ -214,87 +242,93 @@ def compile_command(
             help="In the ONNX form, experts become com.microsoft::MoE: faster for single tokens "
             "where there are many.",
         ),
-    ] = False,
+    ] = False
     max_length: Annotated[
         int | None,
         typer.Option(
             min=1, max=MAX_COUNT, help="Tokens of a text; what the config states by default."
         ),
-    ] = None,
+    ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done; read no weight.")
-    ] = False,
+    ] = False
     stop_after: Annotated[
         str | None, typer.Option(help="Leave out the passes behind this one.")
-    ] = None,
+    ] = None
     dump_ir: Annotated[
         Path | None, typer.Option(help="Folder for the program after every pass, as text.")
-    ] = None,
+    ] = None
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted compile to this folder.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="Where passes and verification compute.")] = "cpu",
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of everything random.")] = 0,
-    bos: BosOption = "every",
-    config: ConfigOption = None,
-    trust_remote_code: Remote = False,
-    as_json: Json = False,
-) -> None:
+    ] = False
+    device: Annotated[str, typer.Option(help="Where passes and verification compute.")] = "cpu"
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of everything random.")] = 0
+    bos: BosOption = "every"
+    config: ConfigOption = None
+    trust_remote_code: Remote = False
+
+
+@app.command("compile")
+@_errors_as_sentences
+def compile_command(model: ModelArg = None, *, flags: CompileFlags, as_json: Json = False) -> None:
     """Compile a model to a folder that runs, with a report."""
-    spec = _spec(model, config)
+    spec = _spec(model, flags.config)
     with ui.progress_bars() as progress:
         progress("starting", 0, 1)
         from graphopt.compiler import compile_model
-        from graphopt.sources.windows import check_bos
         from graphopt.storage.output_folder import check_output
 
-        if not dry_run:
-            check_output(out, force)
-        pipeline = _pipeline(passes, recipe)
+        if not flags.dry_run:
+            check_output(flags.out, flags.force)
+        options = _compile_options(flags)
         progress("starting", 1, 1)
         console = ui.stderr() if as_json else ui.stdout()
 
         def on_capture(program: Program) -> None:
             progress("capture", 1, 1)
             rows = ui.describe(program)
-            rows += [("target", target), ("recipe", str(pipeline) or "(no passes)")]
+            rows += [("target", flags.target), ("recipe", str(options.recipe) or "(no passes)")]
             if not as_json:
                 ui.print_rows(console, rows)
 
         progress("capture", 0, 1)
-        report = compile_model(
-            spec,
-            out,
-            target=target,
-            emit=None if emit is None else [n.strip() for n in emit.split(",") if n.strip()],
-            recipe=pipeline,
-            calib=calib,
-            verify=not no_verify,
-            force=force,
-            strict=strict,
-            onnx_moe=onnx_moe,
-            max_length=max_length,
-            dry_run=dry_run,
-            stop_after=stop_after,
-            dump_ir=dump_ir,
-            resume=resume,
-            device=device,
-            seed=seed,
-            bos=check_bos(bos),
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-            on_capture=on_capture,
-        )
+        report = compile_model(spec, flags.out, options, progress=progress, on_capture=on_capture)
     if as_json:
         _print_json(report.to_json())
         return
     console.print()
     ui.print_passes(console, report.passes)
     console.print()
-    if dry_run:
+    if flags.dry_run:
         console.print("Dry run: no weight was read and nothing was written.")
     else:
         ui.print_report(console, report)
+
+
+def _compile_options(flags: CompileFlags) -> CompileOptions:
+    from graphopt.compiler import CompileOptions
+    from graphopt.sources.windows import check_bos
+
+    emit = flags.emit
+    return CompileOptions(
+        target=flags.target,
+        emit=None if emit is None else [n.strip() for n in emit.split(",") if n.strip()],
+        recipe=_pipeline(flags.passes, flags.recipe),
+        calib=flags.calib,
+        verify=not flags.no_verify,
+        force=flags.force,
+        strict=flags.strict,
+        onnx_moe=flags.onnx_moe,
+        max_length=flags.max_length,
+        dry_run=flags.dry_run,
+        stop_after=flags.stop_after,
+        dump_ir=flags.dump_ir,
+        resume=flags.resume,
+        device=flags.device,
+        seed=flags.seed,
+        bos=check_bos(flags.bos),
+        trust_remote_code=flags.trust_remote_code,
+    )
 
 
 @app.command("inspect")
@@ -549,24 +583,25 @@ def targets_command(
         ui.print_targets(ui.stdout(), found, full=name is not None)
 
 
-@app.command("plan-attention")
-@_errors_as_sentences
-def plan_attention_command(
-    target: Annotated[str, typer.Option(help="See 'graphopt targets'.")],
-    head_dim: Annotated[int, typer.Option(help="Size of a query or key head.")],
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
-    kv_heads: Annotated[int | None, typer.Option(help="Key heads; all heads by default.")] = None,
-    value_dim: Annotated[int | None, typer.Option(help="Size of a value head.")] = None,
-    dtype: Annotated[str, typer.Option(help="f16 or bf16.")] = "f16",
-    phase: Annotated[str, typer.Option(help="prefill or decode.")] = "prefill",
-    causal: Annotated[bool, typer.Option(help="See keys up to the query's place.")] = True,
-    align: Annotated[str, typer.Option(help="bottom-right or top-left.")] = "bottom-right",
-    window: Annotated[int | None, typer.Option(help="Keys a query sees.")] = None,
-    chunk: Annotated[int | None, typer.Option(help="Length of the chunks of keys.")] = None,
-    softcap: Annotated[float | None, typer.Option(help="Bound of the scores.")] = None,
-    kv: Annotated[str, typer.Option(help="contiguous, ring or paged.")] = "contiguous",
-    page: Annotated[int | None, typer.Option(help="Tokens of a page.")] = None,
-    kv_bits: Annotated[int, typer.Option(help="Bits of a cached element.")] = 16,
+@dataclass(frozen=True)
+class AttentionFlags:
+    """The options of `graphopt plan-attention`."""
+
+    target: Annotated[str, typer.Option(help="See 'graphopt targets'.")]
+    head_dim: Annotated[int, typer.Option(help="Size of a query or key head.")]
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 32
+    kv_heads: Annotated[int | None, typer.Option(help="Key heads; all heads by default.")] = None
+    value_dim: Annotated[int | None, typer.Option(help="Size of a value head.")] = None
+    dtype: Annotated[str, typer.Option(help="f16 or bf16.")] = "f16"
+    phase: Annotated[str, typer.Option(help="prefill or decode.")] = "prefill"
+    causal: Annotated[bool, typer.Option(help="See keys up to the query's place.")] = True
+    align: Annotated[str, typer.Option(help="bottom-right or top-left.")] = "bottom-right"
+    window: Annotated[int | None, typer.Option(help="Keys a query sees.")] = None
+    chunk: Annotated[int | None, typer.Option(help="Length of the chunks of keys.")] = None
+    softcap: Annotated[float | None, typer.Option(help="Bound of the scores.")] = None
+    kv: Annotated[str, typer.Option(help="contiguous, ring or paged.")] = "contiguous"
+    page: Annotated[int | None, typer.Option(help="Tokens of a page.")] = None
+    kv_bits: Annotated[int, typer.Option(help="Bits of a cached element.")] = 16
     also: Annotated[
         str,
         typer.Option(
@@ -574,36 +609,35 @@ def plan_attention_command(
             help="Comma-separated: sinks, alibi, key_mask, bias, varlen, lengths, "
             "selected_pages, lse, page_max.",
         ),
-    ] = "",
-    as_json: Json = False,
-) -> None:
-    """Show which kernel a target runs an attention with, and by which inequalities."""
-    import dataclasses
+    ] = ""
 
+
+@app.command("plan-attention")
+@_errors_as_sentences
+def plan_attention_command(flags: AttentionFlags, as_json: Json = False) -> None:
+    """Show which kernel a target runs an attention with, and by which inequalities."""
     from graphopt.errors import unknown_name
     from graphopt.lowering.kernels import plan_attention
     from graphopt.plan import AttentionSpec
     from graphopt.targets import get_target
 
     switches = [f.name for f in dataclasses.fields(AttentionSpec) if f.default is False]
-    wanted = [name.strip() for name in also.split(",") if name.strip()]
+    wanted = [name.strip() for name in flags.also.split(",") if name.strip()]
     for name in wanted:
         if name not in switches:
             raise unknown_name("feature", name, switches)
     for name, value, known in (
-        ("phase", phase, ("prefill", "decode")),
-        ("alignment", align, ("bottom-right", "top-left")),
-        ("cache", kv, ("contiguous", "ring", "paged")),
+        ("phase", flags.phase, ("prefill", "decode")),
+        ("alignment", flags.align, ("bottom-right", "top-left")),
+        ("cache", flags.kv, ("contiguous", "ring", "paged")),
     ):
         if value not in known:
             raise unknown_name(name, value, known)
-    spec = AttentionSpec(
-        head_dim=head_dim, value_dim=value_dim, heads=heads, kv_heads=kv_heads or heads,
-        dtype=dtype, phase=cast(Any, phase), causal=causal, align=cast(Any, align), window=window,
-        chunk=chunk, softcap=softcap, kv=cast(Any, kv), page=page, kv_bits=kv_bits,
-        **cast(Any, dict.fromkeys(wanted, True)),
-    )  # fmt: skip
-    plan = plan_attention(spec, get_target(target))
+    given = dataclasses.asdict(flags)
+    del given["target"], given["also"]
+    given["kv_heads"] = flags.kv_heads or flags.heads
+    spec = AttentionSpec(**given, **cast(Any, dict.fromkeys(wanted, True)))
+    plan = plan_attention(spec, get_target(flags.target))
     if as_json:
         _print_json(dataclasses.asdict(plan))
     else:

@@ -30,6 +30,7 @@ from graphopt.pass_manager.lockstep import compare_calls
 from graphopt.pass_manager.numbering import same_outputs
 from graphopt.pass_manager.probe import PROBE_TEXT
 from graphopt.pass_manager.recipe import format_recipe, parse_recipe, read_recipe, recipe_to_yaml
+from graphopt.pass_manager.run_options import RunOptions
 from graphopt.pass_manager.verification import (
     Difference,
     Measured,
@@ -49,7 +50,6 @@ from graphopt.report.records import (
     machine,
     versions,
 )
-from graphopt.sources.windows import Bos
 from graphopt.storage.snapshot import Snapshots
 from graphopt.support.devices import usable_device
 from graphopt.support.inputs import parse
@@ -192,16 +192,9 @@ class Pipeline:
     def run(
         self,
         program: Program,
+        options: RunOptions = RunOptions(),
         *,
-        calib: str | Path | None = None,
-        verify: bool = True,
-        dump_ir: str | Path | None = None,
-        stop_after: str | None = None,
         work: str | Path | None = None,
-        resume: bool = False,
-        device: str | torch.device = "cpu",
-        seed: int = 0,
-        bos: Bos = "every",
         progress: Progress = silent,
         on_pass: OnPass | None = None,
     ) -> tuple[Program, Report]:
@@ -209,17 +202,8 @@ class Pipeline:
 
         Args:
             program: Left as it is; weights are shared with the result.
-            calib: Text file for calibration and for the probe; None for a built-in text.
-            verify: Compare results before and after every pass. The structure is always
-                verified.
-            dump_ir: Folder that gets the program before and after every pass as text.
-            stop_after: Name of the last pass to run.
             work: Folder for snapshots, which the caller deletes when it has used the result;
                 None to keep none.
-            resume: Take up the latest snapshot in `work` that fits source and recipe.
-            device: Where passes and verification compute.
-            seed: Of everything random.
-            bos: Which windows of text begin with what the tokenizer puts before a text.
             progress: Told about long work.
             on_pass: Told about every pass when it is done.
 
@@ -232,22 +216,23 @@ class Pipeline:
             VerifyError: A pass broke the program or changed results beyond the tolerance.
             SourceError: A weight or the text cannot be used.
         """
-        pipeline = self.until(stop_after) if stop_after is not None else self
+        pipeline = self.until(options.stop_after) if options.stop_after is not None else self
+        calib, seed, bos = options.calib, options.seed, options.bos
+        device = usable_device(options.device)
         text = read_text(Path(calib)) if calib is not None else PROBE_TEXT
-        pipeline.check(program)
+        pipeline.plan(program, device)
         tokenizer = Path(program.tokenizer) if program.tokenizer else None
         folder = Path(work) if work is not None else None
-        context = Context(
-            text, calib is None, tokenizer, usable_device(device), seed, progress, folder, bos=bos
-        )
+        context = Context(text, calib is None, tokenizer, device, seed, progress, folder, bos=bos)
         with Meter() as meter:
-            run = _Run(pipeline.passes, program, context, verify, on_pass)
-            if dump_ir is not None:
-                run.dump_to(Path(dump_ir))
+            run = _Run(pipeline.passes, program, context, options.verify, on_pass)
+            if options.dump_ir is not None:
+                run.dump_to(Path(options.dump_ir))
             if folder is not None:
-                salt = f"{versions().get('graphopt')} {seed} {verify} {device} {bos}\n{text}\n"
+                settings = f"{seed} {options.verify} {options.device} {bos}"
+                salt = f"{versions().get('graphopt')} {settings}\n{text}\n"
                 run.snapshots = Snapshots(folder, program, salt)
-                if resume:
+                if options.resume:
                     run.restore()
                 else:
                     run.snapshots.clear()

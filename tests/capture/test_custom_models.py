@@ -24,7 +24,7 @@ def captured(kind: str) -> tuple[go.Program, list[Tensor]]:
     randomise(model)
     with torch.no_grad():
         wanted = [model(*batch) for batch in batches()]
-    program, _ = go.Pipeline.default().run(go.capture(model), verify=False)
+    program, _ = go.Pipeline.default().run(go.capture(model), go.RunOptions(verify=False))
     return program, wanted
 
 

@@ -13,7 +13,7 @@ from tiny_models import save_tiny, tiny_model
 
 from graphopt.backends.opening import open_language_model
 from graphopt.capture import capture
-from graphopt.compiler import compile_model
+from graphopt.compiler import CompileOptions, compile_model
 from graphopt.errors import UsageError
 from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir.context import context_length, position_table, set_max_length, stated_length
@@ -93,7 +93,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("length")
     save_tiny(folder / "model", **SMALL)
     compile_model(
-        str(folder / "model"), folder / "out", emit=("onnx", "torch"), verify=False, max_length=40
+        str(folder / "model"),
+        folder / "out",
+        CompileOptions(emit=("onnx", "torch"), verify=False, max_length=40),
     )
     return folder / "out"
 
@@ -114,6 +116,6 @@ def test_genai_is_told(compiled: Path) -> None:
 def test_more_than_a_table_holds_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", "gpt2", n_positions=16, n_layer=1, n_head=2, n_embd=16)
     with pytest.raises(UsageError, match="which has 16 of them") as caught:
-        compile_model(str(tmp_path / "model"), tmp_path / "out", max_length=17)
+        compile_model(str(tmp_path / "model"), tmp_path / "out", CompileOptions(max_length=17))
     assert "--max-length 16 or less" in caught.value.remedy
     assert not (tmp_path / "out").exists()

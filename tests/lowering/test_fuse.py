@@ -230,7 +230,9 @@ def test_a_layer_hands_its_summands_to_the_norm_of_the_next():
 def test_a_compile_verifies_lowering_and_tells_of_it(tmp_path):
     folder = save_tiny(tmp_path / "model", "llama", head_dim=32)
     report = go.compile_model(
-        str(folder), tmp_path / "out", target="ampere", dump_ir=tmp_path / "dumps"
+        str(folder),
+        tmp_path / "out",
+        go.CompileOptions(target="ampere", dump_ir=tmp_path / "dumps"),
     )
     entries = {entry.name: entry for entry in report.passes}
     fused = entries["fuse-layer-ops"]

@@ -29,7 +29,7 @@ experts one by one, fused and interleaved."""
 
 def _program(model: nn.Module, folder: Path) -> go.Program:
     model.save_pretrained(folder)
-    program, _ = go.Pipeline.default().run(go.capture(str(folder)), verify=False)
+    program, _ = go.Pipeline.default().run(go.capture(str(folder)), go.RunOptions(verify=False))
     return program
 
 

@@ -45,7 +45,7 @@ def _case() -> Case:
 
 def _program(model: nn.Module, folder: Path) -> Program:
     model.save_pretrained(folder)
-    program, _ = go.Pipeline.default().run(go.capture(str(folder)), verify=False)
+    program, _ = go.Pipeline.default().run(go.capture(str(folder)), go.RunOptions(verify=False))
     return program
 
 

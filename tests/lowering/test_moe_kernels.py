@@ -297,7 +297,7 @@ def test_products_fit_into_the_shared_memory_of_small_gpus() -> None:
 @pytest.mark.parametrize("shared", [0, 24])
 def test_emitted_models_run_experts_by_kernels(shared: int, tmp_path: Path) -> None:
     program = carved(tiny_program(head_dim=32, ffn=56), Split(shared, 4, 2))
-    program = go.Pipeline.default().run(program, verify=False)[0]
+    program = go.Pipeline.default().run(program, go.RunOptions(verify=False))[0]
     go.emit(program, tmp_path / "out", target="ampere", emit=("torch",))
     text = (tmp_path / "out" / "model.py").read_text(encoding="utf-8")
     # What every token runs is part of the call.

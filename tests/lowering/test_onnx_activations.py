@@ -33,7 +33,7 @@ def test_every_activation_of_transformers(tmp_path: Path) -> None:
     ids = torch.arange(50).view(2, 25)
     with torch.no_grad():
         wanted = model(ids)
-    program, _ = go.Pipeline.default().run(go.capture(model), verify=False)
+    program, _ = go.Pipeline.default().run(go.capture(model), go.RunOptions(verify=False))
     _, path = emit(program, tmp_path)
     found, _ = run(session(path), complete_inputs({"input_ids": ids}))
     for name, ours, theirs in zip(NAMES, found.split(12, -1), wanted.split(12, -1), strict=True):

@@ -31,7 +31,7 @@ def carved(dense, tmp_path, options):
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     recipe = f"carve-moe{{{options},seqlen={LENGTH},windows=24}}"
-    program, report = go.Pipeline.parse(recipe).run(dense, calib=text)
+    program, report = go.Pipeline.parse(recipe).run(dense, go.RunOptions(calib=text))
     json.dumps(report.to_json(), allow_nan=False)
     return program, report.passes[0]
 
@@ -265,7 +265,7 @@ def test_too_few_tokens_for_the_marks_are_refused(dense, tmp_path, mode):
     text.write_text(TEXT, encoding="utf-8")
     recipe = f"carve-moe{{mode={mode},windows=2,seqlen=4}}"
     with pytest.raises(PassError, match=r"4 tokens to learn from, with 1. marked neurons each"):
-        go.Pipeline.parse(recipe).run(dense, calib=text)
+        go.Pipeline.parse(recipe).run(dense, go.RunOptions(calib=text))
 
 
 def test_a_model_of_experts_is_refused():
@@ -277,7 +277,7 @@ def test_too_few_windows_are_refused_with_the_numbers(dense, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT[:150], encoding="utf-8")
     with pytest.raises(PassError, match="has 1 windows of 96 tokens"):
-        go.Pipeline.parse("carve-moe{seqlen=96}").run(dense, calib=text)
+        go.Pipeline.parse("carve-moe{seqlen=96}").run(dense, go.RunOptions(calib=text))
 
 
 def test_a_program_without_a_tokenizer_is_refused():
@@ -309,7 +309,7 @@ def test_tuning_lowers_perplexity_and_moves_experts_and_router(dense, tmp_path):
         f"carve-moe{{shared=1,active=1,experts=8,seqlen={LENGTH},windows=24}},"
         f"tune-moe{{steps=80,batch=8,seqlen={LENGTH},rate=0.0005}}"
     )
-    program, report = go.Pipeline.parse(recipe).run(dense, calib=text)
+    program, report = go.Pipeline.parse(recipe).run(dense, go.RunOptions(calib=text))
     json.dumps(report.to_json(), allow_nan=False)
     steps = {step["after"]: step["value"] for step in report.passes[1].details["perplexity"]}
     # At least half of what carving cost, in nats.

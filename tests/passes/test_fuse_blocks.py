@@ -27,11 +27,13 @@ def dense(tmp_path_factory):
     return go.capture(str(save_trained(tmp_path_factory.mktemp("trained"))))
 
 
-def fused(dense, tmp_path, pruning, fusion, **options):
+def fused(dense, tmp_path, pruning, fusion, work=None, **options):
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     recipe = f"prune-blocks{{{pruning},seqlen={LENGTH}}},fuse-blocks{{{fusion},seqlen={LENGTH}}}"
-    program, report = go.Pipeline.parse(recipe).run(dense, calib=text, **options)
+    program, report = go.Pipeline.parse(recipe).run(
+        dense, go.RunOptions(calib=text, **options), work=work
+    )
     # Whatever a report holds is plain JSON.
     json.dumps(report.to_json(), allow_nan=False)
     return program, report.passes[0], report.passes[1]

@@ -31,11 +31,11 @@ def model(tmp_path_factory):
     return go.capture(str(save_tiny(tmp_path_factory.mktemp("tiny"), num_hidden_layers=4)))
 
 
-def run(program, options, tmp_path, **arguments):
+def run(program, options, tmp_path, work=None):
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     pipeline = go.Pipeline.parse(f"prune-blocks{{{options},windows=2,seqlen=32}}")
-    return pipeline.run(program, calib=text, **arguments)
+    return pipeline.run(program, go.RunOptions(calib=text), work=work)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_shortened_model_writes_the_same_with_and_without_a_cache(model, tmp_p
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     recipe = "prune-blocks{blocks=2,windows=2,seqlen=32},insert-kv-cache"
-    program, _ = go.Pipeline.parse(recipe).run(model, calib=text)
+    program, _ = go.Pipeline.parse(recipe).run(model, go.RunOptions(calib=text))
     assert list(program.states) == ["kv.0", "kv.1"]
     runner = Runner(program)
     ids = torch.randint(0, 250, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -146,10 +146,12 @@ def test_an_interrupted_recipe_knows_the_dense_model_when_it_goes_on(model, tmp_
     run(model, "blocks=1", tmp_path, work=work)
     text = tmp_path / "text.txt"
     recipe = "prune-blocks{blocks=1,windows=2,seqlen=32},fuse-blocks{steps=2,batch=2,seqlen=32}"
-    program, report = go.Pipeline.parse(recipe).run(model, calib=text, work=work, resume=True)
+    program, report = go.Pipeline.parse(recipe).run(
+        model, go.RunOptions(calib=text, resume=True), work=work
+    )
     assert [entry.resumed for entry in report.passes] == [True, False]
     assert len(find_blocks(program)) == 3
-    straight, _ = go.Pipeline.parse(recipe).run(model, calib=text)
+    straight, _ = go.Pipeline.parse(recipe).run(model, go.RunOptions(calib=text))
     for weight in straight.weights:
         assert weight.load().equal(program.weights[weight.name].load())
 
@@ -245,10 +247,10 @@ def test_a_text_that_is_too_short_is_refused_with_the_numbers(model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     with pytest.raises(PassError, match="longer than the 128 that the model was made for"):
-        go.Pipeline.parse("prune-blocks{blocks=1,seqlen=129}").run(model, calib=text)
+        go.Pipeline.parse("prune-blocks{blocks=1,seqlen=129}").run(model, go.RunOptions(calib=text))
     text.write_text("few words" * 14, encoding="utf-8")
     with pytest.raises(PassError, match="has 126 tokens, and a window takes 128") as caught:
-        go.Pipeline.parse("prune-blocks{blocks=1,seqlen=128}").run(model, calib=text)
+        go.Pipeline.parse("prune-blocks{blocks=1,seqlen=128}").run(model, go.RunOptions(calib=text))
     assert caught.value.remedy
 
 
@@ -277,7 +279,7 @@ def test_memory_that_does_not_suffice_is_said_with_what_lowers_it(
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     with pytest.raises(PassError, match=f"Scoring blocks does not fit the {where}") as caught:
-        go.Pipeline.parse("prune-blocks{blocks=1,seqlen=64}").run(model, calib=text)
+        go.Pipeline.parse("prune-blocks{blocks=1,seqlen=64}").run(model, go.RunOptions(calib=text))
     assert "Lower windows or seqlen" in caught.value.remedy
 
 

@@ -76,7 +76,9 @@ def test_nothing_is_compiled_from_it(both: Path, tmp_path: Path, emit: str, veri
     root = Path(shutil.copytree(both, tmp_path / "out"))
     poison(root, NAMES[0], math.nan, "torch")
     with pytest.raises(SourceError, match=f"Weight '{NAMES[0]}' holds 1 NaN and 0 Inf"):
-        go.compile_model(str(root), tmp_path / "again", emit=(emit,), verify=verify)
+        go.compile_model(
+            str(root), tmp_path / "again", go.CompileOptions(emit=(emit,), verify=verify)
+        )
     assert not (tmp_path / "again").exists()
 
 

@@ -192,7 +192,11 @@ def test_a_tokenizer_with_code(tmp_path: Path, ran: Path, asked: list[str], form
         lambda: load_tokenizer(open_language_model(str(model))),
     ]
     if form == "pair":
-        attempts.append(lambda: go.compile_model(str(model), tmp_path / "out", emit=("torch",)))
+        attempts.append(
+            lambda: go.compile_model(
+                str(model), tmp_path / "out", go.CompileOptions(emit=("torch",))
+            )
+        )
     for attempt in attempts:
         try:
             attempt()

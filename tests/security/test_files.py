@@ -300,7 +300,9 @@ def test_whole_compile_copies_nothing_from_outside(
 ) -> None:
     (model / "notes.txt").symlink_to(secret)
     with pytest.raises(GraphoptError, match="which lies outside the folder"):
-        go.compile_model(str(model), tmp_path / "out", emit=("torch",), verify=False)
+        go.compile_model(
+            str(model), tmp_path / "out", go.CompileOptions(emit=("torch",), verify=False)
+        )
     assert not (tmp_path / "out").exists()
 
 

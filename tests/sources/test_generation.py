@@ -135,7 +135,9 @@ def test_all_end_tokens_end_a_text_in_every_form(folder: Path, tmp_path: Path) -
     assert len(expected) < 4
 
     out = tmp_path / "out"
-    program, report = go.Pipeline.default().run(go.capture(str(folder)), verify=False)
+    program, report = go.Pipeline.default().run(
+        go.capture(str(folder)), go.RunOptions(verify=False)
+    )
     go.emit(program, out, emit=("onnx", "torch", "hf"), report=report)
     genai = json.loads((out / "onnx" / "genai_config.json").read_text())
     assert genai["model"]["eos_token_id"] == [258, second]
@@ -169,7 +171,7 @@ def test_a_program_keeps_it(folder: Path, tmp_path: Path) -> None:
 
 
 def test_sampling_defaults_reach_onnxruntime_genai(folder: Path, tmp_path: Path) -> None:
-    program = go.Pipeline.default().run(go.capture(str(folder)), verify=False)[0]
+    program = go.Pipeline.default().run(go.capture(str(folder)), go.RunOptions(verify=False))[0]
     for stated, expected in (
         (DRAWN, (True, 0.7, 30, 0.8, 1.05)),
         ({**DRAWN, "do_sample": False}, (False, 0.7, 30, 0.8, 1.05)),

@@ -1,0 +1,37 @@
+"""How a pipeline is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from graphopt.sources.windows import Bos
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a pipeline is run.
+
+    Attributes:
+        calib: Text file for calibration and for the probe; None for a built-in text.
+        verify: Compare results before and after every pass. The structure is always verified.
+        dump_ir: Folder that gets the program before and after every pass as text.
+        stop_after: Name of the last pass to run; None for all.
+        resume: Take up the latest snapshot that fits source and recipe.
+        device: Where passes and verification compute.
+        seed: Of everything random.
+        bos: Which windows of text begin with what the tokenizer puts before a text.
+    """
+
+    calib: str | Path | None = None
+    verify: bool = True
+    dump_ir: str | Path | None = None
+    stop_after: str | None = None
+    resume: bool = False
+    device: str | torch.device = "cpu"
+    seed: int = 0
+    bos: Bos = "every"
