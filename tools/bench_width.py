@@ -31,6 +31,7 @@ from graphopt.backends.onnx_artifact import OnnxArtifactModel
 from graphopt.calibration.text import text_windows
 from graphopt.capture import capture
 from graphopt.evaluate.perplexity import read_text
+from graphopt.execute.hidden_states import HiddenStateStream
 from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir.blocks import find_blocks, sub_blocks
 from graphopt.ir.dead_code import remove_dead
@@ -216,25 +217,12 @@ def ffn_program(program: Program) -> Program:
 
 def ffn_inputs(program: Program, ids: Tensor) -> dict[str, Any]:
     """Return what the feed-forward parts of a program read, by the names of `ffn_program`."""
-    program = program.copy()
-    wanted: dict[int, str] = {}
-    for number, block in enumerate(find_blocks(program)):
-        call = program.calls[block.position]
-        function = program.functions[call.function]
-        x, _ = ffn_values(function, block.stream)
-        twin = function.clone(f"{function.name}{number}")
-        ours = dict(zip(function.values(), twin.values(), strict=True))
-        twin.results.append(ours[x])
-        program.functions[twin.name] = twin
-        wanted[block.position] = f"x{number}"
-        call.function, call.results = twin.name, [*call.results, f"x{number}"]
-    found: dict[str, Any] = {}
-    runner = Runner(program, keep_weights=False)
-    walk = runner.stream([complete_inputs({"input_ids": ids})])
-    for position, (_, (values,)) in enumerate(walk):
-        if position in wanted:
-            found[wanted[position]] = values[wanted[position]].numpy()
-    return found
+    inputs: dict[str, Any] = {}
+    stream = HiddenStateStream(Runner(program, keep_weights=False), ids, tokens_at_once=ids.numel())
+    for block in stream:
+        x, _ = ffn_values(block.function, block.block.stream)
+        inputs[f"x{block.index}"] = block.values(0, [x])[0].numpy()
+    return inputs
 
 
 PARTS = {"onnx": onnx}
