@@ -20,7 +20,9 @@ from graphopt.pass_manager.lengths import with_short_lengths
 LOOK_UPS = frozenset({"embedding", "aten.embedding.default"})
 """Ops that read rows of a table by number."""
 
-CHOICES = frozenset({"top_gates", "aten.topk.default", "aten.argmax.default", "aten.sort.default"})
+CHOICES = frozenset(
+    {"route", "top_gates", "aten.topk.default", "aten.argmax.default", "aten.sort.default"}
+)
 """Ops that choose by their operands: those may differ without any result that shows it."""
 
 _LARGE = 1 << 30
@@ -69,19 +71,28 @@ def _large_tables(program: Program) -> frozenset[str]:
 
 def observe_choices(program: Program) -> None:
     """Make what ops choose by a result of every call, in place, under a name of its own."""
-    observed: set[str] = set()
+    names: dict[str, list[str]] = {}
     for call in program.calls:
-        function = program.function_of(call)
-        read = [
-            (f"operand {place} of {node.op} {number}", value)
-            for number, node in enumerate(n for n in function.nodes if n.op in CHOICES)
-            for place, value in enumerate(node.inputs)
-            if value is not None
-        ]
-        call.results += [f"{name} in {call.path or call.function}" for name, _ in read]
-        if call.function not in observed:
-            function.results += [value for _, value in read]
-            observed.add(call.function)
+        if call.function not in names:
+            names[call.function] = _observe(program.function_of(call))
+        where = call.path or call.function
+        call.results += [f"{name} in {where}" for name in names[call.function]]
+
+
+def _observe(function: Function) -> list[str]:
+    names: list[str] = []
+    choices = [node for node in function.nodes if node.op in CHOICES]
+    for number, node in enumerate(choices):
+        op, read = node.op, list(node.inputs)
+        if op == "route":
+            # Scores and a choice in one: the scores are computed once more, to be seen.
+            scores = function.add("linear", read[:3], before=node).output
+            op, read = "top_gates", [scores, *read[3:]]
+        for place, value in enumerate(read):
+            if value is not None:
+                names.append(f"operand {place} of {op} {number}")
+                function.results.append(value)
+    return names
 
 
 @dataclass

@@ -322,6 +322,21 @@ def swap_slots(program: Program, layer: int, a: str, b: str) -> None:
     weights[a], weights[b] = weights[b], weights[a]
 
 
+def lose_sum(program: Program, operand: int) -> None:
+    """Let a block read one of the two summands that it is given."""
+    block = program.functions["block"]
+    node = next(n for n in block.nodes if n.op == "add" and set(n.inputs) <= set(block.params))
+    block.replace(node.output, node.inputs[operand])
+
+
+def older_summand(program: Program) -> None:
+    """Let the second block be given the summand of the first."""
+    first, second = layer_call(program, 0), layer_call(program, 1)
+    first.results = [f"{name}_0" if name in second.args else name for name in first.results]
+    second.args = [f"{name}_0" if f"{name}_0" in first.results and name != "x_delta" else name
+                   for name in second.args]  # fmt: skip
+
+
 # Mistakes in a cache
 
 
