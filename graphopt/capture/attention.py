@@ -138,6 +138,9 @@ def _raise_eager(raiser: Raiser, softmax: Node, raised: list[Raised]) -> str | N
     product, v = _value_product(raiser, weights)
     if product is None or v is None:
         return _NOT_ATTENTION
+    rank = len(raiser.types[softmax.output].shape)
+    if raiser.arg(softmax, 1, "dim") not in (-1, rank - 1):
+        return "its softmax is not over the keys"
     scores = _scores_before(raiser, raiser.arg(softmax, 0), dropped)
     if isinstance(scores, str):
         return scores
