@@ -6,12 +6,11 @@ import time
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, get_args
 
-import pydantic
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from graphopt.calibration.reconstruction import Reconstruction, reconstruct_behind_cuts
+from graphopt.calibration.reconstruction import reconstruct_behind_cuts
 from graphopt.calibration.scores import units_of
 from graphopt.calibration.text import pick
 from graphopt.errors import PassError, UsageError
@@ -19,17 +18,9 @@ from graphopt.execute.block_runner import Parametrisation
 from graphopt.ir.blocks import block_name, find_blocks, remove_blocks
 from graphopt.ir.graph import Call, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
+from graphopt.passes.fused_blocks import Control, FusedBlocks
 from graphopt.passes.prune_blocks import Chooser, PruneBlocks, PrunedBlocks
-from graphopt.report.pictures import (
-    figure,
-    halves,
-    perplexity_rows,
-    refit_sentences,
-    removed_in_order,
-    seconds_rows,
-    sentences,
-)
-from graphopt.report.record import Figure, Record, told_in_a_line
+from graphopt.report.record import Record
 from graphopt.support.devices import must_fit
 from graphopt.support.per_device import PerDevice
 from graphopt.support.plain import shown
@@ -38,7 +29,6 @@ from graphopt.training.distillation_data import DistillationData
 from graphopt.training.losses import LogitObjective, StreamObjective, batch_kl, relative_mse
 from graphopt.training.options import TrainingOptions
 from graphopt.training.parametrisations import FullParametrisation, kaiming
-from graphopt.training.record import TrainingRecord, training_pictures
 from graphopt.training.schedule import Schedule, Tuned
 
 Donor = Literal["pruned", "self", "random", "none"]
@@ -49,61 +39,6 @@ WARM_TOKENS = PerDevice(cpu=32768, gpu=131072)
 FAITHFUL_RATE = 1e-3
 FAITHFUL_OTHERS = 9.65e-6 / FAITHFUL_RATE
 """The paper's learning rates: of coefficients, and of everything else relative to them."""
-
-
-class Control(pydantic.BaseModel):
-    """What the first fusion gave with one donor."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    donor: Donor
-    loss: Figure
-    perplexity: Figure
-
-
-class FusedBlocks(TrainingRecord):
-    """What training took back of what was removed.
-
-    Attributes:
-        order: Numbers of the blocks that the faithful mode removed, first to last.
-        refits: What the warm start made of each projection.
-        controls: The first fusion with every donor, where it was asked for.
-    """
-
-    order: list[int] = Field(default_factory=list)
-    refits: list[Reconstruction] = Field(default_factory=list)
-    controls: list[Control] = Field(default_factory=list)
-
-    def line(self) -> str:
-        return told_in_a_line([str(number) for number in self.order], self.perplexity)
-
-    def card(self) -> str:
-        figures = (
-            perplexity_rows(self.perplexity), seconds_rows(self.seconds), _table(self.controls)
-        )  # fmt: skip
-        return "".join(
-            (
-                removed_in_order([str(number) for number in self.order]),
-                halves(figures),
-                training_pictures(self.training),
-                sentences(refit_sentences(self.refits) + self.own_sentences()),
-            )
-        )
-
-
-def _table(controls: list[Control]) -> str:
-    rows = [
-        f'<tr><td>{control.donor}</td><td class="n">{figure(control.loss, 4)}</td>'
-        f'<td class="n">{figure(control.perplexity, 4)}</td></tr>'
-        for control in controls
-    ]
-    if not rows:
-        return ""
-    return (
-        '<h3>Control</h3><p class="dim">The same training with another donor.</p>'
-        '<table><thead><tr><th>donor</th><th class="n">held-out loss</th>'
-        f'<th class="n">perplexity</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    )
 
 
 @register_pass

@@ -11,7 +11,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from graphopt.cli.commands import _errors_as_sentences, app
+from graphopt.cli.commands import app
+from graphopt.cli.shared import errors_as_sentences
 from graphopt.errors import CaptureError, PassError, UsageError, reason
 from graphopt.support.boundary import BUG_CODE, out_of_memory, users_model
 
@@ -21,7 +22,7 @@ def run(error, *args):
     own = typer.Typer()
 
     @own.command()
-    @_errors_as_sentences
+    @errors_as_sentences
     def command(number: int = 0) -> None:
         if isinstance(error, BaseException):
             raise error
@@ -99,7 +100,7 @@ def test_errors_of_libraries_name_the_model():
 def test_bugs_and_memory_are_not_blamed_on_the_model():
     from graphopt.pass_manager.contract import make_pass
 
-    with pytest.raises(AttributeError), users_model("model", "be built"):
+    with pytest.raises(TypeError), users_model("model", "be built"):
         make_pass("dead-code", 3)
     with pytest.raises(RuntimeError, match=r"allocate|overflow"), users_model("model", "be built"):
         allocate()

@@ -24,7 +24,7 @@ from graphopt.errors import LoweringError
 from graphopt.ir.blocks import remove_blocks
 from graphopt.lowering.base import Emitted, Emitter
 from graphopt.pass_manager.contract import PassResult, get_pass
-from graphopt.passes.fuse_blocks import FusedBlocks
+from graphopt.passes.fused_blocks import FusedBlocks
 from graphopt.passes.normalise import AppliedRules
 from graphopt.passes.prune_blocks import PrunedBlocks
 from graphopt.report.record import Step

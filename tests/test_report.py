@@ -17,7 +17,7 @@ from graphopt.ir.cost import program_costs
 from graphopt.ir.types import B, P, S
 from graphopt.pass_manager.pipeline import Pipeline
 from graphopt.passes.carved_parts import Carved, CarvedParts, Work
-from graphopt.passes.fuse_blocks import Control, FusedBlocks
+from graphopt.passes.fused_blocks import Control, FusedBlocks
 from graphopt.passes.normalise import AppliedRules
 from graphopt.passes.prune_blocks import PrunedBlocks
 from graphopt.passes.tune_moe import ExpertLoads, TunedMoe

@@ -1,0 +1,163 @@
+"""`graphopt compile`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graphopt.cli import console as ui
+from graphopt.cli.shared import (
+    MAX_COUNT,
+    MAX_SEED,
+    BosOption,
+    ConfigOption,
+    Json,
+    ModelArg,
+    Remote,
+    errors_as_sentences,
+    model_spec,
+    print_json,
+)
+from graphopt.errors import UsageError
+
+if TYPE_CHECKING:
+    from graphopt.compiler import CompileOptions
+    from graphopt.ir.graph import Program
+    from graphopt.pass_manager.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class CompileFlags:
+    """The options of `graphopt compile`."""
+
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make.")] = Path("out")
+    target: Annotated[str, typer.Option(help="What to emit for; see 'graphopt targets'.")] = "cpu"
+    emit: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated: onnx (the CPU's default), torch (others'), hf."),
+    ] = None
+    passes: Annotated[
+        str | None,
+        typer.Option(
+            help="Recipe, such as 'prune-blocks{ratio=0.25},fuse-blocks'. Unless it names one of "
+            "the default passes, it runs between them; '' for none."
+        ),
+    ] = None
+    recipe: Annotated[Path | None, typer.Option(help="Recipe as a YAML file.")] = None
+    calib: Annotated[
+        Path | None, typer.Option(help="Text file for calibration and verification.")
+    ] = None
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Don't compare results before and after passes.")
+    ] = False
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse what would run without a kernel of the target."),
+    ] = False
+    onnx_moe: Annotated[
+        bool,
+        typer.Option(
+            "--onnx-moe",
+            help="In the ONNX form, experts become com.microsoft::MoE: faster for single tokens "
+            "where there are many.",
+        ),
+    ] = False
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MAX_COUNT, help="Tokens of a text; what the config states by default."
+        ),
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; read no weight.")
+    ] = False
+    stop_after: Annotated[
+        str | None, typer.Option(help="Leave out the passes behind this one.")
+    ] = None
+    dump_ir: Annotated[
+        Path | None, typer.Option(help="Folder for the program after every pass, as text.")
+    ] = None
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted compile to this folder.")
+    ] = False
+    device: Annotated[str, typer.Option(help="Where passes and verification compute.")] = "cpu"
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of everything random.")] = 0
+    bos: BosOption = "every"
+    config: ConfigOption = None
+    trust_remote_code: Remote = False
+
+
+@errors_as_sentences
+def compile_command(model: ModelArg = None, *, flags: CompileFlags, as_json: Json = False) -> None:
+    """Compile a model to a folder that runs, with a report."""
+    spec = model_spec(model, flags.config)
+    with ui.progress_bars() as progress:
+        progress("starting", 0, 1)
+        from graphopt.compiler import compile_model
+        from graphopt.storage.output_folder import check_output
+
+        if not flags.dry_run:
+            check_output(flags.out, flags.force)
+        options = _compile_options(flags)
+        progress("starting", 1, 1)
+        console = ui.stderr() if as_json else ui.stdout()
+
+        def on_capture(program: Program) -> None:
+            progress("capture", 1, 1)
+            rows = ui.describe(program)
+            rows += [("target", flags.target), ("recipe", str(options.recipe) or "(no passes)")]
+            if not as_json:
+                ui.print_rows(console, rows)
+
+        progress("capture", 0, 1)
+        report = compile_model(spec, flags.out, options, progress=progress, on_capture=on_capture)
+    if as_json:
+        print_json(report.to_json())
+        return
+    console.print()
+    ui.print_passes(console, report.passes)
+    console.print()
+    if flags.dry_run:
+        console.print("Dry run: no weight was read and nothing was written.")
+    else:
+        ui.print_report(console, report)
+
+
+def _compile_options(flags: CompileFlags) -> CompileOptions:
+    from graphopt.compiler import CompileOptions
+    from graphopt.sources.windows import check_bos
+
+    emit = flags.emit
+    return CompileOptions(
+        target=flags.target,
+        emit=None if emit is None else [n.strip() for n in emit.split(",") if n.strip()],
+        recipe=_pipeline(flags.passes, flags.recipe),
+        calib=flags.calib,
+        verify=not flags.no_verify,
+        force=flags.force,
+        strict=flags.strict,
+        onnx_moe=flags.onnx_moe,
+        max_length=flags.max_length,
+        dry_run=flags.dry_run,
+        stop_after=flags.stop_after,
+        dump_ir=flags.dump_ir,
+        resume=flags.resume,
+        device=flags.device,
+        seed=flags.seed,
+        bos=check_bos(flags.bos),
+        trust_remote_code=flags.trust_remote_code,
+    )
+
+
+def _pipeline(passes: str | None, recipe: Path | None) -> Pipeline:
+    from graphopt.pass_manager.pipeline import Pipeline
+
+    if passes is not None and recipe is not None:
+        raise UsageError("Both --passes and --recipe are given.", "Give one of them.")
+    if recipe is not None:
+        return Pipeline.from_yaml(recipe)
+    return Pipeline.parse(passes).within_default() if passes is not None else Pipeline.default()

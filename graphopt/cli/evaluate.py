@@ -1,0 +1,105 @@
+"""`graphopt eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graphopt.cli import console as ui
+from graphopt.cli.shared import (
+    MAX_COUNT,
+    Backend,
+    BosOption,
+    Json,
+    Remote,
+    backend_named,
+    errors_as_sentences,
+    print_json,
+)
+from graphopt.errors import UsageError
+
+
+@errors_as_sentences
+def eval_command(
+    model: Annotated[str, typer.Argument(help="A model or an output folder.")],
+    text: Annotated[Path | None, typer.Option(help="Text file for perplexity.")] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="Windows at most; all by default.")
+    ] = None,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            min=2, max=MAX_COUNT, help="Tokens of a window; 2048, or what the model takes."
+        ),
+    ] = None,
+    bos: BosOption = "every",
+    piqa: Annotated[Path | None, typer.Option(help="PIQA rows as JSON lines.")] = None,
+    backend: Backend = "auto",
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity and PIQA accuracy of a model, a torch or an ONNX artifact."""
+    if text is None and piqa is None:
+        raise UsageError("Nothing to evaluate on.", "Give --text FILE, --piqa FILE, or both.")
+    with ui.progress_bars() as progress:
+        progress("opening", 0, 1)
+        from graphopt.backends.opening import open_language_model
+        from graphopt.evaluate.perplexity import perplexity, read_text
+        from graphopt.evaluate.piqa import piqa_accuracy, read_piqa
+        from graphopt.execute.language_model import load_tokenizer
+        from graphopt.sources.windows import check_bos
+
+        beginning = check_bos(bos)
+        content = read_text(text) if text is not None else None
+        rows = read_piqa(piqa) if piqa is not None else None
+        opened = open_language_model(
+            model, backend_named(backend), trust_remote_code=trust_remote_code
+        )
+        tokenizer = load_tokenizer(opened)
+        progress("opening", 1, 1)
+        found: dict[str, Any] = {
+            "model": model,
+            "backend": opened.backend,
+            "perplexity": None,
+            "tokens": 0,
+            "windows": 0,
+            "seqlen": None,
+            "bos": None,
+            "begin": None,
+            "seconds": 0.0,
+            "piqa_accuracy": None,
+            "piqa_rows": 0,
+        }
+        if content is not None:
+            length = seqlen or min(2048, opened.positions or 2048)
+            measured = perplexity(
+                opened, tokenizer, content,
+                windows=windows, seqlen=length, bos=beginning, progress=progress,
+            )  # fmt: skip
+            found["perplexity"] = measured.perplexity
+            found["tokens"], found["windows"] = measured.tokens, measured.windows
+            found["seqlen"] = measured.seqlen
+            found["bos"], found["begin"] = beginning, list(measured.begin)
+            found["seconds"] += measured.seconds
+        if rows is not None:
+            answered = piqa_accuracy(opened, tokenizer, rows, progress=progress)
+            found["piqa_accuracy"], found["piqa_rows"] = answered.accuracy, answered.rows
+            found["seconds"] += answered.seconds
+    if as_json:
+        print_json(found)
+        return
+    lines = [("model", f"{model}  ({found['backend']})")]
+    if content is not None:
+        windowed = f"{found['windows']} windows of {found['seqlen']} tokens"
+        if found["begin"]:
+            named = " ".join(tokenizer.convert_ids_to_tokens(found["begin"]))
+            windowed += f", each begun with {named}"
+        elif beginning == "first":
+            windowed += ", cut from one tokenisation"
+        lines.append(("ppl", f"{found['perplexity']:.4f}  ({windowed})"))
+    if rows is not None:
+        lines.append(("piqa", f"{found['piqa_accuracy']:.2%}  ({found['piqa_rows']} questions)"))
+    lines.append(("time", f"{found['seconds']:.1f} s"))
+    ui.print_rows(ui.stdout(), lines)

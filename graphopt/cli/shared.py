@@ -1,0 +1,196 @@
+"""What commands have in common: errors as sentences, and options that several take."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import inspect
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
+
+import click
+import typer
+
+from graphopt.cli import console as ui
+from graphopt.errors import GraphoptError, UsageError, reason
+from graphopt.support.boundary import BUG_CODE, REPORT_BUG, out_of_memory
+
+if TYPE_CHECKING:
+    from graphopt.ir.graph import Program
+
+INTERRUPTED = 130
+
+MAX_SEED = 2**63 - 1
+MAX_COUNT = 2**31 - 1
+"""Bounds of numbers on the command line: what generators, and sizes of tensors, take."""
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
+
+
+def errors_as_sentences(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn every error into one sentence on stderr and an exit code; adds the option --debug.
+
+    A parameter whose type is a dataclass stands for its fields, an option of the command each.
+    """
+
+    @functools.wraps(command)
+    def wrapped(**kwargs: Any) -> None:
+        debug = kwargs.pop("debug", False)
+        logged = logging.root.manager.disable
+        if not debug:
+            # torch and transformers log tracebacks of what they then raise.
+            logging.disable(logging.ERROR)
+        try:
+            _refuse_bytes(kwargs)
+            command(**_gathered(command, kwargs))
+        except (typer.Exit, typer.Abort, click.ClickException):
+            raise
+        except KeyboardInterrupt:
+            ui.say_error("Interrupted; nothing was left half-written.")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise typer.Exit(1) from None
+        except Exception as error:
+            if debug:
+                ui.say_traceback()
+            message, remedy, code = describe_error(error, command.__name__)
+            ui.say_error(message, remedy)
+            raise typer.Exit(code) from None
+        finally:
+            logging.disable(logged)
+
+    option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False)
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in (*_expanded(command), option.replace(annotation=Debug))
+    ]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
+    return wrapped
+
+
+def _expanded(command: Callable[..., None]) -> Iterator[inspect.Parameter]:
+    """Yield a command's parameters, with the fields of a dataclass in the place of one."""
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if not dataclasses.is_dataclass(parameter.annotation):
+            yield parameter
+            continue
+        hints = get_type_hints(parameter.annotation, include_extras=True)
+        for field in dataclasses.fields(parameter.annotation):
+            default = field.default
+            if default is dataclasses.MISSING:
+                default = inspect.Parameter.empty
+            yield parameter.replace(name=field.name, annotation=hints[field.name], default=default)
+
+
+def _gathered(command: Callable[..., None], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a command, with an object for the fields of a dataclass."""
+    arguments = dict(given)
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if dataclasses.is_dataclass(parameter.annotation):
+            names = [field.name for field in dataclasses.fields(parameter.annotation)]
+            made = cast(Callable[..., Any], parameter.annotation)
+            arguments[parameter.name] = made(**{name: arguments.pop(name) for name in names})
+    return arguments
+
+
+def _refuse_bytes(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments whose bytes are no text: they could be neither printed nor written."""
+    for name, value in arguments.items():
+        if isinstance(value, str | Path) and not str(value).isascii():
+            try:
+                str(value).encode()
+            except UnicodeEncodeError:
+                own = name.replace("_", "-")
+                raise UsageError(
+                    f"The argument {own} is not UTF-8 text: {str(value)!a:.100}.",
+                    "Give it in UTF-8, or rename the file.",
+                ) from None
+
+
+_LESS_MEMORY = {
+    "compile_command": "Give passes that calibrate smaller windows= or seqlen=, a shorter --calib "
+    "text, or --no-verify.",
+    "eval_command": "Give a smaller --seqlen, or a shorter text.",
+    "generate_command": "Give a shorter --prompt or smaller --max-new-tokens.",
+}
+"""By command, which options lower what memory it needs."""
+
+
+def describe_error(error: Exception, command: str) -> tuple[str, str, int]:
+    """Return the sentence, the remedy and the exit code of an error that ends a command."""
+    short_of = out_of_memory(error)
+    if short_of is not None and not (isinstance(error, GraphoptError) and "memory" in str(error)):
+        least = _LESS_MEMORY.get(command, "Give a smaller model.")
+        return f"The memory of {short_of} does not suffice.", least, 1
+    if isinstance(error, GraphoptError):
+        return error.message, error.remedy, error.exit_code
+    if isinstance(error, OSError):
+        where = f" at {error.filename}" if error.filename else ""
+        if error.errno == errno.ENOSPC:
+            return f"The disk is full{where}.", "Free some space and run again with --resume.", 1
+        return f"A file operation failed{where}: {error.strerror or error}.", "", 1
+    said = f"{type(error).__name__}: {reason(error)}"
+    return f"This is a bug in graphopt: {said}.", REPORT_BUG, BUG_CODE
+
+
+def print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+
+Remote = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let code of the checkpoint run.")
+]
+
+ModelArg = Annotated[
+    str | None,
+    typer.Argument(
+        help="Hugging Face id or folder, .gguf file, 'demo', or an output folder of graphopt."
+    ),
+]
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="A config.json instead of a model: structure without weights."),
+]
+
+BosOption = Annotated[
+    str,
+    typer.Option(
+        help="Which windows of text begin with the token that the tokenizer puts before a text: "
+        "every, or, as in papers, the first."
+    ),
+]
+
+Backend = Annotated[
+    str, typer.Option(help="auto, program, torch or onnx: which form of an artifact to run.")
+]
+
+
+def model_spec(model: str | None, config: Path | None) -> str:
+    if (model is None) == (config is None):
+        raise UsageError("Name one model.", "Give MODEL, or --config FILE for a bare config.")
+    return f"config:{config}" if config is not None else str(model)
+
+
+def capture_model(spec: str, trust_remote_code: bool) -> Program:
+    from graphopt.capture import capture
+
+    return capture(spec, trust_remote_code=trust_remote_code)
+
+
+def backend_named(name: str) -> Any:
+    from graphopt.errors import unknown_name
+
+    known = ("auto", "program", "torch", "onnx")
+    if name not in known:
+        raise unknown_name("backend", name, known)
+    return name

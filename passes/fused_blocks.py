@@ -1,0 +1,76 @@
+"""What `fuse-blocks` tells: what training took back, and what the warm start and controls gave."""
+
+from __future__ import annotations
+
+from html import escape
+
+import pydantic
+from pydantic import Field
+
+from graphopt.calibration.reconstruction import Reconstruction
+from graphopt.report.pictures import (
+    figure,
+    halves,
+    perplexity_rows,
+    refit_sentences,
+    removed_in_order,
+    seconds_rows,
+    sentences,
+)
+from graphopt.report.record import Figure, told_in_a_line
+from graphopt.training.record import TrainingRecord, training_pictures
+
+
+class Control(pydantic.BaseModel):
+    """What the first fusion gave with one donor."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    donor: str
+    loss: Figure
+    perplexity: Figure
+
+
+class FusedBlocks(TrainingRecord):
+    """What training took back of what was removed.
+
+    Attributes:
+        order: Numbers of the blocks that the faithful mode removed, first to last.
+        refits: What the warm start made of each projection.
+        controls: The first fusion with every donor, where it was asked for.
+    """
+
+    order: list[int] = Field(default_factory=list)
+    refits: list[Reconstruction] = Field(default_factory=list)
+    controls: list[Control] = Field(default_factory=list)
+
+    def line(self) -> str:
+        return told_in_a_line([str(number) for number in self.order], self.perplexity)
+
+    def card(self) -> str:
+        figures = (
+            perplexity_rows(self.perplexity), seconds_rows(self.seconds), _table(self.controls)
+        )  # fmt: skip
+        return "".join(
+            (
+                removed_in_order([str(number) for number in self.order]),
+                halves(figures),
+                training_pictures(self.training),
+                sentences(refit_sentences(self.refits) + self.own_sentences()),
+            )
+        )
+
+
+def _table(controls: list[Control]) -> str:
+    rows = [
+        f'<tr><td>{escape(control.donor)}</td><td class="n">{figure(control.loss, 4)}</td>'
+        f'<td class="n">{figure(control.perplexity, 4)}</td></tr>'
+        for control in controls
+    ]
+    if not rows:
+        return ""
+    return (
+        '<h3>Control</h3><p class="dim">The same training with another donor.</p>'
+        '<table><thead><tr><th>donor</th><th class="n">held-out loss</th>'
+        f'<th class="n">perplexity</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
