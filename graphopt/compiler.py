@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shlex
 import shutil
@@ -41,6 +42,7 @@ from graphopt.support.progress import Progress, silent
 from graphopt.targets import get_target
 
 if TYPE_CHECKING:
+    from graphopt.capture.steps import CaptureStep, Watch
     from graphopt.lowering.base import Emitter
     from graphopt.sources import ModelSource
 
@@ -255,6 +257,20 @@ def _write(
         report.write(root)
 
 
+def _capture_dump(folder: str | Path | None) -> Watch | None:
+    """Return what writes every step of capture to a file under `folder`, if there is one."""
+    if folder is None:
+        return None
+    dumps, numbers = Path(folder) / "capture", itertools.count(1)
+
+    def write(step: CaptureStep) -> None:
+        dumps.mkdir(parents=True, exist_ok=True)
+        path = dumps / f"{next(numbers):02d}-{step.name}.txt"
+        path.write_text(f"# {step}\n\n{step.text}\n", encoding="utf-8")
+
+    return write
+
+
 @dataclass(frozen=True)
 class CompileOptions(RunOptions):
     """How a model is compiled: how its passes are run, and what is emitted.
@@ -326,7 +342,11 @@ def compile_model(
     with contextlib.ExitStack() as stack:
         with Meter() as whole:
             with Meter() as capturing:
-                program = capture(model, trust_remote_code=options.trust_remote_code)
+                program = capture(
+                    model,
+                    trust_remote_code=options.trust_remote_code,
+                    watch=None if options.dry_run else _capture_dump(options.dump_ir),
+                )
             if options.max_length is not None:
                 set_max_length(program, options.max_length)
             if on_capture is not None:

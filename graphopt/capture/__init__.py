@@ -19,10 +19,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from graphopt.capture.assemble import Resolve
+    from graphopt.capture.steps import Watch
     from graphopt.sources import ModelSource
 
 
-def capture(source: str | nn.Module | ModelSource, *, trust_remote_code: bool = False) -> Program:
+def capture(
+    source: str | nn.Module | ModelSource,
+    *,
+    trust_remote_code: bool = False,
+    watch: Watch | None = None,
+) -> Program:
     """Capture a model into a program.
 
     Args:
@@ -30,6 +36,7 @@ def capture(source: str | nn.Module | ModelSource, *, trust_remote_code: bool = 
             output folder, an opened `ModelSource`, or an `nn.Module` whose
             forward(input_ids [, attention_mask, position_ids]) returns logits [B, S, vocab].
         trust_remote_code: Allow a checkpoint to bring its own modelling code.
+        watch: Told about every step of capture; there are none where a program is opened.
 
     Returns:
         The program. Weights are not read, but for the constants the model computes itself.
@@ -41,7 +48,7 @@ def capture(source: str | nn.Module | ModelSource, *, trust_remote_code: bool = 
     from graphopt.capture.assemble import capture_module
 
     if isinstance(source, nn.Module):
-        return capture_module(source, type(source).__name__, _own_values(source))
+        return capture_module(source, type(source).__name__, _own_values(source), watch=watch)
     if isinstance(source, str):
         from graphopt.sources import open_model
 
@@ -57,7 +64,7 @@ def capture(source: str | nn.Module | ModelSource, *, trust_remote_code: bool = 
     refuse_unsupported(module)  # before the checkpoint is matched, which takes longer
     names = CheckpointNames(module, source)
     with users_model(source.spec, "be captured"):
-        program = capture_module(module, source.name, names.resolve, names.trained_buffers())
+        program = capture_module(module, source.name, names.resolve, names.trained_buffers(), watch)
     program.notes += names.finish()
     program.source = source.spec
     program.config = source.config.to_dict() if source.config is not None else {}

@@ -10,28 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.capture.activations import raise_activations
-from graphopt.capture.attention import raise_attention
-from graphopt.capture.canonical import canonicalise
 from graphopt.capture.export import export_layer, export_shell
 from graphopt.capture.fx_conversion import Exported
 from graphopt.capture.grouped import grouped_products
-from graphopt.capture.hoist import LayerKind, hoist, merge_equal_constants, stream_values
+from graphopt.capture.hoist import LayerKind
 from graphopt.capture.layer_calls import LayerCall
-from graphopt.capture.linears import raise_linears, sink_flattening
-from graphopt.capture.mask_operands import set_masks
-from graphopt.capture.masks import MaskRecogniser
 from graphopt.capture.model import accepted_inputs
-from graphopt.capture.moves import raise_moves
 from graphopt.capture.naming import name_slots, name_values
-from graphopt.capture.norms import raise_norms
-from graphopt.capture.position_embeddings import raise_position_embeddings
 from graphopt.capture.rewriting import Raiser, base
 from graphopt.capture.rotary import Rotaries
-from graphopt.capture.rotation import RopeTables, raise_ropes
 from graphopt.capture.sizes_check import check_sizes
 from graphopt.capture.slots import SlotSources
-from graphopt.capture.unify import unify
+from graphopt.capture.steps import Capturing, Watch
 from graphopt.capture.unsupported import refuse_unsupported
 from graphopt.ir.graph import (
     PROGRAM_INPUTS,
@@ -47,14 +37,17 @@ from graphopt.ir.printer import print_function
 from graphopt.ir.types import B, S, Type
 from graphopt.ir.verify import verify
 from graphopt.ir.weights import Array, Producer, Weight
-from graphopt.rewrite import merge_equal_nodes
 
 Resolve = Callable[[str, "Tensor"], tuple[Producer, str | None]]
 """(qualified parameter name, parameter) -> (its producer, its checkpoint tensor's name)."""
 
 
 def capture_module(
-    module: nn.Module, name: str, resolve: Resolve, trained: Collection[str] = ()
+    module: nn.Module,
+    name: str,
+    resolve: Resolve,
+    trained: Collection[str] = (),
+    watch: Watch | None = None,
 ) -> Program:
     """Capture a language model.
 
@@ -63,6 +56,7 @@ def capture_module(
         name: What to call the program.
         resolve: Gives the producer of every parameter, and of every trained buffer.
         trained: Buffers that are weights rather than constants, in every layer alike.
+        watch: Told about every step.
 
     Raises:
         CaptureError: torch.export cannot trace the module, or what it traced holds for one length
@@ -80,49 +74,14 @@ def capture_module(
         kinds = _layer_kinds(exported, shell, weights)
     if not kinds:
         shell, kinds = _single(exported, module, slots)
-    canonicalise(shell)
-    notes: list[tuple[str, str]] = []
-    inputs = {value.name: value for value in shell.function.params}
-    for kind in kinds:
-        merge_equal_constants(kind, shell.constants)
-        canonicalise(kind.raiser)
-        hoist(shell, kind, stream_values(shell, set(shell_stubs(kinds))))
-    # Masks and tables hoisted from several kinds of layers are often the same.
-    merge_equal_nodes(shell.function, set(shell_stubs(kinds)))
-    tables = RopeTables(shell, _position_ids(shell, inputs), rotaries)
-    masks = MaskRecogniser(shell, inputs)
-    for kind in kinds:
-        notes += _raise_layer(kind, shell, inputs, tables, masks)
-    shell.attempt(raise_position_embeddings, shell, inputs)
-    _raise_sums(shell, slots)
-    shell.attempt(raise_moves, shell, slots)
-    notes += shell.notes
-    for kind in kinds:
-        kind.drop_unused_params()
-    shell.sweep()
-    functions = [shell.function, *(kind.raiser.function for kind in kinds)]
-    rotaries.refuse_rest(node for function in functions for node in function.nodes)
-    kinds = unify(kinds)
-    program = _Assembler(shell, slots, kinds, module, resolve).program(name)
-    program.notes += notes + _left_over(program)
+    state = Capturing(shell, kinds, slots, rotaries)
+    state.run(watch)
+    program = _Assembler(shell, slots, state.kinds, module, resolve).program(name)
+    program.notes += state.notes + _left_over(program)
     program.inputs = {input_name: Type((B, S), torch.int64) for input_name in PROGRAM_INPUTS}
     verify(program)
     check_sizes(program)
     return program
-
-
-def shell_stubs(kinds: list[LayerKind]) -> list[Node]:
-    return [stub for kind in kinds for stub in kind.stubs]
-
-
-def _position_ids(shell: Raiser, inputs: dict[str, Value]) -> Value:
-    """Return the position input; a model without one gets it as a new parameter."""
-    if "position_ids" not in inputs:
-        value = Value("position_ids")
-        shell.function.params.append(value)
-        shell.types[value] = Type((B, S), torch.int64)
-        inputs["position_ids"] = value
-    return inputs["position_ids"]
 
 
 class _Trained:
@@ -197,42 +156,6 @@ def _single(
     types[stub.output] = exported.types[exported.function.results[0]]
     record = LayerCall("", module, None, [], [])
     return Raiser(function, types, {}, "the model"), [LayerKind(inner, slots, [stub], [record])]
-
-
-def _raise_sums(raiser: Raiser, slots: SlotSources) -> None:
-    raiser.attempt(raise_linears, raiser, slots)
-    raiser.attempt(raise_norms, raiser)
-    raiser.attempt(raise_activations, raiser)
-    raiser.attempt(sink_flattening, raiser)
-
-
-def _raise_layer(
-    kind: LayerKind,
-    shell: Raiser,
-    inputs: dict[str, Value],
-    tables: RopeTables,
-    masks: MaskRecogniser,
-) -> list[tuple[str, str]]:
-    raiser = kind.raiser
-    _raise_sums(raiser, kind.slots)
-    raiser.attempt(raise_ropes, kind, tables)
-    raiser.attempt(raise_moves, raiser, kind.slots)
-    kind.raised, left = raise_attention(raiser)
-    hold = [term.value for item in kind.raised for term in item.terms]
-    raiser.function.results += hold
-    raiser.sweep()
-    kind.raised = [item for item in kind.raised if item.node in raiser.function.nodes]
-    raiser.attempt(raise_moves, raiser, kind.slots)
-    if hold:
-        held = raiser.function.results[-len(hold) :]
-        raiser.function.results = raiser.function.results[: -len(hold)]
-        terms = [term for item in kind.raised for term in item.terms]
-        for term, value in zip(terms, held, strict=True):
-            term.value = value
-    notes = set_masks(kind, shell, inputs, masks)
-    raiser.sweep()
-    found = [(f"{raiser.label} {name}", reason) for name, reason in left + notes]
-    return raiser.notes + found
 
 
 def _left_over(program: Program) -> list[tuple[str, str]]:

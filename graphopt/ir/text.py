@@ -52,8 +52,7 @@ def value_text(name: str) -> str:
 def format_attr(value: Any) -> str:
     """Return an attribute so that it reads back as what it is.
 
-    Raises:
-        TypeError: It is of a type that no attribute has.
+    What no program can be saved with is `unprintable("...")`, which does not read back.
     """
     if isinstance(value, Param):
         plain = NAME.fullmatch(value.name) and "." not in value.name and value.name not in RESERVED
@@ -83,7 +82,7 @@ def format_attr(value: Any) -> str:
     if isinstance(value, dict):
         items = ", ".join(f"{quoted(key)}: {format_attr(item)}" for key, item in value.items())
         return f"{{{items}}}"
-    raise TypeError(f"an attribute of type {type(value).__name__} cannot be printed")
+    return f"unprintable({quoted(repr(value))})"
 
 
 # Lines that repeat -------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ class RunOptions:
     Attributes:
         calib: Text file for calibration and for the probe; None for a built-in text.
         verify: Compare results before and after every pass. The structure is always verified.
-        dump_ir: Folder that gets the program before and after every pass as text.
+        dump_ir: Folder that gets the program before and after every pass as text; a compile writes
+            what the steps of capture left into `capture` there.
         stop_after: Name of the last pass to run; None for all.
         resume: Take up the latest snapshot that fits source and recipe.
         device: Where passes and verification compute.

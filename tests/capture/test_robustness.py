@@ -11,7 +11,7 @@ import torch
 from families import cases, eager_logits, error, random_model
 from programs import tiny_program
 
-from graphopt.capture import assemble, capture
+from graphopt.capture import capture, steps
 from graphopt.capture.sizes_check import check_sizes
 from graphopt.errors import CaptureError
 from graphopt.execute.interpreter import Runner
@@ -40,7 +40,7 @@ def test_a_rule_that_stops_leaves_aten_behind_and_says_so(monkeypatch: pytest.Mo
     def raise_norms(raiser: object) -> None:
         raise IndexError("index 0 is out of bounds")
 
-    monkeypatch.setattr(assemble, "raise_norms", raise_norms)
+    monkeypatch.setattr(steps, "raise_norms", raise_norms)
     model, case = random_model("llama"), cases((7,))[-1]
     program = capture(model)
     reasons = [reason for _, reason in program.notes]
