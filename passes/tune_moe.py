@@ -14,7 +14,7 @@ from graphopt.execute.block_runner import Parametrisation
 from graphopt.ir.feed_forward import add_gates
 from graphopt.ir.graph import Call, Node, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
-from graphopt.passes.carved_parts import CarvedParts
+from graphopt.passes.carve_moe.record import CarvedParts
 from graphopt.report.record import Record
 from graphopt.support.devices import must_fit
 from graphopt.training.distil import Distiller

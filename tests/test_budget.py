@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from programs import tiny_program
 
 from graphopt.calibration.budget import Need, measure_needs, share_out
-from graphopt.calibration.carving import mean_magnitudes, neuron_energies, static_order
+from graphopt.calibration.neuron_energy import mean_magnitudes, neuron_energies, static_order
 from graphopt.errors import PassError
 from graphopt.execute.block_runner import BlockRunner
 from graphopt.execute.interpreter import Runner

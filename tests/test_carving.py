@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.calibration.carving import (
+from graphopt.errors import PassError
+from graphopt.passes.carve_moe.division import (
     cluster,
     cluster_centres,
     mark_counts,
@@ -18,7 +19,6 @@ from graphopt.calibration.carving import (
     overlaps,
     top_marks,
 )
-from graphopt.errors import PassError
 from graphopt.solvers.assignment import balanced_assignment
 
 

@@ -119,9 +119,9 @@ D, N, E = 16, 512, 8
 
 
 def carve(windows, monkeypatch):
-    from graphopt.passes import carve_moe
+    from graphopt.passes.carve_moe import run
 
-    monkeypatch.setattr(carve_moe, "calibration_windows", lambda *_: windows)
+    monkeypatch.setattr(run, "calibration_windows", lambda *_: windows)
     options = {"shared": 2, "active": 2, "experts": E, "windows": len(windows), "rounds": 2}
     program = tiny_program(layers=2, hidden=D, ffn=N, heads=2, kv_heads=1)
     return make_pass("carve-moe", options).run(program, Context()).program

@@ -16,7 +16,7 @@ from graphopt.errors import SourceError
 from graphopt.ir.cost import program_costs
 from graphopt.ir.types import B, P, S
 from graphopt.pass_manager.pipeline import Pipeline
-from graphopt.passes.carved_parts import Carved, CarvedParts, Work
+from graphopt.passes.carve_moe.record import Carved, CarvedParts, Work
 from graphopt.passes.fused_blocks import Control, FusedBlocks
 from graphopt.passes.normalise import AppliedRules
 from graphopt.passes.prune_blocks import PrunedBlocks

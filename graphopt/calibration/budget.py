@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphopt.calibration.carving import neuron_energies, static_order
+from graphopt.calibration.neuron_energy import neuron_energies, static_order
 from graphopt.calibration.scores import final_output_metric, scoring_stream
 from graphopt.calibration.token_power import token_power
 from graphopt.errors import PassError

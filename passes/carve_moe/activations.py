@@ -1,0 +1,99 @@
+"""What a feed-forward part that is carved has of the calibration text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphopt.calibration.neuron_energy import neuron_energies
+from graphopt.execute.hidden_states import BlockStep, PerBatch
+from graphopt.ir.feed_forward import FeedForward
+from graphopt.ir.graph import Value
+from graphopt.passes.carve_moe.division import Tokens
+from graphopt.passes.carve_moe.parts import entry_of
+from graphopt.support.clock import Clock
+
+
+@dataclass(frozen=True)
+class PartActivations:
+    """A part that is carved, and its activations on the calibration text.
+
+    Attributes:
+        shared: Pieces of it that every token will run.
+        weights: Its projections in fp32, by `gate`, `up` and `down`.
+        x: Its input, [T, D] for every batch.
+        hidden: Its hidden activations, [T, N] for every batch, with the neurons that were added.
+        energy: Of the neurons, [T, N] for every batch.
+        learn: How many of the batches, the first ones, are learnt from; the others are held out.
+        added: Neurons of zeros.
+    """
+
+    block: BlockStep
+    part: FeedForward
+    shared: int
+    weights: dict[str, Tensor]
+    x: PerBatch[Tensor]
+    hidden: PerBatch[Tensor]
+    energy: PerBatch[Tensor]
+    learn: int
+    added: int
+
+    @property
+    def learnt(self) -> Tokens:
+        return Tokens(self.x[: self.learn], self.energy[: self.learn])
+
+    @property
+    def held_out(self) -> Tokens:
+        return Tokens(self.x[self.learn :], self.energy[self.learn :])
+
+    @property
+    def width(self) -> int:
+        """Neurons, with those that were added."""
+        return self.weights["down"].shape[1] + self.added
+
+    @classmethod
+    def of(
+        cls, block: BlockStep, form: FeedForward, shared: int, pieces: int, clock: Clock
+    ) -> PartActivations:
+        """Return a part's activations on what the carved blocks before it give.
+
+        They are made anew batch by batch, from the residual stream in front of the part.
+
+        Args:
+            form: The part.
+            shared: Pieces of it that every token will run, of all `pieces`.
+            clock: Counts the seconds in which the model runs.
+        """
+        entry = entry_of(block, form)
+        if entry is not None:
+            with clock.counting("model"):
+                block.keep(entry)
+        slots = {value: slot for slot, value in block.function.weights.items()}
+        nodes = {"gate": form.gate, "up": form.up, "down": form.down}
+        weights = {
+            name: block.weights[slots[node.inputs[1]]]  # type: ignore[index]
+            for name, node in nodes.items()
+            if node is not None
+        }
+        down = weights["down"]
+        added = -down.shape[1] % pieces
+        padded = F.pad(down, (0, added))
+
+        def value_of(value: Value) -> PerBatch[Tensor]:
+            def maker(batch: int) -> Tensor:
+                with clock.counting("model"):
+                    return block.values(batch, [value])[0].flatten(0, -2).float()
+
+            batches = range(len(block.hidden))
+            return PerBatch.of(batches, maker, block.stream.fits_at_once)
+
+        hidden = value_of(form.hidden)
+        if added:
+            hidden = hidden.map(lambda hidden_TN: F.pad(hidden_TN, (0, added)))
+        return cls(
+            block, form, shared, weights, value_of(form.x), hidden,
+            hidden.map(lambda hidden_TN: neuron_energies(hidden_TN, padded)),
+            block.stream.held_out.index(True), added,
+        )  # fmt: skip

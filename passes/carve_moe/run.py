@@ -1,0 +1,310 @@
+"""Carving the feed-forward parts of a model, block by block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from graphopt.calibration.budget import Need, measure_needs, share_out
+from graphopt.calibration.neuron_energy import mean_magnitudes, static_order
+from graphopt.calibration.reconstruction import Reconstruction, held_out_windows, reconstruct
+from graphopt.calibration.text import calibration_windows, pick, window_length
+from graphopt.errors import PassError
+from graphopt.execute.block_runner import calibration_runner
+from graphopt.execute.hidden_states import BlockStep, HiddenStateStream, PerBatch
+from graphopt.ir.blocks import Block, block_name
+from graphopt.ir.cost import total_cost, weight_products
+from graphopt.ir.feed_forward import FeedForward, Split, carve_call, with_experts
+from graphopt.ir.graph import Function, Program, unique_name
+from graphopt.ir.types import B, P, S, evaluate
+from graphopt.pass_manager.contract import Context, PassResult, Skip
+from graphopt.passes.carve_moe.activations import PartActivations
+from graphopt.passes.carve_moe.division import (
+    Division,
+    chosen,
+    divide_as_published,
+    divide_by_fit,
+    first_marks,
+    normalised_hidden,
+    top_marks,
+)
+from graphopt.passes.carve_moe.parts import parts_of, why_not_refitted, width_of
+from graphopt.passes.carve_moe.record import Carved, CarvedParts, PartNeed, Work
+from graphopt.support.clock import Clock
+from graphopt.support.per_device import PerDevice
+from graphopt.support.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from graphopt.passes.carve_moe.carve_moe import CarveMoe
+
+SENSITIVITY_TOKENS = PerDevice(cpu=512, gpu=4096)
+"""Tokens on which the sensitivity of parts is measured; at least one window."""
+
+PROMPT = 128
+"""Tokens of the prompt for which the report says what the models take, as in CMoE's table 7."""
+
+
+class Carving:
+    """One run of the pass."""
+
+    def __init__(self, options: CarveMoe, program: Program, context: Context) -> None:
+        self.options, self.program, self.context = options, program, context
+        self.given = program.copy()
+        self.device = context.device
+        length = window_length(program, options.seqlen, self.device)
+        windows = calibration_windows(program, context, length)
+        windows = pick(windows, options.windows, context.seed)
+        if len(windows) < 2:
+            raise PassError(
+                f"The calibration text has {len(windows)} windows of {length} tokens, and carving "
+                "needs one to learn from and one to measure on.",
+                "Give a longer text with --calib, or a lower seqlen.",
+            )
+        self.held = held_out_windows(len(windows))
+        self._check_tokens((len(windows) - self.held) * length)
+        self.windows = windows
+        self.twins: dict[tuple[str, int], tuple[Function, dict[str, str]]] = {}
+        self.clock = Clock("measuring", "model", "dividing", "refitting")
+        self.needs: dict[int, Need] = {}
+        # With all pieces run nothing is missing.
+        whole = options.shared + options.active == options.experts
+        self.refits = options.refit and options.mode == "fit" and not whole
+
+    def _check_tokens(self, tokens: int) -> None:
+        """Refuse so few tokens that most neurons are marked in none of them."""
+        widths = [
+            width_of(self.program, block, part)
+            for block, part in parts_of(self.program)
+            if isinstance(part, FeedForward)
+        ]
+        for width in widths if self.options.active else []:
+            marks = first_marks(width) if self.options.mode == "fit" else self.options.marks
+            if tokens * marks < width:
+                raise PassError(
+                    f"{tokens} tokens to learn from, with {marks} marked neurons each, cannot tell "
+                    f"{width} neurons apart.",
+                    f"Give a longer text with --calib, or windows and seqlen of {width // marks} "
+                    "tokens and more.",
+                )
+
+    def run(self) -> PassResult:
+        program, found = self.program, parts_of(self.program)
+        numbers = self._numbers(found)
+        skipped: list[Skip] = []
+        carved: list[Carved] = []
+        refits: list[Reconstruction] = []
+        student = self._stream(program, self.context.progress)
+        teacher = self._stream(self.given, silent) if self.refits else None
+        for block in student:
+            if teacher is not None:
+                with self.clock.counting("model"):
+                    teacher.current().advance()
+            form = found[block.index][1]
+            if isinstance(form, str) or block.index not in numbers:
+                reason = form if isinstance(form, str) else "all of its pieces are run"
+                skipped.append(Skip(block.name, reason))
+                with self.clock.counting("model"):
+                    block.advance()
+                continue
+            fixed = why_not_refitted(program, block.block, form)
+            part = PartActivations.of(
+                block, form, numbers[block.index], self.options.experts, self.clock
+            )
+            with self.clock.counting("dividing"):
+                division = self._divide(part)
+                self._put(part, division)
+            gates = self._run_carved(block)
+            with self.clock.counting("dividing"):
+                carved.append(self._measure(part, division, gates))
+            if teacher is None:
+                continue
+            if fixed:
+                skipped.append(Skip(f"{block.name}: refit", fixed))
+                continue
+            with self.clock.counting("refitting"):
+                refits.append(self._refit(part, division, gates, student, teacher.hidden))
+        program.prune_unused()
+        record = CarvedParts(
+            split=f"S{self.options.shared}A{self.options.active}E{self.options.experts}",
+            parts=carved,
+            refits=refits,
+            needs=[
+                PartNeed(where=block_name(program, found[number][0]), kl=need.kl)
+                for number, need in self.needs.items()
+            ],
+            work=self._work(),
+            seconds=self.clock.seconds,
+        )
+        return PassResult(program, len(found), len(carved), skipped, record)
+
+    def _numbers(self, found: list[tuple[Block, FeedForward | str]]) -> dict[int, int]:
+        """Return how many shared pieces parts have, by number; nothing for those left whole."""
+        options = self.options
+        forms = {n: form for n, (_, form) in enumerate(found) if isinstance(form, FeedForward)}
+        if not options.by_layer:
+            return dict.fromkeys(forms, options.shared)
+        learn = self.windows[: -self.held]
+        count = max(1, SENSITIVITY_TOKENS.on(self.device) // learn.shape[1])
+        with self.clock.counting("measuring"):
+            self.needs = measure_needs(
+                self.program, forms, learn[:count], options.experts,
+                options.shared + options.active, device=self.device,
+                progress=self.context.progress,
+            )  # fmt: skip
+            # Without a router something must be left.
+            least, most = 0 if options.active else 1, options.experts - options.active
+            sizes = [need.size for need in self.needs.values()]
+            costs = [
+                [need.at(number + options.active) for number in range(least, most + 1)]
+                for need in self.needs.values()
+            ]
+            shared = share_out(costs, sizes, least, options.shared * sum(sizes))
+        return {n: own for n, own in zip(self.needs, shared, strict=True) if own < most}
+
+    def _stream(self, program: Program, progress: Progress) -> HiddenStateStream:
+        runner = calibration_runner(program, self.device)
+        return HiddenStateStream(
+            runner, self.windows, held_out=self.held, progress=progress, what="carving"
+        )
+
+    def _divide(self, part: PartActivations) -> Division:
+        options = self.options
+        size = part.width // options.experts
+        shared, experts = part.shared * size, options.experts - part.shared
+        learn = part.learnt
+        if not options.active:
+            # What is left out is an expert that nothing reads.
+            return Division(static_order(mean_magnitudes(learn.energy))[:shared], shared, {})
+        if options.mode == "fit":
+            return divide_by_fit(
+                learn, part.held_out, shared, experts, options.active, options.rounds,
+                threshold=options.threshold,
+            )  # fmt: skip
+        gate, up = part.weights.get("gate"), part.weights["up"]
+
+        def marks_of(batch: int) -> Tensor:
+            if options.normalised:
+                hidden = normalised_hidden(part.x[batch], gate, up, part.part.act)
+            else:
+                hidden = part.hidden[batch]
+            return top_marks(hidden, options.marks)
+
+        marks = PerBatch.of(range(part.learn), marks_of)
+        return divide_as_published(marks, gate, up, shared, experts)
+
+    def _put(self, part: PartActivations, division: Division) -> None:
+        program, options = self.program, self.options
+        call = program.calls[part.block.block.position]
+        function = part.block.function
+        key = (function.name, part.shared)
+        if key not in self.twins:
+            experts = options.experts - part.shared if options.active else 0
+            split = Split(division.shared, experts, options.active, options.threshold)
+            name = unique_name(f"{function.name}_experts", set(program.functions))
+            router = "neuron" if options.mode == "faithful" else "linear"
+            self.twins[key] = with_experts(function, part.part, split, name, router=router)
+            program.functions[name] = self.twins[key][0]
+        twin, slots = self.twins[key]
+        router_cpu = {name: value.cpu() for name, value in division.router.items()}
+        carve_call(
+            program, call, part.part, twin, slots, division.order.cpu(), division.shared, router_cpu
+        )
+
+    def _run_carved(self, block: BlockStep) -> list[Tensor]:
+        """Go on behind a block that is carved; return its gates, [T, E] for every batch.
+
+        There are none without experts.
+        """
+        gates: list[Tensor] = []
+
+        def keep(batch: int, tensor: Tensor) -> None:
+            gates.append(tensor.flatten(0, -2).float())
+
+        with self.clock.counting("model"):
+            nodes = block.replace().function.nodes
+            choices = [node.output for node in nodes if node.op == "top_gates"]
+            block.advance(observers=dict.fromkeys(choices, keep))
+        return gates
+
+    def _measure(self, part: PartActivations, division: Division, gates: list[Tensor]) -> Carved:
+        """Measure a division on held-out tokens."""
+        options = self.options
+        size = part.width // options.experts
+        keep = (part.shared + options.active) * size
+        best = static_order(mean_magnitudes(part.learnt.energy))[:keep]
+        order, shared = division.order, division.shared
+        total = of_best = of_shared = 0.0
+        of_experts: list[Tensor] = []
+        for energy_TN in part.held_out.energy:
+            total += float(energy_TN.sum())
+            of_best += float(energy_TN[:, best].sum())
+            of_shared += float(energy_TN[:, order[:shared]].sum())
+            if gates:
+                routed = energy_TN[:, order[shared:]]
+                of_experts.append(routed.unflatten(1, (gates[0].shape[1], size)).sum(-1))
+        static = 1 - of_best / total
+        if not gates:
+            return Carved(
+                part.block.name, part.shared, part.added, 0,
+                static, static, static, static, 1.0, 1.0, [],
+            )  # fmt: skip
+        energy_TE = torch.cat(of_experts)
+        runs = (torch.cat(gates[part.learn :]) != 0).float()
+        oracle = chosen(energy_TE, options.active, threshold=options.threshold)
+        generator = torch.Generator().manual_seed(self.context.seed)
+        noise = torch.rand(runs.shape, generator=generator).to(runs)
+
+        def lost(runs: Tensor) -> float:
+            return 1 - (of_shared + float((energy_TE * runs).sum())) / total
+
+        return Carved(
+            part.block.name, part.shared, part.added, division.rounds,
+            static, lost(chosen(noise, options.active)), lost(oracle), lost(runs),
+            float((energy_TE * runs).sum() / (energy_TE * oracle).sum()),
+            float((runs == oracle).all(-1).float().mean()), runs.mean(0).tolist(),
+        )  # fmt: skip
+
+    def _refit(
+        self,
+        part: PartActivations,
+        division: Division,
+        gates: list[Tensor],
+        student: HiddenStateStream,
+        targets: list[Tensor],
+    ) -> Reconstruction:
+        """Solve for a part's down projections anew, and move the stream behind it with them."""
+        shared, size = division.shared, part.width // self.options.experts
+        behind = student.hidden
+
+        def features_and_behind(batch: int) -> tuple[Tensor, Tensor]:
+            features = part.hidden[batch][:, division.order]
+            if gates:
+                features[:, shared:] *= gates[batch].repeat_interleave(size, 1)
+            return features, behind[batch].to(self.device)
+
+        call = self.program.calls[part.block.block.position]
+        columns = {"down.shared": slice(0, shared), "down.experts": slice(shared, None)}
+        weights = {
+            call.weights[slot]: columns[holds]
+            for slot, holds in self.twins[part.block.function.name, part.shared][1].items()
+            if holds in columns
+        }
+        outcome, moved = reconstruct(
+            self.program, part.block.name, weights,
+            PerBatch.of(range(len(behind)), features_and_behind, held=False),
+            targets, student.held_out,
+        )  # fmt: skip
+        student.skip_to(student.index, moved)
+        return outcome
+
+    def _work(self) -> Work:
+        """Return what a prompt of `PROMPT` tokens takes, of the model as given and carved."""
+        sizes = {B: 1, S: PROMPT, P: 0}
+        given, carved = (
+            (evaluate(total_cost(model).flops, sizes), evaluate(weight_products(model), sizes))
+            for model in (self.given, self.program)
+        )
+        flops, products = zip(given, carved, strict=True)
+        return Work(tokens=PROMPT, flops=flops, weight_products=products)
