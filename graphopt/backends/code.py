@@ -84,11 +84,11 @@ def checked_code(root: Path, program: Program, target: str, *, images: bool) -> 
             )
         files[name] = data
     if images:
-        from graphopt.lowering.torch.tiled import lower_attentions
+        from graphopt.lowering.torch.lowered_kernels import lower_attentions
 
-        tiled = lower_attentions(program, target)
+        kernels = lower_attentions(program, target)
         with contextlib.suppress(LoweringError):
-            compiled = {} if tiled is None else tiled.compile()
+            compiled = {} if kernels is None else kernels.compile()
             files |= {f"{KERNELS}/{name}": data for name, data in compiled.items()}
     return PrivateCode(files)
 

@@ -15,14 +15,14 @@ from graphopt.lowering.tokenizer import (
     write_generation,
     write_tokenizer,
 )
-from graphopt.lowering.torch.passes import lower, lowering_passes
-from graphopt.lowering.torch.render import render_model
-from graphopt.lowering.torch.tiled import (
+from graphopt.lowering.torch.lowered_kernels import (
     FOLDER,
     LoweredKernels,
     lower_attentions,
     range_report,
 )
+from graphopt.lowering.torch.passes import lower, lowering_passes
+from graphopt.lowering.torch.render import render_model
 from graphopt.pass_manager.contract import Pass
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
@@ -42,16 +42,16 @@ def source_files(program: Program, target: str) -> dict[str, str]:
 def _texts(program: Program, target: str) -> tuple[dict[str, str], LoweredKernels | None]:
     """Return the source files, and the kernels among them."""
     lowered = lower(program, target)
-    tiled = lower_attentions(lowered, target)
+    kernels = lower_attentions(lowered, target)
     texts = {MODEL_NAME: render_model(program, target, lowered)}
-    if tiled is not None:
-        texts |= {f"{FOLDER}/{name}": text for name, text in tiled.files().items()}
-    return texts, tiled
+    if kernels is not None:
+        texts |= {f"{FOLDER}/{name}": text for name, text in kernels.files().items()}
+    return texts, kernels
 
 
-def _without_kernel(tiled: LoweredKernels) -> list[tuple[str, str]]:
-    attentions = [(where, f"attention by its reference: {why}") for where, why in tiled.refused]
-    return attentions + tiled.without_layer_kernels()
+def _without_kernel(kernels: LoweredKernels) -> list[tuple[str, str]]:
+    attentions = [(where, f"attention by its reference: {why}") for where, why in kernels.refused]
+    return attentions + kernels.without_layer_kernels()
 
 
 class TorchEmitter(Emitter):
@@ -71,11 +71,11 @@ class TorchEmitter(Emitter):
         return lowering_passes(target)
 
     def fallbacks(self, program: Program, target: str) -> list[tuple[str, str]]:
-        tiled = lower_attentions(program, target)
-        return [] if tiled is None else _without_kernel(tiled)
+        kernels = lower_attentions(program, target)
+        return [] if kernels is None else _without_kernel(kernels)
 
     def emit(self, program: Program, root: Path, target: str, progress: Progress) -> Emitted:
-        sources, tiled = _texts(program, target)
+        sources, kernels = _texts(program, target)
         for name, text in sources.items():
             path = root / name
             path.parent.mkdir(exist_ok=True)
@@ -83,16 +83,16 @@ class TorchEmitter(Emitter):
         files = [root / name for name in sources]
         notes: list[tuple[str, str]] = []
         fallbacks: list[tuple[str, str]] = []
-        if tiled is not None:
-            images, fallbacks = self._compile(tiled, root / FOLDER)
+        if kernels is not None:
+            images, fallbacks = self._compile(kernels, root / FOLDER)
             files += images
-            notes = tiled.notes + range_report(program, tiled.dtype)
+            notes = kernels.notes + range_report(program, kernels.dtype)
         storage = self._write_weights(program, root / WEIGHTS_NAME, progress)
         tokenizer, told = write_tokenizer(program, root)
         files += [root / WEIGHTS_NAME, *tokenizer, *write_generation(program, root)]
         notes += told
         run = f"python {{out}}/{MODEL_NAME}"
-        needs = ["torch", "safetensors"] if tiled is None else tiled.packages
+        needs = ["torch", "safetensors"] if kernels is None else kernels.packages
         names = [file.name for file in tokenizer]
         if TOKENIZER_NAME in names:
             needs = [*needs, "tokenizers", *(["jinja2"] if TEMPLATE_NAME in names else [])]
@@ -107,11 +107,11 @@ class TorchEmitter(Emitter):
         return Emitted(files, storage, usage, notes, fallbacks)
 
     @staticmethod
-    def _compile(tiled: LoweredKernels, folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    def _compile(kernels: LoweredKernels, folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
         """Write what is compiled ahead; return its files, and what runs without a kernel."""
-        fallbacks = _without_kernel(tiled)
+        fallbacks = _without_kernel(kernels)
         try:
-            images = tiled.compile()
+            images = kernels.compile()
         except LoweringError as error:
             fallbacks.append((FOLDER, f"sources only: {error.message} {error.remedy}"))
             return [], fallbacks

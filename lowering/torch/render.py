@@ -19,14 +19,14 @@ from graphopt.ir.shapes import infer_program
 from graphopt.lowering.base import check_attention_results
 from graphopt.lowering.torch import packed, template
 from graphopt.lowering.torch.classes import ModuleClass
-from graphopt.lowering.torch.model import ModelClass
-from graphopt.lowering.torch.passes import lower
-from graphopt.lowering.torch.text import HELPERS, WIDTH, class_name, prose, quoted, wrap
-from graphopt.lowering.torch.tiled import (
+from graphopt.lowering.torch.lowered_kernels import (
     TORCH_NAMES,
     LoweredKernels,
     lower_attentions,
 )
+from graphopt.lowering.torch.model import ModelClass
+from graphopt.lowering.torch.passes import lower
+from graphopt.lowering.torch.text import HELPERS, WIDTH, class_name, prose, quoted, wrap
 from graphopt.runtime import chat
 from graphopt.sources.generation import GenerationSettings
 from graphopt.support.plain import plain_text_source
@@ -68,13 +68,13 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
         LoweringError: An op, an attribute or an input has no form in the file.
     """
     lowered = lower(program, target) if lowered is None else lowered
-    tiled = lower_attentions(lowered, target)
-    _check_layouts(program, tiled)
-    if tiled is not None:
-        check_attention_results(program, f"the kernels' launcher for {tiled.target.title}")
+    kernels = lower_attentions(lowered, target)
+    _check_layouts(program, kernels)
+    if kernels is not None:
+        check_attention_results(program, f"the kernels' launcher for {kernels.target.title}")
     classes = _classes(lowered)
-    ahead = tiled.functions() if tiled is not None else []
-    unmasked = tiled is not None and mask_is_for_attention_alone(program)
+    ahead = kernels.functions() if kernels is not None else []
+    unmasked = kernels is not None and mask_is_for_attention_alone(program)
     model = "\n".join(ModelClass(lowered, classes, unmasked=unmasked).lines())
     parts = ["\n".join(made.lines()) for made in classes.values()]
     if "under(" in model:
@@ -87,41 +87,41 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
     used = [name for name in ahead if name in helpers]
     body = [
         "# What the layers are made of.",
-        *([template.kernels(tiled.device, used).strip()] if tiled else []),
+        *([template.kernels(kernels.device, used).strip()] if kernels else []),
         *_sources(helpers.difference(ahead)),
         "# The layers.",
         *parts,
         model,
         "# Loading and running.",
-        template.load(tiled is not None).strip(),
+        template.load(kernels is not None).strip(),
         _steps(program, classes, unmasked).strip(),
         template.generate(rotary_switch(program)).strip(),
         inspect.getsource(chat.render_chat).strip(),
         inspect.getsource(chat.chat_text).strip(),
         template.PROMPT.strip(),
         plain_text_source().strip(),
-        template.main(tiled is not None).strip(),
+        template.main(kernels is not None).strip(),
     ]
     text = "\n\n\n".join(body)
-    head = [_docstring(program, tiled), "from __future__ import annotations"]
+    head = [_docstring(program, kernels), "from __future__ import annotations"]
     head += [_imports(text, _STANDARD), _imports(text, _LIBRARIES)]
-    head.append("\n".join(_names(program, text, tiled)))
+    head.append("\n".join(_names(program, text, kernels)))
     return "\n\n".join(head) + f"\n\n\n{text}\n"
 
 
-def _check_layouts(program: Program, tiled: LoweredKernels | None) -> None:
+def _check_layouts(program: Program, kernels: LoweredKernels | None) -> None:
     """Refuse states whose layout `model.py` does not have.
 
     Raises:
         LoweringError: Naming the state and what the file has in its place.
     """
     for state in program.states.values():
-        plain = state.layout.kind == "contiguous" or (tiled is None and state.layout.ring)
+        plain = state.layout.kind == "contiguous" or (kernels is None and state.layout.ring)
         if not plain:
-            where = "in plain PyTorch" if tiled is None else f"for {tiled.target.title}"
+            where = "in plain PyTorch" if kernels is None else f"for {kernels.target.title}"
             raise LoweringError(
                 f"State {state.name!r} is {state.layout}, and model.py {where} keeps keys "
-                f"{'contiguous or in a ring' if tiled is None else 'contiguous'}.",
+                f"{'contiguous or in a ring' if kernels is None else 'contiguous'}.",
                 "Keep this state contiguous, or run the program without emitting it.",
             )
 
@@ -232,13 +232,13 @@ def _sources(helpers: Collection[str]) -> list[str]:
     return list(found.values())
 
 
-def _docstring(program: Program, tiled: LoweredKernels | None) -> str:
-    where = "in plain PyTorch" if tiled is None else f"for {prose(tiled.target.title)}"
+def _docstring(program: Program, kernels: LoweredKernels | None) -> str:
+    where = "in plain PyTorch" if kernels is None else f"for {prose(kernels.target.title)}"
     about = f"{prose(program.name)}: a language model {where}, written by graphopt."
     origin = f"Made from {prose(program.source)}. " if program.source else ""
     needs = "torch and safetensors, and model.safetensors"
-    if tiled is not None:
-        needs = f"{', '.join(tiled.packages)}, and model.safetensors and kernels"
+    if kernels is not None:
+        needs = f"{', '.join(kernels.packages)}, and model.safetensors and kernels"
     prompts = "--prompt needs tokenizers, and jinja2 where the model has a chat template."
     rest = f"{origin}Needs {needs} beside this file. {prompts}"
     usage = """
@@ -257,14 +257,14 @@ def _imports(text: str, statements: dict[str, str]) -> str:
     return "\n".join(used)
 
 
-def _names(program: Program, text: str, tiled: LoweredKernels | None) -> list[str]:
+def _names(program: Program, text: str, kernels: LoweredKernels | None) -> list[str]:
     """Return the definitions that stand above everything else."""
     lines = ["aten = torch.ops.aten"] if re.search(r"\baten\.", text) else []
     lines.append("KV = tuple[Tensor, Tensor]  # keys and values of a layer: [B,heads,tokens,size]")
     constants = ", ".join(quoted(weight.name) for weight in program.weights if weight.constant)
     lines += wrap(f"CONSTANTS: set[str] = {{{constants}}}" if constants else _NO_CONSTANTS, 0)
-    if tiled is not None:
-        lines.append(f"DTYPE = torch.{TORCH_NAMES[tiled.dtype]}  # what it computes in, on a GPU")
+    if kernels is not None:
+        lines.append(f"DTYPE = torch.{TORCH_NAMES[kernels.dtype]}  # what it computes in, on a GPU")
     ends = list(GenerationSettings.of(program.config, program.generation).eos_token_id)
     about, end = "tokens that end a text", f"END: list[int] = {ends}"
     if len(end) + 4 + len(about) <= WIDTH:

@@ -47,9 +47,9 @@ def load(
 '''
 
 
-def load(tiled: bool) -> str:
+def load(with_kernels: bool) -> str:
     """Return the function that loads the weights."""
-    if not tiled:
+    if not with_kernels:
         default = "None leaves them as they are stored"
         return _LOAD.format(device='"cpu"', default=default, body="")
     return _LOAD.format(
@@ -375,6 +375,6 @@ if __name__ == "__main__":
 """
 
 
-def main(tiled: bool) -> str:
+def main(with_kernels: bool) -> str:
     """Return the command line of the file."""
-    return _MAIN.replace("{device}", "DEVICE" if tiled else '"cpu"')
+    return _MAIN.replace("{device}", "DEVICE" if with_kernels else '"cpu"')

@@ -12,6 +12,7 @@ import graphopt as go
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.feed_forward import Split
 from graphopt.ir.graph import Function, Value
+from graphopt.ir.parse import parse_program
 from graphopt.ir.printer import print_function
 from graphopt.ir.verify import verify
 from graphopt.lowering.torch import fuse
@@ -191,6 +192,8 @@ def test_the_pipeline_verifies_lowering_like_any_pass(name):
     assert all(entry.exact for entry in report.passes)
     assert report.passes[1].verification == "passed"
     assert str(lowered) == str(lower(program, "ampere"))
+    lines = [line for line in str(lowered).splitlines() if " kernels: " not in line]
+    assert str(parse_program(str(lowered))).splitlines() == lines
     ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
     exact = Runner(program, dtype=torch.float64, mode="reference").logits({"input_ids": ids})
     for mode in ("reference", "torch"):

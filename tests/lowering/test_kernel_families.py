@@ -23,7 +23,7 @@ from graphopt.lowering.kernels import (
     register_layer_family,
 )
 from graphopt.lowering.kernels.triton import TritonFamily, expert_tiles
-from graphopt.lowering.torch.tiled import lower_attentions
+from graphopt.lowering.torch.lowered_kernels import lower_attentions
 from graphopt.plan import AttentionSpec
 from graphopt.runtime import moe
 from graphopt.runtime.attention import Extras, Keys

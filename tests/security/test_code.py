@@ -126,7 +126,7 @@ def test_images_of_kernels_are_compiled_anew(
     for_a_gpu: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What lies in the folder under their names is not what a driver gets."""
-    from graphopt.lowering.torch.tiled import LoweredKernels
+    from graphopt.lowering.torch.lowered_kernels import LoweredKernels
     from graphopt.sources import open_model
 
     program = open_model(str(for_a_gpu)).program

@@ -18,7 +18,7 @@ from graphopt.execute.interpreter import Runner
 from graphopt.ir import Array, Weight
 from graphopt.lowering.kernels.plan_kernels import compute_dtype
 from graphopt.lowering.torch import source_files
-from graphopt.lowering.torch.tiled import lower_attentions, range_report
+from graphopt.lowering.torch.lowered_kernels import lower_attentions, range_report
 from graphopt.targets import get_target
 
 GPUS = ("ampere", "hopper", "volta", "ascend910b")
