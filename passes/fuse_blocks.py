@@ -18,6 +18,7 @@ from graphopt.execute.block_runner import Parametrisation
 from graphopt.ir.blocks import block_name, find_blocks, remove_blocks
 from graphopt.ir.graph import Call, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
+from graphopt.pass_manager.statements import ChangedBlocks
 from graphopt.passes.fused_blocks import Control, FusedBlocks
 from graphopt.passes.prune_blocks import Chooser, PruneBlocks, PrunedBlocks
 from graphopt.report.record import Record
@@ -153,7 +154,7 @@ class _Fusion(Distiller):
         seconds["all"] = time.perf_counter() - self.started + seconds.get("controls", 0.0)
         folded = self.fold(self.program if self.options.mode == "faithful" else None)
         removed = len(self.pruned.removed)
-        return PassResult(folded, removed, removed, self.skipped, self.record)
+        return PassResult(folded, removed, removed, self.skipped, self.record, ChangedBlocks())
 
     @property
     def _warm(self) -> bool:

@@ -32,6 +32,7 @@ from graphopt.ir.blocks import (
 from graphopt.ir.dtypes import scoring_dtype
 from graphopt.ir.graph import Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
+from graphopt.pass_manager.statements import RemovedParts
 from graphopt.report.pictures import (
     axis,
     figure,
@@ -276,7 +277,10 @@ class PruneBlocks(Pass):
             scoring_seconds=choice.seconds,
             tokens_per_second=choice.speed,
         )
-        return PassResult(program, len(units), len(choice.order), record=record)
+        statement = RemovedParts(tuple((unit.block, unit.kind) for unit in choice.order))
+        return PassResult(
+            program, len(units), len(choice.order), record=record, statement=statement
+        )
 
 
 @dataclass

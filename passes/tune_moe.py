@@ -14,6 +14,7 @@ from graphopt.execute.block_runner import Parametrisation
 from graphopt.ir.feed_forward import add_gates
 from graphopt.ir.graph import Call, Node, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
+from graphopt.pass_manager.statements import ChangedBlocks
 from graphopt.passes.carve_moe.record import CarvedParts
 from graphopt.report.record import Record
 from graphopt.support.devices import must_fit
@@ -136,7 +137,7 @@ class _Tuning(Distiller):
         carved = self.context.record(CarvedParts)
         assert carved is not None
         parts = len(carved.parts)
-        return PassResult(self.fold(), parts, parts, self.skipped, self.record)
+        return PassResult(self.fold(), parts, parts, self.skipped, self.record, ChangedBlocks())
 
     def parametrisations(self, program: Program, calls: list[Call]) -> dict[str, Parametrisation]:
         parametrisations = super().parametrisations(program, calls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ from graphopt.ir.feed_forward import FeedForward, Split, carve_call, with_expert
 from graphopt.ir.graph import Function, Program, unique_name
 from graphopt.ir.types import B, P, S, evaluate
 from graphopt.pass_manager.contract import Context, PassResult, Skip
+from graphopt.pass_manager.statements import DividedNeurons, DividedPart
 from graphopt.passes.carve_moe.activations import PartActivations
 from graphopt.passes.carve_moe.division import (
     Division,
@@ -95,6 +97,7 @@ class Carving:
         skipped: list[Skip] = []
         carved: list[Carved] = []
         refits: list[Reconstruction] = []
+        divided: list[DividedPart] = []
         student = self._stream(program, self.context.progress)
         teacher = self._stream(self.given, silent) if self.refits else None
         for block in student:
@@ -115,6 +118,8 @@ class Carving:
             with self.clock.counting("dividing"):
                 division = self._divide(part)
                 self._put(part, division)
+            order = tuple(division.order.tolist())
+            divided.append(DividedPart(block.index, order, division.shared, refitted=False))
             gates = self._run_carved(block)
             with self.clock.counting("dividing"):
                 carved.append(self._measure(part, division, gates))
@@ -125,6 +130,7 @@ class Carving:
                 continue
             with self.clock.counting("refitting"):
                 refits.append(self._refit(part, division, gates, student, teacher.hidden))
+            divided[-1] = replace(divided[-1], refitted=True)
         program.prune_unused()
         record = CarvedParts(
             split=f"S{self.options.shared}A{self.options.active}E{self.options.experts}",
@@ -137,7 +143,8 @@ class Carving:
             work=self._work(),
             seconds=self.clock.seconds,
         )
-        return PassResult(program, len(found), len(carved), skipped, record)
+        statement = DividedNeurons(tuple(divided))
+        return PassResult(program, len(found), len(carved), skipped, record, statement)
 
     def _numbers(self, found: list[tuple[Block, FeedForward | str]]) -> dict[int, int]:
         """Return how many shared pieces parts have, by number; nothing for those left whole."""
