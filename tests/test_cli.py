@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,6 +21,8 @@ from typer.testing import CliRunner
 from graphopt import lowering
 from graphopt.cli import console
 from graphopt.cli.commands import app
+from graphopt.cli.compile import CompileFlags
+from graphopt.compiler import CompileOptions
 from graphopt.errors import LoweringError
 from graphopt.ir.blocks import remove_blocks
 from graphopt.lowering.base import Emitted, Emitter
@@ -349,6 +352,13 @@ def test_inspect():
     layer = 2 * 32 * (32 + 16 + 16 + 32) + 3 * 2 * 32 * 48
     assert data["flops"]["value"] > 2 * layer * 10
     assert data["program"].startswith("program  tiny")
+
+
+def test_every_option_of_a_compile_is_on_the_command_line():
+    flags = {field.name for field in fields(CompileFlags)}
+    options = {field.name for field in fields(CompileOptions)}
+    assert options - flags == {"verify"}
+    assert flags - options == {"no_verify", "out", "config", "passes"}
 
 
 def test_passes_and_targets():
