@@ -138,7 +138,7 @@ def form_constants(spec: AttentionSpec, *, ring: int = 0) -> dict[str, int | flo
     """Return what every kernel takes of a description as constants, by the names kernels share.
 
     Args:
-        ring: Slots of the ring, where the cache is one.
+        ring: Slots of the ring, where the cache is one and the description leaves them open.
     """
     return {
         "HEAD_DIM": spec.head_dim,
@@ -155,7 +155,7 @@ def form_constants(spec: AttentionSpec, *, ring: int = 0) -> dict[str, int | flo
         "SINKS": spec.sinks,
         "VARLEN": spec.varlen,
         "LENGTHS": spec.lengths,
-        "RING": ring,
+        "RING": ring or spec.slots or 0,
         "PAGE": spec.page or 0,
         "SELECTED": spec.selected_pages,
         "LSE": spec.lse,

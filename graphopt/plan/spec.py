@@ -36,6 +36,7 @@ class AttentionSpec:
         varlen: Sequences of unequal length lie one behind the other, B = 1.
         lengths: Rows of the cache hold fewer keys than it has room for.
         kv: Where keys and values lie: `contiguous`, `ring` or `paged`.
+        slots: Tokens that a ring holds; None where the launch says it.
         page: Tokens of a page.
         selected_pages: Only the pages of a list are read.
         kv_bits: Bits of a stored key or value element.
@@ -64,6 +65,7 @@ class AttentionSpec:
     varlen: bool = False
     lengths: bool = False
     kv: Literal["contiguous", "ring", "paged"] = "contiguous"
+    slots: int | None = None
     page: int | None = None
     selected_pages: bool = False
     kv_bits: int = 16
@@ -71,7 +73,16 @@ class AttentionSpec:
     page_max: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("head_dim", "heads", "kv_heads", "value_dim", "window", "chunk", "page"):
+        for name in (
+            "head_dim",
+            "heads",
+            "kv_heads",
+            "value_dim",
+            "window",
+            "chunk",
+            "slots",
+            "page",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 self._refuse(f"{name} is {value}", "Give a number from 1 up.")
@@ -88,6 +99,8 @@ class AttentionSpec:
             self._refuse(f"kv_bits is {self.kv_bits}", "Give 4, 8 or 16.")
         if (self.kv == "paged") != (self.page is not None):
             self._refuse("a paged cache and a page size come together", "Give both or neither.")
+        if self.slots is not None and self.kv != "ring":
+            self._refuse(f"a {self.kv} cache of {self.slots} slots", "Give kv=ring, or no slots.")
         if (self.selected_pages or self.page_max) and self.kv != "paged":
             self._refuse("selected pages and page maxima are of a paged cache", "Give kv=paged.")
         if self.varlen and (self.lengths or self.kv != "contiguous" or self.phase == "decode"):

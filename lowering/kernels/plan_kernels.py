@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 
 from graphopt.errors import LoweringError
-from graphopt.ir.graph import Node, Program, Value, resolve_attrs
-from graphopt.ir.ops.attention import BIAS, KEY, QUERY, SINKS, SLOPES, VALUE
+from graphopt.ir.graph import Call, KVLayout, Node, Program, Value, resolve_attrs
+from graphopt.ir.ops.attention import BIAS, KEY, PAST_K, QUERY, SINKS, SLOPES, VALUE
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
 from graphopt.lowering.kernels.family import get_family
@@ -176,7 +176,30 @@ def _attentions(program: Program, dtype: str) -> Iterator[tuple[str, Node, Atten
         for node in program.functions[call.function].nodes:
             if node.op == "attention":
                 attrs = resolve_attrs(node, call)
-                yield call.path or call.function, node, _spec(node, types, attrs, dtype)
+                spec = _spec(node, types, attrs, dtype)
+                layout = _layout(program, call, node)
+                yield call.path or call.function, node, _in_layout(spec, layout, attrs)
+
+
+def _layout(program: Program, call: Call, node: Node) -> KVLayout:
+    """Return where the keys lie that an attention of a call reads."""
+    past = node.inputs[PAST_K] if len(node.inputs) > PAST_K else None
+    for cache in program.functions[call.function].caches:
+        if cache.past_k is past:
+            return program.states[call.caches[cache.slot]].layout
+    return KVLayout()
+
+
+def _in_layout(spec: AttentionSpec, layout: KVLayout, attrs: dict[str, Any]) -> AttentionSpec:
+    """Return a description with the layout of its keys, and what it gives beside its output."""
+    spec = spec.replace(lse=bool(attrs.get("lse")))
+    if layout.kind == "ring":
+        return spec.replace(kv="ring", slots=layout.size)
+    if layout.kind == "paged":
+        # A kernel has the largest score of whole pages of the cache.
+        maxima = attrs.get("page_max") == layout.size
+        return spec.replace(kv="paged", page=layout.size, page_max=maxima)
+    return spec
 
 
 def _spec(node: Node, types: dict[Value, Type], attrs: dict[str, Any], dtype: str) -> AttentionSpec:
