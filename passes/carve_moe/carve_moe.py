@@ -44,8 +44,9 @@ class CarveMoe(Pass):
     are such that these are `active` on average: tokens that need more of them get more.
 
     With `by_layer` every part has a number of shared pieces of its own, which are at most `shared`
-    on average: those get more by which the model loses more (`graphopt.calibration.budget`). A
-    part that then runs all of its pieces is left as it is.
+    on average: those get more by which the model loses more
+    (`graphopt.calibration.layer_sensitivity`). A part that then runs all of its pieces is left as
+    it is.
 
     Where `experts` do not divide the neurons, `pad` adds neurons of zeros.
 

@@ -51,7 +51,7 @@ class Carved:
     load: list[float]
 
 
-class PartNeed(pydantic.BaseModel):
+class PartSensitivity(pydantic.BaseModel):
     """What a model loses by one part: KL divergence of its next-token distributions, in nats."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
@@ -94,7 +94,7 @@ class CarvedParts(Record):
         split: Shared, active and all pieces, such as `S3A3E8`.
         parts: What became of each part that was carved.
         refits: Of their down projections.
-        needs: What was measured where parts have numbers of shared pieces of their own.
+        sensitivity: What was measured where parts have numbers of shared pieces of their own.
         work: What a prompt takes before and after.
         seconds: By what they were spent on.
     """
@@ -102,7 +102,7 @@ class CarvedParts(Record):
     split: str
     parts: list[Carved]
     refits: list[Reconstruction] = pydantic.Field(default_factory=list)
-    needs: list[PartNeed] = pydantic.Field(default_factory=list)
+    sensitivity: list[PartSensitivity] = pydantic.Field(default_factory=list)
     work: Work
     seconds: dict[str, Seconds] = pydantic.Field(default_factory=dict)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from graphopt.calibration.budget import Need, measure_needs, share_out
+from graphopt.calibration.layer_sensitivity import LayerSensitivity, measure_sensitivity
 from graphopt.calibration.neuron_energy import mean_magnitudes, static_order
 from graphopt.calibration.reconstruction import Reconstruction, held_out_windows, reconstruct
 from graphopt.calibration.text import calibration_windows, pick, window_length
@@ -33,7 +33,8 @@ from graphopt.passes.carve_moe.division import (
     top_marks,
 )
 from graphopt.passes.carve_moe.parts import parts_of, why_not_refitted, width_of
-from graphopt.passes.carve_moe.record import Carved, CarvedParts, PartNeed, Work
+from graphopt.passes.carve_moe.record import Carved, CarvedParts, PartSensitivity, Work
+from graphopt.solvers.budget import allocate_budget
 from graphopt.support.clock import Clock
 from graphopt.support.per_device import PerDevice
 from graphopt.support.progress import Progress, silent
@@ -69,7 +70,7 @@ class Carving:
         self.windows = windows
         self.twins: dict[tuple[str, int], tuple[Function, dict[str, str]]] = {}
         self.clock = Clock("measuring", "model", "dividing", "refitting")
-        self.needs: dict[int, Need] = {}
+        self.sensitivity: dict[int, LayerSensitivity] = {}
         # With all pieces run nothing is missing.
         whole = options.shared + options.active == options.experts
         self.refits = options.refit and options.mode == "fit" and not whole
@@ -136,9 +137,9 @@ class Carving:
             split=f"S{self.options.shared}A{self.options.active}E{self.options.experts}",
             parts=carved,
             refits=refits,
-            needs=[
-                PartNeed(where=block_name(program, found[number][0]), kl=need.kl)
-                for number, need in self.needs.items()
+            sensitivity=[
+                PartSensitivity(where=block_name(program, found[number][0]), kl=part.kl)
+                for number, part in self.sensitivity.items()
             ],
             work=self._work(),
             seconds=self.clock.seconds,
@@ -155,20 +156,20 @@ class Carving:
         learn = self.windows[: -self.held]
         count = max(1, SENSITIVITY_TOKENS.on(self.device) // learn.shape[1])
         with self.clock.counting("measuring"):
-            self.needs = measure_needs(
+            self.sensitivity = measure_sensitivity(
                 self.program, forms, learn[:count], options.experts,
                 options.shared + options.active, device=self.device,
                 progress=self.context.progress,
             )  # fmt: skip
             # Without a router something must be left.
             least, most = 0 if options.active else 1, options.experts - options.active
-            sizes = [need.size for need in self.needs.values()]
+            sizes = [part.size for part in self.sensitivity.values()]
             costs = [
-                [need.at(number + options.active) for number in range(least, most + 1)]
-                for need in self.needs.values()
+                [part.kl_at(number + options.active) for number in range(least, most + 1)]
+                for part in self.sensitivity.values()
             ]
-            shared = share_out(costs, sizes, least, options.shared * sum(sizes))
-        return {n: own for n, own in zip(self.needs, shared, strict=True) if own < most}
+            shared = allocate_budget(costs, sizes, least, options.shared * sum(sizes))
+        return {n: own for n, own in zip(self.sensitivity, shared, strict=True) if own < most}
 
     def _stream(self, program: Program, progress: Progress) -> HiddenStateStream:
         runner = calibration_runner(program, self.device)

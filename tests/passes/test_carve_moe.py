@@ -188,7 +188,7 @@ def test_parts_that_matter_more_get_more_pieces_of_one_budget(dense, tmp_path, a
     program, entry = carved(louder(dense, 2, by=4.0), tmp_path, options)
     json.dumps(entry.details, allow_nan=False)
     blocks = find_blocks(program)
-    assert [need["where"] for need in entry.details["needs"]] == [
+    assert [part["where"] for part in entry.details["sensitivity"]] == [
         f"model.layers.{n}" for n in range(4)
     ]
     shared = {part["where"]: part["shared"] for part in entry.details["parts"]}

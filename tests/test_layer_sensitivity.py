@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import tiny_program
 
-from graphopt.calibration.budget import Need, measure_needs, share_out
+from graphopt.calibration.layer_sensitivity import LayerSensitivity, measure_sensitivity
 from graphopt.calibration.neuron_energy import mean_magnitudes, neuron_energies, static_order
 from graphopt.errors import PassError
 from graphopt.execute.block_runner import BlockRunner
@@ -19,6 +19,7 @@ from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.feed_forward import feed_forwards
 from graphopt.ir.weights import Array, Weight
+from graphopt.solvers.budget import allocate_budget
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(5))
@@ -36,7 +37,7 @@ def test_needs_are_those_of_models_with_one_part_narrowed():
     for index in (0, 2):
         call = program.calls[blocks[index].position]
         (parts[index],) = feed_forwards(program.functions[call.function], blocks[index].stream)
-    needs = measure_needs(program, parts, IDS, PIECES, KEPT)
+    needs = measure_sensitivity(program, parts, IDS, PIECES, KEPT)
     assert set(needs) == {0, 2}
     whole = logits(program)
     for index, need in needs.items():
@@ -70,8 +71,8 @@ def test_needs_are_those_of_models_with_one_part_narrowed():
         found = logits(twin)
         kl = float((whole.exp() * (whole - found)).sum(-1).mean())
         assert need.kl == pytest.approx(kl, rel=1e-2, abs=1e-7)
-        assert need.at(KEPT) == need.kl and need.at(PIECES) == 0.0
-        assert need.at(0) > need.at(1) > need.at(2) > need.kl
+        assert need.kl_at(KEPT) == need.kl and need.kl_at(PIECES) == 0.0
+        assert need.kl_at(0) > need.kl_at(1) > need.kl_at(2) > need.kl
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,7 +85,7 @@ def test_a_budget_is_shared_out_as_by_trying_everything(seed, parts, most, least
     costs = torch.rand(parts, most + 1, generator=generator, dtype=torch.float64).tolist()
     sizes = [2 * int(n) for n in torch.randint(1, 4, (parts,), generator=generator)]
     total = least * sum(sizes) + more
-    found = share_out(costs, sizes, least, total)
+    found = allocate_budget(costs, sizes, least, total)
 
     def cost(numbers):
         return sum(own[number] for own, number in zip(costs, numbers, strict=True))
@@ -100,12 +101,12 @@ def test_a_budget_is_shared_out_as_by_trying_everything(seed, parts, most, least
 
 
 def test_a_part_whose_pieces_lose_nothing_keeps_as_many_as_that_takes():
-    free = Need(size=2, kl=0.0, kept=3, lost=(0.5, 0.2, 0.0, 0.0, 0.0))
-    other = Need(size=2, kl=0.1, kept=3, lost=(0.5, 0.3, 0.2, 0.1, 0.0))
-    costs = [[need.at(number) for number in range(1, 5)] for need in (free, other, free)]
+    free = LayerSensitivity(size=2, kl=0.0, kept=3, lost=(0.5, 0.2, 0.0, 0.0, 0.0))
+    other = LayerSensitivity(size=2, kl=0.1, kept=3, lost=(0.5, 0.3, 0.2, 0.1, 0.0))
+    costs = [[need.kl_at(number) for number in range(1, 5)] for need in (free, other, free)]
     assert costs[0] == [math.inf, 0.0, 0.0, 0.0]
     # Nine pieces: what one part does not need is left to the other.
-    assert share_out(costs, [2, 2, 2], 1, 18) == [2, 4, 2]
+    assert allocate_budget(costs, [2, 2, 2], 1, 18) == [2, 4, 2]
 
 
 def test_a_model_that_gives_no_number_is_refused_with_the_part():
@@ -118,10 +119,10 @@ def test_a_model_that_gives_no_number_is_refused_with_the_part():
     broken = Array(torch.full(tuple(weight.shape), math.nan))
     program.weights.replace(Weight(name, broken, weight.checkpoint))
     with pytest.raises(PassError, match="with 3 of 4 pieces") as caught:
-        measure_needs(program, parts, IDS, PIECES, KEPT)
+        measure_sensitivity(program, parts, IDS, PIECES, KEPT)
     assert "--device cpu" in caught.value.remedy
 
 
 def test_a_budget_below_the_least_is_refused():
     with pytest.raises(ValueError, match="fit into 11 neurons"):
-        share_out([[1.0], [1.0]], [3, 3], 2, 11)
+        allocate_budget([[1.0], [1.0]], [3, 3], 2, 11)

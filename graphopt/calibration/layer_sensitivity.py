@@ -1,18 +1,17 @@
-"""How many of its pieces each feed-forward part runs, where they are so many on average.
+"""The sensitivity of a model to its feed-forward parts: what it loses where one has fewer neurons.
 
-What the model loses by a part is measured once, with as many pieces as parts run on average: the
-divergence of its next-token distributions with that part alone narrowed. All parts are measured in
-one walk (`graphopt.calibration.scores`). How it changes with the number of pieces is read off the
+It is measured once for each part, with as many pieces of it as parts run on average: the divergence
+of the model's next-token distributions with that part alone narrowed. All parts are measured in one
+walk (`graphopt.calibration.scores`). How it changes with the number of pieces is read off the
 energy of the neurons that are left out, of which a small divergence is a linear function.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +27,8 @@ from graphopt.support.progress import Progress, silent
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a model loses by one part.
+class LayerSensitivity:
+    """The sensitivity of a model to one part.
 
     Attributes:
         size: Neurons of a piece.
@@ -45,7 +44,7 @@ class Need:
     kept: int
     lost: tuple[float, ...]
 
-    def at(self, pieces: int) -> float:
+    def kl_at(self, pieces: int) -> float:
         """Return the divergence that is to be expected with a number of pieces.
 
         Infinite, where pieces lose something and as many as were measured do not: how much is not
@@ -57,7 +56,7 @@ class Need:
         return self.kl * self.lost[pieces] / measured if measured else math.inf
 
 
-def measure_needs(
+def measure_sensitivity(
     program: Program,
     parts: Mapping[int, FeedForward],
     windows: Tensor,
@@ -66,7 +65,7 @@ def measure_needs(
     *,
     device: torch.device | None = None,
     progress: Progress = silent,
-) -> dict[int, Need]:
+) -> dict[int, LayerSensitivity]:
     """Measure parts on text.
 
     Args:
@@ -122,41 +121,4 @@ def measure_needs(
                 "the model gives NaN or Inf.",
                 "Take --device cpu, which computes in fp32, or leave by_layer out.",
             )
-    return {index: Need(sizes[index], kl[index], kept, lost[index]) for index in parts}
-
-
-def share_out(
-    costs: Sequence[Sequence[float]], sizes: Sequence[int], least: int, total: int
-) -> list[int]:
-    """Return numbers of pieces whose costs have the least sum, of those that fit.
-
-    Args:
-        costs: For every part its cost with `least` pieces, with one more, and so on; infinite for
-            numbers it may not have. Of equal costs the fewest pieces are taken.
-        sizes: Neurons of a part's pieces.
-        total: Neurons that may be run, over all parts.
-
-    Raises:
-        ValueError: No numbers of a finite cost fit.
-    """
-    unit = math.gcd(*sizes)
-    steps = [size // unit for size in sizes]
-    room = total // unit
-    # best[n]: the least sum of costs so far with n units.
-    best = np.zeros(room + 1)
-    choices: list[np.ndarray] = []
-    for own, step in zip(costs, steps, strict=True):
-        sums = np.full((len(own), room + 1), np.inf)
-        for number, cost in enumerate(own):
-            taken = (least + number) * step
-            if taken <= room:
-                sums[number, taken:] = best[: room + 1 - taken] + cost
-        choices.append(sums.argmin(0))
-        best = sums.min(0)
-    if not np.isfinite(best[room]):
-        raise ValueError(f"no numbers of pieces that parts may have fit into {total} neurons")
-    numbers: list[int] = []
-    for chosen, step in zip(reversed(choices), reversed(steps), strict=True):
-        numbers.append(least + int(chosen[room]))
-        room -= numbers[-1] * step
-    return numbers[::-1]
+    return {index: LayerSensitivity(sizes[index], kl[index], kept, lost[index]) for index in parts}
