@@ -351,7 +351,7 @@ def test_inspect():
     # The projections of a layer alone: two multiply-adds an element and token.
     layer = 2 * 32 * (32 + 16 + 16 + 32) + 3 * 2 * 32 * 48
     assert data["flops"]["value"] > 2 * layer * 10
-    assert data["program"].startswith("program  tiny")
+    assert data["program"].startswith("program tiny")
 
 
 def test_every_option_of_a_compile_is_on_the_command_line():

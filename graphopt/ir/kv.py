@@ -99,4 +99,4 @@ class KVState:
         elif self.layout.kind == "paged":
             held = sympy.ceiling(sympy.sympify(tokens) / self.layout.size) * self.layout.size
         size = self.heads * (self.k_dim + self.v_dim) * (itemsize or self.dtype.itemsize)
-        return size * held * B
+        return size * B * held
