@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from graphopt.execute.interpreter import complete_inputs
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Function, Program
 from graphopt.ir.types import B, S
+from graphopt.pass_manager.comparison import Comparison, Differs, Unable, relative_difference
 from graphopt.pass_manager.lengths import (
     compared_numbers,
     key_lengths,
@@ -50,25 +50,6 @@ CHUNK, NUMBERS = 4096, 1 << 30
 """Tokens that are looked up at once, and numbers of their rows over all."""
 
 _FAILURES = (RuntimeError, IndexError, ValueError, KeyError, AssertionError)
-
-
-@dataclass
-class Comparison:
-    """What came out.
-
-    Attributes:
-        changed: Calls that are not proved to be the same.
-        kinds: Kinds of them, of which one call each was run.
-        largest: The largest difference, as a share of the largest number of its result.
-        error: What differs by more than rounding explains, as a clause; None where nothing does.
-        not_run: What was not compared so, and why.
-    """
-
-    changed: int = 0
-    kinds: int = 0
-    largest: float = 0.0
-    error: str | None = None
-    not_run: list[str] = field(default_factory=list)
 
 
 def compare_calls(
@@ -129,13 +110,13 @@ class _Lockstep:
         for pair in self.plan.pairs[: last + 1]:
             try:
                 self._advance(pair)
-            except _Differs as difference:
+            except Differs as difference:
                 result.error = str(difference)
                 if not difference.is_choice:
                     shown_by = difference.batches or batches
                     result.error = self._outputs_differ(shown_by, result.error)
                 break
-            except _Unable as reason:
+            except Unable as reason:
                 result.not_run.append(str(reason))
                 break
         return result
@@ -152,7 +133,7 @@ class _Lockstep:
         """Go on behind a pair.
 
         Raises:
-            _Differs: It runs both calls, and their results differ.
+            Differs: It runs both calls, and their results differ.
         """
         first, second = self.sides
         i, j = pair.before, pair.after
@@ -202,22 +183,22 @@ class _Lockstep:
         """Run both calls on one batch and compare the results.
 
         Raises:
-            _Differs: By more than rounding explains.
-            _Unable: The call before cannot be run on its own.
+            Differs: By more than rounding explains.
+            Unable: The call before cannot be run on its own.
         """
         first, second = self.sides
         where = first.program.calls[i].path or first.program.calls[i].function
         try:
             expected = first.run(i, weights[0], ours, steps[0])
         except (Undivided, *_FAILURES) as reason:
-            raise _Unable(f"{where} cannot be run on its own: {reason}") from reason
+            raise Unable(f"{where} cannot be run on its own: {reason}") from reason
         try:
             results = second.run(j, weights[1], theirs, steps[1])
         except Undivided as reason:
             self._note(f"{where} in steps: {reason}")
             return expected, {name: expected[other] for name, other in equal.items()}
         except _FAILURES as reason:
-            raise _Differs(f"{where} cannot be run any more: {reason}") from reason
+            raise Differs(f"{where} cannot be run any more: {reason}") from reason
         largest, name = self._largest(
             i, j, equal, expected, results, ours["attention_mask"], max(steps, key=len)
         )
@@ -230,7 +211,7 @@ class _Lockstep:
             tolerance += 4 * moved
         if not largest <= tolerance:
             of = "" if name in first.observed(i) else f" of {where}"
-            raise _Differs(
+            raise Differs(
                 f"{name}{of} differs in fp64 by {largest:.1e} of its largest number, where "
                 f"rounding explains {tolerance:.0e}",
                 is_choice=not of,
@@ -262,12 +243,12 @@ class _Lockstep:
                 continue
             old, new = expected[other], results[name]
             if old.shape != new.shape:
-                raise _Differs(f"{name} became {list(new.shape)} from {list(old.shape)}")
+                raise Differs(f"{name} became {list(new.shape)} from {list(old.shape)}")
             length = mask.shape[1]
             for start, stop in steps:
                 part = places(kind, start, stop, length)
                 real = mask[:, start:stop].bool() if kind.shape[:2] == (B, S) else None
-                found = max(found, (_difference(old[part], new[part], real), name))
+                found = max(found, (relative_difference(old[part], new[part], real), name))
         return found
 
     def _tolerance(self, read: Iterable[str], approximate: bool = False) -> float:
@@ -308,7 +289,9 @@ class _Lockstep:
         if not any(name in self.computed for name in call.weights.values()):
             return 0.0
         moved = after.run(j, nudged, values, steps)
-        return max((_difference(results[name], moved[name], None) for name in results), default=0.0)
+        return max(
+            (relative_difference(results[name], moved[name], None) for name in results), default=0.0
+        )
 
     def _every_row(
         self,
@@ -349,8 +332,8 @@ class _Lockstep:
             batch, whole = self._batch(numbers), [(0, len(numbers))]
             try:
                 self._one(i, j, equal, weights, batch, batch, (whole, whole))
-            except _Differs as difference:
-                raise _Differs(
+            except Differs as difference:
+                raise Differs(
                     str(difference), self._where_they_differ(i, j, equal, weights, numbers)
                 ) from None
 
@@ -377,7 +360,7 @@ class _Lockstep:
                 batch, whole = self._batch(half), [(0, len(half))]
                 try:
                     self._one(i, j, equal, weights, batch, batch, (whole, whole))
-                except _Differs:
+                except Differs:
                     numbers = half
                     break
             else:
@@ -423,7 +406,7 @@ class _Lockstep:
                     return reason or f"{new} became {list(theirs[new].shape)}"
                 mask = ours["attention_mask"].bool()
                 real = mask if ours[old].shape[:2] == mask.shape else None
-                largest = max(largest, _difference(ours[old], theirs[new], real))
+                largest = max(largest, relative_difference(ours[old], theirs[new], real))
         calls = len(second.program.calls)
         approximate = any(second.is_approximate(j) for j in range(calls))
         tolerance = self._tolerance(self.computed, approximate)
@@ -434,39 +417,3 @@ class _Lockstep:
             f"outputs differ in fp64 by {largest:.1e} of the largest number, where rounding "
             f"explains {tolerance:.0e}"
         )
-
-
-class _Differs(Exception):
-    """Results differ by more than rounding explains.
-
-    Attributes:
-        batches: The inputs that show it, where they are not the usual ones.
-        is_choice: It is what an op chooses by: other tokens show it in the results.
-    """
-
-    def __init__(
-        self,
-        what: str,
-        batches: list[dict[str, Tensor]] | None = None,
-        is_choice: bool = False,
-    ) -> None:
-        super().__init__(what)
-        self.batches, self.is_choice = batches, is_choice
-
-
-class _Unable(Exception):
-    """A call of the program before the pass cannot be run by itself."""
-
-
-def _difference(old: Tensor, new: Tensor, real: Tensor | None) -> float:
-    """Return the largest difference as a share of the largest number; at real tokens alone."""
-    if real is not None:
-        old, new = old[real], new[real]
-    if not old.is_floating_point():
-        return 0.0 if torch.equal(old, new) else math.inf
-    unequal = (old != new) & ~(old.isnan() & new.isnan())
-    if not bool(unequal.any()):
-        return 0.0
-    largest = float(old[old.isfinite()].abs().max()) if bool(old.isfinite().any()) else 1.0
-    difference = float((old - new)[unequal].abs().max())
-    return difference / (largest or 1.0) if difference == difference else math.inf
