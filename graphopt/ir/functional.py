@@ -1,7 +1,7 @@
 """The ops in plain torch: composite, differentiable, compilable.
 
 What programs are run with, and what emitted models are made of: this file, or the functions of it
-that a model calls, are copied into them, so that it imports nothing of graphopt.
+that a model calls, are copied into them, so that it imports nothing of graphopt and is one file.
 
 Layout letters: B batch, S query tokens, T key tokens (cached ones first), H query heads,
 G key/value heads, D head size, N features.
