@@ -131,7 +131,9 @@ def test_attributes_are_equal_with_their_defaults_filled_in():
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"), [([2, 2], 2), ([2, 3], VARIES), ([], VARIES)], ids=str
+    ("values", "expected"),
+    [([2, 2], 2), ([2, 3], VARIES), ([], VARIES)],
+    ids=["equal", "several", "none"],
 )
 def test_an_attribute_of_the_calls(values, expected):
     node = chain("relu").nodes[0]
