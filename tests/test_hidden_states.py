@@ -14,8 +14,13 @@ from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks, remove_blocks, sub_blocks
 from graphopt.ir.weights import Array
 from graphopt.pass_manager.contract import Context, make_pass
+from graphopt.support.per_device import PerDevice
 
 IDS = torch.randint(0, 97, (7, 12), generator=torch.Generator().manual_seed(5))
+
+
+def at_once(monkeypatch, tokens):
+    monkeypatch.setattr(hidden_states, "TOKENS_AT_ONCE", PerDevice(cpu=tokens, gpu=tokens))
 
 
 def stream_of(program, **options):
@@ -144,7 +149,7 @@ def peak(run, count, monkeypatch):
 
 @pytest.mark.parametrize("run", [carve, reconstruct])
 def test_more_windows_need_more_memory_for_the_residual_stream_alone(run, monkeypatch):
-    monkeypatch.setattr(hidden_states, "TOKENS_AT_ONCE", 64)
+    at_once(monkeypatch, 64)
     few, many = 8, 40
     tokens = 32 * (many - few)
     growth = (peak(run, many, monkeypatch) - peak(run, few, monkeypatch)) / tokens
@@ -152,16 +157,16 @@ def test_more_windows_need_more_memory_for_the_residual_stream_alone(run, monkey
     # energy, in up to twelve places; never what it has of neurons.
     assert growth <= 4 * (hidden_states.STREAMS_KEPT * D + 12 * (E + 1)) < 4 * N
     # What holds the activations of all windows is seen.
-    monkeypatch.setattr(hidden_states, "TOKENS_AT_ONCE", 10**6)
+    at_once(monkeypatch, 10**6)
     assert (peak(run, many, monkeypatch) - peak(run, few, monkeypatch)) / tokens > 4 * N
 
 
 @pytest.mark.parametrize("run", [carve, reconstruct])
 def test_activations_made_batch_by_batch_give_the_weights_of_all_at_once(run, monkeypatch):
     windows = torch.randint(0, 97, (10, 32), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(hidden_states, "TOKENS_AT_ONCE", 10**6)
+    at_once(monkeypatch, 10**6)
     whole = run(windows, monkeypatch)
-    monkeypatch.setattr(hidden_states, "TOKENS_AT_ONCE", 64)
+    at_once(monkeypatch, 64)
     parts = run(windows, monkeypatch)
     assert str(whole) == str(parts) and find_blocks(whole)
     for weight in whole.used_weights():

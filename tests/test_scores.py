@@ -20,9 +20,14 @@ from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks, remove_sub_blocks
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Context, make_pass
+from graphopt.support.per_device import PerDevice
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(5))
+
+
+def at_once(monkeypatch, tokens):
+    monkeypatch.setattr(hidden_states, "TOKENS_AT_ONCE", PerDevice(cpu=tokens, gpu=tokens))
 
 
 def stream(program, count=None):
@@ -83,7 +88,7 @@ def test_mixtures_of_experts_score_as_defined(family, monkeypatch):
     # They count the tokens they route, so that some sizes are multiples of the batch's.
     _, program = captured(family)
     for rows in (1, 3):
-        monkeypatch.setattr(hidden_states, "TOKENS_AT_ONCE", rows * IDS.shape[1])
+        at_once(monkeypatch, rows * IDS.shape[1])
         for metric in METRICS:
             units = units_of(program, ("block", "attention", "ffn"))
             scores = score_units(program, units, IDS, metric)
@@ -180,7 +185,7 @@ def test_texts_in_several_batches_score_as_in_one(monkeypatch):
     program = tiny_program(layers=4)
     units = units_of(program, ("block",))
     together = score_units(program, units, IDS, "kl")
-    monkeypatch.setattr(hidden_states, "TOKENS_AT_ONCE", 20)
+    at_once(monkeypatch, 20)
     apart = score_units(program, units, IDS, "kl")
     assert apart.calls == together.calls
     for unit in units:

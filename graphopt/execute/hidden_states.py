@@ -27,9 +27,10 @@ from graphopt.ir.graph import Call, Function, Value
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, Dim
 from graphopt.support.devices import room_for
+from graphopt.support.per_device import PerDevice
 from graphopt.support.progress import Progress, silent
 
-TOKENS_AT_ONCE = 16384
+TOKENS_AT_ONCE = PerDevice(cpu=8192, gpu=16384)
 """Tokens of a batch: those over which a block is run at once."""
 
 STREAMS_KEPT = 6
@@ -128,7 +129,7 @@ class HiddenStateStream:
         self.runner, self.program, self.device = runner, runner.program, runner.device
         self.progress, self.what = progress, what
         self.blocks: list[Block] = find_blocks(self.program)
-        most = tokens_at_once or TOKENS_AT_ONCE
+        most = tokens_at_once or TOKENS_AT_ONCE.on(self.device)
         rows = max(1, most // windows.shape[1])
         cut = len(windows) - held_out
         learnt, held = windows[:cut].split(rows), windows[cut:].split(rows)

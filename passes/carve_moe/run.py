@@ -301,7 +301,7 @@ class Carving:
         }
         outcome, moved = reconstruct(
             self.program, part.block.name, weights,
-            PerBatch.of(range(len(behind)), features_and_behind, held=False),
+            PerBatch.of(range(len(behind)), features_and_behind, student.fits_at_once),
             targets, student.held_out,
         )  # fmt: skip
         student.skip_to(student.index, moved)
