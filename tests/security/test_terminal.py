@@ -237,7 +237,8 @@ def records() -> list[Record]:
              "controls": [{"donor": "x", "loss": 1.0, "perplexity": 2.0}]}
         ),
         CarvedParts.model_validate(
-            {"split": "s", "parts": parts, "refits": refits, "needs": [{"where": "x", "kl": 0.1}],
+            {"split": "s", "parts": parts, "refits": refits,
+             "sensitivity": [{"where": "x", "kl": 0.1}],
              "work": {"tokens": 1, "flops": (4, 2), "weight_products": (4, 2)},
              "seconds": {f"part {MARKUP}": 1.0}}
         ),
