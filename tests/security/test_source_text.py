@@ -58,7 +58,7 @@ def damaged(where: str, payload: str, data: dict[str, Any]) -> dict[str, Any]:
         case "weight":
             return rename(data, data["weights"][2]["name"], payload)
         case "state":
-            return rename(data, data["states"][0][0], payload)
+            return rename(data, data["states"][0]["name"], payload)
         case "attribute":
             for function in data["functions"]:
                 for node in function["nodes"]:

@@ -119,8 +119,8 @@ def _computes(op: str, schema: Any) -> bool:
 
 def is_random(node: Node) -> bool:
     """True for a node whose operator draws random numbers: two equal ones differ."""
-    if "." not in node.op:
-        return False
+    if "." not in node.op or node.op.startswith("graphopt_capture."):
+        return False  # an op of the IR, or one of the marks that capture leaves for itself
     tags = getattr(resolve_target(node.op), "tags", ())
     return torch.Tag.nondeterministic_seeded in tags
 
