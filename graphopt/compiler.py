@@ -18,7 +18,8 @@ from graphopt.ir.context import set_max_length
 from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program
 from graphopt.ir.types import DTYPE_NAMES
-from graphopt.pass_manager.pipeline import OnPass, Pipeline
+from graphopt.pass_manager.pipeline import Pipeline
+from graphopt.pass_manager.run import OnPass
 from graphopt.pass_manager.run_options import RunOptions
 from graphopt.report.records import (
     ArtifactEntry,
