@@ -123,7 +123,7 @@ class _Fusion(Distiller):
         faithful = options.mode == "faithful"
         super().__init__(
             options, program, context,
-            rate=FAITHFUL_RATE if faithful else None, lowers=not faithful,
+            rate=FAITHFUL_RATE if faithful else None, reduce_on_plateau=not faithful,
             # The loss of the faithful mode compares sequences, also in checks.
             least_held=2 if faithful else 1,
         )  # fmt: skip

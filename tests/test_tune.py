@@ -209,7 +209,7 @@ def test_a_rate_that_spoils_what_is_nearly_right_is_lowered_from_the_best_state(
         assert rates[at] == pytest.approx(rate * schedule.factor(at / 120))
         assert checks[at] > min(loss for earlier, loss in tuned.checks if earlier < at)
     # A paper's own schedule is left alone.
-    fixed = dataclasses.replace(schedule, lowers=False)
+    fixed = dataclasses.replace(schedule, reduce_on_plateau=False)
     assert tuner_of(program, disturbed(program, by=0.005), fixed).run().lowered == []
     # One that starts far off keeps its rate.
     far = tuner_of(program, disturbed(program), Schedule(steps=60, batch=16, rate=3e-3)).run()

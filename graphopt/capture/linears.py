@@ -64,7 +64,7 @@ def _merge_bias(raiser: Raiser) -> None:
                 break
 
 
-def sink_flattening(raiser: Raiser) -> None:
+def sink_reshape_below_linear(raiser: Raiser) -> None:
     """Move reshapes [B, S, N] -> [B*S, N] behind everything that works feature by feature.
 
     They then meet the reshape back and vanish.

@@ -16,7 +16,7 @@ from graphopt.capture.activations import raise_activations
 from graphopt.capture.attention import raise_attention
 from graphopt.capture.canonical import canonicalise
 from graphopt.capture.hoist import LayerKind, hoist, merge_equal_constants, stream_values
-from graphopt.capture.linears import raise_linears, sink_flattening
+from graphopt.capture.linears import raise_linears, sink_reshape_below_linear
 from graphopt.capture.mask_operands import set_masks
 from graphopt.capture.masks import MaskRecogniser
 from graphopt.capture.moves import raise_moves
@@ -210,7 +210,10 @@ _SUMS = (
     ("raise-linears", lambda raiser, slots: raiser.attempt(raise_linears, raiser, slots)),
     ("raise-norms", lambda raiser, slots: raiser.attempt(raise_norms, raiser)),
     ("raise-activations", lambda raiser, slots: raiser.attempt(raise_activations, raiser)),
-    ("sink-flattening", lambda raiser, slots: raiser.attempt(sink_flattening, raiser)),
+    (
+        "sink-reshape-below-linear",
+        lambda raiser, slots: raiser.attempt(sink_reshape_below_linear, raiser),
+    ),
 )
 _MOVES = ("raise-moves", lambda raiser, slots: raiser.attempt(raise_moves, raiser, slots))
 

@@ -59,7 +59,7 @@ class Distiller:
         options: Of the pass.
         program: What is trained; it is not changed.
         rate: Learning rate where the options have none; None for one that suits whole weights.
-        lowers: Whether a rate that gets no further is lowered.
+        reduce_on_plateau: Whether a rate that gets no further is lowered.
         least_held: Windows that checks need at least.
 
     Attributes:
@@ -79,7 +79,7 @@ class Distiller:
         context: Context,
         *,
         rate: float | None = None,
-        lowers: bool = True,
+        reduce_on_plateau: bool = True,
         least_held: int = 1,
     ) -> None:
         assert context.dense is not None
@@ -94,7 +94,7 @@ class Distiller:
         usual_rate = 5e-4 * min(1.0, math.sqrt(batch * seqlen / 8192))
         self.schedule = Schedule(
             options.steps, seconds, batch=batch, patience=options.patience,
-            rate=options.rate or rate or usual_rate, lowers=lowers,
+            rate=options.rate or rate or usual_rate, reduce_on_plateau=reduce_on_plateau,
         )  # fmt: skip
         self.started = time.perf_counter()
         self.seqlen = seqlen

@@ -19,7 +19,7 @@ class Schedule:
         batch: Windows of a step.
         betas: Of Adam.
         patience: Stop after this many checks without a better held-out loss; 0 never stops.
-        lowers: Whether a rate that gets no further is lowered, from the best state on.
+        reduce_on_plateau: Whether a rate that gets no further is lowered, from the best state on.
     """
 
     steps: int | None = None
@@ -29,7 +29,7 @@ class Schedule:
     batch: int = 4
     betas: tuple[float, float] = (0.9, 0.95)
     patience: int = 0
-    lowers: bool = True
+    reduce_on_plateau: bool = True
 
     def __post_init__(self) -> None:
         if self.steps is None and self.seconds is None:

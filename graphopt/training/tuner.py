@@ -33,12 +33,12 @@ CHECK_EVERY = 0.1
 """Of the schedule, between two checks on held-out windows."""
 
 
-FRUITLESS = 3
+LR_PATIENCE = 3
 """Checks in a row, none of them the best so far, before a training goes back to its best state:
 what starts near the dense model is spoilt by steps that suit what starts far from it."""
 
 
-LOWERED = 0.25
+LR_DECAY = 0.25
 """Of the rate, with which it goes on from there."""
 
 
@@ -143,8 +143,8 @@ class Tuner:
                 self._check(done)
                 if schedule.patience and self._worse >= schedule.patience:
                     result.stopped = f"no better held-out loss in {self._worse} checks"
-                elif schedule.lowers:
-                    self._look_back()
+                elif schedule.reduce_on_plateau:
+                    self._reduce_on_plateau()
             result.seconds = time.perf_counter() - begun
             if self.saved is not None and result.seconds - saved_at >= SAVE_EVERY:
                 saved_at = result.seconds
@@ -212,11 +212,11 @@ class Tuner:
             self._best, self._worse = total, 0
             self._best_state = [parameter.detach().clone() for parameter in self._parameters]
 
-    def _look_back(self) -> None:
+    def _reduce_on_plateau(self) -> None:
         """Go on from the best state with a lower rate, where checks show no gain by this one."""
-        if self._worse and self._worse % FRUITLESS == 0:
+        if self._worse and self._worse % LR_PATIENCE == 0:
             self._go_back()
-            self._rate *= LOWERED
+            self._rate *= LR_DECAY
             self.result.lowered.append((self.result.steps, self._rate))
 
     def _go_back(self) -> None:

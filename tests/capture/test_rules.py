@@ -22,7 +22,7 @@ from graphopt.capture.activations import raise_activations
 from graphopt.capture.attention import raise_attention
 from graphopt.capture.canonical import canonicalise
 from graphopt.capture.export import export_layer
-from graphopt.capture.linears import raise_linears, sink_flattening
+from graphopt.capture.linears import raise_linears, sink_reshape_below_linear
 from graphopt.capture.moves import raise_moves
 from graphopt.capture.norms import raise_norms
 from graphopt.capture.rewriting import Raiser
@@ -74,7 +74,7 @@ def activations(raiser: Raiser, slots: SlotSources) -> None:
 
 def flattening(raiser: Raiser, slots: SlotSources) -> None:
     raise_linears(raiser, slots)
-    sink_flattening(raiser)
+    sink_reshape_below_linear(raiser)
     raise_moves(raiser, slots)
 
 
@@ -328,6 +328,6 @@ def test_every_rule_has_its_graphs() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in package.glob("*.py"))
     rules = set(re.findall(r"^def (raise_\w+|sink_\w+|set_masks)\(", text, flags=re.MULTILINE))
     by_graph = {"raise_linears", "raise_norms", "raise_activations", "raise_moves"}
-    by_graph |= {"sink_flattening", "raise_attention"}
+    by_graph |= {"sink_reshape_below_linear", "raise_attention"}
     by_model = {"raise_ropes", "raise_position_embeddings", "set_masks"}
     assert rules == by_graph | by_model
