@@ -73,7 +73,7 @@ def stream_values(shell: Raiser, stubs: set[Node]) -> set[Value]:
     return stream
 
 
-def merge_equal_constants(kind: LayerKind, shell_constants: dict[str, torch.Tensor]) -> None:
+def merge_equal_constants(kind: LayerKind) -> None:
     """Nothing differs between layers in a constant that all of them hold alike.
 
     Constants are recorded for the exported layer; here the other layers' are compared, and a

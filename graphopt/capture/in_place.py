@@ -20,6 +20,7 @@ SCATTERS = {
 
 
 def is_in_place(node: Node) -> bool:
+    """Return whether a node's operator writes into one of its operands."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)
 

@@ -131,6 +131,7 @@ def _bias(kind: LayerKind, node: Node, terms: list[Term]) -> Value:
 def aten_before(
     raiser: Raiser, op: str, x: Value, args: list[Any], kind: Type, before: Node
 ) -> Value:
+    """Add an ATen operation of one operand in front of a node; return its result of type `kind`."""
     node = raiser.function.add(
         op, [x], {"args": args, "kwargs": {}, "types": [kind]}, before=before
     )

@@ -237,7 +237,7 @@ PHASES: tuple[tuple[tuple[ModelStep, ...], tuple[LayerStep, ...]], ...] = (
         (
             (
                 "merge-equal-constants",
-                lambda state, kind: merge_equal_constants(kind, state.shell.constants),
+                lambda state, kind: merge_equal_constants(kind),
             ),
             ("canonicalise", lambda state, kind: canonicalise(kind.raiser)),
             ("hoist", _hoist),

@@ -204,7 +204,7 @@ def pass_table(entries: Iterable[PassEntry]) -> Table:
             _parameters(entry),
             _delta(entry),
             format_figure(entry.kl, 2),
-            _perplexity(entry),
+            entry.perplexity_change() or "-",
             f"{entry.seconds + entry.verify_seconds:.1f}",
             format_bytes(entry.peak_bytes).replace(" ", ""),
         )
@@ -242,15 +242,6 @@ def _parameters(entry: PassEntry) -> str:
     if before == after or before == 0:
         return format_count(after)
     return f"{format_count(after)} ({(after - before) / before:+.1%})"
-
-
-def _perplexity(entry: PassEntry) -> str:
-    before, after = entry.perplexity_before, entry.perplexity_after
-    if before is None or after is None:
-        return "-"
-    if f"{before:.2f}" == f"{after:.2f}":
-        return f"{after:.2f}"
-    return f"{before:.2f} → {after:.2f}"
 
 
 def print_passes(console: Console, entries: list[PassEntry]) -> None:

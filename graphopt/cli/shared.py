@@ -141,6 +141,7 @@ def describe_error(error: Exception, command: str) -> tuple[str, str, int]:
 
 
 def print_json(data: Any) -> None:
+    """Write data as JSON on stdout."""
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
@@ -176,18 +177,29 @@ Backend = Annotated[
 
 
 def model_spec(model: str | None, config: Path | None) -> str:
+    """Return what `open_model` takes for MODEL or --config.
+
+    Raises:
+        UsageError: Neither or both are given.
+    """
     if (model is None) == (config is None):
         raise UsageError("Name one model.", "Give MODEL, or --config FILE for a bare config.")
     return f"config:{config}" if config is not None else str(model)
 
 
 def capture_model(spec: str, trust_remote_code: bool) -> Program:
+    """Return the program of a model; torch is imported here, not for `--help`."""
     from graphopt.capture import capture
 
     return capture(spec, trust_remote_code=trust_remote_code)
 
 
 def backend_named(name: str) -> Any:
+    """Return the name of a backend as it was given.
+
+    Raises:
+        UsageError: There is none of that name; the message has the nearest one.
+    """
     from graphopt.errors import unknown_name
 
     known = ("auto", "program", "torch", "onnx")

@@ -344,10 +344,3 @@ class SafetensorsWriter:
         else:
             with contextlib.suppress(OSError):
                 self._file.close()
-
-
-def save_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors that are in memory already."""
-    with SafetensorsWriter(path, {n: (t.shape, t.dtype) for n, t in tensors.items()}) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)

@@ -15,11 +15,9 @@ from dataclasses import dataclass
 
 from graphopt.ir.graph import Call, Function, Program, Value, resolve_attrs
 from graphopt.ir.imprint import producer_key, same_producer
-from graphopt.ir.ops import get_op, is_aten
+from graphopt.ir.ops import COMMUTATIVE, get_op, is_aten
 from graphopt.ir.ops.aten import is_random
 from graphopt.ir.weights import Weight
-
-_COMMUTATIVE = frozenset({"add", "mul"})
 
 Past = tuple[int, int]
 """Numbers of the keys and values that an attention finds in a cache, or leaves there."""
@@ -112,7 +110,7 @@ class ValueNumbers:
             operands = [None if value is None else values[value] for value in read]
             while operands and operands[-1] is None:
                 operands.pop()
-            if node.op in _COMMUTATIVE:
+            if node.op in COMMUTATIVE:
                 operands.sort(key=lambda number: -1 if number is None else number)
             attrs = {**get_op(node.op).defaults, **resolve_attrs(node, call)}
             if is_aten(node.op):

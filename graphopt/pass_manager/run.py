@@ -47,6 +47,7 @@ OnPass: TypeAlias = Callable[[PassEntry], None]
 
 
 def new_entry(item: Pass, program: Program, device: torch.device) -> PassEntry:
+    """Return the entry of a pass that has not run: its options on a device, and the sizes."""
     options = item.values(device)
     count = program.parameter_count()
     return PassEntry(

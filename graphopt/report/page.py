@@ -100,7 +100,7 @@ def _pass_table(passes: Sequence[PassEntry]) -> str:
             _parameters(item),
             figure(item.max_abs_logit_delta),
             figure(item.kl),
-            _perplexity(item),
+            item.perplexity_change() or "–",
             f"{item.seconds:.2f}",
             si(item.peak_bytes, "B"),
         )
@@ -115,15 +115,6 @@ def _pass_table(passes: Sequence[PassEntry]) -> str:
 def _parameters(item: PassEntry) -> str:
     before, after = item.parameters_before, item.parameters_after
     return "–" if before == after or not before else f"{(after - before) / before:+.1%}"
-
-
-def _perplexity(item: PassEntry) -> str:
-    before, after = item.perplexity_before, item.perplexity_after
-    if before is None or after is None:
-        return "–"
-    if f"{before:.2f}" == f"{after:.2f}":
-        return f"{after:.2f}"
-    return f"{before:.2f} → {after:.2f}"
 
 
 def _verdict(item: PassEntry) -> str:

@@ -75,6 +75,13 @@ class PassEntry:
     resumed: bool = False
     not_run: list[str] = field(default_factory=list)
 
+    def perplexity_change(self) -> str | None:
+        """Return the perplexity before and after as a text; None where it was not measured."""
+        if self.perplexity_before is None or self.perplexity_after is None:
+            return None
+        before, after = f"{self.perplexity_before:.2f}", f"{self.perplexity_after:.2f}"
+        return after if before == after else f"{before} → {after}"
+
     @property
     def details(self) -> dict[str, Any]:
         """What the pass told, as it stands in `report.json`."""

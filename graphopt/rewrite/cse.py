@@ -6,11 +6,8 @@ from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 from graphopt.ir.graph import Function, Node, Value
-from graphopt.ir.ops import get_op
+from graphopt.ir.ops import COMMUTATIVE, get_op
 from graphopt.ir.ops.aten import is_random
-
-COMMUTATIVE = frozenset({"add", "mul"})
-"""Ops whose two operands may change places."""
 
 
 def attribute_key(node: Node) -> Any:

@@ -163,6 +163,11 @@ class RefusedText(ValueError):
 
 
 def whole_number(text: str) -> int:
+    """Return the integer of a text.
+
+    Raises:
+        RefusedText: It has more digits than any size needs.
+    """
     digits = len(text.lstrip("+-"))
     if digits > MAX_DIGITS:
         raise RefusedText(f"the number {text[:12]}... has {digits} digits")
@@ -170,6 +175,11 @@ def whole_number(text: str) -> int:
 
 
 def finite_number(text: str) -> float:
+    """Return the number of a text.
+
+    Raises:
+        RefusedText: It is beyond the largest float.
+    """
     value = float(text)
     if math.isinf(value):
         raise RefusedText(f"the number {text[:20]} is too large")

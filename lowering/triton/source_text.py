@@ -84,6 +84,7 @@ def _bracketed(head: str, items: Sequence[str], tail: str) -> list[str]:
 
 
 def import_lines(head: str, names: Sequence[str]) -> list[str]:
+    """Return the lines of an import, in parentheses where one line is too short for it."""
     line = f"{head} {', '.join(names)}"
     if len(line) <= WIDTH:
         return [line]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import cases, eager_logits, error
+from safetensors.torch import save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,7 @@ import graphopt as go
 from graphopt.backends.opening import open_language_model
 from graphopt.errors import SourceError
 from graphopt.execute.interpreter import Runner
-from graphopt.files.safetensors import read_checkpoint, save_file
+from graphopt.files.safetensors import read_checkpoint
 
 CASE = cases(lengths=(7,))[-1]
 
@@ -39,7 +40,7 @@ def _save(folder: Path, said: bool, output: str, family: str, prefix: str = "") 
         del tensors["lm_head.weight"]
     if output == "alone":
         del tensors[next(name for name in tensors if "embed_tokens" in name or "wte" in name)]
-    save_file(folder / "model.safetensors", tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     path = folder / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"tie_word_embeddings": said}))
@@ -95,7 +96,7 @@ def test_each_tie_is_decided_alone(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tensors = {name: raw.load() for name, raw in read_checkpoint(tmp_path).items()}
     tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"] + 1
-    save_file(tmp_path / "model.safetensors", tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     found = Runner(go.capture(str(tmp_path))).logits(CASE.inputs)
     assert error(eager_logits(again, CASE), found, CASE) < 1e-5

@@ -11,9 +11,10 @@ from graphopt.ir.ops import (
     norm,
     rope,
 )
-from graphopt.ir.ops.base import Op, all_ops, get_op, is_aten, register
+from graphopt.ir.ops.base import COMMUTATIVE, Op, all_ops, get_op, is_aten, register
 
 __all__ = [
+    "COMMUTATIVE",
     "Op",
     "all_ops",
     "aten",

@@ -144,6 +144,9 @@ def _schema(op: type[Op]) -> type[pydantic.BaseModel]:
     return pydantic.create_model(op.__name__, __config__=strict, **fields)
 
 
+COMMUTATIVE = frozenset({"add", "mul"})
+"""Ops whose two operands may change places: both orders round alike."""
+
 _OPS: dict[str, Op] = {}
 
 
