@@ -20,7 +20,6 @@ from graphopt.files.safetensors import (
     blocks,
     read_checkpoint,
     read_header,
-    save_file,
 )
 from graphopt.ir.weights import Array, Transposed
 
@@ -41,6 +40,12 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
         assert torch.equal(got[name], tensor)
 
 
+def write_file(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with SafetensorsWriter(path, {n: (t.shape, t.dtype) for n, t in tensors.items()}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
 def load(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.load() for name, tensor in read_header(path).items()}
 
@@ -56,20 +61,20 @@ def entry(start: int, stop: int, shape: list[Any], dtype: str = "F32") -> dict[s
 
 
 def test_the_library_reads_what_is_written_and_the_other_way_round(tmp_path: Path) -> None:
-    save_file(tmp_path / "ours", TENSORS)
+    write_file(tmp_path / "ours", TENSORS)
     assert_same(safetensors.torch.load_file(tmp_path / "ours"), TENSORS)
     safetensors.torch.save_file(TENSORS, tmp_path / "theirs")
     assert_same(load(tmp_path / "theirs"), TENSORS)
 
 
 def test_tensors_are_aligned_to_their_elements(tmp_path: Path) -> None:
-    save_file(tmp_path / "file", TENSORS)
+    write_file(tmp_path / "file", TENSORS)
     for tensor in read_header(tmp_path / "file").values():
         assert tensor.offset % tensor.dtype.itemsize == 0
 
 
 def test_rows_are_read_alone(tmp_path: Path) -> None:
-    save_file(tmp_path / "file", TENSORS)
+    write_file(tmp_path / "file", TENSORS)
     tensor = read_header(tmp_path / "file")["matrix"]
     assert torch.equal(tensor.load_rows(1, 3), TENSORS["matrix"][1:3])
     assert tensor.load_rows(2, 2).shape == (0, 4)
@@ -110,7 +115,7 @@ def test_full_disk_is_one_sentence() -> None:
 
 @pytest.mark.parametrize("size", [0, 5, 30, -1])
 def test_truncated(tmp_path: Path, size: int) -> None:
-    save_file(tmp_path / "whole", TENSORS)
+    write_file(tmp_path / "whole", TENSORS)
     whole = (tmp_path / "whole").read_bytes()
     (tmp_path / "cut").write_bytes(whole[:size])
     with pytest.raises(SourceError, match=r"cut is truncated.*Download the file again"):
@@ -118,7 +123,7 @@ def test_truncated(tmp_path: Path, size: int) -> None:
 
 
 def test_file_that_shrinks_after_its_header_was_read(tmp_path: Path) -> None:
-    save_file(tmp_path / "file", TENSORS)
+    write_file(tmp_path / "file", TENSORS)
     tensors = read_header(tmp_path / "file")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(SourceError, match="truncated"):
@@ -158,8 +163,8 @@ def test_another_kind_of_file(tmp_path: Path) -> None:
 
 
 def sharded(folder: Path) -> Path:
-    save_file(folder / "one.safetensors", {"a": torch.ones(2)})
-    save_file(folder / "two.safetensors", {"b": torch.zeros(2)})
+    write_file(folder / "one.safetensors", {"a": torch.ones(2)})
+    write_file(folder / "two.safetensors", {"b": torch.zeros(2)})
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     (folder / ours.INDEX_NAME).write_text(json.dumps(index))
     return folder
@@ -179,7 +184,7 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
 
 
 def test_index_that_disagrees_with_the_shards(tmp_path: Path) -> None:
-    save_file(sharded(tmp_path) / "two.safetensors", {"c": torch.zeros(2)})
+    write_file(sharded(tmp_path) / "two.safetensors", {"c": torch.zeros(2)})
     with pytest.raises(SourceError, match="places tensor 'b' in two"):
         read_checkpoint(tmp_path)
 
