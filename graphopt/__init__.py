@@ -3,7 +3,7 @@
 import graphopt as go
 
 program = go.capture("demo")
-program, report = go.Pipeline.parse("normalise,insert-kv-cache").run(program)
+program, report = go.Pipeline.parse("canonicalise,insert-kv-cache").run(program)
 go.emit(program, "out", emit=("onnx",))
 """
 

@@ -63,9 +63,13 @@ class LoweringError(GraphoptError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """Return the error for an unknown `kind` called `name`, with the nearest known name."""
+    """Return the error for an unknown `kind` called `name`, with the nearest known name.
+
+    Nearest is one that begins with `name`, otherwise the most alike.
+    """
     choices = sorted(known)
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    longer = [choice for choice in choices if name and choice.startswith(name)]
+    near = longer or difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]!r}?" if near else ""
     return UsageError(f"Unknown {kind} {name!r}.", f"{hint} Known: {', '.join(choices)}.".strip())
 

@@ -385,7 +385,7 @@ main()
 @pytest.mark.parametrize(
     ("where", "options"),
     [
-        ("pass", ["--passes", "normalise,test-slow"]),
+        ("pass", ["--passes", "canonicalise,test-slow"]),
         ("emit", ["--force"]),
     ],
 )

@@ -101,7 +101,7 @@ def test_bugs_and_memory_are_not_blamed_on_the_model():
     from graphopt.pass_manager.contract import make_pass
 
     with pytest.raises(TypeError), users_model("model", "be built"):
-        make_pass("dead-code", 3)
+        make_pass("dead-code-elimination", 3)
     with pytest.raises(RuntimeError, match=r"allocate|overflow"), users_model("model", "be built"):
         allocate()
 

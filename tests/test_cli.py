@@ -27,8 +27,8 @@ from graphopt.errors import LoweringError
 from graphopt.ir.blocks import remove_blocks
 from graphopt.lowering.base import Emitted, Emitter
 from graphopt.pass_manager.contract import PassResult, get_pass
+from graphopt.passes.canonicalise import AppliedRules
 from graphopt.passes.fused_blocks import FusedBlocks
-from graphopt.passes.normalise import AppliedRules
 from graphopt.passes.prune_blocks import PrunedBlocks
 from graphopt.report.record import Step
 from graphopt.report.records import PassEntry
@@ -95,7 +95,8 @@ def test_compile_makes_the_folder_and_says_what_it_did():
     for text in (
         "18.6K parameters, 2 attention blocks, f32",
         "target   cpu",
-        "recipe   normalise,common-subexpression,fold-constants,dead-code,insert-kv-cache",
+        "recipe   canonicalise,common-subexpression-elimination,fold-constants,"
+        "dead-code-elimination,insert-kv-cache",
         "|Δlogit|",
         "verified 1 within tolerance, 4 changed nothing",
         "artifact out",
@@ -116,9 +117,9 @@ def test_compile_makes_the_folder_and_says_what_it_did():
 
 
 def test_the_saved_recipe_replays_the_run():
-    compile_tiny("--passes", "normalise,fold-constants{max_bytes=64},insert-kv-cache")
+    compile_tiny("--passes", "canonicalise,fold-constants{max_bytes=64},insert-kv-cache")
     assert yaml.safe_load(Path("out/recipe.yaml").read_text())["passes"] == [
-        "normalise",
+        "canonicalise",
         {"fold-constants": {"max_bytes": 64}},
         "insert-kv-cache",
     ]
@@ -128,7 +129,13 @@ def test_the_saved_recipe_replays_the_run():
     assert recipes[0] == recipes[1]
 
 
-DEFAULT = ["normalise", "common-subexpression", "fold-constants", "dead-code", "insert-kv-cache"]
+DEFAULT = [
+    "canonicalise",
+    "common-subexpression-elimination",
+    "fold-constants",
+    "dead-code-elimination",
+    "insert-kv-cache",
+]
 
 
 @pytest.fixture
@@ -150,7 +157,10 @@ def _first_block_goes(monkeypatch):
 def test_passes_that_name_no_default_one_run_between_those():
     code, out, _ = compile_tiny("--passes", "prune-blocks{blocks=1}")
     assert code == 0, out  # the emitter refuses a model without a KV cache
-    whole = "normalise,common-subexpression,fold-constants,dead-code,prune-blocks{blocks=1},"
+    whole = (
+        "canonicalise,common-subexpression-elimination,fold-constants,dead-code-elimination,"
+        "prune-blocks{blocks=1},"
+    )
     assert f"recipe   {whole}insert-kv-cache" in out
     assert "  prune-blocks removed 0; perplexity 20 → 41.25" in out
     assert yaml.safe_load(Path("out/recipe.yaml").read_text())["passes"] == [
@@ -166,9 +176,11 @@ def test_passes_that_name_no_default_one_run_between_those():
 
 @pytest.mark.usefixtures("_first_block_goes")
 def test_recipes_that_name_a_default_pass_run_as_written():
-    code, out, _ = compile_tiny("--dry-run", "--passes", "prune-blocks{blocks=1},dead-code")
-    assert code == 0 and "recipe   prune-blocks{blocks=1},dead-code\n" in out
-    code, _, error = compile_tiny("--passes", "prune-blocks{blocks=1},dead-code")
+    code, out, _ = compile_tiny(
+        "--dry-run", "--passes", "prune-blocks{blocks=1},dead-code-elimination"
+    )
+    assert code == 0 and "recipe   prune-blocks{blocks=1},dead-code-elimination\n" in out
+    code, _, error = compile_tiny("--passes", "prune-blocks{blocks=1},dead-code-elimination")
     assert code == 1 and "fake needs a KV cache" in error
     Path("recipe.yaml").write_text("passes:\n- prune-blocks: {blocks: 1}\n")
     code, out, _ = compile_tiny("--dry-run", "--recipe", "recipe.yaml")
@@ -221,7 +233,7 @@ def test_a_dry_run_reads_and_writes_nothing():
 
 
 def test_stop_after_dump_and_no_verify():
-    code, _, error = compile_tiny("--stop-after", "dead-code")
+    code, _, error = compile_tiny("--stop-after", "dead-code-elimination")
     assert code == 1 and "fake needs a KV cache" in error and leftovers() == []
     code, _, _ = compile_tiny("--dump-ir", "ir", "--no-verify")
     assert code == 0
@@ -238,8 +250,8 @@ def test_stop_after_dump_and_no_verify():
         (["compile", "tiny", "--emit", "onxx"], 2, "Did you mean 'onnx'?"),
         (["compile", "tiny", "--emit", ","], 2, "Nothing to emit."),
         (["compile", "tiny", "--emit", "torch", "--onnx-moe"], 2, "is for the ONNX form"),
-        (["compile", "tiny", "--passes", "normalize"], 2, "Did you mean 'normalise'?"),
-        (["compile", "tiny", "--passes", "dead-code{x=1}"], 2, "has no option 'x'"),
+        (["compile", "tiny", "--passes", "canonicalize"], 2, "Did you mean 'canonicalise'?"),
+        (["compile", "tiny", "--passes", "dead-code-elimination{x=1}"], 2, "has no option 'x'"),
         (["compile", "tiny", "--passes", "a", "--recipe", "b"], 2, "Both --passes and --recipe"),
         (["compile", "tiny", "--recipe", "absent.yaml"], 2, "absent.yaml cannot be read"),
         (["compile", "tiny", "--stop-after", "nothing"], 2, "Unknown pass 'nothing'"),
@@ -249,7 +261,7 @@ def test_stop_after_dump_and_no_verify():
         (["bogus"], 2, "No such command"),
         (["inspect"], 2, "Name one model."),
         (["inspect", "tiny", "--batch", "0"], 2, "Invalid value"),
-        (["passes", "dead"], 2, "Did you mean 'dead-code'?"),
+        (["passes", "dead"], 2, "Did you mean 'dead-code-elimination'?"),
         (["targets", "cpuu"], 2, "Did you mean 'cpu'?"),
         (["eval", "tiny"], 2, "Nothing to evaluate on."),
         (["eval", "tiny", "--text", "absent.txt"], 1, "absent.txt cannot be read"),
@@ -312,7 +324,7 @@ def test_nothing_half_written_stays(existing):
 
 def test_resume_repeats_no_finished_pass(monkeypatch):
     ran = []
-    for name in ("normalise", "insert-kv-cache"):
+    for name in ("canonicalise", "insert-kv-cache"):
         cls = get_pass(name)
 
         def run(self, program, context, original=cls.run):
@@ -328,11 +340,11 @@ def test_resume_repeats_no_finished_pass(monkeypatch):
     FakeEmitter.meanwhile = interrupt
     assert compile_tiny()[0] == 130
     assert leftovers() == [".out.work"]
-    assert ran == ["normalise", "insert-kv-cache"]
+    assert ran == ["canonicalise", "insert-kv-cache"]
     FakeEmitter.meanwhile = None
     code, out, _ = compile_tiny("--resume")
     assert code == 0 and "resumed" in out
-    assert ran == ["normalise", "insert-kv-cache"]
+    assert ran == ["canonicalise", "insert-kv-cache"]
     assert leftovers() == ["out"]
 
 
@@ -364,7 +376,7 @@ def test_every_option_of_a_compile_is_on_the_command_line():
 def test_passes_and_targets():
     code, out, _ = graphopt("passes")
     assert code == 0 and "max_bytes: int = 1048576" in out and "exact" in out
-    assert "Legality:" not in out and "Legality:" in graphopt("passes", "dead-code")[1]
+    assert "Legality:" not in out and "Legality:" in graphopt("passes", "dead-code-elimination")[1]
     data = json.loads(graphopt("passes", "--json")[1])
     assert {"name", "summary", "exact", "options", "doc"} <= set(data[0])
     code, out, _ = graphopt("targets")
@@ -438,7 +450,7 @@ def test_the_python_interface_is_what_the_documentation_says(tmp_path):
     import graphopt as go
 
     program = go.capture("tiny")
-    program, report = go.Pipeline.parse("normalise,insert-kv-cache").run(program)
+    program, report = go.Pipeline.parse("canonicalise,insert-kv-cache").run(program)
     go.emit(program, tmp_path / "py", emit=("fake",), report=report)
     assert json.loads((tmp_path / "py/report.json").read_text())["passes"][1]["changed"] == 2
     import graphopt.capture

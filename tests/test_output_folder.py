@@ -194,7 +194,7 @@ def test_a_resumed_report_has_the_figures_of_the_probe():
 
 
 def test_snapshots_with_other_types():
-    options = {"recipe": Pipeline(["normalise"]), "verify": False}
+    options = {"recipe": Pipeline(["canonicalise"]), "verify": False}
     (path,) = interrupted(**options)
     state = json.loads(path.read_text())
     for key in state:
@@ -222,14 +222,14 @@ def test_snapshots_with_other_types():
         lambda state: state["figures"].update(windows={"bos": "every", "begin": ["x"]}),
         lambda state: state["entries"].clear(),
         lambda state: state["entries"].extend(state["entries"]),
-        lambda state: state["entries"][0].update(name="dead-code"),
+        lambda state: state["entries"][0].update(name="dead-code-elimination"),
         lambda state: state["entries"][0].update(details={}),
         lambda state: state["entries"][0]["details"].update(rules={"swap": None}),
         lambda state: state["entries"][0]["details"].update(more=1),
     ],
 )
 def test_what_a_snapshot_keeps_of_the_report(change):
-    options = {"recipe": Pipeline(["normalise"]), "verify": False}
+    options = {"recipe": Pipeline(["canonicalise"]), "verify": False}
     (path,) = interrupted(**options)
     state = json.loads(path.read_text())
     change(state)
@@ -250,7 +250,7 @@ def test_what_a_snapshot_keeps_of_the_report(change):
     ],
 )
 def test_a_program_in_a_snapshot_that_no_pass_makes(change):
-    options = {"recipe": Pipeline(["normalise"]), "verify": False}
+    options = {"recipe": Pipeline(["canonicalise"]), "verify": False}
     (path,) = interrupted(**options)
     state = json.loads(path.read_text())
     change(state["program"])

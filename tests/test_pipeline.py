@@ -141,8 +141,8 @@ def test_the_default_recipe_is_exact_and_says_so():
     assert seen == DEFAULT_RECIPE.split(",") == [entry.name for entry in report.passes]
     assert len(result.states) == 2
     by_name = {entry.name: entry for entry in report.passes}
-    assert by_name["dead-code"].verification == "unchanged"
-    assert by_name["dead-code"].max_abs_logit_delta is None
+    assert by_name["dead-code-elimination"].verification == "unchanged"
+    assert by_name["dead-code-elimination"].max_abs_logit_delta is None
     inserted = by_name["insert-kv-cache"]
     assert inserted.verification == "passed" and (inserted.matched, inserted.changed) == (2, 2)
     # Two steps with a cache against one without: fp32 rounding, and the stated tolerance.
@@ -162,7 +162,7 @@ def test_the_default_recipe_is_exact_and_says_so():
 def test_an_exact_pass_that_is_not_is_refused_with_the_figure():
     program = tiny_program()
     with pytest.raises(VerifyError) as caught:
-        Pipeline(["normalise", Wrong()]).run(program)
+        Pipeline(["canonicalise", Wrong()]).run(program)
     probe = make_probe(program, "", None)
     changed = Wrong().run(program.copy(), Context()).program
     difference = compare(*measure([program, changed], probe))
@@ -211,9 +211,9 @@ def test_a_malformed_program_is_refused_even_without_verification():
 def test_order_and_structure_are_checked_before_any_weight_is_read():
     program = unreadable_program()
     with pytest.raises(PassError, match="'test-picky' must come after 'test-shrink'"):
-        Pipeline(["normalise", Picky()]).run(program)
+        Pipeline(["canonicalise", Picky()]).run(program)
     with pytest.raises(PassError, match="too wide"):
-        Pipeline(["normalise", WidePicky()]).run(tiny_program(hidden=72))
+        Pipeline(["canonicalise", WidePicky()]).run(tiny_program(hidden=72))
     with pytest.raises(PassError, match="needs a program without kv-cache"):
         Pipeline(["insert-kv-cache", NoCache()]).run(program)
     with pytest.raises(PassError, match="needs a program with kv-cache"):
@@ -260,25 +260,27 @@ def test_a_plan_reads_no_weight():
 def test_stop_after():
     _, report = Pipeline.default().run(tiny_program(), RunOptions(stop_after="fold-constants"))
     assert [e.name for e in report.passes] == DEFAULT_RECIPE.split(",")[:3]
-    assert report.recipe == "normalise,common-subexpression,fold-constants"
-    with pytest.raises(UsageError, match="Did you mean 'dead-code'"):
+    assert report.recipe == "canonicalise,common-subexpression-elimination,fold-constants"
+    with pytest.raises(UsageError, match="Did you mean 'dead-code-elimination'"):
         Pipeline.default().run(tiny_program(), RunOptions(stop_after="dead-cod"))
-    with pytest.raises(UsageError, match="The recipe has no pass 'dead-code'"):
-        Pipeline(["normalise"]).run(tiny_program(), RunOptions(stop_after="dead-code"))
+    with pytest.raises(UsageError, match="The recipe has no pass 'dead-code-elimination'"):
+        Pipeline(["canonicalise"]).run(
+            tiny_program(), RunOptions(stop_after="dead-code-elimination")
+        )
 
 
 def test_dumps(tmp_path):
-    result, _ = Pipeline(["normalise", "insert-kv-cache"]).run(
+    result, _ = Pipeline(["canonicalise", "insert-kv-cache"]).run(
         tiny_program(), RunOptions(dump_ir=tmp_path / "ir")
     )
     names = sorted(path.name for path in (tmp_path / "ir").iterdir())
-    assert names == ["00-capture.txt", "01-normalise.txt", "02-insert-kv-cache.txt"]
+    assert names == ["00-capture.txt", "01-canonicalise.txt", "02-insert-kv-cache.txt"]
     assert (tmp_path / "ir" / names[-1]).read_text() == str(result) + "\n"
 
 
 def test_an_interrupted_run_goes_on_without_repeating_finished_passes(tmp_path):
     program = tiny_program()
-    pipeline = Pipeline([Shrink(by=0.25), "insert-kv-cache", Crash(), "dead-code"])
+    pipeline = Pipeline([Shrink(by=0.25), "insert-kv-cache", Crash(), "dead-code-elimination"])
     work = tmp_path / "work"
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(program, work=work)
@@ -364,10 +366,12 @@ def test_perplexity_needs_text(tmp_path):
 
 
 def test_pipelines_from_text_yaml_and_objects_are_equal(tmp_path):
-    text = "normalise,test-shrink{by=0.25}"
+    text = "canonicalise,test-shrink{by=0.25}"
     path = tmp_path / "recipe.yaml"
     path.write_text(Pipeline.parse(text).to_yaml())
-    assert Pipeline.parse(text) == Pipeline.from_yaml(path) == Pipeline(["normalise", Shrink(0.25)])
+    assert (
+        Pipeline.parse(text) == Pipeline.from_yaml(path) == Pipeline(["canonicalise", Shrink(0.25)])
+    )
     assert str(Pipeline.from_yaml(path)) == text
 
 
@@ -376,6 +380,6 @@ def test_a_recipe_without_default_passes_runs_between_them() -> None:
     given = Pipeline.parse("prune-blocks{blocks=1},fuse-blocks")
     between = [*names[:-1], "prune-blocks", "fuse-blocks", names[-1]]
     assert [item.name for item in given.within_default().passes] == between
-    for text in ("", "dead-code", "prune-blocks{blocks=1},insert-kv-cache"):
+    for text in ("", "dead-code-elimination", "prune-blocks{blocks=1},insert-kv-cache"):
         written = Pipeline.parse(text)
         assert str(written.within_default()) == str(written)

@@ -40,7 +40,7 @@ class Options(Pass):
 TEXT = st.text(max_size=8)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 PASSES = st.one_of(
-    st.sampled_from(["normalise", "dead-code", "insert-kv-cache"]).map(
+    st.sampled_from(["canonicalise", "dead-code-elimination", "insert-kv-cache"]).map(
         lambda name: parse_recipe(name)[0]
     ),
     st.builds(
@@ -63,13 +63,15 @@ def test_text_yaml_and_python_are_one_thing(passes):
 
 
 def test_the_forms_as_people_write_them():
-    passes = parse_recipe('dead-code, test-options{ count=3, ratio=1e-2,deep=yes,tags=[a,"b c"]}')
+    passes = parse_recipe(
+        'insert-kv-cache, test-options{ count=3, ratio=1e-2,deep=yes,tags=[a,"b c"]}'
+    )
     assert passes[1] == Options(3, 0.01, True, tags=["a", "b c"])
     assert format_recipe(passes) == (
-        'dead-code,test-options{count=3,ratio=0.01,deep=true,tags=[a,"b c"]}'
+        'insert-kv-cache,test-options{count=3,ratio=0.01,deep=true,tags=[a,"b c"]}'
     )
     assert recipe_to_yaml(passes) == (
-        "version: 1\npasses:\n- dead-code\n- test-options:\n    count: 3\n    ratio: 0.01\n"
+        "version: 1\npasses:\n- insert-kv-cache\n- test-options:\n    count: 3\n    ratio: 0.01\n"
         "    deep: true\n    tags:\n    - a\n    - b c\n"
     )
     assert parse_recipe("") == parse_recipe("  ") == []
@@ -80,15 +82,18 @@ def test_the_forms_as_people_write_them():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dead-code,", "character 11: expected the name of a pass, found the end"),
-        ("dead-code;normalise", "character 10: expected ',' or '{', found ';normalise'"),
+        ("insert-kv-cache,", "character 17: expected the name of a pass, found the end"),
+        (
+            "insert-kv-cache;canonicalise",
+            "character 16: expected ',' or '{', found ';canonicalise'",
+        ),
         ("test-options{count}", "character 19: expected '=' after the option 'count', found '}'"),
         ("test-options{count=1", "character 21: expected ',' or '}', found the end"),
         ("test-options{count=}", "character 20: expected a value, found '}'"),
         ('test-options{mode="a', "character 21: expected a closing '\"', found the end"),
         ("test-options{tags=[a", "character 21: expected ',' or ']', found the end"),
         ("test-options{count=1,count=2}", "'count' is repeated"),
-        ("dead-codes", "Unknown pass 'dead-codes'. Did you mean 'dead-code'?"),
+        ("fold-constant", "Unknown pass 'fold-constant'. Did you mean 'fold-constants'?"),
         ("test-options{rato=1}", "Did you mean 'ratio'?"),
     ],
 )
@@ -104,12 +109,12 @@ def test_errors_say_where_and_what_to_do(text, message):
     [
         ("passes: [", "line 1, column 10, is not YAML"),
         ("steps: []", "has no 'passes'"),
-        ("- dead-code", "has no 'passes'"),
+        ("- dead-code-elimination", "has no 'passes'"),
         ("passes: []\nextra: 1", "unknown key 'extra'"),
         ("version: 2\npasses: []", "has version 2, this graphopt reads 1"),
-        ("passes: dead-code", "'passes' is not a list"),
-        ("passes: [dead-code, 3]", "item 2 of 'passes' is 3"),
-        ("passes: [{dead-code: [1]}]", "item 1 of 'passes'"),
+        ("passes: dead-code-elimination", "'passes' is not a list"),
+        ("passes: [dead-code-elimination, 3]", "item 2 of 'passes' is 3"),
+        ("passes: [{dead-code-elimination: [1]}]", "item 1 of 'passes'"),
         ("passes: [{test-options: {count: x}}]", "'x' is not an int"),
     ],
 )

@@ -16,9 +16,9 @@ from graphopt.errors import SourceError
 from graphopt.ir.cost import program_costs
 from graphopt.ir.types import B, P, S
 from graphopt.pass_manager.pipeline import Pipeline
+from graphopt.passes.canonicalise import AppliedRules
 from graphopt.passes.carve_moe.record import Carved, CarvedParts, Work
 from graphopt.passes.fused_blocks import Control, FusedBlocks
-from graphopt.passes.normalise import AppliedRules
 from graphopt.passes.prune_blocks import PrunedBlocks
 from graphopt.passes.tune_moe import ExpertLoads, TunedMoe
 from graphopt.report.breakdown import breakdown, kv_cache_bytes, part_of_nodes

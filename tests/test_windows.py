@@ -276,7 +276,7 @@ def test_the_report_says_how_windows_begin(bos: Any, model: go.Program, tmp_path
     expected = {"bos": bos, "begin": [START] if bos == "every" else []}
     assert report.windows == expected
     assert json.loads(json.dumps(report.to_json()))["windows"] == expected
-    _, silent = go.Pipeline.parse("normalise").run(model, go.RunOptions(verify=False))
+    _, silent = go.Pipeline.parse("canonicalise").run(model, go.RunOptions(verify=False))
     assert silent.windows is None
 
 

@@ -122,21 +122,21 @@ RECIPE_TEXTS = [
     "",
     ",",
     "{",
-    "normalise",
-    "normalise,,dead-code",
+    "canonicalise",
+    "canonicalise,,dead-code-elimination",
     'prune-blocks{ratio="',
     "é",
-    "dead-code{x=1}",
+    "dead-code-elimination{x=1}",
     "a" * 10_000,
     "{" * 10_000,
     "insert-kv-cache,insert-kv-cache",
-    "insert-kv-cache,normalise",
-    "normalise," * 300 + "normalise",
+    "insert-kv-cache,canonicalise",
+    "canonicalise," * 300 + "canonicalise",
     "tune-moe",
     "fuse-blocks",
     "prune-blocks{blocks=1,blocks=2}",
     "prune-blocks{score=\x00}",
-    "normalise,\ud800",
+    "canonicalise,\ud800",
 ]
 
 ODD_OPTION_VALUES = [
@@ -277,7 +277,12 @@ def _spread(random: Random, choices: list[list[str]]) -> list[str]:
 
 
 INTERRUPTED = {
-    "out": ["model", "--no-verify", "--passes", "normalise,dead-code,fold-constants"],
+    "out": [
+        "model",
+        "--no-verify",
+        "--passes",
+        "canonicalise,dead-code-elimination,fold-constants",
+    ],
     "out2": ["two", "--no-verify", "--passes", "prune-blocks{blocks=1,windows=1,seqlen=16}"],
 }
 """Compiles that were interrupted, by their output folders: their snapshots are there."""

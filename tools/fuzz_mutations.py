@@ -377,8 +377,8 @@ TEMPLATES = [
 """Chat templates that fail, never end, or fill the memory."""
 
 RECIPES = [
-    "version: 1\npasses: [normalise, dead-code]\n",
-    "version: 1\npasses:\n- normalise\n- prune-blocks: {blocks: 1}\n- insert-kv-cache\n",
+    "version: 1\npasses: [canonicalise, dead-code-elimination]\n",
+    "version: 1\npasses:\n- canonicalise\n- prune-blocks: {blocks: 1}\n- insert-kv-cache\n",
     "version: 1\npasses:\n- fuse-blocks: {steps: 1}\n",
     "a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\npasses: [*b,*b]\n",
     "version: 2024-01-01\npasses: []\n",

@@ -36,7 +36,10 @@ from graphopt.support.devices import usable_device
 from graphopt.support.measure import Meter
 from graphopt.support.progress import Progress, silent
 
-DEFAULT_RECIPE = "normalise,common-subexpression,fold-constants,dead-code,insert-kv-cache"
+DEFAULT_RECIPE = (
+    "canonicalise,common-subexpression-elimination,fold-constants,dead-code-elimination,"
+    "insert-kv-cache"
+)
 
 
 @dataclass
@@ -59,7 +62,7 @@ class Pipeline:
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
-        """Return the pipeline of a recipe's text form, such as `normalise,dead-code`.
+        """Return the pipeline of a recipe's text form, such as `canonicalise,insert-kv-cache`.
 
         Raises:
             UsageError: With the position of what is wrong, or the nearest known name.

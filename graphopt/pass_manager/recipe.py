@@ -120,7 +120,7 @@ class _Reader:
 
 
 def parse_recipe(text: str) -> list[Pass]:
-    """Return the passes of the text form, such as `normalise,prune-blocks{ratio=0.25}`.
+    """Return the passes of the text form, such as `canonicalise,prune-blocks{ratio=0.25}`.
 
     Values are `true`, `false`, `none`, numbers, words, `"quoted text"` with `\\"` and `\\\\`
     inside, or `[lists,of,these]`.

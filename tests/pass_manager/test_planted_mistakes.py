@@ -58,7 +58,7 @@ from graphopt.pass_manager.contract import Context, Pass, PassResult, make_pass
 from graphopt.pass_manager.pipeline import DEFAULT_RECIPE, Pipeline
 
 EXACT = DEFAULT_RECIPE.split(",")
-NORMALISE, SUBEXPRESSION, FOLD, DEAD, CACHE = EXACT
+CANONICALISE, SUBEXPRESSION, FOLD, DEAD, CACHE = EXACT
 LOWERING = {item.name: item for item in lowering_passes("ampere")}
 DEFER, FUSE, PLAN = LOWERING
 
@@ -75,11 +75,11 @@ WEIGHTS = [
     Mistake("one neuron off by 1e-3", DEAD, "plain", weight(UP, scaled(1.001, 3))),
     Mistake("one neuron is gone", DEAD, "plain", weight(UP, scaled(0.0, 5))),
     Mistake("a matrix rounded to bf16", FOLD, "plain", weight(OUT, lambda w: w.bfloat16().float())),
-    Mistake("a square matrix transposed", NORMALISE, "plain", of(transpose, OUT)),
+    Mistake("a square matrix transposed", CANONICALISE, "plain", of(transpose, OUT)),
     Mistake("two key heads swapped", SUBEXPRESSION, "plain",
             weight(K, swapped(slice(0, 8), slice(8, 16)))),
     Mistake("rows off by one", SUBEXPRESSION, "plain", of(rows_off_by_one, UP)),
-    Mistake("gate and up swapped", NORMALISE, "plain",
+    Mistake("gate and up swapped", CANONICALISE, "plain",
             of(swap_slots, 1, "mlp.gate_proj.weight", "mlp.up_proj.weight")),
     Mistake("gains of two norms swapped", SUBEXPRESSION, "plain",
             of(swap_slots, 0, GAIN, OTHER_GAIN)),
@@ -95,7 +95,7 @@ WEIGHTS = [
             slot(-1, "lm_head.weight", "embed.weight")),
     Mistake("a learned position", FOLD, "positions",
             weight("positions.weight", scaled(1.01, 400)), length=600),
-    Mistake("learned positions off by one from 60 on", NORMALISE, "positions",
+    Mistake("learned positions off by one from 60 on", CANONICALISE, "positions",
             of(rows_off_by_one, "positions.weight", 60), length=100),
     Mistake("a frequency", FOLD, "plain", weight(FREQUENCIES, scaled(1.0001, 2))),
     Mistake("frequencies rounded to fp16", FOLD, "plain",
@@ -105,7 +105,8 @@ WEIGHTS = [
             slot(0, "rope.long", FREQUENCIES), length=400),
     Mistake("short frequencies are the long ones", SUBEXPRESSION, "switch",
             slot(0, FREQUENCIES, "rope.long")),
-    Mistake("slopes in another order", NORMALISE, "alibi", weight("slopes", lambda w: w.flip(0))),
+    Mistake("slopes in another order", CANONICALISE, "alibi",
+            weight("slopes", lambda w: w.flip(0))),
     Mistake("a head's slope", FOLD, "alibi", weight("slopes", scaled(1.001, 3))),
     Mistake("a head's sink", FOLD, "sinks", weight(SINKS, scaled(1.01, 2))),
     Mistake("a bias halved", FOLD, "biased", weight(BIAS, scaled(0.5))),
@@ -117,37 +118,37 @@ WEIGHTS = [
 ]
 
 ATTRIBUTES = [
-    Mistake("a window one shorter", NORMALISE, "window", window(0, WINDOW - 1), length=120),
+    Mistake("a window one shorter", CANONICALISE, "window", window(0, WINDOW - 1), length=120),
     Mistake("a window one longer", CACHE, "window", window(0, WINDOW + 1), length=120),
     Mistake("a window lost", DEAD, "window", window(0, None), length=120),
-    Mistake("a window in every layer", NORMALISE, "window", window(1, WINDOW), length=120),
+    Mistake("a window in every layer", CANONICALISE, "window", window(1, WINDOW), length=120),
     Mistake("a large window one shorter", CACHE, "large window", window(0, LARGE_WINDOW - 1),
             length=None),
-    Mistake("a chunk one longer", NORMALISE, "chunk", attr("attention", chunk=WINDOW + 1),
+    Mistake("a chunk one longer", CANONICALISE, "chunk", attr("attention", chunk=WINDOW + 1),
             length=120),
-    Mistake("a chunk is a window", NORMALISE, "chunk",
+    Mistake("a chunk is a window", CANONICALISE, "chunk",
             attr("attention", chunk=None, window=WINDOW), length=220),
     Mistake("a chunk lost", CACHE, "chunk", attr("attention", chunk=None), length=120),
-    Mistake("later tokens are seen", NORMALISE, "plain", attr("attention", causal=False)),
-    Mistake("a soft-cap lost", NORMALISE, "softcap", attr("attention", softcap=None)),
+    Mistake("later tokens are seen", CANONICALISE, "plain", attr("attention", causal=False)),
+    Mistake("a soft-cap lost", CANONICALISE, "softcap", attr("attention", softcap=None)),
     Mistake("a soft-cap off by 1e-3", FOLD, "softcap", attr("attention", softcap=2.002)),
-    Mistake("scores off by 1e-3", NORMALISE, "plain", attr("attention", scale=8**-0.5 * 1.001)),
+    Mistake("scores off by 1e-3", CANONICALISE, "plain", attr("attention", scale=8**-0.5 * 1.001)),
     Mistake("another eps", SUBEXPRESSION, "plain", first("rms_norm", eps=1.001e-5)),
-    Mistake("gains and 1", NORMALISE, "plain", first("rms_norm", offset=1.0)),
-    Mistake("pairs of neighbours", NORMALISE, "plain", first("rope", interleaved=True)),
+    Mistake("gains and 1", CANONICALISE, "plain", first("rms_norm", offset=1.0)),
+    Mistake("pairs of neighbours", CANONICALISE, "plain", first("rope", interleaved=True)),
     Mistake("tables off by 1e-3", FOLD, "plain", attr("rope_table", scale=1.001)),
-    Mistake("a switch one later", NORMALISE, "switch", attr("by_length", length=SWITCH + 1),
+    Mistake("a switch one later", CANONICALISE, "switch", attr("by_length", length=SWITCH + 1),
             length=4, start=SWITCH - 3),
     Mistake("a switch one earlier", CACHE, "switch", attr("by_length", length=SWITCH - 1),
             length=4, start=SWITCH - 4),
     Mistake("a large switch one later", FOLD, "large switch",
             attr("by_length", length=LARGE_SWITCH + 1), length=4, start=LARGE_SWITCH - 3),
-    Mistake("a base that grows later", NORMALISE, "growing",
+    Mistake("a base that grows later", CANONICALISE, "growing",
             attr("ntk_frequencies", length=SWITCH + 1), length=30, start=SWITCH),
     Mistake("a base that grows faster", FOLD, "growing", attr("ntk_frequencies", factor=4.1),
             length=30, start=SWITCH),
-    Mistake("tanh in a gelu", NORMALISE, "gelu", of(set_op, "gelu", "gelu_tanh")),
-    Mistake("another activation", NORMALISE, "plain", of(set_op, "silu", "quick_gelu")),
+    Mistake("tanh in a gelu", CANONICALISE, "gelu", of(set_op, "gelu", "gelu_tanh")),
+    Mistake("another activation", CANONICALISE, "plain", of(set_op, "silu", "quick_gelu")),
     Mistake("positions from the second row", FOLD, "last position", attr("embedding", offset=1)),
     Mistake("one expert more", SUBEXPRESSION, "experts", lambda program: (
         attr("top_gates", count=3)(program), attr("experts", active=3)(program))),
@@ -158,7 +159,7 @@ GRAPH = [
     Mistake("the last residual dropped", DEAD, "plain", of(drop_residual, 0, "mlp")),
     Mistake("the stream from before attention", SUBEXPRESSION, "plain", stream_before_attention),
     Mistake("a norm skipped in one block", DEAD, "plain", of(skip, "rms_norm", "h", 1)),
-    Mistake("queries not rotated", NORMALISE, "plain", of(skip, "rope", "q_rope")),
+    Mistake("queries not rotated", CANONICALISE, "plain", of(skip, "rope", "q_rope")),
     Mistake("sines for cosines", SUBEXPRESSION, "plain", of(swap_operands, "rope", "k_rope", 1, 2)),
     Mistake("values for keys", SUBEXPRESSION, "plain",
             of(read_instead, "rope", "k_rope", 0, "v_heads")),
@@ -169,15 +170,16 @@ GRAPH = [
     Mistake("sinks lost", DEAD, "sinks", of(drop_operand, "attention", "a", 6)),
     Mistake("slopes lost", DEAD, "alibi", of(drop_operand, "attention", "a", 5)),
     Mistake("a bias dropped", DEAD, "biased", of(drop_operand, "linear", "v", 2)),
-    Mistake("the last token's row", NORMALISE, "plain", last_token),
+    Mistake("the last token's row", CANONICALISE, "plain", last_token),
     Mistake("a layer lost", DEAD, "plain", of(drop_layer, 1)),
     Mistake("a layer twice", SUBEXPRESSION, "plain",
             lambda program: program.calls.insert(2, replace(layer_call(program, 0)))),
-    Mistake("positions no further than 60", NORMALISE, "plain", of(clamp, "position_ids", 60),
+    Mistake("positions no further than 60", CANONICALISE, "plain", of(clamp, "position_ids", 60),
             length=80),
     Mistake("positions no further than 500", FOLD, "positions", of(clamp, "position_ids", 500),
             length=600),
-    Mistake("tokens no further than 90", NORMALISE, "plain", of(clamp, "input_ids", 90), length=97),
+    Mistake("tokens no further than 90", CANONICALISE, "plain", of(clamp, "input_ids", 90),
+            length=97),
 ]
 
 CACHES = [
@@ -216,7 +218,7 @@ LOWERED = [
 ]
 
 CONTRACT = [
-    Mistake("the config", NORMALISE, "plain", lambda program: program.config.update(eps=5.0),
+    Mistake("the config", CANONICALISE, "plain", lambda program: program.config.update(eps=5.0),
             "exact but changed the program's config", length=None),
     Mistake("the tokenizer", DEAD, "plain", lambda program: setattr(program, "tokenizer", "other"),
             "exact but changed the program's tokenizer", length=None),

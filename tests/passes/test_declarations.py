@@ -84,7 +84,7 @@ class Plugin(go.Pass):
 
     name: ClassVar[str] = "{module}"
     exact: ClassVar[bool] = False
-    requires: ClassVar[tuple[str, ...]] = ("dead-code",)
+    requires: ClassVar[tuple[str, ...]] = ("dead-code-elimination",)
     helper: ClassVar[type] = Helper
 
     layers: list[int] = field(default_factory=lambda: list(LAYERS))
@@ -117,7 +117,7 @@ def test_a_plugin_is_listed_without_what_it_runs_and_made_with_it(plugin):
     plugin("plugged_a", most="MOST")
     (found,) = describe_passes("plugged_a")
     assert found["summary"] == "Do nothing." and "1. Always." in found["doc"]
-    assert found["exact"] is False and found["requires"] == ["dead-code"]
+    assert found["exact"] is False and found["requires"] == ["dead-code-elimination"]
     assert [(o["name"], o["default"]) for o in found["options"]] == [
         ("layers", [4, 8]), ("most", 4),
     ]  # fmt: skip

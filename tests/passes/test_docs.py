@@ -39,7 +39,7 @@ def test_the_example_of_the_documentation_runs(capsys):
 def test_the_recipe_and_the_table_are_of_this_version():
     (recipe,) = blocks("yaml")
     assert [item.name for item in recipe_from_yaml(recipe)] == [
-        "normalise",
+        "canonicalise",
         "fold-constants",
         "insert-kv-cache",
     ]

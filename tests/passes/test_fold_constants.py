@@ -9,7 +9,7 @@ from graphopt.errors import UsageError
 from graphopt.ir import B, Call, In, Param, S, Type
 from graphopt.ir.verify import verify
 from graphopt.pass_manager.contract import Context
-from graphopt.passes.dead_code import DeadCode
+from graphopt.passes.dead_code_elimination import DeadCodeElimination
 from graphopt.passes.fold_constants import FoldConstants
 
 THREE = torch.tensor([1.0, 2.0, 4.0, 8.0, 1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
@@ -49,7 +49,7 @@ def test_what_depends_on_constants_alone_becomes_a_weight():
     assert weight.constant and weight.checkpoint is None
     assert weight.load().equal(torch.tanh(THREE / 2))
     assert program.parameter_count() == 0
-    DeadCode().run(program, Context())
+    DeadCodeElimination().run(program, Context())
     assert [weight.name for weight in program.weights] == ["block.folded.tanh"]
 
 

@@ -10,9 +10,9 @@ from graphopt.ir import B, Call, In, P, Param, S, Type
 from graphopt.ir.printer import print_function
 from graphopt.ir.verify import verify
 from graphopt.pass_manager.contract import Context
-from graphopt.passes.dead_code import DeadCode
+from graphopt.passes.canonicalise import Canonicalise
+from graphopt.passes.dead_code_elimination import DeadCodeElimination
 from graphopt.passes.insert_kv_cache import InsertKVCache
-from graphopt.passes.normalise import Normalise
 
 VARIANTS = {
     "plain": {},
@@ -85,7 +85,7 @@ def test_a_second_run_finds_nothing_to_change():
     assert str(again.program) == str(cached)
     # The exact passes keep caches that nothing but the next step reads.
     text = str(cached)
-    for item in (Normalise(), DeadCode()):
+    for item in (Canonicalise(), DeadCodeElimination()):
         item.run(cached, Context())
     assert list(cached.states) == ["kv.0", "kv.1"]
     assert "present_k" in text and "present_k" in str(cached)

@@ -108,20 +108,20 @@ def test_the_schema_is_valid_and_tells_right_from_wrong():
     jsonschema.Draft202012Validator.check_schema(schema)
     recipe = jsonschema.Draft202012Validator(schema)
     right = [
-        "normalise",
-        {"dead-code": None},
+        "canonicalise",
+        {"dead-code-elimination": None},
         {"prune-blocks": {"ratio": 0.25, "score": "kl", "windows": 4}},
         {"test-ranged": {"share": None, "layers": [0, 3], "mode": "thorough"}},
     ]
     assert recipe.is_valid({"version": 1, "passes": right})
     for wrong in (
-        "normalize",
-        {"dead-code": {"hard": True}},
+        "canonicalize",
+        {"dead-code-elimination": {"hard": True}},
         {"prune-blocks": {"ratio": 1.0}},
         {"prune-blocks": {"score": "magic"}},
         {"test-ranged": {"windows": 1}},
         {"test-ranged": {"layers": [-1]}},
-        {"normalise": {}, "dead-code": {}},
+        {"canonicalise": {}, "dead-code-elimination": {}},
     ):
         assert not recipe.is_valid({"passes": [wrong]}), wrong
     assert not recipe.is_valid({"version": 2, "passes": []}) and not recipe.is_valid({})

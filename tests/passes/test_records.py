@@ -85,7 +85,7 @@ def test_records_of_a_subtype_count():
     class Precise(Counted):
         places: int = 0
 
-    context = Context(earlier=[Earlier(make_pass("dead-code", {}), Precise(calls=1))])
+    context = Context(earlier=[Earlier(make_pass("dead-code-elimination", {}), Precise(calls=1))])
     assert context.record(Counted) == Precise(calls=1) and context.record(Named) is None
 
 

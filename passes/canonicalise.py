@@ -211,7 +211,7 @@ class AppliedRules(Record):
 
 @register_pass
 @dataclass
-class Normalise(Pass):
+class Canonicalise(Pass):
     """Bring what can be written in several ways into one form.
 
     Products and sums get one operand order, moves of heads that undo each other vanish or are
@@ -226,7 +226,7 @@ class Normalise(Pass):
     4. No weight is read or changed.
     """
 
-    name: ClassVar[str] = "normalise"
+    name: ClassVar[str] = "canonicalise"
     record: ClassVar[type[Record]] = AppliedRules
 
     def run(self, program: Program, context: Context) -> PassResult:

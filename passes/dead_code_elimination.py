@@ -20,7 +20,7 @@ class Removed(Record):
 
 @register_pass
 @dataclass
-class DeadCode(Pass):
+class DeadCodeElimination(Pass):
     """Remove nodes, weight slots, carried values, functions, weights and states nothing reads.
 
     Legality:
@@ -32,7 +32,7 @@ class DeadCode(Pass):
     4. The inputs of the program stay, read or not: they are its contract with runtimes.
     """
 
-    name: ClassVar[str] = "dead-code"
+    name: ClassVar[str] = "dead-code-elimination"
     record: ClassVar[type[Record]] = Removed
 
     def run(self, program: Program, context: Context) -> PassResult:

@@ -22,7 +22,7 @@ class Merged(Record):
 
 @register_pass
 @dataclass
-class CommonSubexpression(Pass):
+class CommonSubexpressionElimination(Pass):
     """Merge equal nodes of a function, equal calls of a program, and what they carry.
 
     Legality:
@@ -35,7 +35,7 @@ class CommonSubexpression(Pass):
     4. Two parameters are equal if every call passes one value for both.
     """
 
-    name: ClassVar[str] = "common-subexpression"
+    name: ClassVar[str] = "common-subexpression-elimination"
     record: ClassVar[type[Record]] = Merged
 
     def run(self, program: Program, context: Context) -> PassResult:

@@ -7,8 +7,8 @@ from small import X, check_text, function, one, programs, results
 from graphopt.ir import Call, In, Program
 from graphopt.ir.verify import verify
 from graphopt.pass_manager.contract import Context
-from graphopt.passes.common_subexpression import CommonSubexpression
-from graphopt.passes.dead_code import DeadCode
+from graphopt.passes.common_subexpression_elimination import CommonSubexpressionElimination
+from graphopt.passes.dead_code_elimination import DeadCodeElimination
 
 ONES = torch.ones(8, dtype=torch.float64)
 
@@ -46,7 +46,7 @@ weights:
 
 def test_equal_nodes_and_slots_merge():
     """In another order of operands, and in another slot that holds the same weight."""
-    result = check_text(CommonSubexpression(), EQUAL_NODES, ONE_OF_EACH)
+    result = check_text(CommonSubexpressionElimination(), EQUAL_NODES, ONE_OF_EACH)
     assert result.record.merged == {"weight slots": 1, "nodes": 3}
 
 
@@ -59,7 +59,7 @@ def test_random_numbers_and_other_attributes_are_not_equal():
     ]
     scaled = [f.add("scale", [f.params[0]], {"factor": k}).output for k in (2.0, 3.0)]
     f.results = [*made, *scaled]
-    assert CommonSubexpression().run(one(f), Context()).changed == 0
+    assert CommonSubexpressionElimination().run(one(f), Context()).changed == 0
 
 
 def test_an_absent_attribute_equals_its_default():
@@ -69,7 +69,7 @@ def test_an_absent_attribute_equals_its_default():
         for attrs in ({"head_dim": 4}, {"head_dim": 4, "swap": True})
     ]
     f.results = [f.add("merge_heads", [f.add("add", split).output]).output]
-    assert CommonSubexpression().run(one(f), Context()).changed == 1
+    assert CommonSubexpressionElimination().run(one(f), Context()).changed == 1
 
 
 EQUAL_CALLS = """
@@ -106,7 +106,7 @@ run(input_ids: i64[B,S], x: f64[B,S,8]):
 
 
 def test_equal_calls_merge_and_what_they_carry():
-    result = check_text(CommonSubexpression(), EQUAL_CALLS, ONE_CALL)
+    result = check_text(CommonSubexpressionElimination(), EQUAL_CALLS, ONE_CALL)
     assert result.record.merged == {"calls": 1, "parameters": 2}
 
 
@@ -123,7 +123,7 @@ def test_a_name_that_is_rebound_between_equal_calls_gets_out_of_the_way():
     ]
     program.outputs = ["t", "u", "v"]
     before = results(program)
-    CommonSubexpression().run(program, Context())
+    CommonSubexpressionElimination().run(program, Context())
     verify(program)
     assert program.outputs == ["t", "u", "v"]
     torch.testing.assert_close(results(program), before, rtol=0, atol=0)
@@ -133,12 +133,12 @@ def test_a_name_that_is_rebound_between_equal_calls_gets_out_of_the_way():
 @given(programs())
 def test_results_stay_and_a_second_run_finds_nothing(program):
     before, outputs = results(program), list(program.outputs)
-    CommonSubexpression().run(program, Context())
+    CommonSubexpressionElimination().run(program, Context())
     verify(program)
     assert program.outputs == outputs
     torch.testing.assert_close(results(program), before, rtol=0, atol=0)
     text = str(program)
-    assert CommonSubexpression().run(program, Context()).changed == 0
+    assert CommonSubexpressionElimination().run(program, Context()).changed == 0
     assert str(program) == text
-    DeadCode().run(program, Context())
+    DeadCodeElimination().run(program, Context())
     torch.testing.assert_close(results(program), before, rtol=0, atol=0)

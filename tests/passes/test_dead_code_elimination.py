@@ -7,7 +7,7 @@ from small import check_text, function, one, programs, results, slot
 from graphopt.ir import Array, Call, Weight
 from graphopt.ir.verify import verify
 from graphopt.pass_manager.contract import Context
-from graphopt.passes.dead_code import DeadCode
+from graphopt.passes.dead_code_elimination import DeadCodeElimination
 
 ONES = torch.ones(8, dtype=torch.float64)
 
@@ -43,7 +43,7 @@ weights:
 
 def test_everything_nothing_reads_goes():
     """Inputs stay: they are the contract with runtimes."""
-    result = check_text(DeadCode(), BEFORE, AFTER)
+    result = check_text(DeadCodeElimination(), BEFORE, AFTER)
     assert result.record.removed == {
         "calls": 1,
         "results": 1,
@@ -65,7 +65,7 @@ def test_a_result_that_one_call_needs_stays_for_all():
     program = one(f)
     program.calls.append(Call("block", ["r0"], ["x", "y"]))
     program.outputs = ["y"]
-    assert DeadCode().run(program, Context()).changed == 0
+    assert DeadCodeElimination().run(program, Context()).changed == 0
 
 
 def test_a_weight_only_an_unread_call_uses_goes():
@@ -74,7 +74,7 @@ def test_a_weight_only_an_unread_call_uses_goes():
     program = one(f, weights={"w": ONES})
     program.weights.add(Weight("other", Array(ONES)))
     program.calls.append(Call("block", ["r0"], ["nobody"], {"w": "other"}))
-    DeadCode().run(program, Context())
+    DeadCodeElimination().run(program, Context())
     assert [weight.name for weight in program.weights] == ["w"]
     assert len(program.calls) == 1
 
@@ -83,9 +83,9 @@ def test_a_weight_only_an_unread_call_uses_goes():
 @given(programs())
 def test_results_stay_and_a_second_run_finds_nothing(program):
     before = results(program)
-    DeadCode().run(program, Context())
+    DeadCodeElimination().run(program, Context())
     verify(program)
     torch.testing.assert_close(results(program), before, rtol=0, atol=0)
     text = str(program)
-    assert DeadCode().run(program, Context()).changed == 0
+    assert DeadCodeElimination().run(program, Context()).changed == 0
     assert str(program) == text

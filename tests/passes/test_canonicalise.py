@@ -7,7 +7,7 @@ from small import check_text, function, one, programs, results, slot
 from graphopt.ir import Call, Param
 from graphopt.ir.verify import verify
 from graphopt.pass_manager.contract import Context
-from graphopt.passes.normalise import Normalise
+from graphopt.passes.canonicalise import Canonicalise
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -27,7 +27,7 @@ def block(x, y):
 
 def check(before, after, weights=""):
     """The names of the rules that make one block of another, and how often each was used."""
-    result = check_text(Normalise(), small(before, weights), small(after, weights))
+    result = check_text(Canonicalise(), small(before, weights), small(after, weights))
     return result.record.rules
 
 
@@ -78,7 +78,7 @@ def test_a_rope_that_something_else_reads_stays():
     table = torch.ones(1, 1, 2, dtype=torch.float64)
     program = one(f, constants={"cos": table, "sin": table})
     text = str(program)
-    assert Normalise().run(program, Context()).changed == 0
+    assert Canonicalise().run(program, Context()).changed == 0
     assert str(program) == text
 
 
@@ -120,9 +120,9 @@ def test_an_attribute_that_differs_between_calls_is_never_folded():
     twin = Call("block", ["r0"], ["r1"], attrs={"by": 3.0})
     program.calls.append(twin)
     program.outputs = ["r1"]
-    assert Normalise().run(program, Context()).changed == 0
+    assert Canonicalise().run(program, Context()).changed == 0
     twin.attrs["by"] = 1.0
-    result = Normalise().run(program, Context())
+    result = Canonicalise().run(program, Context())
     assert result.changed == 2  # one place in each of two calls
     assert len(f.nodes) == 1
 
@@ -134,18 +134,18 @@ def test_a_split_of_other_size_is_no_inverse():
     f.results = [f.add("merge_heads", [f.add("split_heads", [merged], {"head_dim": 2}).output],
                        {"swap": False}).output]  # fmt: skip
     program = one(f)
-    assert Normalise().run(program, Context()).changed == 0
+    assert Canonicalise().run(program, Context()).changed == 0
 
 
 @QUICK
 @given(programs())
 def test_results_stay_and_a_second_run_finds_nothing(program):
     before = results(program)
-    Normalise().run(program, Context())
+    Canonicalise().run(program, Context())
     verify(program)
     torch.testing.assert_close(results(program), before, rtol=1e-12, atol=1e-12)
     text = str(program)
-    assert Normalise().run(program, Context()).changed == 0
+    assert Canonicalise().run(program, Context()).changed == 0
     assert str(program) == text
 
 
@@ -154,5 +154,5 @@ def test_no_weight_is_touched():
     f.results = [f.add("add", [slot(f, "w"), f.params[0]]).output]
     program = one(f, weights={"w": torch.ones(8, dtype=torch.float64)})
     held = program.weights["w"]
-    assert Normalise().run(program, Context()).changed == 1
+    assert Canonicalise().run(program, Context()).changed == 1
     assert program.weights["w"] is held
