@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from graphopt.errors import UsageError
@@ -56,6 +56,7 @@ PASSES = st.one_of(
 )
 
 
+@example([Options(mode="0E0", tags=["1e5", "yes", "~"])])  # numbers in YAML 1.2 or in 1.1 alone
 @given(st.lists(PASSES, max_size=4))
 def test_text_yaml_and_python_are_one_thing(passes):
     assert parse_recipe(format_recipe(passes)) == passes

@@ -14,14 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from graphopt.errors import UsageError
 from graphopt.pass_manager.contract import Pass, make_pass
 from graphopt.pass_manager.options import Bare
 from graphopt.support.inputs import read_utf8, shown_path
 from graphopt.support.plain import shown
-from graphopt.support.yaml_text import MAX_YAML_BYTES, parse_yaml
+from graphopt.support.yaml_text import MAX_YAML_BYTES, format_yaml, parse_yaml
 
 VERSION = 1
 
@@ -160,7 +158,7 @@ def recipe_to_yaml(passes: Sequence[Pass]) -> str:
     for item in passes:
         options = item.options()
         items.append({item.name: options} if options else item.name)
-    return yaml.safe_dump({"version": VERSION, "passes": items}, sort_keys=False)
+    return format_yaml({"version": VERSION, "passes": items})
 
 
 def recipe_from_yaml(text: str, where: str = "recipe") -> list[Pass]:

@@ -116,11 +116,17 @@ _YAML_SCALARS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
 characters it starts with, and how a scalar is read. Octal and hexadecimal numbers are left out."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """YAML that quotes every text which YAML 1.1 or 1.2 would read as something else."""
+
+
 def _register_scalars() -> None:
     prefix = "tag:yaml.org,2002:"
     for name, (pattern, first, convert) in _YAML_SCALARS.items():
         starts = [*first, ""] if name == "null" else list(first)
-        _Loader.add_implicit_resolver(prefix + name, re.compile(f"(?:{pattern})\\Z"), starts)
+        whole = re.compile(f"(?:{pattern})\\Z")
+        _Loader.add_implicit_resolver(prefix + name, whole, starts)
+        _Dumper.add_implicit_resolver(prefix + name, whole, starts)
         _Loader.add_constructor(prefix + name, functools.partial(_Loader.scalar, convert=convert))
     _Loader.add_constructor(prefix + "str", functools.partial(_Loader.scalar, convert=str))
     _Loader.add_constructor(prefix + "seq", _Loader.sequence)
@@ -129,6 +135,11 @@ def _register_scalars() -> None:
 
 
 _register_scalars()
+
+
+def format_yaml(value: Any) -> str:
+    """Return a value of the scalars of JSON, lists and mappings as YAML; `parse_yaml` reads it."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 def parse_yaml(text: str, where: str, *, error: Error = SourceError) -> Any:
