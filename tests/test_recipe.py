@@ -84,10 +84,7 @@ def test_the_forms_as_people_write_them():
     ("text", "message"),
     [
         ("insert-kv-cache,", "character 17: expected the name of a pass, found the end"),
-        (
-            "insert-kv-cache;canonicalise",
-            "character 16: expected ',' or '{', found ';canonicalise'",
-        ),
+        ("insert-kv-cache;carve-moe", "character 16: expected ',' or '{', found ';carve-moe'"),
         ("test-options{count}", "character 19: expected '=' after the option 'count', found '}'"),
         ("test-options{count=1", "character 21: expected ',' or '}', found the end"),
         ("test-options{count=}", "character 20: expected a value, found '}'"),
