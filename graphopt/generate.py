@@ -185,13 +185,13 @@ def token_odds(logits: Tensor, sampling: Sampling) -> Tensor:
     scores, order = (logits.double() / sampling.temperature).sort(descending=True)
     if sampling.top_k:
         scores[sampling.top_k :] = -torch.inf
-    odds = torch.softmax(scores, -1)
+    probabilities = torch.softmax(scores, -1)
     # A token belongs to the nucleus if those before it do not fill it.
-    outside = odds.cumsum(-1) - odds >= sampling.top_p
-    outside |= odds < sampling.min_p * odds[0]
+    outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+    outside |= probabilities < sampling.min_p * probabilities[0]
     outside[0] = False
-    odds = odds.masked_fill(outside, 0.0)
-    return torch.zeros_like(odds).scatter(0, order, odds / odds.sum())
+    probabilities = probabilities.masked_fill(outside, 0.0)
+    return torch.zeros_like(probabilities).scatter(0, order, probabilities / probabilities.sum())
 
 
 def pick_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

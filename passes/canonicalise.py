@@ -78,21 +78,21 @@ def fold_scales(site: Site) -> Match | NoMatch:
     return site.change("scale", inner.inputs, {"factor": factor})
 
 
-@rule("swap_heads")
+@rule("transpose_heads")
 def cancel_swaps(site: Site) -> Match | NoMatch:
-    """swap_heads(swap_heads(x)) -> x."""
-    inner = site.maker(0, "swap_heads")
+    """transpose_heads(transpose_heads(x)) -> x."""
+    inner = site.maker(0, "transpose_heads")
     if inner is None:
         return site.no("its operand is not swapped")
     return site.forward(inner.inputs[0])
 
 
-@rule("swap_heads", "merge_heads")
+@rule("transpose_heads", "merge_heads")
 def absorb_swap(site: Site) -> Match | NoMatch:
     """Take a swap into the split before it or the merge after it."""
     node = site.node
-    swapping = node.op == "swap_heads"
-    inner = site.maker(0, "split_heads" if swapping else "swap_heads")
+    swapping = node.op == "transpose_heads"
+    inner = site.maker(0, "split_heads" if swapping else "transpose_heads")
     if inner is None:
         return site.no("there is no split to swap, or swap to merge")
     absorbing = inner if swapping else node
@@ -103,9 +103,9 @@ def absorb_swap(site: Site) -> Match | NoMatch:
     return site.change(op, inner.inputs, {**absorbing.attrs, "swap": not swap})
 
 
-@rule("swap_heads")
+@rule("transpose_heads")
 def heads_before_rope(site: Site) -> Match | NoMatch:
-    """swap_heads(rope(x, heads_first=False)) -> rope(swap_heads(x)).
+    """transpose_heads(rope(x, heads_first=False)) -> rope(transpose_heads(x)).
 
     The two nodes change places in the graph, so no value is made or lost.
     """
@@ -120,7 +120,7 @@ def heads_before_rope(site: Site) -> Match | NoMatch:
         x, *tables = rotation.inputs
         swap.op, swap.inputs = "rope", [rotation.output, *tables]
         swap.attrs = {**rotation.attrs, "heads_first": True}
-        rotation.op, rotation.inputs, rotation.attrs = "swap_heads", [x], {}
+        rotation.op, rotation.inputs, rotation.attrs = "transpose_heads", [x], {}
         for types in site.types:
             types[rotation.output] = types[swap.output]
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from graphopt.calibration.expert_load import expert_loads
 from graphopt.errors import PassError
 from graphopt.execute.block_runner import Parametrisation
-from graphopt.ir.feed_forward import add_gates
+from graphopt.ir.feed_forward import add_gate_operands
 from graphopt.ir.graph import Call, Node, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
 from graphopt.pass_manager.statements import ChangedBlocks
@@ -70,11 +70,11 @@ class TuneMoe(TrainingOptions, Pass):
 
     All weights of the blocks are trained: of experts, of what is shared, of attention and of the
     router. A choice of experts has no gradient, so the router learns by that of a soft choice in
-    its place (`graphopt.ir.ops.experts.TopGates`); with `surrogate=false` it learns by its gates
-    alone. With `gate` a chosen expert's gate is 1 and its odds times a scale that is trained
-    from 0. `balance` is how far a bias of every expert's odds moves in a step towards equal
-    loads; it takes part in choices alone, and 0 leaves it out. Both are CMoE's
-    (arXiv 2502.04416, section 4.4). Thresholds always have such a bias, which follows the edge
+    its place (`graphopt.ir.ops.experts.TopKGating`); with `surrogate=false` it learns by its gates
+    alone. With `gate` a chosen expert's gate is 1 and its probability times a scale that is
+    trained from 0. `balance` is how far a bias of every expert's probability moves in a step
+    towards equal loads; it takes part in choices alone, and 0 leaves it out. Both are CMoE's
+    (arXiv 2502.04416, section 4.4). Thresholds always have such a bias, which follows the threshold
     that gives as many experts as they are to have on average.
 
     Training lasts `seconds` or `steps`, whichever is given (150 seconds if neither). A step
@@ -116,9 +116,11 @@ class _Tuning(Distiller):
 
     def __init__(self, options: TuneMoe, program: Program, context: Context) -> None:
         program = program.copy()
-        self.thresholds = any(node.attrs.get("mean") for node in _choices(program))
+        self.thresholds = any(node.attrs.get("mean_active_experts") for node in _choices(program))
         self.balances = options.balance > 0 or self.thresholds
-        self.gates = add_gates(program, balance=self.balances, scale=options.gate)
+        self.gates = add_gate_operands(
+            program, selection_bias=self.balances, gate_scale=options.gate
+        )
         super().__init__(options, program, context)
 
     def run(self) -> PassResult:
@@ -146,7 +148,7 @@ class _Tuning(Distiller):
                 value = program.weights[name].load().to(self.device)
                 parametrisations[name] = (
                     LoadBalanceBias(value, None if self.thresholds else self.options.balance)
-                    if kind == "balance"
+                    if kind == "selection_bias"
                     else FullParametrisation(value, SCALE_RATE)
                 )
         return parametrisations
@@ -157,4 +159,4 @@ class _Tuning(Distiller):
 
 def _choices(program: Program) -> list[Node]:
     functions = program.functions.values()
-    return [node for function in functions for node in function.nodes if node.op == "top_gates"]
+    return [node for function in functions for node in function.nodes if node.op == "top_k_gating"]

@@ -155,26 +155,31 @@ def _described(weight: Tensor | None, rows: int, columns: int, routes: int) -> A
     return TensorDescriptor.from_tensor(weight, [rows, columns])
 
 
-def launch_top_gates(
-    scores: Tensor, bias: Tensor | None, extra: Tensor | None, count: int, mean: int = 0
+def launch_top_k_gating(
+    router_logits: Tensor,
+    selection_bias: Tensor | None,
+    gate_scale: Tensor | None,
+    top_k: int,
+    mean_active_experts: int = 0,
 ) -> Tensor:
-    """Return the gates, of the scores' dtype and shape.
+    """Return the gates, of the router logits' dtype and shape.
 
     Args:
-        scores: [..., E].
-        bias, extra: [E].
-        count, mean: As in `functional.top_gates`.
+        router_logits: [..., E].
+        selection_bias, gate_scale: [E].
+        top_k, mean_active_experts: As in `functional.top_k_gating`.
     """
-    from graphopt.runtime.kernels.experts import top_gates as kernel
+    from graphopt.runtime.kernels.experts import top_k_gating as kernel
 
-    experts = scores.shape[-1]
-    flat = scores.reshape(-1, experts)
-    gates = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    experts = router_logits.shape[-1]
+    flat = router_logits.reshape(-1, experts)
+    gates = torch.empty(router_logits.shape, dtype=router_logits.dtype, device=router_logits.device)
     wide = _power(experts)
     rows = max(1, min(64, 4096 // (wide * wide)))
     kernel[(-(-len(flat) // rows),)](
-        flat, bias, extra, gates, len(flat), flat.stride(0),
-        E=experts, COUNT=count, MEAN=mean > 0, BLOCK_T=rows, BLOCK_E=wide, num_warps=4,
+        flat, selection_bias, gate_scale, gates, len(flat), flat.stride(0),
+        E=experts, TOP_K=top_k, BY_THRESHOLD=mean_active_experts > 0,
+        BLOCK_T=rows, BLOCK_E=wide, num_warps=4,
     )  # fmt: skip
     return gates
 
@@ -182,19 +187,19 @@ def launch_top_gates(
 def launch_route(
     x: Tensor,
     weight: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    extra: Tensor | None,
-    count: int,
-    mean: int = 0,
+    router_bias: Tensor | None,
+    selection_bias: Tensor | None,
+    gate_scale: Tensor | None,
+    top_k: int,
+    mean_active_experts: int = 0,
 ) -> Tensor:
-    """Return the gates [T, E] of the scores x weight^T + offset.
+    """Return the gates [T, E] of the router logits x weight^T + router_bias.
 
     Args:
         x: [T, D], the last axis contiguous.
         weight: [E, D], contiguous.
-        offset, bias, extra: [E].
-        count, mean: As in `functional.top_gates`.
+        router_bias, selection_bias, gate_scale: [E].
+        top_k, mean_active_experts: As in `functional.top_k_gating`.
     """
     from graphopt.runtime.kernels.experts import route as kernel
 
@@ -209,8 +214,9 @@ def launch_route(
         else (16, max(16, wide), 256 if wide <= 16 else 128, 4)
     )
     kernel[(-(-tokens // rows),)](
-        x, weight, offset, bias, extra, gates, tokens, x.stride(0),
-        D=width, E=experts, COUNT=count, MEAN=mean > 0, BLOCK_T=rows, BLOCK_E=wide,
+        x, weight, router_bias, selection_bias, gate_scale, gates, tokens, x.stride(0),
+        D=width, E=experts, TOP_K=top_k, BY_THRESHOLD=mean_active_experts > 0,
+        BLOCK_T=rows, BLOCK_E=wide,
         BLOCK_D=min(depth, max(16, _power(width))), num_warps=warps, num_stages=4,
     )  # fmt: skip
     return gates
@@ -357,39 +363,53 @@ def launch_few(
 # In place of `functional` -------------------------------------------------------------------------
 
 
-def top_gates(
-    scores: Tensor,
-    bias: Tensor | None = None,
-    extra: Tensor | None = None,
+def top_k_gating(
+    router_logits: Tensor,
+    selection_bias: Tensor | None = None,
+    gate_scale: Tensor | None = None,
     *,
-    count: int,
-    mean: int = 0,
+    top_k: int,
+    mean_active_experts: int = 0,
 ) -> Tensor:
-    """As `functional.top_gates`."""
-    if runs_by_kernel(scores) and scores.shape[-1] <= MOST_EXPERTS:
-        return launch_top_gates(scores, bias, extra, count, mean)
-    return functional.top_gates(scores, bias, extra, count=count, mean=mean)
+    """As `functional.top_k_gating`."""
+    if runs_by_kernel(router_logits) and router_logits.shape[-1] <= MOST_EXPERTS:
+        return launch_top_k_gating(
+            router_logits, selection_bias, gate_scale, top_k, mean_active_experts
+        )
+    return functional.top_k_gating(
+        router_logits,
+        selection_bias,
+        gate_scale,
+        top_k=top_k,
+        mean_active_experts=mean_active_experts,
+    )
 
 
 def route(
     x: Tensor,
     weight: Tensor,
-    offset: Tensor | None = None,
-    bias: Tensor | None = None,
-    extra: Tensor | None = None,
+    router_bias: Tensor | None = None,
+    selection_bias: Tensor | None = None,
+    gate_scale: Tensor | None = None,
     *,
-    count: int,
-    mean: int = 0,
+    top_k: int,
+    mean_active_experts: int = 0,
 ) -> Tensor:
     """As `functional.route`."""
-    given = [t for t in (offset, bias, extra) if t is not None]
+    given = [t for t in (router_bias, selection_bias, gate_scale) if t is not None]
     if (
         not runs_by_kernel(x, weight, *given)
         or not weight.is_contiguous()
         or len(weight) > MOST_EXPERTS
     ):
-        return functional.route(x, weight, offset, bias, extra, count=count, mean=mean)
-    gates = launch_route(x.reshape(-1, x.shape[-1]), weight, offset, bias, extra, count, mean)
+        return functional.route(
+            x, weight, router_bias, selection_bias, gate_scale,
+            top_k=top_k, mean_active_experts=mean_active_experts,
+        )  # fmt: skip
+    gates = launch_route(
+        x.reshape(-1, x.shape[-1]), weight, router_bias, selection_bias, gate_scale,
+        top_k, mean_active_experts,
+    )  # fmt: skip
     return gates.view(*x.shape[:-1], len(weight))
 
 

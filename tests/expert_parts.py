@@ -33,11 +33,11 @@ def random(*shape, seed=0):
 
 
 class Part:
-    """`experts` of random weights, behind `top_gates` of scores or on gates as they are given.
+    """`experts` of random weights, behind `top_k_gating` of scores or on gates as they are given.
 
     Args:
         act, optional: The activation, and which of the optional operands there are.
-        routed: Operands of `top_gates` behind the scores; None for no `top_gates`.
+        routed: Operands of `top_k_gating` behind the scores; None for no `top_k_gating`.
         moe: Ask for com.microsoft::MoE, which gives as many features as it takes.
     """
 
@@ -66,7 +66,7 @@ class Part:
         if routed is not None:
             given = [None if value is None else weight(f"r{i}", value)
                      for i, value in enumerate(routed)]  # fmt: skip
-            gates = function.add("top_gates", [gates, *given], {"count": active}).output
+            gates = function.add("top_k_gating", [gates, *given], {"top_k": active}).output
         rest = [weight(f"w{i}", self.weights[i]) if i in self.weights else None
                 for i in range(2, 7)]  # fmt: skip
         function.results = [function.add("experts", [x, gates, *rest], self.attrs).output]

@@ -44,11 +44,16 @@ def test_tokens_come_as_often_as_the_model_says(model):
     cached = InsertKVCache().run(model.copy(), Context()).program
     writer = calibrate._Interpreted(cached, CPU, torch.float32, 0)
     prompts = text_windows(model, book()[:400], 16)[:1].expand(4000, 16)
-    odds = torch.softmax(writer.start(prompts[:1], 17)[0], -1)
+    probabilities = torch.softmax(writer.start(prompts[:1], 17)[0], -1)
     drawn = writer.write(prompts, 17, lambda count: True)[:, 16]
-    share = torch.bincount(drawn, minlength=len(odds)) / len(drawn)
+    share = torch.bincount(drawn, minlength=len(probabilities)) / len(drawn)
     # Four standard deviations of a share of 4000 draws.
-    assert bool(((share - odds).abs() <= 4 * (odds * (1 - odds) / 4000).sqrt() + 1e-3).all())
+    assert bool(
+        (
+            (share - probabilities).abs()
+            <= 4 * (probabilities * (1 - probabilities) / 4000).sqrt() + 1e-3
+        ).all()
+    )
 
 
 def test_the_emitted_model_writes_what_the_interpreter_writes(model):

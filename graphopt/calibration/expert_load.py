@@ -24,7 +24,7 @@ def expert_loads(
     stream = HiddenStateStream(calibration_runner(program, device), windows)
     loads: list[tuple[str, list[float]]] = []
     for block in stream:
-        choices = [node.output for node in block.function.nodes if node.op == "top_gates"]
+        choices = [node.output for node in block.function.nodes if node.op == "top_k_gating"]
         if not choices:
             continue
         counts: list[Tensor] = []

@@ -253,8 +253,8 @@ class _Writer(ABC):
         prompts = prompts.to(self.device)
         parts, logits = [prompts], self.start(prompts, length)
         for count in range(prompts.shape[1] + 1, length + 1):
-            odds = torch.softmax(logits.float(), -1)
-            parts.append(torch.multinomial(odds, 1, generator=self.generator))
+            probabilities = torch.softmax(logits.float(), -1)
+            parts.append(torch.multinomial(probabilities, 1, generator=self.generator))
             if not go_on(count) or count == length:
                 break
             logits = self.step(parts[-1])

@@ -1,7 +1,7 @@
 """Raising chains of views, transposes and slices by following where every element goes.
 
 A chain of data movement is a map of indices. Running it on the numbers 0, 1, 2, ... gives the
-map exactly; comparing that with a few closed forms gives split_heads, merge_heads, swap_heads,
+map exactly; comparing that with a few closed forms gives split_heads, merge_heads, transpose_heads,
 a choice of features (which becomes a choice of weight rows where a linear made them), or a
 repetition of heads.
 """
@@ -27,7 +27,7 @@ MOVES = {
     "view", "reshape", "_unsafe_view", "transpose", "permute", "unsqueeze", "squeeze", "expand",
     "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "narrow", "flatten",
     "unflatten", "repeat_interleave", "repeat", "contiguous", "clone", "index", "movedim",
-    "swapaxes", "split_heads", "merge_heads", "swap_heads", "tensor_split", "numpy_T", "mT",
+    "swapaxes", "split_heads", "merge_heads", "transpose_heads", "tensor_split", "numpy_T", "mT",
     "index_select", "expand_as", "swapdims",
 }  # fmt: skip
 
@@ -41,7 +41,7 @@ class Form:
         features: Choose these features of the last dimension.
         split: head size for split_heads; `swap` as the op has it.
         merge: merge_heads; `swap` as the op has it.
-        swap_only: swap_heads.
+        swap_only: transpose_heads.
         repeat: Repeat every head this often.
         turn: Transpose the last two dimensions.
         remerge: View the result [B, H, ...] as [B*H, ...].
@@ -123,7 +123,7 @@ def _raise_chain(raiser: Raiser, slots: SlotSources, value: Value) -> None:
 
 def _already(node: Node, form: Form) -> bool:
     """True where the single node is how `_build` would write the form."""
-    if node.op in ("split_heads", "merge_heads", "swap_heads"):
+    if node.op in ("split_heads", "merge_heads", "transpose_heads"):
         return True
     if form == Form(remerge=True) or (form.unmerge and form == Form(unmerge=form.unmerge)):
         return base(node.op) == "reshape"
@@ -258,7 +258,7 @@ def _build(raiser: Raiser, slots: SlotSources, value: Value, root: Value, form: 
         attrs = {} if form.swap else {"swap": False}
         current = raiser.insert("merge_heads", [current], attrs, before).output
     if form.swap_only:
-        current = raiser.insert("swap_heads", [current], {}, before).output
+        current = raiser.insert("transpose_heads", [current], {}, before).output
     if form.repeat > 1:
         batch, heads, *rest = raiser.types[current].shape
         kind = Type((batch, dim(heads * form.repeat), *rest), raiser.types[current].dtype)

@@ -21,7 +21,7 @@ _ACTIVATIONS = {"relu", "relu2", "silu", "sigmoid", "tanh", "gelu", "gelu_tanh",
 _BEHIND = {
     "linear": "{}",
     "split_heads": "{}_heads",
-    "swap_heads": "{}_heads",
+    "transpose_heads": "{}_heads",
     "rope": "{}_rope",
     "rms_norm": "{}_norm",
     "layer_norm": "{}_norm",

@@ -20,7 +20,7 @@ _ROPE_OPS = {
     "mul", "add", "sub", "neg", "cat", "slice", "split", "chunk", "stack", "view", "reshape",
     "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "expand", "index", "select",
     "unbind", "view_as_complex", "view_as_real", "scale", "split_with_sizes", "permute",
-    "_unsafe_view", "contiguous", "narrow", "type_as", "to", "addcmul", "swap_heads",
+    "_unsafe_view", "contiguous", "narrow", "type_as", "to", "addcmul", "transpose_heads",
     "repeat_interleave",
 }  # fmt: skip
 _ROPE_ENDS = ("cat", "add", "view", "reshape", "flatten", "_unsafe_view")

@@ -108,7 +108,7 @@ def weight_products(program: Program) -> Expr:
                 assert x is not None and gates is not None
                 rows = types[x].numel / types[x].shape[-1]
                 attrs = resolve_attrs(node, call)
-                active = attrs.get("mean") or attrs["active"]
+                active = attrs.get("mean_active_experts") or attrs["active"]
                 share = sympy.Rational(active, types[gates].shape[-1])
                 total += rows * share * sum(types[v].numel for v in (up, down, gate) if v)
     return sympy.expand(total)

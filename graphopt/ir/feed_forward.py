@@ -197,8 +197,8 @@ def with_experts(
             scores = twin.add("abs", [scores], before=down).output
         most, mean = split.active, {}
         if split.threshold:
-            most, mean = split.experts, {"mean": split.active}
-        gates = twin.add("top_gates", [scores], {"count": most, **mean}, before=down).output
+            most, mean = split.experts, {"mean_active_experts": split.active}
+        gates = twin.add("top_k_gating", [scores], {"top_k": most, **mean}, before=down).output
         up_weight, up_bias = piece(up, "up", "experts")
         gate_weight, gate_bias = (None, None) if gate is None else piece(gate, "gate", "experts")
         matrix = weight(f"{slots[down.inputs[1]]}.experts", "down.experts")  # type: ignore[index]
@@ -243,7 +243,7 @@ def read_split(
         return (Split(kept, 0, 0), "linear", width) if kept < width else None
     gates, up = routed[0].inputs[1:3]
     scores = None
-    if gates is not None and gates.node is not None and gates.node.op == "top_gates":
+    if gates is not None and gates.node is not None and gates.node.op == "top_k_gating":
         scores = gates.node.inputs[0]
     if len(routed) > 1 or gates is None or up is None or scores is None:
         return None
@@ -262,8 +262,8 @@ def read_split(
     split = Split(
         shared,
         int(types[gates].shape[-1]),
-        attrs.get("mean") or attrs["active"],
-        threshold=bool(attrs.get("mean")),
+        attrs.get("mean_active_experts") or attrs["active"],
+        threshold=bool(attrs.get("mean_active_experts")),
     )
     return split, "neuron" if bilinear else "linear", shared + int(types[up].shape[0])
 
@@ -330,42 +330,44 @@ def carve_call(
     call.function, call.weights = twin.name, weights
 
 
-def add_gates(program: Program, *, balance: bool, scale: bool) -> dict[str, list[str]]:
-    """Give every choice of experts, in place, a bias and a scale that are 0 at first.
+def add_gate_operands(
+    program: Program, *, selection_bias: bool, gate_scale: bool
+) -> dict[str, list[str]]:
+    """Give every `top_k_gating`, in place, a selection bias and gate scales that are 0 at first.
 
     With them at 0 every token runs the experts that it ran, with a gate of 1. What the router's
-    slots are named by stays in the new ones: `mlp.router.balance` and `mlp.router.scale`.
+    slots are named by stays in the new ones: `mlp.router.selection_bias`, `mlp.router.gate_scale`.
 
     Args:
-        balance: Add the operand `bias` of `top_gates`, by which loads are balanced.
-        scale: Add the operand `extra`, by which a gate is 1 and some of its expert's odds.
+        selection_bias: Add the operand by which loads are balanced.
+        gate_scale: Add the operand by which a gate is 1 and some of its expert's probability.
 
     Returns:
-        The names of the new program weights, by `balance` and `scale`.
+        The names of the new program weights, by `selection_bias` and `gate_scale`.
     """
-    kinds = [("balance", 1)] * balance + [("scale", 2)] * scale
-    made: dict[str, list[str]] = {"balance": [], "scale": []}
-    # For every function, the new slots: of which kind, and the slot that has as many rows.
+    operands = [("selection_bias", 1)] * selection_bias + [("gate_scale", 2)] * gate_scale
+    made: dict[str, list[str]] = {"selection_bias": [], "gate_scale": []}
+    # For every function, the new slots: of which operand, and the slot that has as many rows.
     slots: dict[str, dict[str, tuple[str, str]]] = {}
     for function in program.functions.values():
         named = {value: slot for slot, value in function.weights.items()}
-        for node in [node for node in function.nodes if node.op == "top_gates"]:
+        for node in [node for node in function.nodes if node.op == "top_k_gating"]:
             assert node.inputs[0] is not None
             last = [n for n in region(function, [node.inputs[0]]) if n.op == "linear"][-1]
             router = named[last.inputs[1]]  # type: ignore[index]
             stem = router.removesuffix(".weight")
             node.inputs += [None] * (3 - len(node.inputs))
-            for kind, place in kinds:
+            for operand, place in operands:
                 if node.inputs[place] is None:
-                    slot = unique_name(f"{stem}.{kind}", set(function.weights))
+                    slot = unique_name(f"{stem}.{operand}", set(function.weights))
                     node.inputs[place] = function.weights[slot] = Value(slot)
-                    slots.setdefault(function.name, {})[slot] = kind, router
+                    slots.setdefault(function.name, {})[slot] = operand, router
     for call in program.calls:
-        for slot, (kind, router) in slots.get(call.function, {}).items():
+        for slot, (operand, router) in slots.get(call.function, {}).items():
             name = f"{call.path}.{slot}" if call.path else slot
             name = unique_name(name, {weight.name for weight in program.weights})
             rows = program.weights[call.weights[router]].shape[0]
             program.weights.add(Weight(name, Array(torch.zeros(rows))))
             call.weights[slot] = name
-            made[kind].append(name)
+            made[operand].append(name)
     return made

@@ -485,7 +485,7 @@ def merge_heads(x: Tensor, swap: bool = True) -> Tensor:
     return (x.transpose(1, 2) if swap else x).flatten(2)
 
 
-def swap_heads(x: Tensor) -> Tensor:
+def transpose_heads(x: Tensor) -> Tensor:
     """[B, S, H, D] to [B, H, S, D], or back."""
     return x.transpose(1, 2)
 
@@ -510,48 +510,62 @@ def act_mul(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
     return ACTIVATIONS[act](gate) * up
 
 
-def top_gates(
-    scores: Tensor,
-    bias: Tensor | None = None,
-    extra: Tensor | None = None,
+def top_k_gating(
+    router_logits: Tensor,
+    selection_bias: Tensor | None = None,
+    gate_scale: Tensor | None = None,
     *,
-    count: int,
-    mean: int = 0,
+    top_k: int,
+    mean_active_experts: int = 0,
 ) -> Tensor:
-    """Gates [..., E] of the `count` experts with the highest scores; the others' are 0.
+    """Return the gates [..., E] of the `top_k` experts with the highest router logits, 0 of others.
 
-    A chosen one's is 1, or 1 + softmax(scores) extra. With `bias` the highest of
-    softmax(scores) + bias are chosen. Of equal ones the first. With `mean` those are chosen
-    whose score, and bias, is above 0.
+    Args:
+        router_logits: [..., E].
+        selection_bias: [E]. The highest of softmax(router_logits) + selection_bias are chosen;
+            of equal ones the first.
+        gate_scale: [E]. A chosen gate is 1 + softmax(router_logits) gate_scale in place of 1.
+        mean_active_experts: If not 0, experts are chosen by a threshold in place of their number:
+            all of which the router logit, and selection_bias, is above 0.
     """
-    wide = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
-    odds = torch.softmax(wide, -1)
-    if mean:
-        chosen = ((scores if bias is None else wide + bias) > 0).to(scores.dtype)
+    wide = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
+    probabilities = torch.softmax(wide, -1)
+    if mean_active_experts:
+        ranked = router_logits if selection_bias is None else wide + selection_bias
+        chosen = (ranked > 0).to(router_logits.dtype)
     else:
-        ranked = scores if bias is None else odds + bias
-        order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-        chosen = torch.zeros_like(scores).scatter(-1, order, 1.0)
-    return chosen if extra is None else chosen * (1 + odds * extra).to(chosen.dtype)
+        ranked = router_logits if selection_bias is None else probabilities + selection_bias
+        order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+        chosen = torch.zeros_like(router_logits).scatter(-1, order, 1.0)
+    if gate_scale is None:
+        return chosen
+    return chosen * (1 + probabilities * gate_scale).to(chosen.dtype)
 
 
 def route(
     x: Tensor,
     weight: Tensor,
-    offset: Tensor | None = None,
-    bias: Tensor | None = None,
-    extra: Tensor | None = None,
+    router_bias: Tensor | None = None,
+    selection_bias: Tensor | None = None,
+    gate_scale: Tensor | None = None,
     *,
-    count: int,
-    mean: int = 0,
+    top_k: int,
+    mean_active_experts: int = 0,
 ) -> Tensor:
-    """`top_gates` of the scores that a linear of x gives.
+    """Return `top_k_gating` of the router logits x weight^T + router_bias.
 
     Args:
         x: [..., N].
-        weight, offset: Of the linear, [E, N] and [E].
+        weight: [E, N].
+        router_bias, selection_bias, gate_scale: [E].
     """
-    return top_gates(linear(x, weight, offset), bias, extra, count=count, mean=mean)
+    return top_k_gating(
+        linear(x, weight, router_bias),
+        selection_bias,
+        gate_scale,
+        top_k=top_k,
+        mean_active_experts=mean_active_experts,
+    )
 
 
 def experts(

@@ -36,9 +36,16 @@ from graphopt.ir.weights import Dequantised, Missing, Producer, Weight
 from graphopt.support.inputs import parse
 from graphopt.support.plain import shown
 
-FORMAT_VERSION = 2
-READ_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+READ_VERSIONS = (1, 2, 3)
 """Version 1 knew dense weights alone; what it lacks has the defaults of `graphopt.ir.schema`."""
+
+_RENAMED_OPS: dict[str, tuple[str, dict[str, str]]] = {
+    "top_gates": ("top_k_gating", {"count": "top_k", "mean": "mean_active_experts"}),
+    "experts": ("experts", {"mean": "mean_active_experts"}),
+    "swap_heads": ("transpose_heads", {}),
+}
+"""Ops of versions 1 and 2: what they are called now, and their attributes that have new names."""
 
 
 def _pack(value: Any) -> Any:
@@ -294,6 +301,13 @@ def _stored(
     return producer
 
 
+def _rename_ops(function: Function) -> None:
+    """Give the ops of an older file, and their attributes, the names that they have now."""
+    for node in function.nodes:
+        node.op, attributes = _RENAMED_OPS.get(node.op, (node.op, {}))
+        node.attrs = {attributes.get(name, name): value for name, value in node.attrs.items()}
+
+
 def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -> Program:
     """Return the program saved as `data`; weights take their values from `producers`.
 
@@ -308,7 +322,7 @@ def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -
     if data.get("version") not in READ_VERSIONS:
         raise SourceError(
             f"program.json has version {data.get('version')}, this graphopt reads "
-            f"{' and '.join(map(str, READ_VERSIONS))}.",
+            f"{READ_VERSIONS[0]} to {READ_VERSIONS[-1]}.",
             "Compile the model again with this version.",
         )
     entry = parse(ProgramEntry, data, "program.json", remedy=_AGAIN)
@@ -317,6 +331,8 @@ def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -
         if item.name in functions:
             raise _malformed(f"two functions are called {shown(item.name)}")
         functions[item.name] = _unpack_function(item)
+        if data["version"] < 3:
+            _rename_ops(functions[item.name])
     lengths = {name: len(function.nodes) for name, function in functions.items()}
     if sum(lengths.get(call.function, 0) for call in entry.calls) > MAX_WORK:
         raise _malformed(f"its calls have more than {MAX_WORK} nodes together")

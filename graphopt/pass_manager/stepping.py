@@ -21,7 +21,7 @@ LOOK_UPS = frozenset({"embedding", "aten.embedding.default"})
 """Ops that read rows of a table by number."""
 
 CHOICES = frozenset(
-    {"route", "top_gates", "aten.topk.default", "aten.argmax.default", "aten.sort.default"}
+    {"route", "top_k_gating", "aten.topk.default", "aten.argmax.default", "aten.sort.default"}
 )
 """Ops that choose by their operands: those may differ without any result that shows it."""
 
@@ -87,7 +87,7 @@ def _observe(function: Function) -> list[str]:
         if op == "route":
             # Scores and a choice in one: the scores are computed once more, to be seen.
             scores = function.add("linear", read[:3], before=node).output
-            op, read = "top_gates", [scores, *read[3:]]
+            op, read = "top_k_gating", [scores, *read[3:]]
         for place, value in enumerate(read):
             if value is not None:
                 names.append(f"operand {place} of {op} {number}")

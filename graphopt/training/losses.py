@@ -130,7 +130,7 @@ class LogitObjective(Objective):
 def _divergence(ours: Tensor, theirs: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return KL(theirs || ours) of logits [.., V], summed over `count`, and its gradient in ours.
 
-    The gradient is the difference of the odds.
+    The gradient is the difference of the probabilities.
     """
     wanted = torch.log_softmax(theirs.float(), -1)
     found = torch.log_softmax(ours.float(), -1)

@@ -48,8 +48,8 @@ class LowRankParametrisation(Parametrisation):
 class LoadBalanceBias(Parametrisation):
     """The bias by which a choice of experts is balanced: it moves by `gamma` against its gradient.
 
-    Only the gradient's sign counts. `top_gates` makes it the excess of every expert's load
-    (`graphopt.ir.ops.experts.TopGates`), so that an expert of more than the mean load is chosen
+    Only the gradient's sign counts. `top_k_gating` makes it the excess of every expert's load
+    (`graphopt.ir.ops.experts.TopKGating`), so that an expert of more than the mean load is chosen
     less often from then on. Source: CMoE, arXiv 2502.04416, section 4.4.
 
     With `gamma=None`, for thresholds, it follows its gradient, of which a step takes a part.

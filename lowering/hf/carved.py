@@ -40,7 +40,7 @@ _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
 """What transformers calls activations, where it is not what their ops are called."""
 
 _OPTIONAL = ("selection_bias", "gate_scale")
-"""What the class calls the operands of `top_gates` behind the scores."""
+"""What the class calls the operands of `top_k_gating` behind the scores."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def carve_alike(
 
 
 def _gates(function: Function) -> Node:
-    return next(node for node in function.nodes if node.op == "top_gates")
+    return next(node for node in function.nodes if node.op == "top_k_gating")
 
 
 def _add_optional(function: Function, model: Node, made: dict[str, str]) -> None:

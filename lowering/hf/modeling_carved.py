@@ -204,16 +204,16 @@ class CarvedFeedForward(nn.Module):
         """Return the experts of every token, int64 [..., K], and their gates [..., K]."""
         assert self.router is not None
         scores = self.router(x)
-        odds = scores.float().softmax(-1)
+        probabilities = scores.float().softmax(-1)
         ranked = scores
         if self.selection_bias is not None:
-            ranked = (scores if self.threshold else odds) + self.selection_bias
+            ranked = (scores if self.threshold else probabilities) + self.selection_bias
         # Of equal scores the first expert is taken, which `topk` does not promise.
         order = ranked.sort(dim=-1, descending=True, stable=True).indices
         chosen = order[..., : self.active]
-        gates = torch.ones_like(chosen, dtype=odds.dtype)
+        gates = torch.ones_like(chosen, dtype=probabilities.dtype)
         if self.gate_scale is not None:
-            gates = gates + (odds * self.gate_scale).gather(-1, chosen)
+            gates = gates + (probabilities * self.gate_scale).gather(-1, chosen)
         if self.threshold:
             gates = gates * (ranked.gather(-1, chosen) > 0)
         return chosen, gates

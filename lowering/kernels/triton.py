@@ -117,7 +117,7 @@ register_layer_family(
             LayerKernels(
                 module="moe",
                 files=("experts",),
-                functions=("moe", "route", "top_gates"),
+                functions=("moe", "route", "top_k_gating"),
                 needed_by=frozenset({"experts", "moe"}),
                 setup=_expert_setup,
             ),

@@ -109,7 +109,7 @@ def plan(
     """Return how the operator computes an `experts` node, or why it can't.
 
     Raises:
-        SourceError: A weight `extra` of the gates cannot be read.
+        SourceError: A weight `gate_scale` of the gates cannot be read.
     """
     x, gates, up, down, gate, up_bias, gate_bias = (*node.inputs, None, None, None)[:7]
     assert x is not None and gates is not None
@@ -133,21 +133,21 @@ def plan(
     if len(matrices) != len(given) or any(weight.constant for weight in matrices):
         return "its matrices are not weights of the model"
     made = gates.node
-    if made is None or made.op != "top_gates" or made.attrs.get("mean"):
+    if made is None or made.op != "top_k_gating" or made.attrs.get("mean_active_experts"):
         return "it needs the same number of experts for every token"
-    extra = made.inputs[2] if len(made.inputs) > 2 else None
-    if extra is not None:
-        known = names(extra)
-        # A gate is 1 + odds extra, and odds are at most 1.
+    gate_scale = made.inputs[2] if len(made.inputs) > 2 else None
+    if gate_scale is not None:
+        known = names(gate_scale)
+        # A gate is 1 + probability gate_scale, and probabilities are at most 1.
         if not known or not float(program.weights[known[0]].load().min()) > -1:
-            return "it needs gates above 0, and one may not be: an `extra` is -1 or below"
+            return "it needs gates above 0, and one may not be: a `gate_scale` is -1 or below"
     kind = Kind(act, gate is not None, bool(biases))
     reason = why_not(kind)
     if reason is not None:
         return reason
-    chosen = resolve_attrs(made, call)["count"]
+    chosen = resolve_attrs(made, call)["top_k"]
     experts = int(types[gates].shape[-1])
-    return Plan(kind, experts, chosen, extra is None, first, biases, last[0])
+    return Plan(kind, experts, chosen, gate_scale is None, first, biases, last[0])
 
 
 def routed(builder: GraphBuilder, fused: Fused, x: ir.Value, gates: ir.Value) -> ir.Value:
@@ -205,9 +205,9 @@ def body(kind: Kind) -> ir.Function:
         assert isinstance(made, ir.Value)
         return made
 
-    odds = op("Softmax", router, axis=-1)
-    count = op("Constant", value_int=ir.RefAttr("value_int", "k", ir.AttributeType.INT))
-    best, places = op("TopK", odds, op("Reshape", count, ints(1)), outputs=2, axis=-1)
+    probabilities = op("Softmax", router, axis=-1)
+    top_k = op("Constant", value_int=ir.RefAttr("value_int", "k", ir.AttributeType.INT))
+    best, places = op("TopK", probabilities, op("Reshape", top_k, ints(1)), outputs=2, axis=-1)
     zeros = op("Expand", number(0.0), op("Shape", router))
     weights = op("ScatterElements", zeros, places, best, axis=-1)
     width = op("Shape", x, start=-1)

@@ -78,7 +78,7 @@ for _op, _callee in {
 for _op in (
     "add_rms_norm", "by_length", "gelu_tanh", "layer_norm", "linear", "merge_heads",
     "ntk_frequencies", "quick_gelu", "relu2", "rms_norm", "rope", "rope_pair", "rope_table",
-    "softcap", "split_heads", "swap_heads", "top_gates",
+    "softcap", "split_heads", "transpose_heads", "top_k_gating",
 ):  # fmt: skip
     torch_callee(_op, _op)
 

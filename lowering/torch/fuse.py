@@ -39,7 +39,7 @@ class FuseLayerOps(Pass):
     1. `fuse_experts`: experts that a sum adds to a feed-forward part of the same input, the same
        activation and the same form (gated or not), whose result nothing else reads, become one
        `moe` with that part; other experts become a `moe` without one.
-    2. `fuse_routing`: a linear whose scores `top_gates` alone reads becomes a `route` with it.
+    2. `fuse_routing`: a linear whose scores `top_k_gating` alone reads becomes a `route` with it.
     3. `fuse_activation_with_product`: an activation that a product alone reads becomes an
        `act_mul` with it.
     4. `fuse_sum_with_norm`: a sum and the first RMS norm of it, by a weight of the function or by
@@ -132,9 +132,9 @@ def _shared_weights(site: Site, value: Value | None) -> list[Value | None]:
     return [up_weight, down_weight, gate_weight, up_bias, gate_bias, down_bias]
 
 
-@rule("top_gates")
+@rule("top_k_gating")
 def fuse_routing(site: Site) -> Match | NoMatch:
-    """top_gates(linear(x, weight, offset), ..) -> route(x, weight, offset, ..)."""
+    """top_k_gating(linear(x, weight, bias), ..) -> route(x, weight, router_bias, ..)."""
     gates = site.node
     scores = site.maker(0, "linear")
     if scores is None:

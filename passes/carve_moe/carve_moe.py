@@ -116,7 +116,9 @@ class CarveMoe(Pass):
     def check(self, program: Program) -> None:
         found = parts_of(program)
         if not any(isinstance(part, FeedForward) for _, part in found):
-            if any(node.op == "top_gates" for f in program.functions.values() for node in f.nodes):
+            if any(
+                node.op == "top_k_gating" for f in program.functions.values() for node in f.nodes
+            ):
                 raise PassError(
                     f"{program.name} is carved into experts already.", "Leave carve-moe out."
                 )

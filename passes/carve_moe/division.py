@@ -18,7 +18,7 @@ from graphopt.calibration.neuron_energy import mean_magnitudes, static_order
 from graphopt.errors import PassError
 from graphopt.execute.hidden_states import PerBatch
 from graphopt.ir import functional
-from graphopt.ir.ops.experts import edge
+from graphopt.ir.ops.experts import routing_threshold
 from graphopt.solvers.assignment import balanced_assignment
 from graphopt.solvers.least_squares import RIDGES, LeastSquares, best_ridge
 
@@ -230,7 +230,7 @@ def divide_by_fit(
         spread = router.scores(learn, weight).std(-1).mean()
         weight = weight / spread.clamp(min=1e-12)
     if threshold:
-        weight[-1] -= edge(router.scores(held_out, weight), active)
+        weight[-1] -= routing_threshold(router.scores(held_out, weight), active)
     made = {"router": weight[:-1].t().contiguous(), "router.bias": weight[-1].clone()}
     return Division(place.sort(stable=True).indices, shared, made, turns)
 
@@ -269,14 +269,14 @@ def divide_as_published(
 
 
 def chosen(scores_TE: Tensor, active: int, *, threshold: bool = False) -> Tensor:
-    """Return 1 for the experts that tokens run and 0 for the others, as `top_gates` does.
+    """Return 1 for the experts that tokens run and 0 for the others, as `top_k_gating` does.
 
     Args:
-        threshold: Run what lies above one edge for all tokens, `active` experts on average.
+        threshold: Run what lies above one threshold for all tokens, `active` experts on average.
     """
     if threshold:
-        return (scores_TE > edge(scores_TE, active)).to(scores_TE.dtype)
-    return functional.top_gates(scores_TE, count=active)
+        return (scores_TE > routing_threshold(scores_TE, active)).to(scores_TE.dtype)
+    return functional.top_k_gating(scores_TE, top_k=active)
 
 
 def _energy_of(energy_TN: Tensor, place_N: Tensor, experts: int) -> Tensor:

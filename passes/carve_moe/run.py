@@ -232,7 +232,7 @@ class Carving:
 
         with self.clock.counting("model"):
             nodes = block.replace().function.nodes
-            choices = [node.output for node in nodes if node.op == "top_gates"]
+            choices = [node.output for node in nodes if node.op == "top_k_gating"]
             block.advance(observers=dict.fromkeys(choices, keep))
         return gates
 

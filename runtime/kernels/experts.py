@@ -5,7 +5,7 @@ Neurons of experts lie side by side: expert e is rows e SIZE to e SIZE + SIZE of
 and rounds where it writes. What an expert computes is in one place of memory whatever the other
 tokens do, and sums have one order, so that runs repeat bit for bit.
 
-For many tokens, in this order: `route` or `top_gates`, `list_tokens`, `expand`, `reduce` and
+For many tokens, in this order: `route` or `top_k_gating`, `list_tokens`, `expand`, `reduce` and
 `combine`. For few, behind the gates, `expand_few` and `reduce_few`, which also run the neurons that
 every token shares.
 """
@@ -35,80 +35,83 @@ def _products(
 
 @triton.jit
 def _choose(
-    scores, bias_ptr, extra_ptr, expert, E: tl.constexpr, COUNT: tl.constexpr, MEAN: tl.constexpr
+    logits, selection_bias_ptr, gate_scale_ptr, expert,
+    E: tl.constexpr, TOP_K: tl.constexpr, BY_THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    """Return the gates [T, E] of the COUNT experts with the highest scores; the others' are 0.
+    """Return the gates [T, E] of the TOP_K experts with the highest logits; the others' are 0.
 
-    With MEAN those are chosen whose score is above 0.
+    With BY_THRESHOLD those are chosen whose logit is above 0.
     """
     there = (expert < E)[None, :]
-    ranked = tl.where(there, scores, -float("inf"))
-    odds = scores
-    if bias_ptr is not None or extra_ptr is not None:
-        odds = tl.exp(ranked - tl.max(ranked, 1)[:, None])
-        odds = odds / tl.sum(odds, 1)[:, None]
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)
-        ranked = tl.where(there, (scores if MEAN else odds) + bias[None, :], -float("inf"))
-    if MEAN:
+    ranked = tl.where(there, logits, -float("inf"))
+    probabilities = logits
+    if selection_bias_ptr is not None or gate_scale_ptr is not None:
+        probabilities = tl.exp(ranked - tl.max(ranked, 1)[:, None])
+        probabilities = probabilities / tl.sum(probabilities, 1)[:, None]
+    if selection_bias_ptr is not None:
+        bias = tl.load(selection_bias_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)
+        ranked = (logits if BY_THRESHOLD else probabilities) + bias[None, :]
+        ranked = tl.where(there, ranked, -float("inf"))
+    if BY_THRESHOLD:
         chosen = ranked > 0.0
     else:
         mine, other = ranked[:, :, None], ranked[:, None, :]
         ahead = (other > mine) | ((other == mine) & (expert[None, None, :] < expert[None, :, None]))
-        chosen = tl.sum(ahead.to(tl.int32), 2) < COUNT
+        chosen = tl.sum(ahead.to(tl.int32), 2) < TOP_K
     gates = tl.where(chosen, 1.0, 0.0)
-    if extra_ptr is not None:
-        extra = tl.load(extra_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)
-        gates = tl.where(chosen, 1.0 + odds * extra[None, :], 0.0)
+    if gate_scale_ptr is not None:
+        scale = tl.load(gate_scale_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)
+        gates = tl.where(chosen, 1.0 + probabilities * scale[None, :], 0.0)
     return gates
 
 
 @triton.jit
-def top_gates(
-    scores_ptr, bias_ptr, extra_ptr, gates_ptr, tokens, scores_stride,
-    E: tl.constexpr, COUNT: tl.constexpr, MEAN: tl.constexpr,
+def top_k_gating(
+    logits_ptr, selection_bias_ptr, gate_scale_ptr, gates_ptr, tokens, logits_stride,
+    E: tl.constexpr, TOP_K: tl.constexpr, BY_THRESHOLD: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Write the gates [T, E] of scores [T, E]."""
+    """Write the gates [T, E] of router logits [T, E]."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
     inside = (token < tokens)[:, None] & (expert < E)[None, :]
-    at = token.to(tl.int64)[:, None] * scores_stride + expert[None, :]
-    scores = tl.load(scores_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    gates = _choose(scores, bias_ptr, extra_ptr, expert, E, COUNT, MEAN)
+    at = token.to(tl.int64)[:, None] * logits_stride + expert[None, :]
+    logits = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    gates = _choose(logits, selection_bias_ptr, gate_scale_ptr, expert, E, TOP_K, BY_THRESHOLD)
     target = token.to(tl.int64)[:, None] * E + expert[None, :]
     tl.store(gates_ptr + target, gates.to(gates_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def route(
-    x_ptr, weight_ptr, offset_ptr, bias_ptr, extra_ptr, gates_ptr, tokens, x_stride,
-    D: tl.constexpr, E: tl.constexpr, COUNT: tl.constexpr, MEAN: tl.constexpr,
+    x_ptr, weight_ptr, router_bias_ptr, selection_bias_ptr, gate_scale_ptr, gates_ptr,
+    tokens, x_stride,
+    D: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, BY_THRESHOLD: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write the gates [T, E] of the scores x weight^T + offset, which are not rounded."""
+    """Write the gates [T, E] of router logits x weight^T + router_bias, which are not rounded."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
     if BLOCK_T == 1:
         # Matrix units need 16 tokens; one is read by a single program, as much at a time as can be.
         at = x_ptr + tl.program_id(0).to(tl.int64) * x_stride
-        scores = _products(at, weight_ptr, expert, expert < E, D, BLOCK_E, BLOCK_D)[None, :]
+        logits = _products(at, weight_ptr, expert, expert < E, D, BLOCK_E, BLOCK_D)[None, :]
     else:
         feature = tl.arange(0, BLOCK_D)
         x_at = x_ptr + token.to(tl.int64)[:, None] * x_stride + feature[None, :]
         weight_at = weight_ptr + expert[None, :] * D + feature[:, None]
-        scores = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+        logits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
         for start in range(0, D, BLOCK_D):
             inside = start + feature < D
             mask = (token < tokens)[:, None] & inside[None, :]
             x = tl.load(x_at + start, mask=mask, other=0.0)
             mask = inside[:, None] & (expert < E)[None, :]
             weight = tl.load(weight_at + start, mask=mask, other=0.0)
-            scores = tl.dot(x, weight, scores)
-    if offset_ptr is not None:
-        offset = tl.load(offset_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)
-        scores += offset[None, :]
-    gates = _choose(scores, bias_ptr, extra_ptr, expert, E, COUNT, MEAN)
+            logits = tl.dot(x, weight, logits)
+    if router_bias_ptr is not None:
+        bias = tl.load(router_bias_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)
+        logits += bias[None, :]
+    gates = _choose(logits, selection_bias_ptr, gate_scale_ptr, expert, E, TOP_K, BY_THRESHOLD)
     inside = (token < tokens)[:, None] & (expert < E)[None, :]
     target = token.to(tl.int64)[:, None] * E + expert[None, :]
     tl.store(gates_ptr + target, gates.to(gates_ptr.dtype.element_ty), mask=inside)

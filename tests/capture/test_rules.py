@@ -127,9 +127,9 @@ RAISED = {
         lambda x: x.permute(0, 2, 1, 3).reshape(*x.shape[:1], -1, 32),
         [HEADS], [], ["merge_heads"],
     ),
-    "swap_heads": (
+    "transpose_heads": (
         raise_moves, lambda x: x.permute(0, 2, 1, 3), [HEADS], [],
-        ["swap_heads"],
+        ["transpose_heads"],
     ),
     "moves that undo each other": (
         raise_moves, lambda x: x.transpose(1, 2).transpose(1, 2) + x,
@@ -174,7 +174,7 @@ NEVER = {
     norms: {"rms_norm", "layer_norm"},
     activations: {"silu", "quick_gelu", "gelu", "gelu_tanh", "softcap"},
     attention: {"attention"},
-    raise_moves: {"split_heads", "merge_heads", "swap_heads"},
+    raise_moves: {"split_heads", "merge_heads", "transpose_heads"},
 }
 
 

@@ -75,7 +75,7 @@ def test_embedding_reads_the_rows_it_looks_up(sizes):
     assert number(moved, b, s, p) == 8 * b * s + 2 * 4 * b * s * 6
 
 
-@pytest.mark.parametrize("name", ["split_heads", "merge_heads", "swap_heads"])
+@pytest.mark.parametrize("name", ["split_heads", "merge_heads", "transpose_heads"])
 def test_moves_cost_no_arithmetic(name):
     x = f32(B, S, 12) if name == "split_heads" else f32(B, 3, S, 4)
     flops, moved = of_op(name, [x], {"head_dim": 4} if name == "split_heads" else {})

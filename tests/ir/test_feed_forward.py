@@ -33,9 +33,9 @@ def test_with_one_expert_of_three_every_token_runs_its_own():
     block = find_blocks(sparse)[0]
     call = sparse.calls[block.position]
     function = sparse.functions[call.function]
-    (gates,) = [node for node in function.nodes if node.op == "top_gates"]
+    (gates,) = [node for node in function.nodes if node.op == "top_k_gating"]
     (routed,) = [node for node in function.nodes if node.op == "experts"]
-    assert gates.attrs == {"count": 1} and routed.attrs == {"act": "silu", "active": 1}
+    assert gates.attrs == {"top_k": 1} and routed.attrs == {"act": "silu", "active": 1}
     assert not torch.allclose(
         Runner(sparse).logits(CASE.inputs), Runner(program).logits(CASE.inputs), atol=1e-3
     )

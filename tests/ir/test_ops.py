@@ -93,9 +93,9 @@ CASES = [
       for kinds in ([X, X], [X, f64(6)], [f64(B, 1, 6), f64(S, 1)])),
     Case("embedding", [i64(B, S), f64(7, 3)]),
     Case("embedding", [i64(B, S), f64(7, 3)], {"offset": 2}),
-    *(Case("top_gates", [f64(B, S, 5), *rest], {"count": count})
-      for count in (1, 3, 5) for rest in ([], [f64(5)], [None, f64(5)], [f64(5), f64(5)])),
-    *(Case("top_gates", [f64(B, S, 5), *rest], {"count": 5, "mean": 2})
+    *(Case("top_k_gating", [f64(B, S, 5), *rest], {"top_k": top_k})
+      for top_k in (1, 3, 5) for rest in ([], [f64(5)], [None, f64(5)], [f64(5), f64(5)])),
+    *(Case("top_k_gating", [f64(B, S, 5), *rest], {"top_k": 5, "mean_active_experts": 2})
       for rest in ([], [f64(5)], [f64(5), f64(5)])),
     *(Case("experts", [X, f64(B, S, 3), f64(12, 6), f64(7, 12), *rest],
            {"act": act, "active": 2}, terms=24, size=8)
@@ -120,7 +120,7 @@ CASES = [
     *(Case("split_heads", [f64(B, S, 12)], {"head_dim": 4, "swap": swap})
       for swap in (True, False)),
     *(Case("merge_heads", [Q], {"swap": swap}) for swap in (True, False)),
-    Case("swap_heads", [Q]),
+    Case("transpose_heads", [Q]),
     *(Case("add_rms_norm", [X, y, *gain], {"eps": 1e-3} | offset, 7)
       for y in (X, f64(6)) for gain in ([], [f64(6)]) for offset in ({}, {"offset": 1.0})),
     Case("no_addend", [X]),
@@ -138,9 +138,10 @@ CASES = [
           ("silu", [f64(12, 6), f64(12), f64(12), f64(9, 6), f64(7, 9), f64(9, 6), f64(9),
                     f64(9), f64(7)]),
       )),
-    *(Case("route", [X, f64(5, 6), *rest], {"count": count} | mean, terms=7)
-      for count, mean, rest in (
-          (2, {}, []), (3, {}, [f64(5), f64(5), f64(5)]), (5, {"mean": 2}, [None, f64(5)]),
+    *(Case("route", [X, f64(5, 6), *rest], {"top_k": top_k} | mean, terms=7)
+      for top_k, mean, rest in (
+          (2, {}, []), (3, {}, [f64(5), f64(5), f64(5)]),
+          (5, {"mean_active_experts": 2}, [None, f64(5)]),
       )),
     attention(),
     attention(causal=False),
@@ -195,18 +196,20 @@ def expect_linear(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
-def expect_top_gates(scores, bias=None, extra=None, count=0, mean=0):
-    gates = np.zeros_like(scores)
-    for place in np.ndindex(*scores.shape[:-1]):
-        row = [math.exp(v) for v in scores[place]]
-        odds = [v / sum(row) for v in row]
-        rank = scores[place] if bias is None else odds + bias
-        chosen = sorted(range(len(row)), key=lambda e: (-rank[e], e))[:count]
-        if mean:
-            offset = np.zeros(len(row)) if bias is None else bias
-            chosen = [e for e in chosen if scores[place][e] + offset[e] > 0]
+def expect_top_k_gating(
+    router_logits, selection_bias=None, gate_scale=None, top_k=0, mean_active_experts=0
+):
+    gates = np.zeros_like(router_logits)
+    for place in np.ndindex(*router_logits.shape[:-1]):
+        row = [math.exp(v) for v in router_logits[place]]
+        probabilities = [v / sum(row) for v in row]
+        rank = router_logits[place] if selection_bias is None else probabilities + selection_bias
+        chosen = sorted(range(len(row)), key=lambda e: (-rank[e], e))[:top_k]
+        if mean_active_experts:
+            threshold = np.zeros(len(row)) if selection_bias is None else selection_bias
+            chosen = [e for e in chosen if router_logits[place][e] + threshold[e] > 0]
         for e in chosen:
-            gates[place][e] = 1.0 if extra is None else 1 + odds[e] * extra[e]
+            gates[place][e] = 1.0 if gate_scale is None else 1 + probabilities[e] * gate_scale[e]
     return gates
 
 
@@ -303,8 +306,9 @@ def expect_moe(
     return y if shared_down_bias is None else y + shared_down_bias
 
 
-def expect_route(x, weight, offset=None, bias=None, extra=None, **attrs):
-    return expect_top_gates(expect_linear(x, weight, offset), bias, extra, **attrs)
+def expect_route(x, weight, router_bias=None, selection_bias=None, gate_scale=None, **attrs):
+    router_logits = expect_linear(x, weight, router_bias)
+    return expect_top_k_gating(router_logits, selection_bias, gate_scale, **attrs)
 
 
 def expect_split_heads(x, head_dim, swap=True):
@@ -318,7 +322,7 @@ def expect_merge_heads(x, swap=True):
     return np.concatenate([np.take(x, h, axis) for h in range(x.shape[axis])], -1)
 
 
-def expect_swap_heads(x):
+def expect_transpose_heads(x):
     return np.stack([x[:, i] for i in range(x.shape[1])], 2)
 
 
@@ -578,7 +582,7 @@ REFUSED = {
     "split_heads, width": ("split_heads", [X], {"head_dim": 4}, "split_heads of"),
     "split_heads, zero": ("split_heads", [X], {"head_dim": 0}, "split_heads of"),
     "merge_heads, rank": ("merge_heads", [X], {}, "merge_heads of"),
-    "swap_heads, rank": ("swap_heads", [X], {}, "swap_heads of"),
+    "transpose_heads, rank": ("transpose_heads", [X], {}, "transpose_heads of"),
     "add_rms_norm, sizes": ("add_rms_norm", [X, f64(5)], {"eps": 0.1}, "do not broadcast"),
     "act_mul, absent": ("act_mul", [X, None], {"act": "silu"}, "operand 1 is missing"),
     "rope_pair, order": ("rope_pair", [Q, f64(B, S, 2, 8), TABLE, TABLE], {}, "rope of"),
@@ -592,7 +596,7 @@ REFUSED = {
         "moe", [X, f64(B, S, 3), f64(12, 6), f64(7, 12), None, None, None, f64(9, 6), f64(6, 9)],
         {"act": "relu", "active": 1}, "shared_down",
     ),
-    "route, scores": ("route", [X, f64(5, 6)], {"count": 6}, "6 of 5 experts"),
+    "route, scores": ("route", [X, f64(5, 6)], {"top_k": 6}, "6 of 5 experts"),
 }  # fmt: skip
 BAD_ATTENTION = {
     "rank": ([X, K, V], "attention of"),

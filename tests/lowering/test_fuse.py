@@ -47,8 +47,8 @@ TAKEN = {
         ["moe(x, y, k, l, m, shared_up=b, shared_down=c, shared_gate=a"],
     ),
     "fuse_routing": (
-        function(("s", "linear", "x a b"), ("out", "top_gates", "s y", {"count": 2})),
-        ["route(x, a, b, y, count=2)"],
+        function(("s", "linear", "x a b"), ("out", "top_k_gating", "s y", {"top_k": 2})),
+        ["route(x, a, b, y, top_k=2)"],
     ),
     "fuse_activation_with_product": (
         function(("s", "silu", "x"), ("out", "mul", "y s")),
@@ -77,10 +77,10 @@ TAKEN = {
 LEFT = {
     "fuse_experts": [],
     "fuse_routing": [
-        (function(("out", "top_gates", "x", {"count": 2})), "not those of a linear"),
+        (function(("out", "top_k_gating", "x", {"top_k": 2})), "not those of a linear"),
         (
             function(
-                ("s", "linear", "x a"), ("out", "top_gates", "s", {"count": 2}),
+                ("s", "linear", "x a"), ("out", "top_k_gating", "s", {"top_k": 2}),
                 results=("out", "s"),
             ),
             "something else reads its scores",
@@ -210,7 +210,7 @@ def test_lowering_makes_the_fused_ops_and_keeps_the_program(tmp_path):
     assert str(program) == text
     ops = {node.op for f in lowered.functions.values() for node in f.nodes}
     assert {"add_rms_norm", "rope_pair", "packed_linear", "moe", "route"} <= ops
-    assert "no_addend" in ops and not {"experts", "top_gates", "rope"} & ops
+    assert "no_addend" in ops and not {"experts", "top_k_gating", "rope"} & ops
     assert lower(program, "cpu") is program
     for target in ("volta", "ascend910b"):
         text = str(lower(program, target))

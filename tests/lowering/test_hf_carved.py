@@ -232,14 +232,14 @@ def _with_balance(program: Program) -> Program:
     generator = torch.Generator().manual_seed(2)
     for function in program.functions.values():
         for node in function.nodes:
-            if node.op == "top_gates":
-                for slot in ("bias", "extra"):
+            if node.op == "top_k_gating":
+                for slot in ("selection_bias", "gate_scale"):
                     function.weights[slot] = Value(slot)
                     node.inputs.append(function.weights[slot])
                 count = 4
                 for number, call in enumerate(program.calls):
                     if call.function == function.name:
-                        for slot in ("bias", "extra"):
+                        for slot in ("selection_bias", "gate_scale"):
                             value = torch.randn(count, generator=generator)
                             call.weights[slot] = f"{slot}.{number}"
                             program.weights.add(Weight(f"{slot}.{number}", Array(value)))

@@ -112,7 +112,7 @@ def some_gates(part: Part, dtype: torch.dtype, kind: str) -> Tensor:
         gates[:, -part.active :] = 1
         return gates.to(dtype).to(DEVICE)
     scores = random(tokens, experts, dtype=dtype, seed=30)
-    gates = functional.top_gates(scores, count=part.active)
+    gates = functional.top_k_gating(scores, top_k=part.active)
     if kind == "scaled":
         gates = gates * (1 + scores.abs())
     if kind == "fewer":
@@ -171,29 +171,31 @@ def many(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("experts", [1, 5, 14, 64])
-@pytest.mark.parametrize("operands", ["scores", "bias", "extra", "both"])
+@pytest.mark.parametrize("operands", ["logits", "selection_bias", "gate_scale", "both"])
 def test_gates(operands: str, experts: int, dtype: torch.dtype) -> None:
     scores = random(37, experts, dtype=dtype, seed=0) * experts**0.5
     # Two equal ones: the first is chosen.
     scores[:, -1] = scores[:, 0]
     # One that changes the choice, and no ties of sums that are rounded differently.
-    bias = random(experts, dtype=dtype, seed=1) if operands in ("bias", "both") else None
-    extra = random(experts, dtype=dtype, seed=2) if operands in ("extra", "both") else None
+    bias = random(experts, dtype=dtype, seed=1) if operands in ("selection_bias", "both") else None
+    gate_scale = (
+        random(experts, dtype=dtype, seed=2) if operands in ("gate_scale", "both") else None
+    )
     count = max(1, experts // 3)
-    found = moe.launch_top_gates(scores, bias, extra, count)
+    found = moe.launch_top_k_gating(scores, bias, gate_scale, count)
     # The same scores as products with one feature, and with zeros behind it.
     weight = torch.eye(experts, 48 if experts < 48 else 80, dtype=dtype, device=DEVICE)
     x = torch.zeros(len(scores), weight.shape[1], dtype=dtype, device=DEVICE)
     x[:, :experts] = scores
-    assert torch.equal(moe.launch_route(x, weight, None, bias, extra, count), found)
+    assert torch.equal(moe.launch_route(x, weight, None, bias, gate_scale, count), found)
     offset = torch.zeros(experts, dtype=dtype, device=DEVICE)
     offset[-1] = 100.0
-    assert bool((moe.launch_route(x, weight, offset, bias, extra, count)[:, -1] != 0).all())
-    exact = functional.top_gates(
+    assert bool((moe.launch_route(x, weight, offset, bias, gate_scale, count)[:, -1] != 0).all())
+    exact = functional.top_k_gating(
         scores.double().cpu(),
         None if bias is None else bias.double().cpu(),
-        None if extra is None else extra.double().cpu(),
-        count=count,
+        None if gate_scale is None else gate_scale.double().cpu(),
+        top_k=count,
     )
     assert bool(((found != 0).sum(-1) == count).all())
     eps = torch.finfo(dtype).eps
@@ -204,7 +206,7 @@ def test_thresholds_choose_what_is_above_them() -> None:
     scores = random(19, 6, dtype=torch.float16, seed=0)
     bias = torch.tensor([0.0, -9.0, 9.0, 0.0, 0.0, 0.0], dtype=torch.float16, device=DEVICE)
     for given in (None, bias):
-        gates = moe.launch_top_gates(scores, given, None, 6, mean=2)
+        gates = moe.launch_top_k_gating(scores, given, None, 6, mean_active_experts=2)
         ranked = scores.double() if given is None else scores.double() + given.double()
         assert torch.equal(gates, (ranked > 0).to(gates.dtype))
         part = Part((19, 6, 6, 8, 0, 32), torch.float16, "silu", True, False)

@@ -41,7 +41,7 @@ def test_chosen_experts(split, part, tmp_path):
     built = Part(tmp_path, count, active, *PARTS[part], routed=())
     for batch, length in TOKENS:
         scores = random(batch, length, count, seed=1)
-        (gates,) = get_op("top_gates").reference([scores], {"count": active})
+        (gates,) = get_op("top_k_gating").reference([scores], {"top_k": active})
         assert bool((gates.sum(-1) == active).all())
         built.check(random(batch, length, WIDTH), scores, gates)
 
@@ -49,16 +49,16 @@ def test_chosen_experts(split, part, tmp_path):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("part", PARTS)
 def test_gates_other_than_one(part, with_bias, tmp_path):
-    """Also negative ones: a trained `extra` has no bound."""
+    """Also negative ones: a trained `gate_scale` has no bound."""
     count, active = 6, 2
     bias = 0.1 * random(count) if with_bias else None
-    extra = torch.tensor([-3.0, 2.0, -4.0, 1.0, 3.0, -2.0])
-    built = Part(tmp_path, count, active, *PARTS[part], routed=(bias, extra))
+    gate_scale = torch.tensor([-3.0, 2.0, -4.0, 1.0, 3.0, -2.0])
+    built = Part(tmp_path, count, active, *PARTS[part], routed=(bias, gate_scale))
     for batch, length in TOKENS:
         scores = random(batch, length, count, seed=1)
-        wide = [v if v is None else v.double() for v in (scores, bias, extra)]
-        (gates,) = get_op("top_gates").reference(wide, {"count": active})
-        sizes = (gates != 0) * (1 + extra.double().abs())
+        wide = [v if v is None else v.double() for v in (scores, bias, gate_scale)]
+        (gates,) = get_op("top_k_gating").reference(wide, {"top_k": active})
+        sizes = (gates != 0) * (1 + gate_scale.double().abs())
         built.check(random(batch, length, WIDTH), scores, gates, sizes)
     assert bool((gates < 0).any()) and bool((gates > 1).any())
 

@@ -42,7 +42,7 @@ def ops_of(built):
 
 
 def unit_gates(scores, active):
-    (gates,) = get_op("top_gates").reference([scores], {"count": active})
+    (gates,) = get_op("top_k_gating").reference([scores], {"top_k": active})
     return gates
 
 
@@ -92,7 +92,7 @@ def test_gates_other_than_one(part, with_bias, tmp_path):
     for batch, length in TOKENS:
         scores = random(batch, length, count, seed=1)
         wide = [v if v is None else v.double() for v in (scores, bias, GATES)]
-        (gates,) = get_op("top_gates").reference(wide, {"count": active})
+        (gates,) = get_op("top_k_gating").reference(wide, {"top_k": active})
         sizes = (gates != 0) * (1 + GATES.double().abs())
         built.check(random(batch, length, WIDTH), scores, gates, sizes)
         seen.append(gates[gates != 0])
@@ -117,8 +117,10 @@ def test_a_runtime_without_the_operator_runs_its_body(part, routed, tmp_path):
     session = ort.InferenceSession(inlined.SerializeToString())
     for batch, length in TOKENS:
         scores = random(batch, length, count, seed=1)
-        extra = [] if not routed else [None, GATES.double()]
-        (gates,) = get_op("top_gates").reference([scores.double(), *extra], {"count": active})
+        gate_scale = [] if not routed else [None, GATES.double()]
+        (gates,) = get_op("top_k_gating").reference(
+            [scores.double(), *gate_scale], {"top_k": active}
+        )
         sizes = (gates != 0) * (1 + GATES.double().abs()) if routed else None
         x = random(batch, length, WIDTH)
         for run in (ReferenceEvaluator(model).run, session.run):
@@ -187,7 +189,7 @@ def test_what_the_operator_cannot_take_stays_plain(part, options, reason, tmp_pa
     sizes = None
     if routed:
         wide = [scores.double(), None, routed[1].double()]
-        (gates,) = get_op("top_gates").reference(wide, {"count": 2})
+        (gates,) = get_op("top_k_gating").reference(wide, {"top_k": 2})
         sizes = (gates != 0) * (1 + routed[1].double().abs())
     built.check(x, scores, gates, sizes)
 

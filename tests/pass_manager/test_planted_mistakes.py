@@ -111,10 +111,10 @@ WEIGHTS = [
     Mistake("a head's sink", FOLD, "sinks", weight(SINKS, scaled(1.01, 2))),
     Mistake("a bias halved", FOLD, "biased", weight(BIAS, scaled(0.5))),
     Mistake("an expert's router", FOLD, "experts", router(scaled(1.001, 2)),
-            "operand 0 of top_gates", length=None),
+            "operand 0 of top_k_gating", length=None),
     Mistake("two experts' routers swapped", SUBEXPRESSION, "experts", router(swapped(0, 1))),
     Mistake("an edge of a threshold", FOLD, "thresholds", router(scaled(1.001), "router.bias"),
-            "operand . of top_gates", length=None),
+            "operand . of top_k_gating", length=None),
 ]
 
 ATTRIBUTES = [
@@ -151,7 +151,7 @@ ATTRIBUTES = [
     Mistake("another activation", CANONICALISE, "plain", of(set_op, "silu", "quick_gelu")),
     Mistake("positions from the second row", FOLD, "last position", attr("embedding", offset=1)),
     Mistake("one expert more", SUBEXPRESSION, "experts", lambda program: (
-        attr("top_gates", count=3)(program), attr("experts", active=3)(program))),
+        attr("top_k_gating", top_k=3)(program), attr("experts", active=3)(program))),
 ]
 
 GRAPH = [
@@ -209,9 +209,9 @@ LOWERED = [
     Mistake("sines for cosines of a pair", FUSE, "plain",
             of(swap_operands, "rope_pair", "q_rope", 2, 3)),
     Mistake("a pair of neighbours", FUSE, "plain", attr("rope_pair", interleaved=True)),
-    Mistake("a fused router", FUSE, "experts", router(scaled(1.001, 2)), "operand 0 of top_gates",
-            length=None),
-    Mistake("one fused expert fewer", FUSE, "experts", attr("route", count=1)),
+    Mistake("a fused router", FUSE, "experts", router(scaled(1.001, 2)),
+            "operand 0 of top_k_gating", length=None),
+    Mistake("one fused expert fewer", FUSE, "experts", attr("route", top_k=1)),
     Mistake("up and gate of experts", FUSE, "experts", of(swap_operands, "moe", "add", 2, 4)),
     Mistake("the shared part's activation", FUSE, "experts", attr("moe", act="gelu")),
     Mistake("a window one shorter, planned", PLAN, "window", window(0, WINDOW - 1), length=120),

@@ -165,7 +165,7 @@ class _Builder:
                     self.add("merge_heads", [a[0]], "x", swap=a[1] == "h")
             case "swap":
                 if (a := self.pick("hs")) is not None:
-                    self.add("swap_heads", [a[0]], "s" if a[1] == "h" else "h")
+                    self.add("transpose_heads", [a[0]], "s" if a[1] == "h" else "h")
             case "rope":
                 if (a := self.pick("hs")) is not None:
                     first = a[1] == "h"

@@ -35,7 +35,7 @@ def test_moves_of_heads_vanish_or_merge():
     rules = check(
         [
             "q = split_heads(x, head_dim=4, swap=False)",
-            "t = tanh(swap_heads(swap_heads(swap_heads(q))))",
+            "t = tanh(transpose_heads(transpose_heads(transpose_heads(q))))",
             "back = merge_heads(split_heads(merge_heads(t), head_dim=4))",
             "z = scale(back, factor=1.0)",
             "return z",
@@ -49,7 +49,7 @@ def test_two_swaps_are_none():
     rules = check(
         [
             "t = tanh(split_heads(x, head_dim=4))",
-            "m = merge_heads(silu(swap_heads(swap_heads(t))))",
+            "m = merge_heads(silu(transpose_heads(transpose_heads(t))))",
             "return m",
         ],
         ["m = merge_heads(silu(tanh(split_heads(x, head_dim=4))))", "return m"],
@@ -61,7 +61,7 @@ def test_heads_come_first_before_rope():
     check(
         [
             "q = split_heads(x, head_dim=4, swap=False)",
-            "m = merge_heads(swap_heads(rope(q, cos, cos, heads_first=False)))",
+            "m = merge_heads(transpose_heads(rope(q, cos, cos, heads_first=False)))",
             "return m",
         ],
         ["m = merge_heads(rope(split_heads(x, head_dim=4), cos, cos))", "return m"],
@@ -74,7 +74,7 @@ def test_a_rope_that_something_else_reads_stays():
     cos, sin = slot(f, "cos"), slot(f, "sin")
     q = f.add("split_heads", [f.params[0]], {"head_dim": 4, "swap": False}).output
     r = f.add("rope", [q, cos, sin], {"heads_first": False}).output
-    f.results = [f.add("swap_heads", [r]).output, r]
+    f.results = [f.add("transpose_heads", [r]).output, r]
     table = torch.ones(1, 1, 2, dtype=torch.float64)
     program = one(f, constants={"cos": table, "sin": table})
     text = str(program)

@@ -131,7 +131,9 @@ def test_a_threshold_gives_tokens_the_experts_that_they_need(dense, tmp_path):
         # The constants are those of these very tokens; at the edge rounding decides.
         assert sum(part["load"]) == pytest.approx(2.0, abs=1e-2)
     nodes = [n for f in program.functions.values() for n in f.nodes]
-    assert [n.attrs for n in nodes if n.op == "top_gates"] == [{"count": 6, "mean": 2}]
+    assert [n.attrs for n in nodes if n.op == "top_k_gating"] == [
+        {"top_k": 6, "mean_active_experts": 2}
+    ]
     assert entry.details["work"]["weight_products"] == fixed.details["work"]["weight_products"]
 
 
@@ -147,7 +149,7 @@ def test_the_work_is_that_of_the_formula(dense, tmp_path):
 def test_without_active_experts_the_best_neurons_stay_and_no_router(dense, tmp_path):
     program, entry = carved(dense, tmp_path, "shared=6,active=0,experts=8")
     function = program.functions[program.calls[find_blocks(program)[0].position].function]
-    assert not {"experts", "top_gates"} & {node.op for node in function.nodes}
+    assert not {"experts", "top_k_gating"} & {node.op for node in function.nodes}
     slots = [slot for slot in function.weights if slot.startswith("mlp.")]
     assert all(slot.endswith(".shared") for slot in slots) and len(slots) == 3
     assert mean(entry, "routed") == mean(entry, "static")
@@ -324,13 +326,13 @@ def test_tuning_lowers_perplexity_and_moves_experts_and_router(dense, tmp_path):
         if name in fresh.weights and ("router" in name or ".experts" in name)
     }
     assert len(moved) == 4 * 5 and all(value > 1e-6 for value in moved.values()), moved
-    for kind in ("balance", "scale"):
+    for kind in ("selection_bias", "gate_scale"):
         values = [w.load() for w in program.used_weights() if w.name.endswith(f"router.{kind}")]
         assert len(values) == 4 and all(0 < float(v.abs().max()) < 0.1 for v in values)
     loads = report.passes[1].details["loads"]
     assert len(loads) == 4 and all(sum(x[k]) == pytest.approx(1) for x in loads
                                    for k in ("before", "after"))  # fmt: skip
-    attrs = [n.attrs for f in program.functions.values() for n in f.nodes if n.op == "top_gates"]
+    attrs = [n.attrs for f in program.functions.values() for n in f.nodes if n.op == "top_k_gating"]
     assert attrs and all("surrogate" not in item for item in attrs)
 
 
@@ -343,8 +345,8 @@ def test_a_soft_choice_changes_no_gate_and_has_a_gradient():
     from graphopt.ir.ops import get_op
 
     scores = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    (hard,) = get_op("top_gates").torch([scores], {"count": 2})
-    (soft,) = get_op("top_gates").torch([scores], {"count": 2, "surrogate": True})
+    (hard,) = get_op("top_k_gating").torch([scores], {"top_k": 2})
+    (soft,) = get_op("top_k_gating").torch([scores], {"top_k": 2, "surrogate": True})
     assert torch.equal(hard, soft) and not hard.requires_grad
     soft[:, 0].sum().backward()
     assert bool((scores.grad[:, 0] > 0).all()) and float(scores.grad[:, 1:].abs().max()) == 0.0

@@ -16,7 +16,7 @@ from graphopt.errors import UsageError
 from graphopt.execute.block_runner import BlockRunner
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks
-from graphopt.ir.feed_forward import Split, add_gates
+from graphopt.ir.feed_forward import Split, add_gate_operands
 from graphopt.ir.ops import get_op
 from graphopt.ir.verify import verify
 from graphopt.ir.weights import Array, Weight
@@ -36,11 +36,11 @@ GAMMA = 1e-3
 def gated(*, layers=2, train=False, threshold=False):
     """Return a carved program whose choices have a bias and a scale, and their names."""
     program = carved(tiny_program(layers=layers), Split(8, 5, 2, threshold))
-    names = add_gates(program, balance=True, scale=True)
+    names = add_gate_operands(program, selection_bias=True, gate_scale=True)
     verify(program)
     for function in program.functions.values():
         for node in function.nodes:
-            if node.op == "top_gates" and train:
+            if node.op == "top_k_gating" and train:
                 node.attrs |= {"surrogate": True, "balance": True}
     return program, names
 
@@ -52,15 +52,15 @@ def value_of(program, name):
 def set_gates(program, names):
     """Put values into biases and scales that make a difference."""
     generator = torch.Generator().manual_seed(4)
-    for name in (*names["balance"], *names["scale"]):
+    for name in (*names["selection_bias"], *names["gate_scale"]):
         program.weights.replace(Weight(name, Array(torch.randn(5, generator=generator))))
 
 
 def test_gates_at_0_change_nothing_and_others_do():
     plain = carved(tiny_program(), Split(8, 5, 2))
     program, names = gated()
-    assert [len(names[kind]) for kind in ("balance", "scale")] == [2, 2]
-    assert names["balance"][0] == "layers.0.mlp.router.balance"
+    assert [len(names[kind]) for kind in ("selection_bias", "gate_scale")] == [2, 2]
+    assert names["selection_bias"][0] == "layers.0.mlp.router.selection_bias"
     inputs = {"input_ids": IDS[:2]}
     expected = Runner(plain).logits(inputs)
     assert torch.equal(Runner(program).logits(inputs), expected)
@@ -71,7 +71,7 @@ def test_gates_at_0_change_nothing_and_others_do():
 def test_a_bias_takes_part_in_choices_and_in_no_gate():
     scores = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     bias, scale = torch.tensor([0.0, 9.0, 0.0, -9.0, 0.0, 0.0]), torch.linspace(-1, 1, 6)
-    (gates,) = get_op("top_gates").torch([scores, bias, scale], {"count": 2})
+    (gates,) = get_op("top_k_gating").torch([scores, bias, scale], {"top_k": 2})
     assert bool((gates[:, 1] != 0).all()) and bool((gates[:, 3] == 0).all())
     expected = 1 + scores.softmax(-1) * scale
     assert torch.allclose(gates[gates != 0], expected[gates != 0])
@@ -82,13 +82,13 @@ def test_a_bias_takes_part_in_choices_and_in_no_gate():
 def test_the_gradient_of_a_bias_is_the_excess_of_load_whatever_comes_from_above(factor, recomputed):
     scores = torch.randn(7, 9, 4, generator=torch.Generator().manual_seed(1))
     bias = torch.tensor([0.3, 0.0, -0.2, 0.0], requires_grad=True)
-    attrs = {"count": 2, "surrogate": True, "balance": True}
+    attrs = {"top_k": 2, "surrogate": True, "balance": True}
     runs = 0
 
     def choose(bias):
         nonlocal runs
         runs += 1
-        return get_op("top_gates").torch([scores, bias], attrs)[0]
+        return get_op("top_k_gating").torch([scores, bias], attrs)[0]
 
     gates = checkpoint(choose, bias, use_reentrant=False) if recomputed else choose(bias)
     (factor * gates).square().sum().backward()
@@ -129,12 +129,16 @@ def test_a_compiled_call_has_the_same_gradients():
         # fp32 sums of some 50 terms in another order.
         close = 1e-5 * float(expected.abs().max())
         assert float((expected - found[1][slot]).abs().max()) <= close, slot
-    assert float(found[1]["mlp.router.balance"].abs().max()) >= 1
+    assert float(found[1]["mlp.router.selection_bias"].abs().max()) >= 1
 
 
 def tuner_of(program, names, steps, saved=None, gamma=GAMMA, device=CPU):
-    forms = {name: LoadBalanceBias(value_of(program, name), gamma) for name in names["balance"]}
-    forms |= {name: FullParametrisation(value_of(program, name), 2.0) for name in names["scale"]}
+    forms = {
+        name: LoadBalanceBias(value_of(program, name), gamma) for name in names["selection_bias"]
+    }
+    forms |= {
+        name: FullParametrisation(value_of(program, name), 2.0) for name in names["gate_scale"]
+    }
     blocks = find_blocks(program)
     first, stop = blocks[0].position, blocks[-1].position + 1
     whole = BlockRunner(tiny_program(), first, stop, {}, device)
@@ -162,7 +166,7 @@ def test_a_bias_moves_once_a_step_also_recorded_and_compiled(device, compiled, m
     if compiled:
         monkeypatch.setattr(tuner, "COMPILE_FROM", (0.0, 0))
     program, names = gated(train=True)
-    for name in names["balance"]:
+    for name in names["selection_bias"]:
         # The first two experts are always chosen, and the others never.
         start = torch.tensor([9.0, 9.0, -9.0, -9.0, -9.0])
         program.weights.replace(Weight(name, Array(start)))
@@ -173,7 +177,7 @@ def test_a_bias_moves_once_a_step_also_recorded_and_compiled(device, compiled, m
         tuner._check(step / 8)
         moved = step * 2.0**-10
         expected = torch.tensor([9 - moved, 9 - moved, *[moved - 9] * 3])
-        for name in names["balance"]:
+        for name in names["selection_bias"]:
             assert torch.equal(tuner.student.parametrisations[name]().detach().cpu(), expected), (
                 step
             )
@@ -195,27 +199,27 @@ def test_a_step_moves_every_bias_by_gamma_and_a_check_by_nothing():
         for _ in watched.run_calls(
             [values], 0, find_blocks(program)[-1].position + 1, observe=lambda value, tensor: (
             loads.append((tensor != 0).flatten(0, -2).sum(0).float())
-            if value.node is not None and value.node.op == "top_gates" else None
+            if value.node is not None and value.node.op == "top_k_gating" else None
         )):  # fmt: skip
             pass
     assert len(loads) == 2
-    for name, load in zip(names["balance"], loads, strict=True):
+    for name, load in zip(names["selection_bias"], loads, strict=True):
         moved = tuner.student.parametrisations[name]().detach()
         assert torch.equal(moved, -GAMMA * (load - load.mean()).sign())
-    for name in names["scale"]:
+    for name in names["gate_scale"]:
         assert float(tuner.student.parametrisations[name]().detach().abs().max()) > 0
 
 
 def test_loads_come_nearer_to_each_other_by_balance_alone():
     program, names = gated(train=True)
-    for name in names["balance"]:
+    for name in names["selection_bias"]:
         # Odds are about 0.2 each: the first expert has next to no tokens, and the last all.
         program.weights.replace(Weight(name, Array(torch.linspace(-0.3, 0.3, 5))))
     tuner = tuner_of(program, names, 80, gamma=0.01)
     excess = []
     for _ in range(80):
         tuner._step(0.0)
-        forms = [tuner.student.parametrisations[name] for name in names["balance"]]
+        forms = [tuner.student.parametrisations[name] for name in names["selection_bias"]]
         excess.append(sum(float(form.value.grad.abs().sum()) for form in forms))
     assert sum(excess[-8:]) < 0.6 * sum(excess[:8])
 
@@ -223,18 +227,18 @@ def test_loads_come_nearer_to_each_other_by_balance_alone():
 def test_with_thresholds_a_form_that_learns_runs_the_mean_number_of_experts():
     scores = torch.randn(30, 4, generator=torch.Generator().manual_seed(1))
     bias = torch.full((4,), 0.2, requires_grad=True)
-    attrs = {"count": 4, "mean": 1, "surrogate": True, "balance": True}
-    (gates,) = get_op("top_gates").torch([scores, bias], attrs)
+    attrs = {"top_k": 4, "mean_active_experts": 1, "surrogate": True, "balance": True}
+    (gates,) = get_op("top_k_gating").torch([scores, bias], attrs)
     # The 30 highest of 120.
-    edge = (scores + 0.2).flatten().sort(descending=True).values[30]
-    assert torch.equal(gates, (scores + 0.2 > edge).float()) and int(gates.sum()) == 30
+    threshold = (scores + 0.2).flatten().sort(descending=True).values[30]
+    assert torch.equal(gates, (scores + 0.2 > threshold).float()) and int(gates.sum()) == 30
     gates.sum().backward()
-    assert torch.equal(bias.grad, edge.expand(4))
+    assert torch.equal(bias.grad, threshold.expand(4))
     # What is deployed goes by the bias as it is; taking the gradient from it makes the two one.
     with torch.no_grad():
-        (plain,) = get_op("top_gates").torch([scores, bias], attrs)
+        (plain,) = get_op("top_k_gating").torch([scores, bias], attrs)
         assert torch.equal(plain, (scores + 0.2 > 0).float())
-        (moved,) = get_op("top_gates").torch([scores, bias - bias.grad], attrs)
+        (moved,) = get_op("top_k_gating").torch([scores, bias - bias.grad], attrs)
     assert torch.equal(moved, gates.detach())
 
 
@@ -281,7 +285,7 @@ def test_an_interrupted_training_goes_on_with_its_biases(tmp_path):
     moved = [
         form().detach()
         for name, form in again.student.parametrisations.items()
-        if "balance" in name
+        if "selection_bias" in name
     ]
     assert all(float(value.abs().max()) >= GAMMA / 2 for value in moved)
 
@@ -297,7 +301,7 @@ def test_biases_and_scales_stay_in_what_is_emitted(tmp_path):
         found = open_language_model(str(tmp_path / "out"), backend=backend).logits(IDS[:2])
         assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max())), backend
     opened = go.capture(str(tmp_path / "out"))
-    for name in (*names["balance"], *names["scale"]):
+    for name in (*names["selection_bias"], *names["gate_scale"]):
         assert torch.equal(value_of(opened, name), value_of(program, name))
 
 

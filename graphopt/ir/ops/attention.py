@@ -279,16 +279,16 @@ class MergeHeads(_Move):
 
 
 @register
-class SwapHeads(_Move):
+class TransposeHeads(_Move):
     """[B, S, H, D] <-> [B, H, S, D]."""
 
-    name = "swap_heads"
+    name = "transpose_heads"
     operands = ("x",)
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         x = need(types, 0)
         if len(x.shape) != 4:
-            raise ValueError(f"swap_heads of {x}")
+            raise ValueError(f"transpose_heads of {x}")
         return [Type((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), x.dtype)]
 
     def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:

@@ -32,104 +32,117 @@ def _operand(tensors: Tensors, index: int) -> Tensor | None:
 
 
 @register
-class TopGates(Op):
-    """The gates of the `count` experts with the highest scores [..., E]; the others' are 0.
+class TopKGating(Op):
+    """The gates of the `top_k` experts with the highest router logits [..., E]; others' are 0.
 
-    A chosen expert's gate is 1, or with `extra` [E] 1 + softmax(scores) extra. With `bias` [E]
-    the highest of softmax(scores) + bias are chosen instead; it is in no gate. Equal scores go
-    to the lowest index. Source: CMoE, arXiv 2502.04416, section 4.3.
+    A chosen expert's gate is 1, or with `gate_scale` [E] 1 + softmax(router_logits) gate_scale.
+    With `selection_bias` [E] the highest of softmax(router_logits) + selection_bias are chosen
+    instead; it is in no gate. Of equal ones the lowest index is chosen. Source: CMoE, arXiv
+    2502.04416, section 4.3.
 
-    With `mean` a token chooses as many experts as have a score above 0, or score + bias; `mean`
-    is how many these are on average, and `count` the number of all experts, which is how many
-    they may be.
+    With `mean_active_experts` a token chooses as many experts as have a router logit, or router
+    logit + selection_bias, above 0; `mean_active_experts` is how many these are on average, and
+    `top_k` the number of all experts, which is how many they may be.
 
-    A choice has no gradient. With `surrogate` the fast form gives the scores that of a soft
-    choice in its place, which changes no value: sigmoid((score - edge) / spread), edge half way
-    between the last chosen score and the next, or 0 with `mean`, spread the scores' standard
-    deviation. Scores are here what is ranked, and no gradient of the soft choice is the bias's.
+    A choice has no gradient. With `surrogate` the fast form gives the router logits that of a
+    soft choice in its place, which changes no value: sigmoid((logit - threshold) / spread), the
+    threshold half way between the last chosen logit and the next, or 0 with
+    `mean_active_experts`, spread the logits' standard deviation. A logit is here what is ranked,
+    and no gradient of the soft choice is the selection bias's.
 
-    With `balance` the fast form gives `bias` a gradient of its own, whatever the gates' one is:
-    how many tokens more than the mean run each expert. With `mean` a form that learns chooses
-    `mean` experts a token of those at hand, for else every gradient would ask for more; the
-    gradient is the edge above which these lie, and taking it from the bias brings that to 0.
+    With `balance` the fast form gives `selection_bias` a gradient of its own, whatever the gates'
+    one is: how many tokens more than the mean run each expert. With `mean_active_experts` a form
+    that learns chooses this many experts a token of those at hand, for else every gradient would
+    ask for more; the gradient is the routing threshold above which these lie, and taking it from
+    the selection bias brings that to 0.
     """
 
-    name = "top_gates"
-    operands = ("scores", "bias?", "extra?")
-    attributes = {"count": Count, "mean": Offset, "surrogate": bool, "balance": bool}  # noqa: RUF012
-    defaults = {"mean": 0, "surrogate": False, "balance": False}  # noqa: RUF012
+    name = "top_k_gating"
+    operands = ("router_logits", "selection_bias?", "gate_scale?")
+    attributes = {  # noqa: RUF012
+        "top_k": Count, "mean_active_experts": Offset, "surrogate": bool, "balance": bool
+    }  # fmt: skip
+    defaults = {"mean_active_experts": 0, "surrogate": False, "balance": False}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
-        scores = need(types, 0)
-        experts = scores.shape[-1]
+        router_logits = need(types, 0)
+        experts = router_logits.shape[-1]
         for kind in types[1:]:
             if kind is not None and kind.shape != (experts,):
-                raise ValueError(f"top_gates of {scores} with {kind}")
-        if not 0 < attrs["count"] <= experts:
-            raise ValueError(f"top_gates of {attrs['count']} of {experts} experts")
-        if attrs.get("mean", 0) and not 0 < attrs["mean"] <= attrs["count"] == experts:
-            raise ValueError(f"top_gates of {attrs['mean']} of {experts} experts on average")
+                raise ValueError(f"top_k_gating of {router_logits} with {kind}")
+        if not 0 < attrs["top_k"] <= experts:
+            raise ValueError(f"top_k_gating of {attrs['top_k']} of {experts} experts")
+        mean = attrs.get("mean_active_experts", 0)
+        if mean and not 0 < mean <= attrs["top_k"] == experts:
+            raise ValueError(f"top_k_gating of {mean} of {experts} experts on average")
         if attrs.get("balance") and (len(types) < 2 or types[1] is None):
-            raise ValueError("top_gates cannot balance a choice without a bias")
-        return [scores]
+            raise ValueError("top_k_gating cannot balance a choice without a selection bias")
+        return [router_logits]
 
     def flops(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]
         return dim(6 * outputs[0].numel)
 
     def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
-        scores, bias, extra = tensors[0], _operand(tensors, 1), _operand(tensors, 2)
-        assert scores is not None
-        odds = (scores - scores.amax(-1, keepdim=True)).exp()
-        odds = odds / odds.sum(-1, keepdim=True)
-        if attrs.get("mean"):
-            chosen = ((scores if bias is None else scores + bias) > 0).to(scores.dtype)
+        router_logits = tensors[0]
+        selection_bias, gate_scale = _operand(tensors, 1), _operand(tensors, 2)
+        assert router_logits is not None
+        probabilities = (router_logits - router_logits.amax(-1, keepdim=True)).exp()
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+        if attrs.get("mean_active_experts"):
+            ranked = router_logits if selection_bias is None else router_logits + selection_bias
+            chosen = (ranked > 0).to(router_logits.dtype)
         else:
-            ranked = scores if bias is None else odds + bias
+            ranked = router_logits if selection_bias is None else probabilities + selection_bias
             better = (ranked[..., None, :] > ranked[..., :, None]).sum(-1)
             equal = ranked[..., None, :] == ranked[..., :, None]
             earlier = equal.tril(-1).sum(-1)
-            chosen = (better + earlier < attrs["count"]).to(scores.dtype)
-        return (chosen if extra is None else chosen * (1 + odds * extra),)
+            chosen = (better + earlier < attrs["top_k"]).to(router_logits.dtype)
+        return (chosen if gate_scale is None else chosen * (1 + probabilities * gate_scale),)
 
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
-        scores = tensors[0]
-        assert scores is not None
-        bias, extra = _operand(tensors, 1), _operand(tensors, 2)
-        count, mean = attrs["count"], attrs.get("mean", 0)
-        pull: Tensor | None = None
+        router_logits = tensors[0]
+        assert router_logits is not None
+        selection_bias, gate_scale = _operand(tensors, 1), _operand(tensors, 2)
+        top_k, mean = attrs["top_k"], attrs.get("mean_active_experts", 0)
+        excess: Tensor | None = None
         if attrs.get("balance") and mean and torch.is_grad_enabled():
-            assert bias is not None
-            pull = edge(scores.detach().float() + bias.detach(), mean).expand_as(bias)
-        # The bias itself is moved by `pull`, and has no part in other gradients.
-        moved = bias if pull is None or bias is None else bias.detach() - pull
-        gates = functional.top_gates(scores, moved, extra, count=count, mean=mean)
-        if attrs.get("surrogate") and (mean or count < scores.shape[-1]):
-            ranked = scores.float()
+            assert selection_bias is not None
+            ranked = router_logits.detach().float() + selection_bias.detach()
+            excess = routing_threshold(ranked, mean).expand_as(selection_bias)
+        # The selection bias itself is moved by `excess`, and has no part in other gradients.
+        moved = selection_bias
+        if excess is not None and selection_bias is not None:
+            moved = selection_bias.detach() - excess
+        gates = functional.top_k_gating(
+            router_logits, moved, gate_scale, top_k=top_k, mean_active_experts=mean
+        )
+        if attrs.get("surrogate") and (mean or top_k < router_logits.shape[-1]):
+            ranked = router_logits.float()
             if moved is not None:
                 ranked = (ranked if mean else ranked.softmax(-1)) + moved.detach()
-            soft = soft_choice(ranked, count, mean).to(gates.dtype)
+            soft = soft_choice(ranked, top_k, mean).to(gates.dtype)
             gates = gates + (soft - soft.detach())
         if attrs.get("balance"):
-            assert bias is not None
-            if pull is None:
-                load = (gates.detach() != 0).flatten(0, -2).sum(0).to(bias.dtype)
-                pull = load - load.mean()
-            gates = _balanced(gates, bias, pull)
+            assert selection_bias is not None
+            if excess is None:
+                load = (gates.detach() != 0).flatten(0, -2).sum(0).to(selection_bias.dtype)
+                excess = load - load.mean()
+            gates = _balanced(gates, selection_bias, excess)
         return (gates,)
 
 
 def soft_choice(ranked: Tensor, count: int, mean: int = 0) -> Tensor:
-    """Return the soft choice whose gradient stands for that of `top_gates`."""
-    edge: Tensor | float = 0.0
+    """Return the soft choice whose gradient stands for that of `top_k_gating`."""
+    threshold: Tensor | float = 0.0
     if not mean:
         order = ranked.detach().sort(dim=-1, descending=True).values
-        edge = (order[..., count - 1 : count] + order[..., count : count + 1]) / 2
+        threshold = (order[..., count - 1 : count] + order[..., count : count + 1]) / 2
     spread = ranked.detach().std(-1, keepdim=True).clamp(min=1e-6)
-    return ((ranked - edge) / spread).sigmoid()
+    return ((ranked - threshold) / spread).sigmoid()
 
 
-def edge(ranked: Tensor, mean: int) -> Tensor:
-    """Return the score, a scalar, above which `mean` experts a token lie, over all tokens.
+def routing_threshold(ranked: Tensor, mean: int) -> Tensor:
+    """Return the router logit, a scalar, above which `mean` experts a token lie, over all tokens.
 
     Args:
         ranked: [..., E]. Equal ones may make it fewer experts.
@@ -140,8 +153,8 @@ def edge(ranked: Tensor, mean: int) -> Tensor:
 
 
 @torch.library.custom_op("graphopt::balanced", mutates_args=())
-def _balanced(gates: Tensor, bias: Tensor, pull: Tensor) -> Tensor:
-    """Return gates [..., E]; the gradient of `bias` [E] is `pull`, whatever comes from above.
+def _balanced(gates: Tensor, bias: Tensor, excess: Tensor) -> Tensor:
+    """Return gates [..., E]; the gradient of `bias` [E] is `excess`, whatever comes from above.
 
     An operator of torch, because a step that is compiled is traced before it has gradients.
     """
@@ -149,7 +162,7 @@ def _balanced(gates: Tensor, bias: Tensor, pull: Tensor) -> Tensor:
 
 
 @_balanced.register_fake
-def _(gates: Tensor, bias: Tensor, pull: Tensor) -> Tensor:
+def _(gates: Tensor, bias: Tensor, excess: Tensor) -> Tensor:
     return torch.empty_like(gates)
 
 
@@ -157,12 +170,12 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> No
     ctx.save_for_backward(inputs[2])
 
 
-def _pull(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-    (pull,) = ctx.saved_tensors
-    return gradient, pull, None
+def _excess(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    (excess,) = ctx.saved_tensors
+    return gradient, excess, None
 
 
-_balanced.register_autograd(_pull, setup_context=_keep)
+_balanced.register_autograd(_excess, setup_context=_keep)
 
 
 @register
@@ -171,15 +184,15 @@ class Experts(Op):
 
     The experts' neurons lie side by side: `gate` and `up` are [E m, in], `down` is [out, E m],
     and expert e is rows, or columns, e m to e m + m. Without `gate` a neuron is act(up x).
-    `active` is how many gates of a token are not 0 at most; the cost is that of `mean` experts
-    where there is a mean.
+    `active` is how many gates of a token are not 0 at most; the cost is that of
+    `mean_active_experts` where they are given.
     Source: CMoE, arXiv 2502.04416, equation 1.
     """
 
     name = "experts"
     operands = ("x", "gates", "up", "down", "gate?", "up_bias?", "gate_bias?")
-    attributes = {"act": Activation, "active": Count, "mean": Offset}  # noqa: RUF012
-    defaults = {"mean": 0}  # noqa: RUF012
+    attributes = {"act": Activation, "active": Count, "mean_active_experts": Offset}  # noqa: RUF012
+    defaults = {"mean_active_experts": 0}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         x, gates, up, down = (need(types, index) for index in range(4))
@@ -200,7 +213,8 @@ class Experts(Op):
     def flops(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]
         x, gates, up, down = (need(types, index) for index in range(4))
         tokens = dim(x.numel / x.shape[-1])
-        width = int(up.shape[0]) // int(gates.shape[-1]) * (attrs.get("mean") or attrs["active"])
+        active = attrs.get("mean_active_experts") or attrs["active"]
+        width = int(up.shape[0]) // int(gates.shape[-1]) * active
         gated = len(types) > 4 and types[4] is not None
         products = 2 * (1 + gated) * x.shape[-1] + 2 * down.shape[0]
         # An activation, the product with the other half, and the gate.

@@ -26,7 +26,7 @@ from graphopt.ir.ops.base import (
     need,
     register,
 )
-from graphopt.ir.ops.experts import Activation, Experts, TopGates
+from graphopt.ir.ops.experts import Activation, Experts, TopKGating
 from graphopt.ir.types import Dim, Type, dim
 
 
@@ -266,26 +266,26 @@ class Moe(_Fused):
 
 @register
 class Route(_Fused):
-    """`top_gates` of the scores x weight^T + offset: x [..., in], weight [E, in], offset [E]."""
+    """`top_k_gating` of the router logits x weight^T + router_bias: x [..., in], weight [E, in]."""
 
     name = "route"
-    operands = ("x", "weight", "offset?", "bias?", "extra?")
+    operands = ("x", "weight", "router_bias?", "selection_bias?", "gate_scale?")
     encoded = ("weight",)
-    attributes = TopGates.attributes
-    defaults = TopGates.defaults
+    attributes = TopKGating.attributes
+    defaults = TopKGating.defaults
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         scores = get_op("linear").infer(types[:3], {})
-        return get_op("top_gates").infer([*scores, *types[3:]], attrs)
+        return get_op("top_k_gating").infer([*scores, *types[3:]], attrs)
 
     def flops(self, types: Types, outputs: Sequence[Type], attrs: Attrs) -> Dim:
         product = get_op("linear").flops(types[:3], outputs, {})
-        return dim(product + get_op("top_gates").flops([], outputs, attrs))
+        return dim(product + get_op("top_k_gating").flops([], outputs, attrs))
 
     def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         scores = get_op("linear").reference(tensors[:3], {})
-        return get_op("top_gates").reference([*scores, *tensors[3:]], attrs)
+        return get_op("top_k_gating").reference([*scores, *tensors[3:]], attrs)
 
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         scores = get_op("linear").torch(tensors[:3], {})
-        return get_op("top_gates").torch([*scores, *tensors[3:]], attrs)
+        return get_op("top_k_gating").torch([*scores, *tensors[3:]], attrs)

@@ -33,8 +33,8 @@ def split_heads(lower: Lowering, node: Node) -> Heads:
     )
 
 
-@translation("swap_heads")
-def swap_heads(lower: Lowering, node: Node) -> Lowered:
+@translation("transpose_heads")
+def transpose_heads(lower: Lowering, node: Node) -> Lowered:
     x = node.inputs[0]
     assert x is not None
     lowered = lower.values[x]

@@ -20,30 +20,42 @@ def activation(lower: Lowering, act: str, x: ir.Value) -> ir.Value:
     return made
 
 
-@translation("top_gates")
-def top_gates(lower: Lowering, node: Node) -> ir.Value:
+@translation("top_k_gating")
+def top_k_gating(lower: Lowering, node: Node) -> ir.Value:
     """TopK, whose first of equal values is the lowest index, and a one in each of its places.
 
-    With a mean in place of a count, a one where something is above 0.
+    With a mean number of experts in place of one, a one where something is above 0.
     """
     builder, attrs = lower.builder, lower.attrs(node)
-    scores = lower.whole(node.inputs[0])
-    bias, extra = lower.operand(node, 1), lower.operand(node, 2)
-    odds = None if bias is None and extra is None else builder.op("Softmax", scores, axis=-1)
+    router_logits = lower.whole(node.inputs[0])
+    selection_bias, gate_scale = lower.operand(node, 1), lower.operand(node, 2)
+    probabilities = (
+        None
+        if selection_bias is None and gate_scale is None
+        else builder.op("Softmax", router_logits, axis=-1)
+    )
     nothing, one = builder.number(0.0), builder.number(1.0)
-    if attrs.get("mean"):
-        ranked = scores if bias is None else builder.op("Add", scores, lower.whole(bias))
+    if attrs.get("mean_active_experts"):
+        ranked = (
+            router_logits
+            if selection_bias is None
+            else builder.op("Add", router_logits, lower.whole(selection_bias))
+        )
         chosen = builder.op("Where", builder.op("Greater", ranked, nothing), one, nothing)
     else:
-        ranked = scores if bias is None else builder.op("Add", odds, lower.whole(bias))
-        count = builder.constant([attrs["count"]])
-        _, places = builder.op("TopK", ranked, count, outputs=2, axis=-1, largest=1, sorted=1)
-        nothing = builder.op("Expand", nothing, builder.op("Shape", scores))
+        ranked = (
+            router_logits
+            if selection_bias is None
+            else builder.op("Add", probabilities, lower.whole(selection_bias))
+        )
+        top_k = builder.constant([attrs["top_k"]])
+        _, places = builder.op("TopK", ranked, top_k, outputs=2, axis=-1, largest=1, sorted=1)
+        nothing = builder.op("Expand", nothing, builder.op("Shape", router_logits))
         ones = builder.op("Expand", one, builder.op("Shape", places))
         chosen = builder.op("ScatterElements", nothing, places, ones, axis=-1)
-    if extra is None:
+    if gate_scale is None:
         return chosen
-    gate = builder.op("Mul", odds, lower.whole(extra))
+    gate = builder.op("Mul", probabilities, lower.whole(gate_scale))
     return builder.op("Mul", chosen, builder.op("Add", gate, one))
 
 
@@ -102,7 +114,7 @@ def experts(lower: Lowering, node: Node) -> ir.Value:
 def _ones(lower: Lowering, gates: Value) -> bool:
     """Return whether the gates that are not 0 are 1."""
     made = gates.node
-    return made is not None and made.op == "top_gates" and lower.operand(made, 2) is None
+    return made is not None and made.op == "top_k_gating" and lower.operand(made, 2) is None
 
 
 def _zeros(lower: Lowering, value: Value) -> ir.Value:
