@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graphopt.calibration.neuron_energy import neuron_energies, static_order
+from graphopt.calibration.output_path import OutputPath
 from graphopt.calibration.scores import final_output_metric, scoring_stream
 from graphopt.calibration.token_power import token_power
 from graphopt.errors import PassError
@@ -93,11 +94,14 @@ def measure_sensitivity(
         slots = {value: slot for slot, value in block.function.weights.items()}
         slot = slots[part.down.inputs[1]]  # type: ignore[index]
         down = block.weights[slot]
+        path = OutputPath.behind(block.function, block.block.stream, part.down)
+        behind_norm = None if path is None else path.norm_behind(program, block)
+        norm = None if behind_norm is None else behind_norm.norm
         magnitudes = torch.zeros(down.shape[1], device=device)
         relative, tokens = torch.zeros_like(magnitudes), 0
         for batch in range(len(stream.ids)):
             hidden, behind = block.values(batch, [part.hidden, block.function.results[0]])
-            energy = neuron_energies(hidden.flatten(0, -2), down)
+            energy = neuron_energies(hidden.flatten(0, -2), down, norm)
             magnitudes += energy.sqrt().sum(0)
             relative += (energy / token_power(behind).flatten(0, -2)).sum(0)
             tokens += len(energy)

@@ -6,14 +6,24 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from graphopt.calibration.output_path import OutputNorm
 
-def neuron_energies(hidden_TN: Tensor, down: Tensor) -> Tensor:
+
+def neuron_energies(hidden_TN: Tensor, down: Tensor, norm: OutputNorm | None = None) -> Tensor:
     """Return the square of what each neuron adds to the output, fp32 [T, N].
 
     Args:
         down: The down projection [out, N].
+        norm: What the output goes through before it is added to the residual stream. Then a neuron
+            counts by what it adds there: a token's output is divided by its root mean square, and
+            a channel is times its gain.
     """
-    return (hidden_TN.float() * down.float().norm(dim=0)).square()
+    hidden_TN, down = hidden_TN.float(), down.float()
+    if norm is not None:
+        _, root = norm.normalise(hidden_TN @ down.t())
+        hidden_TN = hidden_TN / root
+        down = down * norm.slope(len(down), down.device)[:, None]
+    return (hidden_TN * down.norm(dim=0)).square()
 
 
 def mean_magnitudes(energies: Iterable[Tensor]) -> Tensor:

@@ -8,6 +8,9 @@ strength that is best on text that the fit does not see. No gradient is needed.
 `carve-moe` reconstructs the down projections of the parts that it carves, and
 `reconstruct_behind_cuts` all projections of a model from which blocks were removed.
 
+Terms that are added beside each other, as in GPT-NeoX, are solved for as one projection; a norm
+between a projection and the stream, as in Gemma 2 and 3, is in `graphopt.calibration.behind_norm`.
+
 Source: a generalisation of ReplaceMe (Shopkhoev et al., arXiv 2505.02819, section 2), which fits
 one linear map behind the cut and folds it into the projection in front of it. Here the whole
 projection is solved for, in front of the cut and behind it.
@@ -17,15 +20,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from graphopt.calibration.behind_norm import fit_behind_norm
+from graphopt.calibration.output_path import NormBehind, OutputPath, own_weight
 from graphopt.calibration.token_power import token_power
 from graphopt.execute.block_runner import calibration_runner
 from graphopt.execute.hidden_states import BlockStep, HiddenStateStream
 from graphopt.ir.blocks import SubBlock, sub_blocks
-from graphopt.ir.graph import Program
+from graphopt.ir.graph import Program, Value
 from graphopt.ir.weights import Array
 from graphopt.solvers.least_squares import LeastSquares, best_ridge
 from graphopt.support.progress import Progress, silent
@@ -47,7 +54,8 @@ class Reconstruction:
     Attributes:
         where: The block and its part.
         before, after: Relative squared error of the residual stream on held-out windows.
-        ridge: The strength that was best; None where the weight was left as it was.
+        ridge: The strength that was best; None where the weight was left as it was, though the gain
+            of a norm behind it may have changed.
     """
 
     where: str
@@ -63,29 +71,34 @@ def reconstruct(
     batches: Sequence[tuple[Tensor, Tensor]],
     targets: Sequence[Tensor],
     held_out: Sequence[bool],
+    behind: NormBehind | None = None,
 ) -> tuple[Reconstruction, list[Tensor]]:
     """Solve for a projection into the residual stream, and put its weight into the program.
 
     Args:
         program: Its weights are replaced, each in its own dtype.
         where: What the projection is called in the report.
-        weights: The names of the weights [D, n] that make up the projection, each with the
-            columns that it has of all N features; nothing else may read them.
+        weights: The names of the weights that make up the projection, each with the features that
+            it has of all N: matrices [D, n], and a bias [D] that has one feature of ones. Nothing
+            else may read them.
         batches: For each batch the projection's features [..., N] and the residual stream behind
-            the addition, [..., D]. They are iterated twice.
+            the addition, [..., D]. They are iterated twice, and several times with a norm.
         targets: For each batch the residual stream as it should be, [..., D].
         held_out: For each batch whether the strength is chosen by it.
+        behind: The norm that the projection's output goes through, if it does.
 
     Returns:
         The outcome, and for each batch the residual stream behind the addition as it is now, on
         the device of its target.
     """
+    if behind is not None:
+        return _reconstruct_behind_norm(program, where, weights, batches, targets, held_out, behind)
     learn, held = LeastSquares(), LeastSquares()
-    for (features, behind), target, is_held in zip(batches, targets, held_out, strict=True):
-        goal = target.to(behind.device).float()
+    for (features, states), target, is_held in zip(batches, targets, held_out, strict=True):
+        goal = target.to(states.device).float()
         # Every token counts in units of its target's power.
         root = token_power(goal).rsqrt()
-        residual = ((goal - behind.float()) * root).flatten(0, -2)
+        residual = ((goal - states.float()) * root).flatten(0, -2)
         scaled = features.float().flatten(0, -2) * root.flatten(0, -2)
         (held if is_held else learn).add(scaled, residual)
     ridge, after = best_ridge(learn, held)
@@ -93,18 +106,62 @@ def reconstruct(
     outcome = Reconstruction(where, held.error(None) / held.count, after / held.count, ridge)
     change = None if ridge is None else (learn + held).solve(ridge).float()
     moved: list[Tensor] = []
-    for (features, behind), target in zip(batches, targets, strict=True):
-        states = behind.float()
+    for (features, given), target in zip(batches, targets, strict=True):
+        states = given.float()
         if change is not None:
             states = states + (features.float().flatten(0, -2) @ change).view_as(states)
-        moved.append(states.to(behind.dtype).to(target.device))
+        moved.append(states.to(given.dtype).to(target.device))
     if change is not None:
-        for name, columns in weights.items():
-            weight = program.weights[name]
-            value = weight.load(torch.float32)
-            value = (value + change[columns].t().to(value)).to(weight.dtype).contiguous()
-            program.weights.replace(weight.with_producer(Array(value)))
+        _add(program, weights, change.t())
     return outcome, moved
+
+
+def _reconstruct_behind_norm(
+    program: Program,
+    where: str,
+    weights: Mapping[str, slice],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    targets: Sequence[Tensor],
+    held_out: Sequence[bool],
+    behind: NormBehind,
+) -> tuple[Reconstruction, list[Tensor]]:
+    features, states = batches[0]
+    matrix = torch.zeros(states.shape[-1], features.shape[-1], device=states.device)
+    for name, columns in weights.items():
+        value = program.weights[name].load(torch.float32).to(matrix)
+        matrix[:, columns] = value if value.dim() == 2 else value[:, None]
+    del features, states
+    fit = fit_behind_norm(
+        matrix, behind.norm, batches, targets, held_out, with_gain=behind.gain is not None
+    )
+    outcome = Reconstruction(where, fit.before, fit.after, fit.ridge)
+    moved: list[Tensor] = []
+    for (features, given), target in zip(batches, targets, strict=True):
+        rows = features.float()
+        added = fit.norm(rows @ fit.matrix.t()) - behind.norm(rows @ matrix.t())
+        moved.append((given.float() + added.view_as(given)).to(given.dtype).to(target.device))
+    if fit.matrix is not matrix:
+        _add(program, weights, fit.matrix - matrix)
+    if fit.norm is not behind.norm and behind.gain is not None:
+        assert fit.norm.gain is not None
+        gain = program.weights[behind.gain]
+        value = (fit.norm.gain - behind.offset).cpu().to(gain.dtype)
+        program.weights.replace(gain.with_producer(Array(value)))
+    return outcome, moved
+
+
+def _add(program: Program, weights: Mapping[str, slice], change: Tensor) -> None:
+    """Add to the weights of a projection, each in its own dtype.
+
+    Args:
+        change: Of the whole projection, [D, N].
+    """
+    for name, columns in weights.items():
+        weight = program.weights[name]
+        value = weight.load(torch.float32)
+        added = change[:, columns].to(value)
+        value = value + (added if value.dim() == 2 else added[:, 0])
+        program.weights.replace(weight.with_producer(Array(value.to(weight.dtype).contiguous())))
 
 
 def reconstruct_behind_cuts(
@@ -186,41 +243,83 @@ def _reconstruct_block(
     if not parts or len(parts) != len(targets):
         skipped.append((block.name, "it is no plain sum of terms"))
         return
+    projections: list[tuple[SubBlock, list[Tensor], _Projection]] = []
     for part, target in zip(parts, targets, strict=True):
-        where = f"{block.name}: {part.kind}"
-        projection = part.term.node
-        reason = _why_left(program, block, part)
-        if reason or projection is None or projection.inputs[0] is None:
-            skipped.append((where, reason or "it is an input"))
-            continue
-        slots = {value: slot for slot, value in block.function.weights.items()}
-        name = block.call.weights[slots[projection.inputs[1]]]  # type: ignore[index]
-        batches = block.values_per_batch([projection.inputs[0], part.behind])
+        projection = _projection(program, block, part)
+        if isinstance(projection, str):
+            skipped.append((f"{block.name}: {part.kind}", projection))
+        else:
+            projections.append((part, target, projection))
+    for (place, normed), group in groupby(
+        projections, key=lambda one: (one[0].behind, one[2].norm and one[0].term)
+    ):
+        # Terms that are added beside each other are solved for together, as one projection with
+        # the features of both; a norm behind one of them stands between it and the others.
+        terms = list(group)
+        where = f"{block.name}: {' and '.join(part.kind for part, _, _ in terms)}"
+        together = [projection for _, _, projection in terms]
+        weights: dict[str, slice] = {}
+        count = 0
+        for projection in together:
+            width = program.weights[projection.weight].shape[1]
+            weights[projection.weight] = slice(count, count + width)
+            count += width
+            if projection.bias is not None:
+                weights[projection.bias] = slice(count, count + 1)
+                count += 1
+        values = block.values_per_batch([*(one.features for one in together), place])
         outcome, states = reconstruct(
-            program,
-            where,
-            {name: slice(None)},
-            batches.map(lambda values: (values[0], values[1])),
-            target,
-            block.stream.held_out,
-        )
+            program, where, weights, values.map(partial(_joined, together)),
+            terms[-1][1], block.stream.held_out, together[0].norm if normed else None,
+        )  # fmt: skip
         outcomes.append(outcome)
-        block.keep(part.behind, states)
+        block.keep(place, states)
     behind = block.function.results[0]
     values = block.values_per_batch([behind])
     block.advance([block.stream.offload(states) for (states,) in values])
 
 
-def _why_left(program: Program, block: BlockStep, part: SubBlock) -> str | None:
-    """Return why a term's projection cannot be reconstructed."""
-    node = part.term.node
-    if node is None or node.op != "linear":
-        return "what is added to the stream is not made by a projection"
-    slots = {value: slot for slot, value in block.function.weights.items()}
-    weight, features = node.inputs[1], node.inputs[0]
-    if weight not in slots or features is None or features.node is None:
+@dataclass(frozen=True)
+class _Projection:
+    """A projection that can be solved for.
+
+    Attributes:
+        features: What it reads.
+        weight, bias: Names of weights that nothing else reads.
+        factor: What its output is times, in front of a norm if there is one.
+    """
+
+    features: Value
+    weight: str
+    bias: str | None
+    factor: float
+    norm: NormBehind | None
+
+
+def _joined(together: list[_Projection], values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the features of some projections as those of one, and the stream behind them."""
+    *features, states = values
+    columns: list[Tensor] = []
+    for tensor, projection in zip(features, together, strict=True):
+        columns.append(tensor.float() * projection.factor)
+        if projection.bias is not None:
+            columns.append(torch.full_like(columns[-1][..., :1], projection.factor))
+    return torch.cat(columns, dim=-1) if len(columns) > 1 else columns[0], states
+
+
+def _projection(program: Program, block: BlockStep, part: SubBlock) -> _Projection | str:
+    """Return a term's projection, or why it cannot be solved for."""
+    path = OutputPath.of(block.function, part)
+    if isinstance(path, str):
+        return path
+    features, weight, bias = (*path.projection.inputs, None)[:3]
+    if features is None or features.node is None or weight not in block.function.weights.values():
         return "its projection has no weight of its own"
-    name = block.call.weights[slots[weight]]
-    if sum(name in call.weights.values() for call in program.calls) > 1:
+    name = own_weight(program, block, weight)
+    if name is None:
         return "its projection's weight is used in other places too"
-    return None
+    own_bias = own_weight(program, block, bias)
+    return _Projection(
+        features, name, own_bias, path.factor(block.call),
+        path.norm_behind(program, block, with_bias=own_bias is None),
+    )  # fmt: skip

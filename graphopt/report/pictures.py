@@ -113,15 +113,13 @@ class Refitted(Protocol):
     def before(self) -> float: ...
     @property
     def after(self) -> float: ...
-    @property
-    def ridge(self) -> float | None: ...
 
 
 def refit_sentences(refits: Sequence[Refitted]) -> list[str]:
     """Return how many projections were refitted, and what came of the last one."""
     if not refits:
         return []
-    better = [refit for refit in refits if refit.ridge is not None]
+    better = [refit for refit in refits if refit.after < refit.before]
     fact = f"{len(better)} of {len(refits)} projections refitted in closed form"
     last = refits[-1]
     return [

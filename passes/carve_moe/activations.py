@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt.calibration.neuron_energy import neuron_energies
+from graphopt.calibration.output_path import OutputNorm
 from graphopt.execute.hidden_states import BlockStep, PerBatch
 from graphopt.ir.feed_forward import FeedForward
 from graphopt.ir.graph import Value
@@ -55,7 +56,13 @@ class PartActivations:
 
     @classmethod
     def of(
-        cls, block: BlockStep, form: FeedForward, shared: int, pieces: int, clock: Clock
+        cls,
+        block: BlockStep,
+        form: FeedForward,
+        shared: int,
+        pieces: int,
+        norm: OutputNorm | None,
+        clock: Clock,
     ) -> PartActivations:
         """Return a part's activations on what the carved blocks before it give.
 
@@ -64,6 +71,7 @@ class PartActivations:
         Args:
             form: The part.
             shared: Pieces of it that every token will run, of all `pieces`.
+            norm: What its output goes through before it is added to the residual stream.
             clock: Counts the seconds in which the model runs.
         """
         entry = entry_of(block, form)
@@ -94,6 +102,6 @@ class PartActivations:
             hidden = hidden.map(lambda hidden_TN: F.pad(hidden_TN, (0, added)))
         return cls(
             block, form, shared, weights, value_of(form.x), hidden,
-            hidden.map(lambda hidden_TN: neuron_energies(hidden_TN, padded)),
+            hidden.map(lambda hidden_TN: neuron_energies(hidden_TN, padded, norm)),
             block.stream.held_out.index(True), added,
         )  # fmt: skip

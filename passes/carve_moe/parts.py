@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from graphopt.calibration.output_path import OutputPath
 from graphopt.execute.hidden_states import BlockStep
 from graphopt.ir.blocks import Block, find_blocks, sub_blocks
 from graphopt.ir.dataflow import region
@@ -41,14 +42,15 @@ def entry_of(block: BlockStep, form: FeedForward) -> Value | None:
     return before
 
 
-def why_not_refitted(program: Program, block: Block, form: FeedForward) -> str | None:
-    """Return why what the down projection makes is no plain term of the block's result."""
+def output_path(program: Program, block: Block, form: FeedForward) -> OutputPath | str:
+    """Return the way of a part's output to the end of its block, or why it cannot be refitted."""
     function = program.functions[program.calls[block.position].function]
     parts = sub_blocks(function, block.stream)
-    places = [number for number, part in enumerate(parts) if part.term is form.down.output]
-    if not places:
-        return "something stands between its down projection and the stream"
-    node = parts[places[0]].node
-    if any(node in region(function, [part.term]) for part in parts[places[0] + 1 :]):
-        return "the block goes on behind it"
-    return None
+    for number, part in enumerate(parts):
+        path = OutputPath.of(function, part)
+        if isinstance(path, str) or path.projection is not form.down:
+            continue
+        if any(part.node in region(function, [later.term]) for later in parts[number + 1 :]):
+            return "the block goes on behind it"
+        return path
+    return "something stands between its down projection and the stream"

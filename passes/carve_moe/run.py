@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graphopt.calibration.layer_sensitivity import LayerSensitivity, measure_sensitivity
 from graphopt.calibration.neuron_energy import mean_magnitudes, static_order
+from graphopt.calibration.output_path import NormBehind, OutputPath
 from graphopt.calibration.reconstruction import Reconstruction, held_out_windows, reconstruct
 from graphopt.calibration.text import calibration_windows, pick, window_length
 from graphopt.errors import PassError
@@ -32,7 +33,7 @@ from graphopt.passes.carve_moe.division import (
     normalised_hidden,
     top_marks,
 )
-from graphopt.passes.carve_moe.parts import parts_of, why_not_refitted, width_of
+from graphopt.passes.carve_moe.parts import output_path, parts_of, width_of
 from graphopt.passes.carve_moe.record import Carved, CarvedParts, PartSensitivity, Work
 from graphopt.solvers.budget import allocate_budget
 from graphopt.support.clock import Clock
@@ -112,10 +113,12 @@ class Carving:
                 with self.clock.counting("model"):
                     block.advance()
                 continue
-            fixed = why_not_refitted(program, block.block, form)
+            path = output_path(program, block.block, form)
+            behind = None if isinstance(path, str) else path.norm_behind(program, block)
             part = PartActivations.of(
-                block, form, numbers[block.index], self.options.experts, self.clock
-            )
+                block, form, numbers[block.index], self.options.experts,
+                None if behind is None else behind.norm, self.clock,
+            )  # fmt: skip
             with self.clock.counting("dividing"):
                 division = self._divide(part)
                 self._put(part, division)
@@ -126,11 +129,13 @@ class Carving:
                 carved.append(self._measure(part, division, gates))
             if teacher is None:
                 continue
-            if fixed:
-                skipped.append(Skip(f"{block.name}: refit", fixed))
+            if isinstance(path, str):
+                skipped.append(Skip(f"{block.name}: refit", path))
                 continue
             with self.clock.counting("refitting"):
-                refits.append(self._refit(part, division, gates, student, teacher.hidden))
+                refits.append(
+                    self._refit(part, division, gates, path, behind, student, teacher.hidden)
+                )
             divided[-1] = replace(divided[-1], refitted=True)
         program.prune_unused()
         record = CarvedParts(
@@ -279,17 +284,22 @@ class Carving:
         part: PartActivations,
         division: Division,
         gates: list[Tensor],
+        path: OutputPath,
+        norm: NormBehind | None,
         student: HiddenStateStream,
         targets: list[Tensor],
     ) -> Reconstruction:
         """Solve for a part's down projections anew, and move the stream behind it with them."""
         shared, size = division.shared, part.width // self.options.experts
         behind = student.hidden
+        factor = path.factor(part.block.call)
 
         def features_and_behind(batch: int) -> tuple[Tensor, Tensor]:
             features = part.hidden[batch][:, division.order]
             if gates:
                 features[:, shared:] *= gates[batch].repeat_interleave(size, 1)
+            if factor != 1:
+                features *= factor
             return features, behind[batch].to(self.device)
 
         call = self.program.calls[part.block.block.position]
@@ -302,7 +312,7 @@ class Carving:
         outcome, moved = reconstruct(
             self.program, part.block.name, weights,
             PerBatch.of(range(len(behind)), features_and_behind, student.fits_at_once),
-            targets, student.held_out,
+            targets, student.held_out, norm,
         )  # fmt: skip
         student.skip_to(student.index, moved)
         return outcome
