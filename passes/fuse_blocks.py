@@ -19,7 +19,7 @@ from graphopt.ir.blocks import block_name, find_blocks, remove_blocks
 from graphopt.ir.graph import Call, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
 from graphopt.pass_manager.statements import ChangedBlocks
-from graphopt.passes.fused_blocks import Control, FusedBlocks
+from graphopt.passes.fused_blocks import Ablation, FusedBlocks
 from graphopt.passes.prune_blocks import Chooser, PruneBlocks, PrunedBlocks
 from graphopt.report.record import Record
 from graphopt.support.devices import must_fit
@@ -37,8 +37,8 @@ Donor = Literal["pruned", "self", "random", "none"]
 WARM_TOKENS = PerDevice(cpu=32768, gpu=131072)
 """Tokens of the warm start."""
 
-FAITHFUL_RATE = 1e-3
-FAITHFUL_OTHERS = 9.65e-6 / FAITHFUL_RATE
+PUBLISHED_RATE = 1e-3
+PUBLISHED_OTHERS = 9.65e-6 / PUBLISHED_RATE
 """The paper's learning rates: of coefficients, and of everything else relative to them."""
 
 
@@ -51,26 +51,27 @@ class FuseBlocks(TrainingOptions, Pass):
     distributions. On a CPU, and where no step follows, the projections into the stream are first
     refitted in closed form (`graphopt.calibration.reconstruction`; `warm_start` says so for any
     device). `mode=local` trains `group` blocks at a time on the dense model's stream behind them,
-    which is kept; the last group learns the distributions. `mode=faithful` is FuseGPT
+    which is kept; the last group learns the distributions. `mode=published` is FuseGPT
     (arXiv 2411.14507, equations 2 to 6 and algorithm 1): a block is scored, removed and fused into
     its `group - 1` neighbours by low-rank coefficients, then the next; it repeats the choice of
     `prune-blocks` on the model fused so far, with that pass's options.
 
     Training lasts `seconds` or `steps`, whichever is given (150 seconds if neither), in all
     modes over all of their parts together. A step takes `batch` windows of `seqlen` tokens; by
-    default 4 of 2048 on a GPU and 2 of 256 on a CPU. `own_text` is how many windows the dense
-    model writes itself, behind beginnings from the calibration text; by default none on a CPU,
-    and on a GPU as many as a quarter of the seconds allows, or as a quarter of the steps reads.
+    default 4 of 2048 on a GPU and 2 of 256 on a CPU. `generated_windows` is how many windows the
+    dense model writes itself, behind beginnings from the calibration text; by default none on a
+    CPU, and on a GPU as many as a quarter of the seconds allows, or as a quarter of the steps
+    reads.
 
     `train=low-rank` trains matrices by terms of that `rank` instead of whole. `donor` is what
-    coefficients of the faithful mode multiply: the `pruned` block, the neighbour's own weight
-    (`self`), a `random` matrix of the pruned one's size, or nothing (`none`). With `controls`
+    coefficients of the published mode multiply: the `pruned` block, the neighbour's own weight
+    (`self`), a `random` matrix of the pruned one's size, or nothing (`none`). With `ablations`
     the first block is fused by each of the other donors too, in as many seconds or steps again,
     for the report alone.
 
     Legality:
 
-    1. The recipe has `prune-blocks` before it, of whole blocks in the faithful mode.
+    1. The recipe has `prune-blocks` before it, of whole blocks in the published mode.
     2. Blocks of a group have the same operations and weights of equal shapes.
     3. The calibration text has a window for training and one for checks.
     """
@@ -81,26 +82,28 @@ class FuseBlocks(TrainingOptions, Pass):
     reads_weights: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("prune-blocks",)
 
-    mode: Literal["distil", "local", "faithful"] = "distil"
+    mode: Literal["distil", "local", "published"] = "distil"
     warm_start: bool | PerDevice[bool] = PerDevice(cpu=True, gpu=False)
     group: Annotated[int, Field(ge=2)] = 8
     donor: Donor = "pruned"
-    controls: bool = False
+    ablations: bool = False
 
     def check_options(self) -> None:
-        if self.controls and self.mode != "faithful":
+        if self.ablations and self.mode != "published":
             raise UsageError(
-                f"controls compares donors, and mode={self.mode} has none.",
-                "Give mode=faithful, or leave controls out.",
+                f"ablations compare donors, and mode={self.mode} has none.",
+                "Give mode=published, or leave ablations out.",
             )
-        if self.mode == "faithful" and self.batch == 1:
+        if self.mode == "published" and self.batch == 1:
             raise UsageError(
-                "The loss of mode=faithful compares the sequences of a batch, and batch=1 has one.",
+                "The loss of mode=published compares sequences of a batch, and batch=1 has one.",
                 "Give batch=2 or more.",
             )
 
     def run(self, program: Program, context: Context) -> PassResult:
-        remedy = "Lower batch or seqlen, give own_text=0, or take mode=local or --device cpu."
+        remedy = (
+            "Lower batch or seqlen, give generated_windows=0, or take mode=local or --device cpu."
+        )
         with must_fit(context.device, "fuse-blocks", remedy):
             return _Fusion(self, program, context).run()
 
@@ -120,16 +123,16 @@ class _Fusion(Distiller):
                 "Run both in one recipe: prune-blocks{ratio=0.25},fuse-blocks.",
             )
         self.pruned, self.pruning = pruned, pruning
-        faithful = options.mode == "faithful"
+        published = options.mode == "published"
         super().__init__(
             options, program, context,
-            rate=FAITHFUL_RATE if faithful else None, reduce_on_plateau=not faithful,
-            # The loss of the faithful mode compares sequences, also in checks.
-            least_held=2 if faithful else 1,
+            rate=PUBLISHED_RATE if published else None, reduce_on_plateau=not published,
+            # The loss of the published mode compares sequences, also in checks.
+            least_held=2 if published else 1,
         )  # fmt: skip
 
     def resume_structure(self, blocks: list[str]) -> None:
-        if self.options.mode != "faithful":
+        if self.options.mode != "published":
             return
         self.program = self.dense.copy()
         names = [block_name(self.program, block) for block in find_blocks(self.program)]
@@ -139,8 +142,8 @@ class _Fusion(Distiller):
         if not self.done:
             self.note("the whole model", self.dense)
             self.note("plain removal", self.program)
-        if self.options.mode == "faithful":
-            self._faithful()
+        if self.options.mode == "published":
+            self._published()
         else:
             if self._warm and "warm start" not in self.done:
                 self._warm_start()
@@ -151,8 +154,8 @@ class _Fusion(Distiller):
                 self._local()
         self.note("trained", self.program)
         seconds = self.record.seconds
-        seconds["all"] = time.perf_counter() - self.started + seconds.get("controls", 0.0)
-        folded = self.fold(self.program if self.options.mode == "faithful" else None)
+        seconds["all"] = time.perf_counter() - self.started + seconds.get("ablations", 0.0)
+        folded = self.fold(self.program if self.options.mode == "published" else None)
         removed = len(self.pruned.removed)
         return PassResult(folded, removed, removed, self.skipped, self.record, ChangedBlocks())
 
@@ -250,7 +253,7 @@ class _Fusion(Distiller):
         runs = [(start, start + size) for start in range(first, len(kept) - size, size)]
         return [*runs, (max(len(kept) - size, 0), len(kept))]
 
-    def _faithful(self) -> None:
+    def _published(self) -> None:
         pruning = self._pruning()
         removed = self._removed()
         if not self.done:
@@ -267,7 +270,7 @@ class _Fusion(Distiller):
             what = f"fusing {here[place]}"
             schedule = self._part(len(removed) - number)
             pruned, tuned = self._fuse_one(place, what, schedule, self.options.donor)
-            if self.options.controls and not number:
+            if self.options.ablations and not number:
                 self._compare(place, what, schedule, pruned, tuned)
             self.program = pruned
             self.record.training.append(trained_part(what, tuned))
@@ -285,15 +288,15 @@ class _Fusion(Distiller):
             if donor not in fused:
                 named = f"{what} with donor={donor}"
                 fused[donor] = self._fuse_one(place, named, schedule, donor)
-        self.record.controls = [
-            Control(
+        self.record.ablations = [
+            Ablation(
                 donor=donor,
                 loss=min(loss for _, loss in tuned.checks),
                 perplexity=self.perplexity(program),
             )
             for donor, (program, tuned) in fused.items()
         ]
-        self.clock("controls", started)
+        self.clock("ablations", started)
         # What serves the report alone takes nothing from the other blocks.
         self.started += time.perf_counter() - started
 
@@ -314,7 +317,7 @@ class _Fusion(Distiller):
         """Return the options of the pass that pruned, which removed whole blocks."""
         if self.pruning.part != "block":
             raise PassError(
-                "mode=faithful fuses whole blocks, and prune-blocks removed "
+                "mode=published fuses whole blocks, and prune-blocks removed "
                 f"part={self.pruning.part}.",
                 "Use mode=distil, or prune-blocks with part=block.",
             )
@@ -354,7 +357,7 @@ class _Fusion(Distiller):
                     continue
                 value = weight.load(torch.float32).to(self.device)
                 if value.dim() != 2:
-                    parametrisations[name] = FullParametrisation(value, FAITHFUL_OTHERS)
+                    parametrisations[name] = FullParametrisation(value, PUBLISHED_OTHERS)
                     continue
                 given = program.weights[gone.weights[slot]].load(torch.float32)
                 parametrisations[name] = Injection(
@@ -414,8 +417,8 @@ class Injection(Parametrisation):
     def rates(self) -> list[tuple[float, list[nn.Parameter]]]:
         coefficients = [self.coefficients_left, self.coefficients_right]
         if self.donor is None:
-            return [(FAITHFUL_OTHERS, [*coefficients, self.up, self.down])]
-        return [(1.0, coefficients), (FAITHFUL_OTHERS, [self.up, self.down])]
+            return [(PUBLISHED_OTHERS, [*coefficients, self.up, self.down])]
+        return [(1.0, coefficients), (PUBLISHED_OTHERS, [self.up, self.down])]
 
 
 def group_of(place: int, neighbours: int, count: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What `fuse-blocks` tells: what training took back, and what the warm start and controls gave."""
+"""What `fuse-blocks` tells: what training took back, and what the warm start and ablations gave."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graphopt.report.record import Figure, told_in_a_line
 from graphopt.training.record import TrainingRecord, training_pictures
 
 
-class Control(pydantic.BaseModel):
+class Ablation(pydantic.BaseModel):
     """What the first fusion gave with one donor."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
@@ -35,21 +35,21 @@ class FusedBlocks(TrainingRecord):
     """What training took back of what was removed.
 
     Attributes:
-        order: Numbers of the blocks that the faithful mode removed, first to last.
+        order: Numbers of the blocks that the published mode removed, first to last.
         refits: What the warm start made of each projection.
-        controls: The first fusion with every donor, where it was asked for.
+        ablations: The first fusion with every donor, where it was asked for.
     """
 
     order: list[int] = Field(default_factory=list)
     refits: list[Reconstruction] = Field(default_factory=list)
-    controls: list[Control] = Field(default_factory=list)
+    ablations: list[Ablation] = Field(default_factory=list)
 
     def line(self) -> str:
         return told_in_a_line([str(number) for number in self.order], self.perplexity)
 
     def card(self) -> str:
         figures = (
-            perplexity_rows(self.perplexity), seconds_rows(self.seconds), _table(self.controls)
+            perplexity_rows(self.perplexity), seconds_rows(self.seconds), _table(self.ablations)
         )  # fmt: skip
         return "".join(
             (
@@ -61,16 +61,16 @@ class FusedBlocks(TrainingRecord):
         )
 
 
-def _table(controls: list[Control]) -> str:
+def _table(ablations: list[Ablation]) -> str:
     rows = [
-        f'<tr><td>{escape(control.donor)}</td><td class="n">{figure(control.loss, 4)}</td>'
-        f'<td class="n">{figure(control.perplexity, 4)}</td></tr>'
-        for control in controls
+        f'<tr><td>{escape(ablation.donor)}</td><td class="n">{figure(ablation.loss, 4)}</td>'
+        f'<td class="n">{figure(ablation.perplexity, 4)}</td></tr>'
+        for ablation in ablations
     ]
     if not rows:
         return ""
     return (
-        '<h3>Control</h3><p class="dim">The same training with another donor.</p>'
+        '<h3>Ablations</h3><p class="dim">The same training with another donor.</p>'
         '<table><thead><tr><th>donor</th><th class="n">held-out loss</th>'
         f'<th class="n">perplexity</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
     )

@@ -79,7 +79,7 @@ class TuneMoe(TrainingOptions, Pass):
 
     Training lasts `seconds` or `steps`, whichever is given (150 seconds if neither). A step
     takes `batch` windows of `seqlen` tokens; by default 4 of 2048 on a GPU and 2 of 256 on a
-    CPU. `own_text` and `train=low-rank` with its `rank` are as for `fuse-blocks`.
+    CPU. `generated_windows` and `train=low-rank` with its `rank` are as for `fuse-blocks`.
 
     Legality:
 
@@ -103,7 +103,9 @@ class TuneMoe(TrainingOptions, Pass):
                 "tune-moe needs the model that carve-moe carved.",
                 "Run both in one recipe: carve-moe,tune-moe.",
             )
-        with must_fit(context.device, self.name, "Lower batch or seqlen, or give own_text=0."):
+        with must_fit(
+            context.device, self.name, "Lower batch or seqlen, or give generated_windows=0."
+        ):
             return _Tuning(self, program, context).run()
 
 

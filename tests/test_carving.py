@@ -14,60 +14,60 @@ from graphopt.errors import PassError
 from graphopt.passes.carve_moe.division import (
     cluster,
     cluster_centres,
-    mark_counts,
-    normalised_hidden,
+    cosine_hidden,
+    indicator_counts,
     overlaps,
-    top_marks,
+    top_k_indicators,
 )
 from graphopt.solvers.assignment import balanced_assignment
 
 
-def marker(marks, width):
-    """Return the marks as a matrix of 0 and 1."""
-    return torch.zeros(len(marks), width).scatter_(1, marks, 1.0)
+def as_matrix(indicators, width):
+    """Return the indicators as a matrix of 0 and 1."""
+    return torch.zeros(len(indicators), width).scatter_(1, indicators, 1.0)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 7))
-def test_marks_are_those_of_a_loop_over_tokens_ties_to_the_lowest_index(seed, width, count):
+def test_indicators_are_those_of_a_loop_over_tokens_ties_to_the_lowest_index(seed, width, count):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randint(-2, 3, (9, width), generator=generator).float()
     count = min(count, width)
-    marks = top_marks(hidden, count)
-    for row, found in zip(hidden.abs().tolist(), marks.tolist(), strict=True):
+    indicators = top_k_indicators(hidden, count)
+    for row, found in zip(hidden.abs().tolist(), indicators.tolist(), strict=True):
         expected = sorted(range(width), key=lambda i: (-row[i], i))[:count]
         assert sorted(found) == sorted(expected)
-    counts = mark_counts(marks, width)
+    counts = indicator_counts(indicators, width)
     assert int(counts.sum()) == 9 * count
-    assert torch.equal(counts.float(), marker(marks, width).sum(0))
+    assert torch.equal(counts.float(), as_matrix(indicators, width).sum(0))
 
 
-def test_more_marks_than_neurons_are_refused():
+def test_more_indicators_than_neurons_are_refused():
     with pytest.raises(PassError, match="5 of 4 neurons"):
-        top_marks(torch.ones(2, 4), 5)
+        top_k_indicators(torch.ones(2, 4), 5)
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_normalised_activations_know_no_lengths(gated):
+def test_activations_of_cosines_know_no_lengths(gated):
     generator = torch.Generator().manual_seed(0)
     x, gate, up = (torch.randn(n, 12, generator=generator) for n in (7, 9, 9))
-    found = normalised_hidden(x, gate if gated else None, up, "silu")
+    found = cosine_hidden(x, gate if gated else None, up, "silu")
     x64, gate64, up64 = (F.normalize(rows.double(), dim=-1) for rows in (x, gate, up))
     expected = F.silu(x64 @ (gate64 if gated else up64).t())
     if gated:
         expected = expected * (x64 @ up64.t())
     assert torch.allclose(found.double(), expected, atol=1e-6)
     longer = [rows * (1 + torch.arange(len(rows))[:, None]) for rows in (x, gate, up)]
-    again = normalised_hidden(longer[0], longer[1] if gated else None, longer[2], "silu")
+    again = cosine_hidden(longer[0], longer[1] if gated else None, longer[2], "silu")
     assert torch.allclose(again, found, atol=1e-6)
 
 
-def test_overlaps_are_products_of_the_marks_matrix():
+def test_overlaps_are_products_of_the_indicators_matrix():
     generator = torch.Generator().manual_seed(0)
-    marks = top_marks(torch.randn(20, 11, generator=generator), 4)
+    indicators = top_k_indicators(torch.randn(20, 11, generator=generator), 4)
     centres = torch.rand(20, 3, generator=generator)
-    expected = marker(marks, 11).t() @ centres
-    assert torch.allclose(overlaps(marks, centres, 11), expected, atol=1e-5)
+    expected = as_matrix(indicators, 11).t() @ centres
+    assert torch.allclose(overlaps(indicators, centres, 11), expected, atol=1e-5)
 
 
 def best_sum(gain, sizes):
@@ -97,14 +97,14 @@ def test_an_assignment_is_as_good_as_any(seed, sizes, most):
 
 def test_overlap_and_both_distances_have_one_optimum():
     generator = torch.Generator().manual_seed(3)
-    marks = top_marks(torch.randn(40, 12, generator=generator), 3)
+    indicators = top_k_indicators(torch.randn(40, 12, generator=generator), 3)
     columns, size = 3, 4
     # Centres of sixteenths, so that every distance is a whole number of 1/256.
     centres = torch.randint(0, 17, (40, columns), generator=generator) / 16
     sizes = [size] * columns
-    place = balanced_assignment(overlaps(marks, centres, 12), sizes)
+    place = balanced_assignment(overlaps(indicators, centres, 12), sizes)
     for power in (1, 2):
-        apart = (marker(marks, 12).t()[:, :, None] - centres[None]).abs().pow(power).sum(1)
+        apart = (as_matrix(indicators, 12).t()[:, :, None] - centres[None]).abs().pow(power).sum(1)
         whole = (apart.double() * 256).long()
         assert int(whole[torch.arange(12), place].sum()) == -best_sum(-whole, sizes)
 
@@ -124,10 +124,10 @@ def test_neurons_that_fire_together_are_one_expert():
         hidden[token, groups[token % 3]] += 3.0
         # One of each group fires a little more often, so that centres begin in all three.
         hidden[token, groups[(token + 1) % 3, 0]] += 5.0
-    marks = top_marks(hidden, 9)
-    found = cluster([marks], torch.arange(24), 30, 3)
-    centres = cluster_centres(marks, found, 30)
+    indicators = top_k_indicators(hidden, 9)
+    found = cluster([indicators], torch.arange(24), 30, 3)
+    centres = cluster_centres(indicators, found, 30)
     assert {tuple(g) for g in found.tolist()} == {tuple(g) for g in groups.sort(1).values.tolist()}
     assert centres.shape == (90, 3) and float(centres.max()) == 1.0
     # Tokens may come in batches.
-    assert torch.equal(found, cluster(marks.split(40), torch.arange(24), 30, 3))
+    assert torch.equal(found, cluster(indicators.split(40), torch.arange(24), 30, 3))

@@ -105,7 +105,7 @@ def test_a_part_whose_pieces_lose_nothing_keeps_as_many_as_that_takes():
     other = LayerSensitivity(size=2, kl=0.1, kept=3, lost=(0.5, 0.3, 0.2, 0.1, 0.0))
     costs = [[need.kl_at(number) for number in range(1, 5)] for need in (free, other, free)]
     assert costs[0] == [math.inf, 0.0, 0.0, 0.0]
-    # Nine pieces: what one part does not need is left to the other.
+    # Nine groups: what one part does not need is left to the other.
     assert allocate_budget(costs, [2, 2, 2], 1, 18) == [2, 4, 2]
 
 
@@ -118,7 +118,7 @@ def test_a_model_that_gives_no_number_is_refused_with_the_part():
     weight = program.weights[name]
     broken = Array(torch.full(tuple(weight.shape), math.nan))
     program.weights.replace(Weight(name, broken, weight.checkpoint))
-    with pytest.raises(PassError, match="with 3 of 4 pieces") as caught:
+    with pytest.raises(PassError, match="with 3 of 4 groups") as caught:
         measure_sensitivity(program, parts, IDS, PIECES, KEPT)
     assert "--device cpu" in caught.value.remedy
 

@@ -28,8 +28,8 @@ def test_sums_over_batches_solve_the_least_squares_with_a_pull():
     for found_by, y in ((sums, targets), (other, targets.exp())):
         y = y.double().flatten(0, 1)
         for ridge in RIDGES:
-            pull = ridge * float((x.T @ x).diagonal().mean())
-            rows = torch.cat([x, pull**0.5 * torch.eye(6, dtype=torch.float64)])
+            strength = ridge * float((x.T @ x).diagonal().mean())
+            rows = torch.cat([x, strength**0.5 * torch.eye(6, dtype=torch.float64)])
             expected = torch.linalg.lstsq(rows, torch.cat([y, y.new_zeros(6, 4)])).solution
             found = found_by.solve(ridge)
             # Sums in fp32 over 40 tokens, and a condition of at most 10.

@@ -18,7 +18,7 @@ from graphopt.ir.types import B, P, S
 from graphopt.pass_manager.pipeline import Pipeline
 from graphopt.passes.canonicalise import AppliedRules
 from graphopt.passes.carve_moe.record import Carved, CarvedParts, Work
-from graphopt.passes.fused_blocks import Control, FusedBlocks
+from graphopt.passes.fused_blocks import Ablation, FusedBlocks
 from graphopt.passes.prune_blocks import PrunedBlocks
 from graphopt.passes.tune_moe import ExpertLoads, TunedMoe
 from graphopt.report.breakdown import breakdown, kv_cache_bytes, part_of_nodes
@@ -158,11 +158,11 @@ FUSION = {
         {"where": "3: ffn", "before": 0.26, "after": 0.11, "ridge": 0.1},
     ],
     "training": [TUNED],
-    "controls": [
+    "ablations": [
         {"donor": "pruned", "loss": 0.253, "perplexity": 25.6},
         {"donor": "random", "loss": 0.255, "perplexity": 25.7},
     ],
-    "own_windows": 256,
+    "generated_windows": 256,
 }
 
 
@@ -208,10 +208,10 @@ def test_what_carved_parts_leave_out_is_drawn():
     routed = [float(p.split(",")[1]) for p in lines[2][1].split()]
     assert routed == sorted(routed, reverse=True)  # more is higher up
     assert "the router's experts, 6.0% on average" in text and "highest point is 20.0%" in text
-    assert "Shared pieces" not in text
+    assert "Shared groups" not in text
     own = [replace(part, shared=n) for n, part in enumerate(parts)]
     text = rendered(record.model_copy(update={"parts": own}))[1]
-    assert "Shared pieces of these parts: 0, 1, 2." in text
+    assert "Shared groups of these parts: 0, 1, 2." in text
     odd = [replace(part, routed=math.nan) for part in parts]
     text = rendered(record.model_copy(update={"parts": odd}))[1]
     assert "What tokens leave out" not in text and "nan" not in text
@@ -300,7 +300,7 @@ RECORDS = st.one_of(
     ),
     st.builds(
         FusedBlocks, perplexity=STEPS, training=st.lists(TRAINED, max_size=2),
-        controls=st.lists(st.builds(Control, donor=st.just("self"), loss=FIGURES,
+        ablations=st.lists(st.builds(Ablation, donor=st.just("self"), loss=FIGURES,
                                     perplexity=FIGURES), max_size=2),
     ),
 )  # fmt: skip

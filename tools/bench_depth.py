@@ -48,10 +48,10 @@ RECIPES = {
         f"{MIDDLE},fuse-blocks{{steps=0}}",
         f"{MIDDLE},fuse-blocks{{seconds=50}}",
         f"{MIDDLE},fuse-blocks{{seconds=50,warm_start=true}}",
-        f"{MIDDLE},fuse-blocks{{seconds=50,own_text=0}}",
+        f"{MIDDLE},fuse-blocks{{seconds=50,generated_windows=0}}",
         # The paper's way, with its choice of blocks.
         "prune-blocks{ratio=0.25,reference=current},"
-        "fuse-blocks{mode=faithful,seconds=140,controls=true}",
+        "fuse-blocks{mode=published,seconds=140,ablations=true}",
     ),
     "cpu": (PRUNE, f"{PRUNE},fuse-blocks{{seconds=470}}"),
 }

@@ -51,20 +51,20 @@ COUNTED = 16
 """Windows of the evaluation text in which experts are counted."""
 LEARNT = 64 * 2048
 """Tokens of the calibration text that recipes get, checks on held-out windows among them."""
-TUNED = ",tune-moe{seconds=45,own_text=0}"
+TUNED = ",tune-moe{seconds=45,generated_windows=0}"
 RECIPES = [
-    f"carve-moe{{shared={pieces},experts={experts}{option}}}{behind}"
+    f"carve-moe{{shared={groups},experts={experts}{option}}}{behind}"
     for shared, active, experts in SPLITS.values()
-    for pieces, option, behind in (
+    for groups, option, behind in (
         (f"{shared},active={active}", "", ""),
-        (f"{shared},active={active}", ",mode=faithful", ""),
+        (f"{shared},active={active}", ",mode=published", ""),
         (f"{shared},active={active}", ",threshold=true", ""),
-        (f"{shared},active={active}", ",by_layer=true", ""),
+        (f"{shared},active={active}", ",layerwise_budget=true", ""),
         (f"{shared + active},active=0", "", ""),
-        (f"{shared + active},active=0", ",by_layer=true", ""),
+        (f"{shared + active},active=0", ",layerwise_budget=true", ""),
         (f"{shared},active={active}", "", TUNED),
         (f"{shared},active={active}", ",threshold=true", TUNED),
-        (f"{shared},active={active}", ",by_layer=true", TUNED),
+        (f"{shared},active={active}", ",layerwise_budget=true", TUNED),
         (f"{shared + active},active=0", "", TUNED),
         (f"{shared},active={active}", "", ",tune-moe{seconds=45}"),
     )
@@ -84,15 +84,15 @@ class Part:
     """A feed-forward part of Llama-7B's shape with random weights, dense and carved."""
 
     def __init__(self, split: tuple[int, int, int], dtype: torch.dtype) -> None:
-        shared, self.active, pieces = split
+        shared, self.active, groups = split
         width, neurons = LLAMA_7B["hidden_size"], LLAMA_7B["intermediate_size"]
         assert isinstance(width, int) and isinstance(neurons, int)
         self.dtype = dtype
         self.neurons = neurons
         self.gate_up, self.down = self.random(2 * neurons, width), self.random(width, neurons)
-        self.router = self.random(pieces - shared, width)
-        self.offset = self.random(pieces - shared)
-        own = neurons // pieces * shared
+        self.router = self.random(groups - shared, width)
+        self.offset = self.random(groups - shared)
+        own = neurons // groups * shared
         gate, up = self.gate_up.split(neurons)
         self.weights = {
             "up": up[own:], "down": self.down[:, own:], "gate": gate[own:],

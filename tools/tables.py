@@ -274,14 +274,32 @@ def depth() -> str:
 _RECOVERED = ["recipe", "", "seconds", "perplexity", "times the whole model's", "PIQA"]
 
 
+_RENAMED = {
+    "own_text=": "generated_windows=",
+    "by_layer=": "layerwise_budget=",
+    "mode=faithful": "mode=published",
+    "normalised=": "cosine=",
+    "controls=": "ablations=",
+}
+"""Options that have another name today than in recipes that were measured before."""
+
+
+def _recipe(run: dict[str, Any]) -> str:
+    """Return the recipe of a run, whose record is as it was typed, by the names of today."""
+    recipe = str(run["recipe"])
+    for then, now in _RENAMED.items():
+        recipe = re.sub(rf"(?<=[{{,]){then}", now, recipe)
+    return recipe
+
+
 def _is_ablation(run: dict[str, Any]) -> bool:
     """Whether a run is of given blocks, or of another method: it shows what a part does."""
-    return "remove=" in run["recipe"] or "faithful" in run["recipe"]
+    return "remove=" in _recipe(run) or "mode=published" in _recipe(run)
 
 
 def _recovered(run: dict[str, Any], place: str) -> list[str]:
     return [
-        f"`{run['recipe']}`",
+        f"`{_recipe(run)}`",
         place,
         f"{run['seconds']:.0f}",
         f"{run['perplexity']:.2f}",
@@ -296,9 +314,9 @@ def depth_parts() -> str:
     runs = [run for run in part["runs"] if _is_ablation(run)]
     tables = [_rows(_RECOVERED, [_recovered(run, "GPU") for run in runs])]
     for run in runs:
-        controls = run["passes"].get("fuse-blocks", {}).get("controls")
-        if controls:
-            rows = [[c["donor"], f"{c['loss']:.0f}", f"{c['perplexity']:.2f}"] for c in controls]
+        ablations = run["passes"].get("fuse-blocks", {}).get("ablations")
+        if ablations:
+            rows = [[c["donor"], f"{c['loss']:.0f}", f"{c['perplexity']:.2f}"] for c in ablations]
             head = ["first block fused with donor", "loss on held-out text", "perplexity on it"]
             tables.append(_rows(head, rows))
     return "\n\n".join(tables)
@@ -377,7 +395,7 @@ def width() -> str:
         for run in part["runs"]:
             rows.append(
                 [
-                    f"`{run['recipe']}`",
+                    f"`{_recipe(run)}`",
                     "GPU" if device == "cuda" else "CPU",
                     f"{run['seconds']:.0f}",
                     f"{run['perplexity']:.2f}",
@@ -400,7 +418,7 @@ def width() -> str:
 def width_choices() -> str:
     """What each way to choose a token's neurons costs on a GPU, untrained and tuned."""
     result = _result("width")["quality on cuda"]
-    found = {run["recipe"]: run for run in result["runs"]}
+    found = {_recipe(run): run for run in result["runs"]}
 
     def cell(options: str, behind: str) -> str:
         run = found[f"carve-moe{{{options}}}{behind}"]
@@ -411,13 +429,13 @@ def width_choices() -> str:
     for shared, active, experts in ((3, 3, 8), (2, 2, 16)):
         routed = f"shared={shared},active={active},experts={experts}"
         alike = f"shared={shared + active},active=0,experts={experts}"
-        for behind in ("", ",tune-moe{seconds=45,own_text=0}"):
+        for behind in ("", ",tune-moe{seconds=45,generated_windows=0}"):
             rows.append(
                 [
-                    f"{shared + active} of {experts} pieces" + (", tuned" if behind else ""),
+                    f"{shared + active} of {experts} groups" + (", tuned" if behind else ""),
                     cell(alike, behind),
                     cell(routed, behind),
-                    cell(f"{routed},by_layer=true", behind),
+                    cell(f"{routed},layerwise_budget=true", behind),
                     cell(f"{routed},threshold=true", behind),
                 ]
             )

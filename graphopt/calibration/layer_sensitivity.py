@@ -1,8 +1,8 @@
 """The sensitivity of a model to its feed-forward parts: what it loses where one has fewer neurons.
 
-It is measured once for each part, with as many pieces of it as parts run on average: the divergence
+It is measured once for each part, with as many groups of it as parts run on average: the divergence
 of the model's next-token distributions with that part alone narrowed. All parts are measured in one
-walk (`graphopt.calibration.scores`). How it changes with the number of pieces is read off the
+walk (`graphopt.calibration.scores`). How it changes with the number of groups is read off the
 energy of the neurons that are left out, of which a small divergence is a linear function.
 """
 
@@ -32,11 +32,11 @@ class LayerSensitivity:
     """The sensitivity of a model to one part.
 
     Attributes:
-        size: Neurons of a piece.
-        kl: KL divergence of the model's next-token distributions, in nats, with `kept` pieces of
+        size: Neurons of a group.
+        kl: KL divergence of the model's next-token distributions, in nats, with `kept` groups of
             the part, the same for every token.
         kept: How many these are.
-        lost: For every number of pieces from 0 to all of them the energy of the neurons that are
+        lost: For every number of groups from 0 to all of them the energy of the neurons that are
             left out, in units of the stream's square behind the block.
     """
 
@@ -45,23 +45,23 @@ class LayerSensitivity:
     kept: int
     lost: tuple[float, ...]
 
-    def kl_at(self, pieces: int) -> float:
-        """Return the divergence that is to be expected with a number of pieces.
+    def kl_at(self, groups: int) -> float:
+        """Return the divergence that is to be expected with a number of groups.
 
-        Infinite, where pieces lose something and as many as were measured do not: how much is not
+        Infinite, where groups lose something and as many as were measured do not: how much is not
         known, and none of it has to be lost.
         """
-        if not self.lost[pieces]:
+        if not self.lost[groups]:
             return 0.0
         measured = self.lost[self.kept]
-        return self.kl * self.lost[pieces] / measured if measured else math.inf
+        return self.kl * self.lost[groups] / measured if measured else math.inf
 
 
 def measure_sensitivity(
     program: Program,
     parts: Mapping[int, FeedForward],
     windows: Tensor,
-    pieces: int,
+    groups: int,
     kept: int,
     *,
     device: torch.device | None = None,
@@ -72,7 +72,7 @@ def measure_sensitivity(
     Args:
         parts: By the index of their block among `find_blocks`.
         windows: int64 [N, S].
-        pieces: Of which every part is made.
+        groups: Of which every part is made.
         kept: How many of them a part has while it is measured.
 
     Returns:
@@ -106,10 +106,10 @@ def measure_sensitivity(
             relative += (energy / token_power(behind).flatten(0, -2)).sum(0)
             tokens += len(energy)
         order = static_order(magnitudes)
-        size = sizes[index] = -(-len(order) // pieces)
+        size = sizes[index] = -(-len(order) // groups)
         means = (relative / tokens).double()[order]
         rest = means.flip(0).cumsum(0).flip(0).tolist()
-        edges = [min(number * size, len(rest)) for number in range(pieces + 1)]
+        edges = [min(number * size, len(rest)) for number in range(groups + 1)]
         lost[index] = tuple(rest[edge] if edge < len(rest) else 0.0 for edge in edges)
         rows = torch.zeros(len(order), dtype=down.dtype, device=down.device)
         rows[order[: kept * size]] = 1
@@ -121,8 +121,8 @@ def measure_sensitivity(
     for index, value in kl.items():
         if not math.isfinite(value):
             raise PassError(
-                f"{stream.name_of(index)}: with {kept} of {pieces} pieces of its feed-forward part "
+                f"{stream.name_of(index)}: with {kept} of {groups} groups of its feed-forward part "
                 "the model gives NaN or Inf.",
-                "Take --device cpu, which computes in fp32, or leave by_layer out.",
+                "Take --device cpu, which computes in fp32, or leave layerwise_budget out.",
             )
     return {index: LayerSensitivity(sizes[index], kl[index], kept, lost[index]) for index in parts}

@@ -200,7 +200,7 @@ def _writer(program: Program, device: torch.device, seed: int) -> _Writer:
             reason = result.skipped[0].reason if result.skipped else "it has no attention"
             raise PassError(
                 f"{program.name} cannot write calibration text of its own: {reason}.",
-                "Give a text with --calib, and own_text=0 to fuse-blocks.",
+                "Give a text with --calib, and generated_windows=0 to fuse-blocks.",
             )
         program = result.program
     dtype = scoring_dtype(program, device)

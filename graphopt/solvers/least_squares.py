@@ -1,4 +1,4 @@
-"""Least squares with a pull towards 0, from sums over tokens: closed-form fits of projections."""
+"""Least squares with L2 regularisation, from sums over tokens: closed-form fits of projections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Strengths of the pull that are tried, times the features' mean power."""
+"""Ridge (L2 regularisation) strengths that are tried, times the features' mean power."""
 
 
 class LeastSquares:
@@ -57,13 +57,13 @@ class LeastSquares:
         """Return the weights, transposed, [N, D] in fp64.
 
         Args:
-            ridge: Strength of the pull towards 0, times the features' mean power.
+            ridge: Strength of the L2 regularisation, times the features' mean power.
         """
         assert self.gram is not None and self.cross is not None
         if ridge not in self._factors:
             gram = self.gram.double()
-            pull = ridge * gram.diagonal().mean().clamp(min=1e-12)
-            gram.diagonal().add_(pull)
+            strength = ridge * gram.diagonal().mean().clamp(min=1e-12)
+            gram.diagonal().add_(strength)
             self._factors.clear()  # one is as large as the sums in fp64
             self._factors[ridge] = torch.linalg.cholesky(gram)
         return torch.cholesky_solve(self.cross.double(), self._factors[ridge])

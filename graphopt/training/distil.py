@@ -42,7 +42,7 @@ from graphopt.training.record import TrainedPart, TrainingRecord
 from graphopt.training.schedule import Schedule, Tuned
 from graphopt.training.tuner import Tuner
 
-OWN_TEXT_SHARE = 0.25
+GENERATION_SHARE = 0.25
 """Of a training's seconds, in which the dense model writes text for it."""
 
 FORMAT = 3
@@ -115,7 +115,7 @@ class Distiller:
             )
         self.windows, self.checked = windows[:-held], windows[-held:]
         on_cpu = self.device.type != "cuda"
-        if len(self.windows) < batch and (options.own_text == 0 or on_cpu):
+        if len(self.windows) < batch and (options.generated_windows == 0 or on_cpu):
             self.schedule = replace(self.schedule, batch=len(self.windows))
         self.done: list[str] = []
         self._resume()
@@ -156,7 +156,7 @@ class Distiller:
 
     def training_windows(self) -> Tensor:
         """Return the windows to learn from: those of the text, and the dense model's own."""
-        count, seconds = self._own_text()
+        count, seconds = self._generated_windows()
         if not count:
             return self.windows
         path = self._saved("text")
@@ -175,13 +175,13 @@ class Distiller:
                 # A training that goes on must find the text that it began with.
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(own, path)
-        self.record.own_windows = len(own)
+        self.record.generated_windows = len(own)
         return torch.cat([self.windows, own])
 
-    def _own_text(self) -> tuple[int, float | None]:
+    def _generated_windows(self) -> tuple[int, float | None]:
         """Return how many windows the dense model writes, and in how many seconds at most."""
-        if self.options.own_text is not None:
-            return self.options.own_text, None
+        if self.options.generated_windows is not None:
+            return self.options.generated_windows, None
         if self.device.type != "cuda" or self.options.steps == 0:
             return 0, None
         behind = self.dense.calls[find_blocks(self.dense)[-1].position].results[0]
@@ -190,7 +190,7 @@ class Distiller:
         most = free_bytes(self.device) // 4 // (2 * self.seqlen * width)
         left = self.left()
         if left is not None:
-            return most, left * OWN_TEXT_SHARE
+            return most, left * GENERATION_SHARE
         assert self.schedule.steps is not None
         wanted = self.schedule.steps * self.schedule.batch // EPOCHS - len(self.windows)
         return min(max(wanted, 0), most), None

@@ -15,18 +15,20 @@ from graphopt.support.per_device import PerDevice
 
 @dataclass
 class TrainingOptions:
-    """What passes that train are told.
+    """The options by which passes that train are told what to train, and for how long.
 
     Attributes:
-        seconds: Of the whole pass, at most; 150 where neither this nor `steps` is given.
-        steps: Of training, at most.
-        rate: Highest learning rate; by default 5e-4, and less for steps of under 8,192 tokens.
-        batch: Windows of a step.
-        seqlen: Tokens of a window.
-        own_text: Windows that the dense model writes itself; see `Distiller.training_windows`.
-        train: `all` trains weights whole, `low-rank` matrices by a term.
-        rank: Of that term.
-        patience: Stop after this many checks without a better held-out loss; 0 never stops.
+        seconds: The pass takes at most so many seconds in all; 150 where neither this nor `steps`
+            is given.
+        steps: Training takes at most so many steps.
+        rate: The highest learning rate; by default 5e-4, and less for steps of under 8,192 tokens.
+        batch: A step takes so many windows.
+        seqlen: A window has so many tokens.
+        generated_windows: The dense model writes so many windows itself, as self-generated
+            calibration data; see `Distiller.training_windows`.
+        train: `all` trains weights whole, `low-rank` trains matrices by a low-rank term.
+        rank: The rank of that term.
+        patience: Training stops after so many checks without a better held-out loss; 0 never stops.
     """
 
     seconds: Annotated[float, Field(ge=0)] | None = None
@@ -34,7 +36,7 @@ class TrainingOptions:
     rate: Annotated[float, Field(gt=0)] | None = None
     batch: Annotated[int, Field(ge=1)] | PerDevice[int] = PerDevice(cpu=2, gpu=4)
     seqlen: Annotated[int, Field(ge=2)] | PerDevice[int] = PerDevice(cpu=256, gpu=2048)
-    own_text: Annotated[int, Field(ge=0)] | None = None
+    generated_windows: Annotated[int, Field(ge=0)] | None = None
     train: Literal["all", "low-rank"] = "all"
     rank: Annotated[int, Field(ge=1)] = 128
     patience: Annotated[int, Field(ge=0)] = 0

@@ -50,13 +50,13 @@ class TrainingRecord(Record):
         seconds: By what they were spent on; `all` is the whole pass.
         perplexity: On held-out windows, along the way.
         training: An entry a training, in order.
-        own_windows: Windows that the dense model wrote to learn from; None for none.
+        generated_windows: Windows that the dense model wrote to learn from; None for none.
     """
 
     seconds: dict[str, Seconds] = pydantic.Field(default_factory=dict)
     perplexity: list[Step] = pydantic.Field(default_factory=list)
     training: list[TrainedPart] = pydantic.Field(default_factory=list)
-    own_windows: Count | None = None
+    generated_windows: Count | None = None
 
     def line(self) -> str:
         return told_in_a_line([], self.perplexity)
@@ -72,9 +72,9 @@ class TrainingRecord(Record):
 
     def own_sentences(self) -> list[str]:
         """Return what is told in a sentence each; here, on the text that the dense model wrote."""
-        if not self.own_windows:
+        if not self.generated_windows:
             return []
-        return [f"{self.own_windows:,.0f} windows of text were written by the dense model."]
+        return [f"{self.generated_windows:,.0f} windows of text were written by the dense model."]
 
 
 def training_pictures(parts: Sequence[TrainedPart]) -> str:

@@ -22,7 +22,7 @@ class PartActivations:
     """A part that is carved, and its activations on the calibration text.
 
     Attributes:
-        shared: Pieces of it that every token will run.
+        shared: Neuron groups of it that every token will run.
         weights: Its projections in fp32, by `gate`, `up` and `down`.
         x: Its input, [T, D] for every batch.
         hidden: Its hidden activations, [T, N] for every batch, with the neurons that were added.
@@ -60,7 +60,7 @@ class PartActivations:
         block: BlockStep,
         form: FeedForward,
         shared: int,
-        pieces: int,
+        groups: int,
         norm: OutputNorm | None,
         clock: Clock,
     ) -> PartActivations:
@@ -70,7 +70,7 @@ class PartActivations:
 
         Args:
             form: The part.
-            shared: Pieces of it that every token will run, of all `pieces`.
+            shared: Neuron groups of it that every token will run, of all `groups`.
             norm: What its output goes through before it is added to the residual stream.
             clock: Counts the seconds in which the model runs.
         """
@@ -86,7 +86,7 @@ class PartActivations:
             if node is not None
         }
         down = weights["down"]
-        added = -down.shape[1] % pieces
+        added = -down.shape[1] % groups
         padded = F.pad(down, (0, added))
 
         def value_of(value: Value) -> PerBatch[Tensor]:

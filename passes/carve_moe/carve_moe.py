@@ -23,29 +23,31 @@ from graphopt.support.per_device import PerDevice
 @register_pass
 @dataclass
 class CarveMoe(Pass):
-    """Divide the neurons of every feed-forward part into `experts` equal pieces.
+    """Divide the neurons of every feed-forward part into `experts` groups of equal size.
 
-    `shared` of the pieces are run by every token, and of the others the `active` ones with the
-    highest scores of a router. Pieces are rows and columns of the projections. `active=0` leaves
-    the pieces that matter most on average, and no router.
+    `shared` of the groups are shared experts, which every token runs; the others are routed
+    experts, of which a token runs the `active` ones with the highest router logits. A group is
+    rows and columns of the projections. `active=0` leaves the groups that matter most on average,
+    and no router.
 
     With `mode=fit` neurons and a linear router are fitted to each other in up to `rounds` turns
-    (`graphopt.passes.carve_moe.division.divide_by_fit`). `mode=faithful` is CMoE as published
-    (arXiv 2502.04416): clusters of neurons that are among the `marks` largest of the same tokens,
-    and as router one neuron of each. With `normalised` it marks as CMoE's code does, by activations
-    of inputs and rows of the projections scaled to length 1.
+    (`graphopt.passes.carve_moe.division.divide_by_fit`). `mode=published` is CMoE as published
+    (arXiv 2502.04416): neurons are clustered by their activation indicators, which are 1 for the
+    tokens in which a neuron is among the `k_activations` of largest magnitude, and one neuron of
+    each expert is its router. With `cosine` the indicators are, as in CMoE's code, those of
+    activations of inputs and rows of the projections scaled to length 1.
 
-    With `refit` (and `mode=fit`) the down projections are then solved for anew, by least squares
-    that pull towards the weights as they are, so that the stream behind each part is nearest to
-    what it was before carving. The pull is the one that is best on windows that the fit does not
-    see.
+    With `refit` (and `mode=fit`) the down projections are then reconstructed by least squares
+    with L2 regularisation towards the weights as they are, so that the residual stream behind
+    each part is nearest to what it was before carving. The ridge strength is the one that is best
+    on windows that the fit does not see.
 
-    With `threshold` a token runs every expert whose score is above 0, and the router's constants
-    are such that these are `active` on average: tokens that need more of them get more.
+    With `threshold` a token runs every expert whose router logit is above 0, and the router's
+    biases are such that these are `active` on average: tokens that need more of them get more.
 
-    With `by_layer` every part has a number of shared pieces of its own, which are at most `shared`
-    on average: those get more by which the model loses more
-    (`graphopt.calibration.layer_sensitivity`). A part that then runs all of its pieces is left as
+    With `layerwise_budget` every part has a number of shared groups of its own, which are at most
+    `shared` on average: those get more by which the model loses more
+    (`graphopt.calibration.layer_sensitivity`). A part that then runs all of its groups is left as
     it is.
 
     Where `experts` do not divide the neurons, `pad` adds neurons of zeros.
@@ -68,49 +70,49 @@ class CarveMoe(Pass):
     shared: Annotated[int, Field(ge=0)] = 3
     active: Annotated[int, Field(ge=0)] = 3
     experts: Annotated[int, Field(ge=2)] = 8
-    mode: Literal["fit", "faithful"] = "fit"
+    mode: Literal["fit", "published"] = "fit"
     rounds: Annotated[int, Field(ge=0)] = 6
     refit: bool = True
     threshold: bool = False
-    by_layer: bool = False
+    layerwise_budget: bool = False
     pad: bool = False
-    marks: Annotated[int, Field(ge=1)] = 10
-    normalised: bool = False
+    k_activations: Annotated[int, Field(ge=1)] = 10
+    cosine: bool = False
     windows: Annotated[int, Field(ge=2)] = 8
     seqlen: Annotated[int, Field(ge=2)] | PerDevice[int] = PerDevice(cpu=512, gpu=2048)
 
     def check_options(self) -> None:
         if self.shared + self.active > self.experts or self.shared + self.active == 0:
             raise UsageError(
-                f"{self.shared} shared and {self.active} active pieces are not 1 to "
+                f"{self.shared} shared and {self.active} active groups are not 1 to "
                 f"{self.experts}, which is how many there are.",
                 "Lower shared or active, or raise experts.",
             )
-        if self.pad and self.mode == "faithful":
+        if self.pad and self.mode == "published":
             raise UsageError(
-                "mode=faithful takes the neuron that is marked least as an expert's router, which "
-                "would be one of the zeros that pad=true adds.",
+                "mode=published takes the neuron that is among the largest activations least often "
+                "as an expert's router, which would be one of the zeros that pad=true adds.",
                 "Use mode=fit, or experts that divide the neurons.",
             )
-        if self.normalised and self.mode != "faithful":
+        if self.cosine and self.mode != "published":
             raise UsageError(
-                f"normalised=true is a way of marking neurons, which mode={self.mode} does by "
-                "their energy.",
-                "Leave normalised out, or take mode=faithful.",
+                f"cosine=true says which activations are the largest, and mode={self.mode} goes by "
+                "the energy of neurons.",
+                "Leave cosine out, or take mode=published.",
             )
-        if self.threshold and (self.mode == "faithful" or not self.active):
-            what = "mode=faithful" if self.mode == "faithful" else "active=0"
+        if self.threshold and (self.mode == "published" or not self.active):
+            what = "mode=published" if self.mode == "published" else "active=0"
             raise UsageError(
-                f"threshold=true goes by scores of a fitted router, and {what} has none.",
+                f"threshold=true goes by the logits of a fitted router, and {what} has none.",
                 "Leave threshold out.",
             )
         if self.active and self.shared == self.experts:
-            raise UsageError("All pieces are shared, so none can be active.", "Lower shared.")
-        if self.by_layer and (not self.shared or self.shared + self.active == self.experts):
+            raise UsageError("All groups are shared, so none can be active.", "Lower shared.")
+        if self.layerwise_budget and (not self.shared or self.shared + self.active == self.experts):
             what = "shared=0 has none" if not self.shared else "no part is to run fewer than all"
             raise UsageError(
-                f"by_layer=true shares out the shared pieces of all parts, and {what}.",
-                "Leave by_layer out.",
+                f"layerwise_budget=true allocates the shared groups of all parts, and {what}.",
+                "Leave layerwise_budget out.",
             )
 
     def check(self, program: Program) -> None:
@@ -137,20 +139,21 @@ class CarveMoe(Pass):
             fitting = [n for n in range(2, 65) if width % n == 0]
             nearest = min(fitting, key=lambda n: abs(n - self.experts), default=None)
             raise PassError(
-                f"{where} has {width} neurons, which {self.experts} pieces do not divide.",
+                f"{where} has {width} neurons, which {self.experts} groups do not divide.",
                 ("" if nearest is None else f"Take experts={nearest}, or ")
                 + ("add" if nearest else "Add")
                 + " neurons of zeros with pad=true.",
             )
         if width <= self.experts:
             raise PassError(
-                f"{where} has {width} neurons, and {self.experts} pieces need more than one each.",
+                f"{where} has {width} neurons, and {self.experts} groups need more than one each.",
                 "Lower experts.",
             )
-        if self.mode == "faithful" and self.marks > width:
+        if self.mode == "published" and self.k_activations > width:
             raise PassError(
-                f"{where} has {width} neurons, of which {self.marks} cannot be marked.",
-                f"Give marks={width} or less.",
+                f"{where} has {width} neurons, so that {self.k_activations} cannot be the largest "
+                "of a token.",
+                f"Give k_activations={width} or less.",
             )
 
     def run(self, program: Program, context: Context) -> PassResult:

@@ -23,11 +23,11 @@ from graphopt.solvers.assignment import balanced_assignment
 from graphopt.solvers.least_squares import RIDGES, LeastSquares, best_ridge
 
 
-def top_marks(hidden_TN: Tensor, count: int) -> Tensor:
-    """Return the `count` neurons of largest magnitude for every token, int64 [T, count].
+def top_k_indicators(hidden_TN: Tensor, count: int) -> Tensor:
+    """Return the activation indicators of tokens: the neurons that are 1, int64 [T, count].
 
-    Of equal magnitudes the lowest index is marked, on every device. The order within a row is
-    not defined.
+    They are the `count` neurons of largest magnitude of every token; of equal magnitudes those of
+    lowest index, on every device. The order within a row is not defined.
 
     Raises:
         PassError: There are fewer neurons.
@@ -35,28 +35,28 @@ def top_marks(hidden_TN: Tensor, count: int) -> Tensor:
     tokens, width = hidden_TN.shape
     if not 0 < count <= width:
         raise PassError(
-            f"{count} of {width} neurons cannot be marked in every token.",
+            f"{count} of {width} neurons cannot be the largest of every token.",
             f"Give a number from 1 to {width}.",
         )
     sizes = hidden_TN.abs()
     if count == width:
         return torch.arange(width, device=hidden_TN.device).expand(tokens, width)
-    values, marks = sizes.topk(count + 1, dim=-1)
+    values, indicators = sizes.topk(count + 1, dim=-1)
     # `topk` says nothing about ties; they matter only where one runs over the edge.
     tied = (values[:, count] == values[:, count - 1]).nonzero()[:, 0]
-    marks = marks[:, :count]
+    indicators = indicators[:, :count]
     if len(tied):
         order = sizes[tied].sort(dim=-1, descending=True, stable=True).indices
-        marks[tied] = order[:, :count]
-    return marks
+        indicators[tied] = order[:, :count]
+    return indicators
 
 
-def normalised_hidden(x: Tensor, gate: Tensor | None, up: Tensor, act: str) -> Tensor:
+def cosine_hidden(x: Tensor, gate: Tensor | None, up: Tensor, act: str) -> Tensor:
     """Return hidden activations of inputs and rows that are all scaled to length 1, fp32 [T, N].
 
     A neuron's activation is then one of cosines alone: neither the length of its rows nor a
-    token's own has a part in it. Biases are left out. Source: CMoE's code marks neurons by these;
-    its paper (arXiv 2502.04416, section 4.1) says the activations themselves.
+    token's own has a part in it. Biases are left out. Source: CMoE's code takes the indicators of
+    these; its paper (arXiv 2502.04416, section 4.1) says those of the activations themselves.
 
     Args:
         x: [T, D].
@@ -70,64 +70,70 @@ def normalised_hidden(x: Tensor, gate: Tensor | None, up: Tensor, act: str) -> T
     return functional.ACTIVATIONS[act](x @ gate.t()) * (x @ up.t())
 
 
-def mark_counts(marks_TK: Tensor, width: int) -> Tensor:
-    """Return in how many tokens each neuron is marked, int64 [width]."""
-    return torch.bincount(marks_TK.flatten(), minlength=width)
+def indicator_counts(indicators_TK: Tensor, width: int) -> Tensor:
+    """Return for how many tokens the indicator of each neuron is 1, int64 [width]."""
+    return torch.bincount(indicators_TK.flatten(), minlength=width)
 
 
-def overlaps(marks_TK: Tensor, centres_TC: Tensor, width: int) -> Tensor:
-    """Return the inner products of every neuron's marks with centres [T, C], fp32 [width, C].
+def overlaps(indicators_TK: Tensor, centres_TC: Tensor, width: int) -> Tensor:
+    """Return the inner products of every neuron's indicators with centres, fp32 [width, C].
 
-    A neuron's marks are a vector over tokens, 1 where it is marked; it is never built.
+    A neuron's indicators are a vector of 0 and 1 over tokens; it is never built.
+
+    Args:
+        indicators_TK: From `top_k_indicators`.
+        centres_TC: [T, C].
+        width: Number of neurons.
     """
-    count = marks_TK.shape[1]
+    count = indicators_TK.shape[1]
     found = centres_TC.new_zeros(width, centres_TC.shape[1], dtype=torch.float32)
     rows = centres_TC.float().repeat_interleave(count, 0)
-    return found.index_add_(0, marks_TK.flatten(), rows)
+    return found.index_add_(0, indicators_TK.flatten(), rows)
 
 
-def cluster(marks: Sequence[Tensor], members: Tensor, width: int, experts: int) -> Tensor:
-    """Divide neurons into experts of equal size by the tokens in which they are marked.
+def cluster(indicators: Sequence[Tensor], members: Tensor, width: int, experts: int) -> Tensor:
+    """Divide neurons into experts of equal size by their activation indicators.
 
-    Centres start as the marks of the most often marked members; then members are assigned so
-    that their inner products with the centres are largest. For marks and equal sizes that
-    assignment is also the one of least distance, absolute and squared:
+    Centres start as the indicators of the members whose indicators are 1 most often; then members
+    are assigned so that their inner products with the centres are largest. For indicators and
+    equal sizes that assignment is also the one of least distance, absolute and squared:
     |c - v|_1 = |v|_1 + |c| - 2 <c, v>, and likewise for the square. Source: CMoE,
     arXiv 2502.04416, section 4.2.
 
     Args:
-        marks: From `top_marks`, a tensor [T, K] for every batch of tokens; iterated twice.
+        indicators: From `top_k_indicators`, a tensor [T, K] for every batch of tokens;
+            iterated twice.
         members: int64 [N], the neurons to divide, N a multiple of `experts`.
-        width: Number of neurons that marks speak of.
+        width: Number of neurons that have indicators.
 
     Returns:
         int64 [experts, N / experts]: the neurons of every expert, in ascending order.
     """
-    counts = sum_of(mark_counts(marks_TK, width) for marks_TK in marks)
+    counts = sum_of(indicator_counts(indicators_TK, width) for indicators_TK in indicators)
     seeds = members[counts[members].sort(descending=True, stable=True).indices[:experts]]
 
-    def gains(marks_TK: Tensor) -> Tensor:
-        centres = [(marks_TK == seed).any(-1).float() for seed in seeds.tolist()]
-        return overlaps(marks_TK, torch.stack(centres, 1), width)[members]
+    def gains(indicators_TK: Tensor) -> Tensor:
+        centres = [(indicators_TK == seed).any(-1).float() for seed in seeds.tolist()]
+        return overlaps(indicators_TK, torch.stack(centres, 1), width)[members]
 
     capacity = len(members) // experts
-    assigned = balanced_assignment(sum_of(map(gains, marks)), [capacity] * experts)
+    assigned = balanced_assignment(sum_of(map(gains, indicators)), [capacity] * experts)
     place = assigned.to(members.device)
     return torch.stack([members[place == number].sort().values for number in range(experts)])
 
 
-def cluster_centres(marks_TK: Tensor, groups: Tensor, width: int) -> Tensor:
-    """Return the means of the marks of every expert's neurons, fp32 [T, experts].
+def cluster_centres(indicators_TK: Tensor, groups: Tensor, width: int) -> Tensor:
+    """Return the means of the indicators of every expert's neurons, fp32 [T, experts].
 
     Args:
         groups: From `cluster`, int64 [experts, N / experts].
     """
     experts, size = groups.shape
-    owner = torch.full((width,), experts, device=marks_TK.device)
+    owner = torch.full((width,), experts, device=indicators_TK.device)
     owner[groups] = torch.arange(experts, device=groups.device)[:, None]
-    marked = torch.zeros(len(marks_TK), experts + 1, device=marks_TK.device)
-    marked.scatter_add_(1, owner[marks_TK], torch.ones_like(marks_TK, dtype=marked.dtype))
-    return marked[:, :experts] / size
+    active = torch.zeros(len(indicators_TK), experts + 1, device=indicators_TK.device)
+    active.scatter_add_(1, owner[indicators_TK], torch.ones_like(indicators_TK, dtype=active.dtype))
+    return active[:, :experts] / size
 
 
 @dataclass(frozen=True)
@@ -148,13 +154,13 @@ class Division:
     rounds: int = 0
 
 
-FIRST_MARKS = 0.1
-"""Share of the neurons that are marked in a token for the first clusters."""
+INITIAL_ACTIVATION_SHARE = 0.1
+"""Share of the neurons whose indicators of a token are 1 for the initial clusters."""
 
 
-def first_marks(width: int) -> int:
-    """Return how many neurons are marked in a token for the first clusters."""
-    return max(1, round(FIRST_MARKS * width))
+def initial_k_activations(width: int) -> int:
+    """Return how many indicators of a token are 1 for the initial clusters."""
+    return max(1, round(INITIAL_ACTIVATION_SHARE * width))
 
 
 @dataclass(frozen=True)
@@ -183,9 +189,9 @@ def divide_by_fit(
     """Divide neurons so that a linear router loses as little energy as it can.
 
     In turns, until no neuron moves: the router is fitted to the square root of every expert's
-    energy, by least squares with the pull that is best on held-out tokens; every token takes
-    its `active` experts of highest score; and neurons are assigned anew, each to where the
-    tokens that run it hold most of its energy, which is exact for those tokens
+    energy, by least squares with the ridge strength that is best on held-out tokens; every token
+    takes its `active` experts of highest router logits; and neurons are assigned again, each to
+    where the tokens that run it hold most of its energy, which is exact for those tokens
     (`balanced_assignment`). The shared neurons are one more place, which every token runs. No
     turn lowers the energy that the tokens keep, up to the change of the router. The first
     clusters are those of CMoE. Scores are scaled so that those of a token have a standard
@@ -195,7 +201,7 @@ def divide_by_fit(
 
     Args:
         learn: What neurons are assigned by and routers fitted to.
-        held_out: What the router's pull, and the threshold, are chosen by.
+        held_out: What the ridge strength, and the threshold, are chosen by.
         shared: Number of shared neurons.
         active: Experts of a token, or with `threshold` their mean.
     """
@@ -203,9 +209,9 @@ def divide_by_fit(
     width = len(magnitudes)
     size = (width - shared) // experts
     order = static_order(magnitudes)
-    count = first_marks(width)
-    marks = PerBatch.of(learn.energy, lambda energy_TN: top_marks(energy_TN, count))
-    groups = cluster(marks, order[shared:].sort().values, width, experts)
+    count = initial_k_activations(width)
+    indicators = PerBatch.of(learn.energy, lambda energy_TN: top_k_indicators(energy_TN, count))
+    groups = cluster(indicators, order[shared:].sort().values, width, experts)
     place = torch.zeros(width, dtype=torch.int64, device=order.device)
     for number in range(experts):
         place[groups[number]] = number + 1
@@ -236,26 +242,28 @@ def divide_by_fit(
 
 
 def divide_as_published(
-    marks: Sequence[Tensor], gate: Tensor | None, up: Tensor, shared: int, experts: int
+    indicators: Sequence[Tensor], gate: Tensor | None, up: Tensor, shared: int, experts: int
 ) -> Division:
     """Divide neurons and make the router as CMoE does (arXiv 2502.04416, section 4).
 
-    The neurons that are marked in most tokens are shared; the others are clustered once by their
-    marks; and the scores of an expert are those of the member nearest to its centre, with rows
-    of the projections scaled to length 1. With few marks that is the member that is marked
-    least: |c - v|_1 = |v|_1 + |c| - 2 <c, v>, and v is below a half everywhere.
+    The neurons whose indicators are 1 for most tokens are shared; the others are clustered once by
+    their indicators; and the router logits of an expert are the activations of the member nearest
+    to its centre, with rows of the projections scaled to length 1. Where few indicators are 1 that
+    is the member that has fewest: |c - v|_1 = |v|_1 + |c| - 2 <c, v>, and v is below a half
+    everywhere.
 
     Args:
-        marks: From `top_marks`, a tensor [T, K] for every batch of tokens.
+        indicators: From `top_k_indicators`, a tensor [T, K] for every batch of tokens.
         gate, up: The projections [N, D].
     """
     width = len(up)
-    counts = sum_of(mark_counts(marks_TK, width) for marks_TK in marks)
+    counts = sum_of(indicator_counts(indicators_TK, width) for indicators_TK in indicators)
     order = counts.sort(descending=True, stable=True).indices
     members = order[shared:].sort().values
-    groups = cluster(marks, members, width, experts)
+    groups = cluster(indicators, members, width, experts)
     near = sum_of(
-        overlaps(marks_TK, cluster_centres(marks_TK, groups, width), width) for marks_TK in marks
+        overlaps(indicators_TK, cluster_centres(indicators_TK, groups, width), width)
+        for indicators_TK in indicators
     )
     # Up to what depends on the centre alone, the distance to it.
     far = counts[:, None] - 2 * near
@@ -300,7 +308,7 @@ class _RouterFit:
             for x, energy_TN in zip(tokens.x, tokens.energy, strict=True):
                 targets = _energy_of(energy_TN, place, self.experts).sqrt()
                 (sums.add if first else sums.add_targets)(_with_constant(x), targets)
-        # Where nothing predicts better than 0 does, the strongest pull predicts least.
+        # Where nothing predicts better than 0 does, the strongest ridge predicts least.
         learn, held_out = self.sums
         return learn.solve(best_ridge(learn, held_out)[0] or max(RIDGES)).float()
 

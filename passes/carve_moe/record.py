@@ -27,11 +27,11 @@ class Carved:
 
     Attributes:
         where: The block.
-        shared: Pieces that every token runs.
-        added: Neurons of zeros that fill the pieces.
+        shared: Neuron groups that every token runs.
+        added: Neurons of zeros that fill the groups.
         rounds: Turns of fitting.
         static, random, oracle, routed: Energy of the neurons that tokens do not run, as a share
-            of all: with the best pieces for every token alike, with random experts, with the
+            of all: with the best groups for every token alike, with random experts, with the
             experts of most energy, and with the router's.
         recall: Energy in the router's experts, as a share of that in the best ones.
         agreement: Share of tokens for which the router's experts are the best ones.
@@ -91,10 +91,10 @@ class CarvedParts(Record):
     """What was carved.
 
     Attributes:
-        split: Shared, active and all pieces, such as `S3A3E8`.
+        split: Shared, active and all neuron groups, such as `S3A3E8`.
         parts: What became of each part that was carved.
         refits: Of their down projections.
-        sensitivity: What was measured where parts have numbers of shared pieces of their own.
+        sensitivity: What was measured where parts have numbers of shared groups of their own.
         work: What a prompt takes before and after.
         seconds: By what they were spent on.
     """
@@ -141,10 +141,10 @@ def _energy_picture(parts: list[Carved]) -> str:
         for key, (style, label) in _SHARES.items()
     ]
     shared = [str(part.shared) for part in parts]
-    pieces = f" Shared pieces of these parts: {', '.join(shared)}." if len(set(shared)) > 1 else ""
+    groups = f" Shared groups of these parts: {', '.join(shared)}." if len(set(shared)) > 1 else ""
     return (
         '<h3>What tokens leave out</h3><p class="dim">Energy in the neurons that a token does not '
-        f"run, as a share of all. The highest point is {highest:.1%}.{pieces}</p>"
+        f"run, as a share of all. The highest point is {highest:.1%}.{groups}</p>"
         f"{curves(lines, last, 'energy left out by block')}"
         f"{axis(parts[0].where, parts[-1].where)}{legend(labels)}"
     )

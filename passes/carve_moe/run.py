@@ -27,11 +27,11 @@ from graphopt.passes.carve_moe.activations import PartActivations
 from graphopt.passes.carve_moe.division import (
     Division,
     chosen,
+    cosine_hidden,
     divide_as_published,
     divide_by_fit,
-    first_marks,
-    normalised_hidden,
-    top_marks,
+    initial_k_activations,
+    top_k_indicators,
 )
 from graphopt.passes.carve_moe.parts import output_path, parts_of, width_of
 from graphopt.passes.carve_moe.record import Carved, CarvedParts, PartSensitivity, Work
@@ -72,24 +72,25 @@ class Carving:
         self.twins: dict[tuple[str, int], tuple[Function, dict[str, str]]] = {}
         self.clock = Clock("measuring", "model", "dividing", "refitting")
         self.sensitivity: dict[int, LayerSensitivity] = {}
-        # With all pieces run nothing is missing.
+        # With all groups run nothing is missing.
         whole = options.shared + options.active == options.experts
         self.refits = options.refit and options.mode == "fit" and not whole
 
     def _check_tokens(self, tokens: int) -> None:
-        """Refuse so few tokens that most neurons are marked in none of them."""
+        """Refuse so few tokens that most neurons are among the largest of none of them."""
         widths = [
             width_of(self.program, block, part)
             for block, part in parts_of(self.program)
             if isinstance(part, FeedForward)
         ]
         for width in widths if self.options.active else []:
-            marks = first_marks(width) if self.options.mode == "fit" else self.options.marks
-            if tokens * marks < width:
+            fitted = self.options.mode == "fit"
+            k = initial_k_activations(width) if fitted else self.options.k_activations
+            if tokens * k < width:
                 raise PassError(
-                    f"{tokens} tokens to learn from, with {marks} marked neurons each, cannot tell "
-                    f"{width} neurons apart.",
-                    f"Give a longer text with --calib, or windows and seqlen of {width // marks} "
+                    f"{tokens} tokens to learn from, by the {k} largest neurons of each, cannot "
+                    f"tell {width} neurons apart.",
+                    f"Give a longer text with --calib, or windows and seqlen of {width // k} "
                     "tokens and more.",
                 )
 
@@ -108,7 +109,7 @@ class Carving:
                     teacher.current().advance()
             form = found[block.index][1]
             if isinstance(form, str) or block.index not in numbers:
-                reason = form if isinstance(form, str) else "all of its pieces are run"
+                reason = form if isinstance(form, str) else "all of its groups are run"
                 skipped.append(Skip(block.name, reason))
                 with self.clock.counting("model"):
                     block.advance()
@@ -153,10 +154,10 @@ class Carving:
         return PassResult(program, len(found), len(carved), skipped, record, statement)
 
     def _numbers(self, found: list[tuple[Block, FeedForward | str]]) -> dict[int, int]:
-        """Return how many shared pieces parts have, by number; nothing for those left whole."""
+        """Return how many shared groups parts have, by number; nothing for those left whole."""
         options = self.options
         forms = {n: form for n, (_, form) in enumerate(found) if isinstance(form, FeedForward)}
-        if not options.by_layer:
+        if not options.layerwise_budget:
             return dict.fromkeys(forms, options.shared)
         learn = self.windows[: -self.held]
         count = max(1, SENSITIVITY_TOKENS.on(self.device) // learn.shape[1])
@@ -197,15 +198,15 @@ class Carving:
             )  # fmt: skip
         gate, up = part.weights.get("gate"), part.weights["up"]
 
-        def marks_of(batch: int) -> Tensor:
-            if options.normalised:
-                hidden = normalised_hidden(part.x[batch], gate, up, part.part.act)
+        def indicators_of(batch: int) -> Tensor:
+            if options.cosine:
+                hidden = cosine_hidden(part.x[batch], gate, up, part.part.act)
             else:
                 hidden = part.hidden[batch]
-            return top_marks(hidden, options.marks)
+            return top_k_indicators(hidden, options.k_activations)
 
-        marks = PerBatch.of(range(part.learn), marks_of)
-        return divide_as_published(marks, gate, up, shared, experts)
+        indicators = PerBatch.of(range(part.learn), indicators_of)
+        return divide_as_published(indicators, gate, up, shared, experts)
 
     def _put(self, part: PartActivations, division: Division) -> None:
         program, options = self.program, self.options
@@ -216,7 +217,7 @@ class Carving:
             experts = options.experts - part.shared if options.active else 0
             split = Split(division.shared, experts, options.active, options.threshold)
             name = unique_name(f"{function.name}_experts", set(program.functions))
-            router = "neuron" if options.mode == "faithful" else "linear"
+            router = "neuron" if options.mode == "published" else "linear"
             self.twins[key] = with_experts(function, part.part, split, name, router=router)
             program.functions[name] = self.twins[key][0]
         twin, slots = self.twins[key]

@@ -43,7 +43,7 @@ def mean(entry, key):
 
 def test_a_fitted_router_beats_every_tokens_same_neurons_and_the_published_one(dense, tmp_path):
     _, fitted = carved(dense, tmp_path, "shared=2,active=2,experts=8")
-    _, published = carved(dense, tmp_path, "shared=2,active=2,experts=8,mode=faithful")
+    _, published = carved(dense, tmp_path, "shared=2,active=2,experts=8,mode=published")
     assert fitted.verification == "measured" and fitted.changed == 4
     assert mean(fitted, "oracle") <= mean(fitted, "routed") < mean(fitted, "random")
     assert mean(fitted, "routed") < mean(fitted, "static")
@@ -53,10 +53,10 @@ def test_a_fitted_router_beats_every_tokens_same_neurons_and_the_published_one(d
         assert sum(part["load"]) == pytest.approx(2.0) and len(part["load"]) == 6
 
 
-def test_normalised_marks_divide_otherwise(dense, tmp_path):
+def test_indicators_of_cosines_divide_otherwise(dense, tmp_path):
     both = [
-        carved(dense, tmp_path, f"shared=2,active=2,experts=8,mode=faithful{more}")[0]
-        for more in ("", ",normalised=true")
+        carved(dense, tmp_path, f"shared=2,active=2,experts=8,mode=published{more}")[0]
+        for more in ("", ",cosine=true")
     ]
     first, other = (
         next(weight.load() for weight in program.used_weights() if "up_proj" in weight.name)
@@ -65,7 +65,7 @@ def test_normalised_marks_divide_otherwise(dense, tmp_path):
     assert first.shape == other.shape and not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("mode", ["fit", "faithful", "faithful,normalised=true"])
+@pytest.mark.parametrize("mode", ["fit", "published", "published,cosine=true"])
 @pytest.mark.parametrize("shared", [0, 3])
 def test_all_experts_active_is_the_model_itself(dense, tmp_path, mode, shared):
     options = f"shared={shared},active={8 - shared},experts=8,mode={mode}"
@@ -156,7 +156,7 @@ def test_without_active_experts_the_best_neurons_stay_and_no_router(dense, tmp_p
     assert all(refit["after"] < refit["before"] for refit in entry.details["refits"])
 
 
-@pytest.mark.parametrize("mode", ["fit", "faithful"])
+@pytest.mark.parametrize("mode", ["fit", "published"])
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom"])
 def test_two_matrices_and_biases_are_carved_too(family, mode, monkeypatch):
     from graphopt.passes.carve_moe import run
@@ -186,7 +186,7 @@ def louder(dense, number, by):
 
 @pytest.mark.parametrize("active", [0, 2])
 def test_parts_that_matter_more_get_more_pieces_of_one_budget(dense, tmp_path, active):
-    options = f"shared=3,active={active},experts=8,by_layer=true"
+    options = f"shared=3,active={active},experts=8,layerwise_budget=true"
     program, entry = carved(louder(dense, 2, by=4.0), tmp_path, options)
     json.dumps(entry.details, allow_nan=False)
     blocks = find_blocks(program)
@@ -194,7 +194,7 @@ def test_parts_that_matter_more_get_more_pieces_of_one_budget(dense, tmp_path, a
         f"model.layers.{n}" for n in range(4)
     ]
     shared = {part["where"]: part["shared"] for part in entry.details["parts"]}
-    whole = {skip.where for skip in entry.skipped if skip.reason == "all of its pieces are run"}
+    whole = {skip.where for skip in entry.skipped if skip.reason == "all of its groups are run"}
     numbers = [
         8 - active if (where := f"model.layers.{n}") in whole else shared[where] for n in range(4)
     ]
@@ -219,11 +219,11 @@ def test_parts_that_matter_more_get_more_pieces_of_one_budget(dense, tmp_path, a
         ({"shared": 5, "active": 4}, "5 shared and 4 active"),
         ({"shared": 0, "active": 0}, "0 shared and 0 active"),
         ({"shared": 8, "active": 0, "experts": 1}, "experts=1 is below 2"),
-        ({"pad": True, "mode": "faithful"}, "one of the zeros"),
-        ({"threshold": True, "mode": "faithful"}, "mode=faithful has none"),
-        ({"by_layer": True, "shared": 0}, "shared=0 has none"),
-        ({"by_layer": True, "shared": 5}, "no part is to run fewer than all"),
-        ({"normalised": True}, "mode=fit does by their energy"),
+        ({"pad": True, "mode": "published"}, "one of the zeros"),
+        ({"threshold": True, "mode": "published"}, "mode=published has none"),
+        ({"layerwise_budget": True, "shared": 0}, "shared=0 has none"),
+        ({"layerwise_budget": True, "shared": 5}, "no part is to run fewer than all"),
+        ({"cosine": True}, "mode=fit goes by the energy"),
         ({"threshold": True, "active": 0}, "active=0 has none"),
         ({"windows": 1}, "windows=1 is below 2"),
     ],
@@ -237,10 +237,10 @@ def test_a_pass_with_wrong_options_cannot_be_made(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"experts": 7}, "which 7 pieces do not divide"),
-        ({"experts": 200, "pad": True}, "200 pieces need more than one each"),
-        ({"mode": "faithful", "marks": 97}, "97 cannot be marked"),
-        ({"experts": 96, "shared": 3}, "96 pieces need more than one each"),
+        ({"experts": 7}, "which 7 groups do not divide"),
+        ({"experts": 200, "pad": True}, "200 groups need more than one each"),
+        ({"mode": "published", "k_activations": 97}, "97 cannot be the largest"),
+        ({"experts": 96, "shared": 3}, "96 groups need more than one each"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_a_weight_is_read(options, message):
@@ -261,12 +261,12 @@ def test_a_carved_model_is_not_carved_again(dense, tmp_path):
         make_pass("carve-moe", {}).check(program)
 
 
-@pytest.mark.parametrize("mode", ["fit", "faithful"])
-def test_too_few_tokens_for_the_marks_are_refused(dense, tmp_path, mode):
+@pytest.mark.parametrize("mode", ["fit", "published"])
+def test_too_few_tokens_for_the_indicators_are_refused(dense, tmp_path, mode):
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     recipe = f"carve-moe{{mode={mode},windows=2,seqlen=4}}"
-    with pytest.raises(PassError, match=r"4 tokens to learn from, with 1. marked neurons each"):
+    with pytest.raises(PassError, match=r"4 tokens .*, by the 1. largest neurons of each"):
         go.Pipeline.parse(recipe).run(dense, go.RunOptions(calib=text))
 
 
@@ -289,7 +289,9 @@ def test_a_program_without_a_tokenizer_is_refused():
         go.Pipeline.parse("carve-moe{experts=4,shared=1,active=1}").run(tiny_program(layers=2))
 
 
-@pytest.mark.parametrize("mode", ["fit", "faithful", "fit,threshold=true", "fit,by_layer=true"])
+@pytest.mark.parametrize(
+    "mode", ["fit", "published", "fit,threshold=true", "fit,layerwise_budget=true"]
+)
 def test_the_emitted_forms_give_what_the_program_gives(dense, tmp_path, mode):
     from graphopt.backends.opening import open_language_model
 

@@ -68,7 +68,7 @@ def test_distilling_takes_back_half_of_what_removal_cost(dense, tmp_path):
     [
         "mode=local,steps=60,batch=8,group=3,rate=0.0003",
         "steps=40,batch=8,train=low-rank,rank=4",
-        "steps=20,batch=8,own_text=4",
+        "steps=20,batch=8,generated_windows=4",
         "steps=40,batch=8,warm_start=false,rate=0.0003",
     ],
 )
@@ -86,8 +86,8 @@ def test_every_other_mode_does_better_than_plain_removal(dense, tmp_path, fusion
 
 
 @pytest.mark.parametrize("donor", ["pruned", "self", "random", "none"])
-def test_the_faithful_mode_lowers_the_papers_loss(dense, tmp_path, donor):
-    fusion = f"mode=faithful,steps=60,batch=8,group=4,rank=8,donor={donor}"
+def test_the_published_mode_lowers_the_papers_loss(dense, tmp_path, donor):
+    fusion = f"mode=published,steps=60,batch=8,group=4,rank=8,donor={donor}"
     program, _, entry = fused(dense, tmp_path, "remove=[3,6]", fusion)
     assert [part["steps"] for part in entry.details["training"]] == [30, 30]
     for part in entry.details["training"]:
@@ -97,14 +97,14 @@ def test_the_faithful_mode_lowers_the_papers_loss(dense, tmp_path, donor):
 
 
 def test_controls_fuse_the_first_block_by_every_donor_and_change_nothing_else(dense, tmp_path):
-    fusion = "mode=faithful,steps=8,batch=8,group=4,rank=4"
+    fusion = "mode=published,steps=8,batch=8,group=4,rank=4"
     alone, _, _ = fused(dense, tmp_path, "remove=[3,6]", fusion)
-    program, _, entry = fused(dense, tmp_path, "remove=[3,6]", f"{fusion},controls=true")
-    controls = entry.details["controls"]
-    assert [control["donor"] for control in controls] == ["pruned", "self", "random", "none"]
-    losses = [control["loss"] for control in controls]
+    program, _, entry = fused(dense, tmp_path, "remove=[3,6]", f"{fusion},ablations=true")
+    ablations = entry.details["ablations"]
+    assert [ablation["donor"] for ablation in ablations] == ["pruned", "self", "random", "none"]
+    losses = [ablation["loss"] for ablation in ablations]
     assert losses[0] == min(loss for _, loss in entry.details["training"][0]["checks"])
-    assert len(set(losses)) == 4 and all(control["perplexity"] > 1 for control in controls)
+    assert len(set(losses)) == 4 and all(ablation["perplexity"] > 1 for ablation in ablations)
     assert [part["steps"] for part in entry.details["training"]] == [4, 4]
     for weight in alone.used_weights():
         assert torch.equal(weight.load(), program.weights[weight.name].load())
@@ -156,7 +156,7 @@ def test_an_interrupted_compile_goes_on_behind_the_last_stage(dense, tmp_path, m
     from graphopt.passes import fuse_blocks
 
     straight, _, whole = fused(
-        dense, tmp_path, "remove=[3,6]", "mode=faithful,steps=20,batch=8,group=4,rank=4"
+        dense, tmp_path, "remove=[3,6]", "mode=published,steps=20,batch=8,group=4,rank=4"
     )
     real, calls = fuse_blocks._Fusion._fuse_one, []
 
@@ -168,7 +168,7 @@ def test_an_interrupted_compile_goes_on_behind_the_last_stage(dense, tmp_path, m
 
     monkeypatch.setattr(fuse_blocks._Fusion, "_fuse_one", stops)
     options = {"work": tmp_path / "work"}
-    recipe = ("remove=[3,6]", "mode=faithful,steps=20,batch=8,group=4,rank=4")
+    recipe = ("remove=[3,6]", "mode=published,steps=20,batch=8,group=4,rank=4")
     with pytest.raises(KeyboardInterrupt):
         fused(dense, tmp_path, *recipe, **options)
     resumed, _, entry = fused(dense, tmp_path, *recipe, resume=True, **options)
@@ -251,9 +251,9 @@ def test_blocks_that_differ_are_refused_with_the_pair():
         ({"train": "none"}, "no train 'none'"),
         ({"seconds": -1.0}, "seconds=-1.0 is below 0"),
         ({"batch": 0}, "batch=0 is below 1"),
-        ({"mode": "faithful", "batch": 1}, "batch=1 has one"),
+        ({"mode": "published", "batch": 1}, "batch=1 has one"),
         ({"group": 1}, "group=1 is below 2"),
-        ({"controls": True}, "mode=distil has none"),
+        ({"ablations": True}, "mode=distil has none"),
         ({"rank": 0}, "rank=0 is below 1"),
     ],
 )
@@ -280,6 +280,6 @@ def test_a_text_that_is_too_short_is_refused_with_the_numbers(dense):
         make_pass("fuse-blocks", {"steps": 1, "seqlen": 64}).run(pruned, context)
 
 
-def test_the_faithful_mode_refuses_parts_of_blocks(dense, tmp_path):
+def test_the_published_mode_refuses_parts_of_blocks(dense, tmp_path):
     with pytest.raises(PassError, match="fuses whole blocks"):
-        fused(dense, tmp_path, "blocks=1,part=ffn", "mode=faithful,steps=1")
+        fused(dense, tmp_path, "blocks=1,part=ffn", "mode=published,steps=1")

@@ -218,7 +218,7 @@ def records() -> list[Record]:
         "stopped": "early", "not_compiled": "",
     }  # fmt: skip
     training = {
-        "training": [trained], "perplexity": steps, "own_windows": 3,
+        "training": [trained], "perplexity": steps, "generated_windows": 3,
         "seconds": {f"part {MARKUP}": 1.0},
     }  # fmt: skip
     refits = [{"where": "x", "before": 1.0, "after": 0.5, "ridge": 0.1}]
@@ -234,7 +234,7 @@ def records() -> list[Record]:
         ),
         FusedBlocks.model_validate(
             {**training, "order": [3], "refits": refits,
-             "controls": [{"donor": "x", "loss": 1.0, "perplexity": 2.0}]}
+             "ablations": [{"donor": "x", "loss": 1.0, "perplexity": 2.0}]}
         ),
         CarvedParts.model_validate(
             {"split": "s", "parts": parts, "refits": refits,
