@@ -20,7 +20,9 @@ from graphopt.ir.graph import Call, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
 from graphopt.pass_manager.statements import ChangedBlocks
 from graphopt.passes.fused_blocks import Ablation, FusedBlocks
-from graphopt.passes.prune_blocks import Chooser, PruneBlocks, PrunedBlocks
+from graphopt.passes.prune_blocks.chooser import Chooser
+from graphopt.passes.prune_blocks.prune_blocks import PruneBlocks
+from graphopt.passes.prune_blocks.record import PrunedBlocks
 from graphopt.report.record import Record
 from graphopt.support.devices import must_fit
 from graphopt.support.per_device import PerDevice
@@ -30,7 +32,7 @@ from graphopt.training.distillation_data import DistillationData
 from graphopt.training.losses import LogitObjective, StreamObjective, batch_kl, relative_mse
 from graphopt.training.options import TrainingOptions
 from graphopt.training.parametrisations import FullParametrisation, kaiming
-from graphopt.training.schedule import Schedule, TrainingResult
+from graphopt.training.schedule import Schedule, Tuned
 
 Donor = Literal["pruned", "self", "random", "none"]
 
@@ -104,6 +106,9 @@ class FuseBlocks(TrainingOptions, Pass):
         remedy = (
             "Lower batch or seqlen, give generated_windows=0, or take mode=local or --device cpu."
         )
+        pruned = context.record(PrunedBlocks)
+        if pruned is not None and not pruned.removed:
+            return PassResult(program, 0, 0, [Skip("all blocks", "prune-blocks removed none")])
         with must_fit(context.device, "fuse-blocks", remedy):
             return _Fusion(self, program, context).run()
 
@@ -279,11 +284,11 @@ class _Fusion(Distiller):
             self.checkpoint(what)
 
     def _compare(
-        self, place: int, what: str, schedule: Schedule, pruned: Program, tuned: TrainingResult
+        self, place: int, what: str, schedule: Schedule, pruned: Program, tuned: Tuned
     ) -> None:
         """Fuse a block by every other donor too, and put what came of each into the report."""
         started = time.perf_counter()
-        fused: dict[Donor, tuple[Program, TrainingResult]] = {self.options.donor: (pruned, tuned)}
+        fused: dict[Donor, tuple[Program, Tuned]] = {self.options.donor: (pruned, tuned)}
         for donor in get_args(Donor):
             if donor not in fused:
                 named = f"{what} with donor={donor}"
@@ -330,11 +335,11 @@ class _Fusion(Distiller):
             done = sum(trained.steps for trained in self.record.training)
             steps = (steps - done) // share
         seconds = None if left is None else left / share
-        return replace(self.schedule, warmup=0.0, seconds=seconds, steps=steps)
+        return replace(self.schedule, warm_up=0.0, seconds=seconds, steps=steps)
 
     def _fuse_one(
         self, place: int, what: str, schedule: Schedule, donor: str
-    ) -> tuple[Program, TrainingResult]:
+    ) -> tuple[Program, Tuned]:
         """Return the program without a block, which is fused into its neighbours."""
         program = self.program
         blocks = find_blocks(program)

@@ -16,7 +16,7 @@ from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks, remove_blocks
 from graphopt.pass_manager.contract import Context, Earlier, make_pass
 from graphopt.passes.fuse_blocks import Injection, group_of, require_equal
-from graphopt.passes.prune_blocks import PrunedBlocks
+from graphopt.passes.prune_blocks.record import PrunedBlocks
 
 TEXT = book()[:24000]
 CPU = torch.device("cpu")

@@ -13,15 +13,15 @@ from tiny_models import save_tiny
 
 import graphopt as go
 from graphopt.calibration.scores import METRICS
-from graphopt.calibration.text import held_out_perplexity, text_windows
+from graphopt.calibration.text import PERPLEXITY_WINDOWS, held_out_perplexity, text_windows
 from graphopt.errors import GraphoptError, PassError, UsageError
 from graphopt.evaluate.perplexity import read_text
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks, remove_blocks
 from graphopt.pass_manager.contract import make_pass
 from graphopt.pass_manager.options import option_types
-from graphopt.passes import prune_blocks
-from graphopt.passes.prune_blocks import PERPLEXITY_WINDOWS, PruneBlocks
+from graphopt.passes.prune_blocks import chooser
+from graphopt.passes.prune_blocks.prune_blocks import PruneBlocks
 
 TEXT = "the cat and the dog and the other animals of the house sat down to eat. " * 40
 
@@ -110,13 +110,13 @@ def test_the_figures_are_those_of_the_models_without_what_was_removed(model, tmp
 def test_a_score_that_is_no_number_is_null_in_the_report_and_never_chosen(
     model, tmp_path, monkeypatch
 ):
-    real = prune_blocks.score_units
+    real = chooser.score_units
 
     def scores(program, units, *arguments, **options):
         found = real(program, units, *arguments, **options)
         return replace(found, values={**found.values, units[1]: math.nan})
 
-    monkeypatch.setattr(prune_blocks, "score_units", scores)
+    monkeypatch.setattr(chooser, "score_units", scores)
     _, report = run(model, "blocks=2,iterative=false", tmp_path)
     details = report.passes[0].details
     assert details["scores"][0]["1"] is None and "1" not in details["order"]
@@ -270,12 +270,11 @@ def test_without_a_text_the_model_writes_what_is_scored(model):
 def test_memory_that_does_not_suffice_is_said_with_what_lowers_it(
     model, tmp_path, monkeypatch, error, where
 ):
-    from graphopt.passes import prune_blocks
 
     def full(*args, **options):
         raise error
 
-    monkeypatch.setattr(prune_blocks, "score_units", full)
+    monkeypatch.setattr(chooser, "score_units", full)
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     with pytest.raises(PassError, match=f"Scoring blocks does not fit the {where}") as caught:

@@ -30,7 +30,7 @@ from graphopt.lowering.onnx.genai import run_script
 from graphopt.lowering.torch.render import render_model
 from graphopt.passes.carve_moe.record import CarvedParts
 from graphopt.passes.fused_blocks import FusedBlocks
-from graphopt.passes.prune_blocks import PrunedBlocks
+from graphopt.passes.prune_blocks.record import PrunedBlocks
 from graphopt.passes.tune_moe import TunedMoe
 from graphopt.report.page import render
 from graphopt.report.record import Record
@@ -212,7 +212,7 @@ def everywhere(value: Any) -> Any:
 def records() -> list[Record]:
     """What each pass tells that has a card, with something in every field that is drawn."""
     steps = [{"after": "a", "value": 3.0}, {"after": "b", "value": 4.0}]
-    curves = {"losses": [(0, 1.0), (1, 0.5)], "checks": [(0, 1.0), (1, 0.5)], "lr_decays": []}
+    curves = {"losses": [(0, 1.0), (1, 0.5)], "checks": [(0, 1.0), (1, 0.5)], "lowered": []}
     trained = {
         "part": "x", "steps": 1, "tokens": 2, "seconds": 1.0, "preparing": 0.0, **curves,
         "stopped": "early", "not_compiled": "",

@@ -1,0 +1,1 @@
+"""`prune-blocks`: the pass, how it chooses, and what it tells."""

@@ -1,0 +1,142 @@
+"""How prune-blocks chooses: held-out perplexity is watched, and sets are improved by look-back."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import save_tiny
+
+import graphopt as go
+from graphopt.errors import UsageError
+from graphopt.ir.blocks import find_blocks
+from graphopt.pass_manager.contract import make_pass
+from graphopt.passes.prune_blocks.chooser import Chooser
+
+TEXT = "the cat and the dog and the other animals of the house sat down to eat. " * 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return go.capture(str(save_tiny(tmp_path_factory.mktemp("tiny"), num_hidden_layers=4)))
+
+
+@pytest.fixture
+def run(model, tmp_path, monkeypatch):
+    """Run the pass with scores and perplexities of sets of removed blocks that a test gives."""
+
+    def run(options, scores, perplexities=lambda gone: 10.0):
+        def scored(chooser, left, gone, base, choice):
+            own = {unit: scores(frozenset(u.block for u in gone) | {unit.block}) for unit in left}
+            choice.scores.append({str(unit): score for unit, score in own.items()})
+            return own
+
+        def perplexity(chooser, units):
+            return perplexities(frozenset(unit.block for unit in units))
+
+        monkeypatch.setattr(Chooser, "_scored", scored)
+        monkeypatch.setattr(Chooser, "_perplexity_without", perplexity)
+        text = tmp_path / "text.txt"
+        text.write_text(TEXT, encoding="utf-8")
+        recipe = go.Pipeline.parse(f"prune-blocks{{{options},windows=2,seqlen=32}}")
+        program, report = recipe.run(model, go.RunOptions(calib=text))
+        return program, report.passes[0]
+
+    return run
+
+
+def sum_of(values):
+    return lambda gone: sum(values[block] for block in gone)
+
+
+def test_a_blind_score_gives_way_to_the_next_one(run):
+    worth = {0: 10.0, 1: 40.0, 2: 1.0, 3: 90.0}
+    program, entry = run(
+        "blocks=1", sum_of({0: 3, 1: 2, 2: 4, 3: 1}), lambda gone: 10 + sum_of(worth)(gone)
+    )
+    # Block 3 has the lowest score; of it and the next three, 2 has the lowest perplexity.
+    assert entry.details["order"] == ["2"] and len(find_blocks(program)) == 3
+    ((where, reason),) = [(skip.where, skip.reason) for skip in entry.skipped]
+    assert where == "3" and "from 10 to 100, and without 2 to 11" in reason
+
+
+def test_a_rise_that_is_no_jump_is_not_questioned(run):
+    asked = []
+
+    def perplexity(gone):
+        asked.append(gone)
+        return 10.0 * 1.5 ** len(gone)
+
+    _, entry = run("blocks=2", sum_of({0: 3, 1: 2, 2: 4, 3: 1}), perplexity)
+    assert entry.details["order"] == ["3", "1"] and not entry.skipped
+    assert asked == [frozenset(), frozenset({3}), frozenset({3, 1})]
+
+
+def test_a_perplexity_that_is_no_number_is_a_jump(run):
+    _, entry = run(
+        "blocks=1", sum_of({0: 3, 1: 2, 2: 4, 3: 1}),
+        lambda gone: float("nan") if 3 in gone else 12.0 if gone else 10.0,
+    )  # fmt: skip
+    assert entry.details["order"] == ["1"]
+
+
+@pytest.mark.parametrize(("most", "count"), [(1.1, 0), (1.4, 1), (1.9, 2), (9.0, 3)])
+def test_removals_end_before_the_most_that_perplexity_may_be(run, most, count):
+    program, entry = run(
+        f"blocks=3,max_perplexity={most}", sum_of({0: 1, 1: 2, 2: 3, 3: 4}),
+        lambda gone: 10.0 * 1.3 ** len(gone),
+    )  # fmt: skip
+    assert entry.changed == count and len(find_blocks(program)) == 4 - count
+    if count == 3:
+        assert not entry.skipped
+    else:
+        (skip,) = entry.skipped
+        assert skip.where == f"{3 - count} of 3 removals"
+        assert f"{1.3 ** (count + 1):.3g} times the whole model's 10" in skip.reason
+
+
+def test_look_back_finds_a_pair_that_greed_does_not(run):
+    pairs = {
+        frozenset(pair): value
+        for *pair, value in ((0, 1, 9), (0, 2, 8), (0, 3, 9), (1, 2, 5), (1, 3, 9), (2, 3, 9))
+    }
+
+    def scores(gone):
+        return pairs[gone] if len(gone) == 2 else {0: 1, 1: 2, 2: 3, 3: 4}[next(iter(gone))]
+
+    _, entry = run("blocks=2,score=kl", scores)
+    assert entry.details["order"] == ["0", "2"]
+    program, entry = run("blocks=2,score=kl,look_back=true", scores)
+    assert entry.details["order"] == ["1", "2"] and len(find_blocks(program)) == 2
+    assert entry.details["perplexity"][-1]["after"] == "removing 1 in place of 0"
+
+
+def test_look_back_leaves_a_set_whose_perplexity_would_rise(run):
+    _, entry = run(
+        "blocks=1,score=kl,look_back=true", lambda gone: -len(gone), lambda gone: 10.0 + len(gone)
+    )
+    assert entry.details["order"] == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"remove": [1], "look_back": True}, "says what goes"),
+        ({"remove": [1], "max_perplexity": 2.0}, "says what goes"),
+        ({"blocks": 1, "score": "bi", "look_back": True}, "score=bi with reference=original"),
+        ({"blocks": 1, "look_back": True, "reference": "current"}, "reference=current does not"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make_pass("prune-blocks", options)
+    assert caught.value.remedy
+
+
+def test_nothing_removed_leaves_nothing_to_fuse(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(Chooser, "_perplexity_without", lambda _, units: 10.0 + len(units))
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    recipe = "prune-blocks{blocks=1,max_perplexity=1.05,windows=2,seqlen=32},fuse-blocks{steps=1}"
+    program, report = go.Pipeline.parse(recipe).run(model, go.RunOptions(calib=text))
+    pruned, fused = report.passes
+    assert (pruned.changed, fused.changed) == (0, 0) and len(find_blocks(program)) == 4
+    assert [skip.reason for skip in fused.skipped] == ["prune-blocks removed none"]
