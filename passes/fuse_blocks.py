@@ -108,7 +108,8 @@ class FuseBlocks(TrainingOptions, Pass):
         )
         pruned = context.record(PrunedBlocks)
         if pruned is not None and not pruned.removed:
-            return PassResult(program, 0, 0, [Skip("all blocks", "prune-blocks removed none")])
+            skipped = [Skip("all blocks", "prune-blocks removed none")]
+            return PassResult(program, 0, 0, skipped, FusedBlocks(), ChangedBlocks())
         with must_fit(context.device, "fuse-blocks", remedy):
             return _Fusion(self, program, context).run()
 
