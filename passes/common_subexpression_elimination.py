@@ -69,10 +69,10 @@ def _merge_slots(function: Function, calls: list[Call]) -> int:
     merged = 0
     for slot in list(function.weights):
         key = tuple(call.weights[slot] for call in calls)
-        twin = first.setdefault(key, slot)
-        if not calls or twin == slot:
+        earlier = first.setdefault(key, slot)
+        if not calls or earlier == slot:
             continue
-        function.replace(function.weights.pop(slot), function.weights[twin])
+        function.replace(function.weights.pop(slot), function.weights[earlier])
         for call in calls:
             del call.weights[slot]
         merged += 1
@@ -83,11 +83,11 @@ def _merge_parameters(function: Function, calls: list[Call]) -> int:
     first: dict[tuple[str, ...], Value] = {}
     keep: list[int] = []
     for index, value in enumerate(function.params):
-        twin = first.setdefault(tuple(call.args[index] for call in calls), value)
-        if not calls or twin is value:
+        earlier = first.setdefault(tuple(call.args[index] for call in calls), value)
+        if not calls or earlier is value:
             keep.append(index)
         else:
-            function.replace(value, twin)
+            function.replace(value, earlier)
     merged = len(function.params) - len(keep)
     function.params = [function.params[i] for i in keep]
     for call in calls:
@@ -110,11 +110,11 @@ def _merge_calls(program: Program) -> int:
         )
         single = bool(call.caches) or bool(set(call.results) & set(program.outputs))
         single |= any(is_random(node) for node in program.functions[call.function].nodes)
-        twin = call if single else first.setdefault(key, call)
-        if twin is call:
+        earlier = call if single else first.setdefault(key, call)
+        if earlier is call:
             kept.append(call)
         else:
-            alias.update(zip(call.results, twin.results, strict=True))
+            alias.update(zip(call.results, earlier.results, strict=True))
     merged = len(program.calls) - len(kept)
     program.calls = kept
     return merged

@@ -25,7 +25,7 @@ def carved(
     """
     program = program.copy()
     generator = torch.Generator().manual_seed(seed)
-    twins: dict[tuple[str, Split], tuple[Function, dict[str, str]]] = {}
+    rewritten_functions: dict[tuple[str, Split], tuple[Function, dict[str, str]]] = {}
     blocks = find_blocks(program)
     for block, split in zip(blocks, splits * (len(blocks) // len(splits)), strict=True):
         if split is None:
@@ -34,11 +34,11 @@ def carved(
         function = program.functions[call.function]
         (part,) = feed_forwards(function, block.stream)
         key = (function.name, split)
-        if key not in twins:
-            name = f"{function.name}_experts{len(twins)}"
-            twins[key] = with_experts(function, part, split, name, router=router)
-            program.functions[name] = twins[key][0]
-        twin, made = twins[key]
+        if key not in rewritten_functions:
+            name = f"{function.name}_experts{len(rewritten_functions)}"
+            rewritten_functions[key] = with_experts(function, part, split, name, router=router)
+            program.functions[name] = rewritten_functions[key][0]
+        rewritten, made = rewritten_functions[key]
         slots = {value: slot for slot, value in function.weights.items()}
         width, size = program.weights[call.weights[slots[part.up.inputs[1]]]].shape
         values = {
@@ -48,7 +48,7 @@ def carved(
             "router.gate": torch.randn(split.experts, size, generator=generator) / size**0.5,
         }
         order = torch.randperm(width + padded, generator=generator)
-        carve_call(program, call, part, twin, made, order, split.shared, values)
+        carve_call(program, call, part, rewritten, made, order, split.shared, values)
     program.prune_unused()
     verify(program)
     return program

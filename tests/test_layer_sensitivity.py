@@ -64,11 +64,11 @@ def test_needs_are_those_of_models_with_one_part_narrowed():
         for number, lost in enumerate(need.lost):
             expected = float(relative[:, order[number * 14 :]].sum(-1).mean())
             assert lost == pytest.approx(expected, rel=1e-4, abs=1e-9)
-        twin = program.copy()
+        pruned = program.copy()
         narrow = down.load().clone()
         narrow[:, order[KEPT * 14 :]] = 0
-        twin.weights.replace(Weight(down.name, Array(narrow), down.checkpoint))
-        found = logits(twin)
+        pruned.weights.replace(Weight(down.name, Array(narrow), down.checkpoint))
+        found = logits(pruned)
         kl = float((whole.exp() * (whole - found)).sum(-1).mean())
         assert need.kl == pytest.approx(kl, rel=1e-2, abs=1e-7)
         assert need.kl_at(KEPT) == need.kl and need.kl_at(PIECES) == 0.0

@@ -193,23 +193,23 @@ def ffn_program(program: Program) -> Program:
         call = program.calls[block.position]
         function = program.functions[call.function]
         x, terms = ffn_values(function, block.stream)
-        twin = function.clone(f"ffn{number}")
-        ours = dict(zip(function.values(), twin.values(), strict=True))
-        twin.caches, twin.params = [], [Value("x")]
-        twin.replace(ours[x], twin.params[0])
+        clone = function.clone(f"ffn{number}")
+        ours = dict(zip(function.values(), clone.values(), strict=True))
+        clone.caches, clone.params = [], [Value("x")]
+        clone.replace(ours[x], clone.params[0])
         if total:
-            twin.params.append(Value("total"))
-        out, *rest = [*twin.params[1:], *(ours[term] for term in terms)]
+            clone.params.append(Value("total"))
+        out, *rest = [*clone.params[1:], *(ours[term] for term in terms)]
         for term in rest:
-            out = twin.add("add", [out, term]).output
-        twin.results = [out]
-        remove_dead(twin)
-        made.functions[twin.name] = twin
+            out = clone.add("add", [out, term]).output
+        clone.results = [out]
+        remove_dead(clone)
+        made.functions[clone.name] = clone
         made.inputs[f"x{number}"] = kinds[block.position][x]
         args = [f"x{number}", *([total] if total else [])]
         total = f"total{number}"
-        used = {slot: name for slot, name in call.weights.items() if slot in twin.weights}
-        made.calls.append(Call(twin.name, args, [total], used, dict(call.attrs), {}, call.path))
+        used = {slot: name for slot, name in call.weights.items() if slot in clone.weights}
+        made.calls.append(Call(clone.name, args, [total], used, dict(call.attrs), {}, call.path))
     made.calls[-1].results = ["logits"]
     made.prune_unused()
     return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_TWINS = {
+_EQUIVALENTS = {
     # A view's strides are the tracer's business: the IR knows shapes alone.
     "aten.view.default": "aten.reshape.default",
     "aten._unsafe_view.default": "aten.reshape.default",
@@ -34,4 +34,4 @@ def plain_name(name: str) -> str:
     namespace, op, overload = name.split(".")
     if namespace == "aten" and op in _ALIASES:
         return f"aten.{_ALIASES[op]}.{overload}"
-    return _TWINS.get(name, name)
+    return _EQUIVALENTS.get(name, name)

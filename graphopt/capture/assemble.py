@@ -287,15 +287,15 @@ class _Assembler:
                 else:
                     mapping[value] = Value(slot)
                     function.weights[slot] = mapping[value]
-            twin = Node(
+            copied = Node(
                 node.op,
                 [None if v is None else mapping.get(v, v) for v in node.inputs],
                 copy.deepcopy(node.attrs),
                 node.outputs,
             )
             for value in node.outputs:
-                value.node = twin
-            function.nodes.append(twin)
+                value.node = copied
+            function.nodes.append(copied)
         for param in function.params:
             if param.name not in PROGRAM_INPUTS and len(function.params) == 1:
                 param.name = "x"

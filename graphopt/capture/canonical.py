@@ -1,4 +1,4 @@
-"""First round: ATen nodes that do nothing go, and those with a twin among the ops become it."""
+"""First round: ATen nodes that do nothing go, and those that an op stands for become it."""
 
 from __future__ import annotations
 
@@ -142,9 +142,9 @@ def _shape_of_another(raiser: Raiser, node: Node, name: str) -> None:
     """Write the shape that a node takes from an operand as numbers and sizes."""
     kind = raiser.types[node.output]
     attrs = {"args": [In(0), list(kind.shape)], "kwargs": {}, "types": [kind]}
-    twin = raiser.function.add(f"aten.{name}.default", [raiser.arg(node, 0)], attrs, before=node)
-    raiser.types[twin.output] = kind
-    raiser.function.replace(node.output, twin.output)
+    moved = raiser.function.add(f"aten.{name}.default", [raiser.arg(node, 0)], attrs, before=node)
+    raiser.types[moved.output] = kind
+    raiser.function.replace(node.output, moved.output)
 
 
 def _table_lookup(raiser: Raiser, node: Node) -> None:

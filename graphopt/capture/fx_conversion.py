@@ -333,13 +333,13 @@ def _plain(argument: Any) -> Any:
 
 
 def _functional_name(name: str) -> str:
-    """Return the out-of-place twin of an in-place operator.
+    """Return the functional form of an in-place operator.
 
     Raises:
         CaptureError: It has none.
     """
     namespace, op, overload = name.split(".")
-    twin = op.removesuffix("_")
-    if not hasattr(getattr(getattr(torch.ops, namespace), twin, None), overload):
-        raise CaptureError(f"The in-place operator {name} has no out-of-place twin.")
-    return f"{namespace}.{twin}.{overload}"
+    functional = op.removesuffix("_")
+    if not hasattr(getattr(getattr(torch.ops, namespace), functional, None), overload):
+        raise CaptureError(f"The in-place operator {name} has no functional form.")
+    return f"{namespace}.{functional}.{overload}"

@@ -108,14 +108,14 @@ def _layout(part: nn.Module) -> bool | None:
     kept = torch.randn(experts, _ROWS_IN, _ROWS_OUT, generator=generator)
     wanted = torch.einsum("nk,nkm->nm", rows, kept[own])
     for transposed in (False, True):
-        twin = copy.copy(part)
-        twin._parameters = {
+        clone = copy.copy(part)
+        clone._parameters = {
             name: nn.Parameter(kept.transpose(1, 2) if transposed else kept, requires_grad=False)
         }
         for given in (counts, counts.tolist()):
             # Whatever else it raises: it is no such product, and is traced as it is.
             with contextlib.suppress(Exception), torch.no_grad():
-                made = type(part).forward(twin, rows, given)
+                made = type(part).forward(clone, rows, given)
                 if made.shape == wanted.shape and torch.allclose(made, wanted, atol=1e-5):
                     return transposed
     return None

@@ -144,14 +144,14 @@ def _clone_into(
         for value in node.inputs:
             if value is not None and value not in mapping:
                 mapping[value] = _constant_in_shell(shell, kind, value, stub)
-        twin = shell.function.add(
+        hoisted = shell.function.add(
             node.op,
             [None if v is None else mapping[v] for v in node.inputs],
             copy.deepcopy(node.attrs),
             [value.name for value in node.outputs],
             before=stub,
         )
-        for old, new in zip(node.outputs, twin.outputs, strict=True):
+        for old, new in zip(node.outputs, hoisted.outputs, strict=True):
             mapping[old] = new
             shell.types[new] = raiser.types[old]
     return [mapping[value] for value in exits]

@@ -203,14 +203,14 @@ class Shell:
             call = LayerCall(path, layer, spec, statics, positions)
             shapes = [(t.dtype, tuple(str(s) for s in t.shape)) for t in inputs]
             call.key = self._group_key(call, shapes)
-            twin = self._shapes.get(call.key)
-            if twin is None:
+            measured = self._shapes.get(call.key)
+            if measured is None:
                 with self._parameters[path].shown():
                     self._measure(call, inputs)
                 self._shapes[call.key] = call
             else:
-                call.outputs, call.out_spec = twin.outputs, twin.out_spec
-                call.out_leaves = twin.out_leaves
+                call.outputs, call.out_spec = measured.outputs, measured.out_spec
+                call.out_leaves = measured.out_leaves
             number = len(RECORDS)
             RECORDS[number] = call
             self.records.append(call)

@@ -298,8 +298,8 @@ def _choose_features(
         for operand in made.inputs[1:]:
             if operand is not None:
                 operands.append(slots.rows(raiser, operand, features))
-        twin = equal_node(raiser.function, "linear", operands, {})
-        return twin.output if twin else raiser.insert("linear", operands, {}, made).output
+        equal = equal_node(raiser.function, "linear", operands, {})
+        return equal.output if equal else raiser.insert("linear", operands, {}, made).output
     if isinstance(features, slice) and features.step == 1 and made is not None:
         *rest, _ = raiser.types[root].shape
         kind = Type((*rest, features.stop - features.start), raiser.types[root].dtype)

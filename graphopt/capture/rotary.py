@@ -156,10 +156,10 @@ def _untraced() -> Iterator[None]:
 
 def _copy(module: nn.Module) -> nn.Module:
     """Return a module without children as it is, with tensors of its own."""
-    twin = copy.copy(module)
-    twin.__dict__ = {k: v for k, v in vars(module).items() if k != "forward"}
-    twin._buffers = {k: None if v is None else v.clone() for k, v in module._buffers.items()}
-    return twin
+    clone = copy.copy(module)
+    clone.__dict__ = {k: v for k, v in vars(module).items() if k != "forward"}
+    clone._buffers = {k: None if v is None else v.clone() for k, v in module._buffers.items()}
+    return clone
 
 
 def _may_depend(module: nn.Module) -> bool:

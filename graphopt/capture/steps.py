@@ -19,6 +19,7 @@ from graphopt.capture.hoist import LayerKind, hoist, merge_equal_constants, stre
 from graphopt.capture.linears import raise_linears, sink_reshape_below_linear
 from graphopt.capture.mask_operands import set_masks
 from graphopt.capture.masks import MaskRecogniser
+from graphopt.capture.merge_layer_functions import merge_layer_functions
 from graphopt.capture.moves import raise_moves
 from graphopt.capture.norms import raise_norms
 from graphopt.capture.position_embeddings import raise_position_embeddings
@@ -26,7 +27,6 @@ from graphopt.capture.rewriting import Raiser
 from graphopt.capture.rotary import Rotaries
 from graphopt.capture.rotation import RopeTables, raise_ropes
 from graphopt.capture.slots import SlotSources
-from graphopt.capture.unify import unify
 from graphopt.ir.graph import In, Node, Value
 from graphopt.ir.printer import print_function
 from graphopt.ir.types import B, S, Type
@@ -165,7 +165,7 @@ def _drop_unused(state: Capturing) -> None:
 
 
 def _merge_layer_functions(state: Capturing) -> None:
-    state.kinds = unify(state.kinds)
+    state.kinds = merge_layer_functions(state.kinds)
 
 
 # Steps of a kind of layers -----------------------------------------------------------------------

@@ -200,22 +200,24 @@ def without_sub_block(function: Function, stream: int, kinds: Iterable[str], nam
     Raises:
         ValueError: The block is no plain sum, or nothing of it would be left.
     """
-    twin = function.clone(name)
+    rewritten = function.clone(name)
     wanted = set(kinds)
-    terms = sub_blocks(twin, stream)
+    terms = sub_blocks(rewritten, stream)
     if not terms or all(part.kind in wanted for part in terms):
         raise ValueError(f"{function.name} is not a stream to which parts are added one by one")
     # One at a time: what is left of a sum of two terms is no sum any more.
-    while gone := next((part for part in sub_blocks(twin, stream) if part.kind in wanted), None):
+    while gone := next(
+        (part for part in sub_blocks(rewritten, stream) if part.kind in wanted), None
+    ):
         left = next(value for value in gone.node.inputs if value is not gone.term)
         assert left is not None
-        twin.replace(gone.node.output, left)
-    caches = twin.caches
-    twin.caches = []
-    remove_dead(twin)
-    alive = {value for node in twin.nodes for value in node.outputs}
-    twin.caches = [cache for cache in caches if cache.present_k in alive]
-    return twin
+        rewritten.replace(gone.node.output, left)
+    caches = rewritten.caches
+    rewritten.caches = []
+    remove_dead(rewritten)
+    alive = {value for node in rewritten.nodes for value in node.outputs}
+    rewritten.caches = [cache for cache in caches if cache.present_k in alive]
+    return rewritten
 
 
 def remove_sub_blocks(program: Program, places: Iterable[tuple[int, str]]) -> None:

@@ -228,8 +228,8 @@ def _call_difference(have: Program, ours: Call, want: Program, theirs: Call) -> 
             return f"{_describe(a, ours, mine)}, not {_describe(b, theirs, other_index)}"
     if len(rows) != len(others):
         return f"it has {len(a.nodes)} nodes, not {len(b.nodes)}"
-    for slot, twin in zip(slots_by_use(a), slots_by_use(b), strict=True):
-        x, y = have.weights[ours.weights[slot]], want.weights[theirs.weights[twin]]
+    for slot, other_slot in zip(slots_by_use(a), slots_by_use(b), strict=True):
+        x, y = have.weights[ours.weights[slot]], want.weights[theirs.weights[other_slot]]
         if x.shape != y.shape:
             return f"weight {slot!r} is {list(x.shape)}, not {list(y.shape)}"
         if x.encoding != y.encoding:

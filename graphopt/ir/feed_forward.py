@@ -144,18 +144,18 @@ def with_experts(
         The copy, and for every new slot what it holds: `gate`, `up` or `down` (with `.bias` for
         biases), then `.shared` or `.experts`; `router`, `router.bias`, `router.gate`.
     """
-    twin = function.clone(name)
-    where = dict(zip(function.nodes, twin.nodes, strict=True))
+    rewritten = function.clone(name)
+    where = dict(zip(function.nodes, rewritten.nodes, strict=True))
     down, up = where[part.down], where[part.up]
     gate = None if part.gate is None else where[part.gate]
-    slots = {value: slot for slot, value in twin.weights.items()}
+    slots = {value: slot for slot, value in rewritten.weights.items()}
     x = up.inputs[0]
     made: dict[str, str] = {}
 
     def weight(slot: str, holds: str) -> Value:
-        twin.weights[slot] = Value(slot)
+        rewritten.weights[slot] = Value(slot)
         made[slot] = holds
-        return twin.weights[slot]
+        return rewritten.weights[slot]
 
     def piece(node: Node, kind: str, place: str) -> list[Value | None]:
         """Return the weight, and the bias if there is one, of a projection's part."""
@@ -171,52 +171,52 @@ def with_experts(
     parts: list[Value] = []
     bias = down.inputs[2] if len(down.inputs) > 2 else None
     if split.shared:
-        own = twin.add("linear", [x, *piece(up, "up", "shared")], before=down).output
+        own = rewritten.add("linear", [x, *piece(up, "up", "shared")], before=down).output
         if gate is None:
-            own = twin.add(part.act, [own], before=down).output
+            own = rewritten.add(part.act, [own], before=down).output
         else:
-            first = twin.add("linear", [x, *piece(gate, "gate", "shared")], before=down).output
-            first = twin.add(part.act, [first], before=down).output
-            own = twin.add("mul", [first, own], before=down).output
+            first = rewritten.add("linear", [x, *piece(gate, "gate", "shared")], before=down).output
+            first = rewritten.add(part.act, [first], before=down).output
+            own = rewritten.add("mul", [first, own], before=down).output
         matrix = weight(f"{slots[down.inputs[1]]}.shared", "down.shared")  # type: ignore[index]
-        parts.append(twin.add("linear", [own, matrix, bias], before=down).output)
+        parts.append(rewritten.add("linear", [own, matrix, bias], before=down).output)
     if split.experts:
         matrix = weight(f"{stem}router.weight", "router")
         if router == "linear":
             offset = weight(f"{stem}router.bias", "router.bias")
-            scores = twin.add("linear", [x, matrix, offset], before=down).output
+            scores = rewritten.add("linear", [x, matrix, offset], before=down).output
         else:
-            scores = twin.add("linear", [x, matrix], before=down).output
+            scores = rewritten.add("linear", [x, matrix], before=down).output
             if gate is None:
-                scores = twin.add(part.act, [scores], before=down).output
+                scores = rewritten.add(part.act, [scores], before=down).output
             else:
                 first = weight(f"{stem}router.gate", "router.gate")
-                active = twin.add("linear", [x, first], before=down).output
-                active = twin.add(part.act, [active], before=down).output
-                scores = twin.add("mul", [active, scores], before=down).output
-            scores = twin.add("abs", [scores], before=down).output
+                active = rewritten.add("linear", [x, first], before=down).output
+                active = rewritten.add(part.act, [active], before=down).output
+                scores = rewritten.add("mul", [active, scores], before=down).output
+            scores = rewritten.add("abs", [scores], before=down).output
         most, mean = split.active, {}
         if split.threshold:
             most, mean = split.experts, {"mean_active_experts": split.active}
-        gates = twin.add("top_k_gating", [scores], {"top_k": most, **mean}, before=down).output
+        gates = rewritten.add("top_k_gating", [scores], {"top_k": most, **mean}, before=down).output
         up_weight, up_bias = piece(up, "up", "experts")
         gate_weight, gate_bias = (None, None) if gate is None else piece(gate, "gate", "experts")
         matrix = weight(f"{slots[down.inputs[1]]}.experts", "down.experts")  # type: ignore[index]
-        routed = twin.add(
+        routed = rewritten.add(
             "experts",
             [x, gates, up_weight, matrix, gate_weight, up_bias, gate_bias],
             {"act": part.act, "active": most, **mean},
             before=down,
         ).output
         if bias is not None and not split.shared:
-            routed = twin.add("add", [routed, bias], before=down).output
+            routed = rewritten.add("add", [routed, bias], before=down).output
         parts.append(routed)
     whole = parts[0]
     if len(parts) == 2:
-        whole = twin.add("add", parts, before=down).output
-    twin.replace(down.output, whole)
-    remove_dead(twin)
-    return twin, made
+        whole = rewritten.add("add", parts, before=down).output
+    rewritten.replace(down.output, whole)
+    remove_dead(rewritten)
+    return rewritten, made
 
 
 def read_split(
@@ -272,7 +272,7 @@ def carve_call(
     program: Program,
     call: Call,
     part: FeedForward,
-    twin: Function,
+    rewritten: Function,
     made: dict[str, str],
     order: Tensor,
     shared: int,
@@ -284,18 +284,18 @@ def carve_call(
 
     Args:
         part: Of the function that the call runs so far.
-        twin, made: From `with_experts`; the function is in the program.
+        rewritten, made: From `with_experts`; the function is in the program.
         order: int64, every neuron once: the shared ones, then the experts' side by side.
             Numbers from the part's width on are neurons of zeros, which are added.
         shared: How many of them are shared.
-        router: For `router`, `router.bias` and `router.gate`, as far as the twin has them, the
+        router: For `router`, `router.bias` and `router.gate`, as far as the rewritten has them, the
             value.
     """
     function = program.functions[call.function]
     slots = {value: slot for slot, value in function.weights.items()}
     nodes = {"gate": part.gate, "up": part.up, "down": part.down}
     rows = {"shared": tuple(order[:shared].tolist()), "experts": tuple(order[shared:].tolist())}
-    weights = {slot: name for slot, name in call.weights.items() if slot in twin.weights}
+    weights = {slot: name for slot, name in call.weights.items() if slot in rewritten.weights}
     # A layer's new weights are named as its own ones are.
     down = call.weights[slots[part.down.inputs[1]]]  # type: ignore[index]
 
@@ -327,7 +327,7 @@ def carve_call(
         if kind == "down":
             producer = Transposed(producer)
         weights[slot] = add(f"{source.name}.{place}", producer)
-    call.function, call.weights = twin.name, weights
+    call.function, call.weights = rewritten.name, weights
 
 
 def add_gate_operands(

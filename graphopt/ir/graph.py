@@ -198,16 +198,16 @@ class Function:
             for c in self.caches
         ]  # fmt: skip
         for node in self.nodes:
-            twin = Node(
+            copied = Node(
                 node.op,
                 [None if v is None else value_of(v) for v in node.inputs],
                 copy.deepcopy(node.attrs),
                 [value_of(v) for v in node.outputs],
                 dict(node.annotations),
             )
-            for value in twin.outputs:
-                value.node = twin
-            result.nodes.append(twin)
+            for value in copied.outputs:
+                value.node = copied
+            result.nodes.append(copied)
         result.results = [value_of(value) for value in self.results]
         return result
 

@@ -44,11 +44,11 @@ def merge_equal_nodes(function: Function, leave: Collection[Node] = ()) -> int:
         if node in leave or is_random(node):
             kept.append(node)
             continue
-        twin = first.setdefault(node_key(node), node)
-        if twin is node:
+        earlier = first.setdefault(node_key(node), node)
+        if earlier is node:
             kept.append(node)
             continue
-        for old, new in zip(node.outputs, twin.outputs, strict=True):
+        for old, new in zip(node.outputs, earlier.outputs, strict=True):
             function.replace(old, new)
     merged = len(function.nodes) - len(kept)
     function.nodes = kept

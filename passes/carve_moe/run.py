@@ -69,7 +69,7 @@ class Carving:
         self.held = held_out_windows(len(windows))
         self._check_tokens((len(windows) - self.held) * length)
         self.windows = windows
-        self.twins: dict[tuple[str, int], tuple[Function, dict[str, str]]] = {}
+        self.rewritten_functions: dict[tuple[str, int], tuple[Function, dict[str, str]]] = {}
         self.clock = Clock("measuring", "model", "dividing", "refitting")
         self.sensitivity: dict[int, LayerSensitivity] = {}
         # With all groups run nothing is missing.
@@ -213,17 +213,26 @@ class Carving:
         call = program.calls[part.block.block.position]
         function = part.block.function
         key = (function.name, part.shared)
-        if key not in self.twins:
+        if key not in self.rewritten_functions:
             experts = options.experts - part.shared if options.active else 0
             split = Split(division.shared, experts, options.active, options.threshold)
             name = unique_name(f"{function.name}_experts", set(program.functions))
             router = "neuron" if options.mode == "published" else "linear"
-            self.twins[key] = with_experts(function, part.part, split, name, router=router)
-            program.functions[name] = self.twins[key][0]
-        twin, slots = self.twins[key]
+            self.rewritten_functions[key] = with_experts(
+                function, part.part, split, name, router=router
+            )
+            program.functions[name] = self.rewritten_functions[key][0]
+        rewritten, slots = self.rewritten_functions[key]
         router_cpu = {name: value.cpu() for name, value in division.router.items()}
         carve_call(
-            program, call, part.part, twin, slots, division.order.cpu(), division.shared, router_cpu
+            program,
+            call,
+            part.part,
+            rewritten,
+            slots,
+            division.order.cpu(),
+            division.shared,
+            router_cpu,
         )
 
     def _run_carved(self, block: BlockStep) -> list[Tensor]:
@@ -307,7 +316,9 @@ class Carving:
         columns = {"down.shared": slice(0, shared), "down.experts": slice(shared, None)}
         weights = {
             call.weights[slot]: columns[holds]
-            for slot, holds in self.twins[part.block.function.name, part.shared][1].items()
+            for slot, holds in self.rewritten_functions[part.block.function.name, part.shared][
+                1
+            ].items()
             if holds in columns
         }
         outcome, moved = reconstruct(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from graphopt.capture.aliases import _ALIASES, _TWINS, plain_name
+from graphopt.capture.aliases import _ALIASES, _EQUIVALENTS, plain_name
 from graphopt.ir.ops.aten import resolve_target
 
 
@@ -23,8 +23,8 @@ def test_an_alias_has_the_arguments_of_its_operator(alias):
         assert _arguments(plain_name(name)) == _arguments(name)
 
 
-def test_twins_take_the_same_operands():
-    for name, twin in _TWINS.items():
+def test_equivalents_take_the_same_operands():
+    for name, equivalent in _EQUIVALENTS.items():
         if "empty" not in name:
-            assert len(_arguments(name)) == len(_arguments(twin))
-            assert plain_name(name) == twin
+            assert len(_arguments(name)) == len(_arguments(equivalent))
+            assert plain_name(name) == equivalent

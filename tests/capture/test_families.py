@@ -48,9 +48,9 @@ def test_programs_read_back_from_their_texts(family: str) -> None:
     program.config = program.config or {"model_type": family}
     for item in (program, InsertKVCache().run(program, Context()).program):
         text = print_program(item)
-        twin = parse_program(text)
-        assert plain(twin) == plain(item)
-        assert print_program(twin) == text
+        parsed = parse_program(text)
+        assert plain(parsed) == plain(item)
+        assert print_program(parsed) == text
 
 
 class _Session:

@@ -84,11 +84,12 @@ def with_results(cache: bool) -> Program:
     function = program.functions["block"]
     (node,) = (node for node in function.nodes if node.op == "attention")
     node.attrs |= {"lse": True, "page_max": 4}
-    twin = function.add("attention", node.inputs, node.attrs, ["b", "lse", "top"], outputs=3,
-                        before=node)  # fmt: skip
-    function.replace(node.output, twin.outputs[0])
+    attention = function.add(
+        "attention", node.inputs, node.attrs, ["b", "lse", "top"], outputs=3, before=node
+    )
+    function.replace(node.output, attention.outputs[0])
     function.nodes.remove(node)
-    function.results += twin.outputs[1:]
+    function.results += attention.outputs[1:]
     program.calls[1].results += ["lse", "top"]
     program.outputs += ["lse", "top"]
     verify(program)

@@ -71,11 +71,11 @@ def layers_of(model):
 
 def without(model, removed):
     """Return transformers' own model with layers deleted."""
-    twin = copy.deepcopy(model)
-    layers = layers_of(twin)
+    copied = copy.deepcopy(model)
+    layers = layers_of(copied)
     for index in sorted(removed, reverse=True):
         del layers[index]
-    config = twin.config
+    config = copied.config
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
@@ -84,7 +84,7 @@ def without(model, removed):
         kept = [t for i, t in enumerate(config.layer_types) if i not in removed]
         config.num_hidden_layers, config.layer_types = len(layers), kept
     config.num_hidden_layers = len(layers)
-    return twin
+    return copied
 
 
 def close(ours, theirs):
@@ -233,16 +233,16 @@ def test_a_program_without_a_part_is_the_model_whose_part_adds_nothing(opened, f
     remove_sub_blocks(program, [(1, kind), (3, kind)])
     verify(program)
     assert len(find_blocks(program)) == 5
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     for index in (1, 3):
-        layer = layers_of(twin)[index]
+        layer = layers_of(copied)[index]
         part = {"attention": ("o_proj", "attn.c_proj", "attention.dense", "attn.out_proj"),
                 "ffn": ("down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out")}  # fmt: skip
         (last,) = [m for n, m in layer.named_modules() if n.endswith(part[kind])]
         for parameter in last.parameters():
             parameter.data.zero_()
     with torch.no_grad():
-        theirs = twin(IDS, use_cache=False).logits
+        theirs = copied(IDS, use_cache=False).logits
     assert close(Runner(program).logits({"input_ids": IDS}), theirs)
 
 

@@ -215,9 +215,9 @@ def tensors_of(program: Program):
 def test_saved_programs_keep_encodings():
     program = with_packed(tiny_program(), projections(Packed(8, 8, symmetric=False)))
     data = json.loads(json.dumps(program_to_json(program)))
-    twin = program_from_json(data, tensors_of(program))
-    assert program_to_json(twin) == program_to_json(program)
-    assert Runner(twin).logits(INPUTS).equal(Runner(program).logits(INPUTS))
+    opened = program_from_json(data, tensors_of(program))
+    assert program_to_json(opened) == program_to_json(program)
+    assert Runner(opened).logits(INPUTS).equal(Runner(program).logits(INPUTS))
     for changed, message in (
         ({"bits": 3}, "codes of 3 bits"),
         ({"group": 7}, "multiple of 7"),

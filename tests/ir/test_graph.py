@@ -31,8 +31,8 @@ def test_names_are_made_unique():
     node = f.add("rope_table", [None, None], names=["x", "y"], outputs=2)
     assert [value.name for value in node.outputs] == ["x_1", "y_1"]
     assert [(value.node, value.index) for value in node.outputs] == [(node, 0), (node, 1)]
-    twin = f.add("rope_table", [None, None], outputs=2)
-    assert [value.name for value in twin.outputs] == ["rope_table", "rope_table_1"]
+    clone = f.add("rope_table", [None, None], outputs=2)
+    assert [value.name for value in clone.outputs] == ["rope_table", "rope_table_1"]
     assert f.add("aten.exp.default", [f.params[0]]).output.name == "exp"
     assert unique_name("a", {"a", "a_1", "a_3"}) == "a_2"
     names = [value.name for value in f.values()]
@@ -121,20 +121,20 @@ def test_a_clone_shares_nothing():
     program = tiny_program(window=3, cache=True)
     block = program.functions["block"]
     before = print_function(block)
-    twin = block.clone("twin")
-    assert twin.name == "twin" and block.name == "block"
-    assert print_function(twin) == before.replace("def block", "def twin")
-    assert not set(twin.values()) & set(block.values())
-    for node in twin.nodes:
+    clone = block.clone("clone")
+    assert clone.name == "clone" and block.name == "block"
+    assert print_function(clone) == before.replace("def block", "def clone")
+    assert not set(clone.values()) & set(block.values())
+    for node in clone.nodes:
         assert all(value.node is node for value in node.outputs)
-    assert all(value.node is None for value in [*twin.params, *twin.weights.values()])
-    for node in twin.nodes:
+    assert all(value.node is None for value in [*clone.params, *clone.weights.values()])
+    for node in clone.nodes:
         node.attrs["more"] = 1
         node.inputs.reverse()
-    twin.replace(twin.params[0], twin.add("tanh", [twin.params[0]]).output)
-    twin.nodes.clear()
-    twin.caches[0].slot = "other"
-    twin.results.clear()
+    clone.replace(clone.params[0], clone.add("tanh", [clone.params[0]]).output)
+    clone.nodes.clear()
+    clone.caches[0].slot = "other"
+    clone.results.clear()
     assert print_function(block) == before and block.caches[0].slot == "kv"
 
 
@@ -150,27 +150,27 @@ def test_a_copied_program_is_independent():
     program.config = {"rope": {"theta": 1.0}}
     program.notes = [("here", "why")]
     before, calls = str(program), [repr(call.weights) for call in program.calls]
-    twin = program.copy()
-    assert str(twin) == before
-    assert twin.weights["embed.weight"].producer is program.weights["embed.weight"].producer
-    twin.functions["block"].nodes.pop()
-    twin.functions["new"] = Function("new")
-    for call in twin.calls:
+    clone = program.copy()
+    assert str(clone) == before
+    assert clone.weights["embed.weight"].producer is program.weights["embed.weight"].producer
+    clone.functions["block"].nodes.pop()
+    clone.functions["new"] = Function("new")
+    for call in clone.calls:
         call.args.append("more")
         call.results.append("more")
         call.weights["more"] = "more"
         call.attrs["window"] = 9
         call.caches["more"] = "more"
-    twin.calls.pop()
-    twin.weights.remove("embed.weight")
-    twin.weights.add(Weight("new", Array(torch.ones(1))))
-    twin.weights.replace(Weight("norm.weight", Array(torch.ones(1))))
-    twin.states["kv.0"].heads = 9
-    twin.states.pop("kv.1")
-    twin.inputs.pop("position_ids")
-    twin.outputs.append("more")
-    twin.config["rope"]["theta"] = 2.0
-    twin.notes.append(("there", "why"))
+    clone.calls.pop()
+    clone.weights.remove("embed.weight")
+    clone.weights.add(Weight("new", Array(torch.ones(1))))
+    clone.weights.replace(Weight("norm.weight", Array(torch.ones(1))))
+    clone.states["kv.0"].heads = 9
+    clone.states.pop("kv.1")
+    clone.inputs.pop("position_ids")
+    clone.outputs.append("more")
+    clone.config["rope"]["theta"] = 2.0
+    clone.notes.append(("there", "why"))
     assert str(program) == before
     assert [repr(call.weights) for call in program.calls] == calls
     assert program.weights["norm.weight"].shape == (32,) and "new" not in program.weights

@@ -156,9 +156,9 @@ def test_comparisons_and_saved_programs_know_layouts():
     changed = with_layouts(plain, {"kv.0": RING, "kv.1": PAGES})
     changed.states["kv.1"].dtype = torch.float16
     data = json.loads(json.dumps(program_to_json(changed)))
-    twin = program_from_json(data, {w.name: w.producer for w in changed.weights})
-    assert twin.states == changed.states and program_to_json(twin) == program_to_json(changed)
-    assert first_difference(changed, twin) is None
+    opened = program_from_json(data, {w.name: w.producer for w in changed.weights})
+    assert opened.states == changed.states and program_to_json(opened) == program_to_json(changed)
+    assert first_difference(changed, opened) is None
     paged = with_layouts(plain, {"kv.1": PAGES})
     assert "paged(page=3), not f32" in str(first_difference(paged, plain))
     assert Imprint(plain).difference(paged) == "the program's states changed"

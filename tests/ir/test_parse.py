@@ -42,10 +42,10 @@ from graphopt.ir.weights import Missing
 def again(program: Program) -> Program:
     """Return a program read from its text, which has all of it and prints as it did."""
     text = print_program(program)
-    twin = parse_program(text)
-    assert plain(twin) == plain(program)
-    assert print_program(twin) == text
-    return twin
+    parsed = parse_program(text)
+    assert plain(parsed) == plain(program)
+    assert print_program(parsed) == text
+    return parsed
 
 
 OPTIONS = st.fixed_dictionaries(
@@ -70,10 +70,10 @@ def test_a_decoder_reads_back_and_computes_the_same(options):
     program = tiny_program(**options)
     again(program)
     values = {weight.name: weight.load() for weight in program.weights}
-    twin = parse_program(print_program(program), values)
-    verify(twin)
+    parsed = parse_program(print_program(program), values)
+    verify(parsed)
     ids = {"input_ids": torch.tensor([[3, 1, 4, 1, 5]])}
-    assert Runner(twin).logits(ids).equal(Runner(program).logits(ids))
+    assert Runner(parsed).logits(ids).equal(Runner(program).logits(ids))
 
 
 def test_encodings_layouts_placements_and_statistics():
@@ -94,8 +94,8 @@ def test_encodings_layouts_placements_and_statistics():
     for call in program.calls[1:4]:
         call.attrs["pages"] = 8
     verify(program)
-    twin = again(program)
-    verify(twin)
+    parsed = again(program)
+    verify(parsed)
     text = print_program(program)
     for part in (
         "embed.weight: f32[97,32] packed(bits=4, group=32, axis=1)\n",

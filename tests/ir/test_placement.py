@@ -44,11 +44,11 @@ def test_copies_and_saved_programs_keep_placements():
     program = full()
     data = json.loads(json.dumps(program_to_json(program)))
     saved = program_from_json(data, {w.name: w.producer for w in program.weights})
-    for twin in (program.copy(), saved):
-        assert first_difference(program, twin) is None
-        assert twin.weights[NAME].placement == Placement(TWO, 0)
-        assert twin.states["kv.0"].placement == Placement(TWO, 1)
-        assert twin.calls[1].placement == Placement(TWO)
+    for copied in (program.copy(), saved):
+        assert first_difference(program, copied) is None
+        assert copied.weights[NAME].placement == Placement(TWO, 0)
+        assert copied.states["kv.0"].placement == Placement(TWO, 1)
+        assert copied.calls[1].placement == Placement(TWO)
     data["calls"][1]["placement"]["devices"] = ["a device"]
     with pytest.raises(SourceError, match="'a device' is no device"):
         program_from_json(data, {})

@@ -54,14 +54,14 @@ OPTIONS = st.fixed_dictionaries(
 @given(OPTIONS)
 def test_a_saved_program_prints_and_computes_the_same(options):
     program = tiny_program(**options)
-    twin = through_json(program)
-    verify(twin)
-    assert str(twin) == str(program)
-    assert program_to_json(twin) == program_to_json(program)
+    opened = through_json(program)
+    verify(opened)
+    assert str(opened) == str(program)
+    assert program_to_json(opened) == program_to_json(program)
     ids = torch.randint(0, 97, (2, 5), generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
     inputs = {"input_ids": ids, "attention_mask": mask}
-    assert Runner(twin).logits(inputs).equal(Runner(program).logits(inputs))
+    assert Runner(opened).logits(inputs).equal(Runner(program).logits(inputs))
 
 
 def test_everything_a_program_knows_is_kept():
@@ -71,11 +71,11 @@ def test_everything_a_program_knows_is_kept():
     program.states["kv.1"].dtype = torch.float16
     program.config = {"rope": {"theta": 1e5, "list": [1, None, True]}}
     program.notes = [("layers.0", "why")]
-    twin = through_json(program)
+    opened = through_json(program)
     for name in ("name", "source", "checkpoint_dtype", "states", "config", "notes", "inputs"):
-        assert getattr(twin, name) == getattr(program, name), name
-    assert [(c.path, c.caches) for c in twin.calls] == [(c.path, c.caches) for c in program.calls]
-    for old, new in zip(program.weights, twin.weights, strict=True):
+        assert getattr(opened, name) == getattr(program, name), name
+    assert [(c.path, c.caches) for c in opened.calls] == [(c.path, c.caches) for c in program.calls]
+    for old, new in zip(program.weights, opened.weights, strict=True):
         assert (old.name, old.checkpoint, old.constant) == (new.name, new.checkpoint, new.constant)
 
 

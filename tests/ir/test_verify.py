@@ -201,12 +201,12 @@ def test_functions_of_one_name_are_told_apart():
     """Types are looked up by the name that calls use."""
     program = tiny_program(layers=0)
     head = program.functions["head"]
-    twin = head.clone()
-    linear = twin.results[0].node
+    clone = head.clone()
+    linear = clone.results[0].node
     linear.op, linear.inputs = "mul", [linear.inputs[0]] * 2
-    del twin.weights["lm_head.weight"]
-    program.functions["twin"] = twin
-    program.functions["other"] = other = twin.clone()
+    del clone.weights["lm_head.weight"]
+    program.functions["twin"] = clone
+    program.functions["other"] = other = clone.clone()
     other.results = other.nodes[0].outputs
     other.nodes.pop()
     other.add("tanh", [other.results[0]])
@@ -215,7 +215,7 @@ def test_functions_of_one_name_are_told_apart():
     program.outputs = ["a", "b"]
     verify(program)
     types, _ = infer_program(program)
-    assert set(twin.values()) == set(types[1]) and set(other.values()) == set(types[2])
+    assert set(clone.values()) == set(types[1]) and set(other.values()) == set(types[2])
 
 
 def test_layers_may_differ_in_sizes():

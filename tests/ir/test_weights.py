@@ -168,8 +168,8 @@ def test_the_store_keeps_order_and_refuses_repeats():
     assert store["a"] is changed and [weight.name for weight in store] == ["c", "a", "b"]
     with pytest.raises(KeyError, match="no weight 'x'"):
         store.replace(Weight("x", Array(torch.ones(1))))
-    twin = store.copy()
-    twin.remove("c")
-    assert "c" in store and "c" not in twin and "x" not in store
+    copied = store.copy()
+    copied.remove("c")
+    assert "c" in store and "c" not in copied and "x" not in store
     with pytest.raises(KeyError):
-        twin.remove("c")
+        copied.remove("c")

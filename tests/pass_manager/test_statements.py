@@ -103,10 +103,10 @@ def divided(program: Program, padded: int = 0, experts: int = 4) -> tuple[Progra
     split = Split(16, experts, 2 if experts else 0)
     order = torch.randperm(48 + padded, generator=torch.Generator().manual_seed(1))
     order = order if experts else order[:16]
-    twin, made = with_experts(after.function_of(call), part, split, "block_experts")
-    after.functions[twin.name] = twin
+    rewritten, made = with_experts(after.function_of(call), part, split, "block_experts")
+    after.functions[rewritten.name] = rewritten
     router = {"router": torch.randn(4, 32), "router.bias": torch.randn(4)}
-    carve_call(after, call, part, twin, made, order, 16, router)
+    carve_call(after, call, part, rewritten, made, order, 16, router)
     after.prune_unused()
     return after, DividedNeurons((DividedPart(1, tuple(order.tolist()), 16, refitted=False),))
 

@@ -117,11 +117,11 @@ def test_an_attribute_that_differs_between_calls_is_never_folded():
     inner = f.add("scale", [f.params[0]], {"factor": Param("by")}).output
     f.results = [f.add("scale", [inner], {"factor": 2.0}).output]
     program = one(f, attrs={"by": 1.0})
-    twin = Call("block", ["r0"], ["r1"], attrs={"by": 3.0})
-    program.calls.append(twin)
+    second = Call("block", ["r0"], ["r1"], attrs={"by": 3.0})
+    program.calls.append(second)
     program.outputs = ["r1"]
     assert Canonicalise().run(program, Context()).changed == 0
-    twin.attrs["by"] = 1.0
+    second.attrs["by"] = 1.0
     result = Canonicalise().run(program, Context())
     assert result.changed == 2  # one place in each of two calls
     assert len(f.nodes) == 1

@@ -233,8 +233,8 @@ def test_blocks_that_differ_are_refused_with_the_pair():
     program = tiny_program(layers=4)
     calls = [program.calls[block.position] for block in find_blocks(program)]
     require_equal(program, calls)
-    twin = program.functions["block"].clone("other")
-    program.functions["other"] = twin
+    clone = program.functions["block"].clone("other")
+    program.functions["other"] = clone
     calls[2].function = "other"
     with pytest.raises(PassError, match=r"layers\.0.* and .*layers\.2.*different kinds"):
         require_equal(program, calls)

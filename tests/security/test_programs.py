@@ -309,5 +309,5 @@ def test_what_graphopt_saves_is_what_it_reads() -> None:
     for cache in (False, True):
         program = tiny_program(cache=cache, alibi=True, sinks=True, window=2)
         saved = json.loads(json.dumps(program_to_json(program)))
-        twin = program_from_json(saved, {w.name: w.producer for w in program.weights})
-        assert program_to_json(twin) == program_to_json(program)
+        opened = program_from_json(saved, {w.name: w.producer for w in program.weights})
+        assert program_to_json(opened) == program_to_json(program)

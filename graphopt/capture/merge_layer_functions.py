@@ -10,7 +10,7 @@ from graphopt.ir.graph import Node, Param
 from graphopt.ir.ops import is_aten
 
 
-def unify(kinds: list[LayerKind]) -> list[LayerKind]:
+def merge_layer_functions(kinds: list[LayerKind]) -> list[LayerKind]:
     """Merge kinds whose functions are equal up to the attributes of raised ops.
 
     An attribute that differs becomes a `Param`, and each stub's `attrs` gets its value.
@@ -43,11 +43,11 @@ def _merge(target: LayerKind, kind: LayerKind) -> bool:
     if constants != target.raiser.constants.keys():
         return False
     taken = {p.name for n in ours.nodes for p in n.attrs.values() if isinstance(p, Param)}
-    for node, twin in zip(ours.nodes, theirs.nodes, strict=True):
+    for node, other in zip(ours.nodes, theirs.nodes, strict=True):
         if is_aten(node.op):
             continue
         for key in node.attrs:
-            a, b = node.attrs[key], twin.attrs[key]
+            a, b = node.attrs[key], other.attrs[key]
             if isinstance(a, Param) and isinstance(b, Param):
                 for attrs in kind.attrs:
                     attrs[a.name] = attrs.pop(b.name)
