@@ -144,7 +144,7 @@ class _Emission:
         self, program: Program, root: Path, recipe: str, progress: Progress
     ) -> tuple[list[str], list[SkipEntry]]:
         """Write everything but the report under `root`; return usage lines and notes."""
-        from graphopt.storage.saved import save_program
+        from graphopt.storage.artifact import save_program
 
         usage: list[str] = []
         notes: list[SkipEntry] = []

@@ -74,7 +74,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"Unknown {kind} {name!r}.", f"{hint} Known: {', '.join(choices)}.".strip())
 
 
-def reason(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return what went wrong, in one line of at most 300 letters without a full stop.
 
     The error may wrap the one that says it.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graphopt.errors import SourceError, UsageError, reason
+from graphopt.errors import SourceError, UsageError, first_line
 from graphopt.execute.interpreter import complete_inputs
 from graphopt.execute.language_model import LanguageModel
 from graphopt.runtime.chat import chat_text
@@ -51,7 +51,7 @@ def encode_prompt(
             text = chat_text(template, prompt, tokenizer.special_tokens_map)
         except ValueError as error:
             raise SourceError(
-                f"The chat template cannot be applied: {reason(error)}.",
+                f"The chat template cannot be applied: {first_line(error)}.",
                 "Pass --raw to continue the prompt without it.",
             ) from error
         ids = encode(tokenizer, text, special=False)

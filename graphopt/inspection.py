@@ -15,7 +15,7 @@ from graphopt.ir.types import DTYPE_NAMES, B, Dim, P, S
 from graphopt.ir.weights import Weight
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.pass_manager.verification import has_values
-from graphopt.report.breakdown import PARTS, at, breakdown, kv_cache_bytes
+from graphopt.report.breakdown import PARTS, breakdown, evaluate_cost, kv_cache_bytes
 from graphopt.report.records import REPORT_NAME, read_report
 from graphopt.support.progress import Progress, silent
 
@@ -41,7 +41,7 @@ def inspect_program(
     cost = total_cost(cached)
 
     def both(value: Dim) -> dict[str, Any]:
-        return {"symbolic": _pretty(value), "value": at(value, sizes)}
+        return {"symbolic": _pretty(value), "value": evaluate_cost(value, sizes)}
 
     parts: dict[str, dict[str, int]] = {part: {"parameters": 0, "flops": 0} for part in PARTS}
     evaluated: dict[int, dict[str, int]] = {}
@@ -49,7 +49,9 @@ def inspect_program(
         for part, count in block.parameters.items():
             parts[part]["parameters"] += count
         if id(block.flops) not in evaluated:
-            evaluated[id(block.flops)] = {p: at(c, sizes) for p, c in block.flops.items()}
+            evaluated[id(block.flops)] = {
+                p: evaluate_cost(c, sizes) for p, c in block.flops.items()
+            }
         for part, count in evaluated[id(block.flops)].items():
             parts[part]["flops"] += count
     return {
@@ -76,7 +78,9 @@ def inspect_program(
             "activations": both(cost.activation_bytes),
             "kv_cache": both(kv_cache_bytes(cached)),
         },
-        "flops_by_op": {op: at(flops, sizes) for op, flops in cost.by_op.items() if flops != 0},
+        "flops_by_op": {
+            op: evaluate_cost(flops, sizes) for op, flops in cost.by_op.items() if flops != 0
+        },
         "parts": parts,
         "notes": [{"where": where, "reason": reason} for where, reason in program.notes],
         "program": print_program(program, facts=False),

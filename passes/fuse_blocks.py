@@ -32,7 +32,7 @@ from graphopt.training.distillation_data import DistillationData
 from graphopt.training.losses import LogitObjective, StreamObjective, batch_kl, relative_mse
 from graphopt.training.options import TrainingOptions
 from graphopt.training.parametrisations import FullParametrisation, kaiming
-from graphopt.training.schedule import Schedule, Tuned
+from graphopt.training.schedule import Schedule, TrainingResult
 
 Donor = Literal["pruned", "self", "random", "none"]
 
@@ -285,11 +285,11 @@ class _Fusion(Distiller):
             self.checkpoint(what)
 
     def _compare(
-        self, place: int, what: str, schedule: Schedule, pruned: Program, tuned: Tuned
+        self, place: int, what: str, schedule: Schedule, pruned: Program, tuned: TrainingResult
     ) -> None:
         """Fuse a block by every other donor too, and put what came of each into the report."""
         started = time.perf_counter()
-        fused: dict[Donor, tuple[Program, Tuned]] = {self.options.donor: (pruned, tuned)}
+        fused: dict[Donor, tuple[Program, TrainingResult]] = {self.options.donor: (pruned, tuned)}
         for donor in get_args(Donor):
             if donor not in fused:
                 named = f"{what} with donor={donor}"
@@ -336,11 +336,11 @@ class _Fusion(Distiller):
             done = sum(trained.steps for trained in self.record.training)
             steps = (steps - done) // share
         seconds = None if left is None else left / share
-        return replace(self.schedule, warm_up=0.0, seconds=seconds, steps=steps)
+        return replace(self.schedule, warmup=0.0, seconds=seconds, steps=steps)
 
     def _fuse_one(
         self, place: int, what: str, schedule: Schedule, donor: str
-    ) -> tuple[Program, Tuned]:
+    ) -> tuple[Program, TrainingResult]:
         """Return the program without a block, which is fused into its neighbours."""
         program = self.program
         blocks = find_blocks(program)

@@ -29,7 +29,7 @@ from graphopt.backends.onnx_artifact import OnnxArtifactModel
 from graphopt.backends.torch_artifact import TorchArtifactModel
 from graphopt.errors import GraphoptError
 from graphopt.execute.language_model import LanguageModel, ProgramModel
-from graphopt.storage.saved import load_program
+from graphopt.storage.artifact import load_program
 
 FORMS = ("program", "torch", "onnx", "hf")
 RECIPES = {

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from graphopt.cli.commands import app
 from graphopt.cli.shared import errors_as_sentences
-from graphopt.errors import CaptureError, PassError, UsageError, reason
+from graphopt.errors import CaptureError, PassError, UsageError, first_line
 from graphopt.support.boundary import BUG_CODE, out_of_memory, users_model
 
 
@@ -107,10 +107,10 @@ def test_bugs_and_memory_are_not_blamed_on_the_model():
 
 
 def test_reasons_are_one_short_line():
-    assert reason(ValueError("")) == "ValueError"
-    assert reason(KeyError("x")) == "KeyError 'x'"
-    assert reason(ValueError("a.\nb")) == "a"
-    assert len(reason(ValueError("x" * 10_000))) < 310
+    assert first_line(ValueError("")) == "ValueError"
+    assert first_line(KeyError("x")) == "KeyError 'x'"
+    assert first_line(ValueError("a.\nb")) == "a"
+    assert len(first_line(ValueError("x" * 10_000))) < 310
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from graphopt import compiler
 from graphopt.errors import GraphoptError, SourceError, UsageError
 from graphopt.pass_manager.pipeline import Pipeline
 from graphopt.storage import output_folder
-from graphopt.storage.snapshot import SNAPSHOT_NAME, taking_up
+from graphopt.storage.snapshot import SNAPSHOT_NAME, resuming_from
 
 CAPTURE = importlib.import_module("graphopt.capture")
 OUT = Path("out")
@@ -264,9 +264,9 @@ def test_saved_states_that_are_damaged(content):
     path = Path("state.pt")
     path.write_bytes(content)
     damaged = pytest.raises(SourceError, match=r"state\.pt is damaged: .+\. Leave --resume out")
-    with damaged, taking_up(path):
+    with damaged, resuming_from(path):
         torch.load(path, weights_only=True)
     torch.save({"other": 1}, path)
     damaged = pytest.raises(SourceError, match=r"state\.pt is damaged: KeyError 'done'")
-    with damaged, taking_up(path):
+    with damaged, resuming_from(path):
         torch.load(path, weights_only=True)["done"]

@@ -142,7 +142,7 @@ TUNED = {
     "preparing": 0.0,
     "losses": [[step, 0.9 * math.exp(-step / 90) + 0.2] for step in range(20, 301, 20)],
     "checks": [[step, 0.8 * math.exp(-step / 70) + 0.25] for step in range(0, 301, 30)],
-    "lowered": [],
+    "lr_decays": [],
     "stopped": "",
     "not_compiled": "",
 }
@@ -289,7 +289,7 @@ SECONDS = st.floats(0, 1e6)
 TRAINED = st.builds(
     TrainedPart, part=st.text(max_size=3), steps=st.integers(0, 9), tokens=st.integers(0, 9),
     seconds=SECONDS, preparing=SECONDS,
-    losses=CURVES, checks=CURVES, lowered=CURVES, stopped=st.text(max_size=3),
+    losses=CURVES, checks=CURVES, lr_decays=CURVES, stopped=st.text(max_size=3),
 )  # fmt: skip
 RECORDS = st.one_of(
     st.builds(

@@ -166,7 +166,7 @@ def test_an_interrupted_training_goes_on_where_it_was(tmp_path, by, schedule, at
     program = tiny_program(layers=2)
     straight = disturbed(program, by)
     whole = tuner_of(program, straight, schedule).run()
-    assert all(step < at for step, _ in whole.lowered[:1]) and bool(whole.lowered) == (at > 10)
+    assert all(step < at for step, _ in whole.lr_decays[:1]) and bool(whole.lr_decays) == (at > 10)
     pieces = disturbed(program, by)
     tuner = tuner_of(program, pieces, schedule, saved=tmp_path / "state.pt")
     real, count = tuner._step, 0
@@ -184,7 +184,7 @@ def test_an_interrupted_training_goes_on_where_it_was(tmp_path, by, schedule, at
         tuner.run()
     again = disturbed(program, by)
     tuned = tuner_of(program, again, schedule, saved=tmp_path / "state.pt").run()
-    assert tuned.steps == schedule.steps and tuned.lowered == whole.lowered
+    assert tuned.steps == schedule.steps and tuned.lr_decays == whole.lr_decays
     for name, form in straight.items():
         assert torch.allclose(form(), again[name](), atol=1e-6)
 
@@ -202,18 +202,18 @@ def test_a_rate_that_spoils_what_is_nearly_right_is_lowered_from_the_best_state(
     tuner._step = step
     tuned = tuner.run()
     start = tuned.checks[0][1]
-    assert tuned.lowered and min(loss for _, loss in tuned.checks) < start
+    assert tuned.lr_decays and min(loss for _, loss in tuned.checks) < start
     checks = dict(tuned.checks)
-    for number, (at, rate) in enumerate(tuned.lowered, start=1):
+    for number, (at, rate) in enumerate(tuned.lr_decays, start=1):
         assert rate == pytest.approx(1e-2 * 0.25**number)
         assert rates[at] == pytest.approx(rate * schedule.factor(at / 120))
         assert checks[at] > min(loss for earlier, loss in tuned.checks if earlier < at)
     # A paper's own schedule is left alone.
     fixed = dataclasses.replace(schedule, reduce_on_plateau=False)
-    assert tuner_of(program, disturbed(program, by=0.005), fixed).run().lowered == []
+    assert tuner_of(program, disturbed(program, by=0.005), fixed).run().lr_decays == []
     # One that starts far off keeps its rate.
     far = tuner_of(program, disturbed(program), Schedule(steps=60, batch=16, rate=3e-3)).run()
-    assert far.lowered == []
+    assert far.lr_decays == []
 
 
 def test_a_part_is_trained_on_the_stream_behind_it():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graphopt.errors import SourceError, reason
+from graphopt.errors import SourceError, first_line
 from graphopt.execute.interpreter import complete_inputs
 from graphopt.sources.base import tokenizer_in
 from graphopt.sources.generation import read_generation
@@ -73,7 +73,7 @@ class OnnxArtifactModel(LanguageModel):
         except Exception as error:
             # ONNX Runtime's exceptions share no base class of their own.
             raise SourceError(
-                f"ONNX Runtime cannot load {path}: {reason(error)}.",
+                f"ONNX Runtime cannot load {path}: {first_line(error)}.",
                 "Compile the model again.",
             ) from error
         self._inputs = {value.name: value for value in self._session.get_inputs()}
@@ -168,7 +168,7 @@ class OnnxArtifactModel(LanguageModel):
             if out_of_memory(error):
                 raise
             raise SourceError(
-                f"ONNX Runtime cannot run {self._path}: {reason(error)}.",
+                f"ONNX Runtime cannot run {self._path}: {first_line(error)}.",
                 "Compile the model again with --emit onnx.",
             ) from error
         return results

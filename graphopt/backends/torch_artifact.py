@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graphopt.errors import SourceError, reason
+from graphopt.errors import SourceError, first_line
 from graphopt.execute.interpreter import complete_inputs
 from graphopt.files.finite import check_finite
 from graphopt.ir.context import context_length
@@ -46,7 +46,7 @@ class TorchArtifactModel(LanguageModel):
         from safetensors import SafetensorError
 
         from graphopt.backends.code import checked_code, trusted_code
-        from graphopt.storage.saved import artifact_target, check_weights_file
+        from graphopt.storage.artifact import artifact_target, check_weights_file
 
         target = artifact_target(root)
         path = root / "model.py"
@@ -76,7 +76,7 @@ class TorchArtifactModel(LanguageModel):
             OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError
         ) as error:  # fmt: skip
             raise SourceError(
-                f"{path} cannot be loaded: {reason(error)}.",
+                f"{path} cannot be loaded: {first_line(error)}.",
                 "Compile the model again.",
             ) from error
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
-from graphopt.errors import CaptureError, reason
+from graphopt.errors import CaptureError, first_line
 from graphopt.ir.graph import PROGRAM_INPUTS
 from graphopt.support.boundary import out_of_memory
 
@@ -109,7 +109,7 @@ def build_model(
             raise
         raise CaptureError(
             f"No causal language model can be built from the config of type "
-            f"{getattr(config, 'model_type', '?')!r}: {reason(error)}.",
+            f"{getattr(config, 'model_type', '?')!r}: {first_line(error)}.",
             "Check its entries; graphopt takes decoder-only language models that transformers can "
             "build.",
         ) from error

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from graphopt.errors import CaptureError, GraphoptError, reason
+from graphopt.errors import CaptureError, GraphoptError, first_line
 from graphopt.support.boundary import chain, out_of_memory
 
 _DATA = ("DataDependent", "data-dependent", "data dependent", "data-independent")
@@ -113,7 +113,7 @@ def _cause(error: Exception) -> tuple[str, str]:
     # What the model's own code says of itself is for its user; what torch says is not.
     said_itself = frames and not _of_library(frames[-1][0])
     return (
-        f"it raises {type(error).__name__}{f': {reason(error)}' if said_itself else ''}",
+        f"it raises {type(error).__name__}{f': {first_line(error)}' if said_itself else ''}",
         "Check that the model runs in transformers; --debug shows the traceback.",
     )
 

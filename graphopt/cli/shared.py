@@ -17,7 +17,7 @@ import click
 import typer
 
 from graphopt.cli import console as ui
-from graphopt.errors import GraphoptError, UsageError, reason
+from graphopt.errors import GraphoptError, UsageError, first_line
 from graphopt.support.boundary import BUG_CODE, REPORT_BUG, out_of_memory
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def describe_error(error: Exception, command: str) -> tuple[str, str, int]:
         if error.errno == errno.ENOSPC:
             return f"The disk is full{where}.", "Free some space and run again with --resume.", 1
         return f"A file operation failed{where}: {error.strerror or error}.", "", 1
-    said = f"{type(error).__name__}: {reason(error)}"
+    said = f"{type(error).__name__}: {first_line(error)}"
     return f"This is a bug in graphopt: {said}.", REPORT_BUG, BUG_CODE
 
 

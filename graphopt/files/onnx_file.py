@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from graphopt.errors import SourceError, reason
+from graphopt.errors import SourceError, first_line
 from graphopt.files.confined import inside
 from graphopt.files.finite import check_finite
 from graphopt.files.raw import RawTensor
@@ -39,7 +39,7 @@ def check_onnx(path: Path, constants: Collection[str] = ()) -> None:
         raise
     except Exception as error:
         # protobuf's errors share no base class with a name of its own.
-        raise SourceError(f"{path} is no ONNX model: {reason(error)}.", _AGAIN) from error
+        raise SourceError(f"{path} is no ONNX model: {first_line(error)}.", _AGAIN) from error
     named = {tensor.name for tensor in model.graph.initializer}
     weights = {name for name in named if not name.startswith(OWN_CONSTANT)}.difference(constants)
     for tensor in _tensors(model):
@@ -87,7 +87,7 @@ def _value(path: Path, tensor: Any) -> torch.Tensor | None:
             return torch.from_numpy(array.astype("float32").copy())
         except (ValueError, TypeError) as error:
             raise SourceError(
-                f"{path}: the tensor {tensor.name!r} is malformed: {reason(error)}.", _AGAIN
+                f"{path}: the tensor {tensor.name!r} is malformed: {first_line(error)}.", _AGAIN
             ) from error
     entries = {entry.key: entry.value for entry in tensor.external_data}
     file = inside(path.parent, entries.get("location", ""))

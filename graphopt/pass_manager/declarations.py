@@ -19,7 +19,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
-from graphopt.errors import UsageError, reason
+from graphopt.errors import UsageError, first_line
 
 ENTRY_POINTS = "graphopt.passes"
 """The entry point group by which distributions, this one too, name modules that hold passes."""
@@ -62,7 +62,7 @@ def _modules(point: metadata.EntryPoint) -> Iterator[ModuleSpec]:
     try:
         found = importlib.util.find_spec(point.module)
     except Exception as error:  # a plugin's own package is imported, and may raise anything
-        raise _unusable(point, reason(error)) from error
+        raise _unusable(point, first_line(error)) from error
     if found is None:
         raise _unusable(point, "there is no such module")
     left = [found]

@@ -33,7 +33,7 @@ from graphopt.pass_manager.verification import (
     make_probe,
     measure,
 )
-from graphopt.report.record import Record, finite
+from graphopt.report.record import Record, finite_or_none
 from graphopt.report.records import (
     PassEntry,
     SavedFigures,
@@ -210,7 +210,7 @@ class RecipeRun:
     @staticmethod
     def _fill_unchanged(entry: PassEntry, measured: Measured) -> None:
         """An equal program has equal results, and they are known."""
-        entry.perplexity_before = entry.perplexity_after = finite(measured.perplexity)
+        entry.perplexity_before = entry.perplexity_after = finite_or_none(measured.perplexity)
 
     def _verify_numbers(
         self, item: Pass, before: Program, after: Program, entry: PassEntry
@@ -275,10 +275,10 @@ class RecipeRun:
 
     @staticmethod
     def _fill(entry: PassEntry, difference: Difference, before: Measured, after: Measured) -> None:
-        entry.max_abs_logit_delta = finite(difference.max_abs_logit_delta)
-        entry.kl = finite(difference.kl)
-        entry.perplexity_before = finite(before.perplexity)
-        entry.perplexity_after = finite(after.perplexity)
+        entry.max_abs_logit_delta = finite_or_none(difference.max_abs_logit_delta)
+        entry.kl = finite_or_none(difference.kl)
+        entry.perplexity_before = finite_or_none(before.perplexity)
+        entry.perplexity_after = finite_or_none(after.perplexity)
 
     def _measure_both(
         self, before: Program, after: Program, what: str, same_whole: bool = False

@@ -137,7 +137,7 @@ def _token_bytes(kind: Type, itemsize: int | None) -> Dim:
     return numel((heads, size)) * (itemsize or kind.dtype.itemsize)
 
 
-def at(value: Dim, sizes: Mapping[sympy.Symbol, int]) -> int:
+def evaluate_cost(value: Dim, sizes: Mapping[sympy.Symbol, int]) -> int:
     """Return a symbolic size or cost for given B, S and P, rounded to whole units."""
     if isinstance(value, int):
         return value

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Protocol
 
-from graphopt.report.record import Step, finite
+from graphopt.report.record import Step, finite_or_none
 
 
 def si(value: float, unit: str = "") -> str:
@@ -24,7 +24,7 @@ def si(value: float, unit: str = "") -> str:
 
 def figure(value: float | None, digits: int = 2) -> str:
     """Return a figure with so many digits; a dash where there is none."""
-    known = finite(value)
+    known = finite_or_none(value)
     return "–" if known is None else f"{known:.{digits}g}"
 
 

@@ -14,12 +14,12 @@ from typing import Annotated, Any
 import pydantic
 
 
-def finite(value: float | None) -> float | None:
+def finite_or_none(value: float | None) -> float | None:
     """Return a value, or None where JSON has no number for it."""
     return value if value is not None and math.isfinite(value) else None
 
 
-Figure = Annotated[float | None, pydantic.AfterValidator(finite)]
+Figure = Annotated[float | None, pydantic.AfterValidator(finite_or_none)]
 """A measured figure; None where it was not measured, or is no finite number."""
 
 

@@ -17,7 +17,7 @@ import pydantic
 
 from graphopt.ir.graph import Program
 from graphopt.ir.types import B, P, S
-from graphopt.report.breakdown import at, breakdown
+from graphopt.report.breakdown import breakdown, evaluate_cost
 from graphopt.report.record import Record
 from graphopt.support.inputs import OpenSchema, Schema, Size, parse, parse_entry, read_json
 from graphopt.support.plain import shown
@@ -289,7 +289,7 @@ def block_entries(program: Program) -> list[BlockEntry]:
     entries: list[BlockEntry] = []
     for block in breakdown(program):
         if id(block.flops) not in evaluated:
-            flops = {part: at(cost, SIZES) for part, cost in block.flops.items()}
+            flops = {part: evaluate_cost(cost, SIZES) for part, cost in block.flops.items()}
             evaluated[id(block.flops)] = {part: count for part, count in flops.items() if count}
         entries.append(BlockEntry(block.name, block.parameters, evaluated[id(block.flops)]))
     return entries

@@ -68,7 +68,7 @@ def open_model(spec: str, *, trust_remote_code: bool = False) -> ModelSource:
 def _open_program(spec: str, folder: Path) -> ModelSource:
     from graphopt.ir.verify import verify
     from graphopt.sources.base import output_tokenizer
-    from graphopt.storage.saved import load_program
+    from graphopt.storage.artifact import load_program
 
     program = load_program(folder)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import SourceError, reason
+from graphopt.errors import SourceError, first_line
 from graphopt.files.config_schema import check_config, check_sizes, without_code
 from graphopt.files.confined import inside
 from graphopt.files.refusals import REMEDY, refuse_adapter, refuse_quantised, unfit_folder
@@ -75,7 +75,7 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedCon
         if out_of_memory(error):
             raise
         raise SourceError(
-            f"{path} is not a valid config of type {model_type!r}: {reason(error)}.",
+            f"{path} is not a valid config of type {model_type!r}: {first_line(error)}.",
             "Correct the entry it names.",
         ) from error
     _refuse_other_models(path, config, native=native)
@@ -275,7 +275,7 @@ def open_hub(spec: str, *, hint: str = "", trust_remote_code: bool = False) -> M
     except Exception as error:
         # The hub's client lets errors of the HTTP library through, and their types change with it.
         raise SourceError(
-            f"{spec!r} could not be downloaded from the hub: {reason(error)}.",
+            f"{spec!r} could not be downloaded from the hub: {first_line(error)}.",
             "Try again, or download the model by other means and give its folder.",
         ) from error
     return open_folder(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
-from graphopt.errors import GraphoptError, SourceError, reason
+from graphopt.errors import GraphoptError, SourceError, first_line
 from graphopt.files.confined import files_inside, inside
 from graphopt.support.boundary import out_of_memory
 from graphopt.support.inputs import (
@@ -123,7 +123,7 @@ def working(folder: str | Path, doing: str, remedy: str, hidden: str = "") -> It
     except BaseException as error:
         if out_of_memory(error):
             raise
-        said = reason(error).replace(hidden or str(folder), str(folder))
+        said = first_line(error).replace(hidden or str(folder), str(folder))
         raise SourceError(f"The tokenizer in {folder} cannot {doing}: {said}.", remedy) from error
 
 

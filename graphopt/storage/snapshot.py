@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import pydantic
 import torch
 
-from graphopt.errors import GraphoptError, SourceError, VerifyError, reason
+from graphopt.errors import GraphoptError, SourceError, VerifyError, first_line
 from graphopt.files.config_schema import check_saved_config
 from graphopt.files.raw import RawTensor
 from graphopt.files.safetensors import WEIGHTS_NAME, SafetensorsWriter, read_header
@@ -50,7 +50,7 @@ class _Snapshot(Schema):
 
 
 @contextlib.contextmanager
-def taking_up(path: Path) -> Iterator[None]:
+def resuming_from(path: Path) -> Iterator[None]:
     """Give what is wrong with the saved state of an interrupted run its sentence.
 
     A state is read by torch's own reader, which has assorted errors for damaged files.
@@ -66,7 +66,7 @@ def taking_up(path: Path) -> Iterator[None]:
         if out_of_memory(error):
             raise
         raise SourceError(
-            f"{path} is damaged: {reason(error)}.", "Leave --resume out to start again."
+            f"{path} is damaged: {first_line(error)}.", "Leave --resume out to start again."
         ) from error
 
 

@@ -12,7 +12,7 @@ import errno
 import traceback
 from collections.abc import Iterator
 
-from graphopt.errors import CaptureError, GraphoptError, reason
+from graphopt.errors import CaptureError, GraphoptError, first_line
 
 BUG_CODE = 70
 """Exit code of a bug, as sysexits.h has it for software errors."""
@@ -92,6 +92,6 @@ def users_model(what: str, doing: str) -> Iterator[None]:
         if own_bug(error) or out_of_memory(error):
             raise
         raise CaptureError(
-            f"{what} cannot {doing}: {reason(error)}.",
+            f"{what} cannot {doing}: {first_line(error)}.",
             "Check its config.json; --debug shows where it failed.",
         ) from error

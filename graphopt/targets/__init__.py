@@ -47,7 +47,7 @@ class MatrixUnit:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class MeasuredTiles:
     """Tiles of a kernel that were measured to be the fastest.
 
     Attributes:
@@ -124,20 +124,20 @@ class Target:
         )
         return cls(**values)
 
-    def tuned(self, kernel: str) -> list[Tuned]:
+    def tuned(self, kernel: str) -> list[MeasuredTiles]:
         """Return the measured tiles of a kernel family, in the table's order."""
         return [row for row in _tuned(self.name) if row.kernel == kernel]
 
 
 @cache
-def _tuned(target: str) -> tuple[Tuned, ...]:
+def _tuned(target: str) -> tuple[MeasuredTiles, ...]:
     """Read the table that `tools/tune_attention.py` writes; a target without one has no rows."""
     table = resources.files(__name__) / f"{target}.tuned.json"
     if not table.is_file():
         return ()
     data = json.loads(table.read_text(encoding="utf-8"))
     return tuple(
-        Tuned(row["kernel"], row["form"], row["tiles"], data["device"], data["date"])
+        MeasuredTiles(row["kernel"], row["form"], row["tiles"], data["device"], data["date"])
         for row in data["rows"]
     )
 

@@ -31,7 +31,7 @@ from graphopt.ir.types import evaluate
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Context, Skip
 from graphopt.report.record import Step
-from graphopt.storage.snapshot import taking_up
+from graphopt.storage.snapshot import resuming_from
 from graphopt.support.devices import free_bytes
 from graphopt.support.per_device import on_device
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
@@ -39,7 +39,7 @@ from graphopt.training.losses import LogitObjective, Objective
 from graphopt.training.options import TrainingOptions
 from graphopt.training.parametrisations import FullParametrisation, LowRankParametrisation
 from graphopt.training.record import TrainedPart, TrainingRecord
-from graphopt.training.schedule import Schedule, Tuned
+from graphopt.training.schedule import Schedule, TrainingResult
 from graphopt.training.tuner import Tuner
 
 GENERATION_SHARE = 0.25
@@ -161,7 +161,7 @@ class Distiller:
             return self.windows
         path = self._saved("text")
         if path is not None and path.is_file():
-            with taking_up(path):
+            with resuming_from(path):
                 own = torch.load(path, weights_only=True)
         else:
             started = time.perf_counter()
@@ -245,7 +245,7 @@ class Distiller:
         objective: Objective,
         schedule: Schedule,
         what: str,
-    ) -> Tuned:
+    ) -> TrainingResult:
         """Train parametrisations and put their values into the program."""
         student = BlockRunner(program, first, stop, parametrisations, self.device)
         tuner = Tuner(
@@ -306,7 +306,7 @@ class Distiller:
         path = self._saved("stages")
         if path is None or not path.is_file():
             return
-        with taking_up(path):
+        with resuming_from(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.resume_structure(state["blocks"])
             for name, value in state["weights"].items():
@@ -359,7 +359,7 @@ class Distiller:
         self.record.training = [trained_part("all blocks", tuned)]
 
 
-def trained_part(part: str, tuned: Tuned) -> TrainedPart:
+def trained_part(part: str, tuned: TrainingResult) -> TrainedPart:
     """Return what the record says of one training."""
     return TrainedPart(part=part, **asdict(tuned))
 

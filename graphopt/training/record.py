@@ -27,7 +27,7 @@ Curve = list[tuple[int, Figure]]
 
 
 class TrainedPart(pydantic.BaseModel):
-    """What one training did; see `graphopt.training.schedule.Tuned`."""
+    """The outcome of one training; see `graphopt.training.schedule.TrainingResult`."""
 
     model_config = pydantic.ConfigDict(extra="forbid", from_attributes=True)
 
@@ -38,7 +38,7 @@ class TrainedPart(pydantic.BaseModel):
     preparing: Seconds
     losses: Curve
     checks: Curve
-    lowered: Curve
+    lr_decays: Curve
     stopped: str
     not_compiled: str
 
@@ -106,7 +106,7 @@ def _training(trained: TrainedPart) -> str:
     if len(checks) > 1:
         best = min(value for _, value in checks)
         facts.append(f"held-out loss {figure(checks[0][1], 3)} → {figure(best, 3)}")
-    for step, rate in _drawable(trained.lowered):
+    for step, rate in _drawable(trained.lr_decays):
         facts.append(
             f"rate at most {rate:.1e} from step {step:,.0f} on, as the one before got no further"
         )

@@ -11,21 +11,21 @@ class Schedule:
     """How long and how fast to train.
 
     Attributes:
-        steps: Most steps; None for as many as the seconds allow.
-        seconds: Most seconds; None for as many as the steps take.
-        rate: Highest learning rate. It falls to 0 by a cosine, over whichever of steps and
+        steps: Training takes at most so many steps; None for as many as the seconds allow.
+        seconds: Training takes at most so many seconds; None for as many as the steps take.
+        rate: The highest learning rate. It falls to 0 by a cosine, over whichever of steps and
             seconds is nearer its end.
-        warm_up: Of the schedule, in which the rate rises from 0.
-        batch: Windows of a step.
-        betas: Of Adam.
-        patience: Stop after this many checks without a better held-out loss; 0 never stops.
-        reduce_on_plateau: Whether a rate that gets no further is lowered, from the best state on.
+        warmup: The fraction of the schedule in which the rate rises from 0.
+        batch: A step takes so many windows.
+        betas: Adam's decay rates of the averages of gradients and of their squares.
+        patience: Training stops after so many checks without a better held-out loss; 0 never stops.
+        reduce_on_plateau: Whether a rate that gets no further is reduced, from the best state on.
     """
 
     steps: int | None = None
     seconds: float | None = None
     rate: float = 5e-4
-    warm_up: float = 0.02
+    warmup: float = 0.02
     batch: int = 4
     betas: tuple[float, float] = (0.9, 0.95)
     patience: int = 0
@@ -45,21 +45,21 @@ class Schedule:
         return min(max(parts), 1.0)
 
     def factor(self, done: float) -> float:
-        """Return what the learning rate is times."""
-        rise = 1.0 if done >= self.warm_up else (done + 1e-3) / (self.warm_up + 1e-3)
+        """Return the factor by which the highest rate is multiplied, from 0 to 1."""
+        rise = 1.0 if done >= self.warmup else (done + 1e-3) / (self.warmup + 1e-3)
         return rise * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass
-class Tuned:
-    """What a training did.
+class TrainingResult:
+    """The outcome of a training.
 
     Attributes:
-        steps, seconds, tokens: Of all its pieces together.
-        preparing: Of the seconds, those that compiling the step took.
+        steps, seconds, tokens: How much was trained, in all runs of a training that was resumed.
+        preparing: The seconds, among `seconds`, that compiling the step took.
         losses: (step, mean training loss since the entry before) pairs.
         checks: (step, loss on held-out windows) pairs, the first before any step.
-        lowered: (step, highest rate from there on) pairs, where the one before got no further.
+        lr_decays: (step, highest rate from there on) pairs, where the one before got no further.
         stopped: Why it ended before its schedule did, or "".
         not_compiled: Why its step was not compiled though it would have been worth it, or "".
     """
@@ -70,6 +70,6 @@ class Tuned:
     preparing: float = 0.0
     losses: list[tuple[int, float]] = field(default_factory=list)
     checks: list[tuple[int, float]] = field(default_factory=list)
-    lowered: list[tuple[int, float]] = field(default_factory=list)
+    lr_decays: list[tuple[int, float]] = field(default_factory=list)
     stopped: str = ""
     not_compiled: str = ""

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.errors import reason
+from graphopt.errors import first_line
 from graphopt.execute.block_runner import BlockRunner
-from graphopt.storage.snapshot import taking_up
+from graphopt.storage.snapshot import resuming_from
 from graphopt.support.devices import must_fit
 from graphopt.support.progress import Progress, silent
 from graphopt.training.distillation_data import DistillationData
 from graphopt.training.losses import Objective
-from graphopt.training.schedule import Schedule, Tuned
+from graphopt.training.schedule import Schedule, TrainingResult
 
 SAVE_EVERY = 30.0
 """Seconds between two saved states of a training."""
@@ -80,7 +80,7 @@ class Tuner:
         self.student, self.data, self.objective = student, data, objective
         self.schedule, self.saved = schedule, saved
         self.progress, self.what = progress, what
-        self.result = Tuned()
+        self.result = TrainingResult()
         self._order = torch.Generator().manual_seed(seed)
         self._queue: list[int] = []
         self._best, self._best_state = math.inf, list[Tensor]()
@@ -105,7 +105,7 @@ class Tuner:
         self._recorded: _Recorded | None = None
         self._eager = 0
 
-    def run(self) -> Tuned:
+    def run(self) -> TrainingResult:
         """Train to the end of the schedule, and leave the best state in the parametrisations.
 
         Raises:
@@ -117,7 +117,7 @@ class Tuner:
         ):  # fmt: skip
             return self._run()
 
-    def _run(self) -> Tuned:
+    def _run(self) -> TrainingResult:
         result, schedule = self._restore(), self.schedule
         if result.stopped:
             return result
@@ -192,7 +192,7 @@ class Tuner:
         except Exception as error:
             # A compiler fails in its own ways, and the step works without it.
             self.student.compiled = False
-            self.result.not_compiled = reason(error)
+            self.result.not_compiled = first_line(error)
         self._drop_gradients()
         self.progress("compiling the step", 1, 1)
         return time.perf_counter() - started
@@ -217,7 +217,7 @@ class Tuner:
         if self._worse and self._worse % LR_PATIENCE == 0:
             self._go_back()
             self._rate *= LR_DECAY
-            self.result.lowered.append((self.result.steps, self._rate))
+            self.result.lr_decays.append((self.result.steps, self._rate))
 
     def _go_back(self) -> None:
         for parameter, value in zip(self._parameters, self._best_state, strict=True):
@@ -305,11 +305,11 @@ class Tuner:
         )
         fresh.rename(self.saved)
 
-    def _restore(self) -> Tuned:
+    def _restore(self) -> TrainingResult:
         """Take up the saved state, if there is one; return the result so far."""
         if self.saved is None or not self.saved.is_file():
             return self.result
-        with taking_up(self.saved):
+        with resuming_from(self.saved):
             state = torch.load(self.saved, map_location="cpu", weights_only=True)
             with torch.no_grad():
                 for parameter, value in zip(self._parameters, state["parameters"], strict=True):
@@ -324,7 +324,7 @@ class Tuner:
             self._best_state = [value.to(self.student.device) for value in kept]
             self._checked_at, self._worse = state["checks"]
             self._rate = state["rate"]
-            self.result = Tuned(**state["result"])
+            self.result = TrainingResult(**state["result"])
         return self.result
 
 

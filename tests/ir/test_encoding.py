@@ -22,7 +22,7 @@ from graphopt.ir.functional import unpack
 from graphopt.ir.imprint import Imprint
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.verify import verify
-from graphopt.storage.saved import load_program, save_program
+from graphopt.storage.artifact import load_program, save_program
 from graphopt.storage.snapshot import Snapshots
 
 FOUR = Packed(4, 16)

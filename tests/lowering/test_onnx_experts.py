@@ -23,7 +23,7 @@ from graphopt.ir import Array, B, Call, Function, Program, S, Type, Value, Weigh
 from graphopt.ir.feed_forward import Split
 from graphopt.ir.ops import get_op
 from graphopt.lowering.onnx import OnnxEmitter
-from graphopt.storage.saved import load_program
+from graphopt.storage.artifact import load_program
 from graphopt.support.progress import silent
 
 PARTS = {

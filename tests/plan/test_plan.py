@@ -17,7 +17,7 @@ from graphopt.lowering.kernels.triton import kernel_constants
 from graphopt.plan import AttentionSpec
 from graphopt.plan.base import split_size
 from graphopt.plan.hopper import consumer_registers, loader_registers
-from graphopt.targets import Tuned, all_targets, get_target
+from graphopt.targets import MeasuredTiles, all_targets, get_target
 
 GPUS = ("ampere", "hopper")
 SIZES = st.integers(4, 32).map(lambda eighths: 8 * eighths)
@@ -162,7 +162,9 @@ def test_measured_tiles_come_first_where_they_fit(monkeypatch):
 
     def row(**tiles):
         tiles = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, **tiles}
-        return Tuned("triton", {"phase": "prefill", "head_dim": 128}, tiles, "a card", "a day")
+        return MeasuredTiles(
+            "triton", {"phase": "prefill", "head_dim": 128}, tiles, "a card", "a day"
+        )
 
     rows = (row(BLOCK_M=256, BLOCK_N=256), row())
     monkeypatch.setattr(targets, "_tuned", lambda name: rows if name == "ampere" else ())

@@ -19,7 +19,7 @@ from graphopt.execute.language_model import LanguageModel
 from graphopt.files.raw import RawTensor
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Weight
-from graphopt.storage.saved import load_program
+from graphopt.storage.artifact import load_program
 
 
 @pytest.fixture(scope="module")

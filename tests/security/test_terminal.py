@@ -212,7 +212,7 @@ def everywhere(value: Any) -> Any:
 def records() -> list[Record]:
     """What each pass tells that has a card, with something in every field that is drawn."""
     steps = [{"after": "a", "value": 3.0}, {"after": "b", "value": 4.0}]
-    curves = {"losses": [(0, 1.0), (1, 0.5)], "checks": [(0, 1.0), (1, 0.5)], "lowered": []}
+    curves = {"losses": [(0, 1.0), (1, 0.5)], "checks": [(0, 1.0), (1, 0.5)], "lr_decays": []}
     trained = {
         "part": "x", "steps": 1, "tokens": 2, "seconds": 1.0, "preparing": 0.0, **curves,
         "stopped": "early", "not_compiled": "",

@@ -18,12 +18,12 @@ from graphopt.sources import open_model
 def test_program_and_its_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str | None
 ) -> None:
-    saved = ModuleType("graphopt.storage.saved")
+    saved = ModuleType("graphopt.storage.artifact")
     program = tiny_program(layers=1)
     program.name, program.checkpoint_dtype = "small", torch.bfloat16
     program.tokenizer = str(tmp_path / "gone")
     saved.load_program = lambda root: program  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "graphopt.storage.saved", saved)
+    monkeypatch.setitem(sys.modules, "graphopt.storage.artifact", saved)
     (tmp_path / "program.json").touch()
     if place is not None:
         byte_tokenizer().save_pretrained(tmp_path / place)

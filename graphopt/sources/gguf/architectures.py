@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graphopt.errors import SourceError, reason
+from graphopt.errors import SourceError, first_line
 from graphopt.sources.gguf.container import GgufFile
 from graphopt.sources.gguf.keys import (
     Gemma2Keys,
@@ -339,7 +339,7 @@ def gguf_config(file: GgufFile, vocabulary: Vocabulary | None) -> PretrainedConf
         # Config classes check their entries with assorted error types.
         raise SourceError(
             f"The metadata of {file.path} gives no valid {architecture.model_type} config: "
-            f"{reason(error)}.",
+            f"{first_line(error)}.",
             "The file is incomplete; convert the model again.",
         ) from error
 

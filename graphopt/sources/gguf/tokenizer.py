@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from graphopt.errors import SourceError, reason
+from graphopt.errors import SourceError, first_line
 from graphopt.sources.cache import cache_folder, new_entry
 from graphopt.sources.gguf.container import GgufFile
 from graphopt.sources.gguf.encoder import SPACE, Encoder, Unencodable, byte_letters
@@ -256,7 +256,7 @@ def _check(file: GgufFile, vocabulary: Vocabulary, folder: Path) -> None:
     except SourceError as error:
         raise SourceError(
             f"The tokenizer of {file.path}, of kind {vocabulary.model!r}, cannot be converted: "
-            f"{reason(error)}.",
+            f"{first_line(error)}.",
             CHECKPOINT,
         ) from error
     held = tokenizer.get_vocab()
