@@ -11,7 +11,14 @@ from families import captured
 from programs import tiny_program
 from torch import nn
 
-from graphopt.calibration.scores import METRICS, Scores, Unit, final_results, score_units, units_of
+from graphopt.calibration.scores import (
+    METRICS,
+    PruningUnit,
+    Scores,
+    final_results,
+    score_units,
+    units_of,
+)
 from graphopt.capture import capture
 from graphopt.errors import SourceError
 from graphopt.execute import hidden_states
@@ -156,7 +163,7 @@ def silenced(program, index):
 def test_a_block_that_adds_nothing_has_no_influence_and_goes_first():
     program = silenced(tiny_program(layers=6), 3)
     scores = score_units(program, units_of(program, ("block",)), IDS, "mi")
-    assert scores.values[Unit(3)] <= 1e-6 and scores.lowest() == Unit(3)
+    assert scores.values[PruningUnit(3)] <= 1e-6 and scores.lowest() == PruningUnit(3)
 
 
 def test_small_angles_are_exact():
@@ -167,7 +174,7 @@ def test_small_angles_are_exact():
         if "o_proj" in slot or "down" in slot:
             value = program.weights[name].load(torch.float32) * 1e-4
             program.weights.replace(Weight(name, Array(value)))
-    found = score_units(program, [Unit(2)], IDS, "angular").values[Unit(2)]
+    found = score_units(program, [PruningUnit(2)], IDS, "angular").values[PruningUnit(2)]
     before, behind = (F.normalize(stream(program, count), dim=-1) for count in (2, 3))
     chord = (before - behind).norm(dim=-1)
     expected = float((2 * (chord / 2).arcsin() / math.pi).mean())
@@ -177,7 +184,7 @@ def test_small_angles_are_exact():
 def test_parts_that_add_nothing_have_no_influence():
     program = silenced(tiny_program(layers=4), 2)
     values = score_units(program, units_of(program, ("attention", "ffn")), IDS, "mi").values
-    quiet = {Unit(2, "attention"), Unit(2, "ffn")}
+    quiet = {PruningUnit(2, "attention"), PruningUnit(2, "ffn")}
     assert all((value <= 1e-6) == (unit in quiet) for unit, value in values.items())
 
 
@@ -193,7 +200,7 @@ def test_texts_in_several_batches_score_as_in_one(monkeypatch):
 
 
 def test_a_program_with_a_cache_scores_as_without():
-    units = [Unit(index) for index in range(4)]
+    units = [PruningUnit(index) for index in range(4)]
     plain, cached = (
         score_units(tiny_program(layers=4, cache=cache), units, IDS, "mi").values
         for cache in (False, True)
@@ -203,19 +210,24 @@ def test_a_program_with_a_cache_scores_as_without():
 
 def test_the_influence_of_the_last_block_is_that_of_its_own_output():
     program = tiny_program(layers=4)
-    units = [Unit(3)]
-    assert score_units(program, units, IDS, "mi").values[Unit(3)] == pytest.approx(
-        score_units(program, units, IDS, "bi").values[Unit(3)], rel=1e-6
+    units = [PruningUnit(3)]
+    assert score_units(program, units, IDS, "mi").values[PruningUnit(3)] == pytest.approx(
+        score_units(program, units, IDS, "bi").values[PruningUnit(3)], rel=1e-6
     )
 
 
 def test_equal_scores_go_to_the_lowest_index_and_no_number_is_never_chosen():
-    values = {Unit(4): 0.1, Unit(2): 0.1, Unit(1): math.nan, Unit(3): 0.5}
-    assert Scores(values, 0).lowest() == Unit(2)
+    values = {
+        PruningUnit(4): 0.1,
+        PruningUnit(2): 0.1,
+        PruningUnit(1): math.nan,
+        PruningUnit(3): 0.5,
+    }
+    assert Scores(values, 0).lowest() == PruningUnit(2)
     with pytest.raises(SourceError, match="finite"):
-        Scores({Unit(0): math.nan}, 0).lowest()
+        Scores({PruningUnit(0): math.nan}, 0).lowest()
     program = silenced(silenced(tiny_program(layers=6), 4), 2)
-    assert score_units(program, units_of(program, ("block",)), IDS, "mi").lowest() == Unit(2)
+    assert score_units(program, units_of(program, ("block",)), IDS, "mi").lowest() == PruningUnit(2)
 
 
 def test_scores_repeat_bit_for_bit():
@@ -228,7 +240,7 @@ def test_scores_repeat_bit_for_bit():
 def test_a_score_may_be_against_another_model():
     program = tiny_program(layers=5)
     base = final_results(program, IDS, "mi")
-    shorter = without(program, Unit(1))
+    shorter = without(program, PruningUnit(1))
     units = units_of(shorter, ("block",))
     found = score_units(shorter, units, IDS, "mi", reference=base).values
     for unit in units:
@@ -249,10 +261,12 @@ def test_the_order_of_removal_is_that_of_brute_force(reference, monkeypatch):
         target = stream(program if reference == "original" else current)
         scores = []
         for place in range(len(left)):
-            cosine = F.cosine_similarity(target, stream(without(current, Unit(place))), dim=-1)
+            cosine = F.cosine_similarity(
+                target, stream(without(current, PruningUnit(place))), dim=-1
+            )
             scores.append(float((1 - cosine).mean()))
         place = scores.index(min(scores))
         order.append(str(left.pop(place)))
-        current = without(current, Unit(place))
+        current = without(current, PruningUnit(place))
     assert result.record.order == order
     assert str(result.program) == str(current)

@@ -27,7 +27,7 @@ from measure import keep, random_llama, run_recipes
 
 import graphopt as go
 from graphopt.backends.onnx_artifact import OnnxArtifactModel
-from graphopt.calibration.scores import Unit, final_results, score_units, units_of
+from graphopt.calibration.scores import PruningUnit, final_results, score_units, units_of
 from graphopt.calibration.text import pick, text_windows
 from graphopt.capture import capture
 from graphopt.evaluate.perplexity import read_text
@@ -94,7 +94,7 @@ def scores(options: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": times, "share": share, "largest_difference": largest, "blocks": len(units)}
 
 
-def naive(program: Any, unit: Unit, windows: Any, base: Any, device: torch.device) -> float:
+def naive(program: Any, unit: PruningUnit, windows: Any, base: Any, device: torch.device) -> float:
     """Return a block's macro influence by running the model without it."""
     pruned = program.copy()
     remove_blocks(pruned, [unit.block])

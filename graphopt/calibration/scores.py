@@ -42,8 +42,8 @@ _TOKENS_OF_CANDIDATES = PerDevice(cpu=4096, gpu=32768)
 
 
 @dataclass(frozen=True, order=True)
-class Unit:
-    """What may be left out: a whole block, or its attention or feed-forward part.
+class PruningUnit:
+    """What may be ablated: a whole block, or its attention or feed-forward part.
 
     Attributes:
         block: Index among `find_blocks`.
@@ -66,10 +66,10 @@ class Scores:
         calls: Block calls it took, over one batch.
     """
 
-    values: dict[Unit, float]
+    values: dict[PruningUnit, float]
     calls: int
 
-    def lowest(self) -> Unit:
+    def lowest(self) -> PruningUnit:
         """Return the least important unit, the first of equals."""
         known = {unit: v for unit, v in self.values.items() if math.isfinite(v)}
         if not known:
@@ -80,21 +80,21 @@ class Scores:
         return min(known, key=lambda unit: (known[unit], unit))
 
 
-def units_of(program: Program, kinds: Sequence[str]) -> list[Unit]:
+def units_of(program: Program, kinds: Sequence[str]) -> list[PruningUnit]:
     """Return every candidate of these kinds, in order."""
-    units: list[Unit] = []
+    units: list[PruningUnit] = []
     for index, block in enumerate(find_blocks(program)):
         function = program.functions[program.calls[block.position].function]
         parts = {part.kind for part in sub_blocks(function, block.stream)}
         for kind in kinds:
             if kind == "block" or kind in parts:
-                units.append(Unit(index, kind))
+                units.append(PruningUnit(index, kind))
     return units
 
 
 def score_units(
     program: Program,
-    units: Sequence[Unit],
+    units: Sequence[PruningUnit],
     windows: Tensor,
     metric: str = "mi",
     *,
@@ -118,7 +118,7 @@ def score_units(
         SourceError: A weight cannot be read.
     """
     stream = scoring_stream(program, windows, device=device, dtype=dtype, progress=progress)
-    wanted: dict[int, list[Unit]] = {}
+    wanted: dict[int, list[PruningUnit]] = {}
     for unit in units:
         wanted.setdefault(unit.block, []).append(unit)
     with torch.inference_mode():
@@ -206,10 +206,10 @@ def final_output_metric(
 
 
 def block_output_metric(
-    stream: HiddenStateStream, wanted: Mapping[int, Sequence[Unit]], metric: str
-) -> dict[Unit, float]:
+    stream: HiddenStateStream, wanted: Mapping[int, Sequence[PruningUnit]], metric: str
+) -> dict[PruningUnit, float]:
     """Score units, by the index of their block, by the hidden states behind it."""
-    values: dict[Unit, float] = {}
+    values: dict[PruningUnit, float] = {}
     for block in stream:
         without = {unit: ablated(block, unit) for unit in wanted.get(block.index, ())}
         behind = block.advance()
@@ -218,7 +218,7 @@ def block_output_metric(
     return values
 
 
-def ablated(block: BlockStep, unit: Unit) -> list[Tensor]:
+def ablated(block: BlockStep, unit: PruningUnit) -> list[Tensor]:
     """Return every batch's hidden states behind a block that leaves a unit out."""
     kinds = {part.kind for part in sub_blocks(block.function, block.block.stream)}
     if unit.kind == "block" or kinds == {unit.kind}:

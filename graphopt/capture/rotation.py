@@ -218,7 +218,7 @@ class RopeTables:
 def raise_ropes(kind: LayerKind, tables: RopeTables) -> None:
     """Raise every rotation, outermost candidates first.
 
-    Runs before moves are raised, since a rotation's own slices must not be taken for a choice
+    Runs before layout ops are raised, since a rotation's own slices must not be taken for a choice
     of weight rows.
     """
     raiser = kind.raiser

@@ -16,11 +16,11 @@ from graphopt.capture.activations import raise_activations
 from graphopt.capture.attention import raise_attention
 from graphopt.capture.canonical import canonicalise
 from graphopt.capture.hoist import LayerKind, hoist, merge_equal_constants, stream_values
+from graphopt.capture.layout_ops import raise_layout_ops
 from graphopt.capture.linears import raise_linears, sink_reshape_below_linear
 from graphopt.capture.mask_operands import set_masks
 from graphopt.capture.masks import MaskRecogniser
 from graphopt.capture.merge_layer_functions import merge_layer_functions
-from graphopt.capture.moves import raise_moves
 from graphopt.capture.norms import raise_norms
 from graphopt.capture.position_embeddings import raise_position_embeddings
 from graphopt.capture.rewriting import Raiser
@@ -215,7 +215,10 @@ _SUMS = (
         lambda raiser, slots: raiser.attempt(sink_reshape_below_linear, raiser),
     ),
 )
-_MOVES = ("raise-moves", lambda raiser, slots: raiser.attempt(raise_moves, raiser, slots))
+_LAYOUT_OPS = (
+    "raise-layout-ops",
+    lambda raiser, slots: raiser.attempt(raise_layout_ops, raiser, slots),
+)
 
 ModelStep = tuple[str, Callable[[Capturing], None]]
 LayerStep = tuple[str, Callable[[Capturing, LayerKind], None]]
@@ -248,9 +251,9 @@ PHASES: tuple[tuple[tuple[ModelStep, ...], tuple[LayerStep, ...]], ...] = (
         (
             *map(_of_layer, _SUMS),
             ("raise-ropes", _raise_ropes),
-            _of_layer(_MOVES),
+            _of_layer(_LAYOUT_OPS),
             ("raise-attention", _raise_attention),
-            _of_layer(_MOVES),
+            _of_layer(_LAYOUT_OPS),
             ("raise-masks", _raise_masks),
         ),
     ),
@@ -262,7 +265,7 @@ PHASES: tuple[tuple[tuple[ModelStep, ...], tuple[LayerStep, ...]], ...] = (
                     raise_position_embeddings, state.shell, state.inputs
                 ),
             ),
-            *map(_of_model, (*_SUMS, _MOVES)),
+            *map(_of_model, (*_SUMS, _LAYOUT_OPS)),
             ("drop-unused", _drop_unused),
             ("merge-layer-functions", _merge_layer_functions),
         ),

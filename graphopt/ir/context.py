@@ -11,7 +11,7 @@ from graphopt.ir.graph import Program, resolve_attrs
 _KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 """What configs call it."""
 
-_MOVES = {
+_LAYOUT_OPS = {
     "add",
     "aten.add.Tensor",
     "aten.add.Scalar",
@@ -87,10 +87,10 @@ def position_table(program: Program) -> tuple[str, int] | None:
         for node in function.nodes:
             given = [value for value in node.inputs if value is not None]
             others = [value for value in given if value not in tables]
-            moved = node.op in _MOVES and others and places.issuperset(others)
+            moved = node.op in _LAYOUT_OPS and others and places.issuperset(others)
             if moved or node.op.startswith("aten.arange."):
                 places.update(node.outputs)
-            elif node.op in _MOVES and len(given) == 1 and given[0] in tables:
+            elif node.op in _LAYOUT_OPS and len(given) == 1 and given[0] in tables:
                 tables[node.output] = tables[given[0]]
             elif node.op in _GATHERS and len(given) == 2:
                 table, index = (given[i] for i in _GATHERS[node.op])

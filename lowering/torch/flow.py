@@ -54,14 +54,14 @@ class Flow:
 
 
 @dataclass
-class Run:
+class CallRun:
     """Calls one after the other that one statement, or one loop, makes.
 
     Attributes:
         first, last: Numbers of the calls.
         lead, tail: The first and last arguments, which every call of the run has: a value, or
             the number of a result that the call before it made.
-        tables: For every call, the arguments between those; all of them older than the run.
+        varying: For every call, the arguments between those; all of them older than the run.
         initial: For each carried result, what the first call takes in its place.
     """
 
@@ -69,7 +69,7 @@ class Run:
     last: int
     lead: list[Carried | int]
     tail: list[Carried | int] = field(default_factory=list)
-    tables: list[list[Carried]] = field(default_factory=list)
+    varying: list[list[Carried]] = field(default_factory=list)
     initial: dict[int, Carried] = field(default_factory=dict)
 
     @property
@@ -82,16 +82,16 @@ class Run:
         return [item for item in (*self.lead, *self.tail) if isinstance(item, Carried)]
 
 
-def find_runs(flow: Flow, program: Program, alike: Callable[[str, str], bool]) -> list[Run]:
+def find_runs(flow: Flow, program: Program, alike: Callable[[str, str], bool]) -> list[CallRun]:
     """Divide the calls of a program into runs that are as long as possible.
 
     Args:
         alike: True for two functions whose calls look the same but for their arguments.
     """
-    runs: list[Run] = []
+    runs: list[CallRun] = []
     first = 0
     while first < len(program.calls):
-        run = Run(first, first, list(flow.args[first]))
+        run = CallRun(first, first, list(flow.args[first]))
         for last in range(first + 1, len(program.calls)):
             ours, theirs = program.calls[first], program.calls[last]
             same = ours.function == theirs.function or (
@@ -112,7 +112,7 @@ def _is_layer(path: str, other: str) -> bool:
     return "#" in stems[0] and stems[0] == stems[1]
 
 
-def _loop(flow: Flow, first: int, last: int) -> Run | None:
+def _loop(flow: Flow, first: int, last: int) -> CallRun | None:
     """Return the calls from `first` to `last` as one run; None if no loop does what they do."""
     for number in range(first, last):
         for value in flow.results[number]:
@@ -122,7 +122,7 @@ def _loop(flow: Flow, first: int, last: int) -> Run | None:
     for number in range(first + 1, last + 1):
         made = flow.results[number - 1]
         rows.append([made.index(v) if v in made else v for v in flow.args[number]])
-    run = Run(first, last, [])
+    run = CallRun(first, last, [])
     start = flow.args[first]
     run.lead = _shared(rows, start, run.initial)
     skip = len(run.lead)
@@ -134,7 +134,7 @@ def _loop(flow: Flow, first: int, last: int) -> Run | None:
         middle = row[skip : len(row) - stop]
         if not all(isinstance(item, Carried) for item in middle):
             return None
-        run.tables.append([item for item in middle if isinstance(item, Carried)])
+        run.varying.append([item for item in middle if isinstance(item, Carried)])
     return run
 
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Call, Program, unique_name
 from graphopt.lowering.torch.classes import ModuleClass
-from graphopt.lowering.torch.columns import Columns
-from graphopt.lowering.torch.flow import Carried, Flow, Run, find_runs
+from graphopt.lowering.torch.flow import CallRun, Carried, Flow, find_runs
+from graphopt.lowering.torch.loop_arguments import LoopArguments
 from graphopt.lowering.torch.packed import stored_slots
 from graphopt.lowering.torch.text import (
     ATTRIBUTES,
@@ -25,7 +25,7 @@ from graphopt.lowering.torch.text import (
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 # What `forward` has as variables, but for the values of the program.
 _LOCALS = (*_INPUTS, "cache", "i", "layer")
-_COLUMNS = ("table", "tables", "place")
+_LOOP_VARIABLES = ("table", "tables", "place")
 
 
 class ModelClass:
@@ -100,20 +100,20 @@ class ModelClass:
 
     # --- the modules ---
 
-    def _module(self, run: Run, name: str) -> list[str]:
+    def _module(self, run: CallRun, name: str) -> list[str]:
         """Return the statement that makes the module of a call, or the list of a loop."""
         calls = [self.program.calls[number] for number in run.calls]
         kinds = [self._class(number).name for number in run.calls]
-        columns = Columns(len(calls), kinds)
-        callee = columns.add("kind", kinds)
-        arguments = [self._weights(run, calls, columns)]
+        varying = LoopArguments(len(calls), kinds)
+        callee = varying.add("kind", kinds)
+        arguments = [self._weights(run, calls, varying)]
         for option, attribute in self._class(run.first).body.options.items():
             values = [literal(call.attrs[option]) for call in calls]
-            arguments.append(f"{attribute}={columns.add(attribute, values)}")
+            arguments.append(f"{attribute}={varying.add(attribute, values)}")
         made = f"{callee}({', '.join(arguments)})"
         if len(calls) == 1:
             return wrap(f"self.{name} = {made}", 8)
-        loop = columns.loop()
+        loop = varying.loop()
         whole = f"{made} {loop}"
         head = f"        self.{name} = nn.ModuleList("
         if len(head) + len(whole) < WIDTH:
@@ -122,7 +122,7 @@ class ModelClass:
             return [head, f"            {whole}", "        )"]
         return [head, *wrap(made, 12), *wrap(loop, 12), "        )"]
 
-    def _weights(self, run: Run, calls: Sequence[Call], columns: Columns) -> str:
+    def _weights(self, run: CallRun, calls: Sequence[Call], varying: LoopArguments) -> str:
         """Return the weights of a call by slot: those under one prefix, and the others by name."""
         used = [
             stored_slots(self.program, call, self._class(number).function.weights)
@@ -134,13 +134,13 @@ class ModelClass:
             odd.update((s, None) for s, name in weights.items() if name != f"{prefix}{s}")
         under = ""
         if any(slot not in odd for weights in used for slot in weights):
-            text = columns.add_names("prefix", prefixes)
+            text = varying.add_names("prefix", prefixes)
             under = "weights" if text == '""' else f"under({text}, weights)"
         others: list[str] = []
         for slot in odd:
             first = next(weights[slot] for weights in used if slot in weights)
             names = [weights.get(slot, first) for weights in used]
-            others.append(f"{quoted(slot)}: weights[{columns.add_names('name', names)}]")
+            others.append(f"{quoted(slot)}: weights[{varying.add_names('name', names)}]")
         if not under:
             return f"{{{', '.join(others)}}}"
         return f"{under} | {{{', '.join(others)}}}" if others else under
@@ -259,17 +259,17 @@ class ModelClass:
         hints: dict[Carried, str] = {}
         for run in self.runs:
             params = self._class(run.first).body.params
-            places = [*run.lead, *([None] * len(run.tables[0] if run.tables else ())), *run.tail]
+            places = [*run.lead, *([None] * len(run.varying[0] if run.varying else ())), *run.tail]
             for item, param in zip(places, params, strict=True):
                 if isinstance(item, int):
                     hints.setdefault(run.initial[item], param)
                     hints[self.flow.results[run.last][item]] = param
         return hints
 
-    def _fresh(self, value: Carried, run: Run) -> str:
+    def _fresh(self, value: Carried, run: CallRun) -> str:
         """Return a variable for a value that `run` makes: one whose value is not needed."""
         # A loop reads these again and again.
-        tables = [value for row in run.tables for value in row]
+        tables = [value for row in run.varying for value in row]
         read = [*run.fixed, *run.initial.values(), *tables] if len(run.calls) > 1 else []
         taken = {
             name
@@ -278,12 +278,12 @@ class ModelClass:
         }
         wanted = self._hints.get(value) or re.sub(r"(?<=[A-Za-z])\d+$", "", value.name)
         name = identifier(wanted, ())
-        return unique_name(f"{name}_" if name in (*_LOCALS, *_COLUMNS) else name, taken)
+        return unique_name(f"{name}_" if name in (*_LOCALS, *_LOOP_VARIABLES) else name, taken)
 
-    def _run(self, run: Run, module: str) -> list[str]:
+    def _run(self, run: CallRun, module: str) -> list[str]:
         """Return the statements of one run, not yet broken into lines."""
-        columns = Columns(len(run.calls), _LOCALS)
-        tables = self._tables(run, columns)
+        varying = LoopArguments(len(run.calls), _LOCALS)
+        tables = self._tables(run, varying)
         fixed = {item: self._names[item] for item in run.fixed}
         lines = self._start(run)
         final = self.flow.results[run.last]
@@ -292,7 +292,7 @@ class ModelClass:
             for items in (run.lead, run.tail)
         )
         sizes = [_SIZE_TEXT[need] for need in self._class(run.first).body.needs]
-        slots = self._cache_items(run, columns)
+        slots = self._cache_items(run, varying)
         for value in final:
             if value.uses and value not in self._names:
                 self._names[value] = self._fresh(value, run)
@@ -303,11 +303,11 @@ class ModelClass:
             return [*lines, f"        {assigned}self.{module}({arguments})"]
         return [
             *lines,
-            f"        for {columns.over(f'self.{module}')}:",
+            f"        for {varying.over(f'self.{module}')}:",
             f"            {assigned}layer({arguments})",
         ]
 
-    def _start(self, run: Run) -> list[str]:
+    def _start(self, run: CallRun) -> list[str]:
         """Name what a loop carries; return the statements that set it before the loop."""
         lines: list[str] = []
         used: set[str] = set()
@@ -320,23 +320,23 @@ class ModelClass:
             self._names[self.flow.results[run.last][item]] = name
         return lines
 
-    def _tables(self, run: Run, columns: Columns) -> list[str]:
+    def _tables(self, run: CallRun, varying: LoopArguments) -> list[str]:
         """Return the argument that differs from call to call of a loop."""
-        rows = [[self._names[value] for value in row] for row in run.tables]
+        rows = [[self._names[value] for value in row] for row in run.varying]
         if not any(rows):
             return []
         if all(len(row) == 1 for row in rows):
-            return [columns.add("table", [row[0] for row in rows])]
+            return [varying.add("table", [row[0] for row in rows])]
         tuples = [f"({', '.join(row)}{',' if len(row) == 1 else ''})" for row in rows]
-        return [f"*{columns.add('tables', tuples)}"]
+        return [f"*{varying.add('tables', tuples)}"]
 
-    def _cache_items(self, run: Run, columns: Columns) -> list[str]:
+    def _cache_items(self, run: CallRun, varying: LoopArguments) -> list[str]:
         """Return the items of `cache` that a call reads and replaces."""
         places: list[list[int]] = []
         for number in run.calls:
             call, caches = self.program.calls[number], self._class(number).function.caches
             places.append([self.states[call.caches[cache.slot]] for cache in caches])
-        return [f"cache[{columns.add_place(list(column))}]" for column in zip(*places, strict=True)]
+        return [f"cache[{varying.add_place(list(column))}]" for column in zip(*places, strict=True)]
 
 
 _SIZE_TEXT = {"B": "B", "S": "S", "P": "P", "device": "input_ids.device"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from graphopt.calibration.scores import Scores, Unit, final_results, score_units, units_of
+from graphopt.calibration.scores import PruningUnit, Scores, final_results, score_units, units_of
 from graphopt.calibration.text import (
     PERPLEXITY_WINDOWS,
     calibration_windows,
@@ -60,7 +60,7 @@ class Choice:
         skipped: What was left in though its score was the lowest, and why.
     """
 
-    order: list[Unit] = field(default_factory=list)
+    order: list[PruningUnit] = field(default_factory=list)
     scores: list[dict[str, float | None]] = field(default_factory=list)
     perplexity: list[Step] = field(default_factory=list)
     speed: list[float | None] = field(default_factory=list)
@@ -101,7 +101,7 @@ class Chooser:
             )
         self._step("the whole model", self._perplexity_without([]), choice)
         if options.remove:
-            choice.order = [Unit(index, options.part) for index in options.remove]
+            choice.order = [PruningUnit(index, options.part) for index in options.remove]
             self._step("removing all of them", self._perplexity_without(choice.order), choice)
         left = list(units)
         stopped = False
@@ -123,8 +123,12 @@ class Chooser:
         return choice
 
     def _scored(
-        self, left: list[Unit], gone: list[Unit], base: list[Tensor] | None, choice: Choice
-    ) -> dict[Unit, float]:
+        self,
+        left: list[PruningUnit],
+        gone: list[PruningUnit],
+        base: list[Tensor] | None,
+        choice: Choice,
+    ) -> dict[PruningUnit, float]:
         """Return the scores of the units that are left where others are gone."""
         started = time.perf_counter()
         scores = self.score(self._without(gone), self._renamed(left, gone), base)
@@ -133,7 +137,9 @@ class Chooser:
         choice.scores.append({str(unit): score for unit, score in named.items()})
         return named
 
-    def _watched(self, named: Mapping[Unit, float], count: int, choice: Choice) -> Unit | None:
+    def _watched(
+        self, named: Mapping[PruningUnit, float], count: int, choice: Choice
+    ) -> PruningUnit | None:
         """Return the unit that goes next, or None where none may.
 
         It is the lowest by its score, unless held-out perplexity says that the score is blind.
@@ -170,7 +176,9 @@ class Chooser:
         self._step(f"removing {best}", tried[best], choice)
         return best
 
-    def _look_back(self, left: list[Unit], base: list[Tensor] | None, choice: Choice) -> None:
+    def _look_back(
+        self, left: list[PruningUnit], base: list[Tensor] | None, choice: Choice
+    ) -> None:
         """Put back each removed unit once; the lowest goes, which may be another one."""
         for number, unit in enumerate(list(choice.order)):
             others = [other for other in choice.order if other != unit]
@@ -187,20 +195,22 @@ class Chooser:
             left.append(unit)
             self._step(f"removing {better} in place of {unit}", value, choice)
 
-    def score(self, program: Program, units: list[Unit], base: list[Tensor] | None) -> Scores:
+    def score(
+        self, program: Program, units: list[PruningUnit], base: list[Tensor] | None
+    ) -> Scores:
         """Score units of a program that is in memory."""
         return score_units(
             program, units, self.windows, self.options.score,
             device=self.device, dtype=self.dtype, reference=base, progress=self.context.progress,
         )  # fmt: skip
 
-    def _without(self, units: list[Unit]) -> Program:
+    def _without(self, units: list[PruningUnit]) -> Program:
         program = self.program.copy()
         if units:
             remove_sub_blocks(program, [(unit.block, unit.kind) for unit in units])
         return program
 
-    def _renamed(self, left: list[Unit], gone: list[Unit]) -> list[Unit]:
+    def _renamed(self, left: list[PruningUnit], gone: list[PruningUnit]) -> list[PruningUnit]:
         """Return what units of the whole program are called in the one without `gone`."""
         blocks = find_blocks(self.program)
         lost: set[int] = set()
@@ -211,10 +221,11 @@ class Chooser:
             if "block" in kinds or (parts and parts <= kinds):
                 lost.add(index)
         return [
-            Unit(unit.block - sum(index < unit.block for index in lost), unit.kind) for unit in left
+            PruningUnit(unit.block - sum(index < unit.block for index in lost), unit.kind)
+            for unit in left
         ]
 
-    def _perplexity_without(self, units: list[Unit]) -> float:
+    def _perplexity_without(self, units: list[PruningUnit]) -> float:
         return held_out_perplexity(self._without(units), self.checked, self.device, self.dtype)
 
     def _step(self, what: str, value: float, choice: Choice) -> None:

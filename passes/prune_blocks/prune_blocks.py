@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from graphopt.calibration.scores import Unit, units_of
+from graphopt.calibration.scores import PruningUnit, units_of
 from graphopt.errors import PassError, UsageError
 from graphopt.ir.blocks import (
     block_name,
@@ -137,7 +137,7 @@ class PruneBlocks(Pass):
                 f"No block of {program.name} is a sum of a stream and parts of kind {self.part!r}.",
                 "Remove whole blocks: part=block.",
             )
-        odd = sorted(i for i in self.remove if Unit(i, self.part) not in units)
+        odd = sorted(i for i in self.remove if PruningUnit(i, self.part) not in units)
         if odd:
             where = block_name(program, find_blocks(program)[odd[0]])
             raise PassError(

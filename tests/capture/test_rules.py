@@ -22,8 +22,8 @@ from graphopt.capture.activations import raise_activations
 from graphopt.capture.attention import raise_attention
 from graphopt.capture.canonical import canonicalise
 from graphopt.capture.export import export_layer
+from graphopt.capture.layout_ops import raise_layout_ops
 from graphopt.capture.linears import raise_linears, sink_reshape_below_linear
-from graphopt.capture.moves import raise_moves
 from graphopt.capture.norms import raise_norms
 from graphopt.capture.rewriting import Raiser
 from graphopt.capture.slots import SlotSources
@@ -75,12 +75,12 @@ def activations(raiser: Raiser, slots: SlotSources) -> None:
 def flattening(raiser: Raiser, slots: SlotSources) -> None:
     raise_linears(raiser, slots)
     sink_reshape_below_linear(raiser)
-    raise_moves(raiser, slots)
+    raise_layout_ops(raiser, slots)
 
 
 def attention(raiser: Raiser, slots: SlotSources) -> None:
     raise_activations(raiser)
-    raise_moves(raiser, slots)
+    raise_layout_ops(raiser, slots)
     raised, _ = raise_attention(raiser)
     assert all(not item.terms for item in raised)
     raiser.sweep()
@@ -119,20 +119,20 @@ RAISED = {
         [X], [(5, 6)], ["linear"],
     ),
     "split_heads": (
-        raise_moves, lambda x: x.view(*x.shape[:2], 3, 2).transpose(1, 2),
+        raise_layout_ops, lambda x: x.view(*x.shape[:2], 3, 2).transpose(1, 2),
         [X], [], ["split_heads"],
     ),
     "merge_heads": (
-        raise_moves,
+        raise_layout_ops,
         lambda x: x.permute(0, 2, 1, 3).reshape(*x.shape[:1], -1, 32),
         [HEADS], [], ["merge_heads"],
     ),
     "transpose_heads": (
-        raise_moves, lambda x: x.permute(0, 2, 1, 3), [HEADS], [],
+        raise_layout_ops, lambda x: x.permute(0, 2, 1, 3), [HEADS], [],
         ["transpose_heads"],
     ),
-    "moves that undo each other": (
-        raise_moves, lambda x: x.transpose(1, 2).transpose(1, 2) + x,
+    "layout ops that undo each other": (
+        raise_layout_ops, lambda x: x.transpose(1, 2).transpose(1, 2) + x,
         [HEADS], [], ["add"],
     ),
     "attention, of torch": (
@@ -160,9 +160,9 @@ LEFT = {
         [X], [(5, 6)],
     ),
     "features in another order": (
-        raise_moves, lambda x: x.flip(-1), [X], [],
+        raise_layout_ops, lambda x: x.flip(-1), [X], [],
     ),
-    "tokens in another order": (raise_moves, lambda x: x.flip(1), [X], []),
+    "tokens in another order": (raise_layout_ops, lambda x: x.flip(1), [X], []),
     "a softmax of something else": (attention, lambda x: torch.softmax(x, -1) * x, [X], []),
     "a softmax over queries": (
         attention, lambda q, k, v: torch.softmax(q @ k.transpose(-1, -2), -2) @ v, [HEADS] * 3, [],
@@ -174,7 +174,7 @@ NEVER = {
     norms: {"rms_norm", "layer_norm"},
     activations: {"silu", "quick_gelu", "gelu", "gelu_tanh", "softcap"},
     attention: {"attention"},
-    raise_moves: {"split_heads", "merge_heads", "transpose_heads"},
+    raise_layout_ops: {"split_heads", "merge_heads", "transpose_heads"},
 }
 
 
@@ -327,7 +327,7 @@ def test_every_rule_has_its_graphs() -> None:
     package = Path(graphopt.capture.__file__).parent
     text = "\n".join(path.read_text(encoding="utf-8") for path in package.glob("*.py"))
     rules = set(re.findall(r"^def (raise_\w+|sink_\w+|set_masks)\(", text, flags=re.MULTILINE))
-    by_graph = {"raise_linears", "raise_norms", "raise_activations", "raise_moves"}
+    by_graph = {"raise_linears", "raise_norms", "raise_activations", "raise_layout_ops"}
     by_graph |= {"sink_reshape_below_linear", "raise_attention"}
     by_model = {"raise_ropes", "raise_position_embeddings", "set_masks"}
     assert rules == by_graph | by_model

@@ -23,8 +23,8 @@ def test_every_step_has_a_name_a_place_and_a_count():
     layer = [step for step in steps if step.where != "the model"]
     assert [step.name for step in layer] == [
         "merge-equal-constants", "canonicalise", "hoist", "raise-linears", "raise-norms",
-        "raise-activations", "sink-reshape-below-linear", "raise-ropes", "raise-moves",
-        "raise-attention", "raise-moves", "raise-masks",
+        "raise-activations", "sink-reshape-below-linear", "raise-ropes", "raise-layout-ops",
+        "raise-attention", "raise-layout-ops", "raise-masks",
     ]  # fmt: skip
     assert {step.where for step in layer} == {"model.layers.0"}
     done = {step.name: step for step in layer}

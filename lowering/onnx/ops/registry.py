@@ -140,28 +140,28 @@ class Lowering:
         return node.inputs[leaf.index] if isinstance(leaf, In) else leaf
 
 
-Form = Callable[[Lowering, Node], Lowered | Sequence[Lowered]]
-_FORMS: dict[str, Form] = {}
+Translation = Callable[[Lowering, Node], Lowered | Sequence[Lowered]]
+_TRANSLATIONS: dict[str, Translation] = {}
 
 
-def translation(*names: str) -> Callable[[Form], Form]:
-    """Decorator: the ONNX form of an op, or of every overload of an ATen operator."""
+def translation(*names: str) -> Callable[[Translation], Translation]:
+    """Decorator: the translation into ONNX of an op, or of every overload of an ATen operator."""
 
-    def add(form: Form) -> Form:
+    def add(translated: Translation) -> Translation:
         for name in names:
-            if name in _FORMS:
-                raise ValueError(f"{name!r} has an ONNX form already")
-            _FORMS[name] = form
-        return form
+            if name in _TRANSLATIONS:
+                raise ValueError(f"{name!r} has a translation already")
+            _TRANSLATIONS[name] = translated
+        return translated
 
     return add
 
 
-def translation_of(op: str) -> Form | None:
-    """Return the ONNX form of an op; an ATen operator is looked up with and without overload."""
-    if op in _FORMS:
-        return _FORMS[op]
+def translation_of(op: str) -> Translation | None:
+    """Return the translation of an op; an ATen operator is looked up with and without overload."""
+    if op in _TRANSLATIONS:
+        return _TRANSLATIONS[op]
     if "." in op:
         namespace, name, _ = op.split(".")
-        return _FORMS.get(f"{namespace}.{name}")
+        return _TRANSLATIONS.get(f"{namespace}.{name}")
     return None

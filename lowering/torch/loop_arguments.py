@@ -1,4 +1,4 @@
-"""What differs between the turns of a loop, as variables of that loop."""
+"""Loop-varying arguments: what differs between the calls of a loop, as its variables."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from graphopt.ir.graph import unique_name
 from graphopt.lowering.torch.text import numbers, quoted, series
 
 
-class Columns:
-    """What differs between the calls of a loop, as variables of the loop.
+class LoopArguments:
+    """The loop-varying arguments of calls, as variables of the loop.
 
     Args:
         count: How often the loop runs.
@@ -20,7 +20,7 @@ class Columns:
     def __init__(self, count: int, taken: Collection[str]) -> None:
         self.count = count
         self.taken = taken
-        self._columns: dict[str, str] = {}
+        self._variables: dict[str, str] = {}
         self._counted = False
 
     def add(self, name: str, texts: Sequence[str]) -> str:
@@ -30,11 +30,11 @@ class Columns:
         return self._variable(name, series(texts))
 
     def _variable(self, name: str, iterable: str) -> str:
-        for known, other in self._columns.items():
+        for known, other in self._variables.items():
             if other == iterable:
                 return known
-        name = unique_name(name, {*self._columns, *self.taken})
-        self._columns[name] = iterable
+        name = unique_name(name, {*self._variables, *self.taken})
+        self._variables[name] = iterable
         return name
 
     def add_names(self, name: str, names: Sequence[str]) -> str:
@@ -66,16 +66,20 @@ class Columns:
 
     def loop(self) -> str:
         """Return the `for` of a comprehension over the variables."""
-        if not self._columns:
+        if not self._variables:
             return f"for _ in range({self.count})"
-        names, iterables = ", ".join(self._columns), ", ".join(self._columns.values())
-        return f"for {names} in " + (f"zip({iterables})" if len(self._columns) > 1 else iterables)
+        names, iterables = ", ".join(self._variables), ", ".join(self._variables.values())
+        return f"for {names} in " + (f"zip({iterables})" if len(self._variables) > 1 else iterables)
 
     def over(self, modules: str) -> str:
         """Return the `for` of a loop over `modules`, without the word itself."""
-        names = ", ".join(["layer", *self._columns])
-        text = f"zip({', '.join([modules, *self._columns.values()])})" if self._columns else modules
+        names = ", ".join(["layer", *self._variables])
+        text = (
+            f"zip({', '.join([modules, *self._variables.values()])})"
+            if self._variables
+            else modules
+        )
         if not self._counted:
             return f"{names} in {text}"
-        names = f"({names})" if self._columns else names
+        names = f"({names})" if self._variables else names
         return f"i, {names} in enumerate({text})"

@@ -1,6 +1,6 @@
-"""Raising chains of views, transposes and slices by following where every element goes.
+"""Raising chains of layout ops (views, transposes, slices) by where every element goes.
 
-A chain of data movement is a map of indices. Running it on the numbers 0, 1, 2, ... gives the
+A chain of layout ops is a map of indices. Running it on the numbers 0, 1, 2, ... gives the
 map exactly; comparing that with a few closed forms gives split_heads, merge_heads, transpose_heads,
 a choice of features (which becomes a choice of weight rows where a linear made them), or a
 repetition of heads.
@@ -23,7 +23,7 @@ from graphopt.ir.graph import In, Node, Value
 from graphopt.ir.types import B, Dim, Type, dim
 from graphopt.rewrite import equal_node
 
-MOVES = {
+LAYOUT_OPS = {
     "view", "reshape", "_unsafe_view", "transpose", "permute", "unsqueeze", "squeeze", "expand",
     "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "narrow", "flatten",
     "unflatten", "repeat_interleave", "repeat", "contiguous", "clone", "index", "movedim",
@@ -33,8 +33,8 @@ MOVES = {
 
 
 @dataclass(frozen=True)
-class Form:
-    """What a chain amounts to, applied to its root in this order.
+class LayoutChain:
+    """The closed form of a chain of layout ops: what is applied to its root, in this order.
 
     Attributes:
         unmerge: View the root [B*H, ...] as [B, H, ...] first, with this many heads.
@@ -58,15 +58,15 @@ class Form:
     remerge: bool = False
 
 
-def raise_moves(raiser: Raiser, slots: SlotSources) -> None:
-    """Replace every chain of moves that has a closed form."""
+def raise_layout_ops(raiser: Raiser, slots: SlotSources) -> None:
+    """Replace every chain of layout ops that has a closed form."""
     uses = raiser.function.uses()
     outside = raiser.function.outside_values()
     for node in list(raiser.function.nodes):
-        if base(node.op) not in MOVES:
+        if base(node.op) not in LAYOUT_OPS:
             continue
         for value in node.outputs:
-            ends = value in outside or any(base(u.op) not in MOVES for u, _ in uses[value])
+            ends = value in outside or any(base(u.op) not in LAYOUT_OPS for u, _ in uses[value])
             if ends:
                 with contextlib.suppress(NotRaisedError):
                     _raise_chain(raiser, slots, value)
@@ -74,9 +74,9 @@ def raise_moves(raiser: Raiser, slots: SlotSources) -> None:
 
 
 def root_of(raiser: Raiser, value: Value) -> tuple[Value, int]:
-    """Return the value a chain of moves starts from, and the chain's length."""
+    """Return the value a chain of layout ops starts from, and the chain's length."""
     length = 0
-    while value.node is not None and base(value.node.op) in MOVES:
+    while value.node is not None and base(value.node.op) in LAYOUT_OPS:
         node = value.node
         if any(raiser.constant(v) is None for v in node.inputs[1:] if v is not None):
             break
@@ -105,37 +105,39 @@ def _raise_chain(raiser: Raiser, slots: SlotSources, value: Value) -> None:
     except (KeyError, RuntimeError, ValueError, IndexError, TypeError):
         return
     roots = [raiser.types[root].concrete(sizes) for sizes in SMALL_SIZES]
-    forms = [
+    chains = [
         _closed_form(m, shape, sizes)
         for m, shape, sizes in zip(maps, roots, SMALL_SIZES, strict=True)
     ]
-    if forms[0] is None or forms[0] != forms[1]:
+    if chains[0] is None or chains[0] != chains[1]:
         return
-    form = forms[0]
-    if form == Form():
+    chain = chains[0]
+    if chain == LayoutChain():
         if raiser.types[root] == raiser.types[value]:
             raiser.function.replace(value, root)
         return
-    if length == 1 and value.node is not None and _already(value.node, form):
+    if length == 1 and value.node is not None and _already(value.node, chain):
         return
-    _build(raiser, slots, value, root, form)
+    _build(raiser, slots, value, root, chain)
 
 
-def _already(node: Node, form: Form) -> bool:
-    """True where the single node is how `_build` would write the form."""
+def _already(node: Node, chain: LayoutChain) -> bool:
+    """True where the single node is how `_build` would write the chain."""
     if node.op in ("split_heads", "merge_heads", "transpose_heads"):
         return True
-    if form == Form(remerge=True) or (form.unmerge and form == Form(unmerge=form.unmerge)):
+    if chain == LayoutChain(remerge=True) or (
+        chain.unmerge and chain == LayoutChain(unmerge=chain.unmerge)
+    ):
         return base(node.op) == "reshape"
-    if form == Form(turn=True):
+    if chain == LayoutChain(turn=True):
         return node.op == "aten.transpose.int" and node.attrs["args"][1:] == [-1, -2]
-    return form == Form(repeat=form.repeat) and base(node.op) == "repeat_interleave"
+    return chain == LayoutChain(repeat=chain.repeat) and base(node.op) == "repeat_interleave"
 
 
 def _closed_form(
     where: Tensor, root: tuple[int, ...], sizes: Mapping[sympy.Symbol, int]
-) -> Form | None:
-    """Return the form of an index map, at one choice of sizes."""
+) -> LayoutChain | None:
+    """Return the closed form of an index map, at one choice of sizes."""
     if where.numel() == 0:
         return None
     batch = sizes[B]
@@ -155,9 +157,9 @@ def _closed_form(
                 if turn and target.dim() < 3:
                     continue
                 aim = target.transpose(-1, -2) if turn else target
-                form = _core(start, aim)
-                if form is not None:
-                    return Form(unmerge, *form, turn, remerge)
+                chain = _core(start, aim)
+                if chain is not None:
+                    return LayoutChain(unmerge, *chain, turn, remerge)
     return None
 
 
@@ -235,40 +237,42 @@ def _as_index(chosen: Tensor, width: int) -> Index | None:
     return tuple(items)
 
 
-def _build(raiser: Raiser, slots: SlotSources, value: Value, root: Value, form: Form) -> None:
-    """Write the form as nodes in front of the chain's last node."""
+def _build(
+    raiser: Raiser, slots: SlotSources, value: Value, root: Value, chain: LayoutChain
+) -> None:
+    """Write the chain as nodes in front of the chain's last node."""
     before = value.node
     assert before is not None
     current = root
-    if form.features is not None:
-        chosen = _choose_features(raiser, slots, root, form.features)
+    if chain.features is not None:
+        chosen = _choose_features(raiser, slots, root, chain.features)
         if chosen is None:
             return
         current = chosen
-    if form.unmerge is not None:
+    if chain.unmerge is not None:
         first, *rest = raiser.types[current].shape
-        shape = (dim(first / sympy.Integer(form.unmerge)), form.unmerge, *rest)
+        shape = (dim(first / sympy.Integer(chain.unmerge)), chain.unmerge, *rest)
         current = _reshape(raiser, current, shape, before)
-    if form.split is not None:
-        attrs: dict[str, Any] = {"head_dim": form.split}
-        if not form.swap:
+    if chain.split is not None:
+        attrs: dict[str, Any] = {"head_dim": chain.split}
+        if not chain.swap:
             attrs["swap"] = False
         current = raiser.insert("split_heads", [current], attrs, before).output
-    if form.merge:
-        attrs = {} if form.swap else {"swap": False}
+    if chain.merge:
+        attrs = {} if chain.swap else {"swap": False}
         current = raiser.insert("merge_heads", [current], attrs, before).output
-    if form.swap_only:
+    if chain.swap_only:
         current = raiser.insert("transpose_heads", [current], {}, before).output
-    if form.repeat > 1:
+    if chain.repeat > 1:
         batch, heads, *rest = raiser.types[current].shape
-        kind = Type((batch, dim(heads * form.repeat), *rest), raiser.types[current].dtype)
+        kind = Type((batch, dim(heads * chain.repeat), *rest), raiser.types[current].dtype)
         current = _aten(raiser, "aten.repeat_interleave.self_int", current,
-                        [In(0), form.repeat, 1], kind, before)  # fmt: skip
-    if form.turn:
+                        [In(0), chain.repeat, 1], kind, before)  # fmt: skip
+    if chain.turn:
         *rest, a, b = raiser.types[current].shape
         kind = Type((*rest, b, a), raiser.types[current].dtype)
         current = _aten(raiser, "aten.transpose.int", current, [In(0), -1, -2], kind, before)
-    if form.remerge:
+    if chain.remerge:
         batch, heads, *rest = raiser.types[current].shape
         current = _reshape(raiser, current, (dim(batch * heads), *rest), before)
     raiser.function.replace(value, current)
