@@ -24,7 +24,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 def scope(monkeypatch):
     """Return names for examples; what they register goes when the test ends."""
     for module, name in (
-        (base, "_OPS"), (registry, "_FORMS"), (forms, "_CALLEES"), (targets, "_REGISTERED"),
+        (base, "_OPS"), (registry, "_TRANSLATIONS"), (forms, "_CALLEES"), (targets, "_REGISTERED"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, dict(getattr(module, name)))
     return {"__name__": __name__, "model": tiny_program(cache=True, head_dim=32)}

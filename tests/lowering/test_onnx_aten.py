@@ -25,7 +25,7 @@ from graphopt.ir.types import P
 from graphopt.ir.verify import verify
 from graphopt.lowering.onnx.emitter import OnnxEmitter, _Graph
 from graphopt.lowering.onnx.external import DataFile
-from graphopt.lowering.onnx.ops.registry import _FORMS
+from graphopt.lowering.onnx.ops.registry import _TRANSLATIONS
 
 # In tensors of these sizes 5 means the batch and 7 the length; then the graph runs at (2, 3) too.
 BATCH, LENGTH = 5, 7
@@ -623,7 +623,7 @@ def test_form(label, tmp_path):
 def test_every_registered_operator_is_here():
     tried = {name for name, *_ in CASES.values()} | {GROUPED}
     tried |= {name.rpartition(".")[0] for name in tried}
-    known = {name for name in _FORMS if "." in name}
+    known = {name for name in _TRANSLATIONS if "." in name}
     assert known - tried == set()
 
 

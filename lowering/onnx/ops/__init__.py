@@ -1,4 +1,4 @@
-"""Every op's ONNX form: one file a family; importing this package registers them all."""
+"""Every op's translation into ONNX: one file a family; importing this package registers them all."""
 
 from graphopt.lowering.onnx.ops import (
     aten,

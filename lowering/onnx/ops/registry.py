@@ -1,4 +1,4 @@
-"""The registry of ONNX forms, and what a form is given to work with."""
+"""The registry of translations into ONNX, and what a translation is given to work with."""
 
 from __future__ import annotations
 
