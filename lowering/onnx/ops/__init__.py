@@ -1,4 +1,4 @@
-"""Every op's translation into ONNX: one file a family; importing this package registers them all."""
+"""The translations of ops into ONNX, one file a family; importing this package registers all."""
 
 from graphopt.lowering.onnx.ops import (
     aten,
