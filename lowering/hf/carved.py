@@ -28,7 +28,7 @@ from graphopt.ir.feed_forward import (
 from graphopt.ir.graph import Call, Function, Node, Program, Value, unique_name
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.weights import Producer
-from graphopt.lowering.hf.parts import origin, stacked_columns, stacked_rows
+from graphopt.lowering.hf.checkpoint_assembly import origin, stacked_columns, stacked_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -116,37 +116,39 @@ def carve_alike(
     Raises:
         ValueError: A part has no place in the modules where a carved one could go.
     """
-    twin = want.copy()
+    rewritten = want.copy()
     kinds, _ = infer_program(have)
     functions: dict[tuple[str, str, Split], tuple[Function, dict[str, str]]] = {}
     found: list[CarvedPart] = []
-    for block, own in zip(find_blocks(twin), find_blocks(have), strict=False):
-        call = twin.calls[block.position]
-        function = twin.functions[call.function]
+    for block, own in zip(find_blocks(rewritten), find_blocks(have), strict=False):
+        call = rewritten.calls[block.position]
+        function = rewritten.functions[call.function]
         parts = feed_forwards(function, block.stream)
         if len(parts) != 1 or isinstance(parts[0], str):
             continue
         part = parts[0]
-        dense = _Dense(twin, call, part)
+        dense = _Dense(rewritten, call, part)
         read = read_split(have, own, kinds[own.position], dense.width)
         if read is None:
             continue
         split, router, neurons = read
         model = have.calls[own.position].function
         if (function.name, model, split) not in functions:
-            name = unique_name(f"{function.name}_experts", set(twin.functions))
+            name = unique_name(f"{function.name}_experts", set(rewritten.functions))
             new, made = with_experts(function, part, split, name, router=router)
             if split.experts:
                 _add_optional(new, _gates(have.functions[model]), made)
-            twin.functions[name] = new
+            rewritten.functions[name] = new
             functions[function.name, model, split] = new, made
         new, made = functions[function.name, model, split]
         found.append(dense.carved(module, block.position, split, router, neurons, made))
         # Numbers behind its width are neurons of zeros.
         order = torch.arange(neurons)
-        carve_call(twin, call, part, new, made, order, split.shared, dense.router(split.experts))
-    twin.prune_unused()
-    return twin, found
+        carve_call(
+            rewritten, call, part, new, made, order, split.shared, dense.router(split.experts)
+        )
+    rewritten.prune_unused()
+    return rewritten, found
 
 
 def _gates(function: Function) -> Node:

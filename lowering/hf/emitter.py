@@ -34,7 +34,7 @@ from graphopt.lowering.hf.carved import (
     carved_config,
     render,
 )
-from graphopt.lowering.hf.parts import Part, assemble, origin
+from graphopt.lowering.hf.checkpoint_assembly import Fragment, assemble, origin
 from graphopt.lowering.tokenizer import copy_tokenizer, write_generation
 from graphopt.pass_manager.contract import Context
 from graphopt.pass_manager.pipeline import Pipeline
@@ -177,17 +177,17 @@ def _checkpoint(program: Program) -> _Checkpoint:
         tensors = _module_tensors(have, want, module)
         return _Checkpoint(module, to_checkpoint(module, tensors))
     try:
-        twin, parts = carve_alike(have, want, module)
+        carved, parts = carve_alike(have, want, module)
     except ValueError as error:
         raise _refusal(f"a carved part has no place in {type(module).__name__}: {error}") from error
     if not parts:
         raise _refusal(f"{difference}, as its config makes it")
-    twin = _one_form(twin)
-    difference = first_difference(have, twin)
+    carved = _one_form(carved)
+    difference = first_difference(have, carved)
     if difference is not None:
         raise _refusal(f"{difference}, as its config makes it with carved feed-forward parts")
     return _narrower(program, have, parts, used) or _with_class(
-        program, have, want, twin, module, parts, trained
+        program, have, want, carved, module, parts, trained
     )
 
 
@@ -220,7 +220,7 @@ def _with_class(
     program: Program,
     have: Program,
     want: Program,
-    twin: Program,
+    carved: Program,
     dense: PreTrainedModel,
     parts: list[CarvedPart],
     trained: tuple[str, ...],
@@ -231,7 +231,7 @@ def _with_class(
     every token, the class must be what the config makes.
 
     Args:
-        want, twin: What the config makes, and that carved as the program is.
+        want, carved: The program that the config makes, and that one carved as the program is.
 
     Raises:
         LoweringError: The class would be something else.
@@ -254,7 +254,7 @@ def _with_class(
         )
     carving = {part.path: part.options for part in parts}
     module = build_model(carved_config(dense, program.config, carving), model_class=kind)
-    tensors = _module_tensors(have, twin, module, parts)
+    tensors = _module_tensors(have, carved, module, parts)
     return _Checkpoint(module, to_checkpoint(module, tensors), render(dense))
 
 
@@ -263,7 +263,7 @@ def _module_tensors(
 ) -> dict[str, Producer]:
     """Return the value of every parameter and persistent buffer of the module."""
     filled: dict[str, str] = {}
-    parts: dict[str, list[Part]] = {}
+    fragments: dict[str, list[Fragment]] = {}
     carved_at = {part.position: part for part in carved}
     renamed = {old: new for part in carved for old, new in part.renamed.items()}
     for position, (ours, theirs) in enumerate(zip(have.calls, want.calls, strict=True)):
@@ -272,8 +272,8 @@ def _module_tensors(
             strict=True,
         )
         held: dict[str, Producer] = {}
-        for slot, twin in slots:
-            name = theirs.weights[twin]
+        for slot, other_slot in slots:
+            name = theirs.weights[other_slot]
             weight, value = want.weights[name], have.weights[ours.weights[slot]]
             if weight.constant:
                 if not torch.equal(weight.load(), value.load().to(weight.dtype)):
@@ -281,17 +281,17 @@ def _module_tensors(
                 continue
             if filled.setdefault(name, value.name) != value.name:
                 raise _refusal(f"the config ties {filled[name]!r} and {value.name!r}")
-            if position in carved_at and twin in carved_at[position].made:
-                held[carved_at[position].made[twin]] = value.producer
+            if position in carved_at and other_slot in carved_at[position].made:
+                held[carved_at[position].made[other_slot]] = value.producer
                 continue
             parent, steps = origin(weight.producer)
-            part = Part(steps, value.producer)
+            fragment = Fragment(steps, value.producer)
             parent = renamed.get(parent, parent)
-            if part not in parts.setdefault(parent, []):
-                parts[parent].append(part)
+            if fragment not in fragments.setdefault(parent, []):
+                fragments[parent].append(fragment)
         if position in carved_at:
             for name, producer in carved_at[position].tensors(held).items():
-                parts[name] = [Part((), producer)]
+                fragments[name] = [Fragment((), producer)]
     tied = set(getattr(module, "all_tied_weights_keys", None) or ())
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -300,7 +300,7 @@ def _module_tensors(
     for aliases in names.values():
         kept = next((name for name in aliases if name not in tied), aliases[0])
         shape = tuple(module.get_parameter(kept).shape)
-        found = [part for alias in aliases for part in parts.get(alias, [])]
+        found = [fragment for alias in aliases for fragment in fragments.get(alias, [])]
         if not found:
             raise _refusal(f"its class has the parameter {kept!r}, which the program never reads")
         try:
@@ -308,9 +308,9 @@ def _module_tensors(
         except ValueError as error:
             raise _refusal(f"{kept!r} cannot be put together: {error}") from error
     for name, buffer in persistent_buffers(module).items():
-        found = parts.get(name, [])
+        found = fragments.get(name, [])
         tensors[name] = assemble(tuple(buffer.shape), found) if found else Array(buffer)
-    left = set(parts).difference(*names.values(), tensors)
+    left = set(fragments).difference(*names.values(), tensors)
     if left:
         raise _refusal(f"its class has no parameter {min(left)!r}")
     return tensors

@@ -19,7 +19,7 @@ from graphopt.files.safetensors import read_checkpoint
 from graphopt.ir.blocks import remove_blocks
 from graphopt.ir.weights import Array, Missing, Rows, Transposed, Weight
 from graphopt.lowering.hf import HfEmitter, emitter
-from graphopt.lowering.hf.parts import Part, assemble
+from graphopt.lowering.hf.checkpoint_assembly import Fragment, assemble
 
 LAYOUTS = ["llama", "gpt2", "gpt_neox", "falcon", "bloom", "phi3", "gemma2", "mpt", "mixtral",
            "codegen"]  # fmt: skip
@@ -169,7 +169,7 @@ def test_parts_must_fill_the_tensor() -> None:
     base = Missing((4, 6), torch.float32, "w")
     cut = (Transposed(base), Rows(Transposed(base), slice(0, 6, 2)))
     rest = (Transposed(base), Rows(Transposed(base), (1, 3, 5)))
-    even, odd = Part(cut, Array(whole.t()[::2])), Part(rest, Array(whole.t()[[1, 3, 5]]))
+    even, odd = Fragment(cut, Array(whole.t()[::2])), Fragment(rest, Array(whole.t()[[1, 3, 5]]))
     assert torch.equal(assemble((4, 6), [even, odd]).load(), whole)
     with pytest.raises(ValueError, match="12 of its 24 elements"):
         assemble((4, 6), [even])

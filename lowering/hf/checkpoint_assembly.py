@@ -13,7 +13,7 @@ from graphopt.ir.weights import Missing, Producer, Reshaped, Rows, Transposed
 
 
 @dataclass(frozen=True)
-class Part:
+class Fragment:
     """A weight of the program, and where in a checkpoint tensor it belongs.
 
     Attributes:
@@ -58,63 +58,65 @@ def _rows_at_once(steps: list[Producer]) -> tuple[Producer, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Assembled(Producer):
-    """A checkpoint tensor made of parts, which fill it."""
+    """A checkpoint tensor made of fragments, which fill it."""
 
     shape: tuple[int, ...]  # type: ignore[misc]
-    parts: tuple[Part, ...]
+    fragments: tuple[Fragment, ...]
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.parts[0].weight.dtype
+        return self.fragments[0].weight.dtype
 
     def load(self) -> Tensor:
         whole = torch.empty(self.shape, dtype=self.dtype)
-        for part in self.parts:
-            _place(whole, part)
+        for fragment in self.fragments:
+            _place(whole, fragment)
         return whole
 
 
-def _place(whole: Tensor, part: Part) -> None:
-    """Write a part into views of the whole, so that no map of indices is needed."""
+def _place(whole: Tensor, fragment: Fragment) -> None:
+    """Write a fragment into views of the whole, so that no map of indices is needed."""
     view = whole
-    for step in part.steps:
+    for step in fragment.steps:
         if isinstance(step, Rows):
             if not isinstance(step.index, slice):
                 # Listed rows are no view; they come last, where assignment takes them.
-                view[torch.tensor(step.index)] = part.weight.load().to(view.dtype)
+                view[torch.tensor(step.index)] = fragment.weight.load().to(view.dtype)
                 return
             view = view[step.index]
         else:
             view = view.t() if isinstance(step, Transposed) else view.view(step.shape)
-    view.copy_(part.weight.load())
+    view.copy_(fragment.weight.load())
 
 
-def assemble(shape: tuple[int, ...], parts: list[Part]) -> Producer:
+def assemble(shape: tuple[int, ...], fragments: list[Fragment]) -> Producer:
     """Return the producer of a checkpoint tensor.
 
     Raises:
-        ValueError: The parts do not fill it, or cannot be put back.
+        ValueError: The fragments do not fill it, or cannot be put back.
     """
-    if len(parts) == 1 and not parts[0].steps:
-        return parts[0].weight
-    if len(parts) == 1 and all(isinstance(step, Transposed) for step in parts[0].steps):
-        return Transposed(parts[0].weight)
-    for part in parts:
-        listed = [isinstance(s, Rows) and not isinstance(s.index, slice) for s in part.steps]
+    if len(fragments) == 1 and not fragments[0].steps:
+        return fragments[0].weight
+    if len(fragments) == 1 and all(isinstance(step, Transposed) for step in fragments[0].steps):
+        return Transposed(fragments[0].weight)
+    for fragment in fragments:
+        listed = [isinstance(s, Rows) and not isinstance(s.index, slice) for s in fragment.steps]
         if any(listed[:-1]):
             raise ValueError("rows were chosen by a list and then changed")
     filled = torch.zeros(shape, dtype=torch.bool)
-    for part in parts:
-        _place(filled, Part(part.steps, _Mark(tuple(part.weight.shape), torch.bool)))
+    for fragment in fragments:
+        _place(
+            filled, Fragment(fragment.steps, _Coverage(tuple(fragment.weight.shape), torch.bool))
+        )
     if not bool(filled.all()):
         missing = int((~filled).sum())
         raise ValueError(f"{missing} of its {math.prod(shape)} elements are in no weight")
-    return Assembled(shape, tuple(parts))
+    return Assembled(shape, tuple(fragments))
 
 
 @dataclass(frozen=True)
-class _Mark(Producer):
-    """True everywhere, to see which elements parts fill."""
+class _Coverage(Producer):
+    """True everywhere, to see which elements fragments fill."""
 
     shape: tuple[int, ...]  # type: ignore[misc]
     dtype: torch.dtype  # type: ignore[misc]
@@ -124,7 +126,7 @@ class _Mark(Producer):
 
 
 @dataclass(frozen=True, eq=False)
-class Combined(Producer):
+class Derived(Producer):
     """What a function makes of the values of other producers."""
 
     shape: tuple[int, ...]  # type: ignore[misc]
@@ -140,22 +142,22 @@ class Combined(Producer):
 
 
 def stacked_rows(sources: tuple[Producer, ...], count: int) -> Producer:
-    """Return [count, rows, ...]: every producer cut into `count` pieces of rows, the first
-    pieces of all side by side, then the second ones."""
+    """Return [count, rows, ...]: every producer cut into `count` chunks of rows, the first
+    chunks of all side by side, then the second ones."""
     rows = sum(source.shape[0] for source in sources) // count
     shape = (count, rows, *sources[0].shape[1:])
 
     def combine(*values: Tensor) -> Tensor:
         return torch.cat([value.unflatten(0, (count, -1)) for value in values], 1)
 
-    return Combined(shape, sources, combine)
+    return Derived(shape, sources, combine)
 
 
 def stacked_columns(source: Producer, count: int) -> Producer:
-    """Return [count, rows, columns / count]: a matrix cut into `count` pieces of columns."""
+    """Return [count, rows, columns / count]: a matrix cut into `count` chunks of columns."""
     rows, columns = source.shape
 
     def combine(value: Tensor) -> Tensor:
         return value.unflatten(1, (count, -1)).transpose(0, 1).contiguous()
 
-    return Combined((count, rows, columns // count), (source,), combine)
+    return Derived((count, rows, columns // count), (source,), combine)
