@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.capture.export import export_layer, export_shell
+from graphopt.capture.export import LayerExports, export_shell
 from graphopt.capture.fx_conversion import Exported
 from graphopt.capture.grouped import grouped_products
-from graphopt.capture.hoist import LayerKind
+from graphopt.capture.hoist import LayerKind, made_alike
 from graphopt.capture.layer_calls import LayerCall
 from graphopt.capture.model import accepted_inputs
 from graphopt.capture.naming import name_slots, name_values
@@ -103,11 +103,12 @@ def _without_numbers(name: str) -> str:
 
 def _layer_kinds(exported: Exported, shell: Raiser, trained: _Trained) -> list[LayerKind]:
     """Export the first and the last layer of every group; all of it where those two differ."""
+    exports = LayerExports()
 
     def export(record: LayerCall, shapes: Sequence[Type]) -> Exported:
-        made = export_layer(record, shapes)
-        trained.release(made, record.path)
-        return made
+        exported = exports.export(record, shapes)
+        trained.release(exported, record.path)
+        return exported
 
     groups: dict[Any, list[tuple[Node, LayerCall]]] = {}
     for node, record in exported.stubs.items():
@@ -120,7 +121,7 @@ def _layer_kinds(exported: Exported, shell: Raiser, trained: _Trained) -> list[L
             kinds.append(_kind(first, members))
             continue
         last = export(members[-1][1], shapes)
-        if _equal(first, last):
+        if _equal(first, last, members[0][1].module):
             kinds.append(_kind(first, members))
             continue
         kinds.append(_kind(first, members[:1]))
@@ -130,8 +131,9 @@ def _layer_kinds(exported: Exported, shell: Raiser, trained: _Trained) -> list[L
     return kinds
 
 
-def _equal(a: Exported, b: Exported) -> bool:
-    return print_function(a.function) == print_function(b.function)
+def _equal(a: Exported, b: Exported, module: nn.Module) -> bool:
+    texts = print_function(a.function), print_function(b.function)
+    return texts[0] == texts[1] and made_alike(module, a.constants, b.constants)
 
 
 def _kind(exported: Exported, members: list[tuple[Node, LayerCall]]) -> LayerKind:

@@ -23,6 +23,7 @@ from graphopt.capture.model import (
     logits_of,
     parameters_reserved,
 )
+from graphopt.capture.operator_log import OperatorLog, operator_log
 from graphopt.capture.tracing import traced
 from graphopt.ir.types import B, S, Type
 
@@ -71,20 +72,41 @@ def export_shell(module: nn.Module) -> tuple[Exported, list[LayerCall]]:
     return exported, shell.records
 
 
-def export_layer(call: LayerCall, shapes: Sequence[Type]) -> Exported:
-    """Export one layer as a function of its tensor arguments.
+class LayerExports:
+    """Exports layers, each kind once: what calls the same operators gets a copy of its own."""
 
-    Args:
-        shapes: Types of the tensor arguments, sizes in B and S.
-    """
+    def __init__(self) -> None:
+        self._exported: list[tuple[OperatorLog, Exported]] = []
+
+    def export(self, call: LayerCall, types: Sequence[Type]) -> Exported:
+        """Return one layer as a function of its tensor arguments.
+
+        Args:
+            types: Types of the tensor arguments, sizes in B and S.
+
+        Raises:
+            CaptureError: torch.export fails or specialises batch or length.
+        """
+        log = operator_log(call, types)
+        for known, exported in self._exported:
+            if log == known:
+                return exported.of_module(call.module)
+        exported = export_layer(call, types)
+        if log is not None:
+            self._exported.append((log, exported.of_module(call.module)))
+        return exported
+
+
+def export_layer(call: LayerCall, types: Sequence[Type]) -> Exported:
+    """Export one layer as a function of its tensor arguments; see `LayerExports`."""
 
     def run(inner: nn.Module, *tensors: Tensor) -> Any:
         return call.run(inner, tensors)
 
     sizes = {B: TRACE_BATCH, S: TRACE_LENGTH}
-    inputs = [torch.zeros(shape.concrete(sizes), dtype=shape.dtype) for shape in shapes]
+    inputs = [torch.zeros(kind.concrete(sizes), dtype=kind.dtype) for kind in types]
     with parameters_reserved(call.module):
-        return _export(_Wrapped(call.module, run), inputs, [t.shape for t in shapes], call.path)
+        return _export(_Wrapped(call.module, run), inputs, [t.shape for t in types], call.path)
 
 
 def _takes_use_cache(module: nn.Module) -> bool:

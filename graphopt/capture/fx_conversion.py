@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,23 @@ class Exported:
     constants: dict[str, Tensor]
     stubs: dict[Node, LayerCall] = field(default_factory=dict)
 
+    def of_module(self, module: nn.Module) -> Exported:
+        """Return a copy for a module that calls the same operators, with its own constants.
+
+        What no attribute of the module holds, its forward makes of the same numbers.
+        """
+        constants = dict(self.constants)
+        for slot, constant in constants.items():
+            own = functools.reduce(
+                lambda part, key: getattr(part, key, None), slot.split("."), module
+            )
+            held = isinstance(own, Tensor) and not own.is_meta
+            constants[slot] = (own if held else constant).detach().clone()
+        function = self.function.clone()
+        twins = zip(self.function.values(), function.values(), strict=True)
+        types = {twin: self.types[value] for value, twin in twins}
+        return Exported(function, types, constants)
+
 
 class Converter:
     """Turns an ExportedProgram into a Function of ATen nodes."""
@@ -62,6 +80,7 @@ class Converter:
         self.used: dict[str, Tensor] = {}
         self.names: set[str] = set()
         self.symbols = self._symbols(shapes)
+        self.simplified: dict[sympy.Expr, sympy.Expr] = {}
 
     def _symbols(self, shapes: Sequence[Sequence[Any]]) -> dict[sympy.Symbol, Any]:
         """Map torch's size symbols to expressions in B and S through the input shapes."""
@@ -85,7 +104,10 @@ class Converter:
     def expr(self, value: Any) -> Any:
         """Return an int, float, bool or SymInt as a number or an expression in B and S."""
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-            expr = _simplify(value.node.expr.subs(self.symbols))
+            own = value.node.expr
+            if own not in self.simplified:
+                self.simplified[own] = _simplify(own.subs(self.symbols))
+            expr = self.simplified[own]
             return dim(expr) if expr.is_number or isinstance(value, torch.SymInt) else expr
         return value
 

@@ -82,7 +82,7 @@ def merge_equal_constants(kind: LayerKind) -> None:
     for slot in list(kind.raiser.constants):
         value = kind.raiser.constants[slot]
         for record in kind.records:
-            other = _lookup(record.module, slot)
+            other = held_constant(record.module, slot)
             if other is None:
                 continue
             if other.shape != value.shape or not torch.equal(other.to(value.dtype), value):
@@ -90,11 +90,23 @@ def merge_equal_constants(kind: LayerKind) -> None:
                 break
 
 
-def _lookup(module: torch.nn.Module, slot: str) -> torch.Tensor | None:
+def held_constant(module: torch.nn.Module, slot: str) -> torch.Tensor | None:
+    """Return what a module holds by a slot's name; None where its forward makes the constant."""
     target: object = module
     for part in slot.split("."):
         target = getattr(target, part, None)
     return target if isinstance(target, torch.Tensor) and not target.is_meta else None
+
+
+def made_alike(
+    module: torch.nn.Module, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
+) -> bool:
+    """Whether constants of equal slots that no module holds, but its forward makes, are equal."""
+    return all(
+        held_constant(module, slot) is not None
+        or (value.dtype == theirs[slot].dtype and torch.equal(value, theirs[slot]))
+        for slot, value in ours.items()
+    )
 
 
 def hoist(shell: Raiser, kind: LayerKind, stream: set[Value]) -> None:

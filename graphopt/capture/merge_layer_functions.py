@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphopt.capture.hoist import LayerKind
+from graphopt.capture.hoist import LayerKind, made_alike
 from graphopt.ir.compare import slots_by_use, structure
 from graphopt.ir.graph import Node, Param
 from graphopt.ir.ops import is_aten
@@ -39,8 +39,10 @@ def _merge(target: LayerKind, kind: LayerKind) -> bool:
         return False
     if sorted(target.slots.derived) != sorted(kind.slots.derived):
         return False
-    constants = kind.raiser.constants.keys()
-    if constants != target.raiser.constants.keys():
+    constants = kind.raiser.constants
+    if constants.keys() != target.raiser.constants.keys():
+        return False
+    if not made_alike(kind.records[0].module, constants, target.raiser.constants):
         return False
     taken = {p.name for n in ours.nodes for p in n.attrs.values() if isinstance(p, Param)}
     for node, other in zip(ours.nodes, theirs.nodes, strict=True):

@@ -7,7 +7,7 @@ import copy
 import inspect
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,6 +161,38 @@ def parameters_reserved(module: nn.Module) -> Iterator[None]:
             store[key] = parameter
 
 
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
+    """Yield the parameters, buffers and tensor attributes of a module and its parts.
+
+    Each with its qualified name, the dict that holds it, and its key there.
+    """
+    for path, part in module.named_modules():
+        stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, part.__dict__)
+        for store in stores:
+            for key, value in list(store.items()):
+                if isinstance(value, Tensor):
+                    yield f"{path}.{key}".lstrip("."), store, key, value
+
+
+@contextlib.contextmanager
+def tensors_replaced(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, `replace` of every tensor of a module stands in its place."""
+    places: list[tuple[dict[str, Any], str, Tensor]] = []
+    replaced: dict[int, Tensor] = {}
+    for _, store, key, value in own_tensors(module):
+        if id(value) not in replaced:
+            twin = replace(value)
+            is_parameter = isinstance(value, nn.Parameter)
+            replaced[id(value)] = nn.Parameter(twin, False) if is_parameter else twin
+        places.append((store, key, value))
+        store[key] = replaced[id(value)]
+    try:
+        yield
+    finally:
+        for store, key, value in places:
+            store[key] = value
+
+
 @contextlib.contextmanager
 def everything_on_meta(module: nn.Module) -> Iterator[None]:
     """Inside, buffers and tensor attributes stand on meta too, so that running is free.
@@ -168,25 +200,13 @@ def everything_on_meta(module: nn.Module) -> Iterator[None]:
     What a module makes without naming a device is made there as well. Distributions do not check
     their arguments: these have no values there.
     """
-    places: list[tuple[dict[str, Any], str, Tensor]] = []
-    for part in module.modules():
-        stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, part.__dict__)
-        for store in stores:
-            for key, value in list(store.items()):
-                if isinstance(value, Tensor) and not value.is_meta:
-                    places.append((store, key, value))
-                    on_meta = value.to("meta")
-                    is_parameter = isinstance(value, nn.Parameter)
-                    store[key] = nn.Parameter(on_meta, False) if is_parameter else on_meta
     checks = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     try:
-        with torch.device("meta"):
+        with tensors_replaced(module, lambda value: value.to("meta")), torch.device("meta"):
             yield
     finally:
         Distribution.set_default_validate_args(checks)
-        for store, key, value in places:
-            store[key] = value
 
 
 def accepted_inputs(module: nn.Module) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ class _Collector(logging.Handler):
 
 
 @contextlib.contextmanager
-def _collected() -> Iterator[list[str]]:
+def collected() -> Iterator[list[str]]:
     """Inside, what is logged, warned and printed is put into the list, not on the terminal.
 
     torch prints the graph of a trace that failed on stderr.
@@ -76,7 +76,7 @@ def traced(where: str) -> Iterator[None]:
     """
     lines: list[str] = []
     try:
-        with _collected() as lines:
+        with collected() as lines:
             yield
     except GraphoptError:
         raise

@@ -6,6 +6,7 @@ already in the KV cache, and `T = P + S` the number of keys attention sees.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -63,9 +64,12 @@ def evaluate(value: Dim, sizes: Mapping[sympy.Symbol, int]) -> int:
     Raises:
         ValueError: A symbol of `value` has no size, or the result is not whole.
     """
-    if isinstance(value, int):
-        return value
-    result = value.subs(dict(sizes))
+    return value if isinstance(value, int) else _evaluate(value, tuple(sizes.items()))
+
+
+@functools.lru_cache(maxsize=2**14)  # the same few sizes are asked for at every node of a run
+def _evaluate(value: sympy.Expr, sizes: tuple[tuple[sympy.Symbol, int], ...]) -> int:
+    result = value.subs(sizes)
     if not result.is_Integer:
         raise ValueError(f"{value} is not a whole number for {dict(sizes)}")
     return int(result)
