@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.capture.export import LayerExports, export_shell
+from graphopt.capture.export import export_layer, export_shell
 from graphopt.capture.fx_conversion import Exported
 from graphopt.capture.grouped import grouped_products
 from graphopt.capture.hoist import LayerKind, made_alike
-from graphopt.capture.layer_calls import LayerCall
+from graphopt.capture.layer_calls import LAYER, LayerCall
 from graphopt.capture.model import accepted_inputs
 from graphopt.capture.naming import name_slots, name_values
 from graphopt.capture.rewriting import Raiser, base
@@ -66,7 +66,7 @@ def capture_module(
     refuse_unsupported(module)
     rotaries = Rotaries(module)
     with rotaries.opaque(), grouped_products(module):
-        exported, _ = export_shell(module)
+        exported = export_shell(module)
         weights = _Trained(trained)
         weights.release(exported, "")
         slots = SlotSources()
@@ -103,10 +103,9 @@ def _without_numbers(name: str) -> str:
 
 def _layer_kinds(exported: Exported, shell: Raiser, trained: _Trained) -> list[LayerKind]:
     """Export the first and the last layer of every group; all of it where those two differ."""
-    exports = LayerExports()
 
     def export(record: LayerCall, shapes: Sequence[Type]) -> Exported:
-        exported = exports.export(record, shapes)
+        exported = export_layer(record, shapes)
         trained.release(exported, record.path)
         return exported
 
@@ -153,7 +152,7 @@ def _single(
         value = Value(param.name)
         function.params.append(value)
         types[value] = exported.types[param]
-    stub = function.add("graphopt_capture.layer.default", function.params, {"args": [[], 0]})
+    stub = function.add(LAYER, function.params, {"args": [[], 0]})
     function.results = [stub.output]
     types[stub.output] = exported.types[exported.function.results[0]]
     record = LayerCall("", module, None, [], [])

@@ -1,7 +1,8 @@
 """From a module to IR functions: torch.export on meta tensors, one layer of a kind at a time.
 
 The module is exported once with every repeated layer replaced by an opaque call, so time and
-memory don't grow with depth; then one layer of each kind is exported on its own.
+memory don't grow with depth; then one layer of each kind is exported on its own. What calls the
+same operators as something that was exported before is not exported again.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from torch.utils import _pytree as pytree
 
 from graphopt.capture.fx_conversion import WHOLE, Converter, Exported
 from graphopt.capture.in_place import needs_functionalizing
-from graphopt.capture.layer_calls import RECORDS, TRACE_BATCH, TRACE_LENGTH, LayerCall, Shell
+from graphopt.capture.known_exports import KNOWN
+from graphopt.capture.layer_calls import LAYER, TRACE_BATCH, TRACE_LENGTH, LayerCall, Shell
 from graphopt.capture.model import (
     accepted_inputs,
     logits_of,
     parameters_reserved,
 )
-from graphopt.capture.operator_log import OperatorLog, operator_log
+from graphopt.capture.operator_digest import operator_digest
 from graphopt.capture.tracing import traced
 from graphopt.ir.types import B, S, Type
 
@@ -41,7 +43,7 @@ class _Wrapped(nn.Module):
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def export_shell(module: nn.Module) -> tuple[Exported, list[LayerCall]]:
+def export_shell(module: nn.Module) -> Exported:
     """Export everything around the repeated layers of a language model.
 
     Returns:
@@ -51,62 +53,51 @@ def export_shell(module: nn.Module) -> tuple[Exported, list[LayerCall]]:
         CaptureError: torch.export fails or specialises batch or length.
     """
     names = accepted_inputs(module)
-    inputs = [torch.ones(TRACE_BATCH, TRACE_LENGTH, dtype=torch.long) for _ in names]
+    types = [Type((B, S), torch.int64)] * len(names)
     keywords = {"use_cache": False} if _takes_use_cache(module) else {}
 
     def run(inner: nn.Module, *tensors: Tensor) -> Tensor:
         return logits_of(inner(**dict(zip(names, tensors, strict=True)), **keywords))
 
-    shell = Shell(module)
-    shell.install()
-    try:
+    with Shell(module).installed() as shell:
+        digest = operator_digest(module, run, types, shell.layers.values())
+        calls = shell.take_calls()
+        key = None if digest is None else f"{' '.join(names)} {digest}"
+        exported = KNOWN.get(key, module, calls)
+        if exported is not None:
+            return exported
         with parameters_reserved(module):
-            exported = _export(_Wrapped(module, run), inputs, [(B, S)] * len(names), WHOLE)
-    finally:
-        shell.remove()
+            exported = _export(_Wrapped(module, run), types, WHOLE)
+        calls = shell.take_calls()
     for value, name in zip(exported.function.params, names, strict=True):
         value.name = name
     for node in exported.function.nodes:
-        if node.op == "graphopt_capture.layer.default":
-            exported.stubs[node] = RECORDS.pop(node.attrs["args"][1])
-    return exported, shell.records
-
-
-class LayerExports:
-    """Exports layers, each kind once: what calls the same operators gets a copy of its own."""
-
-    def __init__(self) -> None:
-        self._exported: list[tuple[OperatorLog, Exported]] = []
-
-    def export(self, call: LayerCall, types: Sequence[Type]) -> Exported:
-        """Return one layer as a function of its tensor arguments.
-
-        Args:
-            types: Types of the tensor arguments, sizes in B and S.
-
-        Raises:
-            CaptureError: torch.export fails or specialises batch or length.
-        """
-        log = operator_log(call, types)
-        for known, exported in self._exported:
-            if log == known:
-                return exported.of_module(call.module)
-        exported = export_layer(call, types)
-        if log is not None:
-            self._exported.append((log, exported.of_module(call.module)))
-        return exported
+        if node.op == LAYER:
+            exported.stubs[node] = calls[node.attrs["args"][1]]
+    KNOWN.add(key, exported, module)
+    return exported
 
 
 def export_layer(call: LayerCall, types: Sequence[Type]) -> Exported:
-    """Export one layer as a function of its tensor arguments; see `LayerExports`."""
+    """Export one layer as a function of its tensor arguments.
+
+    Args:
+        types: Types of the tensor arguments, sizes in B and S.
+
+    Raises:
+        CaptureError: torch.export fails or specialises batch or length.
+    """
 
     def run(inner: nn.Module, *tensors: Tensor) -> Any:
         return call.run(inner, tensors)
 
-    sizes = {B: TRACE_BATCH, S: TRACE_LENGTH}
-    inputs = [torch.zeros(kind.concrete(sizes), dtype=kind.dtype) for kind in types]
-    with parameters_reserved(call.module):
-        return _export(_Wrapped(call.module, run), inputs, [t.shape for t in types], call.path)
+    digest = operator_digest(call.module, run, types)
+    exported = KNOWN.get(digest, call.module)
+    if exported is None:
+        with parameters_reserved(call.module):
+            exported = _export(_Wrapped(call.module, run), types, call.path)
+        KNOWN.add(digest, exported, call.module)
+    return exported
 
 
 def _takes_use_cache(module: nn.Module) -> bool:
@@ -116,9 +107,10 @@ def _takes_use_cache(module: nn.Module) -> bool:
     return "use_cache" in parameters or (hands_on and hasattr(module, "config"))
 
 
-def _export(
-    module: _Wrapped, inputs: Sequence[Tensor], shapes: Sequence[Sequence[Any]], where: str
-) -> Exported:
+def _export(module: _Wrapped, types: Sequence[Type], where: str) -> Exported:
+    sizes = {B: TRACE_BATCH, S: TRACE_LENGTH}
+    inputs = [torch.ones(kind.concrete(sizes), dtype=kind.dtype) for kind in types]
+    shapes = [kind.shape for kind in types]
     dynamic = [
         {
             axis: torch.export.Dim.DYNAMIC

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,23 +43,6 @@ class Exported:
     types: dict[Value, Type]
     constants: dict[str, Tensor]
     stubs: dict[Node, LayerCall] = field(default_factory=dict)
-
-    def of_module(self, module: nn.Module) -> Exported:
-        """Return a copy for a module that calls the same operators, with its own constants.
-
-        What no attribute of the module holds, its forward makes of the same numbers.
-        """
-        constants = dict(self.constants)
-        for slot, constant in constants.items():
-            own = functools.reduce(
-                lambda part, key: getattr(part, key, None), slot.split("."), module
-            )
-            held = isinstance(own, Tensor) and not own.is_meta
-            constants[slot] = (own if held else constant).detach().clone()
-        function = self.function.clone()
-        twins = zip(self.function.values(), function.values(), strict=True)
-        types = {twin: self.types[value] for value, twin in twins}
-        return Exported(function, types, constants)
 
 
 class Converter:

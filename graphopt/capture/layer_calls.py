@@ -21,6 +21,9 @@ TRACE_BATCH, TRACE_LENGTH = 3, 11
 _TENSOR = object()
 """Stands for a tensor where a layer's results are listed."""
 
+LAYER = "graphopt_capture.layer.default"
+"""The operator that stands for a layer."""
+
 _LIBRARY = torch.library.Library("graphopt_capture", "DEF")
 _LIBRARY.define("layer(Tensor[] inputs, int record) -> Tensor[]")
 RECORDS: dict[int, LayerCall] = {}
@@ -162,12 +165,27 @@ class Shell:
     def __init__(self, module: nn.Module) -> None:
         self.layers = repeated_layers(module)
         self._skip = _index_attributes(self.layers)
-        self.records: list[LayerCall] = []
         self._shapes: dict[Any, LayerCall] = {}
         self._original: dict[str, Callable[..., Any]] = {}
         self._parameters: dict[str, _Parameters] = {}
 
-    def install(self) -> None:
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[Shell]:
+        """Inside, layers are opaque calls."""
+        self._install()
+        try:
+            yield self
+        finally:
+            self._remove()
+            RECORDS.clear()
+
+    def take_calls(self) -> list[LayerCall]:
+        """Return the calls since the last time, each in the place that its operator names."""
+        calls = list(RECORDS.values())
+        RECORDS.clear()
+        return calls
+
+    def _install(self) -> None:
         for path, layer in self.layers.items():
             self._original[path] = layer.forward
             layer.forward = self._stub(path, layer)  # type: ignore[method-assign]
@@ -176,7 +194,7 @@ class Shell:
         for parameters in self._parameters.values():
             parameters.hide()
 
-    def remove(self) -> None:
+    def _remove(self) -> None:
         for parameters in self._parameters.values():
             parameters.show()
         for path, layer in self.layers.items():
@@ -213,7 +231,6 @@ class Shell:
                 call.out_leaves = measured.out_leaves
             number = len(RECORDS)
             RECORDS[number] = call
-            self.records.append(call)
             results = torch.ops.graphopt_capture.layer(inputs, number)
             out_leaves = list(call.out_leaves)
             places = [i for i, leaf in enumerate(out_leaves) if leaf is _TENSOR]

@@ -7,7 +7,7 @@ import copy
 import inspect
 import mmap
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,12 +161,20 @@ def parameters_reserved(module: nn.Module) -> Iterator[None]:
             store[key] = parameter
 
 
-def own_tensors(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
+def own_tensors(
+    module: nn.Module, without: Collection[nn.Module] = ()
+) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
     """Yield the parameters, buffers and tensor attributes of a module and its parts.
 
     Each with its qualified name, the dict that holds it, and its key there.
+
+    Args:
+        without: Parts that are left out.
     """
+    left_out = {part for whole in without for part in whole.modules()}
     for path, part in module.named_modules():
+        if part in left_out:
+            continue
         stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, part.__dict__)
         for store in stores:
             for key, value in list(store.items()):
@@ -175,11 +183,13 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, T
 
 
 @contextlib.contextmanager
-def tensors_replaced(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, `replace` of every tensor of a module stands in its place."""
+def tensors_replaced(
+    module: nn.Module, replace: Callable[[Tensor], Tensor], without: Collection[nn.Module] = ()
+) -> Iterator[None]:
+    """Inside, `replace` of every tensor of a module stands in its place; see `own_tensors`."""
     places: list[tuple[dict[str, Any], str, Tensor]] = []
     replaced: dict[int, Tensor] = {}
-    for _, store, key, value in own_tensors(module):
+    for _, store, key, value in own_tensors(module, without):
         if id(value) not in replaced:
             twin = replace(value)
             is_parameter = isinstance(value, nn.Parameter)

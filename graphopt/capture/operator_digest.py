@@ -1,25 +1,26 @@
-"""What a layer calls, operator by operator, seen by running it on tensors without memory.
+"""What a module calls, operator by operator, seen by running it on tensors without values.
 
-To export a layer takes a second, to run it like this a tenth of one. So a layer is exported once
-for all layers that call the same operators on the same operands.
+To export a layer takes a second, to run it like this a tenth of one. So what was exported once in
+a process stands for all that calls the same operators on the same operands: the layers of a model,
+and models of one config, such as one that a checkpoint's config makes and is compared with.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from graphopt.capture.layer_calls import TRACE_BATCH, TRACE_LENGTH, LayerCall
+from graphopt.capture.layer_calls import TRACE_BATCH, TRACE_LENGTH
 from graphopt.capture.model import own_tensors, tensors_replaced
 from graphopt.capture.tracing import collected
 from graphopt.ir.types import B, P, S, Type
@@ -31,29 +32,26 @@ _SIZES: tuple[Mapping[sympy.Symbol, int], ...] = (
 """The size of the trace, and a length beyond every window, chunk and context: two layers with
 `min(length, window)` in them differ there."""
 
-
-@dataclass(frozen=True)
-class OperatorLog:
-    """What a layer is to a trace; layers with equal logs are exported to equal functions.
-
-    Attributes:
-        types: Of its tensor arguments.
-        tensors: Its parameters, buffers and other tensors: (name, name of the first that is the
-            same, shape, dtype).
-        calls: For every choice of sizes the operators in order, each with its operands and
-            results, and what the layer returns. Tensors are named or numbered.
-    """
-
-    types: tuple[Type, ...]
-    tensors: tuple[Any, ...]
-    calls: tuple[Any, ...]
+_MOST_NUMBERS = 1024
+"""Of a tensor that a module makes of numbers in its forward."""
 
 
-def operator_log(call: LayerCall, types: Sequence[Type]) -> OperatorLog | None:
-    """Return what a layer calls; None where running it does not tell.
+def operator_digest(
+    module: nn.Module,
+    run: Callable[..., Any],
+    types: Sequence[Type],
+    opaque: Collection[nn.Module] = (),
+) -> str | None:
+    """Return a digest of what a module calls; None where running it does not tell.
+
+    Modules of equal digests are exported to equal functions. It is of the module's tensors (names,
+    shapes, dtypes, which of them are the same), and of every operator in order with its operands
+    and results, at two choices of sizes.
 
     Args:
+        run: Takes the module and its tensor arguments, and returns tensors, nested in any way.
         types: Types of the tensor arguments, sizes in B and S.
+        opaque: Parts whose operators are not seen by a trace either.
     """
 
     def fake(tensor: Tensor) -> Tensor:
@@ -66,29 +64,21 @@ def operator_log(call: LayerCall, types: Sequence[Type]) -> OperatorLog | None:
         torch.no_grad(),
         _compiling_state_context(),  # some models have a way of their own for it
         FakeTensorMode(),
-        tensors_replaced(call.module, fake),
+        tensors_replaced(module, fake, opaque),
     ):
         names: dict[int, str] = {}
-        tensors: list[Any] = []
-        for name, _, _, tensor in own_tensors(call.module):
+        seen: list[Any] = [types]
+        for name, _, _, tensor in own_tensors(module, opaque):
             first = names.setdefault(id(tensor), name)
-            tensors.append((name, first, tuple(tensor.shape), tensor.dtype))
-        calls = tuple(_run(call, types, sizes, names) for sizes in _SIZES)
-        return OperatorLog(tuple(types), tuple(tensors), calls)
+            seen.append((name, first, tuple(tensor.shape), tensor.dtype))
+        for sizes in _SIZES:
+            inputs = [torch.empty(kind.concrete(sizes), dtype=kind.dtype) for kind in types]
+            log = _Log(names, inputs)
+            with log:
+                output = run(module, *inputs)
+            seen.append((log.operators, log.described(output)))
+        return hashlib.sha256(repr(seen).encode()).hexdigest()
     return None
-
-
-def _run(
-    call: LayerCall,
-    types: Sequence[Type],
-    sizes: Mapping[sympy.Symbol, int],
-    names: Mapping[int, str],
-) -> Any:
-    inputs = [torch.empty(kind.concrete(sizes), dtype=kind.dtype) for kind in types]
-    log = _Log(names, inputs)
-    with log:
-        output = call.run(call.module, inputs)
-    return log.operators, log.described(output)
 
 
 class _UnknownTensorError(Exception):
@@ -96,6 +86,8 @@ class _UnknownTensorError(Exception):
 
 
 class _Log(TorchDispatchMode):
+    """Writes down every operator that is called inside."""
+
     def __init__(self, names: Mapping[int, str], inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.operators: list[Any] = []
@@ -111,13 +103,13 @@ class _Log(TorchDispatchMode):
         for tensor in results if isinstance(results, tuple | list) else (results,):
             if isinstance(tensor, Tensor) and id(tensor) not in self._names:
                 self._number(tensor)
-        self.operators.append((func, operands, self.described(results)))
+        self.operators.append((str(func), operands, self.described(results)))
         return results
 
     def described(self, value: Any) -> Any:
         """Return a nested value with every tensor as its name or number, shape and dtype.
 
-        A tensor with values, such as one that the layer makes of numbers, is described by these.
+        A tensor with values, such as one that the module makes of numbers, is described by these.
 
         Raises:
             _UnknownTensorError: A tensor is none of the module's, and no operator made it.
@@ -136,7 +128,7 @@ class _Log(TorchDispatchMode):
     def _tensor(self, tensor: Tensor) -> Any:
         if id(tensor) in self._names:
             return self._names[id(tensor)], tuple(tensor.shape), tensor.dtype
-        if isinstance(tensor, FakeTensor):
+        if isinstance(tensor, FakeTensor) or tensor.numel() > _MOST_NUMBERS:
             raise _UnknownTensorError
         with _disable_current_modes():
             return tensor.tolist(), tensor.dtype
