@@ -107,7 +107,7 @@ class Sampling:
         min_p: Draw from tokens at least this share as likely as the likeliest.
         repetition_penalty: Logits of tokens that are in the text so far are divided by it where
             they are positive, and multiplied by it where they are not.
-        seed: Of what is drawn.
+        seed: The seed of the generator that draws tokens.
     """
 
     temperature: float = 0.0

@@ -24,7 +24,7 @@ from graphopt.training.parametrisations import FullParametrisation, LoadBalanceB
 from graphopt.training.record import TrainingRecord
 
 SCALE_RATE = 2.0
-"""Of the learning rate, for the scales of gates: with the usual one CMoE's 1e-3."""
+"""The factor of the learning rate for gate scales: with the usual rate it is CMoE's 1e-3."""
 
 
 class ExpertLoads(pydantic.BaseModel):

@@ -129,9 +129,9 @@ class Kernel:
 
     Args:
         image: Machine code, or PTX that ends with a zero byte.
-        name: Of the kernel.
+        name: The name of the kernel.
         parameters: The kernel's parameters by name, in order, and the C type of each.
-        threads: Of a block.
+        threads: The number of threads of a block.
         shared: Bytes of dynamic shared memory of a block.
         check: Called with the grid and the arguments before each launch; raises ValueError at
             those the kernel would read wrongly.

@@ -35,7 +35,7 @@ class Tiles:
     """How a product of sorted tokens is cut.
 
     Attributes:
-        rows, columns, depth: Of a tile: tokens, outputs, and what is summed over at a time.
+        rows, columns, depth: A tile's tokens, its outputs, and what is summed over at a time.
         group: Tiles of rows that share the columns of a weight while those are in the cache.
     """
 
@@ -50,7 +50,7 @@ class Tiles:
         """Return what a kernel is compiled for.
 
         Args:
-            weights: Of which it reads a tile each.
+            weights: How many weights it reads a tile of.
             room: Bytes of shared memory; a GPU with little of it has fewer tiles ahead.
         """
         stages = self.stages
@@ -71,7 +71,8 @@ class ManyTokens:
     Attributes:
         tokens: From how many tokens an expert has on average they are taken: an expert's last
             tile is half empty.
-        expand, reduce: Of the products with `up` and `gate`, and with `down`; of the same rows.
+        expand, reduce: Tiles of the products with `up` and `gate`, and with `down`; their rows are
+            equal.
     """
 
     tokens: int
@@ -109,7 +110,7 @@ class ExpertTiles:
         """Return the tiles for so many tokens an expert.
 
         Args:
-            most_rows: Of a tile; None for any number.
+            most_rows: The largest number of rows of a tile; None for any number.
         """
         fit = [row for row in self.many if most_rows is None or row.expand.rows <= most_rows]
         return next(row for row in fit if tokens >= row.tokens)

@@ -53,7 +53,7 @@ def run_recipes(
     """Run recipes on the demo; perplexity of the whole evaluation text before and after.
 
     Args:
-        windows: Of 2,048 tokens of the text, at most.
+        windows: How many windows of 2,048 tokens of the text are read, at most.
         piqa: Questions; without them no accuracy is measured.
         save: Called with all results so far: a later run may be cut off.
         made: Called with what each recipe makes.
@@ -158,7 +158,7 @@ def keep(
 
     Args:
         out: The file of results.
-        name: Of the part; it stands under this name and the device.
+        name: The name of the part, under which and the device it stands.
         command: What gave it.
     """
     cores = len(os.sched_getaffinity(0))

@@ -70,10 +70,10 @@ def measure_sensitivity(
     """Measure parts on text.
 
     Args:
-        parts: By the index of their block among `find_blocks`.
+        parts: The parts, by the index of their block among `find_blocks`.
         windows: int64 [N, S].
-        groups: Of which every part is made.
-        kept: How many of them a part has while it is measured.
+        groups: How many groups of neurons every part is made of.
+        kept: How many of the groups a part has while it is measured.
 
     Returns:
         For each part, by the same index, what is lost by it.

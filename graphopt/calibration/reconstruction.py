@@ -154,7 +154,7 @@ def _add(program: Program, weights: Mapping[str, slice], change: Tensor) -> None
     """Add to the weights of a projection, each in its own dtype.
 
     Args:
-        change: Of the whole projection, [D, N].
+        change: What is added to the whole projection, [D, N].
     """
     for name, columns in weights.items():
         weight = program.weights[name]

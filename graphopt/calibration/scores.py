@@ -109,7 +109,7 @@ def score_units(
         units: See `units_of`.
         windows: int64 [windows, tokens].
         metric: One of `METRICS`.
-        dtype: Of weights and activations; scores are computed in fp32.
+        dtype: The dtype of weights and activations; scores are computed in fp32.
         reference: What results are compared with: for every batch the last block's output (mi)
             or the logits (kl) of another model, from `final_results`; by default those of
             `program` itself.

@@ -146,7 +146,7 @@ def sample_windows(
     Args:
         text: int64 [N, S], windows of text to begin with.
         count: How many windows to make.
-        length: Of a window.
+        length: The number of tokens of a window.
         begin: n ids that each of the given windows begins with. So does each of the new ones, and
             each piece as it is written.
         seconds: Stop after about so many; there are fewer windows then, and pieces may be shorter.

@@ -27,7 +27,7 @@ def merge_layer_functions(kinds: list[LayerKind]) -> list[LayerKind]:
 
 
 def _attributes(node: Node) -> Any:
-    """Of raised ops only which attributes there are: their values may differ between calls."""
+    """Return, of a raised op, only the names of its attributes: calls may differ in values."""
     return repr(node.attrs) if is_aten(node.op) else sorted(node.attrs)
 
 

@@ -38,7 +38,7 @@ class CaptureStep:
     """What a step did.
 
     Attributes:
-        name: Of the step.
+        name: What the step is called.
         where: The layer or `the model`, whose function it worked on.
         made, removed: How many nodes, of all functions; one that was changed is both.
         text: The functions behind it.

@@ -120,7 +120,7 @@ _LESS_MEMORY = {
     "eval_command": "Give a smaller --seqlen, or a shorter text.",
     "generate_command": "Give a shorter --prompt or smaller --max-new-tokens.",
 }
-"""By command, which options lower what memory it needs."""
+"""What to say where memory does not suffice: options, by command, that need less."""
 
 
 def describe_error(error: Exception, command: str) -> tuple[str, str, int]:

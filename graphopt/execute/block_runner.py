@@ -55,7 +55,7 @@ class BlockRunner(Runner):
         program: The model.
         first, stop: The range as positions of calls: `first` is that of its first block, and
             `stop` is behind its last one.
-        parametrisations: Of the weights that are trained, by name.
+        parametrisations: The parametrisations of the weights that are trained, by name.
         device: Where to compute.
 
     Attributes:

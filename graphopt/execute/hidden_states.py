@@ -103,14 +103,14 @@ class HiddenStateStream:
         runner: Runs the program, in its dtype, on its device.
         windows: int64 [windows, S], without padding.
         held_out: How many windows, the last ones, lie in batches of their own.
-        tokens_at_once: Of a batch; `TOKENS_AT_ONCE` by default.
+        tokens_at_once: The number of tokens of a batch; `TOKENS_AT_ONCE` by default.
         progress: Called with `what`, the number of blocks done and that of all.
 
     Attributes:
         ids: Windows of every batch, int64 [N, S].
         held_out: For every batch whether it is held out.
         blocks: The program's.
-        index: Of the current block; the number of blocks, behind the last.
+        index: The index of the current block; behind the last, the number of blocks.
         hidden: Hidden states of every batch in front of the current block: [N, S, D], or as the
             model lays them out; where `offload` put them.
         block_calls: How often blocks were run so far, counted in batches.
@@ -238,7 +238,7 @@ class BlockStep:
     `replace` says that the stream is to go on with the rewritten block.
 
     Attributes:
-        index: Of the block among those of the program.
+        index: The index of the block among those of the program.
         name: What the block is called in messages.
         block, call, function: The block, its call and that one's function.
         hidden: Hidden states of every batch in front of the block.
@@ -323,7 +323,7 @@ class BlockStep:
 
         Args:
             value: The residual stream at that place.
-            hidden: Of every batch; by default they are computed.
+            hidden: The stream of every batch there; computed by default.
         """
         for batch, known in enumerate(self._known):
             states = self.values(batch, [value])[0] if hidden is None else hidden[batch]

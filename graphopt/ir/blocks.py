@@ -21,7 +21,7 @@ class Block:
     """A call that changes the residual stream.
 
     Attributes:
-        position: Of the call in the program.
+        position: The position of the call in the program.
         stream: Which of its arguments is the stream; its only result is the stream behind it.
     """
 

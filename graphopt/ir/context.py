@@ -33,7 +33,7 @@ _GATHERS = {
     "aten.index.Tensor": (0, 1),
     "aten.index_select.default": (0, 1),
 }
-"""By op, which operand is the table and which the index of its rows."""
+"""For each op the operand that is the table, and the one that is the index of its rows."""
 
 
 def rotary_parameters(config: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ class Packed:
 
         Args:
             shape: The weight's, [out, in].
-            dtype: Of the scales, and of what `functional.dequantise` returns.
+            dtype: The dtype of the scales, and of what `functional.dequantise` returns.
 
         Raises:
             ValueError: The weight is no matrix, or its groups do not come out even.
@@ -107,7 +107,7 @@ class Packed:
 
         Args:
             weight: [out, in].
-            dtype: Of the scales; by default the weight's.
+            dtype: The dtype of the scales; by default the weight's.
 
         Raises:
             ValueError: See `stored`.

@@ -136,7 +136,7 @@ def with_experts(
     `mlp.up_proj.weight.shared` and `mlp.up_proj.weight.experts`.
 
     Args:
-        name: Of the copy.
+        name: The name of the copy.
         router: `linear`: scores are a linear of the part's input, with a bias. `neuron`: they
             are the magnitude of one neuron an expert.
 
@@ -225,7 +225,7 @@ def read_split(
     """Return what `with_experts` was given to make a block's function, as far as it shows.
 
     Args:
-        types: Of the values of the block's call.
+        types: The types of the values of the block's call.
         width: Neurons that its feed-forward part had before.
 
     Returns:
@@ -283,12 +283,12 @@ def carve_call(
     No weight is read: the new ones are rows, or columns, of those that are there.
 
     Args:
-        part: Of the function that the call runs so far.
+        part: The feed-forward part of the function that the call runs so far.
         rewritten, made: From `with_experts`; the function is in the program.
         order: int64, every neuron once: the shared ones, then the experts' side by side.
             Numbers from the part's width on are neurons of zeros, which are added.
         shared: How many of them are shared.
-        router: For `router`, `router.bias` and `router.gate`, as far as the rewritten has them, the
+        router: For `router`, `router.bias` and `router.gate`, where the function has them, the
             value.
     """
     function = program.functions[call.function]

@@ -13,7 +13,7 @@ from graphopt.ir.scan import Line, Token
 from graphopt.ir.types import Type
 
 _MOST_OPERANDS = 1000
-"""Of an op that takes any number of them."""
+"""The largest number of operands of an op that takes any number of them."""
 
 
 class ParsedFunction:

@@ -333,7 +333,7 @@ def cached_attention(
     """`attention` that also sees the keys and values of the tokens before.
 
     Args:
-        q, k, v: Of the S new tokens.
+        q, k, v: Queries, keys and values of the S new tokens.
         past: Keys [B, G, P, D] and values [B, G, P, Dv] of the cached tokens; None if there are
             none.
         mask: [B, P + S], nonzero at real tokens.

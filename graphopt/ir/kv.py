@@ -62,7 +62,7 @@ class KVState:
         name: Unique in the program.
         heads: Key and value heads, G.
         k_dim, v_dim: Sizes of a key and of a value head.
-        dtype: Of both.
+        dtype: The dtype of keys and values.
         layout: Where they lie.
         placement: On which devices; None on one.
     """

@@ -63,7 +63,7 @@ class Line:
     """The tokens of one line, read from the left.
 
     Args:
-        number: Of the line in the text, from 1 up.
+        number: The number of the line in the text, from 1 up.
         text: The line.
         shift: How many characters stood in front of `text`.
 

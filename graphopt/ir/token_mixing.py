@@ -49,7 +49,7 @@ def mixes_tokens(node: Node, attrs: Attrs, types: Mapping[Value, Type]) -> bool:
     lie behind one another (B S) are taken for what a mixture of experts sorts and puts back.
 
     Args:
-        attrs: Of the node in one call.
+        attrs: The node's attributes in one call.
         types: In that call.
     """
     if not is_aten(node.op):

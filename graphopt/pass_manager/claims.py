@@ -15,7 +15,7 @@ def check_claims(item: Pass, result: PassResult, imprint: Imprint, before: Progr
     """Compare what a pass says it did with what it did.
 
     Args:
-        imprint: Of `before`, from before the pass ran.
+        imprint: The imprint of `before`, taken before the pass ran.
 
     Raises:
         VerifyError: It wrote to the program it got a copy of; it changed something and says it did

@@ -35,7 +35,7 @@ from graphopt.pass_manager.pairing import Pair, plan_pairs, wrong_states
 from graphopt.pass_manager.stepping import Side, Step, Undivided, is_look_up, places
 
 FP64_TOLERANCE = 1e-9
-"""Of the largest number in a result: some 1e5 roundings of fp64, one on top of the other."""
+"""Tolerance relative to a result's largest number: some 1e5 roundings of fp64, one on another."""
 
 ROUNDINGS = 32
 """Roundings of a weight that a pass computed that may add up."""

@@ -23,7 +23,7 @@ from graphopt.support.per_device import PerDevice
 from graphopt.support.plain import shown
 
 MAX_NUMBER = 2**53
-"""Of a whole number in a recipe: what a float, and so JSON anywhere, holds exactly."""
+"""The largest whole number in a recipe: what a float, and so JSON anywhere, holds exactly."""
 
 _SCALARS = (int, float, bool, str)
 _CONFIG = pydantic.ConfigDict(

@@ -24,7 +24,7 @@ class RunOptions:
         stop_after: Name of the last pass to run; None for all.
         resume: Take up the latest snapshot that fits source and recipe.
         device: Where passes and verification compute.
-        seed: Of everything random.
+        seed: The seed of every generator of random numbers.
         bos: Which windows of text begin with what the tokenizer puts before a text.
     """
 

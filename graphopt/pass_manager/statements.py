@@ -110,7 +110,7 @@ class ChangedBlocks(Statement):
     """The blocks that are named were changed, and nothing else was.
 
     Attributes:
-        blocks: Of the program, from 0; None for all.
+        blocks: Indices of blocks of the program, from 0; None for all.
     """
 
     blocks: frozenset[int] | None = None

@@ -23,7 +23,8 @@ from graphopt.sources.windows import Bos, TokenText, tokenizer_at
 from graphopt.support.progress import Progress, silent
 
 RELATIVE_TOLERANCE = 1e-4
-"""Of the largest logit (at least 1): more than rounding in fp32, far less than any wrong term."""
+"""Tolerance relative to the largest logit (at least 1): more than rounding in fp32, far less than
+any wrong term."""
 
 ROW, PADDED_ROW, SHORT_ROW = 56, 47, 7
 """Lengths of the probe's texts: a full row, a left-padded one beside it, and short batches."""
@@ -56,8 +57,9 @@ class Measured:
     """Logits of one program on the probe.
 
     Attributes:
-        logits: Of every batch, at real tokens only: [tokens, vocab] in fp32.
-        continued: Of the first batch, run in two steps with a KV cache; None without one.
+        logits: The logits of every batch, at real tokens only: [tokens, vocab] in fp32.
+        continued: The logits of the first batch, run in two steps with a KV cache; None without
+            a cache.
         perplexity: On the rows of the first batch; None where the probe is no text.
     """
 

@@ -21,7 +21,7 @@ class AttentionSpec:
         value_dim: Size of a value head, Dv; None for D.
         heads: Query heads, H.
         kv_heads: Key and value heads, G; H is a multiple of it.
-        dtype: Of queries, keys and values, as an IR name: `f16` or `bf16`.
+        dtype: The dtype of queries, keys and values, as an IR name: `f16` or `bf16`.
         phase: `prefill` (many query tokens) or `decode` (few, keys split over many programs).
         causal: A query sees the keys up to its own place alone.
         align: Which corner the causal diagonal starts from where S and T differ: with

@@ -26,7 +26,7 @@ VERSION = 2
 """Version 1 had null for options left at a default that depends on the device."""
 
 SIZES = {B: 1, S: 128, P: 0}
-"""For which FLOPs by part are counted: one prompt of 128 tokens."""
+"""The sizes for which FLOPs by part are counted: one prompt of 128 tokens."""
 
 _PACKAGES = ("graphopt", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "numpy")
 
@@ -49,8 +49,8 @@ class PassEntry:
             `off`, or why there was none.
         not_run: What of an exact pass's changes was not compared in fp64, and why.
         tolerance: What `max_abs_logit_delta` had to stay within; None for a lossy pass.
-        seconds, peak_bytes: Of the pass itself.
-        verify_seconds: Of verifying it.
+        seconds, peak_bytes: How long the pass itself took, and its peak memory.
+        verify_seconds: How long its verification took.
         resumed: It ran before an interruption, and its result was taken from there.
     """
 
@@ -141,7 +141,7 @@ class ArtifactEntry:
 
     Attributes:
         path: The output folder.
-        bytes: Of all files together.
+        bytes: The size of all files together.
         emit: Names of the emitters.
         usage: Lines that tell how to run it.
         notes: What an emitter could not do, and why.
@@ -175,7 +175,7 @@ class Report:
         passes: Those of the recipe, and behind them those that lowering for the target ran.
         stages: Seconds of `capture`, `passes`, `verify` and `emit`.
         peak_bytes: Most resident memory of the whole run.
-        probe: Of verification: `tokens`, `is_text`, `note`; None with verification off.
+        probe: The probe of verification: `tokens`, `is_text`, `note`; None with verification off.
         windows: How windows of text began, for calibration and verification: `bos`, and in
             `begin` the ids; None where no text was used.
         artifact: None where nothing was emitted.

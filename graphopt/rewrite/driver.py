@@ -61,7 +61,7 @@ def apply_rules(
 
     Args:
         calls: The calls of the function, for rules that ask for attributes.
-        types: Of its values in each distinct kind of call, for rules that ask for types.
+        types: The types of its values in each distinct kind of call, for rules that ask for them.
     """
     result = Rewritten()
     unread_before = dead_nodes(function)

@@ -25,7 +25,7 @@ def balanced_assignment(gain_NC: Tensor, capacity: Sequence[int]) -> Tensor:
 
     Args:
         gain_NC: fp [N, C].
-        capacity: Of every column; together they hold the rows exactly.
+        capacity: How many rows each column takes; together they hold the rows exactly.
 
     Returns:
         int64 [N] on the CPU.

@@ -19,7 +19,7 @@ from graphopt.support.inputs import OpenSchema, parse, read_json
 GENERATION_NAME = "generation_config.json"
 
 MAX_BYTES = 2**20
-"""Of a generation_config.json; lists of suppressed tokens are the longest things in them."""
+"""The largest generation_config.json; lists of suppressed tokens are the longest things in it."""
 
 TokenId = Annotated[int, pydantic.Field(ge=-(2**31), lt=2**31)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]

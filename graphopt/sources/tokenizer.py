@@ -43,7 +43,7 @@ _OTHERS = (
 )  # fmt: skip
 
 MAX_TOKENIZER_VALUES = 16_000_000
-"""In one JSON file; the largest known have 2 million, of tokens and merges."""
+"""The most values in one JSON file; the largest known have 2 million, of tokens and merges."""
 
 MAX_TOKEN_ID = 2**24
 """The tokenizers library takes memory for every number up to the largest id, held or not; the
@@ -134,7 +134,7 @@ def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     """Return the ids of a text.
 
     Args:
-        tokenizer: Of transformers.
+        tokenizer: A tokenizer of transformers.
         special: With the special tokens that it puts before and behind a text.
 
     Raises:

@@ -50,7 +50,7 @@ def tokenizer_at(folder: Path | None, name: str) -> PreTrainedTokenizerBase:
 
     Args:
         folder: None where there is none.
-        name: Of the model, for the refusal.
+        name: What the refusal calls the model.
 
     Raises:
         SourceError: There is none, or the files cannot be read without running code.
@@ -97,7 +97,7 @@ class TokenText:
         """Tokenise a text, as a whole.
 
         Args:
-            tokenizer: Of transformers.
+            tokenizer: A tokenizer of transformers.
             bos: With "first" the ids are those of the tokenizer, with its special tokens.
         """
         ids = encode(tokenizer, text)

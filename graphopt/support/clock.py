@@ -11,7 +11,7 @@ class Clock:
     """Counts the seconds of several kinds of work, which may lie inside each other.
 
     Args:
-        names: Of the kinds of work.
+        names: The names of the kinds of work.
 
     Attributes:
         seconds: Those of each kind, by name, without what other kinds inside it took.

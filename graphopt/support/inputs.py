@@ -26,10 +26,10 @@ from graphopt.errors import GraphoptError, SourceError
 from graphopt.support.plain import shown
 
 MAX_TEXT_BYTES = 128 * 2**20
-"""Of a text to calibrate with or to measure on: a hundred times WikiText-2."""
+"""The largest text to calibrate with or to measure on: a hundred times WikiText-2."""
 
 MAX_JSON_BYTES = 64 * 2**20
-"""Of one JSON file: twice the largest tokenizer known."""
+"""The largest JSON file: twice the largest tokenizer known."""
 
 MAX_DEPTH = 64
 """How deep lists and objects may be nested; code that walks them recurses as deep."""
@@ -38,7 +38,7 @@ MAX_VALUES = 2_000_000
 """How many values one JSON file may hold; a schema that all of them break keeps an error each."""
 
 MAX_DIGITS = 40
-"""Of a whole number. Tokenizers state 1e30 for "no limit"; every size has its own bound."""
+"""The most digits of a whole number. Tokenizers state 1e30 for "no limit"; sizes have bounds."""
 
 Error = type[GraphoptError]
 Model = TypeVar("Model", bound=pydantic.BaseModel)

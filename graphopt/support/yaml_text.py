@@ -22,7 +22,7 @@ from graphopt.support.inputs import (
 from graphopt.support.plain import shown
 
 MAX_YAML_BYTES = 2**18
-"""Of a recipe, which people write by hand."""
+"""The largest recipe; people write them by hand."""
 
 
 class _Loader(yaml.SafeLoader):

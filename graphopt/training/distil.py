@@ -43,10 +43,10 @@ from graphopt.training.schedule import Schedule, TrainingResult
 from graphopt.training.tuner import Tuner
 
 GENERATION_SHARE = 0.25
-"""Of a training's seconds, in which the dense model writes text for it."""
+"""The share of a training's seconds in which the dense model generates text for it."""
 
 FORMAT = 3
-"""Of the files between two runs of one compile: those of another are not taken up."""
+"""The format of the files between two runs of one compile: those of another are not read."""
 
 EPOCHS = 4
 """How often a training of a given number of steps reads what the dense model writes."""
@@ -56,7 +56,7 @@ class Distiller:
     """One run of a pass that trains a program on the dense one.
 
     Args:
-        options: Of the pass.
+        options: The options of the pass.
         program: What is trained; it is not changed.
         rate: Learning rate where the options have none; None for one that suits whole weights.
         reduce_on_plateau: Whether a rate that gets no further is lowered.
@@ -65,7 +65,7 @@ class Distiller:
     Attributes:
         dense, program: The two models, in the memory of the device where they fit.
         windows, checked: Text to learn from, and text for checks.
-        record, skipped: Of the pass's result.
+        record, skipped: What the pass's result tells, and what it left out.
         done: Stages that an interrupted run left behind it.
     """
 

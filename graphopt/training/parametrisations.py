@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from graphopt.execute.block_runner import Parametrisation
 
 FOLLOWED = 0.1
-"""Of its gradient that a bias of thresholds takes in a step: a batch's is noisy."""
+"""The share of its gradient by which a bias of thresholds moves in a step: a batch's is noisy."""
 
 
 class FullParametrisation(Parametrisation):

@@ -30,7 +30,7 @@ LOOK_EVERY = 20
 
 
 CHECK_EVERY = 0.1
-"""Of the schedule, between two checks on held-out windows."""
+"""The share of the schedule between two checks on held-out windows."""
 
 
 LR_PATIENCE = 3
@@ -39,7 +39,7 @@ what starts near the dense model is spoilt by steps that suit what starts far fr
 
 
 LR_DECAY = 0.25
-"""Of the rate, with which it goes on from there."""
+"""The factor by which the rate is multiplied there."""
 
 
 WARM_UP = 3
@@ -56,11 +56,11 @@ class Tuner:
 
     Args:
         student: Its parametrisations are trained in place.
-        data: What from.
-        objective: What for.
-        schedule: How long.
-        seed: Of the order of the windows.
-        saved: File for the state of the training, so that an interrupted one goes on; taken up
+        data: The windows, and what the student is to give for them.
+        objective: The loss.
+        schedule: How long and how fast to train.
+        seed: The seed of the order of the windows.
+        saved: File for the state of the training, so that an interrupted one goes on; read
             where it exists. None to keep none.
         progress: Called with `what`, and thousandths of the schedule.
     """

@@ -114,7 +114,7 @@ def round_cycles(path: Sequence[Instruction], *, warps: int, blocks: int = 1) ->
 
     Args:
         path: The instructions of a round.
-        warps: Of a block.
+        warps: The number of warps of a block.
         blocks: Resident in a core.
     """
     works = [work_of(instruction) for instruction in path]
@@ -170,7 +170,7 @@ class Causal:
 
     Attributes:
         length: Queries of a sequence.
-        head_dim: Of keys and values.
+        head_dim: The head size of keys and values.
         heads: Query heads, times the sequences.
         block_m, block_n: Rows and keys of a tile.
         longest_first: Whether the last rows of a head, which see the most keys, start first.
@@ -215,7 +215,7 @@ def seconds(
     Args:
         causal: The problem.
         inner, edge: Cycles of a round with and without masks, of all blocks a core holds.
-        cores, bandwidth: Of the machine; bytes a second of its memory.
+        cores, bandwidth: The machine's cores, and bytes a second of its memory.
         blocks: That a core holds at once.
         factor: What a round takes beyond the model, as a factor: the one constant to be fitted.
     """

@@ -62,7 +62,7 @@ class Listing:
     """The machine code of a kernel.
 
     Attributes:
-        registers: Of a thread.
+        registers: How many registers a thread has.
         labels: Label -> index of the instruction that follows it.
     """
 
@@ -164,7 +164,7 @@ class Usage:
     """What a kernel takes, as ptxas says.
 
     Attributes:
-        registers: Of a thread.
+        registers: How many registers a thread has.
         spilled: Bytes a thread stores to and loads from local memory for want of registers.
         shared: Bytes of shared memory of a block beside what is asked for at the launch.
     """

@@ -48,7 +48,7 @@ class CarvedPart:
     """A feed-forward part of the model that a config makes, carved as the program's is.
 
     Attributes:
-        position: Of the call.
+        position: The position of the call.
         width: Neurons before.
         split, router: See `with_experts`.
         made: What the new weight slots hold; see `with_experts`.
@@ -311,7 +311,7 @@ def carved_config(
     Args:
         module: The dense model.
         config: Its config's entries.
-        carving: Of the class; see `modeling_carved.py`.
+        carving: The class's entry `carving`; see `modeling_carved.py`.
     """
     kind, model = carved_class(module)
     entries = {key: value for key, value in config.items() if key != "model_type"}

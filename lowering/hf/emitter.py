@@ -101,7 +101,7 @@ class _Checkpoint:
     Attributes:
         module: The model of transformers that loads it, on meta.
         tensors: By their names in the file.
-        code: Of the class, where it is none of transformers'.
+        code: The source of the class, where it is none of transformers'.
     """
 
     module: PreTrainedModel

@@ -24,7 +24,7 @@ def volta_constants(plan: AttentionPlan, *, ring: int = 0, bias_bits: int = 16) 
     """Return every constant of kernels/volta.cu, and those its launcher asks for.
 
     Args:
-        plan: Of the family `volta-cuda`.
+        plan: A plan of the family `volta-cuda`.
         ring: Slots of the ring, where the plan's cache is one.
         bias_bits: Bits of an element of the bias, 16 or 32, where the plan has one.
     """

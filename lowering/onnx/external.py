@@ -115,7 +115,7 @@ class DataFile:
         """Give weights their place; return a tensor that points there.
 
         Args:
-            name: Of the tensor.
+            name: The name of the tensor.
             shape: What the graph takes the tensor for; None for the layout's own shape.
         """
         start, nbytes = self._end, layout.numel * layout.dtype.itemsize

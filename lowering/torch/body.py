@@ -43,8 +43,8 @@ class BodyPrinter(FunctionPrinter):
     """Prints a function as statements of a `forward`, in plain PyTorch.
 
     Args:
-        function: Without dead nodes.
-        where: Of a call of it, for messages.
+        function: A function without dead nodes.
+        where: Where a call of it is, for messages.
         packed: Weight slots that hold packed codes.
 
     Attributes:

@@ -20,7 +20,7 @@ class ModuleClass:
     """One function as an `nn.Module`.
 
     Args:
-        name: Of the class.
+        name: The name of the class.
         function: The function.
         calls: Its calls.
         arguments: For every call, the types of its arguments.

@@ -243,4 +243,4 @@ RULES = (
     fuse_sum_with_norm,
     fuse_rotations,
 )
-"""In the order in which they run: each, until it applies nowhere, before the next."""
+"""The rules, in the order in which they run: each, until it applies nowhere, before the next."""

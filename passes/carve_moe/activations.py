@@ -26,7 +26,7 @@ class PartActivations:
         weights: Its projections in fp32, by `gate`, `up` and `down`.
         x: Its input, [T, D] for every batch.
         hidden: Its hidden activations, [T, N] for every batch, with the neurons that were added.
-        energy: Of the neurons, [T, N] for every batch.
+        energy: The energy of its neurons, [T, N] for every batch.
         learn: How many of the batches, the first ones, are learnt from; the others are held out.
         added: Neurons of zeros.
     """

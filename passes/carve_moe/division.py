@@ -169,7 +169,7 @@ class Tokens:
 
     Attributes:
         x: Its input, [T, D] for every batch.
-        energy: Of its neurons, from `neuron_energies`, [T, N] for every batch.
+        energy: The energy of its neurons, from `neuron_energies`, [T, N] for every batch.
     """
 
     x: Sequence[Tensor]

@@ -64,8 +64,8 @@ class Work(pydantic.BaseModel):
     """What a prompt of `tokens` tokens takes, of the given model and of the carved one.
 
     Attributes:
-        flops: In all.
-        weight_products: Of products with weights alone.
+        flops: All operations.
+        weight_products: Multiply-adds of products with weights alone.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
@@ -93,10 +93,10 @@ class CarvedParts(Record):
     Attributes:
         split: Shared, active and all neuron groups, such as `S3A3E8`.
         parts: What became of each part that was carved.
-        refits: Of their down projections.
+        refits: What reconstruction made of their down projections.
         sensitivity: What was measured where parts have numbers of shared groups of their own.
         work: What a prompt takes before and after.
-        seconds: By what they were spent on.
+        seconds: The seconds of the pass, by what they were spent on.
     """
 
     split: str

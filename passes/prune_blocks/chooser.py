@@ -56,7 +56,7 @@ class Choice:
         scores: For every round the score of each candidate left, by name.
         perplexity: On held-out windows, of the whole model and after each removal.
         speed: Tokens a second of a forward pass, before and after.
-        seconds: Of scoring alone.
+        seconds: How long scoring took.
         skipped: What was left in though its score was the lowest, and why.
     """
 

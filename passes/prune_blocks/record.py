@@ -28,8 +28,8 @@ class PrunedBlocks(Record):
         candidates: All of them.
         scores: A round each, from the candidates that were left to their scores.
         perplexity: On held-out windows, of the whole model and after each removal.
-        scoring_seconds: Of scoring alone.
-        tokens_per_second: Of a forward pass, before and after.
+        scoring_seconds: How long scoring took.
+        tokens_per_second: The speed of a forward pass, before and after.
     """
 
     order: list[str]

@@ -273,7 +273,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         transposed=frozenset({"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
     ),
 }  # fmt: skip
-"""By the name the file states; Mistral's files call themselves llama."""
+"""Architectures by the name that the file states; Mistral's files call themselves llama."""
 
 
 def find_architecture(file: GgufFile) -> Architecture:

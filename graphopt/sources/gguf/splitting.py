@@ -96,7 +96,7 @@ SPLITTINGS: dict[str, Splitting] = {
     "deepseek-coder": _DEEPSEEK_CODER,
     "falcon": _FALCON,
 }  # fmt: skip
-"""By `tokenizer.ggml.pre`, as llama.cpp names and defines them (`llama-vocab.cpp`)."""
+"""Splitters by `tokenizer.ggml.pre`, as llama.cpp has them (`llama-vocab.cpp`)."""
 
 
 def splitting_of(file: GgufFile, rule: str | None) -> Splitting:
