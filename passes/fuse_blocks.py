@@ -38,6 +38,12 @@ Donor = Literal["pruned", "self", "random", "none"]
 
 WARM_TOKENS = PerDevice(cpu=32768, gpu=131072)
 """Tokens of the warm start."""
+WARM_SHARE = 0.5
+"""Of the seconds of a training, those that the warm start may take."""
+WARM_RUNS = 5
+"""How many times its tokens are run, about: by the teacher, and for features and what moves."""
+WARM_LEAST = 1024
+"""Tokens of which fewer say too little about a projection."""
 
 PUBLISHED_RATE = 1e-3
 PUBLISHED_OTHERS = 9.65e-6 / PUBLISHED_RATE
@@ -161,9 +167,11 @@ class _Fusion(Distiller):
         self.note("trained", self.program)
         seconds = self.record.seconds
         seconds["all"] = time.perf_counter() - self.started + seconds.get("ablations", 0.0)
+        self.say_if_untrained()
         folded = self.fold(self.program if self.options.mode == "published" else None)
         removed = len(self.pruned.removed)
-        return PassResult(folded, removed, removed, self.skipped, self.record, ChangedBlocks())
+        changed = removed if self.changed else 0
+        return PassResult(folded, removed, changed, self.skipped, self.record, ChangedBlocks())
 
     @property
     def _warm(self) -> bool:
@@ -178,12 +186,23 @@ class _Fusion(Distiller):
         return warm_start
 
     def _warm_start(self) -> None:
-        started = time.perf_counter()
+        started, until = time.perf_counter(), None
         tokens = WARM_TOKENS.on(self.device)
+        left = self.left()
+        if left is not None and self.schedule.steps != 0:
+            # What is left of the seconds is for training.
+            until = started + WARM_SHARE * left
+            tokens = min(tokens, int(WARM_SHARE * left * self.tokens_per_second / WARM_RUNS))
+        if tokens < WARM_LEAST:
+            self.skipped.append(
+                Skip("warm start", f"there is time for {tokens} tokens, fewer than {WARM_LEAST}")
+            )
+            return
         windows = pick(self.windows, max(2, tokens // self.seqlen), self.context.seed)
         refits, skipped = reconstruct_behind_cuts(
-            self.program, self.dense, windows, device=self.device, progress=self.context.progress
-        )
+            self.program, self.dense, windows,
+            device=self.device, until=until, progress=self.context.progress,
+        )  # fmt: skip
         self.skipped += [Skip(where, reason) for where, reason in skipped]
         self.record.refits = refits
         self.clock("warm start", started)

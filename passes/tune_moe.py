@@ -117,6 +117,7 @@ class _Tuning(Distiller):
     tells = TunedMoe
 
     def __init__(self, options: TuneMoe, program: Program, context: Context) -> None:
+        self.carved = program
         program = program.copy()
         self.thresholds = any(node.attrs.get("mean_active_experts") for node in _choices(program))
         self.balances = options.balance > 0 or self.thresholds
@@ -141,6 +142,9 @@ class _Tuning(Distiller):
         carved = self.context.record(CarvedParts)
         assert carved is not None
         parts = len(carved.parts)
+        self.say_if_untrained()
+        if not self.changed:
+            return PassResult(self.carved, parts, 0, self.skipped, self.record, ChangedBlocks())
         return PassResult(self.fold(), parts, parts, self.skipped, self.record, ChangedBlocks())
 
     def parametrisations(self, program: Program, calls: list[Call]) -> dict[str, Parametrisation]:

@@ -90,3 +90,12 @@ def test_a_weight_with_two_users_is_left_alone_with_the_reason():
         ("layers.2: ffn", True),
         ("layers.3: ffn", True),
     ]
+
+
+def test_blocks_for_which_no_time_is_left_are_left_as_they_are_and_named():
+    dense = tiny_program(layers=4)
+    pruned = cut(dense, 2)
+    refits, skipped = reconstruct_behind_cuts(pruned, dense, IDS, until=0.0)
+    assert not refits
+    assert skipped == [("layers.1 and what is behind it", "the time for it was over")]
+    assert all(w.producer is dense.weights[w.name].producer for w in pruned.weights)

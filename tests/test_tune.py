@@ -15,6 +15,7 @@ from graphopt.errors import PassError
 from graphopt.execute.block_runner import BlockRunner
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.feed_forward import Split
+from graphopt.training import tuner as tuner_module
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
 from graphopt.training.losses import LogitObjective, StreamObjective, batch_kl, relative_mse
 from graphopt.training.parametrisations import FullParametrisation, LowRankParametrisation
@@ -339,3 +340,27 @@ def test_memory_that_does_not_suffice_is_said_with_what_lowers_it():
     with pytest.raises(PassError, match="does not fit the memory of cpu") as caught:
         tuner.run()
     assert "mode=local" in caught.value.remedy
+
+
+class Slow(LogitObjective):
+    """An objective whose every measurement takes a second of a clock that tests turn."""
+
+    def __init__(self, clock):
+        object.__setattr__(self, "clock", clock)
+
+    def measure(self, *arguments, **options):
+        self.clock[0] += 1.0
+        return super().measure(*arguments, **options)
+
+
+@pytest.mark.parametrize("seconds", [8.0, 21.0, 60.0])
+def test_seconds_are_those_of_checks_and_steps_together(monkeypatch, seconds):
+    clock = [100.0]
+    monkeypatch.setattr(tuner_module.time, "perf_counter", lambda: clock[0])
+    program = tiny_program()
+    schedule = Schedule(seconds=seconds, batch=4)
+    tuned = tuner_of(program, disturbed(program), schedule, Slow(clock)).run()
+    # A step takes one second and a check of ten windows in batches of four takes three.
+    assert clock[0] - 100.0 == tuned.seconds
+    assert seconds - 1.0 <= tuned.seconds <= seconds + 1.0 + 3.0 * (len(tuned.checks) > 2)
+    assert tuned.steps > 0

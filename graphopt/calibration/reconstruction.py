@@ -18,6 +18,7 @@ projection is solved for, in front of the cut and behind it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -170,6 +171,7 @@ def reconstruct_behind_cuts(
     windows: Tensor,
     *,
     device: torch.device | None = None,
+    until: float | None = None,
     progress: Progress = silent,
 ) -> tuple[list[Reconstruction], list[tuple[str, str]]]:
     """Reconstruct the projections of a shortened program, in place, from the first cut on.
@@ -180,6 +182,7 @@ def reconstruct_behind_cuts(
     Args:
         program: Its blocks are blocks of `dense`, by their module paths; its weights are replaced.
         windows: int64 [N, S], N at least 2; `held_out_windows` of them choose the strength.
+        until: No block is begun after this time of `time.perf_counter`.
 
     Returns:
         The outcome for each projection, and what could not be reconstructed, with the reason.
@@ -203,6 +206,9 @@ def reconstruct_behind_cuts(
     teacher.run_to(first)
     student.skip_to(first, teacher.hidden)
     for block in student:
+        if until is not None and time.perf_counter() > until:
+            skipped.append((f"{block.name} and what is behind it", "the time for it was over"))
+            break
         while teacher.name_of(teacher.index) != block.name:
             teacher.current().advance()
         targets = _targets(teacher.current())

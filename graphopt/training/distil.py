@@ -8,7 +8,7 @@ import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from graphopt.training.parametrisations import FullParametrisation, LowRankParam
 from graphopt.training.record import TrainedPart, TrainingRecord
 from graphopt.training.schedule import Schedule, TrainingResult
 from graphopt.training.tuner import Tuner
+from graphopt.training.vocabulary import narrow_head, tokens_to_compare
 
 GENERATION_SHARE = 0.25
 """The share of a training's seconds in which the dense model generates text for it."""
@@ -118,6 +119,8 @@ class Distiller:
         if len(self.windows) < batch and (options.generated_windows == 0 or on_cpu):
             self.schedule = replace(self.schedule, batch=len(self.windows))
         self.done: list[str] = []
+        self._asked, self._tokens = False, cast("Tensor | None", None)
+        self._note_seconds = 0.0
         self._resume()
 
     def _share(self, program: Program) -> Program:
@@ -135,13 +138,42 @@ class Distiller:
 
     def note(self, what: str, program: Program) -> None:
         """Put a program's perplexity on held-out windows into the record."""
+        started = time.perf_counter()
         value = self.perplexity(program)
+        self._note_seconds = time.perf_counter() - started
         self.record.perplexity.append(Step(after=what, value=value))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """How many tokens a second the model took in when perplexity was last measured."""
+        return self.checked.numel() / max(self._note_seconds, 1e-9)
 
     def perplexity(self, program: Program) -> float:
         """Return a program's perplexity on held-out windows."""
         kind = scoring_dtype(program, self.device)
         return held_out_perplexity(program, self.checked, self.device, kind)
+
+    @property
+    def changed(self) -> bool:
+        """Whether any weight of the program is another one than it was given."""
+        return any(
+            weight.producer is not self.origin.get(weight.name)
+            for weight in self.program.used_weights()
+        )
+
+    def say_if_untrained(self) -> None:
+        """Say loudly, among what was skipped, that the time did not suffice for a step."""
+        if self.schedule.steps != 0 and not sum(part.steps for part in self.record.training):
+            spent = ", ".join(
+                f"{what} {seconds:.0f} s" for what, seconds in self.record.seconds.items()
+            )
+            self.skipped.append(
+                Skip(
+                    "training",
+                    f"NO STEP was made in {self.schedule.seconds or 0:g} seconds ({spent}): give "
+                    "more seconds, or a shorter seqlen or batch",
+                )
+            )
 
     def clock(self, what: str, started: float) -> None:
         """Add the time since `started` to the record."""
@@ -149,10 +181,11 @@ class Distiller:
         seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - started
 
     def left(self) -> float | None:
-        """Return the seconds that are left of the whole pass."""
+        """Return the seconds that are left of the pass, but for those of its last measurement."""
         if self.schedule.seconds is None:
             return None
-        return max(self.schedule.seconds - (time.perf_counter() - self.started), 0.0)
+        spent = time.perf_counter() - self.started
+        return max(self.schedule.seconds - spent - self._note_seconds, 0.0)
 
     def training_windows(self) -> Tensor:
         """Return the windows to learn from: those of the text, and the dense model's own."""
@@ -247,7 +280,10 @@ class Distiller:
         what: str,
     ) -> TrainingResult:
         """Train parametrisations and put their values into the program."""
-        student = BlockRunner(program, first, stop, parametrisations, self.device)
+        trained = program
+        if isinstance(objective, LogitObjective):
+            trained = self.narrowed(program, data.ids)
+        student = BlockRunner(trained, first, stop, parametrisations, self.device)
         tuner = Tuner(
             student, data, objective, schedule, seed=self.context.seed,
             saved=self._saved(what), progress=self.context.progress, what=what,
@@ -258,10 +294,25 @@ class Distiller:
         if tuned.not_compiled:
             reason = f"its step is not compiled, and slower: {tuned.not_compiled}"
             self.skipped.append(Skip(what, reason))
-        with torch.no_grad():
-            for name, parametrisation in student.parametrisations.items():
-                assign(program, name, parametrisation())
+        if tuned.steps:
+            with torch.no_grad():
+                for name, parametrisation in student.parametrisations.items():
+                    assign(program, name, parametrisation())
         return tuned
+
+    def narrowed(self, program: Program, ids: Tensor) -> Program:
+        """Return a program that gives the logits on which distributions are compared."""
+        if not self._asked:
+            self._asked = True
+            dtype = scoring_dtype(self.dense, self.device)
+            self._tokens = tokens_to_compare(self.dense, ids, self.device, dtype)
+        if self._tokens is None:
+            return program
+        narrowed = narrow_head(program, self._tokens)
+        if narrowed is None:
+            return program
+        self.record.compared_tokens = len(self._tokens)
+        return narrowed
 
     def _saved(self, what: str) -> Path | None:
         """Return the file that keeps something between two runs of one compile."""

@@ -51,12 +51,15 @@ class TrainingRecord(Record):
         perplexity: On held-out windows, along the way.
         training: An entry a training, in order.
         generated_windows: Windows that the dense model wrote to learn from; None for none.
+        compared_tokens: Tokens of a large vocabulary on which distributions were compared; None
+            for all.
     """
 
     seconds: dict[str, Seconds] = pydantic.Field(default_factory=dict)
     perplexity: list[Step] = pydantic.Field(default_factory=list)
     training: list[TrainedPart] = pydantic.Field(default_factory=list)
     generated_windows: Count | None = None
+    compared_tokens: Count | None = None
 
     def line(self) -> str:
         return told_in_a_line([], self.perplexity)
@@ -71,10 +74,18 @@ class TrainingRecord(Record):
         )
 
     def own_sentences(self) -> list[str]:
-        """Return what is told in a sentence each; here, on the text that the dense model wrote."""
-        if not self.generated_windows:
-            return []
-        return [f"{self.generated_windows:,.0f} windows of text were written by the dense model."]
+        """Return what is told in a sentence each; here, on the text and on the vocabulary."""
+        facts: list[str] = []
+        if self.generated_windows:
+            facts.append(
+                f"{self.generated_windows:,.0f} windows of text were written by the dense model."
+            )
+        if self.compared_tokens:
+            facts.append(
+                f"Distributions were compared over {self.compared_tokens:,.0f} tokens of the "
+                "vocabulary: the text's most frequent ones and those that the dense model expects."
+            )
+        return facts
 
 
 def training_pictures(parts: Sequence[TrainedPart]) -> str:

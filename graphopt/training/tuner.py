@@ -85,6 +85,7 @@ class Tuner:
         self._queue: list[int] = []
         self._best, self._best_state = math.inf, list[Tensor]()
         self._checked_at, self._worse = 0.0, 0
+        self._check_seconds = 0.0
         self._rate = schedule.rate
         self._parameters = student.parameters
         cuda = student.device.type == "cuda"
@@ -157,10 +158,16 @@ class Tuner:
         return result
 
     def _done(self) -> float:
-        """Return how far the training is; time that went into compiling has not moved it."""
+        """Return how far the training is; time that went into compiling has not moved it.
+
+        The last check, and half of a step on average, come after the last question.
+        """
         result, seconds = self.result, self.schedule.seconds
         if seconds is not None:
-            seconds -= result.preparing
+            seconds -= result.preparing + self._check_seconds
+            if result.steps:
+                seconds -= (result.seconds - result.preparing) / result.steps / 2
+            seconds = max(seconds, 0.0)
         schedule = dataclasses.replace(self.schedule, seconds=seconds)
         return schedule.done(result.steps, result.seconds - result.preparing)
 
@@ -199,6 +206,7 @@ class Tuner:
 
     def _check(self, done: float) -> None:
         """Measure the held-out windows, and keep the state if it is the best so far."""
+        started = time.perf_counter()
         count, size, total = self.data.held_out, self.schedule.batch, 0.0
         self._checked_at = done
         for start in range(len(self.data.ids) - count, len(self.data.ids), size):
@@ -211,6 +219,7 @@ class Tuner:
         if total < self._best:
             self._best, self._worse = total, 0
             self._best_state = [parameter.detach().clone() for parameter in self._parameters]
+        self._check_seconds = time.perf_counter() - started
 
     def _reduce_on_plateau(self) -> None:
         """Go on from the best state with a lower rate, where checks show no gain by this one."""

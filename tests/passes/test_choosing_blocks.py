@@ -140,3 +140,29 @@ def test_nothing_removed_leaves_nothing_to_fuse(model, tmp_path, monkeypatch):
     pruned, fused = report.passes
     assert (pruned.changed, fused.changed) == (0, 0) and len(find_blocks(program)) == 4
     assert [skip.reason for skip in fused.skipped] == ["prune-blocks removed none"]
+
+
+def test_a_training_without_a_step_says_so_and_changed_nothing(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    recipe = (
+        "prune-blocks{blocks=1,windows=2,seqlen=32},"
+        "fuse-blocks{seconds=0,warm_start=false,seqlen=32}"
+    )
+    _, report = go.Pipeline.parse(recipe).run(model, go.RunOptions(calib=text))
+    entry = report.passes[1]
+    assert entry.changed == 0 and entry.verification == "unchanged"
+    (skip,) = entry.skipped
+    assert skip.where == "training" and "NO STEP was made in 0 seconds" in skip.reason
+
+
+def test_a_warm_start_without_time_for_it_says_so(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    recipe = (
+        "prune-blocks{blocks=1,windows=2,seqlen=32},"
+        "fuse-blocks{seconds=0,warm_start=true,seqlen=32}"
+    )
+    _, report = go.Pipeline.parse(recipe).run(model, go.RunOptions(calib=text))
+    first, _ = report.passes[1].skipped
+    assert first.where == "warm start" and "time for 0 tokens" in first.reason

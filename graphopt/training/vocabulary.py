@@ -1,0 +1,115 @@
+"""Distilling on some tokens of a large vocabulary: a step costs no more where it is larger.
+
+A head of V rows maps D hidden features to V logits. Where a few thousand of its rows are kept,
+which is many times D, the student's logits on them are right only where its hidden states are, and
+with these the other logits. The distributions that are compared are those over the kept tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphopt.execute.interpreter import Runner
+from graphopt.ir.graph import Call, Function, Node, Program, Value
+from graphopt.ir.ops import get_op
+from graphopt.ir.ops.elementwise import Unary
+from graphopt.ir.shapes import infer_program
+from graphopt.ir.weights import Array, Weight
+from graphopt.support.per_device import PerDevice
+
+KEPT = PerDevice(cpu=8192, gpu=32768)
+"""Tokens that are kept of a vocabulary of at least twice as many."""
+PROBED = 1024
+"""Positions of the text at which the teacher is asked which tokens it expects."""
+
+
+def vocabulary_size(program: Program) -> int | None:
+    """Return how many logits a program gives; None where that depends on the input."""
+    shape = infer_program(program)[1][program.outputs[0]].shape
+    return shape[-1] if shape and isinstance(shape[-1], int) else None
+
+
+def tokens_to_compare(
+    program: Program, windows: Tensor, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """Return the tokens on which distributions are compared, sorted; None for all of them.
+
+    They are the most frequent ones of the text, up to half, and those that the program expects
+    most at a sample of the text's positions.
+
+    Args:
+        program: The teacher.
+        windows: int64 [N, S], the text.
+        dtype: The dtype in which the teacher is run.
+    """
+    size, kept = vocabulary_size(program), KEPT.on(device)
+    if size is None or size < 2 * kept:
+        return None
+    if narrow_head(program, torch.arange(1)) is None:
+        return None
+    frequent = torch.bincount(windows.flatten(), minlength=size)
+    order = frequent.argsort(descending=True, stable=True)
+    seen = order[: min(kept // 2, int((frequent > 0).sum()))].to(device)
+    runner = Runner(program, dtype, device, keep_weights=False)
+    expected = torch.zeros(size, device=device)
+    with torch.no_grad():
+        for ids in windows[: max(1, PROBED // windows.shape[1])].split(1):
+            logits = runner.logits({"input_ids": ids.to(device)})
+            expected += logits.float().softmax(-1).sum((0, 1))
+    expected[seen] = torch.inf
+    return expected.topk(kept).indices.sort().values
+
+
+def narrow_head(program: Program, tokens: Tensor) -> Program | None:
+    """Return a program that gives the logits of some tokens alone.
+
+    It shares the weights of the given one but for the rows of the head.
+
+    Args:
+        tokens: int64 [n].
+
+    Returns:
+        None where the logits are no projection followed by elementwise functions of a value.
+    """
+    narrowed = program.copy()
+    found = _head(narrowed)
+    if found is None:
+        return None
+    function, call, node = found
+    slots = {value: slot for slot, value in function.weights.items()}
+    for operand in node.inputs[1:]:
+        if operand is None:
+            continue
+        if operand not in slots:
+            return None
+        weight = narrowed.weights[call.weights[slots[operand]]]
+        name = f"{weight.name}.kept"
+        value = weight.load()
+        rows = value[tokens.to(value.device)]
+        if name not in narrowed.weights:
+            narrowed.weights.add(Weight(name, Array(rows)))
+        call.weights[slots[operand]] = name
+    return narrowed
+
+
+def _head(program: Program) -> tuple[Function, Call, Node] | None:
+    """Return the projection that makes the logits, with its call and function."""
+    name = program.outputs[0]
+    for call in reversed(program.calls):
+        if name not in call.results:
+            continue
+        function = program.functions[call.function]
+        value: Value | None = function.results[call.results.index(name)]
+        while value is not None and value.node is not None:
+            node = value.node
+            if node.op == "linear":
+                alone = [other for other in program.calls if other.function == function.name]
+                return (function, call, node) if len(alone) == 1 else None
+            if not isinstance(get_op(node.op), Unary) and not node.op.startswith("aten.to."):
+                return None
+            value = node.inputs[0]
+        if value is None or value not in function.params:
+            return None
+        name = call.args[function.params.index(value)]
+    return None
