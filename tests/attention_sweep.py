@@ -16,16 +16,15 @@ from graphopt.errors import UsageError
 from graphopt.lowering.kernels import plan_attention
 from graphopt.plan import AttentionPlan, AttentionSpec
 from graphopt.runtime.attention import Extras, Keys
-from graphopt.targets import get_target
+from graphopt.targets import all_targets, get_target
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 HEAD_SIZES = tuple(range(32, 257, 8))
 PAGES = (16, 24, 32, 48, 64, 128)
 # Every kernel of every target.
-KERNELS = (
-    ("hopper", "hopper-cuda"), ("hopper", "triton"), ("ampere", "triton"), ("volta", "volta-cuda"),
-    ("ascend910b", "ascend-triton"),
-)  # fmt: skip
+KERNELS = tuple(
+    (target.name, kernel) for target in all_targets().values() for kernel in target.kernels
+)
 # How a tensor [B, heads, tokens, D] lies: as its shape says; with the heads of a token side by
 # side; with rows of NaN in front and behind; with rows that begin anywhere.
 LAYOUTS = ("BHSD", "BSHD", "framed", "unaligned")

@@ -127,3 +127,13 @@ def test_arguments_whose_bytes_are_no_text(args):
     result = CliRunner().invoke(app, args)
     said = " ".join(result.stderr.split())
     assert result.exit_code == 2 and re.match(r"error: The argument .* is not UTF-8 text", said)
+
+
+def test_a_link_that_leads_nowhere_is_told_what_an_editable_install_needs(tmp_path):
+    link = tmp_path / "renamed.py"
+    link.symlink_to(tmp_path / "no-more.py")
+    found, text = run(FileNotFoundError(errno.ENOENT, "No such file", str(link)))
+    assert found == 1 and "renamed.py: No such file. It is a link that leads nowhere." in text
+    assert "install it again" in text
+    found, text = run(FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "x")))
+    assert found == 1 and "install" not in text

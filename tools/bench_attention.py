@@ -1,12 +1,13 @@
 """Measure the attention kernels on this GPU beside torch's own, or find the fastest tiles.
 
     python tools/bench_attention.py [--out benchmarks/attention.json]
-    python tools/bench_attention.py --tune ampere|hopper
+    python tools/bench_attention.py --tune TARGET
 
-Operations of a causal attention count half. The Ampere kernel is compiled for sm_80 and its PTX
-given to the driver, so that on a newer GPU it runs with Ampere's instructions; what is measured
-then says how good the code is, and not how fast an A100 runs it. `--tune` writes the table of
-tiles that the planner prefers, `graphopt/targets/TARGET.tuned.json`.
+Operations of a causal attention count half. Kernels for a target older than this GPU, such as
+Ampere's, are compiled for that target and their PTX given to the driver, so that they run with the
+older machine's instructions; what is measured then says how good the code is, and not how fast an
+A100 runs it. `--tune` writes the table of tiles that the planner prefers,
+`graphopt/targets/TARGET.tuned.json`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from graphopt.lowering.kernels import get_family, plan_attention
 from graphopt.plan import AttentionPlan, AttentionSpec
 from graphopt.runtime.attention import Keys
-from graphopt.targets import get_target
+from graphopt.targets import all_targets, get_target
 
 ROOT = Path(__file__).parents[1]
 TOKENS, HIDDEN = 16384, 2048  # of a prefill, whatever the length of a sequence
@@ -116,19 +117,24 @@ def bench_prefill(target: str, with_peers: bool) -> Iterator[dict[str, Any]]:
             yield row | ({"tiles": plan.tiles, "choice": plan.choice} if name == target else {})
 
 
-def for_ampere() -> None:
-    """Make Triton compile for sm_80 in this process, and leave the rest to the driver."""
+def compile_for(target: str) -> None:
+    """Make Triton compile for a target older than this GPU, and leave the rest to the driver.
+
+    It holds for this process; for a target that this GPU is, nothing changes.
+    """
     from triton.backends.nvidia.compiler import CUDABackend
 
-    os.environ["TRITON_OVERRIDE_ARCH"] = "sm80"
+    if get_target(target).compute_capability == torch.cuda.get_device_capability():
+        return
+    os.environ["TRITON_OVERRIDE_ARCH"] = get_target(target).isa.replace("_", "")
     CUDABackend.make_cubin = lambda self, src, *rest, **more: src.encode() + b"\0"
 
 
-def ampere_rows(arguments: list[str]) -> Any:
-    """Run this file in a process of its own for sm_80, and return the JSON it writes."""
+def rows_of_older(target: str, arguments: list[str]) -> Any:
+    """Run this file in a process that compiles for a target, and return the JSON it writes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
-        command = [sys.executable, __file__, *arguments, "--sm80", str(path)]
+        command = [sys.executable, __file__, *arguments, "--older", target, "--rows", str(path)]
         subprocess.run(command, check=True)
         return json.loads(path.read_text())
 
@@ -291,7 +297,18 @@ def worth_trying(kernel: str, spec: AttentionSpec, target: str) -> list[dict[str
         most = max(tiles["BLOCK_M"] for tiles in found)
         return [tiles for tiles in found if tiles["BLOCK_M"] == most and tiles["BLOCK_N"] >= 32
                 and tiles["num_stages"] > 1]  # fmt: skip
-    return [tiles for tiles in found if tiles["BLOCK_N"] >= 80 and tiles["CONSUMERS"] > 1]
+    if kernel == "hopper-cuda":
+        return [tiles for tiles in found if tiles["BLOCK_N"] >= 80 and tiles["CONSUMERS"] > 1]
+    return found
+
+
+def tunable() -> list[str]:
+    """Return the targets whose kernels take what is measured: bf16, on a GPU."""
+    return [
+        target.name
+        for target in all_targets().values()
+        if target.kind == "gpu" and target.kernels and "bf16" in target.dtypes
+    ]
 
 
 def write_table(target: str, widths: str, rows: list[dict[str, Any]]) -> None:
@@ -313,23 +330,30 @@ def versions() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "attention.json")
-    parser.add_argument("--tune", choices=["ampere", "hopper"])
+    parser.add_argument("--tune", choices=tunable(), help="a target that this GPU can stand in for")
     parser.add_argument("--head-dims", default="64,128,256", help="to tune for")
-    parser.add_argument("--sm80", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--older", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     widths = [int(width) for width in args.head_dims.split(",")]
     torch.manual_seed(0)
     torch.zeros(1, device="cuda")
-    if args.sm80:
-        for_ampere()
-        found = tune("ampere", widths) if args.tune else list(bench_prefill("ampere", False))
-        args.sm80.write_text(json.dumps(found))
+    if args.older:
+        compile_for(args.older)
+        rows = tune(args.older, widths) if args.tune else list(bench_prefill(args.older, False))
+        args.rows.write_text(json.dumps(rows))
         return
     if args.tune:
-        if args.tune == "ampere":
-            rows = ampere_rows(["--tune", "ampere", "--head-dims", args.head_dims])
+        capability = get_target(args.tune).compute_capability
+        assert capability is not None
+        here = torch.cuda.get_device_capability()
+        if capability > here:
+            parser.error(f"{args.tune} is sm_{capability[0]}{capability[1]}, newer than this GPU")
+        elif capability < here:
+            tuning = ["--tune", args.tune, "--head-dims", args.head_dims]
+            rows = rows_of_older(args.tune, tuning)
         else:
-            rows = tune("hopper", widths)
+            rows = tune(args.tune, widths)
         write_table(args.tune, args.head_dims, rows)
         return
     result = {
@@ -339,7 +363,7 @@ def main() -> None:
         "python": sys.version.split()[0],
         "versions": versions(),
         "copy_tb_per_s": copy_bandwidth() / 1e12,
-        "prefill": [*bench_prefill("hopper", True), *ampere_rows([])],
+        "prefill": [*bench_prefill("hopper", True), *rows_of_older("ampere", [])],
         "decode": list(bench_decode("hopper")),
         "forms": list(bench_forms("hopper")),
     }

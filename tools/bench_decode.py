@@ -36,7 +36,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from measure import target_here
+
+from graphopt.targets import all_targets
+
 ROOT = Path(__file__).parents[1]
+GPUS = [target.name for target in all_targets().values() if target.kind == "gpu"]
 PROMPT = "Once upon a time, in a small village by the sea,"
 REPEATS = 5
 PACKAGES = ("torch", "transformers", "numpy")
@@ -191,15 +198,10 @@ def equal_from_the_first(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
-def target_here() -> str:
-    """Return the target that this GPU is nearest to."""
-    return "hopper" if ON_GPU and torch.cuda.get_device_capability() >= (9, 0) else "ampere"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "decode.json")
-    parser.add_argument("--target", choices=["ampere", "hopper"], default=target_here())
+    parser.add_argument("--target", choices=GPUS, default=target_here())
     parser.add_argument("--tokens", type=int, default=128)
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="bench-decode-"))

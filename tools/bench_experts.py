@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from measure import LLAMA_7B, brief, keep, random_llama, run_recipes
+from measure import LLAMA_7B, brief, keep, random_llama, run_recipes, target_here
 
 from graphopt.calibration.expert_load import expert_loads
 from graphopt.capture import capture
@@ -74,8 +74,7 @@ RECIPES = [
 @functools.cache
 def kernels() -> moe.ExpertKernels:
     """Return the experts' kernels with the tiles of the target that this GPU is."""
-    name = "hopper" if torch.cuda.get_device_capability() >= (9, 0) else "ampere"
-    tiles = expert_tiles(get_target(name))
+    tiles = expert_tiles(get_target(target_here()))
     assert tiles is not None
     return moe.ExpertKernels(tiles)
 

@@ -27,6 +27,7 @@ from graphopt.execute.interpreter import resident
 from graphopt.execute.language_model import ProgramModel, load_tokenizer
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Producer, Weight
+from graphopt.targets import all_targets
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "numpy")
 LLAMA_7B = {
@@ -35,6 +36,17 @@ LLAMA_7B = {
     "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
     "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
+
+
+def target_here() -> str:
+    """Return the newest GPU target that this machine's GPU is not older than."""
+    here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
+    able = [
+        (target.compute_capability, target.name)
+        for target in all_targets().values()
+        if target.compute_capability is not None and target.compute_capability <= here
+    ]
+    return max(able)[1]
 
 
 def run_recipes(

@@ -91,8 +91,8 @@ def environment(target: str, kernel: str) -> dict[str, str]:
     found = dict(os.environ)
     if kernel_is_interpreted(kernel):
         found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    elif target == "ampere" and kernel == "triton":
-        found["GRAPHOPT_SWEEP_SM80"] = "1"
+    elif kernel == "triton":
+        found["GRAPHOPT_SWEEP_TARGET"] = target
     return found
 
 
@@ -204,13 +204,6 @@ async def sanitized(drawn: list[Any], processes: int) -> list[dict[str, Any]]:
 # The command --------------------------------------------------------------------------------------
 
 
-def for_sm80() -> None:
-    """Make Triton compile for sm_80 in this process, and leave the rest to the driver."""
-    from bench_attention import for_ampere
-
-    for_ampere()
-
-
 def head(arguments: list[str]) -> dict[str, Any]:
     import torch
 
@@ -271,9 +264,11 @@ def main() -> int:
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        if os.environ.get("GRAPHOPT_SWEEP_SM80"):
+        if "GRAPHOPT_SWEEP_TARGET" in os.environ:
             sys.path.insert(0, str(ROOT / "tools"))
-            for_sm80()
+            from bench_attention import compile_for
+
+            compile_for(os.environ["GRAPHOPT_SWEEP_TARGET"])
         work()
         return 0
     here = torch.cuda.is_available()

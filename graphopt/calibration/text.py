@@ -295,6 +295,7 @@ class _Emitted(_Writer):
     def __init__(
         self, program: Program, device: torch.device, dtype: torch.dtype, seed: int
     ) -> None:
+        from graphopt.lowering.kernels import portable_target
         from graphopt.lowering.torch import TorchEmitter
 
         super().__init__(program, device, dtype, seed)
@@ -302,8 +303,7 @@ class _Emitted(_Writer):
         root = Path(self.folder.name)
         given = self.program.copy()
         given.checkpoint_dtype = dtype  # which is what kernels are planned for
-        # Ampere's kernels are those of every later GPU too.
-        TorchEmitter().emit(given, root, "ampere", silent)
+        TorchEmitter().emit(given, root, portable_target().name, silent)
         module = import_model(root / "model.py")
         self.decoder = getattr(module, "Decoder", None)
         self.model = module.load(root, dtype=dtype, device=device)

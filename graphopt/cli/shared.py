@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -135,9 +136,21 @@ def describe_error(error: Exception, command: str) -> tuple[str, str, int]:
         where = f" at {error.filename}" if error.filename else ""
         if error.errno == errno.ENOSPC:
             return f"The disk is full{where}.", "Free some space and run again with --resume.", 1
-        return f"A file operation failed{where}: {error.strerror or error}.", "", 1
+        said = f"A file operation failed{where}: {error.strerror or error}."
+        return said, _of_a_dangling_link(error), 1
     said = f"{type(error).__name__}: {first_line(error)}"
     return f"This is a bug in graphopt: {said}.", REPORT_BUG, BUG_CODE
+
+
+def _of_a_dangling_link(error: OSError) -> str:
+    """Return what to do where the file is a link that leads nowhere; else nothing."""
+    path = error.filename
+    if error.errno != errno.ENOENT or not isinstance(path, str) or not os.path.islink(path):
+        return ""
+    return (
+        "It is a link that leads nowhere. Where graphopt is installed as editable, install it "
+        "again after a file was renamed or removed."
+    )
 
 
 def print_json(data: Any) -> None:

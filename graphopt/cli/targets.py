@@ -18,9 +18,12 @@ def targets_command(
 ) -> None:
     """List the targets and what is known about them."""
 
-    from graphopt.targets import all_targets, get_target
+    from graphopt.targets import all_targets, broken_targets, get_target
 
     targets = [get_target(name)] if name is not None else list(all_targets().values())
+    if name is None:
+        for error in broken_targets().values():
+            ui.stderr().print(f"warning: {error}", style="yellow", soft_wrap=True)
     found = [dataclasses.asdict(target) for target in targets]
     if as_json:
         print_json(found)

@@ -55,7 +55,7 @@ class AscendPlanner(Planner):
             if n * blocks <= longest
         ]
 
-        wide = target.limits["mixed_alignment_bytes"]
+        wide = target.limit("mixed_alignment_bytes")
 
         def worth(tiles: dict[str, int]) -> tuple[float, bool, int, int]:
             # Rows and keys over their sum: how often what was read is used; the more keys a
@@ -90,13 +90,13 @@ class AscendPlanner(Planner):
         m, n, d, v = (tiles[name] for name in ("BLOCK_M", "BLOCK_N", "HEAD_TILE", "VALUE_TILE"))
         size, depth = BYTES[spec.dtype], min(unit.k for unit in target.matrix_units)
         buffer = unified_buffer(spec, tiles)
-        align = target.limits["vector_alignment_bytes"]
+        align = target.limit("vector_alignment_bytes")
         found = [
             (
                 "unified buffer",
                 buffer.formula + "; live at once on a vector core",
                 buffer.live,
-                _memory(target, "UB"),
+                target.memory_bytes("UB"),
                 "bytes",
                 "memory.UB",
             ),
@@ -104,7 +104,7 @@ class AscendPlanner(Planner):
                 "L0C",
                 f"max(BLOCK_M BLOCK_N, BLOCK_M VALUE_TILE) {_FP32}, one product",
                 m * max(n, v) * _FP32,
-                _memory(target, "L0C"),
+                target.memory_bytes("L0C"),
                 "bytes",
                 "memory.L0C",
             ),
@@ -115,7 +115,7 @@ class AscendPlanner(Planner):
                 f"(BLOCK_M HEAD_TILE + max(BLOCK_N HEAD_TILE, 2 BLOCK_M BLOCK_N + "
                 f"BLOCK_N VALUE_TILE)) {size}",
                 (m * d + max(n * d, 2 * m * n + n * v)) * size,
-                _memory(target, "L1"),
+                target.memory_bytes("L1"),
                 "bytes",
                 "memory.L1",
             ),
@@ -123,7 +123,7 @@ class AscendPlanner(Planner):
                 "L0A",
                 f"2 BLOCK_M {depth} {size}, two slots of one step of the cube",
                 2 * m * depth * size,
-                _memory(target, "L0A"),
+                target.memory_bytes("L0A"),
                 "bytes",
                 "memory.L0A",
             ),
@@ -131,7 +131,7 @@ class AscendPlanner(Planner):
                 "L0B",
                 f"2 max(BLOCK_N, VALUE_TILE) {depth} {size}, two slots of one step of the cube",
                 2 * max(n, v) * depth * size,
-                _memory(target, "L0B"),
+                target.memory_bytes("L0B"),
                 "bytes",
                 "memory.L0B",
             ),
@@ -155,7 +155,7 @@ class AscendPlanner(Planner):
                 "mask table's bytes",
                 "(2 M)^2 2 heads of a token in one tile, an eighth of the cache at most",
                 table_bytes(tiles["M"], heads=spec.group if spec.phase == "decode" else 1),
-                _memory(target, "L2") // 8,
+                target.memory_bytes("L2") // 8,
                 "bytes",
                 "memory.L2",
             ),
@@ -175,18 +175,12 @@ class AscendPlanner(Planner):
                     "unified buffer of the merge",
                     merge.formula + "; live at once on a vector core",
                     merge.live,
-                    _memory(target, "UB"),
+                    target.memory_bytes("UB"),
                     "bytes",
                     "memory.UB",
                 ),
             ]
         return [Inequality(*row) for row in found]
-
-
-def _memory(target: Target, name: str) -> int:
-    size = next(memory.bytes for memory in target.memories if memory.name == name)
-    assert size is not None
-    return size
 
 
 @dataclass(frozen=True)

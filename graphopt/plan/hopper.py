@@ -21,6 +21,8 @@ class HopperPlanner(Planner):
     kernel: ClassVar[str] = "hopper-cuda"
 
     def limits(self, spec: AttentionSpec, target: Target) -> str | None:
+        if "wgmma" not in target.features:
+            return f"it multiplies by wgmma, which {target.title} has not"
         if spec.phase == "decode":
             return "it has 64 rows a warpgroup, which decoding does not fill"
         for name in ("chunk", "alibi", "key_mask", "bias"):
@@ -58,7 +60,7 @@ class HopperPlanner(Planner):
                 "2 (BLOCK_M D + STAGES BLOCK_N (D + Dv)), D and Dv in whole panels of 64, "
                 "+ 32 (1 + STAGES) of barriers + 1040 to align them and number tiles",
                 shared,
-                target.limits["shared_bytes_per_block"],
+                target.limit("shared_bytes_per_block"),
                 "bytes",
                 "limits.shared_bytes_per_block",
             ),
@@ -75,9 +77,7 @@ class HopperPlanner(Planner):
 
 def consumer_registers(target: Target, consumers: int) -> int:
     """Return how many registers a consumer's thread gets: what the loader leaves, in eights."""
-    whole = next(memory.bytes for memory in target.memories if memory.name == "registers")
-    assert whole is not None
-    left = whole // 4 // 128 - loader_registers(consumers)
+    left = target.memory_bytes("registers") // 4 // 128 - loader_registers(consumers)
     return min(left // consumers // 8 * 8, 240)
 
 

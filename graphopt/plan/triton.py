@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from graphopt.plan.base import BYTES, Inequality, Planner, power_above, split_size
 from graphopt.plan.spec import AttentionSpec
+from graphopt.runtime.fused import OLDEST
 from graphopt.targets import Target
 
 # Shared memory beside the tiles: sums over warps, and what alignment leaves unused.
@@ -19,21 +20,25 @@ _ENOUGH_WARPS = 8
 class TritonPlanner(Planner):
     """Queries stay in registers; keys and values pass through buffers in shared memory.
 
-    On Hopper tiles are such that Triton takes the matrix instructions of Ampere: `wgmma` needs 64
-    rows and four warps. Of its products the assembler (ptxas 12.8 to 13.0) keeps the addresses in
-    a register that still holds the start of the shared memory, in kernels with as many products
-    as heads of two parts have; results were wrong, or memory was read where there is none.
+    On a machine with `wgmma`, which needs 64 rows and four warps, tiles are such that Triton takes
+    the matrix instructions that Ampere has too. Of the products of `wgmma` the assembler (ptxas
+    12.8 to 13.0) keeps the addresses in a register that still holds the start of the shared
+    memory, in kernels with as many products as heads of two parts have; results were wrong, or
+    memory was read where there is none.
     """
 
     kernel: ClassVar[str] = "triton"
 
     def limits(self, spec: AttentionSpec, target: Target) -> str | None:
+        reason = refuses_machine(target)
+        if reason is not None:
+            return reason
         if spec.page_max and spec.page is not None and spec.page & (spec.page - 1):
             return f"page maxima of pages of {spec.page} tokens: the size must be a power of two"
         return None
 
     def candidates(self, spec: AttentionSpec, target: Target) -> Sequence[dict[str, int]]:
-        wide = target.isa == "sm_90"
+        wide = "wgmma" in target.features
         if spec.phase == "decode":
             rows = min(max(16, power_above(spec.group)), 32 if wide else 64)
             found = [
@@ -56,19 +61,12 @@ class TritonPlanner(Planner):
             # out of shared memory; whether loads run ahead; how often a block uses a key it has
             # taken out of device memory; then deeper and wider steps.
             m, n, warps = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["num_warps"]
-            blocks = self._shared(target) // shared_bytes(spec, tiles)[0]
+            blocks = target.memory_bytes("shared") // shared_bytes(spec, tiles)[0]
             resident = min(blocks * warps, _ENOUGH_WARPS) if wide else 0
             stages = tiles["num_stages"]
             return (resident, m / warps, min(stages, 2), m * n / (m + n), stages, n)
 
         return sorted(found, key=worth, reverse=True)
-
-    @staticmethod
-    def _shared(target: Target) -> int:
-        """Return the bytes of shared memory of a core."""
-        size = next(memory.bytes for memory in target.memories if memory.name == "shared")
-        assert size is not None
-        return size
 
     @staticmethod
     def _decode(spec: AttentionSpec, target: Target, tiles: dict[str, int]) -> dict[str, int]:
@@ -81,7 +79,7 @@ class TritonPlanner(Planner):
         self, spec: AttentionSpec, target: Target, tiles: dict[str, int]
     ) -> list[Inequality]:
         m, n = tiles["BLOCK_M"], tiles["BLOCK_N"]
-        threads = tiles["num_warps"] * target.limits["warp"]
+        threads = tiles["num_warps"] * target.limit("warp")
         keys, values = sum(split_size(spec.head_dim)), sum(split_size(spec.values))
         size = BYTES[spec.dtype]
         shared, formula = shared_bytes(spec, tiles)
@@ -92,7 +90,7 @@ class TritonPlanner(Planner):
                 "shared memory",
                 formula,
                 shared,
-                target.limits["shared_bytes_per_block"],
+                target.limit("shared_bytes_per_block"),
                 "bytes",
                 "limits.shared_bytes_per_block",
             ),
@@ -100,7 +98,7 @@ class TritonPlanner(Planner):
                 "registers",
                 "BLOCK_M (Dv + BLOCK_N + (BLOCK_N + D) / 2) / threads, live at once",
                 registers,
-                target.limits["registers_per_thread"],
+                target.limit("registers_per_thread"),
                 "a thread",
                 "limits.registers_per_thread",
             ),
@@ -108,15 +106,24 @@ class TritonPlanner(Planner):
                 "threads",
                 "num_warps warps",
                 threads,
-                target.limits["threads_per_block"],
+                target.limit("threads_per_block"),
                 "a block",
                 "limits.threads_per_block",
             ),
         ]
 
 
+def refuses_machine(target: Target) -> str | None:
+    """Return why Triton compiles nothing for a machine; None where it does."""
+    capability = target.compute_capability
+    if capability is not None and capability >= OLDEST:
+        return None
+    oldest = "sm_{}{}".format(*OLDEST)
+    return f"Triton compiles for GPUs from {oldest} on, and {target.title} is {target.isa}"
+
+
 def takes_wgmma(rows: int, warps: int) -> bool:
-    """Return whether Triton multiplies a tile by Hopper's `wgmma`."""
+    """Return whether Triton multiplies a tile by `wgmma`, where the machine has it."""
     return rows % 64 == 0 and warps % 4 == 0
 
 

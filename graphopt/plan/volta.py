@@ -123,10 +123,8 @@ class VoltaPlanner(Planner):
 
     def resident_warps(self, spec: AttentionSpec, target: Target, tiles: dict[str, int]) -> int:
         """Return how many warps of these tiles a core holds at once."""
-        sizes = {memory.name: memory.bytes for memory in target.memories}
-        shared, registers = sizes["shared"], sizes["registers"]
-        assert shared is not None and registers is not None
-        threads = tiles["WARPS"] * target.limits["warp"]
+        shared, registers = target.memory_bytes("shared"), target.memory_bytes("registers")
+        threads = tiles["WARPS"] * target.limit("warp")
         blocks = min(
             shared // self.shared(spec, tiles),
             registers // 4 // (threads * self.registers(spec, tiles)),
@@ -163,7 +161,7 @@ class VoltaPlanner(Planner):
                 "shared memory",
                 formula,
                 self.shared(spec, tiles),
-                target.limits["shared_bytes_per_block"],
+                target.limit("shared_bytes_per_block"),
                 "bytes",
                 "limits.shared_bytes_per_block",
             ),
@@ -172,15 +170,15 @@ class VoltaPlanner(Planner):
                 "of the sums R Dv / 32, of the scores R BLOCK_N / 32, of the tile on its way, of "
                 f"masks and biases, + {_OVERHEAD}, with R rows a warp",
                 self.registers(spec, tiles),
-                target.limits["registers_per_thread"],
+                target.limit("registers_per_thread"),
                 "a thread",
                 "limits.registers_per_thread",
             ),
             Inequality(
                 "threads",
                 "WARPS warps",
-                tiles["WARPS"] * target.limits["warp"],
-                target.limits["threads_per_block"],
+                tiles["WARPS"] * target.limit("warp"),
+                target.limit("threads_per_block"),
                 "a block",
                 "limits.threads_per_block",
             ),

@@ -326,7 +326,7 @@ def parse(
     try:
         return schema.model_validate(data)
     except pydantic.ValidationError as problem:
-        raise _misfit(problem, where, prefix, remedy, error) from problem
+        raise misfit(problem, where, prefix=prefix, remedy=remedy, error=error) from problem
 
 
 def parse_entry(
@@ -341,17 +341,27 @@ def parse_entry(
     try:
         return schema.validate_python(data)
     except pydantic.ValidationError as problem:
-        raise _misfit(problem, where, "", remedy, error) from problem
+        raise misfit(problem, where, remedy=remedy, error=error) from problem
 
 
-def _misfit(
-    problem: pydantic.ValidationError, where: str, prefix: str, remedy: str, error: Error
+def misfit(
+    problem: pydantic.ValidationError,
+    where: str,
+    *,
+    prefix: str = "",
+    remedy: str,
+    error: Error = SourceError,
 ) -> GraphoptError:
+    """Return the error for data that do not fit a schema: the first entry, and what it should be.
+
+    Args:
+        where, prefix: See `parse`.
+    """
     first = problem.errors(include_url=False, include_context=False)[0]
     # What is wrong, in pydantic's words: "Input should be a valid integer", "Field required".
     said = re.sub(r"^(Value error, |\w+ should)", _as_clause, first["msg"])
     place = ".".join(str(part) for part in first["loc"])
     entry = f": the entry {shown(prefix + place)}" if place else ""
-    is_ = "" if first["type"] == "missing" else f" is {shown(first['input'])}, and"
-    said = "is missing" if first["type"] == "missing" else said
-    return error(f"{where}{entry}{is_} {said}.", remedy)
+    shortcoming = {"missing": "missing", "extra_forbidden": "unknown"}.get(first["type"])
+    is_ = shortcoming or f"{shown(first['input'])}, and {said}"
+    return error(f"{where}{entry} is {is_}.", remedy)

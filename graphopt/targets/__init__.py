@@ -1,18 +1,23 @@
 """Targets: what a machine can do, as data. One TOML file each, beside this module.
 
-Planners read sizes from here and from nowhere else. Every figure has its source in the file.
+Planners read sizes from here and from nowhere else. Every figure has its source in the file. What
+a file may say is checked by `graphopt.targets.schema`; a file that says something else is a target
+that cannot be had, and the others can.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
-import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any
 
-from graphopt.errors import unknown_name
+from graphopt.errors import UsageError, unknown_name
+from graphopt.targets.schema import TargetFile, parse_target_file
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,11 @@ class Target:
         name: What the command line calls it.
         title: What it is called in full.
         kind: `cpu`, `gpu` or `npu`.
-        isa: Instruction set, such as `sm_70`.
+        isa: Instruction set: of a GPU `sm_` and the compute capability, such as `sm_70`.
         dtypes: Element types kernels may compute in, as IR dtype names.
+        features: What it can do beyond its figures. `wgmma`: matrix products of 64 rows by four
+            warps together, operands in shared memory. `programmatic-launch`: a kernel may be
+            launched before the end of the one in front, and wait for it inside.
         cores: Number of cores (streaming multiprocessors, cube cores); None where it varies.
         bandwidth: Bytes a second of the device memory; None where it varies.
         kernels: Families of attention kernels it has, the best first.
@@ -97,6 +105,7 @@ class Target:
     kind: str
     isa: str
     dtypes: tuple[str, ...]
+    features: tuple[str, ...] = ()
     cores: int | None = None
     bandwidth: float | None = None
     kernels: tuple[str, ...] = ()
@@ -109,20 +118,64 @@ class Target:
     sources: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def from_toml(cls, data: dict[str, Any]) -> Target:
-        """Return the target a TOML file describes."""
-        values = dict(data)
-        values["dtypes"] = tuple(values["dtypes"])
-        for name in ("kernels", "layer_kernels"):
-            values[name] = tuple(values.get(name, ()))
-        values["memories"] = tuple(
-            Memory(m["name"], m.get("bytes"), m["per"]) for m in values.pop("memory", [])
+    def from_file(cls, file: TargetFile) -> Target:
+        """Return the target that a file describes."""
+        return cls(
+            name=file.name,
+            title=file.title,
+            kind=file.kind,
+            isa=file.isa,
+            dtypes=tuple(file.dtypes),
+            features=tuple(file.features),
+            cores=file.cores,
+            bandwidth=file.bandwidth,
+            kernels=tuple(file.kernels),
+            layer_kernels=tuple(file.layer_kernels),
+            memories=tuple(Memory(m.name, m.bytes, m.per) for m in file.memory),
+            matrix_units=tuple(
+                MatrixUnit(u.m, u.n, u.k, u.input, tuple(u.accumulate)) for u in file.matrix_unit
+            ),
+            experts=None if file.experts is None else file.experts.model_dump(),
+            limits=file.limits,
+            runtime=file.runtime,
+            sources=file.sources,
         )
-        values["matrix_units"] = tuple(
-            MatrixUnit(u["m"], u["n"], u["k"], u["input"], tuple(u["accumulate"]))
-            for u in values.pop("matrix_unit", [])
+
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        """The major and minor number behind `sm_`; None where it is no GPU."""
+        return divmod(int(self.isa.removeprefix("sm_")), 10) if self.kind == "gpu" else None
+
+    def limit(self, name: str) -> int:
+        """Return a limit that a planner needs.
+
+        Raises:
+            UsageError: The target's file does not state it.
+        """
+        if name not in self.limits:
+            raise self._unstated(f"limits.{name}", name, self.limits)
+        return self.limits[name]
+
+    def memory_bytes(self, name: str) -> int:
+        """Return the size of a memory that a planner needs.
+
+        Raises:
+            UsageError: The target's file does not state it.
+        """
+        sizes = {memory.name: memory.bytes for memory in self.memories}
+        size = sizes.get(name)
+        if size is None:
+            known = [other for other, bytes_ in sizes.items() if bytes_ is not None]
+            raise self._unstated(f"bytes of a memory called {name!r}", name, known)
+        return size
+
+    def _unstated(self, what: str, name: str, stated: Iterable[str]) -> UsageError:
+        near = difflib.get_close_matches(name, list(stated), n=1)
+        hint = f" It has {near[0]!r}: is that the one?" if near else ""
+        return UsageError(
+            f"{self.name}.toml states no {what}, and its kernels are planned by that.",
+            f"Add it, with its source.{hint}",
         )
-        return cls(**values)
 
     def tuned(self, kernel: str) -> list[MeasuredTiles]:
         """Return the measured tiles of a kernel family, in the table's order."""
@@ -131,7 +184,7 @@ class Target:
 
 @cache
 def _tuned(target: str) -> tuple[MeasuredTiles, ...]:
-    """Read the table that `tools/tune_attention.py` writes; a target without one has no rows."""
+    """Read the table that `tools/bench_attention.py --tune` writes; no rows where there is none."""
     table = resources.files(__name__) / f"{target}.tuned.json"
     if not table.is_file():
         return ()
@@ -149,9 +202,10 @@ def register_target(text: str) -> Target:
     """Make the target that a TOML text describes known under its name, in this process.
 
     Raises:
+        UsageError: The text is not that of a target; see `graphopt.targets.schema`.
         ValueError: The name is taken.
     """
-    target = Target.from_toml(tomllib.loads(text))
+    target = Target.from_file(parse_target_file(text, "The target's text"))
     if target.name in all_targets():
         raise ValueError(f"target {target.name!r} is there already")
     _REGISTERED[target.name] = target
@@ -159,29 +213,58 @@ def register_target(text: str) -> Target:
 
 
 @cache
-def _own_targets() -> tuple[Target, ...]:
-    """Read the files that lie beside this module."""
-    return tuple(
-        Target.from_toml(tomllib.loads(entry.read_text(encoding="utf-8")))
-        for entry in resources.files(__name__).iterdir()
+def _own_files() -> dict[str, Target | UsageError]:
+    """Read the files that lie beside this module: what each describes, or why it is no target."""
+    entries = sorted(resources.files(__name__).iterdir(), key=lambda entry: entry.name)
+    return {
+        entry.name.removesuffix(".toml"): _own_target(entry)
+        for entry in entries
         if entry.name.endswith(".toml")
-    )
+    }
+
+
+def _own_target(entry: Traversable) -> Target | UsageError:
+    where = f"targets/{entry.name}"
+    try:
+        file = parse_target_file(entry.read_text(encoding="utf-8"), where)
+    except UsageError as error:
+        return error
+    except OSError as error:
+        # Of a file that was renamed or removed, an editable install keeps a link.
+        return UsageError(f"{where} cannot be read: {error.strerror}.", "Install graphopt again.")
+    except UnicodeDecodeError as error:
+        return UsageError(f"{where} is not UTF-8 text: {error.reason}.", "Convert it to UTF-8.")
+    if f"{file.name}.toml" != entry.name:
+        return UsageError(
+            f"{where}: the entry 'name' is {file.name!r}, and it should be as the file is called.",
+            "Rename one of the two.",
+        )
+    return Target.from_file(file)
 
 
 def all_targets() -> dict[str, Target]:
-    """Return every target by name, the CPU first."""
-    targets = [*_own_targets(), *_REGISTERED.values()]
+    """Return every target by name, the CPU first; `broken_targets` has the files that are none."""
+    own = [target for target in _own_files().values() if isinstance(target, Target)]
+    targets = [*own, *_REGISTERED.values()]
     targets.sort(key=lambda target: (target.kind != "cpu", target.name))
     return {target.name: target for target in targets}
+
+
+def broken_targets() -> dict[str, UsageError]:
+    """Return why files beside this module describe no target, by their name without `.toml`."""
+    return {name: file for name, file in _own_files().items() if isinstance(file, UsageError)}
 
 
 def get_target(name: str) -> Target:
     """Return the target called `name`.
 
     Raises:
-        UsageError: There is none; the message has the nearest name.
+        UsageError: There is none, and the message has the nearest name; or its file is broken,
+            and the message has the reason.
     """
-    targets = all_targets()
+    targets, broken = all_targets(), broken_targets()
+    if name in broken and name not in targets:
+        raise broken[name]
     if name not in targets:
         raise unknown_name("target", name, targets)
     return targets[name]

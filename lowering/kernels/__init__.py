@@ -15,7 +15,7 @@ from graphopt.lowering.kernels.family import (
     register_family,
     register_layer_family,
 )
-from graphopt.lowering.kernels.planning import plan_attention
+from graphopt.lowering.kernels.planning import plan_attention, portable_target
 
 __all__ = [
     "CudaFamily",
@@ -29,6 +29,7 @@ __all__ = [
     "get_layer_family",
     "hopper_cuda",
     "plan_attention",
+    "portable_target",
     "register_family",
     "register_layer_family",
     "triton",

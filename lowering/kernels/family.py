@@ -149,10 +149,12 @@ class LayerFamily:
     Attributes:
         name: What targets call it, in `layer_kernels`.
         groups: Its modules.
+        refuses: Returns why a machine runs none of them; None where it runs them.
     """
 
     name: str
     groups: tuple[LayerKernels, ...]
+    refuses: Callable[[Target], str | None] = lambda target: None
 
 
 _FAMILIES: dict[str, KernelFamily] = {}

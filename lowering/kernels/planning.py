@@ -5,7 +5,7 @@ from __future__ import annotations
 from graphopt.errors import LoweringError
 from graphopt.lowering.kernels.family import get_family
 from graphopt.plan import AttentionPlan, AttentionSpec
-from graphopt.targets import Target
+from graphopt.targets import Target, all_targets
 
 
 def plan_attention(spec: AttentionSpec, target: Target) -> AttentionPlan:
@@ -36,4 +36,21 @@ def plan_attention(spec: AttentionSpec, target: Target) -> AttentionPlan:
     raise LoweringError(
         f"{target.title} cannot run this attention ({spec.describe()}): {'; '.join(reasons)}.",
         "It runs by its reference in torch, or on another target.",
+    )
+
+
+def portable_target() -> Target:
+    """Return the GPU whose kernels run on the most others: the oldest that compiles as it runs."""
+
+    def age(target: Target) -> tuple[tuple[int, int], str]:
+        assert target.compute_capability is not None
+        return target.compute_capability, target.name
+
+    return min(
+        (
+            target
+            for target in all_targets().values()
+            if target.kind == "gpu" and not any(get_family(name).ahead for name in target.kernels)
+        ),
+        key=age,
     )

@@ -17,7 +17,7 @@ from graphopt.lowering.kernels.family import (
 from graphopt.lowering.triton.specialise import specialise
 from graphopt.plan import AttentionPlan
 from graphopt.plan.base import form_constants, split_size
-from graphopt.plan.triton import TritonPlanner
+from graphopt.plan.triton import TritonPlanner, refuses_machine
 from graphopt.runtime.moe import ExpertTiles, FewTokens, ManyTokens, Tiles
 from graphopt.targets import Target, get_target
 
@@ -44,8 +44,7 @@ def kernel_constants(plan: AttentionPlan, *, ring: int = 0) -> dict[str, Any]:
         "D1": rest,
         "V0": value_first,
         "V1": value_rest,
-        # A launch before the end of the one in front came with sm_90.
-        "OVERLAP": int(get_target(plan.target).isa.removeprefix("sm_")) >= 90,
+        "OVERLAP": "programmatic-launch" in get_target(plan.target).features,
         **plan.tiles,
     }
 
@@ -122,5 +121,6 @@ register_layer_family(
                 setup=_expert_setup,
             ),
         ),
+        refuses=refuses_machine,
     )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -41,21 +42,27 @@ class LoweredKernels:
 
     def layer_kernels(self) -> list[LayerKernels]:
         """Return the kernels beside attention that the target has and the program needs."""
-        return [group for group in self._wanted() if self._has(group)]
+        return [group for group, reason in self._wanted() if reason is None]
 
     def without_layer_kernels(self) -> list[tuple[str, str]]:
-        """Return what runs in plain torch for want of figures in the target's file."""
-        why = f"run in plain torch: {self.target.name}.toml has no figures for their kernels"
+        """Return what the program needs and runs in plain torch, and why."""
         return [
-            (", ".join(group.functions), why) for group in self._wanted() if not self._has(group)
+            (", ".join(group.functions), f"run in plain torch: {reason}")
+            for group, reason in self._wanted()
+            if reason is not None
         ]
 
-    def _wanted(self) -> list[LayerKernels]:
-        groups = [g for name in self.target.layer_kernels for g in get_layer_family(name).groups]
-        return [group for group in groups if not group.needed_by or group.needed_by & self.ops]
-
-    def _has(self, group: LayerKernels) -> bool:
-        return group.setup is None or group.setup(self.target) is not None
+    def _wanted(self) -> Iterator[tuple[LayerKernels, str | None]]:
+        """Yield the kernels that the program needs, and why the target has them not, or None."""
+        for name in self.target.layer_kernels:
+            family = get_layer_family(name)
+            refused = family.refuses(self.target)
+            for group in family.groups:
+                reason = refused
+                if refused is None and group.setup is not None and not group.setup(self.target):
+                    reason = f"{self.target.name}.toml has no figures for their kernels"
+                if not group.needed_by or group.needed_by & self.ops:
+                    yield group, reason
 
     def functions(self) -> list[str]:
         """Return the functions of `graphopt.ir.functional` that the folder has its own of."""
@@ -138,9 +145,7 @@ class LoweredKernels:
                 f"        {stem if family.ahead else None!r},",
                 "    ),",
             ]
-        number = self.target.isa.removeprefix("sm_")
-        arch = divmod(int(number), 10) if number.isdigit() else None
-        arguments = f"PLANS, HERE, {arch}"
+        arguments = f"PLANS, HERE, {self.target.compute_capability}"
         imports = [
             "from .dispatch import AttentionDispatcher, AttentionKey, Planned, StaticKVCache"
         ]

@@ -71,7 +71,7 @@ def experts_for(target):
     return lower_attentions(carved(tiny_program(head_dim=32, ffn=56), Split(24, 4, 2)), target)
 
 
-@pytest.mark.parametrize("target", ["ampere", "hopper"])
+@pytest.mark.parametrize("target", [t.name for t in all_targets().values() if t.experts])
 def test_an_emitted_model_has_the_experts_tiles_of_its_target(target):
     lowered = experts_for(target)
     text = lowered.files()["__init__.py"]

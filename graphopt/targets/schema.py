@@ -1,0 +1,167 @@
+"""What a target's file may say: tables, keys, types of values, and what goes together."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from typing import Annotated, Literal
+
+import pydantic
+
+from graphopt.errors import UsageError
+from graphopt.support.inputs import Schema, misfit
+
+Text = Annotated[str, pydantic.Field(min_length=1)]
+Size = Annotated[int, pydantic.Field(ge=1, le=2**48)]
+DType = Literal["f64", "f32", "f16", "bf16", "i64", "i32", "i8"]
+"""An element type, by its name in the IR."""
+Feature = Literal["wgmma", "programmatic-launch"]
+"""What some machines can do and planners ask for; `Target` says what each is."""
+
+_ISAS = {
+    "cpu": (r"\w+", "a word, such as host"),
+    "gpu": (r"sm_[1-9]\d+", "sm_ and the compute capability, such as sm_80"),
+    "npu": (r"dav-\w+", "what the compiler calls it, such as dav-c220"),
+}
+_REMEDY = "Mend the file: docs/add-a-target.md says what stands in it, and hopper.toml has it all."
+
+
+class MemoryTable(Schema):
+    """A `[[memory]]`; without `bytes` where they depend on the machine."""
+
+    name: Text
+    bytes: Size | None = None
+    per: Text
+
+
+class MatrixUnitTable(Schema):
+    """A `[[matrix_unit]]`."""
+
+    m: Size
+    n: Size
+    k: Size
+    input: DType
+    accumulate: Annotated[list[DType], pydantic.Field(min_length=1)]
+
+
+class ProductTiles(Schema):
+    """Tiles of a product of sorted tokens: `graphopt.runtime.moe.Tiles`."""
+
+    rows: Size
+    columns: Size
+    depth: Size
+    warps: Size
+    stages: Size
+    group: Size = 8
+
+
+class ManyTokensTable(Schema):
+    """An `[[experts.many]]`: the tiles from so many tokens an expert on."""
+
+    tokens: Annotated[int, pydantic.Field(ge=0)]
+    expand: ProductTiles
+    reduce: ProductTiles
+
+
+class RowTiles(Schema):
+    """What a program reads of a weight for one token: `graphopt.runtime.moe.FewTokens`."""
+
+    rows: Size
+    depth: Size
+    warps: Size
+
+
+class FewTokensTable(Schema):
+    """The `[experts.few]`."""
+
+    expand: RowTiles
+    reduce: RowTiles
+
+
+class ExpertsTable(Schema):
+    """The `[experts]`: tiles of the kernels of experts."""
+
+    many: Annotated[list[ManyTokensTable], pydantic.Field(min_length=1)]
+    few: FewTokensTable
+
+    @pydantic.field_validator("many")
+    @classmethod
+    def _fewer_and_fewer_down_to_0(cls, many: list[ManyTokensTable]) -> list[ManyTokensTable]:
+        tokens = [row.tokens for row in many]
+        if tokens[-1] != 0 or tokens != sorted(set(tokens), reverse=True):
+            raise ValueError("it should have the most tokens first, and tokens = 0 last")
+        if any(row.expand.rows != row.reduce.rows for row in many):
+            raise ValueError("its expand and reduce should have the same rows")
+        return many
+
+
+class TargetFile(Schema):
+    """A target's file as a whole; `graphopt.targets.Target` says what each entry means."""
+
+    name: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+    title: Text
+    kind: Literal["cpu", "gpu", "npu"]
+    isa: str
+    dtypes: Annotated[list[DType], pydantic.Field(min_length=1)]
+    features: list[Feature] = pydantic.Field(default_factory=list)
+    kernels: list[Text] = pydantic.Field(default_factory=list)
+    layer_kernels: list[Text] = pydantic.Field(default_factory=list)
+    cores: Size | None = None
+    bandwidth: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)] | None = None
+    memory: list[MemoryTable] = pydantic.Field(default_factory=list)
+    matrix_unit: list[MatrixUnitTable] = pydantic.Field(default_factory=list)
+    experts: ExpertsTable | None = None
+    limits: dict[str, Size] = pydantic.Field(default_factory=dict)
+    runtime: dict[str, Text] = pydantic.Field(default_factory=dict)
+    sources: dict[str, Text] = pydantic.Field(default_factory=dict, validate_default=True)
+
+    @pydantic.field_validator("isa")
+    @classmethod
+    def _of_its_kind(cls, isa: str, info: pydantic.ValidationInfo) -> str:
+        pattern, expected = _ISAS[info.data.get("kind", "cpu")]
+        if not re.fullmatch(pattern, isa):
+            raise ValueError(f"it should be {expected}")
+        return isa
+
+    @pydantic.field_validator("sources")
+    @classmethod
+    def _of_every_figure(
+        cls, sources: dict[str, str], info: pydantic.ValidationInfo
+    ) -> dict[str, str]:
+        figures = ("features", "cores", "bandwidth", "memory", "matrix_unit", "experts", "limits")
+        missing = [name for name in figures if info.data.get(name) and name not in sources]
+        if missing:
+            raise ValueError(f"it should say where these are from: {', '.join(missing)}")
+        return sources
+
+
+def parse_target_file(text: str, where: str) -> TargetFile:
+    """Return what the text of a target's file says.
+
+    Args:
+        where: What messages call the file.
+
+    Raises:
+        UsageError: It is not TOML; or an entry is unknown, missing or not of its type.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as problem:
+        raise UsageError(f"{where} is not valid TOML: {problem}.", _REMEDY) from problem
+    try:
+        return TargetFile.model_validate(data)
+    except pydantic.ValidationError as problem:
+        raise misfit(problem, where, remedy=_remedy(problem), error=UsageError) from problem
+
+
+def _remedy(problem: pydantic.ValidationError) -> str:
+    """Return what to do, with the nearest key where one is unknown."""
+    first = problem.errors(include_url=False)[0]
+    if first["type"] != "extra_forbidden":
+        return _REMEDY
+    whole = TargetFile.model_json_schema()
+    tables = [whole, *whole["$defs"].values()]
+    keys = {key for table in tables for key in table["properties"]}
+    near = difflib.get_close_matches(str(first["loc"][-1]), keys, n=1)
+    return f"Did you mean {near[0]!r}? {_REMEDY}" if near else _REMEDY
