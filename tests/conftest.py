@@ -18,11 +18,19 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from interpreted import leave_out_idle_work
+
 TEXTS = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # No test measures time: on a busy machine an example may take any.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+def pytest_collection_finish() -> None:
+    """Make the interpreter faster once all is imported that may run by it."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in sys.modules:
+        leave_out_idle_work()
 
 
 @pytest.fixture(scope="session")

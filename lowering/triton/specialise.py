@@ -37,10 +37,11 @@ from graphopt.lowering.triton.syntax import (
     Constants,
     Function,
     arguments_of,
+    calls_of,
+    constants_of,
     functions_of,
     is_pure,
     is_store,
-    name_of,
     names_read,
     parameters_of,
     parsed,
@@ -105,10 +106,9 @@ class _Specialiser:
 
     def _calls(self, callee: str) -> list[tuple[str, Function, ast.Call]]:
         return [
-            (name, function, node)
-            for name, function, nodes in self._functions()
-            for node in nodes
-            if isinstance(node, ast.Call) and name_of(node.func) == callee
+            (name, *call)
+            for name, text in self.texts.items()
+            for call in calls_of(text).get(callee, ())
         ]
 
     def _environment(self, function: Function) -> Constants:
@@ -131,14 +131,13 @@ class _Specialiser:
             found = shared_constants(
                 self._passed(function, caller, call) for _, caller, call in calls
             )
-        constant = {
-            arg.arg
-            for arg in function.args.args
-            if arg.annotation is not None and "constexpr" in ast.unparse(arg.annotation)
-        }
-        names = (node for node in ast.walk(function) if isinstance(node, ast.Name))
-        stored = {node.id for node in names if is_store(node)}
-        return {name: found[name] for name in found if name in constant - stored}
+        # Functions are told apart by name: one module has it.
+        (constant,) = (
+            of_text[function.name]
+            for of_text in map(constants_of, self.texts.values())
+            if function.name in of_text
+        )
+        return {name: found[name] for name in found if name in constant}
 
     def _mentions(self, name: str) -> int:
         """Return how often a function's name is read, in whatever way."""

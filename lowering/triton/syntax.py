@@ -26,7 +26,9 @@ def parsed(text: str) -> ast.Module:
 @functools.lru_cache(maxsize=256)
 def names_read(text: str) -> Counter[str]:
     """Return how often each name is read in a text; what is imported under another, too."""
-    nodes = list(ast.walk(parsed(text)))
+    statements = [each for each in parsed(text).body if not isinstance(each, Function)]
+    nodes = [node for _, inside in functions_of(text) for node in inside]
+    nodes += [node for each in statements for node in ast.walk(each)]
     found = Counter(n.id for n in nodes if isinstance(n, ast.Name) and not is_store(n))
     found.update(n.name for n in nodes if isinstance(n, ast.alias) and n.asname is not None)
     return found
@@ -36,6 +38,33 @@ def names_read(text: str) -> Counter[str]:
 def functions_of(text: str) -> list[tuple[Function, list[ast.AST]]]:
     """Return the functions of a text, each with all its nodes."""
     return [(f, list(ast.walk(f))) for f in parsed(text).body if isinstance(f, Function)]
+
+
+@functools.lru_cache(maxsize=256)
+def calls_of(text: str) -> dict[str, list[tuple[Function, ast.Call]]]:
+    """Return by the name of what they call the calls in a text, each with the function around."""
+    found: dict[str, list[tuple[Function, ast.Call]]] = {}
+    for function, nodes in functions_of(text):
+        for node in nodes:
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                found.setdefault(node.func.id, []).append((function, node))
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def constants_of(text: str) -> dict[str, set[str]]:
+    """Return by function the parameters that Triton takes as constants and nothing assigns to."""
+    found = {}
+    for function, nodes in functions_of(text):
+        constant = {
+            arg.arg
+            for arg in function.args.args
+            if arg.annotation is not None and "constexpr" in ast.unparse(arg.annotation)
+        }
+        found[function.name] = constant - {
+            node.id for node in nodes if isinstance(node, ast.Name) and is_store(node)
+        }
+    return found
 
 
 def arguments_of(function: Function, call: ast.Call) -> dict[str, ast.expr] | None:

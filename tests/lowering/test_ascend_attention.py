@@ -46,11 +46,15 @@ CASES = {
 }  # fmt: skip
 
 
+# Every pair of heads and keys, and each of both with one token and with several.
 DECODES = {
     f"{group} heads a key head, {keys} keys, {tokens} tokens": (
         {}, (2, group, 1, tokens, keys, 32, 32), (16, 64, 128) if keys > 100 else (16, 16, 64),
     )
-    for group, keys, tokens in itertools.product((1, 3, 4, 8), (1, 63, 64, 65, 1000), (1, 4))
+    for (i, group), (j, keys) in itertools.product(
+        enumerate((1, 3, 4, 8)), enumerate((1, 63, 64, 65, 1000))
+    )
+    for tokens in [(1, 4)[(i + j) % 2]]
 } | {
     "wide": ({}, (1, 4, 1, 4, 130, 192, 256), (16, 32, 64)),
     "tile larger than the step": ({}, (1, 4, 1, 3, 130, 80, 48), (64, 32, 32)),
@@ -78,6 +82,7 @@ def interpret():
 
     sys.path.insert(0, str(REPOSITORY / "tests"))
     from attention_reference import random_case
+    from interpreted import leave_out_idle_work
 
     from graphopt.lowering.kernels.ascend_triton import ascend_constants
     from graphopt.plan import AttentionPlan, AttentionSpec
@@ -86,6 +91,8 @@ def interpret():
     from graphopt.runtime.attention import Extras, Keys
     from graphopt.runtime.kernels.ascend_decode import ascend_decode, ascend_merge
     from graphopt.runtime.kernels.ascend_prefill import ascend_prefill
+
+    leave_out_idle_work()
 
     def constants_of(fields, sizes, blocks, phase):
         spec = AttentionSpec(
@@ -201,7 +208,7 @@ def test_rows_that_see_nothing_and_spans_are_among_the_cases(interpreted):
     assert decodes["key mask"]["unseen_rows"] == 8 * 4
     assert decodes["3 heads a key head, 1 keys, 4 tokens"]["unseen_rows"] == 2 * 3 * 3
     # Another order of summation shows that keys were split at all.
-    for name in ("8 heads a key head, 1000 keys, 1 tokens", "window", "lengths", "everything"):
+    for name in ("4 heads a key head, 1000 keys, 1 tokens", "window", "lengths", "everything"):
         assert decodes[name]["split"], name
 
 

@@ -130,8 +130,14 @@ def sizes_of(form, width=None):
 @pytest.mark.parametrize("form", FORMS)
 def test_prefill_of_every_form(form):
     width, queries, keys = sizes_of(form)
-    for s, t in ((queries, queries), (queries, keys), (65, 65)):
-        check_prefill(random_case((2, 4, 2, s, t, width, width), FORMS[form], seed=s))
+    # Every pair of several rows, several heads of a group, and several groups is met.
+    for heads, s, t in (
+        ((1, 2, 2), queries, queries),
+        ((1, 4, 2), queries, keys),
+        ((2, 2, 1), 65, 65),
+        ((2, 2, 2), 7, 40),
+    ):
+        check_prefill(random_case((*heads, s, t, width, width), FORMS[form], seed=s))
 
 
 @pytest.mark.parametrize("width", HEAD_SIZES)
@@ -145,9 +151,15 @@ def test_prefill_of_every_head_size(width, dtype):
 @pytest.mark.parametrize("form", FORMS)
 def test_decode_of_every_form(form):
     width, _, keys = sizes_of(form)
-    for s, t, splits in ((1, keys, None), (1, 127, 5), (3, 65, 2), (2, 7, 1)):
+    # As above: every pair of several rows, several heads of a group, and several groups.
+    for heads, s, t, splits in (
+        ((1, 4, 2), 1, keys, None),
+        ((2, 2, 1), 1, 127, 5),
+        ((2, 2, 1), 3, 65, 2),
+        ((2, 2, 2), 2, 7, 1),
+    ):
         fields = FORMS[form]
-        check_decode(random_case((2, 4, 2, s, t, width, width), fields, seed=t), splits=splits)
+        check_decode(random_case((*heads, s, t, width, width), fields, seed=t), splits=splits)
 
 
 @pytest.mark.parametrize("width", HEAD_SIZES)
@@ -159,7 +171,7 @@ def test_decode_of_every_head_size_and_group(width):
 
 
 def test_split_and_unsplit_agree_and_runs_repeat():
-    case = random_case((2, 8, 2, 1, 200, 64, 64), {"window": 150})
+    case = random_case((1, 4, 2, 1, 200, 64, 64), {"window": 150})
     whole, _ = check_decode(case, splits=1)
     for splits in (2, 3, 7, 13):
         found, _ = check_decode(case, splits=splits)
@@ -203,13 +215,13 @@ def test_scores_far_from_zero_stay_finite():
 @pytest.mark.parametrize("check", [check_prefill, check_decode])
 def test_queries_before_all_keys_are_in_no_chunk(check):
     fields = {"chunk": 24, "causal": False}
-    check(random_case((2, 4, 2, 60, 9, 32, 32), {**fields, "lengths": True}))
+    check(random_case((2, 2, 1, 36, 9, 32, 32), {**fields, "lengths": True}))
     check(random_case((1, 2, 1, 40, 30, 32, 32), fields))
 
 
 @pytest.mark.parametrize("check", [check_prefill, check_decode])
 def test_rows_that_begin_anywhere_are_copied(check):
-    case = random_case((2, 4, 2, 12, 40, 40, 72), {})
+    case = random_case((2, 2, 1, 7, 40, 40, 72), {})
     for name in "qkv":
         x = getattr(case, name)
         wide = torch.zeros(*x.shape[:3], x.shape[3] + 1, dtype=x.dtype)
@@ -362,8 +374,10 @@ def check_maxima(found, case, lists, page):
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_selected_pages_and_their_maxima(phase, page):
     fields = {"kv": "paged", "page": page, "lengths": True, "selected_pages": True}
-    queries, check = (1, check_decode) if phase == "decode" else (40, check_prefill)
-    case = random_case((2, 4, 2, queries, 150, 64, 64), fields)
+    heads, check = (2, 4, 2, 1), check_decode
+    if phase == "prefill":
+        heads, check = (2, 2, 1, 40), check_prefill
+    case = random_case((*heads, 150, 64, 64), fields)
     lists = torch.tensor([[0, 2, 4], [1, 2, -1]])
     case.picked = picked(case, lists, page)
     keys = dataclasses.replace(paged(case, page), pages=lists)
@@ -379,10 +393,11 @@ def test_selected_pages_and_their_maxima(phase, page):
 )  # fmt: skip
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_maxima_of_all_pages(phase, form):
-    page, queries = 16, 1 if phase == "decode" else 45
-    check = check_decode if phase == "decode" else check_prefill
+    page, heads, check = 16, (2, 4, 2, 1), check_decode
+    if phase == "prefill":
+        heads, check = (2, 2, 1, 45), check_prefill
     fields = {**form, "kv": "paged", "page": page, "lengths": True}
-    case = random_case((2, 4, 2, queries, 96, 32, 32), fields)
+    case = random_case((*heads, 96, 32, 32), fields)
     _, maxima = check(case, paged(case, page), PAGE_MAX=True)
     check_maxima(maxima, case, torch.arange(6).expand(2, 6), page)
 
@@ -464,8 +479,8 @@ def emitted(folder, served, monkeypatch):
 )
 def test_specialised_kernels_give_the_same_bits(name, width, tmp_path, monkeypatch):
     forms = SPECIALISED[name]
-    cases = [random_case((2, 4, 2, 40, 70, width, width), f, seed=i) for i, f in enumerate(forms)]
-    few = [random_case((2, 4, 2, 2, 70, width, width), f, seed=i) for i, f in enumerate(forms)]
+    cases = [random_case((2, 2, 1, 40, 70, width, width), f, seed=i) for i, f in enumerate(forms)]
+    few = [random_case((2, 2, 1, 2, 70, width, width), f, seed=i) for i, f in enumerate(forms)]
     constants = [planned(case) for case in cases], [planned(case, "decode") for case in few]
     rows = [[(str(form), row) for form, row in zip(forms, c, strict=True)] for c in constants]
     served = {"attention_prefill": rows[0], "attention_decode": rows[1],
