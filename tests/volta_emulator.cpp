@@ -2,24 +2,24 @@
 // exchanges data. KERNEL_SOURCE is included with its machine instructions replaced by those here:
 // fragments of the matrix instruction are as in the PTX ISA, "Matrix fragments for mma.m8n8k4".
 //
+// Fibers change places by _setjmp and _longjmp, which leave the signal mask, a call of the system,
+// alone; and headers are few, since this is compiled anew for every set of constants.
+//
 // What it shows: index arithmetic, layouts, barriers that are missing where another warp would
 // still read (fibers of a block run in a changed order from barrier to barrier), reads of shared
 // memory that was never written (it holds NaN). What it cannot show: anything of the compiler.
 
+#include <setjmp.h>
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <tuple>
 #include <utility>
-#include <vector>
 
-using std::max;
-using std::min;
+template <class T> static inline T max(T a, T b) { return a < b ? b : a; }
+template <class T> static inline T min(T a, T b) { return b < a ? b : a; }
 
 struct Index { unsigned x, y, z; };
 struct uint2 { unsigned x, y; };
@@ -39,19 +39,21 @@ struct Slot { unsigned words[4]; };
 struct Warp { Barrier barrier; Slot slots[2][32]; unsigned parity[32]; };
 
 static constexpr size_t STACK = 256 * 1024;
-static ucontext_t scheduler;
-static std::vector<ucontext_t> fibers;
-static std::vector<char> done;
-static std::vector<Warp> warps;
+static constexpr int MOST = 1024;  // threads of a block
+
+// A thread's fiber, which runs the body once for every block.
+struct Fiber { ucontext_t start; jmp_buf place; char* stack; bool started, done; };
+
+static jmp_buf scheduler;
+static Fiber fibers[MOST];
+static Warp warps[MOST / 32];
 static Barrier block;
 static int current;
 static void (*body)();
 
 static void yield() {
   const int me = current;
-  swapcontext(&fibers[me], &scheduler);
-  current = me;
-  threadIdx = {static_cast<unsigned>(me), 0, 0};
+  if (!_setjmp(fibers[me].place)) _longjmp(scheduler, 1);
 }
 
 static void arrive(Barrier& barrier) {
@@ -74,43 +76,50 @@ static const Slot* exchange(Slot mine) {
   return slots;
 }
 
-static void leave() {
-  body();
-  done[current] = 1;
-  --block.wanted;  // a thread that has returned is not waited for
-  if (block.wanted && block.arrived == block.wanted) { block.arrived = 0; ++block.turn; }
-  swapcontext(&fibers[current], &scheduler);
+static void live() {
+  for (;;) {
+    body();
+    fibers[current].done = true;
+    --block.wanted;  // a thread that has returned is not waited for
+    if (block.wanted && block.arrived == block.wanted) { block.arrived = 0; ++block.turn; }
+    yield();
+  }
+}
+
+// Lets a fiber go on until it yields.
+static void enter(int number) {
+  Fiber& fiber = fibers[number];
+  current = number;
+  threadIdx = {static_cast<unsigned>(number), 0, 0};
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  fiber.stack = new char[STACK];
+  getcontext(&fiber.start);
+  fiber.start.uc_stack = {fiber.stack, 0, STACK};
+  makecontext(&fiber.start, live, 0);
+  setcontext(&fiber.start);
 }
 
 static void run_block(int threads, unsigned seed) {
-  static std::vector<std::unique_ptr<char[]>> stacks;
-  while (static_cast<int>(stacks.size()) < threads) stacks.emplace_back(new char[STACK]);
-  fibers.assign(threads, {});
-  done.assign(threads, 0);
-  warps.assign(threads / 32, {});
+  memset(warps, 0, sizeof warps);
   for (Warp& warp : warps) warp.barrier.wanted = 32;
   block = {0, threads, 0};
-  for (int i = 0; i < threads; ++i) {
-    getcontext(&fibers[i]);
-    fibers[i].uc_stack = {stacks[i].get(), 0, STACK};
-    fibers[i].uc_link = &scheduler;
-    makecontext(&fibers[i], leave, 0);
-  }
-  std::vector<int> order(threads / 32);
-  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  for (int i = 0; i < threads; ++i) fibers[i].done = false;
+  const int count = threads / 32;
+  int first = 0;
   for (bool left = true; left;) {
     left = false;
     seed = seed * 1664525u + 1013904223u;
-    std::rotate(order.begin(), order.begin() + (seed >> 16) % order.size(), order.end());
-    for (const int warp : order) {
+    first = (first + (seed >> 16) % count) % count;
+    for (int turn = 0; turn < count; ++turn) {
+      const int warp = (first + turn) % count;
       // A warp goes on for a while before the next may: that is how missing barriers show.
       for (int round = 0; round < 1 + static_cast<int>((seed >> 8) % 64); ++round) {
         for (int i = 32 * warp; i < 32 * warp + 32; ++i) {
-          if (done[i]) continue;
+          if (fibers[i].done) continue;
           left = true;
-          current = i;
-          threadIdx = {static_cast<unsigned>(i), 0, 0};
-          swapcontext(&scheduler, &fibers[i]);
+          enter(i);
         }
       }
     }
@@ -167,7 +176,9 @@ static inline void __syncthreads() { emulator::arrive(emulator::block); }
 static inline void __syncwarp() { emulator::exchange({}); }
 static inline bool __any_sync(unsigned, bool mine) {
   const emulator::Slot* slots = emulator::exchange({{mine}});
-  return std::any_of(slots, slots + 32, [](const emulator::Slot& s) { return s.words[0] != 0; });
+  bool any = false;
+  for (int i = 0; i < 32; ++i) any |= slots[i].words[0] != 0;
+  return any;
 }
 template <class T> static inline T __ldg(const T* from) {
   if (reinterpret_cast<size_t>(from) % sizeof(T)) { fputs("misaligned load\n", stderr); abort(); }
@@ -186,11 +197,18 @@ static inline unsigned short to_half(float x) {
   memcpy(&bits, &y, 2);
   return bits;
 }
-static inline float from_half(unsigned short bits) {
-  _Float16 y;
-  memcpy(&y, &bits, 2);
-  return static_cast<float>(y);
-}
+static struct Floats {
+  float of_bits[1 << 16];
+  Floats() {
+    for (int i = 0; i < 1 << 16; ++i) {
+      const unsigned short bits = i;
+      _Float16 y;
+      memcpy(&y, &bits, 2);
+      of_bits[i] = static_cast<float>(y);
+    }
+  }
+} floats;
+static inline float from_half(unsigned short bits) { return floats.of_bits[bits]; }
 static inline unsigned pack(float low, float high) { return to_half(low) | to_half(high) << 16; }
 static inline unsigned shuffle_xor(unsigned x, int mask) {
   const int from = (emulator::current % 32) ^ mask;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -212,11 +213,17 @@ COMPILED = (
 )  # fmt: skip
 
 
+@functools.cache
+def machine_code(name):
+    """The constants of a form, and what they are compiled to, which two tests look at."""
+    constants = FORMS[name].constants()
+    return constants, compile_volta(constants, "sm_70")
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("name", COMPILED)
 def test_machine_code(name):
-    constants = FORMS[name].constants()
-    compiled = compile_volta(constants, "sm_70")
+    constants, compiled = machine_code(name)
     assert compiled.image == compiled.cubin and compiled.cubin[:4] == b"\x7fELF"
     assert compiled.ptx is None
     used = usage(compiled.log)
@@ -228,8 +235,8 @@ def test_machine_code(name):
 @pytest.mark.skipif(NVDISASM is None, reason=WHY_NOT_DISASSEMBLED)
 @pytest.mark.parametrize("name", COMPILED)
 def test_instructions(name):
-    constants = FORMS[name].constants()
-    kernels = disassemble(compile_volta(constants, "sm_70").cubin, NVDISASM)
+    constants, compiled = machine_code(name)
+    kernels = disassemble(compiled.cubin, NVDISASM)
     kernel = kernels["attention_decode" if constants["DECODE"] else "attention_prefill"]
     expected = matrix_instructions(constants)
     assert kernel.count(r"HMMA\.884\.F32\.F32\.STEP\d") == kernel.count("HMMA") == expected
