@@ -25,13 +25,14 @@ class Compiled:
     Attributes:
         arch: What it was compiled for.
         cubin: Machine code, where `arch` is a real architecture such as `sm_70`, else None.
-        ptx: Text, where `arch` is a virtual one such as `compute_70`, else None.
+        ptx: Text, from which a driver compiles for newer architectures; that of a real one is
+            that of its virtual one.
         log: What the compiler said; for machine code the registers and spills of each kernel.
     """
 
     arch: str
     cubin: bytes | None
-    ptx: str | None
+    ptx: str
     log: str
 
     @property
@@ -39,7 +40,6 @@ class Compiled:
         """What the driver loads; PTX ends with a zero byte."""
         if self.cubin is not None:
             return self.cubin
-        assert self.ptx is not None
         return self.ptx.encode() + b"\0"
 
 
@@ -82,9 +82,8 @@ def compile_cuda(
                 + ", ".join(f"{key}={value}" for key, value in defines.items())
                 + ".",
             )
-        if arch.startswith("sm_"):
-            return Compiled(arch, _bytes(nvrtc, program, "CUBIN"), None, log)
-        return Compiled(arch, None, _text(nvrtc, program, "PTX"), log)
+        cubin = _bytes(nvrtc, program, "CUBIN") if arch.startswith("sm_") else None
+        return Compiled(arch, cubin, _text(nvrtc, program, "PTX"), log)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -78,13 +78,14 @@ class CudaFamily(KernelFamily):
     """A family in CUDA C++, compiled when a model is emitted.
 
     Attributes:
-        images: Suffix of a file of machine code -> the architecture it is compiled for. PTX is
-            for GPUs that the machine code is not for.
+        arch: The architecture that machine code is for, as `sm_70`.
+        portable: Put PTX beside it, for GPUs that the machine code is not for.
     """
 
     modules = ("driver",)
     ahead = True
-    images: ClassVar[Mapping[str, str]]
+    arch: ClassVar[str]
+    portable: ClassVar[bool] = False
 
     @abstractmethod
     def source(self, plan: AttentionPlan) -> str:
@@ -94,11 +95,11 @@ class CudaFamily(KernelFamily):
         return {f"{stem}.cu": self.source(plan) for stem, plan in plans.items()}
 
     def compile(self, plan: AttentionPlan, stem: str) -> dict[str, bytes]:
-        files: dict[str, bytes] = {}
-        for suffix, arch in self.images.items():
-            compiled = compile_cuda(self.source(plan), f"{stem}.cu", arch, {})
-            code = compiled.cubin if compiled.cubin is not None else (compiled.ptx or "").encode()
-            files[stem + suffix] = code
+        compiled = compile_cuda(self.source(plan), f"{stem}.cu", self.arch, {})
+        assert compiled.cubin is not None
+        files = {f"{stem}.cubin": compiled.cubin}
+        if self.portable:
+            files[f"{stem}.ptx"] = compiled.ptx.encode()
         return files
 
 

@@ -91,7 +91,7 @@ class HopperFamily(CudaFamily):
 
     planner = HopperPlanner()
     launcher = "hopper"
-    images = {".cubin": "sm_90a"}  # noqa: RUF012
+    arch = "sm_90a"
 
     def constants(self, plan: AttentionPlan, *, ring: int = 0) -> dict[str, Any]:
         # What launches Triton's kernels launches this one, and asks for the same constants.

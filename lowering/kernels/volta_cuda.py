@@ -61,7 +61,8 @@ class VoltaFamily(CudaFamily):
 
     planner = VoltaPlanner()
     launcher = "volta"
-    images = {".cubin": "sm_70", ".ptx": "compute_70"}  # noqa: RUF012
+    arch = "sm_70"
+    portable = True
 
     def constants(self, plan: AttentionPlan, *, ring: int = 0) -> dict[str, Any]:
         return volta_constants(plan, ring=ring)

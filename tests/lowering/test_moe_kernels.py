@@ -201,7 +201,9 @@ def test_gates(operands: str, experts: int, dtype: torch.dtype) -> None:
     assert torch.equal(moe.launch_route(x, weight, None, bias, gate_scale, count), found)
     offset = torch.zeros(experts, dtype=dtype, device=DEVICE)
     offset[-1] = 100.0
-    assert bool((moe.launch_route(x[:5], weight, offset, bias, gate_scale, count)[:, -1] != 0).all())
+    assert bool(
+        (moe.launch_route(x[:5], weight, offset, bias, gate_scale, count)[:, -1] != 0).all()
+    )
     exact = functional.top_k_gating(
         scores.double().cpu(),
         None if bias is None else bias.double().cpu(),
@@ -222,9 +224,9 @@ def test_thresholds_choose_what_is_above_them() -> None:
         assert torch.equal(gates, (ranked > 0).to(gates.dtype))
         part = Part((19, 6, 6, 8, 0, 32), torch.float16, "silu", True, False)
         close(many(part, gates), part.exact(gates))
-        x, own = part.x[:3], gates[:3]
+        x, own = part.x[:2], gates[:2]
         few = moe.launch_few(x, own, *part.routed, *part.shared, part.act, part.active, TILES)
-        close(few, part.exact(gates)[:3])
+        close(few, part.exact(gates)[:2])
 
 
 @pytest.mark.gpu
@@ -286,25 +288,30 @@ def shared_bytes(kernel, arch, options, **constants):
     return made.metadata.shared
 
 # What a program may have: an RTX 30 or 40, an A100.
-for arch, room in ((86, 101376), (80, 166912)):
-    for row in expert_tiles(get_target("ampere")).many:
+for i, (arch, room) in enumerate(((86, 101376), (80, 166912))):
+    for j, row in enumerate(expert_tiles(get_target("ampere")).many):
         rows, up = row.expand.rows, row.expand
         sizes = {"E": 5, "SIZE": 1376, "ROOM": 1408}
-        used = shared_bytes(
-            experts.expand, arch, up.options(5, 2, room), D=4096, COUNT=3, ACT="silu",
-            up_tiles=None, gate_tiles=None, up_bias_ptr=None, gate_bias_ptr=None, **sizes,
-        )
-        assert used <= room, (arch, rows, used)
-        used = shared_bytes(
-            experts.reduce, arch, row.reduce.options(5, 1, room), OUT=4096,
-            hidden_tiles=None, down_tiles=None, **sizes,
-        )
-        assert used <= room, (arch, rows, used)
+        if EVERY or (i + j) % 2 == 0:
+            used = shared_bytes(
+                experts.expand, arch, up.options(5, 2, room), D=4096, COUNT=3, ACT="silu",
+                up_tiles=None, gate_tiles=None, up_bias_ptr=None, gate_bias_ptr=None, **sizes,
+            )
+            assert used <= room, (arch, rows, used)
+        if EVERY or (i + j) % 2 == 1:
+            used = shared_bytes(
+                experts.reduce, arch, row.reduce.options(5, 1, room), OUT=4096,
+                hidden_tiles=None, down_tiles=None, **sizes,
+            )
+            assert used <= room, (arch, rows, used)
 """
 
 
-def test_products_fit_into_the_shared_memory_of_small_gpus() -> None:
-    assert compile_alone(COMPILE) == ""
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_products_fit_into_the_shared_memory_of_small_gpus(every: bool) -> None:
+    """A kernel takes over a second to compile: every pair of GPU, tile and kernel, or all."""
+    assert compile_alone(f"EVERY = {every}\n{COMPILE}") == ""
 
 
 @pytest.mark.parametrize("shared", [0, 24])
