@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.capture.export import export_layer, export_shell
+from graphopt.capture.export import export_layer, export_outer
 from graphopt.capture.fx_conversion import Exported
 from graphopt.capture.grouped import grouped_products
 from graphopt.capture.hoist import LayerKind, made_alike
@@ -66,17 +66,17 @@ def capture_module(
     refuse_unsupported(module)
     rotaries = Rotaries(module)
     with rotaries.opaque(), grouped_products(module):
-        exported = export_shell(module)
+        exported = export_outer(module)
         weights = _Trained(trained)
         weights.release(exported, "")
         slots = SlotSources()
-        shell = Raiser(exported.function, exported.types, exported.constants, "the model")
-        kinds = _layer_kinds(exported, shell, weights)
+        outer = Raiser(exported.function, exported.types, exported.constants, "the model")
+        kinds = _layer_kinds(exported, outer, weights)
     if not kinds:
-        shell, kinds = _single(exported, module, slots)
-    state = Capturing(shell, kinds, slots, rotaries)
+        outer, kinds = _single(exported, module, slots)
+    state = Capturing(outer, kinds, slots, rotaries)
     state.run(watch)
-    program = _Assembler(shell, slots, state.kinds, module, resolve).program(name)
+    program = _Assembler(outer, slots, state.kinds, module, resolve).program(name)
     program.notes += state.notes + _left_over(program)
     program.inputs = {input_name: Type((B, S), torch.int64) for input_name in PROGRAM_INPUTS}
     verify(program)
@@ -101,7 +101,7 @@ def _without_numbers(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-def _layer_kinds(exported: Exported, shell: Raiser, trained: _Trained) -> list[LayerKind]:
+def _layer_kinds(exported: Exported, outer: Raiser, trained: _Trained) -> list[LayerKind]:
     """Export the first and the last layer of every group; all of it where those two differ."""
 
     def export(record: LayerCall, shapes: Sequence[Type]) -> Exported:
@@ -110,11 +110,11 @@ def _layer_kinds(exported: Exported, shell: Raiser, trained: _Trained) -> list[L
         return exported
 
     groups: dict[Any, list[tuple[Node, LayerCall]]] = {}
-    for node, record in exported.stubs.items():
+    for node, record in exported.layer_calls.items():
         groups.setdefault(record.key, []).append((node, record))
     kinds: list[LayerKind] = []
     for members in groups.values():
-        shapes = [shell.types[v] for v in members[0][0].inputs if v is not None]
+        shapes = [outer.types[v] for v in members[0][0].inputs if v is not None]
         first = export(members[0][1], shapes)
         if len(members) == 1:
             kinds.append(_kind(first, members))
@@ -144,19 +144,21 @@ def _kind(exported: Exported, members: list[tuple[Node, LayerCall]]) -> LayerKin
 def _single(
     exported: Exported, module: nn.Module, slots: SlotSources
 ) -> tuple[Raiser, list[LayerKind]]:
-    """A model without repeated layers: one call of it inside an empty shell."""
+    """A model without repeated layers: one call of it inside an empty outer graph."""
     inner = Raiser(exported.function, exported.types, exported.constants, "the model")
-    function = Function("shell")
+    function = Function("outer")
     types: dict[Value, Type] = {}
     for param in exported.function.params:
         value = Value(param.name)
         function.params.append(value)
         types[value] = exported.types[param]
-    stub = function.add(LAYER, function.params, {"args": [[], 0]})
-    function.results = [stub.output]
-    types[stub.output] = exported.types[exported.function.results[0]]
+    layer_call = function.add(LAYER, function.params, {"args": [[], 0]})
+    function.results = [layer_call.output]
+    types[layer_call.output] = exported.types[exported.function.results[0]]
     record = LayerCall("", module, None, [], [])
-    return Raiser(function, types, {}, "the model"), [LayerKind(inner, slots, [stub], [record])]
+    return Raiser(function, types, {}, "the model"), [
+        LayerKind(inner, slots, [layer_call], [record])
+    ]
 
 
 def _left_over(program: Program) -> list[tuple[str, str]]:
@@ -174,23 +176,23 @@ def _left_over(program: Program) -> list[tuple[str, str]]:
 
 
 class _Assembler:
-    """Cuts the shell at its stubs and lays the calls out."""
+    """Cuts the outer graph at its layer calls and lays the calls out."""
 
     def __init__(
         self,
-        shell: Raiser,
+        outer: Raiser,
         slots: SlotSources,
         kinds: list[LayerKind],
         module: nn.Module,
         resolve: Resolve,
     ) -> None:
-        self.shell = shell
+        self.outer = outer
         self.slots = slots
         self.kinds = kinds
         self.module = module
         self.resolve = resolve
-        self.kind_of = {stub: kind for kind in kinds for stub in kind.stubs}
-        self.stubs = [n for n in shell.function.nodes if n in self.kind_of]
+        self.kind_of = {layer_call: kind for kind in kinds for layer_call in kind.layer_calls}
+        self.layer_calls = [n for n in outer.function.nodes if n in self.kind_of]
         self.result = Program("model")
         self.names: dict[Value, str] = {}
         self.constants: list[tuple[Tensor, str]] = []
@@ -199,40 +201,44 @@ class _Assembler:
         program = self.result
         program.name = name
         self._drop_unused_results()
-        self.shell.sweep()
+        self.outer.sweep()
         stages = self._stages()
-        for param in self.shell.function.params:
+        for param in self.outer.function.params:
             self.names[param] = param.name
         self._name_functions()
-        for position in range(len(self.stubs) + 1):
+        for position in range(len(self.layer_calls) + 1):
             nodes = [n for n, stage in stages.items() if stage == position]
             self._segment(position, nodes)
-            if position < len(self.stubs):
-                self._layer(position, self.stubs[position])
-        program.outputs = [self.names[self.shell.function.results[0]]]
+            if position < len(self.layer_calls):
+                self._layer(position, self.layer_calls[position])
+        program.outputs = [self.names[self.outer.function.results[0]]]
         for call in program.calls:
             call.results = ["logits" if r == program.outputs[0] else r for r in call.results]
         program.outputs = ["logits"]
         return program
 
     def _drop_unused_results(self) -> None:
-        function = self.shell.function
+        function = self.outer.function
         used = {v for node in function.nodes for v in node.inputs} | set(function.results)
         for kind in self.kinds:
             count = len(kind.raiser.function.results)
-            keep = [i for i in range(count) if any(stub.outputs[i] in used for stub in kind.stubs)]
+            keep = [
+                i
+                for i in range(count)
+                if any(layer_call.outputs[i] in used for layer_call in kind.layer_calls)
+            ]
             kind.raiser.function.results = [kind.raiser.function.results[i] for i in keep]
-            for stub in kind.stubs:
-                stub.outputs = [stub.outputs[i] for i in keep]
+            for layer_call in kind.layer_calls:
+                layer_call.outputs = [layer_call.outputs[i] for i in keep]
             kind.raiser.sweep()
             kind.drop_unused_params()
 
     def _stages(self) -> dict[Node, int]:
-        """For every shell node, the number of layer calls it must come after."""
+        """For every node of the outer graph, the number of layer calls it must come after."""
         stage_of: dict[Value, int] = {}
         stages: dict[Node, int] = {}
         number = 0
-        for node in self.shell.function.nodes:
+        for node in self.outer.function.nodes:
             if node in self.kind_of:
                 number += 1
                 for value in node.outputs:
@@ -245,13 +251,13 @@ class _Assembler:
         return stages
 
     def _name_functions(self) -> None:
-        single = len(self.stubs) == 1 and self.kinds[0].records[0].path == ""
+        single = len(self.layer_calls) == 1 and self.kinds[0].records[0].path == ""
         for number, kind in enumerate(self.kinds):
             function = kind.raiser.function
             function.name = "main" if single else "block" if number == 0 else f"block_{number}"
             self._remove_unused_slots(function)
             name_slots(function, kind.slots)
-            _name_params(kind, self.shell)
+            _name_params(kind, self.outer)
             name_values(function)
             self.result.functions[function.name] = function
 
@@ -261,18 +267,18 @@ class _Assembler:
         function.weights = {s: v for s, v in function.weights.items() if v in used}
 
     def _segment(self, position: int, nodes: list[Node]) -> None:
-        """Make the function and call for the shell's nodes between two layer calls."""
+        """Make the function and call for the outer graph's nodes between two layer calls."""
         if not nodes:
             return
         inside = {v for node in nodes for v in node.outputs}
-        readers = [n for n in self.shell.function.nodes if n not in nodes]
+        readers = [n for n in self.outer.function.nodes if n not in nodes]
         wanted = {v for n in readers for v in n.inputs if v in inside}
-        wanted |= {v for v in self.shell.function.results if v in inside}
+        wanted |= {v for v in self.outer.function.results if v in inside}
         results = [v for node in nodes for v in node.outputs if v in wanted]
         if not results:
             return
-        last = len(self.stubs)
-        label = "embed" if position == 0 else "head" if position == last else "glue"
+        last = len(self.layer_calls)
+        label = "embed" if position == 0 else "head" if position == last else "inter_layer"
         function = Function(unique_name(label, set(self.result.functions)))
         mapping: dict[Value, Value] = {}
         call = Call(function.name, [], [])
@@ -280,7 +286,7 @@ class _Assembler:
             for value in node.inputs:
                 if value is None or value in mapping or value in inside:
                     continue
-                slot = self.shell.slot(value)
+                slot = self.outer.slot(value)
                 if slot is None:
                     mapping[value] = Value(self.names[value])
                     function.params.append(mapping[value])
@@ -304,26 +310,26 @@ class _Assembler:
         for node in function.nodes:
             node.inputs = [None if v is None else mapping.get(v, v) for v in node.inputs]
         name_slots(function, self.slots)
-        name_values(function, self.shell.function.results[0])
+        name_values(function, self.outer.function.results[0])
         for value in results:
             self.names[value] = unique_name(value.name, set(self.names.values()))
             call.results.append(self.names[value])
         for slot in function.weights:
-            constant = self.shell.constants.get(slot)
+            constant = self.outer.constants.get(slot)
             call.weights[slot] = self._weight("", slot, self.slots, constant, self.module)
         self.result.functions[function.name] = function
         self.result.calls.append(call)
 
-    def _layer(self, position: int, stub: Node) -> None:
-        kind = self.kind_of[stub]
-        number = kind.stubs.index(stub)
+    def _layer(self, position: int, layer_call: Node) -> None:
+        kind = self.kind_of[layer_call]
+        number = kind.layer_calls.index(layer_call)
         record = kind.records[number]
         function = kind.raiser.function
         call = Call(function.name, [], [], path=record.path)
-        for value in stub.inputs:
+        for value in layer_call.inputs:
             assert value is not None
             call.args.append(self.names[value])
-        for index, value in enumerate(stub.outputs):
+        for index, value in enumerate(layer_call.outputs):
             wanted = f"x{position}" if index == 0 else f"x{position}_{index}"
             self.names[value] = unique_name(wanted, set(self.names.values()))
             call.results.append(self.names[value])
@@ -382,13 +388,13 @@ def _parameter_or_buffer(module: nn.Module, name: str) -> Tensor:
         return module.get_buffer(name)
 
 
-def _name_params(kind: LayerKind, shell: Raiser) -> None:
-    """Call the stream x, and the others as the shell calls them."""
+def _name_params(kind: LayerKind, outer: Raiser) -> None:
+    """Call the stream x, and the others as the outer graph calls them."""
     taken: set[str] = set(kind.raiser.function.weights)
     for param in kind.raiser.function.params:
         argument = kind.arguments(param)[0]
         node = argument.node
-        if shell.types[argument].dtype.is_floating_point and (
+        if outer.types[argument].dtype.is_floating_point and (
             node is None or base(node.op) in ("layer", "embedding", "scale", "add", "layer_norm")
         ):
             wanted = "x"

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.fx_conversion import WHOLE, Converter, Exported
 from graphopt.capture.in_place import needs_functionalizing
 from graphopt.capture.known_exports import KNOWN
-from graphopt.capture.layer_calls import LAYER, TRACE_BATCH, TRACE_LENGTH, LayerCall, Shell
+from graphopt.capture.layer_calls import LAYER, TRACE_BATCH, TRACE_LENGTH, LayerCall, OuterGraph
 from graphopt.capture.model import (
     accepted_inputs,
     logits_of,
@@ -43,7 +43,7 @@ class _Wrapped(nn.Module):
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def export_shell(module: nn.Module) -> Exported:
+def export_outer(module: nn.Module) -> Exported:
     """Export everything around the repeated layers of a language model.
 
     Returns:
@@ -59,21 +59,21 @@ def export_shell(module: nn.Module) -> Exported:
     def run(inner: nn.Module, *tensors: Tensor) -> Tensor:
         return logits_of(inner(**dict(zip(names, tensors, strict=True)), **keywords))
 
-    with Shell(module).installed() as shell:
-        digest = operator_digest(module, run, types, shell.layers.values())
-        calls = shell.take_calls()
+    with OuterGraph(module).installed() as outer:
+        digest = operator_digest(module, run, types, outer.layers.values())
+        calls = outer.take_calls()
         key = None if digest is None else f"{' '.join(names)} {digest}"
         exported = KNOWN.get(key, module, calls)
         if exported is not None:
             return exported
         with parameters_reserved(module):
             exported = _export(_Wrapped(module, run), types, WHOLE)
-        calls = shell.take_calls()
+        calls = outer.take_calls()
     for value, name in zip(exported.function.params, names, strict=True):
         value.name = name
     for node in exported.function.nodes:
         if node.op == LAYER:
-            exported.stubs[node] = calls[node.attrs["args"][1]]
+            exported.layer_calls[node] = calls[node.attrs["args"][1]]
     KNOWN.add(key, exported, module)
     return exported
 

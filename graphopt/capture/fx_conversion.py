@@ -36,13 +36,13 @@ class Exported:
         function: Every node an ATen node; weight slots are names relative to the module.
         types: Type of every value.
         constants: Values of the slots that are no parameters.
-        stubs: For the shell: layer-call nodes with their records.
+        layer_calls: For the outer graph: layer-call nodes with their records.
     """
 
     function: Function
     types: dict[Value, Type]
     constants: dict[str, Tensor]
-    stubs: dict[Node, LayerCall] = field(default_factory=dict)
+    layer_calls: dict[Node, LayerCall] = field(default_factory=dict)
 
 
 class Converter:

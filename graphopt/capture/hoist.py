@@ -1,4 +1,4 @@
-"""Moving what every layer computes alike out of the layers, into the shell around them."""
+"""Moving what every layer computes alike out of the layers, into the outer graph around them."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ class LayerKind:
     """Layers that share one function.
 
     Attributes:
-        raiser: The function, its parameters in the order of the stubs' operands.
+        raiser: The function, its parameters in the order of the layer calls' operands.
         slots: Its derived weight slots.
-        stubs: The shell's nodes that stand for its calls, in order.
+        layer_calls: The outer graph's nodes that stand for its calls, in order.
         records: What was recorded about each call.
         raised: Its attention nodes.
-        attrs: For each stub, the attributes that differ between calls.
+        attrs: For each layer call, the attributes that differ between calls.
     """
 
     raiser: Raiser
     slots: SlotSources
-    stubs: list[Node]
+    layer_calls: list[Node]
     records: list[LayerCall]
     raised: list[Raised] = field(default_factory=list)
     attrs: list[dict[str, object]] = field(default_factory=list)
 
-    def add_param(self, name: str, values: list[Value], shell: Raiser) -> Value:
-        """Add a parameter that each stub gets from its own value of the shell."""
+    def add_param(self, name: str, values: list[Value], outer: Raiser) -> Value:
+        """Add a parameter that each layer call gets from its own value of the outer graph."""
         taken = self.raiser.function.value_names()
         while name in taken:
             name += "_"
         param = Value(name)
         self.raiser.function.params.append(param)
-        self.raiser.types[param] = shell.types[values[0]]
-        for stub, value in zip(self.stubs, values, strict=True):
-            stub.inputs.append(value)
+        self.raiser.types[param] = outer.types[values[0]]
+        for layer_call, value in zip(self.layer_calls, values, strict=True):
+            layer_call.inputs.append(value)
         return param
 
     def arguments(self, param: Value) -> list[Value]:
-        """Return what each stub passes for a parameter."""
+        """Return what each layer call passes for a parameter."""
         position = self.raiser.function.params.index(param)
-        return [stub.inputs[position] for stub in self.stubs]  # type: ignore[misc]
+        return [layer_call.inputs[position] for layer_call in self.layer_calls]  # type: ignore[misc]
 
     def drop_unused_params(self) -> None:
-        """Remove parameters nothing reads, from the function and its stubs."""
+        """Remove parameters nothing reads, from the function and its layer calls."""
         function = self.raiser.function
         used = function.outside_values()
         used |= {v for node in function.nodes for v in node.inputs if v is not None}
@@ -60,15 +60,15 @@ class LayerKind:
         for position in reversed(range(len(function.params))):
             if function.params[position] not in used:
                 del function.params[position]
-                for stub in self.stubs:
-                    del stub.inputs[position]
+                for layer_call in self.layer_calls:
+                    del layer_call.inputs[position]
 
 
-def stream_values(shell: Raiser, stubs: set[Node]) -> set[Value]:
-    """Return the shell's values that depend on a trained weight or on a layer's output."""
-    stream: set[Value] = {v for v in shell.function.weights.values() if shell.is_weight(v)}
-    for node in shell.function.nodes:
-        if node in stubs or any(v in stream for v in node.inputs if v is not None):
+def stream_values(outer: Raiser, layer_calls: set[Node]) -> set[Value]:
+    """Return the outer graph's values that depend on a trained weight or on a layer's output."""
+    stream: set[Value] = {v for v in outer.function.weights.values() if outer.is_weight(v)}
+    for node in outer.function.nodes:
+        if node in layer_calls or any(v in stream for v in node.inputs if v is not None):
             stream.update(node.outputs)
     return stream
 
@@ -109,8 +109,8 @@ def made_alike(
     )
 
 
-def hoist(shell: Raiser, kind: LayerKind, stream: set[Value]) -> None:
-    """Move the nodes of a layer that depend on nothing but the model's inputs to the shell."""
+def hoist(outer: Raiser, kind: LayerKind, stream: set[Value]) -> None:
+    """Move nodes of a layer that depend on nothing but the model's inputs to the outer graph."""
     raiser = kind.raiser
     function = raiser.function
     still = {p for p in function.params if not any(a in stream for a in kind.arguments(p))}
@@ -127,27 +127,27 @@ def hoist(shell: Raiser, kind: LayerKind, stream: set[Value]) -> None:
     if not exits:
         return
     made: dict[tuple[Value | None, ...], list[Value]] = {}
-    per_stub: list[list[Value]] = []
+    per_layer_call: list[list[Value]] = []
     order = [function.params.index(p) for p in function.params if p in still]
-    for stub in kind.stubs:
-        key = tuple(stub.inputs[position] for position in order)
+    for layer_call in kind.layer_calls:
+        key = tuple(layer_call.inputs[position] for position in order)
         if key not in made:
-            made[key] = _clone_into(shell, kind, moved, exits, stub)
-        per_stub.append(made[key])
+            made[key] = _clone_into(outer, kind, moved, exits, layer_call)
+        per_layer_call.append(made[key])
     for index, value in enumerate(exits):
-        param = kind.add_param(value.name, [values[index] for values in per_stub], shell)
+        param = kind.add_param(value.name, [values[index] for values in per_layer_call], outer)
         raiser.types[param] = raiser.types[value]
         function.replace(value, param)
     raiser.sweep()
 
 
 def _clone_into(
-    shell: Raiser, kind: LayerKind, moved: list[Node], exits: list[Value], stub: Node
+    outer: Raiser, kind: LayerKind, moved: list[Node], exits: list[Value], layer_call: Node
 ) -> list[Value]:
-    """Copy nodes of a layer in front of a stub of the shell and return the exits' copies."""
+    """Copy nodes of a layer in front of a call of it, and return the copies of the exits."""
     raiser = kind.raiser
     mapping: dict[Value, Value] = dict(
-        zip(raiser.function.params, stub.inputs, strict=True)  # type: ignore[arg-type]
+        zip(raiser.function.params, layer_call.inputs, strict=True)  # type: ignore[arg-type]
     )
     needed = set(raiser.region(exits, raiser.function.params))
     for node in moved:
@@ -155,28 +155,28 @@ def _clone_into(
             continue
         for value in node.inputs:
             if value is not None and value not in mapping:
-                mapping[value] = _constant_in_shell(shell, kind, value, stub)
-        hoisted = shell.function.add(
+                mapping[value] = _constant_in_outer(outer, kind, value, layer_call)
+        hoisted = outer.function.add(
             node.op,
             [None if v is None else mapping[v] for v in node.inputs],
             copy.deepcopy(node.attrs),
             [value.name for value in node.outputs],
-            before=stub,
+            before=layer_call,
         )
         for old, new in zip(node.outputs, hoisted.outputs, strict=True):
             mapping[old] = new
-            shell.types[new] = raiser.types[old]
+            outer.types[new] = raiser.types[old]
     return [mapping[value] for value in exits]
 
 
-def _constant_in_shell(shell: Raiser, kind: LayerKind, value: Value, stub: Node) -> Value:
-    """Return the shell's copy of a constant that all layers of a kind hold."""
+def _constant_in_outer(outer: Raiser, kind: LayerKind, value: Value, layer_call: Node) -> Value:
+    """Return the outer graph's copy of a constant that all layers of a kind hold."""
     slot = kind.raiser.slot(value)
     assert slot is not None
     constant = kind.raiser.constants[slot]
-    record = kind.records[kind.stubs.index(stub)]
+    record = kind.records[kind.layer_calls.index(layer_call)]
     name = f"{record.path}.{slot}"
-    if name in shell.function.weights:
-        return shell.function.weights[name]
-    shell.constants[name] = constant
-    return shell.add_weight(name, tuple(constant.shape), constant.dtype)
+    if name in outer.function.weights:
+        return outer.function.weights[name]
+    outer.constants[name] = constant
+    return outer.add_weight(name, tuple(constant.shape), constant.dtype)

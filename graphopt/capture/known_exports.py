@@ -49,7 +49,8 @@ class KnownExports:
             for slot, constant in exported.constants.items()
         }
         calls = {
-            _number(node): (call.key, _arguments(call)) for node, call in exported.stubs.items()
+            _number(node): (call.key, _arguments(call))
+            for node, call in exported.layer_calls.items()
         }
         self._known[key] = _Known(function, types, constants, calls)
         while len(self._known) > _MOST:
@@ -80,7 +81,7 @@ class KnownExports:
             if node.op == LAYER:
                 number = _number(node)
                 call = calls[number]
-                exported.stubs[node] = replace(call, key=(known.calls[number][0], call.key))
+                exported.layer_calls[node] = replace(call, key=(known.calls[number][0], call.key))
         return exported
 
 

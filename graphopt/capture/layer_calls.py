@@ -51,7 +51,7 @@ class OutputShape:
 
 @dataclass
 class LayerCall:
-    """One call of a repeated layer, seen while the shell was exported.
+    """One call of a repeated layer, seen while the outer graph was exported.
 
     Attributes:
         path: Qualified name of the layer.
@@ -133,7 +133,7 @@ def _plain_attributes(layer: nn.Module, skip: set[tuple[str, str]]) -> tuple[Any
 
 
 class _Parameters:
-    """The parameters of a layer, taken away from it while the shell is exported.
+    """The parameters of a layer, taken away from it while the outer graph is exported.
 
     torch.export does work for every parameter it sees, also of layers that are opaque to it.
     """
@@ -159,8 +159,8 @@ class _Parameters:
             self.hide()
 
 
-class Shell:
-    """Replaces the forward of repeated layers by opaque calls while the shell is exported."""
+class OuterGraph:
+    """Replaces the forward of repeated layers by opaque calls while the outer graph is exported."""
 
     def __init__(self, module: nn.Module) -> None:
         self.layers = repeated_layers(module)
@@ -170,7 +170,7 @@ class Shell:
         self._parameters: dict[str, _Parameters] = {}
 
     @contextlib.contextmanager
-    def installed(self) -> Iterator[Shell]:
+    def installed(self) -> Iterator[OuterGraph]:
         """Inside, layers are opaque calls."""
         self._install()
         try:
@@ -188,7 +188,7 @@ class Shell:
     def _install(self) -> None:
         for path, layer in self.layers.items():
             self._original[path] = layer.forward
-            layer.forward = self._stub(path, layer)  # type: ignore[method-assign]
+            layer.forward = self._opaque_call(path, layer)  # type: ignore[method-assign]
             self._parameters[path] = _Parameters(layer)
         # Layers may share parts, so that all are looked at before any is emptied.
         for parameters in self._parameters.values():
@@ -212,7 +212,7 @@ class Shell:
             tuple(shapes),
         )
 
-    def _stub(self, path: str, layer: nn.Module) -> Callable[..., Any]:
+    def _opaque_call(self, path: str, layer: nn.Module) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             leaves, spec, mappings = flatten(args, kwargs)
             positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]

@@ -15,7 +15,7 @@ from graphopt.ir.types import B, Type
 
 
 def set_masks(
-    kind: LayerKind, shell: Raiser, inputs: dict[str, Value], recogniser: MaskRecogniser
+    kind: LayerKind, outer: Raiser, inputs: dict[str, Value], recogniser: MaskRecogniser
 ) -> list[tuple[str, str]]:
     """Turn the terms of every attention into attributes, or leave them as an additive bias.
 
@@ -23,7 +23,7 @@ def set_masks(
         (value name, reason) for terms without a closed form.
     """
     notes: list[tuple[str, str]] = []
-    kind.attrs = kind.attrs or [{} for _ in kind.stubs]
+    kind.attrs = kind.attrs or [{} for _ in kind.layer_calls]
     for number, item in enumerate(kind.raised):
         node = item.node
         suffix = "" if number == 0 else f"_{number}"
@@ -34,7 +34,8 @@ def set_masks(
         heads = int(kind.raiser.types[node.inputs[0]].shape[1])
         forms = [_forms(kind, recogniser, term, heads) for term in item.terms]
         per_call: list[dict[str, Any]] = [
-            {"causal": node.attrs["causal"], "window": None, "chunk": None} for _ in kind.stubs
+            {"causal": node.attrs["causal"], "window": None, "chunk": None}
+            for _ in kind.layer_calls
         ]
         padding = False
         slopes: tuple[float, ...] | None = None
@@ -52,7 +53,7 @@ def set_masks(
                 attrs["chunk"] = attrs["chunk"] or form.chunk
                 padding = padding or form.padding
         if (padding or slopes is not None) and "attention_mask" in inputs:
-            node.inputs[3] = _input_param(kind, shell, "attention_mask", inputs)
+            node.inputs[3] = _input_param(kind, outer, "attention_mask", inputs)
         if slopes is not None:
             node.inputs[5] = _slope_slot(kind.raiser, slopes)
         if biases:
@@ -89,12 +90,12 @@ def _forms(
     return known
 
 
-def _input_param(kind: LayerKind, shell: Raiser, name: str, inputs: dict[str, Value]) -> Value:
-    values = [inputs[name]] * len(kind.stubs)
+def _input_param(kind: LayerKind, outer: Raiser, name: str, inputs: dict[str, Value]) -> Value:
+    values = [inputs[name]] * len(kind.layer_calls)
     for param in kind.raiser.function.params:
         if kind.arguments(param) == values:
             return param
-    return kind.add_param(name, values, shell)
+    return kind.add_param(name, values, outer)
 
 
 def _slope_slot(raiser: Raiser, slopes: tuple[float, ...]) -> Value:

@@ -58,10 +58,10 @@ def positions_of(mask: Tensor) -> Tensor:
 
 
 class MaskRecogniser:
-    """Finds closed forms of mask terms by evaluating the shell on a small grid."""
+    """Finds closed forms of mask terms by evaluating the outer graph on a small grid."""
 
-    def __init__(self, shell: Raiser, inputs: dict[str, Value]) -> None:
-        self.shell = shell
+    def __init__(self, outer: Raiser, inputs: dict[str, Value]) -> None:
+        self.outer = outer
         self.inputs = inputs
         self._known: dict[tuple[Value, str, int], MaskForm | None] = {}
 
@@ -76,7 +76,7 @@ class MaskRecogniser:
     def _reads_ids(self, value: Value) -> bool:
         """Return whether a mask depends on which tokens a text has, as one of documents does."""
         reads = {self.inputs[name] for name in ("input_ids",) if name in self.inputs}
-        for node in self.shell.region([value], []):
+        for node in self.outer.region([value], []):
             if base(node.op) not in _SHAPE_ALONE and not reads.isdisjoint(node.inputs):
                 reads.update(node.outputs)
         return value in reads
@@ -105,9 +105,9 @@ class MaskRecogniser:
         """Find a window in a mask that is a table: its length is in no number of the graph."""
         tables = [
             constant.shape[-1]
-            for node in self.shell.region([value], [])
+            for node in self.outer.region([value], [])
             for operand in node.inputs
-            if operand is not None and (constant := self.shell.constant(operand)) is not None
+            if operand is not None and (constant := self.outer.constant(operand)) is not None
             and constant.dim() >= 2
         ]  # fmt: skip
         if not tables:
@@ -148,7 +148,7 @@ class MaskRecogniser:
                 found.append(leaf)
             return leaf
 
-        for node in self.shell.region([value], []):
+        for node in self.outer.region([value], []):
             if "." in node.op and base(node.op) in _ARITHMETIC:
                 map_leaves(node.attrs["args"], look)
         return sorted(set(found))
@@ -193,17 +193,17 @@ class MaskRecogniser:
         boundary = {self.inputs[n]: v for n, v in values.items() if n in self.inputs}
         if "input_ids" in self.inputs:
             boundary[self.inputs["input_ids"]] = torch.ones_like(mask)
-        shell = self.shell
+        outer = self.outer
         changed: list[tuple[Node, Any]] = []
         try:
-            for node in shell.region([value], []) if numbers else []:
+            for node in outer.region([value], []) if numbers else []:
                 if "." in node.op and base(node.op) in _ARITHMETIC:
                     changed.append((node, copy.copy(node.attrs["args"])))
                     node.attrs["args"] = map_leaves(
                         node.attrs["args"],
                         lambda leaf: numbers.get(leaf, leaf) if type(leaf) is int else leaf,
                     )
-            (result,) = shell.evaluate([value], boundary, {B: 4, S: length, P: 0})
+            (result,) = outer.evaluate([value], boundary, {B: 4, S: length, P: 0})
         except (KeyError, RuntimeError, ValueError, IndexError, TypeError):
             return None
         finally:

@@ -13,11 +13,11 @@ from graphopt.ir.ops import is_aten
 def merge_layer_functions(kinds: list[LayerKind]) -> list[LayerKind]:
     """Merge kinds whose functions are equal up to the attributes of raised ops.
 
-    An attribute that differs becomes a `Param`, and each stub's `attrs` gets its value.
+    An attribute that differs becomes a `Param`, and each layer call's `attrs` gets its value.
     """
     merged: list[LayerKind] = []
     for kind in kinds:
-        kind.attrs = kind.attrs or [{} for _ in kind.stubs]
+        kind.attrs = kind.attrs or [{} for _ in kind.layer_calls]
         for other in merged:
             if _merge(other, kind):
                 break
@@ -67,7 +67,7 @@ def _merge(target: LayerKind, kind: LayerKind) -> bool:
             for attrs in kind.attrs:
                 attrs[a.name] = attrs.pop(b.name) if isinstance(b, Param) else b
     # Slots and parameters of the same position keep the target's names.
-    target.stubs += kind.stubs
+    target.layer_calls += kind.layer_calls
     target.records += kind.records
     target.attrs += kind.attrs
     return True

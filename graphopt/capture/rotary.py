@@ -187,7 +187,7 @@ class Rotaries:
         patched = [part for _, part in self._parts if "forward" not in vars(part)]
         for path, part in self._parts:
             if part in patched:
-                part.forward = self._stub(path, part, _copy(part))  # type: ignore[method-assign]
+                part.forward = self._opaque_call(path, part, _copy(part))  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -199,7 +199,7 @@ class Rotaries:
         """Return the call that a `ROTARY` node stands for."""
         return _KNOWN[node.attrs["args"][1]]
 
-    def _stub(self, path: str, part: nn.Module, pristine: nn.Module) -> Callable[..., Any]:
+    def _opaque_call(self, path: str, part: nn.Module, pristine: nn.Module) -> Callable[..., Any]:
         known: dict[Any, Rotary | None] = {}
 
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -38,20 +38,20 @@ class _RopeForm:
 
 
 Halves = tuple[Value, Value]
-"""cos and sin [B, S, R/2], values of the shell."""
+"""cos and sin [B, S, R/2], values of the outer graph."""
 
 
 @dataclass
 class RopeTables:
-    """Makes one `rope_table` in the shell for every distinct pair of tables."""
+    """Makes one `rope_table` in the outer graph for every distinct pair of tables."""
 
-    shell: Raiser
+    outer: Raiser
     position_ids: Value
     rotaries: Rotaries
     _made: dict[tuple[Value, ...], Halves | None] = field(default_factory=dict)
 
     def halves(self, tables: tuple[Value, ...], form: _RopeForm) -> Halves | None:
-        """Return cos and sin [B, S, R/2] for shell values that hold a rotary table."""
+        """Return cos and sin [B, S, R/2] for values of the outer graph that hold a rotary table."""
         key = (*tables, form)  # type: ignore[assignment]
         if key not in self._made:
             self._made[key] = self._recognise(tables, form)  # type: ignore[index]
@@ -59,7 +59,7 @@ class RopeTables:
 
     def _recognise(self, tables: tuple[Value, ...], form: _RopeForm) -> Halves | None:
         positions = torch.tensor([[0, 1, 2, 3, 7, 40], [5, 0, 11, 200, 33, 2]])
-        for node in self.shell.region(list(tables), [self.position_ids]):
+        for node in self.outer.region(list(tables), [self.position_ids]):
             if node.op == ROTARY:
                 return self._by_length(tables, form, node)
         cos_sin = self._values(tables, form, positions)
@@ -127,27 +127,27 @@ class RopeTables:
     def _node(
         self, op: str, operands: list[Value], attrs: dict[str, Any], names: Sequence[str] = ()
     ) -> list[Value]:
-        """Return what a node of the shell makes: of one that is there, or of a new one."""
-        shell = self.shell
-        for node in shell.function.nodes:
+        """Return what a node of the outer graph makes: of one that is there, or of a new one."""
+        outer = self.outer
+        for node in outer.function.nodes:
             if node.op == op and node.inputs == operands and node.attrs == attrs:
                 return node.outputs
         # In front of everything, behind those it reads.
-        own = [shell.function.nodes.index(v.node) for v in operands if v.node is not None]
-        before = shell.function.nodes[max(own, default=-1) + 1]
+        own = [outer.function.nodes.index(v.node) for v in operands if v.node is not None]
+        before = outer.function.nodes[max(own, default=-1) + 1]
         outputs = max(len(names), 1)
-        return shell.insert(op, operands, attrs, before, names, outputs=outputs).outputs
+        return outer.insert(op, operands, attrs, before, names, outputs=outputs).outputs
 
     def _constant(self, name: str, value: Tensor) -> Value:
-        """Return the shell's slot for a constant, which equal ones share."""
-        shell, stem = self.shell, name
-        for slot, constant in shell.constants.items():
+        """Return the outer graph's slot for a constant, which equal ones share."""
+        outer, stem = self.outer, name
+        for slot, constant in outer.constants.items():
             if slot.rstrip("_") == stem and torch.equal(constant, value):
-                return shell.function.weights[slot]
-        while name in shell.function.weights:
+                return outer.function.weights[slot]
+        while name in outer.function.weights:
             name += "_"
-        shell.constants[name] = value
-        return shell.add_weight(name, tuple(value.shape), torch.float32)
+        outer.constants[name] = value
+        return outer.add_weight(name, tuple(value.shape), torch.float32)
 
     def _values(
         self, tables: tuple[Value, ...], form: _RopeForm, positions: Tensor
@@ -157,12 +157,12 @@ class RopeTables:
         boundary = {self.position_ids: positions}
         sizes = {B: batch, S: length, P: 0}
         try:
-            for node in self.shell.region(list(tables), [self.position_ids]):
+            for node in self.outer.region(list(tables), [self.position_ids]):
                 if node.op == ROTARY and node.inputs[0] is not None:
-                    (given,) = self.shell.evaluate([node.inputs[0]], boundary, sizes)
+                    (given,) = self.outer.evaluate([node.inputs[0]], boundary, sizes)
                     made = self.rotaries.of(node).tables(given)
                     boundary |= dict(zip(node.outputs, made, strict=True))
-            raw = self.shell.evaluate(list(tables), boundary, sizes)
+            raw = self.outer.evaluate(list(tables), boundary, sizes)
         except (KeyError, RuntimeError, ValueError, IndexError):
             return None
         parts: list[Tensor] = []
@@ -195,9 +195,9 @@ class RopeTables:
         self, tables: tuple[Value, ...], pairs: int, cos: Tensor, sin: Tensor
     ) -> Iterator[Tensor]:
         """Yield candidates: constants the table is computed from, then angles at position 1."""
-        shell = self.shell
-        fixed: set[Value] = set(shell.function.weights.values())
-        for node in shell.region(list(tables), [self.position_ids]):
+        outer = self.outer
+        fixed: set[Value] = set(outer.function.weights.values())
+        for node in outer.region(list(tables), [self.position_ids]):
             operands = [v for v in node.inputs if v is not None]
             if all(v in fixed for v in operands):
                 fixed.update(node.outputs)
@@ -206,7 +206,7 @@ class RopeTables:
                 candidates = [v for v in operands if v in fixed]
             for value in candidates:
                 try:
-                    (tensor,) = shell.evaluate([value], {}, {B: 1, S: 1, P: 0})
+                    (tensor,) = outer.evaluate([value], {}, {B: 1, S: 1, P: 0})
                 except (KeyError, RuntimeError, ValueError):
                     continue
                 if tensor.is_floating_point() and tensor.numel() == pairs:
@@ -242,9 +242,9 @@ def _try_rope(kind: LayerKind, tables: RopeTables, value: Value, moving: set[Val
             if form is None:
                 continue
             halves = []
-            for stub in kind.stubs:
+            for layer_call in kind.layer_calls:
                 places = [raiser.function.params.index(t) for t in ordered]
-                pair = tables.halves(tuple(stub.inputs[p] for p in places), form)  # type: ignore[misc]
+                pair = tables.halves(tuple(layer_call.inputs[p] for p in places), form)  # type: ignore[misc]
                 halves.append(pair)
             if any(pair is None for pair in halves):
                 continue
@@ -264,7 +264,7 @@ def _table_param(kind: LayerKind, tables: RopeTables, name: str, values: list[Va
     for param in kind.raiser.function.params:
         if kind.arguments(param) == values:
             return param
-    return kind.add_param(name, values, tables.shell)
+    return kind.add_param(name, values, tables.outer)
 
 
 def _moving_values(kind: LayerKind, tables: RopeTables) -> set[Value]:
@@ -275,8 +275,8 @@ def _moving_values(kind: LayerKind, tables: RopeTables) -> set[Value]:
         arguments = kind.arguments(param)
         try:
             for argument in set(arguments):
-                tables.shell.region([argument], [tables.position_ids])
-                if _depends_on_weights(tables.shell, argument):
+                tables.outer.region([argument], [tables.position_ids])
+                if _depends_on_weights(tables.outer, argument):
                     raise KeyError(argument.name)
         except KeyError:
             continue
@@ -284,10 +284,10 @@ def _moving_values(kind: LayerKind, tables: RopeTables) -> set[Value]:
     return {v for v in raiser.function.values() if v not in fixed and raiser.constant(v) is None}
 
 
-def _depends_on_weights(shell: Raiser, value: Value) -> bool:
-    nodes = shell.region([value], [])
+def _depends_on_weights(outer: Raiser, value: Value) -> bool:
+    nodes = outer.region([value], [])
     return any(
-        base(node.op) == "layer" or any(v is not None and shell.is_weight(v) for v in node.inputs)
+        base(node.op) == "layer" or any(v is not None and outer.is_weight(v) for v in node.inputs)
         for node in nodes
     )
 

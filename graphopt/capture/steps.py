@@ -63,19 +63,19 @@ class Capturing:
     """A model on its way from exported functions to a program.
 
     Attributes:
-        shell: The function around the layers, with a node that stands for each call of one.
+        outer: The function around the layers, with a node that stands for each call of one.
         kinds: Layers by their functions.
-        slots: Derived weight slots of the shell.
+        slots: Derived weight slots of the outer graph.
         rotaries: The modules that make rotary tables.
         notes: What stays as ATen, and why: (where, reason).
-        inputs: The shell's parameters by name.
+        inputs: The outer graph's parameters by name.
         tables, masks: Which values are rotary tables and masks; there once `find-tables` ran.
         held: How many values nothing reads but the masks that are set later, for the kind of
             layers at hand.
         left: The attentions of that kind that stay as ATen, and why.
     """
 
-    shell: Raiser
+    outer: Raiser
     kinds: list[LayerKind]
     slots: SlotSources
     rotaries: Rotaries
@@ -86,12 +86,12 @@ class Capturing:
     held: int = 0
     left: list[tuple[str, str]] = field(default_factory=list)
 
-    def stubs(self) -> set[Node]:
-        """Return the nodes of the shell that stand for calls of layers."""
-        return {stub for kind in self.kinds for stub in kind.stubs}
+    def layer_calls(self) -> set[Node]:
+        """Return the nodes of the outer graph that stand for calls of layers."""
+        return {layer_call for kind in self.kinds for layer_call in kind.layer_calls}
 
     def run(self, watch: Watch | None = None) -> None:
-        """Do all steps, each for the shell or for one kind of layers after the other."""
+        """Do all steps, each for the outer graph or for one kind of layers after the other."""
         for model_steps, layer_steps in PHASES:
             for name, model_step in model_steps:
                 self._do(name, lambda step=model_step: step(self), "the model", watch)  # type: ignore[misc]
@@ -111,56 +111,56 @@ class Capturing:
 
     def _text(self) -> str:
         """Return the functions as they stand."""
-        stubs = self.stubs()
+        layer_calls = self.layer_calls()
         # Their arguments are those of the module's own call; what layers take are the operands.
-        arguments = {stub: stub.attrs for stub in stubs}
-        for stub in stubs:
-            stub.attrs = {"args": [In(index) for index in range(len(stub.inputs))]}
+        arguments = {layer_call: layer_call.attrs for layer_call in layer_calls}
+        for layer_call in layer_calls:
+            layer_call.attrs = {"args": [In(index) for index in range(len(layer_call.inputs))]}
         try:
-            raisers = [self.shell, *(kind.raiser for kind in self.kinds)]
+            raisers = [self.outer, *(kind.raiser for kind in self.kinds)]
             return "\n\n".join(print_function(r.function, r.types) for r in raisers)
         finally:
-            for stub, attrs in arguments.items():
-                stub.attrs = attrs
+            for layer_call, attrs in arguments.items():
+                layer_call.attrs = attrs
 
     def _nodes(self) -> set[tuple[Node, str, str]]:
         """Return all nodes with what they are, which a rule may also change in place."""
-        functions = [self.shell.function, *(kind.raiser.function for kind in self.kinds)]
+        functions = [self.outer.function, *(kind.raiser.function for kind in self.kinds)]
         nodes = [node for function in functions for node in function.nodes]
         return {(node, node.op, repr(node.attrs)) for node in nodes}
 
 
-# Steps of the shell ------------------------------------------------------------------------------
+# Steps of the outer graph ------------------------------------------------------------------------
 
 
-def _canonicalise_shell(state: Capturing) -> None:
-    canonicalise(state.shell)
-    state.inputs = {value.name: value for value in state.shell.function.params}
+def _canonicalise_outer(state: Capturing) -> None:
+    canonicalise(state.outer)
+    state.inputs = {value.name: value for value in state.outer.function.params}
 
 
-def _merge_shell_nodes(state: Capturing) -> None:
+def _merge_outer_nodes(state: Capturing) -> None:
     """Masks and tables hoisted from several kinds of layers are often the same."""
-    merge_equal_nodes(state.shell.function, state.stubs())
+    merge_equal_nodes(state.outer.function, state.layer_calls())
 
 
 def _find_tables(state: Capturing) -> None:
     """Look for rotary tables and masks; a model without a position input gets one."""
     if "position_ids" not in state.inputs:
         value = Value("position_ids")
-        state.shell.function.params.append(value)
-        state.shell.types[value] = Type((B, S), torch.int64)
+        state.outer.function.params.append(value)
+        state.outer.types[value] = Type((B, S), torch.int64)
         state.inputs["position_ids"] = value
     position_ids = state.inputs["position_ids"]
-    state.tables = RopeTables(state.shell, position_ids, state.rotaries)
-    state.masks = MaskRecogniser(state.shell, state.inputs)
+    state.tables = RopeTables(state.outer, position_ids, state.rotaries)
+    state.masks = MaskRecogniser(state.outer, state.inputs)
 
 
 def _drop_unused(state: Capturing) -> None:
-    state.notes += state.shell.notes
+    state.notes += state.outer.notes
     for kind in state.kinds:
         kind.drop_unused_params()
-    state.shell.sweep()
-    functions = [state.shell.function, *(kind.raiser.function for kind in state.kinds)]
+    state.outer.sweep()
+    functions = [state.outer.function, *(kind.raiser.function for kind in state.kinds)]
     state.rotaries.refuse_rest(node for function in functions for node in function.nodes)
 
 
@@ -172,7 +172,7 @@ def _merge_layer_functions(state: Capturing) -> None:
 
 
 def _hoist(state: Capturing, kind: LayerKind) -> None:
-    hoist(state.shell, kind, stream_values(state.shell, state.stubs()))
+    hoist(state.outer, kind, stream_values(state.outer, state.layer_calls()))
 
 
 def _raise_ropes(state: Capturing, kind: LayerKind) -> None:
@@ -200,7 +200,7 @@ def _raise_masks(state: Capturing, kind: LayerKind) -> None:
         for term, value in zip(terms, values, strict=True):
             term.value = value
     assert state.masks is not None
-    left = state.left + set_masks(kind, state.shell, state.inputs, state.masks)
+    left = state.left + set_masks(kind, state.outer, state.inputs, state.masks)
     raiser.sweep()
     state.notes += raiser.notes
     state.notes += [(f"{raiser.label} {name}", reason) for name, reason in left]
@@ -226,7 +226,7 @@ LayerStep = tuple[str, Callable[[Capturing, LayerKind], None]]
 
 def _of_model(rule: tuple[str, Callable[[Raiser, SlotSources], None]]) -> ModelStep:
     name, run = rule
-    return name, lambda state: run(state.shell, state.slots)
+    return name, lambda state: run(state.outer, state.slots)
 
 
 def _of_layer(rule: tuple[str, Callable[[Raiser, SlotSources], None]]) -> LayerStep:
@@ -236,7 +236,7 @@ def _of_layer(rule: tuple[str, Callable[[Raiser, SlotSources], None]]) -> LayerS
 
 PHASES: tuple[tuple[tuple[ModelStep, ...], tuple[LayerStep, ...]], ...] = (
     (
-        (("canonicalise", _canonicalise_shell),),
+        (("canonicalise", _canonicalise_outer),),
         (
             (
                 "merge-equal-constants",
@@ -247,7 +247,7 @@ PHASES: tuple[tuple[tuple[ModelStep, ...], tuple[LayerStep, ...]], ...] = (
         ),
     ),
     (
-        (("merge-equal-nodes", _merge_shell_nodes), ("find-tables", _find_tables)),
+        (("merge-equal-nodes", _merge_outer_nodes), ("find-tables", _find_tables)),
         (
             *map(_of_layer, _SUMS),
             ("raise-ropes", _raise_ropes),
@@ -261,8 +261,8 @@ PHASES: tuple[tuple[tuple[ModelStep, ...], tuple[LayerStep, ...]], ...] = (
         (
             (
                 "raise-position-embeddings",
-                lambda state: state.shell.attempt(
-                    raise_position_embeddings, state.shell, state.inputs
+                lambda state: state.outer.attempt(
+                    raise_position_embeddings, state.outer, state.inputs
                 ),
             ),
             *map(_of_model, (*_SUMS, _LAYOUT_OPS)),
@@ -272,4 +272,4 @@ PHASES: tuple[tuple[tuple[ModelStep, ...], tuple[LayerStep, ...]], ...] = (
         (),
     ),
 )
-"""Steps of the shell, and behind them those of every kind of layers, all of one kind together."""
+"""Steps of the outer graph, and behind them those of every kind of layers, kind by kind."""

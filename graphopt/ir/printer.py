@@ -384,4 +384,4 @@ def _facts(program: Program) -> list[str]:
 
 
 def _is_layer(call: Call) -> bool:
-    return call.function not in ("embed", "head", "main", "glue")
+    return call.function not in ("embed", "head", "main", "inter_layer")

@@ -132,5 +132,5 @@ def test_the_oldest_export_is_forgotten_first(exported: list[str], monkeypatch) 
     monkeypatch.setattr(known_exports, "_MOST", 2)
     for numbers in ([1.0] * 3, [2.0] * 3, [2.0] * 3):
         check(decoder("factor", numbers))
-    # The shell of all three, a layer each of the first two; then the shell had to go.
+    # The outer graph of all three, a layer each of the first two; then the outer graph had to go.
     assert len(exported) == 4

@@ -570,20 +570,20 @@ def test_odd_names_and_wiring(tmp_path: Path) -> None:
 def sized_program() -> Program:
     """Return a program that makes its mask from B, S and P, on the device of the ids."""
     program = tiny_program(cache=True)
-    glue = Function("glue")
+    inter_layer = Function("inter_layer")
     where = {"device": torch.device("cpu"), "pin_memory": False}
 
     def aten(op: str, inputs: list[Value], shape: tuple[Any, ...], *args: Any, **kw: Any) -> Value:
         kind = Type(shape, torch.int64)
         attrs = {"args": list(args), "kwargs": kw, "types": [kind]}
-        return glue.add(f"aten.{op}", list(inputs), attrs).output
+        return inter_layer.add(f"aten.{op}", list(inputs), attrs).output
 
     row = aten("arange.start", [], (P + S,), 3, P + S + 3, **where)
     row = aten("clamp.default", [row], (P + S,), In(0), 0, 1)
     row = aten("unsqueeze.default", [row], (1, P + S), In(0), 0)
-    glue.results = [aten("expand.default", [row], (B, P + S), In(0), [B, P + S])]
-    program.functions["glue"] = glue
-    program.calls.insert(1, Call("glue", [], ["ones"]))
+    inter_layer.results = [aten("expand.default", [row], (B, P + S), In(0), [B, P + S])]
+    program.functions["inter_layer"] = inter_layer
+    program.calls.insert(1, Call("inter_layer", [], ["ones"]))
     for call in program.calls[2:-1]:
         call.args = ["ones" if arg == "attention_mask" else arg for arg in call.args]
     return program
@@ -592,7 +592,7 @@ def sized_program() -> Program:
 def test_sizes_and_devices(tmp_path: Path) -> None:
     compare(sized_program(), tmp_path)
     text = (tmp_path / "model.py").read_text()
-    assert "ones = self.glue(B, S, P, input_ids.device)" in text
+    assert "ones = self.inter_layer(B, S, P, input_ids.device)" in text
     assert "aten.arange.start(3, P + S + 3, device=device)" in text
 
 
