@@ -186,6 +186,7 @@ def assert_exact(found):
     assert found["unseen_rows_agree"] and found["unseen_rows_are_0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_it_is_as_exact_as_it_may_be(interpreted, name):
     found = interpreted["prefill"][name]
@@ -193,6 +194,7 @@ def test_interpreted_it_is_as_exact_as_it_may_be(interpreted, name):
     assert found["same"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECODES)
 def test_interpreted_decoding_is_as_exact_split_and_whole(interpreted, name):
     found = interpreted["decode"][name]
@@ -201,6 +203,7 @@ def test_interpreted_decoding_is_as_exact_split_and_whole(interpreted, name):
     assert found["same"] and found["same_alone"]
 
 
+@pytest.mark.slow
 def test_rows_that_see_nothing_and_spans_are_among_the_cases(interpreted):
     assert interpreted["prefill"]["more queries"]["unseen_rows"] > 0
     assert interpreted["prefill"]["window, full, top left"]["unseen_rows"] > 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 from compiling import compile_alone
 from programs import tiny_program
+from sampling import slow_but
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
@@ -106,7 +107,7 @@ def test_rows_are_read_as_they_lie() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act", list(functional.ACTIVATIONS))
+@pytest.mark.parametrize("act", slow_but(functional.ACTIVATIONS, "silu", "gelu"))
 def test_gate(act: str, dtype: torch.dtype) -> None:
     for rows, width in ((1, 1), (3, 7), (129, 64), (1, 576), (2, 2048), (1, 8192)):
         gate = random(rows, width, dtype=dtype) * 3
@@ -259,6 +260,7 @@ for arch, half in ((80, "bf16"), (90, "fp16")):
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_ampere_and_hopper() -> None:
     """The interpreter takes types that the compiler does not."""
     assert compile_alone(COMPILE) == ""

@@ -77,10 +77,14 @@ def test_a_cpu_has_no_kernels():
 @pytest.mark.parametrize(
     ("target", "features"),
     [
-        *((target, {}) for target in GPUS),
+        # CUDA takes seconds to compile for every plan of a model.
+        *(
+            pytest.param(target, {}, marks=[pytest.mark.slow] * (target == "volta"))
+            for target in GPUS
+        ),
         ("ampere", {"alibi": True}),
-        ("hopper", {"window": 5, "softcap": 2.0}),
-        ("volta", {"window": 5, "alibi": True}),
+        pytest.param("hopper", {"window": 5, "softcap": 2.0}, marks=pytest.mark.slow),
+        pytest.param("volta", {"window": 5, "alibi": True}, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs where there is no GPU")

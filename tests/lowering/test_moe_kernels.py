@@ -11,6 +11,7 @@ import torch
 from carved import carved
 from compiling import compile_alone
 from programs import tiny_program
+from sampling import slow_but
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
@@ -129,9 +130,12 @@ def close(found: Tensor, exact: Tensor, units: int = 4) -> None:
 
 
 FORMS, KINDS = ("gated", "plain", "biased"), ("top", "one", "scaled", "fewer")
+QUICK = (1, 3)
+"""Of the shapes, which run in the inner test loop."""
+
 # An interpreter takes seconds for each: there every shape is in one form, and one in several.
 CASES = [
-    (shape, form, kind)
+    pytest.param(shape, form, kind, marks=[pytest.mark.slow] * (i not in QUICK))
     for i, shape in enumerate(SHAPES)
     for j, form in enumerate(FORMS)
     for k, kind in enumerate(KINDS)
@@ -181,7 +185,7 @@ def many(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("experts", [1, 5, 14, 64])
+@pytest.mark.parametrize("experts", slow_but((1, 5, 14, 64), 5))
 @pytest.mark.parametrize("operands", ["logits", "selection_bias", "gate_scale", "both"])
 def test_gates(operands: str, experts: int, dtype: torch.dtype) -> None:
     scores = random(37, experts, dtype=dtype, seed=0) * experts**0.5
@@ -215,6 +219,7 @@ def test_gates(operands: str, experts: int, dtype: torch.dtype) -> None:
     assert bool(((found.double().cpu() - exact).abs() <= eps * (1 + exact.abs())).all())
 
 
+@pytest.mark.slow
 def test_thresholds_choose_what_is_above_them() -> None:
     scores = random(19, 6, dtype=torch.float16, seed=0)
     bias = torch.tensor([0.0, -9.0, 9.0, 0.0, 0.0, 0.0], dtype=torch.float16, device=DEVICE)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_reference import random_case
+from sampling import slow_but
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -58,6 +59,8 @@ HEAD_SIZES = (32, 40, 64, 72, 80, 96, 128, 192, 256)
 # The interpreter multiplies bf16 as if it were integers.
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
 LENGTHS = (1, 7, 63, 64, 65, 127)
+EVERY_FORM = slow_but(FORMS, "causal", "chunk, full", "everything")
+EVERY_HEAD_SIZE = slow_but(HEAD_SIZES, 64, 72)
 
 
 def planned(case, phase="prefill", **changes):
@@ -127,7 +130,7 @@ def sizes_of(form, width=None):
     return width, queries, keys
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EVERY_FORM)
 def test_prefill_of_every_form(form):
     width, queries, keys = sizes_of(form)
     # Every pair of several rows, several heads of a group, and several groups is met.
@@ -140,7 +143,7 @@ def test_prefill_of_every_form(form):
         check_prefill(random_case((*heads, s, t, width, width), FORMS[form], seed=s))
 
 
-@pytest.mark.parametrize("width", HEAD_SIZES)
+@pytest.mark.parametrize("width", EVERY_HEAD_SIZE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prefill_of_every_head_size(width, dtype):
     for length in (1, 7, 64, 127):
@@ -148,7 +151,7 @@ def test_prefill_of_every_head_size(width, dtype):
     check_prefill(random_case((1, 2, 2, 33, 40, width, 48), {"causal": False}, dtype=dtype))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EVERY_FORM)
 def test_decode_of_every_form(form):
     width, _, keys = sizes_of(form)
     # As above: every pair of several rows, several heads of a group, and several groups.
@@ -162,7 +165,7 @@ def test_decode_of_every_form(form):
         check_decode(random_case((*heads, s, t, width, width), fields, seed=t), splits=splits)
 
 
-@pytest.mark.parametrize("width", HEAD_SIZES)
+@pytest.mark.parametrize("width", EVERY_HEAD_SIZE)
 def test_decode_of_every_head_size_and_group(width):
     for heads, groups in ((4, 4), (6, 2), (20, 1)):
         check_decode(random_case((1, heads, groups, 1, 70, width, width), {}), splits=3)
@@ -170,6 +173,7 @@ def test_decode_of_every_head_size_and_group(width):
         check_decode(random_case((1, 2, 1, 1, 33, width, 48), {}, dtype=dtype))
 
 
+@pytest.mark.slow
 def test_split_and_unsplit_agree_and_runs_repeat():
     case = random_case((1, 4, 2, 1, 200, 64, 64), {"window": 150})
     whole, _ = check_decode(case, splits=1)
@@ -337,7 +341,7 @@ def paged(case, page, seed=0):
     return Keys(*pools, lengths=case.lengths, table=table)
 
 
-@pytest.mark.parametrize("page", [16, 24, 64])
+@pytest.mark.parametrize("page", slow_but((16, 24, 64), 24))
 def test_pages(page):
     fields = {"kv": "paged", "page": page, "lengths": True}
     for form in ({}, {"window": 20, "softcap": 2.0}):
@@ -370,7 +374,7 @@ def check_maxima(found, case, lists, page):
             )
 
 
-@pytest.mark.parametrize("page", [16, 32, 64])
+@pytest.mark.parametrize("page", slow_but((16, 32, 64), 16))
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_selected_pages_and_their_maxima(phase, page):
     fields = {"kv": "paged", "page": page, "lengths": True, "selected_pages": True}
@@ -388,8 +392,9 @@ def test_selected_pages_and_their_maxima(phase, page):
 
 @pytest.mark.parametrize(
     "form",
-    [{}, {"causal": False, "window": 20}, {"softcap": 2.0, "key_mask": True, "sinks": True},
-     {"chunk": 24, "alibi": True, "bias": True}],
+    slow_but(({}, {"causal": False, "window": 20},
+           {"softcap": 2.0, "key_mask": True, "sinks": True},
+           {"chunk": 24, "alibi": True, "bias": True}), {}),
 )  # fmt: skip
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_maxima_of_all_pages(phase, form):
@@ -467,6 +472,7 @@ def emitted(folder, served, monkeypatch):
     return modules, before, after, package
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "width"),
     [

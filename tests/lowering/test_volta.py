@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from attention_reference import random_case
+from sampling import slow_but
 from volta_emulator import COMPILER, emulated, place
 from volta_forms import FORMS, Form, case_of, check, close, run
 
@@ -26,7 +27,7 @@ from graphopt.runtime.attention import Keys, prefill
 from graphopt.runtime.volta import DECODE, MERGE, PREFILL, decode_kernels, prefill_kernel
 
 needs_gcc = pytest.mark.skipif(COMPILER is None, reason="there is no g++ to run the kernels with")
-QUICK = (
+SAMPLE = (
     "causal 64", "full 32", "key mask 64", "window, top left 96", "chunk 64",
     "bias 64", "varlen 64", "pages of 16, 64", "ring 64",
     "unequal 40 72", "everything 64", "weights in shared memory 80", "decode 256",
@@ -39,7 +40,7 @@ QUICK = (
 
 
 @needs_gcc
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", slow_but(SAMPLE, "everything 64", "decode, one key head 64"))
 def test_a_form(name):
     constants = FORMS[name].constants()
     check(FORMS[name], emulated(constants), constants, lengths=(1, 65), unequal=((7, 64), (64, 7)))
@@ -55,6 +56,7 @@ def test_a_form_at_more_lengths(name):
 
 
 @needs_gcc
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_rows_that_see_nothing_are_zero(phase):
     form = Form(64, {"key_mask": True, "sinks": True, "phase": phase})
@@ -100,6 +102,7 @@ def test_split_and_unsplit_agree_and_a_row_does_not_hang_on_its_batch():
 
 
 @needs_gcc
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [Form(64), Form(80), Form(40, value_size=72), Form(256)])
 def test_shared_memory_is_laid_out_as_the_bank_model_has_it(form):
     constants = form.constants()
@@ -111,6 +114,7 @@ def test_shared_memory_is_laid_out_as_the_bank_model_has_it(form):
 
 
 @needs_gcc
+@pytest.mark.slow
 def test_a_missing_barrier_is_noticed():
     """What the emulation is good for: without any barrier a tile is overwritten too early."""
     form = Form(64, {"causal": False}, heads=1, groups=1)
@@ -221,7 +225,7 @@ def machine_code(name):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", slow_but(COMPILED, "causal 64", "decode 128"))
 def test_machine_code(name):
     constants, compiled = machine_code(name)
     assert compiled.image == compiled.cubin and compiled.cubin[:4] == b"\x7fELF"
@@ -233,7 +237,7 @@ def test_machine_code(name):
 
 @needs_nvrtc
 @pytest.mark.skipif(NVDISASM is None, reason=WHY_NOT_DISASSEMBLED)
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", slow_but(COMPILED, "causal 64", "decode 128"))
 def test_instructions(name):
     constants, compiled = machine_code(name)
     kernels = disassemble(compiled.cubin, NVDISASM)
@@ -249,7 +253,9 @@ def test_instructions(name):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("name", ["causal 64", "everything 256", "decode 128"])
+@pytest.mark.parametrize(
+    "name", slow_but(["causal 64", "everything 256", "decode 128"], "causal 64")
+)
 def test_ptx_for_the_driver_to_compile(name):
     constants = FORMS[name].constants()
     compiled = compile_volta(constants, "compute_70")
