@@ -57,9 +57,9 @@ class FuseBlocks(TrainingOptions, Pass):
 
     `mode=distil` (the default) trains all remaining block weights on the dense model's next-token
     distributions. On a CPU, and where no step follows, the projections into the stream are first
-    refitted in closed form (`graphopt.calibration.reconstruction`; `warm_start` says so for any
-    device). `mode=local` trains `group` blocks at a time on the dense model's stream behind them,
-    which is kept; the last group learns the distributions. `mode=published` is FuseGPT
+    reconstructed in closed form (`graphopt.calibration.reconstruction`; `warm_start` says so for
+    any device). `mode=local` trains `group` blocks at a time on the dense model's stream behind
+    them, which is kept; the last group learns the distributions. `mode=published` is FuseGPT
     (arXiv 2411.14507, equations 2 to 6 and algorithm 1): a block is scored, removed and fused into
     its `group - 1` neighbours by low-rank coefficients, then the next; it repeats the choice of
     `prune-blocks` on the model fused so far, with that pass's options.
@@ -199,12 +199,12 @@ class _Fusion(Distiller):
             )
             return
         windows = pick(self.windows, max(2, tokens // self.seqlen), self.context.seed)
-        refits, skipped = reconstruct_behind_cuts(
+        reconstructions, skipped = reconstruct_behind_cuts(
             self.program, self.dense, windows,
             device=self.device, until=until, progress=self.context.progress,
         )  # fmt: skip
         self.skipped += [Skip(where, reason) for where, reason in skipped]
-        self.record.refits = refits
+        self.record.reconstructions = reconstructions
         self.clock("warm start", started)
         self.note("warm start", self.program)
 

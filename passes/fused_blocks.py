@@ -12,7 +12,7 @@ from graphopt.report.pictures import (
     figure,
     halves,
     perplexity_rows,
-    refit_sentences,
+    reconstruction_sentences,
     removed_in_order,
     seconds_rows,
     sentences,
@@ -36,12 +36,12 @@ class FusedBlocks(TrainingRecord):
 
     Attributes:
         order: Numbers of the blocks that the published mode removed, first to last.
-        refits: What the warm start made of each projection.
+        reconstructions: What the warm start made of each projection.
         ablations: The first fusion with every donor, where it was asked for.
     """
 
     order: list[int] = Field(default_factory=list)
-    refits: list[Reconstruction] = Field(default_factory=list)
+    reconstructions: list[Reconstruction] = Field(default_factory=list)
     ablations: list[Ablation] = Field(default_factory=list)
 
     def line(self) -> str:
@@ -56,7 +56,7 @@ class FusedBlocks(TrainingRecord):
                 removed_in_order([str(number) for number in self.order]),
                 halves(figures),
                 training_pictures(self.training),
-                sentences(refit_sentences(self.refits) + self.own_sentences()),
+                sentences(reconstruction_sentences(self.reconstructions) + self.own_sentences()),
             )
         )
 

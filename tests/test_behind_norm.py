@@ -132,15 +132,15 @@ def test_families_come_nearer_to_the_dense_model_on_other_text(
     generator = torch.Generator().manual_seed(0)
     ids, other = (torch.randint(3, 120, (n, 32), generator=generator) for n in (16, 8))
     wanted, before = states(dense, other), states(pruned, other)
-    refits, skipped = reconstruct_behind_cuts(pruned, dense, ids)
+    reconstructions, skipped = reconstruct_behind_cuts(pruned, dense, ids)
     after = states(pruned, other)
     assert not skipped
-    assert [refit.where.split(": ")[1] for refit in refits] == where * 2
+    assert [reconstruction.where.split(": ")[1] for reconstruction in reconstructions] == where * 2
     assert (after - wanted).square().sum() < 0.95 * (before - wanted).square().sum()
 
 
 @pytest.mark.slow
-def test_carved_parts_with_a_norm_behind_them_are_refitted(
+def test_carved_parts_with_a_norm_behind_them_are_reconstructed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dense = captured("gemma3_text")[1]
@@ -149,10 +149,12 @@ def test_carved_parts_with_a_norm_behind_them_are_refitted(
     options = {"shared": 1, "active": 1, "experts": 4, "seqlen": 32}
     result = make_pass("carve-moe", options).run(dense.copy(), Context())
     assert isinstance(result.record, CarvedParts)
-    refits = result.record.refits
-    assert len(refits) == len(find_blocks(dense)) and not result.skipped
-    assert all(refit.after <= refit.before for refit in refits)
-    assert sum(refit.after for refit in refits) < sum(refit.before for refit in refits)
+    reconstructions = result.record.reconstructions
+    assert len(reconstructions) == len(find_blocks(dense)) and not result.skipped
+    assert all(reconstruction.after <= reconstruction.before for reconstruction in reconstructions)
+    assert sum(reconstruction.after for reconstruction in reconstructions) < sum(
+        reconstruction.before for reconstruction in reconstructions
+    )
 
 
 @pytest.mark.slow

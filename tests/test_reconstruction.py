@@ -32,14 +32,14 @@ def test_the_stream_comes_nearer_to_the_dense_models_at_the_cut_and_behind_it():
     pruned = cut(dense, 2, 3)
     places = ((1, 3), (2, 4), (3, 5))
     before = [relative_mse(behind(pruned, i), behind(dense, j)) for i, j in places]
-    refits, skipped = reconstruct_behind_cuts(pruned, dense, IDS)
+    reconstructions, skipped = reconstruct_behind_cuts(pruned, dense, IDS)
     after = [relative_mse(behind(pruned, i), behind(dense, j)) for i, j in places]
     assert not skipped
     # The block in front of the cut and those behind it: attention and feed-forward of each.
-    assert [refit.where for refit in refits] == [
+    assert [reconstruction.where for reconstruction in reconstructions] == [
         f"layers.{layer}: {kind}" for layer in (1, 4, 5) for kind in ("attention", "ffn")
     ]
-    assert all(refit.after <= refit.before for refit in refits)
+    assert all(reconstruction.after <= reconstruction.before for reconstruction in reconstructions)
     assert all(float(b) < 0.9 * float(a) for a, b in zip(before, after, strict=True))
 
 
@@ -68,8 +68,10 @@ def test_a_model_from_which_nothing_is_missing_is_left_as_it_is():
 def test_the_first_and_the_last_block_may_be_missing():
     dense = tiny_program(layers=4)
     pruned = cut(dense, 0, 3)
-    refits, _ = reconstruct_behind_cuts(pruned, dense, IDS)
-    assert [refit.where.split(":")[0] for refit in refits] == ["layers.1"] * 2 + ["layers.2"] * 2
+    reconstructions, _ = reconstruct_behind_cuts(pruned, dense, IDS)
+    assert [reconstruction.where.split(":")[0] for reconstruction in reconstructions] == [
+        "layers.1"
+    ] * 2 + ["layers.2"] * 2
     plain = relative_mse(behind(cut(dense, 0, 3), 1), behind(dense, 3))
     assert float(relative_mse(behind(pruned, 1), behind(dense, 3))) < float(plain)
 
@@ -95,7 +97,7 @@ def test_a_weight_with_two_users_is_left_alone_with_the_reason():
 def test_blocks_for_which_no_time_is_left_are_left_as_they_are_and_named():
     dense = tiny_program(layers=4)
     pruned = cut(dense, 2)
-    refits, skipped = reconstruct_behind_cuts(pruned, dense, IDS, until=0.0)
-    assert not refits
+    reconstructions, skipped = reconstruct_behind_cuts(pruned, dense, IDS, until=0.0)
+    assert not reconstructions
     assert skipped == [("layers.1 and what is behind it", "the time for it was over")]
     assert all(w.producer is dense.weights[w.name].producer for w in pruned.weights)

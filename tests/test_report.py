@@ -153,7 +153,7 @@ FUSION = {
         {"after": "warm start", "value": 33.0},
         {"after": "trained", "value": 25.6},
     ],
-    "refits": [
+    "reconstructions": [
         {"where": "3: attention", "before": 0.0, "after": 0.0, "ridge": None},
         {"where": "3: ffn", "before": 0.26, "after": 0.11, "ridge": 0.1},
     ],
@@ -256,8 +256,8 @@ def test_depth_pruning_is_drawn():
         "all <blocks> 300 steps, 2,457,600 tokens, 120.5 s, held-out loss 1.05 → 0.261",
         "Of 150.0 s in all. warm start 20.1 s training 120.5 s",
         "random 0.255 25.7",
-        "1 of 2 projections refitted in closed form; relative squared error of the stream behind "
-        "the last 0.26 → 0.11. 256 windows of text were written by the dense model.",
+        "1 of 2 projections reconstructed in closed form; relative squared error of the stream "
+        "behind the last 0.26 → 0.11. 256 windows of text were written by the dense model.",
     ):
         assert sentence in text
     lines = re.findall(r'<polyline class="\w+" points="([^"]*)"/>', html)

@@ -119,7 +119,7 @@ def run_recipes(
 
 def brief(details: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a pass tells, without the curves that its report is for; of parts the means."""
-    left_out = ("scores", "candidates", "refits", "loads")
+    left_out = ("scores", "candidates", "reconstructions", "loads")
     kept = {name: value for name, value in details.items() if name not in left_out}
     if "parts" in kept:
         parts = kept["parts"]

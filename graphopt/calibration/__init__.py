@@ -1,1 +1,1 @@
-"""What is measured on text before a program is changed, and refits by it."""
+"""What is measured on text before a program is changed, and reconstruction by it."""

@@ -191,7 +191,7 @@ def reconstruct_behind_cuts(
     teacher, student = (
         HiddenStateStream(
             calibration_runner(model, device or torch.device("cpu")), windows,
-            held_out=held_out, progress=told, what="refitting projections",
+            held_out=held_out, progress=told, what="reconstructing projections",
         )
         for model, told in ((dense, silent), (program, progress))
     )  # fmt: skip

@@ -156,13 +156,13 @@ class DividedPart:
         order: The source's neurons that are left: shared ones, then the experts' side by side.
             Numbers from the part's width on are neurons of zeros.
         shared: How many are shared.
-        refitted: Whether the down projection was solved for anew.
+        reconstructed: Whether the down projection was solved for anew.
     """
 
     block: int
     order: tuple[int, ...]
     shared: int
-    refitted: bool
+    reconstructed: bool
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _check_neurons(
     for kind, value in source.items():
         if kind not in made:
             return f"it has no {kind} any more"
-        if kind == "down" and part.refitted:
+        if kind == "down" and part.reconstructed:
             continue
         missing = int(order.max()) + 1 - len(value)
         if missing > 0:

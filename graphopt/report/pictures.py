@@ -106,7 +106,7 @@ def seconds_rows(seconds: Mapping[str, float]) -> str:
     return f'<h3>Time by part</h3><p class="dim">{note}</p>{"".join(rows)}'
 
 
-class Refitted(Protocol):
+class Reconstructed(Protocol):
     """A projection that was solved for anew: a `graphopt.calibration.reconstruction` of one."""
 
     @property
@@ -115,13 +115,17 @@ class Refitted(Protocol):
     def after(self) -> float: ...
 
 
-def refit_sentences(refits: Sequence[Refitted]) -> list[str]:
-    """Return how many projections were refitted, and what came of the last one."""
-    if not refits:
+def reconstruction_sentences(reconstructions: Sequence[Reconstructed]) -> list[str]:
+    """Return how many projections were reconstructed, and what came of the last one."""
+    if not reconstructions:
         return []
-    better = [refit for refit in refits if refit.after < refit.before]
-    fact = f"{len(better)} of {len(refits)} projections refitted in closed form"
-    last = refits[-1]
+    better = [
+        reconstruction
+        for reconstruction in reconstructions
+        if reconstruction.after < reconstruction.before
+    ]
+    fact = f"{len(better)} of {len(reconstructions)} projections reconstructed in closed form"
+    last = reconstructions[-1]
     return [
         f"{fact}; relative squared error of the stream behind the last {figure(last.before)} → "
         f"{figure(last.after)}."

@@ -74,7 +74,7 @@ class BodyPrinter(FunctionPrinter):
         self.attributes = attribute_names(list(function.weights))
         self.packs: dict[str, list[str]] = {}
         self._packed = {
-            node: self._pack(node) for node in function.nodes if node.op == "packed_linear"
+            node: self._pack(node) for node in function.nodes if node.op == "fused_linear"
         }
         own = [*self.attributes.values(), *self.packs, *map(sizes_of, self.packs)]
         self.options = attribute_names(list(mentioned), own)
@@ -248,7 +248,7 @@ class BodyPrinter(FunctionPrinter):
         call = self.helper("attention_results", ", ".join(texts))
         return call if len(node.outputs) > 1 else f"{call}[0]"
 
-    def packed_linear(self, node: Node) -> str:
+    def fused_linear(self, node: Node) -> str:
         """Return the products of one tensor with several weights."""
         assert node.inputs[0] is not None
         factors = self._packed[node]

@@ -98,9 +98,9 @@ def _attention(printer: BodyPrinter, node: Node) -> str:
     return printer.attention(node)
 
 
-@torch_form("packed_linear")
+@torch_form("fused_linear")
 def _packed_linear(printer: BodyPrinter, node: Node) -> str:
-    return printer.packed_linear(node)
+    return printer.fused_linear(node)
 
 
 @torch_form("no_addend")

@@ -46,8 +46,8 @@ class FuseLayerOps(Pass):
        none, become an `add_rms_norm`.
     5. `fuse_rotations`: two rotations by the same tables and attributes, nothing between which
        reads the first, become a `rope_pair`.
-    6. `fuse_products`: linears of one input, each with dense weights that nothing else in the
-       program reads, and all or none with a bias, become a `packed_linear`.
+    6. `fuse_linears`: linears of one input, each with dense weights that nothing else in the
+       program reads, and all or none with a bias, become a `fused_linear`.
     7. No weight is read or changed.
     """
 
@@ -65,7 +65,7 @@ class FuseLayerOps(Pass):
             slots = len(function.weights)
             counts["dead code"] += (remove_dead(function) + slots - len(function.weights)) * times
             packable = _read_once(program, calls[name])
-            for fusion in (*RULES, fuse_products(packable)):
+            for fusion in (*RULES, fuse_linears(packable)):
                 rewritten = apply_rules(function, [fusion], calls[name])
                 for applied, count in rewritten.counts.items():
                     counts[applied] += count * times
@@ -196,7 +196,7 @@ def fuse_rotations(site: Site) -> Match | NoMatch:
     return site.no("nothing else is rotated by its tables")
 
 
-def fuse_products(packable: Collection[str]) -> Rule:
+def fuse_linears(packable: Collection[str]) -> Rule:
     """Return the rule that joins linears of one input.
 
     Args:
@@ -204,8 +204,8 @@ def fuse_products(packable: Collection[str]) -> Rule:
     """
 
     @rule("linear")
-    def fuse_products(site: Site) -> Match | NoMatch:
-        """linear(x, a), linear(x, b) -> packed_linear(x, a, b)."""
+    def fuse_linears(site: Site) -> Match | NoMatch:
+        """linear(x, a), linear(x, b) -> fused_linear(x, a, b)."""
         slots = {value: slot for slot, value in site.function.weights.items()}
 
         def factors(node: Node) -> list[Value]:
@@ -231,9 +231,9 @@ def fuse_products(packable: Collection[str]) -> Rule:
         columns = zip(*(factors(node) for node in group), strict=True)
         operands = [site.node.inputs[0], *(value for column in columns for value in column)]
         parts = {"parts": len(group)}
-        return site.join(group, "packed_linear", operands, parts, before=group[0])
+        return site.join(group, "fused_linear", operands, parts, before=group[0])
 
-    return fuse_products
+    return fuse_linears
 
 
 RULES = (

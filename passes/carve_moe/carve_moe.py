@@ -37,7 +37,7 @@ class CarveMoe(Pass):
     each expert is its router. With `cosine` the indicators are, as in CMoE's code, those of
     activations of inputs and rows of the projections scaled to length 1.
 
-    With `refit` (and `mode=fit`) the down projections are then reconstructed by least squares
+    With `reconstruct` (and `mode=fit`) the down projections are then reconstructed by least squares
     with L2 regularisation towards the weights as they are, so that the residual stream behind
     each part is nearest to what it was before carving. The ridge strength is the one that is best
     on windows that the fit does not see.
@@ -72,7 +72,7 @@ class CarveMoe(Pass):
     experts: Annotated[int, Field(ge=2)] = 8
     mode: Literal["fit", "published"] = "fit"
     rounds: Annotated[int, Field(ge=0)] = 6
-    refit: bool = True
+    reconstruct: bool = True
     threshold: bool = False
     layerwise_budget: bool = False
     pad: bool = False

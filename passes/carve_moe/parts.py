@@ -43,7 +43,7 @@ def entry_of(block: BlockStep, form: FeedForward) -> Value | None:
 
 
 def output_path(program: Program, block: Block, form: FeedForward) -> OutputPath | str:
-    """Return the way of a part's output to the end of its block, or why it cannot be refitted."""
+    """Return the way of a part's output to its block's end, or why it is not reconstructed."""
     function = program.functions[program.calls[block.position].function]
     parts = sub_blocks(function, block.stream)
     for number, part in enumerate(parts):

@@ -13,7 +13,7 @@ from graphopt.report.pictures import (
     curves,
     halves,
     legend,
-    refit_sentences,
+    reconstruction_sentences,
     seconds_rows,
     sentences,
     si,
@@ -93,7 +93,7 @@ class CarvedParts(Record):
     Attributes:
         split: Shared, active and all neuron groups, such as `S3A3E8`.
         parts: What became of each part that was carved.
-        refits: What reconstruction made of their down projections.
+        reconstructions: What reconstruction made of their down projections.
         sensitivity: What was measured where parts have numbers of shared groups of their own.
         work: What a prompt takes before and after.
         seconds: The seconds of the pass, by what they were spent on.
@@ -101,13 +101,13 @@ class CarvedParts(Record):
 
     split: str
     parts: list[Carved]
-    refits: list[Reconstruction] = pydantic.Field(default_factory=list)
+    reconstructions: list[Reconstruction] = pydantic.Field(default_factory=list)
     sensitivity: list[PartSensitivity] = pydantic.Field(default_factory=list)
     work: Work
     seconds: dict[str, Seconds] = pydantic.Field(default_factory=dict)
 
     def card(self) -> str:
-        facts = refit_sentences(self.refits) + self.work.sentences()
+        facts = reconstruction_sentences(self.reconstructions) + self.work.sentences()
         added = sum(part.added for part in self.parts)
         if added:
             facts.append(f"{added:,.0f} neurons of zeros were added.")

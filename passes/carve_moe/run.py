@@ -70,11 +70,11 @@ class Carving:
         self._check_tokens((len(windows) - self.held) * length)
         self.windows = windows
         self.rewritten_functions: dict[tuple[str, int], tuple[Function, dict[str, str]]] = {}
-        self.clock = Clock("measuring", "model", "dividing", "refitting")
+        self.clock = Clock("measuring", "model", "dividing", "reconstructing")
         self.sensitivity: dict[int, LayerSensitivity] = {}
         # With all groups run nothing is missing.
         whole = options.shared + options.active == options.experts
-        self.refits = options.refit and options.mode == "fit" and not whole
+        self.reconstructs = options.reconstruct and options.mode == "fit" and not whole
 
     def _check_tokens(self, tokens: int) -> None:
         """Refuse so few tokens that most neurons are among the largest of none of them."""
@@ -99,10 +99,10 @@ class Carving:
         numbers = self._numbers(found)
         skipped: list[Skip] = []
         carved: list[Carved] = []
-        refits: list[Reconstruction] = []
+        reconstructions: list[Reconstruction] = []
         divided: list[DividedPart] = []
         student = self._stream(program, self.context.progress)
-        teacher = self._stream(self.given, silent) if self.refits else None
+        teacher = self._stream(self.given, silent) if self.reconstructs else None
         for block in student:
             if teacher is not None:
                 with self.clock.counting("model"):
@@ -124,25 +124,25 @@ class Carving:
                 division = self._divide(part)
                 self._put(part, division)
             order = tuple(division.order.tolist())
-            divided.append(DividedPart(block.index, order, division.shared, refitted=False))
+            divided.append(DividedPart(block.index, order, division.shared, reconstructed=False))
             gates = self._run_carved(block)
             with self.clock.counting("dividing"):
                 carved.append(self._measure(part, division, gates))
             if teacher is None:
                 continue
             if isinstance(path, str):
-                skipped.append(Skip(f"{block.name}: refit", path))
+                skipped.append(Skip(f"{block.name}: reconstruction", path))
                 continue
-            with self.clock.counting("refitting"):
-                refits.append(
-                    self._refit(part, division, gates, path, behind, student, teacher.hidden)
+            with self.clock.counting("reconstructing"):
+                reconstructions.append(
+                    self._reconstruct(part, division, gates, path, behind, student, teacher.hidden)
                 )
-            divided[-1] = replace(divided[-1], refitted=True)
+            divided[-1] = replace(divided[-1], reconstructed=True)
         program.prune_unused()
         record = CarvedParts(
             split=f"S{self.options.shared}A{self.options.active}E{self.options.experts}",
             parts=carved,
-            refits=refits,
+            reconstructions=reconstructions,
             sensitivity=[
                 PartSensitivity(where=block_name(program, found[number][0]), kl=part.kl)
                 for number, part in self.sensitivity.items()
@@ -289,7 +289,7 @@ class Carving:
             float((runs == oracle).all(-1).float().mean()), runs.mean(0).tolist(),
         )  # fmt: skip
 
-    def _refit(
+    def _reconstruct(
         self,
         part: PartActivations,
         division: Division,

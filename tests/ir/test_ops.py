@@ -127,9 +127,9 @@ CASES = [
     *(Case("act_mul", [X, up], {"act": act}) for up in (X, f64(6)) for act in ("silu", "relu")),
     *(Case("rope_pair", [q, k, TABLE, TABLE], {"interleaved": pairs, "heads_first": q is Q}, 2)
       for q, k in ((Q, K), (f64(B, S, 4, 8), f64(B, S, 2, 8))) for pairs in (False, True)),
-    Case("packed_linear", [X, f64(5, 6)], {"parts": 1}, terms=6),
-    Case("packed_linear", [X, f64(5, 6), f64(2, 6), f64(1, 6)], {"parts": 3}, terms=6),
-    Case("packed_linear", [X, f64(5, 6), f64(2, 6), f64(5), f64(2)], {"parts": 2}, terms=7),
+    Case("fused_linear", [X, f64(5, 6)], {"parts": 1}, terms=6),
+    Case("fused_linear", [X, f64(5, 6), f64(2, 6), f64(1, 6)], {"parts": 3}, terms=6),
+    Case("fused_linear", [X, f64(5, 6), f64(2, 6), f64(5), f64(2)], {"parts": 2}, terms=7),
     *(Case("moe", [X, f64(B, S, 3), f64(12, 6), f64(7, 12), *rest],
            {"act": act, "active": 2}, terms=24, size=8)
       for act, rest in (
@@ -586,8 +586,8 @@ REFUSED = {
     "add_rms_norm, sizes": ("add_rms_norm", [X, f64(5)], {"eps": 0.1}, "do not broadcast"),
     "act_mul, absent": ("act_mul", [X, None], {"act": "silu"}, "operand 1 is missing"),
     "rope_pair, order": ("rope_pair", [Q, f64(B, S, 2, 8), TABLE, TABLE], {}, "rope of"),
-    "packed_linear, factors": ("packed_linear", [X, f64(5, 6)], {"parts": 2}, "2 parts with 1"),
-    "packed_linear, width": ("packed_linear", [X, f64(5, 7)], {"parts": 1}, "linear of"),
+    "fused_linear, factors": ("fused_linear", [X, f64(5, 6)], {"parts": 2}, "2 parts with 1"),
+    "fused_linear, width": ("fused_linear", [X, f64(5, 7)], {"parts": 1}, "linear of"),
     "moe, half a part": (
         "moe", [X, f64(B, S, 3), f64(12, 6), f64(7, 12), None, None, None, f64(9, 6)],
         {"act": "relu", "active": 1}, "lacks",

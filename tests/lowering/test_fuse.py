@@ -67,11 +67,11 @@ TAKEN = {
         ),
         ["q, k = rope_pair(x, y, cos, sin)"],
     ),
-    "fuse_products": (
+    "fuse_linears": (
         function(
             ("q", "linear", "x a"), ("n", "relu", "q"), ("k", "linear", "x b"), results=("n", "k")
         ),
-        ["q, k = packed_linear(x, a, b, parts=2)"],
+        ["q, k = fused_linear(x, a, b, parts=2)"],
     ),
 }  # fmt: skip
 LEFT = {
@@ -118,7 +118,7 @@ LEFT = {
             "nothing else is rotated",
         ),
     ],
-    "fuse_products": [
+    "fuse_linears": [
         (function(("out", "linear", "x a")), "nothing else multiplies its input"),
         (
             function(("q", "linear", "x a"), ("k", "linear", "x a"), results=("q", "k")),
@@ -130,7 +130,7 @@ LEFT = {
         ),
     ],
 }  # fmt: skip
-RULES = {rule.name: rule for rule in (*fuse.RULES, fuse.fuse_products({"a", "b", "c"}))}
+RULES = {rule.name: rule for rule in (*fuse.RULES, fuse.fuse_linears({"a", "b", "c"}))}
 
 
 def test_every_rule_has_its_graphs():
@@ -209,7 +209,7 @@ def test_lowering_makes_the_fused_ops_and_keeps_the_program(tmp_path):
     verify(lowered)
     assert str(program) == text
     ops = {node.op for f in lowered.functions.values() for node in f.nodes}
-    assert {"add_rms_norm", "rope_pair", "packed_linear", "moe", "route"} <= ops
+    assert {"add_rms_norm", "rope_pair", "fused_linear", "moe", "route"} <= ops
     assert "no_addend" in ops and not {"experts", "top_k_gating", "rope"} & ops
     assert lower(program, "cpu") is program
     for target in ("volta", "ascend910b"):

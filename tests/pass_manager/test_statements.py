@@ -108,7 +108,7 @@ def divided(program: Program, padded: int = 0, experts: int = 4) -> tuple[Progra
     router = {"router": torch.randn(4, 32), "router.bias": torch.randn(4)}
     carve_call(after, call, part, rewritten, made, order, 16, router)
     after.prune_unused()
-    return after, DividedNeurons((DividedPart(1, tuple(order.tolist()), 16, refitted=False),))
+    return after, DividedNeurons((DividedPart(1, tuple(order.tolist()), 16, reconstructed=False),))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -140,12 +140,12 @@ def test_neurons_that_are_not_the_sources_are_found(act, found):
     assert found in (statement.check(before, after) or "")
 
 
-def test_a_refitted_projection_may_differ_and_an_order_must_not_repeat():
+def test_a_reconstructed_projection_may_differ_and_an_order_must_not_repeat():
     before = tiny_program()
     after, statement = divided(before)
     change(after, _name(after, "down_proj.weight.shared"), scaled(0.5))
     (part,) = statement.parts
-    assert DividedNeurons((replace(part, refitted=True),)).check(before, after) is None
+    assert DividedNeurons((replace(part, reconstructed=True),)).check(before, after) is None
     twice = replace(part, order=(part.order[1], *part.order[1:]))
     assert "twice" in (DividedNeurons((twice,)).check(before, after) or "")
     change(after, "layers.0.mlp.up_proj.weight", scaled(0.5))

@@ -98,26 +98,28 @@ def test_neurons_of_zeros_fill_pieces_and_change_nothing(dense, tmp_path):
     assert torch.isfinite(Runner(sparse).logits(ids)).all()
 
 
-def test_refitted_projections_bring_the_stream_nearer_and_else_no_value_changes(dense, tmp_path):
+def test_reconstructed_projections_bring_the_stream_nearer_and_else_no_value_changes(
+    dense, tmp_path
+):
     options = "shared=2,active=2,experts=8"
-    plain, entry = carved(dense, tmp_path, options + ",refit=false")
-    assert entry.details["refits"] == []
+    plain, entry = carved(dense, tmp_path, options + ",reconstruct=false")
+    assert entry.details["reconstructions"] == []
     for block, own in zip(find_blocks(plain), find_blocks(dense), strict=True):
         call, whole = plain.calls[block.position], dense.calls[own.position]
         joined = torch.cat([plain.weights[name].load() for slot, name in call.weights.items()
                             if "down_proj" in slot], 1)  # fmt: skip
         wanted = dense.weights[whole.weights["mlp.down_proj.weight"]].load()
         assert torch.equal(joined.sort(1).values, wanted.sort(1).values)
-    refitted, entry = carved(dense, tmp_path, options)
-    refits = entry.details["refits"]
-    assert len(refits) == 4 and all(0 < r["after"] < r["before"] for r in refits)
+    reconstructed, entry = carved(dense, tmp_path, options)
+    reconstructions = entry.details["reconstructions"]
+    assert len(reconstructions) == 4 and all(0 < r["after"] < r["before"] for r in reconstructions)
     # Text that neither carving has seen: the divergence from the dense model.
     ids = torch.tensor(byte_tokenizer()(book()[-4000:], verbose=False)["input_ids"])
     ids = {"input_ids": ids[: 30 * LENGTH].view(30, LENGTH)}
     theirs = Runner(dense).logits(ids).log_softmax(-1)
     kl = [
         float((theirs.exp() * (theirs - Runner(p).logits(ids).log_softmax(-1))).sum(-1).mean())
-        for p in (plain, refitted)
+        for p in (plain, reconstructed)
     ]
     assert kl[1] < 0.8 * kl[0]
 
@@ -153,7 +155,10 @@ def test_without_active_experts_the_best_neurons_stay_and_no_router(dense, tmp_p
     slots = [slot for slot in function.weights if slot.startswith("mlp.")]
     assert all(slot.endswith(".shared") for slot in slots) and len(slots) == 3
     assert mean(entry, "routed") == mean(entry, "static")
-    assert all(refit["after"] < refit["before"] for refit in entry.details["refits"])
+    assert all(
+        reconstruction["after"] < reconstruction["before"]
+        for reconstruction in entry.details["reconstructions"]
+    )
 
 
 @pytest.mark.parametrize("mode", ["fit", "published"])

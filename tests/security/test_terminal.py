@@ -221,7 +221,7 @@ def records() -> list[Record]:
         "training": [trained], "perplexity": steps, "generated_windows": 3,
         "seconds": {f"part {MARKUP}": 1.0},
     }  # fmt: skip
-    refits = [{"where": "x", "before": 1.0, "after": 0.5, "ridge": 0.1}]
+    reconstructions = [{"where": "x", "before": 1.0, "after": 0.5, "ridge": 0.1}]
     shares = dict.fromkeys(("static", "random", "oracle", "routed", "recall", "agreement"), 0.5)
     parts = [
         {"where": where, "shared": shared, "added": 1, "rounds": 2, "load": [0.5], **shares}
@@ -233,11 +233,11 @@ def records() -> list[Record]:
              "scores": [{f"block {MARKUP}": 1.0, "b": 2.0}], "tokens_per_second": [1.0, 2.0]}
         ),
         FusedBlocks.model_validate(
-            {**training, "order": [3], "refits": refits,
+            {**training, "order": [3], "reconstructions": reconstructions,
              "ablations": [{"donor": "x", "loss": 1.0, "perplexity": 2.0}]}
         ),
         CarvedParts.model_validate(
-            {"split": "s", "parts": parts, "refits": refits,
+            {"split": "s", "parts": parts, "reconstructions": reconstructions,
              "sensitivity": [{"where": "x", "kl": 0.1}],
              "work": {"tokens": 1, "flops": (4, 2), "weight_products": (4, 2)},
              "seconds": {f"part {MARKUP}": 1.0}}

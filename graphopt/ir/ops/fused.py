@@ -153,13 +153,13 @@ class RopePair(_Fused):
 
 
 @register
-class PackedLinear(_Fused):
+class FusedLinear(_Fused):
     """`linear` of one x with `parts` weights, as one product: -> one output a weight.
 
     `factors` are the weights [out_i, in], and behind them as many biases [out_i], or none.
     """
 
-    name = "packed_linear"
+    name = "fused_linear"
     operands = ("x", "factors*")
     attributes = {"parts": Count}  # noqa: RUF012
 
@@ -168,7 +168,7 @@ class PackedLinear(_Fused):
         """Return the operands of every single product."""
         parts, factors = attrs["parts"], [need(types, i) for i in range(1, len(types))]
         if len(factors) not in (parts, 2 * parts):
-            raise ValueError(f"packed_linear of {parts} parts with {len(factors)} factors")
+            raise ValueError(f"fused_linear of {parts} parts with {len(factors)} factors")
         return [[need(types, 0), *factors[part::parts]] for part in range(parts)]
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
