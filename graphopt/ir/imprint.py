@@ -126,6 +126,15 @@ class Imprint:
                     return name
         return None
 
+    def changed_weights(self, program: Program) -> list[str]:
+        """Return the names of weights that are new in `program`, or made to another value."""
+        return [
+            weight.name
+            for weight in program.weights
+            if weight.name not in self._producers
+            or not same_producer(self._producers[weight.name], weight.producer)
+        ]
+
     def difference(self, program: Program) -> str | None:
         """Return the first thing in which `program` is not what left this imprint.
 

@@ -71,6 +71,21 @@ def checked_record(item: Pass, result: PassResult) -> Record | None:
     return result.record
 
 
+_MOST_NAMED = 4
+
+
+def _wrong_pass(item: Pass, imprint: Imprint, after: Program) -> str:
+    """Return what to do about an exact pass that changed results, and where its error may lie."""
+    names = imprint.changed_weights(after)
+    shown = ", ".join(map(repr, names[:_MOST_NAMED]))
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    weights = f"it put other values in {shown}{more}" if names else "no weight has another value"
+    return (
+        f"Leave {item.name!r} out of the recipe; --no-verify would keep the error. To its "
+        f"developer: {weights}; --dump-ir FOLDER writes the program before and after it."
+    )
+
+
 class RecipeRun:
     """One run of a recipe: the program as it stands, and what verification knows of it."""
 
@@ -202,7 +217,7 @@ class RecipeRun:
                 if self._latest is not None:
                     self._fill_unchanged(entry, self._latest)
             elif self.verify:
-                self._verify_numbers(item, before, after, entry)
+                self._verify_numbers(item, before, after, entry, imprint)
         entry.verify_seconds = meter.seconds
         self.program = after
         return entry
@@ -213,7 +228,7 @@ class RecipeRun:
         entry.perplexity_before = entry.perplexity_after = finite_or_none(measured.perplexity)
 
     def _verify_numbers(
-        self, item: Pass, before: Program, after: Program, entry: PassEntry
+        self, item: Pass, before: Program, after: Program, entry: PassEntry, imprint: Imprint
     ) -> None:
         if item.exact and same_outputs(before, after):
             entry.verification = "proved"
@@ -224,18 +239,19 @@ class RecipeRun:
             entry.verification = "no weights to verify with"
             return
         if item.exact:
-            self._verify_exact(item, before, after, entry)
+            self._verify_exact(item, before, after, entry, imprint)
         else:
             self._measure_loss(item, before, after, entry)
 
-    def _verify_exact(self, item: Pass, before: Program, after: Program, entry: PassEntry) -> None:
+    def _verify_exact(
+        self, item: Pass, before: Program, after: Program, entry: PassEntry, imprint: Imprint
+    ) -> None:
         """Hold what the pass changed to fp64, call by call, and the whole program to fp32."""
         self.context.progress(f"comparing {item.name}", 0, 1)
         comparison = compare_calls(
             before, after, device=self.context.device, seed=self.context.seed
         )
         entry.not_run = comparison.not_run
-        leave_out = f"Leave {item.name!r} out of the recipe; --no-verify would keep the error."
         changed = f"Pass {item.name!r} is exact but changed results: {comparison.error}."
         same_whole = same_outputs(before, after, without_past=True)
         try:
@@ -243,7 +259,7 @@ class RecipeRun:
         except (RuntimeError, IndexError, ValueError, AssertionError) as failure:
             if comparison.error is None:
                 raise
-            raise VerifyError(changed, leave_out) from failure
+            raise VerifyError(changed, _wrong_pass(item, imprint, after)) from failure
         self._reference = self._reference or latest
         difference = compare(self._reference, measured)
         self._fill(entry, difference, latest, measured)
@@ -254,10 +270,10 @@ class RecipeRun:
                 f"Pass {item.name!r} is exact but moved the logits by "
                 f"{difference.max_abs_logit_delta:.3g}, more than {difference.tolerance:.3g} "
                 f"(1e-4 of the largest logit){because}.",
-                leave_out,
+                _wrong_pass(item, imprint, after),
             )
         if comparison.error is not None:
-            raise VerifyError(changed, leave_out)
+            raise VerifyError(changed, _wrong_pass(item, imprint, after))
         entry.verification = "passed"
         self._latest = measured
 

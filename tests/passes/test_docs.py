@@ -34,6 +34,7 @@ def test_the_example_of_the_documentation_runs(capsys):
     functions = [call.function for call in scope["program"].calls]
     assert functions == ["embed", "block", "block_tanh", "block_tanh", "head"]
     assert capsys.readouterr().out.startswith("tanh-gelu 3 2")
+    scope["test_a_second_relu_goes"]()
 
 
 def test_the_recipe_and_the_table_are_of_this_version():
