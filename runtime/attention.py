@@ -30,26 +30,27 @@ class Keys:
     Attributes:
         k: [B, G, T, D], or for pages [pages, G, page, D].
         v: [B, G, T, Dv], or for pages [pages, G, page, Dv].
-        lengths: int32 [B]: keys of each row, where the memory holds more.
-        first: int32 [B]: slot of a ring in which a row's first key lies.
-        table: int32 [B, N]: the page of the pool that holds page n of a row.
-        pages: int32 [B, M]: the pages of a row that are read, ascending, -1 behind the last.
-        ends: int32 [B + 1]: where each sequence begins among the keys, and the end of the last;
-            for sequences one behind the other.
+        kv_lens: int32 [B]: keys of each row, where the memory holds more.
+        ring_start: int32 [B]: slot of a ring in which a row's first key lies.
+        block_table: int32 [B, N]: the page of the pool that holds page n of a row.
+        selected_blocks: int32 [B, M]: the pages of a row that are read, ascending, -1 behind the
+            last.
+        cu_seqlens: int32 [B + 1]: where each sequence begins among the keys, and the end of the
+            last; for sequences one behind the other.
     """
 
     k: Tensor
     v: Tensor
-    lengths: Tensor | None = None
-    first: Tensor | None = None
-    table: Tensor | None = None
-    pages: Tensor | None = None
-    ends: Tensor | None = None
+    kv_lens: Tensor | None = None
+    ring_start: Tensor | None = None
+    block_table: Tensor | None = None
+    selected_blocks: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
     def capacity(self) -> int:
         """Return how many keys a row may have."""
-        if self.table is not None:
-            return int(self.table.shape[1]) * int(self.k.shape[2])
+        if self.block_table is not None:
+            return int(self.block_table.shape[1]) * int(self.k.shape[2])
         return int(self.k.shape[2])
 
 
@@ -84,8 +85,8 @@ def check(q: Tensor, keys: Keys, constants: Constants) -> None:
     if q.stride(-1) != 1:
         raise ValueError("q's last axis is not contiguous: call .contiguous()")
     for switch, name in (
-        ("LENGTHS", "lengths"), ("RING", "first"), ("PAGE", "table"),
-        ("SELECTED", "pages"), ("VARLEN", "ends"),
+        ("KV_LENS", "kv_lens"), ("RING", "ring_start"), ("PAGE", "block_table"),
+        ("SELECTED", "selected_blocks"), ("VARLEN", "cu_seqlens"),
     ):  # fmt: skip
         if bool(constants[switch]) != (getattr(keys, name) is not None):
             state = "needs" if constants[switch] else "does not take"
@@ -104,7 +105,7 @@ class Extras:
         mask: int8 [B, T], nonzero at real keys.
         bias: Additive, broadcastable to [B, H, S, T].
         slopes: fp32 [H], ALiBi.
-        places: int32 [B, T], the position of each key that a slope is times; by default its
+        positions: int32 [B, T], the position of each key that a slope is times; by default its
             index, or its index among the real keys.
         sinks: fp32 [H].
     """
@@ -112,7 +113,7 @@ class Extras:
     mask: Tensor | None = None
     bias: Tensor | None = None
     slopes: Tensor | None = None
-    places: Tensor | None = None
+    positions: Tensor | None = None
     sinks: Tensor | None = None
 
 
@@ -122,7 +123,7 @@ def extra_arguments(
     """Return the kernel's arguments for `extras`; `shape` is (B, H, S, T)."""
     batch, heads, _, keys = shape
     for switch, name in (
-        ("KEY_MASK", "mask"), ("BIAS", "bias"), ("ALIBI", "slopes"), ("SINKS", "sinks"),
+        ("PADDING_MASK", "mask"), ("BIAS", "bias"), ("ALIBI", "slopes"), ("SINKS", "sinks"),
     ):  # fmt: skip
         given = getattr(extras, name) is not None
         if switch in constants and bool(constants[switch]) != given:
@@ -144,18 +145,18 @@ def extra_arguments(
                 raise ValueError(f"{name} is {tuple(values.shape)}: it should be {(heads,)}")
             found[f"{name}_ptr"] = values.float().contiguous()
     if extras.slopes is not None:
-        found["place_ptr"] = _places(extras, batch, keys)
+        found["positions_ptr"] = _positions(extras, batch, keys)
     return found
 
 
-def _places(extras: Extras, batch: int, keys: int) -> Tensor:
+def _positions(extras: Extras, batch: int, keys: int) -> Tensor:
     """Return the ALiBi position of every key, int32 [B, T]."""
-    if extras.places is not None:
-        return extras.places.to(torch.int32).expand(batch, keys).contiguous()
+    if extras.positions is not None:
+        return extras.positions.to(torch.int32).expand(batch, keys).contiguous()
     if extras.mask is None:
         assert extras.slopes is not None
-        places = torch.arange(keys, dtype=torch.int32, device=extras.slopes.device)
-        return places.expand(batch, keys).contiguous()
+        positions = torch.arange(keys, dtype=torch.int32, device=extras.slopes.device)
+        return positions.expand(batch, keys).contiguous()
     real = extras.mask.ne(0).to(torch.int32)
     return ((real.cumsum(-1) - 1) * real).to(torch.int32)
 
@@ -165,13 +166,14 @@ def key_arguments(keys: Keys) -> dict[str, Any]:
     for name, tensor in (("k", keys.k), ("v", keys.v)):
         found |= {f"{name}_stride_{axis}": tensor.stride(i) for i, axis in enumerate("bht")}
     for name, index in (
-        ("lengths", keys.lengths), ("first", keys.first), ("table", keys.table),
-        ("pages", keys.pages), ("k_ends", keys.ends),
+        ("kv_lens", keys.kv_lens), ("ring_start", keys.ring_start),
+        ("block_table", keys.block_table), ("selected_blocks", keys.selected_blocks),
+        ("cu_seqlens_k", keys.cu_seqlens),
     ):  # fmt: skip
         if index is not None:
             found[f"{name}_ptr"] = index.to(torch.int32).contiguous()
-    found["table_width"] = 0 if keys.table is None else keys.table.shape[1]
-    found["pages_width"] = 0 if keys.pages is None else keys.pages.shape[1]
+    found["block_table_width"] = 0 if keys.block_table is None else keys.block_table.shape[1]
+    found["selected_width"] = 0 if keys.selected_blocks is None else keys.selected_blocks.shape[1]
     return found
 
 
@@ -290,8 +292,8 @@ def prefill(
     *,
     scale: float,
     extras: Extras = Extras(),
-    ends: Tensor | None = None,
-    longest: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Run `attention_prefill`.
@@ -300,8 +302,8 @@ def prefill(
         kernel: The kernel of kernels/prefill.py, whole or as it was emitted.
         q: [B, H, S, D]; [1, H, all, D] where sequences lie one behind the other.
         constants: The kernel's constants and `num_warps`, `num_stages`.
-        ends: int32 [B + 1]: where each sequence begins among the queries, and the end.
-        longest: Queries of the longest sequence, with `ends`.
+        cu_seqlens_q: int32 [B + 1]: where each sequence begins among the queries, and the end.
+        max_seqlen_q: Queries of the longest sequence, with `cu_seqlens_q`.
         out: Written to if given, [B, H, S, Dv].
 
     Returns:
@@ -316,8 +318,9 @@ def prefill(
     batch, heads, queries, _ = q.shape
     written = _written((*q.shape[:3], keys.v.shape[-1]), q, out)
     rows = queries
-    if ends is not None:
-        batch, rows = len(ends) - 1, queries if longest is None else longest
+    if cu_seqlens_q is not None:
+        batch = len(cu_seqlens_q) - 1
+        rows = queries if max_seqlen_q is None else max_seqlen_q
     count = keys.capacity()
     lse = None
     if constants["LSE"]:
@@ -331,7 +334,7 @@ def prefill(
         "lse_ptr": lse,
         "page_max_ptr": page_max,
         "page_slots": 0 if page_max is None else page_max.shape[3],
-        "q_ends_ptr": None if ends is None else ends.to(torch.int32),
+        "cu_seqlens_q_ptr": None if cu_seqlens_q is None else cu_seqlens_q.to(torch.int32),
         "S": queries,
         "T": count,
         "H": heads,
@@ -355,9 +358,9 @@ def _returned(written: Tensor, out: Tensor | None) -> Tensor:
 
 def _walked(keys: Keys, constants: Constants) -> int:
     """Return how many slots of keys a kernel walks: of the pages that are read, or of all."""
-    if keys.pages is None:
+    if keys.selected_blocks is None:
         return keys.capacity()
-    return int(keys.pages.shape[1]) * int(constants["PAGE"])
+    return int(keys.selected_blocks.shape[1]) * int(constants["PAGE"])
 
 
 def _page_maxima(q: Tensor, keys: Keys, constants: Constants) -> Tensor | None:

@@ -55,8 +55,8 @@ class AttentionKey:
     sinks: bool
     alibi: bool
     bias: bool
-    key_mask: bool
-    lengths: bool
+    padding_mask: bool
+    kv_lens: bool
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,12 @@ class AttentionDispatcher:
                 f"keys of {k.shape[2]} tokens in {k.shape[0]} rows do not fit a cache for "
                 f"{slot.k.shape[2]} tokens in {slot.k.shape[0]} rows: make one that is large enough"
             )
-        lengths = self._append(k, v, slot.k, slot.v, slot.length)
-        keys = Keys(slot.k, slot.v, lengths=lengths)
+        kv_lens = self._append(k, v, slot.k, slot.v, slot.length)
+        keys = Keys(slot.k, slot.v, kv_lens=kv_lens)
         found = self._run(q, keys, Extras(mask, bias, slopes, None, sinks), options)
         if found is None:
             found = functional.attention(
-                q, slot.k, slot.v, mask, bias, slopes, sinks, lengths=lengths, **options
+                q, slot.k, slot.v, mask, bias, slopes, sinks, kv_lens=kv_lens, **options
             )
         return found, slot.k, slot.v
 
@@ -190,8 +190,8 @@ class AttentionDispatcher:
             sinks=extras.sinks is not None,
             alibi=extras.slopes is not None,
             bias=extras.bias is not None,
-            key_mask=extras.mask is not None,
-            lengths=keys.lengths is not None,
+            padding_mask=extras.mask is not None,
+            kv_lens=keys.kv_lens is not None,
         )
         plan = self._plan(key)
         if plan is None and key.phase == "decode":

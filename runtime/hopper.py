@@ -83,8 +83,9 @@ class HopperPrefill:
     """
 
     arg_names = (
-        "q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", "sinks_ptr", "q_ends_ptr", "k_ends_ptr",
-        "lengths_ptr", "o_stride_b", "o_stride_h", "o_stride_s", "S", "T", "H", "scale",
+        "q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", "sinks_ptr",
+        "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "kv_lens_ptr",
+        "o_stride_b", "o_stride_h", "o_stride_s", "S", "T", "H", "scale",
     )  # fmt: skip
 
     def __init__(self, image: bytes, constants: Mapping[str, int | float]) -> None:
@@ -107,7 +108,7 @@ class HopperPrefill:
                 tensor_map(k, int(constants["BLOCK_N"])),
                 tensor_map(v, int(constants["BLOCK_N"])),
             ]
-            names = ("lse", "sinks", "q_ends", "k_ends", "lengths")
+            names = ("lse", "sinks", "cu_seqlens_q", "cu_seqlens_k", "kv_lens")
             optional = [given[f"{name}_ptr"] for name in names]
             values: list[Any] = [POINTER(out.data_ptr())]
             values += [POINTER(None if t is None else t.data_ptr()) for t in optional]

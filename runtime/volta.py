@@ -17,15 +17,15 @@ from graphopt.runtime.driver import FLOAT, INT, LONG, POINTER, Kernel
 # The constants that are macros of the source; the others are for the host.
 DEFINES = (
     "DECODE", "HEAD_DIM", "VALUE_DIM", "GROUP", "BLOCK_M", "BLOCK_N", "WARPS", "CARRY", "P_PATH",
-    "CAUSAL", "TOP_LEFT", "WINDOW", "CHUNK", "SOFTCAP", "KEY_MASK", "BIAS", "ALIBI", "SINKS",
-    "VARLEN", "LENGTHS", "RING", "PAGE", "LSE",
+    "CAUSAL", "TOP_LEFT", "WINDOW", "CHUNK", "SOFTCAP", "PADDING_MASK", "BIAS", "ALIBI", "SINKS",
+    "VARLEN", "KV_LENS", "RING", "PAGE", "LSE",
 )  # fmt: skip
 
 MERGE_THREADS = 64
 
 
 def _parameters(names: str) -> dict[str, Any]:
-    kinds = {"S": INT, "T": INT, "H": INT, "scale": FLOAT, "splits": INT, "table_width": INT}
+    kinds = {"S": INT, "T": INT, "H": INT, "scale": FLOAT, "splits": INT, "block_table_width": INT}
     found: dict[str, Any] = {}
     for name in names.split():
         default = LONG if "_stride_" in name else POINTER
@@ -41,13 +41,17 @@ _BIAS_STRIDES = "bias_stride_b bias_stride_h bias_stride_s bias_stride_t "
 
 # The parameters of the kernels, in the order of the source.
 PREFILL = _parameters(
-    "q_ptr k_ptr v_ptr out_ptr lse_ptr mask_ptr bias_ptr slopes_ptr place_ptr sinks_ptr "
-    "q_ends_ptr k_ends_ptr lengths_ptr table_ptr first_ptr "
-    + _STRIDES + "o_stride_b o_stride_h o_stride_s " + _BIAS_STRIDES + "table_width S T H scale"
+    "q_ptr k_ptr v_ptr out_ptr lse_ptr mask_ptr bias_ptr slopes_ptr positions_ptr sinks_ptr "
+    "cu_seqlens_q_ptr cu_seqlens_k_ptr kv_lens_ptr block_table_ptr ring_start_ptr "
+    + _STRIDES + "o_stride_b o_stride_h o_stride_s " + _BIAS_STRIDES
+    + "block_table_width S T H scale"
 )  # fmt: skip
 DECODE = _parameters(
-    "q_ptr k_ptr v_ptr part_ptr part_lse_ptr mask_ptr bias_ptr slopes_ptr place_ptr "
-    "lengths_ptr table_ptr first_ptr " + _STRIDES + _BIAS_STRIDES + "table_width S T H scale"
+    "q_ptr k_ptr v_ptr part_ptr part_lse_ptr mask_ptr bias_ptr slopes_ptr positions_ptr "
+    "kv_lens_ptr block_table_ptr ring_start_ptr "
+    + _STRIDES
+    + _BIAS_STRIDES
+    + "block_table_width S T H scale"
 )
 MERGE = _parameters(
     "part_ptr part_lse_ptr sinks_ptr out_ptr lse_ptr o_stride_b o_stride_h o_stride_s S H splits"

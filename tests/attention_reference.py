@@ -23,7 +23,7 @@ class Case:
     bias: torch.Tensor | None = None
     slopes: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
-    lengths: torch.Tensor | None = None
+    kv_lens: torch.Tensor | None = None
     picked: torch.Tensor | None = None  # bool [B, T]: keys of selected pages
     ends: tuple | None = field(default=None)
 
@@ -34,7 +34,7 @@ class Case:
         device = self.q.device
         seen = torch.zeros(batch, heads, queries, keys, dtype=torch.bool, device=device)
         for b in range(batch):
-            count = keys if self.lengths is None else int(self.lengths[b])
+            count = keys if self.kv_lens is None else int(self.kv_lens[b])
             shift = 0 if self.fields.get("align") == "top-left" else count - queries
             i = torch.arange(queries, device=device)[:, None] + shift
             j = torch.arange(keys, device=device)[None, :]
@@ -120,7 +120,7 @@ def random_case(sizes, fields, seed=0, dtype=torch.float16, spread=1.0):
         draw(batch, heads, queries, width), draw(batch, groups, keys, width),
         draw(batch, groups, keys, values), dict(fields), scale=width**-0.5,
     )  # fmt: skip
-    if fields.get("key_mask"):
+    if fields.get("padding_mask"):
         case.mask = torch.ones(batch, keys, dtype=torch.int8)
         for b in range(batch):
             case.mask[b, : b * keys // 3] = 0
@@ -133,6 +133,6 @@ def random_case(sizes, fields, seed=0, dtype=torch.float16, spread=1.0):
         case.slopes = torch.rand(heads, generator=generator) * 0.2
     if fields.get("sinks"):
         case.sinks = torch.randn(heads, generator=generator)
-    if fields.get("lengths"):
-        case.lengths = torch.tensor([max(1, keys - 3 * b - 1) for b in range(batch)])
+    if fields.get("kv_lens"):
+        case.kv_lens = torch.tensor([max(1, keys - 3 * b - 1) for b in range(batch)])
     return case

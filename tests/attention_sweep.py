@@ -90,9 +90,9 @@ def _fields(rng: Any, kernel: str) -> dict[str, Any]:
         found["varlen"] = perhaps(0.12)
     if found.get("varlen"):
         return found
-    found["lengths"] = perhaps(0.3)
+    found["kv_lens"] = perhaps(0.3)
     if kernel != "hopper-cuda":
-        found["key_mask"] = perhaps(0.25)
+        found["padding_mask"] = perhaps(0.25)
     if kernel in ("triton", "volta-cuda"):
         found |= {"bias": perhaps(0.25), "alibi": perhaps(0.25)}
         found["chunk"] = int(2 ** rng.uniform(3, 9)) if perhaps(0.12) else None
@@ -100,7 +100,7 @@ def _fields(rng: Any, kernel: str) -> dict[str, Any]:
         if found["kv"] == "paged":
             found["page"] = rng.choice(PAGES)
             if kernel == "triton":
-                found["selected_pages"] = perhaps(0.5)
+                found["selected_blocks"] = perhaps(0.5)
                 found["page_max"] = found["page"] & (found["page"] - 1) == 0 and perhaps(0.5)
     return found
 
@@ -241,8 +241,8 @@ class _Maker:
             case = Case(q[:, :, s:e], k[:, :, t:u], v[:, :, t:u], drawn.fields, self.scale)
             case.sinks = sinks
             parts.append((case, 0, s, e))
-        keys = Keys(self.laid_out(k), self.laid_out(v), ends=ends[1])
-        options = {"ends": ends[0], "longest": max(counts)}
+        keys = Keys(self.laid_out(k), self.laid_out(v), cu_seqlens=ends[1])
+        options = {"cu_seqlens_q": ends[0], "max_seqlen_q": max(counts)}
         extras = Extras(sinks=sinks)
         return Problem(self.laid_out(q), keys, extras, self.scale, parts, None, options)
 
@@ -253,11 +253,11 @@ class _Maker:
         k = self.random(batch, spec.kv_heads, count, spec.head_dim).to(self.dtype)
         v = self.random(batch, spec.kv_heads, count, spec.values).to(self.dtype)
         lengths = mask = bias = slopes = None
-        if spec.lengths:
+        if spec.kv_lens:
             lengths = self.integers(1, count, batch).int()
             lengths[0] = count
             behind = torch.arange(count, device=self.device)[None] >= lengths[:, None]
-        if spec.key_mask:
+        if spec.padding_mask:
             mask = (self.random(batch, count) > -1.0).to(torch.int8)
             if batch > 1:
                 mask[-1, : count // 3] = 0
@@ -278,14 +278,14 @@ class _Maker:
             )
             case.mask = None if mask is None else mask[one].float()
             case.bias = None if bias is None else bias.expand(batch, -1, -1, -1)[one].float()
-            case.lengths = None if lengths is None else lengths[one]
+            case.kv_lens = None if lengths is None else lengths[one]
             case.picked = None if picked is None else picked[one]
             parts.append((case, b, 0, drawn.queries))
         held = [x.clone() for x in (k, v)]
-        if spec.lengths:
+        if spec.kv_lens:
             held = [x.masked_fill(behind[:, None, :, None], self.poison) for x in held]
         extras = Extras(mask, bias, slopes, None, sinks)
-        keys, ring = self.held(*held, lengths, lists if spec.selected_pages else None)
+        keys, ring = self.held(*held, lengths, lists if spec.selected_blocks else None)
         wanted = lists if spec.page_max else None
         return Problem(self.laid_out(q), keys, extras, self.scale, parts, wanted, {}, ring)
 
@@ -294,7 +294,7 @@ class _Maker:
         batch, count, page = self.drawn.batch, self.drawn.keys, self.spec.page
         assert page is not None
         pages = count // page
-        if not self.spec.selected_pages:
+        if not self.spec.selected_blocks:
             return torch.arange(pages, device=self.device).expand(batch, pages), None
         width = int(self.integers(1, pages, 1))
         lists = torch.full((batch, width), -1, device=self.device)
@@ -311,13 +311,15 @@ class _Maker:
         """Return the keys as the cache of the description holds them, and the ring's slots."""
         batch, _, count, _ = k.shape
         if self.spec.kv == "contiguous":
-            return Keys(self.laid_out(k), self.laid_out(v), lengths=lengths), 0
+            return Keys(self.laid_out(k), self.laid_out(v), kv_lens=lengths), 0
         if self.spec.kv == "ring":
             first = self.integers(0, count - 1, batch)
             slots = (torch.arange(count, device=self.device)[None] + first[:, None]) % count
             index = slots[:, None, :, None]
             k, v = (torch.zeros_like(x).scatter(2, index.expand_as(x), x) for x in (k, v))
-            return Keys(self.laid_out(k), self.laid_out(v), lengths=lengths, first=first), count
+            return Keys(
+                self.laid_out(k), self.laid_out(v), kv_lens=lengths, ring_start=first
+            ), count
         page = self.spec.page
         assert page is not None
         pages = batch * count // page
@@ -329,4 +331,4 @@ class _Maker:
             pool[order] = x.unflatten(2, (-1, page)).transpose(1, 2).flatten(0, 1)
             pools.append(self.laid_out(pool))
         table = order.view(batch, -1)
-        return Keys(*pools, lengths=lengths, table=table, pages=lists), 0
+        return Keys(*pools, kv_lens=lengths, block_table=table, selected_blocks=lists), 0

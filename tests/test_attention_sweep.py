@@ -23,12 +23,12 @@ from graphopt.lowering.cuda.compile import nvrtc_version
 
 TOOL = Path(__file__).parents[1] / "tools" / "sweep_attention.py"
 INTERPRETED = (("hopper", "triton"), ("ampere", "triton"), ("ascend910b", "ascend-triton"))
-FEATURES = ("key_mask", "bias", "alibi", "sinks", "varlen", "lengths", "lse", "selected_pages",
+FEATURES = ("padding_mask", "bias", "alibi", "sinks", "varlen", "kv_lens", "lse", "selected_blocks",
             "page_max")  # fmt: skip
 REFUSED = {
-    "hopper-cuda": {"key_mask", "bias", "alibi", "selected_pages", "page_max"},
-    "volta-cuda": {"selected_pages", "page_max"},
-    "ascend-triton": {"bias", "alibi", "selected_pages", "page_max", "varlen"},
+    "hopper-cuda": {"padding_mask", "bias", "alibi", "selected_blocks", "page_max"},
+    "volta-cuda": {"selected_blocks", "page_max"},
+    "ascend-triton": {"bias", "alibi", "selected_blocks", "page_max", "varlen"},
 }
 # Head sizes that 16 does not divide, and tiles that needed more memory than was planned:
 # D, H, G, S, T, B, dtype, fields.

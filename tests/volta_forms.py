@@ -20,8 +20,8 @@ LENGTHS = (1, 7, 63, 64, 65, 127, 1000)
 UNEQUAL = ((7, 64), (64, 7), (65, 127), (127, 1000), (1000, 65))
 RING = 128
 EVERYTHING = {
-    "window": 30, "softcap": 3.0, "key_mask": True, "bias": True, "alibi": True, "sinks": True,
-    "lengths": True, "lse": True,
+    "window": 30, "softcap": 3.0, "padding_mask": True, "bias": True, "alibi": True, "sinks": True,
+    "kv_lens": True, "lse": True,
 }  # fmt: skip
 
 
@@ -60,16 +60,16 @@ class Form:
 
 def _forms():
     shared = {"P_PATH": 1}
-    paged = {"kv": "paged", "lengths": True}
+    paged = {"kv": "paged", "kv_lens": True}
     found = {f"causal {size}": Form(size) for size in HEAD_SIZES}
     found |= {f"full {size}": Form(size, {"causal": False}) for size in (32, 64, 128, 256)}
     found |= {
         "no log-sum-exp": Form(64, {"lse": False}),
         "top left 64": Form(64, {"align": "top-left"}),
         "top left 128": Form(128, {"align": "top-left"}),
-        "key mask 64": Form(64, {"key_mask": True}),
-        "key mask 256": Form(256, {"key_mask": True}),
-        "full, key mask 96": Form(96, {"causal": False, "key_mask": True}),
+        "key mask 64": Form(64, {"padding_mask": True}),
+        "key mask 256": Form(256, {"padding_mask": True}),
+        "full, key mask 96": Form(96, {"causal": False, "padding_mask": True}),
         "window 80": Form(80, {"window": 20}),
         "window 128": Form(128, {"window": 100}),
         "window, top left 96": Form(96, {"window": 9, "align": "top-left"}),
@@ -77,11 +77,11 @@ def _forms():
         "softcap 128": Form(128, {"softcap": 2.0}),
         "softcap 256": Form(256, {"softcap": 30.0}),
         "alibi 64": Form(64, {"alibi": True}),
-        "alibi, key mask 128": Form(128, {"alibi": True, "key_mask": True}),
+        "alibi, key mask 128": Form(128, {"alibi": True, "padding_mask": True}),
         "bias 64": Form(64, {"bias": True, "causal": False}),
         "bias in fp32 128": Form(128, {"bias": True}, bias_bits=32),
         "sinks 192": Form(192, {"sinks": True}),
-        "lengths 80": Form(80, {"lengths": True}),
+        "lengths 80": Form(80, {"kv_lens": True}),
         "one key head 128": Form(128, heads=4, groups=1),
         "as many key heads 64": Form(64, heads=3, groups=3),
         "varlen 64": Form(64, {"varlen": True}),
@@ -90,7 +90,7 @@ def _forms():
         "pages of 16, 64": Form(64, {**paged, "page": 16}),
         "pages of 24, window 128": Form(128, {**paged, "page": 24, "window": 50}),
         "pages of 64, 192": Form(192, {**paged, "page": 64}),
-        "ring 64": Form(64, {"kv": "ring", "lengths": True, "window": 40}),
+        "ring 64": Form(64, {"kv": "ring", "kv_lens": True, "window": 40}),
         "unequal 192 128": Form(192, value_size=128),
         "unequal 40 72": Form(40, {"causal": False}, value_size=72),
         "everything 64": Form(64, EVERYTHING),
@@ -105,7 +105,7 @@ def _forms():
         "decode, one key head 128": Form(128, {"phase": "decode"}, heads=20, groups=1),
         "decode, one key head 64": Form(64, {"phase": "decode", "window": 50}, heads=40, groups=1),
         "decode, pages of 16, 64": Form(64, {**paged, "page": 16, "phase": "decode"}),
-        "decode, ring 128": Form(128, {"kv": "ring", "lengths": True, "phase": "decode"}),
+        "decode, ring 128": Form(128, {"kv": "ring", "kv_lens": True, "phase": "decode"}),
         "decode, everything 128": Form(128, {**EVERYTHING, "phase": "decode"}),
         "decode, unequal 40 72": Form(40, {"phase": "decode"}, value_size=72),
         "decode, weights in shared memory 64": Form(64, {"phase": "decode"}, tiles=shared),
@@ -150,8 +150,8 @@ def held(form, case):
         slots = (torch.arange(count)[None] + first[:, None]) % count
         index = slots[:, None, :, None]
         k, v = (torch.zeros_like(x).scatter(2, index.expand_as(x), x) for x in (case.k, case.v))
-        return Keys(k, v, lengths=case.lengths, first=first)
-    return Keys(case.k, case.v, lengths=case.lengths)
+        return Keys(k, v, kv_lens=case.kv_lens, ring_start=first)
+    return Keys(case.k, case.v, kv_lens=case.kv_lens)
 
 
 def paged(case, page, seed=0):
@@ -169,7 +169,7 @@ def paged(case, page, seed=0):
                 piece = source[b, :, n * page : (n + 1) * page]
                 pool[table[b, n], :, : piece.shape[1]] = piece
         pools.append(pool)
-    return Keys(*pools, lengths=case.lengths, table=table)
+    return Keys(*pools, kv_lens=case.kv_lens, block_table=table)
 
 
 def moved(item, device):
@@ -224,8 +224,9 @@ def check_varlen(form, kernels, constants, device="cpu", lengths=LENGTHS, unequa
     q, k, v = (torch.cat([getattr(c, n) for c in cases], 2) for n in "qkv")
     ends = [torch.tensor([0, *torch.tensor(n).cumsum(0)]) for n in zip(*pairs, strict=True)]
     out, lse, _ = prefill(
-        kernels, q.to(device), moved(Keys(k, v, ends=ends[1]), device), constants,
-        scale=cases[0].scale, ends=ends[0].to(device), longest=max(s for s, _ in pairs),
+        kernels, q.to(device), moved(Keys(k, v, cu_seqlens=ends[1]), device), constants,
+        scale=cases[0].scale, cu_seqlens_q=ends[0].to(device),
+        max_seqlen_q=max(s for s, _ in pairs),
     )  # fmt: skip
     for case, start, end in zip(cases, ends[0][:-1], ends[0][1:], strict=True):
         close(out[:, :, start:end], lse[:, :, start:end], case)

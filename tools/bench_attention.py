@@ -234,8 +234,8 @@ def bench_forms(target: str) -> Iterator[dict[str, Any]]:
             keys = Keys(k, v)
             if name == "varlen":
                 on_device = ends.int().cuda()
-                keys = Keys(k, v, ends=on_device)
-                options = {"ends": on_device, "longest": int(ends.diff().max())}
+                keys = Keys(k, v, cu_seqlens=on_device)
+                options = {"cu_seqlens_q": on_device, "max_seqlen_q": int(ends.diff().max())}
             block_mask = create_block_mask(mask_mod, None, None, length, length, device="cuda")
             runs = {
                 target: runner(plan, q, keys, cache, **options),

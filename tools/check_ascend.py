@@ -66,7 +66,7 @@ LOWERING = (
 )  # fmt: skip
 POINTERS = {
     "lse_ptr": "*fp32", "table_ptr": "*fp16", "mask_ptr": "*i8", "sinks_ptr": "*fp32",
-    "lengths_ptr": "*i32", "part_ptr": "*fp32", "part_lse_ptr": "*fp32",
+    "kv_lens_ptr": "*i32", "part_ptr": "*fp32", "part_lse_ptr": "*fp32",
 }  # fmt: skip
 
 
@@ -335,9 +335,9 @@ def draw_shapes(count: int, seed: int = SEED, phase: str = "prefill") -> list[di
             "align": "top-left" if generator.random() < 0.2 else "bottom-right",
             "window": 512 if generator.random() < 0.3 else None,
             "softcap": 30.0 if generator.random() < 0.25 else None,
-            "key_mask": generator.random() < 0.25,
+            "padding_mask": generator.random() < 0.25,
             "sinks": generator.random() < 0.2,
-            "lengths": generator.random() < 0.2,
+            "kv_lens": generator.random() < 0.2,
             "lse": generator.random() < 0.3,
             "phase": phase,
         }
@@ -428,18 +428,18 @@ RUNS: tuple[tuple[dict[str, Any], tuple[int, ...]], ...] = (
     ({"window": 50}, (1, 2, 1, 200, 200, 64, 64)),
     ({"window": 9, "align": "top-left", "causal": False}, (1, 2, 1, 65, 65, 64, 64)),
     ({"softcap": 2.0}, (1, 2, 1, 65, 65, 96, 96)),
-    ({"key_mask": True}, (3, 2, 1, 65, 65, 64, 64)),
-    ({"sinks": True, "lengths": True}, (2, 2, 1, 40, 90, 80, 48)),
-    ({"window": 30, "softcap": 3.0, "key_mask": True, "sinks": True, "lengths": True},
+    ({"padding_mask": True}, (3, 2, 1, 65, 65, 64, 64)),
+    ({"sinks": True, "kv_lens": True}, (2, 2, 1, 40, 90, 80, 48)),
+    ({"window": 30, "softcap": 3.0, "padding_mask": True, "sinks": True, "kv_lens": True},
      (2, 4, 2, 65, 127, 192, 192)),
     ({}, (1, 1, 1, 65, 300, 256, 256)),
     ({"phase": "decode"}, (1, 8, 1, 1, 1000, 64, 64)),
     ({"phase": "decode"}, (2, 6, 2, 4, 65, 128, 128)),
     ({"phase": "decode"}, (1, 4, 1, 4, 1, 32, 32)),
-    ({"phase": "decode", "window": 50, "key_mask": True}, (3, 8, 2, 4, 300, 64, 64)),
+    ({"phase": "decode", "window": 50, "padding_mask": True}, (3, 8, 2, 4, 300, 64, 64)),
     ({"phase": "decode", "window": 9, "align": "top-left", "causal": False},
      (1, 2, 2, 4, 64, 64, 64)),
-    ({"phase": "decode", "softcap": 3.0, "sinks": True, "lengths": True},
+    ({"phase": "decode", "softcap": 3.0, "sinks": True, "kv_lens": True},
      (2, 8, 1, 4, 700, 80, 48)),
 )  # fmt: skip
 RUN_TILES = {
@@ -557,7 +557,7 @@ def call_library(request: Path) -> dict[str, Any]:
     run = decode if fields.get("phase") == "decode" else prefill
     out, lse = run(
         *(_Call(*each) for each in libraries.items()),
-        case.q, Keys(case.k, case.v, lengths=case.lengths), constants,
+        case.q, Keys(case.k, case.v, kv_lens=case.kv_lens), constants,
         scale=case.scale, extras=Extras(mask=case.mask, sinks=case.sinks), programs=3,
     )  # fmt: skip
     exact, expected = case.run(torch.float64)

@@ -40,8 +40,8 @@ INSTRUCTION = "mma.sync.aligned.m8n8k4"
 PLAIN: dict[str, Any] = {
     "HEAD_DIM": 64, "VALUE_DIM": 64, "D0": 64, "D1": 0, "V0": 64, "V1": 0, "GROUP": 1,
     "BLOCK_M": 64, "BLOCK_N": 64, "CAUSAL": True, "TOP_LEFT": False, "WINDOW": 0, "CHUNK": 0,
-    "SOFTCAP": 0.0, "KEY_MASK": False, "BIAS": False, "ALIBI": False, "SINKS": False,
-    "VARLEN": False, "LENGTHS": False, "RING": 0, "PAGE": 0, "SELECTED": False, "LSE": False,
+    "SOFTCAP": 0.0, "PADDING_MASK": False, "BIAS": False, "ALIBI": False, "SINKS": False,
+    "VARLEN": False, "KV_LENS": False, "RING": 0, "PAGE": 0, "SELECTED": False, "LSE": False,
     "PAGE_MAX": False,
 }  # fmt: skip
 FORMS: dict[str, dict[str, Any]] = {
@@ -53,13 +53,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "full": {"CAUSAL": False},
     "window": {"WINDOW": 100},
     "softcap": {"SOFTCAP": 2.0},
-    "key mask": {"KEY_MASK": True, "LSE": True},
+    "key mask": {"PADDING_MASK": True, "LSE": True},
     "alibi": {"ALIBI": True},
     "bias": {"BIAS": True, "CAUSAL": False},
-    "sinks": {"SINKS": True, "LENGTHS": True},
+    "sinks": {"SINKS": True, "KV_LENS": True},
     "varlen": {"VARLEN": True},
-    "paged": {"PAGE": 64, "LENGTHS": True},
-    "ring": {"RING": 100, "LENGTHS": True},
+    "paged": {"PAGE": 64, "KV_LENS": True},
+    "ring": {"RING": 100, "KV_LENS": True},
 }
 _FLOATS = ("lse_ptr", "page_max_ptr", "slopes_ptr", "sinks_ptr")
 _HALVES = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "bias_ptr")

@@ -35,8 +35,8 @@ class AttentionFlags:
         str,
         typer.Option(
             "--with",
-            help="Comma-separated: sinks, alibi, key_mask, bias, varlen, lengths, "
-            "selected_pages, lse, page_max.",
+            help="Comma-separated: sinks, alibi, padding_mask, bias, varlen, kv_lens, "
+            "selected_blocks, lse, page_max.",
         ),
     ] = ""
 

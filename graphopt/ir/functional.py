@@ -191,20 +191,20 @@ def allowed_keys(
     window: int | None,
     chunk: int | None,
     device: torch.device,
-    lengths: Tensor | None = None,
+    kv_lens: Tensor | None = None,
 ) -> Tensor | None:
     """Which keys each query may see: bool, broadcastable to [B, 1, S, T]; None means all.
 
-    Query i stands at cache index T - S + i, or with `lengths` [B] in place of T, behind which
+    Query i stands at cache index T - S + i, or with `kv_lens` [B] in place of T, behind which
     there are no keys. `mask` [B, T] is nonzero where a key is a real token. `window` keeps the
     last `window` keys including the query's own, `chunk` those of the query's own chunk of that
     length.
     """
-    if query_count == 1 and lengths is None:
+    if query_count == 1 and kv_lens is None:
         causal = False  # the newest token sees all keys, and needs no mask for it
     allowed: Tensor | None = None
-    if causal or window is not None or chunk is not None or lengths is not None:
-        end = key_count if lengths is None else lengths[:, None, None]
+    if causal or window is not None or chunk is not None or kv_lens is not None:
+        end = key_count if kv_lens is None else kv_lens[:, None, None]
         query = torch.arange(query_count, device=device)[:, None] + (end - query_count)
         key = torch.arange(key_count, device=device)
         allowed = key <= query if causal else (key < end).expand_as(key <= query)
@@ -212,7 +212,7 @@ def allowed_keys(
             allowed = allowed & (key > query - window)
         if chunk is not None:
             allowed = allowed & (key // chunk == query // chunk)
-        allowed = allowed[None, None] if lengths is None else allowed[:, None]
+        allowed = allowed[None, None] if kv_lens is None else allowed[:, None]
     if mask is not None:
         real = mask.bool()[:, None, None, :]
         allowed = real if allowed is None else allowed & real
@@ -263,7 +263,7 @@ def attention(
     window: int | None = None,
     chunk: int | None = None,
     softcap: float | None = None,
-    lengths: Tensor | None = None,
+    kv_lens: Tensor | None = None,
 ) -> Tensor:
     """softmax(cap(q k^T scale) + alibi + bias) v with grouped heads; rows with no key give 0.
 
@@ -276,7 +276,7 @@ def attention(
         bias: Additive, broadcastable to [B, H, S, T].
         slopes: [H], see `alibi`.
         sinks: [H], one more logit per head that takes part in the softmax and carries no value.
-        lengths: int [B]: keys of each row, the queries' own last, where T is room for more.
+        kv_lens: int [B]: keys of each row, the queries' own last, where T is room for more.
 
     Returns:
         [B, H, S, Dv].
@@ -284,13 +284,13 @@ def attention(
     q, k = q.to(v.dtype), k.to(v.dtype)
     S, T = q.shape[2], k.shape[2]
     groups = q.shape[1] // k.shape[1]
-    extras = (mask, bias, slopes, softcap, sinks, chunk, lengths)
+    extras = (mask, bias, slopes, softcap, sinks, chunk, kv_lens)
     if causal and S == T and all(e is None for e in extras) and (window is None or window >= T):
         # A mask would keep torch from its fastest kernels.
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=groups > 1
         )
-    allowed = allowed_keys(S, mask, T, causal, window, chunk, q.device, lengths)
+    allowed = allowed_keys(S, mask, T, causal, window, chunk, q.device, kv_lens)
     if slopes is not None:
         slope_bias = alibi(slopes, q.new_ones(q.shape[0], T) if mask is None else mask)
         bias = slope_bias if bias is None else bias + slope_bias

@@ -235,7 +235,7 @@ def unified_buffer(spec: AttentionSpec, tiles: dict[str, int]) -> UnifiedBuffer:
     # In a round: the scores of all its small blocks wait for their one maximum, then one at a
     # time becomes weights. With a window and a soft-cap the compiler keeps the capped scores apart.
     inside = (2 * blocks + (2 if spec.window and spec.softcap else 1)) * scores // 2
-    if not tables and not spec.key_mask:
+    if not tables and not spec.padding_mask:
         # No loop adds a whole tile from elsewhere: the compiler halves all of them by rows.
         inside //= 2
     # At the end of a round: the products come in and the factors of the rows are spread over a
@@ -263,7 +263,7 @@ def unified_buffer(spec: AttentionSpec, tiles: dict[str, int]) -> UnifiedBuffer:
     spread += scores * left_over + scores * blocks * 9 // 8
     if spec.softcap:
         spread += scores * score_blocks * 5 // 8
-    if spec.key_mask:
+    if spec.padding_mask:
         spread += scores * score_blocks // 8
     # A maximum and a sum along each row fold it in half, the first fold into a place of its own,
     # until it is as long as a vector; those of halved loops are half as long.

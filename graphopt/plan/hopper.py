@@ -25,7 +25,7 @@ class HopperPlanner(Planner):
             return f"it multiplies by wgmma, which {target.title} has not"
         if spec.phase == "decode":
             return "it has 64 rows a warpgroup, which decoding does not fill"
-        for name in ("chunk", "alibi", "key_mask", "bias"):
+        for name in ("chunk", "alibi", "padding_mask", "bias"):
             if getattr(spec, name):
                 return f"it does not do {name}"
         if spec.kv != "contiguous":

@@ -31,14 +31,14 @@ class AttentionSpec:
         softcap: Scores become cap tanh(score / cap); None for none.
         sinks: One more logit a head takes part in the softmax and carries no value.
         alibi: A slope a head times the key's position is added.
-        key_mask: A mask [B, T] of real keys.
+        padding_mask: A mask [B, T] of real keys.
         bias: An additive mask, broadcastable to [B, H, S, T].
         varlen: Sequences of unequal length lie one behind the other, B = 1.
-        lengths: Rows of the cache hold fewer keys than it has room for.
+        kv_lens: Rows of the cache hold fewer keys than it has room for.
         kv: Where keys and values lie: `contiguous`, `ring` or `paged`.
         slots: Tokens that a ring holds; None where the launch says it.
         page: Tokens of a page.
-        selected_pages: Only the pages of a list are read.
+        selected_blocks: Only the pages of a list are read.
         kv_bits: Bits of a stored key or value element.
         lse: The log-sum-exp of every row is a second output.
         page_max: The largest score of every page read is a further output.
@@ -60,14 +60,14 @@ class AttentionSpec:
     softcap: float | None = None
     sinks: bool = False
     alibi: bool = False
-    key_mask: bool = False
+    padding_mask: bool = False
     bias: bool = False
     varlen: bool = False
-    lengths: bool = False
+    kv_lens: bool = False
     kv: Literal["contiguous", "ring", "paged"] = "contiguous"
     slots: int | None = None
     page: int | None = None
-    selected_pages: bool = False
+    selected_blocks: bool = False
     kv_bits: int = 16
     lse: bool = False
     page_max: bool = False
@@ -101,14 +101,14 @@ class AttentionSpec:
             self._refuse("a paged cache and a page size come together", "Give both or neither.")
         if self.slots is not None and self.kv != "ring":
             self._refuse(f"a {self.kv} cache of {self.slots} slots", "Give kv=ring, or no slots.")
-        if (self.selected_pages or self.page_max) and self.kv != "paged":
+        if (self.selected_blocks or self.page_max) and self.kv != "paged":
             self._refuse("selected pages and page maxima are of a paged cache", "Give kv=paged.")
-        if self.varlen and (self.lengths or self.kv != "contiguous" or self.phase == "decode"):
+        if self.varlen and (self.kv_lens or self.kv != "contiguous" or self.phase == "decode"):
             self._refuse(
                 "sequences one behind the other have no cache of their own",
-                "Leave out varlen, or lengths, the ring, the pages and decode.",
+                "Leave out varlen, or kv_lens, the ring, the pages and decode.",
             )
-        if self.varlen and (self.key_mask or self.bias or self.alibi):
+        if self.varlen and (self.padding_mask or self.bias or self.alibi):
             self._refuse(
                 "masks, biases and ALiBi are by row of a batch, which varlen has not",
                 "Leave out one of them.",

@@ -147,7 +147,7 @@ def shared_bytes(spec: AttentionSpec, tiles: dict[str, int]) -> tuple[int, str]:
     ]
     if spec.bias:
         parts.append(("num_stages BLOCK_M BLOCK_N s", stages * m * n * size))
-    numbers = spec.alibi + 2 * (spec.kv == "paged") + 2 * spec.selected_pages
+    numbers = spec.alibi + 2 * (spec.kv == "paged") + 2 * spec.selected_blocks
     if numbers:
         parts.append((f"{4 * numbers} num_stages BLOCK_N", 4 * numbers * stages * n))
     if spec.page_max:

@@ -37,7 +37,7 @@ class VoltaPlanner(Planner):
         return super().refuses(spec, target)
 
     def limits(self, spec: AttentionSpec, target: Target) -> str | None:
-        if spec.selected_pages:
+        if spec.selected_blocks:
             return "it reads all pages of a cache, not a list of them"
         if spec.page_max:
             return "it gives no page maxima"
@@ -115,7 +115,7 @@ class VoltaPlanner(Planner):
         scores = 8 * rows * tiles["BLOCK_N"] // 16 + 13 * (tiles["BLOCK_N"] // 64)
         extras = rows * (
             15 * spec.bias
-            + 2 * (spec.alibi + spec.key_mask + bool(spec.softcap) + bool(spec.chunk))
+            + 2 * (spec.alibi + spec.padding_mask + bool(spec.softcap) + bool(spec.chunk))
             + (spec.kv != "contiguous")
             + bool(spec.window)
         )

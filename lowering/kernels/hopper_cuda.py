@@ -34,7 +34,7 @@ def hopper_constants(plan: AttentionPlan) -> dict[str, int | float]:
         "SOFTCAP": spec.softcap or 0,
         "SINKS": int(spec.sinks),
         "VARLEN": int(spec.varlen),
-        "LENGTHS": int(spec.lengths),
+        "KV_LENS": int(spec.kv_lens),
         "LSE": int(spec.lse),
     }
 

@@ -147,9 +147,9 @@ def _plan(spec: AttentionSpec, target: Target, where: str, number: int) -> SpecP
     notes: list[str] = []
     for phase in ("prefill", "decode"):
         try:
-            for key_mask in (False, True):
-                for lengths in (False, True):
-                    whole = spec.replace(phase=phase, key_mask=key_mask, lengths=lengths)
+            for padding_mask in (False, True):
+                for kv_lens in (False, True):
+                    whole = spec.replace(phase=phase, padding_mask=padding_mask, kv_lens=kv_lens)
                     plans += _plans(whole, target)
         except LoweringError as error:
             if phase == "decode" and any(plan.spec == spec for plan in plans):

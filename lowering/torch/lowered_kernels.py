@@ -138,7 +138,7 @@ class LoweredKernels:
                 f"            causal={spec.causal}, window={spec.window}, chunk={spec.chunk}, "
                 f"softcap={spec.softcap},",
                 f"            sinks={spec.sinks}, alibi={spec.alibi}, bias={spec.bias}, "
-                f"key_mask={spec.key_mask}, lengths={spec.lengths},",
+                f"padding_mask={spec.padding_mask}, kv_lens={spec.kv_lens},",
                 "        ),",
                 f"        {family.launcher!r},",
                 f"        {family.constants(plan)!r},",

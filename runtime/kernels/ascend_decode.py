@@ -33,7 +33,7 @@ def ascend_decode(
                    # where the row sees none of the span's keys
     table_ptr,  # fp16 [2 M GROUP, 2 M], contiguous: 1 where column > row // GROUP, else 0
     mask_ptr,  # int8 [B, T], contiguous: nonzero at real keys
-    lengths_ptr,  # int32 [B]: keys of each row, where they are fewer than T
+    kv_lens_ptr,  # int32 [B]: keys of each row, where they are fewer than T
     q_stride_b, q_stride_g, q_stride_r,
     k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t,
@@ -53,8 +53,8 @@ def ascend_decode(
     TOP_LEFT: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    LENGTHS: tl.constexpr,
+    PADDING_MASK: tl.constexpr,
+    KV_LENS: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     blocks = tl.cdiv(S, TOKENS)
@@ -66,15 +66,15 @@ def ascend_decode(
         batch = head // G
         group = head % G
         keys = T
-        if LENGTHS:
-            keys = min(T, tl.load(lengths_ptr + batch))
+        if KV_LENS:
+            keys = min(T, tl.load(kv_lens_ptr + batch))
         first_token = block * TOKENS
         first_row = first_token * GROUP
         rows_left = min(S - first_token, TOKENS) * GROUP
         # Token i stands at key i + shift.
         shift = 0 if TOP_LEFT else keys - S
-        first_place = first_token + shift
-        last_place = first_place + TOKENS - 1
+        first_position = first_token + shift
+        last_position = first_position + TOKENS - 1
 
         q_rows = (
             q_ptr + tl.cast(batch, tl.int64) * q_stride_b + tl.cast(group, tl.int64) * q_stride_g
@@ -96,7 +96,7 @@ def ascend_decode(
 
         # Of what is seen, the span: whole rounds, so that `splits` suffice.
         low, inner_low, inner_high, high = stretches(
-            first_place, last_place, keys, BLOCK_N, CAUSAL, WINDOW
+            first_position, last_position, keys, BLOCK_N, CAUSAL, WINDOW
         )
         span = tl.cdiv(tl.cdiv(max(high - low, 0), splits), BLOCK_KV) * BLOCK_KV
         low += split * span
@@ -105,9 +105,9 @@ def ascend_decode(
         inner_high = min(max(inner_high, inner_low), high)
         top, total, summed = walk_keys(
             q, k_head, v_head, table_ptr, mask_ptr, mask_row, top, total, summed,
-            low, inner_low, inner_high, high, first_place, keys, k_stride_t, v_stride_t, scale,
+            low, inner_low, inner_high, high, first_position, keys, k_stride_t, v_stride_t, scale,
             HEAD_DIM, VALUE_DIM, HEAD_TILE, VALUE_TILE, GROUP, BLOCK_M, BLOCK_N, BLOCK_KV, M,
-            CAUSAL, WINDOW, SOFTCAP, KEY_MASK,
+            CAUSAL, WINDOW, SOFTCAP, PADDING_MASK,
         )  # fmt: skip
 
         # A row that saw no key has a sum of 0.

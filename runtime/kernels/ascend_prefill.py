@@ -64,7 +64,7 @@ def block_scores(
     HEAD_TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    KEY_MASK: tl.constexpr,
+    PADDING_MASK: tl.constexpr,
     CUT: tl.constexpr,
 ):
     """Return the exponents to base 2 of one small block, fp32 [BLOCK_M, BLOCK_N]."""
@@ -78,7 +78,7 @@ def block_scores(
         scores = (SOFTCAP * LOG2E) * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
     else:
         scores = scores * (scale * LOG2E)
-    if KEY_MASK:
+    if PADDING_MASK:
         # Of one row alone: the only compare there is.
         key = tl.arange(0, BLOCK_N)
         token = tl.load(mask_ptr + token + key, mask=key < left, other=0)
@@ -104,8 +104,8 @@ def table_window(
 
 @triton.jit
 def stretches(
-    first_place,  # the key at which the tile's first row stands
-    last_place,
+    first_position,  # the key at which the tile's first row stands
+    last_position,
     keys,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -121,11 +121,11 @@ def stretches(
     inner_low = 0
     inner_high = keys // BLOCK_N * BLOCK_N
     if CAUSAL:
-        high = min(high, max(last_place + 1, 0))
-        inner_high = min(inner_high, max(first_place + 1, 0) // BLOCK_N * BLOCK_N)
+        high = min(high, max(last_position + 1, 0))
+        inner_high = min(inner_high, max(first_position + 1, 0) // BLOCK_N * BLOCK_N)
     if WINDOW:
-        low = max(first_place - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-        inner_low = tl.cdiv(max(last_place - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
+        low = max(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        inner_low = tl.cdiv(max(last_position - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
     inner_low = min(max(inner_low, low), high)
     inner_high = min(max(inner_high, inner_low), high)
     return low, inner_low, inner_high, high
@@ -143,7 +143,7 @@ def walk_keys(
     total,  # fp32 [BLOCK_M]: the sum of weights so far
     summed,  # fp32 [BLOCK_M, VALUE_TILE]: the weighted sum of values so far
     low, inner_low, inner_high, high,  # of `stretches`
-    first_place,
+    first_position,
     keys,
     k_stride_t, v_stride_t,
     scale,
@@ -159,7 +159,7 @@ def walk_keys(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    KEY_MASK: tl.constexpr,
+    PADDING_MASK: tl.constexpr,
 ):  # fmt: skip
     """Return top, total and summed after the keys from `low` up to `high`.
 
@@ -185,21 +185,21 @@ def walk_keys(
                 token = mask_row + start
                 scores0 = block_scores(
                     q, k_rows, k_stride_t, mask_ptr, token, left, scale,
-                    HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, KEY_MASK, part == 0 or part == 3,
+                    HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, PADDING_MASK, part == 0 or part == 3,
                 )  # fmt: skip
                 if part == 0 or part == 3:
                     if CAUSAL:
                         upper = table_window(
-                            table_ptr, first_place - start, HEADS, M, BLOCK_M, BLOCK_N
+                            table_ptr, first_position - start, HEADS, M, BLOCK_M, BLOCK_N
                         )
                         scores0 += upper * UNSEEN
                     if WINDOW:
                         # The same table, read the other way: 1 is what the window holds.
                         lower = table_window(
-                            table_ptr, first_place - WINDOW - start, HEADS, M, BLOCK_M, BLOCK_N
+                            table_ptr, first_position - WINDOW - start, HEADS, M, BLOCK_M, BLOCK_N
                         )
                         scores0 += (1.0 - lower) * UNSEEN
-                    if not KEY_MASK:
+                    if not PADDING_MASK:
                         # The end of the keys is a row of the table.
                         table_row = table_ptr + min(left - 1, BLOCK_N) * (HEADS * 2 * M)
                         cut = tl.load(table_row + tl.arange(0, BLOCK_N)).to(tl.float32)
@@ -209,20 +209,20 @@ def walk_keys(
                     scores1 = block_scores(
                         q, k_rows + BLOCK_N * k_stride_t, k_stride_t,
                         mask_ptr, token + BLOCK_N, left - BLOCK_N, scale,
-                        HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, KEY_MASK, False,
+                        HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, PADDING_MASK, False,
                     )  # fmt: skip
                     raised = tl.maximum(raised, tl.max(scores1, 1))
                 if part == 1 and BLOCK_KV > 2 * BLOCK_N:
                     scores2 = block_scores(
                         q, k_rows + 2 * BLOCK_N * k_stride_t, k_stride_t,
                         mask_ptr, token + 2 * BLOCK_N, left - 2 * BLOCK_N, scale,
-                        HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, KEY_MASK, False,
+                        HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, PADDING_MASK, False,
                     )  # fmt: skip
                     raised = tl.maximum(raised, tl.max(scores2, 1))
                     scores3 = block_scores(
                         q, k_rows + 3 * BLOCK_N * k_stride_t, k_stride_t,
                         mask_ptr, token + 3 * BLOCK_N, left - 3 * BLOCK_N, scale,
-                        HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, KEY_MASK, False,
+                        HEAD_DIM, HEAD_TILE, BLOCK_N, SOFTCAP, PADDING_MASK, False,
                     )  # fmt: skip
                     raised = tl.maximum(raised, tl.max(scores3, 1))
                 shrink = tl.exp2(top - raised)
@@ -277,7 +277,7 @@ def ascend_prefill(
     table_ptr,  # fp16 [2 M, 2 M], contiguous: 1 above the diagonal, else 0
     mask_ptr,  # int8 [B, T], contiguous: nonzero at real keys
     sinks_ptr,  # fp32 [H]
-    lengths_ptr,  # int32 [B]: keys of each row, where they are fewer than T
+    kv_lens_ptr,  # int32 [B]: keys of each row, where they are fewer than T
     q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t,
@@ -297,9 +297,9 @@ def ascend_prefill(
     TOP_LEFT: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    KEY_MASK: tl.constexpr,
+    PADDING_MASK: tl.constexpr,
     SINKS: tl.constexpr,
-    LENGTHS: tl.constexpr,
+    KV_LENS: tl.constexpr,
     LSE: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(S, BLOCK_M)
@@ -311,14 +311,14 @@ def ascend_prefill(
         head = task % H
         group = head // GROUP
         keys = T
-        if LENGTHS:
-            keys = min(T, tl.load(lengths_ptr + batch))
+        if KV_LENS:
+            keys = min(T, tl.load(kv_lens_ptr + batch))
         first_row = block * BLOCK_M
         rows_left = S - first_row
         # Query i stands at key i + shift.
         shift = 0 if TOP_LEFT else keys - S
-        first_place = first_row + shift
-        last_place = first_place + BLOCK_M - 1
+        first_position = first_row + shift
+        last_position = first_position + BLOCK_M - 1
 
         q_rows = (
             q_ptr + tl.cast(batch, tl.int64) * q_stride_b + tl.cast(head, tl.int64) * q_stride_h
@@ -344,13 +344,13 @@ def ascend_prefill(
         summed = tl.zeros([BLOCK_M, VALUE_TILE], tl.float32) + tl.cast(task, tl.float32) * 0.0
 
         low, inner_low, inner_high, high = stretches(
-            first_place, last_place, keys, BLOCK_N, CAUSAL, WINDOW
+            first_position, last_position, keys, BLOCK_N, CAUSAL, WINDOW
         )
         top, total, summed = walk_keys(
             q, k_head, v_head, table_ptr, mask_ptr, mask_row, top, total, summed,
-            low, inner_low, inner_high, high, first_place, keys, k_stride_t, v_stride_t, scale,
+            low, inner_low, inner_high, high, first_position, keys, k_stride_t, v_stride_t, scale,
             HEAD_DIM, VALUE_DIM, HEAD_TILE, VALUE_TILE, 1, BLOCK_M, BLOCK_N, BLOCK_KV, M,
-            CAUSAL, WINDOW, SOFTCAP, KEY_MASK,
+            CAUSAL, WINDOW, SOFTCAP, PADDING_MASK,
         )  # fmt: skip
 
         # A row that saw no key has a sum of 0.

@@ -17,8 +17,8 @@ LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 def picked_keys(
     slots,  # [BLOCK_N]
     batch,
-    pages_ptr,
-    pages_width,
+    selected_blocks_ptr,
+    selected_width,
     T,
     PAGE: tl.constexpr,
 ):
@@ -27,8 +27,8 @@ def picked_keys(
     Behind the last page of a list it is T, which is no key.
     """
     listed = slots // PAGE
-    page_ptrs = pages_ptr + batch * pages_width + listed
-    page = tl.load(page_ptrs, mask=listed < pages_width, other=-1)
+    page_ptrs = selected_blocks_ptr + batch * selected_width + listed
+    page = tl.load(page_ptrs, mask=listed < selected_width, other=-1)
     return tl.where(page < 0, T, page * PAGE + slots % PAGE)
 
 
@@ -37,9 +37,9 @@ def key_offsets(
     keys,  # [BLOCK_N]
     present,
     batch,
-    first_ptr,
-    table_ptr,
-    table_width,
+    ring_start_ptr,
+    block_table_ptr,
+    block_table_width,
     k_stride_b,
     k_stride_t,
     v_stride_b,
@@ -50,10 +50,10 @@ def key_offsets(
     """Return how far each key, and each value, lies behind the first of its head."""
     held = keys.to(tl.int64)
     if RING:
-        slot = tl.load(first_ptr + batch) + keys
+        slot = tl.load(ring_start_ptr + batch) + keys
         held = tl.where(slot >= RING, slot - RING, slot).to(tl.int64)
     if PAGE:
-        page_ptrs = table_ptr + batch * table_width + keys // PAGE
+        page_ptrs = block_table_ptr + batch * block_table_width + keys // PAGE
         page = tl.load(page_ptrs, mask=present, other=0).to(tl.int64)
         held = (keys % PAGE).to(tl.int64)
         k_offsets = page * k_stride_b + held * k_stride_t
@@ -87,7 +87,7 @@ def transformed(
     real,  # [BLOCK_M]: which rows there are
     scale,
     slope,  # of ALiBi, to base 2: one, or [BLOCK_M, 1]
-    place_ptr,
+    positions_ptr,
     row,  # elements of a [B, T] in front of this row's
     bias_rows,  # [BLOCK_M, 1] pointers to the bias of key 0
     bias_stride_t,
@@ -103,7 +103,7 @@ def transformed(
     else:
         scores = scores * (scale * LOG2E)
     if ALIBI:
-        place = tl.load(place_ptr + row + keys, mask=present, other=0)
+        place = tl.load(positions_ptr + row + keys, mask=present, other=0)
         scores += slope * place.to(tl.float32)[None, :]
     if BIAS:
         bias_ptrs = bias_rows + keys.to(tl.int64)[None, :] * bias_stride_t
@@ -117,28 +117,28 @@ def visible(
     scores,  # [BLOCK_M, BLOCK_N]
     keys,
     present,
-    places,  # [BLOCK_M]: the key at which a row stands
+    positions,  # [BLOCK_M]: the key at which a row stands
     mask_ptr,
     row,
     EDGE: tl.constexpr,  # whether a row may miss a key for its place
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
+    PADDING_MASK: tl.constexpr,
 ):
     """Return the scores, -inf where a row does not see the key."""
     if EDGE:
         seen = present[None, :]
         if CAUSAL:
-            seen = seen & (keys[None, :] <= places[:, None])
+            seen = seen & (keys[None, :] <= positions[:, None])
         if WINDOW:
-            seen = seen & (keys[None, :] > places[:, None] - WINDOW)
+            seen = seen & (keys[None, :] > positions[:, None] - WINDOW)
         if CHUNK:
             # Where there are more queries than keys some stand before all of them, in no chunk.
-            own = tl.where(places < 0, -1, places // CHUNK)
+            own = tl.where(positions < 0, -1, positions // CHUNK)
             seen = seen & (keys[None, :] // CHUNK == own[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-    if KEY_MASK:
+    if PADDING_MASK:
         token = tl.load(mask_ptr + row + keys, mask=present, other=0)
         scores = tl.where(token[None, :] != 0, scores, float("-inf"))
     return scores

@@ -30,7 +30,7 @@ def span_length(keys, splits, BLOCK_N: tl.constexpr):
     return tl.cdiv(tl.cdiv(keys, splits), BLOCK_N) * BLOCK_N
 
 
-@triton.jit(do_not_specialize=["S", "T", "table_width", "pages_width", "page_slots"])
+@triton.jit(do_not_specialize=["S", "T", "block_table_width", "selected_width", "page_slots"])
 def attention_decode(
     q_ptr,  # [B, H, S, HEAD_DIM], by strides
     k_ptr,  # [B, G, T, HEAD_DIM]; paged: [pages, G, PAGE, HEAD_DIM]
@@ -41,16 +41,16 @@ def attention_decode(
     mask_ptr,  # int8 [B, T], contiguous: nonzero at real keys
     bias_ptr,  # [B, H, S, T], by strides, 0 where it broadcasts
     slopes_ptr,  # fp32 [H]
-    place_ptr,  # int32 [B, T], contiguous: ALiBi position of every key
-    lengths_ptr,  # int32 [B]: keys of each row, where they are fewer than T
-    table_ptr,  # int32 [B, table_width]: page of the pool that holds a page of the sequence
-    pages_ptr,  # int32 [B, pages_width]: the pages that are read, ascending, -1 behind the last
-    first_ptr,  # int32 [B]: ring slot of key 0
+    positions_ptr,  # int32 [B, T], contiguous: ALiBi position of every key
+    kv_lens_ptr,  # int32 [B]: keys of each row, where they are fewer than T
+    block_table_ptr,  # int32 [B, block_table_width]: where in the pool a page of the row lies
+    selected_blocks_ptr,  # int32 [B, selected_width]: the pages that are read, -1 behind the last
+    ring_start_ptr,  # int32 [B]: ring slot of key 0
     q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t,
     bias_stride_b, bias_stride_h, bias_stride_s, bias_stride_t,
-    table_width, pages_width, page_slots,
+    block_table_width, selected_width, page_slots,
     S, T, H,
     scale,
     HEAD_DIM: tl.constexpr,
@@ -67,10 +67,10 @@ def attention_decode(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    KEY_MASK: tl.constexpr,
+    PADDING_MASK: tl.constexpr,
     BIAS: tl.constexpr,
     ALIBI: tl.constexpr,
-    LENGTHS: tl.constexpr,
+    KV_LENS: tl.constexpr,
     RING: tl.constexpr,
     PAGE: tl.constexpr,
     SELECTED: tl.constexpr,
@@ -85,11 +85,11 @@ def attention_decode(
     group = tl.program_id(1) % groups
     batch_64, group_64 = batch.to(tl.int64), group.to(tl.int64)
     mask_row = batch_64 * T
-    if LENGTHS:
-        T = min(T, tl.load(lengths_ptr + batch))
+    if KV_LENS:
+        T = min(T, tl.load(kv_lens_ptr + batch))
     walked = T
     if SELECTED:
-        walked = pages_width * PAGE
+        walked = selected_width * PAGE
     span = span_length(walked, splits, BLOCK_N)
     low = split * span
     high = min(low + span, walked)
@@ -100,7 +100,7 @@ def attention_decode(
     token = rows // GROUP
     head = (group * GROUP + rows % GROUP).to(tl.int64)
     shift = 0 if TOP_LEFT else T - S
-    places = token + shift
+    positions = token + shift
     if (CAUSAL and not TOP_LEFT) and (WINDOW and not SELECTED):
         # Blocks that no row's window reaches are not read.
         low = max(low, max(shift - WINDOW + 1, 0) // BLOCK_N * BLOCK_N)
@@ -142,10 +142,10 @@ def attention_decode(
         slots = start + tl.arange(0, BLOCK_N)
         keys = slots
         if SELECTED:
-            keys = picked_keys(slots, batch, pages_ptr, pages_width, T, PAGE)
+            keys = picked_keys(slots, batch, selected_blocks_ptr, selected_width, T, PAGE)
         present = keys < T
         k_offsets, v_offsets = key_offsets(
-            keys, present, batch, first_ptr, table_ptr, table_width,
+            keys, present, batch, ring_start_ptr, block_table_ptr, block_table_width,
             k_stride_b, k_stride_t, v_stride_b, v_stride_t, RING, PAGE,
         )  # fmt: skip
         k_rows = k_head + k_offsets[:, None]
@@ -163,12 +163,12 @@ def attention_decode(
 
         if (SOFTCAP > 0 or ALIBI) or BIAS:
             scores = transformed(
-                scores, keys, present, real, scale, slope, place_ptr, mask_row,
+                scores, keys, present, real, scale, slope, positions_ptr, mask_row,
                 bias_rows, bias_stride_t, SOFTCAP, ALIBI, BIAS,
             )  # fmt: skip
         scores = visible(
-            scores, keys, present, places, mask_ptr, mask_row,
-            True, CAUSAL, WINDOW, CHUNK, KEY_MASK,
+            scores, keys, present, positions, mask_ptr, mask_row,
+            True, CAUSAL, WINDOW, CHUNK, PADDING_MASK,
         )  # fmt: skip
         if PAGE_MAX:
             where = (batch_64 * H + head) * S + token

@@ -10,7 +10,7 @@
 //
 // Constants, given in front of this text: HEAD_DIM and VALUE_DIM (multiples of 16), GROUP,
 // CONSUMERS, BLOCK_M = 64 CONSUMERS, BLOCK_N, STAGES, LOADER_REGISTERS, CONSUMER_REGISTERS, BF16,
-// CAUSAL, TOP_LEFT, WINDOW (0: none), SOFTCAP (0: none), SINKS, VARLEN, LENGTHS, LSE, and the
+// CAUSAL, TOP_LEFT, WINDOW (0: none), SOFTCAP (0: none), SINKS, VARLEN, KV_LENS, LSE, and the
 // functions wgmma_scores and wgmma_values.
 
 struct alignas(64) TensorMap {
@@ -152,8 +152,8 @@ struct Tile {
   int begin, end;               // blocks of BLOCK_N keys
 };
 
-__device__ __forceinline__ Tile tile_of(int number, const Sizes& sizes, const int* q_ends,
-                                        const int* k_ends, const int* lengths) {
+__device__ __forceinline__ Tile tile_of(int number, const Sizes& sizes, const int* cu_seqlens_q,
+                                        const int* cu_seqlens_k, const int* kv_lens) {
   Tile tile;
   int row = number / sizes.blocks;
   // The last rows of a causal attention see the most keys: they start first.
@@ -164,23 +164,23 @@ __device__ __forceinline__ Tile tile_of(int number, const Sizes& sizes, const in
   tile.keys = sizes.keys;
   tile.first_query = tile.first_key = 0;
 #if VARLEN
-  tile.first_query = q_ends[tile.batch];
-  tile.first_key = k_ends[tile.batch];
-  tile.queries = q_ends[tile.batch + 1] - tile.first_query;
-  tile.keys = k_ends[tile.batch + 1] - tile.first_key;
+  tile.first_query = cu_seqlens_q[tile.batch];
+  tile.first_key = cu_seqlens_k[tile.batch];
+  tile.queries = cu_seqlens_q[tile.batch + 1] - tile.first_query;
+  tile.keys = cu_seqlens_k[tile.batch + 1] - tile.first_key;
 #endif
-#if LENGTHS
-  tile.keys = min(sizes.keys, lengths[tile.batch]);
+#if KV_LENS
+  tile.keys = min(sizes.keys, kv_lens[tile.batch]);
 #endif
   tile.shift = TOP_LEFT ? 0 : tile.keys - tile.queries;
-  int first_place = tile.block * BLOCK_M + tile.shift;
+  int first_position = tile.block * BLOCK_M + tile.shift;
   tile.begin = 0;
   tile.end = (tile.keys + BLOCK_N - 1) / BLOCK_N;
 #if CAUSAL
-  tile.end = min(tile.end, max(first_place + BLOCK_M + BLOCK_N - 1, 0) / BLOCK_N);
+  tile.end = min(tile.end, max(first_position + BLOCK_M + BLOCK_N - 1, 0) / BLOCK_N);
 #endif
 #if WINDOW
-  tile.begin = max(first_place - WINDOW + 1, 0) / BLOCK_N;
+  tile.begin = max(first_position - WINDOW + 1, 0) / BLOCK_N;
 #endif
   if (tile.block * BLOCK_M >= tile.queries) tile.end = 0;
   return tile;
@@ -193,9 +193,9 @@ attention_prefill(const __grid_constant__ TensorMap q_map,  // [B, H, S, HEAD_DI
                   unsigned short* out,                      // [B, H, S, VALUE_DIM], by strides
                   float* lse,                               // [B, H, S], contiguous
                   const float* sinks,                       // [H]
-                  const int* q_ends,                        // [B + 1]
-                  const int* k_ends,                        // [B + 1]
-                  const int* lengths,                       // [B]
+                  const int* cu_seqlens_q,                        // [B + 1]
+                  const int* cu_seqlens_k,                        // [B + 1]
+                  const int* kv_lens,                       // [B]
                   int* counter,  // two zeros, which are zeros again at the end
                   Sizes sizes, float scale, long long out_stride_b, long long out_stride_h,
                   long long out_stride_s) {
@@ -234,7 +234,7 @@ attention_prefill(const __grid_constant__ TensorMap q_map,  // [B, H, S, HEAD_DI
       next_tile = number;
       barrier_arrive(tile_full);
       if (number >= sizes.tiles) break;
-      Tile tile = tile_of(number, sizes, q_ends, k_ends, lengths);
+      Tile tile = tile_of(number, sizes, cu_seqlens_q, cu_seqlens_k, kv_lens);
       number = gridDim.x + atomicAdd(counter, 1);
       int kv_head = tile.head / GROUP, row_of_batch = VARLEN ? 0 : tile.batch;
       if (tile.begin >= tile.end) continue;
@@ -287,7 +287,7 @@ attention_prefill(const __grid_constant__ TensorMap q_map,  // [B, H, S, HEAD_DI
     int number = next_tile;
     barrier_arrive(tile_empty);
     if (number >= sizes.tiles) break;
-    Tile tile = tile_of(number, sizes, q_ends, k_ends, lengths);
+    Tile tile = tile_of(number, sizes, cu_seqlens_q, cu_seqlens_k, kv_lens);
     int place = tile.block * BLOCK_M + row + tile.shift;
 
     float sums[VALUE_DIM / 2], scores[BLOCK_N / 2];

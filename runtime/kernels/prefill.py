@@ -23,7 +23,7 @@ from graphopt.runtime.kernels.common import (
 )
 
 
-@triton.jit(do_not_specialize=["S", "T", "table_width", "pages_width", "page_slots"])
+@triton.jit(do_not_specialize=["S", "T", "block_table_width", "selected_width", "page_slots"])
 def attention_prefill(
     q_ptr,  # [B, H, S, HEAD_DIM], by strides
     k_ptr,  # [B, G, T, HEAD_DIM]; paged: [pages, G, PAGE, HEAD_DIM]
@@ -34,20 +34,20 @@ def attention_prefill(
     mask_ptr,  # int8 [B, T], contiguous: nonzero at real keys
     bias_ptr,  # [B, H, S, T], by strides, 0 where it broadcasts
     slopes_ptr,  # fp32 [H]
-    place_ptr,  # int32 [B, T], contiguous: ALiBi position of every key
+    positions_ptr,  # int32 [B, T], contiguous: ALiBi position of every key
     sinks_ptr,  # fp32 [H]
-    q_ends_ptr,  # int32 [B + 1]: where each sequence begins among the queries, and the end
-    k_ends_ptr,  # int32 [B + 1]: the same among the keys
-    lengths_ptr,  # int32 [B]: keys of each row, where they are fewer than T
-    table_ptr,  # int32 [B, table_width]: page of the pool that holds a page of the sequence
-    pages_ptr,  # int32 [B, pages_width]: the pages that are read, ascending, -1 behind the last
-    first_ptr,  # int32 [B]: ring slot of key 0
+    cu_seqlens_q_ptr,  # int32 [B + 1]: where each sequence begins among the queries, and the end
+    cu_seqlens_k_ptr,  # int32 [B + 1]: the same among the keys
+    kv_lens_ptr,  # int32 [B]: keys of each row, where they are fewer than T
+    block_table_ptr,  # int32 [B, block_table_width]: where in the pool a page of the row lies
+    selected_blocks_ptr,  # int32 [B, selected_width]: the pages that are read, -1 behind the last
+    ring_start_ptr,  # int32 [B]: ring slot of key 0
     q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t,
     o_stride_b, o_stride_h, o_stride_s,
     bias_stride_b, bias_stride_h, bias_stride_s, bias_stride_t,
-    table_width, pages_width, page_slots,
+    block_table_width, selected_width, page_slots,
     S, T, H,
     scale,
     HEAD_DIM: tl.constexpr,
@@ -64,12 +64,12 @@ def attention_prefill(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    KEY_MASK: tl.constexpr,
+    PADDING_MASK: tl.constexpr,
     BIAS: tl.constexpr,
     ALIBI: tl.constexpr,
     SINKS: tl.constexpr,
     VARLEN: tl.constexpr,
-    LENGTHS: tl.constexpr,
+    KV_LENS: tl.constexpr,
     RING: tl.constexpr,
     PAGE: tl.constexpr,
     SELECTED: tl.constexpr,
@@ -86,21 +86,21 @@ def attention_prefill(
     lse_rows = S
     mask_row = batch.to(tl.int64) * T
     if VARLEN:
-        q_first = tl.load(q_ends_ptr + batch)
-        k_first = tl.load(k_ends_ptr + batch)
-        S = tl.load(q_ends_ptr + batch + 1) - q_first
-        T = tl.load(k_ends_ptr + batch + 1) - k_first
+        q_first = tl.load(cu_seqlens_q_ptr + batch)
+        k_first = tl.load(cu_seqlens_k_ptr + batch)
+        S = tl.load(cu_seqlens_q_ptr + batch + 1) - q_first
+        T = tl.load(cu_seqlens_k_ptr + batch + 1) - k_first
         q_batch, k_batch = q_batch * 0, k_batch * 0
         if block * BLOCK_M >= S:
             return
-    if LENGTHS:
-        T = min(T, tl.load(lengths_ptr + batch))
+    if KV_LENS:
+        T = min(T, tl.load(kv_lens_ptr + batch))
 
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     real = rows < S
     # Query i stands at key i + shift.
     shift = 0 if TOP_LEFT else T - S
-    places = rows + shift
+    positions = rows + shift
 
     unit = exponent_unit(scale, SOFTCAP, ALIBI, BIAS)
 
@@ -135,24 +135,24 @@ def attention_prefill(
     # Keys from `low` up to `high` are walked; between the inner two every row sees every key.
     low, high = 0, T
     inner_low, inner_high = 0, T // BLOCK_N * BLOCK_N
-    first_place = block * BLOCK_M + shift
-    last_place = first_place + BLOCK_M - 1
+    first_position = block * BLOCK_M + shift
+    last_position = first_position + BLOCK_M - 1
     if SELECTED:
-        high = pages_width * PAGE
+        high = selected_width * PAGE
         inner_high = 0
     else:
         if CAUSAL:
-            high = min(high, max(last_place + 1, 0))
-            inner_high = min(inner_high, max(first_place + 1, 0) // BLOCK_N * BLOCK_N)
+            high = min(high, max(last_position + 1, 0))
+            inner_high = min(inner_high, max(first_position + 1, 0) // BLOCK_N * BLOCK_N)
         if WINDOW:
-            low = max(first_place - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-            inner_low = tl.cdiv(max(last_place - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
+            low = max(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+            inner_low = tl.cdiv(max(last_position - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
         if CHUNK:
-            start = max(first_place, 0) // CHUNK * CHUNK
+            start = max(first_position, 0) // CHUNK * CHUNK
             low = max(low, start // BLOCK_N * BLOCK_N)
-            start = max(last_place, 0) // CHUNK * CHUNK
+            start = max(last_position, 0) // CHUNK * CHUNK
             inner_low = max(inner_low, tl.cdiv(start, BLOCK_N) * BLOCK_N)
-            end = tl.where(first_place < 0, 0, (max(first_place, 0) // CHUNK + 1) * CHUNK)
+            end = tl.where(first_position < 0, 0, (max(first_position, 0) // CHUNK + 1) * CHUNK)
             inner_high = min(inner_high, end // BLOCK_N * BLOCK_N)
     inner_low = min(max(inner_low, low), high)
     inner_high = min(max(inner_high, inner_low), high)
@@ -175,10 +175,10 @@ def attention_prefill(
             slots = start + tl.arange(0, BLOCK_N)
             keys = slots
             if SELECTED:
-                keys = picked_keys(slots, batch, pages_ptr, pages_width, T, PAGE)
+                keys = picked_keys(slots, batch, selected_blocks_ptr, selected_width, T, PAGE)
             present = keys < T
             k_offsets, v_offsets = key_offsets(
-                k_first + keys, present, batch, first_ptr, table_ptr, table_width,
+                k_first + keys, present, batch, ring_start_ptr, block_table_ptr, block_table_width,
                 k_stride_b, k_stride_t, v_stride_b, v_stride_t, RING, PAGE,
             )  # fmt: skip
             k_rows = k_head + k_offsets[:, None]
@@ -199,12 +199,12 @@ def attention_prefill(
 
             if (SOFTCAP > 0 or ALIBI) or BIAS:
                 scores = transformed(
-                    scores, keys, present, real, scale, slope, place_ptr, mask_row,
+                    scores, keys, present, real, scale, slope, positions_ptr, mask_row,
                     bias_rows, bias_stride_t, SOFTCAP, ALIBI, BIAS,
                 )  # fmt: skip
             scores = visible(
-                scores, keys, present, places, mask_ptr, mask_row,
-                part != 1, CAUSAL, WINDOW, CHUNK, KEY_MASK,
+                scores, keys, present, positions, mask_ptr, mask_row,
+                part != 1, CAUSAL, WINDOW, CHUNK, PADDING_MASK,
             )  # fmt: skip
             if PAGE_MAX:
                 where = (q_batch * H + head) * S + rows

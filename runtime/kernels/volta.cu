@@ -12,7 +12,7 @@
 //   CARRY                    pieces of 16 bytes of the next tile that a thread holds while it
 //                            computes; what is left of the tile follows after them
 //   P_PATH                   how weights become an operand: 0 by shuffles, 1 by shared memory
-//   CAUSAL, TOP_LEFT, WINDOW, CHUNK, SOFTCAP, KEY_MASK, ALIBI, SINKS, VARLEN, LENGTHS, LSE
+//   CAUSAL, TOP_LEFT, WINDOW, CHUNK, SOFTCAP, PADDING_MASK, ALIBI, SINKS, VARLEN, KV_LENS, LSE
 //   BIAS                     0, or the bits of an element of the bias: 16 or 32
 //   RING, PAGE               slots of the ring, tokens of a page, or 0
 //
@@ -323,15 +323,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) KERNEL(
     const signed char* __restrict__ mask_ptr,  // [B, T]: nonzero at real keys
     const void* __restrict__ bias_ptr,    // [B, H, S, T], by strides, 0 where it broadcasts
     const float* __restrict__ slopes_ptr, // [H]
-    const int* __restrict__ place_ptr,    // [B, T]: ALiBi position of every key
+    const int* __restrict__ positions_ptr,  // [B, T]: ALiBi position of every key
 #if !DECODE
     const float* __restrict__ sinks_ptr,  // [H]
-    const int* __restrict__ q_ends_ptr,   // [B + 1]: where each sequence begins, and the end
-    const int* __restrict__ k_ends_ptr,   // [B + 1]: the same among the keys
+    const int* __restrict__ cu_seqlens_q_ptr,  // [B + 1]: where each sequence begins, and the end
+    const int* __restrict__ cu_seqlens_k_ptr,  // [B + 1]: the same among the keys
 #endif
-    const int* __restrict__ lengths_ptr,  // [B]: keys of each row, where they are fewer than T
-    const int* __restrict__ table_ptr,    // [B, table_width]: page of the pool
-    const int* __restrict__ first_ptr,    // [B]: ring slot of key 0
+    const int* __restrict__ kv_lens_ptr,  // [B]: keys of each row, where they are fewer than T
+    const int* __restrict__ block_table_ptr,  // [B, block_table_width]: page of the pool
+    const int* __restrict__ ring_start_ptr,  // [B]: ring slot of key 0
     i64 q_stride_b, i64 q_stride_h, i64 q_stride_s,
     i64 k_stride_b, i64 k_stride_h, i64 k_stride_t,
     i64 v_stride_b, i64 v_stride_h, i64 v_stride_t,
@@ -339,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) KERNEL(
     i64 o_stride_b, i64 o_stride_h, i64 o_stride_s,
 #endif
     i64 bias_stride_b, i64 bias_stride_h, i64 bias_stride_s, i64 bias_stride_t,
-    int table_width, int S, int T, int H, float scale) {
+    int block_table_width, int S, int T, int H, float scale) {
   const int warp = threadIdx.x / 32;
   const Lane lane(threadIdx.x % 32);
   int loader = DECODE ? lane.id : threadIdx.x;
@@ -356,16 +356,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) KERNEL(
 #if !DECODE
   const int lse_rows = S;
   if (VARLEN) {
-    q_first = q_ends_ptr[batch];
-    k_first = k_ends_ptr[batch];
-    S = q_ends_ptr[batch + 1] - q_first;
-    T = k_ends_ptr[batch + 1] - k_first;
+    q_first = cu_seqlens_q_ptr[batch];
+    k_first = cu_seqlens_k_ptr[batch];
+    S = cu_seqlens_q_ptr[batch + 1] - q_first;
+    T = cu_seqlens_k_ptr[batch + 1] - k_first;
     q_batch = k_batch = 0;
     if (start_row >= S) return;
   }
 #endif
-  if (LENGTHS) T = min(T, lengths_ptr[batch]);
-  if (RING) k_first = first_ptr[batch];
+  if (KV_LENS) T = min(T, kv_lens_ptr[batch]);
+  if (RING) k_first = ring_start_ptr[batch];
   // Query i stands at key i + shift. Rows of decode are the heads of the group, token by token.
   const int shift = TOP_LEFT ? 0 : T - S;
   const int rows = DECODE ? S * GROUP : S;
@@ -377,19 +377,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) KERNEL(
   // ---- which keys: from `low` up to `high`; between the inner two every row sees every key
   int low = 0, high = T;
   int inner_low = 0, inner_high = T / BLOCK_N * BLOCK_N;
-  const int first_place = token_of(start_row) + shift;
-  const int last_place = token_of(min(start_row + BLOCK_M, rows) - 1) + shift;
+  const int first_position = token_of(start_row) + shift;
+  const int last_position = token_of(min(start_row + BLOCK_M, rows) - 1) + shift;
   if (CAUSAL) {
-    high = min(high, max(last_place + 1, 0));
-    inner_high = min(inner_high, max(first_place + 1, 0) / BLOCK_N * BLOCK_N);
+    high = min(high, max(last_position + 1, 0));
+    inner_high = min(inner_high, max(first_position + 1, 0) / BLOCK_N * BLOCK_N);
   }
   if (WINDOW) {
-    low = max(first_place - WINDOW + 1, 0) / BLOCK_N * BLOCK_N;
-    inner_low = (max(last_place - WINDOW + 1, 0) + BLOCK_N - 1) / BLOCK_N * BLOCK_N;
+    low = max(first_position - WINDOW + 1, 0) / BLOCK_N * BLOCK_N;
+    inner_low = (max(last_position - WINDOW + 1, 0) + BLOCK_N - 1) / BLOCK_N * BLOCK_N;
   }
   if (CHUNK) {
     constexpr int LENGTH = CHUNK ? CHUNK : 1;
-    const int one = down(first_place, LENGTH), other = down(last_place, LENGTH);
+    const int one = down(first_position, LENGTH), other = down(last_position, LENGTH);
     low = max(low, max(one * LENGTH, 0) / BLOCK_N * BLOCK_N);
     high = min(high, max((other + 1) * LENGTH, 0));
     inner_low = max(inner_low, (max(other * LENGTH, 0) + BLOCK_N - 1) / BLOCK_N * BLOCK_N);
@@ -408,7 +408,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) KERNEL(
 #endif
 
   const Held keys{k_ptr + group * k_stride_h + (PAGE ? 0 : k_batch * k_stride_b), k_stride_b,
-                  k_stride_t, table_ptr + (PAGE ? batch * table_width : 0), k_first, T};
+                  k_stride_t, block_table_ptr + (PAGE ? batch * block_table_width : 0), k_first, T};
   const Held values{v_ptr + group * v_stride_h + (PAGE ? 0 : k_batch * v_stride_b), v_stride_b,
                     v_stride_t, keys.table, k_first, T};
 
@@ -533,7 +533,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) KERNEL(
     if (more) key_part.fetch(keys, start + STEP, loader);
 
     const bool edge = start < inner_low || start >= inner_high;
-    if (edge || KEY_MASK || SOFTCAP > 0 || ALIBI || BIAS) {
+    if (edge || PADDING_MASK || SOFTCAP > 0 || ALIBI || BIAS) {
 #pragma unroll
       for (int n = 0; n < N_TILES; ++n) {
         // Without it the compiler fetches the bias of all tiles at once.
@@ -545,8 +545,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) KERNEL(
           const bool present = key < T;
           bool known = true;
           float position = 0.0f;
-          if (KEY_MASK) known = present && mask_ptr[batch * (i64)capacity + key] != 0;
-          if (ALIBI) position = present ? place_ptr[batch * (i64)capacity + key] : 0;
+          if (PADDING_MASK) known = present && mask_ptr[batch * (i64)capacity + key] != 0;
+          if (ALIBI) position = present ? positions_ptr[batch * (i64)capacity + key] : 0;
 #pragma unroll
           for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll

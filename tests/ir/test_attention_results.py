@@ -27,7 +27,7 @@ FORMS = st.fixed_dictionaries(
         "window": st.sampled_from((None, 4)),
         "chunk": st.sampled_from((None, 5)),
         "softcap": st.sampled_from((None, 2.0)),
-        "key_mask": st.booleans(),
+        "padding_mask": st.booleans(),
         "bias": st.booleans(),
         "alibi": st.booleans(),
         "sinks": st.booleans(),

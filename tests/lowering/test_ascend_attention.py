@@ -36,11 +36,11 @@ CASES = {
         (32, 16, 32),
     ),
     "softcap": ({"softcap": 2.0}, (1, 2, 1, 40, 40, 96, 96), (32, 16, 64)),
-    "key mask": ({"key_mask": True}, (3, 2, 1, 33, 65, 32, 32), (32, 16, 32)),
-    "sinks, lengths": ({"sinks": True, "lengths": True}, (2, 2, 1, 33, 63, 32, 32), (32, 16, 16)),
+    "key mask": ({"padding_mask": True}, (3, 2, 1, 33, 65, 32, 32), (32, 16, 32)),
+    "sinks, lengths": ({"sinks": True, "kv_lens": True}, (2, 2, 1, 33, 63, 32, 32), (32, 16, 16)),
     "wide": ({}, (1, 1, 1, 17, 64, 256, 192), (32, 32, 32)),
     "everything": (
-        {"window": 30, "softcap": 3.0, "key_mask": True, "sinks": True, "lengths": True},
+        {"window": 30, "softcap": 3.0, "padding_mask": True, "sinks": True, "kv_lens": True},
         (2, 4, 2, 40, 64, 64, 64), (32, 16, 64),
     ),
 }  # fmt: skip
@@ -67,10 +67,10 @@ DECODES = {
     ),
     "softcap": ({"softcap": 2.0}, (1, 8, 1, 1, 130, 96, 96), (16, 32, 64)),
     "sinks": ({"sinks": True}, (2, 6, 2, 4, 130, 32, 32), (16, 16, 16)),
-    "key mask": ({"key_mask": True}, (3, 8, 2, 4, 130, 32, 32), (16, 16, 32)),
-    "lengths": ({"lengths": True}, (3, 8, 2, 1, 130, 32, 32), (16, 16, 16)),
+    "key mask": ({"padding_mask": True}, (3, 8, 2, 4, 130, 32, 32), (16, 16, 32)),
+    "kv_lens": ({"kv_lens": True}, (3, 8, 2, 1, 130, 32, 32), (16, 16, 16)),
     "everything": (
-        {"window": 90, "softcap": 3.0, "key_mask": True, "sinks": True, "lengths": True},
+        {"window": 90, "softcap": 3.0, "padding_mask": True, "sinks": True, "kv_lens": True},
         (3, 6, 2, 4, 260, 64, 64), (16, 16, 32),
     ),
 }  # fmt: skip
@@ -124,7 +124,7 @@ def interpret():
         case = random_case(sizes, fields, seed=3)
         runs = [
             prefill(
-                ascend_prefill, case.q, Keys(case.k, case.v, lengths=case.lengths),
+                ascend_prefill, case.q, Keys(case.k, case.v, kv_lens=case.kv_lens),
                 constants_of(fields, sizes, blocks, "prefill"), scale=case.scale,
                 extras=Extras(mask=case.mask, sinks=case.sinks), programs=programs,
             )
@@ -142,10 +142,10 @@ def interpret():
         constants = constants_of(fields, sizes, blocks, "decode")
 
         def run(rows=slice(None), splits=None, programs=3, case=case, constants=constants):
-            mask, lengths = (None if x is None else x[rows] for x in (case.mask, case.lengths))
+            mask, lengths = (None if x is None else x[rows] for x in (case.mask, case.kv_lens))
             return decode(
                 ascend_decode, ascend_merge, case.q[rows],
-                Keys(case.k[rows], case.v[rows], lengths=lengths), constants, scale=case.scale,
+                Keys(case.k[rows], case.v[rows], kv_lens=lengths), constants, scale=case.scale,
                 extras=Extras(mask=mask, sinks=case.sinks), splits=splits, programs=programs,
             )  # fmt: skip
 
@@ -211,7 +211,7 @@ def test_rows_that_see_nothing_and_spans_are_among_the_cases(interpreted):
     assert decodes["key mask"]["unseen_rows"] == 8 * 4
     assert decodes["3 heads a key head, 1 keys, 4 tokens"]["unseen_rows"] == 2 * 3 * 3
     # Another order of summation shows that keys were split at all.
-    for name in ("4 heads a key head, 1000 keys, 1 tokens", "window", "lengths", "everything"):
+    for name in ("4 heads a key head, 1000 keys, 1 tokens", "window", "kv_lens", "everything"):
         assert decodes[name]["split"], name
 
 
@@ -259,7 +259,7 @@ def test_what_the_planner_chooses_compiles(tool, venv, tmp_path, head_dim, phase
     from graphopt.targets import get_target
 
     fields = {
-        "head_dim": head_dim, "heads": 8, "kv_heads": 2, "window": 1024, "key_mask": True,
+        "head_dim": head_dim, "heads": 8, "kv_heads": 2, "window": 1024, "padding_mask": True,
         "phase": phase,
     }  # fmt: skip
     tiles = plan_attention(AttentionSpec(**fields), get_target("ascend910b")).tiles

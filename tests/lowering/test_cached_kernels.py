@@ -34,7 +34,7 @@ def planned(program: Program):
     made = PlanKernels(target="ampere").run(program, Context()).program
     for plans in planned_attentions(made):
         decoding = [plan for plan in plans.plans if plan.spec.phase == "decode"]
-        (plan,) = (p for p in decoding if p.spec.lengths and not p.spec.key_mask)
+        (plan,) = (p for p in decoding if p.spec.kv_lens and not p.spec.padding_mask)
         yield plans.spec, plan
 
 
@@ -68,7 +68,7 @@ def ring_keys(k: torch.Tensor, v: torch.Tensor, slots: int, tokens: int) -> Keys
         memory[:, :, places] = ordered
         found.append(memory)
     lengths = torch.full((2,), count, dtype=torch.int32)
-    return Keys(*found, lengths=lengths, first=torch.full((2,), (tokens - count) % slots))
+    return Keys(*found, kv_lens=lengths, ring_start=torch.full((2,), (tokens - count) % slots))
 
 
 @pytest.mark.parametrize("layout", [KVLayout("ring", 24), KVLayout("paged", 16)], ids=str)
@@ -87,7 +87,7 @@ def test_the_planned_kernel_reads_what_the_interpreter_keeps(layout):
         held_k, held_v = half
         after = half.extended(torch.cat((held_k, k), 2), torch.cat((held_v, v), 2))
         lengths = torch.full((2,), after.length, dtype=torch.int32)
-        keys = Keys(after.k, after.v, lengths=lengths, table=after.table)
+        keys = Keys(after.k, after.v, kv_lens=lengths, block_table=after.table)
         all_k, all_v = after
     else:
         held_k, held_v = (part.half() for part in state)

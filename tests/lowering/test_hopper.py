@@ -21,7 +21,7 @@ FORMS = {
     "D 96, f16": {"head_dim": 96, "dtype": "f16"},
     "D 192 over 128": {"head_dim": 192, "value_dim": 128},
     "D 256": {"head_dim": 256},
-    "everything": {"window": 300, "softcap": 20.0, "sinks": True, "lengths": True, "lse": True,
+    "everything": {"window": 300, "softcap": 20.0, "sinks": True, "kv_lens": True, "lse": True,
                    "align": "top-left"},
     "varlen": {"varlen": True},
 }  # fmt: skip

@@ -44,15 +44,15 @@ FORMS = {
     "window, top left": {"window": 9, "align": "top-left"},
     "chunk": {"chunk": 24},
     "softcap": {"softcap": 2.0},
-    "key mask": {"key_mask": True},
-    "full, key mask": {"causal": False, "key_mask": True},
+    "key mask": {"padding_mask": True},
+    "full, key mask": {"causal": False, "padding_mask": True},
     "bias": {"bias": True, "causal": False},
     "alibi": {"alibi": True},
-    "alibi, key mask": {"alibi": True, "key_mask": True},
+    "alibi, key mask": {"alibi": True, "padding_mask": True},
     "sinks": {"sinks": True},
-    "lengths": {"lengths": True},
-    "everything": {"window": 30, "softcap": 3.0, "key_mask": True, "bias": True, "alibi": True,
-                   "sinks": True, "lengths": True},
+    "kv_lens": {"kv_lens": True},
+    "everything": {"window": 30, "softcap": 3.0, "padding_mask": True, "bias": True, "alibi": True,
+                   "sinks": True, "kv_lens": True},
     "chunk, full": {"chunk": 24, "causal": False},
 }  # fmt: skip
 HEAD_SIZES = (32, 40, 64, 72, 80, 96, 128, 192, 256)
@@ -89,7 +89,7 @@ def on_device(item):
 
 def operands(case, keys=None):
     extras = Extras(case.mask, case.bias, case.slopes, None, case.sinks)
-    keys = keys or Keys(case.k, case.v, lengths=case.lengths)
+    keys = keys or Keys(case.k, case.v, kv_lens=case.kv_lens)
     return on_device(case.q), on_device(keys), on_device(extras)
 
 
@@ -198,7 +198,7 @@ def test_rows_that_see_nothing_are_zero(phase):
     def check(case):
         return (check_prefill(case) if phase == "prefill" else check_decode(case, splits=2))[0]
 
-    case = random_case((2, 2, 1, 5, 40, 32, 32), {"key_mask": True, "sinks": True})
+    case = random_case((2, 2, 1, 5, 40, 32, 32), {"padding_mask": True, "sinks": True})
     case.mask[1] = 0
     out = check(case)
     assert out[1].eq(0).all() and out[0].ne(0).any()
@@ -219,7 +219,7 @@ def test_scores_far_from_zero_stay_finite():
 @pytest.mark.parametrize("check", [check_prefill, check_decode])
 def test_queries_before_all_keys_are_in_no_chunk(check):
     fields = {"chunk": 24, "causal": False}
-    check(random_case((2, 2, 1, 36, 9, 32, 32), {**fields, "lengths": True}))
+    check(random_case((2, 2, 1, 36, 9, 32, 32), {**fields, "kv_lens": True}))
     check(random_case((1, 2, 1, 40, 30, 32, 32), fields))
 
 
@@ -257,10 +257,10 @@ def test_rows_are_aligned_by_the_axes_that_are_followed():
 
 @pytest.mark.parametrize("check", [check_prefill, check_decode])
 def test_a_length_beyond_the_cache_is_that_of_the_cache(check):
-    case = random_case((2, 2, 1, 5, 40, 32, 32), {"lengths": True})
-    case.lengths = torch.tensor([40, 40])
+    case = random_case((2, 2, 1, 5, 40, 32, 32), {"kv_lens": True})
+    case.kv_lens = torch.tensor([40, 40])
     q, keys, extras = operands(case)
-    keys = dataclasses.replace(keys, lengths=torch.tensor([41, 1000], device=DEVICE))
+    keys = dataclasses.replace(keys, kv_lens=torch.tensor([41, 1000], device=DEVICE))
     phase, run = ("prefill", (prefill, attention_prefill))
     if check is check_decode:
         phase, run = ("decode", (decode, attention_decode, attention_merge))
@@ -314,10 +314,10 @@ def test_sequences_one_behind_the_other():
         q, k, v = (torch.cat([getattr(c, n) for c in cases], 2) for n in "qkv")
         ends = [torch.tensor([0, *torch.tensor(n).cumsum(0)]) for n in zip(*lengths, strict=True)]
         joined = dataclasses.replace(cases[0], q=q, k=k, v=v, fields={**fields, "varlen": True})
-        keys = on_device(Keys(k, v, ends=ends[1]))
+        keys = on_device(Keys(k, v, cu_seqlens=ends[1]))
         out, lse, _ = prefill(
             attention_prefill, on_device(q), keys, planned(joined),
-            scale=joined.scale, ends=on_device(ends[0]), longest=64,
+            scale=joined.scale, cu_seqlens_q=on_device(ends[0]), max_seqlen_q=64,
         )  # fmt: skip
         for case, start, end in zip(cases, ends[0][:-1], ends[0][1:], strict=True):
             close(out[:, :, start:end], lse[:, :, start:end], case)
@@ -338,12 +338,12 @@ def paged(case, page, seed=0):
                 piece = source[b, :, n * page : (n + 1) * page]
                 pool[table[b, n], :, : piece.shape[1]] = piece
         pools.append(pool)
-    return Keys(*pools, lengths=case.lengths, table=table)
+    return Keys(*pools, kv_lens=case.kv_lens, block_table=table)
 
 
 @pytest.mark.parametrize("page", slow_but((16, 24, 64), 24))
 def test_pages(page):
-    fields = {"kv": "paged", "page": page, "lengths": True}
+    fields = {"kv": "paged", "page": page, "kv_lens": True}
     for form in ({}, {"window": 20, "softcap": 2.0}):
         case = random_case((2, 4, 2, 30, 100, 64, 64), {**form, **fields})
         check_prefill(case, paged(case, page))
@@ -376,15 +376,15 @@ def check_maxima(found, case, lists, page):
 
 @pytest.mark.parametrize("page", slow_but((16, 32, 64), 16))
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_selected_pages_and_their_maxima(phase, page):
-    fields = {"kv": "paged", "page": page, "lengths": True, "selected_pages": True}
+def test_selected_blocks_and_their_maxima(phase, page):
+    fields = {"kv": "paged", "page": page, "kv_lens": True, "selected_blocks": True}
     heads, check = (2, 4, 2, 1), check_decode
     if phase == "prefill":
         heads, check = (2, 2, 1, 40), check_prefill
     case = random_case((*heads, 150, 64, 64), fields)
     lists = torch.tensor([[0, 2, 4], [1, 2, -1]])
     case.picked = picked(case, lists, page)
-    keys = dataclasses.replace(paged(case, page), pages=lists)
+    keys = dataclasses.replace(paged(case, page), selected_blocks=lists)
     _, maxima = check(case, keys, PAGE_MAX=True)
     check_maxima(maxima, case, lists, page)
     assert check(case, keys)[1] is None
@@ -393,7 +393,7 @@ def test_selected_pages_and_their_maxima(phase, page):
 @pytest.mark.parametrize(
     "form",
     slow_but(({}, {"causal": False, "window": 20},
-           {"softcap": 2.0, "key_mask": True, "sinks": True},
+           {"softcap": 2.0, "padding_mask": True, "sinks": True},
            {"chunk": 24, "alibi": True, "bias": True}), {}),
 )  # fmt: skip
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -401,21 +401,21 @@ def test_maxima_of_all_pages(phase, form):
     page, heads, check = 16, (2, 4, 2, 1), check_decode
     if phase == "prefill":
         heads, check = (2, 2, 1, 45), check_prefill
-    fields = {**form, "kv": "paged", "page": page, "lengths": True}
+    fields = {**form, "kv": "paged", "page": page, "kv_lens": True}
     case = random_case((*heads, 96, 32, 32), fields)
     _, maxima = check(case, paged(case, page), PAGE_MAX=True)
     check_maxima(maxima, case, torch.arange(6).expand(2, 6), page)
 
 
 def test_a_ring():
-    fields = {"kv": "ring", "lengths": True, "window": 40}
+    fields = {"kv": "ring", "kv_lens": True, "window": 40}
     for queries, check in ((1, check_decode), (20, check_prefill)):
         case = random_case((2, 4, 2, queries, 90, 64, 64), fields)
         first = torch.tensor([0, 70])
         slots = (torch.arange(90)[None] + first[:, None]) % 90
         index = slots[:, None, :, None]
         k, v = (torch.zeros_like(x).scatter(2, index.expand_as(x), x) for x in (case.k, case.v))
-        check(case, Keys(k, v, lengths=case.lengths, first=first), RING=90)
+        check(case, Keys(k, v, kv_lens=case.kv_lens, ring_start=first), RING=90)
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_a_ring():
         (lambda c: {"v": c.v.float()}, "give one dtype"),
         (lambda c: {"k": c.k.transpose(2, 3).contiguous().transpose(2, 3)}, "not contiguous"),
         (lambda c: {"mask": torch.ones(2, 8, dtype=torch.int8)}, "does not take 'mask'"),
-        (lambda c: {"lengths": torch.ones(2)}, "does not take 'lengths'"),
+        (lambda c: {"kv_lens": torch.ones(2)}, "does not take 'kv_lens'"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused(change, message):
@@ -448,13 +448,21 @@ def test_more_heads_than_a_grid_has_are_refused_by_a_sentence():
 
 
 SPECIALISED = {
-    "causal": [{}, {"key_mask": True}, {"lengths": True}, {"key_mask": True, "lengths": True}],
+    "causal": [
+        {},
+        {"padding_mask": True},
+        {"kv_lens": True},
+        {"padding_mask": True, "kv_lens": True},
+    ],
     "all of one": [FORMS["everything"]],
     "window and none": [{"window": 9, "align": "top-left"}, {"align": "top-left"}],
     "chunk, softcap": [{"chunk": 24, "softcap": 2.0}, {"softcap": 2.0}],
-    "bias": [{"bias": True, "causal": False}, {"bias": True, "causal": False, "key_mask": True}],
+    "bias": [
+        {"bias": True, "causal": False},
+        {"bias": True, "causal": False, "padding_mask": True},
+    ],
     "alibi, sinks": [{"alibi": True, "sinks": True}],
-    "pages": [{"kv": "paged", "page": 16, "lengths": True}],
+    "pages": [{"kv": "paged", "page": 16, "kv_lens": True}],
 }
 
 

@@ -52,14 +52,14 @@ def test_a_form(name):
 def test_a_form_at_more_lengths(name):
     constants = FORMS[name].constants()
     lengths, unequal = (1, 7, 63, 64, 65, 127), ((7, 64), (64, 7), (65, 127))
-    check(FORMS[name], emulated(constants), constants, lengths=lengths, unequal=unequal)
+    check(FORMS[name], emulated(constants), constants, kv_lens=lengths, unequal=unequal)
 
 
 @needs_gcc
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_rows_that_see_nothing_are_zero(phase):
-    form = Form(64, {"key_mask": True, "sinks": True, "phase": phase})
+    form = Form(64, {"padding_mask": True, "sinks": True, "phase": phase})
     constants = form.constants()
     kernels = emulated(constants)
     case = case_of(form, 5, 40)

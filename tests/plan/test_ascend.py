@@ -321,9 +321,9 @@ def test_packed_rows_are_the_heads_of_each_token():
 @pytest.mark.parametrize(
     ("fields", "changes", "reason"),
     [
-        ({"key_mask": True}, {}, "needs 'mask'"),
+        ({"padding_mask": True}, {}, "needs 'mask'"),
         ({}, {"mask": torch.ones(2, 300)}, "does not take 'mask'"),
-        ({"key_mask": True}, {"mask": torch.ones(2, 299)}, r"should be \(2, 300\)"),
+        ({"padding_mask": True}, {"mask": torch.ones(2, 299)}, r"should be \(2, 300\)"),
         ({"sinks": True}, {"sinks": torch.ones(5)}, r"should be \(4,\)"),
         ({}, {"bias": torch.ones(1)}, "does not take 'bias'"),
     ],

@@ -94,7 +94,7 @@ def test_what_a_gpu_cannot_do_is_refused_with_the_reason(fields, reason):
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_page_maxima_are_planned_for_triton(phase):
-    fields = {"kv": "paged", "page": 64, "page_max": True, "selected_pages": True}
+    fields = {"kv": "paged", "page": 64, "page_max": True, "selected_blocks": True}
     for target in GPUS:
         found = plan_attention(spec(phase=phase, **fields), get_target(target))
         assert found.kernel == "triton" and kernel_constants(found)["PAGE_MAX"]
@@ -119,7 +119,7 @@ def test_a_target_without_kernels_or_without_the_dtype():
         ({"kv_bits": 3}, "kv_bits"),
         ({"kv": "paged"}, "page size"),
         ({"page": 16}, "page size"),
-        ({"selected_pages": True}, "of a paged cache"),
+        ({"selected_blocks": True}, "of a paged cache"),
         ({"varlen": True, "phase": "decode"}, "no cache of their own"),
         ({"varlen": True, "bias": True}, "by row of a batch"),
     ],

@@ -38,8 +38,8 @@ def test_every_pair_of_head_sizes_is_planned(target, phase):
         for value_dim in HEAD_SIZES[::3]:
             spec = AttentionSpec(
                 head_dim=head_dim, value_dim=value_dim, heads=16, kv_heads=1, phase=phase,
-                bias=True, alibi=True, key_mask=True, lengths=True, softcap=20.0,
-                kv="paged", page=64, selected_pages=True, page_max=True,
+                bias=True, alibi=True, padding_mask=True, kv_lens=True, softcap=20.0,
+                kv="paged", page=64, selected_blocks=True, page_max=True,
             )  # fmt: skip
             assert plan_attention(spec, machine).kernel == "triton"
 
@@ -93,10 +93,10 @@ import dataclasses
 
 FLOATS = ("lse_ptr", "page_max_ptr", "slopes_ptr", "sinks_ptr", "part_ptr", "part_lse_ptr")
 HALVES = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "bias_ptr")
-GIVEN = {"mask_ptr": "key_mask", "bias_ptr": "bias", "slopes_ptr": "alibi", "place_ptr": "alibi",
-         "sinks_ptr": "sinks", "q_ends_ptr": "varlen", "k_ends_ptr": "varlen",
-         "lengths_ptr": "lengths", "table_ptr": "page", "pages_ptr": "selected_pages",
-         "lse_ptr": "lse", "page_max_ptr": "page_max"}
+GIVEN = {"mask_ptr": "padding_mask", "bias_ptr": "bias", "slopes_ptr": "alibi",
+         "positions_ptr": "alibi", "sinks_ptr": "sinks", "cu_seqlens_q_ptr": "varlen",
+         "cu_seqlens_k_ptr": "varlen", "kv_lens_ptr": "kv_lens", "block_table_ptr": "page",
+         "selected_blocks_ptr": "selected_blocks", "lse_ptr": "lse", "page_max_ptr": "page_max"}
 
 def kind(name, half):
     if name.endswith("_ptr"):
@@ -111,7 +111,7 @@ def compiled(spec, target):
     ring = 1000 if spec.kv == "ring" else 0
     every = {**kernel_constants(plan, ring=ring), "bias_stride_t": 1}
     given = {name: getattr(spec, field) for name, field in GIVEN.items()}
-    given["first_ptr"] = spec.kv == "ring"
+    given["ring_start_ptr"] = spec.kv == "ring"
     half = {"f16": "fp16", "bf16": "bf16"}[spec.dtype]
     constants = {name: every[name] for name in kernel.arg_names if name in every}
     constants |= {n: None for n, use in given.items() if not use and n in kernel.arg_names}

@@ -205,7 +205,7 @@ def test_every_head_size_has_tiles_that_satisfy_all(head, value, phase, kv_heads
 def test_every_feature_at_once_has_tiles(size, phase):
     everything = spec(
         head_dim=size, phase=phase, window=64, chunk=128, softcap=30.0, sinks=True, alibi=True,
-        key_mask=True, bias=True, lengths=True, kv="paged", page=16, lse=True,
+        padding_mask=True, bias=True, kv_lens=True, kv="paged", page=16, lse=True,
     )  # fmt: skip
     assert plan_attention(everything, VOLTA).kernel == "volta-cuda"
 
@@ -246,7 +246,7 @@ def test_a_smaller_machine_gets_smaller_tiles_or_a_reason():
         ({"head_dim": 16}, "head_dim is 16: only multiples of 8 from 32 to 256"),
         ({"value_dim": 100}, "value_dim is 100"),
         ({"kv_bits": 8}, "a cache of 8 bits"),
-        ({"kv": "paged", "page": 16, "selected_pages": True}, "all pages of a cache, not a list"),
+        ({"kv": "paged", "page": 16, "selected_blocks": True}, "all pages of a cache, not a list"),
         ({"kv": "paged", "page": 16, "page_max": True, "phase": "decode"}, "no page maxima"),
     ],
 )
