@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Program, resolve_attrs
-from graphopt.ir.ops.attention import asks_for_statistics
+from graphopt.ir.ops.attention import SELECTED, is_general
 from graphopt.pass_manager.contract import Pass
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
@@ -51,23 +51,26 @@ def check_placements(program: Program) -> None:
             )
 
 
-def check_attention_results(program: Program, where: str) -> None:
-    """Refuse attentions that give more than their output, keys and values.
+def check_attentions(program: Program, where: str) -> None:
+    """Refuse attentions that read selected pages, or give more than their output, keys and values.
 
     Args:
-        where: What has no place for them.
+        where: What has no place for that.
 
     Raises:
         LoweringError: Naming the attention.
     """
     for call in program.calls:
         for node in program.functions[call.function].nodes:
-            if node.op == "attention" and asks_for_statistics(resolve_attrs(node, call)):
-                raise LoweringError(
-                    f"{call.path or call.function}: {node.outputs[0].name} = attention: it gives "
-                    f"the log-sum-exp or page maxima, which {where} has no place for.",
-                    "Emit torch for the CPU, or leave out these results.",
-                )
+            if node.op != "attention" or not is_general(resolve_attrs(node, call), node.inputs):
+                continue
+            selects = len(node.inputs) > SELECTED and node.inputs[SELECTED] is not None
+            what = "reads selected pages" if selects else "gives the log-sum-exp or page maxima"
+            raise LoweringError(
+                f"{call.path or call.function}: {node.outputs[0].name} = attention: it {what}, "
+                f"which {where} has no place for.",
+                "Emit torch, or leave this out.",
+            )
 
 
 class Emitter(ABC):

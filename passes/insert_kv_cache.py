@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import sympy
+from pydantic import Field
 
-from graphopt.errors import VerifyError
+from graphopt.errors import UsageError, VerifyError
 from graphopt.ir.graph import (
     Cache,
     Call,
     Function,
+    KVLayout,
     KVState,
     Node,
     Program,
@@ -21,6 +24,7 @@ from graphopt.ir.graph import (
 )
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.attention import BIAS, MASK, PAST_K
+from graphopt.ir.relayout import with_layouts
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.token_mixing import mixes_tokens
 from graphopt.ir.types import B, P, S, Type, dim
@@ -54,9 +58,33 @@ class InsertKVCache(Pass):
        convolution along tokens, a shift, a sum over them, or an attention that capture did not
        recognise would need a state too.
     6. All attentions of the program or none: with some left alone the mask would fit neither.
+    7. A ring holds all that is seen: the attention has a window, and nothing in it is counted from
+       the first token on (chunks, pages).
+
+    Options:
+        ring: States of attentions with a window are rings of window + step - 1 slots: the window of
+            every query of a step is still there when the step's keys are written.
+        step: Tokens of such a step.
+        page: States that are no rings lie in pages of so many tokens; None for contiguous ones.
     """
 
+    ring: bool = False
+    step: Annotated[int, Field(ge=1)] = 1
+    page: Annotated[int, Field(ge=1)] | None = None
+
     name: ClassVar[str] = "insert-kv-cache"
+
+    def check_options(self) -> None:
+        """Refuse a step that nothing asks for.
+
+        Raises:
+            UsageError: `step` is given without `ring`.
+        """
+        if self.step != 1 and not self.ring:
+            raise UsageError(
+                f"step={self.step} is how far a ring reaches beyond its window, and ring is false.",
+                "Give ring=true, or leave step out.",
+            )
 
     def run(self, program: Program, context: Context) -> PassResult:
         result = PassResult(program)
@@ -65,11 +93,19 @@ class InsertKVCache(Pass):
             result.matched += len(_attentions(function)) * len(calls[name])
         result.skipped = _illegal(program)
         pending = any(not _is_cached(n) for f in program.functions.values() for n in _attentions(f))
-        if result.skipped or not pending:
+        if result.skipped or not (pending or self.ring or self.page):
             return result
         cached = program.copy()
-        result.changed = _insert(cached)
+        result.changed = _insert(cached) if pending else 0
+        layouts = self._layouts(cached)
+        if self.ring and not any(layout.ring for layout in layouts.values()):
+            result.skipped.append(Skip(program.name, "no attention has a window to keep in a ring"))
+        moved = [name for name, layout in layouts.items() if cached.states[name].layout != layout]
+        if not pending and not moved:
+            return result
         try:
+            cached = with_layouts(cached, {name: layouts[name] for name in moved})
+            result.changed = result.changed or len(moved)
             verify(cached)
         except VerifyError as error:
             result.changed = 0
@@ -77,6 +113,28 @@ class InsertKVCache(Pass):
             return result
         result.program = cached
         return result
+
+    def _layouts(self, program: Program) -> dict[str, KVLayout]:
+        """Return the layout that each state is to have, by its name."""
+        layouts: dict[str, KVLayout] = {}
+        for call in program.calls:
+            for cache in program.functions[call.function].caches:
+                name = call.caches[cache.slot]
+                layout = program.states[name].layout
+                node = cache.present_k.node
+                slots = None if node is None else self._slots(resolve_attrs(node, call))
+                if self.ring and slots is not None:
+                    layout = KVLayout("ring", slots)
+                elif self.page is not None:
+                    layout = KVLayout("paged", self.page)
+                layouts[name] = layout
+        return layouts
+
+    def _slots(self, attrs: Mapping[str, Any]) -> int | None:
+        """Return the slots of a ring for an attention; None where a ring does not hold its keys."""
+        window = attrs.get("window")
+        counted = any(attrs.get(key) is not None for key in ("chunk", "page", "page_max"))
+        return None if window is None or counted else int(window) + self.step - 1
 
 
 def _attentions(function: Function) -> list[Node]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from graphopt.runtime.attention import (
-    Constants,
     Extras,
     Keys,
     check,
@@ -22,6 +21,7 @@ from graphopt.runtime.attention import (
     launch,
     splits_of,
 )
+from graphopt.runtime.fitting_tiles import Constants
 from graphopt.runtime.tiling_mask import table
 
 MOST_PROGRAMS = 65535

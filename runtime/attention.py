@@ -6,21 +6,18 @@ letters: B batch, S query tokens, T key tokens, H query heads, G key heads, D he
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Constants = Mapping[str, int | float | bool]
+from graphopt.runtime.fitting_tiles import Constants, first_that_fits
 
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 MOST_BLOCKS = 65535
 """Blocks along the second and the third axis of a grid."""
-LEAST = 16
-"""Rows and keys of the smallest tile: a matrix unit multiplies 16 at a time."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,8 @@ class Keys:
         kv_lens: int32 [B]: keys of each row, where the memory holds more.
         ring_start: int32 [B]: slot of a ring in which a row's first key lies.
         block_table: int32 [B, N]: the page of the pool that holds page n of a row.
-        selected_blocks: int32 [B, M]: the pages of a row that are read, ascending, -1 behind the
-            last.
+        selected_blocks: int32 [B, G, M]: the pages of a row that a key head reads, each at most
+            once; a negative number stands for none.
         cu_seqlens: int32 [B + 1]: where each sequence begins among the keys, and the end of the
             last; for sequences one behind the other.
     """
@@ -91,6 +88,13 @@ def check(q: Tensor, keys: Keys, constants: Constants) -> None:
         if bool(constants[switch]) != (getattr(keys, name) is not None):
             state = "needs" if constants[switch] else "does not take"
             raise ValueError(f"this kernel {state} {name!r}: plan one for the cache at hand")
+    if keys.selected_blocks is not None:
+        rows = (q.shape[0], keys.k.shape[1])
+        if keys.selected_blocks.shape[:2] != rows:
+            raise ValueError(
+                f"selected_blocks is {tuple(keys.selected_blocks.shape)}: a list for each of "
+                f"{rows[0]} rows and {rows[1]} key heads is needed"
+            )
     if constants["RING"] and constants["RING"] != keys.k.shape[2]:
         raise ValueError(f"a ring of {keys.k.shape[2]} slots: made for {constants['RING']}")
     if constants["PAGE"] and constants["PAGE"] != keys.k.shape[2]:
@@ -173,7 +177,7 @@ def key_arguments(keys: Keys) -> dict[str, Any]:
         if index is not None:
             found[f"{name}_ptr"] = index.to(torch.int32).contiguous()
     found["block_table_width"] = 0 if keys.block_table is None else keys.block_table.shape[1]
-    found["selected_width"] = 0 if keys.selected_blocks is None else keys.selected_blocks.shape[1]
+    found["selected_width"] = 0 if keys.selected_blocks is None else keys.selected_blocks.shape[2]
     return found
 
 
@@ -201,66 +205,6 @@ def _written(shape: tuple[int, ...], q: Tensor, out: Tensor | None) -> Tensor:
     # As [B, S, H, Dv] in memory: the heads of a token lie side by side for what follows.
     made = torch.empty((batch, queries, heads, width), dtype=q.dtype, device=q.device)
     return made.transpose(1, 2)
-
-
-def without_wgmma(constants: Constants) -> Constants:
-    """Return tiles that Triton does not multiply by Hopper's `wgmma`: 64 rows of four warps.
-
-    Its assembler mistakes an address in kernels with as many products as these (see
-    `graphopt.plan.triton`). Plans for Hopper have such tiles; those for Ampere get them on
-    Hopper, with as many rows a warp.
-    """
-    rows, warps = int(constants["BLOCK_M"]), int(constants["num_warps"])
-    if rows % 64 or warps % 4:
-        return constants
-    return {**constants, "BLOCK_M": max(LEAST, 2 * rows // warps), "num_warps": 2}
-
-
-def _compiles_for_hopper(device: torch.device) -> bool:
-    """Return whether Triton compiles for sm_90 here."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    return os.environ.get("TRITON_OVERRIDE_ARCH", "sm90").startswith("sm90")
-
-
-def smaller(constants: Constants) -> Iterator[Constants]:
-    """Yield constants of a Triton kernel, then of ever smaller tiles for a GPU with less memory.
-
-    What a tile takes of the shared memory hangs on the compiler's version as well, and a GPU
-    other than the plan's may have less of it. First fewer tiles are on their way at a time, then
-    they have fewer keys, then fewer rows. A row's result is the same but for its rounding.
-    """
-    tiles = {name: int(constants[name]) for name in ("num_stages", "BLOCK_N", "BLOCK_M")}
-    yield constants
-    for name, least in (("num_stages", 1), ("BLOCK_N", LEAST), ("BLOCK_M", LEAST)):
-        while tiles[name] > least:
-            tiles[name] = max(least, tiles[name] - 1 if name == "num_stages" else tiles[name] // 2)
-            yield {**constants, **tiles}
-
-
-def _first_that_fits(
-    constants: Constants, device: torch.device, start: Callable[[Constants], None]
-) -> None:
-    """Start a kernel with the first tiles for which the GPU has the memory.
-
-    Raises:
-        triton.OutOfResources: It has not enough for the smallest.
-    """
-    if "num_stages" not in constants:
-        return start(constants)
-    if _compiles_for_hopper(device):
-        constants = without_wgmma(constants)
-    refusal: Exception | None = None
-    for tiles in smaller(constants):
-        try:
-            return start(tiles)
-        except Exception as error:
-            # By its name: Triton is not there where there is no GPU.
-            if type(error).__name__ != "OutOfResources":
-                raise
-            refusal = error
-    assert refusal is not None
-    raise refusal
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
@@ -347,7 +291,7 @@ def prefill(
         blocks = _divide(rows, int(constants["BLOCK_M"]))
         launch(kernel, (blocks, batch * heads), {**arguments, **constants})
 
-    _first_that_fits(constants, q.device, start)
+    first_that_fits(constants, q.device, start)
     return _returned(written, out), lse, page_max
 
 
@@ -360,7 +304,7 @@ def _walked(keys: Keys, constants: Constants) -> int:
     """Return how many slots of keys a kernel walks: of the pages that are read, or of all."""
     if keys.selected_blocks is None:
         return keys.capacity()
-    return int(keys.selected_blocks.shape[1]) * int(constants["PAGE"])
+    return int(keys.selected_blocks.shape[2]) * int(constants["PAGE"])
 
 
 def _page_maxima(q: Tensor, keys: Keys, constants: Constants) -> Tensor | None:
@@ -436,7 +380,7 @@ def decode(
         grid = (splits, batch * (heads // group), blocks)
         launch(kernel, grid, {**arguments, **constants})
 
-    _first_that_fits(constants, q.device, start)
+    first_that_fits(constants, q.device, start)
     columns = min(64, 1 << (width - 1).bit_length())
     merging = {
         **constants,

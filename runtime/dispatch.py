@@ -12,36 +12,31 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from graphopt.ir import functional
+from graphopt.ir import functional, kv_memory
+from graphopt.ir.kv_memory import PagedKV
 from graphopt.runtime.attention import Extras, Keys
+from graphopt.runtime.kv_cache import AppendKV, FixedKVCache, KVCache, in_order
 
 DECODE_TOKENS = 16
 """Query tokens up to which keys are split over programs instead of queries."""
 
 
-class StaticKVCache(NamedTuple):
-    """A cache with room for more tokens than it holds; new ones are written into it.
-
-    Attributes:
-        k: [B, G, capacity, D].
-        v: [B, G, capacity, Dv].
-        length: int32 [B], or [1] for all rows: tokens in it before this step. Whoever runs the
-            model moves it on.
-    """
-
-    k: Tensor
-    v: Tensor
-    length: Tensor
+Results: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+"""The output, and where they are asked for the log-sum-exp and the page maxima."""
 
 
 @dataclass(frozen=True)
 class AttentionKey:
-    """What decides which kernel runs: the fields of a description that the operands show."""
+    """What decides which kernel runs: the fields of a description that the operands show.
+
+    Of `kv` the `size` is the slots of a ring, or the tokens of a page.
+    """
 
     phase: str
     head_dim: int
@@ -57,6 +52,11 @@ class AttentionKey:
     bias: bool
     padding_mask: bool
     kv_lens: bool
+    kv: str = "contiguous"
+    size: int | None = None
+    selected_blocks: bool = False
+    lse: bool = False
+    page_max: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,16 @@ class Planned:
 
 
 class AttentionDispatcher:
-    """The functions `attention` and `cached_attention` of a model, as those of `functional`.
+    """The functions `attention`, `cached_attention` and `attention_results` of a model.
+
+    They are those of `functional`, and take caches of every layout as their past.
 
     Args:
         plans: The best for a key first.
         folder: Where images lie.
         arch: (major, minor) of the GPU the plans were made for; None for what is no GPU. Images
             of code run on that one alone, Triton on what is not older: plans count on its memory.
-        append: Writes new keys and values to a cache, as `functional.append_kv`.
+        append: Writes new keys and values to a cache, as `kv_memory.append_kv`.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class AttentionDispatcher:
         plans: Sequence[Planned],
         folder: Path,
         arch: tuple[int, int] | None,
-        append: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = functional.append_kv,
+        append: AppendKV = kv_memory.append_kv,
     ) -> None:
         self._plans: dict[AttentionKey, list[Planned]] = {}
         for plan in plans:
@@ -114,69 +116,119 @@ class AttentionDispatcher:
         **options: Any,
     ) -> Tensor:
         """As `functional.attention`."""
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        found = self._run(q, Keys(k, v), Extras(mask, bias, slopes, None, sinks), options)
-        if found is None:
-            return functional.attention(q, k, v, mask, bias, slopes, sinks, **options)
-        return found
+        extras = Extras(mask, bias, slopes, None, sinks)
+        return self._attend(q.to(v.dtype), Keys(k.to(v.dtype), v), extras, options)[0]
 
     def cached_attention(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        past: tuple[Tensor, Tensor] | StaticKVCache | None,
+        past: KVCache | None,
         mask: Tensor | None = None,
         bias: Tensor | None = None,
         slopes: Tensor | None = None,
         sinks: Tensor | None = None,
         **options: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `functional.cached_attention`; a `StaticKVCache` is written in place and returned.
+    ) -> tuple[Tensor, KVCache]:
+        """As `functional.cached_attention`; a cache of fixed room is written and returned.
 
         Raises:
-            ValueError: The new tokens or rows are more than the `StaticKVCache` has room for.
+            ValueError: The new tokens or rows are more than such a cache has room for, or there is
+                a padding mask besides.
         """
-        k = k.to(v.dtype)
-        if isinstance(past, StaticKVCache):
-            return self._with_slot(q.to(v.dtype), k, v, past, mask, bias, slopes, sinks, options)
-        if past is not None:
-            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-        return self.attention(q, k, v, mask, bias, slopes, sinks, **options), k, v
+        extras = Extras(mask, bias, slopes, None, sinks)
+        (out, _, _), cache = self._attend_cached(q, k, v, past, extras, options)
+        return out, cache
 
-    def _with_slot(
+    def attention_results(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        slot: StaticKVCache,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        slopes: Tensor | None,
-        sinks: Tensor | None,
-        options: Mapping[str, Any],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if k.shape[0] != slot.k.shape[0] or k.shape[2] > slot.k.shape[2]:
-            raise ValueError(
-                f"keys of {k.shape[2]} tokens in {k.shape[0]} rows do not fit a cache for "
-                f"{slot.k.shape[2]} tokens in {slot.k.shape[0]} rows: make one that is large enough"
-            )
-        kv_lens = self._append(k, v, slot.k, slot.v, slot.length)
-        keys = Keys(slot.k, slot.v, kv_lens=kv_lens)
-        found = self._run(q, keys, Extras(mask, bias, slopes, None, sinks), options)
-        if found is None:
-            found = functional.attention(
-                q, slot.k, slot.v, mask, bias, slopes, sinks, kv_lens=kv_lens, **options
-            )
-        return found, slot.k, slot.v
+        past: KVCache | None,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        *,
+        cached: bool,
+        **options: Any,
+    ) -> tuple[Any, ...]:
+        """As `functional.attention_results`.
 
-    def _run(
+        In a cache of fixed room the pages are those of its room, -inf where nothing is seen.
+
+        Raises:
+            ValueError: As for `cached_attention`.
+        """
+        extras = Extras(mask, bias, slopes, None, sinks)
+        (out, *statistics), cache = self._attend_cached(q, k, v, past, extras, options)
+        return out, *([cache] if cached else []), *(x for x in statistics if x is not None)
+
+    def _attend_cached(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past: KVCache | None,
+        extras: Extras,
+        options: Mapping[str, Any],
+    ) -> tuple[Results, KVCache]:
+        """Put new keys and values behind those of a cache, and attend to them."""
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        ring = options.get("ring")
+        cache: KVCache
+        if isinstance(past, FixedKVCache):
+            past.check(k)
+            if extras.mask is not None:
+                raise ValueError(
+                    "a padding mask with a cache of fixed room, which tells padding by the lengths "
+                    "of its rows: leave out the mask"
+                )
+            cache, keys = past, past.append(k, v, self._append, options.get("window"))
+        elif isinstance(past, PagedKV):
+            cache = past.extended(k, v)
+            keys = Keys(cache.k, cache.v, kv_lens=cache.lens, block_table=cache.block_table)
+            if extras.mask is not None:
+                behind = keys.capacity() - extras.mask.shape[1]
+                extras = replace(extras, mask=F.pad(extras.mask, (0, behind)))
+        else:
+            if past is not None:
+                k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+            keys, cache = Keys(k, v), (k, v)
+            if ring is not None:
+                cache = k[:, :, -ring:], v[:, :, -ring:]
+                mask = extras.mask
+                extras = replace(extras, mask=None if mask is None else mask[:, -k.shape[2] :])
+        return self._attend(q, keys, extras, options), cache
+
+    def _attend(self, q: Tensor, keys: Keys, extras: Extras, options: Mapping[str, Any]) -> Results:
+        """Return what an attention gives, by a kernel or by the reference."""
+        selected = options.get("selected_blocks")
+        if selected is not None:
+            selected = selected.expand(q.shape[0], keys.k.shape[1], -1)
+            keys = replace(keys, selected_blocks=selected)
+        plan = self._choose(q, keys, extras, options)
+        if plan is None:
+            return _by_reference(q, keys, extras, options)
+        if extras.bias is not None:
+            extras = replace(extras, bias=extras.bias.to(q.dtype))
+        run = self._load(plan)
+        out, *statistics = run(q, keys, scale=options["scale"], extras=extras)
+        return out, statistics[0], statistics[1] if len(statistics) > 1 else None
+
+    def _choose(
         self, q: Tensor, keys: Keys, extras: Extras, options: Mapping[str, Any]
-    ) -> Tensor | None:
-        """Return the output, or None where no kernel takes the operands."""
-        if q.device.type == "cpu":
+    ) -> Planned | None:
+        """Return the plan whose kernel takes the operands; None where there is none."""
+        if not self._on_device(q):
             self._instead("attention on a CPU runs by its reference")
             return None
+        kv, size = "contiguous", None
+        if keys.block_table is not None or keys.ring_start is not None:
+            kv, size = "ring" if keys.block_table is None else "paged", keys.k.shape[2]
+        page_max, page = options.get("page_max"), options.get("page")
         key = AttentionKey(
             phase="decode" if q.shape[2] <= DECODE_TOKENS else "prefill",
             head_dim=q.shape[3],
@@ -192,19 +244,31 @@ class AttentionDispatcher:
             bias=extras.bias is not None,
             padding_mask=extras.mask is not None,
             kv_lens=keys.kv_lens is not None,
+            kv=kv,
+            size=size,
+            selected_blocks=keys.selected_blocks is not None,
+            lse=bool(options.get("lse")),
+            page_max=page_max is not None,
         )
+        if any(tokens not in (None, size) for tokens in (page_max, page)):
+            tokens = page_max or page
+            self._instead(
+                f"pages of {tokens} tokens over a cache that has none of them: attention runs by "
+                "its reference"
+            )
+            return None
         plan = self._plan(key)
         if plan is None and key.phase == "decode":
             # Few query tokens are also a short prefill, if one that leaves most of a tile empty.
             plan = self._plan(replace(key, phase="prefill"))
-        if plan is None:
-            if key not in self._plans:
-                self._instead(f"no kernel was planned for {key}: it runs by its reference")
-            return None
-        if extras.bias is not None:
-            extras = replace(extras, bias=extras.bias.to(q.dtype))
-        out: Tensor = self._load(plan)(q, keys, scale=options["scale"], extras=extras)[0]
-        return out
+        if plan is None and key not in self._plans:
+            self._instead(f"no kernel was planned for {key}: it runs by its reference")
+        return plan
+
+    @staticmethod
+    def _on_device(q: Tensor) -> bool:
+        """Return whether kernels may run there at all."""
+        return q.device.type != "cpu"
 
     def _plan(self, key: AttentionKey) -> Planned | None:
         for plan in self._plans.get(key, ()):
@@ -256,3 +320,25 @@ class AttentionDispatcher:
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(reason, stacklevel=4)
+
+
+def _by_reference(q: Tensor, keys: Keys, extras: Extras, options: Mapping[str, Any]) -> Results:
+    """Return what an attention gives, by `functional`."""
+    own = ("lse", "page_max", "ring", "selected_blocks", "page")
+    plain = {name: value for name, value in options.items() if name not in own}
+    k, v = in_order(keys)
+    operands = (extras.mask, extras.bias, extras.slopes, extras.sinks)
+    plain["kv_lens"] = keys.kv_lens
+    if keys.selected_blocks is not None:
+        groups = q.shape[1] // k.shape[1]
+        plain["seen"] = functional.selected_keys(
+            keys.selected_blocks, options["page"], k.shape[2], groups
+        )
+    out = functional.attention(q, k, v, *operands, **plain)
+    lse, page_max = bool(options.get("lse")), options.get("page_max")
+    if not lse and page_max is None:
+        return out, None, None
+    total, maxima = functional.attention_statistics(
+        q, k, *operands, page_max=page_max, selected_blocks=keys.selected_blocks, **plain
+    )
+    return out, total if lse else None, maxima

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.ir import functional
+from graphopt.ir import functional, kv_memory
 
 HALF = (torch.float16, torch.bfloat16)
 OLDEST = (8, 0)
@@ -177,18 +177,24 @@ def launch_act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return out
 
 
-def launch_append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor) -> Tensor:
-    """Copy keys and values behind those of each row; return the new lengths, int32 [B].
+def launch_append(
+    k: Tensor,
+    v: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    seq_lens: Tensor,
+    new_lens: Tensor | None = None,
+    block_table: Tensor | None = None,
+    ring: bool = False,
+) -> Tensor:
+    """Write keys and values behind those of each row; return `seq_lens` and the new, int32 [B].
 
-    Args:
-        k, v: [B, G, S, D] and [B, G, S, Dv], the last axis contiguous.
-        cache_k, cache_v: [B, G, T, D] and [B, G, T, Dv]; written to.
-        length: int32 [B] or [1].
+    Arguments are those of `kv_memory.append_kv`, the last axis of tensors contiguous.
     """
     from graphopt.runtime.kernels.block import append_kv as kernel
 
     batch, heads, count, _ = k.shape
-    ends = torch.empty(batch, dtype=torch.int32, device=k.device)
+    total = torch.empty(batch, dtype=torch.int32, device=k.device)
     strides: dict[str, Any] = {
         f"{name}_stride_{axis}": tensor.stride(i)
         for name, tensor in (("k", k), ("v", v))
@@ -200,15 +206,18 @@ def launch_append(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length
         for i, axis in enumerate("bht")
     }
     block = _power(max(k.shape[3], v.shape[3]))
+    page = 0 if block_table is None else cache_k.shape[2]
+    width = 0 if block_table is None else block_table.shape[1]
     kernel[(batch * count,)](
-        k, v, cache_k, cache_v, length, ends,
-        count, heads, cache_k.shape[2], length.expand(batch).stride(0),
+        k, v, cache_k, cache_v, seq_lens, new_lens, block_table, total,
+        count, heads, page * width if page else cache_k.shape[2],
+        seq_lens.expand(batch).stride(0), width,
         **strides,
         K_DIM=k.shape[3], V_DIM=v.shape[3], HEADS=_power(heads),
-        BLOCK_K=_power(k.shape[3]), BLOCK_V=_power(v.shape[3]),
+        BLOCK_K=_power(k.shape[3]), BLOCK_V=_power(v.shape[3]), RING=ring, PAGE=page,
         num_warps=min(4, _warps(_power(heads) * block)),
     )  # fmt: skip
-    return ends
+    return total
 
 
 # In place of `functional` -------------------------------------------------------------------------
@@ -276,8 +285,21 @@ def act_mul(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
     return functional.act_mul(gate, up, act)
 
 
-def append_kv(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor) -> Tensor:
-    """As `functional.append_kv`."""
-    if runs_by_kernel(k, v, cache_k, cache_v) and _rotatable(k, v, cache_k, cache_v):
-        return launch_append(k, v, cache_k, cache_v, length)
-    return functional.append_kv(k, v, cache_k, cache_v, length)
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    seq_lens: Tensor,
+    *,
+    new_lens: Tensor | None = None,
+    block_table: Tensor | None = None,
+    ring: bool = False,
+) -> Tensor:
+    """As `kv_memory.append_kv`."""
+    tensors = (k, v, cache_k, cache_v)
+    if runs_by_kernel(*tensors) and _rotatable(*tensors):
+        return launch_append(*tensors, seq_lens, new_lens, block_table, ring)
+    return kv_memory.append_kv(
+        *tensors, seq_lens, new_lens=new_lens, block_table=block_table, ring=ring
+    )

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from graphopt.runtime.attention import Constants, decode, prefill
+from graphopt.runtime.attention import decode, prefill
+from graphopt.runtime.fitting_tiles import Constants
 
 
 def load(phase: str, constants: Constants, code: bytes | None) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ class Case:
     slopes: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
     kv_lens: torch.Tensor | None = None
-    picked: torch.Tensor | None = None  # bool [B, T]: keys of selected pages
+    picked: torch.Tensor | None = None  # bool [B, G, T]: keys of selected pages
     ends: tuple | None = field(default=None)
 
     def seen(self):
@@ -49,7 +49,8 @@ class Case:
             if self.mask is not None:
                 allowed = allowed & self.mask[b].bool()[None, :]
             if self.picked is not None:
-                allowed = allowed & self.picked[b][None, :]
+                group = heads // self.picked.shape[1]
+                allowed = allowed & self.picked[b].repeat_interleave(group, 0)[:, None]
             seen[b] = allowed
         return seen
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -172,7 +173,7 @@ class Problem:
     Attributes:
         parts: A case of one row of the batch, and where its output lies: the row, the first
             query and the one behind the last.
-        lists: int [B, M], the pages that are read, where maxima are asked for.
+        lists: int [B, G, M], the pages that are read, where maxima are asked for.
     """
 
     q: torch.Tensor
@@ -290,21 +291,22 @@ class _Maker:
         return Problem(self.laid_out(q), keys, extras, self.scale, parts, wanted, {}, ring)
 
     def lists(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the pages that are read, [B, M], and bool [B, T], which keys are in them."""
+        """Return the pages that are read, [B, G, M], and bool [B, G, T], which keys are in them."""
         batch, count, page = self.drawn.batch, self.drawn.keys, self.spec.page
+        groups = self.spec.kv_heads
         assert page is not None
         pages = count // page
         if not self.spec.selected_blocks:
-            return torch.arange(pages, device=self.device).expand(batch, pages), None
+            return torch.arange(pages, device=self.device).expand(batch, groups, pages), None
         width = int(self.integers(1, pages, 1))
-        lists = torch.full((batch, width), -1, device=self.device)
-        picked = torch.zeros(batch, count, dtype=torch.bool, device=self.device)
-        for b in range(batch):
+        lists = torch.full((batch, groups, width), -1, device=self.device)
+        picked = torch.zeros(batch, groups, count, dtype=torch.bool, device=self.device)
+        for row in itertools.product(range(batch), range(groups)):
             some = torch.randperm(pages, generator=self.generator, device=self.device)
-            some = some[: width if b == 0 else int(self.integers(1, width, 1))].sort().values
-            lists[b, : len(some)] = some
+            some = some[: width if row[0] == 0 else int(self.integers(1, width, 1))]
+            lists[row][: len(some)] = some
             inside = torch.isin(torch.arange(pages, device=self.device), some)
-            picked[b] = inside.repeat_interleave(page)
+            picked[row] = inside.repeat_interleave(page)
         return lists, picked
 
     def held(self, k: torch.Tensor, v: torch.Tensor, lengths: Any, lists: Any) -> tuple[Keys, int]:

@@ -93,7 +93,7 @@ def judge(
             if page_max is not None:
                 assert lists is not None
                 maxima = page_max[row : row + 1, heads, first:last]
-                _compare("page maximum", maxima, _maxima(case, lists[row]), allowed, found)
+                _compare("page maximum", maxima, _maxima(case, lists[row, head]), allowed, found)
     for error, floor in pieces:
         part = error / (2 * found.reference + floor)
         found.used = max(found.used, float(part.masked_fill(error == 0, 0.0).max()))
@@ -111,6 +111,7 @@ def _one_head(case: Case, head: int) -> tuple[Case, slice]:
         case, q=case.q[:, heads], k=case.k[:, head : head + 1], v=case.v[:, head : head + 1],
         slopes=None if case.slopes is None else case.slopes[heads],
         sinks=None if case.sinks is None else case.sinks[heads], bias=bias,
+        picked=None if case.picked is None else case.picked[:, head : head + 1],
     ), heads  # fmt: skip
 
 

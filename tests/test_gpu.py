@@ -8,12 +8,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from attention_programs import GENERAL, LAYOUTS, SIZES, errors
 from programs import tiny_program
 
 import graphopt as go
 from graphopt.backends.opening import open_language_model
 from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import functional
+from graphopt.ir.relayout import with_layouts
 from graphopt.lowering.kernels import get_layer_family
 from graphopt.runtime import fused
 
@@ -199,3 +201,25 @@ def test_a_decoder_goes_on_with_the_token_it_is_given(tmp_path: Path) -> None:
             logits, expected, rtol=0, atol=1e-2 * float(expected.abs().max())
         )
     assert cache.graph is not None
+
+
+@pytest.mark.parametrize("target", ["ampere", "hopper"])
+@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.filterwarnings("error:no kernel was planned")
+def test_emitted_kernels_read_every_layout(layouts: str, target: str, tmp_path: Path) -> None:
+    """Unequal texts by a recorded step in caches of fixed room, and padded in one that grows."""
+    program = with_layouts(tiny_program(**SIZES), LAYOUTS[layouts])
+    go.emit(program, tmp_path / "out", target=target, emit=("torch",))
+    module = _module(tmp_path / "out" / "model.py")
+    # f16 rounds to 5e-4, a few dozen times over on the way through.
+    assert errors(program, module, module.load(tmp_path / "out"), steps=12) < 1e-2
+
+
+@pytest.mark.parametrize("target", ["ampere", "hopper"])
+@pytest.mark.parametrize("name", GENERAL)
+@pytest.mark.filterwarnings("error:no kernel was planned")
+def test_emitted_kernels_compute_what_is_asked_for(name: str, target: str, tmp_path: Path) -> None:
+    program = GENERAL[name]()
+    go.emit(program, tmp_path / "out", target=target, emit=("torch",))
+    module = _module(tmp_path / "out" / "model.py")
+    assert errors(program, module, module.load(tmp_path / "out"), steps=12) < 1e-2

@@ -12,9 +12,9 @@ import sympy
 import torch
 from torch import Tensor
 
-from graphopt.execute.paged_kv import PagedKV
 from graphopt.ir.dataflow import angle_weights, mask_is_for_attention_alone
 from graphopt.ir.graph import Call, Function, KVState, Node, Program, Value, resolve_attrs
+from graphopt.ir.kv_memory import PagedKV
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import concretize
 from graphopt.ir.types import B, P, S
@@ -148,7 +148,10 @@ def extend_caches(past: CacheContents, present: CacheContents) -> None:
     """Put the keys and values that a call leaves in the place of those that it found."""
     for name, (k, v) in present.items():
         held = past.get(name)
-        past[name] = held.extended(k, v) if isinstance(held, PagedKV) else (k, v)
+        if isinstance(held, PagedKV):
+            past[name] = held.extended(k[:, :, held.length :], v[:, :, held.length :])
+        else:
+            past[name] = (k, v)
 
 
 @dataclass
@@ -194,13 +197,12 @@ class Runner:
         """Return a cache without tokens for states of the program, by default all."""
 
         def empty(state: KVState) -> tuple[Tensor, Tensor] | PagedKV:
-            if state.layout.kind == "paged":
-                return PagedKV.empty(state, batch, self.dtype, self.device)
             k, v = (
                 torch.zeros(batch, state.heads, 0, size, dtype=self.dtype, device=self.device)
                 for size in (state.k_dim, state.v_dim)
             )
-            return k, v
+            page = state.layout.page
+            return (k, v) if page is None else PagedKV.empty(k, v, page)
 
         states = self.program.states
         return {name: empty(states[name]) for name in (states if names is None else names)}

@@ -192,13 +192,14 @@ def allowed_keys(
     chunk: int | None,
     device: torch.device,
     kv_lens: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor | None:
-    """Which keys each query may see: bool, broadcastable to [B, 1, S, T]; None means all.
+    """Which keys each query may see: bool, broadcastable to [B, H, S, T]; None means all.
 
     Query i stands at cache index T - S + i, or with `kv_lens` [B] in place of T, behind which
     there are no keys. `mask` [B, T] is nonzero where a key is a real token. `window` keeps the
     last `window` keys including the query's own, `chunk` those of the query's own chunk of that
-    length.
+    length, `seen` those for which it holds.
     """
     if query_count == 1 and kv_lens is None:
         causal = False  # the newest token sees all keys, and needs no mask for it
@@ -216,7 +217,31 @@ def allowed_keys(
     if mask is not None:
         real = mask.bool()[:, None, None, :]
         allowed = real if allowed is None else allowed & real
+    if seen is not None:
+        allowed = seen if allowed is None else allowed & seen
     return allowed
+
+
+def selected_keys(selected_blocks: Tensor, page: int, key_count: int, groups: int) -> Tensor:
+    """Which keys lie in pages that are selected: bool [B, H, 1, T], or 1 in place of B or H.
+
+    Args:
+        selected_blocks: int [B, G, M], or 1 in place of B or G: numbers of pages of a row, each at
+            most once and in any order. A negative one names no page, and nor does one behind the
+            last key.
+        page: Keys of a page.
+        key_count: T.
+        groups: Query heads that share a key head.
+    """
+    pages = -(-key_count // page)
+    named = selected_blocks.long()
+    # One more column for what names none.
+    named = torch.where((named >= 0) & (named < pages), named, pages)
+    chosen = torch.zeros(*named.shape[:2], pages + 1, dtype=torch.bool, device=named.device)
+    chosen = chosen.scatter(2, named, True)[..., :pages]
+    if chosen.shape[1] > 1:
+        chosen = chosen.repeat_interleave(groups, 1)
+    return chosen.repeat_interleave(page, -1)[:, :, None, :key_count]
 
 
 def alibi(slopes: Tensor, mask: Tensor) -> Tensor:
@@ -264,6 +289,7 @@ def attention(
     chunk: int | None = None,
     softcap: float | None = None,
     kv_lens: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """softmax(cap(q k^T scale) + alibi + bias) v with grouped heads; rows with no key give 0.
 
@@ -277,6 +303,7 @@ def attention(
         slopes: [H], see `alibi`.
         sinks: [H], one more logit per head that takes part in the softmax and carries no value.
         kv_lens: int [B]: keys of each row, the queries' own last, where T is room for more.
+        seen: bool, broadcastable to [B, H, S, T]: without which a query does not see a key.
 
     Returns:
         [B, H, S, Dv].
@@ -284,13 +311,13 @@ def attention(
     q, k = q.to(v.dtype), k.to(v.dtype)
     S, T = q.shape[2], k.shape[2]
     groups = q.shape[1] // k.shape[1]
-    extras = (mask, bias, slopes, softcap, sinks, chunk, kv_lens)
+    extras = (mask, bias, slopes, softcap, sinks, chunk, kv_lens, seen)
     if causal and S == T and all(e is None for e in extras) and (window is None or window >= T):
         # A mask would keep torch from its fastest kernels.
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=groups > 1
         )
-    allowed = allowed_keys(S, mask, T, causal, window, chunk, q.device, kv_lens)
+    allowed = allowed_keys(S, mask, T, causal, window, chunk, q.device, kv_lens, seen)
     if slopes is not None:
         slope_bias = alibi(slopes, q.new_ones(q.shape[0], T) if mask is None else mask)
         bias = slope_bias if bias is None else bias + slope_bias
@@ -300,7 +327,7 @@ def attention(
             bias = torch.where(allowed, bias, float("-inf"))
         added = allowed if bias is None else bias
         out = F.scaled_dot_product_attention(q, k, v, added, scale=scale, enable_gqa=groups > 1)
-        if added is None or (mask is None and bias is None):
+        if added is None or (mask is None and bias is None and seen is None):
             return out
         empty = ~added if bias is None else added == float("-inf")
         return out.masked_fill(empty.all(-1, keepdim=True), 0.0)
@@ -329,7 +356,7 @@ def cached_attention(
     *,
     ring: int | None = None,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`attention` that also sees the keys and values of the tokens before.
 
     Args:
@@ -342,8 +369,8 @@ def cached_attention(
         bias, slopes, sinks, options: As for `attention`, with T = P + S.
 
     Returns:
-        The output [B, H, S, Dv], the keys [B, G, P + S, D] and the values [B, G, P + S, Dv]; of
-        both, at most `ring` tokens.
+        The output [B, H, S, Dv], and the cache: keys [B, G, P + S, D] and values
+        [B, G, P + S, Dv], of both at most `ring` tokens.
     """
     k = k.to(v.dtype)
     if past is not None:
@@ -351,7 +378,7 @@ def cached_attention(
     if ring is not None and mask is not None:
         mask = mask[:, -k.shape[2] :]
     out = attention(q, k, v, mask, bias, slopes, sinks, **options)
-    return (out, k, v) if ring is None else (out, k[:, :, -ring:], v[:, :, -ring:])
+    return out, ((k, v) if ring is None else (k[:, :, -ring:], v[:, :, -ring:]))
 
 
 def attention_statistics(
@@ -362,36 +389,50 @@ def attention_statistics(
     slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     *,
-    page: int | None = None,
+    page_max: int | None = None,
     scale: float,
     causal: bool = True,
     window: int | None = None,
     chunk: int | None = None,
     softcap: float | None = None,
+    kv_lens: Tensor | None = None,
+    seen: Tensor | None = None,
+    selected_blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What merges attentions over parts of the keys, and what ranks parts of the keys.
 
     Args:
-        page: How many neighbouring keys have a maximum together; None for no maxima.
+        page_max: How many neighbouring keys have a maximum together; None for no maxima.
+        kv_lens, seen: As for `attention`.
+        selected_blocks: See `selected_keys`; `seen` is what it gives.
 
     Returns:
         The log-sum-exp [B, H, S] of each row's scores, sinks included, -inf where there are none;
-        and the largest score of every page, [B, H, S, ceil(T / page)], -inf where nothing is seen.
-        Both in fp32 at least.
+        and the largest score of every page, [B, H, S, ceil(T / page_max)], or of every selected
+        one, [B, H, S, M], -inf where nothing is seen. Both in fp32 at least.
     """
     q, k = (x if x.dtype in (torch.float32, torch.float64) else x.float() for x in (q, k))
-    allowed = allowed_keys(q.shape[2], mask, k.shape[2], causal, window, chunk, q.device)
+    keys, groups = k.shape[2], q.shape[1] // k.shape[1]
+    allowed = allowed_keys(q.shape[2], mask, keys, causal, window, chunk, q.device, kv_lens, seen)
     if slopes is not None:
-        slope_bias = alibi(slopes, q.new_ones(q.shape[0], k.shape[2]) if mask is None else mask)
+        slope_bias = alibi(slopes, q.new_ones(q.shape[0], keys) if mask is None else mask)
         bias = slope_bias if bias is None else bias + slope_bias
     scores = masked_scores(q, k, allowed, bias, scale, softcap)
     lse = torch.logsumexp(scores, -1)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks[None, :, None].to(lse.dtype))
-    if page is None:
+    if page_max is None:
         return lse, None
-    padded = F.pad(scores, (0, -scores.shape[-1] % page), value=float("-inf"))
-    return lse, padded.unflatten(-1, (-1, page)).amax(-1)
+    # One page more, for numbers of pages that there are not.
+    padded = F.pad(scores, (0, -keys % page_max + page_max), value=float("-inf"))
+    maxima = padded.unflatten(-1, (-1, page_max)).amax(-1)
+    if selected_blocks is None:
+        return lse, maxima[..., :-1]
+    named = selected_blocks.long().expand(q.shape[0], k.shape[1], -1)
+    last = maxima.shape[-1] - 1
+    named = torch.where((named >= 0) & (named < last), named, last)
+    named = named.repeat_interleave(groups, 1)[:, :, None].expand(-1, -1, q.shape[2], -1)
+    return lse, maxima.gather(-1, named)
 
 
 def attention_results(
@@ -408,70 +449,38 @@ def attention_results(
     lse: bool = False,
     page_max: int | None = None,
     ring: int | None = None,
+    selected_blocks: Tensor | None = None,
+    page: int | None = None,
     **options: Any,
-) -> tuple[Tensor, ...]:
-    """`cached_attention` with its optional results.
+) -> tuple[Any, ...]:
+    """`cached_attention` with its optional results, over all pages of keys or selected ones.
 
     Args:
-        cached: Whether the keys and values are results.
+        cached: Whether the cache is a result.
         lse: Whether the log-sum-exp is one; see `attention_statistics`.
         page_max: Keys of a page whose largest score is one; None for no such result.
+        selected_blocks, page: See `selected_keys`; None where all keys may be seen.
 
     Returns:
-        The output, and in this order what is asked for: keys, values, log-sum-exp, page maxima.
+        The output, and in this order what is asked for: cache, log-sum-exp, page maxima.
     """
-    out, new_k, new_v = cached_attention(
-        q, k, v, past, mask, bias, slopes, sinks, ring=ring, **options
-    )
     k = k.to(v.dtype)
     keys = k if past is None else torch.cat((past[0], k), 2)
-    seen = mask if mask is None or ring is None else mask[:, -keys.shape[2] :]
+    if selected_blocks is not None:
+        assert page is not None
+        groups = q.shape[1] // k.shape[1]
+        options["seen"] = selected_keys(selected_blocks, page, keys.shape[2], groups)
+    out, cache = cached_attention(q, k, v, past, mask, bias, slopes, sinks, ring=ring, **options)
+    found = [out, *([cache] if cached else ())]
+    if not lse and page_max is None:
+        return tuple(found)
+    real = mask if mask is None or ring is None else mask[:, -keys.shape[2] :]
     total, maxima = attention_statistics(
-        q.to(v.dtype), keys, seen, bias, slopes, sinks, page=page_max, **options
-    )
-    found = [out, *((new_k, new_v) if cached else ())]
+        q.to(v.dtype), keys, real, bias, slopes, sinks,
+        page_max=page_max, selected_blocks=selected_blocks, **options,
+    )  # fmt: skip
     found += [total] if lse else []
     return tuple(found) if maxima is None else (*found, maxima)
-
-
-def append_kv(k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor) -> Tensor:
-    """Write keys and values behind those that each row of a cache with room to spare holds.
-
-    Args:
-        k, v: [B, G, S, D] and [B, G, S, Dv], of the new tokens.
-        cache_k, cache_v: [B, G, T, D] and [B, G, T, Dv]; written to.
-        length: int32 [B], or [1] for all rows: tokens in the cache.
-
-    Returns:
-        int32 [B], the lengths with the new tokens.
-    """
-    batch, _, count, _ = k.shape
-    row = torch.arange(batch, device=k.device)[:, None]
-    place = length.expand(batch)[:, None].long() + torch.arange(count, device=k.device)
-    cache_k.transpose(1, 2)[row, place] = k.transpose(1, 2)
-    cache_v.transpose(1, 2)[row, place] = v.transpose(1, 2)
-    return (length + count).expand(batch).contiguous()
-
-
-def gather_pages(pool: Tensor, table: Tensor, length: int) -> Tensor:
-    """The first tokens [B, G, length, D] of rows that lie in pages.
-
-    Args:
-        pool: [pages, G, page, D].
-        table: int [B, N], the page of the pool that holds page n of a row.
-    """
-    return pool[table.long()].transpose(1, 2).flatten(2, 3)[:, :, :length]
-
-
-def append_pages(new: Tensor, pool: Tensor, table: Tensor, length: int) -> None:
-    """Write tokens `new` [B, G, S, D] behind the `length` ones that rows in pages hold.
-
-    Args:
-        pool, table: See `gather_pages`; the table names all pages that are needed.
-    """
-    place = torch.arange(length, length + new.shape[2], device=pool.device)
-    page = pool.shape[2]
-    pool.transpose(1, 2)[table.long()[:, place // page], place % page] = new.transpose(1, 2)
 
 
 def split_heads(x: Tensor, head_dim: int, swap: bool = True) -> Tensor:

@@ -2,7 +2,7 @@
 
 A contiguous state holds all P tokens of the past, one behind the other. A ring of n slots holds the
 last n; a new token takes the slot of the oldest. A paged state holds all, in pages of a pool that a
-table names; `graphopt.ir.functional.gather_pages` is the reference. An attention sees keys in the
+table names; `graphopt.ir.kv_memory` is the reference of all three. An attention sees keys in the
 order of their tokens, whatever the layout. Positions are no part of a state: they are counted from
 the padding mask, which covers all P tokens.
 """
@@ -48,6 +48,11 @@ class KVLayout:
     def ring(self) -> int | None:
         """How many of the newest tokens are kept; None where all are."""
         return self.size if self.kind == "ring" else None
+
+    @property
+    def page(self) -> int | None:
+        """Tokens of a page; None where there are no pages."""
+        return self.size if self.kind == "paged" else None
 
     def __str__(self) -> str:
         names = {"contiguous": "", "ring": "slots=", "paged": "page="}

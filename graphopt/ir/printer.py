@@ -149,6 +149,10 @@ class FunctionPrinter:
             if not self._avoid_names() and len(self._moved) == moved:
                 return result
 
+    def targets(self, node: Node) -> list[str]:
+        """Return what a node's outputs are assigned to."""
+        return [self.target(value) for value in node.outputs]
+
     def _avoid_names(self) -> bool:
         """Lengthen the texts of slots that are also names of values; return whether some were."""
         own = set(self.function.weights.values())
@@ -177,7 +181,7 @@ class FunctionPrinter:
                 self._inline[node.output] = text
                 waiting.append(node.output)
                 continue
-            targets = ", ".join(self.target(value) for value in node.outputs)
+            targets = ", ".join(self.targets(node))
             comment = ", ".join(
                 str(self.types[value])
                 for value in node.outputs

@@ -22,7 +22,7 @@ from graphopt.ir.graph import Call, Function, Node, Param, Program, resolve_attr
 from graphopt.ir.ops.aten import map_leaves
 from graphopt.ir.shapes import infer_program
 
-_BY_INDEX = ("window", "chunk", "ring")
+_BY_INDEX = ("window", "chunk", "ring", "page", "page_max")
 """Attributes of an attention that count keys."""
 
 _BY_POSITION = ("by_length", "ntk_frequencies")
@@ -54,7 +54,7 @@ def _attentions(program: Program) -> Iterator[tuple[Call, Node]]:
 
 
 def key_lengths(program: Program) -> set[int]:
-    """Return the windows, chunks and rings of all attentions."""
+    """Return the windows, chunks, rings and pages of all attentions."""
     found = {s.layout.ring for s in program.states.values() if s.layout.ring is not None}
     for call, node in _attentions(program):
         attrs = resolve_attrs(node, call)

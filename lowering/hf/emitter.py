@@ -22,7 +22,8 @@ from graphopt.capture.model import build_model
 from graphopt.errors import CaptureError, LoweringError
 from graphopt.files.safetensors import INDEX_NAME, WEIGHTS_NAME, SafetensorsWriter
 from graphopt.ir.compare import first_difference, in_order_of_use, slots_by_use
-from graphopt.ir.graph import Program
+from graphopt.ir.graph import KVLayout, Program
+from graphopt.ir.relayout import with_layouts
 from graphopt.ir.types import DTYPE_NAMES
 from graphopt.ir.weights import Array, Producer, Transposed
 from graphopt.lowering.base import Emitted, Emitter
@@ -140,8 +141,11 @@ def _made_by(
 
 
 def _one_form(program: Program) -> Program:
-    """Return the program as the default passes, all exact, leave it at last, in one order."""
-    program = program.copy()
+    """Return the program as the default passes, all exact, leave it at last, in one order.
+
+    Its states are contiguous: a checkpoint says nothing of caches.
+    """
+    program = with_layouts(program, dict.fromkeys(program.states, KVLayout()))
     while True:
         changed = 0
         for item in Pipeline.default().passes:

@@ -129,7 +129,7 @@ class LayerKernels:
         functions: Functions of `graphopt.ir.functional`, by name.
         needed_by: Ops without which a program carries neither module nor kernels; empty where
             every program carries them.
-        cache_writer: The function of the module that does what `functional.append_kv` does; None
+        cache_writer: The function of the module that does what `kv_memory.append_kv` does; None
             where it has none.
         setup: Returns what makes functions of the module from the figures of a target; None where
             the target has none of them, which then runs `functional` instead.
@@ -216,13 +216,18 @@ def get_layer_family(name: str) -> LayerFamily:
     return _LAYER_FAMILIES[name]
 
 
+_OF_IR = ("functional.py", "kv_memory.py")
+
+
 def runtime_text(name: str) -> str:
     """Return a file that goes with a model, its imports turned to its neighbours.
 
     Args:
-        name: `functional.py`, or a path under `graphopt.runtime`.
+        name: A file of `graphopt.ir` that imports nothing of graphopt, such as `functional.py`, or
+            a path under `graphopt.runtime`.
     """
-    package = "graphopt.ir" if name == "functional.py" else "graphopt.runtime"
+    package = "graphopt.ir" if name in _OF_IR else "graphopt.runtime"
     text = (resources.files(package) / name).read_text(encoding="utf-8")
-    text = re.sub(r"from graphopt\.runtime\.(?:kernels\.)?(\w+) import", r"from .\1 import", text)
+    modules = r"from graphopt\.(?:ir|runtime|runtime\.kernels)\.(\w+) import"
+    text = re.sub(modules, r"from .\1 import", text)
     return re.sub(r"from graphopt\.(?:ir|runtime) import", "from . import", text)

@@ -11,7 +11,7 @@ import torch
 
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Call, KVLayout, Node, Program, Value, resolve_attrs
-from graphopt.ir.ops.attention import BIAS, KEY, PAST_K, QUERY, SINKS, SLOPES, VALUE
+from graphopt.ir.ops.attention import BIAS, KEY, PAST_K, QUERY, SELECTED, SINKS, SLOPES, VALUE
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
 from graphopt.lowering.kernels.family import get_family
@@ -84,8 +84,9 @@ class PlannedKernels(Record):
 class PlanKernels(Pass):
     """Annotate every attention with the kernels that run it on a target, or why none does.
 
-    Every description is planned for prefill and decode, with and without a padding mask, and for
-    a cache that grows by copying as for one with room to spare.
+    Every description is planned for prefill and decode, and for every form that its keys come in:
+    those of a cache that grows by copying, with and without a padding mask, and those of one of
+    fixed room. A ring's keys are read in the ring, or contiguous where a step is too long for that.
 
     Legality:
 
@@ -107,13 +108,13 @@ class PlanKernels(Pass):
         if not machine.kernels:
             result.record = PlannedKernels(families=[], plans=0)
             return result
-        planned: dict[AttentionSpec, SpecPlans] = {}
-        of_node: dict[Node, dict[AttentionSpec, SpecPlans]] = {}
-        for where, node, spec in _attentions(program, compute_dtype(program, machine)):
-            if spec not in planned:
-                planned[spec] = _plan(spec, machine, where, len(planned))
-                result.skipped += [Skip(where, reason) for reason in planned[spec].refused]
-            of_node.setdefault(node, {})[spec] = planned[spec]
+        planned: dict[_Described, SpecPlans] = {}
+        of_node: dict[Node, dict[_Described, SpecPlans]] = {}
+        for where, node, described in _attentions(program, compute_dtype(program, machine)):
+            if described not in planned:
+                planned[described] = _plan(described, machine, where, len(planned))
+                result.skipped += [Skip(where, reason) for reason in planned[described].refused]
+            of_node.setdefault(node, {})[described] = planned[described]
             result.matched += 1
         for node, specs in of_node.items():
             node.annotations[ANNOTATION] = KernelPlans(tuple(specs.values()))
@@ -126,7 +127,7 @@ class PlanKernels(Pass):
 def planned_attentions(program: Program) -> list[SpecPlans]:
     """Return what `plan-kernels` found, of every description in the program, in its order."""
     found = {
-        plans.spec: plans
+        plans.number: plans
         for call in program.calls
         for node in program.functions[call.function].nodes
         if ANNOTATION in node.annotations
@@ -141,22 +142,41 @@ def compute_dtype(program: Program, target: Target) -> str:
     return own if own is not None and own in target.dtypes else "f16"
 
 
-def _plan(spec: AttentionSpec, target: Target, where: str, number: int) -> SpecPlans:
+def _forms(spec: AttentionSpec) -> Iterator[AttentionSpec]:
+    """Yield a description with each form that its keys come in, the plainest first."""
+    flags = (False, True)
+    if spec.kv == "paged":
+        yield from (spec.replace(padding_mask=mask, kv_lens=True) for mask in flags)
+        return
+    plain = spec.replace(kv="contiguous", slots=None)
+    if spec.kv == "ring":
+        yield from (plain.replace(padding_mask=mask) for mask in flags)
+        yield from (form.replace(kv_lens=True) for form in (plain, spec))
+        return
+    yield from (plain.replace(padding_mask=a, kv_lens=b) for a in flags for b in flags)
+
+
+def _plan(described: _Described, target: Target, where: str, number: int) -> SpecPlans:
+    spec = described.spec
+    if described.reason is not None:
+        return SpecPlans(number, where, spec, (), (described.reason,), ())
     plans: list[AttentionPlan] = []
-    refused: list[str] = []
-    notes: list[str] = []
+    # One reason for each phase and layout: masks make no other.
+    refused: dict[tuple[str, str], str] = {}
+    notes: dict[str, str] = {}
     for phase in ("prefill", "decode"):
-        try:
-            for padding_mask in (False, True):
-                for kv_lens in (False, True):
-                    whole = spec.replace(phase=phase, padding_mask=padding_mask, kv_lens=kv_lens)
-                    plans += _plans(whole, target)
-        except LoweringError as error:
-            if phase == "decode" and any(plan.spec == spec for plan in plans):
-                notes.append(f"decodes as a short prefill: {error.message}")
-            else:
-                refused.append(f"{phase}: {error.message}")
-    return SpecPlans(number, where, spec, tuple(plans), tuple(refused), tuple(notes))
+        for form in _forms(spec.replace(phase=phase)):
+            try:
+                plans += _plans(form, target)
+            except LoweringError as error:
+                prefill = form.replace(phase="prefill")
+                if phase == "decode" and any(plan.spec == prefill for plan in plans):
+                    note = f"decodes as a short prefill: {error.message}"
+                    notes.setdefault(form.kv, note)
+                else:
+                    refused.setdefault((phase, form.kv), f"{phase}: {error.message}")
+    rest = tuple(refused.values()), tuple(notes.values())
+    return SpecPlans(number, where, spec, tuple(plans), *rest)
 
 
 def _plans(spec: AttentionSpec, target: Target) -> Iterator[AttentionPlan]:
@@ -169,8 +189,16 @@ def _plans(spec: AttentionSpec, target: Target) -> Iterator[AttentionPlan]:
             yield plan_attention(spec, replace(target, kernels=others))
 
 
-def _attentions(program: Program, dtype: str) -> Iterator[tuple[str, Node, AttentionSpec]]:
-    """Yield where each attention is, its node and its description without phase and masks."""
+@dataclass(frozen=True)
+class _Described:
+    """An attention without phase and masks, or why no kernel reads its keys as they lie."""
+
+    spec: AttentionSpec
+    reason: str | None = None
+
+
+def _attentions(program: Program, dtype: str) -> Iterator[tuple[str, Node, _Described]]:
+    """Yield where each attention is, its node and its description."""
     per_call, _ = infer_program(program)
     for call, types in zip(program.calls, per_call, strict=True):
         for node in program.functions[call.function].nodes:
@@ -178,7 +206,9 @@ def _attentions(program: Program, dtype: str) -> Iterator[tuple[str, Node, Atten
                 attrs = resolve_attrs(node, call)
                 spec = _spec(node, types, attrs, dtype)
                 layout = _layout(program, call, node)
-                yield call.path or call.function, node, _in_layout(spec, layout, attrs)
+                selects = len(node.inputs) > SELECTED and node.inputs[SELECTED] is not None
+                described = _in_layout(spec, layout, attrs, selects=selects)
+                yield call.path or call.function, node, described
 
 
 def _layout(program: Program, call: Call, node: Node) -> KVLayout:
@@ -190,16 +220,21 @@ def _layout(program: Program, call: Call, node: Node) -> KVLayout:
     return KVLayout()
 
 
-def _in_layout(spec: AttentionSpec, layout: KVLayout, attrs: dict[str, Any]) -> AttentionSpec:
-    """Return a description with the layout of its keys, and what it gives beside its output."""
+def _in_layout(
+    spec: AttentionSpec, layout: KVLayout, attrs: dict[str, Any], *, selects: bool
+) -> _Described:
+    """Describe an attention with the layout of its keys, and what it gives beside its output."""
     spec = spec.replace(lse=bool(attrs.get("lse")))
     if layout.kind == "ring":
-        return spec.replace(kv="ring", slots=layout.size)
-    if layout.kind == "paged":
-        # A kernel has the largest score of whole pages of the cache.
-        maxima = attrs.get("page_max") == layout.size
-        return spec.replace(kv="paged", page=layout.size, page_max=maxima)
-    return spec
+        spec = spec.replace(kv="ring", slots=layout.size)
+    elif layout.kind == "paged":
+        spec = spec.replace(kv="paged", page=layout.size)
+    maxima = attrs.get("page_max")
+    for tokens in (attrs.get("page"), maxima):
+        if tokens not in (None, layout.page):
+            reason = f"kernels know the pages of a paged cache, and pages of {tokens} tokens are "
+            return _Described(spec, f"{reason}asked for of a {layout} one")
+    return _Described(spec.replace(page_max=maxima is not None, selected_blocks=selects))
 
 
 def _spec(node: Node, types: dict[Value, Type], attrs: dict[str, Any], dtype: str) -> AttentionSpec:

@@ -19,7 +19,7 @@ from graphopt.ir.ops import is_aten
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, P, S, Type
 from graphopt.ir.weights import Weight
-from graphopt.lowering.base import Emitted, Emitter, check_attention_results
+from graphopt.lowering.base import Emitted, Emitter, check_attentions
 from graphopt.lowering.onnx import moe
 from graphopt.lowering.onnx.builder import ONNX_DTYPES, GraphBuilder
 from graphopt.lowering.onnx.external import DataFile, Layout
@@ -69,7 +69,7 @@ class OnnxEmitter(Emitter):
                     f"Weight {weight.name!r} is {weight.encoding}: {reason}.",
                     "Emit torch instead (--emit torch).",
                 )
-        check_attention_results(program, "an ONNX graph")
+        check_attentions(program, "an ONNX graph")
         for call in program.calls:
             function = program.functions[call.function]
             for node in function.nodes:

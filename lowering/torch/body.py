@@ -13,7 +13,7 @@ from graphopt.errors import LoweringError
 from graphopt.ir.graph import Cache, Function, In, Node, Param, Value
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import resolve_target
-from graphopt.ir.ops.attention import PAST_K, PAST_V, asks_for_statistics
+from graphopt.ir.ops.attention import PAST_K, PAST_V, SELECTED, is_general
 from graphopt.ir.printer import FunctionPrinter
 from graphopt.lowering.torch.forms import callee_of, form_of
 from graphopt.lowering.torch.text import (
@@ -54,6 +54,7 @@ class BodyPrinter(FunctionPrinter):
         packs: Slots of the weights, or biases, that lie in one attribute, by its name.
         options: Attribute of the module for every call attribute.
         quantised: The packed weights; reading one gives the values that its codes stand for.
+        apart: Whether something else than attention reads keys or values of a past.
         helpers: Functions of graphopt.ir.functional that the body calls.
         needs: Which of B, S, P and device the body mentions, in this order.
     """
@@ -86,6 +87,7 @@ class BodyPrinter(FunctionPrinter):
                     self._names[value] += "()"
         self.quantised = {function.weights[slot] for slot in packed}
         self._cache_of = {c.past_k: c for c in function.caches}
+        self._presents = self._whole_caches()
         for value in (v for c in function.caches for v in (c.past_k, c.past_v)):
             self._names[value] = self._claim(value.name)
         for node in function.nodes:
@@ -93,6 +95,19 @@ class BodyPrinter(FunctionPrinter):
                 self._names[value] = self._claim(value.name)
         self.statements = self._statements()
         self.needs = [name for name in _SIZES if name in self._needs]
+
+    def _whole_caches(self) -> dict[Value, str]:
+        """Return a name for each cache that an attention leaves whole, by its keys.
+
+        Those are taken apart into keys and values that something else reads.
+        """
+        names: dict[Value, str] = {}
+        for cache in self.function.caches:
+            node = cache.present_k.node
+            whole = node is not None and self._past(node) is cache
+            if whole and not reads_present(self.function, cache):
+                names[cache.present_k] = self._claim("present")
+        return names
 
     def _claim(self, name: str) -> str:
         name = identifier(name, self._taken)
@@ -120,16 +135,27 @@ class BodyPrinter(FunctionPrinter):
         unread = not self._uses[value] and value not in self._outside
         return "_" if joined and unread else self._names[value]
 
+    def targets(self, node: Node) -> list[str]:
+        texts = super().targets(node)
+        if node.op == "attention" and self._pasts_of(node):
+            # Keys and values come as one cache.
+            cache = self._presents.get(node.outputs[1], f"({texts[1]}, {texts[2]})")
+            texts[1:3] = [cache]
+        return texts
+
     def results(self) -> list[str]:
-        """Return what `forward` returns: the results, then (keys, values) of each cache."""
+        """Return what `forward` returns: the results, then each cache."""
         texts = [self.name(value) for value in self.function.results]
         for cache in self.function.caches:
-            texts.append(f"({self.name(cache.present_k)}, {self.name(cache.present_v)})")
+            apart = f"({self.name(cache.present_k)}, {self.name(cache.present_v)})"
+            texts.append(self._presents.get(cache.present_k, apart))
         return texts
 
     def _statements(self) -> list[str]:
         body = [statement for statement, _ in self.lines()]
-        return [*self._unpacked(), *body]
+        unpacked = self._unpacked()
+        self.apart = bool(unpacked)
+        return [*unpacked, *body]
 
     def _unpacked(self) -> list[str]:
         """Take caches apart whose keys or values something else than attention reads."""
@@ -137,8 +163,9 @@ class BodyPrinter(FunctionPrinter):
         for node in self.function.nodes:
             alone.update(
                 value
-                for value in (node.inputs if self._past(node) is None else node.inputs[:PAST_K])
+                for place, value in enumerate(node.inputs)
                 if value is not None
+                and not (self._past(node) is not None and place in (PAST_K, PAST_V))
             )
         return [
             f"{self._names[c.past_k]}, {self._names[c.past_v]} = {self.pasts[c.slot]}"
@@ -225,28 +252,28 @@ class BodyPrinter(FunctionPrinter):
         cache = None if k is None else self._cache_of.get(k)
         return cache if cache is not None and cache.past_v is v else None
 
+    @staticmethod
+    def _pasts_of(node: Node) -> list[Value]:
+        return [v for v in node.inputs[PAST_K : PAST_V + 1] if v is not None]
+
     def attention(self, node: Node) -> str:
         """Return an attention; one with a past takes it as its fourth argument."""
-        pasts = [v for v in node.inputs[PAST_K : PAST_V + 1] if v is not None]
-        if asks_for_statistics(node.attrs):
-            return self._attention_results(node, pasts)
-        if not pasts:
+        pasts, general = self._pasts_of(node), is_general(node.attrs, node.inputs)
+        if not pasts and not general:
             return self.call(node, "attention", node.inputs[:PAST_K])
         texts = self.operands(node, node.inputs[:PAST_K])
-        texts.insert(3, self._past_text(node, pasts))
-        return self.helper("cached_attention", ", ".join([*texts, *self.options_of(node)]))
+        texts.insert(3, self._past_text(node, pasts) if pasts else "None")
+        if general:
+            texts.append(f"cached={bool(pasts)}")
+            selected = node.inputs[SELECTED] if len(node.inputs) > SELECTED else None
+            texts += [] if selected is None else [f"selected_blocks={self.name(selected)}"]
+        texts += self.options_of(node)
+        call = self.helper("attention_results" if general else "cached_attention", ", ".join(texts))
+        return call if len(node.outputs) > 1 else f"{call}[0]"
 
     def _past_text(self, node: Node, pasts: Sequence[Value]) -> str:
         cache = self._past(node)
         return f"({', '.join(map(self.name, pasts))})" if cache is None else self.pasts[cache.slot]
-
-    def _attention_results(self, node: Node, pasts: Sequence[Value]) -> str:
-        """Return an attention with log-sum-exp or page maxima among its results."""
-        texts = self.operands(node, node.inputs[:PAST_K])
-        texts.insert(3, self._past_text(node, pasts) if pasts else "None")
-        texts += [f"cached={bool(pasts)}", *self.options_of(node)]
-        call = self.helper("attention_results", ", ".join(texts))
-        return call if len(node.outputs) > 1 else f"{call}[0]"
 
     def fused_linear(self, node: Node) -> str:
         """Return the products of one tensor with several weights."""
@@ -318,3 +345,10 @@ def _torch_operator(name: str) -> torch._ops.OpOverload:
     if not isinstance(target, torch._ops.OpOverload):
         raise ValueError("PyTorch has no such operator")
     return target
+
+
+def reads_present(function: Function, cache: Cache) -> bool:
+    """Return whether anything but a cache takes the keys or values that an attention leaves."""
+    uses = function.uses()
+    present = (cache.present_k, cache.present_v)
+    return any(uses[value] or value in function.results for value in present)

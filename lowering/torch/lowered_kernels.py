@@ -18,7 +18,15 @@ from graphopt.targets import Target, get_target
 
 FOLDER = "kernels"
 # Modules that go with every model, as they are.
-_MODULES = ("functional", "attention", "dispatch")
+_MODULES = (
+    "functional",
+    "kv_memory",
+    "fitting_tiles",
+    "attention",
+    "kv_cache",
+    "dispatch",
+    "decoder",
+)
 
 
 @dataclass
@@ -26,6 +34,7 @@ class LoweredKernels:
     """What a program's attentions become on a target.
 
     Attributes:
+        target: Where it runs.
         dtype: What the model computes in, an IR name.
         plans: Distinct ones, the best for a description first.
         refused: (where, reason) of each attention that no kernel of the target takes.
@@ -67,7 +76,7 @@ class LoweredKernels:
     def functions(self) -> list[str]:
         """Return the functions of `graphopt.ir.functional` that the folder has its own of."""
         own = [name for group in self.layer_kernels() for name in group.functions]
-        return ["attention", "cached_attention", *own]
+        return ["attention", "cached_attention", "attention_results", *own]
 
     def stems(self, family: KernelFamily) -> dict[str, AttentionPlan]:
         """Return the plans of a family, by the stem of the files of each."""
@@ -139,6 +148,9 @@ class LoweredKernels:
                 f"softcap={spec.softcap},",
                 f"            sinks={spec.sinks}, alibi={spec.alibi}, bias={spec.bias}, "
                 f"padding_mask={spec.padding_mask}, kv_lens={spec.kv_lens},",
+                f"            kv={spec.kv!r}, size={spec.slots or spec.page}, "
+                f"selected_blocks={spec.selected_blocks}, lse={spec.lse}, "
+                f"page_max={spec.page_max},",
                 "        ),",
                 f"        {family.launcher!r},",
                 f"        {family.constants(plan)!r},",
@@ -147,7 +159,9 @@ class LoweredKernels:
             ]
         arguments = f"PLANS, HERE, {self.target.compute_capability}"
         imports = [
-            "from .dispatch import AttentionDispatcher, AttentionKey, Planned, StaticKVCache"
+            "from .decoder import Decoder",
+            "from .dispatch import AttentionDispatcher, AttentionKey, Planned",
+            "from .kv_cache import growing_caches, tokens_held",
         ]
         made: list[str] = []
         for group in self.layer_kernels():
@@ -160,7 +174,7 @@ class LoweredKernels:
                 functions = [*setup.imports, *(n for n in functions if n not in setup.makes)]
                 made += [*setup.statements, ""]
             imports.append(f"from .{group.module} import {', '.join(sorted(functions))}")
-        names = ["StaticKVCache", *self.functions()]
+        names = ["Decoder", "growing_caches", "tokens_held", *self.functions()]
         return _INIT.format(
             title=self.target.title, rows="\n".join(rows), imports="\n".join(imports),
             made="".join(f"{line}\n" for line in made),
@@ -183,6 +197,7 @@ PLANS = [
 ]
 DISPATCHER = AttentionDispatcher({arguments})
 attention, cached_attention = DISPATCHER.attention, DISPATCHER.cached_attention
+attention_results = DISPATCHER.attention_results
 
 {made}__all__ = [{names}]
 '''
@@ -205,7 +220,8 @@ def lower_attentions(program: Program, target: str) -> LoweredKernels | None:
     return LoweredKernels(
         machine,
         compute_dtype(program, machine),
-        [plan for plans in planned for plan in plans.plans],
+        # A ring's keys may come as those of another layer's contiguous cache do.
+        list({(plan.spec, plan.kernel): plan for p in planned for plan in p.plans}.values()),
         [(plans.where, reason) for plans in planned for reason in plans.refused],
         [(plans.where, note) for plans in planned for note in plans.notes],
         frozenset(node.op for name in called for node in program.functions[name].nodes),

@@ -35,13 +35,19 @@ class ModelClass:
         program: What it runs.
         classes: The class of every function.
         unmasked: A model without padding runs without a mask, instead of one of ones.
+        with_kernels: It runs by kernels of a target, with caches of every layout.
 
     Raises:
         LoweringError: The program has an input that a language model does not have.
     """
 
     def __init__(
-        self, program: Program, classes: Mapping[str, ModuleClass], *, unmasked: bool = False
+        self,
+        program: Program,
+        classes: Mapping[str, ModuleClass],
+        *,
+        unmasked: bool = False,
+        with_kernels: bool = False,
     ) -> None:
         odd = [name for name in program.inputs if name not in _INPUTS]
         if odd or "input_ids" not in program.inputs:
@@ -51,7 +57,7 @@ class ModelClass:
             )
         self.program = program
         self.classes = classes
-        self.unmasked = unmasked
+        self.unmasked, self.with_kernels = unmasked, with_kernels
         self.flow = Flow(program)
         signatures = {name: made.signature() for name, made in classes.items()}
         self.runs = find_runs(self.flow, program, lambda a, b: signatures[a] == signatures[b])
@@ -69,6 +75,7 @@ class ModelClass:
             "class Model(nn.Module):",
             '    """The whole model; its weights are named as in `model.safetensors`."""',
             "",
+            *self._layouts(),
             "    def __init__(self, weights: dict[str, Tensor]) -> None:",
             "        super().__init__()",
             *(line for module in modules for line in module),
@@ -156,15 +163,26 @@ class ModelClass:
             ]
         sizes = [(state.heads, state.k_dim, state.v_dim) for state in states]
         shapes = series([f"({', '.join(map(literal, row))})" for row in sizes])
+        paged = any(state.layout.kind == "paged" for state in states)
         return [
             *lines,
             '        """Return the cache before the first token: keys and values of each layer."""',
             "        like = next(p for p in self.parameters() if p.is_floating_point())",
-            "        return [",
+            f"        {'empty =' if paged else 'return'} [",
             "            (like.new_zeros(batch, heads, 0, k), like.new_zeros(batch, heads, 0, v))",
             *wrap(f"for heads, k, v in {shapes}", 12),
             "        ]",
+            *(["        return kernels.growing_caches(empty, self.kv_layouts)"] if paged else []),
         ]
+
+    def _layouts(self) -> list[str]:
+        """Return the statement that says how the caches of all layers lie."""
+        if not (self.with_kernels and self.states):
+            return []
+        layouts = [state.layout for state in self.program.states.values()]
+        rows = series([f"({quoted(layout.kind)}, {layout.size})" for layout in layouts])
+        about = "    # Of each layer's keys and values; slots of a ring, or tokens of a page."
+        return [about, *wrap(f"kv_layouts = {rows}", 4), ""]
 
     # --- the calls ---
 
@@ -216,7 +234,8 @@ class ModelClass:
         ]
         if self.states:
             lines.append("cache = list(cache or self.empty_cache(B))")
-        if self.states and (masked or "P" in needs):
+        always = "P" in needs or (masked and not self.unmasked)
+        if self.states and always:
             lines += self._past_tokens()
         elif "P" in needs:
             lines.append("P = 0")
@@ -232,8 +251,10 @@ class ModelClass:
             lines.append("if position_ids is None:")
             if self.unmasked:
                 past, end = ("P", "P + S") if self.states else ("0", "S")
+                told = self._past_tokens() if self.states and not always else []
                 lines += [
                     "    if attention_mask is None:",
+                    *(f"        {line}" for line in told),
                     f"        position_ids = torch.arange({past}, {end}, "
                     "device=input_ids.device).expand(B, S)",
                     "    else:",
@@ -246,10 +267,12 @@ class ModelClass:
     def _past_tokens(self) -> list[str]:
         """Return the statements that set P, which a ring does not tell once it is full."""
         rings = [state.layout.ring is not None for state in self.program.states.values()]
+        item = f"cache[{0 if all(rings) else rings.index(False)}]"
+        held = f"kernels.tokens_held({item})" if self.with_kernels else f"{item}[0].shape[2]"
         if not all(rings):
-            return [f"P = cache[{rings.index(False)}][0].shape[2]"]
+            return [f"P = {held}"]
         return [
-            "if attention_mask is None and cache[0][0].shape[2]:",
+            f"if attention_mask is None and {held}:",
             '    raise ValueError("rings don\'t tell how many tokens came before: give the mask")',
             "P = 0 if attention_mask is None else attention_mask.shape[1] - S",
         ]

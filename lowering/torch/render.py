@@ -16,8 +16,8 @@ from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.graph import Function, Program, resolve_attrs
 from graphopt.ir.ops import is_aten
 from graphopt.ir.shapes import infer_program
-from graphopt.lowering.base import check_attention_results
 from graphopt.lowering.torch import packed, template
+from graphopt.lowering.torch.body import reads_present
 from graphopt.lowering.torch.classes import ModuleClass
 from graphopt.lowering.torch.lowered_kernels import (
     TORCH_NAMES,
@@ -69,13 +69,14 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
     """
     lowered = lower(program, target) if lowered is None else lowered
     kernels = lower_attentions(lowered, target)
-    _check_layouts(program, kernels)
-    if kernels is not None:
-        check_attention_results(program, f"the kernels' launcher for {kernels.target.title}")
+    if kernels is None:
+        _check_layouts(program)
     classes = _classes(lowered)
     ahead = kernels.functions() if kernels is not None else []
     unmasked = kernels is not None and mask_is_for_attention_alone(program)
-    model = "\n".join(ModelClass(lowered, classes, unmasked=unmasked).lines())
+    with_kernels = kernels is not None
+    whole = ModelClass(lowered, classes, unmasked=unmasked, with_kernels=with_kernels)
+    model = "\n".join(whole.lines())
     parts = ["\n".join(made.lines()) for made in classes.values()]
     if "under(" in model:
         parts.append(template.UNDER.strip())
@@ -109,20 +110,18 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
     return "\n\n".join(head) + f"\n\n\n{text}\n"
 
 
-def _check_layouts(program: Program, kernels: LoweredKernels | None) -> None:
-    """Refuse states whose layout `model.py` does not have.
+def _check_layouts(program: Program) -> None:
+    """Refuse states whose layout `model.py` in plain PyTorch does not have.
 
     Raises:
         LoweringError: Naming the state and what the file has in its place.
     """
     for state in program.states.values():
-        plain = state.layout.kind == "contiguous" or (kernels is None and state.layout.ring)
-        if not plain:
-            where = "in plain PyTorch" if kernels is None else f"for {kernels.target.title}"
+        if state.layout.kind == "paged":
             raise LoweringError(
-                f"State {state.name!r} is {state.layout}, and model.py {where} keeps keys "
-                f"{'contiguous or in a ring' if kernels is None else 'contiguous'}.",
-                "Keep this state contiguous, or run the program without emitting it.",
+                f"State {state.name!r} is {state.layout}, and model.py in plain PyTorch keeps keys "
+                "contiguous or in a ring.",
+                "Keep this state contiguous, or emit for a target with kernels.",
             )
 
 
@@ -131,11 +130,20 @@ def _steps(program: Program, classes: dict[str, ModuleClass], unmasked: bool) ->
     if not program.states:
         return template.UNCACHED.format(why="This model has no cache")
     sizes = any("P" in made.body.needs for made in classes.values())
-    if unmasked and not sizes and _causal(program):
+    if unmasked and not sizes and _causal(program) and not _reads_caches(classes):
         return template.STATIC
     if any("attention_mask" in call.args for call in program.calls):
         return template.CACHED
     return template.UNCACHED.format(why="This model has no mask that tells padding from text")
+
+
+def _reads_caches(classes: dict[str, ModuleClass]) -> bool:
+    """Return whether anything but attention reads keys or values of a cache."""
+    return any(
+        reads_present(made.function, cache) or made.body.apart
+        for made in classes.values()
+        for cache in made.function.caches
+    )
 
 
 def _causal(program: Program) -> bool:

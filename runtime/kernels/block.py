@@ -177,33 +177,54 @@ def _copy_heads(
 
 @triton.jit
 def append_kv(
-    k_ptr, v_ptr, cache_k_ptr, cache_v_ptr, length_ptr, ends_ptr,
-    S, heads, capacity, length_stride,
+    k_ptr, v_ptr, cache_k_ptr, cache_v_ptr,
+    seq_lens_ptr,  # int32: tokens of each row
+    new_lens_ptr,  # int32 [B] or None: how many of the new ones are real
+    block_table_ptr,  # int32 [B, block_table_width] or None: where in the pool a page lies
+    total_ptr,  # int32 [B]
+    S, heads,
+    capacity,  # tokens that a row has room for
+    length_stride, block_table_width,
     k_stride_b, k_stride_h, k_stride_s,
     v_stride_b, v_stride_h, v_stride_s,
     cache_k_stride_b, cache_k_stride_h, cache_k_stride_t,
     cache_v_stride_b, cache_v_stride_h, cache_v_stride_t,
     K_DIM: tl.constexpr, V_DIM: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    RING: tl.constexpr,  # whether a token lies in the slot of its number modulo the capacity
+    PAGE: tl.constexpr,  # tokens of a page, or 0
 ):  # fmt: skip
     """Copy one token's keys and values behind those of its row; write the row's new length.
 
-    What would lie behind the end of the cache is left out.
+    What would lie behind the end of the cache is left out. A ring takes the last real tokens.
     """
     token = tl.program_id(0).to(tl.int64)
     b, s = token // S, token % S
-    length = tl.load(length_ptr + b * length_stride)
+    length = tl.load(seq_lens_ptr + b * length_stride)
     place = (length + s).to(tl.int64)
-    heads = tl.where(place < capacity, heads, 0)
+    if RING:
+        real = S
+        if new_lens_ptr is not None:
+            real = tl.load(new_lens_ptr + b)
+        written = (s < real) & (s >= real - capacity)
+        place = place % capacity
+    else:
+        written = place < capacity
+    row = b
+    if PAGE:
+        page_ptr = block_table_ptr + b * block_table_width + place // PAGE
+        row = tl.load(page_ptr, mask=written, other=0).to(tl.int64)
+        place = place % PAGE
+    heads = tl.where(written, heads, 0)
     _copy_heads(
         k_ptr + b * k_stride_b + s * k_stride_s,
-        cache_k_ptr + b * cache_k_stride_b + place * cache_k_stride_t,
+        cache_k_ptr + row * cache_k_stride_b + place * cache_k_stride_t,
         k_stride_h, cache_k_stride_h, heads, K_DIM, HEADS, BLOCK_K,
     )  # fmt: skip
     _copy_heads(
         v_ptr + b * v_stride_b + s * v_stride_s,
-        cache_v_ptr + b * cache_v_stride_b + place * cache_v_stride_t,
+        cache_v_ptr + row * cache_v_stride_b + place * cache_v_stride_t,
         v_stride_h, cache_v_stride_h, heads, V_DIM, HEADS, BLOCK_V,
     )  # fmt: skip
     if s == 0:
-        tl.store(ends_ptr + b, length + S)
+        tl.store(total_ptr + b, length + S)

@@ -16,20 +16,18 @@ LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 @triton.jit
 def picked_keys(
     slots,  # [BLOCK_N]
-    batch,
+    row,  # which list of pages
     selected_blocks_ptr,
     selected_width,
     T,
     PAGE: tl.constexpr,
 ):
-    """Return the key at each slot of the pages that are listed.
-
-    Behind the last page of a list it is T, which is no key.
-    """
+    """Return the key at each slot of the pages that are listed; of no page, T, which is no key."""
     listed = slots // PAGE
-    page_ptrs = selected_blocks_ptr + batch * selected_width + listed
+    page_ptrs = selected_blocks_ptr + row * selected_width + listed
     page = tl.load(page_ptrs, mask=listed < selected_width, other=-1)
-    return tl.where(page < 0, T, page * PAGE + slots % PAGE)
+    known = (page >= 0) & (page < tl.cdiv(T, PAGE))
+    return tl.where(known, page * PAGE + slots % PAGE, T)
 
 
 @triton.jit

@@ -44,7 +44,7 @@ def attention_decode(
     positions_ptr,  # int32 [B, T], contiguous: ALiBi position of every key
     kv_lens_ptr,  # int32 [B]: keys of each row, where they are fewer than T
     block_table_ptr,  # int32 [B, block_table_width]: where in the pool a page of the row lies
-    selected_blocks_ptr,  # int32 [B, selected_width]: the pages that are read, -1 behind the last
+    selected_blocks_ptr,  # int32 [B, G, selected_width]: the pages that a key head reads, or -1
     ring_start_ptr,  # int32 [B]: ring slot of key 0
     q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_t,
@@ -142,7 +142,9 @@ def attention_decode(
         slots = start + tl.arange(0, BLOCK_N)
         keys = slots
         if SELECTED:
-            keys = picked_keys(slots, batch, selected_blocks_ptr, selected_width, T, PAGE)
+            keys = picked_keys(
+                slots, batch * groups + group, selected_blocks_ptr, selected_width, T, PAGE
+            )
         present = keys < T
         k_offsets, v_offsets = key_offsets(
             keys, present, batch, ring_start_ptr, block_table_ptr, block_table_width,

@@ -20,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 import graphopt as go  # noqa: E402
 from graphopt.execute.interpreter import Runner  # noqa: E402
-from graphopt.ir import functional  # noqa: E402
+from graphopt.ir import functional, kv_memory  # noqa: E402
 from graphopt.ir.ops import get_op  # noqa: E402
 from graphopt.runtime import fused  # noqa: E402
 
@@ -161,7 +161,7 @@ def test_cache_writes(k_dim: int, v_dim: int, shared: bool) -> None:
         for _ in range(2)
     )
     ends = fused.launch_append(k, v, *found, length)
-    assert torch.equal(ends, functional.append_kv(k, v, *expected, length))
+    assert torch.equal(ends, kv_memory.append_kv(k, v, *expected, length))
     assert ends.tolist() == ([9, 9, 9] if shared else [4, 9, 10])
     for row, end in enumerate(ends.tolist()):
         assert torch.equal(found[0][row, :, end - 4 : end], k[row])
@@ -177,6 +177,40 @@ def test_nothing_is_written_behind_the_end_of_a_cache() -> None:
     )
     assert torch.equal(held[0, 0, 2:], k[0, 0, :2])
     assert not held[0, 1].any()
+
+
+@pytest.mark.parametrize("layout", ["ring", "paged"])
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_new_keys_in_a_ring_and_in_pages(layout: str, count: int) -> None:
+    """Rows of unequal length, padded behind, by the kernel and by the reference."""
+    k, v = random(2, 2, count, 8), random(2, 2, count, 16, seed=1)
+    seq_lens = torch.tensor([2, 11], dtype=torch.int32).to(DEVICE)
+    new_lens = torch.tensor([count, max(1, count - 2)], dtype=torch.int32).to(DEVICE)
+    if layout == "ring":
+        options: dict[str, Any] = {"ring": True, "new_lens": new_lens}
+        shapes = (2, 2, 5, 8), (2, 2, 5, 16)
+    else:
+        table = torch.randperm(14, generator=torch.Generator().manual_seed(0)).view(2, 7)
+        options = {"block_table": table.to(torch.int32).to(DEVICE)}
+        shapes = (14, 2, 3, 8), (14, 2, 3, 16)
+    found = [random(*shape, seed=2) for shape in shapes]
+    expected = [cache.clone() for cache in found]
+    plain = [cache.clone() for cache in found]
+    assert fused.launch_append(k, v, *found, seq_lens, **options).tolist() == [
+        2 + count,
+        11 + count,
+    ]
+    kv_memory.append_kv(k, v, *expected, seq_lens, **options)
+    for row in range(2):
+        real = int(new_lens[row]) if layout == "ring" else count
+        for s in range(real):
+            place = int(seq_lens[row]) + s
+            at = (row, slice(None), place % 5)
+            if layout == "paged":
+                at = (int(table[row, place // 3]), slice(None), place % 3)
+            plain[0][at], plain[1][at] = k[row, :, s], v[row, :, s]
+    for one, other, written in zip(found, expected, plain, strict=True):
+        assert torch.equal(one, other) and torch.equal(one, written)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="here every call has a kernel")
@@ -237,7 +271,8 @@ from graphopt.ir import functional
 from graphopt.runtime.kernels import block
 
 def compiled(kernel, half, arch, **constants):
-    kinds = {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "length_ptr": "*i32", "ends_ptr": "*i32",
+    kinds = {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "seq_lens_ptr": "*i32",
+             "new_lens_ptr": "*i32", "block_table_ptr": "*i32", "total_ptr": "*i32",
              "eps": "fp32", "offset": "fp32"}
     signature = {
         name: "constexpr" if name in constants
@@ -256,7 +291,13 @@ for arch, half in ((80, "bf16"), (90, "fp16")):
         compiled(block.rope, half, arch, INTERLEAVED=not more, **sizes, **more)
     for act in functional.ACTIVATIONS:
         compiled(block.act_mul, half, arch, ACT=act, BLOCK=1024)
-    compiled(block.append_kv, half, arch, K_DIM=64, V_DIM=80, HEADS=4, BLOCK_K=64, BLOCK_V=128)
+    for more in (
+        {"RING": False, "PAGE": 0, "new_lens_ptr": None, "block_table_ptr": None},
+        {"RING": True, "PAGE": 0, "block_table_ptr": None},
+        {"RING": False, "PAGE": 24, "new_lens_ptr": None},
+    ):
+        sizes = {"K_DIM": 64, "V_DIM": 80, "HEADS": 4, "BLOCK_K": 64, "BLOCK_V": 128}
+        compiled(block.append_kv, half, arch, **sizes, **more)
 """
 
 

@@ -14,8 +14,8 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from graphopt.execute.interpreter import Runner, run_function
-from graphopt.execute.paged_kv import PagedKV
 from graphopt.ir import B, KVLayout, P, Program, S, Value
+from graphopt.ir.kv_memory import PagedKV
 from graphopt.ir.ops import get_op
 from graphopt.ir.relayout import with_layouts
 from graphopt.lowering.kernels.plan_kernels import PlanKernels, planned_attentions
@@ -33,8 +33,10 @@ def planned(program: Program):
     """The description and the plan of each distinct attention when a mask is not needed."""
     made = PlanKernels(target="ampere").run(program, Context()).program
     for plans in planned_attentions(made):
-        decoding = [plan for plan in plans.plans if plan.spec.phase == "decode"]
-        (plan,) = (p for p in decoding if p.spec.kv_lens and not p.spec.padding_mask)
+        decoding = [plan.spec.phase == "decode" and plan.spec.kv == plans.spec.kv
+                    for plan in plans.plans]  # fmt: skip
+        own = [plan for plan, fits in zip(plans.plans, decoding, strict=True) if fits]
+        (plan,) = (p for p in own if p.spec.kv_lens and not p.spec.padding_mask)
         yield plans.spec, plan
 
 
@@ -85,9 +87,8 @@ def test_the_planned_kernel_reads_what_the_interpreter_keeps(layout):
     if isinstance(state, PagedKV):
         half = dataclasses.replace(state, k=state.k.half(), v=state.v.half())
         held_k, held_v = half
-        after = half.extended(torch.cat((held_k, k), 2), torch.cat((held_v, v), 2))
-        lengths = torch.full((2,), after.length, dtype=torch.int32)
-        keys = Keys(after.k, after.v, kv_lens=lengths, block_table=after.table)
+        after = half.extended(k, v)
+        keys = Keys(after.k, after.v, kv_lens=after.lens, block_table=after.block_table)
         all_k, all_v = after
     else:
         held_k, held_v = (part.half() for part in state)

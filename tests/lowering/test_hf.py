@@ -16,7 +16,9 @@ from graphopt.capture.model import attention_implementation
 from graphopt.errors import LoweringError
 from graphopt.execute.interpreter import Runner
 from graphopt.files.safetensors import read_checkpoint
+from graphopt.ir import KVLayout
 from graphopt.ir.blocks import remove_blocks
+from graphopt.ir.relayout import with_layouts
 from graphopt.ir.weights import Array, Missing, Rows, Transposed, Weight
 from graphopt.lowering.hf import HfEmitter, emitter
 from graphopt.lowering.hf.checkpoint_assembly import Fragment, assemble
@@ -70,6 +72,11 @@ def test_an_output_folder_is_a_model_again(tmp_path: Path) -> None:
     stored = set(read_checkpoint(tmp_path / "out"))
     trained = {weight.name for weight in program.used_weights() if not weight.constant}
     assert stored & trained == {name for name in trained if ".c_attn." in name}
+
+
+def test_layouts_of_caches_are_no_part_of_a_checkpoint(tmp_path: Path) -> None:
+    program = _program(random_model("llama"), tmp_path / "source")
+    HfEmitter().check(with_layouts(program, {"kv.1": KVLayout("paged", 4)}), "cpu")
 
 
 def test_large_checkpoints_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,7 +212,7 @@ class Block(nn.Module):
         h = rms_norm(x, self.input_layernorm, eps=1e-05)
         q_rope = rope(split_heads(linear(h, self.q_proj), head_dim=8), cos, sin)
         k_rope = rope(split_heads(linear(h, self.k_proj), head_dim=8), cos, sin)
-        a, present_k, present_v = cached_attention(
+        a, present = cached_attention(
             q_rope,
             k_rope,
             split_heads(linear(h, self.v_proj), head_dim=8),
@@ -225,7 +225,7 @@ class Block(nn.Module):
         h_1 = rms_norm(x_1, self.post_attention_layernorm, eps=1e-05)
         m = F.silu(linear(h_1, self.gate_proj)) * linear(h_1, self.up_proj)
         x_2 = x_1 + linear(m, self.down_proj)
-        return x_2, (present_k, present_v)
+        return x_2, present
 '''
 
 BODY = """
@@ -281,7 +281,7 @@ class Block(nn.Module):
         total, h = add_rms_norm(x, x_delta, self.input_layernorm, eps=1e-05)
         q, k, v = linear(h, self.q_k_v_proj).split(self.q_k_v_proj_sizes, -1)
         q_rope, k_rope = rope_pair(split_heads(q, head_dim=8), split_heads(k, head_dim=8), cos, sin)
-        a, present_k, present_v = cached_attention(
+        a, present = cached_attention(
             q_rope,
             k_rope,
             split_heads(v, head_dim=8),
@@ -295,7 +295,7 @@ class Block(nn.Module):
         )
         gate, up = linear(h_1, self.gate_up_proj).split(self.gate_up_proj_sizes, -1)
         down = linear(act_mul(gate, up, "silu"), self.down_proj)
-        return x_1, down, (present_k, present_v)
+        return x_1, down, present
 '''
 
 

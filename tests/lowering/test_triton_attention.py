@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -352,26 +353,27 @@ def test_pages(page):
 
 
 def picked(case, lists, page):
-    """bool [B, T]: keys of the pages that are listed."""
-    found = torch.zeros(case.k.shape[0], case.k.shape[2], dtype=torch.bool)
-    for b, row in enumerate(lists):
-        for number in row[row >= 0]:
-            found[b, number * page : (number + 1) * page] = True
+    """bool [B, G, T]: keys of the pages that are listed."""
+    found = torch.zeros(case.k.shape[:3], dtype=torch.bool)
+    for at in itertools.product(*map(range, found.shape[:2])):
+        for number in lists[at][lists[at] >= 0]:
+            found[at][number * page : (number + 1) * page] = True
     return found
 
 
 def check_maxima(found, case, lists, page):
     scores = case.scores(torch.float64)
-    assert found.shape == (*scores.shape[:3], lists.shape[1])
-    for b, row in enumerate(lists):
-        for slot, number in enumerate(row):
-            expected = scores.new_full(scores.shape[1:3], float("-inf"))
-            # Lists end in -1: such a slot has seen nothing.
-            if number >= 0 and number * page < scores.shape[3]:
-                expected = scores[b, :, :, number * page : (number + 1) * page].amax(-1)
-            torch.testing.assert_close(
-                found[b, :, :, slot].cpu().double(), expected, rtol=1e-5, atol=1e-4
-            )
+    assert found.shape == (*scores.shape[:3], lists.shape[2])
+    group = case.q.shape[1] // case.k.shape[1]
+    for b, head, slot in itertools.product(*map(range, (*scores.shape[:2], lists.shape[2]))):
+        number = lists[b, head // group, slot]
+        expected = scores.new_full(scores.shape[2:3], float("-inf"))
+        # A negative number names no page: such a slot has seen nothing.
+        if number >= 0 and number * page < scores.shape[3]:
+            expected = scores[b, head, :, number * page : (number + 1) * page].amax(-1)
+        torch.testing.assert_close(
+            found[b, head, :, slot].cpu().double(), expected, rtol=1e-5, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("page", slow_but((16, 32, 64), 16))
@@ -380,9 +382,10 @@ def test_selected_blocks_and_their_maxima(phase, page):
     fields = {"kv": "paged", "page": page, "kv_lens": True, "selected_blocks": True}
     heads, check = (2, 4, 2, 1), check_decode
     if phase == "prefill":
-        heads, check = (2, 2, 1, 40), check_prefill
+        heads, check = (2, 2, 2, 40), check_prefill
     case = random_case((*heads, 150, 64, 64), fields)
-    lists = torch.tensor([[0, 2, 4], [1, 2, -1]])
+    # By key head, in any order; the last number is that of no page.
+    lists = torch.tensor([[[0, 2, 4], [4, 1, 0]], [[1, 2, -1], [-7, 3, 2**31 - 1]]])
     case.picked = picked(case, lists, page)
     keys = dataclasses.replace(paged(case, page), selected_blocks=lists)
     _, maxima = check(case, keys, PAGE_MAX=True)
@@ -404,7 +407,7 @@ def test_maxima_of_all_pages(phase, form):
     fields = {**form, "kv": "paged", "page": page, "kv_lens": True}
     case = random_case((*heads, 96, 32, 32), fields)
     _, maxima = check(case, paged(case, page), PAGE_MAX=True)
-    check_maxima(maxima, case, torch.arange(6).expand(2, 6), page)
+    check_maxima(maxima, case, torch.arange(6).expand(2, heads[2], 6), page)
 
 
 def test_a_ring():

@@ -5,11 +5,13 @@ import torch
 from programs import tiny_program
 from small import function, one
 
+from graphopt.errors import UsageError
 from graphopt.execute.interpreter import Runner
 from graphopt.ir import B, Call, In, P, Param, S, Type
 from graphopt.ir.printer import print_function
 from graphopt.ir.verify import verify
 from graphopt.pass_manager.contract import Context
+from graphopt.pass_manager.pipeline import Pipeline
 from graphopt.passes.canonicalise import Canonicalise
 from graphopt.passes.dead_code_elimination import DeadCodeElimination
 from graphopt.passes.insert_kv_cache import InsertKVCache
@@ -202,3 +204,52 @@ def test_places_are_counted_on_behind_the_cache(start, looked_up):
     result = insert(program).program
     (node,) = (n for n in result.functions["embed"].nodes if n.op.startswith("aten.arange."))
     assert list(node.attrs["args"]) == [P, P + S]
+
+
+def laid_out(program, **options):
+    result = InsertKVCache(**options).run(program, Context())
+    verify(result.program)
+    return result, [str(state.layout) for state in result.program.states.values()]
+
+
+def test_options_give_the_states_a_layout():
+    program = tiny_program(window=5)  # of the first layer alone
+    assert laid_out(program)[1] == ["contiguous", "contiguous"]
+    assert laid_out(program, ring=True)[1] == ["ring(slots=5)", "contiguous"]
+    result, layouts = laid_out(program, ring=True, step=4, page=16)
+    assert layouts == ["ring(slots=8)", "paged(page=16)"] and result.changed == 2
+    assert laid_out(program, page=3)[1] == ["paged(page=3)", "paged(page=3)"]
+    # States that are there already are laid out anew; the same layout is no change.
+    result, layouts = laid_out(laid_out(program)[0].program, ring=True)
+    assert layouts == ["ring(slots=5)", "contiguous"] and result.changed == 1
+    again, _ = laid_out(result.program, ring=True)
+    assert again.changed == 0 and again.program is result.program
+
+
+def test_a_ring_without_a_window_is_noted():
+    result, layouts = laid_out(tiny_program(), ring=True)
+    assert layouts == ["contiguous", "contiguous"] and result.changed == 2
+    assert [skip.reason for skip in result.skipped] == [
+        "no attention has a window to keep in a ring"
+    ]
+    chunked = tiny_program(window=5)
+    (node,) = (n for n in chunked.functions["block"].nodes if n.op == "attention")
+    node.attrs["chunk"] = 8
+    assert laid_out(chunked, ring=True)[1] == ["contiguous", "contiguous"]
+
+
+def test_options_that_make_no_sense():
+    with pytest.raises(UsageError, match="and ring is false"):
+        InsertKVCache(step=3)
+    with pytest.raises(UsageError, match="page"):
+        InsertKVCache(page=0)
+
+
+@pytest.mark.parametrize("options", [{"ring": True}, {"ring": True, "step": 3, "page": 4}])
+def test_layouts_change_no_logit(options):
+    """As the pipeline verifies them: whole texts, and in steps beyond the ring and the pages."""
+    program = tiny_program(window=5)
+    passes = [InsertKVCache(**options)]
+    cached, report = Pipeline(passes).run(program)
+    assert report.passes[0].verification == "passed"
+    assert {state.layout.kind for state in cached.states.values()} >= {"ring"}

@@ -16,7 +16,7 @@ from graphopt.errors import LoweringError
 from graphopt.lowering.kernels import plan_attention
 from graphopt.plan import AttentionSpec
 from graphopt.plan.triton import takes_wgmma
-from graphopt.runtime.attention import smaller, without_wgmma
+from graphopt.runtime.fitting_tiles import smaller, without_wgmma
 from graphopt.targets import all_targets, get_target
 
 TRITON = tuple(target.name for target in all_targets().values() if "triton" in target.kernels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import sympy
@@ -24,7 +25,7 @@ from graphopt.ir.ops.base import (
 )
 from graphopt.ir.types import Dim, P, Type, dim
 
-QUERY, KEY, VALUE, MASK, BIAS, SLOPES, SINKS, PAST_K, PAST_V = range(9)
+QUERY, KEY, VALUE, MASK, BIAS, SLOPES, SINKS, PAST_K, PAST_V, SELECTED = range(10)
 
 
 def _get(items: Tensors, index: int) -> Tensor | None:
@@ -42,7 +43,8 @@ class Attention(Op):
 
     Operands: q [B,H,S,D]; k [B,G,S,D]; v [B,G,S,Dv]; mask [B,T] nonzero at real tokens;
     bias additive, broadcastable to [B,H,S,T]; slopes [H] (ALiBi by key position);
-    sinks [H]; past_k [B,G,P,D], past_v [B,G,P,Dv].
+    sinks [H]; past_k [B,G,P,D], past_v [B,G,P,Dv]; selected_blocks int [B,G,M], or 1 in place of
+    B or G.
     Without past T = S, and the one output is o [B,H,S,Dv]. With past the new keys and values
     are put behind it, T = P + S, and present_k, present_v are outputs two and three.
     Query i stands at cache index P + i: `causal` allows keys up to it, `window` the last
@@ -51,21 +53,27 @@ class Attention(Op):
     values those of P + S; the mask still has a column for each of the P + S tokens. That gives the
     same output where a window is no longer than the ring, and nothing depends on the number of
     the tokens that are gone.
+    With `selected_blocks` a key is seen only if its page is listed: pages are `page` neighbouring
+    keys, numbered from the first on. A number is listed at most once, in any order; a negative one
+    names no page, and one behind the last key a page without keys.
     Further outputs, last: with `lse` the log-sum-exp of each row's scores [B,H,S], sinks included;
-    with `page_max` the largest score among each `page_max` neighbouring keys, [B,H,S,pages]. Both
-    are -inf where nothing is seen.
+    with `page_max` the largest score among each `page_max` neighbouring keys, [B,H,S,pages], or in
+    each page that is listed, [B,H,S,M]. Both are -inf where nothing is seen.
     """
 
     name = "attention"
-    operands = ("q", "k", "v", "mask?", "bias?", "slopes?", "sinks?", "past_k?", "past_v?")
+    operands = (
+        "q", "k", "v", "mask?", "bias?", "slopes?", "sinks?", "past_k?", "past_v?",
+        "selected_blocks?",
+    )  # fmt: skip
     attributes = {  # noqa: RUF012
         "scale": Number, "causal": bool, "window": Count | None, "chunk": Count | None,
         "softcap": Positive | None, "ring": Count | None,
-        "lse": bool, "page_max": Count | None,
+        "lse": bool, "page_max": Count | None, "page": Count | None,
     }  # fmt: skip
     defaults: ClassVar[Attrs] = {
         "window": None, "chunk": None, "softcap": None, "ring": None,
-        "lse": False, "page_max": None,
+        "lse": False, "page_max": None, "page": None,
     }  # fmt: skip
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
@@ -88,8 +96,11 @@ class Attention(Op):
                 raise ValueError(f"attention of {k}, {v} with past {past}, {past_v}")
         keys = k.shape[2] if past is None else past.shape[2] + k.shape[2]
         ring = attrs.get("ring")
+        slopes = types[SLOPES] if len(types) > SLOPES else None
+        selected = types[SELECTED] if len(types) > SELECTED else None
         if ring is not None:
-            _check_ring(ring, past, attrs)
+            _check_ring(ring, past, attrs, alibi=slopes is not None)
+        _check_selected(selected, k, attrs)
         mask = types[MASK] if len(types) > MASK else None
         tokens = keys if ring is None else P + k.shape[2]
         if mask is not None and (len(mask.shape) != 2 or not same(mask.shape[1], tokens)):
@@ -106,7 +117,8 @@ class Attention(Op):
         statistics = [Type(rows, torch.float32)] if attrs.get("lse") else []
         if attrs.get("page_max") is not None:
             pages = dim(sympy.ceiling(sympy.sympify(keys) / attrs["page_max"]))
-            statistics.append(Type((*rows, pages), torch.float32))
+            listed = pages if selected is None else selected.shape[2]
+            statistics.append(Type((*rows, listed), torch.float32))
         if past is None:
             return [out, *statistics]
         kept = dim(keys) if ring is None else sympy.Min(tokens, ring)
@@ -118,12 +130,27 @@ class Attention(Op):
         ]
 
     def flops(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]
-        # The full S x T rectangle: what a kernel that skips nothing computes.
-        q, k, v = need(types, 0), need(types, 1), need(types, 2)
-        past = types[PAST_K] if len(types) > PAST_K else None
-        keys = k.shape[2] if past is None else past.shape[2] + k.shape[2]
+        # The full S x T rectangle, or that of the listed pages: what a kernel computes that skips
+        # nothing else.
+        q, v = need(types, 0), need(types, 2)
         rows = q.shape[0] * q.shape[1] * q.shape[2]
-        return dim(rows * keys * (2 * q.shape[3] + 2 * v.shape[3] + 5))
+        return dim(rows * _keys_read(types, attrs) * (2 * q.shape[3] + 2 * v.shape[3] + 5))
+
+    def bytes(self, types: Types, outputs: Sequence[Type], attrs: Attrs) -> Dim:
+        moved = sympy.sympify(super().bytes(types, outputs, attrs))
+        if len(types) <= SELECTED or types[SELECTED] is None:
+            return dim(moved)
+        # Of the keys and values those in listed pages are read, and the new ones written: a state
+        # is extended where it lies.
+        k, v = need(types, KEY), need(types, VALUE)
+        head = sympy.sympify(k.shape[3] * k.dtype.itemsize + v.shape[3] * v.dtype.itemsize)
+        tokens = k.shape[0] * k.shape[1] * head
+        past = types[PAST_K]
+        before = 0 if past is None else past.shape[2]
+        moved -= tokens * (before + k.shape[2]) * (1 if past is None else 2)
+        return dim(
+            moved + tokens * (_keys_read(types, attrs) + (0 if past is None else k.shape[2]))
+        )
 
     def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         q, k, v = tensors[0], tensors[1], tensors[2]
@@ -159,6 +186,11 @@ class Attention(Op):
         if attrs.get("chunk") is not None:
             allowed &= key_index // attrs["chunk"] == query_index // attrs["chunk"]
         allowed = allowed & mask.bool().view(batch, 1, 1, keys)
+        selected = _get(tensors, SELECTED)
+        if selected is not None:
+            listed = (key_index // (attrs.get("page") or 1) == selected[..., None]).any(-2)
+            listed = listed.expand(batch, k.shape[1], keys)
+            allowed = allowed & listed.repeat_interleave(groups, 1)[:, :, None]
         scores = scores.masked_fill(~allowed, float("-inf"))
         empty = (scores == float("-inf")).all(-1, keepdim=True)
         if sinks is not None:
@@ -174,7 +206,8 @@ class Attention(Op):
             found.append(torch.logsumexp(scores, -1))
         if attrs.get("page_max") is not None:
             pages = scores[..., :keys].split(attrs["page_max"], -1)
-            found.append(torch.stack([page.amax(-1) for page in pages], -1))
+            maxima = torch.stack([page.amax(-1) for page in pages], -1)
+            found.append(maxima if selected is None else _of_listed(maxima, selected, groups))
         return tuple(found)
 
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
@@ -186,19 +219,69 @@ class Attention(Op):
             key: attrs.get(key) for key in ("scale", "causal", "window", "chunk", "softcap")
         }
         past = None if past_k is None or past_v is None else (past_k, past_v)
-        if asks_for_statistics(attrs):
-            options |= {key: attrs.get(key) for key in ("ring", "page_max")}
-            options["lse"] = bool(attrs.get("lse"))
-            return functional.attention_results(
-                q, k, v, past, *extras, cached=past is not None, **options
-            )
-        if past is None:
+        if past is None and not is_general(attrs, tensors):
             return (functional.attention(q, k, v, *extras, **options),)
         options["ring"] = attrs.get("ring")
-        return functional.cached_attention(q, k, v, past, *extras, **options)
+        if not is_general(attrs, tensors):
+            out, present = functional.cached_attention(q, k, v, past, *extras, **options)
+            return out, *present
+        options |= {key: attrs.get(key) for key in ("page_max", "page")}
+        out, *results = functional.attention_results(
+            q, k, v, past, *extras,
+            cached=past is not None, lse=bool(attrs.get("lse")),
+            selected_blocks=_get(tensors, SELECTED), **options,
+        )  # fmt: skip
+        return (out, *results) if past is None else (out, *results[0], *results[1:])
 
 
-def _check_ring(ring: int, past: Type | None, attrs: Attrs) -> None:
+def _keys_read(types: Types, attrs: Attrs) -> sympy.Expr:
+    """Return how many keys a query is multiplied with at most."""
+    past = types[PAST_K] if len(types) > PAST_K else None
+    new = sympy.sympify(need(types, KEY).shape[2])
+    keys = new if past is None else past.shape[2] + new
+    selected = types[SELECTED] if len(types) > SELECTED else None
+    if selected is None:
+        return keys
+    return sympy.Min(keys, selected.shape[2] * sympy.Integer(attrs["page"]))
+
+
+def _of_listed(maxima: Tensor, selected: Tensor, groups: int) -> Tensor:
+    """Return the maxima [B,H,S,M] of the pages that are listed, out of those of all pages."""
+    batch, heads, queries, pages = maxima.shape
+    listed = selected.expand(batch, heads // groups, -1).repeat_interleave(groups, 1)
+    found = maxima.new_full((batch, heads, queries, listed.shape[2]), float("-inf"))
+    for page in range(pages):
+        here = (listed == page)[:, :, None].expand_as(found)
+        found = torch.where(here, maxima[..., page : page + 1], found)
+    return found
+
+
+def _check_selected(selected: Type | None, k: Type, attrs: Attrs) -> None:
+    """Refuse a list of pages that is none, or pages without a size.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    page = attrs.get("page")
+    if (selected is None) != (page is None):
+        raise ValueError("attention: selected_blocks and the attribute page come together")
+    if selected is None:
+        return
+    rows = (k.shape[0], k.shape[1])
+    fits = len(selected.shape) == 3 and all(
+        size == 1 or same(size, row) for size, row in zip(selected.shape, rows, strict=False)
+    )
+    if not fits or selected.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"attention: selected_blocks are {selected}: give whole numbers [B, {k.shape[1]}, M]"
+        )
+    if attrs.get("page_max") not in (None, page):
+        raise ValueError(
+            f"attention: maxima of pages of {attrs['page_max']} keys, selected by pages of {page}"
+        )
+
+
+def _check_ring(ring: int, past: Type | None, attrs: Attrs, *, alibi: bool) -> None:
     """Refuse a ring that does not hold all that an attention reads.
 
     Raises:
@@ -210,13 +293,22 @@ def _check_ring(ring: int, past: Type | None, attrs: Attrs) -> None:
     if window is None or window > ring:
         seen = "all keys" if window is None else f"the last {window}"
         raise ValueError(f"attention: a query sees {seen}, and a ring of {ring} does not hold them")
-    if attrs.get("chunk") is not None:
-        raise ValueError("attention: chunks begin at positions that a ring does not keep")
+    for name, what in (("chunk", "chunks"), ("page", "pages"), ("page_max", "pages")):
+        if attrs.get(name) is not None:
+            raise ValueError(f"attention: {what} begin at positions that a ring does not keep")
+    if alibi and attrs.get("lse"):
+        raise ValueError(
+            "attention: a ring does not keep the positions that ALiBi adds to the log-sum-exp"
+        )
 
 
-def asks_for_statistics(attrs: Attrs) -> bool:
-    """Return whether an attention has results beside its output, keys and values."""
-    return bool(attrs.get("lse")) or attrs.get("page_max") is not None
+def is_general(attrs: Attrs, operands: Sequence[object | None]) -> bool:
+    """Return whether an attention reads selected pages, or has results beside the usual ones.
+
+    Those are its output, keys and values.
+    """
+    selects = len(operands) > SELECTED and operands[SELECTED] is not None
+    return selects or bool(attrs.get("lse")) or attrs.get("page_max") is not None
 
 
 class _Move(Op):

@@ -1,0 +1,141 @@
+"""Greedy decoding in caches of fixed room, for the models that are emitted for GPUs."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from graphopt.runtime.kv_cache import fixed_caches
+
+
+class Decoder:
+    """Greedy decoding, in a cache with room for a whole text, or for several at once.
+
+    On a GPU a step is recorded as a CUDA graph once and replayed: nothing is launched one by one.
+
+    Args:
+        model: A model with `empty_cache(batch)` and `kv_layouts`, called with ids, mask, positions
+            and caches.
+        capacity: Tokens of a prompt and of its answer together.
+        batch: How many texts. Their lengths may differ.
+
+    Attributes:
+        positions: How many positions the model has; None for any number.
+        records: Whether a step is the same kernels each time, so that a graph can hold it.
+        logits: [batch, vocab], those of the next token of every text.
+
+    Raises:
+        ValueError: Such a cache holds nothing, or is longer than what the model has positions for.
+    """
+
+    positions: ClassVar[int | None] = None
+    records: ClassVar[bool] = True
+
+    def __init__(self, model: Any, capacity: int, batch: int = 1) -> None:
+        if batch < 1 or capacity < 2:
+            raise ValueError(
+                f"a cache of {capacity} tokens for {batch} texts: there must be room for at least "
+                "one text, and for 2 tokens"
+            )
+        if self.positions is not None and capacity > self.positions:
+            raise ValueError(
+                f"a cache of {capacity} tokens: the model has {self.positions} positions"
+            )
+        self.model, self.capacity, self.batch = model, capacity, batch
+        self.used = 0  # tokens of the longest text, known here without asking the device
+        self.several = False
+        device = next(model.parameters()).device
+        self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.new_lens = torch.ones_like(self.seq_lens)  # real tokens of a step
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.logits: Tensor | None = None
+        # A paged cache unpacks to keys and values as well.
+        empty = [(k, v) for k, v in model.empty_cache()]
+        self.cache = fixed_caches(empty, model.kv_layouts, capacity, self.seq_lens, self.new_lens)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def start(self, ids: list[int] | list[list[int]]) -> int | list[int]:
+        """Read the prompt and return the first token of the answer; of several, a list of each.
+
+        Raises:
+            ValueError: A prompt is empty or leaves no room, or there are not `batch` of them.
+        """
+        self.several = len(ids) > 0 and isinstance(ids[0], list)
+        texts: list[Any] = [*ids] if self.several else [ids]
+        if len(texts) != self.batch:
+            raise ValueError(f"{len(texts)} prompts in a cache for {self.batch}")
+        counts = [len(text) for text in texts]
+        for count in counts:
+            if not 0 < count < self.capacity:
+                raise ValueError(f"a prompt of {count} tokens in a cache of {self.capacity}")
+        device, longest = self.token.device, max(counts)
+        # Padded behind: no token sees a later one, and a row's next tokens overwrite the padding,
+        # which a ring does not keep.
+        padded = [text + [0] * (longest - len(text)) for text in texts]
+        positions = torch.arange(longest, device=device).expand(self.batch, longest)
+        self.seq_lens.zero_()
+        self.new_lens.copy_(torch.tensor(counts))
+        logits, _ = self.model(torch.tensor(padded, device=device), None, positions, self.cache)
+        self.seq_lens.copy_(self.new_lens)
+        self.new_lens.fill_(1)
+        self.used = longest
+        last = logits[torch.arange(self.batch, device=device), self.seq_lens.long() - 1]
+        if self.logits is None:
+            self.logits = torch.empty_like(last)
+        self._take(last)
+        return self._answer()
+
+    @torch.no_grad()
+    def step(self, given: int | list[int] | None = None) -> int | list[int]:
+        """Return the token after the one before.
+
+        Args:
+            given: What was chosen as the token before, in place of the likeliest.
+
+        Raises:
+            ValueError: The cache is full.
+        """
+        if not 0 < self.used < self.capacity:
+            state = "full" if self.used else "empty: start with a prompt"
+            raise ValueError(f"the cache of {self.capacity} tokens is {state}")
+        self.used += 1
+        if given is not None:
+            self.token.copy_(torch.tensor(given).view(self.batch, 1))
+        if self.token.device.type != "cuda" or not self.records:
+            self._advance()
+        else:
+            if self.graph is None:
+                self.graph = self._record()
+            self.graph.replay()
+        return self._answer()
+
+    def _answer(self) -> int | list[int]:
+        return self.token[:, 0].tolist() if self.several else int(self.token)
+
+    def _take(self, logits: Tensor) -> None:
+        assert self.logits is not None
+        self.logits.copy_(logits)
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+
+    def _advance(self) -> None:
+        logits, _ = self.model(self.token, None, self.seq_lens.long()[:, None], self.cache)
+        self._take(logits[:, -1])
+        self.seq_lens += 1
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        before = self.token.clone(), self.seq_lens.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Whatever is compiled or allocated at a first call must not be in the recording.
+            self._advance()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._advance()
+        self.token.copy_(before[0])
+        self.seq_lens.copy_(before[1])
+        return graph
