@@ -18,6 +18,8 @@ from programs import tiny_program
 from volta_emulator import COMPILER, emulated
 
 import graphopt as go
+from graphopt.backends.opening import open_language_model
+from graphopt.generate import generate_ids
 from graphopt.ir import Program
 from graphopt.ir.relayout import with_layouts
 from graphopt.lowering.torch.lowered_kernels import LoweredKernels
@@ -153,3 +155,21 @@ def test_emulated_kernels_of_volta_read_rings_and_pages(
         assert set(ran) == {("prefill", 0, 0, True), ("decode", 8, 0, True)}
     else:
         assert set(ran) == {("prefill", 0, 16, False), ("decode", 0, 16, False)}
+
+
+def test_an_artifact_generates_as_its_program_does(tmp_path: Any) -> None:
+    """Through what `graphopt generate` and `eval` open: a decoder, and steps with a mask."""
+    program = with_layouts(tiny_program(**SIZES), LAYOUTS["ring and pages"])
+    go.emit(program, tmp_path / "out", target="ascend910b", emit=("torch",))
+    opened = [
+        open_language_model(str(tmp_path / "out"), backend) for backend in ("torch", "program")
+    ]
+    answers = [
+        list(generate_ids(model, [5, 6, 7], stop=set(), max_new_tokens=14)) for model in opened
+    ]
+    assert answers[0] == answers[1] and len(answers[0]) == 14
+    ids = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    one, other = (model.logits(ids, mask) for model in opened)
+    torch.testing.assert_close(one[mask.bool()], other[mask.bool()], rtol=1e-4, atol=1e-5)
