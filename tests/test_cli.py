@@ -28,7 +28,7 @@ from graphopt.ir.blocks import remove_blocks
 from graphopt.lowering.base import Emitted, Emitter
 from graphopt.pass_manager.contract import PassResult, get_pass
 from graphopt.passes.canonicalise import AppliedRules
-from graphopt.passes.fused_blocks import FusedBlocks
+from graphopt.passes.fuse_blocks.record import FusedBlocks
 from graphopt.passes.prune_blocks.record import PrunedBlocks
 from graphopt.report.record import Step
 from graphopt.report.records import PassEntry

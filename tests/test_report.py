@@ -18,7 +18,7 @@ from graphopt.ir.types import B, P, S
 from graphopt.pass_manager.pipeline import Pipeline
 from graphopt.passes.canonicalise import AppliedRules
 from graphopt.passes.carve_moe.record import Carved, CarvedParts, Work
-from graphopt.passes.fused_blocks import Ablation, FusedBlocks
+from graphopt.passes.fuse_blocks.record import Ablation, FusedBlocks
 from graphopt.passes.prune_blocks.record import PrunedBlocks
 from graphopt.passes.tune_moe import ExpertLoads, TunedMoe
 from graphopt.report.breakdown import breakdown, kv_cache_bytes, part_of_nodes

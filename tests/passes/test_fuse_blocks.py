@@ -15,7 +15,7 @@ from graphopt.errors import PassError, UsageError
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks, remove_blocks
 from graphopt.pass_manager.contract import Context, Earlier, make_pass
-from graphopt.passes.fuse_blocks import Injection, group_of, require_equal
+from graphopt.passes.fuse_blocks.injection import Injection, group_of, require_equal
 from graphopt.passes.prune_blocks.record import PrunedBlocks
 
 TEXT = book()[:24000]
@@ -118,7 +118,7 @@ def removing(*blocks):
 
 
 def test_groups_reach_from_the_first_cut_to_the_end_and_aim_behind_what_is_missing(dense):
-    from graphopt.passes.fuse_blocks import _Fusion
+    from graphopt.passes.fuse_blocks.fusion import Fusion
 
     pruned = dense.copy()
     remove_blocks(pruned, [2, 5])
@@ -126,7 +126,7 @@ def test_groups_reach_from_the_first_cut_to_the_end_and_aim_behind_what_is_missi
     context.dense = dense
     context.earlier.append(removing(2, 5))
     options = make_pass("fuse-blocks", {"mode": "local", "group": 2, "seqlen": LENGTH})
-    fusion = _Fusion(options, pruned, context)
+    fusion = Fusion(options, pruned, context)
     # Blocks 0 1 3 4 6 7 of the whole model: from 1 on, in pairs, the last one whole.
     assert fusion._groups() == [(1, 3), (3, 5), (4, 6)]
     calls = [pruned.calls[block.position] for block in find_blocks(pruned)]
@@ -153,12 +153,12 @@ def test_the_result_is_a_checkpoint_that_transformers_loads(dense, tmp_path):
 
 
 def test_an_interrupted_compile_goes_on_behind_the_last_stage(dense, tmp_path, monkeypatch):
-    from graphopt.passes import fuse_blocks
+    from graphopt.passes.fuse_blocks import fusion
 
     straight, _, whole = fused(
         dense, tmp_path, "remove=[3,6]", "mode=published,steps=20,batch=8,group=4,rank=4"
     )
-    real, calls = fuse_blocks._Fusion._fuse_one, []
+    real, calls = fusion.Fusion._fuse_one, []
 
     def stops(self, place, what, schedule, donor):
         calls.append(what)
@@ -166,7 +166,7 @@ def test_an_interrupted_compile_goes_on_behind_the_last_stage(dense, tmp_path, m
             raise KeyboardInterrupt
         return real(self, place, what, schedule, donor)
 
-    monkeypatch.setattr(fuse_blocks._Fusion, "_fuse_one", stops)
+    monkeypatch.setattr(fusion.Fusion, "_fuse_one", stops)
     options = {"work": tmp_path / "work"}
     recipe = ("remove=[3,6]", "mode=published,steps=20,batch=8,group=4,rank=4")
     with pytest.raises(KeyboardInterrupt):

@@ -29,7 +29,7 @@ from graphopt.errors import SourceError
 from graphopt.lowering.onnx.genai import run_script
 from graphopt.lowering.torch.render import render_model
 from graphopt.passes.carve_moe.record import CarvedParts
-from graphopt.passes.fused_blocks import FusedBlocks
+from graphopt.passes.fuse_blocks.record import FusedBlocks
 from graphopt.passes.prune_blocks.record import PrunedBlocks
 from graphopt.passes.tune_moe import TunedMoe
 from graphopt.report.page import render

@@ -1,40 +1,45 @@
-"""Recovery after depth pruning: what the removed blocks did is put back into those that stay."""
+"""One run of `fuse-blocks`: the closed form, distillation, and FuseGPT's own loop."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal, get_args
+from dataclasses import replace
+from typing import TYPE_CHECKING, get_args
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
 
 from graphopt.calibration.reconstruction import reconstruct_behind_cuts
 from graphopt.calibration.scores import units_of
 from graphopt.calibration.text import pick
-from graphopt.errors import PassError, UsageError
+from graphopt.errors import PassError
 from graphopt.execute.block_runner import Parametrisation
 from graphopt.ir.blocks import block_name, find_blocks, remove_blocks
 from graphopt.ir.graph import Call, Program
-from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
+from graphopt.pass_manager.contract import Context, PassResult, Skip
 from graphopt.pass_manager.statements import ChangedBlocks
-from graphopt.passes.fused_blocks import Ablation, FusedBlocks
+from graphopt.passes.fuse_blocks.donor import Donor
+from graphopt.passes.fuse_blocks.injection import (
+    PUBLISHED_OTHERS,
+    PUBLISHED_RATE,
+    Injection,
+    donation,
+    group_of,
+    require_equal,
+)
+from graphopt.passes.fuse_blocks.record import Ablation, FusedBlocks
 from graphopt.passes.prune_blocks.chooser import Chooser
 from graphopt.passes.prune_blocks.prune_blocks import PruneBlocks
 from graphopt.passes.prune_blocks.record import PrunedBlocks
-from graphopt.report.record import Record
-from graphopt.support.devices import must_fit
 from graphopt.support.per_device import PerDevice
 from graphopt.support.plain import shown
 from graphopt.training.distil import Distiller, trained_part
 from graphopt.training.distillation_data import DistillationData
 from graphopt.training.losses import LogitObjective, StreamObjective, batch_kl, relative_mse
-from graphopt.training.options import TrainingOptions
-from graphopt.training.parametrisations import FullParametrisation, kaiming
+from graphopt.training.parametrisations import FullParametrisation
 from graphopt.training.schedule import Schedule, TrainingResult
 
-Donor = Literal["pruned", "self", "random", "none"]
+if TYPE_CHECKING:
+    from graphopt.passes.fuse_blocks.fuse_blocks import FuseBlocks
 
 WARM_TOKENS = PerDevice(cpu=32768, gpu=131072)
 """Tokens of the warm start."""
@@ -45,82 +50,8 @@ WARM_RUNS = 5
 WARM_LEAST = 1024
 """Tokens of which fewer say too little about a projection."""
 
-PUBLISHED_RATE = 1e-3
-PUBLISHED_OTHERS = 9.65e-6 / PUBLISHED_RATE
-"""The paper's learning rates: of coefficients, and of everything else relative to them."""
 
-
-@register_pass
-@dataclass
-class FuseBlocks(TrainingOptions, Pass):
-    """Train the blocks that `prune-blocks` left to do what the dense model did.
-
-    `mode=distil` (the default) trains all remaining block weights on the dense model's next-token
-    distributions. On a CPU, and where no step follows, the projections into the stream are first
-    reconstructed in closed form (`graphopt.calibration.reconstruction`; `warm_start` says so for
-    any device). `mode=local` trains `group` blocks at a time on the dense model's stream behind
-    them, which is kept; the last group learns the distributions. `mode=published` is FuseGPT
-    (arXiv 2411.14507, equations 2 to 6 and algorithm 1): a block is scored, removed and fused into
-    its `group - 1` neighbours by low-rank coefficients, then the next; it repeats the choice of
-    `prune-blocks` on the model fused so far, with that pass's options.
-
-    Training lasts `seconds` or `steps`, whichever is given (150 seconds if neither), in all
-    modes over all of their parts together. A step takes `batch` windows of `seqlen` tokens; by
-    default 4 of 2048 on a GPU and 2 of 256 on a CPU. `generated_windows` is how many windows the
-    dense model writes itself, behind beginnings from the calibration text; by default none on a
-    CPU, and on a GPU as many as a quarter of the seconds allows, or as a quarter of the steps
-    reads.
-
-    `train=low-rank` trains matrices by terms of that `rank` instead of whole. `donor` is what
-    coefficients of the published mode multiply: the `pruned` block, the neighbour's own weight
-    (`self`), a `random` matrix of the pruned one's size, or nothing (`none`). With `ablations`
-    the first block is fused by each of the other donors too, in as many seconds or steps again,
-    for the report alone.
-
-    Legality:
-
-    1. The recipe has `prune-blocks` before it, of whole blocks in the published mode.
-    2. Blocks of a group have the same operations and weights of equal shapes.
-    3. The calibration text has a window for training and one for checks.
-    """
-
-    name: ClassVar[str] = "fuse-blocks"
-    record: ClassVar[type[Record]] = FusedBlocks
-    exact: ClassVar[bool] = False
-    reads_weights: ClassVar[bool] = True
-    requires: ClassVar[tuple[str, ...]] = ("prune-blocks",)
-
-    mode: Literal["distil", "local", "published"] = "distil"
-    warm_start: bool | PerDevice[bool] = PerDevice(cpu=True, gpu=False)
-    group: Annotated[int, Field(ge=2)] = 8
-    donor: Donor = "pruned"
-    ablations: bool = False
-
-    def check_options(self) -> None:
-        if self.ablations and self.mode != "published":
-            raise UsageError(
-                f"ablations compare donors, and mode={self.mode} has none.",
-                "Give mode=published, or leave ablations out.",
-            )
-        if self.mode == "published" and self.batch == 1:
-            raise UsageError(
-                "The loss of mode=published compares sequences of a batch, and batch=1 has one.",
-                "Give batch=2 or more.",
-            )
-
-    def run(self, program: Program, context: Context) -> PassResult:
-        remedy = (
-            "Lower batch or seqlen, give generated_windows=0, or take mode=local or --device cpu."
-        )
-        pruned = context.record(PrunedBlocks)
-        if pruned is not None and not pruned.removed:
-            skipped = [Skip("all blocks", "prune-blocks removed none")]
-            return PassResult(program, 0, 0, skipped, FusedBlocks(), ChangedBlocks())
-        with must_fit(context.device, "fuse-blocks", remedy):
-            return _Fusion(self, program, context).run()
-
-
-class _Fusion(Distiller):
+class Fusion(Distiller):
     """One run of the pass."""
 
     options: FuseBlocks
@@ -358,7 +289,7 @@ class _Fusion(Distiller):
         return replace(self.schedule, warmup=0.0, seconds=seconds, steps=steps)
 
     def _fuse_one(
-        self, place: int, what: str, schedule: Schedule, donor: str
+        self, place: int, what: str, schedule: Schedule, donor: Donor
     ) -> tuple[Program, TrainingResult]:
         """Return the program without a block, which is fused into its neighbours."""
         program = self.program
@@ -386,7 +317,7 @@ class _Fusion(Distiller):
                     continue
                 given = program.weights[gone.weights[slot]].load(torch.float32)
                 parametrisations[name] = Injection(
-                    value, _donation(donor, value, given.to(self.device), generator),
+                    value, donation(donor, value, given.to(self.device), generator),
                     self.options.rank, generator,
                 )  # fmt: skip
         after = find_blocks(pruned)
@@ -399,83 +330,3 @@ class _Fusion(Distiller):
         if donor == self.options.donor:
             self.clock("training", started)
         return pruned, tuned
-
-
-def _donation(donor: str, own: Tensor, pruned: Tensor, generator: torch.Generator) -> Tensor | None:
-    """Return what coefficients multiply; None for nothing."""
-    if donor == "none":
-        return None
-    if donor == "self":
-        return own
-    if donor == "pruned":
-        return pruned
-    noise = torch.randn(pruned.shape, generator=generator).to(pruned.device)
-    return noise * pruned.std()
-
-
-class Injection(Parametrisation):
-    """W + B A + (C_l C_r) * W_donor, elementwise: FuseGPT, arXiv 2411.14507, equations 3 and 4.
-
-    C_l and B are 0 at first, so that the start is plain removal; W and W_donor stay as they are.
-    Without a donor the coefficients' parameters go into a second low-rank term, so that both
-    parametrisations have as many.
-    """
-
-    def __init__(
-        self, value: Tensor, donor: Tensor | None, rank: int, generator: torch.Generator
-    ) -> None:
-        super().__init__()
-        out, width = value.shape
-        self.base = nn.Buffer(value)
-        self.donor = None if donor is None else nn.Buffer(donor)
-        self.coefficients_left = nn.Parameter(value.new_zeros(out, rank))
-        self.coefficients_right = nn.Parameter(kaiming((rank, width), generator).to(value.device))
-        self.up = nn.Parameter(value.new_zeros(out, rank))
-        self.down = nn.Parameter(kaiming((rank, width), generator).to(value.device))
-
-    def forward(self) -> Tensor:
-        coefficients = self.coefficients_left @ self.coefficients_right
-        injected = coefficients if self.donor is None else coefficients * self.donor
-        value: Tensor = self.base + self.up @ self.down + injected
-        return value
-
-    def rates(self) -> list[tuple[float, list[nn.Parameter]]]:
-        coefficients = [self.coefficients_left, self.coefficients_right]
-        if self.donor is None:
-            return [(PUBLISHED_OTHERS, [*coefficients, self.up, self.down])]
-        return [(1.0, coefficients), (PUBLISHED_OTHERS, [self.up, self.down])]
-
-
-def group_of(place: int, neighbours: int, count: int) -> tuple[int, int]:
-    """Return the first and the last block of the group around one, from 0.
-
-    Source: FuseGPT, arXiv 2411.14507, equation 2: `neighbours` + 1 consecutive blocks, half of
-    the neighbours (rounded down) in front, moved to lie inside the model; all blocks where
-    there are no more.
-    """
-    if count <= neighbours + 1:
-        return 0, count - 1
-    first = min(max(place - neighbours // 2, 0), count - neighbours - 1)
-    return first, first + neighbours
-
-
-def require_equal(program: Program, calls: list[Call]) -> None:
-    """Refuse blocks that cannot be fused into each other.
-
-    Raises:
-        PassError: Naming the first pair and what differs.
-    """
-    first = calls[0]
-    for call in calls[1:]:
-        pair = f"{first.path or first.function!r} and {call.path or call.function!r}"
-        remedy = "Use mode=distil, which needs no equal blocks, or a lower group."
-        if call.function != first.function:
-            raise PassError(
-                f"{pair} are of different kinds ({first.function} and {call.function}) and cannot "
-                "be fused.",
-                remedy,
-            )
-        for slot, name in first.weights.items():
-            ours, theirs = program.weights[name].shape, program.weights[call.weights[slot]].shape
-            if ours != theirs:
-                raise PassError(f"{pair} cannot be fused: {slot} is {ours} and {theirs}.", remedy)
