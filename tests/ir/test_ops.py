@@ -288,7 +288,7 @@ def expect_rope_pair(q, k, cos, sin, **attrs):
     return expect_rope(q, cos, sin, **attrs), expect_rope(k, cos, sin, **attrs)
 
 
-def expect_packed_linear(x, *factors, parts=0):
+def expect_fused_linear(x, *factors, parts=0):
     return tuple(expect_linear(x, *factors[part::parts]) for part in range(parts))
 
 
