@@ -28,7 +28,7 @@ def written(model, count, length, **options):
 
 
 def test_the_text_is_pieces_that_begin_in_the_given_one(model, monkeypatch):
-    monkeypatch.setattr(calibrate, "PIECE", 32)
+    monkeypatch.setattr(calibrate, "PASSAGE", 32)
     text, made = written(model, 3, 80)
     assert made.shape == (3, 80)
     joined = text.flatten().tolist()

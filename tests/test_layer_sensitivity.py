@@ -1,4 +1,4 @@
-"""What parts need, against runs of narrowed models, and how a budget is shared out."""
+"""Layer sensitivity, against runs of narrowed models, and allocating a budget by it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from graphopt.solvers.budget import allocate_budget
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(5))
-PIECES, KEPT = 4, 3
+GROUPS, KEPT = 4, 3
 
 
 def logits(program):
@@ -37,10 +37,10 @@ def test_needs_are_those_of_models_with_one_part_narrowed():
     for index in (0, 2):
         call = program.calls[blocks[index].position]
         (parts[index],) = feed_forwards(program.functions[call.function], blocks[index].stream)
-    needs = measure_sensitivity(program, parts, IDS, PIECES, KEPT)
-    assert set(needs) == {0, 2}
+    sensitivities = measure_sensitivity(program, parts, IDS, GROUPS, KEPT)
+    assert set(sensitivities) == {0, 2}
     whole = logits(program)
-    for index, need in needs.items():
+    for index, part in sensitivities.items():
         call = program.calls[blocks[index].position]
         form, function = parts[index], program.functions[call.function]
         slot = next(s for s, v in function.weights.items() if v is form.down.inputs[1])
@@ -60,8 +60,8 @@ def test_needs_are_those_of_models_with_one_part_narrowed():
         order = static_order(mean_magnitudes([energy]))
         stream = values[call.results[0]].flatten(0, -2)
         relative = energy / stream.square().sum(-1, keepdim=True)
-        assert need.size == 14 and need.kept == KEPT
-        for number, lost in enumerate(need.lost):
+        assert part.size == 14 and part.kept == KEPT
+        for number, lost in enumerate(part.lost):
             expected = float(relative[:, order[number * 14 :]].sum(-1).mean())
             assert lost == pytest.approx(expected, rel=1e-4, abs=1e-9)
         pruned = program.copy()
@@ -70,9 +70,9 @@ def test_needs_are_those_of_models_with_one_part_narrowed():
         pruned.weights.replace(Weight(down.name, Array(narrow), down.checkpoint))
         found = logits(pruned)
         kl = float((whole.exp() * (whole - found)).sum(-1).mean())
-        assert need.kl == pytest.approx(kl, rel=1e-2, abs=1e-7)
-        assert need.kl_at(KEPT) == need.kl and need.kl_at(PIECES) == 0.0
-        assert need.kl_at(0) > need.kl_at(1) > need.kl_at(2) > need.kl
+        assert part.kl == pytest.approx(kl, rel=1e-2, abs=1e-7)
+        assert part.kl_at(KEPT) == part.kl and part.kl_at(GROUPS) == 0.0
+        assert part.kl_at(0) > part.kl_at(1) > part.kl_at(2) > part.kl
 
 
 @settings(max_examples=60, deadline=None)
@@ -103,7 +103,7 @@ def test_a_budget_is_shared_out_as_by_trying_everything(seed, parts, most, least
 def test_a_part_whose_pieces_lose_nothing_keeps_as_many_as_that_takes():
     free = LayerSensitivity(size=2, kl=0.0, kept=3, lost=(0.5, 0.2, 0.0, 0.0, 0.0))
     other = LayerSensitivity(size=2, kl=0.1, kept=3, lost=(0.5, 0.3, 0.2, 0.1, 0.0))
-    costs = [[need.kl_at(number) for number in range(1, 5)] for need in (free, other, free)]
+    costs = [[part.kl_at(number) for number in range(1, 5)] for part in (free, other, free)]
     assert costs[0] == [math.inf, 0.0, 0.0, 0.0]
     # Nine groups: what one part does not need is left to the other.
     assert allocate_budget(costs, [2, 2, 2], 1, 18) == [2, 4, 2]
@@ -119,7 +119,7 @@ def test_a_model_that_gives_no_number_is_refused_with_the_part():
     broken = Array(torch.full(tuple(weight.shape), math.nan))
     program.weights.replace(Weight(name, broken, weight.checkpoint))
     with pytest.raises(PassError, match="with 3 of 4 groups") as caught:
-        measure_sensitivity(program, parts, IDS, PIECES, KEPT)
+        measure_sensitivity(program, parts, IDS, GROUPS, KEPT)
     assert "--device cpu" in caught.value.remedy
 
 

@@ -230,7 +230,7 @@ def test_text_of_the_models_own_begins_every_window_and_every_piece(
         return write(self, prompts, *rest)
 
     monkeypatch.setattr(calibrate._Interpreted, "write", watched)
-    monkeypatch.setattr(calibrate, "PIECE", 24)
+    monkeypatch.setattr(calibrate, "PASSAGE", 24)
     text = text_windows(model, book()[:2000], 64)
     made = sample_windows(model, text, 3, 40, begin=(START,), device=torch.device("cpu"))
     assert made.shape == (3, 40) and (made[:, 0] == START).all()

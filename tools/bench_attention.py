@@ -285,7 +285,7 @@ def tune(target: str, widths: list[int]) -> list[dict[str, Any]]:
                 best = sum(times), tiles
         if best is not None:
             form = {"phase": "prefill", "head_dim": width, "values": width, "causal": causal}
-            rows.append({"kernel": kernel, "form": form, "tiles": best[1]})
+            rows.append({"kernel": kernel, "attention": form, "tiles": best[1]})
             print(kernel, form, best[1], flush=True)
     return rows
 

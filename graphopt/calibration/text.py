@@ -28,10 +28,10 @@ from graphopt.support.devices import free_bytes
 from graphopt.support.per_device import PerDevice
 from graphopt.support.progress import Progress, silent
 
-PIECE, PROMPT = 512, 16
+PASSAGE, PROMPT = 512, 16
 """Tokens of a text that a model writes, and how many of them it is given."""
 
-PIECES_AT_ONCE = 2048
+PASSAGES_AT_ONCE = 2048
 
 PERPLEXITY_WINDOWS = 2
 """Windows, the last ones, on which perplexity is followed; nothing is learnt from them."""
@@ -140,16 +140,17 @@ def sample_windows(
 ) -> Tensor:
     """Return windows of text that a model writes, each token drawn from its distribution.
 
-    The text is pieces of `PIECE` tokens, each begun with a few tokens from a random place of a
-    given text; many pieces are written at once, in bf16 where the device has it.
+    The text is passages of `PASSAGE` tokens, each begun with a few tokens from a random place of a
+    given text; many passages are written at once, in bf16 where the device has it.
 
     Args:
         text: int64 [N, S], windows of text to begin with.
         count: How many windows to make.
         length: The number of tokens of a window.
         begin: n ids that each of the given windows begins with. So does each of the new ones, and
-            each piece as it is written.
-        seconds: Stop after about so many; there are fewer windows then, and pieces may be shorter.
+            each passage as it is written.
+        seconds: Stop after about so many; there are fewer windows then, and passages may be
+            shorter.
 
     Returns:
         int64 [count, length] on the CPU.
@@ -160,8 +161,8 @@ def sample_windows(
     deadline = math.inf if seconds is None else time.perf_counter() + seconds
     n = len(begin)
     begun, wanted = time.perf_counter(), count * (length - n)
-    piece = min(PIECE, length)
-    prompt = min(PROMPT, (piece - n) // 2, text.shape[1] - n)
+    passage = min(PASSAGE, length)
+    prompt = min(PROMPT, (passage - n) // 2, text.shape[1] - n)
     if prompt < 1:
         raise PassError(
             f"Windows of {length} tokens are too short for a model to write text in.",
@@ -170,11 +171,11 @@ def sample_windows(
     first = torch.tensor(begin, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
     writer = _writer(program, device, seed)
-    most = writer.at_once(piece, n + prompt)
+    most = writer.at_once(passage, n + prompt)
     made: list[Tensor] = []
     done = 0
     while done < wanted and (time.perf_counter() < deadline or not made):
-        part = min(most, -(-(wanted - done) // (piece - n)))
+        part = min(most, -(-(wanted - done) // (passage - n)))
         rows = torch.randint(len(text), (part,), generator=generator)
         places = n + torch.randint(text.shape[1] - n - prompt + 1, (part,), generator=generator)
         prompts = text[rows[:, None], places[:, None] + torch.arange(prompt)]
@@ -187,7 +188,7 @@ def sample_windows(
             progress("writing text", int(min(share, 1.0) * 1000), 1000)
             return now < deadline
 
-        made.append(writer.write(prompts, piece, tell)[:, n:].flatten())
+        made.append(writer.write(prompts, passage, tell)[:, n:].flatten())
         done += len(made[-1])
     progress("writing text", 1000, 1000)
     return TokenText(torch.cat(made)[:wanted], first).windows(length)
@@ -241,7 +242,7 @@ class _Writer(ABC):
         cached = length * sum(state.heads * (state.k_dim + state.v_dim) for state in states)
         # Logits of a prompt are there as the model makes them and as softmax reads them.
         need = (cached + 3 * prompt * int(vocabulary)) * self.dtype.itemsize
-        return min(PIECES_AT_ONCE, max(1, free_bytes(self.device) // 3 // need))
+        return min(PASSAGES_AT_ONCE, max(1, free_bytes(self.device) // 3 // need))
 
     @torch.inference_mode()
     def write(self, prompts: Tensor, length: int, go_on: Callable[[int], bool]) -> Tensor:

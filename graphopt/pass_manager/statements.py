@@ -270,16 +270,16 @@ def _divided(program: Program, block: Block) -> dict[str, Tensor]:
     """Return what a divided part is made of: shared neurons, then the experts'."""
     function = program.function_of(program.calls[block.position])
     read, weights = _reader(program, block), set(function.weights.values())
-    pieces: list[dict[str, Tensor]] = []
+    groups: list[dict[str, Tensor]] = []
     for node in function.nodes:
         hidden = read_hidden(node.inputs[0], weights) if node.op == "linear" else None
         if hidden is not None:
-            pieces.append(_rows(read, hidden[1], hidden[2], node))
+            groups.append(_rows(read, hidden[1], hidden[2], node))
     for node in function.nodes:
         if node.op == "experts":
             names = ("up", "down", "gate", "up bias", "gate bias")
             values = {name: read(_operand(node, 2 + i)) for i, name in enumerate(names)}
             held = {name: value for name, value in values.items() if value is not None}
-            pieces.append({**held, "down": held["down"].T})
-    kinds = pieces[0].keys() if pieces else ()
-    return {kind: torch.cat([piece[kind] for piece in pieces]) for kind in kinds}
+            groups.append({**held, "down": held["down"].T})
+    kinds = groups[0].keys() if groups else ()
+    return {kind: torch.cat([group[kind] for group in groups]) for kind in kinds}

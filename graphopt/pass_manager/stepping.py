@@ -189,7 +189,7 @@ class Side:
         """Run call number `index` on one batch and return its results by name.
 
         Of a result with an axis of keys, what a step has no keys for is 0. A result whose value
-        for a step is no part of that for the text is returned a step each, under `piece` names.
+        for a step is no part of that for the text is returned a step each, under `step_name` names.
 
         Raises:
             Undivided: A value cannot be divided into steps.
@@ -214,7 +214,7 @@ class Side:
                 try:
                     where = places(types[value], start, stop, length)
                 except Undivided:
-                    whole[piece(name, start)] = result
+                    whole[step_name(name, start)] = result
                     continue
                 if where == () or (start, stop) == (0, length):
                     whole[name] = result
@@ -226,7 +226,7 @@ class Side:
         return whole
 
 
-def piece(name: str, start: int) -> str:
+def step_name(name: str, start: int) -> str:
     """Return what the value of one step alone is called."""
     return f"{name} from {start}"
 
@@ -237,7 +237,7 @@ def _part(values: Mapping[str, Tensor], name: str, kind: Type, step: Step, lengt
     Raises:
         Undivided: Neither is it known by itself, nor is it a part of the value for the text.
     """
-    alone = values.get(piece(name, step[0]))
+    alone = values.get(step_name(name, step[0]))
     if alone is not None:
         return alone
     if name not in values:

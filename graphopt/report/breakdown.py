@@ -17,8 +17,8 @@ _NORMS = ("rms_norm", "layer_norm")
 
 
 @dataclass
-class Block:
-    """Parameters and FLOPs of one call, by part.
+class BlockCost:
+    """The cost of one call: its parameters and FLOPs, by part.
 
     Attributes:
         name: Module path, or the function's name.
@@ -74,16 +74,16 @@ def _around(function: Function, attentions: Iterable[Node]) -> set[Node]:
     return inside
 
 
-def breakdown(program: Program) -> list[Block]:
+def breakdown(program: Program) -> list[BlockCost]:
     """Return parameters and FLOPs of every call, in call order."""
     per_call, _ = infer_program(program)
     parts = {name: part_of_nodes(function) for name, function in program.functions.items()}
     flops: dict[tuple[int, str], dict[str, sympy.Expr]] = {}
-    blocks: list[Block] = []
+    blocks: list[BlockCost] = []
     counted: set[str] = set()
     for call, types in zip(program.calls, per_call, strict=True):
         function = program.functions[call.function]
-        block = Block(call.path or call.function)
+        block = BlockCost(call.path or call.function)
         key = (id(types), repr(sorted(call.attrs.items())))
         if key not in flops:
             flops[key] = {}

@@ -57,20 +57,20 @@ class MeasuredTiles:
 
     Attributes:
         kernel: Name of the kernel family.
-        form: Fields of the attention that the measurement was made for, and their values.
+        attention: Fields of the `AttentionSpec` that was measured, and their values.
         tiles: The fastest.
         device, date: Where and when.
     """
 
     kernel: str
-    form: dict[str, Any]
+    attention: dict[str, Any]
     tiles: dict[str, int]
     device: str
     date: str
 
     def fits(self, spec: object) -> bool:
-        """Return whether a description agrees in every field that the form names."""
-        return all(getattr(spec, name) == value for name, value in self.form.items())
+        """Return whether a description agrees in every field that was measured."""
+        return all(getattr(spec, name) == value for name, value in self.attention.items())
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _tuned(target: str) -> tuple[MeasuredTiles, ...]:
         return ()
     data = json.loads(table.read_text(encoding="utf-8"))
     return tuple(
-        MeasuredTiles(row["kernel"], row["form"], row["tiles"], data["device"], data["date"])
+        MeasuredTiles(row["kernel"], row["attention"], row["tiles"], data["device"], data["date"])
         for row in data["rows"]
     )
 
