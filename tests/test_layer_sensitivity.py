@@ -100,7 +100,7 @@ def test_a_budget_is_shared_out_as_by_trying_everything(seed, parts, most, least
     assert cost([n - least for n in found]) == pytest.approx(best)
 
 
-def test_a_part_whose_pieces_lose_nothing_keeps_as_many_as_that_takes():
+def test_a_part_whose_groups_lose_nothing_keeps_as_many_as_that_takes():
     free = LayerSensitivity(size=2, kl=0.0, kept=3, lost=(0.5, 0.2, 0.0, 0.0, 0.0))
     other = LayerSensitivity(size=2, kl=0.1, kept=3, lost=(0.5, 0.3, 0.2, 0.1, 0.0))
     costs = [[part.kl_at(number) for number in range(1, 5)] for part in (free, other, free)]

@@ -238,12 +238,12 @@ def _distance(
     stream: HiddenStateStream, results: Sequence[Tensor], base: Sequence[Tensor], metric: str
 ) -> float:
     total, count = 0.0, 0
-    for ids, ours, theirs in zip(stream.ids, results, base, strict=True):
+    for ids, candidate, reference in zip(stream.ids, results, base, strict=True):
         if metric == "ppl":
-            likely = token_log_likelihoods(ours[:, :-1], ids[:, 1:])
+            likely = token_log_likelihoods(candidate[:, :-1], ids[:, 1:])
             total, count = total - float(likely.double().sum()), count + likely.numel()
             continue
-        for row, other in zip(ours, theirs, strict=True):
+        for row, other in zip(candidate, reference, strict=True):
             row, other = row.to(stream.device).float(), other.to(stream.device).float()
             total += float(_distances(row, other, metric).double().sum())
             count += len(row)
@@ -251,14 +251,14 @@ def _distance(
     return math.exp(min(mean, 700.0)) if metric == "ppl" and math.isfinite(mean) else mean
 
 
-def _distances(ours: Tensor, theirs: Tensor, metric: str) -> Tensor:
+def _distances(candidate: Tensor, reference: Tensor, metric: str) -> Tensor:
     """Return how far rows [tokens, N] are apart, fp32 [tokens]."""
     if metric == "kl":
-        p, q = torch.log_softmax(theirs, -1), torch.log_softmax(ours, -1)
+        p, q = torch.log_softmax(reference, -1), torch.log_softmax(candidate, -1)
         return (p.exp() * (p - q)).sum(-1)
     # 1 - cos as half the squared distance of unit vectors, and the angle from its chord: both
     # are exact where the rows nearly agree.
-    apart = (F.normalize(ours, dim=-1) - F.normalize(theirs, dim=-1)).square().sum(-1) / 2
+    apart = (F.normalize(candidate, dim=-1) - F.normalize(reference, dim=-1)).square().sum(-1) / 2
     if metric == "angular":
         return 2 * torch.arcsin((apart / 2).clamp(max=1).sqrt()) / math.pi
     return apart

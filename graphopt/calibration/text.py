@@ -80,12 +80,12 @@ def calibration_windows(program: Program, context: Context, length: int) -> Tens
         return _windows(program, text, length)
     if context.written is None:
         count, tokens = WRITTEN.on(context.device)
-        made = sample_windows(
+        windows = sample_windows(
             program, text.windows(len(text)), count,
             min(tokens, ProgramModel(program).positions or tokens), begin=context.begin,
             device=context.device, seed=context.seed, progress=context.progress,
         )  # fmt: skip
-        context.written = made[:, len(context.begin) :].flatten()
+        context.written = windows[:, len(context.begin) :].flatten()
     return _windows(program, TokenText(context.written, text.begin), length)
 
 
@@ -172,9 +172,9 @@ def sample_windows(
     generator = torch.Generator().manual_seed(seed)
     writer = _writer(program, device, seed)
     most = writer.at_once(passage, n + prompt)
-    made: list[Tensor] = []
+    passages: list[Tensor] = []
     done = 0
-    while done < wanted and (time.perf_counter() < deadline or not made):
+    while done < wanted and (time.perf_counter() < deadline or not passages):
         part = min(most, -(-(wanted - done) // (passage - n)))
         rows = torch.randint(len(text), (part,), generator=generator)
         places = n + torch.randint(text.shape[1] - n - prompt + 1, (part,), generator=generator)
@@ -188,10 +188,10 @@ def sample_windows(
             progress("writing text", int(min(share, 1.0) * 1000), 1000)
             return now < deadline
 
-        made.append(writer.write(prompts, passage, tell)[:, n:].flatten())
-        done += len(made[-1])
+        passages.append(writer.write(prompts, passage, tell)[:, n:].flatten())
+        done += len(passages[-1])
     progress("writing text", 1000, 1000)
-    return TokenText(torch.cat(made)[:wanted], first).windows(length)
+    return TokenText(torch.cat(passages)[:wanted], first).windows(length)
 
 
 def _writer(program: Program, device: torch.device, seed: int) -> _Writer:
@@ -316,13 +316,13 @@ class _Emitted(_Writer):
             self.state = None  # gives its memory back before the next one takes some
             self.state = self.decoder(self.model, length, len(prompts))
         self.state.start(prompts.tolist())
-        found: Tensor = self.state.logits
-        return found
+        logits: Tensor = self.state.logits
+        return logits
 
     def step(self, tokens: Tensor) -> Tensor:
         self.state.step(tokens[:, 0].tolist())
-        found: Tensor = self.state.logits
-        return found
+        logits: Tensor = self.state.logits
+        return logits
 
 
 def held_out_perplexity(

@@ -89,9 +89,9 @@ KNOWN = KnownExports()
 
 
 def _copy(function: Function, types: Mapping[Value, Type]) -> tuple[Function, dict[Value, Type]]:
-    twin = function.clone()
-    pairs = zip(function.values(), twin.values(), strict=True)
-    return twin, {new: types[old] for old, new in pairs}
+    clone = function.clone()
+    pairs = zip(function.values(), clone.values(), strict=True)
+    return clone, {new: types[old] for old, new in pairs}
 
 
 def _number(node: Node) -> int:

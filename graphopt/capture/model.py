@@ -191,9 +191,9 @@ def tensors_replaced(
     replaced: dict[int, Tensor] = {}
     for _, store, key, value in own_tensors(module, without):
         if id(value) not in replaced:
-            twin = replace(value)
+            replacement = replace(value)
             is_parameter = isinstance(value, nn.Parameter)
-            replaced[id(value)] = nn.Parameter(twin, False) if is_parameter else twin
+            replaced[id(value)] = nn.Parameter(replacement, False) if is_parameter else replacement
         places.append((store, key, value))
         store[key] = replaced[id(value)]
     try:

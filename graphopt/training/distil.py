@@ -99,7 +99,7 @@ class Distiller:
         )  # fmt: skip
         self.started = time.perf_counter()
         self.seqlen = seqlen
-        self.given = program
+        self.original = program
         self.dense = resident(context.dense, torch.float32, self.device)
         self.program = self._share(program)
         whole = [*self.dense.weights, *self.program.weights]
@@ -322,8 +322,8 @@ class Distiller:
         key = json.dumps(
             [FORMAT, asdict(self.options), what, context.seed, context.bos], sort_keys=True
         )
-        paths = [call.path for call in self.given.calls]
-        digest = hashlib.sha256(f"{key}\n{self.context.text}\n{paths}\n{self.given}".encode())
+        paths = [call.path for call in self.original.calls]
+        digest = hashlib.sha256(f"{key}\n{self.context.text}\n{paths}\n{self.original}".encode())
         return self.context.work / f"distil-{digest.hexdigest()[:16]}.pt"
 
     def checkpoint(self, stage: str) -> None:
@@ -376,10 +376,10 @@ class Distiller:
         Args:
             structure: Its calls; by default those of the given program.
         """
-        result = (structure or self.given).copy()
+        result = (structure or self.original).copy()
         assert self.context.dense is not None
         for weight in self.program.used_weights():
-            names = self.given.weights if weight.name in self.given.weights else None
+            names = self.original.weights if weight.name in self.original.weights else None
             source = (names or self.context.dense.weights)[weight.name]
             if weight.producer is self.origin[weight.name]:
                 folded = source

@@ -1,4 +1,4 @@
-"""What a student is held to."""
+"""Losses of a student: how far its hidden states or logits are from those of the dense model."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ TOKENS_OF_LOGITS = 2048
 """Tokens whose logits are in memory at once."""
 
 
-def relative_mse(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Squared error of every token, in units of its target's square, averaged over tokens.
+def relative_mse(output: Tensor, target: Tensor) -> Tensor:
+    """Return the squared error of every token relative to its target's square, averaged over them.
 
     Without the division a few tokens of huge norm, which most models have, decide the loss.
     """
-    ours, theirs = ours.float(), theirs.float()
-    error = (ours - theirs).square().sum(-1)
-    return (error / theirs.square().sum(-1).clamp(min=1e-12)).mean()
+    output, target = output.float(), target.float()
+    error = (output - target).square().sum(-1)
+    return (error / target.square().sum(-1).clamp(min=1e-12)).mean()
 
 
-def batch_kl(ours: Tensor, theirs: Tensor) -> Tensor:
-    """KL(softmax(theirs) || softmax(ours)) over the batch, summed and divided by it.
+def batch_kl(output: Tensor, target: Tensor) -> Tensor:
+    """Return KL(softmax(target) || softmax(output)) over the batch, summed and divided by its size.
 
     Source: FuseGPT, arXiv 2411.14507, equations 5 and 6. Each (token, feature) is a distribution
     over the sequences of the batch, so that an error which all sequences share costs nothing.
@@ -37,18 +37,18 @@ def batch_kl(ours: Tensor, theirs: Tensor) -> Tensor:
     Raises:
         PassError: The batch has one sequence: the loss would be 0 whatever the student gives.
     """
-    if ours.shape[0] < 2:
+    if output.shape[0] < 2:
         raise PassError(
             "The loss batch_kl compares the sequences of a batch, and there is one.",
             "Give batch=2 or more, or another loss.",
         )
-    p = torch.log_softmax(theirs.float(), 0)
-    q = torch.log_softmax(ours.float(), 0)
-    return (p.exp() * (p - q)).sum() / ours.shape[0]
+    p = torch.log_softmax(target.float(), 0)
+    q = torch.log_softmax(output.float(), 0)
+    return (p.exp() * (p - q)).sum() / output.shape[0]
 
 
 class Objective(ABC):
-    """What a student is held to."""
+    """The loss of a student on a batch."""
 
     @abstractmethod
     def measure(
@@ -65,7 +65,7 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class StreamObjective(Objective):
-    """The stream itself, by `relative_mse`, `batch_kl` or another loss of two streams."""
+    """The residual stream itself, by `relative_mse`, `batch_kl` or another loss of two streams."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
 
@@ -98,9 +98,9 @@ class LogitObjective(Objective):
             part = stream[start : start + rows].detach().requires_grad_(learn)
             logits = self._logits(student, values, part, start, rows)
             with torch.no_grad():
-                theirs = self._logits(student, values, target[start : start + rows], start, rows)
+                teacher = self._logits(student, values, target[start : start + rows], start, rows)
                 compare = _compiled_divergence() if student.compiled else _divergence
-                loss, gradient = compare(logits.detach(), theirs, batch * length)
+                loss, gradient = compare(logits.detach(), teacher, batch * length)
                 total += loss
             if learn:
                 logits.backward(gradient)
@@ -127,16 +127,16 @@ class LogitObjective(Objective):
         return logits
 
 
-def _divergence(ours: Tensor, theirs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return KL(theirs || ours) of logits [.., V], summed over `count`, and its gradient in ours.
+def _divergence(student: Tensor, teacher: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return KL(teacher || student) of logits [.., V], divided by `count`, and its gradient.
 
-    The gradient is the difference of the probabilities.
+    The gradient is that of the student's logits: the difference of the probabilities.
     """
-    wanted = torch.log_softmax(theirs.float(), -1)
-    found = torch.log_softmax(ours.float(), -1)
-    p = wanted.exp()
-    loss = (p * wanted.sub_(found)).sum() / count
-    return loss, found.exp_().sub_(p).div_(count).to(ours.dtype)
+    log_teacher = torch.log_softmax(teacher.float(), -1)
+    log_student = torch.log_softmax(student.float(), -1)
+    p = log_teacher.exp()
+    loss = (p * log_teacher.sub_(log_student)).sum() / count
+    return loss, log_student.exp_().sub_(p).div_(count).to(student.dtype)
 
 
 @functools.cache

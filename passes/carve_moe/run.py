@@ -55,7 +55,7 @@ class Carving:
 
     def __init__(self, options: CarveMoe, program: Program, context: Context) -> None:
         self.options, self.program, self.context = options, program, context
-        self.given = program.copy()
+        self.original = program.copy()
         self.device = context.device
         length = window_length(program, options.seqlen, self.device)
         windows = calibration_windows(program, context, length)
@@ -102,7 +102,7 @@ class Carving:
         reconstructions: list[Reconstruction] = []
         divided: list[DividedPart] = []
         student = self._stream(program, self.context.progress)
-        teacher = self._stream(self.given, silent) if self.reconstructs else None
+        teacher = self._stream(self.original, silent) if self.reconstructs else None
         for block in student:
             if teacher is not None:
                 with self.clock.counting("model"):
@@ -334,7 +334,7 @@ class Carving:
         sizes = {B: 1, S: PROMPT, P: 0}
         given, carved = (
             (evaluate(total_cost(model).flops, sizes), evaluate(weight_products(model), sizes))
-            for model in (self.given, self.program)
+            for model in (self.original, self.program)
         )
         flops, products = zip(given, carved, strict=True)
         return Work(tokens=PROMPT, flops=flops, weight_products=products)
