@@ -1,4 +1,4 @@
-"""Makes the helper modules beside this file importable from every test folder."""
+"""Makes the helper modules beside this file importable from every test folder; shared fixtures."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ def pytest_collection_finish() -> None:
     """Make the interpreter faster once all is imported that may run by it."""
     if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in sys.modules:
         leave_out_idle_work()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is exhaustive is slow too: `-m "not slow"` takes the place of "not exhaustive"."""
+    for item in items:
+        if "exhaustive" in item.keywords:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -205,6 +207,11 @@ UNLISTED: dict[str, dict[str, Any]] = {
 """Families nobody promised: capture looks at dataflow alone, so they work as well."""
 
 FAMILIES = {**LISTED, **UNLISTED}
+
+
+def mostly_slow(values: Iterable[str], quick: Collection[str] = ("llama", "gpt2")) -> list[Any]:
+    """Return values of a test's parameter; all but a few, which the inner loop runs, are slow."""
+    return [pytest.param(v, marks=() if v in quick else pytest.mark.slow) for v in values]
 
 
 @dataclass

@@ -33,6 +33,8 @@ from graphopt.generate import (
 )
 from graphopt.sources.generation import GenerationSettings
 
+pytestmark = pytest.mark.oldest
+
 
 class Script(LanguageModel):
     """Says a fixed list of tokens, whatever it is asked, and records how it was called."""

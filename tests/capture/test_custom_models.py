@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from custom_models import MASKS, NEIGHBOURS, PLACES, Decoder
-from families import randomise
+from families import mostly_slow, randomise
 from family_sweep import batches, compare
 from torch import Tensor
 
@@ -28,7 +28,7 @@ def captured(kind: str) -> tuple[go.Program, list[Tensor]]:
     return program, wanted
 
 
-@pytest.mark.parametrize("kind", PLACES)
+@pytest.mark.parametrize("kind", mostly_slow(PLACES, PLACES[:1]))
 def test_what_counts_tokens_goes_on_behind_the_cache(kind: str) -> None:
     program, wanted = captured(kind)
     assert program.states
@@ -36,7 +36,7 @@ def test_what_counts_tokens_goes_on_behind_the_cache(kind: str) -> None:
     assert max(found.values()) < TOLERANCE, found
 
 
-@pytest.mark.parametrize("kind", NEIGHBOURS)
+@pytest.mark.parametrize("kind", mostly_slow(NEIGHBOURS, NEIGHBOURS[:1]))
 def test_what_mixes_tokens_has_no_cache(kind: str) -> None:
     """Rows of padding are left out: what attention makes of them is read by their neighbours."""
     program, wanted = captured(kind)
@@ -45,13 +45,14 @@ def test_what_mixes_tokens_has_no_cache(kind: str) -> None:
     assert max(v for k, v in found.items() if k.endswith("batch 1")) < TOLERANCE, found
 
 
-@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("kind", mostly_slow(MASKS, MASKS[:1]))
 def test_masks_and_scores_made_by_hand(kind: str) -> None:
     program, wanted = captured(kind)
     found = compare(ProgramModel(program), wanted)
     assert max(found.values()) < TOLERANCE, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["slice of a parameter", "rotation by table", "documents"])
 def test_in_onnx(kind: str, tmp_path: Path) -> None:
     program, wanted = captured(kind)

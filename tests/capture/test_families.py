@@ -7,7 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, LISTED, TOLERANCE, Case, captured, cases, eager_logits, error
+from families import (
+    FAMILIES,
+    LISTED,
+    TOLERANCE,
+    Case,
+    captured,
+    cases,
+    eager_logits,
+    error,
+    mostly_slow,
+)
 from same_programs import plain
 from torch import Tensor
 
@@ -21,8 +31,19 @@ from graphopt.pass_manager.contract import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
 from graphopt.support.progress import silent
 
+OLDEST = ("llama", "gemma2", "gemma3_text", "phi3", "gpt2", "bloom", "gpt_oss", "deepseek_v3",
+          "gemma4_text", "mixtral")  # fmt: skip
+"""Families that versions of transformers differ in: masks, rotary tables, stacked experts."""
 
-@pytest.mark.parametrize("family", FAMILIES)
+EVERY = [
+    pytest.param(
+        *each.values, marks=(*each.marks, *[pytest.mark.oldest] * (each.values[0] in OLDEST))
+    )
+    for each in mostly_slow(FAMILIES)
+]
+
+
+@pytest.mark.parametrize("family", EVERY)
 def test_program_and_onnx_equal_eager(family: str, tmp_path: Path) -> None:
     model, program = captured(family)
     runner = Runner(program)
@@ -42,7 +63,7 @@ def test_program_and_onnx_equal_eager(family: str, tmp_path: Path) -> None:
             assert error(logits, session.in_steps(case), case) < TOLERANCE, f"cached ONNX, {case}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES))
 def test_programs_read_back_from_their_texts(family: str) -> None:
     _, program = captured(family)
     program.config = program.config or {"model_type": family}

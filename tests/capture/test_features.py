@@ -6,9 +6,9 @@ import copy
 from collections.abc import Iterator
 
 import pytest
-from families import FAMILIES, LISTED, TOLERANCE, cases, error, random_model
+from families import FAMILIES, LISTED, TOLERANCE, captured, cases, error, mostly_slow
 
-from graphopt.capture import capture, capture_config
+from graphopt.capture import capture_config
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.graph import Node, Param, Program
 
@@ -77,9 +77,9 @@ def _leave_out(program: Program, name: str, node: Node, kind: object) -> None:
             node.attrs[str(kind)] = copy.copy(_LEAVE_OUT[str(kind)])
 
 
-@pytest.mark.parametrize("family", LISTED)
+@pytest.mark.parametrize("family", mostly_slow(LISTED))
 def test_leaving_out_a_feature_shows(family: str) -> None:
-    program = capture(random_model(family))
+    _, program = captured(family)
     case = cases(lengths=(64,))[-1]
     expected = Runner(program).logits(case.inputs)
     found = 0

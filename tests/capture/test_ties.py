@@ -19,6 +19,8 @@ from graphopt.errors import SourceError
 from graphopt.execute.interpreter import Runner
 from graphopt.files.safetensors import read_checkpoint
 
+pytestmark = pytest.mark.oldest
+
 CASE = cases(lengths=(7,))[-1]
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 import onnx
 import pytest
 import torch
-from families import LISTED, captured, random_model
+from families import LISTED, captured, mostly_slow, random_model
 from programs import tiny_program
 from tiny_models import tiny_model
 
@@ -92,7 +92,7 @@ def close(ours, theirs):
 
 
 @pytest.mark.parametrize("removed", [{0}, {4}, {1, 2}, {0, 2, 4}])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES))
 def test_a_program_without_blocks_is_the_model_without_those_layers(opened, family, removed):
     model, program = opened(family)
     assert len(find_blocks(program)) == 5
@@ -115,7 +115,7 @@ def test_configs_follow(opened):
     assert program.config["layer_types"] == [kinds[1], kinds[2], kinds[4]]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", mostly_slow(["llama", "gemma2", "gpt2"]))
 def test_the_checkpoint_of_a_shortened_program_loads_and_says_the_same(opened, family, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -152,6 +152,7 @@ def test_lists_that_are_not_per_layer_stay_and_indices_of_layers_follow():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_neo", "smollm3"])
 def test_families_with_blocks_of_two_kinds_make_checkpoints(family, tmp_path):
     from transformers import AutoModelForCausalLM
@@ -209,7 +210,7 @@ def test_caches_are_numbered_anew_and_steps_agree_with_the_whole():
 UNUSUAL = ("codegen", "ctrl", "deepseek_v3", "gpt_neo", "gptj", "llama4_text", "mixtral", "mpt")
 
 
-@pytest.mark.parametrize("family", [*LISTED, *UNUSUAL])
+@pytest.mark.parametrize("family", mostly_slow([*LISTED, *UNUSUAL]))
 def test_blocks_are_the_layers_alone(family):
     _, program = captured(family)
     blocks = find_blocks(program)
@@ -227,7 +228,7 @@ def test_blocks_are_the_layers_alone(family):
 
 
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gptj", "codegen"])
+@pytest.mark.parametrize("family", mostly_slow(["llama", "gpt2", "gpt_neox", "gptj", "codegen"]))
 def test_a_program_without_a_part_is_the_model_whose_part_adds_nothing(opened, family, kind):
     model, program = opened(family)
     remove_sub_blocks(program, [(1, kind), (3, kind)])

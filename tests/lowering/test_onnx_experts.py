@@ -26,6 +26,8 @@ from graphopt.lowering.onnx import OnnxEmitter
 from graphopt.storage.artifact import load_program
 from graphopt.support.progress import silent
 
+pytestmark = pytest.mark.oldest
+
 PARTS = {
     "gated": ("silu", (4,)),
     "gated, biases": ("gelu_tanh", (4, 5, 6)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import json
 import sys
@@ -74,12 +75,24 @@ WHERE = ("program", "note", "path", "config", "function", "parameter", "value", 
          "state", "attribute")  # fmt: skip
 
 
+@functools.cache
+def saved() -> str:
+    program = tiny_program(layers=2, window=3, cache=True, hidden=64, head_dim=32, heads=2)
+    return json.dumps(program_to_json(program))
+
+
+@functools.cache
+def plain_sources(target: str) -> dict[str, str]:
+    """Return the files of the program as it is."""
+    files = sources("", "", target)
+    assert files is not None
+    return files
+
+
 def sources(where: str, payload: str, target: str) -> dict[str, str] | None:
     """Return the files of a program with a name changed; None where it is refused."""
-    program = tiny_program(layers=2, window=3, cache=True, hidden=64, head_dim=32, heads=2)
-    data = json.loads(json.dumps(program_to_json(program)))
     try:
-        changed = program_from_json(damaged(where, payload, data), {})
+        changed = program_from_json(damaged(where, payload, json.loads(saved())), {})
         verify(changed)
         return source_files(changed, target)
     except GraphoptError:
@@ -102,8 +115,7 @@ def called(text: str) -> set[str]:
 @pytest.mark.parametrize("where", WHERE)
 def test_names_in_model_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     monkeypatch.chdir(tmp_path)
-    plain = sources("", "", "cpu")
-    assert plain is not None
+    plain = plain_sources("cpu")
     written = 0
     # Every payload goes to some places, and every place gets some of each kind.
     chosen = PAYLOADS[WHERE.index(where) % 4 :: 4]
@@ -125,8 +137,7 @@ def test_names_in_model_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wher
 @pytest.mark.parametrize("where", ["program", "path", "attribute"])
 def test_names_in_the_files_of_kernels(where: str) -> None:
     """The folder of kernels mentions no name of the program at all."""
-    plain = sources("", "", "ampere")
-    assert plain is not None
+    plain = plain_sources("ampere")
     for payload in PAYLOADS[:2]:
         files = sources(where, payload, "ampere")
         if files is not None:

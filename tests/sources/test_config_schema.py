@@ -15,6 +15,8 @@ from graphopt.files.config_schema import SIZES, check_config, check_sizes
 from graphopt.sources.huggingface import read_config
 from graphopt.support.inputs import parse_json
 
+pytestmark = pytest.mark.oldest
+
 OTHER_NAMES = {"gpt2": {"num_hidden_layers": "n_layer", "hidden_size": "n_embd"}}
 
 

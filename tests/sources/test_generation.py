@@ -26,6 +26,8 @@ from graphopt.sources.generation import (
     read_generation,
 )
 
+pytestmark = pytest.mark.oldest
+
 DRAWN = {
     "eos_token_id": [258, 7], "bos_token_id": 5, "pad_token_id": 9, "do_sample": True,
     "temperature": 0.7, "top_k": 30, "top_p": 0.8, "repetition_penalty": 1.05,

@@ -30,6 +30,8 @@ from graphopt.sources.base import ModelSource
 from graphopt.sources.gguf.container import read_gguf
 from graphopt.sources.gguf.weights import HalvesFromPairs
 
+pytestmark = pytest.mark.oldest
+
 LLAMA = gguf.MODEL_ARCH.LLAMA
 
 

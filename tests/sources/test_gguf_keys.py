@@ -25,6 +25,8 @@ from graphopt.sources.gguf.architectures import ARCHITECTURES
 from graphopt.sources.gguf.container import GgufFile
 from graphopt.sources.gguf.keys import HARMLESS, NEUTRAL, model_keys
 
+pytestmark = pytest.mark.oldest
+
 
 def written(path: Path, model_type: str, config: dict[str, Any], **changes: Any) -> PreTrainedModel:
     """Write a model, and return it."""

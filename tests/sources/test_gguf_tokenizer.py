@@ -18,6 +18,8 @@ from graphopt.sources import open_model
 from graphopt.sources.gguf.tokenizer import gguf_tokenizer
 from graphopt.sources.gguf.vocabulary import read_vocabulary
 
+pytestmark = pytest.mark.oldest
+
 genai = pytest.importorskip("onnxruntime_genai")
 
 TEXTS = ["the 12  34\n\n5. abc", "naïve 日本語 🙂", "  a  b\tc", "I'll go, don't", "the<end>the"]

@@ -23,6 +23,8 @@ from graphopt.sources.gguf.splitting import SPLITTINGS
 from graphopt.sources.gguf.tokenizer import gguf_tokenizer
 from graphopt.sources.gguf.vocabulary import read_vocabulary
 
+pytestmark = pytest.mark.oldest
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

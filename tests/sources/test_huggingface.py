@@ -18,6 +18,8 @@ from graphopt.errors import SourceError
 from graphopt.sources import open_model
 from graphopt.sources.huggingface import read_config
 
+pytestmark = pytest.mark.oldest
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:

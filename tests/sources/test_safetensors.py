@@ -23,6 +23,8 @@ from graphopt.files.safetensors import (
 )
 from graphopt.ir.weights import Array, Transposed
 
+pytestmark = pytest.mark.oldest
+
 TENSORS = {
     "matrix": torch.arange(12.0).reshape(3, 4),
     "half": torch.randn(5).bfloat16(),

@@ -17,6 +17,8 @@ from graphopt.capture import capture
 from graphopt.errors import SourceError
 from graphopt.sources import open_model
 
+pytestmark = pytest.mark.oldest
+
 F8, I8, U8, I32 = torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32
 MODULE = "model.layers.0.mlp.down_proj"
 
