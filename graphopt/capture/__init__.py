@@ -76,18 +76,11 @@ def capture(
     return program
 
 
-def capture_config(
-    config: dict[str, Any], trained: Collection[str] = ()
-) -> tuple[Program, PreTrainedModel]:
-    """Capture the model that a config makes, without weights.
+def model_of_config(config: dict[str, Any]) -> PreTrainedModel:
+    """Return the model of transformers that a config makes, its parameters on meta.
 
     Args:
         config: The content of a config.json of a type that transformers knows.
-        trained: Buffers that are weights; see `capture_module`.
-
-    Returns:
-        The program, whose weights have no values and are called as the module calls its
-        parameters, and the module, its parameters on meta.
 
     Raises:
         CaptureError: transformers has no causal language model for this config.
@@ -97,12 +90,19 @@ def capture_config(
     from graphopt.capture.model import build_model
     from graphopt.files.config_schema import without_code
 
-    module = build_model(AutoConfig.for_model(**copy.deepcopy(without_code(config))))
-    return capture_structure(module, trained), module
+    return build_model(AutoConfig.for_model(**copy.deepcopy(without_code(config))))
 
 
 def capture_structure(module: nn.Module, trained: Collection[str] = ()) -> Program:
-    """Capture a module whose parameters stand on meta; see `capture_config`."""
+    """Capture a module whose parameters stand on meta, without weights.
+
+    Args:
+        trained: Buffers that are weights; see `capture_module`.
+
+    Returns:
+        The program, whose weights have no values and are called as the module calls its
+        parameters.
+    """
     from graphopt.capture.assemble import capture_module
 
     return capture_module(module, type(module).__name__, _no_values, trained)
@@ -136,4 +136,4 @@ class _CallableModule(types.ModuleType):
 
 sys.modules[__name__].__class__ = _CallableModule
 
-__all__ = ["SourceError", "capture", "capture_config", "capture_structure"]
+__all__ = ["SourceError", "capture", "capture_structure", "model_of_config"]

@@ -111,7 +111,7 @@ def carve_alike(
 
     Args:
         have: The program.
-        want, module: From `graphopt.capture.capture_config`.
+        want, module: What the config makes, as a program without values and as a module.
 
     Raises:
         ValueError: A part has no place in the modules where a carved one could go.

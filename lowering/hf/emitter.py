@@ -5,6 +5,7 @@ A carved program has one too: of a narrower config, or with a class that the che
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from graphopt.capture import capture_config, capture_structure
+from graphopt.capture import capture_structure, model_of_config
 from graphopt.capture.checkpoint import persistent_buffers
 from graphopt.capture.conversion import to_checkpoint
 from graphopt.capture.model import build_model
@@ -117,27 +118,46 @@ def _refusal(reason: str) -> LoweringError:
     )
 
 
-@functools.lru_cache(maxsize=4)
-def _capture_again(config: str, trained: tuple[str, ...]) -> tuple[Program, PreTrainedModel]:
-    """Return the program and the module that a config makes; the latest are kept."""
-    program, module = capture_config(json.loads(config), trained)
-    return _one_form(program), module
+KEPT = 16
+"""What configs make is kept for the latest so many: emitting follows upon checking."""
+
+
+@functools.lru_cache(KEPT)
+def _model_of(config: str) -> PreTrainedModel:
+    return model_of_config(json.loads(config))
+
+
+@functools.lru_cache(KEPT)
+def _capture_again(config: str, trained: tuple[str, ...]) -> Program:
+    """Return the program that a config makes, without values."""
+    return _one_form(capture_structure(_model_of(config), trained))
+
+
+@functools.lru_cache(KEPT)
+def _capture_carved(
+    dense: PreTrainedModel, config: str, carving: str, trained: tuple[str, ...]
+) -> Program:
+    """Return the program that the class for carved models makes, without values."""
+    _, kind = carved_class(dense)
+    entries = carved_config(dense, json.loads(config), json.loads(carving))
+    return _one_form(capture_structure(build_model(entries, model_class=kind), trained))
+
+
+def _text(entries: Mapping[str, Any]) -> str:
+    return json.dumps(entries, sort_keys=True, default=str)
 
 
 def _made_by(
     config: Mapping[str, Any], used: set[str]
 ) -> tuple[Program, PreTrainedModel, tuple[str, ...]]:
-    """Return what `_capture_again` does, and the buffers of the module among `used`.
+    """Return the program and the module that a config makes, and its buffers among `used`.
 
     Raises:
         CaptureError: transformers makes no model of the config.
     """
-    text = json.dumps(config, sort_keys=True, default=str)
-    program, module = _capture_again(text, ())
+    module = _model_of(_text(config))
     trained = tuple(sorted(used & set(persistent_buffers(module))))
-    if trained:
-        program, module = _capture_again(text, trained)
-    return program, module, trained
+    return _capture_again(_text(config), trained), module, trained
 
 
 def _one_form(program: Program) -> Program:
@@ -208,7 +228,9 @@ def _narrower(
     if len(splits) > 1 or len(widths) > 1 or any(split.experts for split in splits):
         return None
     (split,), (width,) = splits, widths
-    for key, value in program.config.items():
+    # Each try is a capture: first what is called so, then whatever else has the width's value.
+    likely_first = sorted(program.config.items(), key=lambda e: e[0] not in FEED_FORWARD_WIDTHS)
+    for key, value in likely_first:
         if value == width or (value is None and key in FEED_FORWARD_WIDTHS):
             try:
                 want, module, _ = _made_by({**program.config, key: split.shared}, used)
@@ -247,8 +269,8 @@ def _with_class(
     _, kind = carved_class(dense)
     whole = {part.path: part.whole for part in parts}
     try:
-        probe = build_model(carved_config(dense, program.config, whole), model_class=kind)
-        difference = first_difference(_one_form(capture_structure(probe, trained)), want)
+        probe = _capture_carved(dense, _text(program.config), _text(whole), trained)
+        difference = first_difference(probe, want)
     except CaptureError as error:
         difference = error.message
     if difference is not None:
@@ -367,7 +389,7 @@ def _write(
 
 
 def _write_config(program: Program, module: PreTrainedModel, folder: Path) -> Path:
-    config: Any = module.config
+    config: Any = copy.deepcopy(module.config)
     config.architectures = [type(module).__name__]
     config.dtype = program.checkpoint_dtype
     config.use_cache = program.config.get("use_cache", True)

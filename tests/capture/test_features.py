@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from families import FAMILIES, LISTED, TOLERANCE, captured, cases, error, mostly_slow
 
-from graphopt.capture import capture_config
+from graphopt.capture import capture_structure, model_of_config
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.graph import Node, Param, Program
 
@@ -93,7 +93,7 @@ def test_leaving_out_a_feature_shows(family: str) -> None:
 @pytest.mark.parametrize("family", ["gemma2", "vaultgemma"])
 def test_scores_are_capped_whatever_attention_transformers_would_choose(family: str) -> None:
     """transformers 5.17 chooses fused attention for these, which leaves the cap out."""
-    program, _ = capture_config({"model_type": family, **FAMILIES["gemma2"]})
+    program = capture_structure(model_of_config({"model_type": family, **FAMILIES["gemma2"]}))
     found = [
         node.attrs["softcap"]
         for function in program.functions.values()
