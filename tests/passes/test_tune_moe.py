@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from carved import carved
+from compiling import with_backend
 from programs import tiny_program
 from torch.utils.checkpoint import checkpoint
 
@@ -98,12 +99,22 @@ def test_the_gradient_of_a_bias_is_the_excess_of_load_whatever_comes_from_above(
     assert torch.equal(bias.grad, load - load.mean())
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ here")
-@pytest.mark.slow
-def test_a_compiled_call_has_the_same_gradients():
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param("inductor", marks=[
+            pytest.mark.exhaustive,
+            pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ here"),
+        ]),
+    ],
+)  # fmt: skip
+def test_a_compiled_call_has_the_same_gradients(backend, monkeypatch):
     from graphopt.execute.compiled import run_compiled
     from graphopt.execute.interpreter import complete_inputs, run_function
     from graphopt.ir.types import B, P, S
+
+    with_backend(monkeypatch, backend)
 
     program, _ = gated(layers=1, train=True)
     runner = Runner(program)
