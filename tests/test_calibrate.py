@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from trained import book, save_trained
+from trained import book, trained_program
 
-import graphopt as go
 from graphopt.calibration import text as calibrate
 from graphopt.calibration.text import calibration_windows, sample_windows, text_windows
 from graphopt.errors import PassError
@@ -19,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return go.capture(str(save_trained(tmp_path_factory.mktemp("trained"), layers=3, steps=60)))
+    return trained_program(tmp_path_factory, layers=4)
 
 
 def written(model, count, length, **options):

@@ -5,10 +5,15 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from tiny_models import byte_tokenizer, tiny_model
 
+from graphopt.capture import capture
+from graphopt.ir.graph import Program
+
 LENGTH = 96
+RATE = 8e-3
 
 
 PEOPLE = ("the miller", "her sister", "an old sailor", "the young clerk", "my neighbour")
@@ -34,7 +39,7 @@ def book(sentences: int = 1200) -> str:
     return "\n".join(lines)
 
 
-def save_trained(folder: Path, layers: int = 8, steps: int = 200) -> Path:
+def save_trained(folder: Path, layers: int, steps: int = 100) -> Path:
     """Train a Llama on `book`, with a fixed seed, and write it with its tokenizer."""
     model = tiny_model(
         hidden_size=48, intermediate_size=128, num_hidden_layers=layers, head_dim=12,
@@ -49,12 +54,12 @@ def save_trained(folder: Path, layers: int = 8, steps: int = 200) -> Path:
             else:
                 parameter.normal_(0.0, 0.02 if "o_proj" in name or "down" in name else 0.08)
     ids = torch.tensor(byte_tokenizer()(book(), verbose=False)["input_ids"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * min(1.0, (step + 1) / 20) * (1 - step / steps)
-        starts = torch.randint(len(ids) - LENGTH, (16,), generator=generator)
+            group["lr"] = RATE * min(1.0, (step + 1) / 20) * (1 - step / steps)
+        starts = torch.randint(len(ids) - LENGTH, (8,), generator=generator)
         batch = ids[starts[:, None] + torch.arange(LENGTH)]
         loss = model(batch, labels=batch).loss
         optimizer.zero_grad()
@@ -64,3 +69,13 @@ def save_trained(folder: Path, layers: int = 8, steps: int = 200) -> Path:
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+_PROGRAMS: dict[int, Program] = {}
+
+
+def trained_program(folders: pytest.TempPathFactory, layers: int) -> Program:
+    """Return the program of a trained Llama, trained once; whoever changes it takes a copy."""
+    if layers not in _PROGRAMS:
+        _PROGRAMS[layers] = capture(str(save_trained(folders.mktemp("trained"), layers)))
+    return _PROGRAMS[layers]

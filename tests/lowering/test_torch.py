@@ -85,13 +85,16 @@ def run_python(*arguments: str, env: dict[str, str] | None = None) -> str:
 SOON = ("apertus", "codegen", "ctrl", "diffllama", "llama4_text", "mixtral")
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        f if f in LISTED or f in SOON else pytest.param(f, marks=pytest.mark.exhaustive)
-        for f in FAMILIES
-    ],
-)
+QUICK = ("llama", "gpt2")
+
+
+def marks_of(family: str) -> list[pytest.MarkDecorator]:
+    if family not in LISTED and family not in SOON:
+        return [pytest.mark.exhaustive]
+    return [] if family in QUICK else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=marks_of(f)) for f in FAMILIES])
 def test_families_equal_eager(family: str, tmp_path: Path) -> None:
     model, program = captured(family)
     program = InsertKVCache().run(program, Context()).program
@@ -695,23 +698,28 @@ def test_long_lines_are_broken_inside_brackets() -> None:
     assert same == ast.dump(ast.parse(text))
 
 
-@pytest.mark.parametrize("make", [odd_program, sized_program, lambda: tiny_program(window=3)])
-@pytest.mark.parametrize("target", ["cpu", "hopper"])
-def test_linters_and_formatters_have_nothing_to_say(make: Any, target: str, tmp_path: Path) -> None:
+def test_linters_and_formatters_have_nothing_to_say(tmp_path: Path) -> None:
     pytest.importorskip("ruff", reason="ruff is not installed")
-    path = tmp_path / "model.py"
-    path.write_text(render_model(make(), target), encoding="utf-8")
-    run_python("-m", "ruff", "check", "--isolated", "--select", "E9,F", str(path))
-    if make is not odd_program:  # its names hold quotes, which ruff would write in single ones
-        run_python("-m", "ruff", "format", "--isolated", "--line-length=100", "--check", str(path))
+    programs = {"odd": odd_program(), "sized": sized_program(), "window": tiny_program(window=3)}
+    for name, program in programs.items():
+        for target in ("cpu", "hopper"):
+            path = tmp_path / f"{name}_{target}.py"
+            path.write_text(render_model(program, target), encoding="utf-8")
+    run_python("-m", "ruff", "check", "--isolated", "--select", "E9,F", str(tmp_path))
+    for path in tmp_path.glob("odd_*"):
+        path.unlink()  # its names hold quotes, which ruff would write in single ones
+    run_python("-m", "ruff", "format", "--isolated", "--line-length=100", "--check", str(tmp_path))
 
 
-def test_prompt_without_a_tokenizer(tmp_path: Path) -> None:
-    write(tiny_program(), tmp_path)
-    command = [sys.executable, str(tmp_path / "model.py")]
+def test_prompt_without_a_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    emitted = write(tiny_program(), tmp_path)
     for arguments, said in (([], "give token ids"), (["--prompt", "a"], "needs tokenizer.json")):
-        result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-        assert result.returncode == 2 and said in result.stderr
+        monkeypatch.setattr(sys, "argv", [str(tmp_path / "model.py"), *arguments])
+        with pytest.raises(SystemExit) as caught:
+            emitted.main()
+        assert caught.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_damaged_weights(tmp_path: Path) -> None:
@@ -729,15 +737,18 @@ def test_runs_where_neither_graphopt_nor_transformers_can_be_imported(tmp_path: 
     program.config["eos_token_id"] = [500, 501]
     write(program, tmp_path)
     expected = greedy(program, [1, 2, 3], 6)
+    # As a module, and as the command line.
     code = (
-        "import sys; sys.modules['graphopt'] = sys.modules['transformers'] = None; import model; "
-        "print(model.generate(model.load(), [1, 2, 3], 6), model.END)"
+        "import runpy, sys; sys.modules['graphopt'] = sys.modules['transformers'] = None; "
+        "import model; print(model.generate(model.load(), [1, 2, 3], 6), model.END); "
+        f"sys.argv[0] = {str(tmp_path / 'model.py')!r}; "
+        "runpy.run_path(sys.argv[0], None, '__main__')"
     )
     # Not isolated from the folder, as a person's own python is.
     environment = {**os.environ, "PYTHONSAFEPATH": "", "PYTHONPATH": str(tmp_path)}
-    assert run_python("-c", code, env=environment) == f"{expected} [500, 501]\n"
-    printed = run_python(str(tmp_path / "model.py"), "1", "2", "3", "--new", "6")
-    assert printed.split() == [str(token) for token in expected]
+    printed = run_python("-c", code, "1", "2", "3", "--new", "6", env=environment).split("\n", 1)
+    assert printed[0] == f"{expected} [500, 501]"
+    assert printed[1].split() == [str(token) for token in expected]
 
 
 def greedy(program: Program, ids: list[int], count: int) -> list[int]:
@@ -796,6 +807,7 @@ def test_weights_are_stored_as_they_are(tmp_path: Path) -> None:
         TorchEmitter().emit(program, tmp_path, "cpu", silent)
 
 
+@pytest.mark.slow
 def test_an_output_folder_is_a_model_that_runs(tmp_path: Path) -> None:
     out = tmp_path / "out"
     program = (

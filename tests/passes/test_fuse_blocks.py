@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 from programs import tiny_program
-from trained import LENGTH, book, save_trained
+from tiny_models import save_tiny
+from trained import LENGTH, book, trained_program
 
 import graphopt as go
 from graphopt.errors import PassError, UsageError
@@ -18,13 +19,18 @@ from graphopt.pass_manager.contract import Context, Earlier, make_pass
 from graphopt.passes.fuse_blocks.injection import Injection, group_of, require_equal
 from graphopt.passes.prune_blocks.record import PrunedBlocks
 
-TEXT = book()[:24000]
+TEXT = book()[:10000]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    return go.capture(str(save_trained(tmp_path_factory.mktemp("trained"))))
+    return trained_program(tmp_path_factory, layers=8)
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    return go.capture(str(save_tiny(tmp_path_factory.mktemp("untrained"), num_hidden_layers=8)))
 
 
 def fused(dense, tmp_path, pruning, fusion, work=None, **options):
@@ -46,6 +52,7 @@ def steps_of(entry):
 # ---- the modes, on a trained model ----
 
 
+@pytest.mark.slow
 def test_distilling_takes_back_half_of_what_removal_cost(dense, tmp_path):
     program, _, entry = fused(
         dense, tmp_path, "ratio=0.25", "steps=80,batch=8,rate=0.0002", device="cpu"
@@ -63,6 +70,7 @@ def test_distilling_takes_back_half_of_what_removal_cost(dense, tmp_path):
     assert set(entry.details["seconds"]) >= {"warm start", "training", "all"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fusion",
     [
@@ -85,7 +93,17 @@ def test_every_other_mode_does_better_than_plain_removal(dense, tmp_path, fusion
         assert weight.dtype == dense.weights[weight.name].dtype
 
 
-@pytest.mark.parametrize("donor", ["pruned", "self", "random", "none"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "donor",
+    [
+        "pruned",
+        "none",
+        # The two others are among the ablations below, with fewer steps.
+        pytest.param("self", marks=pytest.mark.exhaustive),
+        pytest.param("random", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_the_published_mode_lowers_the_papers_loss(dense, tmp_path, donor):
     fusion = f"mode=published,steps=60,batch=8,group=4,rank=8,donor={donor}"
     program, _, entry = fused(dense, tmp_path, "remove=[3,6]", fusion)
@@ -96,6 +114,7 @@ def test_the_published_mode_lowers_the_papers_loss(dense, tmp_path, donor):
     assert entry.details["order"] == [3, 6] and len(find_blocks(program)) == 6
 
 
+@pytest.mark.slow
 def test_controls_fuse_the_first_block_by_every_donor_and_change_nothing_else(dense, tmp_path):
     fusion = "mode=published,steps=8,batch=8,group=4,rank=4"
     alone, _, _ = fused(dense, tmp_path, "remove=[3,6]", fusion)
@@ -117,23 +136,24 @@ def removing(*blocks):
     return Earlier(make_pass("prune-blocks", {"remove": list(blocks)}), record)
 
 
-def test_groups_reach_from_the_first_cut_to_the_end_and_aim_behind_what_is_missing(dense):
+def test_groups_reach_from_the_first_cut_to_the_end_and_aim_behind_what_is_missing(untrained):
     from graphopt.passes.fuse_blocks.fusion import Fusion
 
-    pruned = dense.copy()
+    pruned = untrained.copy()
     remove_blocks(pruned, [2, 5])
     context = Context(TEXT, tokenizer=None)
-    context.dense = dense
+    context.dense = untrained
     context.earlier.append(removing(2, 5))
     options = make_pass("fuse-blocks", {"mode": "local", "group": 2, "seqlen": LENGTH})
     fusion = Fusion(options, pruned, context)
     # Blocks 0 1 3 4 6 7 of the whole model: from 1 on, in pairs, the last one whole.
     assert fusion._groups() == [(1, 3), (3, 5), (4, 6)]
     calls = [pruned.calls[block.position] for block in find_blocks(pruned)]
-    places = [block.position for block in find_blocks(dense)]
+    places = [block.position for block in find_blocks(untrained)]
     assert [places.index(fusion._behind(call)) for call in calls] == [0, 2, 3, 5, 6, 7]
 
 
+@pytest.mark.slow
 def test_the_result_is_a_checkpoint_that_transformers_loads(dense, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -152,6 +172,7 @@ def test_the_result_is_a_checkpoint_that_transformers_loads(dense, tmp_path):
     assert float((ours - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
 
 
+@pytest.mark.slow
 def test_an_interrupted_compile_goes_on_behind_the_last_stage(dense, tmp_path, monkeypatch):
     from graphopt.passes.fuse_blocks import fusion
 
@@ -263,23 +284,23 @@ def test_a_pass_with_wrong_options_cannot_be_made(options, message):
     assert caught.value.remedy
 
 
-def test_without_a_pruning_pass_there_is_nothing_to_fuse(dense):
+def test_without_a_pruning_pass_there_is_nothing_to_fuse(untrained):
     with pytest.raises(PassError, match="must come after 'prune-blocks'"):
-        go.Pipeline.parse("fuse-blocks").run(dense)
+        go.Pipeline.parse("fuse-blocks").run(untrained)
     with pytest.raises(PassError, match="from which prune-blocks removed"):
-        make_pass("fuse-blocks", {}).run(dense.copy(), Context())
+        make_pass("fuse-blocks", {}).run(untrained.copy(), Context())
 
 
-def test_a_text_that_is_too_short_is_refused_with_the_numbers(dense):
+def test_a_text_that_is_too_short_is_refused_with_the_numbers(untrained):
     context = Context("a short text", tokenizer=None)
-    context.dense = dense
+    context.dense = untrained
     context.earlier.append(removing(1))
-    pruned = dense.copy()
+    pruned = untrained.copy()
     remove_blocks(pruned, [1])
     with pytest.raises(PassError, match=r"has 12 tokens, and a window takes 64"):
         make_pass("fuse-blocks", {"steps": 1, "seqlen": 64}).run(pruned, context)
 
 
-def test_the_published_mode_refuses_parts_of_blocks(dense, tmp_path):
+def test_the_published_mode_refuses_parts_of_blocks(untrained, tmp_path):
     with pytest.raises(PassError, match="fuses whole blocks"):
-        fused(dense, tmp_path, "blocks=1,part=ffn", "mode=published,steps=1")
+        fused(untrained, tmp_path, "blocks=1,part=ffn", "mode=published,steps=1")
