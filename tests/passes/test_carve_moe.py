@@ -138,7 +138,7 @@ def test_reconstructed_projections_bring_the_stream_nearer_and_else_no_value_cha
 
 
 def values_of_first_block(program, ids):
-    """Return what the nodes of a program's first block make, by op, and its result."""
+    """Return what the nodes of a program's first block make by op, and its ffn's weights."""
     block = find_blocks(program)[0].position
     function = program.functions[program.calls[block].function]
     runner = BlockRunner(program, block, block + 1, {}, torch.device("cpu"))
