@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import TOLERANCE, Case, eager_logits, error, random_model
+from families import TOLERANCE, Case, eager_logits, error, mostly_slow, random_model
 from onnx_models import emit, run_in_one_buffer, run_in_steps, session
 from tiny_models import byte_tokenizer
 from torch import nn
@@ -97,9 +97,7 @@ def emitted(label: str, folder: Path) -> tuple[nn.Module, Path]:
 QUICK = ("plain", "windows, caps", "heads of 24")
 
 
-@pytest.mark.parametrize(
-    "label", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in MODELS]
-)
+@pytest.mark.parametrize("label", mostly_slow(MODELS, QUICK))
 def test_every_padding_and_every_split(label: str, tmp_path: Path) -> None:
     model, path = emitted(label, tmp_path)
     graphs = {"model": session(path)}
@@ -115,7 +113,7 @@ def test_every_padding_and_every_split(label: str, tmp_path: Path) -> None:
                     assert error(expected, found, case) < TOLERANCE, (name, graph, stops)
 
 
-@pytest.mark.parametrize("label", [*QUICK, pytest.param("sinks", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("label", mostly_slow((*QUICK, "sinks"), QUICK))
 def test_past_and_present_in_one_buffer(label: str, tmp_path: Path) -> None:
     """As onnxruntime-genai runs it, with more room than the text needs."""
     model, path = emitted(label, tmp_path)

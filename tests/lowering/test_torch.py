@@ -15,7 +15,18 @@ from typing import Any
 import pytest
 import torch
 from emitted import load_file
-from families import FAMILIES, LISTED, TOLERANCE, Case, captured, cases, eager_logits, error
+from families import (
+    FAMILIES,
+    LISTED,
+    TOLERANCE,
+    UNLISTED,
+    Case,
+    captured,
+    cases,
+    eager_logits,
+    error,
+    mostly_slow,
+)
 from programs import tiny_program
 from tiny_models import save_tiny
 from torch import Tensor
@@ -85,16 +96,13 @@ def run_python(*arguments: str, env: dict[str, str] | None = None) -> str:
 SOON = ("apertus", "codegen", "ctrl", "diffllama", "llama4_text", "mixtral")
 
 
-QUICK = ("llama", "gpt2")
-
-
-def marks_of(family: str) -> list[pytest.MarkDecorator]:
-    if family not in LISTED and family not in SOON:
-        return [pytest.mark.exhaustive]
-    return [] if family in QUICK else [pytest.mark.slow]
-
-
-@pytest.mark.parametrize("family", [pytest.param(f, marks=marks_of(f)) for f in FAMILIES])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *mostly_slow(f for f in FAMILIES if f in LISTED or f in SOON),
+        *(pytest.param(f, marks=pytest.mark.exhaustive) for f in UNLISTED if f not in SOON),
+    ],
+)
 def test_families_equal_eager(family: str, tmp_path: Path) -> None:
     model, program = captured(family)
     program = InsertKVCache().run(program, Context()).program
