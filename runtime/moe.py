@@ -11,109 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphopt.ir import functional
+from graphopt.runtime.expert_tiles import ExpertTiles, power
 from graphopt.runtime.fused import act_mul, runs_by_kernel
 
 AT_ONCE = 16384
 """Tokens whose experts' outputs are in memory at once."""
 MOST_EXPERTS = 64
 """More are compared with each other in torch."""
-
-
-def _power(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a product of sorted tokens is cut.
-
-    Attributes:
-        rows, columns, depth: A tile's tokens, its outputs, and what is summed over at a time.
-        group: Tiles of rows that share the columns of a weight while those are in the cache.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    group: int = 8
-
-    def options(self, experts: int, weights: int, room: int | None) -> dict[str, int]:
-        """Return what a kernel is compiled for.
-
-        Args:
-            weights: How many weights it reads a tile of.
-            room: Bytes of shared memory; a GPU with little of it has fewer tiles ahead.
-        """
-        stages = self.stages
-        if room is not None:
-            ahead = room // (2 * self.depth * (self.rows + weights * self.columns))
-            stages = min(stages, max(2, ahead + 1))
-        return {
-            "BLOCK_T": self.rows, "BLOCK_N": self.columns, "BLOCK_D": self.depth,
-            "BLOCK_E": _power(experts), "GROUP": self.group,
-            "num_warps": self.warps, "num_stages": stages,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ManyTokens:
-    """Tiles of the products of tokens that are sorted by expert.
-
-    Attributes:
-        tokens: From how many tokens an expert has on average they are taken: an expert's last
-            tile is half empty.
-        expand, reduce: Tiles of the products with `up` and `gate`, and with `down`; their rows are
-            equal.
-    """
-
-    tokens: int
-    expand: Tiles
-    reduce: Tiles
-
-
-@dataclass(frozen=True)
-class FewTokens:
-    """What a program reads of a weight for one token.
-
-    Attributes:
-        rows, depth: Rows of the weight, and elements of each at a time.
-    """
-
-    rows: int
-    depth: int
-    warps: int
-
-
-@dataclass(frozen=True)
-class ExpertTiles:
-    """Tiles of the experts' kernels on one target.
-
-    Attributes:
-        many: The most tokens first; the last from 0.
-        expand_few, reduce_few: For the products with `up` and `gate`, and with `down`.
-    """
-
-    many: tuple[ManyTokens, ...]
-    expand_few: FewTokens
-    reduce_few: FewTokens
-
-    def sorted_tokens(self, tokens: int, most_rows: int | None = None) -> ManyTokens:
-        """Return the tiles for so many tokens an expert.
-
-        Args:
-            most_rows: The largest number of rows of a tile; None for any number.
-        """
-        fit = [row for row in self.many if most_rows is None or row.expand.rows <= most_rows]
-        return next(row for row in fit if tokens >= row.tokens)
 
 
 DESCRIBED = 2048
@@ -175,7 +85,7 @@ def launch_top_k_gating(
     experts = router_logits.shape[-1]
     flat = router_logits.reshape(-1, experts)
     gates = torch.empty(router_logits.shape, dtype=router_logits.dtype, device=router_logits.device)
-    wide = _power(experts)
+    wide = power(experts)
     rows = max(1, min(64, 4096 // (wide * wide)))
     kernel[(-(-len(flat) // rows),)](
         flat, selection_bias, gate_scale, gates, len(flat), flat.stride(0),
@@ -208,7 +118,7 @@ def launch_route(
     experts = weight.shape[0]
     gates = torch.empty(tokens, experts, dtype=x.dtype, device=x.device)
     # One program reads all features of its tokens.
-    wide = _power(experts)
+    wide = power(experts)
     rows, wide, depth, warps = (
         (1, wide, 32768 // wide, 16)
         if tokens <= 64
@@ -218,7 +128,7 @@ def launch_route(
         x, weight, router_bias, selection_bias, gate_scale, gates, tokens, x.stride(0),
         D=width, E=experts, TOP_K=top_k, BY_THRESHOLD=mean_active_experts > 0,
         BLOCK_T=rows, BLOCK_E=wide,
-        BLOCK_D=min(depth, max(16, _power(width))), num_warps=warps, num_stages=4,
+        BLOCK_D=min(depth, max(16, power(width))), num_warps=warps, num_stages=4,
     )  # fmt: skip
     return gates
 
@@ -249,7 +159,7 @@ def launch_many(
     tokens, width = x.shape
     experts, out = gates.shape[1], down.shape[0]
     size = up.shape[0] // experts
-    wide = _power(experts)
+    wide = power(experts)
     routes = tokens * active
     # Rows that begin anywhere come one number at a time, and the assembler gets Hopper's products
     # of them wrong, which have 64 rows (see `graphopt.plan.triton`).
@@ -259,7 +169,7 @@ def launch_many(
     room = -(-size // tiles_down.depth) * tiles_down.depth
     order = torch.empty(experts, tokens, dtype=torch.int32, device=x.device)
     counts = torch.empty(experts, dtype=torch.int32, device=x.device)
-    block = min(_power(tokens), max(16, 16384 // wide))
+    block = min(power(tokens), max(16, 16384 // wide))
     list_tokens[(experts,)](
         gates, order, counts, tokens,
         E=experts, COUNT=active, BLOCK_T=block, BLOCK_E=wide, num_warps=16,
@@ -303,10 +213,10 @@ def launch_combine(
 
     tokens, active, out = parts.shape
     experts = gates.shape[1]
-    block = min(1024, _power(out))
+    block = min(1024, power(out))
     combine[(tokens, -(-out // block))](
         parts, gates, bias, shared, y,
-        OUT=out, E=experts, COUNT=active, BLOCK_E=_power(experts), BLOCK=block, num_warps=4,
+        OUT=out, E=experts, COUNT=active, BLOCK_E=power(experts), BLOCK=block, num_warps=4,
     )  # fmt: skip
 
 
@@ -341,21 +251,21 @@ def launch_few(
     size = up.shape[0] // experts
     common = 0 if shared_up is None else shared_up.shape[0]
     sizes = {"E": experts, "SIZE": size, "SHARED": common, "COUNT": active}
-    sizes["BLOCK_E"] = _power(experts)
+    sizes["BLOCK_E"] = power(experts)
     hidden = torch.empty(tokens, common + active * size, dtype=x.dtype, device=x.device)
     rows, depth, warps = dataclasses.astuple(tiles.expand_few)
     blocks = -(-common // rows) + active * -(-size // rows)
     expand_few[(blocks, tokens)](
         x, up, gate, up_bias, gate_bias, shared_up, shared_gate, shared_up_bias, shared_gate_bias,
         gates, hidden, x.stride(0),
-        D=width, ACT=act, BLOCK_N=rows, BLOCK_D=min(depth, _power(width)), num_warps=warps,
+        D=width, ACT=act, BLOCK_N=rows, BLOCK_D=min(depth, power(width)), num_warps=warps,
         **sizes,
     )  # fmt: skip
     y = torch.empty(tokens, out, dtype=x.dtype, device=x.device)
     rows, depth, warps = dataclasses.astuple(tiles.reduce_few)
     reduce_few[(-(-out // rows), tokens)](
         hidden, down, shared_down, shared_down_bias, gates, y,
-        OUT=out, BLOCK_N=rows, BLOCK_D=min(depth, _power(max(common, size))), num_warps=warps,
+        OUT=out, BLOCK_N=rows, BLOCK_D=min(depth, power(max(common, size))), num_warps=warps,
         **sizes,
     )  # fmt: skip
     return y

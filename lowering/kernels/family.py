@@ -108,12 +108,12 @@ class LayerSetup:
     """What an emitted model says to have a module's functions made for its target.
 
     Attributes:
-        imports: Names of the module that the statements mention.
+        imports: Names that the statements mention, by the module that has them.
         makes: Functions that the statements define; the others are imported.
         statements: Lines of Python.
     """
 
-    imports: tuple[str, ...]
+    imports: Mapping[str, tuple[str, ...]]
     makes: tuple[str, ...]
     statements: tuple[str, ...]
 
@@ -126,6 +126,7 @@ class LayerKernels:
         module: The module of `graphopt.runtime` that has a function of its own for each of
             `functions`, of the same arguments.
         files: Its kernels under runtime/kernels.
+        helpers: Modules of `graphopt.runtime` that it imports and that no other needs.
         functions: Functions of `graphopt.ir.functional`, by name.
         needed_by: Ops without which a program carries neither module nor kernels; empty where
             every program carries them.
@@ -140,6 +141,7 @@ class LayerKernels:
     functions: tuple[str, ...]
     needed_by: frozenset[str] = frozenset()
     cache_writer: str | None = None
+    helpers: tuple[str, ...] = ()
     setup: Callable[[Target], LayerSetup | None] | None = None
 
 

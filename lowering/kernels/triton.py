@@ -18,7 +18,7 @@ from graphopt.lowering.triton.specialise import specialise
 from graphopt.plan import AttentionPlan
 from graphopt.plan.base import form_constants, split_size
 from graphopt.plan.triton import TritonPlanner, refuses_machine
-from graphopt.runtime.moe import ExpertTiles, FewTokens, ManyTokens, Tiles
+from graphopt.runtime.expert_tiles import ExpertTiles, FewTokens, ManyTokens, Tiles
 from graphopt.targets import Target, get_target
 
 _FILES = ("common", "prefill", "decode")
@@ -88,7 +88,10 @@ def _expert_setup(target: Target) -> LayerSetup | None:
         return None
     rows = [f"        {row!r}," for row in tiles.many]
     return LayerSetup(
-        ("ExpertKernels", "ExpertTiles", "FewTokens", "ManyTokens", "Tiles"),
+        {
+            "expert_tiles": ("ExpertTiles", "FewTokens", "ManyTokens", "Tiles"),
+            "moe": ("ExpertKernels",),
+        },
         ("moe",),
         (
             "EXPERTS = ExpertTiles(",
@@ -118,6 +121,7 @@ register_layer_family(
                 files=("experts",),
                 functions=("moe", "route", "top_k_gating"),
                 needed_by=frozenset({"experts", "moe"}),
+                helpers=("expert_tiles",),
                 setup=_expert_setup,
             ),
         ),

@@ -104,7 +104,7 @@ class LoweredKernels:
         for family in families:
             modules += (*family.modules, family.launcher)
         for group in self.layer_kernels():
-            modules.append(group.module)
+            modules += (*group.helpers, group.module)
             kernels += group.files
         texts = {f"{name}.py": runtime_text(f"{name}.py") for name in modules}
         texts |= {f"{name}.py": runtime_text(f"kernels/{name}.py") for name in kernels}
@@ -169,11 +169,17 @@ class LoweredKernels:
             if group.cache_writer is not None:
                 arguments += f", {group.cache_writer}"
                 functions.append(group.cache_writer)
+            needed = {group.module: functions}
             setup = None if group.setup is None else group.setup(self.target)
             if setup is not None:
-                functions = [*setup.imports, *(n for n in functions if n not in setup.makes)]
+                needed[group.module] = [name for name in functions if name not in setup.makes]
+                for module, wanted in setup.imports.items():
+                    needed[module] = [*needed.get(module, ()), *wanted]
                 made += [*setup.statements, ""]
-            imports.append(f"from .{group.module} import {', '.join(sorted(functions))}")
+            imports += (
+                f"from .{module} import {', '.join(sorted(names))}"
+                for module, names in sorted(needed.items())
+            )
         names = ["Decoder", "growing_caches", "tokens_held", *self.functions()]
         return _INIT.format(
             title=self.target.title, rows="\n".join(rows), imports="\n".join(imports),

@@ -25,7 +25,7 @@ from graphopt.lowering.kernels import (
 from graphopt.lowering.kernels.triton import TritonFamily, expert_tiles
 from graphopt.lowering.torch.lowered_kernels import lower_attentions
 from graphopt.plan import AttentionSpec
-from graphopt.runtime import moe
+from graphopt.runtime import expert_tiles as runtime_tiles
 from graphopt.runtime.attention import Extras, Keys
 from graphopt.targets import all_targets, get_target
 
@@ -63,7 +63,10 @@ def test_launchers_and_layers_have_the_functions_that_emitted_models_ask_for():
         for name in group.functions:
             assert callable(getattr(functional, name))
             assert name in made or getattr(module, name) is not getattr(functional, name)
-        assert setup is None or all(hasattr(module, name) for name in setup.imports)
+        for where, names in ({} if setup is None else setup.imports).items():
+            assert where in (group.module, *group.helpers)
+            there = importlib.import_module(f"graphopt.runtime.{where}")
+            assert all(hasattr(there, name) for name in names)
 
 
 def experts_for(target):
@@ -76,8 +79,9 @@ def test_an_emitted_model_has_the_experts_tiles_of_its_target(target):
     lowered = experts_for(target)
     text = lowered.files()["__init__.py"]
     statement = text[text.index("EXPERTS = ") : text.index("moe = ")]
-    scope = {name: getattr(moe, name) for name in ("ExpertTiles", "FewTokens", "ManyTokens")}
-    exec(statement, scope | {"Tiles": moe.Tiles}, scope)
+    assert "expert_tiles.py" in lowered.files()
+    scope: dict[str, object] = {}
+    exec(statement, vars(runtime_tiles), scope)
     tiles = expert_tiles(get_target(target))
     assert scope["EXPERTS"] == tiles and tiles.many[-1].tokens == 0
     assert all(row.expand.rows == row.reduce.rows for row in tiles.many)
