@@ -17,7 +17,7 @@ from graphopt.ir.blocks import find_blocks
 from graphopt.ir.feed_forward import Split
 from graphopt.training import tuner as tuner_module
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
-from graphopt.training.losses import LogitObjective, StreamObjective, batch_kl, relative_mse
+from graphopt.training.losses import HiddenStateObjective, LogitObjective, batch_kl, relative_mse
 from graphopt.training.parametrisations import FullParametrisation, LowRankParametrisation
 from graphopt.training.schedule import Schedule
 from graphopt.training.tuner import Tuner
@@ -228,7 +228,7 @@ def test_a_part_is_trained_on_the_stream_behind_it():
         HiddenStateCache(student_of(program, None, 0, 1), IDS),
         held_out=10,
     )
-    objective = StreamObjective(relative_mse)
+    objective = HiddenStateObjective(relative_mse)
     tuned = Tuner(student, lessons, objective, Schedule(steps=100, batch=16, rate=3e-3)).run()
     assert min(loss for _, loss in tuned.checks) < 0.5 * tuned.checks[0][1]
 

@@ -219,7 +219,7 @@ class Distiller:
             return 0, None
         behind = self.dense.calls[find_blocks(self.dense)[-1].position].results[0]
         width = evaluate(infer_program(self.dense)[1][behind].shape[-1], {})
-        # The dense model's streams of them are kept, in 16 bits.
+        # The dense model's hidden states of them are kept, in 16 bits.
         most = free_bytes(self.device) // 4 // (2 * self.seqlen * width)
         left = self.left()
         if left is not None:
@@ -228,8 +228,8 @@ class Distiller:
         wanted = self.schedule.steps * self.schedule.batch // EPOCHS - len(self.windows)
         return min(max(wanted, 0), most), None
 
-    def streams(self, program: Program, ids: Tensor, behind: int) -> HiddenStateCache:
-        """Return the stream behind a call of a program, given by its position."""
+    def hidden_states(self, program: Program, ids: Tensor, behind: int) -> HiddenStateCache:
+        """Return the hidden states behind a call of a program, given by its position."""
         first = find_blocks(program)[0].position
         return HiddenStateCache(BlockRunner(program, first, behind + 1, {}, self.device), ids)
 
@@ -401,7 +401,9 @@ class Distiller:
             self.parametrisations(self.program, calls),
             blocks[0].position,
             blocks[-1].position + 1,
-            DistillationData(ids, self.streams(self.dense, ids, last), held_out=len(self.checked)),
+            DistillationData(
+                ids, self.hidden_states(self.dense, ids, last), held_out=len(self.checked)
+            ),
             LogitObjective(),
             replace(self.schedule, seconds=self.left()),
             "distilling",

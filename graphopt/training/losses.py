@@ -64,8 +64,8 @@ class Objective(ABC):
 
 
 @dataclass(frozen=True)
-class StreamObjective(Objective):
-    """The residual stream itself, by `relative_mse`, `batch_kl` or another loss of two streams."""
+class HiddenStateObjective(Objective):
+    """The hidden states themselves, by `relative_mse`, `batch_kl` or another loss of two."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
 

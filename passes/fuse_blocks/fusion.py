@@ -34,7 +34,7 @@ from graphopt.support.per_device import PerDevice
 from graphopt.support.plain import shown
 from graphopt.training.distil import Distiller, trained_part
 from graphopt.training.distillation_data import DistillationData
-from graphopt.training.losses import LogitObjective, StreamObjective, batch_kl, relative_mse
+from graphopt.training.losses import HiddenStateObjective, LogitObjective, batch_kl, relative_mse
 from graphopt.training.parametrisations import FullParametrisation
 from graphopt.training.schedule import Schedule, TrainingResult
 
@@ -149,10 +149,10 @@ class Fusion(Distiller):
                 continue
             started = time.perf_counter()
             calls = [self.program.calls[block.position] for block in blocks[first:stop]]
-            targets = self.streams(self.dense, ids, self._behind(calls[-1]))
+            targets = self.hidden_states(self.dense, ids, self._behind(calls[-1]))
             entry = None
             if first:
-                entry = self.streams(self.program.copy(), ids, blocks[first - 1].position)
+                entry = self.hidden_states(self.program.copy(), ids, blocks[first - 1].position)
             last = stop == len(blocks)
             left, share = self.left(), len(groups) - number
             schedule = replace(
@@ -166,7 +166,7 @@ class Fusion(Distiller):
                 blocks[first].position,
                 blocks[stop - 1].position + 1,
                 DistillationData(ids, targets, entry, held_out=len(self.checked)),
-                LogitObjective() if last else StreamObjective(relative_mse),
+                LogitObjective() if last else HiddenStateObjective(relative_mse),
                 schedule,
                 stage,
             )
@@ -299,8 +299,8 @@ class Fusion(Distiller):
         gone = calls[place]
         require_equal(program, calls[first : last + 1])
         ids = torch.cat([self.windows, self.checked])
-        targets = self.streams(program, ids, blocks[last].position)
-        entry = self.streams(program, ids, blocks[first - 1].position) if first else None
+        targets = self.hidden_states(program, ids, blocks[last].position)
+        entry = self.hidden_states(program, ids, blocks[first - 1].position) if first else None
         pruned = program.copy()
         remove_blocks(pruned, [place])
         neighbours = [call for i, call in enumerate(calls[first : last + 1], first) if i != place]
@@ -325,7 +325,7 @@ class Fusion(Distiller):
         tuned = self.tune(
             pruned, parametrisations, after[first].position, after[last - 1].position + 1,
             DistillationData(ids, targets, entry, held_out=len(self.checked)),
-            StreamObjective(batch_kl), schedule, what,
+            HiddenStateObjective(batch_kl), schedule, what,
         )  # fmt: skip
         if donor == self.options.donor:
             self.clock("training", started)
