@@ -57,7 +57,8 @@ def test_every_file_in_the_folder_is_a_target():
 
 WRONG = {
     "a misspelt key": ("bandwidth = 3350e9", "bandwith = 3350e9",
-        "the entry 'bandwith' is unknown. Did you mean 'bandwidth'?"),
+        "the entry 'bandwith' is 3350000000000.0, and no such entry is known. Did you mean "
+        "'bandwidth'?"),
     "a misspelt key of a table": ("[experts.few]\nexpand = { rows", "[experts.few]\nexpand = { row",
         "the entry 'experts.few.expand.rows' is missing"),
     "no dtypes": ('dtypes = ["f32", "f16", "bf16"]\n', "", "the entry 'dtypes' is missing"),
@@ -114,14 +115,15 @@ def test_one_broken_file_is_named_and_stops_no_command(folder):
     for line in (
         "warning: targets/gone.toml cannot be read: No such file or directory. Install graphopt",
         "warning: targets/latin.toml is not UTF-8 text",
-        "warning: targets/mine.toml: the entry 'cors' is unknown. Did you mean 'cores'?",
+        "warning: targets/mine.toml: the entry 'cors' is 132, and no such entry is known. Did you "
+        "mean 'cores'?",
         "warning: targets/other.toml: the entry 'name' is 'hopper', and it should be as the file",
     ):
         assert line in said
     planned = ["plan-attention", "--head-dim", "64", "--kv-heads", "8", "--target"]
     assert runner.invoke(app, [*planned, "hopper"]).exit_code == 0
     refused = runner.invoke(app, [*planned, "mine"])
-    assert refused.exit_code == 2 and "the entry 'cors' is unknown" in refused.output
+    assert refused.exit_code == 2 and "the entry 'cors' is 132, and no such" in refused.output
 
 
 @pytest.mark.parametrize(

@@ -362,6 +362,8 @@ def misfit(
     said = re.sub(r"^(Value error, |\w+ should)", _as_clause, first["msg"])
     place = ".".join(str(part) for part in first["loc"])
     entry = f": the entry {shown(prefix + place)}" if place else ""
-    shortcoming = {"missing": "missing", "extra_forbidden": "unknown"}.get(first["type"])
-    is_ = shortcoming or f"{shown(first['input'])}, and {said}"
-    return error(f"{where}{entry} is {is_}.", remedy)
+    if first["type"] == "missing":
+        return error(f"{where}{entry} is missing.", remedy)
+    if first["type"] == "extra_forbidden":
+        said = "no such entry is known"
+    return error(f"{where}{entry} is {shown(first['input'])}, and {said}.", remedy)
