@@ -4,7 +4,7 @@ It swaps the functions of Triton's language for its own before a kernel starts, 
 of every function that the kernel calls: a walk over a thousand names, to swap what is swapped
 already. Behind every sum of integers it computes whether there was an overflow, and looks at the
 answer only when it debugs. And it writes the table of NumPy's types anew each time it reads it.
-Results are those of the interpreter as it is, to the bit.
+Results are those of the interpreter as it is, to the bit (`test_triton_attention.py`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class _Swapped:
 
 
 @functools.cache
-def leave_out_idle_work() -> None:
-    """Change the interpreter of this process."""
+def leave_out_idle_work() -> list[tuple[Any, str, Any]]:
+    """Change the interpreter of this process; return what was changed, as for `setattr`."""
     from triton import language
     from triton.runtime import interpreter
 
@@ -58,7 +58,13 @@ def leave_out_idle_work() -> None:
             types[key] = numpy_type(dtype)
         return types[key]
 
-    interpreter._patch_lang, interpreter._get_np_dtype = swap_once, type_of
     builder = interpreter.interpreter_builder
+    before = [
+        (interpreter, "_patch_lang", swap),
+        (interpreter, "_get_np_dtype", numpy_type),
+        (builder, "options", builder.options),
+    ]
+    interpreter._patch_lang, interpreter._get_np_dtype = swap_once, type_of
     assert not builder.options.debug  # else it would look
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    return before

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_reference import random_case
+from interpreted import leave_out_idle_work
 from sampling import slow_but
 
 if importlib.util.find_spec("triton") is None:
@@ -142,6 +143,15 @@ def test_prefill_of_every_form(form):
         ((2, 2, 2), 7, 40),
     ):
         check_prefill(random_case((*heads, s, t, width, width), FORMS[form], seed=s))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="nothing is interpreted")
+def test_the_interpreter_without_idle_work_gives_the_same_bits(monkeypatch):
+    case = random_case((1, 2, 1, 4, 40, 40, 40), FORMS["everything"])
+    fast = check_prefill(case)[0], check_decode(case, splits=2)[0]
+    for changed in leave_out_idle_work():
+        monkeypatch.setattr(*changed)
+    assert all(map(torch.equal, fast, (check_prefill(case)[0], check_decode(case, splits=2)[0])))
 
 
 @pytest.mark.parametrize("width", EVERY_HEAD_SIZE)
