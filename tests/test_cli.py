@@ -412,6 +412,7 @@ def test_colour_is_left_out_on_request(monkeypatch):
     assert "\x1b[3" not in out
 
 
+@pytest.mark.slow
 def test_generate_says_how_it_draws(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "tiny")
     stated = {"do_sample": True, "temperature": 0.7, "top_k": 9, "typical_p": 0.9}

@@ -9,17 +9,20 @@ from family_configs import families
 from family_sweep import sweep, verdicts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["arcee", "glm4", "granite_swa"])
 def test_drawn_configs_are_right_in_every_form(family: str, tmp_path: Path) -> None:
     row = sweep(family, 14, 0, tmp_path)
     assert set(verdicts(row).values()) == {"right"}, (verdicts(row), row["config"])
 
 
+@pytest.mark.slow
 def test_a_decoder_that_counts_the_tokens_of_a_step_goes_on_counting(tmp_path: Path) -> None:
     row = sweep("pegasus", 14, 0, tmp_path, forms=("program", "torch", "onnx"))
     assert set(verdicts(row).values()) == {"right"}, (verdicts(row), row["config"])
 
 
+@pytest.mark.slow
 def test_a_family_of_experts_is_pruned_and_not_carved(tmp_path: Path) -> None:
     row = sweep("olmoe", 14, 0, tmp_path, forms=(), recipes=("prune-blocks", "carve-moe"))
     found = verdicts(row)

@@ -49,6 +49,7 @@ def test_a_rule_that_stops_leaves_aten_behind_and_says_so(monkeypatch: pytest.Mo
     assert error(eager_logits(model, case), Runner(program).logits(case.inputs), case) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is reserved by Linux")
 def test_experts_that_no_memory_holds_are_captured(tmp_path: Path) -> None:
     strict = Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"

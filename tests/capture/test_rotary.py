@@ -198,6 +198,8 @@ KINDS = sorted(set(ROPE_INIT_FUNCTIONS) - {"axial"} | {"default"})
 """All but the one for images."""
 
 SWITCHING = ("dynamic", "longrope")
+QUICK = ("yarn",)
+"""What the inner loop runs."""
 MATRIX = [
     *(("llama", kind, 0) for kind in KINDS),
     ("phi3", "longrope", 1),
@@ -215,7 +217,11 @@ REST = [
 
 @pytest.mark.parametrize(
     ("family", "kind", "seed"),
-    [*MATRIX, *(pytest.param(*row, marks=pytest.mark.exhaustive) for row in REST)],
+    [
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in MATRIX if row[1] not in QUICK),
+        *(row for row in MATRIX if row[1] in QUICK),
+        *(pytest.param(*row, marks=pytest.mark.exhaustive) for row in REST),
+    ],
 )
 def test_every_kind_equals_eager_on_both_sides(
     family: str, kind: str, seed: int, tmp_path: Path

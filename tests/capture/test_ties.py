@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import cases, eager_logits, error
+from families import cases, eager_logits, error, mostly_slow
 from safetensors.torch import save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -49,7 +49,7 @@ def _save(folder: Path, said: bool, output: str, family: str, prefix: str = "") 
     return folder
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", mostly_slow(["llama", "gpt2"], ["llama"]))
 @pytest.mark.parametrize(
     ("said", "output"),
     [

@@ -233,6 +233,7 @@ def test_layers_may_differ_in_sizes():
     assert first(program, "attention").attrs["window"] == Param("window")
 
 
+@pytest.mark.slow
 def test_operators_of_saved_programs_are_registered_first():
     """In a process of its own: here, capture may have registered them already."""
     find = "from graphopt.ir.ops.aten import resolve_target as r; r({!r})"

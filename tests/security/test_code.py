@@ -180,7 +180,10 @@ def bring_code(folder: Path, ran: Path, form: str) -> None:
     )
 
 
-@pytest.mark.parametrize("form", ["pair", "fast alone", "list", "other repository"])
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param("pair", marks=pytest.mark.slow), "fast alone", "list", "other repository"],
+)
 def test_a_tokenizer_with_code(tmp_path: Path, ran: Path, asked: list[str], form: str) -> None:
     model = save_tiny(tmp_path / "model")
     bring_code(model, ran, form)

@@ -128,6 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(folder, {"eos_token_id": [258, second], "pad_token_id": 0})
 
 
+@pytest.mark.slow
 def test_all_end_tokens_end_a_text_in_every_form(folder: Path, tmp_path: Path) -> None:
     """Case 06 of issue 14, through passes, emitters and folders that are opened again."""
     ids = byte_tokenizer()("hello")["input_ids"]
