@@ -129,6 +129,7 @@ def test_the_rate_rises_and_falls_over_whichever_of_steps_and_seconds_is_nearer_
 # ---- training ----
 
 
+@pytest.mark.slow
 def test_a_disturbed_student_finds_back_to_its_teacher():
     program = tiny_program(layers=3)
     forms = disturbed(program)
@@ -190,6 +191,7 @@ def test_an_interrupted_training_goes_on_where_it_was(tmp_path, by, schedule, at
         assert torch.allclose(form(), again[name](), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_rate_that_spoils_what_is_nearly_right_is_lowered_from_the_best_state():
     program = tiny_program(layers=2)
     schedule = Schedule(steps=120, batch=16, rate=1e-2)

@@ -35,6 +35,7 @@ def check(function, call, args, weights, sizes):
         assert float((expected - given).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend",
     ["aot_eager", pytest.param("inductor", marks=[pytest.mark.exhaustive, needs_compiler])],

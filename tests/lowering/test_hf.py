@@ -97,6 +97,7 @@ def test_layouts_of_caches_are_no_part_of_a_checkpoint(source: Source) -> None:
     HfEmitter().check(with_layouts(program, {"kv.1": KVLayout("paged", 4)}), "cpu")
 
 
+@pytest.mark.slow
 def test_large_checkpoints_are_sharded(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -740,6 +740,7 @@ def test_damaged_weights(tmp_path: Path) -> None:
         TorchArtifactModel(tmp_path, program)
 
 
+@pytest.mark.slow
 def test_runs_where_neither_graphopt_nor_transformers_can_be_imported(tmp_path: Path) -> None:
     program = tiny_program(cache=True)
     program.config["eos_token_id"] = [500, 501]

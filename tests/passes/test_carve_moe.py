@@ -104,6 +104,7 @@ def test_all_experts_active_is_the_model_itself(dense, carve, mode, shared):
         assert torch.equal(joined[joined[:, 0].argsort()], wanted[wanted[:, 0].argsort()])
 
 
+@pytest.mark.slow
 def test_neurons_of_zeros_fill_pieces_and_change_nothing(dense, carve):
     program, entry = carve("shared=3,active=4,experts=7,pad=true")
     # 128 neurons are five short of 7 times 19.
@@ -369,6 +370,7 @@ def test_a_program_without_a_tokenizer_is_refused():
         go.Pipeline.parse("carve-moe{experts=4,shared=1,active=1}").run(tiny_program(layers=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode", ["fit", "published", "fit,threshold=true", "fit,layerwise_budget=true"]
 )

@@ -99,6 +99,7 @@ def test_the_gradient_of_a_bias_is_the_excess_of_load_whatever_comes_from_above(
     assert torch.equal(bias.grad, load - load.mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend",
     [
@@ -301,6 +302,7 @@ def test_an_interrupted_training_goes_on_with_its_biases(tmp_path):
     assert all(float(value.abs().max()) >= GAMMA / 2 for value in moved)
 
 
+@pytest.mark.slow
 def test_biases_and_scales_stay_in_what_is_emitted(tmp_path):
     from graphopt.backends.opening import open_language_model
 
