@@ -169,6 +169,7 @@ class PruneBlocks(Pass):
         )
         with must_fit(context.device, "Scoring blocks", remedy):
             choice = Chooser(self, program, context).all()
+        parameters = [program.parameter_count()]
         remove_sub_blocks(program, [(unit.block, unit.kind) for unit in choice.order])
         record = PrunedBlocks(
             order=[str(unit) for unit in choice.order],
@@ -178,6 +179,7 @@ class PruneBlocks(Pass):
             perplexity=choice.perplexity,
             scoring_seconds=choice.seconds,
             tokens_per_second=choice.speed,
+            parameters=[*parameters, program.parameter_count()],
         )
         statement = RemovedParts(tuple((unit.block, unit.kind) for unit in choice.order))
         return PassResult(program, len(units), len(choice.order), choice.skipped, record, statement)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 
 from pydantic import Field
@@ -30,6 +31,7 @@ class PrunedBlocks(Record):
         perplexity: On held-out windows, of the whole model and after each removal.
         scoring_seconds: How long scoring took.
         tokens_per_second: The speed of a forward pass, before and after.
+        parameters: The number of parameters, before and after.
     """
 
     order: list[str]
@@ -39,19 +41,37 @@ class PrunedBlocks(Record):
     perplexity: list[Step] = Field(default_factory=list)
     scoring_seconds: Seconds = 0.0
     tokens_per_second: list[Figure] = Field(default_factory=list)
+    parameters: list[int] = Field(default_factory=list)
 
     def line(self) -> str:
-        return told_in_a_line(self.order, self.perplexity)
+        shares = [
+            f"{what} {after / before - 1:+.1%}"
+            for what, (before, after) in (
+                ("parameters", self._pair(self.parameters)),
+                ("tokens a second", self._pair(self.tokens_per_second)),
+            )
+            if before and after
+        ]
+        return "; ".join([told_in_a_line(self.order, self.perplexity), *shares])
+
+    @staticmethod
+    def _pair(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+        return (values[0], values[1]) if len(values) == 2 else (None, None)
 
     def card(self) -> str:
         facts = [f"Scoring took {self.scoring_seconds:.1f} s."]
-        if len(self.tokens_per_second) == 2:
-            before, after = self.tokens_per_second
-            if before and after:
-                facts.append(
-                    f"A forward pass takes in {before:,.0f} → {after:,.0f} tokens a second "
-                    f"({after / before - 1:+.1%})."
-                )
+        before, after = self._pair(self.parameters)
+        if before and after:
+            facts.append(
+                f"{len(self.order)} of {len(self.candidates) or len(self.order)} candidates are "
+                f"gone, which had {1 - after / before:.1%} of the {before:,.0f} parameters."
+            )
+        before, after = self._pair(self.tokens_per_second)
+        if before and after:
+            facts.append(
+                f"A forward pass takes in {before:,.0f} → {after:,.0f} tokens a second "
+                f"({after / before - 1:+.1%})."
+            )
         return "".join(
             (
                 removed_in_order(self.order),

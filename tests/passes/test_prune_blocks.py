@@ -61,6 +61,9 @@ def test_what_was_done_is_in_the_report(model, tmp_path, score):
     first = details["scores"][0]
     assert min(first, key=first.get) == details["order"][0]
     assert len(details["perplexity"]) == 3 and len(details["tokens_per_second"]) == 2
+    counts = details["parameters"]
+    assert counts == [model.parameter_count(), program.parameter_count()]
+    assert f"parameters {counts[1] / counts[0] - 1:+.1%}" in entry.record.line()
     json.dumps(report.to_json(), allow_nan=False)
 
 
