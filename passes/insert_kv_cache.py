@@ -22,7 +22,7 @@ from graphopt.ir.graph import (
     resolve_attrs,
     unique_name,
 )
-from graphopt.ir.ops import get_op, is_aten
+from graphopt.ir.ops import is_aten
 from graphopt.ir.ops.attention import BIAS, MASK, PAST_K
 from graphopt.ir.relayout import with_layouts
 from graphopt.ir.shapes import infer_program
@@ -272,8 +272,7 @@ def _add_cache(function: Function, node: Node) -> None:
     past_k, past_v, present_k, present_v = map(
         fresh, ("past_k", "past_v", "present_k", "present_v")
     )
-    width = len(get_op("attention").operands)
-    node.inputs += [None] * (width - len(node.inputs))
+    node.inputs += [None] * (PAST_K + 2 - len(node.inputs))
     node.inputs[PAST_K], node.inputs[PAST_K + 1] = past_k, past_v
     for index, value in enumerate((present_k, present_v), start=1):
         value.node = node

@@ -267,10 +267,10 @@ def test_a_score_may_be_against_another_model():
 
 @pytest.mark.parametrize("reference", ["original", "current"])
 def test_the_order_of_removal_is_that_of_brute_force(reference, monkeypatch):
-    from graphopt.passes import prune_blocks
+    from graphopt.passes.prune_blocks import chooser
 
     program = tiny_program(layers=8)
-    monkeypatch.setattr(prune_blocks, "calibration_windows", lambda *_: torch.cat([IDS, IDS[:2]]))
+    monkeypatch.setattr(chooser, "calibration_windows", lambda *_: torch.cat([IDS, IDS[:2]]))
     options = {"blocks": 4, "reference": reference, "windows": 3, "seqlen": 20}
     result = make_pass("prune-blocks", options).run(program.copy(), Context())
     left, order, current = list(range(8)), [], program

@@ -289,7 +289,13 @@ def dotted(node: ast.expr) -> str:
 @pytest.mark.parametrize("path", sources(), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_loader_says_that_no_code_is_trusted(path: Path) -> None:
     """And nothing asks, nor runs text, but where it is said why that is right."""
-    may_run = {"emitted.py": 1, "carved.py": 1}  # what graphopt itself wrote, byte for byte
+    may_run = {
+        "backends/code.py": 1,  # what graphopt itself wrote, byte for byte
+        "hf/carved.py": 1,  # likewise
+        # The declaration of a pass, of a module that an installed distribution names as its own
+        # and that is imported to be run.
+        "pass_manager/declarations.py": 1,
+    }
     runs = 0
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
@@ -313,7 +319,7 @@ def test_every_loader_says_that_no_code_is_trusted(path: Path) -> None:
         if name in ("subprocess.run", "subprocess.Popen"):
             assert "shell" not in given and given.keys() & {"stdin", "input"}, where
         runs += name == "exec"
-    assert runs == may_run.get(path.name, 0), path
+    assert runs == may_run.get(f"{path.parent.name}/{path.name}", 0), path
 
 
 def test_python_compiles_files_where_it_is_told_to(tmp_path: Path) -> None:
