@@ -44,6 +44,7 @@ FOUND = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tool runs them all")
 @pytest.mark.parametrize("index", range(9))
 def test_drawn_attentions_interpreted(index: int) -> None:

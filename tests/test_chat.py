@@ -67,6 +67,7 @@ def test_what_a_template_may_not_do_is_said(template: str, said: str) -> None:
         encode_prompt(tokenizer, "hi")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [

@@ -433,6 +433,7 @@ def test_generate_says_how_it_draws(tmp_path: Path) -> None:
     assert found["sampling"]["temperature"] == 0 and found["not_applied"] == ["typical_p"]
 
 
+@pytest.mark.slow
 def test_help_is_quick_and_imports_no_torch():
     program = "import sys, graphopt.cli.commands; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -67,6 +67,7 @@ def reference() -> PreTrainedModel:
     return tiny_model().double()
 
 
+@pytest.mark.slow
 def test_perplexity_of_a_model_equals_brute_force(folder: Path, reference: PreTrainedModel) -> None:
     model = open_language_model(str(folder))
     tokenizer = load_tokenizer(model)
@@ -187,6 +188,7 @@ def brute_force_scores(reference: PreTrainedModel, row: PiqaRow) -> list[float]:
     return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_piqa_equals_brute_force(folder: Path, reference: PreTrainedModel, batch: int) -> None:
     model = open_language_model(str(folder))
@@ -268,6 +270,7 @@ def test_program_model(folder: Path, reference: PreTrainedModel, cached: bool) -
     torch.testing.assert_close(model.logits(ids), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_program_model_refuses_nan(folder: Path) -> None:
     program = capture(str(folder))
     weight = program.weights["model.norm.weight"]

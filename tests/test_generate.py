@@ -59,6 +59,7 @@ class Script(LanguageModel):
         return logits, cache + ids.shape[1]
 
 
+@pytest.mark.slow
 def test_a_text_that_crosses_the_original_length_is_read_again(
     tmp_path: Path,
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_text_that_crosses_the_original_length_is_read_again(
         )
 
 
+@pytest.mark.slow
 def test_genai_reads_a_text_again_where_its_own_rule_does(tmp_path: Path) -> None:
     """The rule for models of type phi3: at 4,097 tokens, whatever the config says."""
     og = pytest.importorskip("onnxruntime_genai")
@@ -169,6 +171,7 @@ def test_tokens_go_through_the_cache_one_by_one() -> None:
     assert model.steps == [[1, 2], [7], [8]]
 
 
+@pytest.mark.slow
 def test_an_artifact_for_a_gpu_decodes_in_its_own_cache(tmp_path: Path) -> None:
     """Greedy and drawn tokens are those of the program, and no step copies the cache."""
     program = tiny_program(cache=True, head_dim=32)
@@ -238,6 +241,7 @@ def test_end_tokens_of_tokenizer_and_configs() -> None:
     assert end_tokens(model, tokenizer) == {5, 6}
 
 
+@pytest.mark.slow
 def test_sampling_draws_from_the_nucleus() -> None:
     logits = torch.tensor([0.2, 0.5, 0.05, 0.25]).log()
     generator = torch.Generator().manual_seed(0)

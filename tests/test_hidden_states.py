@@ -147,6 +147,7 @@ def peak(run, count, monkeypatch):
     return counted.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [carve, reconstruct])
 def test_more_windows_need_more_memory_for_the_residual_stream_alone(run, monkeypatch):
     at_once(monkeypatch, 64)

@@ -28,6 +28,7 @@ def refuse_json(text, match):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @given(JSON_VALUES)
 def test_json_is_read_as_json(value):
     text = json.dumps(value)
@@ -84,6 +85,7 @@ def test_values_of_json_are_counted():
     inputs.parse_json(json.dumps([",[" * 30]).encode(), "file", max_values=2)
 
 
+@pytest.mark.slow
 @given(st.recursive(st.none() | st.booleans() | st.integers(-(10**39), 10**39)
     | st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "Zs"))),
     lambda inner: st.lists(inner) | st.dictionaries(st.text("abc", min_size=1), inner),

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "graphopt": "graphopt",
@@ -70,6 +72,7 @@ def test_the_table_has_no_circle() -> None:
         below.add(folder)
 
 
+@pytest.mark.slow
 def test_folders_import_from_below_alone() -> None:
     allowed = table()
     wrong = {
@@ -80,6 +83,7 @@ def test_folders_import_from_below_alone() -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 def test_every_allowed_import_is_used() -> None:
     used: dict[str, set[str]] = {}
     for name, path in sources().items():

@@ -158,6 +158,7 @@ class FullDisk:
         return write
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_any_write_leaves_the_old_output(monkeypatch):
     compile_tiny()
     before = (OUT / "report.json").read_bytes()
@@ -193,6 +194,7 @@ def test_a_resumed_report_has_the_figures_of_the_probe():
     assert (resumed.probe, resumed.windows) == (whole.probe, whole.windows)
 
 
+@pytest.mark.slow
 def test_snapshots_with_other_types():
     options = {"recipe": Pipeline(["canonicalise"]), "verify": False}
     (path,) = interrupted(**options)

@@ -72,6 +72,7 @@ def test_the_bare_folders_are_no_packages_of_their_own(folder, tmp_path):
     assert done.returncode == 1 and f"No module named '{folder}'" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_graphopt_alone(tmp_path):
     (needed,) = re.findall(r"setuptools>=(\d+)", PROJECT["build-system"]["requires"][0])
     # Asked for its version only: imported here, it would replace distutils for other tests.

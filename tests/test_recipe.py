@@ -56,6 +56,7 @@ PASSES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @example([Options(mode="0E0", tags=["1e5", "yes", "~"])])  # numbers in YAML 1.2 or in 1.1 alone
 @given(st.lists(PASSES, max_size=4))
 def test_text_yaml_and_python_are_one_thing(passes):

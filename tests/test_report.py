@@ -306,6 +306,7 @@ RECORDS = st.one_of(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(RECORDS)
 def test_every_record_has_a_page_and_a_line_and_reads_back(record):

@@ -145,6 +145,7 @@ class _Residual(nn.Module):
         return x + self.down(torch.tanh(self.up(x)))
 
 
+@pytest.mark.slow
 def test_streams_may_have_the_batch_on_another_axis():
     torch.manual_seed(0)
     program = capture(_SequenceFirst().eval())
@@ -265,6 +266,7 @@ def test_a_score_may_be_against_another_model():
         assert found[unit] == pytest.approx(float((1 - cosine).mean()), abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["original", "current"])
 def test_the_order_of_removal_is_that_of_brute_force(reference, monkeypatch):
     from graphopt.passes.prune_blocks import chooser

@@ -159,6 +159,7 @@ def test_two_runs_are_the_same_bit_for_bit_and_only_forms_change():
     assert all(torch.equal(before[w.name], w.load()) for w in program.weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("by", "schedule", "at"),
     [(0.05, Schedule(steps=10), 6), (0.005, Schedule(steps=40, batch=16, rate=1e-2), 21)],
@@ -219,6 +220,7 @@ def test_a_rate_that_spoils_what_is_nearly_right_is_lowered_from_the_best_state(
     assert far.lr_decays == []
 
 
+@pytest.mark.slow
 def test_a_part_is_trained_on_the_stream_behind_it():
     program = tiny_program(layers=4)
     forms = {n: f for n, f in disturbed(program).items() if ".1." in n or ".2." in n}

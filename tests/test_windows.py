@@ -204,6 +204,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> go.Program:
     return go.capture(str(folder))
 
 
+@pytest.mark.slow
 def test_calibration_text_begins_every_window(model: go.Program) -> None:
     text = book()[:900]
     plain = torch.tensor(byte_tokenizer()(text)["input_ids"])

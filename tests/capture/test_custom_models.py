@@ -28,6 +28,7 @@ def captured(kind: str) -> tuple[go.Program, list[Tensor]]:
     return program, wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", mostly_slow(PLACES, PLACES[:1]))
 def test_what_counts_tokens_goes_on_behind_the_cache(kind: str) -> None:
     program, wanted = captured(kind)
@@ -36,6 +37,7 @@ def test_what_counts_tokens_goes_on_behind_the_cache(kind: str) -> None:
     assert max(found.values()) < TOLERANCE, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", mostly_slow(NEIGHBOURS, NEIGHBOURS[:1]))
 def test_what_mixes_tokens_has_no_cache(kind: str) -> None:
     """Rows of padding are left out: what attention makes of them is read by their neighbours."""
@@ -45,6 +47,7 @@ def test_what_mixes_tokens_has_no_cache(kind: str) -> None:
     assert max(v for k, v in found.items() if k.endswith("batch 1")) < TOLERANCE, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", mostly_slow(MASKS, MASKS[:1]))
 def test_masks_and_scores_made_by_hand(kind: str) -> None:
     program, wanted = captured(kind)

@@ -90,6 +90,7 @@ def test_leaving_out_a_feature_shows(family: str) -> None:
     assert found >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma2", "vaultgemma"])
 def test_scores_are_capped_whatever_attention_transformers_would_choose(family: str) -> None:
     """transformers 5.17 chooses fused attention for these, which leaves the cap out."""

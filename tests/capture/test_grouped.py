@@ -90,6 +90,7 @@ def test_a_loop_over_experts_is_captured(kind: type[nn.Module]) -> None:
         torch.testing.assert_close(ProgramModel(program).logits(ids, None), wanted)
 
 
+@pytest.mark.slow
 def test_what_computes_something_else_is_left_as_it_is() -> None:
     model = _Mixture(_Backwards).eval()
     with grouped_products(model):

@@ -87,6 +87,7 @@ def decoder(what: str, numbers: list[float], labels: str = "aaa") -> nn.Module:
     return Decoder(what, numbers, labels).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "numbers", "labels", "exports"),
     [
@@ -107,6 +108,7 @@ def test_layers_that_differ_are_told_apart(
     assert len(exported) == 1 + exports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["factor", "tensor", "buffer", "window"])
 def test_a_second_model_has_its_own_numbers(what: str, exported: list[str]) -> None:
     first, again, other = ([20.0] * 3, [20.0] * 3, [30.0] * 3)
@@ -118,6 +120,7 @@ def test_a_second_model_has_its_own_numbers(what: str, exported: list[str]) -> N
     assert len(exported) == (2 if what == "buffer" else 3)
 
 
+@pytest.mark.slow
 def test_what_is_known_holds_no_module(exported: list[str]) -> None:
     model = decoder("buffer", [0.5] * 3)
     layer, buffer = weakref.ref(model.layers[0]), weakref.ref(model.layers[0].held)
@@ -128,6 +131,7 @@ def test_what_is_known_holds_no_module(exported: list[str]) -> None:
     assert layer() is None and buffer() is None
 
 
+@pytest.mark.slow
 def test_the_oldest_export_is_forgotten_first(exported: list[str], monkeypatch) -> None:
     monkeypatch.setattr(known_exports, "_MOST", 2)
     for numbers in ([1.0] * 3, [2.0] * 3, [2.0] * 3):

@@ -87,6 +87,7 @@ def test_hybrids_without_a_recurrent_layer_pass() -> None:
     )
 
 
+@pytest.mark.slow
 def test_infinite_numbers_of_a_config_are_read_and_written_back(tmp_path: Path) -> None:
     """As transformers writes them, wherever they stand; Granite 4's configs do."""
     config = config_of("granitemoehybrid", ATTENTION_ALONE)

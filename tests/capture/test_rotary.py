@@ -215,6 +215,7 @@ REST = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind", "seed"),
     [
@@ -257,6 +258,7 @@ def test_every_kind_equals_eager_on_both_sides(
                 assert error(wanted, logits, case) < TOLERANCE, f"{name}: {case}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "op"), [("longrope", "by_length"), ("dynamic", "ntk_frequencies")]
 )
@@ -271,6 +273,7 @@ def test_frequencies_that_depend_on_the_length_are_one_node(kind: str, op: str) 
     assert error(right, Runner(program).logits(case.inputs), case) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_equal_factors_for_short_and_long_texts_are_a_constant() -> None:
     model = rope_model("llama", "longrope", 0)
     parameters = {**model.config.rope_parameters}
@@ -295,6 +298,7 @@ class _Odd(nn.Module):
         return angles.cos(), angles.sin()
 
 
+@pytest.mark.slow
 def test_another_dependence_on_the_length_is_refused_in_a_sentence() -> None:
     model = rope_model("llama", "default", 0)
     model.model.rotary_emb = _Odd()
@@ -319,6 +323,7 @@ class _Counting(nn.Module):
         return self.head(self.embed(input_ids) * self.state)
 
 
+@pytest.mark.slow
 def test_a_buffer_that_the_forward_pass_changes_is_no_result() -> None:
     """It may be forgotten where it is written before it is read; else the model has a memory."""
     model = _Counting(counts=False)

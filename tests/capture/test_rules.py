@@ -245,6 +245,7 @@ class Positions(nn.Module):
         return self.head(x * attention_mask[..., None].to(x.dtype) + 0 * position_ids[..., None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stretch", "raised"), [(1, True), (2, False)])
 def test_learned_positions_are_raised_where_they_count_tokens(stretch: int, raised: bool) -> None:
     program = capture(Positions(stretch).eval())
@@ -306,6 +307,7 @@ def layer_nodes(model: nn.Module) -> dict[str, Any]:
     return {node.op: node for node in program.functions[call.function].nodes}
 
 
+@pytest.mark.slow
 def test_rotations_and_causal_masks_are_raised() -> None:
     nodes = layer_nodes(TurningModel())
     assert "rope" in nodes and nodes["attention"].attrs["causal"] is True

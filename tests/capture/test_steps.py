@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from families import random_model
 
 from graphopt.capture import capture
@@ -17,6 +18,7 @@ def steps_of(model) -> tuple[list[CaptureStep], object]:
     return steps, capture(model, watch=steps.append)
 
 
+@pytest.mark.slow
 def test_every_step_has_a_name_a_place_and_a_count():
     """Of a model whose layers are raised completely, rule by rule."""
     steps, program = steps_of(random_model("llama", num_hidden_layers=3))
@@ -41,6 +43,7 @@ def test_every_step_has_a_name_a_place_and_a_count():
     assert not any(map(is_aten, last)) and steps[-1].name == "merge-layer-functions"
 
 
+@pytest.mark.slow
 def test_layers_of_two_kinds_have_steps_of_their_own():
     model = random_model("mistral", num_hidden_layers=2)
     steps, program = steps_of(model)
@@ -50,6 +53,7 @@ def test_layers_of_two_kinds_have_steps_of_their_own():
     assert str(capture(model)) == text  # watching changes nothing
 
 
+@pytest.mark.slow
 def test_a_compile_dumps_them(tmp_path):
     model = random_model("llama", num_hidden_layers=2)
     model.save_pretrained(tmp_path / "model")

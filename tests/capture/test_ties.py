@@ -49,6 +49,7 @@ def _save(folder: Path, said: bool, output: str, family: str, prefix: str = "") 
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", mostly_slow(["llama", "gpt2"], ["llama"]))
 @pytest.mark.parametrize(
     ("said", "output"),
@@ -90,6 +91,7 @@ def test_a_missing_output_matrix_that_nothing_ties_is_refused(tmp_path: Path) ->
         go.capture(str(folder))
 
 
+@pytest.mark.slow
 def test_each_tie_is_decided_alone(tmp_path: Path) -> None:
     """BERT ties a matrix and a bias: the checkpoint may hold one of them apart."""
     model = tiny_model(

@@ -91,6 +91,7 @@ def close(ours, theirs):
     return float((ours - theirs).abs().max()) < 1e-4 * max(float(theirs.abs().max()), 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("removed", [{0}, {4}, {1, 2}, {0, 2, 4}])
 @pytest.mark.parametrize("family", mostly_slow(FAMILIES))
 def test_a_program_without_blocks_is_the_model_without_those_layers(opened, family, removed):
@@ -104,6 +105,7 @@ def test_a_program_without_blocks_is_the_model_without_those_layers(opened, fami
     assert close(Runner(program).logits({"input_ids": IDS}), theirs)
 
 
+@pytest.mark.slow
 def test_configs_follow(opened):
     for family, key in (("llama", "num_hidden_layers"), ("gpt2", "n_layer")):
         _, program = opened(family)
@@ -115,6 +117,7 @@ def test_configs_follow(opened):
     assert program.config["layer_types"] == [kinds[1], kinds[2], kinds[4]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", mostly_slow(["llama", "gemma2", "gpt2"]))
 def test_the_checkpoint_of_a_shortened_program_loads_and_says_the_same(opened, family, tmp_path):
     from transformers import AutoModelForCausalLM
@@ -171,6 +174,7 @@ def test_families_with_blocks_of_two_kinds_make_checkpoints(family, tmp_path):
         assert close(Runner(program).logits({"input_ids": ids}), loaded(ids).logits)
 
 
+@pytest.mark.slow
 def test_an_exported_graph_has_the_operators_of_the_blocks_that_are_left(opened, tmp_path):
     def operators(program, folder):
         go.emit(program, folder, emit=("onnx",))
@@ -261,6 +265,7 @@ def test_a_part_taken_out_with_a_cache_takes_its_cache_along():
     assert list(program.states) == ["kv.0", "kv.1"] and len(find_blocks(program)) == 3
 
 
+@pytest.mark.slow
 def test_no_checkpoint_is_made_of_a_program_that_no_config_makes(opened, tmp_path):
     _, program = opened("llama")
     remove_sub_blocks(program, [(1, "ffn")])

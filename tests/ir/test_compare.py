@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from families import captured, cases
 
 from graphopt.execute.interpreter import Runner
@@ -35,6 +36,7 @@ def shuffled(program: Program, seed: int) -> Program:
     return program
 
 
+@pytest.mark.slow
 def test_one_order_whatever_it_was_and_the_same_logits():
     for family in ("llama", "gemma3_text"):
         _, program = captured(family)

@@ -44,6 +44,7 @@ def test_configs_call_it_by_many_names(config: dict[str, object], length: int | 
     assert stated_length(config) == length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes", "rows"),
     [
@@ -100,6 +101,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnx", "torch", "program"])
 def test_every_form_takes_what_it_was_compiled_for(compiled: Path, backend: str) -> None:
     model = open_language_model(str(compiled), backend)  # type: ignore[arg-type]

@@ -142,6 +142,7 @@ LLAMA_2_7B = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_carved_llama_2_7b_takes_the_products_that_the_paper_counts(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(LLAMA_2_7B), encoding="utf-8")

@@ -27,6 +27,7 @@ PROGRAMS = {name: tiny_program(**options) for name, options in VARIANTS.items()}
 CACHED = {name: tiny_program(cache=True, **options) for name, options in VARIANTS.items()}
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.sampled_from(sorted(VARIANTS)),

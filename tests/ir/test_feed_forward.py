@@ -15,6 +15,7 @@ from graphopt.ir.shapes import infer_program
 CASE = cases((7,))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", mostly_slow(LISTED))
 def test_with_all_experts_active_a_model_is_what_it_was(family):
     _, program = captured(family)
@@ -46,6 +47,7 @@ def test_with_one_expert_of_three_every_token_runs_its_own():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "reason"),
     [

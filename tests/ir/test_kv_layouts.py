@@ -167,6 +167,7 @@ def test_comparisons_and_saved_programs_know_layouts():
         program_from_json(data, {})
 
 
+@pytest.mark.slow
 def test_emitted_rings(tmp_path):
     """In plain PyTorch with and without a state that tells how many tokens came before."""
     for name, changed in (

@@ -477,6 +477,7 @@ def attentions(draw):
     return operands, attrs
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(attentions())
 def test_attention_of_any_features(drawn):

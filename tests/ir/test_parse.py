@@ -64,6 +64,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(OPTIONS)
 def test_a_decoder_reads_back_and_computes_the_same(options):
@@ -193,6 +194,7 @@ ATTRIBUTES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(ATTRIBUTES)
 def test_attributes_read_back_as_what_they_are(value):
@@ -345,6 +347,7 @@ def test_errors_name_line_column_and_what_is_expected(old, new, line, column, ex
 PRINTED = print_program(tiny_program(layers=3, window=3, cache=True, sinks=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     st.integers(0, len(PRINTED) - 1), st.integers(0, 3), st.sampled_from(["", "(", '"', "0", "\n"])

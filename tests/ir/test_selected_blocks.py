@@ -33,6 +33,7 @@ def draws(pages):
                     unique=True)  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data(), st.sampled_from((1, 5)), st.integers(0, 9), st.sampled_from((1, 3, 8)),
        st.sampled_from(({}, {"window": 4, "softcap": 2.0}, {"padding_mask": True, "sinks": True},

@@ -50,6 +50,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(OPTIONS)
 def test_a_saved_program_prints_and_computes_the_same(options):

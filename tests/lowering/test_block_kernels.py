@@ -106,6 +106,7 @@ def test_rows_are_read_as_they_lie() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("act", slow_but(functional.ACTIVATIONS, "silu", "gelu"))
 def test_gate(act: str, dtype: torch.dtype) -> None:
@@ -125,6 +126,7 @@ def tables(batch: int, count: int, half: int) -> tuple[Tensor, Tensor]:
     return angles.cos().to(DEVICE), angles.sin().to(DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
     ("heads", "groups", "count", "width", "rotated"),
@@ -229,6 +231,7 @@ def test_on_a_cpu_the_reference_runs() -> None:
     assert torch.equal(fused.rope_pair(q, q, cos, sin)[1], functional.rope(q, cos, sin))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py has it")
 @pytest.mark.filterwarnings("ignore:attention on a CPU")
 @pytest.mark.parametrize("features", [{"rotary_dim": 12, "bias": True}, {"interleaved": True}])

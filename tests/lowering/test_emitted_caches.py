@@ -74,6 +74,7 @@ HALF = 24 * 2.0**-11
 """Two dozen roundings to f16 on the way through, most of them averaged out."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize(
     "layouts", [pytest.param("ring of the window", marks=pytest.mark.slow), "ring and pages"]
@@ -99,6 +100,7 @@ def test_the_reference_computes_what_is_asked_for(name: str, tmp_path: Any) -> N
     assert errors(program, module, model, steps=6) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize(
     "name",

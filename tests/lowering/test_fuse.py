@@ -230,6 +230,7 @@ def test_a_layer_hands_its_summands_to_the_norm_of_the_next():
         )
 
 
+@pytest.mark.slow
 def test_a_compile_verifies_lowering_and_tells_of_it(tmp_path):
     folder = save_tiny(tmp_path / "model", "llama", head_dim=32)
     report = go.compile_model(

@@ -92,6 +92,7 @@ def test_an_output_folder_is_a_model_again(source: Source, tmp_path: Path) -> No
     assert stored & trained == {name for name in trained if ".c_attn." in name}
 
 
+@pytest.mark.slow
 def test_layouts_of_caches_are_no_part_of_a_checkpoint(source: Source) -> None:
     _, _, program = source("llama")
     HfEmitter().check(with_layouts(program, {"kv.1": KVLayout("paged", 4)}), "cpu")

@@ -45,6 +45,7 @@ def _sparse(split: Split = SPLIT, **options) -> Program:
     return carved(_dense(), split, **options)
 
 
+@pytest.mark.slow
 def test_names_and_shapes_of_the_tensors(tmp_path):
     go.emit(_sparse(), tmp_path / "out", emit=("hf",))
     kinds = {name: value.shape for name, value in read_checkpoint(tmp_path / "out/hf").items()}
@@ -81,6 +82,7 @@ def test_thresholds_and_added_neurons(tmp_path):
     assert float((found - exact).abs().max()) < CLOSE * float(exact.abs().max())
 
 
+@pytest.mark.slow
 def test_with_all_experts_active_it_is_the_dense_model_in_any_precision(tmp_path):
     model, _ = captured("llama")
     model.save_pretrained(tmp_path / "source")
@@ -118,6 +120,7 @@ def _with_balance(program: Program) -> Program:
     return program
 
 
+@pytest.mark.slow
 def test_biases_and_scales_of_gates_are_kept_and_trained(tmp_path):
     plain = _sparse()
     program = _with_balance(plain.copy())
@@ -199,6 +202,7 @@ def _layer(dense) -> str:
     return dense.weights["down"][0].name.partition("mlp.")[0]
 
 
+@pytest.mark.slow
 def test_what_the_class_would_not_compute_is_refused(tmp_path, monkeypatch):
     program = _sparse()
     other = program.copy()

@@ -34,6 +34,7 @@ def planned(**fields):
     return plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_it_compiles_without_spills_and_as_large_as_planned(form):
     try:

@@ -74,6 +74,7 @@ def experts_for(target):
     return lower_attentions(carved(tiny_program(head_dim=32, ffn=56), Split(24, 4, 2)), target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [t.name for t in all_targets().values() if t.experts])
 def test_an_emitted_model_has_the_experts_tiles_of_its_target(target):
     lowered = experts_for(target)
@@ -89,6 +90,7 @@ def test_an_emitted_model_has_the_experts_tiles_of_its_target(target):
     assert tiles.sorted_tokens(10**6, 32).expand.rows == 32 and tiles.sorted_tokens(0).tokens == 0
 
 
+@pytest.mark.slow
 def test_without_tiles_experts_run_in_plain_torch_and_that_is_said():
     lowered = experts_for("ampere")
     assert lowered.without_layer_kernels() == []

@@ -37,6 +37,7 @@ def module_of(folder):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", GPUS)
 def test_sources_are_python_with_their_plans_and_the_same_each_time(target):
     files = source_files(program(window=5), target)
@@ -74,6 +75,7 @@ def test_a_cpu_has_no_kernels():
     assert list(source_files(program(), "cpu")) == ["model.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "features"),
     [
@@ -153,6 +155,7 @@ def test_dtype_and_range():
         range_report(made, "f16")
 
 
+@pytest.mark.slow
 def test_changed_kernels_are_not_run(tmp_path):
     from graphopt.backends.opening import open_language_model
 
@@ -173,6 +176,7 @@ def test_strict_refuses_what_runs_without_a_kernel(tmp_path):
     assert report.artifact.emit == ["torch"]
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_sources_are_there_and_triton_takes_over(tmp_path, monkeypatch):
     from graphopt.lowering.cuda import compile as compiler
 

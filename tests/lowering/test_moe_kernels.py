@@ -151,6 +151,7 @@ def few_tiles(shape: tuple[int, ...]) -> moe.ExpertTiles:
     return dataclasses.replace(TILES, expand_few=reads[0], reduce_few=reads[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "form", "kind"), CASES)
 def test_parts(shape: tuple[int, ...], form: str, kind: str, dtype: torch.dtype) -> None:

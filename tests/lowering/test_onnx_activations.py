@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from onnx_models import emit, run, session
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ class _Activations(nn.Module):
         return torch.cat([self.curves[name](x) for name in NAMES], -1)
 
 
+@pytest.mark.slow
 def test_every_activation_of_transformers(tmp_path: Path) -> None:
     model = _Activations().eval()
     ids = torch.arange(50).view(2, 25)

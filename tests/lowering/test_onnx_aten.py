@@ -645,6 +645,7 @@ def division(name, floats):
     return built, built.session(Path("unused"))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.sampled_from(("aten.floor_divide.default", "aten.remainder.Tensor")),

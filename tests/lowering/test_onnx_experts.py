@@ -164,6 +164,7 @@ def moe_nodes(path):
             if node.op_type == "MoE"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("split", [Split(18, 5, 3), Split(0, 8, 2)], ids=str)
@@ -190,6 +191,7 @@ def test_a_carved_model_decodes(split, bias, moe, tmp_path):
     torch.testing.assert_close(found[real], expected[real], rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("moe", [False, True])
 def test_a_carved_artifact_opens_again_with_its_weights(moe, bias, tmp_path):

@@ -495,6 +495,7 @@ def test_genai_config_agrees_with_the_graph(tmp_path):
     assert named["outputs"] == {value.name for value in graph.output}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head_dim", "shared"), [(8, True), (24, True), (6, False), (20, False)])
 def test_genai_shares_a_buffer_where_every_attention_can_write_into_it(head_dim, shared, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")

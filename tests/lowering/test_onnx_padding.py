@@ -97,6 +97,7 @@ def emitted(label: str, folder: Path) -> tuple[nn.Module, Path]:
 QUICK = ("plain", "windows, caps", "heads of 24")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", mostly_slow(MODELS, QUICK))
 def test_every_padding_and_every_split(label: str, tmp_path: Path) -> None:
     model, path = emitted(label, tmp_path)

@@ -70,6 +70,7 @@ VALUES = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(VALUES, min_size=1, max_size=3), st.integers(-5, 200))
 def test_what_is_left_computes_the_same(plans, x):

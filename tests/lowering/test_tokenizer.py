@@ -142,6 +142,7 @@ def script(path: Path, name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [None, TURNS, PLAIN])
 @pytest.mark.parametrize("begin", [(), ("<s>",)])
 def test_every_form_puts_the_same_tokens_before_a_prompt(

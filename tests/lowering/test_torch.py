@@ -96,6 +96,7 @@ def run_python(*arguments: str, env: dict[str, str] | None = None) -> str:
 SOON = ("apertus", "codegen", "ctrl", "diffllama", "llama4_text", "mixtral")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [
@@ -173,6 +174,7 @@ def compare(program: Program, folder: Path) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -132,6 +132,7 @@ def sizes_of(form, width=None):
     return width, queries, keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", EVERY_FORM)
 def test_prefill_of_every_form(form):
     width, queries, keys = sizes_of(form)
@@ -162,6 +163,7 @@ def test_prefill_of_every_head_size(width, dtype):
     check_prefill(random_case((1, 2, 2, 33, 40, width, 48), {"causal": False}, dtype=dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", EVERY_FORM)
 def test_decode_of_every_form(form):
     width, _, keys = sizes_of(form)
@@ -176,6 +178,7 @@ def test_decode_of_every_form(form):
         check_decode(random_case((*heads, s, t, width, width), fields, seed=t), splits=splits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", EVERY_HEAD_SIZE)
 def test_decode_of_every_head_size_and_group(width):
     for heads, groups in ((4, 4), (6, 2), (20, 1)):
@@ -196,6 +199,7 @@ def test_split_and_unsplit_agree_and_runs_repeat():
         assert (found.double() - whole.double()).abs().max().item() <= 2 * case.bound()[1]
 
 
+@pytest.mark.slow
 def test_a_row_does_not_hang_on_its_batch():
     case = random_case((3, 4, 2, 1, 300, 32, 32), {})
     out, _ = check_decode(case)
@@ -227,6 +231,7 @@ def test_scores_far_from_zero_stay_finite():
         check_prefill(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [check_prefill, check_decode])
 def test_queries_before_all_keys_are_in_no_chunk(check):
     fields = {"chunk": 24, "causal": False}
@@ -299,6 +304,7 @@ class Cramped:
         return run
 
 
+@pytest.mark.slow
 def test_smaller_tiles_run_where_there_is_less_memory_than_was_planned_for():
     case = random_case((1, 2, 1, 70, 90, 32, 32), {})
     q, keys, extras = operands(case)
@@ -316,6 +322,7 @@ def test_smaller_tiles_run_where_there_is_less_memory_than_was_planned_for():
         prefill(Cramped(attention_prefill, 8), q, keys, planned(case), **options)
 
 
+@pytest.mark.slow
 def test_sequences_one_behind_the_other():
     lengths = ((5, 5), (64, 64), (1, 33), (40, 3))
     for fields in ({}, {"window": 10}, {"causal": False, "softcap": 2.0}):
@@ -352,6 +359,7 @@ def paged(case, page, seed=0):
     return Keys(*pools, kv_lens=case.kv_lens, block_table=table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", slow_but((16, 24, 64), 24))
 def test_pages(page):
     fields = {"kv": "paged", "page": page, "kv_lens": True}

@@ -39,6 +39,7 @@ SAMPLE = (
 # ---- run on the CPU ----
 
 
+@pytest.mark.slow
 @needs_gcc
 @pytest.mark.parametrize("name", slow_but(SAMPLE, "everything 64", "decode, one key head 64"))
 def test_a_form(name):
@@ -74,6 +75,7 @@ def test_rows_that_see_nothing_are_zero(phase):
     assert out[:, :, :5].eq(0).all() and lse[:, :, :5].eq(float("-inf")).all()
 
 
+@pytest.mark.slow
 @needs_gcc
 def test_scores_far_from_zero_stay_finite():
     constants = FORMS["causal 64"].constants()
@@ -85,6 +87,7 @@ def test_scores_far_from_zero_stay_finite():
         close(*run(FORMS["causal 64"], emulated(constants), constants, case), case)
 
 
+@pytest.mark.slow
 @needs_gcc
 def test_split_and_unsplit_agree_and_a_row_does_not_hang_on_its_batch():
     form = FORMS["decode 64"]
@@ -224,6 +227,7 @@ def machine_code(name):
     return constants, compile_volta(constants, "sm_70")
 
 
+@pytest.mark.slow
 @needs_nvrtc
 @pytest.mark.parametrize("name", slow_but(COMPILED, "causal 64", "decode 128"))
 def test_machine_code(name):
@@ -252,6 +256,7 @@ def test_instructions(name):
         assert sum(f".{8 * width}" in op and op.startswith("LDS") for op in loop) == sum(loads)
 
 
+@pytest.mark.slow
 @needs_nvrtc
 @pytest.mark.parametrize(
     "name", slow_but(["causal 64", "everything 256", "decode 128"], "causal 64")

@@ -206,6 +206,7 @@ def paths(draw):
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(paths(), st.data())
 def test_a_round_is_no_faster_than_its_units_and_fewer_instructions_never_make_it_slower(

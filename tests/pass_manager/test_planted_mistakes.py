@@ -289,6 +289,7 @@ def test_a_mistake_is_found(mistake: Mistake):
     assert "as it was" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 def test_honest_passes_are_not_refused(base: str):
     _, report = Pipeline([*EXACT, *LOWERING.values()]).run(BASES[base]())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from small import check_text, function, one, programs, results, slot
@@ -137,6 +138,7 @@ def test_a_split_of_other_size_is_no_inverse():
     assert Canonicalise().run(program, Context()).changed == 0
 
 
+@pytest.mark.slow
 @QUICK
 @given(programs())
 def test_results_stay_and_a_second_run_finds_nothing(program):

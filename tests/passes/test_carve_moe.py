@@ -74,6 +74,7 @@ def test_a_fitted_router_beats_every_tokens_same_neurons_and_the_published_one(c
         assert sum(part["load"]) == pytest.approx(2.0) and len(part["load"]) == 6
 
 
+@pytest.mark.slow
 def test_indicators_of_cosines_divide_otherwise(carve):
     both = [
         carve(f"shared=2,active=2,experts=8,mode=published{more}")[0]
@@ -86,6 +87,7 @@ def test_indicators_of_cosines_divide_otherwise(carve):
     assert first.shape == other.shape and not torch.equal(first, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fit", "published", "published,cosine=true"])
 @pytest.mark.parametrize("shared", [0, 3])
 def test_all_experts_active_is_the_model_itself(dense, carve, mode, shared):
@@ -120,6 +122,7 @@ def test_neurons_of_zeros_fill_pieces_and_change_nothing(dense, carve):
     assert torch.isfinite(Runner(sparse).logits(ids)).all()
 
 
+@pytest.mark.slow
 def test_reconstructed_projections_bring_the_stream_nearer_and_else_no_value_changes(
     dense, text, carve
 ):
@@ -191,6 +194,7 @@ def check_normal_equations(dense, text, plain, reconstructed, outcome):
     assert float((left - pull * change).abs().max()) < 1e-4 * float(before.abs().max())
 
 
+@pytest.mark.slow
 def test_a_threshold_gives_tokens_the_experts_that_they_need(carve):
     _, fixed = carve("shared=2,active=2,experts=8")
     program, entry = carve("shared=2,active=2,experts=8,threshold=true")
@@ -257,6 +261,7 @@ def louder(dense, number, by):
     return program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("active", [0, 2])
 def test_parts_that_matter_more_get_more_pieces_of_one_budget(dense, text, active):
     options = f"shared=3,active={active},experts=8,layerwise_budget=true"

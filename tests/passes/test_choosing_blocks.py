@@ -47,6 +47,7 @@ def sum_of(values):
     return lambda gone: sum(values[block] for block in gone)
 
 
+@pytest.mark.slow
 def test_a_blind_score_gives_way_to_the_next_one(run):
     worth = {0: 10.0, 1: 40.0, 2: 1.0, 3: 90.0}
     program, entry = run(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from small import X, check_text, function, one, programs, results
@@ -129,6 +130,7 @@ def test_a_name_that_is_rebound_between_equal_calls_gets_out_of_the_way():
     torch.testing.assert_close(results(program), before, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(programs())
 def test_results_stay_and_a_second_run_finds_nothing(program):

@@ -25,6 +25,7 @@ assert not heavy, heavy
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["passes"], ["passes", "fuse-blocks"], ["passes", "--json"], ["targets"]]
 )

@@ -105,6 +105,7 @@ def test_a_senseless_cap_is_refused():
     assert X.shape[0] == B
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(programs())
 def test_results_stay_and_a_second_run_finds_nothing(program):

@@ -136,6 +136,7 @@ def removing(*blocks):
     return Earlier(make_pass("prune-blocks", {"remove": list(blocks)}), record)
 
 
+@pytest.mark.slow
 def test_groups_reach_from_the_first_cut_to_the_end_and_aim_behind_what_is_missing(untrained):
     from graphopt.passes.fuse_blocks.fusion import Fusion
 

@@ -49,6 +49,7 @@ def test_a_ratio_is_rounded_up_as_in_the_paper(layers, counts):
     assert found == counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["mi", "bi", "angular", "kl", "ppl"])
 def test_what_was_done_is_in_the_report(model, tmp_path, score):
     program, report = run(model, f"ratio=0.5,score={score}", tmp_path)
@@ -90,6 +91,7 @@ def test_parts_are_scored_and_removed_apart(model, tmp_path, part):
     assert program.parameter_count() == report.passes[0].parameters_after
 
 
+@pytest.mark.slow
 def test_by_default_windows_are_no_longer_than_the_model_takes(model):
     assert model.config["max_position_embeddings"] == 128
     _, report = go.Pipeline.parse("prune-blocks{blocks=1}").run(model)
@@ -144,6 +146,7 @@ def test_a_shortened_model_writes_the_same_with_and_without_a_cache(model, tmp_p
     assert cached.equal(ids)
 
 
+@pytest.mark.slow
 def test_an_interrupted_recipe_knows_the_dense_model_when_it_goes_on(model, tmp_path):
     work = tmp_path / "work"
     run(model, "blocks=1", tmp_path, work=work)
@@ -257,6 +260,7 @@ def test_a_text_that_is_too_short_is_refused_with_the_numbers(model, tmp_path):
     assert caught.value.remedy
 
 
+@pytest.mark.slow
 def test_without_a_text_the_model_writes_what_is_scored(model):
     _, report = go.Pipeline.parse("prune-blocks{blocks=1,seqlen=64}").run(model)
     (details,) = [entry.details for entry in report.passes]

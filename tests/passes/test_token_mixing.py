@@ -73,6 +73,7 @@ class _Model(nn.Module):
         return self.head(self.second(self.first(self.embed(input_ids))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*MIXING, *APART])
 def test_a_cache_is_inserted_where_tokens_meet_in_attention_alone(kind: str) -> None:
     torch.manual_seed(0)

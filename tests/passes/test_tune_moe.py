@@ -222,6 +222,7 @@ def test_a_step_moves_every_bias_by_gamma_and_a_check_by_nothing():
         assert float(tuner.student.parametrisations[name]().detach().abs().max()) > 0
 
 
+@pytest.mark.slow
 def test_loads_come_nearer_to_each_other_by_balance_alone():
     program, names = gated(train=True)
     for name in names["selection_bias"]:

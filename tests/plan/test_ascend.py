@@ -336,6 +336,7 @@ def test_operands_of_another_attention_are_refused(fields, changes, reason):
 # --- The mask ---
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     LENGTHS, LENGTHS, st.tuples(SIDES, SIDES), st.booleans(),

@@ -147,6 +147,7 @@ def drawn_rows(seeds):
     return [(target, draw(rng, target, kernel).fields) for target, kernel in kinds * seeds]
 
 
+@pytest.mark.slow
 def test_planned_shared_memory_is_enough_for_what_triton_allocates():
     """Heads of two parts, among them one that 16 does not divide, and of one, the widest."""
     full = {"heads": 7, "kv_heads": 1, "causal": False, "alibi": True, "softcap": 20.0}

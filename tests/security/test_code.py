@@ -97,6 +97,7 @@ def for_a_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trusted", [False, True])
 def test_compiled_code_beside_kernels(
     for_a_gpu: Path, tmp_path: Path, ran: Path, trusted: bool
@@ -180,6 +181,7 @@ def bring_code(folder: Path, ran: Path, form: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form",
     [pytest.param("pair", marks=pytest.mark.slow), "fast alone", "list", "other repository"],
@@ -258,6 +260,7 @@ def test_nothing_reads_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert answers == [] and given.tell() == 0
 
 
+@pytest.mark.slow
 def test_pip_imports_nothing_from_the_working_folder(
     tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

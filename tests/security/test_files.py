@@ -295,6 +295,7 @@ def test_the_tokenizer_of_an_output_lies_in_it(artifact: Path, tmp_path: Path) -
         open_model(str(artifact))
 
 
+@pytest.mark.slow
 def test_whole_compile_copies_nothing_from_outside(
     model: Path, secret: Path, tmp_path: Path
 ) -> None:

@@ -238,6 +238,7 @@ HOW = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 def test_structure(folder: Path, how: str) -> None:
     change(folder, lambda data: broken(data, how))
@@ -281,6 +282,7 @@ VALUES = (None, True, 7, -1, 2**70, 1.5, "text", "", [], {}, ["a", 1], {"b": 2},
           {"in": 3}, {"float": "nan"}, "\x1b[31m", "../x", [[[]]])  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(st.data())

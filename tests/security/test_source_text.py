@@ -112,6 +112,7 @@ def called(text: str) -> set[str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", WHERE)
 def test_names_in_model_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -134,6 +135,7 @@ def test_names_in_model_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wher
     assert written > len(chosen) // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["program", "path", "attribute"])
 def test_names_in_the_files_of_kernels(where: str) -> None:
     """The folder of kernels mentions no name of the program at all."""

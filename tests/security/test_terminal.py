@@ -110,6 +110,7 @@ def run(*args: Any) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_commands_on_a_model_full_of_them(tmp_path: Path) -> None:
     """Names of program, notes, values, weights, calls and config, by every command."""
     root = tmp_path / "out"

@@ -158,6 +158,7 @@ def test_all_end_tokens_end_a_text_in_every_form(folder: Path, tmp_path: Path) -
         assert list(generate_ids(model, ids, stop=ends, max_new_tokens=12)) == expected
 
 
+@pytest.mark.slow
 def test_a_program_keeps_it(folder: Path, tmp_path: Path) -> None:
     program = go.capture(str(folder))
     program.generation = dict(DRAWN)
@@ -173,6 +174,7 @@ def test_a_program_keeps_it(folder: Path, tmp_path: Path) -> None:
     assert ProgramModel(go.capture(str(out))).settings.top_k == 30
 
 
+@pytest.mark.slow
 def test_sampling_defaults_reach_onnxruntime_genai(folder: Path, tmp_path: Path) -> None:
     program = go.Pipeline.default().run(go.capture(str(folder)), go.RunOptions(verify=False))[0]
     for stated, expected in (
@@ -192,6 +194,7 @@ def test_sampling_defaults_reach_onnxruntime_genai(folder: Path, tmp_path: Path)
         assert (model["eos_token_id"], model["bos_token_id"], model["pad_token_id"]) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entries", "expected"),
     [

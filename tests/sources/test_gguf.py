@@ -202,6 +202,7 @@ def test_every_truncation_is_refused(llama: Path, tmp_path: Path) -> None:
             read_gguf(cut)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=100, deadline=None)
 def test_damage_never_shows_as_another_error(

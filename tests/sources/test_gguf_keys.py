@@ -121,6 +121,7 @@ def test_rotary_scaling(tmp_path: Path, case: str, model_type: str) -> None:
     assert error_of(tmp_path / "m.gguf", model) < 1e-5
 
 
+@pytest.mark.slow
 def test_rotary_scaling_in_the_program(tmp_path: Path) -> None:
     keys, rope = ROTARY["yarn betas"]
     config = {"rope_parameters": rope, "head_dim": 16, "num_hidden_layers": 1}

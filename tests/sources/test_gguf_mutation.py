@@ -71,6 +71,7 @@ def memory() -> Any:
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MORE_MEMORY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", KINDS)
 @pytest.mark.usefixtures("memory")
 def test_bytes_changed(tmp_path: Path, model_type: str) -> None:
@@ -114,6 +115,7 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", KINDS)
 @pytest.mark.usefixtures("memory")
 def test_entries_of_other_types(tmp_path: Path, model_type: str) -> None:
@@ -177,6 +179,7 @@ def test_headers_that_announce_too_much(tmp_path: Path, case: str) -> None:
     assert outcome(tmp_path / "m.gguf") == "refused"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("memory")
 def test_a_header_without_end(tmp_path: Path) -> None:
     """A hole in the file, which costs no disk: as many empty texts as are announced."""

@@ -61,6 +61,7 @@ def test_merges_by_score(prefix: bool | None) -> None:
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", {rule: pre for pre, rule in SPLITTINGS.items()}.values())
 def test_merges_by_rank(pre: str) -> None:
     file = file_of(ranked(), pre=pre)
@@ -107,6 +108,7 @@ def test_splitting_rules(pre: str) -> None:
     assert found == pieces
 
 
+@pytest.mark.slow
 @given(st.text("abc", max_size=12), st.dictionaries(
     st.tuples(st.text("abc", min_size=1, max_size=3), st.text("abc", min_size=1, max_size=3)),
     st.integers(0, 4), max_size=12,
@@ -124,6 +126,7 @@ def test_merging_against_the_definition(text: str, ranks: dict[tuple[str, str], 
     assert merged(list(text), lambda a, b: ranks.get((a, b))) == symbols
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_what_is_put_around_a_text(kind: str) -> None:
     """As the file says, and as the kind of vocabulary has it where the file says nothing.

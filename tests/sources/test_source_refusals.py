@@ -191,6 +191,7 @@ def test_folders_of_other_kinds(files: dict[str, Any], message: str, tmp_path: P
         open_model(str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.bool])
 def test_weights_that_are_whole_numbers_are_refused_by_name(tmp_path: Path, dtype) -> None:
     folder = save_tiny(tmp_path / "tiny")
