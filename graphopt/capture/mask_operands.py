@@ -46,7 +46,6 @@ def set_masks(
                 continue
             if found[0].slopes is not None:
                 slopes = found[0].slopes
-                continue
             for attrs, form in zip(per_call, found, strict=True):
                 attrs["causal"] = attrs["causal"] or form.causal
                 attrs["window"] = attrs["window"] or form.window

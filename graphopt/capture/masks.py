@@ -82,9 +82,18 @@ class MaskRecogniser:
         return value in reads
 
     def _recognise(self, value: Value, kind: str, heads: int) -> MaskForm | None:
+        if self._allowed(value, kind, {}) is not None:
+            return self._seen_keys(value, kind)
+        slopes = self._alibi(value, heads) if kind == "add" else None
+        # Falcon adds its bias into the mask: one term says both.
+        form = None if slopes is None else self._seen_keys(value, "bias")
+        return None if form is None else dataclasses.replace(form, slopes=slopes)
+
+    def _seen_keys(self, value: Value, kind: str) -> MaskForm | None:
+        """Return the closed form of the keys that a query sees by a term of this kind."""
         allowed = self._allowed(value, kind, {})
         if allowed is None:
-            return self._alibi(value, heads) if kind == "add" else None
+            return None
         for padding in (True, False):
             for causal in (True, False):
                 form = MaskForm(causal=causal, padding=padding)
@@ -160,11 +169,11 @@ class MaskRecogniser:
         result = self._evaluate(value, numbers, length)
         if result is None:
             return None
-        if kind == "add":
+        if kind in ("add", "bias"):
             if result.dtype == torch.bool:
                 return None
             blocked = result < -1e4
-            if bool((result[~blocked] != 0).any()):
+            if kind == "add" and bool((result[~blocked] != 0).any()):
                 return None
             result = ~blocked
         elif result.dtype != torch.bool:
@@ -230,8 +239,8 @@ class MaskRecogniser:
         rows = mask[:, :, None].expand_as(full)
         return bool((allowed[rows] == full[rows]).all())
 
-    def _alibi(self, value: Value, heads: int) -> MaskForm | None:
-        """Match slope_h times key position, up to what a whole row shares."""
+    def _alibi(self, value: Value, heads: int) -> tuple[float, ...] | None:
+        """Match slope_h times key position, up to what a whole row shares; return the slopes."""
         result = self._evaluate(value, {})
         if result is None or not result.is_floating_point() or result.dim() < 3:
             return None
@@ -244,8 +253,8 @@ class MaskRecogniser:
         positions = positions_of(mask).double()
         # Rows of the unpadded example, keys 0 and 1 of its last query give each slope.
         slopes = bias[0, :, -1, 1] - bias[0, :, -1, 0]
-        wanted = slopes[None, :, None, None] * positions[:, None, None, :]
-        difference = bias - wanted
+        difference = bias - slopes[None, :, None, None] * positions[:, None, None, :]
+        most = 1e-5 * max(1.0, float(slopes.abs().max()))
         for b in range(4):
             keys = mask[b].bool()
             for q in range(GRID_LENGTH):
@@ -253,10 +262,6 @@ class MaskRecogniser:
                 if not keys[q]:
                     continue
                 row = difference[b, :, q][:, seen]
-                if not bool(
-                    (row - row[:, :1]).abs().max() <= 1e-5 * max(1.0, float(slopes.abs().max()))
-                ):
+                if not bool((row - row[:, :1]).abs().max() <= most):
                     return None
-        if not bool((slopes != 0).any()):
-            return None
-        return MaskForm(slopes=tuple(float(s) for s in slopes))
+        return tuple(float(slope) for slope in slopes) if bool((slopes != 0).any()) else None
