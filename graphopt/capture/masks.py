@@ -41,6 +41,8 @@ class MaskForm:
 GRID_LENGTH = 9
 _SMALL_WINDOW = 3
 _LONGEST_TABLE = 4096
+_BLOCKED = -1e4
+"""What is added to a score is less where a key is not seen."""
 
 
 def padded_masks(length: int) -> Tensor:
@@ -84,10 +86,7 @@ class MaskRecogniser:
     def _recognise(self, value: Value, kind: str, heads: int) -> MaskForm | None:
         if self._allowed(value, kind, {}) is not None:
             return self._seen_keys(value, kind)
-        slopes = self._alibi(value, heads) if kind == "add" else None
-        # Falcon adds its bias into the mask: one term says both.
-        form = None if slopes is None else self._seen_keys(value, "bias")
-        return None if form is None else dataclasses.replace(form, slopes=slopes)
+        return self._alibi(value, heads) if kind == "add" else None
 
     def _seen_keys(self, value: Value, kind: str) -> MaskForm | None:
         """Return the closed form of the keys that a query sees by a term of this kind."""
@@ -172,7 +171,7 @@ class MaskRecogniser:
         if kind in ("add", "bias"):
             if result.dtype == torch.bool:
                 return None
-            blocked = result < -1e4
+            blocked = result < _BLOCKED
             if kind == "add" and bool((result[~blocked] != 0).any()):
                 return None
             result = ~blocked
@@ -239,8 +238,8 @@ class MaskRecogniser:
         rows = mask[:, :, None].expand_as(full)
         return bool((allowed[rows] == full[rows]).all())
 
-    def _alibi(self, value: Value, heads: int) -> tuple[float, ...] | None:
-        """Match slope_h times key position, up to what a whole row shares; return the slopes."""
+    def _alibi(self, value: Value, heads: int) -> MaskForm | None:
+        """Match slope_h times key position, up to what a whole row shares."""
         result = self._evaluate(value, {})
         if result is None or not result.is_floating_point() or result.dim() < 3:
             return None
@@ -264,4 +263,11 @@ class MaskRecogniser:
                 row = difference[b, :, q][:, seen]
                 if not bool((row - row[:, :1]).abs().max() <= most):
                     return None
-        return tuple(float(slope) for slope in slopes) if bool((slopes != 0).any()) else None
+        if not bool((slopes != 0).any()):
+            return None
+        # Falcon adds its bias into the mask: one term says both.
+        blocks = bool((bias < _BLOCKED).any())
+        form = self._seen_keys(value, "bias") if blocks else MaskForm()
+        if form is None:
+            return None
+        return dataclasses.replace(form, slopes=tuple(float(slope) for slope in slopes))

@@ -26,11 +26,12 @@ from graphopt.execute.interpreter import Runner
             },
         ),
         ("bloom", {"n_head": 4}),
+        ("mpt", {"n_heads": 4}),
     ],
-    ids=["falcon", "falcon of 6 heads in groups", "bloom"],
+    ids=["falcon", "falcon of 6 heads in groups", "bloom", "mpt"],
 )  # fmt: skip
 def test_scores_are_biased_and_causal(family: str, changes: dict[str, Any]) -> None:
-    model = random_model(family, num_hidden_layers=2, **changes)
+    model = random_model(family, **changes)
     program = capture(model)
     attentions = [
         node
