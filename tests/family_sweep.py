@@ -129,10 +129,21 @@ def compare(
     return found
 
 
+def _implementation(config: Any) -> str:
+    """Return the attention of transformers that is the reference.
+
+    It is the one written out, but for Falcon with ALiBi: there it adds the bias that the mask has
+    already, while the one that transformers chooses adds it once.
+    """
+    return "sdpa" if config.model_type == "falcon" and config.alibi else "eager"
+
+
 def _build(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=_implementation(config)
+    )
     return model.eval()
 
 
@@ -168,11 +179,13 @@ def _drawn(family: str, seed: int, number: int) -> Drawn | tuple[list[str], Any]
 
 def _open(folder: Path) -> nn.Module:
     """Return the model of a checkpoint as transformers loads it."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=True
-    )
+        folder, dtype=torch.float32, attn_implementation=_implementation(config),
+        trust_remote_code=True,
+    )  # fmt: skip
     return model.eval()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import setuptools  # noqa: F401  # inductor imports it, which fails where another distutils was before
 import torch
 from compiling import with_backend
 from programs import tiny_program
