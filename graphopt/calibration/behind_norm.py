@@ -32,7 +32,7 @@ LEAST_PROGRESS = 1e-3
 
 
 @dataclass(frozen=True)
-class BehindNorm:
+class NormFit:
     """The outcome of a fit.
 
     Attributes:
@@ -97,8 +97,9 @@ class _Fit:
         slope = norm.slope(len(matrix), matrix.device)
         power, cross = torch.zeros_like(slope), torch.zeros_like(slope)
         for is_held, rows, wanted, root in self.tokens():
-            normal, rms = norm.normalise(rows @ matrix.t())
-            residual = (wanted - norm(rows @ matrix.t())) * root
+            output = rows @ matrix.t()
+            normal, rms = norm.normalise(output)
+            residual = (wanted - norm(output)) * root
             (held if is_held else learn).add(rows * (root / rms), residual)
             if not is_held:
                 power += (normal * root).square().sum(0)
@@ -112,19 +113,16 @@ def fit_behind_norm(
     batches: Sequence[tuple[Tensor, Tensor]],
     targets: Sequence[Tensor],
     held_out: Sequence[bool],
-    *,
-    with_gain: bool,
-) -> BehindNorm:
+) -> NormFit:
     """Solve for a projection, and the gain of the norm behind it, in turns.
 
     Args:
         matrix: The projection, fp32 [D, N].
-        norm: The norm behind it.
+        norm: The norm behind it; its gain may change where `gain_weight` names its weight.
         batches: For each batch the features [..., N] and the residual stream behind the addition,
             [..., D], as the given projection and norm make it. They are walked several times.
         targets: For each batch the residual stream as it should be, [..., D].
         held_out: For each batch whether it only measures.
-        with_gain: Whether the gain may change.
     """
     fit = _Fit(matrix, norm, batches, targets, held_out)
     (before,) = fit.errors([(matrix, norm)])
@@ -135,15 +133,17 @@ def fit_behind_norm(
         ridge, _ = best_ridge(learn, held)
         forms: list[tuple[Tensor, OutputNorm]] = []
         gains = [norm]
-        if with_gain:
+        if norm.gain_weight is not None:
             gains.append(norm.with_slope(new_slope))
             forms.append((matrix, gains[1]))
         if ridge is not None:
             usable = slope.abs() > LEAST_GAIN * slope.abs().max()
             change = learn.solve(ridge).float().t() / torch.where(usable, slope, torch.inf)[:, None]
             forms += [(matrix + step * change, gain) for step in STEPS for gain in gains]
+        if not forms:
+            break
         errors = fit.errors(forms)
-        lowest = min(errors, default=best)
+        lowest = min(errors)
         # NaN, where the sums overflow, is no progress.
         if not lowest < best * (1 - LEAST_PROGRESS):
             break
@@ -151,4 +151,4 @@ def fit_behind_norm(
         if chosen is not matrix and ridge_of_first is None:
             ridge_of_first = ridge
         matrix, best = chosen, lowest
-    return BehindNorm(before, best, ridge_of_first, matrix, norm)
+    return NormFit(before, best, ridge_of_first, matrix, norm)

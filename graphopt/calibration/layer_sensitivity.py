@@ -95,8 +95,7 @@ def measure_sensitivity(
         slot = slots[part.down.inputs[1]]  # type: ignore[index]
         down = block.weights[slot]
         path = OutputPath.behind(block.function, block.block.stream, part.down)
-        behind_norm = None if path is None else path.norm_behind(program, block)
-        norm = None if behind_norm is None else behind_norm.norm
+        norm = None if path is None else path.output_norm(program, block)
         magnitudes = torch.zeros(down.shape[1], device=device)
         relative, tokens = torch.zeros_like(magnitudes), 0
         for batch in range(len(stream.ids)):

@@ -6,7 +6,7 @@ parts; Granite and MiniCPM multiply these by a factor.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,10 +68,10 @@ class OutputPath:
         """Return what the projection's output is times, in front of a norm if there is one."""
         return _product(self.inner, call)
 
-    def norm_behind(
+    def output_norm(
         self, program: Program, block: BlockStep, *, with_bias: bool = True
-    ) -> NormBehind | None:
-        """Return the norm of a call of the function, with its tensors; None where there is none.
+    ) -> OutputNorm | None:
+        """Return the norm with the tensors that a block's call has; None where there is none.
 
         Args:
             with_bias: Whether the norm's operand gets the projection's bias, which otherwise is
@@ -88,7 +88,7 @@ class OutputPath:
         added = (*self.projection.inputs, None)[2] if with_bias else None
         attrs = resolve_attrs(self.norm, block.call)
         offset = float(attrs.get("offset", 0.0))
-        norm = OutputNorm(
+        return OutputNorm(
             None if gain is None else gain + offset,
             shift,
             float(attrs["eps"]),
@@ -99,8 +99,9 @@ class OutputPath:
                 if added in slots
                 else None
             ),
+            gain_weight=own_weight(program, block, weight),
+            offset=offset,
         )
-        return NormBehind(norm, own_weight(program, block, weight), offset)
 
 
 def own_weight(program: Program, block: BlockStep, value: Value | None) -> str | None:
@@ -120,29 +121,29 @@ def _product(nodes: tuple[Node, ...], call: Call) -> float:
     return factor
 
 
+@dataclass(frozen=True)
 class OutputNorm:
     """A norm between a projection and the residual stream: y -> factor (n(y + b) gain + bias).
 
-    Args:
-        gain, bias: [D] or None.
+    Attributes:
+        gain, bias: fp32 [D] or None; the gain as it is used, with Gemma's 1.
         eps: Added to the mean square.
         centred: Whether the mean is subtracted first, as by a layer norm.
         factor: What the norm's output is times.
         operand_bias: What is added to the operand first, b: [D] or None.
+        gain_weight: The name of the gain's weight; None where there is none, or where something
+            else reads it.
+        offset: What is added to that weight to give the gain, 1 in Gemma.
     """
 
-    def __init__(
-        self,
-        gain: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        *,
-        centred: bool = False,
-        factor: float = 1.0,
-        operand_bias: Tensor | None = None,
-    ) -> None:
-        self.gain, self.bias, self.operand_bias = gain, bias, operand_bias
-        self.eps, self.centred, self.factor = eps, centred, factor
+    gain: Tensor | None
+    bias: Tensor | None
+    eps: float
+    centred: bool = False
+    factor: float = 1.0
+    operand_bias: Tensor | None = None
+    gain_weight: str | None = None
+    offset: float = 0.0
 
     def slope(self, width: int, device: torch.device) -> Tensor:
         """Return what a normalised channel is times before it is added, fp32 [D]."""
@@ -151,10 +152,7 @@ class OutputNorm:
 
     def with_slope(self, slope: Tensor) -> OutputNorm:
         """Return the norm with another slope [D]."""
-        return OutputNorm(
-            slope / self.factor, self.bias, self.eps,
-            centred=self.centred, factor=self.factor, operand_bias=self.operand_bias,
-        )  # fmt: skip
+        return replace(self, gain=slope / self.factor)
 
     def normalise(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return y [..., D] over its root mean square, and that root [..., 1]."""
@@ -170,19 +168,3 @@ class OutputNorm:
         normal, _ = self.normalise(y.float())
         added = normal * self.slope(y.shape[-1], y.device)
         return added if self.bias is None else added + self.bias.to(y.device) * self.factor
-
-
-@dataclass(frozen=True)
-class NormBehind:
-    """The norm between a projection and the residual stream.
-
-    Attributes:
-        norm: With its tensors.
-        gain: The name of its gain, to be solved for with the projection; None where it has none,
-            or where something else reads it.
-        offset: What is added to the gain when it is used, 1 in Gemma.
-    """
-
-    norm: OutputNorm
-    gain: str | None = None
-    offset: float = 0.0

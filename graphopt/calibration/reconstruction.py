@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from graphopt.calibration.behind_norm import fit_behind_norm
-from graphopt.calibration.output_path import NormBehind, OutputPath, own_weight
+from graphopt.calibration.output_path import OutputNorm, OutputPath, own_weight
 from graphopt.calibration.token_power import token_power
 from graphopt.execute.block_runner import calibration_runner
 from graphopt.execute.hidden_states import BlockStep, HiddenStateStream
@@ -72,7 +72,7 @@ def reconstruct(
     batches: Sequence[tuple[Tensor, Tensor]],
     targets: Sequence[Tensor],
     held_out: Sequence[bool],
-    behind: NormBehind | None = None,
+    norm: OutputNorm | None = None,
 ) -> tuple[Reconstruction, list[Tensor]]:
     """Solve for a projection into the residual stream, and put its weight into the program.
 
@@ -86,14 +86,14 @@ def reconstruct(
             the addition, [..., D]. They are iterated twice, and several times with a norm.
         targets: For each batch the residual stream as it should be, [..., D].
         held_out: For each batch whether the strength is chosen by it.
-        behind: The norm that the projection's output goes through, if it does.
+        norm: What the projection's output goes through, if it does.
 
     Returns:
         The outcome, and for each batch the residual stream behind the addition as it is now, on
         the device of its target.
     """
-    if behind is not None:
-        return _reconstruct_behind_norm(program, where, weights, batches, targets, held_out, behind)
+    if norm is not None:
+        return _reconstruct_behind_norm(program, where, weights, batches, targets, held_out, norm)
     learn, held = LeastSquares(), LeastSquares()
     for (features, states), target, is_held in zip(batches, targets, held_out, strict=True):
         goal = target.to(states.device).float()
@@ -124,7 +124,7 @@ def _reconstruct_behind_norm(
     batches: Sequence[tuple[Tensor, Tensor]],
     targets: Sequence[Tensor],
     held_out: Sequence[bool],
-    behind: NormBehind,
+    norm: OutputNorm,
 ) -> tuple[Reconstruction, list[Tensor]]:
     features, states = batches[0]
     matrix = torch.zeros(states.shape[-1], features.shape[-1], device=states.device)
@@ -132,21 +132,19 @@ def _reconstruct_behind_norm(
         value = program.weights[name].load(torch.float32).to(matrix)
         matrix[:, columns] = value if value.dim() == 2 else value[:, None]
     del features, states
-    fit = fit_behind_norm(
-        matrix, behind.norm, batches, targets, held_out, with_gain=behind.gain is not None
-    )
+    fit = fit_behind_norm(matrix, norm, batches, targets, held_out)
     outcome = Reconstruction(where, fit.before, fit.after, fit.ridge)
     moved: list[Tensor] = []
     for (features, given), target in zip(batches, targets, strict=True):
         rows = features.float()
-        added = fit.norm(rows @ fit.matrix.t()) - behind.norm(rows @ matrix.t())
+        added = fit.norm(rows @ fit.matrix.t()) - norm(rows @ matrix.t())
         moved.append((given.float() + added.view_as(given)).to(given.dtype).to(target.device))
     if fit.matrix is not matrix:
         _add(program, weights, fit.matrix - matrix)
-    if fit.norm is not behind.norm and behind.gain is not None:
+    if fit.norm is not norm and norm.gain_weight is not None:
+        gain = program.weights[norm.gain_weight]
         assert fit.norm.gain is not None
-        gain = program.weights[behind.gain]
-        value = (fit.norm.gain - behind.offset).cpu().to(gain.dtype)
+        value = (fit.norm.gain - norm.offset).to(gain.load())
         program.weights.replace(gain.with_producer(Array(value)))
     return outcome, moved
 
@@ -214,7 +212,8 @@ def reconstruct_behind_cuts(
         targets = _targets(teacher.current())
         while teacher.index in gone:
             teacher.current().advance()
-            targets[-1:] = [teacher.hidden] if targets else []
+            # Of all terms that end the block, several where they are added beside each other.
+            targets = [teacher.hidden if one is targets[-1] else one for one in targets]
         _reconstruct_block(program, block, targets, outcomes, skipped)
     return outcomes, skipped
 
@@ -256,9 +255,12 @@ def _reconstruct_block(
             skipped.append((f"{block.name}: {part.kind}", projection))
         else:
             projections.append((part, target, projection))
-    for (place, normed), group in groupby(
-        projections, key=lambda one: (one[0].behind, one[2].norm and one[0].term)
-    ):
+
+    def solved_together(one: tuple[SubBlock, list[Tensor], _Projection]) -> tuple[Value, ...]:
+        part, _, projection = one
+        return (part.behind,) if projection.norm is None else (part.behind, part.term)
+
+    for (place, *_), group in groupby(projections, key=solved_together):
         # Terms that are added beside each other are solved for together, as one projection with
         # the features of both; a norm behind one of them stands between it and the others.
         terms = list(group)
@@ -276,7 +278,7 @@ def _reconstruct_block(
         values = block.values_per_batch([*(one.features for one in together), place])
         outcome, states = reconstruct(
             program, where, weights, values.map(partial(_joined, together)),
-            terms[-1][1], block.stream.held_out, together[0].norm if normed else None,
+            terms[-1][1], block.stream.held_out, together[0].norm,
         )  # fmt: skip
         outcomes.append(outcome)
         block.keep(place, states)
@@ -299,7 +301,7 @@ class _Projection:
     weight: str
     bias: str | None
     factor: float
-    norm: NormBehind | None
+    norm: OutputNorm | None
 
 
 def _joined(together: list[_Projection], values: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -307,9 +309,10 @@ def _joined(together: list[_Projection], values: list[Tensor]) -> tuple[Tensor, 
     *features, states = values
     columns: list[Tensor] = []
     for tensor, projection in zip(features, together, strict=True):
-        columns.append(tensor.float() * projection.factor)
+        factor = projection.factor
+        columns.append(tensor if factor == 1 else tensor * factor)
         if projection.bias is not None:
-            columns.append(torch.full_like(columns[-1][..., :1], projection.factor))
+            columns.append(torch.full_like(tensor[..., :1], factor))
     return torch.cat(columns, dim=-1) if len(columns) > 1 else columns[0], states
 
 
@@ -327,5 +330,5 @@ def _projection(program: Program, block: BlockStep, part: SubBlock) -> _Projecti
     own_bias = own_weight(program, block, bias)
     return _Projection(
         features, name, own_bias, path.factor(block.call),
-        path.norm_behind(program, block, with_bias=own_bias is None),
+        path.output_norm(program, block, with_bias=own_bias is None),
     )  # fmt: skip

@@ -84,15 +84,18 @@ class MaskRecogniser:
         return value in reads
 
     def _recognise(self, value: Value, kind: str, heads: int) -> MaskForm | None:
-        if self._allowed(value, kind, {}) is not None:
-            return self._seen_keys(value, kind)
+        allowed = self._allowed(value, kind, {})
+        if allowed is not None:
+            return self._seen_keys(value, kind, allowed)
         return self._alibi(value, heads) if kind == "add" else None
 
-    def _seen_keys(self, value: Value, kind: str) -> MaskForm | None:
-        """Return the closed form of the keys that a query sees by a term of this kind."""
-        allowed = self._allowed(value, kind, {})
-        if allowed is None:
-            return None
+    def _seen_keys(self, value: Value, kind: str, allowed: Tensor) -> MaskForm | None:
+        """Return the closed form of the keys that a query sees by a term of this kind.
+
+        Args:
+            kind: That of the term, or `bias` for a mask to which a bias is added.
+            allowed: The term on the small grid, from `_allowed`.
+        """
         for padding in (True, False):
             for causal in (True, False):
                 form = MaskForm(causal=causal, padding=padding)
@@ -266,8 +269,10 @@ class MaskRecogniser:
         if not bool((slopes != 0).any()):
             return None
         # Falcon adds its bias into the mask: one term says both.
-        blocks = bool((bias < _BLOCKED).any())
-        form = self._seen_keys(value, "bias") if blocks else MaskForm()
+        form: MaskForm | None = MaskForm()
+        if bool((bias < _BLOCKED).any()):
+            allowed = self._allowed(value, "bias", {})
+            form = None if allowed is None else self._seen_keys(value, "bias", allowed)
         if form is None:
             return None
         return dataclasses.replace(form, slopes=tuple(float(slope) for slope in slopes))

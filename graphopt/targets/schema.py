@@ -46,7 +46,7 @@ class MatrixUnitTable(Schema):
 
 
 class ProductTiles(Schema):
-    """Tiles of a product of sorted tokens: `graphopt.runtime.moe.Tiles`."""
+    """Tiles of a product of sorted tokens: `graphopt.runtime.expert_tiles.Tiles`."""
 
     rows: Size
     columns: Size
@@ -65,7 +65,7 @@ class ManyTokensTable(Schema):
 
 
 class RowTiles(Schema):
-    """What a program reads of a weight for one token: `graphopt.runtime.moe.FewTokens`."""
+    """What a program reads of a weight for one token: `graphopt.runtime.expert_tiles.FewTokens`."""
 
     rows: Size
     depth: Size

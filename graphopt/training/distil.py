@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -119,7 +120,6 @@ class Distiller:
         if len(self.windows) < batch and (options.generated_windows == 0 or on_cpu):
             self.schedule = replace(self.schedule, batch=len(self.windows))
         self.done: list[str] = []
-        self._asked, self._tokens = False, cast("Tensor | None", None)
         self._note_seconds = 0.0
         self._resume()
 
@@ -280,10 +280,8 @@ class Distiller:
         what: str,
     ) -> TrainingResult:
         """Train parametrisations and put their values into the program."""
-        trained = program
-        if isinstance(objective, LogitObjective):
-            trained = self.narrowed(program, data.ids)
-        student = BlockRunner(trained, first, stop, parametrisations, self.device)
+        run = self.narrowed(program) if isinstance(objective, LogitObjective) else program
+        student = BlockRunner(run, first, stop, parametrisations, self.device)
         tuner = Tuner(
             student, data, objective, schedule, seed=self.context.seed,
             saved=self._saved(what), progress=self.context.progress, what=what,
@@ -300,18 +298,19 @@ class Distiller:
                     assign(program, name, parametrisation())
         return tuned
 
-    def narrowed(self, program: Program, ids: Tensor) -> Program:
+    @functools.cached_property
+    def compared_tokens(self) -> Tensor | None:
+        """Tokens on which next-token distributions are compared; None for all."""
+        dtype = scoring_dtype(self.dense, self.device)
+        return tokens_to_compare(self.dense, self.windows, self.device, dtype)
+
+    def narrowed(self, program: Program) -> Program:
         """Return a program that gives the logits on which distributions are compared."""
-        if not self._asked:
-            self._asked = True
-            dtype = scoring_dtype(self.dense, self.device)
-            self._tokens = tokens_to_compare(self.dense, ids, self.device, dtype)
-        if self._tokens is None:
+        tokens = self.compared_tokens
+        narrowed = None if tokens is None else narrow_head(program, tokens)
+        if tokens is None or narrowed is None:
             return program
-        narrowed = narrow_head(program, self._tokens)
-        if narrowed is None:
-            return program
-        self.record.compared_tokens = len(self._tokens)
+        self.record.compared_tokens = len(tokens)
         return narrowed
 
     def _saved(self, what: str) -> Path | None:

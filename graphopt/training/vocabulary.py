@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphopt.execute.interpreter import Runner
-from graphopt.ir.graph import Call, Function, Node, Program, Value
+from graphopt.ir.graph import Call, Program, Value
 from graphopt.ir.ops import get_op
 from graphopt.ir.ops.elementwise import Unary
 from graphopt.ir.shapes import infer_program
@@ -44,9 +44,7 @@ def tokens_to_compare(
         dtype: The dtype in which the teacher is run.
     """
     size, kept = vocabulary_size(program), KEPT.on(device)
-    if size is None or size < 2 * kept:
-        return None
-    if narrow_head(program, torch.arange(1)) is None:
+    if size is None or size < 2 * kept or _head(program) is None:
         return None
     frequent = torch.bincount(windows.flatten(), minlength=size)
     order = frequent.argsort(descending=True, stable=True)
@@ -76,25 +74,18 @@ def narrow_head(program: Program, tokens: Tensor) -> Program | None:
     found = _head(narrowed)
     if found is None:
         return None
-    function, call, node = found
-    slots = {value: slot for slot, value in function.weights.items()}
-    for operand in node.inputs[1:]:
-        if operand is None:
-            continue
-        if operand not in slots:
-            return None
-        weight = narrowed.weights[call.weights[slots[operand]]]
-        name = f"{weight.name}.kept"
+    call, slots = found
+    for slot in slots:
+        weight = narrowed.weights[call.weights[slot]]
         value = weight.load()
-        rows = value[tokens.to(value.device)]
-        if name not in narrowed.weights:
-            narrowed.weights.add(Weight(name, Array(rows)))
-        call.weights[slots[operand]] = name
+        name = f"{weight.name}.kept"
+        narrowed.weights.add(Weight(name, Array(value[tokens.to(value.device)])))
+        call.weights[slot] = name
     return narrowed
 
 
-def _head(program: Program) -> tuple[Function, Call, Node] | None:
-    """Return the projection that makes the logits, with its call and function."""
+def _head(program: Program) -> tuple[Call, list[str]] | None:
+    """Return the call whose projection makes the logits, and the slots of its weight and bias."""
     name = program.outputs[0]
     for call in reversed(program.calls):
         if name not in call.results:
@@ -104,8 +95,10 @@ def _head(program: Program) -> tuple[Function, Call, Node] | None:
         while value is not None and value.node is not None:
             node = value.node
             if node.op == "linear":
-                alone = [other for other in program.calls if other.function == function.name]
-                return (function, call, node) if len(alone) == 1 else None
+                slots = {value: slot for slot, value in function.weights.items()}
+                operands = [operand for operand in node.inputs[1:] if operand is not None]
+                own = all(operand in slots for operand in operands)
+                return (call, [slots[operand] for operand in operands]) if own else None
             if not isinstance(get_op(node.op), Unary) and not node.op.startswith("aten.to."):
                 return None
             value = node.inputs[0]

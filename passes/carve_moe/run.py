@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graphopt.calibration.layer_sensitivity import LayerSensitivity, measure_sensitivity
 from graphopt.calibration.neuron_energy import mean_magnitudes, static_order
-from graphopt.calibration.output_path import NormBehind, OutputPath
+from graphopt.calibration.output_path import OutputNorm, OutputPath
 from graphopt.calibration.reconstruction import Reconstruction, held_out_windows, reconstruct
 from graphopt.calibration.text import calibration_windows, pick, window_length
 from graphopt.errors import PassError
@@ -115,10 +115,10 @@ class Carving:
                     block.advance()
                 continue
             path = output_path(program, block.block, form)
-            behind = None if isinstance(path, str) else path.norm_behind(program, block)
+            norm = None if isinstance(path, str) else path.output_norm(program, block)
             part = PartActivations.of(
                 block, form, numbers[block.index], self.options.experts,
-                None if behind is None else behind.norm, self.clock,
+                norm, self.clock,
             )  # fmt: skip
             with self.clock.counting("dividing"):
                 division = self._divide(part)
@@ -135,7 +135,7 @@ class Carving:
                 continue
             with self.clock.counting("reconstructing"):
                 reconstructions.append(
-                    self._reconstruct(part, division, gates, path, behind, student, teacher.hidden)
+                    self._reconstruct(part, division, gates, path, norm, student, teacher.hidden)
                 )
             divided[-1] = replace(divided[-1], reconstructed=True)
         program.prune_unused()
@@ -295,7 +295,7 @@ class Carving:
         division: Division,
         gates: list[Tensor],
         path: OutputPath,
-        norm: NormBehind | None,
+        norm: OutputNorm | None,
         student: HiddenStateStream,
         targets: list[Tensor],
     ) -> Reconstruction:

@@ -52,7 +52,7 @@ class PrunedBlocks(Record):
             )
             if before and after
         ]
-        return "; ".join([told_in_a_line(self.order, self.perplexity), *shares])
+        return "; ".join(filter(None, [told_in_a_line(self.order, self.perplexity), *shares]))
 
     @staticmethod
     def _pair(values: Sequence[float | None]) -> tuple[float | None, float | None]:
@@ -63,7 +63,7 @@ class PrunedBlocks(Record):
         before, after = self._pair(self.parameters)
         if before and after:
             facts.append(
-                f"{len(self.order)} of {len(self.candidates) or len(self.order)} candidates are "
+                f"{len(self.order)} of {len(self.candidates)} candidates are "
                 f"gone, which had {1 - after / before:.1%} of the {before:,.0f} parameters."
             )
         before, after = self._pair(self.tokens_per_second)
