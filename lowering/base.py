@@ -64,7 +64,7 @@ def check_attentions(program: Program, where: str) -> None:
         for node in program.functions[call.function].nodes:
             if node.op != "attention" or not is_general(resolve_attrs(node, call), node.inputs):
                 continue
-            selects = len(node.inputs) > SELECTED and node.inputs[SELECTED] is not None
+            selects = node.operand(SELECTED) is not None
             what = "reads selected pages" if selects else "gives the log-sum-exp or page maxima"
             raise LoweringError(
                 f"{call.path or call.function}: {node.outputs[0].name} = attention: it {what}, "

@@ -142,11 +142,7 @@ def _attentions(function: Function) -> list[Node]:
 
 
 def _is_cached(node: Node) -> bool:
-    return len(node.inputs) > PAST_K and node.inputs[PAST_K] is not None
-
-
-def _operand(node: Node, index: int) -> Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
+    return node.operand(PAST_K) is not None
 
 
 def _illegal(program: Program) -> list[Skip]:
@@ -164,7 +160,7 @@ def _illegal(program: Program) -> list[Skip]:
                 elif node not in places and _mixes_tokens(node, calls[name], types[name]):
                     reason = f"{node.op} mixes tokens, and would need a state of its own"
             elif not _is_cached(node):
-                mask = _operand(node, MASK)
+                mask = node.operand(MASK)
                 if uniform_attribute(node, "causal", calls[name]) is not True:
                     reason = "it is not causal in every call"
                 elif mask is not None and mask not in always[name]:
@@ -188,7 +184,7 @@ def _mixes_tokens(node: Node, calls: list[Call], kinds: list[dict[Value, Type]])
 
 
 def _layout_reason(node: Node, kinds: list[dict[Value, Type]]) -> str | None:
-    bias = _operand(node, BIAS)
+    bias = node.operand(BIAS)
     for types in kinds:
         k = node.inputs[1]
         assert k is not None

@@ -91,7 +91,7 @@ def measure_sensitivity(
         if block.index not in parts:
             return {}
         part, index = parts[block.index], block.index
-        slots = {value: slot for slot, value in block.function.weights.items()}
+        slots = block.function.slots_by_value()
         slot = slots[part.down.inputs[1]]  # type: ignore[index]
         down = block.weights[slot]
         path = OutputPath.behind(block.function, block.block.stream, part.down)

@@ -79,13 +79,13 @@ class OutputPath:
         """
         if self.norm is None:
             return None
-        slots = {value: slot for slot, value in block.function.weights.items()}
-        weight, bias = (*self.norm.inputs[1:], None, None)[:2]
+        slots = block.function.slots_by_value()
+        weight, bias = self.norm.operand(1), self.norm.operand(2)
         gain, shift = (
             block.weights[slots[value]].float() if value in slots else None
             for value in (weight, bias)
         )
-        added = (*self.projection.inputs, None)[2] if with_bias else None
+        added = self.projection.operand(2) if with_bias else None
         attrs = resolve_attrs(self.norm, block.call)
         offset = float(attrs.get("offset", 0.0))
         return OutputNorm(
@@ -106,7 +106,7 @@ class OutputPath:
 
 def own_weight(program: Program, block: BlockStep, value: Value | None) -> str | None:
     """Return the name of a weight that a block reads in one place and no other call reads."""
-    slots = {value: slot for slot, value in block.function.weights.items()}
+    slots = block.function.slots_by_value()
     if value is None or value not in slots:
         return None
     name = block.call.weights[slots[value]]

@@ -321,7 +321,7 @@ def _projection(program: Program, block: BlockStep, part: SubBlock) -> _Projecti
     path = OutputPath.of(block.function, part)
     if isinstance(path, str):
         return path
-    features, weight, bias = (*path.projection.inputs, None)[:3]
+    features, weight, bias = (path.projection.operand(index) for index in range(3))
     if features is None or features.node is None or weight not in block.function.weights.values():
         return "its projection has no weight of its own"
     name = own_weight(program, block, weight)

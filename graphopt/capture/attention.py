@@ -226,7 +226,7 @@ def _scores_before(raiser: Raiser, value: Value, dropped: bool) -> _Scores | str
         if name in PRODUCTS:
             return _product(raiser, node, terms, scale, softcap, sinks)
         if name == "add" and scale == 1.0 and softcap is None:
-            a, b = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
+            a, b = node.inputs[0], node.operand(1)
             if a is None or b is None:
                 return f"a number is added to the scores by {node.output.name}"
             scores, other = (a, b) if _leads_to_product(raiser, a) else (b, a)

@@ -95,7 +95,7 @@ def _projection(function: Function, weight: Value | None) -> str:
 def name_slots(function: Function, slots: SlotSources) -> None:
     """Call the parts of a fused projection by their role, and a lone transpose by its origin."""
     roles: dict[str, str] = {}
-    names = {value: slot for slot, value in function.weights.items()}
+    names = function.slots_by_value()
     for node in function.nodes:
         if node.op != "attention":
             continue

@@ -56,7 +56,7 @@ class Raiser:
         self.constants = constants
         self.label = label
         self.notes: list[tuple[str, str]] = []
-        self._slots = {value: slot for slot, value in function.weights.items()}
+        self._slots = function.slots_by_value()
 
     def attempt(self, rule: Callable[..., None], *args: Any) -> None:
         """Run a rule; where it stops at a graph it was not made for, the rest stays ATen.

@@ -15,7 +15,7 @@ from graphopt.ir.printer import FunctionPrinter
 
 def slots_by_use(function: Function) -> list[str]:
     """Return the weight slots in the order in which nodes first read them."""
-    slot_of = {value: slot for slot, value in function.weights.items()}
+    slot_of = function.slots_by_value()
     read = [slot_of[v] for node in function.nodes for v in node.inputs if v in slot_of]
     read += [slot_of[v] for v in function.results if v in slot_of]
     return list(dict.fromkeys(read))

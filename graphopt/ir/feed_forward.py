@@ -148,7 +148,7 @@ def with_experts(
     where = dict(zip(function.nodes, rewritten.nodes, strict=True))
     down, up = where[part.down], where[part.up]
     gate = None if part.gate is None else where[part.gate]
-    slots = {value: slot for slot, value in rewritten.weights.items()}
+    slots = rewritten.slots_by_value()
     x = up.inputs[0]
     made: dict[str, str] = {}
 
@@ -159,7 +159,7 @@ def with_experts(
 
     def piece(node: Node, kind: str, place: str) -> list[Value | None]:
         """Return the weight, and the bias if there is one, of a projection's part."""
-        given = [node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None]
+        given = [node.inputs[1], node.operand(2)]
         holds = (kind, f"{kind}.bias")
         return [
             None if value is None else weight(f"{slots[value]}.{place}", f"{held}.{place}")
@@ -169,7 +169,7 @@ def with_experts(
     stem = slots[down.inputs[1]].removesuffix(".weight").rpartition(".")[0]  # type: ignore[index]
     stem = f"{stem}." if stem else ""
     parts: list[Value] = []
-    bias = down.inputs[2] if len(down.inputs) > 2 else None
+    bias = down.operand(2)
     if split.shared:
         own = rewritten.add("linear", [x, *piece(up, "up", "shared")], before=down).output
         if gate is None:
@@ -292,7 +292,7 @@ def carve_call(
             value.
     """
     function = program.functions[call.function]
-    slots = {value: slot for slot, value in function.weights.items()}
+    slots = function.slots_by_value()
     nodes = {"gate": part.gate, "up": part.up, "down": part.down}
     rows = {"shared": tuple(order[:shared].tolist()), "experts": tuple(order[shared:].tolist())}
     weights = {slot: name for slot, name in call.weights.items() if slot in rewritten.weights}
@@ -350,7 +350,7 @@ def add_gate_operands(
     # For every function, the new slots: of which operand, and the slot that has as many rows.
     slots: dict[str, dict[str, tuple[str, str]]] = {}
     for function in program.functions.values():
-        named = {value: slot for slot, value in function.weights.items()}
+        named = function.slots_by_value()
         for node in [node for node in function.nodes if node.op == "top_k_gating"]:
             assert node.inputs[0] is not None
             last = [n for n in region(function, [node.inputs[0]]) if n.op == "linear"][-1]

@@ -84,6 +84,10 @@ class Node:
         (value,) = self.outputs
         return value
 
+    def operand(self, index: int) -> Value | None:
+        """Return an operand; None where it is absent."""
+        return self.inputs[index] if index < len(self.inputs) else None
+
     def __repr__(self) -> str:
         return f"{self.outputs} = {self.op}({self.inputs}, {self.attrs})"
 
@@ -115,6 +119,10 @@ class Function:
     caches: list[Cache] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     results: list[Value] = field(default_factory=list)
+
+    def slots_by_value(self) -> dict[Value, str]:
+        """Return the slot of every weight, by the value that stands for it."""
+        return {value: slot for slot, value in self.weights.items()}
 
     def add(
         self,

@@ -224,7 +224,7 @@ def _token_rows(program: Program) -> int:
     for call in program.calls:
         function = program.function_of(call)
         ids = {v for v, arg in zip(function.params, call.args, strict=True) if arg == "input_ids"}
-        tables = {value: slot for slot, value in function.weights.items()}
+        tables = function.slots_by_value()
         for node in function.nodes:
             if node.op in ("embedding", "aten.embedding.default") and ids & set(node.inputs):
                 found += [

@@ -225,7 +225,7 @@ def _only_part(program: Program, block: Block) -> FeedForward:
 
 
 def _weights_of(program: Program, call: Call, part: FeedForward) -> set[str]:
-    slots = {value: slot for slot, value in program.function_of(call).weights.items()}
+    slots = program.function_of(call).slots_by_value()
     nodes = [node for node in (part.gate, part.up, part.down) if node is not None]
     return {call.weights[slots[value]] for node in nodes for value in node.inputs if value in slots}
 
@@ -233,7 +233,7 @@ def _weights_of(program: Program, call: Call, part: FeedForward) -> set[str]:
 def _reader(program: Program, block: Block) -> Callable[[Value | None], Tensor | None]:
     """Return what gives the values of a block's weights."""
     call = program.calls[block.position]
-    slots = {value: slot for slot, value in program.function_of(call).weights.items()}
+    slots = program.function_of(call).slots_by_value()
 
     def read(value: Value | None) -> Tensor | None:
         return None if value is None else program.weights[call.weights[slots[value]]].load()
@@ -242,7 +242,7 @@ def _reader(program: Program, block: Block) -> Callable[[Value | None], Tensor |
 
 
 def _operand(node: Node | None, index: int) -> Value | None:
-    return node.inputs[index] if node is not None and index < len(node.inputs) else None
+    return None if node is None else node.operand(index)
 
 
 def _rows(

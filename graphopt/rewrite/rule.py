@@ -78,8 +78,7 @@ class Site:
 
     def operand(self, index: int, node: Node | None = None) -> Value | None:
         """Return an operand; None where it is absent."""
-        inputs = (node or self.node).inputs
-        return inputs[index] if index < len(inputs) else None
+        return (node or self.node).operand(index)
 
     def maker(self, index: int, *ops: str, node: Node | None = None) -> Node | None:
         """Return the node that makes an operand, if its op is one of `ops`."""

@@ -95,7 +95,7 @@ def _head(program: Program) -> tuple[Call, list[str]] | None:
         while value is not None and value.node is not None:
             node = value.node
             if node.op == "linear":
-                slots = {value: slot for slot, value in function.weights.items()}
+                slots = function.slots_by_value()
                 operands = [operand for operand in node.inputs[1:] if operand is not None]
                 own = all(operand in slots for operand in operands)
                 return (call, [slots[operand] for operand in operands]) if own else None

@@ -172,7 +172,7 @@ class _Dense:
     def __init__(self, program: Program, call: Call, part: FeedForward) -> None:
         self.part = part
         function = program.functions[call.function]
-        slots = {value: slot for slot, value in function.weights.items()}
+        slots = function.slots_by_value()
         nodes = {"gate": part.gate, "up": part.up, "down": part.down}
         self.nodes = {kind: node for kind, node in nodes.items() if node is not None}
         self.weights = {

@@ -206,14 +206,14 @@ def _attentions(program: Program, dtype: str) -> Iterator[tuple[str, Node, _Desc
                 attrs = resolve_attrs(node, call)
                 spec = _spec(node, types, attrs, dtype)
                 layout = _layout(program, call, node)
-                selects = len(node.inputs) > SELECTED and node.inputs[SELECTED] is not None
+                selects = node.operand(SELECTED) is not None
                 described = _in_layout(spec, layout, attrs, selects=selects)
                 yield call.path or call.function, node, described
 
 
 def _layout(program: Program, call: Call, node: Node) -> KVLayout:
     """Return where the keys lie that an attention of a call reads."""
-    past = node.inputs[PAST_K] if len(node.inputs) > PAST_K else None
+    past = node.operand(PAST_K)
     for cache in program.functions[call.function].caches:
         if cache.past_k is past:
             return program.states[call.caches[cache.slot]].layout
@@ -244,7 +244,7 @@ def _spec(node: Node, types: dict[Value, Type], attrs: dict[str, Any], dtype: st
         return types[value].shape
 
     def has(index: int) -> bool:
-        return len(node.inputs) > index and node.inputs[index] is not None
+        return node.operand(index) is not None
 
     return AttentionSpec(
         head_dim=int(shape(QUERY)[3]), value_dim=int(shape(VALUE)[3]),

@@ -173,7 +173,7 @@ class _Graph:
         other: set[str] = set()
         for call in self.program.calls:
             function = self.program.functions[call.function]
-            slots = {value: slot for slot, value in function.weights.items()}
+            slots = function.slots_by_value()
             for node in function.nodes:
                 for index, value in enumerate(node.inputs):
                     if value in slots:
@@ -185,7 +185,7 @@ class _Graph:
         """Yield the name of a weight for every operand it is."""
         for call in self.program.calls:
             function = self.program.functions[call.function]
-            slots = {value: slot for slot, value in function.weights.items()}
+            slots = function.slots_by_value()
             for node in function.nodes:
                 yield from (call.weights[slots[v]] for v in node.inputs if v in slots)
 
@@ -196,7 +196,7 @@ class _Graph:
         product. For others the saved start of a product is spent again on taking it apart.
         """
         function, weights = self.program.functions[call.function], self.program.weights
-        slots = {value: slot for slot, value in function.weights.items()}
+        slots = function.slots_by_value()
         siblings: dict[Value | None, list[tuple[Node, Weight]]] = {}
         uses = function.uses()
         for node in function.nodes:

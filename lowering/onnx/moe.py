@@ -120,7 +120,7 @@ def plan(
         return "one of two projections has a bias"
     if types[node.output].shape != types[x].shape or len(types[x].shape) != 3:
         return f"it gives what it takes, [batch, sequence, width], not {types[node.output]}"
-    slots = {value: slot for slot, value in function.weights.items()}
+    slots = function.slots_by_value()
 
     def names(*values: Value | None) -> tuple[str, ...]:
         return tuple(call.weights[slots[value]] for value in values if value in slots)
@@ -135,7 +135,7 @@ def plan(
     made = gates.node
     if made is None or made.op != "top_k_gating" or made.attrs.get("mean_active_experts"):
         return "it needs the same number of experts for every token"
-    gate_scale = made.inputs[2] if len(made.inputs) > 2 else None
+    gate_scale = made.operand(2)
     if gate_scale is not None:
         known = names(gate_scale)
         # A gate is 1 + probability gate_scale, and probabilities are at most 1.

@@ -116,7 +116,7 @@ class BodyPrinter(FunctionPrinter):
 
     def _pack(self, node: Node) -> list[str]:
         """Move the factors of a packed product out of `attributes`; return where they lie."""
-        slots = {value: slot for slot, value in self.function.weights.items()}
+        slots = self.function.slots_by_value()
         parts = node.attrs["parts"]
         made: list[str] = []
         for start in range(1, len(node.inputs), parts):
@@ -265,7 +265,7 @@ class BodyPrinter(FunctionPrinter):
         texts.insert(3, self._past_text(node, pasts) if pasts else "None")
         if general:
             texts.append(f"cached={bool(pasts)}")
-            selected = node.inputs[SELECTED] if len(node.inputs) > SELECTED else None
+            selected = node.operand(SELECTED)
             texts += [] if selected is None else [f"selected_blocks={self.name(selected)}"]
         texts += self.options_of(node)
         call = self.helper("attention_results" if general else "cached_attention", ", ".join(texts))

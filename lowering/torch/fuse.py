@@ -206,7 +206,7 @@ def fuse_linears(packable: Collection[str]) -> Rule:
     @rule("linear")
     def fuse_linears(site: Site) -> Match | NoMatch:
         """linear(x, a), linear(x, b) -> fused_linear(x, a, b)."""
-        slots = {value: slot for slot, value in site.function.weights.items()}
+        slots = site.function.slots_by_value()
 
         def factors(node: Node) -> list[Value]:
             return [value for value in node.inputs[1:] if value is not None]

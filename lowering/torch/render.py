@@ -163,7 +163,7 @@ def _positions(program: Program) -> int | None:
         function = program.functions[call.function]
         params = zip(function.params, call.args, strict=True)
         ids = [param for param, name in params if name == "position_ids"]
-        slots = {value: slot for slot, value in function.weights.items()}
+        slots = function.slots_by_value()
         for node in function.nodes:
             if node.op == "embedding" and node.inputs[0] in ids and node.inputs[1] in slots:
                 table = program.weights[call.weights[slots[node.inputs[1]]]]

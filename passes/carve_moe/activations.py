@@ -78,7 +78,7 @@ class PartActivations:
         if entry is not None:
             with clock.counting("model"):
                 block.keep(entry)
-        slots = {value: slot for slot, value in block.function.weights.items()}
+        slots = block.function.slots_by_value()
         nodes = {"gate": form.gate, "up": form.up, "down": form.down}
         weights = {
             name: block.weights[slots[node.inputs[1]]]  # type: ignore[index]

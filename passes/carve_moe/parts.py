@@ -27,7 +27,7 @@ def parts_of(program: Program) -> list[tuple[Block, FeedForward | str]]:
 def width_of(program: Program, block: Block, part: FeedForward) -> int:
     """Return how many neurons a part has."""
     call = program.calls[block.position]
-    slots = {value: slot for slot, value in program.functions[call.function].weights.items()}
+    slots = program.functions[call.function].slots_by_value()
     up = call.weights[slots[part.up.inputs[1]]]  # type: ignore[index]
     return program.weights[up].shape[0]
 

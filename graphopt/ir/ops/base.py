@@ -191,6 +191,11 @@ def need(types: Types, index: int) -> Type:
     return value
 
 
+def optional(tensors: Tensors, index: int) -> Tensor | None:
+    """Return operand `index`; None where it is absent."""
+    return tensors[index] if index < len(tensors) else None
+
+
 def broadcast(*shapes: tuple[Dim, ...]) -> tuple[Dim, ...]:
     """Return the broadcast of `shapes`.
 

@@ -18,6 +18,7 @@ from graphopt.ir.ops.base import (
     Types,
     get_op,
     need,
+    optional,
     register,
     same,
 )
@@ -25,10 +26,6 @@ from graphopt.ir.types import Dim, Type, dim
 
 Activation = Annotated[str, pydantic.Field(pattern=f"^({'|'.join(functional.ACTIVATIONS)})$")]
 """Type of the name of an activation."""
-
-
-def _operand(tensors: Tensors, index: int) -> Tensor | None:
-    return tensors[index] if index < len(tensors) else None
 
 
 @register
@@ -84,7 +81,7 @@ class TopKGating(Op):
 
     def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         router_logits = tensors[0]
-        selection_bias, gate_scale = _operand(tensors, 1), _operand(tensors, 2)
+        selection_bias, gate_scale = optional(tensors, 1), optional(tensors, 2)
         assert router_logits is not None
         probabilities = (router_logits - router_logits.amax(-1, keepdim=True)).exp()
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
@@ -102,7 +99,7 @@ class TopKGating(Op):
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         router_logits = tensors[0]
         assert router_logits is not None
-        selection_bias, gate_scale = _operand(tensors, 1), _operand(tensors, 2)
+        selection_bias, gate_scale = optional(tensors, 1), optional(tensors, 2)
         top_k, mean = attrs["top_k"], attrs.get("mean_active_experts", 0)
         excess: Tensor | None = None
         if attrs.get("balance") and mean and torch.is_grad_enabled():
@@ -222,7 +219,7 @@ class Experts(Op):
 
     def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         x, gates, up, down = tensors[:4]
-        gate, up_bias, gate_bias = (_operand(tensors, index) for index in (4, 5, 6))
+        gate, up_bias, gate_bias = (optional(tensors, index) for index in (4, 5, 6))
         assert x is not None and gates is not None and up is not None and down is not None
         act = get_op(attrs["act"])
         count = gates.shape[-1]
@@ -242,6 +239,6 @@ class Experts(Op):
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         x, gates, up, down = tensors[:4]
         assert x is not None and gates is not None and up is not None and down is not None
-        rest = [_operand(tensors, index) for index in (4, 5, 6)]
+        rest = [optional(tensors, index) for index in (4, 5, 6)]
         act = functional.ACTIVATIONS[attrs["act"]]
         return (functional.experts(x, gates, up, down, *rest, act=act),)

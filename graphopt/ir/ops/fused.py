@@ -24,14 +24,11 @@ from graphopt.ir.ops.base import (
     broadcast,
     get_op,
     need,
+    optional,
     register,
 )
 from graphopt.ir.ops.experts import Activation, Experts, TopKGating
 from graphopt.ir.types import Dim, Type, dim
-
-
-def _operand(tensors: Tensors, index: int) -> Tensor | None:
-    return tensors[index] if index < len(tensors) else None
 
 
 def _type(types: Types, index: int) -> Type | None:
@@ -60,13 +57,13 @@ class AddRmsNorm(_Fused):
 
     def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         (total,) = get_op("add").reference(tensors[:2], {})
-        return (total, *get_op("rms_norm").reference([total, _operand(tensors, 2)], attrs))
+        return (total, *get_op("rms_norm").reference([total, optional(tensors, 2)], attrs))
 
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         x, y = tensors[:2]
         assert x is not None and y is not None
         offset = attrs.get("offset", 0.0)
-        return functional.add_rms_norm(x, y, _operand(tensors, 2), attrs["eps"], offset)
+        return functional.add_rms_norm(x, y, optional(tensors, 2), attrs["eps"], offset)
 
 
 @register
@@ -244,7 +241,7 @@ class Moe(_Fused):
     def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         (routed,) = get_op("experts").reference(tensors[:7], attrs)
         up, down, gate, up_bias, gate_bias, down_bias = (
-            _operand(tensors, index) for index in range(7, 13)
+            optional(tensors, index) for index in range(7, 13)
         )
         if up is None:
             return (routed,)
@@ -259,7 +256,7 @@ class Moe(_Fused):
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         x, gates, up, down = tensors[:4]
         assert x is not None and gates is not None and up is not None and down is not None
-        rest = [_operand(tensors, index) for index in range(4, 13)]
+        rest = [optional(tensors, index) for index in range(4, 13)]
         act, active = attrs["act"], attrs["active"]
         return (functional.moe(x, gates, up, down, *rest, act=act, active=active),)
 

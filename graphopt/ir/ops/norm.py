@@ -5,12 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from graphopt.ir import functional
-from graphopt.ir.ops.base import Attrs, Least, Number, Op, Tensors, Types, broadcast, need, register
+from graphopt.ir.ops.base import (
+    Attrs,
+    Least,
+    Number,
+    Op,
+    Tensors,
+    Types,
+    broadcast,
+    need,
+    optional,
+    register,
+)
 from graphopt.ir.types import Dim, Type, dim
-
-
-def _operand(tensors: Tensors, index: int) -> Tensor | None:
-    return tensors[index] if index < len(tensors) else None
 
 
 def _infer(types: Types) -> list[Type]:
@@ -40,7 +47,7 @@ class RmsNorm(Op):
         return dim(4 * outputs[0].numel)
 
     def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
-        x, weight = tensors[0], _operand(tensors, 1)
+        x, weight = tensors[0], optional(tensors, 1)
         assert x is not None
         y = x / (x.pow(2).mean(-1, keepdim=True) + attrs["eps"]).sqrt()
         return (y if weight is None else y * (weight + attrs.get("offset", 0.0)),)
@@ -48,7 +55,7 @@ class RmsNorm(Op):
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         x = tensors[0]
         assert x is not None
-        weight = _operand(tensors, 1)
+        weight = optional(tensors, 1)
         return (functional.rms_norm(x, weight, attrs["eps"], attrs.get("offset", 0.0)),)
 
 
@@ -67,7 +74,7 @@ class LayerNorm(Op):
         return dim(7 * outputs[0].numel)
 
     def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
-        x, weight, bias = tensors[0], _operand(tensors, 1), _operand(tensors, 2)
+        x, weight, bias = tensors[0], optional(tensors, 1), optional(tensors, 2)
         assert x is not None
         centred = x - x.mean(-1, keepdim=True)
         y = centred / (centred.pow(2).mean(-1, keepdim=True) + attrs["eps"]).sqrt()
@@ -77,4 +84,4 @@ class LayerNorm(Op):
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         x = tensors[0]
         assert x is not None
-        return (functional.layer_norm(x, _operand(tensors, 1), _operand(tensors, 2), attrs["eps"]),)
+        return (functional.layer_norm(x, optional(tensors, 1), optional(tensors, 2), attrs["eps"]),)

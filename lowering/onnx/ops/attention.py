@@ -152,7 +152,7 @@ def attention(lower: Lowering, node: Node) -> Lowered | list[Lowered]:
     continues = bool(lower.shared["continues"])
     # The fused operator is causal of itself; the products of the other branch are not.
     bias = attention_bias(
-        lower, lower.operand(node, MASK), lower.operand(node, SLOPES), continues,
+        lower, node.operand(MASK), node.operand(SLOPES), continues,
         lower.attrs(node).get("window"), lower.attrs(node).get("chunk"),
     )  # fmt: skip
     if not continues:
@@ -199,8 +199,8 @@ def _fits_group_query(lower: Lowering, node: Node) -> bool:
     attrs = lower.attrs(node)
     return bool(
         attrs["causal"]
-        and lower.operand(node, PAST_K) is not None
-        and lower.operand(node, BIAS) is None
+        and node.operand(PAST_K) is not None
+        and node.operand(BIAS) is None
         and lower.types[k].shape[3] == lower.types[v].shape[3]
         and int(lower.types[q].shape[3]) % 8 == 0
     )
@@ -217,8 +217,8 @@ def _group_query(
     """
     attrs = lower.attrs(node)
     last, total = _lengths(lower)
-    sinks = lower.operand(node, SINKS)
-    past = [lower.whole(lower.operand(node, index)) for index in (PAST_K, PAST_V)]
+    sinks = node.operand(SINKS)
+    past = [lower.whole(node.operand(index)) for index in (PAST_K, PAST_V)]
     return lower.builder.op(
         "GroupQueryAttention",
         q.flat, k.flat, v.flat, *past, last, total, None, None, None, bias,
@@ -240,11 +240,11 @@ def _plain(lower: Lowering, node: Node, operands: list[ir.Value]) -> ir.Value | 
     assert q is not None and k is not None and v is not None
     heads, groups = int(lower.types[q].shape[1]), int(lower.types[k].shape[1])
     query, keys, values = operands
-    past = lower.operand(node, PAST_K)
+    past = node.operand(PAST_K)
     if past is not None:
         lower.shared["in_place"] = False
         keys = builder.op("Concat", lower.whole(past), keys, axis=2)
-        values = builder.op("Concat", lower.whole(lower.operand(node, PAST_V)), values, axis=2)
+        values = builder.op("Concat", lower.whole(node.operand(PAST_V)), values, axis=2)
     present: list[Any] = [keys, values]
     widths = int(lower.types[q].shape[3]), int(lower.types[v].shape[3])
     share = heads // groups
@@ -263,15 +263,15 @@ def _plain(lower: Lowering, node: Node, operands: list[ir.Value]) -> ir.Value | 
         "Add",
         scores,
         attention_bias(
-            lower, lower.operand(node, MASK), lower.operand(node, SLOPES), attrs["causal"],
+            lower, node.operand(MASK), node.operand(SLOPES), attrs["causal"],
             attrs.get("window"), attrs.get("chunk"),
         ),
     )  # fmt: skip
-    extra = lower.operand(node, BIAS)
+    extra = node.operand(BIAS)
     if extra is not None:
         floor = builder.number(BLOCKED)
         scores = builder.op("Add", scores, builder.op("Max", lower.whole(extra), floor))
-    sinks = lower.operand(node, SINKS)
+    sinks = node.operand(SINKS)
     if sinks is not None:
         column = builder.op("Reshape", lower.whole(sinks), builder.constant([1, heads, 1, 1]))
         rows = builder.op("Slice", scores, *(builder.constant([x]) for x in (0, 1, 3)))

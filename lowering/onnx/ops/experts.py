@@ -28,7 +28,7 @@ def top_k_gating(lower: Lowering, node: Node) -> ir.Value:
     """
     builder, attrs = lower.builder, lower.attrs(node)
     router_logits = lower.whole(node.inputs[0])
-    selection_bias, gate_scale = lower.operand(node, 1), lower.operand(node, 2)
+    selection_bias, gate_scale = node.operand(1), node.operand(2)
     probabilities = (
         None
         if selection_bias is None and gate_scale is None
@@ -73,7 +73,7 @@ def experts(lower: Lowering, node: Node) -> ir.Value:
     x, gates = lower.whole(node.inputs[0]), lower.whole(node.inputs[1])
     if node in lower.fused:
         return moe.routed(builder, lower.fused[node], x, gates)
-    up, down, gate = node.inputs[2], node.inputs[3], lower.operand(node, 4)
+    up, down, gate = node.inputs[2], node.inputs[3], node.operand(4)
     assert node.inputs[1] is not None
     shape = lower.types[node.inputs[1]].shape
     rank, count = len(shape), int(shape[-1])
@@ -92,9 +92,9 @@ def experts(lower: Lowering, node: Node) -> ir.Value:
         of_routes = builder.op("Unsqueeze", of_routes, builder.constant([1]))
         weights = builder.split(of_routes, count, loads)
     first = _parts(lower, up if gate is None else gate, count)
-    first_bias = _parts(lower, lower.operand(node, 5 if gate is None else 6), count)
+    first_bias = _parts(lower, node.operand(5 if gate is None else 6), count)
     other = _parts(lower, None if gate is None else up, count)
-    other_bias = _parts(lower, None if gate is None else lower.operand(node, 5), count)
+    other_bias = _parts(lower, None if gate is None else node.operand(5), count)
     last = _parts(lower, down, count, turned=True)
     total = _zeros(lower, node.output)
     for number in range(count):
@@ -114,7 +114,7 @@ def experts(lower: Lowering, node: Node) -> ir.Value:
 def _ones(lower: Lowering, gates: Value) -> bool:
     """Return whether the gates that are not 0 are 1."""
     made = gates.node
-    return made is not None and made.op == "top_k_gating" and lower.operand(made, 2) is None
+    return made is not None and made.op == "top_k_gating" and made.operand(2) is None
 
 
 def _zeros(lower: Lowering, value: Value) -> ir.Value:

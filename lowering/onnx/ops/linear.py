@@ -37,7 +37,7 @@ def linear(lower: Lowering, node: Node) -> ir.Value:
     assert weight is not None
     if node in lower.packs:
         return _packed(lower, node, x)
-    bias = lower.operand(node, 2)
+    bias = node.operand(2)
     stored = lower.values[weight]
     if isinstance(stored, QuantisedMatrix) and stored.in_blocks:
         product = stored.matmul(builder, x)
@@ -60,5 +60,5 @@ def _packed(lower: Lowering, node: Node, x: ir.Value) -> ir.Value:
         parts = builder.op("Split", product, builder.constant(widths), outputs=len(widths), axis=-1)
         lower.shared[key] = dict(zip(pack.nodes, parts, strict=True))
     part = lower.shared[key][node]
-    bias = lower.operand(node, 2)
+    bias = node.operand(2)
     return part if bias is None else builder.op("Add", part, lower.whole(bias))

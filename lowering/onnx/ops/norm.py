@@ -36,7 +36,7 @@ def _pending(lower: Lowering, node: Node) -> Sum | None:
 @translation("rms_norm")
 def rms_norm(lower: Lowering, node: Node) -> Lowered:
     builder, attrs = lower.builder, lower.attrs(node)
-    x, weight = node.inputs[0], lower.operand(node, 1)
+    x, weight = node.inputs[0], node.operand(1)
     assert x is not None
     width = int(lower.types[x].shape[-1])
     gain = _gain(lower, weight, width, attrs.get("offset", 0.0))
@@ -68,7 +68,7 @@ def rms_norm(lower: Lowering, node: Node) -> Lowered:
 @translation("layer_norm")
 def layer_norm(lower: Lowering, node: Node) -> Lowered:
     builder, attrs = lower.builder, lower.attrs(node)
-    x, weight, bias = node.inputs[0], lower.operand(node, 1), lower.operand(node, 2)
+    x, weight, bias = node.inputs[0], node.operand(1), node.operand(2)
     assert x is not None
     width = int(lower.types[x].shape[-1])
     gain = _gain(lower, weight, width, attrs.get("offset", 0.0))

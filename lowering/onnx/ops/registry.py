@@ -125,9 +125,6 @@ class Lowering:
         )
         return Heads(flat, int(heads), int(width), True, lowered)
 
-    def operand(self, node: Node, index: int) -> Value | None:
-        return node.inputs[index] if index < len(node.inputs) else None
-
     def aten_arg(self, node: Node, position: int, name: str = "", default: Any = None) -> Any:
         """Return an argument of an ATen node: a Value, or a literal."""
         args, kwargs = node.attrs["args"], node.attrs.get("kwargs", {})
