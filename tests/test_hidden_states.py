@@ -35,7 +35,7 @@ def test_batches_together_give_what_the_program_gives(cache):
     assert torch.equal(torch.cat(stream.ids), IDS)
     assert stream.held_out == [False, False, True, True]
     assert [block.index for block in stream] == [0, 1, 2]
-    found = torch.cat(stream.outputs(stream.hidden))
+    found = torch.cat([stream.output(*batch) for batch in enumerate(stream.hidden)])
     assert torch.allclose(found, Runner(program).logits({"input_ids": IDS}), atol=1e-5)
     assert stream.block_calls == 3 * 4
 
@@ -90,7 +90,11 @@ def test_the_stream_goes_on_with_the_rewritten_block_and_values_stay_those_of_th
         assert torch.equal(block.values(0, [ffn.term])[0], before)
         assert torch.allclose(observed[0], 3 * before, atol=1e-6)
     expected = Runner(program).logits({"input_ids": IDS})
-    assert torch.allclose(torch.cat(stream.outputs(stream.hidden)), expected, atol=1e-5)
+    assert torch.allclose(
+        torch.cat([stream.output(*batch) for batch in enumerate(stream.hidden)]),
+        expected,
+        atol=1e-5,
+    )
 
 
 def test_room_is_asked_for_the_hidden_states_of_all_windows(monkeypatch):

@@ -12,11 +12,13 @@ from families import captured
 from programs import tiny_program
 from torch import nn
 
+from graphopt.calibration import scores as scores_module
 from graphopt.calibration.scores import (
     METRICS,
     PruningUnit,
     Scores,
-    final_results,
+    final_hidden,
+    score_removals,
     score_units,
     units_of,
 )
@@ -35,7 +37,8 @@ IDS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(5))
 
 
 def at_once(monkeypatch, tokens):
-    monkeypatch.setattr(hidden_states, "TOKENS_AT_ONCE", PerDevice(cpu=tokens, gpu=tokens))
+    for module in (hidden_states, scores_module):
+        monkeypatch.setattr(module, "TOKENS_AT_ONCE", PerDevice(cpu=tokens, gpu=tokens))
 
 
 def stream(program, count=None):
@@ -53,9 +56,9 @@ def stream(program, count=None):
     return values[name].double()
 
 
-def without(program, unit):
+def without(program, *units):
     pruned = program.copy()
-    remove_sub_blocks(pruned, [(unit.block, unit.kind)])
+    remove_sub_blocks(pruned, [(unit.block, unit.kind) for unit in units])
     return pruned
 
 
@@ -63,8 +66,9 @@ class Definition:
     """Scores candidates the way definitions say; what several scores look at is run once."""
 
     def __init__(self, program):
-        def model(unit):
-            return program if unit is None else without(program, unit)
+        def model(removed):
+            units = [removed] if isinstance(removed, PruningUnit) else removed or ()
+            return without(program, *units) if units else program
 
         self.model = functools.cache(model)
         self.stream = functools.cache(lambda unit, count=None: stream(self.model(unit), count))
@@ -119,6 +123,37 @@ def test_mixtures_of_experts_score_as_defined(family, monkeypatch):
                 assert scores.values[unit] == pytest.approx(
                     definition.score(unit, metric), abs=1e-6, rel=1e-4
                 ), (metric, unit, rows)
+
+
+@pytest.mark.parametrize("metric", ["mi", "kl", "ppl"])
+def test_sets_in_one_walk_score_as_the_models_without_them(metric, monkeypatch):
+    program = tiny_program(layers=4)
+    removals = [
+        frozenset({PruningUnit(3), PruningUnit(0)}),
+        frozenset(),
+        frozenset({PruningUnit(0)}),
+        frozenset({PruningUnit(1, "attention"), PruningUnit(1, "ffn"), PruningUnit(3)}),
+        frozenset({PruningUnit(0), PruningUnit(2, "ffn"), PruningUnit(3, "attention")}),
+    ]
+    definition = Definition(program)
+    expected = [definition.score(removal, metric) for removal in removals]
+    for free in (1 << 40, 1):  # all of them at once, and one after the other
+        monkeypatch.setattr(scores_module, "free_bytes", lambda device, free=free: free)
+        found = score_removals(program, removals, IDS, metric)
+        assert list(found) == removals
+        assert list(found.values()) == pytest.approx(expected, abs=1e-6, rel=1e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_is_missing_already_is_missing_in_what_is_compared_with(metric):
+    program, removed = tiny_program(layers=4), PruningUnit(1)
+    units = [PruningUnit(0), PruningUnit(2), PruningUnit(3, "ffn")]
+    shorter = without(program, removed)
+    renamed = [PruningUnit(0), PruningUnit(1), PruningUnit(2, "ffn")]
+    found = score_units(program, units, IDS, metric, removed=[removed]).values
+    expected = score_units(shorter, renamed, IDS, metric).values
+    assert list(found) == units
+    assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-6, rel=1e-5)
 
 
 class _SequenceFirst(nn.Module):
@@ -257,7 +292,7 @@ def test_scores_repeat_bit_for_bit():
 
 def test_a_score_may_be_against_another_model():
     program = tiny_program(layers=5)
-    base = final_results(program, IDS, "mi")
+    base = final_hidden(program, IDS)
     shorter = without(program, PruningUnit(1))
     units = units_of(shorter, ("block",))
     found = score_units(shorter, units, IDS, "mi", reference=base).values

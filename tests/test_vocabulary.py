@@ -6,14 +6,14 @@ import pytest
 import torch
 from programs import tiny_program
 
+from graphopt.calibration import vocabulary
+from graphopt.calibration.vocabulary import narrow_head, tokens_to_compare, vocabulary_size
 from graphopt.execute.block_runner import BlockRunner
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Program
 from graphopt.support.per_device import PerDevice
-from graphopt.training import vocabulary
 from graphopt.training.losses import LogitObjective
-from graphopt.training.vocabulary import narrow_head, tokens_to_compare, vocabulary_size
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 97, (6, 12), generator=torch.Generator().manual_seed(0))

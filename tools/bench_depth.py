@@ -27,7 +27,7 @@ from measure import keep, random_llama, run_recipes
 
 import graphopt as go
 from graphopt.backends.onnx_artifact import OnnxArtifactModel
-from graphopt.calibration.scores import PruningUnit, final_results, score_units, units_of
+from graphopt.calibration.scores import PruningUnit, final_hidden, score_units, units_of
 from graphopt.calibration.text import pick, text_windows
 from graphopt.capture import capture
 from graphopt.evaluate.perplexity import read_text
@@ -84,7 +84,7 @@ def scores(options: argparse.Namespace) -> dict[str, Any]:
         together = score_units(program, units, windows, device=device).values
         times["one walk"].append(time.perf_counter() - started)
         started = time.perf_counter()
-        base = final_results(program, windows, "mi", device=device)
+        base = final_hidden(program, windows, device=device)
         alone = {unit: naive(program, unit, windows, base, device) for unit in units}
         times["naive"].append(time.perf_counter() - started)
     largest = max(abs(together[unit] - alone[unit]) for unit in units)
@@ -98,7 +98,7 @@ def naive(program: Any, unit: PruningUnit, windows: Any, base: Any, device: torc
     """Return a block's macro influence by running the model without it."""
     pruned = program.copy()
     remove_blocks(pruned, [unit.block])
-    (ours,) = final_results(pruned, windows, "mi", device=device)
+    (ours,) = final_hidden(pruned, windows, device=device)
     cosine = torch.nn.functional.cosine_similarity(ours.double(), base[0].double(), dim=-1)
     return float((1 - cosine).mean())
 

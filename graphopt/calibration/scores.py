@@ -10,20 +10,22 @@ n^2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphopt.calibration.vocabulary import vocabulary_size
 from graphopt.errors import SourceError
 from graphopt.evaluate.perplexity import token_log_likelihoods
-from graphopt.execute.hidden_states import BlockStep, HiddenStateStream
+from graphopt.execute.hidden_states import TOKENS_AT_ONCE, BlockStep, HiddenStateStream
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks, sub_blocks, without_sub_block
-from graphopt.ir.graph import Program
+from graphopt.ir.graph import Function, Program
+from graphopt.support.devices import free_bytes
 from graphopt.support.per_device import PerDevice
 from graphopt.support.progress import Progress, silent
 
@@ -39,6 +41,8 @@ METRICS = {
 _FINAL_OUTPUT_METRICS = ("mi", "kl", "ppl")
 _TOKENS_OF_CANDIDATES = PerDevice(cpu=4096, gpu=32768)
 """Tokens of several candidates that a block runs over at once: a GPU waits for launches else."""
+_LOGITS_AT_ONCE = PerDevice(cpu=2**27, gpu=2**30)
+"""Logits of a batch, at most: 262,144 for each token of some models."""
 
 
 @dataclass(frozen=True, order=True)
@@ -55,6 +59,10 @@ class PruningUnit:
 
     def __str__(self) -> str:
         return str(self.block) if self.kind == "block" else f"{self.block}.{self.kind}"
+
+
+Removal: TypeAlias = frozenset[PruningUnit]
+"""Units that are removed together."""
 
 
 @dataclass
@@ -98,6 +106,7 @@ def score_units(
     windows: Tensor,
     metric: str = "mi",
     *,
+    removed: Collection[PruningUnit] = (),
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     reference: Sequence[Tensor] | None = None,
@@ -109,45 +118,61 @@ def score_units(
         units: See `units_of`.
         windows: int64 [windows, tokens].
         metric: One of `METRICS`.
+        removed: Units that are missing already, in the model that candidates are compared with too.
         dtype: The dtype of weights and activations; scores are computed in fp32.
-        reference: What results are compared with: for every batch the last block's output (mi)
-            or the logits (kl) of another model, from `final_results`; by default those of
-            `program` itself.
+        reference: What results are compared with, where it is another model's: its hidden states
+            behind the last block for every batch, from `final_hidden`.
 
     Raises:
         SourceError: A weight cannot be read.
     """
+    gone = frozenset(removed)
     stream = scoring_stream(program, windows, device=device, dtype=dtype, progress=progress)
-    wanted: dict[int, list[PruningUnit]] = {}
-    for unit in units:
-        wanted.setdefault(unit.block, []).append(unit)
     with torch.inference_mode():
         if metric in _FINAL_OUTPUT_METRICS:
-            values = final_output_metric(
-                stream,
-                lambda block: {unit: ablated(block, unit) for unit in wanted.get(block.index, ())},
-                metric,
-                reference,
-            )
+            removals = {unit: gone | {unit} for unit in units}
+            of_sets = removal_metric(stream, list(removals.values()), metric, gone, reference)
+            values = {unit: of_sets[removal] for unit, removal in removals.items()}
         else:
-            values = block_output_metric(stream, wanted, metric)
-    calls = stream.block_calls // len(stream.ids)
-    return Scores({unit: values[unit] for unit in units}, calls)
+            values = block_output_metric(stream, units, gone, metric)
+    return Scores(values, stream.block_calls // len(stream.ids))
 
 
-def final_results(
+def score_removals(
+    program: Program,
+    removals: Sequence[Removal],
+    windows: Tensor,
+    metric: str = "kl",
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    reference: Sequence[Tensor] | None = None,
+    progress: Progress = silent,
+) -> dict[Removal, float]:
+    """Score sets of units that are removed together, by what is behind the last block.
+
+    Args:
+        removals: Sets of units; each is compared with the whole model.
+        windows, dtype, reference: As for `score_units`.
+        metric: One of `METRICS` that is measured behind the last block.
+    """
+    stream = scoring_stream(program, windows, device=device, dtype=dtype, progress=progress)
+    with torch.inference_mode():
+        return removal_metric(stream, removals, metric, frozenset(), reference)
+
+
+def final_hidden(
     program: Program,
     windows: Tensor,
-    metric: str,
     *,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Return what `score_units` compares with, for every batch of windows."""
+    """Return what candidates are compared with: every batch's hidden states behind the blocks."""
     stream = scoring_stream(program, windows, device=device, dtype=dtype)
     with torch.inference_mode():
         stream.run_to(len(stream.blocks))
-        return _results(stream, stream.hidden, metric)
+        return stream.hidden
 
 
 def scoring_stream(
@@ -158,9 +183,19 @@ def scoring_stream(
     dtype: torch.dtype = torch.float32,
     progress: Progress = silent,
 ) -> HiddenStateStream:
-    """Return the stream that scores are taken from: all of it in one dtype."""
+    """Return the stream that scores are taken from: all of it in one dtype.
+
+    Its batches are so small that their logits fit the memory, also of a large vocabulary.
+    """
     runner = Runner(program, dtype, device or torch.device("cpu"), keep_weights=False)
-    return HiddenStateStream(runner, windows, progress=progress, what="scoring blocks")
+    usual, logits = TOKENS_AT_ONCE.on(runner.device), _LOGITS_AT_ONCE.on(runner.device)
+    return HiddenStateStream(
+        runner,
+        windows,
+        tokens_at_once=min(usual, logits // (vocabulary_size(program) or 1)),
+        progress=progress,
+        what="scoring blocks",
+    )
 
 
 Candidate = TypeVar("Candidate", bound=Hashable)
@@ -170,7 +205,6 @@ def final_output_metric(
     stream: HiddenStateStream,
     candidates: Callable[[BlockStep], Mapping[Candidate, list[Tensor]]],
     metric: str,
-    reference: Sequence[Tensor] | None = None,
 ) -> dict[Candidate, float]:
     """Score candidates by what they come to behind the last block.
 
@@ -179,80 +213,171 @@ def final_output_metric(
         candidates: Called at every block; returns for each candidate there the hidden states of
             every batch behind the block.
         metric: One of `METRICS` that is measured behind the last block.
-        reference: As for `score_units`.
     """
     kept: dict[Candidate, list[Tensor]] = {}
     for block in stream:
-        known = list(kept)
-        for batch, ids in enumerate(stream.ids):
-            size = max(1, _TOKENS_OF_CANDIDATES.on(ids.device) // ids.numel())
-            for start in range(0, len(known), size):
-                several = known[start : start + size]
-                stacked = torch.cat(
-                    [kept[candidate][batch] for candidate in several], stream.batch_axis
-                )
-                behind = block.run(batch, stacked).split(len(ids), stream.batch_axis)
-                for candidate, hidden in zip(several, behind, strict=True):
-                    kept[candidate][batch] = hidden
+        kept = _behind(block, kept)
         kept.update(candidates(block))
-    base = _results(stream, stream.hidden, metric) if reference is None else list(reference)
-    values: dict[Candidate, float] = {}
-    count = len(kept)
-    for done, candidate in enumerate(list(kept), start=1):
-        results = _results(stream, kept.pop(candidate), metric)
-        values[candidate] = _distance(stream, results, base, metric)
-        stream.progress("comparing results", done, count)
-    return values
+    return _compared(stream, kept, stream.hidden, metric)
+
+
+def removal_metric(
+    stream: HiddenStateStream,
+    removals: Sequence[Removal],
+    metric: str,
+    base: Removal,
+    reference: Sequence[Tensor] | None = None,
+) -> dict[Removal, float]:
+    """Score sets of units that are removed together.
+
+    Sets that agree on the blocks passed so far share one stream. As many sets are walked at a time
+    as their streams take half of the memory that is free.
+
+    Args:
+        stream: In front of the first block.
+        metric: One of `METRICS` that is measured behind the last block.
+        base: The removal that all are compared with, unless a reference is given.
+        reference: As for `score_units`.
+    """
+    first = list(stream.hidden)
+    values: dict[Removal, float] = {}
+    # Neighbours in this order agree on most of their first blocks.
+    ordered = sorted(dict.fromkeys(removals), key=sorted)
+    size = sum(hidden.nbytes for hidden in first)
+    # What runs a block holds its input, its output and both again stacked.
+    at_once = max(1, free_bytes(stream.device) // 2 // (4 * size))
+    for start in range(0, len(ordered), at_once):
+        several = ordered[start : start + at_once]
+        stream.skip_to(0, first)
+        compared = reference is None and metric != "ppl"
+        kept = _walked(stream, [*several, *[base] * compared])
+        against = kept[base] if compared else reference
+        kept = {removal: kept[removal] for removal in several}
+        values.update(_compared(stream, kept, against, metric))
+    return {removal: values[removal] for removal in removals}
+
+
+def _walked(stream: HiddenStateStream, removals: Sequence[Removal]) -> dict[Removal, list[Tensor]]:
+    """Return the hidden states behind the last block without the units of each set."""
+    kept: dict[Removal, list[Tensor]] = {frozenset(): list(stream.hidden)}
+    for block in stream:
+        by_kinds: dict[frozenset[str], dict[Removal, list[Tensor]]] = {}
+        for removal in removals:
+            here = frozenset(unit for unit in removal if unit.block == block.index)
+            before = frozenset(unit for unit in removal if unit.block < block.index)
+            kinds = frozenset(unit.kind for unit in here)
+            by_kinds.setdefault(kinds, {})[before | here] = kept[before]
+        kept = {}
+        for kinds, streams in by_kinds.items():
+            kept.update(_behind(block, streams, kinds))
+        stream.skip_to(block.index + 1, stream.hidden)
+    return kept
+
+
+def _behind(
+    block: BlockStep,
+    streams: Mapping[Candidate, list[Tensor]],
+    kinds: Collection[str] = (),
+) -> dict[Candidate, list[Tensor]]:
+    """Return several streams behind a block, of which parts of some kinds are left out."""
+    function = _without(block, kinds)
+    known = list(streams)
+    if function is None:
+        return {candidate: list(streams[candidate]) for candidate in known}
+    stream = block.stream
+    behind: dict[Candidate, list[Tensor]] = {candidate: [] for candidate in known}
+    for batch, ids in enumerate(stream.ids):
+        size = max(1, _TOKENS_OF_CANDIDATES.on(ids.device) // ids.numel())
+        for start in range(0, len(known), size):
+            several = known[start : start + size]
+            stacked = torch.cat(
+                [streams[candidate][batch] for candidate in several], stream.batch_axis
+            )
+            results = block.run(batch, stacked, function=function)
+            for candidate, hidden in zip(
+                several, results.split(len(ids), stream.batch_axis), strict=True
+            ):
+                behind[candidate].append(stream.offload(hidden))
+    return behind
+
+
+def _without(block: BlockStep, kinds: Collection[str]) -> Function | None:
+    """Return what a block runs where parts of some kinds are left out; None for nothing at all."""
+    if not kinds:
+        return block.function
+    parts = {part.kind for part in sub_blocks(block.function, block.block.stream)}
+    if "block" in kinds or (parts and parts <= set(kinds)):
+        return None
+    return without_sub_block(block.function, block.block.stream, kinds, block.function.name)
 
 
 def block_output_metric(
-    stream: HiddenStateStream, wanted: Mapping[int, Sequence[PruningUnit]], metric: str
+    stream: HiddenStateStream,
+    units: Sequence[PruningUnit],
+    removed: Removal,
+    metric: str,
 ) -> dict[PruningUnit, float]:
-    """Score units, by the index of their block, by the hidden states behind it."""
+    """Score units by the hidden states behind their block, where others are removed already."""
     values: dict[PruningUnit, float] = {}
     for block in stream:
-        without = {unit: ablated(block, unit) for unit in wanted.get(block.index, ())}
-        behind = block.advance()
-        for unit, hidden in without.items():
-            values[unit] = _distance(stream, hidden, behind, metric)
-    return values
+        gone = {unit.kind for unit in removed if unit.block == block.index}
+        before = {None: list(block.hidden)}
+        behind = _behind(block, before, gone)[None]
+        for unit in units:
+            if unit.block == block.index:
+                hidden = _behind(block, before, {*gone, unit.kind})[None]
+                values[unit] = _compared(stream, {unit: hidden}, behind, metric)[unit]
+        block.advance(behind)
+    return {unit: values[unit] for unit in units}
 
 
-def ablated(block: BlockStep, unit: PruningUnit) -> list[Tensor]:
-    """Return every batch's hidden states behind a block that leaves a unit out."""
-    kinds = {part.kind for part in sub_blocks(block.function, block.block.stream)}
-    if unit.kind == "block" or kinds == {unit.kind}:
-        return list(block.hidden)
-    function = without_sub_block(
-        block.function, block.block.stream, [unit.kind], block.function.name
-    )
-    return [block.run(batch, function=function) for batch in range(len(block.hidden))]
+def _compared(
+    stream: HiddenStateStream,
+    streams: Mapping[Candidate, list[Tensor]],
+    reference: Sequence[Tensor] | None,
+    metric: str,
+) -> dict[Candidate, float]:
+    """Return the score of each of several streams.
+
+    Args:
+        streams: The hidden states of every batch.
+        reference: Those that they are compared with; None where the metric compares with the text.
+    """
+    totals, count = dict.fromkeys(streams, 0.0), 0
+    for batch, ids in enumerate(stream.ids):
+        stream.progress("comparing results", batch, len(stream.ids))
+        base = None if reference is None else _results(stream, batch, reference[batch], metric)
+        for candidate, hidden in streams.items():
+            results = _results(stream, batch, hidden[batch], metric)
+            if metric == "ppl":
+                lost = -token_log_likelihoods(results[:, :-1], ids[:, 1:])
+            else:
+                assert base is not None
+                # A window at a time: in fp32, logits take as much memory again.
+                pairs = zip(results, base, strict=True)
+                lost = torch.stack([_distances(row, other, metric) for row, other in pairs])
+            totals[candidate] += float(lost.double().sum())
+            del results
+        count += lost.numel() if streams else 0
+    stream.progress("comparing results", len(stream.ids), len(stream.ids))
+    means = {candidate: total / max(count, 1) for candidate, total in totals.items()}
+    if metric != "ppl":
+        return means
+    return {
+        candidate: math.exp(min(mean, 700.0)) if math.isfinite(mean) else mean
+        for candidate, mean in means.items()
+    }
 
 
-def _results(stream: HiddenStateStream, hidden: Sequence[Tensor], metric: str) -> list[Tensor]:
-    """Return what a metric compares, from every batch's hidden states behind the last block."""
-    return list(hidden) if metric == "mi" else stream.outputs(hidden)
-
-
-def _distance(
-    stream: HiddenStateStream, results: Sequence[Tensor], base: Sequence[Tensor], metric: str
-) -> float:
-    total, count = 0.0, 0
-    for ids, candidate, reference in zip(stream.ids, results, base, strict=True):
-        if metric == "ppl":
-            likely = token_log_likelihoods(candidate[:, :-1], ids[:, 1:])
-            total, count = total - float(likely.double().sum()), count + likely.numel()
-            continue
-        for row, other in zip(candidate, reference, strict=True):
-            row, other = row.to(stream.device).float(), other.to(stream.device).float()
-            total += float(_distances(row, other, metric).double().sum())
-            count += len(row)
-    mean = total / max(count, 1)
-    return math.exp(min(mean, 700.0)) if metric == "ppl" and math.isfinite(mean) else mean
+def _results(stream: HiddenStateStream, batch: int, hidden: Tensor, metric: str) -> Tensor:
+    """Return what a metric compares, from a batch's hidden states."""
+    hidden = hidden.to(stream.device)
+    return stream.output(batch, hidden) if metric in ("kl", "ppl") else hidden
 
 
 def _distances(candidate: Tensor, reference: Tensor, metric: str) -> Tensor:
     """Return how far rows [tokens, N] are apart, fp32 [tokens]."""
+    candidate, reference = candidate.float(), reference.float()
     if metric == "kl":
         p, q = torch.log_softmax(reference, -1), torch.log_softmax(candidate, -1)
         return (p.exp() * (p - q)).sum(-1)

@@ -185,18 +185,18 @@ class HiddenStateStream:
             self._place = room_for(size, self.device) or torch.device("cpu")
         return tensor.to(self._place)
 
-    def outputs(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """Return the program's first output, its logits, of hidden states behind the last block."""
+    def output(self, batch: int, hidden: Tensor) -> Tensor:
+        """Return the program's first output, its logits, of a batch's states behind the blocks."""
         last = self.blocks[-1].position
-        name = self.program.calls[last].results[0]
-        batches = [
-            {**environment, name: states.to(self.device)}
-            for environment, states in zip(self.environments, hidden, strict=True)
-        ]
+        values = {
+            **self.environments[batch],
+            self.program.calls[last].results[0]: hidden.to(self.device),
+        }
         with torch.no_grad():
-            for _ in self.runner.run_calls(batches, last + 1, len(self.program.calls)):
+            for _ in self.runner.run_calls([values], last + 1, len(self.program.calls)):
                 pass
-        return [batch[self.program.outputs[0]] for batch in batches]
+        logits: Tensor = values[self.program.outputs[0]]
+        return logits
 
     def windows_of(self, hidden: Tensor) -> int:
         """Return how many windows hidden states are of: not all have the batch as first axis."""

@@ -21,6 +21,7 @@ from graphopt.calibration.text import (
     sample_windows,
     window_length,
 )
+from graphopt.calibration.vocabulary import narrow_head, tokens_to_compare
 from graphopt.errors import PassError
 from graphopt.execute.block_runner import BlockRunner, Parametrisation
 from graphopt.execute.interpreter import resident
@@ -42,7 +43,6 @@ from graphopt.training.parametrisations import FullParametrisation, LowRankParam
 from graphopt.training.record import TrainedPart, TrainingRecord
 from graphopt.training.schedule import Schedule, TrainingResult
 from graphopt.training.tuner import Tuner
-from graphopt.training.vocabulary import narrow_head, tokens_to_compare
 
 GENERATION_SHARE = 0.25
 """The share of a training's seconds in which the dense model generates text for it."""

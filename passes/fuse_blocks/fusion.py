@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from graphopt.calibration.reconstruction import reconstruct_behind_cuts
-from graphopt.calibration.scores import units_of
 from graphopt.calibration.text import pick
 from graphopt.errors import PassError
 from graphopt.execute.block_runner import Parametrisation
@@ -215,14 +214,13 @@ class Fusion(Distiller):
         if not self.done:
             self.program = self.dense.copy()
         names = [block_name(self.dense, block) for block in find_blocks(self.dense)]
-        chooser = None if pruning.remove else Chooser(pruning, self.dense, self.context)
+        chooser = None if pruning.remove else Chooser.of(pruning, self.dense, self.context)
         for number in range(len(self.record.order), len(removed)):
             here = [block_name(self.program, block) for block in find_blocks(self.program)]
             if chooser is None:
                 place = here.index(removed[number])
             else:
-                units = units_of(self.program, ("block",))
-                place = chooser.score(self.program, units, None).lowest().block
+                place = chooser.lowest(self.program).block
             what = f"fusing {here[place]}"
             schedule = self._part(len(removed) - number)
             pruned, tuned = self._fuse_one(place, what, schedule, self.options.donor)

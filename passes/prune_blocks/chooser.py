@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from graphopt.calibration.scores import PruningUnit, Scores, final_results, score_units, units_of
+from graphopt.calibration.scores import PruningUnit, Scores, final_hidden, score_units, units_of
 from graphopt.calibration.text import (
     PERPLEXITY_WINDOWS,
     calibration_windows,
@@ -20,11 +20,7 @@ from graphopt.calibration.text import (
     window_length,
 )
 from graphopt.execute.interpreter import resident
-from graphopt.ir.blocks import (
-    find_blocks,
-    remove_sub_blocks,
-    sub_blocks,
-)
+from graphopt.ir.blocks import remove_sub_blocks
 from graphopt.ir.dtypes import scoring_dtype
 from graphopt.ir.graph import Program
 from graphopt.pass_manager.contract import Context, Skip
@@ -71,23 +67,33 @@ class Choice:
 class Chooser:
     """The loop of scoring and removing.
 
-    Raises:
-        PassError: The calibration text is too short.
-        SourceError: The model has no tokenizer, or a weight cannot be read.
+    Args:
+        windows: int64 [N, S], windows of the calibration text. The last ones are held out, and
+            scores come from the others, where there are more.
     """
 
-    def __init__(self, options: PruneBlocks, program: Program, context: Context) -> None:
+    def __init__(
+        self, options: PruneBlocks, program: Program, windows: Tensor, context: Context
+    ) -> None:
         self.options, self.context = options, context
         self.device = context.device
         self.dtype = scoring_dtype(program, self.device)
-        length = window_length(program, options.seqlen, self.device)
-        windows = calibration_windows(program, context, length)
-        # Held-out windows are the last ones; scores come from the others, where there are more.
         self.checked = windows[-PERPLEXITY_WINDOWS:]
         scored = windows[:-PERPLEXITY_WINDOWS] if len(windows) > PERPLEXITY_WINDOWS else windows
         self.windows = pick(scored, on_device(options.windows, self.device), context.seed)
         self.program = resident(program, self.dtype, self.device)
         self.perplexities: list[float] = []
+
+    @classmethod
+    def of(cls, options: PruneBlocks, program: Program, context: Context) -> Chooser:
+        """Return one that reads the calibration text.
+
+        Raises:
+            PassError: The text is too short.
+            SourceError: The model has no tokenizer.
+        """
+        length = window_length(program, options.seqlen, context.device)
+        return cls(options, program, calibration_windows(program, context, length), context)
 
     def all(self) -> Choice:
         """Return what goes, in which order, without changing the program."""
@@ -96,9 +102,7 @@ class Chooser:
         count = options.count(self.program)
         base: list[Tensor] | None = None
         if options.reference == "original" and options.score in ("mi", "kl"):
-            base = final_results(
-                self.program, self.windows, options.score, device=self.device, dtype=self.dtype
-            )
+            base = final_hidden(self.program, self.windows, device=self.device, dtype=self.dtype)
         self._step("the whole model", self._perplexity_without([]), choice)
         if options.remove:
             choice.order = [PruningUnit(index, options.part) for index in options.remove]
@@ -131,9 +135,12 @@ class Chooser:
     ) -> dict[PruningUnit, float]:
         """Return the scores of the units that are left where others are gone."""
         started = time.perf_counter()
-        scores = self.score(self._without(gone), self._renamed(left, gone), base)
+        named = score_units(
+            self.program, left, self.windows, self.options.score,
+            removed=gone, device=self.device, dtype=self.dtype, reference=base,
+            progress=self.context.progress,
+        ).values  # fmt: skip
         choice.seconds += time.perf_counter() - started
-        named = dict(zip(left, scores.values.values(), strict=True))
         choice.scores.append({str(unit): score for unit, score in named.items()})
         return named
 
@@ -195,35 +202,18 @@ class Chooser:
             left.append(unit)
             self._step(f"removing {better} in place of {unit}", value, choice)
 
-    def score(
-        self, program: Program, units: list[PruningUnit], base: list[Tensor] | None
-    ) -> Scores:
-        """Score units of a program that is in memory."""
+    def lowest(self, program: Program) -> PruningUnit:
+        """Return the unit that goes first from another program, which is its own reference."""
         return score_units(
-            program, units, self.windows, self.options.score,
-            device=self.device, dtype=self.dtype, reference=base, progress=self.context.progress,
-        )  # fmt: skip
+            program, units_of(program, PARTS[self.options.part]), self.windows, self.options.score,
+            device=self.device, dtype=self.dtype, progress=self.context.progress,
+        ).lowest()  # fmt: skip
 
     def _without(self, units: list[PruningUnit]) -> Program:
         program = self.program.copy()
         if units:
             remove_sub_blocks(program, [(unit.block, unit.kind) for unit in units])
         return program
-
-    def _renamed(self, left: list[PruningUnit], gone: list[PruningUnit]) -> list[PruningUnit]:
-        """Return what units of the whole program are called in the one without `gone`."""
-        blocks = find_blocks(self.program)
-        lost: set[int] = set()
-        for index, block in enumerate(blocks):
-            kinds = {unit.kind for unit in gone if unit.block == index}
-            function = self.program.functions[self.program.calls[block.position].function]
-            parts = {part.kind for part in sub_blocks(function, block.stream)}
-            if "block" in kinds or (parts and parts <= kinds):
-                lost.add(index)
-        return [
-            PruningUnit(unit.block - sum(index < unit.block for index in lost), unit.kind)
-            for unit in left
-        ]
 
     def _perplexity_without(self, units: list[PruningUnit]) -> float:
         return held_out_perplexity(self._without(units), self.checked, self.device, self.dtype)

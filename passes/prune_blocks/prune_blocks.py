@@ -168,7 +168,7 @@ class PruneBlocks(Pass):
             "Lower windows or seqlen, or take score=bi, which keeps one stream, or --device cpu."
         )
         with must_fit(context.device, "Scoring blocks", remedy):
-            choice = Chooser(self, program, context).all()
+            choice = Chooser.of(self, program, context).all()
         parameters = [program.parameter_count()]
         remove_sub_blocks(program, [(unit.block, unit.kind) for unit in choice.order])
         record = PrunedBlocks(
