@@ -23,7 +23,7 @@ from graphopt.training.options import TrainingOptions
 from graphopt.training.parametrisations import FullParametrisation, LoadBalanceBias
 from graphopt.training.record import TrainingRecord
 
-SCALE_RATE = 2.0
+SCALE_RATE = 0.4
 """The factor of the learning rate for gate scales: with the usual rate it is CMoE's 1e-3."""
 
 

@@ -39,10 +39,19 @@ from graphopt.support.per_device import on_device
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
 from graphopt.training.losses import LogitObjective, Objective
 from graphopt.training.options import TrainingOptions
-from graphopt.training.parametrisations import FullParametrisation, LowRankParametrisation
+from graphopt.training.parametrisations import (
+    FullParametrisation,
+    LowRankParametrisation,
+    weight_scale,
+)
 from graphopt.training.record import TrainedPart, TrainingRecord
 from graphopt.training.schedule import Schedule, TrainingResult
 from graphopt.training.tuner import Tuner
+
+RATE = 2.5e-3
+"""By how much of a weight's scale a step moves it at most, for steps of `USUAL_TOKENS` or more; one
+of fewer tokens is noisier, by the root of their number."""
+USUAL_TOKENS = 8192
 
 GENERATION_SHARE = 0.25
 """The share of a training's seconds in which the dense model generates text for it."""
@@ -60,7 +69,8 @@ class Distiller:
     Args:
         options: The options of the pass.
         program: What is trained; it is not changed.
-        rate: Learning rate where the options have none; None for one that suits whole weights.
+        rate: Learning rate where the options have none; None for that of trained weights, which
+            is relative to their scale.
         reduce_on_plateau: Whether a rate that gets no further is lowered.
         least_held: Windows that checks need at least.
 
@@ -92,8 +102,7 @@ class Distiller:
         seconds = options.seconds
         if seconds is None and options.steps is None:
             seconds = 150.0
-        # A step of fewer tokens is a noisier one.
-        usual_rate = 5e-4 * min(1.0, math.sqrt(batch * seqlen / 8192))
+        usual_rate = RATE * min(1.0, math.sqrt(batch * seqlen / USUAL_TOKENS))
         self.schedule = Schedule(
             options.steps, seconds, batch=batch, patience=options.patience,
             rate=options.rate or rate or usual_rate, reduce_on_plateau=reduce_on_plateau,
@@ -228,10 +237,23 @@ class Distiller:
         wanted = self.schedule.steps * self.schedule.batch // EPOCHS - len(self.windows)
         return min(max(wanted, 0), most), None
 
-    def hidden_states(self, program: Program, ids: Tensor, behind: int) -> HiddenStateCache:
-        """Return the hidden states behind a call of a program, given by its position."""
-        first = find_blocks(program)[0].position
-        return HiddenStateCache(BlockRunner(program, first, behind + 1, {}, self.device), ids)
+    def hidden_states(
+        self,
+        program: Program,
+        ids: Tensor,
+        behind: int,
+        first: int = 0,
+        entry: HiddenStateCache | None = None,
+    ) -> HiddenStateCache:
+        """Return the hidden states behind a call of a program, given by its position.
+
+        Args:
+            first: The block from which on they are made of `entry`.
+            entry: The hidden states in front of it; None to make them of the ids.
+        """
+        position = find_blocks(program)[first].position
+        runner = BlockRunner(program, position, behind + 1, {}, self.device)
+        return HiddenStateCache(runner, ids, entry)
 
     def parametrisations(self, program: Program, calls: list[Call]) -> dict[str, Parametrisation]:
         """Return what is trained of calls: every weight of theirs, but none used elsewhere."""
@@ -262,10 +284,10 @@ class Distiller:
                     and self.options.rank < min(value.shape)
                 ):
                     parametrisations[name] = LowRankParametrisation(
-                        value, self.options.rank, generator
+                        value, self.options.rank, generator, weight_scale(value)
                     )
                 else:
-                    parametrisations[name] = FullParametrisation(value)
+                    parametrisations[name] = FullParametrisation(value, weight_scale(value))
         return parametrisations
 
     def tune(
@@ -388,27 +410,38 @@ class Distiller:
             result.weights.replace(folded)
         return result
 
-    def distil(self) -> None:
-        """Train all blocks on the dense model's next-token distributions."""
+    def distil(self, first: int = 0) -> None:
+        """Train blocks on the dense model's next-token distributions.
+
+        Args:
+            first: The first block that is trained; those in front of it are the dense model's.
+        """
         ids = torch.cat([self.training_windows(), self.checked])
         last = find_blocks(self.dense)[-1].position
         blocks = find_blocks(self.program)
-        calls = [self.program.calls[block.position] for block in blocks]
+        calls = [self.program.calls[block.position] for block in blocks[first:]]
         started = time.perf_counter()
+        entry = None
+        if first:
+            entry = self.hidden_states(self.dense, ids, blocks[first - 1].position)
         tuned = self.tune(
             self.program,
             self.parametrisations(self.program, calls),
-            blocks[0].position,
+            blocks[first].position,
             blocks[-1].position + 1,
             DistillationData(
-                ids, self.hidden_states(self.dense, ids, last), held_out=len(self.checked)
+                ids,
+                self.hidden_states(self.dense, ids, last, first, entry),
+                entry,
+                held_out=len(self.checked),
             ),
             LogitObjective(),
             replace(self.schedule, seconds=self.left()),
             "distilling",
         )
         self.clock("training", started)
-        self.record.training = [trained_part("all blocks", tuned)]
+        what = f"blocks {first} to {len(blocks) - 1}" if first else "all blocks"
+        self.record.training = [trained_part(what, tuned)]
 
 
 def trained_part(part: str, tuned: TrainingResult) -> TrainedPart:

@@ -26,10 +26,14 @@ class HiddenStateCache:
     Args:
         teacher: The model; its calls are run from the start to its last one.
         ids: int64 [N, S].
+        entry: The hidden states in front of its first call, where they are known; calls before it
+            are then not run.
     """
 
-    def __init__(self, teacher: BlockRunner, ids: Tensor) -> None:
-        self._teacher, self._ids = teacher, ids
+    def __init__(
+        self, teacher: BlockRunner, ids: Tensor, entry: HiddenStateCache | None = None
+    ) -> None:
+        self._teacher, self._ids, self._entry = teacher, ids, entry
         self._known: dict[int, Tensor] = {}
         self._place: torch.device | None = None
         self._begun = False
@@ -55,7 +59,12 @@ class HiddenStateCache:
         teacher = self._teacher
         values = teacher.window_inputs(self._ids[torch.tensor(rows)].to(teacher.device))
         with torch.no_grad():
-            teacher.run_range(values, 0, teacher.stop)
+            if self._entry is None:
+                teacher.run_range(values, 0, teacher.stop)
+            else:
+                teacher.run_range(values, 0, teacher.embedding)
+                values[teacher.entry] = self._entry.rows(rows)
+                teacher.run_range(values, teacher.first, teacher.stop)
         return values[teacher.exit].to(teacher.kept_dtype)
 
 

@@ -21,7 +21,8 @@ class TrainingOptions:
         seconds: The pass takes at most so many seconds in all; 150 where neither this nor `steps`
             is given.
         steps: Training takes at most so many steps.
-        rate: The highest learning rate; by default 5e-4, and less for steps of under 8,192 tokens.
+        rate: The highest learning rate, relative to the scale of each weight; by default 2.5e-3,
+            and less for steps of under 8,192 tokens.
         batch: A step takes so many windows.
         seqlen: A window has so many tokens.
         generated_windows: The dense model writes so many windows itself, as self-generated

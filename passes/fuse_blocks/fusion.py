@@ -40,6 +40,10 @@ from graphopt.training.schedule import Schedule, TrainingResult
 if TYPE_CHECKING:
     from graphopt.passes.fuse_blocks.fuse_blocks import FuseBlocks
 
+TRAIN_IN_FRONT = PerDevice(cpu=False, gpu=True)
+"""Whether blocks in front of the first cut are trained too. Without them a step costs a part, since
+their hidden states are the dense model's, and a CPU has few steps."""
+
 WARM_TOKENS = PerDevice(cpu=32768, gpu=131072)
 """Tokens of the warm start."""
 WARM_SHARE = 0.5
@@ -91,7 +95,7 @@ class Fusion(Distiller):
                 self._warm_start()
                 self.checkpoint("warm start")
             if self.options.mode == "distil":
-                self.distil()
+                self.distil(0 if TRAIN_IN_FRONT.on(self.device) else self._in_front_of_cut())
             else:
                 self._local()
         self.note("trained", self.program)
@@ -193,6 +197,13 @@ class Fusion(Distiller):
         the one that learns what the model is for.
         """
 
+        count, size = len(find_blocks(self.program)), self.options.group
+        starts = range(self._in_front_of_cut(), count - size, size)
+        return [*((start, start + size) for start in starts), (max(count - size, 0), count)]
+
+    def _in_front_of_cut(self) -> int:
+        """Return the block in front of the first cut, which is the nearest to what is missing."""
+
         def named(program: Program) -> list[tuple[str, str]]:
             # A block that lost a part of its own runs another function.
             return [
@@ -201,12 +212,9 @@ class Fusion(Distiller):
             ]
 
         kept, whole = named(self.program), named(self.dense)
-        first = next((i for i, (a, b) in enumerate(zip(kept, whole, strict=False)) if a != b),
-                     len(kept) - 1)  # fmt: skip
-        # The block in front of the first cut takes part: it is the nearest to what is missing.
-        first, size = max(first - 1, 0), self.options.group
-        runs = [(start, start + size) for start in range(first, len(kept) - size, size)]
-        return [*runs, (max(len(kept) - size, 0), len(kept))]
+        pairs = zip(kept, whole, strict=False)
+        changed = (index for index, (a, b) in enumerate(pairs) if a != b)
+        return max(next(changed, len(kept) - 1) - 1, 0)
 
     def _published(self) -> None:
         pruning = self._pruning()

@@ -55,7 +55,7 @@ def steps_of(entry):
 @pytest.mark.slow
 def test_distilling_takes_back_half_of_what_removal_cost(dense, tmp_path):
     program, _, entry = fused(
-        dense, tmp_path, "ratio=0.25", "steps=80,batch=8,rate=0.0002", device="cpu"
+        dense, tmp_path, "ratio=0.25", "steps=80,batch=8,rate=0.003", device="cpu"
     )
     assert len(find_blocks(program)) == 6 and program.config["num_hidden_layers"] == 6
     steps = dict(steps_of(entry))
@@ -74,10 +74,10 @@ def test_distilling_takes_back_half_of_what_removal_cost(dense, tmp_path):
 @pytest.mark.parametrize(
     "fusion",
     [
-        "mode=local,steps=60,batch=8,group=3,rate=0.0003",
+        "mode=local,steps=60,batch=8,group=3,rate=0.004",
         "steps=40,batch=8,train=low-rank,rank=4",
         "steps=20,batch=8,generated_windows=4",
-        "steps=40,batch=8,warm_start=false,rate=0.0003",
+        "steps=40,batch=8,warm_start=false,rate=0.004",
     ],
 )
 def test_every_other_mode_does_better_than_plain_removal(dense, tmp_path, fusion):
