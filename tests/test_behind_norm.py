@@ -178,6 +178,9 @@ def test_carved_parts_with_a_norm_behind_them_are_reconstructed(
     assert isinstance(result.record, CarvedParts)
     reconstructions = result.record.reconstructions
     assert len(reconstructions) == len(find_blocks(dense)) and not result.skipped
+    # The gain behind a part was solved for too, which the pass has to state.
+    assert result.statement is not None
+    assert result.statement.check(dense, result.program) is None
     assert all(reconstruction.after <= reconstruction.before for reconstruction in reconstructions)
     assert sum(reconstruction.after for reconstruction in reconstructions) < sum(
         reconstruction.before for reconstruction in reconstructions

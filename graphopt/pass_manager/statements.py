@@ -157,12 +157,15 @@ class DividedPart:
             Numbers from the part's width on are neurons of zeros.
         shared: How many are shared.
         reconstructed: Whether the down projection was solved for anew.
+        solved: Names of other weights of the source's block that were solved for anew, such as the
+            gain of a norm behind the part.
     """
 
     block: int
     order: tuple[int, ...]
     shared: int
     reconstructed: bool
+    solved: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ def _check_neurons(
     call, other = before.calls[old.position], after.calls[new.position]
     numbers = ValueNumbers()
     kept = {numbers.weight(after.weights[name]) for name in other.weights.values()}
-    parts = _weights_of(before, call, _only_part(before, old))
+    parts = _weights_of(before, call, _only_part(before, old)) | part.solved
     for name in call.weights.values():
         if name not in parts and numbers.weight(before.weights[name]) not in kept:
             return f"{name} is not read any more"

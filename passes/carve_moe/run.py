@@ -137,7 +137,9 @@ class Carving:
                 reconstructions.append(
                     self._reconstruct(part, division, gates, path, norm, student, teacher.hidden)
                 )
-            divided[-1] = replace(divided[-1], reconstructed=True)
+            gain = None if norm is None else norm.gain_weight
+            solved = frozenset() if gain is None else frozenset({gain})
+            divided[-1] = replace(divided[-1], reconstructed=True, solved=solved)
         program.prune_unused()
         record = CarvedParts(
             split=f"S{self.options.shared}A{self.options.active}E{self.options.experts}",

@@ -152,6 +152,17 @@ def test_a_reconstructed_projection_may_differ_and_an_order_must_not_repeat():
     assert statement.check(before, after) == "layers.0 changed as well"
 
 
+def test_other_weights_may_differ_where_they_are_named():
+    before = tiny_program()
+    after, statement = divided(before)
+    gain = "layers.1.post_attention_layernorm.weight"
+    change(after, gain, scaled(0.5))
+    assert f"{gain} is not read" in (statement.check(before, after) or "")
+    (part,) = statement.parts
+    solved = DividedNeurons((replace(part, solved=frozenset({gain})),))
+    assert solved.check(before, after) is None
+
+
 def test_a_block_of_its_own_function_is_the_same_block():
     before = four_layers()
     after = before.copy()
