@@ -1,15 +1,17 @@
-"""What benches have in common: recipes run on the demo, shapes of large models, kept results."""
+"""What benches have in common: recipes run on a model, shapes of large models, kept results."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import json
 import os
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,12 +24,16 @@ import graphopt as go
 from graphopt.calibration.text import held_out_perplexity, text_windows
 from graphopt.capture import capture
 from graphopt.evaluate.perplexity import read_text
-from graphopt.evaluate.piqa import piqa_accuracy, read_piqa
+from graphopt.evaluate.piqa import PiqaRow, piqa_accuracy, read_piqa
 from graphopt.execute.interpreter import resident
 from graphopt.execute.language_model import ProgramModel, load_tokenizer
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Producer, Weight
+from graphopt.report.records import PassEntry
 from graphopt.targets import all_targets
+
+LOGITS_AT_ONCE = 2**26
+"""Numbers that a batch of the evaluation text may give; small models wait for launches else."""
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "numpy")
 LLAMA_7B = {
@@ -47,6 +53,93 @@ def target_here() -> str:
         if target.compute_capability is not None and target.compute_capability <= here
     ]
     return max(able)[1]
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What the quality of a model, and of all that is made of it, is measured by.
+
+    Attributes:
+        windows: Of the evaluation text, int64 [N, S]; S is 2,048, or what the model takes.
+        questions: Of PIQA; None where none are asked.
+        at_once: Windows of a batch.
+    """
+
+    windows: Tensor
+    questions: Sequence[PiqaRow] | None
+    device: torch.device
+    at_once: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        dense: Program,
+        text: Path,
+        device: torch.device,
+        windows: int | None = None,
+        piqa: Path | None = None,
+    ) -> Yardstick:
+        """Read the evaluation text by a model's tokenizer.
+
+        Args:
+            windows: How many are read, at most.
+            piqa: Questions; without them no accuracy is measured.
+        """
+        length = min(2048, ProgramModel(dense).positions or 2048)
+        ids = text_windows(dense, read_text(text), length)[:windows]
+        at_once = max(1, LOGITS_AT_ONCE // (length * int(dense.config["vocab_size"])))
+        return cls(ids, None if piqa is None else read_piqa(piqa), device, at_once)
+
+    def measure(self, program: Program) -> dict[str, float]:
+        """Return perplexity, and accuracy on the questions, in fp32."""
+        program = resident(program, torch.float32, self.device)
+        found = {
+            "perplexity": held_out_perplexity(
+                program, self.windows, self.device, torch.float32, self.at_once
+            )
+        }
+        if self.questions is not None:
+            model = ProgramModel(program, device=self.device)
+            tokenizer = load_tokenizer(model)
+            found["piqa"] = piqa_accuracy(model, tokenizer, self.questions, batch=32).accuracy
+        return found
+
+
+def run_recipe(
+    dense: Program, recipe: str, calib: Path, yardstick: Yardstick, base: float, seed: int = 0
+) -> tuple[Program, dict[str, Any]]:
+    """Run a recipe; return what it makes, and the record of the run.
+
+    Args:
+        base: The dense model's perplexity.
+    """
+    started = time.perf_counter()
+    program, report = go.Pipeline.parse(recipe).run(
+        dense, go.RunOptions(calib=calib, device=yardstick.device, verify=False, seed=seed)
+    )
+    seconds = time.perf_counter() - started
+    measured = yardstick.measure(program)
+    return program, {
+        "recipe": recipe,
+        "seconds": seconds,
+        **measured,
+        "times_dense": measured["perplexity"] / base,
+        "passes": {entry.name: brief(entry.details) for entry in report.passes},
+        "said": said(report.passes),
+    }
+
+
+def said(passes: Sequence[PassEntry]) -> list[str]:
+    """Return what passes left alone or warned of: a line a reason, with the places."""
+    lines = []
+    for entry in passes:
+        places: dict[str, list[str]] = {}
+        for skip in entry.skipped:
+            places.setdefault(skip.reason, []).append(skip.where)
+        for reason, where in places.items():
+            shown = ", ".join(where[:2]) + (f" and {len(where) - 2} more" if where[2:] else "")
+            lines.append(f"{entry.name}: {shown}: {reason}")
+    return lines
 
 
 def run_recipes(
@@ -72,46 +165,25 @@ def run_recipes(
         more: What else to measure of it, given the windows and the device.
     """
     dense = capture("demo")
-    ids = text_windows(dense, read_text(text), 2048)[:windows]
-    rows = None if piqa is None else read_piqa(piqa)
-
-    def quality(program: Program) -> dict[str, float]:
-        program = resident(program, torch.float32, device)
-        found = {"perplexity": held_out_perplexity(program, ids, device, torch.float32)}
-        if rows is not None:
-            model = ProgramModel(program, device=device)
-            found["piqa"] = piqa_accuracy(model, load_tokenizer(model), rows, batch=32).accuracy
-        return found
-
-    base = quality(dense)
+    yardstick = Yardstick.of(dense, text, device, windows, piqa)
+    base = yardstick.measure(dense)
     print(f"dense {base}", flush=True)
     runs: list[dict[str, Any]] = []
     found: dict[str, Any] = {
         "dense": base,
         "text": text.name,
         "calib": calib.name,
-        "windows": len(ids),
+        "windows": len(yardstick.windows),
         "runs": runs,
     }
     for recipe in recipes:
-        started = time.perf_counter()
-        program, report = go.Pipeline.parse(recipe).run(
-            dense, go.RunOptions(calib=calib, device=device, verify=False, seed=seed)
+        program, run = run_recipe(dense, recipe, calib, yardstick, base["perplexity"], seed)
+        runs.append({**run, **more(program, yardstick.windows, device)})
+        quality = ", ".join(f"{name} {run[name]:.3f}" for name in base)
+        print(
+            f"{recipe}: {quality}, {run['times_dense']:.3f} x dense, {run['seconds']:.1f} s",
+            flush=True,
         )
-        seconds = time.perf_counter() - started
-        measured = quality(program)
-        times = measured["perplexity"] / base["perplexity"]
-        runs.append(
-            {
-                "recipe": recipe,
-                "seconds": seconds,
-                **measured,
-                "times_dense": times,
-                **more(program, ids, device),
-                "passes": {entry.name: brief(entry.details) for entry in report.passes},
-            }
-        )
-        print(f"{recipe}: {measured}, {times:.3f} x dense, {seconds:.1f} s", flush=True)
         save(found)
         made(program)
     return found
@@ -176,8 +248,7 @@ def keep(
     cores = len(os.sched_getaffinity(0))
     gpu = device.type == "cuda"
     where = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {cores} cores"
-    kept = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
-    kept[f"{name} on {device.type}"] = {
+    part = {
         "command": " ".join(command),
         "date": datetime.date.today().isoformat(),
         "device": where,
@@ -186,4 +257,18 @@ def keep(
         **found,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    with _alone(out.parent):
+        kept = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+        kept[f"{name} on {device.type}"] = part
+        out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes that measure, a model each, from the results in a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

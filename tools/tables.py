@@ -9,46 +9,27 @@ With --check nothing is written, and the exit code is 1 where a table is out of 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from model_tables import models, models_answers
+from results import ROOT, markdown_table, measured_on, median, result_of
+
 PAGES = (
     "README.md", "docs/attention.md", "docs/depth.md", "docs/evaluate.md", "docs/families.md",
-    "docs/volta.md", "docs/width.md",
+    "docs/methods.md", "docs/volta.md", "docs/width.md",
 )  # fmt: skip
 _TABLE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end table -->", re.DOTALL)
 
 
-def _result(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
-    return found
-
-
-def _median(values: list[float]) -> float:
-    return float(statistics.median(values))
-
-
-def _rows(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _measured_on(result: dict[str, Any], *packages: str) -> str:
-    versions = ", ".join(f"{name} {result['versions'][name]}" for name in packages)
-    return (
-        f"Measured on {result['date']}, {result['device']}, with {versions}: `{result['command']}`."
-    )
-
-
 def demo() -> str:
     """SmolLM2 beside onnxruntime-genai's model builder."""
-    result = _result("demo")
+    result = result_of("demo")
     found = result["summary"]
     speed, equal = found["decode_tokens_per_second"], found["prompts_with_equal_tokens"]
     prompts = found["prompts"]
@@ -74,14 +55,14 @@ def demo() -> str:
             f"{equal['builder']} of {prompts}",
         ],
     ]
-    table = _rows(["SmolLM2-135M-Instruct, fp32", "graphopt", "model builder"], rows)
+    table = markdown_table(["SmolLM2-135M-Instruct, fp32", "graphopt", "model builder"], rows)
     packages = ("torch", "transformers", "onnxruntime", "onnxruntime-genai")
-    return f"{table}\n\n{_measured_on(result, *packages)} Medians of three runs, taken in turns."
+    return f"{table}\n\n{measured_on(result, *packages)} Medians of three runs, taken in turns."
 
 
 def quality() -> str:
     """The same model in three forms."""
-    result = _result("quality")
+    result = result_of("quality")
     rows = [
         [
             name,
@@ -94,12 +75,12 @@ def quality() -> str:
     ]
     head = ["form", f"perplexity on {result['text']}", "tokens", "PIQA", "questions"]
     packages = ("torch", "transformers", "onnxruntime")
-    return f"{_rows(head, rows)}\n\n{_measured_on(result, *packages)}"
+    return f"{markdown_table(head, rows)}\n\n{measured_on(result, *packages)}"
 
 
 def beginnings() -> str:
     """Perplexity with and without the beginning-of-sequence token before every window."""
-    result = _result("beginnings")
+    result = result_of("beginnings")
     runs = result["runs"]
     rows = [
         [run["every"]["model"], *(f"{run[way]['perplexity']:.2f}" for way in ("every", "first"))]
@@ -108,14 +89,14 @@ def beginnings() -> str:
     size = runs[0]["every"]
     head = ["model", "before every window", "before the first alone (`--bos first`)"]
     return (
-        f"{_rows(head, rows)}\n\n{_measured_on(result, 'torch', 'transformers')} Perplexity on "
-        f"{size['windows']} windows of {size['seqlen']} tokens."
+        f"{markdown_table(head, rows)}\n\n{measured_on(result, 'torch', 'transformers')} "
+        f"Perplexity on {size['windows']} windows of {size['seqlen']} tokens."
     )
 
 
 def scale() -> str:
     """What a large model costs."""
-    result = _result("scale")
+    result = result_of("scale")
     found = result["summary"]
     rows = [
         [
@@ -131,15 +112,15 @@ def scale() -> str:
             "the imports",
         ],
     ]
-    table = _rows(["", "time", "memory"], rows)
+    table = markdown_table(["", "time", "memory"], rows)
     runs = len(result["inspect_runs"])
-    measured = _measured_on(result, "torch", "transformers")
+    measured = measured_on(result, "torch", "transformers")
     return f"{table}\n\n{measured} The slowest and the largest of {runs} runs each."
 
 
 def attention() -> str:
     """Prefill beside torch's own kernels."""
-    result = _result("attention")
+    result = result_of("attention")
     lengths = sorted({row["length"] for row in result["prefill"]})
     speeds: dict[tuple[int, bool, str], dict[int, float]] = {}
     for row in result["prefill"]:
@@ -161,12 +142,12 @@ def attention() -> str:
         "`ampere` is its kernel compiled for sm_80, so run with Ampere's instructions on this "
         "card: a statement about the code, not about an A100."
     )
-    return f"{_rows(head, rows)}\n\n{_measured_on(result, 'torch', 'triton')} {note}"
+    return f"{markdown_table(head, rows)}\n\n{measured_on(result, 'torch', 'triton')} {note}"
 
 
 def attention_sweep() -> str:
     """Drawn descriptions by kernel: how many were right, and the worst of them beside fp32."""
-    results = [_result(f"attention_sweep_{name}") for name in ("1", "2", "ascend")]
+    results = [result_of(f"attention_sweep_{name}") for name in ("1", "2", "ascend")]
     rows = []
     for kind in dict.fromkeys((r["target"], r["kernel"]) for x in results for r in x["summary"]):
         mine = [
@@ -191,18 +172,18 @@ def attention_sweep() -> str:
         )
     head = ["target", "kernel", "within what is allowed", "largest error over that of fp32",
             "over that of fp32 with 16-bit weights"]  # fmt: skip
-    sanitizer = _result("attention_sanitizer")
+    sanitizer = result_of("attention_sanitizer")
     count = sum(row["count"] for row in sanitizer["sanitizer"])
     note = (
         f"The second seed: `{results[1]['command']}`. Under memcheck {sanitizer['clean']} of "
         f"{count} were clean: `{sanitizer['command']}`."
     )
-    return f"{_rows(head, rows)}\n\n{_measured_on(results[0], 'torch', 'triton')} {note}"
+    return f"{markdown_table(head, rows)}\n\n{measured_on(results[0], 'torch', 'triton')} {note}"
 
 
 def decode() -> str:
     """One token over a long cache, beside torch's own kernels."""
-    result = _result("attention")
+    result = result_of("attention")
     rows = [
         [
             f"{row['keys']:,}",
@@ -212,13 +193,13 @@ def decode() -> str:
         ]
         for row in result["decode"]
     ]
-    table = _rows(["keys", "decode, 32 heads over 8, D 128", "µs", "TB/s"], rows)
+    table = markdown_table(["keys", "decode, 32 heads over 8, D 128", "µs", "TB/s"], rows)
     return f"{table}\n\nA copy on the same card moves {result['copy_tb_per_s']:.2f} TB/s."
 
 
 def generation() -> str:
     """A whole emitted model's decoding, beside transformers."""
-    result = _result("decode")
+    result = result_of("decode")
     speeds = result["summary"]["tokens_per_second"]
     names = {
         "graphopt": f"the emitted package, `--target {result['target']}`",
@@ -231,27 +212,27 @@ def generation() -> str:
     ]
     what = f"SmolLM2-135M-Instruct, {result['dtype']}, one text"
     head = [what, "tokens a second", "times slower"]
-    measured = _measured_on(result, "torch", "transformers", "triton")
+    measured = measured_on(result, "torch", "transformers", "triton")
     note = (
         "Medians of five runs, taken in turns. So small a model waits for its launches, and for "
         "those the host's processor counts as much as the GPU."
     )
-    return f"{_rows(head, rows)}\n\n{measured} {note}"
+    return f"{markdown_table(head, rows)}\n\n{measured} {note}"
 
 
 def forms() -> str:
     """Forms that torch's fixed kernels lack, beside FlexAttention."""
-    result = _result("attention")
+    result = result_of("attention")
     rows = [
         [row["form"], str(row["head_dim"]), f"{row['length']:,}", f"{row['faster']:.2f}"]
         for row in result["forms"]
     ]
-    return _rows(["form", "D", "length", "times faster than FlexAttention"], rows)
+    return markdown_table(["form", "D", "length", "times faster than FlexAttention"], rows)
 
 
 def depth() -> str:
     """A quarter of the blocks removed, and what was put back in how many seconds."""
-    result = _result("depth")
+    result = result_of("depth")
     rows, notes = [], []
     for device in ("cuda", "cpu"):
         part = result.get(f"recover on {device}")
@@ -264,11 +245,11 @@ def depth() -> str:
         # The recipes are in the rows.
         part = {**part, "command": part["command"].partition(" --recipe")[0]}
         notes.append(
-            f"{_measured_on(part, 'torch', 'transformers')} The whole model has perplexity "
+            f"{measured_on(part, 'torch', 'transformers')} The whole model has perplexity "
             f"{dense['perplexity']:.2f}{piqa} on {part['windows']} windows of 2,048 tokens of "
             f"{part['text']}; calibration text {part['calib']}."
         )
-    return "\n\n".join([_rows(_RECOVERED, rows), *notes])
+    return "\n\n".join([markdown_table(_RECOVERED, rows), *notes])
 
 
 _RECOVERED = ["recipe", "", "seconds", "perplexity", "times the whole model's", "PIQA"]
@@ -310,21 +291,21 @@ def _recovered(run: dict[str, Any], place: str) -> list[str]:
 
 def depth_parts() -> str:
     """What the parts of recovery do, and the paper's way with what its donors come to."""
-    part = _result("depth")["recover on cuda"]
+    part = result_of("depth")["recover on cuda"]
     runs = [run for run in part["runs"] if _is_ablation(run)]
-    tables = [_rows(_RECOVERED, [_recovered(run, "GPU") for run in runs])]
+    tables = [markdown_table(_RECOVERED, [_recovered(run, "GPU") for run in runs])]
     for run in runs:
         ablations = run["passes"].get("fuse-blocks", {}).get("ablations")
         if ablations:
             rows = [[c["donor"], f"{c['loss']:.0f}", f"{c['perplexity']:.2f}"] for c in ablations]
             head = ["first block fused with donor", "loss on held-out text", "perplexity on it"]
-            tables.append(_rows(head, rows))
+            tables.append(markdown_table(head, rows))
     return "\n\n".join(tables)
 
 
 def depth_speed() -> str:
     """What scoring takes, and what fewer blocks give."""
-    result = _result("depth")
+    result = result_of("depth")
     rows = []
     scores = result.get("scores on cpu")
     if scores:
@@ -332,8 +313,8 @@ def depth_speed() -> str:
         rows.append(
             [
                 f"scoring {scores['blocks']} blocks of SmolLM2-135M, one walk",
-                f"{_median(times['one walk']):.1f} s",
-                f"a run of the model for each: {_median(times['naive']):.1f} s; largest difference "
+                f"{median(times['one walk']):.1f} s",
+                f"a run of the model for each: {median(times['naive']):.1f} s; largest difference "
                 f"of a score {scores['largest_difference']:.0e}",
                 scores["device"],
             ]
@@ -351,21 +332,21 @@ def depth_speed() -> str:
     onnx = result.get("onnx on cpu")
     if onnx:
         speeds = onnx["tokens_per_second"]
-        whole = _median(speeds["dense"])
+        whole = median(speeds["dense"])
         rows.append(
             [
                 "decoding by ONNX Runtime, 22 of 30 blocks",
-                f"{_median(speeds['pruned']):.1f} tokens a second",
+                f"{median(speeds['pruned']):.1f} tokens a second",
                 f"{onnx['times_faster']:.2f} times the whole model's {whole:.1f}",
                 onnx["device"],
             ]
         )
-    return _rows(["", "", "", "on"], rows)
+    return markdown_table(["", "", "", "on"], rows)
 
 
 def width_onnx() -> str:
     """What carved models take in ONNX Runtime, in terms of the dense one."""
-    result = _result("width")["onnx on cpu"]
+    result = result_of("width")["onnx on cpu"]
     splits = result["splits"]
     kinds = {
         f"feed-forward parts, {result['tokens']} tokens": ("ffn", "carved"),
@@ -381,15 +362,15 @@ def width_onnx() -> str:
         [label, *(f"{found[part]['share'][side]:.2f}" for found in splits.values())]
         for label, (part, side) in kinds.items()
     ]
-    table = _rows(["time, dense = 1", *splits], rows)
-    return f"{table}\n\n{_measured_on(result, 'onnxruntime')}"
+    table = markdown_table(["time, dense = 1", *splits], rows)
+    return f"{table}\n\n{measured_on(result, 'onnxruntime')}"
 
 
 def width() -> str:
     """What carving costs in quality, and what training puts back."""
     rows, notes = [], []
     for device in ("cuda", "cpu"):
-        part = _result("width").get(f"quality on {device}")
+        part = result_of("width").get(f"quality on {device}")
         if part is None:
             continue
         for run in part["runs"]:
@@ -400,24 +381,29 @@ def width() -> str:
                     f"{run['seconds']:.0f}",
                     f"{run['perplexity']:.2f}",
                     f"{run['times_dense']:.3f}",
+                    f"{run['piqa']:.1%}" if "piqa" in run else "-",
                     f"{run['experts_run']:.2f}" if "experts_run" in run else "-",
                 ]
             )
         # The recipes are in the rows.
         part = {**part, "command": part["command"].partition(" --recipe")[0]}
+        piqa = f", PIQA {part['dense']['piqa']:.1%}," if "piqa" in part["dense"] else ""
         notes.append(
-            f"{_measured_on(part, 'torch', 'transformers')} The dense model has perplexity "
-            f"{part['dense']['perplexity']:.2f} on {part['windows']} windows of 2,048 tokens of "
-            f"{part['text']}; learnt from at most {part['learnt_tokens']:,} tokens of "
+            f"{measured_on(part, 'torch', 'transformers')} The dense model has perplexity "
+            f"{part['dense']['perplexity']:.2f}{piqa} on {part['windows']} windows of 2,048 tokens "
+            f"of {part['text']}; learnt from at most {part['learnt_tokens']:,} tokens of "
             f"{part['calib']}."
         )
-    head = ["recipe", "", "seconds", "perplexity", "times the dense model's", "experts a token ran"]
-    return "\n\n".join([_rows(head, rows), *notes])
+    head = [
+        "recipe", "", "seconds", "perplexity", "times the dense model's", "PIQA",
+        "experts a token ran",
+    ]  # fmt: skip
+    return "\n\n".join([markdown_table(head, rows), *notes])
 
 
 def width_choices() -> str:
     """What each way to choose a token's neurons costs on a GPU, untrained and tuned."""
-    result = _result("width")["quality on cuda"]
+    result = result_of("width")["quality on cuda"]
     found = {_recipe(run): run for run in result["runs"]}
 
     def cell(options: str, behind: str) -> str:
@@ -440,7 +426,7 @@ def width_choices() -> str:
                 ]
             )
     head = ["times the dense model's perplexity", "the same for all tokens", "a router", "by layer"]
-    ffn = _result("width")["ffn on cuda"]
+    ffn = result_of("width")["ffn on cuda"]
     shares = [f"{row['share']:.2f}" for row in ffn["rows"] if row["tokens"] == 4096]
     note = (
         f"Tuned for 45 s by {result['learnt_tokens']:,} tokens of {result['calib']}. A part of "
@@ -448,26 +434,26 @@ def width_choices() -> str:
         f"prompt of 4,096 tokens."
     )
     part = {**result, "command": result["command"].partition(" --recipe")[0]}
-    measured = _measured_on(part, "torch", "transformers")
-    return f"{_rows([*head, 'thresholds'], rows)}\n\n{measured} {note}"
+    measured = measured_on(part, "torch", "transformers")
+    return f"{markdown_table([*head, 'thresholds'], rows)}\n\n{measured} {note}"
 
 
 def width_ffn() -> str:
     """What a carved part takes on a GPU, beside the dense one."""
-    result = _result("width")["ffn on cuda"]
+    result = result_of("width")["ffn on cuda"]
     splits = list(dict.fromkeys(row["split"] for row in result["rows"]))
     found = {(row["split"], row["tokens"]): row for row in result["rows"]}
     rows = []
     for tokens in dict.fromkeys(row["tokens"] for row in result["rows"]):
-        cells = [f"{tokens:,}", f"{_median(found[splits[0], tokens]['microseconds']['dense']):.0f}"]
+        cells = [f"{tokens:,}", f"{median(found[splits[0], tokens]['microseconds']['dense']):.0f}"]
         for split in splits:
             row = found[split, tokens]
-            cells.append(f"{_median(row['microseconds']['carved']):.0f} ({row['share']:.2f})")
+            cells.append(f"{median(row['microseconds']['carved']):.0f} ({row['share']:.2f})")
         rows.append(cells)
     head = ["tokens", "dense, µs", *(f"{split}, µs (share)" for split in splits)]
     launches = {
         form: [
-            _median(row["host_microseconds"][form])
+            median(row["host_microseconds"][form])
             for row in result["rows"]
             if "host_microseconds" in row
         ]
@@ -477,7 +463,7 @@ def width_ffn() -> str:
         f"{min(found):.0f} to {max(found):.0f} µs for a {form} part"
         for form, found in launches.items()
     )
-    shape = _result("width")["shape on cuda"]
+    shape = result_of("width")["shape on cuda"]
     note = (
         f"A part of {result['shape']}'s shape, {result['dtype']}; up to 64 tokens recorded as "
         f"graphs, more launched one by one, the host ahead of the GPU. To launch it takes the host "
@@ -485,12 +471,12 @@ def width_ffn() -> str:
         f"{shape['seconds']:.0f} s, with {shape['peak_bytes'] / 1e9:.1f} GB of the GPU's memory "
         f"at most."
     )
-    return f"{_rows(head, rows)}\n\n{_measured_on(result, 'torch')} {note}"
+    return f"{markdown_table(head, rows)}\n\n{measured_on(result, 'torch')} {note}"
 
 
 def volta() -> str:
     """The machine code of the Volta kernels beside what Triton 3.1.0 makes."""
-    result = _result("volta")
+    result = result_of("volta")
     rows = [
         [
             f"{row['phase']}, D {row['head_dim']}",
@@ -520,7 +506,7 @@ def volta() -> str:
         "causal, f16", "tile, warps", "HMMA.884", "registers", "bytes spilled",
         "2-byte stores to shared memory", "bytes of shared memory",
     ]  # fmt: skip
-    return f"{_rows(head, rows)}\n\n{_measured_on(result, 'nvrtc', 'triton')}"
+    return f"{markdown_table(head, rows)}\n\n{measured_on(result, 'nvrtc', 'triton')}"
 
 
 def _tile(row: dict[str, Any]) -> str:
@@ -530,7 +516,7 @@ def _tile(row: dict[str, Any]) -> str:
 
 def volta_model() -> str:
     """What the issue model says of the published kernel, for each length it may be fitted to."""
-    model = _result("volta")["model"]
+    model = result_of("volta")["model"]
     lengths = list(model["published_tflops"])
     rows = [["published", *(f"{model['published_tflops'][name]:.1f}" for name in lengths)]]
     for fitted in sorted(model["fits"], key=lambda f: int(f) != model["fitted_length"]):
@@ -541,12 +527,12 @@ def volta_model() -> str:
             for name in lengths
         ]
         rows.append([f"fitted to {fitted}, x {fit['factor']:.2f}", *cells])
-    return _rows(["TFLOP/s", *lengths], rows)
+    return markdown_table(["TFLOP/s", *lengths], rows)
 
 
 def volta_predicted() -> str:
     """What the issue model predicts for our kernels, with what its fits span."""
-    predicted = _result("volta")["predicted"]
+    predicted = result_of("volta")["predicted"]
     lengths = list(predicted[0]["tflops"])
     rows = [
         [
@@ -558,12 +544,12 @@ def volta_predicted() -> str:
         ]
         for row in predicted
     ]
-    return _rows(["TFLOP/s", *lengths], rows)
+    return markdown_table(["TFLOP/s", *lengths], rows)
 
 
 def families() -> str:
     """What each form does with each family."""
-    result = _result("families")
+    result = result_of("families")
     forms = [
         "program", "torch", "onnx", "hf", "prune-blocks, onnx", "prune-blocks, hf",
         "carve-moe, onnx", "carve-moe, hf",
@@ -596,8 +582,8 @@ def families() -> str:
     notes = "\n".join(f"{number}. {text}" for text, number in reasons.items())
     packages = ("torch", "transformers", "onnxruntime")
     return (
-        f"{_rows(['family', *forms], rows)}\n\nRefused because:\n\n{notes}\n\n"
-        f"{_measured_on(result, *packages)} {result.get('note', '')}".rstrip()
+        f"{markdown_table(['family', *forms], rows)}\n\nRefused because:\n\n{notes}\n\n"
+        f"{measured_on(result, *packages)} {result.get('note', '')}".rstrip()
     )
 
 
@@ -628,6 +614,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "width_onnx": width_onnx,
     "volta_model": volta_model,
     "volta_predicted": volta_predicted,
+    "models": models,
+    "models_answers": models_answers,
 }
 
 

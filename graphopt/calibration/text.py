@@ -326,11 +326,17 @@ class _Emitted(_Writer):
 
 
 def held_out_perplexity(
-    program: Program, windows: Tensor, device: torch.device, dtype: torch.dtype
+    program: Program, windows: Tensor, device: torch.device, dtype: torch.dtype, at_once: int = 1
 ) -> float:
-    """Return the perplexity of windows of ids [N, S] under a program; infinite beyond e^700."""
+    """Return the perplexity of windows of ids [N, S] under a program; infinite beyond e^700.
+
+    Args:
+        at_once: Windows of a batch, at most.
+    """
     runner = Runner(program, dtype, device, keep_weights=False)
-    return window_perplexity(lambda ids: runner.logits({"input_ids": ids}), windows.to(device))
+    return window_perplexity(
+        lambda ids: runner.logits({"input_ids": ids}), windows.to(device), at_once=at_once
+    )
 
 
 def forward_speed(

@@ -83,22 +83,25 @@ def window_perplexity(
     progress: Progress = silent,
     *,
     first: int = 1,
+    at_once: int = 1,
 ) -> float:
     """Return the perplexity of windows of ids, the first token of each not predicted.
 
     Args:
-        logits: From int64 [1, S] to the next tokens' logits [1, S, vocab], on one device.
-        windows: int64 [N, S], one at a time.
+        logits: From int64 [B, S] to the next tokens' logits [B, S, vocab], on one device.
+        windows: int64 [N, S].
         first: Place of the first token that is predicted, at least 1.
+        at_once: Windows of a batch, at most.
 
     Returns:
         Infinity beyond e^700, where a broken model is sure of the wrong token.
     """
-    total = 0.0
-    progress("perplexity", 0, len(windows))
-    for done, window in enumerate(windows.split(1), start=1):
-        rows, targets = logits(window)[:, first - 1 : -1], window[:, first:]
+    total, done = 0.0, 0
+    progress("perplexity", done, len(windows))
+    for batch in windows.split(at_once):
+        rows, targets = logits(batch)[:, first - 1 : -1], batch[:, first:]
         total -= float(token_log_likelihoods(rows, targets).double().sum())
+        done += len(batch)
         progress("perplexity", done, len(windows))
     mean = total / (len(windows) * (windows.shape[1] - first))
     return math.exp(mean) if mean < 700 else math.inf

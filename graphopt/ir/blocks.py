@@ -1,6 +1,6 @@
 """The repeated blocks of a program, their sub-blocks, and taking them out.
 
-A block is a call that takes the residual stream and gives it back in the same type. A sub-block
+A block is a call that takes the residual stream and gives it back in the same shape. A sub-block
 is a term that is added to the stream inside one: an attention, or a feed-forward part.
 """
 
@@ -32,7 +32,9 @@ class Block:
 def find_blocks(program: Program) -> list[Block]:
     """Return the blocks in order of execution.
 
-    Calls behind the first block that are no blocks themselves end the list: the head.
+    Calls behind the first block that are no blocks themselves end the list: the head. The dtype of
+    a stream may change: operators that are kept as they were traced say fp32 of it, whatever the
+    checkpoint's is.
     """
     kinds, _ = infer_program(program)
     found: list[Block] = []
@@ -42,7 +44,11 @@ def find_blocks(program: Program) -> list[Block]:
         stream = None
         if len(function.results) == 1:
             wanted = types[function.results[0]]
-            places = [i for i, param in enumerate(function.params) if types[param] == wanted]
+            places = [
+                i
+                for i, param in enumerate(function.params)
+                if types[param].shape == wanted.shape and types[param].dtype.is_floating_point
+            ]
             if latest is not None:
                 places = [i for i in places if call.args[i] == latest]
             if len(places) == 1 and wanted.dtype.is_floating_point:

@@ -45,6 +45,14 @@ def model_of(family):
     return tiny_model(family, **FAMILIES[family])
 
 
+def test_all_blocks_of_a_mixture_in_bf16_are_found(tmp_path):
+    """The first one takes a bf16 stream and gives fp32, which its traced operators say."""
+    tiny_model("mixtral", num_hidden_layers=3).bfloat16().save_pretrained(tmp_path)
+    program = go.capture(str(tmp_path))
+    names = [block_name(program, block) for block in find_blocks(program)]
+    assert names == [f"model.layers.{layer}" for layer in range(3)]
+
+
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
     """Return a function that gives a family's model and a program of its saved folder."""
