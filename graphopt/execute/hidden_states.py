@@ -296,10 +296,20 @@ class BlockStep:
         return behind
 
     @torch.no_grad()
-    def values(self, batch: int, wanted: Sequence[Value]) -> list[Tensor]:
-        """Return values inside the block on a batch; only what they depend on is run."""
+    def values(
+        self,
+        batch: int,
+        wanted: Sequence[Value],
+        given: Mapping[Value, Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Return values inside the block on a batch; only what they depend on is run.
+
+        Args:
+            given: Values to compute them from in the place of the batch's own.
+        """
         device, (rows, length) = self.stream.device, self.stream.ids[batch].shape
         known = {value: states.to(device) for value, states in self._known[batch].items()}
+        known.update(given or {})
         return self.stream.runner.call_values(
             self.call,
             self._arguments(batch, self.hidden[batch], 1),

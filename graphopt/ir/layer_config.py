@@ -1,4 +1,4 @@
-"""Configs of models that lose layers: every entry that counts or lists layers follows."""
+"""Configs of models that lose layers or experts: entries that count or list them follow."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ NO_LAYER_LISTS = (
     "attention_types", "languages", "H_cycles", "L_bp_cycles", "keys_to_ignore_at_inference",
 )  # fmt: skip
 """Lists that have as many entries as there are layers by chance alone."""
+
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""What configs call the number of routed experts."""
+
+
+def shrink_expert_counts(config: dict[str, Any], count: int, left: int) -> None:
+    """Make a config say that its mixtures have `left` of `count` experts, in place."""
+    for key in EXPERT_COUNTS:
+        value = config.get(key)
+        if value == count:
+            config[key] = left
+        elif isinstance(value, list) and set(value) == {count}:
+            config[key] = [left] * len(value)
 
 
 def shrink_config(config: dict[str, Any], count: int, removed: set[int]) -> None:

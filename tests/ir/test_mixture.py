@@ -1,0 +1,109 @@
+"""Mixtures of experts are read, and left with fewer experts: the model of a smaller config."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import CLOSE, loaded, padded_case
+from families import eager_logits, error, mostly_slow, random_model
+from family_sweep import batches, compare, eager
+from mixtures import MIXTURES, drop, mixture
+from torch import nn
+
+import graphopt as go
+from graphopt.backends.onnx_artifact import OnnxArtifactModel
+from graphopt.backends.torch_artifact import TorchArtifactModel
+from graphopt.capture import capture
+from graphopt.execute.interpreter import Runner
+from graphopt.execute.language_model import ProgramModel
+from graphopt.ir.layer_config import EXPERT_COUNTS
+from graphopt.ir.mixture import Mixture, find_mixtures, least_experts
+from graphopt.storage.artifact import load_program
+
+KEPT = {1: [0, 2, 3, 5, 6, 7], 2: [0, 2, 3, 4, 6, 7]}
+"""Experts that are left, by the number of groups."""
+
+
+def smaller(model: nn.Module, kept: list[int]) -> nn.Module:
+    """Return transformers' model of a config with fewer experts, on the rows that are left."""
+    from transformers import AutoModelForCausalLM
+
+    config = type(model.config).from_dict(model.config.to_dict())
+    for name in EXPERT_COUNTS:
+        if name in config.to_dict():
+            setattr(config, name, len(kept))
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    made.config._attn_implementation = model.config._attn_implementation
+    given, state = model.state_dict(), made.state_dict()
+    for name, value in given.items():
+        apart = [i for i, n in enumerate(value.shape) if n != state[name].shape[i]]
+        given[name] = value.index_select(apart[0], torch.tensor(kept)) if apart else value
+    made.load_state_dict(given)
+    return made.eval()
+
+
+@pytest.mark.parametrize("family", mostly_slow(MIXTURES, ("mixtral",)))
+def test_fewer_experts_are_the_smaller_configs_model(family, tmp_path):
+    model, program = mixture(family)
+    part = find_mixtures(program)[-1][1]
+    assert isinstance(part, Mixture)
+    assert (part.experts, part.top_k) == (8, 2)
+    kept = KEPT[part.groups.count]
+    case = padded_case()
+    expected = eager_logits(smaller(model, kept), case)
+    assert error(expected, eager_logits(model, case), case) > 0.01, "nothing is dropped"
+    pruned = drop(program, kept)
+    assert error(expected, Runner(pruned).logits(case.inputs), case) < CLOSE
+    go.emit(pruned, tmp_path / "out", emit=("hf",))
+    found = eager_logits(loaded(tmp_path / "out/hf"), case)
+    assert error(expected, found, case) < CLOSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_emitted_forms_of_fewer_experts_prefill_and_step(family, tmp_path):
+    model, program = mixture(family)
+    kept = KEPT[2 if family == "deepseek_v3" else 1]
+    reference = smaller(model, kept)
+    wanted = [eager(reference, batch) for batch in batches()]
+    cached, _ = go.Pipeline.default().run(drop(program, kept), go.RunOptions(verify=False))
+    out = tmp_path / "out"
+    go.emit(cached, out, emit=("torch", "onnx"))
+    for form in (
+        ProgramModel(cached),
+        TorchArtifactModel(out, load_program(out)),
+        OnnxArtifactModel(out / "onnx"),
+    ):
+        errors = compare(form, wanted)
+        assert len(errors) > 4 and max(errors.values()) < CLOSE, (type(form).__name__, errors)
+
+
+@pytest.mark.slow
+def test_groups_of_experts_are_read():
+    program = mixture("deepseek_v3")[1]
+    ((_, part),) = find_mixtures(program)
+    assert isinstance(part, Mixture)
+    groups = part.groups
+    assert (groups.count, groups.chosen, groups.ranked) == (2, 1, 2)
+    assert least_experts(part) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kept", "found"),
+    [([0, 1, 2, 3, 4], "do not divide"), ([0, 4], "topk")],
+)
+def test_groups_stay_equal_and_large_enough(kept, found):
+    program = mixture("deepseek_v3")[1]
+    with pytest.raises(ValueError, match=found):
+        drop(program, kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("llama4_text", "every expert computes every token"), ("jetmoe", "several mixtures")],
+)
+def test_other_mixtures_are_named(family, reason):
+    ((_, part), *_) = find_mixtures(capture(random_model(family)))
+    assert isinstance(part, str) and reason in part
