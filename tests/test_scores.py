@@ -308,7 +308,8 @@ def test_the_order_of_removal_is_that_of_brute_force(reference, monkeypatch):
 
     program = tiny_program(layers=8)
     monkeypatch.setattr(chooser, "calibration_windows", lambda *_: torch.cat([IDS, IDS[:2]]))
-    options = {"blocks": 4, "reference": reference, "windows": 3, "seqlen": 20}
+    options = {"blocks": 4, "score": "mi", "look_back": False, "reference": reference}
+    options |= {"windows": 3, "seqlen": 20}
     result = make_pass("prune-blocks", options).run(program.copy(), Context())
     left, order, current = list(range(8)), [], program
     for _ in range(4):

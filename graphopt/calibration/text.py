@@ -119,11 +119,17 @@ def _windows(program: Program, text: TokenText, length: int) -> Tensor:
 
 def pick(windows: Tensor, count: int, seed: int) -> Tensor:
     """Return `count` of the windows from random places, in order; all where there are fewer."""
+    return pick_apart(windows, count, 0, seed)[0]
+
+
+def pick_apart(windows: Tensor, count: int, more: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return what `pick` does, and up to `more` other windows, from random places too."""
     if count >= len(windows):
-        return windows
+        return windows, windows[:0]
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(windows), generator=generator)[:count].sort().values
-    return windows[chosen]
+    places = torch.randperm(len(windows), generator=generator)
+    first, others = places[:count], places[count : count + more]
+    return windows[first.sort().values], windows[others.sort().values]
 
 
 def sample_windows(

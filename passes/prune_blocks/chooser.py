@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from graphopt.calibration.scores import PruningUnit, Scores, final_hidden, score_units, units_of
+from graphopt.calibration.scores import (
+    PruningUnit,
+    Removal,
+    Scores,
+    final_hidden,
+    score_removals,
+    score_units,
+    units_of,
+)
 from graphopt.calibration.text import (
     PERPLEXITY_WINDOWS,
     calibration_windows,
     forward_speed,
     held_out_perplexity,
-    pick,
+    pick_apart,
     window_length,
 )
+from graphopt.calibration.vocabulary import narrow_head, tokens_to_compare
 from graphopt.execute.interpreter import resident
 from graphopt.ir.blocks import remove_sub_blocks
 from graphopt.ir.dtypes import scoring_dtype
 from graphopt.ir.graph import Program
 from graphopt.pass_manager.contract import Context, Skip
+from graphopt.passes.prune_blocks.record import ScoredSet
 from graphopt.report.record import Step
 from graphopt.support.per_device import on_device
 
@@ -34,6 +45,14 @@ JUMP = 1.5
 """What a removal may multiply held-out perplexity by before others are tried in its place."""
 ALTERNATIVES = 3
 """Units that are then tried, the next by their scores."""
+OF_LOGITS = ("kl", "ppl")
+"""Scores from which a norm behind the blocks hides nothing."""
+LEAST_GAIN = 1e-3
+"""The share by which an exchange has to lower the score: what is less is noise."""
+SWEEPS = 3
+"""How often each removed unit is put back at most."""
+NEAREST, MORE_TEXT = 8, 4
+"""How many of the sets with the lowest scores are compared again, on how many times the text."""
 
 PARTS = {
     "block": ("block",),
@@ -54,6 +73,7 @@ class Choice:
         speed: Tokens a second of a forward pass, before and after.
         seconds: How long scoring took.
         skipped: What was left in though its score was the lowest, and why.
+        nearest: The sets with the lowest scores, where they were compared on more text.
     """
 
     order: list[PruningUnit] = field(default_factory=list)
@@ -62,10 +82,11 @@ class Choice:
     speed: list[float | None] = field(default_factory=list)
     seconds: float = 0.0
     skipped: list[Skip] = field(default_factory=list)
+    nearest: list[ScoredSet] = field(default_factory=list)
 
 
 class Chooser:
-    """The loop of scoring and removing.
+    """The loop of scoring and removing, and the search for a better set that follows it.
 
     Args:
         windows: int64 [N, S], windows of the calibration text. The last ones are held out, and
@@ -80,9 +101,12 @@ class Chooser:
         self.dtype = scoring_dtype(program, self.device)
         self.checked = windows[-PERPLEXITY_WINDOWS:]
         scored = windows[:-PERPLEXITY_WINDOWS] if len(windows) > PERPLEXITY_WINDOWS else windows
-        self.windows = pick(scored, on_device(options.windows, self.device), context.seed)
+        count = on_device(options.windows, self.device)
+        self.windows, self.others = pick_apart(scored, count, MORE_TEXT * count, context.seed)
         self.program = resident(program, self.dtype, self.device)
         self.perplexities: list[float] = []
+        self.sets: dict[Removal, float] = {}
+        self.refused: set[Removal] = set()
 
     @classmethod
     def of(cls, options: PruneBlocks, program: Program, context: Context) -> Chooser:
@@ -98,19 +122,16 @@ class Chooser:
     def all(self) -> Choice:
         """Return what goes, in which order, without changing the program."""
         options, choice = self.options, Choice()
-        units = units_of(self.program, PARTS[options.part])
+        left = units_of(self.program, PARTS[options.part])
         count = options.count(self.program)
-        base: list[Tensor] | None = None
-        if options.reference == "original" and options.score in ("mi", "kl"):
-            base = final_hidden(self.program, self.windows, device=self.device, dtype=self.dtype)
         self._step("the whole model", self._perplexity_without([]), choice)
         if options.remove:
             choice.order = [PruningUnit(index, options.part) for index in options.remove]
             self._step("removing all of them", self._perplexity_without(choice.order), choice)
-        left = list(units)
         stopped = False
         while len(choice.order) < count and not stopped:
-            named = self._scored(left, choice.order, base, choice)
+            named = self._scored(left, choice.order, choice)
+            choice.scores.append({str(unit): score for unit, score in named.items()})
             rounds = 1 if options.iterative else count
             for _ in range(rounds):
                 unit = self._watched(named, count, choice)
@@ -120,29 +141,56 @@ class Chooser:
                 choice.order.append(unit)
                 left.remove(unit)
                 del named[unit]
-        if options.look_back:
-            self._look_back(left, base, choice)
+        if options.looks_back:
+            self._look_back(left, choice)
+            self._compare_nearest(choice)
         for model in (self.program, self._without(choice.order)):
             choice.speed.append(forward_speed(model, self.windows, self.device, self.dtype))
         return choice
 
+    @property
+    def _rise(self) -> float:
+        """By what perplexity may rise against what a score says of two units.
+
+        A score of the logits sees what perplexity sees, on more tokens; another may be blind.
+        """
+        return JUMP if self.options.score in OF_LOGITS else 1.0
+
+    @functools.cached_property
+    def _compared(self) -> Program:
+        """The program that is scored: of a large vocabulary, `kl` compares some tokens."""
+        if self.options.score != "kl":
+            return self.program
+        tokens = tokens_to_compare(self.program, self.windows, self.device, self.dtype)
+        narrowed = None if tokens is None else narrow_head(self.program, tokens)
+        return narrowed or self.program
+
+    @functools.cached_property
+    def _reference(self) -> list[Tensor] | None:
+        """The whole model's hidden states, where they are what is compared with."""
+        if self.options.reference == "current" or self.options.score not in ("mi", "kl"):
+            return None
+        return final_hidden(self.program, self.windows, device=self.device, dtype=self.dtype)
+
     def _scored(
-        self,
-        left: list[PruningUnit],
-        gone: list[PruningUnit],
-        base: list[Tensor] | None,
-        choice: Choice,
+        self, left: Sequence[PruningUnit], gone: Sequence[PruningUnit], choice: Choice
     ) -> dict[PruningUnit, float]:
-        """Return the scores of the units that are left where others are gone."""
+        """Return the scores of units where others are gone; those of whole sets are kept."""
         started = time.perf_counter()
-        named = score_units(
-            self.program, left, self.windows, self.options.score,
-            removed=gone, device=self.device, dtype=self.dtype, reference=base,
+        named = self._scores(left, gone)
+        choice.seconds += time.perf_counter() - started
+        if self.options.scores_sets:
+            self.sets |= {frozenset([*gone, unit]): score for unit, score in named.items()}
+        return named
+
+    def _scores(
+        self, left: Sequence[PruningUnit], gone: Sequence[PruningUnit]
+    ) -> dict[PruningUnit, float]:
+        return score_units(
+            self._compared, left, self.windows, self.options.score,
+            removed=gone, device=self.device, dtype=self.dtype, reference=self._reference,
             progress=self.context.progress,
         ).values  # fmt: skip
-        choice.seconds += time.perf_counter() - started
-        choice.scores.append({str(unit): score for unit, score in named.items()})
-        return named
 
     def _watched(
         self, named: Mapping[PruningUnit, float], count: int, choice: Choice
@@ -161,6 +209,13 @@ class Chooser:
                 unit = Scores(known, 0).lowest()
                 tried[unit] = self._perplexity_without([*choice.order, unit])
         best = min(tried, key=lambda unit: (_or_inf(tried[unit]), list(tried).index(unit)))
+        if tried[lowest] <= self._rise * tried[best]:
+            best = lowest
+        self.refused |= {
+            frozenset([*choice.order, unit])
+            for unit, value in tried.items()
+            if not value <= JUMP * tried[best]
+        }
         most = self.options.max_perplexity
         if most is not None and not tried[best] <= most * whole:
             choice.skipped.append(
@@ -183,24 +238,85 @@ class Chooser:
         self._step(f"removing {best}", tried[best], choice)
         return best
 
-    def _look_back(
-        self, left: list[PruningUnit], base: list[Tensor] | None, choice: Choice
-    ) -> None:
-        """Put back each removed unit once; the lowest goes, which may be another one."""
-        for number, unit in enumerate(list(choice.order)):
-            others = [other for other in choice.order if other != unit]
-            candidates = sorted([*left, unit])
-            named = self._scored(candidates, others, base, choice)
+    def _look_back(self, left: list[PruningUnit], choice: Choice) -> None:
+        """Put removed units back, one at a time; the lowest goes, which may be another one.
+
+        It ends when no exchange lowers the score, or after `SWEEPS` tries for each unit. The
+        last one was chosen among all that are left, and waits until another was exchanged.
+        """
+        waiting = choice.order[:-1]
+        for _ in range(SWEEPS * len(choice.order)):
+            if not waiting:
+                break
+            unit = waiting.pop(0)
+            gone = [other for other in choice.order if other != unit]
+            named = self._scored(sorted([*left, unit]), gone, choice)
             better = Scores(named, 0).lowest()
-            if named[better] >= named[unit]:
+            if not named[better] < (1 - LEAST_GAIN) * _or_inf(named[unit]):
                 continue
-            value = self._perplexity_without([*others, better])
-            if not value <= self.perplexities[-1]:
-                continue
-            choice.order[number] = better
-            left.remove(better)
-            left.append(unit)
-            self._step(f"removing {better} in place of {unit}", value, choice)
+            if self._exchanged([unit], [better], choice):
+                left[left.index(better)] = unit
+                # What another unit is worth may have changed with this one.
+                waiting += [other for other in gone if other not in waiting]
+
+    def _compare_nearest(self, choice: Choice) -> None:
+        """Score the lowest of the sets that were seen on more text; the lowest there goes."""
+        current = frozenset(choice.order)
+        known = {
+            removal: score
+            for removal, score in sorted(self.sets.items(), key=lambda item: _or_inf(item[1]))
+            if len(removal) == len(current) and removal not in self.refused
+        }
+        nearest = [current, *(removal for removal in known if removal != current)][:NEAREST]
+        if len(nearest) < 2 or not len(self.others):
+            return
+        started = time.perf_counter()
+        scores = self._scores_on_more_text(nearest)
+        choice.seconds += time.perf_counter() - started
+        choice.nearest = [
+            ScoredSet(
+                units=[str(unit) for unit in sorted(removal)],
+                score=known.get(removal),
+                on_more_text=scores[removal],
+            )
+            for removal in nearest
+        ]
+        for removal in sorted(nearest, key=lambda removal: _or_inf(scores[removal])):
+            back, gone = sorted(current - removal), sorted(removal - current)
+            if not back or self._exchanged(back, gone, choice):
+                break
+
+    def _scores_on_more_text(self, removals: Sequence[Removal]) -> dict[Removal, float]:
+        return score_removals(
+            self._compared, removals, self.others, self.options.score,
+            device=self.device, dtype=self.dtype, progress=self.context.progress,
+        )  # fmt: skip
+
+    def _exchanged(
+        self, back: Sequence[PruningUnit], gone: Sequence[PruningUnit], choice: Choice
+    ) -> bool:
+        """Remove units in place of others, unless held-out perplexity is against it."""
+        order = list(choice.order)
+        if frozenset(choice.order) - {*back} | {*gone} in self.refused:
+            return False
+        for unit, other in zip(back, gone, strict=True):
+            order[order.index(unit)] = other
+        value = self._perplexity_without(order)
+        most = (self.options.max_perplexity or math.inf) * self.perplexities[0]
+        put_back, removed = (", ".join(map(str, units)) for units in (back, gone))
+        if not value <= min(most, self._rise * self.perplexities[-1]):
+            self.refused.add(frozenset(order))
+            choice.skipped.append(
+                Skip(
+                    f"removing {removed} in place of {put_back}",
+                    f"the score would be lower, but held-out perplexity would go from "
+                    f"{self.perplexities[-1]:.4g} to {value:.4g}",
+                )
+            )
+            return False
+        choice.order = order
+        self._step(f"removing {removed} in place of {put_back}", value, choice)
+        return True
 
     def lowest(self, program: Program) -> PruningUnit:
         """Return the unit that goes first from another program, which is its own reference."""

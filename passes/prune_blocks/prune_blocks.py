@@ -71,9 +71,9 @@ class PruneBlocks(Pass):
     blocks: Annotated[int, Field(ge=1)] | None = None
     remove: list[Annotated[int, Field(ge=0)]] = field(default_factory=list)
     part: Literal["block", "attention", "ffn", "any"] = "block"
-    score: Literal["mi", "bi", "angular", "kl", "ppl"] = "mi"
+    score: Literal["kl", "mi", "ppl", "bi", "angular"] = "kl"
     iterative: bool = True
-    look_back: bool = False
+    look_back: bool | None = None
     max_perplexity: Annotated[float, Field(gt=1)] | None = None
     reference: Literal["original", "current"] = "original"
     windows: Annotated[int, Field(ge=1)] | PerDevice[int] = PerDevice(cpu=2, gpu=8)
@@ -92,10 +92,7 @@ class PruneBlocks(Pass):
                 "remove=[...] says what goes, and look_back and max_perplexity choose it.",
                 "Leave them out, or give ratio or blocks in the place of remove.",
             )
-        compares = self.score == "ppl" or (
-            self.score in ("mi", "kl") and self.reference == "original"
-        )
-        if self.look_back and not compares:
+        if self.look_back and not self.scores_sets:
             raise UsageError(
                 f"look_back compares whole sets of removals, which score={self.score} with "
                 f"reference={self.reference} does not.",
@@ -108,6 +105,18 @@ class PruneBlocks(Pass):
                 "remove=[...] with part=any does not say which parts.",
                 "Give part=attention, part=ffn or part=block.",
             )
+
+    @property
+    def scores_sets(self) -> bool:
+        """Whether scores say which of two sets is better: those of results, not of changes."""
+        return self.score == "ppl" or (self.score in ("mi", "kl") and self.reference == "original")
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether removed units are put back and tried again."""
+        if self.look_back is not None:
+            return self.look_back
+        return self.scores_sets and self.iterative and not self.remove
 
     def check(self, program: Program) -> None:
         blocks = find_blocks(program)
@@ -180,6 +189,7 @@ class PruneBlocks(Pass):
             scoring_seconds=choice.seconds,
             tokens_per_second=choice.speed,
             parameters=[*parameters, program.parameter_count()],
+            nearest=choice.nearest,
         )
         statement = RemovedParts(tuple((unit.block, unit.kind) for unit in choice.order))
         return PassResult(program, len(units), len(choice.order), choice.skipped, record, statement)

@@ -6,18 +6,37 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+import pydantic
 from pydantic import Field
 
 from graphopt.report.pictures import (
     axis,
+    bar,
     figure,
     halves,
     legend,
     perplexity_rows,
     removed_in_order,
+    row,
     sentences,
 )
 from graphopt.report.record import Figure, Record, Seconds, Step, told_in_a_line
+
+
+class ScoredSet(pydantic.BaseModel):
+    """A set of candidates that might be removed together.
+
+    Attributes:
+        units: The candidates.
+        score: Its score on the text that all sets were scored on.
+        on_more_text: Its score on other text, and more of it.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    units: list[str]
+    score: Figure
+    on_more_text: Figure
 
 
 class PrunedBlocks(Record):
@@ -32,6 +51,7 @@ class PrunedBlocks(Record):
         scoring_seconds: How long scoring took.
         tokens_per_second: The speed of a forward pass, before and after.
         parameters: The number of parameters, before and after.
+        nearest: The sets with the lowest scores, where they were compared on more text.
     """
 
     order: list[str]
@@ -42,6 +62,7 @@ class PrunedBlocks(Record):
     scoring_seconds: Seconds = 0.0
     tokens_per_second: list[Figure] = Field(default_factory=list)
     parameters: list[int] = Field(default_factory=list)
+    nearest: list[ScoredSet] = Field(default_factory=list)
 
     def line(self) -> str:
         shares = [
@@ -76,10 +97,27 @@ class PrunedBlocks(Record):
             (
                 removed_in_order(self.order),
                 _score_picture(self.scores, self.order),
-                halves([perplexity_rows(self.perplexity)]),
+                halves([perplexity_rows(self.perplexity), _nearest_rows(self.nearest)]),
                 sentences(facts),
             )
         )
+
+
+def _nearest_rows(sets: Sequence[ScoredSet]) -> str:
+    """Return a bar for each of the sets that were compared on more text."""
+    values = [scored.on_more_text or 0.0 for scored in sets]
+    if not sets or max(values) <= 0:
+        return ""
+    rows = [
+        row(
+            ", ".join(scored.units),
+            figure(scored.on_more_text, 4),
+            bar([(value / max(values), "ffn")]),
+        )
+        for value, scored in sorted(zip(values, sets, strict=True), key=lambda pair: pair[0])
+    ]
+    note = "Sets with the lowest scores, scored again on more text; the lowest goes."
+    return f'<h3>Nearest sets</h3><p class="dim">{note}</p>{"".join(rows)}'
 
 
 def _score_picture(rounds: list[dict[str, float | None]], order: list[str]) -> str:

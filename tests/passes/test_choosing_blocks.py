@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_models import save_tiny
 
 import graphopt as go
 from graphopt.errors import UsageError
 from graphopt.ir.blocks import find_blocks
 from graphopt.pass_manager.contract import make_pass
-from graphopt.passes.prune_blocks.chooser import Chooser
+from graphopt.passes.prune_blocks.chooser import LEAST_GAIN, Chooser
 
 TEXT = "the cat and the dog and the other animals of the house sat down to eat. " * 40
 
@@ -23,16 +27,19 @@ def model(tmp_path_factory):
 def run(model, tmp_path, monkeypatch):
     """Run the pass with scores and perplexities of sets of removed blocks that a test gives."""
 
-    def run(options, scores, perplexities=lambda gone: 10.0):
-        def scored(chooser, left, gone, base, choice):
-            own = {unit: scores(frozenset(u.block for u in gone) | {unit.block}) for unit in left}
-            choice.scores.append({str(unit): score for unit, score in own.items()})
-            return own
+    def run(options, scores, perplexities=lambda gone: 10.0, on_more_text=None):
+        def scores_of(chooser, left, gone):
+            return {unit: scores(frozenset(u.block for u in gone) | {unit.block}) for unit in left}
+
+        def again(chooser, removals):
+            asked = on_more_text or scores
+            return {removal: asked(frozenset(u.block for u in removal)) for removal in removals}
 
         def perplexity(chooser, units):
             return perplexities(frozenset(unit.block for unit in units))
 
-        monkeypatch.setattr(Chooser, "_scored", scored)
+        monkeypatch.setattr(Chooser, "_scores", scores_of)
+        monkeypatch.setattr(Chooser, "_scores_on_more_text", again)
         monkeypatch.setattr(Chooser, "_perplexity_without", perplexity)
         text = tmp_path / "text.txt"
         text.write_text(TEXT, encoding="utf-8")
@@ -103,18 +110,62 @@ def test_look_back_finds_a_pair_that_greed_does_not(run):
     def scores(gone):
         return pairs[gone] if len(gone) == 2 else {0: 1, 1: 2, 2: 3, 3: 4}[next(iter(gone))]
 
-    _, entry = run("blocks=2,score=kl", scores)
+    _, entry = run("blocks=2,look_back=false", scores)
     assert entry.details["order"] == ["0", "2"]
-    program, entry = run("blocks=2,score=kl,look_back=true", scores)
+    program, entry = run("blocks=2", scores)
     assert entry.details["order"] == ["1", "2"] and len(find_blocks(program)) == 2
     assert entry.details["perplexity"][-1]["after"] == "removing 1 in place of 0"
 
 
-def test_look_back_leaves_a_set_whose_perplexity_would_rise(run):
+def pairs(gone):
+    if len(gone) == 1:
+        return 1.0 + next(iter(gone))
+    return {(0, 1): 5.0, (1, 2): 4.0}.get(tuple(sorted(gone)), 9.0)
+
+
+@pytest.mark.parametrize(
+    ("score", "rise", "order"),
+    [("kl", 1.4, ["2", "1"]), ("kl", 1.6, ["0", "1"]), ("mi", 0.9, ["2", "1"]),
+     ("mi", 1.1, ["0", "1"])],
+)  # fmt: skip
+def test_an_exchange_is_held_against_perplexity_as_far_as_the_score_may_be_blind(
+    run, score, rise, order
+):
     _, entry = run(
-        "blocks=1,score=kl,look_back=true", lambda gone: -len(gone), lambda gone: 10.0 + len(gone)
+        f"blocks=2,score={score}", pairs, lambda gone: 10.0 * (rise if gone == {1, 2} else 1.0)
     )
-    assert entry.details["order"] == ["0"]
+    assert entry.details["order"] == order
+    refused = [skip.where for skip in entry.skipped]
+    assert refused == (["removing 2 in place of 0"] if order == ["0", "1"] else [])
+
+
+def test_an_exchange_keeps_to_the_most_that_perplexity_may_be(run):
+    _, entry = run(
+        "blocks=2,max_perplexity=1.3", pairs, lambda gone: 13.5 if gone == {1, 2} else 10.0
+    )
+    assert entry.details["order"] == ["0", "1"]
+
+
+def test_the_nearest_sets_are_decided_on_more_text(run):
+    _, entry = run("blocks=2", pairs, on_more_text=lambda gone: 1.0 if gone == {0, 3} else 2.0)
+    assert sorted(entry.details["order"]) == ["0", "3"]
+    sets = {tuple(one["units"]): one for one in entry.details["nearest"]}
+    assert sets["0", "3"]["on_more_text"] == 1.0 and sets["1", "2"]["score"] == 4.0
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=20, max_size=20), st.integers(1, 3))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_look_back_never_worsens_and_ends_where_no_exchange_helps(run, values, count):
+    sets = [frozenset(s) for n in (1, 2, 3) for s in itertools.combinations(range(4), n)]
+    worth = dict(zip(sets, values, strict=False))
+    orders = []
+    for options in ("look_back=false", "look_back=true"):
+        _, entry = run(f"blocks={count},{options}", worth.__getitem__)
+        orders.append(frozenset(map(int, entry.details["order"])))
+    greedy, searched = orders
+    assert worth[searched] <= worth[greedy]
+    near = [searched - {a} | {b} for a in searched for b in {0, 1, 2, 3} - searched]
+    assert all(worth[other] >= worth[searched] * (1 - LEAST_GAIN) for other in near)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_a_ratio_is_rounded_up_as_in_the_paper(layers, counts):
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["mi", "bi", "angular", "kl", "ppl"])
 def test_what_was_done_is_in_the_report(model, tmp_path, score):
-    program, report = run(model, f"ratio=0.5,score={score}", tmp_path)
+    program, report = run(model, f"ratio=0.5,score={score},look_back=false", tmp_path)
     (entry,) = report.passes
     details = entry.details
     assert len(find_blocks(program)) == 2 and program.config["num_hidden_layers"] == 2
@@ -99,7 +99,7 @@ def test_by_default_windows_are_no_longer_than_the_model_takes(model):
 
 
 def test_the_figures_are_those_of_the_models_without_what_was_removed(model, tmp_path):
-    _, report = run(model, "blocks=3", tmp_path)
+    _, report = run(model, "blocks=3,look_back=false", tmp_path)
     details = report.passes[0].details
     order = [int(index) for index in details["order"]]
     checked = text_windows(model, read_text(tmp_path / "text.txt"), 32)[-PERPLEXITY_WINDOWS:]
@@ -201,7 +201,7 @@ def test_what_does_not_fit_the_model_is_refused_before_a_weight_is_read(options,
 
 
 def test_every_score_can_be_chosen():
-    assert option_types(PruneBlocks)["score"].choices == tuple(METRICS)
+    assert set(option_types(PruneBlocks)["score"].choices) == set(METRICS)
 
 
 def hiding_parts(program, index):
