@@ -48,11 +48,11 @@ def ways() -> list[tuple[str, int, dict[str, Any]]]:
     """Return the ways to choose: a name, how many times the usual windows, and options."""
     found: list[tuple[str, int, dict[str, Any]]] = [
         ("default", 1, {}),
-        ("greedy ppl, much text", MUCH, {"score": "ppl"}),
+        ("greedy ppl, much text", MUCH, {"score": "ppl", "look_back": False}),
     ]
     for times in (1, 4):
         for score in SCORES:
-            found.append((f"greedy {score}", times, {"score": score}))
+            found.append((f"greedy {score}", times, {"score": score, "look_back": False}))
             if score in ("kl", "mi", "ppl"):
                 found.append((f"look-back {score}", times, {"score": score, "look_back": True}))
             if score == "kl":
