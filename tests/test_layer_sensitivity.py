@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from programs import tiny_program
 
 from graphopt.calibration.layer_sensitivity import LayerSensitivity, measure_sensitivity
-from graphopt.calibration.neuron_energy import mean_magnitudes, neuron_energies, static_order
+from graphopt.calibration.neuron_energy import neuron_energies
 from graphopt.errors import PassError
 from graphopt.execute.block_runner import BlockRunner
 from graphopt.execute.interpreter import Runner
@@ -56,10 +56,10 @@ def test_needs_are_those_of_models_with_one_part_narrowed():
             at = blocks[index].position
             for _ in student.run_calls([values], at, at + 1, observe=watch):
                 pass
-        energy = neuron_energies(seen[form.hidden], down.load())
-        order = static_order(mean_magnitudes([energy]))
         stream = values[call.results[0]].flatten(0, -2)
-        relative = energy / stream.square().sum(-1, keepdim=True)
+        relative = neuron_energies(seen[form.hidden], down.load())
+        relative = relative / stream.square().sum(-1, keepdim=True)
+        order = relative.mean(0).argsort(descending=True)
         assert part.size == 14 and part.kept == KEPT
         for number, lost in enumerate(part.lost):
             expected = float(relative[:, order[number * 14 :]].sum(-1).mean())

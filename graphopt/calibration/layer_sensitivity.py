@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphopt.calibration.neuron_energy import neuron_energies, static_order
+from graphopt.calibration.neuron_energy import mean_energies, relative_energies, static_order
 from graphopt.calibration.output_path import OutputPath
 from graphopt.calibration.scores import final_output_metric, scoring_stream
 from graphopt.calibration.token_power import token_power
@@ -96,18 +96,16 @@ def measure_sensitivity(
         down = block.weights[slot]
         path = OutputPath.behind(block.function, block.block.stream, part.down)
         norm = None if path is None else path.output_norm(program, block)
-        magnitudes = torch.zeros(down.shape[1], device=device)
-        relative, tokens = torch.zeros_like(magnitudes), 0
-        for batch in range(len(stream.ids)):
+
+        def energy_of(batch: int) -> Tensor:
             hidden, behind = block.values(batch, [part.hidden, block.function.results[0]])
-            energy = neuron_energies(hidden.flatten(0, -2), down, norm)
-            magnitudes += energy.sqrt().sum(0)
-            relative += (energy / token_power(behind).flatten(0, -2)).sum(0)
-            tokens += len(energy)
-        order = static_order(magnitudes)
+            power = token_power(behind).flatten(0, -2)
+            return relative_energies(hidden.flatten(0, -2), power, down, norm)
+
+        means = mean_energies(map(energy_of, range(len(stream.ids))))
+        order = static_order(means)
         size = sizes[index] = -(-len(order) // groups)
-        means = (relative / tokens).double()[order]
-        rest = means.flip(0).cumsum(0).flip(0).tolist()
+        rest = means.double()[order].flip(0).cumsum(0).flip(0).tolist()
         edges = [min(number * size, len(rest)) for number in range(groups + 1)]
         lost[index] = tuple(rest[edge] if edge < len(rest) else 0.0 for edge in edges)
         rows = torch.zeros(len(order), dtype=down.dtype, device=down.device)

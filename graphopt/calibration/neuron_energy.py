@@ -26,20 +26,38 @@ def neuron_energies(hidden_TN: Tensor, down: Tensor, norm: OutputNorm | None = N
     return (hidden_TN * down.norm(dim=0)).square()
 
 
-def mean_magnitudes(energies: Iterable[Tensor]) -> Tensor:
-    """Return what each neuron adds to the output on average, fp32 [N].
+def relative_energies(
+    hidden_TN: Tensor, power_T1: Tensor, down: Tensor, norm: OutputNorm | None = None
+) -> Tensor:
+    """Return the energies of neurons in units of the residual stream's power, fp32 [T, N].
+
+    So tokens can be added up: most models have a few whose activations, and whose stream, are
+    larger than all others' by orders, and an error of theirs means no more.
 
     Args:
-        energies: From `neuron_energies`, a tensor [T, N] for every batch of tokens.
+        power_T1: From `token_power`, of the residual stream behind the part.
+        down, norm: As for `neuron_energies`.
+    """
+    return neuron_energies(hidden_TN, down, norm) / power_T1
+
+
+def mean_energies(energies: Iterable[Tensor]) -> Tensor:
+    """Return the mean energy of each neuron, fp32 [N].
+
+    Args:
+        energies: From `relative_energies`, a tensor [T, N] for every batch of tokens.
     """
     total, tokens = None, 0
     for energy_TN in energies:
-        own = energy_TN.sqrt().sum(0)
+        own = energy_TN.sum(0)
         total, tokens = own if total is None else total + own, tokens + len(energy_TN)
     assert total is not None
     return total / tokens
 
 
-def static_order(magnitudes_N: Tensor) -> Tensor:
-    """Return all neurons, the ones of largest mean magnitude first; int64 [N]."""
-    return magnitudes_N.sort(descending=True, stable=True).indices
+def static_order(energies_N: Tensor) -> Tensor:
+    """Return all neurons, the ones of largest mean energy first; int64 [N].
+
+    The first n of them are the n neurons that keep most energy if every token runs the same ones.
+    """
+    return energies_N.sort(descending=True, stable=True).indices

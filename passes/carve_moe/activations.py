@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphopt.calibration.neuron_energy import neuron_energies
+from graphopt.calibration.neuron_energy import relative_energies
 from graphopt.calibration.output_path import OutputNorm
+from graphopt.calibration.token_power import token_power
 from graphopt.execute.hidden_states import BlockStep, PerBatch
 from graphopt.ir.feed_forward import FeedForward
 from graphopt.ir.graph import Value
@@ -26,7 +27,7 @@ class PartActivations:
         weights: Its projections in fp32, by `gate`, `up` and `down`.
         x: Its input, [T, D] for every batch.
         hidden: Its hidden activations, [T, N] for every batch, with the neurons that were added.
-        energy: The energy of its neurons, [T, N] for every batch.
+        energy: The energy of its neurons in units of the stream's power, [T, N] for every batch.
         learn: How many of the batches, the first ones, are learnt from; the others are held out.
         added: Neurons of zeros.
     """
@@ -100,8 +101,13 @@ class PartActivations:
         hidden = value_of(form.hidden)
         if added:
             hidden = hidden.map(lambda hidden_TN: F.pad(hidden_TN, (0, added)))
+        powers = [token_power(behind_TD) for behind_TD in value_of(block.function.results[0])]
+        energy = PerBatch.of(
+            range(len(powers)),
+            lambda batch: relative_energies(hidden[batch], powers[batch], padded, norm),
+            block.stream.fits_at_once,
+        )
         return cls(
-            block, form, shared, weights, value_of(form.x), hidden,
-            hidden.map(lambda hidden_TN: neuron_energies(hidden_TN, padded, norm)),
+            block, form, shared, weights, value_of(form.x), hidden, energy,
             block.stream.held_out.index(True), added,
         )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphopt.calibration.neuron_energy import mean_magnitudes, static_order
+from graphopt.calibration.neuron_energy import mean_energies, static_order
 from graphopt.errors import PassError
 from graphopt.execute.hidden_states import PerBatch
 from graphopt.ir import functional
@@ -169,7 +169,7 @@ class Tokens:
 
     Attributes:
         x: Its input, [T, D] for every batch.
-        energy: The energy of its neurons, from `neuron_energies`, [T, N] for every batch.
+        energy: The energy of its neurons, from `relative_energies`, [T, N] for every batch.
     """
 
     x: Sequence[Tensor]
@@ -188,55 +188,60 @@ def divide_by_fit(
 ) -> Division:
     """Divide neurons so that a linear router loses as little energy as it can.
 
-    In turns, until no neuron moves: the router is fitted to the square root of every expert's
-    energy, by least squares with the ridge strength that is best on held-out tokens; every token
-    takes its `active` experts of highest router logits; and neurons are assigned again, each to
-    where the tokens that run it hold most of its energy, which is exact for those tokens
-    (`balanced_assignment`). The shared neurons are one more place, which every token runs. No
-    turn lowers the energy that the tokens keep, up to the change of the router. The first
-    clusters are those of CMoE. Scores are scaled so that those of a token have a standard
-    deviation of 1 on average: their softmax is neither flat nor all one expert's. With
-    `threshold` their constants are such that the experts of held-out tokens with scores above 0
-    are `active` on average.
+    In turns, until no neuron moves: routers are fitted to the square root of every expert's
+    energy, by least squares; every token takes its `active` experts of highest router logits; and
+    neurons are assigned again, each to where the tokens that run it hold most of its energy, which
+    is exact for those tokens (`balanced_assignment`). The shared neurons are one more place, which
+    every token runs.
+
+    The experts of a token are there those of a router that was fitted to the other half of the
+    tokens. A router knows its own tokens too well: a neuron that is large in few of them would
+    seem to be run by all that need it, and not be shared. Of all turns the one counts whose router,
+    fitted to all tokens, keeps most energy on held-out ones. The first clusters are those of CMoE.
+
+    Scores are scaled so that those of a token have a standard deviation of 1 on average: their
+    softmax is neither flat nor all one expert's. With `threshold` their constants are such that the
+    experts of held-out tokens with scores above 0 are `active` on average.
 
     Args:
         learn: What neurons are assigned by and routers fitted to.
-        held_out: What the ridge strength, and the threshold, are chosen by.
+        held_out: What ridge strengths, the turn and the threshold are chosen by.
         shared: Number of shared neurons.
         active: Experts of a token, or with `threshold` their mean.
     """
-    magnitudes = mean_magnitudes(learn.energy)
-    width = len(magnitudes)
+    energies = mean_energies(learn.energy)
+    width = len(energies)
     size = (width - shared) // experts
-    order = static_order(magnitudes)
+    order = static_order(energies)
     count = initial_k_activations(width)
     indicators = PerBatch.of(learn.energy, lambda energy_TN: top_k_indicators(energy_TN, count))
     groups = cluster(indicators, order[shared:].sort().values, width, experts)
     place = torch.zeros(width, dtype=torch.int64, device=order.device)
     for number in range(experts):
         place[groups[number]] = number + 1
-    router = _RouterFit(learn, held_out, experts)
+    routers = _RouterFit(learn, held_out, experts)
+    best: tuple[float, Tensor, Tensor] | None = None
     turns = 0
-    while turns < rounds:
-        turns += 1
-        scores = router.scores(learn, router.fit(place))
-        runs = chosen(scores, active, threshold=threshold)
-        runs = torch.cat([scores.new_ones(len(scores), 1), runs], 1)
-        gain, start = scores.new_zeros(width, experts + 1), 0
-        for energy_TN in learn.energy:
-            gain += energy_TN.t() @ runs[start : start + len(energy_TN)]
-            start += len(energy_TN)
-        new = balanced_assignment(gain, [shared] + [size] * experts).to(place.device)
-        moved = not torch.equal(new, place)
-        place = new
-        if not moved:
+    while True:
+        weight, across = routers.fit(place)
+        runs = chosen(routers.scores(held_out, weight), active, threshold=threshold)
+        kept = float(_energy_by_place(held_out.energy, runs).gather(1, place[:, None]).sum())
+        if best is None or kept > best[0]:
+            best = kept, place, weight
+        if turns == rounds:
             break
-    weight = router.fit(place)
+        turns += 1
+        gain = _energy_by_place(learn.energy, chosen(across, active, threshold=threshold))
+        new = balanced_assignment(gain, [shared] + [size] * experts).to(place.device)
+        if torch.equal(new, place):
+            break
+        place = new
+    _, place, weight = best
     if experts > 1:
-        spread = router.scores(learn, weight).std(-1).mean()
+        spread = routers.scores(learn, weight).std(-1).mean()
         weight = weight / spread.clamp(min=1e-12)
     if threshold:
-        weight[-1] -= routing_threshold(router.scores(held_out, weight), active)
+        weight[-1] -= routing_threshold(routers.scores(held_out, weight), active)
     made = {"router": weight[:-1].t().contiguous(), "router.bias": weight[-1].clone()}
     return Division(place.sort(stable=True).indices, shared, made, turns)
 
@@ -293,24 +298,59 @@ def _energy_of(energy_TN: Tensor, place_N: Tensor, experts: int) -> Tensor:
     return found.index_add_(1, place_N, energy_TN)[:, 1:]
 
 
+def _energy_by_place(energy: Iterable[Tensor], runs_TE: Tensor) -> Tensor:
+    """Return each neuron's energy in the tokens that run each place, fp32 [N, 1 + E].
+
+    Args:
+        energy: The energy of neurons, [T, N] for every batch.
+        runs_TE: 1 for the experts that the tokens of all batches run; place 0 is what is shared.
+    """
+    runs = torch.cat([runs_TE.new_ones(len(runs_TE), 1), runs_TE], 1)
+    sums, start = [], 0
+    for energy_TN in energy:
+        sums.append(energy_TN.t() @ runs[start : start + len(energy_TN)])
+        start += len(energy_TN)
+    return sum_of(sums)
+
+
 class _RouterFit:
-    """Routers of the same features, the part's input and a constant."""
+    """Routers of the same features, the part's input and a constant, for any places of neurons.
+
+    They are fitted to both halves of every batch of tokens, and to each half alone.
+    """
 
     def __init__(self, learn: Tokens, held_out: Tokens, experts: int) -> None:
-        self.tokens, self.experts = (learn, held_out), experts
+        self.learn, self.held_out, self.experts = learn, held_out, experts
         self.sums: list[LeastSquares] = []
 
-    def fit(self, place: Tensor) -> Tensor:
-        """Return the weights [D + 1, E], the constant's last."""
-        first = not self.sums
-        self.sums = [LeastSquares(), LeastSquares()] if first else [s.retarget() for s in self.sums]
-        for sums, tokens in zip(self.sums, self.tokens, strict=True):
-            for x, energy_TN in zip(tokens.x, tokens.energy, strict=True):
-                targets = _energy_of(energy_TN, place, self.experts).sqrt()
-                (sums.add if first else sums.add_targets)(_with_constant(x), targets)
+    def fit(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights [D + 1, E], the constant's last, and scores of the tokens [T, E].
+
+        The weights are fitted to all tokens, with the ridge strength that is best on held-out
+        ones. The scores are, of either half, those of weights of that strength fitted to the other.
+        """
+        add = LeastSquares.add_targets if self.sums else LeastSquares.add
+        self.sums = [sums.retarget() for sums in self.sums] or [LeastSquares() for _ in range(3)]
+        first, second, held = self.sums
+        for x, targets in self._targets(self.learn, place):
+            half = len(x) // 2
+            add(first, x[:half], targets[:half])
+            add(second, x[half:], targets[half:])
+        for x, targets in self._targets(self.held_out, place):
+            add(held, x, targets)
+        both = first + second
         # Where nothing predicts better than 0 does, the strongest ridge predicts least.
-        learn, held_out = self.sums
-        return learn.solve(best_ridge(learn, held_out)[0] or max(RIDGES)).float()
+        ridge = best_ridge(both, held)[0] or max(RIDGES)
+        of_first, of_second = (sums.solve(ridge).float() for sums in (first, second))
+        across: list[Tensor] = []
+        for x in map(_with_constant, self.learn.x):
+            half = len(x) // 2
+            across += [x[:half] @ of_second, x[half:] @ of_first]
+        return both.solve(ridge).float(), torch.cat(across)
+
+    def _targets(self, tokens: Tokens, place: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        for x, energy_TN in zip(tokens.x, tokens.energy, strict=True):
+            yield _with_constant(x), _energy_of(energy_TN, place, self.experts).sqrt()
 
     @staticmethod
     def scores(tokens: Tokens, weight: Tensor) -> Tensor:

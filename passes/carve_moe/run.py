@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.calibration.layer_sensitivity import LayerSensitivity, measure_sensitivity
-from graphopt.calibration.neuron_energy import mean_magnitudes, static_order
+from graphopt.calibration.neuron_energy import mean_energies, static_order
 from graphopt.calibration.output_path import OutputNorm, OutputPath
 from graphopt.calibration.reconstruction import Reconstruction, held_out_windows, reconstruct
 from graphopt.calibration.text import calibration_windows, pick, window_length
@@ -192,7 +192,7 @@ class Carving:
         learn = part.learnt
         if not options.active:
             # What is left out is an expert that nothing reads.
-            return Division(static_order(mean_magnitudes(learn.energy))[:shared], shared, {})
+            return Division(static_order(mean_energies(learn.energy))[:shared], shared, {})
         if options.mode == "fit":
             return divide_by_fit(
                 learn, part.held_out, shared, experts, options.active, options.rounds,
@@ -258,7 +258,7 @@ class Carving:
         options = self.options
         size = part.width // options.experts
         keep = (part.shared + options.active) * size
-        best = static_order(mean_magnitudes(part.learnt.energy))[:keep]
+        best = static_order(mean_energies(part.learnt.energy))[:keep]
         order, shared = division.order, division.shared
         total = of_best = of_shared = 0.0
         of_experts: list[Tensor] = []
