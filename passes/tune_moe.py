@@ -11,8 +11,8 @@ from pydantic import Field
 from graphopt.calibration.expert_load import expert_loads
 from graphopt.errors import PassError
 from graphopt.execute.block_runner import Parametrisation
-from graphopt.ir.feed_forward import add_gate_operands
-from graphopt.ir.graph import Call, Node, Program
+from graphopt.ir.feed_forward import add_gate_operands, routed_gates
+from graphopt.ir.graph import Call, Program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
 from graphopt.pass_manager.statements import ChangedBlocks
 from graphopt.passes.carve_moe.record import CarvedParts
@@ -119,7 +119,8 @@ class _Tuning(Distiller):
     def __init__(self, options: TuneMoe, program: Program, context: Context) -> None:
         self.carved = program
         program = program.copy()
-        self.thresholds = any(node.attrs.get("mean_active_experts") for node in _choices(program))
+        gates = [node for f in program.functions.values() for node in routed_gates(f)]
+        self.thresholds = any(node.attrs.get("mean_active_experts") for node in gates)
         self.balances = options.balance > 0 or self.thresholds
         self.gates = add_gate_operands(
             program, selection_bias=self.balances, gate_scale=options.gate
@@ -131,8 +132,12 @@ class _Tuning(Distiller):
         self.note("the whole model", self.dense)
         self.note("carving", self.program)
         before = self._loads()
-        for node in _choices(self.program):
-            node.attrs |= {"surrogate": options.surrogate, "balance": self.balances}
+        for function in self.program.functions.values():
+            routed = routed_gates(function)
+            for node in function.nodes:
+                if node.op == "top_k_gating":
+                    balanced = self.balances and node in routed
+                    node.attrs |= {"surrogate": options.surrogate, "balance": balanced}
         self.distil()
         self.note("trained", self.program)
         self.record.loads = [
@@ -161,8 +166,3 @@ class _Tuning(Distiller):
 
     def _loads(self) -> list[tuple[str, list[float]]]:
         return expert_loads(self.program, self.checked, self.device)
-
-
-def _choices(program: Program) -> list[Node]:
-    functions = program.functions.values()
-    return [node for function in functions for node in function.nodes if node.op == "top_k_gating"]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from graphopt.execute.block_runner import calibration_runner
 from graphopt.execute.hidden_states import HiddenStateStream
+from graphopt.ir.feed_forward import routed_gates
 from graphopt.ir.graph import Program
 
 
@@ -24,7 +25,7 @@ def expert_loads(
     stream = HiddenStateStream(calibration_runner(program, device), windows)
     loads: list[tuple[str, list[float]]] = []
     for block in stream:
-        choices = [node.output for node in block.function.nodes if node.op == "top_k_gating"]
+        choices = [node.output for node in routed_gates(block.function)]
         if not choices:
             continue
         counts: list[Tensor] = []

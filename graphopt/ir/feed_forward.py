@@ -330,10 +330,16 @@ def carve_call(
     call.function, call.weights = rewritten.name, weights
 
 
+def routed_gates(function: Function) -> list[Node]:
+    """Return what makes the gates of `experts`: no mask over the neurons of a mixture's expert."""
+    read = {node.inputs[1] for node in function.nodes if node.op == "experts"}
+    return [node for node in function.nodes if node.op == "top_k_gating" and node.output in read]
+
+
 def add_gate_operands(
     program: Program, *, selection_bias: bool, gate_scale: bool
 ) -> dict[str, list[str]]:
-    """Give every `top_k_gating`, in place, a selection bias and gate scales that are 0 at first.
+    """Give gates of routed experts, in place, a selection bias and scales that are 0 at first.
 
     With them at 0 every token runs the experts that it ran, with a gate of 1. What the router's
     slots are named by stays in the new ones: `mlp.router.selection_bias`, `mlp.router.gate_scale`.
@@ -351,7 +357,7 @@ def add_gate_operands(
     slots: dict[str, dict[str, tuple[str, str]]] = {}
     for function in program.functions.values():
         named = function.slots_by_value()
-        for node in [node for node in function.nodes if node.op == "top_k_gating"]:
+        for node in routed_gates(function):
             assert node.inputs[0] is not None
             last = [n for n in region(function, [node.inputs[0]]) if n.op == "linear"][-1]
             router = named[last.inputs[1]]  # type: ignore[index]

@@ -32,6 +32,16 @@ NO_LAYER_LISTS = (
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """What configs call the number of routed experts."""
 
+EXPERT_WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+"""What configs call the number of neurons of an expert, where it has an entry of its own first."""
+
+
+def shrink_expert_width(config: dict[str, Any], neurons: int, left: int) -> None:
+    """Make a config say that its experts have `left` of so many neurons, in place."""
+    key = next((key for key in EXPERT_WIDTHS if config.get(key) == neurons), None)
+    if key is not None:
+        config[key] = left
+
 
 def shrink_expert_counts(config: dict[str, Any], count: int, left: int) -> None:
     """Make a config say that its mixtures have `left` of `count` experts, in place."""

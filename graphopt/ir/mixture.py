@@ -11,23 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
-import torch
-from torch import Tensor
 
 from graphopt.ir.blocks import Block, find_blocks
 from graphopt.ir.dataflow import dataflow, region
-from graphopt.ir.functional import ACTIVATIONS
 from graphopt.ir.graph import (
     Call,
     Function,
-    In,
     Node,
     Program,
     Value,
     resolve_attrs,
     unique_name,
 )
-from graphopt.ir.ops.aten import map_leaves, resolve_target
 from graphopt.ir.resize import Resized, resize
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type, dim
@@ -256,6 +251,12 @@ def tables_of(function: Function, mixture: Mixture, types: Mapping[Value, Type])
     return found
 
 
+def own_slots(function: Function, mixture: Mixture, types: Mapping[Value, Type]) -> list[str]:
+    """Return the slots of what is an expert's own: all weights of a mixture but its router's."""
+    stacks = [stack_of(function, product)[0] for product in (*mixture.first, mixture.last)]
+    return [*stacks, *tables_of(function, mixture, types)]
+
+
 def with_experts_left(
     function: Function, call: Call, types: Mapping[Value, Type], mixture: Mixture, left: int,
     name: str,
@@ -269,10 +270,8 @@ def with_experts_left(
     router = mixture.router.inputs[1]
     if router not in slots:
         raise ValueError("its router's matrix is no weight")
-    stacks = [stack_of(function, node)[0] for node in (*mixture.first, mixture.last)]
-    weights = {
-        slot: {0: left} for slot in (slots[router], *stacks, *tables_of(function, mixture, types))
-    }
+    own = own_slots(function, mixture, types)
+    weights = {slot: {0: left} for slot in (slots[router], *own)}
     graph = dataflow(function)
     chosen = set(region(function, [mixture.ends, mixture.weighted]))
     behind: set[Node] = set()
@@ -336,19 +335,24 @@ def keep_experts(program: Program, kept: Mapping[int, Sequence[int]]) -> None:
 
 
 def _retarget(program: Program, call: Call, resized: Resized, kept: tuple[int, ...]) -> None:
-    readers = [name for other in program.calls for name in other.weights.values()]
     for slot, sizes in resized.weights.items():
-        weight = program.weights[call.weights[slot]]
         ((axis, _),) = sizes.items()
-        entries = weight.with_producer(_entries(weight.producer, axis, kept))
-        if readers.count(weight.name) > 1:
-            # Layers may share a weight, such as a bias that is 0 in all, and keep other experts.
-            name = unique_name(weight.name, {other.name for other in program.weights})
-            call.weights[slot] = program.weights.add(replace(entries, name=name)).name
-        else:
-            program.weights.replace(entries)
+        producer = program.weights[call.weights[slot]].producer
+        put_producer(program, call, slot, _entries(producer, axis, kept))
     call.function = resized.function.name
     call.attrs = {**call.attrs, **resized.attrs}
+
+
+def put_producer(program: Program, call: Call, slot: str, producer: Producer) -> None:
+    """Give the weight in a call's slot another value, in place, and no other call's."""
+    weight = program.weights[call.weights[slot]].with_producer(producer)
+    readers = [name for other in program.calls for name in other.weights.values()]
+    if readers.count(weight.name) == 1:
+        program.weights.replace(weight)
+        return
+    # Layers may share a weight, such as a bias that is 0 in all.
+    name = unique_name(weight.name, {other.name for other in program.weights})
+    call.weights[slot] = program.weights.add(replace(weight, name=name)).name
 
 
 def _entries(producer: Producer, axis: int, kept: tuple[int, ...]) -> Producer:
@@ -358,65 +362,3 @@ def _entries(producer: Producer, axis: int, kept: tuple[int, ...]) -> Producer:
     if axis == 0:
         return Rows(producer, kept)
     return Transposed(Rows(Transposed(producer), kept))
-
-
-_COLUMNWISE = frozenset({"add", "mul", "scale", *ACTIVATIONS})
-_COLUMNWISE_ATEN = ("add", "sub", "mul", "clamp", "clamp_min", "clamp_max", "to", "pow", "neg")
-_SELECTIONS = ("chunk", "slice", "split", "split_with_sizes", "narrow")
-
-
-def neuron_columns(
-    function: Function, types: Mapping[Value, Type], mixture: Mixture
-) -> list[Tensor]:
-    """Return of which columns of each first product's results neurons are made.
-
-    Where gate and up projections are one stack, a neuron is two of its columns: they lie in two
-    halves, or side by side.
-
-    Returns:
-        For each of `mixture.first` int64 [N, columns of a neuron].
-
-    Raises:
-        ValueError: Something else than activations of chosen columns makes the neurons.
-    """
-    places = {product: place for place, product in enumerate(mixture.first)}
-    # For every value made of the products' results, of which columns its own are.
-    made: dict[Value, list[tuple[int, Tensor]]] = {}
-    for node in region(function, [mixture.hidden], [mixture.rows]):
-        if node in places:
-            width = int(types[node.outputs[0]].shape[-1])
-            made[node.outputs[0]] = [(places[node], torch.arange(width))]
-            continue
-        read = [pair for value in node.inputs if value in made for pair in made[value]]
-        if not read:
-            continue
-        namespace, _, name = node.op.partition(".")
-        if namespace == "aten" and name.partition(".")[0] in _SELECTIONS:
-            for value, columns in zip(node.outputs, _selected(node, read), strict=True):
-                made[value] = columns
-        elif node.op in _COLUMNWISE or name.partition(".")[0] in _COLUMNWISE_ATEN:
-            once = {(place, tuple(columns.tolist())): columns for place, columns in read}
-            made[node.outputs[0]] = [(place, columns) for (place, _), columns in once.items()]
-        else:
-            raise ValueError(f"{node.outputs[0].name} = {node.op} stands in front of its neurons")
-    found = made.get(mixture.hidden, [])
-    columns_of = [[c for place, c in found if place == number] for number in places.values()]
-    if not all(columns_of):
-        raise ValueError("its neurons are not made of its first products")
-    return [torch.stack(columns, 1) for columns in columns_of]
-
-
-def _selected(node: Node, read: list[tuple[int, Tensor]]) -> list[list[tuple[int, Tensor]]]:
-    """Return for each output of a choice of columns of which columns of the products it is."""
-    found: list[list[tuple[int, Tensor]]] = [[] for _ in node.outputs]
-    for place, columns in read:
-
-        def change(leaf: object, columns: Tensor = columns) -> object:
-            return columns[None] if isinstance(leaf, In) else leaf
-
-        args = map_leaves(node.attrs["args"], change)
-        result = resolve_target(node.op)(*args, **node.attrs.get("kwargs", {}))
-        parts = [result] if isinstance(result, Tensor) else list(result)
-        for outputs, part in zip(found, parts, strict=True):
-            outputs.append((place, part[0]))
-    return found

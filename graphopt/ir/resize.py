@@ -269,12 +269,12 @@ class _Resizing:
         ]
 
     def _sliced(self, node: Node, args: list[Any]) -> list[Any]:
-        """Return a slice's arguments where its ends are shares of the axis."""
+        """Return a slice's arguments where its ends are shares of the axis, and not every nth."""
         source = node.inputs[0]
         assert source is not None
         axis = args[1] if len(args) > 1 else 0
         old, new = self.types[source].shape[axis], self._type(source).shape[axis]
-        if old == new:
+        if old == new or (len(args) > 4 and args[4] != 1):
             return args
         ends = [
             _scaled(end, int(old), int(new))

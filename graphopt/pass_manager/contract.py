@@ -58,6 +58,16 @@ class Statement(ABC):
         """Return, as a clause, what of it does not hold; None where all does."""
 
 
+@dataclass(frozen=True)
+class Statements(Statement):
+    """Several statements of one program, all of which hold."""
+
+    parts: tuple[Statement, ...]
+
+    def check(self, before: Program, after: Program) -> str | None:
+        return next(filter(None, (part.check(before, after) for part in self.parts)), None)
+
+
 @dataclass
 class PassResult:
     """What a pass did.

@@ -15,8 +15,6 @@ from torch import Tensor
 from graphopt.ir.blocks import Block, block_name, find_blocks, sub_blocks
 from graphopt.ir.feed_forward import FeedForward, feed_forwards, read_hidden
 from graphopt.ir.graph import Call, Node, Program, Value
-from graphopt.ir.mixture import Mixture, keep_experts, read_mixture, stack_of, tables_of
-from graphopt.ir.shapes import infer_program
 from graphopt.pass_manager.contract import Statement
 from graphopt.pass_manager.numbering import ValueNumbers, number_program
 from graphopt.pass_manager.verification import has_values
@@ -176,12 +174,14 @@ class DividedNeurons(Statement):
 
     Attributes:
         parts: Those that were divided.
+        others: Blocks that changed in another way, of which another statement is made.
     """
 
     parts: tuple[DividedPart, ...]
+    others: frozenset[int] = frozenset()
 
     def check(self, before: Program, after: Program) -> str | None:
-        stated = ChangedBlocks(frozenset(part.block for part in self.parts))
+        stated = ChangedBlocks(self.others | {part.block for part in self.parts})
         untrue = stated.check(before, after)
         if untrue is not None or not (has_values(before) and has_values(after)):
             return untrue
@@ -288,92 +288,3 @@ def _divided(program: Program, block: Block) -> dict[str, Tensor]:
             groups.append({**held, "down": held["down"].T})
     kinds = groups[0].keys() if groups else ()
     return {kind: torch.cat([group[kind] for group in groups]) for kind in kinds}
-
-
-@dataclass(frozen=True)
-class KeptOfMixture:
-    """Which experts of one mixture are left.
-
-    Attributes:
-        block: From 0.
-        experts: By their numbers in the source, ascending.
-        merged: Whether others were merged into them, so that their own weights differ.
-    """
-
-    block: int
-    experts: tuple[int, ...]
-    merged: bool
-
-
-@dataclass(frozen=True)
-class KeptExperts(Statement):
-    """Mixtures have some of the source's experts, and nothing else changed.
-
-    Attributes:
-        mixtures: Those that lost experts.
-    """
-
-    mixtures: tuple[KeptOfMixture, ...]
-
-    def check(self, before: Program, after: Program) -> str | None:
-        stated = ChangedBlocks(frozenset(mixture.block for mixture in self.mixtures))
-        untrue = stated.check(before, after)
-        if untrue is not None:
-            return untrue
-        expected = before.copy()
-        try:
-            keep_experts(expected, {m.block: m.experts for m in self.mixtures})
-        except ValueError as error:
-            return f"a mixture cannot be left with these experts: {error}"
-        blocks = zip(find_blocks(expected), find_blocks(after), strict=True)
-        pairs = list(blocks)
-        numbers = ValueNumbers()
-        for mixture in self.mixtures:
-            old, new = pairs[mixture.block]
-            untrue = _check_mixture(numbers, expected, old, after, new, mixture)
-            if untrue is not None:
-                return f"{block_name(after, new)}: {untrue}"
-        return None
-
-
-def _check_mixture(
-    numbers: ValueNumbers,
-    expected: Program,
-    old: Block,
-    after: Program,
-    new: Block,
-    mixture: KeptOfMixture,
-) -> str | None:
-    call, other = expected.calls[old.position], after.calls[new.position]
-    if call.weights.keys() != other.weights.keys():
-        return "it has other weights than the source's"
-    merged = _own_weights(expected, old) if mixture.merged else set()
-    held: dict[str, int] = {}
-    for slot, name in call.weights.items():
-        wanted, found = expected.weights[name], after.weights[other.weights[slot]]
-        if wanted.shape != found.shape:
-            return f"{found.name} is {list(found.shape)}, not {list(wanted.shape)}"
-        held[slot] = numbers.of("slot", new.position, slot)
-        if slot in merged or numbers.weight(wanted) == numbers.weight(found):
-            continue
-        if not (has_values(expected) and torch.equal(wanted.load(), found.load())):
-            return f"{found.name} is not the source's, of the experts stated"
-    args = [numbers.of("argument", new.position, number) for number in range(len(call.args))]
-    results = [
-        numbers.call(program, one, args, weights=held, without_past=True).results
-        for program, one in ((expected, call), (after, other))
-    ]
-    if results[0] != results[1]:
-        return "it computes something else than the source with fewer experts"
-    return None
-
-
-def _own_weights(program: Program, block: Block) -> set[str]:
-    """Return the slots of what is an expert's own: all of a mixture but its router."""
-    call = program.calls[block.position]
-    function = program.function_of(call)
-    types = infer_program(program)[0][block.position]
-    mixture = read_mixture(function, call, types)
-    assert isinstance(mixture, Mixture)
-    stacks = [stack_of(function, product)[0] for product in (*mixture.first, mixture.last)]
-    return {*stacks, *tables_of(function, mixture, types)}

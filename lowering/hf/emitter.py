@@ -23,6 +23,7 @@ from graphopt.capture.model import build_model
 from graphopt.errors import CaptureError, LoweringError
 from graphopt.files.safetensors import INDEX_NAME, WEIGHTS_NAME, SafetensorsWriter
 from graphopt.ir.compare import first_difference, in_order_of_use, slots_by_use
+from graphopt.ir.expert_neurons import is_masked
 from graphopt.ir.graph import KVLayout, Program
 from graphopt.ir.relayout import with_layouts
 from graphopt.ir.types import DTYPE_NAMES
@@ -204,6 +205,10 @@ def _checkpoint(program: Program) -> _Checkpoint:
         carved, parts = carve_alike(have, want, module)
     except ValueError as error:
         raise _refusal(f"a carved part has no place in {type(module).__name__}: {error}") from error
+    if any(is_masked(function) for function in have.functions.values()):
+        raise _refusal(
+            "experts of its mixtures have routers of their own, and no class of transformers has"
+        )
     if not parts:
         raise _refusal(f"{difference}, as its config makes it")
     carved = _one_form(carved)

@@ -8,10 +8,14 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from graphopt.errors import PassError, UsageError
-from graphopt.ir.blocks import block_name
+from graphopt.ir.blocks import Block, block_name
+from graphopt.ir.expert_neurons import check_neurons_left, neuron_count
 from graphopt.ir.feed_forward import FeedForward
 from graphopt.ir.graph import Program
+from graphopt.ir.mixture import Mixture, find_mixtures
+from graphopt.ir.shapes import infer_program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
+from graphopt.passes.carve_moe.mixtures import ExpertSplit
 from graphopt.passes.carve_moe.parts import parts_of, width_of
 from graphopt.passes.carve_moe.record import CarvedParts
 from graphopt.passes.carve_moe.run import Carving
@@ -52,6 +56,11 @@ class CarveMoe(Pass):
 
     Where `experts` do not divide the neurons, `pad` adds neurons of zeros.
 
+    With `mixtures` the experts of mixtures are carved too, each by the tokens that are routed to
+    it: `active=0` leaves every expert with its own `shared` groups of neurons, which a config says
+    by a smaller number of them. Otherwise each has a router of its own, and neurons of groups that
+    a token does not run are put to 0 (`graphopt.passes.carve_moe.mixtures`).
+
     Blocks are carved in order, each on what the carved blocks before it give, from `windows`
     windows of `seqlen` tokens: 8 of 2048 on a GPU and 8 of 512 on a CPU.
 
@@ -60,6 +69,8 @@ class CarveMoe(Pass):
     1. A block adds one feed-forward part: a projection of an activation, or of its product with
        another projection, whose parts nothing else reads. Others are left as they are.
     2. The number of neurons is a multiple of `experts`, or `pad` is given.
+    3. With `mixtures` a mixture is one that `prune-experts` reads, whose experts' neurons are made
+       of columns of their first products alone.
     """
 
     name: ClassVar[str] = "carve-moe"
@@ -76,6 +87,7 @@ class CarveMoe(Pass):
     threshold: bool = False
     layerwise_budget: bool = False
     pad: bool = False
+    mixtures: bool = False
     k_activations: Annotated[int, Field(ge=1)] = 10
     cosine: bool = False
     windows: Annotated[int, Field(ge=2)] = 8
@@ -106,6 +118,8 @@ class CarveMoe(Pass):
                 f"threshold=true goes by the logits of a fitted router, and {what} has none.",
                 "Leave threshold out.",
             )
+        if self.mixtures:
+            self._check_mixture_options()
         if self.active and self.shared == self.experts:
             raise UsageError("All groups are shared, so none can be active.", "Lower shared.")
         if self.layerwise_budget and (not self.shared or self.shared + self.active == self.experts):
@@ -115,9 +129,25 @@ class CarveMoe(Pass):
                 "Leave layerwise_budget out.",
             )
 
+    def _check_mixture_options(self) -> None:
+        for given, what in (
+            (self.mode == "published", "mode=published"),
+            (self.threshold, "threshold=true"),
+            (self.layerwise_budget, "layerwise_budget=true"),
+            (self.pad, "pad=true"),
+        ):
+            if given:
+                raise UsageError(
+                    f"{what} is for dense feed-forward parts, and mixtures=true carves the experts "
+                    "of mixtures.",
+                    "Leave one of them out.",
+                )
+
     def check(self, program: Program) -> None:
         found = parts_of(program)
-        if not any(isinstance(part, FeedForward) for _, part in found):
+        mixtures = find_mixtures(program)
+        carved = self.mixtures and self._check_mixtures(program, mixtures)
+        if not carved and not any(isinstance(part, FeedForward) for _, part in found):
             if any(
                 node.op == "top_k_gating" for f in program.functions.values() for node in f.nodes
             ):
@@ -125,14 +155,37 @@ class CarveMoe(Pass):
                     f"{program.name} is carved into experts already.", "Leave carve-moe out."
                 )
             reasons = sorted({part for _, part in found if isinstance(part, str)})
+            can = not self.mixtures and any(isinstance(m, Mixture) for _, m in mixtures)
             raise PassError(
                 f"{program.name} has no feed-forward part to carve"
                 + (f": {'; '.join(reasons)}." if reasons else "."),
-                "A model of experts already cannot be carved; leave carve-moe out.",
+                "Carve each of its experts with mixtures=true." if can else "Leave carve-moe out.",
             )
         for block, part in found:
             if isinstance(part, FeedForward):
                 self._check_width(block_name(program, block), width_of(program, block, part))
+
+    def expert_split(self, *, reconstruct: bool) -> ExpertSplit:
+        """Return how the neurons of each expert of a mixture are divided."""
+        return ExpertSplit(self.shared, self.active, self.experts, self.rounds, reconstruct)
+
+    def _check_mixtures(self, program: Program, found: list[tuple[Block, Mixture | str]]) -> bool:
+        """Check the mixtures of a program; return whether there is one whose experts are carved."""
+        kinds, _ = infer_program(program)
+        read = [(block, mixture) for block, mixture in found if isinstance(mixture, Mixture)]
+        for block, mixture in read:
+            where, types = block_name(program, block), kinds[block.position]
+            call = program.calls[block.position]
+            neurons = neuron_count(types, mixture)
+            self._check_width(f"An expert of {where}", neurons)
+            try:
+                check_neurons_left(
+                    program.function_of(call), call, types, mixture,
+                    self.expert_split(reconstruct=False).left_of(neurons),
+                )  # fmt: skip
+            except ValueError as error:
+                raise PassError(f"Experts of {where} cannot be carved: {error}.") from error
+        return bool(read)
 
     def _check_width(self, where: str, width: int) -> None:
         if width % self.experts and not self.pad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,23 @@ from graphopt.calibration.text import calibration_windows, pick, window_length
 from graphopt.errors import PassError
 from graphopt.execute.block_runner import calibration_runner
 from graphopt.execute.hidden_states import BlockStep, HiddenStateStream, PerBatch
-from graphopt.ir.blocks import Block, block_name
+from graphopt.ir.blocks import Block, block_name, find_blocks
 from graphopt.ir.cost import total_cost, weight_products
-from graphopt.ir.feed_forward import FeedForward, Split, carve_call, with_experts
+from graphopt.ir.expert_neurons import neuron_count
+from graphopt.ir.feed_forward import (
+    FeedForward,
+    Split,
+    carve_call,
+    routed_gates,
+    with_experts,
+)
 from graphopt.ir.graph import Function, Program, unique_name
+from graphopt.ir.layer_config import shrink_expert_width
+from graphopt.ir.mixture import Mixture, find_mixtures
+from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, P, S, evaluate
-from graphopt.pass_manager.contract import Context, PassResult, Skip
+from graphopt.pass_manager.contract import Context, PassResult, Skip, Statement, Statements
+from graphopt.pass_manager.expert_statements import CarvedExperts, CarvedMixture
 from graphopt.pass_manager.statements import DividedNeurons, DividedPart
 from graphopt.passes.carve_moe.activations import PartActivations
 from graphopt.passes.carve_moe.division import (
@@ -33,6 +45,7 @@ from graphopt.passes.carve_moe.division import (
     initial_k_activations,
     top_k_indicators,
 )
+from graphopt.passes.carve_moe.mixtures import ExpertCarving
 from graphopt.passes.carve_moe.parts import output_path, parts_of, width_of
 from graphopt.passes.carve_moe.record import Carved, CarvedParts, PartSensitivity, Work
 from graphopt.solvers.budget import allocate_budget
@@ -72,6 +85,7 @@ class Carving:
         self.rewritten_functions: dict[tuple[str, int], tuple[Function, dict[str, str]]] = {}
         self.clock = Clock("measuring", "model", "dividing", "reconstructing")
         self.sensitivity: dict[int, LayerSensitivity] = {}
+        self.reconstructions: list[Reconstruction] = []
         # With all groups run nothing is missing.
         whole = options.shared + options.active == options.experts
         self.reconstructs = options.reconstruct and options.mode == "fit" and not whole
@@ -99,8 +113,9 @@ class Carving:
         numbers = self._numbers(found)
         skipped: list[Skip] = []
         carved: list[Carved] = []
-        reconstructions: list[Reconstruction] = []
         divided: list[DividedPart] = []
+        experts: list[CarvedMixture] = []
+        mixtures = self._mixtures(skipped)
         student = self._stream(program, self.context.progress)
         teacher = self._stream(self.original, silent) if self.reconstructs else None
         for block in student:
@@ -108,6 +123,16 @@ class Carving:
                 with self.clock.counting("model"):
                     teacher.current().advance()
             form = found[block.index][1]
+            own: frozenset[str] = frozenset()
+            if block.index in mixtures:
+                mixture, own = self._carve_experts(block, mixtures[block.index], carved)
+                experts.append(replace(mixture, beside=not isinstance(form, str)))
+                block = block.replace()
+                if isinstance(form, str):
+                    with self.clock.counting("model"):
+                        block.advance()
+                    continue
+                form = parts_of(program)[block.index][1]
             if isinstance(form, str) or block.index not in numbers:
                 reason = form if isinstance(form, str) else "all of its groups are run"
                 skipped.append(Skip(block.name, reason))
@@ -124,7 +149,9 @@ class Carving:
                 division = self._divide(part)
                 self._put(part, division)
             order = tuple(division.order.tolist())
-            divided.append(DividedPart(block.index, order, division.shared, reconstructed=False))
+            divided.append(
+                DividedPart(block.index, order, division.shared, reconstructed=False, solved=own)
+            )
             gates = self._run_carved(block)
             with self.clock.counting("dividing"):
                 carved.append(self._measure(part, division, gates))
@@ -134,17 +161,17 @@ class Carving:
                 skipped.append(Skip(f"{block.name}: reconstruction", path))
                 continue
             with self.clock.counting("reconstructing"):
-                reconstructions.append(
+                self.reconstructions.append(
                     self._reconstruct(part, division, gates, path, norm, student, teacher.hidden)
                 )
             gain = None if norm is None else norm.gain_weight
-            solved = frozenset() if gain is None else frozenset({gain})
+            solved = own if gain is None else own | {gain}
             divided[-1] = replace(divided[-1], reconstructed=True, solved=solved)
         program.prune_unused()
         record = CarvedParts(
             split=f"S{self.options.shared}A{self.options.active}E{self.options.experts}",
             parts=carved,
-            reconstructions=reconstructions,
+            reconstructions=self.reconstructions,
             sensitivity=[
                 PartSensitivity(where=block_name(program, found[number][0]), kl=part.kl)
                 for number, part in self.sensitivity.items()
@@ -152,8 +179,53 @@ class Carving:
             work=self._work(),
             seconds=self.clock.seconds,
         )
-        statement = DividedNeurons(tuple(divided))
-        return PassResult(program, len(found), len(carved), skipped, record, statement)
+        matched = len(found) + sum(mixture.beside for mixture in experts)
+        return PassResult(program, matched, len(carved), skipped, record, _stated(divided, experts))
+
+    def _mixtures(self, skipped: list[Skip]) -> dict[int, Mixture]:
+        """Return the mixtures whose experts are carved, by the index of their block."""
+        if not self.options.mixtures:
+            return {}
+        places = {block.position: n for n, block in enumerate(find_blocks(self.program))}
+        read: dict[int, Mixture] = {}
+        kinds, _ = infer_program(self.program)
+        split = self.options.expert_split(reconstruct=self.reconstructs)
+        for block, mixture in find_mixtures(self.program):
+            reason = mixture if isinstance(mixture, str) else None
+            if isinstance(mixture, Mixture):
+                neurons = neuron_count(kinds[block.position], mixture)
+                if not split.active and split.left_of(neurons) == neurons:
+                    reason = f"all of its experts' {neurons} neurons would be left"
+                else:
+                    read[places[block.position]] = mixture
+            if reason is not None:
+                skipped.append(Skip(f"{block_name(self.program, block)}: experts", reason))
+        return read
+
+    def _carve_experts(
+        self, block: BlockStep, mixture: Mixture, carved: list[Carved]
+    ) -> tuple[CarvedMixture, frozenset[str]]:
+        """Carve the experts of a block's mixture, in the program.
+
+        Returns:
+            What is stated of them, and the names of the weights that they were made of.
+        """
+        options = self.options
+        types = infer_program(self.program)[0][block.block.position]
+        split = options.expert_split(reconstruct=self.reconstructs)
+        neurons = neuron_count(types, mixture)
+        with self.clock.counting("model"):
+            carving = ExpertCarving(block, mixture, types, split)
+        with self.clock.counting("dividing"):
+            divisions = carving.divide()
+            carving.put(self.program, divisions)
+            carved.append(carving.measure(divisions, self.context.seed))
+        if self.reconstructs:
+            with self.clock.counting("reconstructing"):
+                self.reconstructions.append(carving.reconstruct(self.program, divisions))
+        if not options.active:
+            shrink_expert_width(self.program.config, neurons, len(divisions[0].order))
+        return carving.statement(divisions), carving.own_weights
 
     def _numbers(self, found: list[tuple[Block, FeedForward | str]]) -> dict[int, int]:
         """Return how many shared groups parts have, by number; nothing for those left whole."""
@@ -248,8 +320,7 @@ class Carving:
             gates.append(tensor.flatten(0, -2).float())
 
         with self.clock.counting("model"):
-            nodes = block.replace().function.nodes
-            choices = [node.output for node in nodes if node.op == "top_k_gating"]
+            choices = [node.output for node in routed_gates(block.replace().function)]
             block.advance(observers=dict.fromkeys(choices, keep))
         return gates
 
@@ -340,3 +411,16 @@ class Carving:
         )
         flops, products = zip(given, carved, strict=True)
         return Work(tokens=PROMPT, flops=flops, weight_products=products)
+
+
+def _stated(divided: Sequence[DividedPart], experts: Sequence[CarvedMixture]) -> Statement:
+    """Return what is stated of dense parts that were divided and of experts that were carved."""
+    if not experts:
+        return DividedNeurons(tuple(divided))
+    parts, mixtures = ({part.block for part in stated} for stated in (divided, experts))
+    return Statements(
+        (
+            DividedNeurons(tuple(divided), frozenset(mixtures)),
+            CarvedExperts(tuple(experts), frozenset(parts)),
+        )
+    )

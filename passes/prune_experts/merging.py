@@ -18,8 +18,9 @@ from torch import Tensor
 from graphopt.calibration.expert_saliency import ExpertActivity
 from graphopt.execute.block_runner import calibration_runner
 from graphopt.execute.hidden_states import TOKENS_AT_ONCE, BlockStep, HiddenStateStream
+from graphopt.ir.expert_neurons import columns_of_mixture
 from graphopt.ir.graph import Program, Value
-from graphopt.ir.mixture import Mixture, neuron_columns, stack_of, tables_of
+from graphopt.ir.mixture import Mixture, stack_of, tables_of
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
 from graphopt.ir.weights import Array
@@ -96,7 +97,7 @@ class _Experts:
 
     def __init__(self, block: BlockStep, mixture: Mixture, types: Mapping[Value, Type]) -> None:
         self.mixture, function = mixture, block.function
-        self.columns = neuron_columns(function, types, mixture)
+        self.columns = columns_of_mixture(function, types, mixture)
         places = [stack_of(function, product) for product in (*mixture.first, mixture.last)]
         self.tables = tables_of(function, mixture, types)
         slots = [slot for slot, _ in places] + list(self.tables)

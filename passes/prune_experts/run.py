@@ -22,7 +22,7 @@ from graphopt.ir.graph import Program
 from graphopt.ir.layer_config import shrink_expert_counts
 from graphopt.ir.mixture import Mixture, find_mixtures, keep_experts
 from graphopt.pass_manager.contract import Context, PassResult, Skip
-from graphopt.pass_manager.statements import KeptExperts, KeptOfMixture
+from graphopt.pass_manager.expert_statements import KeptExperts, KeptOfMixture
 from graphopt.passes.prune_experts.merging import Merged, merge_experts
 from graphopt.passes.prune_experts.record import PrunedExperts, PrunedMixture
 from graphopt.report.record import Step

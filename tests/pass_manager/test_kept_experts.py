@@ -10,7 +10,7 @@ from planted import change, scaled, swapped
 
 from graphopt.ir import Program
 from graphopt.ir.blocks import find_blocks
-from graphopt.pass_manager.statements import KeptExperts, KeptOfMixture
+from graphopt.pass_manager.expert_statements import KeptExperts, KeptOfMixture
 
 
 @functools.cache
