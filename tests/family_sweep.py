@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import graphopt as go
 from graphopt.backends.onnx_artifact import OnnxArtifactModel
 from graphopt.backends.torch_artifact import TorchArtifactModel
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, VerifyError
 from graphopt.execute.language_model import LanguageModel, ProgramModel
 from graphopt.storage.artifact import load_program
 
@@ -220,11 +220,13 @@ def _rounding(config: Any, model: nn.Module, wanted: Sequence[Tensor]) -> float:
         return 0.0
 
 
-def _attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return what `work` found, its refusal, or what broke; with the seconds it took."""
     started = time.perf_counter()
     try:
         found = work()
+    except VerifyError as wrong:  # a sentence too, but to the developer of a pass
+        found = {"broken": str(wrong)[:400]}
     except GraphoptError as refusal:
         found = {"refused": re.sub(r"\S*/(?=model\b|config/)", "", refusal.message)}
     except Exception as reason:  # what is looked for here
@@ -279,7 +281,7 @@ def sweep(
         except Exception as reason:  # the class has no default, or cannot write it
             return {**row, "capture": {"refused": f"transformers: {reason}"[:200]}}
         place = str(work / "config" / "config.json")
-        row["capture"] = _attempt(lambda: {"captured": go.capture(place).name})
+        row["capture"] = attempt(lambda: {"captured": go.capture(place).name})
         return row
     config, model, wanted = drawn
     try:
@@ -303,18 +305,18 @@ def sweep(
         assert causal or not held[1].states, "a cache although tokens see later ones"
         return {"cached": bool(held[1].states), "notes": [note for _, note in held[1].notes][:3]}
 
-    row["capture"] = _attempt(capture)
+    row["capture"] = attempt(capture)
     if not held:
         return row
     program, cached = held
     row["forms"] = {
-        name: _attempt(
+        name: attempt(
             lambda name=name: _form(name, cached, work / name, wanted, causal=causal)  # type: ignore[misc]
         )
         for name in forms
     }
     row["passes"] = {
-        name: _attempt(
+        name: attempt(
             lambda name=name: _passed(name, program, work, causal=causal)  # type: ignore[misc]
         )
         for name in recipes
@@ -335,7 +337,7 @@ def _passed(name: str, program: go.Program, work: Path, *, causal: bool) -> dict
     found: dict[str, Any] = {"changed": report.passes[0].changed}
     for emitted in ("onnx", "hf"):
         out = work / f"{name}-{emitted}"
-        found[emitted] = _attempt(
+        found[emitted] = attempt(
             lambda e=emitted, o=out: _form(e, made, o, wanted, causal=causal)  # type: ignore[misc]
         )
         shutil.rmtree(out, ignore_errors=True)

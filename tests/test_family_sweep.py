@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from family_configs import families
-from family_sweep import sweep, verdicts
+from family_sweep import attempt, sweep, verdicts
+
+from graphopt.errors import VerifyError
 
 
 @pytest.mark.slow
@@ -20,6 +23,22 @@ def test_drawn_configs_are_right_in_every_form(family: str, tmp_path: Path) -> N
 def test_a_decoder_that_counts_the_tokens_of_a_step_goes_on_counting(tmp_path: Path) -> None:
     row = sweep("pegasus", 14, 0, tmp_path, forms=("program", "torch", "onnx"))
     assert set(verdicts(row).values()) == {"right"}, (verdicts(row), row["config"])
+
+
+@pytest.mark.slow
+def test_a_family_with_norms_behind_its_parts_is_carved(tmp_path: Path) -> None:
+    """The gain of the norm behind a part is solved for too: the pass has to state that."""
+    row = sweep("glm4", 14, 0, tmp_path, forms=(), recipes=("carve-moe",))
+    found = verdicts(row)
+    assert any(name.startswith("carve-moe") for name in found)
+    assert set(found.values()) == {"right"}, (found, row["config"])
+
+
+def test_a_program_that_a_pass_breaks_is_no_refusal() -> None:
+    def broken() -> dict[str, Any]:
+        raise VerifyError("Pass 'carve-moe' did not do what it states.")
+
+    assert set(attempt(broken)) == {"broken", "seconds"}
 
 
 @pytest.mark.slow
