@@ -47,6 +47,8 @@ ALTERNATIVES = 3
 """Units that are then tried, the next by their scores."""
 OF_LOGITS = ("kl", "ppl")
 """Scores from which a norm behind the blocks hides nothing."""
+SCORED_AT_ONCE = 8
+"""Units that are scored before it is asked whether others may be lower: a walk takes as many."""
 LEAST_GAIN = 1e-3
 """The share by which an exchange has to lower the score: what is less is noise."""
 SWEEPS = 3
@@ -106,6 +108,7 @@ class Chooser:
         self.program = resident(program, self.dtype, self.device)
         self.perplexities: list[float] = []
         self.sets: dict[Removal, float] = {}
+        self.added: dict[PruningUnit, float] = {}
         self.refused: set[Removal] = set()
 
     @classmethod
@@ -175,22 +178,50 @@ class Chooser:
     def _scored(
         self, left: Sequence[PruningUnit], gone: Sequence[PruningUnit], choice: Choice
     ) -> dict[PruningUnit, float]:
-        """Return the scores of units where others are gone; those of whole sets are kept."""
+        """Return the scores of units where others are gone, of those that may be the lowest.
+
+        What a unit adds to the score seldom falls as others go. So units are scored in the order of
+        what they added last, until none is left that added less than the lowest does now: lazy
+        greedy search (Minoux 1978), which finds what scoring all of them does, if it never falls.
+        """
         started = time.perf_counter()
-        named = self._scores(left, gone)
-        choice.seconds += time.perf_counter() - started
         if self.options.scores_sets:
-            self.sets |= {frozenset([*gone, unit]): score for unit, score in named.items()}
+            named = self._lazily_scored(left, frozenset(gone))
+        else:
+            named = score_units(
+                self._compared, left, self.windows, self.options.score,
+                removed=gone, device=self.device, dtype=self.dtype,
+                progress=self.context.progress,
+            ).values  # fmt: skip
+        choice.seconds += time.perf_counter() - started
         return named
 
-    def _scores(
-        self, left: Sequence[PruningUnit], gone: Sequence[PruningUnit]
+    def _lazily_scored(
+        self, left: Sequence[PruningUnit], gone: Removal
     ) -> dict[PruningUnit, float]:
-        return score_units(
-            self._compared, left, self.windows, self.options.score,
-            removed=gone, device=self.device, dtype=self.dtype, reference=self._reference,
+        named: dict[PruningUnit, float] = {}
+        waiting = sorted(left, key=lambda unit: self.added.get(unit, -math.inf))
+        lowest = math.inf
+        while waiting and not (named and self.added.get(waiting[0], -math.inf) >= lowest):
+            new = [unit for unit in waiting if unit not in self.added]
+            several = new or waiting[:SCORED_AT_ONCE]
+            sets = [gone | {unit} for unit in several]
+            unknown = [removal for removal in (gone, *sets) if removal not in self.sets]
+            if unknown:
+                self.sets |= self._set_scores(unknown)
+            for unit, removal in zip(several, sets, strict=True):
+                waiting.remove(unit)
+                named[unit] = self.sets[removal]
+                self.added[unit] = _or_inf(named[unit] - self.sets[gone])
+                lowest = min(lowest, self.added[unit])
+        return {unit: named[unit] for unit in left if unit in named}
+
+    def _set_scores(self, removals: Sequence[Removal]) -> dict[Removal, float]:
+        return score_removals(
+            self._compared, removals, self.windows, self.options.score,
+            device=self.device, dtype=self.dtype, reference=self._reference,
             progress=self.context.progress,
-        ).values  # fmt: skip
+        )  # fmt: skip
 
     def _watched(
         self, named: Mapping[PruningUnit, float], count: int, choice: Choice

@@ -28,8 +28,9 @@ def run(model, tmp_path, monkeypatch):
     """Run the pass with scores and perplexities of sets of removed blocks that a test gives."""
 
     def run(options, scores, perplexities=lambda gone: 10.0, on_more_text=None):
-        def scores_of(chooser, left, gone):
-            return {unit: scores(frozenset(u.block for u in gone) | {unit.block}) for unit in left}
+        def set_scores(chooser, removals):
+            blocks = {removal: frozenset(unit.block for unit in removal) for removal in removals}
+            return {removal: scores(gone) if gone else 0.0 for removal, gone in blocks.items()}
 
         def again(chooser, removals):
             asked = on_more_text or scores
@@ -38,7 +39,7 @@ def run(model, tmp_path, monkeypatch):
         def perplexity(chooser, units):
             return perplexities(frozenset(unit.block for unit in units))
 
-        monkeypatch.setattr(Chooser, "_scores", scores_of)
+        monkeypatch.setattr(Chooser, "_set_scores", set_scores)
         monkeypatch.setattr(Chooser, "_scores_on_more_text", again)
         monkeypatch.setattr(Chooser, "_perplexity_without", perplexity)
         text = tmp_path / "text.txt"

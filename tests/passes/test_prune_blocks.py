@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from programs import tiny_program
 from tiny_models import save_tiny
 
 import graphopt as go
-from graphopt.calibration.scores import METRICS
+from graphopt.calibration.scores import METRICS, PruningUnit
 from graphopt.calibration.text import PERPLEXITY_WINDOWS, held_out_perplexity, text_windows
 from graphopt.errors import GraphoptError, PassError, UsageError
 from graphopt.evaluate.perplexity import read_text
@@ -115,13 +114,16 @@ def test_the_figures_are_those_of_the_models_without_what_was_removed(model, tmp
 def test_a_score_that_is_no_number_is_null_in_the_report_and_never_chosen(
     model, tmp_path, monkeypatch
 ):
-    real = chooser.score_units
+    real = chooser.score_removals
 
-    def scores(program, units, *arguments, **options):
-        found = real(program, units, *arguments, **options)
-        return replace(found, values={**found.values, units[1]: math.nan})
+    def scores(program, removals, *arguments, **options):
+        found = real(program, removals, *arguments, **options)
+        return {
+            removal: math.nan if PruningUnit(1) in removal else score
+            for removal, score in found.items()
+        }
 
-    monkeypatch.setattr(chooser, "score_units", scores)
+    monkeypatch.setattr(chooser, "score_removals", scores)
     _, report = run(model, "blocks=2,iterative=false", tmp_path)
     details = report.passes[0].details
     assert details["scores"][0]["1"] is None and "1" not in details["order"]
@@ -281,7 +283,7 @@ def test_memory_that_does_not_suffice_is_said_with_what_lowers_it(
     def full(*args, **options):
         raise error
 
-    monkeypatch.setattr(chooser, "score_units", full)
+    monkeypatch.setattr(chooser, "score_removals", full)
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     with pytest.raises(PassError, match=f"Scoring blocks does not fit the {where}") as caught:
