@@ -18,7 +18,7 @@ from graphopt.execute.hidden_states import HiddenStateStream
 from graphopt.ir.blocks import find_blocks, remove_blocks, sub_blocks
 from graphopt.ir.graph import Program
 from graphopt.pass_manager.contract import Context, make_pass
-from graphopt.passes.carve_moe import run
+from graphopt.passes.carve_moe import text
 from graphopt.passes.carve_moe.record import CarvedParts
 
 CPU = torch.device("cpu")
@@ -172,7 +172,7 @@ def test_carved_parts_with_a_norm_behind_them_are_reconstructed(
 ) -> None:
     dense = captured("gemma3_text")[1]
     ids = torch.randint(3, 120, (12, 32), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(run, "calibration_windows", lambda *_: ids)
+    monkeypatch.setattr(text, "calibration_windows", lambda *_: ids)
     options = {"shared": 1, "active": 1, "experts": 4, "seqlen": 32}
     result = make_pass("carve-moe", options).run(dense.copy(), Context())
     assert isinstance(result.record, CarvedParts)

@@ -128,9 +128,9 @@ D, N, E = 16, 512, 8
 
 
 def carve(windows, monkeypatch):
-    from graphopt.passes.carve_moe import run
+    from graphopt.passes.carve_moe import text
 
-    monkeypatch.setattr(run, "calibration_windows", lambda *_: windows)
+    monkeypatch.setattr(text, "calibration_windows", lambda *_: windows)
     options = {"shared": 2, "active": 2, "experts": E, "windows": len(windows), "rounds": 2}
     program = tiny_program(layers=2, hidden=D, ffn=N, heads=2, kv_heads=1)
     return make_pass("carve-moe", options).run(program, Context()).program

@@ -188,16 +188,14 @@ def divide_by_fit(
 ) -> Division:
     """Divide neurons so that a linear router loses as little energy as it can.
 
-    In turns, until no neuron moves: routers are fitted to the square root of every expert's
-    energy, by least squares; every token takes its `active` experts of highest router logits; and
-    neurons are assigned again, each to where the tokens that run it hold most of its energy, which
-    is exact for those tokens (`balanced_assignment`). The shared neurons are one more place, which
-    every token runs.
-
-    The experts of a token are there those of a router that was fitted to the other half of the
-    tokens. A router knows its own tokens too well: a neuron that is large in few of them would
-    seem to be run by all that need it, and not be shared. Of all turns the one counts whose router,
-    fitted to all tokens, keeps most energy on held-out ones. The first clusters are those of CMoE.
+    In turns, until no neuron moves: the router is fitted to the square root of every expert's
+    energy, by least squares with the ridge strength that is best on held-out tokens; every token
+    takes its `active` experts of highest router logits; and neurons are assigned again, each to
+    where the tokens that run it hold most of its energy, which is exact for those tokens
+    (`balanced_assignment`). The shared neurons are one more place, which every token runs; the
+    first clusters are those of CMoE. Of all turns the one counts that keeps most energy on
+    held-out tokens: an assignment is the best one for the router that it was made by, and the
+    next router may do worse with it.
 
     Scores are scaled so that those of a token have a standard deviation of 1 on average: their
     softmax is neither flat nor all one expert's. With `threshold` their constants are such that the
@@ -205,7 +203,7 @@ def divide_by_fit(
 
     Args:
         learn: What neurons are assigned by and routers fitted to.
-        held_out: What ridge strengths, the turn and the threshold are chosen by.
+        held_out: What the ridge strengths, the turn and the threshold are chosen by.
         shared: Number of shared neurons.
         active: Experts of a token, or with `threshold` their mean.
     """
@@ -223,7 +221,7 @@ def divide_by_fit(
     best: tuple[float, Tensor, Tensor] | None = None
     turns = 0
     while True:
-        weight, across = routers.fit(place)
+        weight = routers.fit(place)
         runs = chosen(routers.scores(held_out, weight), active, threshold=threshold)
         kept = float(_energy_by_place(held_out.energy, runs).gather(1, place[:, None]).sum())
         if best is None or kept > best[0]:
@@ -231,7 +229,8 @@ def divide_by_fit(
         if turns == rounds:
             break
         turns += 1
-        gain = _energy_by_place(learn.energy, chosen(across, active, threshold=threshold))
+        runs = chosen(routers.scores(learn, weight), active, threshold=threshold)
+        gain = _energy_by_place(learn.energy, runs)
         new = balanced_assignment(gain, [shared] + [size] * experts).to(place.device)
         if torch.equal(new, place):
             break
@@ -314,43 +313,23 @@ def _energy_by_place(energy: Iterable[Tensor], runs_TE: Tensor) -> Tensor:
 
 
 class _RouterFit:
-    """Routers of the same features, the part's input and a constant, for any places of neurons.
-
-    They are fitted to both halves of every batch of tokens, and to each half alone.
-    """
+    """Routers of the same features, the part's input and a constant, for any places of neurons."""
 
     def __init__(self, learn: Tokens, held_out: Tokens, experts: int) -> None:
-        self.learn, self.held_out, self.experts = learn, held_out, experts
+        self.tokens, self.experts = (learn, held_out), experts
         self.sums: list[LeastSquares] = []
 
-    def fit(self, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights [D + 1, E], the constant's last, and scores of the tokens [T, E].
-
-        The weights are fitted to all tokens, with the ridge strength that is best on held-out
-        ones. The scores are, of either half, those of weights of that strength fitted to the other.
-        """
-        add = LeastSquares.add_targets if self.sums else LeastSquares.add
-        self.sums = [sums.retarget() for sums in self.sums] or [LeastSquares() for _ in range(3)]
-        first, second, held = self.sums
-        for x, targets in self._targets(self.learn, place):
-            half = len(x) // 2
-            add(first, x[:half], targets[:half])
-            add(second, x[half:], targets[half:])
-        for x, targets in self._targets(self.held_out, place):
-            add(held, x, targets)
-        both = first + second
+    def fit(self, place: Tensor) -> Tensor:
+        """Return the weights [D + 1, E], the constant's last."""
+        first = not self.sums
+        self.sums = [LeastSquares(), LeastSquares()] if first else [s.retarget() for s in self.sums]
+        for sums, tokens in zip(self.sums, self.tokens, strict=True):
+            for x, energy_TN in zip(tokens.x, tokens.energy, strict=True):
+                targets = _energy_of(energy_TN, place, self.experts).sqrt()
+                (sums.add if first else sums.add_targets)(_with_constant(x), targets)
         # Where nothing predicts better than 0 does, the strongest ridge predicts least.
-        ridge = best_ridge(both, held)[0] or max(RIDGES)
-        of_first, of_second = (sums.solve(ridge).float() for sums in (first, second))
-        across: list[Tensor] = []
-        for x in map(_with_constant, self.learn.x):
-            half = len(x) // 2
-            across += [x[:half] @ of_second, x[half:] @ of_first]
-        return both.solve(ridge).float(), torch.cat(across)
-
-    def _targets(self, tokens: Tokens, place: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        for x, energy_TN in zip(tokens.x, tokens.energy, strict=True):
-            yield _with_constant(x), _energy_of(energy_TN, place, self.experts).sqrt()
+        learn, held_out = self.sums
+        return learn.solve(best_ridge(learn, held_out)[0] or max(RIDGES)).float()
 
     @staticmethod
     def scores(tokens: Tokens, weight: Tensor) -> Tensor:

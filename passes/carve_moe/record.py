@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import pydantic
@@ -13,12 +14,13 @@ from graphopt.report.pictures import (
     curves,
     halves,
     legend,
+    perplexity_rows,
     reconstruction_sentences,
     seconds_rows,
     sentences,
     si,
 )
-from graphopt.report.record import Figure, Record, Seconds
+from graphopt.report.record import Figure, Record, Seconds, Step, told_in_a_line
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ class CarvedParts(Record):
         reconstructions: What reconstruction made of their down projections.
         sensitivity: What was measured where parts have numbers of shared groups of their own.
         work: What a prompt takes before and after.
+        perplexity: On held-out text, before carving and after it.
+        control: The same with the same neurons for every token; None where that was not measured.
+        experts_run: Experts that a token of held-out text runs, on average over parts.
         seconds: The seconds of the pass, by what they were spent on.
     """
 
@@ -104,15 +109,44 @@ class CarvedParts(Record):
     reconstructions: list[Reconstruction] = pydantic.Field(default_factory=list)
     sensitivity: list[PartSensitivity] = pydantic.Field(default_factory=list)
     work: Work
+    perplexity: list[Step] = pydantic.Field(default_factory=list)
+    control: Figure | None = None
+    experts_run: Figure = None
     seconds: dict[str, Seconds] = pydantic.Field(default_factory=dict)
+
+    def line(self) -> str:
+        told = [told_in_a_line([], self.perplexity), self.verdict(), self._run_on_average()]
+        return "; ".join(filter(None, told))
+
+    def _run_on_average(self) -> str:
+        known = self.experts_run is not None
+        return f"a token runs {self.experts_run:.2f} experts of a part on average" if known else ""
+
+    def verdict(self) -> str:
+        """Return how routing compares with the same neurons for every token; "" if not known."""
+        if self.control is None or not self.perplexity:
+            return ""
+        carved = self.perplexity[-1].value
+        static = f"{self.control:.4g} with the same neurons for every token"
+        if carved is not None and carved < self.control:
+            return f"perplexity {static}"
+        shared, active, experts = map(int, re.findall(r"\d+", self.split))
+        instead = f"shared={shared + active},active=0,experts={experts}"
+        return f"ROUTING DOES NOT HELP: perplexity {static}, so take {instead}"
 
     def card(self) -> str:
         facts = reconstruction_sentences(self.reconstructions) + self.work.sentences()
+        told = filter(None, (self.verdict(), self._run_on_average()))
+        facts[:0] = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in told]
         added = sum(part.added for part in self.parts)
         if added:
             facts.append(f"{added:,.0f} neurons of zeros were added.")
         return "".join(
-            (halves([seconds_rows(self.seconds)]), _energy_picture(self.parts), sentences(facts))
+            (
+                halves([perplexity_rows(self.perplexity), seconds_rows(self.seconds)]),
+                _energy_picture(self.parts),
+                sentences(facts),
+            )
         )
 
 

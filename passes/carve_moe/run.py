@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -9,16 +10,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from graphopt.calibration.expert_load import expert_loads
 from graphopt.calibration.layer_sensitivity import LayerSensitivity, measure_sensitivity
 from graphopt.calibration.neuron_energy import mean_energies, static_order
 from graphopt.calibration.output_path import OutputNorm, OutputPath
-from graphopt.calibration.reconstruction import Reconstruction, held_out_windows, reconstruct
-from graphopt.calibration.text import calibration_windows, pick, window_length
-from graphopt.errors import PassError
+from graphopt.calibration.reconstruction import Reconstruction, reconstruct
+from graphopt.calibration.routing_thresholds import calibrate_thresholds
+from graphopt.calibration.text import (
+    PERPLEXITY_WINDOWS,
+    held_out_perplexity,
+)
 from graphopt.execute.block_runner import calibration_runner
 from graphopt.execute.hidden_states import BlockStep, HiddenStateStream, PerBatch
 from graphopt.ir.blocks import Block, block_name, find_blocks
-from graphopt.ir.cost import total_cost, weight_products
+from graphopt.ir.dtypes import scoring_dtype
 from graphopt.ir.expert_neurons import neuron_count
 from graphopt.ir.feed_forward import (
     FeedForward,
@@ -31,7 +36,6 @@ from graphopt.ir.graph import Function, Program, unique_name
 from graphopt.ir.layer_config import shrink_expert_width
 from graphopt.ir.mixture import Mixture, find_mixtures
 from graphopt.ir.shapes import infer_program
-from graphopt.ir.types import B, P, S, evaluate
 from graphopt.pass_manager.contract import Context, PassResult, Skip, Statement, Statements
 from graphopt.pass_manager.expert_statements import CarvedExperts, CarvedMixture
 from graphopt.pass_manager.statements import DividedNeurons, DividedPart
@@ -42,12 +46,14 @@ from graphopt.passes.carve_moe.division import (
     cosine_hidden,
     divide_as_published,
     divide_by_fit,
-    initial_k_activations,
     top_k_indicators,
 )
 from graphopt.passes.carve_moe.mixtures import ExpertCarving
-from graphopt.passes.carve_moe.parts import output_path, parts_of, width_of
-from graphopt.passes.carve_moe.record import Carved, CarvedParts, PartSensitivity, Work
+from graphopt.passes.carve_moe.parts import output_path, parts_of
+from graphopt.passes.carve_moe.record import Carved, CarvedParts, PartSensitivity
+from graphopt.passes.carve_moe.text import CarvingText
+from graphopt.passes.carve_moe.work import work_of
+from graphopt.report.record import Step
 from graphopt.solvers.budget import allocate_budget
 from graphopt.support.clock import Clock
 from graphopt.support.per_device import PerDevice
@@ -59,9 +65,6 @@ if TYPE_CHECKING:
 SENSITIVITY_TOKENS = PerDevice(cpu=512, gpu=4096)
 """Tokens on which the sensitivity of parts is measured; at least one window."""
 
-PROMPT = 128
-"""Tokens of the prompt for which the report says what the models take, as in CMoE's table 7."""
-
 
 class Carving:
     """One run of the pass."""
@@ -70,48 +73,29 @@ class Carving:
         self.options, self.program, self.context = options, program, context
         self.original = program.copy()
         self.device = context.device
-        length = window_length(program, options.seqlen, self.device)
-        windows = calibration_windows(program, context, length)
-        windows = pick(windows, options.windows, context.seed)
-        if len(windows) < 2:
-            raise PassError(
-                f"The calibration text has {len(windows)} windows of {length} tokens, and carving "
-                "needs one to learn from and one to measure on.",
-                "Give a longer text with --calib, or a lower seqlen.",
-            )
-        self.held = held_out_windows(len(windows))
-        self._check_tokens((len(windows) - self.held) * length)
-        self.windows = windows
+        self.text = CarvingText.of(options, program, context)
+        self.windows, self.held = self.text.windows, self.text.held
         self.rewritten_functions: dict[tuple[str, int], tuple[Function, dict[str, str]]] = {}
-        self.clock = Clock("measuring", "model", "dividing", "reconstructing")
+        self.clock = Clock(
+            "measuring",
+            "model",
+            "dividing",
+            "reconstructing",
+            "thresholds",
+            "comparing",
+        )
         self.sensitivity: dict[int, LayerSensitivity] = {}
         self.reconstructions: list[Reconstruction] = []
         # With all groups run nothing is missing.
         whole = options.shared + options.active == options.experts
         self.reconstructs = options.reconstruct and options.mode == "fit" and not whole
 
-    def _check_tokens(self, tokens: int) -> None:
-        """Refuse so few tokens that most neurons are among the largest of none of them."""
-        widths = [
-            width_of(self.program, block, part)
-            for block, part in parts_of(self.program)
-            if isinstance(part, FeedForward)
-        ]
-        for width in widths if self.options.active else []:
-            fitted = self.options.mode == "fit"
-            k = initial_k_activations(width) if fitted else self.options.k_activations
-            if tokens * k < width:
-                raise PassError(
-                    f"{tokens} tokens to learn from, by the {k} largest neurons of each, cannot "
-                    f"tell {width} neurons apart.",
-                    f"Give a longer text with --calib, or windows and seqlen of {width // k} "
-                    "tokens and more.",
-                )
-
     def run(self) -> PassResult:
         program, found = self.program, parts_of(self.program)
         numbers = self._numbers(found)
         skipped: list[Skip] = []
+        perplexity: list[Step] = []
+        control: float | None = None
         carved: list[Carved] = []
         divided: list[DividedPart] = []
         experts: list[CarvedMixture] = []
@@ -168,6 +152,12 @@ class Carving:
             solved = own if gain is None else own | {gain}
             divided[-1] = replace(divided[-1], reconstructed=True, solved=solved)
         program.prune_unused()
+        if self.options.threshold:
+            with self.clock.counting("thresholds"):
+                self._calibrate(carved)
+        if self.options.control:
+            with self.clock.counting("comparing"):
+                perplexity, control = self._compare()
         record = CarvedParts(
             split=f"S{self.options.shared}A{self.options.active}E{self.options.experts}",
             parts=carved,
@@ -176,7 +166,14 @@ class Carving:
                 PartSensitivity(where=block_name(program, found[number][0]), kl=part.kl)
                 for number, part in self.sensitivity.items()
             ],
-            work=self._work(),
+            work=work_of(self.original, program),
+            perplexity=perplexity,
+            control=control,
+            experts_run=(
+                statistics.mean(sum(part.load) for part in carved)
+                if carved and self.options.threshold
+                else None
+            ),
             seconds=self.clock.seconds,
         )
         matched = len(found) + sum(mixture.beside for mixture in experts)
@@ -236,7 +233,7 @@ class Carving:
         learn = self.windows[: -self.held]
         count = max(1, SENSITIVITY_TOKENS.on(self.device) // learn.shape[1])
         with self.clock.counting("measuring"):
-            self.sensitivity = measure_sensitivity(
+            self.sensitivity = self.sensitivity or measure_sensitivity(
                 self.program, forms, learn[:count], options.experts,
                 options.shared + options.active, device=self.device,
                 progress=self.context.progress,
@@ -402,15 +399,37 @@ class Carving:
         student.skip_to(student.index, moved)
         return outcome
 
-    def _work(self) -> Work:
-        """Return what a prompt of `PROMPT` tokens takes, of the model as given and carved."""
-        sizes = {B: 1, S: PROMPT, P: 0}
-        given, carved = (
-            (evaluate(total_cost(model).flops, sizes), evaluate(weight_products(model), sizes))
-            for model in (self.original, self.program)
-        )
-        flops, products = zip(given, carved, strict=True)
-        return Work(tokens=PROMPT, flops=flops, weight_products=products)
+    def _calibrate(self, carved: list[Carved]) -> None:
+        """Set thresholds on text that was not learnt from, and measure loads on held-out text."""
+        calibrate_thresholds(self.program, self.text.unseen, self.device)
+        held_out = self.text.held_out
+        loads = dict(expert_loads(self.program, held_out, self.device))
+        carved[:] = [replace(part, load=loads[part.where]) for part in carved]
+
+    def _compare(self) -> tuple[list[Step], float | None]:
+        """Return perplexities on held-out text: before and after carving, and of the control.
+
+        The control runs the same number of groups, the same ones for every token, made in the same
+        way; there is none where this is what was made, or where all groups are run.
+        """
+        options = self.options
+        groups = options.shared + options.active
+
+        def perplexity(program: Program) -> float:
+            dtype = scoring_dtype(program, self.device)
+            windows = self.text.held_out[-PERPLEXITY_WINDOWS:]
+            return held_out_perplexity(program, windows, self.device, dtype)
+
+        steps = [
+            Step(after="whole model", value=perplexity(self.original)),
+            Step(after="carved", value=perplexity(self.program)),
+        ]
+        if not options.active or groups == options.experts:
+            return steps, None
+        static = replace(options, shared=groups, active=0, threshold=False, control=False)
+        control = Carving(static, self.original.copy(), replace(self.context, progress=silent))
+        control.sensitivity = self.sensitivity
+        return steps, perplexity(control.run().program)
 
 
 def _stated(divided: Sequence[DividedPart], experts: Sequence[CarvedMixture]) -> Statement:

@@ -26,6 +26,8 @@ from graphopt.ir.blocks import find_blocks
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.passes.carve_moe.parts import parts_of
+from graphopt.passes.carve_moe.record import CarvedParts, Work
+from graphopt.report.record import Step
 
 TEXT = book()[:24000]
 WINDOWS = 24
@@ -201,13 +203,35 @@ def test_a_threshold_gives_tokens_the_experts_that_they_need(carve):
     assert mean(entry, "routed") < mean(fixed, "routed")
     assert mean(entry, "oracle") < mean(fixed, "oracle")
     for part in entry.details["parts"]:
-        # The constants are those of these very tokens; at the edge rounding decides.
-        assert sum(part["load"]) == pytest.approx(2.0, abs=1e-2)
+        # The thresholds were set on other windows. Of the 1,152 tokens here each runs 0 to 6
+        # experts, with a standard deviation below 1.5: these are five standard errors.
+        assert sum(part["load"]) == pytest.approx(2.0, abs=5 * 1.5 / 1152**0.5)
     nodes = [n for f in program.functions.values() for n in f.nodes]
     assert [n.attrs for n in nodes if n.op == "top_k_gating"] == [
         {"top_k": 6, "mean_active_experts": 2}
     ]
     assert entry.details["work"]["weight_products"] == fixed.details["work"]["weight_products"]
+
+
+@pytest.mark.slow
+def test_the_control_is_what_the_same_neurons_for_every_token_give(carve):
+    _, routed = carve("shared=2,active=2,experts=8")
+    _, static = carve("shared=4,active=0,experts=8")
+    assert static.details["control"] is None
+    whole, carved = (step["value"] for step in static.details["perplexity"])
+    assert whole < carved == pytest.approx(routed.details["control"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("carved", "helps"), [(20.0, True), (25.0, False), (math.inf, False)])
+def test_routing_that_is_no_better_than_its_control_is_said_loudly(carved, helps):
+    steps = [Step(after="whole model", value=10.0), Step(after="carved", value=carved)]
+    record = CarvedParts(
+        split="S2A3E8", parts=[], work=Work(tokens=1, flops=(2, 1), weight_products=(2, 1)),
+        perplexity=steps, control=25.0,
+    )  # fmt: skip
+    assert ("DOES NOT HELP" in record.line()) is not helps
+    assert ("shared=5,active=0,experts=8" in record.line()) is not helps
+    assert "25" in record.line() and record.verdict()[1:] in record.card()
 
 
 def test_the_work_is_that_of_the_formula(carve):
@@ -236,10 +260,10 @@ def test_without_active_experts_the_best_neurons_stay_and_no_router(carve):
 @pytest.mark.parametrize("mode", ["fit", "published"])
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom"])
 def test_two_matrices_and_biases_are_carved_too(family, mode, monkeypatch):
-    from graphopt.passes.carve_moe import run
+    from graphopt.passes.carve_moe import text
 
     ids = torch.randint(0, 128, (6, 32), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(run, "calibration_windows", lambda *_: ids)
+    monkeypatch.setattr(text, "calibration_windows", lambda *_: ids)
     _, program = captured(family)
     inputs = cases((7,))[0].inputs
     expected = Runner(program).logits(inputs)
