@@ -138,7 +138,7 @@ class _Tuning(Distiller):
                 if node.op == "top_k_gating":
                     balanced = self.balances and node in routed
                     node.attrs |= {"surrogate": options.surrogate, "balance": balanced}
-        self.distil()
+        self.distil(self.logit_data())
         self.note("trained", self.program)
         self.record.loads = [
             ExpertLoads(where=where, before=load, after=after)

@@ -101,3 +101,24 @@ def test_blocks_for_which_no_time_is_left_are_left_as_they_are_and_named():
     assert not reconstructions
     assert skipped == [("layers.1 and what is behind it", "the time for it was over")]
     assert all(w.producer is dense.weights[w.name].producer for w in pruned.weights)
+
+
+def test_the_last_projections_in_front_of_cuts_can_be_solved_for_alone():
+    dense = tiny_program(layers=7)
+    pruned = cut(dense, 2, 3, 5)
+    reconstructions, skipped = reconstruct_behind_cuts(pruned, dense, IDS, cuts_only=True)
+    assert not skipped
+    assert [outcome.where for outcome in reconstructions] == ["layers.1: ffn", "layers.4: ffn"]
+    changed = {w.name for w in pruned.weights if w.producer is not dense.weights[w.name].producer}
+    assert {name.split(".")[1] for name in changed} == {"1", "4"}
+    # Blocks 0 1 4 6 are left: behind the second stands what stood behind the fourth.
+    for ours, theirs in ((1, 3), (2, 5)):
+        plain = relative_mse(behind(cut(dense, 2, 3, 5), ours), behind(dense, theirs))
+        assert float(relative_mse(behind(pruned, ours), behind(dense, theirs))) < 0.9 * float(plain)
+
+
+def test_without_a_block_in_front_of_the_cut_the_one_behind_it_is_solved_for():
+    dense = tiny_program(layers=4)
+    pruned = cut(dense, 0)
+    reconstructions, _ = reconstruct_behind_cuts(pruned, dense, IDS, cuts_only=True)
+    assert [outcome.where for outcome in reconstructions] == ["layers.1: ffn"]

@@ -27,7 +27,7 @@ LEAST_GAIN = 1e-3
 """Channels whose gain is below this share of the largest are left as they are."""
 GAIN_RIDGE = 1e-2
 """Strength by which a channel's gain is held where it is, times the mean power of all."""
-LEAST_PROGRESS = 1e-3
+LEAST_PROGRESS = 1e-2
 """Share of the error by which a turn has to lower it, or it is the last."""
 
 
@@ -37,7 +37,7 @@ class NormFit:
 
     Attributes:
         before, after: Relative squared error of the residual stream on held-out windows.
-        ridge: The strength of the first turn that changed the projection; None if none did.
+        ridge: Strength of the regularisation; None where the projection stays as it was.
         matrix: The projection, fp32 [D, N].
         norm: The norm, with the gain as it has become.
     """
@@ -46,6 +46,14 @@ class NormFit:
     after: float
     ridge: float | None
     matrix: Tensor
+    norm: OutputNorm
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """How much of a turn's change of the projection is made, and with which norm."""
+
+    step: float
     norm: OutputNorm
 
 
@@ -79,28 +87,40 @@ class _Fit:
             wanted = (goal - behind.float()).flatten(0, -2) + self.norm(rows @ self.matrix.t())
             yield held, rows, wanted, root
 
-    def errors(self, forms: Sequence[tuple[Tensor, OutputNorm]]) -> list[float]:
-        """Return the relative squared error that each of some projections leaves, held out."""
-        totals, count = [0.0] * len(forms), 0
+    def errors(
+        self, matrix: Tensor, change: Tensor | None, trials: Sequence[_Trial]
+    ) -> list[float]:
+        """Return the relative squared error that each trial leaves on held-out tokens."""
+        totals, count = [0.0] * len(trials), 0
         for _, rows, wanted, root in self.tokens(held_out=True):
             count += len(rows)
-            for number, (matrix, norm) in enumerate(forms):
-                left = (wanted - norm(rows @ matrix.t())) * root
+            output = rows @ matrix.t()
+            moved = None if change is None else rows @ change.t()
+            for number, trial in enumerate(trials):
+                here = output if moved is None else output + trial.step * moved
+                left = (wanted - trial.norm(here)) * root
                 totals[number] += float(left.double().square().sum())
         return [total / count for total in totals]
 
     def linearise(
-        self, matrix: Tensor, norm: OutputNorm
+        self, matrix: Tensor, norm: OutputNorm, features: LeastSquares | None
     ) -> tuple[LeastSquares, LeastSquares, Tensor]:
-        """Return the sums of a change of the projection, learnt and held out, and a new slope."""
-        learn, held = LeastSquares(), LeastSquares()
+        """Return the sums of a change of the projection, learnt and held out, and a new slope.
+
+        Args:
+            features: The sums that an earlier turn learnt. Their products of features, which are
+                most of the work, stand for those of this turn: roots of mean squares change
+                little, and how far to go is tried anyway. No held-out sums are made then.
+        """
+        learn, held = LeastSquares() if features is None else features.retarget(), LeastSquares()
         slope = norm.slope(len(matrix), matrix.device)
         power, cross = torch.zeros_like(slope), torch.zeros_like(slope)
-        for is_held, rows, wanted, root in self.tokens():
+        for is_held, rows, wanted, root in self.tokens(None if features is None else False):
             output = rows @ matrix.t()
             normal, rms = norm.normalise(output)
             residual = (wanted - norm(output)) * root
-            (held if is_held else learn).add(rows * (root / rms), residual)
+            sums = held if is_held else learn
+            (sums.add if features is None else sums.add_targets)(rows * (root / rms), residual)
             if not is_held:
                 power += (normal * root).square().sum(0)
                 cross += (normal * root * residual).sum(0)
@@ -125,30 +145,33 @@ def fit_behind_norm(
         held_out: For each batch whether it only measures.
     """
     fit = _Fit(matrix, norm, batches, targets, held_out)
-    (before,) = fit.errors([(matrix, norm)])
-    best, ridge_of_first = before, None
-    for _ in range(TURNS):
-        learn, held, new_slope = fit.linearise(matrix, norm)
+    (before,) = fit.errors(matrix, None, [_Trial(0.0, norm)])
+    best, moved = before, False
+    features: LeastSquares | None = None
+    ridge: float | None = None
+    for turn in range(TURNS):
+        learn, held, new_slope = fit.linearise(matrix, norm, features)
         slope = norm.slope(len(matrix), matrix.device)
-        ridge, _ = best_ridge(learn, held)
-        forms: list[tuple[Tensor, OutputNorm]] = []
+        if turn == 0:
+            features, (ridge, _) = learn, best_ridge(learn, held)
         gains = [norm]
         if norm.gain_weight is not None:
             gains.append(norm.with_slope(new_slope))
-            forms.append((matrix, gains[1]))
+        trials = [_Trial(0.0, gain) for gain in gains[1:]]
+        change: Tensor | None = None
         if ridge is not None:
             usable = slope.abs() > LEAST_GAIN * slope.abs().max()
             change = learn.solve(ridge).float().t() / torch.where(usable, slope, torch.inf)[:, None]
-            forms += [(matrix + step * change, gain) for step in STEPS for gain in gains]
-        if not forms:
+            trials += [_Trial(step, gain) for step in STEPS for gain in gains]
+        if not trials:
             break
-        errors = fit.errors(forms)
+        errors = fit.errors(matrix, change, trials)
         lowest = min(errors)
         # NaN, where the sums overflow, is no progress.
         if not lowest < best * (1 - LEAST_PROGRESS):
             break
-        chosen, norm = forms[errors.index(lowest)]
-        if chosen is not matrix and ridge_of_first is None:
-            ridge_of_first = ridge
-        matrix, best = chosen, lowest
-    return NormFit(before, best, ridge_of_first, matrix, norm)
+        best, chosen = lowest, trials[errors.index(lowest)]
+        norm = chosen.norm
+        if change is not None and chosen.step:
+            matrix, moved = matrix + chosen.step * change, True
+    return NormFit(before, best, ridge if moved else None, matrix, norm)

@@ -168,6 +168,7 @@ def reconstruct_behind_cuts(
     dense: Program,
     windows: Tensor,
     *,
+    cuts_only: bool = False,
     device: torch.device | None = None,
     until: float | None = None,
     progress: Progress = silent,
@@ -175,11 +176,13 @@ def reconstruct_behind_cuts(
     """Reconstruct the projections of a shortened program, in place, from the first cut on.
 
     The target of a projection is the dense program's residual stream in the same place; of the
-    last one in front of a cut, the one behind the removed blocks.
+    last one in front of a cut, the one behind the removed blocks. That one has the most to gain:
+    it alone is to do what others did.
 
     Args:
         program: Its blocks are blocks of `dense`, by their module paths; its weights are replaced.
         windows: int64 [N, S], N at least 2; `held_out_windows` of them choose the strength.
+        cuts_only: Solve for no others than the last ones in front of cuts.
         until: No block is begun after this time of `time.perf_counter`.
 
     Returns:
@@ -199,6 +202,9 @@ def reconstruct_behind_cuts(
     skipped: list[tuple[str, str]] = []
     if not gone:
         return outcomes, skipped
+    in_front = [i for i in range(len(teacher.blocks)) if i not in gone and i + 1 in gone]
+    if gone[0] == 0:  # no block is in front of the first cut
+        in_front.insert(0, teacher.index_of(student.name_of(0)))
     # Up to the block in front of the first cut the two models are one.
     first = max(gone[0] - 1, 0)
     teacher.run_to(first)
@@ -207,14 +213,21 @@ def reconstruct_behind_cuts(
         if until is not None and time.perf_counter() > until:
             skipped.append((f"{block.name} and what is behind it", "the time for it was over"))
             break
-        while teacher.name_of(teacher.index) != block.name:
-            teacher.current().advance()
+        teacher.run_to(teacher.index_of(block.name))
+        if cuts_only and teacher.index > in_front[-1]:
+            break
+        if cuts_only and teacher.index not in in_front:
+            continue
         targets = _targets(teacher.current())
+        # Terms that end the block are several where they are added beside each other.
+        ends = [target is targets[-1] for target in targets]
         while teacher.index in gone:
             teacher.current().advance()
-            # Of all terms that end the block, several where they are added beside each other.
-            targets = [teacher.hidden if one is targets[-1] else one for one in targets]
-        _reconstruct_block(program, block, targets, outcomes, skipped)
+        aims = [
+            teacher.hidden if last else None if cuts_only else target
+            for target, last in zip(targets, ends, strict=True)
+        ]
+        _reconstruct_block(program, block, aims, outcomes, skipped)
     return outcomes, skipped
 
 
@@ -239,17 +252,23 @@ def _targets(block: BlockStep) -> list[list[Tensor]]:
 def _reconstruct_block(
     program: Program,
     block: BlockStep,
-    targets: list[list[Tensor]],
+    targets: Sequence[list[Tensor] | None],
     outcomes: list[Reconstruction],
     skipped: list[tuple[str, str]],
 ) -> None:
-    """Reconstruct each projection of a block in turn, and move the stream behind the block."""
+    """Reconstruct each projection of a block in turn, and move the stream behind the block.
+
+    Args:
+        targets: The stream behind each term as it should be; None for one to leave as it is.
+    """
     parts = sub_blocks(block.function, block.block.stream)
     if not parts or len(parts) != len(targets):
         skipped.append((block.name, "it is no plain sum of terms"))
         return
     projections: list[tuple[SubBlock, list[Tensor], _Projection]] = []
     for part, target in zip(parts, targets, strict=True):
+        if target is None:
+            continue
         projection = _projection(program, block, part)
         if isinstance(projection, str):
             skipped.append((f"{block.name}: {part.kind}", projection))
@@ -275,7 +294,9 @@ def _reconstruct_block(
             if projection.bias is not None:
                 weights[projection.bias] = slice(count, count + 1)
                 count += 1
-        values = block.values_per_batch([*(one.features for one in together), place])
+        width = count + program.weights[together[0].weight].shape[0]
+        wanted = [*(one.features for one in together), place]
+        values = block.values_per_batch(wanted, width=width)
         outcome, states = reconstruct(
             program, where, weights, values.map(partial(_joined, together)),
             terms[-1][1], block.stream.held_out, together[0].norm,

@@ -74,7 +74,9 @@ def calibration_windows(program: Program, context: Context, length: int) -> Tens
         PassError: As for `text_windows` and `sample_windows`.
         SourceError: The model has no tokenizer.
     """
-    text = _tokens(program, context.text, context.bos)
+    if context.encoded is None:
+        context.encoded = _tokens(program, context.text, context.bos)
+    text = context.encoded
     context.begin = tuple(text.begin.tolist())
     if not context.built_in:
         return _windows(program, text, length)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from graphopt.ir.graph import Program
-    from graphopt.sources.windows import Bos
+    from graphopt.sources.windows import Bos, TokenText
 
 
 P = TypeVar("P", bound="Pass")
@@ -121,6 +121,7 @@ class Context:
             measured against and distil from; None before there is one.
         earlier: The passes that ran before, with what they told; `record` and `options_of` ask
             for one of them by its type.
+        encoded: The text in tokens, once a pass asked for windows of it.
         written: Tokens that the model wrote in place of the built-in text, once a pass asked for
             more than it has; see `graphopt.calibration.text.calibration_windows`.
         begin: Ids that every window begins with; None before a text was cut.
@@ -135,6 +136,7 @@ class Context:
     work: Path | None = None
     dense: Program | None = None
     earlier: list[Earlier] = field(default_factory=list)
+    encoded: TokenText | None = None
     written: Tensor | None = None
     bos: Bos = "every"
     begin: tuple[int, ...] | None = None

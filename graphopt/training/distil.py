@@ -145,17 +145,13 @@ class Distiller:
             program.weights.replace(weight.with_producer(value))
         return program
 
-    def note(self, what: str, program: Program) -> None:
-        """Put a program's perplexity on held-out windows into the record."""
+    def note(self, what: str, program: Program) -> float:
+        """Put a program's perplexity on held-out windows into the record, and return it."""
         started = time.perf_counter()
         value = self.perplexity(program)
         self._note_seconds = time.perf_counter() - started
         self.record.perplexity.append(Step(after=what, value=value))
-
-    @property
-    def tokens_per_second(self) -> float:
-        """How many tokens a second the model took in when perplexity was last measured."""
-        return self.checked.numel() / max(self._note_seconds, 1e-9)
+        return value
 
     def perplexity(self, program: Program) -> float:
         """Return a program's perplexity on held-out windows."""
@@ -301,8 +297,16 @@ class Distiller:
         schedule: Schedule,
         what: str,
     ) -> TrainingResult:
-        """Train parametrisations and put their values into the program."""
+        """Train parametrisations and put their values into the program.
+
+        Args:
+            schedule: Its seconds are those of all that is done here.
+        """
+        started = time.perf_counter()
         run = self.narrowed(program) if isinstance(objective, LogitObjective) else program
+        if schedule.seconds is not None:
+            spent = time.perf_counter() - started
+            schedule = replace(schedule, seconds=max(schedule.seconds - spent, 0.0))
         student = BlockRunner(run, first, stop, parametrisations, self.device)
         tuner = Tuner(
             student, data, objective, schedule, seed=self.context.seed,
@@ -410,31 +414,33 @@ class Distiller:
             result.weights.replace(folded)
         return result
 
-    def distil(self, first: int = 0) -> None:
-        """Train blocks on the dense model's next-token distributions.
+    def logit_data(self, first: int = 0) -> DistillationData:
+        """Return what blocks are trained on to give the dense model's next-token distributions.
 
         Args:
             first: The first block that is trained; those in front of it are the dense model's.
         """
         ids = torch.cat([self.training_windows(), self.checked])
-        last = find_blocks(self.dense)[-1].position
+        positions = [block.position for block in find_blocks(self.dense)]
+        entry = self.hidden_states(self.dense, ids, positions[first - 1]) if first else None
+        targets = self.hidden_states(self.dense, ids, positions[-1], first, entry)
+        return DistillationData(ids, targets, entry, held_out=len(self.checked))
+
+    def distil(self, data: DistillationData, first: int = 0) -> None:
+        """Train blocks on the dense model's next-token distributions.
+
+        Args:
+            data: What `logit_data` gives for the same `first`.
+        """
         blocks = find_blocks(self.program)
         calls = [self.program.calls[block.position] for block in blocks[first:]]
         started = time.perf_counter()
-        entry = None
-        if first:
-            entry = self.hidden_states(self.dense, ids, blocks[first - 1].position)
         tuned = self.tune(
             self.program,
             self.parametrisations(self.program, calls),
             blocks[first].position,
             blocks[-1].position + 1,
-            DistillationData(
-                ids,
-                self.hidden_states(self.dense, ids, last, first, entry),
-                entry,
-                held_out=len(self.checked),
-            ),
+            data,
             LogitObjective(),
             replace(self.schedule, seconds=self.left()),
             "distilling",

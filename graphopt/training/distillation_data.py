@@ -89,3 +89,13 @@ class DistillationData:
     def __post_init__(self) -> None:
         if not 0 < self.held_out < len(self.ids):
             raise ValueError(f"{self.held_out} of {len(self.ids)} windows are held out")
+
+    def batch(
+        self, rows: Sequence[int], device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return some windows, the targets for them, and their hidden states at the entry."""
+        return (
+            self.ids[torch.tensor(rows)].to(device),
+            self.targets.rows(rows),
+            None if self.entry is None else self.entry.rows(rows),
+        )

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from graphopt.storage.snapshot import resuming_from
 from graphopt.support.devices import must_fit
 from graphopt.support.progress import Progress, silent
 from graphopt.training.distillation_data import DistillationData
+from graphopt.training.held_out import held_out_loss, run_student
 from graphopt.training.losses import Objective
 from graphopt.training.schedule import Schedule, TrainingResult
 
@@ -189,10 +189,11 @@ class Tuner:
         started = time.perf_counter()
         self.progress("compiling the step", 0, 1)
         usable = len(self.data.ids) - self.data.held_out
-        batch = self._batch([row % usable for row in range(schedule.batch)])
+        rows = [row % usable for row in range(schedule.batch)]
+        batch = self.data.batch(rows, self.student.device)
         self.student.compiled = True
         try:
-            self.objective.measure(*self._forward(*batch), learn=True)
+            self.objective.measure(*run_student(self.student, *batch), learn=True)
             torch.cuda.synchronize()
         except torch.cuda.OutOfMemoryError:
             raise
@@ -207,13 +208,8 @@ class Tuner:
     def _check(self, done: float) -> None:
         """Measure the held-out windows, and keep the state if it is the best so far."""
         started = time.perf_counter()
-        count, size, total = self.data.held_out, self.schedule.batch, 0.0
         self._checked_at = done
-        for start in range(len(self.data.ids) - count, len(self.data.ids), size):
-            rows = list(range(start, min(start + size, len(self.data.ids))))
-            with torch.no_grad():
-                loss = self.objective.measure(*self._forward(*self._batch(rows)), learn=False)
-            total += float(loss) * len(rows) / count
+        total = held_out_loss(self.student, self.data, self.objective, self.schedule.batch)
         self.result.checks.append((self.result.steps, total))
         self._worse += 1
         if total < self._best:
@@ -240,34 +236,9 @@ class Tuner:
         rows, self._queue = self._queue[: self.schedule.batch], self._queue[self.schedule.batch :]
         return rows
 
-    def _batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-        data = self.data
-        return (
-            data.ids[torch.tensor(rows)].to(self.student.device),
-            data.targets.rows(rows),
-            None if data.entry is None else data.entry.rows(rows),
-        )
-
-    def _forward(
-        self, ids: Tensor, target: Tensor, entry: Tensor | None
-    ) -> tuple[BlockRunner, dict[str, Any], Tensor]:
-        student = self.student
-        values = student.window_inputs(ids)
-        with torch.no_grad():
-            student.run_range(values, 0, student.embedding)
-        if entry is not None:
-            values[student.entry] = entry
-        first = student.embedding if entry is None else student.first
-        if student.compiled and torch.is_grad_enabled():
-            # As the other blocks' streams do: with one that does not, it is another function.
-            stream = student.stream_into(first)
-            values[stream] = values[stream].detach().requires_grad_()
-        student.run_range(values, first, student.stop)
-        return student, values, target
-
     def _work(self, ids: Tensor, target: Tensor, entry: Tensor | None) -> Tensor:
         self._drop_gradients()
-        loss = self.objective.measure(*self._forward(ids, target, entry), learn=True)
+        loss = self.objective.measure(*run_student(self.student, ids, target, entry), learn=True)
         torch.nn.utils.clip_grad_norm_(self._rated, 1.0)
         self._optimizer.step()
         for parametrisation in self.student.parametrisations.values():
@@ -279,7 +250,7 @@ class Tuner:
             parameter.grad = None
 
     def _step(self, rate: float) -> Tensor:
-        batch = self._batch(self._rows())
+        batch = self.data.batch(self._rows(), self.student.device)
         for group in self._optimizer.param_groups:
             tensor = self._rates[group["factor"]]
             if tensor is None:

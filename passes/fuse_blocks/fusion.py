@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 import torch
+from torch import Tensor
 
 from graphopt.calibration.reconstruction import reconstruct_behind_cuts
-from graphopt.calibration.text import pick
+from graphopt.calibration.text import PERPLEXITY_WINDOWS, pick, window_length
 from graphopt.errors import PassError
 from graphopt.execute.block_runner import Parametrisation
 from graphopt.ir.blocks import block_name, find_blocks, remove_blocks
@@ -29,6 +30,7 @@ from graphopt.passes.fuse_blocks.record import Ablation, FusedBlocks
 from graphopt.passes.prune_blocks.chooser import Chooser
 from graphopt.passes.prune_blocks.prune_blocks import PruneBlocks
 from graphopt.passes.prune_blocks.record import PrunedBlocks
+from graphopt.report.record import Step
 from graphopt.support.per_device import PerDevice
 from graphopt.support.plain import shown
 from graphopt.training.distil import Distiller, trained_part
@@ -45,11 +47,11 @@ TRAIN_IN_FRONT = PerDevice(cpu=False, gpu=True)
 their hidden states are the dense model's, and a CPU has few steps."""
 
 WARM_TOKENS = PerDevice(cpu=32768, gpu=131072)
-"""Tokens of the warm start."""
+"""Tokens of the warm start at most."""
 WARM_SHARE = 0.5
 """Of the seconds of a training, those that the warm start may take."""
-WARM_RUNS = 5
-"""How many times its tokens are run, about: by the teacher, and for features and what moves."""
+WARM_RUNS = 2
+"""How long its tokens take, about, in times that the dense model's blocks take for them."""
 WARM_LEAST = 1024
 """Tokens of which fewer say too little about a projection."""
 
@@ -86,18 +88,19 @@ class Fusion(Distiller):
 
     def run(self) -> PassResult:
         if not self.done:
-            self.note("the whole model", self.dense)
-            self.note("plain removal", self.program)
+            self._note_removal()
         if self.options.mode == "published":
             self._published()
         else:
+            first = 0 if TRAIN_IN_FRONT.on(self.device) else self._in_front_of_cut()
+            data = self.logit_data(first)
             if self._warm and "warm start" not in self.done:
-                self._warm_start()
+                self._warm_start(data)
                 self.checkpoint("warm start")
             if self.options.mode == "distil":
-                self.distil(0 if TRAIN_IN_FRONT.on(self.device) else self._in_front_of_cut())
+                self.distil(data, first)
             else:
-                self._local()
+                self._local(data.ids)
         self.note("trained", self.program)
         seconds = self.record.seconds
         seconds["all"] = time.perf_counter() - self.started + seconds.get("ablations", 0.0)
@@ -106,6 +109,23 @@ class Fusion(Distiller):
         removed = len(self.pruned.removed)
         changed = removed if self.changed else 0
         return PassResult(folded, removed, changed, self.skipped, self.record, ChangedBlocks())
+
+    def _note_removal(self) -> None:
+        """Put into the record what perplexity was before and behind the removal.
+
+        That is known where the pass that pruned followed it on the same windows.
+        """
+        length = window_length(self.original, self.pruning.seqlen, self.device)
+        known = self.pruned.perplexity
+        if len(known) > 1 and length == self.seqlen and len(self.checked) == PERPLEXITY_WINDOWS:
+            before, after = known[0].value, known[-1].value
+            self.record.perplexity += [
+                Step(after="the whole model", value=before),
+                Step(after="plain removal", value=after),
+            ]
+        else:
+            self.note("the whole model", self.dense)
+            self.note("plain removal", self.program)
 
     @property
     def _warm(self) -> bool:
@@ -119,31 +139,45 @@ class Fusion(Distiller):
             return warm_start.on(self.device) or self.schedule.steps == 0
         return warm_start
 
-    def _warm_start(self) -> None:
+    def _warm_start(self, data: DistillationData) -> None:
         started, until = time.perf_counter(), None
         tokens = WARM_TOKENS.on(self.device)
         left = self.left()
-        if left is not None and self.schedule.steps != 0:
+        alone = self.schedule.steps == 0
+        if left is not None and not alone:
             # What is left of the seconds is for training.
             until = started + WARM_SHARE * left
-            tokens = min(tokens, int(WARM_SHARE * left * self.tokens_per_second / WARM_RUNS))
+            data.targets.rows(range(len(data.ids) - data.held_out, len(data.ids)))
+            speed = self.checked.numel() / max(time.perf_counter() - started, 1e-9)
+            tokens = min(tokens, int(WARM_SHARE * left * speed / WARM_RUNS))
         if tokens < WARM_LEAST:
             self.skipped.append(
                 Skip("warm start", f"there is time for {tokens} tokens, fewer than {WARM_LEAST}")
             )
             return
         windows = pick(self.windows, max(2, tokens // self.seqlen), self.context.seed)
+        solved = self.program.copy()
         reconstructions, skipped = reconstruct_behind_cuts(
-            self.program, self.dense, windows,
+            solved, self.dense, windows, cuts_only=not alone,
             device=self.device, until=until, progress=self.context.progress,
         )  # fmt: skip
         self.skipped += [Skip(where, reason) for where, reason in skipped]
         self.record.reconstructions = reconstructions
         self.clock("warm start", started)
-        self.note("warm start", self.program)
+        (*_, before) = self.record.perplexity
+        after = self.note("warm start", solved)
+        if before.value is None or after < before.value:
+            self.program = solved
+        else:
+            self.skipped.append(
+                Skip(
+                    "warm start",
+                    f"held-out perplexity is {after:.4g} with it and {before.value:.4g} without: "
+                    "it is left out",
+                )
+            )
 
-    def _local(self) -> None:
-        ids = torch.cat([self.training_windows(), self.checked])
+    def _local(self, ids: Tensor) -> None:
         groups = self._groups()
         blocks = find_blocks(self.program)
         for number, (first, stop) in enumerate(groups):
