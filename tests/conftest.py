@@ -57,7 +57,17 @@ def demo() -> str:
 @pytest.fixture(scope="session")
 def test_text() -> Path:
     """Return the WikiText-2 test text that lies beside the repository; skip where it doesn't."""
-    path = TEXTS / "wikitext2" / "test-dev.txt"
+    return _wikitext("test-dev.txt")
+
+
+@pytest.fixture(scope="session")
+def calibration_text() -> Path:
+    """Return the WikiText-2 validation text beside the repository; skip where it is not."""
+    return _wikitext("valid.txt")
+
+
+def _wikitext(name: str) -> Path:
+    path = TEXTS / "wikitext2" / name
     if not path.is_file():
         pytest.skip(f"there is no {path}")
     return path

@@ -32,7 +32,7 @@ from graphopt.ir.weights import Producer, Weight
 from graphopt.report.records import PassEntry
 from graphopt.targets import all_targets
 
-LOGITS_AT_ONCE = 2**26
+LOGITS_AT_ONCE = 2**24
 """Numbers that a batch of the evaluation text may give; small models wait for launches else."""
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "numpy")

@@ -409,7 +409,9 @@ def width_choices() -> str:
     def cell(options: str, behind: str) -> str:
         run = found[f"carve-moe{{{options}}}{behind}"]
         more = run.get("experts_run", 0) - int(options.partition("active=")[2].partition(",")[0])
-        return f"{run['times_dense']:.2f}" + (f" (+{more:.2f} experts)" if more > 0.005 else "")
+        answers = f", PIQA {run['piqa']:.1%}" if "piqa" in run else ""
+        experts = f" (+{more:.2f} experts)" if more > 0.005 else ""
+        return f"{run['times_dense']:.2f}{experts}{answers}"
 
     rows = []
     for shared, active, experts in ((3, 3, 8), (2, 2, 16)):

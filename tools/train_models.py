@@ -8,8 +8,7 @@ The first text is the one that the models are for: its last tenth is held out, a
 the lowest loss there is kept. With `--own-text` a checkpoint of transformers (a folder with
 config.json, model.safetensors and the files of its tokenizer) first continues beginnings out of
 that text, as many megabytes as are asked for; the result stands in FOLDER as own_text.txt, and the
-models learn from it as well. A few of its passages, which they do not learn from, are sample.txt.
-`--test` is measured at the end and learnt from by nobody.
+models learn from it as well. `--test` is measured at the end and learnt from by nobody.
 
 Each model is a folder that stock transformers loads: config, weights in bf16 and a tokenizer of its
 own. All are trained at once, a process each. FOLDER/training.json says how, and what came of it.
@@ -69,9 +68,6 @@ PASSAGE, BEGINNING = 320, 24
 
 TEMPERATURE, NUCLEUS, CANDIDATES = 0.9, 0.95, 256
 """How the writer draws: the nucleus is looked for among so many most likely tokens."""
-
-SAMPLE = 48
-"""Passages that are kept from the models, for tests."""
 
 
 @dataclass(frozen=True)
@@ -390,8 +386,8 @@ def without_blocks(model: nn.Module, windows: Tensor, begin: int) -> list[float]
 @torch.inference_mode()
 def write_on(
     folder: Path, text: str, *, megabytes: float, seconds: float, rows: int, seed: int, device: str
-) -> list[str]:
-    """Return passages that a causal model writes behind beginnings from random places of a text.
+) -> str:
+    """Return text that a causal model writes behind beginnings from random places of a text.
 
     Args:
         folder: A checkpoint of transformers.
@@ -431,7 +427,7 @@ def write_on(
         print(f"{size / 1e6:.1f} MB written, {seconds - deadline + time.perf_counter():.0f} s",
               flush=True)  # fmt: skip
     # `read_text` sets a blank line between lines, as the writer saw them.
-    return [passage.replace("\n\n", "\n") for passage in written]
+    return "\n".join(passage.replace("\n\n", "\n") for passage in written)
 
 
 def main() -> None:
@@ -466,15 +462,14 @@ def main() -> None:
     with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         if options.own_text:
             own = options.out / "own_text.txt"
-            passages = write_on(
-                options.writer, split(read_text(texts[0]))[0], megabytes=options.own_text,
-                seconds=options.own_seconds, rows=options.own_rows, seed=options.seed,
-                device=options.device,
+            own.write_text(
+                write_on(
+                    options.writer, split(read_text(texts[0]))[0], megabytes=options.own_text,
+                    seconds=options.own_seconds, rows=options.own_rows, seed=options.seed,
+                    device=options.device,
+                ),
+                encoding="utf-8",
             )  # fmt: skip
-            kept = min(SAMPLE, len(passages) // 10)
-            own.write_text("\n".join(passages[kept:]), encoding="utf-8")
-            sample = options.out / "sample.txt"
-            sample.write_text("\n".join(passages[:kept]), encoding="utf-8")
             torch.cuda.empty_cache()
             settings = Settings(**{**vars(settings), "texts": (*texts, own)})
         runs = {pool.submit(train, name, settings): name for name in names}

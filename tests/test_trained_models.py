@@ -1,0 +1,129 @@
+"""The trained tiny models of six families open and predict, and methods beat their controls.
+
+They did not learn from the test text; where it is not at hand, they are not tried.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import statistics
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import graphopt as go
+from graphopt.calibration.text import held_out_perplexity, text_windows
+from graphopt.errors import PassError
+from graphopt.evaluate.perplexity import read_text, token_log_likelihoods
+from graphopt.execute.interpreter import resident
+from graphopt.ir.blocks import find_blocks, remove_blocks
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINED = ROOT / "benchmarks" / "models"
+NAMES = ("gemma3", "gpt_neox", "llama", "mixtral", "opt", "qwen3")
+DENSE = tuple(name for name in NAMES if name != "mixtral")
+LENGTH, MEASURED = 256, 8
+CPU = torch.device("cpu")
+
+
+def sampled(names):
+    """Mark what takes seconds as slow, and as exhaustive where others stand for it."""
+    marks = dict.fromkeys(("gemma3", "mixtral"), pytest.mark.slow)
+    return [pytest.param(name, marks=marks.get(name, pytest.mark.exhaustive)) for name in names]
+
+
+@functools.cache
+def program_of(name):
+    return resident(go.capture(str(TRAINED / name)), torch.float32, CPU)
+
+
+@pytest.fixture(scope="module")
+def windows_of(test_text):
+    """Return a function that gives a model's windows of the test text."""
+    text = read_text(test_text)[:40_000]
+
+    @functools.cache
+    def windows(name):
+        return text_windows(program_of(name), text, LENGTH)[:MEASURED]
+
+    return windows
+
+
+@pytest.fixture(scope="module")
+def perplexity(windows_of):
+    """Return a function that gives the perplexity of what was made of a model."""
+
+    def measure(name, program):
+        windows = windows_of(name)
+        return held_out_perplexity(program, windows, CPU, torch.float32, at_once=MEASURED)
+
+    return measure
+
+
+@pytest.fixture(scope="module")
+def after(perplexity, calibration_text, tmp_path_factory):
+    """Return a function that gives the perplexity behind a recipe."""
+    calib = tmp_path_factory.mktemp("calib") / "calib.txt"
+    # All that the passes read on a CPU; a megabyte takes a second to be tokenised.
+    calib.write_text(calibration_text.read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+
+    def measure(name, recipe):
+        options = go.RunOptions(calib=calib, verify=False)
+        program, _ = go.Pipeline.parse(recipe).run(program_of(name), options)
+        return perplexity(name, program)
+
+    return measure
+
+
+def test_they_take_at_most_ten_megabytes():
+    files = [path for path in TRAINED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 10e6
+    assert {path.parent.name for path in TRAINED.glob("*/config.json")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", sampled(NAMES))
+def test_perplexity_is_that_of_transformers_and_less_than_half_that_of_single_tokens(
+    name, windows_of, perplexity
+):
+    windows = windows_of(name)
+    model = AutoModelForCausalLM.from_pretrained(TRAINED / name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
+    theirs = math.exp(-float(token_log_likelihoods(logits, windows[:, 1:]).double().mean()))
+    ours = perplexity(name, program_of(name))
+    # The mean of losses that are equal to 1e-5 each.
+    assert math.isclose(ours, theirs, rel_tol=1e-4)
+    # What one would have who knows of this very text how frequent each token is.
+    counts = Counter(windows[:, 1:].flatten().tolist())
+    total = sum(counts.values())
+    alone = math.exp(-sum(n / total * math.log(n / total) for n in counts.values()))
+    assert ours < alone / 2
+
+
+@pytest.mark.parametrize("name", sampled(NAMES))
+def test_the_chosen_blocks_are_missed_less_than_most_pairs(name, perplexity, after):
+    dense = program_of(name)
+    pairs = []
+    for pair in itertools.combinations(range(len(find_blocks(dense))), 2):
+        pruned = dense.copy()
+        remove_blocks(pruned, pair)
+        pairs.append(perplexity(name, pruned))
+    chosen = after(name, "prune-blocks{blocks=2}")
+    assert perplexity(name, dense) < chosen < statistics.median(pairs)
+
+
+@pytest.mark.parametrize("name", sampled(DENSE))
+def test_routed_experts_lose_less_than_static_ones(name, perplexity, after):
+    static = after(name, "carve-moe{shared=6,active=0,experts=8}")
+    routed = after(name, "carve-moe{shared=3,active=3,experts=8}")
+    assert perplexity(name, program_of(name)) < routed < static
+
+
+def test_a_mixture_is_not_carved_again(after):
+    with pytest.raises(PassError, match="no feed-forward part to carve"):
+        after("mixtral", "carve-moe")
