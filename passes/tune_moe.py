@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -9,6 +10,7 @@ import pydantic
 from pydantic import Field
 
 from graphopt.calibration.expert_load import expert_loads
+from graphopt.calibration.routing_thresholds import calibrate_thresholds
 from graphopt.errors import PassError
 from graphopt.execute.block_runner import Parametrisation
 from graphopt.ir.feed_forward import add_gate_operands, routed_gates
@@ -26,6 +28,9 @@ from graphopt.training.record import TrainingRecord
 SCALE_RATE = 0.4
 """The factor of the learning rate for gate scales: with the usual rate it is CMoE's 1e-3."""
 
+THRESHOLD_WINDOWS = 16
+"""Windows that thresholds are set on at the end, at most; nothing is learnt from them."""
+
 
 class ExpertLoads(pydantic.BaseModel):
     """Shares of held-out tokens that run each expert of a part, before and after training."""
@@ -41,6 +46,12 @@ class TunedMoe(TrainingRecord):
     """What training a carved model gave, with the loads of its experts, a part each."""
 
     loads: list[ExpertLoads] = Field(default_factory=list)
+
+    def line(self) -> str:
+        line, values = super().line(), [step.value for step in self.perplexity]
+        if len(values) == 3 and None not in values and values[2] >= values[1]:  # type: ignore[operator]
+            line += "; TRAINING DOES NOT HELP: the carved model is no worse"
+        return line
 
     def own_sentences(self) -> list[str]:
         return super().own_sentences() + [
@@ -75,7 +86,8 @@ class TuneMoe(TrainingOptions, Pass):
     trained from 0. `balance` is how far a bias of every expert's probability moves in a step
     towards equal loads; it takes part in choices alone, and 0 leaves it out. Both are CMoE's
     (arXiv 2502.04416, section 4.4). Thresholds always have such a bias, which follows the threshold
-    that gives as many experts as they are to have on average.
+    that gives as many experts as they are to have on average; at the end they are set anew on
+    windows that were not learnt from.
 
     Training lasts `seconds` or `steps`, whichever is given (150 seconds if neither). A step
     takes `batch` windows of `seqlen` tokens; by default 4 of 2048 on a GPU and 2 of 256 on a
@@ -126,12 +138,21 @@ class _Tuning(Distiller):
             program, selection_bias=self.balances, gate_scale=options.gate
         )
         super().__init__(options, program, context)
+        self.unseen = self.checked
+        self._closing_seconds = 0.0
+        if self.thresholds and len(self.windows) > 1:
+            held = max(1, min(THRESHOLD_WINDOWS, len(self.windows) // 8))
+            self.windows, self.unseen = self.windows[:-held], self.windows[-held:]
 
     def run(self) -> PassResult:
         options = self.options
         self.note("the whole model", self.dense)
         self.note("carving", self.program)
+        started = time.perf_counter()
         before = self._loads()
+        walk = (time.perf_counter() - started) / len(self.checked)
+        # The same is measured at the end, and thresholds are set in such a walk.
+        self._closing_seconds = walk * (len(self.checked) + self.thresholds * len(self.unseen))
         for function in self.program.functions.values():
             routed = routed_gates(function)
             for node in function.nodes:
@@ -139,6 +160,10 @@ class _Tuning(Distiller):
                     balanced = self.balances and node in routed
                     node.attrs |= {"surrogate": options.surrogate, "balance": balanced}
         self.distil(self.logit_data())
+        if self.thresholds and self.changed:
+            started = time.perf_counter()
+            calibrate_thresholds(self.program, self.unseen, self.device)
+            self.clock("thresholds", started)
         self.note("trained", self.program)
         self.record.loads = [
             ExpertLoads(where=where, before=load, after=after)
@@ -151,6 +176,10 @@ class _Tuning(Distiller):
         if not self.changed:
             return PassResult(self.carved, parts, 0, self.skipped, self.record, ChangedBlocks())
         return PassResult(self.fold(), parts, parts, self.skipped, self.record, ChangedBlocks())
+
+    def left(self) -> float | None:
+        left = super().left()
+        return None if left is None else max(left - self._closing_seconds, 0.0)
 
     def parametrisations(self, program: Program, calls: list[Call]) -> dict[str, Parametrisation]:
         parametrisations = super().parametrisations(program, calls)

@@ -10,9 +10,11 @@ from carved import carved
 from compiling import with_backend
 from programs import tiny_program
 from torch.utils.checkpoint import checkpoint
+from trained import book, trained_program
 
 import graphopt as go
 from graphopt.calibration.expert_load import expert_loads
+from graphopt.calibration.routing_thresholds import calibrate_thresholds
 from graphopt.errors import UsageError
 from graphopt.execute.block_runner import BlockRunner
 from graphopt.execute.interpreter import Runner
@@ -271,6 +273,44 @@ def test_training_with_thresholds_holds_the_mean_number_of_experts():
     # Random routers run any number of experts; followed edges bring it to 2, as far as the few
     # tokens of a batch tell.
     assert all(abs(mean - 2) < 0.25 for mean in means())
+
+
+@pytest.mark.slow
+def test_after_training_thresholds_are_set_on_windows_that_it_did_not_see(
+    tmp_path_factory, tmp_path, monkeypatch
+):
+    from graphopt.passes import tune_moe
+
+    dense = trained_program(tmp_path_factory, layers=2)
+    text = tmp_path / "text.txt"
+    text.write_text(book()[:24000], encoding="utf-8")
+    set_on = []
+
+    def calibrate(program, windows, device):
+        set_on.append(windows)
+        return calibrate_thresholds(program, windows, device)
+
+    monkeypatch.setattr(tune_moe, "calibrate_thresholds", calibrate)
+    trained_on = []
+    real = Tuner.__init__
+
+    def init(self, student, data, *rest, **named):
+        trained_on.append(data.ids)
+        real(self, student, data, *rest, **named)
+
+    monkeypatch.setattr(Tuner, "__init__", init)
+    recipe = (
+        "carve-moe{shared=2,active=2,experts=8,threshold=true,control=false,seqlen=96},"
+        "tune-moe{steps=4,seqlen=96,rate=0.01}"
+    )
+    program, _ = go.Pipeline.parse(recipe).run(dense, go.RunOptions(calib=text, verify=False))
+    (windows,) = set_on
+    seen = {tuple(row) for row in trained_on[0].tolist()}
+    assert len(windows) > 1 and not seen & {tuple(row) for row in windows.tolist()}
+    # Of these very windows the mean is exact, up to equal logits at the threshold.
+    assert [sum(load) for _, load in expert_loads(program, windows, CPU)] == pytest.approx(
+        [2.0, 2.0], abs=1e-3
+    )
 
 
 def test_an_interrupted_training_goes_on_with_its_biases(tmp_path):
