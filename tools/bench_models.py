@@ -88,6 +88,12 @@ METHODS = {
     "prune-experts, merge": Method(
         "prune-experts{ratio=0.25,method=merge}", ("random experts",)
     ),
+    "prune-experts, REAP": Method(
+        "prune-experts{ratio=0.25,score=reap,reconstruct=false}", ("random experts, dropped",)
+    ),
+    "random experts, dropped": Method("prune-experts{ratio=0.25,score=random,reconstruct=false}"),
+    "random half of the experts": Method("prune-experts{ratio=0.5,score=random}"),
+    "prune-experts, half": Method("prune-experts{ratio=0.5}", ("random half of the experts",)),
 }  # fmt: skip
 
 

@@ -86,6 +86,21 @@ class Mixture:
     weighted: Value
 
     @property
+    def token_of_row(self) -> Value:
+        """The token of each row, int64 [R]."""
+        assert self.rows.node is not None
+        value = self.rows.node.operand(1)
+        assert value is not None
+        return value
+
+    @property
+    def gates(self) -> Value:
+        """The gate of each row, [R, 1]."""
+        assert self.weighted.node is not None
+        values = [v for v in self.weighted.node.inputs if v is not None and v is not self.outputs]
+        return values[0]
+
+    @property
     def hidden(self) -> Value:
         """What the last product reads, one feature a neuron: [R, N]."""
         value = self.last.inputs[0]
@@ -131,7 +146,8 @@ def read_mixture(
         node for node in chain if node.op == "linear" and types[node.output].shape[-1] == experts
     ]
     sorts = [node for node in chain if node.op.startswith("aten.sort.")]
-    tokens = None if rows.node is None else rows.node.inputs[0]
+    taking = rows.node
+    tokens = None if taking is None or taking.operand(1) is None else taking.inputs[0]
     if not routers or not sorts or tokens is None:
         missing = "no router with a row an expert" if not routers else "no sorted choice"
         return f"{missing} was recognised in front of its experts"

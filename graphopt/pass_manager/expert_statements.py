@@ -26,11 +26,13 @@ class KeptOfMixture:
         block: From 0.
         experts: By their numbers in the source, ascending.
         merged: Whether others were merged into them, so that their own weights differ.
+        reconstructed: Whether their down projections were solved for anew.
     """
 
     block: int
     experts: tuple[int, ...]
     merged: bool
+    reconstructed: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class KeptExperts(Statement):
         for mixture in self.mixtures:
             old, new = blocks[mixture.block]
             free = _own_weights(expected, old) if mixture.merged else set()
+            if mixture.reconstructed:
+                function, part = _mixture_of(expected, old)
+                free.add(stack_of(function, part.last)[0])
             untrue = _check_block(numbers, expected, old, after, new, free)
             if untrue is not None:
                 return f"{block_name(after, new)}: {untrue}"

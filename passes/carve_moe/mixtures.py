@@ -112,19 +112,14 @@ class ExpertCarving:
     def _rows(self, held_out: bool) -> list[_Rows]:
         """Return each expert's rows of the batches that are learnt from, or held out."""
         mixture, block = self.mixture, self.block
-        weighting = mixture.weighted.node
-        assert weighting is not None
-        gates = next(v for v in weighting.inputs if v is not None and v is not mixture.outputs)
-        taking = mixture.rows.node
-        assert taking is not None
-        wanted = [mixture.expert_of_row, mixture.rows, mixture.hidden, gates]
-        wanted += [value for value in taking.inputs[1:] if value is not None]
+        wanted = [
+            mixture.expert_of_row, mixture.rows, mixture.hidden, mixture.gates,
+            mixture.token_of_row, block.function.results[0],
+        ]  # fmt: skip
         found: list[list[Tensor]] = []
         for batch, held in enumerate(block.stream.held_out):
             if held == held_out:
-                *values, tokens_R, behind = block.values(
-                    batch, [*wanted, block.function.results[0]]
-                )
+                *values, tokens_R, behind = block.values(batch, wanted)
                 root_T1 = token_power(behind).sqrt().flatten(0, -2)
                 values[3] = values[3].float() / root_T1[tokens_R]
                 found.append(values)

@@ -36,13 +36,10 @@ class PruneExperts(Pass):
 
     What an expert adds is measured on `windows` windows of `seqlen` tokens of the calibration text:
     16 of 512 on a CPU, 64 of 2,048 on a GPU, or shorter ones where the model takes fewer tokens.
-    The lowest go by `score`:
-
-    * `reap`: the mean, over the tokens that run an expert, of the norm of its output times its gate
-      (REAP, arXiv 2510.13999).
-    * `ean`: the sum over these tokens of the norm of its output.
-    * `frequency`: how many tokens run it.
-    * `random`: drawn by the seed. What a score has to beat.
+    The lowest go by `score`, one of `graphopt.calibration.expert_saliency.SCORES`, or `random`
+    ones, which every score has to beat. By default three are tried, `energy`, `reap` (REAP, arXiv
+    2510.13999) and `frequency`, and the one whose model has the lowest perplexity on held-out
+    windows is taken: which of them is best depends on how evenly a router spreads tokens.
 
     Equal scores go to the lowest index; an expert that no token runs has score 0.
 
@@ -51,6 +48,10 @@ class PruneExperts(Pass):
     into the one that is left whose outputs are most alike: their neurons are paired, and each pair
     is averaged by how many tokens ran the two
     (`graphopt.passes.prune_experts.merging`).
+
+    With `reconstruct` the down projections of the experts that are left are then solved for by
+    least squares, so that each mixture's output is nearest to what it was
+    (`graphopt.passes.prune_experts.reconstruction`).
 
     Perplexity on held-out windows is measured before and after, and beside that of three draws of
     random experts: where the model is worse than their median, the pass says so.
@@ -72,8 +73,9 @@ class PruneExperts(Pass):
 
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     experts: Annotated[int, Field(ge=1)] | None = None
-    score: Literal["reap", "ean", "frequency", "random"] = "reap"
+    score: Literal["best", "energy", "reap", "ean", "frequency", "random"] = "best"
     method: Literal["drop", "merge"] = "drop"
+    reconstruct: bool = True
     windows: Annotated[int, Field(ge=1)] | PerDevice[int] = PerDevice(cpu=16, gpu=64)
     seqlen: Annotated[int, Field(ge=2)] | PerDevice[int] = PerDevice(cpu=512, gpu=2048)
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
+from graphopt.calibration.reconstruction import Reconstruction
 from graphopt.report.pictures import (
     axis,
     curves,
+    figure,
     halves,
     legend,
     perplexity_rows,
+    reconstruction_sentences,
     seconds_rows,
     sentences,
 )
@@ -46,6 +49,9 @@ class PrunedExperts(Record):
     Attributes:
         experts: How many experts mixtures had, and how many are left.
         mixtures: What became of each.
+        score: What was scored by.
+        tried: By each score that was tried the perplexity of the model.
+        reconstructions: What reconstruction made of the mixtures' outputs, relative squared errors.
         perplexity: On held-out windows, before and after, and of the steps between.
         random: The perplexity of draws of random experts in the place of those that were chosen.
         parameters: The number of parameters, before and after.
@@ -54,6 +60,9 @@ class PrunedExperts(Record):
 
     experts: tuple[int, int]
     mixtures: list[PrunedMixture]
+    score: str
+    tried: dict[str, Figure] = Field(default_factory=dict)
+    reconstructions: list[Reconstruction] = Field(default_factory=list)
     perplexity: list[Step] = Field(default_factory=list)
     random: list[Figure] = Field(default_factory=list)
     parameters: tuple[int, int]
@@ -61,20 +70,18 @@ class PrunedExperts(Record):
 
     def warnings(self) -> list[str]:
         """Return sentences on what does not help: worse than random, merged worse than dropped."""
+        steps = {step.after: step.value for step in self.perplexity}
+        dropped, median = steps.get("dropping experts"), self._median()
         found: list[str] = []
-        if not self.perplexity:
-            return found
-        last = self.perplexity[-1]
-        median = self._median()
-        if median is not None and (last.value is None or last.value > median):
+        if median is not None and (dropped is None or dropped > median):
             found.append(
                 "NO BETTER THAN RANDOM EXPERTS, whose perplexity is "
                 f"{median:.4g} (median of {len(self.random)} draws): choose another score, or more "
                 "windows"
             )
-        before = self.perplexity[-2] if len(self.perplexity) > 2 else None
-        if before is not None and before.value is not None:
-            if last.value is None or last.value > before.value:
+        if "merging them" in steps and dropped is not None:
+            merged = steps["merging them"]
+            if merged is None or merged > dropped:
                 found.append("MERGED IS WORSE THAN DROPPED: take method=drop")
         return found
 
@@ -86,7 +93,7 @@ class PrunedExperts(Record):
         before, after = self.experts
         share = self.parameters[1] / self.parameters[0] - 1
         told = [
-            f"{before} → {after} experts in {len(self.mixtures)} mixtures",
+            f"{before} → {after} experts in {len(self.mixtures)} mixtures by {self.score}",
             told_in_a_line([], self.perplexity),
             *self.warnings(),
             f"parameters {share:+.1%}",
@@ -100,7 +107,11 @@ class PrunedExperts(Record):
             f"{after} of {before} experts are left in each of {len(self.mixtures)} mixtures; "
             f"the others had {1 - counts[1] / counts[0]:.1%} of the {counts[0]:,.0f} parameters.",
             *(f"{warning}." for warning in self.warnings()),
+            *reconstruction_sentences(self.reconstructions),
         ]
+        if self.tried:
+            values = ", ".join(f"{score} {figure(value, 4)}" for score, value in self.tried.items())
+            facts.append(f"Perplexity by what was scored by: {values}.")
         median = self._median()
         if median is not None:
             facts.append(f"With random experts perplexity is {median:.4g} (median).")

@@ -80,5 +80,11 @@ def test_only_experts_own_weights_may_differ_where_they_were_merged():
     own = after.copy()
     change(own, _name(own, "down_proj"), scaled(0.5))
     assert merged.check(before, own) is None
+    solved = KeptExperts(
+        tuple(KeptOfMixture(m.block, m.experts, False, True) for m in statement.mixtures)
+    )
+    assert solved.check(before, own) is None
+    change(own, _name(own, "gate_up_proj"), scaled(0.5))
+    assert "gate_up_proj is not the source's" in (solved.check(before, own) or "")
     change(own, _name(own, "gate.weight"), scaled(0.5))
     assert "gate.weight is not the source's" in (merged.check(before, own) or "")

@@ -25,9 +25,11 @@ from graphopt.ir.blocks import find_blocks
 from graphopt.ir.mixture import Mixture, find_mixtures
 from graphopt.pass_manager.contract import make_pass
 from graphopt.passes.prune_experts.merging import merge_experts
+from graphopt.passes.prune_experts.reconstruction import reconstruct_experts
 from graphopt.passes.prune_experts.record import PrunedExperts, PrunedMixture
 from graphopt.report.record import Step
 from graphopt.solvers.matching import greedy_pairs
+from graphopt.support.progress import silent
 
 CPU = torch.device("cpu")
 
@@ -47,8 +49,13 @@ def test_saliency_is_that_of_every_expert_run_alone_in_fp64():
     windows = _windows()
     found = measure_experts(program, _mixtures(program), windows, CPU)
     inputs: list[torch.Tensor] = []
+    behind: list[torch.Tensor] = []
+    energies = torch.zeros(2, 8, dtype=torch.float64)
     hooks = [
-        layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+        layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        for layer in model.model.layers
+    ] + [
+        layer.register_forward_hook(lambda _, args, output: behind.append(output))
         for layer in model.model.layers
     ]
     model(windows)
@@ -72,8 +79,13 @@ def test_saliency_is_that_of_every_expert_run_alone_in_fp64():
             assert float(activity.saliency("ean")[expert]) == pytest.approx(
                 float((norms * runs.any(-1)).sum()), rel=1e-5
             )
+            power = behind[index].flatten(0, 1).double().square().sum(-1)
+            terms = (norms * (gates * runs).sum(-1)).square() / power
+            energies[index, expert] = float(terms.sum())
             share = float(activity.saliency("frequency")[expert])
             assert share == pytest.approx(count / chosen.numel())
+        wanted = energies[index] / energies[index].sum()
+        assert torch.allclose(activity.saliency("energy"), wanted, rtol=1e-5, atol=0)
 
 
 def _with_unused(unused: tuple[int, ...]) -> Program:
@@ -128,14 +140,24 @@ def test_an_expert_with_its_neurons_in_another_order_is_merged_into_itself(famil
     mixtures, windows = _mixtures(program), _windows()
     activity = measure_experts(program, mixtures, windows, CPU)
     merged = merge_experts(
-        program, pruned, mixtures, dict.fromkeys(mixtures, kept), activity, windows, CPU,
-        lambda *_: None,
+        program, pruned, mixtures, dict.fromkeys(mixtures, kept), activity, windows, CPU, silent,
     )  # fmt: skip
     for found in merged.values():
         assert found.into == {6: 1} and found.likeness[6] == pytest.approx(1)
     for weight in dropped.used_weights():
         now = pruned.weights[weight.name].load()
         assert torch.allclose(now, weight.load(), rtol=0, atol=1e-6), weight.name
+
+
+def test_what_reconstruction_leaves_over_is_what_the_program_lacks():
+    _, program = mixture("mixtral")
+    kept = [0, 2, 3, 5, 6, 7]
+    pruned, windows = drop(program, kept), _windows(8)
+    first = reconstruct_experts(program, pruned, [0, 1], windows, CPU, silent)
+    assert all(outcome.after < outcome.before for outcome in first)
+    # Measured again on the program as it is now.
+    again = reconstruct_experts(program, pruned, [0], windows, CPU, silent)
+    assert again[0].before == pytest.approx(first[0].after, rel=1e-4)
 
 
 @settings(max_examples=30, deadline=None)
@@ -189,7 +211,13 @@ def test_what_was_done_is_in_the_report(folder, options):
         gone = [str(expert) for expert in sorted(order[:2])] if "merge" in options else []
         assert list(told["merged_into"]) == gone
     steps = [step["after"] for step in details["perplexity"]]
-    assert steps == ["the whole model", "dropping experts", "merging them"][: 3 if gone else 2]
+    merging = ["merging them"] if gone else []
+    assert steps[: 2 + len(merging)] == ["the whole model", "dropping experts", *merging]
+    if details["reconstructions"]:
+        assert steps[-1] == "reconstruction"
+    else:
+        assert steps[-2:] == ["reconstruction", "leaving that out"]
+    assert details["score"] == min(details["tried"], key=details["tried"].get)
     assert len(details["random"]) == 3
     counts = details["parameters"]
     assert f"parameters {counts[1] / counts[0] - 1:+.1%}" in entry.record.line()
@@ -223,7 +251,12 @@ def _record(values: list[float | None], random: list[float | None]) -> PrunedExp
     steps = [Step(after=name, value=value) for name, value in zip(names, values, strict=False)]
     mixture = PrunedMixture("layers.0", [0, 1], [1.0, 2.0, 0.0], [0.5, 0.5, 0.0], {}, {})
     return PrunedExperts(
-        experts=(3, 2), mixtures=[mixture], perplexity=steps, random=random, parameters=(300, 200)
+        experts=(3, 2),
+        mixtures=[mixture],
+        score="reap",
+        perplexity=steps,
+        random=random,
+        parameters=(300, 200),
     )
 
 
@@ -235,6 +268,7 @@ def _record(values: list[float | None], random: list[float | None]) -> PrunedExp
         ([10.0, None], [11.0, 13.0, 14.0], ["NO BETTER THAN RANDOM"]),
         ([10.0, 12.0, 12.5], [13.0, 13.0, 14.0], ["MERGED IS WORSE"]),
         ([10.0, 12.0, None], [11.0, 11.0, 14.0], ["NO BETTER", "MERGED IS WORSE"]),
+        ([10.0, 12.0, 11.5], [11.0, 11.0, 14.0], ["NO BETTER"]),
         ([10.0, 12.0, 11.0], [13.0, None, 14.0], []),
     ],
 )
