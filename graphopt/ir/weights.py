@@ -183,6 +183,28 @@ class Reshaped(Producer):
         return self.source.load().reshape(self.shape)
 
 
+class SharedSources:
+    """Loads producers that are made of the same sources, and reads each source once.
+
+    What was read stays in memory for as long as this does.
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[Producer, torch.Tensor] = {}
+
+    def load(self, producer: Producer) -> torch.Tensor:
+        """Return a producer's value.
+
+        Raises:
+            SourceError: It cannot be read.
+        """
+        if isinstance(producer, Rows | Transposed | Padded | Reshaped):
+            return replace(producer, source=Array(self.load(producer.source))).load()
+        if producer not in self._read:
+            self._read[producer] = producer.load()
+        return self._read[producer]
+
+
 @dataclass(frozen=True)
 class Dequantised(Producer):
     """The matrix that packed codes stand for; see `graphopt.ir.encoding` for their layout.

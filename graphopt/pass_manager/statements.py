@@ -15,6 +15,7 @@ from torch import Tensor
 from graphopt.ir.blocks import Block, block_name, find_blocks, sub_blocks
 from graphopt.ir.feed_forward import FeedForward, feed_forwards, read_hidden
 from graphopt.ir.graph import Call, Node, Program, Value
+from graphopt.ir.weights import SharedSources
 from graphopt.pass_manager.contract import Statement
 from graphopt.pass_manager.numbering import ValueNumbers, number_program
 from graphopt.pass_manager.verification import has_values
@@ -199,8 +200,10 @@ def _check_neurons(
 ) -> str | None:
     if len(set(part.order)) != len(part.order):
         return "a neuron is used twice"
-    source = _source(before, old)
-    made = _divided(after, new)
+    # What is divided is made of rows of the source, which is read once for both.
+    shared = SharedSources()
+    source = _source(before, old, shared)
+    made = _divided(after, new, shared)
     order = torch.tensor(part.order)
     for kind, value in source.items():
         if kind not in made:
@@ -235,13 +238,17 @@ def _weights_of(program: Program, call: Call, part: FeedForward) -> set[str]:
     return {call.weights[slots[value]] for node in nodes for value in node.inputs if value in slots}
 
 
-def _reader(program: Program, block: Block) -> Callable[[Value | None], Tensor | None]:
+def _reader(
+    program: Program, block: Block, shared: SharedSources
+) -> Callable[[Value | None], Tensor | None]:
     """Return what gives the values of a block's weights."""
     call = program.calls[block.position]
     slots = program.function_of(call).slots_by_value()
 
     def read(value: Value | None) -> Tensor | None:
-        return None if value is None else program.weights[call.weights[slots[value]]].load()
+        if value is None:
+            return None
+        return shared.load(program.weights[call.weights[slots[value]]].producer)
 
     return read
 
@@ -266,15 +273,15 @@ def _rows(
     return rows
 
 
-def _source(program: Program, block: Block) -> dict[str, Tensor]:
+def _source(program: Program, block: Block, shared: SharedSources) -> dict[str, Tensor]:
     part = _only_part(program, block)
-    return _rows(_reader(program, block), part.gate, part.up, part.down)
+    return _rows(_reader(program, block, shared), part.gate, part.up, part.down)
 
 
-def _divided(program: Program, block: Block) -> dict[str, Tensor]:
+def _divided(program: Program, block: Block, shared: SharedSources) -> dict[str, Tensor]:
     """Return what a divided part is made of: shared neurons, then the experts'."""
     function = program.function_of(program.calls[block.position])
-    read, weights = _reader(program, block), set(function.weights.values())
+    read, weights = _reader(program, block, shared), set(function.weights.values())
     groups: list[dict[str, Tensor]] = []
     for node in function.nodes:
         hidden = read_hidden(node.inputs[0], weights) if node.op == "linear" else None

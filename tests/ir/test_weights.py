@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from graphopt.errors import SourceError
 from graphopt.ir import Array, Missing, Padded, Producer, Rows, Transposed, Weight, WeightStore
-from graphopt.ir.weights import Reshaped
+from graphopt.ir.weights import Reshaped, SharedSources
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +127,18 @@ def test_another_shape():
     assert wide.load().equal(matrix().view(2, 3, 4))
     assert wide.load_rows(1, 2).equal(matrix().view(2, 3, 4)[1:2])
     assert Reshaped(Transposed(source), (24,)).load().equal(matrix().t().flatten())
+
+
+def test_a_source_that_is_shared_is_read_once():
+    source = spy()
+    parts = [
+        source, Rows(Padded(Transposed(source), 2), (3, 5, 0)), Transposed(Rows(source, (4, 1))),
+        Reshaped(Rows(source, slice(2, 4)), (8,)), Array(matrix(2)),
+    ]  # fmt: skip
+    shared = SharedSources()
+    values = [shared.load(part) for part in parts]
+    assert source.read == [(0, 6)]
+    assert all(v.equal(p.load()) and v.dtype == p.dtype for v, p in zip(values, parts, strict=True))
 
 
 def test_an_array_gives_its_value_without_its_graph():
