@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import math
 import multiprocessing
 import random
 import string
@@ -36,6 +37,7 @@ from graphopt.capture import capture
 from graphopt.errors import GraphoptError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Program
+from graphopt.ir.mixture import Mixture, find_mixtures
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED = ROOT / "benchmarks" / "models"
@@ -46,8 +48,8 @@ class Method:
     """A way to make a model smaller.
 
     Attributes:
-        recipe: With $blocks for how many go, $random for blocks that are drawn, and $tuning for
-            the seconds of training.
+        recipe: With $blocks for how many go, $random for blocks that are drawn, $tuning for the
+            seconds of training, and $mixtures for what carves experts where a model has some.
         controls: Names of the methods that it has to beat.
     """
 
@@ -60,29 +62,32 @@ class Method:
         return "$random" in self.recipe
 
 
-_HALF_OF_16 = "carve-moe{shared=2,active=2,experts=16}"
+_PRUNE = "prune-blocks{blocks=$blocks}"
+_STATIC_8 = "carve-moe{shared=6,active=0,experts=8$mixtures}"
+_STATIC_16 = "carve-moe{shared=4,active=0,experts=16$mixtures}"
+_ROUTED_16 = "carve-moe{shared=2,active=2,experts=16$mixtures}"
 _TUNE = ",tune-moe{seconds=$tuning}"
+
+
+def _routed_8(option: str = "") -> str:
+    return f"carve-moe{{shared=3,active=3,experts=8$mixtures{option}}}"
+
+
 METHODS = {
     "random blocks": Method("prune-blocks{remove=$random,windows=1}"),
-    "prune-blocks": Method("prune-blocks{blocks=$blocks}", ("random blocks",)),
+    "prune-blocks": Method(_PRUNE, ("random blocks",)),
     "prune-blocks, fuse-blocks": Method(
-        "prune-blocks{blocks=$blocks},fuse-blocks{seconds=$tuning}", ("prune-blocks",)
+        f"{_PRUNE},fuse-blocks{{seconds=$tuning}}", ("prune-blocks",)
     ),
-    "static S6A0E8": Method("carve-moe{shared=6,active=0,experts=8}"),
-    "S3A3E8": Method("carve-moe{shared=3,active=3,experts=8}", ("static S6A0E8",)),
-    "S3A3E8, threshold": Method(
-        "carve-moe{shared=3,active=3,experts=8,threshold=true}", ("static S6A0E8",)
-    ),
-    "S3A3E8, layerwise budget": Method(
-        "carve-moe{shared=3,active=3,experts=8,layerwise_budget=true}", ("static S6A0E8",)
-    ),
-    "static S6A0E8, tuned": Method(f"carve-moe{{shared=6,active=0,experts=8}}{_TUNE}"),
-    "S3A3E8, tuned": Method(
-        f"carve-moe{{shared=3,active=3,experts=8}}{_TUNE}", ("static S6A0E8, tuned", "S3A3E8")
-    ),
-    "static S4A0E16": Method("carve-moe{shared=4,active=0,experts=16}"),
-    "S2A2E16": Method(_HALF_OF_16, ("static S4A0E16",)),
-    "S2A2E16, tuned": Method(_HALF_OF_16 + _TUNE, ("S2A2E16",)),
+    "static S6A0E8": Method(_STATIC_8),
+    "S3A3E8": Method(_routed_8(), ("static S6A0E8",)),
+    "S3A3E8, threshold": Method(_routed_8(",threshold=true"), ("static S6A0E8",)),
+    "S3A3E8, layerwise budget": Method(_routed_8(",layerwise_budget=true"), ("static S6A0E8",)),
+    "static S6A0E8, tuned": Method(_STATIC_8 + _TUNE),
+    "S3A3E8, tuned": Method(_routed_8() + _TUNE, ("static S6A0E8, tuned", "S3A3E8")),
+    "static S4A0E16": Method(_STATIC_16),
+    "S2A2E16": Method(_ROUTED_16, ("static S4A0E16",)),
+    "S2A2E16, tuned": Method(_ROUTED_16 + _TUNE, ("S2A2E16",)),
     "random experts": Method("prune-experts{ratio=0.25,score=random}"),
     "prune-experts": Method("prune-experts{ratio=0.25}", ("random experts",)),
     "prune-experts, merge": Method(
@@ -109,10 +114,17 @@ class Run:
         """Return the recipe for a model; a quarter of its blocks goes, to the nearest number."""
         total = len(find_blocks(program))
         count = max(1, round(total / 4))
-        generator = random.Random(f"{self.seed} {self.draw}")
-        drawn = sorted(generator.sample(range(total), count))
+        generator = random.Random(self.seed)
+        drawn: dict[tuple[int, ...], None] = {}
+        # Every draw of a seed is another set, where there are so many.
+        while len(drawn) <= min(self.draw, math.comb(total, count) - 1):
+            drawn[tuple(sorted(generator.sample(range(total), count)))] = None
+        mixtures = any(isinstance(part, Mixture) for _, part in find_mixtures(program))
         return string.Template(METHODS[self.method].recipe).substitute(
-            blocks=count, tuning=f"{tuning:g}", random=str(drawn).replace(" ", "")
+            blocks=count,
+            tuning=f"{tuning:g}",
+            random=str(list(list(drawn)[-1])).replace(" ", ""),
+            mixtures=",mixtures=true" if mixtures else "",
         )
 
 
@@ -129,6 +141,7 @@ def measure(name: str, model: str, options: argparse.Namespace) -> dict[str, Any
 
     PIQA is asked of a model that knows more of it than chance: by two standard errors.
     """
+    deadline = min(options.deadline, time.time() + options.share)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     dense = capture(model)
@@ -157,7 +170,7 @@ def measure(name: str, model: str, options: argparse.Namespace) -> dict[str, Any
         # What has never run may take as long as what has, and its training.
         unknown = max(took.values(), default=0.0) + options.tuning
         started = time.time()
-        if started + took.get(run.method, unknown) > options.deadline:
+        if started + took.get(run.method, unknown) > deadline:
             found["no_time_left"].append(about)
             continue
         try:
@@ -234,6 +247,8 @@ def main() -> None:
     if unknown:
         parser.error(f"no methods {unknown}; there are {', '.join(METHODS)}")
     models = named(options.models)
+    # Models that wait for their turn get their part of the time.
+    options.share = options.seconds / math.ceil(len(models) / options.jobs)
     found: dict[str, dict[str, Any]] = {}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
