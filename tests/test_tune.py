@@ -368,3 +368,20 @@ def test_seconds_are_those_of_checks_and_steps_together(monkeypatch, seconds):
     assert clock[0] - 100.0 == tuned.seconds
     assert seconds - 1.0 <= tuned.seconds <= seconds + 1.0 + 3.0 * (len(tuned.checks) > 2)
     assert tuned.steps > 0
+
+
+def test_checks_that_take_long_are_few(monkeypatch):
+    """A check takes three seconds of sixty: there is room for one beside the first and the last."""
+    clock = [100.0]
+    monkeypatch.setattr(tuner_module.time, "perf_counter", lambda: clock[0])
+    program = tiny_program()
+    tuner = tuner_of(program, disturbed(program), Schedule(seconds=60.0, batch=4), Slow(clock))
+    tuned = tuner.run()
+    assert len(tuned.checks) == 3 and tuned.steps == pytest.approx(60.0 - 9.0, abs=2.0)
+    # A schedule of steps has checks at the same steps wherever it runs.
+    objectives = (Slow(clock), LogitObjective())
+    found = [
+        tuner_of(program, disturbed(program), Schedule(steps=20, batch=4), objective).run()
+        for objective in objectives
+    ]
+    assert found[0].checks == found[1].checks and len(found[0].checks) > 9

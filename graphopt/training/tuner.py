@@ -31,6 +31,8 @@ LOOK_EVERY = 20
 
 CHECK_EVERY = 0.1
 """The share of the schedule between two checks on held-out windows."""
+CHECK_COST = 0.1
+"""The share of a schedule's seconds that checks may take: they are fewer where one takes long."""
 
 
 LR_PATIENCE = 3
@@ -140,7 +142,7 @@ class Tuner:
                 if not math.isfinite(loss):
                     result.stopped = f"the loss became {loss} before step {result.steps}"
                 self.progress(self.what, int(done * 1000), 1000)
-            if done - self._checked_at >= CHECK_EVERY and not result.stopped:
+            if done - self._checked_at >= self._check_every() and not result.stopped:
                 self._check(done)
                 if schedule.patience and self._worse >= schedule.patience:
                     result.stopped = f"no better held-out loss in {self._worse} checks"
@@ -170,6 +172,13 @@ class Tuner:
             seconds = max(seconds, 0.0)
         schedule = dataclasses.replace(self.schedule, seconds=seconds)
         return schedule.done(result.steps, result.seconds - result.preparing)
+
+    def _check_every(self) -> float:
+        """Return the share of the schedule between two checks."""
+        seconds = self.schedule.seconds
+        if not seconds:
+            return CHECK_EVERY
+        return max(CHECK_EVERY, self._check_seconds / seconds / CHECK_COST)
 
     def _prepare(self) -> float:
         """Compile the step, where that pays; return the seconds it took."""

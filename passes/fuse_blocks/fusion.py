@@ -48,10 +48,17 @@ their hidden states are the dense model's, and a CPU has few steps."""
 
 WARM_TOKENS = PerDevice(cpu=32768, gpu=131072)
 """Tokens of the warm start at most."""
-WARM_SHARE = 0.5
-"""Of the seconds of a training, those that the warm start may take."""
+WARM_SHARE = 0.25
+"""The share of the seconds that the warm start's tokens are chosen for. It brings most with few
+tokens; a quarter of a minute in, steps bring as much a second."""
+WARM_SHARE_AT_MOST = 0.5
+"""The share at which it is stopped, where it is slower than was estimated."""
 WARM_RUNS = 2
 """How long its tokens take, about, in times that the dense model's blocks take for them."""
+WARM_TOKENS_PER_FEATURE = 8
+"""Tokens of the warm start where seconds are few, for each feature of the widest projection. What a
+fit to n tokens leaves beyond the best is about a share features / n of it, so that more tokens
+bring little, and a step learns from others."""
 WARM_LEAST = 1024
 """Tokens of which fewer say too little about a projection."""
 
@@ -146,10 +153,14 @@ class Fusion(Distiller):
         alone = self.schedule.steps == 0
         if left is not None and not alone:
             # What is left of the seconds is for training.
-            until = started + WARM_SHARE * left
+            until = started + WARM_SHARE_AT_MOST * left
             data.targets.rows(range(len(data.ids) - data.held_out, len(data.ids)))
             speed = self.checked.numel() / max(time.perf_counter() - started, 1e-9)
-            tokens = min(tokens, int(WARM_SHARE * left * speed / WARM_RUNS))
+            tokens = min(
+                tokens,
+                int(WARM_SHARE * left * speed / WARM_RUNS),
+                WARM_TOKENS_PER_FEATURE * self._widest(),
+            )
         if tokens < WARM_LEAST:
             self.skipped.append(
                 Skip("warm start", f"there is time for {tokens} tokens, fewer than {WARM_LEAST}")
@@ -176,6 +187,14 @@ class Fusion(Distiller):
                     "it is left out",
                 )
             )
+
+    def _widest(self) -> int:
+        """Return the number of features of the widest projection of any block."""
+        program = self.program
+        calls = [program.calls[block.position] for block in find_blocks(program)]
+        names = {name for call in calls for name in call.weights.values()}
+        shapes = [program.weights[name].shape for name in names]
+        return max((shape[1] for shape in shapes if len(shape) == 2), default=0)
 
     def _local(self, ids: Tensor) -> None:
         groups = self._groups()
