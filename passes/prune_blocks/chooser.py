@@ -146,7 +146,7 @@ class Chooser:
                 del named[unit]
         if options.looks_back:
             self._look_back(left, choice)
-            self._compare_nearest(choice)
+            self._compare_nearest(left, choice)
         for model in (self.program, self._without(choice.order)):
             choice.speed.append(forward_speed(model, self.windows, self.device, self.dtype))
         return choice
@@ -290,32 +290,46 @@ class Chooser:
                 # What another unit is worth may have changed with this one.
                 waiting += [other for other in gone if other not in waiting]
 
-    def _compare_nearest(self, choice: Choice) -> None:
-        """Score the lowest of the sets that were seen on more text; the lowest there goes."""
-        current = frozenset(choice.order)
-        known = {
-            removal: score
-            for removal, score in sorted(self.sets.items(), key=lambda item: _or_inf(item[1]))
-            if len(removal) == len(current) and removal not in self.refused
-        }
-        nearest = [current, *(removal for removal in known if removal != current)][:NEAREST]
-        if len(nearest) < 2 or not len(self.others):
+    def _compare_nearest(self, left: list[PruningUnit], choice: Choice) -> None:
+        """Score the sets of the lowest scores on more text; the lowest there goes.
+
+        Where that is another one than before, its own neighbours, of one unit exchanged, are
+        scored, and the lowest of all sets compared again.
+        """
+        if not len(self.others):
             return
-        started = time.perf_counter()
-        scores = self._scores_on_more_text(nearest)
-        choice.seconds += time.perf_counter() - started
+        on_more_text: dict[Removal, float] = {}
+        for _ in range(SWEEPS):
+            current = frozenset(choice.order)
+            known = {
+                removal: score
+                for removal, score in sorted(self.sets.items(), key=lambda item: _or_inf(item[1]))
+                if len(removal) == len(current) and removal not in self.refused
+            }
+            nearest = [current, *(removal for removal in known if removal != current)][:NEAREST]
+            new = [removal for removal in nearest if removal not in on_more_text]
+            if new:
+                started = time.perf_counter()
+                on_more_text |= self._scores_on_more_text(new)
+                choice.seconds += time.perf_counter() - started
+            for removal in sorted(on_more_text, key=lambda removal: _or_inf(on_more_text[removal])):
+                back, gone = sorted(current - removal), sorted(removal - current)
+                if not back or self._exchanged(back, gone, choice):
+                    break
+            if not back:
+                break
+            left[:] = sorted({*left, *back} - {*gone})
+            for unit in choice.order:
+                others = [other for other in choice.order if other != unit]
+                self._scored(sorted([*left, unit]), others, choice)
         choice.nearest = [
             ScoredSet(
                 units=[str(unit) for unit in sorted(removal)],
-                score=known.get(removal),
-                on_more_text=scores[removal],
+                score=self.sets.get(removal),
+                on_more_text=score,
             )
-            for removal in nearest
+            for removal, score in on_more_text.items()
         ]
-        for removal in sorted(nearest, key=lambda removal: _or_inf(scores[removal])):
-            back, gone = sorted(current - removal), sorted(removal - current)
-            if not back or self._exchanged(back, gone, choice):
-                break
 
     def _scores_on_more_text(self, removals: Sequence[Removal]) -> dict[Removal, float]:
         return score_removals(

@@ -154,6 +154,18 @@ def test_the_nearest_sets_are_decided_on_more_text(run):
     assert sets["0", "3"]["on_more_text"] == 1.0 and sets["1", "2"]["score"] == 4.0
 
 
+def test_what_more_text_decides_for_is_looked_around_again(run):
+    few = {(0, 1): 1.0, (0, 2): 2.0}
+    much = {(0, 2): 3.0, (2, 3): 1.0}
+
+    def scores(gone):
+        return few.get(tuple(sorted(gone)), 4.0) if len(gone) == 2 else 1.0 + sum(gone)
+
+    _, entry = run("blocks=2", scores, on_more_text=lambda gone: much.get(tuple(sorted(gone)), 5.0))
+    # {2, 3} is two exchanges from {0, 1}, which the little text is for.
+    assert sorted(entry.details["order"]) == ["2", "3"]
+
+
 @given(st.lists(st.floats(0.01, 10), min_size=20, max_size=20), st.integers(1, 3))
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_look_back_never_worsens_and_ends_where_no_exchange_helps(run, values, count):
