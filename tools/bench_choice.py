@@ -211,7 +211,7 @@ def compare(
         else:
             removal, doubted = subject.choose(count, times, given)
         seconds = time.perf_counter() - started
-        if name == "look-back kl":
+        if name in ("default", "look-back kl"):
             starts[times] = removal
         add(name, removal, times=times, seconds=seconds, doubted=doubted)
 
