@@ -219,6 +219,29 @@ def test_a_block_that_adds_nothing_has_no_influence_and_goes_first():
     assert scores.values[PruningUnit(3)] <= 1e-6 and scores.lowest() == PruningUnit(3)
 
 
+def scaled(program, index, factors):
+    """Multiply what a block adds to each feature of the stream [D] by factors [D]."""
+    call = program.calls[find_blocks(program)[index].position]
+    for slot, name in call.weights.items():
+        if "o_proj" in slot or "down" in slot:
+            value = program.weights[name].load(torch.float32) * factors[:, None]
+            program.weights.replace(Weight(name, Array(value)))
+
+
+def test_the_logits_see_what_a_norm_behind_the_blocks_hides_from_the_stream():
+    program = tiny_program(layers=4, tied=False)
+    width = stream(program).shape[-1]
+    unread = torch.arange(width) < width // 2
+    (gain,) = [name for name in program.calls[-1].weights.values() if "norm" in name]
+    program.weights.replace(Weight(gain, Array(torch.where(unread, 0.0, 1.0))))
+    scaled(program, 3, torch.where(unread, 0.5, 0.0))
+    scaled(program, 2, torch.full((width,), 0.3))
+    units = units_of(program, ("block",))
+    lowest = {metric: score_units(program, units, IDS, metric).lowest() for metric in METRICS}
+    # Block 3 adds more to the stream, and nothing that the head reads.
+    assert lowest["mi"] == lowest["bi"] == PruningUnit(2) and lowest["kl"] == PruningUnit(3)
+
+
 def test_small_angles_are_exact():
     # In fp32, arccos of a cosine near 1 knows angles to about 1e-4 of pi only.
     program = tiny_program(layers=4)

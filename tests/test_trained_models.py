@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import graphopt as go
+from graphopt.calibration.scores import PruningUnit, score_removals, units_of
 from graphopt.calibration.text import held_out_perplexity, text_windows
 from graphopt.errors import PassError
 from graphopt.evaluate.perplexity import read_text, token_log_likelihoods
@@ -115,6 +116,22 @@ def test_the_chosen_blocks_are_missed_less_than_most_pairs(name, perplexity, aft
         pairs.append(perplexity(name, pruned))
     chosen = after(name, "prune-blocks{blocks=2}")
     assert perplexity(name, dense) < chosen < statistics.median(pairs)
+
+
+@pytest.mark.parametrize("name", sampled(NAMES))
+def test_the_chosen_blocks_are_within_a_twentieth_of_the_least_divergence(
+    name, windows_of, calibration_text, tmp_path
+):
+    calib = tmp_path / "calib.txt"
+    calib.write_text(calibration_text.read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+    _, report = go.Pipeline.parse("prune-blocks{blocks=3}").run(
+        program_of(name), go.RunOptions(calib=calib, verify=False)
+    )
+    units = units_of(program_of(name), ("block",))
+    sets = [frozenset(chosen) for chosen in itertools.combinations(units, 3)]
+    divergence = score_removals(program_of(name), sets, windows_of(name), "kl")
+    chosen = frozenset(PruningUnit(int(block)) for block in report.passes[0].details["order"])
+    assert divergence[chosen] <= 1.05 * min(divergence.values())
 
 
 @pytest.mark.parametrize("name", sampled(DENSE))

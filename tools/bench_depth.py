@@ -50,7 +50,7 @@ RECIPES = {
         f"{MIDDLE},fuse-blocks{{seconds=50,warm_start=true}}",
         f"{MIDDLE},fuse-blocks{{seconds=50,generated_windows=0}}",
         # The paper's way, with its choice of blocks.
-        "prune-blocks{ratio=0.25,reference=current},"
+        "prune-blocks{ratio=0.25,score=mi,reference=current},"
         "fuse-blocks{mode=published,seconds=140,ablations=true}",
     ),
     "cpu": (PRUNE, f"{PRUNE},fuse-blocks{{seconds=470}}"),

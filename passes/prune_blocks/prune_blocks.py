@@ -37,17 +37,21 @@ class PruneBlocks(Pass):
 
     Scores come from `windows` windows of `seqlen` tokens of the calibration text, by default 8
     of 512 on a GPU and 2 of 256 on a CPU, or shorter ones where the model takes fewer tokens;
-    see `graphopt.calibration.scores.METRICS`. Where `iterative`, everything is scored again after
-    each removal. Scores `mi` and `kl` compare with the `reference`: the `original` model, or the
-    `current` one, from which what was removed before is missing; the others need none. Equal
-    scores go to the lowest index. Blocks that are listed are not scored.
+    see `graphopt.calibration.scores.METRICS`. The default is the divergence of the logits, over the
+    tokens that the text makes likely where the vocabulary is large. Where `iterative`, scores are
+    taken again after each removal, of the units that may be the lowest. Scores `mi` and `kl`
+    compare with the `reference`: the `original` model, or the `current` one, from which what was
+    removed before is missing; the others need none. Equal scores go to the lowest index. Blocks
+    that are listed are not scored.
+
+    With `look_back` each removed unit is put back and scored again with those that are left, until
+    no exchange lowers the score, and the sets that were lowest are compared on more text. It is on
+    wherever scores say which set is better: those of results, against the original model.
 
     Perplexity on held-out windows is watched: where a removal multiplies it by more than 1.5, the
-    next three by their scores are tried too, and the one with the lowest goes. `max_perplexity`
-    ends the removals before the model's gets more than so many times what it was. With `look_back`
-    each removed unit is at last put back once and scored again with those that are left, and
-    the lowest goes; only scores of the final results against the original model know which
-    set is better.
+    next three by their scores are tried too, and the one with the lowest goes, with a score of the
+    logits only where that is 1.5 times lower. `max_perplexity` ends the removals before the
+    model's gets more than so many times what it was.
 
     Source of macro influence and of the loop: FuseGPT, arXiv 2411.14507, equation 1 and
     algorithm 1, where the reference is the current model.
