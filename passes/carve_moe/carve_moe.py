@@ -67,7 +67,8 @@ class CarveMoe(Pass):
     a token does not run are put to 0 (`graphopt.passes.carve_moe.mixtures`).
 
     Blocks are carved in order, each on what the carved blocks before it give, from `windows`
-    windows of `seqlen` tokens: 8 of 2048 on a GPU and 8 of 512 on a CPU.
+    windows of `seqlen` tokens: 32 of 2048 on a GPU and 16 of 512 on a CPU. A down projection is
+    solved for as many features as it has neurons, of which there should be many times more tokens.
 
     Legality:
 
@@ -87,7 +88,7 @@ class CarveMoe(Pass):
     active: Annotated[int, Field(ge=0)] = 3
     experts: Annotated[int, Field(ge=2)] = 8
     mode: Literal["fit", "published"] = "fit"
-    rounds: Annotated[int, Field(ge=0)] = 6
+    rounds: Annotated[int, Field(ge=0)] = 12
     reconstruct: bool = True
     threshold: bool = False
     layerwise_budget: bool = False
@@ -96,7 +97,7 @@ class CarveMoe(Pass):
     mixtures: bool = False
     k_activations: Annotated[int, Field(ge=1)] = 10
     cosine: bool = False
-    windows: Annotated[int, Field(ge=2)] = 8
+    windows: Annotated[int, Field(ge=2)] | PerDevice[int] = PerDevice(cpu=16, gpu=32)
     seqlen: Annotated[int, Field(ge=2)] | PerDevice[int] = PerDevice(cpu=512, gpu=2048)
 
     def check_options(self) -> None:

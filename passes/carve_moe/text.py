@@ -15,6 +15,7 @@ from graphopt.ir.graph import Program
 from graphopt.pass_manager.contract import Context
 from graphopt.passes.carve_moe.division import initial_k_activations
 from graphopt.passes.carve_moe.parts import parts_of, width_of
+from graphopt.support.per_device import on_device
 
 if TYPE_CHECKING:
     from graphopt.passes.carve_moe.carve_moe import CarveMoe
@@ -47,7 +48,8 @@ class CarvingText:
         """
         length = window_length(program, options.seqlen, context.device)
         windows = calibration_windows(program, context, length)
-        windows, others = pick_apart(windows, options.windows, options.windows, context.seed)
+        count = on_device(options.windows, context.device)
+        windows, others = pick_apart(windows, count, count, context.seed)
         if len(windows) < 2:
             raise PassError(
                 f"The calibration text has {len(windows)} windows of {length} tokens, and carving "
