@@ -294,9 +294,7 @@ def _reconstruct_block(
             if projection.bias is not None:
                 weights[projection.bias] = slice(count, count + 1)
                 count += 1
-        width = count + program.weights[together[0].weight].shape[0]
-        wanted = [*(one.features for one in together), place]
-        values = block.values_per_batch(wanted, width=width)
+        values = block.values_per_batch([*(one.features for one in together), place])
         outcome, states = reconstruct(
             program, where, weights, values.map(partial(_joined, together)),
             terms[-1][1], block.stream.held_out, together[0].norm,

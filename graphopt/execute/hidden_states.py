@@ -324,21 +324,13 @@ class BlockStep:
             known=known,
         )
 
-    def values_per_batch(
-        self, wanted: Sequence[Value], *, width: int | None = None
-    ) -> PerBatch[list[Tensor]]:
-        """Return values inside the block, for every batch.
+    def values_per_batch(self, wanted: Sequence[Value]) -> PerBatch[list[Tensor]]:
+        """Return values inside the block, for every batch."""
 
-        Args:
-            width: The numbers that they have in all for a token, where they are read several
-                times: they are made once if they take no more than a quarter of what is free.
-        """
-        stream, held = self.stream, self.stream.fits_at_once
-        if width is not None and not held:
-            size = 4 * width * sum(ids.numel() for ids in stream.ids)
-            held = room_for(2 * size, stream.device) is stream.device
-        batches = range(len(stream.ids))
-        return PerBatch.of(batches, lambda batch: self.values(batch, wanted), held)
+        batches = range(len(self.stream.ids))
+        return PerBatch.of(
+            batches, lambda batch: self.values(batch, wanted), self.stream.fits_at_once
+        )
 
     def keep(self, value: Value, hidden: Sequence[Tensor] | None = None) -> None:
         """Keep the residual stream at a place inside the block: `values` begins there.

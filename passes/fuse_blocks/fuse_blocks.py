@@ -37,7 +37,8 @@ class FuseBlocks(TrainingOptions, Pass):
 
     Training lasts `seconds` or `steps`, whichever is given (150 seconds if neither), in all
     modes over all of their parts together. A step takes `batch` windows of `seqlen` tokens; by
-    default 4 of 2048 on a GPU and 2 of 256 on a CPU. `generated_windows` is how many windows the
+    default 4 of 2048 on a GPU and one of 256 on a CPU, where steps are few (two in the published
+    mode). `generated_windows` is how many windows the
     dense model writes itself, behind beginnings from the calibration text; by default none on a
     CPU, and on a GPU as many as a quarter of the seconds allows, or as a quarter of the steps
     reads.
@@ -61,6 +62,7 @@ class FuseBlocks(TrainingOptions, Pass):
     reads_weights: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("prune-blocks",)
 
+    batch: Annotated[int, Field(ge=1)] | PerDevice[int] = PerDevice(cpu=1, gpu=4)
     mode: Literal["distil", "local", "published"] = "distil"
     warm_start: bool | PerDevice[bool] = PerDevice(cpu=True, gpu=False)
     group: Annotated[int, Field(ge=2)] = 8
