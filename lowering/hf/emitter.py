@@ -164,7 +164,8 @@ def _made_by(
 def _one_form(program: Program) -> Program:
     """Return the program as the default passes, all exact, leave it at last, in one order.
 
-    Its states are contiguous: a checkpoint says nothing of caches.
+    Its states are contiguous, in fp32: a checkpoint says nothing of caches, and a config's model is
+    captured in fp32 whatever the weights are stored in.
     """
     program = with_layouts(program, dict.fromkeys(program.states, KVLayout()))
     while True:
@@ -173,6 +174,8 @@ def _one_form(program: Program) -> Program:
             result = item.run(program, Context())
             program, changed = result.program, changed + result.changed
         if not changed:
+            for state in program.states.values():
+                state.dtype = torch.float32
             return in_order_of_use(program)
 
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from carved import carved
 from checkpoints import CLOSE, loaded, own_modules, padded_case
-from families import captured, eager_logits, error, random_model
+from families import captured, eager_logits, error, mostly_slow, random_model
 from programs import tiny_program
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 import graphopt as go
+from graphopt.capture import capture
 from graphopt.capture.model import attention_implementation
 from graphopt.errors import LoweringError
 from graphopt.execute.interpreter import Runner
@@ -346,3 +347,16 @@ def test_parts_must_fill_the_tensor() -> None:
     assert torch.equal(assemble((4, 6), [even, odd]).load(), whole)
     with pytest.raises(ValueError, match="12 of its 24 elements"):
         assemble((4, 6), [even])
+
+
+@pytest.mark.parametrize("family", mostly_slow(["llama", "mixtral"], ("llama",)))
+def test_weights_of_16_bits_have_a_checkpoint_with_a_cache_too(family, tmp_path):
+    model = random_model(family, num_hidden_layers=2).bfloat16()
+    model.save_pretrained(tmp_path / "source")
+    program = capture(str(tmp_path / "source"))
+    program, _ = go.Pipeline.default().run(program, go.RunOptions(verify=False))
+    assert {state.dtype for state in program.states.values()} >= {torch.bfloat16}
+    go.emit(program, tmp_path / "out", emit=("hf",))
+    again = loaded(tmp_path / "out/hf", dtype=torch.bfloat16)
+    given = model.state_dict()
+    assert all(torch.equal(value, given[name]) for name, value in again.state_dict().items())
