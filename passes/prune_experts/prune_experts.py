@@ -101,8 +101,14 @@ class PruneExperts(Pass):
                 + (f": {'; '.join(reasons)}." if reasons else "."),
                 "Leave prune-experts out of the recipe.",
             )
+        known: set[str] = set()
         for where, block, mixture in mixtures:
             self._check_count(where, mixture)
+            # Layers that are alike are left with fewer experts alike.
+            function = program.calls[block.position].function
+            if function in known:
+                continue
+            known.add(function)
             try:
                 check_experts_left(program, block, self.left(mixture))
             except ValueError as error:
