@@ -187,3 +187,9 @@ def test_a_step_costs_no_more_multiplications_for_a_larger_vocabulary(monkeypatc
         return counter.get_total_flops()
 
     assert flops(97) == flops(970) > 0
+
+
+def test_the_published_loss_has_the_two_sequences_that_it_compares(dense):
+    assert fusion_of(dense, steps=1).schedule.batch == 1
+    assert fusion_of(dense, steps=1, mode="published").schedule.batch == 2
+    assert fusion_of(dense, steps=1, mode="published", batch=3).schedule.batch == 3
