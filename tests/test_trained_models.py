@@ -120,17 +120,21 @@ def test_the_chosen_blocks_are_missed_less_than_most_pairs(name, perplexity, aft
 
 @pytest.mark.parametrize("name", sampled(NAMES))
 def test_the_chosen_blocks_are_within_a_twentieth_of_the_least_divergence(
-    name, windows_of, calibration_text, tmp_path
+    name, windows_of, test_text, calibration_text, tmp_path
 ):
     calib = tmp_path / "calib.txt"
-    calib.write_text(calibration_text.read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+    calib.write_text(calibration_text.read_text(encoding="utf-8")[:100_000], encoding="utf-8")
+    program = program_of(name)
     _, report = go.Pipeline.parse("prune-blocks{blocks=3}").run(
-        program_of(name), go.RunOptions(calib=calib, verify=False)
+        program, go.RunOptions(calib=calib, verify=False)
     )
-    units = units_of(program_of(name), ("block",))
-    sets = [frozenset(chosen) for chosen in itertools.combinations(units, 3)]
-    divergence = score_removals(program_of(name), sets, windows_of(name), "kl")
     chosen = frozenset(PruningUnit(int(block)) for block in report.passes[0].details["order"])
+    sets = [frozenset(s) for s in itertools.combinations(units_of(program, ("block",)), 3)]
+    divergence = score_removals(program, sets, windows_of(name), "kl")
+    # On two thousand tokens, the best ones differ by chance: they are compared on ten thousand.
+    nearest = sorted(sets, key=divergence.__getitem__)[:5]
+    more = text_windows(program, read_text(test_text)[40_000:200_000], LENGTH)[:40]
+    divergence = score_removals(program, [chosen, *nearest], more, "kl")
     assert divergence[chosen] <= 1.05 * min(divergence.values())
 
 

@@ -36,7 +36,7 @@ from graphopt.ir.graph import Program
 from graphopt.pass_manager.contract import Context, Skip
 from graphopt.passes.prune_blocks.record import ScoredSet
 from graphopt.report.record import Step
-from graphopt.support.per_device import on_device
+from graphopt.support.per_device import PerDevice, on_device
 
 if TYPE_CHECKING:
     from graphopt.passes.prune_blocks.prune_blocks import PruneBlocks
@@ -53,8 +53,10 @@ LEAST_GAIN = 1e-3
 """The share by which an exchange has to lower the score: what is less is noise."""
 SWEEPS = 3
 """How often each removed unit is put back at most."""
-NEAREST, MORE_TEXT = 8, 4
-"""How many of the sets with the lowest scores are compared again, on how many times the text."""
+NEAREST = 8
+"""How many of the sets with the lowest scores are compared again."""
+MORE_TEXT = PerDevice(cpu=8, gpu=4)
+"""On how many times the text: divergences of some thousand tokens differ by a few percent."""
 
 PARTS = {
     "block": ("block",),
@@ -104,7 +106,9 @@ class Chooser:
         self.checked = windows[-PERPLEXITY_WINDOWS:]
         scored = windows[:-PERPLEXITY_WINDOWS] if len(windows) > PERPLEXITY_WINDOWS else windows
         count = on_device(options.windows, self.device)
-        self.windows, self.others = pick_apart(scored, count, MORE_TEXT * count, context.seed)
+        self.windows, self.others = pick_apart(
+            scored, count, MORE_TEXT.on(self.device) * count, context.seed
+        )
         self.program = resident(program, self.dtype, self.device)
         self.perplexities: list[float] = []
         self.sets: dict[Removal, float] = {}
