@@ -2,18 +2,21 @@
 
     python tools/bench_models.py --calib FILE --text FILE [--piqa FILE] [--device cuda]
                                  [--models trained NAME=MODEL ...] [--methods NAME,NAME]
-                                 [--seeds 0,1,2] [--draws 3] [--tuning 10] [--seconds 200]
+                                 [--seeds 0,1,2] [--draws 3] [--tuning 10] [--seconds 200] [--go-on]
 
 `trained` are the tiny models under benchmarks/models, of six families; any other MODEL is what the
 command line of graphopt takes, and NAME what it is called in the results. A method's control is the
 naive way to the same end: random blocks, static experts, random experts, no training. Each run
-is kept in benchmarks/models.json with its seed, and so is what had no time left.
+is kept in benchmarks/models.json with its seed, and so is what had no time left, which --go-on
+makes up for.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
+import json
 import math
 import multiprocessing
 import random
@@ -34,7 +37,7 @@ from measure import Yardstick, keep, run_recipe
 from model_tables import methods_on_models, not_better, told
 
 from graphopt.capture import capture
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, UsageError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Program
 from graphopt.ir.mixture import Mixture, find_mixtures
@@ -160,13 +163,15 @@ def measure(name: str, model: str, options: argparse.Namespace) -> dict[str, Any
         "windows": list(yardstick.windows.shape),
         "tuning_seconds": options.tuning,
         "methods": {method: list(METHODS[method].controls) for method in options.methods},
-        "runs": [],
+        "runs": kept_runs(name, yardstick, options) if options.go_on else [],
         "no_time_left": [],
     }
     took: dict[str, float] = {}
     for run in runs(options.methods, options.seeds, options.draws):
         recipe = run.recipe(dense, options.tuning)
-        about = {"method": run.method, "seed": run.seed}
+        about = dataclasses.asdict(run)
+        if any(all(kept.get(key) == about[key] for key in about) for kept in found["runs"]):
+            continue
         # What has never run may take as long as what has, and its training.
         unknown = max(took.values(), default=0.0) + options.tuning
         started = time.time()
@@ -193,6 +198,28 @@ def measure(name: str, model: str, options: argparse.Namespace) -> dict[str, Any
         save(name, options, found)
     save(name, options, found)
     return found
+
+
+def kept_runs(name: str, yardstick: Yardstick, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the runs that were kept of a model and device, to go on behind them."""
+    if not options.out.is_file():
+        return []
+    parts = json.loads(options.out.read_text(encoding="utf-8"))
+    part = parts.get(f"{name} on {options.device}")
+    if part is None:
+        return []
+    settings = {
+        "tuning_seconds": options.tuning,
+        "text": options.text.name,
+        "calib": options.calib.name,
+        "windows": list(yardstick.windows.shape),
+    }
+    if any(part[key] != value for key, value in settings.items()):
+        raise UsageError(
+            f"{options.out} has runs of {name} with other texts, windows or seconds of training.",
+            "Give the same, another --out, or leave --go-on out.",
+        )
+    return list(part["runs"])
 
 
 def save(name: str, options: argparse.Namespace, found: Mapping[str, Any]) -> None:
@@ -236,6 +263,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3, help="of random blocks, with each seed")
     parser.add_argument("--tuning", type=float, default=10.0, help="seconds of each training")
     parser.add_argument("--seconds", type=float, default=3600.0, help="in all, at most")
+    parser.add_argument("--go-on", action="store_true", help="run what --out has not yet")
     parser.add_argument("--jobs", type=int, default=1, help="models measured at once")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "models.json")
