@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import math
 import time
 from dataclasses import asdict, replace
@@ -37,6 +35,7 @@ from graphopt.storage.snapshot import resuming_from
 from graphopt.support.devices import free_bytes
 from graphopt.support.per_device import on_device
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
+from graphopt.training.kept_files import kept_file
 from graphopt.training.losses import LogitObjective, Objective
 from graphopt.training.options import TrainingOptions
 from graphopt.training.parametrisations import (
@@ -55,9 +54,6 @@ USUAL_TOKENS = 8192
 
 GENERATION_SHARE = 0.25
 """The share of a training's seconds in which the dense model generates text for it."""
-
-FORMAT = 3
-"""The format of the files between two runs of one compile: those of another are not read."""
 
 EPOCHS = 4
 """How often a training of a given number of steps reads what the dense model writes."""
@@ -197,7 +193,7 @@ class Distiller:
         count, seconds = self._generated_windows()
         if not count:
             return self.windows
-        path = self._saved("text")
+        path = self._kept_file("text")
         if path is not None and path.is_file():
             with resuming_from(path):
                 own = torch.load(path, weights_only=True)
@@ -310,7 +306,7 @@ class Distiller:
         student = BlockRunner(run, first, stop, parametrisations, self.device)
         tuner = Tuner(
             student, data, objective, schedule, seed=self.context.seed,
-            saved=self._saved(what), progress=self.context.progress, what=what,
+            saved=self._kept_file(what), progress=self.context.progress, what=what,
         )  # fmt: skip
         tuned = tuner.run()
         if tuned.stopped:
@@ -339,22 +335,13 @@ class Distiller:
         self.record.compared_tokens = len(tokens)
         return narrowed
 
-    def _saved(self, what: str) -> Path | None:
-        """Return the file that keeps something between two runs of one compile."""
-        if self.context.work is None:
-            return None
-        context = self.context
-        key = json.dumps(
-            [FORMAT, asdict(self.options), what, context.seed, context.bos], sort_keys=True
-        )
-        paths = [call.path for call in self.original.calls]
-        digest = hashlib.sha256(f"{key}\n{self.context.text}\n{paths}\n{self.original}".encode())
-        return self.context.work / f"distil-{digest.hexdigest()[:16]}.pt"
+    def _kept_file(self, what: str) -> Path | None:
+        return kept_file(what, self.options, self.original, self.context)
 
     def checkpoint(self, stage: str) -> None:
         """Keep what the stages so far made, so that an interrupted compile goes on behind them."""
         self.done.append(stage)
-        path = self._saved("stages")
+        path = self._kept_file("stages")
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -379,7 +366,7 @@ class Distiller:
         fresh.rename(path)
 
     def _resume(self) -> None:
-        path = self._saved("stages")
+        path = self._kept_file("stages")
         if path is None or not path.is_file():
             return
         with resuming_from(path):
