@@ -209,9 +209,22 @@ UNLISTED: dict[str, dict[str, Any]] = {
 FAMILIES = {**LISTED, **UNLISTED}
 
 
-def mostly_slow(values: Iterable[str], quick: Collection[str] = ("llama", "gpt2")) -> list[Any]:
-    """Return values of a test's parameter; all but a few, which the inner loop runs, are slow."""
-    return [pytest.param(v, marks=() if v in quick else pytest.mark.slow) for v in values]
+def mostly_slow(
+    values: Iterable[str],
+    quick: Collection[str] = ("llama", "gpt2"),
+    rare: Collection[str] = (),
+) -> list[Any]:
+    """Return values of a test's parameter; all but a few, which the inner loop runs, are slow.
+
+    Those in `rare`, which others stand for, are exhaustive.
+    """
+
+    def marks(value: str) -> Any:
+        if value in rare:
+            return pytest.mark.exhaustive
+        return () if value in quick else pytest.mark.slow
+
+    return [pytest.param(value, marks=marks(value)) for value in values]
 
 
 @dataclass

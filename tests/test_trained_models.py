@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import mostly_slow
 from transformers import AutoModelForCausalLM
 
 import graphopt as go
@@ -32,10 +33,9 @@ LENGTH, MEASURED = 256, 8
 CPU = torch.device("cpu")
 
 
-def sampled(names):
-    """Mark what takes seconds as slow, and as exhaustive where others stand for it."""
-    marks = dict.fromkeys(("gemma3", "mixtral"), pytest.mark.slow)
-    return [pytest.param(name, marks=marks.get(name, pytest.mark.exhaustive)) for name in names]
+def others(names):
+    """Return the models for which some stand: a test of one takes seconds."""
+    return set(NAMES) - set(names)
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def test_they_take_at_most_ten_megabytes():
     assert {path.parent.name for path in TRAINED.glob("*/config.json")} == set(NAMES)
 
 
-@pytest.mark.parametrize("name", sampled(NAMES))
+@pytest.mark.parametrize("name", mostly_slow(NAMES, (), others(("gemma3", "mixtral"))))
 def test_perplexity_is_that_of_transformers_and_less_than_half_that_of_single_tokens(
     name, windows_of, perplexity
 ):
@@ -106,7 +106,7 @@ def test_perplexity_is_that_of_transformers_and_less_than_half_that_of_single_to
     assert ours < alone / 2
 
 
-@pytest.mark.parametrize("name", sampled(NAMES))
+@pytest.mark.parametrize("name", mostly_slow(NAMES, (), others(("mixtral",))))
 def test_the_chosen_blocks_are_missed_less_than_most_pairs(name, perplexity, after):
     dense = program_of(name)
     pairs = []
@@ -118,7 +118,7 @@ def test_the_chosen_blocks_are_missed_less_than_most_pairs(name, perplexity, aft
     assert perplexity(name, dense) < chosen < statistics.median(pairs)
 
 
-@pytest.mark.parametrize("name", sampled(NAMES))
+@pytest.mark.parametrize("name", mostly_slow(NAMES, (), others(("gemma3",))))
 def test_the_chosen_blocks_are_within_a_twentieth_of_the_least_divergence(
     name, windows_of, test_text, calibration_text, tmp_path
 ):
@@ -138,7 +138,7 @@ def test_the_chosen_blocks_are_within_a_twentieth_of_the_least_divergence(
     assert divergence[chosen] <= 1.05 * min(divergence.values())
 
 
-@pytest.mark.parametrize("name", sampled(DENSE))
+@pytest.mark.parametrize("name", mostly_slow(DENSE, (), others(("gemma3",))))
 def test_routed_experts_lose_less_than_static_ones(name, perplexity, after):
     static = after(name, "carve-moe{shared=6,active=0,experts=8}")
     routed = after(name, "carve-moe{shared=3,active=3,experts=8}")
