@@ -17,9 +17,9 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from command_line import runner
 from programs import tiny_program
 from tiny_models import save_tiny, tiny_model, write_gguf
-from typer.testing import CliRunner
 
 import graphopt as go
 from graphopt.cli.commands import app
@@ -59,7 +59,7 @@ def model(saved, here):
 
 def graphopt(*args):
     """Run the command line; return (exit code, stdout, stderr in one line)."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    result = runner().invoke(app, [str(arg) for arg in args])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, " ".join(result.stderr.split())

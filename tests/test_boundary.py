@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 import typer
-from typer.testing import CliRunner
+from command_line import runner
 
 from graphopt.cli.commands import app
 from graphopt.cli.shared import errors_as_sentences
@@ -28,7 +28,7 @@ def run(error, *args):
             raise error
         error()
 
-    result = CliRunner().invoke(own, [str(arg) for arg in args])
+    result = runner().invoke(own, [str(arg) for arg in args])
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result.exit_code, " ".join(result.stderr.split())
 
@@ -69,7 +69,7 @@ def test_the_traceback_is_shown_on_request():
 def test_every_command_has_the_option():
     for command in app.registered_commands:
         name = command.name or command.callback.__name__
-        result = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"})
+        result = runner().invoke(app, [name, "--help"], env={"COLUMNS": "200"})
         assert "--debug" in result.stdout
 
 
@@ -124,7 +124,7 @@ def test_reasons_are_one_short_line():
     ],
 )
 def test_arguments_whose_bytes_are_no_text(args):
-    result = CliRunner().invoke(app, args)
+    result = runner().invoke(app, args)
     said = " ".join(result.stderr.split())
     assert result.exit_code == 2 and re.match(r"error: The argument .* is not UTF-8 text", said)
 

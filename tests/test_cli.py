@@ -14,9 +14,9 @@ from typing import ClassVar
 
 import pytest
 import yaml
+from command_line import runner
 from programs import tiny_program
 from tiny_models import save_tiny
-from typer.testing import CliRunner
 
 from graphopt import lowering
 from graphopt.cli import console
@@ -76,7 +76,7 @@ def _fake(monkeypatch, tmp_path):
 
 def graphopt(*args):
     """Run the command line; return (exit code, stdout, stderr)."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    result = runner().invoke(app, [str(arg) for arg in args])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from command_line import runner
 
 from graphopt import targets
 from graphopt.cli.commands import app
@@ -107,8 +107,8 @@ def test_one_broken_file_is_named_and_stops_no_command(folder):
     (folder / "other.toml").write_text(HOPPER)
     (folder / "gone.toml").symlink_to(folder / "renamed.toml")
     (folder / "latin.toml").write_bytes(b'name = "\xe9"')
-    runner = CliRunner()
-    shown = runner.invoke(app, ["targets", "--json"])
+    command = runner()
+    shown = command.invoke(app, ["targets", "--json"])
     names = {target["name"] for target in json.loads(shown.stdout)}
     assert shown.exit_code == 0 and names == set(all_targets()) and len(names) >= 5
     said = " ".join(shown.stderr.split())
@@ -121,9 +121,9 @@ def test_one_broken_file_is_named_and_stops_no_command(folder):
     ):
         assert line in said
     planned = ["plan-attention", "--head-dim", "64", "--kv-heads", "8", "--target"]
-    assert runner.invoke(app, [*planned, "hopper"]).exit_code == 0
-    refused = runner.invoke(app, [*planned, "mine"])
-    assert refused.exit_code == 2 and "the entry 'cors' is 132, and no such" in refused.output
+    assert command.invoke(app, [*planned, "hopper"]).exit_code == 0
+    refused = command.invoke(app, [*planned, "mine"])
+    assert refused.exit_code == 2 and "the entry 'cors' is 132, and no such" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 import torch
+from command_line import runner
 from programs import tiny_program
-from typer.testing import CliRunner
 
 import graphopt as go
 from graphopt.cli.commands import app
@@ -162,8 +162,8 @@ def test_changed_kernels_are_not_run(tmp_path):
     go.emit(program(), tmp_path / "out", target="ampere", emit=("torch",))
     path = tmp_path / "out" / "kernels" / "dispatch.py"
     path.write_text(path.read_text() + "\n")
-    shown = CliRunner().invoke(app, ["eval", str(tmp_path / "out"), "--text", str(path)])
-    assert shown.exit_code == 1 and "is not the file that graphopt writes" in shown.output
+    shown = runner().invoke(app, ["eval", str(tmp_path / "out"), "--text", str(path)])
+    assert shown.exit_code == 1 and "is not the file that graphopt writes" in shown.stderr
     with pytest.raises(Exception, match="is not the file that graphopt writes"):
         open_language_model(str(tmp_path / "out"))
 

@@ -6,9 +6,9 @@ import dataclasses
 import json
 
 import pytest
+from command_line import runner
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from graphopt.cli.commands import app
 from graphopt.errors import LoweringError, UsageError
@@ -181,12 +181,12 @@ def test_splits_of_a_decode_fill_the_machine_whatever_the_batch():
 
 
 def test_command():
-    runner = CliRunner()
+    command = runner()
     arguments = ["plan-attention", "--target", "ampere", "--head-dim", "128", "--kv-heads", "8"]
-    shown = runner.invoke(app, arguments)
+    shown = command.invoke(app, arguments)
     assert shown.exit_code == 0
     assert "kernel     triton" in shown.output and "limits.shared_bytes_per_block" in shown.output
-    data = json.loads(runner.invoke(app, [*arguments, "--json", "--with", "sinks,lse"]).output)
+    data = json.loads(command.invoke(app, [*arguments, "--json", "--with", "sinks,lse"]).output)
     assert data["spec"]["sinks"] and data["spec"]["lse"] and data["tiles"]["BLOCK_M"] > 0
 
 

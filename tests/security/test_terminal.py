@@ -15,12 +15,12 @@ from typing import Any
 
 import pydantic
 import pytest
+from command_line import runner
 from hostile import change
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import tiny_program
 from tiny_models import save_tiny
-from typer.testing import CliRunner
 
 import graphopt as go
 from graphopt.cli import console as ui
@@ -105,7 +105,7 @@ def test_whatever_is_printed(screen: io.StringIO, evil: str) -> None:
 
 
 def run(*args: Any) -> str:
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    result = runner().invoke(app, [str(arg) for arg in args])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.stdout + result.stderr
 
