@@ -118,11 +118,21 @@ def _computes(op: str, schema: Any) -> bool:
 
 
 def is_random(node: Node) -> bool:
-    """True for a node whose operator draws random numbers: two equal ones differ."""
+    """True for a node whose operator draws random numbers: two equal ones differ.
+
+    With a dropout of 0, as in attention, it draws none.
+    """
     if "." not in node.op or node.op.startswith("graphopt_capture."):
         return False  # an op of the IR, or one of the marks that capture leaves for itself
-    tags = getattr(resolve_target(node.op), "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags
+    target = resolve_target(node.op)
+    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
+        return False
+    args, kwargs = node.attrs.get("args", []), node.attrs.get("kwargs", {})
+    for place, argument in enumerate(target._schema.arguments):
+        if argument.name == "dropout_p":
+            value = args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)
+            return bool(value != 0)
+    return True
 
 
 def concretize(attrs: Mapping[str, Any], sizes: Mapping[sympy.Symbol, int]) -> dict[str, Any]:
