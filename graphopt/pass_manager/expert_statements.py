@@ -14,7 +14,7 @@ from graphopt.ir.mixture import Mixture, keep_experts, own_slots, read_mixture, 
 from graphopt.ir.shapes import infer_program
 from graphopt.pass_manager.contract import Statement
 from graphopt.pass_manager.numbering import ValueNumbers
-from graphopt.pass_manager.statements import ChangedBlocks
+from graphopt.pass_manager.statements import ChangedBlocks, check_changed_blocks
 from graphopt.pass_manager.verification import has_values
 
 
@@ -104,19 +104,12 @@ class CarvedExperts(Statement):
     others: frozenset[int] = frozenset()
 
     def check(self, before: Program, after: Program) -> str | None:
-        stated = ChangedBlocks(self.others | {mixture.block for mixture in self.mixtures})
-        untrue = stated.check(before, after)
-        if untrue is not None or not (has_values(before) and has_values(after)):
-            return untrue
-        expected = before.copy()
-        blocks = list(zip(find_blocks(expected), find_blocks(after), strict=True))
-        numbers = ValueNumbers()
-        for mixture in self.mixtures:
-            old, new = blocks[mixture.block]
-            untrue = _check_carved(numbers, expected, old, after, new, mixture)
-            if untrue is not None:
-                return f"{block_name(after, new)}: {untrue}"
-        return None
+        expected, numbers = before.copy(), ValueNumbers()
+
+        def check_mixture(old: Block, new: Block, mixture: CarvedMixture) -> str | None:
+            return _check_carved(numbers, expected, old, after, new, mixture)
+
+        return check_changed_blocks(before, after, self.mixtures, self.others, check_mixture)
 
 
 def _check_carved(

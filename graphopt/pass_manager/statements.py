@@ -6,8 +6,9 @@ blocks it took out, changed or divided; all else must be the same expressions of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -148,6 +149,43 @@ class ChangedBlocks(Statement):
         yield "the order of outputs", [carried[name] for name in program.outputs]
 
 
+class InBlock(Protocol):
+    """What a statement says of one block, from 0."""
+
+    @property
+    def block(self) -> int: ...
+
+
+Stated = TypeVar("Stated", bound=InBlock)
+
+
+def check_changed_blocks(
+    before: Program,
+    after: Program,
+    parts: Sequence[Stated],
+    others: frozenset[int],
+    check: Callable[[Block, Block, Stated], str | None],
+) -> str | None:
+    """Return what is untrue of blocks that changed as stated, with the block's name.
+
+    Args:
+        parts: What is stated, a block each. Without values of weights only that no other changed
+            is checked.
+        others: Blocks that changed in another way.
+        check: Told the block of the source, that of the result and what is stated.
+    """
+    untrue = ChangedBlocks(others | {part.block for part in parts}).check(before, after)
+    if untrue is not None or not (has_values(before) and has_values(after)):
+        return untrue
+    blocks = list(zip(find_blocks(before), find_blocks(after), strict=True))
+    for part in parts:
+        old, new = blocks[part.block]
+        untrue = check(old, new, part)
+        if untrue is not None:
+            return f"{block_name(after, new)}: {untrue}"
+    return None
+
+
 @dataclass(frozen=True)
 class DividedPart:
     """How the neurons of one feed-forward part were divided.
@@ -182,17 +220,10 @@ class DividedNeurons(Statement):
     others: frozenset[int] = frozenset()
 
     def check(self, before: Program, after: Program) -> str | None:
-        stated = ChangedBlocks(self.others | {part.block for part in self.parts})
-        untrue = stated.check(before, after)
-        if untrue is not None or not (has_values(before) and has_values(after)):
-            return untrue
-        blocks = list(zip(find_blocks(before), find_blocks(after), strict=True))
-        for part in self.parts:
-            old, new = blocks[part.block]
-            untrue = _check_neurons(before, old, after, new, part)
-            if untrue is not None:
-                return f"{block_name(after, new)}: {untrue}"
-        return None
+        def check_part(old: Block, new: Block, part: DividedPart) -> str | None:
+            return _check_neurons(before, old, after, new, part)
+
+        return check_changed_blocks(before, after, self.parts, self.others, check_part)
 
 
 def _check_neurons(
