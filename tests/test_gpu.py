@@ -10,6 +10,7 @@ import pytest
 import torch
 from attention_programs import GENERAL, LAYOUTS, SIZES, errors
 from programs import tiny_program
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import graphopt as go
 from graphopt.backends.opening import open_language_model
@@ -47,6 +48,38 @@ def test_verification_computes_on_the_device() -> None:
     assert on_gpu.verification == "passed"
     assert on_cpu.tolerance is not None
     assert on_gpu.tolerance == pytest.approx(on_cpu.tolerance, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("head_dim", [64, 256, 320])
+def test_grouped_heads_are_computed_by_a_fused_kernel(
+    head_dim: int, window: int | None, kv_heads: int, dtype: torch.dtype
+) -> None:
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(
+            2, heads, 64, head_dim, device="cuda", dtype=dtype, generator=g
+        ).requires_grad_()
+        for heads in (4, kv_heads, kv_heads)
+    )
+    with sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    ):
+        out = functional.attention(q, k, v, scale=head_dim**-0.5, window=window)
+        out.sum().backward()
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = functional.attention(*wide, scale=head_dim**-0.5, window=window)
+    expected.sum().backward()
+    # The scores are kept in fp32; bf16 rounds the weights and what is summed to 4e-3.
+    for got, want in zip(
+        (out, q.grad, k.grad, v.grad), (expected, *(x.grad for x in wide)), strict=True
+    ):
+        assert got is not None and want is not None
+        largest = float(want.abs().max())
+        bound = (2e-2 if dtype == torch.bfloat16 else 1e-5) * largest
+        assert float((got.double() - want).abs().max()) <= bound
 
 
 @pytest.mark.parametrize("features", [{}, {"window": 3, "softcap": 2.0}, {"alibi": True}])

@@ -274,6 +274,30 @@ def masked_scores(
     return scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))
 
 
+def shared_by_heads(x: Tensor, groups: int) -> Tensor:
+    """[B, G, T, D] -> [B, G * groups, T, D]: a copy, but a view where G is 1."""
+    B, G, T, D = x.shape
+    return x[:, :, None].expand(B, G, groups, T, D).reshape(B, G * groups, T, D)
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, *, is_causal: bool, scale: float
+) -> Tensor:
+    """torch's scaled_dot_product_attention with grouped heads, by a fused kernel if there is one.
+
+    On a GPU only the flash kernel takes fewer heads of keys than of queries, and it takes neither
+    masks, nor fp32, nor wide heads: without a copy of the keys such a call would write all scores.
+    For a single query, that copy would cost more than its scores.
+    """
+    groups = q.shape[1] // k.shape[1]
+    flash = added is None and q.element_size() == 2 and max(q.shape[3], v.shape[3]) <= 256
+    if q.is_cuda and groups > 1 and q.shape[2] > 1 and not flash:
+        k, v, groups = shared_by_heads(k, groups), shared_by_heads(v, groups), 1
+    return F.scaled_dot_product_attention(
+        q, k, v, added, is_causal=is_causal, scale=scale, enable_gqa=groups > 1
+    )
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -314,9 +338,7 @@ def attention(
     extras = (mask, bias, slopes, softcap, sinks, chunk, kv_lens, seen)
     if causal and S == T and all(e is None for e in extras) and (window is None or window >= T):
         # A mask would keep torch from its fastest kernels.
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=groups > 1
-        )
+        return sdpa(q, k, v, None, is_causal=True, scale=scale)
     allowed = allowed_keys(S, mask, T, causal, window, chunk, q.device, kv_lens, seen)
     if slopes is not None:
         slope_bias = alibi(slopes, q.new_ones(q.shape[0], T) if mask is None else mask)
@@ -326,7 +348,7 @@ def attention(
         if bias is not None and allowed is not None:
             bias = torch.where(allowed, bias, float("-inf"))
         added = allowed if bias is None else bias
-        out = F.scaled_dot_product_attention(q, k, v, added, scale=scale, enable_gqa=groups > 1)
+        out = sdpa(q, k, v, added, is_causal=False, scale=scale)
         if added is None or (mask is None and bias is None and seen is None):
             return out
         empty = ~added if bias is None else added == float("-inf")

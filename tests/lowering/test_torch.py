@@ -196,7 +196,7 @@ def test_block_reads_like_the_program() -> None:
     ops = text[text.index("# What the layers") : text.index("# The layers.")]
     assert re.findall(r"^def (\w+)", ops, flags=re.MULTILINE) == [
         "linear", "rms_norm", "rope_table", "rope", "allowed_keys", "alibi", "masked_scores",
-        "attention", "cached_attention", "split_heads", "merge_heads",
+        "shared_by_heads", "sdpa", "attention", "cached_attention", "split_heads", "merge_heads",
     ]  # fmt: skip
     body = text[text.index("        x, cos, sin = ") : text.index("# Loading and running.")]
     assert body.strip() == BODY.strip()
