@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import LoweringError, UsageError
+from graphopt.errors import LoweringError, SourceError, UsageError
 from graphopt.evaluate.perplexity import read_text
 from graphopt.ir.context import set_max_length
 from graphopt.ir.graph import Program
@@ -357,6 +357,12 @@ def compile_model(
             structural = not any(item.reads_weights for item in pipeline.passes)
             if structural:
                 emission.check(planned)
+            if not options.dry_run and not program.has_values():
+                raise SourceError(
+                    f"{program.name} is a config without weights, and there is nothing to emit.",
+                    "Give a model folder, a .gguf file or 'demo'; --dry-run says what would be "
+                    "done, and `graphopt inspect` shows the structure.",
+                )
             if options.dry_run:
                 report = _dry_report(planned, pipeline, entries, options.target)
             else:

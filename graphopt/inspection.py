@@ -14,7 +14,6 @@ from graphopt.ir.printer import print_program
 from graphopt.ir.types import DTYPE_NAMES, B, Dim, P, S
 from graphopt.ir.weights import Weight
 from graphopt.pass_manager.contract import Context, make_pass
-from graphopt.pass_manager.verification import has_values
 from graphopt.report.breakdown import PARTS, breakdown, evaluate_cost, kv_cache_bytes
 from graphopt.report.records import REPORT_NAME, read_report
 from graphopt.support.progress import Progress, silent
@@ -138,7 +137,7 @@ def _diff_weights(left: Program, right: Program, progress: Progress) -> dict[str
     theirs = {weight.name: weight for weight in right.used_weights()}
     common = [name for name in ours if name in theirs]
     changed: list[dict[str, Any]] = []
-    readable = has_values(left) and has_values(right)
+    readable = left.has_values() and right.has_values()
     progress("weights", 0, len(common))
     for done, name in enumerate(common, start=1):
         row = _diff_weight(ours[name], theirs[name], readable)

@@ -36,7 +36,7 @@ class FoldConstants(Pass):
     3. A result of more than `max_bytes` stays computed: it would cost more than it saves.
 
     Options:
-        max_bytes: Largest result to keep, in bytes.
+        max_bytes: The largest value that is stored, in bytes.
     """
 
     max_bytes: Annotated[int, Field(ge=1)] = 1 << 20

@@ -62,10 +62,10 @@ class InsertKVCache(Pass):
        the first token on (chunks, pages).
 
     Options:
-        ring: States of attentions with a window are rings of window + step - 1 slots: the window of
-            every query of a step is still there when the step's keys are written.
-        step: Tokens of such a step.
-        page: States that are no rings lie in pages of so many tokens; None for contiguous ones.
+        ring: Whether attentions with a window keep the last window + step - 1 tokens alone: the
+            window of every query of a step is still there when the step's keys are written.
+        step: How many tokens a step has at most, with ring.
+        page: How many tokens a page of the other caches has; none for caches without pages.
     """
 
     ring: bool = False
@@ -109,7 +109,9 @@ class InsertKVCache(Pass):
             verify(cached)
         except VerifyError as error:
             result.changed = 0
-            result.skipped.append(Skip(program.name, f"with a cache, {error.message}"))
+            result.skipped.append(
+                Skip(program.name, f"with a cache it is no model: {error.message}")
+            )
             return result
         result.program = cached
         return result
@@ -156,15 +158,23 @@ def _illegal(program: Program) -> list[Skip]:
             reason: str | None = None
             if node.op != "attention":
                 if ever[name] & set(node.inputs):
-                    reason = f"{node.op} computes something from {_MASK_INPUT} for S keys"
+                    reason = (
+                        f"{node.op} makes something else of the padding mask than attention does, "
+                        "for the tokens of a text without a past"
+                    )
                 elif node not in places and _mixes_tokens(node, calls[name], types[name]):
-                    reason = f"{node.op} mixes tokens, and would need a state of its own"
+                    reason = (
+                        f"{node.op} mixes tokens outside attention, and what it would need of "
+                        "earlier ones is no key or value"
+                    )
             elif not _is_cached(node):
                 mask = node.operand(MASK)
                 if uniform_attribute(node, "causal", calls[name]) is not True:
-                    reason = "it is not causal in every call"
+                    reason = "its tokens see later ones too, in some layer at least"
                 elif mask is not None and mask not in always[name]:
-                    reason = f"its padding mask {mask.name} is not {_MASK_INPUT} itself"
+                    reason = (
+                        f"it is masked by {mask.name}, which is more than the padding of a text"
+                    )
                 else:
                     reason = _layout_reason(node, types[name])
             if reason:
@@ -189,14 +199,14 @@ def _layout_reason(node: Node, kinds: list[dict[Value, Type]]) -> str | None:
         k = node.inputs[1]
         assert k is not None
         if types[k].shape[2] != S:
-            return f"its keys {types[k]} are not those of the step"
+            return f"its keys {types[k]} are not one for each token of a text"
         if bias is None:
             continue
         shape = types[bias].shape
         if len(shape) >= 2 and shape[-2] != 1:
-            return f"its bias {types[bias]} has a row for each query"
+            return f"its bias {types[bias]} has a row for each query, counted from the first token"
         if any(isinstance(size, sympy.Expr) and S in size.free_symbols for size in shape):
-            return f"its bias {types[bias]} is laid out for S keys"
+            return f"its bias {types[bias]} is laid out for a text without a past"
     return None
 
 

@@ -97,6 +97,12 @@ class TuneMoe(TrainingOptions, Pass):
 
     1. The recipe has `carve-moe` before it.
     2. The calibration text has a window for training and one for checks.
+
+    Options:
+        surrogate: Whether the router learns by a soft choice in place of its hard one.
+        gate: Whether the scale is trained, from 0, by which a chosen expert's probability is added
+            to its gate of 1.
+        balance: How far a step moves each expert's bias towards equal loads; 0 for no such bias.
     """
 
     name: ClassVar[str] = "tune-moe"

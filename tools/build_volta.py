@@ -2,7 +2,7 @@
 
     python tools/build_volta.py FOLDER [--only WORD]
 
-needs no GPU, but NVRTC of CUDA 12 (`pip install 'graphopt[volta]'`). On a machine with any NVIDIA
+needs no GPU, but NVRTC of CUDA 12 (`pip install 'graphopt[cuda]'`). On a machine with any NVIDIA
 GPU of compute capability 7.0 or newer the driver compiles the PTX:
 
     GRAPHOPT_VOLTA_PTX=FOLDER python -m pytest -m gpu tests/test_gpu_volta.py

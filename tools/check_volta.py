@@ -2,7 +2,7 @@
 
     python tools/check_volta.py [--triton DIR] [--nvdisasm FILE] [--out benchmarks/volta.json]
 
-needs no GPU, but NVRTC of CUDA 12 (`pip install 'graphopt[volta]'`) and Python 3.11 or 3.12. Three
+needs no GPU, but NVRTC of CUDA 12 (`pip install 'graphopt[cuda]'`) and Python 3.11 or 3.12. Three
 parts:
 
 * The planned kernels for heads of 64, 128 and 256: matrix instructions against their closed form,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from graphopt.errors import UsageError
+from graphopt.errors import SourceError, UsageError
 from graphopt.files.confined import folder_inside
 from graphopt.ir.context import context_length
 from graphopt.sources.base import output_tokenizer
@@ -59,6 +59,11 @@ def open_language_model(
     from graphopt.capture import capture
 
     program = capture(spec, trust_remote_code=trust_remote_code)
+    if not program.has_values():
+        raise SourceError(
+            f"{program.name} is a config without weights, and nothing can be computed without.",
+            "Give a model folder, a .gguf file or 'demo'; `graphopt inspect` takes a config.",
+        )
     if backend == "torch":
         return TorchArtifactModel(root, program, trust_remote_code=trust_remote_code)
     if backend == "onnx":

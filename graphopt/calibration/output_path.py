@@ -54,8 +54,8 @@ class OutputPath:
                 break
             value = node.inputs[0]
         if value is not None and value.node is not None and len(uses[value]) > 1:
-            return "what is added to the stream is read in other places too"
-        return "what is added to the stream is not made by a projection"
+            return "what it adds to the residual stream is used in other places of its layer too"
+        return "what it adds to the residual stream is not the output of a projection"
 
     @classmethod
     def behind(cls, function: Function, stream: int, projection: Node) -> OutputPath | None:

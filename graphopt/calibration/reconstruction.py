@@ -342,7 +342,7 @@ def _projection(program: Program, block: BlockStep, part: SubBlock) -> _Projecti
         return path
     features, weight, bias = (path.projection.operand(index) for index in range(3))
     if features is None or features.node is None or weight not in block.function.weights.values():
-        return "its projection has no weight of its own"
+        return "its output projection is computed, not stored"
     name = own_weight(program, block, weight)
     if name is None:
         return "its projection's weight is used in other places too"

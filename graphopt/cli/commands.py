@@ -28,7 +28,6 @@ app = typer.Typer(
     help="Capture a language model once, transform it with passes that check themselves, and "
     "emit a model that runs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )

@@ -16,7 +16,9 @@ from graphopt.cli.shared import (
     ConfigOption,
     Json,
     ModelArg,
+    Plugins,
     Remote,
+    add_plugins,
     errors_as_sentences,
     model_spec,
     print_json,
@@ -92,9 +94,12 @@ class CompileFlags:
 
 
 @errors_as_sentences
-def compile_command(model: ModelArg = None, *, flags: CompileFlags, as_json: Json = False) -> None:
+def compile_command(
+    model: ModelArg = None, plugin: Plugins = None, *, flags: CompileFlags, as_json: Json = False
+) -> None:
     """Compile a model to a folder that runs, with a report."""
     spec = model_spec(model, flags.config)
+    add_plugins(plugin)
     with ui.progress_bars() as progress:
         progress("starting", 0, 1)
         from graphopt.compiler import compile_model

@@ -304,58 +304,6 @@ def print_inspection(console: Console, program: Program, found: dict[str, Any]) 
         console.print(text, soft_wrap=True)
 
 
-def print_pass_list(console: Console, found: list[dict[str, Any]], *, full: bool) -> None:
-    """Print passes with their options; `full` adds the legality rules."""
-    for item in found:
-        kind = "exact" if item["exact"] else "lossy"
-        console.print(item["name"], style="bold", end="  ")
-        console.print(kind, style="dim")
-        console.print(f"  {item['doc'] if full else item['summary']}")
-        for option in item["options"]:
-            console.print(f"  {option['name']}: {option['type']} = {_default(option)}", end="")
-            allowed = f"  ({option['allowed']})" if option["allowed"] else ""
-            console.print(allowed, style="dim")
-        if item["requires"]:
-            console.print(f"  requires {', '.join(item['requires'])}")
-
-
-def _default(option: dict[str, Any]) -> str:
-    default = option["default"]
-    if isinstance(default, dict):
-        return f"{default['cpu']!r} on a CPU, {default['gpu']!r} on a GPU"
-    return repr(default)
-
-
-def print_targets(console: Console, found: list[dict[str, Any]], *, full: bool) -> None:
-    """Print targets; `full` adds memories, limits and the source of each figure."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("target", "what", "isa", "dtypes", "cores", "bandwidth", "attention"):
-        table.add_column(heading, no_wrap=heading != "what")
-    for item in found:
-        bandwidth = item["bandwidth"]
-        table.add_row(
-            item["name"],
-            item["title"],
-            item["isa"],
-            " ".join(item["dtypes"]),
-            str(item["cores"] or "-"),
-            f"{format_bytes(bandwidth)}/s" if bandwidth else "-",
-            " ".join(item["kernels"]) or "-",
-        )
-    console.print(table)
-    if not full:
-        return
-    for item in found:
-        console.print()
-        for memory in item["memories"]:
-            size = format_bytes(memory["bytes"]) if memory["bytes"] else "-"
-            console.print(f"  {memory['name']}: {size} a {memory['per']}")
-        for name, limit in item["limits"].items():
-            console.print(f"  {name}: {limit}")
-        for figure, source in item["sources"].items():
-            console.print(f"  source of {figure}: {source}", soft_wrap=True)
-
-
 def print_diff(console: Console, found: dict[str, Any]) -> None:
     """Print how two models differ."""
     from graphopt.ir.printer import format_count

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from graphopt.cli import console as ui
-from graphopt.cli.shared import Json, errors_as_sentences, print_json
+from graphopt.cli.listings import print_pass, print_pass_list
+from graphopt.cli.shared import Json, Plugins, add_plugins, errors_as_sentences, print_json
 from graphopt.errors import UsageError
 
 
@@ -20,11 +21,13 @@ def passes_command(
             "--json-schema", help="Print the JSON schema of recipes, with all passes' options."
         ),
     ] = False,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """List the passes, their options and whether they are exact."""
     from graphopt.pass_manager.description import describe_passes
 
+    add_plugins(plugin)
     if json_schema:
         from graphopt.pass_manager.recipe_schema import recipe_schema
 
@@ -37,5 +40,7 @@ def passes_command(
     found = describe_passes(name)
     if as_json:
         print_json(found)
+    elif name is not None:
+        print_pass(ui.stdout(), found[0])
     else:
-        ui.print_pass_list(ui.stdout(), found, full=name is not None)
+        print_pass_list(ui.stdout(), found)

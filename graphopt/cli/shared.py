@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
@@ -103,16 +103,17 @@ def _gathered(command: Callable[..., None], given: dict[str, Any]) -> dict[str, 
 
 def _refuse_bytes(arguments: Mapping[str, Any]) -> None:
     """Refuse arguments whose bytes are no text: they could be neither printed nor written."""
-    for name, value in arguments.items():
-        if isinstance(value, str | Path) and not str(value).isascii():
-            try:
-                str(value).encode()
-            except UnicodeEncodeError:
-                own = name.replace("_", "-")
-                raise UsageError(
-                    f"The argument {own} is not UTF-8 text: {str(value)!a:.100}.",
-                    "Give it in UTF-8, or rename the file.",
-                ) from None
+    for name, given in arguments.items():
+        for value in given if isinstance(given, list | tuple) else [given]:
+            if isinstance(value, str | Path) and not str(value).isascii():
+                try:
+                    str(value).encode()
+                except UnicodeEncodeError:
+                    own = name.replace("_", "-")
+                    raise UsageError(
+                        f"The argument {own} is not UTF-8 text: {str(value)!a:.100}.",
+                        "Give it in UTF-8, or rename the file.",
+                    ) from None
 
 
 _LESS_MEMORY = {
@@ -176,6 +177,13 @@ ConfigOption = Annotated[
     typer.Option("--config", help="A config.json instead of a model: structure without weights."),
 ]
 
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--plugin", help="Python file with passes of your own, which is run; may be repeated."
+    ),
+]
+
 BosOption = Annotated[
     str,
     typer.Option(
@@ -198,6 +206,18 @@ def model_spec(model: str | None, config: Path | None) -> str:
     if (model is None) == (config is None):
         raise UsageError("Name one model.", "Give MODEL, or --config FILE for a bare config.")
     return f"config:{config}" if config is not None else str(model)
+
+
+def add_plugins(files: Sequence[Path] | None) -> None:
+    """Make the passes of the files known that --plugin names.
+
+    Raises:
+        UsageError: A file is no Python, or registers no pass of a name that is free.
+    """
+    from graphopt.pass_manager.contract import add_plugin
+
+    for file in files or ():
+        add_plugin(file)
 
 
 def capture_model(spec: str, trust_remote_code: bool) -> Program:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphopt.execute.interpreter import run_function
-from graphopt.ir.graph import Call, Function
+from graphopt.ir.graph import Call, Function, Value
 from graphopt.ir.weights import Weight
 
 _made: dict[Any, Callable[..., list[Tensor]]] = {}
@@ -24,7 +24,28 @@ _made: dict[Any, Callable[..., list[Tensor]]] = {}
 def kind(function: Function, call: Call, given: Iterable[Tensor | Weight]) -> Any:
     """Return a key that calls share which one compilation serves, for inputs of one size."""
     shapes = tuple((tuple(value.shape), value.dtype) for value in given)
-    return repr(function), repr(sorted(call.attrs.items())), shapes
+    return _structure(function), repr(sorted(call.attrs.items())), shapes
+
+
+def _structure(function: Function) -> Any:
+    """Return all that a function computes, as a key; names of values are no part of it."""
+    numbers: dict[Value | None, int] = {v: n for n, v in enumerate(function.values())}
+    numbers[None] = -1
+    nodes = tuple(
+        (
+            node.op,
+            tuple(numbers[value] for value in node.inputs),
+            repr(sorted(node.attrs.items())),
+            tuple(numbers[value] for value in node.outputs),
+        )
+        for node in function.nodes
+    )
+    caches = tuple(
+        (c.slot, *(numbers[v] for v in (c.past_k, c.past_v, c.present_k, c.present_v)))
+        for c in function.caches
+    )
+    results = tuple(numbers[value] for value in function.results)
+    return len(function.params), tuple(function.weights), caches, nodes, results
 
 
 def run_compiled(

@@ -18,6 +18,8 @@ from graphopt.support.plain import shown
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
 REMEDY = (
     "Give the checkpoint in fp32, fp16 or bf16, or dequantise this one with the tool that made it."
 )
@@ -105,7 +107,14 @@ def unfit_folder(folder: Path) -> SourceError:
             "is not known.",
             "Add the model's config.json.",
         )
+    if not any(folder.iterdir()):
+        return SourceError(f"{folder} is empty.", "Give the folder of a model.")
     inner = sorted(p.parent.name for p in folder.glob("*/config.json"))
+    if not inner and any((folder / name).exists() for name in _TOKENIZER_FILES):
+        return SourceError(
+            f"{folder} holds a tokenizer and no model.",
+            "Give the folder with config.json and the weights; tokenizer files belong there too.",
+        )
     near = f"Did you mean {folder / inner[0]}?" if inner else ""
     return SourceError(
         f"{folder} holds neither config.json nor program.json, so it is not a model.", near

@@ -64,7 +64,7 @@ def _read(function: Function, part: SubBlock) -> FeedForward | str:
         act, gate, up = read
         between = [hidden, up.output] + ([] if gate is None else [gate.output])
         if any(len(uses[value]) > 1 for value in between):
-            return f"something else reads {hidden.name} or what it is made of"
+            return f"its activations ({hidden.name}) are used by more than its down projection"
         assert up.inputs[0] is not None
         found.append(FeedForward(up.inputs[0], hidden, gate, up, node, act))
     if len(found) == 1:

@@ -18,7 +18,7 @@ import torch
 from graphopt.ir.kv import KVLayout, KVState
 from graphopt.ir.placement import Placement
 from graphopt.ir.types import Dim, Type
-from graphopt.ir.weights import WeightStore
+from graphopt.ir.weights import WeightStore, is_missing
 
 PROGRAM_INPUTS = ("input_ids", "attention_mask", "position_ids")
 """What a language model may take: int64 [B, S], the mask [B, P + S]."""
@@ -89,7 +89,10 @@ class Node:
         return self.inputs[index] if index < len(self.inputs) else None
 
     def __repr__(self) -> str:
-        return f"{self.outputs} = {self.op}({self.inputs}, {self.attrs})"
+        results = ", ".join(map(repr, self.outputs))
+        operands = ["-" if value is None else repr(value) for value in self.inputs]
+        attrs = [f"{name}={value}" for name, value in self.attrs.items()]
+        return f"<Node {results} = {self.op}({', '.join([*operands, *attrs])})>"
 
 
 @dataclass(eq=False, slots=True)
@@ -119,6 +122,11 @@ class Function:
     caches: list[Cache] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     results: list[Value] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        params = ", ".join(value.name for value in self.params)
+        sizes = f"{len(self.nodes)} nodes, {len(self.weights)} weights"
+        return f"<Function {self.name}({params}): {sizes}>"
 
     def slots_by_value(self) -> dict[Value, str]:
         """Return the slot of every weight, by the value that stands for it."""
@@ -244,6 +252,11 @@ class Call:
     path: str = ""
     placement: Placement | None = None
 
+    def __repr__(self) -> str:
+        where = f" at {self.path}" if self.path else ""
+        made = f"{', '.join(self.results)} = {self.function}({', '.join(self.args)})"
+        return f"<Call {made}{where}>"
+
 
 @dataclass(eq=False)
 class Program:
@@ -293,6 +306,10 @@ class Program:
         """The weights some call reads, in store order."""
         used = {name for call in self.calls for name in call.weights.values()}
         return [weight for weight in self.weights if weight.name in used]
+
+    def has_values(self) -> bool:
+        """Return whether every weight has a value; those of a bare config have none."""
+        return not any(is_missing(weight.producer) for weight in self.used_weights())
 
     def blocks(self) -> list[tuple[str, list[Call]]]:
         """Runs of calls as (part, calls): `embed` first, `block` for layers, `head` last."""
@@ -345,6 +362,13 @@ class Program:
         from graphopt.ir.printer import print_program
 
         return print_program(self)
+
+    def __repr__(self) -> str:
+        from graphopt.ir.printer import format_count
+
+        parameters = format_count(self.parameter_count())
+        sizes = f"{len(self.functions)} functions, {len(self.calls)} calls"
+        return f"<Program {self.name!r}: {parameters} parameters, {sizes}>"
 
 
 def unique_name(name: str, taken: set[str]) -> str:

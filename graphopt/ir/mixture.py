@@ -149,8 +149,8 @@ def read_mixture(
     taking = rows.node
     tokens = None if taking is None or taking.operand(1) is None else taking.inputs[0]
     if not routers or not sorts or tokens is None:
-        missing = "no router with a row an expert" if not routers else "no sorted choice"
-        return f"{missing} was recognised in front of its experts"
+        missing = "a router with a row an expert" if not routers else "tokens sorted by expert"
+        return f"its experts are not reached by {missing}"
     weighted = _weighted(function, last.outputs[0])
     if weighted is None:
         return "the outputs of its experts are not multiplied by gates"
@@ -174,7 +174,7 @@ def _other_mixture(function: Function, types: Mapping[Value, Type]) -> str | Non
         if node.op == "aten.bmm.default" and node.inputs[1] in function.weights.values():
             chosen = [n for n in region(function, [node.output]) if n.op.startswith("aten.topk.")]
             if chosen:
-                return "every expert computes every token, which is another form than is read here"
+                return "every expert computes every token, and gates choose afterwards"
     return None
 
 

@@ -91,6 +91,9 @@ class Type:
         text = f"{DTYPE_NAMES.get(self.dtype, str(self.dtype))}[{sizes}]"
         return text if self.encoding is None else f"{text} {self.encoding}"
 
+    def __repr__(self) -> str:
+        return f"Type({self})"
+
     @property
     def numel(self) -> Dim:
         return numel(self.shape)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -57,6 +57,9 @@ class Array(Producer):
 
     value: torch.Tensor
 
+    def __repr__(self) -> str:
+        return f"Array({Type(self.shape, self.dtype)})"
+
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(self.value.shape)
@@ -84,6 +87,14 @@ class Missing(Producer):
             f"Weight {self.name!r} has no value: the program was captured from a config alone.",
             "Give a model folder, a .gguf file or 'demo' to work with weights.",
         )
+
+
+def is_missing(producer: Producer) -> bool:
+    """Return whether a producer, or one that it is made of, has no value."""
+    if isinstance(producer, Missing) or not is_dataclass(producer):
+        return isinstance(producer, Missing)
+    parts = [getattr(producer, part.name) for part in fields(producer)]
+    return any(is_missing(part) for part in parts if isinstance(part, Producer))
 
 
 @dataclass(frozen=True)
@@ -266,6 +277,9 @@ class Weight:
     constant: bool = False
     placement: Placement | None = None
 
+    def __repr__(self) -> str:
+        return f"<Weight {self.name}: {self.type}>"
+
     def with_producer(self, producer: Producer) -> Weight:
         """Return the weight with another value."""
         return replace(self, producer=producer)
@@ -317,6 +331,9 @@ class WeightStore:
     """The weights of a program by name, in a stable order."""
 
     _weights: dict[str, Weight] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<WeightStore: {len(self)} weights, {sum(w.nbytes for w in self):,} bytes>"
 
     def __getitem__(self, name: str) -> Weight:
         return self._weights[name]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from graphopt.errors import UsageError, unknown_name
-from graphopt.pass_manager.declarations import Declaration, declarations
+from graphopt.pass_manager.declarations import Declaration, declarations, declared_in_file
 from graphopt.pass_manager.options import default_of, option_types, validated
 from graphopt.report.record import Record
+from graphopt.support.boundary import users_pass
+from graphopt.support.inputs import shown_path
 from graphopt.support.per_device import on_device
 from graphopt.support.progress import Progress, silent
 
@@ -127,7 +128,7 @@ class Context:
         begin: Ids that every window begins with; None before a text was cut.
     """
 
-    text: str = ""
+    text: str = field(default="", repr=False)
     built_in: bool = False
     tokenizer: Path | None = None
     device: torch.device = field(default_factory=_cpu)
@@ -247,6 +248,10 @@ def register_pass(cls: type[P]) -> type[P]:
     return cls
 
 
+_PLUGINS: dict[str, Declaration] = {}
+"""What files that the user named declare, by the name of the pass."""
+
+
 @cache
 def _declarations() -> dict[str, Declaration]:
     """Return what entry points declare, by the name of the pass.
@@ -254,21 +259,45 @@ def _declarations() -> dict[str, Declaration]:
     The passes of this distribution are offered there too: they lie above this package, which does
     not know them.
     """
+    return _by_name(declarations())
+
+
+def _by_name(found: Iterable[Declaration]) -> dict[str, Declaration]:
     known: dict[str, Declaration] = {}
-    for declaration in declarations():
+    for declaration in found:
         if declaration.declared is not None:
             known[declaration.declared.name] = declaration
             continue
         before = set(_PASSES)
-        importlib.import_module(declaration.module)
+        declaration.load()
         for name in set(_PASSES) - before:
-            known[name] = Declaration(declaration.module, _PASSES[name])
+            known[name] = dataclasses.replace(declaration, declared=_PASSES[name])
     return known
+
+
+def add_plugin(file: Path) -> None:
+    """Make the passes of a Python file known, in this process.
+
+    Raises:
+        UsageError: It cannot be read, is no Python, registers no pass, or one of a name that is
+            taken.
+    """
+    found = declared_in_file(file)
+    for name, declaration in _by_name(found).items():
+        other = {**_declarations(), **_PLUGINS}.get(name)
+        if other is not None and other.module != declaration.module:
+            owner = other.module if other.file is None else other.file.name
+            raise UsageError(
+                f"{shown_path(file)} registers a pass {name!r}, and so does {owner}.",
+                "Give the pass another name.",
+            )
+        _PLUGINS[name] = declaration
 
 
 def declared_passes() -> dict[str, type[Pass]]:
     """Return every known pass by name, as declared: without methods where it is not imported."""
-    declared = {n: d.declared for n, d in _declarations().items() if d.declared is not None}
+    known = {**_declarations(), **_PLUGINS}
+    declared = {n: d.declared for n, d in known.items() if d.declared is not None}
     return {**declared, **_PASSES}
 
 
@@ -276,12 +305,17 @@ def get_pass(name: str) -> type[Pass]:
     """Return the pass called `name`.
 
     Raises:
-        UsageError: There is none; the message has the nearest name.
+        UsageError: There is none, and the message has the nearest name; or its module cannot be
+            imported.
     """
     if name not in _PASSES:
-        if name not in _declarations():
-            raise unknown_name("pass", name, declared_passes())
-        importlib.import_module(_declarations()[name].module)
+        declaration = _PLUGINS.get(name) or _declarations().get(name)
+        if declaration is None:
+            error = unknown_name("pass", name, declared_passes())
+            raise UsageError(
+                error.message, f"{error.remedy} A pass in a file of yours needs --plugin FILE.py."
+            )
+        declaration.load()
     return _PASSES[name]
 
 
@@ -301,4 +335,5 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
             if not known:
                 raise UsageError(f"Pass {name!r} has no option {key!r}.", "It takes no options.")
             raise unknown_name(f"option of pass {name!r},", key, known)
-    return cls(**options)
+    with users_pass(name, cls.__module__):
+        return cls(**options)

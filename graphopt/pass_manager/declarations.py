@@ -11,18 +11,26 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
-from graphopt.errors import UsageError, first_line
+from graphopt.errors import GraphoptError, UsageError, first_line
+from graphopt.support.boundary import is_own_module
+from graphopt.support.inputs import read_utf8, shown_path
 
 ENTRY_POINTS = "graphopt.passes"
 """The entry point group by which distributions, this one too, name modules that hold passes."""
+
+MAX_PLUGIN_BYTES = 2**22
+"""How long the file of a pass may be."""
 
 _DECORATOR = "register_pass"
 _PROPERTIES = frozenset({"name", "exact", "reads_weights", "requires"})
@@ -38,10 +46,49 @@ class Declaration:
         declared: The pass's class without its methods: a dataclass of its options, with its
             docstring and `name`, `exact`, `reads_weights` and `requires`. None where only an
             import of the module can tell.
+        file: The module's file where the user named that, and no import path leads to it.
     """
 
     module: str
     declared: type[Any] | None
+    file: Path | None = None
+
+    def load(self) -> None:
+        """Import the module, which registers its passes.
+
+        Raises:
+            UsageError: The module is not graphopt's own and cannot be imported.
+        """
+        if self.module in sys.modules:
+            return
+        try:
+            if self.file is None:
+                importlib.import_module(self.module)
+            else:
+                _run_file(self.module, self.file)
+        except GraphoptError:
+            raise
+        except Exception as error:
+            if is_own_module(self.module):
+                raise
+            where = self.module if self.file is None else shown_path(self.file)
+            raise UsageError(
+                f"{where} cannot be imported: {type(error).__name__}: {first_line(error)}.",
+                "Mend it; --debug prints the traceback.",
+            ) from error
+
+
+def _run_file(module: str, file: Path) -> None:
+    spec = importlib.util.spec_from_file_location(module, file)
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    # Dataclasses look up their annotations in the module of that name.
+    sys.modules[module] = made
+    try:
+        spec.loader.exec_module(made)
+    except BaseException:
+        del sys.modules[module]
+        raise
 
 
 def declarations() -> Iterator[Declaration]:
@@ -55,6 +102,35 @@ def declarations() -> Iterator[Declaration]:
     for point in metadata.entry_points(group=ENTRY_POINTS):
         for spec in _modules(point):
             yield from _declared_in(spec)
+
+
+def declared_in_file(file: Path) -> list[Declaration]:
+    """Return what a Python file declares, without running what it runs.
+
+    Raises:
+        UsageError: It cannot be read, is no Python, or registers no pass.
+    """
+    source = read_utf8(file, MAX_PLUGIN_BYTES, error=UsageError)
+    shown = shown_path(file)
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise UsageError(
+            f"{shown}{line}: this is not Python: {first_line(error)}.",
+            "--plugin takes the Python file of a pass.",
+        ) from error
+    resolved = file.resolve()
+    # Two files may have one name, and a file any: the module's name is made of its whole path.
+    module = "graphopt_plugin_" + re.sub(r"\W", "_", str(resolved.with_suffix("")))
+    declared = list(_declared_by(source, module, resolved))
+    if not declared:
+        raise UsageError(
+            f"{shown} registers no pass.",
+            "Put @graphopt.register_pass above a class that derives from graphopt.Pass; "
+            "docs/passes.md shows one.",
+        )
+    return declared
 
 
 def _modules(point: metadata.EntryPoint) -> Iterator[ModuleSpec]:
@@ -90,14 +166,19 @@ def _declared_in(spec: ModuleSpec) -> Iterator[Declaration]:
     if source is None:
         yield Declaration(spec.name, None)
     elif _DECORATOR in source:
-        try:
-            tree = ast.parse(source)
-        except SyntaxError:
-            yield Declaration(spec.name, None)
-            return
-        for statement in tree.body:
-            if isinstance(statement, ast.ClassDef) and _registers(statement):
-                yield Declaration(spec.name, _run(tree, statement, spec.name))
+        yield from _declared_by(source, spec.name, None)
+
+
+def _declared_by(source: str, module: str, file: Path | None) -> Iterator[Declaration]:
+    """Yield what the source of a module declares."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        yield Declaration(module, None, file)
+        return
+    for statement in tree.body:
+        if isinstance(statement, ast.ClassDef) and _registers(statement):
+            yield Declaration(module, _run(tree, statement, module), file)
 
 
 def _registers(statement: ast.ClassDef) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from typing import Any
 
 from graphopt.errors import unknown_name
@@ -25,8 +26,9 @@ def describe_passes(name: str | None = None) -> list[dict[str, Any]]:
 
 
 def _describe(declared: type[Pass]) -> dict[str, Any]:
-    kinds = option_types(declared)
-    text = inspect.cleandoc(declared.__doc__ or "")
+    types = option_types(declared)
+    text, _ = _sections(declared.__doc__)
+    meanings = option_meanings(declared)
     return {
         "name": declared.name,
         "summary": " ".join(text.split("\n\n")[0].split()),
@@ -34,14 +36,44 @@ def _describe(declared: type[Pass]) -> dict[str, Any]:
         "reads_weights": declared.reads_weights,
         "requires": list(declared.requires),
         "options": [
-            _describe_option(option, kinds[option.name]) for option in dataclasses.fields(declared)
+            _describe_option(option, types[option.name], meanings.get(option.name, ""))
+            for option in dataclasses.fields(declared)
         ],
         "doc": text,
     }
 
 
-def _describe_option(option: dataclasses.Field[Any], kind: OptionType) -> dict[str, Any]:
+def _describe_option(
+    option: dataclasses.Field[Any], option_type: OptionType, meaning: str
+) -> dict[str, Any]:
     default = default_of(option)
     if isinstance(default, PerDevice):
         default = dataclasses.asdict(default)
-    return {"name": option.name, "type": kind.name, "allowed": kind.allowed, "default": default}
+    return {
+        "name": option.name,
+        "meaning": meaning,
+        "type": option_type.name,
+        "allowed": option_type.allowed,
+        "default": default,
+    }
+
+
+def option_meanings(declared: type[Any]) -> dict[str, str]:
+    """Return what options mean, by their names, as docstrings say it.
+
+    That of a pass, and of what it inherits options from, has a section `Options:` with an entry
+    `name: Meaning.` each.
+    """
+    meanings: dict[str, str] = {}
+    for base in reversed(declared.__mro__):
+        _, section = _sections(base.__dict__.get("__doc__"))
+        entries = re.split(r"^ {4}(\w+): ", section, flags=re.MULTILINE)
+        for name, meaning in zip(entries[1::2], entries[2::2], strict=True):
+            meanings[name] = " ".join(meaning.split())
+    return meanings
+
+
+def _sections(docstring: str | None) -> tuple[str, str]:
+    """Return a docstring without its section `Options:`, which stands last, and that section."""
+    text, _, options = inspect.cleandoc(docstring or "").partition("\nOptions:\n")
+    return text.rstrip(), options

@@ -15,7 +15,6 @@ from graphopt.ir.shapes import infer_program
 from graphopt.pass_manager.contract import Statement
 from graphopt.pass_manager.numbering import ValueNumbers
 from graphopt.pass_manager.statements import ChangedBlocks, check_changed_blocks
-from graphopt.pass_manager.verification import has_values
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def _check_block(
         held[slot] = numbers.of("slot", new.position, slot)
         if slot in free or numbers.weight(wanted) == numbers.weight(found):
             continue
-        if not (has_values(expected) and torch.equal(wanted.load(), found.load())):
+        if not (expected.has_values() and torch.equal(wanted.load(), found.load())):
             return f"{found.name} is not the source's, of the experts or neurons stated"
     args = [numbers.of("argument", new.position, number) for number in range(len(call.args))]
     results = [

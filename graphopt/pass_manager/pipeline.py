@@ -32,6 +32,7 @@ from graphopt.report.records import (
     versions,
 )
 from graphopt.storage.snapshot import Snapshots
+from graphopt.support.boundary import users_pass
 from graphopt.support.devices import usable_device
 from graphopt.support.measure import Meter
 from graphopt.support.progress import Progress, silent
@@ -147,9 +148,10 @@ class Pipeline:
             entry.verification = "planned"
             if known:
                 self._check_properties(item, number, current)
-                item.check(current)
+                with users_pass(item.name, type(item).__module__):
+                    item.check(current)
             if known and not item.reads_weights:
-                with Meter() as meter:
+                with Meter() as meter, users_pass(item.name, type(item).__module__):
                     result = item.run(current, context)
                 current = result.program
                 entry.matched, entry.changed = result.matched, result.changed
@@ -202,6 +204,7 @@ class Pipeline:
         device = usable_device(options.device)
         text = read_text(Path(calib)) if calib is not None else PROBE_TEXT
         pipeline.plan(program, device)
+        pipeline._check_values(program)
         tokenizer = Path(program.tokenizer) if program.tokenizer else None
         folder = Path(work) if work is not None else None
         context = Context(text, calib is None, tokenizer, device, seed, progress, folder, bos=bos)
@@ -239,6 +242,15 @@ class Pipeline:
             "verify": sum(entry.verify_seconds for entry in fresh),
         }
         return run.program, report
+
+    def _check_values(self, program: Program) -> None:
+        """Refuse passes that read weights of a program without any."""
+        reading = [item.name for item in self.passes if item.reads_weights]
+        if reading and not program.has_values():
+            raise PassError(
+                f"{program.name} is a config without weights, and {reading[0]} reads them.",
+                "Give a model folder, a .gguf file or 'demo'; --dry-run says what would be done.",
+            )
 
     def _check_order(self, program: Program) -> None:
         """Check prerequisites that name passes."""

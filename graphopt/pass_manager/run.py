@@ -29,7 +29,6 @@ from graphopt.pass_manager.verification import (
     Measured,
     Probe,
     compare,
-    has_values,
     make_probe,
     measure,
 )
@@ -40,6 +39,7 @@ from graphopt.report.records import (
     SkipEntry,
 )
 from graphopt.storage.snapshot import Snapshots
+from graphopt.support.boundary import users_pass
 from graphopt.support.inputs import parse
 from graphopt.support.measure import Meter
 
@@ -189,7 +189,7 @@ class RecipeRun:
         imprint = Imprint(before)
         entry = new_entry(item, before, self.context.device)
         self.context.progress(item.name, 0, 1)
-        with Meter() as meter:
+        with Meter() as meter, users_pass(item.name, type(item).__module__):
             item.check(before)
             if not item.exact and self.context.dense is None:
                 self.context.dense = before
@@ -235,7 +235,7 @@ class RecipeRun:
             if self._latest is not None:
                 self._fill_unchanged(entry, self._latest)
             return
-        if not has_values(before) or not has_values(after):
+        if not before.has_values() or not after.has_values():
             entry.verification = "no weights to verify with"
             return
         if item.exact:

@@ -19,7 +19,6 @@ from graphopt.ir.graph import Call, Node, Program, Value
 from graphopt.ir.weights import SharedSources
 from graphopt.pass_manager.contract import Statement
 from graphopt.pass_manager.numbering import ValueNumbers, number_program
-from graphopt.pass_manager.verification import has_values
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def check_changed_blocks(
         check: Told the block of the source, that of the result and what is stated.
     """
     untrue = ChangedBlocks(others | {part.block for part in parts}).check(before, after)
-    if untrue is not None or not (has_values(before) and has_values(after)):
+    if untrue is not None or not (before.has_values() and after.has_values()):
         return untrue
     blocks = list(zip(find_blocks(before), find_blocks(after), strict=True))
     for part in parts:

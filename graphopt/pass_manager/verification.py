@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from graphopt.execute.interpreter import complete_inputs
 from graphopt.ir.context import context_length
 from graphopt.ir.graph import Program
 from graphopt.ir.shapes import infer_program
-from graphopt.ir.weights import Missing, Producer
 from graphopt.sources.windows import Bos, TokenText, tokenizer_at
 from graphopt.support.progress import Progress, silent
 
@@ -85,20 +83,6 @@ class Difference:
     @property
     def within_tolerance(self) -> bool:
         return self.max_abs_logit_delta <= self.tolerance
-
-
-def has_values(program: Program) -> bool:
-    """False where a weight has no value: the program comes from a bare config."""
-    return not any(_is_missing(weight.producer) for weight in program.used_weights())
-
-
-def _is_missing(producer: Producer) -> bool:
-    if isinstance(producer, Missing):
-        return True
-    if not dataclasses.is_dataclass(producer):
-        return False
-    parts = [getattr(producer, part.name) for part in dataclasses.fields(producer)]
-    return any(_is_missing(part) for part in parts if isinstance(part, Producer))
 
 
 def make_probe(

@@ -178,7 +178,7 @@ def read_weights(folder: Path) -> dict[str, Producer]:
             )
         raise SourceError(
             f"{folder} holds no weights ({WEIGHTS_NAME}).",
-            "Pass --config for a model without weights.",
+            f"Complete it. `graphopt inspect --config {folder / CONFIG_NAME}` needs none.",
         )
     return dict(read_checkpoint(folder))
 

@@ -11,8 +11,9 @@ import contextlib
 import errno
 import traceback
 from collections.abc import Iterator
+from pathlib import PurePath
 
-from graphopt.errors import CaptureError, GraphoptError, first_line
+from graphopt.errors import CaptureError, GraphoptError, PassError, first_line
 
 BUG_CODE = 70
 """Exit code of a bug, as sysexits.h has it for software errors."""
@@ -60,8 +61,42 @@ def out_of_memory(error: BaseException) -> str | None:
 def own_bug(error: BaseException) -> bool:
     """Return whether an error arose in graphopt's code rather than in what it calls."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    name = str(frames[-1].f_globals.get("__name__", "")) if frames else "graphopt"
+    return is_own_module(str(frames[-1].f_globals.get("__name__", "")) if frames else "graphopt")
+
+
+def is_own_module(name: str) -> bool:
+    """Return whether a module is graphopt's."""
     return name == "graphopt" or name.startswith("graphopt.")
+
+
+@contextlib.contextmanager
+def users_pass(name: str, module: str) -> Iterator[None]:
+    """Give errors of a pass that is not graphopt's a sentence, with the line of the pass.
+
+    Args:
+        name: The pass.
+        module: Where its class is.
+
+    Raises:
+        PassError: Naming the pass, and what went wrong where in its module.
+    """
+    try:
+        yield
+    except GraphoptError:
+        raise
+    except Exception as error:
+        if is_own_module(module) or out_of_memory(error):
+            raise
+        lines = [
+            f"{PurePath(frame.f_code.co_filename).name}, line {line}"
+            for frame, line in traceback.walk_tb(error.__traceback__)
+            if frame.f_globals.get("__name__") == module
+        ]
+        where = f" in {lines[-1]}" if lines else ""
+        raise PassError(
+            f"Pass {name!r} failed{where}: {type(error).__name__}: {first_line(error)}.",
+            "Mend the pass; --debug prints the traceback.",
+        ) from error
 
 
 @contextlib.contextmanager

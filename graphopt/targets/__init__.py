@@ -96,6 +96,8 @@ class Target:
         experts: Tiles of the experts' kernels: `many` and `few`, as the file has them; None where
             there are none, and experts run in plain torch.
         limits: Further limits of kernels, by name.
+        emit: Package -> version that a compile for it needs; `nvrtc` is CUDA's compiler, however it
+            was installed.
         runtime: Package -> version an artifact for it needs.
         sources: Figure, or group of figures -> where it was stated.
     """
@@ -114,6 +116,7 @@ class Target:
     matrix_units: tuple[MatrixUnit, ...] = ()
     experts: dict[str, Any] | None = None
     limits: dict[str, int] = field(default_factory=dict)
+    emit: dict[str, str] = field(default_factory=dict)
     runtime: dict[str, str] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
 
@@ -137,6 +140,7 @@ class Target:
             ),
             experts=None if file.experts is None else file.experts.model_dump(),
             limits=file.limits,
+            emit=file.emit,
             runtime=file.runtime,
             sources=file.sources,
         )

@@ -113,6 +113,7 @@ class TargetFile(Schema):
     matrix_unit: list[MatrixUnitTable] = pydantic.Field(default_factory=list)
     experts: ExpertsTable | None = None
     limits: dict[str, Size] = pydantic.Field(default_factory=dict)
+    emit: dict[str, Text] = pydantic.Field(default_factory=dict)
     runtime: dict[str, Text] = pydantic.Field(default_factory=dict)
     sources: dict[str, Text] = pydantic.Field(default_factory=dict, validate_default=True)
 

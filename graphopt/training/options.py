@@ -17,19 +17,19 @@ from graphopt.support.per_device import PerDevice
 class TrainingOptions:
     """The options by which passes that train are told what to train, and for how long.
 
-    Attributes:
-        seconds: The pass takes at most so many seconds in all; 150 where neither this nor `steps`
-            is given.
-        steps: Training takes at most so many steps.
+    Options:
+        seconds: How long the pass may take in all; 150 where neither this nor steps is given.
+        steps: How many steps training takes at most.
         rate: The highest learning rate, relative to the scale of each weight; by default 2.5e-3,
             and less for steps of under 8,192 tokens.
-        batch: A step takes so many windows.
-        seqlen: A window has so many tokens.
-        generated_windows: The dense model writes so many windows itself, as self-generated
-            calibration data; see `Distiller.training_windows`.
-        train: `all` trains weights whole, `low-rank` trains matrices by a low-rank term.
+        batch: How many windows a step takes.
+        seqlen: Tokens of a window.
+        generated_windows: How many windows the dense model writes itself, as self-generated
+            calibration data; by default none on a CPU, and on a GPU what a quarter of the seconds
+            allows, or of the steps reads.
+        train: Whether weights are trained whole (all), or matrices by a low-rank term.
         rank: The rank of that term.
-        patience: Training stops after so many checks without a better held-out loss; 0 never stops.
+        patience: After how many checks without a lower held-out loss training stops; 0 for never.
     """
 
     seconds: Annotated[float, Field(ge=0)] | None = None

@@ -168,9 +168,9 @@ def _library(at_most: int | None) -> ctypes.CDLL:
         raise LoweringError(
             f"NVRTC {newer[0]}.{newer[1]} no longer compiles for this architecture: CUDA "
             f"{at_most} was the last that did.",
-            "Install it beside: pip install 'graphopt[volta]'.",
+            "Install it beside: pip install 'graphopt[cuda]'.",
         )
     raise LoweringError(
         "NVRTC, the CUDA compiler, is not installed.",
-        "Install it with: pip install 'graphopt[volta]'.",
+        "Install it with: pip install 'graphopt[cuda]'.",
     )

@@ -77,6 +77,24 @@ class CarveMoe(Pass):
     2. The number of neurons is a multiple of `experts`, or `pad` is given.
     3. With `mixtures` a mixture is one that `prune-experts` reads, whose experts' neurons are made
        of columns of their first products alone.
+
+    Options:
+        shared: How many groups of neurons every token runs.
+        active: How many of the other groups a token runs; 0 leaves no router.
+        experts: Into how many groups neurons are divided.
+        mode: How: fitted together with a router (fit), or as CMoE was published.
+        rounds: How many turns the fit takes at most.
+        reconstruct: Whether down projections are then solved for by least squares.
+        threshold: Whether a token runs as many experts as it needs, active on average.
+        layerwise_budget: Whether layers that matter more get more shared groups, shared on average.
+        control: Whether the result is compared with the same groups for every token, which takes
+            about half as long again.
+        pad: Whether neurons of zeros are added where experts does not divide them.
+        mixtures: Whether the experts of mixtures are carved too.
+        k_activations: With mode=published: of how many tokens a neuron is indicated.
+        cosine: With mode=published: whether inputs and rows are scaled to length 1 first.
+        windows: How many windows of the calibration text are learnt from.
+        seqlen: Tokens of a window.
     """
 
     name: ClassVar[str] = "carve-moe"

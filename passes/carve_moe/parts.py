@@ -51,6 +51,6 @@ def output_path(program: Program, block: Block, form: FeedForward) -> OutputPath
         if isinstance(path, str) or path.projection is not form.down:
             continue
         if any(part.node in region(function, [later.term]) for later in parts[number + 1 :]):
-            return "the block goes on behind it"
+            return "another part of its layer computes with its output"
         return path
-    return "something stands between its down projection and the stream"
+    return "more than a norm or a factor stands between its down projection and the stream"

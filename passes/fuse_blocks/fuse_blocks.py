@@ -54,6 +54,15 @@ class FuseBlocks(TrainingOptions, Pass):
     1. The recipe has `prune-blocks` before it, of whole blocks in the published mode.
     2. Blocks of a group have the same operations and weights of equal shapes.
     3. The calibration text has a window for training and one for checks.
+
+    Options:
+        mode: What is learnt: the dense model's next tokens (distil), its residual stream group by
+            group (local), or FuseGPT as published.
+        warm_start: Whether projections are first solved for in closed form.
+        group: How many blocks are trained at a time, with mode=local or published.
+        donor: With mode=published: what is fused into the neighbours.
+        ablations: With mode=published: whether the first block is fused by each of the other donors
+            too, for the report.
     """
 
     name: ClassVar[str] = "fuse-blocks"

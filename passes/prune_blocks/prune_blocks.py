@@ -64,6 +64,24 @@ class PruneBlocks(Pass):
        call reads.
     3. Parts of blocks are terms added to the stream; a block that is no such sum has none.
     4. At least one block is left.
+
+    Options:
+        ratio: The share of the blocks to take out, rounded up.
+        blocks: How many blocks to take out.
+        remove: Which blocks to take out, by number; nothing is scored.
+        part: What is taken out: whole blocks, their attentions, their feed-forward parts (ffn), or
+            either of these two (any).
+        score: How blocks are compared: by the divergence of the logits (kl), macro influence (mi),
+            perplexity (ppl), block influence (bi), or the angle between a block's input and output
+            (angular).
+        iterative: Whether scores are taken again after each removal.
+        look_back: Whether removed blocks are exchanged for others while that lowers the score; by
+            default where a score tells which set is better.
+        max_perplexity: End before held-out perplexity is more than so many times the whole model's.
+        reference: What kl and mi compare with: the original model, or the current one, without what
+            was removed before.
+        windows: How many windows of the calibration text are scored.
+        seqlen: Tokens of a window.
     """
 
     name: ClassVar[str] = "prune-blocks"

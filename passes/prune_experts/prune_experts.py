@@ -64,6 +64,16 @@ class PruneExperts(Pass):
        made of.
     3. Where the number of experts stands in the nodes of a mixture, it is an argument that follows:
        of a reshape, a histogram, or what is expanded to it.
+
+    Options:
+        ratio: The share of each mixture's experts that go, rounded up.
+        experts: How many experts of each mixture go.
+        score: By what they are chosen; best tries energy, reap and frequency, and random is the
+            control.
+        method: Whether experts are dropped, or first merged into the most alike of those left.
+        reconstruct: Whether down projections are then solved for by least squares.
+        windows: How many windows of the calibration text are measured.
+        seqlen: Tokens of a window.
     """
 
     name: ClassVar[str] = "prune-experts"

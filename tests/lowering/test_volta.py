@@ -331,7 +331,7 @@ def test_a_compiler_that_is_missing_or_too_new(found, message, monkeypatch):
     try:
         with pytest.raises(LoweringError, match=message) as caught:
             compile_volta(FORMS["causal 64"].constants())
-        assert "pip install 'graphopt[volta]'" in caught.value.remedy
+        assert "pip install 'graphopt[cuda]'" in caught.value.remedy
     finally:
         nvrtc._library.cache_clear()
 
