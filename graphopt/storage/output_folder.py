@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -78,6 +79,10 @@ def work_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.work"
 
 
+_POSIX_LOCKS = importlib.util.find_spec("fcntl") is not None
+"""Whether files are locked as on Linux and macOS; else as on Windows."""
+
+
 def _try_lock(file: IO[str]) -> bool | None:
     """Lock an open file for this process.
 
@@ -85,14 +90,14 @@ def _try_lock(file: IO[str]) -> bool | None:
         False where another process has it, None where the file system knows no locks.
     """
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
+        if _POSIX_LOCKS:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
             return False
@@ -128,9 +133,14 @@ def locked(out: Path) -> Iterator[None]:
                 _clean(out)
             yield
         finally:
-            # Deleted while it is held: whoever waits finds that its file has lost its name.
-            path.unlink(missing_ok=True)
-            file.close()
+            if _POSIX_LOCKS:
+                # Deleted while it is held: whoever waits finds that its file has lost its name.
+                path.unlink(missing_ok=True)
+                file.close()
+            else:
+                file.close()  # Windows deletes no open file, and another process may hold it by now
+                with contextlib.suppress(PermissionError):
+                    path.unlink(missing_ok=True)
     finally:
         for parent in made:
             with contextlib.suppress(OSError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -22,15 +22,19 @@ def _reset_peak() -> bool:
 
 
 def peak_rss() -> int:
-    """Return the high-water mark of resident memory in bytes."""
+    """Return the high-water mark of resident memory in bytes; 0 where the system can't tell."""
     try:
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    with contextlib.suppress(ImportError):
+        import resource  # which Windows lacks
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return 0
 
 
 class Meter:

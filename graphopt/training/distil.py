@@ -363,7 +363,7 @@ class Distiller:
             },
             fresh,
         )
-        fresh.rename(path)
+        fresh.replace(path)
 
     def _resume(self) -> None:
         path = self._kept_file("stages")

@@ -292,7 +292,7 @@ class Tuner:
             },
             fresh,
         )
-        fresh.rename(self.saved)
+        fresh.replace(self.saved)
 
     def _restore(self) -> TrainingResult:
         """Take up the saved state, if there is one; return the result so far."""

@@ -1,0 +1,89 @@
+"""Serve the ONNX form of an output folder as OpenAI's chat API, on this machine alone.
+
+    python examples/serve.py OUT [PORT]
+
+It answers POST /v1/chat/completions, whole or as a stream, one request at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import onnxruntime_genai as og
+
+
+class ChatModel:
+    """A model that onnxruntime-genai runs.
+
+    Attributes:
+        name: What answers call it.
+        room: How many tokens a question and its answer may have.
+    """
+
+    def __init__(self, out: str) -> None:
+        self.name = out
+        self.model = og.Model(f"{out}/onnx")
+        self.tokenizer = og.Tokenizer(self.model)
+        settings = json.loads(Path(out, "onnx", "genai_config.json").read_text(encoding="utf-8"))
+        self.room = settings["model"]["context_length"]
+
+    def answer(self, request: dict[str, Any]) -> Iterator[str]:
+        """Yield the answer to the messages of a request, piece by piece."""
+        messages = json.dumps(request["messages"])
+        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        ids = self.tokenizer.encode(prompt)
+        options = {key: request[key] for key in ("temperature", "top_p") if key in request}
+        if options:
+            options["do_sample"] = options.get("temperature", 1.0) > 0
+        params = og.GeneratorParams(self.model)
+        length = min(len(ids) + request.get("max_tokens", 256), self.room)
+        params.set_search_options(max_length=length, **options)
+        generator = og.Generator(self.model, params)
+        generator.append_tokens(ids)
+        pieces = self.tokenizer.create_stream()
+        while not generator.is_done():
+            generator.generate_next_token()
+            yield pieces.decode(generator.get_next_tokens()[0])
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Turns HTTP into requests to the server's model."""
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        model: ChatModel = self.server.model  # type: ignore[attr-defined]
+        about = {"id": "chat", "created": int(time.time()), "model": model.name}
+        streams = bool(request.get("stream"))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream" if streams else "application/json")
+        self.end_headers()
+        if not streams:
+            text = "".join(model.answer(request))
+            message = {"role": "assistant", "content": text}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            said = {**about, "object": "chat.completion", "choices": [choice]}
+            self.wfile.write(json.dumps(said).encode())
+            return
+        for piece in model.answer(request):
+            choice = {"index": 0, "delta": {"content": piece}, "finish_reason": None}
+            said = {**about, "object": "chat.completion.chunk", "choices": [choice]}
+            self.wfile.write(f"data: {json.dumps(said)}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+
+def main() -> None:
+    out, port = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 8000
+    server = HTTPServer(("127.0.0.1", port), Handler)
+    server.model = ChatModel(out)  # type: ignore[attr-defined]
+    print(f"http://127.0.0.1:{server.server_port}/v1/chat/completions", flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
