@@ -1,4 +1,4 @@
-"""Putting a prompt into a model's chat template. Imports nothing of graphopt.
+"""Putting a conversation into a model's chat template. Imports nothing of graphopt.
 
 A template is a program of the model's author. It runs in a sandbox, which keeps it from files and
 from the interpreter, and in a process of its own, whose memory and time are bounded.
@@ -11,6 +11,7 @@ import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -72,12 +73,12 @@ def render_chat() -> None:
     json.dump(answer, sys.stdout)
 
 
-def chat_text(template: str, prompt: str, special: dict[str, str]) -> str:
-    """Return a prompt as a chat template puts it, with the beginning of an answer.
+def chat_text(template: str, messages: Sequence[Mapping[str, str]], special: dict[str, str]) -> str:
+    """Return a conversation as a chat template puts it, with the beginning of an answer.
 
     Args:
         template: In Jinja, as transformers has it.
-        prompt: What a user says, in a conversation of one turn.
+        messages: The turns so far, each with its `role` and its `content`.
         special: Texts of the special tokens, such as `bos_token`, which a template may write.
 
     Raises:
@@ -85,7 +86,7 @@ def chat_text(template: str, prompt: str, special: dict[str, str]) -> str:
     """
     given = {
         "template": template,
-        "messages": [{"role": "user", "content": prompt}],
+        "messages": [dict(message) for message in messages],
         "tools": None,
         "documents": None,
         "add_generation_prompt": True,

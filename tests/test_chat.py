@@ -33,10 +33,9 @@ TOOLS = (
 def test_a_template_writes_what_transformers_has_it_write(template: str, prompt: str) -> None:
     tokenizer = byte_tokenizer(begin=["<s>"])
     tokenizer.chat_template = template
-    expected = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
-    assert chat_text(template, prompt, tokenizer.special_tokens_map) == expected
+    turns = [{"role": "user", "content": prompt}]
+    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    assert chat_text(template, turns, tokenizer.special_tokens_map) == expected
     ids = encode_prompt(tokenizer, prompt)
     assert ids == tokenizer(expected, add_special_tokens=False)["input_ids"]
     # A template that writes the first token itself does not get a second one.
@@ -80,7 +79,7 @@ def test_a_template_without_end_is_ended(template: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(chat, "CHAT_LIMITS", limits)
     began = time.monotonic()
     with pytest.raises(ValueError, match=r"longer than 1 s|256 MiB of memory"):
-        chat_text(template, "hi", {})
+        chat_text(template, [{"role": "user", "content": "hi"}], {})
     # Twice the limit, and what starting a process takes on a busy machine.
     assert time.monotonic() - began < 30
 

@@ -23,10 +23,11 @@ from graphopt.backends.opening import open_language_model
 from graphopt.backends.torch_artifact import TorchArtifactModel
 from graphopt.capture import capture
 from graphopt.errors import SourceError, UsageError
-from graphopt.evaluate.perplexity import perplexity, read_text, token_log_likelihoods
+from graphopt.evaluate.perplexity import perplexity, read_text
 from graphopt.evaluate.piqa import PiqaRow, piqa_accuracy, read_piqa
 from graphopt.execute.interpreter import complete_inputs
 from graphopt.execute.language_model import LanguageModel, ProgramModel, load_tokenizer
+from graphopt.execute.likelihoods import token_log_likelihoods
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Array
 from graphopt.pass_manager.contract import Context

@@ -21,8 +21,9 @@ import graphopt as go
 from graphopt.calibration.scores import PruningUnit, score_removals, units_of
 from graphopt.calibration.text import held_out_perplexity, text_windows
 from graphopt.errors import PassError
-from graphopt.evaluate.perplexity import read_text, token_log_likelihoods
+from graphopt.evaluate.perplexity import read_text
 from graphopt.execute.interpreter import resident
+from graphopt.execute.likelihoods import token_log_likelihoods
 from graphopt.ir.blocks import find_blocks, remove_blocks
 
 ROOT = Path(__file__).resolve().parent.parent

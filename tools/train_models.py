@@ -50,7 +50,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measure import keep
 
-from graphopt.evaluate.perplexity import read_text, token_log_likelihoods
+from graphopt.evaluate.perplexity import read_text
+from graphopt.execute.likelihoods import token_log_likelihoods
 from graphopt.sources.windows import TokenText
 
 LENGTH = 256

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
+from graphopt.backends.onnx_artifact import OnnxArtifactModel
+from graphopt.backends.placement import Backend, Placement, place, weight_bytes
+from graphopt.backends.torch_artifact import TorchArtifactModel, is_for_gpu
 from graphopt.errors import SourceError, UsageError
+from graphopt.execute.language_model import LanguageModel, ProgramModel
 from graphopt.files.confined import folder_inside
 from graphopt.ir.context import context_length
 from graphopt.sources.base import output_tokenizer
-
-if TYPE_CHECKING:
-    pass
-from graphopt.backends.onnx_artifact import OnnxArtifactModel
-from graphopt.backends.torch_artifact import TorchArtifactModel
-from graphopt.execute.language_model import LanguageModel, ProgramModel
-
-Backend = Literal["auto", "program", "torch", "onnx"]
+from graphopt.support.devices import AUTO, usable_device
 
 
 def open_language_model(
     spec: str,
     backend: Backend = "auto",
     *,
+    device: str = AUTO,
     trust_remote_code: bool = False,
     keep_weights: bool = True,
 ) -> LanguageModel:
@@ -31,23 +28,28 @@ def open_language_model(
     Args:
         spec: What `open_model` takes, an output folder of `graphopt compile`, or a folder with
             `model.onnx`.
-        backend: "auto" runs an output folder's model.py where it has one, else its ONNX graph,
-            else its program; everything else is captured and run as a program.
+        backend: "auto" runs an output folder's model.py where it has one, else on a CPU its ONNX
+            graph, else its program; everything else is captured and run as a program.
+        device: Such as `cpu`, `cuda` or `cuda:1`. "auto" takes a GPU where there is one and the
+            weights have room in its memory, but for ONNX, which runs on the CPU.
         trust_remote_code: Let code of a checkpoint, or a changed model.py, run.
         keep_weights: See `ProgramModel`.
 
     Raises:
         SourceError: There is no such model, or it cannot be read.
         CaptureError: The source cannot be captured.
-        UsageError: The backend is not among what the folder holds.
+        UsageError: The backend is not among what the folder holds, or does not run on the device.
+        GraphoptError: The device cannot be used here.
     """
+    on_gpu = device != AUTO and usable_device(device).type != "cpu"
     root = Path(spec).expanduser()
     artifact = (root / "program.json").is_file()
     onnx_folder = (folder_inside(root, "onnx") or root / "onnx") if artifact else root
     has_torch = artifact and (root / "model.py").is_file()
     has_onnx = (onnx_folder / "model.onnx").is_file()
     if backend == "auto":
-        backend = "torch" if has_torch else "onnx" if has_onnx else "program"
+        wants_program = on_gpu and artifact
+        backend = "torch" if has_torch else "onnx" if has_onnx and not wants_program else "program"
     for name, there in (("torch", has_torch), ("onnx", has_onnx)):
         if backend == name and not there:
             raise UsageError(
@@ -55,7 +57,8 @@ def open_language_model(
                 f"Compile one with `graphopt compile {spec} --emit {name} -o FOLDER`.",
             )
     if backend == "onnx" and not artifact:
-        return OnnxArtifactModel(onnx_folder)
+        placement = place(device, backend, 0)
+        return _placed(OnnxArtifactModel(onnx_folder), placement)
     from graphopt.capture import capture
 
     program = capture(spec, trust_remote_code=trust_remote_code)
@@ -64,10 +67,15 @@ def open_language_model(
             f"{program.name} is a config without weights, and nothing can be computed without.",
             "Give a model folder, a .gguf file or 'demo'; `graphopt inspect` takes a config.",
         )
+    itemsize = 2 if backend == "torch" and is_for_gpu(root) else 4
+    placement = place(device, backend, weight_bytes(program, itemsize))
+    model: LanguageModel
     if backend == "torch":
-        return TorchArtifactModel(root, program, trust_remote_code=trust_remote_code)
-    if backend == "onnx":
-        return OnnxArtifactModel(
+        model = TorchArtifactModel(
+            root, program, device=placement.device, trust_remote_code=trust_remote_code
+        )
+    elif backend == "onnx":
+        model = OnnxArtifactModel(
             onnx_folder,
             name=program.name,
             config=program.config,
@@ -76,4 +84,12 @@ def open_language_model(
             constants=[weight.name for weight in program.weights if weight.constant],
             length=context_length(program),
         )
-    return ProgramModel(program, keep_weights=keep_weights)
+    else:
+        model = ProgramModel(program, keep_weights=keep_weights, device=placement.device)
+    return _placed(model, placement)
+
+
+def _placed(model: LanguageModel, placement: Placement) -> LanguageModel:
+    """Return the model, which says where it runs."""
+    model.placement = placement.sentence(model.backend)
+    return model

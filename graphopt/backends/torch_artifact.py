@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphopt.errors import SourceError, first_line
 from graphopt.execute.interpreter import complete_inputs
+from graphopt.execute.language_model import CPU, LanguageModel, _Replay
+from graphopt.execute.likelihoods import token_log_likelihoods
 from graphopt.files.finite import check_finite
 from graphopt.ir.context import context_length
 from graphopt.ir.graph import Program
 from graphopt.sources.base import output_tokenizer
+from graphopt.storage.artifact import artifact_target, check_weights_file
 from graphopt.targets import get_target
-
-if TYPE_CHECKING:
-    pass
-from graphopt.execute.language_model import LanguageModel, _Replay
 
 
 class TorchArtifactModel(LanguageModel):
@@ -28,11 +28,12 @@ class TorchArtifactModel(LanguageModel):
 
     The file is code, and so are those beside it for a GPU, so they are run only where they are,
     byte for byte, what graphopt writes for the program beside them. One for a GPU runs there in
-    16 bits where there is one, and otherwise on the CPU in fp32.
+    16 bits, by its kernels; on the CPU, as one for the CPU does everywhere, in fp32.
 
     Args:
         root: Output folder of `graphopt compile --emit torch`.
         program: The program saved in it.
+        device: Where to run it.
         trust_remote_code: Run the file even if it was changed.
 
     Raises:
@@ -42,36 +43,47 @@ class TorchArtifactModel(LanguageModel):
 
     backend = "torch"
 
-    def __init__(self, root: Path, program: Program, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        program: Program,
+        *,
+        device: torch.device = CPU,
+        trust_remote_code: bool = False,
+    ) -> None:
         from safetensors import SafetensorError
 
         from graphopt.backends.code import checked_code, trusted_code
-        from graphopt.storage.artifact import artifact_target, check_weights_file
 
         target = artifact_target(root)
         path = root / "model.py"
-        on_gpu = get_target(target).kind == "gpu" and torch.cuda.is_available()
+        by_kernels = is_for_gpu(root) and device.type == "cuda"
         self._code = (
             trusted_code(root)
             if trust_remote_code
-            else checked_code(root, program, target, images=on_gpu)
+            else checked_code(root, program, target, images=by_kernels)
         )
         if not trust_remote_code:  # a changed file may read others
             check_weights_file(root, program)
-        self._device = torch.device("cuda" if on_gpu else "cpu")
+        self.device = device
         self.name = program.name
         self.config, self.generation = program.config, program.generation
         self.tokenizer = output_tokenizer(root, program)
         self.length = context_length(program)
         self._cached = bool(program.states)
+        # Full rings do not say how many tokens came before; kernels are told.
+        rings = [state.layout.ring is not None for state in program.states.values()]
+        self._counts_by_mask = self._cached and all(rings) and not by_kernels
         try:
             module = self._code.import_model()
             self._decoder = getattr(module, "Decoder", None)
             _check_weights(module, program)
-            if on_gpu:
-                self._model = module.load(root, device=self._device)
+            if by_kernels:
+                self._model = module.load(root, device=device)
             else:
-                self._model = module.load(root, dtype=torch.float32, device=self._device)
+                self._model = module.load(root, dtype=torch.float32, device=device)
+            forward = inspect.signature(self._model.forward).parameters
+            self._needs_mask = forward["attention_mask"].default is inspect.Parameter.empty
         except (
             OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError
         ) as error:  # fmt: skip
@@ -88,6 +100,17 @@ class TorchArtifactModel(LanguageModel):
             return self.start(1)
         # A decoder holds a token more than the prompt.
         return self._decoder(self._model, max(room, 2))
+
+    def capacity(self, cache: Any) -> int | None:
+        if self._decoder is None or not isinstance(cache, self._decoder):
+            return None
+        return int(cache.capacity)
+
+    def log_likelihoods(self, input_ids: Tensor) -> Tensor:
+        cache = self._model.empty_cache(len(input_ids))
+        logits, _ = self._forward(complete_inputs({"input_ids": input_ids}), cache)
+        targets = input_ids[:, 1:].to(self.device)
+        return token_log_likelihoods(logits[:, :-1], targets).cpu()
 
     def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
         if self._decoder is not None and isinstance(cache, self._decoder):
@@ -107,17 +130,28 @@ class TorchArtifactModel(LanguageModel):
         return logits[:, -new.shape[1] :], _Replay(ids)
 
     def _run(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
+        logits, cache = self._forward(inputs, cache)
+        return logits.float().cpu(), cache
+
+    def _forward(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
         mask = inputs["attention_mask"]
-        # Kernels need no mask where nothing is padded.
-        needed = self._device.type == "cpu" or not bool(mask.all())
+        # Attention is faster without a mask, which is needed only where something is padded.
+        masked = self._needs_mask or not bool(mask.all())
+        if self._counts_by_mask and mask.shape[1] > inputs["input_ids"].shape[1]:
+            masked = True
         with torch.no_grad():
-            logits, cache = self._model(
-                inputs["input_ids"].to(self._device),
-                mask.to(self._device) if needed else None,
-                inputs["position_ids"].to(self._device),
+            result: tuple[Tensor, Any] = self._model(
+                inputs["input_ids"].to(self.device),
+                mask.to(self.device) if masked else None,
+                inputs["position_ids"].to(self.device),
                 cache,
             )
-        return logits.float().cpu(), cache
+        return result
+
+
+def is_for_gpu(root: Path) -> bool:
+    """Return whether the `model.py` of an output folder has kernels for a GPU, in 16 bits."""
+    return get_target(artifact_target(root)).kind == "gpu"
 
 
 def _check_weights(module: ModuleType, program: Program) -> None:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from graphopt.calibration.vocabulary import vocabulary_size
 from graphopt.errors import SourceError
-from graphopt.evaluate.perplexity import token_log_likelihoods
 from graphopt.execute.hidden_states import TOKENS_AT_ONCE, BlockStep, HiddenStateStream
 from graphopt.execute.interpreter import Runner
+from graphopt.execute.likelihoods import token_log_likelihoods
 from graphopt.ir.blocks import find_blocks, sub_blocks, without_sub_block
 from graphopt.ir.graph import Function, Program
 from graphopt.support.devices import free_bytes

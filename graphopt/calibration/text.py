@@ -19,6 +19,7 @@ from graphopt.errors import LoweringError, PassError
 from graphopt.evaluate.perplexity import window_perplexity
 from graphopt.execute.interpreter import CacheContents, Runner, complete_inputs, resident
 from graphopt.execute.language_model import ProgramModel, load_tokenizer
+from graphopt.execute.likelihoods import token_log_likelihoods
 from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.dtypes import holds_aten, scoring_dtype
 from graphopt.ir.graph import Program
@@ -343,7 +344,11 @@ def held_out_perplexity(
     """
     runner = Runner(program, dtype, device, keep_weights=False)
     return window_perplexity(
-        lambda ids: runner.logits({"input_ids": ids}), windows.to(device), at_once=at_once
+        lambda ids: token_log_likelihoods(
+            runner.logits(runner.window_inputs(ids))[:, :-1], ids[:, 1:]
+        ),
+        windows.to(device),
+        at_once=at_once,
     )
 
 

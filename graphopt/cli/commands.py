@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from graphopt.cli import console as ui
+from graphopt.cli import keyboard
 from graphopt.cli.compile import compile_command
 from graphopt.cli.diff import diff_command
 from graphopt.cli.evaluate import eval_command
@@ -62,8 +63,7 @@ def main() -> NoReturn:
     # cycles among them, while they are made and once more at exit, takes seconds.
     gc.set_threshold(100_000, 20, 100)
     ui.keep_logs_plain()
-    # A library that asks whether code may run gets no answer, not even from a pipe.
-    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    keyboard.hide_stdin()
     try:
         app()
         code: object = 0

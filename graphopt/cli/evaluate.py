@@ -12,6 +12,7 @@ from graphopt.cli.shared import (
     MAX_COUNT,
     Backend,
     BosOption,
+    Device,
     Json,
     Remote,
     backend_named,
@@ -37,6 +38,7 @@ def eval_command(
     bos: BosOption = "every",
     piqa: Annotated[Path | None, typer.Option(help="PIQA rows as JSON lines.")] = None,
     backend: Backend = "auto",
+    device: Device = "auto",
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
@@ -55,13 +57,22 @@ def eval_command(
         content = read_text(text) if text is not None else None
         rows = read_piqa(piqa) if piqa is not None else None
         opened = open_language_model(
-            model, backend_named(backend), trust_remote_code=trust_remote_code
+            model, backend_named(backend), device=device, trust_remote_code=trust_remote_code
         )
         tokenizer = load_tokenizer(opened)
         progress("opening", 1, 1)
+
+        unsaid = [] if as_json else [opened.placement]
+
+        def measuring(what: str, done: int, total: int) -> None:
+            while unsaid:  # once, when text and options have turned out to be right
+                ui.say_note(unsaid.pop())
+            progress(what, done, total)
+
         found: dict[str, Any] = {
             "model": model,
             "backend": opened.backend,
+            "device": str(opened.device),
             "perplexity": None,
             "tokens": 0,
             "windows": 0,
@@ -76,7 +87,7 @@ def eval_command(
             length = seqlen or min(2048, opened.positions or 2048)
             measured = perplexity(
                 opened, tokenizer, content,
-                windows=windows, seqlen=length, bos=beginning, progress=progress,
+                windows=windows, seqlen=length, bos=beginning, progress=measuring,
             )  # fmt: skip
             found["perplexity"] = measured.perplexity
             found["tokens"], found["windows"] = measured.tokens, measured.windows
@@ -84,7 +95,7 @@ def eval_command(
             found["bos"], found["begin"] = beginning, list(measured.begin)
             found["seconds"] += measured.seconds
         if rows is not None:
-            answered = piqa_accuracy(opened, tokenizer, rows, progress=progress)
+            answered = piqa_accuracy(opened, tokenizer, rows, progress=measuring)
             found["piqa_accuracy"], found["piqa_rows"] = answered.accuracy, answered.rows
             found["seconds"] += answered.seconds
     if as_json:

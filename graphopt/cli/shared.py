@@ -192,6 +192,13 @@ BosOption = Annotated[
     ),
 ]
 
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where to run, such as cuda; auto takes a GPU where there is one and it helps."
+    ),
+]
+
 Backend = Annotated[
     str, typer.Option(help="auto, program, torch or onnx: which form of an artifact to run.")
 ]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from graphopt.errors import SourceError, UsageError
@@ -20,9 +19,10 @@ from graphopt.support.progress import Progress, silent
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 from graphopt.execute.language_model import LanguageModel
+from graphopt.support.per_device import PerDevice
 
-ROWS_AT_ONCE = 256
-"""Rows of logits whose log-softmax is in memory at once."""
+TOKENS_AT_ONCE = PerDevice(cpu=1, gpu=16384)
+"""Tokens of a batch of windows. A CPU is busy with one window."""
 
 
 def read_text(path: Path) -> str:
@@ -58,27 +58,8 @@ class PerplexityResult:
     begin: tuple[int, ...] = ()
 
 
-def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the log-probability of each target under softmax(logits), in fp32.
-
-    Args:
-        logits: [..., vocab].
-        targets: int64 [...].
-
-    Returns:
-        fp32 [...]. Temporary memory is that of a few hundred rows.
-    """
-    rows, wanted = logits.flatten(0, -2), targets.flatten()
-    parts = []
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = rows[start : start + ROWS_AT_ONCE].float()
-        index = wanted[start : start + ROWS_AT_ONCE, None]
-        parts.append(part.gather(-1, index)[:, 0] - part.logsumexp(-1))
-    return torch.cat(parts).view(targets.shape)
-
-
 def window_perplexity(
-    logits: Callable[[Tensor], Tensor],
+    log_likelihoods: Callable[[Tensor], Tensor],
     windows: Tensor,
     progress: Progress = silent,
     *,
@@ -88,7 +69,8 @@ def window_perplexity(
     """Return the perplexity of windows of ids, the first token of each not predicted.
 
     Args:
-        logits: From int64 [B, S] to the next tokens' logits [B, S, vocab], on one device.
+        log_likelihoods: From int64 [B, S] to the log-probability of each token but the first,
+            [B, S - 1].
         windows: int64 [N, S].
         first: Place of the first token that is predicted, at least 1.
         at_once: Windows of a batch, at most.
@@ -99,8 +81,7 @@ def window_perplexity(
     total, done = 0.0, 0
     progress("perplexity", done, len(windows))
     for batch in windows.split(at_once):
-        rows, targets = logits(batch)[:, first - 1 : -1], batch[:, first:]
-        total -= float(token_log_likelihoods(rows, targets).double().sum())
+        total -= float(log_likelihoods(batch)[:, first - 1 :].double().sum())
         done += len(batch)
         progress("perplexity", done, len(windows))
     mean = total / (len(windows) * (windows.shape[1] - first))
@@ -165,9 +146,11 @@ def perplexity(
     rows = tokens.windows(seqlen)[:count]
     model.check_causal(rows[0])
     started = time.perf_counter()
-    first = max(len(begin), 1)
+    first, at_once = max(len(begin), 1), max(1, TOKENS_AT_ONCE.on(model.device) // seqlen)
     return PerplexityResult(
-        perplexity=window_perplexity(model.logits, rows, progress, first=first),
+        perplexity=window_perplexity(
+            model.log_likelihoods, rows, progress, first=first, at_once=at_once
+        ),
         tokens=count * seqlen,
         windows=count,
         seqlen=seqlen,

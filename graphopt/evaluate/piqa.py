@@ -18,7 +18,6 @@ from graphopt.support.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from graphopt.evaluate.perplexity import token_log_likelihoods
 from graphopt.execute.language_model import LanguageModel
 
 
@@ -119,11 +118,9 @@ def piqa_accuracy(
         members = order[first : first + batch]
         length = max(len(sequences[index]) for index in members)
         ids = torch.zeros(len(members), length, dtype=torch.long)
-        mask = torch.zeros_like(ids)
         for place, index in enumerate(members):
-            own = sequences[index]
-            ids[place, : len(own)], mask[place, : len(own)] = torch.tensor(own), 1
-        likelihoods = token_log_likelihoods(model.logits(ids, mask)[:, :-1], ids[:, 1:])
+            ids[place, : len(sequences[index])] = torch.tensor(sequences[index])
+        likelihoods = model.log_likelihoods(ids)
         for place, index in enumerate(members):
             answer = likelihoods[place, starts[index] - 1 : len(sequences[index]) - 1]
             solution = rows[index // 2].solutions[index % 2]

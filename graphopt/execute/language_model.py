@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from graphopt.errors import SourceError
 from graphopt.execute.checked import CheckedRunner
 from graphopt.execute.interpreter import complete_inputs
+from graphopt.execute.likelihoods import ProgramLikelihoods, token_log_likelihoods
 from graphopt.ir.context import context_length, rotary_parameters, stated_length
 from graphopt.ir.graph import Program
 from graphopt.sources.generation import GenerationSettings
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")
 
 
 _PROBED = 16
@@ -40,6 +42,8 @@ class LanguageModel(ABC):
         generation: How text is to be generated, as `Program.generation` has it.
         tokenizer: Folder with its tokenizer; None if there is none.
         length: How many tokens a text may have; None where that is what the config states.
+        device: Where it runs.
+        placement: Which form of it runs where, and why there, in one line.
     """
 
     backend: ClassVar[str]
@@ -48,6 +52,8 @@ class LanguageModel(ABC):
     generation: Mapping[str, Any] = {}
     tokenizer: Path | None
     length: int | None = None
+    device: torch.device = CPU
+    placement: str = ""
 
     @abstractmethod
     def start(self, batch: int) -> Any:
@@ -59,6 +65,10 @@ class LanguageModel(ABC):
         A step with it gives at least the logits of its last token; nothing is padded.
         """
         return self.start(1)
+
+    def capacity(self, cache: Any) -> int | None:
+        """Return how many tokens a cache has room for; None where it grows."""
+        return None
 
     @abstractmethod
     def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
@@ -147,6 +157,18 @@ class LanguageModel(ABC):
             inputs["attention_mask"] = attention_mask
         return self.step(complete_inputs(inputs), self.start(input_ids.shape[0]))[0]
 
+    def log_likelihoods(self, input_ids: Tensor) -> Tensor:
+        """Return the log-probability of each token but the first, given those before it.
+
+        Args:
+            input_ids: int64 [B, S], S at least 2. Rows may be padded behind their texts with any
+                token, since no token sees those behind it: what `check_causal` is for.
+
+        Returns:
+            fp32 [B, S - 1] on the CPU.
+        """
+        return token_log_likelihoods(self.logits(input_ids)[:, :-1], input_ids[:, 1:])
+
 
 @dataclass
 class _Replay:
@@ -168,21 +190,28 @@ class ProgramModel(LanguageModel):
     backend = "program"
 
     def __init__(
-        self, program: Program, *, keep_weights: bool = True, device: torch.device = _CPU
+        self, program: Program, *, keep_weights: bool = True, device: torch.device = CPU
     ) -> None:
         self.name = program.name
         self.config, self.generation = program.config, program.generation
         self.tokenizer = Path(program.tokenizer) if program.tokenizer else None
         self.length = context_length(program)
-        self._device = device
+        self.device = device
         self._runner = CheckedRunner(program, device=device, keep_weights=keep_weights)
+
+    def log_likelihoods(self, input_ids: Tensor) -> Tensor:
+        return self._likelihoods.of(input_ids.to(self.device)).cpu()
+
+    @functools.cached_property
+    def _likelihoods(self) -> ProgramLikelihoods:
+        return ProgramLikelihoods(self._runner)
 
     def start(self, batch: int) -> Any:
         states = self._runner.program.states
         return self._runner.empty_cache(batch) if states else _Replay()
 
     def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
-        inputs = {name: value.to(self._device) for name, value in inputs.items()}
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
         if not isinstance(cache, _Replay):
             outputs, cache = self._runner.run(inputs, cache)
             return outputs[0].float().cpu(), cache

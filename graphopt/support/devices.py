@@ -12,9 +12,26 @@ import torch
 from graphopt.errors import GraphoptError, PassError, UsageError
 from graphopt.support.boundary import out_of_memory
 
+AUTO = "auto"
+"""In place of a device's name: the one on which what is run is fastest."""
+
+
+def found_gpu() -> torch.device | None:
+    """Return the GPU that is used where nobody names a device; None where there is none."""
+    return torch.device("cuda") if torch.cuda.is_available() else None
+
+
+def describe_device(device: torch.device) -> str:
+    """Return what a device is called in a sentence."""
+    if device.type == "cpu":
+        return "the CPU"
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
+
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """Return the device called `name`, checked by putting a number there.
+    """Return the device called `name`, checked by putting a number there and reading it.
 
     Args:
         name: Such as `cpu`, `cuda` or `cuda:1`.
@@ -26,9 +43,10 @@ def usable_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"Unknown device {str(name)!r}.", "Known: cpu, cuda, cuda:N.") from None
+        known = "Known: auto, cpu, cuda, cuda:N."
+        raise UsageError(f"Unknown device {str(name)!r}.", known) from None
     try:
-        torch.zeros(1, device=device)
+        float(torch.zeros(1, device=device))  # from a device without memory none can be read
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise GraphoptError(

@@ -40,7 +40,7 @@ _STANDARD = {
     "re": "import re",
     "subprocess": "import subprocess",
     "sys": "import sys",
-    "Iterator": "from collections.abc import Collection, Iterator",
+    "Iterator": "from collections.abc import Collection, Iterator, Mapping, Sequence",
     "datetime": "from datetime import datetime",
     "Path": "from pathlib import Path",
     "ModuleType": "from types import ModuleType",
@@ -73,8 +73,7 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
         _check_layouts(program)
     classes = _classes(lowered)
     ahead = kernels.functions() if kernels is not None else []
-    unmasked = kernels is not None and mask_is_for_attention_alone(program)
-    with_kernels = kernels is not None
+    unmasked, with_kernels = mask_is_for_attention_alone(program), kernels is not None
     whole = ModelClass(lowered, classes, unmasked=unmasked, with_kernels=with_kernels)
     model = "\n".join(whole.lines())
     parts = ["\n".join(made.lines()) for made in classes.values()]
@@ -94,14 +93,14 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
         *parts,
         model,
         "# Loading and running.",
-        template.load(kernels is not None).strip(),
-        _steps(program, classes, unmasked).strip(),
+        template.load(with_kernels).strip(),
+        _steps(program, classes, fixed_room=unmasked and with_kernels).strip(),
         template.generate(rotary_switch(program)).strip(),
         inspect.getsource(chat.render_chat).strip(),
         inspect.getsource(chat.chat_text).strip(),
         template.PROMPT.strip(),
         plain_text_source().strip(),
-        template.main(kernels is not None).strip(),
+        template.main(with_kernels).strip(),
     ]
     text = "\n\n\n".join(body)
     head = [_docstring(program, kernels), "from __future__ import annotations"]
@@ -125,12 +124,16 @@ def _check_layouts(program: Program) -> None:
             )
 
 
-def _steps(program: Program, classes: dict[str, ModuleClass], unmasked: bool) -> str:
-    """Return `steps`: with a cache of fixed room where nothing asks how full it is."""
+def _steps(program: Program, classes: dict[str, ModuleClass], fixed_room: bool) -> str:
+    """Return `steps`: with a cache of fixed room where nothing asks how full it is.
+
+    Args:
+        fixed_room: The file has such caches, and needs no mask for them.
+    """
     if not program.states:
         return template.UNCACHED.format(why="This model has no cache")
     sizes = any("P" in made.body.needs for made in classes.values())
-    if unmasked and not sizes and _causal(program) and not _reads_caches(classes):
+    if fixed_room and not sizes and _causal(program) and not _reads_caches(classes):
         return template.STATIC
     if any("attention_mask" in call.args for call in program.calls):
         return template.CACHED

@@ -155,8 +155,9 @@ def steps(model: Model, texts: list[list[int]], count: int) -> Iterator[list[int
     pads = [longest - len(text) for text in texts]
     new = torch.tensor([[0] * pad + text for pad, text in zip(pads, texts)], device=device)
     mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)
-    for _ in range(count):
-        logits, cache = model(new, mask, cache=cache)
+    for number in range(count):
+        # Attention is faster without a mask, which prompts of one length do not need.
+        logits, cache = model(new, mask if number or any(pads) else None, cache=cache)
         new = logits[:, -1:].argmax(-1)
         mask = torch.cat((mask, mask.new_ones(len(texts), 1)), -1)
         yield new[:, 0].tolist()
@@ -218,7 +219,8 @@ def encode(folder: Path, prompt: str, raw: bool = False) -> tuple[list[int], Any
                 value = value.get("content") if isinstance(value, dict) else value
                 if key.endswith("_token") and isinstance(value, str):
                     special[key] = value
-    text = chat_text(template.read_text(encoding="utf-8"), prompt, special)
+    turns = [{"role": "user", "content": prompt}]
+    text = chat_text(template.read_text(encoding="utf-8"), turns, special)
     # A template writes the special tokens itself.
     return tokenizer.encode(text, add_special_tokens=False).ids, tokenizer
 '''
