@@ -145,12 +145,14 @@ class _Emission:
     ) -> tuple[list[str], list[SkipEntry]]:
         """Write everything but the report under `root`; return usage lines and notes."""
         from graphopt.storage.artifact import save_program
+        from graphopt.storage.licence import write_licence
 
         usage: list[str] = []
         notes: list[SkipEntry] = []
         storage: dict[str, Any] = {}
         for emitter in self.emitters:
             emitted = emitter.emit(program, root, self.target, progress)
+            write_licence(program, root / emitter.name)
             usage += emitted.usage
             if self.strict:
                 self._refuse(emitted.fallbacks)
@@ -160,6 +162,7 @@ class _Emission:
             for name, stored in emitted.storage.items():
                 storage.setdefault(name, stored)
         save_program(program, root, storage)
+        write_licence(program, root)
         (root / "program.txt").write_text(print_program(program) + "\n", encoding="utf-8")
         (root / "recipe.yaml").write_text(recipe, encoding="utf-8")
         manifest = {
@@ -167,6 +170,7 @@ class _Emission:
             "version": MANIFEST_VERSION,
             "name": program.name,
             "source": program.source,
+            "licence": program.licence,
             "target": self.target,
             "emit": [emitter.name for emitter in self.emitters],
             "versions": versions(),
@@ -248,6 +252,8 @@ def _write(
         size = sum(path.stat().st_size for path in _files(root))
         names = [emitter.name for emitter in emission.emitters]
         report.target = emission.target
+        report.licence = program.licence
+        report.licence_files = [Path(path).name for path in program.licence_files]
         place = shlex.quote(str(out))
         # Two forms may be run by the same command.
         lines = [line.replace("{out}", place) for line in dict.fromkeys(usage)]
@@ -307,6 +313,7 @@ def compile_model(
     progress: Progress = silent,
     on_capture: Callable[[Program], None] | None = None,
     on_pass: OnPass | None = None,
+    command: str | None = None,
 ) -> Report:
     """Compile a model to an output folder.
 
@@ -319,6 +326,7 @@ def compile_model(
         progress: Told about long work.
         on_capture: Told about the captured program.
         on_pass: Told about every pass when it is done.
+        command: What was typed, for the report.
 
     Returns:
         The report, which is also in the folder.
@@ -338,8 +346,9 @@ def compile_model(
     pipeline = options.recipe if options.recipe is not None else Pipeline.default()
     if options.stop_after is not None:
         pipeline = pipeline.until(options.stop_after)
-    if options.calib is not None:
-        read_text(Path(options.calib))
+    for text in (options.calib, options.text):
+        if text is not None:
+            read_text(Path(text))
     with contextlib.ExitStack() as stack:
         with Meter() as whole:
             with Meter() as capturing:
@@ -384,6 +393,7 @@ def compile_model(
                     report.stages[stage] = report.stages.get(stage, 0.0) + more
         report.stages = {"capture": capturing.seconds, **report.stages}
         report.total_seconds, report.peak_bytes = whole.seconds, whole.peak_bytes
+        report.command = command
         if not options.dry_run:
             _write(program, folder, emission, report, pipeline, options.force, progress)
             shutil.rmtree(work, ignore_errors=True)

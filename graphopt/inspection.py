@@ -15,7 +15,7 @@ from graphopt.ir.types import DTYPE_NAMES, B, Dim, P, S
 from graphopt.ir.weights import Weight
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.report.breakdown import PARTS, breakdown, evaluate_cost, kv_cache_bytes
-from graphopt.report.records import REPORT_NAME, read_report
+from graphopt.report.records import REPORT_NAME, SavedReport, read_report
 from graphopt.support.progress import Progress, silent
 
 
@@ -177,23 +177,40 @@ def _largest_difference(a: Weight, b: Weight) -> float:
     return float((x.double() - y.double()).abs().max())
 
 
-def _diff_reports(a: Path, b: Path) -> dict[str, list[Any]] | None:
+def _diff_reports(a: Path, b: Path) -> dict[str, Any] | None:
     """Return the figures of two reports side by side; None unless both are there."""
-    found: list[dict[str, Any]] = []
-    for folder in (a, b):
-        if not (folder / REPORT_NAME).exists():
-            return None
-        report = read_report(folder)
-        measured = [p.perplexity_after for p in report.passes if p.perplexity_after]
-        found.append(
-            {
-                "recipe": report.recipe,
-                "target": report.target,
-                "parameters": report.parameters,
-                "perplexity": measured[-1] if measured else None,
-                "total_seconds": report.total_seconds,
-                "peak_bytes": report.peak_bytes,
-                "artifact_bytes": report.artifact.bytes if report.artifact else None,
-            }
+    if not all((folder / REPORT_NAME).exists() for folder in (a, b)):
+        return None
+    reports = [read_report(folder) for folder in (a, b)]
+    figures: dict[str, list[Any]] = {
+        key: [getattr(report, key) for report in reports]
+        for key in ("recipe", "target", "parameters", "total_seconds", "peak_bytes")
+    }
+    figures["artifact_bytes"] = [r.artifact.bytes if r.artifact else None for r in reports]
+    figures["perplexity_text"] = [
+        None if r.quality is None else r.quality.text.measured().describe() for r in reports
+    ]
+    reasons = _not_comparable(*reports)
+    for key, reason in reasons.items():
+        if not reason:
+            figures[key] = [getattr(r.quality, key) for r in reports]
+    return {**figures, "not_compared": {key: reason for key, reason in reasons.items() if reason}}
+
+
+def _not_comparable(a: SavedReport, b: SavedReport) -> dict[str, str]:
+    """Return, by figure, why those of two reports say nothing beside each other; "" if they do."""
+    if a.quality is None or b.quality is None:
+        missing = [name for name, r in (("a", a), ("b", b)) if r.quality is None]
+        reason = (
+            f"none was measured of {' and '.join(missing)}: compile with --text FILE, or run "
+            "graphopt eval on both with one text"
         )
-    return {key: [found[0][key], found[1][key]] for key in found[0]}
+        return {"perplexity_after": reason, "times": reason}
+    if not a.quality.text.measured().same_as(b.quality.text.measured()):
+        reason = (
+            "measured on different texts, or in different tokens of one: run graphopt eval on "
+            "both with one text"
+        )
+        return {"perplexity_after": reason, "times": reason}
+    of_one = a.quality.perplexity_before == b.quality.perplexity_before
+    return {"perplexity_after": "", "times": "" if of_one else "their sources differ"}

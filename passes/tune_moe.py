@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -114,6 +115,9 @@ class TuneMoe(TrainingOptions, Pass):
     surrogate: bool = True
     gate: bool = True
     balance: Annotated[float, Field(ge=0)] = 1e-3
+
+    def milder(self, recipe: Sequence[str]) -> str:
+        return "train for longer (tune-moe{seconds=}) and on text of your own (--calib)"
 
     def run(self, program: Program, context: Context) -> PassResult:
         if context.dense is None or context.record(CarvedParts) is None:

@@ -100,6 +100,7 @@ def test_compile_makes_the_folder_and_says_what_it_did():
         "dead-code-elimination,insert-kv-cache",
         "|Δlogit|",
         "verified 1 within tolerance, 4 changed nothing",
+        "quality  Unchanged: every pass is exact, and was verified.",
         "artifact out",
         "graphopt generate out --prompt 'Hi'",
     ):
@@ -115,6 +116,16 @@ def test_compile_makes_the_folder_and_says_what_it_did():
     assert report["total_seconds"] >= sum(report["stages"].values()) - 0.01
     manifest = json.loads(Path("out/manifest.json").read_text())
     assert manifest["files"]["fake.txt"] == Path("out/fake.txt").stat().st_size
+
+
+def test_the_report_has_the_command_without_defaults():
+    compile_tiny("--passes", "canonicalise,insert-kv-cache", "--seed", "0", "--no-verify")
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["command"] == (
+        "graphopt compile tiny --out out --emit fake --passes canonicalise,insert-kv-cache "
+        "--no-verify"
+    )
+    assert "canonicalise,insert-kv-cache --no-verify" in Path("out/report.html").read_text()
 
 
 def test_the_saved_recipe_replays_the_run():

@@ -73,6 +73,7 @@ def capture(
     program.generation = source.generation
     program.tokenizer = str(source.tokenizer) if source.tokenizer is not None else None
     program.checkpoint_dtype = source.dtype
+    program.licence, program.licence_files = source.licence, source.licence_files
     return program
 
 

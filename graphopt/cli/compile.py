@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,6 +52,13 @@ class CompileFlags:
     recipe: Annotated[Path | None, typer.Option(help="Recipe as a YAML file.")] = None
     calib: Annotated[
         Path | None, typer.Option(help="Text file for calibration and verification.")
+    ] = None
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file on which the result is compared with the source; a built-in English "
+            "story by default, where a pass may have made it worse."
+        ),
     ] = None
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Don't compare results before and after passes.")
@@ -119,7 +127,10 @@ def compile_command(
                 ui.print_rows(console, rows)
 
         progress("capture", 0, 1)
-        report = compile_model(spec, flags.out, options, progress=progress, on_capture=on_capture)
+        report = compile_model(
+            spec, flags.out, options,
+            progress=progress, on_capture=on_capture, command=_command_line(model, flags),
+        )  # fmt: skip
     if as_json:
         print_json(report.to_json())
         return
@@ -132,6 +143,19 @@ def compile_command(
         ui.print_report(console, report)
 
 
+def _command_line(model: str | None, flags: CompileFlags) -> str:
+    """Return the command that gives these options: those that are not at their defaults."""
+    words = ["graphopt", "compile", *([model] if model is not None else [])]
+    for item in fields(flags):
+        value = getattr(flags, item.name)
+        if value == item.default and item.name != "out":
+            continue
+        words.append(f"--{item.name.replace('_', '-')}")
+        if not isinstance(value, bool):
+            words.append(str(value))
+    return shlex.join(words)
+
+
 def _compile_options(flags: CompileFlags) -> CompileOptions:
     from graphopt.compiler import CompileOptions
     from graphopt.sources.windows import check_bos
@@ -142,6 +166,7 @@ def _compile_options(flags: CompileFlags) -> CompileOptions:
         emit=None if emit is None else [n.strip() for n in emit.split(",") if n.strip()],
         recipe=_pipeline(flags.passes, flags.recipe),
         calib=flags.calib,
+        text=flags.text,
         verify=not flags.no_verify,
         force=flags.force,
         strict=flags.strict,

@@ -18,6 +18,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 
+from graphopt.report.skips import grouped_skips
 from graphopt.support.plain import plain_line, plain_text
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def pass_table(entries: Iterable[PassEntry]) -> Table:
     """Return the table of passes."""
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     table.add_column("pass", overflow="fold")
-    for heading in ("matched", "changed", "skipped", "params", "max |Δlogit|", "KL", "ppl"):
+    for heading in ("matched", "changed", "skipped", "params", "max |Δlogit|", "KL", "×ppl"):
         table.add_column(heading, justify="right", overflow="fold")
     table.add_column("seconds", justify="right", no_wrap=True)
     table.add_column("peak", justify="right", no_wrap=True)
@@ -204,11 +205,15 @@ def pass_table(entries: Iterable[PassEntry]) -> Table:
             _parameters(entry),
             _delta(entry),
             format_figure(entry.kl, 2),
-            entry.perplexity_change() or "-",
+            _times(entry.perplexity_times()),
             f"{entry.seconds + entry.verify_seconds:.1f}",
             format_bytes(entry.peak_bytes).replace(" ", ""),
         )
     return table
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}" if ratio < 100 else f"{ratio:.3g}"
 
 
 def _delta(entry: PassEntry) -> str:
@@ -255,8 +260,11 @@ def print_passes(console: Console, entries: list[PassEntry]) -> None:
         line = entry.record.line() if entry.record is not None else ""
         if line:
             console.print(f"  {entry.name} {line}", soft_wrap=True)
-        for skip in entry.skipped:
-            console.print(f"  {entry.name} skipped {skip.where}: {skip.reason}", soft_wrap=True)
+        for group in grouped_skips((entry.name, skip) for skip in entry.skipped):
+            places = f" ({group.count} places)" if group.count > 1 else ""
+            console.print(
+                f"  {entry.name} skipped {group.where}{places}: {group.reason}", soft_wrap=True
+            )
 
 
 def print_report(console: Console, report: Report) -> None:
@@ -264,7 +272,8 @@ def print_report(console: Console, report: Report) -> None:
     artifact = report.artifact
     assert artifact is not None
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages.items())
-    rows = [
+    rows = quality_rows(report)
+    rows += [
         ("time", f"{report.total_seconds:.1f} s ({stages})"),
         ("memory", f"{format_bytes(report.peak_bytes)} at most"),
         ("artifact", f"{artifact.path}  {format_bytes(artifact.bytes)}"),
@@ -273,6 +282,22 @@ def print_report(console: Console, report: Report) -> None:
     rows += [("note", f"{note.where}: {note.reason}") for note in artifact.notes]
     rows += [("run", line) for line in artifact.usage]
     print_rows(console, rows)
+
+
+_SAMPLE_LETTERS = 100
+
+
+def quality_rows(report: Report) -> list[tuple[str, str]]:
+    """Return what became of the model's quality, first of all in a sentence."""
+    verdict, quality = report.verdict(), report.quality
+    rows = [("quality", verdict.sentence)] if verdict is not None else []
+    if quality is None:
+        return rows
+    rows.append(("text", quality.text.describe()))
+    for sample in quality.samples[:1]:
+        for label, continued in (("before", sample.before), ("after", sample.after)):
+            rows.append((label, f"{sample.prompt}|{continued}"[-_SAMPLE_LETTERS:]))
+    return rows
 
 
 def print_inspection(console: Console, program: Program, found: dict[str, Any]) -> None:
@@ -341,9 +366,13 @@ def print_diff(console: Console, found: dict[str, Any]) -> None:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for heading in ("report", "a", "b"):
             table.add_column(heading)
-        for key, (a, b) in found["report"].items():
+        figures = dict(found["report"])
+        refused = figures.pop("not_compared")
+        for key, (a, b) in figures.items():
             table.add_row(key, _cell(a), _cell(b))
         console.print(table)
+        for key, reason in refused.items():
+            console.print(f"{key} is not compared: {reason}.", soft_wrap=True)
 
 
 def _cell(value: Any) -> str:

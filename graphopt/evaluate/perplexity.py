@@ -84,7 +84,11 @@ def window_perplexity(
         total -= float(log_likelihoods(batch)[:, first - 1 :].double().sum())
         done += len(batch)
         progress("perplexity", done, len(windows))
-    mean = total / (len(windows) * (windows.shape[1] - first))
+    return of_mean_loss(total / (len(windows) * (windows.shape[1] - first)))
+
+
+def of_mean_loss(mean: float) -> float:
+    """Return the perplexity that a mean negative log-likelihood is: infinity beyond e^700."""
     return math.exp(mean) if mean < 700 else math.inf
 
 

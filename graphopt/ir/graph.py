@@ -278,6 +278,8 @@ class Program:
         checkpoint_dtype: dtype of most floating-point weights in the checkpoint.
         notes: What capture left as ATen, and why: (where, reason).
         max_length: How many tokens texts may have where that is not what the config states.
+        licence: What the source states of its licence, such as "apache-2.0"; "" for nothing.
+        licence_files: Paths of the source's licence and notices, to copy into artifacts.
     """
 
     name: str
@@ -294,6 +296,8 @@ class Program:
     checkpoint_dtype: torch.dtype = torch.float32
     notes: list[tuple[str, str]] = field(default_factory=list)
     max_length: int | None = None
+    licence: str = ""
+    licence_files: list[str] = field(default_factory=list)
 
     def function_of(self, call: Call) -> Function:
         return self.functions[call.function]
@@ -342,6 +346,8 @@ class Program:
             checkpoint_dtype=self.checkpoint_dtype,
             notes=list(self.notes),
             max_length=self.max_length,
+            licence=self.licence,
+            licence_files=list(self.licence_files),
         )  # fmt: skip
 
     def prune_unused(self) -> None:

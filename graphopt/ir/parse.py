@@ -174,14 +174,14 @@ class _Parser:
 
     def _fact(self, number: int, text: str) -> None:
         line = Line(number, re.sub(r"=.*", "=", text))
-        name = line.named("source, dtype, max_length, config or generation")
+        name = line.named("source, dtype, licence, max_length, config or generation")
         line.expect("=")
         place = text.index("=") + 1
         try:
             value: Any = text[place:].strip() if name == "dtype" else json.loads(text[place:])
         except ValueError as error:
             raise ParseError(number, place + 2, "JSON", repr(text[place:].strip()[:40])) from error
-        wanted = {"source": str, "dtype": str, "max_length": int, "config": dict,
+        wanted = {"source": str, "dtype": str, "licence": str, "max_length": int, "config": dict,
                   "generation": dict}  # fmt: skip
         if name not in wanted or type(value) is not wanted[name]:
             raise ParseError(number, 5, f"one of {', '.join(wanted)}, with its kind of value", name)

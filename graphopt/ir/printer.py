@@ -379,6 +379,8 @@ def _facts(program: Program) -> list[str]:
     facts = [f"    dtype = {DTYPE_NAMES[program.checkpoint_dtype]}"]
     if program.source:
         facts.insert(0, f"    source = {quoted(program.source)}")
+    if program.licence:
+        facts.append(f"    licence = {quoted(program.licence)}")
     if program.max_length is not None:
         facts.append(f"    max_length = {program.max_length}")
     for title in ("config", "generation"):

@@ -123,6 +123,7 @@ class ProgramEntry(Schema):
     generation: dict[str, Any] = pydantic.Field(default_factory=dict)
     notes: list[Annotated[list[str], pydantic.Field(min_length=2, max_length=2)]]
     max_length: Annotated[int, pydantic.Field(ge=1, lt=2**31)] | None = None
+    licence: Annotated[str, pydantic.Field(max_length=1000)] = ""
 
     @pydantic.field_validator("states", mode="before")
     @classmethod

@@ -267,6 +267,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "generation": program.generation,
         "notes": [list(note) for note in program.notes],
         "max_length": program.max_length,
+        "licence": program.licence,
     }
 
 
@@ -351,6 +352,7 @@ def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -
         checkpoint_dtype=DTYPES[entry.checkpoint_dtype],
         notes=[(where, reason) for where, reason in entry.notes],
         max_length=entry.max_length,
+        licence=entry.licence,
     )
     for c in entry.calls:
         attrs = {key: _unpack(attr) for key, attr in c.attrs.items()}

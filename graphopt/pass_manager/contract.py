@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -205,6 +205,16 @@ class Pass(ABC):
         Raises:
             PassError: The pass can't run on this program.
         """
+
+    def milder(self, recipe: Sequence[str]) -> str:
+        """Return what a user can do where this pass cost more than wanted, as a clause.
+
+        It stands behind a full stop or an "or", as in "remove fewer blocks (ratio=)".
+
+        Args:
+            recipe: Names of all passes of the recipe.
+        """
+        return f"give {self.name} milder options, or leave it out"
 
     def values(self, device: torch.device) -> dict[str, Any]:
         """Return every option with its value, the default on a device where none was given."""

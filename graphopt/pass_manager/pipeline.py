@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from graphopt.errors import PassError, UsageError, unknown_name
+from graphopt.errors import PassError, SourceError, UsageError, unknown_name
 from graphopt.evaluate.perplexity import read_text
 from graphopt.ir.graph import Program
 from graphopt.ir.types import DTYPE_NAMES
@@ -20,10 +20,13 @@ from graphopt.pass_manager.contract import (
     make_pass,
 )
 from graphopt.pass_manager.probe import PROBE_TEXT
+from graphopt.pass_manager.quality import measure_quality
 from graphopt.pass_manager.recipe import format_recipe, parse_recipe, read_recipe, recipe_to_yaml
 from graphopt.pass_manager.run import OnPass, RecipeRun, checked_record, new_entry
 from graphopt.pass_manager.run_options import RunOptions
+from graphopt.report.quality import Quality
 from graphopt.report.records import (
+    CalibrationEntry,
     PassEntry,
     Report,
     SkipEntry,
@@ -221,6 +224,7 @@ class Pipeline:
                 else:
                     run.snapshots.clear()
             run.all()
+            quality, not_measured = pipeline._quality(program, run, options, device, progress)
         report = Report(
             source=program.source,
             name=program.name,
@@ -235,12 +239,21 @@ class Pipeline:
             probe=run.probe_entry(),
             windows=run.windows_entry(),
             blocks=block_entries(run.program),
+            calibration=CalibrationEntry.of(
+                "built-in text" if calib is None else str(calib),
+                text,
+                0 if context.written is None else context.written.numel(),
+            ),
+            quality=quality,
+            not_measured=not_measured,
         )
         fresh = [entry for entry in run.entries if not entry.resumed]
         report.stages = {
             "passes": sum(entry.seconds for entry in fresh),
             "verify": sum(entry.verify_seconds for entry in fresh),
         }
+        if quality is not None:
+            report.stages["quality"] = quality.seconds
         return run.program, report
 
     def _check_values(self, program: Program) -> None:
@@ -251,6 +264,42 @@ class Pipeline:
                 f"{program.name} is a config without weights, and {reading[0]} reads them.",
                 "Give a model folder, a .gguf file or 'demo'; --dry-run says what would be done.",
             )
+
+    def _quality(
+        self,
+        source: Program,
+        run: RecipeRun,
+        options: RunOptions,
+        device: torch.device,
+        progress: Progress,
+    ) -> tuple[Quality | None, str]:
+        """Return how source and result compare on a text, or why that was not measured.
+
+        What exact passes made was verified to be equal, so it is measured only on a given text.
+
+        Raises:
+            SourceError: A text was given, and it cannot be used.
+        """
+        pairs = zip(self.passes, run.entries, strict=True)
+        lossy = [item for item, entry in pairs if entry.changed and not entry.exact]
+        if not lossy and options.text is None:
+            return None, ""
+        if not options.verify and options.text is None:
+            return None, "verification is off (--no-verify)"
+        if not source.has_values():
+            return None, "the model has no weights"
+        names = [item.name for item in self.passes]
+        try:
+            quality = measure_quality(
+                source, run.program, options.text,
+                bos=options.bos, device=device, advice=[item.milder(names) for item in lossy],
+                progress=progress,
+            )  # fmt: skip
+        except SourceError as error:
+            if options.text is not None:
+                raise
+            return None, error.message.rstrip(".")
+        return quality, ""
 
     def _check_order(self, program: Program) -> None:
         """Check prerequisites that name passes."""

@@ -26,6 +26,8 @@ class RunOptions:
         device: Where passes and verification compute.
         seed: The seed of every generator of random numbers.
         bos: Which windows of text begin with what the tokenizer puts before a text.
+        text: Text file on which source and result are compared; None for a built-in text, where
+            a pass that is not exact changed something, and for no comparison where none did.
     """
 
     calib: str | Path | None = None
@@ -36,3 +38,4 @@ class RunOptions:
     device: str | torch.device = "cpu"
     seed: int = 0
     bos: Bos = "every"
+    text: str | Path | None = None

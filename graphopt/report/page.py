@@ -9,31 +9,35 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from graphopt.report.breakdown import PARTS
-from graphopt.report.pictures import axis, bar, figure, legend, row, si
-from graphopt.report.records import ArtifactEntry, BlockEntry, PassEntry, Report
-
-_LABELS = {"embed": "embedding", "ffn": "feed-forward", "norm": "norms"}
+from graphopt.report.columns import columns
+from graphopt.report.evaluations import evaluations_section
+from graphopt.report.pictures import bar, facts_table, figure, legend, row, si, table
+from graphopt.report.quality import SLIGHT, UNCHANGED, Quality, Sample
+from graphopt.report.records import ArtifactEntry, PassEntry, Report
+from graphopt.report.skips import grouped_skips
 
 
 def render(report: Report) -> str:
     """Return the page of a report."""
     template = resources.files("graphopt.report").joinpath("page.html").read_text(encoding="utf-8")
-    passes, blocks = report.passes, report.blocks
+    busy = [entry for entry in report.passes if not entry.idle]
+    idle = [entry for entry in report.passes if entry.idle]
     return Template(template).substitute(
         title=f"{escape(report.name)} · graphopt report",
         name=escape(report.name),
         subtitle=_subtitle(report),
+        verdict=_verdict(report),
         tiles=_tiles(report),
         run=_usage(report),
+        evaluations=evaluations_section([]),
         recipe=escape(report.recipe) or "no passes",
-        passes=_pass_table(passes),
-        quality=_quality(passes, report.probe),
-        time=_times(passes),
-        parameters=_columns(blocks, "parameters"),
-        flops=_columns(blocks, "flops"),
-        details="".join(_details(item) for item in passes),
-        skipped=_skipped(passes, report.artifact),
+        passes=(_pass_table(busy) + _idle(idle)) or '<p class="dim">The recipe has no passes.</p>',
+        quality=_quality_by_pass(busy, report.probe),
+        time=_times(busy),
+        parameters=columns(report.blocks, "parameters"),
+        flops=columns(report.blocks, "flops"),
+        details="".join(_details(item) for item in report.passes),
+        skipped=_skipped(report.passes, report.artifact),
         made=_made(report),
     )
 
@@ -47,6 +51,48 @@ def _subtitle(report: Report) -> str:
     return " · ".join(parts) or "graphopt report"
 
 
+GRADE_STYLES = {
+    "unchanged": "good",
+    "better": "good",
+    "slightly worse": "warn",
+    "clearly worse": "bad",
+    "destroyed": "bad",
+    "not measured": "dim",
+}
+
+
+def _verdict(report: Report) -> str:
+    """Return the card that says what became of the model's quality, with samples of text."""
+    verdict, quality = report.verdict(), report.quality
+    if verdict is None:
+        return ""
+    title, _, rest = verdict.sentence.partition(": ")
+    text, samples = "", ""
+    if quality is not None:
+        text = f'<p class="dim small">Measured on {escape(quality.text.describe())}.</p>'
+        samples = _samples(quality)
+    style = GRADE_STYLES[verdict.grade]
+    return (
+        f'<section class="card verdict line-{style}"><h2 class="{style}">{escape(title)}</h2>'
+        f"<p>{escape(rest[:1].upper() + rest[1:])}</p>{text}{samples}</section>"
+    )
+
+
+def _samples(quality: Quality) -> str:
+    if quality.not_sampled:
+        return f'<p class="dim small">No samples: {escape(quality.not_sampled)}.</p>'
+    parts = "".join(map(_sample, quality.samples))
+    if not parts:
+        return ""
+    note = "The likeliest token each time, behind beginnings from that text."
+    return f'<h3>What they write</h3><p class="dim small">{note}</p>{parts}'
+
+
+def _sample(sample: Sample) -> str:
+    rows = (("beginning", sample.prompt), ("source", sample.before), ("result", sample.after))
+    return facts_table((label, " ".join(text.split())) for label, text in rows)
+
+
 def _tiles(report: Report) -> str:
     passes = report.passes
     before = passes[0].parameters_before if passes else report.parameters
@@ -55,15 +101,9 @@ def _tiles(report: Report) -> str:
     if before != after:
         label += f" ({(after - before) / before:+.1%})"
     tiles = [(si(after), label)]
-    measured = [
-        (entry.perplexity_before, entry.perplexity_after)
-        for entry in passes
-        if entry.perplexity_before is not None and entry.perplexity_after is not None
-    ]
-    if measured:
-        old, new = measured[0][0], measured[-1][1]
-        change = "unchanged" if f"{old:.2f}" == f"{new:.2f}" else f"from {old:.2f}"
-        tiles.append((f"{new:.2f}", f"probe perplexity, {change}"))
+    times = None if report.quality is None else report.quality.times
+    if times is not None:
+        tiles.insert(0, (f"{times:.3g} ×", "the source's perplexity"))
     tiles.append((f"{report.total_seconds:.1f} s", "total time"))
     tiles.append((si(report.peak_bytes, "B"), "peak memory"))
     if report.artifact:
@@ -81,35 +121,41 @@ def _usage(report: Report) -> str:
     return f'<section class="card"><h2>Run it</h2><pre>{lines}</pre></section>'
 
 
-_COLUMNS = (
-    "matched", "changed", "skipped", "parameters", "max |Δ logit|", "KL", "perplexity",
-    "seconds", "peak memory",
-)  # fmt: skip
+_NUMBERS = ("changed", "left alone", "parameters", "seconds", "peak memory")
 
 
 def _pass_table(passes: Sequence[PassEntry]) -> str:
     if not passes:
-        return '<p class="dim">The recipe has no passes.</p>'
-    head = "".join(f'<th class="n">{name}</th>' for name in _COLUMNS)
-    rows: list[str] = []
+        return ""
+    rows: list[list[str]] = []
     for item in passes:
-        cells = (
-            item.matched,
-            item.changed,
-            len(item.skipped),
-            _parameters(item),
-            figure(item.max_abs_logit_delta),
-            figure(item.kl),
-            item.perplexity_change() or "–",
-            f"{item.seconds:.2f}",
-            si(item.peak_bytes, "B"),
+        changed = str(item.changed)
+        if item.changed != item.matched:
+            changed += f" of {item.matched}"
+        style, result = _result(item)
+        rows.append(
+            [
+                escape(item.name),
+                changed,
+                str(len(item.skipped) or "–"),
+                _parameters(item),
+                f'<span class="{style}">{escape(result)}</span>',
+                f"{item.seconds:.2f}",
+                si(item.peak_bytes, "B"),
+            ]
         )
-        numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
-        rows.append(f"<tr><td>{escape(item.name)}</td>{numbers}<td>{_verdict(item)}</td></tr>")
-    return (
-        f'<div class="scroll"><table><thead><tr><th>pass</th>{head}<th>verified</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    headings = ("pass", *_NUMBERS[:3], "result", *_NUMBERS[3:])
+    return table(headings, rows, _NUMBERS)
+
+
+def _idle(passes: Sequence[PassEntry]) -> str:
+    """Return the line on the passes that found nothing to do."""
+    if not passes:
+        return ""
+    names = ", ".join(dict.fromkeys(escape(entry.name) for entry in passes))
+    seconds = sum(entry.seconds + entry.verify_seconds for entry in passes)
+    many = "passes" if len(passes) > 1 else "pass"
+    return f'<p class="dim idle">{len(passes)} {many} did nothing: {names} ({seconds:.2f} s).</p>'
 
 
 def _parameters(item: PassEntry) -> str:
@@ -117,46 +163,60 @@ def _parameters(item: PassEntry) -> str:
     return "–" if before == after or not before else f"{(after - before) / before:+.1%}"
 
 
-def _verdict(item: PassEntry) -> str:
-    style = {"proved": "good", "passed": "good", "measured": "warn"}.get(item.verification, "dim")
-    return f'<span class="{style}">{escape(item.verification)}</span>'
+def _result(item: PassEntry) -> tuple[str, str]:
+    """Return the style and the words for what verification found of a pass."""
+    if item.verification == "proved":
+        return "good", "proved to be equal"
+    if item.verification == "passed":
+        return "good", f"equal within rounding, Δ logit {figure(item.max_abs_logit_delta)}"
+    times = item.perplexity_times()
+    if times is not None:
+        return times_style(times), f"perplexity × {times:.3g}, KL {figure(item.kl)}"
+    if item.kl is not None and item.verification == "measured":
+        return "warn", f"KL {figure(item.kl)}"
+    return "dim", item.verification
 
 
-def _quality(passes: Sequence[PassEntry], probe: Mapping[str, Any] | None) -> str:
+def times_style(times: float) -> str:
+    """Return the style of a perplexity that is so many times another."""
+    return "good" if times <= UNCHANGED else "warn" if times <= SLIGHT else "bad"
+
+
+def _quality_by_pass(passes: Sequence[PassEntry], probe: Mapping[str, Any] | None) -> str:
     rows: list[str] = []
     for item in passes:
-        delta, limit = item.max_abs_logit_delta, item.tolerance
-        if item.verification == "unchanged":
-            rows.append(row(item.name, "program unchanged", bar([])))
-        elif item.verification == "proved":
-            rows.append(row(item.name, "the same expressions as before", bar([])))
-        elif delta is None:
-            rows.append(row(item.name, item.verification, bar([])))
+        delta, limit, times = item.max_abs_logit_delta, item.tolerance, item.perplexity_times()
+        drawn: list[tuple[float, str]] = []
+        if item.verification == "proved":
+            text = "the same expressions as before"
+        elif item.verification == "unchanged" or delta is None:
+            text = item.verification
         elif limit is not None:
             share = delta / limit
-            rows.append(
-                row(
-                    item.name,
-                    f"Δ logit {figure(delta)}, {share:.1%} of the tolerance",
-                    bar([(_decades(share), "delta")]),
-                )
-            )
+            text, drawn = f"{share:.1%} of the tolerance", [(_decades(share), "delta")]
         else:
-            old, new = item.perplexity_before, item.perplexity_after
-            measured = f"KL {figure(item.kl)}"
-            share = 0.0
-            if old and new:
-                measured += f", perplexity {old:.2f} → {new:.2f}"
-                share = min(max(new / old - 1, 0.0), 1.0)
-            rows.append(row(item.name, measured, bar([(share, "ffn")])))
+            text = f"KL {figure(item.kl)}"
+            if times is not None:
+                text += f", perplexity × {times:.3g}"
+                drawn = [(doublings(times) / _DOUBLINGS, "ffn")]
+        rows.append(row(item.name, text, bar(drawn)))
     note = "Nothing was measured."
     if probe is not None:
         what = "of text" if probe["is_text"] else f"({probe['note']})"
         note = (
-            f"On {probe['tokens']} tokens {what}. Exact passes: largest change of a logit beside "
-            "its tolerance, four decades wide. Lossy passes: rise of the perplexity."
+            f"On {probe['tokens']} tokens {what}, which compare two programs and measure no model. "
+            "Exact passes: largest change of a logit beside its tolerance, four decades wide. "
+            f"Lossy passes: rise of the perplexity, {_DOUBLINGS} doublings wide."
         )
     return f'<p class="dim">{escape(note)}</p>{"".join(rows)}'
+
+
+_DOUBLINGS = 5
+
+
+def doublings(times: float) -> float:
+    """Return how often something doubled that is so many times what it was, from 0 up to 5."""
+    return min(max(math.log2(times), 0.0), float(_DOUBLINGS)) if times > 0 else 0.0
 
 
 def _decades(share: float) -> float:
@@ -178,43 +238,6 @@ def _times(passes: Sequence[PassEntry]) -> str:
     return f'<p class="dim">Seconds of wall time.</p>{"".join(rows)}{colours}'
 
 
-def _columns(blocks: Sequence[BlockEntry], kind: str) -> str:
-    """Return stacked columns, one a call in order, and the totals of the parts."""
-    totals = {part: sum(getattr(block, kind).get(part, 0) for block in blocks) for part in PARTS}
-    total = sum(totals.values())
-    if not total:
-        return '<p class="dim">None.</p>'
-    highest = max(sum(getattr(block, kind).values()) for block in blocks)
-    rects: list[str] = []
-    for index, block in enumerate(blocks):
-        top = 100.0
-        for part in PARTS:
-            count = getattr(block, kind).get(part, 0)
-            if not count:
-                continue
-            height = 100 * count / highest
-            top -= height
-            title = f"{block.name}: {_LABELS.get(part, part)} {si(count)}"
-            rects.append(
-                f'<rect class="{part}" x="{index + 0.08:.2f}" y="{top:.3f}" width="0.84" '
-                f'height="{height:.3f}"><title>{escape(title)}</title></rect>'
-            )
-    colours = legend(
-        (part, f"{_LABELS.get(part, part)} {si(totals[part])}, {totals[part] / total:.0%}")
-        for part in PARTS
-        if totals[part]
-    )
-    intro = f"{si(total)} in all; a column each for embedding, blocks and head."
-    if kind == "flops":
-        intro = f"{si(total)} for one prompt of 128 tokens; a multiply-add counts as two."
-    return (
-        f'<p class="dim">{intro} The highest column is {si(highest)}.</p>'
-        f'<svg class="columns" viewBox="0 0 {len(blocks)} 100" preserveAspectRatio="none" '
-        f'role="img" aria-label="{kind} by part and block">{"".join(rects)}</svg>'
-        f"{axis(blocks[0].name, blocks[-1].name)}{colours}"
-    )
-
-
 def _details(entry: PassEntry) -> str:
     """Return the card of what a pass tells about itself; none where it tells nothing to see."""
     card = entry.record.card() if entry.record is not None else ""
@@ -225,17 +248,18 @@ def _skipped(passes: Sequence[PassEntry], artifact: ArtifactEntry | None) -> str
     places = [(item.name, skip) for item in passes for skip in item.skipped]
     places += [("emission", note) for note in (artifact.notes if artifact is not None else [])]
     rows = [
-        f"<tr><td>{escape(name)}</td><td><code>{escape(place.where)}</code></td>"
-        f"<td>{escape(place.reason)}</td></tr>"
-        for name, place in places
+        (
+            escape(group.source),
+            f"<code>{escape(group.where)}</code>"
+            + (f" ({group.count} places)" if group.count > 1 else ""),
+            escape(group.reason),
+        )
+        for group in grouped_skips(places)
     ]
     if not rows:
         return ""
-    return (
-        '<section class="card"><h2>Left alone, and why</h2><div class="scroll"><table><thead><tr>'
-        f"<th>pass</th><th>where</th><th>reason</th></tr></thead><tbody>{''.join(rows)}</tbody>"
-        "</table></div></section>"
-    )
+    shown = table(("pass", "where", "reason"), rows)
+    return f'<section class="card"><h2>Left alone, and why</h2>{shown}</section>'
 
 
 def _made(report: Report) -> str:
@@ -243,14 +267,27 @@ def _made(report: Report) -> str:
     machine = report.machine
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     rows = [
+        ("Command", report.command or ""),
+        ("Calibration text", _calibration(report)),
+        ("Licence of the source", _licence(report)),
         ("Time", stages),
         ("Versions", versions),
         ("Machine", f"{machine['system']} {machine['processor']}, {machine['cores']} cores"),
         ("Weights", report.dtype),
     ]
-    cells = "".join(
-        f'<tr><td class="dim">{name}</td><td>{escape(text)}</td></tr>'
-        for name, text in rows
-        if text
-    )
-    return f"<table><tbody>{cells}</tbody></table>"
+    return facts_table(rows)
+
+
+def _calibration(report: Report) -> str:
+    text = report.calibration
+    if text is None:
+        return ""
+    written = text.self_generated_tokens
+    own = f"; {written:,} tokens that the model wrote behind beginnings from it" if written else ""
+    return f"{text.name}, SHA-256 {text.sha256[:12]}…{own}"
+
+
+def _licence(report: Report) -> str:
+    files = ", ".join(report.licence_files)
+    stated = report.licence or ("" if files else "the source states none")
+    return " · ".join(part for part in (stated, files and f"copied: {files}") if part)

@@ -7,7 +7,7 @@ All return HTML whose texts are escaped. Styles are those of `page.html`: `embed
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from typing import Protocol
 
@@ -54,6 +54,50 @@ def legend(entries: Iterable[tuple[str, str]]) -> str:
     """Return the meaning of colours, given as (style, label)."""
     items = [f'<span><i class="{style}"></i>{escape(label)}</span>' for style, label in entries]
     return f'<div class="legend">{"".join(items)}</div>'
+
+
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()
+) -> str:
+    """Return a table whose rows become blocks of labelled lines where the page is narrow.
+
+    Roles are stated, since what is laid out as blocks loses those of its tags.
+
+    Args:
+        rows: HTML of every cell; the first names the row.
+        numbers: Headings of the columns that are aligned to the right.
+    """
+
+    def attributes(heading: str) -> str:
+        return ' class="n"' if heading in numbers else ""
+
+    head = "".join(
+        f'<th scope="col" role="columnheader"{attributes(heading)}>{escape(heading)}</th>'
+        for heading in headings
+    )
+    body = "".join(
+        f'<tr role="row"><th scope="row" role="rowheader">{first}</th>'
+        + "".join(
+            f'<td role="cell" data-label="{escape(heading)}"{attributes(heading)}>{cell}</td>'
+            for heading, cell in zip(headings[1:], cells, strict=True)
+        )
+        + "</tr>"
+        for first, *cells in rows
+    )
+    return (
+        f'<table class="wide" role="table"><thead role="rowgroup"><tr role="row">{head}</tr>'
+        f'</thead><tbody role="rowgroup">{body}</tbody></table>'
+    )
+
+
+def facts_table(rows: Iterable[tuple[str, str]]) -> str:
+    """Return a table of labels and texts, without those that have no text."""
+    cells = "".join(
+        f'<tr><th scope="row">{escape(label)}</th><td>{escape(text)}</td></tr>'
+        for label, text in rows
+        if text
+    )
+    return f'<table class="facts-table"><tbody>{cells}</tbody></table>'
 
 
 def halves(parts: Iterable[str]) -> str:

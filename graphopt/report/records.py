@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import pydantic
 from graphopt.ir.graph import Program
 from graphopt.ir.types import B, P, S
 from graphopt.report.breakdown import breakdown, evaluate_cost
+from graphopt.report.quality import MeasuredText, Quality, Verdict, judge
 from graphopt.report.record import Record
 from graphopt.support.inputs import OpenSchema, Schema, Size, parse, parse_entry, read_json
 from graphopt.support.plain import shown
@@ -75,12 +77,17 @@ class PassEntry:
     resumed: bool = False
     not_run: list[str] = field(default_factory=list)
 
-    def perplexity_change(self) -> str | None:
-        """Return the perplexity before and after as a text; None where it was not measured."""
-        if self.perplexity_before is None or self.perplexity_after is None:
+    def perplexity_times(self) -> float | None:
+        """Return the probe's perplexity after a lossy pass, times that before it; else None."""
+        if self.verification != "measured" or not self.perplexity_before:
             return None
-        before, after = f"{self.perplexity_before:.2f}", f"{self.perplexity_after:.2f}"
-        return after if before == after else f"{before} → {after}"
+        after = self.perplexity_after
+        return None if after is None else after / self.perplexity_before
+
+    @property
+    def idle(self) -> bool:
+        """Whether it ran and there is nothing to tell of it."""
+        return not (self.changed or self.skipped) and self.verification == "unchanged"
 
     @property
     def details(self) -> dict[str, Any]:
@@ -136,6 +143,27 @@ class SavedFigures(Schema):
 
 
 @dataclass
+class CalibrationEntry:
+    """The text that verification ran, and that passes measured and learned from.
+
+    Attributes:
+        name: Path of the file as it was given, or "built-in text".
+        sha256: Of the text, in UTF-8.
+        self_generated_tokens: How many tokens the model wrote in its place, for passes that need
+            more than the built-in text has.
+    """
+
+    name: str
+    sha256: str
+    self_generated_tokens: int = 0
+
+    @classmethod
+    def of(cls, name: str, text: str, self_generated_tokens: int) -> CalibrationEntry:
+        """Return the entry of a text."""
+        return cls(name, hashlib.sha256(text.encode()).hexdigest(), self_generated_tokens)
+
+
+@dataclass
 class ArtifactEntry:
     """What a compile wrote.
 
@@ -180,6 +208,13 @@ class Report:
             `begin` the ids; None where no text was used.
         artifact: None where nothing was emitted.
         blocks: Parameters and FLOPs by part, for B=1, S=128, P=0.
+        command: What was typed; None where it was no command.
+        calibration: The text of verification and calibration; None where nothing was run.
+        quality: Source and result on one text, where a pass that is not exact changed something
+            or a text was given.
+        not_measured: Why there is no `quality` though such a pass changed something.
+        licence: What the source states of its licence; "" for nothing.
+        licence_files: Names of its licence and notices, which lie in the output folder.
     """
 
     source: str
@@ -199,14 +234,50 @@ class Report:
     artifact: ArtifactEntry | None = None
     blocks: list[BlockEntry] = field(default_factory=list)
     dry_run: bool = False
+    command: str | None = None
+    calibration: CalibrationEntry | None = None
+    quality: Quality | None = None
+    not_measured: str = ""
+    licence: str = ""
+    licence_files: list[str] = field(default_factory=list)
+
+    def verdict(self) -> Verdict | None:
+        """Return what became of the model's quality; None after a dry run."""
+        if self.dry_run:
+            return None
+        if self.quality is not None:
+            return judge(self.quality)
+        changed = [entry for entry in self.passes if entry.changed]
+        if self.not_measured:
+            return Verdict("not measured", f"Not measured: {self.not_measured}.")
+        open_ = [e.name for e in changed if e.verification not in ("proved", "passed")]
+        if open_:
+            names = ", ".join(dict.fromkeys(open_))
+            return Verdict(
+                "not measured", f"Not measured: nothing was compared before and after {names}."
+            )
+        ran = [e for e in changed if e.max_abs_logit_delta is not None and e.tolerance]
+        if not ran:
+            return Verdict("unchanged", "Unchanged: what the passes did is proved to be equal.")
+        worst = max(ran, key=lambda e: (e.max_abs_logit_delta or 0.0) / (e.tolerance or 1.0))
+        return Verdict(
+            "unchanged",
+            "Unchanged: every pass is exact, and was verified. No logit moved by more than "
+            f"{worst.max_abs_logit_delta:.2g}, where rounding may move one by "
+            f"{worst.tolerance:.2g}.",
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `report.json`; a figure that is not finite is None there."""
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         content["passes"] = [entry.to_json() for entry in self.passes]
         content["blocks"] = [dataclasses.asdict(block) for block in self.blocks]
-        if self.artifact is not None:
-            content["artifact"] = dataclasses.asdict(self.artifact)
+        for name in ("artifact", "calibration"):
+            entry = content[name]
+            content[name] = None if entry is None else dataclasses.asdict(entry)
+        content["quality"] = None if self.quality is None else self.quality.to_json()
+        verdict = self.verdict()
+        content["verdict"] = None if verdict is None else dataclasses.asdict(verdict)
         finite: dict[str, Any] = _finite({"version": VERSION, **content})
         return finite
 
@@ -216,16 +287,36 @@ class Report:
 
         text = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
         (folder / REPORT_NAME).write_text(text, encoding="utf-8")
-        (folder / "report.html").write_text(render(self), encoding="utf-8")
+        (folder / PAGE_NAME).write_text(render(self), encoding="utf-8")
 
 
-REPORT_NAME = "report.json"
+REPORT_NAME, PAGE_NAME = "report.json", "report.html"
 
 
-class SavedPass(OpenSchema):
-    """What is read of a pass's entry."""
+class SavedText(OpenSchema):
+    """What is read of the text that quality was measured on; see `MeasuredText`."""
 
+    name: str
+    sha256: str
+    tokens: Size
+    window: Size
+    begin: list[Size]
+    first_token: Size
+    first_text: str
+
+    def measured(self) -> MeasuredText:
+        """Return it as it was written."""
+        names = [f.name for f in dataclasses.fields(MeasuredText)]
+        return MeasuredText(**{name: getattr(self, name) for name in names})
+
+
+class SavedQuality(OpenSchema):
+    """What is read of figures of quality; see `Quality`."""
+
+    text: SavedText
+    perplexity_before: float | None
     perplexity_after: float | None
+    times: float | None
 
 
 class SavedArtifact(OpenSchema):
@@ -243,8 +334,8 @@ class SavedReport(OpenSchema):
     parameters: Size
     total_seconds: float
     peak_bytes: Size
-    passes: list[SavedPass]
     artifact: SavedArtifact | None
+    quality: SavedQuality | None = None
 
 
 def read_report(folder: Path) -> SavedReport:

@@ -68,6 +68,7 @@ def open_model(spec: str, *, trust_remote_code: bool = False) -> ModelSource:
 def _open_program(spec: str, folder: Path) -> ModelSource:
     from graphopt.ir.verify import verify
     from graphopt.sources.base import output_tokenizer
+    from graphopt.sources.licence import licence_files
     from graphopt.storage.artifact import load_program
 
     program = load_program(folder)
@@ -81,6 +82,7 @@ def _open_program(spec: str, folder: Path) -> ModelSource:
     _check_model(program, folder / PROGRAM_NAME)
     tokenizer = output_tokenizer(folder, program)
     program.tokenizer = str(tokenizer) if tokenizer else None
+    program.licence_files = licence_files(folder)
     return ModelSource(
         spec=spec,
         name=program.name,

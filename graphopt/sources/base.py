@@ -35,6 +35,7 @@ class ModelSource:
         generation: How text is to be generated, in the words of generation_config.json.
         dtype: dtype of most of the floating-point weights.
         program: The program of a graphopt output folder; None for every other kind.
+        licence, licence_files: As `Program` has them.
     """
 
     spec: str
@@ -46,6 +47,8 @@ class ModelSource:
     generation: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     program: Program | None = None
+    licence: str = ""
+    licence_files: list[str] = field(default_factory=list)
 
 
 def common_dtype(producers: Mapping[str, Producer]) -> torch.dtype:

@@ -13,6 +13,7 @@ from graphopt.files.safetensors import INDEX_NAME, WEIGHTS_NAME, read_checkpoint
 from graphopt.ir.weights import Producer
 from graphopt.sources.base import ModelSource, common_dtype, tokenizer_in
 from graphopt.sources.generation import read_generation
+from graphopt.sources.licence import MODEL_CARD, PATTERNS, licence_files, stated_licence
 from graphopt.support.boundary import out_of_memory
 from graphopt.support.inputs import read_json
 from graphopt.support.plain import shown
@@ -24,7 +25,7 @@ CONFIG_NAME = "config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 DOWNLOAD_PATTERNS = [
-    "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken",
+    "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", MODEL_CARD, *PATTERNS,
 ]  # fmt: skip
 """What is fetched from the hub: no pickles, no code, no copies in other formats."""
 
@@ -210,6 +211,8 @@ def open_folder(
         tokenizer=tokenizer_in(folder),
         generation=generation,
         dtype=common_dtype(producers),
+        licence=stated_licence(folder),
+        licence_files=licence_files(folder),
     )
 
 

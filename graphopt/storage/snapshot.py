@@ -227,6 +227,7 @@ class Snapshots:
             if tensor.name not in producers:
                 raise SourceError(f"{path} does not say where {shown(tensor.name)} is.", again)
         program.tokenizer = self._source.tokenizer
+        program.licence_files = list(self._source.licence_files)
         self._check(program, path)
         return program, state.entries, state.figures
 

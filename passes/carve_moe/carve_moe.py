@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -233,6 +234,10 @@ class CarveMoe(Pass):
                 "of a token.",
                 f"Give k_activations={width} or less.",
             )
+
+    def milder(self, recipe: Sequence[str]) -> str:
+        more = "let a token run more neurons (carve-moe{active=} or {shared=})"
+        return more if "tune-moe" in recipe else f"{more}, or add tune-moe behind it"
 
     def run(self, program: Program, context: Context) -> PassResult:
         remedy = "Lower windows or seqlen, or take --device cpu."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -89,6 +90,9 @@ class FuseBlocks(TrainingOptions, Pass):
                 "The loss of mode=published compares sequences of a batch, and batch=1 has one.",
                 "Give batch=2 or more.",
             )
+
+    def milder(self, recipe: Sequence[str]) -> str:
+        return "train for longer (fuse-blocks{seconds=}) and on text of your own (--calib)"
 
     def run(self, program: Program, context: Context) -> PassResult:
         remedy = (

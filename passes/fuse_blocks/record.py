@@ -16,6 +16,7 @@ from graphopt.report.pictures import (
     removed_in_order,
     seconds_rows,
     sentences,
+    table,
 )
 from graphopt.report.record import Figure, told_in_a_line
 from graphopt.training.record import TrainingRecord, training_pictures
@@ -62,15 +63,12 @@ class FusedBlocks(TrainingRecord):
 
 
 def _table(ablations: list[Ablation]) -> str:
+    if not ablations:
+        return ""
     rows = [
-        f'<tr><td>{escape(ablation.donor)}</td><td class="n">{figure(ablation.loss, 4)}</td>'
-        f'<td class="n">{figure(ablation.perplexity, 4)}</td></tr>'
+        (escape(ablation.donor), figure(ablation.loss, 4), figure(ablation.perplexity, 4))
         for ablation in ablations
     ]
-    if not rows:
-        return ""
-    return (
-        '<h3>Ablations</h3><p class="dim">The same training with another donor.</p>'
-        '<table><thead><tr><th>donor</th><th class="n">held-out loss</th>'
-        f'<th class="n">perplexity</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    )
+    headings = ("donor", "held-out loss", "perplexity")
+    note = "The same training with another donor."
+    return f'<h3>Ablations</h3><p class="dim">{note}</p>{table(headings, rows, headings[1:])}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -191,6 +192,10 @@ class PruneBlocks(Pass):
             return self.blocks
         assert self.ratio is not None
         return math.ceil(self.ratio * len(units_of(program, PARTS[self.part])) - 1e-9)
+
+    def milder(self, recipe: Sequence[str]) -> str:
+        fewer = "take fewer blocks (prune-blocks{ratio=})"
+        return fewer if "fuse-blocks" in recipe else f"{fewer}, or add fuse-blocks behind it"
 
     def run(self, program: Program, context: Context) -> PassResult:
         names = [block_name(program, block) for block in find_blocks(program)]

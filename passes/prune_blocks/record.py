@@ -120,6 +120,10 @@ def _nearest_rows(sets: Sequence[ScoredSet]) -> str:
     return f'<h3>Nearest sets</h3><p class="dim">{note}</p>{"".join(rows)}'
 
 
+_MOST_NUMBERED = 40
+"""Candidates up to which numbers under their bars do not cover each other."""
+
+
 def _score_picture(rounds: list[dict[str, float | None]], order: list[str]) -> str:
     """Return a bar for each candidate's score in the first round, by their decades."""
     first = rounds[0] if rounds else {}
@@ -159,12 +163,13 @@ def _score_picture(rounds: list[dict[str, float | None]], order: list[str]) -> s
     )
     if len(rounds) > 1:
         note += f" Point at a bar for all {len(rounds)} rounds."
-    colours = legend([("attention", "kept"), ("ffn", "removed; the number is its turn")])
+    numbered = len(first) <= _MOST_NUMBERED
+    removed = "removed; the number is its turn" if numbered else "removed"
+    colours = legend([("attention", "kept"), ("ffn", removed)])
     return (
         f'<p class="dim">{note}</p>'
-        f'<div class="scroll"><div style="min-width:{14 * len(first)}px">'
         f'<svg class="columns low" viewBox="0 0 {len(first)} 100" preserveAspectRatio="none" '
         f'role="img" aria-label="scores by candidate">{"".join(bars)}</svg>'
-        f'<div class="marks">{"".join(marks)}</div>{axis(units[0], units[-1])}'
-        f"</div></div>{colours if order else ''}"
+        f'<div class="marks">{"".join(marks if numbered else [])}</div>'
+        f"{axis(units[0], units[-1])}{colours if order else ''}"
     )

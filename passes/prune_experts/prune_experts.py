@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -150,6 +151,9 @@ class PruneExperts(Pass):
         assert self.ratio is not None
         size = mixture.experts // mixture.groups.count
         return (size - math.ceil(self.ratio * size - 1e-9)) * mixture.groups.count
+
+    def milder(self, recipe: Sequence[str]) -> str:
+        return "drop fewer experts (prune-experts{ratio=})"
 
     def run(self, program: Program, context: Context) -> PassResult:
         remedy = "Lower windows or seqlen, or take --device cpu."

@@ -124,7 +124,7 @@ def test_everything_a_program_knows():
     program.checkpoint_dtype = torch.bfloat16
     program.config = {"rope": {"theta": 1e5, "list": [1, None, True, "ä"]}, "b": math.inf}
     program.generation = {"eos_token_id": [1, 2]}
-    program.max_length = 77
+    program.max_length, program.licence = 77, "mit"
     program.notes = [("layers.0 x", 'why: "so"'), ("", "\x1b[31m")]
     program.functions["never called"] = Function("never called", params=[Value("x")])
     again(program)

@@ -13,6 +13,7 @@ from graphopt.sources.gguf.generation import gguf_generation
 from graphopt.sources.gguf.tokenizer import gguf_tokenizer
 from graphopt.sources.gguf.vocabulary import read_vocabulary
 from graphopt.sources.gguf.weights import gguf_producers
+from graphopt.sources.licence import gguf_licence
 
 __all__ = ["open_gguf"]
 
@@ -43,4 +44,5 @@ def open_gguf(spec: str, path: Path, kind: Kind = "gguf", name: str = "") -> Mod
         tokenizer=gguf_tokenizer(file, vocabulary),
         generation=gguf_generation(file, vocabulary),
         dtype=torch.float32,
+        licence=gguf_licence(file.metadata),
     )
