@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -150,6 +150,8 @@ class Chooser:
                 del named[unit]
         if options.looks_back:
             self._look_back(left, choice)
+            if not stopped:
+                self._try_best_run(left, choice)
             self._compare_nearest(left, choice)
         for model in (self.program, self._without(choice.order)):
             choice.speed.append(forward_speed(model, self.windows, self.device, self.dtype))
@@ -210,15 +212,20 @@ class Chooser:
             new = [unit for unit in waiting if unit not in self.added]
             several = new or waiting[:SCORED_AT_ONCE]
             sets = [gone | {unit} for unit in several]
-            unknown = [removal for removal in (gone, *sets) if removal not in self.sets]
-            if unknown:
-                self.sets |= self._set_scores(unknown)
+            self._known_scores([gone, *sets])
             for unit, removal in zip(several, sets, strict=True):
                 waiting.remove(unit)
                 named[unit] = self.sets[removal]
                 self.added[unit] = _or_inf(named[unit] - self.sets[gone])
                 lowest = min(lowest, self.added[unit])
         return {unit: named[unit] for unit in left if unit in named}
+
+    def _known_scores(self, removals: Sequence[Removal]) -> Mapping[Removal, float]:
+        """Return the scores of all sets so far, these among them."""
+        unknown = [removal for removal in removals if removal not in self.sets]
+        if unknown:
+            self.sets |= self._set_scores(unknown)
+        return self.sets
 
     def _set_scores(self, removals: Sequence[Removal]) -> dict[Removal, float]:
         return score_removals(
@@ -274,22 +281,69 @@ class Chooser:
         return best
 
     def _look_back(self, left: list[PruningUnit], choice: Choice) -> None:
+        """Exchange removed units for others, while that lowers the score.
+
+        The last one was chosen among all that are left, and waits until another was exchanged.
+        """
+        self._exchange(
+            choice.order, choice.order[:-1], left, choice,
+            lambda unit, better: self._exchanged([unit], [better], choice),
+        )  # fmt: skip
+
+    def _try_best_run(self, left: list[PruningUnit], choice: Choice) -> None:
+        """Begin again with the best run of neighbours; the lower of the two ends goes.
+
+        Neighbours that go together often cost less than the first of them lets greed expect.
+        """
+        known = self.sets[frozenset(choice.order)]
+        units = sorted([*left, *choice.order])
+        runs = [
+            units[start : start + len(choice.order)]
+            for start in range(len(units) - len(choice.order) + 1)
+        ]
+        started = time.perf_counter()
+        scores = self._known_scores([frozenset(run) for run in runs])
+        choice.seconds += time.perf_counter() - started
+        run = min(runs, key=lambda run: _or_inf(scores[frozenset(run)]))
+        if not scores[frozenset(run)] < JUMP * _or_inf(known):
+            return
+        # What units add where greed went is no bound on what they add here.
+        self.added.clear()
+        others = [unit for unit in units if unit not in run]
+        self._exchange(run, list(run), others, choice, lambda *_: True)
+        back, gone = sorted({*choice.order} - {*run}), sorted({*run} - {*choice.order})
+        lowest = self.sets[frozenset(run)]
+        if lowest < (1 - LEAST_GAIN) * _or_inf(known) and self._exchanged(back, gone, choice):
+            left[:] = sorted({*left, *back} - {*gone})
+
+    def _exchange(
+        self,
+        order: list[PruningUnit],
+        waiting: list[PruningUnit],
+        left: list[PruningUnit],
+        choice: Choice,
+        accept: Callable[[PruningUnit, PruningUnit], bool],
+    ) -> None:
         """Put removed units back, one at a time; the lowest goes, which may be another one.
 
-        It ends when no exchange lowers the score, or after `SWEEPS` tries for each unit. The
-        last one was chosen among all that are left, and waits until another was exchanged.
+        It ends when no exchange lowers the score, or after `SWEEPS` tries for each unit.
+
+        Args:
+            order: What is removed; changed in place, as is what is left.
+            waiting: Units of `order` that are put back.
+            accept: Called with a unit and what is to go in its place.
         """
-        waiting = choice.order[:-1]
-        for _ in range(SWEEPS * len(choice.order)):
+        for _ in range(SWEEPS * len(order)):
             if not waiting:
                 break
             unit = waiting.pop(0)
-            gone = [other for other in choice.order if other != unit]
+            gone = [other for other in order if other != unit]
             named = self._scored(sorted([*left, unit]), gone, choice)
             better = Scores(named, 0).lowest()
             if not named[better] < (1 - LEAST_GAIN) * _or_inf(named[unit]):
                 continue
-            if self._exchanged([unit], [better], choice):
+            if accept(unit, better):
+                order[:] = [better if other == unit else other for other in order]
                 left[left.index(better)] = unit
                 # What another unit is worth may have changed with this one.
                 waiting += [other for other in gone if other not in waiting]

@@ -118,6 +118,31 @@ def test_look_back_finds_a_pair_that_greed_does_not(run):
     assert entry.details["perplexity"][-1]["after"] == "removing 1 in place of 0"
 
 
+def test_neighbours_that_cost_little_together_are_found_beyond_any_exchange(run):
+    together = {(0, 3): 3.0, (1, 2): 1.0}
+
+    def scores(gone):
+        if len(gone) == 1:
+            return {0: 1.0, 1: 3.0, 2: 3.0, 3: 2.0}[next(iter(gone))]
+        return together.get(tuple(sorted(gone)), 5.0)
+
+    _, entry = run("blocks=2", scores)
+    assert entry.details["order"] == ["1", "2"]
+    assert entry.details["perplexity"][-1]["after"] == "removing 1, 2 in place of 0, 3"
+
+
+def test_exchanges_lead_on_from_the_best_run(run):
+    together = {(0, 3): 3.0, (1, 2): 2.9, (0, 2): 1.0}
+
+    def scores(gone):
+        if len(gone) == 1:
+            return {0: 2.0, 1: 3.0, 2: 3.0, 3: 1.0}[next(iter(gone))]
+        return together.get(tuple(sorted(gone)), 5.0) if len(gone) == 2 else 9.0
+
+    _, entry = run("blocks=2", scores)
+    assert sorted(entry.details["order"]) == ["0", "2"]
+
+
 def pairs(gone):
     if len(gone) == 1:
         return 1.0 + next(iter(gone))
