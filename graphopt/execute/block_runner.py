@@ -14,6 +14,7 @@ from graphopt.execute.interpreter import CacheContents, Observer, Runner
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Call, Function, Program
 from graphopt.ir.types import B, P, S
+from graphopt.ir.weights import SharedSources
 
 
 class Parametrisation(nn.Module, ABC):
@@ -37,12 +38,20 @@ def training_autocast(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if bf16 else None
 
 
-def calibration_runner(program: Program, device: torch.device) -> Runner:
+def calibration_runner(
+    program: Program, device: torch.device, sources: SharedSources | None = None
+) -> Runner:
     """Return a runner that computes as training does, and reads a weight each time it is needed.
 
     Weights and the residual stream are in fp32, products as `training_autocast` says.
+
+    Args:
+        sources: Through which weights are read, where other runners read the same.
     """
-    return Runner(program, device=device, keep_weights=False, autocast=training_autocast(device))
+    return Runner(
+        program, device=device, keep_weights=False, autocast=training_autocast(device),
+        sources=sources,
+    )  # fmt: skip
 
 
 class BlockRunner(Runner):

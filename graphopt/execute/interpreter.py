@@ -18,7 +18,7 @@ from graphopt.ir.kv_memory import PagedKV
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import concretize
 from graphopt.ir.types import B, P, S
-from graphopt.ir.weights import Array
+from graphopt.ir.weights import Array, SharedSources
 from graphopt.support.devices import free_bytes
 
 Mode = Literal["torch", "reference"]
@@ -167,6 +167,7 @@ class Runner:
         mode: Which implementation of the ops.
         autocast: Type of products, where it is another than that of weights and sums; see
             `training_autocast`.
+        sources: Through which weights are read, where other runners read the same.
     """
 
     program: Program
@@ -175,6 +176,7 @@ class Runner:
     keep_weights: bool = True
     mode: Mode = "torch"
     autocast: torch.dtype | None = None
+    sources: SharedSources | None = None
     _kept: dict[str, Tensor] = field(default_factory=dict)
     _angles: set[str] | None = None
 
@@ -185,7 +187,7 @@ class Runner:
         if self._angles is None:
             self._angles = angle_weights(self.program) if self.dtype.itemsize < 4 else set()
         dtype = torch.float32 if name in self._angles else self.dtype
-        value = self.program.weights[name].load(dtype).to(self.device)
+        value = self.program.weights[name].load(dtype, self.sources).to(self.device)
         if self.keep_weights:
             self._kept[name] = value
         return value

@@ -197,7 +197,7 @@ class Reshaped(Producer):
 class SharedSources:
     """Loads producers that are made of the same sources, and reads each source once.
 
-    What was read stays in memory for as long as this does.
+    What was read stays in memory until `forget`; the values are not to be changed in place.
     """
 
     def __init__(self) -> None:
@@ -214,6 +214,10 @@ class SharedSources:
         if producer not in self._read:
             self._read[producer] = producer.load()
         return self._read[producer]
+
+    def forget(self) -> None:
+        """Give up what was read."""
+        self._read.clear()
 
 
 @dataclass(frozen=True)
@@ -318,9 +322,15 @@ class Weight:
             for suffix, producer in self.producer.tensors().items()
         ]
 
-    def load(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the value on the CPU, cast to `dtype` when it is given and floating point."""
-        value = self.producer.load()
+    def load(
+        self, dtype: torch.dtype | None = None, sources: SharedSources | None = None
+    ) -> torch.Tensor:
+        """Return the value on the CPU, cast to `dtype` when it is given and floating point.
+
+        Args:
+            sources: Through which it is read, if others read the same.
+        """
+        value = self.producer.load() if sources is None else sources.load(self.producer)
         if dtype is not None and value.is_floating_point():
             value = value.to(dtype)
         return value

@@ -36,6 +36,7 @@ from graphopt.ir.graph import Function, Program, unique_name
 from graphopt.ir.layer_config import shrink_expert_width
 from graphopt.ir.mixture import Mixture, find_mixtures
 from graphopt.ir.shapes import infer_program
+from graphopt.ir.weights import SharedSources
 from graphopt.pass_manager.contract import Context, PassResult, Skip, Statement, Statements
 from graphopt.pass_manager.expert_statements import CarvedExperts, CarvedMixture
 from graphopt.pass_manager.statements import DividedNeurons, DividedPart
@@ -100,9 +101,12 @@ class Carving:
         divided: list[DividedPart] = []
         experts: list[CarvedMixture] = []
         mixtures = self._mixtures(skipped)
-        student = self._stream(program, self.context.progress)
-        teacher = self._stream(self.original, silent) if self.reconstructs else None
+        # The dense block, the carved one and the teacher's are made of the same weights.
+        sources = SharedSources()
+        student = self._stream(program, sources, self.context.progress)
+        teacher = self._stream(self.original, sources, silent) if self.reconstructs else None
         for block in student:
+            sources.forget()
             if teacher is not None:
                 with self.clock.counting("model"):
                     teacher.current().advance()
@@ -248,8 +252,10 @@ class Carving:
             shared = allocate_budget(costs, sizes, least, options.shared * sum(sizes))
         return {n: own for n, own in zip(self.sensitivity, shared, strict=True) if own < most}
 
-    def _stream(self, program: Program, progress: Progress) -> HiddenStateStream:
-        runner = calibration_runner(program, self.device)
+    def _stream(
+        self, program: Program, sources: SharedSources, progress: Progress
+    ) -> HiddenStateStream:
+        runner = calibration_runner(program, self.device, sources)
         return HiddenStateStream(
             runner, self.windows, held_out=self.held, progress=progress, what="carving"
         )

@@ -14,7 +14,7 @@ from graphopt.execute.hidden_states import BlockStep, HiddenStateStream
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Program, Value
 from graphopt.ir.mixture import Mixture, find_mixtures, put_producer, stack_of
-from graphopt.ir.weights import Array
+from graphopt.ir.weights import Array, SharedSources
 from graphopt.solvers.least_squares import LeastSquares, best_ridge
 from graphopt.support.progress import Progress, silent
 
@@ -48,11 +48,13 @@ def reconstruct_experts(
     held = held_out_windows(len(windows)) if len(windows) > 1 else 0
     if not held:
         return []
-    student = _stream(pruned, windows, held, device, progress)
-    teacher = _stream(program, windows, held, device, silent)
+    sources = SharedSources()
+    student = _stream(pruned, windows, held, device, sources, progress)
+    teacher = _stream(program, windows, held, device, sources, silent)
     whole, left = _mixtures(program), _mixtures(pruned)
     outcomes: list[Reconstruction] = []
     for block in student:
+        sources.forget()
         if block.index not in blocks:
             continue
         teacher.skip_to(block.index, block.hidden)
@@ -67,10 +69,15 @@ def reconstruct_experts(
 
 
 def _stream(
-    program: Program, windows: Tensor, held: int, device: torch.device, progress: Progress
+    program: Program,
+    windows: Tensor,
+    held: int,
+    device: torch.device,
+    sources: SharedSources,
+    progress: Progress,
 ) -> HiddenStateStream:
     return HiddenStateStream(
-        calibration_runner(program, device), windows, held_out=held, progress=progress,
+        calibration_runner(program, device, sources), windows, held_out=held, progress=progress,
         what="reconstructing",
     )  # fmt: skip
 

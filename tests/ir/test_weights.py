@@ -139,6 +139,11 @@ def test_a_source_that_is_shared_is_read_once():
     values = [shared.load(part) for part in parts]
     assert source.read == [(0, 6)]
     assert all(v.equal(p.load()) and v.dtype == p.dtype for v, p in zip(values, parts, strict=True))
+    source.read.clear()
+    weight = Weight("w", parts[1])
+    assert weight.load(torch.float64, shared).equal(values[1].double()) and source.read == []
+    shared.forget()
+    assert weight.load(torch.float64, shared).equal(values[1].double()) and len(source.read) == 1
 
 
 def test_an_array_gives_its_value_without_its_graph():
