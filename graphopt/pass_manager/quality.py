@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import SourceError
-from graphopt.evaluate.perplexity import of_mean_loss, read_text, token_log_likelihoods
+from graphopt.evaluate.perplexity import of_mean_loss, read_text
 from graphopt.execute.checked import CheckedRunner
 from graphopt.execute.interpreter import complete_inputs
 from graphopt.execute.language_model import ProgramModel
+from graphopt.execute.likelihoods import token_log_likelihoods
 from graphopt.ir.context import context_length
 from graphopt.ir.graph import Program
 from graphopt.pass_manager.contract import Context, make_pass
