@@ -102,6 +102,17 @@ def test_a_wrong_file_is_refused_with_file_and_entry_and_what_is_expected(name, 
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("A100", "architecture: ampere"), ("h100", "architecture: hopper"), ("hoper", "'hopper'"),
+     ("cuda", "ampere or hopper or volta"), ("GPU", "ampere or hopper or volta")],
+)  # fmt: skip
+def test_an_unknown_target_may_be_a_card_or_a_kind(name, said):
+    with pytest.raises(UsageError, match=f"Unknown target '{name}'") as caught:
+        get_target(name)
+    assert said in caught.value.remedy
+
+
 def test_one_broken_file_is_named_and_stops_no_command(folder):
     (folder / "mine.toml").write_text(changed("cores = 132", "cors = 132"))
     (folder / "other.toml").write_text(HOPPER)

@@ -18,6 +18,7 @@ __all__ = ["ModelSource", "open_model"]
 
 CONFIG_PREFIX = "config:"
 PROGRAM_NAME = "program.json"
+_ADDRESS = re.compile(r"https?://(?:(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+))?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -55,9 +56,16 @@ def open_model(spec: str, *, trust_remote_code: bool = False) -> ModelSource:
             from graphopt.sources.gguf import open_gguf
 
             return open_gguf(spec, path)
+        beside = f", {path.parent}" if (path.parent / CONFIG_NAME).exists() else ""
         raise SourceError(
             f"{path} is a file of a kind graphopt does not open.",
-            "Give the model's folder, a .gguf file, a config.json, a hub id or 'demo'.",
+            f"Give the model's folder{beside}, a .gguf file, a config.json, a hub id or 'demo'.",
+        )
+    if (address := _ADDRESS.match(spec)) is not None:
+        named = f": {address[1]}" if address[1] else ""
+        raise SourceError(
+            f"{spec!r} is an address, and models are not read from those.",
+            f"Give the id of the model on the Hugging Face hub{named}, or download it.",
         )
     hint = _nearest(path)
     if not _HUB_ID.fullmatch(spec) or path.suffix in (".gguf", ".json", ".safetensors"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -259,6 +260,19 @@ def broken_targets() -> dict[str, UsageError]:
     return {name: file for name, file in _own_files().items() if isinstance(file, UsageError)}
 
 
+def _unknown_target(name: str, targets: Iterable[Target]) -> UsageError:
+    """Return the refusal of a name, which may be that of a card, such as A100, or of a kind."""
+    word = name.lower()
+    near = [t.name for t in targets if len(word) > 2 and word in re.split(r"\W+", t.title.lower())]
+    if word in ("gpu", "cuda"):
+        near = [target.name for target in targets if target.kind == "gpu"]
+    if near:
+        meant = " or ".join(near)
+        remedy = f"A target is called by its architecture: {meant}. See `graphopt targets`."
+        return UsageError(f"Unknown target {name!r}.", remedy)
+    return unknown_name("target", name, [target.name for target in targets])
+
+
 def get_target(name: str) -> Target:
     """Return the target called `name`.
 
@@ -270,5 +284,5 @@ def get_target(name: str) -> Target:
     if name in broken and name not in targets:
         raise broken[name]
     if name not in targets:
-        raise unknown_name("target", name, targets)
+        raise _unknown_target(name, targets.values())
     return targets[name]

@@ -152,6 +152,12 @@ def test_element_types_of_quantised_weights_alone(code: str, dense: Path, tmp_pa
         open_model(str(tmp_path))
 
 
+LLAMA = {
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 48, "vocab_size": 64,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin", None])
 @pytest.mark.parametrize("beside", [False, True])
 def test_adapters(weights: str | None, beside: bool, dense: Path, tmp_path: Path) -> None:
@@ -178,6 +184,9 @@ def test_adapters(weights: str | None, beside: bool, dense: Path, tmp_path: Path
         ({"pytorch_model.bin": ""}, r"weights \(pytorch_model\.bin\) and no config\.json"),
         ({"a.gguf": ""}, r"\.gguf files and no config\.json.*Name the file: "),
         ({"README.md": ""}, "neither config.json nor program.json"),
+        ({}, "is empty"),
+        ({"tokenizer.json": {}, "README.md": ""}, "holds a tokenizer and no model"),
+        ({"config.json": LLAMA}, r"holds no weights.*graphopt inspect --config .*config\.json"),
         ({"inner/config.json": {}}, "Did you mean .*inner"),
         ({"adapter_config.json": "{", "README.md": ""}, r"an adapter \(adapter_config\.json\)"),
     ],
@@ -189,6 +198,24 @@ def test_folders_of_other_kinds(files: dict[str, Any], message: str, tmp_path: P
         path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(SourceError, match=message):
         open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("https://huggingface.co/owner/model", "hub: owner/model, or download it"),
+        ("https://huggingface.co/owner/model/tree/main", "hub: owner/model, or"),
+        ("http://example.org/model.gguf", "is an address"),
+    ],
+)
+def test_addresses_are_no_models(spec: str, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        open_model(spec)
+
+
+def test_a_file_of_a_model_folder_names_the_folder(dense: Path) -> None:
+    with pytest.raises(SourceError, match=f"the model's folder, {dense}"):
+        open_model(str(dense / "model.safetensors"))
 
 
 @pytest.mark.slow
