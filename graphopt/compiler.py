@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import LoweringError, SourceError, UsageError
+from graphopt.errors import SourceError
 from graphopt.evaluate.perplexity import read_text
 from graphopt.ir.context import set_max_length
+from graphopt.ir.dtypes import AUTO
 from graphopt.ir.graph import Program
-from graphopt.ir.printer import print_program
 from graphopt.ir.types import DTYPE_NAMES
+from graphopt.lowering.emission import Emission, files_under
 from graphopt.pass_manager.pipeline import Pipeline
 from graphopt.pass_manager.run import OnPass
 from graphopt.pass_manager.run_options import RunOptions
 from graphopt.report.records import (
     ArtifactEntry,
-    PassEntry,
+    FormSize,
     Report,
-    SkipEntry,
     block_entries,
     machine,
     versions,
@@ -33,6 +32,7 @@ from graphopt.report.records import (
 from graphopt.storage.output_folder import (
     check_dump,
     check_output,
+    check_room,
     locked,
     output_folder,
     work_folder,
@@ -40,151 +40,10 @@ from graphopt.storage.output_folder import (
 from graphopt.support.devices import usable_device
 from graphopt.support.measure import Meter
 from graphopt.support.progress import Progress, silent
-from graphopt.targets import get_target
 
 if TYPE_CHECKING:
     from graphopt.capture.steps import CaptureStep, Watch
-    from graphopt.lowering.base import Emitter
     from graphopt.sources import ModelSource
-
-MANIFEST_VERSION = 1
-
-
-def default_emit(target: str) -> tuple[str, ...]:
-    """Return what is emitted for a target where nothing is named.
-
-    Raises:
-        UsageError: There is no such target.
-    """
-    return ("onnx",) if get_target(target).kind == "cpu" else ("torch",)
-
-
-@dataclass
-class _Emission:
-    """Which emitters write for which target; checked before any weight is read."""
-
-    target: str
-    emitters: list[Emitter]
-    strict: bool = False
-
-    @classmethod
-    def of(
-        cls, target: str, names: Sequence[str] | None, strict: bool, onnx_moe: bool
-    ) -> _Emission:
-        from graphopt.lowering import get_emitter
-
-        usual = default_emit(target)  # refuses an unknown target, whatever is named
-        names = usual if names is None else names
-        if not names:
-            raise UsageError("Nothing to emit.", "Name at least one of onnx, torch, hf.")
-        if onnx_moe and "onnx" not in names:
-            raise UsageError(
-                f"--onnx-moe is for the ONNX form, and what is emitted is {', '.join(names)}.",
-                "Leave it out, or name onnx after --emit as well.",
-            )
-        options = {"onnx": {"moe": onnx_moe}}
-        unique = list(dict.fromkeys(names))
-        return cls(target, [get_emitter(name, **options.get(name, {})) for name in unique], strict)
-
-    def check(self, program: Program) -> None:
-        from graphopt.lowering.base import check_placements
-
-        check_placements(program)
-        for emitter in self.emitters:
-            emitter.check(program, self.target)
-            if self.strict:
-                self._refuse(emitter.fallbacks(program, self.target))
-
-    def lower(
-        self,
-        program: Program,
-        options: RunOptions,
-        *,
-        progress: Progress = silent,
-        on_pass: OnPass | None = None,
-    ) -> tuple[list[PassEntry], dict[str, float]]:
-        """Run the passes of every emitter through a pipeline; return their entries and stages.
-
-        The program is left as it is: what is saved is not what a target's kernels need.
-
-        Args:
-            options: As for the passes of the recipe. A subfolder `lowering-EMITTER` of `dump_ir`
-                gets the programs as text.
-
-        Raises:
-            VerifyError: A pass broke the program or changed results beyond the tolerance.
-        """
-        entries: list[PassEntry] = []
-        stages: dict[str, float] = {}
-        dumps = options.dump_ir
-        for emitter in self.emitters:
-            passes = emitter.passes(self.target)
-            if not passes:
-                continue
-            dump = None if dumps is None else Path(dumps) / f"lowering-{emitter.name}"
-            _, report = Pipeline(passes).run(
-                program,
-                replace(options, dump_ir=dump, stop_after=None, resume=False),
-                progress=progress,
-                on_pass=on_pass,
-            )
-            entries += report.passes
-            for stage, seconds in report.stages.items():
-                stages[stage] = stages.get(stage, 0.0) + seconds
-        return entries, stages
-
-    @staticmethod
-    def _refuse(fallbacks: list[tuple[str, str]]) -> None:
-        for where, reason in fallbacks:
-            raise LoweringError(
-                f"{where}: {reason}", "Leave --strict out to go on without what is missing."
-            )
-
-    def write(
-        self, program: Program, root: Path, recipe: str, progress: Progress
-    ) -> tuple[list[str], list[SkipEntry]]:
-        """Write everything but the report under `root`; return usage lines and notes."""
-        from graphopt.storage.artifact import save_program
-        from graphopt.storage.licence import write_licence
-
-        usage: list[str] = []
-        notes: list[SkipEntry] = []
-        storage: dict[str, Any] = {}
-        for emitter in self.emitters:
-            emitted = emitter.emit(program, root, self.target, progress)
-            write_licence(program, root / emitter.name)
-            usage += emitted.usage
-            if self.strict:
-                self._refuse(emitted.fallbacks)
-            notes += [
-                SkipEntry(where, reason) for where, reason in emitted.notes + emitted.fallbacks
-            ]
-            for name, stored in emitted.storage.items():
-                storage.setdefault(name, stored)
-        save_program(program, root, storage)
-        write_licence(program, root)
-        (root / "program.txt").write_text(print_program(program) + "\n", encoding="utf-8")
-        (root / "recipe.yaml").write_text(recipe, encoding="utf-8")
-        manifest = {
-            "format": "graphopt-artifact",
-            "version": MANIFEST_VERSION,
-            "name": program.name,
-            "source": program.source,
-            "licence": program.licence,
-            "target": self.target,
-            "emit": [emitter.name for emitter in self.emitters],
-            "versions": versions(),
-            "files": {
-                path.relative_to(root).as_posix(): path.stat().st_size for path in _files(root)
-            },
-        }
-        text = json.dumps(manifest, indent=2) + "\n"
-        (root / "manifest.json").write_text(text, encoding="utf-8")
-        return usage, notes
-
-
-def _files(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.is_file())
 
 
 def emit(
@@ -198,6 +57,7 @@ def emit(
     force: bool = False,
     strict: bool = False,
     onnx_moe: bool = False,
+    dtype: str = AUTO,
     progress: Progress = silent,
 ) -> Report:
     """Write a program as an output folder, which is itself a model graphopt opens.
@@ -210,6 +70,8 @@ def emit(
         force: Replace an existing folder, once the new one is complete.
         strict: Refuse what would run without a kernel of the target.
         onnx_moe: In the ONNX form, experts become com.microsoft::MoE.
+        dtype: In which trained weights are stored: `float32`, `bfloat16`, `float16`, or `auto`:
+            what the program holds, and in packages with kernels for a GPU what they compute in.
 
     Returns:
         The report, as written.
@@ -218,7 +80,8 @@ def emit(
         UsageError: Unknown target or emitter, or the folder exists.
         LoweringError: The program has no such form, or the target is not in this version.
     """
-    emission = _Emission.of(target, emit, strict, onnx_moe)
+    emission = Emission.of(target, emit, strict, onnx_moe, dtype)
+    program = emission.rounded(program)
     emission.check(program)
     if report is None:
         report = Report(
@@ -240,16 +103,21 @@ def emit(
 def _write(
     program: Program,
     out: Path,
-    emission: _Emission,
+    emission: Emission,
     report: Report,
     recipe: Pipeline,
     force: bool,
     progress: Progress,
+    on_write: Callable[[list[FormSize]], None] | None = None,
 ) -> None:
+    planned = emission.sizes(program)
+    check_room(out, sum(form.bytes for form in planned))
+    if on_write is not None:
+        on_write(planned)
     with output_folder(out, force) as root:
         with Meter() as meter:
-            usage, notes = emission.write(program, root, recipe.to_yaml(), progress)
-        size = sum(path.stat().st_size for path in _files(root))
+            usage, notes, forms = emission.write(program, root, recipe.to_yaml(), progress)
+        size = sum(path.stat().st_size for path in files_under(root))
         names = [emitter.name for emitter in emission.emitters]
         report.target = emission.target
         report.licence = program.licence
@@ -257,7 +125,7 @@ def _write(
         place = shlex.quote(str(out))
         # Two forms may be run by the same command.
         lines = [line.replace("{out}", place) for line in dict.fromkeys(usage)]
-        report.artifact = ArtifactEntry(str(out), size, names, lines, notes)
+        report.artifact = ArtifactEntry(str(out), size, names, lines, notes, forms)
         report.stages["emit"] = meter.seconds
         report.total_seconds += meter.seconds
         report.peak_bytes = max(report.peak_bytes, meter.peak_bytes)
@@ -289,6 +157,7 @@ class CompileOptions(RunOptions):
         force: Replace the output folder if it exists, once the new one is complete.
         strict: Refuse what would run without a kernel of the target.
         onnx_moe: In the ONNX form, experts become com.microsoft::MoE.
+        dtype: In which trained weights are stored; see `emit`.
         max_length: How many tokens texts may have; None for what the config states.
         dry_run: Only say what would be done: no weight is read and nothing is written.
         trust_remote_code: Let code of the checkpoint run.
@@ -300,6 +169,7 @@ class CompileOptions(RunOptions):
     force: bool = False
     strict: bool = False
     onnx_moe: bool = False
+    dtype: str = AUTO
     max_length: int | None = None
     dry_run: bool = False
     trust_remote_code: bool = False
@@ -313,6 +183,7 @@ def compile_model(
     progress: Progress = silent,
     on_capture: Callable[[Program], None] | None = None,
     on_pass: OnPass | None = None,
+    on_write: Callable[[list[FormSize]], None] | None = None,
     command: str | None = None,
 ) -> Report:
     """Compile a model to an output folder.
@@ -326,6 +197,7 @@ def compile_model(
         progress: Told about long work.
         on_capture: Told about the captured program.
         on_pass: Told about every pass when it is done.
+        on_write: Told about how large each form will be, before it is written.
         command: What was typed, for the report.
 
     Returns:
@@ -342,7 +214,9 @@ def compile_model(
     if options.dump_ir is not None:
         check_dump(Path(options.dump_ir))
     device = usable_device(options.device)
-    emission = _Emission.of(options.target, options.emit, options.strict, options.onnx_moe)
+    emission = Emission.of(
+        options.target, options.emit, options.strict, options.onnx_moe, options.dtype
+    )
     pipeline = options.recipe if options.recipe is not None else Pipeline.default()
     if options.stop_after is not None:
         pipeline = pipeline.until(options.stop_after)
@@ -350,6 +224,9 @@ def compile_model(
         if text is not None:
             read_text(Path(text))
     with contextlib.ExitStack() as stack:
+        if not options.dry_run:
+            stack.enter_context(locked(folder))
+            check_output(folder, options.force)  # another compile may have ended meanwhile
         with Meter() as whole:
             with Meter() as capturing:
                 program = capture(
@@ -363,6 +240,7 @@ def compile_model(
                 on_capture(program)
             length = program.max_length
             planned, entries = pipeline.plan(program, device)
+            planned = emission.rounded(planned)
             structural = not any(item.reads_weights for item in pipeline.passes)
             if structural:
                 emission.check(planned)
@@ -374,15 +252,17 @@ def compile_model(
                 )
             if options.dry_run:
                 report = _dry_report(planned, pipeline, entries, options.target)
+                report.estimate = emission.estimate(
+                    program, pipeline, device, verify=options.verify
+                )
             else:
-                stack.enter_context(locked(folder))
-                check_output(folder, options.force)  # another compile may have ended meanwhile
                 work = work_folder(folder)
                 program, report = pipeline.run(
                     program, options, work=work, progress=progress, on_pass=on_pass
                 )
                 # A snapshot has that of the run which made it.
                 program.max_length = length
+                program = emission.rounded(program)
                 if not structural:
                     emission.check(program)
                 lowering, seconds = emission.lower(
@@ -392,10 +272,12 @@ def compile_model(
                 for stage, more in seconds.items():
                     report.stages[stage] = report.stages.get(stage, 0.0) + more
         report.stages = {"capture": capturing.seconds, **report.stages}
+        if report.estimate is not None:
+            report.estimate.seconds = {"capture": capturing.seconds, **report.estimate.seconds}
         report.total_seconds, report.peak_bytes = whole.seconds, whole.peak_bytes
         report.command = command
         if not options.dry_run:
-            _write(program, folder, emission, report, pipeline, options.force, progress)
+            _write(program, folder, emission, report, pipeline, options.force, progress, on_write)
             shutil.rmtree(work, ignore_errors=True)
     return report
 

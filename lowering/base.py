@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from types import MappingProxyType
+from typing import ClassVar, TypeAlias
+
+import torch
 
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Program, resolve_attrs
 from graphopt.ir.ops.attention import SELECTED, is_general
+from graphopt.ir.weights import Weight
 from graphopt.pass_manager.contract import Pass
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
+
+StoredTensor: TypeAlias = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor in a file."""
+
+NOTHING: Mapping[str, StoredWeight] = MappingProxyType({})
 
 
 @dataclass
@@ -22,6 +32,7 @@ class Emitted:
     Attributes:
         files: Every file written.
         storage: Program weight name -> where its bytes are.
+        shared: The names of those that another form had stored, whose files this one reads.
         usage: Lines that tell the user how to run it.
         notes: What a user should know, as (where, what).
         fallbacks: What runs by less than the target's kernels, as (where, reason).
@@ -29,6 +40,7 @@ class Emitted:
 
     files: list[Path] = field(default_factory=list)
     storage: dict[str, StoredWeight] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
     usage: list[str] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
     fallbacks: list[tuple[str, str]] = field(default_factory=list)
@@ -74,9 +86,15 @@ def check_attentions(program: Program, where: str) -> None:
 
 
 class Emitter(ABC):
-    """Writes one form of a program under an output folder."""
+    """Writes one form of a program under an output folder.
+
+    Attributes:
+        name: What `--emit` calls the form.
+        shares: It can read weights where another form has stored them, so it is written last.
+    """
 
     name: ClassVar[str]
+    shares: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, program: Program, target: str) -> None:
@@ -100,6 +118,36 @@ class Emitter(ABC):
         """
         return []
 
+    def stored_dtype(self, program: Program, weight: Weight, target: str) -> torch.dtype:
+        """Return the dtype in which a dense tensor of `Weight.tensors` is stored."""
+        return weight.dtype
+
+    def tensors(self, program: Program, target: str) -> dict[str, StoredTensor]:
+        """Return what will be stored of the weights, by the names that other forms may read.
+
+        No weight is read. What is no weight by itself (several in one tensor, say) may have any
+        name that no weight has.
+        """
+        return {
+            tensor.name: (
+                tensor.shape,
+                self.stored_dtype(program, weight, target) if tensor is weight else tensor.dtype,
+            )
+            for weight in program.weights
+            for tensor in weight.tensors()
+        }
+
     @abstractmethod
-    def emit(self, program: Program, root: Path, target: str, progress: Progress) -> Emitted:
-        """Write the files under `root`."""
+    def emit(
+        self,
+        program: Program,
+        root: Path,
+        target: str,
+        progress: Progress,
+        stored: Mapping[str, StoredWeight] = NOTHING,
+    ) -> Emitted:
+        """Write the files under `root`.
+
+        Args:
+            stored: Where other forms of the folder have stored weights, by name.
+        """

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import pydantic
+import torch
 from pydantic import Field
 
 from graphopt.calibration.expert_load import expert_loads
@@ -16,12 +17,13 @@ from graphopt.errors import PassError
 from graphopt.execute.block_runner import Parametrisation
 from graphopt.ir.feed_forward import add_gate_operands, routed_gates
 from graphopt.ir.graph import Call, Program
-from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
+from graphopt.pass_manager.contract import Context, Forecast, Pass, PassResult, register_pass
 from graphopt.pass_manager.statements import ChangedBlocks
 from graphopt.passes.carve_moe.record import CarvedParts
 from graphopt.report.record import Record
 from graphopt.support.devices import must_fit
 from graphopt.training.distil import Distiller
+from graphopt.training.forecast import forecast_training
 from graphopt.training.options import TrainingOptions
 from graphopt.training.parametrisations import FullParametrisation, LoadBalanceBias
 from graphopt.training.record import TrainingRecord
@@ -118,6 +120,9 @@ class TuneMoe(TrainingOptions, Pass):
 
     def milder(self, recipe: Sequence[str]) -> str:
         return "train for longer (tune-moe{seconds=}) and on text of your own (--calib)"
+
+    def forecast(self, program: Program, device: torch.device) -> Forecast:
+        return forecast_training(self, program, device, "trains experts, shared neurons and router")
 
     def run(self, program: Program, context: Context) -> PassResult:
         if context.dense is None or context.record(CarvedParts) is None:

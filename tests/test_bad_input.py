@@ -23,9 +23,9 @@ from tiny_models import save_tiny, tiny_model, write_gguf
 
 import graphopt as go
 from graphopt.cli.commands import app
-from graphopt.compiler import _Emission
 from graphopt.errors import LoweringError
 from graphopt.ir import Array, Weight
+from graphopt.lowering.emission import Emission
 from graphopt.runtime import fused
 
 CAPTURE = importlib.import_module("graphopt.capture")
@@ -416,7 +416,11 @@ def test_control_c(here, where, options):
     finally:
         process.kill()
     assert process.returncode == 130, error
-    assert error.strip() == "error: Interrupted; nothing was left half-written."
+    said, remedy = error.strip().split("\n")
+    kept = {"pass": "the result of 1 pass", "emit": "the result of 5 passes"}[where]
+    pattern = r"error: Interrupted; nothing was left half-written\. Kept in '\.out\.work' \(.+\): "
+    assert re.fullmatch(pattern + kept + r"\.", said), error
+    assert "--resume" in remedy
     assert leftovers() == (["out"] if where == "emit" else [])
     if where == "emit":
         assert [path.name for path in Path("out").iterdir()] == ["old.txt"]
@@ -562,7 +566,7 @@ def test_what_a_target_cannot_take(features, message, here, monkeypatch):
     assert not (here / "no").exists()
     # Before any weight is read.
     program = tiny_program(cache=True, **features)
-    emission = _Emission.of("ampere", None, strict=True, onnx_moe=False)
+    emission = Emission.of("ampere", None, strict=True, onnx_moe=False)
     monkeypatch.setattr(Weight, "load", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(LoweringError, match=message):
         emission.check(program)

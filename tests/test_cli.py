@@ -48,7 +48,7 @@ class FakeEmitter(Emitter):
         if not program.states:
             raise LoweringError("fake needs a KV cache.", "Add insert-kv-cache.")
 
-    def emit(self, program, root, target, progress):
+    def emit(self, program, root, target, progress, stored):
         (root / "fake.txt").write_text("half")
         if FakeEmitter.meanwhile is not None:
             FakeEmitter.meanwhile()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +13,7 @@ import typer
 
 from graphopt.cli import console as ui
 from graphopt.cli.shared import (
+    INTERRUPTED,
     MAX_COUNT,
     MAX_SEED,
     BosOption,
@@ -25,11 +28,17 @@ from graphopt.cli.shared import (
     print_json,
 )
 from graphopt.errors import UsageError
+from graphopt.support.quantities import format_bytes
 
 if TYPE_CHECKING:
     from graphopt.compiler import CompileOptions
     from graphopt.ir.graph import Program
     from graphopt.pass_manager.pipeline import Pipeline
+    from graphopt.report.records import FormSize, PassEntry
+
+
+LONG_WRITE = 10**8
+"""Bytes from which on it is said beforehand what will be written."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,13 @@ class CompileFlags:
             "where there are many.",
         ),
     ] = False
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="In which weights are stored: float32, bfloat16, float16, or auto: what the "
+            "source holds, and what GPU packages compute in."
+        ),
+    ] = "auto"
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -108,7 +124,7 @@ def compile_command(
     """Compile a model to a folder that runs, with a report."""
     spec = model_spec(model, flags.config)
     add_plugins(plugin)
-    with ui.progress_bars() as progress:
+    with _saying_what_is_kept(flags.out), ui.progress_bars() as progress:
         progress("starting", 0, 1)
         from graphopt.compiler import compile_model
         from graphopt.storage.output_folder import check_output
@@ -126,11 +142,28 @@ def compile_command(
             if not as_json:
                 ui.print_rows(console, rows)
 
+        def on_pass(entry: PassEntry) -> None:
+            seconds = entry.seconds + entry.verify_seconds
+            progress.milestone(f"{entry.name}: changed {entry.changed} in {seconds:.1f} s")
+
+        def on_write(forms: list[FormSize]) -> None:
+            needed = sum(form.bytes for form in forms)
+            if needed >= LONG_WRITE and not as_json:
+                sizes = "; ".join(map(ui.describe_size, forms))
+                text = f"about {format_bytes(needed)} to {flags.out}  ({sizes})"
+                ui.print_rows(console, [("writing", text)])
+
         progress("capture", 0, 1)
         report = compile_model(
-            spec, flags.out, options,
-            progress=progress, on_capture=on_capture, command=_command_line(model, flags),
-        )  # fmt: skip
+            spec,
+            flags.out,
+            options,
+            progress=progress,
+            on_capture=on_capture,
+            on_pass=on_pass,
+            on_write=on_write,
+            command=_command_line(model, flags),
+        )
     if as_json:
         print_json(report.to_json())
         return
@@ -138,7 +171,7 @@ def compile_command(
     ui.print_passes(console, report.passes)
     console.print()
     if flags.dry_run:
-        console.print("Dry run: no weight was read and nothing was written.")
+        ui.print_estimate(console, report)
     else:
         ui.print_report(console, report)
 
@@ -156,6 +189,28 @@ def _command_line(model: str | None, flags: CompileFlags) -> str:
     return shlex.join(words)
 
 
+@contextlib.contextmanager
+def _saying_what_is_kept(out: Path) -> Iterator[None]:
+    """Name what an interrupted compile left to go on with, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from graphopt.storage.output_folder import work_folder
+        from graphopt.storage.snapshot import kept_work
+
+        kept = kept_work(work_folder(out))
+        if kept is None:
+            raise
+        parts = [f"the result of {kept.passes} pass{'es' * (kept.passes > 1)}"] * (kept.passes > 0)
+        parts += ["what the pass behind it had done"] * kept.within
+        ui.say_error(
+            f"Interrupted; nothing was left half-written. Kept in {str(kept.folder)!r} "
+            f"({format_bytes(kept.bytes)}): {' and '.join(parts)}.",
+            "The same command with --resume goes on from there; without it, it starts again.",
+        )
+        raise typer.Exit(INTERRUPTED) from None
+
+
 def _compile_options(flags: CompileFlags) -> CompileOptions:
     from graphopt.compiler import CompileOptions
     from graphopt.sources.windows import check_bos
@@ -171,6 +226,7 @@ def _compile_options(flags: CompileFlags) -> CompileOptions:
         force=flags.force,
         strict=flags.strict,
         onnx_moe=flags.onnx_moe,
+        dtype=flags.dtype,
         max_length=flags.max_length,
         dry_run=flags.dry_run,
         stop_after=flags.stop_after,

@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -20,11 +20,11 @@ from rich.table import Table
 
 from graphopt.report.skips import grouped_skips
 from graphopt.support.plain import plain_line, plain_text
+from graphopt.support.quantities import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from graphopt.ir.graph import Program
-    from graphopt.report.records import PassEntry, Report
-    from graphopt.support.progress import Progress as ProgressCallback
+    from graphopt.report.records import FormSize, PassEntry, Report
 
 
 class _Console(Console):
@@ -105,14 +105,26 @@ def say_note(message: str) -> None:
     stderr().print(message, style="dim", markup=False, soft_wrap=True)
 
 
+class ShownProgress(Protocol):
+    """A progress callback whose work is shown to the user."""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Tell how far a piece of work is; see `graphopt.support.progress`."""
+
+    def milestone(self, text: str) -> None:
+        """Tell that something is done."""
+
+
 @contextlib.contextmanager
-def progress_bars() -> Iterator[ProgressCallback]:
-    """Give a progress callback that draws bars on stderr while it is a terminal."""
+def progress_bars() -> Iterator[ShownProgress]:
+    """Give a progress callback: bars on stderr while it is a terminal, else a line now and then."""
     console = stderr()
     if not console.is_terminal:
-        from graphopt.support.progress import silent
+        from graphopt.cli.progress_lines import ProgressLines
 
-        yield silent
+        lines = ProgressLines(lambda text: stderr().print(text, soft_wrap=True))
+        with lines.ticking():
+            yield lines
         return
     # Bars take as long to import as the rest of Rich, and only a terminal shows any.
     from rich.progress import (
@@ -132,25 +144,25 @@ def progress_bars() -> Iterator[ProgressCallback]:
         console=console,
         transient=True,
     )
-    tasks: dict[str, Any] = {}
-    with bars:
 
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+    class Bars:
+        """A bar for each piece of work, as long as it goes on; what is done has its table."""
+
+        def __init__(self) -> None:
+            self._tasks: dict[str, Any] = {}
+
+        def __call__(self, what: str, done: int, total: int) -> None:
+            if what not in self._tasks:
+                self._tasks[what] = bars.add_task(what, total=total)
+            bars.update(self._tasks[what], completed=done, total=total)
             if done >= total:
-                bars.remove_task(tasks.pop(what))
+                bars.remove_task(self._tasks.pop(what))
 
-        yield show
+        def milestone(self, text: str) -> None:
+            pass
 
-
-def format_bytes(count: float) -> str:
-    """Return `count` bytes as `513.1 MB` and the like."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(count) >= limit:
-            return f"{count / limit:.1f} {unit}"
-    return f"{count:.0f} B"
+    with bars:
+        yield Bars()
 
 
 def format_figure(value: float | None, digits: int = 3) -> str:
@@ -267,6 +279,32 @@ def print_passes(console: Console, entries: list[PassEntry]) -> None:
             )
 
 
+def describe_size(form: FormSize) -> str:
+    """Return how much room a form takes, as `onnx 269.2 MB, bf16`."""
+    text = f"{form.name} {format_bytes(form.bytes)}, {form.dtype}"
+    if not form.shared_bytes:
+        return text
+    where = f" in {', '.join(form.shared_files)}" if form.shared_files else " in another form"
+    return f"{text}; reads {format_bytes(form.shared_bytes)}{where}"
+
+
+def print_estimate(console: Console, report: Report) -> None:
+    """Print what a dry run found that a compile would do and take."""
+    estimate = report.estimate
+    assert estimate is not None
+    rows = [("will do", f"{entry.name}: {entry.what}") for entry in estimate.passes]
+    stages = ", ".join(
+        f"{name} {format_duration(seconds)}" for name, seconds in estimate.seconds.items()
+    )
+    total = sum(estimate.seconds.values())
+    rows.append(("time", f"about {format_duration(total)} ({stages})"))
+    rows.append(("memory", f"about {format_bytes(estimate.peak_bytes)}"))
+    rows += [("size", f"about {describe_size(form)}") for form in estimate.forms]
+    print_rows(console, rows)
+    console.print()
+    console.print("Dry run: no weight was read and nothing was written.")
+
+
 def print_report(console: Console, report: Report) -> None:
     """Print what a compile left behind."""
     artifact = report.artifact
@@ -277,6 +315,7 @@ def print_report(console: Console, report: Report) -> None:
         ("time", f"{report.total_seconds:.1f} s ({stages})"),
         ("memory", f"{format_bytes(report.peak_bytes)} at most"),
         ("artifact", f"{artifact.path}  {format_bytes(artifact.bytes)}"),
+        *(("size", describe_size(form)) for form in artifact.forms),
         ("report", f"{artifact.path}/report.html"),
     ]
     rows += [("note", f"{note.where}: {note.reason}") for note in artifact.notes]

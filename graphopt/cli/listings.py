@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from graphopt.cli.console import format_bytes
+from graphopt.support.quantities import format_bytes
 from graphopt.targets import Target
 from graphopt.targets.here import Lack
 

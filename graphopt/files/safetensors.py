@@ -156,6 +156,15 @@ def read_header(path: Path) -> dict[str, RawTensor]:
     return tensors
 
 
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Return which file holds which tensor, as an index says.
+
+    Raises:
+        SourceError: The index cannot be read or is none.
+    """
+    return parse(_Index, read_json(path), str(path)).weight_map
+
+
 def read_checkpoint(folder: Path) -> dict[str, RawTensor]:
     """Return the tensors of `model.safetensors`, or of the shards its index names, unread.
 
@@ -172,9 +181,8 @@ def read_checkpoint(folder: Path) -> dict[str, RawTensor]:
             f"{folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}.",
             "graphopt reads safetensors checkpoints only.",
         )
-    index = parse(_Index, read_json(inside(folder, INDEX_NAME)), str(index_path))
     shards: dict[str, list[str]] = {}
-    for name, shard in index.weight_map.items():
+    for name, shard in read_weight_map(inside(folder, INDEX_NAME)).items():
         shards.setdefault(shard, []).append(name)
     for shard in shards:
         if Path(shard).name != shard:

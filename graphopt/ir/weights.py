@@ -20,7 +20,7 @@ import torch
 
 from graphopt.ir.encoding import Packed
 from graphopt.ir.placement import Placement
-from graphopt.ir.types import Type
+from graphopt.ir.types import DTYPE_NAMES, Type
 
 
 class Producer(ABC):
@@ -194,6 +194,62 @@ class Reshaped(Producer):
         return self.source.load().reshape(self.shape)
 
 
+@dataclass(frozen=True)
+class Cast(Producer):
+    """Another producer's value, rounded to another floating-point dtype.
+
+    Attributes:
+        source: Floating-point.
+        dtype: Of the value.
+        name: The weight's, for the message of an error.
+    """
+
+    source: Producer
+    dtype: torch.dtype  # type: ignore[misc]
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.source.shape
+
+    def load(self) -> torch.Tensor:
+        """Return the value.
+
+        Raises:
+            SourceError: A finite element is beyond the largest number of the dtype.
+        """
+        return self._rounded(self.source.load())
+
+    def load_rows(self, start: int, stop: int) -> torch.Tensor:
+        return self._rounded(self.source.load_rows(start, stop))
+
+    def _rounded(self, value: torch.Tensor) -> torch.Tensor:
+        from graphopt.errors import SourceError
+
+        rounded = value.to(self.dtype)
+        if rounded.isinf().any() and not value.isinf().any():
+            largest = float(value.abs().max())
+            raise SourceError(
+                f"Weight {self.name!r} holds {largest:.6g}, and {DTYPE_NAMES[self.dtype]} ends at "
+                f"{torch.finfo(self.dtype).max:.6g}.",
+                "Store the weights as bfloat16, whose range is that of float32.",
+            )
+        return rounded
+
+
+def sources_of(producer: Producer) -> Iterator[Producer]:
+    """Yield the producers that a value is read from in the end, which are made of no other."""
+    parts: list[Producer] = []
+    if is_dataclass(producer):
+        for held in (getattr(producer, item.name) for item in fields(producer)):
+            listed = held if isinstance(held, tuple) else (held,)
+            parts += [part for part in listed if isinstance(part, Producer)]
+    if not parts:
+        yield producer
+    for part in parts:
+        yield from sources_of(part)
+
+
 class SharedSources:
     """Loads producers that are made of the same sources, and reads each source once.
 
@@ -209,7 +265,7 @@ class SharedSources:
         Raises:
             SourceError: It cannot be read.
         """
-        if isinstance(producer, Rows | Transposed | Padded | Reshaped):
+        if isinstance(producer, Rows | Transposed | Padded | Reshaped | Cast):
             return replace(producer, source=Array(self.load(producer.source))).load()
         if producer not in self._read:
             self._read[producer] = producer.load()

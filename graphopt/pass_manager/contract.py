@@ -93,6 +93,25 @@ class PassResult:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """What a pass will do to a program, as far as its structure tells.
+
+    Attributes:
+        what: In a clause: `takes out 8 of 30 blocks`; "" where nothing can be told.
+        left: The structure that is left, as near as it can be told; None for that which there was.
+        tokens: About how many tokens it runs through the whole model.
+        seconds: How long it takes beside that, such as the time that an option gives it.
+        memory: Bytes it holds beside the weights of a layer, such as a whole model in fp32.
+    """
+
+    what: str = ""
+    left: Program | None = None
+    tokens: float = 0.0
+    seconds: float = 0.0
+    memory: int = 0
+
+
+@dataclass(frozen=True)
 class Earlier:
     """A pass that ran.
 
@@ -197,6 +216,17 @@ class Pass(ABC):
         Raises:
             PassError: With the reason and the remedy.
         """
+
+    def forecast(self, program: Program, device: torch.device) -> Forecast:
+        """Say what `run` will do and take, for `--dry-run`; no weight may be read.
+
+        Asked of passes that read weights. Others are run.
+
+        Args:
+            program: As near as its structure is known; not to be changed.
+            device: Where the pass would compute.
+        """
+        return Forecast()
 
     @abstractmethod
     def run(self, program: Program, context: Context) -> PassResult:

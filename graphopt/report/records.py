@@ -164,6 +164,25 @@ class CalibrationEntry:
 
 
 @dataclass
+class FormSize:
+    """How much room a form of the model takes.
+
+    Attributes:
+        name: The emitter's.
+        bytes: Of its own files; in a dry run, of the weights in them.
+        dtype: In which most of its trained weights are stored.
+        shared_bytes: Of the weights that it reads from the files of other forms.
+        shared_files: Those files, relative to the output folder.
+    """
+
+    name: str
+    bytes: int
+    dtype: str
+    shared_bytes: int = 0
+    shared_files: list[str] = field(default_factory=list)
+
+
+@dataclass
 class ArtifactEntry:
     """What a compile wrote.
 
@@ -173,6 +192,7 @@ class ArtifactEntry:
         emit: Names of the emitters.
         usage: Lines that tell how to run it.
         notes: What an emitter could not do, and why.
+        forms: The size of each form.
     """
 
     path: str
@@ -180,6 +200,32 @@ class ArtifactEntry:
     emit: list[str]
     usage: list[str]
     notes: list[SkipEntry] = field(default_factory=list)
+    forms: list[FormSize] = field(default_factory=list)
+
+
+@dataclass
+class ForecastEntry:
+    """What a pass that reads weights will do, in words."""
+
+    name: str
+    what: str
+
+
+@dataclass
+class Estimate:
+    """What a compile will take, in a dry run; nothing of it was measured.
+
+    Attributes:
+        seconds: By stage.
+        peak_bytes: Of resident memory.
+        forms: How much room each form will take.
+        passes: What passes will do.
+    """
+
+    seconds: dict[str, float]
+    peak_bytes: int
+    forms: list[FormSize]
+    passes: list[ForecastEntry]
 
 
 @dataclass
@@ -240,6 +286,7 @@ class Report:
     not_measured: str = ""
     licence: str = ""
     licence_files: list[str] = field(default_factory=list)
+    estimate: Estimate | None = None
 
     def verdict(self) -> Verdict | None:
         """Return what became of the model's quality; None after a dry run."""
@@ -272,7 +319,7 @@ class Report:
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         content["passes"] = [entry.to_json() for entry in self.passes]
         content["blocks"] = [dataclasses.asdict(block) for block in self.blocks]
-        for name in ("artifact", "calibration"):
+        for name in ("artifact", "calibration", "estimate"):
             entry = content[name]
             content[name] = None if entry is None else dataclasses.asdict(entry)
         content["quality"] = None if self.quality is None else self.quality.to_json()

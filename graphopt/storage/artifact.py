@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from graphopt.ir.schema import Dtype, Shape
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.types import DTYPE_NAMES, DTYPES
 from graphopt.ir.weights import Producer, Reshaped, Rows, Transposed
+from graphopt.storage.shared_weights import torch_weights
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.inputs import OpenSchema, Schema, Size, parse, read_json
 from graphopt.support.plain import shown
@@ -83,10 +85,15 @@ def save_program(program: Program, root: Path, storage: dict[str, StoredWeight])
                 )
     data = program_to_json(program)
     data["storage"] = {name: _pack(places[name]) for name in sorted(places)}
+    elements: Counter[str] = Counter()
     for weight in data["weights"]:
         # The saved form is what is stored: an emitter may have written another dtype.
         stored = f"{weight['name']}.scales" if weight["encoding"] else weight["name"]
         weight["dtype"] = DTYPE_NAMES[places[stored].dtype]
+        if not weight["constant"] and places[stored].dtype.is_floating_point:
+            elements[weight["dtype"]] += math.prod(weight["shape"])
+    if elements:
+        data["checkpoint_dtype"] = elements.most_common(1)[0][0]
     text = json.dumps(data, indent=1, ensure_ascii=False)
     (root / PROGRAM_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -128,7 +135,7 @@ def load_program(root: Path) -> Program:
 
 
 def check_weights_file(root: Path, program: Program) -> None:
-    """Refuse weights that are not those of a program, by the header of the file that holds them.
+    """Refuse weights that are not those of a program, by the headers of the files that hold them.
 
     `program.json` may say that weights lie in the files of another form, so what it says of places
     does not hold this file to anything; `model.py` takes from it, by name, whatever is there.
@@ -143,15 +150,16 @@ def check_weights_file(root: Path, program: Program) -> None:
     """
     if not len(program.weights):
         return
-    path = inside(root, WEIGHTS_NAME)
+    path = root / WEIGHTS_NAME
     try:
-        held = read_header(path)
+        held = torch_weights(root)
     except SourceError as error:  # which was made here, and not downloaded
         raise SourceError(error.message, _AGAIN) from error
     for weight in program.weights.tensors():
         raw = held.get(weight.name)
         if raw is None:
             raise SourceError(f"{path} lacks the weight {shown(weight.name)}.", _AGAIN)
+        path = raw.path
         # Forms may be stored in different precisions.
         same = raw.dtype == weight.dtype or (
             raw.dtype.is_floating_point and weight.dtype.is_floating_point

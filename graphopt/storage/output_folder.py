@@ -23,6 +23,7 @@ from typing import IO
 
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.support.plain import shown
+from graphopt.support.quantities import format_bytes
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -50,17 +51,48 @@ def check_output(out: Path, force: bool) -> None:
 
 
 def check_parents(folder: Path) -> None:
-    """Refuse a folder that cannot be made because a file stands in its path.
+    """Refuse a folder that cannot be made: a file stands in its path, or nothing may be written.
 
     Raises:
-        UsageError: Naming the file.
+        UsageError: Naming the file, or the folder above that is not to be written in.
     """
-    above = next((parent for parent in folder.absolute().parents if parent.exists()), None)
-    if above is not None and not above.is_dir():
+    above = existing_parent(folder)
+    if not above.is_dir():
         raise UsageError(
             f"The folder {str(folder)!r} cannot be made: {str(above)!r} is a file.",
             "Name another one.",
         )
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"The folder {str(folder)!r} cannot be made: {str(above)!r} may not be written in.",
+            "Name another one, or ask for the right to write there.",
+        )
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Refuse an output folder that the disk has no room for.
+
+    Args:
+        needed: About how many bytes will be written.
+
+    Raises:
+        GraphoptError: With what is needed and what is free.
+    """
+    above = existing_parent(out)
+    free = shutil.disk_usage(above).free
+    if needed > free:
+        raise GraphoptError(
+            f"No space left for the output folder {str(out)!r}: it takes about "
+            f"{format_bytes(needed)}, and the disk of {str(above)!r} has {format_bytes(free)}.",
+            "Free some space and run again with --resume, name a folder on another disk, or have "
+            "weights stored in 16 bits (--dtype bfloat16).",
+        )
+
+
+def existing_parent(folder: Path) -> Path:
+    """Return the nearest folder, or file, above a path that exists; the root above itself."""
+    absolute = folder.absolute()
+    return next((parent for parent in absolute.parents if parent.exists()), absolute)
 
 
 def check_dump(folder: Path) -> None:

@@ -254,3 +254,36 @@ class Snapshots:
     def clear(self) -> None:
         """Delete every snapshot."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptWork:
+    """What an interrupted compile left to go on with.
+
+    Attributes:
+        folder: Where it lies.
+        passes: How many passes the latest snapshot stands behind.
+        within: Whether the pass behind them kept what it had trained or written.
+        bytes: The size of all files.
+    """
+
+    folder: Path
+    passes: int
+    within: bool
+    bytes: int
+
+
+def kept_work(folder: Path) -> KeptWork | None:
+    """Return what lies in the folder of snapshots of a compile; None where there is nothing."""
+    files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+    saved = [path for path in files if path.name == SNAPSHOT_NAME]
+    latest = max(saved, key=lambda path: path.stat().st_mtime_ns, default=None)
+    # Whatever a pass keeps for itself lies in the folder, snapshots in folders of their own.
+    own = [path for path in files if path.parent == folder]
+    if latest is None and not own:
+        return None
+    number = latest.parent.name.partition("-")[0] if latest is not None else "0"
+    size = sum(path.stat().st_size for path in files)
+    newest = max((path.stat().st_mtime_ns for path in own), default=0)
+    within = bool(own) and (latest is None or newest > latest.stat().st_mtime_ns)
+    return KeptWork(folder, int(number) if number.isdigit() else 0, within, size)

@@ -37,7 +37,7 @@ from graphopt.support.per_device import on_device
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
 from graphopt.training.kept_files import kept_file
 from graphopt.training.losses import LogitObjective, Objective
-from graphopt.training.options import TrainingOptions
+from graphopt.training.options import DEFAULT_SECONDS, TrainingOptions
 from graphopt.training.parametrisations import (
     FullParametrisation,
     LowRankParametrisation,
@@ -97,7 +97,7 @@ class Distiller:
         seqlen = window_length(program, options.seqlen, self.device)
         seconds = options.seconds
         if seconds is None and options.steps is None:
-            seconds = 150.0
+            seconds = DEFAULT_SECONDS
         usual_rate = RATE * min(1.0, math.sqrt(batch * seqlen / USUAL_TOKENS))
         self.schedule = Schedule(
             options.steps, seconds, batch=batch, patience=options.patience,

@@ -12,6 +12,9 @@ from pydantic import Field
 
 from graphopt.support.per_device import PerDevice
 
+DEFAULT_SECONDS = 150.0
+"""How long a pass trains where neither seconds nor steps are given."""
+
 
 @dataclass
 class TrainingOptions:

@@ -28,7 +28,7 @@ from graphopt.ir.graph import KVLayout, Program
 from graphopt.ir.relayout import with_layouts
 from graphopt.ir.types import DTYPE_NAMES
 from graphopt.ir.weights import Array, Producer, Transposed
-from graphopt.lowering.base import Emitted, Emitter
+from graphopt.lowering.base import NOTHING, Emitted, Emitter, StoredTensor
 from graphopt.lowering.hf.carved import (
     CODE_NAME,
     CarvedPart,
@@ -69,7 +69,18 @@ class HfEmitter(Emitter):
         """
         _checkpoint(program)
 
-    def emit(self, program: Program, root: Path, target: str, progress: Progress) -> Emitted:
+    def tensors(self, program: Program, target: str) -> dict[str, StoredTensor]:
+        tensors = _checkpoint(program).tensors
+        return {name: (tuple(held.shape), held.dtype) for name, held in tensors.items()}
+
+    def emit(
+        self,
+        program: Program,
+        root: Path,
+        target: str,
+        progress: Progress,
+        stored: Mapping[str, StoredWeight] = NOTHING,
+    ) -> Emitted:
         found = _checkpoint(program)
         folder = root / "hf"
         folder.mkdir(parents=True, exist_ok=True)

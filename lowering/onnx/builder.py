@@ -71,6 +71,7 @@ class GraphBuilder:
         self._names: dict[str, int] = {}
         self._constants: dict[Any, ir.Value] = {}
         self._rows: dict[ir.Value, list[ir.Value]] = {}
+        self._narrow: dict[ir.Value, ir.Value] = {}
         self._sizes: dict[Any, ir.Value] = {}
         self._symbols: dict[sympy.Symbol, ir.Value] = {}
 
@@ -141,6 +142,21 @@ class GraphBuilder:
         self.initializers[name] = value
         return value
 
+    def widened(self, stored: ir.Value) -> ir.Value:
+        """Return an initializer as the graph computes with it: what is stored in 16 bits, in fp32.
+
+        ONNX Runtime computes the cast once, when it loads the graph.
+        """
+        assert stored.const_value is not None and stored.name is not None
+        if stored.const_value.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            return stored
+        scope, self.scope = self.scope, "weights"
+        wide: ir.Value = self.op("Cast", stored, to=ir.DataType.FLOAT, name=stored.name)
+        self.scope = scope
+        wide.shape, wide.type = stored.shape, ir.TensorType(ir.DataType.FLOAT)
+        self._narrow[wide] = stored
+        return wide
+
     def split(self, value: ir.Value, count: int, sizes: ir.Value | None = None) -> list[ir.Value]:
         """Split dimension 0 in parts of the sizes, an int64 tensor [count], or in equal ones."""
         equal = count if sizes is None else None
@@ -154,6 +170,10 @@ class GraphBuilder:
         graph runs.
         """
         if value in self._rows:
+            return self._rows[value]
+        if value in self._narrow:
+            narrow = self.rows(self._narrow[value], count)
+            self._rows[value] = [self.widened(part) for part in narrow]
             return self._rows[value]
         tensor = value.const_value
         if tensor is None:

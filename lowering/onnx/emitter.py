@@ -14,20 +14,22 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graphopt.errors import LoweringError
 from graphopt.files.finite import check_finite
+from graphopt.files.safetensors import WEIGHTS_NAME
 from graphopt.ir.graph import Call, Node, Program, Value
 from graphopt.ir.ops import is_aten
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, P, S, Type
 from graphopt.ir.weights import Weight
-from graphopt.lowering.base import Emitted, Emitter, check_attentions
+from graphopt.lowering.base import NOTHING, Emitted, Emitter, StoredTensor, check_attentions
 from graphopt.lowering.onnx import moe
 from graphopt.lowering.onnx.builder import ONNX_DTYPES, GraphBuilder
-from graphopt.lowering.onnx.external import DataFile, Layout
+from graphopt.lowering.onnx.external import DataFile, Layout, SafetensorsDataFile
 from graphopt.lowering.onnx.genai import GENAI_NAME, RUN_NAME, genai_config, run_script, why_not
 from graphopt.lowering.onnx.moe import Fused, Kind, Plan
 from graphopt.lowering.onnx.ops import Heads, Lowering, Pack, Sum, translation_of
 from graphopt.lowering.onnx.quantised import QuantisedMatrix, no_onnx_form
 from graphopt.lowering.tokenizer import write_generation, write_tokenizer
+from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
 
 # Weights smaller than this many elements are written into the model file itself.
@@ -42,12 +44,15 @@ class OnnxEmitter(Emitter):
 
     Args:
         moe: Experts become com.microsoft::MoE, where its kernel computes what they are.
+        shared: The data file is a safetensors file with weights as the program has them, [out, in]
+            under their names, so that the torch form reads the same file.
     """
 
     name: ClassVar[str] = "onnx"
 
-    def __init__(self, *, moe: bool = False) -> None:
+    def __init__(self, *, moe: bool = False, shared: bool = False) -> None:
         self.moe = moe
+        self.shared = shared
 
     def check(self, program: Program, target: str) -> None:
         """Refuse a program with an op, an encoding or a layout that has no ONNX form.
@@ -83,11 +88,30 @@ class OnnxEmitter(Emitter):
                         "lowering/onnx/ops/.",
                     )
 
-    def emit(self, program: Program, root: Path, target: str, progress: Progress) -> Emitted:
+    def stored_dtype(self, program: Program, weight: Weight, target: str) -> torch.dtype:
+        return Layout((weight,)).dtype
+
+    def tensors(self, program: Program, target: str) -> dict[str, StoredTensor]:
+        used = {t.name for weight in program.used_weights() for t in weight.tensors()}
+        layout = "" if self.shared else "model.onnx.data/"
+        return {
+            layout + name: stored
+            for name, stored in super().tensors(program, target).items()
+            if name in used
+        }
+
+    def emit(
+        self,
+        program: Program,
+        root: Path,
+        target: str,
+        progress: Progress,
+        stored: Mapping[str, StoredWeight] = NOTHING,
+    ) -> Emitted:
         folder = root / "onnx"
         folder.mkdir(parents=True, exist_ok=True)
-        data = DataFile(folder / "model.onnx.data", root)
-        graph = _Graph(program, data, moe=self.moe)
+        data = self._data_file(program, folder, root)
+        graph = _Graph(program, data, moe=self.moe, as_stored=self.shared)
         model = graph.build()
         data.write(progress)
         path = folder / "model.onnx"
@@ -101,7 +125,10 @@ class OnnxEmitter(Emitter):
         reason = why_not(program)
         if reason is None:
             # Weights lie in the order in which a graph is built, so both find them alike.
-            again = _Graph(program, DataFile(data.path, root), continues=False, moe=self.moe)
+            again = _Graph(
+                program, self._data_file(program, folder, root),
+                continues=False, moe=self.moe, as_stored=self.shared,
+            )  # fmt: skip
             ir.save(again.build(), folder / GENAI_NAME)
             files, notes = write_tokenizer(program, folder)
             emitted.files += [folder / GENAI_NAME, *self._genai(program, folder, again.in_place)]
@@ -113,6 +140,11 @@ class OnnxEmitter(Emitter):
         else:
             emitted.notes.append(("onnx", f"no genai_config.json: {reason}"))
         return emitted
+
+    def _data_file(self, program: Program, folder: Path, root: Path) -> DataFile:
+        if self.shared:
+            return SafetensorsDataFile(folder / WEIGHTS_NAME, root, program.weights.tensors())
+        return DataFile(folder / "model.onnx.data", root)
 
     @staticmethod
     def _genai(program: Program, folder: Path, in_place: bool) -> list[Path]:
@@ -147,15 +179,23 @@ class _Graph:
     Args:
         continues: The graph can go on from a cache with several rows and several tokens.
         moe: Experts become com.microsoft::MoE where they can.
+        as_stored: Linears read weights as [out, in].
 
     Attributes:
         fused: How many parts did.
     """
 
     def __init__(
-        self, program: Program, data: DataFile, *, continues: bool = True, moe: bool = False
+        self,
+        program: Program,
+        data: DataFile,
+        *,
+        continues: bool = True,
+        moe: bool = False,
+        as_stored: bool = False,
     ) -> None:
         self.program = program
+        self.as_stored = as_stored
         self.data = data
         self.builder = GraphBuilder()
         self.shared: dict[object, object] = {"transposed": set(), "continues": continues}
@@ -177,7 +217,10 @@ class _Graph:
             for node in function.nodes:
                 for index, value in enumerate(node.inputs):
                     if value in slots:
-                        is_turned = (node.op, index) in _TURNED
+                        # Experts' matrices are divided by their rows in the graph's own layout.
+                        is_turned = (node.op, index) in _TURNED and not (
+                            self.as_stored and node.op == "linear"
+                        )
                         (turned if is_turned else other).add(call.weights[slots[value]])
         return turned - other
 
@@ -205,8 +248,7 @@ class _Graph:
             if any(user.op != "split_heads" for user, _ in uses[node.output]):
                 continue
             weight = weights[call.weights[slots[node.inputs[1]]]]
-            alone = weight.name in self.transposed and self.uses[weight.name] == 1
-            alone = alone and weight.encoding is None
+            alone = self.uses[weight.name] == 1 and weight.encoding is None
             if alone and not weight.constant and weight.numel >= _INLINE:
                 siblings.setdefault(node.inputs[0], []).append((node, weight))
         packs: dict[Node, Pack] = {}
@@ -215,10 +257,12 @@ class _Graph:
                 matrices = [weight for _, weight in members]
                 stem = matrices[0].name.removesuffix(".weight")
                 label = self.builder.unique(f"{stem}.and_{len(members) - 1}_more")
-                tensor = self.data.reserve(Layout(tuple(matrices), transposed=True), label)
-                pack = Pack(
-                    tuple(node for node, _ in members), self.builder.initializer(label, tensor)
-                )
+                layout = Layout(tuple(matrices), transposed=not self.as_stored)
+                tensor = self.data.reserve(layout, label)
+                matrix = self.builder.widened(self.builder.initializer(label, tensor))
+                if not self.as_stored:
+                    self.shared["transposed"].add(matrix)  # type: ignore[attr-defined]
+                pack = Pack(tuple(node for node, _ in members), matrix)
                 packs |= dict.fromkeys(pack.nodes, pack)
         return packs
 
@@ -257,8 +301,9 @@ class _Graph:
                 shape = (experts, shape[0] // experts, *shape[1:])
             if layout.numel < _INLINE:
                 value = layout.load().view(shape)
-                return self.builder.initializer(label, ir.tensor(value.numpy(), name=label))
-            return self.builder.initializer(label, self.data.reserve(layout, label, shape))
+                return self.builder.initializer(label, ir.tensor(value.float().numpy(), name=label))
+            stored = self.builder.initializer(label, self.data.reserve(layout, label, shape))
+            return self.builder.widened(stored)
 
         first = held(made.first)
         bias = held(made.biases) if made.biases else None
@@ -401,7 +446,7 @@ class _Graph:
             tensor: ir.TensorProtocol = ir.tensor(value.numpy(), name=label)
         else:
             tensor = self.data.reserve(Layout((weight,), name in self.transposed), label)
-        made = self.builder.initializer(label, tensor)
+        made = self.builder.widened(self.builder.initializer(label, tensor))
         if name in self.transposed:
             if weight.constant or weight.numel < _INLINE:
                 turned = ir.tensor(value.t().contiguous().numpy(), name=label)

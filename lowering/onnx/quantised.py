@@ -60,7 +60,8 @@ class QuantisedMatrix:
         for tensor in weight.tensors():
             label = builder.unique(tensor.name)
             suffix = tensor.name.removeprefix(f"{weight.name}.")
-            tensors[suffix] = data.reserve(Layout((tensor,)), label)
+            # The ops that read packed weights take scales of the dtype that they compute in.
+            tensors[suffix] = data.reserve(Layout((tensor,), single=True), label)
         values = {
             suffix: builder.initializer(str(tensor.name), tensor)
             for suffix, tensor in tensors.items()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+
 from graphopt.errors import LoweringError
-from graphopt.files.safetensors import WEIGHTS_NAME, SafetensorsWriter
+from graphopt.files.safetensors import INDEX_NAME, WEIGHTS_NAME, SafetensorsWriter
+from graphopt.ir.dtypes import is_rounded
 from graphopt.ir.graph import Program
-from graphopt.lowering.base import Emitted, Emitter
+from graphopt.ir.types import DTYPES
+from graphopt.ir.weights import Weight
+from graphopt.lowering.base import NOTHING, Emitted, Emitter
+from graphopt.lowering.kernels.plan_kernels import compute_dtype
 from graphopt.lowering.tokenizer import (
     TEMPLATE_NAME,
     TOKENIZER_NAME,
@@ -24,8 +31,10 @@ from graphopt.lowering.torch.lowered_kernels import (
 from graphopt.lowering.torch.passes import lower, lowering_passes
 from graphopt.lowering.torch.render import render_model
 from graphopt.pass_manager.contract import Pass
+from graphopt.storage.shared_weights import shared_weights, write_index
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
+from graphopt.targets import get_target
 
 MODEL_NAME = "model.py"
 
@@ -55,9 +64,21 @@ def _without_kernel(kernels: LoweredKernels) -> list[tuple[str, str]]:
 
 
 class TorchEmitter(Emitter):
-    """Writes `model.py`, `model.safetensors` with every weight, and the tokenizer's files."""
+    """Writes `model.py`, `model.safetensors` with the weights, and the tokenizer's files.
+
+    Weights that another form of the folder has stored under the same name, in the same layout and
+    dtype, are not stored twice: `model.safetensors.index.json` then says which file holds which.
+
+    Args:
+        in_compute_dtype: For a target with kernels, store weights in the 16 bits that it computes
+            in, rather than as the program holds them.
+    """
 
     name: ClassVar[str] = "torch"
+    shares: ClassVar[bool] = True
+
+    def __init__(self, *, in_compute_dtype: bool = True) -> None:
+        self.in_compute_dtype = in_compute_dtype
 
     def check(self, program: Program, target: str) -> None:
         """Refuse a program with something in it that `model.py` cannot say.
@@ -74,7 +95,20 @@ class TorchEmitter(Emitter):
         kernels = lower_attentions(program, target)
         return [] if kernels is None else _without_kernel(kernels)
 
-    def emit(self, program: Program, root: Path, target: str, progress: Progress) -> Emitted:
+    def stored_dtype(self, program: Program, weight: Weight, target: str) -> torch.dtype:
+        machine = get_target(target)
+        if not self.in_compute_dtype or not machine.kernels or not is_rounded(weight):
+            return weight.dtype
+        return DTYPES[compute_dtype(program, machine)]
+
+    def emit(
+        self,
+        program: Program,
+        root: Path,
+        target: str,
+        progress: Progress,
+        stored: Mapping[str, StoredWeight] = NOTHING,
+    ) -> Emitted:
         sources, kernels = _texts(program, target)
         for name, text in sources.items():
             path = root / name
@@ -87,9 +121,12 @@ class TorchEmitter(Emitter):
             images, fallbacks = self._compile(kernels, root / FOLDER)
             files += images
             notes = kernels.notes + range_report(program, kernels.dtype)
-        storage = self._write_weights(program, root / WEIGHTS_NAME, progress)
+        dtypes = {name: dtype for name, (_, dtype) in self.tensors(program, target).items()}
+        shared = shared_weights(root, program, dtypes, stored)
+        storage = self._write_weights(program, root, dtypes, shared, progress)
         tokenizer, told = write_tokenizer(program, root)
-        files += [root / WEIGHTS_NAME, *tokenizer, *write_generation(program, root)]
+        files += [root / name for name in (WEIGHTS_NAME, INDEX_NAME) if (root / name).exists()]
+        files += [*tokenizer, *write_generation(program, root)]
         notes += told
         run = f"python {{out}}/{MODEL_NAME}"
         needs = ["torch", "safetensors"] if kernels is None else kernels.packages
@@ -104,7 +141,7 @@ class TorchEmitter(Emitter):
             "graphopt generate {out} --prompt 'Hello'",
             f"{run}{mark} needs {', '.join(needs[:-1])} and {needs[-1]}",
         ]
-        return Emitted(files, storage, usage, notes, fallbacks)
+        return Emitted(files, storage, frozenset(shared), usage, notes, fallbacks)
 
     @staticmethod
     def _compile(kernels: LoweredKernels, folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -120,25 +157,38 @@ class TorchEmitter(Emitter):
         return [folder / name for name in images], fallbacks
 
     @staticmethod
-    def _write_weights(program: Program, path: Path, progress: Progress) -> dict[str, StoredWeight]:
-        """Write the tensors of every weight as they are, one at a time; return where each is.
+    def _write_weights(
+        program: Program,
+        root: Path,
+        dtypes: Mapping[str, torch.dtype],
+        shared: Mapping[str, StoredWeight],
+        progress: Progress,
+    ) -> dict[str, StoredWeight]:
+        """Write the tensors of weights, one at a time, and the index; return where each is.
+
+        Args:
+            dtypes: In which each is stored.
+            shared: Those that another form has stored.
 
         Raises:
             SourceError: A weight cannot be read, or a trained one holds NaN or infinity.
             GraphoptError: The disk is full.
         """
-        weights = program.weights.tensors()
-        kinds = {weight.name: (weight.shape, weight.dtype) for weight in weights}
-        with SafetensorsWriter(path, kinds) as writer:
-            for done, weight in enumerate(weights):
-                progress("writing weights", done, len(weights))
-                if weight.constant:
-                    # A constant may hold infinity on purpose.
-                    writer.write(weight.name, weight.load().contiguous())
-                else:
-                    writer.copy(weight.name, weight.producer)
-            progress("writing weights", len(weights), len(weights))
-        return {
-            name: StoredWeight(path.name, raw.offset, tuple(raw.shape), raw.dtype)
-            for name, raw in writer.tensors.items()
-        }
+        storage = dict(shared)
+        weights = [w for w in program.weights.tensors() if w.name not in shared]
+        kinds = {weight.name: (weight.shape, dtypes[weight.name]) for weight in weights}
+        if weights or not shared:
+            with SafetensorsWriter(root / WEIGHTS_NAME, kinds) as writer:
+                for done, weight in enumerate(weights):
+                    progress("writing weights", done, len(weights))
+                    if weight.constant:
+                        # A constant may hold infinity on purpose.
+                        writer.write(weight.name, weight.load().contiguous())
+                    else:
+                        writer.copy(weight.name, weight.producer)
+                progress("writing weights", len(weights), len(weights))
+            for name, raw in writer.tensors.items():
+                storage[name] = StoredWeight(WEIGHTS_NAME, raw.offset, raw.shape, raw.dtype)
+        if shared:
+            write_index(root, {name: place.file for name, place in storage.items()})
+        return storage

@@ -29,20 +29,28 @@ def load(
     """Return the model with the weights of `folder`, ready to run.
 
     Args:
-        folder: Where `model.safetensors` is.
+        folder: Where `model.safetensors` is, or an index of the files that hold the weights.
         dtype: Of the weights; {default}. Constants keep theirs, since
             rotary frequencies lose too much in 16 bits.
     """
-{body}    weights: dict[str, Tensor] = {{}}
-    with safe_open(Path(folder) / "model.safetensors", "pt", device=str(device)) as file:
-        for name in file.keys():
-            value = file.get_tensor(name)
-            if name in CONSTANTS:
-                weights[name] = nn.Buffer(value)
-                continue
-            if dtype is not None and value.is_floating_point():
-                value = value.to(dtype)
-            weights[name] = nn.Parameter(value, requires_grad=False)
+{body}    index = Path(folder) / "model.safetensors.index.json"
+    files: dict[str, list[str]] = {{}}
+    if index.is_file():
+        for name, path in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            files.setdefault(path, []).append(name)
+    else:
+        files["model.safetensors"] = []  # all that it holds
+    weights: dict[str, Tensor] = {{}}
+    for path, names in files.items():
+        with safe_open(Path(folder) / path, "pt", device=str(device)) as file:
+            for name in names or file.keys():
+                value = file.get_tensor(name)
+                if name in CONSTANTS:
+                    weights[name] = nn.Buffer(value)
+                    continue
+                if dtype is not None and value.is_floating_point():
+                    value = value.to(dtype)
+                weights[name] = nn.Parameter(value, requires_grad=False)
     return Model(weights).eval()
 '''
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from graphopt.errors import PassError, UsageError
@@ -15,14 +17,17 @@ from graphopt.ir.feed_forward import FeedForward
 from graphopt.ir.graph import Program
 from graphopt.ir.mixture import Mixture, find_mixtures
 from graphopt.ir.shapes import infer_program
-from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
+from graphopt.pass_manager.contract import Context, Forecast, Pass, PassResult, register_pass
 from graphopt.passes.carve_moe.mixtures import ExpertSplit
 from graphopt.passes.carve_moe.parts import parts_of, width_of
 from graphopt.passes.carve_moe.record import CarvedParts
 from graphopt.passes.carve_moe.run import Carving
 from graphopt.report.record import Record
 from graphopt.support.devices import must_fit
-from graphopt.support.per_device import PerDevice
+from graphopt.support.per_device import PerDevice, on_device
+
+CARVING_RUNS = 6.0
+"""How often the calibration text runs through the model, in all, about."""
 
 
 @register_pass
@@ -190,6 +195,30 @@ class CarveMoe(Pass):
         for block, part in found:
             if isinstance(part, FeedForward):
                 self._check_width(block_name(program, block), width_of(program, block, part))
+
+    def forecast(self, program: Program, device: torch.device) -> Forecast:
+        widths = Counter(
+            width_of(program, block, part)
+            for block, part in parts_of(program)
+            if isinstance(part, FeedForward)
+        )
+        tokens = on_device(self.windows, device) * on_device(self.seqlen, device)
+        times = CARVING_RUNS * (2.0 if self.control else 1.0)
+        memory = 4 * max((weight.numel for weight in program.used_weights()), default=0)
+        if self.mixtures:
+            return Forecast("carves the experts of mixtures", tokens=times * tokens, memory=memory)
+        divided = ", ".join(
+            f"{count} feed-forward parts of {width} neurons" for width, count in widths.items()
+        )
+        size = ", ".join(str(-(-width // self.experts)) for width in widths)
+        routed = self.experts - self.shared
+        what = (
+            f"divides {divided} into {self.experts} groups of {size}: {self.shared} shared, and "
+            f"{routed} of which a token runs {self.active}"
+            if self.active
+            else f"leaves {self.shared} of {self.experts} groups of {size} neurons in {divided}"
+        )
+        return Forecast(what, tokens=times * tokens, memory=memory)
 
     def expert_split(self, *, reconstruct: bool) -> ExpertSplit:
         """Return how the neurons of each expert of a mixture are divided."""

@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from graphopt.errors import UsageError
+from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Program
-from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
+from graphopt.pass_manager.contract import (
+    Context,
+    Forecast,
+    Pass,
+    PassResult,
+    Skip,
+    register_pass,
+)
 from graphopt.pass_manager.statements import ChangedBlocks
 from graphopt.passes.fuse_blocks.donor import Donor
 from graphopt.passes.fuse_blocks.fusion import Fusion
@@ -19,6 +28,7 @@ from graphopt.passes.prune_blocks.record import PrunedBlocks
 from graphopt.report.record import Record
 from graphopt.support.devices import must_fit
 from graphopt.support.per_device import PerDevice
+from graphopt.training.forecast import forecast_training
 from graphopt.training.options import TrainingOptions
 
 
@@ -93,6 +103,10 @@ class FuseBlocks(TrainingOptions, Pass):
 
     def milder(self, recipe: Sequence[str]) -> str:
         return "train for longer (fuse-blocks{seconds=}) and on text of your own (--calib)"
+
+    def forecast(self, program: Program, device: torch.device) -> Forecast:
+        count = len(find_blocks(program))
+        return forecast_training(self, program, device, f"trains the {count} blocks that are left")
 
     def run(self, program: Program, context: Context) -> PassResult:
         remedy = (

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from graphopt.calibration.scores import PruningUnit, units_of
@@ -18,13 +19,16 @@ from graphopt.ir.blocks import (
     remove_sub_blocks,
 )
 from graphopt.ir.graph import Program
-from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
+from graphopt.pass_manager.contract import Context, Forecast, Pass, PassResult, register_pass
 from graphopt.pass_manager.statements import RemovedParts
 from graphopt.passes.prune_blocks.chooser import PARTS, Chooser
 from graphopt.passes.prune_blocks.record import PrunedBlocks
 from graphopt.report.record import Record
 from graphopt.support.devices import must_fit
-from graphopt.support.per_device import PerDevice
+from graphopt.support.per_device import PerDevice, on_device
+
+SCORED_AGAIN = 0.5
+"""The share of the units that are scored again after a removal, about."""
 
 
 @register_pass
@@ -198,6 +202,31 @@ class PruneBlocks(Pass):
     def milder(self, recipe: Sequence[str]) -> str:
         fewer = "take fewer blocks (prune-blocks{ratio=})"
         return fewer if "fuse-blocks" in recipe else f"{fewer}, or add fuse-blocks behind it"
+
+    def forecast(self, program: Program, device: torch.device) -> Forecast:
+        names = [block_name(program, block) for block in find_blocks(program)]
+        units, count = units_of(program, PARTS[self.part]), self.count(program)
+        if self.remove:
+            gone = [PruningUnit(number, self.part) for number in self.remove]
+            what = f"takes out {self._described(count, len(units))}: " + ", ".join(
+                names[unit.block] for unit in gone
+            )
+        else:
+            # Which go is measured; blocks of one stack are about alike in size.
+            gone = units[-count:]
+            what = f"takes out {self._described(count, len(units))}, chosen by {self.score}"
+        left = program.copy()
+        remove_sub_blocks(left, [(unit.block, unit.kind) for unit in gone])
+        windows = on_device(self.windows, device) * on_device(self.seqlen, device)
+        # A candidate is scored from where it stands on: half of the model on average.
+        rounds = 0.0 if self.remove else 1.0 + (count - 1) * SCORED_AGAIN * self.iterative
+        rounds += rounds * self.looks_back
+        memory = 0 if self.remove else 4 * program.parameter_count()
+        return Forecast(what, left, tokens=rounds * windows * len(units) / 2, memory=memory)
+
+    def _described(self, count: int, total: int) -> str:
+        kinds = {"block": "blocks", "attention": "attentions", "ffn": "feed-forward parts"}
+        return f"{count} of {total} {kinds.get(self.part, 'parts of blocks')}"
 
     def run(self, program: Program, context: Context) -> PassResult:
         names = [block_name(program, block) for block in find_blocks(program)]

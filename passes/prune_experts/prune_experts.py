@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from graphopt.errors import PassError, UsageError
@@ -18,12 +20,12 @@ from graphopt.ir.mixture import (
     find_mixtures,
     least_experts,
 )
-from graphopt.pass_manager.contract import Context, Pass, PassResult, register_pass
+from graphopt.pass_manager.contract import Context, Forecast, Pass, PassResult, register_pass
 from graphopt.passes.prune_experts.record import PrunedExperts
 from graphopt.passes.prune_experts.run import Pruning
 from graphopt.report.record import Record
 from graphopt.support.devices import must_fit
-from graphopt.support.per_device import PerDevice
+from graphopt.support.per_device import PerDevice, on_device
 
 
 @register_pass
@@ -154,6 +156,18 @@ class PruneExperts(Pass):
 
     def milder(self, recipe: Sequence[str]) -> str:
         return "drop fewer experts (prune-experts{ratio=})"
+
+    def forecast(self, program: Program, device: torch.device) -> Forecast:
+        mixtures = [m for _, m in find_mixtures(program) if isinstance(m, Mixture)]
+        kinds = Counter((self.left(mixture), mixture.experts) for mixture in mixtures)
+        what = ", ".join(
+            f"leaves {left} of {experts} experts in {count} mixtures"
+            for (left, experts), count in kinds.items()
+        )
+        tokens = on_device(self.windows, device) * on_device(self.seqlen, device)
+        tried = 3 if self.score == "best" else 1
+        # The model as it is, each choice, and three draws of random experts.
+        return Forecast(what, tokens=float(tokens * (4 + tried)))
 
     def run(self, program: Program, context: Context) -> PassResult:
         remedy = "Lower windows or seqlen, or take --device cpu."

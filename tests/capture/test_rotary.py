@@ -186,7 +186,7 @@ def onnx_session(program: Program, folder: Path) -> onnxruntime.InferenceSession
 
 
 def torch_model(program: Program, folder: Path, target: str) -> Any:
-    emitter = TorchEmitter()
+    emitter = TorchEmitter(in_compute_dtype=False)
     emitter.check(program, target)
     folder.mkdir()
     emitter.emit(program, folder, target, silent)

@@ -39,7 +39,9 @@ def nothing_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def emitted(program: Program, folder: Any, target: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    go.emit(program, folder / "out", target=target, emit=("torch",))
+    # The reference is compared in fp32, in which weights are stored for that.
+    stored = "float32" if dtype == torch.float32 else "auto"
+    go.emit(program, folder / "out", target=target, emit=("torch",), dtype=stored)
     module = load_file(folder / "out" / "model.py")
     return module, module.load(folder / "out", dtype=dtype)
 

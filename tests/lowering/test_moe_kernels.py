@@ -324,7 +324,7 @@ def test_products_fit_into_the_shared_memory_of_small_gpus(every: bool) -> None:
 def test_emitted_models_run_experts_by_kernels(shared: int, tmp_path: Path) -> None:
     program = carved(tiny_program(head_dim=32, ffn=56), Split(shared, 4, 2))
     program = go.Pipeline.default().run(program, go.RunOptions(verify=False))[0]
-    go.emit(program, tmp_path / "out", target="ampere", emit=("torch",))
+    go.emit(program, tmp_path / "out", target="ampere", emit=("torch",), dtype="float32")
     text = (tmp_path / "out" / "model.py").read_text(encoding="utf-8")
     # What every token runs is part of the call.
     assert text.count(" moe(") == 1 and ("shared_up=" in text) == bool(shared)

@@ -24,7 +24,7 @@ from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import Array, B, Call, Function, Program, S, Type, Value, Weight
 from graphopt.ir.ops import all_ops
 from graphopt.lowering.onnx import OnnxEmitter
-from graphopt.lowering.onnx.external import ALIGNMENT
+from graphopt.lowering.onnx.external import DataFile
 from graphopt.lowering.onnx.genai import why_not
 from graphopt.pass_manager.contract import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
@@ -445,9 +445,9 @@ def test_weights_lie_aligned_in_the_data_file(tmp_path):
         assert found[rows].equal(program.weights[name].load())
     end = 0
     for offset, (length, _) in sorted(stored.items()):
-        assert offset % ALIGNMENT == 0 and offset >= end
+        assert offset % DataFile.alignment == 0 and offset >= end
         end = offset + length
-    assert end <= len(data) < end + ALIGNMENT
+    assert end <= len(data) < end + DataFile.alignment
     # What reads one input is one matrix.
     packed = [emitted.storage[f"layers.0.self_attn.{p}_proj.weight"] for p in "qkv"]
     assert [place.rows for place in packed] == [(0, 32), (32, 48), (48, 64)]
@@ -464,7 +464,7 @@ def test_a_tied_embedding_is_stored_once(tmp_path):
         path = emit(tiny_program(tied=tied, vocab=4096), tmp_path / str(tied))[1]
         sizes[tied] = path.with_name("model.onnx.data").stat().st_size
     # Up to where the next tensor starts.
-    assert 0 <= sizes[False] - sizes[True] - 4096 * 32 * 4 < ALIGNMENT
+    assert 0 <= sizes[False] - sizes[True] - 4096 * 32 * 4 < DataFile.alignment
 
 
 def test_genai_config_agrees_with_the_graph(tmp_path):

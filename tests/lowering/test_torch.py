@@ -58,8 +58,11 @@ LIBRARIES = {"torch", "safetensors", "tokenizers", "jinja2"}
 
 
 def write(program: Program, folder: Path, target: str = "cpu") -> ModuleType:
-    """Emit a program into a folder and return its `model.py` as a module."""
-    emitter = TorchEmitter()
+    """Emit a program into a folder and return its `model.py` as a module.
+
+    Weights are stored as the program holds them for a GPU too: code is compared in fp32.
+    """
+    emitter = TorchEmitter(in_compute_dtype=False)
     emitter.check(program, target)
     folder.mkdir(exist_ok=True)
     emitter.emit(program, folder, target, silent)

@@ -218,6 +218,27 @@ def test_storage_of_weights(artifact: Path, tmp_path: Path, way: str) -> None:
         open_model(str(artifact))
 
 
+@pytest.mark.parametrize("way", ["dots", "absolute", "link", "deep", "device", "missing"])
+def test_files_that_the_index_of_an_output_names(tmp_path: Path, way: str) -> None:
+    """`model.py` reads what the index names: tensors of any file would become weights."""
+    outside = tmp_path / "private.safetensors"
+    out = tmp_path / "out"
+    go.emit(tiny_program(cache=True), out, emit=("torch", "onnx"))
+    shutil.copy(out / "onnx" / "model.safetensors", outside)
+    names = {"dots": "../private.safetensors", "absolute": str(outside), "link": "link",
+             "deep": "x/../../private.safetensors", "device": "/dev/zero",
+             "missing": "none.safetensors"}  # fmt: skip
+    (out / "link").symlink_to(outside)
+    (out / "x").mkdir()
+    change(
+        out,
+        lambda data: data.update(weight_map=dict.fromkeys(data["weight_map"], names[way])),
+        "model.safetensors.index.json",
+    )
+    with pytest.raises(SourceError):
+        open_language_model(str(out), "torch")
+
+
 # Tokenizers -------------------------------------------------------------------------------------
 
 

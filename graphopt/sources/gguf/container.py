@@ -72,6 +72,11 @@ class GgufTensor(Producer):
     def dtype(self) -> torch.dtype:  # type: ignore[override]
         return torch.float32
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the file holds codes rather than numbers."""
+        return self.ggml_type not in PLAIN
+
     def load(self) -> torch.Tensor:
         return self._read(0, math.prod(self.shape)).view(self.shape)
 

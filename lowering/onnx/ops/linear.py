@@ -29,8 +29,8 @@ def linear(lower: Lowering, node: Node) -> ir.Value:
 
     A packed one is read by MatMulNBits where that knows its blocks, else by DequantizeLinear.
 
-    A weight that is stored as [out, in] for another use, such as a tied embedding, is not
-    stored twice: it is read transposed.
+    A weight that is stored as [out, in] for another use, such as a tied embedding or another
+    form of the model, is not stored twice: it is read transposed.
     """
     builder = lower.builder
     x, weight = lower.whole(node.inputs[0]), node.inputs[1]
@@ -42,12 +42,17 @@ def linear(lower: Lowering, node: Node) -> ir.Value:
     if isinstance(stored, QuantisedMatrix) and stored.in_blocks:
         product = stored.matmul(builder, x)
         return product if bias is None else builder.op("Add", product, lower.whole(bias))
-    stored = lower.whole(weight)
-    if stored in lower.shared["transposed"]:
-        product = builder.op("MatMul", x, stored)
-        return product if bias is None else builder.op("Add", product, lower.whole(bias))
-    product = builder.op("FusedMatMul", x, stored, domain=MICROSOFT, transB=1)
+    product = _product(lower, x, lower.whole(weight))
     return product if bias is None else builder.op("Add", product, lower.whole(bias))
+
+
+def _product(lower: Lowering, x: ir.Value, matrix: ir.Value) -> ir.Value:
+    """Return x W for a matrix that is stored as [in, out], and x W^T for one as [out, in]."""
+    if matrix in lower.shared["transposed"]:
+        product: ir.Value = lower.builder.op("MatMul", x, matrix)
+    else:
+        product = lower.builder.op("FusedMatMul", x, matrix, domain=MICROSOFT, transB=1)
+    return product
 
 
 def _packed(lower: Lowering, node: Node, x: ir.Value) -> ir.Value:
@@ -56,7 +61,7 @@ def _packed(lower: Lowering, node: Node, x: ir.Value) -> ir.Value:
     key = ("pack", pack)
     if key not in lower.shared:
         widths = [int(lower.types[member.inputs[1]].shape[0]) for member in pack.nodes]  # type: ignore[index]
-        product = builder.op("MatMul", x, pack.matrix)
+        product = _product(lower, x, pack.matrix)
         parts = builder.op("Split", product, builder.constant(widths), outputs=len(widths), axis=-1)
         lower.shared[key] = dict(zip(pack.nodes, parts, strict=True))
     part = lower.shared[key][node]

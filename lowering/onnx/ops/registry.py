@@ -69,7 +69,8 @@ class Pack:
 
     Attributes:
         nodes: The linears, in order.
-        matrix: Their weights side by side, [in, sum of outs].
+        matrix: Their weights side by side, [in, sum of outs] where it is among the transposed,
+            else [sum of outs, in].
     """
 
     nodes: tuple[Node, ...]

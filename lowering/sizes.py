@@ -1,0 +1,114 @@
+"""How much room the forms of a model take, before they are written and after."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from graphopt.errors import LoweringError
+from graphopt.ir.dtypes import is_rounded
+from graphopt.ir.graph import Program
+from graphopt.ir.types import DTYPE_NAMES
+from graphopt.ir.weights import Cast, sources_of
+from graphopt.lowering.base import Emitted, Emitter, StoredTensor
+from graphopt.report.records import FormSize
+from graphopt.sources.gguf.container import GgufTensor
+
+
+def planned_sizes(emitters: Iterable[Emitter], program: Program, target: str) -> list[FormSize]:
+    """Return the size of the weights in each form, from the structure alone.
+
+    A form that cannot be written of this program, which is not refused before passes have run,
+    counts as the program's own weights.
+    """
+    sizes: list[FormSize] = []
+    trained = {weight.name for weight in program.weights if not weight.constant}
+    written: dict[str, StoredTensor] = {}
+    for emitter in in_order(emitters):
+        try:
+            tensors = emitter.tensors(program, target)
+        except LoweringError:
+            tensors = Emitter.tensors(emitter, program, target)
+        shared = {
+            name
+            for name, stored in tensors.items()
+            if emitter.shares and name in trained and written.get(name) == stored
+        }
+        size = FormSize(emitter.name, 0, _usual(tensors.values()))
+        for name, stored in tensors.items():
+            if name in shared:
+                size.shared_bytes += _bytes(stored)
+            else:
+                size.bytes += _bytes(stored)
+        sizes.append(size)
+        written = tensors | written
+    return sizes
+
+
+def in_order(emitters: Iterable[Emitter]) -> list[Emitter]:
+    """Return emitters in the order in which they write: those that read others' files last."""
+    return sorted(emitters, key=lambda emitter: emitter.shares)
+
+
+def written_size(emitter: Emitter, emitted: Emitted, program: Program) -> FormSize:
+    """Return the size of a form that was written."""
+    stored = [emitted.storage[w.name] for w in program.weights
+              if w.name in emitted.storage and is_rounded(w)]  # fmt: skip
+    shared = [emitted.storage[name] for name in emitted.shared]
+    return FormSize(
+        emitter.name,
+        sum(path.stat().st_size for path in set(emitted.files)),
+        _usual((place.shape, place.dtype) for place in stored),
+        sum(_bytes((place.shape, place.dtype)) for place in shared),
+        sorted({place.file for place in shared}),
+    )
+
+
+def about_rounding(program: Program, sizes: Sequence[FormSize]) -> str | None:
+    """Return what a user should know of the dtype in which weights are stored; None for nothing.
+
+    They were rounded as asked for; or nothing was asked for, and the source holds packed codes, of
+    which nothing says in which dtype the values that they stand for are to be stored.
+    """
+    producers = [weight.producer for weight in program.used_weights()]
+    rounded = {
+        f"{_torch_name(cast.source.dtype)} to {_torch_name(cast.dtype)}"
+        for cast in producers
+        if isinstance(cast, Cast) and cast.dtype.itemsize < cast.source.dtype.itemsize
+    }
+    if rounded:
+        return f"rounded from {', '.join(sorted(rounded))}, behind all passes and their figures"
+    wide = [size.name for size in sizes if size.dtype == DTYPE_NAMES[torch.float32]]
+    decoded = any(
+        isinstance(source, GgufTensor) and source.is_packed
+        for producer in producers
+        if not isinstance(producer, Cast)
+        for source in sources_of(producer)
+    )
+    if not decoded or not wide:
+        return None
+    return (
+        f"the source holds packed codes; the values they stand for are stored in float32, in which "
+        f"they are exact ({', '.join(wide)}). --dtype bfloat16 halves that"
+    )
+
+
+def _torch_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _usual(tensors: Iterable[StoredTensor]) -> str:
+    """Return the floating-point dtype that most elements have, as the IR calls it."""
+    counts: Counter[torch.dtype] = Counter()
+    for shape, dtype in tensors:
+        if dtype.is_floating_point:
+            counts[dtype] += math.prod(shape)
+    return DTYPE_NAMES[counts.most_common(1)[0][0]] if counts else "-"
+
+
+def _bytes(stored: StoredTensor) -> int:
+    shape, dtype = stored
+    return math.prod(shape) * dtype.itemsize
