@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphopt.cli import console as ui
+from graphopt.cli.completion import complete_recipe, complete_target
 from graphopt.cli.shared import (
     INTERRUPTED,
     MAX_COUNT,
@@ -46,7 +47,12 @@ class CompileFlags:
     """The options of `graphopt compile`."""
 
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make.")] = Path("out")
-    target: Annotated[str, typer.Option(help="What to emit for; see 'graphopt targets'.")] = "cpu"
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What to emit for; see 'graphopt targets'.", autocompletion=complete_target
+        ),
+    ] = "cpu"
     emit: Annotated[
         str | None,
         typer.Option(help="Comma-separated: onnx (the CPU's default), torch (others'), hf."),
@@ -55,7 +61,8 @@ class CompileFlags:
         str | None,
         typer.Option(
             help="Recipe, such as 'prune-blocks{ratio=0.25},fuse-blocks'. Unless it names one of "
-            "the default passes, it runs between them; '' for none."
+            "the default passes, it runs between them; '' for none.",
+            autocompletion=complete_recipe,
         ),
     ] = None
     recipe: Annotated[Path | None, typer.Option(help="Recipe as a YAML file.")] = None

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from graphopt.cli import console as ui
+from graphopt.cli.completion import complete_pass
 from graphopt.cli.listings import print_pass, print_pass_list
 from graphopt.cli.shared import Json, Plugins, add_plugins, errors_as_sentences, print_json
 from graphopt.errors import UsageError
@@ -14,7 +15,12 @@ from graphopt.errors import UsageError
 
 @errors_as_sentences
 def passes_command(
-    name: Annotated[str | None, typer.Argument(help="One pass, with its legality rules.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="One pass, with its options and legality rules.", autocompletion=complete_pass
+        ),
+    ] = None,
     json_schema: Annotated[
         bool,
         typer.Option(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from graphopt.cli import console as ui
+from graphopt.cli.completion import complete_target
 from graphopt.cli.shared import Json, errors_as_sentences, print_json
 
 
@@ -16,7 +17,9 @@ from graphopt.cli.shared import Json, errors_as_sentences, print_json
 class AttentionFlags:
     """The options of `graphopt plan-attention`."""
 
-    target: Annotated[str, typer.Option(help="See 'graphopt targets'.")]
+    target: Annotated[
+        str, typer.Option(help="See 'graphopt targets'.", autocompletion=complete_target)
+    ]
     head_dim: Annotated[int, typer.Option(help="Size of a query or key head.")]
     heads: Annotated[int, typer.Option(help="Query heads.")] = 32
     kv_heads: Annotated[int | None, typer.Option(help="Key heads; all heads by default.")] = None

@@ -8,13 +8,17 @@ from typing import Annotated
 import typer
 
 from graphopt.cli import console as ui
+from graphopt.cli.completion import complete_target
 from graphopt.cli.listings import print_targets
 from graphopt.cli.shared import Json, errors_as_sentences, print_json
 
 
 @errors_as_sentences
 def targets_command(
-    name: Annotated[str | None, typer.Argument(help="One target, with its sources.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="One target, with its sources.", autocompletion=complete_target),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the targets, what is known about them, and what this machine lacks for them."""
