@@ -12,9 +12,11 @@ from command_line import runner
 from rich.console import Console
 
 from graphopt.cli.commands import app
+from graphopt.cli.console import pass_table
 from graphopt.cli.listings import print_pass, print_pass_list, print_targets
 from graphopt.pass_manager.contract import declared_passes
 from graphopt.pass_manager.description import describe_passes, option_meanings
+from graphopt.report.records import PassEntry
 from graphopt.targets import all_targets, get_target, here
 from graphopt.targets.here import fits, missing_here
 
@@ -176,3 +178,24 @@ def test_every_option_of_every_pass_has_a_meaning() -> None:
         assert meanings.keys() == option_meanings(declared).keys(), name
         for option, meaning in meanings.items():
             assert meaning.endswith(".") and len(meaning) > 10, (name, option)
+
+
+def test_the_table_of_passes_fits_a_narrow_terminal() -> None:
+    names = ["common-subexpression-elimination", "dead-code-elimination", "prune-blocks"]
+    entries = [
+        PassEntry(
+            name, {}, True, matched=12345, changed=12345, parameters_before=134_500_000,
+            parameters_after=113_400_000, verification="measured", max_abs_logit_delta=1.2e-05,
+            kl=0.00098, perplexity_before=20.0, perplexity_after=50000.0, seconds=1234.5,
+        )
+        for name in names
+    ]  # fmt: skip
+    lines = printed(lambda console: console.print(pass_table(entries, console.width)))
+    assert max(map(len, lines)) <= 80
+    rows = [" ".join(line.split()) for line in lines]
+    assert rows[2] == "common-subexpression- 12345 12345 113.4M 1.2e-05 0.00098 2.5e+03 1234.5"
+    assert rows[3] == "elimination (-15.7%)"
+    wide = io.StringIO()
+    Console(file=wide, width=120).print(pass_table(entries, 120))
+    (line,) = [line for line in wide.getvalue().splitlines() if names[0] in line]
+    assert "113.4M (-15.7%)" in line and len(wide.getvalue().splitlines()) == 4

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
@@ -200,27 +201,42 @@ def print_rows(console: Console, rows: Iterable[tuple[str, str]]) -> None:
         console.print(plain_line(text), soft_wrap=True)
 
 
-def pass_table(entries: Iterable[PassEntry]) -> Table:
-    """Return the table of passes."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
-    table.add_column("pass", overflow="fold")
-    for heading in ("matched", "changed", "skipped", "params", "max |Δlogit|", "KL", "×ppl"):
-        table.add_column(heading, justify="right", overflow="fold")
-    table.add_column("seconds", justify="right", no_wrap=True)
-    table.add_column("peak", justify="right", no_wrap=True)
+_WIDE = 110
+"""Columns of a terminal in which a row of the table of passes is one line."""
+
+
+def pass_table(entries: Iterable[PassEntry], width: int = _WIDE) -> Table:
+    """Return the table of passes.
+
+    In a narrow terminal names wrap at their hyphens, figures stay whole, and what is said below
+    the table, or in the report, is left out.
+    """
+    narrow = width < _WIDE
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 1), collapse_padding=narrow, header_style="bold"
+    )
+    table.add_column("pass", no_wrap=True)
+    for heading in ("matched", "changed", "skipped", "params", "max |Δlogit|", "KL", "×ppl",
+                    "seconds", "peak"):  # fmt: skip
+        if not narrow or heading not in ("skipped", "peak"):
+            title = heading.replace(" ", "\n") if narrow else heading
+            table.add_column(title, justify="right", no_wrap=True)
     for entry in entries:
-        table.add_row(
-            entry.name + (" (resumed)" if entry.resumed else ""),
+        name = entry.name + (" (resumed)" if entry.resumed else "")
+        parameters = _parameters(entry)
+        cells = [
+            "\n".join(textwrap.wrap(name, 24)) if narrow else name,
             str(entry.matched),
             str(entry.changed),
             str(len(entry.skipped)),
-            _parameters(entry),
+            parameters.replace(" ", "\n") if narrow else parameters,
             _delta(entry),
             format_figure(entry.kl, 2),
             _times(entry.perplexity_times()),
             f"{entry.seconds + entry.verify_seconds:.1f}",
             format_bytes(entry.peak_bytes).replace(" ", ""),
-        )
+        ]
+        table.add_row(*(cells[:3] + cells[4:-1] if narrow else cells))
     return table
 
 
@@ -266,7 +282,7 @@ def print_passes(console: Console, entries: list[PassEntry]) -> None:
     if not entries:
         console.print("The recipe has no passes.", style="dim")
         return
-    console.print(pass_table(entries))
+    console.print(pass_table(entries, console.width))
     print_rows(console, [("verified", _verdict(entries))])
     for entry in entries:
         line = entry.record.line() if entry.record is not None else ""
