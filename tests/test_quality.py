@@ -89,8 +89,9 @@ def test_a_beginning_is_run_and_not_predicted(tiny, tmp_path):
 
 
 def test_counts_and_errors_by_hand():
-    # Shares of 1/2, 1/4 and 1/4 have an entropy of 1.5 bits.
-    assert counted_perplexity(torch.tensor([[5, 5], [6, 7]])) == pytest.approx(2**1.5)
+    # Any of 10; 5 again, 1 of 1 + 1; one of the 9 others, 1/(2 + 1); one of 8, 2/(3 + 2).
+    odds = 1 / 10 * 1 / 2 * (1 / 3 / 9) * (2 / 5 / 8)
+    assert counted_perplexity(torch.tensor([[5, 5], [6, 7]]), 10) == pytest.approx(odds**-0.25)
     assert relative_error(torch.zeros(1, 32 * 7).double()) is None
     alternating = torch.tensor([0.0, 1.0]).double().repeat_interleave(32).repeat(4)[None]
     # Means of eight groups are 0 and 1 in turns: variance 2/7.
@@ -266,3 +267,22 @@ def test_a_report_from_before_quality_was_measured_is_compared_without_it(
     path.write_text(json.dumps(data))
     found = diff_models(str(tmp_path), str(tmp_path))["report"]
     assert "a and b" in found["not_compared"]["times"]
+
+
+def test_eval_writes_its_figures_into_a_report(tiny, tmp_path):
+    from command_line import runner
+
+    from graphopt.cli.commands import app
+
+    write_report(tmp_path, Quality(TEXT, 20.0, 30.0, 400.0))
+    text = tmp_path / "text.txt"
+    text.write_text(built_in_text())
+    command = ["eval", str(tiny), "--text", str(text), "--seqlen", "64", "--windows", "2"]
+    done = runner().invoke(app, [*command, "--report", str(tmp_path), "--json"])
+    assert done.exit_code == 0, done.stderr
+    (kept,) = json.loads((tmp_path / "report.json").read_text())["evaluations"]
+    assert kept["perplexity"] == json.loads(done.stdout)["perplexity"] and kept["tokens"] == 128
+    assert kept["tokens_per_second"] > 0 and kept["form"] == "program"
+    assert f"{kept['perplexity']:.3f} (128 tokens of" in (tmp_path / "report.html").read_text()
+    done = runner().invoke(app, [*command, "--report", str(tmp_path / "nowhere")])
+    assert done.exit_code == 1 and "nowhere" in done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -169,7 +169,7 @@ def compile_command(
             on_capture=on_capture,
             on_pass=on_pass,
             on_write=on_write,
-            command=_command_line(model, flags),
+            command=_command_line(model, plugin, flags),
         )
     if as_json:
         print_json(report.to_json())
@@ -183,9 +183,11 @@ def compile_command(
         ui.print_report(console, report)
 
 
-def _command_line(model: str | None, flags: CompileFlags) -> str:
+def _command_line(model: str | None, plugins: Iterable[Path] | None, flags: CompileFlags) -> str:
     """Return the command that gives these options: those that are not at their defaults."""
     words = ["graphopt", "compile", *([model] if model is not None else [])]
+    for plugin in plugins or ():
+        words += ["--plugin", str(plugin)]
     for item in fields(flags):
         value = getattr(flags, item.name)
         if value == item.default and item.name != "out":

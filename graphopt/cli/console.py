@@ -339,7 +339,8 @@ def print_report(console: Console, report: Report) -> None:
     print_rows(console, rows)
 
 
-_SAMPLE_LETTERS = 100
+_PROMPT_LETTERS, _WRITTEN_LETTERS = 30, 80
+"""How much of a sample a terminal shows."""
 
 
 def quality_rows(report: Report) -> list[tuple[str, str]]:
@@ -351,7 +352,8 @@ def quality_rows(report: Report) -> list[tuple[str, str]]:
     rows.append(("text", quality.text.describe()))
     for sample in quality.samples[:1]:
         for label, continued in (("before", sample.before), ("after", sample.after)):
-            rows.append((label, f"{sample.prompt}|{continued}"[-_SAMPLE_LETTERS:]))
+            begun, written = " ".join(sample.prompt.split()), " ".join(continued.split())
+            rows.append((label, f"…{begun[-_PROMPT_LETTERS:]} | {written[:_WRITTEN_LETTERS]}"))
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,9 @@ def eval_command(
     piqa: Annotated[Path | None, typer.Option(help="PIQA rows as JSON lines.")] = None,
     backend: Backend = "auto",
     device: Device = "auto",
+    report: Annotated[
+        Path | None, typer.Option(help="Output folder whose report gets the figures as well.")
+    ] = None,
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
@@ -51,8 +55,13 @@ def eval_command(
         from graphopt.evaluate.perplexity import perplexity, read_text
         from graphopt.evaluate.piqa import piqa_accuracy, read_piqa
         from graphopt.execute.language_model import load_tokenizer
+        from graphopt.report.evaluations import Evaluation, add_evaluation
+        from graphopt.report.record import finite_or_none
+        from graphopt.report.records import read_report
         from graphopt.sources.windows import check_bos
 
+        if report is not None:
+            read_report(report)  # which is wrong before anything is measured
         beginning = check_bos(bos)
         content = read_text(text) if text is not None else None
         rows = read_piqa(piqa) if piqa is not None else None
@@ -83,6 +92,7 @@ def eval_command(
             "piqa_accuracy": None,
             "piqa_rows": 0,
         }
+        text_figures: dict[str, Any] = {}
         if content is not None:
             length = seqlen or min(2048, opened.positions or 2048)
             measured = perplexity(
@@ -94,10 +104,29 @@ def eval_command(
             found["seqlen"] = measured.seqlen
             found["bos"], found["begin"] = beginning, list(measured.begin)
             found["seconds"] += measured.seconds
+            text_figures = {
+                "text": str(text),
+                "text_sha256": hashlib.sha256(content.encode()).hexdigest(),
+                "perplexity": finite_or_none(measured.perplexity),
+                "tokens": measured.tokens,
+                "tokens_per_second": measured.tokens / max(measured.seconds, 1e-9),
+            }
         if rows is not None:
             answered = piqa_accuracy(opened, tokenizer, rows, progress=measuring)
             found["piqa_accuracy"], found["piqa_rows"] = answered.accuracy, answered.rows
             found["seconds"] += answered.seconds
+    if report is not None:
+        add_evaluation(
+            report,
+            Evaluation(
+                model=model,
+                form=opened.backend,
+                device=str(opened.device),
+                piqa_accuracy=found["piqa_accuracy"],
+                piqa_rows=found["piqa_rows"],
+                **text_figures,
+            ),
+        )
     if as_json:
         print_json(found)
         return

@@ -6,6 +6,7 @@ Nothing is learned from this text by a pass, so that what it shows holds for oth
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from importlib import resources
@@ -23,6 +24,7 @@ from graphopt.execute.language_model import ProgramModel
 from graphopt.execute.likelihoods import token_log_likelihoods
 from graphopt.ir.context import context_length
 from graphopt.ir.graph import Program
+from graphopt.ir.shapes import infer_program
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.report.quality import MeasuredText, Quality, Sample
 from graphopt.report.record import finite_or_none
@@ -107,13 +109,17 @@ def measure_quality(
         ),
         perplexity_before=finite_or_none(of_mean_loss(float(before.mean()))),
         perplexity_after=finite_or_none(of_mean_loss(float(after.mean()))),
-        counted=counted_perplexity(windows[:, first:]),
+        counted=counted_perplexity(windows[:, first:], _vocabulary(source)),
         relative_error=relative_error(after - before),
         advice=list(advice),
         samples=samples,
         not_sampled=why,
         seconds=time.perf_counter() - started,
     )
+
+
+def _vocabulary(program: Program) -> int:
+    return int(infer_program(program)[1][program.outputs[0]].shape[-1])
 
 
 def token_losses(
@@ -154,10 +160,27 @@ def token_losses(
     return torch.stack(losses)
 
 
-def counted_perplexity(ids: Tensor) -> float:
-    """Return the perplexity of ids for one who knows their counts: exp of their entropy."""
-    shares = ids.flatten().unique(return_counts=True)[1].double() / ids.numel()
-    return float(torch.exp(-(shares * shares.log()).sum()))
+def counted_perplexity(ids: Tensor, vocabulary: int) -> float:
+    """Return the perplexity of ids for one who knows how often each has occurred so far.
+
+    Behind n tokens, d of them different, one that occurred c times has c / (n + d), and d / (n + d)
+    is for all others together: Moffat, "Implementing the PPM data compression scheme", IEEE
+    Transactions on Communications 38 (11), 1990, method C, without contexts.
+
+    Args:
+        ids: int64, in their order.
+        vocabulary: How many tokens there are.
+    """
+    counts: dict[int, int] = {}
+    loss = 0.0
+    for n, token in enumerate(ids.flatten().tolist()):
+        d = len(counts)
+        if token in counts:
+            loss -= math.log(counts[token] / (n + d))
+        else:
+            loss += math.log(max(vocabulary - d, 1)) - (math.log(d / (n + d)) if n else 0.0)
+        counts[token] = counts.get(token, 0) + 1
+    return of_mean_loss(loss / max(ids.numel(), 1))
 
 
 def relative_error(differences: Tensor) -> float | None:

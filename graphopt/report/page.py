@@ -69,7 +69,7 @@ def _verdict(report: Report) -> str:
     title, _, rest = verdict.sentence.partition(": ")
     text, samples = "", ""
     if quality is not None:
-        text = f'<p class="dim small">Measured on {escape(quality.text.describe())}.</p>'
+        text = f'<p class="dim small">Measured on {escape(quality.text.describe())}</p>'
         samples = _samples(quality)
     style = GRADE_STYLES[verdict.grade]
     return (

@@ -23,8 +23,8 @@ WikiText-2 (Frantar et al., GPTQ, arXiv 2210.17323). Beyond it, a smaller model 
 bargain."""
 
 LOST = 0.5
-"""Share of what the source knew of the text, beyond how often each token occurs in it, from which
-a model counts as destroyed."""
+"""Share of what the source knew of the text, beyond how often each token has occurred so far, from
+which a model counts as destroyed."""
 
 CERTAIN = 1.96
 """Standard errors on both sides of a mean that hold it in 95 of 100 cases."""
@@ -86,7 +86,7 @@ class Quality:
         text: The text.
         perplexity_before, perplexity_after: Of the source and of the result; None where it is
             beyond any number.
-        counted: Perplexity of one who knows how often each token occurs in the text, and no more.
+        counted: Perplexity of one who knows how often each token has occurred so far, and no more.
         relative_error: Standard error of `times`, as a share of it; None where the text is too
             short to tell.
         advice: What to do where the result is worse than wanted, as clauses that passes give.
