@@ -105,6 +105,7 @@ def chat_text(template: str, messages: Sequence[Mapping[str, str]], special: dic
             text=True,
             timeout=2 * seconds,
             check=False,
+            start_new_session=True,  # Ctrl-C in a terminal is this process's own affair
         )
         answer = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
