@@ -32,6 +32,14 @@ def write_generation(program: Program, folder: Path) -> list[Path]:
     return [path]
 
 
+def run_lines(program: Program) -> list[str]:
+    """Return the lines that run an output folder by graphopt itself, whatever is in it.
+
+    Without a tokenizer there is nothing to put a prompt into.
+    """
+    return [] if program.tokenizer is None else ["graphopt generate {out} --prompt 'Hello'"]
+
+
 def copy_tokenizer(program: Program, folder: Path) -> list[Path]:
     """Copy the tokenizer files of a program into `folder`.
 

@@ -151,7 +151,7 @@ Drawn = tuple[Any, nn.Module, list[Tensor]]
 """A config, its model and eager's logits."""
 
 
-def _drawn(family: str, seed: int, number: int) -> Drawn | tuple[list[str], Any]:
+def drawn_model(family: str, seed: int, number: int) -> Drawn | tuple[list[str], Any]:
     """Return what was drawn; or why nothing of it runs in transformers, and the last config."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -189,7 +189,7 @@ def _open(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _saved(model: nn.Module, folder: Path) -> tuple[nn.Module, list[str]]:
+def saved_model(model: nn.Module, folder: Path) -> tuple[nn.Module, list[str]]:
     """Save a model; return what transformers loads again, and the weights it then gave values.
 
     Youtu has a row of its embedding set to 0 whenever a checkpoint is loaded. What is compared
@@ -272,7 +272,7 @@ def sweep(
     from transformers import CONFIG_MAPPING
 
     row: dict[str, Any] = {"draw": number}
-    drawn = _drawn(family, seed, number)
+    drawn = drawn_model(family, seed, number)
     if len(drawn) == 2:
         problems, config = drawn
         row["undrawn"] = problems[:3]
@@ -285,7 +285,7 @@ def sweep(
         return row
     config, model, wanted = drawn
     try:
-        model, row["set on loading"] = _saved(model, work / "model")
+        model, row["set on loading"] = saved_model(model, work / "model")
     except ValueError:  # transformers cannot load what it saved, such as Emu3's text model
         row["set on loading"] = []
     byte_tokenizer().save_pretrained(work / "model")

@@ -38,7 +38,7 @@ from graphopt.lowering.hf.carved import (
     render,
 )
 from graphopt.lowering.hf.checkpoint_assembly import Fragment, assemble, origin
-from graphopt.lowering.tokenizer import copy_tokenizer, write_generation
+from graphopt.lowering.tokenizer import copy_tokenizer, run_lines, write_generation
 from graphopt.pass_manager.contract import Context
 from graphopt.pass_manager.pipeline import Pipeline
 from graphopt.storage.stored_weight import StoredWeight
@@ -102,10 +102,30 @@ class HfEmitter(Emitter):
                     "(auto_map), which runs where a user sets trust_remote_code=True",
                 )
             )
-        emitted.usage.append(
-            f"transformers:  AutoModelForCausalLM.from_pretrained('{{out}}/hf'{trust})"
-        )
+        emitted.usage += [_transformers_line(program, trust), *run_lines(program)]
         return emitted
+
+
+def _transformers_line(program: Program, trust: str) -> str:
+    """Return a command that runs the checkpoint by transformers alone.
+
+    Args:
+        trust: The argument that lets a class of the checkpoint run; empty where it brings none.
+    """
+    if program.tokenizer is None:
+        code = (
+            "import sys, torch; from transformers import AutoModelForCausalLM; "
+            f"model = AutoModelForCausalLM.from_pretrained(sys.argv[1]{trust}); "
+            "print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=16, do_sample=False))"
+        )
+    else:
+        code = (
+            "import sys; from transformers import pipeline; "
+            f"write = pipeline('text-generation', sys.argv[1]{trust}); "
+            "[answer] = write('Hello', do_sample=False, max_new_tokens=64); "
+            "print(answer['generated_text'])"
+        )
+    return f'python -c "{code}" {{out}}/hf   # needs transformers'
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from graphopt.lowering.onnx.genai import GENAI_NAME, RUN_NAME, genai_config, run
 from graphopt.lowering.onnx.moe import Fused, Kind, Plan
 from graphopt.lowering.onnx.ops import Heads, Lowering, Pack, Sum, translation_of
 from graphopt.lowering.onnx.quantised import QuantisedMatrix, no_onnx_form
-from graphopt.lowering.tokenizer import write_generation, write_tokenizer
+from graphopt.lowering.tokenizer import run_lines, write_generation, write_tokenizer
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
 
@@ -117,7 +117,7 @@ class OnnxEmitter(Emitter):
         path = folder / "model.onnx"
         ir.save(model, path)
         emitted = Emitted([path, data.path], data.storage)
-        emitted.usage.append("graphopt generate {out} --prompt 'Hello'")
+        emitted.usage += run_lines(program)
         if self.moe:
             emitted.fallbacks += graph.plain()
             if not graph.fused and not emitted.fallbacks:

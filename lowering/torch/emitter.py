@@ -19,6 +19,7 @@ from graphopt.lowering.kernels.plan_kernels import compute_dtype
 from graphopt.lowering.tokenizer import (
     TEMPLATE_NAME,
     TOKENIZER_NAME,
+    run_lines,
     write_generation,
     write_tokenizer,
 )
@@ -138,7 +139,7 @@ class TorchEmitter(Emitter):
             run = f"{run} 1 2 3 --new 16   # token ids;"
         mark = "" if "#" in run else "   #"
         usage = [
-            "graphopt generate {out} --prompt 'Hello'",
+            *run_lines(program),
             f"{run}{mark} needs {', '.join(needs[:-1])} and {needs[-1]}",
         ]
         return Emitted(files, storage, frozenset(shared), usage, notes, fallbacks)
