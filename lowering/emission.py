@@ -35,7 +35,7 @@ WRITTEN_BYTES = 300e6
 
 HELD_TENSORS = 3
 """Tensors that are in memory at once while weights are streamed: two that are read side by side,
-and one in another layout."""
+and one in another layout. Verification has another two."""
 
 
 def default_emit(target: str) -> tuple[str, ...]:
@@ -116,7 +116,8 @@ class Emission:
             "emit": reading * sum(form.bytes > form.shared_bytes for form in forms) + writing
         }
         largest = max((weight.numel for weight in expected.program.used_weights()), default=0)
-        peak = peak_rss() + max(expected.memory, 4 * HELD_TENSORS * largest)
+        held = HELD_TENSORS + 2 * bool(expected.seconds["verify"])
+        peak = peak_rss() + max(expected.memory, 4 * held * largest)
         return Estimate(seconds, peak, forms, expected.passes)
 
     def check(self, program: Program) -> None:

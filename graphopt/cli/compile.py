@@ -156,7 +156,7 @@ def compile_command(
         def on_write(forms: list[FormSize]) -> None:
             needed = sum(form.bytes for form in forms)
             if needed >= LONG_WRITE and not as_json:
-                sizes = "; ".join(map(ui.describe_size, forms))
+                sizes = "; ".join(f"{form.name} {form.describe()}" for form in forms)
                 text = f"about {format_bytes(needed)} to {flags.out}  ({sizes})"
                 ui.print_rows(console, [("writing", text)])
 

@@ -25,7 +25,7 @@ from graphopt.support.quantities import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from graphopt.ir.graph import Program
-    from graphopt.report.records import FormSize, PassEntry, Report
+    from graphopt.report.records import PassEntry, Report
 
 
 class _Console(Console):
@@ -295,15 +295,6 @@ def print_passes(console: Console, entries: list[PassEntry]) -> None:
             )
 
 
-def describe_size(form: FormSize) -> str:
-    """Return how much room a form takes, as `onnx 269.2 MB, bf16`."""
-    text = f"{form.name} {format_bytes(form.bytes)}, {form.dtype}"
-    if not form.shared_bytes:
-        return text
-    where = f" in {', '.join(form.shared_files)}" if form.shared_files else " in another form"
-    return f"{text}; reads {format_bytes(form.shared_bytes)}{where}"
-
-
 def print_estimate(console: Console, report: Report) -> None:
     """Print what a dry run found that a compile would do and take."""
     estimate = report.estimate
@@ -315,7 +306,7 @@ def print_estimate(console: Console, report: Report) -> None:
     total = sum(estimate.seconds.values())
     rows.append(("time", f"about {format_duration(total)} ({stages})"))
     rows.append(("memory", f"about {format_bytes(estimate.peak_bytes)}"))
-    rows += [("size", f"about {describe_size(form)}") for form in estimate.forms]
+    rows += [("size", f"{form.name} about {form.describe()}") for form in estimate.forms]
     print_rows(console, rows)
     console.print()
     console.print("Dry run: no weight was read and nothing was written.")
@@ -331,7 +322,7 @@ def print_report(console: Console, report: Report) -> None:
         ("time", f"{report.total_seconds:.1f} s ({stages})"),
         ("memory", f"{format_bytes(report.peak_bytes)} at most"),
         ("artifact", f"{artifact.path}  {format_bytes(artifact.bytes)}"),
-        *(("size", describe_size(form)) for form in artifact.forms),
+        *(("size", f"{form.name} {form.describe()}") for form in artifact.forms),
         ("report", f"{artifact.path}/report.html"),
     ]
     rows += [("note", f"{note.where}: {note.reason}") for note in artifact.notes]

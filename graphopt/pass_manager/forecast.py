@@ -12,6 +12,7 @@ from graphopt.errors import PassError
 from graphopt.ir.graph import Program
 from graphopt.ir.types import B, P, S
 from graphopt.pass_manager.contract import Context, Forecast, Pass
+from graphopt.pass_manager.numbering import same_outputs
 from graphopt.report.breakdown import breakdown, evaluate_cost
 from graphopt.report.records import ForecastEntry
 
@@ -19,8 +20,8 @@ PROBE_TOKENS = 111
 """Tokens of verification's probe; see docs/report.md."""
 
 VERIFIED_RUNS = 3
-"""How often the probe runs for a pass that changed something: whole, in two steps, and in fp64
-by calls, where each call that is alike is run once."""
+"""How often the probe runs for a pass whose results are not proved equal: whole, in two steps, and
+in fp64 by calls, where each call that is alike is run once."""
 
 READING_ELEMENTS = 60e6
 """Weights that are read and decoded in a second, by one core of 2020's x86 (packed codes; numbers
@@ -65,34 +66,35 @@ def forecast_recipe(
     result = RecipeForecast(program.copy(), seconds={"passes": 0.0, "verify": 0.0})
     speed: float | None = None
     for item in passes:
-        current = result.program
-        if not item.reads_weights:
-            changed = _run(item, current, device)
-            expected = Forecast()
-        else:
-            expected, changed = item.forecast(current, device), True
+        before = result.program
+        if item.reads_weights:
+            expected = item.forecast(before, device)
             text = expected.what or "what it changes is known once it has read weights"
             result.passes.append(ForecastEntry(item.name, text))
-            result.program = expected.left if expected.left is not None else current
-        tokens = VERIFIED_RUNS * PROBE_TOKENS if verify and changed and item.reads_weights else 0
+            result.program = expected.left if expected.left is not None else before
+            compared = verify
+        else:
+            expected = Forecast()
+            result.program = _without_weights(item, before.copy(), device)
+            compared = verify and not same_outputs(before, result.program)
+        tokens = VERIFIED_RUNS * PROBE_TOKENS * compared
         if speed is None and (tokens or expected.tokens):
-            speed = tokens_per_second(current, device)
+            speed = tokens_per_second(before, device)
         result.seconds["passes"] += expected.seconds
         if speed is not None:
             result.seconds["passes"] += expected.tokens / speed
             result.seconds["verify"] += tokens / speed
-        if tokens:
-            result.seconds["verify"] += reading_seconds(result.program)
+        result.seconds["verify"] += reading_seconds(result.program) * compared
         result.memory = max(result.memory, expected.memory)
     return result
 
 
-def _run(item: Pass, program: Program, device: torch.device) -> bool:
-    """Run a pass on a structure that may not be the one it will get; return whether it changed."""
+def _without_weights(item: Pass, program: Program, device: torch.device) -> Program:
+    """Run a pass on a structure that may not be quite the one that it will get."""
     try:
-        return bool(item.run(program, Context(device=device)).changed)
+        return item.run(program, Context(device=device)).program
     except PassError:
-        return False
+        return program
 
 
 def reading_seconds(program: Program) -> float:

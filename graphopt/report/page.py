@@ -118,7 +118,8 @@ def _usage(report: Report) -> str:
     if not report.artifact or not report.artifact.usage:
         return ""
     lines = escape("\n".join(report.artifact.usage))
-    return f'<section class="card"><h2>Run it</h2><pre>{lines}</pre></section>'
+    sizes = facts_table((form.name, form.describe()) for form in report.artifact.forms)
+    return f'<section class="card"><h2>Run it</h2><pre>{lines}</pre>{sizes}</section>'
 
 
 _NUMBERS = ("changed", "left alone", "parameters", "seconds", "peak memory")

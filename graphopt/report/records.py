@@ -23,6 +23,7 @@ from graphopt.report.quality import MeasuredText, Quality, Verdict, judge
 from graphopt.report.record import Record
 from graphopt.support.inputs import OpenSchema, Schema, Size, parse, parse_entry, read_json
 from graphopt.support.plain import shown
+from graphopt.support.quantities import format_bytes
 
 VERSION = 2
 """Version 1 had null for options left at a default that depends on the device."""
@@ -180,6 +181,14 @@ class FormSize:
     dtype: str
     shared_bytes: int = 0
     shared_files: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """Return it as a text, such as `269.2 MB, bf16`."""
+        text = f"{format_bytes(self.bytes)}, {self.dtype}"
+        if not self.shared_bytes:
+            return text
+        where = ", ".join(self.shared_files) or "another form"
+        return f"{text}; reads {format_bytes(self.shared_bytes)} in {where}"
 
 
 @dataclass

@@ -30,8 +30,8 @@ def load(
 
     Args:
         folder: Where `model.safetensors` is, or an index of the files that hold the weights.
-        dtype: Of the weights; {default}. Constants keep theirs, since
-            rotary frequencies lose too much in 16 bits.
+        dtype: Of the weights; {default}.
+            Constants keep theirs, since rotary frequencies lose too much in 16 bits.
     """
 {body}    index = Path(folder) / "model.safetensors.index.json"
     files: dict[str, list[str]] = {{}}
@@ -58,8 +58,12 @@ def load(
 def load(with_kernels: bool) -> str:
     """Return the function that loads the weights."""
     if not with_kernels:
-        default = "None leaves them as they are stored"
-        return _LOAD.format(device='"cpu"', default=default, body="")
+        return _LOAD.format(
+            device='"cpu"',
+            default="by default float32 on a CPU, else as stored",
+            body='    if dtype is None and torch.device(device).type == "cpu":\n'
+            "        dtype = torch.float32\n",
+        )
     return _LOAD.format(
         device="DEVICE",
         default="by default DTYPE on a GPU, else float32",

@@ -70,7 +70,7 @@ def test_every_form_computes_with_the_rounded_weights(
         model = session(tmp_path / "out" / "onnx" / "model.onnx")
         assert error(run_in_steps(model, feeds, [4, 5, 9]), expected) < SINGLE
     if "torch" in emit:
-        model = load_file(tmp_path / "out" / "model.py").load(dtype=torch.float32)
+        model = load_file(tmp_path / "out" / "model.py").load()
         with torch.no_grad():
             assert error(model(feeds["input_ids"])[0], expected) < SINGLE
     again = capture(str(tmp_path / "out"))
@@ -167,7 +167,7 @@ def test_a_checkpoint_and_the_torch_form_share_it(
     expected = exact(with_weights_in(program, dtype), feeds)
     with torch.no_grad():
         assert error(loaded.float()(feeds["input_ids"]).logits, expected) < SINGLE
-        model = load_file(out / "model.py").load(dtype=torch.float32)
+        model = load_file(out / "model.py").load()
         assert error(model(feeds["input_ids"])[0], expected) < SINGLE
     assert error(run(session(out / "onnx" / "model.onnx"), feeds)[0], expected) < SINGLE
 

@@ -22,8 +22,10 @@ from tiny_models import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import graphopt as go
 from graphopt.capture.model import attention_implementation
 from graphopt.errors import SourceError
+from graphopt.ir.types import DTYPE_NAMES
 from graphopt.ir.weights import Array
 from graphopt.sources import open_model
 from graphopt.sources.base import ModelSource
@@ -92,8 +94,29 @@ def test_encodings_equal_the_package(tmp_path: Path, encoding: str) -> None:
     for stored in gguf.GGUFReader(path).tensors:
         expected = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy())
         tensor = tensors[stored.name]
-        assert torch.equal(tensor.load(), expected)
-        assert torch.equal(tensor.load_rows(3, 11), expected[3:11])
+        own = {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored.tensor_type.name)
+        assert tensor.load().dtype == tensor.dtype == (own or torch.float32)
+        assert torch.equal(tensor.load().float(), expected)
+        assert torch.equal(tensor.load_rows(3, 11).float(), expected[3:11])
+
+
+@pytest.mark.parametrize(
+    ("encoding", "dtype"),
+    [("Q4_0", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)],
+)
+def test_numbers_of_16_bits_stay_so_and_codes_become_fp32(
+    tmp_path: Path, encoding: str, dtype: torch.dtype
+) -> None:
+    model = tiny_model(hidden_size=64, intermediate_size=96)
+    kind = gguf.GGMLQuantizationType[encoding]
+    path = write_gguf(tmp_path / "m.gguf", model, LLAMA, encoding=kind)
+    source = open_model(str(path))
+    assert source.dtype == dtype
+    program = go.Pipeline.default().run(go.capture(str(path)), go.RunOptions(verify=False))[0]
+    report = go.emit(program, tmp_path / "out", emit=("onnx", "hf"))
+    assert {form.dtype for form in report.artifact.forms} == {DTYPE_NAMES[dtype]}
+    said = [note.reason for note in report.artifact.notes if note.where == "weights"]
+    assert len(said) == (encoding == "Q4_0") and all("packed codes" in text for text in said)
 
 
 def test_equal_to_transformers(tmp_path: Path) -> None:

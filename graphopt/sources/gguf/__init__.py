@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from graphopt.sources.base import Kind, ModelSource
+from graphopt.sources.base import Kind, ModelSource, common_dtype
 from graphopt.sources.gguf.architectures import find_architecture, gguf_config
 from graphopt.sources.gguf.container import read_gguf
 from graphopt.sources.gguf.generation import gguf_generation
@@ -35,14 +33,15 @@ def open_gguf(spec: str, path: Path, kind: Kind = "gguf", name: str = "") -> Mod
     find_architecture(file)
     vocabulary = read_vocabulary(file)
     config = gguf_config(file, vocabulary)
+    producers = gguf_producers(file, config)
     return ModelSource(
         spec=spec,
         name=name or path.stem,
         kind=kind,
         config=config,
-        producers=gguf_producers(file, config),
+        producers=producers,
         tokenizer=gguf_tokenizer(file, vocabulary),
         generation=gguf_generation(file, vocabulary),
-        dtype=torch.float32,
+        dtype=common_dtype(producers),
         licence=gguf_licence(file.metadata),
     )

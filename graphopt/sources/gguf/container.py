@@ -54,7 +54,7 @@ MOST_VALUES = 1 << 22
 
 @dataclass(frozen=True)
 class GgufTensor(Producer):
-    """A tensor of a GGUF file, given as fp32 whatever its encoding.
+    """A tensor of a GGUF file: numbers of 16 bits as they are, and all else as fp32.
 
     Attributes:
         path: The file.
@@ -70,7 +70,8 @@ class GgufTensor(Producer):
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return torch.float32
+        kind = PLAIN.get(self.ggml_type, torch.float32)
+        return kind if kind.itemsize == 2 else torch.float32
 
     @property
     def is_packed(self) -> bool:
@@ -91,7 +92,7 @@ class GgufTensor(Producer):
         offset = self.offset + start // elements * size
         data = read_exactly(self.path, offset, count // elements * size)
         if self.ggml_type in PLAIN:
-            return data.view(PLAIN[self.ggml_type]).float()
+            return data.view(PLAIN[self.ggml_type]).to(self.dtype)
         raw, blocks = data.numpy(), count // elements
         whole = blocks // _CHUNK_BLOCKS * _CHUNK_BLOCKS
         result = np.empty(count, dtype=np.float32)

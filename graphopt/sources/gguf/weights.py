@@ -8,6 +8,7 @@ checkpoint it was made from.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -54,12 +55,16 @@ class HalvesFromPairs(_Like):
 
 @dataclass(frozen=True)
 class LessOne(_Like):
-    """The tensor minus one: Gemma's gains are `1 + weight`, which llama.cpp stores whole."""
+    """The tensor minus one, in fp32: Gemma has gains `1 + weight`, which llama.cpp stores whole."""
 
     source: Producer
 
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return torch.float32
+
     def load(self) -> torch.Tensor:
-        return self.source.load() - 1
+        return self.source.load().float() - 1
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,10 @@ class Joined(Producer):
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.parts[0].dtype
+        return functools.reduce(torch.promote_types, (part.dtype for part in self.parts))
 
     def load(self) -> torch.Tensor:
-        return torch.cat([part.load() for part in self.parts])
+        return torch.cat([part.load().to(self.dtype) for part in self.parts])
 
 
 @dataclass(frozen=True)
