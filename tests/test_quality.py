@@ -32,7 +32,7 @@ from graphopt.pass_manager.quality import (
 )
 from graphopt.pass_manager.run_options import RunOptions
 from graphopt.report.quality import LOST, SLIGHT, UNCHANGED, MeasuredText, Quality, judge
-from graphopt.report.records import PassEntry, Report
+from graphopt.report.records import ArtifactEntry, FormSize, PassEntry, Report
 
 CPU = torch.device("cpu")
 TEXT = MeasuredText("a.txt", "ab" * 32, 2048, 512, [1], 7, "The")
@@ -286,3 +286,12 @@ def test_eval_writes_its_figures_into_a_report(tiny, tmp_path):
     assert f"{kept['perplexity']:.3f} (128 tokens of" in (tmp_path / "report.html").read_text()
     done = runner().invoke(app, [*command, "--report", str(tmp_path / "nowhere")])
     assert done.exit_code == 1 and "nowhere" in done.stderr
+
+
+@pytest.mark.parametrize(("stored", "rounds"), [("f32", False), ("bf16", True)])
+def test_rounding_by_a_form_is_said(stored, rounds):
+    forms = [FormSize("onnx", 8, "f32"), FormSize("torch", 4, stored)]
+    artifact = ArtifactEntry("out", 12, ["onnx", "torch"], [], forms=forms)
+    report = Report(source="", name="", recipe="", dtype="f32", artifact=artifact)
+    assert ("Weights are rounded to bf16 in torch" in report.verdict().sentence) == rounds
+    assert report.verdict().grade == "unchanged"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pydantic
 
 from graphopt.ir.graph import Program
-from graphopt.ir.types import B, P, S
+from graphopt.ir.types import DTYPE_NAMES, B, P, S
 from graphopt.report.breakdown import breakdown, evaluate_cost
 from graphopt.report.quality import MeasuredText, Quality, Verdict, judge
 from graphopt.report.record import Record
@@ -301,6 +301,23 @@ class Report:
         """Return what became of the model's quality; None after a dry run."""
         if self.dry_run:
             return None
+        passes, rounded = self._verdict_on_passes(), self._rounded()
+        return Verdict(passes.grade, f"{passes.sentence} {rounded}") if rounded else passes
+
+    def _rounded(self) -> str:
+        """Return the sentence on forms whose weights have fewer bits than the source's."""
+        bits = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
+        forms = [] if self.artifact is None else self.artifact.forms
+        fewer = [
+            f"{form.dtype} in {form.name}"
+            for form in forms
+            if bits.get(form.dtype, 0) < bits.get(self.dtype, 0)
+        ]
+        if not fewer:
+            return ""
+        return f"Weights are rounded to {', '.join(fewer)}, which is not part of these figures."
+
+    def _verdict_on_passes(self) -> Verdict:
         if self.quality is not None:
             return judge(self.quality)
         changed = [entry for entry in self.passes if entry.changed]
