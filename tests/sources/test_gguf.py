@@ -119,6 +119,22 @@ def test_numbers_of_16_bits_stay_so_and_codes_become_fp32(
     assert len(said) == (encoding == "Q4_0") and all("packed codes" in text for text in said)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+def test_pieces_of_a_large_tensor_equal_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    kind = gguf.GGMLQuantizationType.Q8_0
+    path = write_gguf(
+        tmp_path / "m.gguf", tiny_model(hidden_size=96, intermediate_size=96), LLAMA, encoding=kind
+    )
+    tensor = read_gguf(path).tensors["token_embd.weight"]
+    whole = tensor.load_rows(0, rows)  # three blocks a row, in one piece
+    monkeypatch.setattr("graphopt.sources.gguf.container._CHUNK_BLOCKS", 2)
+    monkeypatch.setattr("graphopt.sources.gguf.container._CHUNKS", 2)
+    assert whole.shape == (rows, 96) and torch.equal(tensor.load_rows(0, rows), whole)
+    assert tensor.load_rows(2, 2).shape == (0, 96)
+
+
 def test_equal_to_transformers(tmp_path: Path) -> None:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 

@@ -9,6 +9,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import mmap
 import os
@@ -37,6 +38,9 @@ _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _CHUNK_BLOCKS = 128
 """Blocks per row handed to `dequantize`, which works on 16 rows at a time: about 64 k elements,
 so that its temporaries stay in the processor's cache."""
+_CHUNKS = 64
+"""Rows handed to it at a time: new memory for a large tensor costs more than unpacking it, so
+only the result takes some."""
 
 PLAIN = {
     GGMLQuantizationType.F64: torch.float64,
@@ -94,13 +98,14 @@ class GgufTensor(Producer):
         if self.ggml_type in PLAIN:
             return data.view(PLAIN[self.ggml_type]).to(self.dtype)
         raw, blocks = data.numpy(), count // elements
-        whole = blocks // _CHUNK_BLOCKS * _CHUNK_BLOCKS
         result = np.empty(count, dtype=np.float32)
-        for first, last, width in ((0, whole, _CHUNK_BLOCKS), (whole, blocks, blocks - whole)):
-            if first < last:
-                rows = raw[first * size : last * size].reshape(-1, width * size)
-                values = dequantize(rows, self.ggml_type)
-                result[first * elements : last * elements] = values.reshape(-1)
+        whole = blocks // _CHUNK_BLOCKS * _CHUNK_BLOCKS
+        starts = [*range(0, whole, _CHUNKS * _CHUNK_BLOCKS), whole, blocks]
+        for first, last in itertools.pairwise(dict.fromkeys(starts)):
+            width = _CHUNK_BLOCKS if last <= whole else last - first
+            rows = raw[first * size : last * size].reshape(-1, width * size)
+            values = dequantize(rows, self.ggml_type)
+            result[first * elements : last * elements] = values.reshape(-1)
         return torch.from_numpy(result)
 
 
