@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from graphopt.execute.block_runner import BlockRunner
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.feed_forward import Split
 from graphopt.training import tuner as tuner_module
+from graphopt.training.distil import Distiller
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
 from graphopt.training.losses import HiddenStateObjective, LogitObjective, batch_kl, relative_mse
 from graphopt.training.parametrisations import FullParametrisation, LowRankParametrisation
@@ -54,6 +56,18 @@ def tuner_of(program, forms, schedule, objective=None, saved=None):
     lessons = DistillationData(IDS, HiddenStateCache(student_of(program), IDS), held_out=10)
     return Tuner(student_of(program, forms), lessons, objective or LogitObjective(), schedule,
                  saved=saved)  # fmt: skip
+
+
+@pytest.mark.parametrize(("left", "seconds"), [(20.0, None), (31.9, None), (60.0, 15.0)])
+def test_no_text_is_written_in_seconds_that_only_make_the_writer_ready(left, seconds, monkeypatch):
+    monkeypatch.setattr("graphopt.training.distil.free_bytes", lambda device: 2**20)
+    options = types.SimpleNamespace(generated_windows=None, steps=None)
+    distiller = types.SimpleNamespace(
+        options=options, device=torch.device("cuda"), left=lambda: left, dense=tiny_program(),
+        seqlen=64,
+    )  # fmt: skip
+    most, share = Distiller._generated_windows(distiller)
+    assert share == seconds and (most > 0) == (seconds is not None)
 
 
 # ---- losses ----

@@ -54,7 +54,8 @@ USUAL_TOKENS = 8192
 
 GENERATION_SHARE = 0.25
 """The share of a training's seconds in which the dense model generates text for it."""
-
+WRITER_READY = 8.0
+"""Seconds that a model takes to be made ready to write on a GPU: fewer would give no text."""
 EPOCHS = 4
 """How often a training of a given number of steps reads what the dense model writes."""
 
@@ -65,8 +66,7 @@ class Distiller:
     Args:
         options: The options of the pass.
         program: What is trained; it is not changed.
-        rate: Learning rate where the options have none; None for that of trained weights, which
-            is relative to their scale.
+        rate: Learning rate where the options have none; None for one relative to the weights.
         reduce_on_plateau: Whether a rate that gets no further is lowered.
         least_held: Windows that checks need at least.
 
@@ -216,15 +216,16 @@ class Distiller:
         """Return how many windows the dense model writes, and in how many seconds at most."""
         if self.options.generated_windows is not None:
             return self.options.generated_windows, None
-        if self.device.type != "cuda" or self.options.steps == 0:
+        left = self.left()
+        seconds = math.inf if left is None else left * GENERATION_SHARE
+        if self.device.type != "cuda" or self.options.steps == 0 or seconds < WRITER_READY:
             return 0, None
         behind = self.dense.calls[find_blocks(self.dense)[-1].position].results[0]
         width = evaluate(infer_program(self.dense)[1][behind].shape[-1], {})
         # The dense model's hidden states of them are kept, in 16 bits.
         most = free_bytes(self.device) // 4 // (2 * self.seqlen * width)
-        left = self.left()
         if left is not None:
-            return most, left * GENERATION_SHARE
+            return most, seconds
         assert self.schedule.steps is not None
         wanted = self.schedule.steps * self.schedule.batch // EPOCHS - len(self.windows)
         return min(max(wanted, 0), most), None
