@@ -162,6 +162,9 @@ def test_every_option_has_a_line_with_meaning_default_and_range() -> None:
     lines = printed(print_pass, describe_passes("prune-blocks")[0])
     text = " ".join(" ".join(lines).split())
     assert "Legality:" in text and "Options:" not in text
+    # A rule is broken for this terminal, and goes on below its own text.
+    (rule,) = [number for number, line in enumerate(lines) if line.startswith("  2. ")]
+    assert len(lines[rule]) > 60 and lines[rule + 1].startswith("     ")
     assert (
         "ratio none The share of the blocks to take out, rounded up. [above 0 and below 1]" in text
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,18 +38,30 @@ def print_pass(console: Console, item: dict[str, Any]) -> None:
     """Print all that is known of a pass: what it does, its legality rules and its options."""
     console.print(item["name"], style="bold", end="  ")
     console.print("exact" if item["exact"] else "lossy", style="dim")
-    console.print(Padding(item["doc"], (0, 0, 0, 2)))
+    _print_docstring(console, item["doc"])
     if item["requires"]:
-        console.print(f"  It needs {', '.join(item['requires'])} before it in the recipe.")
+        console.print(f"  It needs {', '.join(item['requires'])} before it in the recipe.\n")
     if not item["options"]:
         return
-    console.print()
     table = _table("option", "default", "meaning")
     for option in item["options"]:
         # A meaning is a sentence, and what the option may be stands behind it.
         allowed = option["allowed"] or option["type"].removesuffix(" | None")
         table.add_row(option["name"], _default(option), f"{option['meaning']} [{allowed}]".strip())
     console.print(table)
+
+
+def _print_docstring(console: Console, text: str) -> None:
+    """Print paragraphs and numbered rules; their lines are those of a source, and break anew."""
+    for paragraph in text.split("\n\n"):
+        for part in re.split(r"\n(?=\d+\. )", paragraph):
+            indent = " " * (5 if re.match(r"\d+\. ", part) else 2)
+            lines = textwrap.fill(
+                " ".join(part.split()), console.width, initial_indent="  ",
+                subsequent_indent=indent, break_on_hyphens=False, break_long_words=False,
+            )  # fmt: skip
+            console.print(lines)
+        console.print()
 
 
 def _default(option: dict[str, Any]) -> str:

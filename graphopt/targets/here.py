@@ -58,6 +58,8 @@ def missing_here(target: Target) -> list[Lack]:
             if any(fits(version, wanted) for version in versions):
                 continue
             remedy = _INSTALL.get(package, f"pip install '{package}{_specifier(wanted)}'")
+            if versions and purpose == "run":
+                remedy = "where OUT is run, which needs no graphopt"
             named = f"{package} {wanted}" if _specifier(wanted) else package
             lacking.append(Lack(named, ", ".join(versions), purpose, remedy))
     capability = target.compute_capability
