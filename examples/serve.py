@@ -56,7 +56,12 @@ class Handler(BaseHTTPRequestHandler):
     """Turns HTTP into requests to the server's model."""
 
     def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        try:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            request["messages"]
+        except (KeyError, TypeError, ValueError):
+            self.send_error(400, "A request is a JSON object with messages.")
+            return
         model: ChatModel = self.server.model  # type: ignore[attr-defined]
         about = {"id": "chat", "created": int(time.time()), "model": model.name}
         streams = bool(request.get("stream"))
