@@ -339,6 +339,22 @@ def attention(
     if causal and S == T and all(e is None for e in extras) and (window is None or window >= T):
         # A mask would keep torch from its fastest kernels.
         return sdpa(q, k, v, None, is_causal=True, scale=scale)
+    rows = 512
+    uncut = (bias, chunk, kv_lens, seen)
+    if causal and rows < S and not q.is_cuda and all(e is None for e in uncut):
+        # On a CPU, scores of keys that no query of a part sees would be computed all the same.
+        parts = []
+        for start in range(0, S, rows):
+            stop = min(start + rows, S)
+            end = T - S + stop
+            first = 0 if window is None else max(0, T - S + start - window + 1)
+            real = None if mask is None else mask[:, first:end]
+            part = attention(
+                q[:, :, start:stop], k[:, :, first:end], v[:, :, first:end], real,
+                slopes=slopes, sinks=sinks, scale=scale, window=window, softcap=softcap,
+            )  # fmt: skip
+            parts.append(part)
+        return torch.cat(parts, 2)
     allowed = allowed_keys(S, mask, T, causal, window, chunk, q.device, kv_lens, seen)
     if slopes is not None:
         slope_bias = alibi(slopes, q.new_ones(q.shape[0], T) if mask is None else mask)

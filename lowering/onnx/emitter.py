@@ -122,6 +122,9 @@ class OnnxEmitter(Emitter):
             emitted.fallbacks += graph.plain()
             if not graph.fused and not emitted.fallbacks:
                 emitted.notes.append(("onnx", "there are no experts for com.microsoft::MoE"))
+        files, notes = write_tokenizer(program, folder)
+        emitted.files += [*files, *write_generation(program, folder)]
+        emitted.notes += notes
         reason = why_not(program)
         if reason is None:
             # Weights lie in the order in which a graph is built, so both find them alike.
@@ -130,10 +133,7 @@ class OnnxEmitter(Emitter):
                 continues=False, moe=self.moe, as_stored=self.shared,
             )  # fmt: skip
             ir.save(again.build(), folder / GENAI_NAME)
-            files, notes = write_tokenizer(program, folder)
             emitted.files += [folder / GENAI_NAME, *self._genai(program, folder, again.in_place)]
-            emitted.files += files
-            emitted.notes += notes
             emitted.usage.append(
                 f"python {{out}}/onnx/{RUN_NAME} --prompt 'Hello'   # needs onnxruntime-genai"
             )
@@ -159,7 +159,7 @@ class OnnxEmitter(Emitter):
         config.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
         script = folder / RUN_NAME
         script.write_text(run_script(), encoding="utf-8", newline="\n")
-        return [config, script, *write_generation(program, folder)]
+        return [config, script]
 
 
 def _single(kind: Type) -> Type:
