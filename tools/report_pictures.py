@@ -27,8 +27,8 @@ RECIPES = {
     "carved": ["--passes", "carve-moe{shared=3,active=3,experts=8}"],
 }
 
-COLOURS = 48
-"""Colours of a picture: pages have a dozen, and their blends at the edges of letters."""
+COLOURS = 160
+"""Colours of a picture: a page has a dozen, and their blends at the edges of letters."""
 
 
 def shrink(picture: Path) -> None:

@@ -271,7 +271,6 @@ def _made(report: Report) -> str:
         ("Command", report.command or ""),
         ("Calibration text", _calibration(report)),
         ("Licence of the source", _licence(report)),
-        ("Forms", _forms(report.artifact)),
         ("Time", stages),
         ("Versions", versions),
         ("Machine", f"{machine['system']} {machine['processor']}, {machine['cores']} cores"),
@@ -287,16 +286,6 @@ def _calibration(report: Report) -> str:
     written = text.self_generated_tokens
     own = f"; {written:,} tokens that the model wrote behind beginnings from it" if written else ""
     return f"{text.name}, SHA-256 {text.sha256[:12]}…{own}"
-
-
-def _forms(artifact: ArtifactEntry | None) -> str:
-    """Return size and dtype of every form, and what of the size it shares with others."""
-    forms = [] if artifact is None else artifact.forms
-    return "; ".join(
-        f"{form.name} {si(form.bytes, 'B')} in {form.dtype}"
-        + (f", and {si(form.shared_bytes, 'B')} of other forms" if form.shared_bytes else "")
-        for form in forms
-    )
 
 
 def _licence(report: Report) -> str:
