@@ -87,10 +87,14 @@ METHODS = {
     "S3A3E8, threshold": Method(_routed_8(",threshold=true"), ("static S6A0E8",)),
     "S3A3E8, layerwise budget": Method(_routed_8(",layerwise_budget=true"), ("static S6A0E8",)),
     "static S6A0E8, tuned": Method(_STATIC_8 + _TUNE),
-    "S3A3E8, tuned": Method(_routed_8() + _TUNE, ("static S6A0E8, tuned", "S3A3E8")),
+    "S3A3E8, tuned": Method(
+        _routed_8(",control=false") + _TUNE, ("static S6A0E8, tuned", "S3A3E8")
+    ),
     "static S4A0E16": Method(_STATIC_16),
     "S2A2E16": Method(_ROUTED_16, ("static S4A0E16",)),
-    "S2A2E16, tuned": Method(_ROUTED_16 + _TUNE, ("S2A2E16",)),
+    "S2A2E16, tuned": Method(
+        "carve-moe{shared=2,active=2,experts=16$mixtures,control=false}" + _TUNE, ("S2A2E16",)
+    ),
     "random experts": Method("prune-experts{ratio=0.25,score=random}"),
     "prune-experts": Method("prune-experts{ratio=0.25}", ("random experts",)),
     "prune-experts, merge": Method(
