@@ -187,7 +187,7 @@ class _Tuning(Distiller):
         carved = self.context.record(CarvedParts)
         assert carved is not None
         parts = len(carved.parts)
-        self.say_if_untrained()
+        self.say_if_useless()
         if not self.changed:
             return PassResult(self.carved, parts, 0, self.skipped, self.record, ChangedBlocks())
         return PassResult(self.fold(), parts, parts, self.skipped, self.record, ChangedBlocks())

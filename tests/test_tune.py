@@ -16,11 +16,13 @@ from graphopt.errors import PassError
 from graphopt.execute.block_runner import BlockRunner
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.feed_forward import Split
+from graphopt.report.record import Step
 from graphopt.training import tuner as tuner_module
 from graphopt.training.distil import Distiller
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
 from graphopt.training.losses import HiddenStateObjective, LogitObjective, batch_kl, relative_mse
 from graphopt.training.parametrisations import FullParametrisation, LowRankParametrisation
+from graphopt.training.record import TrainedPart, TrainingRecord
 from graphopt.training.schedule import Schedule
 from graphopt.training.tuner import Tuner
 
@@ -68,6 +70,24 @@ def test_no_text_is_written_in_seconds_that_only_make_the_writer_ready(left, sec
     )  # fmt: skip
     most, share = Distiller._generated_windows(distiller)
     assert share == seconds and (most > 0) == (seconds is not None)
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "trained", "told"),
+    [(0, 20.0, 20.0, "NO STEP was made in 5 seconds"), (9, 20.0, 19.91, "HARDLY ANY GAIN in 9"),
+     (9, 20.0, None, "HARDLY ANY GAIN"), (9, 20.0, 19.8, None), (9, None, 30.0, None)],
+)  # fmt: skip
+def test_a_training_of_no_use_says_so(steps, given, trained, told):
+    part = TrainedPart(
+        part="all", steps=steps, seconds=4.0, tokens=99, preparing=0.0, losses=[], checks=[],
+        lr_decays=[], stopped="", not_compiled="",
+    )  # fmt: skip
+    noted = [("the whole model", 10.0), ("carving", given), ("trained", trained)]
+    record = TrainingRecord(
+        training=[part], perplexity=[Step(after=what, value=value) for what, value in noted]
+    )
+    reason = record.shortcoming(5.0)
+    assert (reason is None) if told is None else (reason is not None and told in reason)
 
 
 # ---- losses ----

@@ -162,19 +162,11 @@ class Distiller:
             for weight in self.program.used_weights()
         )
 
-    def say_if_untrained(self) -> None:
-        """Say loudly, among what was skipped, that the time did not suffice for a step."""
-        if self.schedule.steps != 0 and not sum(part.steps for part in self.record.training):
-            spent = ", ".join(
-                f"{what} {seconds:.0f} s" for what, seconds in self.record.seconds.items()
-            )
-            self.skipped.append(
-                Skip(
-                    "training",
-                    f"NO STEP was made in {self.schedule.seconds or 0:g} seconds ({spent}): give "
-                    "more seconds, or a shorter seqlen or batch",
-                )
-            )
+    def say_if_useless(self) -> None:
+        """Say loudly, among what was skipped, that the pass made no step or hardly helped."""
+        if self.schedule.steps != 0:
+            reason = self.record.shortcoming(self.schedule.seconds or 0)
+            self.skipped += [Skip("training", reason)] if reason else []
 
     def clock(self, what: str, started: float) -> None:
         """Add the time since `started` to the record."""

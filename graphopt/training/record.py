@@ -21,6 +21,9 @@ from graphopt.report.pictures import (
 )
 from graphopt.report.record import Figure, Record, Seconds, Step, told_in_a_line
 
+LEAST_GAIN = 0.005
+"""The share by which a training has to lower perplexity: half a percent may be chance."""
+
 Count = Annotated[int, pydantic.Field(ge=0)]
 Curve = list[tuple[int, Figure]]
 """(step, value) pairs."""
@@ -60,6 +63,30 @@ class TrainingRecord(Record):
     training: list[TrainedPart] = pydantic.Field(default_factory=list)
     generated_windows: Count | None = None
     compared_tokens: Count | None = None
+
+    def shortcoming(self, seconds: float) -> str | None:
+        """Return what has to be known of a training that was of no use; None of one that was.
+
+        Args:
+            seconds: How many it was given.
+        """
+        steps = sum(part.steps for part in self.training)
+        if not steps:
+            spent = ", ".join(f"{what} {value:.0f} s" for what, value in self.seconds.items())
+            return (
+                f"NO STEP was made in {seconds:g} seconds ({spent}): give more seconds, or a "
+                "shorter seqlen or batch"
+            )
+        # The whole model, what the pass was given, what it did on the way, and what it made.
+        _, given, *_, trained = (
+            math.inf if step.value is None else step.value for step in self.perplexity
+        )
+        if trained <= (1 - LEAST_GAIN) * given:
+            return None
+        return (
+            f"HARDLY ANY GAIN in {steps} steps: held-out perplexity went from {given:.4g} to "
+            f"{trained:.4g}; give more seconds, or leave the pass out"
+        )
 
     def line(self) -> str:
         return told_in_a_line([], self.perplexity)

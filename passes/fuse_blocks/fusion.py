@@ -112,7 +112,7 @@ class Fusion(Distiller):
         self.note("trained", self.program)
         seconds = self.record.seconds
         seconds["all"] = time.perf_counter() - self.started + seconds.get("ablations", 0.0)
-        self.say_if_untrained()
+        self.say_if_useless()
         folded = self.fold(self.program if self.options.mode == "published" else None)
         removed = len(self.pruned.removed)
         changed = removed if self.changed else 0
