@@ -50,7 +50,7 @@ def follow(page: str, clone: Path) -> str:
 def test_the_tutorial_runs(tmp_path: Path, demo: str) -> None:
     pytest.importorskip("onnxruntime_genai")
     printed = follow(PAGE, tmp_path)
-    assert "Paris" in printed and "24 layers" in printed
+    assert "Paris" in printed and "27 layers" in printed
     changes = re.findall(r"(prune|fuse)-blocks: ([\d.]+) times", printed)
     assert [name for name, _ in changes] == ["prune", "fuse"]
     assert float(changes[0][1]) > 1 > float(changes[1][1])
