@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
 from graphopt.support.quantities import format_bytes
-from graphopt.targets import Target
-from graphopt.targets.here import Lack
+
+if TYPE_CHECKING:
+    # What reads their files takes longer to import than all that a listing of passes needs.
+    from graphopt.targets import Target
+    from graphopt.targets.here import Lack
 
 
 def print_pass_list(console: Console, passes: list[dict[str, Any]]) -> None:
