@@ -19,9 +19,11 @@ from tiny_models import save_tiny
 import graphopt as go
 from graphopt.backends import opening, placement
 from graphopt.backends.opening import open_language_model
+from graphopt.cli import compile as compile_command
 from graphopt.cli.commands import app
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.ir.graph import Program
+from graphopt.support import devices
 from graphopt.support.devices import usable_device
 
 STAND_IN = torch.device("cpu", 0)
@@ -139,6 +141,27 @@ def test_on_a_gpu_a_folder_without_torch_runs_its_program(
     monkeypatch.setattr(opening, "usable_device", lambda name: torch.device("cuda"))
     model = open_language_model(str(tmp_path / "out"), device="cuda")
     assert (model.backend, model.device) == ("program", STAND_IN)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "device"),
+    [
+        ("canonicalise", "auto", "cpu"),
+        ("prune-blocks{blocks=1}", "auto", "cpu:0"),
+        ("prune-blocks{blocks=1}", "cpu", "cpu"),
+        ("canonicalise", "cuda:1", "cuda:1"),
+    ],
+)
+def test_lossy_passes_compute_on_the_gpu_that_is_found(
+    recipe: str,
+    name: str,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(devices, "found_gpu", lambda: STAND_IN)
+    assert compile_command._device(name, go.Pipeline.parse(recipe)) == device
+    assert ("--device cpu keeps them on the CPU" in capsys.readouterr().err) == (device == "cpu:0")
 
 
 @pytest.mark.parametrize(

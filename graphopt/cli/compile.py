@@ -117,7 +117,13 @@ class CompileFlags:
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted compile to this folder.")
     ] = False
-    device: Annotated[str, typer.Option(help="Where passes and verification compute.")] = "cpu"
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where passes and verification compute; auto takes a GPU where there is one and "
+            "a pass is lossy."
+        ),
+    ] = "auto"
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of everything random.")] = 0
     bos: BosOption = "every"
     config: ConfigOption = None
@@ -224,11 +230,11 @@ def _compile_options(flags: CompileFlags) -> CompileOptions:
     from graphopt.compiler import CompileOptions
     from graphopt.sources.windows import check_bos
 
-    emit = flags.emit
+    emit, recipe = flags.emit, _pipeline(flags.passes, flags.recipe)
     return CompileOptions(
         target=flags.target,
         emit=None if emit is None else [n.strip() for n in emit.split(",") if n.strip()],
-        recipe=_pipeline(flags.passes, flags.recipe),
+        recipe=recipe,
         calib=flags.calib,
         text=flags.text,
         verify=not flags.no_verify,
@@ -241,11 +247,27 @@ def _compile_options(flags: CompileFlags) -> CompileOptions:
         stop_after=flags.stop_after,
         dump_ir=flags.dump_ir,
         resume=flags.resume,
-        device=flags.device,
+        device=_device(flags.device, recipe),
         seed=flags.seed,
         bos=check_bos(flags.bos),
         trust_remote_code=flags.trust_remote_code,
     )
+
+
+def _device(name: str, recipe: Pipeline) -> str:
+    """Return the device of a recipe, and say where a GPU was found for it.
+
+    Exact passes rewrite structure and are checked on a short text, which no GPU makes faster.
+    """
+    from graphopt.support.devices import AUTO, describe_device, found_gpu
+
+    if name != AUTO:
+        return name
+    gpu = None if all(item.exact for item in recipe.passes) else found_gpu()
+    if gpu is None:
+        return "cpu"
+    ui.say_note(f"Passes compute on {describe_device(gpu)}; --device cpu keeps them on the CPU.")
+    return str(gpu)
 
 
 def _pipeline(passes: str | None, recipe: Path | None) -> Pipeline:
