@@ -149,5 +149,6 @@ class Emitter(ABC):
         """Write the files under `root`.
 
         Args:
-            stored: Where other forms of the folder have stored weights, by name.
+            stored: Where other forms of the folder have stored weights that a reader finds by
+                name and takes as they are.
         """

@@ -15,7 +15,7 @@ from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program
 from graphopt.lowering import get_emitter
 from graphopt.lowering.base import Emitted, Emitter, check_placements
-from graphopt.lowering.sizes import about_rounding, in_order, planned_sizes, written_size
+from graphopt.lowering.sizes import about_decoded_codes, in_order, planned_sizes, written_size
 from graphopt.pass_manager.forecast import forecast_recipe, reading_seconds
 from graphopt.pass_manager.pipeline import Pipeline
 from graphopt.pass_manager.run import OnPass
@@ -23,6 +23,7 @@ from graphopt.pass_manager.run_options import RunOptions
 from graphopt.report.records import Estimate, FormSize, PassEntry, SkipEntry, versions
 from graphopt.storage.artifact import save_program
 from graphopt.storage.licence import write_licence
+from graphopt.storage.shared_weights import readable_by_name
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.measure import peak_rss
 from graphopt.support.progress import Progress, silent
@@ -178,13 +179,16 @@ class Emission:
         """Write all but the report under `root`; return usage lines, notes and sizes."""
         made: dict[str, Emitted] = {}
         storage: dict[str, StoredWeight] = {}
+        by_name: dict[str, StoredWeight] = {}
         for emitter in in_order(self.emitters):
-            emitted = emitter.emit(program, root, self.target, progress, storage)
+            emitted = emitter.emit(program, root, self.target, progress, by_name)
             write_licence(program, root / emitter.name)
             if self.strict:
                 self._refuse(emitted.fallbacks)
             made[emitter.name] = emitted
             for name, stored in emitted.storage.items():
+                if readable_by_name(stored):
+                    by_name.setdefault(name, stored)
                 # The folder is opened again with the most exact values in it.
                 if name not in storage or storage[name].dtype.itemsize < stored.dtype.itemsize:
                     storage[name] = stored
@@ -198,7 +202,7 @@ class Emission:
                 SkipEntry(where, reason) for where, reason in emitted.notes + emitted.fallbacks
             ]
             sizes.append(written_size(emitter, emitted, program))
-        told = about_rounding(program, sizes)
+        told = about_decoded_codes(program, sizes) if self.dtype is None else None
         notes += [SkipEntry("weights", told)] if told is not None else []
         save_program(program, root, storage)
         write_licence(program, root)

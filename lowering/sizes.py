@@ -12,7 +12,7 @@ from graphopt.errors import LoweringError
 from graphopt.ir.dtypes import is_rounded
 from graphopt.ir.graph import Program
 from graphopt.ir.types import DTYPE_NAMES
-from graphopt.ir.weights import Cast, sources_of
+from graphopt.ir.weights import sources_of
 from graphopt.lowering.base import Emitted, Emitter, StoredTensor
 from graphopt.report.records import FormSize
 from graphopt.sources.gguf.container import GgufTensor
@@ -67,26 +67,16 @@ def written_size(emitter: Emitter, emitted: Emitted, program: Program) -> FormSi
     )
 
 
-def about_rounding(program: Program, sizes: Sequence[FormSize]) -> str | None:
-    """Return what a user should know of the dtype in which weights are stored; None for nothing.
+def about_decoded_codes(program: Program, sizes: Sequence[FormSize]) -> str | None:
+    """Return what a user should know who asked for no dtype where codes of 4 bits or so were read.
 
-    They were rounded as asked for; or nothing was asked for, and the source holds packed codes, of
-    which nothing says in which dtype the values that they stand for are to be stored.
+    Nothing of the source says in which dtype the values that codes stand for are to be stored.
     """
-    producers = [weight.producer for weight in program.used_weights()]
-    rounded = {
-        f"{_torch_name(cast.source.dtype)} to {_torch_name(cast.dtype)}"
-        for cast in producers
-        if isinstance(cast, Cast) and cast.dtype.itemsize < cast.source.dtype.itemsize
-    }
-    if rounded:
-        return f"rounded from {', '.join(sorted(rounded))}, behind all passes and their figures"
     wide = [size.name for size in sizes if size.dtype == DTYPE_NAMES[torch.float32]]
     decoded = any(
         isinstance(source, GgufTensor) and source.is_packed
-        for producer in producers
-        if not isinstance(producer, Cast)
-        for source in sources_of(producer)
+        for weight in program.used_weights()
+        for source in sources_of(weight.producer)
     )
     if not decoded or not wide:
         return None
@@ -94,10 +84,6 @@ def about_rounding(program: Program, sizes: Sequence[FormSize]) -> str | None:
         f"the source holds packed codes; the values they stand for are stored in float32, in which "
         f"they are exact ({', '.join(wide)}). --dtype bfloat16 halves that"
     )
-
-
-def _torch_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _usual(tensors: Iterable[StoredTensor]) -> str:

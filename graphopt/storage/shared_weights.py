@@ -24,6 +24,12 @@ from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.plain import shown
 
 
+def readable_by_name(place: StoredWeight) -> bool:
+    """Return whether a weight lies as it is in a file whose tensors have names."""
+    whole = not place.transposed and place.rows is None
+    return whole and place.file.endswith(".safetensors")
+
+
 def shared_weights(
     root: Path,
     program: Program,
@@ -42,14 +48,14 @@ def shared_weights(
     shared: dict[str, StoredWeight] = {}
     for weight in program.weights.tensors():
         place = stored.get(weight.name)
-        if place is None or weight.constant or not place.file.endswith(".safetensors"):
+        if place is None or weight.constant or not readable_by_name(place):
             continue
         if place.file not in headers:
             headers[place.file] = read_header(root / place.file)
         tensor = headers[place.file].get(weight.name)
         if (
             tensor is not None
-            and (tensor.offset, place.transposed, place.rows) == (place.offset, False, None)
+            and tensor.offset == place.offset
             and (tensor.shape, tensor.dtype) == (weight.shape, dtypes[weight.name])
         ):
             shared[weight.name] = place

@@ -401,7 +401,7 @@ def _write(
     """Write the tensors, one at a time; return the file and offset of each."""
     places: dict[str, tuple[Path, int]] = {}
     shards = _shards(tensors)
-    done = 0
+    done, total = 0, sum(math.prod(p.shape) * p.dtype.itemsize for p in tensors.values())
     for number, shard in enumerate(shards, start=1):
         path = folder / WEIGHTS_NAME
         if len(shards) > 1:
@@ -409,14 +409,13 @@ def _write(
         kinds = {name: (producer.shape, producer.dtype) for name, producer in shard.items()}
         with SafetensorsWriter(path, kinds) as writer:
             for name, producer in shard.items():
-                progress("writing checkpoint", done, len(tensors))
+                progress("writing checkpoint", done, total)
                 writer.copy(name, producer)
                 places[name] = (path, writer.tensors[name].offset)
-                done += 1
+                done += writer.tensors[name].nbytes
         emitted.files.append(path)
-    progress("writing checkpoint", done, len(tensors))
+    progress("writing checkpoint", total, total)
     if len(shards) > 1:
-        total = sum(math.prod(p.shape) * p.dtype.itemsize for p in tensors.values())
         index = {
             "metadata": {"total_size": total},
             "weight_map": {name: path.name for name, (path, _) in sorted(places.items())},

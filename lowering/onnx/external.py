@@ -71,6 +71,10 @@ class Layout:
         return math.prod(self.shape)
 
     @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
     def is_concatenated(self) -> bool:
         """Whether every weight lies there as it is, row-major, one behind the other."""
         return not (self.transposed or self.alternating or self.parts > 1)
@@ -145,7 +149,7 @@ class DataFile:
             name: The name of the tensor.
             shape: What the graph takes the tensor for; None for the layout's own shape.
         """
-        start, nbytes = self._end, layout.numel * layout.dtype.itemsize
+        start, nbytes = self._end, layout.nbytes
         self.reserved.append((start, layout, name))
         self._end = _rounded_up(start + nbytes, self.alignment)
         return ir.ExternalTensor(
@@ -172,14 +176,15 @@ class DataFile:
         Raises:
             SourceError: A weight cannot be read, or holds NaN or infinity.
         """
-        total = len(self.reserved)
+        done, total = 0, sum(layout.nbytes for _, layout, _ in self.reserved)
         with self.path.open("wb") as file, ThreadPoolExecutor(_WORKERS) as pool:
             file.truncate(self._end)
             waiting: deque[Future[None]] = deque()
             turn = threading.Lock()
             try:
-                for done, (offset, layout, _) in enumerate(self.reserved):
+                for offset, layout, _ in self.reserved:
                     progress("writing weights", done, total)
+                    done += layout.nbytes
                     waiting.append(pool.submit(_write, file, turn, offset, layout))
                     if len(waiting) > _WORKERS:
                         waiting.popleft().result()

@@ -180,14 +180,16 @@ class TorchEmitter(Emitter):
         kinds = {weight.name: (weight.shape, dtypes[weight.name]) for weight in weights}
         if weights or not shared:
             with SafetensorsWriter(root / WEIGHTS_NAME, kinds) as writer:
-                for done, weight in enumerate(weights):
-                    progress("writing weights", done, len(weights))
+                done, total = 0, sum(raw.nbytes for raw in writer.tensors.values())
+                for weight in weights:
+                    progress("writing weights", done, total)
+                    done += writer.tensors[weight.name].nbytes
                     if weight.constant:
                         # A constant may hold infinity on purpose.
                         writer.write(weight.name, weight.load().contiguous())
                     else:
                         writer.copy(weight.name, weight.producer)
-                progress("writing weights", len(weights), len(weights))
+                progress("writing weights", total, total)
             for name, raw in writer.tensors.items():
                 storage[name] = StoredWeight(WEIGHTS_NAME, raw.offset, raw.shape, raw.dtype)
         if shared:

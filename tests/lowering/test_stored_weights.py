@@ -148,13 +148,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("order", ["hf torch onnx", "onnx torch hf"])
 @pytest.mark.parametrize("stored", [None, "bfloat16"])
 def test_a_checkpoint_and_the_torch_form_share_it(
-    checkpoint: Path, stored: str | None, tmp_path: Path
+    checkpoint: Path, stored: str | None, order: str, tmp_path: Path
 ) -> None:
     program = go.Pipeline.default().run(capture(str(checkpoint)), go.RunOptions(verify=False))[0]
     out = tmp_path / "out"
-    report = go.emit(program, out, emit=("hf", "torch", "onnx"), dtype=stored or "auto")
+    report = go.emit(program, out, emit=order.split(), dtype=stored or "auto")
     forms = {form.name: form for form in report.artifact.forms}
     assert forms["torch"].shared_files == ["hf/model.safetensors"]
     assert forms["torch"].shared_bytes > 0.9 * sum(
