@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from graphopt.capture.checkpoint import persistent_buffers
 from graphopt.capture.conversion import to_checkpoint
 from graphopt.capture.model import build_model
 from graphopt.errors import CaptureError, LoweringError
-from graphopt.files.safetensors import INDEX_NAME, WEIGHTS_NAME, SafetensorsWriter
 from graphopt.ir.compare import first_difference, in_order_of_use, slots_by_use
 from graphopt.ir.expert_neurons import is_masked
 from graphopt.ir.graph import KVLayout, Program
@@ -38,6 +36,7 @@ from graphopt.lowering.hf.carved import (
     render,
 )
 from graphopt.lowering.hf.checkpoint_assembly import Fragment, assemble, origin
+from graphopt.lowering.hf.shards import write_shards
 from graphopt.lowering.tokenizer import copy_tokenizer, run_lines, write_generation
 from graphopt.pass_manager.contract import Context
 from graphopt.pass_manager.pipeline import Pipeline
@@ -46,9 +45,6 @@ from graphopt.support.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LARGEST_SHARD = 5 * 10**9
-"""Bytes of a file beyond which another one is begun, as transformers does by default."""
 
 
 class HfEmitter(Emitter):
@@ -85,7 +81,8 @@ class HfEmitter(Emitter):
         folder = root / "hf"
         folder.mkdir(parents=True, exist_ok=True)
         emitted = Emitted()
-        places = _write(found.tensors, folder, emitted, progress)
+        places, files = write_shards(found.tensors, folder, progress)
+        emitted.files += files
         emitted.files.append(_write_config(program, found.module, folder))
         emitted.files += copy_tokenizer(program, folder) + write_generation(program, folder)
         _add_storage(program, found.tensors, places, root, emitted)
@@ -379,51 +376,6 @@ def _module_tensors(
     if left:
         raise _refusal(f"its class has no parameter {min(left)!r}")
     return tensors
-
-
-def _shards(tensors: Mapping[str, Producer]) -> list[dict[str, Producer]]:
-    """Divide tensors into files, in order."""
-    shards: list[dict[str, Producer]] = [{}]
-    size = 0
-    for name, producer in tensors.items():
-        count = math.prod(producer.shape) * producer.dtype.itemsize
-        if shards[-1] and size + count > LARGEST_SHARD:
-            shards.append({})
-            size = 0
-        shards[-1][name] = producer
-        size += count
-    return shards
-
-
-def _write(
-    tensors: Mapping[str, Producer], folder: Path, emitted: Emitted, progress: Progress
-) -> dict[str, tuple[Path, int]]:
-    """Write the tensors, one at a time; return the file and offset of each."""
-    places: dict[str, tuple[Path, int]] = {}
-    shards = _shards(tensors)
-    done, total = 0, sum(math.prod(p.shape) * p.dtype.itemsize for p in tensors.values())
-    for number, shard in enumerate(shards, start=1):
-        path = folder / WEIGHTS_NAME
-        if len(shards) > 1:
-            path = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        kinds = {name: (producer.shape, producer.dtype) for name, producer in shard.items()}
-        with SafetensorsWriter(path, kinds) as writer:
-            for name, producer in shard.items():
-                progress("writing checkpoint", done, total)
-                writer.copy(name, producer)
-                places[name] = (path, writer.tensors[name].offset)
-                done += writer.tensors[name].nbytes
-        emitted.files.append(path)
-    progress("writing checkpoint", total, total)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {name: path.name for name, (path, _) in sorted(places.items())},
-        }
-        path = folder / INDEX_NAME
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        emitted.files.append(path)
-    return places
 
 
 def _write_config(program: Program, module: PreTrainedModel, folder: Path) -> Path:

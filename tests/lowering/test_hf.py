@@ -30,7 +30,7 @@ from graphopt.ir.blocks import remove_blocks
 from graphopt.ir.feed_forward import Split
 from graphopt.ir.relayout import with_layouts
 from graphopt.ir.weights import Array, Missing, Rows, Transposed, Weight
-from graphopt.lowering.hf import HfEmitter, emitter
+from graphopt.lowering.hf import HfEmitter, shards
 from graphopt.lowering.hf.checkpoint_assembly import Fragment, assemble
 
 LAYOUTS = ["llama", "gpt2", "gpt_neox", "falcon", "bloom", "phi3", "gemma2", "mpt", "mixtral",
@@ -103,7 +103,7 @@ def test_layouts_of_caches_are_no_part_of_a_checkpoint(source: Source) -> None:
 def test_large_checkpoints_are_sharded(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(emitter, "LARGEST_SHARD", 100_000)
+    monkeypatch.setattr(shards, "LARGEST_SHARD", 100_000)
     (model, _, program), case = source("llama"), padded_case()
     go.emit(program, tmp_path / "out", emit=("hf",))
     files = sorted(path.name for path in (tmp_path / "out/hf").glob("*.safetensors"))

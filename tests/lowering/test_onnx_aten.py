@@ -23,8 +23,9 @@ from graphopt.ir import B, Call, Function, In, Node, Program, S, Type, Value
 from graphopt.ir.ops.aten import resolve_target
 from graphopt.ir.types import P
 from graphopt.ir.verify import verify
-from graphopt.lowering.onnx.emitter import OnnxEmitter, _Graph
+from graphopt.lowering.onnx.emitter import OnnxEmitter
 from graphopt.lowering.onnx.external import DataFile
+from graphopt.lowering.onnx.graph import Graph
 from graphopt.lowering.onnx.ops.registry import _TRANSLATIONS
 
 # In tensors of these sizes 5 means the batch and 7 the length; then the graph runs at (2, 3) too.
@@ -114,7 +115,7 @@ class Built:
 
     def session(self, folder):
         verify(self.program)
-        model = _Graph(self.program, DataFile(folder / "model.data", folder)).build()
+        model = Graph(self.program, DataFile(folder / "model.data", folder)).build()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
