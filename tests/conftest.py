@@ -41,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
 
 
+@pytest.fixture(autouse=True)
+def _no_gpu_by_itself(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep models of other tests than those of a GPU on the CPU, where their figures hold."""
+    if torch.cuda.is_available() and "gpu" not in request.keywords:
+        monkeypatch.setattr("graphopt.backends.placement.found_gpu", lambda: None)
+        monkeypatch.setattr("graphopt.support.devices.found_gpu", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def demo() -> str:
     """Return the demo's name once it is in the cache; skip where it cannot be fetched."""

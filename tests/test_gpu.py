@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import graphopt as go
 from graphopt.backends.opening import open_language_model
 from graphopt.execute.interpreter import Runner, complete_inputs
+from graphopt.generate.text_reader import TextReader
 from graphopt.ir import functional
 from graphopt.ir.relayout import with_layouts
 from graphopt.lowering.kernels import get_layer_family
@@ -256,3 +257,35 @@ def test_emitted_kernels_compute_what_is_asked_for(name: str, target: str, tmp_p
     go.emit(program, tmp_path / "out", target=target, emit=("torch",))
     module = _module(tmp_path / "out" / "model.py")
     assert errors(program, module, module.load(tmp_path / "out"), steps=12) < 1e-2
+
+
+def test_what_is_opened_runs_on_the_gpu_that_is_here(tmp_path: Path) -> None:
+    """A program and plain PyTorch in fp32, a file for a GPU in 16 bits; and each where asked."""
+    program = tiny_program(cache=True, head_dim=64)
+    ids = torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(0))
+    for target in ("cpu", "ampere"):
+        go.emit(program, tmp_path / target, target=target, emit=("torch",))
+        for backend in ("program", "torch"):
+            spec = str(tmp_path / target)
+            found = open_language_model(spec, backend)  # type: ignore[arg-type]
+            plain = open_language_model(spec, backend, device="cpu")  # type: ignore[arg-type]
+            assert found.device.type == "cuda" and plain.device.type == "cpu"
+            assert f"{backend} on cuda (" in found.placement
+            got, want = found.log_likelihoods(ids), plain.log_likelihoods(ids)
+            assert got.device.type == "cpu"
+            half = target == "ampere" and backend == "torch"
+            # Logits of about 3, of which 16 bits hold 8 and some hundred sums lose a few.
+            torch.testing.assert_close(got, want, rtol=0, atol=0.1 if half else 1e-4)
+
+
+def test_a_conversation_goes_on_in_one_cache_of_fixed_room(tmp_path: Path) -> None:
+    go.emit(
+        tiny_program(cache=True, head_dim=64), tmp_path / "out", target="ampere", emit=("torch",)
+    )
+    model = open_language_model(str(tmp_path / "out"))
+    reader, text = TextReader(model), [1, 2, 3]
+    for turn in range(3):
+        text = [*text, *range(10 * turn, 10 * turn + 7)]
+        logits = reader.next_logits(text, len(text) + 5)
+        whole = TextReader(model).next_logits(text, len(text) + 5)
+        torch.testing.assert_close(logits, whole, rtol=0, atol=0.1)
