@@ -74,9 +74,9 @@ def open_model(spec: str, *, trust_remote_code: bool = False) -> ModelSource:
 
 
 def _open_program(spec: str, folder: Path) -> ModelSource:
+    from graphopt.files.licence import licence_files
     from graphopt.ir.verify import verify
     from graphopt.sources.base import output_tokenizer
-    from graphopt.sources.licence import licence_files
     from graphopt.storage.artifact import load_program
 
     program = load_program(folder)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from graphopt.errors import SourceError, first_line
 from graphopt.files.config_schema import check_config, check_sizes, without_code
 from graphopt.files.confined import inside
+from graphopt.files.licence import PATTERNS, licence_files
 from graphopt.files.refusals import REMEDY, refuse_adapter, refuse_quantised, unfit_folder
 from graphopt.files.safetensors import INDEX_NAME, WEIGHTS_NAME, read_checkpoint
 from graphopt.ir.weights import Producer
 from graphopt.sources.base import ModelSource, common_dtype, tokenizer_in
 from graphopt.sources.generation import read_generation
-from graphopt.sources.licence import MODEL_CARD, PATTERNS, licence_files, stated_licence
+from graphopt.sources.licence import MODEL_CARD, stated_licence
 from graphopt.support.boundary import out_of_memory
 from graphopt.support.inputs import read_json
 from graphopt.support.plain import shown

@@ -1,4 +1,4 @@
-"""Under which licence a source stands: what it states, and the files that say it."""
+"""What a source states of its licence."""
 
 from __future__ import annotations
 
@@ -7,29 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from graphopt.files.confined import files_inside, inside
+from graphopt.files.confined import inside
 from graphopt.support.inputs import read_bytes
 from graphopt.support.plain import plain_line
-
-PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-"""Names of the files that must go along with a model."""
 
 MODEL_CARD = "README.md"
 """The file whose header states the licence of a model on the hub."""
 
-_MOST_FILES, _MOST_CARD_BYTES, _MOST_LETTERS = 16, 1 << 22, 300
+_MOST_CARD_BYTES, _MOST_LETTERS = 1 << 22, 300
 
 _ENTRY = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
-
-
-def licence_files(folder: Path) -> list[str]:
-    """Return the paths of a model folder's licence and notices, in order.
-
-    Raises:
-        SourceError: One of them is a link out of the folder, or no regular file.
-    """
-    found = {str(path) for pattern in PATTERNS for path in files_inside(folder, pattern)}
-    return sorted(found)[:_MOST_FILES]
 
 
 def stated_licence(folder: Path) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from graphopt.files.licence import licence_text
 from graphopt.ir.graph import Program
-from graphopt.support.inputs import read_bytes
 
 NOTICE_NAME = "NOTICE"
-
-_MOST_BYTES = 1 << 20
 
 
 def write_licence(program: Program, folder: Path) -> list[Path]:
@@ -25,7 +23,7 @@ def write_licence(program: Program, folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         return []
-    texts = {Path(path).name: read_bytes(Path(path), _MOST_BYTES) for path in program.licence_files}
+    texts = {Path(path).name: licence_text(path) for path in program.licence_files}
     if program.licence and not texts:
         notice = (
             f"This model was made by graphopt from {program.name}, whose source states the "

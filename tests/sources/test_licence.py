@@ -11,9 +11,10 @@ from tiny_models import save_tiny, tiny_model, write_gguf
 import graphopt as go
 from graphopt.capture import capture
 from graphopt.errors import SourceError
+from graphopt.files.licence import licence_files
 from graphopt.pass_manager.pipeline import Pipeline
 from graphopt.sources.huggingface import DOWNLOAD_PATTERNS
-from graphopt.sources.licence import gguf_licence, licence_files, stated_licence
+from graphopt.sources.licence import gguf_licence, stated_licence
 
 CARD = """---
 license: other
@@ -106,6 +107,14 @@ def test_a_licence_that_leads_out_of_the_folder_is_refused(tmp_path):
     (folder / "LICENSE").symlink_to(tmp_path / "secret")
     with pytest.raises(SourceError, match="outside the folder"):
         licence_files(folder)
+
+
+def test_a_licence_that_is_none_is_refused_when_the_folder_is_opened(tmp_path):
+    (tmp_path / "LICENSE").write_bytes(b"x" * (1 << 20))
+    assert len(licence_files(tmp_path)) == 1
+    (tmp_path / "LICENSE").write_bytes(b"x" * (1 << 20 | 1))
+    with pytest.raises(SourceError, match="at most"):
+        licence_files(tmp_path)
 
 
 def test_licences_are_fetched_from_the_hub():
