@@ -51,9 +51,8 @@ def test_the_tutorial_runs(tmp_path: Path, demo: str) -> None:
     pytest.importorskip("onnxruntime_genai")
     printed = follow(PAGE, tmp_path)
     assert "Paris" in printed and "27 layers" in printed
-    changes = dict(re.findall(r"(prune|fuse)-blocks: ([\d.]+) times", printed))
-    # On a machine that is too busy for a step, training changes nothing.
-    assert float(changes["prune"]) > 1 >= float(changes.get("fuse", 1))
+    (times,) = re.findall(r"perplexity is ([\d.]+) times the source's", printed)
+    assert 1 < float(times) < 2
 
 
 @pytest.mark.exhaustive
