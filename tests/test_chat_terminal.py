@@ -22,6 +22,15 @@ from graphopt.cli.chat import chat
 from graphopt.cli.commands import app
 from graphopt.errors import UsageError
 
+
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    """Let Ctrl-C interrupt, also where the tests run in the background and it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 ROLES = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -190,15 +199,22 @@ class Terminal:
             os.execv(sys.executable, [sys.executable, *command])
         self.printed = ""
 
-    def until(self, text: str, seconds: float = 120) -> str:
+    def until(self, text: str) -> str:
         """Return what is printed up to a text, which is awaited."""
-        end = time.monotonic() + seconds
-        while text not in self.printed:
-            ready, _, _ = select.select([self.handle], [], [], max(0, end - time.monotonic()))
-            assert ready, f"no {text!r} in {self.printed!r}"
-            self.printed += os.read(self.handle, 4096).decode(errors="replace")
+        self._await(lambda: text in self.printed, repr(text))
         before, _, self.printed = self.printed.partition(text)
         return before
+
+    def more(self, count: int) -> None:
+        """Wait for so many letters."""
+        self._await(lambda: len(self.printed) >= count, f"{count} letters")
+
+    def _await(self, there: Callable[[], bool], what: str, seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not there():
+            ready, _, _ = select.select([self.handle], [], [], max(0, end - time.monotonic()))
+            assert ready, f"no {what} in {self.printed!r}"
+            self.printed += os.read(self.handle, 4096).decode(errors="replace")
 
     def type(self, text: str) -> None:
         os.write(self.handle, text.encode())
@@ -221,13 +237,16 @@ def test_a_chat_in_a_terminal(source: Path) -> None:
         assert "/reset forgets" in terminal.until("> ")
         terminal.type("hello\n")
         terminal.until("hello")  # which the terminal shows as it is typed
-        time.sleep(0.2)
+        terminal.more(8)  # of an answer, which may hold anything
         terminal.type("\x03")
-        assert "(ended by Ctrl-C)" in terminal.until("> ") + terminal.printed
+        terminal.until("(ended by Ctrl-C)")
+        terminal.until("> ")
         terminal.type("\x03")  # where nothing is answered
-        assert "Ctrl-D leaves" in terminal.until("> ")
+        terminal.until("Ctrl-D leaves")
+        terminal.until("> ")
         terminal.type("/reset\n")
-        assert "is forgotten" in terminal.until("> ")
+        terminal.until("is forgotten")
+        terminal.until("> ")
         terminal.type("\x04")
         assert terminal.end() == 0
     finally:

@@ -92,7 +92,7 @@ def test_a_cpu_has_no_kernels():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs where there is no GPU")
 def test_without_a_gpu_the_reference_runs_and_says_so(target, features, tmp_path):
     made = program(**features)
-    go.emit(made, tmp_path / "out", target=target, emit=("torch",))
+    go.emit(made, tmp_path / "out", target=target, emit=("torch",), dtype="float32")
     module = module_of(tmp_path / "out")
     model = module.load(tmp_path / "out")
     ids = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(0))

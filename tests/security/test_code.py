@@ -314,7 +314,9 @@ def test_every_loader_says_that_no_code_is_trusted(path: Path) -> None:
             if isinstance(value, ast.Constant) and value.value is True:
                 # The one place behind the option itself.
                 assert path.name == "huggingface.py", where
-        assert name not in ("input", "eval", "os.system", "os.popen", "sys.stdin.read"), where
+        if path.name != "keyboard.py":  # where the user types to a chat, and nothing else is asked
+            assert name != "input", where
+        assert name not in ("eval", "os.system", "os.popen", "sys.stdin.read"), where
         assert not name.startswith(("pickle.", "marshal.", "shelve.", "dill.")), where
         assert name not in ("numpy.load", "np.load", "yaml.load", "yaml.unsafe_load"), where
         if name == "torch.load":
