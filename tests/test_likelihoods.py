@@ -29,8 +29,15 @@ def logits_seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
+KINDS = {"bloom", "deepseek_v3", "gemma2", "gpt2", "gpt_neo", "gpt_oss", "llama", "mixtral"}
+"""Families that stand for others: masks of each kind, learned positions, sinks, mixtures."""
+
+
 @pytest.mark.parametrize(
-    "family", mostly_slow(sorted(FAMILIES), quick=("llama", "gpt2", "gemma2", "bloom"))
+    "family",
+    mostly_slow(
+        sorted(FAMILIES), quick=("llama", "bloom"), rare=sorted({*FAMILIES}.difference(KINDS))
+    ),
 )
 def test_parts_of_the_tokens_give_what_all_do(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, program = captured(family)
