@@ -15,7 +15,8 @@ from graphopt.ir.types import DTYPE_NAMES, B, Dim, P, S
 from graphopt.ir.weights import Weight
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.report.breakdown import PARTS, breakdown, evaluate_cost, kv_cache_bytes
-from graphopt.report.records import REPORT_NAME, SavedReport, read_report
+from graphopt.report.records import REPORT_NAME
+from graphopt.report.saved_report import SavedReport, read_report
 from graphopt.support.progress import Progress, silent
 
 

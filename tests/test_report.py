@@ -30,8 +30,8 @@ from graphopt.report.records import (
     PassEntry,
     Report,
     SkipEntry,
-    read_report,
 )
+from graphopt.report.saved_report import read_report
 from graphopt.training.record import TrainedPart, TrainingRecord
 
 ISSUE_FIELDS = {

@@ -57,7 +57,7 @@ def eval_command(
         from graphopt.execute.language_model import load_tokenizer
         from graphopt.report.evaluations import Evaluation, add_evaluation
         from graphopt.report.record import finite_or_none
-        from graphopt.report.records import read_report
+        from graphopt.report.saved_report import read_report
         from graphopt.sources.windows import check_bos
 
         if report is not None:

@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pydantic
 
 from graphopt.ir.graph import Program
 from graphopt.ir.types import DTYPE_NAMES, B, P, S
 from graphopt.report.breakdown import breakdown, evaluate_cost
-from graphopt.report.quality import MeasuredText, Quality, Verdict, judge
+from graphopt.report.quality import Quality, Verdict, judge
 from graphopt.report.record import Record
-from graphopt.support.inputs import OpenSchema, Schema, Size, parse, parse_entry, read_json
+from graphopt.support.inputs import Schema, Size, parse, parse_entry
 from graphopt.support.plain import shown
 from graphopt.support.quantities import format_bytes
 
@@ -364,61 +364,6 @@ class Report:
 
 
 REPORT_NAME, PAGE_NAME = "report.json", "report.html"
-
-
-class SavedText(OpenSchema):
-    """What is read of the text that quality was measured on; see `MeasuredText`."""
-
-    name: str
-    sha256: str
-    tokens: Size
-    window: Size
-    begin: list[Size]
-    first_token: Size
-    first_text: str
-
-    def measured(self) -> MeasuredText:
-        """Return it as it was written."""
-        names = [f.name for f in dataclasses.fields(MeasuredText)]
-        return MeasuredText(**{name: getattr(self, name) for name in names})
-
-
-class SavedQuality(OpenSchema):
-    """What is read of figures of quality; see `Quality`."""
-
-    text: SavedText
-    perplexity_before: float | None
-    perplexity_after: float | None
-    times: float | None
-
-
-class SavedArtifact(OpenSchema):
-    """What is read of what a compile wrote."""
-
-    bytes: Size
-
-
-class SavedReport(OpenSchema):
-    """What is read of a `report.json` of this or an older version; see `Report`."""
-
-    version: Literal[1, 2]
-    recipe: str
-    target: str | None
-    parameters: Size
-    total_seconds: float
-    peak_bytes: Size
-    artifact: SavedArtifact | None
-    quality: SavedQuality | None = None
-
-
-def read_report(folder: Path) -> SavedReport:
-    """Return the report of an output folder.
-
-    Raises:
-        SourceError: `report.json` cannot be read or is no report.
-    """
-    path, again = folder / REPORT_NAME, "Compile the model again."
-    return parse(SavedReport, read_json(path, remedy=again), str(path), remedy=again)
 
 
 def _finite(value: Any) -> Any:

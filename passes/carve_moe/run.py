@@ -78,12 +78,7 @@ class Carving:
         self.windows, self.held = self.text.windows, self.text.held
         self.rewritten_functions: dict[tuple[str, int], tuple[Function, dict[str, str]]] = {}
         self.clock = Clock(
-            "measuring",
-            "model",
-            "dividing",
-            "reconstructing",
-            "thresholds",
-            "comparing",
+            "measuring", "model", "dividing", "reconstructing", "thresholds", "comparing"
         )
         self.sensitivity: dict[int, LayerSensitivity] = {}
         self.reconstructions: list[Reconstruction] = []
