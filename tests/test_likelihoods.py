@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from families import FAMILIES, captured, mostly_slow
@@ -13,6 +15,7 @@ from graphopt.execute import likelihoods
 from graphopt.execute.interpreter import Runner
 from graphopt.execute.language_model import ProgramModel
 from graphopt.execute.likelihoods import ProgramLikelihoods, token_log_likelihoods
+from graphopt.ir.weights import Weight
 
 IDS = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(0))
 
@@ -73,6 +76,37 @@ def test_the_blocks_see_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     # Without the call behind the blocks, the last one has attention in it.
     program.calls.pop()
     assert ProgramLikelihoods(Runner(program))._first == len(program.calls)
+
+
+@pytest.mark.parametrize("together", [2**16, 22])
+def test_a_weight_is_read_once_for_all_texts_of_a_walk(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tiny_program()
+    ids = IDS.repeat(3, 1)
+    expected = ProgramModel(program).log_likelihoods(ids)
+    reads: list[str] = []
+    load = Weight.load
+
+    def counted(weight: Weight, *args: Any) -> Tensor:
+        reads.append(weight.name)
+        return load(weight, *args)
+
+    monkeypatch.setattr(Weight, "load", counted)
+    monkeypatch.setattr(likelihoods, "NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr(likelihoods, "TOKENS_TOGETHER", together)
+    steps: list[tuple[str, int, int]] = []
+    runner = Runner(program, keep_weights=False)
+    found = ProgramLikelihoods(runner).of(
+        ids, at_once=1, progress=lambda *step: steps.append(step), what="reading"
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    walks = 1 if together > ids.numel() else 3
+    used = [name for call in program.calls for name in call.weights.values()]
+    assert sorted(reads) == sorted(used * walks)
+    total = walks * (len(program.calls) - 1) + len(ids)
+    assert steps == [("reading", done, total) for done in range(total + 1)]
+    assert not runner._kept
 
 
 class Mean(nn.Module):

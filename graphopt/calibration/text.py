@@ -16,10 +16,10 @@ from torch import Tensor
 
 from graphopt.backends.code import import_model
 from graphopt.errors import LoweringError, PassError
-from graphopt.evaluate.perplexity import window_perplexity
+from graphopt.evaluate.perplexity import of_mean_loss
 from graphopt.execute.interpreter import CacheContents, Runner, complete_inputs, resident
 from graphopt.execute.language_model import ProgramModel, load_tokenizer
-from graphopt.execute.likelihoods import token_log_likelihoods
+from graphopt.execute.likelihoods import ProgramLikelihoods
 from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.dtypes import holds_aten, scoring_dtype
 from graphopt.ir.graph import Program
@@ -342,14 +342,8 @@ def held_out_perplexity(
     Args:
         at_once: Windows of a batch, at most.
     """
-    runner = Runner(program, dtype, device, keep_weights=False)
-    return window_perplexity(
-        lambda ids: token_log_likelihoods(
-            runner.logits(runner.window_inputs(ids))[:, :-1], ids[:, 1:]
-        ),
-        windows.to(device),
-        at_once=at_once,
-    )
+    likelihoods = ProgramLikelihoods(Runner(program, dtype, device, keep_weights=False))
+    return of_mean_loss(-float(likelihoods.of(windows, at_once=at_once).double().mean()))
 
 
 def forward_speed(

@@ -195,6 +195,22 @@ class Runner:
     def call_weights(self, call: Call) -> dict[str, Tensor]:
         return {slot: self.weight(name) for slot, name in call.weights.items()}
 
+    @contextlib.contextmanager
+    def holding(self, first: int, stop: int) -> Iterator[None]:
+        """Hold the weights of some calls meanwhile, also where weights are not kept.
+
+        Args:
+            first, stop: Positions of the first call and of the one behind the last.
+        """
+        calls = self.program.calls[first:stop]
+        held = {name for call in calls for name in call.weights.values()}.difference(self._kept)
+        self._kept.update({name: self.weight(name) for name in held})
+        try:
+            yield
+        finally:
+            for name in () if self.keep_weights else held:
+                del self._kept[name]
+
     def empty_cache(self, batch: int, names: Iterable[str] | None = None) -> CacheContents:
         """Return a cache without tokens for states of the program, by default all."""
 

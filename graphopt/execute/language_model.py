@@ -200,7 +200,7 @@ class ProgramModel(LanguageModel):
         self._runner = CheckedRunner(program, device=device, keep_weights=keep_weights)
 
     def log_likelihoods(self, input_ids: Tensor) -> Tensor:
-        return self._likelihoods.of(input_ids.to(self.device)).cpu()
+        return self._likelihoods.of(input_ids).cpu()
 
     @functools.cached_property
     def _likelihoods(self) -> ProgramLikelihoods:

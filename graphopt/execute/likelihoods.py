@@ -7,7 +7,7 @@ tokens at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,16 @@ from graphopt.ir.graph import Program, Value, resolve_attrs
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.token_mixing import mixes_tokens
 from graphopt.ir.types import S, Type
+from graphopt.support.progress import Progress, silent
 
 ROWS_AT_ONCE = 256
 """Rows of logits whose log-softmax is in memory at once."""
 
 NUMBERS_AT_ONCE = 2**25
 """Logits that are in memory at once, where they can be computed for a part of the tokens."""
+
+TOKENS_TOGETHER = 2**16
+"""Tokens whose hidden states are in memory at once, so that weights are read once for them."""
 
 
 def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
@@ -48,9 +52,11 @@ def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
 class ProgramLikelihoods:
     """The log-probabilities of the tokens of texts under a program.
 
+    The weights of a call are read once for all texts that are walked together, and those behind
+    the blocks, which every part of the tokens needs, are held meanwhile.
+
     Args:
-        runner: Runs the program; one that keeps weights, since it reads those behind the blocks
-            for every part of the tokens.
+        runner: Runs the program. One that keeps no weights needs the memory of one layer.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -61,26 +67,76 @@ class ProgramLikelihoods:
         while self._first and _by_token(runner.program, self._first - 1, per_call[self._first - 1]):
             self._first -= 1
 
-    def of(self, ids: Tensor) -> Tensor:
-        """Return fp32 [B, S - 1]: of each token but the first, given those before it in its row.
+    def of(
+        self,
+        ids: Tensor,
+        *,
+        at_once: int | None = None,
+        progress: Progress = silent,
+        what: str = "",
+    ) -> Tensor:
+        """Return the log-probability of each token but the first, given those before it.
 
         Args:
-            ids: int64 [B, S] on the runner's device, S at least 2. What a row is padded with
-                stands behind its text, where no token of the text sees it.
+            ids: int64 [N, S], S at least 2. What a row is padded with stands behind its text, where
+                no token of the text sees it.
+            at_once: Rows of a batch, at most; all of them by default.
+            progress: Called with `what`, the steps that are done, and how many there are.
+
+        Returns:
+            fp32 [N, S - 1] on the runner's device.
         """
+        rows = at_once or len(ids)
+        # Batches whose hidden states are in memory together.
+        together = max(1, TOKENS_TOGETHER // (rows * ids.shape[1])) * rows
+        walks = ids.split(together)
+        # Each call of a walk is a step, and so is what stands behind the blocks for each batch.
+        steps = sum(self._walked + -(-len(walk) // rows) for walk in walks)
+        done, losses = 0, []
+        progress(what, done, steps)
+
+        def tell() -> None:
+            nonlocal done
+            done += 1
+            progress(what, done, steps)
+
+        for walk in walks:
+            losses += self._walk(walk.split(rows), tell)
+        return torch.cat(losses)
+
+    @property
+    def _walked(self) -> int:
+        """How many calls are run for all batches; those behind are for one batch at a time."""
+        return min(self._first, self._calls - 1)
+
+    @torch.no_grad()
+    def _walk(self, batches: Sequence[Tensor], tell: Callable[[], None]) -> list[Tensor]:
+        """Return the log-probabilities of every batch [B, S]: fp32 [B, S - 1]."""
+        runner = self._runner
+        batches = [ids.to(runner.device) for ids in batches]
+        environments = [runner.window_inputs(ids) for ids in batches]
+        for _ in runner.run_calls(environments, 0, self._walked):
+            tell()
+        found = list[Tensor]()
+        with runner.holding(self._walked, self._calls):
+            while environments:
+                found.append(self._of_hidden(batches[len(found)], environments.pop(0)))
+                tell()
+        return found
+
+    def _of_hidden(self, ids: Tensor, environment: dict[str, Any]) -> Tensor:
+        """Return those of ids [B, S] by what the calls that are run for all batches gave."""
         output = self._runner.program.outputs[0]
-        environment = self._runner.window_inputs(ids)
+        for _ in self._runner.run_calls([environment], self._walked, self._first):
+            pass
         parts = []
-        with torch.no_grad():
-            for _ in self._runner.run_calls([environment], 0, self._first):
+        for start in range(0, ids.shape[1] - 1, self._tokens_at_once(ids)):
+            targets = ids[:, start + 1 : start + 1 + self._tokens_at_once(ids)]
+            stop = start + targets.shape[1]  # the last token of all predicts none
+            part = {n: self._cut(n, value, start, stop) for n, value in environment.items()}
+            for _ in self._runner.run_calls([part], self._first, self._calls):
                 pass
-            for start in range(0, ids.shape[1] - 1, self._tokens_at_once(ids)):
-                targets = ids[:, start + 1 : start + 1 + self._tokens_at_once(ids)]
-                stop = start + targets.shape[1]  # the last token of all predicts none
-                part = {n: self._cut(n, value, start, stop) for n, value in environment.items()}
-                for _ in self._runner.run_calls([part], self._first, self._calls):
-                    pass
-                parts.append(token_log_likelihoods(part[output], targets))
+            parts.append(token_log_likelihoods(part[output], targets))
         return torch.cat(parts, 1)
 
     def _tokens_at_once(self, ids: Tensor) -> int:

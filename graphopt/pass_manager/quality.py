@@ -21,7 +21,7 @@ from graphopt.evaluate.perplexity import of_mean_loss, read_text
 from graphopt.execute.checked import CheckedRunner
 from graphopt.execute.interpreter import complete_inputs
 from graphopt.execute.language_model import ProgramModel
-from graphopt.execute.likelihoods import token_log_likelihoods
+from graphopt.execute.likelihoods import ProgramLikelihoods
 from graphopt.ir.context import context_length
 from graphopt.ir.graph import Program
 from graphopt.ir.shapes import infer_program
@@ -131,7 +131,7 @@ def token_losses(
 ) -> Tensor:
     """Return the negative log-likelihood of every token of windows.
 
-    One layer's weights, and the logits of one window, are in memory at a time.
+    One layer's weights are in memory at a time, and logits of one window at most.
 
     Args:
         windows: int64 [N, S].
@@ -140,24 +140,9 @@ def token_losses(
     Returns:
         fp64 [N, S - first] on the CPU.
     """
-    runner = CheckedRunner(program, device=device, keep_weights=False)
-    last = len(program.calls) - 1
-    environments = [runner.window_inputs(ids[None].to(device)) for ids in windows]
-    losses: list[Tensor] = []
-    what = "measuring quality"
-    progress(what, 0, last + len(windows))
-    with torch.no_grad():
-        for done, _ in enumerate(runner.run_calls(environments, 0, last), start=1):
-            progress(what, done, last + len(windows))
-        for number, ids in enumerate(windows):
-            environment = environments[number]
-            for _ in runner.run_calls([environment], last, last + 1):
-                pass
-            logits = environment[program.outputs[0]][0, first - 1 : -1]
-            losses.append(-token_log_likelihoods(logits, ids[first:].to(device)).double().cpu())
-            environments[number] = {}
-            progress(what, last + number + 1, last + len(windows))
-    return torch.stack(losses)
+    likelihoods = ProgramLikelihoods(CheckedRunner(program, device=device, keep_weights=False))
+    found = likelihoods.of(windows, at_once=1, progress=progress, what="measuring quality")
+    return -found[:, first - 1 :].double().cpu()
 
 
 def counted_perplexity(ids: Tensor, vocabulary: int) -> float:
