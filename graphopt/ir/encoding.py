@@ -3,14 +3,18 @@
 A dense weight is one tensor. A packed one is up to three, which lie in files under the weight's
 name and a suffix. For a weight [out, in] with groups along axis 1:
 
-    NAME.packed   uint8 [out, groups, group * bits / 8]   the codes, the first in the low bits
+    NAME.packed   uint8 [out, groups, ceil(group * bits / 8)]   the codes, the first in the low bits
     NAME.scales   float [out, groups]
-    NAME.zeros    uint8 [out, ceil(groups * bits / 8)]    the groups' zero points, packed alike;
-                                                          not there where it is symmetric
+    NAME.zeros    uint8 [out, ceil(groups * bits / 8)]          the groups' zero points, packed
+                                                                alike; not there where it is
+                                                                symmetric
 
 and element (o, i), in group g = i // group, is (code[o, i] - zero[o, g]) * scale[o, g]. Symmetric
-codes have the zero point 2 ** (bits - 1). With groups along axis 0 the tensors are those of the
-transposed weight. This is the layout of com.microsoft::MatMulNBits.
+codes have the zero point 2 ** (bits - 1). A scale may be negative. Bits of codes follow each other
+from the lowest of the first byte on, so that a code of 3 bits may lie in two bytes; each group
+begins with a byte, and what is left over of its last one is 0. One group may be a whole row: then
+there is a scale for each output channel. With groups along axis 0 the tensors are those of the
+transposed weight. Where groups fill bytes this is the layout of com.microsoft::MatMulNBits.
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ from torch import Tensor
 
 from graphopt.ir import functional
 
-BITS = (2, 4, 8)
-"""Widths of a code: those of which a byte holds a whole number."""
+BITS = (2, 3, 4, 8)
+"""Widths of a code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ class Packed:
         symmetric: Whether the zero point is 2 ** (bits - 1) everywhere, and not stored.
 
     Raises:
-        ValueError: The bits or the axis are others, or a group does not fill whole bytes.
+        ValueError: The bits or the axis are others, or a group has no element.
     """
 
     bits: int
@@ -51,14 +55,22 @@ class Packed:
             raise ValueError(f"codes of {self.bits} bits: they may have {BITS}")
         if self.axis not in (0, 1):
             raise ValueError(f"groups along axis {self.axis}: a matrix has the axes 0 and 1")
-        if self.group < 1 or self.group * self.bits % 8:
-            raise ValueError(
-                f"groups of {self.group} codes of {self.bits} bits: a group fills whole bytes"
-            )
+        if self.group < 1:
+            raise ValueError(f"groups of {self.group} codes: a group has one at least")
 
     def __str__(self) -> str:
         about = f"bits={self.bits}, group={self.group}, axis={self.axis}"
         return f"packed({about}{', symmetric' if self.symmetric else ''})"
+
+    @property
+    def group_bytes(self) -> int:
+        """How many bytes the codes of a group take."""
+        return -(-self.group * self.bits // 8)
+
+    @property
+    def fills_bytes(self) -> bool:
+        """Whether the codes of a group leave no bit of their bytes over."""
+        return self.group * self.bits % 8 == 0
 
     def stored(
         self, shape: tuple[int, ...], dtype: torch.dtype
@@ -79,7 +91,7 @@ class Packed:
             raise ValueError(f"axis {self.axis} of {list(shape)} is no multiple of {self.group}")
         groups = length // self.group
         tensors = {
-            "packed": ((rows, groups, self.group * self.bits // 8), torch.uint8),
+            "packed": ((rows, groups, self.group_bytes), torch.uint8),
             "scales": ((rows, groups), dtype),
         }
         if not self.symmetric:
@@ -96,8 +108,23 @@ class Packed:
         """Return the weight [out, in] in the dtype of its scales; `tensors` are by suffix."""
         return functional.dequantise(
             tensors["packed"], tensors["scales"], tensors.get("zeros"),
-            bits=self.bits, axis=self.axis,
+            bits=self.bits, group=self.group, axis=self.axis,
         )  # fmt: skip
+
+    def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> dict[str, Tensor]:
+        """Return codes and what they share as the tensors of a weight, by suffix.
+
+        Args:
+            codes: Whole numbers from 0 to 2 ** bits - 1, [rows, length]: length runs along `axis`.
+            scales: [rows, groups].
+            zeros: Zero points [rows, groups], for an encoding that is not symmetric.
+        """
+        grouped = codes.to(torch.uint8).unflatten(-1, (-1, self.group))
+        tensors = {"packed": pack(grouped, self.bits), "scales": scales}
+        if not self.symmetric:
+            assert zeros is not None
+            tensors["zeros"] = pack(zeros.to(torch.uint8), self.bits)
+        return tensors
 
     def quantise(self, weight: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return a matrix rounded to the nearest codes, as tensors by suffix.
@@ -127,10 +154,7 @@ class Packed:
         # Codes are chosen for the scale as it is stored.
         scales = scales.masked_fill(scales == 0, 1.0).to(kept)
         codes = (rows / scales[..., None].double()).round() + zeros[..., None]
-        found = {"packed": pack(codes.clamp(0, top).to(torch.uint8), self.bits), "scales": scales}
-        if not self.symmetric:
-            found["zeros"] = pack(zeros.to(torch.uint8), self.bits)
-        return found
+        return self.pack(codes.clamp(0, top).flatten(-2), scales, zeros)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -138,8 +162,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     `functional.unpack` takes them apart again; bits that are left over are 0.
     """
-    each = 8 // bits
-    padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % each))
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    parts = padded.unflatten(-1, (-1, each)) << shifts
-    return parts.sum(-1, dtype=torch.uint8)
+    wide = codes.to(torch.uint8)[..., None]
+    stream = (wide >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
+    stream = stream.flatten(-2)
+    padded = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (padded << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(
+        -1, dtype=torch.uint8
+    )

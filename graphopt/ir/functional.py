@@ -23,35 +23,101 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Take bytes [..., n] apart into codes [..., n * 8 / bits], uint8; the lowest bits first."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+    """Take bytes [..., n] apart into codes [..., n * 8 // bits], uint8; the lowest bits first."""
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+    # Eight codes lie in `bits` bytes, which are one whole number here.
+    padded = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).long()
+    words = (padded << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(-1, keepdim=True)
+    codes = (words >> torch.arange(0, 8 * bits, bits, device=packed.device)) & (2**bits - 1)
+    return codes.flatten(-2)[..., : packed.shape[-1] * 8 // bits].to(torch.uint8)
 
 
 def dequantise(
-    packed: Tensor, scales: Tensor, zeros: Tensor | None = None, *, bits: int, axis: int = -1
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    *,
+    bits: int,
+    group: int,
+    axis: int = -1,
 ) -> Tensor:
     """The matrix that packed codes stand for: (code - zero point) * scale, group by group.
 
     Computed in fp32, or in fp64 for scales of that type.
 
     Args:
-        packed: uint8 [..., groups, group * bits / 8]; see `unpack`.
+        packed: uint8 [..., groups, ceil(group * bits / 8)]; see `unpack`.
         scales: [..., groups].
         zeros: uint8 [..., ceil(groups * bits / 8)], zero points packed as the codes are; None
             where all are 2 ** (bits - 1).
+        group: Codes of a group.
         axis: Where the axis of the groups belongs; it is the last one of `packed`.
 
     Returns:
         [..., groups * group] in the dtype of `scales`, its last axis moved to `axis`.
     """
     wide = torch.float64 if scales.dtype == torch.float64 else torch.float32
-    codes = unpack(packed, bits).to(wide)
+    codes = unpack(packed, bits)[..., :group].to(wide)
     if zeros is None:
         codes = codes - 2 ** (bits - 1)
     else:
         codes = codes - unpack(zeros, bits)[..., : scales.shape[-1], None].to(wide)
     return (codes * scales[..., None].to(wide)).flatten(-2).movedim(-1, axis).to(scales.dtype)
+
+
+def quantise_dequantise(
+    x: Tensor,
+    clip_low: Tensor | None = None,
+    clip_high: Tensor | None = None,
+    *,
+    bits: int,
+    symmetric: bool,
+    straight_through: bool = False,
+) -> Tensor:
+    """Round the last axis of `x` to 2 ** bits evenly spaced values, and return those values.
+
+    Computed in fp32 for 16-bit inputs. Halves are rounded to even; a row of zeros gives zeros, and
+    one with a NaN or an infinity NaN.
+
+    Args:
+        x: [..., N]; each row of N has a scale of its own.
+        clip_low, clip_high: Broadcast against [..., 1]: what part of the range from a row's least
+            element to 0, and from 0 to its largest, the codes cover; None for all of it.
+        symmetric: Whether the codes are signed and 0 is code 0; else there is a zero point.
+        straight_through: Whether roundings have the gradient of the identity.
+
+    Returns:
+        [..., N] in the dtype of `x`.
+    """
+
+    def rounded(values: Tensor) -> Tensor:
+        return values + (values.round() - values).detach() if straight_through else values.round()
+
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    clipped = clip_low is not None or clip_high is not None
+    if symmetric and not clipped:
+        low, high = None, wide.abs().amax(-1, keepdim=True)
+    else:
+        low = wide.amin(-1, keepdim=True).clamp(max=0)
+        high = wide.amax(-1, keepdim=True).clamp(min=0)
+        low = low if clip_low is None else low * clip_low.to(wide.dtype)
+        high = high if clip_high is None else high * clip_high.to(wide.dtype)
+    if symmetric:
+        largest = 2 ** (bits - 1) - 1
+        reach = high if low is None else torch.maximum(high, -low)
+        scale = reach / largest
+        scale = scale.masked_fill(scale == 0, 1.0)
+        codes = rounded(wide / scale).clamp(-largest - 1, largest)
+        return (codes * scale).to(x.dtype)
+    assert low is not None
+    largest = 2**bits - 1
+    scale = (high - low) / largest
+    scale = scale.masked_fill(scale == 0, 1.0)
+    zero = rounded(-low / scale)
+    codes = (rounded(wide / scale) + zero).clamp(0, largest)
+    return ((codes - zero) * scale).to(x.dtype)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ def no_onnx_form(encoding: Packed) -> str | None:
     """Return why ONNX Runtime cannot read an encoding; None where it can."""
     if encoding.bits not in _TYPES:
         return f"ONNX has no tensors of {encoding.bits}-bit codes"
+    if not encoding.fills_bytes:
+        return f"its groups of {encoding.group} codes do not fill whole bytes"
     return None
 
 

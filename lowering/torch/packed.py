@@ -13,21 +13,25 @@ CLASS = f'''
 class {CLASS_NAME}(nn.Module):
     """A matrix kept as packed codes with scales; a call gives the values they stand for."""
 
-    def __init__(self, weights: dict[str, Tensor], name: str, bits: int, axis: int) -> None:
+    def __init__(
+        self, weights: dict[str, Tensor], name: str, bits: int, group: int, axis: int
+    ) -> None:
         super().__init__()
         self.packed = weights[f"{{name}}.packed"]
         self.scales = weights[f"{{name}}.scales"]
         self.zeros = weights.get(f"{{name}}.zeros")
-        self.bits, self.axis = bits, axis
+        self.bits, self.group, self.axis = bits, group, axis
 
     def forward(self) -> Tensor:
         """Return the matrix [out,in]."""
-        return dequantise(self.packed, self.scales, self.zeros, bits=self.bits, axis=self.axis)
+        options = {{"bits": self.bits, "group": self.group, "axis": self.axis}}
+        return dequantise(self.packed, self.scales, self.zeros, **options)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return rows `ids` [...] of the matrix, [...,in]; its groups lie along rows."""
         zeros = None if self.zeros is None else self.zeros[ids]
-        return dequantise(self.packed[ids], self.scales[ids], zeros, bits=self.bits)
+        options = {{"bits": self.bits, "group": self.group}}
+        return dequantise(self.packed[ids], self.scales[ids], zeros, **options)
 '''
 
 
@@ -61,7 +65,7 @@ def with_uniform_encodings(program: Program) -> Program:
 
 def init_statement(attribute: str, slot_text: str, encoding: Packed) -> str:
     """Return what sets the attribute of a packed weight; `slot_text` is its slot as a literal."""
-    options = f"bits={encoding.bits}, axis={encoding.axis}"
+    options = f"bits={encoding.bits}, group={encoding.group}, axis={encoding.axis}"
     return f"self.{attribute} = {CLASS_NAME}(weights, {slot_text}, {options})"
 
 

@@ -17,7 +17,7 @@ from graphopt.execute.interpreter import Runner
 from graphopt.ir import Array, Dequantised, Packed, Program, Type, Weight
 from graphopt.ir.compare import first_difference
 from graphopt.ir.cost import total_cost
-from graphopt.ir.encoding import pack
+from graphopt.ir.encoding import BITS, pack
 from graphopt.ir.functional import unpack
 from graphopt.ir.imprint import Imprint
 from graphopt.ir.serialize import program_from_json, program_to_json
@@ -65,8 +65,8 @@ INPUTS = {
 
 ENCODINGS = st.builds(
     Packed,
-    bits=st.sampled_from((2, 4, 8)),
-    group=st.sampled_from((4, 8, 12)),
+    bits=st.sampled_from((2, 3, 4, 8)),
+    group=st.sampled_from((1, 3, 4, 8, 12, 24)),
     axis=st.sampled_from((0, 1)),
     symmetric=st.booleans(),
 )
@@ -101,9 +101,10 @@ def test_codes_mean_what_the_layout_says(encoding, groups, rows, seed):
             zero = 2 ** (encoding.bits - 1)
             if not encoding.symmetric:
                 zero = code(tensors["zeros"][row], group)
-            wanted = (code(tensors["packed"][row], place) - zero) * float(
-                tensors["scales"][row, group]
-            )
+            # A group begins with a byte.
+            mine = tensors["packed"][row, group]
+            scale = float(tensors["scales"][row, group])
+            wanted = (code(mine, place % encoding.group) - zero) * scale
             found = value[row, place] if encoding.axis == 1 else value[place, row]
             assert float(found) == wanted
     assert weight.nbytes == sum(t.numel() * t.element_size() for t in tensors.values())
@@ -123,13 +124,15 @@ def test_rounding_is_to_the_nearest_code(encoding, seed):
     assert bool((error.unflatten(-1, (-1, encoding.group)) <= most * step * (1 + 1e-12)).all())
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=9))
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=19))
 def test_packing_is_undone_by_unpacking(codes):
-    row = torch.tensor([codes], dtype=torch.uint8)
-    for bits in (2, 4, 8):
+    for bits in BITS:
+        row = torch.tensor([codes], dtype=torch.uint8) & (2**bits - 1)
         data = pack(row, bits)
         assert data.shape[-1] == -(-len(codes) * bits // 8)
         assert unpack(data, bits)[:, : len(codes)].equal(row)
+        # What is left over is 0.
+        assert not unpack(data, bits)[:, len(codes) :].any()
 
 
 def test_a_group_of_zeros_stays_zero():
@@ -140,7 +143,7 @@ def test_a_group_of_zeros_stays_zero():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((3, 8), "codes of 3 bits"), ((4, 5), "fills whole bytes"), ((4, 8, 2), "axes 0 and 1")],
+    [((5, 8), "codes of 5 bits"), ((4, 0), "has one at least"), ((4, 8, 2), "axes 0 and 1")],
 )
 def test_encodings_that_are_none(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -219,7 +222,7 @@ def test_saved_programs_keep_encodings():
     assert program_to_json(opened) == program_to_json(program)
     assert Runner(opened).logits(INPUTS).equal(Runner(program).logits(INPUTS))
     for changed, message in (
-        ({"bits": 3}, "codes of 3 bits"),
+        ({"bits": 5}, "codes of 5 bits"),
         ({"group": 7}, "multiple of 7"),
         ({"axis": 5}, "axis"),
     ):
@@ -273,6 +276,24 @@ def test_emitted_models_compute_the_same(tied, tmp_path):
     opened = load_program(tmp_path / "out")
     assert opened.weights["layers.0.self_attn.q_proj.weight"].encoding == FOUR
     assert Runner(opened).logits(INPUTS).equal(expected)
+
+
+ODD = {
+    "layers.0.self_attn.q_proj.weight": Packed(3, 32, symmetric=False),
+    "layers.0.mlp.up_proj.weight": Packed(3, 4),
+    "layers.1.mlp.down_proj.weight": Packed(2, 3, symmetric=False),
+    "layers.1.self_attn.o_proj.weight": Packed(4, 1, axis=0),
+    "embed.weight": Packed(3, 8, symmetric=False),
+}
+
+
+def test_a_torch_package_reads_every_width_and_group(tmp_path):
+    program = with_packed(tiny_program(layers=2, tied=False, cache=True), ODD.get)
+    emit(program, tmp_path / "out", target="cpu", emit=("torch",))
+    expected = Runner(program).logits(INPUTS)
+    logits = open_language_model(str(tmp_path / "out"), "torch").logits(*INPUTS.values())
+    real = INPUTS["attention_mask"].bool()
+    assert torch.allclose(logits[real], expected[real], atol=1e-5, rtol=1e-5)
 
 
 def test_onnx_reads_codes_in_blocks_where_it_can(tmp_path):

@@ -55,6 +55,9 @@ class Case:
                 made.append(torch.randint(0, 5, shape, generator=generator))
             elif name == "positions":
                 made.append(torch.randint(0, 60, shape, generator=generator))
+            elif name.startswith("clip"):
+                part = torch.rand(shape, generator=generator, dtype=F64) / 2
+                made.append((part + 0.5).to(dtype))
             elif name == "mask":
                 mask = torch.ones(shape, dtype=I64)
                 mask[-1, : shape[1] // 2] = 0
@@ -142,6 +145,11 @@ CASES = [
       for top_k, mean, rest in (
           (2, {}, []), (3, {}, [f64(5), f64(5), f64(5)]),
           (5, {"mean_active_experts": 2}, [None, f64(5)]),
+      )),
+    *(Case("quantise_dequantise", [x, *clips], {"bits": bits, "symmetric": symmetric})
+      for symmetric in (True, False) for x, bits, clips in (
+          (X, 4, []), (X, 8, []), (X, 2, []), (X, 3, [f64(1), f64(1)]),
+          (Q, 4, [None, f64(4, 1, 1)]), (Q, 5, [f64(1)]),
       )),
     attention(),
     attention(causal=False),
@@ -309,6 +317,26 @@ def expect_moe(
 def expect_route(x, weight, router_bias=None, selection_bias=None, gate_scale=None, **attrs):
     router_logits = expect_linear(x, weight, router_bias)
     return expect_top_k_gating(router_logits, selection_bias, gate_scale, **attrs)
+
+
+def expect_quantise_dequantise(x, clip_low=None, clip_high=None, bits=0, symmetric=True):
+    """The nearest of the values that a row's codes stand for, by trying them all."""
+    y, largest = np.empty_like(x), 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
+    clips = [
+        np.broadcast_to(1.0 if clip is None else clip, (*x.shape[:-1], 1))[..., 0]
+        for clip in (clip_low, clip_high)
+    ]
+    for place in np.ndindex(*x.shape[:-1]):
+        low, high = (
+            clip[place] * bound
+            for clip, bound in zip(clips, (min(*x[place], 0), max(*x[place], 0)), strict=True)
+        )
+        step = max(high, -low) / largest if symmetric else (high - low) / largest
+        zero = 0 if symmetric else round(-low / step)
+        codes = np.arange(-largest - 1 if symmetric else 0, largest + 1)
+        values = (codes - zero) * step
+        y[place] = [values[np.argmin(abs(values - v))] for v in x[place]]
+    return y
 
 
 def expect_split_heads(x, head_dim, swap=True):
@@ -536,6 +564,77 @@ def test_alibi_by_position_equals_alibi_by_distance():
     torch.testing.assert_close(by_position, by_distance, rtol=1e-12, atol=1e-12)
 
 
+ROUNDING = [
+    {"bits": bits, "symmetric": symmetric} for bits in range(2, 9) for symmetric in (True, False)
+]
+
+
+def forms_of(name):
+    return get_op(name).reference, get_op(name).torch
+
+
+@pytest.mark.parametrize("attrs", ROUNDING, ids=str)
+def test_rows_of_zeros_stay_zero_and_rows_with_a_nan_become_nan(attrs):
+    x = torch.randn(5, 8, dtype=F64, generator=torch.Generator().manual_seed(0))
+    x[0] = 0
+    x[1, 3], x[2, 4], x[3, 5] = math.nan, math.inf, -math.inf
+    for clips in ([], [torch.tensor([0.9]), torch.tensor([0.8])]):
+        for form in forms_of("quantise_dequantise"):
+            (y,) = form([x, *clips], attrs)
+            assert y[0].eq(0).all()
+            assert y[1:4].isnan().all() and y[4].isfinite().all()
+
+
+def test_halves_are_rounded_to_even():
+    x = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
+    shifted = torch.tensor([[15.0, 0.5, 1.5, 2.5, 0.0, 13.5, 14.5]])
+    for form in forms_of("quantise_dequantise"):
+        (y,) = form([x], {"bits": 4, "symmetric": True})
+        assert y.tolist() == [[7.0, 0.0, 2.0, 2.0, 0.0, -2.0, -2.0]]
+        (y,) = form([shifted], {"bits": 4, "symmetric": False})
+        assert y.tolist() == [[15.0, 0.0, 2.0, 2.0, 0.0, 14.0, 14.0]]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=9), st.sampled_from(ROUNDING))
+def test_rounding_moves_no_element_by_more_than_half_a_step(row, attrs):
+    """Without clips; and what is rounded once is not moved again, but for a rounding or two."""
+    x = torch.tensor([row], dtype=torch.float32)
+    (y,) = get_op("quantise_dequantise").torch([x], attrs)
+    steps = 2 ** (attrs["bits"] - 1) - 1 if attrs["symmetric"] else 2 ** attrs["bits"] - 1
+    reach = x.abs().max() if attrs["symmetric"] else x.max().clamp(min=0) - x.min().clamp(max=0)
+    # A zero point is rounded too, and the last code may be cut off by that.
+    most = 0.5 if attrs["symmetric"] else 1.0
+    assert (y - x).abs().max() <= most * reach / steps * (1 + 1e-5)
+    assert y.eq(0)[x.eq(0)].all()
+
+
+def test_a_straight_through_rounding_has_the_gradient_of_the_identity():
+    """Of a value that is not cut off, beside what reaches the row's extremes by the scale."""
+    for symmetric in (True, False):
+        attrs = {"bits": 4, "symmetric": symmetric}
+        x = torch.tensor([[4.0, -3.0, 0.3, 1.2]], dtype=F64, requires_grad=True)
+        clip = torch.ones(1, dtype=F64, requires_grad=True)
+        straight = get_op("quantise_dequantise").torch(
+            [x, clip, clip], attrs | {"straight_through": True}
+        )[0]
+        plain = get_op("quantise_dequantise").torch([x, clip, clip], attrs)[0]
+        assert straight.equal(plain)
+        grad, of_clip = torch.autograd.grad(straight[0, 2] + straight[0, 3], [x, clip])
+        assert grad[0, 2:].tolist() == [1.0, 1.0] and of_clip.isfinite().all()
+        (grad,) = torch.autograd.grad(plain[0, 2] + plain[0, 3], x)
+        assert grad[0, 2:].tolist() == [0.0, 0.0]
+
+
+def test_sixteen_bit_activations_are_rounded_wide():
+    """In bf16 the scale itself would be known to 8 bits."""
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for attrs in ROUNDING:
+        (y,) = get_op("quantise_dequantise").torch([x], attrs)
+        (wide,) = get_op("quantise_dequantise").torch([x.float()], attrs)
+        assert y.dtype == torch.bfloat16 and y.equal(wide.bfloat16())
+
+
 def test_sixteen_bit_norms_are_computed_wide():
     """A row whose mean square overflows fp16: 300^2 is more than 65504."""
     x = torch.tensor([[300.0, -300.0, 300.0, -300.0]], dtype=torch.float16)
@@ -596,6 +695,13 @@ REFUSED = {
     "moe, another width": (
         "moe", [X, f64(B, S, 3), f64(12, 6), f64(7, 12), None, None, None, f64(9, 6), f64(6, 9)],
         {"act": "relu", "active": 1}, "shared_down",
+    ),
+    "quantise_dequantise, whole numbers": (
+        "quantise_dequantise", [i64(B, S)], {"bits": 4, "symmetric": True},
+        "quantise_dequantise of",
+    ),
+    "quantise_dequantise, clip": (
+        "quantise_dequantise", [X, f64(6)], {"bits": 4, "symmetric": True}, "with a clip",
     ),
     "route, scores": ("route", [X, f64(5, 6)], {"top_k": 6}, "6 of 5 experts"),
 }  # fmt: skip

@@ -22,7 +22,7 @@ from tiny_models import byte_tokenizer
 from graphopt.errors import LoweringError, SourceError
 from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import Array, B, Call, Function, Program, S, Type, Value, Weight
-from graphopt.ir.ops import all_ops
+from graphopt.ir.ops import all_ops, get_op
 from graphopt.lowering.onnx import OnnxEmitter
 from graphopt.lowering.onnx.external import DataFile
 from graphopt.lowering.onnx.genai import why_not
@@ -275,6 +275,13 @@ OPS = {
     "layer_norm, wide": ("layer_norm", [HEADS, WIDE, WIDE], {"eps": 0.01}, (1, 2)),
     "layer_norm, wide bias": ("layer_norm", [HEADS, VECTOR, WIDE], {"eps": 0.01}, (1, 2)),
     "layer_norm, wide gain": ("layer_norm", [HEADS, WIDE], {"eps": 0.01}, (1,)),
+    **{f"quantise_dequantise, {bits}, {symmetric}, {len(clips)}": (
+        "quantise_dequantise", [x, *clips], {"bits": bits, "symmetric": symmetric},
+        tuple(range(1, 1 + len(clips))),
+    ) for symmetric in (True, False) for x, bits, clips in (
+        (X, 4, []), (X, 8, []), (HEADS, 3, []), (HEADS, 4, [Type((1,), torch.float32)] * 2),
+        (X, 4, [Type((1,), torch.float32)]), (X, 4, [None, Type((1,), torch.float32)]),
+    )},
     "rope_table": ("rope_table", [IDS_TYPE, Type((3,), torch.float32)], {}, (1,), 2, 0),
     "rope_table, scaled": ("rope_table", [IDS_TYPE, Type((3,), torch.float32)], {"scale": 1.3},
                            (1,), 2, 1),
@@ -333,6 +340,35 @@ def test_minus_infinity_in_a_bias_blocks(tmp_path):
     feeds = {name: t.numpy() for name, t in inputs.items() if name in names}
     (found,) = model.run(["logits"], feeds)
     torch.testing.assert_close(torch.from_numpy(found), environments[0]["logits"])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("clips", [False, True])
+def test_rounded_activations_are_those_of_the_torch_form_bit_for_bit(
+    bits, symmetric, clips, tmp_path
+):
+    """Division and rounding to even are the same operations; rows of zeros and NaN included."""
+    kinds = [X, *([Type((1,), torch.float32)] * 2 if clips else [])]
+    attrs = {"bits": bits, "symmetric": symmetric}
+    program = one_op("quantise_dequantise", kinds, attrs, (1, 2))
+    for slot, value in zip(("w1", "w2"), (0.875, 0.9375), strict=True):
+        if clips:
+            program.weights.replace(Weight(slot, Array(torch.tensor([value]))))
+    model = session(emit(program, tmp_path)[1])
+    x = torch.randn(4, 300, 8, generator=torch.Generator().manual_seed(bits))
+    x[0] *= 10.0 ** torch.arange(-40, 20, 0.2)[:, None]
+    x[1, :, 1:] = 0
+    x[2, ::3] = 0
+    x[2, 1::3] = torch.tensor([7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.5])
+    x[3, 0, 0], x[3, 1, 7], x[3, 2, 3] = torch.nan, torch.inf, -torch.inf
+    names = {item.name for item in model.get_inputs()}
+    feeds = {"input_ids": np.zeros((4, 300), np.int64), "x0": x.numpy()}
+    (found,) = model.run(["logits"], {name: feeds[name] for name in names})
+    values = [x, *(torch.tensor([value]) for value in (0.875, 0.9375) if clips)]
+    (expected,) = get_op("quantise_dequantise").torch(values, attrs)
+    assert expected[3, :3].isnan().all()
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def chain(*steps):

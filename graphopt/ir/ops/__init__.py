@@ -9,6 +9,7 @@ from graphopt.ir.ops import (
     fused,
     linear,
     norm,
+    quantisation,
     rope,
 )
 from graphopt.ir.ops.base import COMMUTATIVE, Op, all_ops, get_op, is_aten, register
@@ -27,6 +28,7 @@ __all__ = [
     "is_aten",
     "linear",
     "norm",
+    "quantisation",
     "register",
     "rope",
 ]

@@ -10,6 +10,7 @@ from graphopt.lowering.onnx.ops import (
     experts,
     linear,
     norm,
+    quantisation,
     rope,
 )
 from graphopt.lowering.onnx.ops.registry import (
@@ -35,6 +36,7 @@ __all__ = [
     "experts",
     "linear",
     "norm",
+    "quantisation",
     "rope",
     "translation",
     "translation_of",
