@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from graphopt.capture.rewriting import Raiser
+from graphopt.ir.cuts import rows_of, transposed
 from graphopt.ir.graph import Value
-from graphopt.ir.weights import Producer, Rows, Transposed
+from graphopt.ir.weights import Producer
 
 Index = slice | tuple[int, ...]
 Step = Callable[[Producer], Producer]
@@ -27,7 +28,7 @@ class SlotSources:
     def transposed(self, raiser: Raiser, weight: Value) -> Value:
         """Return the slot of `weight` [in, out] as [out, in]."""
         shape = tuple(int(size) for size in raiser.types[weight].shape)[::-1]
-        return self._derive(raiser, weight, "transposed", "t", Transposed, shape)
+        return self._derive(raiser, weight, "transposed", "t", transposed, shape)
 
     def rows(self, raiser: Raiser, weight: Value, index: Index) -> Value:
         """Return the slot of some rows of `weight`."""
@@ -36,7 +37,7 @@ class SlotSources:
         slot = raiser.slot(weight)
         part = sum(1 for made, key in self._made if made == slot and key != "transposed")
         return self._derive(
-            raiser, weight, str(index), str(part), lambda p: Rows(p, index), (count, *rest)
+            raiser, weight, str(index), str(part), lambda p: rows_of(p, index), (count, *rest)
         )
 
     def _derive(

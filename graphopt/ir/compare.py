@@ -191,10 +191,13 @@ def _sort_params(function: Function, calls: list[Call]) -> None:
         call.args = [call.args[i] for i in order]
 
 
-def first_difference(have: Program, want: Program) -> str | None:
+def first_difference(have: Program, want: Program, *, encodings: bool = True) -> str | None:
     """Return the first thing in which `have` is not `want`, or None where they are equal.
 
     Names of values and functions don't count, nor do values of weights.
+
+    Args:
+        encodings: Whether it counts how weights are stored.
     """
     if len(have.calls) != len(want.calls):
         return f"it has {len(have.calls)} calls, not {len(want.calls)}"
@@ -203,7 +206,7 @@ def first_difference(have: Program, want: Program) -> str | None:
     made = 0
     for ours, theirs in zip(have.calls, want.calls, strict=True):
         where = ours.path or ours.function
-        found = _call_difference(have, ours, want, theirs)
+        found = _call_difference(have, ours, want, theirs, encodings)
         if found is not None:
             return f"{where}: {found}"
         if [wires[0].get(a) for a in ours.args] != [wires[1].get(a) for a in theirs.args]:
@@ -214,7 +217,9 @@ def first_difference(have: Program, want: Program) -> str | None:
     return None
 
 
-def _call_difference(have: Program, ours: Call, want: Program, theirs: Call) -> str | None:
+def _call_difference(
+    have: Program, ours: Call, want: Program, theirs: Call, encodings: bool
+) -> str | None:
     if ours.placement != theirs.placement:
         return f"it is {ours.placement or 'unplaced'}, not {theirs.placement or 'unplaced'}"
     a, b = have.functions[ours.function], want.functions[theirs.function]
@@ -232,7 +237,7 @@ def _call_difference(have: Program, ours: Call, want: Program, theirs: Call) -> 
         x, y = have.weights[ours.weights[slot]], want.weights[theirs.weights[other_slot]]
         if x.shape != y.shape:
             return f"weight {slot!r} is {list(x.shape)}, not {list(y.shape)}"
-        if x.encoding != y.encoding:
+        if encodings and x.encoding != y.encoding:
             ours_as, theirs_as = (w.encoding or "dense" for w in (x, y))
             return f"weight {slot!r} is {ours_as}, not {theirs_as}"
         if x.placement != y.placement:

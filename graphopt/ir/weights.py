@@ -267,6 +267,9 @@ class SharedSources:
         """
         if isinstance(producer, Rows | Transposed | Padded | Reshaped | Cast):
             return replace(producer, source=Array(self.load(producer.source))).load()
+        if isinstance(producer, Dequantised):
+            tensors = {suffix: self.load(tensor) for suffix, tensor in producer.tensors().items()}
+            return producer.encoding.dequantise(tensors)
         if producer not in self._read:
             self._read[producer] = producer.load()
         return self._read[producer]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphopt.ir.weights import Missing, Producer, Reshaped, Rows, Transposed
+from graphopt.ir.cuts import transposed
+from graphopt.ir.weights import Dequantised, Missing, Producer, Reshaped, Rows, Transposed
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,17 @@ def _place(whole: Tensor, fragment: Fragment) -> None:
 def assemble(shape: tuple[int, ...], fragments: list[Fragment]) -> Producer:
     """Return the producer of a checkpoint tensor.
 
+    It is packed where all fragments are, alike, and are rows of it; otherwise it is dense.
+
     Raises:
         ValueError: The fragments do not fill it, or cannot be put back.
     """
     if len(fragments) == 1 and not fragments[0].steps:
         return fragments[0].weight
     if len(fragments) == 1 and all(isinstance(step, Transposed) for step in fragments[0].steps):
-        return Transposed(fragments[0].weight)
+        return transposed(fragments[0].weight)
+    if (packed := _assemble_packed(shape, fragments)) is not None:
+        return packed
     for fragment in fragments:
         listed = [isinstance(s, Rows) and not isinstance(s.index, slice) for s in fragment.steps]
         if any(listed[:-1]):
@@ -112,6 +117,21 @@ def assemble(shape: tuple[int, ...], fragments: list[Fragment]) -> Producer:
         missing = int((~filled).sum())
         raise ValueError(f"{missing} of its {math.prod(shape)} elements are in no weight")
     return Assembled(shape, tuple(fragments))
+
+
+def _assemble_packed(shape: tuple[int, ...], fragments: list[Fragment]) -> Producer | None:
+    """Return a matrix of packed fragments, by the tensors they are stored as; None if dense."""
+    alike = {(fragment.weight.encoding, fragment.weight.dtype) for fragment in fragments}
+    (encoding, dtype), *others = alike
+    if others or encoding is None or encoding.axis != 1:
+        return None
+    if any(not isinstance(step, Rows) for fragment in fragments for step in fragment.steps):
+        return None
+    tensors: dict[str, Producer] = {}
+    for suffix, (stored, _) in encoding.stored(shape, dtype).items():
+        cut = [Fragment(f.steps, f.weight.tensors()[suffix]) for f in fragments]
+        tensors[suffix] = assemble(stored, cut)
+    return Dequantised(encoding, **tensors)
 
 
 @dataclass(frozen=True)

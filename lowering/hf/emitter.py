@@ -9,7 +9,7 @@ import copy
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,7 @@ import torch
 
 from graphopt.capture import capture_structure, model_of_config
 from graphopt.capture.checkpoint import persistent_buffers
-from graphopt.capture.conversion import to_checkpoint
+from graphopt.capture.conversion import Converted, to_checkpoint
 from graphopt.capture.model import build_model
 from graphopt.errors import CaptureError, LoweringError
 from graphopt.ir.compare import first_difference, in_order_of_use, slots_by_use
@@ -36,7 +36,13 @@ from graphopt.lowering.hf.carved import (
     render,
 )
 from graphopt.lowering.hf.checkpoint_assembly import Fragment, assemble, origin
+from graphopt.lowering.hf.pack_quantized import (
+    PackedWords,
+    pack_quantized,
+    refused_by_format,
+)
 from graphopt.lowering.hf.shards import write_shards
+from graphopt.lowering.hf.usage import transformers_line
 from graphopt.lowering.tokenizer import copy_tokenizer, run_lines, write_generation
 from graphopt.pass_manager.contract import Context
 from graphopt.pass_manager.pipeline import Pipeline
@@ -83,14 +89,13 @@ class HfEmitter(Emitter):
         emitted = Emitted()
         places, files = write_shards(found.tensors, folder, progress)
         emitted.files += files
-        emitted.files.append(_write_config(program, found.module, folder))
+        emitted.files.append(_write_config(program, found, folder))
         emitted.files += copy_tokenizer(program, folder) + write_generation(program, folder)
         _add_storage(program, found.tensors, places, root, emitted)
-        trust = ""
+        emitted.notes += found.notes
         if found.code is not None:
             (folder / CODE_NAME).write_text(found.code, encoding="utf-8")
             emitted.files.append(folder / CODE_NAME)
-            trust = ", trust_remote_code=True"
             name = found.module.config.auto_map["AutoModelForCausalLM"]
             emitted.notes.append(
                 (
@@ -99,30 +104,14 @@ class HfEmitter(Emitter):
                     "(auto_map), which runs where a user sets trust_remote_code=True",
                 )
             )
-        emitted.usage += [_transformers_line(program, trust), *run_lines(program)]
+        line = transformers_line(
+            program,
+            trust=found.code is not None,
+            packed=found.quantisation is not None,
+            dequantised=found.dequantised,
+        )
+        emitted.usage += [line, *run_lines(program)]
         return emitted
-
-
-def _transformers_line(program: Program, trust: str) -> str:
-    """Return a command that runs the checkpoint by transformers alone.
-
-    Args:
-        trust: The argument that lets a class of the checkpoint run; empty where it brings none.
-    """
-    if program.tokenizer is None:
-        code = (
-            "import sys, torch; from transformers import AutoModelForCausalLM; "
-            f"model = AutoModelForCausalLM.from_pretrained(sys.argv[1]{trust}); "
-            "print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=16, do_sample=False))"
-        )
-    else:
-        code = (
-            "import sys; from transformers import pipeline; "
-            f"write = pipeline('text-generation', sys.argv[1]{trust}); "
-            "[answer] = write('Hello', do_sample=False, max_new_tokens=64); "
-            "print(answer['generated_text'])"
-        )
-    return f'python -c "{code}" {{out}}/hf   # needs transformers'
 
 
 @dataclass(frozen=True)
@@ -133,11 +122,17 @@ class _Checkpoint:
         module: The model of transformers that loads it, on meta.
         tensors: By their names in the file.
         code: The source of the class, where it is none of transformers'.
+        quantisation: The entry `quantization_config` of config.json, where layers are packed.
+        dequantised: It loads only where packed layers are made dense.
+        notes: What is packed in the program and dense here, as (where, reason).
     """
 
     module: PreTrainedModel
     tensors: dict[str, Producer]
     code: str | None = None
+    quantisation: dict[str, Any] | None = None
+    dequantised: bool = False
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
 
 def _refusal(reason: str) -> LoweringError:
@@ -211,13 +206,40 @@ def _checkpoint(program: Program) -> _Checkpoint:
     """Return what a checkpoint of the program is.
 
     Raises:
+        LoweringError: The program is not what its config makes, carved or not; or it holds packed
+            weights, none of which has a place in a checkpoint.
+    """
+    if (reason := refused_by_format(program)) is not None:
+        raise _refusal(reason)
+    dense = _as_config_makes_it(program)
+    written = pack_quantized(dense.tensors, dense.module)
+    if written.config is not None and dense.code is not None:
+        raise _refusal("no loader knows packed weights in the class for carved models")
+    if written.config is not None and any(isinstance(t, Converted) for t in dense.tensors.values()):
+        raise _refusal(
+            "transformers takes all experts of a checkpoint with packed weights for packed, one by "
+            "one, and the program has them as stacks, which are dense"
+        )
+    if written.config is None and written.dense:
+        reason, names = next(iter(written.dense.items()))
+        raise _refusal(f"none of its packed weights has a place there. {names[0]}: {reason}")
+    return replace(
+        dense, tensors=written.tensors, quantisation=written.config, notes=written.notes(),
+        dequantised=written.is_asymmetric,
+    )  # fmt: skip
+
+
+def _difference(have: Program, want: Program) -> str | None:
+    """Return in what a program is not another one, but for how weights are stored."""
+    return first_difference(have, want, encodings=False)
+
+
+def _as_config_makes_it(program: Program) -> _Checkpoint:
+    """Return the checkpoint of a program as if its weights were dense.
+
+    Raises:
         LoweringError: The program is not what its config makes, carved or not.
     """
-    for weight in program.used_weights():
-        if weight.encoding is not None:
-            raise _refusal(
-                f"weight {weight.name!r} is {weight.encoding}, and its config has no entry for that"
-            )
     if not program.config:
         raise _refusal("it was captured from a module without a transformers config")
     if program.config.get("auto_map"):
@@ -228,7 +250,7 @@ def _checkpoint(program: Program) -> _Checkpoint:
     except CaptureError as error:
         raise _refusal(error.message.rstrip(".")) from error
     have = _one_form(program)
-    difference = first_difference(have, want)
+    difference = _difference(have, want)
     if difference is None:
         tensors = _module_tensors(have, want, module)
         return _Checkpoint(module, to_checkpoint(module, tensors))
@@ -243,7 +265,7 @@ def _checkpoint(program: Program) -> _Checkpoint:
     if not parts:
         raise _refusal(f"{difference}, as its config makes it")
     carved = _one_form(carved)
-    difference = first_difference(have, carved)
+    difference = _difference(have, carved)
     if difference is not None:
         raise _refusal(f"{difference}, as its config makes it with carved feed-forward parts")
     return _narrower(program, have, parts, used) or _with_class(
@@ -272,7 +294,7 @@ def _narrower(
                 want, module, _ = _made_by({**program.config, key: split.shared}, used)
             except CaptureError:
                 continue  # the entry is something else that happens to have this value
-            if first_difference(have, want) is None:
+            if _difference(have, want) is None:
                 tensors = _module_tensors(have, want, module)
                 return _Checkpoint(module, to_checkpoint(module, tensors))
     return None
@@ -306,7 +328,7 @@ def _with_class(
     whole = {part.path: part.whole for part in parts}
     try:
         probe = _capture_carved(dense, _text(program.config), _text(whole), trained)
-        difference = first_difference(probe, want)
+        difference = _difference(probe, want)
     except CaptureError as error:
         difference = error.message
     if difference is not None:
@@ -378,11 +400,13 @@ def _module_tensors(
     return tensors
 
 
-def _write_config(program: Program, module: PreTrainedModel, folder: Path) -> Path:
-    config: Any = copy.deepcopy(module.config)
-    config.architectures = [type(module).__name__]
+def _write_config(program: Program, checkpoint: _Checkpoint, folder: Path) -> Path:
+    config: Any = copy.deepcopy(checkpoint.module.config)
+    config.architectures = [type(checkpoint.module).__name__]
     config.dtype = program.checkpoint_dtype
     config.use_cache = program.config.get("use_cache", True)
+    if checkpoint.quantisation is not None:
+        config.quantization_config = checkpoint.quantisation
     config.save_pretrained(folder)
     return folder / "config.json"
 
@@ -394,19 +418,26 @@ def _add_storage(
     root: Path,
     emitted: Emitted,
 ) -> None:
-    """Say where the program's weights lie, for those that are whole tensors of the checkpoint."""
+    """Say where the program's weights lie, for those that are whole tensors of the checkpoint.
+
+    The codes of a packed one lie in `weight_packed` where words add nothing to them.
+    """
     by_producer: dict[int, tuple[str, bool]] = {}
     for name, producer in tensors.items():
         inner = producer.source if isinstance(producer, Transposed) else producer
-        by_producer[id(inner)] = (name, inner is not producer)
-    for weight in program.weights:
+        if isinstance(producer, PackedWords) and producer.is_as_stored:
+            inner = producer.weight.packed
+        by_producer[id(inner)] = (name, isinstance(producer, Transposed))
+    for weight in program.weights.tensors():
         if id(weight.producer) in by_producer and weight.dtype in DTYPE_NAMES:
             name, transposed = by_producer[id(weight.producer)]
             path, offset = places[name]
+            as_stored = tensors[name]
+            is_words = isinstance(as_stored, PackedWords)
             emitted.storage[weight.name] = StoredWeight(
                 path.relative_to(root).as_posix(),
                 offset,
-                tuple(tensors[name].shape),
+                weight.shape if is_words else tuple(as_stored.shape),
                 weight.dtype,
                 transposed,
             )
