@@ -60,7 +60,7 @@ def runs_by_kernel(*tensors: Tensor) -> bool:
     )
 
 
-def _rows(*tensors: Tensor) -> tuple[list[Tensor], list[int], list[list[int]]]:
+def strides_of_rows(*tensors: Tensor) -> tuple[list[Tensor], list[int], list[list[int]]]:
     """Return tensors of one shape, and the sizes and strides of three axes that walk their rows.
 
     One whose last axis is not contiguous, or whose rows need more axes, is copied.
@@ -80,7 +80,7 @@ def _rows(*tensors: Tensor) -> tuple[list[Tensor], list[int], list[list[int]]]:
         for s, step in zip(strides, steps, strict=True):
             s.append(step)
     if len(sizes) > 3 or any(t.stride(-1) != 1 for t in tensors):
-        return _rows(*(t.clone(memory_format=torch.contiguous_format) for t in tensors))
+        return strides_of_rows(*(t.clone(memory_format=torch.contiguous_format) for t in tensors))
     pad = 3 - len(sizes)
     return list(tensors), [1] * pad + sizes, [[0] * pad + s for s in strides]
 
@@ -104,7 +104,7 @@ def launch_norm(
     from graphopt.runtime.kernels.block import rms_norm as kernel
 
     width = x.shape[-1]
-    tensors, sizes, strides = _rows(x) if y is None else _rows(x, y)
+    tensors, sizes, strides = strides_of_rows(x) if y is None else strides_of_rows(x, y)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = x if y is None else torch.empty_like(out)
     rows, block = math.prod(sizes), _power(width)
@@ -167,7 +167,7 @@ def launch_act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
 
     width = gate.shape[-1]
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    tensors, sizes, strides = _rows(gate, up)
+    tensors, sizes, strides = strides_of_rows(gate, up)
     block = min(BLOCK, _power(width))
     kernel[(math.prod(sizes), -(-width // block))](
         *tensors, out, sizes[1], sizes[2],

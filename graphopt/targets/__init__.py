@@ -96,6 +96,8 @@ class Target:
         matrix_units: What its matrix instructions multiply.
         experts: Tiles of the experts' kernels: `many` and `few`, as the file has them; None where
             there are none, and experts run in plain torch.
+        quantised: Tiles of the kernels of quantised weights: `packed`, `integer_packed` and
+            `integer`, as the file has them; None where there are none.
         limits: Further limits of kernels, by name.
         emit: Package -> version that a compile for it needs; `nvrtc` is CUDA's compiler, however it
             was installed.
@@ -116,6 +118,7 @@ class Target:
     memories: tuple[Memory, ...] = ()
     matrix_units: tuple[MatrixUnit, ...] = ()
     experts: dict[str, Any] | None = None
+    quantised: dict[str, Any] | None = None
     limits: dict[str, int] = field(default_factory=dict)
     emit: dict[str, str] = field(default_factory=dict)
     runtime: dict[str, str] = field(default_factory=dict)
@@ -140,6 +143,7 @@ class Target:
                 MatrixUnit(u.m, u.n, u.k, u.input, tuple(u.accumulate)) for u in file.matrix_unit
             ),
             experts=None if file.experts is None else file.experts.model_dump(),
+            quantised=None if file.quantised is None else file.quantised.model_dump(),
             limits=file.limits,
             emit=file.emit,
             runtime=file.runtime,

@@ -96,6 +96,45 @@ class ExpertsTable(Schema):
         return many
 
 
+class PackedTable(Schema):
+    """A row of `[quantised]`'s `packed`: `graphopt.runtime.quantised_tiles.PackedTiles`."""
+
+    tokens: Size
+    rows: Size
+    columns: Size
+    warps: Size
+    stages: Size
+    programs: Size
+
+
+class IntegerTable(Schema):
+    """The `[quantised.integer]`: `graphopt.runtime.quantised_tiles.IntegerTiles`."""
+
+    rows: Size
+    columns: Size
+    depth: Size
+    warps: Size
+    stages: Size
+    group: Size = 8
+    persistent: bool = False
+
+
+class QuantisedTable(Schema):
+    """The `[quantised]`: tiles of the kernels of quantised weights."""
+
+    packed: Annotated[list[PackedTable], pydantic.Field(min_length=1)]
+    integer_packed: Annotated[list[PackedTable], pydantic.Field(min_length=1)]
+    integer: IntegerTable
+
+    @pydantic.field_validator("packed", "integer_packed")
+    @classmethod
+    def _more_and_more(cls, rows: list[PackedTable]) -> list[PackedTable]:
+        tokens = [row.tokens for row in rows]
+        if tokens != sorted(set(tokens)):
+            raise ValueError("it should have the fewest tokens first")
+        return rows
+
+
 class TargetFile(Schema):
     """A target's file as a whole; `graphopt.targets.Target` says what each entry means."""
 
@@ -112,6 +151,7 @@ class TargetFile(Schema):
     memory: list[MemoryTable] = pydantic.Field(default_factory=list)
     matrix_unit: list[MatrixUnitTable] = pydantic.Field(default_factory=list)
     experts: ExpertsTable | None = None
+    quantised: QuantisedTable | None = None
     limits: dict[str, Size] = pydantic.Field(default_factory=dict)
     emit: dict[str, Text] = pydantic.Field(default_factory=dict)
     runtime: dict[str, Text] = pydantic.Field(default_factory=dict)
@@ -130,7 +170,10 @@ class TargetFile(Schema):
     def _of_every_figure(
         cls, sources: dict[str, str], info: pydantic.ValidationInfo
     ) -> dict[str, str]:
-        figures = ("features", "cores", "bandwidth", "memory", "matrix_unit", "experts", "limits")
+        figures = (
+            "features", "cores", "bandwidth", "memory", "matrix_unit", "experts", "quantised",
+            "limits",
+        )  # fmt: skip
         missing = [name for name in figures if info.data.get(name) and name not in sources]
         if missing:
             raise ValueError(f"it should say where these are from: {', '.join(missing)}")

@@ -19,6 +19,7 @@ from graphopt.plan import AttentionPlan
 from graphopt.plan.base import form_constants, split_size
 from graphopt.plan.triton import TritonPlanner, refuses_machine
 from graphopt.runtime.expert_tiles import ExpertTiles, FewTokens, ManyTokens, Tiles
+from graphopt.runtime.quantised_tiles import IntegerTiles, PackedTiles, QuantisedTiles
 from graphopt.targets import Target, get_target
 
 _FILES = ("common", "prefill", "decode")
@@ -80,6 +81,23 @@ def expert_tiles(target: Target) -> ExpertTiles | None:
     )
     few = target.experts["few"]
     return ExpertTiles(many, FewTokens(**few["expand"]), FewTokens(**few["reduce"]))
+
+
+def quantised_tiles(target: Target) -> QuantisedTiles | None:
+    """Return the tiles of quantised weights' kernels; None where the target's file has none."""
+    table = target.quantised
+    if table is None or target.cores is None:
+        return None
+    packed, integer_packed = (
+        tuple(PackedTiles(**row) for row in table[name]) for name in ("packed", "integer_packed")
+    )
+    return QuantisedTiles(
+        target.cores,
+        target.limit("shared_bytes_per_block"),
+        packed,
+        integer_packed,
+        IntegerTiles(**table["integer"]),
+    )
 
 
 def _expert_setup(target: Target) -> LayerSetup | None:

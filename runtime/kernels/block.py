@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _row_start(row, size_1, size_2, stride_0, stride_1, stride_2):
+def row_start(row, size_1, size_2, stride_0, stride_1, stride_2):
     """Return where a row begins: its number in mixed base (any, size_1, size_2)."""
     inner = row % size_2
     middle = row // size_2 % size_1
@@ -34,10 +34,10 @@ def rms_norm(
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < N)[None, :]
     target = row[:, None] * N + column[None, :]
-    start = _row_start(row, size_1, size_2, x_stride_0, x_stride_1, x_stride_2)
+    start = row_start(row, size_1, size_2, x_stride_0, x_stride_1, x_stride_2)
     x = tl.load(x_ptr + start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if y_ptr is not None:
-        start = _row_start(row, size_1, size_2, y_stride_0, y_stride_1, y_stride_2)
+        start = row_start(row, size_1, size_2, y_stride_0, y_stride_1, y_stride_2)
         y = tl.load(y_ptr + start[:, None] + column[None, :], mask=inside, other=0.0)
         total = (x + y.to(tl.float32)).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + target, total, mask=inside)
@@ -155,9 +155,9 @@ def act_mul(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < N
-    start = _row_start(row, size_1, size_2, gate_stride_0, gate_stride_1, gate_stride_2)
+    start = row_start(row, size_1, size_2, gate_stride_0, gate_stride_1, gate_stride_2)
     gate = tl.load(gate_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
-    start = _row_start(row, size_1, size_2, up_stride_0, up_stride_1, up_stride_2)
+    start = row_start(row, size_1, size_2, up_stride_0, up_stride_1, up_stride_2)
     up = tl.load(up_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
     made = activation(gate, ACT) * up
     tl.store(out_ptr + row * N + column, made.to(out_ptr.dtype.element_ty), mask=inside)

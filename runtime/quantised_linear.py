@@ -1,0 +1,279 @@
+"""Linears of weights of four bits on a GPU, in Triton: 16-bit activations, or integer codes.
+
+What does not go to a kernel (a CPU, fp32, groups of other sizes, a machine without Triton) goes to
+`functional`.
+
+Layout letters: M tokens, K features in, N features out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.ir import functional
+from graphopt.runtime.quantised_tiles import (
+    IntegerTiles,
+    PackedTiles,
+    QuantisedTiles,
+    splits_for,
+    tiles_for,
+)
+
+SPANS = (128, 64, 32)
+"""Neighbouring inputs whose codes lie together; both halves are operands of a matrix unit."""
+FEWEST_ROWS = 16
+"""Rows of the smallest tile: a weight has a counter for as many of its outputs."""
+
+
+@dataclass(frozen=True)
+class PackedCodes:
+    """A weight [N, K] of four-bit codes, as the kernels read it.
+
+    Attributes:
+        codes: uint8 [K / span, N, span / 2]; see kernels/packed_linear.py.
+        scales: [K / group, N], of 16 bits.
+        zeros: As the scales, what the signed number of a code is too large by; None for 0.
+        span: Inputs whose codes lie together.
+        arrived: int32 of zeros, by which programs that add parts of a tile count each other.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    span: int
+    arrived: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        spans, outputs, _ = self.codes.shape
+        return outputs, spans * self.span
+
+    @property
+    def group_spans(self) -> int:
+        """Spans that share a scale."""
+        return len(self.codes) // len(self.scales)
+
+
+def pack_codes(packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> PackedCodes | None:
+    """Return a weight in the layout of the kernels; None where its groups do not fit them.
+
+    Args:
+        packed: uint8 [N, groups, group / 2], codes of four bits as `functional.dequantise` reads
+            them, groups along the inputs.
+        scales: [N, groups].
+        zeros: uint8 [N, ceil(groups / 2)].
+    """
+    outputs, groups, size = packed.shape
+    span = next((span for span in SPANS if 2 * size % span == 0), None)
+    if span is None:
+        return None
+    # A code less 8 is the signed number with the same bits but for the highest.
+    signed = functional.unpack(packed, 4).reshape(outputs, -1, 2, span // 2) ^ 8
+    codes = signed[:, :, 0] | signed[:, :, 1] << 4
+    less = None
+    if zeros is not None:
+        unpacked = functional.unpack(zeros, 4)[:, :groups].to(scales.dtype)
+        less = (unpacked - 8).t().contiguous()
+    counters = -(-outputs // FEWEST_ROWS)
+    return PackedCodes(
+        codes.transpose(0, 1).contiguous(),
+        scales.t().contiguous(),
+        less,
+        span,
+        torch.zeros(counters, dtype=torch.int32, device=packed.device),
+    )
+
+
+# Launching ----------------------------------------------------------------------------------------
+
+
+def launch_packed(
+    x: Tensor,
+    weight: PackedCodes,
+    bias: Tensor | None,
+    tiles: PackedTiles,
+    cores: int,
+    x_scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    integer: bool = False,
+) -> Tensor:
+    """Return x weight^T + bias, [M, N].
+
+    Args:
+        x: [M, K], the last axis contiguous: of 16 bits, or int8 codes with `x_scales` fp32 [M].
+        dtype: Of the result; by default that of `x`.
+        integer: Multiply codes as int8, instead of converting them; the weight has no zeros.
+    """
+    from graphopt.runtime.kernels.packed_linear import packed_linear as kernel
+
+    tokens = len(x)
+    outputs, _ = weight.shape
+    spans = len(weight.codes)
+    splits = splits_for(outputs, tokens, spans, tiles, cores)
+    if tokens > tiles.columns:
+        splits = 1  # a weight's counters are for one column of tiles
+    out = torch.empty(tokens, outputs, dtype=dtype or x.dtype, device=x.device)
+    part = None
+    if splits > 1:
+        part = torch.empty(splits, tokens, outputs, dtype=torch.float32, device=x.device)
+    grid = (-(-outputs // tiles.rows), splits, -(-tokens // tiles.columns))
+    kernel[grid](
+        x, x_scales, weight.codes, weight.scales, weight.zeros, bias, out, part, weight.arrived,
+        tokens, outputs, spans, x.stride(0), weight.group_spans,
+        SPAN=weight.span, GROUPED=len(weight.scales) > 1, INTEGER=integer,
+        BLOCK_M=tiles.columns, BLOCK_N=tiles.rows, SPLITS=splits, WORDS=x.is_cuda,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return out
+
+
+def launch_unpack(weight: PackedCodes, dtype: torch.dtype) -> Tensor:
+    """Return the matrix [N, K] that a weight stands for; in int8 its numbers, times 16."""
+    from graphopt.runtime.kernels.packed_linear import unpack_weight as kernel
+
+    outputs, inputs = weight.shape
+    out = torch.empty(outputs, inputs, dtype=dtype, device=weight.codes.device)
+    spans, rows = len(weight.codes), 64
+    kernel[(spans, -(-outputs // rows))](
+        weight.codes, weight.scales, weight.zeros, out, outputs, spans, weight.group_spans,
+        SPAN=weight.span, BLOCK_N=rows, WORDS=weight.codes.is_cuda, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@functools.cache
+def _copies_tiles(device: torch.device) -> bool:
+    """Return whether a GPU copies tiles of a tensor by itself (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _described(matrix: Tensor, rows: int, columns: int) -> Any:
+    """Return the tensor descriptor of tiles of int8; None where the device copies none of it."""
+    if not _copies_tiles(matrix.device) or matrix.data_ptr() % 16 or matrix.stride(0) % 16:
+        return None
+    if matrix.shape[0] < rows or matrix.shape[1] < columns:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
+
+
+def launch_integer(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    tiles: IntegerTiles,
+    cores: int,
+    unit: float = 1.0,
+) -> Tensor:
+    """Return (x weight^T) * unit * x_scales * scales + bias, [M, N] of `dtype`.
+
+    Args:
+        x: int8 [M, K], the last axis contiguous.
+        x_scales: fp32 [M].
+        weight: int8 [N, K], contiguous.
+        scales: [N].
+    """
+    from graphopt.runtime.kernels.integer_linear import integer_linear as kernel
+
+    tokens, inputs = x.shape
+    outputs = len(weight)
+    out = torch.empty(tokens, outputs, dtype=dtype, device=x.device)
+    x_tiles = _described(x, tiles.rows, tiles.depth)
+    weight_tiles = _described(weight, tiles.columns, tiles.depth)
+    if x_tiles is None or weight_tiles is None:
+        x_tiles = weight_tiles = None
+    count = -(-tokens // tiles.rows) * -(-outputs // tiles.columns)
+    programs = min(cores, count) if tiles.persistent else count
+
+    def start(stages: int) -> None:
+        kernel[(programs,)](
+            x, x_tiles, weight, weight_tiles, x_scales, scales, bias, out,
+            tokens, outputs, inputs, x.stride(0), unit,
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
+            WHOLE=inputs % tiles.depth == 0, FLATTEN=tiles.persistent,
+            num_warps=tiles.warps, num_stages=stages,
+        )  # fmt: skip
+
+    _with_fewer_stages(start, tiles.stages)
+    return out
+
+
+def _with_fewer_stages(start: Any, stages: int) -> None:
+    """Start a kernel with as many tiles ahead as a GPU has the memory for."""
+    for count in _down(stages):
+        try:
+            return start(count)
+        except Exception as error:
+            # By its name: Triton is not there where there is no GPU.
+            if type(error).__name__ != "OutOfResources" or count == 1:
+                raise
+
+
+def _down(count: int) -> Iterator[int]:
+    yield from range(count, 0, -1)
+
+
+# What a model calls -------------------------------------------------------------------------------
+
+
+class QuantisedKernels:
+    """Linears with the tiles of a target.
+
+    Args:
+        tiles: Those of the target that the model was emitted for.
+    """
+
+    def __init__(self, tiles: QuantisedTiles) -> None:
+        self._tiles = tiles
+
+    def packed_linear(self, x: Tensor, weight: PackedCodes, bias: Tensor | None = None) -> Tensor:
+        """Return x weight^T + bias: x [..., K] of 16 bits, on the device of the weight."""
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        tiles = tiles_for(len(rows), self._tiles.packed)
+        if tiles is None:
+            dense = launch_unpack(weight, x.dtype)
+            return functional.linear(x, dense, bias)
+        y = launch_packed(rows, weight, bias, tiles, self._tiles.cores)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def integer_linear(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        weight: PackedCodes,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Return (codes * scales) weight^T + bias: int8 [..., K] and fp32 [...].
+
+        The weight has a scale for each output and no zeros.
+        """
+        rows, own = codes.reshape(-1, codes.shape[-1]), scales.reshape(-1)
+        few = tiles_for(len(rows), self._tiles.packed[:1])
+        tiles = few or tiles_for(len(rows), self._tiles.integer_packed)
+        if tiles is None:
+            whole = launch_unpack(weight, torch.int8)
+            y = launch_integer(
+                rows, own, whole, weight.scales[0], bias, dtype,
+                self._tiles.integer, self._tiles.cores, 0.0625,
+            )  # fmt: skip
+        else:
+            # Of one token reading the weight takes longer than any product.
+            y = launch_packed(
+                rows, weight, bias, tiles, self._tiles.cores, own, dtype, integer=few is None
+            )
+        return y.view(*codes.shape[:-1], y.shape[-1])

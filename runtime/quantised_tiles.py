@@ -1,0 +1,82 @@
+"""How products of quantised weights are cut into tiles: by the figures of a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PackedTiles:
+    """How a product with a weight of packed codes is cut, for up to so many tokens.
+
+    Attributes:
+        tokens: The most tokens for which these are taken.
+        rows, columns: A tile's outputs, and its tokens.
+        programs: How many programs of it a core is given: what is summed over is divided until
+            there are as many.
+    """
+
+    tokens: int
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class IntegerTiles:
+    """How a product of int8 codes of many tokens is cut.
+
+    Attributes:
+        rows, columns, depth: A tile's tokens, its outputs, and what is summed over at a time.
+        group: Tiles of tokens that share rows of the weight while those are in the cache.
+        persistent: A program a core, which goes from tile to tile, instead of one a tile.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 8
+    persistent: bool = False
+
+
+@dataclass(frozen=True)
+class QuantisedTiles:
+    """Tiles of the kernels of quantised weights on one target.
+
+    Attributes:
+        cores: Of the target.
+        shared_bytes: Shared memory that a program may have.
+        packed: For 16-bit activations, the fewest tokens first; of more tokens than the last says
+            the weight is unpacked as a whole for a dense product.
+        integer_packed: The same for codes as activations, multiplied as int8.
+        integer: For a weight that was unpacked.
+    """
+
+    cores: int
+    shared_bytes: int
+    packed: tuple[PackedTiles, ...]
+    integer_packed: tuple[PackedTiles, ...]
+    integer: IntegerTiles
+
+
+def tiles_for(tokens: int, tiles: tuple[PackedTiles, ...]) -> PackedTiles | None:
+    """Return the tiles for a number of tokens; None where there are more than the last are for."""
+    return next((row for row in tiles if tokens <= row.tokens), None)
+
+
+def splits_for(outputs: int, tokens: int, spans: int, tiles: PackedTiles, cores: int) -> int:
+    """Return among how many programs what a tile sums over is divided.
+
+    Each gets at least two spans, and none is left without one.
+
+    Args:
+        spans: Into how many pieces what is summed over can be divided.
+    """
+    count = -(-outputs // tiles.rows) * -(-tokens // tiles.columns)
+    wanted = max(1, min(cores * tiles.programs // count, spans // 2))
+    each = -(-spans // wanted)
+    return -(-spans // each)

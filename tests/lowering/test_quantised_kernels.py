@@ -1,0 +1,154 @@
+"""Kernels of four-bit weights and of transforms, against fp64: on a GPU, else interpreted."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+from graphopt.ir.encoding import Packed  # noqa: E402
+from graphopt.runtime.quantised_linear import (  # noqa: E402
+    PackedCodes,
+    QuantisedKernels,
+    launch_integer,
+    launch_packed,
+    launch_unpack,
+    pack_codes,
+)
+from graphopt.runtime.quantised_tiles import (  # noqa: E402
+    IntegerTiles,
+    PackedTiles,
+    QuantisedTiles,
+    splits_for,
+)
+
+# The interpreter cuts bf16 off where a GPU rounds.
+DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
+FEW = PackedTiles(tokens=16, rows=64, columns=16, warps=2, stages=3, programs=4)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def some_weight(
+    outputs: int, inputs: int, group: int, dtype: torch.dtype, symmetric: bool = True
+) -> tuple[PackedCodes, Tensor]:
+    """Return a packed weight, and the matrix that it stands for in fp64."""
+    encoding = Packed(4, group, symmetric=symmetric)
+    tensors = encoding.quantise(random(outputs, inputs, dtype=torch.float32, seed=1).cpu(), dtype)
+    wide = encoding.dequantise({**tensors, "scales": tensors["scales"].double()})
+    tensors = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+    codes = pack_codes(tensors["packed"], tensors["scales"], tensors.get("zeros"))
+    assert codes is not None
+    return codes, wide
+
+
+def bound(x: Tensor, wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what a product may be off by: each sum in fp32, and one rounding at its end."""
+    magnitudes = x.double().cpu().abs() @ wide.abs().t()
+    size = (x.double().cpu() @ wide.t()).abs()
+    return magnitudes * x.shape[-1] * 2.0**-24 + size * torch.finfo(dtype).eps + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "inputs", "group", "symmetric"),
+    [
+        (1, 96, 256, 32, True),
+        (3, 100, 192, 64, False),
+        (16, 64, 512, 128, True),
+        (20, 70, 576, 576, True),
+        (2, 33, 384, 384, False),
+        (1, 48, 768, 256, True),
+    ],
+)
+def test_packed_linear(
+    tokens: int, outputs: int, inputs: int, group: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    weight, wide = some_weight(outputs, inputs, group, dtype, symmetric)
+    assert weight.shape == (outputs, inputs)
+    x, bias = random(tokens, inputs, dtype=dtype), random(outputs, dtype=dtype, seed=2)
+    expected = x.double().cpu() @ wide.t()
+    for cores, own in ((1, None), (8, bias)):
+        got = launch_packed(x, weight, own, FEW, cores).double().cpu()
+        exact = expected if own is None else expected + own.double().cpu()
+        allowed = bound(x, wide, dtype) + exact.abs() * torch.finfo(dtype).eps
+        assert bool(((got - exact).abs() <= allowed).all())
+        # Whoever adds the parts leaves the counters as they were.
+        assert not weight.arrived.any()
+
+
+def test_parts_of_a_sum_are_spread_over_programs() -> None:
+    assert splits_for(96, 1, 8, FEW, 1) == 2
+    assert splits_for(64, 1, 8, FEW, 8) == 4
+    assert splits_for(11008, 1, 32, FEW, 132) == 3
+    assert splits_for(64, 1, 1, FEW, 132) == 1
+    # Parts of 3 spans: a fourth program would have none of 9.
+    assert splits_for(64, 1, 9, FEW, 1) == 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_unpacked_weights_are_those_of_the_encoding(symmetric: bool, dtype: torch.dtype) -> None:
+    weight, wide = some_weight(70, 192, 64, dtype, symmetric)
+    assert torch.equal(launch_unpack(weight, dtype).cpu(), wide.to(dtype))
+    if symmetric:
+        numbers = wide / weight.scales.t().double().cpu().repeat_interleave(64, 1)
+        assert torch.equal(launch_unpack(weight, torch.int8).cpu().double() / 16, numbers)
+
+
+def test_groups_that_do_not_fit_have_no_codes() -> None:
+    packed = Packed(4, 18).quantise(torch.randn(4, 36))
+    assert pack_codes(packed["packed"], packed["scales"]) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", [1, 5, 40, 70])
+def test_products_of_codes_are_exact_up_to_the_scales(
+    tokens: int, bits: int, dtype: torch.dtype
+) -> None:
+    tiles = QuantisedTiles(
+        cores=3,
+        shared_bytes=232448,
+        packed=(PackedTiles(1, 64, 16, 2, 3, 4),),
+        integer_packed=(PackedTiles(16, 64, 16, 2, 3, 4), PackedTiles(48, 64, 32, 4, 3, 4)),
+        integer=IntegerTiles(64, 64, 128, 4, 3, group=2, persistent=tokens == 70),
+    )
+    weight, wide = some_weight(100, 192, 192, dtype)
+    generator = torch.Generator().manual_seed(3)
+    top = 2 ** (bits - 1)
+    codes = torch.randint(-top, top, (tokens, 192), generator=generator, dtype=torch.int8)
+    scales = torch.rand(tokens, generator=generator) + 0.1
+    bias = random(100, dtype=dtype, seed=2)
+    exact = (codes.double() * scales[:, None].double()) @ wide.t() + bias.double().cpu()
+    got = QuantisedKernels(tiles).integer_linear(
+        codes.to(DEVICE), scales.to(DEVICE), weight, bias, dtype=dtype
+    )
+    # Sums of codes are exact; then come three roundings in fp32 and one to 16 bits.
+    error = (got.double().cpu() - exact).abs()
+    sums = exact.abs() + bias.double().cpu().abs()
+    assert bool((error <= sums * 2.0**-22 + exact.abs() * torch.finfo(dtype).eps / 2 + 1e-7).all())
+
+
+def test_a_product_of_int8_whose_depth_is_no_multiple_of_a_tile() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, weight = (
+        torch.randint(-127, 128, (rows, 200), generator=generator, dtype=torch.int8)
+        for rows in (33, 50)
+    )
+    ones = torch.ones(50)
+    got = launch_integer(
+        x.to(DEVICE), ones[:33].to(DEVICE), weight.to(DEVICE), ones.to(DEVICE), None,
+        torch.float32, IntegerTiles(32, 32, 64, 4, 2), 2,
+    )  # fmt: skip
+    # Below 2^24, so that fp32 holds each.
+    assert torch.equal(got.cpu().long(), x.long() @ weight.long().t())

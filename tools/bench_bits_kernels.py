@@ -1,0 +1,484 @@
+"""Measure kernels of four bits on a GPU beside bf16 torch: transforms, linears, decoding.
+
+    python tools/bench_bits_kernels.py [--only transform,w4a4,w4a16] [--tune] [--out FILE]
+
+Parts, on the shapes of Llama-7B and with random numbers:
+
+* `transform`: norm or gate, Kronecker transform and rounding of 16,384 tokens, beside a copy of
+  as many bytes;
+* `w4a4`: a linear of 16,384 tokens as a whole (transform, rounding, product), beside `F.linear`;
+* `w4a16`: a linear of 1 and of 16 tokens, beside `F.linear`.
+
+Each kernel's result is compared with what torch computes in fp32 or fp64 before it is timed; a
+kernel that fails is kept with its traceback, and the next one runs. `--tune` tries other tiles
+than the target's. Without a GPU shapes are small and kernels interpreted: that says only whether
+this script runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from measure import target_here
+from turns import ON_GPU, Result, Rows, best_of, median, microseconds, recorded
+
+from graphopt.ir import functional
+from graphopt.lowering.kernels.triton import quantised_tiles
+from graphopt.runtime.quantised_linear import (
+    PackedCodes,
+    QuantisedKernels,
+    launch_integer,
+    launch_packed,
+    launch_unpack,
+    pack_codes,
+)
+from graphopt.runtime.quantised_tiles import IntegerTiles, PackedTiles
+from graphopt.runtime.transformed import launch_transform
+from graphopt.targets import get_target
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = "cuda" if ON_GPU else "cpu"
+# The interpreter cuts bf16 off where a GPU rounds.
+DTYPE = torch.bfloat16 if ON_GPU else torch.float16
+TARGET = get_target(target_here())
+TILES = quantised_tiles(TARGET)
+assert TILES is not None
+TOKENS = 16384 if ON_GPU else 20
+# Features as N1 x N2, as FlatQuant divides them.
+SIZES = {4096: (64, 64), 11008: (86, 128), 14336: (112, 128)} if ON_GPU else {576: (24, 24)}
+# (outputs, inputs)
+LINEARS = [(4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008)] if ON_GPU else [(96, 576)]
+DECODED = [(11008, 4096), (4096, 11008), (4096, 4096)] if ON_GPU else [(96, 576)]
+COLD = 400e6 if ON_GPU else 1
+"""Bytes of weights that a run walks through, so that none is in a cache when it is read."""
+
+
+def random(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=DEVICE) * scale).to(DTYPE)
+
+
+def rotation(size: int) -> Tensor:
+    square = torch.randn(size, size, dtype=torch.float64)
+    return torch.linalg.qr(square)[0].to(DTYPE).to(DEVICE).contiguous()
+
+
+def packed_weight(outputs: int, inputs: int, group: int) -> PackedCodes:
+    """Return a random weight whose codes have a scale for every `group` inputs."""
+    shape = outputs, inputs // group, group // 2
+    packed = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
+    scales = (torch.rand(shape[:2], device=DEVICE) + 0.5) * (0.2 / inputs**0.5)
+    codes = pack_codes(packed, scales.to(DTYPE))
+    assert codes is not None
+    return codes
+
+
+def dense_of(weight: PackedCodes) -> Tensor:
+    """Return what a weight stands for, by torch alone."""
+    outputs, inputs = weight.shape
+    low, high = weight.codes & 15, weight.codes >> 4
+    signed = torch.cat((low, high), -1).to(torch.int16)
+    signed = (torch.where(signed > 7, signed - 16, signed)).transpose(0, 1).reshape(outputs, inputs)
+    group = inputs // len(weight.scales)
+    return (signed * weight.scales.t().repeat_interleave(group, 1).float()).to(DTYPE)
+
+
+# Transforms ---------------------------------------------------------------------------------------
+
+
+class Transformed:
+    """Tokens, what stands in front of their transform, and the factors of it."""
+
+    def __init__(self, width: int, before: str, tokens: int = TOKENS) -> None:
+        self.n1, self.n2 = SIZES[width]
+        self.before = before
+        self.x = random(tokens, width)
+        self.y = random(tokens, width) if before not in ("", "norm") else None
+        self.gain = random(width) if before == "norm" else None
+        self.left, self.right = rotation(self.n1), rotation(self.n2)
+
+    def run(self, bits: int, pairs: bool, **options: Any) -> tuple[Tensor, Tensor]:
+        codes, scales, _ = launch_transform(
+            self.x, self.left, self.right, before=self.before, y=self.y, weight=self.gain,
+            eps=1e-5, bits=bits, pairs=pairs, **options,
+        )  # fmt: skip
+        assert scales is not None
+        return codes, scales
+
+    def values(self, rows: int) -> Tensor:
+        """Return the first transformed tokens in fp32, rounded between as the kernel does."""
+        x = self.x[:rows].float()
+        if self.before == "norm":
+            assert self.gain is not None
+            x = functional.rms_norm(x, self.gain.float(), 1e-5).to(DTYPE).float()
+        elif self.before:
+            assert self.y is not None
+            x = functional.act_mul(x, self.y[:rows].float(), self.before).to(DTYPE).float()
+        tile = (x.unflatten(-1, (self.n1, -1)) @ self.right.float()).to(DTYPE).float()
+        return (self.left.float().t() @ tile).flatten(-2)
+
+    def check(self, found: tuple[Tensor, Tensor], bits: int) -> Result:
+        """Compare the first and the last tokens' codes with torch's.
+
+        Raises:
+            AssertionError: Too many differ, or by more than 1, or a scale does by 1e-3.
+        """
+        codes, scales = found
+        rows = min(256, len(codes))
+        codes, scales = codes[:rows], scales[:rows]
+        if codes.dtype == torch.uint8:
+            codes = functional.unpack(codes, 4).to(torch.int8)
+            codes = torch.where(codes > 7, codes - 16, codes)
+        values, top = self.values(rows), 2 ** (bits - 1) - 1
+        own = values.abs().amax(-1) / top
+        off = (codes.int() - (values / own[:, None]).round().clamp(-top - 1, top).int()).abs()
+        apart = float((off > 0).float().mean())
+        scale = float(((scales - own).abs() / own).max())
+        assert int(off.max()) <= 1 and scale <= 1e-3, (int(off.max()), scale, apart)
+        # A sum in another order rounds to the other 16 bits between: eight times as often in bf16.
+        assert apart <= (2e-3 if bits == 4 else 3e-2), apart
+        return {"codes_apart": apart, "scale_off": scale}
+
+    def bytes(self, bits: int, pairs: bool) -> int:
+        read = self.x.numel() * self.x.element_size() * (1 if self.y is None else 2)
+        return read + self.x.numel() // (2 if pairs else 1) + 4 * len(self.x)
+
+
+def transform_options(width: int) -> Iterator[Result]:
+    """Yield how a program and the machine may be divided."""
+    assert TILES is not None
+    cores = TILES.cores
+    warps = (2, 4, 8) if width <= 4096 else (4, 8, 16)
+    for count in warps:
+        yield {"warps": count, "stages": 1}
+        for each, stages in ((1, 2), (2, 2), (4, 1), (4, 2), (2, 3), (8, 1)):
+            yield {"warps": count, "stages": stages, "programs": each * cores}
+
+
+def transform_part(rows: Rows, options: argparse.Namespace) -> None:
+    for width, pairs in itertools.product(SIZES, (False, True)):
+        transform_row(rows, options, width, "norm" if width == 4096 else "silu", 4, pairs)
+
+
+def transform_row(
+    rows: Rows, options: argparse.Namespace, width: int, before: str, bits: int, pairs: bool
+) -> None:
+    given = Transformed(width, before)
+    name = f"{width} {before} {'int4' if pairs else 'int8'}"
+    chosen: Result = {}
+    if options.tune and not pairs and width != 14336:
+        tried = {
+            json.dumps(option): (lambda o=option: given.run(bits, pairs, **o))
+            for option in transform_options(width)
+        }
+        best = best_of(rows, name, tried, lambda found: given.check(found, bits))
+        chosen = json.loads(best) if best else {}
+
+    def make() -> tuple[Result, str]:
+        checked = given.check(given.run(bits, pairs, **chosen), bits)
+        moved = given.bytes(bits, pairs) // 2
+        source = torch.zeros(moved, dtype=torch.uint8, device=DEVICE)
+        target = torch.empty_like(source)
+        times = microseconds(
+            {
+                "transform": lambda: given.run(bits, pairs, **chosen),
+                "copy": lambda: target.copy_(source),
+            }
+        )
+        found = median(times)
+        ratio = found["transform"] / found["copy"]
+        line = f"{found['transform']:.1f} us, copy {found['copy']:.1f} us, x{ratio:.2f}"
+        return {
+            **checked, "options": chosen, "bytes": 2 * moved, "microseconds": times,
+            "times_copy": ratio,
+        }, line  # fmt: skip
+
+    rows.add(f"transform {name}", make)
+
+
+# Four-bit weights and activations of many tokens --------------------------------------------------
+
+
+def integer_options() -> Iterator[IntegerTiles]:
+    assert TILES is not None
+    base = TILES.integer
+    yield base
+    for rows, columns, depth, warps, stages in (
+        (128, 256, 128, 8, 3), (128, 256, 128, 8, 4), (256, 128, 128, 8, 3), (128, 256, 64, 8, 6),
+        (128, 128, 128, 4, 4), (128, 128, 128, 8, 4), (256, 128, 64, 8, 6),
+    ):  # fmt: skip
+        for persistent, group in ((False, 8), (True, 8), (False, 16)):
+            yield IntegerTiles(rows, columns, depth, warps, stages, group, persistent)
+
+
+def w4a4_part(rows: Rows, options: argparse.Namespace) -> None:
+    assert TILES is not None
+    for outputs, inputs in LINEARS:
+        w4a4_row(rows, options, outputs, inputs)
+
+
+def w4a4_row(rows: Rows, options: argparse.Namespace, outputs: int, inputs: int) -> None:
+    assert TILES is not None
+    given = Transformed(inputs, "")
+    weight = packed_weight(outputs, inputs, inputs)
+    codes, scales = given.run(4, False)
+    dense = dense_of(weight)
+    name = f"{outputs}x{inputs}"
+    tiles = TILES.integer
+
+    def product(tiles: IntegerTiles) -> Tensor:
+        return launch_integer(
+            codes, scales, launch_unpack(weight, torch.int8), weight.scales[0], None, DTYPE,
+            tiles, TILES.cores, 0.0625,
+        )  # fmt: skip
+
+    def check(y: Tensor) -> None:
+        take = [*range(min(64, len(codes))), -1]
+        exact = (codes[take].double() * scales[take, None].double()) @ dense.double().t()
+        error = float((y[take].double() - exact).abs().max() / exact.abs().max())
+        # bf16 of the scales' products in `dense` too.
+        assert error < 1e-2, error
+
+    if options.tune and "integer" not in kept:
+        whole = launch_unpack(weight, torch.int8)
+        tried = {
+            json.dumps(vars_of(one)): (
+                lambda one=one: launch_integer(
+                    codes,
+                    scales,
+                    whole,
+                    weight.scales[0],
+                    None,
+                    DTYPE,
+                    one,
+                    TILES.cores,
+                    0.0625,
+                )
+            )
+            for one in dict.fromkeys(integer_options())
+        }
+        best = best_of(rows, name, tried, check)
+        tiles = IntegerTiles(**json.loads(best)) if best else tiles
+        kept["integer"] = vars_of(tiles)
+    elif "integer" in kept:
+        tiles = IntegerTiles(**kept["integer"])
+    kernels = QuantisedKernels(replace(TILES, integer=tiles))
+
+    def make() -> tuple[Result, str]:
+        check(product(tiles))
+        whole = launch_unpack(weight, torch.int8)
+
+        def linear() -> Tensor:
+            made, own = given.run(4, False)
+            return kernels.integer_linear(made, own, weight, dtype=DTYPE)
+
+        times = microseconds(
+            {
+                "whole": linear,
+                "transform": lambda: given.run(4, False),
+                "unpack": lambda: launch_unpack(weight, torch.int8),
+                "product": lambda: launch_integer(
+                    codes,
+                    scales,
+                    whole,
+                    weight.scales[0],
+                    None,
+                    DTYPE,
+                    tiles,
+                    TILES.cores,
+                    0.0625,
+                ),
+                "bf16": lambda: F.linear(given.x, dense),
+            }
+        )
+        found = median(times)
+        ratio = found["bf16"] / found["whole"]
+        work = 2 * len(codes) * outputs * inputs / 1e6
+        line = (
+            ", ".join(f"{part} {value:.0f} us" for part, value in found.items())
+            + f"; {work / found['product']:.0f} TOPS, bf16 {work / found['bf16']:.0f}; "
+            f"x{ratio:.2f} faster"
+        )
+        return {"tiles": vars_of(tiles), "microseconds": times, "times_faster": ratio}, line
+
+    rows.add(f"w4a4 {name}", make)
+
+
+def vars_of(tiles: IntegerTiles | PackedTiles) -> Result:
+    return {name: getattr(tiles, name) for name in tiles.__dataclass_fields__}
+
+
+kept: dict[str, Any] = {}
+
+# Four-bit weights of few tokens -------------------------------------------------------------------
+
+
+def packed_options(tokens: int) -> Iterator[PackedTiles]:
+    columns = (8, 16) if tokens <= 8 else (16,)
+    for rows, warps, stages, programs in (
+        (64, 2, 4, 2), (64, 2, 4, 4), (64, 2, 4, 8), (64, 2, 3, 8), (64, 2, 6, 4), (32, 2, 4, 8),
+        (32, 1, 4, 8), (64, 1, 4, 8), (128, 4, 4, 2), (128, 4, 4, 4), (32, 2, 6, 4), (64, 4, 4, 4),
+        (128, 2, 4, 4),
+    ):  # fmt: skip
+        for column in columns:
+            yield PackedTiles(tokens, rows, column, warps, stages, programs)
+
+
+def w4a16_part(rows: Rows, options: argparse.Namespace) -> None:
+    assert TILES is not None
+    groups = (128, 32, 0) if ON_GPU else (32,)
+    for tokens, (outputs, inputs), group in itertools.product((1, 16), DECODED, groups):
+        w4a16_row(rows, options, tokens, outputs, inputs, group or inputs)
+
+
+def w4a16_row(
+    rows: Rows, options: argparse.Namespace, tokens: int, outputs: int, inputs: int, group: int
+) -> None:
+    assert TILES is not None
+    count = max(1, int(COLD // (outputs * inputs // 2)))
+    name = f"{outputs}x{inputs} group {group}, {tokens} tokens"
+    weights = [packed_weight(outputs, inputs, group) for _ in range(count)]
+    few = max(1, int(COLD // (2 * outputs * inputs)))
+    dense = [dense_of(weight) for weight in weights[:few]]
+    x = random(tokens, inputs)
+    tiles = next(row for row in TILES.packed if tokens <= row.tokens)
+    exact = x.double() @ dense[0].double().t()
+
+    def check(y: Tensor) -> None:
+        error = float((y.double() - exact).abs().max() / exact.abs().max())
+        assert error < 1e-2, error
+        assert not any(weight.arrived.any() for weight in weights)
+
+    def all_of(tiles: PackedTiles) -> Tensor:
+        made = [launch_packed(x, weight, None, tiles, TILES.cores) for weight in weights]
+        return made[0]
+
+    key = f"packed {tokens} {outputs} {inputs}"
+    if options.tune and group == 128 and (outputs, inputs) != DECODED[-1]:
+        tried = {}
+        for one in packed_options(tokens):
+
+            def replayed(one: PackedTiles = one) -> Tensor:
+                return graphs[vars_key(one)]()
+
+            tried[vars_key(one)] = replayed
+        graphs = Recorded(lambda label: all_of(PackedTiles(**json.loads(label))))
+        best = best_of(rows, name, tried, check)
+        if best:
+            kept[key] = json.loads(best)
+    if key in kept:
+        tiles = PackedTiles(**kept[key])
+
+    def make() -> tuple[Result, str]:
+        check(all_of(tiles))
+        times = microseconds({"int4": recorded(lambda: all_of(tiles))}, per=count)
+        times |= microseconds(
+            {"bf16": recorded(lambda: [F.linear(x, matrix) for matrix in dense])}, per=few
+        )
+        found = median(times)
+        ratio = found["bf16"] / found["int4"]
+        size = weights[0].codes.numel() + 2 * weights[0].scales.numel()
+        line = (
+            f"int4 {found['int4']:.1f} us ({size / found['int4'] / 1e6:.2f} TB/s), bf16 "
+            f"{found['bf16']:.1f} us ({2e-6 * outputs * inputs / found['bf16']:.2f} TB/s), "
+            f"x{ratio:.2f} faster"
+        )
+        return {"tiles": vars_of(tiles), "microseconds": times, "times_faster": ratio}, line
+
+    rows.add(f"w4a16 {name}", make)
+
+
+class Recorded(dict[str, Any]):
+    """Graphs of runs by their label, recorded when they are asked for; each gives its result."""
+
+    def __init__(self, make: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, label: str) -> Callable[[], Tensor]:
+        made: list[Tensor] = []
+
+        def run() -> None:
+            made[:] = [self._make(label)]
+
+        replay = recorded(run)
+
+        def replayed() -> Tensor:
+            replay()
+            return made[0]
+
+        self[label] = replayed
+        return replayed
+
+
+def vars_key(tiles: PackedTiles) -> str:
+    return json.dumps(vars_of(tiles))
+
+
+PARTS: dict[str, Callable[[Rows, argparse.Namespace], None]] = {
+    "transform": transform_part,
+    "w4a4": w4a4_part,
+    "w4a16": w4a16_part,
+}
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
+    parser.add_argument("--tune", action="store_true", help="try other tiles than the target's")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "bits_kernels.json")
+    options = parser.parse_args()
+    parts = options.only.split(",")
+    unknown = [name for name in parts if name not in PARTS]
+    if unknown:
+        parser.error(f"no part {unknown[0]!r}: there are {', '.join(PARTS)}")
+    torch.manual_seed(0)
+    found: dict[str, Any] = {
+        "command": " ".join(["python tools/bench_bits_kernels.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if ON_GPU else f"{platform.machine()} CPU",
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in ("torch", "triton", "numpy")},
+        "target": TARGET.name,
+        "parts": {},
+    }
+    lines: list[str] = []
+    with torch.no_grad():
+        for name in parts:
+            started, rows = time.perf_counter(), Rows()
+            try:
+                PARTS[name](rows, options)
+            except Exception:
+                rows.rows.append({"name": name, "failed": traceback.format_exc()})
+                rows.lines.append(f"{name}: FAILED: {traceback.format_exc()[-300:]}")
+            seconds = time.perf_counter() - started
+            found["parts"][name] = {"seconds": seconds, "rows": rows.rows}
+            lines += [*rows.lines, f"({name}: {seconds:.0f} s)"]
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(["", *lines]))
+
+
+if __name__ == "__main__":
+    main()
