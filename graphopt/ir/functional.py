@@ -120,6 +120,26 @@ def quantise_dequantise(
     return ((codes - zero) * scale).to(x.dtype)
 
 
+def kronecker(x: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
+    """x (left kron right) by two small products, in the dtype of the factors; `x` may be wider.
+
+    A row of n1 n2 features is read as a matrix X [n1, n2]; the result is left^T X right, flattened.
+
+    Args:
+        x: [..., n1 * n2].
+        left: [n1, n1]; None for the identity.
+        right: [n2, n2]; None for the identity. One of the two is given.
+    """
+    if left is None:
+        assert right is not None
+        rows = x.to(right.dtype).unflatten(-1, (-1, right.shape[0]))
+        return (rows @ right).flatten(-2)
+    rows = x.to(left.dtype).unflatten(-1, (left.shape[0], -1))
+    if right is not None:
+        rows = rows @ right
+    return (left.transpose(0, 1) @ rows).flatten(-2)
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """The product a b in the dtype of `b`; `a` may be wider."""
     return a.to(b.dtype) @ b

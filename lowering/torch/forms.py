@@ -76,7 +76,7 @@ for _op, _callee in {
 
 # Functions of graphopt.ir.functional that are called as their ops are.
 for _op in (
-    "add_rms_norm", "by_length", "gelu_tanh", "layer_norm", "linear", "merge_heads",
+    "add_rms_norm", "by_length", "gelu_tanh", "kronecker", "layer_norm", "linear", "merge_heads",
     "ntk_frequencies", "quantise_dequantise", "quick_gelu", "relu2", "rms_norm", "rope",
     "rope_pair", "rope_table", "softcap", "split_heads", "transpose_heads", "top_k_gating",
 ):  # fmt: skip

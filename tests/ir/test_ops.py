@@ -106,6 +106,11 @@ CASES = [
                         ("silu", [f64(12, 6), f64(12), f64(12)]))),
     Case("linear", [X, f64(5, 6)], terms=6),
     Case("linear", [X, f64(5, 6), f64(5)], terms=7),
+    *(Case("kronecker", [x, *factors], terms=6) for x, factors in (
+        (X, [f64(2, 2), f64(3, 3)]), (X, [f64(3, 3)]), (X, [None, f64(2, 2)]),
+        (X, [None, f64(6, 6)]), (X, [f64(6, 6)]), (Q, [None, f64(8, 8)]),
+        (Q, [f64(2, 2), f64(4, 4)]),
+    )),
     *(Case("rms_norm", [X, *gain], {"eps": 1e-3} | offset, 6)
       for gain in ([], [f64(6)], [f64(S, 6)]) for offset in ({}, {"offset": 1.0})),
     *(Case("layer_norm", [X, *rest], {"eps": 1e-3}, 12)
@@ -202,6 +207,16 @@ def expect_embedding(ids, weight, offset=0):
 def expect_linear(x, weight, bias=None):
     y = np.einsum("...i,oi->...o", x, weight)
     return y if bias is None else y + bias
+
+
+def expect_kronecker(x, left=None, right=None):
+    """Entry by entry: y[j1 n2 + j2] is the sum of x[i1 n2 + i2] left[i1, j1] right[i2, j2]."""
+    rows = len(left) if left is not None else x.shape[-1] // len(right)
+    columns = len(right) if right is not None else x.shape[-1] // len(left)
+    left = np.eye(rows) if left is None else left
+    right = np.eye(columns) if right is None else right
+    split = x.reshape(*x.shape[:-1], rows, columns)
+    return np.einsum("...ab,ac,bd->...cd", split, left, right).reshape(x.shape)
 
 
 def expect_top_k_gating(
@@ -655,6 +670,10 @@ REFUSED = {
     "linear, width": ("linear", [X, f64(5, 7)], {}, "linear of"),
     "linear, rank": ("linear", [X, f64(6)], {}, "linear of"),
     "linear, bias": ("linear", [X, f64(5, 6), f64(6)], {}, "bias"),
+    "kronecker, no factor": ("kronecker", [X], {}, "neither"),
+    "kronecker, width": ("kronecker", [X, f64(2, 2), f64(2, 2)], {}, "left factor of 2 and right"),
+    "kronecker, one width": ("kronecker", [X, f64(4, 4)], {}, "left factor of 4, whose"),
+    "kronecker, oblong": ("kronecker", [X, f64(2, 3), f64(3, 3)], {}, "not square"),
     "rms_norm, gain": ("rms_norm", [X, f64(5)], {"eps": 0.1}, "broadcast"),
     "rms_norm, wide gain": ("rms_norm", [f64(6), f64(2, 6)], {"eps": 0.1}, "norm of"),
     "layer_norm, bias": ("layer_norm", [X, None, f64(3, 1, 1, 6)], {"eps": 0.1}, "norm of"),

@@ -238,6 +238,12 @@ PAIRS = Type((3,), torch.float32)
 ROW = Type((B, S, 4, 8), torch.float32)
 ATTENTION = {"scale": 0.4, "causal": True}
 BIAS = Type((B, 1, S, S), torch.float32)
+
+
+def _square(size):
+    return Type((size, size), torch.float32)
+
+
 OPS = {
     **{op: (op, [X]) for op in ("abs", "relu", "relu2", "silu", "sigmoid", "tanh", "gelu",
                                 "gelu_tanh", "quick_gelu")},
@@ -245,6 +251,11 @@ OPS = {
     "scale": ("scale", [X], {"factor": -0.7}),
     "add": ("add", [X, VECTOR]),
     "mul": ("mul", [X, X]),
+    "kronecker": ("kronecker", [X, _square(2), _square(4)], {}, (1, 2)),
+    "kronecker, left": ("kronecker", [X, _square(4)], {}, (1,)),
+    "kronecker, right": ("kronecker", [X, None, _square(2)], {}, (2,)),
+    "kronecker, dense": ("kronecker", [X, None, _square(8)], {}, (2,)),
+    "kronecker, heads": ("kronecker", [HEADS, None, _square(8)], {}, (2,)),
     "embedding": ("embedding", [IDS_TYPE, Type((2, 8), torch.float32)], {}, (1,)),
     "embedding, offset": ("embedding", [IDS_TYPE, Type((5, 8), torch.float32)], {"offset": 3},
                           (1,)),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.graph import Node
-from graphopt.lowering.onnx.builder import MICROSOFT
-from graphopt.lowering.onnx.ops.registry import Lowering, translation
+from graphopt.lowering.onnx.builder import GRAPHOPT, MICROSOFT, OPSET, GraphBuilder
+from graphopt.lowering.onnx.ops.registry import Heads, Lowered, Lowering, translation
 from graphopt.lowering.onnx.quantised import QuantisedMatrix
 
 
@@ -67,3 +68,56 @@ def _packed(lower: Lowering, node: Node, x: ir.Value) -> ir.Value:
     part = lower.shared[key][node]
     bias = node.operand(2)
     return part if bias is None else builder.op("Add", part, lower.whole(bias))
+
+
+@translation("kronecker")
+def kronecker(lower: Lowering, node: Node) -> Lowered:
+    """A local function of standard ops, which a runtime with a kernel of that name may replace.
+
+    Heads stay flat: the features of each are a row of the same matrix.
+    """
+    builder = lower.builder
+    x, left, right = node.inputs[0], node.operand(1), node.operand(2)
+    assert x is not None
+    if right is not None and left is None:
+        factor, lowered = lower.whole(right), lower.values[x]
+        if isinstance(lowered, Heads):
+            flat = builder.call(_kronecker_function(builder, False, True), lowered.flat, factor)
+            return Heads(flat, lowered.heads, lowered.dim, lowered.heads_first)
+        if lower.types[right].shape[0] == lower.types[x].shape[-1]:
+            return builder.op("MatMul", lower.whole(x), factor)  # type: ignore[no-any-return]
+    factors = [lower.whole(value) for value in (left, right) if value is not None]
+    function = _kronecker_function(builder, left is not None, right is not None)
+    return builder.call(function, lower.whole(x), *factors)  # type: ignore[no-any-return]
+
+
+def _kronecker_function(builder: GraphBuilder, left: bool, right: bool) -> ir.Function:
+    """Return `graphopt::KroneckerTransform`, or that with one factor alone.
+
+    Sizes are those of the factors, so that one function does for all.
+    """
+    name = "KroneckerTransform" + ("" if left and right else "Left" if left else "Right")
+    if name in builder.functions:
+        return builder.functions[name]
+    x, first, second = (ir.Value(name=what) for what in ("x", "left", "right"))
+    nodes: list[ir.Node] = []
+
+    def op(op_type: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+        nodes.append(ir.node(op_type, inputs, attributes))
+        return nodes[-1].outputs[0]
+
+    def size(factor: ir.Value, given: bool) -> ir.Value:
+        rest = np.array([-1], dtype=np.int64)
+        return op("Shape", factor, end=1) if given else op("Constant", value=ir.tensor(rest))
+
+    sizes = op("Shape", x, end=-1), size(first, left), size(second, right)
+    rows = op("Reshape", x, op("Concat", *sizes, axis=0))
+    if right:
+        rows = op("MatMul", rows, second)
+    if left:
+        rows = op("MatMul", op("Transpose", first, perm=[1, 0]), rows)
+    op("Reshape", rows, op("Shape", x))
+    inputs = [x, *([first] if left else []), *([second] if right else [])]
+    imports = {"": OPSET}
+    graph = ir.Graph(inputs, [nodes[-1].outputs[0]], nodes=nodes, opset_imports=imports, name=name)
+    return ir.Function(GRAPHOPT, name, graph=graph, attributes=[])
