@@ -21,6 +21,8 @@ from graphopt.ir.feed_forward import Split
 from graphopt.ir.graph import Call, Function, In, Node
 from graphopt.ir.kv import KVLayout
 from graphopt.ir.types import B, S, Type
+from graphopt.pass_manager.contract import Context
+from graphopt.passes.insert_affine import InsertAffine
 
 WINDOW, SWITCH, CONTEXT = 100, 300, 600
 LARGE_WINDOW, LARGE_SWITCH = 4096, 32768
@@ -100,6 +102,11 @@ def gelu() -> Program:
     return program
 
 
+def transformed() -> Program:
+    """Return a program with transforms and their inverses, which nothing has folded."""
+    return InsertAffine(kind="kronecker").run(tiny_program(), Context()).program
+
+
 BASES: dict[str, Callable[[], Program]] = {
     "plain": tiny_program,
     "untied": lambda: tiny_program(tied=False),
@@ -117,6 +124,7 @@ BASES: dict[str, Callable[[], Program]] = {
     "growing": growing,
     "chunk": chunked,
     "gelu": gelu,
+    "transformed": transformed,
     "experts": lambda: carved(tiny_program(), Split(16, 4, 2)),
     "thresholds": lambda: carved(tiny_program(), Split(16, 4, 2, True)),
 }
@@ -335,6 +343,20 @@ def older_summand(program: Program) -> None:
     first.results = [f"{name}_0" if name in second.args else name for name in first.results]
     second.args = [f"{name}_0" if f"{name}_0" in first.results and name != "x_delta" else name
                    for name in second.args]  # fmt: skip
+
+
+def transform_before_rotation(program: Program) -> None:
+    """Multiply keys and queries by their matrices first and rotate them then."""
+    for side, name in (("keys", "k"), ("queries", "q")):
+        turned, mapped = (
+            node_of(program, "rope", f"{name}_rope"),
+            node_of(program, "kronecker", f"{side}_t"),
+        )
+        block = program.functions["block"]
+        block.replace(mapped.output, turned.output)
+        mapped.inputs[0], turned.inputs[0] = turned.inputs[0], mapped.output
+        block.nodes.remove(mapped)
+        block.nodes.insert(block.nodes.index(turned), mapped)
 
 
 # Mistakes in a cache

@@ -44,6 +44,7 @@ from planted import (
     swap_operands,
     swap_slots,
     swapped,
+    transform_before_rotation,
     transpose,
     unrotated_keys,
     untie,
@@ -218,6 +219,28 @@ LOWERED = [
     Mistake("a window one shorter, planned", PLAN, "window", window(0, WINDOW - 1), length=120),
 ]
 
+INSERT, MULTIPLY = "insert-affine", "fold-affine"
+QUERIES = "layers.1.self_attn.q_proj.transform.queries"
+TRANSFORMS = [
+    Mistake("keys and queries transformed before the rotation", INSERT, "plain",
+            transform_before_rotation),
+    Mistake("an inverse lost", INSERT, "plain", of(skip, "kronecker", "m_t_1")),
+    Mistake("a factor off by 1e-3", INSERT, "plain",
+            weight("layers.0.mlp.down_proj.transform.left", scaled(1.001))),
+    Mistake("an inverse that is not transposed for queries", INSERT, "plain",
+            weight(QUERIES, lambda w: w.T)),
+    Mistake("the map of values lost", INSERT, "plain", of(skip, "kronecker", "v_t")),
+    Mistake("another inverse in a column", MULTIPLY, "transformed",
+            weight("layers.0.mlp.down_proj.weight", scaled(1.001, (slice(None), 3)))),
+    Mistake("a scale not folded", MULTIPLY, "transformed",
+            weight(f"layers.1.{OTHER_GAIN}", scaled(1.001, 3))),
+    Mistake("a row of the values off by 1e-3", MULTIPLY, "transformed",
+            weight("layers.1.self_attn.v_proj.weight", scaled(1.001, 5))),
+    Mistake("a transform lost", MULTIPLY, "transformed", of(skip, "kronecker", "m_t_1")),
+    Mistake("a transform before the rotation, folded", MULTIPLY, "transformed",
+            transform_before_rotation),
+]
+
 CONTRACT = [
     Mistake("the config", CANONICALISE, "plain", lambda program: program.config.update(eps=5.0),
             "exact but changed the program's config", length=None),
@@ -234,7 +257,7 @@ CONTRACT = [
 ]
 # fmt: on
 
-MISTAKES = [*WEIGHTS, *ATTRIBUTES, *GRAPH, *CACHES, *LOWERED, *CONTRACT]
+MISTAKES = [*WEIGHTS, *ATTRIBUTES, *GRAPH, *CACHES, *LOWERED, *TRANSFORMS, *CONTRACT]
 
 
 @dataclass

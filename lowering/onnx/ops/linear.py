@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -102,7 +104,7 @@ def _kronecker_function(builder: GraphBuilder, left: bool, right: bool) -> ir.Fu
     x, first, second = (ir.Value(name=what) for what in ("x", "left", "right"))
     nodes: list[ir.Node] = []
 
-    def op(op_type: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+    def op(op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         nodes.append(ir.node(op_type, inputs, attributes))
         return nodes[-1].outputs[0]
 
