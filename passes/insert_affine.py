@@ -92,7 +92,7 @@ def inserted_transforms(plan: AffinePlan, kind: str) -> InsertedTransforms:
                     InsertedTransform(
                         where=f"{call.path}.{item.site.stem}",
                         form=f"{item.sizes.form}{sizes}",
-                        condition=conditions(made),
+                        condition={**conditions(made)},
                     )
                 )
             for key, matrix in zip(part.keys, matrices, strict=True):
