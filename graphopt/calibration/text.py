@@ -313,6 +313,7 @@ class _Emitted(_Writer):
         root = Path(self.folder.name)
         given = self.program.copy()
         given.checkpoint_dtype = dtype  # which is what kernels are planned for
+        given.tokenizer = None  # it writes ids
         TorchEmitter().emit(given, root, portable_target().name, silent)
         module = import_model(root / "model.py")
         self.decoder = getattr(module, "Decoder", None)

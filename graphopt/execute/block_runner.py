@@ -90,19 +90,15 @@ class BlockRunner(Runner):
         self.compiled = False
 
     @property
-    def kinds(self) -> int:
-        """How many different functions its blocks are, each of which is compiled."""
-        return len(
-            {
-                kind(
-                    self.program.functions[call.function],
-                    call,
-                    [self.program.weights[name] for name in call.weights.values()],
-                )
-                for call in self.program.calls[self.first : self.stop]
-                if call in self._block_calls
-            }
-        )
+    def kinds(self) -> list[Function]:
+        """The different functions that its blocks are, each of which is compiled."""
+        kinds = {}
+        for call in self.program.calls[self.first : self.stop]:
+            if call in self._block_calls:
+                function = self.program.functions[call.function]
+                weights = [self.program.weights[name] for name in call.weights.values()]
+                kinds[kind(function, call, weights)] = function
+        return list(kinds.values())
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -167,6 +167,11 @@ def read_mixture(
     )  # fmt: skip
 
 
+def has_experts(function: Function) -> bool:
+    """Return whether experts are run in a function on the tokens that are sent to them."""
+    return any(node.op in ("experts", *GROUPED_PRODUCTS) for node in function.nodes)
+
+
 def _other_mixture(function: Function, types: Mapping[Value, Type]) -> str | None:
     if any(node.op == "experts" for node in function.nodes):
         return "it was carved out of a dense part"

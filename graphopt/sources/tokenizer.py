@@ -8,6 +8,7 @@ folder really holds, with everything taken out of the configuration that leads e
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -72,10 +73,26 @@ def tokenizer_files(folder: Path) -> Iterator[tuple[str, Path]]:
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model folder, as transformers loads it; no code of it runs.
 
+    While its files stay as they are it is read once: one of 262,144 tokens takes seconds, and a
+    compile asks for it several times. So those who get it must not change it.
+
     Raises:
         SourceError: It cannot be loaded, needs code of its own, or a file of it is a link out of
             the folder.
     """
+    return _read(folder, tuple(_file_states(folder)))
+
+
+def _file_states(folder: Path) -> Iterator[tuple[int, ...]]:
+    """Yield what changes with any file that a tokenizer is made of."""
+    config = [folder / "config.json"] if (folder / "config.json").exists() else []
+    for path in [*(path for _, path in tokenizer_files(folder)), *config]:
+        status = path.stat()
+        yield status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=2)
+def _read(folder: Path, _states: tuple[tuple[int, ...], ...]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory(prefix="graphopt-tokenizer-") as name:

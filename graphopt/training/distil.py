@@ -54,8 +54,8 @@ USUAL_TOKENS = 8192
 
 GENERATION_SHARE = 0.25
 """The share of a training's seconds in which the dense model generates text for it."""
-WRITER_READY = 8.0
-"""Seconds that a model takes to be made ready to write on a GPU: fewer would give no text."""
+WRITER_READY = 10.0
+"""Seconds of writing from which on there is any: a model takes most of them to be made ready."""
 EPOCHS = 4
 """How often a training of a given number of steps reads what the dense model writes."""
 

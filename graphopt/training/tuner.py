@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graphopt.errors import first_line
 from graphopt.execute.block_runner import BlockRunner
+from graphopt.ir.mixture import has_experts
 from graphopt.storage.snapshot import resuming_from
 from graphopt.support.devices import must_fit
 from graphopt.support.progress import Progress, silent
@@ -50,7 +51,7 @@ WARM_UP = 3
 
 COMPILE_FROM = (30.0, 300)
 """Seconds and steps from which a training on a GPU is worth the time to compile its step, for every
-kind of block in it."""
+kind of block in it; blocks with experts take twice as long to compile."""
 
 
 class Tuner:
@@ -185,15 +186,15 @@ class Tuner:
         schedule, result = self.schedule, self.result
         if self.student.device.type != "cuda":
             return 0.0
-        kinds = self.student.kinds
-        seconds, steps = (kinds * least for least in COMPILE_FROM)
+        kinds = len(self.student.kinds)
+        cost = sum(2 if has_experts(function) else 1 for function in self.student.kinds)
+        seconds, steps = (cost * least for least in COMPILE_FROM)
         if (schedule.seconds is not None and schedule.seconds - result.seconds < seconds) or (
             schedule.steps is not None and schedule.steps - result.steps < steps
         ):
-            if kinds > 1:
-                result.not_compiled = (
-                    f"{kinds} kinds of blocks take longer to compile than it saves"
-                )
+            if cost > 1:
+                what = "blocks with experts take" if kinds == 1 else f"{kinds} kinds of blocks take"
+                result.not_compiled = f"{what} longer to compile than it saves"
             return 0.0
         started = time.perf_counter()
         self.progress("compiling the step", 0, 1)

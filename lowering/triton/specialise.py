@@ -158,13 +158,17 @@ class _Specialiser:
     # Steps: each changes one place and returns whether it found one -----------------------------
 
     def _remove_function(self) -> bool:
-        for name, function, _ in self._functions():
-            if function.name not in self.plans and not self._mentions(function.name):
-                decorators = [node.lineno for node in function.decorator_list]
-                lines = self.texts[name].split("\n")
-                first = with_comments(lines, min([function.lineno, *decorators]) - 1)
-                assert function.end_lineno is not None
-                self.texts[name] = "\n".join(lines[:first] + lines[function.end_lineno :])
+        """Remove all functions of a module that nothing reads: each text is parsed anew."""
+        for name, text in self.texts.items():
+            lines = text.split("\n")
+            for function, _ in reversed(functions_of(text)):
+                if function.name not in self.plans and not self._mentions(function.name):
+                    decorators = [node.lineno for node in function.decorator_list]
+                    first = with_comments(lines, min([function.lineno, *decorators]) - 1)
+                    del lines[first : function.end_lineno]
+            changed = "\n".join(lines)
+            if changed != text:
+                self.texts[name] = changed
                 return True
         return False
 

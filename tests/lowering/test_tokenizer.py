@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from programs import tiny_program
-from tiny_models import byte_tokenizer
+from tiny_models import byte_tokenizer, save_tiny
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer
 
@@ -21,6 +21,7 @@ from graphopt.backends.opening import open_language_model
 from graphopt.generate import encode_prompt, end_tokens, generate, generate_ids
 from graphopt.ir.graph import Program
 from graphopt.lowering.tokenizer import copy_tokenizer, write_tokenizer
+from graphopt.sources.tokenizer import read_tokenizer
 from graphopt.sources.windows import prompt_ids
 
 TURNS = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<model>"
@@ -211,3 +212,14 @@ def test_onnxruntime_genai_ends_and_draws_as_the_model_states(tmp_path: Path) ->
     ends = end_tokens(model, byte_tokenizer())
     assert ends == {299, free[4]}
     assert list(generate_ids(model, ids, stop=ends, max_new_tokens=8)) == made[:-1]
+
+
+def test_a_tokenizer_is_read_once_until_its_files_change(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "tiny")
+    first = read_tokenizer(folder)
+    assert read_tokenizer(folder) is first
+    path = folder / "tokenizer_config.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "model_max_length": 77}), encoding="utf-8"
+    )
+    assert read_tokenizer(folder).model_max_length == 77 != first.model_max_length
