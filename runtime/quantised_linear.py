@@ -9,14 +9,15 @@ Layout letters: M tokens, K features in, N features out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphopt.ir import functional
+from graphopt.runtime.fused import runs_by_kernel
 from graphopt.runtime.quantised_tiles import (
     IntegerTiles,
     PackedTiles,
@@ -61,17 +62,25 @@ class PackedCodes:
         return len(self.codes) // len(self.scales)
 
 
-def pack_codes(packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> PackedCodes | None:
+def span_of(group: int) -> int | None:
+    """Return how many inputs' codes lie together where so many share a scale; None if none do."""
+    return next((span for span in SPANS if group % span == 0), None)
+
+
+def pack_codes(
+    packed: Tensor, scales: Tensor, zeros: Tensor | None = None, *, group: int
+) -> PackedCodes | None:
     """Return a weight in the layout of the kernels; None where its groups do not fit them.
 
     Args:
-        packed: uint8 [N, groups, group / 2], codes of four bits as `functional.dequantise` reads
-            them, groups along the inputs.
+        packed: uint8 [N, groups, ceil(group / 2)], codes of four bits as `functional.dequantise`
+            reads them, groups along the inputs.
         scales: [N, groups].
         zeros: uint8 [N, ceil(groups / 2)].
+        group: Codes of a group.
     """
-    outputs, groups, size = packed.shape
-    span = next((span for span in SPANS if 2 * size % span == 0), None)
+    outputs, groups, _ = packed.shape
+    span = span_of(group)
     if span is None:
         return None
     # A code less 8 is the signed number with the same bits but for the highest.
@@ -224,7 +233,90 @@ def _down(count: int) -> Iterator[int]:
     yield from range(count, 0, -1)
 
 
-# What a model calls -------------------------------------------------------------------------------
+# What a model is made of --------------------------------------------------------------------------
+
+
+class QuantisedWeight(nn.Module):
+    """Matrices kept as packed codes with scales, one behind the other; a call gives their values.
+
+    Codes that the kernels read lie as they read them, others as they are stored.
+
+    Args:
+        weights: Tensors by name: `NAME.packed`, `NAME.scales` and, where there are any,
+            `NAME.zeros`.
+        names: Of the matrices [N, K].
+        bits, group, axis: Their encoding; see `functional.dequantise`.
+
+    Attributes:
+        sizes: The outputs of each.
+    """
+
+    packed: Tensor
+    codes: Tensor
+    scales: Tensor
+    arrived: Tensor
+    zeros: Tensor | None
+
+    def __init__(
+        self, weights: dict[str, Tensor], *names: str, bits: int, group: int, axis: int
+    ) -> None:
+        super().__init__()
+        packed, scales, zeros = (
+            [weights[f"{name}.{suffix}"] for name in names if f"{name}.{suffix}" in weights]
+            for suffix in ("packed", "scales", "zeros")
+        )
+        self.bits, self.group, self.axis = bits, group, axis
+        self.sizes = [len(tensor) for tensor in packed]
+        tensors = {"packed": _joined(packed), "scales": _joined(scales)}
+        if zeros:
+            tensors["zeros"] = _joined(zeros)
+        self.span: int | None = None
+        if bits == 4 and axis == 1 and runs_by_kernel(tensors["scales"]):
+            codes = pack_codes(**tensors, group=group)
+            if codes is not None:
+                self.span = codes.span
+                tensors = {"codes": codes.codes, "scales": codes.scales, "arrived": codes.arrived}
+                tensors |= {} if codes.zeros is None else {"zeros": codes.zeros}
+        self.zeros = None
+        for name, tensor in tensors.items():
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
+    def packed_codes(self) -> PackedCodes | None:
+        """Return the codes as the kernels read them; None where they don't."""
+        if self.span is None:
+            return None
+        return PackedCodes(self.codes, self.scales, self.zeros, self.span, self.arrived)
+
+    def forward(self) -> Tensor:
+        """Return the matrix [N, K]."""
+        if self.span is not None:
+            return self._values(self.codes, self.scales, self.zeros)
+        options = {"bits": self.bits, "group": self.group, "axis": self.axis}
+        return functional.dequantise(self.packed, self.scales, self.zeros, **options)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows `ids` [...] of the matrix, [..., K]; its groups lie along rows."""
+        if self.span is not None:
+            flat = ids.reshape(-1)
+            zeros = None if self.zeros is None else self.zeros[:, flat]
+            values = self._values(self.codes[:, flat], self.scales[:, flat], zeros)
+            return values.view(*ids.shape, values.shape[-1])
+        zeros = None if self.zeros is None else self.zeros[ids]
+        options = {"bits": self.bits, "group": self.group}
+        return functional.dequantise(self.packed[ids], self.scales[ids], zeros, **options)
+
+    def _values(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        """Return what rows stand for, from tensors as those of `PackedCodes`."""
+        signed = (torch.cat((codes & 15, codes >> 4), -1) ^ 8).float() - 8
+        grouped = signed.transpose(0, 1).reshape(codes.shape[1], len(scales), self.group)
+        if zeros is not None:
+            grouped = grouped - zeros.t()[..., None].float()
+        return (grouped * scales.t()[..., None].float()).flatten(1).to(scales.dtype)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors one behind the other; one by itself is not copied."""
+    return tensors[0].detach() if len(tensors) == 1 else torch.cat([*tensors])
 
 
 class QuantisedKernels:
@@ -237,15 +329,21 @@ class QuantisedKernels:
     def __init__(self, tiles: QuantisedTiles) -> None:
         self._tiles = tiles
 
-    def packed_linear(self, x: Tensor, weight: PackedCodes, bias: Tensor | None = None) -> Tensor:
+    def packed_linear(
+        self, x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None
+    ) -> Tensor:
+        """As `functional.packed_linear`."""
+        codes = weight.packed_codes()
+        if codes is None or not runs_by_kernel(x) or x.dtype != codes.scales.dtype:
+            return functional.packed_linear(x, weight, bias)
+        return self.linear_of_codes(x, codes, bias)
+
+    def linear_of_codes(self, x: Tensor, weight: PackedCodes, bias: Tensor | None = None) -> Tensor:
         """Return x weight^T + bias: x [..., K] of 16 bits, on the device of the weight."""
-        rows = x.reshape(-1, x.shape[-1])
-        if rows.stride(-1) != 1:
-            rows = rows.contiguous()
+        rows = _rows_of(x)
         tiles = tiles_for(len(rows), self._tiles.packed)
         if tiles is None:
-            dense = launch_unpack(weight, x.dtype)
-            return functional.linear(x, dense, bias)
+            return functional.linear(x, launch_unpack(weight, x.dtype), bias)
         y = launch_packed(rows, weight, bias, tiles, self._tiles.cores)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -262,7 +360,7 @@ class QuantisedKernels:
 
         The weight has a scale for each output and no zeros.
         """
-        rows, own = codes.reshape(-1, codes.shape[-1]), scales.reshape(-1)
+        rows, own = _rows_of(codes), scales.reshape(-1)
         few = tiles_for(len(rows), self._tiles.packed[:1])
         tiles = few or tiles_for(len(rows), self._tiles.integer_packed)
         if tiles is None:
@@ -277,3 +375,9 @@ class QuantisedKernels:
                 rows, weight, bias, tiles, self._tiles.cores, own, dtype, integer=few is None
             )
         return y.view(*codes.shape[:-1], y.shape[-1])
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """Return [..., K] as [M, K], the last axis contiguous."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -88,7 +88,7 @@ def packed_weight(outputs: int, inputs: int, group: int) -> PackedCodes:
     shape = outputs, inputs // group, group // 2
     packed = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
     scales = (torch.rand(shape[:2], device=DEVICE) + 0.5) * (0.2 / inputs**0.5)
-    codes = pack_codes(packed, scales.to(DTYPE))
+    codes = pack_codes(packed, scales.to(DTYPE), group=group)
     assert codes is not None
     return codes
 

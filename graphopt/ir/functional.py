@@ -67,6 +67,11 @@ def dequantise(
     return (codes * scales[..., None].to(wide)).flatten(-2).movedim(-1, axis).to(scales.dtype)
 
 
+def packed_linear(x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
+    """x weight()^T + bias, where `weight` is kept in another form and a call gives the matrix."""
+    return linear(x, weight(), bias)
+
+
 def quantise_dequantise(
     x: Tensor,
     clip_low: Tensor | None = None,

@@ -128,6 +128,7 @@ class LayerKernels:
         files: Its kernels under runtime/kernels.
         helpers: Modules of `graphopt.runtime` that it imports and that no other needs.
         functions: Functions of `graphopt.ir.functional`, by name.
+        classes: Classes of the module that stand for those of the same names in `model.py`.
         needed_by: Ops without which a program carries neither module nor kernels; empty where
             every program carries them.
         cache_writer: The function of the module that does what `kv_memory.append_kv` does; None
@@ -141,6 +142,7 @@ class LayerKernels:
     functions: tuple[str, ...]
     needed_by: frozenset[str] = frozenset()
     cache_writer: str | None = None
+    classes: tuple[str, ...] = ()
     helpers: tuple[str, ...] = ()
     setup: Callable[[Target], LayerSetup | None] | None = None
 

@@ -124,6 +124,32 @@ def _expert_setup(target: Target) -> LayerSetup | None:
     )
 
 
+def _quantised_setup(target: Target) -> LayerSetup | None:
+    tiles = quantised_tiles(target)
+    if tiles is None:
+        return None
+    rows = {
+        name: [f"        {row!r}," for row in getattr(tiles, name)]
+        for name in ("packed", "integer_packed")
+    }
+    return LayerSetup(
+        {
+            "quantised_tiles": ("IntegerTiles", "PackedTiles", "QuantisedTiles"),
+            "quantised_linear": ("QuantisedKernels",),
+        },
+        ("packed_linear",),
+        (
+            "QUANTISED = QuantisedTiles(",
+            f"    cores={tiles.cores},",
+            f"    shared_bytes={tiles.shared_bytes},",
+            *(line for name in rows for line in (f"    {name}=(", *rows[name], "    ),")),
+            f"    integer={tiles.integer!r},",
+            ")",
+            "packed_linear = QuantisedKernels(QUANTISED).packed_linear",
+        ),
+    )
+
+
 register_layer_family(
     LayerFamily(
         "triton",
@@ -141,6 +167,15 @@ register_layer_family(
                 needed_by=frozenset({"experts", "moe"}),
                 helpers=("expert_tiles",),
                 setup=_expert_setup,
+            ),
+            LayerKernels(
+                module="quantised_linear",
+                files=("packed_linear", "integer_linear"),
+                functions=("packed_linear",),
+                classes=("QuantisedWeight",),
+                needed_by=frozenset({"packed_linear"}),
+                helpers=("quantised_tiles",),
+                setup=_quantised_setup,
             ),
         ),
         refuses=refuses_machine,

@@ -16,6 +16,7 @@ from graphopt.ir.ops.aten import resolve_target
 from graphopt.ir.ops.attention import PAST_K, PAST_V, SELECTED, is_general
 from graphopt.ir.printer import FunctionPrinter
 from graphopt.lowering.torch.forms import callee_of, form_of
+from graphopt.lowering.torch.packed import CLASS_NAME
 from graphopt.lowering.torch.text import (
     HELPERS,
     attribute_names,
@@ -65,7 +66,7 @@ class BodyPrinter(FunctionPrinter):
     def __init__(self, function: Function, where: str, packed: Collection[str] = ()) -> None:
         super().__init__(function)
         self.where = where
-        self.helpers: set[str] = {"dequantise"} if packed else set()
+        self.helpers: set[str] = {CLASS_NAME} if packed else set()
         self._needs: set[str] = set()
         self._taken: set[str] = set()
         self.params = [self._claim(value.name) for value in function.params]
@@ -75,7 +76,9 @@ class BodyPrinter(FunctionPrinter):
         self.attributes = attribute_names(list(function.weights))
         self.packs: dict[str, list[str]] = {}
         self._packed = {
-            node: self._pack(node) for node in function.nodes if node.op == "fused_linear"
+            node: self._pack(node)
+            for node in function.nodes
+            if node.op in ("fused_linear", "packed_linear") and node.attrs["parts"] > 1
         }
         own = [*self.attributes.values(), *self.packs, *map(sizes_of, self.packs)]
         self.options = attribute_names(list(mentioned), own)
@@ -282,6 +285,21 @@ class BodyPrinter(FunctionPrinter):
         names = [self.name(node.inputs[0]), *(f"self.{name}" for name in factors)]
         product = self.helper("linear", ", ".join(names))
         return f"{product}.split(self.{sizes_of(factors[0])}, -1)"
+
+    def packed_linear(self, node: Node) -> str:
+        """Return the products of one tensor with weights that stay packed."""
+        self.helpers.add(CLASS_NAME)
+        assert node.inputs[0] is not None
+        if node in self._packed:
+            factors = [f"self.{name}" for name in self._packed[node]]
+        else:
+            factors = [self.name(value) for value in node.inputs[1:] if value is not None]
+        weight, *bias = factors
+        weight = weight.removesuffix("()")
+        product = self.helper(
+            "packed_linear", ", ".join([self.name(node.inputs[0]), weight, *bias])
+        )
+        return f"{product}.split({weight}.sizes, -1)" if node in self._packed else product
 
     def literal(self, value: Any, node: Node) -> str:
         """Return an attribute as Python text.

@@ -67,9 +67,12 @@ class ModuleClass:
         for slot, attribute in self.body.attributes.items():
             text = f"self.{attribute} = weights[{quoted(slot)}]"
             if slot in self.packed:
-                text = init_statement(attribute, quoted(slot), self.packed[slot])
+                text = init_statement(attribute, [slot], self.packed[slot])
             lines += wrap(text, 8)
         for attribute, slots in self.body.packs.items():
+            if slots[0] in self.packed:
+                lines += wrap(init_statement(attribute, slots, self.packed[slots[0]]), 8)
+                continue
             parts = ", ".join(f"weights[{quoted(slot)}]" for slot in slots)
             lines += wrap(f"self.{attribute}, self.{sizes_of(attribute)} = pack({parts})", 8)
         for attribute in self.body.options.values():

@@ -99,8 +99,13 @@ def _attention(printer: BodyPrinter, node: Node) -> str:
 
 
 @torch_form("fused_linear")
-def _packed_linear(printer: BodyPrinter, node: Node) -> str:
+def _fused_linear(printer: BodyPrinter, node: Node) -> str:
     return printer.fused_linear(node)
+
+
+@torch_form("packed_linear")
+def _linear_of_codes(printer: BodyPrinter, node: Node) -> str:
+    return printer.packed_linear(node)
 
 
 @torch_form("no_addend")

@@ -7,17 +7,21 @@ other, so that the program after it is verified and run like any other.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from graphopt.ir.dead_code import remove_dead
+from graphopt.ir.encoding import Packed
 from graphopt.ir.feed_forward import read_hidden
 from graphopt.ir.functional import ACTIVATIONS
 from graphopt.ir.graph import Call, Node, Program, Value
+from graphopt.lowering.torch.packed import encodings as encodings_of
+from graphopt.lowering.torch.packed import with_uniform_encodings
 from graphopt.pass_manager.contract import Context, Pass, PassResult
 from graphopt.report.record import Record
 from graphopt.rewrite import Match, NoMatch, Rule, Site, apply_rules, calls_of, rule
+from graphopt.runtime.quantised_linear import span_of
 
 
 class FusedOps(Record):
@@ -48,13 +52,17 @@ class FuseLayerOps(Pass):
        reads the first, become a `rope_pair`.
     6. `fuse_linears`: linears of one input, each with dense weights that nothing else in the
        program reads, and all or none with a bias, become a `fused_linear`.
-    7. No weight is read or changed.
+    7. `fuse_packed_linears`: linears of one input, whose weights are packed in one way that kernels
+       read (four bits, groups of a multiple of 32 along the inputs), and all or none with a bias,
+       become a `packed_linear`; one whose weight something else reads becomes one by itself.
+    8. No weight is read or changed.
     """
 
     name: ClassVar[str] = "fuse-layer-ops"
     record: ClassVar[type[Record]] = FusedOps
 
     def run(self, program: Program, context: Context) -> PassResult:
+        program = with_uniform_encodings(program)
         calls = calls_of(program)
         counts: Counter[str] = Counter()
         left: Counter[str] = Counter()
@@ -64,8 +72,10 @@ class FuseLayerOps(Pass):
                 continue
             slots = len(function.weights)
             counts["dead code"] += (remove_dead(function) + slots - len(function.weights)) * times
-            packable = _read_once(program, calls[name])
-            for fusion in (*RULES, fuse_linears(packable)):
+            encodings = encodings_of(program, calls[name][0])
+            alone = _read_once(program, calls[name])
+            linears = fuse_linears(alone - set(encodings)), fuse_packed_linears(encodings, alone)
+            for fusion in (*RULES, *linears):
                 rewritten = apply_rules(function, [fusion], calls[name])
                 for applied, count in rewritten.counts.items():
                     counts[applied] += count * times
@@ -79,18 +89,10 @@ class FuseLayerOps(Pass):
 
 
 def _read_once(program: Program, calls: Sequence[Call]) -> set[str]:
-    """Return the slots of dense weights that one slot of one call reads: a pack has a copy.
-
-    Codes of different groups don't go together.
-    """
+    """Return the slots of weights that one slot of one call reads: what joins them has a copy."""
     reads = Counter(name for call in program.calls for name in call.weights.values())
     return {
-        slot
-        for slot in calls[0].weights
-        if all(
-            reads[call.weights[slot]] == 1 and program.weights[call.weights[slot]].encoding is None
-            for call in calls
-        )
+        slot for slot in calls[0].weights if all(reads[call.weights[slot]] == 1 for call in calls)
     }
 
 
@@ -208,32 +210,76 @@ def fuse_linears(packable: Collection[str]) -> Rule:
         """linear(x, a), linear(x, b) -> fused_linear(x, a, b)."""
         slots = site.function.slots_by_value()
 
-        def factors(node: Node) -> list[Value]:
-            return [value for value in node.inputs[1:] if value is not None]
+        def may_be_joined(node: Node) -> bool:
+            return all(slots.get(v) in packable and len(site.uses[v]) == 1 for v in _factors(node))
 
-        def may_be_packed(node: Node) -> bool:
-            return all(slots.get(v) in packable and len(site.uses[v]) == 1 for v in factors(node))
-
-        count = len(factors(site.node))
-        if not may_be_packed(site.node):
+        if not may_be_joined(site.node):
             return site.no("its weights are read elsewhere, or computed")
-        group = [
-            node
-            for node in site.function.nodes
-            if node.op == "linear"
-            and node.inputs[0] is site.node.inputs[0]
-            and len(factors(node)) == count
-            and may_be_packed(node)
-        ]
+        group = _of_one_input(site, may_be_joined)
         if len(group) == 1:
             return site.no("nothing else multiplies its input")
-        # By what they are: all weights, then all biases.
-        columns = zip(*(factors(node) for node in group), strict=True)
-        operands = [site.node.inputs[0], *(value for column in columns for value in column)]
-        parts = {"parts": len(group)}
-        return site.join(group, "fused_linear", operands, parts, before=group[0])
+        return _joined(site, group, "fused_linear")
 
     return fuse_linears
+
+
+def fuse_packed_linears(encodings: Mapping[str, Packed], alone: Collection[str]) -> Rule:
+    """Return the rule that gives linears of packed weights to the kernels that read them.
+
+    Args:
+        encodings: Of packed weights, by slot.
+        alone: Slots of weights that nothing else reads.
+    """
+
+    @rule("linear")
+    def fuse_packed_linears(site: Site) -> Match | NoMatch:
+        """linear(x, a), linear(x, b) -> packed_linear(x, a, b)."""
+        slots = site.function.slots_by_value()
+
+        def encoding(node: Node) -> Packed | None:
+            weight = node.operand(1)
+            return None if weight is None else encodings.get(slots.get(weight, ""))
+
+        own = encoding(site.node)
+        if own is None:
+            return site.no("its weight is not packed")
+        if own.bits != 4 or own.axis != 1 or span_of(own.group) is None:
+            return site.no(f"its weight is {own}, and kernels read other codes")
+
+        def may_be_joined(node: Node) -> bool:
+            return encoding(node) == own and all(
+                slots.get(v) in alone and len(site.uses[v]) == 1 for v in _factors(node)
+            )
+
+        group = _of_one_input(site, may_be_joined) if may_be_joined(site.node) else [site.node]
+        return _joined(site, group, "packed_linear")
+
+    return fuse_packed_linears
+
+
+def _factors(linear: Node) -> list[Value]:
+    """Return the weight of a linear, and its bias if it has one."""
+    return [value for value in linear.inputs[1:] if value is not None]
+
+
+def _of_one_input(site: Site, may_be_joined: Callable[[Node], bool]) -> list[Node]:
+    """Return the linears of the node's input, itself among them, that may be joined with it."""
+    count = len(_factors(site.node))
+    return [
+        node
+        for node in site.function.nodes
+        if node.op == "linear"
+        and node.inputs[0] is site.node.inputs[0]
+        and len(_factors(node)) == count
+        and may_be_joined(node)
+    ]
+
+
+def _joined(site: Site, linears: Sequence[Node], op: str) -> Match:
+    """Return the match that makes one product of linears; factors are all weights, then biases."""
+    columns = zip(*(_factors(node) for node in linears), strict=True)
+    operands = [site.node.inputs[0], *(value for column in columns for value in column)]
+    return site.join(linears, op, operands, {"parts": len(linears)}, before=linears[0])
 
 
 RULES = (

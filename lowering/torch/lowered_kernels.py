@@ -74,8 +74,8 @@ class LoweredKernels:
                     yield group, reason
 
     def functions(self) -> list[str]:
-        """Return the functions of `graphopt.ir.functional` that the folder has its own of."""
-        own = [name for group in self.layer_kernels() for name in group.functions]
+        """Return the functions of `graphopt.ir.functional`, and classes, that the folder has."""
+        own = [n for group in self.layer_kernels() for n in (*group.functions, *group.classes)]
         return ["attention", "cached_attention", "attention_results", *own]
 
     def stems(self, family: KernelFamily) -> dict[str, AttentionPlan]:
@@ -165,7 +165,7 @@ class LoweredKernels:
         ]
         made: list[str] = []
         for group in self.layer_kernels():
-            functions = [*group.functions]
+            functions = [*group.functions, *group.classes]
             if group.cache_writer is not None:
                 arguments += f", {group.cache_writer}"
                 functions.append(group.cache_writer)

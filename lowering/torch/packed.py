@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from graphopt.ir.encoding import Packed
 from graphopt.ir.graph import Call, Program, unique_name
+from graphopt.lowering.torch.text import quoted
 
 CLASS_NAME = "QuantisedWeight"
 
@@ -63,10 +64,10 @@ def with_uniform_encodings(program: Program) -> Program:
     return made
 
 
-def init_statement(attribute: str, slot_text: str, encoding: Packed) -> str:
-    """Return what sets the attribute of a packed weight; `slot_text` is its slot as a literal."""
+def init_statement(attribute: str, slots: Sequence[str], encoding: Packed) -> str:
+    """Return what sets the attribute of a packed weight, or of several one behind the other."""
     options = f"bits={encoding.bits}, group={encoding.group}, axis={encoding.axis}"
-    return f"self.{attribute} = {CLASS_NAME}(weights, {slot_text}, {options})"
+    return f"self.{attribute} = {CLASS_NAME}(weights, {', '.join(map(quoted, slots))}, {options})"
 
 
 def rows_text(attribute: str, ids: str) -> str:

@@ -28,8 +28,10 @@ def lower(program: Program, target: str) -> Program:
     Raises:
         VerifyError: A pass made a malformed program.
     """
-    lowered = with_uniform_encodings(program)
     passes = lowering_passes(target)
+    # The pass that fuses ops sees to that itself, behind one that layers of one function help.
+    fused = any(isinstance(item, FuseLayerOps) for item in passes)
+    lowered = program if fused else with_uniform_encodings(program)
     if passes and lowered is program:
         lowered = program.copy()
     for item in passes:

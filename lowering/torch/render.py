@@ -79,11 +79,12 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
     parts = ["\n".join(made.lines()) for made in classes.values()]
     if "under(" in model:
         parts.append(template.UNDER.strip())
-    if any(made.packed for made in classes.values()):
-        parts.insert(0, packed.CLASS.strip())
-    if "pack(" in "".join(parts):
-        parts.append(template.PACK.strip())
     helpers = {name for made in classes.values() for name in made.body.helpers}
+    if packed.CLASS_NAME in helpers.difference(ahead):
+        parts.insert(0, packed.CLASS.strip())
+        helpers.add("dequantise")
+    if " = pack(" in "".join(parts):
+        parts.append(template.PACK.strip())
     used = [name for name in ahead if name in helpers]
     body = [
         "# What the layers are made of.",

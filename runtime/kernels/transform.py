@@ -12,6 +12,7 @@ from graphopt.runtime.kernels.block import activation, row_start
 # 1.5 * 2^23: a number of fp32 as large as this has no bits behind the point, so that a sum with it
 # is rounded to the nearest integer, ties to even; its low bits are the integer.
 _TO_INTEGER: tl.constexpr = tl.constexpr(12582912.0)
+_LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
@@ -35,7 +36,8 @@ def transform(
 
     In place of x: the norm of x (+ y, when the sum is written too) times `weight + offset`; or
     act(x) y. A scale is the largest magnitude, clipped, divided by the largest code; a token of
-    zeros has the scale 1. Products take 16 bits and give 32.
+    zeros has the scale 1, and one with something that is no finite number the scale NaN. Products
+    take 16 bits and give 32.
     """
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
     i, j = tl.arange(0, B1), tl.arange(0, B2)
@@ -91,16 +93,17 @@ def transform(
         else:
             most: tl.constexpr = 2 ** (BITS - 1) - 1
             if CLIPPED:
-                high = tl.max(tl.max(z, 1), 0) * high_clip
-                low = tl.min(tl.min(z, 1), 0) * low_clip
-                scale = tl.maximum(tl.abs(high), tl.abs(low)) / most
+                high = tl.maximum(tl.max(tl.max(z, 1), 0), 0.0) * high_clip
+                low = tl.minimum(tl.min(tl.min(z, 1), 0), 0.0) * low_clip
+                scale = tl.maximum(high, -low) / most
             else:
                 scale = tl.max(tl.max(tl.abs(z), 1), 0) / most
             scale = tl.where(scale == 0.0, 1.0, scale)
             if left_ptr is None or right_ptr is None:
-                # Maxima pass over what is no number, which products bring into all of a token.
+                # Maxima pass over what is no number, which two products bring into a whole token.
                 broken = tl.max(tl.max((z != z).to(tl.int32), 1), 0)
                 scale = tl.where(broken > 0, float("nan"), scale)
+            scale = tl.where(scale <= _LARGEST, scale, float("nan"))
             tl.store(scales_ptr + token, scale)
             steps = z * (1.0 / scale)
             if CLIPPED:

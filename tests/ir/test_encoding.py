@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_programs import packed_weight, projections, with_packed
 from programs import tiny_program
 
 from graphopt.backends.opening import open_language_model
@@ -26,27 +27,6 @@ from graphopt.storage.artifact import load_program, save_program
 from graphopt.storage.snapshot import Snapshots
 
 FOUR = Packed(4, 16)
-
-
-def packed_weight(weight: Weight, encoding: Packed) -> Weight:
-    tensors = encoding.quantise(weight.load(), torch.float32)
-    producer = Dequantised(encoding, **{s: Array(t) for s, t in tensors.items()})
-    return Weight(weight.name, producer, weight.checkpoint)
-
-
-def with_packed(program: Program, choose) -> Program:
-    """Return a copy in which weights are packed as `choose(name)` says, None for dense."""
-    result = program.copy()
-    for weight in program.weights:
-        encoding = choose(weight.name)
-        if encoding is not None:
-            result.weights.replace(packed_weight(weight, encoding))
-    verify(result)
-    return result
-
-
-def projections(encoding: Packed):
-    return lambda name: encoding if name.endswith(("_proj.weight", "embed.weight")) else None
 
 
 def dense(program: Program) -> Program:

@@ -10,6 +10,7 @@ from tiny_models import save_tiny
 
 import graphopt as go
 from graphopt.execute.interpreter import Runner
+from graphopt.ir.encoding import Packed
 from graphopt.ir.feed_forward import Split
 from graphopt.ir.graph import Function, Value
 from graphopt.ir.parse import parse_program
@@ -73,6 +74,13 @@ TAKEN = {
         ),
         ["q, k = fused_linear(x, a, b, parts=2)"],
     ),
+    "fuse_packed_linears": (
+        function(
+            ("q", "linear", "x p"), ("n", "relu", "q"), ("k", "linear", "x r"),
+            weights=("p", "r"), results=("n", "k"),
+        ),
+        ["q, k = packed_linear(x, p, r, parts=2)"],
+    ),
 }  # fmt: skip
 LEFT = {
     "fuse_experts": [],
@@ -129,8 +137,23 @@ LEFT = {
             "nothing else multiplies its input",
         ),
     ],
+    "fuse_packed_linears": [
+        (function(("out", "linear", "x a")), "its weight is not packed"),
+        (
+            function(("out", "linear", "x t"), weights=("t",)),
+            "its weight is packed(bits=3, group=32, axis=1, symmetric), and kernels read other",
+        ),
+    ],
 }  # fmt: skip
-RULES = {rule.name: rule for rule in (*fuse.RULES, fuse.fuse_linears({"a", "b", "c"}))}
+CODES = {"p": Packed(4, 32), "r": Packed(4, 32), "s": Packed(4, 64), "t": Packed(3, 32)}
+RULES = {
+    rule.name: rule
+    for rule in (
+        *fuse.RULES,
+        fuse.fuse_linears({"a", "b", "c"}),
+        fuse.fuse_packed_linears(CODES, {"p", "r"}),
+    )
+}
 
 
 def test_every_rule_has_its_graphs():
@@ -158,6 +181,20 @@ def test_a_rule_leaves_what_it_must_and_says_why(name, before, reason):
     assert result.counts == {} and print_function(after) == print_function(before)
     assert any(reason in refusal.reason for _, refusal in result.refused)
     assert all(refusal.node in after.nodes for _, refusal in result.refused)
+
+
+def test_packed_weights_that_do_not_go_together_stay_apart():
+    """Of another encoding, with a bias, read elsewhere too."""
+    for weights, lines in (
+        ("p s", [("q", "linear", "x p"), ("k", "linear", "x s")]),
+        ("p r b", [("q", "linear", "x p"), ("k", "linear", "x r b")]),
+        ("p", [("q", "linear", "x p"), ("k", "linear", "x p")]),
+    ):
+        made = function(*lines, weights=weights.split(), results=("q", "k"))
+        assert apply_rules(made, [RULES["fuse_packed_linears"]]).counts == {
+            "fuse_packed_linears": 2
+        }
+        assert print_function(made).count("parts=1)") == 2
 
 
 def test_experts_with_another_part_stay_apart_from_it():

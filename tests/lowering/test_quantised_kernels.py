@@ -46,7 +46,7 @@ def some_weight(
     tensors = encoding.quantise(random(outputs, inputs, dtype=torch.float32, seed=1).cpu(), dtype)
     wide = encoding.dequantise({**tensors, "scales": tensors["scales"].double()})
     tensors = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
-    codes = pack_codes(tensors["packed"], tensors["scales"], tensors.get("zeros"))
+    codes = pack_codes(tensors["packed"], tensors["scales"], tensors.get("zeros"), group=group)
     assert codes is not None
     return codes, wide
 
@@ -107,7 +107,7 @@ def test_unpacked_weights_are_those_of_the_encoding(symmetric: bool, dtype: torc
 
 def test_groups_that_do_not_fit_have_no_codes() -> None:
     packed = Packed(4, 18).quantise(torch.randn(4, 36))
-    assert pack_codes(packed["packed"], packed["scales"]) is None
+    assert pack_codes(packed["packed"], packed["scales"], group=18) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

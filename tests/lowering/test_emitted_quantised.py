@@ -1,0 +1,130 @@
+"""Emitted models with packed weights on a target with kernels that read the codes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from emitted import load_file
+from packed_programs import projections, with_packed
+from programs import tiny_program
+
+import graphopt as go
+from graphopt.execute.interpreter import Runner
+from graphopt.ir import Packed, Program
+from graphopt.lowering.torch.passes import lower, lowering_passes
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+SIZES: dict[str, Any] = {"hidden": 64, "head_dim": 16, "ffn": 96, "cache": True}
+ENCODINGS = {
+    "group 32": Packed(4, 32),
+    "zero points": Packed(4, 32, symmetric=False),
+}
+
+
+def reference(program: Program, texts: list[list[int]]) -> list[torch.Tensor]:
+    """Return the logits behind each text in fp64."""
+    runner = Runner(program, dtype=torch.float64, mode="reference")
+    return [runner.logits({"input_ids": torch.tensor([text])})[0, -1] for text in texts]
+
+
+def emitted(program: Program, out: Path) -> tuple[ModuleType, str]:
+    go.emit(program, out, target="ampere", emit=("torch",))
+    return load_file(out / "model.py"), (out / "model.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py has it")
+@pytest.mark.filterwarnings("ignore:attention on a CPU")
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_an_emitted_model_reads_codes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = with_packed(tiny_program(bias=True, **SIZES), projections(ENCODINGS[name]))
+    module, text = emitted(program, tmp_path / "out")
+    assert "QuantisedWeight = kernels.QuantisedWeight" in text and "def dequantise(" not in text
+    assert "self.q_k_v_proj.sizes, -1" in text
+    kernels = sys.modules[f"{module.kernels.__name__}.quantised_linear"]
+    monkeypatch.setattr(kernels, "runs_by_kernel", lambda *tensors: True)
+    launched: list[int] = []
+    launch = kernels.launch_packed
+    monkeypatch.setattr(
+        kernels, "launch_packed", lambda x, *rest: launched.append(len(x)) or launch(x, *rest)
+    )
+    model = module.load(tmp_path / "out", dtype=torch.float16)
+    texts = [[5, 6, 7, 8, 9], [1, 2]]
+    decoder = module.Decoder(model, 12, batch=2)
+    answers = [[token] for token in decoder.start(texts)]
+    for _ in range(2):
+        wanted = reference(
+            program, [[*text, *answer[:-1]] for text, answer in zip(texts, answers, strict=True)]
+        )
+        for row, expected in enumerate(wanted):
+            # Two dozen roundings to f16 on the way through, most of them averaged out, and one of
+            # each scale.
+            bound = 24 * 2.0**-11 * float(expected.abs().max())
+            assert float((decoder.logits[row].double() - expected).abs().max()) < bound
+        for answer, token in zip(answers, decoder.step(), strict=True):
+            answer.append(token)
+    # In a layer q, k and v; o; gate and up; down; then the head.
+    assert launched == [10] * 9 + [2] * 18
+
+
+@pytest.mark.filterwarnings("ignore:attention on a CPU")
+@pytest.mark.parametrize("tied", [False, True])
+def test_on_a_cpu_such_a_model_computes_by_the_reference(tied: bool, tmp_path: Path) -> None:
+    program = with_packed(tiny_program(tied=tied, **SIZES), projections(Packed(4, 32)))
+    module, _ = emitted(program, tmp_path / "out")
+    text = [5, 6, 7, 8, 9]
+    logits, _ = module.load(tmp_path / "out", device="cpu")(torch.tensor([text]))
+    (expected,) = reference(program, [text])
+    # Norms, biases and scales are stored in bf16, which is what the target computes in.
+    bound = 24 * 2.0**-9 * float(expected.abs().max())
+    assert float((logits[0, -1].double() - expected).abs().max()) < bound
+
+
+def test_lowering_gives_packed_linears_to_kernels_and_says_what_it_leaves() -> None:
+    mixed = {
+        "layers.0.self_attn.k_proj.weight": Packed(4, 64),
+        "layers.0.self_attn.o_proj.weight": Packed(8, 32),
+        "layers.0.mlp.down_proj.weight": Packed(4, 24),
+        "layers.1.mlp.up_proj.weight": Packed(4, 32, axis=0),
+    }
+    program = with_packed(
+        tiny_program(layers=3, **SIZES),
+        lambda name: mixed.get(name, projections(Packed(4, 32))(name)),
+    )
+    lowered, report = go.Pipeline(lowering_passes("hopper")).run(program)
+    assert str(lowered) == str(lower(program, "hopper"))
+    fused = report.passes[1]
+    assert fused.verification == "passed" and fused.record is not None
+    text = str(lowered)
+    # In the first layer q and v, k, gate and up; in the second q, k and v, o, gate, down; in the
+    # third the second's with gate and up; and the head.
+    assert fused.record.rules["fuse_packed_linears"] == 3 + 4 + 4 + 1
+    assert text.count("parts=3)") == 2 and text.count("parts=2)") == 3
+    for kind in (
+        "packed(bits=8, group=32, axis=1, symmetric)",
+        "packed(bits=4, group=24, axis=1, symmetric)",
+        "packed(bits=4, group=32, axis=0, symmetric)",
+    ):
+        reason = f"fuse_packed_linears: its weight is {kind}, and kernels read other codes"
+        assert fused.record.left[reason] == 1
+
+
+def test_a_packed_linear_is_of_packed_weights() -> None:
+    program = with_packed(tiny_program(**SIZES), projections(Packed(4, 32)))
+    lowered = lower(program, "ampere")
+    ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    exact = Runner(program, dtype=torch.float64, mode="reference").logits({"input_ids": ids})
+    for mode in ("reference", "torch"):
+        found = Runner(lowered, dtype=torch.float64, mode=mode).logits({"input_ids": ids})
+        # Sums in another order, in fp64.
+        torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11)
