@@ -66,6 +66,8 @@ class OnnxArtifactModel(LanguageModel):
         check_onnx(path, constants)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what fails is said by an exception, not by its log
+        # Whatever is dequantised and multiplied is not rounded to 8 bits without being asked.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]

@@ -332,17 +332,21 @@ class BlockStep:
             batches, lambda batch: self.values(batch, wanted), self.stream.fits_at_once
         )
 
-    def keep(self, value: Value, hidden: Sequence[Tensor] | None = None) -> None:
+    def keep(self, value: Value, hidden: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Keep the residual stream at a place inside the block: `values` begins there.
 
         Args:
             value: The residual stream at that place.
             hidden: The stream of every batch there; computed by default.
+
+        Returns:
+            The stream of every batch there, as it is kept.
         """
         for batch, known in enumerate(self._known):
             states = self.values(batch, [value])[0] if hidden is None else hidden[batch]
             known.clear()  # what lies in front of it is not needed any more
             known[value] = self.stream.offload(states)
+        return [known[value] for known in self._known]
 
     def replace(self) -> BlockStep:
         """Return the block as it has been rewritten in the program; `advance` goes on with it."""

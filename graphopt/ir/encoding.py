@@ -126,6 +126,10 @@ class Packed:
             tensors["zeros"] = pack(zeros.to(torch.uint8), self.bits)
         return tensors
 
+    def zero_points(self, zeros: Tensor, groups: int) -> Tensor:
+        """Return the zero points [rows, groups], uint8, of a tensor `zeros` of a weight."""
+        return functional.unpack(zeros, self.bits)[:, :groups]
+
     def quantise(self, weight: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return a matrix rounded to the nearest codes, as tensors by suffix.
 

@@ -21,7 +21,7 @@ from graphopt.lowering.onnx.external import DataFile, Layout, SafetensorsDataFil
 from graphopt.lowering.onnx.genai import GENAI_NAME, RUN_NAME, genai_config, run_script, why_not
 from graphopt.lowering.onnx.graph import Graph
 from graphopt.lowering.onnx.ops import translation_of
-from graphopt.lowering.onnx.quantised import no_onnx_form
+from graphopt.lowering.onnx.quantised import EXACT, no_onnx_form
 from graphopt.lowering.tokenizer import run_lines, write_generation, write_tokenizer
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
@@ -34,13 +34,16 @@ class OnnxEmitter(Emitter):
         moe: Experts become com.microsoft::MoE, where its kernel computes what they are.
         shared: The data file is a safetensors file with weights as the program has them, [out, in]
             under their names, so that the torch form reads the same file.
+        accuracy_level: MatMulNBits' for products with packed weights: 1 for fp32, 4 to round what
+            they are multiplied with to 8 bits, which is faster.
     """
 
     name: ClassVar[str] = "onnx"
 
-    def __init__(self, *, moe: bool = False, shared: bool = False) -> None:
-        self.moe = moe
-        self.shared = shared
+    def __init__(
+        self, *, moe: bool = False, shared: bool = False, accuracy_level: int = EXACT
+    ) -> None:
+        self.moe, self.shared, self.accuracy_level = moe, shared, accuracy_level
 
     def check(self, program: Program, target: str) -> None:
         """Refuse a program with an op, an encoding or a layout that has no ONNX form.
@@ -99,7 +102,10 @@ class OnnxEmitter(Emitter):
         folder = root / "onnx"
         folder.mkdir(parents=True, exist_ok=True)
         data = self._data_file(program, folder, root)
-        graph = Graph(program, data, moe=self.moe, as_stored=self.shared)
+        graph = Graph(
+            program, data,
+            moe=self.moe, as_stored=self.shared, accuracy_level=self.accuracy_level,
+        )  # fmt: skip
         model = graph.build()
         data.write(progress)
         path = folder / "model.onnx"
@@ -117,8 +123,8 @@ class OnnxEmitter(Emitter):
         if reason is None:
             # Weights lie in the order in which a graph is built, so both find them alike.
             again = Graph(
-                program, self._data_file(program, folder, root),
-                continues=False, moe=self.moe, as_stored=self.shared,
+                program, self._data_file(program, folder, root), continues=False,
+                moe=self.moe, as_stored=self.shared, accuracy_level=self.accuracy_level,
             )  # fmt: skip
             ir.save(again.build(), folder / GENAI_NAME)
             emitted.files += [folder / GENAI_NAME, *self._genai(program, folder, again.in_place)]

@@ -20,7 +20,8 @@ from graphopt.lowering.onnx.builder import ONNX_DTYPES, GraphBuilder
 from graphopt.lowering.onnx.external import DataFile, Layout
 from graphopt.lowering.onnx.moe import Fused, Kind, Plan
 from graphopt.lowering.onnx.ops import Heads, Lowering, Pack, Sum, translation_of
-from graphopt.lowering.onnx.quantised import QuantisedMatrix
+from graphopt.lowering.onnx.quantised import EXACT, QuantisedMatrix
+from graphopt.lowering.onnx.rounded import Rounded
 
 # Weights smaller than this many elements are written into the model file itself.
 _INLINE = 256
@@ -47,6 +48,7 @@ class Graph:
         continues: The graph can go on from a cache with several rows and several tokens.
         moe: Experts become com.microsoft::MoE where they can.
         as_stored: Linears read weights as [out, in].
+        accuracy_level: MatMulNBits' for products of packed weights with what is not rounded.
 
     Attributes:
         fused: How many parts did.
@@ -60,9 +62,10 @@ class Graph:
         continues: bool = True,
         moe: bool = False,
         as_stored: bool = False,
+        accuracy_level: int = EXACT,
     ) -> None:
         self.program = program
-        self.as_stored = as_stored
+        self.as_stored, self.accuracy_level = as_stored, accuracy_level
         self.data = data
         self.builder = GraphBuilder()
         self.shared: dict[object, object] = {"transposed": set(), "continues": continues}
@@ -240,7 +243,7 @@ class Graph:
                 presents[f"{state}.value"] = lower.whole(cache.present_v)
         builder.scope = ""
         logits = carried["logits"]
-        whole = logits.whole(builder) if isinstance(logits, Sum) else logits
+        whole = logits.whole(builder) if isinstance(logits, Sum | Rounded) else logits
         results = [self._output("logits", whole, _single(carried_types["logits"]))]
         for key, (name, kind) in outputs.items():
             results.append(self._output(name, presents[key], kind))
@@ -303,7 +306,9 @@ class Graph:
             return self.weights[name]
         weight = self.program.weights[name]
         if weight.encoding is not None:
-            matrix = self.weights[name] = QuantisedMatrix.stored(weight, self.builder, self.data)
+            matrix = self.weights[name] = QuantisedMatrix.stored(
+                weight, self.builder, self.data, self.accuracy_level
+            )
             return matrix
         label = self.builder.unique(name)
         if weight.constant or weight.numel < _INLINE:

@@ -23,6 +23,7 @@ from graphopt.ir.functional import unpack
 from graphopt.ir.imprint import Imprint
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.verify import verify
+from graphopt.lowering.onnx.quantised import reads_two_bits
 from graphopt.storage.artifact import load_program, save_program
 from graphopt.storage.snapshot import Snapshots
 
@@ -276,6 +277,28 @@ def test_a_torch_package_reads_every_width_and_group(tmp_path):
     assert torch.allclose(logits[real], expected[real], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("bits", "group", "axis"),
+    [(4, 32, 1), (8, 16, 1), (2, 16, 1), (4, 1, 1), (4, 4, 0), (8, 8, 0), (4, 33, 1), (8, 33, 1),
+     (4, 11, 1), (4, 96, 1)],
+)  # fmt: skip
+def test_onnx_reads_every_group(bits, group, axis, symmetric, tmp_path):
+    """Rows of odd length as well, whose last byte is not full."""
+    hidden = 32 if 32 % group == 0 else group if group % 11 else 33
+    program = tiny_program(layers=1, tied=False, hidden=hidden)
+    if bits == 2 and not reads_two_bits():
+        pytest.skip("this ONNX Runtime has no kernel for codes of 2 bits")
+    encoding = Packed(bits, group, axis, symmetric)
+    names = ("layers.0.mlp.up_proj.weight", "layers.0.self_attn.q_proj.weight")
+    program = with_packed(program, lambda name: encoding if name in names else None)
+    emit(program, tmp_path / "out", target="cpu", emit=("onnx",))
+    expected = Runner(program).logits(INPUTS)
+    logits = open_language_model(str(tmp_path / "out"), "onnx").logits(*INPUTS.values())
+    real = INPUTS["attention_mask"].bool()
+    assert torch.allclose(logits[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
 def test_onnx_reads_codes_in_blocks_where_it_can(tmp_path):
     import onnx
 
@@ -283,13 +306,18 @@ def test_onnx_reads_codes_in_blocks_where_it_can(tmp_path):
     emit(program, tmp_path / "out", target="cpu", emit=("onnx",))
     model = onnx.load(tmp_path / "out" / "onnx" / "model.onnx", load_external_data=False)
     ops = [node.op_type for node in model.graph.node]
-    assert ops.count("MatMulNBits") == 2 and ops.count("GatherBlockQuantized") == 1
-    assert ops.count("DequantizeLinear") == 3
+    # Groups of 48 are read as three blocks of 16 that repeat a scale.
+    assert ops.count("MatMulNBits") == 3 and ops.count("GatherBlockQuantized") == 1
+    assert ops.count("DequantizeLinear") == 2
 
 
 def test_what_cannot_be_emitted_says_why(tmp_path):
-    program = with_packed(tiny_program(), projections(Packed(2, 16)))
-    with pytest.raises(LoweringError, match="no tensors of 2-bit codes"):
-        emit(program, tmp_path / "onnx", target="cpu", emit=("onnx",))
+    for encoding, message in (
+        (Packed(3, 16), "no tensors of 3-bit codes, and MatMulNBits takes 2, 4 and 8"),
+        (Packed(2, 8), "codes of 2 bits in groups along the input that are multiples of 16"),
+    ):
+        program = with_packed(tiny_program(), projections(encoding))
+        with pytest.raises(LoweringError, match=message):
+            emit(program, tmp_path / "onnx", target="cpu", emit=("onnx",))
     with pytest.raises(LoweringError, match="captured from a module without a transformers config"):
         emit(program, tmp_path / "hf", target="cpu", emit=("hf",))

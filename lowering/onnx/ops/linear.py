@@ -11,6 +11,7 @@ from graphopt.ir.graph import Node
 from graphopt.lowering.onnx.builder import GRAPHOPT, MICROSOFT, OPSET, GraphBuilder
 from graphopt.lowering.onnx.ops.registry import Heads, Lowered, Lowering, translation
 from graphopt.lowering.onnx.quantised import QuantisedMatrix
+from graphopt.lowering.onnx.rounded import Rounded
 
 
 @translation("embedding")
@@ -30,22 +31,28 @@ def embedding(lower: Lowering, node: Node) -> ir.Value:
 def linear(lower: Lowering, node: Node) -> ir.Value:
     """MatMul with a weight stored as [in, out], which is what ONNX Runtime packs best.
 
-    A packed one is read by MatMulNBits where that knows its blocks, else by DequantizeLinear.
+    A packed one is read by MatMulNBits where that knows its blocks, else by DequantizeLinear; with
+    inputs that are rounded, and a scale for each output, it is a product of integers.
 
     A weight that is stored as [out, in] for another use, such as a tied embedding or another
     form of the model, is not stored twice: it is read transposed.
     """
     builder = lower.builder
-    x, weight = lower.whole(node.inputs[0]), node.inputs[1]
-    assert weight is not None
+    x, weight = node.inputs[0], node.inputs[1]
+    assert x is not None and weight is not None
     if node in lower.packs:
-        return _packed(lower, node, x)
+        return _packed(lower, node, lower.whole(x))
     bias = node.operand(2)
-    stored = lower.values[weight]
-    if isinstance(stored, QuantisedMatrix) and stored.in_blocks:
-        product = stored.matmul(builder, x)
-        return product if bias is None else builder.op("Add", product, lower.whole(bias))
-    product = _product(lower, x, lower.whole(weight))
+    given, stored = lower.values[x], lower.values[weight]
+    rounded = isinstance(given, Rounded)
+    if not isinstance(stored, QuantisedMatrix):
+        product = _product(lower, lower.whole(x), lower.whole(weight))
+    elif isinstance(given, Rounded) and given.symmetric and stored.in_integers:
+        product = stored.integer_matmul(builder, *given.integers(builder))
+    elif stored.in_blocks:
+        product = stored.matmul(builder, lower.whole(x), exact=rounded)
+    else:
+        product = _product(lower, lower.whole(x), lower.whole(weight))
     return product if bias is None else builder.op("Add", product, lower.whole(bias))
 
 

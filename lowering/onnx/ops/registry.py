@@ -13,6 +13,7 @@ from graphopt.ir.types import Type
 from graphopt.lowering.onnx.builder import GraphBuilder
 from graphopt.lowering.onnx.moe import Fused
 from graphopt.lowering.onnx.quantised import QuantisedMatrix
+from graphopt.lowering.onnx.rounded import Rounded
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Sum:
         return self.total
 
 
-Lowered = ir.Value | Heads | Sum | QuantisedMatrix
+Lowered = ir.Value | Heads | Sum | QuantisedMatrix | Rounded
 
 
 @dataclass(eq=False)

@@ -1,0 +1,182 @@
+"""What is stated of programs whose weights became codes, and whose activations are rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.encoding import Packed
+from graphopt.ir.graph import Function, Node, Program, Value
+from graphopt.ir.weights import Weight
+from graphopt.pass_manager.contract import Statement
+from graphopt.pass_manager.numbering import ValueNumbers
+
+ROUNDED = "quantise_dequantise"
+"""The op that rounds activations."""
+
+TOLERANCE = 1e-3
+"""How far a weight's error, summed on another device in another order, may be from the stated."""
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A weight that became codes.
+
+    Attributes:
+        name: The weight's.
+        encoding: How it is stored.
+        error: Squared error relative to the square of the source's.
+        nearest: Whether each element is the nearest of the values that its group's codes stand for.
+    """
+
+    name: str
+    encoding: Packed
+    error: float
+    nearest: bool
+
+
+@dataclass(frozen=True)
+class RoundedProgram(Statement):
+    """Weights became codes, and activations are rounded; nothing else changed.
+
+    Attributes:
+        weights: Those that became codes.
+        activations: Bits of what the linears of blocks with such weights read; None for no change.
+        kv: Bits of the keys and values that attentions read; None for no change.
+    """
+
+    weights: tuple[PackedMatrix, ...]
+    activations: int | None = None
+    kv: int | None = None
+
+    def check(self, before: Program, after: Program) -> str | None:
+        added = {name: _added(before, f) for name, f in after.functions.items()}
+        untrue = self._check_roundings(after, added)
+        if untrue is not None:
+            return untrue
+        numbers = ValueNumbers()
+        names = {weight.name for weight in self.weights}
+        nothing: Mapping[str, list[Node]] = {}
+        if _outputs(numbers, before, names, nothing) != _outputs(numbers, after, names, added):
+            return "something else than the weights and roundings stated changed as well"
+        for weight in self.weights:
+            if weight.name not in after.weights:
+                return f"{weight.name} is not read any more"
+            untrue = _check_weight(before.weights[weight.name], after.weights[weight.name], weight)
+            if untrue is not None:
+                return f"{weight.name}: {untrue}"
+        return None
+
+    def _check_roundings(self, after: Program, added: Mapping[str, list[Node]]) -> str | None:
+        """Return what is untrue of the roundings that functions have now, those that are new."""
+        stated = {weight.name for weight in self.weights}
+        expected: dict[str, set[Node]] = {name: set() for name in after.functions}
+        for block in find_blocks(after):
+            call = after.calls[block.position]
+            function = after.functions[call.function]
+            slots = function.slots_by_value()
+            for node in function.nodes:
+                places: list[tuple[int, int, bool]] = []
+                read = call.weights.get(slots.get(node.operand(1), ""))  # type: ignore[arg-type]
+                if self.activations is not None and node.op == "linear" and read in stated:
+                    places = [(0, self.activations, True)]
+                if self.kv is not None and node.op == "attention":
+                    places = [(1, self.kv, False), (2, self.kv, False)]
+                for place, bits, symmetric in places:
+                    value = node.inputs[place]
+                    rounding = None if value is None else value.node
+                    if rounding is None or not _rounds(rounding, bits, symmetric):
+                        where = f"{call.path or function.name}: operand {place} of {node.op}"
+                        return f"{where} is not rounded to {bits} bits"
+                    expected[call.function].add(rounding)
+        for name, nodes in added.items():
+            others = [node for node in nodes if node not in expected[name]]
+            if others:
+                return f"{name}: {others[0].output.name} is rounded as well"
+        return None
+
+
+def _rounds(node: Node, bits: int, symmetric: bool) -> bool:
+    return (
+        node.op == ROUNDED
+        and node.attrs.get("bits") == bits
+        and node.attrs.get("symmetric") is symmetric
+    )
+
+
+def _added(before: Program, function: Function) -> list[Node]:
+    """Return the roundings of a function that it did not have before."""
+    old = before.functions.get(function.name)
+    known = set() if old is None else {n.outputs[0].name for n in old.nodes if n.op == ROUNDED}
+    return [node for node in function.nodes if node.op == ROUNDED and node.output.name not in known]
+
+
+def _outputs(
+    numbers: ValueNumbers, program: Program, names: set[str], added: Mapping[str, list[Node]]
+) -> list[int]:
+    """Number a program's outputs as if weights had not become codes, and without roundings.
+
+    Args:
+        names: The weights.
+        added: The roundings, by function.
+    """
+    carried = {name: numbers.of("input", name) for name in program.inputs}
+    for call in program.calls:
+        instead: dict[Value, Value] = {}
+        for node in added.get(call.function, []):
+            value = node.inputs[0]
+            assert value is not None
+            instead[node.output] = instead.get(value, value)
+        held = {
+            slot: numbers.of("became codes", name)
+            for slot, name in call.weights.items()
+            if name in names
+        }
+        args = [carried[name] for name in call.args]
+        made = numbers.call(program, call, args, weights=held, without_past=True, instead=instead)
+        results = program.functions[call.function].results
+        carried.update(
+            (name, made.values[instead.get(value, value)])
+            for name, value in zip(call.results, results, strict=True)
+        )
+    return [carried[name] for name in program.outputs]
+
+
+def _check_weight(source: Weight, made: Weight, stated: PackedMatrix) -> str | None:
+    if made.encoding != stated.encoding:
+        return f"it is {made.encoding or 'dense'}, not {stated.encoding}"
+    if made.shape != source.shape:
+        return f"it is {list(made.shape)}, not {list(source.shape)}"
+    tensors = {t.name.removeprefix(f"{made.name}."): t.load() for t in made.tensors()}
+    if not bool(tensors["scales"].isfinite().all()) or bool((tensors["scales"] == 0).any()):
+        return "it has a scale that is 0 or not finite"
+    value, wanted = made.load(torch.float32), source.load(torch.float32)
+    power = max(float(wanted.double().square().sum()), 1e-30)
+    error = float((value.double() - wanted.double()).square().sum()) / power
+    if abs(error - stated.error) > TOLERANCE * max(stated.error, 1e-6):
+        return f"its squared error is {error:.4g} of its square, not {stated.error:.4g}"
+    if stated.nearest and _farther(value, wanted, tensors, stated.encoding):
+        return "not every element is the nearest of the values that codes stand for"
+    return None
+
+
+def _farther(
+    value: Tensor, wanted: Tensor, tensors: Mapping[str, Tensor], encoding: Packed
+) -> bool:
+    """Return whether an element is farther from what it should be than another code's value is."""
+    rows, goal = (t.double().movedim(encoding.axis, -1) for t in (value, wanted))
+    scales = tensors["scales"].double()[..., None]
+    last, groups = 2**encoding.bits - 1, tensors["scales"].shape[1]
+    zeros: Tensor | float = float(2 ** (encoding.bits - 1))
+    if not encoding.symmetric:
+        zeros = encoding.zero_points(tensors["zeros"], groups).double()[..., None]
+    grouped = goal.unflatten(-1, (groups, encoding.group))
+    nearest = ((grouped / scales).round() + zeros).clamp(0, last)
+    best = ((nearest - zeros) * scales - grouped).abs()
+    found = (rows.unflatten(-1, (groups, encoding.group)) - grouped).abs()
+    # Values are rounded to the dtype of the scales when they are made.
+    return bool((found > best + 2**-7 * scales.abs()).any())

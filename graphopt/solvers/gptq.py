@@ -1,0 +1,159 @@
+"""Rounding a matrix to a grid so that its products with given inputs change least.
+
+With inputs x and their second moments H = sum x x^T, a matrix W that becomes V moves its products
+by sum |(V - W) x|^2 = trace((V - W) H (V - W)^T). Rows do not interact, and elements of a row do by
+H alone. `gptq` rounds column after column, each time moving the columns to come so that they make
+up for the error made (Frantar et al., GPTQ, arXiv 2210.17323, section 3.3; which column comes when
+is by the size of its moment, "act-order"). `refine` then takes single codes, and scales for all
+codes at once, to where the sum is least with all else as it is (coordinate descent: Behdin et al.,
+QuantEase, arXiv 2309.01885, section 3), which no step makes worse.
+
+Moments are in fp64 where they are inverted, and products in the dtype of the matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from graphopt.solvers.grids import Grid
+
+DAMPING = 0.01
+"""What is added to every moment of a feature with itself, times their mean."""
+
+COLUMNS = 128
+"""Columns between two updates of all those behind them."""
+
+SWEEPS = 3
+"""How often `refine` goes over all codes."""
+
+AT_ONCE = 2**24
+"""Elements of the largest tensor that scales are solved for with."""
+
+
+def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """Return second moments [length, length] in fp64, made well-conditioned.
+
+    A feature that is always 0 gets the moments of one that has nothing to do with the others.
+
+    Raises:
+        ValueError: A moment is NaN or infinite.
+    """
+    moments = gram.double()
+    diagonal = moments.diagonal()
+    if not bool(moments.isfinite().all()):
+        raise ValueError("the activations hold NaN or infinity")
+    mean = float(diagonal.mean())
+    return moments + torch.eye(len(gram), dtype=moments.dtype, device=gram.device) * (
+        damping * mean if mean > 0 else 1.0
+    )
+
+
+def gptq(matrix: Tensor, moments: Tensor, grid: Grid) -> Tensor:
+    """Return codes [rows, length] of a matrix, chosen column by column.
+
+    Args:
+        matrix: fp32 or wider, [rows, length].
+        moments: Second moments of what it is multiplied by, as `damped` returns them.
+        grid: What its elements may become.
+    """
+    order = moments.diagonal().argsort(descending=True, stable=True)
+    places = order.tolist()
+    permuted = moments[order][:, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(permuted))
+    upper = torch.linalg.cholesky(inverse, upper=True).to(matrix.dtype)
+    left = matrix[:, order].clone()
+    codes = torch.empty_like(matrix)
+    length = len(places)
+    for start in range(0, length, COLUMNS):
+        stop = min(start + COLUMNS, length)
+        errors = torch.empty_like(left[:, start:stop])
+        for index in range(start, stop):
+            column = left[:, index]
+            code = grid.column(column, places[index])
+            codes[:, places[index]] = code
+            error = (column - grid.column_values(code, places[index])) / upper[index, index]
+            left[:, index + 1 : stop] -= error[:, None] * upper[index, index + 1 : stop]
+            errors[:, index - start] = error
+        left[:, stop:] -= errors @ upper[start:stop, stop:]
+    return codes
+
+
+def refine(
+    matrix: Tensor, moments: Tensor, grid: Grid, codes: Tensor, sweeps: int = SWEEPS
+) -> tuple[Grid, Tensor]:
+    """Return a grid and codes that leave no more error than those given.
+
+    Scales are solved for before each sweep over the codes; zero points stay.
+
+    Args:
+        matrix, moments, grid: As for `gptq`.
+        codes: [rows, length].
+    """
+    narrow = moments.to(matrix.dtype)
+    for _ in range(sweeps):
+        grid = best_scales(matrix, moments, grid, codes)
+        codes = _sweep(matrix, narrow, grid, codes)
+    return best_scales(matrix, moments, grid, codes), codes
+
+
+def _sweep(matrix: Tensor, moments: Tensor, grid: Grid, codes: Tensor) -> Tensor:
+    """Return codes each of which is, in turn, the best with all others as they are."""
+    codes = codes.clone()
+    values = grid.values(codes)
+    gradient = (values - matrix) @ moments
+    diagonal = moments.diagonal()
+    length = matrix.shape[1]
+    for start in range(0, length, COLUMNS):
+        stop = min(start + COLUMNS, length)
+        before = values[:, start:stop].clone()
+        inside = gradient[:, start:stop].clone()
+        for place in range(start, stop):
+            at = place - start
+            current = values[:, place]
+            code = grid.column(current - inside[:, at] / diagonal[place], place)
+            value = grid.column_values(code, place)
+            inside += (value - current)[:, None] * moments[place, start:stop]
+            codes[:, place], values[:, place] = code, value
+        gradient += (values[:, start:stop] - before) @ moments[start:stop]
+    return codes
+
+
+def best_scales(matrix: Tensor, moments: Tensor, grid: Grid, codes: Tensor) -> Grid:
+    """Return the grid with the scales that are best for given codes, where there are any.
+
+    A row's scales are solved for together: with its codes c_g of group g, moved by their zero
+    point and 0 elsewhere, they are the s of least |sum_g s_g c_g - w| in the metric of the moments.
+    """
+    rows, groups = grid.scales.shape
+    moved = codes.double().unflatten(-1, (groups, grid.group)) - grid.zeros.double()[..., None]
+    wanted = matrix.double() @ moments
+    solved: list[Tensor] = []
+    for first in range(0, rows, step := max(1, AT_ONCE // (groups * len(moments)))):
+        part = moved[first : first + step]
+        # [rows, groups, length]: each group's codes times the moments.
+        products = torch.einsum("rgi,gij->rgj", part, moments.unflatten(0, (groups, grid.group)))
+        system = torch.einsum("rgj,rhgj->rhg", *_by_group(part, products))
+        right = (part * wanted[first : first + step].unflatten(-1, (groups, grid.group))).sum(-1)
+        diagonal = system.diagonal(dim1=-2, dim2=-1)
+        empty = diagonal <= 0
+        diagonal.add_(torch.where(empty, 1.0, 1e-9 * diagonal))
+        found = torch.linalg.solve(system, right)
+        old = grid.scales[first : first + step].double()
+        usable = ~empty & found.isfinite() & (found != 0)
+        solved.append(torch.where(usable, found, old).to(grid.scales.dtype))
+    return replace(grid, scales=torch.cat(solved))
+
+
+def _by_group(part: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes [rows, groups, group] and products as [rows, groups, groups, group]."""
+    rows, groups, group = part.shape
+    return part, products.view(rows, groups, groups, group)
+
+
+def output_error(difference: Tensor, moments: Tensor) -> float:
+    """Return sum |difference x|^2 over inputs of the given second moments."""
+    wide = difference.double()
+    return float(((wide @ moments) * wide).sum())

@@ -1,0 +1,1 @@
+"""Weights, activations and KV caches in few bits."""

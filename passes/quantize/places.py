@@ -1,0 +1,155 @@
+"""What of a program is rounded: linears of blocks by the input that they share, keys and values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.graph import Function, Node, Program, Value
+from graphopt.ir.mixture import Mixture, find_mixtures
+from graphopt.pass_manager.contract import Skip
+from graphopt.rewrite import calls_of
+
+ROUNDED = "quantise_dequantise"
+
+LEAST_GROUP = 16
+"""The smallest group that one which does not divide a row is halved to: ONNX Runtime's smallest."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The linears of a function that read one value, in order.
+
+    Attributes:
+        x: What they read.
+        linears: By the slots of their weights.
+    """
+
+    x: Value
+    linears: Mapping[str, Node]
+
+
+@dataclass
+class Places:
+    """Where a program can be rounded.
+
+    Attributes:
+        stages: By function of blocks, its linears whose weights can be packed.
+        attentions: By function of blocks, the attentions whose keys and values can be rounded.
+        skipped: Weights that stay as they are, with the reason.
+    """
+
+    stages: dict[str, list[Stage]] = field(default_factory=dict)
+    attentions: dict[str, list[Node]] = field(default_factory=dict)
+    skipped: list[Skip] = field(default_factory=list)
+
+
+def find_places(program: Program) -> Places:
+    """Return the places of a program's blocks; nothing is read or changed."""
+    places = Places()
+    blocks = find_blocks(program)
+    names = dict.fromkeys(program.calls[block.position].function for block in blocks)
+    readers = Counter(name for call in program.calls for name in call.weights.values())
+    routers: dict[str, set[Node]] = {}
+    for block, mixture in find_mixtures(program):
+        if isinstance(mixture, Mixture):
+            called = program.calls[block.position].function
+            routers.setdefault(called, set()).add(mixture.router)
+    calls = calls_of(program)
+    for name in names:
+        function = program.functions[name]
+        shared = {
+            slot: any(readers[call.weights[slot]] > 1 for call in calls[name])
+            for slot in function.weights
+        }
+        stages: dict[Value, dict[str, Node]] = {}
+        weights = {slot: program.weights[calls[name][0].weights[slot]] for slot in function.weights}
+        uses, of_value = function.uses(), function.slots_by_value()
+        for value, slot in of_value.items():
+            weight = weights[slot]
+            if len(weight.shape) < 2 or weight.constant or not weight.dtype.is_floating_point:
+                continue
+            reason = _reason(uses, value, routers.get(name, set()))
+            if reason is None and shared[slot]:
+                reason = "another layer reads it too"
+            if reason is None and weight.encoding is not None:
+                reason = f"it is {weight.encoding} already"
+            if reason is not None:
+                places.skipped.append(Skip(f"{name}: {slot}", reason))
+                continue
+            ((node, _),) = uses[value]
+            assert node.inputs[0] is not None
+            stages.setdefault(node.inputs[0], {})[slot] = node
+        order = {node: number for number, node in enumerate(function.nodes)}
+        ordered = [
+            Stage(x, dict(sorted(linears.items(), key=lambda item: order[item[1]])))
+            for x, linears in stages.items()
+        ]
+        ordered.sort(key=lambda stage: order[next(iter(stage.linears.values()))])
+        places.stages[name] = ordered
+        places.attentions[name] = [node for node in function.nodes if node.op == "attention"]
+    return places
+
+
+def _reason(
+    uses: Mapping[Value, Sequence[tuple[Node, int]]], weight: Value, routers: set[Node]
+) -> str | None:
+    """Return why a matrix with these readers is not packed."""
+    readers = uses[weight]
+    if not readers:
+        return "nothing reads it"
+    others = [node.op for node, index in readers if (node.op, index) != ("linear", 1)]
+    if others:
+        return f"{others[0]} reads it, which takes dense matrices alone"
+    if len(readers) > 1:
+        return f"{len(readers)} linears read it"
+    node = readers[0][0]
+    if node in routers or any(reader.op == "top_k_gating" for reader, _ in uses[node.output]):
+        return "experts are chosen by it"
+    return None
+
+
+def group_of(group: int, length: int) -> int:
+    """Return the size of groups of a row: as asked for, or the next smaller half that divides it.
+
+    Args:
+        group: Elements; 0 for a whole row.
+        length: Of a row.
+
+    Returns:
+        A divisor of the length; the length itself where no half of at least `LEAST_GROUP` is one.
+    """
+    if group == 0:
+        return length
+    while length % group and group % 2 == 0 and group // 2 >= LEAST_GROUP:
+        group //= 2
+    return length if length % group else group
+
+
+def round_activations(function: Function, stages: Sequence[Stage], bits: int) -> int:
+    """Put a rounding in front of linears, one for each input that they share; return how many."""
+    for stage in stages:
+        first = next(iter(stage.linears.values()))
+        rounded = function.add(
+            ROUNDED, [stage.x], {"bits": bits, "symmetric": True},
+            [f"{stage.x.name}_q{bits}"], before=first,
+        )  # fmt: skip
+        for node in stage.linears.values():
+            node.inputs[0] = rounded.output
+    return len(stages)
+
+
+def round_kv(function: Function, attentions: Sequence[Node], bits: int) -> int:
+    """Put a rounding in front of attentions, on new keys and values; return how many."""
+    for node in attentions:
+        for index in (1, 2):
+            value = node.inputs[index]
+            assert value is not None
+            rounded = function.add(
+                ROUNDED, [value], {"bits": bits, "symmetric": False},
+                [f"{value.name}_q{bits}"], before=node,
+            )  # fmt: skip
+            node.inputs[index] = rounded.output
+    return 2 * len(attentions)

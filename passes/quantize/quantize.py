@@ -1,0 +1,166 @@
+"""Weights, activations and KV caches in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from graphopt.errors import PassError, UsageError
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.encoding import BITS
+from graphopt.ir.graph import Program
+from graphopt.pass_manager.contract import Context, Forecast, Pass, PassResult, register_pass
+from graphopt.passes.quantize.places import find_places
+from graphopt.passes.quantize.record import QuantizedModel
+from graphopt.passes.quantize.run import Quantizing
+from graphopt.passes.quantize.tables import find_tables
+from graphopt.report.record import Record
+from graphopt.support.devices import must_fit
+from graphopt.support.per_device import PerDevice, on_device
+
+WHOLE = 16
+"""What stands for numbers that are not rounded, whatever they are stored in."""
+
+
+@register_pass
+@dataclass
+class Quantize(Pass):
+    """Store weights as codes of few bits, and round activations, keys and values to few bits.
+
+    The weights of the blocks' linears become codes of `w` bits, which share a scale in groups of
+    `group` neighbours along the input, or, with `group=0`, in each output channel. With
+    `symmetric=false` a group has a zero point too. `a` rounds what these linears read, per token
+    and symmetrically; `kv` rounds keys, behind rotary embeddings, and values, per token and head,
+    with a zero point. 16 stands for numbers that stay as they are.
+
+    With `method=rtn` each element becomes the nearest code, and no text is needed. With
+    `method=gptq` codes are chosen on `windows` windows of `seqlen` tokens of the calibration text,
+    block by block, so that what linears give stays nearest to what they gave before anything was
+    rounded: errors in front of a weight are made up for by it
+    (`graphopt.passes.quantize.calibrated`), and of a column by the columns behind it
+    (`graphopt.solvers.gptq`: GPTQ, arXiv 2210.17323, and coordinate descent behind it).
+
+    With `clip` the range that codes of a group cover is searched for by squared error; else it is
+    all of the group's.
+
+    `head` and `embedding` are the bits of the output matrix and of the table of token embeddings,
+    which most methods leave alone; they are rounded to nearest codes. Where the two are one weight
+    they are given alike.
+
+    Legality:
+
+    1. A weight that is packed is a dense matrix that one `linear` of one layer reads; experts are
+       not chosen by it. Others stay as they are.
+    2. A group divides the features of a linear, or is halved until it does, down to 16; where none
+       does, there is a scale for each output channel.
+    3. Keys and values are those that an `attention` reads as new ones.
+    4. Weights are finite, and so are activations on the calibration text.
+
+    Options:
+        w: Bits of the weights of the blocks' linears, 2, 3, 4 or 8.
+        a: Bits of what these linears read, 2 to 8.
+        kv: Bits of keys and values, 2 to 8.
+        group: Neighbours along the input that share a scale; 0 for all of an output channel.
+        symmetric: Whether codes of weights have no zero point of their own.
+        method: How codes are chosen: nearest (rtn), or by the calibration text (gptq).
+        clip: Whether the range of codes is searched for.
+        head: Bits of the output matrix, 2, 3, 4 or 8.
+        embedding: Bits of the table of token embeddings, 2, 3, 4 or 8.
+        windows: Windows of the calibration text that gptq measures.
+        seqlen: Tokens of a window.
+    """
+
+    name: ClassVar[str] = "quantize"
+    record: ClassVar[type[Record]] = QuantizedModel
+    exact: ClassVar[bool] = False
+    reads_weights: ClassVar[bool] = True
+
+    w: Annotated[int, Field(ge=2, le=16)] = 4
+    a: Annotated[int, Field(ge=2, le=16)] = WHOLE
+    kv: Annotated[int, Field(ge=2, le=16)] = WHOLE
+    group: Annotated[int, Field(ge=0)] = 0
+    symmetric: bool = True
+    method: Literal["rtn", "gptq"] = "gptq"
+    clip: bool = True
+    head: Annotated[int, Field(ge=2, le=16)] = WHOLE
+    embedding: Annotated[int, Field(ge=2, le=16)] = WHOLE
+    windows: Annotated[int, Field(ge=1)] | PerDevice[int] = PerDevice(cpu=16, gpu=64)
+    seqlen: Annotated[int, Field(ge=2)] | PerDevice[int] = PerDevice(cpu=512, gpu=2048)
+
+    def check_options(self) -> None:
+        """Refuse widths that nothing computes with, and options that ask for nothing.
+
+        Raises:
+            UsageError: Naming the option and the widths that there are.
+        """
+        for option in ("w", "head", "embedding"):
+            bits = getattr(self, option)
+            if bits not in (*BITS, WHOLE):
+                raise UsageError(
+                    f"quantize: {option}={bits}, and codes of weights have "
+                    f"{', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits.",
+                    f"Give one of these, or {option}={WHOLE} to leave them as they are.",
+                )
+        for option in ("a", "kv"):
+            bits = getattr(self, option)
+            if 8 < bits < WHOLE:
+                raise UsageError(
+                    f"quantize: {option}={bits}, and activations are rounded to 2 to 8 bits.",
+                    f"Give one of these, or {option}={WHOLE} to leave them as they are.",
+                )
+        if all(getattr(self, o) == WHOLE for o in ("w", "a", "kv", "head", "embedding")):
+            raise UsageError(
+                f"quantize with w={WHOLE} and nothing else rounds nothing.",
+                "Give the bits of weights (w=), activations (a=) or keys and values (kv=).",
+            )
+
+    def check(self, program: Program) -> None:
+        """Refuse a program that has nothing to round, or one table asked for in two widths.
+
+        Raises:
+            PassError: With the reason and the remedy.
+        """
+        places = find_places(program)
+        if self.w < WHOLE and not any(places.stages.values()):
+            reasons = sorted({skip.reason for skip in places.skipped})
+            raise PassError(
+                f"{program.name} has no linear whose weight can be packed"
+                + (f": {'; '.join(reasons)}." if reasons else "."),
+                f"Give w={WHOLE}, or leave quantize out of the recipe.",
+            )
+        if self.kv < WHOLE and not any(places.attentions.values()):
+            raise PassError(
+                f"{program.name} has no attention whose keys and values could be rounded.",
+                f"Give kv={WHOLE}.",
+            )
+        tables = find_tables(program)
+        if tables.tied and self.head != self.embedding:
+            raise PassError(
+                f"{program.name} has one weight as its output matrix and its table of embeddings, "
+                f"and was asked for head={self.head} and embedding={self.embedding}.",
+                "Give both alike.",
+            )
+
+    def milder(self, recipe: Sequence[str]) -> str:
+        if self.w < 8:
+            return "give weights more bits or smaller groups (quantize{w=8} or {group=32})"
+        return "give activations, keys and values more bits (quantize{a=, kv=})"
+
+    def forecast(self, program: Program, device: torch.device) -> Forecast:
+        told = [f"rounds the linears of {len(find_blocks(program))} blocks to {self.w} bits"]
+        told = [] if self.w == WHOLE else told
+        told += [] if self.a == WHOLE else [f"activations to {self.a}"]
+        told += [] if self.kv == WHOLE else [f"keys and values to {self.kv}"]
+        # Both models are run about twice, as far as each stage of a block.
+        tokens = 4 * on_device(self.windows, device) * on_device(self.seqlen, device)
+        fitted = self.method == "gptq" and self.w < WHOLE
+        return Forecast(", ".join(told), tokens=float(tokens) if fitted else 0.0)
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        remedy = "Lower windows or seqlen, take method=rtn, or take --device cpu."
+        with must_fit(context.device, "Rounding weights", remedy):
+            return Quantizing(self, program, context).run()

@@ -1,0 +1,251 @@
+"""One run of `quantize`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from graphopt.calibration.text import calibration_windows, pick, window_length
+from graphopt.errors import PassError
+from graphopt.execute.block_runner import calibration_runner
+from graphopt.execute.hidden_states import BlockStep, HiddenStateStream
+from graphopt.ir.blocks import block_name, find_blocks
+from graphopt.ir.encoding import Packed
+from graphopt.ir.graph import Call, Program
+from graphopt.ir.weights import Weight
+from graphopt.pass_manager.contract import Context, PassResult, Skip
+from graphopt.pass_manager.rounding_statements import PackedMatrix, RoundedProgram
+from graphopt.passes.quantize.calibrated import RIDGE, BlockPair
+from graphopt.passes.quantize.places import (
+    Stage,
+    find_places,
+    group_of,
+    round_activations,
+    round_kv,
+)
+from graphopt.passes.quantize.record import QuantizedModel, RoundedBlock, RoundedWeight
+from graphopt.passes.quantize.rounding import choose_grid, packed, packed_weight, round_to_grid
+from graphopt.passes.quantize.tables import find_tables
+from graphopt.solvers.gptq import damped
+from graphopt.support.clock import Clock
+from graphopt.support.per_device import on_device
+from graphopt.support.progress import silent
+
+if TYPE_CHECKING:
+    from graphopt.passes.quantize.quantize import Quantize
+
+WHOLE = 16
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of a matrix: squared error and square, for relative errors of several."""
+
+    weight: RoundedWeight
+    stated: PackedMatrix
+    error: float
+    power: float
+
+
+class Quantizing:
+    """One run of the pass.
+
+    Raises:
+        PassError: The calibration text is too short, or a weight or an activation is not finite.
+        SourceError: The model has no tokenizer, or a weight cannot be read.
+    """
+
+    def __init__(self, options: Quantize, program: Program, context: Context) -> None:
+        self.options, self.context = options, context
+        self.device = context.device
+        self.dense, self.program = program, program.copy()
+        self.places = find_places(self.program)
+        self.skipped = list(self.places.skipped) if options.w < WHOLE else []
+        self.clock = Clock("measuring", "rounding")
+        self.outcomes: dict[str, _Outcome] = {}
+        self.streams: dict[str, float] = {}
+        self.tokens = 0
+
+    def run(self) -> PassResult:
+        options = self.options
+        activations, caches = self._insert_roundings()
+        if options.w < WHOLE:
+            if options.method == "gptq":
+                self._round_on_text()
+            else:
+                self._round_blocks()
+        self._round_tables()
+        weights = [outcome.weight for outcome in self.outcomes.values()]
+        record = QuantizedModel(
+            w=options.w, a=options.a, kv=options.kv, method=options.method,
+            weights=weights, blocks=self._blocks(), roundings=(activations, caches),
+            bits_per_weight=self._bits_per_weight(),
+            bytes=(_bytes(self.dense), _bytes(self.program)),
+            tokens=self.tokens, seconds=self.clock.seconds,
+        )  # fmt: skip
+        changed = len(weights) + activations + caches
+        matched = changed + len(self.skipped)
+        statement = RoundedProgram(
+            tuple(outcome.stated for outcome in self.outcomes.values()),
+            None if options.a == WHOLE else options.a,
+            None if options.kv == WHOLE else options.kv,
+        )
+        return PassResult(self.program, matched, changed, self.skipped, record, statement)
+
+    def _insert_roundings(self) -> tuple[int, int]:
+        """Put roundings into the blocks' functions; return how many calls make, of each sort."""
+        options, activations, caches = self.options, 0, 0
+        counts = [call.function for call in self.program.calls]
+        for name, stages in self.places.stages.items():
+            function, calls = self.program.functions[name], counts.count(name)
+            if options.a < WHOLE:
+                activations += calls * round_activations(function, stages, options.a)
+            if options.kv < WHOLE:
+                attentions = self.places.attentions[name]
+                round_kv(function, attentions, options.kv)
+                caches += calls * len(attentions)
+        return activations, caches
+
+    # Weights --------------------------------------------------------------------------------
+
+    def _encoding(self, weight: Weight, bits: int) -> Packed:
+        options = self.options
+        length = weight.shape[1]
+        group = group_of(options.group, length)
+        if options.group and group != options.group:
+            kind = "each output channel" if group == length else f"groups of {group}"
+            reason = f"its {length} features are no multiple of {options.group}: a scale for {kind}"
+            self.skipped.append(Skip(f"{weight.name}, groups of {options.group}", reason))
+        return Packed(bits, group, 1, options.symmetric)
+
+    def _round(
+        self,
+        weight: Weight,
+        bits: int,
+        matrix: Tensor,
+        moments: Tensor | None = None,
+    ) -> None:
+        """Put codes in the place of a weight.
+
+        Args:
+            matrix: What is rounded, fp32 [out, in]: the weight's value, or what makes up for
+                errors in front of it.
+            moments: See `round_to_grid`.
+        """
+        self._check_finite(weight.name, matrix)
+        encoding = self._encoding(weight, bits)
+        importance = None if moments is None else moments.diagonal()
+        grid = choose_grid(matrix, encoding, weight.dtype, self.options.clip, importance)
+        grid, codes = round_to_grid(matrix, grid, weight.dtype, moments)
+        rounded = packed(encoding, grid, codes, weight.dtype)
+        self.program.weights.replace(packed_weight(weight, encoding, rounded))
+        source = weight.load(torch.float32).to(matrix.device)
+        error = float((rounded.values - source).double().square().sum())
+        power = max(float(source.square().sum()), 1e-30)
+        told = RoundedWeight(weight.name, bits, encoding.group, error / power)
+        stated = PackedMatrix(weight.name, encoding, error / power, nearest=moments is None)
+        self.outcomes[weight.name] = _Outcome(told, stated, error, power)
+
+    def _check_finite(self, name: str, matrix: Tensor) -> None:
+        if not bool(matrix.isfinite().all()):
+            raise PassError(
+                f"Weight {name!r} holds NaN or infinity, which no code stands for.",
+                "Mend the checkpoint, or download it again.",
+            )
+
+    def _round_blocks(self) -> None:
+        """Take the nearest codes, weight by weight."""
+        calls = [self.program.calls[block.position] for block in find_blocks(self.program)]
+        with self.clock.counting("rounding"):
+            for number, call in enumerate(calls):
+                self.context.progress("rounding weights", number, len(calls))
+                for stage in self.places.stages[call.function]:
+                    for slot in stage.linears:
+                        weight = self.program.weights[call.weights[slot]]
+                        matrix = weight.load(torch.float32).to(self.device)
+                        self._round(weight, self.options.w, matrix)
+            self.context.progress("rounding weights", len(calls), len(calls))
+
+    def _round_on_text(self) -> None:
+        """Choose codes by what linears give on the calibration text, block by block."""
+        length = window_length(self.dense, self.options.seqlen, self.device)
+        windows = calibration_windows(self.dense, self.context, length)
+        windows = pick(windows, on_device(self.options.windows, self.device), self.context.seed)
+        self.tokens = windows.numel()
+        dense, rounded = (
+            HiddenStateStream(
+                calibration_runner(program, self.device), windows,
+                progress=told, what="rounding weights",
+            )
+            for program, told in ((self.dense, silent), (self.program, self.context.progress))
+        )  # fmt: skip
+        for block in rounded:
+            pair = BlockPair(dense.current(), block)
+            for stage in self.places.stages[block.call.function]:
+                self._round_stage(pair, block, stage)
+                pair.reload()
+            with self.clock.counting("measuring"):
+                self.streams[block.name] = pair.advance()
+
+    def _round_stage(self, pair: BlockPair, block: BlockStep, stage: Stage) -> None:
+        with self.clock.counting("measuring"):
+            measured = pair.moments(stage)
+        with self.clock.counting("rounding"):
+            assert measured.sums.gram is not None
+            try:
+                moments = damped(measured.sums.gram)
+            except ValueError as error:
+                slots = ", ".join(stage.linears)
+                raise PassError(
+                    f"{block.name}: what {slots} reads cannot be measured: {error}.",
+                    "Compare the model with its source (graphopt eval), or take method=rtn.",
+                ) from error
+            change = measured.sums.solve(RIDGE).t().float()
+            for slot, rows in measured.rows.items():
+                weight = self.program.weights[block.call.weights[slot]]
+                matrix = weight.load(torch.float32).to(self.device) + change[rows]
+                self._round(weight, self.options.w, matrix, moments)
+
+    def _round_tables(self) -> None:
+        """Take the nearest codes for the embeddings and the output matrix, where asked for."""
+        options, tables = self.options, find_tables(self.program)
+        for option, name in (("embedding", tables.embedding), ("head", tables.head)):
+            bits = getattr(options, option)
+            if name is None or name in self.outcomes:
+                continue
+            if bits == WHOLE:
+                if options.w < WHOLE:
+                    reason = f"{option}={WHOLE}, the default, leaves it as it is"
+                    self.skipped.append(Skip(name, reason))
+                continue
+            with self.clock.counting("rounding"):
+                weight = self.program.weights[name]
+                self._round(weight, bits, weight.load(torch.float32).to(self.device))
+
+    # What is told ---------------------------------------------------------------------------
+
+    def _blocks(self) -> list[RoundedBlock]:
+        found: list[RoundedBlock] = []
+        for block in find_blocks(self.program):
+            call, name = self.program.calls[block.position], block_name(self.program, block)
+            mine = self._outcomes_of(call)
+            power = sum(outcome.power for outcome in mine)
+            error = sum(outcome.error for outcome in mine) / power if mine else None
+            found.append(RoundedBlock(name, error, self.streams.get(name)))
+        return found
+
+    def _outcomes_of(self, call: Call) -> list[_Outcome]:
+        names = call.weights.values()
+        return [self.outcomes[name] for name in names if name in self.outcomes]
+
+    def _bits_per_weight(self) -> float | None:
+        weights = [self.program.weights[name] for name in self.outcomes]
+        elements = sum(weight.numel for weight in weights)
+        return 8 * sum(weight.nbytes for weight in weights) / elements if elements else None
+
+
+def _bytes(program: Program) -> int:
+    return sum(weight.nbytes for weight in program.used_weights())

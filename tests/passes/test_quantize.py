@@ -1,0 +1,382 @@
+"""quantize: what is rounded in every family, how well, what is stated, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from families import LISTED, captured, mostly_slow
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mixtures import mixture
+from programs import tiny_program
+from tiny_models import byte_tokenizer
+from trained import book
+
+import graphopt as go
+from graphopt.compiler import emit
+from graphopt.errors import PassError, UsageError, VerifyError
+from graphopt.execute.interpreter import Runner
+from graphopt.ir import Array, Dequantised, Packed, Program, Weight
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.imprint import Imprint
+from graphopt.ir.verify import verify
+from graphopt.pass_manager.claims import check_claims
+from graphopt.pass_manager.contract import Context, make_pass
+from graphopt.passes.quantize.places import group_of
+from graphopt.passes.quantize.record import QuantizedModel
+
+WHOLE = 16
+INPUTS = {"input_ids": torch.tensor([[5, 3, 9, 2, 11, 7], [1, 4, 7, 8, 4, 6]])}
+
+
+def quantize(program: Program, context: Context | None = None, **options):
+    """Run the pass on a program, and check what it states."""
+    item = make_pass("quantize", options)
+    item.check(program)
+    imprint = Imprint(program)
+    result = item.run(program, context or Context())
+    verify(result.program)
+    check_claims(item, result, imprint, program)
+    return result
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Return a program with a tokenizer, and a context with a text for it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_tokenizer().save_pretrained(folder)
+    program = tiny_program(vocab=512, hidden=32)
+    program.tokenizer = str(folder)
+    return program, Context(text=book(60))
+
+
+# What is rounded -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", mostly_slow(list(LISTED), ("llama", "gpt2", "gpt_neox")))
+def test_every_family_is_rounded_and_computes_nearly_the_same(family):
+    """8 bits everywhere move logits by a few steps of 1/127; what is left alone is said."""
+    _, program = captured(family)
+    result = quantize(program, w=8, a=8, kv=8, group=32, method="rtn", head=8, embedding=8)
+    made = result.program
+    packed = {weight.name for weight in made.weights if weight.encoding is not None}
+    left = [
+        weight.name
+        for weight in made.used_weights()
+        if weight.name not in packed and len(weight.shape) > 1 and not weight.constant
+    ]
+    # Learned positions, and convolutions along tokens, are no matrices of linears.
+    assert all("position" in name or "wpe" in name for name in left), left
+    blocks = [made.calls[block.position] for block in find_blocks(made)]
+    for call in blocks:
+        function = made.functions[call.function]
+        for node in function.nodes:
+            if node.op == "linear":
+                assert node.inputs[0].node.op == "quantise_dequantise"
+                assert node.inputs[0].node.attrs == {"bits": 8, "symmetric": True}
+            if node.op == "attention":
+                for value in node.inputs[1:3]:
+                    assert value.node.attrs == {"bits": 8, "symmetric": False}
+    before, after = (Runner(p, dtype=torch.float64).logits(INPUTS) for p in (program, made))
+    assert float((after - before).abs().max()) < 0.15 * float(before.abs().max())
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_of_mixtures_attention_is_packed_and_experts_are_left_with_the_reason(family):
+    _, program = mixture(family)
+    result = quantize(program, method="rtn", w=4, a=8)
+    packed = [w.name for w in result.program.weights if w.encoding is not None]
+    assert packed and all("self_attn" in name for name in packed)
+    reasons = {skip.where: skip.reason for skip in result.skipped}
+    assert any("experts are chosen by it" in reason for reason in reasons.values())
+    assert any("takes dense matrices alone" in reason for reason in reasons.values())
+
+
+def test_linears_of_one_input_share_a_rounding():
+    program = tiny_program(cache=True)
+    result = quantize(program, w=4, a=4, kv=4, method="rtn")
+    (function,) = [f for f in result.program.functions.values() if "attention" in str(f.nodes)]
+    rounded = [n for n in function.nodes if n.op == "quantise_dequantise"]
+    # Of queries, keys and values; of the output projection; of gate and up; of down; and k and v.
+    assert [n.attrs["symmetric"] for n in rounded].count(True) == 4
+    assert [n.attrs["symmetric"] for n in rounded].count(False) == 2
+    record = result.record
+    assert isinstance(record, QuantizedModel) and record.roundings == (8, 2)
+    # A step with a cache sees what was rounded, as a whole text does.
+    whole = Runner(result.program).logits(INPUTS)
+    runner, cache = Runner(result.program), None
+    parts = []
+    for start, stop in ((0, 4), (4, 6)):
+        step = {
+            "input_ids": INPUTS["input_ids"][:, start:stop],
+            "attention_mask": torch.ones(2, stop, dtype=torch.long),
+        }
+        (logits, *_), cache = runner.run(step, cache)
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
+
+
+@given(st.integers(0, 300), st.integers(1, 600))
+def test_groups_divide_a_row(group, length):
+    found = group_of(group, length)
+    assert length % found == 0
+    if group == 0 or found == length:
+        assert group == 0 or length % group or group == length
+    else:
+        assert found >= 16 or found == group
+        assert group % found == 0
+
+
+def test_a_group_that_does_not_divide_is_halved_and_said():
+    program = tiny_program(hidden=32, ffn=48)
+    result = quantize(program, method="rtn", group=32)
+    groups = {w.name: w.encoding.group for w in result.program.weights if w.encoding}
+    assert {g for name, g in groups.items() if "down" in name} == {16}
+    assert {g for name, g in groups.items() if "down" not in name} == {32}
+    said = [skip for skip in result.skipped if "down_proj" in skip.where]
+    assert said[0].reason == "its 48 features are no multiple of 32: a scale for groups of 16"
+
+
+# How well --------------------------------------------------------------------------------------
+
+
+def streams(result):
+    return [block.stream for block in result.record.blocks]
+
+
+def test_by_text_the_stream_is_nearer_to_what_it_was(text):
+    """Than with nearest codes, in groups and without, and behind rounded keys and values."""
+    program, context = text
+    windows = {"windows": 32, "seqlen": 64}
+    for options in ({"w": 3}, {"w": 4, "group": 16, "symmetric": False}, {"w": 2, "kv": 4}):
+        fitted = quantize(program, context, **options, **windows)
+        plain = quantize(program, context, **options, method="rtn")
+        inputs = {"input_ids": torch.tensor([list(book(3).encode()[:40])])}
+        dense = Runner(program).logits(inputs)
+        errors = [
+            float((Runner(r.program).logits(inputs) - dense).square().mean())
+            for r in (fitted, plain)
+        ]
+        assert errors[0] < 0.8 * errors[1], options
+        assert all(0 < error < 1 for error in streams(fitted))
+        assert streams(plain) == [None, None]
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    st.sampled_from((2, 3, 4, 8)), st.sampled_from((0, 16)), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_more_bits_are_never_worse(bits, group, symmetric, clip):
+    program = tiny_program(layers=1)
+    options = {"group": group, "symmetric": symmetric, "clip": clip, "method": "rtn"}
+    errors = [
+        sum(weight.error for weight in quantize(program, w=width, **options).record.weights)
+        for width in (bits, 8)
+    ]
+    assert errors[1] <= errors[0]
+
+
+def test_it_is_the_same_every_time(text):
+    program, context = text
+    options = {"w": 4, "a": 8, "windows": 4, "seqlen": 32}
+    made = [quantize(program, context, **options).program for _ in range(2)]
+    for one, other in zip(*(p.weights.tensors() for p in made), strict=True):
+        assert torch.equal(one.load(), other.load())
+
+
+# What is told ----------------------------------------------------------------------------------
+
+
+def test_the_record_adds_up():
+    program = tiny_program()
+    result = quantize(program, w=4, method="rtn", group=16, head=8, embedding=8)
+    record = result.record
+    assert record.bytes == tuple(
+        sum(w.nbytes for w in p.used_weights()) for p in (program, result.program)
+    )
+    packed = [w for w in result.program.weights if w.encoding is not None]
+    assert {w.name for w in packed} == {w.name for w in record.weights}
+    bits = 8 * sum(w.nbytes for w in packed) / sum(w.numel for w in packed)
+    assert record.bits_per_weight == pytest.approx(bits)
+    assert "15 matrices at" in record.line() and "by rtn" in record.line()
+    assert "bits a weight" in record.card()
+    again = QuantizedModel.model_validate(json.loads(json.dumps(record.to_json())))
+    assert again.line() == record.line()
+
+
+def test_a_pipeline_runs_and_emits_it(tmp_path, text):
+    program, _ = text
+    program = go.Pipeline.parse("insert-kv-cache").run(program.copy())[0]
+    recipe = go.Pipeline.parse("quantize{w=4,a=8,kv=8,method=rtn,head=8,embedding=8}")
+    made, report = recipe.run(program)
+    (entry,) = report.passes
+    assert entry.kl is not None and entry.kl > 0
+    emit(made, tmp_path / "out", target="cpu", emit=("torch", "onnx"))
+    expected = Runner(made).logits(INPUTS)
+    from graphopt.backends.opening import open_language_model
+
+    for backend in ("torch", "onnx"):
+        model = open_language_model(str(tmp_path / "out"), backend)
+        logits = model.logits(INPUTS["input_ids"], torch.ones(2, 6, dtype=torch.long))
+        # A code on the edge may fall to either side, by a rounding in front of it.
+        close = (logits - expected).abs() < 1e-4 * float(expected.abs().max())
+        assert close.float().mean() > 0.9, backend
+
+
+# What is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"w": 5}, "w=5, and codes of weights have 2, 3, 4 or 8 bits"),
+        ({"w": 1}, "w=1 is below 2"),
+        ({"w": 4, "head": 6}, "head=6, and codes of weights"),
+        ({"a": 12}, "a=12, and activations are rounded to 2 to 8 bits"),
+        ({"kv": 9}, "kv=9, and activations"),
+        ({"w": WHOLE}, "rounds nothing"),
+        ({"group": -1}, "group=-1 is below 0"),
+        ({"method": "awg"}, "knows no method"),
+    ],
+)
+def test_bits_that_there_are_not(options, message):
+    with pytest.raises(UsageError, match=message):
+        make_pass("quantize", options)
+
+
+def test_what_cannot_be_rounded_says_why(text):
+    program = tiny_program(tied=True)
+    with pytest.raises(PassError, match="one weight as its output matrix"):
+        quantize(program, head=8, method="rtn")
+    packed = quantize(program, method="rtn").program
+    with pytest.raises(PassError, match=r"no linear whose weight can be packed: it is packed"):
+        quantize(packed, method="rtn")
+    broken = tiny_program()
+    name = "layers.1.mlp.up_proj.weight"
+    value = broken.weights[name].load().clone()
+    value[3, 5] = torch.nan
+    broken.weights.replace(Weight(name, Array(value)))
+    with pytest.raises(PassError, match=rf"{name!r} holds NaN or infinity"):
+        quantize(broken, method="rtn")
+    program, context = text
+    huge = program.copy()
+    gain = huge.weights["layers.0.input_layernorm.weight"]
+    huge.weights.replace(gain.with_producer(Array(gain.load() * torch.inf)))
+    with pytest.raises(PassError, match="reads cannot be measured: the activations hold NaN"):
+        quantize(huge, context, windows=2, seqlen=16)
+
+
+# Mistakes --------------------------------------------------------------------------------------
+
+
+def planted(result, change):
+    """Return a result whose program was changed behind the pass's back."""
+    program = result.program.copy()
+    change(program)
+    result.program = program
+    return result
+
+
+def dequantised(program, name, **tensors):
+    weight = program.weights[name]
+    parts = {t.name.removeprefix(f"{name}."): t.producer for t in weight.tensors()}
+    parts |= {suffix: Array(value) for suffix, value in tensors.items()}
+    program.weights.replace(weight.with_producer(Dequantised(weight.encoding, **parts)))
+
+
+UP = "layers.1.mlp.up_proj.weight"
+
+
+def one_code(program):
+    packed = program.weights[UP].producer.packed.load().clone()
+    packed[0, 0, 0] ^= 0x70
+    dequantised(program, UP, packed=packed)
+
+
+def a_scale(program):
+    scales = program.weights[UP].producer.scales.load().clone()
+    scales[2] *= 1.5
+    dequantised(program, UP, scales=scales)
+
+
+def other_encoding(program):
+    value = program.weights[UP].load()
+    encoding = Packed(4, 16)
+    tensors = {s: Array(t) for s, t in encoding.quantise(value).items()}
+    weight = program.weights[UP]
+    program.weights.replace(weight.with_producer(Dequantised(encoding, **tensors)))
+
+
+def a_gain(program):
+    weight = program.weights["layers.0.input_layernorm.weight"]
+    program.weights.replace(weight.with_producer(Array(weight.load() * 1.01)))
+
+
+def swapped_weights(program):
+    for call in program.calls:
+        if call.path.endswith("0"):
+            weights = call.weights
+            gate, up = (next(s for s in weights if part in s) for part in ("gate", "up_"))
+            weights[gate], weights[up] = weights[up], weights[gate]
+
+
+def roundings(program):
+    return [
+        (function, node)
+        for function in program.functions.values()
+        for node in function.nodes
+        if node.op == "quantise_dequantise"
+    ]
+
+
+def no_rounding(program):
+    function, node = roundings(program)[0]
+    for other in function.nodes:
+        other.inputs = [node.inputs[0] if v is node.output else v for v in other.inputs]
+    function.nodes.remove(node)
+
+
+def other_bits(program):
+    next(node for _, node in roundings(program) if node.attrs["symmetric"]).attrs["bits"] = 5
+
+
+def rounded_twice(program):
+    function, node = roundings(program)[0]
+    again = function.add(
+        node.op, [node.inputs[0]], {"bits": 3, "symmetric": True}, ["again"], before=node
+    )
+    node.inputs[0] = again.output
+
+
+def values_for_keys(program):
+    for function in program.functions.values():
+        for node in function.nodes:
+            if node.op == "attention" and node.inputs[1].node.op == "quantise_dequantise":
+                node.inputs[1].node.attrs["symmetric"] = True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (one_code, "its squared error is|nearest"),
+        (a_scale, "its squared error is|nearest"),
+        (other_encoding, "group=16.*not packed"),
+        (a_gain, "something else than the weights and roundings stated"),
+        (swapped_weights, "something else than the weights and roundings stated"),
+        (no_rounding, "is not rounded to 4 bits"),
+        (other_bits, "is not rounded to 4 bits"),
+        (rounded_twice, "is rounded as well"),
+        (values_for_keys, "operand 1 of attention is not rounded to 8 bits"),
+    ],
+)
+def test_mistakes_are_found(change, message):
+    program = tiny_program()
+    item = make_pass("quantize", {"a": 4, "kv": 8, "method": "rtn", "clip": False})
+    imprint = Imprint(program)
+    result = planted(item.run(program, Context()), change)
+    with pytest.raises(VerifyError, match=message):
+        check_claims(item, result, imprint, program)

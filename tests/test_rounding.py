@@ -1,0 +1,140 @@
+"""Grids and GPTQ: against brute force, and that no step of the search makes it worse."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphopt.solvers.gptq import best_scales, damped, gptq, output_error, refine
+from graphopt.solvers.grids import Grid, best_grid, full_range
+
+BITS = st.sampled_from((2, 3, 4, 8))
+F64 = torch.float64
+
+
+def random(*shape, seed=0, dtype=F64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def correlated(length, tokens=400, seed=0):
+    """Return second moments of features that a few directions decide."""
+    mixing = random(length, length, seed=seed) * torch.logspace(0, -2, length, dtype=F64)
+    x = random(tokens, length, seed=seed + 1) @ mixing
+    return damped(x.T @ x)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(BITS, st.sampled_from((1, 3, 4)), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_codes_are_the_nearest_of_all(bits, group, symmetric, negative, seed):
+    matrix = random(3, 2 * group, seed=seed)
+    grid = full_range(matrix, bits, group, symmetric)
+    if negative:
+        grid = Grid(-grid.scales, grid.zeros, bits, group, symmetric)
+    codes = grid.codes(matrix)
+    assert codes.eq(codes.round()).all() and codes.min() >= 0 and codes.max() < 2**bits
+    every = torch.arange(2**bits, dtype=F64)
+    for row, column in itertools.product(range(3), range(2 * group)):
+        at = column // group
+        values = (every - grid.zeros[row, at]) * grid.scales[row, at]
+        distance = (values - matrix[row, column]).abs()
+        found = (grid.values(codes)[row, column] - matrix[row, column]).abs()
+        assert float(found) == pytest.approx(float(distance.min()), abs=1e-12)
+        assert grid.column(matrix[:, column], column)[row] == codes[row, column]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(BITS, st.booleans(), st.booleans(), st.integers(0, 99))
+def test_the_searched_range_is_no_worse_than_the_whole(bits, symmetric, weighted, seed):
+    matrix = random(4, 24, seed=seed) ** 3
+    importance = random(24, seed=seed + 1).square() if weighted else None
+    weighting = torch.ones(24, dtype=F64) if importance is None else importance
+    errors = []
+    for grid in (
+        full_range(matrix, bits, 12, symmetric),
+        best_grid(matrix, bits, 12, symmetric, importance),
+    ):
+        left = (grid.values(grid.codes(matrix)) - matrix).square() * weighting
+        errors.append(left.unflatten(-1, (2, 12)).sum(-1))
+    assert (errors[1] <= errors[0] * (1 + 1e-9)).all()
+
+
+def test_a_group_of_zeros_and_scales_beyond_a_dtype():
+    for symmetric in (True, False):
+        for search in (full_range, best_grid):
+            grid = search(torch.zeros(2, 8), 4, 4, symmetric)
+            assert grid.scales.eq(1).all() and not grid.values(grid.codes(torch.zeros(2, 8))).any()
+    grid = full_range(torch.tensor([[1e-9, 1e9]]), 4, 1, True).stored(torch.float16)
+    assert grid.scales.isfinite().all() and grid.scales.ne(0).all()
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.sampled_from((2, 3)), st.booleans(), st.integers(0, 99))
+def test_gptq_comes_near_the_best_of_all_codes(bits, symmetric, seed):
+    """Of one row of five elements all codes are tried; never worse than nearest by much."""
+    matrix, moments = random(1, 5, seed=seed), correlated(5, seed=seed)
+    grid = full_range(matrix, bits, 5, symmetric)
+    every = torch.cartesian_prod(*[torch.arange(2**bits, dtype=F64)] * 5)
+    left = (every - grid.zeros) * grid.scales - matrix
+    least = float(((left @ moments) * left).sum(-1).min())
+    codes = gptq(matrix, moments, grid)
+    found = output_error(grid.values(codes) - matrix, moments)
+    assert found >= least * (1 - 1e-9)
+    refined, codes = refine(matrix, moments, grid, codes)
+    assert output_error(refined.values(codes) - matrix, moments) <= found * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("group", [16, 64])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_products_change_less_than_by_nearest_codes(bits, group, symmetric):
+    matrix, moments = random(24, 64), correlated(64)
+    grid = best_grid(matrix, bits, group, symmetric)
+    nearest = output_error(grid.values(grid.codes(matrix)) - matrix, moments)
+    codes = gptq(matrix, moments, grid)
+    fed = output_error(grid.values(codes) - matrix, moments)
+    refined, codes = refine(matrix, moments, grid, codes)
+    last = output_error(refined.values(codes) - matrix, moments)
+    assert last <= fed < 0.7 * nearest
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_without_correlations_it_is_the_nearest_code(symmetric):
+    matrix, moments = random(6, 40), torch.eye(40, dtype=F64) * 3
+    grid = full_range(matrix, 3, 20, symmetric)
+    codes = grid.codes(matrix)
+    assert gptq(matrix, moments, grid).equal(codes)
+    # With scales of their own, codes still are the nearest.
+    refined, found = refine(matrix, moments, grid, codes)
+    assert found.equal(refined.codes(matrix))
+
+
+def test_scales_are_those_of_least_squares():
+    """Against a regression of one row's products on those of its groups' codes."""
+    matrix, moments = random(3, 12), correlated(12)
+    grid = full_range(matrix, 3, 4, False)
+    codes = grid.codes(matrix)
+    solved = best_scales(matrix, moments, grid, codes)
+    root = torch.linalg.cholesky(moments)
+    for row in range(3):
+        columns = torch.zeros(12, 3, dtype=F64)
+        for group in range(3):
+            part = slice(4 * group, 4 * group + 4)
+            columns[part, group] = codes[row, part] - grid.zeros[row, group]
+        wanted = torch.linalg.lstsq(root.T @ columns, root.T @ matrix[row][:, None]).solution[:, 0]
+        torch.testing.assert_close(solved.scales[row], wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_moments_that_are_not_numbers_are_refused_and_dead_features_are_no_trouble():
+    gram = torch.eye(4, dtype=F64)
+    gram[1, 1] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        damped(gram)
+    matrix = random(2, 4)
+    for gram in (torch.zeros(4, 4), torch.diag(torch.tensor([1.0, 0.0, 2.0, 0.0]))):
+        grid = full_range(matrix, 4, 4, True)
+        codes = gptq(matrix, damped(gram), grid)
+        assert codes.equal(grid.codes(matrix))
