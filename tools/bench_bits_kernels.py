@@ -1,13 +1,14 @@
 """Measure kernels of four bits on a GPU beside bf16 torch: transforms, linears, decoding.
 
-    python tools/bench_bits_kernels.py [--only transform,w4a4,w4a16] [--tune] [--out FILE]
+    python tools/bench_bits_kernels.py [--only transform,w4a4,w4a16,model] [--tune] [--out FILE]
 
 Parts, on the shapes of Llama-7B and with random numbers:
 
 * `transform`: norm or gate, Kronecker transform and rounding of 16,384 tokens, beside a copy of
   as many bytes;
 * `w4a4`: a linear of 16,384 tokens as a whole (transform, rounding, product), beside `F.linear`;
-* `w4a16`: a linear of 1 and of 16 tokens, beside `F.linear`.
+* `w4a16`: a linear of 1 and of 16 tokens, beside `F.linear`;
+* `model`: a Llama shape of 1.1B parameters, emitted with four-bit weights and in bf16, decoding.
 
 Each kernel's result is compared with what torch computes in fp32 or fp64 before it is timed; a
 kernel that fails is kept with its traceback, and the next one runs. `--tune` tries other tiles
@@ -40,6 +41,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from bits_model import model_part
 from measure import target_here
 from turns import ON_GPU, Result, Rows, best_of, median, microseconds, recorded
 
@@ -439,6 +441,7 @@ PARTS: dict[str, Callable[[Rows, argparse.Namespace], None]] = {
     "transform": transform_part,
     "w4a4": w4a4_part,
     "w4a16": w4a16_part,
+    "model": lambda rows, options: model_part(rows, TARGET.name),
 }
 
 

@@ -227,11 +227,11 @@ class Random(Producer):
         return value.normal_(0.0, 0.02, generator=generator)
 
 
-def random_llama(device: torch.device) -> Program:
-    """Return a Llama-7B whose bf16 weights are random, and made when they are read."""
+def random_llama(device: torch.device, config: Mapping[str, Any] = LLAMA_7B) -> Program:
+    """Return a Llama, a 7B by default, whose bf16 weights are random, and made when read."""
     with tempfile.TemporaryDirectory() as work:
         path = Path(work) / "config.json"
-        path.write_text(json.dumps(LLAMA_7B), encoding="utf-8")
+        path.write_text(json.dumps(dict(config)), encoding="utf-8")
         program = capture(f"config:{path}")
     for seed, weight in enumerate(list(program.weights)):
         if not weight.constant:

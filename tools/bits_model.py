@@ -1,0 +1,132 @@
+"""Models emitted with packed and with dense weights, of one shape and random, to be decoded."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from measure import LLAMA_7B, random_llama
+from turns import ON_GPU, Result, Rows, median
+
+from graphopt.compiler import emit
+from graphopt.ir import Array, Dequantised, Packed, Program, Weight
+from graphopt.pass_manager.contract import Context, make_pass
+
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+LLAMA_1B = LLAMA_7B | (
+    {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+        "num_key_value_heads": 4,
+    }
+    if ON_GPU
+    else {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 97,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }
+)  # fmt: skip
+PROMPT, NEW, TURNS = (64, 128, 5) if ON_GPU else (5, 3, 1)
+
+
+def with_codes(program: Program, encoding: Packed) -> Program:
+    """Return a copy whose projections and head have random codes."""
+    made = program.copy()
+    generator = torch.Generator().manual_seed(0)
+    for weight in program.weights:
+        if not weight.name.endswith(("_proj.weight", "lm_head.weight")):
+            continue
+        shapes = encoding.stored(weight.shape, torch.bfloat16)
+        (shape, _), (rows, _) = shapes["packed"], shapes["scales"]
+        codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        scales = torch.full(rows, 0.25 / weight.shape[1] ** 0.5, dtype=torch.bfloat16)
+        producer = Dequantised(encoding, Array(codes), Array(scales))
+        made.weights.replace(Weight(weight.name, producer, weight.checkpoint))
+    return made
+
+
+def emitted(program: Program, out: Path, target: str) -> ModuleType:
+    """Emit a program for a target and return its `model.py`."""
+    emit(program, out, target=target, emit=("torch",))
+    spec = importlib.util.spec_from_file_location(f"emitted_{out.name}", out / "model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_kernels(module: ModuleType, model: Any) -> Result:
+    """Compare the logits of a prompt, and of a few tokens, with those of dense weights.
+
+    Raises:
+        AssertionError: They are farther apart than roundings of 16 bits.
+    """
+    kernels = sys.modules[f"{module.kernels.__name__}.quantised_linear"]
+    found: Result = {}
+    for tokens in (1, 4, PROMPT):
+        ids = torch.arange(1, tokens + 1, device=DEVICE)[None]
+        by_codes = model(ids)[0].float()
+        read = kernels.QuantisedWeight.packed_codes
+        kernels.QuantisedWeight.packed_codes = lambda self: None
+        try:
+            dense = model(ids)[0].float()
+        finally:
+            kernels.QuantisedWeight.packed_codes = read
+        error = float((by_codes - dense).abs().max() / dense.abs().max())
+        found[f"error_of_{tokens}"] = error
+        # Some hundred roundings to bf16 on the way, most of them averaged out.
+        assert error < 3e-2, error
+    return found
+
+
+def decode_rates(module: ModuleType, folder: Path) -> tuple[Result, Any]:
+    """Return tokens a second of each turn, and the model."""
+    model = module.load(folder, device=DEVICE)
+    decoder = module.Decoder(model, PROMPT + NEW + 1)
+    rates = []
+    for turn in range(-1, TURNS):
+        decoder.start(list(range(1, PROMPT + 1)))
+        decoder.step()
+        if ON_GPU:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(NEW - 1):
+            decoder.step()
+        if turn >= 0:
+            rates.append((NEW - 1) / (time.perf_counter() - started))
+    return {"tokens_per_second": rates}, model
+
+
+def model_part(rows: Rows, target: str) -> None:
+    program = random_llama(DEVICE, LLAMA_1B)
+    for name in ("canonicalise", "insert-kv-cache"):
+        program = make_pass(name, {}).run(program, Context()).program
+    rates: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as work:
+
+        def run(name: str, made: Program, codes: bool) -> tuple[Result, str]:
+            folder = Path(work) / name
+            module = emitted(made, folder, target)
+            result, model = decode_rates(module, folder)
+            if codes:
+                result |= check_kernels(module, model)
+            rates[name] = result["tokens_per_second"]
+            shown = f"{median(rates)[name]:.0f} tokens a second"
+            if "bf16" in rates and name != "bf16":
+                found = median(rates)
+                result["times_bf16"] = found[name] / found["bf16"]
+                shown += f", x{result['times_bf16']:.2f} of bf16"
+            return result, shown
+
+        group = 128 if ON_GPU else 32
+        rows.add("model bf16", lambda: run("bf16", program, False))
+        for size in (group, 32) if ON_GPU else (group,):
+            packed = with_codes(program, Packed(4, size))
+            rows.add(
+                f"model int4 group {size}",
+                lambda packed=packed, size=size: run(f"int4_{size}", packed, True),
+            )
