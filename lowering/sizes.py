@@ -11,8 +11,8 @@ import torch
 from graphopt.errors import LoweringError
 from graphopt.ir.dtypes import is_rounded
 from graphopt.ir.graph import Program
+from graphopt.ir.made_of import sources_of
 from graphopt.ir.types import DTYPE_NAMES
-from graphopt.ir.weights import sources_of
 from graphopt.lowering.base import Emitted, Emitter, StoredTensor
 from graphopt.report.records import FormSize
 from graphopt.sources.gguf.container import GgufTensor

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graphopt.errors import SourceError
 from graphopt.ir.graph import Program
+from graphopt.ir.made_of import is_unpacked
 from graphopt.ir.weights import Array, Missing, Producer
 from graphopt.support.boundary import users_model
 
@@ -65,7 +66,8 @@ def capture(
     names = CheckpointNames(module, source)
     with users_model(source.spec, "be captured"):
         program = capture_module(module, source.name, names.resolve, names.trained_buffers(), watch)
-    program.notes += names.finish()
+    notes = [*source.notes, *_about_unpacked(program)]
+    program.notes += [("checkpoint", note) for note in notes] + names.finish()
     program.source = source.spec
     program.config = source.config.to_dict() if source.config is not None else {}
     if names.apart:
@@ -75,6 +77,15 @@ def capture(
     program.checkpoint_dtype = source.dtype
     program.licence, program.licence_files = source.licence, source.licence_files
     return program
+
+
+def _about_unpacked(program: Program) -> list[str]:
+    """Return what a user should know of packed weights that the program has as dense values."""
+    names = [weight.name for weight in program.weights if is_unpacked(weight.producer)]
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"{names[0]}{more}: packed weights in stacks of experts are read as dense values"]
 
 
 def model_of_config(config: dict[str, Any]) -> PreTrainedModel:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from graphopt.capture.conversion import to_module
 from graphopt.capture.ties import untie
 from graphopt.errors import SourceError
+from graphopt.ir.cuts import transposed
 from graphopt.ir.types import DTYPE_NAMES
 from graphopt.ir.weights import Missing, Producer
 
@@ -32,9 +34,9 @@ class CheckpointNames:
     def __init__(self, module: PreTrainedModel, source: ModelSource) -> None:
         self.source = source
         self.module = module
-        self.producers = to_module(module, source.producers)
-        self.used: set[str] = set()
         self.prefix = getattr(module, "base_model_prefix", "") or ""
+        self.producers = to_module(module, self._as_class_has_them())
+        self.used: set[str] = set()
         self.apart = untie(module, self._producer, source.dtype)
         self.aliases: dict[int, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -45,6 +47,16 @@ class CheckpointNames:
             r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$",
             r"rotary_emb\.(cos|sin)_cached$",
         ]  # fmt: skip
+
+    def _as_class_has_them(self) -> dict[str, Producer]:
+        """Return the tensors of the source with weights of class Conv1D as [in, out]."""
+        producers = dict(self.source.producers)
+        for path, part in self.module.named_modules():
+            if isinstance(part, Conv1D):
+                for name in self._spellings(f"{path}.weight"):
+                    if name in self.source.out_by_in:
+                        producers[name] = transposed(producers[name])
+        return producers
 
     def _spellings(self, name: str) -> list[str]:
         """Return the names a checkpoint may hold a parameter under."""

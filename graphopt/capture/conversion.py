@@ -75,12 +75,13 @@ class _Group:
 
 @dataclass(frozen=True, eq=False)
 class Converted(Producer):
-    """One of the tensors that a rule makes out of others."""
+    """One of the tensors that a rule makes out of others, the sources."""
 
     group: _Group
     name: str
     shape: tuple[int, ...]  # type: ignore[misc]
     dtype: torch.dtype  # type: ignore[misc]
+    sources: tuple[Producer, ...]
 
     def load(self) -> Tensor:
         return self.group.run()[self.name].contiguous()
@@ -159,7 +160,8 @@ def _renamed(key: str, renamings: list[WeightRenaming]) -> str:
 
 
 def _converted(group: _Group) -> dict[str, Producer]:
+    sources = tuple(producer for _, _, producer in group.sources)
     return {
-        name: Converted(group, name, tuple(value.shape), value.dtype)
+        name: Converted(group, name, tuple(value.shape), value.dtype, sources)
         for name, value in group.run(on_meta=True).items()
     }

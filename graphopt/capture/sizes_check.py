@@ -13,6 +13,7 @@ from graphopt.execute.interpreter import run_function
 from graphopt.ir.graph import Call, Program, Value
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, P, S, Type
+from graphopt.ir.weights import Weight
 
 SIZES: tuple[Mapping[sympy.Symbol, int], ...] = (
     {B: 1, S: 1, P: 0},
@@ -48,10 +49,10 @@ def _check(
     made: list[tuple[Value, tuple[int, ...]]] = []
     with FakeTensorMode(), torch.no_grad():
         weights = {
-            slot: torch.empty(program.weights[name].shape, dtype=program.weights[name].dtype)
+            slot: torch.empty(program.weights[name].shape, dtype=_computed(program.weights[name]))
             for slot, name in call.weights.items()
         }
-        inputs = [torch.zeros(kind.concrete(sizes), dtype=kind.dtype) for kind in args]
+        inputs = [torch.zeros(kind.concrete(sizes), dtype=_computed(kind)) for kind in args]
         try:
             run_function(
                 function, call, inputs, weights, sizes,
@@ -65,6 +66,14 @@ def _check(
         if shape != wanted and value.node is not None:
             reason = f"it makes {list(shape)} where the graph says {list(wanted)}"
             raise _failed(call, value, value.node.op, reason, sizes)
+
+
+def _computed(kind: Type | Weight) -> torch.dtype:
+    """Return the dtype in which a value is computed with: fp32, in which models are captured.
+
+    A checkpoint may hold weights of several.
+    """
+    return torch.float32 if kind.dtype.is_floating_point else kind.dtype
 
 
 def _failed(

@@ -1,4 +1,4 @@
-"""Folders without a checkpoint in floating point: what they hold instead, in words."""
+"""Folders without a checkpoint that is read: what they hold instead, in words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 REMEDY = (
-    "Give the checkpoint in fp32, fp16 or bf16, or dequantise this one with the tool that made it."
+    "Give the checkpoint in fp32, fp16 or bf16, or dequantise this one with the tool that made it. "
+    "GPTQ, AWQ, compressed-tensors and fp8 are read where config.json says so as "
+    "quantization_config."
 )
 
 

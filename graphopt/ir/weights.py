@@ -237,19 +237,6 @@ class Cast(Producer):
         return rounded
 
 
-def sources_of(producer: Producer) -> Iterator[Producer]:
-    """Yield the producers that a value is read from in the end, which are made of no other."""
-    parts: list[Producer] = []
-    if is_dataclass(producer):
-        for held in (getattr(producer, item.name) for item in fields(producer)):
-            listed = held if isinstance(held, tuple) else (held,)
-            parts += [part for part in listed if isinstance(part, Producer)]
-    if not parts:
-        yield producer
-    for part in parts:
-        yield from sources_of(part)
-
-
 class SharedSources:
     """Loads producers that are made of the same sources, and reads each source once.
 

@@ -36,6 +36,8 @@ class ModelSource:
         dtype: dtype of most of the floating-point weights.
         program: The program of a graphopt output folder; None for every other kind.
         licence, licence_files: As `Program` has them.
+        notes: What a user should know of how its weights are read.
+        out_by_in: Weights that are [out, in] also where the class has [in, out], by name.
     """
 
     spec: str
@@ -49,6 +51,8 @@ class ModelSource:
     program: Program | None = None
     licence: str = ""
     licence_files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    out_by_in: frozenset[str] = frozenset()
 
 
 def common_dtype(producers: Mapping[str, Producer]) -> torch.dtype:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from graphopt.errors import SourceError, first_line
 from graphopt.files.config_schema import check_config, check_sizes, without_code
 from graphopt.files.confined import inside
@@ -15,6 +17,7 @@ from graphopt.ir.weights import Producer
 from graphopt.sources.base import ModelSource, common_dtype, tokenizer_in
 from graphopt.sources.generation import read_generation
 from graphopt.sources.licence import MODEL_CARD, stated_licence
+from graphopt.sources.quantised import ENTRY, ReadTensors, stated_method
 from graphopt.support.boundary import out_of_memory
 from graphopt.support.inputs import read_json
 from graphopt.support.plain import shown
@@ -30,15 +33,24 @@ DOWNLOAD_PATTERNS = [
 ]  # fmt: skip
 """What is fetched from the hub: no pickles, no code, no copies in other formats."""
 
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that a config may say its model computes in, and that values of fp8 weights then have."""
+
 CONNECT_SECONDS = 10.0
 """How long the hub may take to answer before the cached copy is used or the run is refused."""
 
 
-def read_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def read_config(
+    path: Path, *, trust_remote_code: bool = False, quantised: bool = False
+) -> PretrainedConfig:
     """Return the config in a config.json, checked to be of a causal language model.
 
     A checkpoint that brings code is read with transformers' own class for its type where there is
     one; its code runs only where `trust_remote_code` is set.
+
+    Args:
+        quantised: Its weights are quantised in a way that is read: the config returned is that of
+            the dense model.
 
     Raises:
         SourceError: The file is missing or malformed, needs code that is not trusted, or describes
@@ -80,6 +92,8 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedCon
             f"{path} is not a valid config of type {model_type!r}: {first_line(error)}.",
             "Correct the entry it names.",
         ) from error
+    if quantised and hasattr(config, ENTRY):
+        delattr(config, ENTRY)
     _refuse_other_models(path, config, native=native)
     # What the class computes of the entries, such as a head's size, must be a size as well.
     remedy = "Correct the entries that it is computed from."
@@ -198,22 +212,29 @@ def open_folder(
     if not (folder / CONFIG_NAME).exists():
         raise unfit_folder(folder)
     path = inside(folder, CONFIG_NAME)
-    config = read_config(path, trust_remote_code=trust_remote_code)
+    entries = read_json(path)
+    method = stated_method(folder, entries if isinstance(entries, dict) else {})
+    config = read_config(path, trust_remote_code=trust_remote_code, quantised=method is not None)
     # Old checkpoints say in config.json how to generate, which config classes do not take in.
-    generation = read_generation(folder, read_json(path))
-    producers = read_weights(folder)
-    refuse_quantised(folder, producers)
+    generation = read_generation(folder, entries)
+    read = ReadTensors(read_weights(folder))
+    if method is not None:
+        dtype = getattr(config, "dtype", None)
+        read = method.read(read.tensors, dtype if dtype in COMPUTED else torch.bfloat16)
+    refuse_quantised(folder, read.tensors)
     return ModelSource(
         spec=spec,
         name=name or folder.resolve().name,
         kind="hf",
         config=config,
-        producers=producers,
+        producers=read.tensors,
         tokenizer=tokenizer_in(folder),
         generation=generation,
-        dtype=common_dtype(producers),
+        dtype=common_dtype(read.tensors),
         licence=stated_licence(folder),
         licence_files=licence_files(folder),
+        notes=read.notes,
+        out_by_in=frozenset(read.out_by_in),
     )
 
 

@@ -78,8 +78,8 @@ FORMATS: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "GPTQ": (
         {".qweight": zeros(I32, 6, 32), ".qzeros": zeros(I32, 4, 4), ".scales": HALF,
          ".g_idx": zeros(I32, 48)},
-        {"quantize_config": {"quant_method": "gptq", "bits": 4}},
-        r"packed in int32, GPTQ, with '\w+' beside it; quantize_config\.json says gptq",
+        {"quantize_config": {"quant_method": "bitblas", "bits": 4}},
+        r"packed in int32, GPTQ, with '\w+' beside it; quantize_config\.json says bitblas",
     ),
     "AWQ": (
         {".qweight": zeros(I32, 48, 4), ".qzeros": zeros(I32, 4, 4), ".scales": HALF},

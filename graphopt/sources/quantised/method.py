@@ -1,0 +1,126 @@
+"""What a reader of quantised checkpoints is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from graphopt.errors import SourceError
+from graphopt.files.refusals import REMEDY
+from graphopt.ir.weights import Producer
+
+
+@dataclass
+class ReadTensors:
+    """The tensors of a quantised checkpoint as those of a dense one.
+
+    Attributes:
+        tensors: By the names that a dense checkpoint has; weights may be packed.
+        notes: What a user should know of how they are read.
+        out_by_in: Weights that are [out, in] also where the model's class has [in, out].
+    """
+
+    tensors: dict[str, Producer] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    out_by_in: set[str] = field(default_factory=set)
+
+
+class Method(ABC):
+    """How the weights of a checkpoint are quantised, as its config states it.
+
+    Attributes:
+        where: The file that states it, for messages.
+    """
+
+    where: str
+
+    @abstractmethod
+    def read(self, tensors: Mapping[str, Producer], dtype: torch.dtype) -> ReadTensors:
+        """Return the tensors of a checkpoint as a dense one has them; no weight is read.
+
+        Args:
+            tensors: The checkpoint's.
+            dtype: In which the model computes, by its config.
+
+        Raises:
+            SourceError: A tensor is missing, or has another shape than the config says.
+        """
+
+
+def unread(where: str, what: str) -> SourceError:
+    """Return the refusal of a form of quantisation that is not read.
+
+    Args:
+        what: What the file states, such as "the GPTQ format 'marlin'".
+    """
+    return SourceError(f"{where} states {what}, which is not read.", REMEDY)
+
+
+def parts_of(tensors: Mapping[str, Producer], suffix: str) -> dict[str, dict[str, Producer]]:
+    """Return the tensors of the modules that have one called `suffix`, by module and name."""
+    modules = {name.removesuffix(f".{suffix}") for name in tensors if name.endswith(f".{suffix}")}
+    parts: dict[str, dict[str, Producer]] = {module: {} for module in modules}
+    for name, tensor in tensors.items():
+        module, _, last = name.rpartition(".")
+        if module in parts:
+            parts[module][last] = tensor
+    return parts
+
+
+def needed(where: str, module: str, parts: Mapping[str, Producer], name: str) -> Producer:
+    """Return a part of a quantised weight.
+
+    Raises:
+        SourceError: There is none.
+    """
+    if name not in parts:
+        raise SourceError(
+            f"The quantised weight of {module!r} has no {name!r}, which {where} calls for.",
+            "Download the checkpoint again.",
+        )
+    return parts[name]
+
+
+def misshapen(module: str, parts: Mapping[str, Producer], where: str) -> SourceError:
+    """Return the refusal of parts whose shapes do not fit each other or the config."""
+    shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in sorted(parts.items()))
+    return SourceError(
+        f"The parts of the quantised weight of {module!r} do not fit together and what {where} "
+        f"states: {shapes}.",
+        "Check that the config belongs to these weights.",
+    )
+
+
+def in_order(
+    module: str,
+    parts: Mapping[str, Producer],
+    order: Producer,
+    length: int,
+    groups: int,
+    where: str,
+) -> bool:
+    """Return whether groups of inputs are neighbours, in order and of equal size.
+
+    Args:
+        order: The group of each input.
+        length: How many inputs there are.
+
+    Raises:
+        SourceError: It names a group that there is not, or is of another length.
+    """
+    if order.shape != (length,):
+        raise misshapen(module, parts, where)
+    index = order.load().long()
+    if int(index.min()) < 0 or int(index.max()) >= groups:
+        raise misshapen(module, parts, where)
+    return length % groups == 0 and bool(
+        (index == torch.arange(length) // (length // groups)).all()
+    )
+
+
+def counted(names: list[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
