@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,8 +16,16 @@ WORD = 32
 """Bits of a word."""
 
 
+class Bytes(Producer):
+    """A tensor of bytes."""
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return torch.uint8
+
+
 @dataclass(frozen=True)
-class Codes(Producer):
+class Codes(Bytes):
     """Codes of a matrix [out, in]; subclasses say how a checkpoint holds them.
 
     Attributes:
@@ -27,8 +34,6 @@ class Codes(Producer):
         length: in.
         bits: Of a code.
     """
-
-    dtype: ClassVar[torch.dtype] = torch.uint8
 
     source: Producer
     rows: int
@@ -107,10 +112,8 @@ class SignedCodes(Codes):
 
 
 @dataclass(frozen=True)
-class Grouped(Producer):
+class Grouped(Bytes):
     """The codes of a matrix in groups, as `graphopt.ir.encoding` stores them."""
-
-    dtype: ClassVar[torch.dtype] = torch.uint8
 
     source: Codes
     stored_as: Packed
@@ -133,7 +136,7 @@ class Grouped(Producer):
 
 
 @dataclass(frozen=True)
-class WithoutZeroPoints(Producer):
+class WithoutZeroPoints(Bytes):
     """Codes whose zero points are to be 2 ** (bits - 1), which is checked when they are read.
 
     Attributes:
@@ -141,8 +144,6 @@ class WithoutZeroPoints(Producer):
         zeros: The zero points of [out, groups].
         name: The weight's, for the message.
     """
-
-    dtype: ClassVar[torch.dtype] = torch.uint8
 
     source: Producer
     zeros: Codes
