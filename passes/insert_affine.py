@@ -180,7 +180,8 @@ class InsertAffine(Pass):
         if self.kind == "none":
             return PassResult(program, record=InsertedTransforms(kind="none", transforms=[]))
         generator = torch.Generator().manual_seed(context.seed)
-        maker = FactorMaker(self.kind, program, generator, self.scale or self.kind == "scale")
+        scaled = self.kind == "scale" or (self.scale and self.kind in ("kronecker", "closed"))
+        maker = FactorMaker(self.kind, program, generator, scaled)
         windows = None
         if maker.needs_text:
             length = window_length(program, self.seqlen, context.device)

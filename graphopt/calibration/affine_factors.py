@@ -20,7 +20,9 @@ from graphopt.ir.types import Type
 from graphopt.solvers.alignment import aligned, aligned_factors, aligned_scale, square_root
 from graphopt.solvers.orthogonal import factor_pair, random_orthogonal, spreading
 
-Transform: TypeAlias = Literal["kronecker", "hadamard", "random", "closed", "scale", "none"]
+Transform: TypeAlias = Literal[
+    "kronecker", "hadamard", "random", "closed", "identity", "scale", "none"
+]
 
 LARGEST_FACTOR = 512
 """The largest factor of a Kronecker product: a product with a larger one costs as much as what it
@@ -101,7 +103,8 @@ class FactorMaker:
             (`graphopt.solvers.alignment`), `scale` is that with a diagonal alone.
         program: The program before it is transformed.
         generator: Draws what is random.
-        scaled: Whether features are scaled where the scale can be folded.
+        scaled: Whether features are scaled where the scale can be folded; scales are ones where
+            the kind does not say them.
     """
 
     kind: Transform
@@ -116,7 +119,7 @@ class FactorMaker:
     def roles(self, site: InputSite, sizes: Sizes) -> list[str]:
         """Return which parts the transform of a site has; [] for none."""
         roles: list[str] = []
-        if self.scaled and site.scaled is not None and self.kind not in ("hadamard", "random"):
+        if self.scaled and site.scaled is not None:
             roles.append("scale")
         if self.kind in ("scale", "none"):
             return roles if self.kind == "scale" else []
@@ -144,8 +147,8 @@ class FactorMaker:
             head = int(types[site.heads.outputs[0]].shape[-1])
         made: dict[str, Tensor] = {}
         if self.needs_text:
-            c = moments[site.x].mean(f"{call.path}.{site.stem}").cpu()
-            g = self._gram(function, call, site)
+            c = moments[site.x].mean(f"{call.path}.{site.stem}")
+            g = self._gram(function, call, site, c.device)
             made = self._solved(roles, c, g, count, head)
         else:
             width = int(types[site.x].shape[-1])
@@ -175,13 +178,15 @@ class FactorMaker:
         check_condition(matrix, where)
         return matrix
 
-    def _gram(self, function: Function, call: Call, site: InputSite) -> Tensor:
+    def _gram(
+        self, function: Function, call: Call, site: InputSite, device: torch.device
+    ) -> Tensor:
         """Return the sum of W^T W over the matrices that read a site."""
         slots = function.slots_by_value()
         total: Tensor | None = None
         for reader in site.readers:
             weight = self.program.weights[call.weights[slots[reader.weight]]].load(torch.float64)
-            rows = weight.movedim(reader.axis, -1).flatten(0, -2)
+            rows = weight.to(device).movedim(reader.axis, -1).flatten(0, -2)
             gram = rows.T @ rows
             total = gram if total is None else total + gram
         assert total is not None
@@ -190,38 +195,41 @@ class FactorMaker:
     def _solved(
         self, roles: Sequence[str], c: Tensor, g: Tensor, count: int, head: int
     ) -> dict[str, Tensor]:
+        """Return what rounding costs least behind, by role.
+
+        Args:
+            c, g: Second moments and Gram matrix, on any device; what is returned is on the CPU.
+        """
         made: dict[str, Tensor] = {}
         if "scale" in roles:
-            scale = made["scale"] = aligned_scale(c, g)
+            scale = aligned_scale(c, g)
+            made["scale"] = scale.cpu()
             c, g = c * scale * scale[:, None], g / scale / scale[:, None]
+        shape = (count, len(c) // count) * 2
         if "values" in roles:
-            shape = (count, head, count, head)
-            inner = [torch.einsum("aiaj->ij", m.reshape(shape)) for m in (c, g)]
+            inner = [torch.einsum("aiaj->ij", m.reshape(shape)).cpu() for m in (c, g)]
             made["values"] = square_root(aligned(*inner)) @ self._spread(head)
-            back = torch.linalg.inv(made["values"])
-            eye = torch.eye(count, dtype=c.dtype)
-            forward = torch.kron(eye, made["values"])
-            c = forward.T @ c @ forward
-            backward = torch.kron(eye, back)
-            g = backward @ g @ backward.T
             if "left" in roles:
-                outer = [torch.einsum("aibi->ab", m.reshape(shape)) for m in (c, g)]
+                # In the features that values are mapped to.
+                forward = made["values"] @ made["values"].T
+                outer = [
+                    torch.einsum("aibj,ij->ab", m.reshape(shape), turned.to(m.device)).cpu()
+                    for m, turned in ((c, forward), (g, torch.linalg.inv(forward)))
+                ]
                 made["left"] = square_root(aligned(*outer)) @ self._spread(count)
-        elif "left" in roles or "right" in roles:
-            rows = count if "left" in roles else 1
-            if "left" not in roles and "right" in roles:
-                made |= self._blocks(c, g)
-            else:
-                first, second = aligned_factors(c, g, rows)
-                made["left"] = square_root(first) @ self._spread(len(first))
-                made["right"] = square_root(second) @ self._spread(len(second))
+        elif "left" in roles:
+            first, second = aligned_factors(c, g, count)
+            made["left"] = square_root(first) @ self._spread(len(first))
+            made["right"] = square_root(second) @ self._spread(len(second))
+        elif "right" in roles:
+            made |= self._blocks(c, g)
         return made
 
     def _blocks(self, c: Tensor, g: Tensor) -> dict[str, Tensor]:
         """Return one matrix for all blocks of features; for one block, that is all of them."""
         sizes = choose_sizes(len(c))
         shape = (len(c) // sizes.right, sizes.right) * 2
-        inner = [torch.einsum("aiaj->ij", m.reshape(shape)) for m in (c, g)]
+        inner = [torch.einsum("aiaj->ij", m.reshape(shape)).cpu() for m in (c, g)]
         return {"right": square_root(aligned(*inner)) @ self._spread(sizes.right)}
 
     def _spread(self, size: int) -> Tensor:
@@ -229,15 +237,19 @@ class FactorMaker:
         return signs * spreading(size)
 
     def _drawn_scale(self, width: int) -> Tensor:
+        if self.kind != "kronecker":
+            return torch.ones(width, dtype=torch.float64)
         return (SPREAD * torch.randn(width, generator=self.generator, dtype=torch.float64)).exp()
 
     def _drawn(self, size: int) -> Tensor:
+        if self.kind == "identity":
+            return torch.eye(size, dtype=torch.float64)
         if self.kind == "hadamard":
             return self._spread(size)
         matrix = random_orthogonal(size, self.generator)
         if self.kind == "kronecker":
             other = random_orthogonal(size, self.generator)
-            matrix = matrix * self._drawn_scale(size) @ other
+            matrix = (matrix * self._drawn_scale(size)) @ other
         return matrix
 
 
@@ -255,10 +267,9 @@ def condition(part: Tensor) -> float:
     """Return the condition number of a matrix or a diagonal; infinite where it is not finite."""
     if not bool(part.isfinite().all()):
         return math.inf
-    if part.dim() == 1:
-        least = float(part.abs().min())
-        return float(part.abs().max()) / least if least else math.inf
-    return float(torch.linalg.cond(part.double()))
+    values = part.abs() if part.dim() == 1 else torch.linalg.svdvals(part.double())
+    least = float(values.min())
+    return float(values.max()) / least if least else math.inf
 
 
 def checked(factors: Factors, where: str) -> Factors:

@@ -32,6 +32,29 @@ class Parametrisation(nn.Module, ABC):
         """Move parameters that have no rate, by their gradients; called once a training step."""
 
 
+class WeightGroup(nn.Module, ABC):
+    """Several weights of one call while they are trained, as functions of common parameters.
+
+    Attributes:
+        names: The weights, by their names in the program.
+        recordable: Whether a GPU can record the computation as a graph.
+    """
+
+    names: frozenset[str]
+    recordable = True
+
+    @abstractmethod
+    def forward(self) -> dict[str, Tensor]:
+        """Return the weights' values by name, differentiable in the parameters."""
+
+    def rates(self) -> list[tuple[float, list[nn.Parameter]]]:
+        """Return groups of parameters, each with the factor of the schedule's learning rate."""
+        return [(1.0, list(self.parameters()))]
+
+    def step(self) -> None:
+        """Move parameters that have no rate, by their gradients; called once a training step."""
+
+
 def training_autocast(device: torch.device) -> torch.dtype | None:
     """Return the dtype of products beside weights in fp32: bf16 on a GPU that has it."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
@@ -66,6 +89,7 @@ class BlockRunner(Runner):
             `stop` is behind its last one.
         parametrisations: The parametrisations of the weights that are trained, by name.
         device: Where to compute.
+        groups: Weights that are trained together.
 
     Attributes:
         embedding: Position of the program's first block, behind its embedding.
@@ -79,6 +103,7 @@ class BlockRunner(Runner):
         stop: int,
         parametrisations: Mapping[str, Parametrisation],
         device: torch.device,
+        groups: Sequence[WeightGroup] = (),
     ) -> None:
         super().__init__(program, device=device, autocast=training_autocast(device))
         self.first, self.stop = first, stop
@@ -87,7 +112,13 @@ class BlockRunner(Runner):
         self._stream = {block.position: block.stream for block in blocks}
         self._block_calls = {program.calls[block.position] for block in blocks}
         self.parametrisations = {name: p.to(device) for name, p in parametrisations.items()}
+        self.groups = [group.to(device) for group in groups]
         self.compiled = False
+
+    @property
+    def trained(self) -> list[Parametrisation | WeightGroup]:
+        """Everything that has parameters."""
+        return [*self.parametrisations.values(), *self.groups]
 
     @property
     def kinds(self) -> list[Function]:
@@ -103,8 +134,7 @@ class BlockRunner(Runner):
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Every trained parameter."""
-        trained = self.parametrisations.values()
-        return [p for weight in trained for p in weight.parameters() if p.requires_grad]
+        return [p for part in self.trained for p in part.parameters() if p.requires_grad]
 
     @property
     def entry(self) -> str:
@@ -128,6 +158,17 @@ class BlockRunner(Runner):
     def weight(self, name: str) -> Tensor:
         parametrised = self.parametrisations.get(name)
         return super().weight(name) if parametrised is None else parametrised()
+
+    def call_weights(self, call: Call) -> dict[str, Tensor]:
+        wanted = set(call.weights.values())
+        made: dict[str, Tensor] = {}
+        for group in self.groups:
+            if group.names & wanted:
+                made |= group()
+        return {
+            slot: made[name] if name in made else self.weight(name)
+            for slot, name in call.weights.items()
+        }
 
     def run_range(self, values: dict[str, Any], first: int, stop: int) -> None:
         """Run the calls from position `first` to before `stop` on program values by name.

@@ -59,21 +59,24 @@ def aligned_factors(moments: Tensor, gram: Tensor, rows: int) -> tuple[Tensor, T
     Args:
         moments, gram: C and G, [rows * columns, rows * columns].
         rows: The size of M1.
+
+    Returns:
+        The two on the CPU.
     """
-    columns = moments.shape[0] // rows
+    columns, device = moments.shape[0] // rows, moments.device
     shape = (rows, columns, rows, columns)
     c, g = _ridged(moments).reshape(shape), _ridged(gram).reshape(shape)
-    first = torch.eye(rows, dtype=moments.dtype, device=moments.device)
-    second = torch.eye(columns, dtype=moments.dtype, device=moments.device)
+
+    def solved(form: str, other: Tensor) -> Tensor:
+        """Return one factor for the other; small matrices are quicker to solve for on a CPU."""
+        parts = (c, other), (g, torch.linalg.inv(other))
+        return aligned(*(torch.einsum(form, m, turned.to(device)).cpu() for m, turned in parts))
+
+    first = torch.eye(rows, dtype=moments.dtype)
+    second = torch.eye(columns, dtype=moments.dtype)
     for _ in range(ROUNDS if min(rows, columns) > 1 else 1):
-        inverse = torch.linalg.inv(second)
-        first = aligned(
-            torch.einsum("aibj,ij->ab", c, second), torch.einsum("aibj,ij->ab", g, inverse)
-        )
-        inverse = torch.linalg.inv(first)
-        second = aligned(
-            torch.einsum("aibj,ab->ij", c, first), torch.einsum("aibj,ab->ij", g, inverse)
-        )
+        first = solved("aibj,ij->ab", second)
+        second = solved("aibj,ab->ij", first)
     return first, second
 
 

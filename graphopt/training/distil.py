@@ -98,7 +98,7 @@ class Distiller:
         seconds = options.seconds
         if seconds is None and options.steps is None:
             seconds = DEFAULT_SECONDS
-        usual_rate = RATE * min(1.0, math.sqrt(batch * seqlen / USUAL_TOKENS))
+        usual_rate = self.usual_rate(batch * seqlen)
         self.schedule = Schedule(
             options.steps, seconds, batch=batch, patience=options.patience,
             rate=options.rate or rate or usual_rate, reduce_on_plateau=reduce_on_plateau,
@@ -127,6 +127,11 @@ class Distiller:
         self.done: list[str] = []
         self._note_seconds = 0.0
         self._resume()
+
+    @staticmethod
+    def usual_rate(tokens: int) -> float:
+        """Return the highest learning rate for steps of so many tokens."""
+        return RATE * min(1.0, math.sqrt(tokens / USUAL_TOKENS))
 
     def _share(self, program: Program) -> Program:
         """Return a program in memory; what it has of the dense one is there once."""

@@ -6,9 +6,13 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from graphopt.ir.graph import Program
 from graphopt.pass_manager.contract import Context
+from graphopt.storage.snapshot import resuming_from
 from graphopt.training.options import TrainingOptions
 
 FORMAT = 3
@@ -35,3 +39,26 @@ def kept_file(
     paths = [call.path for call in program.calls]
     digest = hashlib.sha256(f"{key}\n{context.text}\n{paths}\n{program}".encode())
     return context.work / f"distil-{digest.hexdigest()[:16]}.pt"
+
+
+def keep_state(path: Path | None, state: dict[str, Any]) -> None:
+    """Write tensors and plain data to a file of `kept_file`, whole or not at all."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".part")
+    torch.save(state, fresh)
+    fresh.replace(path)
+
+
+def kept_state(path: Path | None) -> dict[str, Any] | None:
+    """Return what `keep_state` wrote; None where it wrote nothing.
+
+    Raises:
+        SourceError: The file cannot be read.
+    """
+    if path is None or not path.is_file():
+        return None
+    with resuming_from(path):
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state

@@ -18,6 +18,7 @@ class Schedule:
         warmup: The fraction of the schedule in which the rate rises from 0.
         batch: A step takes so many windows.
         betas: Adam's decay rates of the averages of gradients and of their squares.
+        weight_decay: By what share of the rate a step moves parameters towards 0.
         patience: Training stops after so many checks without a better held-out loss; 0 never stops.
         reduce_on_plateau: Whether a rate that gets no further is reduced, from the best state on.
     """
@@ -28,6 +29,7 @@ class Schedule:
     warmup: float = 0.02
     batch: int = 4
     betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
     patience: int = 0
     reduce_on_plateau: bool = True
 

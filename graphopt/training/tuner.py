@@ -93,20 +93,22 @@ class Tuner:
         self._parameters = student.parameters
         cuda = student.device.type == "cuda"
         by_rate: dict[float, list[nn.Parameter]] = {}
-        for parametrisation in student.parametrisations.values():
-            for rate, parameters in parametrisation.rates():
+        for part in student.trained:
+            for rate, parameters in part.rates():
                 by_rate.setdefault(rate, []).extend(p for p in parameters if p.requires_grad)
         # On a GPU a rate is a tensor, which a recorded step reads anew.
         self._rates = {
             rate: torch.zeros((), device=student.device) if cuda else None for rate in by_rate
         }
-        self._optimizer = torch.optim.Adam(
+        self._optimizer = torch.optim.AdamW(
             [{"params": parameters, "lr": self._rates[rate] if cuda else 1.0, "factor": rate}
              for rate, parameters in by_rate.items()],
-            betas=schedule.betas, fused=True if cuda else None, capturable=cuda,
+            betas=schedule.betas, weight_decay=schedule.weight_decay,
+            fused=True if cuda else None, capturable=cuda,
         )  # fmt: skip
         self._rated = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._recorded: _Recorded | None = None
+        self._recordable = cuda and all(group.recordable for group in student.groups)
         self._eager = 0
 
     def run(self) -> TrainingResult:
@@ -251,8 +253,8 @@ class Tuner:
         loss = self.objective.measure(*run_student(self.student, ids, target, entry), learn=True)
         torch.nn.utils.clip_grad_norm_(self._rated, 1.0)
         self._optimizer.step()
-        for parametrisation in self.student.parametrisations.values():
-            parametrisation.step()
+        for part in self.student.trained:
+            part.step()
         return loss
 
     def _drop_gradients(self) -> None:
@@ -267,7 +269,7 @@ class Tuner:
                 group["lr"] = rate * group["factor"]
             else:
                 tensor.fill_(rate * group["factor"])
-        if self.student.device.type != "cuda":
+        if not self._recordable:
             return self._work(*batch)
         if self._recorded is None:
             self._eager += 1

@@ -1,0 +1,1 @@
+"""Transforms that are trained so that weights, activations and KV caches fit few bits."""

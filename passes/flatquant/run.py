@@ -1,0 +1,410 @@
+"""One run of `flatquant`: transforms, block after block, then the whole model, then codes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.calibration.affine_factors import (
+    FactorMaker,
+    Transform,
+    check_condition,
+    condition,
+    conditions,
+)
+from graphopt.calibration.affine_plan import AffinePlan, FunctionPlan, plan_transforms
+from graphopt.calibration.text import calibration_windows, pick, window_length
+from graphopt.execute.block_runner import BlockRunner, Parametrisation
+from graphopt.execute.interpreter import resident
+from graphopt.ir import functional
+from graphopt.ir.blocks import block_name, find_blocks
+from graphopt.ir.encoding import Packed
+from graphopt.ir.graph import Call, Node, Program, Value
+from graphopt.ir.weights import Array, Dequantised
+from graphopt.pass_manager.contract import Context, PassResult, Skip, make_pass
+from graphopt.pass_manager.numbering import same_outputs
+from graphopt.pass_manager.statements import ChangedBlocks
+from graphopt.passes.flatquant.record import FlatQuantised, TrainedBlock
+from graphopt.passes.flatquant.structure import (
+    ROUND,
+    Bits,
+    RoundedFunction,
+    base_values,
+    insert_roundings,
+    trained_sites,
+    transform,
+)
+from graphopt.support.per_device import on_device
+from graphopt.training.affine import BlockTransforms, Rounding
+from graphopt.training.distil import Distiller, assign
+from graphopt.training.distillation_data import DistillationData, HiddenStateCache
+from graphopt.training.held_out import held_out_loss
+from graphopt.training.kept_files import keep_state, kept_state
+from graphopt.training.losses import HiddenStateObjective, relative_mse
+from graphopt.training.parametrisations import FullParametrisation, weight_scale
+from graphopt.training.schedule import TrainingResult
+from graphopt.training.tuner import Tuner
+
+if TYPE_CHECKING:
+    from graphopt.passes.flatquant.flatquant import FlatQuant
+
+RATE = 5e-3
+"""The highest learning rate of transforms and scales; clips have ten times as much."""
+
+MOST_CLIP = 0.982
+"""The largest share of a range that a clip begins with: its logit is then 4."""
+CLIPS_TRIED = (*(0.5 + 0.025 * n for n in range(20)), MOST_CLIP)
+"""Shares of the range that are tried for the clip of an activation."""
+CLIP_TOKENS = 4096
+"""Tokens on which they are tried, at least one window."""
+
+WEIGHT_RATE = 0.2
+"""In distillation, the factor of the usual learning rate: weights begin where blocks are right."""
+
+
+class RoundedParametrisation(Parametrisation):
+    """A matrix that is trained while it is rounded: a rounding has the gradient of the identity."""
+
+    def __init__(self, value: Tensor, rounding: Rounding, rate: float) -> None:
+        super().__init__()
+        self.value, self.rounding, self.rate = nn.Parameter(value.clone()), rounding, rate
+
+    def forward(self) -> Tensor:
+        return self.rounding.rounded(self.value)
+
+    def rates(self) -> list[tuple[float, list[nn.Parameter]]]:
+        return [(self.rate, [self.value])]
+
+
+class FlatQuantising(Distiller):
+    """One run of the pass."""
+
+    options: FlatQuant
+    record: FlatQuantised
+    tells = FlatQuantised
+
+    def __init__(self, options: FlatQuant, program: Program, context: Context) -> None:
+        self.source = program
+        started = time.perf_counter()
+        self.bits = Bits(options.w, options.a, options.kv, options.group)
+        transformed = program.copy()
+        self.plan = self._plan(options, transformed, context)
+        transform(transformed, self.plan)
+        self.rounded, left = insert_roundings(
+            transformed, self.bits, per_linear=options.method == "published"
+        )
+        super().__init__(options, transformed, context, rate=options.rate or RATE)
+        self.started = started
+        count = on_device(options.windows, self.device)
+        held = len(self.checked)
+        if count and len(self.windows) + held > count:
+            self.windows = pick(self.windows, max(count - held, 1), context.seed)
+        self.skipped += [Skip(where, reason) for where, reason in (*self.plan.left, *left)]
+        self.record.kind, self.record.bits = options.kind, (options.w, options.a, options.kv)
+
+    @property
+    def distils(self) -> bool:
+        """Whether all weights are trained at the end."""
+        options = self.options
+        return options.method != "published" and options.distil > 0 and self.schedule.steps != 0
+
+    @staticmethod
+    def _plan(options: FlatQuant, program: Program, context: Context) -> AffinePlan:
+        kind: Transform = options.start if options.kind == "kronecker" else options.kind
+        if options.method == "published":
+            kind = "random"
+        generator = torch.Generator().manual_seed(context.seed)
+        scaled = options.scale and options.kind in ("kronecker", "closed", "scale")
+        maker = FactorMaker(kind, program, generator, scaled)
+        windows = None
+        if maker.needs_text:
+            length = window_length(program, options.seqlen, context.device)
+            windows = calibration_windows(program, context, length)
+            windows = pick(windows, on_device(options.windows, context.device), context.seed)
+        return plan_transforms(
+            program, maker, heads=options.heads, keys=options.keys and options.kv < 16,
+            windows=windows, device=context.device, progress=context.progress,
+        )  # fmt: skip
+
+    def run(self) -> PassResult:
+        self.clock("transforms", self.started)
+        self.note("the whole model", self.dense)
+        if "blocks" not in self.done:
+            self._train_blocks()
+            self.checkpoint("blocks")
+        self.note("blocks", self._with_rounded_weights(self.program))
+        left = self.left()
+        if self.distils and (left is None or left > 0):
+            self._distil()
+        started = time.perf_counter()
+        result = self.fold()
+        for function in result.functions.values():
+            for node in function.nodes:
+                if node.op == ROUND:
+                    node.attrs.pop("straight_through", None)
+        result = self._packed(result)
+        self.clock("codes", started)
+        self.record.seconds["all"] = time.perf_counter() - self.started
+        changed = len(self.record.blocks)
+        return PassResult(result, changed, changed, self.skipped, self.record, ChangedBlocks())
+
+    # Block by block
+
+    def _train_blocks(self) -> None:
+        started = time.perf_counter()
+        assert self.context.dense is not None
+        same = same_outputs(self.context.dense, self.source)
+        teacher = self.dense if same else resident(self.source, torch.float32, self.device)
+        ids = torch.cat([self.windows, self.checked])
+        theirs, ours = find_blocks(teacher), find_blocks(self.program)
+        entry: HiddenStateCache | None = None
+        student_entry: HiddenStateCache | None = None
+        for index, (old, new) in enumerate(zip(theirs, ours, strict=True)):
+            runner = BlockRunner(teacher, old.position, old.position + 1, {}, self.device)
+            targets = HiddenStateCache(runner, ids, entry)
+            data = DistillationData(ids, targets, student_entry, held_out=len(self.checked))
+            group = self._group(new.position)
+            student = BlockRunner(
+                self.program, new.position, new.position + 1, {}, self.device, [group]
+            )
+            what = f"block {index + 1} of {len(ours)}"
+            self.context.progress("training blocks", index, len(ours))
+            result = self._restored(what, group)
+            if result is None:
+                self._search_clips(student, group, data)
+                result = self._tune_block(student, data, what, len(ours) - index)
+                self._keep(what, group, result)
+            self._note_block(index, new.position, group, result)
+            for name, value in group.folded().items():
+                assign(self.program, name, value)
+            entry = targets
+            rounded = self.options.inputs == "rounded"
+            student_entry = HiddenStateCache(student, ids, student_entry) if rounded else targets
+        self.context.progress("training blocks", len(ours), len(ours))
+        self.clock("training blocks", started)
+
+    def _group(self, position: int) -> BlockTransforms:
+        """Return what is trained of a block."""
+        call = self.program.calls[position]
+        planned, number = self._planned(position)
+        rounded = self.rounded.get(call.function, RoundedFunction())
+        sites, keys = ([], []) if planned is None else trained_sites(self.program, planned, number)
+        base = base_values(self.source, self.source.calls[position], sites, rounded, self.device)
+        trains = self.schedule.steps != 0
+        clips = {slot: torch.full((1,), MOST_CLIP) for slot in rounded.roundings}
+        return BlockTransforms(
+            call.weights, base, sites, keys, rounded.linears, clips,
+            learn=trains and self.options.kind == "kronecker",
+            learn_clips=trains and self.options.clip,
+        ).to(self.device)  # fmt: skip
+
+    def _planned(self, position: int) -> tuple[FunctionPlan | None, int]:
+        """Return the plan of a block's function, with the number of the block's call in it."""
+        path = self.program.calls[position].path
+        for part in self.plan.functions:
+            for number, call in enumerate(part.calls):
+                if call.path == path and call.function == self.program.calls[position].function:
+                    return part, number
+        return None, 0
+
+    @torch.no_grad()
+    def _search_clips(
+        self, student: BlockRunner, group: BlockTransforms, data: DistillationData
+    ) -> None:
+        """Let clips of activations begin where rounding a few windows errs least."""
+        function = student.program.functions[student.program.calls[student.first].function]
+        nodes: dict[Value, list[tuple[Node, list[int]]]] = {}
+        slots, places = function.slots_by_value(), group.clip_slots
+        for node in dict.fromkeys(
+            self.rounded.get(function.name, RoundedFunction()).roundings.values()
+        ):
+            own = function.nodes[[n.outputs[0].name for n in function.nodes].index(
+                node.outputs[0].name
+            )]  # fmt: skip
+            numbers = [places.index(slots[v]) for v in own.inputs[1:] if v is not None]
+            assert own.inputs[0] is not None
+            nodes.setdefault(own.inputs[0], []).append((own, numbers))
+        if not self.options.clip:
+            for parameter in group.clips:
+                parameter.fill_(torch.inf)
+            return
+
+        def observe(value: Value, x: Tensor) -> None:
+            for node, numbers in nodes.get(value, ()):
+                best = _best_clip(x, node.attrs["bits"], node.attrs["symmetric"])
+                for number in numbers:
+                    group.clips[number].fill_(torch.logit(torch.tensor(best)))
+
+        rows = max(1, CLIP_TOKENS // data.ids.shape[1])
+        ids, _, entry = data.batch(list(range(min(rows, len(data.ids)))), self.device)
+        values = student.window_inputs(ids)
+        student.run_range(values, 0, student.embedding)
+        if entry is not None:
+            values[student.entry] = entry
+        first = student.embedding if entry is None else student.first
+        for _ in student.run_calls([values], first, student.stop, observe=observe):
+            pass
+
+    def _tune_block(
+        self, student: BlockRunner, data: DistillationData, what: str, blocks_left: int
+    ) -> TrainingResult:
+        published = self.options.method == "published"
+        loss = mean_square if published else relative_mse
+        objective = HiddenStateObjective(loss)
+        schedule = replace(
+            self.schedule, rate=self.options.rate or RATE,
+            weight_decay=0.01 if published else 0.0, reduce_on_plateau=False,
+        )  # fmt: skip
+        if not any(parameters for _, parameters in student.groups[0].rates()):
+            # Nothing is trained: the error is measured alone.
+            loss_now = held_out_loss(student, data, objective, schedule.batch)
+            return TrainingResult(checks=[(0, loss_now)])
+        if published and self.options.seconds is None:
+            epochs = 15 * max(1, len(self.windows) // schedule.batch)
+            schedule = replace(schedule, steps=self.options.steps or epochs, seconds=None)
+        elif schedule.seconds is not None:
+            # The last part of the seconds is for the whole model.
+            left = self.left() or 0.0
+            reserve = self.options.distil * schedule.seconds if self.distils else 0.0
+            schedule = replace(schedule, seconds=max(left - reserve, 0.0) / blocks_left)
+        tuner = Tuner(
+            student, data, objective, schedule,
+            seed=self.context.seed, progress=self.context.progress, what=what,
+        )  # fmt: skip
+        return tuner.run()
+
+    def _note_block(
+        self, index: int, position: int, group: BlockTransforms, result: TrainingResult
+    ) -> None:
+        where = block_name(self.program, find_blocks(self.program)[index])
+        numbers: dict[str, float] = {}
+        factors, matrices = group.trained_factors()
+        for site, made in zip(group.sites, factors, strict=True):
+            stem = site.readers[0][0].removesuffix(".weight")
+            for role, number in conditions(made).items():
+                numbers[f"{stem}.{role}"] = number
+            for part in (made.left, made.right, made.values, made.scale):
+                if part is not None:
+                    check_condition(part, f"{where}.{stem}")
+        for key, matrix in zip(group.keys, matrices, strict=True):
+            numbers[key.keys] = condition(matrix)
+            check_condition(matrix, f"{where}.{key.keys}")
+        clips = {
+            slot: float(torch.sigmoid(value.detach()).mean())
+            for slot, value in zip(group.clip_slots, group.clips, strict=True)
+        }
+        losses = [value for _, value in result.checks]
+        self.record.blocks.append(
+            TrainedBlock(
+                where=where,
+                before=losses[0] if losses else None,
+                after=min(losses, default=None),
+                steps=result.steps,
+                condition={**numbers},
+                clips={**clips},
+            )
+        )
+        if result.stopped:
+            self.skipped.append(Skip(where, f"stopped early: {result.stopped}"))
+
+    # Going on after an interruption
+
+    def _keep(self, what: str, group: BlockTransforms, result: TrainingResult) -> None:
+        state = {name: value.cpu() for name, value in group.state_dict().items()}
+        spent = time.perf_counter() - self.started
+        kept = {"state": state, "checks": result.checks, "steps": result.steps, "spent": spent}
+        keep_state(self._kept_file(what), kept)
+
+    def _restored(self, what: str, group: BlockTransforms) -> TrainingResult | None:
+        kept = kept_state(self._kept_file(what))
+        if kept is None:
+            return None
+        group.load_state_dict(kept["state"])
+        now = time.perf_counter() - self.started
+        self.started -= max(kept["spent"] - now, 0.0)
+        checks = [(int(step), float(loss)) for step, loss in kept["checks"]]
+        return TrainingResult(steps=int(kept["steps"]), checks=checks)
+
+    # The whole model
+
+    def _distil(self) -> None:
+        self.schedule = replace(
+            self.schedule, rate=self.options.rate or self._usual_rate() * WEIGHT_RATE,
+            reduce_on_plateau=True,
+        )  # fmt: skip
+        self.distil(self.logit_data())
+        self.note("distilled", self._with_rounded_weights(self.program))
+
+    def _usual_rate(self) -> float:
+        return Distiller.usual_rate(self.schedule.batch * self.seqlen)
+
+    def parametrisations(self, program: Program, calls: list[Call]) -> dict[str, Parametrisation]:
+        parametrisations = super().parametrisations(program, calls)
+        for call in calls:
+            rounded = self.rounded.get(call.function, RoundedFunction())
+            for slot, rounding in rounded.linears.items():
+                value = program.weights[call.weights[slot]].load(torch.float32).to(self.device)
+                parametrisations[call.weights[slot]] = RoundedParametrisation(
+                    value, rounding, weight_scale(value)
+                )
+            for slot in rounded.roundings:
+                value = program.weights[call.weights[slot]].load(torch.float32).to(self.device)
+                parametrisations[call.weights[slot]] = FullParametrisation(value, 1.0)
+        return parametrisations
+
+    # Codes
+
+    def _with_rounded_weights(self, program: Program) -> Program:
+        """Return a program with the weights that codes stand for, on the device."""
+        result = program.copy()
+        for name, rounding in self._rounded_weights(program):
+            weight = result.weights[name]
+            value = rounding.rounded(weight.load(torch.float32).to(self.device))
+            result.weights.replace(weight.with_producer(Array(value)))
+        return result
+
+    def _rounded_weights(self, program: Program) -> Iterable[tuple[str, Rounding]]:
+        for call in program.calls:
+            rounded = self.rounded.get(call.function, RoundedFunction())
+            for slot, rounding in rounded.linears.items():
+                yield call.weights[slot], rounding
+
+    def _packed(self, program: Program) -> Program:
+        """Return the program with codes in the place of the weights that are rounded."""
+        if self.options.rounding == "gptq":
+            options = {"w": self.bits.w, "group": self.bits.group, "method": "gptq"}
+            return make_pass("quantize", options).run(program, self.context).program
+        for name, rounding in self._rounded_weights(program):
+            weight = program.weights[name]
+            value = weight.load(torch.float32)
+            encoding = Packed(rounding.bits, rounding.group or value.shape[1])
+            tensors = {k: Array(v) for k, v in encoding.quantise(value).items()}
+            program.weights.replace(weight.with_producer(Dequantised(encoding, **tensors)))
+        return program
+
+
+def mean_square(output: Tensor, target: Tensor) -> Tensor:
+    """Return the squared error divided by its own value: the gradient is that of its logarithm.
+
+    Source: the published code of FlatQuant, commit 9d88ffc.
+    """
+    error = (output.float() - target.float()).square().mean()
+    return error / error.detach().clamp(min=1e-30) if error.requires_grad else error
+
+
+def _best_clip(x: Tensor, bits: int, symmetric: bool) -> float:
+    """Return the share of the range of each token at which rounding errs least, on average."""
+    rows = x.float().flatten(0, -2)
+    power = rows.square().sum(-1).clamp(min=1e-12)
+
+    def error(share: float) -> float:
+        clip = rows.new_tensor([share])
+        made = functional.quantise_dequantise(rows, clip, clip, bits=bits, symmetric=symmetric)
+        return float(((made - rows).square().sum(-1) / power).mean())
+
+    return min(CLIPS_TRIED, key=error)

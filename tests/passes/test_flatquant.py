@@ -1,0 +1,171 @@
+"""Rounding behind trained transforms: what is left in the graph, what is learnt, and refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from programs import tiny_program
+
+from graphopt.calibration.affine_factors import FactorMaker, check_condition
+from graphopt.calibration.affine_plan import plan_transforms
+from graphopt.errors import PassError, UsageError
+from graphopt.execute.interpreter import Runner, complete_inputs
+from graphopt.ir import Array
+from graphopt.ir.affine import Factors
+from graphopt.ir.blocks import find_blocks
+from graphopt.passes.flatquant.flatquant import FlatQuant
+from graphopt.passes.flatquant.structure import (
+    Bits,
+    RoundedFunction,
+    base_values,
+    insert_roundings,
+    trained_sites,
+    transform,
+)
+from graphopt.training.affine import BlockTransforms, InvertibleFactor, Rounding
+
+IDS = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(3))
+INPUTS = complete_inputs({"input_ids": IDS})
+CPU = torch.device("cpu")
+
+
+def logits(program):
+    return Runner(program, dtype=torch.float64).logits(INPUTS)
+
+
+SHAPES = {
+    "plain": {},
+    "biases": {"bias": True, "norm": "layer"},
+    "one key head": {"kv_heads": 1},
+    "a prime width": {"hidden": 31},
+}
+
+
+WHOLE = Bits(16, 16, 16)
+
+
+def group_of(program, kind="kronecker", bits=WHOLE, **options):
+    """The first block's transforms while they are trained, and the folded program."""
+    folded = program.copy()
+    maker = FactorMaker(kind, folded, torch.Generator().manual_seed(0))
+    plan = plan_transforms(folded, maker)
+    transform(folded, plan)
+    rounded, _ = insert_roundings(folded, bits)
+    position = find_blocks(folded)[0].position
+    call = folded.calls[position]
+    sites, keys = trained_sites(folded, plan.functions[0], 0)
+    own = rounded.get(call.function, RoundedFunction())
+    base = base_values(program, program.calls[position], sites, own, CPU)
+    clips = {slot: torch.full((1,), 0.9) for slot in own.roundings}
+    given = {"learn": True, "learn_clips": True} | options
+    return folded, BlockTransforms(call.weights, base, sites, keys, own.linears, clips, **given)
+
+
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
+def test_what_is_trained_folds_as_the_pass_does(options):
+    """Two ways to the same weights: the graph's, by fold-affine, and that of the parameters."""
+    program = tiny_program(**options)
+    folded, group = group_of(program)
+    made = group.folded()
+    assert group.names == set(made)
+    for name, value in made.items():
+        expected = folded.weights[name].load(torch.float64)
+        # Both begin with factors that are rounded to fp32, of condition below 10.
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_folded_weights_are_exact_wherever_training_leads():
+    program = tiny_program(bias=True)
+    folded, group = group_of(program, bits=WHOLE)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in group.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    for name, value in group.folded().items():
+        folded.weights.replace(folded.weights[name].with_producer(Array(value)))
+    old, new = logits(program), logits(folded)
+    # Weights of other blocks are folded in fp32.
+    assert float((old - new).abs().max() / old.abs().max()) < 1e-5
+    assert all(bool(matrix.isfinite().all()) for matrix in group.trained_factors()[1])
+
+
+@pytest.mark.parametrize("size", [2, 7, 24])
+def test_a_factor_begins_where_it_should_and_stays_invertible(size):
+    generator = torch.Generator().manual_seed(size)
+    start = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    factor = InvertibleFactor(start)
+    matrix, inverse = factor()
+    assert torch.allclose(matrix.double(), start, atol=1e-5)
+    with torch.no_grad():
+        factor.turns += torch.randn(2, size, size, generator=generator)
+        factor.log_scales += torch.randn(size, generator=generator)
+    matrix, inverse = factor()
+    eye = torch.eye(size, dtype=torch.float64)
+    matrix, inverse = matrix.detach(), inverse.detach()
+    condition = float(torch.linalg.cond(matrix.double()))
+    left = matrix.double() @ inverse.double().T - eye
+    assert float(left.abs().max()) < 1e-6 * size * condition
+    # Rounded to fp16 each, as a runtime would have them.
+    half = matrix.half().double() @ inverse.half().double().T - eye
+    assert float(half.abs().max()) < 2**-10 * size * condition
+
+
+def test_codes_hold_what_was_trained():
+    """Clipped and rounded while training, and packed in the end: the same values."""
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    for group in (0, 8):
+        rounding = Rounding(4, group)
+        rows = rounding.rows(weight)
+        clip = torch.full((*rows.shape[:-1], 1), 0.7)
+        clipped = rounding.clipped(weight, clip)
+        rounded = rounding.rounded(clipped)
+        assert torch.equal(rounding.rounded(rounded), rounded)
+        limit = 0.7 * rows.abs().amax(-1, keepdim=True)
+        step = limit / 7
+        error = (rounding.rows(rounded) - rows.clamp(-limit, limit)).abs()
+        assert bool((error <= step / 2 + 1e-6).all())
+
+
+def test_options_that_nothing_computes_with_are_refused():
+    for given, said in (
+        ({"w": 5}, "w=5 bits"), ({"a": 9}, "a=9 bits"), ({"kv": 12}, "kv=12 bits"),
+        ({"method": "published", "kind": "hadamard"}, "kind=hadamard are fixed"),
+        ({"w": 1}, "w"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=said):
+            FlatQuant(**given)
+
+
+def test_a_singular_transform_stops_with_the_name_of_its_layer():
+    with pytest.raises(PassError, match=r"layers\.3\.mlp is singular: its condition number is inf"):
+        check_condition(torch.zeros(3, 3), "layers.3.mlp")
+    with pytest.raises(PassError, match="singular"):
+        check_condition(torch.full((2, 2), torch.nan), "layers.3.mlp")
+    with pytest.raises(PassError, match="singular"):
+        check_condition(torch.tensor([1.0, 1e-9]), "layers.3.mlp")
+
+
+def test_groups_that_do_not_divide_and_widths_without_factors_are_said():
+    program = tiny_program(hidden=31)
+    rounded, left = insert_roundings(program, Bits(4, 4, 4, group=16))
+    assert any("groups of 16 do not divide its 31 columns" in reason for _, reason in left)
+    roundings = rounded["block"].linears
+    assert roundings["self_attn.q_proj.weight"].group == 0
+    assert roundings["mlp.down_proj.weight"].group == 16
+    maker = FactorMaker("hadamard", program, torch.Generator().manual_seed(0))
+    told = plan_transforms(program, maker).left
+    assert any("31 features have no two useful factors" in reason for _, reason in told)
+
+
+def test_tokens_of_zeros_stay_zeros():
+    program = tiny_program()
+    folded, _ = group_of(program, bits=Bits(4, 4, 4))
+    embed = folded.weights["embed.weight"]
+    folded.weights.replace(embed.with_producer(Array(torch.zeros(embed.shape))))
+    assert bool(logits(folded).isfinite().all())
+
+
+def test_factors_have_a_condition_for_each_part():
+    weights = Factors(scale=torch.tensor([1.0, 2.0]), right=torch.eye(2)).weights()
+    assert set(weights) == {"scale", "scale_inverse", "right", "right_inverse"}
+    assert torch.equal(weights["scale_inverse"], torch.tensor([1.0, 0.5], dtype=torch.float64))
