@@ -18,6 +18,7 @@ from graphopt.ir.dtypes import AUTO
 from graphopt.ir.graph import Program
 from graphopt.ir.types import DTYPE_NAMES
 from graphopt.lowering.emission import Emission, files_under
+from graphopt.lowering.onnx_accuracy import EXACT
 from graphopt.pass_manager.pipeline import Pipeline
 from graphopt.pass_manager.run import OnPass
 from graphopt.pass_manager.run_options import RunOptions
@@ -57,6 +58,7 @@ def emit(
     force: bool = False,
     strict: bool = False,
     onnx_moe: bool = False,
+    onnx_accuracy: int = EXACT,
     dtype: str = AUTO,
     progress: Progress = silent,
 ) -> Report:
@@ -70,6 +72,8 @@ def emit(
         force: Replace an existing folder, once the new one is complete.
         strict: Refuse what would run without a kernel of the target.
         onnx_moe: In the ONNX form, experts become com.microsoft::MoE.
+        onnx_accuracy: In the ONNX form, how packed weights are multiplied with activations that
+            are not rounded: 1 in fp32, 4 by integers, activations rounded to 8 bits.
         dtype: In which trained weights are stored: `float32`, `bfloat16`, `float16`, or `auto`:
             what the program holds, and in packages with kernels for a GPU what they compute in.
 
@@ -80,7 +84,7 @@ def emit(
         UsageError: Unknown target or emitter, or the folder exists.
         LoweringError: The program has no such form, or the target is not in this version.
     """
-    emission = Emission.of(target, emit, strict, onnx_moe, dtype)
+    emission = Emission.of(target, emit, strict, onnx_moe, dtype, onnx_accuracy)
     program = emission.rounded(program)
     emission.check(program)
     if report is None:
@@ -157,6 +161,7 @@ class CompileOptions(RunOptions):
         force: Replace the output folder if it exists, once the new one is complete.
         strict: Refuse what would run without a kernel of the target.
         onnx_moe: In the ONNX form, experts become com.microsoft::MoE.
+        onnx_accuracy: In the ONNX form, how packed weights are multiplied; see `emit`.
         dtype: In which trained weights are stored; see `emit`.
         max_length: How many tokens texts may have; None for what the config states.
         dry_run: Only say what would be done: no weight is read and nothing is written.
@@ -169,6 +174,7 @@ class CompileOptions(RunOptions):
     force: bool = False
     strict: bool = False
     onnx_moe: bool = False
+    onnx_accuracy: int = EXACT
     dtype: str = AUTO
     max_length: int | None = None
     dry_run: bool = False
@@ -215,8 +221,9 @@ def compile_model(
         check_dump(Path(options.dump_ir))
     device = usable_device(options.device)
     emission = Emission.of(
-        options.target, options.emit, options.strict, options.onnx_moe, options.dtype
-    )
+        options.target, options.emit, options.strict, options.onnx_moe, options.dtype,
+        options.onnx_accuracy,
+    )  # fmt: skip
     pipeline = options.recipe if options.recipe is not None else Pipeline.default()
     if options.stop_after is not None:
         pipeline = pipeline.until(options.stop_after)

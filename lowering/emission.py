@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program
 from graphopt.lowering import get_emitter
 from graphopt.lowering.base import Emitted, Emitter, check_placements
+from graphopt.lowering.onnx_accuracy import ACCURACY_LEVELS, EXACT, ROUNDING
 from graphopt.lowering.sizes import about_decoded_codes, in_order, planned_sizes, written_size
 from graphopt.pass_manager.forecast import forecast_recipe, reading_seconds
 from graphopt.pass_manager.pipeline import Pipeline
@@ -70,6 +72,7 @@ class Emission:
         strict: bool,
         onnx_moe: bool,
         dtype: str = AUTO,
+        onnx_accuracy: int = EXACT,
     ) -> Emission:
         usual = default_emit(target)  # refuses an unknown target, whatever is named
         names = usual if names is None else names
@@ -80,12 +83,22 @@ class Emission:
                 f"--onnx-moe is for the ONNX form, and what is emitted is {', '.join(names)}.",
                 "Leave it out, or name onnx after --emit as well.",
             )
+        if onnx_accuracy not in ACCURACY_LEVELS:
+            raise UsageError(
+                f"--onnx-accuracy {onnx_accuracy} is none of MatMulNBits' levels that are written.",
+                f"Give {EXACT} for products in fp32, or {ROUNDING} for products of integers.",
+            )
+        if onnx_accuracy != EXACT and "onnx" not in names:
+            raise UsageError(
+                f"--onnx-accuracy is for the ONNX form, and what is emitted is {', '.join(names)}.",
+                "Leave it out, or name onnx after --emit as well.",
+            )
         if dtype != AUTO and dtype not in STORED_DTYPES:
             raise unknown_name("dtype", dtype, [AUTO, *STORED_DTYPES])
         # A checkpoint has the layout that the torch form reads, and its file is nobody else's.
         shared = "torch" in names and "hf" not in names
-        options = {
-            "onnx": {"moe": onnx_moe, "shared": shared},
+        options: dict[str, dict[str, Any]] = {
+            "onnx": {"moe": onnx_moe, "shared": shared, "accuracy_level": onnx_accuracy},
             "torch": {"in_compute_dtype": dtype == AUTO},
         }
         unique = list(dict.fromkeys(names))

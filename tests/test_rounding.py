@@ -108,7 +108,7 @@ def test_without_correlations_it_is_the_nearest_code(symmetric):
     codes = grid.codes(matrix)
     assert gptq(matrix, moments, grid).equal(codes)
     # With scales of their own, codes still are the nearest.
-    refined, found = refine(matrix, moments, grid, codes)
+    refined, found = refine(matrix, moments, grid, codes, sweeps=20)
     assert found.equal(refined.codes(matrix))
 
 

@@ -92,6 +92,13 @@ class CompileFlags:
             "where there are many.",
         ),
     ] = False
+    onnx_accuracy: Annotated[
+        int,
+        typer.Option(
+            help="In the ONNX form, how packed weights are multiplied: 1 in fp32, 4 by integers, "
+            "with activations rounded to 8 bits."
+        ),
+    ] = 1
     dtype: Annotated[
         str,
         typer.Option(
@@ -241,6 +248,7 @@ def _compile_options(flags: CompileFlags) -> CompileOptions:
         force=flags.force,
         strict=flags.strict,
         onnx_moe=flags.onnx_moe,
+        onnx_accuracy=flags.onnx_accuracy,
         dtype=flags.dtype,
         max_length=flags.max_length,
         dry_run=flags.dry_run,

@@ -26,7 +26,7 @@ DAMPING = 0.01
 COLUMNS = 128
 """Columns between two updates of all those behind them."""
 
-SWEEPS = 3
+SWEEPS = 2
 """How often `refine` goes over all codes."""
 
 AT_ONCE = 2**24
@@ -64,21 +64,22 @@ def gptq(matrix: Tensor, moments: Tensor, grid: Grid) -> Tensor:
     permuted = moments[order][:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(permuted))
     upper = torch.linalg.cholesky(inverse, upper=True).to(matrix.dtype)
-    left = matrix[:, order].clone()
-    codes = torch.empty_like(matrix)
+    # Columns are rows here, which lie in one piece of memory.
+    left = matrix.t()[order].contiguous()
+    codes = torch.empty_like(left)
     length = len(places)
     for start in range(0, length, COLUMNS):
         stop = min(start + COLUMNS, length)
-        errors = torch.empty_like(left[:, start:stop])
+        errors = torch.empty_like(left[start:stop])
         for index in range(start, stop):
-            column = left[:, index]
+            column = left[index]
             code = grid.column(column, places[index])
-            codes[:, places[index]] = code
+            codes[places[index]] = code
             error = (column - grid.column_values(code, places[index])) / upper[index, index]
-            left[:, index + 1 : stop] -= error[:, None] * upper[index, index + 1 : stop]
-            errors[:, index - start] = error
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes
+            left[index + 1 : stop].addr_(upper[index, index + 1 : stop], error, alpha=-1)
+            errors[index - start] = error
+        left[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    return codes.t().contiguous()
 
 
 def refine(
@@ -101,24 +102,24 @@ def refine(
 
 def _sweep(matrix: Tensor, moments: Tensor, grid: Grid, codes: Tensor) -> Tensor:
     """Return codes each of which is, in turn, the best with all others as they are."""
-    codes = codes.clone()
-    values = grid.values(codes)
-    gradient = (values - matrix) @ moments
-    diagonal = moments.diagonal()
-    length = matrix.shape[1]
+    # Columns are rows here, which lie in one piece of memory.
+    values = grid.values(codes).t().contiguous()
+    gradient = moments @ (values - matrix.t())
+    codes = codes.t().contiguous()
+    diagonal = moments.diagonal().tolist()
+    length = len(values)
     for start in range(0, length, COLUMNS):
         stop = min(start + COLUMNS, length)
-        before = values[:, start:stop].clone()
-        inside = gradient[:, start:stop].clone()
+        before = values[start:stop].clone()
+        inside = gradient[start:stop].clone()
         for place in range(start, stop):
-            at = place - start
-            current = values[:, place]
-            code = grid.column(current - inside[:, at] / diagonal[place], place)
+            current = values[place]
+            code = grid.column(current - inside[place - start] / diagonal[place], place)
             value = grid.column_values(code, place)
-            inside += (value - current)[:, None] * moments[place, start:stop]
-            codes[:, place], values[:, place] = code, value
-        gradient += (values[:, start:stop] - before) @ moments[start:stop]
-    return codes
+            inside.addr_(moments[start:stop, place], value - current)
+            codes[place], values[place] = code, value
+        gradient.addmm_(moments[:, start:stop], values[start:stop] - before)
+    return codes.t().contiguous()
 
 
 def best_scales(matrix: Tensor, moments: Tensor, grid: Grid, codes: Tensor) -> Grid:
@@ -128,19 +129,20 @@ def best_scales(matrix: Tensor, moments: Tensor, grid: Grid, codes: Tensor) -> G
     point and 0 elsewhere, they are the s of least |sum_g s_g c_g - w| in the metric of the moments.
     """
     rows, groups = grid.scales.shape
-    moved = codes.double().unflatten(-1, (groups, grid.group)) - grid.zeros.double()[..., None]
-    wanted = matrix.double() @ moments
+    narrow = moments.to(matrix.dtype)
+    moved = codes.to(matrix.dtype).unflatten(-1, (groups, grid.group)) - grid.zeros[..., None]
+    wanted = matrix @ narrow
     solved: list[Tensor] = []
     for first in range(0, rows, step := max(1, AT_ONCE // (groups * len(moments)))):
         part = moved[first : first + step]
         # [rows, groups, length]: each group's codes times the moments.
-        products = torch.einsum("rgi,gij->rgj", part, moments.unflatten(0, (groups, grid.group)))
-        system = torch.einsum("rgj,rhgj->rhg", *_by_group(part, products))
+        products = torch.einsum("rgi,gij->rgj", part, narrow.unflatten(0, (groups, grid.group)))
+        system = torch.einsum("rgj,rhgj->rhg", *_by_group(part, products)).double()
         right = (part * wanted[first : first + step].unflatten(-1, (groups, grid.group))).sum(-1)
         diagonal = system.diagonal(dim1=-2, dim2=-1)
         empty = diagonal <= 0
         diagonal.add_(torch.where(empty, 1.0, 1e-9 * diagonal))
-        found = torch.linalg.solve(system, right)
+        found = torch.linalg.solve(system, right.double())
         old = grid.scales[first : first + step].double()
         usable = ~empty & found.isfinite() & (found != 0)
         solved.append(torch.where(usable, found, old).to(grid.scales.dtype))

@@ -21,7 +21,8 @@ from graphopt.lowering.onnx.external import DataFile, Layout, SafetensorsDataFil
 from graphopt.lowering.onnx.genai import GENAI_NAME, RUN_NAME, genai_config, run_script, why_not
 from graphopt.lowering.onnx.graph import Graph
 from graphopt.lowering.onnx.ops import translation_of
-from graphopt.lowering.onnx.quantised import EXACT, no_onnx_form
+from graphopt.lowering.onnx.quantised import no_onnx_form
+from graphopt.lowering.onnx_accuracy import EXACT
 from graphopt.lowering.tokenizer import run_lines, write_generation, write_tokenizer
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress

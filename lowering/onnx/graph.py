@@ -20,8 +20,9 @@ from graphopt.lowering.onnx.builder import ONNX_DTYPES, GraphBuilder
 from graphopt.lowering.onnx.external import DataFile, Layout
 from graphopt.lowering.onnx.moe import Fused, Kind, Plan
 from graphopt.lowering.onnx.ops import Heads, Lowering, Pack, Sum, translation_of
-from graphopt.lowering.onnx.quantised import EXACT, QuantisedMatrix
+from graphopt.lowering.onnx.quantised import QuantisedMatrix
 from graphopt.lowering.onnx.rounded import Rounded
+from graphopt.lowering.onnx_accuracy import EXACT
 
 # Weights smaller than this many elements are written into the model file itself.
 _INLINE = 256

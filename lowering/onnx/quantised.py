@@ -21,18 +21,13 @@ from graphopt.ir.encoding import Packed, pack
 from graphopt.ir.weights import Array, Rows, Transposed, Weight
 from graphopt.lowering.onnx.builder import MICROSOFT, GraphBuilder
 from graphopt.lowering.onnx.external import DataFile, Layout
+from graphopt.lowering.onnx_accuracy import EXACT
 
 _TYPES = {4: (ir.DataType.UINT4, ml_dtypes.uint4), 8: (ir.DataType.UINT8, np.uint8)}
 
 LEAST_BLOCK, LARGEST_BLOCK = 16, 128
 """Blocks of MatMulNBits and GatherBlockQuantized are powers of two from 16 on; kernels are written
 for these."""
-
-EXACT = 1
-"""MatMulNBits' accuracy_level for products in fp32."""
-
-ROUNDING = 4
-"""MatMulNBits' accuracy_level for products of integers: activations are rounded to 8 bits."""
 
 
 def block_of(encoding: Packed) -> int | None:

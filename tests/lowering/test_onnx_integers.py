@@ -123,6 +123,26 @@ def test_groups_multiply_what_was_rounded_without_rounding_it_again(tmp_path):
     torch.testing.assert_close(torch.from_numpy(found).double(), expected, rtol=0, atol=2e-4)
 
 
+def test_the_level_of_products_is_an_option_of_emission(tmp_path):
+    import graphopt as go
+    from graphopt.errors import UsageError
+
+    made, _, _ = program(8, 8, group=16, bias=False)
+    (node,) = [n for n in made.functions["main"].nodes if n.op == "linear"]
+    rounding = node.inputs[0].node
+    node.inputs[0] = rounding.inputs[0]
+    made.functions["main"].nodes.remove(rounding)
+    for level in (1, 4):
+        go.emit(made, tmp_path / str(level), emit=("onnx",), onnx_accuracy=level)
+        model = onnx.load(tmp_path / str(level) / "onnx" / "model.onnx")
+        (node,) = [n for n in model.graph.node if n.op_type == "MatMulNBits"]
+        assert {a.name: a.i for a in node.attribute}["accuracy_level"] == level
+    with pytest.raises(UsageError, match="--onnx-accuracy 2 is none"):
+        go.emit(made, tmp_path / "no", emit=("onnx",), onnx_accuracy=2)
+    with pytest.raises(UsageError, match="is for the ONNX form, and what is emitted is torch"):
+        go.emit(made, tmp_path / "no", emit=("torch",), onnx_accuracy=4)
+
+
 def plain_form(encoding, tensors, rows):
     """The same product as DequantizeLinear and MatMul, which ONNX Runtime fuses."""
     middle = 2 ** (encoding.bits - 1)
