@@ -254,6 +254,28 @@ def test_a_rate_that_spoils_what_is_nearly_right_is_lowered_from_the_best_state(
     assert far.lr_decays == []
 
 
+@pytest.mark.parametrize(
+    ("held_out", "lowered"),
+    [
+        # A recipe's first steps may cost what the later ones make good: measured, with experts.
+        ([0.245, 0.308, 0.258, 0.252, 0.24, 0.23, 0.22, 0.21, 0.21, 0.21, 0.21], False),
+        ([1.0, 3.0, 2.99, 2.98, 2.97, 2.96, 2.95, 2.94, 2.93, 2.92, 2.91], True),
+        ([1.0, 2.0, 3.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0], True),
+    ],
+    ids=["falls in time", "falls too slowly", "rises"],
+)
+def test_a_rate_is_lowered_where_the_best_would_not_be_reached_again(
+    held_out, lowered, monkeypatch
+):
+    from graphopt.training import tuner
+
+    losses = iter(held_out)
+    monkeypatch.setattr(tuner, "held_out_loss", lambda *_: next(losses, held_out[-1]))
+    program = tiny_program(layers=2)
+    tuned = tuner_of(program, disturbed(program), Schedule(steps=40, batch=2, rate=1e-4)).run()
+    assert bool(tuned.lr_decays) == lowered
+
+
 @pytest.mark.slow
 def test_a_part_is_trained_on_the_stream_behind_it():
     program = tiny_program(layers=4)

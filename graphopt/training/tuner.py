@@ -38,7 +38,8 @@ CHECK_COST = 0.1
 
 LR_PATIENCE = 3
 """Checks in a row, none of them the best so far, before a training goes back to its best state:
-what starts near the dense model is spoilt by steps that suit what starts far from it."""
+what starts near the dense model is spoilt by steps that suit what starts far from it. Where the
+last of them fall so fast that they would be below the best long before the end, it goes on."""
 
 
 LR_DECAY = 0.25
@@ -231,10 +232,16 @@ class Tuner:
 
     def _reduce_on_plateau(self) -> None:
         """Go on from the best state with a lower rate, where checks show no gain by this one."""
-        if self._worse and self._worse % LR_PATIENCE == 0:
+        if self._worse and self._worse % LR_PATIENCE == 0 and not self._recovers():
             self._go_back()
             self._rate *= LR_DECAY
             self.result.lr_decays.append((self.result.steps, self._rate))
+
+    def _recovers(self) -> bool:
+        """Return whether checks fall such that half of the steps left bring them below the best."""
+        (first, before), (last, now) = self.result.checks[-LR_PATIENCE], self.result.checks[-1]
+        left = last * (1 / self._checked_at - 1)
+        return now - (before - now) / (last - first) * left / 2 < self._best
 
     def _go_back(self) -> None:
         for parameter, value in zip(self._parameters, self._best_state, strict=True):
