@@ -23,10 +23,9 @@ from graphopt.execute.block_runner import BlockRunner, Parametrisation
 from graphopt.execute.interpreter import resident
 from graphopt.ir import functional
 from graphopt.ir.blocks import block_name, find_blocks
-from graphopt.ir.encoding import Packed
 from graphopt.ir.graph import Call, Node, Program, Value
-from graphopt.ir.weights import Array, Dequantised
-from graphopt.pass_manager.contract import Context, PassResult, Skip, make_pass
+from graphopt.ir.weights import Array
+from graphopt.pass_manager.contract import Context, PassResult, Skip
 from graphopt.pass_manager.numbering import same_outputs
 from graphopt.pass_manager.statements import ChangedBlocks
 from graphopt.passes.flatquant.record import FlatQuantised, TrainedBlock
@@ -38,7 +37,10 @@ from graphopt.passes.flatquant.structure import (
     insert_roundings,
     trained_sites,
     transform,
+    without_roundings,
 )
+from graphopt.passes.quantize.quantize import Quantize
+from graphopt.passes.quantize.run import Quantizing
 from graphopt.support.per_device import on_device
 from graphopt.training.affine import BlockTransforms, Rounding
 from graphopt.training.distil import Distiller, assign
@@ -375,17 +377,20 @@ class FlatQuantising(Distiller):
                 yield call.weights[slot], rounding
 
     def _packed(self, program: Program) -> Program:
-        """Return the program with codes in the place of the weights that are rounded."""
-        if self.options.rounding == "gptq":
-            options = {"w": self.bits.w, "group": self.bits.group, "method": "gptq"}
-            return make_pass("quantize", options).run(program, self.context).program
-        for name, rounding in self._rounded_weights(program):
-            weight = program.weights[name]
-            value = weight.load(torch.float32)
-            encoding = Packed(rounding.bits, rounding.group or value.shape[1])
-            tensors = {k: Array(v) for k, v in encoding.quantise(value).items()}
-            program.weights.replace(weight.with_producer(Dequantised(encoding, **tensors)))
-        return program
+        """Return the program with codes in the place of the weights that are rounded.
+
+        GPTQ has linears give what they gave before anything was rounded.
+        """
+        if self.bits.w >= 16:
+            return program
+        learnt = self.options.clip and self.schedule.steps != 0
+        quantize = Quantize(
+            w=self.bits.w, group=self.bits.group, method=self.options.rounding,
+            clip=self.options.clip and not learnt,
+        )  # fmt: skip
+        rounding = Quantizing(quantize, program, self.context)
+        rounding.dense = without_roundings(program)
+        return rounding.run().program
 
 
 def mean_square(output: Tensor, target: Tensor) -> Tensor:

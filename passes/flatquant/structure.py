@@ -11,6 +11,7 @@ from graphopt.calibration.affine_plan import AffinePlan, FunctionPlan, insert_tr
 from graphopt.ir.affine import add_weights, fold_transforms
 from graphopt.ir.affine_sites import NORMS, InputSite, find_sites
 from graphopt.ir.blocks import find_blocks
+from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.graph import Call, Function, Node, Program, Value, resolve_attrs, unique_name
 from graphopt.ir.ops.attention import KEY, VALUE
 from graphopt.ir.shapes import infer_program
@@ -87,10 +88,16 @@ def insert_roundings(
             left += _round_site(program, function, calls[name], site, bits, per_linear, rounded,
                                 where)  # fmt: skip
         if bits.kv < 16:
-            stems = {key.attention: key.key_stem for key in sites.keys}
+            slots = function.slots_by_value()
+            stems = {key.attention: {"keys": key.key_stem} for key in sites.keys}
+            for site in sites.inputs:
+                if site.values is not None:
+                    weight = slots[site.values.linear.inputs[1]]  # type: ignore[index]
+                    named = stems.setdefault(site.values.attention, {})
+                    named["values"] = weight.removesuffix(".weight")
             for node in [node for node in function.nodes if node.op == "attention"]:
-                stem = stems.get(node, node.outputs[0].name)
                 for place, what in ((KEY, "keys"), (VALUE, "values")):
+                    stem = stems.get(node, {}).get(what, node.outputs[0].name)
                     value = node.inputs[place]
                     if value is None or value.node is None:
                         left.append((f"{where}: {what} of {stem}", "they come from another layer"))
@@ -178,6 +185,18 @@ def _clip_slot(function: Function, wanted: str) -> str:
     name = unique_name(slot.replace(".", "_"), function.value_names())
     function.weights[slot] = Value(name)
     return slot
+
+
+def without_roundings(program: Program) -> Program:
+    """Return a copy of a program whose activations, keys and values are not rounded."""
+    result = program.copy()
+    for function in result.functions.values():
+        for node in [node for node in function.nodes if node.op == ROUND]:
+            assert node.inputs[0] is not None
+            function.replace(node.output, node.inputs[0])
+        remove_dead(function)
+    result.prune_unused()
+    return result
 
 
 def trained_sites(

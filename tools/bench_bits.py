@@ -1,0 +1,188 @@
+"""Measure rounding to few bits behind every kind of transform, on one model, as one table.
+
+    python tools/bench_bits.py --calib FILE --text FILE [--piqa FILE] [--device cuda]
+                               [--models NAME=MODEL ...] [--methods NAME;NAME] [--seeds 0,1,2]
+                               [--seconds 300] [--windows N] [--bits 4,4,4]
+
+A model is what the command line of graphopt takes; `demo` by default. Rows are transforms: none,
+scales, Hadamard, random orthogonal, closed form, learned block by block, and learned with all
+weights distilled; with and without clips, weights rounded to nearest and by GPTQ. Each run is kept
+in benchmarks/bits.json with its recipe, seed and seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import string
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from measure import Yardstick, keep, run_recipe
+from results import markdown_table, median
+
+from graphopt.capture import capture
+from graphopt.errors import GraphoptError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _fixed(kind: str, clip: bool, rounding: str) -> str:
+    options = f"kind={kind},steps=0,clip={str(clip).lower()},rounding={rounding}"
+    return f"flatquant{{$bits,{options}}}"
+
+
+def _learned(options: str) -> str:
+    return f"flatquant{{$bits,seconds=$seconds,{options}}}"
+
+
+METHODS: dict[str, str] = {
+    f"{name}{', clips' if clip else ''}, {rounding.upper()}": _fixed(kind, clip, rounding)
+    for kind, name in (
+        ("none", "no transform"),
+        ("scale", "scales"),
+        ("hadamard", "Hadamard"),
+        ("random", "random orthogonal"),
+        ("closed", "closed form"),
+    )
+    for clip in (False, True)
+    for rounding in ("rtn", "gptq")
+} | {
+    "learned, RTN": _learned("distil=0,clip=false"),
+    "learned, clips, RTN": _learned("distil=0"),
+    "learned, clips, GPTQ": _learned("distil=0,rounding=gptq"),
+    "learned from rounded inputs, clips, RTN": _learned("distil=0,inputs=rounded"),
+    "learned from a Hadamard start, clips, RTN": _learned("distil=0,start=hadamard"),
+    "learned as published, RTN": _learned("method=published"),
+    "learned, clips, distilled, RTN": _learned("distil=0.4"),
+    "learned, clips, distilled for longer, RTN": _learned("distil=0.7"),
+    "weights alone, GPTQ": "quantize{w=4}",
+    "weights alone, groups of 32, GPTQ": "quantize{w=4,group=32}",
+    "weights alone, learned, RTN": "flatquant{w=4,a=16,kv=16,seconds=$seconds}",
+    "keys and values alone": "quantize{w=16,kv=4}",
+}
+"""Rows of the table: recipes, with $bits and the $seconds of a training."""
+
+
+def measure(name: str, model: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run the methods on a model, and keep each run."""
+    device = torch.device(options.device)
+    dense = capture(model)
+    yardstick = Yardstick.of(dense, options.text, device, options.windows, options.piqa)
+    base = yardstick.measure(dense)
+    print(f"{name}: dense {base}", flush=True)
+    found: dict[str, Any] = {
+        "dense": base,
+        "text": options.text.name,
+        "calib": options.calib.name,
+        "windows": list(yardstick.windows.shape),
+        "bits": options.bits,
+        "training_seconds": options.seconds,
+        "runs": [],
+    }
+    w, a, kv = options.bits
+    for seed in options.seeds:
+        for method in options.methods:
+            recipe = string.Template(METHODS[method]).substitute(
+                bits=f"w={w},a={a},kv={kv}", seconds=f"{options.seconds:g}"
+            )
+            about = {"method": method, "seed": seed, "recipe": recipe}
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            try:
+                _, record = run_recipe(
+                    dense, recipe, options.calib, yardstick, base["perplexity"], seed
+                )
+            except GraphoptError as error:
+                record = {"refused": str(error)}
+            except Exception as error:  # a bug, which is told; the other runs are worth their time
+                traceback.print_exc()
+                record = {"failed": f"{type(error).__name__}: {error}"}
+            if device.type == "cuda":
+                record["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            found["runs"].append({**about, **record})
+            outcome = record.get("refused") or record.get("failed")
+            if outcome is None:
+                outcome = ", ".join(f"{key} {record[key]:.4g}" for key in (*base, "times_dense"))
+                outcome += f", {record['seconds']:.1f} s"
+            print(
+                f"{name}: {method}, seed {seed}: {outcome} "
+                f"({time.perf_counter() - started:.0f} s with measuring)",
+                flush=True,
+            )
+            save(name, options, found)
+    return found
+
+
+def save(name: str, options: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    command = ["python tools/bench_bits.py", f"--models {name} --device {options.device}"]
+    command += [
+        f"--{option} {getattr(options, option).name}"
+        for option in ("calib", "text", "piqa")
+        if getattr(options, option) is not None
+    ]
+    command += [f"--windows {options.windows}"] if options.windows else []
+    command.append(f"--seeds {','.join(map(str, options.seeds))} --seconds {options.seconds:g}")
+    command.append(f"--bits {','.join(map(str, options.bits))}")
+    keep(options.out, name, command, torch.device(options.device), found)
+
+
+def ablation_table(found: Mapping[str, Any]) -> str:
+    """Return the medians of each method's runs as a Markdown table."""
+    figures = ["perplexity", "times_dense", "piqa", "seconds"]
+    head = ["method", *(figure.replace("_", " ") for figure in figures)]
+    rows: list[list[str]] = []
+    for method in dict.fromkeys(run["method"] for run in found["runs"]):
+        runs = [run for run in found["runs"] if run["method"] == method and "perplexity" in run]
+        if not runs:
+            rows.append([method, *["refused or failed"] * len(figures)])
+            continue
+        values = [
+            f"{median([run[key] for run in runs]):.4g}" if key in runs[0] else "-"
+            for key in figures
+        ]
+        rows.append([method, *values])
+    return markdown_table(head, rows)
+
+
+def named(models: Sequence[str]) -> dict[str, str]:
+    """Return the models that are asked for, by the names under which they are kept."""
+    pairs = [model.rpartition("=") for model in models]
+    return {name or Path(place).stem: place for name, _, place in pairs}
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["demo"], help="NAME=MODEL")
+    parser.add_argument("--calib", type=Path, required=True, help="calibration text")
+    parser.add_argument("--text", type=Path, required=True, help="evaluation text")
+    parser.add_argument("--piqa", type=Path, help="questions, as for graphopt eval --piqa")
+    parser.add_argument("--methods", default="", help="names, with semicolons; all by default")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--windows", type=int, help="of the evaluation text; all by default")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of each training")
+    parser.add_argument("--bits", default="4,4,4", help="of weights, activations, keys and values")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "bits.json")
+    options = parser.parse_args()
+    options.seeds = [int(seed) for seed in options.seeds.split(",")]
+    options.bits = [int(bits) for bits in options.bits.split(",")]
+    options.methods = options.methods.split(";") if options.methods else list(METHODS)
+    unknown = sorted(set(options.methods) - set(METHODS))
+    if unknown:
+        parser.error(f"no methods {unknown}; there are {'; '.join(METHODS)}")
+    for name, model in named(options.models).items():
+        print(ablation_table(measure(name, model, options)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
