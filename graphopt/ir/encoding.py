@@ -126,6 +126,10 @@ class Packed:
             tensors["zeros"] = pack(zeros.to(torch.uint8), self.bits)
         return tensors
 
+    def codes(self, packed: Tensor) -> Tensor:
+        """Return the codes [rows, groups, group], uint8, of a tensor `packed` of a weight."""
+        return functional.unpack(packed, self.bits)[..., : self.group]
+
     def zero_points(self, zeros: Tensor, groups: int) -> Tensor:
         """Return the zero points [rows, groups], uint8, of a tensor `zeros` of a weight."""
         return functional.unpack(zeros, self.bits)[:, :groups]

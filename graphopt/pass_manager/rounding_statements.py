@@ -100,6 +100,35 @@ class RoundedProgram(Statement):
         return None
 
 
+@dataclass(frozen=True)
+class RetunedCodes(Statement):
+    """Weights of blocks have other values, in the encodings that they had; nothing else changed."""
+
+    def check(self, before: Program, after: Program) -> str | None:
+        blocks = {before.calls[block.position].path for block in find_blocks(before)}
+        names = {
+            name
+            for call in before.calls
+            if call.path in blocks
+            for name in call.weights.values()
+            if not before.weights[name].constant
+        }
+        numbers = ValueNumbers()
+        nothing: Mapping[str, list[Node]] = {}
+        if _outputs(numbers, before, names, nothing) != _outputs(numbers, after, names, nothing):
+            return "something else than weights of blocks changed as well"
+        for name in sorted(names):
+            if name not in after.weights:
+                return f"{name} is not read any more"
+            old, new = before.weights[name], after.weights[name]
+            if old.encoding != new.encoding or old.shape != new.shape:
+                kinds = [f"{list(w.shape)} {w.encoding or 'dense'}" for w in (new, old)]
+                return f"{name} is {kinds[0]}, not {kinds[1]}"
+            if not bool(new.load(torch.float32).isfinite().all()):
+                return f"{name} holds NaN or infinity"
+        return None
+
+
 def _rounds(node: Node, bits: int, symmetric: bool) -> bool:
     return (
         node.op == ROUNDED

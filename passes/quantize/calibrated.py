@@ -6,9 +6,13 @@ second, activations rounded as they will be. So every weight makes up for the er
 
 For a linear with weight W, inputs x of the rounded program and the outputs y of the first one, the
 matrix that is rounded is not W but the one of least squares |V x - y|^2, pulled towards W: with
-r = y - W x it is W + r x^T (x x^T + ridge)^-1. Where the output is added to the residual stream, y
+r = y - W x it is W + r x^T (x x^T + ridge)^-1, of the strength that is best on windows that the fit
+does not see, or W itself where none is better. Where the output is added to the residual stream, y
 holds the stream's own error too. Source: the asymmetric calibration of GPTAQ (Li et al., arXiv
 2504.02692), solved for as `graphopt.calibration.reconstruction` does.
+
+A token counts in units of the power of what it is to give, since most models have a few tokens of
+huge norm, which would decide every sum.
 """
 
 from __future__ import annotations
@@ -18,14 +22,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graphopt.calibration.token_power import token_power
 from graphopt.execute.hidden_states import BlockStep
 from graphopt.ir.blocks import SubBlock, sub_blocks
 from graphopt.ir.graph import Function, Node, Value
 from graphopt.passes.quantize.places import Stage
-from graphopt.solvers.least_squares import LeastSquares
+from graphopt.solvers.least_squares import LeastSquares, best_ridge
 
-RIDGE = 0.1
-"""Strength by which a matrix is pulled towards the weight, times the mean power of its features."""
+RIDGES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0)
+"""Strengths by which a matrix may be pulled towards the weight, times its features' mean power."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,13 @@ class Moments:
     """What rounding the linears of one stage asks of the text.
 
     Attributes:
-        sums: Of features and of what is missing in the outputs, all linears side by side.
+        gram: Second moments of what they read, [in, in].
+        change: What is added to their weights, side by side, [sum of outs, in]; None for nothing.
         rows: For each slot its rows among the outputs.
     """
 
-    sums: LeastSquares
+    gram: Tensor
+    change: Tensor | None
     rows: dict[str, slice]
 
 
@@ -57,7 +64,11 @@ class BlockPair:
         self._by_name = {value.name: value for value in dense.function.values()}
 
     def moments(self, stage: Stage) -> Moments:
-        """Return the sums over the text for a stage, all earlier ones being rounded."""
+        """Return what the text says of a stage, all earlier ones being rounded.
+
+        Raises:
+            ValueError: Activations are not finite.
+        """
         self._keep_in_front_of(next(iter(stage.linears.values())))
         x = next(iter(stage.linears.values())).inputs[0]
         assert x is not None
@@ -68,18 +79,30 @@ class BlockPair:
             for number, node in enumerate(stage.linears.values())
             if (part := self._terms.get(node)) is not None
         }
-        sums, rows = LeastSquares(), self._rows(stage)
-        for batch in range(len(self.rounded.stream.ids)):
+        learn, held = LeastSquares(), LeastSquares()
+        for batch, is_held in enumerate(self.rounded.stream.held_out):
             fronts = [_stream_in_front(part) for part in streams.values()]
             features, *mine = self.rounded.values(batch, [x, *outputs, *fronts])
             wanted = self.dense.values(
                 batch, [*theirs, *(self._by_name[front.name] for front in fronts)]
             )
-            missing = [a.float() - b.float() for a, b in zip(wanted, mine, strict=True)]
-            for place, number in enumerate(streams):
-                missing[number] = missing[number] + missing[len(outputs) + place]
-            sums.add(features, torch.cat(missing[: len(outputs)], -1))
-        return Moments(sums, rows)
+            for place, number in enumerate(streams, start=len(outputs)):
+                wanted[number] = wanted[number] + wanted[place]
+                mine[number] = mine[number] + mine[place]
+            goal, given = (torch.cat(v[: len(outputs)], -1).float() for v in (wanted, mine))
+            root = token_power(goal).rsqrt()
+            sums = held if is_held else learn
+            sums.add(features.float() * root, (goal - given) * root)
+        assert learn.gram is not None
+        if not bool(learn.gram.isfinite().all()):
+            raise ValueError("the activations hold NaN or infinity")
+        ridge = None
+        if held.gram is not None:
+            ridge, _ = best_ridge(learn, held, RIDGES)
+            learn = learn + held
+        assert learn.gram is not None
+        change = None if ridge is None else learn.solve(ridge).t().float()
+        return Moments(learn.gram, change, self._rows(stage))
 
     def reload(self) -> None:
         """Go on with the weights that the program has now."""

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from graphopt.calibration.reconstruction import held_out_windows
 from graphopt.calibration.text import calibration_windows, pick, window_length
 from graphopt.errors import PassError
-from graphopt.execute.block_runner import calibration_runner
 from graphopt.execute.hidden_states import BlockStep, HiddenStateStream
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import block_name, find_blocks
 from graphopt.ir.encoding import Packed
 from graphopt.ir.graph import Call, Program
 from graphopt.ir.weights import Weight
 from graphopt.pass_manager.contract import Context, PassResult, Skip
 from graphopt.pass_manager.rounding_statements import PackedMatrix, RoundedProgram
-from graphopt.passes.quantize.calibrated import RIDGE, BlockPair
+from graphopt.passes.quantize.calibrated import BlockPair
 from graphopt.passes.quantize.places import (
     Stage,
     find_places,
@@ -175,10 +176,12 @@ class Quantizing:
         windows = calibration_windows(self.dense, self.context, length)
         windows = pick(windows, on_device(self.options.windows, self.device), self.context.seed)
         self.tokens = windows.numel()
+        held_out = held_out_windows(len(windows)) if len(windows) > 1 else 0
         dense, rounded = (
             HiddenStateStream(
-                calibration_runner(program, self.device), windows,
-                progress=told, what="rounding weights",
+                # In fp32: what is missing is a small difference of large sums.
+                Runner(program, device=self.device, keep_weights=False), windows,
+                held_out=held_out, progress=told, what="rounding weights",
             )
             for program, told in ((self.dense, silent), (self.program, self.context.progress))
         )  # fmt: skip
@@ -192,21 +195,21 @@ class Quantizing:
 
     def _round_stage(self, pair: BlockPair, block: BlockStep, stage: Stage) -> None:
         with self.clock.counting("measuring"):
-            measured = pair.moments(stage)
-        with self.clock.counting("rounding"):
-            assert measured.sums.gram is not None
             try:
-                moments = damped(measured.sums.gram)
+                measured = pair.moments(stage)
             except ValueError as error:
                 slots = ", ".join(stage.linears)
                 raise PassError(
                     f"{block.name}: what {slots} reads cannot be measured: {error}.",
                     "Compare the model with its source (graphopt eval), or take method=rtn.",
                 ) from error
-            change = measured.sums.solve(RIDGE).t().float()
+        with self.clock.counting("rounding"):
+            moments = damped(measured.gram)
             for slot, rows in measured.rows.items():
                 weight = self.program.weights[block.call.weights[slot]]
-                matrix = weight.load(torch.float32).to(self.device) + change[rows]
+                matrix = weight.load(torch.float32).to(self.device)
+                if measured.change is not None:
+                    matrix = matrix + measured.change[rows]
                 self._round(weight, self.options.w, matrix, moments)
 
     def _round_tables(self) -> None:

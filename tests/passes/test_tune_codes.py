@@ -1,0 +1,166 @@
+"""tune-codes: packed weights are trained as they will be read, and nothing else of them changes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from programs import tiny_program
+from trained import book, trained_program
+
+import graphopt as go
+from graphopt.calibration.text import calibration_windows, held_out_perplexity
+from graphopt.errors import PassError, UsageError
+from graphopt.ir import Array, Dequantised, Packed, Weight
+from graphopt.pass_manager.contract import Context, make_pass
+from graphopt.pass_manager.rounding_statements import RetunedCodes
+from graphopt.training.codes import CodeParametrisation
+
+
+def parametrised(encoding, seed=0, source=True):
+    generator = torch.Generator().manual_seed(seed)
+    value = torch.randn(6, 24, generator=generator)
+    tensors = encoding.quantise(value)
+    return value, tensors, CodeParametrisation(encoding, tensors, value if source else None, 1.0)
+
+
+ENCODINGS = [
+    Packed(bits, group, 1, symmetric)
+    for bits in (2, 3, 4, 8) for group in (8, 24) for symmetric in (True, False)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
+@pytest.mark.parametrize("source", [True, False])
+def test_training_begins_with_the_codes_that_there_are(encoding, source):
+    _, tensors, weight = parametrised(encoding, source=source)
+    assert torch.equal(weight(), encoding.dequantise(tensors))
+    again = weight.tensors(torch.float32)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[suffix], tensors[suffix]) for suffix in tensors)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
+def test_what_is_trained_is_what_is_stored(encoding):
+    """After steps that move codes and scales, the value is that of the tensors made of it."""
+    _, tensors, weight = parametrised(encoding)
+    optimizer = torch.optim.Adam(weight.parameters(), lr=0.05)
+    goal = torch.randn(6, 24, generator=torch.Generator().manual_seed(9))
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = (weight() - goal).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    made = weight.tensors(torch.float32)
+    torch.testing.assert_close(encoding.dequantise(made), weight().detach(), rtol=1e-6, atol=1e-7)
+    assert not torch.equal(made["packed"], tensors["packed"])
+    assert not torch.equal(made["scales"], tensors["scales"])
+    assert losses[-1] < losses[0]
+
+
+def test_scales_have_the_gradient_of_what_elements_are_off():
+    """LSQ's: sum of (code - place) where a place is a code's, and of the code where it is not."""
+    encoding = Packed(3, 4, symmetric=True)
+    tensors = encoding.pack(torch.tensor([[5, 2, 7, 0]]), torch.tensor([[0.5]]))
+    source = torch.tensor([[0.6, -1.1, 1.5, -2.0]])
+    weight = CodeParametrisation(encoding, tensors, source, 1.0)
+    with torch.no_grad():
+        weight.elements[0, 0, 3] = -3.0  # beyond the last code
+    weight().sum().backward()
+    places = torch.tensor([0.6, -1.1, 1.5]) / 0.5
+    wanted = float((places.round() - places).sum() - 4) * 0.5
+    assert float(weight.log_scales.grad) == pytest.approx(wanted, abs=1e-6)
+    assert weight.elements.grad.tolist() == [[[1.0, 1.0, 1.0, 0.0]]]
+
+
+@pytest.mark.slow
+def test_a_model_of_two_bits_comes_nearer_to_what_it_was(tmp_path_factory):
+    program = trained_program(tmp_path_factory, 2).copy()
+    text = tmp_path_factory.mktemp("text") / "book.txt"
+    text.write_text(book())
+    recipe = (
+        "quantize{w=2,group=16,a=8,method=rtn},tune-codes{steps=60,rate=6e-3,batch=4,seqlen=96}"
+    )
+    made, report = go.Pipeline.parse(recipe).run(program, go.RunOptions(calib=text))
+    rounded, _ = go.Pipeline.parse(recipe.partition(",tune")[0]).run(program)
+    windows = calibration_windows(program, Context(text=book(1300)), 96)[-16:]
+    dense, before, after = (
+        math.log(held_out_perplexity(p, windows, torch.device("cpu"), torch.float32))
+        for p in (program, rounded, made)
+    )
+    assert after - dense < 0.25 * (before - dense)
+    encodings = [{w.name: w.encoding for w in p.weights} for p in (rounded, made)]
+    assert encodings[0] == encodings[1]
+    record = report.passes[-1].details
+    assert 0 < record["changed"] < 1 and record["training"][0]["steps"] > 0
+    attrs = [n.attrs for f in made.functions.values() for n in f.nodes if "quantise" in n.op]
+    assert attrs and not any(a.get("straight_through") for a in attrs)
+
+
+def test_it_needs_codes():
+    with pytest.raises(UsageError, match="quantize"):
+        go.Pipeline.parse("tune-codes").run(tiny_program())
+    item = make_pass("tune-codes", {})
+    with pytest.raises(PassError, match="needs a model whose weights quantize packed"):
+        item.run(tiny_program(), Context(dense=tiny_program()))
+
+
+def result_with(change):
+    program = make_pass("quantize", {"method": "rtn"}).run(tiny_program(), Context()).program
+    after = program.copy()
+    change(after)
+    return RetunedCodes().check(program, after)
+
+
+UP, NORM = "layers.1.mlp.up_proj.weight", "norm.weight"
+
+
+def other_encoding(program):
+    weight = program.weights[UP]
+    tensors = {s: Array(t) for s, t in Packed(4, 16).quantise(weight.load()).items()}
+    program.weights.replace(weight.with_producer(Dequantised(Packed(4, 16), **tensors)))
+
+
+def dense_again(program):
+    weight = program.weights[UP]
+    program.weights.replace(Weight(UP, Array(weight.load())))
+
+
+def a_scale_that_is_none(program):
+    weight = program.weights[UP]
+    scales = weight.producer.scales.load() * torch.nan
+    made = Dequantised(weight.encoding, weight.producer.packed, Array(scales))
+    program.weights.replace(weight.with_producer(made))
+
+
+def the_last_norm(program):
+    weight = program.weights[NORM]
+    program.weights.replace(weight.with_producer(Array(weight.load() * 2)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_encoding, "group=16.*not .*group=32"),
+        (dense_again, "dense, not"),
+        (a_scale_that_is_none, "holds NaN"),
+        (the_last_norm, "something else than weights of blocks"),
+    ],
+)
+def test_mistakes_are_found(change, message):
+    import re
+
+    assert re.search(message, result_with(change) or "")
+
+
+def test_other_values_of_a_block_are_what_it_states():
+    def scaled(program):
+        weight = program.weights[UP]
+        scales = Array(weight.producer.scales.load() * 1.5)
+        made = Dequantised(weight.encoding, weight.producer.packed, scales)
+        program.weights.replace(weight.with_producer(made))
+
+    assert result_with(scaled) is None
