@@ -28,6 +28,10 @@ from graphopt.runtime.quantised_tiles import (
 
 SPANS = (128, 64, 32)
 """Neighbouring inputs whose codes lie together; both halves are operands of a matrix unit."""
+GROUPS = (32, 64)
+"""Sizes of groups that divide a span of 128; others are of one span or several."""
+FEW_TOKENS = 16
+"""The most for which codes pass from memory to matrix units in registers."""
 FEWEST_ROWS = 16
 """Rows of the smallest tile: a weight has a counter for as many of its outputs."""
 
@@ -57,14 +61,22 @@ class PackedCodes:
         return outputs, spans * self.span
 
     @property
-    def group_spans(self) -> int:
-        """Spans that share a scale."""
-        return len(self.codes) // len(self.scales)
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.shape[1] // len(self.scales)
 
 
-def span_of(group: int) -> int | None:
-    """Return how many inputs' codes lie together where so many share a scale; None if none do."""
-    return next((span for span in SPANS if group % span == 0), None)
+def span_of(inputs: int, group: int) -> int | None:
+    """Return how many of the inputs' codes lie together where `group` of them share a scale.
+
+    None where the kernels read no such groups.
+    """
+    fitting = (
+        span
+        for span in SPANS
+        if inputs % span == 0 and (group % span == 0 or (span == SPANS[0] and group in GROUPS))
+    )
+    return next(fitting, None)
 
 
 def pack_codes(
@@ -80,24 +92,37 @@ def pack_codes(
         group: Codes of a group.
     """
     outputs, groups, _ = packed.shape
-    span = span_of(group)
+    span = span_of(groups * group, group)
     if span is None:
         return None
     # A code less 8 is the signed number with the same bits but for the highest.
     signed = functional.unpack(packed, 4).reshape(outputs, -1, 2, span // 2) ^ 8
-    codes = signed[:, :, 0] | signed[:, :, 1] << 4
+    halves = _for_lanes(signed[:, :, 0] | signed[:, :, 1] << 4)
     less = None
     if zeros is not None:
         unpacked = functional.unpack(zeros, 4)[:, :groups].to(scales.dtype)
         less = (unpacked - 8).t().contiguous()
     counters = -(-outputs // FEWEST_ROWS)
     return PackedCodes(
-        codes.transpose(0, 1).contiguous(),
+        halves.transpose(0, 1).contiguous(),
         scales.t().contiguous(),
         less,
         span,
         torch.zeros(counters, dtype=torch.int32, device=packed.device),
     )
+
+
+def _for_lanes(codes: Tensor) -> Tensor:
+    """Return codes of halves [..., H] with those of each of four lanes together.
+
+    A lane of a warp has four neighbours of each 16 (`place_of` of kernels/packed_linear.py).
+    """
+    return codes.unflatten(-1, (-1, 4, 4)).transpose(-3, -2).flatten(-3)
+
+
+def _from_lanes(codes: Tensor) -> Tensor:
+    """Return codes of halves [..., H] in the order of their inputs."""
+    return codes.unflatten(-1, (4, -1, 4)).transpose(-3, -2).flatten(-3)
 
 
 # Launching ----------------------------------------------------------------------------------------
@@ -120,11 +145,12 @@ def launch_packed(
         dtype: Of the result; by default that of `x`.
         integer: Multiply codes as int8, instead of converting them; the weight has no zeros.
     """
-    from graphopt.runtime.kernels.packed_linear import packed_linear as kernel
+    from graphopt.runtime.kernels.packed_linear import packed_few, packed_linear
 
     tokens = len(x)
     outputs, _ = weight.shape
     spans = len(weight.codes)
+    few = tiles.unroll > 0
     splits = splits_for(outputs, tokens, spans, tiles, cores)
     if tokens > tiles.columns:
         splits = 1  # a weight's counters are for one column of tiles
@@ -133,12 +159,13 @@ def launch_packed(
     if splits > 1:
         part = torch.empty(splits, tokens, outputs, dtype=torch.float32, device=x.device)
     grid = (-(-outputs // tiles.rows), splits, -(-tokens // tiles.columns))
-    kernel[grid](
+    more = {"UNROLL": tiles.unroll} if few else {"INTEGER": integer}
+    (packed_few if few else packed_linear)[grid](
         x, x_scales, weight.codes, weight.scales, weight.zeros, bias, out, part, weight.arrived,
-        tokens, outputs, spans, x.stride(0), weight.group_spans,
-        SPAN=weight.span, GROUPED=len(weight.scales) > 1, INTEGER=integer,
+        tokens, outputs, spans, x.stride(0),
+        SPAN=weight.span, GROUP=weight.group if len(weight.scales) > 1 else 0,
         BLOCK_M=tiles.columns, BLOCK_N=tiles.rows, SPLITS=splits, WORDS=x.is_cuda,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, **more,
     )  # fmt: skip
     return out
 
@@ -151,8 +178,8 @@ def launch_unpack(weight: PackedCodes, dtype: torch.dtype) -> Tensor:
     out = torch.empty(outputs, inputs, dtype=dtype, device=weight.codes.device)
     spans, rows = len(weight.codes), 64
     kernel[(spans, -(-outputs // rows))](
-        weight.codes, weight.scales, weight.zeros, out, outputs, spans, weight.group_spans,
-        SPAN=weight.span, BLOCK_N=rows, WORDS=weight.codes.is_cuda, num_warps=4,
+        weight.codes, weight.scales, weight.zeros, out, outputs, spans,
+        SPAN=weight.span, GROUP=weight.group, BLOCK_N=rows, WORDS=weight.codes.is_cuda, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -307,6 +334,7 @@ class QuantisedWeight(nn.Module):
 
     def _values(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         """Return what rows stand for, from tensors as those of `PackedCodes`."""
+        codes = _from_lanes(codes)
         signed = (torch.cat((codes & 15, codes >> 4), -1) ^ 8).float() - 8
         grouped = signed.transpose(0, 1).reshape(codes.shape[1], len(scales), self.group)
         if zeros is not None:
@@ -348,32 +376,41 @@ class QuantisedKernels:
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def integer_linear(
-        self,
-        codes: Tensor,
-        scales: Tensor,
-        weight: PackedCodes,
-        bias: Tensor | None = None,
-        *,
-        dtype: torch.dtype,
+        self, codes: Tensor, scales: Tensor, weight: QuantisedWeight, bias: Tensor | None = None
+    ) -> Tensor:
+        """As `functional.integer_linear`."""
+        packed = weight.packed_codes()
+        if packed is None or not runs_by_kernel(packed.scales):
+            return functional.integer_linear(codes, scales, weight, bias)
+        return self.integer_linear_of_codes(codes, scales, packed, bias)
+
+    def integer_linear_of_codes(
+        self, codes: Tensor, scales: Tensor, weight: PackedCodes, bias: Tensor | None = None
     ) -> Tensor:
         """Return (codes * scales) weight^T + bias: int8 [..., K] and fp32 [...].
 
-        The weight has a scale for each output and no zeros.
+        In the dtype of the weight's scales.
         """
-        rows, own = _rows_of(codes), scales.reshape(-1)
+        rows, own, dtype = _rows_of(codes), scales.reshape(-1), weight.scales.dtype
+        # Of a few tokens reading the weight takes longer than any product.
         few = tiles_for(len(rows), self._tiles.packed[:1])
-        tiles = few or tiles_for(len(rows), self._tiles.integer_packed)
-        if tiles is None:
-            whole = launch_unpack(weight, torch.int8)
+        exact = weight.zeros is None
+        tiles = few or tiles_for(
+            len(rows), self._tiles.integer_packed if exact else self._tiles.packed
+        )
+        if tiles is not None:
+            integer = exact and few is None
+            y = launch_packed(
+                rows, weight, bias, tiles, self._tiles.cores, own, dtype, integer=integer
+            )
+        elif exact and len(weight.scales) == 1:
             y = launch_integer(
-                rows, own, whole, weight.scales[0], bias, dtype,
+                rows, own, launch_unpack(weight, torch.int8), weight.scales[0], bias, dtype,
                 self._tiles.integer, self._tiles.cores, 0.0625,
             )  # fmt: skip
         else:
-            # Of one token reading the weight takes longer than any product.
-            y = launch_packed(
-                rows, weight, bias, tiles, self._tiles.cores, own, dtype, integer=few is None
-            )
+            x = (rows * own[:, None]).to(dtype)
+            y = functional.linear(x, launch_unpack(weight, dtype), bias)
         return y.view(*codes.shape[:-1], y.shape[-1])
 
 

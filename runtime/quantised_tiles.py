@@ -14,6 +14,8 @@ class PackedTiles:
         rows, columns: A tile's outputs, and its tokens.
         programs: How many programs of it a core is given: what is summed over is divided until
             there are as many.
+        unroll: Spans of codes that one warp has on their way in registers; 0: they pass through
+            shared memory.
     """
 
     tokens: int
@@ -22,6 +24,7 @@ class PackedTiles:
     warps: int
     stages: int
     programs: int
+    unroll: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,14 @@ def tiles_for(tokens: int, tiles: tuple[PackedTiles, ...]) -> PackedTiles | None
 def splits_for(outputs: int, tokens: int, spans: int, tiles: PackedTiles, cores: int) -> int:
     """Return among how many programs what a tile sums over is divided.
 
-    Each gets at least two spans, and none is left without one.
+    Each gets at least two spans, or as many as are on their way at once, and none is left without.
 
     Args:
         spans: Into how many pieces what is summed over can be divided.
     """
     count = -(-outputs // tiles.rows) * -(-tokens // tiles.columns)
-    wanted = max(1, min(cores * tiles.programs // count, spans // 2))
+    wanted = max(1, cores * tiles.programs // count)
+    step = tiles.unroll or 2
     each = -(-spans // wanted)
+    each = max(step, -(-each // step) * step) if tiles.unroll else max(step, each)
     return -(-spans // each)

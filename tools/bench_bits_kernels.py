@@ -56,7 +56,7 @@ from graphopt.runtime.quantised_linear import (
     pack_codes,
 )
 from graphopt.runtime.quantised_tiles import IntegerTiles, PackedTiles
-from graphopt.runtime.transformed import launch_transform
+from graphopt.runtime.transforms import launch_transform
 from graphopt.targets import get_target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +98,8 @@ def packed_weight(outputs: int, inputs: int, group: int) -> PackedCodes:
 def dense_of(weight: PackedCodes) -> Tensor:
     """Return what a weight stands for, by torch alone."""
     outputs, inputs = weight.shape
-    low, high = weight.codes & 15, weight.codes >> 4
+    lanes = weight.codes.unflatten(-1, (4, -1, 4)).transpose(-3, -2).flatten(-3)
+    low, high = lanes & 15, lanes >> 4
     signed = torch.cat((low, high), -1).to(torch.int16)
     signed = (torch.where(signed > 7, signed - 16, signed)).transpose(0, 1).reshape(outputs, inputs)
     group = inputs // len(weight.scales)
@@ -170,11 +171,17 @@ def transform_options(width: int) -> Iterator[Result]:
     """Yield how a program and the machine may be divided."""
     assert TILES is not None
     cores = TILES.cores
-    warps = (2, 4, 8) if width <= 4096 else (4, 8, 16)
-    for count in warps:
-        yield {"warps": count, "stages": 1}
-        for each, stages in ((1, 2), (2, 2), (4, 1), (4, 2), (2, 3), (8, 1)):
-            yield {"warps": count, "stages": stages, "programs": each * cores}
+    if width <= 4096:
+        for warps, each, stages in itertools.product((2, 4), (2, 4, 6, 8), (1, 2)):
+            yield {"warps": warps, "stages": stages, "programs": each * cores}
+        return
+    for warps, each, stages, joined in itertools.product(
+        (4, 8, 16), (1, 2, 3), (1, 2), (False, True)
+    ):
+        if warps * each <= 24:
+            yield {
+                "warps": warps, "stages": stages, "programs": each * cores, "joined": joined
+            }  # fmt: skip
 
 
 def transform_part(rows: Rows, options: argparse.Namespace) -> None:
@@ -188,13 +195,15 @@ def transform_row(
     given = Transformed(width, before)
     name = f"{width} {before} {'int4' if pairs else 'int8'}"
     chosen: Result = {}
-    if options.tune and not pairs and width != 14336:
+    key = f"transform {width}"
+    if options.tune and not pairs:
         tried = {
             json.dumps(option): (lambda o=option: given.run(bits, pairs, **o))
             for option in transform_options(width)
         }
         best = best_of(rows, name, tried, lambda found: given.check(found, bits))
-        chosen = json.loads(best) if best else {}
+        kept[key] = json.loads(best) if best else {}
+    chosen = kept.get(key, chosen)
 
     def make() -> tuple[Result, str]:
         checked = given.check(given.run(bits, pairs, **chosen), bits)
@@ -242,8 +251,9 @@ def w4a4_part(rows: Rows, options: argparse.Namespace) -> None:
 def w4a4_row(rows: Rows, options: argparse.Namespace, outputs: int, inputs: int) -> None:
     assert TILES is not None
     given = Transformed(inputs, "")
+    cut = kept.get(f"transform {inputs}", {})
     weight = packed_weight(outputs, inputs, inputs)
-    codes, scales = given.run(4, False)
+    codes, scales = given.run(4, False, **cut)
     dense = dense_of(weight)
     name = f"{outputs}x{inputs}"
     tiles = TILES.integer
@@ -291,13 +301,13 @@ def w4a4_row(rows: Rows, options: argparse.Namespace, outputs: int, inputs: int)
         whole = launch_unpack(weight, torch.int8)
 
         def linear() -> Tensor:
-            made, own = given.run(4, False)
-            return kernels.integer_linear(made, own, weight, dtype=DTYPE)
+            made, own = given.run(4, False, **cut)
+            return kernels.integer_linear_of_codes(made, own, weight)
 
         times = microseconds(
             {
                 "whole": linear,
-                "transform": lambda: given.run(4, False),
+                "transform": lambda: given.run(4, False, **cut),
                 "unpack": lambda: launch_unpack(weight, torch.int8),
                 "product": lambda: launch_integer(
                     codes,
@@ -336,14 +346,12 @@ kept: dict[str, Any] = {}
 
 
 def packed_options(tokens: int) -> Iterator[PackedTiles]:
-    columns = (8, 16) if tokens <= 8 else (16,)
-    for rows, warps, stages, programs in (
-        (64, 2, 4, 2), (64, 2, 4, 4), (64, 2, 4, 8), (64, 2, 3, 8), (64, 2, 6, 4), (32, 2, 4, 8),
-        (32, 1, 4, 8), (64, 1, 4, 8), (128, 4, 4, 2), (128, 4, 4, 4), (32, 2, 6, 4), (64, 4, 4, 4),
-        (128, 2, 4, 4),
-    ):  # fmt: skip
-        for column in columns:
-            yield PackedTiles(tokens, rows, column, warps, stages, programs)
+    columns = 8 if tokens <= 8 else 16
+    for rows, unroll, programs in itertools.product((16, 32, 64), (2, 4, 8), (8, 16, 24, 32)):
+        if rows * unroll <= 128 and rows * programs <= 1024:
+            yield PackedTiles(tokens, rows, columns, 1, 1, programs, unroll)
+    for rows, warps, stages, programs in ((64, 2, 4, 8), (64, 2, 3, 12), (32, 2, 4, 12)):
+        yield PackedTiles(tokens, rows, columns, warps, stages, programs)
 
 
 def w4a16_part(rows: Rows, options: argparse.Namespace) -> None:

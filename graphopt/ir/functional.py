@@ -72,6 +72,76 @@ def packed_linear(x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None =
     return linear(x, weight(), bias)
 
 
+def integer_linear(
+    codes: Tensor, scales: Tensor, weight: Callable[[], Tensor], bias: Tensor | None = None
+) -> Tensor:
+    """(codes scales) weight()^T + bias: int8 [..., N] and one scale [...] of each row."""
+    matrix = weight()
+    return linear((codes * scales[..., None]).to(matrix.dtype), matrix, bias)
+
+
+def quantise(
+    x: Tensor, clip_low: Tensor | None = None, clip_high: Tensor | None = None, *, bits: int
+) -> tuple[Tensor, Tensor]:
+    """The codes and scales by which `quantise_dequantise` rounds `x` symmetrically.
+
+    Returns:
+        int8 [..., N], and the scales [...] in fp32, or in fp64 for an `x` of that type; a row with
+        a NaN or an infinity has the scale NaN.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    low = wide.amin(-1, keepdim=True).clamp(max=0)
+    high = wide.amax(-1, keepdim=True).clamp(min=0)
+    low = low if clip_low is None else low * clip_low.to(wide.dtype)
+    high = high if clip_high is None else high * clip_high.to(wide.dtype)
+    largest = 2 ** (bits - 1) - 1
+    scales = torch.maximum(high, -low) / largest
+    scales = scales.masked_fill(scales == 0, 1.0)
+    scales = scales.masked_fill(~scales.isfinite(), float("nan"))
+    codes = (wide / scales).round().clamp(-largest - 1, largest)
+    return codes.nan_to_num().to(torch.int8), scales[..., 0]
+
+
+def transformed(
+    x: Tensor,
+    y: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    clip_low: Tensor | None = None,
+    clip_high: Tensor | None = None,
+    *,
+    before: str = "",
+    total: bool = False,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    bits: int = 0,
+) -> Any:
+    """A norm or a gate, a Kronecker transform and rounding to codes, each there or not.
+
+    Args:
+        before: `norm`: the root-mean-square norm of x + y, or of x alone; the name of an
+            activation: act(x) y.
+        left, right: See `kronecker`.
+        clip_low, clip_high, bits: See `quantise`; without bits nothing is rounded.
+        total: Give x + y too.
+
+    Returns:
+        The values, or codes and scales; behind x + y, if that is asked for.
+    """
+    results: list[Tensor] = []
+    if before == "norm":
+        whole, x = add_rms_norm(x, y, norm_weight, eps, offset)
+        results += [whole] if total else []
+    elif before:
+        assert y is not None
+        x = act_mul(x, y, before)
+    if left is not None or right is not None:
+        x = kronecker(x, left, right)
+    results += quantise(x, clip_low, clip_high, bits=bits) if bits else [x]
+    return tuple(results) if len(results) > 1 else results[0]
+
+
 def quantise_dequantise(
     x: Tensor,
     clip_low: Tensor | None = None,

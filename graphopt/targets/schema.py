@@ -105,6 +105,7 @@ class PackedTable(Schema):
     warps: Size
     stages: Size
     programs: Size
+    unroll: Annotated[int, pydantic.Field(ge=0)] = 0
 
 
 class IntegerTable(Schema):

@@ -137,7 +137,7 @@ def _quantised_setup(target: Target) -> LayerSetup | None:
             "quantised_tiles": ("IntegerTiles", "PackedTiles", "QuantisedTiles"),
             "quantised_linear": ("QuantisedKernels",),
         },
-        ("packed_linear",),
+        ("integer_linear", "packed_linear"),
         (
             "QUANTISED = QuantisedTiles(",
             f"    cores={tiles.cores},",
@@ -145,8 +145,20 @@ def _quantised_setup(target: Target) -> LayerSetup | None:
             *(line for name in rows for line in (f"    {name}=(", *rows[name], "    ),")),
             f"    integer={tiles.integer!r},",
             ")",
-            "packed_linear = QuantisedKernels(QUANTISED).packed_linear",
+            "_LINEARS = QuantisedKernels(QUANTISED)",
+            "integer_linear, packed_linear = _LINEARS.integer_linear, _LINEARS.packed_linear",
         ),
+    )
+
+
+def _transform_setup(target: Target) -> LayerSetup | None:
+    shared = target.limits.get("shared_bytes_per_block")
+    if shared is None:
+        return None
+    return LayerSetup(
+        {"transforms": ("TransformKernels",)},
+        ("transformed",),
+        (f"transformed = TransformKernels(shared_bytes={shared}).transformed",),
     )
 
 
@@ -171,11 +183,18 @@ register_layer_family(
             LayerKernels(
                 module="quantised_linear",
                 files=("packed_linear", "integer_linear"),
-                functions=("packed_linear",),
+                functions=("integer_linear", "packed_linear"),
                 classes=("QuantisedWeight",),
-                needed_by=frozenset({"packed_linear"}),
+                needed_by=frozenset({"integer_linear", "packed_linear"}),
                 helpers=("quantised_tiles",),
                 setup=_quantised_setup,
+            ),
+            LayerKernels(
+                module="transforms",
+                files=("transform",),
+                functions=("transformed",),
+                needed_by=frozenset({"transformed"}),
+                setup=_transform_setup,
             ),
         ),
         refuses=refuses_machine,

@@ -38,6 +38,8 @@ _ATEN_CALLEES = {
 _POSITIONAL = {"add_rms_norm": 3, "layer_norm": 3, "rms_norm": 2}
 _BINDS = {"add": 1, "mul": 2, "scale": 2}
 _SIZES = ("B", "S", "P", "device")
+# Where the factors of a product with several weights begin among its operands.
+_OF_FACTORS = {"fused_linear": 1, "packed_linear": 1, "integer_linear": 2}
 
 
 class BodyPrinter(FunctionPrinter):
@@ -78,7 +80,7 @@ class BodyPrinter(FunctionPrinter):
         self._packed = {
             node: self._pack(node)
             for node in function.nodes
-            if node.op in ("fused_linear", "packed_linear") and node.attrs["parts"] > 1
+            if node.op in _OF_FACTORS and node.attrs["parts"] > 1
         }
         own = [*self.attributes.values(), *self.packs, *map(sizes_of, self.packs)]
         self.options = attribute_names(list(mentioned), own)
@@ -122,7 +124,7 @@ class BodyPrinter(FunctionPrinter):
         slots = self.function.slots_by_value()
         parts = node.attrs["parts"]
         made: list[str] = []
-        for start in range(1, len(node.inputs), parts):
+        for start in range(_OF_FACTORS[node.op], len(node.inputs), parts):
             mine = [slots[v] for v in node.inputs[start : start + parts] if v is not None]
             taken = {*self.attributes.values(), *self.packs, *map(sizes_of, self.packs)}
             name = joint_name([self.attributes.pop(slot) for slot in mine], taken)
@@ -134,7 +136,7 @@ class BodyPrinter(FunctionPrinter):
         return self._inline[value] if value in self._inline else self._names[value]
 
     def target(self, value: Value) -> str:
-        joined = value.node is not None and value.node.op == "add_rms_norm"
+        joined = value.node is not None and value.node.op in ("add_rms_norm", "transformed")
         unread = not self._uses[value] and value not in self._outside
         return "_" if joined and unread else self._names[value]
 
@@ -287,18 +289,20 @@ class BodyPrinter(FunctionPrinter):
         return f"{product}.split(self.{sizes_of(factors[0])}, -1)"
 
     def packed_linear(self, node: Node) -> str:
-        """Return the products of one tensor with weights that stay packed."""
+        """Return the products of one tensor, or of codes and scales, with weights that are packed.
+
+        The function gets the weights as they are kept.
+        """
         self.helpers.add(CLASS_NAME)
-        assert node.inputs[0] is not None
+        start = _OF_FACTORS[node.op]
+        given = [self.name(value) for value in node.inputs[:start] if value is not None]
         if node in self._packed:
             factors = [f"self.{name}" for name in self._packed[node]]
         else:
-            factors = [self.name(value) for value in node.inputs[1:] if value is not None]
+            factors = [self.name(value) for value in node.inputs[start:] if value is not None]
         weight, *bias = factors
         weight = weight.removesuffix("()")
-        product = self.helper(
-            "packed_linear", ", ".join([self.name(node.inputs[0]), weight, *bias])
-        )
+        product = self.helper(node.op, ", ".join([*given, weight, *bias]))
         return f"{product}.split({weight}.sizes, -1)" if node in self._packed else product
 
     def literal(self, value: Any, node: Node) -> str:

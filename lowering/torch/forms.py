@@ -78,7 +78,8 @@ for _op, _callee in {
 for _op in (
     "add_rms_norm", "by_length", "gelu_tanh", "kronecker", "layer_norm", "linear", "merge_heads",
     "ntk_frequencies", "quantise_dequantise", "quick_gelu", "relu2", "rms_norm", "rope",
-    "rope_pair", "rope_table", "softcap", "split_heads", "transpose_heads", "top_k_gating",
+    "rope_pair", "rope_table", "softcap", "split_heads", "top_k_gating", "transformed",
+    "transpose_heads",
 ):  # fmt: skip
     torch_callee(_op, _op)
 
@@ -103,6 +104,7 @@ def _fused_linear(printer: BodyPrinter, node: Node) -> str:
     return printer.fused_linear(node)
 
 
+@torch_form("integer_linear")
 @torch_form("packed_linear")
 def _linear_of_codes(printer: BodyPrinter, node: Node) -> str:
     return printer.packed_linear(node)

@@ -16,11 +16,21 @@ from graphopt.ir.encoding import Packed
 from graphopt.ir.feed_forward import read_hidden
 from graphopt.ir.functional import ACTIVATIONS
 from graphopt.ir.graph import Call, Node, Program, Value
+from graphopt.lowering.torch.fuse_quantised import QUANTISED_RULES
 from graphopt.lowering.torch.packed import encodings as encodings_of
 from graphopt.lowering.torch.packed import with_uniform_encodings
 from graphopt.pass_manager.contract import Context, Pass, PassResult
 from graphopt.report.record import Record
-from graphopt.rewrite import Match, NoMatch, Rule, Site, apply_rules, calls_of, rule
+from graphopt.rewrite import (
+    Match,
+    NoMatch,
+    Rule,
+    Site,
+    apply_rules,
+    calls_of,
+    rule,
+    types_of,
+)
 from graphopt.runtime.quantised_linear import span_of
 
 
@@ -55,7 +65,14 @@ class FuseLayerOps(Pass):
     7. `fuse_packed_linears`: linears of one input, whose weights are packed in one way that kernels
        read (four bits, groups of a multiple of 32 along the inputs), and all or none with a bias,
        become a `packed_linear`; one whose weight something else reads becomes one by itself.
-    8. No weight is read or changed.
+    8. `fuse_rounding_with_linears`: a symmetric rounding of tokens that `packed_linear`s alone
+       read, whose clips are weights of one number, becomes a `transformed` that gives codes, and
+       they become `integer_linear`s.
+    9. `fuse_transform_with_rounding`: a Kronecker transform by weights becomes part of the
+       `transformed` that alone reads it, or one by itself; a single dense product does not.
+    10. `fuse_front_with_transform`: a norm by a weight, or a gate, which a `transformed` alone
+        reads, becomes part of it.
+    11. No weight is read or changed.
     """
 
     name: ClassVar[str] = "fuse-layer-ops"
@@ -63,7 +80,7 @@ class FuseLayerOps(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         program = with_uniform_encodings(program)
-        calls = calls_of(program)
+        calls, types = calls_of(program), types_of(program)
         counts: Counter[str] = Counter()
         left: Counter[str] = Counter()
         for name, function in program.functions.items():
@@ -75,8 +92,8 @@ class FuseLayerOps(Pass):
             encodings = encodings_of(program, calls[name][0])
             alone = _read_once(program, calls[name])
             linears = fuse_linears(alone - set(encodings)), fuse_packed_linears(encodings, alone)
-            for fusion in (*RULES, *linears):
-                rewritten = apply_rules(function, [fusion], calls[name])
+            for fusion in (*RULES, *linears, *QUANTISED_RULES):
+                rewritten = apply_rules(function, [fusion], calls[name], types[name])
                 for applied, count in rewritten.counts.items():
                     counts[applied] += count * times
                 for refusing, refusal in rewritten.refused:
@@ -243,7 +260,7 @@ def fuse_packed_linears(encodings: Mapping[str, Packed], alone: Collection[str])
         own = encoding(site.node)
         if own is None:
             return site.no("its weight is not packed")
-        if own.bits != 4 or own.axis != 1 or span_of(own.group) is None:
+        if own.bits != 4 or own.axis != 1 or not _read_by_kernels(site, own):
             return site.no(f"its weight is {own}, and kernels read other codes")
 
         def may_be_joined(node: Node) -> bool:
@@ -255,6 +272,14 @@ def fuse_packed_linears(encodings: Mapping[str, Packed], alone: Collection[str])
         return _joined(site, group, "packed_linear")
 
     return fuse_packed_linears
+
+
+def _read_by_kernels(site: Site, encoding: Packed) -> bool:
+    """Return whether kernels read the groups of the node's weight."""
+    weight = site.operand(1)
+    assert weight is not None
+    widths = {types[weight].shape[1] for types in site.types}
+    return all(span_of(int(width), encoding.group) is not None for width in widths)
 
 
 def _factors(linear: Node) -> list[Value]:

@@ -13,7 +13,7 @@ from graphopt.errors import LoweringError
 from graphopt.ir import functional
 from graphopt.ir.context import rotary_switch
 from graphopt.ir.dataflow import mask_is_for_attention_alone
-from graphopt.ir.graph import Function, Program, resolve_attrs
+from graphopt.ir.graph import Function, Node, Program, resolve_attrs
 from graphopt.ir.ops import is_aten
 from graphopt.ir.shapes import infer_program
 from graphopt.lowering.torch import packed, template
@@ -221,8 +221,13 @@ def _addends(function: Function) -> list[int]:
         for place, param in enumerate(function.params)
         if uses[param]
         and param not in function.outside_values()
-        and all(node.op == "add_rms_norm" and index == 1 for node, index in uses[param])
+        and all(_adds(node) and index == 1 for node, index in uses[param])
     ]
+
+
+def _adds(node: Node) -> bool:
+    """Return whether an op adds its second operand to the first and takes the norm of the sum."""
+    return node.op == "add_rms_norm" or (node.op == "transformed" and "total" in node.attrs)
 
 
 def _sources(helpers: Collection[str]) -> list[str]:

@@ -123,7 +123,9 @@ def _tanh(x):
 @triton.jit
 def activation(x, ACT: tl.constexpr):
     if ACT == "silu":
-        y = x * tl.sigmoid(x)
+        # A reciprocal root, squared, takes two instructions, and a division eight.
+        root = tl.rsqrt(1.0 + tl.exp(-x))
+        y = x * root * root
     elif ACT == "sigmoid":
         y = tl.sigmoid(x)
     elif ACT == "gelu":

@@ -1,9 +1,12 @@
 """Products with weights of four bits, in Triton: few tokens at once, and unpacking for many.
 
-A weight [N, K] lies as `graphopt.runtime.quantised_linear.PackedLinear` puts it: uint8
+A weight [N, K] lies as `graphopt.runtime.quantised_linear.pack_codes` puts it: uint8
 [K / SPAN, N, SPAN / 2]. A byte holds two signed numbers from -8 to 7, in its low bits one of the
 first half of a span of inputs, and in its high bits the one as far into the second half. A tile
-so unpacks into two operands of matrix units as it lies, and its bytes are one piece of memory.
+so unpacks into two operands of matrix units, and its bytes are one piece of memory.
+
+The inputs of a half lie as the lanes of a warp hold an operand of a matrix unit, four to a row of
+outputs: all of a lane's behind each other. See `place_of`.
 """
 
 import triton
@@ -104,6 +107,143 @@ def unpacked(codes, TYPE: tl.constexpr, WORDS: tl.constexpr):
     return low, high
 
 
+@triton.jit
+def place_of(k, HALF: tl.constexpr):
+    """Return the input of a half that lies at place k: four neighbours of each 16 for each lane."""
+    EACH: tl.constexpr = HALF // 4
+    place = k % EACH // 4 * 16 + k // EACH * 4 + k % 4
+    return tl.max_contiguous(tl.multiple_of(place, 4), 4)
+
+
+@triton.jit
+def in_order(codes, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """Return codes [ROWS, HALF] in the order of their inputs, each in the lane that has it."""
+    lanes = tl.reshape(codes, [ROWS, 4, HALF // 16, 4])
+    return tl.reshape(tl.permute(lanes, [0, 2, 1, 3]), [ROWS, HALF])
+
+
+@triton.jit
+def _halves(values, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """Return the first and the second half of the columns [ROWS, HALF]."""
+    parts = tl.reshape(values, [ROWS, 2, HALF // 2])
+    return tl.split(tl.permute(parts, [0, 2, 1]))
+
+
+@triton.jit(do_not_specialize=["M"])
+def packed_few(
+    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr, part_ptr, arrived_ptr,
+    M, N, spans,
+    x_stride,
+    SPAN: tl.constexpr,
+    GROUP: tl.constexpr,  # inputs that share a scale, where fewer than K; else 0
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    UNROLL: tl.constexpr,  # spans that are on their way at once
+    WORDS: tl.constexpr,
+):  # fmt: skip
+    """As `packed_linear`, of few tokens: codes pass from memory to matrix units in registers.
+
+    To be run by one warp, which waits for no other.
+    """
+    HALF: tl.constexpr = SPAN // 2
+    UPPER: tl.constexpr = HALF // GROUP if GROUP else 0  # groups of a half
+    TYPE: tl.constexpr = out_ptr.dtype.element_ty
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, HALF)
+    # Rows behind the last are computed as the last, and not written.
+    row = tl.minimum(n, N - 1)
+    each = tl.cdiv(spans, SPLITS)
+    first = split * each
+    last = tl.minimum(first + each, spans)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(first, last, UNROLL):
+        for step in tl.static_range(UNROLL):
+            # Behind the last span inputs are 0, and codes those of the last.
+            span = tl.minimum(start + step, last - 1)
+            there = (m < tl.where(start + step < last, M, 0))[None, :]
+            codes_at = codes_ptr + span.to(tl.int64) * N * HALF
+            codes = tl.load(codes_at + row[:, None] * HALF + k[None, :])
+            codes = in_order(codes, BLOCK_N, HALF)
+            x_at = x_ptr + m.to(tl.int64)[None, :] * x_stride + span * SPAN
+            if GROUP == 0 or GROUP >= SPAN:
+                low, high = unpacked(codes, TYPE, WORDS)
+                x_low = tl.load(x_at + k[:, None], mask=there, other=0).to(TYPE)
+                x_high = tl.load(x_at + HALF + k[:, None], mask=there, other=0).to(TYPE)
+                place = row if GROUP == 0 else span // (GROUP // SPAN) * N + row
+                if zeros_ptr is not None:
+                    zero = tl.load(zeros_ptr + place).to(TYPE)[:, None]
+                    low, high = low - zero, high - zero
+                if GROUP == 0:
+                    total = tl.dot(low, x_low, total)
+                    total = tl.dot(high, x_high, total)
+                else:
+                    sums = tl.dot(low, x_low)
+                    sums = tl.dot(high, x_high, sums)
+                    total += sums * tl.load(scales_ptr + place).to(tl.float32)[:, None]
+            else:
+                group = span * (SPAN // GROUP)
+                if GROUP == HALF:
+                    total = _add_groups(
+                        total, codes, x_at, there, scales_ptr, zeros_ptr, row, N, group, UPPER,
+                        0, GROUP, SPAN, TYPE, WORDS,
+                    )  # fmt: skip
+                else:
+                    tl.static_assert(GROUP == HALF // 2, "groups of a half or a quarter of a span")
+                    front, back = _halves(codes, BLOCK_N, HALF)
+                    total = _add_groups(
+                        total, front, x_at, there, scales_ptr, zeros_ptr, row, N, group, UPPER,
+                        0, GROUP, SPAN, TYPE, WORDS,
+                    )  # fmt: skip
+                    total = _add_groups(
+                        total, back, x_at, there, scales_ptr, zeros_ptr, row, N, group, UPPER,
+                        1, GROUP, SPAN, TYPE, WORDS,
+                    )  # fmt: skip
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    place = m.to(tl.int64)[None, :] * N + n[:, None]
+    _gather(
+        total, x_scales_ptr, scales_ptr, bias_ptr, out_ptr, part_ptr, arrived_ptr, tile, split,
+        row, m, M, N, place, inside, GROUP > 0, False, BLOCK_M, BLOCK_N, SPLITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_groups(
+    total, codes, x_at, there, scales_ptr, zeros_ptr, row, N, group, upper,
+    NUMBER: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, TYPE: tl.constexpr,
+    WORDS: tl.constexpr,
+):  # fmt: skip
+    """Return a sum and the products of two groups, one of low and one of high nibbles.
+
+    Args:
+        group: The first group of the span.
+        upper: Groups of a half.
+        NUMBER: Which group of the half it is.
+    """
+    k = NUMBER * GROUP + tl.arange(0, GROUP)[:, None]
+    low, high = unpacked(codes, TYPE, WORDS)
+    inputs = tl.load(x_at + k, mask=there, other=0).to(TYPE)
+    total = _add_group(total, low, inputs, scales_ptr, zeros_ptr, (group + NUMBER) * N + row, TYPE)
+    inputs = tl.load(x_at + SPAN // 2 + k, mask=there, other=0).to(TYPE)
+    place = (group + upper + NUMBER) * N + row
+    return _add_group(total, high, inputs, scales_ptr, zeros_ptr, place, TYPE)
+
+
+@triton.jit
+def _add_group(total, values, inputs, scales_ptr, zeros_ptr, place, TYPE: tl.constexpr):
+    """Return a sum, and the products of one group added to it by its scale."""
+    if zeros_ptr is not None:
+        values = values - tl.load(zeros_ptr + place).to(TYPE)[:, None]
+    if tl.int8 == TYPE:
+        sums = tl.dot(values, inputs, out_dtype=tl.int32).to(tl.float32)
+    else:
+        sums = tl.dot(values, inputs)
+    return total + sums * tl.load(scales_ptr + place).to(tl.float32)[:, None]
+
+
 @triton.jit(do_not_specialize=["M"])
 def packed_linear(
     x_ptr,  # [M, K], rows `x_stride` apart: 16 bits, or int8 codes
@@ -117,9 +257,8 @@ def packed_linear(
     arrived_ptr,  # int32, one for each tile: 0, and 0 again at the end
     M, N, spans,
     x_stride,
-    group_spans,  # spans that share a scale
     SPAN: tl.constexpr,
-    GROUPED: tl.constexpr,  # whether scales change along K
+    GROUP: tl.constexpr,  # inputs that share a scale, where fewer than K; else 0
     INTEGER: tl.constexpr,  # multiply int8 by int8
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -131,6 +270,7 @@ def packed_linear(
     K is divided among SPLITS programs; the last of them to arrive adds their parts, in one order.
     """
     HALF: tl.constexpr = SPAN // 2
+    UPPER: tl.constexpr = HALF // GROUP if GROUP else 0  # groups of a half
     TYPE: tl.constexpr = tl.int8 if INTEGER else out_ptr.dtype.element_ty
     tile = tl.program_id(0) + tl.program_id(2) * tl.num_programs(0)
     split = tl.program_id(1)
@@ -145,9 +285,9 @@ def packed_linear(
 
     codes_at = codes_ptr + row[:, None] * HALF + k[None, :]
     codes_at += first.to(tl.int64) * N * HALF
-    x_at = x_ptr + m.to(tl.int64)[None, :] * x_stride + first * SPAN + k[:, None]
+    x_at = x_ptr + m.to(tl.int64)[None, :] * x_stride + first * SPAN + place_of(k, HALF)[:, None]
     there = (m < M)[None, :]
-    if INTEGER and not GROUPED:
+    if INTEGER and GROUP == 0:
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     else:
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -156,11 +296,21 @@ def packed_linear(
         x_low = tl.load(x_at, mask=there, other=0).to(TYPE)
         x_high = tl.load(x_at + HALF, mask=there, other=0).to(TYPE)
         low, high = unpacked(codes, TYPE, WORDS)
-        if GROUPED:
-            place = span // group_spans * N + row
+        if GROUP == 0:
             if zeros_ptr is not None:
-                zero = tl.load(zeros_ptr + place).to(TYPE)
-                low, high = low - zero[:, None], high - zero[:, None]
+                zero = tl.load(zeros_ptr + row).to(TYPE)[:, None]
+                low, high = low - zero, high - zero
+            if INTEGER:
+                total = tl.dot(low, x_low, total, out_dtype=tl.int32)
+                total = tl.dot(high, x_high, total, out_dtype=tl.int32)
+            else:
+                total = tl.dot(low, x_low, total)
+                total = tl.dot(high, x_high, total)
+        elif GROUP >= SPAN:
+            place = span // (GROUP // SPAN) * N + row
+            if zeros_ptr is not None:
+                zero = tl.load(zeros_ptr + place).to(TYPE)[:, None]
+                low, high = low - zero, high - zero
             if INTEGER:
                 sums = tl.dot(low, x_low, out_dtype=tl.int32)
                 sums = tl.dot(high, x_high, sums, out_dtype=tl.int32).to(tl.float32)
@@ -169,22 +319,35 @@ def packed_linear(
                 sums = tl.dot(high, x_high, sums)
             total += sums * tl.load(scales_ptr + place).to(tl.float32)[:, None]
         else:
-            if zeros_ptr is not None:
-                zero = tl.load(zeros_ptr + row).to(TYPE)
-                low, high = low - zero[:, None], high - zero[:, None]
-            if INTEGER:
-                total = tl.dot(low, x_low, total, out_dtype=tl.int32)
-                total = tl.dot(high, x_high, total, out_dtype=tl.int32)
-            else:
-                total = tl.dot(low, x_low, total)
-                total = tl.dot(high, x_high, total)
+            # Groups lie among each other: what is not of a group is 0.
+            number = (place_of(k, HALF) // GROUP)[:, None]
+            for group in tl.static_range(UPPER):
+                place = (span * 2 * UPPER + group) * N + row
+                own = tl.where(number == group, x_low, 0).to(TYPE)
+                total = _add_group(total, low, own, scales_ptr, zeros_ptr, place, TYPE)
+                place += UPPER * N
+                own = tl.where(number == group, x_high, 0).to(TYPE)
+                total = _add_group(total, high, own, scales_ptr, zeros_ptr, place, TYPE)
         codes_at += N * HALF
         x_at += SPAN
 
     sums = total.to(tl.float32)
     inside = (n < N)[:, None] & (m < M)[None, :]
-    # What is written lies along N.
     place = m.to(tl.int64)[None, :] * N + n[:, None]
+    _gather(
+        sums, x_scales_ptr, scales_ptr, bias_ptr, out_ptr, part_ptr, arrived_ptr, tile, split,
+        row, m, M, N, place, inside, GROUP > 0, INTEGER, BLOCK_M, BLOCK_N, SPLITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gather(
+    sums, x_scales_ptr, scales_ptr, bias_ptr, out_ptr, part_ptr, arrived_ptr, tile, split,
+    row, m, M, N, place, inside,
+    GROUPED: tl.constexpr, INTEGER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Write a tile; of several programs that have a part of it, the last to arrive adds them up."""
     if SPLITS > 1:
         size = M.to(tl.int64) * N
         tl.store(part_ptr + split * size + place, sums, mask=inside)
@@ -193,7 +356,7 @@ def packed_linear(
         if before == SPLITS - 1:
             tl.store(arrived_ptr + tile, 0)
             sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for other in range(SPLITS):
+            for other in tl.static_range(SPLITS):
                 part = part_ptr + other * size + place
                 sums += tl.load(part, mask=inside, other=0.0, cache_modifier=".cg")
             _finish(
@@ -225,13 +388,23 @@ def _finish(
 
 
 @triton.jit
+def _valued(numbers, scales_ptr, zeros_ptr, place):
+    """Return what signed numbers stand for, in fp32."""
+    values = numbers.to(tl.float32)
+    if zeros_ptr is not None:
+        values -= tl.load(zeros_ptr + place).to(tl.float32)
+    return values * tl.load(scales_ptr + place).to(tl.float32)
+
+
+@triton.jit
 def unpack_weight(
     codes_ptr,  # uint8 [K / SPAN, N, SPAN / 2]
     scales_ptr,  # [K / group, N]
     zeros_ptr,  # [K / group, N] or None
     out_ptr,  # [N, K]: of the scales' type, or int8
-    N, spans, group_spans,
+    N, spans,
     SPAN: tl.constexpr,
+    GROUP: tl.constexpr,  # inputs that share a scale
     BLOCK_N: tl.constexpr,
     WORDS: tl.constexpr,
 ):  # fmt: skip
@@ -243,15 +416,12 @@ def unpack_weight(
     k = tl.arange(0, HALF)
     row = tl.minimum(n, N - 1)
     codes = tl.load(codes_ptr + span.to(tl.int64) * N * HALF + row[:, None] * HALF + k[None, :])
-    low, high = unpacked(codes, TYPE, WORDS)
+    low, high = unpacked(in_order(codes, BLOCK_N, HALF), TYPE, WORDS)
     if tl.int8 != TYPE:
-        place = span // group_spans * N + row
-        scale = tl.load(scales_ptr + place).to(tl.float32)[:, None]
-        low, high = low.to(tl.float32), high.to(tl.float32)
-        if zeros_ptr is not None:
-            zero = tl.load(zeros_ptr + place).to(tl.float32)[:, None]
-            low, high = low - zero, high - zero
-        low, high = (low * scale).to(TYPE), (high * scale).to(TYPE)
+        place = (span * SPAN + k)[None, :] // GROUP * N + row[:, None]
+        low = _valued(low, scales_ptr, zeros_ptr, place).to(TYPE)
+        place = (span * SPAN + HALF + k)[None, :] // GROUP * N + row[:, None]
+        high = _valued(high, scales_ptr, zeros_ptr, place).to(TYPE)
     out_at = out_ptr + n.to(tl.int64)[:, None] * (spans * SPAN) + span * SPAN + k[None, :]
     inside = (n < N)[:, None]
     tl.store(out_at, low, mask=inside)

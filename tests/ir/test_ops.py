@@ -51,7 +51,9 @@ class Case:
                 made.append(None)
                 continue
             shape = kind.concrete(sizes)
-            if name == "ids":
+            if name == "codes":
+                made.append(torch.randint(-8, 8, shape, generator=generator, dtype=torch.int8))
+            elif name == "ids":
                 made.append(torch.randint(0, 5, shape, generator=generator))
             elif name == "positions":
                 made.append(torch.randint(0, 60, shape, generator=generator))
@@ -155,6 +157,20 @@ CASES = [
       for symmetric in (True, False) for x, bits, clips in (
           (X, 4, []), (X, 8, []), (X, 2, []), (X, 3, [f64(1), f64(1)]),
           (Q, 4, [None, f64(4, 1, 1)]), (Q, 5, [f64(1)]),
+      )),
+    *(Case(op, [*x, f64(5, 6), f64(2, 6), *biases], {"parts": 2}, terms=7, size=size)
+      for op, size, x in (
+          ("packed_linear", 1, [X]),
+          ("integer_linear", 30, [Type((B, S, 6), torch.int8), f64(B, S)]),
+      ) for biases in ([], [f64(5), f64(2)])),
+    *(Case("transformed", [X, *rest], attrs, terms=6, size=8)
+      for attrs, rest in (
+          ({"before": "norm", "eps": 1e-5, "total": True}, [X, f64(6), f64(2, 2), f64(3, 3)]),
+          ({"before": "norm", "eps": 1e-5, "offset": 1.0}, [None, f64(6), f64(2, 2)]),
+          ({"before": "silu"}, [X, None, None, f64(3, 3)]),
+          ({"bits": 4}, []),
+          ({"bits": 8, "before": "gelu"}, [X, None, f64(3, 3), None, f64(1), f64(1)]),
+          ({"bits": 4, "before": "norm", "eps": 1e-5, "total": True}, [X]),
       )),
     attention(),
     attention(causal=False),
@@ -315,6 +331,34 @@ def expect_fused_linear(x, *factors, parts=0):
     return tuple(expect_linear(x, *factors[part::parts]) for part in range(parts))
 
 
+def expect_packed_linear(x, *factors, parts=0):
+    return expect_fused_linear(x, *factors, parts=parts)
+
+
+def expect_integer_linear(codes, scales, *factors, parts=0):
+    return expect_fused_linear(codes * scales[..., None], *factors, parts=parts)
+
+
+def expect_transformed(
+    x, y=None, norm_weight=None, left=None, right=None, clip_low=None, clip_high=None, *,
+    before="", total=False, eps=0.0, offset=0.0, bits=0,
+):  # fmt: skip
+    whole = x if y is None else x + y
+    if before == "norm":
+        x = expect_rms_norm(whole, norm_weight, eps, offset)
+    elif before:
+        x = expect_act_mul(x, y, before)
+    x = expect_kronecker(x, left, right) if left is not None or right is not None else x
+    results = (whole,) if total else ()
+    if not bits:
+        return (*results, x)
+    values = expect_quantise_dequantise(x, clip_low, clip_high, bits)
+    low, high = (1.0 if clip is None else clip.item() for clip in (clip_low, clip_high))
+    reach = np.maximum(high * x.max(-1).clip(0), -low * x.min(-1).clip(max=0))
+    scales = reach / (2 ** (bits - 1) - 1)
+    return (*results, (values / scales[..., None]).round().astype(np.int8), scales)
+
+
 def expect_moe(
     x, gates, up, down, gate=None, up_bias=None, gate_bias=None, shared_up=None, shared_down=None,
     shared_gate=None, shared_up_bias=None, shared_gate_bias=None, shared_down_bias=None, **attrs,
@@ -443,12 +487,12 @@ def test_the_fast_form_equals_the_reference(case):
         found = get_op(case.op).torch(tensors, case.attrs)
         exact = get_op(case.op).reference(wide, case.attrs)
         for fast, plain in zip(found, exact, strict=True):
-            assert fast.dtype == torch.float32
+            assert fast.dtype == (torch.float32 if plain.is_floating_point() else plain.dtype)
             # A rounding (2^-24) a term of the longest sum, and 16 for the functions around it,
             # relative to the largest operand, of which 4 is a generous bound for normal numbers.
             bound = 2**-24 * (case.terms + 16) * 4 * case.size
             allowed = bound * max(1.0, float(plain.abs().max()))
-            torch.testing.assert_close(fast.double(), plain, rtol=0, atol=allowed)
+            torch.testing.assert_close(fast.double(), plain.double(), rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -462,7 +506,13 @@ def test_types_are_those_of_the_results(case):
             assert [t.dtype for t in made] == [kind.dtype for kind in kinds]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.op != "no_addend"], ids=str)
+WITH_GRADIENTS = [
+    case for case in CASES
+    if case.op != "no_addend" and not (case.op == "transformed" and "bits" in case.attrs)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WITH_GRADIENTS, ids=str)
 def test_gradients_flow_through_the_fast_form(case):
     op = get_op(case.op)
     tensors = case.tensors({B: 2, S: 3, P: 2}, seed=3)

@@ -128,3 +128,66 @@ def test_a_packed_linear_is_of_packed_weights() -> None:
         found = Runner(lowered, dtype=torch.float64, mode=mode).logits({"input_ids": ids})
         # Sums in another order, in fp64.
         torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11)
+
+
+FOUR = "canonicalise,insert-affine{kind=random},fold-affine,quantize{w=4,a=%d,group=0,method=rtn}"
+
+
+def with_activations(bits: int, **features: Any) -> Program:
+    """Return a program of transforms, packed weights and rounded activations, with a cache."""
+    program = tiny_program(**{**SIZES, "cache": False, **features})
+    recipe = go.Pipeline.parse(f"{FOUR % bits},insert-kv-cache")
+    return recipe.run(program, go.RunOptions(verify=False))[0]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_lowering_joins_norms_gates_transforms_and_rounding(bits: int) -> None:
+    program = with_activations(bits)
+    lowered = lower(program, "ampere")
+    ops = [node.op for node in lowered.functions["block"].nodes]
+    # Of the block's input, of what o reads, of its second half's input and of what down reads.
+    assert ops.count("transformed") == 4 and ops.count("integer_linear") == 4
+    assert ops.count("kronecker") == 2  # queries and keys, by a dense factor of a head
+    assert not {"rms_norm", "add_rms_norm", "act_mul", "linear", "packed_linear"} & {*ops}
+    ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    exact = Runner(program, dtype=torch.float64, mode="reference").logits({"input_ids": ids})
+    for mode in ("reference", "torch"):
+        found = Runner(lowered, dtype=torch.float64, mode=mode).logits({"input_ids": ids})
+        # Sums in another order, in fp64.
+        torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py has it")
+@pytest.mark.filterwarnings("ignore:attention on a CPU")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_emitted_model_computes_with_codes(
+    bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, text = emitted(with_activations(bits, bias=True), tmp_path / "out")
+    for name in ("transformed", "integer_linear"):
+        assert f"{name} = kernels.{name}" in text and f"def {name}(" not in text
+    prompt = torch.tensor([[5, 6, 7, 8, 9], [1, 2, 3, 4, 5]])
+    wide, plain = (
+        module.load(tmp_path / "out", dtype=dtype)(prompt)[0].double()
+        for dtype in (torch.float32, torch.float16)
+    )
+    launched: list[str] = []
+    for name in ("quantised_linear", "transforms"):
+        kernels = sys.modules[f"{module.kernels.__name__}.{name}"]
+        monkeypatch.setattr(kernels, "runs_by_kernel", lambda *tensors: True)
+        for function in ("launch_packed", "launch_transform"):
+            if hasattr(kernels, function):
+                launch = getattr(kernels, function)
+                monkeypatch.setattr(
+                    kernels,
+                    function,
+                    lambda *rest, _launch=launch, _name=function, **options: (
+                        launched.append(_name) or _launch(*rest, **options)
+                    ),
+                )
+    model = module.load(tmp_path / "out", dtype=torch.float16)
+    found = model(prompt)[0].double()
+    assert launched.count("launch_transform") == 8 and launched.count("launch_packed") == 8
+    # A rounding may turn a code to its neighbour, in either way of computing in 16 bits.
+    assert float((found - wide).square().mean()) < 1.5 * float((plain - wide).square().mean())

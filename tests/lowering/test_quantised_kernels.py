@@ -31,6 +31,7 @@ from graphopt.runtime.quantised_tiles import (  # noqa: E402
 # The interpreter cuts bf16 off where a GPU rounds.
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
 FEW = PackedTiles(tokens=16, rows=64, columns=16, warps=2, stages=3, programs=4)
+FEWEST = PackedTiles(tokens=16, rows=32, columns=16, warps=1, stages=1, programs=8, unroll=2)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> Tensor:
@@ -68,6 +69,8 @@ def bound(x: Tensor, wide: Tensor, dtype: torch.dtype) -> Tensor:
         (20, 70, 576, 576, True),
         (2, 33, 384, 384, False),
         (1, 48, 768, 256, True),
+        (9, 40, 640, 32, False),
+        (5, 40, 640, 64, True),
     ],
 )
 def test_packed_linear(
@@ -77,8 +80,12 @@ def test_packed_linear(
     assert weight.shape == (outputs, inputs)
     x, bias = random(tokens, inputs, dtype=dtype), random(outputs, dtype=dtype, seed=2)
     expected = x.double().cpu() @ wide.t()
-    for cores, own in ((1, None), (8, bias)):
-        got = launch_packed(x, weight, own, FEW, cores).double().cpu()
+    for tiles, cores, own in (
+        (FEW, 1, None), (FEW, 8, bias), (FEWEST, 1, bias), (FEWEST, 8, None)
+    ):  # fmt: skip
+        if tokens > FEWEST.columns and tiles is FEWEST:
+            continue
+        got = launch_packed(x, weight, own, tiles, cores).double().cpu()
         exact = expected if own is None else expected + own.double().cpu()
         allowed = bound(x, wide, dtype) + exact.abs() * torch.finfo(dtype).eps
         assert bool(((got - exact).abs() <= allowed).all())
@@ -93,6 +100,9 @@ def test_parts_of_a_sum_are_spread_over_programs() -> None:
     assert splits_for(64, 1, 1, FEW, 132) == 1
     # Parts of 3 spans: a fourth program would have none of 9.
     assert splits_for(64, 1, 9, FEW, 1) == 3
+    # Parts of what is on its way at once.
+    assert splits_for(32, 1, 9, FEWEST, 1) == 5
+    assert splits_for(320, 1, 90, FEWEST, 6) == 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,7 +129,7 @@ def test_products_of_codes_are_exact_up_to_the_scales(
     tiles = QuantisedTiles(
         cores=3,
         shared_bytes=232448,
-        packed=(PackedTiles(1, 64, 16, 2, 3, 4),),
+        packed=(PackedTiles(1, 32, 8, 1, 1, 4, 3),),
         integer_packed=(PackedTiles(16, 64, 16, 2, 3, 4), PackedTiles(48, 64, 32, 4, 3, 4)),
         integer=IntegerTiles(64, 64, 128, 4, 3, group=2, persistent=tokens == 70),
     )
@@ -130,8 +140,8 @@ def test_products_of_codes_are_exact_up_to_the_scales(
     scales = torch.rand(tokens, generator=generator) + 0.1
     bias = random(100, dtype=dtype, seed=2)
     exact = (codes.double() * scales[:, None].double()) @ wide.t() + bias.double().cpu()
-    got = QuantisedKernels(tiles).integer_linear(
-        codes.to(DEVICE), scales.to(DEVICE), weight, bias, dtype=dtype
+    got = QuantisedKernels(tiles).integer_linear_of_codes(
+        codes.to(DEVICE), scales.to(DEVICE), weight, bias
     )
     # Sums of codes are exact; then come three roundings in fp32 and one to 16 bits.
     error = (got.double().cpu() - exact).abs()

@@ -13,7 +13,7 @@ if importlib.util.find_spec("triton") is None:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 from graphopt.ir import functional  # noqa: E402
-from graphopt.runtime.transformed import fits, launch_transform, transformed  # noqa: E402
+from graphopt.runtime.transforms import TransformKernels, fits, launch_transform  # noqa: E402
 
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
 H100 = 232448
@@ -88,9 +88,9 @@ def test_a_factor_may_be_absent(sides: str) -> None:
     left = rotation(n1, dtype, 1) if sides == "left" else None
     right = rotation(n2, dtype, 2) if sides == "right" else None
     values = exact(x, left, right, n1)
-    codes, scales, _ = transformed(x, left, right, shared_bytes=H100, bits=8)
+    codes, scales, _ = TransformKernels(H100).by_kernels(x, left, right, bits=8)
     check(codes, scales, values, 8)
-    plain, scales, _ = transformed(x, left, right, shared_bytes=H100)
+    plain, scales, _ = TransformKernels(H100).by_kernels(x, left, right)
     assert scales is None
     assert bool(((plain.cpu().double() - values).abs() <= 2.0**-10 * values.abs() + 1e-5).all())
 
@@ -138,9 +138,9 @@ def test_what_is_too_large_for_a_core_takes_several_kernels_and_gives_the_same()
     left, right = rotation(n1, dtype, 1), rotation(n2, dtype, 2)
     gain = random(n1 * n2, dtype=dtype, seed=4)
     for front in ({}, {"before": "norm", "y": y, "weight": gain, "eps": 1e-5}):
-        expected = transformed(x, left, right, shared_bytes=whole, bits=4, **front)
+        expected = TransformKernels(whole).by_kernels(x, left, right, bits=4, **front)
         for room in (left_alone, none):
-            got = transformed(x, left, right, shared_bytes=room, bits=4, **front)
+            got = TransformKernels(room).by_kernels(x, left, right, bits=4, **front)
             off = (got[0].int() - expected[0].int()).abs()
             # The last rounds the values to 16 bits before their codes.
             assert int(off.max()) <= 1 and float((off > 0).double().mean()) <= 1e-3

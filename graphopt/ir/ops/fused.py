@@ -7,6 +7,7 @@ of `graphopt.ir.functional` of the same name; an absent addend is None there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +158,7 @@ class FusedLinear(_Fused):
     """
 
     name = "fused_linear"
-    operands = ("x", "factors*")
+    operands: ClassVar[tuple[str, ...]] = ("x", "factors*")
     attributes = {"parts": Count}  # noqa: RUF012
 
     @staticmethod

@@ -1,0 +1,139 @@
+"""Rules that give rounding, transforms and what stands in front of them to one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from graphopt.ir.graph import Node, Value
+from graphopt.rewrite import Match, NoMatch, Site, rule
+from graphopt.rewrite.rule import VARIES
+
+_LEFT, _RIGHT, _CLIP_LOW, _CLIP_HIGH = 3, 4, 5, 6
+
+
+@rule("quantise_dequantise")
+def fuse_rounding_with_linears(site: Site) -> Match | NoMatch:
+    """packed_linear(quantise_dequantise(x), ..) -> integer_linear(*transformed(x, bits), ..)."""
+    rounding = site.node
+    value = rounding.output
+    readers = [node for node, _ in site.uses[value]]
+    if value in site.outside or not readers:
+        return site.no("its values leave the function")
+    for node, index in site.uses[value]:
+        if node.op != "packed_linear" or index != 0:
+            return site.no("something reads its values that does not read codes", node)
+    bits = site.attr("bits")
+    if site.attr("symmetric") is not True or bits is VARIES:
+        return site.no("its codes have zero points, or another width in another layer")
+    clips = [site.operand(1), site.operand(2)]
+    if not all(_is_one_number(site, clip) for clip in clips):
+        return site.no("its clips are no weights of one number")
+
+    def rewrite() -> None:
+        names = [f"{value.name}_codes", f"{value.name}_scales"]
+        operands = _trimmed([rounding.inputs[0], None, None, None, None, *clips])
+        made = site.function.add(
+            "transformed", operands, {"bits": bits}, names, before=rounding, outputs=2
+        )
+        for node in readers:
+            node.op, node.inputs = "integer_linear", [*made.outputs, *node.inputs[1:]]
+
+    return Match(rewrite)
+
+
+@rule("kronecker")
+def fuse_transform_with_rounding(site: Site) -> Match | NoMatch:
+    """transformed(kronecker(x, left, right), bits) -> transformed(x, left, right, bits)."""
+    node = site.node
+    x, left, right = site.operand(0), site.operand(1), site.operand(2)
+    if not all(factor is None or site.is_weight(factor) for factor in (left, right)):
+        return site.no("its factors are computed")
+    if left is None and _is_dense(site, x, right):
+        return site.no("it is one dense product")
+    reader = site.only_reader(node.output)
+    if reader is None or reader.op != "transformed" or _front_of(reader):
+        return site.change("transformed", _trimmed([x, None, None, left, right]))
+    operands = _trimmed([x, None, None, left, right, *_clips(reader)])
+    return site.join([reader], "transformed", operands, dict(reader.attrs), before=reader)
+
+
+@rule("transformed")
+def fuse_front_with_transform(site: Site) -> Match | NoMatch:
+    """transformed(norm(x)) or transformed(act_mul(x, y)) -> transformed(x, y, before=..)."""
+    node = site.node
+    if node.attrs.get("before", ""):
+        return site.no("a norm or a gate is in it already")
+    front = site.maker(0, "add_rms_norm", "rms_norm", "act_mul")
+    if front is None:
+        return site.no("what it transforms is made by neither a norm nor a gate")
+    made = front.outputs[-1]
+    if node.inputs[0] is not made or site.only_reader(made) is not node:
+        return site.no("something else reads what it transforms", front)
+    behind = [*node.inputs[1:], *[None] * 6][2:6]
+    if not all(value is None or site.is_weight(value) for value in behind):
+        return site.no("its factors or clips are computed")
+    attrs = dict(node.attrs)
+    if front.op == "act_mul":
+        given = [*front.inputs, None]
+        attrs["before"] = front.attrs["act"]
+    else:
+        attrs |= {"before": "norm", **front.attrs}
+        given = [*front.inputs, None, None][:3]
+        if front.op == "rms_norm":
+            given = [front.inputs[0], None, site.operand(1, front)]
+        if given[2] is not None and not site.is_weight(given[2]):
+            return site.no("the norm's gain is computed", front)
+        if front.op == "add_rms_norm":
+            attrs["total"] = True
+    operands = _trimmed([*given, *behind])
+
+    def rewrite() -> None:
+        function = site.function
+        outputs = [*front.outputs[:-1], *node.outputs]
+        # At the front's place: whatever reads the sum may stand before the transform.
+        fused = function.add("transformed", operands, attrs, before=front)
+        fused.outputs = outputs
+        for index, value in enumerate(outputs):
+            value.node, value.index = fused, index
+        function.nodes = [other for other in function.nodes if other not in (front, node)]
+
+    return Match(rewrite)
+
+
+def _front_of(node: Node) -> bool:
+    """Return whether a `transformed` does more than rounding."""
+    factors = (node.operand(_LEFT), node.operand(_RIGHT))
+    return bool(node.attrs.get("before", "")) or factors != (None, None)
+
+
+def _clips(node: Node) -> list[Value | None]:
+    return [node.operand(_CLIP_LOW), node.operand(_CLIP_HIGH)]
+
+
+def _is_dense(site: Site, x: Value | None, right: Value | None) -> bool:
+    """Return whether a right factor is as wide as what it transforms, or nothing says it isn't."""
+    assert x is not None and right is not None
+    return all(types[right].shape[0] == types[x].shape[-1] for types in site.types)
+
+
+def _is_one_number(site: Site, value: Value | None) -> bool:
+    if value is None:
+        return True
+    known = site.is_weight(value) and len(site.types) > 0
+    return known and all(types[value].numel == 1 for types in site.types)
+
+
+def _trimmed(operands: Sequence[Value | None]) -> list[Value | None]:
+    """Return operands without the absent ones at their end."""
+    kept = list(operands)
+    while kept and kept[-1] is None:
+        kept.pop()
+    return kept
+
+
+QUANTISED_RULES = (
+    fuse_rounding_with_linears,
+    fuse_transform_with_rounding,
+    fuse_front_with_transform,
+)
+"""The rules, in the order in which they run, behind those of linears and norms."""
