@@ -11,7 +11,7 @@ from trained import book, trained_program
 
 import graphopt as go
 from graphopt.calibration.text import calibration_windows, held_out_perplexity
-from graphopt.errors import PassError, UsageError
+from graphopt.errors import PassError
 from graphopt.ir import Array, Dequantised, Packed, Weight
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.pass_manager.rounding_statements import RetunedCodes
@@ -101,7 +101,7 @@ def test_a_model_of_two_bits_comes_nearer_to_what_it_was(tmp_path_factory):
 
 
 def test_it_needs_codes():
-    with pytest.raises(UsageError, match="quantize"):
+    with pytest.raises(PassError, match="quantize"):
         go.Pipeline.parse("tune-codes").run(tiny_program())
     item = make_pass("tune-codes", {})
     with pytest.raises(PassError, match="needs a model whose weights quantize packed"):
