@@ -17,6 +17,9 @@ ROUNDED = "quantise_dequantise"
 LEAST_GROUP = 16
 """The smallest group that one which does not divide a row is halved to: ONNX Runtime's smallest."""
 
+_NO_PRODUCTS = ("rms_norm", "layer_norm", "add", "mul", "embedding")
+"""Ops whose operands are gains, biases and tables, whatever shape they have."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -70,6 +73,8 @@ def find_places(program: Program) -> Places:
         for value, slot in of_value.items():
             weight = weights[slot]
             if len(weight.shape) < 2 or weight.constant or not weight.dtype.is_floating_point:
+                continue
+            if uses[value] and all(node.op in _NO_PRODUCTS for node, _ in uses[value]):
                 continue
             reason = _reason(uses, value, routers.get(name, set()))
             if reason is None and shared[slot]:

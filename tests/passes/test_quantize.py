@@ -60,7 +60,7 @@ def text(tmp_path_factory):
 
 @pytest.mark.parametrize("family", mostly_slow(list(LISTED), ("llama", "gpt2", "gpt_neox")))
 def test_every_family_is_rounded_and_computes_nearly_the_same(family):
-    """8 bits everywhere move logits by a few steps of 1/127; what is left alone is said."""
+    """Roundings by 1/127 of the range, some twenty in a row, move logits by a few hundredths."""
     _, program = captured(family)
     result = quantize(program, w=8, a=8, kv=8, group=32, method="rtn", head=8, embedding=8)
     made = result.program
@@ -70,8 +70,9 @@ def test_every_family_is_rounded_and_computes_nearly_the_same(family):
         for weight in made.used_weights()
         if weight.name not in packed and len(weight.shape) > 1 and not weight.constant
     ]
-    # Learned positions, and convolutions along tokens, are no matrices of linears.
-    assert all("position" in name or "wpe" in name for name in left), left
+    # Learned positions, and gains of a head's norm each, are no matrices of linears.
+    assert all(any(p in name for p in ("position", "wpe", "norm")) for name in left), left
+    assert not result.skipped
     blocks = [made.calls[block.position] for block in find_blocks(made)]
     for call in blocks:
         function = made.functions[call.function]
@@ -83,8 +84,8 @@ def test_every_family_is_rounded_and_computes_nearly_the_same(family):
                 for value in node.inputs[1:3]:
                     assert value.node.attrs == {"bits": 8, "symmetric": False}
     before, after = (Runner(p, dtype=torch.float64).logits(INPUTS) for p in (program, made))
-    assert float((after - before).abs().max()) < 0.15 * float(before.abs().max())
-    assert not torch.equal(before, after)
+    moved = float((after - before).square().mean() / before.square().mean()) ** 0.5
+    assert 0 < moved < 0.1
 
 
 @pytest.mark.slow
