@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,12 +40,17 @@ def book(sentences: int = 1200) -> str:
     return "\n".join(lines)
 
 
-def save_trained(folder: Path, layers: int, steps: int = 100) -> Path:
-    """Train a Llama on `book`, with a fixed seed, and write it with its tokenizer."""
-    model = tiny_model(
-        hidden_size=48, intermediate_size=128, num_hidden_layers=layers, head_dim=12,
-        tie_word_embeddings=True, initializer_range=0.05,
-    )  # fmt: skip
+def save_trained(folder: Path, layers: int, steps: int = 100, **changes: Any) -> Path:
+    """Train a Llama on `book`, with a fixed seed, and write it with its tokenizer.
+
+    Args:
+        changes: Entries of the config that differ from what is usual here.
+    """
+    config = {
+        "hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": layers, "head_dim": 12,
+        "tie_word_embeddings": True, "initializer_range": 0.05,
+    }  # fmt: skip
+    model = tiny_model(**(config | changes))
     torch.manual_seed(0)
     model.init_weights()
     for name, parameter in model.named_parameters():

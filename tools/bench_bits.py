@@ -3,11 +3,13 @@
     python tools/bench_bits.py --calib FILE --text FILE [--piqa FILE] [--device cuda]
                                [--models NAME=MODEL ...] [--methods NAME;NAME] [--seeds 0,1,2]
                                [--seconds 300] [--windows N] [--bits 4,4,4]
+    python tools/bench_bits.py --block --calib FILE [--device cuda] [--steps 240]
 
 A model is what the command line of graphopt takes; `demo` by default. Rows are transforms: none,
 scales, Hadamard, random orthogonal, closed form, learned block by block, and learned with all
 weights distilled; with and without clips, weights rounded to nearest and by GPTQ. Each run is kept
-in benchmarks/bits.json with its recipe, seed and seconds.
+in benchmarks/bits.json with its recipe, seed and seconds. `--block` trains one block of
+Llama-2-7B's shape, with random weights, and tells its seconds and the memory that it takes at most.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from measure import Yardstick, keep, run_recipe
+from measure import LLAMA_7B, Yardstick, keep, random_llama, run_recipe
 from results import markdown_table, median
 
+import graphopt as go
 from graphopt.capture import capture
 from graphopt.errors import GraphoptError
 
@@ -122,6 +125,35 @@ def measure(name: str, model: str, options: argparse.Namespace) -> dict[str, Any
     return found
 
 
+def measure_block(options: argparse.Namespace) -> dict[str, Any]:
+    """Train a block of Llama-2-7B's shape; its weights are random, and read by a real tokenizer."""
+    device = torch.device(options.device)
+    demo = capture("demo")
+    vocabulary = demo.config["vocab_size"]
+    program = random_llama(device, LLAMA_7B | {"num_hidden_layers": 1, "vocab_size": vocabulary})
+    program.tokenizer = demo.tokenizer
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    recipe = f"flatquant{{distil=0,steps={options.steps}}}"
+    _, report = go.Pipeline.parse(recipe).run(
+        program, go.RunOptions(calib=options.calib, device=device, verify=False)
+    )
+    record = report.passes[-1].details
+    found: dict[str, Any] = {
+        "recipe": recipe,
+        "steps": options.steps,
+        "seconds": record["seconds"],
+        "minutes_for_32_blocks": 32 * record["seconds"]["training blocks"] / 60,
+        "blocks": record["blocks"],
+    }
+    if device.type == "cuda":
+        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    command = f"python tools/bench_bits.py --block --calib {options.calib.name}"
+    more = f"--device {options.device} --steps {options.steps}"
+    keep(options.out, "block", [command, more], device, found)
+    return found
+
+
 def save(name: str, options: argparse.Namespace, found: Mapping[str, Any]) -> None:
     command = ["python tools/bench_bits.py", f"--models {name} --device {options.device}"]
     command += [
@@ -164,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["demo"], help="NAME=MODEL")
     parser.add_argument("--calib", type=Path, required=True, help="calibration text")
-    parser.add_argument("--text", type=Path, required=True, help="evaluation text")
+    parser.add_argument("--text", type=Path, help="evaluation text")
     parser.add_argument("--piqa", type=Path, help="questions, as for graphopt eval --piqa")
     parser.add_argument("--methods", default="", help="names, with semicolons; all by default")
     parser.add_argument("--device", default="cpu")
@@ -173,7 +205,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0, help="of each training")
     parser.add_argument("--bits", default="4,4,4", help="of weights, activations, keys and values")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "bits.json")
+    parser.add_argument("--block", action="store_true", help="train one block of 7B's shape alone")
+    parser.add_argument("--steps", type=int, default=240, help="with --block")
     options = parser.parse_args()
+    if options.block:
+        for key, value in measure_block(options).items():
+            print(f"{key}: {value}")
+        return
+    if options.text is None:
+        parser.error("give the evaluation text with --text")
     options.seeds = [int(seed) for seed in options.seeds.split(",")]
     options.bits = [int(bits) for bits in options.bits.split(",")]
     options.methods = options.methods.split(";") if options.methods else list(METHODS)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from graphopt.ir.blocks import find_blocks
 from graphopt.ir.feed_forward import read_hidden
 from graphopt.ir.graph import Call, Function, Node, Program, Value
 from graphopt.ir.mixture import Mixture, read_mixture, stack_of
@@ -122,14 +123,16 @@ class Sites:
 
 
 def layer_calls(program: Program) -> list[int]:
-    """Return the positions of a program's layers: neither its embedding nor its head.
+    """Return the positions of a program's layers: blocks, and all but its embedding and its head.
 
     The embedding reads the token ids; the head gives the outputs.
     """
+    blocks = {block.position for block in find_blocks(program)}
     return [
         position
         for position, call in enumerate(program.calls)
-        if "input_ids" not in call.args and not set(call.results) & set(program.outputs)
+        if position in blocks
+        or ("input_ids" not in call.args and not set(call.results) & set(program.outputs))
     ]
 
 

@@ -191,7 +191,8 @@ class BlockTransforms(WeightGroup):
         return value
 
     def rates(self) -> list[tuple[float, list[nn.Parameter]]]:
-        return [(1.0, self._learnt), (CLIP_RATE, self._clips)]
+        groups = [(1.0, self._learnt), (CLIP_RATE, self._clips)]
+        return [(rate, parameters) for rate, parameters in groups if parameters]
 
     def forward(self) -> dict[str, Tensor]:
         return {self._names[slot]: value for slot, value in self._values(True).items()}

@@ -71,7 +71,8 @@ class Distiller:
         least_held: Windows that checks need at least.
 
     Attributes:
-        dense, program: The two models, in the memory of the device where they fit.
+        home: Where the weights of the two models lie.
+        dense, program: The two models, in the memory of `home` where they fit.
         windows, checked: Text to learn from, and text for checks.
         record, skipped: What the pass's result tells, and what it left out.
         done: Stages that an interrupted run left behind it.
@@ -106,7 +107,8 @@ class Distiller:
         self.started = time.perf_counter()
         self.seqlen = seqlen
         self.original = program
-        self.dense = resident(context.dense, torch.float32, self.device)
+        self.home = self.home_of(program)
+        self.dense = resident(context.dense, torch.float32, self.home)
         self.program = self._share(program)
         whole = [*self.dense.weights, *self.program.weights]
         self.origin = {weight.name: weight.producer for weight in whole}
@@ -128,6 +130,10 @@ class Distiller:
         self._note_seconds = 0.0
         self._resume()
 
+    def home_of(self, program: Program) -> torch.device:
+        """Return where the weights of both models lie, if they fit there."""
+        return self.device
+
     @staticmethod
     def usual_rate(tokens: int) -> float:
         """Return the highest learning rate for steps of so many tokens."""
@@ -142,7 +148,7 @@ class Distiller:
             if weight.name in dense and dense[weight.name].producer is weight.producer:
                 value = self.dense.weights[weight.name].producer
             else:
-                value = Array(weight.load(torch.float32).to(self.device))
+                value = Array(weight.load(torch.float32).to(self.home))
             program.weights.replace(weight.with_producer(value))
         return program
 

@@ -71,6 +71,8 @@ class FlatQuant(TrainingOptions, Pass):
         distil: The share of the seconds in which all weights are trained at the end; 0 for none.
         method: This recipe, or the paper's.
         windows: How many windows of the calibration text are learnt from and checked with.
+        rate: The highest learning rate of transforms; by default 5e-3. Clips have ten times as
+            much, and weights at the end a fifth of what is usual for them.
     """
 
     name: ClassVar[str] = "flatquant"
@@ -93,6 +95,7 @@ class FlatQuant(TrainingOptions, Pass):
     inputs: Literal["dense", "rounded"] = "dense"
     distil: Annotated[float, Field(ge=0, lt=1)] = 0.4
     method: Literal["default", "published"] = "default"
+    rate: Annotated[float, Field(gt=0)] | None = None
     windows: Annotated[int, Field(ge=2)] | PerDevice[int] = PerDevice(cpu=32, gpu=64)
     generated_windows: Annotated[int, Field(ge=0)] | None = 0
 

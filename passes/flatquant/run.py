@@ -41,6 +41,7 @@ from graphopt.passes.flatquant.structure import (
 )
 from graphopt.passes.quantize.quantize import Quantize
 from graphopt.passes.quantize.run import Quantizing
+from graphopt.support.devices import free_bytes
 from graphopt.support.per_device import on_device
 from graphopt.training.affine import BlockTransforms, Rounding
 from graphopt.training.distil import Distiller, assign
@@ -64,6 +65,9 @@ CLIPS_TRIED = (*(0.5 + 0.025 * n for n in range(20)), MOST_CLIP)
 """Shares of the range that are tried for the clip of an activation."""
 CLIP_TOKENS = 4096
 """Tokens on which they are tried, at least one window."""
+
+LARGE = 0.2
+"""The share of a device's free memory that both models' weights may take in it."""
 
 WEIGHT_RATE = 0.2
 """In distillation, the factor of the usual learning rate: weights begin where blocks are right."""
@@ -108,6 +112,12 @@ class FlatQuantising(Distiller):
             self.windows = pick(self.windows, max(count - held, 1), context.seed)
         self.skipped += [Skip(where, reason) for where, reason in (*self.plan.left, *left)]
         self.record.kind, self.record.bits = options.kind, (options.w, options.a, options.kv)
+
+    def home_of(self, program: Program) -> torch.device:
+        """Keep large models on the host: a block at a time is on the device then."""
+        size = sum(2 * 4 * weight.numel for weight in program.used_weights())
+        fits = size <= LARGE * free_bytes(self.device)
+        return self.device if fits else torch.device("cpu")
 
     @property
     def distils(self) -> bool:
@@ -161,7 +171,7 @@ class FlatQuantising(Distiller):
         started = time.perf_counter()
         assert self.context.dense is not None
         same = same_outputs(self.context.dense, self.source)
-        teacher = self.dense if same else resident(self.source, torch.float32, self.device)
+        teacher = self.dense if same else resident(self.source, torch.float32, self.home)
         ids = torch.cat([self.windows, self.checked])
         theirs, ours = find_blocks(teacher), find_blocks(self.program)
         entry: HiddenStateCache | None = None
@@ -183,7 +193,7 @@ class FlatQuantising(Distiller):
                 self._keep(what, group, result)
             self._note_block(index, new.position, group, result)
             for name, value in group.folded().items():
-                assign(self.program, name, value)
+                assign(self.program, name, value.to(self.home))
             entry = targets
             rounded = self.options.inputs == "rounded"
             student_entry = HiddenStateCache(student, ids, student_entry) if rounded else targets
@@ -262,7 +272,7 @@ class FlatQuantising(Distiller):
             self.schedule, rate=self.options.rate or RATE,
             weight_decay=0.01 if published else 0.0, reduce_on_plateau=False,
         )  # fmt: skip
-        if not any(parameters for _, parameters in student.groups[0].rates()):
+        if not student.groups[0].rates():
             # Nothing is trained: the error is measured alone.
             loss_now = held_out_loss(student, data, objective, schedule.batch)
             return TrainingResult(checks=[(0, loss_now)])
@@ -335,15 +345,10 @@ class FlatQuantising(Distiller):
     # The whole model
 
     def _distil(self) -> None:
-        self.schedule = replace(
-            self.schedule, rate=self.options.rate or self._usual_rate() * WEIGHT_RATE,
-            reduce_on_plateau=True,
-        )  # fmt: skip
+        rate = self.usual_rate(self.schedule.batch * self.seqlen) * WEIGHT_RATE
+        self.schedule = replace(self.schedule, rate=rate, reduce_on_plateau=True)
         self.distil(self.logit_data())
         self.note("distilled", self._with_rounded_weights(self.program))
-
-    def _usual_rate(self) -> float:
-        return Distiller.usual_rate(self.schedule.batch * self.seqlen)
 
     def parametrisations(self, program: Program, calls: list[Call]) -> dict[str, Parametrisation]:
         parametrisations = super().parametrisations(program, calls)
@@ -366,7 +371,7 @@ class FlatQuantising(Distiller):
         result = program.copy()
         for name, rounding in self._rounded_weights(program):
             weight = result.weights[name]
-            value = rounding.rounded(weight.load(torch.float32).to(self.device))
+            value = rounding.rounded(weight.load(torch.float32).to(self.device)).to(self.home)
             result.weights.replace(weight.with_producer(Array(value)))
         return result
 

@@ -2,19 +2,80 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 import torch
 from families import FAMILIES, captured, mostly_slow
+from onnx_models import emit, run_in_steps, session
 from programs import tiny_program
 
+from graphopt.calibration.second_moments import SecondMoments
+from graphopt.errors import PassError
 from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import Array
 from graphopt.ir.affine import role_of
 from graphopt.ir.affine_sites import find_sites
+from graphopt.ir.parse import parse_program
+from graphopt.ir.printer import print_program
 from graphopt.pass_manager.contract import Context
 from graphopt.pass_manager.pipeline import Pipeline
 from graphopt.passes.fold_affine import FoldAffine
 from graphopt.passes.insert_affine import InsertAffine
+from graphopt.passes.insert_kv_cache import InsertKVCache
+
+BEFORE = """
+program small
+def block(x):
+    h = rms_norm(x, norm, eps=1e-05)
+    gated = silu(linear(h, gate)) * linear(h, up)
+    y = x + linear(gated, down)
+    return y
+run(input_ids: i64[B,S], x: f64[B,S,8]):
+    x = block(x) at layers.0
+    return x
+weights:
+    layers.0.norm.weight: f64[8]
+    layers.0.gate.weight: f64[12,8]
+    layers.0.up.weight: f64[12,8]
+    layers.0.down.weight: f64[8,12]
+"""
+INSERTED = """
+    h = rms_norm(x, norm, eps=1e-05)
+    h_t_1 = kronecker(h * norm.transform.scale, norm.transform.left, norm.transform.right)
+    h_t_2 = kronecker(h_t_1, norm.transform.left_inverse, norm.transform.right_inverse)
+    h_t_3 = h_t_2 * norm.transform.scale_inverse
+    gated = silu(linear(h_t_3, gate)) * linear(h_t_3, up)
+    gated_t_1 = kronecker(gated * down.transform.scale, down.transform.left, down.transform.right)
+    gated_t_2 = kronecker(gated_t_1, down.transform.left_inverse, down.transform.right_inverse)
+    linear_2 = linear(gated_t_2 * down.transform.scale_inverse, down)
+    y = x + linear_2
+"""
+FOLDED = """
+    h = rms_norm(x, norm, eps=1e-05)
+    h_t_1 = kronecker(h, norm.transform.left, norm.transform.right)
+    gated = silu(linear(h_t_1, gate)) * linear(h_t_1, up)
+    gated_t_1 = kronecker(gated, down.transform.left, down.transform.right)
+    y = x + linear(gated_t_1, down)
+"""
+
+
+def statements(program):
+    """The lines of a program's block, without types."""
+    text = print_program(program, facts=False).split("def block(x):")[1].split("return y")[0]
+    return [line.split("#")[0].strip() for line in text.splitlines()[1:] if line.strip()]
+
+
+def test_the_program_before_and_after():
+    program = parse_program(BEFORE)
+    values = {w.name: torch.ones(w.shape, dtype=w.dtype) for w in program.weights}
+    inserted = InsertAffine(kind="kronecker").run(parse_program(BEFORE, values), Context())
+    assert statements(inserted.program) == [line.strip() for line in INSERTED.split("\n")[1:-1]]
+    assert (inserted.matched, inserted.changed) == (2, 2)
+    folded = FoldAffine().run(inserted.program, Context())
+    assert statements(folded.program) == [line.strip() for line in FOLDED.split("\n")[1:-1]]
+    assert (folded.matched, folded.changed) == (4, 4)
+    assert not [w.name for w in folded.program.weights if "inverse" in w.name or "scale" in w.name]
+
 
 IDS = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(3))
 INPUTS = complete_inputs({"input_ids": IDS})
@@ -109,3 +170,26 @@ def test_experts_of_a_mixture_share_a_transform():
     stems = {site.stem: len(site.readers) for site in sites.inputs}
     assert stems["mlp.experts.gate_up_proj"] == 1 and stems["mlp.experts.down_proj"] == 1
     assert stems["input_layernorm"] == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_heads": 1, "bias": True}], ids=str)
+def test_transforms_are_functions_of_the_onnx_graph(options, tmp_path):
+    program = tiny_program(**options)
+    folded = FoldAffine().run(
+        InsertAffine(kind="hadamard").run(program.copy(), Context()).program, Context()
+    )
+    cached = InsertKVCache().run(folded.program, Context()).program
+    _, path = emit(cached, tmp_path)
+    used = {node.op_type for node in onnx.load(path).graph.node if node.domain == "graphopt"}
+    assert {"KroneckerTransform", "KroneckerTransformLeft", "KroneckerTransformRight"} <= used
+    found = run_in_steps(session(path), INPUTS, (4, 7, 8, 11))
+    expected = Runner(program, dtype=torch.float64).logits(INPUTS)
+    # fp32 against fp64: some hundred roundings of 6e-8 on logits of order 1.
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
+
+
+def test_activations_that_are_no_numbers_are_refused():
+    moments = SecondMoments()
+    moments.add(torch.tensor([[1.0, torch.nan]]))
+    with pytest.raises(PassError, match=r"Activations of layers\.1 are not finite"):
+        moments.mean("layers.1")
