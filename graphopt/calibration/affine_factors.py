@@ -88,6 +88,8 @@ def site_sizes(site: InputSite, types: Mapping[Value, Type], heads: bool = True)
 def wanted_values(sites: Sites) -> list[Value]:
     """Return the values whose second moments `FactorMaker` reads for its closed form."""
     found = [site.x for site in sites.inputs]
+    paths = [site.values for site in sites.inputs if site.values is not None]
+    found += [path.split.output for path in paths]
     for key in sites.keys:
         found += [v for v in (key.attention.inputs[QUERY], key.attention.inputs[KEY]) if v]
     return list(dict.fromkeys(found))
@@ -105,12 +107,15 @@ class FactorMaker:
         generator: Draws what is random.
         scaled: Whether features are scaled where the scale can be folded; scales are ones where
             the kind does not say them.
+        inputs: Whether what matrices read is transformed; without it keys and values alone are, for
+            a cache of few bits.
     """
 
     kind: Transform
     program: Program
     generator: torch.Generator
     scaled: bool = True
+    inputs: bool = True
 
     @property
     def needs_text(self) -> bool:
@@ -119,6 +124,9 @@ class FactorMaker:
     def roles(self, site: InputSite, sizes: Sizes) -> list[str]:
         """Return which parts the transform of a site has; [] for none."""
         roles: list[str] = []
+        if not self.inputs:
+            mapped = sizes.form == "heads" and self.kind not in ("scale", "none")
+            return ["values"] if mapped else []
         if self.scaled and site.scaled is not None:
             roles.append("scale")
         if self.kind in ("scale", "none"):
@@ -149,7 +157,11 @@ class FactorMaker:
         if self.needs_text:
             c = moments[site.x].mean(f"{call.path}.{site.stem}")
             g = self._gram(function, call, site, c.device)
-            made = self._solved(roles, c, g, count, head)
+            own = None
+            if not self.inputs and site.values is not None:
+                # In a cache it is the values themselves that are rounded.
+                own = moments[site.values.split.output].mean(f"{call.path}.{site.stem}")
+            made = self._solved(roles, c, g, count, head, own)
         else:
             width = int(types[site.x].shape[-1])
             square = {"left": sizes.left, "right": sizes.right, "values": head}
@@ -193,12 +205,21 @@ class FactorMaker:
         return total
 
     def _solved(
-        self, roles: Sequence[str], c: Tensor, g: Tensor, count: int, head: int
+        self,
+        roles: Sequence[str],
+        c: Tensor,
+        g: Tensor,
+        count: int,
+        head: int,
+        values: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return what rounding costs least behind, by role.
 
         Args:
             c, g: Second moments and Gram matrix, on any device; what is returned is on the CPU.
+            count, head: How many heads there are, and the features of each.
+            values: Second moments of an attention's values, [head, head]; by default those of its
+                output, which are rounded as well.
         """
         made: dict[str, Tensor] = {}
         if "scale" in roles:
@@ -208,6 +229,8 @@ class FactorMaker:
         shape = (count, len(c) // count) * 2
         if "values" in roles:
             inner = [torch.einsum("aiaj->ij", m.reshape(shape)).cpu() for m in (c, g)]
+            if values is not None:
+                inner[0] = values.cpu()
             made["values"] = square_root(aligned(*inner)) @ self._spread(head)
             if "left" in roles:
                 # In the features that values are mapped to.

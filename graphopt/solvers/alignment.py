@@ -88,7 +88,9 @@ def aligned_scale(moments: Tensor, gram: Tensor) -> Tensor:
 
 def _ridged(matrix: Tensor) -> Tensor:
     mean = matrix.diagonal().mean().clamp(min=1e-30)
-    return matrix + RIDGE * mean * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    ridged = matrix.clone()
+    ridged.diagonal().add_(RIDGE * mean)
+    return ridged
 
 
 def _unimodular(matrix: Tensor) -> Tensor:

@@ -132,7 +132,8 @@ class FlatQuantising(Distiller):
             kind = "random"
         generator = torch.Generator().manual_seed(context.seed)
         scaled = options.scale and options.kind in ("kronecker", "closed", "scale")
-        maker = FactorMaker(kind, program, generator, scaled)
+        inputs = options.a < 16 or options.w < 16
+        maker = FactorMaker(kind, program, generator, scaled, inputs)
         windows = None
         if maker.needs_text:
             length = window_length(program, options.seqlen, context.device)

@@ -11,7 +11,7 @@ from graphopt.calibration.affine_plan import plan_transforms
 from graphopt.errors import PassError, UsageError
 from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import Array
-from graphopt.ir.affine import Factors
+from graphopt.ir.affine import Factors, role_of
 from graphopt.ir.blocks import find_blocks
 from graphopt.passes.flatquant.flatquant import FlatQuant
 from graphopt.passes.flatquant.structure import (
@@ -155,6 +155,22 @@ def test_groups_that_do_not_divide_and_widths_without_factors_are_said():
     maker = FactorMaker("hadamard", program, torch.Generator().manual_seed(0))
     told = plan_transforms(program, maker).left
     assert any("31 features have no two useful factors" in reason for _, reason in told)
+
+
+def test_a_cache_alone_needs_no_transform_of_what_matrices_read():
+    program = tiny_program()
+    given = logits(program)
+    folded = program.copy()
+    generator = torch.Generator().manual_seed(0)
+    plan = plan_transforms(folded, FactorMaker("random", folded, generator, inputs=False))
+    transform(folded, plan)
+    nodes = folded.functions["block"].nodes
+    found = [role for node in nodes if (role := role_of(folded.functions["block"], node))]
+    assert found == ["queries", "keys"]
+    name = "layers.0.self_attn.v_proj.weight"
+    assert not torch.equal(program.weights[name].load(), folded.weights[name].load())
+    # Weights are folded in fp64 and rounded to fp32.
+    assert float((logits(folded) - given).abs().max() / given.abs().max()) < 1e-5
 
 
 def test_tokens_of_zeros_stay_zeros():
