@@ -60,13 +60,14 @@ def emit(
     onnx_moe: bool = False,
     onnx_accuracy: int = EXACT,
     dtype: str = AUTO,
+    gguf_type: str = AUTO,
     progress: Progress = silent,
 ) -> Report:
     """Write a program as an output folder, which is itself a model graphopt opens.
 
     Args:
-        emit: Names of emitters: `onnx`, `torch`, `hf`; by default `onnx` for a CPU and `torch`
-            for other targets.
+        emit: Names of emitters: `onnx`, `torch`, `hf`, `gguf`; by default `onnx` for a CPU and
+            `torch` for other targets.
         report: From `Pipeline.run`, to be completed; None for a report of the emission alone.
         recipe: What made the program, for `recipe.yaml`.
         force: Replace an existing folder, once the new one is complete.
@@ -76,6 +77,9 @@ def emit(
             are not rounded: 1 in fp32, 4 by integers, activations rounded to 8 bits.
         dtype: In which trained weights are stored: `float32`, `bfloat16`, `float16`, or `auto`:
             what the program holds, and in packages with kernels for a GPU what they compute in.
+        gguf_type: The type of matrices in the GGUF form: `f32`, `f16`, `bf16`, `q8_0`, `q4_0`,
+            `q4_1`, or `auto`: what the program holds, packed weights as they are where the format
+            holds them.
 
     Returns:
         The report, as written.
@@ -84,7 +88,9 @@ def emit(
         UsageError: Unknown target or emitter, or the folder exists.
         LoweringError: The program has no such form, or the target is not in this version.
     """
-    emission = Emission.of(target, emit, strict, onnx_moe, dtype, onnx_accuracy)
+    emission = Emission.of(
+        target, emit, strict, onnx_moe, dtype, onnx_accuracy=onnx_accuracy, gguf_type=gguf_type
+    )
     program = emission.rounded(program)
     emission.check(program)
     if report is None:
@@ -163,6 +169,7 @@ class CompileOptions(RunOptions):
         onnx_moe: In the ONNX form, experts become com.microsoft::MoE.
         onnx_accuracy: In the ONNX form, how packed weights are multiplied; see `emit`.
         dtype: In which trained weights are stored; see `emit`.
+        gguf_type: The type of matrices in the GGUF form; see `emit`.
         max_length: How many tokens texts may have; None for what the config states.
         dry_run: Only say what would be done: no weight is read and nothing is written.
         trust_remote_code: Let code of the checkpoint run.
@@ -176,6 +183,7 @@ class CompileOptions(RunOptions):
     onnx_moe: bool = False
     onnx_accuracy: int = EXACT
     dtype: str = AUTO
+    gguf_type: str = AUTO
     max_length: int | None = None
     dry_run: bool = False
     trust_remote_code: bool = False
@@ -221,9 +229,14 @@ def compile_model(
         check_dump(Path(options.dump_ir))
     device = usable_device(options.device)
     emission = Emission.of(
-        options.target, options.emit, options.strict, options.onnx_moe, options.dtype,
-        options.onnx_accuracy,
-    )  # fmt: skip
+        options.target,
+        options.emit,
+        options.strict,
+        options.onnx_moe,
+        options.dtype,
+        onnx_accuracy=options.onnx_accuracy,
+        gguf_type=options.gguf_type,
+    )
     pipeline = options.recipe if options.recipe is not None else Pipeline.default()
     if options.stop_after is not None:
         pipeline = pipeline.until(options.stop_after)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from graphopt.errors import unknown_name
 from graphopt.lowering.base import Emitted, Emitter
 from graphopt.storage.stored_weight import StoredWeight
 
 _EMITTERS = {
+    "gguf": ("graphopt.lowering.gguf", "GgufEmitter"),
     "hf": ("graphopt.lowering.hf", "HfEmitter"),
     "onnx": ("graphopt.lowering.onnx", "OnnxEmitter"),
     "torch": ("graphopt.lowering.torch", "TorchEmitter"),
@@ -20,7 +22,7 @@ def emitter_names() -> list[str]:
     return sorted(_EMITTERS)
 
 
-def get_emitter(name: str, **options: bool) -> Emitter:
+def get_emitter(name: str, **options: Any) -> Emitter:
     """Return the emitter called `name`, made with its own options.
 
     Raises:

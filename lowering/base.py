@@ -137,6 +137,10 @@ class Emitter(ABC):
             for tensor in weight.tensors()
         }
 
+    def element_type(self, program: Program, target: str) -> str | None:
+        """Return what most elements of weights are stored as, where no dtype says it."""
+        return None
+
     @abstractmethod
     def emit(
         self,

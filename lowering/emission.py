@@ -33,6 +33,9 @@ from graphopt.targets import get_target
 
 MANIFEST_VERSION = 1
 
+GGUF_TYPES = (AUTO, "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
+"""The types that matrices of a GGUF file may be asked to have, by the name a user gives."""
+
 WRITTEN_BYTES = 300e6
 """Bytes that a disk takes in a second, about."""
 
@@ -72,12 +75,14 @@ class Emission:
         strict: bool,
         onnx_moe: bool,
         dtype: str = AUTO,
+        *,
         onnx_accuracy: int = EXACT,
+        gguf_type: str = AUTO,
     ) -> Emission:
         usual = default_emit(target)  # refuses an unknown target, whatever is named
         names = usual if names is None else names
         if not names:
-            raise UsageError("Nothing to emit.", "Name at least one of onnx, torch, hf.")
+            raise UsageError("Nothing to emit.", "Name at least one of onnx, torch, hf, gguf.")
         if onnx_moe and "onnx" not in names:
             raise UsageError(
                 f"--onnx-moe is for the ONNX form, and what is emitted is {', '.join(names)}.",
@@ -93,6 +98,13 @@ class Emission:
                 f"--onnx-accuracy is for the ONNX form, and what is emitted is {', '.join(names)}.",
                 "Leave it out, or name onnx after --emit as well.",
             )
+        if gguf_type != AUTO and "gguf" not in names:
+            raise UsageError(
+                f"--gguf-type is for the GGUF form, and what is emitted is {', '.join(names)}.",
+                "Leave it out, or name gguf after --emit as well.",
+            )
+        if gguf_type not in GGUF_TYPES:
+            raise unknown_name("GGUF type", gguf_type, GGUF_TYPES)
         if dtype != AUTO and dtype not in STORED_DTYPES:
             raise unknown_name("dtype", dtype, [AUTO, *STORED_DTYPES])
         # A checkpoint has the layout that the torch form reads, and its file is nobody else's.
@@ -100,6 +112,7 @@ class Emission:
         options: dict[str, dict[str, Any]] = {
             "onnx": {"moe": onnx_moe, "shared": shared, "accuracy_level": onnx_accuracy},
             "torch": {"in_compute_dtype": dtype == AUTO},
+            "gguf": {"type": gguf_type},
         }
         unique = list(dict.fromkeys(names))
         emitters = [get_emitter(name, **options.get(name, {})) for name in unique]
@@ -214,7 +227,7 @@ class Emission:
             notes += [
                 SkipEntry(where, reason) for where, reason in emitted.notes + emitted.fallbacks
             ]
-            sizes.append(written_size(emitter, emitted, program))
+            sizes.append(written_size(emitter, emitted, program, self.target))
         told = about_decoded_codes(program, sizes) if self.dtype is None else None
         notes += [SkipEntry("weights", told)] if told is not None else []
         save_program(program, root, storage)

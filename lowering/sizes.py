@@ -28,8 +28,10 @@ def planned_sizes(emitters: Iterable[Emitter], program: Program, target: str) ->
     trained = {weight.name for weight in program.weights if not weight.constant}
     written: dict[str, StoredTensor] = {}
     for emitter in in_order(emitters):
+        element_type: str | None = None
         try:
             tensors = emitter.tensors(program, target)
+            element_type = emitter.element_type(program, target)
         except LoweringError:
             tensors = Emitter.tensors(emitter, program, target)
         shared = {
@@ -37,7 +39,7 @@ def planned_sizes(emitters: Iterable[Emitter], program: Program, target: str) ->
             for name, stored in tensors.items()
             if emitter.shares and name in trained and written.get(name) == stored
         }
-        size = FormSize(emitter.name, 0, _usual(tensors.values()))
+        size = FormSize(emitter.name, 0, element_type or _usual(tensors.values()))
         for name, stored in tensors.items():
             if name in shared:
                 size.shared_bytes += _bytes(stored)
@@ -53,15 +55,16 @@ def in_order(emitters: Iterable[Emitter]) -> list[Emitter]:
     return sorted(emitters, key=lambda emitter: emitter.shares)
 
 
-def written_size(emitter: Emitter, emitted: Emitted, program: Program) -> FormSize:
-    """Return the size of a form that was written."""
+def written_size(emitter: Emitter, emitted: Emitted, program: Program, target: str) -> FormSize:
+    """Return the size of a form that was written for a target."""
     stored = [emitted.storage[w.name] for w in program.weights
               if w.name in emitted.storage and is_rounded(w)]  # fmt: skip
     shared = [emitted.storage[name] for name in emitted.shared]
     return FormSize(
         emitter.name,
         sum(path.stat().st_size for path in set(emitted.files)),
-        _usual((place.shape, place.dtype) for place in stored),
+        emitter.element_type(program, target)
+        or _usual((place.shape, place.dtype) for place in stored),
         sum(_bytes((place.shape, place.dtype)) for place in shared),
         sorted({place.file for place in shared}),
     )

@@ -81,7 +81,7 @@ def write_tokenizer(program: Program, folder: Path) -> tuple[list[Path], list[tu
         return files, [("tokenizer", f"its files are copied as they are: {error.message}")]
     if saved is not None:
         saved.save(str(path))
-    template = _template(tokenizer)
+    template = chat_template(tokenizer)
     if template is not None:
         (folder / TEMPLATE_NAME).write_text(template, encoding="utf-8", newline="")
     _without_null_template(folder / "tokenizer_config.json")
@@ -102,7 +102,7 @@ def _without_null_template(path: Path) -> None:
         path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _template(tokenizer: Any) -> str | None:
+def chat_template(tokenizer: Any) -> str | None:
     """Return the chat template that a plain conversation gets; None where there is none."""
     try:
         template = tokenizer.get_chat_template() if tokenizer.chat_template else None

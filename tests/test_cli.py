@@ -262,6 +262,7 @@ def test_stop_after_dump_and_no_verify():
         (["compile", "tiny", "--emit", "onxx"], 2, "Did you mean 'onnx'?"),
         (["compile", "tiny", "--emit", ","], 2, "Nothing to emit."),
         (["compile", "tiny", "--emit", "torch", "--onnx-moe"], 2, "is for the ONNX form"),
+        (["compile", "tiny", "--emit", "torch", "--gguf-type", "f16"], 2, "is for the GGUF form"),
         (["compile", "tiny", "--passes", "canonicalize"], 2, "Did you mean 'canonicalise'?"),
         (["compile", "tiny", "--passes", "dead-code-elimination{x=1}"], 2, "has no option 'x'"),
         (["compile", "tiny", "--passes", "a", "--recipe", "b"], 2, "Both --passes and --recipe"),

@@ -55,7 +55,7 @@ class CompileFlags:
     ] = "cpu"
     emit: Annotated[
         str | None,
-        typer.Option(help="Comma-separated: onnx (the CPU's default), torch (others'), hf."),
+        typer.Option(help="Comma-separated: onnx (the CPU's default), torch (others'), hf, gguf."),
     ] = None
     passes: Annotated[
         str | None,
@@ -104,6 +104,13 @@ class CompileFlags:
         typer.Option(
             help="In which weights are stored: float32, bfloat16, float16, or auto: what the "
             "source holds, and what GPU packages compute in."
+        ),
+    ] = "auto"
+    gguf_type: Annotated[
+        str,
+        typer.Option(
+            help="Type of matrices in the GGUF form: f32, f16, bf16, q8_0, q4_0, q4_1, or auto: "
+            "what the program holds."
         ),
     ] = "auto"
     max_length: Annotated[
@@ -250,6 +257,7 @@ def _compile_options(flags: CompileFlags) -> CompileOptions:
         onnx_moe=flags.onnx_moe,
         onnx_accuracy=flags.onnx_accuracy,
         dtype=flags.dtype,
+        gguf_type=flags.gguf_type,
         max_length=flags.max_length,
         dry_run=flags.dry_run,
         stop_after=flags.stop_after,

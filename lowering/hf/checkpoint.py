@@ -101,7 +101,7 @@ def _text(entries: Mapping[str, Any]) -> str:
     return json.dumps(entries, sort_keys=True, default=str)
 
 
-def _made_by(
+def made_by_config(
     config: Mapping[str, Any], used: set[str]
 ) -> tuple[Program, PreTrainedModel, tuple[str, ...]]:
     """Return the program and the module that a config makes, and its buffers among `used`.
@@ -176,7 +176,7 @@ def dense_checkpoint(program: Program) -> Checkpoint:
         raise NoCheckpoint("its class is code of the checkpoint, which is not part of transformers")
     used = {w.checkpoint for w in program.used_weights() if w.checkpoint and not w.constant}
     try:
-        want, module, trained = _made_by(program.config, used)
+        want, module, trained = made_by_config(program.config, used)
     except CaptureError as error:
         raise NoCheckpoint(error.message.rstrip(".")) from error
     have = in_one_form(program)
@@ -223,7 +223,7 @@ def _narrower(
     for key, value in likely_first:
         if value == width or (value is None and key in FEED_FORWARD_WIDTHS):
             try:
-                want, module, _ = _made_by({**program.config, key: split.shared}, used)
+                want, module, _ = made_by_config({**program.config, key: split.shared}, used)
             except CaptureError:
                 continue  # the entry is something else that happens to have this value
             if difference_of(have, want) is None:

@@ -229,7 +229,7 @@ _SAMPLED = 1500
 """How many of the file's own tokens are encoded in the check, evenly over the vocabulary."""
 
 
-def _own_text(vocabulary: Vocabulary) -> list[str]:
+def own_text(vocabulary: Vocabulary) -> list[str]:
     """Texts made of the vocabulary: what its tokens say, and its special tokens among words."""
     bytes_of = {letter: byte for byte, letter in enumerate(byte_letters())}
     step = max(1, len(vocabulary.tokens) // _SAMPLED)
@@ -271,7 +271,7 @@ def _check(file: GgufFile, vocabulary: Vocabulary, folder: Path) -> None:
                 remedy,
             )
     encoder = Encoder(vocabulary)
-    for text in ("", "a", " a", PROBE, *PROBE.splitlines(), *_own_text(vocabulary)):
+    for text in ("", "a", " a", PROBE, *PROBE.splitlines(), *own_text(vocabulary)):
         try:
             wanted = encoder.encode(text)
         except Unencodable as error:

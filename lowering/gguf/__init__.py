@@ -1,0 +1,5 @@
+"""GGUF files, for llama.cpp: of the architectures that are read from them."""
+
+from graphopt.lowering.gguf.emitter import GgufEmitter
+
+__all__ = ["GgufEmitter"]

@@ -1,0 +1,157 @@
+"""Weights in the types of GGUF files: numbers, and blocks of 32 codes with one or two scales.
+
+A block of `Q4_0` is a scale d and 32 codes of 4 bits, of which element i shares a byte with
+element i + 16 and has its low bits: (code - 8) * d. `Q4_1` has a minimum m besides: code * d + m.
+`Q8_0` has 32 codes with a sign: code * d. Scales and minima are fp16. So packed weights in groups
+of 32, or of a multiple of it, are such blocks, where fp16 holds their scales.
+Source: `ggml-quants.c` of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
+from torch import Tensor
+
+from graphopt.files.finite import check_finite
+from graphopt.files.safetensors import blocks
+from graphopt.ir import functional
+from graphopt.ir.weights import Dequantised, Producer
+
+AUTO = "auto"
+"""The type by which what the program holds is written as it is."""
+
+TYPES: dict[str, GGMLQuantizationType] = {
+    "f32": GGMLQuantizationType.F32,
+    "f16": GGMLQuantizationType.F16,
+    "bf16": GGMLQuantizationType.BF16,
+    "q8_0": GGMLQuantizationType.Q8_0,
+    "q4_0": GGMLQuantizationType.Q4_0,
+    "q4_1": GGMLQuantizationType.Q4_1,
+}
+"""The types that matrices may be asked to have, by the name a user gives."""
+
+FILE_TYPES = {
+    GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
+    GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
+    GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16,
+    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+    GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
+}
+
+NUMBERS = {
+    torch.float32: GGMLQuantizationType.F32,
+    torch.float16: GGMLQuantizationType.F16,
+    torch.bfloat16: GGMLQuantizationType.BF16,
+}
+"""The types of numbers that are kept as they are."""
+
+BLOCK = 32
+"""Codes of a block."""
+
+_LARGEST_EXACT = {4: (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1),
+                  8: (GGMLQuantizationType.Q8_0, None)}  # fmt: skip
+"""The types of symmetric and other codes, by their bits."""
+
+
+def nbytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    """Return how many bytes a tensor takes in a type."""
+    elements, size = GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // elements * size
+
+
+def number_type(producer: Producer) -> GGMLQuantizationType:
+    """Return the type in which a dense tensor is kept: vectors, such as gains, in fp32."""
+    if len(producer.shape) < 2:
+        return GGMLQuantizationType.F32
+    return NUMBERS.get(producer.dtype, GGMLQuantizationType.F32)
+
+
+def type_of_codes(weight: Dequantised) -> GGMLQuantizationType | str:
+    """Return the type whose blocks may hold a packed weight, or why there is none."""
+    encoding = weight.encoding
+    if encoding.axis != 1:
+        return "its groups lie along axis 0, and blocks along the inputs"
+    if encoding.bits not in _LARGEST_EXACT:
+        return f"there is no type of {encoding.bits} bits with one scale for {BLOCK} codes"
+    if encoding.group % BLOCK:
+        return f"its groups are of {encoding.group} codes, and blocks of {BLOCK}"
+    symmetric, other = _LARGEST_EXACT[encoding.bits]
+    kind = symmetric if encoding.symmetric else other
+    return kind or f"there is no type of {encoding.bits} bits with zero points"
+
+
+def held_by_fp16(weight: Dequantised) -> bool:
+    """Return whether fp16 holds the scales of a packed weight, and its minima, exactly."""
+    scales = weight.scales.load().double()
+    held = scales.half().double().equal(scales)
+    if weight.zeros is not None:
+        minima = _minima(weight, scales)
+        held = held and minima.half().double().equal(minima)
+    return held
+
+
+def _minima(weight: Dequantised, scales: Tensor) -> Tensor:
+    """Return what code 0 stands for, [out, groups]."""
+    assert weight.zeros is not None
+    zeros = functional.unpack(weight.zeros.load(), weight.encoding.bits)
+    return -zeros[:, : scales.shape[1]].to(scales.dtype) * scales
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as it is written.
+
+    Attributes:
+        source: Its values.
+        kind: The type it is written in.
+        exact: A packed weight whose codes are written, where it would be rounded otherwise.
+    """
+
+    source: Producer
+    kind: GGMLQuantizationType
+    exact: bool = False
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """Yield the bytes in order.
+
+        Args:
+            name: What a message calls the tensor.
+
+        Raises:
+            SourceError: A value cannot be read, or is not finite.
+        """
+        if self.exact:
+            assert isinstance(self.source, Dequantised)
+            yield _codes_as_blocks(self.source).numpy()
+            return
+        for value in blocks(self.source):
+            check_finite(name, value)
+            if self.kind == NUMBERS.get(value.dtype):
+                yield value.contiguous().flatten().view(torch.uint8).numpy()
+            else:
+                yield quants.quantize(value.float().numpy(), self.kind).view(np.uint8)
+
+
+def _codes_as_blocks(weight: Dequantised) -> Tensor:
+    """Return the codes of a packed weight as blocks, uint8 [number of blocks, bytes]."""
+    bits, per_group = weight.encoding.bits, weight.encoding.group // BLOCK
+    codes = functional.unpack(weight.packed.load(), bits).view(-1, BLOCK)
+    scales = weight.scales.load()
+    halves = [scales] if weight.zeros is None else [scales, _minima(weight, scales.double())]
+    heads = [
+        half.half().flatten().repeat_interleave(per_group)[:, None].contiguous().view(torch.uint8)
+        for half in halves
+    ]
+    if bits == 4:
+        low, high = codes[:, : BLOCK // 2], codes[:, BLOCK // 2 :]
+        body = low | (high << 4)
+    else:
+        body = codes ^ 0x80  # codes less 128, as bytes with a sign
+    return torch.cat([*heads, body], 1)
