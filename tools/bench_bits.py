@@ -68,9 +68,15 @@ METHODS: dict[str, str] = {
     "learned, clips, distilled for longer, RTN": _learned("distil=0.7"),
     "weights alone, GPTQ": "quantize{w=4}",
     "weights alone, groups of 32, GPTQ": "quantize{w=4,group=32}",
-    "weights alone, learned, RTN": "flatquant{w=4,a=16,kv=16,seconds=$seconds}",
+    "weights alone, learned, distilled, RTN":
+        "flatquant{w=4,a=16,kv=16,seconds=$seconds,distil=0.7}",
+    "weights alone, groups of 32, learned, distilled, RTN":
+        "flatquant{w=4,a=16,kv=16,group=32,seconds=$seconds,distil=0.7}",
     "keys and values alone": "quantize{w=16,kv=4}",
-}
+    "keys and values alone, closed form": "flatquant{w=16,a=16,kv=4,kind=closed,steps=0}",
+    "keys and values alone, learned, distilled":
+        "flatquant{w=16,a=16,kv=4,seconds=$seconds,distil=0.6}",
+}  # fmt: skip
 """Rows of the table: recipes, with $bits and the $seconds of a training."""
 
 

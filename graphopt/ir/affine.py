@@ -287,7 +287,7 @@ def through(weight: Tensor, axis: int, node: Node, factors: Sequence[Tensor | No
 
 def _load(program: Program, function: Function, call: Call, value: Value) -> Tensor:
     slot = function.slots_by_value()[value]
-    return program.weights[call.weights[slot]].load(torch.float64)
+    return program.weights[call.weights[slot]].load(torch.float64).cpu()
 
 
 def _put(program: Program, function: Function, call: Call, value: Value, made: Tensor) -> None:
