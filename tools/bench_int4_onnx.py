@@ -77,8 +77,8 @@ def all_logits(folder: Path, windows: list[list[int]]) -> list[Any]:
             elif item.name == "position_ids":
                 feeds[item.name] = np.arange(len(ids), dtype=np.int64)[None]
             else:
-                _, heads, _, width = item.shape
-                feeds[item.name] = np.zeros((1, heads, 0, width), np.float32)
+                shape = (1, config["num_key_value_heads"], 0, config["head_size"])
+                feeds[item.name] = np.zeros(shape, np.float32)
         found.append(session.run(["logits"], feeds)[0][0])
     return found
 

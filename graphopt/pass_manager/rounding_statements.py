@@ -14,6 +14,7 @@ from graphopt.ir.graph import Function, Node, Program, Value
 from graphopt.ir.weights import Weight
 from graphopt.pass_manager.contract import Statement
 from graphopt.pass_manager.numbering import ValueNumbers
+from graphopt.pass_manager.verification import compare, make_probe, measure
 
 ROUNDED = "quantise_dequantise"
 """The op that rounds activations."""
@@ -47,13 +48,21 @@ class RoundedProgram(Statement):
         weights: Those that became codes.
         activations: Bits of what the linears of blocks with such weights read; None for no change.
         kv: Bits of the keys and values that attentions read; None for no change.
+        scaled: What was rounded, where that is not the source itself but computes the same, its
+            features scaled.
     """
 
     weights: tuple[PackedMatrix, ...]
     activations: int | None = None
     kv: int | None = None
+    scaled: Program | None = None
 
     def check(self, before: Program, after: Program) -> str | None:
+        if self.scaled is not None:
+            untrue = _not_the_same(before, self.scaled)
+            if untrue is not None:
+                return untrue
+            before = self.scaled
         added = {name: _added(before, f) for name, f in after.functions.items()}
         untrue = self._check_roundings(after, added)
         if untrue is not None:
@@ -127,6 +136,18 @@ class RetunedCodes(Statement):
             if not bool(new.load(torch.float32).isfinite().all()):
                 return f"{name} holds NaN or infinity"
         return None
+
+
+def _not_the_same(before: Program, scaled: Program) -> str | None:
+    """Return how far a program with scaled features is from its source, where it is too far."""
+    probe = make_probe(before, "", None)
+    difference = compare(*measure([before, scaled], probe))
+    if difference.within_tolerance:
+        return None
+    return (
+        f"with features scaled, logits differ by {difference.max_abs_logit_delta:.3g}, and by "
+        f"{difference.tolerance:.3g} at most where nothing but rounding changes them"
+    )
 
 
 def _rounds(node: Node, bits: int, symmetric: bool) -> bool:

@@ -44,6 +44,10 @@ class Quantize(Pass):
     (`graphopt.passes.quantize.calibrated`), and of a column by the columns behind it
     (`graphopt.solvers.gptq`: GPTQ, arXiv 2210.17323, and coordinate descent behind it).
 
+    With `scale`, features that matter are first scaled up in front of weights, and down in the norm
+    or the rows in front of them, by the power of their size at which rounding costs least (AWQ,
+    arXiv 2306.00978; `graphopt.passes.quantize.scaling`): `method=rtn,scale=true` is that method.
+
     With `clip` the range that codes of a group cover is searched for by squared error; else it is
     all of the group's.
 
@@ -67,10 +71,11 @@ class Quantize(Pass):
         group: Neighbours along the input that share a scale; 0 for all of an output channel.
         symmetric: Whether codes of weights have no zero point of their own.
         method: How codes are chosen: nearest (rtn), or by the calibration text (gptq).
+        scale: Whether features are scaled first where that is free.
         clip: Whether the range of codes is searched for.
         head: Bits of the output matrix, 2, 3, 4 or 8.
         embedding: Bits of the table of token embeddings, 2, 3, 4 or 8.
-        windows: Windows of the calibration text that gptq measures.
+        windows: Windows of the calibration text that gptq and scale measure.
         seqlen: Tokens of a window.
     """
 
@@ -85,11 +90,17 @@ class Quantize(Pass):
     group: Annotated[int, Field(ge=0)] = 0
     symmetric: bool = True
     method: Literal["rtn", "gptq"] = "gptq"
+    scale: bool = False
     clip: bool = True
     head: Annotated[int, Field(ge=2, le=16)] = WHOLE
     embedding: Annotated[int, Field(ge=2, le=16)] = WHOLE
     windows: Annotated[int, Field(ge=1)] | PerDevice[int] = PerDevice(cpu=16, gpu=64)
     seqlen: Annotated[int, Field(ge=2)] | PerDevice[int] = PerDevice(cpu=512, gpu=2048)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether weights are rounded by what is measured on text."""
+        return self.w < WHOLE and (self.scale or self.method == "gptq")
 
     def check_options(self) -> None:
         """Refuse widths that nothing computes with, and options that ask for nothing.
@@ -112,6 +123,11 @@ class Quantize(Pass):
                     f"quantize: {option}={bits}, and activations are rounded to 2 to 8 bits.",
                     f"Give one of these, or {option}={WHOLE} to leave them as they are.",
                 )
+        if self.scale and self.w == WHOLE:
+            raise UsageError(
+                f"scale=true is for weights that are rounded, and w={WHOLE} leaves them.",
+                "Give w, or leave scale out.",
+            )
         if all(getattr(self, o) == WHOLE for o in ("w", "a", "kv", "head", "embedding")):
             raise UsageError(
                 f"quantize with w={WHOLE} and nothing else rounds nothing.",
@@ -157,8 +173,7 @@ class Quantize(Pass):
         told += [] if self.kv == WHOLE else [f"keys and values to {self.kv}"]
         # Both models are run about twice, as far as each stage of a block.
         tokens = 4 * on_device(self.windows, device) * on_device(self.seqlen, device)
-        fitted = self.method == "gptq" and self.w < WHOLE
-        return Forecast(", ".join(told), tokens=float(tokens) if fitted else 0.0)
+        return Forecast(", ".join(told), tokens=float(tokens) if self.needs_text else 0.0)
 
     def run(self, program: Program, context: Context) -> PassResult:
         remedy = "Lower windows or seqlen, take method=rtn, or take --device cpu."

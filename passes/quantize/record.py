@@ -65,6 +65,7 @@ class QuantizedModel(Record):
         roundings: How many roundings of activations there are, and of keys and values.
         bits_per_weight: Of the matrices that became codes, scales and zero points included.
         bytes: Of all weights, before and after.
+        scaled: How many values have features that were scaled first.
         tokens: How many tokens of text were measured.
         seconds: The seconds of the pass, by what they were spent on.
     """
@@ -78,6 +79,7 @@ class QuantizedModel(Record):
     roundings: tuple[int, int] = (0, 0)
     bits_per_weight: Figure = None
     bytes: tuple[int, int]
+    scaled: int = 0
     tokens: int = 0
     seconds: dict[str, Seconds] = Field(default_factory=dict)
 
@@ -106,6 +108,7 @@ class QuantizedModel(Record):
             ("weights of blocks", "as they were" if self.w == 16 else f"{self.w} bits"),
             ("what they read", "as it was" if self.a == 16 else f"{self.a} bits, per token"),
             ("keys and values", "as they were" if self.kv == 16 else f"{self.kv} bits, per token"),
+            ("scaled first", f"the features of {self.scaled} values" if self.scaled else ""),
             ("bits a weight", "" if not self.weights else figure(self.bits_per_weight, 3)),
             ("bytes of all weights", f"{si(before, 'B')} → {si(after, 'B')}"),
             ("tokens measured", f"{self.tokens:,}" if self.tokens else ""),

@@ -29,6 +29,7 @@ from graphopt.passes.quantize.places import (
 )
 from graphopt.passes.quantize.record import QuantizedModel, RoundedBlock, RoundedWeight
 from graphopt.passes.quantize.rounding import choose_grid, packed, packed_weight, round_to_grid
+from graphopt.passes.quantize.scaling import scale_features
 from graphopt.passes.quantize.tables import find_tables
 from graphopt.solvers.gptq import damped
 from graphopt.support.clock import Clock
@@ -62,13 +63,35 @@ class Quantizing:
     def __init__(self, options: Quantize, program: Program, context: Context) -> None:
         self.options, self.context = options, context
         self.device = context.device
+        self.clock = Clock("scaling", "measuring", "rounding")
+        self.source, self.scaled = program, 0
+        self.windows: Tensor | None = None
+        if options.needs_text:
+            length = window_length(program, options.seqlen, self.device)
+            windows = calibration_windows(program, context, length)
+            self.windows = pick(windows, on_device(options.windows, self.device), context.seed)
+        if options.scale:
+            program = self._scale_features(program)
+        # What is rounded computes the same as the source, but for roundings.
         self.dense, self.program = program, program.copy()
         self.places = find_places(self.program)
         self.skipped = list(self.places.skipped) if options.w < WHOLE else []
-        self.clock = Clock("measuring", "rounding")
         self.outcomes: dict[str, _Outcome] = {}
         self.streams: dict[str, float] = {}
-        self.tokens = 0
+
+    def _scale_features(self, program: Program) -> Program:
+        """Return a program that computes the same, its features scaled as rounding asks for."""
+        options = self.options
+        assert self.windows is not None
+
+        def encoding(length: int) -> Packed:
+            return Packed(options.w, group_of(options.group, length), 1, options.symmetric)
+
+        with self.clock.counting("scaling"):
+            scaled, self.scaled = scale_features(
+                program, self.windows, encoding, options.clip, self.context
+            )
+        return scaled
 
     def run(self) -> PassResult:
         options = self.options
@@ -84,8 +107,9 @@ class Quantizing:
             w=options.w, a=options.a, kv=options.kv, method=options.method,
             weights=weights, blocks=self._blocks(), roundings=(activations, caches),
             bits_per_weight=self._bits_per_weight(),
-            bytes=(_bytes(self.dense), _bytes(self.program)),
-            tokens=self.tokens, seconds=self.clock.seconds,
+            bytes=(_bytes(self.source), _bytes(self.program)),
+            scaled=self.scaled, tokens=0 if self.windows is None else self.windows.numel(),
+            seconds=self.clock.seconds,
         )  # fmt: skip
         changed = len(weights) + activations + caches
         matched = changed + len(self.skipped)
@@ -93,6 +117,7 @@ class Quantizing:
             tuple(outcome.stated for outcome in self.outcomes.values()),
             None if options.a == WHOLE else options.a,
             None if options.kv == WHOLE else options.kv,
+            self.dense if options.scale else None,
         )
         return PassResult(self.program, matched, changed, self.skipped, record, statement)
 
@@ -172,10 +197,8 @@ class Quantizing:
 
     def _round_on_text(self) -> None:
         """Choose codes by what linears give on the calibration text, block by block."""
-        length = window_length(self.dense, self.options.seqlen, self.device)
-        windows = calibration_windows(self.dense, self.context, length)
-        windows = pick(windows, on_device(self.options.windows, self.device), self.context.seed)
-        self.tokens = windows.numel()
+        windows = self.windows
+        assert windows is not None
         held_out = held_out_windows(len(windows)) if len(windows) > 1 else 0
         dense, rounded = (
             HiddenStateStream(

@@ -154,15 +154,18 @@ def streams(result):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [{"w": 3}, {"w": 4, "kv": 4}, {"w": 3, "group": 16, "symmetric": False}], ids=str
-)
+    "options",
+    [{"w": 3}, {"w": 4, "kv": 4}, {"w": 3, "group": 16, "symmetric": False},
+     {"w": 3, "scale": True}],
+    ids=str,
+)  # fmt: skip
 def test_by_text_a_trained_model_loses_less(options, tmp_path_factory):
     """Than with nearest codes: of what these lose, at most two thirds."""
     program = trained_program(tmp_path_factory, 3)
     context = Context(text=book())
     windows = calibration_windows(program, Context(text=book(1300)), 96)[-16:]
     fitted = quantize(program, context, **options, windows=32, seqlen=96)
-    plain = quantize(program, context, **options, method="rtn")
+    plain = quantize(program, context, **options | {"scale": False}, method="rtn")
     dense, *others = (
         math.log(held_out_perplexity(p, windows, torch.device("cpu"), torch.float32))
         for p in (program, fitted.program, plain.program)
@@ -200,6 +203,26 @@ def test_more_bits_are_never_worse(bits, group, symmetric, clip):
         for width in (bits, 8)
     ]
     assert errors[1] <= errors[0]
+
+
+def test_scaled_features_cost_less_where_a_few_are_large(text):
+    """Outliers in what a norm gives, which its gain makes: their columns are rounded finely."""
+    program, context = text
+    program = program.copy()
+    for layer in (0, 1):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            gain = program.weights[f"layers.{layer}.{norm}.weight"]
+            value = gain.load().clone()
+            value[::8] *= 30
+            program.weights.replace(gain.with_producer(Array(value)))
+    options = {"w": 4, "method": "rtn", "windows": 8, "seqlen": 48}
+    results = [quantize(program, context, **options, scale=scale) for scale in (False, True)]
+    # What norms give, and what the down projection reads, of two layers.
+    assert [r.record.scaled for r in results] == [0, 6]
+    ids = {"input_ids": calibration_windows(program, context, 48)[:4]}
+    dense, *others = (Runner(p).logits(ids) for p in (program, *(r.program for r in results)))
+    plain, scaled = (float((logits - dense).square().mean()) for logits in others)
+    assert scaled < 0.8 * plain
 
 
 def test_it_is_the_same_every_time(text):
@@ -261,6 +284,7 @@ def test_a_pipeline_runs_and_emits_it(tmp_path, text):
         ({"a": 12}, "a=12, and activations are rounded to 2 to 8 bits"),
         ({"kv": 9}, "kv=9, and activations"),
         ({"w": WHOLE}, "rounds nothing"),
+        ({"w": 16, "kv": 4, "scale": True}, "scale=true is for weights that are rounded"),
         ({"group": -1}, "group=-1 is below 0"),
         ({"method": "awg"}, "knows no method"),
     ],
@@ -331,6 +355,16 @@ def other_encoding(program):
     tensors = {s: Array(t) for s, t in encoding.quantise(value).items()}
     weight = program.weights[UP]
     program.weights.replace(weight.with_producer(Dequantised(encoding, **tensors)))
+
+
+def test_scales_that_do_not_cancel_are_found(text):
+    program, context = text
+    item = make_pass("quantize", {"method": "rtn", "scale": True, "windows": 2, "seqlen": 16})
+    result = item.run(program, context)
+    assert result.statement.check(program, result.program) is None
+    for scaled in (result.statement.scaled, result.program):
+        a_gain(scaled)
+    assert "with features scaled, logits differ" in result.statement.check(program, result.program)
 
 
 def a_gain(program):
