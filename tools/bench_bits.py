@@ -7,8 +7,9 @@
 
 A model is what the command line of graphopt takes; `demo` by default. Rows are transforms: none,
 scales, Hadamard, random orthogonal, closed form, learned block by block, and learned with all
-weights distilled; with and without clips, weights rounded to nearest and by GPTQ. Each run is kept
-in benchmarks/bits.json with its recipe, seed and seconds. `--block` trains one block of
+weights distilled; with and without clips, weights rounded to nearest and by GPTQ. With questions,
+perplexity on their texts is measured too, which are of another kind than the others. Each run is
+kept in benchmarks/bits.json with its recipe, seed and seconds. `--block` trains one block of
 Llama-2-7B's shape, with random weights, and tells its seconds and the memory that it takes at most.
 """
 
@@ -31,8 +32,10 @@ from measure import LLAMA_7B, Yardstick, keep, random_llama, run_recipe
 from results import markdown_table, median
 
 import graphopt as go
+from graphopt.calibration.text import text_windows
 from graphopt.capture import capture
 from graphopt.errors import GraphoptError
+from graphopt.ir.graph import Program
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,6 +89,9 @@ def measure(name: str, model: str, options: argparse.Namespace) -> dict[str, Any
     dense = capture(model)
     yardstick = Yardstick.of(dense, options.text, device, options.windows, options.piqa)
     base = yardstick.measure(dense)
+    other = None if options.piqa is None else piqa_texts(dense, yardstick)
+    if other is not None:
+        base["piqa_texts"] = other.measure(dense)["perplexity"]
     print(f"{name}: dense {base}", flush=True)
     found: dict[str, Any] = {
         "dense": base,
@@ -107,9 +113,12 @@ def measure(name: str, model: str, options: argparse.Namespace) -> dict[str, Any
                 torch.cuda.reset_peak_memory_stats()
             started = time.perf_counter()
             try:
-                _, record = run_recipe(
+                program, record = run_recipe(
                     dense, recipe, options.calib, yardstick, base["perplexity"], seed
                 )
+                if other is not None:
+                    record["piqa_texts"] = other.measure(program)["perplexity"]
+                    record["piqa_texts_times_dense"] = record["piqa_texts"] / base["piqa_texts"]
             except GraphoptError as error:
                 record = {"refused": str(error)}
             except Exception as error:  # a bug, which is told; the other runs are worth their time
@@ -129,6 +138,14 @@ def measure(name: str, model: str, options: argparse.Namespace) -> dict[str, Any
             )
             save(name, options, found)
     return found
+
+
+def piqa_texts(dense: Program, yardstick: Yardstick) -> Yardstick:
+    """Return what measures perplexity on PIQA's goals and right solutions: text of another kind."""
+    assert yardstick.questions is not None
+    lines = [f"{row.goal} {row.solutions[row.label]}" for row in yardstick.questions]
+    windows = text_windows(dense, "\n".join(lines), yardstick.windows.shape[1])
+    return Yardstick(windows, None, yardstick.device, yardstick.at_once)
 
 
 def measure_block(options: argparse.Namespace) -> dict[str, Any]:
@@ -175,7 +192,7 @@ def save(name: str, options: argparse.Namespace, found: Mapping[str, Any]) -> No
 
 def ablation_table(found: Mapping[str, Any]) -> str:
     """Return the medians of each method's runs as a Markdown table."""
-    figures = ["perplexity", "times_dense", "piqa", "seconds"]
+    figures = ["perplexity", "times_dense", "piqa_texts_times_dense", "piqa", "seconds"]
     head = ["method", *(figure.replace("_", " ") for figure in figures)]
     rows: list[list[str]] = []
     for method in dict.fromkeys(run["method"] for run in found["runs"]):

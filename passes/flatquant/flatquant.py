@@ -97,7 +97,6 @@ class FlatQuant(TrainingOptions, Pass):
     method: Literal["default", "published"] = "default"
     rate: Annotated[float, Field(gt=0)] | None = None
     windows: Annotated[int, Field(ge=2)] | PerDevice[int] = PerDevice(cpu=32, gpu=64)
-    generated_windows: Annotated[int, Field(ge=0)] | None = 0
 
     def check_options(self) -> None:
         """Refuse widths that nothing computes with.

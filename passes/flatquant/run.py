@@ -242,6 +242,8 @@ class FlatQuantising(Distiller):
             numbers = [places.index(slots[v]) for v in own.inputs[1:] if v is not None]
             assert own.inputs[0] is not None
             nodes.setdefault(own.inputs[0], []).append((own, numbers))
+        if self.options.method == "published":
+            return
         if not self.options.clip:
             for parameter in group.clips:
                 parameter.fill_(torch.inf)
