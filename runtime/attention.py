@@ -34,6 +34,8 @@ class Keys:
             once; a negative number stands for none.
         cu_seqlens: int32 [B + 1]: where each sequence begins among the keys, and the end of the
             last; for sequences one behind the other.
+        bits: 16, or those of the codes where `k` and `v` hold rows of `kv_codes`, uint8.
+        value_dim: Features of a value, where `v` holds rows.
     """
 
     k: Tensor
@@ -43,6 +45,13 @@ class Keys:
     block_table: Tensor | None = None
     selected_blocks: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    bits: int = 16
+    value_dim: int | None = None
+
+    @property
+    def values(self) -> int:
+        """Features of a value."""
+        return int(self.v.shape[-1]) if self.value_dim is None else self.value_dim
 
     def capacity(self) -> int:
         """Return how many keys a row may have."""
@@ -58,7 +67,13 @@ def check(q: Tensor, keys: Keys, constants: Constants) -> None:
         ValueError: Naming the operand and what it should be.
     """
     wanted = (constants["HEAD_DIM"], constants["VALUE_DIM"])
-    found = (q.shape[-1], keys.k.shape[-1], keys.v.shape[-1])
+    packed = keys.bits < 16
+    found = (q.shape[-1], q.shape[-1] if packed else keys.k.shape[-1], keys.values)
+    if keys.bits != constants["KV_BITS"]:
+        raise ValueError(
+            f"keys of {keys.bits} bits: this kernel was made for {constants['KV_BITS']}; plan one "
+            "for the cache at hand"
+        )
     if found != (wanted[0], *wanted):
         raise ValueError(
             f"head sizes of q, k, v are {found}: this kernel was made for {wanted[0]}, "
@@ -75,7 +90,7 @@ def check(q: Tensor, keys: Keys, constants: Constants) -> None:
             "leave out empty batches and lengths"
         )
     for name, tensor in (("k", keys.k), ("v", keys.v)):
-        if tensor.dtype != q.dtype:
+        if tensor.dtype != (torch.uint8 if packed else q.dtype):
             raise ValueError(f"{name} is {tensor.dtype} and q is {q.dtype}: give one dtype")
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name}'s last axis is not contiguous: call .contiguous()")
@@ -260,7 +275,7 @@ def prefill(
     check(q, keys, constants)
     q, keys = _aligned(q), replace(keys, k=_aligned(keys.k), v=_aligned(keys.v))
     batch, heads, queries, _ = q.shape
-    written = _written((*q.shape[:3], keys.v.shape[-1]), q, out)
+    written = _written((*q.shape[:3], keys.values), q, out)
     rows = queries
     if cu_seqlens_q is not None:
         batch = len(cu_seqlens_q) - 1
@@ -283,6 +298,7 @@ def prefill(
         "T": count,
         "H": heads,
         "scale": scale,
+        "WORDS": q.is_cuda,
     }
     for name, tensor in (("q", q), ("o", written)):
         arguments |= {f"{name}_stride_{axis}": tensor.stride(i) for i, axis in enumerate("bhs")}
@@ -350,7 +366,7 @@ def decode(
     check(q, keys, constants)
     q, keys = _aligned(q), replace(keys, k=_aligned(keys.k), v=_aligned(keys.v))
     batch, heads, queries, _ = q.shape
-    count, width = keys.capacity(), keys.v.shape[-1]
+    count, width = keys.capacity(), keys.values
     if splits is None:
         splits = splits_of(_walked(keys, constants), constants)
     group = int(constants["GROUP"])
@@ -372,6 +388,7 @@ def decode(
         "T": count,
         "H": heads,
         "scale": scale,
+        "WORDS": q.is_cuda,
     }
     arguments |= {f"q_stride_{axis}": q.stride(i) for i, axis in enumerate("bhs")}
 

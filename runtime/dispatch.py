@@ -21,7 +21,7 @@ from torch import Tensor
 from graphopt.ir import functional, kv_memory
 from graphopt.ir.kv_memory import PagedKV
 from graphopt.runtime.attention import Extras, Keys
-from graphopt.runtime.kv_cache import AppendKV, FixedKVCache, KVCache, in_order
+from graphopt.runtime.kv_cache import AppendKV, FixedKVCache, KVCache, dense, in_order
 
 DECODE_TOKENS = 16
 """Query tokens up to which keys are split over programs instead of queries."""
@@ -57,6 +57,7 @@ class AttentionKey:
     selected_blocks: bool = False
     lse: bool = False
     page_max: bool = False
+    kv_bits: int = 16
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ class AttentionDispatcher:
         key = AttentionKey(
             phase="decode" if q.shape[2] <= DECODE_TOKENS else "prefill",
             head_dim=q.shape[3],
-            value_dim=keys.v.shape[3],
+            value_dim=keys.values,
             group=q.shape[1] // keys.k.shape[1],
             dtype=q.dtype,
             causal=options.get("causal", True),
@@ -252,6 +253,7 @@ class AttentionDispatcher:
             selected_blocks=keys.selected_blocks is not None,
             lse=bool(options.get("lse")),
             page_max=page_max is not None,
+            kv_bits=keys.bits,
         )
         if any(tokens not in (None, size) for tokens in (page_max, page)):
             tokens = page_max or page
@@ -329,7 +331,7 @@ def _by_reference(q: Tensor, keys: Keys, extras: Extras, options: Mapping[str, A
     """Return what an attention gives, by `functional`."""
     own = ("lse", "page_max", "ring", "selected_blocks", "page")
     plain = {name: value for name, value in options.items() if name not in own}
-    k, v = in_order(keys)
+    k, v = in_order(dense(keys, q.shape[3], q.dtype))
     operands = (extras.mask, extras.bias, extras.slopes, extras.sinks)
     plain["kv_lens"] = keys.kv_lens
     if keys.selected_blocks is not None:

@@ -186,37 +186,44 @@ def launch_append(
     new_lens: Tensor | None = None,
     block_table: Tensor | None = None,
     ring: bool = False,
+    bits: int = 16,
 ) -> Tensor:
     """Write keys and values behind those of each row; return `seq_lens` and the new, int32 [B].
 
     Arguments are those of `kv_memory.append_kv`, the last axis of tensors contiguous.
     """
-    from graphopt.runtime.kernels.block import append_kv as kernel
+    from graphopt.runtime.kernels.block import append_kv
+    from graphopt.runtime.kernels.packed_kv import append_packed_kv
 
     batch, heads, count, _ = k.shape
     total = torch.empty(batch, dtype=torch.int32, device=k.device)
-    strides: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         f"{name}_stride_{axis}": tensor.stride(i)
         for name, tensor in (("k", k), ("v", v))
         for i, axis in enumerate("bhs")
     }
-    strides |= {
+    arguments |= {
         f"cache_{name}_stride_{axis}": tensor.stride(i)
         for name, tensor in (("k", cache_k), ("v", cache_v))
         for i, axis in enumerate("bht")
     }
-    block = _power(max(k.shape[3], v.shape[3]))
     page = 0 if block_table is None else cache_k.shape[2]
     width = 0 if block_table is None else block_table.shape[1]
-    kernel[(batch * count,)](
-        k, v, cache_k, cache_v, seq_lens, new_lens, block_table, total,
+    columns = [_power(tensor.shape[3] * min(bits, 8) // 8) for tensor in (k, v)]
+    arguments |= {
+        "K_DIM": k.shape[3], "V_DIM": v.shape[3], "HEADS": _power(heads), "BLOCK_K": columns[0],
+        "BLOCK_V": columns[1], "RING": ring, "PAGE": page,
+        "num_warps": min(4, _warps(_power(heads) * max(columns))),
+    }  # fmt: skip
+    tensors = (k, v, cache_k, cache_v, seq_lens, new_lens, block_table, total)
+    sizes = (
         count, heads, page * width if page else cache_k.shape[2],
         seq_lens.expand(batch).stride(0), width,
-        **strides,
-        K_DIM=k.shape[3], V_DIM=v.shape[3], HEADS=_power(heads),
-        BLOCK_K=_power(k.shape[3]), BLOCK_V=_power(v.shape[3]), RING=ring, PAGE=page,
-        num_warps=min(4, _warps(_power(heads) * block)),
     )  # fmt: skip
+    if bits == 16:
+        append_kv[(batch * count,)](*tensors, *sizes, **arguments)
+    else:
+        append_packed_kv[(batch * count, 2)](*tensors, *sizes, **arguments, BITS=bits)
     return total
 
 
@@ -295,11 +302,13 @@ def append_kv(
     new_lens: Tensor | None = None,
     block_table: Tensor | None = None,
     ring: bool = False,
+    bits: int = 16,
 ) -> Tensor:
     """As `kv_memory.append_kv`."""
     tensors = (k, v, cache_k, cache_v)
-    if runs_by_kernel(*tensors) and _rotatable(*tensors):
-        return launch_append(*tensors, seq_lens, new_lens, block_table, ring)
+    own = tensors if bits == 16 else (k, v)
+    if runs_by_kernel(*own) and _rotatable(*tensors):
+        return launch_append(*tensors, seq_lens, new_lens, block_table, ring, bits)
     return kv_memory.append_kv(
-        *tensors, seq_lens, new_lens=new_lens, block_table=block_table, ring=ring
+        *tensors, seq_lens, new_lens=new_lens, block_table=block_table, ring=ring, bits=bits
     )

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from graphopt.ir.kv_memory import PagedKV, from_pages, from_ring
+from graphopt.ir.kv_memory import PagedKV, from_pages, from_ring, row_bytes, unpack_rows
 from graphopt.runtime.attention import Keys
 
 Layout: TypeAlias = tuple[str, int | None]
@@ -33,11 +33,13 @@ class FixedKVCache(ABC):
     Attributes:
         k, v: The memory.
         seq_lens: int32 [B], or [1] for all rows: tokens in it before a step.
+        bits: 4 or 8 where the memory holds rows of codes (`kv_memory.pack_rows`), else 16.
     """
 
     k: Tensor
     v: Tensor
     seq_lens: Tensor
+    bits: int = field(default=16, kw_only=True)
 
     @property
     def rows(self) -> int:
@@ -62,6 +64,10 @@ class FixedKVCache(ABC):
                 f"{room} tokens in {self.rows} rows: make one that is large enough"
             )
 
+    def _keys(self, new_v: Tensor, k: Tensor, v: Tensor, **where: Tensor) -> Keys:
+        """Return what an attention reads, of memory as this cache has it."""
+        return Keys(k, v, bits=self.bits, value_dim=new_v.shape[3], **where)
+
     @abstractmethod
     def append(self, k: Tensor, v: Tensor, append: AppendKV, window: int | None) -> Keys:
         """Write the keys and values of new tokens; return what their attention reads.
@@ -77,7 +83,8 @@ class StaticKVCache(FixedKVCache):
     """All tokens, one behind the other: `k` [B, G, T, D], `v` [B, G, T, Dv]."""
 
     def append(self, k: Tensor, v: Tensor, append: AppendKV, window: int | None) -> Keys:
-        return Keys(self.k, self.v, kv_lens=append(k, v, self.k, self.v, self.seq_lens))
+        kv_lens = append(k, v, self.k, self.v, self.seq_lens, bits=self.bits)
+        return self._keys(v, self.k, self.v, kv_lens=kv_lens)
 
 
 @dataclass(frozen=True)
@@ -100,19 +107,19 @@ class RingKVCache(FixedKVCache):
         before = self.seq_lens.expand(len(k))
         if count + window - 1 <= slots:
             # When the new ones are written, what the first of them sees is still there.
-            append(k, v, self.k, self.v, before, ring=True, new_lens=self.new_lens)
+            append(k, v, self.k, self.v, before, ring=True, new_lens=self.new_lens, bits=self.bits)
             kv_lens = (before + count).clamp(max=slots)
             start = (before + count - kv_lens) % slots
-            return Keys(self.k, self.v, kv_lens=kv_lens, ring_start=start)
+            return self._keys(v, self.k, self.v, kv_lens=kv_lens, ring_start=start)
         held = before.clamp(max=slots)
         start = (before - held) % slots
         all_k, all_v = (
-            torch.cat((from_ring(ring, start), new.new_zeros(new.shape)), 2)
-            for ring, new in ((self.k, k), (self.v, v))
+            torch.cat((from_ring(ring, start), _zeros(ring, len(ring), count)), 2)
+            for ring in (self.k, self.v)
         )
-        kv_lens = append(k, v, all_k, all_v, held)
-        append(k, v, self.k, self.v, before, ring=True, new_lens=self.new_lens)
-        return Keys(all_k, all_v, kv_lens=kv_lens)
+        kv_lens = append(k, v, all_k, all_v, held, bits=self.bits)
+        append(k, v, self.k, self.v, before, ring=True, new_lens=self.new_lens, bits=self.bits)
+        return self._keys(v, all_k, all_v, kv_lens=kv_lens)
 
 
 @dataclass(frozen=True)
@@ -135,12 +142,25 @@ class PagedKVCache(FixedKVCache):
 
     def append(self, k: Tensor, v: Tensor, append: AppendKV, window: int | None) -> Keys:
         table = self.block_table
-        kv_lens = append(k, v, self.k, self.v, self.seq_lens, block_table=table)
-        return Keys(self.k, self.v, kv_lens=kv_lens, block_table=table)
+        kv_lens = append(k, v, self.k, self.v, self.seq_lens, block_table=table, bits=self.bits)
+        return self._keys(v, self.k, self.v, kv_lens=kv_lens, block_table=table)
 
 
 KVCache: TypeAlias = tuple[Tensor, Tensor] | PagedKV | FixedKVCache
 """What a layer is given as its past: the first two grow by copying, and are not changed."""
+
+
+def dense(keys: Keys, dim: int, dtype: torch.dtype) -> Keys:
+    """Return keys with the values that rows of codes stand for in their place, of a dtype.
+
+    Args:
+        dim: Features of a key.
+    """
+    if keys.bits == 16:
+        return keys
+    k = unpack_rows(keys.k, dim, keys.bits, dtype)
+    v = unpack_rows(keys.v, keys.values, keys.bits, dtype)
+    return replace(keys, k=k, v=v, bits=16)
 
 
 def in_order(keys: Keys) -> tuple[Tensor, Tensor]:
@@ -186,6 +206,7 @@ def fixed_caches(
     capacity: int,
     seq_lens: Tensor,
     new_lens: Tensor,
+    bits: Sequence[int] | None = None,
 ) -> list[FixedKVCache]:
     """Return caches without tokens, with room for `capacity` tokens a row.
 
@@ -194,25 +215,31 @@ def fixed_caches(
         layouts: For each layer. A ring has its slots, whatever the capacity.
         seq_lens: int32 [B], read at every step.
         new_lens: int32 [B], as `RingKVCache.new_lens`.
+        bits: For each layer 4 or 8 where it holds codes, else 16; all 16 by default.
     """
     batch, device = len(seq_lens), seq_lens.device
     made: list[FixedKVCache] = []
-    for (k, v), (kind, size) in zip(empty, layouts, strict=True):
+    for (k, v), (kind, size), own in zip(empty, layouts, bits or [16] * len(layouts), strict=True):
+        if own < 16:
+            k, v = (
+                x.new_empty(*x.shape[:3], row_bytes(x.shape[3], own), dtype=torch.uint8)
+                for x in (k, v)
+            )
         if kind == "paged" and size is not None:
             count = -(-capacity // size)
             table = torch.arange(batch * count, dtype=torch.int32, device=device).view(count, batch)
+            table = table.t().contiguous()
             pool_k, pool_v = (_zeros(x, batch * count, size) for x in (k, v))
-            made.append(PagedKVCache(pool_k, pool_v, seq_lens, table.t().contiguous()))
+            made.append(PagedKVCache(pool_k, pool_v, seq_lens, table, bits=own))
         elif kind == "ring" and size is not None:
-            made.append(
-                RingKVCache(_zeros(k, batch, size), _zeros(v, batch, size), seq_lens, new_lens)
-            )
+            ring_k, ring_v = (_zeros(x, batch, size) for x in (k, v))
+            made.append(RingKVCache(ring_k, ring_v, seq_lens, new_lens, bits=own))
         else:
             room_k, room_v = (_zeros(x, batch, capacity) for x in (k, v))
-            made.append(StaticKVCache(room_k, room_v, seq_lens))
+            made.append(StaticKVCache(room_k, room_v, seq_lens, bits=own))
     return made
 
 
 def _zeros(like: Tensor, rows: int, tokens: int) -> Tensor:
-    """Return memory of [rows, G, tokens, D], for the heads of `like` [B, G, 0, D]."""
+    """Return memory of [rows, G, tokens, D], for the heads of `like` [B, G, .., D]."""
     return like.new_zeros(rows, like.shape[1], tokens, like.shape[3])

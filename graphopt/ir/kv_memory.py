@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -26,6 +27,7 @@ def append_kv(
     new_lens: Tensor | None = None,
     block_table: Tensor | None = None,
     ring: bool = False,
+    bits: int = 16,
 ) -> Tensor:
     """Write keys and values behind those that each row of a cache holds.
 
@@ -38,10 +40,13 @@ def append_kv(
             by default. Only a ring asks: elsewhere the next tokens overwrite padding.
         block_table: int32 [B, N]: the page of the pool that holds page n of a row.
         ring: Token t lies in slot t mod T, so that the last T are kept.
+        bits: 4 or 8 where the cache holds rows of codes (`pack_rows`), of uint8.
 
     Returns:
         int32 [B]: `seq_lens` and the new tokens, padding too.
     """
+    if bits < 16:
+        k, v = pack_rows(k, bits), pack_rows(v, bits)
     batch, _, count, _ = k.shape
     row = torch.arange(batch, device=k.device)[:, None]
     before = seq_lens.expand(batch)[:, None].long()
@@ -63,6 +68,51 @@ def append_kv(
             written = tokens[row, newest.clamp(min=0)]
             held.copy_(torch.where((newest >= 0)[..., None, None], written, held))
     return (seq_lens + count).expand(batch).to(torch.int32).contiguous()
+
+
+def row_bytes(dim: int, bits: int) -> int:
+    """The bytes of a key or value of `dim` features whose codes have so many bits.
+
+    Its codes, its scale and its zero point in fp32, and what is left to a multiple of 16.
+    """
+    return -(-(dim * bits // 8 + 8) // 16) * 16
+
+
+def pack_rows(x: Tensor, bits: int) -> Tensor:
+    """Keys or values [..., D] rounded to rows of codes, uint8 [..., row_bytes(D, bits)].
+
+    By the codes of `functional.quantise_dequantise` with zero points, each less the middle of the
+    range. Of four bits a byte has in its low bits a feature of the first half, and in its high
+    bits the one as far into the second half.
+    """
+    wide, most, middle = x.float(), 2**bits - 1, 2 ** (bits - 1)
+    low = wide.amin(-1, keepdim=True).clamp(max=0)
+    high = wide.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / most
+    scale = scale.masked_fill(scale == 0, 1.0)
+    zero = (-low / scale).round()
+    scale = scale.masked_fill(~scale.isfinite(), float("nan"))
+    codes = ((wide / scale).round() + zero).clamp(0, most).nan_to_num().to(torch.int16) - middle
+    if bits == 4:
+        first, second = (codes & 15).chunk(2, -1)
+        codes = first | second << 4
+    pair = torch.cat((scale, zero - middle), -1).contiguous().view(torch.uint8)
+    rows = torch.cat(((codes & 255).to(torch.uint8), pair), -1)
+    left = row_bytes(x.shape[-1], bits) - rows.shape[-1]
+    return F.pad(rows, (0, left))
+
+
+def unpack_rows(rows: Tensor, dim: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """What rows of codes stand for, [..., D] of a dtype."""
+    size = dim * bits // 8
+    codes = rows[..., :size]
+    if bits == 4:
+        signed = torch.cat((codes & 15, codes >> 4), -1).to(torch.int16)
+        signed = torch.where(signed > 7, signed - 16, signed)
+    else:
+        signed = codes.view(torch.int8).to(torch.int16)
+    scale, zero = rows[..., size : size + 8].contiguous().view(torch.float32).split(1, -1)
+    return ((signed - zero) * scale).to(dtype)
 
 
 def from_ring(cache: Tensor, ring_start: Tensor) -> Tensor:

@@ -80,6 +80,8 @@ class Planner(ABC):
     """Finds the tiles of one kernel family."""
 
     kernel: ClassVar[str]
+    reads_codes: ClassVar[bool] = False
+    """Whether the kernels read caches of 4 and 8 bits."""
 
     def refuses(self, spec: AttentionSpec, target: Target) -> str | None:
         """Return why this kernel cannot do the attention on the target; None where it can."""
@@ -93,8 +95,8 @@ class Planner(ABC):
         for name, size in (("head_dim", spec.head_dim), ("value_dim", spec.values)):
             if not low <= size <= high or size % 8:
                 return f"{name} is {size}: only multiples of 8 from {low} to {high} are lowered"
-        if spec.kv_bits != 16:
-            return f"a cache of {spec.kv_bits} bits is not read yet, only one of 16"
+        if spec.kv_bits != 16 and not self.reads_codes:
+            return f"a cache of {spec.kv_bits} bits is not read by it, only one of 16"
         return self.limits(spec, target)
 
     def limits(self, spec: AttentionSpec, target: Target) -> str | None:
@@ -160,6 +162,7 @@ def form_constants(spec: AttentionSpec, *, ring: int = 0) -> dict[str, int | flo
         "SELECTED": spec.selected_blocks,
         "LSE": spec.lse,
         "PAGE_MAX": spec.page_max,
+        "KV_BITS": spec.kv_bits,
     }
 
 

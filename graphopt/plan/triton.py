@@ -28,11 +28,15 @@ class TritonPlanner(Planner):
     """
 
     kernel: ClassVar[str] = "triton"
+    reads_codes: ClassVar[bool] = True
 
     def limits(self, spec: AttentionSpec, target: Target) -> str | None:
         reason = refuses_machine(target)
         if reason is not None:
             return reason
+        for size in (spec.head_dim, spec.values):
+            if spec.kv_bits < 16 and size & (size - 1):
+                return f"a cache of {spec.kv_bits} bits with heads of {size}: no power of two"
         if spec.page_max and spec.page is not None and spec.page & (spec.page - 1):
             return f"page maxima of pages of {spec.page} tokens: the size must be a power of two"
         return None

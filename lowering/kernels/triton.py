@@ -39,6 +39,10 @@ def kernel_constants(plan: AttentionPlan, *, ring: int = 0) -> dict[str, Any]:
     spec = plan.spec
     first, rest = split_size(spec.head_dim)
     value_first, value_rest = split_size(spec.values)
+    if spec.kv_bits == 4:
+        # The halves of a head, which lie in the low and in the high bits of its bytes.
+        first = rest = spec.head_dim // 2
+        value_first = value_rest = spec.values // 2
     return {
         **form_constants(spec, ring=ring),
         "D0": first,
@@ -68,6 +72,9 @@ class TritonFamily(KernelFamily):
                 row = (plan.spec.describe(), self.constants(plan))
                 served.setdefault(entry, []).append(row)
         texts = specialise({name: runtime_text(f"kernels/{name}.py") for name in _FILES}, served)
+        if any(plan.spec.kv_bits < 16 for plan in plans.values()):
+            # As a whole: other kernels of a model read codes too.
+            texts["codes"] = runtime_text("kernels/codes.py")
         return {f"{name}.py": text for name, text in texts.items()}
 
 
@@ -168,7 +175,7 @@ register_layer_family(
         (
             LayerKernels(
                 module="fused",
-                files=("block",),
+                files=("block", "packed_kv"),
                 functions=("rms_norm", "add_rms_norm", "rope", "rope_pair", "act_mul"),
                 cache_writer="append_kv",
             ),
@@ -182,7 +189,7 @@ register_layer_family(
             ),
             LayerKernels(
                 module="quantised_linear",
-                files=("packed_linear", "integer_linear"),
+                files=("codes", "packed_linear", "integer_linear"),
                 functions=("integer_linear", "packed_linear"),
                 classes=("QuantisedWeight",),
                 needed_by=frozenset({"integer_linear", "packed_linear"}),

@@ -166,6 +166,33 @@ def act_mul(
 
 
 @triton.jit
+def token_place(
+    b, s, S, capacity, seq_lens_ptr, new_lens_ptr, block_table_ptr, length_stride,
+    block_table_width, RING: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Return where in a cache a new token lies, whether it is written, and its row's length.
+
+    The row of the cache, or the page of the pool, and the place in it.
+    """
+    length = tl.load(seq_lens_ptr + b * length_stride)
+    place = (length + s).to(tl.int64)
+    if RING:
+        real = S
+        if new_lens_ptr is not None:
+            real = tl.load(new_lens_ptr + b)
+        written = (s < real) & (s >= real - capacity)
+        place = place % capacity
+    else:
+        written = place < capacity
+    row = b
+    if PAGE:
+        page_ptr = block_table_ptr + b * block_table_width + place // PAGE
+        row = tl.load(page_ptr, mask=written, other=0).to(tl.int64)
+        place = place % PAGE
+    return row, place, written, length
+
+
+@triton.jit
 def _copy_heads(
     source_ptr, target_ptr, source_stride_h, target_stride_h, heads,
     D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
@@ -202,21 +229,10 @@ def append_kv(
     """
     token = tl.program_id(0).to(tl.int64)
     b, s = token // S, token % S
-    length = tl.load(seq_lens_ptr + b * length_stride)
-    place = (length + s).to(tl.int64)
-    if RING:
-        real = S
-        if new_lens_ptr is not None:
-            real = tl.load(new_lens_ptr + b)
-        written = (s < real) & (s >= real - capacity)
-        place = place % capacity
-    else:
-        written = place < capacity
-    row = b
-    if PAGE:
-        page_ptr = block_table_ptr + b * block_table_width + place // PAGE
-        row = tl.load(page_ptr, mask=written, other=0).to(tl.int64)
-        place = place % PAGE
+    row, place, written, length = token_place(
+        b, s, S, capacity, seq_lens_ptr, new_lens_ptr, block_table_ptr, length_stride,
+        block_table_width, RING, PAGE,
+    )  # fmt: skip
     heads = tl.where(written, heads, 0)
     _copy_heads(
         k_ptr + b * k_stride_b + s * k_stride_s,

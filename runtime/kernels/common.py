@@ -44,6 +44,7 @@ def key_offsets(
     v_stride_t,
     RING: tl.constexpr,
     PAGE: tl.constexpr,
+    KV_BITS: tl.constexpr,
 ):
     """Return how far each key, and each value, lies behind the first of its head."""
     held = keys.to(tl.int64)
@@ -60,7 +61,8 @@ def key_offsets(
         k_offsets = held * k_stride_t
         v_offsets = held * v_stride_t
     # Rows begin at multiples of 16 bytes, which Triton does not see of a stride of 72.
-    return tl.multiple_of(k_offsets, 8), tl.multiple_of(v_offsets, 8)
+    EACH: tl.constexpr = 8 + 8 * (KV_BITS < 16)
+    return tl.multiple_of(k_offsets, EACH), tl.multiple_of(v_offsets, EACH)
 
 
 @triton.jit

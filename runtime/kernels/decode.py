@@ -9,6 +9,7 @@ is the same bit for bit whatever else is in the batch.
 import triton
 import triton.language as tl
 
+from graphopt.runtime.kernels.codes import code_tiles, row_scales
 from graphopt.runtime.kernels.common import (
     LN2,
     LOG2E,
@@ -75,10 +76,13 @@ def attention_decode(
     PAGE: tl.constexpr,
     SELECTED: tl.constexpr,
     PAGE_MAX: tl.constexpr,
+    KV_BITS: tl.constexpr,  # 16, or those of the codes in the rows of a cache
+    WORDS: tl.constexpr,
     OVERLAP: tl.constexpr,  # the merge may be launched while this runs, and waits for its end
 ):  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
+    TYPE: tl.constexpr = q_ptr.dtype.element_ty
     split, splits = tl.program_id(0), tl.num_programs(0)
     groups = H // GROUP
     batch = tl.program_id(1) // groups
@@ -132,11 +136,18 @@ def attention_decode(
         bias_rows += batch_64 * bias_stride_b + head[:, None] * bias_stride_h
         bias_rows += token.to(tl.int64)[:, None] * bias_stride_s
 
-    k_head = k_ptr + tl.multiple_of(group_64 * k_stride_h, 8)
-    v_head = v_ptr + tl.multiple_of(group_64 * v_stride_h, 8)
+    EACH: tl.constexpr = 8 + 8 * (KV_BITS < 16)
+    k_head = k_ptr + tl.multiple_of(group_64 * k_stride_h, EACH)
+    v_head = v_ptr + tl.multiple_of(group_64 * v_stride_h, EACH)
     if not PAGE:
-        k_head += tl.multiple_of(batch_64 * k_stride_b, 8)
-        v_head += tl.multiple_of(batch_64 * v_stride_b, 8)
+        k_head += tl.multiple_of(batch_64 * k_stride_b, EACH)
+        v_head += tl.multiple_of(batch_64 * v_stride_b, EACH)
+    if KV_BITS < 16:
+        q_sum = tl.sum(q0.to(tl.float32), 1)
+        if D1:
+            q_sum += tl.sum(q1.to(tl.float32), 1)
+        # What zero points of the values come to.
+        less = tl.zeros([BLOCK_M], tl.float32)
 
     for start in range(low, high, BLOCK_N):
         slots = start + tl.arange(0, BLOCK_N)
@@ -148,20 +159,28 @@ def attention_decode(
         present = keys < T
         k_offsets, v_offsets = key_offsets(
             keys, present, batch, ring_start_ptr, block_table_ptr, block_table_width,
-            k_stride_b, k_stride_t, v_stride_b, v_stride_t, RING, PAGE,
+            k_stride_b, k_stride_t, v_stride_b, v_stride_t, RING, PAGE, KV_BITS,
         )  # fmt: skip
         k_rows = k_head + k_offsets[:, None]
         v_rows = v_head + v_offsets[:, None]
 
-        k0 = tl.load(k_rows + d0[None, :], mask=present[:, None], other=0.0)
-        scores = tl.dot(q0, tl.trans(k0))
-        if D1:
-            k1 = tl.load(
-                k_rows + d1[None, :],
-                mask=present[:, None] & (d1 < HEAD_DIM)[None, :],
-                other=0.0,
-            )
-            scores = tl.dot(q1, tl.trans(k1), scores)
+        if KV_BITS == 16:
+            k0 = tl.load(k_rows + d0[None, :], mask=present[:, None], other=0.0)
+            scores = tl.dot(q0, tl.trans(k0))
+            if D1:
+                k1 = tl.load(
+                    k_rows + d1[None, :],
+                    mask=present[:, None] & (d1 < HEAD_DIM)[None, :],
+                    other=0.0,
+                )
+                scores = tl.dot(q1, tl.trans(k1), scores)
+        else:
+            k0, k1 = code_tiles(k_head + k_offsets, present, d0, TYPE, KV_BITS, WORDS)
+            scores = tl.dot(q0, tl.trans(k0))
+            if KV_BITS == 4:
+                scores = tl.dot(q1, tl.trans(k1), scores)
+            scale_k, zero_k = row_scales(k_head + k_offsets, present, HEAD_DIM, KV_BITS)
+            scores = (scores - q_sum[:, None] * zero_k[None, :]) * scale_k[None, :]
 
         if (SOFTCAP > 0 or ALIBI) or BIAS:
             scores = transformed(
@@ -180,17 +199,30 @@ def attention_decode(
             )  # fmt: skip
 
         weights, shrink, top, total = softmax_step(scores, unit, top, total)
-        weights = weights.to(v_ptr.dtype.element_ty)
-        value0 = tl.load(v_rows + v0[None, :], mask=present[:, None], other=0.0)
-        sum0 = tl.dot(weights, value0, sum0 * shrink[:, None])
-        if V1:
-            value1 = tl.load(
-                v_rows + v1[None, :],
-                mask=present[:, None] & (v1 < VALUE_DIM)[None, :],
-                other=0.0,
-            )
-            sum1 = tl.dot(weights, value1, sum1 * shrink[:, None])
+        if KV_BITS == 16:
+            weights = weights.to(TYPE)
+            value0 = tl.load(v_rows + v0[None, :], mask=present[:, None], other=0.0)
+            sum0 = tl.dot(weights, value0, sum0 * shrink[:, None])
+            if V1:
+                value1 = tl.load(
+                    v_rows + v1[None, :],
+                    mask=present[:, None] & (v1 < VALUE_DIM)[None, :],
+                    other=0.0,
+                )
+                sum1 = tl.dot(weights, value1, sum1 * shrink[:, None])
+        else:
+            scale_v, zero_v = row_scales(v_head + v_offsets, present, VALUE_DIM, KV_BITS)
+            weights = (weights * scale_v[None, :]).to(TYPE)
+            less = less * shrink + tl.sum(weights.to(tl.float32) * zero_v[None, :], 1)
+            value0, value1 = code_tiles(v_head + v_offsets, present, v0, TYPE, KV_BITS, WORDS)
+            sum0 = tl.dot(weights, value0, sum0 * shrink[:, None])
+            if KV_BITS == 4:
+                sum1 = tl.dot(weights, value1, sum1 * shrink[:, None])
 
+    if KV_BITS < 16:
+        sum0 -= less[:, None]
+        if V1:
+            sum1 -= less[:, None]
     some, total, factor = shares(total)
     where = ((batch_64 * H + head) * S + token) * splits + split
     part_rows = part_ptr + where[:, None] * VALUE_DIM

@@ -8,6 +8,7 @@ the row as the outer loop, arXiv 2307.08691, algorithm 1). Exponentials are to b
 import triton
 import triton.language as tl
 
+from graphopt.runtime.kernels.codes import code_tiles, row_scales
 from graphopt.runtime.kernels.common import (
     LN2,
     LOG2E,
@@ -75,7 +76,10 @@ def attention_prefill(
     SELECTED: tl.constexpr,
     LSE: tl.constexpr,
     PAGE_MAX: tl.constexpr,
+    KV_BITS: tl.constexpr,  # 16, or those of the codes in the rows of a cache
+    WORDS: tl.constexpr,
 ):  # fmt: skip
+    TYPE: tl.constexpr = q_ptr.dtype.element_ty
     # The last rows of a causal attention see the most keys: they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // H
@@ -157,11 +161,18 @@ def attention_prefill(
     inner_low = min(max(inner_low, low), high)
     inner_high = min(max(inner_high, inner_low), high)
 
-    k_head = k_ptr + tl.multiple_of(group.to(tl.int64) * k_stride_h, 8)
-    v_head = v_ptr + tl.multiple_of(group.to(tl.int64) * v_stride_h, 8)
+    EACH: tl.constexpr = 8 + 8 * (KV_BITS < 16)
+    k_head = k_ptr + tl.multiple_of(group.to(tl.int64) * k_stride_h, EACH)
+    v_head = v_ptr + tl.multiple_of(group.to(tl.int64) * v_stride_h, EACH)
     if not PAGE:
-        k_head += tl.multiple_of(k_batch * k_stride_b, 8)
-        v_head += tl.multiple_of(k_batch * v_stride_b, 8)
+        k_head += tl.multiple_of(k_batch * k_stride_b, EACH)
+        v_head += tl.multiple_of(k_batch * v_stride_b, EACH)
+    if KV_BITS < 16:
+        q_sum = tl.sum(q0.to(tl.float32), 1)
+        if D1:
+            q_sum += tl.sum(q1.to(tl.float32), 1)
+        # What zero points of the values come to.
+        less = tl.zeros([BLOCK_M], tl.float32)
 
     # Three stretches: the left edge, the inside, the right edge.
     for part in tl.static_range(0 if (WINDOW or CHUNK) else 1, 3):
@@ -186,23 +197,31 @@ def attention_prefill(
             present = keys < T
             k_offsets, v_offsets = key_offsets(
                 k_first + keys, present, batch, ring_start_ptr, block_table_ptr, block_table_width,
-                k_stride_b, k_stride_t, v_stride_b, v_stride_t, RING, PAGE,
+                k_stride_b, k_stride_t, v_stride_b, v_stride_t, RING, PAGE, KV_BITS,
             )  # fmt: skip
             k_rows = k_head + k_offsets[:, None]
             v_rows = v_head + v_offsets[:, None]
 
-            if part == 1:
-                k0 = tl.load(k_rows + d0[None, :])
+            if KV_BITS == 16:
+                if part == 1:
+                    k0 = tl.load(k_rows + d0[None, :])
+                else:
+                    k0 = tl.load(k_rows + d0[None, :], mask=present[:, None], other=0.0)
+                scores = tl.dot(q0, tl.trans(k0))
+                if D1:
+                    k1 = tl.load(
+                        k_rows + d1[None, :],
+                        mask=present[:, None] & (d1 < HEAD_DIM)[None, :],
+                        other=0.0,
+                    )
+                    scores = tl.dot(q1, tl.trans(k1), scores)
             else:
-                k0 = tl.load(k_rows + d0[None, :], mask=present[:, None], other=0.0)
-            scores = tl.dot(q0, tl.trans(k0))
-            if D1:
-                k1 = tl.load(
-                    k_rows + d1[None, :],
-                    mask=present[:, None] & (d1 < HEAD_DIM)[None, :],
-                    other=0.0,
-                )
-                scores = tl.dot(q1, tl.trans(k1), scores)
+                k0, k1 = code_tiles(k_head + k_offsets, present, d0, TYPE, KV_BITS, WORDS)
+                scores = tl.dot(q0, tl.trans(k0))
+                if KV_BITS == 4:
+                    scores = tl.dot(q1, tl.trans(k1), scores)
+                scale_k, zero_k = row_scales(k_head + k_offsets, present, HEAD_DIM, KV_BITS)
+                scores = (scores - q_sum[:, None] * zero_k[None, :]) * scale_k[None, :]
 
             if (SOFTCAP > 0 or ALIBI) or BIAS:
                 scores = transformed(
@@ -221,22 +240,35 @@ def attention_prefill(
                 )  # fmt: skip
 
             weights, shrink, top, total = softmax_step(scores, unit, top, total)
-            sum0 = sum0 * shrink[:, None]
-            weights = weights.to(v_ptr.dtype.element_ty)
-            if part == 1:
-                value0 = tl.load(v_rows + v0[None, :])
+            if KV_BITS == 16:
+                sum0 = sum0 * shrink[:, None]
+                weights = weights.to(TYPE)
+                if part == 1:
+                    value0 = tl.load(v_rows + v0[None, :])
+                else:
+                    value0 = tl.load(v_rows + v0[None, :], mask=present[:, None], other=0.0)
+                sum0 = tl.dot(weights, value0, sum0)
+                if V1:
+                    sum1 = sum1 * shrink[:, None]
+                    value1 = tl.load(
+                        v_rows + v1[None, :],
+                        mask=present[:, None] & (v1 < VALUE_DIM)[None, :],
+                        other=0.0,
+                    )
+                    sum1 = tl.dot(weights, value1, sum1)
             else:
-                value0 = tl.load(v_rows + v0[None, :], mask=present[:, None], other=0.0)
-            sum0 = tl.dot(weights, value0, sum0)
-            if V1:
-                sum1 = sum1 * shrink[:, None]
-                value1 = tl.load(
-                    v_rows + v1[None, :],
-                    mask=present[:, None] & (v1 < VALUE_DIM)[None, :],
-                    other=0.0,
-                )
-                sum1 = tl.dot(weights, value1, sum1)
+                scale_v, zero_v = row_scales(v_head + v_offsets, present, VALUE_DIM, KV_BITS)
+                weights = (weights * scale_v[None, :]).to(TYPE)
+                less = less * shrink + tl.sum(weights.to(tl.float32) * zero_v[None, :], 1)
+                value0, value1 = code_tiles(v_head + v_offsets, present, v0, TYPE, KV_BITS, WORDS)
+                sum0 = tl.dot(weights, value0, sum0 * shrink[:, None])
+                if KV_BITS == 4:
+                    sum1 = tl.dot(weights, value1, sum1 * shrink[:, None])
 
+    if KV_BITS < 16:
+        sum0 -= less[:, None]
+        if V1:
+            sum1 -= less[:, None]
     some, total, factor = shares(total)
     out_head = out_ptr + tl.multiple_of(q_batch * o_stride_b + head.to(tl.int64) * o_stride_h, 8)
     out_rows = out_head + tl.multiple_of((q_first + rows).to(tl.int64) * o_stride_s, 8)[:, None]

@@ -109,7 +109,7 @@ def test_the_planned_kernel_reads_what_the_interpreter_keeps(layout):
 
     constants = {**kernel_constants(plan), "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     moved = {f.name: getattr(keys, f.name) for f in dataclasses.fields(keys)}
-    keys = Keys(**{n: None if t is None else t.to(DEVICE) for n, t in moved.items()})
+    keys = Keys(**{n: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for n, t in moved.items()})
     out, _, _ = decode(
         attention_decode, attention_merge, q.to(DEVICE), keys, constants, scale=scale
     )

@@ -78,7 +78,7 @@ def test_a_smaller_machine_gets_smaller_tiles_or_a_reason(target, kernel):
         ({"head_dim": 100}, "head_dim is 100"),
         ({"value_dim": 512}, "value_dim is 512"),
         ({"dtype": "f32"}, "convert the model to f16 or bf16"),
-        ({"kv_bits": 8}, "a cache of 8 bits is not read yet"),
+        ({"kv_bits": 8, "head_dim": 96}, "a cache of 8 bits with heads of 96: no power of two"),
         ({"kv": "paged", "page": 48, "page_max": True}, "must be a power of two"),
         (
             {"kv": "paged", "page": 48, "page_max": True, "phase": "decode"},

@@ -1,0 +1,139 @@
+"""Caches of keys and values in four and eight bits: written, read, and in an emitted model."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+from graphopt.ir import functional, kv_memory  # noqa: E402
+from graphopt.ir.kv_memory import pack_rows, row_bytes, unpack_rows  # noqa: E402
+from graphopt.lowering.kernels import plan_attention  # noqa: E402
+from graphopt.lowering.kernels.triton import kernel_constants  # noqa: E402
+from graphopt.plan import AttentionSpec  # noqa: E402
+from graphopt.runtime.attention import Keys, decode, prefill  # noqa: E402
+from graphopt.runtime.fused import launch_append  # noqa: E402
+from graphopt.runtime.kernels.decode import attention_decode, attention_merge  # noqa: E402
+from graphopt.runtime.kernels.prefill import attention_prefill  # noqa: E402
+from graphopt.runtime.kv_cache import dense, in_order  # noqa: E402
+from graphopt.targets import get_target  # noqa: E402
+
+BITS = (4, 8)
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    # Features of a head with a mean of their own, as keys have.
+    values = torch.randn(shape, generator=generator) + torch.randn(shape[-1], generator=generator)
+    return values.to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dim", [32, 40, 128])
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_stand_for_what_rounding_gives(bits: int, dim: int) -> None:
+    x = random(3, 2, 5, dim, seed=0, dtype=torch.float32).cpu()
+    x[0, 0, 1] = 0
+    rows = pack_rows(x, bits)
+    assert rows.shape == (3, 2, 5, row_bytes(dim, bits)) and rows.shape[-1] % 16 == 0
+    rounded = functional.quantise_dequantise(x, bits=bits, symmetric=False)
+    assert torch.equal(unpack_rows(rows, dim, bits, torch.float32), rounded)
+    x[1, 1, 1, 3] = float("nan")
+    assert unpack_rows(pack_rows(x, bits), dim, bits, torch.float32)[1, 1, 1].isnan().all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "ring", "paged"])
+@pytest.mark.parametrize("bits", BITS)
+def test_new_keys_are_written_as_rows(bits: int, layout: str) -> None:
+    k, v = random(2, 3, 4, 64, seed=0), random(2, 3, 4, 32, seed=1)
+    seq_lens = torch.tensor([0, 3], dtype=torch.int32, device=DEVICE)
+    shape = (8, 3, 3) if layout == "paged" else (2, 3, 9 if layout == "contiguous" else 5)
+    caches = [
+        torch.zeros(*shape, row_bytes(dim, bits), dtype=torch.uint8, device=DEVICE)
+        for dim in (64, 32)
+    ]
+    options: dict[str, Any] = {"bits": bits, "ring": layout == "ring"}
+    if layout == "paged":
+        options["block_table"] = torch.tensor(
+            [[3, 0, 5], [1, 7, 2]], dtype=torch.int32, device=DEVICE
+        )
+    expected = [cache.clone() for cache in caches]
+    total = kv_memory.append_kv(k, v, *expected, seq_lens, **options)
+    assert torch.equal(launch_append(k, v, *caches, seq_lens, **options), total)
+    for dim, one, other in zip((64, 32), caches, expected, strict=True):
+        found, wanted = (unpack_rows(rows, dim, bits, torch.float32) for rows in (one, other))
+        # A code may be its neighbour where a quotient is rounded another way.
+        step = other[..., dim * bits // 8 :][..., :4].contiguous().view(torch.float32)
+        off = (found - wanted).abs()
+        assert bool((off <= step * (1 + 1e-3)).all())
+        assert float((off > step * 1e-3).double().mean()) <= 1e-3
+
+
+def attention(
+    q: Tensor, keys: Keys, phase: str, fields: dict[str, Any], **tiles: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return what the kernel gives, with small tiles so that small inputs cross several."""
+    spec = AttentionSpec(
+        head_dim=q.shape[3], value_dim=keys.values, heads=q.shape[1], kv_heads=keys.k.shape[1],
+        phase=phase, lse=True, kv_bits=keys.bits, **fields,
+    )  # fmt: skip
+    plan = plan_attention(spec, dataclasses.replace(get_target("ampere"), kernels=("triton",)))
+    small = {"BLOCK_N": 16, "SPAN": 32} if phase == "decode" else {"BLOCK_M": 16, "BLOCK_N": 16}
+    plan = dataclasses.replace(plan, tiles={**plan.tiles, "num_warps": 4, "num_stages": 1, **small})
+    constants = kernel_constants(plan)
+    scale = q.shape[3] ** -0.5
+    if phase == "decode":
+        return decode(attention_decode, attention_merge, q, keys, constants, scale=scale)[:2]
+    return prefill(attention_prefill, q, keys, constants, scale=scale)[:2]
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "window and cap": {"window": 11, "softcap": 5.0},
+    "full": {"causal": False},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("layout", ["contiguous", "ring", "paged"])
+@pytest.mark.parametrize("bits", BITS)
+def test_attention_reads_rows(bits: int, layout: str, phase: str, form: str) -> None:
+    fields, tokens = dict(FORMS[form]), 37
+    queries, dims = (2, (32, 64)) if phase == "decode" else (19, (64, 32))
+    if layout == "ring":
+        fields["window"] = fields.get("window", 30)
+    k, v = (random(2, 2, 48, dim, seed=seed) for seed, dim in enumerate(dims))
+    q = random(2, 4, queries, dims[0], seed=5)
+    lens = torch.tensor([tokens, 21], dtype=torch.int32, device=DEVICE)
+    where: dict[str, Any] = {"kv_lens": lens}
+    rows = [pack_rows(x, bits) for x in (k, v)]
+    if layout == "ring":
+        where["ring_start"] = torch.tensor([5, 40], dtype=torch.int32, device=DEVICE)
+        fields |= {"kv": "ring", "slots": 48}
+    if layout == "paged":
+        table = torch.tensor([[0, 4, 2], [5, 1, 3]], dtype=torch.int32, device=DEVICE)
+        where["block_table"] = table
+        # Pages of 16 tokens, of both rows in one pool.
+        rows = [x.unflatten(2, (3, 16)).transpose(1, 2).flatten(0, 1).contiguous() for x in rows]
+        fields |= {"kv": "paged", "page": 16}
+    keys = Keys(*rows, bits=bits, value_dim=dims[1], **where)
+    out, lse = attention(q, keys, phase, {**fields, "kv_lens": True})
+    wide = dense(keys, dims[0], torch.float64)
+    exact_k, exact_v = (x.cpu() for x in in_order(wide))
+    options = {name: fields.get(name) for name in ("window", "softcap")}
+    expected = functional.attention(
+        q.double().cpu(), exact_k, exact_v, scale=dims[0] ** -0.5, kv_lens=lens.cpu(),
+        causal=fields.get("causal", True), **options,
+    )  # fmt: skip
+    # Weights times a scale are rounded to f16 (2^-11 of each), and so is the result.
+    bound = 4 * 2.0**-11 * float(exact_v.abs().max())
+    assert float((out.double().cpu() - expected).abs().max()) < bound
+    assert lse is not None and bool(lse.isfinite().all())
