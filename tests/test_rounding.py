@@ -43,7 +43,8 @@ def test_codes_are_the_nearest_of_all(bits, group, symmetric, negative, seed):
         distance = (values - matrix[row, column]).abs()
         found = (grid.values(codes)[row, column] - matrix[row, column]).abs()
         assert float(found) == pytest.approx(float(distance.min()), abs=1e-12)
-        assert grid.column(matrix[:, column], column)[row] == codes[row, column]
+    scales, zeros = grid.by_column(torch.arange(2 * group))
+    assert ((codes - zeros.T) * scales.T).equal(grid.values(codes))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

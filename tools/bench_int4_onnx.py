@@ -144,7 +144,7 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
         run([*again, *out, "--onnx-accuracy", str(level)])
     for name, extra in {
         "builder": [],
-        "builder, level 1": ["--extra_options", "int4_accuracy_level=1"],
+        "builder, level 1": ["--extra_options", "accuracy_level=1"],
     }.items():
         folders[name] = work / name.replace(", ", "-").replace(" ", "-")
         run([sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint),

@@ -13,6 +13,8 @@ Moments are in fp64 where they are inverted, and products in the dtype of the ma
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -60,26 +62,48 @@ def gptq(matrix: Tensor, moments: Tensor, grid: Grid) -> Tensor:
         grid: What its elements may become.
     """
     order = moments.diagonal().argsort(descending=True, stable=True)
-    places = order.tolist()
     permuted = moments[order][:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(permuted))
     upper = torch.linalg.cholesky(inverse, upper=True).to(matrix.dtype)
     # Columns are rows here, which lie in one piece of memory.
     left = matrix.t()[order].contiguous()
+    scales, zeros = grid.by_column(order)
     codes = torch.empty_like(left)
-    length = len(places)
-    for start in range(0, length, COLUMNS):
-        stop = min(start + COLUMNS, length)
-        errors = torch.empty_like(left[start:stop])
-        for index in range(start, stop):
-            column = left[index]
-            code = grid.column(column, places[index])
-            codes[places[index]] = code
-            error = (column - grid.column_values(code, places[index])) / upper[index, index]
-            left[index + 1 : stop].addr_(upper[index, index + 1 : stop], error, alpha=-1)
-            errors[index - start] = error
-        left[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
-    return codes.t().contiguous()
+    for start in range(0, len(order), COLUMNS):
+        part = slice(start, min(start + COLUMNS, len(order)))
+        codes[part], errors = _run(
+            _round_columns,
+            left[part],
+            upper[part, part],
+            scales[part],
+            zeros[part],
+            last=grid.last,
+        )
+        left[part.stop :].addmm_(upper[part, part.stop :].t(), errors, alpha=-1)
+    found = torch.empty_like(codes)
+    found[order] = codes
+    return found.t().contiguous()
+
+
+def _round_columns(
+    left: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor, last: int
+) -> tuple[Tensor, Tensor]:
+    """Return the codes and errors of some columns, each moved by the errors in front of it.
+
+    Args:
+        left: The columns as rows, [columns, rows]; it is written to.
+        upper: Their part of the Cholesky factor of the inverse moments, [columns, columns].
+        scales, zeros: Of each element, [columns, rows].
+        last: The largest code.
+    """
+    codes, errors = torch.empty_like(left), torch.empty_like(left)
+    for index in range(len(left)):
+        code = ((left[index] / scales[index]).round() + zeros[index]).clamp(0, last)
+        codes[index] = code
+        off = left[index] - (code - zeros[index]) * scales[index]
+        errors[index] = off / upper[index, index]
+        left[index + 1 :].addr_(upper[index, index + 1 :], errors[index], alpha=-1)
+    return codes, errors
 
 
 def refine(
@@ -106,20 +130,79 @@ def _sweep(matrix: Tensor, moments: Tensor, grid: Grid, codes: Tensor) -> Tensor
     values = grid.values(codes).t().contiguous()
     gradient = moments @ (values - matrix.t())
     codes = codes.t().contiguous()
-    diagonal = moments.diagonal().tolist()
-    length = len(values)
-    for start in range(0, length, COLUMNS):
-        stop = min(start + COLUMNS, length)
-        before = values[start:stop].clone()
-        inside = gradient[start:stop].clone()
-        for place in range(start, stop):
-            current = values[place]
-            code = grid.column(current - inside[place - start] / diagonal[place], place)
-            value = grid.column_values(code, place)
-            inside.addr_(moments[start:stop, place], value - current)
-            codes[place], values[place] = code, value
-        gradient.addmm_(moments[:, start:stop], values[start:stop] - before)
+    scales, zeros = grid.by_column(torch.arange(len(values), device=values.device))
+    for start in range(0, len(values), COLUMNS):
+        part = slice(start, min(start + COLUMNS, len(values)))
+        made, moved = _run(
+            _descend_columns, values[part], gradient[part].clone(), moments[part, part],
+            scales[part], zeros[part], last=grid.last,
+        )  # fmt: skip
+        codes[part] = made
+        gradient.addmm_(moments[:, part], moved)
     return codes.t().contiguous()
+
+
+def _descend_columns(
+    values: Tensor, inside: Tensor, moments: Tensor, scales: Tensor, zeros: Tensor, last: int
+) -> tuple[Tensor, Tensor]:
+    """Return the codes of some columns, each the best as those in front of it are by then.
+
+    Args:
+        values: What the columns are, as rows: [columns, rows].
+        inside: The gradient of half the error by them; it is written to.
+        moments: Of these columns, [columns, columns].
+        scales, zeros: Of each element, [columns, rows].
+        last: The largest code.
+
+    Returns:
+        The codes, and by how much the values moved.
+    """
+    codes, moved = torch.empty_like(values), torch.empty_like(values)
+    for index in range(len(values)):
+        goal = values[index] - inside[index] / moments[index, index]
+        code = ((goal / scales[index]).round() + zeros[index]).clamp(0, last)
+        codes[index] = code
+        moved[index] = (code - zeros[index]) * scales[index] - values[index]
+        inside.addr_(moments[index], moved[index])
+    return codes, moved
+
+
+class _Recorded:
+    """A function of tensors as a CUDA graph: its thousand small kernels are launched at once."""
+
+    def __init__(self, work: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> None:
+        self._places = [tensor.clone() for tensor in tensors]
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work(*self._places)  # what is set up at a first call is not recorded
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self._graph):
+            self._results = work(*self._places)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        for place, tensor in zip(self._places, tensors, strict=True):
+            place.copy_(tensor)
+        self._graph.replay()
+        return tuple(result.clone() for result in self._results)
+
+
+_RECORDED: dict[Hashable, _Recorded] = {}
+
+
+def _run(
+    work: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor, last: int
+) -> tuple[Tensor, Tensor]:
+    """Call a function of tensors and a largest code; on a GPU it is recorded for their shapes."""
+    if tensors[0].device.type != "cuda":
+        return work(*tensors, last=last)
+    shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
+    key = (work, last, tensors[0].device, shapes)
+    if key not in _RECORDED:
+        _RECORDED[key] = _Recorded(functools.partial(work, last=last), tensors)
+    first, second = _RECORDED[key](tensors)
+    return first, second
 
 
 def best_scales(matrix: Tensor, moments: Tensor, grid: Grid, codes: Tensor) -> Grid:

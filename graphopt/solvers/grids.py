@@ -51,18 +51,26 @@ class Grid:
         groups = codes.to(self.scales.dtype).unflatten(-1, (-1, self.group))
         return ((groups - self.zeros[..., None]) * self.scales[..., None]).flatten(-2)
 
-    def column(self, column: Tensor, place: int) -> Tensor:
-        """Return the nearest codes of a column [rows], which is the matrix's at a place."""
-        at = place // self.group
-        return self._nearest(column, self.scales[:, at], self.zeros[:, at])
+    @property
+    def last(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
 
-    def column_values(self, codes: Tensor, place: int) -> Tensor:
-        """Return what the codes [rows] of the column at a place stand for."""
-        at = place // self.group
-        return (codes - self.zeros[:, at]) * self.scales[:, at]
+    def rows(self, part: slice) -> Grid:
+        """Return the grid of some rows."""
+        return replace(self, scales=self.scales[part], zeros=self.zeros[part])
+
+    def by_column(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scales and zeros of columns, as rows: [columns, rows].
+
+        Args:
+            order: The places of the columns, int64.
+        """
+        at = order // self.group
+        return self.scales.t()[at].contiguous(), self.zeros.t()[at].contiguous()
 
     def _nearest(self, values: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-        return ((values / scales).round() + zeros).clamp(0, 2**self.bits - 1)
+        return ((values / scales).round() + zeros).clamp(0, self.last)
 
     def stored(self, dtype: torch.dtype) -> Grid:
         """Return the grid with its scales as a dtype holds them, in the dtype they have here.

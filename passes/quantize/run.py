@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,13 @@ from graphopt.passes.quantize.places import (
     round_kv,
 )
 from graphopt.passes.quantize.record import QuantizedModel, RoundedBlock, RoundedWeight
-from graphopt.passes.quantize.rounding import choose_grid, packed, packed_weight, round_to_grid
+from graphopt.passes.quantize.rounding import (
+    RoundedMatrix,
+    choose_grid,
+    packed,
+    packed_weight,
+    round_to_grid,
+)
 from graphopt.passes.quantize.scaling import scale_features
 from graphopt.passes.quantize.tables import find_tables
 from graphopt.solvers.gptq import damped
@@ -149,30 +156,40 @@ class Quantizing:
 
     def _round(
         self,
-        weight: Weight,
+        weights: Sequence[Weight],
         bits: int,
         matrix: Tensor,
         moments: Tensor | None = None,
     ) -> None:
-        """Put codes in the place of a weight.
+        """Put codes in the place of weights.
 
         Args:
-            matrix: What is rounded, fp32 [out, in]: the weight's value, or what makes up for
-                errors in front of it.
+            weights: Whose rows follow each other.
+            matrix: What is rounded, fp32 [sum of outs, in]: the weights' values, or what makes up
+                for errors in front of them.
             moments: See `round_to_grid`.
         """
-        self._check_finite(weight.name, matrix)
-        encoding = self._encoding(weight, bits)
+        for weight in weights:
+            self._check_finite(weight.name, matrix)
+        encodings = [self._encoding(weight, bits) for weight in weights]
+        encoding, dtype = encodings[0], weights[0].dtype
         importance = None if moments is None else moments.diagonal()
-        grid = choose_grid(matrix, encoding, weight.dtype, self.options.clip, importance)
-        grid, codes = round_to_grid(matrix, grid, weight.dtype, moments)
-        rounded = packed(encoding, grid, codes, weight.dtype)
+        grid = choose_grid(matrix, encoding, dtype, self.options.clip, importance)
+        grid, codes = round_to_grid(matrix, grid, dtype, moments)
+        start = 0
+        for weight in weights:
+            rows = slice(start, start + weight.shape[0])
+            start = rows.stop
+            rounded = packed(encoding, grid.rows(rows), codes[rows], dtype)
+            self._put(weight, encoding, rounded, nearest=moments is None)
+
+    def _put(self, weight: Weight, encoding: Packed, rounded: RoundedMatrix, nearest: bool) -> None:
         self.program.weights.replace(packed_weight(weight, encoding, rounded))
-        source = weight.load(torch.float32).to(matrix.device)
+        source = weight.load(torch.float32).to(rounded.values.device)
         error = float((rounded.values - source).double().square().sum())
-        power = max(float(source.square().sum()), 1e-30)
-        told = RoundedWeight(weight.name, bits, encoding.group, error / power)
-        stated = PackedMatrix(weight.name, encoding, error / power, nearest=moments is None)
+        power = max(float(source.double().square().sum()), 1e-30)
+        told = RoundedWeight(weight.name, encoding.bits, encoding.group, error / power)
+        stated = PackedMatrix(weight.name, encoding, error / power, nearest)
         self.outcomes[weight.name] = _Outcome(told, stated, error, power)
 
     def _check_finite(self, name: str, matrix: Tensor) -> None:
@@ -192,7 +209,7 @@ class Quantizing:
                     for slot in stage.linears:
                         weight = self.program.weights[call.weights[slot]]
                         matrix = weight.load(torch.float32).to(self.device)
-                        self._round(weight, self.options.w, matrix)
+                        self._round([weight], self.options.w, matrix)
             self.context.progress("rounding weights", len(calls), len(calls))
 
     def _round_on_text(self) -> None:
@@ -228,12 +245,12 @@ class Quantizing:
                 ) from error
         with self.clock.counting("rounding"):
             moments = damped(measured.gram)
-            for slot, rows in measured.rows.items():
-                weight = self.program.weights[block.call.weights[slot]]
-                matrix = weight.load(torch.float32).to(self.device)
-                if measured.change is not None:
-                    matrix = matrix + measured.change[rows]
-                self._round(weight, self.options.w, matrix, moments)
+            weights = [self.program.weights[block.call.weights[slot]] for slot in measured.rows]
+            # Linears of one input have rows of one length, which are rounded together.
+            matrix = torch.cat([w.load(torch.float32).to(self.device) for w in weights])
+            if measured.change is not None:
+                matrix = matrix + measured.change
+            self._round(weights, self.options.w, matrix, moments)
 
     def _round_tables(self) -> None:
         """Take the nearest codes for the embeddings and the output matrix, where asked for."""
@@ -249,7 +266,7 @@ class Quantizing:
                 continue
             with self.clock.counting("rounding"):
                 weight = self.program.weights[name]
-                self._round(weight, bits, weight.load(torch.float32).to(self.device))
+                self._round([weight], bits, weight.load(torch.float32).to(self.device))
 
     # What is told ---------------------------------------------------------------------------
 
