@@ -78,6 +78,45 @@ def test_every_form_computes_with_the_rounded_weights(
     assert error(Runner(again).logits(feeds), expected) < SINGLE
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", sorted(HALF))
+def test_onnxruntime_genai_runs_a_folder_of_16_bits(stored: str, tmp_path: Path) -> None:
+    """Half the size, logits within 2e-2 of those in fp32, and the tokens of the rounded weights."""
+    og = pytest.importorskip("onnxruntime_genai")
+    program = capture(str(save_tiny(tmp_path / "m", hidden_size=64, intermediate_size=96)))
+    program, _ = go.Pipeline.default().run(program, go.RunOptions(verify=False))
+    folders = {dtype: tmp_path / dtype for dtype in ("float32", stored)}
+    for dtype, folder in folders.items():
+        go.emit(program, folder, emit=("onnx",), dtype=dtype)
+    feeds = inputs()
+    single, half = (
+        run(session(folder / "onnx/model.onnx"), feeds)[0] for folder in folders.values()
+    )
+    assert float((half - single).abs().max()) < 2e-2 * float(single.abs().max())
+    sizes = [(folder / "onnx/model.onnx.data").stat().st_size for folder in folders.values()]
+    # Tensors begin on a page, of which a tiny model's fill few.
+    assert sizes[1] < 0.75 * sizes[0]
+    graph = onnx.load(folders[stored] / "onnx/genai.onnx", load_external_data=False).graph
+    held = {
+        onnx.TensorProto.DataType.Name(t.data_type) for t in graph.initializer if t.external_data
+    }
+    assert held == {stored.upper()}
+
+    ids = feeds["input_ids"][0].tolist()
+    model = og.Model(str(folders[stored] / "onnx"))
+    options = og.GeneratorParams(model)
+    options.set_search_options(max_length=len(ids) + 8, min_length=len(ids) + 8, do_sample=False)
+    generator = og.Generator(model, options)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    runner = Runner(with_weights_in(program, HALF[stored]))
+    for _ in range(8):
+        logits = runner.logits(complete_inputs({"input_ids": torch.tensor([ids])}))
+        ids.append(int(logits[0, -1].argmax()))
+    assert [int(token) for token in generator.get_sequence(0)] == ids
+
+
 @pytest.mark.parametrize("stored", sorted(STORED_DTYPES))
 def test_two_forms_read_one_file(stored: str, tmp_path: Path) -> None:
     program = tiny_program(cache=True, tied=False)
