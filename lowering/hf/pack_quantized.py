@@ -138,8 +138,8 @@ class QuantisedCheckpoint:
                 (
                     "hf",
                     "transformers 5.23 with compressed-tensors 0.20 loads zero points only with "
-                    "quantization_config=CompressedTensorsConfig(dequantize=True), and 5.17 does "
-                    "not; symmetric codes have none",
+                    "quantization_config=CompressedTensorsConfig(dequantize=True); symmetric codes "
+                    "have none",
                 )
             )
         return notes
