@@ -11,6 +11,7 @@ import torch
 from attention_programs import GENERAL, LAYOUTS, SIZES, errors
 from programs import tiny_program
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from trained import book
 
 import graphopt as go
 from graphopt.backends.opening import open_language_model
@@ -289,3 +290,18 @@ def test_a_conversation_goes_on_in_one_cache_of_fixed_room(tmp_path: Path) -> No
         logits = reader.next_logits(text, len(text) + 5)
         whole = TextReader(model).next_logits(text, len(text) + 5)
         torch.testing.assert_close(logits, whole, rtol=0, atol=0.1)
+
+
+def test_blocks_are_trained_behind_roundings(tmp_path: Path) -> None:
+    """A GPU's products are in bf16; errors of blocks in four bits are far above theirs."""
+    program = go.capture(str(Path(__file__).parents[1] / "benchmarks" / "models" / "llama"))
+    text = tmp_path / "text.txt"
+    text.write_text(book(300), encoding="utf-8")
+    recipe = "flatquant{steps=8,windows=8,seqlen=128,batch=2,distil=0.3,generated_windows=0}"
+    found = []
+    for device in ("cpu", "cuda"):
+        options = go.RunOptions(calib=text, device=device, verify=False)
+        found.append(go.Pipeline.parse(recipe).run(program, options)[1].passes[0].record)
+    for on_cpu, on_gpu in zip(found[0].blocks, found[1].blocks, strict=True):
+        assert on_gpu.before == pytest.approx(on_cpu.before, rel=0.1)
+        assert on_gpu.after <= on_gpu.before and on_gpu.steps == 8

@@ -28,8 +28,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from ablation_tables import ablation_table
 from measure import LLAMA_7B, Yardstick, keep, random_llama, run_recipe
-from results import markdown_table, median
 
 import graphopt as go
 from graphopt.calibration.text import text_windows
@@ -188,24 +188,6 @@ def save(name: str, options: argparse.Namespace, found: Mapping[str, Any]) -> No
     command.append(f"--seeds {','.join(map(str, options.seeds))} --seconds {options.seconds:g}")
     command.append(f"--bits {','.join(map(str, options.bits))}")
     keep(options.out, name, command, torch.device(options.device), found)
-
-
-def ablation_table(found: Mapping[str, Any]) -> str:
-    """Return the medians of each method's runs as a Markdown table."""
-    figures = ["perplexity", "times_dense", "piqa_texts_times_dense", "piqa", "seconds"]
-    head = ["method", *(figure.replace("_", " ") for figure in figures)]
-    rows: list[list[str]] = []
-    for method in dict.fromkeys(run["method"] for run in found["runs"]):
-        runs = [run for run in found["runs"] if run["method"] == method and "perplexity" in run]
-        if not runs:
-            rows.append([method, *["refused or failed"] * len(figures)])
-            continue
-        values = [
-            f"{median([run[key] for run in runs]):.4g}" if key in runs[0] else "-"
-            for key in figures
-        ]
-        rows.append([method, *values])
-    return markdown_table(head, rows)
 
 
 def named(models: Sequence[str]) -> dict[str, str]:

@@ -17,12 +17,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from ablation_tables import bits
 from model_tables import models, models_answers
 from results import ROOT, markdown_table, measured_on, median, result_of
 
 PAGES = (
     "README.md", "docs/attention.md", "docs/depth.md", "docs/evaluate.md", "docs/families.md",
-    "docs/methods.md", "docs/volta.md", "docs/width.md",
+    "docs/flatquant.md", "docs/methods.md", "docs/volta.md", "docs/width.md",
 )  # fmt: skip
 _TABLE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end table -->", re.DOTALL)
 
@@ -599,6 +600,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "attention_sweep": attention_sweep,
     "beginnings": beginnings,
+    "bits": bits,
     "decode": decode,
     "demo": demo,
     "families": families,

@@ -109,6 +109,7 @@ class FactorMaker:
             the kind does not say them.
         inputs: Whether what matrices read is transformed; without it keys and values alone are, for
             a cache of few bits.
+        experts: Whether stacks of experts' matrices have transforms; without it `linear`s alone do.
     """
 
     kind: Transform
@@ -116,6 +117,7 @@ class FactorMaker:
     generator: torch.Generator
     scaled: bool = True
     inputs: bool = True
+    experts: bool = True
 
     @property
     def needs_text(self) -> bool:
@@ -124,6 +126,8 @@ class FactorMaker:
     def roles(self, site: InputSite, sizes: Sizes) -> list[str]:
         """Return which parts the transform of a site has; [] for none."""
         roles: list[str] = []
+        if not self.experts and all(reader.node.op != "linear" for reader in site.readers):
+            return []
         if not self.inputs:
             mapped = sizes.form == "heads" and self.kind not in ("scale", "none")
             return ["values"] if mapped else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ from graphopt.ir.affine import Factors
 CLIP_RATE = 10.0
 """Factor of the learning rate for the logits of clips: 5e-2 where it is 5e-3, as in the paper."""
 
-SCALES_START = 4.0
-"""The logit that clips begin with where nothing better is known: 0.982 of the range."""
+CLIP_START = 4.0
+"""The logit that clips of weights begin with: 0.982 of the range."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,27 @@ class InvertibleFactor(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return P and its inverse transpose."""
-        upper = self.turns.triu(1)
+        return matrices_of([self])[0]
+
+
+def matrices_of(factors: Sequence[InvertibleFactor]) -> list[tuple[Tensor, Tensor]]:
+    """Return each factor's matrix and its inverse transpose; those of one size are made at once."""
+    made: list[tuple[Tensor, Tensor] | None] = [None] * len(factors)
+    sizes = [len(factor.log_scales) for factor in factors]
+    for size in dict.fromkeys(sizes):
+        alike = [number for number, other in enumerate(sizes) if other == size]
+        upper = torch.stack([factors[number].turns for number in alike]).triu(1)
         skew = upper - upper.mT
-        eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-        turned = torch.linalg.solve(eye + skew, eye - skew)
-        u, vt = turned[0] @ self.u, self.vt @ turned[1]
-        scales = self.log_scales.exp()
-        return (u * scales) @ vt, (u / scales) @ vt
+        eye = torch.eye(size, dtype=skew.dtype, device=skew.device)
+        # I + A is never singular: to ask whether it is would make a GPU wait.
+        turned = torch.linalg.solve_ex(eye + skew, eye - skew).result
+        u = turned[:, 0] @ torch.stack([factors[number].u for number in alike])
+        vt = torch.stack([factors[number].vt for number in alike]) @ turned[:, 1]
+        scales = torch.stack([factors[number].log_scales for number in alike]).exp()[:, None]
+        pairs = zip(((u * scales) @ vt).unbind(), ((u / scales) @ vt).unbind(), strict=True)
+        for number, pair in zip(alike, pairs, strict=True):
+            made[number] = pair
+    return [pair for pair in made if pair is not None]
 
 
 class BlockTransforms(WeightGroup):
@@ -132,7 +147,7 @@ class BlockTransforms(WeightGroup):
             none.
     """
 
-    recordable = False  # solving for a small matrix asks the device whether it is singular
+    recordable = False  # solving for small matrices is not known to be, on every GPU
 
     def __init__(
         self,
@@ -168,7 +183,7 @@ class BlockTransforms(WeightGroup):
             nn.Parameter(torch.logit(clips[slot].float())) for slot in self.clip_slots
         )
         self.weight_clips = nn.ParameterList(
-            nn.Parameter(torch.full(self._clip_shape(base[slot], rounding), SCALES_START))
+            nn.Parameter(torch.full(self._clip_shape(base[slot], rounding), CLIP_START))
             for slot, rounding in (roundings.items() if learn_clips else ())
         )
         self.requires_grad_(False)
@@ -226,8 +241,8 @@ class BlockTransforms(WeightGroup):
     def _matrices(self, exact: bool) -> dict[str, tuple[Tensor, Tensor]]:
         """Return each factor and its inverse transpose; in fp64 by an inverse of its own."""
         made: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, factor in self.factors.items():
-            matrix, inverse = factor()
+        pairs = matrices_of([cast(InvertibleFactor, factor) for factor in self.factors.values()])
+        for name, (matrix, inverse) in zip(self.factors, pairs, strict=True):
             if exact:
                 matrix = matrix.double()
                 inverse = torch.linalg.inv(matrix).T

@@ -133,7 +133,8 @@ class FlatQuantising(Distiller):
         generator = torch.Generator().manual_seed(context.seed)
         scaled = options.scale and options.kind in ("kronecker", "closed", "scale")
         inputs = options.a < 16 or options.w < 16
-        maker = FactorMaker(kind, program, generator, scaled, inputs)
+        # Stacks of experts' matrices are not packed, and a transform is for what is rounded.
+        maker = FactorMaker(kind, program, generator, scaled, inputs, experts=False)
         windows = None
         if maker.needs_text:
             length = window_length(program, options.seqlen, context.device)

@@ -1,0 +1,57 @@
+"""The tables of rounding behind every kind of transform; imports nothing that computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from results import markdown_table, measured_on, median, result_of
+
+COLUMNS = {
+    "perplexity": "perplexity",
+    "times_dense": "times the dense model's",
+    "piqa_texts_times_dense": "the same on PIQA's texts",
+    "piqa": "PIQA",
+    "seconds": "seconds",
+}
+"""Figures of a run, and what they are called in a table."""
+
+
+def ablation_table(found: Mapping[str, Any]) -> str:
+    """Return the medians of each method's runs as a Markdown table.
+
+    Args:
+        found: What `tools/bench_bits.py` keeps of one model.
+    """
+    measured = [run for run in found["runs"] if "perplexity" in run]
+    figures = [key for key in COLUMNS if any(key in run for run in measured)]
+    rows: list[list[str]] = []
+    for method in dict.fromkeys(run["method"] for run in found["runs"]):
+        runs = [run for run in measured if run["method"] == method]
+        row = [method]
+        for key in figures:
+            values = [run[key] for run in runs if key in run]
+            digits = ".0f" if key == "seconds" else ".1%" if key == "piqa" else ".4g"
+            row.append(f"{median(values):{digits}}" if values else "-")
+        rows.append(row)
+    return markdown_table(["method", *(COLUMNS[key] for key in figures)], rows)
+
+
+def bits() -> str:
+    """What few bits cost behind each kind of transform, a table a model and machine."""
+    tables: list[str] = []
+    for name, part in result_of("bits").items():
+        model, _, device = name.rpartition(" on ")
+        if "runs" not in part:
+            continue
+        count, length = part["windows"]
+        w, a, kv = part["bits"]
+        tables.append(ablation_table(part))
+        tables.append(
+            f"`{model}`, W{w}A{a}KV{kv} but where weights or the cache alone are rounded, "
+            f"{'GPU' if device == 'cuda' else 'CPU'}: the dense model has perplexity "
+            f"{part['dense']['perplexity']:.2f} on {count} windows of {length:,} tokens of "
+            f"{part['text']}; calibration text {part['calib']}, {part['training_seconds']:g} s of "
+            f"training where there is any. {measured_on(part, 'torch', 'transformers')}"
+        )
+    return "\n\n".join(tables)
