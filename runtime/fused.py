@@ -24,6 +24,8 @@ from graphopt.ir import functional, kv_memory
 HALF = (torch.float16, torch.bfloat16)
 OLDEST = (8, 0)
 """Compute capability from which Triton supports a GPU."""
+OVERLAPS = (9, 0)
+"""Compute capability from which kernels may start before the one in front has ended."""
 BLOCK = 1024
 """Elements a program of four warps is given, where a row or the work does not decide it."""
 
@@ -48,6 +50,18 @@ def _triton_runs() -> bool:
         return True
     warnings.warn(f"{why}: norms, rotary positions and gates run in plain torch", stacklevel=4)
     return False
+
+
+@functools.cache
+def overlapping(device: torch.device) -> dict[str, bool]:
+    """Return options of a launch: whether a kernel starts before the one in front has ended.
+
+    From Hopper on a GPU does that (programmatic dependent launch). Such a kernel waits inside, for
+    the end of the one in front and of whatever that waited for.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < OVERLAPS:
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
 
 
 def runs_by_kernel(*tensors: Tensor) -> bool:
@@ -114,7 +128,7 @@ def launch_norm(
         rows, sizes[1], sizes[2],
         **_named("x", strides[0]), **_named("y", strides[-1]),
         eps=float(eps), offset=float(offset),
-        N=width, ROWS=held, BLOCK=block, num_warps=_warps(held * block),
+        N=width, ROWS=held, BLOCK=block, num_warps=_warps(held * block), **overlapping(x.device),
     )  # fmt: skip
     return total, out
 
@@ -156,6 +170,7 @@ def launch_rope(
         **names,
         D=width, HALF=half, INTERLEAVED=interleaved,
         HEADS=most, BLOCK=block, TAIL=tail, num_warps=_warps(most * block),
+        **overlapping(q.device),
     )  # fmt: skip
     views = [out.transpose(1, 2) for out in outs]
     return views[0], None if k is None else views[1]
@@ -172,7 +187,7 @@ def launch_act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
     kernel[(math.prod(sizes), -(-width // block))](
         *tensors, out, sizes[1], sizes[2],
         **_named("gate", strides[0]), **_named("up", strides[1]),
-        N=width, ACT=act, BLOCK=block, num_warps=_warps(block),
+        N=width, ACT=act, BLOCK=block, num_warps=_warps(block), **overlapping(gate.device),
     )  # fmt: skip
     return out
 
@@ -213,7 +228,7 @@ def launch_append(
     arguments |= {
         "K_DIM": k.shape[3], "V_DIM": v.shape[3], "HEADS": _power(heads), "BLOCK_K": columns[0],
         "BLOCK_V": columns[1], "RING": ring, "PAGE": page,
-        "num_warps": min(4, _warps(_power(heads) * max(columns))),
+        "num_warps": min(4, _warps(_power(heads) * max(columns))), **overlapping(k.device),
     }  # fmt: skip
     tensors = (k, v, cache_k, cache_v, seq_lens, new_lens, block_table, total)
     sizes = (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.ir import functional
-from graphopt.runtime.fused import runs_by_kernel
+from graphopt.runtime.fused import overlapping, runs_by_kernel
 from graphopt.runtime.quantised_tiles import (
     IntegerTiles,
     PackedTiles,
@@ -159,7 +159,9 @@ def launch_packed(
     if splits > 1:
         part = torch.empty(splits, tokens, outputs, dtype=torch.float32, device=x.device)
     grid = (-(-outputs // tiles.rows), splits, -(-tokens // tiles.columns))
-    more = {"UNROLL": tiles.unroll} if few else {"INTEGER": integer}
+    more: dict[str, Any] = {"INTEGER": integer}
+    if few:
+        more = {"UNROLL": tiles.unroll, **overlapping(x.device)}
     (packed_few if few else packed_linear)[grid](
         x, x_scales, weight.codes, weight.scales, weight.zeros, bias, out, part, weight.arrived,
         tokens, outputs, spans, x.stride(0),

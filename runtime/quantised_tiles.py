@@ -14,8 +14,8 @@ class PackedTiles:
         rows, columns: A tile's outputs, and its tokens.
         programs: How many programs of it a core is given: what is summed over is divided until
             there are as many.
-        unroll: Spans of codes that one warp has on their way in registers; 0: they pass through
-            shared memory.
+        unroll: Spans of codes that one warp has on their way in registers, 1, 2 or 4; 0: they pass
+            through shared memory.
     """
 
     tokens: int

@@ -21,6 +21,7 @@ from graphopt.ir import functional
 from graphopt.runtime.fused import (
     launch_act_mul,
     launch_norm,
+    overlapping,
     runs_by_kernel,
     strides_of_rows,
 )
@@ -151,7 +152,7 @@ def launch_transform(
         total, out, scales, tokens, shape[1], shape[2],
         **given, eps=float(eps), offset=float(offset),
         N1=n1, N2=n2, D0=first, D1=rest, B2=b2, BEFORE=before, BITS=bits, PAIRS=pairs,
-        num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages, **overlapping(device),
     )  # fmt: skip
     return out, scales, total
 

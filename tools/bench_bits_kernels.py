@@ -172,16 +172,14 @@ def transform_options(width: int) -> Iterator[Result]:
     assert TILES is not None
     cores = TILES.cores
     if width <= 4096:
-        for warps, each, stages in itertools.product((2, 4), (2, 4, 6, 8), (1, 2)):
+        for warps, each, stages in ((4, 4, 1), (4, 7, 1), (4, 3, 2), (4, 5, 2), (2, 7, 1)):
             yield {"warps": warps, "stages": stages, "programs": each * cores}
         return
-    for warps, each, stages, joined in itertools.product(
-        (4, 8, 16), (1, 2, 3), (1, 2), (False, True)
-    ):
-        if warps * each <= 24:
-            yield {
-                "warps": warps, "stages": stages, "programs": each * cores, "joined": joined
-            }  # fmt: skip
+    for warps, each, stages, joined in (
+        (8, 1, 1, False), (8, 2, 1, False), (8, 2, 2, False), (4, 2, 1, False), (4, 3, 1, False),
+        (8, 2, 1, True), (16, 1, 2, True),
+    ):  # fmt: skip
+        yield {"warps": warps, "stages": stages, "programs": each * cores, "joined": joined}
 
 
 def transform_part(rows: Rows, options: argparse.Namespace) -> None:
@@ -231,15 +229,14 @@ def transform_row(
 
 
 def integer_options() -> Iterator[IntegerTiles]:
-    assert TILES is not None
-    base = TILES.integer
-    yield base
-    for rows, columns, depth, warps, stages in (
-        (128, 256, 128, 8, 3), (128, 256, 128, 8, 4), (256, 128, 128, 8, 3), (128, 256, 64, 8, 6),
-        (128, 128, 128, 4, 4), (128, 128, 128, 8, 4), (256, 128, 64, 8, 6),
-    ):  # fmt: skip
-        for persistent, group in ((False, 8), (True, 8), (False, 16)):
-            yield IntegerTiles(rows, columns, depth, warps, stages, group, persistent)
+    for rows, columns, depth, stages in (
+        (128, 256, 128, 3),
+        (128, 256, 128, 4),
+        (256, 128, 128, 3),
+    ):
+        for persistent, group in ((False, 8), (True, 8)):
+            yield IntegerTiles(rows, columns, depth, 8, stages, group, persistent)
+    yield IntegerTiles(128, 256, 128, 8, 4, 16, False)
 
 
 def w4a4_part(rows: Rows, options: argparse.Namespace) -> None:
@@ -347,11 +344,10 @@ kept: dict[str, Any] = {}
 
 def packed_options(tokens: int) -> Iterator[PackedTiles]:
     columns = 8 if tokens <= 8 else 16
-    for rows, unroll, programs in itertools.product((16, 32, 64), (2, 4, 8), (8, 16, 24, 32)):
-        if rows * unroll <= 128 and rows * programs <= 1024:
-            yield PackedTiles(tokens, rows, columns, 1, 1, programs, unroll)
-    for rows, warps, stages, programs in ((64, 2, 4, 8), (64, 2, 3, 12), (32, 2, 4, 12)):
-        yield PackedTiles(tokens, rows, columns, warps, stages, programs)
+    for rows, unroll, programs in (
+        (16, 4, 12), (16, 4, 20), (16, 4, 32), (16, 2, 24), (32, 2, 12), (32, 4, 10),
+    ):  # fmt: skip
+        yield PackedTiles(tokens, rows, columns, 1, 1, programs, unroll)
 
 
 def w4a16_part(rows: Rows, options: argparse.Namespace) -> None:

@@ -105,7 +105,7 @@ class PackedTable(Schema):
     warps: Size
     stages: Size
     programs: Size
-    unroll: Annotated[int, pydantic.Field(ge=0)] = 0
+    unroll: Literal[0, 1, 2, 4] = 0
 
 
 class IntegerTable(Schema):

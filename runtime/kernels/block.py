@@ -18,18 +18,27 @@ def row_start(row, size_1, size_2, stride_0, stride_1, stride_2):
 
 
 @triton.jit
+def begin_early():
+    """Let the next kernel be launched, and wait for the end of the one in front of this."""
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def rms_norm(
     x_ptr, y_ptr, weight_ptr, sum_ptr, out_ptr,
     rows, size_1, size_2,
     x_stride_0, x_stride_1, x_stride_2,
     y_stride_0, y_stride_1, y_stride_2,
     eps, offset,
-    N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write norm(x) * (weight + offset); with `y`, the sum x + y and the norm of the sum.
 
     The sum is rounded to 16 bits before its norm is taken, as a sum in memory is.
     """
+    if OVERLAP:
+        begin_early()
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < N)[None, :]
@@ -84,12 +93,14 @@ def rope(
     k_stride_b, k_stride_h, k_stride_s,
     cos_stride_b, cos_stride_s, sin_stride_b, sin_stride_s,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Rotate one token's heads of q, or in the second row of programs those of k.
 
     Results are [B, S, heads, D], contiguous. The tables are not rounded to 16 bits.
     """
+    if OVERLAP:
+        begin_early()
     token = tl.program_id(0).to(tl.int64)
     b, s = token // S, token % S
     pair = tl.arange(0, BLOCK)
@@ -151,9 +162,11 @@ def act_mul(
     size_1, size_2,
     gate_stride_0, gate_stride_1, gate_stride_2,
     up_stride_0, up_stride_1, up_stride_2,
-    N, ACT: tl.constexpr, BLOCK: tl.constexpr,
+    N, ACT: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write act(gate) * up for a block of one row."""
+    if OVERLAP:
+        begin_early()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < N
@@ -222,11 +235,14 @@ def append_kv(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     RING: tl.constexpr,  # whether a token lies in the slot of its number modulo the capacity
     PAGE: tl.constexpr,  # tokens of a page, or 0
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Copy one token's keys and values behind those of its row; write the row's new length.
 
     What would lie behind the end of the cache is left out. A ring takes the last real tokens.
     """
+    if OVERLAP:
+        begin_early()
     token = tl.program_id(0).to(tl.int64)
     b, s = token // S, token % S
     row, place, written, length = token_place(

@@ -9,7 +9,7 @@ What reads them is in codes.py.
 import triton
 import triton.language as tl
 
-from graphopt.runtime.kernels.block import token_place
+from graphopt.runtime.kernels.block import begin_early, token_place
 
 _TO_INTEGER: tl.constexpr = tl.constexpr(12582912.0)
 
@@ -78,8 +78,11 @@ def append_packed_kv(
     BITS: tl.constexpr,
     RING: tl.constexpr,  # whether a token lies in the slot of its number modulo the capacity
     PAGE: tl.constexpr,  # tokens of a page, or 0
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """As `append_kv`, of rows that are rounded to codes."""
+    if OVERLAP:
+        begin_early()
     token = tl.program_id(0).to(tl.int64)
     b, s = token // S, token % S
     row, place, written, length = token_place(

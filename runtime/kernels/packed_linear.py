@@ -47,75 +47,128 @@ def packed_few(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
-    UNROLL: tl.constexpr,  # spans that are on their way at once
+    UNROLL: tl.constexpr,  # spans that are on their way at once: 1, 2 or 4
     WORDS: tl.constexpr,
+    OVERLAP: tl.constexpr,  # start before the kernel in front has ended
 ):  # fmt: skip
     """As `packed_linear`, of few tokens: codes pass from memory to matrix units in registers.
 
-    To be run by one warp, which waits for no other.
+    To be run by one warp, which waits for no other. What the first spans hold is on its way before
+    the kernel in front, which may write x, has ended.
     """
+    tl.static_assert((UNROLL == 1 or UNROLL == 2) or UNROLL == 4, "spans that are read ahead")
     HALF: tl.constexpr = SPAN // 2
-    UPPER: tl.constexpr = HALF // GROUP if GROUP else 0  # groups of a half
-    TYPE: tl.constexpr = out_ptr.dtype.element_ty
     tile = tl.program_id(0)
     split = tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
-    k = tl.arange(0, HALF)
     # Rows behind the last are computed as the last, and not written.
     row = tl.minimum(n, N - 1)
     each = tl.cdiv(spans, SPLITS)
     first = split * each
     last = tl.minimum(first + each, spans)
+    codes_at = codes_ptr + row[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    x_at = x_ptr + m.to(tl.int64)[None, :] * x_stride
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    codes0 = _codes_of(codes_at, first, last, N, HALF)
+    if UNROLL > 1:
+        codes1 = _codes_of(codes_at, first + 1, last, N, HALF)
+    if UNROLL > 2:
+        codes2 = _codes_of(codes_at, first + 2, last, N, HALF)
+        codes3 = _codes_of(codes_at, first + 3, last, N, HALF)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for start in range(first, last, UNROLL):
+    total = _add_span(
+        total, codes0, first, last, x_at, m, M, scales_ptr, zeros_ptr, row, N, out_ptr,
+        SPAN, GROUP, BLOCK_N, WORDS,
+    )  # fmt: skip
+    if UNROLL > 1:
+        total = _add_span(
+            total, codes1, first + 1, last, x_at, m, M, scales_ptr, zeros_ptr, row, N, out_ptr,
+            SPAN, GROUP, BLOCK_N, WORDS,
+        )  # fmt: skip
+    if UNROLL > 2:
+        total = _add_span(
+            total, codes2, first + 2, last, x_at, m, M, scales_ptr, zeros_ptr, row, N, out_ptr,
+            SPAN, GROUP, BLOCK_N, WORDS,
+        )  # fmt: skip
+        total = _add_span(
+            total, codes3, first + 3, last, x_at, m, M, scales_ptr, zeros_ptr, row, N, out_ptr,
+            SPAN, GROUP, BLOCK_N, WORDS,
+        )  # fmt: skip
+    for start in range(first + UNROLL, last, UNROLL):
         for step in tl.static_range(UNROLL):
-            # Behind the last span inputs are 0, and codes those of the last.
-            span = tl.minimum(start + step, last - 1)
-            there = (m < tl.where(start + step < last, M, 0))[None, :]
-            codes_at = codes_ptr + span.to(tl.int64) * N * HALF
-            codes = tl.load(codes_at + row[:, None] * HALF + k[None, :])
-            codes = in_order(codes, BLOCK_N, HALF)
-            x_at = x_ptr + m.to(tl.int64)[None, :] * x_stride + span * SPAN
-            if GROUP == 0 or GROUP >= SPAN:
-                low, high = unpacked(codes, TYPE, WORDS)
-                x_low = tl.load(x_at + k[:, None], mask=there, other=0).to(TYPE)
-                x_high = tl.load(x_at + HALF + k[:, None], mask=there, other=0).to(TYPE)
-                place = row if GROUP == 0 else span // (GROUP // SPAN) * N + row
-                if zeros_ptr is not None:
-                    zero = tl.load(zeros_ptr + place).to(TYPE)[:, None]
-                    low, high = low - zero, high - zero
-                if GROUP == 0:
-                    total = tl.dot(low, x_low, total)
-                    total = tl.dot(high, x_high, total)
-                else:
-                    sums = tl.dot(low, x_low)
-                    sums = tl.dot(high, x_high, sums)
-                    total += sums * tl.load(scales_ptr + place).to(tl.float32)[:, None]
-            else:
-                group = span * (SPAN // GROUP)
-                if GROUP == HALF:
-                    total = _add_groups(
-                        total, codes, x_at, there, scales_ptr, zeros_ptr, row, N, group, UPPER,
-                        0, GROUP, SPAN, TYPE, WORDS,
-                    )  # fmt: skip
-                else:
-                    tl.static_assert(GROUP == HALF // 2, "groups of a half or a quarter of a span")
-                    front, back = _halves(codes, BLOCK_N, HALF)
-                    total = _add_groups(
-                        total, front, x_at, there, scales_ptr, zeros_ptr, row, N, group, UPPER,
-                        0, GROUP, SPAN, TYPE, WORDS,
-                    )  # fmt: skip
-                    total = _add_groups(
-                        total, back, x_at, there, scales_ptr, zeros_ptr, row, N, group, UPPER,
-                        1, GROUP, SPAN, TYPE, WORDS,
-                    )  # fmt: skip
+            codes = _codes_of(codes_at, start + step, last, N, HALF)
+            total = _add_span(
+                total, codes, start + step, last, x_at, m, M, scales_ptr, zeros_ptr, row, N,
+                out_ptr, SPAN, GROUP, BLOCK_N, WORDS,
+            )  # fmt: skip
     inside = (n < N)[:, None] & (m < M)[None, :]
     place = m.to(tl.int64)[None, :] * N + n[:, None]
     _gather(
         total, x_scales_ptr, scales_ptr, bias_ptr, out_ptr, part_ptr, arrived_ptr, tile, split,
         row, m, M, N, place, inside, GROUP > 0, False, BLOCK_M, BLOCK_N, SPLITS,
     )  # fmt: skip
+
+
+@triton.jit
+def _codes_of(codes_at, span, last, N, HALF: tl.constexpr):
+    """Return the codes of a span; behind the last one, those of the last."""
+    held = tl.minimum(span, last - 1)
+    return tl.load(codes_at + tl.full([], held, tl.int64) * N * HALF)
+
+
+@triton.jit
+def _add_span(
+    total, codes, span, last, x_at, m, M, scales_ptr, zeros_ptr, row, N, out_ptr,
+    SPAN: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Return a sum, and the products of one span added to it; none of one behind the last."""
+    HALF: tl.constexpr = SPAN // 2
+    UPPER: tl.constexpr = HALF // GROUP if GROUP else 0  # groups of a half
+    TYPE: tl.constexpr = out_ptr.dtype.element_ty
+    # Behind the last span inputs are 0.
+    there = (m < tl.where(span < last, M, 0))[None, :]
+    span = tl.minimum(span, last - 1)
+    codes = in_order(codes, BLOCK_N, HALF)
+    x_at += span * SPAN
+    if GROUP == 0 or GROUP >= SPAN:
+        k = tl.arange(0, HALF)[:, None]
+        low, high = unpacked(codes, TYPE, WORDS)
+        x_low = tl.load(x_at + k, mask=there, other=0).to(TYPE)
+        x_high = tl.load(x_at + HALF + k, mask=there, other=0).to(TYPE)
+        place = row if GROUP == 0 else span // (GROUP // SPAN) * N + row
+        if zeros_ptr is not None:
+            zero = tl.load(zeros_ptr + place).to(TYPE)[:, None]
+            low, high = low - zero, high - zero
+        if GROUP == 0:
+            total = tl.dot(low, x_low, total)
+            total = tl.dot(high, x_high, total)
+        else:
+            sums = tl.dot(low, x_low)
+            sums = tl.dot(high, x_high, sums)
+            total += sums * tl.load(scales_ptr + place).to(tl.float32)[:, None]
+    else:
+        group = span * (SPAN // GROUP)
+        if GROUP == HALF:
+            total = _add_groups(
+                total, codes, x_at, there, scales_ptr, zeros_ptr, row, N, group, UPPER,
+                0, GROUP, SPAN, TYPE, WORDS,
+            )  # fmt: skip
+        else:
+            tl.static_assert(GROUP == HALF // 2, "groups of a half or a quarter of a span")
+            front, back = _halves(codes, BLOCK_N, HALF)
+            total = _add_groups(
+                total, front, x_at, there, scales_ptr, zeros_ptr, row, N, group, UPPER,
+                0, GROUP, SPAN, TYPE, WORDS,
+            )  # fmt: skip
+            total = _add_groups(
+                total, back, x_at, there, scales_ptr, zeros_ptr, row, N, group, UPPER,
+                1, GROUP, SPAN, TYPE, WORDS,
+            )  # fmt: skip
+    return total
 
 
 @triton.jit

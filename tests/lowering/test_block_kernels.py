@@ -288,19 +288,19 @@ def compiled(kernel, half, arch, **constants):
 for arch, half in ((80, "bf16"), (90, "fp16")):
     alone = {"y_ptr": None, "sum_ptr": None}
     for more in ({}, alone, {"weight_ptr": None}):
-        compiled(block.rms_norm, half, arch, N=576, ROWS=1, BLOCK=1024, **more)
+        compiled(block.rms_norm, half, arch, N=576, ROWS=1, BLOCK=1024, OVERLAP=arch == 90, **more)
     for more in ({}, {"k_ptr": None, "k_out_ptr": None}):
         sizes = {"D": 80, "HALF": 16, "HEADS": 16, "BLOCK": 16, "TAIL": 64}
-        compiled(block.rope, half, arch, INTERLEAVED=not more, **sizes, **more)
+        compiled(block.rope, half, arch, INTERLEAVED=not more, OVERLAP=False, **sizes, **more)
     for act in functional.ACTIVATIONS:
-        compiled(block.act_mul, half, arch, ACT=act, BLOCK=1024)
+        compiled(block.act_mul, half, arch, ACT=act, BLOCK=1024, OVERLAP=arch == 90)
     for more in (
         {"RING": False, "PAGE": 0, "new_lens_ptr": None, "block_table_ptr": None},
         {"RING": True, "PAGE": 0, "block_table_ptr": None},
         {"RING": False, "PAGE": 24, "new_lens_ptr": None},
     ):
         sizes = {"K_DIM": 64, "V_DIM": 80, "HEADS": 4, "BLOCK_K": 64, "BLOCK_V": 128}
-        compiled(block.append_kv, half, arch, **sizes, **more)
+        compiled(block.append_kv, half, arch, OVERLAP=arch == 90, **sizes, **more)
 """
 
 

@@ -191,3 +191,45 @@ def test_an_emitted_model_computes_with_codes(
     assert launched.count("launch_transform") == 8 and launched.count("launch_packed") == 8
     # A rounding may turn a code to its neighbour, in either way of computing in 16 bits.
     assert float((found - wide).square().mean()) < 1.5 * float((plain - wide).square().mean())
+
+
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [
+        # Roundings to bf16 on the way; codes of activations may turn to their neighbours.
+        pytest.param("weights", 3e-2, marks=ON_GPU),
+        pytest.param("codes of 8 bits", 6e-2, marks=ON_GPU),
+    ],
+)
+def test_on_a_gpu_a_recorded_step_computes_what_plain_torch_does(
+    kind: str, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden": 256, "head_dim": 64, "ffn": 384}
+    if kind == "weights":
+        program = with_packed(tiny_program(**sizes, cache=True), projections(Packed(4, 32)))
+    else:
+        program = with_activations(8, **sizes)
+    go.emit(program, tmp_path / "out", target="hopper", emit=("torch",))
+    module = load_file(tmp_path / "out" / "model.py")
+    text = [5, 6, 7, 8, 9, 10, 11, 12]
+    decoder = module.Decoder(module.load(tmp_path / "out", device="cuda"), 24)
+    answer = [decoder.start(text)]
+    for _ in range(6):
+        answer.append(decoder.step())
+    found = decoder.logits[0].double()
+    kernels = sys.modules[f"{module.kernels.__name__}.fused"]
+    monkeypatch.setattr(kernels, "runs_by_kernel", lambda *tensors: False)
+    for name in ("quantised_linear", "transforms"):
+        if f"{module.kernels.__name__}.{name}" in sys.modules:
+            other = sys.modules[f"{module.kernels.__name__}.{name}"]
+            monkeypatch.setattr(other, "runs_by_kernel", lambda *tensors: False)
+    model = module.load(tmp_path / "out", device="cuda", dtype=torch.float32)
+    ids = torch.tensor([[*text, *answer[:-1]]], device="cuda")
+    expected = model(ids)[0][0, -1].double()
+    assert float((found - expected).abs().max() / expected.abs().max()) < tolerance

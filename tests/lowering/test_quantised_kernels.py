@@ -129,7 +129,7 @@ def test_products_of_codes_are_exact_up_to_the_scales(
     tiles = QuantisedTiles(
         cores=3,
         shared_bytes=232448,
-        packed=(PackedTiles(1, 32, 8, 1, 1, 4, 3),),
+        packed=(PackedTiles(1, 32, 8, 1, 1, 4, 4),),
         integer_packed=(PackedTiles(16, 64, 16, 2, 3, 4), PackedTiles(48, 64, 32, 4, 3, 4)),
         integer=IntegerTiles(64, 64, 128, 4, 3, group=2, persistent=tokens == 70),
     )
