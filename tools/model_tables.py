@@ -46,8 +46,9 @@ def told(part: Part, method: str) -> list[str]:
 def methods_on_models(parts: Mapping[str, Part]) -> str:
     """Return the table of methods and models: perplexity in terms of the dense model's.
 
-    A cell is the median of a method's runs, in brackets the lowest and the highest; it has an
-    asterisk where the method is no better than a control. A dash stands where it refuses the model.
+    A cell is the median of a method's runs, in brackets the lowest and the highest where they
+    differ; it has an asterisk where the method is no better than a control. A dash stands where it
+    refuses the model.
     """
     methods = list(dict.fromkeys(name for part in parts.values() for name in part["methods"]))
     dense = [f"{part['dense']['perplexity']:.2f}" for part in parts.values()]
@@ -64,9 +65,9 @@ def methods_on_models(parts: Mapping[str, Part]) -> str:
                 failed = any("failed" in run for run in ends)
                 cells.append("failed" if failed else "-" if ends else "")
                 continue
-            cell = f"{median(times):.3f}"
-            if len(times) > 1:
-                cell += f" ({min(times):.3f} to {max(times):.3f})"
+            cell, low, high = (f"{value(times):.3f}" for value in (median, min, max))
+            if low != high:
+                cell += f" ({low} to {high})"
             cells.append(cell + (" \\*" if not_better(part, method) else ""))
         rows.append([method, *cells])
     return markdown_table(["times the dense model's perplexity", *parts], rows)
@@ -129,3 +130,24 @@ def models_answers() -> str:
                     rows.append([name, method, *cells])
     head = ["model", "method", "perplexity", "times the dense model's", "PIQA", "seconds"]
     return markdown_table(head, rows) if rows else "Not measured yet."
+
+
+def models_choice() -> str:
+    """The blocks that are chosen by default beside random sets, by divergence on other text."""
+    rows = []
+    for part in result_of("choice").values():
+        for model, ways in part["compared"].items():
+            by_way = {row["way"]: row for row in ways}
+            chosen = by_way["default"]["kl"]
+            best, middle = (
+                next(row["kl"] for way, row in by_way.items() if way.startswith(start))
+                for start in ("best of", "median of")
+            )
+            greedy = by_way["greedy ppl, much text"]["kl"]
+            sets = next(way for way in by_way if way.startswith("best of")).split()[2]
+            cells = [f"{value:.3f}" for value in (chosen, best, middle, greedy)]
+            rows.append([model, *cells, sets])
+        text = measured_on(part, "torch", "transformers")
+    head = ["model", "default", "best random set", "median random set", "greedy by perplexity",
+            "random sets"]  # fmt: skip
+    return markdown_table(head, rows) + "\n\n" + text

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ablation_tables import bits
-from model_tables import models, models_answers
+from model_tables import models, models_answers, models_choice
 from results import ROOT, markdown_table, measured_on, median, result_of
 
 PAGES = (
@@ -620,6 +620,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "volta_predicted": volta_predicted,
     "models": models,
     "models_answers": models_answers,
+    "models_choice": models_choice,
 }
 
 

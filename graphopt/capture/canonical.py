@@ -19,6 +19,12 @@ _SAME_IF_TYPE_IS = {
     "dropout", "float", "double", "lift_fresh", "squeeze", "broadcast_to", "requires_grad_",
 }  # fmt: skip
 
+_MOVING = (
+    "reshape", "view", "_unsafe_view", "flatten", "unsqueeze", "squeeze", "expand", "transpose",
+    "permute", "clone", "contiguous", "alias", "detach",
+)  # fmt: skip
+"""Operators that give elements other places."""
+
 _UNARY = {
     "aten.relu.default": "relu",
     "aten.silu.default": "silu",
@@ -85,6 +91,8 @@ def _no_op(raiser: Raiser, node: Node) -> Value | None:
         if name == "dropout" and raiser.arg(node, 2, "train") not in (False, None):
             return None
         return first if name != "slice" or _full_slice(raiser, node) else None
+    if name == "masked_fill" and _never_set(raiser, raiser.arg(node, 1)):
+        return first if raiser.types[first] == raiser.types[node.output] else None
     if name == "copy":
         # What is overwritten counts for nothing; autograd knows no derivative of a copy.
         new = raiser.arg(node, 1)
@@ -97,6 +105,50 @@ def _no_op(raiser: Raiser, node: Node) -> Value | None:
         if plain and other == neutral and raiser.types[first] == raiser.types[node.output]:
             return first
     return None
+
+
+def _never_set(raiser: Raiser, mask: Any) -> bool:
+    """Return whether a mask is of whole numbers from some number on, which none of them reaches.
+
+    Experts leave out rows whose expert is on another device; where there is none, ids that a top-k
+    over the experts gives are all below their number.
+    """
+    made = _moved_from(raiser, mask)
+    compared = raiser.made_by(made, "ge", "gt")
+    if compared is None:
+        return False
+    limit = raiser.scalar(raiser.arg(compared, 1))
+    largest = _largest(raiser, raiser.arg(compared, 0))
+    if limit is None or largest is None:
+        return False
+    return largest < limit if base(compared.op) == "ge" else largest <= limit
+
+
+def _largest(raiser: Raiser, value: Any) -> int | None:
+    """Return a number that ids are at most: places of the largest; None where it is unknown."""
+    value = _moved_from(raiser, value)
+    made = raiser.made_by(value, "sort", "cat", "topk", "max", "argmax")
+    if made is None:
+        return None
+    name = base(made.op)
+    if name == "cat" or (name == "sort" and value is made.outputs[0]):
+        parts = [_largest(raiser, part) for part in made.inputs]
+        return None if None in parts else max(part for part in parts if part is not None)
+    if name == "argmax":
+        dim = raiser.arg(made, 1, "dim")
+    elif name in ("topk", "max") and len(made.outputs) == 2 and value is made.outputs[1]:
+        dim = raiser.arg(made, 2 if name == "topk" else 1, "dim", -1)
+    else:
+        return None
+    size = raiser.types[raiser.arg(made, 0)].shape[dim] if isinstance(dim, int) else None
+    return size - 1 if isinstance(size, int) else None
+
+
+def _moved_from(raiser: Raiser, value: Any) -> Any:
+    """Return the value whose elements another one has, in whatever places."""
+    while (node := raiser.made_by(value, *_MOVING)) is not None:
+        value = raiser.arg(node, 0)
+    return value
 
 
 def _full_slice(raiser: Raiser, node: Node) -> bool:

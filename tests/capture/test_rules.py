@@ -86,6 +86,18 @@ def attention(raiser: Raiser, slots: SlotSources) -> None:
     raiser.sweep()
 
 
+def canonical(raiser: Raiser, slots: SlotSources) -> None:
+    """What `traced` does already."""
+
+
+def without_absent_experts(scores: Tensor, experts: int) -> Tensor:
+    """Rows in the order of their experts, without those of experts that are not there."""
+    chosen = torch.topk(scores, 2, dim=-1)
+    ids, order = chosen.indices.reshape(-1).sort()
+    rows = chosen.values.reshape(-1)[order]
+    return rows.unsqueeze(-1).masked_fill((ids >= experts).unsqueeze(-1), 0.0)
+
+
 def rms(x: Tensor, eps: float = 1e-5) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
@@ -138,6 +150,11 @@ RAISED = {
     "attention, of torch": (
         attention, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
         [HEADS] * 3, [], ["attention"],
+    ),
+    "a mask of ids that top-k cannot give": (
+        canonical, lambda x: without_absent_experts(x, 6), [X], [],
+        ["aten.topk.default", "aten.reshape.default", "aten.sort.default", "aten.reshape.default",
+         "aten.index.Tensor", "aten.unsqueeze.default"],
     ),
     "attention, written out": (attention, eager, [HEADS] * 3, [], ["attention"]),
 }  # fmt: skip
@@ -226,6 +243,11 @@ def test_a_rule_leaves_what_is_nearly_its_graph(name: str) -> None:
     assert ops
     for old, new in zip(before, results(raiser, slots), strict=True):
         torch.testing.assert_close(new, old, rtol=1e-6, atol=1e-6)
+
+
+def test_a_mask_of_ids_that_top_k_can_give_is_left() -> None:
+    raiser, _ = traced(lambda x: without_absent_experts(x, 5), [X], [])
+    assert "aten.masked_fill.Scalar" in {node.op for node in raiser.function.nodes}
 
 
 class Positions(nn.Module):
