@@ -395,8 +395,7 @@ def decode(
     def start(constants: Constants) -> None:
         blocks = _divide(queries * group, int(constants["BLOCK_M"]))
         grid = (splits, batch * (heads // group), blocks)
-        early = {"launch_pdl": True} if constants["OVERLAP"] else {}
-        launch(kernel, grid, {**arguments, **constants, **early})
+        launch(kernel, grid, {**arguments, **constants})
 
     first_that_fits(constants, q.device, start)
     columns = min(64, 1 << (width - 1).bit_length())

@@ -16,8 +16,8 @@ class Decoder:
     On a GPU a step is recorded as a CUDA graph once and replayed: nothing is launched one by one.
 
     Args:
-        model: A model with `empty_cache(batch)` and `kv_layouts`, called with ids, mask, positions
-            and caches.
+        model: A model with `empty_cache(batch)`, `kv_layouts` and `kv_bits`, called with ids, mask,
+            positions and caches.
         capacity: Tokens of a prompt and of its answer together.
         batch: How many texts. Their lengths may differ.
 
@@ -53,7 +53,9 @@ class Decoder:
         self.logits: Tensor | None = None
         # A paged cache unpacks to keys and values as well.
         empty = [(k, v) for k, v in model.empty_cache()]
-        self.cache = fixed_caches(empty, model.kv_layouts, capacity, self.seq_lens, self.new_lens)
+        self.cache = fixed_caches(
+            empty, model.kv_layouts, capacity, self.seq_lens, self.new_lens, model.kv_bits
+        )
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()

@@ -178,7 +178,15 @@ class AttentionDispatcher:
     ) -> tuple[Results, KVCache]:
         """Put new keys and values behind those of a cache, and attend to them."""
         q, k = q.to(v.dtype), k.to(v.dtype)
-        ring = options.get("ring")
+        ring, bits = options.get("ring"), options.get("kv_bits", 16)
+        held = past.bits if isinstance(past, FixedKVCache) else 16
+        if held not in (16, bits):
+            raise ValueError(
+                f"a cache of {held} bits for keys of {bits}: make one by the model's kv_bits"
+            )
+        if bits < held:
+            # What holds codes rounds where it is written.
+            k, v = (functional.quantise_dequantise(x, bits=bits, symmetric=False) for x in (k, v))
         cache: KVCache
         if isinstance(past, FixedKVCache):
             past.check(k)
@@ -329,7 +337,7 @@ class AttentionDispatcher:
 
 def _by_reference(q: Tensor, keys: Keys, extras: Extras, options: Mapping[str, Any]) -> Results:
     """Return what an attention gives, by `functional`."""
-    own = ("lse", "page_max", "ring", "selected_blocks", "page")
+    own = ("lse", "page_max", "ring", "selected_blocks", "page", "kv_bits")
     plain = {name: value for name, value in options.items() if name not in own}
     k, v = in_order(dense(keys, q.shape[3], q.dtype))
     operands = (extras.mask, extras.bias, extras.slopes, extras.sinks)

@@ -26,6 +26,8 @@ OLDEST = (8, 0)
 """Compute capability from which Triton supports a GPU."""
 OVERLAPS = (9, 0)
 """Compute capability from which kernels may start before the one in front has ended."""
+EARLY_START = False
+"""Whether they do: `tools/bench_bits_kernels.py --early` compares both, and is to decide it."""
 BLOCK = 1024
 """Elements a program of four warps is given, where a row or the work does not decide it."""
 
@@ -52,16 +54,20 @@ def _triton_runs() -> bool:
     return False
 
 
-@functools.cache
 def overlapping(device: torch.device) -> dict[str, bool]:
     """Return options of a launch: whether a kernel starts before the one in front has ended.
 
     From Hopper on a GPU does that (programmatic dependent launch). Such a kernel waits inside, for
     the end of the one in front and of whatever that waited for.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < OVERLAPS:
-        return {"OVERLAP": False}
-    return {"OVERLAP": True, "launch_pdl": True}
+    if EARLY_START and device.type == "cuda" and _launches_early(device):
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
+
+
+@functools.cache
+def _launches_early(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= OVERLAPS
 
 
 def runs_by_kernel(*tensors: Tensor) -> bool:

@@ -206,7 +206,7 @@ def fixed_caches(
     capacity: int,
     seq_lens: Tensor,
     new_lens: Tensor,
-    bits: Sequence[int] | None = None,
+    bits: Sequence[int],
 ) -> list[FixedKVCache]:
     """Return caches without tokens, with room for `capacity` tokens a row.
 
@@ -215,7 +215,7 @@ def fixed_caches(
         layouts: For each layer. A ring has its slots, whatever the capacity.
         seq_lens: int32 [B], read at every step.
         new_lens: int32 [B], as `RingKVCache.new_lens`.
-        bits: For each layer 4 or 8 where it holds codes, else 16; all 16 by default.
+        bits: For each layer 4 or 8 where it holds codes, else 16.
     """
     batch, device = len(seq_lens), seq_lens.device
     made: list[FixedKVCache] = []

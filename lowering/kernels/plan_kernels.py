@@ -145,8 +145,15 @@ def compute_dtype(program: Program, target: Target) -> str:
 def _forms(spec: AttentionSpec) -> Iterator[AttentionSpec]:
     """Yield a description with each form that its keys come in, the plainest first."""
     flags = (False, True)
-    if spec.kv == "paged":
+    if spec.kv == "paged" and spec.kv_bits == 16:
         yield from (spec.replace(padding_mask=mask, kv_lens=True) for mask in flags)
+        return
+    if spec.kv_bits < 16:
+        # A cache of fixed room holds codes, and one that grows the values that they stand for.
+        yield from _forms(spec.replace(kv_bits=16))
+        yield spec.replace(kv_lens=True)
+        if spec.kv == "ring":
+            yield spec.replace(kv="contiguous", slots=None, kv_lens=True)
         return
     plain = spec.replace(kv="contiguous", slots=None)
     if spec.kv == "ring":
@@ -251,4 +258,5 @@ def _spec(node: Node, types: dict[Value, Type], attrs: dict[str, Any], dtype: st
         heads=int(shape(QUERY)[1]), kv_heads=int(shape(KEY)[1]), dtype=dtype,
         causal=bool(attrs["causal"]), window=attrs.get("window"), chunk=attrs.get("chunk"),
         softcap=attrs.get("softcap"), sinks=has(SINKS), alibi=has(SLOPES), bias=has(BIAS),
+        kv_bits=int(attrs.get("kv_bits", 16)),
     )  # fmt: skip

@@ -91,9 +91,13 @@ def expert_tiles(target: Target) -> ExpertTiles | None:
 
 
 def quantised_tiles(target: Target) -> QuantisedTiles | None:
-    """Return the tiles of quantised weights' kernels; None where the target's file has none."""
+    """Return the tiles of quantised weights' kernels.
+
+    None where the target's file has none, or its matrix units take no int8.
+    """
     table = target.quantised
-    if table is None or target.cores is None:
+    multiplies = any(unit.input == "i8" for unit in target.matrix_units)
+    if table is None or target.cores is None or not multiplies:
         return None
     packed, integer_packed = (
         tuple(PackedTiles(**row) for row in table[name]) for name in ("packed", "integer_packed")

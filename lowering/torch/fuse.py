@@ -72,7 +72,9 @@ class FuseLayerOps(Pass):
        `transformed` that alone reads it, or one by itself; a single dense product does not.
     10. `fuse_front_with_transform`: a norm by a weight, or a gate, which a `transformed` alone
         reads, becomes part of it.
-    11. No weight is read or changed.
+    11. `fuse_rounding_with_cache`: roundings with zero points, to 4 or 8 bits alike, of the new
+        keys and values that an attention with a past alone reads, become its own.
+    12. No weight is read or changed.
     """
 
     name: ClassVar[str] = "fuse-layer-ops"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from graphopt.ir.graph import Node, Value
+from graphopt.ir.ops.attention import KEY, PAST_K, VALUE, is_general
 from graphopt.rewrite import Match, NoMatch, Site, rule
 from graphopt.rewrite.rule import VARIES
 
@@ -100,6 +101,34 @@ def fuse_front_with_transform(site: Site) -> Match | NoMatch:
     return Match(rewrite)
 
 
+@rule("attention")
+def fuse_rounding_with_cache(site: Site) -> Match | NoMatch:
+    """attention(q, quantise_dequantise(k), quantise_dequantise(v), past) -> attention(.., kv_bits).
+
+    A cache then holds codes, and new keys and values are rounded where they are written.
+    """
+    node = site.node
+    roundings = [site.maker(index, "quantise_dequantise") for index in (KEY, VALUE)]
+    bits = {None if r is None else site.attr("bits", r) for r in roundings}
+    plain = all(
+        r is not None and site.attr("symmetric", r) is False and len(r.inputs) == 1
+        for r in roundings
+    )
+    if not plain or len(bits) > 1 or not bits <= {4, 8}:
+        return site.no("its keys and values are not both rounded to 4 or 8 bits, with zero points")
+    if node.operand(PAST_K) is None or is_general(node.attrs, node.inputs):
+        return site.no("it has no cache, or gives more than its output")
+    for index in (KEY, VALUE):
+        value = site.operand(index)
+        if value is None or site.only_reader(value) is not node:
+            return site.no("something else reads its rounded keys or values")
+    operands = list(node.inputs)
+    for index, rounding in zip((KEY, VALUE), roundings, strict=True):
+        assert rounding is not None
+        operands[index] = rounding.inputs[0]
+    return site.change("attention", operands, {**node.attrs, "kv_bits": bits.pop()})
+
+
 def _front_of(node: Node) -> bool:
     """Return whether a `transformed` does more than rounding."""
     factors = (node.operand(_LEFT), node.operand(_RIGHT))
@@ -135,5 +164,6 @@ QUANTISED_RULES = (
     fuse_rounding_with_linears,
     fuse_transform_with_rounding,
     fuse_front_with_transform,
+    fuse_rounding_with_cache,
 )
 """The rules, in the order in which they run, behind those of linears and norms."""

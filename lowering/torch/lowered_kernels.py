@@ -150,7 +150,7 @@ class LoweredKernels:
                 f"padding_mask={spec.padding_mask}, kv_lens={spec.kv_lens},",
                 f"            kv={spec.kv!r}, size={spec.slots or spec.page}, "
                 f"selected_blocks={spec.selected_blocks}, lse={spec.lse}, "
-                f"page_max={spec.page_max},",
+                f"page_max={spec.page_max}, kv_bits={spec.kv_bits},",
                 "        ),",
                 f"        {family.launcher!r},",
                 f"        {family.constants(plan)!r},",

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from graphopt.errors import LoweringError
-from graphopt.ir.graph import Call, Program, unique_name
+from graphopt.ir.graph import Call, Function, Program, Value, resolve_attrs, unique_name
+from graphopt.ir.ops.attention import PAST_K
 from graphopt.lowering.torch.classes import ModuleClass
 from graphopt.lowering.torch.flow import CallRun, Carried, Flow, find_runs
 from graphopt.lowering.torch.loop_arguments import LoopArguments
@@ -182,7 +183,11 @@ class ModelClass:
         layouts = [state.layout for state in self.program.states.values()]
         rows = series([f"({quoted(layout.kind)}, {layout.size})" for layout in layouts])
         about = "    # Of each layer's keys and values; slots of a ring, or tokens of a page."
-        return [about, *wrap(f"kv_layouts = {rows}", 4), ""]
+        held = "    # Bits of their codes in a cache of fixed room; 16 where they are not rounded."
+        bits = series([str(kv_bits(self.program, name)) for name in self.program.states])
+        return [
+            about, *wrap(f"kv_layouts = {rows}", 4), held, *wrap(f"kv_bits = {bits}", 4), "",
+        ]  # fmt: skip
 
     # --- the calls ---
 
@@ -363,6 +368,26 @@ class ModelClass:
 
 
 _SIZE_TEXT = {"B": "B", "S": "S", "P": "P", "device": "input_ids.device"}
+
+
+def kv_bits(program: Program, state: str) -> int:
+    """Return to how many bits the attention rounds what a state holds; 16 for not at all."""
+    return max(
+        (
+            resolve_attrs(node, call).get("kv_bits", 16)
+            for call in program.calls
+            for slot, name in call.caches.items()
+            if name == state
+            for node in program.functions[call.function].nodes
+            if node.op == "attention"
+            and node.operand(PAST_K) is _past_k(program.functions[call.function], slot)
+        ),
+        default=16,
+    )
+
+
+def _past_k(function: Function, slot: str) -> Value | None:
+    return next((cache.past_k for cache in function.caches if cache.slot == slot), None)
 
 
 def _prefix(weights: Mapping[str, str]) -> str:

@@ -78,12 +78,10 @@ def attention_decode(
     PAGE_MAX: tl.constexpr,
     KV_BITS: tl.constexpr,  # 16, or those of the codes in the rows of a cache
     WORDS: tl.constexpr,
-    OVERLAP: tl.constexpr,  # it is launched before the kernel in front ends, and the merge alike
+    OVERLAP: tl.constexpr,  # the merge may be launched while this runs, and waits for its end
 ):  # fmt: skip
     if OVERLAP:
-        # The merge, which waits for this; and the end of the kernel in front.
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     TYPE: tl.constexpr = q_ptr.dtype.element_ty
     split, splits = tl.program_id(0), tl.num_programs(0)
     groups = H // GROUP
@@ -254,7 +252,6 @@ def attention_merge(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     token, head, batch = row % S, row // S % H, row // S // H

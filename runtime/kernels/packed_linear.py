@@ -53,8 +53,8 @@ def packed_few(
 ):  # fmt: skip
     """As `packed_linear`, of few tokens: codes pass from memory to matrix units in registers.
 
-    To be run by one warp, which waits for no other. What the first spans hold is on its way before
-    the kernel in front, which may write x, has ended.
+    To be run by one warp, which waits for no other. With OVERLAP the first codes are on their way
+    before the kernel in front has ended, which may write x, and no codes.
     """
     tl.static_assert((UNROLL == 1 or UNROLL == 2) or UNROLL == 4, "spans that are read ahead")
     HALF: tl.constexpr = SPAN // 2

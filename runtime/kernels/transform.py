@@ -85,6 +85,8 @@ def transform(
     zeros has the scale 1, and one with something that is no finite number the scale NaN. Products
     take 16 bits and give 32.
     """
+    if OVERLAP:
+        begin_early()
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
     CLIPPED: tl.constexpr = clip_low_ptr is not None or clip_high_ptr is not None
     WHOLE0: tl.constexpr = B2 == N2 and D0 <= N1
@@ -119,9 +121,6 @@ def transform(
     if clip_high_ptr is not None:
         high_clip = tl.load(clip_high_ptr).to(tl.float32)
 
-    # Factors and gains are of no kernel in front, and may be on their way by now.
-    if OVERLAP:
-        begin_early()
     for token in tl.range(tl.program_id(0), tokens, tl.num_programs(0)):
         token_64 = tl.full([], token, tl.int64)
         target = token_64 * (N1 * N2)

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from emitted import load_file
+from programs import tiny_program
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-from graphopt.ir import functional, kv_memory  # noqa: E402
+import graphopt as go  # noqa: E402
+from graphopt.execute.interpreter import Runner  # noqa: E402
+from graphopt.ir import KVLayout, Program, functional, kv_memory  # noqa: E402
 from graphopt.ir.kv_memory import pack_rows, row_bytes, unpack_rows  # noqa: E402
+from graphopt.ir.relayout import with_layouts  # noqa: E402
 from graphopt.lowering.kernels import plan_attention  # noqa: E402
+from graphopt.lowering.kernels.plan_kernels import planned_attentions  # noqa: E402
 from graphopt.lowering.kernels.triton import kernel_constants  # noqa: E402
+from graphopt.lowering.torch.passes import lower  # noqa: E402
 from graphopt.plan import AttentionSpec  # noqa: E402
 from graphopt.runtime.attention import Keys, decode, prefill  # noqa: E402
 from graphopt.runtime.fused import launch_append  # noqa: E402
@@ -137,3 +146,66 @@ def test_attention_reads_rows(bits: int, layout: str, phase: str, form: str) -> 
     bound = 4 * 2.0**-11 * float(exact_v.abs().max())
     assert float((out.double().cpu() - expected).abs().max()) < bound
     assert lse is not None and bool(lse.isfinite().all())
+
+
+def with_rounded_keys(bits: int, **features: Any) -> Program:
+    """Return a program whose new keys and values are rounded in front of its attentions."""
+    program = tiny_program(hidden=64, head_dim=32, heads=4, kv_heads=2, ffn=48, **features)
+    recipe = f"canonicalise,quantize{{kv={bits},method=rtn}},insert-kv-cache"
+    return go.Pipeline.parse(recipe).run(program, go.RunOptions(verify=False))[0]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_lowering_leaves_the_rounding_to_the_cache(bits: int) -> None:
+    program = with_rounded_keys(bits)
+    lowered = lower(program, "hopper")
+    nodes = lowered.functions["block"].nodes
+    assert "quantise_dequantise" not in [node.op for node in nodes]
+    (own,) = (node for node in nodes if node.op == "attention")
+    assert own.attrs["kv_bits"] == bits
+    plans = planned_attentions(lowered)[0].plans
+    assert {plan.spec.kv_bits for plan in plans} == {16, bits}
+    assert all(plan.kernel == "triton" for plan in plans if plan.spec.kv_bits == bits)
+    ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    exact = Runner(program, dtype=torch.float64, mode="reference").logits({"input_ids": ids})
+    for mode in ("reference", "torch"):
+        found = Runner(lowered, dtype=torch.float64, mode=mode).logits({"input_ids": ids})
+        # Sums in another order, in fp64.
+        torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:attention on a CPU")
+@pytest.mark.parametrize("layout", ["contiguous", "paged"])
+@pytest.mark.parametrize("bits", BITS)
+def test_an_emitted_model_keeps_codes(
+    bits: int, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = with_rounded_keys(bits)
+    if layout == "paged":
+        program = with_layouts(program, dict.fromkeys(program.states, KVLayout("paged", 16)))
+    go.emit(program, tmp_path / "out", target="ampere", emit=("torch",))
+    module = load_file(tmp_path / "out" / "model.py")
+    name = module.kernels.__name__
+    if DEVICE == "cpu":
+        # By the kernels, in the interpreter.
+        for own in ("dispatch", "fused"):
+            loaded = sys.modules[f"{name}.{own}"]
+            if own == "fused":
+                monkeypatch.setattr(loaded, "runs_by_kernel", lambda *tensors: True)
+            else:
+                monkeypatch.setattr(loaded.AttentionDispatcher, "_on_device", lambda self, q: True)
+                monkeypatch.setattr(loaded.AttentionDispatcher, "_runs_here", lambda self: True)
+    model = module.load(tmp_path / "out", device=DEVICE, dtype=torch.float16)
+    text = [5, 6, 7, 8, 9, 10, 11]
+    decoder = module.Decoder(model, 16)
+    assert decoder.cache[0].bits == bits and decoder.cache[0].k.dtype == torch.uint8
+    answer = [decoder.start(text)]
+    for _ in range(3):
+        answer.append(decoder.step())
+    runner = Runner(program, dtype=torch.float64, mode="reference")
+    ids = torch.tensor([[*text, *answer[:-1]]])
+    expected = runner.logits({"input_ids": ids})[0, -1]
+    # Two dozen roundings to f16 on the way, each of which may turn a code to its neighbour.
+    bound = (24 * 2.0**-11 + 4 * 2.0**-bits) * float(expected.abs().max())
+    assert float((decoder.logits[0].double().cpu() - expected).abs().max()) < bound

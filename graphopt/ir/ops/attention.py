@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import sympy
 import torch
@@ -19,6 +19,7 @@ from graphopt.ir.ops.base import (
     Tensors,
     Types,
     broadcast,
+    get_op,
     need,
     register,
     same,
@@ -32,9 +33,17 @@ def _get(items: Tensors, index: int) -> Tensor | None:
     return items[index] if index < len(items) else None
 
 
+def _at(types: Types, index: int) -> Type | None:
+    return types[index] if index < len(types) else None
+
+
 def _alike(a: Type, b: Type, axes: tuple[int, ...]) -> bool:
     """True where two types of rank 4 agree along `axes`."""
     return len(a.shape) == len(b.shape) == 4 and all(same(a.shape[i], b.shape[i]) for i in axes)
+
+
+KVBits = Literal[4, 8, 16]
+"""Type of the bits that keys and values are rounded to; 16 for not at all."""
 
 
 @register
@@ -59,6 +68,8 @@ class Attention(Op):
     Further outputs, last: with `lse` the log-sum-exp of each row's scores [B,H,S], sinks included;
     with `page_max` the largest score among each `page_max` neighbouring keys, [B,H,S,pages], or in
     each page that is listed, [B,H,S,M]. Both are -inf where nothing is seen.
+    With `kv_bits` below 16 new keys and values are rounded first, as `quantise_dequantise` does
+    with zero points; lowering makes such attentions, with a past, for caches of codes.
     """
 
     name = "attention"
@@ -69,15 +80,19 @@ class Attention(Op):
     attributes = {  # noqa: RUF012
         "scale": Number, "causal": bool, "window": Count | None, "chunk": Count | None,
         "softcap": Positive | None, "ring": Count | None,
-        "lse": bool, "page_max": Count | None, "page": Count | None,
+        "lse": bool, "page_max": Count | None, "page": Count | None, "kv_bits": KVBits,
     }  # fmt: skip
     defaults: ClassVar[Attrs] = {
         "window": None, "chunk": None, "softcap": None, "ring": None,
-        "lse": False, "page_max": None, "page": None,
+        "lse": False, "page_max": None, "page": None, "kv_bits": 16,
     }  # fmt: skip
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         q, k, v = need(types, 0), need(types, 1), need(types, 2)
+        if attrs.get("kv_bits", 16) < 16 and (
+            _at(types, PAST_K) is None or is_general(attrs, types)
+        ):
+            raise ValueError("attention: only keys and values of a cache are rounded by it")
         if not (len(q.shape) == len(k.shape) == len(v.shape) == 4):
             raise ValueError(f"attention of {q}, {k}, {v}")
         if not same(q.shape[3], k.shape[3]) or not same(k.shape[1], v.shape[1]):
@@ -156,6 +171,9 @@ class Attention(Op):
         q, k, v = tensors[0], tensors[1], tensors[2]
         assert q is not None and k is not None and v is not None
         past_k, past_v = _get(tensors, PAST_K), _get(tensors, PAST_V)
+        if attrs.get("kv_bits", 16) < 16:
+            rounding = {"bits": attrs["kv_bits"], "symmetric": False}
+            k, v = (get_op("quantise_dequantise").reference([x], rounding)[0] for x in (k, v))
         if past_k is not None and past_v is not None:
             k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
         batch, heads, queries, _ = q.shape
@@ -223,6 +241,9 @@ class Attention(Op):
             return (functional.attention(q, k, v, *extras, **options),)
         options["ring"] = attrs.get("ring")
         if not is_general(attrs, tensors):
+            if attrs.get("kv_bits", 16) < 16:
+                rounding = {"bits": attrs["kv_bits"], "symmetric": False}
+                k, v = (functional.quantise_dequantise(x, **rounding) for x in (k, v))
             out, present = functional.cached_attention(q, k, v, past, *extras, **options)
             return out, *present
         options |= {key: attrs.get(key) for key in ("page_max", "page")}
