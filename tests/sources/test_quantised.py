@@ -25,7 +25,11 @@ from graphopt.execute.interpreter import Runner
 from graphopt.ir import Packed, Program
 from graphopt.ir.weights import Array
 from graphopt.sources import open_model
+from graphopt.sources.quantised.awq import Awq
+from graphopt.sources.quantised.compressed_tensors import CompressedTensors
 from graphopt.sources.quantised.gptq import Gptq
+
+pytestmark = pytest.mark.oldest
 
 INPUTS = {
     "input_ids": torch.tensor([[5, 3, 9, 2, 11, 7], [1, 6, 7, 8, 4, 2]]),
@@ -333,6 +337,43 @@ def test_forms_that_are_not_read_are_named(label: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=message) as refusal:
         open_model(str(written.folder))
     assert refusal.value.remedy
+
+
+DAMAGES = (
+    lambda part: part[:0],
+    lambda part: part[:-1],
+    lambda part: part.flatten(),
+    lambda part: part[None],
+    lambda part: part.double(),
+    lambda part: part.to(torch.int64),
+    lambda part: part.to(torch.int16),
+    lambda part: part.new_zeros(()),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "pack", "int"])
+def test_damaged_parts_are_refused_in_a_sentence(method: str, tmp_path: Path) -> None:
+    """Whatever shape or type a part has: there is a sentence, or the weight has the right shape."""
+    written = checkpoint(
+        tmp_path, method, num_hidden_layers=1, options={"bits": 8 if method == "int" else 4}
+    )
+    module = "model.layers.0.mlp.up_proj"
+    path = written.folder / "model.safetensors"
+    tensors = load_file(path)
+    config = json.loads((written.folder / "config.json").read_text())["quantization_config"]
+    stated = {"gptq": Gptq, "awq": Awq}.get(method, CompressedTensors).of("config", config)
+    parts = {name: value for name, value in tensors.items() if name.startswith(f"{module}.")}
+    refused = 0
+    for name in parts:
+        for damage in DAMAGES:
+            held = {n: Array(v) for n, v in (parts | {name: damage(parts[name])}).items()}
+            try:
+                weight = stated.read(held, torch.float16).tensors[f"{module}.weight"]
+                assert weight.shape == (48, 32) and weight.load().shape == (48, 32)
+            except SourceError as error:
+                refused += 1
+                assert "up_proj" in error.message and error.remedy
+    assert refused > 2 * len(parts)
 
 
 def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from graphopt.ir.weights import Producer, Transposed
 from graphopt.sources.quantised.method import (
     Method,
     ReadTensors,
+    check_words,
     misshapen,
     needed,
     parts_of,
@@ -100,8 +101,7 @@ class Awq(Method):
         qweight, qzeros, scales = (
             needed(self.where, module, parts, name) for name in ("qweight", "qzeros", "scales")
         )
-        if len(scales.shape) != 2 or len(qweight.shape) != 2 or qweight.dtype != torch.int32:
-            raise misshapen(module, parts, self.where)
+        check_words(module, (qweight, qzeros), scales, parts, self.where)
         (groups, rows), length = scales.shape, qweight.shape[0]
         words = rows * _BITS // WORD
         if qweight.shape != (length, words) or qzeros.shape != (groups, words):

@@ -174,11 +174,11 @@ class CompressedTensors(Method):
         """Return the weight of a layer in the format pack-quantized."""
         words, scales = parts["weight_packed"], needed(self.where, module, parts, "weight_scale")
         shape = needed(self.where, module, parts, "weight_shape")
-        if shape.shape != (2,) or words.dtype != torch.int32 or len(words.shape) != 2:
+        if shape.shape != (2,) or shape.dtype.is_floating_point or words.dtype != torch.int32:
             raise misshapen(module, parts, self.where)
         rows, length = (int(size) for size in shape.load())
         fitting = [b for b in self._bits if words.shape == (rows, -(-length * b // WORD))]
-        if len(fitting) != 1 or length < 1:
+        if len(fitting) != 1 or rows < 1 or length < 1:
             raise misshapen(module, parts, self.where)
         (bits,) = fitting
         groups = scales.shape[1] if len(scales.shape) == 2 else 1
@@ -198,7 +198,7 @@ class CompressedTensors(Method):
         weight, scales = parts["weight"], parts["weight_scale"]
         if weight.dtype != torch.int8:
             return weight  # a dense layer whose scales are of something else
-        if len(weight.shape) != 2:
+        if len(weight.shape) != 2 or 0 in weight.shape:
             raise misshapen(module, parts, self.where)
         rows, length = weight.shape
         bits = self._bits[-1] if self._bits else 8
@@ -218,6 +218,8 @@ class CompressedTensors(Method):
         bits: int,
     ) -> Codes:
         """Return zero points that are stored as bytes with a sign."""
+        if points.dtype != torch.int8:
+            raise misshapen(module, parts, self.where)
         if points.shape != (rows, groups):
             if math.prod(points.shape) not in (1, rows) or groups != 1:
                 raise misshapen(module, parts, self.where)
@@ -232,6 +234,8 @@ class CompressedTensors(Method):
         scales: Producer,
         zeros: Codes | None,
     ) -> Producer:
+        if not scales.dtype.is_floating_point or 0 in scales.shape:
+            raise misshapen(module, parts, self.where)
         count = scales.shape[1] if len(scales.shape) == 2 else 1
         if scales.shape != (codes.rows, count):
             if scales.shape not in ((), (1,), (1, 1), (codes.rows,)):

@@ -87,6 +87,8 @@ def scaled(
     Raises:
         SourceError: The scales are neither one, nor one a channel, nor one a block.
     """
+    if not scales.dtype.is_floating_point or len(weight.shape) < 2:
+        raise misshapen(name, {"weight": weight, "scale": scales}, where)
     if math.prod(scales.shape) == 1:
         return ScaledFloat8(weight, scales, block, dtype)
     if len(scales.shape) == 1 and len(weight.shape) == 2:

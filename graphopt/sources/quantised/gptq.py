@@ -27,6 +27,7 @@ from graphopt.ir.weights import Producer, Transposed
 from graphopt.sources.quantised.method import (
     Method,
     ReadTensors,
+    check_words,
     counted,
     in_order,
     misshapen,
@@ -108,9 +109,7 @@ class Gptq(Method):
         qweight, qzeros, scales = (
             needed(self.where, module, parts, name) for name in ("qweight", "qzeros", "scales")
         )
-        shapes = [part.shape for part in (qweight, qzeros, scales)]
-        if any(len(shape) != 2 for shape in shapes) or qweight.dtype != torch.int32:
-            raise misshapen(module, parts, self.where)
+        check_words(module, (qweight, qzeros), scales, parts, self.where)
         groups, rows = scales.shape
         bits = qzeros.shape[1] * WORD // rows if self.keys.dynamic else self.keys.bits
         length = qweight.shape[0] * WORD // bits if bits in BITS else 0

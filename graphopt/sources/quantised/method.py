@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from graphopt.errors import SourceError
 from graphopt.files.refusals import REMEDY
+from graphopt.ir.types import Type
 from graphopt.ir.weights import Producer
 
 
@@ -86,12 +87,32 @@ def needed(where: str, module: str, parts: Mapping[str, Producer], name: str) ->
 
 def misshapen(module: str, parts: Mapping[str, Producer], where: str) -> SourceError:
     """Return the refusal of parts whose shapes do not fit each other or the config."""
-    shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in sorted(parts.items()))
+    shapes = ", ".join(
+        f"{name} {Type(part.shape, part.dtype)}" for name, part in sorted(parts.items())
+    )
     return SourceError(
         f"The parts of the quantised weight of {module!r} do not fit together and what {where} "
         f"states: {shapes}.",
         "Check that the config belongs to these weights.",
     )
+
+
+def check_words(
+    module: str,
+    words: Iterable[Producer],
+    scales: Producer,
+    parts: Mapping[str, Producer],
+    where: str,
+) -> None:
+    """Refuse parts of a weight that are no matrices of words and of scales.
+
+    Raises:
+        SourceError: With their shapes.
+    """
+    matrices = all(len(part.shape) == 2 and 0 not in part.shape for part in (*words, scales))
+    as_words = all(part.dtype == torch.int32 for part in words)
+    if not matrices or not as_words or not scales.dtype.is_floating_point:
+        raise misshapen(module, parts, where)
 
 
 def in_order(
@@ -111,7 +132,7 @@ def in_order(
     Raises:
         SourceError: It names a group that there is not, or is of another length.
     """
-    if order.shape != (length,):
+    if order.shape != (length,) or order.dtype.is_floating_point or groups < 1:
         raise misshapen(module, parts, where)
     index = order.load().long()
     if int(index.min()) < 0 or int(index.max()) >= groups:

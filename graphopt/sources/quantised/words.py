@@ -235,9 +235,9 @@ def packed_matrix(
         name: The weight's, for messages.
     """
     groups = scales.shape[1]
-    group, rest = divmod(codes.length, groups)
-    if rest:
+    if groups < 1 or codes.length % groups:
         return None
+    group = codes.length // groups
     encoding = Packed(codes.bits, group, symmetric=zeros is None)
     packed: Producer = Grouped(codes, encoding)
     if check is not None:
