@@ -111,7 +111,8 @@ class Stored:
     Attributes:
         source: Its values.
         kind: The type it is written in.
-        exact: A packed weight whose codes are written, where it would be rounded otherwise.
+        exact: A packed weight whose codes are written, and its scales as fp16; otherwise values are
+            rounded to blocks anew.
     """
 
     source: Producer
@@ -129,6 +130,7 @@ class Stored:
         """
         if self.exact:
             assert isinstance(self.source, Dequantised)
+            check_finite(f"{name} (scales in fp16)", self.source.scales.load().half())
             yield _codes_as_blocks(self.source).numpy()
             return
         for value in blocks(self.source):

@@ -142,17 +142,19 @@ class GgufEmitter(Emitter):
         if len(producer.shape) < 2:
             return as_numbers, None
         if isinstance(producer, Dequantised):
-            kind = type_of_codes(producer)
-            if not isinstance(kind, str) and asked in (None, kind):
-                if not read or held_by_fp16(producer):
-                    return Stored(producer, kind, exact=True), None
-                kind = "fp16 does not hold its scales exactly"
+            blocks = type_of_codes(producer)
+            if isinstance(blocks, str):
+                reason = blocks
+            elif asked not in (None, blocks):
+                reason = ""  # other blocks are asked for
+            elif not read or held_by_fp16(producer):
+                return Stored(producer, blocks, exact=True), None
+            elif asked is None:
+                reason = "fp16 does not hold its scales exactly"
+            else:
+                return Stored(producer, blocks, exact=True), "its scales are rounded to fp16"
             if asked is None:
-                why = kind if isinstance(kind, str) else ""
-                return (
-                    as_numbers,
-                    f"its codes are written as values: {why}; --gguf-type rounds them",
-                )
+                return as_numbers, f"its codes are written as values: {reason}; --gguf-type rounds"
         if asked is None:
             return as_numbers, None
         if asked in NUMBERS.values():

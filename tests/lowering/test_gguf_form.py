@@ -204,6 +204,15 @@ def test_other_codes_are_numbers_with_the_reason_or_rounded_if_asked(
         assert Runner(capture(str(path))).logits(INPUTS).equal(Runner(program).logits(INPUTS))
     path, _ = emitted(cases["groups are of 16"], tmp_path / "rounded", gguf_type="q8_0")
     assert types(path)["blk.0.ffn_up.weight"] == "Q8_0"
+    # Codes that GPTQ chose, say, are kept where only the scales have to be rounded.
+    program = cases["fp16 does not hold its scales"]
+    path, notes = emitted(program, tmp_path / "scales", gguf_type="q4_0")
+    assert "its scales are rounded to fp16" in notes.values()
+    weight = program.weights["model.layers.0.mlp.up_proj.weight"].producer
+    tensors = {name: part.load() for name, part in weight.tensors().items()}
+    rounded = weight.encoding.dequantise(tensors | {"scales": tensors["scales"].half().float()})
+    held = read_gguf(path).tensors["blk.0.ffn_up.weight"]
+    assert held.load().equal(rounded)
 
 
 @pytest.mark.slow
