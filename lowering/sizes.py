@@ -39,7 +39,7 @@ def planned_sizes(emitters: Iterable[Emitter], program: Program, target: str) ->
             for name, stored in tensors.items()
             if emitter.shares and name in trained and written.get(name) == stored
         }
-        size = FormSize(emitter.name, 0, element_type or _usual(tensors.values()))
+        size = FormSize(emitter.name, 0, element_type or _usual(program, tensors.values()))
         for name, stored in tensors.items():
             if name in shared:
                 size.shared_bytes += _bytes(stored)
@@ -64,7 +64,7 @@ def written_size(emitter: Emitter, emitted: Emitted, program: Program, target: s
         emitter.name,
         sum(path.stat().st_size for path in set(emitted.files)),
         emitter.element_type(program, target)
-        or _usual((place.shape, place.dtype) for place in stored),
+        or _usual(program, ((place.shape, place.dtype) for place in stored)),
         sum(_bytes((place.shape, place.dtype)) for place in shared),
         sorted({place.file for place in shared}),
     )
@@ -89,13 +89,16 @@ def about_decoded_codes(program: Program, sizes: Sequence[FormSize]) -> str | No
     )
 
 
-def _usual(tensors: Iterable[StoredTensor]) -> str:
-    """Return the floating-point dtype that most elements have, as the IR calls it."""
-    counts: Counter[torch.dtype] = Counter()
+def _usual(program: Program, tensors: Iterable[StoredTensor]) -> str:
+    """Return how most elements are stored: a floating-point dtype, or as codes of how many bits."""
+    counts: Counter[str] = Counter()
     for shape, dtype in tensors:
         if dtype.is_floating_point:
-            counts[dtype] += math.prod(shape)
-    return DTYPE_NAMES[counts.most_common(1)[0][0]] if counts else "-"
+            counts[DTYPE_NAMES[dtype]] += math.prod(shape)
+    for weight in program.used_weights():
+        if weight.encoding is not None:
+            counts[f"codes of {weight.encoding.bits} bits"] += weight.numel
+    return counts.most_common(1)[0][0] if counts else "-"
 
 
 def _bytes(stored: StoredTensor) -> int:

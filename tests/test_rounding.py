@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.solvers.gptq import best_scales, damped, gptq, output_error, refine
+from graphopt.solvers.gptq import (
+    _descend_columns,
+    _Recorded,
+    _round_columns,
+    best_scales,
+    damped,
+    gptq,
+    output_error,
+    refine,
+)
 from graphopt.solvers.grids import Grid, best_grid, full_range
 
 BITS = st.sampled_from((2, 3, 4, 8))
@@ -139,3 +150,48 @@ def test_moments_that_are_not_numbers_are_refused_and_dead_features_are_no_troub
         grid = full_range(matrix, 4, 4, True)
         codes = gptq(matrix, damped(gram), grid)
         assert codes.equal(grid.codes(matrix))
+
+
+class StandIn:
+    """A CUDA graph that runs a function again on the places that it was recorded with."""
+
+    def __init__(self):
+        self.recorded = None
+
+    def replay(self):
+        recorded, work = self.recorded
+        for place, value in zip(recorded._results, work(*recorded._places), strict=True):
+            place.copy_(value)
+
+
+@pytest.mark.parametrize("work", [_round_columns, _descend_columns])
+def test_a_recording_is_given_its_operands_and_keeps_none_of_its_results(work, monkeypatch):
+    """On a stand-in for a GPU: what is replayed is what is computed, for other operands too."""
+    stream = nullcontext()
+    stream_like = type("Stream", (), {"wait_stream": lambda self, other: None})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
+    monkeypatch.setattr(torch.cuda, "Stream", stream_like)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream_like)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: stream)
+    columns, rows = 5, 7
+    plain = functools.partial(work, last=7)
+
+    def operands(seed):
+        square = correlated(columns, seed=seed)
+        scales = random(columns, rows, seed=seed).abs() + 0.1
+        first = [random(columns, rows, seed=seed + 1)]
+        first += [random(columns, rows, seed=seed + 2)] if work is _descend_columns else []
+        return [*first, square, scales, torch.full_like(scales, 4)]
+
+    recorded = _Recorded(plain, operands(0))
+    recorded._graph.recorded = recorded, plain
+    kept = []
+    for seed in (3, 4):
+        expected = plain(*(tensor.clone() for tensor in operands(seed)))
+        found = recorded(operands(seed))
+        kept.append((found, [tensor.clone() for tensor in found]))
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+    for found, as_they_were in kept:
+        assert all(map(torch.equal, found, as_they_were))

@@ -311,7 +311,7 @@ class Report:
         fewer = [
             f"{form.dtype} in {form.name}"
             for form in forms
-            if bits.get(form.dtype, 0) < bits.get(self.dtype, 0)
+            if form.dtype in bits and bits[form.dtype] < bits.get(self.dtype, 0)
         ]
         if not fewer:
             return ""

@@ -225,6 +225,23 @@ def test_scaled_features_cost_less_where_a_few_are_large(text):
     assert scaled < 0.8 * plain
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_are_of_the_dtype_of_weights(dtype):
+    """Codes are chosen for the scales as they are stored, of which the statement is made."""
+    program = tiny_program()
+    for weight in list(program.weights):
+        if not weight.constant:
+            program.weights.replace(weight.with_producer(Array(weight.load().to(dtype))))
+    result = quantize(program, w=8, method="rtn", head=8, embedding=8)
+    made = result.program.weights["layers.0.mlp.up_proj.weight"]
+    assert made.dtype == dtype
+    source = program.weights["layers.0.mlp.up_proj.weight"].load().double()
+    step = made.producer.scales.load().double().abs()
+    # Half a step, and a value's own rounding.
+    off = (made.load().double() - source).abs() - torch.finfo(dtype).eps * source.abs()
+    assert (off <= 0.5 * step * 1.001).all()
+
+
 def test_it_is_the_same_every_time(text):
     program, context = text
     options = {"w": 4, "a": 8, "windows": 4, "seqlen": 32}
