@@ -36,6 +36,10 @@ TYPES: dict[str, GGMLQuantizationType] = {
 }
 """The types that matrices may be asked to have, by the name a user gives."""
 
+AT_THE_ENDS = ("token_embd.weight", "output.weight")
+"""Matrices that lose most by few bits: they have 8 where blocks are asked for, as llama.cpp's own
+4-bit files have more bits there than elsewhere."""
+
 FILE_TYPES = {
     GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
     GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,

@@ -14,6 +14,7 @@ from graphopt.ir.graph import Program
 from graphopt.ir.weights import Array, Cast, Dequantised, Producer
 from graphopt.lowering.base import NOTHING, Emitted, Emitter, StoredTensor
 from graphopt.lowering.gguf.blocks import (
+    AT_THE_ENDS,
     AUTO,
     BLOCK,
     NUMBERS,
@@ -166,7 +167,7 @@ class GgufEmitter(Emitter):
             return as_numbers, (
                 f"written as numbers: its rows of {producer.shape[-1]} are no blocks of {BLOCK}"
             )
-        return Stored(producer, asked), None
+        return Stored(producer, TYPES["q8_0"] if name in AT_THE_ENDS else asked), None
 
 
 _AS_NUMBERS = ("position_embd.weight",)

@@ -11,7 +11,7 @@ from typing import Any, cast
 from gguf import GGMLQuantizationType, GGUFEndian, GGUFValueType, GGUFWriter
 
 from graphopt.errors import GraphoptError
-from graphopt.lowering.gguf.blocks import FILE_TYPES, Stored, nbytes
+from graphopt.lowering.gguf.blocks import AT_THE_ENDS, FILE_TYPES, Stored, nbytes
 from graphopt.lowering.gguf.keys import Value
 from graphopt.support.progress import Progress
 
@@ -79,10 +79,11 @@ def _append(path: Path, tensors: Mapping[str, Stored], progress: Progress) -> di
 
 
 def most_common_type(tensors: Mapping[str, Stored]) -> GGMLQuantizationType:
-    """Return the type that most elements have."""
+    """Return the type that most elements have, beside the matrices at the ends."""
     counts: Counter[GGMLQuantizationType] = Counter()
-    for stored in tensors.values():
-        counts[stored.kind] += math.prod(stored.source.shape)
+    for name, stored in tensors.items():
+        if name not in AT_THE_ENDS:
+            counts[stored.kind] += math.prod(stored.source.shape)
     return counts.most_common(1)[0][0]
 
 
