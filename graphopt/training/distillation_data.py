@@ -33,7 +33,8 @@ class HiddenStateCache:
     def __init__(
         self, teacher: BlockRunner, ids: Tensor, entry: HiddenStateCache | None = None
     ) -> None:
-        self._teacher, self._ids, self._entry = teacher, ids, entry
+        self._teacher: BlockRunner | None = teacher
+        self._ids, self._entry, self._device = ids, entry, teacher.device
         self._known: dict[int, Tensor] = {}
         self._place: torch.device | None = None
         self._begun = False
@@ -42,21 +43,33 @@ class HiddenStateCache:
         """Return the hidden states of some windows, [len(rows), S, D] on the model's device."""
         missing = [row for row in rows if row not in self._known]
         if missing:
-            if self._place is not None and self._teacher.device.type == "cuda":
+            if self._place is not None and self._device.type == "cuda":
                 others = (row for row in range(len(self._ids)) if row not in self._known)
                 ahead = itertools.islice(others, TOKENS_AHEAD // self._ids.shape[1])
                 missing = list(dict.fromkeys([*missing, *ahead]))
             hidden = self._run(missing)
             if not self._begun:
                 size = hidden[0].nbytes * len(self._ids)
-                self._begun, self._place = True, room_for(size, self._teacher.device)
+                self._begun, self._place = True, room_for(size, self._device)
             if self._place is None:
                 return hidden
             self._known |= dict(zip(missing, hidden.to(self._place).unbind(), strict=True))
-        return torch.stack([self._known[row] for row in rows]).to(self._teacher.device)
+        return torch.stack([self._known[row] for row in rows]).to(self._device)
+
+    def complete(self) -> None:
+        """Make those of all windows, and let go of the model and the states that they are made of.
+
+        What has no room is still made anew each time, and needs both.
+        """
+        for row in range(len(self._ids)):
+            self.rows([row])
+            if self._place is None:
+                return
+        self._teacher = self._entry = None
 
     def _run(self, rows: Sequence[int]) -> Tensor:
         teacher = self._teacher
+        assert teacher is not None
         values = teacher.window_inputs(self._ids[torch.tensor(rows)].to(teacher.device))
         with torch.no_grad():
             if self._entry is None:

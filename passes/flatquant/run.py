@@ -196,9 +196,12 @@ class FlatQuantising(Distiller):
             self._note_block(index, new.position, group, result)
             for name, value in group.folded().items():
                 assign(self.program, name, value.to(self.home))
-            entry = targets
-            rounded = self.options.inputs == "rounded"
-            student_entry = HiddenStateCache(student, ids, student_entry) if rounded else targets
+            # With each cache goes the one that it was made of.
+            targets.complete()
+            entry = student_entry = targets
+            if self.options.inputs == "rounded":
+                student_entry = HiddenStateCache(student, ids, data.entry)
+                student_entry.complete()
         self.context.progress("training blocks", len(ours), len(ours))
         self.clock("training blocks", started)
 
@@ -210,7 +213,7 @@ class FlatQuantising(Distiller):
         sites, keys = ([], []) if planned is None else trained_sites(self.program, planned, number)
         base = base_values(self.source, self.source.calls[position], sites, rounded, self.device)
         trains = self.schedule.steps != 0
-        clips = {slot: torch.full((1,), MOST_CLIP) for slot in rounded.roundings}
+        clips = {slot: torch.full((1,), MOST_CLIP) for slot in rounded.clips}
         return BlockTransforms(
             call.weights, base, sites, keys, rounded.linears, clips,
             learn=trains and self.options.kind == "kronecker",
@@ -231,27 +234,23 @@ class FlatQuantising(Distiller):
         self, student: BlockRunner, group: BlockTransforms, data: DistillationData
     ) -> None:
         """Let clips of activations begin where rounding a few windows errs least."""
-        function = student.program.functions[student.program.calls[student.first].function]
-        nodes: dict[Value, list[tuple[Node, list[int]]]] = {}
-        slots, places = function.slots_by_value(), group.clip_slots
-        for node in dict.fromkeys(
-            self.rounded.get(function.name, RoundedFunction()).roundings.values()
-        ):
-            own = function.nodes[[n.outputs[0].name for n in function.nodes].index(
-                node.outputs[0].name
-            )]  # fmt: skip
-            numbers = [places.index(slots[v]) for v in own.inputs[1:] if v is not None]
-            assert own.inputs[0] is not None
-            nodes.setdefault(own.inputs[0], []).append((own, numbers))
         if self.options.method == "published":
             return
         if not self.options.clip:
             for parameter in group.clips:
                 parameter.fill_(torch.inf)
             return
+        function = student.program.function_of(student.program.calls[student.first])
+        slots = function.slots_by_value()
+        readers: dict[Value, list[tuple[Node, list[int]]]] = {}
+        for node in function.nodes:
+            if node.op == ROUND and node.inputs[0] is not None:
+                clips = [slots[value] for value in node.inputs[1:] if value is not None]
+                numbers = [group.clip_slots.index(slot) for slot in clips]
+                readers.setdefault(node.inputs[0], []).append((node, numbers))
 
         def observe(value: Value, x: Tensor) -> None:
-            for node, numbers in nodes.get(value, ()):
+            for node, numbers in readers.get(value, ()):
                 best = _best_clip(x, node.attrs["bits"], node.attrs["symmetric"])
                 for number in numbers:
                     group.clips[number].fill_(torch.logit(torch.tensor(best)))
@@ -363,7 +362,7 @@ class FlatQuantising(Distiller):
                 parametrisations[call.weights[slot]] = RoundedParametrisation(
                     value, rounding, weight_scale(value)
                 )
-            for slot in rounded.roundings:
+            for slot in rounded.clips:
                 value = program.weights[call.weights[slot]].load(torch.float32).to(self.device)
                 parametrisations[call.weights[slot]] = FullParametrisation(value, 1.0)
         return parametrisations

@@ -42,11 +42,11 @@ class RoundedFunction:
 
     Attributes:
         linears: The slots of weights that are rounded, with how.
-        roundings: For every slot of a clip, the rounding that it belongs to.
+        clips: The slots of the clips of activations, keys and values.
     """
 
     linears: dict[str, Rounding] = field(default_factory=dict)
-    roundings: dict[str, Node] = field(default_factory=dict)
+    clips: list[str] = field(default_factory=list)
 
 
 def fold_all(program: Program) -> None:
@@ -176,7 +176,7 @@ def _rounding(
         {"bits": bits, "symmetric": symmetric, "straight_through": True},
         [f"{value.name}_q{bits}"], before=before,
     )  # fmt: skip
-    rounded.roundings |= dict.fromkeys(slots, node)
+    rounded.clips += slots
     return node.output
 
 

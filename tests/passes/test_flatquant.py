@@ -62,7 +62,7 @@ def group_of(program, kind="kronecker", bits=WHOLE, **options):
     sites, keys = trained_sites(folded, plan.functions[0], 0)
     own = rounded.get(call.function, RoundedFunction())
     base = base_values(program, program.calls[position], sites, own, CPU)
-    clips = {slot: torch.full((1,), 0.9) for slot in own.roundings}
+    clips = {slot: torch.full((1,), 0.9) for slot in own.clips}
     given = {"learn": True, "learn_clips": True} | options
     return folded, BlockTransforms(call.weights, base, sites, keys, own.linears, clips, **given)
 
