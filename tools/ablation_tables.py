@@ -47,11 +47,12 @@ def bits() -> str:
         count, length = part["windows"]
         w, a, kv = part["bits"]
         tables.append(ablation_table(part))
+        where = "GPU" if device == "cuda" else "CPU"
+        dense = f"{part['dense']['perplexity']:.2f}"
         tables.append(
-            f"`{model}`, W{w}A{a}KV{kv} but where weights or the cache alone are rounded, "
-            f"{'GPU' if device == 'cuda' else 'CPU'}: the dense model has perplexity "
-            f"{part['dense']['perplexity']:.2f} on {count} windows of {length:,} tokens of "
-            f"{part['text']}; calibration text {part['calib']}, {part['training_seconds']:g} s of "
-            f"training where there is any. {measured_on(part, 'torch', 'transformers')}"
+            f"`{model}`, W{w}A{a}KV{kv} but where weights or the cache alone are rounded, {where}: "
+            f"the dense model has perplexity {dense} on {count} windows of {length:,} tokens of "
+            f"{part['text']}; calibration text {part['calib']}, trainings of {part['training']}. "
+            + measured_on(part, "torch", "transformers")
         )
     return "\n\n".join(tables)

@@ -2,7 +2,7 @@
 
     python tools/bench_bits.py --calib FILE --text FILE [--piqa FILE] [--device cuda]
                                [--models NAME=MODEL ...] [--methods NAME;NAME] [--seeds 0,1,2]
-                               [--seconds 300] [--windows N] [--bits 4,4,4]
+                               [--seconds 300 | --steps N] [--windows N] [--bits 4,4,4]
     python tools/bench_bits.py --block --calib FILE [--device cuda] [--steps 240]
 
 A model is what the command line of graphopt takes; `demo` by default. Rows are transforms: none,
@@ -46,7 +46,7 @@ def _fixed(kind: str, clip: bool, rounding: str) -> str:
 
 
 def _learned(options: str) -> str:
-    return f"flatquant{{$bits,seconds=$seconds,{options}}}"
+    return f"flatquant{{$bits,$training,{options}}}"
 
 
 METHODS: dict[str, str] = {
@@ -72,15 +72,15 @@ METHODS: dict[str, str] = {
     "weights alone, GPTQ": "quantize{w=4}",
     "weights alone, groups of 32, GPTQ": "quantize{w=4,group=32}",
     "weights alone, learned, distilled, RTN":
-        "flatquant{w=4,a=16,kv=16,seconds=$seconds,distil=0.7}",
+        "flatquant{w=4,a=16,kv=16,$training,distil=0.7}",
     "weights alone, groups of 32, learned, distilled, RTN":
-        "flatquant{w=4,a=16,kv=16,group=32,seconds=$seconds,distil=0.7}",
+        "flatquant{w=4,a=16,kv=16,group=32,$training,distil=0.7}",
     "keys and values alone": "quantize{w=16,kv=4}",
     "keys and values alone, closed form": "flatquant{w=16,a=16,kv=4,kind=closed,steps=0}",
     "keys and values alone, learned, distilled":
-        "flatquant{w=16,a=16,kv=4,seconds=$seconds,distil=0.6}",
+        "flatquant{w=16,a=16,kv=4,$training,distil=0.6}",
 }  # fmt: skip
-"""Rows of the table: recipes, with $bits and the $seconds of a training."""
+"""Rows of the table: recipes, with $bits and how long a $training lasts."""
 
 
 def measure(name: str, model: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -99,14 +99,14 @@ def measure(name: str, model: str, options: argparse.Namespace) -> dict[str, Any
         "calib": options.calib.name,
         "windows": list(yardstick.windows.shape),
         "bits": options.bits,
-        "training_seconds": options.seconds,
+        "training": training_of(options),
         "runs": [],
     }
     w, a, kv = options.bits
     for seed in options.seeds:
         for method in options.methods:
             recipe = string.Template(METHODS[method]).substitute(
-                bits=f"w={w},a={a},kv={kv}", seconds=f"{options.seconds:g}"
+                bits=f"w={w},a={a},kv={kv}", training=training_of(options)
             )
             about = {"method": method, "seed": seed, "recipe": recipe}
             if device.type == "cuda":
@@ -157,14 +157,15 @@ def measure_block(options: argparse.Namespace) -> dict[str, Any]:
     program.tokenizer = demo.tokenizer
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    recipe = f"flatquant{{distil=0,steps={options.steps}}}"
+    steps = options.steps or 240
+    recipe = f"flatquant{{distil=0,steps={steps}}}"
     _, report = go.Pipeline.parse(recipe).run(
         program, go.RunOptions(calib=options.calib, device=device, verify=False)
     )
     record = report.passes[-1].details
     found: dict[str, Any] = {
         "recipe": recipe,
-        "steps": options.steps,
+        "steps": steps,
         "seconds": record["seconds"],
         "minutes_for_32_blocks": 32 * record["seconds"]["training blocks"] / 60,
         "blocks": record["blocks"],
@@ -172,9 +173,15 @@ def measure_block(options: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cuda":
         found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     command = f"python tools/bench_bits.py --block --calib {options.calib.name}"
-    more = f"--device {options.device} --steps {options.steps}"
+    more = f"--device {options.device} --steps {steps}"
     keep(options.out, "block", [command, more], device, found)
     return found
+
+
+def training_of(options: argparse.Namespace) -> str:
+    """Return how long trainings last, as the text of an option."""
+    steps, seconds = options.steps, options.seconds
+    return f"seconds={seconds:g}" if steps is None else f"steps={steps}"
 
 
 def save(name: str, options: argparse.Namespace, found: Mapping[str, Any]) -> None:
@@ -185,7 +192,8 @@ def save(name: str, options: argparse.Namespace, found: Mapping[str, Any]) -> No
         if getattr(options, option) is not None
     ]
     command += [f"--windows {options.windows}"] if options.windows else []
-    command.append(f"--seeds {','.join(map(str, options.seeds))} --seconds {options.seconds:g}")
+    training = training_of(options).replace("=", " ")
+    command.append(f"--seeds {','.join(map(str, options.seeds))} --{training}")
     command.append(f"--bits {','.join(map(str, options.bits))}")
     keep(options.out, name, command, torch.device(options.device), found)
 
@@ -211,7 +219,7 @@ def main() -> None:
     parser.add_argument("--bits", default="4,4,4", help="of weights, activations, keys and values")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "bits.json")
     parser.add_argument("--block", action="store_true", help="train one block of 7B's shape alone")
-    parser.add_argument("--steps", type=int, default=240, help="with --block")
+    parser.add_argument("--steps", type=int, help="of each training, in place of seconds")
     options = parser.parse_args()
     if options.block:
         for key, value in measure_block(options).items():

@@ -200,6 +200,22 @@ class BlockTransforms(WeightGroup):
     def _clip_shape(weight: Tensor, rounding: Rounding) -> tuple[int, ...]:
         return (*rounding.rows(weight).shape[:-1], 1)
 
+    @torch.no_grad()
+    def search_weight_clips(self, shares: Sequence[float]) -> None:
+        """Let clips of weights begin with the share of the range at which each errs least."""
+        if not len(self.weight_clips):
+            return
+        whole = self._values(rounded=False, clipped=False)
+        for place, (slot, rounding) in enumerate(self.roundings.items()):
+            rows = rounding.rows(whole[slot].float())
+            errors: list[Tensor] = []
+            for share in shares:
+                clip = rows.new_full((*rows.shape[:-1], 1), share)
+                made = rounding.rounded(rounding.clipped(whole[slot].float(), clip))
+                errors.append((rounding.rows(made) - rows).square().sum(-1, keepdim=True))
+            best = torch.stack(errors).argmin(0)
+            self.weight_clips[place].copy_(torch.logit(rows.new_tensor(list(shares))[best]))
+
     def base(self, slot: str) -> Tensor:
         """Return a weight's value before any transform."""
         value: Tensor = getattr(self, f"base_{self._slots.index(slot)}")
@@ -249,7 +265,7 @@ class BlockTransforms(WeightGroup):
             made[name] = matrix, inverse
         return made
 
-    def _values(self, rounded: bool) -> dict[str, Tensor]:
+    def _values(self, rounded: bool, clipped: bool = True) -> dict[str, Tensor]:
         """Return the weights that follow the parameters, by slot."""
         dtype = torch.float32 if rounded else torch.float64
         made = self._matrices(exact=not rounded)
@@ -268,10 +284,10 @@ class BlockTransforms(WeightGroup):
             values[key.keys], values[key.queries] = made[f"keys_{number}"]
         for place, (slot, rounding) in enumerate(self.roundings.items()):
             clip = None
-            if len(self.weight_clips):
+            if clipped and len(self.weight_clips):
                 clip = torch.sigmoid(self.weight_clips[place].to(dtype))
-            clipped = rounding.clipped(values[slot], clip)
-            values[slot] = rounding.rounded(clipped) if rounded else clipped
+            within = rounding.clipped(values[slot], clip)
+            values[slot] = rounding.rounded(within) if rounded else within
         for slot, logit in zip(self.clip_slots, self.clips, strict=True):
             values[slot] = torch.sigmoid(logit.to(dtype))
         return values

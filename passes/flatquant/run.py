@@ -62,7 +62,7 @@ RATE = 5e-3
 MOST_CLIP = 0.982
 """The largest share of a range that a clip begins with: its logit is then 4."""
 CLIPS_TRIED = (*(0.5 + 0.025 * n for n in range(20)), MOST_CLIP)
-"""Shares of the range that are tried for the clip of an activation."""
+"""Shares of the range that are tried for a clip."""
 CLIP_TOKENS = 4096
 """Tokens on which they are tried, at least one window."""
 
@@ -124,6 +124,11 @@ class FlatQuantising(Distiller):
         """Whether all weights are trained at the end."""
         options = self.options
         return options.method != "published" and options.distil > 0 and self.schedule.steps != 0
+
+    @property
+    def _learns(self) -> bool:
+        """Whether anything of blocks is trained."""
+        return self.schedule.steps != 0 and (self.options.kind == "kronecker" or self.options.clip)
 
     @staticmethod
     def _plan(options: FlatQuant, program: Program, context: Context) -> AffinePlan:
@@ -203,6 +208,13 @@ class FlatQuantising(Distiller):
                 student_entry = HiddenStateCache(student, ids, data.entry)
                 student_entry.complete()
         self.context.progress("training blocks", len(ours), len(ours))
+        idle = sum(block.steps == 0 for block in self.record.blocks)
+        if idle and self._learns:
+            reason = (
+                f"NO STEP was made in {idle} of {len(ours)} blocks: give more seconds, or a "
+                "shorter seqlen or batch"
+            )
+            self.skipped.append(Skip("training", reason))
         self.clock("training blocks", started)
 
     def _group(self, position: int) -> BlockTransforms:
@@ -212,12 +224,11 @@ class FlatQuantising(Distiller):
         rounded = self.rounded.get(call.function, RoundedFunction())
         sites, keys = ([], []) if planned is None else trained_sites(self.program, planned, number)
         base = base_values(self.source, self.source.calls[position], sites, rounded, self.device)
-        trains = self.schedule.steps != 0
         clips = {slot: torch.full((1,), MOST_CLIP) for slot in rounded.clips}
         return BlockTransforms(
             call.weights, base, sites, keys, rounded.linears, clips,
-            learn=trains and self.options.kind == "kronecker",
-            learn_clips=trains and self.options.clip,
+            learn=self._learns and self.options.kind == "kronecker",
+            learn_clips=self._learns and self.options.clip,
         ).to(self.device)  # fmt: skip
 
     def _planned(self, position: int) -> tuple[FunctionPlan | None, int]:
@@ -233,13 +244,14 @@ class FlatQuantising(Distiller):
     def _search_clips(
         self, student: BlockRunner, group: BlockTransforms, data: DistillationData
     ) -> None:
-        """Let clips of activations begin where rounding a few windows errs least."""
+        """Let clips begin where rounding weights, and activations of a few windows, errs least."""
         if self.options.method == "published":
             return
         if not self.options.clip:
             for parameter in group.clips:
                 parameter.fill_(torch.inf)
             return
+        group.search_weight_clips(CLIPS_TRIED)
         function = student.program.function_of(student.program.calls[student.first])
         slots = function.slots_by_value()
         readers: dict[Value, list[tuple[Node, list[int]]]] = {}
@@ -391,7 +403,7 @@ class FlatQuantising(Distiller):
         """
         if self.bits.w >= 16:
             return program
-        learnt = self.options.clip and self.schedule.steps != 0
+        learnt = self.options.clip and self._learns
         quantize = Quantize(
             w=self.bits.w, group=self.bits.group, method=self.options.rounding,
             clip=self.options.clip and not learnt,
