@@ -17,7 +17,7 @@ from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import block_name, find_blocks
 from graphopt.ir.encoding import Packed
 from graphopt.ir.graph import Call, Program
-from graphopt.ir.weights import Weight
+from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Context, PassResult, Skip
 from graphopt.pass_manager.rounding_statements import PackedMatrix, RoundedProgram
 from graphopt.passes.quantize.calibrated import BlockPair
@@ -85,6 +85,7 @@ class Quantizing:
         self.skipped = list(self.places.skipped) if options.w < WHOLE else []
         self.outcomes: dict[str, _Outcome] = {}
         self.streams: dict[str, float] = {}
+        self.pending: list[Weight] = []
 
     def _scale_features(self, program: Program) -> Program:
         """Return a program that computes the same, its features scaled as rounding asks for."""
@@ -184,7 +185,14 @@ class Quantizing:
             self._put(weight, encoding, rounded, nearest=moments is None)
 
     def _put(self, weight: Weight, encoding: Packed, rounded: RoundedMatrix, nearest: bool) -> None:
-        self.program.weights.replace(packed_weight(weight, encoding, rounded))
+        made = packed_weight(weight, encoding, rounded)
+        if nearest:
+            self.program.weights.replace(made)
+        else:
+            # The block is run on; unpacked, on its device, the weight is read at once.
+            self.pending.append(made)
+            values = Array(rounded.values.to(weight.dtype))
+            self.program.weights.replace(weight.with_producer(values))
         source = weight.load(torch.float32).to(rounded.values.device)
         error = float((rounded.values - source).double().square().sum())
         power = max(float(source.double().square().sum()), 1e-30)
@@ -232,6 +240,9 @@ class Quantizing:
                 pair.reload()
             with self.clock.counting("measuring"):
                 self.streams[block.name] = pair.advance()
+            for weight in self.pending:
+                self.program.weights.replace(weight)
+            self.pending.clear()
 
     def _round_stage(self, pair: BlockPair, block: BlockStep, stage: Stage) -> None:
         with self.clock.counting("measuring"):
