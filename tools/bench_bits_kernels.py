@@ -1,6 +1,6 @@
 """Measure kernels of four bits on a GPU beside bf16 torch: transforms, linears, decoding.
 
-    python tools/bench_bits_kernels.py [--only transform,w4a4,w4a16,model] [--tune] [--out FILE]
+    python tools/bench_bits_kernels.py [--only transform,w4a4] [--tune] [--early] [--out FILE]
 
 Parts, on the shapes of Llama-7B and with random numbers:
 
@@ -8,12 +8,14 @@ Parts, on the shapes of Llama-7B and with random numbers:
   as many bytes;
 * `w4a4`: a linear of 16,384 tokens as a whole (transform, rounding, product), beside `F.linear`;
 * `w4a16`: a linear of 1 and of 16 tokens, beside `F.linear`;
+* `steps`: a norm and a gate of one token, alone and with a transform behind them;
+* `kv`: attention of one token over caches of 16, 8 and 4 bits;
 * `model`: a Llama shape of 1.1B parameters, emitted with four-bit weights and in bf16, decoding.
 
 Each kernel's result is compared with what torch computes in fp32 or fp64 before it is timed; a
 kernel that fails is kept with its traceback, and the next one runs. `--tune` tries other tiles
-than the target's. Without a GPU shapes are small and kernels interpreted: that says only whether
-this script runs.
+than the target's, and `--early` programmatic launches. Without a GPU shapes are small and kernels
+interpreted: that says only whether this script runs.
 """
 
 from __future__ import annotations
@@ -41,12 +43,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from bits_decode import cache_part, steps_part
 from bits_model import model_part
-from measure import target_here
+from bits_transform import DEVICE, DTYPE, TARGET, TILES, Transformed, kept, random, transform_part
 from turns import ON_GPU, Result, Rows, best_of, median, microseconds, recorded
 
-from graphopt.ir import functional
-from graphopt.lowering.kernels.triton import quantised_tiles
+from graphopt.runtime import fused
 from graphopt.runtime.quantised_linear import (
     PackedCodes,
     QuantisedKernels,
@@ -56,33 +58,13 @@ from graphopt.runtime.quantised_linear import (
     pack_codes,
 )
 from graphopt.runtime.quantised_tiles import IntegerTiles, PackedTiles
-from graphopt.runtime.transforms import launch_transform
-from graphopt.targets import get_target
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICE = "cuda" if ON_GPU else "cpu"
-# The interpreter cuts bf16 off where a GPU rounds.
-DTYPE = torch.bfloat16 if ON_GPU else torch.float16
-TARGET = get_target(target_here())
-TILES = quantised_tiles(TARGET)
-assert TILES is not None
-TOKENS = 16384 if ON_GPU else 20
-# Features as N1 x N2, as FlatQuant divides them.
-SIZES = {4096: (64, 64), 11008: (86, 128), 14336: (112, 128)} if ON_GPU else {576: (24, 24)}
 # (outputs, inputs)
 LINEARS = [(4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008)] if ON_GPU else [(96, 576)]
 DECODED = [(11008, 4096), (4096, 11008), (4096, 4096)] if ON_GPU else [(96, 576)]
 COLD = 400e6 if ON_GPU else 1
 """Bytes of weights that a run walks through, so that none is in a cache when it is read."""
-
-
-def random(*shape: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, device=DEVICE) * scale).to(DTYPE)
-
-
-def rotation(size: int) -> Tensor:
-    square = torch.randn(size, size, dtype=torch.float64)
-    return torch.linalg.qr(square)[0].to(DTYPE).to(DEVICE).contiguous()
 
 
 def packed_weight(outputs: int, inputs: int, group: int) -> PackedCodes:
@@ -104,125 +86,6 @@ def dense_of(weight: PackedCodes) -> Tensor:
     signed = (torch.where(signed > 7, signed - 16, signed)).transpose(0, 1).reshape(outputs, inputs)
     group = inputs // len(weight.scales)
     return (signed * weight.scales.t().repeat_interleave(group, 1).float()).to(DTYPE)
-
-
-# Transforms ---------------------------------------------------------------------------------------
-
-
-class Transformed:
-    """Tokens, what stands in front of their transform, and the factors of it."""
-
-    def __init__(self, width: int, before: str, tokens: int = TOKENS) -> None:
-        self.n1, self.n2 = SIZES[width]
-        self.before = before
-        self.x = random(tokens, width)
-        self.y = random(tokens, width) if before not in ("", "norm") else None
-        self.gain = random(width) if before == "norm" else None
-        self.left, self.right = rotation(self.n1), rotation(self.n2)
-
-    def run(self, bits: int, pairs: bool, **options: Any) -> tuple[Tensor, Tensor]:
-        codes, scales, _ = launch_transform(
-            self.x, self.left, self.right, before=self.before, y=self.y, weight=self.gain,
-            eps=1e-5, bits=bits, pairs=pairs, **options,
-        )  # fmt: skip
-        assert scales is not None
-        return codes, scales
-
-    def values(self, rows: int) -> Tensor:
-        """Return the first transformed tokens in fp32, rounded between as the kernel does."""
-        x = self.x[:rows].float()
-        if self.before == "norm":
-            assert self.gain is not None
-            x = functional.rms_norm(x, self.gain.float(), 1e-5).to(DTYPE).float()
-        elif self.before:
-            assert self.y is not None
-            x = functional.act_mul(x, self.y[:rows].float(), self.before).to(DTYPE).float()
-        tile = (x.unflatten(-1, (self.n1, -1)) @ self.right.float()).to(DTYPE).float()
-        return (self.left.float().t() @ tile).flatten(-2)
-
-    def check(self, found: tuple[Tensor, Tensor], bits: int) -> Result:
-        """Compare the first and the last tokens' codes with torch's.
-
-        Raises:
-            AssertionError: Too many differ, or by more than 1, or a scale does by 1e-3.
-        """
-        codes, scales = found
-        rows = min(256, len(codes))
-        codes, scales = codes[:rows], scales[:rows]
-        if codes.dtype == torch.uint8:
-            codes = functional.unpack(codes, 4).to(torch.int8)
-            codes = torch.where(codes > 7, codes - 16, codes)
-        values, top = self.values(rows), 2 ** (bits - 1) - 1
-        own = values.abs().amax(-1) / top
-        off = (codes.int() - (values / own[:, None]).round().clamp(-top - 1, top).int()).abs()
-        apart = float((off > 0).float().mean())
-        scale = float(((scales - own).abs() / own).max())
-        assert int(off.max()) <= 1 and scale <= 1e-3, (int(off.max()), scale, apart)
-        # A sum in another order rounds to the other 16 bits between: eight times as often in bf16.
-        assert apart <= (2e-3 if bits == 4 else 3e-2), apart
-        return {"codes_apart": apart, "scale_off": scale}
-
-    def bytes(self, bits: int, pairs: bool) -> int:
-        read = self.x.numel() * self.x.element_size() * (1 if self.y is None else 2)
-        return read + self.x.numel() // (2 if pairs else 1) + 4 * len(self.x)
-
-
-def transform_options(width: int) -> Iterator[Result]:
-    """Yield how a program and the machine may be divided."""
-    assert TILES is not None
-    cores = TILES.cores
-    if width <= 4096:
-        for warps, each, stages in ((4, 4, 1), (4, 7, 1), (4, 3, 2), (4, 5, 2), (2, 7, 1)):
-            yield {"warps": warps, "stages": stages, "programs": each * cores}
-        return
-    for warps, each, stages, joined in (
-        (8, 1, 1, False), (8, 2, 1, False), (8, 2, 2, False), (4, 2, 1, False), (4, 3, 1, False),
-        (8, 2, 1, True), (16, 1, 2, True),
-    ):  # fmt: skip
-        yield {"warps": warps, "stages": stages, "programs": each * cores, "joined": joined}
-
-
-def transform_part(rows: Rows, options: argparse.Namespace) -> None:
-    for width, pairs in itertools.product(SIZES, (False, True)):
-        transform_row(rows, options, width, "norm" if width == 4096 else "silu", 4, pairs)
-
-
-def transform_row(
-    rows: Rows, options: argparse.Namespace, width: int, before: str, bits: int, pairs: bool
-) -> None:
-    given = Transformed(width, before)
-    name = f"{width} {before} {'int4' if pairs else 'int8'}"
-    chosen: Result = {}
-    key = f"transform {width}"
-    if options.tune and not pairs:
-        tried = {
-            json.dumps(option): (lambda o=option: given.run(bits, pairs, **o))
-            for option in transform_options(width)
-        }
-        best = best_of(rows, name, tried, lambda found: given.check(found, bits))
-        kept[key] = json.loads(best) if best else {}
-    chosen = kept.get(key, chosen)
-
-    def make() -> tuple[Result, str]:
-        checked = given.check(given.run(bits, pairs, **chosen), bits)
-        moved = given.bytes(bits, pairs) // 2
-        source = torch.zeros(moved, dtype=torch.uint8, device=DEVICE)
-        target = torch.empty_like(source)
-        times = microseconds(
-            {
-                "transform": lambda: given.run(bits, pairs, **chosen),
-                "copy": lambda: target.copy_(source),
-            }
-        )
-        found = median(times)
-        ratio = found["transform"] / found["copy"]
-        line = f"{found['transform']:.1f} us, copy {found['copy']:.1f} us, x{ratio:.2f}"
-        return {
-            **checked, "options": chosen, "bytes": 2 * moved, "microseconds": times,
-            "times_copy": ratio,
-        }, line  # fmt: skip
-
-    rows.add(f"transform {name}", make)
 
 
 # Four-bit weights and activations of many tokens --------------------------------------------------
@@ -337,8 +200,6 @@ def vars_of(tiles: IntegerTiles | PackedTiles) -> Result:
     return {name: getattr(tiles, name) for name in tiles.__dataclass_fields__}
 
 
-kept: dict[str, Any] = {}
-
 # Four-bit weights of few tokens -------------------------------------------------------------------
 
 
@@ -445,6 +306,8 @@ PARTS: dict[str, Callable[[Rows, argparse.Namespace], None]] = {
     "transform": transform_part,
     "w4a4": w4a4_part,
     "w4a16": w4a16_part,
+    "steps": lambda rows, options: steps_part(rows),
+    "kv": lambda rows, options: cache_part(rows, TARGET),
     "model": lambda rows, options: model_part(rows, TARGET.name),
 }
 
@@ -454,6 +317,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
     parser.add_argument("--tune", action="store_true", help="try other tiles than the target's")
+    parser.add_argument(
+        "--early", action="store_true", help="start kernels before the one in front has ended"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "bits_kernels.json")
     options = parser.parse_args()
     parts = options.only.split(",")
@@ -461,6 +327,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no part {unknown[0]!r}: there are {', '.join(PARTS)}")
     torch.manual_seed(0)
+    fused.EARLY_START = options.early
     found: dict[str, Any] = {
         "command": " ".join(["python tools/bench_bits_kernels.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),

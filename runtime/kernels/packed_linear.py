@@ -71,40 +71,16 @@ def packed_few(
     x_at = x_ptr + m.to(tl.int64)[None, :] * x_stride
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    codes0 = _codes_of(codes_at, first, last, N, HALF)
-    if UNROLL > 1:
-        codes1 = _codes_of(codes_at, first + 1, last, N, HALF)
-    if UNROLL > 2:
-        codes2 = _codes_of(codes_at, first + 2, last, N, HALF)
-        codes3 = _codes_of(codes_at, first + 3, last, N, HALF)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    total = _add_span(
-        total, codes0, first, last, x_at, m, M, scales_ptr, zeros_ptr, row, N, out_ptr,
-        SPAN, GROUP, BLOCK_N, WORDS,
+    total = _add_spans(
+        total, first, last, codes_at, x_at, m, M, scales_ptr, zeros_ptr, row, N, out_ptr,
+        SPAN, GROUP, BLOCK_N, UNROLL, WORDS, OVERLAP,
     )  # fmt: skip
-    if UNROLL > 1:
-        total = _add_span(
-            total, codes1, first + 1, last, x_at, m, M, scales_ptr, zeros_ptr, row, N, out_ptr,
-            SPAN, GROUP, BLOCK_N, WORDS,
-        )  # fmt: skip
-    if UNROLL > 2:
-        total = _add_span(
-            total, codes2, first + 2, last, x_at, m, M, scales_ptr, zeros_ptr, row, N, out_ptr,
-            SPAN, GROUP, BLOCK_N, WORDS,
-        )  # fmt: skip
-        total = _add_span(
-            total, codes3, first + 3, last, x_at, m, M, scales_ptr, zeros_ptr, row, N, out_ptr,
-            SPAN, GROUP, BLOCK_N, WORDS,
-        )  # fmt: skip
     for start in range(first + UNROLL, last, UNROLL):
-        for step in tl.static_range(UNROLL):
-            codes = _codes_of(codes_at, start + step, last, N, HALF)
-            total = _add_span(
-                total, codes, start + step, last, x_at, m, M, scales_ptr, zeros_ptr, row, N,
-                out_ptr, SPAN, GROUP, BLOCK_N, WORDS,
-            )  # fmt: skip
+        total = _add_spans(
+            total, start, last, codes_at, x_at, m, M, scales_ptr, zeros_ptr, row, N, out_ptr,
+            SPAN, GROUP, BLOCK_N, UNROLL, WORDS, False,
+        )  # fmt: skip
     inside = (n < N)[:, None] & (m < M)[None, :]
     place = m.to(tl.int64)[None, :] * N + n[:, None]
     _gather(
@@ -114,83 +90,81 @@ def packed_few(
 
 
 @triton.jit
-def _codes_of(codes_at, span, last, N, HALF: tl.constexpr):
-    """Return the codes of a span; behind the last one, those of the last."""
-    held = tl.minimum(span, last - 1)
-    return tl.load(codes_at + tl.full([], held, tl.int64) * N * HALF)
-
-
-@triton.jit
-def _add_span(
-    total, codes, span, last, x_at, m, M, scales_ptr, zeros_ptr, row, N, out_ptr,
-    SPAN: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
+def _add_spans(
+    total, start, last, codes_at, x_at, m, M, scales_ptr, zeros_ptr, row, N, out_ptr,
+    SPAN: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
+    WORDS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """Return a sum, and the products of one span added to it; none of one behind the last."""
-    HALF: tl.constexpr = SPAN // 2
-    UPPER: tl.constexpr = HALF // GROUP if GROUP else 0  # groups of a half
-    TYPE: tl.constexpr = out_ptr.dtype.element_ty
-    # Behind the last span inputs are 0.
-    there = (m < tl.where(span < last, M, 0))[None, :]
-    span = tl.minimum(span, last - 1)
-    codes = in_order(codes, BLOCK_N, HALF)
-    x_at += span * SPAN
-    if GROUP == 0 or GROUP >= SPAN:
-        k = tl.arange(0, HALF)[:, None]
-        low, high = unpacked(codes, TYPE, WORDS)
-        x_low = tl.load(x_at + k, mask=there, other=0).to(TYPE)
-        x_high = tl.load(x_at + HALF + k, mask=there, other=0).to(TYPE)
-        place = row if GROUP == 0 else span // (GROUP // SPAN) * N + row
-        if zeros_ptr is not None:
-            zero = tl.load(zeros_ptr + place).to(TYPE)[:, None]
-            low, high = low - zero, high - zero
-        if GROUP == 0:
-            total = tl.dot(low, x_low, total)
-            total = tl.dot(high, x_high, total)
-        else:
-            sums = tl.dot(low, x_low)
-            sums = tl.dot(high, x_high, sums)
-            total += sums * tl.load(scales_ptr + place).to(tl.float32)[:, None]
-    else:
-        group = span * (SPAN // GROUP)
-        if GROUP == HALF:
-            total = _add_groups(
-                total, codes, x_at, there, scales_ptr, zeros_ptr, row, N, group, UPPER,
-                0, GROUP, SPAN, TYPE, WORDS,
-            )  # fmt: skip
-        else:
-            tl.static_assert(GROUP == HALF // 2, "groups of a half or a quarter of a span")
-            front, back = _halves(codes, BLOCK_N, HALF)
-            total = _add_groups(
-                total, front, x_at, there, scales_ptr, zeros_ptr, row, N, group, UPPER,
-                0, GROUP, SPAN, TYPE, WORDS,
-            )  # fmt: skip
-            total = _add_groups(
-                total, back, x_at, there, scales_ptr, zeros_ptr, row, N, group, UPPER,
-                1, GROUP, SPAN, TYPE, WORDS,
-            )  # fmt: skip
-    return total
+    """Return a sum, and the products of some spans added to it; none of those behind the last.
 
-
-@triton.jit
-def _add_groups(
-    total, codes, x_at, there, scales_ptr, zeros_ptr, row, N, group, upper,
-    NUMBER: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, TYPE: tl.constexpr,
-    WORDS: tl.constexpr,
-):  # fmt: skip
-    """Return a sum and the products of two groups, one of low and one of high nibbles.
-
-    Args:
-        group: The first group of the span.
-        upper: Groups of a half.
-        NUMBER: Which group of the half it is.
+    All that they read is on its way before the first product: codes, then inputs, then scales.
     """
-    k = NUMBER * GROUP + tl.arange(0, GROUP)[:, None]
-    low, high = unpacked(codes, TYPE, WORDS)
-    inputs = tl.load(x_at + k, mask=there, other=0).to(TYPE)
-    total = _add_group(total, low, inputs, scales_ptr, zeros_ptr, (group + NUMBER) * N + row, TYPE)
-    inputs = tl.load(x_at + SPAN // 2 + k, mask=there, other=0).to(TYPE)
-    place = (group + upper + NUMBER) * N + row
-    return _add_group(total, high, inputs, scales_ptr, zeros_ptr, place, TYPE)
+    HALF: tl.constexpr = SPAN // 2
+    PARTS: tl.constexpr = SPAN // GROUP if GROUP and GROUP < SPAN else 1
+    # Inputs of a product: of a half, or of the smaller groups in it.
+    TILES: tl.constexpr = 2 if PARTS < 4 else 4
+    TYPE: tl.constexpr = out_ptr.dtype.element_ty
+    tl.static_assert(PARTS <= 4, "groups of a quarter of a span or more")
+    k = tl.arange(0, SPAN // TILES)[:, None]
+    # Triton knows no starred tuples.
+    codes, inputs, scales, zeros = (), (), (), ()
+    for step in tl.static_range(UNROLL):
+        span = tl.minimum(start + step, last - 1)
+        held = tl.load(codes_at + tl.full([], span, tl.int64) * N * HALF)
+        codes = codes + (held,)  # noqa: RUF005
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
+    for step in tl.static_range(UNROLL):
+        # Behind the last span inputs are 0, and codes those of the last.
+        at = x_at + tl.minimum(start + step, last - 1) * SPAN
+        there = (m < tl.where(start + step < last, M, 0))[None, :]
+        for tile in tl.static_range(TILES):
+            x = tl.load(at + tile * (SPAN // TILES) + k, mask=there, other=0).to(TYPE)
+            inputs = inputs + (x,)  # noqa: RUF005
+    if GROUP:
+        for step in tl.static_range(UNROLL):
+            span = tl.minimum(start + step, last - 1)
+            group = span * PARTS if PARTS > 1 else span // (GROUP // SPAN)
+            for part in tl.static_range(PARTS):
+                place = (group + part) * N + row
+                scales = scales + (tl.load(scales_ptr + place),)  # noqa: RUF005
+                if zeros_ptr is not None:
+                    zeros = zeros + (tl.load(zeros_ptr + place),)  # noqa: RUF005
+    for step in tl.static_range(UNROLL):
+        held = in_order(codes[step], BLOCK_N, HALF)
+        if TILES == 2:
+            low, high = unpacked(held, TYPE, WORDS)
+            if zeros_ptr is not None:
+                if GROUP:
+                    zero, other = zeros[step * PARTS], zeros[step * PARTS + PARTS - 1]
+                else:
+                    zero = tl.load(zeros_ptr + row)
+                    other = zero
+                low, high = low - zero.to(TYPE)[:, None], high - other.to(TYPE)[:, None]
+            if GROUP == 0:
+                total = tl.dot(low, inputs[2 * step], total)
+                total = tl.dot(high, inputs[2 * step + 1], total)
+            elif PARTS == 1:
+                sums = tl.dot(low, inputs[2 * step])
+                sums = tl.dot(high, inputs[2 * step + 1], sums)
+                total += sums * scales[step].to(tl.float32)[:, None]
+            else:
+                sums = tl.dot(low, inputs[2 * step])
+                total += sums * scales[2 * step].to(tl.float32)[:, None]
+                sums = tl.dot(high, inputs[2 * step + 1])
+                total += sums * scales[2 * step + 1].to(tl.float32)[:, None]
+        else:
+            front, back = _halves(held, BLOCK_N, HALF)
+            for part in tl.static_range(2):
+                low, high = unpacked(front if part == 0 else back, TYPE, WORDS)
+                if zeros_ptr is not None:
+                    low = low - zeros[4 * step + part].to(TYPE)[:, None]
+                    high = high - zeros[4 * step + part + 2].to(TYPE)[:, None]
+                sums = tl.dot(low, inputs[4 * step + part])
+                total += sums * scales[4 * step + part].to(tl.float32)[:, None]
+                sums = tl.dot(high, inputs[4 * step + part + 2])
+                total += sums * scales[4 * step + part + 2].to(tl.float32)[:, None]
+    return total
 
 
 @triton.jit

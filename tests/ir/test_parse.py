@@ -325,7 +325,7 @@ ERRORS = [
     ("slots=4", "slots=0", 11, 39, "a layout"),
     ("w: f32[4] constant", "w: f32[S] constant", 13, 8, "a shape of whole numbers"),
     ("m: f16", "w: f16", 14, 5, "a weight of another name"),
-    ("bits=4", "bits=3", 14, 18, "an encoding (codes of 3 bits"),
+    ("bits=4", "bits=5", 14, 18, "an encoding (codes of 5 bits"),
     ("group=16", "group=24", 14, 8, "a matrix that is packed so"),
     ("placed(cpu)", "placed(cpu, cpu)", 14, 51, "a placement"),
     ('"a": "b"', '"a" "b"', 16, 9, "':'"),
