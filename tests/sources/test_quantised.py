@@ -230,6 +230,12 @@ FLOAT8: dict[str, tuple[dict[str, Any], str, tuple[int, ...]]] = {
             "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}}},
         "weight_scale", (1, 0),
     ),
+    "compressed-tensors, blocks": (
+        {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": {
+                "num_bits": 8, "type": "float", "strategy": "block", "block_structure": "32x20"}}}},
+        "weight_scale", (32, 20),
+    ),
 }  # fmt: skip
 
 

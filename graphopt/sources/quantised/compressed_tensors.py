@@ -21,14 +21,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
 from graphopt.ir.encoding import BITS
 from graphopt.ir.weights import Producer
-from graphopt.sources.quantised.float8 import FLOAT8, UNUSED, USUAL_BLOCK, made_dense, scaled
+from graphopt.sources.quantised.float8 import (
+    FLOAT8,
+    UNUSED,
+    USUAL_BLOCK,
+    Positive,
+    made_dense,
+    scaled,
+)
 from graphopt.sources.quantised.method import (
     Method,
     ReadTensors,
@@ -64,7 +71,12 @@ _PLAIN = ("weight", "weight_scale", "weight_zero_point")
 class _Weights(OpenSchema):
     num_bits: int = 8
     type: str = "int"
-    block_structure: list[int] | None = None
+    # Older releases write "128x128" for [128, 128].
+    block_structure: (
+        Annotated[list[Positive], Field(min_length=2, max_length=2)]
+        | Annotated[str, Field(pattern=r"^[1-9]\d{0,5}x[1-9]\d{0,5}$")]
+        | None
+    ) = None
 
 
 class _Group(OpenSchema):
@@ -158,8 +170,9 @@ class CompressedTensors(Method):
     def _block(self) -> tuple[int, int]:
         for group in self.keys.config_groups.values():
             stated = group.weights.block_structure if group.weights else None
-            if stated is not None and len(stated) == 2:
-                return (stated[0], stated[1])
+            if stated is not None:
+                sizes = stated.split("x") if isinstance(stated, str) else stated
+                return (int(sizes[0]), int(sizes[1]))
         return USUAL_BLOCK
 
     def _left_out(self) -> list[str]:
