@@ -21,7 +21,7 @@ from graphopt.lowering.onnx.external import DataFile, Layout, SafetensorsDataFil
 from graphopt.lowering.onnx.genai import GENAI_NAME, RUN_NAME, genai_config, run_script, why_not
 from graphopt.lowering.onnx.graph import Graph
 from graphopt.lowering.onnx.ops import translation_of
-from graphopt.lowering.onnx.quantised import no_onnx_form
+from graphopt.lowering.onnx.quantised import block_of, no_onnx_form
 from graphopt.lowering.onnx_accuracy import EXACT
 from graphopt.lowering.tokenizer import run_lines, write_generation, write_tokenizer
 from graphopt.storage.stored_weight import StoredWeight
@@ -86,11 +86,19 @@ class OnnxEmitter(Emitter):
     def tensors(self, program: Program, target: str) -> dict[str, StoredTensor]:
         used = {t.name for weight in program.used_weights() for t in weight.tensors()}
         layout = "" if self.shared else "model.onnx.data/"
-        return {
+        planned = {
             layout + name: stored
             for name, stored in super().tensors(program, target).items()
             if name in used
         }
+        for weight in program.used_weights():
+            block = None if weight.encoding is None else block_of(weight.encoding)
+            if block is not None and weight.encoding is not None and block < weight.encoding.group:
+                # Blocks that are parts of a group repeat its scale, beside the group's own.
+                rows, length = weight.shape
+                kind = (rows, length // block), torch.float32
+                planned[f"{layout}{weight.name}.scales.blocks"] = kind
+        return planned
 
     def emit(
         self,

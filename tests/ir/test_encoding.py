@@ -23,9 +23,11 @@ from graphopt.ir.functional import unpack
 from graphopt.ir.imprint import Imprint
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.verify import verify
+from graphopt.lowering.onnx import OnnxEmitter
 from graphopt.lowering.onnx.quantised import reads_two_bits
 from graphopt.storage.artifact import load_program, save_program
 from graphopt.storage.snapshot import Snapshots
+from graphopt.support.progress import silent
 
 FOUR = Packed(4, 16)
 
@@ -297,6 +299,24 @@ def test_onnx_reads_every_group(bits, group, axis, symmetric, tmp_path):
     logits = open_language_model(str(tmp_path / "out"), "onnx").logits(*INPUTS.values())
     real = INPUTS["attention_mask"].bool()
     assert torch.allclose(logits[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
+def test_scales_that_blocks_repeat_are_planned_for(tmp_path):
+    program = with_packed(tiny_program(ffn=96, cache=True), projections(Packed(4, 32)))
+    down = "layers.1.mlp.down_proj.weight"
+    program.weights.replace(packed_weight(dense(program).weights[down], Packed(4, 96)))
+    emitter = OnnxEmitter()
+    planned = emitter.tensors(program, "cpu")
+    stored = emitter.emit(program, tmp_path, "cpu", silent).storage
+    blocks = {name: place.shape for name, place in stored.items() if name.endswith(".blocks")}
+    # 96 codes with one scale are three blocks of 32.
+    assert blocks == {f"{down}.scales.blocks": (32, 3)}
+    assert {name for name in planned if name.endswith(".blocks")} == {
+        f"model.onnx.data/{name}" for name in blocks
+    }
+    assert planned[f"model.onnx.data/{down}.scales.blocks"] == ((32, 3), torch.float32)
+    report = emit(program, tmp_path / "out", target="cpu", emit=("onnx",))
+    assert [form.dtype for form in report.artifact.forms] == ["codes of 4 bits"]
 
 
 def test_onnx_reads_codes_in_blocks_where_it_can(tmp_path):
