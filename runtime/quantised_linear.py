@@ -397,11 +397,13 @@ class QuantisedKernels:
         # Of a few tokens reading the weight takes longer than any product.
         few = tiles_for(len(rows), self._tiles.packed[:1])
         exact = weight.zeros is None
+        # A matrix unit multiplies 32 bytes at a time.
+        halves = exact and weight.span >= 64
         tiles = few or tiles_for(
-            len(rows), self._tiles.integer_packed if exact else self._tiles.packed
+            len(rows), self._tiles.integer_packed if halves else self._tiles.packed
         )
         if tiles is not None:
-            integer = exact and few is None
+            integer = halves and few is None
             y = launch_packed(
                 rows, weight, bias, tiles, self._tiles.cores, own, dtype, integer=integer
             )

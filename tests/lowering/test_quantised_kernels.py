@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+from compiling import compile_alone
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
@@ -122,9 +123,9 @@ def test_groups_that_do_not_fit_have_no_codes() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("tokens", [1, 5, 40, 70])
+@pytest.mark.parametrize(("tokens", "inputs"), [(1, 192), (5, 192), (40, 192), (70, 192), (5, 96)])
 def test_products_of_codes_are_exact_up_to_the_scales(
-    tokens: int, bits: int, dtype: torch.dtype
+    tokens: int, inputs: int, bits: int, dtype: torch.dtype
 ) -> None:
     tiles = QuantisedTiles(
         cores=3,
@@ -133,10 +134,10 @@ def test_products_of_codes_are_exact_up_to_the_scales(
         integer_packed=(PackedTiles(16, 64, 16, 2, 3, 4), PackedTiles(48, 64, 32, 4, 3, 4)),
         integer=IntegerTiles(64, 64, 128, 4, 3, group=2, persistent=tokens == 70),
     )
-    weight, wide = some_weight(100, 192, 192, dtype)
+    weight, wide = some_weight(100, inputs, inputs, dtype)
     generator = torch.Generator().manual_seed(3)
     top = 2 ** (bits - 1)
-    codes = torch.randint(-top, top, (tokens, 192), generator=generator, dtype=torch.int8)
+    codes = torch.randint(-top, top, (tokens, inputs), generator=generator, dtype=torch.int8)
     scales = torch.rand(tokens, generator=generator) + 0.1
     bias = random(100, dtype=dtype, seed=2)
     exact = (codes.double() * scales[:, None].double()) @ wide.t() + bias.double().cpu()
@@ -162,3 +163,57 @@ def test_a_product_of_int8_whose_depth_is_no_multiple_of_a_tile() -> None:
     )  # fmt: skip
     # Below 2^24, so that fp32 holds each.
     assert torch.equal(got.cpu().long(), x.long() @ weight.long().t())
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from graphopt.runtime.kernels import integer_linear, packed_kv, packed_linear, transform
+
+def compiled(kernel, half, arch, kinds, warps, **constants):
+    kinds = {"x_scales_ptr": "*fp32", "codes_ptr": "*u8", "part_ptr": "*fp32",
+             "arrived_ptr": "*i32", "eps": "fp32", "offset": "fp32", "unit": "fp32",
+             "clip_low_ptr": "*fp32", "clip_high_ptr": "*fp32", "seq_lens_ptr": "*i32",
+             "total_ptr": "*i32", "cache_k_ptr": "*u8", "cache_v_ptr": "*u8"} | kinds
+    signature = {
+        name: "constexpr" if name in constants
+        else kinds.get(name, "*" + half if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    target, options = GPUTarget("cuda", arch, 32), {"num_warps": warps}
+    assert triton.compile(source, target=target, options=options).asm["ptx"]
+
+for arch, half in ((80, "bf16"), (90, "fp16")):
+    words = {"WORDS": True, "BLOCK_N": 16, "BLOCK_M": 8, "SPLITS": 2}
+    for span, group in ((128, 0), (128, 32), (64, 64), (32, 0)):
+        alone = {"x_scales_ptr": None, "zeros_ptr": None, "bias_ptr": None}
+        compiled(packed_linear.packed_few, half, arch, {}, 1, SPAN=span, GROUP=group, UNROLL=2,
+                 OVERLAP=arch == 90, **alone, **words)
+        compiled(packed_linear.packed_linear, half, arch, {}, 4, SPAN=span, GROUP=group,
+                 INTEGER=False, x_scales_ptr=None, **words | {"BLOCK_N": 64, "BLOCK_M": 32})
+        compiled(packed_linear.unpack_weight, half, arch, {}, 4, SPAN=span, GROUP=group or 128,
+                 BLOCK_N=64, WORDS=True)
+    for group in (0, 32):
+        compiled(packed_linear.packed_linear, half, arch, {"x_ptr": "*i8"}, 8, SPAN=128,
+                 GROUP=group, INTEGER=True, zeros_ptr=None,
+                 **words | {"BLOCK_N": 128, "BLOCK_M": 64})
+    compiled(integer_linear.integer_linear, half, arch, {"x_ptr": "*i8", "weight_ptr": "*i8"}, 8,
+             x_tiles=None, weight_tiles=None, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8,
+             WHOLE=True, FLATTEN=False)
+    for n1, parts, before, bits in ((64, (64, 0), "norm", 4), (86, (64, 32), "silu", 8)):
+        compiled(transform.transform, half, arch, {"out_ptr": "*i8"}, 8, N1=n1, N2=128,
+                 D0=parts[0], D1=parts[1], B2=128, BEFORE=before, BITS=bits, PAIRS=bits == 4,
+                 OVERLAP=arch == 90)
+    for bits in (4, 8):
+        compiled(packed_kv.append_packed_kv, half, arch, {}, 1, new_lens_ptr=None,
+                 block_table_ptr=None, K_DIM=64, V_DIM=64, HEADS=4, BLOCK_K=8 * bits,
+                 BLOCK_V=8 * bits, BITS=bits, RING=False, PAGE=0, OVERLAP=arch == 90)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_ampere_and_hopper() -> None:
+    """The interpreter takes types that the compiler does not."""
+    assert compile_alone(COMPILE) == ""
