@@ -17,10 +17,13 @@ from graphopt.ir.parse import parse_program
 from graphopt.ir.printer import print_function
 from graphopt.ir.verify import verify
 from graphopt.lowering.torch import fuse
+from graphopt.lowering.torch.fuse_quantised import QUANTISED_RULES
 from graphopt.lowering.torch.passes import lower, lowering_passes
 from graphopt.rewrite import apply_rules
 
 EXPERTS = {"act": "silu", "active": 1}
+FOUR, ZEROS = {"bits": 4, "symmetric": True}, {"bits": 4, "symmetric": False}
+ONE, CAUSAL = {"parts": 1}, {"scale": 0.5, "causal": True}
 
 
 def function(*lines, params=("x", "y"), weights=("a", "b", "c"), results=("out",)):
@@ -80,6 +83,32 @@ TAKEN = {
             weights=("p", "r"), results=("n", "k"),
         ),
         ["q, k = packed_linear(x, p, r, parts=2)"],
+    ),
+    "fuse_rounding_with_linears": (
+        function(("r", "quantise_dequantise", "x", FOUR), ("out", "packed_linear", "r a", ONE)),
+        ["r_codes, r_scales = transformed(x, bits=4)", "integer_linear(r_codes, r_scales, a"],
+    ),
+    "fuse_transform_with_rounding": (
+        function(
+            ("t", "kronecker", "x a b"), ("codes scales", "transformed", "t", {"bits": 4}),
+            results=("codes", "scales"),
+        ),
+        ["codes, scales = transformed(x, left=a, right=b, bits=4)"],
+    ),
+    "fuse_front_with_transform": (
+        function(
+            ("t n", "add_rms_norm", "x y a", {"eps": 1e-5}),
+            ("codes scales", "transformed", "n", {"bits": 4}), results=("t", "codes", "scales"),
+        ),
+        ['t, codes, scales = transformed(x, y, a, bits=4, before="norm"', "total"],
+    ),
+    "fuse_rounding_with_cache": (
+        function(
+            ("k", "quantise_dequantise", "x", ZEROS), ("v", "quantise_dequantise", "y", ZEROS),
+            ("out c d", "attention", "q k v - - - - past_k past_v", CAUSAL),
+            params=("x", "y", "q", "past_k", "past_v"), results=("out", "c", "d"),
+        ),
+        ["attention(q, x, y, past_k=past_k, past_v=past_v", "kv_bits=4"],
     ),
 }  # fmt: skip
 LEFT = {
@@ -144,6 +173,62 @@ LEFT = {
             "its weight is packed(bits=3, group=32, axis=1, symmetric), and kernels read other",
         ),
     ],
+    "fuse_rounding_with_linears": [
+        (
+            function(("r", "quantise_dequantise", "x", FOUR), ("out", "linear", "r a")),
+            "something reads its values that does not read codes",
+        ),
+        (
+            function(
+                ("r", "quantise_dequantise", "x", ZEROS), ("out", "packed_linear", "r a", ONE)
+            ),
+            "its codes have zero points",
+        ),
+        (
+            function(
+                ("r", "quantise_dequantise", "x y", FOUR), ("out", "packed_linear", "r a", ONE)
+            ),
+            "its clips are no weights of one number",
+        ),
+    ],
+    "fuse_transform_with_rounding": [
+        (function(("w", "abs", "a"), ("out", "kronecker", "x w b")), "its factors are computed"),
+        (function(("out", "kronecker", "x - b")), "it is one dense product"),
+    ],
+    "fuse_front_with_transform": [
+        (
+            function(("t", "abs", "x"), ("out", "transformed", "t a", {"before": "silu"})),
+            "a norm or a gate is in it already",
+        ),
+        (
+            function(("t", "abs", "x"), ("out s", "transformed", "t", {"bits": 4})),
+            "made by neither a norm nor a gate",
+        ),
+        (
+            function(
+                ("n", "rms_norm", "x a", {"eps": 0.1}), ("out s", "transformed", "n", {"bits": 4}),
+                results=("out", "n"),
+            ),
+            "something else reads what it transforms",
+        ),
+    ],
+    "fuse_rounding_with_cache": [
+        (
+            function(
+                ("k", "quantise_dequantise", "x", ZEROS),
+                ("out c d", "attention", "q k y - - - - past_k past_v", CAUSAL),
+                params=("x", "y", "q", "past_k", "past_v"),
+            ),
+            "its keys and values are not both rounded",
+        ),
+        (
+            function(
+                ("k", "quantise_dequantise", "x", ZEROS), ("v", "quantise_dequantise", "y", ZEROS),
+                ("out", "attention", "q k v", CAUSAL), params=("x", "y", "q"),
+            ),
+            "it has no cache",
+        ),
+    ],
 }  # fmt: skip
 CODES = {"p": Packed(4, 32), "r": Packed(4, 32), "s": Packed(4, 64), "t": Packed(3, 32)}
 RULES = {
@@ -152,6 +237,7 @@ RULES = {
         *fuse.RULES,
         fuse.fuse_linears({"a", "b", "c"}),
         fuse.fuse_packed_linears(CODES, {"p", "r"}),
+        *QUANTISED_RULES,
     )
 }
 
