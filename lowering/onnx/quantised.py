@@ -127,6 +127,20 @@ class QuantisedMatrix:
         return block_of(self.encoding) is not None
 
     @property
+    def gather_block(self) -> int | None:
+        """The block in which GatherBlockQuantized reads it; None where it can't.
+
+        Where zero points of four bits leave half of a row's last byte empty, ONNX Runtime 1.26
+        takes it for the next row's. Half the block makes twice as many.
+        """
+        block, encoding = block_of(self.encoding), self.encoding
+        if block is None or encoding.symmetric or encoding.bits != 4:
+            return block
+        if self.weight.shape[1] // block % 2:
+            block //= 2
+        return block if block >= LEAST_BLOCK else None
+
+    @property
     def in_integers(self) -> bool:
         """Whether a product with integers needs nothing but its codes, and a scale for each row."""
         encoding = self.encoding
@@ -164,24 +178,24 @@ class QuantisedMatrix:
         )  # fmt: skip
         return builder.initializer(str(tensor.name), tensor)
 
-    def _per_block(self, builder: GraphBuilder) -> tuple[ir.Value, ir.Value | None]:
+    def _per_block(self, builder: GraphBuilder, block: int) -> tuple[ir.Value, ir.Value | None]:
         """Return the scales [rows, blocks] and the packed zero points of blocks, if there are any.
 
         Blocks that are parts of one group repeat what it has.
         """
-        block, tensors = block_of(self.encoding), self._tensors(self.weight)
-        assert block is not None
+        tensors = self._tensors(self.weight)
         scales, zeros = tensors["scales"], tensors.get("zeros")
         times = self.encoding.group // block
         if times > 1:
             groups = scales.shape[1]
             repeated = tuple(group for group in range(groups) for _ in range(times))
             by_block = Transposed(Rows(Transposed(scales.producer), repeated))
-            scales = Weight(f"{scales.name}.blocks", by_block)
+            scales = Weight(f"{scales.name}.blocks_of_{block}", by_block)
             if zeros is not None:
                 points = self.encoding.zero_points(zeros.load(), groups)
                 points = points.repeat_interleave(times, 1)
-                zeros = Weight(f"{zeros.name}.blocks", Array(pack(points, self.encoding.bits)))
+                packed = pack(points, self.encoding.bits)
+                zeros = Weight(f"{zeros.name}.blocks_of_{block}", Array(packed))
         return (
             self._initializer(builder, scales),
             None if zeros is None else self._initializer(builder, zeros),
@@ -194,11 +208,13 @@ class QuantisedMatrix:
             exact: Whether `x` is not to be rounded, whatever the accuracy level is.
         """
         rows, length = self.weight.shape
-        scales, zeros = self._per_block(builder)
+        block = block_of(self.encoding)
+        assert block is not None
+        scales, zeros = self._per_block(builder, block)
         product: ir.Value = builder.op(
             "MatMulNBits", x, self._code_blocks(builder), scales, zeros,
             domain=MICROSOFT, K=length, N=rows, bits=self.encoding.bits,
-            block_size=block_of(self.encoding),
+            block_size=block,
             accuracy_level=EXACT if exact else self.accuracy_level,
         )  # fmt: skip
         return product
@@ -208,10 +224,12 @@ class QuantisedMatrix:
         rows, length = self.weight.shape
         width = length * self.encoding.bits // 8
         codes = builder.reshape(self._code_blocks(builder), [rows, width])
-        scales, zeros = self._per_block(builder)
+        block = self.gather_block
+        assert block is not None
+        scales, zeros = self._per_block(builder, block)
         found: ir.Value = builder.op(
             "GatherBlockQuantized", codes, ids, scales, zeros,
-            domain=MICROSOFT, bits=self.encoding.bits, block_size=block_of(self.encoding),
+            domain=MICROSOFT, bits=self.encoding.bits, block_size=block,
             gather_axis=0, quantize_axis=1,
         )  # fmt: skip
         return found

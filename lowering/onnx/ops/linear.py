@@ -22,7 +22,7 @@ def embedding(lower: Lowering, node: Node) -> ir.Value:
         ids = lower.builder.op("Add", ids, lower.builder.constant(offset))
     assert weight is not None
     stored = lower.values[weight]
-    if isinstance(stored, QuantisedMatrix) and stored.in_blocks:
+    if isinstance(stored, QuantisedMatrix) and stored.gather_block is not None:
         return stored.gather(lower.builder, ids)
     return lower.builder.op("Gather", lower.whole(weight), ids, axis=0)
 
