@@ -164,8 +164,7 @@ def _full_attention(config: Any, described: Described) -> None:
 
 
 def _mistral_or_llama(config: Any, described: Described) -> None:
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
+    if getattr(config, "sliding_window", None) is not None:
         raise Unwritable("its attention has a window, and llama.cpp's llama has none")
     _decoder(config, described)
     _rope(config.rope_parameters, config, described)

@@ -246,6 +246,17 @@ def test_rows_that_are_no_blocks_stay_numbers(tmp_path: Path) -> None:
     assert "rows of 48 are no blocks of 32" in notes["blk.0.ffn_down.weight and 1 more"]
 
 
+@pytest.mark.slow
+def test_mistral_without_a_window_is_a_llama(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", "mistral")
+    config = json.loads((folder / "config.json").read_text()) | {"sliding_window": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    program = capture(str(folder))
+    path, _ = emitted(program, tmp_path / "out")
+    assert read_gguf(path).architecture == "llama"
+    assert Runner(capture(str(path))).logits(INPUTS).equal(Runner(program).logits(INPUTS))
+
+
 def refused(program: Program) -> str:
     with pytest.raises(LoweringError) as caught:
         go.emit(program, "nowhere", emit=("gguf",))
