@@ -42,7 +42,7 @@ PLAIN: dict[str, Any] = {
     "BLOCK_M": 64, "BLOCK_N": 64, "CAUSAL": True, "TOP_LEFT": False, "WINDOW": 0, "CHUNK": 0,
     "SOFTCAP": 0.0, "PADDING_MASK": False, "BIAS": False, "ALIBI": False, "SINKS": False,
     "VARLEN": False, "KV_LENS": False, "RING": 0, "PAGE": 0, "SELECTED": False, "LSE": False,
-    "PAGE_MAX": False,
+    "PAGE_MAX": False, "KV_BITS": 16, "WORDS": False,
 }  # fmt: skip
 FORMS: dict[str, dict[str, Any]] = {
     "D 64": {},
