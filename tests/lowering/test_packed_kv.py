@@ -12,6 +12,7 @@ import pytest
 import torch
 from emitted import load_file
 from programs import tiny_program
+from sampling import slow_but
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
@@ -110,7 +111,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(FORMS, "causal"))
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("layout", ["contiguous", "ring", "paged"])
 @pytest.mark.parametrize("bits", BITS)
