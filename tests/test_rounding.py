@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphopt.ir.encoding import stored_scales
 from graphopt.solvers.gptq import (
     _descend_columns,
     _Recorded,
@@ -79,8 +80,25 @@ def test_a_group_of_zeros_and_scales_beyond_a_dtype():
         for search in (full_range, best_grid):
             grid = search(torch.zeros(2, 8), 4, 4, symmetric)
             assert grid.scales.eq(1).all() and not grid.values(grid.codes(torch.zeros(2, 8))).any()
-    grid = full_range(torch.tensor([[1e-9, 1e9]]), 4, 1, True).stored(torch.float16)
-    assert grid.scales.isfinite().all() and grid.scales.ne(0).all()
+    scales = stored_scales(full_range(torch.tensor([[1e-9, 1e9]]), 4, 1, True).scales, torch.half)
+    assert scales.isfinite().all() and scales.ne(0).all()
+    small = torch.tensor([7.9e-6, 1e-12])
+    stored = stored_scales(small, torch.float16).double()
+    assert stored[0] == pytest.approx(7.9e-6, rel=0.01) and stored[1] == 2.0**-24
+
+
+@given(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)), st.integers(0, 99))
+def test_stored_scales_are_numbers_of_fp16_where_it_has_them(dtype, seed):
+    scales = random(1, 64, seed=seed) * 10.0 ** random(1, 64, seed=seed + 100).mul(3)
+    stored = stored_scales(scales, dtype)
+    assert stored.dtype == dtype and stored.sign().double().equal(scales.sign())
+    half = torch.finfo(torch.float16)
+    inside = (scales.abs() >= half.tiny) & (scales.abs() <= half.max / 2)
+    assert stored[inside].double().equal(stored[inside].half().double())
+    # Two roundings, to the digits of fp16 and to those of the dtype.
+    error = 2.0**-11 + torch.finfo(dtype).eps
+    normal = inside | (torch.tensor(dtype != torch.float16) & (scales.abs() > 1e-30))
+    assert ((stored.double() - scales).abs() <= error * scales.abs())[normal].all()
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

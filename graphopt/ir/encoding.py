@@ -165,6 +165,21 @@ class Packed:
         return self.pack(codes.clamp(0, top).flatten(-2), scales, zeros)
 
 
+def stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return scales as a dtype holds them, and fp16 too where that has such numbers.
+
+    Files for other runtimes have scales in fp16, so that codes go there as they are. One that would
+    become 0 or infinite is the smallest or largest number of the dtype.
+    """
+    limits, half = torch.finfo(dtype), torch.finfo(torch.float16)
+    # Of fp16, the normal numbers end where scales of small weights still lie.
+    smallest = limits.tiny * limits.eps if dtype == torch.float16 else limits.tiny
+    size = scales.abs().clamp(smallest, limits.max)
+    in_range = (size >= half.tiny) & (size <= half.max / 2)  # rounding again leads nowhere else
+    size = torch.where(in_range, size.to(torch.float16).to(size.dtype), size)
+    return size.copysign(scales).to(dtype)
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Put codes [..., n] of `bits` bits into bytes [..., ceil(n * bits / 8)], the first lowest.
 

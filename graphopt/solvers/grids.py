@@ -72,15 +72,6 @@ class Grid:
     def _nearest(self, values: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         return ((values / scales).round() + zeros).clamp(0, self.last)
 
-    def stored(self, dtype: torch.dtype) -> Grid:
-        """Return the grid with its scales as a dtype holds them, in the dtype they have here.
-
-        One that would become 0 or infinite is the smallest or largest number of the dtype.
-        """
-        limits = torch.finfo(dtype)
-        size = self.scales.abs().clamp(limits.tiny, limits.max).to(dtype).to(self.scales.dtype)
-        return replace(self, scales=size.copysign(self.scales))
-
 
 def full_range(matrix: Tensor, bits: int, group: int, symmetric: bool, share: float = 1.0) -> Grid:
     """Return the grid whose codes reach a share of the range of each group.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.execute.block_runner import Parametrisation
-from graphopt.ir.encoding import Packed
+from graphopt.ir.encoding import Packed, stored_scales
 
 ELEMENT_RATE = 2.0
 """The factor of the learning rate for elements, beside the weight's own scale: one has to go half a
@@ -65,7 +65,9 @@ class CodeParametrisation(Parametrisation):
         return [(ELEMENT_RATE * self.size, [self.elements]), (SCALE_RATE, [self.log_scales])]
 
     def _scales(self) -> Tensor:
-        return self.steps * self.log_scales.exp()
+        scales = self.steps * self.log_scales.exp()
+        # They are trained as the numbers that they are stored as.
+        return scales + (stored_scales(scales, scales.dtype) - scales).detach()
 
     def _places(self) -> Tensor:
         """Return where elements lie among the codes, [out, groups, group]."""
@@ -80,5 +82,5 @@ class CodeParametrisation(Parametrisation):
     @torch.no_grad()
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return what the weight has become as the tensors of its encoding, by suffix."""
-        scales = self._scales().to(dtype)
+        scales = stored_scales(self._scales(), dtype)
         return self.encoding.pack(self._places().round().flatten(-2), scales, self.zeros)

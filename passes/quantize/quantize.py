@@ -163,7 +163,9 @@ class Quantize(Pass):
 
     def milder(self, recipe: Sequence[str]) -> str:
         if self.w < 8:
-            return "give weights more bits or smaller groups (quantize{w=8} or {group=32})"
+            smaller = 32 if not self.group else self.group // 2
+            groups = f" or smaller groups ({{group={smaller}}})" if smaller >= 16 else ""
+            return f"give weights more bits (quantize{{w=8}}){groups}, or train them (tune-codes)"
         return "give activations, keys and values more bits (quantize{a=, kv=})"
 
     def forecast(self, program: Program, device: torch.device) -> Forecast:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from graphopt.ir.encoding import Packed
+from graphopt.ir.encoding import Packed, stored_scales
 from graphopt.ir.weights import Array, Dequantised, Weight
 from graphopt.solvers.gptq import gptq, refine
 from graphopt.solvers.grids import Grid, best_grid, full_range
@@ -28,8 +28,13 @@ def choose_grid(
     """
     bits, group, symmetric = encoding.bits, encoding.group, encoding.symmetric
     if clip:
-        return best_grid(matrix, bits, group, symmetric, importance).stored(dtype)
-    return full_range(matrix, bits, group, symmetric).stored(dtype)
+        return _stored(best_grid(matrix, bits, group, symmetric, importance), dtype)
+    return _stored(full_range(matrix, bits, group, symmetric), dtype)
+
+
+def _stored(grid: Grid, dtype: torch.dtype) -> Grid:
+    """Return a grid with its scales as they are stored, in the dtype they have here."""
+    return replace(grid, scales=stored_scales(grid.scales, dtype).to(grid.scales.dtype))
 
 
 def round_to_grid(
@@ -45,7 +50,7 @@ def round_to_grid(
     if moments is None:
         return grid, grid.codes(matrix)
     grid, codes = refine(matrix, moments, grid, gptq(matrix, moments, grid))
-    return grid.stored(dtype), codes
+    return _stored(grid, dtype), codes
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from graphopt.training.codes import CodeParametrisation
 def parametrised(encoding, seed=0, source=True):
     generator = torch.Generator().manual_seed(seed)
     value = torch.randn(6, 24, generator=generator)
-    tensors = encoding.quantise(value)
+    tensors = encoding.quantise(value, torch.float16)  # scales that are stored as they are
+    tensors["scales"] = tensors["scales"].float()
     return value, tensors, CodeParametrisation(encoding, tensors, value if source else None, 1.0)
 
 
