@@ -30,6 +30,9 @@ from graphopt.ir import functional
 BITS = (2, 3, 4, 8)
 """Widths of a code."""
 
+LEAST_GROUP = 16
+"""The smallest group that one which does not divide a row is halved to: ONNX Runtime's smallest."""
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
@@ -192,3 +195,20 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return (padded << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(
         -1, dtype=torch.uint8
     )
+
+
+def group_of(group: int, length: int) -> int:
+    """Return the size of groups of a row: as asked for, or the next smaller half that divides it.
+
+    Args:
+        group: Elements; 0 for a whole row.
+        length: Of a row.
+
+    Returns:
+        A divisor of the length; the length itself where no half of at least `LEAST_GROUP` is one.
+    """
+    if group == 0:
+        return length
+    while length % group and group % 2 == 0 and group // 2 >= LEAST_GROUP:
+        group //= 2
+    return length if length % group else group

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.encoding import Packed
-from graphopt.ir.graph import Function, Node, Program, Value
+from graphopt.ir.graph import Node, Program, Value
 from graphopt.ir.weights import Weight
 from graphopt.pass_manager.contract import Statement
 from graphopt.pass_manager.numbering import ValueNumbers
@@ -63,12 +63,12 @@ class RoundedProgram(Statement):
             if untrue is not None:
                 return untrue
             before = self.scaled
-        added = {name: _added(before, f) for name, f in after.functions.items()}
-        untrue = self._check_roundings(after, added)
+        added = added_roundings(before, after)
+        names = {weight.name for weight in self.weights}
+        untrue = check_roundings(after, added, names, self.activations, self.kv)
         if untrue is not None:
             return untrue
         numbers = ValueNumbers()
-        names = {weight.name for weight in self.weights}
         nothing: Mapping[str, list[Node]] = {}
         if _outputs(numbers, before, names, nothing) != _outputs(numbers, after, names, added):
             return "something else than the weights and roundings stated changed as well"
@@ -78,34 +78,6 @@ class RoundedProgram(Statement):
             untrue = _check_weight(before.weights[weight.name], after.weights[weight.name], weight)
             if untrue is not None:
                 return f"{weight.name}: {untrue}"
-        return None
-
-    def _check_roundings(self, after: Program, added: Mapping[str, list[Node]]) -> str | None:
-        """Return what is untrue of the roundings that functions have now, those that are new."""
-        stated = {weight.name for weight in self.weights}
-        expected: dict[str, set[Node]] = {name: set() for name in after.functions}
-        for block in find_blocks(after):
-            call = after.calls[block.position]
-            function = after.functions[call.function]
-            slots = function.slots_by_value()
-            for node in function.nodes:
-                places: list[tuple[int, int, bool]] = []
-                read = call.weights.get(slots.get(node.operand(1), ""))  # type: ignore[arg-type]
-                if self.activations is not None and node.op == "linear" and read in stated:
-                    places = [(0, self.activations, True)]
-                if self.kv is not None and node.op == "attention":
-                    places = [(1, self.kv, False), (2, self.kv, False)]
-                for place, bits, symmetric in places:
-                    value = node.inputs[place]
-                    rounding = None if value is None else value.node
-                    if rounding is None or not _rounds(rounding, bits, symmetric):
-                        where = f"{call.path or function.name}: operand {place} of {node.op}"
-                        return f"{where} is not rounded to {bits} bits"
-                    expected[call.function].add(rounding)
-        for name, nodes in added.items():
-            others = [node for node in nodes if node not in expected[name]]
-            if others:
-                return f"{name}: {others[0].output.name} is rounded as well"
         return None
 
 
@@ -158,11 +130,57 @@ def _rounds(node: Node, bits: int, symmetric: bool) -> bool:
     )
 
 
-def _added(before: Program, function: Function) -> list[Node]:
-    """Return the roundings of a function that it did not have before."""
-    old = before.functions.get(function.name)
-    known = set() if old is None else {n.outputs[0].name for n in old.nodes if n.op == ROUNDED}
-    return [node for node in function.nodes if node.op == ROUNDED and node.output.name not in known]
+def added_roundings(before: Program, after: Program) -> dict[str, list[Node]]:
+    """Return the roundings that functions did not have before, by the function."""
+    added: dict[str, list[Node]] = {}
+    for name, function in after.functions.items():
+        old = before.functions.get(name)
+        known = set() if old is None else {n.outputs[0].name for n in old.nodes if n.op == ROUNDED}
+        added[name] = [
+            node for node in function.nodes if node.op == ROUNDED and node.output.name not in known
+        ]
+    return added
+
+
+def check_roundings(
+    after: Program,
+    added: Mapping[str, Sequence[Node]],
+    readers: Collection[str],
+    activations: int | None,
+    kv: int | None,
+) -> str | None:
+    """Return what is untrue of the roundings that functions of blocks have.
+
+    Args:
+        added: Those that are new: each stands where one is asked for.
+        readers: The weights by whose linears a rounded value is read.
+        activations: Bits of what these linears read; None where nothing is asked.
+        kv: Bits of the keys and values that attentions of blocks read; None likewise.
+    """
+    expected: dict[str, set[Node]] = {name: set() for name in after.functions}
+    for block in find_blocks(after):
+        call = after.calls[block.position]
+        function = after.functions[call.function]
+        slots = function.slots_by_value()
+        for node in function.nodes:
+            places: list[tuple[int, int, bool]] = []
+            read = call.weights.get(slots.get(node.operand(1), ""))  # type: ignore[arg-type]
+            if activations is not None and node.op == "linear" and read in readers:
+                places = [(0, activations, True)]
+            if kv is not None and node.op == "attention":
+                places = [(1, kv, False), (2, kv, False)]
+            for place, bits, symmetric in places:
+                value = node.inputs[place]
+                rounding = None if value is None else value.node
+                if rounding is None or not _rounds(rounding, bits, symmetric):
+                    where = f"{call.path or function.name}: operand {place} of {node.op}"
+                    return f"{where} is not rounded to {bits} bits"
+                expected[call.function].add(rounding)
+    for name, nodes in added.items():
+        others = [node for node in nodes if node not in expected[name]]
+        if others:
+            return f"{name}: {others[0].output.name} is rounded as well"
+    return None
 
 
 def _outputs(

@@ -14,9 +14,6 @@ from graphopt.rewrite import calls_of
 
 ROUNDED = "quantise_dequantise"
 
-LEAST_GROUP = 16
-"""The smallest group that one which does not divide a row is halved to: ONNX Runtime's smallest."""
-
 _NO_PRODUCTS = ("rms_norm", "layer_norm", "add", "mul", "embedding")
 """Ops whose operands are gains, biases and tables, whatever shape they have."""
 
@@ -114,23 +111,6 @@ def _reason(
     if node in routers or any(reader.op == "top_k_gating" for reader, _ in uses[node.output]):
         return "experts are chosen by it"
     return None
-
-
-def group_of(group: int, length: int) -> int:
-    """Return the size of groups of a row: as asked for, or the next smaller half that divides it.
-
-    Args:
-        group: Elements; 0 for a whole row.
-        length: Of a row.
-
-    Returns:
-        A divisor of the length; the length itself where no half of at least `LEAST_GROUP` is one.
-    """
-    if group == 0:
-        return length
-    while length % group and group % 2 == 0 and group // 2 >= LEAST_GROUP:
-        group //= 2
-    return length if length % group else group
 
 
 def round_activations(function: Function, stages: Sequence[Stage], bits: int) -> int:

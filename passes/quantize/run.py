@@ -15,7 +15,7 @@ from graphopt.errors import PassError
 from graphopt.execute.hidden_states import BlockStep, HiddenStateStream
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import block_name, find_blocks
-from graphopt.ir.encoding import Packed
+from graphopt.ir.encoding import Packed, group_of
 from graphopt.ir.graph import Call, Program
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Context, PassResult, Skip
@@ -24,7 +24,6 @@ from graphopt.passes.quantize.calibrated import BlockPair
 from graphopt.passes.quantize.places import (
     Stage,
     find_places,
-    group_of,
     round_activations,
     round_kv,
 )

@@ -23,11 +23,11 @@ from graphopt.execute.hidden_states import HiddenStateStream
 from graphopt.execute.interpreter import Runner
 from graphopt.ir import Array, Program, Weight
 from graphopt.ir.blocks import find_blocks
+from graphopt.ir.encoding import group_of
 from graphopt.ir.imprint import Imprint
 from graphopt.ir.verify import verify
 from graphopt.pass_manager.claims import check_claims
 from graphopt.pass_manager.contract import Context, make_pass
-from graphopt.passes.quantize.places import group_of
 from graphopt.passes.quantize.record import QuantizedModel
 
 WHOLE = 16
