@@ -12,16 +12,24 @@ CLASS_NAME = "QuantisedWeight"
 
 CLASS = f'''
 class {CLASS_NAME}(nn.Module):
-    """A matrix kept as packed codes with scales; a call gives the values they stand for."""
+    """Matrices kept as packed codes with scales, one behind the other; a call gives their values.
+
+    `sizes` are the outputs of each.
+    """
 
     def __init__(
-        self, weights: dict[str, Tensor], name: str, bits: int, group: int, axis: int
+        self, weights: dict[str, Tensor], *names: str, bits: int, group: int, axis: int
     ) -> None:
         super().__init__()
-        self.packed = weights[f"{{name}}.packed"]
-        self.scales = weights[f"{{name}}.scales"]
-        self.zeros = weights.get(f"{{name}}.zeros")
         self.bits, self.group, self.axis = bits, group, axis
+        self.sizes = [len(weights[f"{{name}}.packed"]) for name in names]
+        for suffix in ("packed", "scales", "zeros"):
+            stored = [weights.get(f"{{name}}.{{suffix}}") for name in names]
+            tensors = [tensor for tensor in stored if tensor is not None]
+            joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors) if tensors else None
+            self.register_parameter(
+                suffix, None if joined is None else nn.Parameter(joined, requires_grad=False)
+            )
 
     def forward(self) -> Tensor:
         """Return the matrix [out,in]."""

@@ -17,6 +17,7 @@ from programs import tiny_program
 import graphopt as go
 from graphopt.execute.interpreter import Runner
 from graphopt.ir import Packed, Program
+from graphopt.lowering.kernels import triton as triton_family
 from graphopt.lowering.torch.passes import lower, lowering_passes
 
 if importlib.util.find_spec("triton") is None:
@@ -85,6 +86,25 @@ def test_on_a_cpu_such_a_model_computes_by_the_reference(tied: bool, tmp_path: P
     text = [5, 6, 7, 8, 9]
     logits, _ = module.load(tmp_path / "out", device="cpu")(torch.tensor([text]))
     (expected,) = reference(program, [text])
+    # Norms, biases and scales are stored in bf16, which is what the target computes in.
+    bound = 24 * 2.0**-9 * float(expected.abs().max())
+    assert float((logits[0, -1].double() - expected).abs().max()) < bound
+
+
+@pytest.mark.filterwarnings("ignore:attention on a CPU")
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_a_model_for_a_target_without_tiles_of_codes_joins_its_weights_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_family, "quantised_tiles", lambda target: None)
+    program = with_packed(tiny_program(bias=True, **SIZES), projections(ENCODINGS[name]))
+    module, text = emitted(program, tmp_path / "out")
+    assert "class QuantisedWeight(" in text
+    tokens = [5, 6, 7, 8, 9]
+    model = module.load(tmp_path / "out", device="cpu")
+    assert any(len(m.sizes) == 3 for m in model.modules() if hasattr(m, "sizes"))
+    logits, _ = model(torch.tensor([tokens]))
+    (expected,) = reference(program, [tokens])
     # Norms, biases and scales are stored in bf16, which is what the target computes in.
     bound = 24 * 2.0**-9 * float(expected.abs().max())
     assert float((logits[0, -1].double() - expected).abs().max()) < bound
