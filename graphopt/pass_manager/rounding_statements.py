@@ -46,16 +46,18 @@ class RoundedProgram(Statement):
 
     Attributes:
         weights: Those that became codes.
-        activations: Bits of what the linears of blocks with such weights read; None for no change.
+        activations: Bits of what `readers` read; None for no change.
         kv: Bits of the keys and values that attentions read; None for no change.
         scaled: What was rounded, where that is not the source itself but computes the same, its
             features scaled.
+        readers: The weights by whose linears in blocks a rounded value is read.
     """
 
     weights: tuple[PackedMatrix, ...]
     activations: int | None = None
     kv: int | None = None
     scaled: Program | None = None
+    readers: frozenset[str] = frozenset()
 
     def check(self, before: Program, after: Program) -> str | None:
         if self.scaled is not None:
@@ -65,7 +67,7 @@ class RoundedProgram(Statement):
             before = self.scaled
         added = added_roundings(before, after)
         names = {weight.name for weight in self.weights}
-        untrue = check_roundings(after, added, names, self.activations, self.kv)
+        untrue = check_roundings(after, added, self.readers, self.activations, self.kv)
         if untrue is not None:
             return untrue
         numbers = ValueNumbers()

@@ -33,9 +33,10 @@ class Quantize(Pass):
 
     The weights of the blocks' linears become codes of `w` bits, which share a scale in groups of
     `group` neighbours along the input, or, with `group=0`, in each output channel. With
-    `symmetric=false` a group has a zero point too. `a` rounds what these linears read, per token
-    and symmetrically; `kv` rounds keys, behind rotary embeddings, and values, per token and head,
-    with a zero point. 16 stands for numbers that stay as they are.
+    `symmetric=false` a group has a zero point too. `a` rounds what the blocks' linears read, also
+    those whose weights stay as they are or are codes already, per token and symmetrically; `kv`
+    rounds keys, behind rotary embeddings, and values, per token and head, with a zero point. 16
+    stands for numbers that stay as they are.
 
     With `method=rtn` each element becomes the nearest code, and no text is needed. With
     `method=gptq` codes are chosen on `windows` windows of `seqlen` tokens of the calibration text,
@@ -66,7 +67,7 @@ class Quantize(Pass):
 
     Options:
         w: Bits of the weights of the blocks' linears, 2, 3, 4 or 8.
-        a: Bits of what these linears read, 2 to 8.
+        a: Bits of what the blocks' linears read, 2 to 8.
         kv: Bits of keys and values, 2 to 8.
         group: Neighbours along the input that share a scale; 0 for all of an output channel.
         symmetric: Whether codes of weights have no zero point of their own.
@@ -141,12 +142,17 @@ class Quantize(Pass):
             PassError: With the reason and the remedy.
         """
         places = find_places(program)
-        if self.w < WHOLE and not any(places.stages.values()):
+        if self.w < WHOLE and not any(places.packable.values()):
             reasons = sorted({skip.reason for skip in places.skipped})
             raise PassError(
                 f"{program.name} has no linear whose weight can be packed"
                 + (f": {'; '.join(reasons)}." if reasons else "."),
                 f"Give w={WHOLE}, or leave quantize out of the recipe.",
+            )
+        if self.a < WHOLE and not any(places.stages.values()):
+            raise PassError(
+                f"{program.name} has no linear of a block whose input could be rounded.",
+                f"Give a={WHOLE}.",
             )
         if self.kv < WHOLE and not any(places.attentions.values()):
             raise PassError(

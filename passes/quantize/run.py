@@ -22,6 +22,7 @@ from graphopt.pass_manager.contract import Context, PassResult, Skip
 from graphopt.pass_manager.rounding_statements import PackedMatrix, RoundedProgram
 from graphopt.passes.quantize.calibrated import BlockPair
 from graphopt.passes.quantize.places import (
+    ROUNDED,
     Stage,
     find_places,
     round_activations,
@@ -37,6 +38,7 @@ from graphopt.passes.quantize.rounding import (
 )
 from graphopt.passes.quantize.scaling import scale_features
 from graphopt.passes.quantize.tables import find_tables
+from graphopt.rewrite import calls_of
 from graphopt.solvers.gptq import damped
 from graphopt.support.clock import Clock
 from graphopt.support.per_device import on_device
@@ -84,6 +86,7 @@ class Quantizing:
         self.skipped = list(self.places.skipped) if options.w < WHOLE else []
         self.outcomes: dict[str, _Outcome] = {}
         self.streams: dict[str, float] = {}
+        self.readers: set[str] = set()
         self.pending: list[Weight] = []
 
     def _scale_features(self, program: Program) -> Program:
@@ -125,22 +128,35 @@ class Quantizing:
             None if options.a == WHOLE else options.a,
             None if options.kv == WHOLE else options.kv,
             self.dense if options.scale else None,
+            frozenset(self.readers),
         )
         return PassResult(self.program, matched, changed, self.skipped, record, statement)
 
     def _insert_roundings(self) -> tuple[int, int]:
         """Put roundings into the blocks' functions; return how many calls make, of each sort."""
         options, activations, caches = self.options, 0, 0
-        counts = [call.function for call in self.program.calls]
+        by_function = calls_of(self.program)
         for name, stages in self.places.stages.items():
-            function, calls = self.program.functions[name], counts.count(name)
+            function, calls = self.program.functions[name], by_function[name]
             if options.a < WHOLE:
-                activations += calls * round_activations(function, stages, options.a)
+                fresh = [stage for stage in stages if not self._is_rounded(name, stage)]
+                activations += len(calls) * round_activations(function, fresh, options.a)
+                slots = [slot for stage in fresh for slot in stage.linears]
+                self.readers |= {call.weights[slot] for call in calls for slot in slots}
             if options.kv < WHOLE:
                 attentions = self.places.attentions[name]
                 round_kv(function, attentions, options.kv)
-                caches += calls * len(attentions)
+                caches += len(calls) * len(attentions)
         return activations, caches
+
+    def _is_rounded(self, function: str, stage: Stage) -> bool:
+        """Return whether what linears read is rounded to as few bits already, and say so."""
+        node = stage.x.node
+        if node is None or node.op != ROUNDED or node.attrs["bits"] > self.options.a:
+            return False
+        where = f"{function}: what {', '.join(stage.linears)} reads"
+        self.skipped.append(Skip(where, f"it is rounded to {node.attrs['bits']} bits already"))
+        return True
 
     # Weights --------------------------------------------------------------------------------
 
@@ -208,16 +224,17 @@ class Quantizing:
 
     def _round_blocks(self) -> None:
         """Take the nearest codes, weight by weight."""
-        calls = [self.program.calls[block.position] for block in find_blocks(self.program)]
+        positions = [block.position for block in find_blocks(self.program)]
         with self.clock.counting("rounding"):
-            for number, call in enumerate(calls):
-                self.context.progress("rounding weights", number, len(calls))
-                for stage in self.places.stages[call.function]:
+            for number, position in enumerate(positions):
+                call = self.program.calls[position]
+                self.context.progress("rounding weights", number, len(positions))
+                for stage in self.places.packable_stages(self.program, position):
                     for slot in stage.linears:
                         weight = self.program.weights[call.weights[slot]]
                         matrix = weight.load(torch.float32).to(self.device)
                         self._round([weight], self.options.w, matrix)
-            self.context.progress("rounding weights", len(calls), len(calls))
+            self.context.progress("rounding weights", len(positions), len(positions))
 
     def _round_on_text(self) -> None:
         """Choose codes by what linears give on the calibration text, block by block."""
@@ -234,7 +251,7 @@ class Quantizing:
         )  # fmt: skip
         for block in rounded:
             pair = BlockPair(dense.current(), block)
-            for stage in self.places.stages[block.call.function]:
+            for stage in self.places.packable_stages(self.program, block.block.position):
                 self._round_stage(pair, block, stage)
                 pair.reload()
             with self.clock.counting("measuring"):

@@ -10,7 +10,7 @@ Source: Lin et al., AWQ, arXiv 2306.00978, section 3.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from graphopt.ir.encoding import Packed
 from graphopt.ir.graph import Call, Function, Program, Value
 from graphopt.ir.types import Type
 from graphopt.pass_manager.contract import Context, make_pass
+from graphopt.passes.quantize.places import find_places
 from graphopt.passes.quantize.rounding import choose_grid
 from graphopt.solvers.gptq import output_error
 
@@ -39,10 +40,21 @@ class SearchedScales(FactorMaker):
     Attributes:
         encoding: Returns how a matrix of a number of columns will be packed.
         clip: Whether ranges are searched for.
+        packable: Weights that become codes in every layer that calls their function. A site whose
+            scale would go into others has none: folding it would make them dense, and their own.
     """
 
     encoding: Callable[[int], Packed]
     clip: bool
+    packable: Set[Value]
+
+    def roles(self, site: InputSite, sizes: Sizes) -> list[str]:
+        changed = {reader.weight for reader in site.readers}
+        if site.scaled is not None and site.scaled.op == "linear":
+            rows = site.scaled.inputs[1]
+            assert rows is not None
+            changed.add(rows)
+        return super().roles(site, sizes) if changed <= self.packable else []
 
     def factors(
         self,
@@ -106,7 +118,9 @@ def scale_features(
     """
     scaled = program.copy()
     generator = torch.Generator().manual_seed(context.seed)
-    maker = SearchedScales("scale", scaled, generator, encoding=encoding, clip=clip)
+    maker = SearchedScales(
+        "scale", scaled, generator, encoding=encoding, clip=clip, packable=_packable(scaled)
+    )
     plan = plan_transforms(
         scaled, maker, heads=False, keys=False, windows=windows,
         device=context.device, progress=context.progress,
@@ -114,3 +128,15 @@ def scale_features(
     insert_transforms(scaled, plan)
     folded = make_pass("fold-affine", {}).run(scaled, context).program
     return folded, sum(len(part.inputs) * len(part.calls) for part in plan.functions)
+
+
+def _packable(program: Program) -> set[Value]:
+    """Return the weights of functions that can be packed in every call of a block."""
+    places = find_places(program)
+    packable: dict[str, frozenset[str]] = {}
+    for position, slots in places.packable.items():
+        name = program.calls[position].function
+        packable[name] = packable.get(name, slots) & slots
+    return {
+        program.functions[name].weights[slot] for name, slots in packable.items() for slot in slots
+    }

@@ -21,7 +21,7 @@ from graphopt.compiler import emit
 from graphopt.errors import PassError, UsageError
 from graphopt.execute.hidden_states import HiddenStateStream
 from graphopt.execute.interpreter import Runner
-from graphopt.ir import Array, Program, Weight
+from graphopt.ir import Array, Dequantised, Packed, Program, Weight
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.encoding import group_of
 from graphopt.ir.imprint import Imprint
@@ -122,6 +122,71 @@ def test_linears_of_one_input_share_a_rounding():
         (logits, *_), cache = runner.run(step, cache)
         parts.append(logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
+
+
+def packed_layer(program, layer):
+    """Return the program with the matrices of a layer as codes of 8 bits already."""
+    made = program.copy()
+    for weight in list(made.weights):
+        if weight.name.startswith(f"layers.{layer}.") and len(weight.shape) == 2:
+            encoding = Packed(8, weight.shape[1])
+            tensors = {s: Array(t) for s, t in encoding.quantise(weight.load()).items()}
+            made.weights.replace(weight.with_producer(Dequantised(encoding, **tensors)))
+    return made
+
+
+def inputs_of_linears(program):
+    """Return what produces the inputs of the blocks' linears."""
+    names = {program.calls[block.position].function for block in find_blocks(program)}
+    nodes = [node for name in names for node in program.functions[name].nodes]
+    return [node.inputs[0].node for node in nodes if node.op == "linear"]
+
+
+@pytest.mark.parametrize("packed", [(), (0,), (0, 1)], ids=str)
+@pytest.mark.parametrize("options", [{"a": 8}, {"kv": 4}, {"a": 4, "kv": 8}], ids=str)
+def test_activations_alone_are_rounded_however_weights_are_stored(packed, options):
+    program = tiny_program()
+    for layer in packed:
+        program = packed_layer(program, layer)
+    result = quantize(program, w=WHOLE, **options)
+    rounded = [node is not None and node.op == "quantise_dequantise"
+               for node in inputs_of_linears(result.program)]  # fmt: skip
+    assert all(rounded) if "a" in options else not any(rounded)
+    assert result.record.roundings == (8 * ("a" in options), 2 * ("kv" in options))
+    assert not result.record.weights and not result.skipped
+
+
+def test_inputs_that_are_rounded_already_are_not_rounded_again():
+    program = quantize(tiny_program(), w=4, a=4, method="rtn").program
+    result = quantize(program, w=WHOLE, a=8)
+    assert result.record.roundings == (0, 0) and not result.changed
+    assert {skip.reason for skip in result.skipped} == {"it is rounded to 4 bits already"}
+    assert quantize(program, w=WHOLE, a=3).record.roundings == (8, 0)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_every_layer_is_packed_by_how_its_own_weights_are_stored(layer, scale, method, text):
+    """Layers of one function: the one that is packed stays as it is, bit by bit."""
+    whole, context = text
+    program = packed_layer(whole, layer)
+    result = quantize(
+        program, context, w=4, a=8, method=method, scale=scale, windows=2, seqlen=16
+    )  # fmt: skip
+    names = {w.name for w in program.weights if "layers." in w.name and len(w.shape) == 2}
+    kept = {name for name in names if f"layers.{layer}." in name}
+    assert {weight.name for weight in result.record.weights} == names - kept
+    for name in names:
+        before, after = (p.weights[name] for p in (program, result.program))
+        assert after.encoding.bits == (8 if name in kept else 4)
+        if name in kept:
+            for one, other in zip(before.tensors(), after.tensors(), strict=True):
+                assert torch.equal(one.load(), other.load())
+    said = {skip.where: skip.reason for skip in result.skipped}
+    assert all(said[name].startswith("it is packed(bits=8") for name in kept)
+    assert not any(name in said for name in names - kept)
+    assert result.record.roundings == (8, 0)
 
 
 @given(st.integers(0, 300), st.integers(1, 600))
