@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -23,14 +24,15 @@ from graphopt.execute.block_runner import BlockRunner, Parametrisation
 from graphopt.execute.interpreter import resident
 from graphopt.ir import functional
 from graphopt.ir.blocks import block_name, find_blocks
+from graphopt.ir.encoding import Packed, group_of
 from graphopt.ir.graph import Call, Node, Program, Value
 from graphopt.ir.weights import Array
-from graphopt.pass_manager.contract import Context, PassResult, Skip
+from graphopt.pass_manager.contract import Context, PassResult, Skip, Statement
 from graphopt.pass_manager.numbering import same_outputs
-from graphopt.pass_manager.statements import ChangedBlocks
+from graphopt.pass_manager.rounding_statements import ROUNDED
 from graphopt.passes.flatquant.record import FlatQuantised, TrainedBlock
+from graphopt.passes.flatquant.statement import RoundedBlocks
 from graphopt.passes.flatquant.structure import (
-    ROUND,
     Bits,
     RoundedFunction,
     base_values,
@@ -41,6 +43,7 @@ from graphopt.passes.flatquant.structure import (
 )
 from graphopt.passes.quantize.quantize import Quantize
 from graphopt.passes.quantize.run import Quantizing
+from graphopt.passes.quantize.tables import find_tables
 from graphopt.support.devices import free_bytes
 from graphopt.support.per_device import on_device
 from graphopt.training.affine import BlockTransforms, Rounding
@@ -164,13 +167,14 @@ class FlatQuantising(Distiller):
         result = self.fold()
         for function in result.functions.values():
             for node in function.nodes:
-                if node.op == ROUND:
+                if node.op == ROUNDED:
                     node.attrs.pop("straight_through", None)
-        result = self._packed(result)
+        packed, packing = self._packed(result)
+        statement = self._statement(result, packing)
         self.clock("codes", started)
         self.record.seconds["all"] = time.perf_counter() - self.started
         changed = len(self.record.blocks)
-        return PassResult(result, changed, changed, self.skipped, self.record, ChangedBlocks())
+        return PassResult(packed, changed, changed, self.skipped, self.record, statement)
 
     # Block by block
 
@@ -256,7 +260,7 @@ class FlatQuantising(Distiller):
         slots = function.slots_by_value()
         readers: dict[Value, list[tuple[Node, list[int]]]] = {}
         for node in function.nodes:
-            if node.op == ROUND and node.inputs[0] is not None:
+            if node.op == ROUNDED and node.inputs[0] is not None:
                 clips = [slots[value] for value in node.inputs[1:] if value is not None]
                 numbers = [group.clip_slots.index(slot) for slot in clips]
                 readers.setdefault(node.inputs[0], []).append((node, numbers))
@@ -396,21 +400,59 @@ class FlatQuantising(Distiller):
             for slot, rounding in rounded.linears.items():
                 yield call.weights[slot], rounding
 
-    def _packed(self, program: Program) -> Program:
+    def _packed(self, program: Program) -> tuple[Program, Statement | None]:
         """Return the program with codes in the place of the weights that are rounded.
 
         GPTQ has linears give what they gave before anything was rounded.
+
+        Returns:
+            The program, and what holds of it against the one given; None where no weight is
+            rounded.
         """
+        options = self.options
         if self.bits.w >= 16:
-            return program
-        learnt = self.options.clip and self._learns
+            return program, None
+        learnt = options.clip and self._learns
         quantize = Quantize(
-            w=self.bits.w, group=self.bits.group, method=self.options.rounding,
-            clip=self.options.clip and not learnt,
+            w=self.bits.w, group=self.bits.group, method=options.rounding,
+            clip=options.clip and not learnt, windows=options.windows, seqlen=options.seqlen,
         )  # fmt: skip
         rounding = Quantizing(quantize, program, self.context)
         rounding.dense = without_roundings(program)
-        return rounding.run().program
+        result = rounding.run()
+        tables = find_tables(program)
+        for skip in result.skipped:
+            if skip.where in (tables.head, tables.embedding):
+                skip = Skip(skip.where, "flatquant rounds weights of blocks alone")
+            self.skipped.append(skip)
+        return result.program, result.statement
+
+    def _statement(self, folded: Program, packing: Statement | None) -> RoundedBlocks:
+        """Return what holds of the result.
+
+        Args:
+            folded: The program as it was trained.
+            packing: What holds of the result against it.
+        """
+        readers = Counter(name for call in folded.calls for name in call.weights.values())
+        encodings: dict[str, Packed] = {}
+        for name, rounding in self._rounded_weights(folded):
+            # A weight that several layers read stays dense, which is said among what is skipped.
+            if readers[name] == 1:
+                group = group_of(rounding.group, folded.weights[name].shape[1])
+                encodings[name] = Packed(rounding.bits, group)
+        return RoundedBlocks(
+            encodings,
+            frozenset(
+                call.weights[slot]
+                for call in folded.calls
+                for slot in self.rounded.get(call.function, RoundedFunction()).readers
+            ),
+            self.bits.a if self.bits.a < 16 else None,
+            self.bits.kv if self.bits.kv < 16 else None,
+            folded,
+            packing,
+        )
 
 
 def mean_square(output: Tensor, target: Tensor) -> Tensor:

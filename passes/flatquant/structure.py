@@ -9,16 +9,15 @@ from torch import Tensor
 
 from graphopt.calibration.affine_plan import AffinePlan, FunctionPlan, insert_transforms
 from graphopt.ir.affine import add_weights, fold_transforms
-from graphopt.ir.affine_sites import NORMS, InputSite, find_sites
+from graphopt.ir.affine_sites import NORMS, InputSite, Sites, find_sites
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.graph import Call, Function, Node, Program, Value, resolve_attrs, unique_name
 from graphopt.ir.ops.attention import KEY, VALUE
 from graphopt.ir.shapes import infer_program
+from graphopt.pass_manager.rounding_statements import ROUNDED
 from graphopt.rewrite import calls_of
 from graphopt.training.affine import Rounding, TrainedKeys, TrainedSite
-
-ROUND = "quantise_dequantise"
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,12 @@ class RoundedFunction:
 
     Attributes:
         linears: The slots of weights that are rounded, with how.
+        readers: The slots of weights whose linears read rounded values.
         clips: The slots of the clips of activations, keys and values.
     """
 
     linears: dict[str, Rounding] = field(default_factory=dict)
+    readers: list[str] = field(default_factory=list)
     clips: list[str] = field(default_factory=list)
 
 
@@ -77,38 +78,48 @@ def insert_roundings(
     """
     found: dict[str, RoundedFunction] = {}
     left: list[tuple[str, str]] = []
-    blocks = {program.calls[b.position].function for b in find_blocks(program)}
+    blocks = dict.fromkeys(program.calls[b.position].function for b in find_blocks(program))
     calls = calls_of(program)
-    for name, sites in find_sites(program).items():
-        if name not in blocks:
-            continue
+    sites_of = find_sites(program)
+    for name in blocks:
         function, rounded = program.functions[name], RoundedFunction()
+        sites = sites_of.get(name, Sites())
         where = calls[name][0].path or name
         for site in sites.inputs:
             left += _round_site(program, function, calls[name], site, bits, per_linear, rounded,
                                 where)  # fmt: skip
         if bits.kv < 16:
-            slots = function.slots_by_value()
-            stems = {key.attention: {"keys": key.key_stem} for key in sites.keys}
-            for site in sites.inputs:
-                if site.values is not None:
-                    weight = slots[site.values.linear.inputs[1]]  # type: ignore[index]
-                    named = stems.setdefault(site.values.attention, {})
-                    named["values"] = weight.removesuffix(".weight")
-            for node in [node for node in function.nodes if node.op == "attention"]:
-                for place, what in ((KEY, "keys"), (VALUE, "values")):
-                    stem = stems.get(node, {}).get(what, node.outputs[0].name)
-                    value = node.inputs[place]
-                    if value is None or value.node is None:
-                        left.append((f"{where}: {what} of {stem}", "they come from another layer"))
-                        continue
-                    made = _rounding(
-                        program, function, calls[name], value, node, f"{stem}.{what}", bits.kv,
-                        False, rounded, split=per_linear,
-                    )  # fmt: skip
-                    node.inputs[place] = made
+            _round_kv(program, function, calls[name], sites, bits.kv, per_linear, rounded)
         found[name] = rounded
     return found, left
+
+
+def _round_kv(
+    program: Program,
+    function: Function,
+    calls: list[Call],
+    sites: Sites,
+    bits: int,
+    split: bool,
+    rounded: RoundedFunction,
+) -> None:
+    """Round the keys and values that a function's attentions read, another layer's as well."""
+    slots = function.slots_by_value()
+    stems = {key.attention: {"keys": key.key_stem} for key in sites.keys}
+    for site in sites.inputs:
+        if site.values is not None:
+            weight = slots[site.values.linear.inputs[1]]  # type: ignore[index]
+            named = stems.setdefault(site.values.attention, {})
+            named["values"] = weight.removesuffix(".weight")
+    for node in [node for node in function.nodes if node.op == "attention"]:
+        for place, what in ((KEY, "keys"), (VALUE, "values")):
+            stem = stems.get(node, {}).get(what, node.outputs[0].name)
+            value = node.inputs[place]
+            assert value is not None
+            node.inputs[place] = _rounding(
+                program, function, calls, value, node, f"{stem}.{what}", bits, False, rounded,
+                split=split,
+            )  # fmt: skip
 
 
 def _round_site(
@@ -142,6 +153,7 @@ def _round_site(
         return left
     value = linears[0].inputs[0]
     assert value is not None
+    rounded.readers += [slots[node.inputs[1]] for node in linears]  # type: ignore[index]
     for several in [[node] for node in linears] if per_linear else [linears]:
         stem = slots[several[0].inputs[1]].removesuffix(".weight")  # type: ignore[index]
         made = _rounding(program, function, calls, value, several[0], f"{stem}.input", bits.a, True,
@@ -172,7 +184,7 @@ def _rounding(
         add_weights(program, call, {slot: slot for slot in slots}, one, torch.float32)
     clips = [function.weights[slot] for slot in slots]
     node = function.add(
-        ROUND, [value, clips[0], clips[-1]],
+        ROUNDED, [value, clips[0], clips[-1]],
         {"bits": bits, "symmetric": symmetric, "straight_through": True},
         [f"{value.name}_q{bits}"], before=before,
     )  # fmt: skip
@@ -191,7 +203,7 @@ def without_roundings(program: Program) -> Program:
     """Return a copy of a program whose activations, keys and values are not rounded."""
     result = program.copy()
     for function in result.functions.values():
-        for node in [node for node in function.nodes if node.op == ROUND]:
+        for node in [node for node in function.nodes if node.op == ROUNDED]:
             assert node.inputs[0] is not None
             function.replace(node.output, node.inputs[0])
         remove_dead(function)
