@@ -173,6 +173,99 @@ def test_zero_points_of_version_1_come_back_from_what_they_borrowed(bits, groups
     assert read.tensors["m.weight"].load_rows(3, 9).equal(matrix.value()[3:9])
 
 
+UNEVEN = {
+    "gptq": lambda size: Gptq.of("config", {"bits": 4, "group_size": size, "sym": False}),
+    "awq": lambda size: Awq.of("config", {"bits": 4, "group_size": size}),
+    "pack": lambda size: CompressedTensors.of("config", {"config_groups": {
+        "a": {"weights": {"num_bits": 4, "strategy": "group", "group_size": size}},
+        # Of other layers, of which this may be one as far as the sizes tell.
+        "b": {"weights": {"num_bits": 8, "strategy": "channel"}}}}),
+}  # fmt: skip
+PARTS = {"gptq": formats.gptq, "awq": formats.awq, "pack": formats.packed}
+
+
+@pytest.mark.parametrize("method", UNEVEN)
+def test_groups_are_of_the_size_that_is_stated(method: str) -> None:
+    """Of 56 inputs in groups of 16 the last group has 8, where equal ones would have 14."""
+    generator = torch.Generator().manual_seed(4)
+    matrix = Quantised.random((32, 64), generator)
+    whole = {f"m.{name}": Array(value) for name, value in PARTS[method](matrix).items()}
+    whole.pop("m.g_idx", None)
+    assert UNEVEN[method](16).read(whole, torch.float16).tensors["m.weight"].encoding == Packed(
+        4, 16, symmetric=False
+    )
+    with pytest.raises(SourceError, match="'m' do not fit together"):
+        UNEVEN[method](32).read(whole, torch.float16)
+    matrix.codes, matrix.groups = matrix.codes[:, :56], matrix.groups[:56]
+    parts = {f"m.{name}": Array(value) for name, value in PARTS[method](matrix).items()}
+    parts.pop("m.g_idx", None)
+    if method == "awq":  # whose tools take no such layer
+        with pytest.raises(SourceError, match="'m' do not fit together"):
+            UNEVEN[method](16).read(parts, torch.float16)
+        return
+    read = UNEVEN[method](16).read(parts, torch.float16)
+    weight = read.tensors["m.weight"]
+    assert weight.encoding is None and weight.load().equal(matrix.value())
+    assert weight.load_rows(3, 9).equal(matrix.value()[3:9])
+    (note,) = read.notes
+    assert (
+        note
+        == "m: its 56 inputs are no multiple of its groups of 16, so it is read as dense values"
+    )
+
+
+def test_layers_of_gptq_are_what_dynamic_states_of_them() -> None:
+    generator = torch.Generator().manual_seed(5)
+    entries = {"bits": 4, "group_size": 16, "sym": False, "dynamic": {
+        r"-:lm_head": {}, r"+:.*\.down": {"bits": 8, "group_size": 32, "sym": True},
+        r".*": {"group_size": 8}}}  # fmt: skip
+    down = Quantised.random((32, 32), generator, bits=8, group=32, symmetric=True)
+    up = Quantised.random((32, 32), generator, group=8)
+    layers = {"m.down": down, "m.up": up}
+    tensors = {f"{module}.{name}": Array(part) for module, matrix in layers.items()
+               for name, part in formats.gptq(matrix).items()}  # fmt: skip
+    read = Gptq.of("config", entries).read(tensors, torch.float16).tensors
+    assert read["m.down.weight"].encoding == Packed(8, 32)
+    assert read["m.up.weight"].encoding == Packed(4, 8, symmetric=False)
+    for module, matrix in layers.items():
+        assert read[f"{module}.weight"].load().equal(matrix.value())
+    with pytest.raises(SourceError, match="states GPTQ with 5 bits"):
+        Gptq.of("config", {"bits": 4, "dynamic": {"a": {"bits": 5}}})
+    with pytest.raises(SourceError, match=r"states the pattern of layers '\('"):
+        Gptq.of("config", {"bits": 4, "dynamic": {"(": {"bits": 4}}})
+
+
+def test_zero_points_of_3_bits_are_refused_of_single_layers_too() -> None:
+    generator = torch.Generator().manual_seed(6)
+    matrix = Quantised.random((32, 32), generator, bits=3, group=32)
+    parts = {f"m.{name}": Array(part) for name, part in formats.gptq(matrix, 2).items()}
+    entries: dict[str, Any] = {"bits": 4, "sym": False, "dynamic": {"m": {"bits": 3}}}
+    with pytest.raises(SourceError, match="states zero points of 3 bits"):
+        Gptq.of("config", entries).read(parts, torch.float16)
+    second = Gptq.of("config", entries | {"checkpoint_format": "gptq_v2"})
+    assert second.read(parts, torch.float16).tensors["m.weight"].load().equal(matrix.value())
+    # In that format they can be checked where there should be none.
+    symmetric = Gptq.of("config", {"bits": 3, "checkpoint_format": "gptq_v2"})
+    with pytest.raises(SourceError, match="are not all 4"):
+        symmetric.read(parts, torch.float16).tensors["m.weight"].load()
+
+
+def test_blocks_of_fp8_are_those_that_have_so_many_scales() -> None:
+    generator = torch.Generator().manual_seed(7)
+    groups = {name: {"weights": {"num_bits": 8, "type": "float", "block_structure": size}}
+              for name, size in (("a", [32, 32]), ("b", [16, 32]))}  # fmt: skip
+    weight = torch.randn(64, 64, generator=generator).to(torch.float8_e4m3fn)
+    scales = torch.rand(4, 2, generator=generator)
+    parts = {"m.weight": Array(weight), "m.weight_scale": Array(scales)}
+    stated = {"config_groups": groups}
+    read = CompressedTensors.of("config", stated).read(parts, torch.float32).tensors["m.weight"]
+    wide = scales.repeat_interleave(16, 0).repeat_interleave(32, 1)
+    assert read.load().equal(weight.float() * wide)
+    groups["c"] = {"weights": {"num_bits": 8, "type": "float", "block_structure": [20, 32]}}
+    with pytest.raises(SourceError, match="blocks of more sizes than one"):
+        CompressedTensors.of("config", stated).read(parts, torch.float32)
+
+
 @pytest.mark.parametrize("family", mostly_slow(["llama", "phi3", "qwen3"], ("llama",)))
 def test_awq(family: str, tmp_path: Path) -> None:
     entries = PHI3 if family == "phi3" else {}

@@ -26,12 +26,13 @@ from graphopt.sources.quantised.method import (
     Method,
     ReadTensors,
     check_words,
+    groups_of_inputs,
     misshapen,
     needed,
     parts_of,
     unread,
 )
-from graphopt.sources.quantised.words import WORD, Codes, TurnedCodes, as_bytes, packed_matrix
+from graphopt.sources.quantised.words import WORD, Codes, TurnedCodes, as_bytes, quantised_matrix
 from graphopt.support.inputs import OpenSchema, parse
 
 _BITS = 4
@@ -45,6 +46,8 @@ class _Keys(OpenSchema):
     bits: int | None = None
     w_bit: int | None = None
     zero_point: bool = True
+    group_size: int | None = None
+    q_group_size: int | None = None
     version: str | None = None
     checkpoint_format: str | None = None
     format: str | None = None
@@ -64,9 +67,14 @@ class InterleavedWords(Codes):
 
 @dataclass(frozen=True)
 class Awq(Method):
-    """AWQ, whose bits and layout are always the same."""
+    """AWQ, whose bits and layout are always the same.
+
+    Attributes:
+        group_size: How many inputs share a scale, -1 for all; None where nothing says it.
+    """
 
     where: str
+    group_size: int | None
 
     @classmethod
     def of(cls, where: str, entries: Mapping[str, Any]) -> Awq:
@@ -84,7 +92,7 @@ class Awq(Method):
             raise unread(where, f"AWQ with {bits} bits")
         if not keys.zero_point:
             raise unread(where, "AWQ without zero points")
-        return cls(where)
+        return cls(where, keys.q_group_size if keys.group_size is None else keys.group_size)
 
     def read(self, tensors: Mapping[str, Producer], dtype: torch.dtype) -> ReadTensors:
         quantised = parts_of(tensors, "qweight")
@@ -108,11 +116,13 @@ class Awq(Method):
             raise misshapen(module, parts, self.where)
         codes = InterleavedWords(qweight, length, rows, _BITS)
         zeros = InterleavedWords(qzeros, groups, rows, _BITS)
-        packed = packed_matrix(
+        stated = [] if self.group_size is None else [self.group_size]
+        matrix = quantised_matrix(
             TurnedCodes(codes, rows, length, _BITS),
             Transposed(scales),
             TurnedCodes(zeros, rows, groups, _BITS),
+            groups_of_inputs(module, parts, length, groups, stated, self.where),
         )
-        if packed is None:
+        if matrix.encoding is None:  # AutoAWQ and GPTQModel make none whose groups are uneven
             raise misshapen(module, parts, self.where)
-        return packed
+        return matrix

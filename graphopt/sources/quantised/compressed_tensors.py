@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field
@@ -32,6 +32,7 @@ from graphopt.sources.quantised.float8 import (
     FLOAT8,
     UNUSED,
     USUAL_BLOCK,
+    Block,
     Positive,
     made_dense,
     scaled,
@@ -39,8 +40,8 @@ from graphopt.sources.quantised.float8 import (
 from graphopt.sources.quantised.method import (
     Method,
     ReadTensors,
-    counted,
-    in_order,
+    about_uneven_groups,
+    groups_of_inputs,
     misshapen,
     needed,
     parts_of,
@@ -50,12 +51,11 @@ from graphopt.sources.quantised.words import (
     WORD,
     Codes,
     ColumnWords,
-    OutOfOrder,
     RowWords,
     SignedCodes,
     Spread,
     TurnedCodes,
-    packed_matrix,
+    quantised_matrix,
 )
 from graphopt.support.inputs import OpenSchema, parse
 
@@ -71,6 +71,8 @@ _PLAIN = ("weight", "weight_scale", "weight_zero_point")
 class _Weights(OpenSchema):
     num_bits: int = 8
     type: str = "int"
+    strategy: str | None = None
+    group_size: int | None = None
     # Older releases write "128x128" for [128, 128].
     block_structure: (
         Annotated[list[Positive], Field(min_length=2, max_length=2)]
@@ -136,21 +138,17 @@ class CompressedTensors(Method):
     def read(self, tensors: Mapping[str, Producer], dtype: torch.dtype) -> ReadTensors:
         result = ReadTensors()
         packed, plain = parts_of(tensors, "weight_packed"), parts_of(tensors, "weight_scale")
-        dense: list[str] = []
         float8: list[str] = []
         for name, tensor in tensors.items():
             module, _, last = name.rpartition(".")
             if module in packed and last in _PACKED:
                 if last == "weight_packed":
-                    weight = self._packed(module, packed[module])
-                    result.tensors[f"{module}.weight"] = weight
-                    dense += [module] if weight.encoding is None else []
+                    result.tensors[f"{module}.weight"] = self._packed(module, packed[module])
             elif module in plain and module not in packed and last in _PLAIN:
                 if last == "weight" and tensor.dtype in FLOAT8:
                     scales = plain[module]["weight_scale"]
-                    result.tensors[name] = scaled(
-                        name, tensor, scales, self._block, dtype, self.where
-                    )
+                    block = self._block(tensor, scales)
+                    result.tensors[name] = scaled(name, tensor, scales, block, dtype, self.where)
                     float8.append(name)
                 elif last == "weight":
                     result.tensors[name] = self._signed(module, plain[module])
@@ -158,22 +156,43 @@ class CompressedTensors(Method):
                 result.tensors[name] = tensor
         if float8:
             result.notes.append(made_dense(float8, dtype))
-        if dense:
-            result.notes.append(
-                f"{counted(dense)}: inputs are grouped in the order of their activations "
-                "(actorder), so these weights are read as dense values"
-            )
+        result.notes += about_uneven_groups(result.tensors, "actorder")
         result.notes += self._left_out()
         return result
 
-    @property
-    def _block(self) -> tuple[int, int]:
+    def _block(self, weight: Producer, scales: Producer) -> Block:
+        """Return the block of an fp8 weight: the one that is stated and has so many scales."""
+        stated: set[Block] = set()
         for group in self.keys.config_groups.values():
-            stated = group.weights.block_structure if group.weights else None
-            if stated is not None:
-                sizes = stated.split("x") if isinstance(stated, str) else stated
-                return (int(sizes[0]), int(sizes[1]))
-        return USUAL_BLOCK
+            block = group.weights.block_structure if group.weights else None
+            if block is not None:
+                rows, columns = block.split("x") if isinstance(block, str) else block
+                stated.add((int(rows), int(columns)))
+        # Blocks that reach beyond the matrix are alike.
+        fitting = {
+            tuple(map(min, block, weight.shape))
+            for block in stated or {USUAL_BLOCK}
+            if scales.shape == tuple(-(-n // b) for n, b in zip(weight.shape, block, strict=False))
+        }
+        if len(fitting) > 1:
+            raise unread(
+                self.where, f"blocks of more sizes than one that have {scales.shape} scales"
+            )
+        return cast(Block, next(iter(fitting), USUAL_BLOCK))
+
+    @property
+    def _group_sizes(self) -> list[int]:
+        """How many inputs share a scale, by each group of layers that says it; -1 for all."""
+        sizes: list[int] = []
+        for group in self.keys.config_groups.values():
+            weights = group.weights
+            if weights is None or weights.type != "int":
+                continue
+            if weights.strategy in ("channel", "tensor"):
+                sizes.append(-1)
+            elif weights.group_size is not None:
+                sizes.append(weights.group_size)
+        return sizes
 
     def _left_out(self) -> list[str]:
         """Return what the config says of running the model that is not done."""
@@ -254,12 +273,8 @@ class CompressedTensors(Method):
             if scales.shape not in ((), (1,), (1, 1), (codes.rows,)):
                 raise misshapen(module, parts, self.where)
             scales = Spread(scales, (codes.rows, 1))
-        order = parts.get("weight_g_idx")
-        if order is not None and not in_order(
-            module, parts, order, codes.length, count, self.where
-        ):
-            return OutOfOrder(codes, scales, zeros, order)
-        packed = packed_matrix(codes, scales, zeros)
-        if packed is None:
-            raise misshapen(module, parts, self.where)
-        return packed
+        groups = groups_of_inputs(
+            module, parts, codes.length, count, self._group_sizes, self.where,
+            order=parts.get("weight_g_idx"),
+        )  # fmt: skip
+        return quantised_matrix(codes, scales, zeros, groups)

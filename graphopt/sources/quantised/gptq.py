@@ -10,12 +10,14 @@ A weight [out, in] of `bits` bits, in groups of inputs, is stored as
 
 and is (code - zero point) * scale. In `gptq` one is taken from each zero point of a word, with
 what a 0 borrows, so that adding a word of ones gives them back. Zero points of 3 bits, which lie
-across words, are written in two ways there, and are not read; symmetric codes need none.
+across words, are written in two ways there, and are not read; symmetric codes need none. What
+`dynamic` states of some layers, by patterns of their names, goes before what is stated of all.
 Source: E. Frantar et al., GPTQ (arXiv 2210.17323), and GPTQModel's `convert_gptq_v1_to_v2_format`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +29,9 @@ from graphopt.ir.weights import Producer, Transposed
 from graphopt.sources.quantised.method import (
     Method,
     ReadTensors,
+    about_uneven_groups,
     check_words,
-    counted,
-    in_order,
+    groups_of_inputs,
     misshapen,
     needed,
     parts_of,
@@ -38,24 +40,31 @@ from graphopt.sources.quantised.method import (
 from graphopt.sources.quantised.words import (
     WORD,
     ColumnWords,
-    OutOfOrder,
     RowWords,
     TurnedCodes,
-    packed_matrix,
+    quantised_matrix,
 )
 from graphopt.support.inputs import OpenSchema, parse
 
 _FORMATS = ("gptq", "gptq_v2")
 
 
+class _Layer(OpenSchema):
+    """What is stated of some layers; None for what is stated of all."""
+
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+
+
 class _Keys(OpenSchema):
     bits: int
-    group_size: int = -1
+    group_size: int | None = None
     sym: bool = True
     checkpoint_format: str | None = None
     format: str | None = None
     is_marlin_format: bool = False
-    dynamic: dict[str, Any] | None = None
+    dynamic: dict[str, _Layer] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,16 +86,20 @@ class Gptq(Method):
         if stated not in _FORMATS or keys.is_marlin_format:
             name = "marlin" if keys.is_marlin_format else stated
             raise unread(where, f"the GPTQ format {name!r}")
-        if keys.bits not in BITS:
-            raise unread(where, f"GPTQ with {keys.bits} bits")
-        if not _divides_words(keys.bits) and not keys.sym and stated == _FORMATS[0]:
-            raise unread(where, "zero points of 3 bits in the GPTQ format 'gptq'")
+        layers = keys.dynamic or {}
+        for bits in (keys.bits, *(layer.bits for layer in layers.values())):
+            if bits is not None and bits not in BITS:
+                raise unread(where, f"GPTQ with {bits} bits")
+        for pattern in layers:
+            try:
+                re.compile(_expression(pattern))
+            except re.error as error:
+                raise unread(where, f"the pattern of layers {pattern!r:.60}") from error
         return cls(where, keys)
 
     def read(self, tensors: Mapping[str, Producer], dtype: torch.dtype) -> ReadTensors:
         quantised = parts_of(tensors, "qweight")
         result = ReadTensors()
-        out_of_order: list[str] = []
         for name, tensor in tensors.items():
             module, _, last = name.rpartition(".")
             if module not in quantised or last not in ("qweight", "qzeros", "scales", "g_idx"):
@@ -96,14 +109,17 @@ class Gptq(Method):
                 weight = self._weight(module, quantised[module])
                 result.tensors[f"{module}.weight"] = weight
                 result.out_by_in.add(f"{module}.weight")
-                if weight.encoding is None:
-                    out_of_order.append(module)
-        if out_of_order:
-            result.notes.append(
-                f"{counted(out_of_order)}: inputs are grouped in the order of their activations "
-                "(desc_act), so these weights are read as dense values"
-            )
+        result.notes += about_uneven_groups(result.tensors, "desc_act")
         return result
+
+    def _stated(self, module: str) -> _Layer:
+        """Return what is stated of a layer: the first pattern that its name begins with counts."""
+        usual = _Layer(bits=self.keys.bits, group_size=self.keys.group_size, sym=self.keys.sym)
+        for pattern, layer in (self.keys.dynamic or {}).items():
+            # What begins with "-:" names layers that are dense.
+            if not pattern.startswith("-:") and re.match(_expression(pattern), module):
+                return usual.model_copy(update=layer.model_dump(exclude_none=True))
+        return usual
 
     def _weight(self, module: str, parts: Mapping[str, Producer]) -> Producer:
         qweight, qzeros, scales = (
@@ -111,8 +127,12 @@ class Gptq(Method):
         )
         check_words(module, (qweight, qzeros), scales, parts, self.where)
         groups, rows = scales.shape
-        bits = qzeros.shape[1] * WORD // rows if self.keys.dynamic else self.keys.bits
-        length = qweight.shape[0] * WORD // bits if bits in BITS else 0
+        stated = self._stated(module)
+        assert stated.bits is not None
+        bits, symmetric, in_words = stated.bits, bool(stated.sym), WORD % stated.bits == 0
+        if not in_words and not symmetric and not self._is_version_2:
+            raise unread(self.where, f"zero points of {bits} bits in the GPTQ format 'gptq'")
+        length = qweight.shape[0] * WORD // bits
         if (
             qweight.shape != (-(-length * bits // WORD), rows)
             or qzeros.shape != (groups, -(-rows * bits // WORD))
@@ -123,24 +143,29 @@ class Gptq(Method):
         zeros = TurnedCodes(
             RowWords(qzeros, groups, rows, bits, added=self._added(bits)), rows, groups, bits
         )
-        turned, symmetric = Transposed(scales), self.keys.sym
-        order = parts.get("g_idx")
-        if order is not None and not in_order(module, parts, order, length, groups, self.where):
-            return OutOfOrder(codes, turned, None if symmetric else zeros, order)
-        packed = packed_matrix(
-            codes, turned, None if symmetric else zeros,
-            check=zeros if symmetric and _divides_words(bits) else None, name=f"{module}.weight",
-        )  # fmt: skip
-        if packed is None:
-            raise misshapen(module, parts, self.where)
-        return packed
+        sizes = [] if stated.group_size is None else [stated.group_size]
+        return quantised_matrix(
+            codes,
+            Transposed(scales),
+            None if symmetric else zeros,
+            groups_of_inputs(
+                module, parts, length, groups, sizes, self.where, order=parts.get("g_idx")
+            ),
+            check=zeros if symmetric and (in_words or self._is_version_2) else None,
+            name=f"{module}.weight",
+        )
+
+    @property
+    def _is_version_2(self) -> bool:
+        return (self.keys.checkpoint_format or self.keys.format) == _FORMATS[1]
 
     def _added(self, bits: int) -> int:
         """Return what is to be added to a word of zero points."""
-        if (self.keys.checkpoint_format or self.keys.format) == "gptq_v2":
+        if self._is_version_2 or WORD % bits:
             return 0
-        return sum(1 << place for place in range(0, WORD, bits)) if _divides_words(bits) else 0
+        return sum(1 << place for place in range(0, WORD, bits))
 
 
-def _divides_words(bits: int) -> bool:
-    return WORD % bits == 0
+def _expression(pattern: str) -> str:
+    """Return the regular expression of a key of `dynamic`."""
+    return pattern.removeprefix("+:").removeprefix("-:")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from graphopt.errors import SourceError
 from graphopt.files.refusals import REMEDY
 from graphopt.ir.types import Type
 from graphopt.ir.weights import Producer
+from graphopt.sources.quantised.words import ConsecutiveGroups, UnevenGroups
 
 
 @dataclass
@@ -115,31 +116,69 @@ def check_words(
         raise misshapen(module, parts, where)
 
 
-def in_order(
+def groups_of_inputs(
     module: str,
     parts: Mapping[str, Producer],
-    order: Producer,
     length: int,
-    groups: int,
+    count: int,
+    stated: Collection[int],
     where: str,
-) -> bool:
-    """Return whether groups of inputs are neighbours, in order and of equal size.
+    order: Producer | None = None,
+) -> Producer:
+    """Return the group of each input, int [length]: `ConsecutiveGroups` where neighbours share one.
 
     Args:
-        order: The group of each input.
         length: How many inputs there are.
+        count: How many groups there are.
+        stated: The sizes of groups that the config states for the weight, or for weights of which
+            this may be one; -1 for all inputs. None at all leaves equal groups.
+        order: The group of each input, where the checkpoint holds it.
 
     Raises:
-        SourceError: It names a group that there is not, or is of another length.
+        SourceError: No size that is stated, or more than one, makes so many groups of the inputs;
+            or `order` names a group that there is not, or is of another length.
     """
-    if order.shape != (length,) or order.dtype.is_floating_point or groups < 1:
+    sizes = {size if size > 0 else length for size in stated}
+    fitting = {size for size in sizes if -(-length // size) == count}
+    if count == 1:
+        fitting = {length}
+    elif not sizes and count > 0 and length % count == 0:
+        fitting = {length // count}
+    consecutive = ConsecutiveGroups(length, *fitting) if len(fitting) == 1 else None
+    if order is None:
+        if consecutive is None:
+            raise misshapen(module, parts, where)
+        return consecutive
+    if order.shape != (length,) or order.dtype.is_floating_point:
         raise misshapen(module, parts, where)
     index = order.load().long()
-    if int(index.min()) < 0 or int(index.max()) >= groups:
+    if int(index.min()) < 0 or int(index.max()) >= count:
         raise misshapen(module, parts, where)
-    return length % groups == 0 and bool(
-        (index == torch.arange(length) // (length // groups)).all()
-    )
+    if consecutive is not None and index.equal(consecutive.load()):
+        return consecutive
+    return order
+
+
+def about_uneven_groups(weights: Mapping[str, Producer], option: str) -> list[str]:
+    """Return notes about the weights of a checkpoint that are dense for their groups of inputs.
+
+    Args:
+        weights: By name; others may be among them.
+        option: What tools call the order of inputs by their activations.
+    """
+    reasons: dict[str, list[str]] = {}
+    for name, weight in weights.items():
+        if not isinstance(weight, UnevenGroups):
+            continue
+        reason = f"inputs are grouped in the order of their activations ({option})"
+        if isinstance(weight.groups, ConsecutiveGroups):
+            length, size = weight.groups.length, weight.groups.size
+            reason = f"its {length} inputs are no multiple of its groups of {size}"
+        reasons.setdefault(reason, []).append(name.removesuffix(".weight"))
+    return [
+        f"{counted(names)}: {reason}, so it is read as dense values"
+        for reason, names in reasons.items()
+    ]
 
 
 def counted(names: list[str]) -> str:

@@ -190,8 +190,32 @@ class Spread(Producer):
 
 
 @dataclass(frozen=True)
-class OutOfOrder(Producer):
-    """A matrix whose inputs belong to groups in no order: dense, in the dtype of its scales.
+class ConsecutiveGroups(Producer):
+    """The group of each input, int64 [length], where neighbours share one: the last may be smaller.
+
+    Attributes:
+        length: How many inputs there are.
+        size: How many inputs a group has.
+    """
+
+    length: int
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (self.length,)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return torch.int64
+
+    def load(self) -> Tensor:
+        return torch.arange(self.length) // self.size
+
+
+@dataclass(frozen=True)
+class UnevenGroups(Producer):
+    """A matrix whose groups of inputs are no equal runs: dense, in the dtype of its scales.
 
     Attributes:
         codes: Of [out, in].
@@ -222,23 +246,27 @@ class OutOfOrder(Producer):
         return ((self.codes.codes().float() - zeros) * scales.float()[:, group]).to(scales.dtype)
 
 
-def packed_matrix(
-    codes: Codes, scales: Producer, zeros: Codes | None, check: Codes | None = None, name: str = ""
-) -> Dequantised | None:
-    """Return a packed weight; None where its groups are not of equal size.
+def quantised_matrix(
+    codes: Codes,
+    scales: Producer,
+    zeros: Codes | None,
+    groups: Producer,
+    check: Codes | None = None,
+    name: str = "",
+) -> Producer:
+    """Return a packed weight; a dense one where its groups are not of equal size and in order.
 
     Args:
         codes: Of [out, in].
         scales: [out, groups].
         zeros: Zero points of [out, groups]; None where codes are symmetric.
-        check: Zero points that a symmetric weight has all the same, to be checked.
+        groups: int [in], the group of each input.
+        check: Zero points that a symmetric packed weight has all the same, to be checked.
         name: The weight's, for messages.
     """
-    groups = scales.shape[1]
-    if groups < 1 or codes.length % groups:
-        return None
-    group = codes.length // groups
-    encoding = Packed(codes.bits, group, symmetric=zeros is None)
+    if not isinstance(groups, ConsecutiveGroups) or codes.length % groups.size:
+        return UnevenGroups(codes, scales, zeros, groups)
+    encoding = Packed(codes.bits, groups.size, symmetric=zeros is None)
     packed: Producer = Grouped(codes, encoding)
     if check is not None:
         packed = WithoutZeroPoints(packed, check, name)
