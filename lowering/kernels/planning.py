@@ -39,6 +39,17 @@ def plan_attention(spec: AttentionSpec, target: Target) -> AttentionPlan:
     )
 
 
+def why_no_kernel(spec: AttentionSpec, target: Target) -> str | None:
+    """Return why no kernel family of the target can do the attention; None where one can."""
+    reasons: dict[str, None] = {}
+    for name in target.kernels:
+        reason = get_family(name).planner.refuses(spec, target)
+        if reason is None:
+            return None
+        reasons[reason] = None
+    return "; ".join(reasons) or f"{target.title} has no attention kernels of ours"
+
+
 def portable_target() -> Target:
     """Return the GPU whose kernels run on the most others: the oldest that compiles as it runs."""
 

@@ -16,10 +16,14 @@ from graphopt.ir.encoding import Packed
 from graphopt.ir.feed_forward import read_hidden
 from graphopt.ir.functional import ACTIVATIONS
 from graphopt.ir.graph import Call, Node, Program, Value
-from graphopt.lowering.torch.fuse_quantised import QUANTISED_RULES
+from graphopt.ir.types import Type
+from graphopt.lowering.kernels.plan_kernels import compute_dtype
+from graphopt.lowering.kernels.planning import why_no_kernel
+from graphopt.lowering.torch.fuse_quantised import QUANTISED_RULES, fuse_rounding_with_cache
 from graphopt.lowering.torch.packed import encodings as encodings_of
 from graphopt.lowering.torch.packed import with_uniform_encodings
 from graphopt.pass_manager.contract import Context, Pass, PassResult
+from graphopt.plan import AttentionSpec
 from graphopt.report.record import Record
 from graphopt.rewrite import (
     Match,
@@ -32,6 +36,7 @@ from graphopt.rewrite import (
     types_of,
 )
 from graphopt.runtime.quantised_linear import span_of
+from graphopt.targets import get_target
 
 
 class FusedOps(Record):
@@ -73,9 +78,15 @@ class FuseLayerOps(Pass):
     10. `fuse_front_with_transform`: a norm by a weight, or a gate, which a `transformed` alone
         reads, becomes part of it.
     11. `fuse_rounding_with_cache`: roundings with zero points, to 4 or 8 bits alike, of the new
-        keys and values that an attention with a past alone reads, become its own.
+        keys and values that an attention with a past alone reads, become its own, where a kernel
+        of the target reads codes of such heads.
     12. No weight is read or changed.
+
+    Options:
+        target: Name of the target whose kernels run what is joined.
     """
+
+    target: str = "cpu"
 
     name: ClassVar[str] = "fuse-layer-ops"
     record: ClassVar[type[Record]] = FusedOps
@@ -83,6 +94,18 @@ class FuseLayerOps(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         program = with_uniform_encodings(program)
         calls, types = calls_of(program), types_of(program)
+        target = get_target(self.target)
+        dtype = compute_dtype(program, target)
+
+        def why_unread(query: Type, key: Type, value: Type, kv_bits: int) -> str | None:
+            spec = AttentionSpec(
+                head_dim=int(query.shape[3]), value_dim=int(value.shape[3]),
+                heads=int(query.shape[1]), kv_heads=int(key.shape[1]), dtype=dtype,
+                kv_bits=kv_bits,
+            )  # fmt: skip
+            return why_no_kernel(spec, target)
+
+        last = fuse_rounding_with_cache(why_unread)
         counts: Counter[str] = Counter()
         left: Counter[str] = Counter()
         for name, function in program.functions.items():
@@ -94,7 +117,7 @@ class FuseLayerOps(Pass):
             encodings = encodings_of(program, calls[name][0])
             alone = _read_once(program, calls[name])
             linears = fuse_linears(alone - set(encodings)), fuse_packed_linears(encodings, alone)
-            for fusion in (*RULES, *linears, *QUANTISED_RULES):
+            for fusion in (*RULES, *linears, *QUANTISED_RULES, last):
                 rewritten = apply_rules(function, [fusion], calls[name], types[name])
                 for applied, count in rewritten.counts.items():
                     counts[applied] += count * times

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from graphopt.ir.graph import Node, Value
-from graphopt.ir.ops.attention import KEY, PAST_K, VALUE, is_general
-from graphopt.rewrite import Match, NoMatch, Site, rule
+from graphopt.ir.ops.attention import KEY, PAST_K, QUERY, VALUE, is_general
+from graphopt.ir.types import Type
+from graphopt.rewrite import Match, NoMatch, Rule, Site, rule
 from graphopt.rewrite.rule import VARIES
 
 _LEFT, _RIGHT, _CLIP_LOW, _CLIP_HIGH = 3, 4, 5, 6
@@ -101,12 +102,28 @@ def fuse_front_with_transform(site: Site) -> Match | NoMatch:
     return Match(rewrite)
 
 
-@rule("attention")
-def fuse_rounding_with_cache(site: Site) -> Match | NoMatch:
-    """attention(q, quantise_dequantise(k), quantise_dequantise(v), past) -> attention(.., kv_bits).
+WhyUnread = Callable[[Type, Type, Type, int], str | None]
+"""Says of queries, keys, values and bits why no kernel reads such a cache; None where one does."""
 
-    A cache then holds codes, and new keys and values are rounded where they are written.
+
+def fuse_rounding_with_cache(why_unread: WhyUnread) -> Rule:
+    """Return the rule that leaves the rounding of keys and values to the cache.
+
+    Where no kernel reads the codes, the reference would unpack the whole cache in every step.
     """
+
+    @rule("attention")
+    def fuse_rounding_with_cache(site: Site) -> Match | NoMatch:
+        """attention(q, quantise_dequantise(k), .. (v), past) -> attention(q, k, v, .., kv_bits).
+
+        A cache then holds codes, and new keys and values are rounded where they are written.
+        """
+        return _rounded_by_cache(site, why_unread)
+
+    return fuse_rounding_with_cache
+
+
+def _rounded_by_cache(site: Site, why_unread: WhyUnread) -> Match | NoMatch:
     node = site.node
     roundings = [site.maker(index, "quantise_dequantise") for index in (KEY, VALUE)]
     bits = {None if r is None else site.attr("bits", r) for r in roundings}
@@ -122,11 +139,18 @@ def fuse_rounding_with_cache(site: Site) -> Match | NoMatch:
         value = site.operand(index)
         if value is None or site.only_reader(value) is not node:
             return site.no("something else reads its rounded keys or values")
+    (kv_bits,) = bits
+    query, key, value = (node.inputs[index] for index in (QUERY, KEY, VALUE))
+    assert query is not None and key is not None and value is not None and kv_bits is not None
+    for types in site.types:
+        reason = why_unread(types[query], types[key], types[value], kv_bits)
+        if reason is not None:
+            return site.no(f"no kernel reads codes of its keys and values: {reason}")
     operands = list(node.inputs)
     for index, rounding in zip((KEY, VALUE), roundings, strict=True):
         assert rounding is not None
         operands[index] = rounding.inputs[0]
-    return site.change("attention", operands, {**node.attrs, "kv_bits": bits.pop()})
+    return site.change("attention", operands, {**node.attrs, "kv_bits": kv_bits})
 
 
 def _front_of(node: Node) -> bool:
@@ -164,6 +188,8 @@ QUANTISED_RULES = (
     fuse_rounding_with_linears,
     fuse_transform_with_rounding,
     fuse_front_with_transform,
-    fuse_rounding_with_cache,
 )
-"""The rules, in the order in which they run, behind those of linears and norms."""
+"""The rules, in the order in which they run, behind those of linears and norms.
+
+`fuse_rounding_with_cache` is for a target.
+"""

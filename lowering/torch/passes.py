@@ -15,7 +15,9 @@ from graphopt.targets import get_target
 def lowering_passes(target: str) -> list[Pass]:
     """Return the exact passes that run before emission for a target, in their order."""
     machine = get_target(target)
-    passes: list[Pass] = [DeferResidualAdds(), FuseLayerOps()] if machine.layer_kernels else []
+    passes: list[Pass] = (
+        [DeferResidualAdds(), FuseLayerOps(target)] if machine.layer_kernels else []
+    )
     return [*passes, PlanKernels(target)] if machine.kernels else passes
 
 

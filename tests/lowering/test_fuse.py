@@ -17,7 +17,7 @@ from graphopt.ir.parse import parse_program
 from graphopt.ir.printer import print_function
 from graphopt.ir.verify import verify
 from graphopt.lowering.torch import fuse
-from graphopt.lowering.torch.fuse_quantised import QUANTISED_RULES
+from graphopt.lowering.torch.fuse_quantised import QUANTISED_RULES, fuse_rounding_with_cache
 from graphopt.lowering.torch.passes import lower, lowering_passes
 from graphopt.rewrite import apply_rules
 
@@ -238,6 +238,7 @@ RULES = {
         fuse.fuse_linears({"a", "b", "c"}),
         fuse.fuse_packed_linears(CODES, {"p", "r"}),
         *QUANTISED_RULES,
+        fuse_rounding_with_cache(lambda query, key, value, bits: None),
     )
 }
 

@@ -27,7 +27,7 @@ from graphopt.ir.relayout import with_layouts  # noqa: E402
 from graphopt.lowering.kernels import plan_attention  # noqa: E402
 from graphopt.lowering.kernels.plan_kernels import planned_attentions  # noqa: E402
 from graphopt.lowering.kernels.triton import kernel_constants  # noqa: E402
-from graphopt.lowering.torch.passes import lower  # noqa: E402
+from graphopt.lowering.torch.passes import lower, lowering_passes  # noqa: E402
 from graphopt.plan import AttentionSpec  # noqa: E402
 from graphopt.runtime.attention import Keys, decode, prefill  # noqa: E402
 from graphopt.runtime.fused import launch_append  # noqa: E402
@@ -151,7 +151,8 @@ def test_attention_reads_rows(bits: int, layout: str, phase: str, form: str) -> 
 
 def with_rounded_keys(bits: int, **features: Any) -> Program:
     """Return a program whose new keys and values are rounded in front of its attentions."""
-    program = tiny_program(hidden=64, head_dim=32, heads=4, kv_heads=2, ffn=48, **features)
+    sizes = {"hidden": 64, "head_dim": 32, "heads": 4, "kv_heads": 2, "ffn": 48}
+    program = tiny_program(**{**sizes, **features})
     recipe = f"canonicalise,quantize{{kv={bits},method=rtn}},insert-kv-cache"
     return go.Pipeline.parse(recipe).run(program, go.RunOptions(verify=False))[0]
 
@@ -173,6 +174,24 @@ def test_lowering_leaves_the_rounding_to_the_cache(bits: int) -> None:
         found = Runner(lowered, dtype=torch.float64, mode=mode).logits({"input_ids": ids})
         # Sums in another order, in fp64.
         torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("head_dim", "reason"), [(48, "heads of 48: no power of two"), (16, "head_dim is 16")]
+)
+def test_rounding_stays_where_no_kernel_reads_codes_of_the_heads(
+    head_dim: int, reason: str, bits: int
+) -> None:
+    """Else the reference unpacks the whole cache in every step."""
+    program = with_rounded_keys(bits, head_dim=head_dim, heads=2, kv_heads=1)
+    lowered, report = go.Pipeline(lowering_passes("ampere")).run(program)
+    nodes = lowered.functions["block"].nodes
+    assert [node.op for node in nodes].count("quantise_dequantise") == 2
+    (own,) = (node for node in nodes if node.op == "attention")
+    assert "kv_bits" not in own.attrs
+    record = report.passes[1].record
+    assert record is not None and any(reason in line for line in record.left)
 
 
 @pytest.mark.slow
