@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graphopt.execute.block_runner import WeightGroup
 from graphopt.ir import functional
 from graphopt.ir.affine import Factors
+from graphopt.ir.encoding import group_of
 
 CLIP_RATE = 10.0
 """Factor of the learning rate for the logits of clips: 5e-2 where it is 5e-3, as in the paper."""
@@ -59,7 +60,8 @@ class Rounding:
 
     Attributes:
         bits: Of a code; codes are symmetric.
-        group: Neighbours along `in` that share a scale; 0 for all of a row.
+        group: Neighbours along `in` that share a scale, of which `group_of` makes what divides a
+            row; 0 for all of a row.
     """
 
     bits: int
@@ -67,7 +69,9 @@ class Rounding:
 
     def rows(self, weight: Tensor) -> Tensor:
         """Return a matrix with what shares a scale along the last axis."""
-        return weight.unflatten(-1, (-1, self.group)) if self.group else weight
+        if not self.group:
+            return weight
+        return weight.unflatten(-1, (-1, group_of(self.group, weight.shape[-1])))
 
     def clipped(self, weight: Tensor, clip: Tensor | None) -> Tensor:
         """Return a matrix whose elements lie within a share of the range of what shares a scale.

@@ -51,7 +51,7 @@ class FlatQuant(TrainingOptions, Pass):
 
     1. Blocks are those that add to a residual stream; transforms stand as for `insert-affine`.
     2. A weight that is rounded is a matrix that one `linear` reads; a group divides its columns, or
-       a row shares a scale.
+       is halved until it does, down to 16; where none does, a row shares a scale.
     3. The calibration text has a window for training and one for checks.
 
     Options:

@@ -26,7 +26,8 @@ class Bits:
 
     Attributes:
         w, a, kv: Of weights, of what linears read, and of keys and values.
-        group: Neighbours along the input that share a scale of weights; 0 for all of a row.
+        group: Neighbours along the input that share a scale of weights, of which `group_of` makes
+            what divides a row; 0 for all of a row.
     """
 
     w: int
@@ -141,13 +142,8 @@ def _round_site(
             left.append((f"{where}.{slot}", f"it is read by {reader.node.op}: matrices alone are "
                          "rounded"))  # fmt: skip
             continue
-        width = program.weights[calls[0].weights[slot]].shape[-1]
-        group = bits.group if bits.group and width % bits.group == 0 else 0
-        if bits.group and not group:
-            left.append((f"{where}.{slot}", f"groups of {bits.group} do not divide its {width} "
-                         "columns: a row shares a scale"))  # fmt: skip
         if bits.w < 16:
-            rounded.linears[slot] = Rounding(bits.w, group)
+            rounded.linears[slot] = Rounding(bits.w, bits.group)
         linears.append(reader.node)
     if not linears or bits.a >= 16:
         return left

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import mostly_slow
 from programs import tiny_program
+from tiny_models import byte_tokenizer
 from trained import book
 
 from graphopt.calibration.affine_factors import FactorMaker, check_condition
@@ -18,8 +19,11 @@ from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import Array
 from graphopt.ir.affine import Factors, role_of
 from graphopt.ir.blocks import find_blocks
+from graphopt.ir.encoding import Packed
+from graphopt.ir.encoding import group_of as group_of_row
 from graphopt.pass_manager.contract import Context
 from graphopt.passes.flatquant.flatquant import FlatQuant
+from graphopt.passes.flatquant.run import FlatQuantising
 from graphopt.passes.flatquant.structure import (
     Bits,
     RoundedFunction,
@@ -33,6 +37,13 @@ from graphopt.training.affine import BlockTransforms, InvertibleFactor, Rounding
 IDS = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(3))
 INPUTS = complete_inputs({"input_ids": IDS})
 CPU = torch.device("cpu")
+
+
+def with_tokenizer(folder, **options):
+    byte_tokenizer().save_pretrained(folder)
+    program = tiny_program(vocab=512, **options)
+    program.tokenizer = str(folder)
+    return program
 
 
 def logits(program):
@@ -151,13 +162,34 @@ def test_a_singular_transform_stops_with_the_name_of_its_layer():
         check_condition(torch.tensor([1.0, 1e-9]), "layers.3.mlp")
 
 
-def test_groups_that_do_not_divide_and_widths_without_factors_are_said():
+@pytest.mark.parametrize(("length", "group"), [(31, 31), (48, 16), (64, 64), (96, 32)])
+def test_weights_are_trained_on_the_grid_that_they_are_packed_in(length, group):
+    """Groups of 64: where they do not divide a row, the same smaller ones in both places."""
+    weight = torch.randn(5, length, generator=torch.Generator().manual_seed(length))
+    assert group_of_row(64, length) == group
+    encoding = Packed(4, group)
+    stored = encoding.dequantise(encoding.quantise(weight))
+    torch.testing.assert_close(Rounding(4, 64).rounded(weight), stored, rtol=0, atol=1e-6)
+
+
+def test_groups_that_do_not_divide_a_row_are_halved_in_training_too(tmp_path):
+    program = with_tokenizer(tmp_path, hidden=48)
+    item = FlatQuant(kind="none", clip=False, steps=0, seqlen=16, windows=2, group=32)
+    context = Context(text=book(60), dense=program)
+    run = FlatQuantising(item, program.copy(), context)
+    group = run._group(find_blocks(run.program)[0].position)
+    for slot, rounding in group.roundings.items():
+        width = group.base(slot).shape[1]
+        assert rounding.rows(group.base(slot)).shape[-1] == {48: 16, 32: 32}[width]
+    result = run.run()
+    packed = [w.encoding for w in result.program.used_weights() if w.encoding is not None]
+    assert {encoding.group for encoding in packed} == {16, 32}
+    assert any("48 features are no multiple of 32" in skip.reason for skip in result.skipped)
+    assert result.statement.check(program, result.program) is None
+
+
+def test_widths_without_factors_are_said():
     program = tiny_program(hidden=31)
-    rounded, left = insert_roundings(program, Bits(4, 4, 4, group=16))
-    assert any("groups of 16 do not divide its 31 columns" in reason for _, reason in left)
-    roundings = rounded["block"].linears
-    assert roundings["self_attn.q_proj.weight"].group == 0
-    assert roundings["mlp.down_proj.weight"].group == 16
     maker = FactorMaker("hadamard", program, torch.Generator().manual_seed(0))
     told = plan_transforms(program, maker).left
     assert any("31 features have no two useful factors" in reason for _, reason in told)
