@@ -65,6 +65,9 @@ class TuneCodes(TrainingOptions, Pass):
     reads_weights: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("quantize",)
 
+    def check_options(self) -> None:
+        self.refuse_low_rank("tune-codes trains scales and codes")
+
     def milder(self, recipe: Sequence[str]) -> str:
         return "train for longer (tune-codes{seconds=}) and on text of your own (--calib)"
 

@@ -5,11 +5,12 @@ Listing passes reads this module, so that it imports nothing that computes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from graphopt.errors import UsageError
 from graphopt.support.per_device import PerDevice
 
 DEFAULT_SECONDS = 150.0
@@ -44,3 +45,20 @@ class TrainingOptions:
     train: Literal["all", "low-rank"] = "all"
     rank: Annotated[int, Field(ge=1)] = 128
     patience: Annotated[int, Field(ge=0)] = 0
+
+    def refuse_low_rank(self, trained: str) -> None:
+        """Refuse to train by low-rank terms, for passes that train something else.
+
+        Args:
+            trained: Which pass trains what, as in `tune-codes trains scales and codes`.
+
+        Raises:
+            UsageError: `train` or `rank` is not at its default.
+        """
+        for option in fields(TrainingOptions):
+            value = getattr(self, option.name)
+            if option.name in ("train", "rank") and value != option.default:
+                raise UsageError(
+                    f"{option.name}={value} is for low-rank terms, and {trained}.",
+                    f"Leave {option.name} out.",
+                )

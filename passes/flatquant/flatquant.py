@@ -115,12 +115,42 @@ class FlatQuant(TrainingOptions, Pass):
                     f"flatquant: {name}={getattr(self, name)} bits are more than the 8 of a code.",
                     f"Give {name} from 2 to 8, or {WHOLE} to leave it alone.",
                 )
-        if self.method == "published":
-            if self.kind != "kronecker":
-                raise UsageError(
-                    f"method=published trains transforms, and those of kind={self.kind} are fixed.",
-                    "Leave one of them out.",
-                )
+        self.refuse_low_rank("flatquant trains transforms, clips and whole weights")
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        """Refuse options that another one leaves without effect.
+
+        Raises:
+            UsageError: Naming both.
+        """
+        # What a method does in any case may be said.
+        same = {"start": "random", "distil": 0, "generated_windows": 0}
+        published = self.method == "published"
+        given = {
+            option: value
+            for option, value in self.options().items()
+            if not (published and option in same and value == same[option])
+        }
+        why: dict[str, str] = {}
+        if published:
+            why = {
+                "kind": "method=published trains transforms, and those of kind={} are fixed",
+                "start": "method=published begins with random transforms, and start={} does not",
+                "clip": "method=published trains clips, and clip={} leaves them out",
+                "distil": "method=published does not train whole weights, and distil={} would",
+                "generated_windows": "method=published does not train whole weights, for which "
+                "generated_windows={} are written",
+            }
+        elif self.kind != "kronecker":
+            why = {"start": f"transforms of kind={self.kind} are not trained, and start={{}} is "
+                            "what trained ones begin with"}  # fmt: skip
+            if self.kind == "scale":
+                why["scale"] = "kind=scale is nothing but scales, and scale={} leaves them out"
+        for option, sentence in why.items():
+            if option in given:
+                told = sentence.format(str(given[option]).lower())
+                raise UsageError(f"flatquant: {told}.", "Leave one of them out.")
 
     def check(self, program: Program) -> None:
         if not find_blocks(program) or not find_sites(program):

@@ -147,10 +147,19 @@ def test_options_that_nothing_computes_with_are_refused():
     for given, said in (
         ({"w": 5}, "w=5 bits"), ({"a": 9}, "a=9 bits"), ({"kv": 12}, "kv=12 bits"),
         ({"method": "published", "kind": "hadamard"}, "kind=hadamard are fixed"),
+        ({"method": "published", "clip": False}, "trains clips, and clip=false leaves them out"),
+        ({"method": "published", "start": "hadamard"}, "start=hadamard does not"),
+        ({"method": "published", "distil": 0.2}, "distil=0.2 would"),
+        ({"method": "published", "generated_windows": 4}, "generated_windows=4 are written"),
+        ({"kind": "random", "start": "hadamard"}, "kind=random are not trained"),
+        ({"kind": "scale", "scale": False}, "nothing but scales, and scale=false"),
+        ({"train": "low-rank"}, "train=low-rank is for low-rank terms"),
+        ({"rank": 8}, "rank=8 is for low-rank terms"),
         ({"w": 1}, "w"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=said):
             FlatQuant(**given)
+    FlatQuant(method="published", start="random", distil=0, generated_windows=0)
 
 
 def test_a_singular_transform_stops_with_the_name_of_its_layer():

@@ -11,7 +11,7 @@ from trained import book, trained_program
 
 import graphopt as go
 from graphopt.calibration.text import calibration_windows, held_out_perplexity
-from graphopt.errors import PassError
+from graphopt.errors import PassError, UsageError
 from graphopt.ir import Array, Dequantised, Packed, Weight
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.pass_manager.rounding_statements import RetunedCodes
@@ -165,3 +165,9 @@ def test_other_values_of_a_block_are_what_it_states():
         program.weights.replace(weight.with_producer(made))
 
     assert result_with(scaled) is None
+
+
+@pytest.mark.parametrize("given", [{"train": "low-rank"}, {"rank": 4}])
+def test_low_rank_terms_are_refused(given):
+    with pytest.raises(UsageError, match="low-rank terms, and tune-codes trains scales and codes"):
+        make_pass("tune-codes", given)
