@@ -160,6 +160,12 @@ class Quantize(Pass):
                 f"Give kv={WHOLE}.",
             )
         tables = find_tables(program)
+        for option, what in (("head", "output matrix"), ("embedding", "table of embeddings")):
+            if getattr(self, option) < WHOLE and option in tables.reasons:
+                raise PassError(
+                    f"{program.name} cannot have its {what} rounded: {tables.reasons[option]}.",
+                    f"Leave {option}={getattr(self, option)} out.",
+                )
         if tables.tied and self.head != self.embedding:
             raise PassError(
                 f"{program.name} has one weight as its output matrix and its table of embeddings, "

@@ -21,7 +21,7 @@ from graphopt.compiler import emit
 from graphopt.errors import PassError, UsageError
 from graphopt.execute.hidden_states import HiddenStateStream
 from graphopt.execute.interpreter import Runner
-from graphopt.ir import Array, Dequantised, Packed, Program, Weight
+from graphopt.ir import Array, Dequantised, Packed, Program, Value, Weight
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.encoding import group_of
 from graphopt.ir.imprint import Imprint
@@ -29,6 +29,7 @@ from graphopt.ir.verify import verify
 from graphopt.pass_manager.claims import check_claims
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.passes.quantize.record import QuantizedModel
+from graphopt.passes.quantize.tables import find_tables
 
 WHOLE = 16
 INPUTS = {"input_ids": torch.tensor([[5, 3, 9, 2, 11, 7], [1, 4, 7, 8, 4, 6]])}
@@ -374,6 +375,39 @@ def test_a_pipeline_runs_and_emits_it(tmp_path, text):
 def test_bits_that_there_are_not(options, message):
     with pytest.raises(UsageError, match=message):
         make_pass("quantize", options)
+
+
+def _head_function(program):
+    (call,) = [call for call in program.calls if program.outputs[0] in call.results]
+    return call, program.functions[call.function]
+
+
+def test_the_head_is_the_linear_that_gives_the_logits():
+    """Not another one behind it, whose results nobody reads as logits."""
+    program = tiny_program()
+    call, function = _head_function(program)
+    (linear,) = [node for node in function.nodes if node.op == "linear"]
+    program.weights.add(Weight("probe.weight", Array(torch.ones(4, 32))))
+    call.weights["probe"] = "probe.weight"
+    function.weights["probe"] = Value("probe_w")
+    probe = function.add("linear", [linear.inputs[0], function.weights["probe"]], {}, ["probe"])
+    function.results.append(probe.output)
+    call.results.append("probe")
+    assert find_tables(program).head == call.weights[function.slots_by_value()[linear.inputs[1]]]
+
+
+@pytest.mark.parametrize("option", ["head", "embedding"])
+def test_a_table_that_cannot_be_rounded_as_asked_is_refused(option):
+    program = quantize(tiny_program(tied=False), w=WHOLE, **{option: 8}, method="rtn").program
+    with pytest.raises(PassError, match=r"weight is packed\(bits=8.* already"):
+        quantize(program, w=WHOLE, **{option: 4}, method="rtn")
+    program = tiny_program()
+    _, function = _head_function(program)
+    (linear,) = [node for node in function.nodes if node.op == "linear"]
+    other = function.add("add", [linear.inputs[1], linear.inputs[1]], {}, ["twice"], before=linear)
+    linear.inputs[1] = other.output
+    with pytest.raises(PassError, match="logits are not the products of one stored matrix"):
+        make_pass("quantize", {"head": 8, "method": "rtn"}).check(program)
 
 
 def test_what_cannot_be_rounded_says_why(text):
