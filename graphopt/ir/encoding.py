@@ -156,7 +156,7 @@ class Packed:
         top = 2**self.bits - 1
         if self.symmetric:
             middle = 2 ** (self.bits - 1)
-            scales = rows.abs().amax(-1) / (middle - 1 if self.bits > 2 else middle)
+            scales = rows.abs().amax(-1) / (middle - 1)
             zeros = torch.full_like(scales, middle)
         else:
             low, high = rows.amin(-1).clamp(max=0), rows.amax(-1).clamp(min=0)

@@ -22,10 +22,18 @@ ROUNDED = "quantise_dequantise"
 TOLERANCE = 1e-3
 """How far a weight's error, summed on another device in another order, may be from the stated."""
 
+FARTHEST = 4.0
+"""How many times the squared error of nearest codes that of codes may be that make up for others'
+errors. Where that is less than the matrix's square, which is the error of zeros, the square is the
+bound instead: what is made up for may be larger than a step of 8 bits."""
+
 
 @dataclass(frozen=True)
 class PackedMatrix:
     """A weight that became codes.
+
+    Its error is bounded, whatever is stated: by that of the nearest codes of the full range of each
+    group where the codes are nearest ones, and by `FARTHEST` otherwise.
 
     Attributes:
         name: The weight's.
@@ -124,11 +132,14 @@ def _not_the_same(before: Program, scaled: Program) -> str | None:
     )
 
 
-def _rounds(node: Node, bits: int, symmetric: bool) -> bool:
+def _rounds(node: Node, bits: int, symmetric: bool, clipped: bool) -> bool:
+    """Return whether a node rounds so, as it is to stay: without a gradient of its own."""
     return (
         node.op == ROUNDED
         and node.attrs.get("bits") == bits
         and node.attrs.get("symmetric") is symmetric
+        and not node.attrs.get("straight_through", False)
+        and (clipped or all(clip is None for clip in node.inputs[1:]))
     )
 
 
@@ -150,6 +161,8 @@ def check_roundings(
     readers: Collection[str],
     activations: int | None,
     kv: int | None,
+    *,
+    clipped: bool = False,
 ) -> str | None:
     """Return what is untrue of the roundings that functions of blocks have.
 
@@ -158,6 +171,7 @@ def check_roundings(
         readers: The weights by whose linears a rounded value is read.
         activations: Bits of what these linears read; None where nothing is asked.
         kv: Bits of the keys and values that attentions of blocks read; None likewise.
+        clipped: Whether roundings may have clips; else they cover the whole range of each token.
     """
     expected: dict[str, set[Node]] = {name: set() for name in after.functions}
     for block in find_blocks(after):
@@ -174,9 +188,9 @@ def check_roundings(
             for place, bits, symmetric in places:
                 value = node.inputs[place]
                 rounding = None if value is None else value.node
-                if rounding is None or not _rounds(rounding, bits, symmetric):
+                if rounding is None or not _rounds(rounding, bits, symmetric, clipped):
                     where = f"{call.path or function.name}: operand {place} of {node.op}"
-                    return f"{where} is not rounded to {bits} bits"
+                    return f"{where} is not rounded to {bits} bits as stated"
                 expected[call.function].add(rounding)
     for name, nodes in added.items():
         others = [node for node in nodes if node not in expected[name]]
@@ -221,6 +235,8 @@ def _check_weight(source: Weight, made: Weight, stated: PackedMatrix) -> str | N
         return f"it is {made.encoding or 'dense'}, not {stated.encoding}"
     if made.shape != source.shape:
         return f"it is {list(made.shape)}, not {list(source.shape)}"
+    if made.dtype != source.dtype:
+        return f"it is of {made.dtype}, not {source.dtype}"
     tensors = {t.name.removeprefix(f"{made.name}."): t.load() for t in made.tensors()}
     if not bool(tensors["scales"].isfinite().all()) or bool((tensors["scales"] == 0).any()):
         return "it has a scale that is 0 or not finite"
@@ -229,9 +245,30 @@ def _check_weight(source: Weight, made: Weight, stated: PackedMatrix) -> str | N
     error = float((value.double() - wanted.double()).square().sum()) / power
     if abs(error - stated.error) > TOLERANCE * max(stated.error, 1e-6):
         return f"its squared error is {error:.4g} of its square, not {stated.error:.4g}"
+    if error > (most := _most_error(value, wanted, tensors["scales"], stated)):
+        return (
+            f"its squared error is {error:.4g} of its square, and {most:.4g} at most for such codes"
+        )
     if stated.nearest and _farther(value, wanted, tensors, stated.encoding):
         return "not every element is the nearest of the values that codes stand for"
     return None
+
+
+def _most_error(value: Tensor, wanted: Tensor, scales: Tensor, stated: PackedMatrix) -> float:
+    """Return the bound of a matrix's squared error, relative to its square."""
+    goal = wanted.double()
+    power = max(float(goal.square().sum()), 1e-30)
+    full = stated.encoding.dequantise(stated.encoding.quantise(goal))
+    nearest = float((full - goal).square().sum()) / power
+    if not stated.nearest:
+        # What has nothing in common with the matrix is none of its roundings.
+        alike = float((value.double() * goal).sum()) > 0 or power <= 1e-30
+        return max(1.0, FARTHEST * nearest) if alike else 0.0
+    # Chosen grids are no worse than the full range until their scales are rounded: to fp16, which
+    # moves a value by half of its eps, to a wider one of the weight's, or up to the least scale.
+    rounded = max(torch.finfo(dtype).eps for dtype in (torch.float16, scales.dtype))
+    least = torch.finfo(torch.float16).tiny * (goal.numel() / power) ** 0.5
+    return float(nearest**0.5 * (1 + rounded) + rounded + least) ** 2
 
 
 def _farther(

@@ -43,7 +43,9 @@ class RoundedBlocks(Statement):
             if made != encoding:
                 return f"{name} is {made or 'dense'}, not {encoding}"
         added = added_roundings(before, after)
-        untrue = check_roundings(after, added, self.readers, self.activations, self.kv)
+        untrue = check_roundings(
+            after, added, self.readers, self.activations, self.kv, clipped=True
+        )
         if untrue is not None or self.packing is None:
             return untrue
         return self.packing.check(self.folded, after)

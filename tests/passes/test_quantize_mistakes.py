@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import torch
 from programs import tiny_program
 from tiny_models import byte_tokenizer
 from trained import book
 
 from graphopt.errors import VerifyError
-from graphopt.ir import Array, Dequantised, Packed
+from graphopt.ir import Array, Dequantised, Packed, Value, Weight
 from graphopt.ir.imprint import Imprint
 from graphopt.pass_manager.claims import check_claims
 from graphopt.pass_manager.contract import Context, make_pass
@@ -112,6 +115,25 @@ def values_for_keys(program):
                 node.inputs[1].node.attrs["symmetric"] = True
 
 
+def a_clip(program):
+    function, node = roundings(program)[0]
+    for call in program.calls:
+        if call.function == function.name:
+            call.weights["clip"] = "clip"
+    program.weights.add(Weight("clip", Array(torch.tensor([0.1]))))
+    function.weights["clip"] = Value("clip")
+    node.inputs = [node.inputs[0], function.weights["clip"], function.weights["clip"]]
+
+
+def with_a_gradient(program):
+    roundings(program)[0][1].attrs["straight_through"] = True
+
+
+def other_dtype(program):
+    weight = program.weights[UP]
+    dequantised(program, UP, scales=weight.producer.scales.load().bfloat16())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -122,6 +144,9 @@ def values_for_keys(program):
         (swapped_weights, "something else than the weights and roundings stated"),
         (no_rounding, "is not rounded to 4 bits"),
         (other_bits, "is not rounded to 4 bits"),
+        (a_clip, "is not rounded to 4 bits"),
+        (with_a_gradient, "is not rounded to 4 bits"),
+        (other_dtype, "it is of torch.bfloat16, not torch.float32"),
         (rounded_twice, "is rounded as well"),
         (values_for_keys, "operand 1 of attention is not rounded to 8 bits"),
     ],
@@ -133,3 +158,61 @@ def test_mistakes_are_found(change, message):
     result = planted(item.run(program, Context()), change)
     with pytest.raises(VerifyError, match=message):
         check_claims(item, result, imprint, program)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Return a program with a tokenizer, and a context with a text for it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_tokenizer().save_pretrained(folder)
+    program = tiny_program(vocab=512)
+    program.tokenizer = str(folder)
+    return program, Context(text=book(60))
+
+
+def zeros(encoding, value):
+    """Return what every element of is 0, as codes of scales of which it is the nearest."""
+    tensors = encoding.quantise(value)
+    tensors["scales"] = torch.full_like(tensors["scales"], 1e4)
+    return tensors | {"packed": encoding.quantise(torch.zeros_like(value))["packed"]}
+
+
+def coarse(encoding, value):
+    """Return nearest codes of scales that are three times as large as the full range's."""
+    tensors = encoding.quantise(value)
+    scales = tensors["scales"] * 3
+    codes = (value.unflatten(-1, (-1, encoding.group)) / scales[..., None]).round()
+    return encoding.pack((codes + 2 ** (encoding.bits - 1)).flatten(-2), scales)
+
+
+def negated(encoding, value):
+    tensors = encoding.quantise(value)
+    return tensors | {"scales": -tensors["scales"]}
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(
+    ("method", "scale", "codes"),
+    [
+        ("rtn", False, zeros), ("rtn", False, coarse), ("rtn", True, coarse),
+        ("gptq", False, zeros), ("gptq", False, negated), ("gptq", True, zeros),
+    ],
+)  # fmt: skip
+def test_an_error_that_is_stated_as_it_is_has_a_bound_all_the_same(
+    method, scale, codes, bits, text
+):
+    program, context = text
+    options = {"w": bits, "method": method, "scale": scale, "windows": 2, "seqlen": 16}
+    item = make_pass("quantize", options)
+    result = item.run(program, context)
+    assert result.statement.check(program, result.program) is None
+    source = (result.statement.scaled or program).weights[UP].load()
+    encoding = result.program.weights[UP].encoding
+    dequantised(result.program, UP, **codes(encoding, source.float()))
+    value = result.program.weights[UP].load()
+    error = float((value - source).double().square().sum() / source.double().square().sum())
+    stated = tuple(
+        dataclasses.replace(w, error=error) if w.name == UP else w for w in result.statement.weights
+    )
+    statement = dataclasses.replace(result.statement, weights=stated)
+    assert "at most for such codes" in statement.check(program, result.program)
