@@ -137,8 +137,20 @@ class Emitter(ABC):
             for tensor in weight.tensors()
         }
 
+    def kept(self, program: Program, target: str) -> set[str]:
+        """Return the names of the tensors of `program.weights.tensors()` that the form will hold.
+
+        It holds them as the program does, and `emit` says where; the output folder needs the others
+        a second time, as a program that is opened again. No weight is read. Constants and vectors
+        do not count.
+        """
+        return {tensor.name for tensor in program.weights.tensors()}
+
     def element_type(self, program: Program, target: str) -> str | None:
-        """Return what most elements of weights are stored as, where no dtype says it."""
+        """Return what most elements of weights are stored as, where no dtype says it.
+
+        Of a program that was written that is what was written, and else what is planned.
+        """
         return None
 
     @abstractmethod

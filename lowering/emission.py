@@ -17,7 +17,14 @@ from graphopt.ir.printer import print_program
 from graphopt.lowering import get_emitter
 from graphopt.lowering.base import Emitted, Emitter, check_placements
 from graphopt.lowering.onnx_accuracy import ACCURACY_LEVELS, EXACT, ROUNDING
-from graphopt.lowering.sizes import about_decoded_codes, in_order, planned_sizes, written_size
+from graphopt.lowering.sizes import (
+    about_decoded_codes,
+    in_order,
+    planned_sizes,
+    program_size,
+    size_of_rest,
+    written_size,
+)
 from graphopt.pass_manager.forecast import forecast_recipe, reading_seconds
 from graphopt.pass_manager.pipeline import Pipeline
 from graphopt.pass_manager.run import OnPass
@@ -123,8 +130,13 @@ class Emission:
         return program if self.dtype is None else with_weights_in(program, self.dtype)
 
     def sizes(self, program: Program) -> list[FormSize]:
-        """Return about how much room each form will take; no weight is read."""
-        return planned_sizes(self.emitters, program, self.target)
+        """Return about how much room each form will take; no weight is read.
+
+        The last entry is of the weights that the folder holds beside its forms, if it does.
+        """
+        sizes = planned_sizes(self.emitters, program, self.target)
+        rest = program_size(self.emitters, program, self.target)
+        return sizes if rest is None else [*sizes, rest]
 
     def estimate(
         self, program: Program, recipe: Pipeline, device: torch.device, *, verify: bool
@@ -230,6 +242,8 @@ class Emission:
             sizes.append(written_size(emitter, emitted, program, self.target))
         told = about_decoded_codes(program, sizes) if self.dtype is None else None
         notes += [SkipEntry("weights", told)] if told is not None else []
+        rest = size_of_rest(program, storage)
+        sizes += [rest] if rest is not None else []
         save_program(program, root, storage)
         write_licence(program, root)
         (root / "program.txt").write_text(print_program(program) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
@@ -16,6 +16,9 @@ from graphopt.ir.types import DTYPE_NAMES
 from graphopt.lowering.base import Emitted, Emitter, StoredTensor
 from graphopt.report.records import FormSize
 from graphopt.sources.gguf.container import GgufTensor
+
+PROGRAM = "program"
+"""What the weights of a folder that lie beside its forms are called among those."""
 
 
 def planned_sizes(emitters: Iterable[Emitter], program: Program, target: str) -> list[FormSize]:
@@ -48,6 +51,30 @@ def planned_sizes(emitters: Iterable[Emitter], program: Program, target: str) ->
         sizes.append(size)
         written = tensors | written
     return sizes
+
+
+def program_size(emitters: Iterable[Emitter], program: Program, target: str) -> FormSize | None:
+    """Return the size of what a folder holds of the program beside its forms, from the structure.
+
+    Those are the weights that no form holds as the program does: the folder is a program that is
+    opened again. None where the forms hold all matrices.
+    """
+    kept: set[str] = set()
+    for emitter in emitters:
+        try:
+            kept |= emitter.kept(program, target)
+        except LoweringError:
+            kept |= Emitter.kept(emitter, program, target)
+    return size_of_rest(program, kept)
+
+
+def size_of_rest(program: Program, kept: Collection[str]) -> FormSize | None:
+    """Return the size of the tensors that are not among `kept`; None where no matrix is."""
+    rest = [tensor for tensor in program.weights.tensors() if tensor.name not in kept]
+    if all(tensor.constant or len(tensor.shape) < 2 for tensor in rest):
+        return None
+    stored = [(tensor.shape, tensor.dtype) for tensor in rest]
+    return FormSize(PROGRAM, sum(map(_bytes, stored)), _usual(program, stored))
 
 
 def in_order(emitters: Iterable[Emitter]) -> list[Emitter]:

@@ -134,8 +134,10 @@ class Stored:
         """
         if self.exact:
             assert isinstance(self.source, Dequantised)
-            check_finite(f"{name} (scales in fp16)", self.source.scales.load().half())
-            yield _codes_as_blocks(self.source).numpy()
+            heads = _heads(self.source)
+            for what, head in zip(("scales", "minima"), heads, strict=False):
+                check_finite(f"{name} ({what} in fp16)", head)
+            yield _codes_as_blocks(self.source, heads).numpy()
             return
         for value in blocks(self.source):
             check_finite(name, value)
@@ -145,19 +147,28 @@ class Stored:
                 yield quants.quantize(value.float().numpy(), self.kind).view(np.uint8)
 
 
-def _codes_as_blocks(weight: Dequantised) -> Tensor:
-    """Return the codes of a packed weight as blocks, uint8 [number of blocks, bytes]."""
-    bits, per_group = weight.encoding.bits, weight.encoding.group // BLOCK
-    codes = functional.unpack(weight.packed.load(), bits).view(-1, BLOCK)
+def _heads(weight: Dequantised) -> list[Tensor]:
+    """Return what begins the blocks of each group, fp16 [out, groups]: scales, and minima."""
     scales = weight.scales.load()
     halves = [scales] if weight.zeros is None else [scales, _minima(weight, scales.double())]
-    heads = [
-        half.half().flatten().repeat_interleave(per_group)[:, None].contiguous().view(torch.uint8)
-        for half in halves
+    return [half.half() for half in halves]
+
+
+def _codes_as_blocks(weight: Dequantised, heads: list[Tensor]) -> Tensor:
+    """Return the codes of a packed weight as blocks, uint8 [number of blocks, bytes].
+
+    Args:
+        heads: See `_heads`.
+    """
+    bits, per_group = weight.encoding.bits, weight.encoding.group // BLOCK
+    codes = functional.unpack(weight.packed.load(), bits).view(-1, BLOCK)
+    repeated = [
+        head.flatten().repeat_interleave(per_group)[:, None].contiguous().view(torch.uint8)
+        for head in heads
     ]
     if bits == 4:
         low, high = codes[:, : BLOCK // 2], codes[:, BLOCK // 2 :]
         body = low | (high << 4)
     else:
         body = codes ^ 0x80  # codes less 128, as bytes with a sign
-    return torch.cat([*heads, body], 1)
+    return torch.cat([*repeated, body], 1)

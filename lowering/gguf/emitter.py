@@ -37,7 +37,7 @@ from graphopt.lowering.gguf.keys import (
 from graphopt.lowering.gguf.layout import laid_out
 from graphopt.lowering.gguf.same_model import difference_when_read
 from graphopt.lowering.gguf.vocabulary import Written, written_vocabulary
-from graphopt.lowering.hf.checkpoint import NoCheckpoint, dense_checkpoint
+from graphopt.lowering.hf.checkpoint import NoCheckpoint, dense_checkpoint, other_forms
 from graphopt.sources.generation import GenerationSettings
 from graphopt.sources.gguf import architectures
 from graphopt.sources.gguf.container import GgufFile
@@ -63,6 +63,7 @@ class GgufEmitter(Emitter):
     def __init__(self, *, type: str = AUTO) -> None:
         self.type = type
         self._latest: tuple[Program, _Planned] | None = None
+        self._written: tuple[Program, dict[str, Stored]] | None = None
 
     def _planned(self, program: Program) -> _Planned:
         """Return what is written; a program is planned once, and asked for by several steps."""
@@ -85,7 +86,12 @@ class GgufEmitter(Emitter):
             for name, stored in self._stored(self._planned(program), None).items()
         }
 
+    def kept(self, program: Program, target: str) -> set[str]:
+        return set(_kept(program, self._stored(self._planned(program), None)))
+
     def element_type(self, program: Program, target: str) -> str | None:
+        if self._written is not None and self._written[0] is program:
+            return most_common_type(self._written[1]).name.lower()
         return most_common_type(self._stored(self._planned(program), None)).name.lower()
 
     def emit(
@@ -111,9 +117,10 @@ class GgufEmitter(Emitter):
         if program.licence:
             keys["general.license"] = program.licence
         places = write_file(path, planned.architecture, keys, tensors, progress)
-        for name, place in _where_stored(program, planned, tensors, places).items():
+        self._written = (program, tensors)
+        for name, tensor in _kept(program, tensors).items():
             emitted.storage[name] = StoredWeight(
-                path.relative_to(root).as_posix(), place, program.weights[name].shape,
+                path.relative_to(root).as_posix(), places[tensor], program.weights[name].shape,
                 program.weights[name].dtype,
             )  # fmt: skip
         emitted.usage = [
@@ -127,7 +134,8 @@ class GgufEmitter(Emitter):
 
         Args:
             reasons: Filled with what is not written as it was asked for, or as it is held; None
-                where no weight is to be read, and scales are taken to fit.
+                where no weight is to be read. Scales are taken to fit then, and minima, which are
+                products, not to.
         """
         found: dict[str, Stored] = {}
         for name, producer in planned.tensors.items():
@@ -142,32 +150,37 @@ class GgufEmitter(Emitter):
         as_numbers = Stored(producer, number_type(producer))
         if len(producer.shape) < 2:
             return as_numbers, None
+        wanted = asked
+        if asked is not None and asked not in NUMBERS.values():
+            if name in _AS_NUMBERS:
+                return as_numbers, None
+            if producer.shape[-1] % BLOCK:
+                return as_numbers, (
+                    f"written as numbers: its rows of {producer.shape[-1]} are no blocks of {BLOCK}"
+                )
+            wanted = TYPES["q8_0"] if name in AT_THE_ENDS else asked
+        reason: str | None = None
         if isinstance(producer, Dequantised):
             blocks = type_of_codes(producer)
-            if isinstance(blocks, str):
-                reason = blocks
-            elif asked not in (None, blocks):
-                reason = ""  # other blocks are asked for
-            elif not read or held_by_fp16(producer):
-                return Stored(producer, blocks, exact=True), None
-            elif asked is None:
-                reason = "fp16 does not hold its scales exactly"
-            else:
-                return Stored(producer, blocks, exact=True), "its scales are rounded to fp16"
+            if not isinstance(blocks, str) and asked is None:
+                held = held_by_fp16(producer) if read else producer.encoding.symmetric
+                if held:
+                    return Stored(producer, blocks, exact=True), None
+                blocks = "fp16 does not hold its scales exactly"
+            elif not isinstance(blocks, str) and blocks in (asked, wanted):
+                rounded = read and not held_by_fp16(producer)
+                reason = "its scales are rounded to fp16" if rounded else None
+                return Stored(producer, blocks, exact=True), reason
             if asked is None:
-                return as_numbers, f"its codes are written as values: {reason}; --gguf-type rounds"
-        if asked is None:
+                return as_numbers, f"its codes are written as values: {blocks}; --gguf-type rounds"
+            why = blocks if isinstance(blocks, str) else f"its codes are {blocks.name}"
+            reason = f"its codes are rounded a second time: {why}"
+        if wanted is None:
             return as_numbers, None
-        if asked in NUMBERS.values():
-            dtype = next(dtype for dtype, kind in NUMBERS.items() if kind == asked)
-            return Stored(Cast(producer, dtype, name), asked), None
-        if name in _AS_NUMBERS:
-            return as_numbers, None
-        if producer.shape[-1] % BLOCK:
-            return as_numbers, (
-                f"written as numbers: its rows of {producer.shape[-1]} are no blocks of {BLOCK}"
-            )
-        return Stored(producer, TYPES["q8_0"] if name in AT_THE_ENDS else asked), None
+        if wanted in NUMBERS.values():
+            dtype = next(dtype for dtype, kind in NUMBERS.items() if kind == wanted)
+            return Stored(Cast(producer, dtype, name), wanted), None
+        return Stored(producer, wanted), reason
 
 
 _AS_NUMBERS = ("position_embd.weight",)
@@ -200,11 +213,8 @@ class _Planned:
         return keys if self.vocabulary is None else keys | self.vocabulary.keys()
 
 
-def _refusal(reason: str) -> LoweringError:
-    return LoweringError(
-        f"There is no GGUF file of this program: {reason}.",
-        "Emit torch, onnx or hf instead (--emit torch,onnx).",
-    )
+def _refusal(reason: str, remedy: str) -> LoweringError:
+    return LoweringError(f"There is no GGUF file of this program: {reason}.", remedy)
 
 
 def _plan(program: Program) -> _Planned:
@@ -216,12 +226,16 @@ def _plan(program: Program) -> _Planned:
     try:
         checkpoint = dense_checkpoint(program)
     except NoCheckpoint as error:
-        raise _refusal(error.reason) from error
+        raise _refusal(error.reason, error.remedy) from error
     config: Any = checkpoint.module.config
+
+    def refusal(reason: str) -> LoweringError:
+        return _refusal(reason, other_forms(program, "hf"))
+
     if checkpoint.code is not None:
-        raise _refusal("llama.cpp has no architecture with carved feed-forward parts")
+        raise refusal("llama.cpp has no architecture with carved feed-forward parts")
     if config.model_type not in ARCHITECTURES:
-        raise _refusal(
+        raise refusal(
             f"it is of type {config.model_type!r}, and what is written for llama.cpp is of the "
             f"types {', '.join(sorted(ARCHITECTURES))}"
         )
@@ -241,7 +255,7 @@ def _plan(program: Program) -> _Planned:
                 tensors["token_embd.weight"].shape[0], settings.eos_token_id,
             )  # fmt: skip
     except Unwritable as error:
-        raise _refusal(str(error)) from error
+        raise refusal(str(error)) from error
     planned = _Planned(name, described, tensors, vocabulary, notes)
     metadata = {
         key: single(value) if isinstance(value, float) else value
@@ -250,21 +264,16 @@ def _plan(program: Program) -> _Planned:
     header = GgufFile(Path(NAME), metadata, cast(Any, tensors), "")
     read_as = vocabulary.vocabulary if vocabulary is not None else None
     if (difference := difference_when_read(program, header, read_as)) is not None:
-        raise _refusal(f"as llama.cpp's {name} it would be another model: {difference}")
+        raise refusal(f"as llama.cpp's {name} it would be another model: {difference}")
     return planned
 
 
-def _where_stored(
-    program: Program,
-    planned: _Planned,
-    tensors: Mapping[str, Stored],
-    places: Mapping[str, int],
-) -> dict[str, int]:
-    """Return where weights of the program lie that are in the file as the program has them."""
-    by_producer = {id(weight.producer): weight for weight in program.weights}
-    found: dict[str, int] = {}
+def _kept(program: Program, tensors: Mapping[str, Stored]) -> dict[str, str]:
+    """Return the weights that are in the file as the program has them, with the file's names."""
+    by_producer = {id(w.producer): w for w in program.weights if w.encoding is None}
+    kept: dict[str, str] = {}
     for name, stored in tensors.items():
         weight = by_producer.get(id(stored.source))
-        if weight is not None and not stored.exact and NUMBERS.get(weight.dtype) == stored.kind:
-            found[weight.name] = places[name]
-    return found
+        if weight is not None and NUMBERS.get(weight.dtype) == stored.kind:
+            kept[weight.name] = name
+    return kept

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +68,23 @@ class NoCheckpoint(LoweringError):
     def __init__(self, reason: str) -> None:
         super().__init__(
             f"There is no transformers checkpoint of this program: {reason}.",
-            "Emit torch or onnx instead (--emit torch,onnx).",
+            "Emit torch instead (--emit torch).",
         )
         self.reason = reason
+
+
+def other_forms(program: Program, *more: str) -> str:
+    """Return the remedy where a program has no form of a kind: the forms that it may have.
+
+    Args:
+        more: Names of emitters beside torch, and beside onnx where that has the program's codes.
+    """
+    from graphopt.lowering.onnx.quantised import no_onnx_form
+
+    encodings = {weight.encoding for weight in program.weights if weight.encoding is not None}
+    names = ["torch", *(["onnx"] if not any(map(no_onnx_form, encodings)) else []), *more]
+    words = " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+    return f"Emit {words} instead (--emit {','.join(names)})."
 
 
 KEPT = 16
@@ -132,13 +147,28 @@ def in_one_form(program: Program) -> Program:
             return in_order_of_use(program)
 
 
+@contextlib.contextmanager
+def _naming_other_forms(program: Program) -> Iterator[None]:
+    """Give refusals within the remedy that fits the program."""
+    try:
+        yield
+    except NoCheckpoint as error:
+        error.remedy = other_forms(program)
+        raise
+
+
 def checkpoint_of(program: Program) -> Checkpoint:
     """Return what a checkpoint of the program is.
 
     Raises:
-        LoweringError: The program is not what its config makes, carved or not; or it holds packed
+        NoCheckpoint: The program is not what its config makes, carved or not; or it holds packed
             weights, none of which has a place in a checkpoint.
     """
+    with _naming_other_forms(program):
+        return _checkpoint_of(program)
+
+
+def _checkpoint_of(program: Program) -> Checkpoint:
     if (reason := refused_by_format(program)) is not None:
         raise NoCheckpoint(reason)
     dense = dense_checkpoint(program)
@@ -170,6 +200,11 @@ def dense_checkpoint(program: Program) -> Checkpoint:
     Raises:
         NoCheckpoint: The program is not what its config makes, carved or not.
     """
+    with _naming_other_forms(program):
+        return _dense_checkpoint(program)
+
+
+def _dense_checkpoint(program: Program) -> Checkpoint:
     if not program.config:
         raise NoCheckpoint("it was captured from a module without a transformers config")
     if program.config.get("auto_map"):

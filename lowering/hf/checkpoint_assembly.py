@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graphopt.ir.cuts import transposed
+from graphopt.ir.encoding import Packed
 from graphopt.ir.weights import Dequantised, Missing, Producer, Reshaped, Rows, Transposed
 
 
@@ -59,14 +61,21 @@ def _rows_at_once(steps: list[Producer]) -> tuple[Producer, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Assembled(Producer):
-    """A checkpoint tensor made of fragments, which fill it."""
+    """A checkpoint tensor made of fragments, which fill it; its dtype holds the values of all."""
 
     shape: tuple[int, ...]  # type: ignore[misc]
     fragments: tuple[Fragment, ...]
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.fragments[0].weight.dtype
+        dtypes = (fragment.weight.dtype for fragment in self.fragments)
+        return functools.reduce(torch.promote_types, dtypes)
+
+    @property
+    def encodings(self) -> list[Packed]:
+        """Those of fragments that are packed, whose values it holds."""
+        encodings = (fragment.weight.encoding for fragment in self.fragments)
+        return [encoding for encoding in encodings if encoding is not None]
 
     def load(self) -> Tensor:
         whole = torch.empty(self.shape, dtype=self.dtype)

@@ -46,6 +46,9 @@ class HfEmitter(Emitter):
         tensors = checkpoint_of(program).tensors
         return {name: (tuple(held.shape), held.dtype) for name, held in tensors.items()}
 
+    def kept(self, program: Program, target: str) -> set[str]:
+        return set(_kept(program, checkpoint_of(program).tensors))
+
     def emit(
         self,
         program: Program,
@@ -96,16 +99,11 @@ def _write_config(program: Program, checkpoint: Checkpoint, folder: Path) -> Pat
     return folder / "config.json"
 
 
-def _add_storage(
-    program: Program,
-    tensors: Mapping[str, Producer],
-    places: Mapping[str, tuple[Path, int]],
-    root: Path,
-    emitted: Emitted,
-) -> None:
-    """Say where the program's weights lie, for those that are whole tensors of the checkpoint.
+def _kept(program: Program, tensors: Mapping[str, Producer]) -> dict[str, tuple[str, bool]]:
+    """Return the program's weights that are whole tensors of the checkpoint, by name.
 
-    The codes of a packed one lie in `weight_packed` where words add nothing to them.
+    With each stands the name of the tensor, and whether that is transposed. The codes of a packed
+    one lie in `weight_packed` where words add nothing to them.
     """
     by_producer: dict[int, tuple[str, bool]] = {}
     for name, producer in tensors.items():
@@ -113,16 +111,33 @@ def _add_storage(
         if isinstance(producer, PackedWords) and producer.is_as_stored:
             inner = producer.weight.packed
         by_producer[id(inner)] = (name, isinstance(producer, Transposed))
+    return {
+        weight.name: by_producer[id(weight.producer)]
+        for weight in program.weights.tensors()
+        if id(weight.producer) in by_producer and weight.dtype in DTYPE_NAMES
+    }
+
+
+def _add_storage(
+    program: Program,
+    tensors: Mapping[str, Producer],
+    places: Mapping[str, tuple[Path, int]],
+    root: Path,
+    emitted: Emitted,
+) -> None:
+    """Say where the program's weights lie, for those that are whole tensors of the checkpoint."""
+    kept = _kept(program, tensors)
     for weight in program.weights.tensors():
-        if id(weight.producer) in by_producer and weight.dtype in DTYPE_NAMES:
-            name, transposed = by_producer[id(weight.producer)]
-            path, offset = places[name]
-            as_stored = tensors[name]
-            is_words = isinstance(as_stored, PackedWords)
-            emitted.storage[weight.name] = StoredWeight(
-                path.relative_to(root).as_posix(),
-                offset,
-                weight.shape if is_words else tuple(as_stored.shape),
-                weight.dtype,
-                transposed,
-            )
+        if weight.name not in kept:
+            continue
+        name, transposed = kept[weight.name]
+        path, offset = places[name]
+        as_stored = tensors[name]
+        is_words = isinstance(as_stored, PackedWords)
+        emitted.storage[weight.name] = StoredWeight(
+            path.relative_to(root).as_posix(),
+            offset,
+            weight.shape if is_words else tuple(as_stored.shape),
+            weight.dtype,
+            transposed,
+        )

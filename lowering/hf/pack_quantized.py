@@ -14,7 +14,7 @@ Source: compressed-tensors 0.20, `compressors/pack_quantized`, `quantization/qua
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.ir import functional
-from graphopt.ir.encoding import pack
+from graphopt.ir.encoding import Packed, pack
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Array, Dequantised, Producer
+from graphopt.lowering.hf.checkpoint_assembly import Assembled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -171,11 +172,16 @@ def pack_quantized(tensors: Mapping[str, Producer], module: PreTrainedModel) -> 
     written = QuantisedCheckpoint({})
     schemes: dict[_Scheme, list[str]] = {}
     for name, producer in tensors.items():
-        if producer.encoding is None:
+        encodings = [producer.encoding] if producer.encoding is not None else []
+        if isinstance(producer, Assembled):
+            encodings = producer.encodings
+        if not encodings:
             written.tensors[name] = producer
             continue
         layer = name.removesuffix(".weight")
-        reason = _no_place(module, layer, layers, producer)
+        reason = _no_place(module, layer, layers, encodings)
+        if reason is None and producer.encoding is None:
+            reason = "its parts, which the program has one by one, are not packed alike"
         if reason is not None:
             written.dense.setdefault(reason, []).append(name)
             written.tensors[name] = producer
@@ -190,18 +196,16 @@ def pack_quantized(tensors: Mapping[str, Producer], module: PreTrainedModel) -> 
 
 
 def _no_place(
-    module: PreTrainedModel, layer: str, layers: set[str], weight: Producer
+    module: PreTrainedModel, layer: str, layers: set[str], encodings: Sequence[Packed]
 ) -> str | None:
     """Return why a layer cannot hold a packed weight; None where it can."""
-    encoding = weight.encoding
-    assert encoding is not None
     if layer not in layers:
         try:
             kind = type(module.get_submodule(layer)).__name__
         except AttributeError:
             return "its class has no layer of that name"
         return f"{FORMAT} is written for layers of class Linear, and this one is of class {kind}"
-    if encoding.axis != 1:
+    if any(encoding.axis != 1 for encoding in encodings):
         return f"its groups lie along axis 0, and those of {FORMAT} along the inputs"
     return None
 

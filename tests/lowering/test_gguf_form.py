@@ -23,10 +23,12 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import graphopt as go
 from graphopt.capture import capture
-from graphopt.errors import LoweringError, UsageError
+from graphopt.errors import LoweringError, SourceError, UsageError
 from graphopt.execute.interpreter import Runner
 from graphopt.ir import Array, Dequantised, Packed, Program
 from graphopt.ir.blocks import find_blocks, remove_blocks
+from graphopt.lowering import get_emitter
+from graphopt.lowering.emission import Emission
 from graphopt.lowering.gguf.blocks import Stored, held_by_fp16, type_of_codes
 from graphopt.lowering.gguf.vocabulary import written_vocabulary
 from graphopt.sources.gguf.container import read_gguf
@@ -34,6 +36,7 @@ from graphopt.sources.gguf.tokenizer import tokenizer_files
 from graphopt.sources.gguf.vocabulary import read_vocabulary
 from graphopt.sources.tokenizer import read_tokenizer
 from graphopt.storage.artifact import load_program
+from graphopt.support.progress import silent
 
 INPUTS = {
     "input_ids": torch.tensor([[5, 3, 9, 2, 11, 7], [1, 6, 7, 8, 4, 2]]),
@@ -235,6 +238,113 @@ def test_matrices_are_rounded_to_the_type_that_is_asked_for(
     assert np.array_equal(gguf.dequantize(held.data, held.tensor_type), wanted)
     manifest = json.loads((tmp_path / "out/report.json").read_text())
     assert manifest["artifact"]["forms"][0]["dtype"] == name
+
+
+def test_what_the_folder_holds_beside_the_file_is_planned_for(
+    llama: Program, tmp_path: Path
+) -> None:
+    """The folder is a program too: numbers that the file has as blocks lie beside it again."""
+    planned = Emission.of("cpu", ("gguf",), False, False, gguf_type="q4_0").sizes(llama)
+    form, rest = planned
+    report = go.emit(llama, tmp_path / "out", emit=("gguf",), gguf_type="q4_0")
+    assert report.artifact is not None and report.artifact.forms[1] == rest
+    size = (tmp_path / "out/model.safetensors").stat().st_size
+    header = 200 * len(llama.weights)
+    assert (rest.name, rest.dtype) == ("program", "f32")
+    assert rest.bytes <= size < rest.bytes + header
+    assert form.bytes < rest.bytes / 2
+    both = Emission.of("cpu", ("gguf", "torch"), False, False, gguf_type="q4_0").sizes(llama)
+    assert [each.name for each in both] == ["gguf", "torch"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gguf", "hf", "torch", "onnx"])
+def test_what_a_form_keeps_of_a_program_is_what_it_says_where_it_is(
+    name: str, llama: Program, tmp_path: Path
+) -> None:
+    for number, program in enumerate((llama, pack(llama, Packed(4, 16, symmetric=False)))):
+        emitter = get_emitter(name)
+        emitter.check(program, "cpu")
+        kept = emitter.kept(program, "cpu")
+        storage = emitter.emit(program, tmp_path / str(number), "cpu", silent).storage
+        matrices = {tensor.name for tensor in program.weights.tensors()
+                    if not tensor.constant and len(tensor.shape) > 1}  # fmt: skip
+        assert kept & matrices == set(storage) & matrices
+
+
+def test_the_type_of_a_file_is_that_of_what_is_in_it(llama: Program, tmp_path: Path) -> None:
+    """Whether fp16 holds scales, or their products with zero points, only their values say."""
+    emission = Emission.of("cpu", ("gguf",), False, False)
+    asymmetric = pack(llama, Packed(4, 32, symmetric=False))
+    assert emission.sizes(asymmetric)[0].dtype == "f32"
+    wide = pack(llama, Packed(4, 32), torch.float32)
+    assert emission.sizes(wide)[0].dtype == "q4_0"
+    report = go.emit(wide, tmp_path / "out", emit=("gguf",))
+    assert report.artifact is not None and report.artifact.forms[0].dtype == "f32"
+    names = {tensor.name for tensor in wide.weights.tensors()}
+    assert set(json.loads((tmp_path / "out/program.json").read_text())["storage"]) == names
+
+
+def test_codes_with_scales_of_16_bits_are_stored_where_they_are(
+    llama: Program, tmp_path: Path
+) -> None:
+    """Their values in the file are no weight of the program."""
+    program = llama.copy()
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = Packed(4, 16).quantise(llama.weights[name].load(), torch.float16)
+    producer = Dequantised(Packed(4, 16), **{s: Array(t) for s, t in tensors.items()})
+    program.weights.replace(llama.weights[name].with_producer(producer))
+    emitted(program, tmp_path / "out")
+    storage = json.loads((tmp_path / "out/program.json").read_text())["storage"]
+    assert name not in storage and storage[f"{name}.packed"]["file"] == "model.safetensors"
+    assert load_program(tmp_path / "out").weights[name].load().equal(program.weights[name].load())
+
+
+def test_codes_that_are_blocks_already_are_not_rounded_again(
+    llama: Program, tmp_path: Path
+) -> None:
+    program = pack(llama, Packed(4, 16))
+    ends = {"model.embed_tokens.weight": Packed(8, 32), "lm_head.weight": Packed(4, 32)}
+    for name, encoding in ends.items():
+        tensors = encoding.quantise(llama.weights[name].load(), torch.float16)
+        tensors["scales"] = tensors["scales"].float()
+        producer = Dequantised(encoding, **{s: Array(t) for s, t in tensors.items()})
+        program.weights.replace(llama.weights[name].with_producer(producer))
+    path, notes = emitted(program, tmp_path / "out", gguf_type="q4_0")
+    tensors = read_gguf(path).tensors
+    for name, held, kind in (
+        ("model.embed_tokens.weight", "token_embd.weight", "Q8_0"),
+        ("lm_head.weight", "output.weight", "Q4_0"),
+    ):
+        assert tensors[held].ggml_type.name == kind
+        assert tensors[held].load().equal(program.weights[name].load())
+    (reason,) = [note for where, note in notes.items() if where.startswith("blk.")]
+    assert reason.startswith("its codes are rounded a second time: its groups are of 16 codes")
+
+
+def test_minima_beyond_fp16_are_refused() -> None:
+    encoding = Packed(4, 32, symmetric=False)
+    tensors = encoding.pack(
+        torch.zeros(2, 32), torch.full((2, 1), 3e4), torch.full((2, 1), 15.0)
+    )  # fmt: skip
+    weight = Dequantised(encoding, **{s: Array(t) for s, t in tensors.items()})
+    with pytest.raises(SourceError, match="minima in fp16"):
+        list(Stored(weight, Q4_1, exact=True).pieces("w"))
+
+
+def test_a_refusal_names_forms_that_there_are(llama: Program) -> None:
+    changed = pack(llama, Packed(4, 32))
+    for node in next(f for f in changed.functions.values() if f.name == "block").nodes:
+        if node.op == "silu":
+            node.op = "relu"
+    with pytest.raises(LoweringError) as caught:
+        go.emit(changed, "nowhere", emit=("gguf",))
+    assert caught.value.remedy == "Emit torch or onnx instead (--emit torch,onnx)."
+    changed = pack(changed, Packed(3, 32))
+    for form in ("gguf", "hf"):
+        with pytest.raises(LoweringError) as caught:
+            go.emit(changed, "nowhere", emit=(form,))
+        assert caught.value.remedy == "Emit torch instead (--emit torch)."
 
 
 @pytest.mark.slow

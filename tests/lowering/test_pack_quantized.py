@@ -24,8 +24,10 @@ from graphopt.execute.interpreter import Runner
 from graphopt.ir import Array, Dequantised, Packed, Program, Weight
 from graphopt.ir.functional import unpack
 from graphopt.ir.verify import verify
+from graphopt.ir.weights import Missing, Rows
 from graphopt.lowering.hf import HfEmitter
-from graphopt.lowering.hf.pack_quantized import PackedWords, PackedZeroPoints
+from graphopt.lowering.hf.checkpoint_assembly import Fragment, assemble
+from graphopt.lowering.hf.pack_quantized import PackedWords, PackedZeroPoints, pack_quantized
 from graphopt.storage.artifact import load_program
 
 FOUR = Packed(4, 16)
@@ -170,6 +172,27 @@ def test_refusals(llama, tmp_path):
     verify(rounded)
     with pytest.raises(LoweringError, match="no activations rounded at run time"):
         HfEmitter().check(rounded, "cpu")
+
+
+def test_parts_of_a_fused_projection_that_are_stored_unlike_are_dense_in_a_dtype_of_all() -> None:
+    """fp16 holds no values of bf16's range, and bf16 none of fp16's precision."""
+    values = [torch.tensor([[1 + 2**-10, 2.0]]).half(), torch.tensor([[2.0**100, 1.0]]).bfloat16()]
+    whole = Missing("w", (2, 2), torch.float32)
+    codes = Packed(4, 2)
+    first = Dequantised(codes, **{s: Array(t) for s, t in codes.quantise(values[0]).items()})
+    fragments = [
+        Fragment((Rows(whole, slice(row, row + 1)),), producer)
+        for row, producer in enumerate((first, Array(values[1])))
+    ]
+    made = assemble((2, 2), fragments)
+    assert made.dtype == torch.float32
+    assert made.load().equal(torch.cat([first.load().float(), values[1].float()]))
+    assert made.encodings == [codes]
+    module = torch.nn.ModuleDict({"p": torch.nn.Linear(2, 2)})
+    checkpoint = pack_quantized({"p.weight": made}, module)
+    assert checkpoint.tensors == {"p.weight": made} and checkpoint.config is None
+    ((where, note),) = checkpoint.notes()
+    assert where == "p.weight" and "not packed alike" in note
 
 
 @pytest.mark.slow
