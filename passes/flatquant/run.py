@@ -107,6 +107,7 @@ class FlatQuantising(Distiller):
         self.rounded, left = insert_roundings(
             transformed, self.bits, per_linear=options.method == "published"
         )
+        self.matrices: dict[str, RoundedParametrisation] = {}
         super().__init__(options, transformed, context, rate=options.rate or RATE)
         self.started = started
         count = on_device(options.windows, self.device)
@@ -367,6 +368,10 @@ class FlatQuantising(Distiller):
         rate = self.usual_rate(self.schedule.batch * self.seqlen) * WEIGHT_RATE
         self.schedule = replace(self.schedule, rate=rate, reduce_on_plateau=True)
         self.distil(self.logit_data())
+        for name, matrix in self.matrices.items():
+            # As it was learnt: values of nearest codes would leave GPTQ nothing to choose from.
+            assign(self.program, name, matrix.value.to(self.home))
+        self.matrices.clear()
         self.note("distilled", self._with_rounded_weights(self.program))
 
     def parametrisations(self, program: Program, calls: list[Call]) -> dict[str, Parametrisation]:
@@ -375,9 +380,8 @@ class FlatQuantising(Distiller):
             rounded = self.rounded.get(call.function, RoundedFunction())
             for slot, rounding in rounded.linears.items():
                 value = program.weights[call.weights[slot]].load(torch.float32).to(self.device)
-                parametrisations[call.weights[slot]] = RoundedParametrisation(
-                    value, rounding, weight_scale(value)
-                )
+                matrix = RoundedParametrisation(value, rounding, weight_scale(value))
+                parametrisations[call.weights[slot]] = self.matrices[call.weights[slot]] = matrix
             for slot in rounded.clips:
                 value = program.weights[call.weights[slot]].load(torch.float32).to(self.device)
                 parametrisations[call.weights[slot]] = FullParametrisation(value, 1.0)

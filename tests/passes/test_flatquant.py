@@ -197,6 +197,27 @@ def test_groups_that_do_not_divide_a_row_are_halved_in_training_too(tmp_path):
     assert result.statement.check(program, result.program) is None
 
 
+def test_codes_are_chosen_of_what_was_distilled_not_of_its_nearest_codes(tmp_path):
+    """By GPTQ, on as many windows as were asked for: not every element becomes the nearest code."""
+    program = with_tokenizer(tmp_path)
+    item = FlatQuant(
+        kind="none", clip=False, steps=2, seqlen=16, windows=4, distil=0.5, rounding="gptq",
+        w=3, batch=2,
+    )  # fmt: skip
+    run = FlatQuantising(item, program.copy(), Context(text=book(60), dense=program))
+    result = run.run()
+    names = [name for name, _ in run._rounded_weights(run.program)]
+    assert names
+    for name in names:
+        learnt = run.program.weights[name].load(torch.float32)
+        nearest = Rounding(3).rounded(learnt)
+        assert not torch.allclose(nearest, learnt, atol=1e-4)
+    stated = result.statement.packing.weights
+    assert {matrix.name for matrix in stated} == set(names)
+    assert all(matrix.error > 1e-3 for matrix in stated)
+    assert result.statement.check(program, result.program) is None
+
+
 def test_widths_without_factors_are_said():
     program = tiny_program(hidden=31)
     maker = FactorMaker("hadamard", program, torch.Generator().manual_seed(0))
