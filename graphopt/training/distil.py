@@ -377,7 +377,7 @@ class Distiller:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.resume_structure(state["blocks"])
             for name, value in state["weights"].items():
-                assign(self.program, name, value.to(self.device))
+                assign(self.program, name, value.to(self.home))
             self.done = state["done"]
             self.record = self.tells.model_validate_json(state["record"])
             self.skipped = [Skip(where, reason) for where, reason in state["skipped"]]

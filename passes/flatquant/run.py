@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -24,12 +23,12 @@ from graphopt.execute.block_runner import BlockRunner, Parametrisation
 from graphopt.execute.interpreter import resident
 from graphopt.ir import functional
 from graphopt.ir.blocks import block_name, find_blocks
-from graphopt.ir.encoding import Packed, group_of
 from graphopt.ir.graph import Call, Node, Program, Value
 from graphopt.ir.weights import Array
 from graphopt.pass_manager.contract import Context, PassResult, Skip, Statement
 from graphopt.pass_manager.numbering import same_outputs
 from graphopt.pass_manager.rounding_statements import ROUNDED
+from graphopt.passes.flatquant.packing import encodings_of, pack_weights
 from graphopt.passes.flatquant.record import FlatQuantised, TrainedBlock
 from graphopt.passes.flatquant.statement import RoundedBlocks
 from graphopt.passes.flatquant.structure import (
@@ -39,11 +38,8 @@ from graphopt.passes.flatquant.structure import (
     insert_roundings,
     trained_sites,
     transform,
-    without_roundings,
 )
 from graphopt.passes.quantize.quantize import Quantize
-from graphopt.passes.quantize.run import Quantizing
-from graphopt.passes.quantize.tables import find_tables
 from graphopt.support.devices import free_bytes
 from graphopt.support.per_device import on_device
 from graphopt.training.affine import BlockTransforms, Rounding
@@ -114,7 +110,8 @@ class FlatQuantising(Distiller):
         held = len(self.checked)
         if count and len(self.windows) + held > count:
             self.windows = pick(self.windows, max(count - held, 1), context.seed)
-        self.skipped += [Skip(where, reason) for where, reason in (*self.plan.left, *left)]
+        if not self.done:
+            self.skipped += [Skip(where, reason) for where, reason in (*self.plan.left, *left)]
         self.record.kind, self.record.bits = options.kind, (options.w, options.a, options.kv)
 
     def home_of(self, program: Program) -> torch.device:
@@ -156,8 +153,8 @@ class FlatQuantising(Distiller):
 
     def run(self) -> PassResult:
         self.clock("transforms", self.started)
-        self.note("the whole model", self.dense)
         if "blocks" not in self.done:
+            self.note("the whole model", self.dense)
             self._train_blocks()
             self.checkpoint("blocks")
         self.note("blocks", self._with_rounded_weights(self.program))
@@ -407,8 +404,6 @@ class FlatQuantising(Distiller):
     def _packed(self, program: Program) -> tuple[Program, Statement | None]:
         """Return the program with codes in the place of the weights that are rounded.
 
-        GPTQ has linears give what they gave before anything was rounded.
-
         Returns:
             The program, and what holds of it against the one given; None where no weight is
             rounded.
@@ -421,14 +416,8 @@ class FlatQuantising(Distiller):
             w=self.bits.w, group=self.bits.group, method=options.rounding,
             clip=options.clip and not learnt, windows=options.windows, seqlen=options.seqlen,
         )  # fmt: skip
-        rounding = Quantizing(quantize, program, self.context)
-        rounding.dense = without_roundings(program)
-        result = rounding.run()
-        tables = find_tables(program)
-        for skip in result.skipped:
-            if skip.where in (tables.head, tables.embedding):
-                skip = Skip(skip.where, "flatquant rounds weights of blocks alone")
-            self.skipped.append(skip)
+        result = pack_weights(program, quantize, self.context)
+        self.skipped += result.skipped
         return result.program, result.statement
 
     def _statement(self, folded: Program, packing: Statement | None) -> RoundedBlocks:
@@ -438,15 +427,8 @@ class FlatQuantising(Distiller):
             folded: The program as it was trained.
             packing: What holds of the result against it.
         """
-        readers = Counter(name for call in folded.calls for name in call.weights.values())
-        encodings: dict[str, Packed] = {}
-        for name, rounding in self._rounded_weights(folded):
-            # A weight that several layers read stays dense, which is said among what is skipped.
-            if readers[name] == 1:
-                group = group_of(rounding.group, folded.weights[name].shape[1])
-                encodings[name] = Packed(rounding.bits, group)
         return RoundedBlocks(
-            encodings,
+            encodings_of(folded, self._rounded_weights(folded)),
             frozenset(
                 call.weights[slot]
                 for call in folded.calls

@@ -14,7 +14,7 @@ from trained import book
 from graphopt.calibration.affine_factors import FactorMaker, check_condition
 from graphopt.calibration.affine_plan import plan_transforms
 from graphopt.capture import capture
-from graphopt.errors import PassError, UsageError
+from graphopt.errors import GraphoptError, PassError, UsageError
 from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import Array
 from graphopt.ir.affine import Factors, role_of
@@ -216,6 +216,37 @@ def test_codes_are_chosen_of_what_was_distilled_not_of_its_nearest_codes(tmp_pat
     assert {matrix.name for matrix in stated} == set(names)
     assert all(matrix.error > 1e-3 for matrix in stated)
     assert result.statement.check(program, result.program) is None
+
+
+def test_going_on_behind_the_blocks_tells_what_a_whole_run_does(tmp_path, monkeypatch):
+    program = with_tokenizer(tmp_path / "model", hidden=31)
+    item = FlatQuant(
+        start="hadamard", scale=False, steps=2, seqlen=16, windows=4, distil=0.5, batch=2
+    )
+
+    def run(work=None):
+        return item.run(program.copy(), Context(text=book(60), dense=program, work=work))
+
+    def interrupted(self, data, first=0):
+        raise GraphoptError("The power failed.")
+
+    whole = run()
+    with monkeypatch.context() as patched:
+        patched.setattr(FlatQuantising, "distil", interrupted)
+        with pytest.raises(GraphoptError, match="power"):
+            run(tmp_path / "work")
+        # Weights of a model that is too large for its device lie where its others do.
+        patched.setattr(FlatQuantising, "home_of", lambda self, program: CPU)
+        meta = Context(text=book(60), dense=program, work=tmp_path / "work")
+        meta.device = torch.device("meta")
+        resumed = FlatQuantising(item, program.copy(), meta)
+        assert resumed.done == ["blocks"]
+        places = {weight.load().device.type for weight in resumed.program.used_weights()}
+        assert places == {"cpu"}
+    resumed = run(tmp_path / "work")
+    assert resumed.skipped == whole.skipped and len(set(whole.skipped)) == len(whole.skipped)
+    told = [[step.after for step in result.record.perplexity] for result in (whole, resumed)]
+    assert told[0] == told[1] == ["the whole model", "blocks", "distilled"]
 
 
 def test_widths_without_factors_are_said():
