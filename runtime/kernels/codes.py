@@ -109,6 +109,19 @@ def row_scales(rows, present, DIM: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def with_common_power(scales):
+    """Return a power of two, and the scales of a block's rows as multiples of it, up to 2.
+
+    A weight of attention times such a multiple is in the range of fp16, where a weight times a
+    scale may be below it. Sums are exact when they are divided and multiplied by the power.
+    """
+    # 2^-60, where rows have no scale: sums divided by it are still in fp32's range.
+    largest = tl.maximum(tl.max(scales, 0), 8.673617379884035e-19)
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return power, scales / power
+
+
+@triton.jit
 def code_tiles(
     rows, present, features, TYPE: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr
 ):

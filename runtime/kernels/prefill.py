@@ -8,7 +8,7 @@ the row as the outer loop, arXiv 2307.08691, algorithm 1). Exponentials are to b
 import triton
 import triton.language as tl
 
-from graphopt.runtime.kernels.codes import code_tiles, row_scales
+from graphopt.runtime.kernels.codes import code_tiles, row_scales, with_common_power
 from graphopt.runtime.kernels.common import (
     LN2,
     LOG2E,
@@ -258,12 +258,15 @@ def attention_prefill(
                     sum1 = tl.dot(weights, value1, sum1)
             else:
                 scale_v, zero_v = row_scales(v_head + v_offsets, present, VALUE_DIM, KV_BITS)
+                power, scale_v = with_common_power(scale_v)
+                shrink = shrink / power
                 weights = (weights * scale_v[None, :]).to(TYPE)
                 less = less * shrink + tl.sum(weights.to(tl.float32) * zero_v[None, :], 1)
+                less = less * power
                 value0, value1 = code_tiles(v_head + v_offsets, present, v0, TYPE, KV_BITS, WORDS)
-                sum0 = tl.dot(weights, value0, sum0 * shrink[:, None])
+                sum0 = tl.dot(weights, value0, sum0 * shrink[:, None]) * power
                 if KV_BITS == 4:
-                    sum1 = tl.dot(weights, value1, sum1 * shrink[:, None])
+                    sum1 = tl.dot(weights, value1, sum1 * shrink[:, None]) * power
 
     if KV_BITS < 16:
         sum0 -= less[:, None]

@@ -29,7 +29,7 @@ from graphopt.lowering.kernels.plan_kernels import planned_attentions  # noqa: E
 from graphopt.lowering.kernels.triton import kernel_constants  # noqa: E402
 from graphopt.lowering.torch.passes import lower, lowering_passes  # noqa: E402
 from graphopt.plan import AttentionSpec  # noqa: E402
-from graphopt.runtime.attention import Keys, decode, prefill  # noqa: E402
+from graphopt.runtime.attention import Extras, Keys, decode, prefill  # noqa: E402
 from graphopt.runtime.fused import launch_append  # noqa: E402
 from graphopt.runtime.kernels.decode import attention_decode, attention_merge  # noqa: E402
 from graphopt.runtime.kernels.prefill import attention_prefill  # noqa: E402
@@ -87,7 +87,7 @@ def test_new_keys_are_written_as_rows(bits: int, layout: str) -> None:
 
 
 def attention(
-    q: Tensor, keys: Keys, phase: str, fields: dict[str, Any], **tiles: int
+    q: Tensor, keys: Keys, phase: str, fields: dict[str, Any], extras: Extras | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Return what the kernel gives, with small tiles so that small inputs cross several."""
     spec = AttentionSpec(
@@ -99,9 +99,10 @@ def attention(
     plan = dataclasses.replace(plan, tiles={**plan.tiles, "num_warps": 4, "num_stages": 1, **small})
     constants = kernel_constants(plan)
     scale = q.shape[3] ** -0.5
+    options: dict[str, Any] = {"scale": scale, "extras": extras or Extras()}
     if phase == "decode":
-        return decode(attention_decode, attention_merge, q, keys, constants, scale=scale)[:2]
-    return prefill(attention_prefill, q, keys, constants, scale=scale)[:2]
+        return decode(attention_decode, attention_merge, q, keys, constants, **options)[:2]
+    return prefill(attention_prefill, q, keys, constants, **options)[:2]
 
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -147,6 +148,34 @@ def test_attention_reads_rows(bits: int, layout: str, phase: str, form: str) -> 
     bound = 4 * 2.0**-11 * float(exact_v.abs().max())
     assert float((out.double().cpu() - expected).abs().max()) < bound
     assert lse is not None and bool(lse.isfinite().all())
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("bits", BITS)
+def test_small_values_that_sinks_leave_little_weight_are_not_lost_in_f16(
+    bits: int, phase: str
+) -> None:
+    queries, tokens, dim = 2, 80, 32
+    k, v = (random(1, 1, tokens, dim, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    # Of the size of f16's smallest normal number: a scale is below it.
+    rows = [pack_rows(k, bits), pack_rows(v * 2.0**-14, bits)]
+    q = random(1, 2, queries, dim, seed=5)
+    keys = Keys(
+        *rows, bits=bits, value_dim=dim, kv_lens=torch.tensor([tokens - 3]).int().to(DEVICE)
+    )
+    sinks = torch.tensor([6.0, 3.0], device=DEVICE)
+    fields = {"kv_lens": True, "sinks": True}
+    out, _ = attention(q, keys, phase, fields, Extras(sinks=sinks))
+    exact_k, exact_v = (x.cpu() for x in in_order(dense(keys, dim, torch.float64)))
+    options: dict[str, Any] = {
+        "scale": dim**-0.5, "causal": True, "sinks": sinks.double().cpu(),
+        "kv_lens": keys.kv_lens.cpu(),
+    }  # fmt: skip
+    expected = functional.attention(q.double().cpu(), exact_k, exact_v, **options)
+    size = functional.attention(q.double().cpu(), exact_k, exact_v.abs(), **options)
+    # Weights times a scale are rounded to f16 (2^-11 of each), and so is the result, to a multiple
+    # of 2^-24 at best.
+    assert bool(((out.double().cpu() - expected).abs() < 2 * 2.0**-11 * size + 2.0**-25).all())
 
 
 def with_rounded_keys(bits: int, **features: Any) -> Program:
