@@ -10,8 +10,9 @@ class PackedTiles:
     """How a product with a weight of packed codes is cut, for up to so many tokens.
 
     Attributes:
-        tokens: The most tokens for which these are taken.
-        rows, columns: A tile's outputs, and its tokens.
+        tokens: The most tokens for which these are taken; with `unroll`, `columns` or fewer.
+        rows, columns: A tile's outputs, and its tokens; powers of two.
+        warps: Of a program; 1 with `unroll`.
         programs: How many programs of it a core is given: what is summed over is divided until
             there are as many.
         unroll: Spans of codes that one warp has on their way in registers, 1, 2 or 4; 0: they pass

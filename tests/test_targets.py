@@ -82,6 +82,18 @@ WRONG = {
     "a figure without a source": ("\ncores = \"NVIDIA", "\ncors = \"NVIDIA",
         "and it should say where these are from: cores"),
     "tiles that end above 0": ("tokens = 0\n", "tokens = 8\n", "and tokens = 0 last"),
+    "few tokens in more tiles than one": ("tokens = 8\nrows = 16", "tokens = 9\nrows = 16",
+        "it should have tokens up to its columns and warps = 1"),
+    "few tokens by two warps": ("columns = 8\nwarps = 1\n", "columns = 8\nwarps = 2\n",
+        "it should have tokens up to its columns and warps = 1"),
+    "a tile that is no power of two": ("columns = 8\n", "columns = 12\n",
+        "the entry 'quantised.packed.0.columns' is 12, and it should be a power of two"),
+    "rows without a counter each": ("rows = 16\ncolumns = 8\n", "rows = 8\ncolumns = 8\n",
+        "the entry 'quantised.packed.0.rows' is 8, and it should be greater than or equal to 16"),
+    "integer products in registers": ("[[quantised.integer_packed]]\n",
+        "[[quantised.integer_packed]]\nunroll = 2\ntokens = 16\nrows = 16\ncolumns = 16\n"
+        "warps = 1\nstages = 1\nprograms = 1\n[[quantised.integer_packed]]\n",
+        "it should have no unroll"),
     "broken TOML": ("cores = 132", "cores = ", "is not valid TOML: Invalid value (at line"),
 }  # fmt: skip
 

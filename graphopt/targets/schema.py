@@ -100,12 +100,28 @@ class PackedTable(Schema):
     """A row of `[quantised]`'s `packed`: `graphopt.runtime.quantised_tiles.PackedTiles`."""
 
     tokens: Size
-    rows: Size
+    # A weight has a counter for as many of its outputs: `quantised_linear.FEWEST_ROWS`.
+    rows: Annotated[Size, pydantic.Field(ge=16)]
     columns: Size
     warps: Size
     stages: Size
     programs: Size
     unroll: Literal[0, 1, 2, 4] = 0
+
+    @pydantic.field_validator("rows", "columns")
+    @classmethod
+    def _power_of_two(cls, size: int) -> int:
+        if size & (size - 1):
+            raise ValueError("it should be a power of two")
+        return size
+
+    @pydantic.model_validator(mode="after")
+    def _one_tile_of_one_warp(self) -> PackedTable:
+        if self.unroll and (self.tokens > self.columns or self.warps != 1):
+            raise ValueError(
+                "it should have tokens up to its columns and warps = 1, since it has unroll"
+            )
+        return self
 
 
 class IntegerTable(Schema):
@@ -126,6 +142,13 @@ class QuantisedTable(Schema):
     packed: Annotated[list[PackedTable], pydantic.Field(min_length=1)]
     integer_packed: Annotated[list[PackedTable], pydantic.Field(min_length=1)]
     integer: IntegerTable
+
+    @pydantic.field_validator("integer_packed")
+    @classmethod
+    def _through_shared_memory(cls, rows: list[PackedTable]) -> list[PackedTable]:
+        if any(row.unroll for row in rows):
+            raise ValueError("it should have no unroll, which is of products of 16 bits")
+        return rows
 
     @pydantic.field_validator("packed", "integer_packed")
     @classmethod
