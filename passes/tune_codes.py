@@ -13,7 +13,7 @@ from graphopt.errors import PassError
 from graphopt.execute.block_runner import Parametrisation
 from graphopt.ir.graph import Call, Program
 from graphopt.ir.weights import Array, Dequantised
-from graphopt.pass_manager.contract import Context, Forecast, Pass, PassResult, register_pass
+from graphopt.pass_manager.contract import Context, Forecast, Pass, PassResult, Skip, register_pass
 from graphopt.pass_manager.rounding_statements import ROUNDED, RetunedCodes
 from graphopt.passes.quantize.record import QuantizedModel
 from graphopt.report.record import Record
@@ -24,6 +24,10 @@ from graphopt.training.forecast import forecast_training
 from graphopt.training.options import TrainingOptions
 from graphopt.training.parametrisations import weight_scale
 from graphopt.training.record import TrainingRecord
+
+WITHIN_A_STEP = 0.95
+"""The share of elements that are within a step of their codes in a matrix that was rounded to them.
+Rounding on text moves some farther, and clips the largest."""
 
 
 class TunedCodes(TrainingRecord):
@@ -122,23 +126,38 @@ class _Tuning(Distiller):
                 if len(weight.shape) > 1:
                     del found[name]
                 continue
+            if encoding.axis != 1:
+                reason = f"it is {encoding}, and codes are trained whose groups lie along axis 1"
+                self.skipped.append(Skip(name, reason))
+                del found[name]
+                continue
             tensors = {
                 tensor.name.removeprefix(f"{name}."): tensor.load().to(self.device)
                 for tensor in weight.tensors()
             }
             value = weight.load(torch.float32)
-            codes = CodeParametrisation(
-                encoding, tensors, self._source(name, value), weight_scale(value)
-            )
+            source = self._source(name, value, tensors["scales"].float())
+            codes = CodeParametrisation(encoding, tensors, source, weight_scale(value))
             self.codes[name] = found[name] = codes.to(self.device)
         return found
 
-    def _source(self, name: str, value: torch.Tensor) -> torch.Tensor | None:
-        """Return a weight as it was before it was rounded; None where that has another shape."""
+    def _source(self, name: str, value: torch.Tensor, steps: torch.Tensor) -> torch.Tensor | None:
+        """Return a weight as it was before it was rounded; None where that is not known.
+
+        The model as it was has a matrix of that name, which is not what was rounded where a pass in
+        between scaled, fused or fitted it: then most elements are farther from it than a step.
+
+        Args:
+            value: The weight [out, in], fp32.
+            steps: The scales of its codes, [out, groups].
+        """
         dense = self.dense.weights
         if name not in dense or dense[name].shape != tuple(value.shape):
             return None
-        return dense[name].load(torch.float32).to(self.device)
+        source = dense[name].load(torch.float32).to(self.device)
+        off = (source - value.to(source)).abs().unflatten(-1, (steps.shape[1], -1))
+        near = (off <= steps.abs()[..., None]).float().mean()
+        return source if float(near) >= WITHIN_A_STEP else None
 
     def fold(self, structure: Program | None = None) -> Program:
         result = super().fold(structure)
@@ -146,7 +165,7 @@ class _Tuning(Distiller):
         for name, codes in self.codes.items():
             weight = self.original.weights[name]
             assert isinstance(weight.producer, Dequantised)
-            tensors = {s: t.cpu().contiguous() for s, t in codes.tensors(weight.dtype).items()}
+            tensors = {s: t.cpu().contiguous() for s, t in codes.tensors().items()}
             before = weight.producer.encoding.codes(weight.producer.packed.load())
             after = weight.producer.encoding.codes(tensors["packed"])
             changed += int((before != after).sum())

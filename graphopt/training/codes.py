@@ -31,7 +31,7 @@ class CodeParametrisation(Parametrisation):
 
     Args:
         encoding: How the weight is packed, with groups along its rows.
-        tensors: Its tensors by suffix, on the device.
+        tensors: Its tensors by suffix, on the device. Scales stay of the dtype that they have.
         source: The weight before it was rounded, [out, in]: elements begin as near to it as they
             may and still become the same codes. None to begin at the codes.
         size: How large the weight's elements are, by which rates are measured.
@@ -45,7 +45,7 @@ class CodeParametrisation(Parametrisation):
         size: float,
     ) -> None:
         super().__init__()
-        self.encoding, self.size = encoding, size
+        self.encoding, self.size, self.dtype = encoding, size, tensors["scales"].dtype
         scales = tensors["scales"].float()
         self.steps = nn.Buffer(scales)
         zeros = torch.full_like(scales, 2 ** (encoding.bits - 1))
@@ -67,7 +67,7 @@ class CodeParametrisation(Parametrisation):
     def _scales(self) -> Tensor:
         scales = self.steps * self.log_scales.exp()
         # They are trained as the numbers that they are stored as.
-        return scales + (stored_scales(scales, scales.dtype) - scales).detach()
+        return scales + (stored_scales(scales, self.dtype).to(scales) - scales).detach()
 
     def _places(self) -> Tensor:
         """Return where elements lie among the codes, [out, groups, group]."""
@@ -80,7 +80,7 @@ class CodeParametrisation(Parametrisation):
         return ((codes - self.zeros[..., None]) * self._scales()[..., None]).flatten(-2)
 
     @torch.no_grad()
-    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return what the weight has become as the tensors of its encoding, by suffix."""
-        scales = stored_scales(self._scales(), dtype)
+        scales = stored_scales(self._scales(), self.dtype)
         return self.encoding.pack(self._places().round().flatten(-2), scales, self.zeros)

@@ -15,7 +15,9 @@ from graphopt.errors import PassError, UsageError
 from graphopt.ir import Array, Dequantised, Packed, Weight
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.pass_manager.rounding_statements import RetunedCodes
+from graphopt.passes.tune_codes import _Tuning
 from graphopt.training.codes import CodeParametrisation
+from graphopt.training.distil import Distiller
 
 
 def parametrised(encoding, seed=0, source=True):
@@ -37,7 +39,7 @@ ENCODINGS = [
 def test_training_begins_with_the_codes_that_there_are(encoding, source):
     _, tensors, weight = parametrised(encoding, source=source)
     assert torch.equal(weight(), encoding.dequantise(tensors))
-    again = weight.tensors(torch.float32)
+    again = weight.tensors()
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[suffix], tensors[suffix]) for suffix in tensors)
 
@@ -55,11 +57,64 @@ def test_what_is_trained_is_what_is_stored(encoding):
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    made = weight.tensors(torch.float32)
+    made = weight.tensors()
     torch.testing.assert_close(encoding.dequantise(made), weight().detach(), rtol=1e-6, atol=1e-7)
     assert not torch.equal(made["packed"], tensors["packed"])
     assert not torch.equal(made["scales"], tensors["scales"])
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_are_trained_as_the_numbers_that_a_weight_stores(dtype):
+    """Not as those of another dtype, which would be rounded once more behind the training."""
+    encoding = Packed(4, 8)
+    value = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
+    tensors = encoding.quantise(value, dtype)
+    weight = CodeParametrisation(encoding, tensors, value, 1.0)
+    with torch.no_grad():
+        weight.log_scales += 0.0137
+    made = weight.tensors()
+    assert made["scales"].dtype == dtype
+    wide = made | {"scales": made["scales"].float()}
+    torch.testing.assert_close(encoding.dequantise(wide), weight().detach(), rtol=1e-6, atol=1e-7)
+
+
+class Tuning(_Tuning):
+    """A run of which the models alone are there."""
+
+    def __init__(self, dense, program):
+        self.dense, self.original, self.device = dense, program, torch.device("cpu")
+        self.skipped, self.codes = [], {}
+
+
+@pytest.mark.parametrize("method", ["rtn", "clip=False"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_elements_begin_at_what_was_rounded_and_at_nothing_else(method, bits):
+    dense = tiny_program()
+    options = {"w": bits, "method": "rtn", "clip": method == "rtn"}
+    program = make_pass("quantize", options).run(dense, Context()).program
+    weight = program.weights[UP]
+    value, steps = weight.load(), weight.producer.scales.load()
+    source = Tuning(dense, program)._source(UP, value, steps)
+    assert torch.equal(source, dense.weights[UP].load())
+    # Of the same name and shape, but what was rounded had its columns scaled.
+    other = dense.copy()
+    scales = torch.logspace(-1, 1, value.shape[1], base=4.0)
+    other.weights.replace(Weight(UP, Array(dense.weights[UP].load() * scales)))
+    assert Tuning(other, program)._source(UP, value, steps) is None
+
+
+def test_codes_along_another_axis_are_left_with_the_reason(monkeypatch):
+    program = tiny_program()
+    weight = program.weights[UP]
+    encoding = Packed(4, 16, axis=0)
+    tensors = {s: Array(t) for s, t in encoding.quantise(weight.load()).items()}
+    program.weights.replace(weight.with_producer(Dequantised(encoding, **tensors)))
+    monkeypatch.setattr(Distiller, "parametrisations", lambda self, program, calls: {UP: None})
+    tuning = Tuning(tiny_program(), program)
+    assert tuning.parametrisations(program, []) == {}
+    ((where, reason),) = [(skip.where, skip.reason) for skip in tuning.skipped]
+    assert where == UP and "axis 1" in reason
 
 
 def test_scales_have_the_gradient_of_what_elements_are_off():
