@@ -15,6 +15,8 @@ from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, regi
 from graphopt.pass_manager.pipeline import DEFAULT_RECIPE, Pipeline
 from graphopt.pass_manager.run_options import RunOptions
 from graphopt.pass_manager.verification import compare, make_probe, measure
+from graphopt.training.kept_files import kept_file
+from graphopt.training.options import TrainingOptions
 
 
 class _Test(Pass):
@@ -315,6 +317,25 @@ def test_a_snapshot_of_another_run_is_not_used(tmp_path, other):
         options["calib"] = tmp_path / "text"
     _, report = pipeline.run(program, RunOptions(resume=True, **options), work=work)
     assert not any(entry.resumed for entry in report.passes)
+
+
+@pytest.mark.parametrize("other", [None, "recipe", "weights"])
+def test_what_a_training_keeps_is_of_one_source_and_one_recipe_before_it(tmp_path, other):
+    """Of programs that look the same, with other weights: `kept_file` is theirs alone."""
+    Crash.armed = False
+    program, names = tiny_program(), []
+
+    class Trains(Crash):
+        def change(self, program, context):
+            names.append(kept_file("distilling", TrainingOptions(), program, context))
+            return PassResult(program)
+
+    Pipeline([Shrink(), Trains()]).run(program, work=tmp_path)
+    if other == "weights":
+        scale_weight(program, "norm.weight", 2.0)
+    pipeline = Pipeline([Shrink(by=0.3 if other == "recipe" else 0.5), Trains()])
+    pipeline.run(program, work=tmp_path)
+    assert (names[0] == names[1]) == (other is None)
 
 
 def test_without_resume_old_snapshots_go(tmp_path):

@@ -137,6 +137,9 @@ class Context:
         seed: Seed of everything random in a pass.
         progress: Called as `progress(what, done, total)`.
         work: Folder for large intermediate results; None where nothing may be written.
+        origin: A hash of all that the program a pass is given comes from: the source with its
+            weights, settings, and the passes before it with their options; "" outside a run that
+            keeps snapshots.
         dense: The program before the first pass that is not exact: what lossy passes are
             measured against and distil from; None before there is one.
         earlier: The passes that ran before, with what they told; `record` and `options_of` ask
@@ -154,6 +157,7 @@ class Context:
     seed: int = 0
     progress: Progress = silent
     work: Path | None = None
+    origin: str = ""
     dense: Program | None = None
     earlier: list[Earlier] = field(default_factory=list)
     encoded: TokenText | None = None

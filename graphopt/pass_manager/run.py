@@ -189,6 +189,8 @@ class RecipeRun:
         imprint = Imprint(before)
         entry = new_entry(item, before, self.context.device)
         self.context.progress(item.name, 0, 1)
+        if self.snapshots is not None:
+            self.context.origin = self.snapshots.key(self._prefix(len(self.entries)))
         with Meter() as meter, users_pass(item.name, type(item).__module__):
             item.check(before)
             if not item.exact and self.context.dense is None:

@@ -128,9 +128,12 @@ class Snapshots:
         self._origin = {id(t.producer): (t.name, t.producer) for t in source.weights.tensors()}
         self._stored: dict[int, tuple[str, str, Producer]] = {}
 
+    def key(self, recipe: str) -> str:
+        """Return a hash of all that a recipe's result hangs on: source, salt and the recipe."""
+        return hashlib.sha256(f"{self._salt}\n{recipe}".encode()).hexdigest()[:16]
+
     def _name(self, recipe: str, number: int) -> str:
-        key = hashlib.sha256(f"{self._salt}\n{recipe}".encode()).hexdigest()[:16]
-        return f"{number:02d}-{key}"
+        return f"{number:02d}-{self.key(recipe)}"
 
     def save(
         self,

@@ -35,7 +35,8 @@ def kept_file(
     """
     if context.work is None:
         return None
-    key = json.dumps([FORMAT, asdict(options), what, context.seed, context.bos], sort_keys=True)
+    settings = [FORMAT, asdict(options), what, context.seed, context.bos, context.origin]
+    key = json.dumps(settings, sort_keys=True)
     paths = [call.path for call in program.calls]
     digest = hashlib.sha256(f"{key}\n{context.text}\n{paths}\n{program}".encode())
     return context.work / f"distil-{digest.hexdigest()[:16]}.pt"
