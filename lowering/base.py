@@ -141,8 +141,8 @@ class Emitter(ABC):
         """Return the names of the tensors of `program.weights.tensors()` that the form will hold.
 
         It holds them as the program does, and `emit` says where; the output folder needs the others
-        a second time, as a program that is opened again. No weight is read. Constants and vectors
-        do not count.
+        a second time, as a program that is opened again. No weight is read. Constants, vectors
+        and scales do not count.
         """
         return {tensor.name for tensor in program.weights.tensors()}
 

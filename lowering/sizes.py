@@ -57,7 +57,7 @@ def program_size(emitters: Iterable[Emitter], program: Program, target: str) -> 
     """Return the size of what a folder holds of the program beside its forms, from the structure.
 
     Those are the weights that no form holds as the program does: the folder is a program that is
-    opened again. None where the forms hold all matrices.
+    opened again. None where the forms hold all matrices, or their codes.
     """
     kept: set[str] = set()
     for emitter in emitters:
@@ -69,10 +69,14 @@ def program_size(emitters: Iterable[Emitter], program: Program, target: str) -> 
 
 
 def size_of_rest(program: Program, kept: Collection[str]) -> FormSize | None:
-    """Return the size of the tensors that are not among `kept`; None where no matrix is."""
-    rest = [tensor for tensor in program.weights.tensors() if tensor.name not in kept]
-    if all(tensor.constant or len(tensor.shape) < 2 for tensor in rest):
+    """Return the size of the tensors that are not among `kept`.
+
+    None where no matrix is, nor the codes of one: scales alone, gains and constants are little.
+    """
+    matrices = [w for w in program.weights if len(w.shape) > 1 and not w.constant]
+    if all(matrix.tensors()[0].name in kept for matrix in matrices):
         return None
+    rest = [tensor for tensor in program.weights.tensors() if tensor.name not in kept]
     stored = [(tensor.shape, tensor.dtype) for tensor in rest]
     return FormSize(PROGRAM, sum(map(_bytes, stored)), _usual(program, stored))
 

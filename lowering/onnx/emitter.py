@@ -97,7 +97,7 @@ class OnnxEmitter(Emitter):
                 # Blocks that are parts of a group repeat its scale, beside the group's own.
                 rows, length = weight.shape
                 kind = (rows, length // block), torch.float32
-                planned[f"{layout}{weight.name}.scales.blocks"] = kind
+                planned[f"{layout}{weight.name}.scales.blocks_of_{block}"] = kind
         return planned
 
     def emit(

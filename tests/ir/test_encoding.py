@@ -309,13 +309,13 @@ def test_scales_that_blocks_repeat_are_planned_for(tmp_path):
     emitter = OnnxEmitter()
     planned = emitter.tensors(program, "cpu")
     stored = emitter.emit(program, tmp_path, "cpu", silent).storage
-    blocks = {name: place.shape for name, place in stored.items() if name.endswith(".blocks")}
+    blocks = {name: place.shape for name, place in stored.items() if ".blocks_of_" in name}
     # 96 codes with one scale are three blocks of 32.
-    assert blocks == {f"{down}.scales.blocks": (32, 3)}
-    assert {name for name in planned if name.endswith(".blocks")} == {
+    assert blocks == {f"{down}.scales.blocks_of_32": (32, 3)}
+    assert {name for name in planned if ".blocks_of_" in name} == {
         f"model.onnx.data/{name}" for name in blocks
     }
-    assert planned[f"model.onnx.data/{down}.scales.blocks"] == ((32, 3), torch.float32)
+    assert planned[f"model.onnx.data/{down}.scales.blocks_of_32"] == ((32, 3), torch.float32)
     report = emit(program, tmp_path / "out", target="cpu", emit=("onnx",))
     assert [form.dtype for form in report.artifact.forms] == ["codes of 4 bits"]
 

@@ -267,8 +267,8 @@ def test_what_a_form_keeps_of_a_program_is_what_it_says_where_it_is(
         emitter.check(program, "cpu")
         kept = emitter.kept(program, "cpu")
         storage = emitter.emit(program, tmp_path / str(number), "cpu", silent).storage
-        matrices = {tensor.name for tensor in program.weights.tensors()
-                    if not tensor.constant and len(tensor.shape) > 1}  # fmt: skip
+        matrices = {weight.tensors()[0].name for weight in program.weights
+                    if not weight.constant and len(weight.shape) > 1}  # fmt: skip
         assert kept & matrices == set(storage) & matrices
 
 
