@@ -16,6 +16,7 @@ from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program
 from graphopt.lowering import get_emitter
 from graphopt.lowering.base import Emitted, Emitter, check_placements
+from graphopt.lowering.gguf_types import GGUF_TYPES
 from graphopt.lowering.onnx_accuracy import ACCURACY_LEVELS, EXACT, ROUNDING
 from graphopt.lowering.sizes import (
     about_decoded_codes,
@@ -39,9 +40,6 @@ from graphopt.support.progress import Progress, silent
 from graphopt.targets import get_target
 
 MANIFEST_VERSION = 1
-
-GGUF_TYPES = (AUTO, "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
-"""The types that matrices of a GGUF file may be asked to have, by the name a user gives."""
 
 WRITTEN_BYTES = 300e6
 """Bytes that a disk takes in a second, about."""
@@ -110,8 +108,8 @@ class Emission:
                 f"--gguf-type is for the GGUF form, and what is emitted is {', '.join(names)}.",
                 "Leave it out, or name gguf after --emit as well.",
             )
-        if gguf_type not in GGUF_TYPES:
-            raise unknown_name("GGUF type", gguf_type, GGUF_TYPES)
+        if gguf_type != AUTO and gguf_type not in GGUF_TYPES:
+            raise unknown_name("GGUF type", gguf_type, [AUTO, *GGUF_TYPES])
         if dtype != AUTO and dtype not in STORED_DTYPES:
             raise unknown_name("dtype", dtype, [AUTO, *STORED_DTYPES])
         # A checkpoint has the layout that the torch form reads, and its file is nobody else's.

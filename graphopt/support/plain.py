@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 CONTROL = re.compile(
@@ -33,6 +34,11 @@ def plain_text_source() -> str:
 def plain_line(text: str) -> str:
     """Return text as `plain_text` does, in one line."""
     return plain_text(text).replace("\n", "\\n")
+
+
+def first_and_count(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are: `a and 2 more`."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 _SHORT = reprlib.Repr()

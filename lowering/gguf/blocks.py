@@ -20,20 +20,10 @@ from torch import Tensor
 
 from graphopt.files.finite import check_finite
 from graphopt.files.safetensors import blocks
-from graphopt.ir import functional
 from graphopt.ir.weights import Dequantised, Producer
+from graphopt.lowering.gguf_types import GGUF_TYPES
 
-AUTO = "auto"
-"""The type by which what the program holds is written as it is."""
-
-TYPES: dict[str, GGMLQuantizationType] = {
-    "f32": GGMLQuantizationType.F32,
-    "f16": GGMLQuantizationType.F16,
-    "bf16": GGMLQuantizationType.BF16,
-    "q8_0": GGMLQuantizationType.Q8_0,
-    "q4_0": GGMLQuantizationType.Q4_0,
-    "q4_1": GGMLQuantizationType.Q4_1,
-}
+TYPES = {name: GGMLQuantizationType[name.upper()] for name in GGUF_TYPES}
 """The types that matrices may be asked to have, by the name a user gives."""
 
 AT_THE_ENDS = ("token_embd.weight", "output.weight")
@@ -104,8 +94,8 @@ def held_by_fp16(weight: Dequantised) -> bool:
 def _minima(weight: Dequantised, scales: Tensor) -> Tensor:
     """Return what code 0 stands for, [out, groups]."""
     assert weight.zeros is not None
-    zeros = functional.unpack(weight.zeros.load(), weight.encoding.bits)
-    return -zeros[:, : scales.shape[1]].to(scales.dtype) * scales
+    zeros = weight.encoding.zero_points(weight.zeros.load(), scales.shape[1])
+    return -zeros.to(scales.dtype) * scales
 
 
 @dataclass(frozen=True)
@@ -161,7 +151,7 @@ def _codes_as_blocks(weight: Dequantised, heads: list[Tensor]) -> Tensor:
         heads: See `_heads`.
     """
     bits, per_group = weight.encoding.bits, weight.encoding.group // BLOCK
-    codes = functional.unpack(weight.packed.load(), bits).view(-1, BLOCK)
+    codes = weight.encoding.codes(weight.packed.load()).reshape(-1, BLOCK)
     repeated = [
         head.flatten().repeat_interleave(per_group)[:, None].contiguous().view(torch.uint8)
         for head in heads

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, cast
 import torch
 
 from graphopt.errors import LoweringError
+from graphopt.ir.dtypes import AUTO
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Array, Cast, Dequantised, Producer
 from graphopt.lowering.base import NOTHING, Emitted, Emitter, StoredTensor
 from graphopt.lowering.gguf.blocks import (
     AT_THE_ENDS,
-    AUTO,
     BLOCK,
     NUMBERS,
     TYPES,
@@ -42,6 +42,7 @@ from graphopt.sources.generation import GenerationSettings
 from graphopt.sources.gguf import architectures
 from graphopt.sources.gguf.container import GgufFile
 from graphopt.storage.stored_weight import StoredWeight
+from graphopt.support.plain import first_and_count
 from graphopt.support.progress import Progress
 
 NAME = "model.gguf"
@@ -109,10 +110,7 @@ class GgufEmitter(Emitter):
         emitted = Emitted([path], notes=list(planned.notes))
         reasons: dict[str, list[str]] = {}
         tensors = self._stored(planned, reasons)
-        emitted.notes += [
-            (f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0], reason)
-            for reason, names in reasons.items()
-        ]
+        emitted.notes += [(first_and_count(names), reason) for reason, names in reasons.items()]
         keys: dict[str, Value] = {"general.name": program.name} | planned.keys()
         if program.licence:
             keys["general.license"] = program.licence

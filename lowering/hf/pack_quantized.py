@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.ir import functional
 from graphopt.ir.encoding import Packed, pack
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Array, Dequantised, Producer
 from graphopt.lowering.hf.checkpoint_assembly import Assembled
+from graphopt.support.plain import first_and_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,8 +73,7 @@ class PackedWords(Producer):
         encoding = self.weight.encoding
         packed = self.weight.packed.load_rows(start, stop)
         if not encoding.fills_bytes:
-            codes = functional.unpack(packed, encoding.bits)[..., : encoding.group]
-            packed = pack(codes.flatten(1), encoding.bits)[:, None]
+            packed = pack(encoding.codes(packed).flatten(1), encoding.bits)[:, None]
         return _words(packed.flatten(1))
 
 
@@ -95,9 +94,9 @@ class PackedZeroPoints(Producer):
 
     def load(self) -> Tensor:
         assert self.weight.zeros is not None
-        bits, groups = self.weight.encoding.bits, self.shape[1]
-        codes = functional.unpack(self.weight.zeros.load(), bits)[:, :groups]
-        return _words(pack(codes.t(), bits)).t().contiguous()
+        encoding = self.weight.encoding
+        points = encoding.zero_points(self.weight.zeros.load(), self.shape[1])
+        return _words(pack(points.t(), encoding.bits)).t().contiguous()
 
 
 def _words(data: Tensor) -> Tensor:
@@ -128,10 +127,7 @@ class QuantisedCheckpoint:
     def notes(self) -> list[tuple[str, str]]:
         """Return what is written dense and what loaders fail at, as (where, what)."""
         notes = [
-            (
-                f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0],
-                f"written dense: {reason}",
-            )
+            (first_and_count(names), f"written dense: {reason}")
             for reason, names in self.dense.items()
         ]
         if self.is_asymmetric:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from graphopt.ir.types import DTYPE_NAMES
 from graphopt.ir.weights import Producer
-from graphopt.sources.quantised.method import Method, ReadTensors, counted, misshapen
+from graphopt.sources.quantised.method import Method, ReadTensors, misshapen
 from graphopt.support.inputs import OpenSchema, parse
+from graphopt.support.plain import first_and_count
 
 Positive = Annotated[int, Field(ge=1, le=2**20)]
 
@@ -153,7 +154,7 @@ def read_float8(
 
 def made_dense(names: list[str], dtype: torch.dtype) -> str:
     """Return a note about fp8 weights that were read."""
-    return f"{counted(names)}: fp8 weights are read as {DTYPE_NAMES[dtype]} values"
+    return f"{first_and_count(names)}: fp8 weights are read as {DTYPE_NAMES[dtype]} values"
 
 
 class _Keys(OpenSchema):

@@ -13,6 +13,7 @@ from graphopt.files.refusals import REMEDY
 from graphopt.ir.types import Type
 from graphopt.ir.weights import Producer
 from graphopt.sources.quantised.words import ConsecutiveGroups, UnevenGroups
+from graphopt.support.plain import first_and_count
 
 
 @dataclass
@@ -176,11 +177,6 @@ def about_uneven_groups(weights: Mapping[str, Producer], option: str) -> list[st
             reason = f"its {length} inputs are no multiple of its groups of {size}"
         reasons.setdefault(reason, []).append(name.removesuffix(".weight"))
     return [
-        f"{counted(names)}: {reason}, so it is read as dense values"
+        f"{first_and_count(names)}: {reason}, so it is read as dense values"
         for reason, names in reasons.items()
     ]
-
-
-def counted(names: list[str]) -> str:
-    """Return the first of some names, and how many more there are."""
-    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
