@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import TypeVar
 
 import torch
 
@@ -60,14 +62,39 @@ def first_that_fits(
         return start(constants)
     if _compiles_for_hopper(device):
         constants = without_wgmma(constants)
+    _start_first((device, *sorted(constants.items())), smaller(constants), start)
+
+
+def with_fewer_stages(key: Hashable, stages: int, start: Callable[[int], None]) -> None:
+    """Start a kernel with as many tiles on their way at a time as the GPU has the memory for.
+
+    Args:
+        key: Of the kernel, its tiles and the device.
+
+    Raises:
+        triton.OutOfResources: It has not enough for one.
+    """
+    _start_first(key, range(stages, 0, -1), start)
+
+
+Choice = TypeVar("Choice")
+_FIRST_THAT_FITS: dict[Hashable, int] = {}
+"""Which choice of a kernel, the largest being 0, a GPU had the memory for."""
+
+
+def _start_first(key: Hashable, choices: Iterable[Choice], start: Callable[[Choice], None]) -> None:
+    """Start the first choice that fits; later calls of the same key begin with it."""
     refusal: Exception | None = None
-    for tiles in smaller(constants):
+    for number, choice in islice(enumerate(choices), _FIRST_THAT_FITS.get(key, 0), None):
         try:
-            return start(tiles)
+            start(choice)
         except Exception as error:
             # By its name: Triton is not there where there is no GPU.
             if type(error).__name__ != "OutOfResources":
                 raise
             refusal = error
+        else:
+            _FIRST_THAT_FITS[key] = number
+            return
     assert refusal is not None
     raise refusal

@@ -9,7 +9,7 @@ Layout letters: M tokens, K features in, N features out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.ir import functional
+from graphopt.runtime.fitting_tiles import with_fewer_stages
 from graphopt.runtime.fused import overlapping, runs_by_kernel
 from graphopt.runtime.quantised_tiles import (
     IntegerTiles,
@@ -162,13 +163,18 @@ def launch_packed(
     more: dict[str, Any] = {"INTEGER": integer}
     if few:
         more = {"UNROLL": tiles.unroll, **overlapping(x.device)}
-    (packed_few if few else packed_linear)[grid](
-        x, x_scales, weight.codes, weight.scales, weight.zeros, bias, out, part, weight.arrived,
-        tokens, outputs, spans, x.stride(0),
-        SPAN=weight.span, GROUP=weight.group if len(weight.scales) > 1 else 0,
-        BLOCK_M=tiles.columns, BLOCK_N=tiles.rows, SPLITS=splits, WORDS=x.is_cuda,
-        num_warps=tiles.warps, num_stages=tiles.stages, **more,
-    )  # fmt: skip
+    kernel = packed_few if few else packed_linear
+
+    def start(stages: int) -> None:
+        kernel[grid](
+            x, x_scales, weight.codes, weight.scales, weight.zeros, bias, out, part,
+            weight.arrived, tokens, outputs, spans, x.stride(0),
+            SPAN=weight.span, GROUP=weight.group if len(weight.scales) > 1 else 0,
+            BLOCK_M=tiles.columns, BLOCK_N=tiles.rows, SPLITS=splits, WORDS=x.is_cuda,
+            num_warps=tiles.warps, num_stages=stages, **more,
+        )  # fmt: skip
+
+    with_fewer_stages(("packed", tiles, weight.span, integer, x.device), tiles.stages, start)
     return out
 
 
@@ -243,23 +249,8 @@ def launch_integer(
             num_warps=tiles.warps, num_stages=stages,
         )  # fmt: skip
 
-    _with_fewer_stages(start, tiles.stages)
+    with_fewer_stages(("integer", tiles, x.device), tiles.stages, start)
     return out
-
-
-def _with_fewer_stages(start: Any, stages: int) -> None:
-    """Start a kernel with as many tiles ahead as a GPU has the memory for."""
-    for count in _down(stages):
-        try:
-            return start(count)
-        except Exception as error:
-            # By its name: Triton is not there where there is no GPU.
-            if type(error).__name__ != "OutOfResources" or count == 1:
-                raise
-
-
-def _down(count: int) -> Iterator[int]:
-    yield from range(count, 0, -1)
 
 
 # What a model is made of --------------------------------------------------------------------------

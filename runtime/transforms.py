@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from graphopt.ir import functional
+from graphopt.runtime.fitting_tiles import with_fewer_stages
 from graphopt.runtime.fused import (
     launch_act_mul,
     launch_norm,
@@ -72,6 +73,17 @@ def fits(left: int | None, right: int | None, n1: int, n2: int, shared_bytes: in
     return power(n1) * power(n2) <= LARGEST_TILE and all(
         2 * (power(size) ** 2 + token) <= shared_bytes for size in (left, right) if size
     )
+
+
+@functools.cache
+def _shared_bytes_of(device: torch.device) -> int | None:
+    """Return the shared memory that a program may have on a GPU; None on anything else."""
+    if device.type != "cuda":
+        return None
+    from triton.runtime import driver
+
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(number)["max_shared_mem"])
 
 
 def launch_transform(
@@ -145,23 +157,28 @@ def launch_transform(
         for name, row in (("x", strides[0]), ("y", strides[-1]))
         for axis, stride in enumerate(row)
     }
-    kernel[(min(tokens, programs),)](
-        tensors[0], None if y is None else tensors[1], weight,
-        None if left is None else left.contiguous(), None if right is None else right.contiguous(),
-        clip_low, clip_high,
-        total, out, scales, tokens, shape[1], shape[2],
-        **given, eps=float(eps), offset=float(offset),
-        N1=n1, N2=n2, D0=first, D1=rest, B2=b2, BEFORE=before, BITS=bits, PAIRS=pairs,
-        num_warps=warps, num_stages=stages, **overlapping(device),
-    )  # fmt: skip
+    left = None if left is None else left.contiguous()
+    right = None if right is None else right.contiguous()
+
+    def start(stages: int) -> None:
+        kernel[(min(tokens, programs),)](
+            tensors[0], None if y is None else tensors[1], weight, left, right,
+            clip_low, clip_high, total, out, scales, tokens, shape[1], shape[2],
+            **given, eps=float(eps), offset=float(offset),
+            N1=n1, N2=n2, D0=first, D1=rest, B2=b2, BEFORE=before, BITS=bits, PAIRS=pairs,
+            num_warps=warps, num_stages=stages, **overlapping(device),
+        )  # fmt: skip
+
+    key = "transform", n1, n2, left is None, right is None, before, bits, warps, stages, device
+    with_fewer_stages(key, stages, start)
     return out, scales, total
 
 
 class TransformKernels:
-    """`transformed` within the shared memory of a target.
+    """`transformed` within the shared memory of a target, and of the GPU at hand.
 
     Args:
-        shared_bytes: What a program may have of it.
+        shared_bytes: What a program may have of it on the target; a GPU may have less.
     """
 
     def __init__(self, shared_bytes: int) -> None:
@@ -221,7 +238,9 @@ class TransformKernels:
         if not n1 and not n2:
             n1 = 1
         sizes = n1 or width // n2, n2 or width // n1
-        if self._fits(left, right, sizes):
+        own = _shared_bytes_of(x.device)
+        room = self._shared_bytes if own is None else min(self._shared_bytes, own)
+        if _fits(left, right, sizes, room):
             return launch_transform(
                 x, left, right, sizes=sizes, before=before, y=y, weight=weight, eps=eps,
                 offset=offset, bits=bits, pairs=pairs, clip_low=clip_low, clip_high=clip_high,
@@ -235,7 +254,7 @@ class TransformKernels:
             x = launch_act_mul(x, y, before)
         if right is not None:
             x = (x.reshape(-1, sizes[1]) @ right).view(x.shape)
-        if left is not None and not self._fits(left, None, sizes):
+        if left is not None and not _fits(left, None, sizes, room):
             x = torch.matmul(left.t(), x.reshape(-1, *sizes)).view(x.shape)
             left = None
         if bits == 0 and left is None:
@@ -248,7 +267,10 @@ class TransformKernels:
         )  # fmt: skip
         return out, scales, total
 
-    def _fits(self, left: Tensor | None, right: Tensor | None, sizes: tuple[int, int]) -> bool:
-        n1 = None if left is None else len(left)
-        n2 = None if right is None else len(right)
-        return fits(n1, n2, *sizes, self._shared_bytes)
+
+def _fits(
+    left: Tensor | None, right: Tensor | None, sizes: tuple[int, int], shared_bytes: int
+) -> bool:
+    n1 = None if left is None else len(left)
+    n2 = None if right is None else len(right)
+    return fits(n1, n2, *sizes, shared_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ if importlib.util.find_spec("triton") is None:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 from graphopt.ir.encoding import Packed  # noqa: E402
+from graphopt.runtime import quantised_linear  # noqa: E402
+from graphopt.runtime.fitting_tiles import with_fewer_stages  # noqa: E402
 from graphopt.runtime.quantised_linear import (  # noqa: E402
     PackedCodes,
     QuantisedKernels,
@@ -148,6 +151,50 @@ def test_products_of_codes_are_exact_up_to_the_scales(
     error = (got.double().cpu() - exact).abs()
     sums = exact.abs() + bias.double().cpu().abs()
     assert bool((error <= sums * 2.0**-22 + exact.abs() * torch.finfo(dtype).eps / 2 + 1e-7).all())
+
+
+class OutOfResources(Exception):
+    """What Triton raises where a GPU has too little shared memory; known by its name."""
+
+
+def test_stages_for_which_a_gpu_has_no_memory_are_tried_once() -> None:
+    tried: list[int] = []
+
+    def start(stages: int) -> None:
+        tried.append(stages)
+        if stages > 2:
+            raise OutOfResources
+
+    for _ in range(2):
+        with_fewer_stages(("a kernel", 0), 4, start)
+    assert tried == [4, 3, 2, 2]
+    with_fewer_stages(("a kernel", 1), 3, start)
+    assert tried[4:] == [3, 2]
+
+    def never(stages: int) -> None:
+        raise OutOfResources
+
+    for _ in range(2):
+        with pytest.raises(OutOfResources):
+            with_fewer_stages(("a kernel", 2), 2, never)
+
+
+def test_a_packed_product_takes_fewer_stages_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, wide = some_weight(32, 128, 32, torch.float16)
+    asked: list[int] = []
+
+    def short(key: object, stages: int, start: Callable[[int], None]) -> None:
+        asked.append(stages)
+        start(1)
+
+    monkeypatch.setattr(quantised_linear, "with_fewer_stages", short)
+    x = random(2, 128)
+    got = launch_packed(x, weight, None, FEW, 1).double().cpu()
+    assert asked == [FEW.stages]
+    exact = x.double().cpu() @ wide.t()
+    assert bool(((got - exact).abs() <= bound(x, wide, torch.float16)).all())
 
 
 def test_a_product_of_int8_whose_depth_is_no_multiple_of_a_tile() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ if importlib.util.find_spec("triton") is None:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 from graphopt.ir import functional  # noqa: E402
+from graphopt.runtime import transforms  # noqa: E402
 from graphopt.runtime.transforms import TransformKernels, fits, launch_transform  # noqa: E402
 
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
@@ -146,6 +148,25 @@ def test_what_is_too_large_for_a_core_takes_several_kernels_and_gives_the_same()
             assert int(off.max()) <= 1 and float((off > 0).double().mean()) <= 1e-3
             assert torch.allclose(got[1], expected[1], rtol=1e-3)
             assert (got[2] is None) == (expected[2] is None)
+
+
+def test_a_gpu_with_less_memory_than_the_target_takes_several_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = random(2, 32 * 48, dtype=torch.float16, seed=0)
+    left, right = (rotation(size, torch.float16, seed) for seed, size in enumerate((32, 48)))
+    launched: list[bool] = []
+    launch = transforms.launch_transform
+
+    def counted(x: Tensor, left: Tensor | None, right: Tensor | None, **rest: Any) -> Any:
+        launched.append(right is None)
+        return launch(x, left, right, **rest)
+
+    monkeypatch.setattr(transforms, "launch_transform", counted)
+    for own in (None, H100, 2 * (32 * 32 + 2 * 32 * 64)):
+        monkeypatch.setattr(transforms, "_shared_bytes_of", lambda device, own=own: own)
+        TransformKernels(H100).by_kernels(x, left, right, bits=8)
+    assert launched == [False, False, True]
 
 
 def test_what_is_no_number_stays_none() -> None:
