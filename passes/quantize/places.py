@@ -11,8 +11,7 @@ from graphopt.ir.graph import Function, Node, Program, Value
 from graphopt.ir.mixture import Mixture, find_mixtures
 from graphopt.ir.weights import Weight
 from graphopt.pass_manager.contract import Skip
-
-ROUNDED = "quantise_dequantise"
+from graphopt.pass_manager.rounding_statements import ROUNDED
 
 _NO_PRODUCTS = ("rms_norm", "layer_norm", "add", "mul", "embedding")
 """Ops whose operands are gains, biases and tables, whatever shape they have."""

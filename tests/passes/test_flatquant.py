@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import mostly_slow
+from families import captured, mostly_slow
 from programs import tiny_program
 from tiny_models import byte_tokenizer
 from trained import book
@@ -21,7 +21,9 @@ from graphopt.ir.affine import Factors, role_of
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.encoding import Packed
 from graphopt.ir.encoding import group_of as group_of_row
+from graphopt.ir.ops.attention import KEY, VALUE
 from graphopt.pass_manager.contract import Context
+from graphopt.pass_manager.rounding_statements import ROUNDED
 from graphopt.passes.flatquant.flatquant import FlatQuant
 from graphopt.passes.flatquant.run import FlatQuantising
 from graphopt.passes.flatquant.structure import (
@@ -32,6 +34,7 @@ from graphopt.passes.flatquant.structure import (
     trained_sites,
     transform,
 )
+from graphopt.passes.quantize.places import find_places, round_kv
 from graphopt.training.affine import BlockTransforms, InvertibleFactor, Rounding
 
 IDS = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(3))
@@ -247,6 +250,29 @@ def test_going_on_behind_the_blocks_tells_what_a_whole_run_does(tmp_path, monkey
     assert resumed.skipped == whole.skipped and len(set(whole.skipped)) == len(whole.skipped)
     told = [[step.after for step in result.record.perplexity] for result in (whole, resumed)]
     assert told[0] == told[1] == ["the whole model", "blocks", "distilled"]
+
+
+def test_keys_and_values_of_another_layer_are_rounded_as_quantize_does():
+    program = captured("gemma4_text")[1]
+    other = program.copy()
+    rounded, left = insert_roundings(program, Bits(16, 16, 4))
+    assert not left
+    places = find_places(other)
+    for name, attentions in places.attentions.items():
+        round_kv(other.functions[name], attentions, 4)
+    shared = 0
+    for name in places.attentions:
+        sides = [[n for n in p.functions[name].nodes if n.op == "attention"]
+                 for p in (program, other)]  # fmt: skip
+        for ours, theirs in zip(*sides, strict=True):
+            for place in (KEY, VALUE):
+                pair = [node.inputs[place].node for node in (ours, theirs)]
+                assert [node.op for node in pair] == [ROUNDED, ROUNDED]
+                assert pair[0].inputs[0].name == pair[1].inputs[0].name
+                assert pair[0].attrs["symmetric"] is pair[1].attrs["symmetric"] is False
+                shared += pair[0].inputs[0].node is None
+        assert len(rounded[name].clips) == 2 * len(sides[0])
+    assert shared
 
 
 def test_widths_without_factors_are_said():
