@@ -19,10 +19,9 @@ from graphopt.ir.encoding import Packed, group_of
 from graphopt.ir.graph import Call, Program
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Context, PassResult, Skip
-from graphopt.pass_manager.rounding_statements import PackedMatrix, RoundedProgram
+from graphopt.pass_manager.rounding_statements import ROUNDED, PackedMatrix, RoundedProgram
 from graphopt.passes.quantize.calibrated import BlockPair
 from graphopt.passes.quantize.places import (
-    ROUNDED,
     Stage,
     find_places,
     round_activations,
