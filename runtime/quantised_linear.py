@@ -9,12 +9,13 @@ Layout letters: M tokens, K features in, N features out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphopt.ir import functional
 from graphopt.runtime.fitting_tiles import with_fewer_stages
@@ -256,10 +257,25 @@ def launch_integer(
 # What a model is made of --------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _LaidOut:
+    """What a `QuantisedWeight` made of stored tensors for the kernels."""
+
+    sizes: list[int]
+    span: int
+    parameters: dict[str, nn.Parameter]
+
+
+_LAID_OUT: MutableMapping[Tensor, _LaidOut] = WeakTensorKeyDictionary()
+"""By the first tensor of codes that was read, while something holds it."""
+
+
 class QuantisedWeight(nn.Module):
     """Matrices kept as packed codes with scales, one behind the other; a call gives their values.
 
-    Codes that the kernels read lie as they read them, others as they are stored.
+    Codes that the kernels read lie as they read them, others as they are stored. The first are laid
+    out once for all modules of the same tensors (a table that is the output matrix too), and the
+    tensors in `weights` are emptied: they would be there beside them until a model is loaded.
 
     Args:
         weights: Tensors by name: `NAME.packed`, `NAME.scales` and, where there are any,
@@ -286,20 +302,35 @@ class QuantisedWeight(nn.Module):
             for suffix in ("packed", "scales", "zeros")
         )
         self.bits, self.group, self.axis = bits, group, axis
+        self.zeros = None
+        self.span: int | None = None
+        laid_out = _LAID_OUT.get(packed[0])
+        if laid_out is not None and len(laid_out.sizes) == len(names):
+            self.sizes, self.span = laid_out.sizes, laid_out.span
+            self._register(laid_out.parameters)
+            return
         self.sizes = [len(tensor) for tensor in packed]
         tensors = {"packed": _joined(packed), "scales": _joined(scales)}
         if zeros:
             tensors["zeros"] = _joined(zeros)
-        self.span: int | None = None
         if bits == 4 and axis == 1 and runs_by_kernel(tensors["scales"]):
             codes = pack_codes(**tensors, group=group)
             if codes is not None:
                 self.span = codes.span
                 tensors = {"codes": codes.codes, "scales": codes.scales, "arrived": codes.arrived}
                 tensors |= {} if codes.zeros is None else {"zeros": codes.zeros}
-        self.zeros = None
-        for name, tensor in tensors.items():
-            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+        parameters = {
+            name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()
+        }
+        self._register(parameters)
+        if self.span is not None:
+            _LAID_OUT[packed[0]] = _LaidOut(self.sizes, self.span, parameters)
+            for source in (*packed, *scales, *zeros):
+                source.data = source.new_empty(0)
+
+    def _register(self, parameters: dict[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            setattr(self, name, parameter)
 
     def packed_codes(self) -> PackedCodes | None:
         """Return the codes as the kernels read them; None where they don't."""

@@ -153,6 +153,28 @@ def test_products_of_codes_are_exact_up_to_the_scales(
     assert bool((error <= sums * 2.0**-22 + exact.abs() * torch.finfo(dtype).eps / 2 + 1e-7).all())
 
 
+def test_a_table_of_two_modules_is_laid_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised_linear, "runs_by_kernel", lambda *tensors: True)
+    encoding = Packed(4, 32, symmetric=False)
+    values = random(24, 128, dtype=torch.float32, seed=1).cpu()
+    stored = encoding.quantise(values, torch.float16)
+    wide = encoding.dequantise(stored)
+    weights = {
+        f"table.{suffix}": torch.nn.Parameter(tensor.clone(), requires_grad=False)
+        for suffix, tensor in stored.items()
+    }
+    options = {"bits": 4, "group": 32, "axis": 1}
+    table = quantised_linear.QuantisedWeight(weights, "table", **options)
+    head = quantised_linear.QuantisedWeight(dict(weights), "table", **options)
+    assert all(
+        one is other for one, other in zip(table.parameters(), head.parameters(), strict=True)
+    )
+    assert not any(tensor.numel() for tensor in weights.values())
+    ids = torch.tensor([3, 0, 23])
+    assert head.sizes == [24] and torch.equal(head(), wide)
+    assert torch.equal(table.rows(ids), wide[ids])
+
+
 class OutOfResources(Exception):
     """What Triton raises where a GPU has too little shared memory; known by its name."""
 
