@@ -17,6 +17,7 @@ huge norm, which would decide every sum.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,7 @@ class BlockPair:
 
         Raises:
             ValueError: Activations are not finite.
+            torch.linalg.LinAlgError: Their second moments have no inverse.
         """
         self._keep_in_front_of(next(iter(stage.linears.values())))
         x = next(iter(stage.linears.values())).inputs[0]
@@ -94,7 +96,9 @@ class BlockPair:
             sums = held if is_held else learn
             sums.add(features.float() * root, (goal - given) * root)
         assert learn.gram is not None
-        if not bool(learn.gram.isfinite().all()):
+        # The square is not finite where a target is not.
+        measured = [sums for sums in (learn, held) if sums.gram is not None]
+        if not all(_is_finite(sums) for sums in measured):
             raise ValueError("the activations hold NaN or infinity")
         ridge = None
         if held.gram is not None:
@@ -147,6 +151,12 @@ class BlockPair:
         self._kept = points[-1]
         self._states = self.rounded.keep(self._kept)
         self.dense.keep(self._by_name[self._kept.name])
+
+
+def _is_finite(sums: LeastSquares) -> bool:
+    assert sums.gram is not None and sums.cross is not None
+    finite = sums.gram.isfinite().all() & sums.cross.isfinite().all()
+    return bool(finite) and math.isfinite(sums.square)
 
 
 def _sequential_terms(function: Function, stream: int) -> dict[Node, SubBlock]:

@@ -174,11 +174,22 @@ class Quantize(Pass):
             )
 
     def milder(self, recipe: Sequence[str]) -> str:
-        if self.w < 8:
+        advice: list[str] = []
+        if self.w < WHOLE:
+            advice += ["give weights more bits (quantize{w=8})"] if self.w < 8 else []
             smaller = 32 if not self.group else self.group // 2
-            groups = f" or smaller groups ({{group={smaller}}})" if smaller >= 16 else ""
-            return f"give weights more bits (quantize{{w=8}}){groups}, or train them (tune-codes)"
-        return "give activations, keys and values more bits (quantize{a=, kv=})"
+            advice += [f"make groups smaller ({{group={smaller}}})"] if smaller >= 16 else []
+            advice.append("train the weights (tune-codes)")
+        for option, what in (
+            ("a", "activations"), ("kv", "keys and values"), ("head", "the output matrix"),
+            ("embedding", "the table of embeddings"),
+        ):  # fmt: skip
+            bits = getattr(self, option)
+            if bits < 8:
+                advice.append(f"give {what} more bits ({{{option}=8}})")
+            elif bits < WHOLE:
+                advice.append(f"leave {what} as before ({{{option}={WHOLE}}})")
+        return ", or ".join(advice)
 
     def forecast(self, program: Program, device: torch.device) -> Forecast:
         told = [f"rounds the linears of {len(find_blocks(program))} blocks to {self.w} bits"]

@@ -260,23 +260,28 @@ class Quantizing:
             self.pending.clear()
 
     def _round_stage(self, pair: BlockPair, block: BlockStep, stage: Stage) -> None:
-        with self.clock.counting("measuring"):
-            try:
+        slots = ", ".join(stage.linears)
+        try:
+            with self.clock.counting("measuring"):
                 measured = pair.moments(stage)
-            except ValueError as error:
-                slots = ", ".join(stage.linears)
-                raise PassError(
-                    f"{block.name}: what {slots} reads cannot be measured: {error}.",
-                    "Compare the model with its source (graphopt eval), or take method=rtn.",
-                ) from error
-        with self.clock.counting("rounding"):
-            moments = damped(measured.gram)
-            weights = [self.program.weights[block.call.weights[slot]] for slot in measured.rows]
-            # Linears of one input have rows of one length, which are rounded together.
-            matrix = torch.cat([w.load(torch.float32).to(self.device) for w in weights])
-            if measured.change is not None:
-                matrix = matrix + measured.change
-            self._round(weights, self.options.w, matrix, moments)
+            with self.clock.counting("rounding"):
+                moments = damped(measured.gram)
+                weights = [self.program.weights[block.call.weights[slot]] for slot in measured.rows]
+                # Linears of one input have rows of one length, which are rounded together.
+                matrix = torch.cat([w.load(torch.float32).to(self.device) for w in weights])
+                if measured.change is not None:
+                    matrix = matrix + measured.change
+                self._round(weights, self.options.w, matrix, moments)
+        except torch.linalg.LinAlgError as error:
+            raise PassError(
+                f"{block.name}: the second moments of what {slots} reads have no inverse.",
+                "Give more windows or a text of more variety (--calib), or take method=rtn.",
+            ) from error
+        except ValueError as error:
+            raise PassError(
+                f"{block.name}: what {slots} reads cannot be measured: {error}.",
+                "Compare the model with its source (graphopt eval), or take method=rtn.",
+            ) from error
 
     def _round_tables(self) -> None:
         """Take the nearest codes for the embeddings and the output matrix, where asked for."""

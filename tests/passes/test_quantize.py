@@ -410,6 +410,42 @@ def test_a_table_that_cannot_be_rounded_as_asked_is_refused(option):
         make_pass("quantize", {"head": 8, "method": "rtn"}).check(program)
 
 
+def test_what_is_advised_is_about_what_was_rounded():
+    assert make_pass("quantize", {"w": WHOLE, "a": 4, "kv": 8}).milder([]) == (
+        "give activations more bits ({a=8}), or leave keys and values as before ({kv=16})"
+    )
+    weights = make_pass("quantize", {"w": 4, "group": 16}).milder([])
+    assert weights == "give weights more bits (quantize{w=8}), or train the weights (tune-codes)"
+    assert "group=32" in make_pass("quantize", {"w": 8}).milder([])
+    for option, what in (("head", "output matrix"), ("embedding", "table of embeddings")):
+        advice = make_pass("quantize", {"w": WHOLE, option: 4}).milder([])
+        assert advice == f"give the {what} more bits ({{{option}=8}})"
+
+
+def test_a_text_that_is_not_finite_where_no_fit_looks_is_refused(text, monkeypatch):
+    """In the window alone on which fits are compared."""
+    program, context = text
+    broken = program.copy()
+    (table,) = [weight for weight in broken.weights if "embed" in weight.name]
+    value = table.load().clone()
+    value[9] = torch.inf
+    broken.weights.replace(table.with_producer(Array(value)))
+    windows = torch.arange(10, 74).view(4, 16)
+    windows[-1, 3] = 9
+    monkeypatch.setattr("graphopt.passes.quantize.run.pick", lambda *_: windows)
+    with pytest.raises(PassError, match="reads cannot be measured: the activations hold NaN"):
+        quantize(broken, context, seqlen=16)
+
+
+def test_moments_without_an_inverse_are_refused(text, monkeypatch):
+    program, context = text
+    monkeypatch.setattr(
+        "graphopt.passes.quantize.run.damped", lambda gram: -torch.eye(len(gram)).double()
+    )
+    with pytest.raises(PassError, match=r"second moments of what .* reads have no inverse"):
+        quantize(program, context, windows=2, seqlen=16)
+
+
 def test_what_cannot_be_rounded_says_why(text):
     program = tiny_program(tied=True)
     with pytest.raises(PassError, match="one weight as its output matrix"):
