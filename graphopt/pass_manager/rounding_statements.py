@@ -11,7 +11,7 @@ from torch import Tensor
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.encoding import Packed
 from graphopt.ir.graph import Node, Program, Value
-from graphopt.ir.weights import Weight
+from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Statement
 from graphopt.pass_manager.numbering import ValueNumbers
 from graphopt.pass_manager.verification import compare, make_probe, measure
@@ -57,7 +57,8 @@ class RoundedProgram(Statement):
         activations: Bits of what `readers` read; None for no change.
         kv: Bits of the keys and values that attentions read; None for no change.
         scaled: What was rounded, where that is not the source itself but computes the same, its
-            features scaled.
+            features scaled. Where that took wider numbers than the source has, what does not become
+            codes is rounded back to the source's.
         readers: The weights by whose linears in blocks a rounded value is read.
     """
 
@@ -72,20 +73,25 @@ class RoundedProgram(Statement):
             untrue = _not_the_same(before, self.scaled)
             if untrue is not None:
                 return untrue
-            before = self.scaled
-        added = added_roundings(before, after)
+            scaled = with_dtypes_of(self.scaled, before, {weight.name for weight in self.weights})
+        else:
+            scaled = before
+        added = added_roundings(scaled, after)
         names = {weight.name for weight in self.weights}
         untrue = check_roundings(after, added, self.readers, self.activations, self.kv)
         if untrue is not None:
             return untrue
         numbers = ValueNumbers()
         nothing: Mapping[str, list[Node]] = {}
-        if _outputs(numbers, before, names, nothing) != _outputs(numbers, after, names, added):
+        if _outputs(numbers, scaled, names, nothing) != _outputs(numbers, after, names, added):
             return "something else than the weights and roundings stated changed as well"
         for weight in self.weights:
             if weight.name not in after.weights:
                 return f"{weight.name} is not read any more"
-            untrue = _check_weight(before.weights[weight.name], after.weights[weight.name], weight)
+            made, dtype = after.weights[weight.name], before.weights[weight.name].dtype
+            if made.dtype != dtype:
+                return f"{weight.name}: it is of {made.dtype}, not {dtype}"
+            untrue = _check_weight(scaled.weights[weight.name], made, weight)
             if untrue is not None:
                 return f"{weight.name}: {untrue}"
         return None
@@ -118,6 +124,22 @@ class RetunedCodes(Statement):
             if not bool(new.load(torch.float32).isfinite().all()):
                 return f"{name} holds NaN or infinity"
         return None
+
+
+def with_dtypes_of(program: Program, source: Program, but: Collection[str] = ()) -> Program:
+    """Return a program whose weights have the dtypes that they have in its source.
+
+    Args:
+        but: Names of weights that stay as they are, as do those that the source does not have.
+    """
+    made = program.copy()
+    for weight in list(made.weights):
+        if weight.name in but or weight.name not in source.weights:
+            continue
+        dtype = source.weights[weight.name].dtype
+        if weight.dtype != dtype:
+            made.weights.replace(weight.with_producer(Array(weight.load().to(dtype))))
+    return made
 
 
 def _not_the_same(before: Program, scaled: Program) -> str | None:
@@ -235,8 +257,6 @@ def _check_weight(source: Weight, made: Weight, stated: PackedMatrix) -> str | N
         return f"it is {made.encoding or 'dense'}, not {stated.encoding}"
     if made.shape != source.shape:
         return f"it is {list(made.shape)}, not {list(source.shape)}"
-    if made.dtype != source.dtype:
-        return f"it is of {made.dtype}, not {source.dtype}"
     tensors = {t.name.removeprefix(f"{made.name}."): t.load() for t in made.tensors()}
     if not bool(tensors["scales"].isfinite().all()) or bool((tensors["scales"] == 0).any()):
         return "it has a scale that is 0 or not finite"

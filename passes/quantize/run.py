@@ -19,7 +19,12 @@ from graphopt.ir.encoding import Packed, group_of
 from graphopt.ir.graph import Call, Program
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Context, PassResult, Skip
-from graphopt.pass_manager.rounding_statements import ROUNDED, PackedMatrix, RoundedProgram
+from graphopt.pass_manager.rounding_statements import (
+    ROUNDED,
+    PackedMatrix,
+    RoundedProgram,
+    with_dtypes_of,
+)
 from graphopt.passes.quantize.calibrated import BlockPair
 from graphopt.passes.quantize.places import (
     Stage,
@@ -80,7 +85,10 @@ class Quantizing:
         if options.scale:
             program = self._scale_features(program)
         # What is rounded computes the same as the source, but for roundings.
-        self.dense, self.program = program, program.copy()
+        self.dense = program
+        # Gains that were scaled in wider numbers are stored as they were; so are scales of codes,
+        # while the matrices that these are chosen for stay wide till then.
+        self.program = with_dtypes_of(program, self.source, _packable(program))
         self.places = find_places(self.program)
         self.skipped = list(self.places.skipped) if options.w < WHOLE else []
         self.outcomes: dict[str, _Outcome] = {}
@@ -187,7 +195,7 @@ class Quantizing:
         for weight in weights:
             self._check_finite(weight.name, matrix)
         encodings = [self._encoding(weight, bits) for weight in weights]
-        encoding, dtype = encodings[0], weights[0].dtype
+        encoding, dtype = encodings[0], self.source.weights[weights[0].name].dtype
         importance = None if moments is None else moments.diagonal()
         grid = choose_grid(matrix, encoding, dtype, self.options.clip, importance)
         grid, codes = round_to_grid(matrix, grid, dtype, moments)
@@ -319,6 +327,16 @@ class Quantizing:
         weights = [self.program.weights[name] for name in self.outcomes]
         elements = sum(weight.numel for weight in weights)
         return 8 * sum(weight.nbytes for weight in weights) / elements if elements else None
+
+
+def _packable(program: Program) -> set[str]:
+    """Return the names of a program's weights of blocks that can become codes."""
+    places = find_places(program)
+    return {
+        program.calls[position].weights[slot]
+        for position, slots in places.packable.items()
+        for slot in slots
+    }
 
 
 def _bytes(program: Program) -> int:

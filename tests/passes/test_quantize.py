@@ -308,6 +308,22 @@ def test_scales_are_of_the_dtype_of_weights(dtype):
     assert (off <= 0.5 * step * 1.001).all()
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scaling_features_leaves_every_weight_in_its_dtype(dtype, method, text):
+    """It is folded in fp32, of which neither gains nor scales of codes keep anything."""
+    program, context = text
+    program = program.copy()
+    for weight in list(program.weights):
+        if not weight.constant:
+            program.weights.replace(weight.with_producer(Array(weight.load().to(dtype))))
+    before = {weight.name: weight.dtype for weight in program.weights}
+    result = quantize(program, context, method=method, scale=True, windows=2, seqlen=16)
+    assert result.record.scaled
+    assert {weight.name: weight.dtype for weight in result.program.weights} == before
+    assert result.statement.scaled.weights["layers.0.input_layernorm.weight"].dtype != dtype
+
+
 def test_it_is_the_same_every_time(text):
     program, context = text
     options = {"w": 4, "a": 8, "windows": 4, "seqlen": 32}
