@@ -280,7 +280,7 @@ class Quantizing:
                 if measured.change is not None:
                     matrix = matrix + measured.change
                 self._round(weights, self.options.w, matrix, moments)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise PassError(
                 f"{block.name}: the second moments of what {slots} reads have no inverse.",
                 "Give more windows or a text of more variety (--calib), or take method=rtn.",
