@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import select
@@ -134,9 +135,8 @@ def test_a_model_without_a_template_says_so(
 def test_a_line_is_asked_for_on_stderr_where_stdout_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import io
-
-    monkeypatch.setattr(keyboard, "_stdin", [io.StringIO("hello\n")])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    keyboard.hide_stdin()
     assert keyboard.ask("> ") == "hello\n"
     with pytest.raises(EOFError):
         keyboard.ask("> ")
@@ -152,7 +152,10 @@ def answers(*args: Any, stdin: str | None = None, code: int = 0) -> Any:
     return json.loads(done.stdout) if code == 0 else done.stderr
 
 
-def test_a_prompt_is_piped_in(source: Path) -> None:
+def test_a_prompt_is_piped_in(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a command leaves it behind that ran in this process: what is piped in now is what counts.
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    keyboard.hide_stdin()
     piped = answers(source, stdin="say\nthe\n")
     assert piped["prompt"] == "say\nthe"
     assert piped["text"] == answers(source, "--prompt", "say\nthe")["text"]

@@ -17,6 +17,9 @@ import sys
 import types
 
 # What graphopt is built on has ways of its own for every platform: it is imported as it is.
+import contextlib
+with contextlib.suppress(ImportError):
+    import psutil  # which transformers reads where it is there
 import huggingface_hub, onnx, onnx_ir, onnxruntime, torch, transformers
 import torch._inductor.config, torch.export
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -7,19 +7,20 @@ import os
 import sys
 from typing import TextIO
 
-_stdin: list[TextIO] = []
-"""The stdin of the process, once `hide_stdin` has put nothing in its place."""
+_hidden: dict[TextIO, TextIO] = {}
+"""By what `hide_stdin` put in its place, the stdin that was there."""
 
 
 def hide_stdin() -> None:
     """Keep stdin from libraries, which ask there whether code may run; `stdin` still has it."""
-    _stdin.append(sys.stdin)
-    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    nothing = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    _hidden[nothing] = sys.stdin
+    sys.stdin = nothing
 
 
 def stdin() -> TextIO:
-    """Return the stdin that the user gave."""
-    return _stdin[-1] if _stdin else sys.stdin
+    """Return the stdin that the user gave: what is hidden, unless another has come since."""
+    return _hidden.get(sys.stdin, sys.stdin)
 
 
 def ask(prompt: str) -> str:
