@@ -71,6 +71,12 @@ METHODS: dict[str, str] = {
     "learned, clips, distilled for longer, RTN": _learned("distil=0.7"),
     "weights alone, GPTQ": "quantize{w=4}",
     "weights alone, groups of 32, GPTQ": "quantize{w=4,group=32}",
+    "weights alone, scaled, GPTQ": "quantize{w=4,scale=true}",
+    "weights alone, groups of 32, scaled, GPTQ": "quantize{w=4,group=32,scale=true}",
+    "weights alone, GPTQ, codes trained": "quantize{w=4},tune-codes{$training}",
+    "weights alone, groups of 32, GPTQ, codes trained":
+        "quantize{w=4,group=32},tune-codes{$training}",
+    "no transform, GPTQ, codes trained": "quantize{$bits},tune-codes{$training}",
     "weights alone, learned, distilled, RTN":
         "flatquant{w=4,a=16,kv=16,$training,distil=0.7}",
     "weights alone, groups of 32, learned, distilled, RTN":
