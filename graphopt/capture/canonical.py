@@ -93,6 +93,8 @@ def _no_op(raiser: Raiser, node: Node) -> Value | None:
         return first if name != "slice" or _full_slice(raiser, node) else None
     if name == "masked_fill" and _never_set(raiser, raiser.arg(node, 1)):
         return first if raiser.types[first] == raiser.types[node.output] else None
+    if name in ("clamp", "clamp_max") and _never_above(raiser, node):
+        return first if raiser.types[first] == raiser.types[node.output] else None
     if name == "copy":
         # What is overwritten counts for nothing; autograd knows no derivative of a copy.
         new = raiser.arg(node, 1)
@@ -122,6 +124,20 @@ def _never_set(raiser: Raiser, mask: Any) -> bool:
     if limit is None or largest is None:
         return False
     return largest < limit if base(compared.op) == "ge" else largest <= limit
+
+
+def _never_above(raiser: Raiser, node: Node) -> bool:
+    """Return whether a clamp is of ids that stay as they are, as those of experts without others.
+
+    Ids are places, so that they are 0 at least.
+    """
+    clamp = base(node.op) == "clamp"
+    low = raiser.arg(node, 1, "min") if clamp else None
+    high = raiser.arg(node, 2, "max") if clamp else raiser.arg(node, 1, "max")
+    largest = _largest(raiser, raiser.arg(node, 0))
+    if largest is None or not isinstance(low, int | None) or not isinstance(high, int | None):
+        return False
+    return (low is None or low <= 0) and (high is None or high >= largest)
 
 
 def _largest(raiser: Raiser, value: Any) -> int | None:

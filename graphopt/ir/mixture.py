@@ -256,6 +256,9 @@ def tables_of(function: Function, mixture: Mixture, types: Mapping[Value, Type])
 
     Returns:
         For each slot which of the products, `mixture.first` and then the last, it is added to.
+
+    Raises:
+        ValueError: A table is no bias of the experts, or is looked up by something else.
     """
     slots, uses = function.slots_by_value(), function.uses()
     products = [node.outputs[0] for node in (*mixture.first, mixture.last)]
@@ -269,7 +272,34 @@ def tables_of(function: Function, mixture: Mixture, types: Mapping[Value, Type])
             if len(places) != 1:
                 raise ValueError(f"{slots[value]} is looked up by expert, and is no bias of theirs")
             found[slots[value]] = places[0]
+    _refuse_other_tables(function, mixture, types, found)
     return found
+
+
+_LOOKUPS = ("embedding", "aten.index.Tensor", "aten.index_select.default", "aten.gather.default")
+
+
+def _refuse_other_tables(
+    function: Function, mixture: Mixture, types: Mapping[Value, Type], known: Mapping[str, int]
+) -> None:
+    """Refuse rows of experts that are looked up by what was made of their ids.
+
+    Raises:
+        ValueError: There are some: which of them belong to an expert that is left is not known.
+    """
+    slots = function.slots_by_value()
+    for node in function.nodes:
+        if node.op not in _LOOKUPS:
+            continue
+        for value in node.inputs:
+            slot = None if value is None else slots.get(value)
+            if slot is None or slot in known or value is None:
+                continue
+            if types[value].shape[:1] == (mixture.experts,):
+                raise ValueError(
+                    f"{slot} has a row an expert, and {node.outputs[0].name} looks them up by "
+                    "more than the expert of a row"
+                )
 
 
 def own_slots(function: Function, mixture: Mixture, types: Mapping[Value, Type]) -> list[str]:

@@ -98,6 +98,12 @@ def without_absent_experts(scores: Tensor, experts: int) -> Tensor:
     return rows.unsqueeze(-1).masked_fill((ids >= experts).unsqueeze(-1), 0.0)
 
 
+def tables_of_chosen(scores: Tensor, table: Tensor, largest: int) -> Tensor:
+    """Rows of a table by the experts of a top-k, which are clamped first."""
+    ids, _ = torch.topk(scores, 2, dim=-1).indices.reshape(-1).sort()
+    return table[ids.clamp(0, largest)]
+
+
 def rms(x: Tensor, eps: float = 1e-5) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
@@ -248,6 +254,13 @@ def test_a_rule_leaves_what_is_nearly_its_graph(name: str) -> None:
 def test_a_mask_of_ids_that_top_k_can_give_is_left() -> None:
     raiser, _ = traced(lambda x: without_absent_experts(x, 5), [X], [])
     assert "aten.masked_fill.Scalar" in {node.op for node in raiser.function.nodes}
+
+
+@pytest.mark.parametrize(("largest", "left"), [(5, False), (4, True)])
+def test_a_clamp_goes_that_no_id_of_a_top_k_reaches(largest: int, left: bool) -> None:
+    raiser, slots = traced(lambda x, w: tables_of_chosen(x, w, largest), [X], [(6, 5)])
+    ops = {node.op for node in raiser.function.nodes}
+    assert ("aten.clamp.default" in ops) is left, ops
 
 
 class Positions(nn.Module):
