@@ -258,7 +258,7 @@ def test_a_mask_of_ids_that_top_k_can_give_is_left() -> None:
 
 @pytest.mark.parametrize(("largest", "left"), [(5, False), (4, True)])
 def test_a_clamp_goes_that_no_id_of_a_top_k_reaches(largest: int, left: bool) -> None:
-    raiser, slots = traced(lambda x, w: tables_of_chosen(x, w, largest), [X], [(6, 5)])
+    raiser, _ = traced(lambda x, w: tables_of_chosen(x, w, largest), [X], [(6, 5)])
     ops = {node.op for node in raiser.function.nodes}
     assert ("aten.clamp.default" in ops) is left, ops
 
