@@ -30,8 +30,8 @@ class Keys:
         kv_lens: int32 [B]: keys of each row, where the memory holds more.
         ring_start: int32 [B]: slot of a ring in which a row's first key lies.
         block_table: int32 [B, N]: the page of the pool that holds page n of a row.
-        selected_blocks: int32 [B, G, M]: the pages of a row that a key head reads, each at most
-            once; a negative number stands for none.
+        selected_blocks: int32 or int64 [B, G, M]: the pages of a row that a key head reads, each
+            at most once; a negative number stands for none.
         cu_seqlens: int32 [B + 1]: where each sequence begins among the keys, and the end of the
             last; for sequences one behind the other.
         bits: 16, or those of the codes where `k` and `v` hold rows of `kv_codes`, uint8.
@@ -186,11 +186,13 @@ def key_arguments(keys: Keys) -> dict[str, Any]:
         found |= {f"{name}_stride_{axis}": tensor.stride(i) for i, axis in enumerate("bht")}
     for name, index in (
         ("kv_lens", keys.kv_lens), ("ring_start", keys.ring_start),
-        ("block_table", keys.block_table), ("selected_blocks", keys.selected_blocks),
-        ("cu_seqlens_k", keys.cu_seqlens),
+        ("block_table", keys.block_table), ("cu_seqlens_k", keys.cu_seqlens),
     ):  # fmt: skip
         if index is not None:
             found[f"{name}_ptr"] = index.to(torch.int32).contiguous()
+    if keys.selected_blocks is not None:
+        # Of either width: a step that selects pages would else have one more kernel.
+        found["selected_blocks_ptr"] = keys.selected_blocks.contiguous()
     found["block_table_width"] = 0 if keys.block_table is None else keys.block_table.shape[1]
     found["selected_width"] = 0 if keys.selected_blocks is None else keys.selected_blocks.shape[2]
     return found
@@ -304,6 +306,8 @@ def prefill(
         arguments |= {f"{name}_stride_{axis}": tensor.stride(i) for i, axis in enumerate("bhs")}
 
     def start(constants: Constants) -> None:
+        if page_max is not None:
+            page_max.fill_(float("-inf"))
         blocks = _divide(rows, int(constants["BLOCK_M"]))
         launch(kernel, (blocks, batch * heads), {**arguments, **constants})
 
@@ -324,11 +328,16 @@ def _walked(keys: Keys, constants: Constants) -> int:
 
 
 def _page_maxima(q: Tensor, keys: Keys, constants: Constants) -> Tensor | None:
-    """Return fp32 [B, H, S, pages] for a kernel to raise, where the constants ask for it."""
+    """Return fp32 [B, H, S, pages] for a kernel to fill, where the constants ask for it."""
     if not constants["PAGE_MAX"]:
         return None
     pages = _walked(keys, constants) // int(constants["PAGE"])
-    return torch.full((*q.shape[:3], pages), float("-inf"), device=q.device)
+    return torch.empty((*q.shape[:3], pages), dtype=torch.float32, device=q.device)
+
+
+def writes_page_maxima(constants: Constants) -> bool:
+    """Return whether `attention_decode` writes every page's maximum, and does not raise it."""
+    return bool(constants["SELECTED"]) and int(constants["PAGE"]) <= int(constants["BLOCK_N"])
 
 
 def splits_of(keys: int, constants: Constants) -> int:
@@ -393,6 +402,8 @@ def decode(
     arguments |= {f"q_stride_{axis}": q.stride(i) for i, axis in enumerate("bhs")}
 
     def start(constants: Constants) -> None:
+        if page_max is not None and not writes_page_maxima(constants):
+            page_max.fill_(float("-inf"))
         blocks = _divide(queries * group, int(constants["BLOCK_M"]))
         grid = (splits, batch * (heads // group), blocks)
         launch(kernel, grid, {**arguments, **constants})

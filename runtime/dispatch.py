@@ -216,9 +216,6 @@ class AttentionDispatcher:
         """Return what an attention gives, by a kernel or by the reference."""
         selected = options.get("selected_blocks")
         if selected is not None:
-            if selected.dtype == torch.int64:
-                # Numbers that 32 bits do not hold are behind every last key.
-                selected = selected.clamp(-1, 2**31 - 1)
             selected = selected.expand(q.shape[0], keys.k.shape[1], -1)
             keys = replace(keys, selected_blocks=selected)
         plan = self._choose(q, keys, extras, options)

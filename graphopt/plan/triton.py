@@ -45,9 +45,11 @@ class TritonPlanner(Planner):
         wide = "wgmma" in target.features
         if spec.phase == "decode":
             rows = min(max(16, power_above(spec.group)), 32 if wide else 64)
+            # Few keys are to be divided among many programs: by small blocks, evenly.
+            sizes = (64, 32, 16) if spec.selected_blocks else (128, 64, 32, 16)
             found = [
                 {"BLOCK_M": rows, "BLOCK_N": n, "num_warps": 4, "num_stages": stages}
-                for n, stages in itertools.product((128, 64, 32, 16), (3, 2, 1))
+                for n, stages in itertools.product(sizes, (3, 2, 1))
             ]
             return [self._decode(spec, target, tiles) for tiles in found]
         rows_of, warps_of = ((64, 32, 16), (2, 4)) if wide else ((128, 64, 32, 16), (4, 8))
@@ -76,8 +78,14 @@ class TritonPlanner(Planner):
     def _decode(spec: AttentionSpec, target: Target, tiles: dict[str, int]) -> dict[str, int]:
         # A program a core, however many key heads there are: with one sequence the whole machine
         # reads, and a longer batch changes no row's result.
-        splits = max(1, (target.cores or 1) // spec.kv_heads)
-        return {**tiles, "SPLITS": min(splits, 128), "SPAN": 4 * tiles["BLOCK_N"]}
+        programs, blocks = 1, 4
+        if spec.selected_blocks:
+            # Of a list of pages a program reads little, and while it looks up the first of them
+            # and merges its last, another one on the core has keys on their way.
+            resident = target.memory_bytes("shared") // shared_bytes(spec, tiles)[0]
+            programs, blocks = min(2, max(1, resident)), 2
+        splits = max(1, programs * (target.cores or 1) // spec.kv_heads)
+        return {**tiles, "SPLITS": min(splits, 128), "SPAN": blocks * tiles["BLOCK_N"]}
 
     def inequalities(
         self, spec: AttentionSpec, target: Target, tiles: dict[str, int]

@@ -27,17 +27,29 @@ def picked_keys(
     page_ptrs = selected_blocks_ptr + row * selected_width + listed
     page = tl.load(page_ptrs, mask=listed < selected_width, other=-1)
     known = (page >= 0) & (page < tl.cdiv(T, PAGE))
-    return tl.where(known, page * PAGE + slots % PAGE, T)
+    return tl.where(known, page.to(tl.int32) * PAGE + slots % PAGE, T)
+
+
+@triton.jit
+def pool_pages(
+    keys,  # [BLOCK_N]
+    T,
+    batch,
+    block_table_ptr,
+    block_table_width,
+    PAGE: tl.constexpr,
+):
+    """Return the page of the pool in which each key lies; 0 for what is no key."""
+    page_ptrs = block_table_ptr + batch * block_table_width + keys // PAGE
+    return tl.load(page_ptrs, mask=keys < T, other=0)
 
 
 @triton.jit
 def key_offsets(
     keys,  # [BLOCK_N]
-    present,
+    pages,  # [BLOCK_N]: `pool_pages`, where there are any
     batch,
     ring_start_ptr,
-    block_table_ptr,
-    block_table_width,
     k_stride_b,
     k_stride_t,
     v_stride_b,
@@ -52,11 +64,9 @@ def key_offsets(
         slot = tl.load(ring_start_ptr + batch) + keys
         held = tl.where(slot >= RING, slot - RING, slot).to(tl.int64)
     if PAGE:
-        page_ptrs = block_table_ptr + batch * block_table_width + keys // PAGE
-        page = tl.load(page_ptrs, mask=present, other=0).to(tl.int64)
         held = (keys % PAGE).to(tl.int64)
-        k_offsets = page * k_stride_b + held * k_stride_t
-        v_offsets = page * v_stride_b + held * v_stride_t
+        k_offsets = pages.to(tl.int64) * k_stride_b + held * k_stride_t
+        v_offsets = pages.to(tl.int64) * v_stride_b + held * v_stride_t
     else:
         k_offsets = held * k_stride_t
         v_offsets = held * v_stride_t
@@ -145,7 +155,7 @@ def visible(
 
 
 @triton.jit
-def raise_page_max(
+def page_maxima(
     scores,  # [BLOCK_M, BLOCK_N], -inf where nothing is seen
     unit,
     page_max_ptr,
@@ -156,19 +166,24 @@ def raise_page_max(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
+    WHOLE: tl.constexpr,  # every block of slots is walked, by one program
 ):
-    """Raise the maxima of the pages that lie in a block; a page may lie in several."""
+    """Write the maxima of the pages that lie in a block.
+
+    Where a page lies in several blocks, or some are not walked, the maxima are raised instead,
+    from the -inf that the launch wrote.
+    """
     # BLOCK_N is a multiple of the page, or divides it.
     SPAN: tl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
     parts = tl.reshape(scores, [BLOCK_M, BLOCK_N // SPAN, SPAN])
     largest = tl.max(parts, 2) * (unit * LN2)
     slot = start // PAGE + tl.arange(0, BLOCK_N // SPAN)
-    tl.atomic_max(
-        page_max_ptr + where[:, None] * page_slots + slot[None, :],
-        largest,
-        mask=real[:, None] & (slot < page_slots)[None, :],
-        sem="relaxed",
-    )
+    ptrs = page_max_ptr + where[:, None] * page_slots + slot[None, :]
+    inside = real[:, None] & (slot < page_slots)[None, :]
+    if WHOLE and PAGE <= BLOCK_N:
+        tl.store(ptrs, largest, mask=inside)
+    else:
+        tl.atomic_max(ptrs, largest, mask=inside, sem="relaxed")
 
 
 @triton.jit

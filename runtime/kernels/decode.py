@@ -16,8 +16,9 @@ from graphopt.runtime.kernels.common import (
     LOWEST,
     exponent_unit,
     key_offsets,
+    page_maxima,
     picked_keys,
-    raise_page_max,
+    pool_pages,
     shares,
     softmax_step,
     transformed,
@@ -45,7 +46,7 @@ def attention_decode(
     positions_ptr,  # int32 [B, T], contiguous: ALiBi position of every key
     kv_lens_ptr,  # int32 [B]: keys of each row, where they are fewer than T
     block_table_ptr,  # int32 [B, block_table_width]: where in the pool a page of the row lies
-    selected_blocks_ptr,  # int32 [B, G, selected_width]: the pages that a key head reads, or -1
+    selected_blocks_ptr,  # int [B, G, selected_width]: the pages that a key head reads, or -1
     ring_start_ptr,  # int32 [B]: ring slot of key 0
     q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_t,
@@ -149,16 +150,31 @@ def attention_decode(
         # What zero points of the values come to.
         less = tl.zeros([BLOCK_M], tl.float32)
 
-    for start in range(low, high, BLOCK_N):
-        slots = start + tl.arange(0, BLOCK_N)
-        keys = slots
+    # Where a block's keys lie is looked up while earlier blocks are worked on: the number of a
+    # page in the list two blocks before, its place in the pool one before. Keys and values then
+    # wait for no other load, so that several blocks of them are on their way.
+    columns = tl.arange(0, BLOCK_N)
+    chosen = batch * groups + group
+    pages = columns
+    keys_ahead = columns
+    if PAGE:
+        keys_ahead = low + columns
         if SELECTED:
-            keys = picked_keys(
-                slots, batch * groups + group, selected_blocks_ptr, selected_width, T, PAGE
+            keys_ahead = picked_keys(
+                low + columns, chosen, selected_blocks_ptr, selected_width, T, PAGE
             )
+        pages = pool_pages(keys_ahead, T, batch, block_table_ptr, block_table_width, PAGE)
+    keys = keys_ahead
+    if SELECTED:
+        keys_ahead = picked_keys(
+            low + BLOCK_N + columns, chosen, selected_blocks_ptr, selected_width, T, PAGE
+        )
+    for start in range(low, high, BLOCK_N):
+        if not SELECTED:
+            keys = start + columns
         present = keys < T
         k_offsets, v_offsets = key_offsets(
-            keys, present, batch, ring_start_ptr, block_table_ptr, block_table_width,
+            keys, pages, batch, ring_start_ptr,
             k_stride_b, k_stride_t, v_stride_b, v_stride_t, RING, PAGE, KV_BITS,
         )  # fmt: skip
         k_rows = k_head + k_offsets[:, None]
@@ -193,9 +209,9 @@ def attention_decode(
         )  # fmt: skip
         if PAGE_MAX:
             where = (batch_64 * H + head) * S + token
-            raise_page_max(
+            page_maxima(
                 scores, unit, page_max_ptr, where, real, start, page_slots,
-                BLOCK_M, BLOCK_N, PAGE,
+                BLOCK_M, BLOCK_N, PAGE, SELECTED,
             )  # fmt: skip
 
         weights, shrink, top, total = softmax_step(scores, unit, top, total)
@@ -221,6 +237,17 @@ def attention_decode(
             sum0 = tl.dot(weights, value0, sum0 * shrink[:, None]) * power
             if KV_BITS == 4:
                 sum1 = tl.dot(weights, value1, sum1 * shrink[:, None]) * power
+
+        if PAGE:
+            if not SELECTED:
+                keys_ahead = start + BLOCK_N + columns
+            pages = pool_pages(keys_ahead, T, batch, block_table_ptr, block_table_width, PAGE)
+        if SELECTED:
+            # The minimum changes nothing: Triton pipelines no loop that hands a value on as it is.
+            keys = tl.minimum(keys_ahead, T)
+            keys_ahead = picked_keys(
+                start + 2 * BLOCK_N + columns, chosen, selected_blocks_ptr, selected_width, T, PAGE
+            )
 
     if KV_BITS < 16:
         sum0 -= less[:, None]

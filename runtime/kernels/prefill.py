@@ -15,8 +15,9 @@ from graphopt.runtime.kernels.common import (
     LOWEST,
     exponent_unit,
     key_offsets,
+    page_maxima,
     picked_keys,
-    raise_page_max,
+    pool_pages,
     shares,
     softmax_step,
     transformed,
@@ -195,8 +196,11 @@ def attention_prefill(
                     PAGE,
                 )
             present = keys < T
+            pages = keys
+            if PAGE:
+                pages = pool_pages(keys, T, batch, block_table_ptr, block_table_width, PAGE)
             k_offsets, v_offsets = key_offsets(
-                k_first + keys, present, batch, ring_start_ptr, block_table_ptr, block_table_width,
+                k_first + keys, pages, batch, ring_start_ptr,
                 k_stride_b, k_stride_t, v_stride_b, v_stride_t, RING, PAGE, KV_BITS,
             )  # fmt: skip
             k_rows = k_head + k_offsets[:, None]
@@ -234,9 +238,9 @@ def attention_prefill(
             )  # fmt: skip
             if PAGE_MAX:
                 where = (q_batch * H + head) * S + rows
-                raise_page_max(
+                page_maxima(
                     scores, unit, page_max_ptr, where, real, start, page_slots,
-                    BLOCK_M, BLOCK_N, PAGE,
+                    BLOCK_M, BLOCK_N, PAGE, False,
                 )  # fmt: skip
 
             weights, shrink, top, total = softmax_step(scores, unit, top, total)

@@ -411,6 +411,25 @@ def test_selected_blocks_and_their_maxima(phase, page):
     assert check(case, keys)[1] is None
 
 
+@pytest.mark.parametrize("numbers,block", [(torch.int32, 16), (torch.int64, 32)])
+def test_a_list_over_many_blocks_and_programs(numbers, block):
+    """Pages smaller and larger than a block, of which some lie behind a row's last key."""
+    for page in (8, 64):
+        fields = {"kv": "paged", "page": page, "kv_lens": True, "selected_blocks": True}
+        case = random_case((2, 4, 2, 1, 300, 32, 32), fields)
+        generator = torch.Generator().manual_seed(page)
+        count = -(-300 // page)
+        lists = torch.stack([torch.randperm(count, generator=generator) for _ in range(4)])
+        lists = lists[:, : count * 2 // 3].view(2, 2, -1).to(numbers)
+        lists[0, 0, 1] = -1
+        if numbers == torch.int64:
+            lists[1, 0, 2] = 2**40
+        case.picked = picked(case, lists, page)
+        keys = dataclasses.replace(paged(case, page), selected_blocks=lists)
+        _, maxima = check_decode(case, keys, 3, PAGE_MAX=True, BLOCK_N=block)
+        check_maxima(maxima, case, lists, page)
+
+
 @pytest.mark.parametrize(
     "form",
     slow_but(({}, {"causal": False, "window": 20},

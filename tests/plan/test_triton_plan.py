@@ -131,6 +131,7 @@ def compiled(spec, target):
     planned = next(i.value for i in plan.inequalities if i.name == "shared memory")
     assert made.metadata.shared <= planned, (spec, plan.tiles, made.metadata.shared, planned)
     assert "wgmma" not in made.asm["ptx"], (spec, plan.tiles)
+    return made, plan.tiles
 
 for target, fields in json.loads('''FIELDS'''):
     compiled(AttentionSpec(**fields), target)
@@ -158,6 +159,23 @@ def test_planned_shared_memory_is_enough_for_what_triton_allocates():
         ("ampere", {"head_dim": 256, "heads": 8, "kv_heads": 4, "dtype": "bf16"}),
     ]
     assert compile_all(rows) == ""
+
+
+AHEAD = """
+for page in (16, 128):
+    spec = AttentionSpec(head_dim=128, heads=32, kv_heads=8, dtype="bf16", phase="decode",
+                         kv="paged", page=page, kv_lens=True, selected_blocks=True, lse=True,
+                         page_max=True)
+    made, tiles = compiled(spec, "hopper")
+    ahead = (tiles["num_stages"] - 1) * tiles["BLOCK_N"] * 2 * 128 * 2
+    assert made.metadata.shared >= ahead, (page, made.metadata.shared, ahead)
+"""
+
+
+@pytest.mark.slow
+def test_blocks_of_selected_pages_are_on_their_way_ahead():
+    """Triton keeps a buffer for each; keys that wait for page numbers would have one in all."""
+    assert compile_alone(COMPILE.replace("FIELDS", "[]") + AHEAD) == ""
 
 
 @pytest.mark.exhaustive
