@@ -14,24 +14,33 @@ from typing import Any
 from graphopt.errors import UsageError, unknown_name
 from graphopt.ir.kv_policies.base import STEPS, KVHeads, KVPolicy, State, TensorType
 from graphopt.ir.kv_policies.dense import Dense
+from graphopt.ir.kv_policies.ema import Ema
+from graphopt.ir.kv_policies.expected_attention import ExpectedAttention
 from graphopt.ir.kv_policies.last_row import LastRow
-from graphopt.ir.kv_policies.oracle import OracleTopK
+from graphopt.ir.kv_policies.oracle import OracleTopK, OracleTopP
 from graphopt.ir.kv_policies.pages import Filled, PageBudget, select_pages
 from graphopt.ir.kv_policies.probabilities import Scoring, page_probabilities
+from graphopt.ir.kv_policies.quest import Quest
 from graphopt.ir.kv_policies.sink_local import SinkLocal
+from graphopt.ir.kv_policies.snapkv import SnapKV
 
 __all__ = [
     "POLICIES",
     "STEPS",
     "Dense",
+    "Ema",
+    "ExpectedAttention",
     "Filled",
     "KVHeads",
     "KVPolicy",
     "LastRow",
     "OracleTopK",
+    "OracleTopP",
     "PageBudget",
+    "Quest",
     "Scoring",
     "SinkLocal",
+    "SnapKV",
     "State",
     "TensorType",
     "page_probabilities",
@@ -41,7 +50,18 @@ __all__ = [
 ]
 
 POLICIES: dict[str, type[KVPolicy]] = {
-    policy.kind: policy for policy in (Dense, SinkLocal, LastRow, OracleTopK)
+    policy.kind: policy
+    for policy in (
+        Dense,
+        SinkLocal,
+        LastRow,
+        Ema,
+        Quest,
+        SnapKV,
+        ExpectedAttention,
+        OracleTopK,
+        OracleTopP,
+    )
 }
 """Kind -> policy."""
 

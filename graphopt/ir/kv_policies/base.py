@@ -205,6 +205,6 @@ def check_calibration(every: int | None) -> None:
         )
 
 
-def page_values(state: State, name: str, pages: int, fill: float = 0) -> Tensor:
-    """Return a state tensor [B, G, N, ...] with at least so many pages, new ones being `fill`."""
-    return with_pages(state[name], pages, 2, fill)
+def page_values(state: State, name: str, pages: int, fill: float = 0, *, axis: int = 2) -> Tensor:
+    """Return a state tensor with at least so many pages along an axis, new ones being `fill`."""
+    return with_pages(state[name], pages, axis, fill)

@@ -125,6 +125,17 @@ class Filled:
         return (number >= first) & (number <= last)
 
 
+def always_BN(budget: PageBudget, lengths: Filled) -> Tensor:
+    """Return which pages are read whatever their score, bool [B, N]: sink, local, and all that fit.
+
+    All pages of a row are read where the budget covers them.
+    """
+    number = torch.arange(lengths.pages(budget.page), device=lengths.first_B.device)
+    first, last = (x[:, None] // budget.page for x in (lengths.first_B, lengths.last_B))
+    always = (number < first + budget.sink) | (number > last - budget.local)
+    return (always | (last - first < budget.pages)) & (number >= first) & (number <= last)
+
+
 def select_pages(scores_BGN: Tensor, budget: PageBudget, lengths: Filled) -> Tensor:
     """Return the pages that a step reads: sink, local, and those others of the highest scores.
 
@@ -141,12 +152,9 @@ def select_pages(scores_BGN: Tensor, budget: PageBudget, lengths: Filled) -> Ten
         int64 [B, G, M], in ascending order, each page once; -1 behind them names no page.
     """
     page, pages = budget.page, lengths.pages(budget.page)
-    scores = with_pages(scores_BGN, pages, 2, float("-inf"))
-    number = torch.arange(pages, device=scores.device)
-    first, last = (x[:, None, None] // page for x in (lengths.first_B, lengths.last_B))
-    present = (number >= first) & (number <= last)
-    always = (number < first + budget.sink) | (number > last - budget.local)
-    always = always | (last - first < budget.pages)
+    scores = with_pages(scores_BGN, pages, 2, float("-inf"))[..., :pages]
+    present = lengths.present_BN(page)[:, None]
+    always = always_BN(budget, lengths)[:, None]
     highest = torch.finfo(scores.dtype).max  # only what is always read stands above
     rank = scores.nan_to_num(nan=float("-inf"), posinf=highest, neginf=float("-inf"))
     rank = torch.where(always, float("inf"), rank).masked_fill(~present, float("-inf"))
@@ -173,6 +181,11 @@ def put_pages(x_BGN: Tensor, selected_BGM: Tensor, values_BGM: Tensor) -> Tensor
     index = torch.where(selected_BGM >= 0, selected_BGM, pages)
     room = F.pad(x_BGN, (0, 1))  # one page more, for what names none
     return room.scatter(2, index, values_BGM.to(x_BGN.dtype))[..., :pages]
+
+
+def take_pages(x_BGN: Tensor, selected_BGM: Tensor) -> Tensor:
+    """Return what `x` has in the pages that are selected, [B, G, M]; anything where -1 is."""
+    return x_BGN.gather(2, selected_BGM.clamp(min=0))
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -53,7 +53,7 @@ def tail_probabilities(
     if scoring.softcap is not None:
         scores = (scores / scoring.softcap).tanh() * scoring.softcap
     slot = torch.arange(k_BGTD.shape[2], device=q.device)
-    stands = lengths.last_B[:, None] - torch.arange(rows - 1, -1, -1, device=q.device)
+    stands = tail_slots(rows, lengths)
     seen = (slot >= lengths.first_B[:, None, None]) & (slot <= stands[:, :, None])  # [B, R, T]
     if mask_BT is not None:
         seen = seen & (mask_BT != 0)[:, None]
@@ -63,6 +63,20 @@ def tail_probabilities(
         sinks = scoring.sinks_H.to(dtype).unflatten(0, (groups, -1))
         lse = torch.logaddexp(lse, sinks[None, :, :, None, None])
     return (scores - lse).exp().nan_to_num(nan=0.0)
+
+
+def tail_slots(rows: int, lengths: Filled) -> Tensor:
+    """Return the slots of each row's last R queries, [B, R]; those in front of the text too."""
+    behind = torch.arange(rows - 1, -1, -1, device=lengths.last_B.device)
+    return lengths.last_B[:, None] - behind
+
+
+def tail_pages(rows: int, lengths: Filled, page: int) -> Tensor:
+    """Return which pages each row's last R queries read, all up to their own: bool [B, R, N]."""
+    number = torch.arange(lengths.pages(page), device=lengths.last_B.device)
+    stands = tail_slots(rows, lengths)[:, :, None]
+    first = lengths.first_B[:, None, None]
+    return (stands >= first) & (number >= first // page) & (number <= stands // page)
 
 
 def by_page(x: Tensor, page: int) -> Tensor:

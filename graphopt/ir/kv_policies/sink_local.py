@@ -21,7 +21,7 @@ class SinkLocal(KVPolicy):
     the text: StreamingLLM renumbers them within its cache, which a text within the model's context
     does not need.
 
-    Source: Xiao et al., arXiv 2309.17453, section 3.2.
+    Source: Xiao et al., arXiv 2309.17453.
     """
 
     kind: ClassVar[str] = "sink-local"
