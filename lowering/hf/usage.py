@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphopt.ir.graph import Program
+from graphopt.ir.graph import Program, resolve_attrs
 
 
 def transformers_line(program: Program, *, trust: bool, packed: bool, dequantised: bool) -> str:
@@ -13,10 +13,15 @@ def transformers_line(program: Program, *, trust: bool, packed: bool, dequantise
         packed: It holds packed weights.
         dequantised: They are made dense when it is loaded.
     """
-    imports, options, config = "", ", trust_remote_code=True" if trust else "", ""
+    imports, options = "", ", trust_remote_code=True" if trust else ""
+    arguments: list[str] = []
     if dequantised:
         imports = ", CompressedTensorsConfig"
-        config = "quantization_config=CompressedTensorsConfig(dequantize=True)"
+        arguments.append("quantization_config=CompressedTensorsConfig(dequantize=True)")
+    if _caps_scores(program):
+        # Old versions of transformers leave the cap out in their default attention.
+        arguments.append("attn_implementation='eager'")
+    config = ", ".join(arguments)
     if program.tokenizer is None:
         options += f", {config}" if config else ""
         code = (
@@ -34,3 +39,13 @@ def transformers_line(program: Program, *, trust: bool, packed: bool, dequantise
         )
     needs = "transformers, compressed-tensors" if packed else "transformers"
     return f'python -c "{code}" {{out}}/hf   # needs {needs}'
+
+
+def _caps_scores(program: Program) -> bool:
+    """Return whether an attention of the program bounds its scores."""
+    return any(
+        resolve_attrs(node, call).get("softcap") is not None
+        for call in program.calls
+        for node in program.functions[call.function].nodes
+        if node.op == "attention"
+    )
