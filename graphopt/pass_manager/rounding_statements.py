@@ -22,10 +22,11 @@ ROUNDED = "quantise_dequantise"
 TOLERANCE = 1e-3
 """How far a weight's error, summed on another device in another order, may be from the stated."""
 
-FARTHEST = 4.0
-"""How many times the squared error of nearest codes that of codes may be that make up for others'
-errors. Where that is less than the matrix's square, which is the error of zeros, the square is the
-bound instead: what is made up for may be larger than a step of 8 bits."""
+FARTHEST = 5.0
+"""What the squared error of codes may be, relative to the matrix's square, that serve the products
+with inputs which are rounded themselves. They may be far from the matrix, since they make up for
+errors of its inputs, but not turned away from it, and at most twice as long: |V - W|^2 is
+|V|^2 - 2 <V, W> + |W|^2."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class PackedMatrix:
     """A weight that became codes.
 
     Its error is bounded, whatever is stated: by that of the nearest codes of the full range of each
-    group where the codes are nearest ones, and by `FARTHEST` otherwise.
+    group where the codes are nearest ones; otherwise they have something in common with the
+    matrix, and their error is `FARTHEST` at most.
 
     Attributes:
         name: The weight's.
@@ -278,12 +280,12 @@ def _most_error(value: Tensor, wanted: Tensor, scales: Tensor, stated: PackedMat
     """Return the bound of a matrix's squared error, relative to its square."""
     goal = wanted.double()
     power = max(float(goal.square().sum()), 1e-30)
-    full = stated.encoding.dequantise(stated.encoding.quantise(goal))
-    nearest = float((full - goal).square().sum()) / power
     if not stated.nearest:
         # What has nothing in common with the matrix is none of its roundings.
         alike = float((value.double() * goal).sum()) > 0 or power <= 1e-30
-        return max(1.0, FARTHEST * nearest) if alike else 0.0
+        return FARTHEST if alike else 0.0
+    full = stated.encoding.dequantise(stated.encoding.quantise(goal))
+    nearest = float((full - goal).square().sum()) / power
     # Chosen grids are no worse than the full range until their scales are rounded: to fp16, which
     # moves a value by half of its eps, to a wider one of the weight's, or up to the least scale.
     rounded = max(torch.finfo(dtype).eps for dtype in (torch.float16, scales.dtype))

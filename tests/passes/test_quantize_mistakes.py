@@ -190,6 +190,26 @@ def negated(encoding, value):
     return tensors | {"scales": -tensors["scales"]}
 
 
+@pytest.mark.parametrize(("length", "accepted"), [(1.9, True), (3.0, False)])
+def test_codes_for_rounded_inputs_may_be_far_from_their_matrix(length, accepted, text):
+    """Errors of inputs that are made up for may be larger than the matrix itself."""
+    program, context = text
+    result = make_pass("quantize", {"w": 4, "windows": 2, "seqlen": 16}).run(program, context)
+    source, encoding = program.weights[UP].load(), result.program.weights[UP].encoding
+    # Of a length, and at right angles to the matrix but for a little.
+    apart = torch.randn(source.shape, generator=torch.Generator().manual_seed(0))
+    apart -= source * (apart * source).sum() / source.square().sum()
+    apart = 0.2 * source + apart * (source.norm() / apart.norm() * length)
+    dequantised(result.program, UP, **encoding.quantise(apart))
+    value = result.program.weights[UP].load()
+    error = float((value - source).double().square().sum() / source.double().square().sum())
+    stated = tuple(
+        dataclasses.replace(w, error=error) if w.name == UP else w for w in result.statement.weights
+    )
+    checked = dataclasses.replace(result.statement, weights=stated).check(program, result.program)
+    assert (checked is None or "at most for such codes" not in checked) is accepted
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize(
     ("method", "scale", "codes"),
