@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from graphopt.ir.encoding import stored_scales
 from graphopt.solvers.gptq import (
     _descend_columns,
-    _Recorded,
     _round_columns,
     best_scales,
     damped,
@@ -23,6 +22,7 @@ from graphopt.solvers.gptq import (
     refine,
 )
 from graphopt.solvers.grids import Grid, best_grid, full_range
+from graphopt.support.recorded import Recorded
 
 BITS = st.sampled_from((2, 3, 4, 8))
 F64 = torch.float64
@@ -202,7 +202,7 @@ def test_a_recording_is_given_its_operands_and_keeps_none_of_its_results(work, m
         first += [random(columns, rows, seed=seed + 2)] if work is _descend_columns else []
         return [*first, square, scales, torch.full_like(scales, 4)]
 
-    recorded = _Recorded(plain, operands(0))
+    recorded = Recorded(plain, operands(0))
     recorded._graph.recorded = recorded, plain
     kept = []
     for seed in (3, 4):

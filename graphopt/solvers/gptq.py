@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from graphopt.solvers.grids import Grid
+from graphopt.support.recorded import Recorded
 
 DAMPING = 0.01
 """What is added to every moment of a feature with itself, times their mean."""
@@ -167,27 +168,6 @@ def _descend_columns(
     return codes, moved
 
 
-class _Recorded:
-    """A function of tensors as a CUDA graph: its thousand small kernels are launched at once."""
-
-    def __init__(self, work: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> None:
-        self._places = [tensor.clone() for tensor in tensors]
-        self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work(*self._places)  # what is set up at a first call is not recorded
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph):
-            self._results = work(*self._places)
-
-    def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        for place, tensor in zip(self._places, tensors, strict=True):
-            place.copy_(tensor)
-        self._graph.replay()
-        return tuple(result.clone() for result in self._results)
-
-
 _RECORDED: dict[Hashable, Callable[[Sequence[Tensor]], tuple[Tensor, ...]]] = {}
 """What was recorded, by function, code, device and shapes."""
 
@@ -203,7 +183,7 @@ def _run(
     if key not in _RECORDED:
         plain = functools.partial(work, last=last)
         try:
-            _RECORDED[key] = _Recorded(plain, tensors)
+            _RECORDED[key] = Recorded(plain, tensors)
         except RuntimeError:
             # Another thread used the device meanwhile, say: kernel by kernel it is only slower.
             _RECORDED[key] = lambda given: plain(*given)
