@@ -191,16 +191,22 @@ class HiddenStateStream:
 
     def output(self, batch: int, hidden: Tensor) -> Tensor:
         """Return the program's first output, its logits, of a batch's states behind the blocks."""
-        last = self.blocks[-1].position
-        values = {
-            **self.environments[batch],
-            self.program.calls[last].results[0]: hidden.to(self.device),
-        }
+        values, behind = self.behind_blocks(batch, hidden)
         with torch.no_grad():
-            for _ in self.runner.run_calls([values], last + 1, len(self.program.calls)):
+            for _ in self.runner.run_calls([values], behind, len(self.program.calls)):
                 pass
         logits: Tensor = values[self.program.outputs[0]]
         return logits
+
+    def behind_blocks(self, batch: int, hidden: Tensor) -> tuple[dict[str, Any], int]:
+        """Return the program's values behind the last block, and the position of the next call.
+
+        Args:
+            hidden: A batch's hidden states there.
+        """
+        last = self.blocks[-1].position
+        states = {self.program.calls[last].results[0]: hidden.to(self.device)}
+        return {**self.environments[batch], **states}, last + 1
 
     def windows_of(self, hidden: Tensor) -> int:
         """Return how many windows hidden states are of: not all have the batch as first axis."""

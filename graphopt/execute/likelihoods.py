@@ -7,7 +7,7 @@ tokens at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,18 +126,53 @@ class ProgramLikelihoods:
 
     def _of_hidden(self, ids: Tensor, environment: dict[str, Any]) -> Tensor:
         """Return those of ids [B, S] by what the calls that are run for all batches gave."""
-        output = self._runner.program.outputs[0]
-        for _ in self._runner.run_calls([environment], self._walked, self._first):
-            pass
-        parts = []
-        for start in range(0, ids.shape[1] - 1, self._tokens_at_once(ids)):
-            targets = ids[:, start + 1 : start + 1 + self._tokens_at_once(ids)]
-            stop = start + targets.shape[1]  # the last token of all predicts none
-            part = {n: self._cut(n, value, start, stop) for n, value in environment.items()}
-            for _ in self._runner.run_calls([part], self._first, self._calls):
-                pass
-            parts.append(token_log_likelihoods(part[output], targets))
+        return self.of_values(ids, environment, self._walked)
+
+    def of_values(self, ids: Tensor, environment: dict[str, Any], position: int) -> Tensor:
+        """Return those of ids [B, S], fp32 [B, S - 1], by the values in front of a call.
+
+        Args:
+            environment: The program's values by name; what further calls make is added.
+            position: That of the call among the program's.
+        """
+        parts = [
+            token_log_likelihoods(logits, ids[:, start + 1 : start + 1 + logits.shape[1]])
+            for start, logits in self.logits_in_parts(
+                ids, environment, position, stop=ids.shape[1] - 1
+            )
+        ]
         return torch.cat(parts, 1)
+
+    @torch.no_grad()
+    def logits_in_parts(
+        self,
+        ids: Tensor,
+        environment: dict[str, Any],
+        position: int,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield the logits of tokens, those of a few hundred at a time.
+
+        Args:
+            ids, environment, position: As for `of_values`.
+            start, stop: The first token, and the one behind the last; all of them by default.
+
+        Yields:
+            The index of the first token of a part, and the part's logits [B, n, vocab].
+        """
+        runner, output = self._runner, self._runner.program.outputs[0]
+        cut = max(position, self._first)
+        for _ in runner.run_calls([environment], position, cut):
+            pass
+        stop = ids.shape[1] if stop is None else stop
+        for begin in range(start, stop, self._tokens_at_once(ids)):
+            end = min(begin + self._tokens_at_once(ids), stop)
+            part = {n: self._cut(n, value, begin, end) for n, value in environment.items()}
+            for _ in runner.run_calls([part], cut, self._calls):
+                pass
+            yield begin, part[output]
 
     def _tokens_at_once(self, ids: Tensor) -> int:
         """Return of how many tokens of each row logits are in memory at once."""
