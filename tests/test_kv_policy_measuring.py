@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from families import captured
@@ -10,6 +12,7 @@ from programs import tiny_program
 from graphopt.errors import SourceError, UsageError
 from graphopt.evaluate import policy_steps
 from graphopt.evaluate.kv_policy import measure_policy, policy_layers, walk_policy
+from graphopt.evaluate.needles import NeedleTasks, needle_tasks, retrieval
 from graphopt.execute.hidden_states import HiddenStateStream
 from graphopt.execute.interpreter import Runner
 from graphopt.execute.page_attention import CausalAttention, attention_layers
@@ -25,7 +28,7 @@ from graphopt.ir.kv_policies import (
     page_probabilities,
 )
 from graphopt.ir.ops import get_op
-from graphopt.ir.ops.attention import BIAS, PAST_K, PAST_V, SELECTED, SINKS
+from graphopt.ir.ops.attention import PAST_K, PAST_V, SELECTED, SINKS
 
 F64 = torch.float64
 PAGE = 4
@@ -90,8 +93,6 @@ class Decoding:
         dense = due is not None and bool(due.all())
         operands[:3] = [x[:, :, -1:] for x in (q, k, v)]
         operands[PAST_K], operands[PAST_V] = k[:, :, :-1], v[:, :, :-1]
-        if (bias := operands[BIAS]) is not None and bias.shape[-2] > 1:
-            operands[BIAS] = bias[..., -1:, :]
         selected = None
         if not dense:
             selected = self.policy.select(state, operands[0], k, lengths, scoring)
@@ -147,9 +148,9 @@ def test_the_walk_over_layers_is_decoding_token_by_token(policy):
     check(tiny_program(layers=3), policy)
 
 
-@pytest.mark.parametrize("form", ["softcap", "alibi", "dense layers", "cache"])
+@pytest.mark.parametrize("form", ["softcap", "sinks", "dense layers", "cache"])
 def test_so_it_is_for_attentions_of_other_forms(form):
-    options = {"softcap": {"softcap": 1.5}, "alibi": {"alibi": True}, "cache": {"cache": True}}
+    options = {"softcap": {"softcap": 1.5}, "sinks": {"sinks": True}, "cache": {"cache": True}}
     program = tiny_program(layers=2, **options.get(form, {}))
     check(program, LastRow(SMALL, calibrate_every=4), dense_layers=form == "dense layers")
 
@@ -278,5 +279,67 @@ def test_what_cannot_be_measured_is_refused():
     program, ids = tiny_program(layers=2), ids_of(tiny_program(layers=2))
     with pytest.raises(UsageError, match="leaves no step"):
         measure_policy(runner_of(program), ids, Dense(SMALL), prompt=TOKENS - 1)
+    with pytest.raises(SourceError, match="adds to its scores by position"):
+        measure_policy(runner_of(tiny_program(alibi=True)), ids, Dense(SMALL))
     with pytest.raises(SourceError, match="among the first 2 layers"):
         measure_policy(runner_of(program), ids, Dense(SMALL), dense_layers=2)
+
+
+class Words:
+    """A tokenizer of words and digits, which puts a token before every text."""
+
+    def __init__(self):
+        self.known = {"<s>": 0}
+
+    all_special_ids, name_or_path = (0,), "words"
+
+    def __call__(self, text, add_special_tokens=True, **options):
+        words = re.findall(r"\d| ?[^\s\d]+|\s+?", text)
+        ids = [self.known.setdefault(word, len(self.known)) for word in words]
+        return {"input_ids": [0, *ids] if add_special_tokens else ids}
+
+
+def test_needles_stand_at_their_depths_and_are_asked_for_behind_the_prompt():
+    tokenizer, tokens = Words(), 120
+    text = " ".join(f"word{chr(97 + n % 26)}" for n in range(400))
+    tasks = needle_tasks(tokenizer, text, tokens, 7, depths=(0.0, 0.5, 1.0), seed=1)
+    names = {number: word for word, number in tokenizer.known.items()}
+    assert tasks.ids.shape == (7, tokens)
+    assert tasks.depths == [0.0, 0.5, 1.0, 0.0, 0.5, 1.0, 0.0]
+    keys = set()
+    for row, answer, depth in zip(tasks.ids.tolist(), tasks.answers, tasks.depths, strict=True):
+        assert row[0] == 0 and 0 not in row[1:]
+        key = "".join(names[number] for number in row[-answer:]).strip()
+        assert re.fullmatch(r"\d{5}", key)
+        keys.add(key)
+        prompt = "".join(names[number] for number in row[: tasks.prompt])
+        assert prompt.count(key) == 2 and "What is the pass key" not in prompt
+        front, _, back = prompt.partition("The pass key is")
+        share = front.count("word") / (front.count("word") + back.count("word"))
+        assert share == pytest.approx(depth, abs=0.02)
+    assert len(keys) == 7
+    again = needle_tasks(tokenizer, text, tokens, 7, depths=(0.0, 0.5, 1.0), seed=1)
+    assert torch.equal(again.ids, tasks.ids)
+    with pytest.raises(UsageError, match="no room for a needle"):
+        needle_tasks(tokenizer, text, 40, 1)
+    with pytest.raises(SourceError, match="too short to hide a needle"):
+        needle_tasks(tokenizer, text, 600, 1)
+
+
+@pytest.mark.parametrize("policy", [None, LastRow(SMALL)], ids=["dense", "last-row"])
+def test_an_answer_is_right_where_greedy_decoding_writes_it(policy):
+    program = tiny_program(layers=2)
+    ids = ids_of(program, rows=4)
+    layers, _ = policy_layers(program)
+    answers, depths = [2, 3, 2, 3], [0.5, 0.5, 1.0, 1.0]
+    for row in range(0, 4, 2):  # two of the rows end with what the model would write
+        for place in range(TOKENS - answers[row], TOKENS):
+            if policy is None:
+                logits = Runner(program, F64).logits({"input_ids": ids})
+            else:
+                logits, _ = walked(program, ids, policy, layers)
+            ids[row, place] = logits[row, place - 1].argmax()
+    tasks = NeedleTasks(ids, answers, depths, PROMPT)
+    result = retrieval(runner_of(program), tasks, policy)
+    assert result.right == [True, False, True, False]
+    assert (result.count, result.by_depth()) == (2, {0.5: (1, 2), 1.0: (1, 2)})

@@ -242,14 +242,14 @@ def measure_policy(
     likelihoods = ProgramLikelihoods(runner)
     if policy is None:
         losses = -likelihoods.of(
-            windows, at_once=_rows(runner, tokens), progress=progress, what="dense"
+            windows, at_once=rows_at_once(runner, tokens), progress=progress, what="dense"
         )
         return _result(losses.cpu(), prompt, begin, [], [], started)
     layers, left_alone = policy_layers(runner.program, dense_layers)
     stream = HiddenStateStream(
         runner,
         windows,
-        tokens_at_once=_rows(runner, tokens) * tokens,
+        tokens_at_once=rows_at_once(runner, tokens) * tokens,
         progress=progress,
         what=policy.kind,
     )
@@ -267,7 +267,8 @@ def measure_policy(
     return _result(losses, prompt, begin, found, left_alone, started)
 
 
-def _rows(runner: Runner, tokens: int) -> int:
+def rows_at_once(runner: Runner, tokens: int) -> int:
+    """Return how many texts of so many tokens are a batch."""
     return max(1, TOKENS_AT_ONCE.on(runner.device) // tokens)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,8 +84,11 @@ def _reason_against_pages(node: Node, call: Call) -> str | None:
         return f"it sees chunks of {attrs['chunk']} tokens"
     if attrs.get("kv_bits", 16) < 16:
         return "it rounds keys and values itself"
-    if len(node.inputs) > SELECTED and node.inputs[SELECTED] is not None:
+    given = dict(enumerate(node.inputs))
+    if given.get(SELECTED) is not None:
         return "it reads selected pages already"
+    if given.get(BIAS) is not None or given.get(SLOPES) is not None:
+        return "it adds to its scores by position, which policies know nothing of"
     return None
 
 
@@ -159,12 +161,10 @@ class CausalAttention:
         # What was rotated by fp32 tables may be wider than the values.
         self.q_BHSD, self.k_BGSD, self.v_BGSD = q.to(v.dtype), k.to(v.dtype), v
         given = [*operands, *[None] * (SINKS + 1 - len(operands))]
-        self.mask_BS, self.sinks, self._slopes = given[MASK], given[SINKS], given[SLOPES]
-        bias, tokens = given[BIAS], q.shape[2]
-        self._bias = None if bias is None else bias.expand(*q.shape[:3], tokens)
+        self.mask_BS, self.sinks = given[MASK], given[SINKS]
         self.scale: float = attrs["scale"]
         self.softcap: float | None = attrs.get("softcap")
-        self.tokens, self.groups = tokens, q.shape[1] // k.shape[1]
+        self.tokens, self.groups = q.shape[2], q.shape[1] // k.shape[1]
 
     @staticmethod
     def wanted(node: Node) -> list[Value]:
@@ -178,10 +178,7 @@ class CausalAttention:
 
     def dense(self, start: int, stop: int) -> Tensor:
         """Return the output [B, H, stop - start, Dv] of some queries over all their keys."""
-        return functional.attention(
-            self.q_BHSD[:, :, start:stop], *self._keys(stop), *self._extras(start, stop),
-            scale=self.scale, softcap=self.softcap,
-        )  # fmt: skip
+        return self._attention(start, stop)
 
     def over_pages(self, read_BGSN: Tensor, first: int, page: int) -> Tensor:
         """Return the output of the last queries, each over the pages that it reads.
@@ -197,11 +194,7 @@ class CausalAttention:
         for start, stop in self._parts(first):
             read_BGsN = read_BGSN[:, :, start - first : stop - first]
             seen = read_BGsN.repeat_interleave(self.groups, 1).repeat_interleave(page, -1)
-            out = functional.attention(
-                self.q_BHSD[:, :, start:stop], *self._keys(stop), *self._extras(start, stop),
-                scale=self.scale, softcap=self.softcap, seen=seen[..., :stop],
-            )  # fmt: skip
-            outputs.append(out)
+            outputs.append(self._attention(start, stop, seen[..., :stop]))
         return torch.cat(outputs, 2)
 
     def page_scores(self, first: int, page: int) -> PageScores:
@@ -212,14 +205,11 @@ class CausalAttention:
         size = (batch, heads, self.tokens - first, pages)
         maxima, lse = q.new_empty(size), q.new_empty(size)
         for start, stop in self._parts(first):
-            mask, bias, slopes, _ = self._extras(start, stop)
-            if slopes is not None:
-                real = q.new_ones(batch, stop) if mask is None else mask
-                slope_bias = functional.alibi(slopes, real)
-                bias = slope_bias if bias is None else bias + slope_bias
-            allowed = functional.allowed_keys(stop - start, mask, stop, True, None, None, q.device)
+            allowed = functional.allowed_keys(
+                stop - start, self._mask(stop), stop, True, None, None, q.device
+            )
             scores = functional.masked_scores(
-                q[:, :, start:stop], k[:, :, :stop], allowed, bias, self.scale, self.softcap
+                q[:, :, start:stop], k[:, :, :stop], allowed, None, self.scale, self.softcap
             )
             padded = F.pad(scores, (0, pages * page - stop), value=float("-inf"))
             by_page = padded.unflatten(-1, (pages, page))
@@ -234,11 +224,18 @@ class CausalAttention:
         for start in range(first, self.tokens, rows):
             yield start, min(start + rows, self.tokens)
 
-    def _keys(self, stop: int) -> tuple[Tensor, Tensor]:
-        return self.k_BGSD[:, :, :stop], self.v_BGSD[:, :, :stop]
+    def _attention(self, start: int, stop: int, seen: Tensor | None = None) -> Tensor:
+        """Return the output of the queries from `start` to `stop`, over keys that are `seen`."""
+        return functional.attention(
+            self.q_BHSD[:, :, start:stop],
+            self.k_BGSD[:, :, :stop],
+            self.v_BGSD[:, :, :stop],
+            self._mask(stop),
+            sinks=self.sinks,
+            scale=self.scale,
+            softcap=self.softcap,
+            seen=seen,
+        )
 
-    def _extras(self, start: int, stop: int) -> tuple[Any, Any, Any, Any]:
-        """Return mask, bias, slopes and sinks for the queries of a part and the keys up to it."""
-        mask = None if self.mask_BS is None else self.mask_BS[:, :stop]
-        bias = None if self._bias is None else self._bias[:, :, start:stop, :stop]
-        return mask, bias, self._slopes, self.sinks
+    def _mask(self, stop: int) -> Tensor | None:
+        return None if self.mask_BS is None else self.mask_BS[:, :stop]
