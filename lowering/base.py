@@ -66,6 +66,8 @@ def check_placements(program: Program) -> None:
 def check_attentions(program: Program, where: str) -> None:
     """Refuse attentions that read selected pages, or give more than their output, keys and values.
 
+    Those with a policy read selected pages.
+
     Args:
         where: What has no place for that.
 
@@ -74,12 +76,15 @@ def check_attentions(program: Program, where: str) -> None:
     """
     for call in program.calls:
         for node in program.functions[call.function].nodes:
-            if node.op != "attention" or not is_general(resolve_attrs(node, call), node.inputs):
+            if node.op == "policy_attention":
+                what = "reads the pages that a policy selects"
+            elif node.op == "attention" and is_general(resolve_attrs(node, call), node.inputs):
+                selects = node.operand(SELECTED) is not None
+                what = "reads selected pages" if selects else "gives the log-sum-exp or page maxima"
+            else:
                 continue
-            selects = node.operand(SELECTED) is not None
-            what = "reads selected pages" if selects else "gives the log-sum-exp or page maxima"
             raise LoweringError(
-                f"{call.path or call.function}: {node.outputs[0].name} = attention: it {what}, "
+                f"{call.path or call.function}: {node.outputs[0].name} = {node.op}: it {what}, "
                 f"which {where} has no place for.",
                 "Emit torch, or leave this out.",
             )

@@ -23,7 +23,7 @@ from graphopt.ir.graph import (
     unique_name,
 )
 from graphopt.ir.ops import is_aten
-from graphopt.ir.ops.attention import BIAS, MASK, PAST_K
+from graphopt.ir.ops.attention import ATTENTIONS, BIAS, MASK, PAST_K
 from graphopt.ir.relayout import with_layouts
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.token_mixing import mixes_tokens
@@ -140,7 +140,7 @@ class InsertKVCache(Pass):
 
 
 def _attentions(function: Function) -> list[Node]:
-    return [node for node in function.nodes if node.op == "attention"]
+    return [node for node in function.nodes if node.op in ATTENTIONS]
 
 
 def _is_cached(node: Node) -> bool:
@@ -156,7 +156,7 @@ def _illegal(program: Program) -> list[Skip]:
         places = {n for kinds in types[name] for n in laid_out_from_start(function, kinds)}
         for node in function.nodes if calls[name] else []:
             reason: str | None = None
-            if node.op != "attention":
+            if node.op not in ATTENTIONS:
                 if ever[name] & set(node.inputs):
                     reason = (
                         f"{node.op} makes something else of the padding mask than attention does, "

@@ -63,7 +63,7 @@ def name_values(function: Function, logits: Value | None = None) -> None:
         wanted[logits] = "logits"
     taken = {value.name for value in [*function.params, *function.weights.values()]}
     for cache in function.caches:
-        taken |= {cache.past_k.name, cache.past_v.name}
+        taken |= {value.name for value in cache.pasts}
     for node in function.nodes:
         for value in node.outputs:
             value.name = unique_name(wanted[value], taken)

@@ -173,6 +173,7 @@ def format_figure(value: float | None, digits: int = 3) -> str:
 
 def describe(program: Program) -> list[tuple[str, str]]:
     """Return what was resolved about a model, as (label, text)."""
+    from graphopt.ir.ops.attention import ATTENTIONS
     from graphopt.ir.printer import format_count
     from graphopt.ir.types import DTYPE_NAMES
 
@@ -180,7 +181,7 @@ def describe(program: Program) -> list[tuple[str, str]]:
     classes = config.get("architectures") or []
     family = config.get("model_type", "")
     model = ", ".join(classes) + (f" ({family})" if family and classes else family)
-    blocks = sum(any(n.op == "attention" for n in program.function_of(c).nodes)
+    blocks = sum(any(n.op in ATTENTIONS for n in program.function_of(c).nodes)
                  for c in program.calls)  # fmt: skip
     rows = [("model", f"{program.name}  {model}".rstrip())]
     rows.append(

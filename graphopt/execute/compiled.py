@@ -41,8 +41,7 @@ def _structure(function: Function) -> Any:
         for node in function.nodes
     )
     caches = tuple(
-        (c.slot, *(numbers[v] for v in (c.past_k, c.past_v, c.present_k, c.present_v)))
-        for c in function.caches
+        (c.slot, *(numbers[v] for v in (*c.pasts, *c.presents))) for c in function.caches
     )
     results = tuple(numbers[value] for value in function.results)
     return len(function.params), tuple(function.weights), caches, nodes, results

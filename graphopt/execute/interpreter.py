@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graphopt.ir.dataflow import angle_weights, mask_is_for_attention_alone
 from graphopt.ir.graph import Call, Function, KVState, Node, Program, Value, resolve_attrs
-from graphopt.ir.kv_memory import PagedKV
+from graphopt.ir.kv_memory import PagedKV, PolicyKV
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import concretize
 from graphopt.ir.types import B, P, S
@@ -22,8 +22,11 @@ from graphopt.ir.weights import Array, SharedSources
 from graphopt.support.devices import free_bytes
 
 Mode = Literal["torch", "reference"]
-CacheContents = dict[str, tuple[Tensor, Tensor] | PagedKV]
-"""State name -> (keys [B, G, P, D], values [B, G, P, Dv]), of a ring its last tokens."""
+CacheContents = dict[str, tuple[Tensor, Tensor] | PagedKV | PolicyKV]
+"""State name -> (keys [B, G, P, D], values [B, G, P, Dv]), of a ring its last tokens.
+
+Where a policy selects among them, with the policy's state.
+"""
 Observer = Callable[[Value, Tensor], None]
 """Is called with a value of a function and its tensor, when the tensor is made."""
 
@@ -54,9 +57,12 @@ def run_function(
     _run_nodes(
         function.nodes, call, values, function.outside_values(), sizes, mode, observe or _ignore
     )
-    present: CacheContents = {
-        call.caches[c.slot]: (values[c.present_k], values[c.present_v]) for c in function.caches
-    }
+    present: CacheContents = {}
+    for cache in function.caches:
+        assert past is not None
+        kv, name = (values[cache.present_k], values[cache.present_v]), call.caches[cache.slot]
+        state = tuple(values[value] for value in cache.present_state)
+        present[name] = PolicyKV(kv, state) if isinstance(past[name], PolicyKV) else kv
     return [values[value] for value in function.results], present
 
 
@@ -103,7 +109,10 @@ def _given_values(
     values.update({value: weights[slot] for slot, value in function.weights.items()})
     for cache in function.caches:
         assert past is not None
-        values[cache.past_k], values[cache.past_v] = past[call.caches[cache.slot]]
+        held = past[call.caches[cache.slot]]
+        values[cache.past_k], values[cache.past_v] = held
+        state = held.state if isinstance(held, PolicyKV) else ()
+        values.update(zip(cache.past_state, state, strict=True))
     return values
 
 
@@ -146,12 +155,15 @@ def _ignore(value: Value, tensor: Tensor) -> None:
 
 def extend_caches(past: CacheContents, present: CacheContents) -> None:
     """Put the keys and values that a call leaves in the place of those that it found."""
-    for name, (k, v) in present.items():
+    for name, left in present.items():
+        k, v = left
         held = past.get(name)
-        if isinstance(held, PagedKV):
-            past[name] = held.extended(k[:, :, held.length :], v[:, :, held.length :])
+        kv = held.kv if isinstance(held, PolicyKV) else held
+        if isinstance(kv, PagedKV):
+            kv = kv.extended(k[:, :, kv.length :], v[:, :, kv.length :])
         else:
-            past[name] = (k, v)
+            kv = (k, v)
+        past[name] = PolicyKV(kv, left.state) if isinstance(left, PolicyKV) else kv
 
 
 @dataclass
@@ -214,13 +226,24 @@ class Runner:
     def empty_cache(self, batch: int, names: Iterable[str] | None = None) -> CacheContents:
         """Return a cache without tokens for states of the program, by default all."""
 
-        def empty(state: KVState) -> tuple[Tensor, Tensor] | PagedKV:
+        def empty(state: KVState) -> tuple[Tensor, Tensor] | PagedKV | PolicyKV:
             k, v = (
                 torch.zeros(batch, state.heads, 0, size, dtype=self.dtype, device=self.device)
                 for size in (state.k_dim, state.v_dim)
             )
             page = state.layout.page
-            return (k, v) if page is None else PagedKV.empty(k, v, page)
+            kv = (k, v) if page is None else PagedKV.empty(k, v, page)
+            if state.policy is None:
+                return kv
+            kept = [
+                torch.zeros(
+                    kind.concrete({B: batch, S: 0, P: 0}),
+                    dtype=self.dtype if kind.dtype.is_floating_point else kind.dtype,
+                    device=self.device,
+                )
+                for kind in state.policy_types.values()
+            ]
+            return PolicyKV(kv, tuple(kept))
 
         states = self.program.states
         return {name: empty(states[name]) for name in (states if names is None else names)}

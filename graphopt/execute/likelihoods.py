@@ -188,7 +188,7 @@ class ProgramLikelihoods:
         return value.narrow(self._types[name].shape.index(S), start, stop - start)
 
 
-_ACROSS_TOKENS = ("attention", "by_length", "ntk_frequencies")
+_ACROSS_TOKENS = ("attention", "policy_attention", "by_length", "ntk_frequencies")
 """Ops of the IR whose result for a token depends on other tokens, or on all positions."""
 
 

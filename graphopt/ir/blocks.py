@@ -13,6 +13,7 @@ from graphopt.ir.dataflow import region
 from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.graph import Call, Function, Node, Param, Program, Value, unique_name
 from graphopt.ir.layer_config import shrink_config
+from graphopt.ir.ops.attention import ATTENTIONS
 from graphopt.ir.shapes import infer_program
 
 
@@ -168,7 +169,7 @@ def _is_attention(node: Node) -> bool:
         while weights is not None and weights.op.startswith("aten.to.") and weights.inputs[0]:
             weights = weights.inputs[0].node
         return weights is not None and weights.op.startswith(("aten.softmax.", "aten._softmax."))
-    return node.op == "attention"
+    return node.op in ATTENTIONS
 
 
 def _terms(

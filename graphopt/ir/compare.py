@@ -11,6 +11,7 @@ import torch
 
 from graphopt.ir.graph import Call, Function, In, Node, Program, Value, resolve_attrs
 from graphopt.ir.printer import FunctionPrinter
+from graphopt.ir.text import policy_text
 
 
 def slots_by_use(function: Function) -> list[str]:
@@ -35,7 +36,7 @@ def structure(function: Function, attributes: Callable[[Node], Any]) -> list[Any
     for value in [*function.params, *(function.weights[slot] for slot in slots)]:
         number[value] = len(number)
     for cache in function.caches:
-        for value in (cache.past_k, cache.past_v):
+        for value in cache.pasts:
             number[value] = len(number)
     rows: list[Any] = [(len(function.params), len(slots), len(function.caches))]
     for node in function.nodes:
@@ -166,7 +167,7 @@ def _sort_nodes(function: Function) -> None:
     order: dict[Node, None] = {}
     ends = [
         *function.results,
-        *(v for c in function.caches for v in (c.present_k, c.present_v)),
+        *(v for c in function.caches for v in c.presents),
     ]
     waiting: list[tuple[Node, bool]] = [(v.node, False) for v in ends[::-1] if v.node]
     while waiting:
@@ -255,6 +256,11 @@ def _call_difference(
         if (state.types, state.layout) != (wanted.types, wanted.layout):
             have_as, want_as = (f"{s.types[0]}, {s.types[1]} {s.layout}" for s in (state, wanted))
             return f"state {state.name!r} is {have_as}, not {want_as}"
+        if state.policy != wanted.policy:
+            have_as, want_as = (
+                "no policy" if s.policy is None else policy_text(s.policy) for s in (state, wanted)
+            )
+            return f"state {state.name!r} has {have_as}, not {want_as}"
     return None
 
 

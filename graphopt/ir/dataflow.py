@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import networkx
 
 from graphopt.ir.graph import Function, Node, Program, Value
-from graphopt.ir.ops.attention import MASK
+from graphopt.ir.ops.attention import ATTENTIONS, MASK
 
 
 def dataflow(function: Function, boundary: Iterable[Value] = ()) -> networkx.DiGraph[Node]:
@@ -49,7 +49,7 @@ def mask_is_for_attention_alone(program: Program) -> bool:
             if name == "attention_mask":
                 if param in function.results:
                     return False
-                if any(node.op != "attention" or index != MASK for node, index in uses[param]):
+                if any(node.op not in ATTENTIONS or index != MASK for node, index in uses[param]):
                     return False
     return True
 

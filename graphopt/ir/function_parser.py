@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from graphopt.errors import ParseError
 from graphopt.ir.graph import Cache, Function, In, Node, Value, unique_name
 from graphopt.ir.ops import all_ops
 from graphopt.ir.scan import Line, Token
 from graphopt.ir.types import Type
+
+_Place: TypeAlias = tuple[Line, Token, str]
+"""A name in the text, with where it stands."""
+
+_CacheNames: TypeAlias = tuple[str, list[Value], list[_Place]]
+"""A cache slot, what is read from it, and the names of what is left in it."""
 
 _MOST_OPERANDS = 1000
 """The largest number of operands of an op that takes any number of them."""
@@ -109,9 +115,11 @@ class FunctionParser:
         end.expect("return")
         self._function.results = end.separated(lambda: self._reference(end))
         end.end()
-        for slot, past_k, past_v, *made in presents:
-            present_k, present_v = (self._made(name) for name in made)
-            self._function.caches.append(Cache(slot, past_k, past_v, present_k, present_v))
+        for slot, (past_k, past_v, *past_state), names in presents:
+            present_k, present_v, *present_state = map(self._made, names)
+            self._function.caches.append(
+                Cache(slot, past_k, past_v, present_k, present_v, past_state, present_state)
+            )
         self._name_the_rest()
         return ParsedFunction(self._function, self._exact)
 
@@ -127,7 +135,7 @@ class FunctionParser:
             value.name = unique_name(op.split(".")[1] if "." in op else op, taken)
             taken.add(value.name)
 
-    def _signature(self) -> list[tuple[Any, ...]]:
+    def _signature(self) -> list[_CacheNames]:
         line = self._head
         line.expect("def")
         self._function.name = line.named("the name of a function")
@@ -137,21 +145,22 @@ class FunctionParser:
             return self._define(line, line.next, line.value_name("the name of a parameter"))
 
         self._function.params = line.separated(parameter, ";", ")")
-        presents: list[tuple[Any, ...]] = []
+        presents: list[_CacheNames] = []
         while line.accept(";"):
             slot = line.named("a cache slot")
             line.expect(":")
-            past_k = parameter()
-            line.expect(",")
-            past_v = parameter()
+            pasts = [parameter()]
+            while len(pasts) < 2 or line.at(","):
+                line.expect(",")
+                pasts.append(parameter())
             line.expect("->")
-            made: list[tuple[Line, Token, str]] = []
-            for separator in (",", ""):
+            made: list[_Place] = []
+            for number in range(len(pasts)):
+                if number:
+                    line.expect(",")
                 start = line.next
                 made.append((line, start, line.value_name("a value that the function makes")))
-                if separator:
-                    line.expect(separator)
-            presents.append((slot, past_k, past_v, *made))
+            presents.append((slot, pasts, made))
         line.expect(")", ":")
         line.end()
         return presents
@@ -162,7 +171,7 @@ class FunctionParser:
         value = self._values[name] = Value(name, node, len(node.outputs) if node else 0)
         return value
 
-    def _made(self, place: tuple[Line, Token, str]) -> Value:
+    def _made(self, place: _Place) -> Value:
         line, start, name = place
         if name not in self._values:
             raise line.fail("a value that the function makes", start)

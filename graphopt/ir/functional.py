@@ -634,6 +634,59 @@ def attention_statistics(
     return lse, maxima.gather(-1, named)
 
 
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected_blocks: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    page: int,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention` of each row's newest token, over selected pages that are gathered.
+
+    What other pages hold is not read.
+
+    Args:
+        q: [B, H, 1, D].
+        k, v: [B, G, T, D] and [B, G, T, Dv].
+        selected_blocks: int [B, G, M], as for `selected_keys`.
+        mask: [B, T], nonzero at real tokens.
+        page: Keys of a page.
+
+    Returns:
+        The output [B, H, 1, Dv]; and as of `attention_statistics` the log-sum-exp [B, H, 1] and the
+        largest score of every selected page, [B, H, 1, M].
+    """
+    keys, batch, heads = k.shape[2], k.shape[0], k.shape[1]
+    named = selected_blocks.long().expand(batch, heads, -1)
+    index = (named[..., None] * page + torch.arange(page, device=k.device)).flatten(2)
+    seen = (index >= 0) & (index < keys)
+    index = index.clamp(0, keys - 1)
+    if mask is not None:
+        seen = seen & mask.bool()[:, None].expand(-1, heads, -1).gather(2, index)
+    k, v = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3])) for x in (k, v))
+    rows = q.to(v.dtype).unflatten(1, (heads, -1))[:, :, :, 0]  # [B, G, H / G, D]
+    scores = (rows @ k.transpose(-1, -2)).to(torch.promote_types(v.dtype, torch.float32)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~seen[:, :, None], float("-inf"))
+    lse = torch.logsumexp(scores, -1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, heads, -1))
+    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    out = weights.to(v.dtype) @ v
+    maxima = scores.unflatten(-1, (-1, page)).amax(-1)
+    return (
+        out.flatten(1, 2)[:, :, None],
+        lse.flatten(1, 2)[..., None],
+        maxima.flatten(1, 2)[:, :, None],
+    )
+
+
 def attention_results(
     q: Tensor,
     k: Tensor,

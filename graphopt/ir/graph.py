@@ -103,6 +103,8 @@ class Cache:
         slot: Name in the function; a call maps it to a state of the program.
         past_k, past_v: Inputs [B, kv_heads, P, head_dim], of a ring its length in place of P.
         present_k, present_v: Outputs [B, kv_heads, P + S, head_dim], at most a ring's slots.
+        past_state, present_state: Inputs and outputs that a policy keeps beside keys and values, in
+            the order of `KVState.policy_types`; none without a policy.
     """
 
     slot: str
@@ -110,6 +112,18 @@ class Cache:
     past_v: Value
     present_k: Value
     present_v: Value
+    past_state: list[Value] = field(default_factory=list)
+    present_state: list[Value] = field(default_factory=list)
+
+    @property
+    def pasts(self) -> list[Value]:
+        """All that is read: keys, values, and a policy's state."""
+        return [self.past_k, self.past_v, *self.past_state]
+
+    @property
+    def presents(self) -> list[Value]:
+        """All that is left for the next step, in the order of `pasts`."""
+        return [self.present_k, self.present_v, *self.present_state]
 
 
 @dataclass(eq=False, slots=True)
@@ -161,8 +175,7 @@ class Function:
         yield from self.params
         yield from self.weights.values()
         for cache in self.caches:
-            yield cache.past_k
-            yield cache.past_v
+            yield from cache.pasts
         for node in self.nodes:
             yield from node.outputs
 
@@ -188,12 +201,13 @@ class Function:
                 cache.present_k = new
             if cache.present_v is old:
                 cache.present_v = new
+            cache.present_state = [new if v is old else v for v in cache.present_state]
 
     def outside_values(self) -> set[Value]:
         """What is alive at the end: the results and the new cache contents."""
         alive = set(self.results)
         for cache in self.caches:
-            alive |= {cache.present_k, cache.present_v}
+            alive.update(cache.presents)
         return alive
 
     def clone(self, name: str | None = None) -> Function:
@@ -209,10 +223,17 @@ class Function:
         result.params = [value_of(value) for value in self.params]
         result.weights = {slot: value_of(value) for slot, value in self.weights.items()}
         result.caches = [
-            Cache(c.slot, value_of(c.past_k), value_of(c.past_v), value_of(c.present_k),
-                  value_of(c.present_v))
+            Cache(
+                c.slot,
+                value_of(c.past_k),
+                value_of(c.past_v),
+                value_of(c.present_k),
+                value_of(c.present_v),
+                list(map(value_of, c.past_state)),
+                list(map(value_of, c.present_state)),
+            )
             for c in self.caches
-        ]  # fmt: skip
+        ]
         for node in self.nodes:
             copied = Node(
                 node.op,

@@ -15,8 +15,9 @@ from typing import Literal
 import sympy
 import torch
 
+from graphopt.ir.kv_policies.base import KVHeads, KVPolicy
 from graphopt.ir.placement import Placement
-from graphopt.ir.types import B, Dim, P, Type
+from graphopt.ir.types import B, Dim, P, Type, dim
 
 Kind = Literal["contiguous", "ring", "paged"]
 
@@ -70,6 +71,8 @@ class KVState:
         dtype: The dtype of keys and values.
         layout: Where they lie.
         placement: On which devices; None on one.
+        policy: What selects the pages that a step of one token reads; None where it reads all keys.
+        query_heads: Query heads, H, of the attention that a policy selects for; None without one.
     """
 
     name: str
@@ -79,6 +82,8 @@ class KVState:
     dtype: torch.dtype = torch.float32
     layout: KVLayout = KVLayout()
     placement: Placement | None = None
+    policy: KVPolicy | None = None
+    query_heads: int | None = None
 
     @property
     def length(self) -> Dim:
@@ -91,6 +96,17 @@ class KVState:
         """What an attention reads: keys [B, G, length, k_dim] and values [B, G, length, v_dim]."""
         k, v = ((B, self.heads, self.length, size) for size in (self.k_dim, self.v_dim))
         return Type(k, self.dtype), Type(v, self.dtype)
+
+    @property
+    def policy_types(self) -> dict[str, Type]:
+        """What the policy remembers of the P tokens before a step, by name; {} without a policy."""
+        return {} if self.policy is None else policy_types(self.policy, self.kv_heads, B, P)
+
+    @property
+    def kv_heads(self) -> KVHeads:
+        """The sizes of the attention, as a policy asks for them."""
+        query_heads = self.query_heads or self.heads
+        return KVHeads(self.heads, query_heads, self.k_dim, self.v_dim, self.dtype)
 
     def nbytes(self, tokens: Dim, itemsize: int | None = None) -> Dim:
         """Return the bytes for B sequences after `tokens` tokens; a page counts whole.
@@ -105,3 +121,12 @@ class KVState:
             held = sympy.ceiling(sympy.sympify(tokens) / self.layout.size) * self.layout.size
         size = self.heads * (self.k_dim + self.v_dim) * (itemsize or self.dtype.itemsize)
         return size * B * held
+
+
+def policy_types(policy: KVPolicy, heads: KVHeads, batch: Dim, tokens: Dim) -> dict[str, Type]:
+    """Return the types of what a policy remembers of a layer after so many tokens, by name."""
+    pages = dim(sympy.ceiling(sympy.sympify(tokens) / policy.budget.page))
+    return {
+        name: Type(tuple(map(dim, shape)), dtype)
+        for name, (shape, dtype) in policy.state_types(heads, pages, batch).items()
+    }

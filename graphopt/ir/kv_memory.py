@@ -183,3 +183,21 @@ class PagedKV:
         )
         append_kv(k, v, pool_k, pool_v, self.lens, block_table=table)
         return replace(self, k=pool_k, v=pool_v, block_table=table, length=length)
+
+
+@dataclass(frozen=True)
+class PolicyKV:
+    """Keys and values, and the state of the policy that says which of their pages are read.
+
+    It unpacks to keys and values, as other caches do.
+
+    Attributes:
+        kv: Keys [B, G, P, D] and values [B, G, P, Dv], or pages of a pool.
+        state: The policy's tensors, in the order in which it names them.
+    """
+
+    kv: tuple[Tensor, Tensor] | PagedKV
+    state: tuple[Tensor, ...]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.kv

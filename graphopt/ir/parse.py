@@ -107,14 +107,18 @@ class _Parser:
         if start.text not in DTYPES:
             raise line.fail("a dtype")
         dtype = DTYPES[line.take().text]
-        sizes: dict[str, int] = {}
+        sizes: list[int] = []
         for size in ("heads", "k_dim", "v_dim"):
             line.expect(size, "=")
-            sizes[size] = line.whole(f"the number for {size}")
-        layout = self._layout(line)
-        self.result.states[name] = KVState(
-            name, **sizes, dtype=dtype, layout=layout, placement=line.placement()
-        )
+            sizes.append(line.whole(f"the number for {size}"))
+        heads, k_dim, v_dim = sizes
+        state = KVState(name, heads, k_dim, v_dim, dtype, self._layout(line))
+        if line.at("policy"):
+            state.policy = line.policy()
+            line.expect("query_heads", "=")
+            state.query_heads = line.whole("the number of query heads")
+        state.placement = line.placement()
+        self.result.states[name] = state
 
     @staticmethod
     def _layout(line: Line) -> KVLayout:

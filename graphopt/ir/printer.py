@@ -16,13 +16,14 @@ from graphopt.ir.kv import KVState
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import map_leaves
 from graphopt.ir.shapes import infer_function, infer_program
-from graphopt.ir.text import fold, format_attr, name_text, quoted, value_text
+from graphopt.ir.text import fold, format_attr, name_text, policy_text, quoted, value_text
 from graphopt.ir.types import DTYPE_NAMES, Type
 from graphopt.ir.weights import Weight
 from graphopt.support.plain import plain_line
 
 _WIDTH = 88
 _INFIX = {"add": "+", "mul": "*"}
+_LANDMARKS = ("attention", "policy_attention", "rms_norm", "layer_norm", "add")
 
 
 def format_count(count: int) -> str:
@@ -218,7 +219,7 @@ class FunctionPrinter:
         if self.keeps_order and ("types" in node.attrs or (is_aten(user.op) and node.op in _INFIX)):
             return False
         # Norms, attention and sums into the residual stream are the landmarks of a block.
-        return node.op not in ("attention", "rms_norm", "layer_norm", "add") or user.op == "linear"
+        return node.op not in _LANDMARKS or user.op == "linear"
 
 
 def _slot_texts(slot: str, function: Function) -> list[str]:
@@ -238,8 +239,7 @@ def _signature(function: Function, printer: FunctionPrinter) -> str:
     params = ", ".join(value_text(value.name) for value in function.params)
     for cache in function.caches:
         past, present = (
-            ", ".join(map(printer.name, values))
-            for values in ((cache.past_k, cache.past_v), (cache.present_k, cache.present_v))
+            ", ".join(map(printer.name, values)) for values in (cache.pasts, cache.presents)
         )
         params += f"; {name_text(cache.slot)}: {past} -> {present}"
     return f"def {name_text(function.name)}({params}):"
@@ -362,6 +362,8 @@ def _read_slots(function: Function) -> set[str]:
 def _state_line(state: KVState) -> str:
     sizes = f"heads={state.heads} k_dim={state.k_dim} v_dim={state.v_dim}"
     text = f"{name_text(state.name)}: {DTYPE_NAMES[state.dtype]} {sizes} {state.layout}"
+    if state.policy is not None:
+        text += f" {policy_text(state.policy)} query_heads={state.query_heads}"
     return text if state.placement is None else f"{text} {state.placement}"
 
 

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from graphopt.errors import ParseError
+from graphopt.errors import ParseError, UsageError
 from graphopt.ir.algebra import FUNCTIONS, parse_size
 from graphopt.ir.encoding import Packed
 from graphopt.ir.graph import Param
+from graphopt.ir.kv_policies import KVPolicy, policy_from_dict
 from graphopt.ir.placement import Placement
 from graphopt.ir.text import NAME
 from graphopt.ir.types import DTYPES, SYMBOLS, Dim, Type, dim
@@ -252,6 +253,25 @@ class Line:
         except ValueError as error:
             raise self.fail(f"a placement ({error})", start) from error
 
+    def policy(self) -> KVPolicy:
+        """Take a policy of a KV cache, such as `policy("quest", page=16, pages=8, ...)`.
+
+        Raises:
+            ParseError: There is none, or it refuses its fields.
+        """
+        start = self.next
+        self.expect("policy", "(")
+        fields: dict[str, Any] = {"kind": self.string("the kind of a policy")}
+        while self.accept(","):
+            name = self.named("a field of the policy")
+            self.expect("=")
+            fields[name] = self.literal()
+        self.expect(")")
+        try:
+            return policy_from_dict(fields)
+        except UsageError as error:
+            raise self.fail(f"a policy ({error.message})", start) from error
+
     def literal(self, reference: Callable[[], Any] | None = None) -> Any:
         """Take an attribute.
 
@@ -352,6 +372,8 @@ class Line:
             name = self.string("the name of an attribute")
             self.expect(")")
             return Param(name)
+        if token.text == "policy" and called.text == "(":
+            return self.policy()
         if reference is not None:
             return reference()
         if "." in token.text:

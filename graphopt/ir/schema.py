@@ -35,12 +35,15 @@ class NodeEntry(Schema):
 
 
 class FunctionEntry(Schema):
-    """One function; a cache is (slot, past_k, past_v, present_k, present_v)."""
+    """One function; a cache is (slot, past_k, past_v, present_k, present_v).
+
+    Behind those come what a policy reads of its state, and as many names of what it leaves.
+    """
 
     name: Name
     params: Names
     weights: dict[Name, Name]
-    caches: list[Annotated[list[Name], pydantic.Field(min_length=5, max_length=5)]]
+    caches: list[Annotated[list[Name], pydantic.Field(min_length=5, max_length=69)]]
     nodes: Annotated[list[NodeEntry], pydantic.Field(max_length=100_000)]
     results: Names
 
@@ -94,7 +97,7 @@ class LayoutEntry(Schema):
 
 
 class StateEntry(Schema):
-    """The KV cache of one layer."""
+    """The KV cache of one layer; `graphopt.ir.kv_policies` refuses what is no policy."""
 
     name: Name
     heads: Annotated[int, pydantic.Field(ge=1, le=2**16)]
@@ -103,6 +106,8 @@ class StateEntry(Schema):
     dtype: Dtype
     layout: LayoutEntry = LayoutEntry()
     placement: PlacementEntry | None = None
+    policy: dict[Name, Any] | None = None
+    query_heads: Annotated[int, pydantic.Field(ge=1, le=2**16)] | None = None
 
 
 class ProgramEntry(Schema):

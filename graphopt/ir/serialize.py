@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 import torch
 
-from graphopt.errors import SourceError
+from graphopt.errors import SourceError, UsageError
 from graphopt.ir.algebra import parse_size
 from graphopt.ir.encoding import Packed
 from graphopt.ir.graph import (
@@ -29,6 +29,7 @@ from graphopt.ir.graph import (
     Program,
     Value,
 )
+from graphopt.ir.kv_policies import KVPolicy, policy_from_dict, policy_to_dict
 from graphopt.ir.placement import Placement
 from graphopt.ir.schema import MAX_WORK, FunctionEntry, PlacementEntry, ProgramEntry, WeightEntry
 from graphopt.ir.types import DTYPE_NAMES, DTYPES, Type
@@ -36,9 +37,10 @@ from graphopt.ir.weights import Dequantised, Missing, Producer, Weight
 from graphopt.support.inputs import parse
 from graphopt.support.plain import shown
 
-FORMAT_VERSION = 3
-READ_VERSIONS = (1, 2, 3)
-"""Version 1 knew dense weights alone; what it lacks has the defaults of `graphopt.ir.schema`."""
+FORMAT_VERSION = 4
+READ_VERSIONS = (1, 2, 3, 4)
+"""Version 1 knew dense weights alone, and version 3 no policies of KV caches; what they lack has
+the defaults of `graphopt.ir.schema`."""
 
 _RENAMED_OPS: dict[str, tuple[str, dict[str, str]]] = {
     "top_gates": ("top_k_gating", {"count": "top_k", "mean": "mean_active_experts"}),
@@ -68,6 +70,8 @@ def _pack(value: Any) -> Any:
         return {"expr": str(value)}
     if isinstance(value, Type):
         return {"type": [[_pack(size) for size in value.shape], DTYPE_NAMES[value.dtype]]}
+    if isinstance(value, KVPolicy):
+        return {"policy": policy_to_dict(value)}
     if isinstance(value, tuple):
         return {"tuple": [_pack(item) for item in value]}
     if isinstance(value, list):
@@ -118,6 +122,8 @@ def _unpack(value: Any) -> Any:
             return _parse_expr(content)
         case {"type": [list(shape), str(name)]} if name in DTYPES:
             return _unpack_type(shape, DTYPES[name])
+        case {"policy": dict(fields)}:
+            return _policy(fields, "an attribute")
         case {"tuple": list(items)}:
             return tuple(_unpack(item) for item in items)
         case {"dict": dict(items)}:
@@ -143,6 +149,13 @@ def _parse_expr(text: object) -> Any:
         ) from error
 
 
+def _policy(fields: dict[str, Any], where: str) -> KVPolicy:
+    try:
+        return policy_from_dict(fields)
+    except UsageError as error:
+        raise _malformed(f"{where}: {error.message.rstrip('.')}") from error
+
+
 def _pack_placement(placement: Placement | None) -> dict[str, Any] | None:
     if placement is None:
         return None
@@ -163,7 +176,11 @@ def _pack_function(function: Function) -> dict[str, Any]:
         "params": [value.name for value in function.params],
         "weights": {slot: value.name for slot, value in function.weights.items()},
         "caches": [
-            [c.slot, *(names[v] for v in (c.past_k, c.past_v, c.present_k, c.present_v))]
+            [
+                c.slot,
+                *(names[v] for v in (c.past_k, c.past_v, c.present_k, c.present_v)),
+                *(names[v] for v in (*c.past_state, *c.present_state)),
+            ]
             for c in function.caches
         ],
         "nodes": [
@@ -177,6 +194,18 @@ def _pack_function(function: Function) -> dict[str, Any]:
         ],
         "results": [value.name for value in function.results],
     }
+
+
+def _policy_values(cache: list[str]) -> tuple[list[str], list[str]]:
+    """Return the names of what a policy keeps, as it is read and as it is left.
+
+    Raises:
+        SourceError: There are not as many of one as of the other.
+    """
+    names = cache[5:]
+    if len(names) % 2:
+        raise _malformed(f"the cache {shown(cache[0])} reads another state than it leaves")
+    return names[: len(names) // 2], names[len(names) // 2 :]
 
 
 def _unpack_function(entry: FunctionEntry) -> Function:
@@ -198,7 +227,7 @@ def _unpack_function(entry: FunctionEntry) -> Function:
     function = Function(entry.name)
     function.params = [make(name) for name in entry.params]
     function.weights = {slot: make(name) for slot, name in entry.weights.items()}
-    pasts = [(c[0], make(c[1]), make(c[2]), c[3], c[4]) for c in entry.caches]
+    pasts = [[make(name) for name in (*c[1:3], *_policy_values(c)[0])] for c in entry.caches]
     for item in entry.nodes:
         reader = f"{shown(item.out[0])} = {shown(item.op)}"
         node = Node(
@@ -211,10 +240,12 @@ def _unpack_function(entry: FunctionEntry) -> Function:
             value.node, value.index = node, index
             node.outputs.append(value)
         function.nodes.append(node)
-    function.caches = [
-        Cache(slot, k, v, find(pk, f"the cache {slot!r}"), find(pv, f"the cache {slot!r}"))
-        for slot, k, v, pk, pv in pasts
-    ]
+    for c, (k, v, *past_state) in zip(entry.caches, pasts, strict=True):
+        reader = f"the cache {c[0]!r}"
+        present_k, present_v, *present_state = (
+            find(name, reader) for name in (*c[3:5], *_policy_values(c)[1])
+        )
+        function.caches.append(Cache(c[0], k, v, present_k, present_v, past_state, present_state))
     function.results = [find(name, "its end") for name in entry.results]
     return function
 
@@ -257,9 +288,15 @@ def program_to_json(program: Program) -> dict[str, Any]:
         ],
         "states": [
             {
-                **dataclasses.asdict(s),
+                "name": s.name,
+                "heads": s.heads,
+                "k_dim": s.k_dim,
+                "v_dim": s.v_dim,
                 "dtype": DTYPE_NAMES[s.dtype],
+                "layout": dataclasses.asdict(s.layout),
                 "placement": _pack_placement(s.placement),
+                "policy": None if s.policy is None else policy_to_dict(s.policy),
+                "query_heads": s.query_heads,
             }
             for s in program.states.values()
         ],
@@ -377,8 +414,11 @@ def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -
             layout = KVLayout(s.layout.kind, s.layout.size)
         except ValueError as error:
             raise _malformed(f"state {shown(s.name)}: {error}") from error
+        where = f"state {shown(s.name)}"
         program.states[s.name] = KVState(
             s.name, s.heads, s.k_dim, s.v_dim, DTYPES[s.dtype], layout,
-            _placement(s.placement, f"state {shown(s.name)}"),
+            _placement(s.placement, where),
+            None if s.policy is None else _policy(s.policy, where),
+            s.query_heads,
         )  # fmt: skip
     return program

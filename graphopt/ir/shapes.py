@@ -28,6 +28,13 @@ def infer_function(
     for cache in function.caches:
         state = program.states[call.caches[cache.slot]]
         types[cache.past_k], types[cache.past_v] = state.types
+        kept = list(state.policy_types.values())
+        if len(kept) != len(cache.past_state):
+            raise VerifyError(
+                f"{call.path or function.name}: state {state.name!r} keeps {len(kept)} tensors for "
+                f"its policy, and {len(cache.past_state)} are read."
+            )
+        types.update(zip(cache.past_state, kept, strict=True))
     for node in function.nodes:
         operands = [None if v is None else types[v] for v in node.inputs]
         try:
@@ -61,7 +68,12 @@ def infer_program(program: Program) -> tuple[list[dict[Value, Type]], dict[str, 
                 (slot, program.weights[name].type) for slot, name in sorted(call.weights.items())
             ),
             repr(sorted(call.attrs.items())),
-            tuple((slot, program.states[name].types) for slot, name in sorted(call.caches.items())),
+            tuple(
+                (slot, state.types, tuple(state.policy_types.items()))
+                for slot, state in (
+                    (slot, program.states[name]) for slot, name in sorted(call.caches.items())
+                )
+            ),
         )
         if key not in seen:
             seen[key] = infer_function(function, call, args, program)

@@ -17,6 +17,7 @@ import torch
 
 from graphopt.ir.algebra import FUNCTIONS
 from graphopt.ir.graph import Param
+from graphopt.ir.kv_policies import KVPolicy, policy_to_dict
 from graphopt.ir.types import DTYPE_NAMES, SYMBOLS, Type
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*", flags=re.ASCII)
@@ -82,7 +83,16 @@ def format_attr(value: Any) -> str:
     if isinstance(value, dict):
         items = ", ".join(f"{quoted(key)}: {format_attr(item)}" for key, item in value.items())
         return f"{{{items}}}"
+    if isinstance(value, KVPolicy):
+        return policy_text(value)
     return f"unprintable({quoted(repr(value))})"
+
+
+def policy_text(policy: KVPolicy) -> str:
+    """Return a policy as `policy("KIND", page=16, ...)`, which reads back without its weights."""
+    kind, *fields = policy_to_dict(policy).items()
+    given = [f"{name}={format_attr(value)}" for name, value in fields]
+    return f"policy({', '.join([quoted(kind[1]), *given])})"
 
 
 # Lines that repeat -------------------------------------------------------------------------------

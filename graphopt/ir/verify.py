@@ -11,6 +11,7 @@ from graphopt.ir.ops import all_ops, get_op, is_aten
 from graphopt.ir.ops.aten import resolve_target
 from graphopt.ir.placement import Placement
 from graphopt.ir.shapes import infer_program
+from graphopt.ir.text import policy_text
 from graphopt.ir.types import Dim
 
 
@@ -37,7 +38,7 @@ def verify_function(function: Function) -> set[str]:
         names.add(value.name)
     known: set[Value] = set(function.params) | set(function.weights.values())
     for cache in function.caches:
-        known |= {cache.past_k, cache.past_v}
+        known.update(cache.pasts)
     mentioned: set[str] = set()
     ops = all_ops()
     for node in function.nodes:
@@ -76,6 +77,25 @@ def _verify_ring(call: Call, cache: Cache, state: KVState, where: str) -> None:
             f"{where}: state {state.name!r} is {state.layout}, and {node.outputs[0].name} keeps "
             f"{'all keys' if ring is None else f'the last {ring}'}."
         )
+
+
+def _verify_policy(call: Call, cache: Cache, state: KVState, where: str) -> None:
+    """Refuse a state whose policy is another than that of its attention."""
+    node = cache.present_k.node
+    policy = None if node is None else resolve_attrs(node, call).get("policy")
+    if policy != state.policy:
+        has, wants = (
+            "no policy" if one is None else policy_text(one) for one in (state.policy, policy)
+        )
+        raise VerifyError(f"{where}: state {state.name!r} has {has}, and its attention {wants}.")
+    page = state.layout.page
+    if policy is not None and page not in (None, policy.budget.page):
+        raise VerifyError(
+            f"{where}: state {state.name!r} is {state.layout}, and its policy selects pages of "
+            f"{policy.budget.page} tokens."
+        )
+    if policy is not None and state.layout.kind == "ring":
+        raise VerifyError(f"{where}: state {state.name!r} is a ring, whose pages move.")
 
 
 def _verify_names(program: Program) -> None:
@@ -140,7 +160,9 @@ def verify(program: Program) -> None:
         if absent:
             raise VerifyError(f"{where}: attribute {sorted(absent)[0]!r} is not set.")
         for cache in function.caches:
-            _verify_ring(call, cache, program.states[call.caches[cache.slot]], where)
+            state = program.states[call.caches[cache.slot]]
+            _verify_ring(call, cache, state, where)
+            _verify_policy(call, cache, state, where)
         carried |= set(call.results)
     for name in program.outputs:
         if name not in carried:

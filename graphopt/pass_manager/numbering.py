@@ -19,8 +19,8 @@ from graphopt.ir.ops import COMMUTATIVE, get_op, is_aten
 from graphopt.ir.ops.aten import is_random
 from graphopt.ir.weights import Weight
 
-Past = tuple[int, int]
-"""Numbers of the keys and values that an attention finds in a cache, or leaves there."""
+Past = tuple[int, ...]
+"""Numbers of what an attention finds in a cache, or leaves there: keys, values, policy's state."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,9 @@ class ValueNumbers:
             values[value] = self.weight(own) if given is None else given
         for cache in function.caches:
             state = call.caches.get(cache.slot, cache.slot)
-            values[cache.past_k] = self.of("past keys", state)
-            values[cache.past_v] = self.of("past values", state)
+            values |= {v: self.of("past", n, state) for n, v in enumerate(cache.pasts)}
         self._nodes(function, call, values, without_past, instead or {})
-        left = {c.slot: (values[c.present_k], values[c.present_v]) for c in function.caches}
+        left = {c.slot: tuple(values[v] for v in c.presents) for c in function.caches}
         return Numbered(values, [values[value] for value in function.results], left)
 
     def _nodes(
@@ -101,7 +100,7 @@ class ValueNumbers:
         without_past: bool,
         instead: dict[Value, Value],
     ) -> None:
-        pasts = {value for c in function.caches for value in (c.past_k, c.past_v)}
+        pasts = {value for c in function.caches for value in c.pasts}
         for node in function.nodes:
             read = [None if v is None else instead.get(v, v) for v in node.inputs]
             cached = without_past and any(value in pasts for value in read)

@@ -122,7 +122,7 @@ def _kind(
             name = alias.setdefault(number, len(alias)) if number in common else -1 - number
             key.append((slot, name, weight.shape, weight.dtype))
         states = [program.states[call.caches[cache.slot]] for cache in function.caches]
-        key.append(tuple((state.heads, state.k_dim, state.v_dim, state.dtype) for state in states))
+        key.append(tuple((s.heads, s.k_dim, s.v_dim, s.dtype, s.policy) for s in states))
     return tuple(key)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from graphopt.execute.checked import CheckedRunner
 from graphopt.execute.interpreter import extend_caches, run_function
 from graphopt.ir.graph import Call, Function, Program
+from graphopt.ir.ops.attention import ATTENTIONS
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, P, S, Type
 from graphopt.pass_manager.lengths import with_short_lengths
@@ -40,7 +41,7 @@ def is_look_up(program: Program, call: Call) -> bool:
         is_vector = len(program.weights[call.weights[slot]].shape) < 2
         if not is_vector and any(node.op not in LOOK_UPS for node, _ in uses[value]):
             return False
-    return all(node.op != "attention" for node in function.nodes)
+    return all(node.op not in ATTENTIONS for node in function.nodes)
 
 
 class _Fp64Runner(CheckedRunner):

@@ -9,6 +9,7 @@ import sympy
 
 from graphopt.ir.graph import Function, Node, Program, Value, resolve_attrs
 from graphopt.ir.ops import get_op
+from graphopt.ir.ops.attention import ATTENTIONS
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, Dim, T, Type, evaluate, numel
 
@@ -38,7 +39,7 @@ def part_of_nodes(function: Function) -> dict[Node, str]:
     through, up to the sums into the residual stream, is `attention`; the rest is `ffn`. A
     function without attention is `embed` if it looks up tokens and else `head`.
     """
-    attentions = [node for node in function.nodes if node.op == "attention"]
+    attentions = [node for node in function.nodes if node.op in ATTENTIONS]
     if attentions:
         inside = _around(function, attentions)
         parts = {node: "attention" if node in inside else "ffn" for node in function.nodes}
@@ -126,7 +127,7 @@ def kv_cache_bytes(program: Program, itemsize: int | None = None) -> Dim:
     total: Dim = sympy.Integer(0)
     for call, types in zip(program.calls, per_call, strict=True):
         for node in program.functions[call.function].nodes:
-            if node.op == "attention":
+            if node.op in ATTENTIONS:
                 k, v = (types[operand] for operand in node.inputs[1:3] if operand is not None)
                 total = total + _token_bytes(k, itemsize) + _token_bytes(v, itemsize)
     return total * B * T

@@ -94,7 +94,7 @@ def _order(function: Function) -> dict[Value, int]:
     """Rank of every value: parameters, node outputs as they are made, then weights."""
     values = list(function.params)
     for cache in function.caches:
-        values += [cache.past_k, cache.past_v]
+        values += cache.pasts
     for node in function.nodes:
         values += node.outputs
     values += function.weights.values()

@@ -111,7 +111,7 @@ def _norms(program: Program, place: _Place) -> bool:
 def _sum_of(function: Function, index: int) -> Node | None:
     """Return the sum that a result is, if nothing else needs it."""
     value = function.results[index]
-    outside = [*function.results, *(v for c in function.caches for v in (c.present_k, c.present_v))]
+    outside = [*function.results, *(v for c in function.caches for v in c.presents)]
     if value.node is None or value.node.op != "add":
         return None
     alone = not function.uses()[value] and sum(v is value for v in outside) == 1

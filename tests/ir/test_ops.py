@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphopt.ir import B, P, S, Type
+from graphopt.ir.kv_policies import PageBudget, SinkLocal
 from graphopt.ir.ops import all_ops, get_op
 
 F64, I64 = torch.float64, torch.int64
@@ -180,6 +181,8 @@ CASES = [
     attention(PAST_MASK, None, None, HEADS, *PAST),
     attention(PAST_MASK, f64(1, 4, 1, P + S), None, None, *PAST, window=4),
     attention(None, None, None, None, *PAST, softcap=2.0),
+    Case("policy_attention", [Q, K, V, PAST_MASK, None, None, HEADS, *PAST],
+         {"scale": 0.35, "causal": True, "policy": SinkLocal(PageBudget(2, 2, 0, 1))}, 21),
 ]  # fmt: skip
 SIZES = [{B: 2, S: 3, P: 2}, {B: 1, S: 5, P: 4}]
 
@@ -450,6 +453,11 @@ def expect_attention(
         for j, score in scores.items():
             out[b, h, i] += math.exp(score) / total * v[b, group, j]
     return out if past_k is None else (out, k, v)
+
+
+def expect_policy_attention(*operands, policy, **attrs):
+    """Several tokens see all keys; tests/ir/test_policy_attention.py has steps of one."""
+    return expect_attention(*operands, **attrs)
 
 
 EXPECTED = {

@@ -169,7 +169,7 @@ def test_other_formats_and_versions():
     for other in ({}, [], None, {"format": "onnx"}):
         with pytest.raises(SourceError, match="not a saved graphopt program"):
             program_from_json(other, {})
-    with pytest.raises(SourceError, match=r"has version 99.*reads 1 to 3\. Compile the model"):
+    with pytest.raises(SourceError, match=r"has version 99.*reads 1 to 4\. Compile the model"):
         program_from_json({**data, "version": 99}, {})
 
 

@@ -10,6 +10,7 @@ from graphopt.ir.ops import (
     fused_quantised,
     linear,
     norm,
+    policy_attention,
     quantisation,
     rope,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "is_aten",
     "linear",
     "norm",
+    "policy_attention",
     "quantisation",
     "register",
     "rope",

@@ -42,6 +42,9 @@ def _alike(a: Type, b: Type, axes: tuple[int, ...]) -> bool:
     return len(a.shape) == len(b.shape) == 4 and all(same(a.shape[i], b.shape[i]) for i in axes)
 
 
+ATTENTIONS = frozenset({"attention", "policy_attention"})
+"""The ops in which tokens read earlier ones."""
+
 KVBits = Literal[4, 8, 16]
 """Type of the bits that keys and values are rounded to; 16 for not at all."""
 

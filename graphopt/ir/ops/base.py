@@ -74,8 +74,8 @@ class Op(ABC):
         many = self.operands[-1].endswith("*") if self.operands else False
         if len(operands) < required or (len(operands) > len(self.operands) and not many):
             raise ValueError(f"{len(operands)} operands for {self.operands}")
-        needed = operands if many else operands[:required]
-        if any(operand is None for operand in needed):
+        repeated = operands[len(self.operands) - 1 :] if many else ()
+        if any(operand is None for operand in (*operands[:required], *repeated)):
             raise ValueError("a required operand is missing")
 
     def check_encodings(self, types: Types) -> None:

@@ -1,0 +1,194 @@
+"""Giving the KV states of a program policies, which select the pages that a step reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from graphopt.errors import UsageError
+from graphopt.ir.graph import (
+    Cache,
+    Call,
+    Function,
+    KVState,
+    Node,
+    Param,
+    Program,
+    Value,
+    resolve_attrs,
+    unique_name,
+)
+from graphopt.ir.kv_policies import KVPolicy
+from graphopt.ir.ops.attention import (
+    BIAS,
+    PAST_K,
+    PAST_V,
+    QUERY,
+    SELECTED,
+    SLOPES,
+    is_general,
+)
+from graphopt.ir.shapes import infer_program
+from graphopt.ir.verify import verify
+from graphopt.ir.weights import Array, Weight
+
+_KEPT = ("scale", "causal", "softcap")
+"""Attributes that an attention has with a policy as well."""
+
+
+def reason_against(program: Program, call: Call, cache: Cache, policy: KVPolicy) -> str | None:
+    """Return why a policy has no meaning for an attention and its state, as a clause; or None."""
+    node, state = cache.present_k.node, program.states[call.caches[cache.slot]]
+    if node is None or node.op not in ("attention", "policy_attention"):
+        return "its keys are not those of an attention"
+    if node.op == "policy_attention":
+        return f"its state has the policy {state.policy and state.policy.kind} already"
+    attrs = resolve_attrs(node, call)
+    if (node.operand(PAST_K), node.operand(PAST_V)) != (cache.past_k, cache.past_v):
+        return "it reads keys of another state than the one that it extends"
+    if attrs["causal"] is not True:
+        return "its tokens see later ones too"
+    for name in ("window", "chunk"):
+        if attrs.get(name) is not None:
+            return f"it has a {name} of {attrs[name]} tokens: a step reads no more than that anyway"
+    if node.operand(BIAS) is not None or node.operand(SLOPES) is not None:
+        what = "a bias" if node.operand(SLOPES) is None else "slopes (ALiBi)"
+        return f"{what} is added to its scores, of which a policy does not know"
+    if is_general(attrs, node.inputs):
+        return "it reads selected pages already, or gives the log-sum-exp or page maxima"
+    if attrs.get("kv_bits", 16) != 16:
+        return f"its cache holds codes of {attrs['kv_bits']} bits"
+    if state.layout.kind == "ring":
+        return "its state is a ring, whose pages move"
+    if state.layout.page not in (None, policy.budget.page):
+        return (
+            f"its state has pages of {state.layout.page} tokens, and the policy selects pages of "
+            f"{policy.budget.page}"
+        )
+    return None
+
+
+def with_policies(
+    program: Program,
+    policies: Mapping[str, KVPolicy],
+    weights: Mapping[str, Tensor] | None = None,
+) -> Program:
+    """Return a copy of a program of which some states have policies.
+
+    Calls of one function that differ in that call functions of their own then. Layers are numbered
+    in the order of the states, so that they take turns in being calibrated.
+
+    Args:
+        policies: By the names of states; without weights.
+        weights: Of the policies, by their names in `KVPolicy.weight_types`; all share them. They
+            become weights of the program, `kv_policy.NAME`.
+
+    Raises:
+        UsageError: There is no such state, or its attention cannot have a policy.
+        VerifyError: A policy does not fit the heads of an attention.
+    """
+    result = program.copy()
+    for name in policies:
+        if name not in result.states:
+            raise UsageError(
+                f"There is no state {name!r}.", "Run insert-kv-cache, or name one of its states."
+            )
+    for name, value in (weights or {}).items():
+        result.weights.add(Weight(weight_name(name), Array(value)))
+    kinds, _ = infer_program(result)
+    layers = {name: number for number, name in enumerate(result.states)}
+    made: dict[tuple[str, tuple[tuple[str, KVPolicy], ...]], str] = {}
+    for call, types in zip(result.calls, kinds, strict=True):
+        function = result.functions[call.function]
+        chosen: dict[str, KVPolicy] = {}
+        for cache in function.caches:
+            state = result.states[call.caches[cache.slot]]
+            if state.name not in policies:
+                continue
+            policy = policies[state.name]
+            reason = reason_against(result, call, cache, policy)
+            if reason is not None:
+                raise UsageError(
+                    f"{call.path or function.name}: the state {state.name!r} cannot have the "
+                    f"policy {policy.kind}: {reason}.",
+                    "Leave this state out.",
+                )
+            node = cache.present_k.node
+            assert node is not None
+            q = node.inputs[QUERY]
+            assert q is not None
+            state.policy, state.query_heads = policy, int(types[q].shape[1])
+            chosen[cache.slot] = policy
+        if chosen:
+            key = call.function, tuple(chosen.items())
+            if key not in made:
+                made[key] = _variant(result, call, chosen)
+            _retarget(result, call, made[key], layers)
+    result.prune_unused()
+    verify(result)
+    return result
+
+
+def weight_name(name: str) -> str:
+    """Return what a weight of policies is called in a program."""
+    return f"kv_policy.{name}"
+
+
+def _variant(program: Program, call: Call, chosen: Mapping[str, KVPolicy]) -> str:
+    """Add a function whose attentions of some cache slots have policies; return its name."""
+    kinds = "_".join(dict.fromkeys(policy.kind for policy in chosen.values()))
+    name = unique_name(f"{call.function}_{kinds}".replace("-", "_"), set(program.functions))
+    function = program.functions[call.function].clone(name)
+    for cache in function.caches:
+        if cache.slot in chosen:
+            state = program.states[call.caches[cache.slot]]
+            _give(function, cache, chosen[cache.slot], state)
+    program.functions[name] = function
+    return name
+
+
+def _give(function: Function, cache: Cache, policy: KVPolicy, state: KVState) -> None:
+    """Make an attention read what a policy selects, in place."""
+    node = cache.present_k.node
+    assert node is not None
+    taken = function.value_names()
+
+    def fresh(name: str, node: Node | None = None) -> Value:
+        value = Value(unique_name(name, taken), node)
+        taken.add(value.name)
+        return value
+
+    names = list(state.policy_types)
+    cache.past_state = [fresh(f"past_{name}") for name in names]
+    cache.present_state = [fresh(f"present_{name}", node) for name in names]
+    node.op = "policy_attention"
+    node.inputs = [*node.inputs, *[None] * (SELECTED - len(node.inputs))][:SELECTED]
+    node.inputs += cache.past_state
+    for name in policy.weight_types(state.kv_heads):
+        slot = weight_name(name)
+        if slot not in function.weights:
+            function.weights[slot] = fresh(slot.replace(".", "_"))
+        node.inputs.append(function.weights[slot])
+    node.attrs = {key: node.attrs[key] for key in _KEPT if node.attrs.get(key) is not None}
+    node.attrs["policy"] = policy
+    if policy.calibrate_every is not None:
+        used = {p.name for n in function.nodes for p in n.attrs.values() if isinstance(p, Param)}
+        node.attrs["layer"] = Param(unique_name("layer", used))
+    node.outputs += cache.present_state
+    for index, value in enumerate(node.outputs):
+        value.index = index
+
+
+def _retarget(program: Program, call: Call, name: str, layers: Mapping[str, int]) -> None:
+    """Let a call apply another function, with the weights and numbers of its policies."""
+    function = program.functions[name]
+    call.function = name
+    call.weights |= {slot: slot for slot in function.weights if slot not in call.weights}
+    used = {p.name for n in function.nodes for p in n.attrs.values() if isinstance(p, Param)}
+    call.attrs = {key: value for key, value in call.attrs.items() if key in used}
+    for cache in function.caches:
+        node = cache.present_k.node
+        layer = None if node is None else node.attrs.get("layer")
+        if isinstance(layer, Param):
+            call.attrs[layer.name] = layers[call.caches[cache.slot]]
