@@ -53,6 +53,24 @@ class MatrixUnit:
 
 
 @dataclass(frozen=True)
+class DecodeFigures:
+    """What the time of a decoding step is predicted by.
+
+    Attributes:
+        bandwidth: Bytes a second at which attention of one query token reads keys and values.
+        launch: Seconds of a kernel, or of an op, that has next to nothing to do.
+        flops: Operations a second of small convolutions in fp32.
+        host_bandwidth: Bytes a second from pinned host memory to the device; None where there is
+            no such link.
+    """
+
+    bandwidth: float
+    launch: float
+    flops: float
+    host_bandwidth: float | None = None
+
+
+@dataclass(frozen=True)
 class MeasuredTiles:
     """Tiles of a kernel that were measured to be the fastest.
 
@@ -98,6 +116,7 @@ class Target:
             there are none, and experts run in plain torch.
         quantised: Tiles of the kernels of quantised weights: `packed`, `integer_packed` and
             `integer`, as the file has them; None where there are none.
+        decode: What a decoding step's time is predicted by; None where nothing is stated.
         limits: Further limits of kernels, by name.
         emit: Package -> version that a compile for it needs; `nvrtc` is CUDA's compiler, however it
             was installed.
@@ -119,6 +138,7 @@ class Target:
     matrix_units: tuple[MatrixUnit, ...] = ()
     experts: dict[str, Any] | None = None
     quantised: dict[str, Any] | None = None
+    decode: DecodeFigures | None = None
     limits: dict[str, int] = field(default_factory=dict)
     emit: dict[str, str] = field(default_factory=dict)
     runtime: dict[str, str] = field(default_factory=dict)
@@ -144,6 +164,7 @@ class Target:
             ),
             experts=None if file.experts is None else file.experts.model_dump(),
             quantised=None if file.quantised is None else file.quantised.model_dump(),
+            decode=None if file.decode is None else DecodeFigures(**file.decode.model_dump()),
             limits=file.limits,
             emit=file.emit,
             runtime=file.runtime,

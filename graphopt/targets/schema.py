@@ -159,6 +159,19 @@ class QuantisedTable(Schema):
         return rows
 
 
+Rate = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+"""So many bytes or operations a second."""
+
+
+class DecodeTable(Schema):
+    """The `[decode]`: `graphopt.targets.DecodeFigures`."""
+
+    bandwidth: Rate
+    launch: Annotated[float, pydantic.Field(ge=0, le=1)]
+    flops: Rate
+    host_bandwidth: Rate | None = None
+
+
 class TargetFile(Schema):
     """A target's file as a whole; `graphopt.targets.Target` says what each entry means."""
 
@@ -171,11 +184,12 @@ class TargetFile(Schema):
     kernels: list[Text] = pydantic.Field(default_factory=list)
     layer_kernels: list[Text] = pydantic.Field(default_factory=list)
     cores: Size | None = None
-    bandwidth: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)] | None = None
+    bandwidth: Rate | None = None
     memory: list[MemoryTable] = pydantic.Field(default_factory=list)
     matrix_unit: list[MatrixUnitTable] = pydantic.Field(default_factory=list)
     experts: ExpertsTable | None = None
     quantised: QuantisedTable | None = None
+    decode: DecodeTable | None = None
     limits: dict[str, Size] = pydantic.Field(default_factory=dict)
     emit: dict[str, Text] = pydantic.Field(default_factory=dict)
     runtime: dict[str, Text] = pydantic.Field(default_factory=dict)
@@ -196,7 +210,7 @@ class TargetFile(Schema):
     ) -> dict[str, str]:
         figures = (
             "features", "cores", "bandwidth", "memory", "matrix_unit", "experts", "quantised",
-            "limits",
+            "decode", "limits",
         )  # fmt: skip
         missing = [name for name in figures if info.data.get(name) and name not in sources]
         if missing:
