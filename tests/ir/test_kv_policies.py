@@ -33,10 +33,19 @@ from graphopt.ir.kv_policies import (
     policy_to_dict,
     select_pages,
 )
+from graphopt.ir.kv_policies.attention_cnn import new_weights
 from graphopt.ir.kv_policies.probabilities import max_pooled
 
 F64 = torch.float64
 MEASURING = {kind for kind, policy in POLICIES.items() if policy.measuring_only}
+
+
+def small(kind, budget):
+    """The policy of a kind, with weights where it has some."""
+    policy = POLICIES[kind](budget)
+    if kind == "predictor":
+        policy = dataclasses.replace(policy, history=8).with_weights(new_weights(2, seed=1))
+    return policy
 
 
 def texts_of_every_length(padding):
@@ -418,7 +427,7 @@ def test_a_slice_of_the_layers_is_calibrated_at_each_step():
 def test_states_of_fixed_room_and_states_that_grow_select_the_same(data):
     """Decoding with memory of 40 slots, and with one of as many slots as there are tokens."""
     kind = data.draw(st.sampled_from(sorted(set(POLICIES) - MEASURING)))
-    policy = POLICIES[kind](PageBudget(data.draw(st.sampled_from((1, 3, 4))), 4, 1, 1))
+    policy = small(kind, PageBudget(data.draw(st.sampled_from((1, 3, 4))), 4, 1, 1))
     tokens, steps, scoring = 20, 6, Scoring(0.4)
     q, k, v, mask = one_layer(data.draw(st.integers(0, 99)), tokens=tokens + steps)
     room = [torch.nn.functional.pad(x, (0, 0, 0, 40 - x.shape[2])) for x in (k, v)]
@@ -444,7 +453,7 @@ def test_states_of_fixed_room_and_states_that_grow_select_the_same(data):
 
 @pytest.mark.parametrize("kind", POLICIES)
 def test_states_are_of_the_types_that_are_declared(kind):
-    policy = POLICIES[kind](PageBudget(4, 4, 1, 1))
+    policy = small(kind, PageBudget(4, 4, 1, 1))
     q, k, v, mask = one_layer(dtype=torch.float32)
     state = policy.init(q[:, :, max(0, 23 - policy.history) :], k, v, mask, Scoring(0.4))
     heads = KVHeads(2, 4, 8, 8, torch.float32)

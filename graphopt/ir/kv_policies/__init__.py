@@ -19,6 +19,7 @@ from graphopt.ir.kv_policies.expected_attention import ExpectedAttention
 from graphopt.ir.kv_policies.last_row import LastRow
 from graphopt.ir.kv_policies.oracle import OracleTopK, OracleTopP
 from graphopt.ir.kv_policies.pages import Filled, PageBudget, select_pages
+from graphopt.ir.kv_policies.predictor import Predictor
 from graphopt.ir.kv_policies.probabilities import Scoring, page_probabilities
 from graphopt.ir.kv_policies.quest import Quest
 from graphopt.ir.kv_policies.sink_local import SinkLocal
@@ -37,6 +38,7 @@ __all__ = [
     "OracleTopK",
     "OracleTopP",
     "PageBudget",
+    "Predictor",
     "Quest",
     "Scoring",
     "SinkLocal",
@@ -59,6 +61,7 @@ POLICIES: dict[str, type[KVPolicy]] = {
         Quest,
         SnapKV,
         ExpectedAttention,
+        Predictor,
         OracleTopK,
         OracleTopP,
     )

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import UsageError
-from graphopt.ir.kv_policies.pages import Filled, PageBudget, with_pages
+from graphopt.ir.kv_policies.pages import Filled, PageBudget, all_pages, with_pages
 from graphopt.ir.kv_policies.probabilities import Scoring
 
 State: TypeAlias = dict[str, Tensor]
@@ -172,10 +172,7 @@ class KVPolicy(ABC):
         Args:
             page_probs_BGN: As for `observe`, of all pages in their order.
         """
-        present = lengths.present_BN(self.budget.page)[:, None]
-        number = torch.arange(present.shape[2], device=present.device)
-        everything = torch.where(present, number, -1)
-        everything = everything.expand(-1, k_new_BG1D.shape[1], -1)
+        everything = all_pages(self.budget.page, lengths).expand(-1, k_new_BG1D.shape[1], -1)
         return self.observe(state, everything, page_probs_BGN, k_new_BG1D, lengths)
 
     def due(self, state: State, layer: int = 0) -> Tensor | None:

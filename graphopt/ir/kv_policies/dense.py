@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from graphopt.ir.kv_policies.base import KVPolicy, State
-from graphopt.ir.kv_policies.pages import Filled
+from graphopt.ir.kv_policies.pages import Filled, all_pages
 from graphopt.ir.kv_policies.probabilities import Scoring
 
 
@@ -30,6 +29,4 @@ class Dense(KVPolicy):
         lengths: Filled,
         scoring: Scoring,
     ) -> Tensor:
-        present = lengths.present_BN(self.budget.page)
-        number = torch.arange(present.shape[1], device=present.device)
-        return torch.where(present, number, -1)[:, None]
+        return all_pages(self.budget.page, lengths)

@@ -125,6 +125,12 @@ class Filled:
         return (number >= first) & (number <= last)
 
 
+def all_pages(page: int, lengths: Filled) -> Tensor:
+    """Return the numbers of the pages of each row in the places of all: int64 [B, 1, N], or -1."""
+    number = torch.arange(lengths.pages(page), device=lengths.first_B.device)
+    return torch.where(lengths.present_BN(page), number, -1)[:, None]
+
+
 def always_BN(budget: PageBudget, lengths: Filled) -> Tensor:
     """Return which pages are read whatever their score, bool [B, N]: sink, local, and all that fit.
 
