@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
 from graphopt.errors import UsageError
+from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.graph import (
     Cache,
     Call,
@@ -19,7 +21,7 @@ from graphopt.ir.graph import (
     resolve_attrs,
     unique_name,
 )
-from graphopt.ir.kv_policies import KVPolicy
+from graphopt.ir.kv_policies import KVPolicy, PageBudget
 from graphopt.ir.ops.attention import (
     BIAS,
     PAST_K,
@@ -192,3 +194,42 @@ def _retarget(program: Program, call: Call, name: str, layers: Mapping[str, int]
         layer = None if node is None else node.attrs.get("layer")
         if isinstance(layer, Param):
             call.attrs[layer.name] = layers[call.caches[cache.slot]]
+
+
+def without_policies(program: Program) -> Program:
+    """Return a copy of a program whose states have no policies: a step reads all keys."""
+    result = program.copy()
+    for function in result.functions.values():
+        for cache in function.caches:
+            node = cache.present_k.node
+            if node is None or node.op != "policy_attention":
+                continue
+            node.op = "attention"
+            node.inputs = node.inputs[:SELECTED]
+            node.outputs = node.outputs[: len(node.outputs) - len(cache.present_state)]
+            node.attrs = {key: node.attrs[key] for key in _KEPT if key in node.attrs}
+            cache.past_state, cache.present_state = [], []
+        remove_dead(function)
+    for state in result.states.values():
+        state.policy = state.query_heads = None
+    for call in result.calls:
+        function = result.functions[call.function]
+        used = {p.name for n in function.nodes for p in n.attrs.values() if isinstance(p, Param)}
+        call.attrs = {key: value for key, value in call.attrs.items() if key in used}
+    result.prune_unused()
+    verify(result)
+    return result
+
+
+def with_budget(program: Program, budget: PageBudget) -> Program:
+    """Return a copy of a program whose policies have another budget."""
+    result = program.copy()
+    for function in result.functions.values():
+        for node in function.nodes:
+            if node.op == "policy_attention":
+                node.attrs["policy"] = replace(node.attrs["policy"], budget=budget)
+    for state in result.states.values():
+        if state.policy is not None:
+            state.policy = replace(state.policy, budget=budget)
+    verify(result)
+    return result

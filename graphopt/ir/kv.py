@@ -108,6 +108,13 @@ class KVState:
         query_heads = self.query_heads or self.heads
         return KVHeads(self.heads, query_heads, self.k_dim, self.v_dim, self.dtype)
 
+    def policy_nbytes(self, tokens: int, batch: int = 1) -> int:
+        """Return the bytes that the policy keeps of `batch` texts of so many tokens."""
+        if self.policy is None:
+            return 0
+        types = policy_types(self.policy, self.kv_heads, batch, tokens)
+        return sum(int(kind.bytes) for kind in types.values())
+
     def nbytes(self, tokens: Dim, itemsize: int | None = None) -> Dim:
         """Return the bytes for B sequences after `tokens` tokens; a page counts whole.
 

@@ -90,15 +90,17 @@ class Pipeline:
     def within_default(self) -> Pipeline:
         """Return these passes between the default ones, in front of the KV cache.
 
-        A recipe that names a default pass, or none at all, is returned as it is: who wrote it
-        says where everything goes. So `prune-blocks{ratio=0.25}` alone gives a model that
-        decodes with a cache.
+        Those that need a cache stand behind it, from the first of them on. A recipe that names a
+        default pass, or none at all, is returned as it is: who wrote it says where everything goes.
+        So `prune-blocks{ratio=0.25}` alone gives a model that decodes with a cache.
         """
         default = Pipeline.default().passes
         names = {item.name for item in default}
         if not self.passes or any(item.name in names for item in self.passes):
             return self
-        return Pipeline([*default[:-1], *self.passes, default[-1]])
+        cached = [n for n, item in enumerate(self.passes) if "kv-cache" in item.requires]
+        cut = min(cached, default=len(self.passes))
+        return Pipeline([*default[:-1], *self.passes[:cut], default[-1], *self.passes[cut:]])
 
     def __str__(self) -> str:
         return format_recipe(self.passes)
