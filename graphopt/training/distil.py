@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -438,12 +438,7 @@ class Distiller:
         )
         self.clock("training", started)
         what = f"blocks {first} to {len(blocks) - 1}" if first else "all blocks"
-        self.record.training = [trained_part(what, tuned)]
-
-
-def trained_part(part: str, tuned: TrainingResult) -> TrainedPart:
-    """Return what the record says of one training."""
-    return TrainedPart(part=part, **asdict(tuned))
+        self.record.training = [TrainedPart.of(what, tuned)]
 
 
 def assign(program: Program, name: str, value: Tensor) -> None:

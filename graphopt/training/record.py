@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from html import escape
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import pydantic
 
@@ -20,6 +21,9 @@ from graphopt.report.pictures import (
     sentences,
 )
 from graphopt.report.record import Figure, Record, Seconds, Step, told_in_a_line
+
+if TYPE_CHECKING:
+    from graphopt.training.schedule import TrainingResult
 
 LEAST_GAIN = 0.005
 """The share by which a training has to lower perplexity: half a percent may be chance."""
@@ -44,6 +48,11 @@ class TrainedPart(pydantic.BaseModel):
     lr_decays: Curve
     stopped: str
     not_compiled: str
+
+    @classmethod
+    def of(cls, part: str, tuned: TrainingResult) -> TrainedPart:
+        """Return what the record says of one training, of some part of a program."""
+        return cls(part=part, **asdict(tuned))
 
 
 class TrainingRecord(Record):

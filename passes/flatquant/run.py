@@ -21,13 +21,13 @@ from graphopt.calibration.affine_plan import AffinePlan, FunctionPlan, plan_tran
 from graphopt.calibration.text import calibration_windows, pick, window_length
 from graphopt.execute.block_runner import BlockRunner, Parametrisation
 from graphopt.execute.interpreter import resident
-from graphopt.ir import functional
 from graphopt.ir.blocks import block_name, find_blocks
-from graphopt.ir.graph import Call, Node, Program, Value
+from graphopt.ir.graph import Call, Program
 from graphopt.ir.weights import Array
 from graphopt.pass_manager.contract import Context, PassResult, Skip, Statement
 from graphopt.pass_manager.numbering import same_outputs
 from graphopt.pass_manager.rounding_statements import ROUNDED
+from graphopt.passes.flatquant.clips import MOST_CLIP, search_clips
 from graphopt.passes.flatquant.packing import encodings_of, pack_weights
 from graphopt.passes.flatquant.record import FlatQuantised, TrainedBlock
 from graphopt.passes.flatquant.statement import RoundedBlocks
@@ -57,13 +57,6 @@ if TYPE_CHECKING:
 
 RATE = 5e-3
 """The highest learning rate of transforms and scales; clips have ten times as much."""
-
-MOST_CLIP = 0.982
-"""The largest share of a range that a clip begins with: its logit is then 4."""
-CLIPS_TRIED = (*(0.5 + 0.025 * n for n in range(20)), MOST_CLIP)
-"""Shares of the range that are tried for a clip."""
-CLIP_TOKENS = 4096
-"""Tokens on which they are tried, at least one window."""
 
 LARGE = 0.2
 """The share of a device's free memory that both models' weights may take in it."""
@@ -197,7 +190,7 @@ class FlatQuantising(Distiller):
             self.context.progress("training blocks", index, len(ours))
             result = self._restored(what, group)
             if result is None:
-                self._search_clips(student, group, data)
+                self._begin_clips(student, group, data)
                 result = self._tune_block(student, data, what, len(ours) - index)
                 self._keep(what, group, result)
             self._note_block(index, new.position, group, result)
@@ -243,41 +236,16 @@ class FlatQuantising(Distiller):
         return None, 0
 
     @torch.no_grad()
-    def _search_clips(
+    def _begin_clips(
         self, student: BlockRunner, group: BlockTransforms, data: DistillationData
     ) -> None:
-        """Let clips begin where rounding weights, and activations of a few windows, errs least."""
         if self.options.method == "published":
             return
-        if not self.options.clip:
-            for parameter in group.clips:
-                parameter.fill_(torch.inf)
+        if self.options.clip:
+            search_clips(student, group, data)
             return
-        group.search_weight_clips(CLIPS_TRIED)
-        function = student.program.function_of(student.program.calls[student.first])
-        slots = function.slots_by_value()
-        readers: dict[Value, list[tuple[Node, list[int]]]] = {}
-        for node in function.nodes:
-            if node.op == ROUNDED and node.inputs[0] is not None:
-                clips = [slots[value] for value in node.inputs[1:] if value is not None]
-                numbers = [group.clip_slots.index(slot) for slot in clips]
-                readers.setdefault(node.inputs[0], []).append((node, numbers))
-
-        def observe(value: Value, x: Tensor) -> None:
-            for node, numbers in readers.get(value, ()):
-                best = _best_clip(x, node.attrs["bits"], node.attrs["symmetric"])
-                for number in numbers:
-                    group.clips[number].fill_(torch.logit(torch.tensor(best)))
-
-        rows = max(1, CLIP_TOKENS // data.ids.shape[1])
-        ids, _, entry = data.batch(list(range(min(rows, len(data.ids)))), self.device)
-        values = student.window_inputs(ids)
-        student.run_range(values, 0, student.embedding)
-        if entry is not None:
-            values[student.entry] = entry
-        first = student.embedding if entry is None else student.first
-        for _ in student.run_calls([values], first, student.stop, observe=observe):
-            pass
+        for parameter in group.clips:
+            parameter.fill_(torch.inf)
 
     def _tune_block(
         self, student: BlockRunner, data: DistillationData, what: str, blocks_left: int
@@ -448,16 +416,3 @@ def mean_square(output: Tensor, target: Tensor) -> Tensor:
     """
     error = (output.float() - target.float()).square().mean()
     return error / error.detach().clamp(min=1e-30) if error.requires_grad else error
-
-
-def _best_clip(x: Tensor, bits: int, symmetric: bool) -> float:
-    """Return the share of the range of each token at which rounding errs least, on average."""
-    rows = x.float().flatten(0, -2)
-    power = rows.square().sum(-1).clamp(min=1e-12)
-
-    def error(share: float) -> float:
-        clip = rows.new_tensor([share])
-        made = functional.quantise_dequantise(rows, clip, clip, bits=bits, symmetric=symmetric)
-        return float(((made - rows).square().sum(-1) / power).mean())
-
-    return min(CLIPS_TRIED, key=error)

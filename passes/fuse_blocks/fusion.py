@@ -33,10 +33,11 @@ from graphopt.passes.prune_blocks.record import PrunedBlocks
 from graphopt.report.record import Step
 from graphopt.support.per_device import PerDevice
 from graphopt.support.plain import shown
-from graphopt.training.distil import Distiller, trained_part
+from graphopt.training.distil import Distiller
 from graphopt.training.distillation_data import DistillationData
 from graphopt.training.losses import HiddenStateObjective, LogitObjective, batch_kl, relative_mse
 from graphopt.training.parametrisations import FullParametrisation
+from graphopt.training.record import TrainedPart
 from graphopt.training.schedule import Schedule, TrainingResult
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ class Fusion(Distiller):
                 stage,
             )
             self.clock("training", started)
-            self.record.training.append(trained_part(f"blocks {first} to {stop - 1}", tuned))
+            self.record.training.append(TrainedPart.of(f"blocks {first} to {stop - 1}", tuned))
             self.checkpoint(stage)
 
     def _behind(self, call: Call) -> int:
@@ -289,7 +290,7 @@ class Fusion(Distiller):
             if self.options.ablations and not number:
                 self._compare(place, what, schedule, pruned, tuned)
             self.program = pruned
-            self.record.training.append(trained_part(what, tuned))
+            self.record.training.append(TrainedPart.of(what, tuned))
             self.record.order.append(names.index(here[place]))
             self.note(what, self.program)
             self.checkpoint(what)

@@ -233,6 +233,10 @@ def test_layers_of_gptq_are_what_dynamic_states_of_them() -> None:
         Gptq.of("config", {"bits": 4, "dynamic": {"a": {"bits": 5}}})
     with pytest.raises(SourceError, match=r"states the pattern of layers '\('"):
         Gptq.of("config", {"bits": 4, "dynamic": {"(": {"bits": 4}}})
+    for slow in ("(a+)+$", "(.*a){9}", ".*.*.*.*.*.*b"):
+        with pytest.raises(SourceError, match="so many repeats"):
+            Gptq.of("config", {"bits": 4, "dynamic": {slow: {"bits": 4}}})
+    Gptq.of("config", {"bits": 4, "dynamic": {r"+:.*\.(1[0-9]|2\d)\..*(gate|up).*": {"bits": 4}}})
 
 
 def test_zero_points_of_3_bits_are_refused_of_single_layers_too() -> None:

@@ -95,6 +95,8 @@ class Gptq(Method):
                 re.compile(_expression(pattern))
             except re.error as error:
                 raise unread(where, f"the pattern of layers {pattern!r:.60}") from error
+            if _takes_long(_expression(pattern)):
+                raise unread(where, f"the pattern of layers {pattern!r:.60}, with so many repeats")
         return cls(where, keys)
 
     def read(self, tensors: Mapping[str, Producer], dtype: torch.dtype) -> ReadTensors:
@@ -169,3 +171,17 @@ class Gptq(Method):
 def _expression(pattern: str) -> str:
     """Return the regular expression of a key of `dynamic`."""
     return pattern.removeprefix("+:").removeprefix("-:")
+
+
+_REPEAT = re.compile(r"(?<!\\)(?:[*+]|\{\d*,?\d*\})")
+_REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{)")
+_MOST_REPEATS = 5
+
+
+def _takes_long(expression: str) -> bool:
+    """Return whether an expression of a file may take exponentially long: the file is anybody's.
+
+    A repeat in a repeated group does; one behind the other take a power of the name's length.
+    """
+    repeats = len(_REPEAT.findall(expression))
+    return repeats > _MOST_REPEATS or _REPEATED_GROUP.search(expression) is not None
