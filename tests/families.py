@@ -208,6 +208,15 @@ UNLISTED: dict[str, dict[str, Any]] = {
 
 FAMILIES = {**LISTED, **UNLISTED}
 
+TWINS = (
+    "biogpt", "codegen", "cohere2", "ctrl", "exaone4", "granite", "nanochat", "olmo", "olmo3",
+    "persimmon", "smollm3", "xglm",
+)  # fmt: skip
+"""Families whose program is built as another's is: OPT's, GPT-J's, Cohere's, OLMo 2's, Llama's.
+
+Capture is held to every family. What stands on the program alone runs on these with -m exhaustive.
+"""
+
 
 def mostly_slow(
     values: Iterable[str],

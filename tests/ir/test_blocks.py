@@ -9,7 +9,7 @@ from collections import Counter
 import onnx
 import pytest
 import torch
-from families import LISTED, captured, mostly_slow, random_model
+from families import LISTED, TWINS, captured, mostly_slow, random_model
 from programs import tiny_program
 from tiny_models import tiny_model
 
@@ -222,7 +222,7 @@ def test_caches_are_numbered_anew_and_steps_agree_with_the_whole():
 UNUSUAL = ("codegen", "ctrl", "deepseek_v3", "gpt_neo", "gptj", "llama4_text", "mixtral", "mpt")
 
 
-@pytest.mark.parametrize("family", mostly_slow([*LISTED, *UNUSUAL]))
+@pytest.mark.parametrize("family", mostly_slow([*LISTED, *UNUSUAL], rare=TWINS))
 def test_blocks_are_the_layers_alone(family):
     _, program = captured(family)
     blocks = find_blocks(program)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from families import LISTED, captured, mostly_slow
+from families import LISTED, TWINS, captured, mostly_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mixtures import mixture
@@ -59,7 +59,7 @@ def text(tmp_path_factory):
 # What is rounded -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", mostly_slow(list(LISTED), ("llama", "gpt2", "gpt_neox")))
+@pytest.mark.parametrize("family", mostly_slow(list(LISTED), ("llama", "gpt2", "gpt_neox"), TWINS))
 def test_every_family_is_rounded_and_computes_nearly_the_same(family):
     """Roundings by 1/127 of the range, some twenty in a row, move logits by a few hundredths."""
     _, program = captured(family)
