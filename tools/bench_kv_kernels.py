@@ -6,7 +6,9 @@
 Random tensors of one text's shape: 32 query heads over 8 key heads of 128, 131,072 keys. Steps are
 recorded as CUDA graphs; what is compared is measured in turns. Each step reads another of several
 caches and lists of pages, which together are larger than what stays on the chip. Everything that
-is measured is compared with torch first, in fp64; the run ends with exit status 1 where one is off.
+is measured is compared with torch first; the run ends with exit status 1 where one is off.
+
+`decode` measures attention over selected pages, `selection` whole steps of policies.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import datetime
 import functools
 import json
+import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -28,10 +31,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from graphopt.ir.kv_policies import (
+    POLICIES,
+    Filled,
+    KVHeads,
+    KVPolicy,
+    PageBudget,
+    Scoring,
+    State,
+    page_probabilities,
+    select_pages,
+)
 from graphopt.lowering.kernels import get_family, plan_attention
 from graphopt.plan import AttentionPlan, AttentionSpec
+from graphopt.runtime import kv_policy
 from graphopt.runtime.attention import Keys
-from graphopt.targets import get_target
+from graphopt.targets import Target, get_target
 
 HEADS, GROUPS, WIDTH = 32, 8, 128
 KEYS, SHARE = 131072, 10  # a tenth of the pages
@@ -42,6 +57,7 @@ DEVICE = "cuda"
 BF16 = 2.0**-8
 """Unit roundoff."""
 
+PACKAGES = ("torch", "triton")
 Run = Callable[[], Any]
 
 
@@ -189,26 +205,37 @@ def peer(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Run:
     return run
 
 
+def dense_steps(operands: Decoding, machine: Target) -> dict[str, list[Run]]:
+    """Return steps that read all keys: by our kernels, of two layouts, and by torch's."""
+    q = operands.q
+    caches = [operands.contiguous(cache) for cache in operands.caches]
+    spec = AttentionSpec(head_dim=WIDTH, heads=HEADS, kv_heads=GROUPS, dtype="bf16", phase="decode")
+    ours = attention(plan_attention(spec, machine), q)
+    paged = attention(plan_attention(paged_spec(operands.page, selected=False), machine), q)
+    return {
+        "dense": [functools.partial(ours, Keys(k, v)) for k, v in caches],
+        "dense FA2": [peer(SDPBackend.FLASH_ATTENTION, q, k, v) for k, v in caches],
+        "dense cuDNN": [peer(SDPBackend.CUDNN_ATTENTION, q, k, v) for k, v in caches],
+        "dense paged": operands.steps(paged, selected=False),
+    }
+
+
+def measured(steps: Mapping[str, list[Run]]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Return the median time of a step of each, in microseconds, and all of them."""
+    times = microseconds({name: (recorded(own), len(own)) for name, own in steps.items()}, ROUNDS)
+    return {name: statistics.median(own) for name, own in times.items()}, times
+
+
+def best_dense(medians: Mapping[str, float]) -> float:
+    return min(time for name, time in medians.items() if name.startswith("dense"))
+
+
 def bench_decode(target: str, tune: bool) -> Iterator[dict[str, Any]]:
     """Yield a row for each size of a page: dense kernels, and the one over selected pages."""
     machine = get_target(target)
     for page in PAGES[: 1 if tune else None]:
         operands = Decoding.random(KEYS, page, SHARE)
-        q = operands.q
-        dense = [operands.contiguous(cache) for cache in operands.caches]
-        contiguous = AttentionSpec(
-            head_dim=WIDTH, heads=HEADS, kv_heads=GROUPS, dtype="bf16", phase="decode"
-        )
-        run_dense = attention(plan_attention(contiguous, machine), q)
-        steps: dict[str, list[Run]] = {
-            "dense": [functools.partial(run_dense, Keys(k, v)) for k, v in dense],
-            "dense FA2": [peer(SDPBackend.FLASH_ATTENTION, q, k, v) for k, v in dense],
-            "dense cuDNN": [peer(SDPBackend.CUDNN_ATTENTION, q, k, v) for k, v in dense],
-            "dense paged": operands.steps(
-                attention(plan_attention(paged_spec(page, selected=False), machine), q),
-                selected=False,
-            ),
-        }
+        steps = dense_steps(operands, machine)
         plan = plan_attention(paged_spec(page, selected=True), machine)
         plans = {"selected": plan}
         if tune:
@@ -217,17 +244,14 @@ def bench_decode(target: str, tune: bool) -> Iterator[dict[str, Any]]:
         errors = {}
         for name, one in plans.items():
             errors[name] = over_allowed(operands, one)
-            steps[name] = operands.steps(attention(one, q), selected=True)
-        graphs = {name: (recorded(own), len(own)) for name, own in steps.items()}
-        times = microseconds(graphs, ROUNDS)
-        medians = {name: statistics.median(own) for name, own in times.items()}
-        best_dense = min(time for name, time in medians.items() if name.startswith("dense"))
+            steps[name] = operands.steps(attention(one, operands.q), selected=True)
+        medians, times = measured(steps)
         read = operands.lists[0].shape[2] * page
         yield {
             "page": page, "keys": KEYS, "keys_read": read, "tiles": plan.tiles,
             "bytes_read": 4 * GROUPS * read * WIDTH,
             "microseconds": medians, "all_microseconds": times,
-            "times_faster": {n: best_dense / medians[n] for n in plans},
+            "times_faster": {name: best_dense(medians) / medians[name] for name in plans},
             "error_over_allowed": errors,
         }  # fmt: skip
 
@@ -241,34 +265,164 @@ def tilings(tiles: Mapping[str, int]) -> Iterator[dict[str, int]]:
         yield {**tiles, "BLOCK_N": block, "num_stages": stages, "SPLITS": splits}
 
 
+# Selection ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class PolicyStep:
+    """A step of a policy over one cache: `select`, attention and `observe`."""
+
+    policy: KVPolicy
+    attend: Callable[[Keys], Any]
+    q: Tensor
+    k_new: Tensor
+    cache: Keys
+    state: State
+    lengths: Filled
+
+    @classmethod
+    def random(
+        cls, policy: KVPolicy, attend: Callable[[Keys], Any], q: Tensor, cache: Keys
+    ) -> PolicyStep:
+        """Return a step after a random state of all pages."""
+        assert cache.block_table is not None
+        pages = cache.block_table.shape[1]
+        heads = KVHeads(GROUPS, HEADS, WIDTH, WIDTH, torch.bfloat16)
+        state = {}
+        for name, (shape, dtype) in policy.state_types(heads, pages, 1).items():
+            whole = dtype == torch.int64
+            drawn = torch.zeros(shape) if whole else torch.rand(shape)
+            state[name] = drawn.to(DEVICE, dtype)
+        last = torch.tensor([pages * policy.budget.page - 1], device=DEVICE)
+        lengths = Filled(torch.zeros_like(last), last, pages * policy.budget.page)
+        return cls(policy, attend, q, random(1, GROUPS, 1, WIDTH), cache, state, lengths)
+
+    def select(self) -> Tensor:
+        return kv_policy.select(self.policy, self.state, self.q, None, self.lengths, SCORING)
+
+    def observe(self, selected: Tensor, page_max: Tensor, lse: Tensor) -> State:
+        return kv_policy.observe(
+            self.policy, self.state, selected, page_max, lse, self.k_new, self.lengths
+        )
+
+    def whole(self) -> None:
+        selected = self.select()
+        listed = selected.expand(1, GROUPS, -1)
+        _, lse, page_max = self.attend(replace(self.cache, selected_blocks=listed))
+        self.observe(selected, page_max, lse)
+
+    def over_allowed(self) -> dict[str, float]:
+        """Return how far results are from those of torch over what is allowed."""
+        selected = self.select()
+        off = {}
+        if self.policy.kind == "quest":
+            least, largest = self.state["least"], self.state["largest"]
+            page = self.policy.budget.page
+            bound = kv_policy.bound_scores(self.q, least, largest, self.lengths, page)
+            q = self.q[:, :, 0].double().unflatten(1, (GROUPS, -1))
+            exact = q.clamp(min=0) @ largest.double().mT + q.clamp(max=0) @ least.double().mT
+            sizes = q.abs() @ largest.double().mT  # `least` and `largest` are from 0 to 1 here
+            rounding = WIDTH * torch.finfo(torch.float32).eps * float(sizes.amax())
+            off["bound"] = float((bound.double() - exact.amax(2)).abs().max()) / rounding
+            expected = select_pages(bound, self.policy.budget, self.lengths)
+        else:
+            expected = self.policy.select(self.state, self.q, None, self.lengths, SCORING)
+        off["selected"] = 0.0 if torch.equal(selected, expected) else float("inf")
+        listed = selected.expand(1, GROUPS, -1)
+        _, lse, page_max = self.attend(replace(self.cache, selected_blocks=listed))
+        probabilities = page_probabilities(page_max, lse, GROUPS)[:, :, 0]
+        wanted = self.policy.observe(
+            {name: x.clone() for name, x in self.state.items()},
+            selected, probabilities, self.k_new, self.lengths,
+        )  # fmt: skip
+        left = self.observe(selected, page_max, lse)
+        for name, x in wanted.items():
+            off[name] = float((left[name].double() - x.double()).abs().max()) / 1e-5
+        return off
+
+
+SCORING = Scoring(WIDTH**-0.5)
+
+
+def selecting(kind: str, page: int, pages: int) -> KVPolicy:
+    """Return a policy by name that reads so many pages, one of them sink and two local."""
+    return POLICIES[kind](PageBudget(page, pages, 1, 2))
+
+
+def policy_steps(policy: KVPolicy, operands: Decoding, machine: Target) -> list[PolicyStep]:
+    attend = attention(
+        plan_attention(paged_spec(operands.page, selected=True), machine), operands.q
+    )
+    return [PolicyStep.random(policy, attend, operands.q, cache) for cache in operands.caches]
+
+
+def bench_selection(target: str) -> Iterator[dict[str, Any]]:
+    """Yield a row for each size of a page and policy: its step, and the parts of it."""
+    machine = get_target(target)
+    for page in PAGES:
+        operands = Decoding.random(KEYS, page, SHARE)
+        dense = dense_steps(operands, machine)
+        for kind in ("ema", "quest"):
+            policy = selecting(kind, page, KEYS // page // SHARE)
+            own = policy_steps(policy, operands, machine)
+            errors = {kind: own[-1].over_allowed()}
+            steps = {**dense, "select": [step.select for step in own]}
+            steps["step"] = [step.whole for step in own]
+            medians, times = measured(steps)
+            yield {
+                "policy": kind, "page": page, "keys": KEYS, "keys_read": policy.budget.tokens,
+                "microseconds": medians, "all_microseconds": times,
+                "times_faster": best_dense(medians) / medians["step"],
+                "error_over_allowed": errors,
+            }  # fmt: skip
+
+
+Sections = Mapping[str, Callable[[], Iterator[dict[str, Any]]]]
+"""What yields the rows of a part of the results, by its name."""
+
+
+def measure(sections: Sections, only: str, out: Path) -> None:
+    """Measure sections and write what they yield, as soon as it is there.
+
+    Args:
+        only: Names of sections, by commas.
+
+    Raises:
+        SystemExit: A result is farther off than it may be.
+    """
+    torch.manual_seed(0)
+    result: dict[str, Any] = {
+        "command": f"python tools/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+    wrong = 0.0
+    for name in only.split(","):
+        result[name] = []
+        for row in sections[name]():
+            result[name].append(row)
+            shown = {key: value for key, value in row.items() if key != "all_microseconds"}
+            print(name, json.dumps(shown), flush=True)
+            errors = [e for own in row["error_over_allowed"].values() for e in own.values()]
+            wrong = max([wrong, *errors])
+            out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if not wrong <= 1:
+        sys.exit(f"a result is {wrong:.1f} times as far off as it may be")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/kv_kernels.json"))
     parser.add_argument("--target", default="hopper")
-    parser.add_argument("--only", default="decode", help="of decode, by commas")
+    parser.add_argument("--only", default="decode,selection")
     parser.add_argument("--tune", action="store_true", help="measure other tiles as well")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    sections: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+    sections = {
         "decode": lambda: bench_decode(args.target, args.tune),
+        "selection": lambda: bench_selection(args.target),
     }
-    result: dict[str, Any] = {
-        "command": "python tools/bench_kv_kernels.py " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {name: metadata.version(name) for name in ("torch", "triton")},
-    }
-    wrong = 0.0
-    for name in args.only.split(","):
-        result[name] = []
-        for row in sections[name]():
-            result[name].append(row)
-            print(name, json.dumps({k: v for k, v in row.items() if k != "all_microseconds"}))
-            errors = [e for own in row["error_over_allowed"].values() for e in own.values()]
-            wrong = max([wrong, *errors])
-            args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if not wrong <= 1:
-        sys.exit(f"a result is {wrong:.1f} times as far off as it may be")
+    measure(sections, args.only, args.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,210 @@
+"""Steps of KV policies in Triton: which pages a token reads, and what is learnt from it.
+
+Programs are counted by key heads: program b G + g has the pages of row b and key head g.
+Numbers of tokens are read from tensors, so that a step can be recorded as a CUDA graph.
+"""
+
+import triton
+import triton.language as tl
+
+UNOBSERVED: tl.constexpr = tl.constexpr(-1.0)
+"""As `graphopt.ir.kv_policies.moving_average.UNOBSERVED`."""
+
+
+@triton.jit
+def page_of(slot, PAGE: tl.constexpr):
+    """Return the page of a slot; -1 for slot -1, that of a row without keys."""
+    return tl.where(slot < 0, -1, slot // PAGE).to(tl.int32)
+
+
+@triton.jit
+def in_order(score):
+    """Return numbers, uint32, that compare as the scores do.
+
+    0.0 and -0.0 are equal. +inf counts as the largest number, since what is always read stands
+    above, and -inf and NaN as 0, which is below every number.
+    """
+    never = (score != score) | (score == float("-inf"))
+    score = tl.minimum(tl.where(never | (score == 0.0), 0.0, score), 3.4028234663852886e38)
+    bits = score.to(tl.uint32, bitcast=True)
+    sign = tl.full([1], 1, tl.uint32) << 31
+    # Of negative numbers the larger has the smaller bits.
+    ordered = tl.where(bits >= sign, ~bits, bits | sign)
+    return tl.where(never, 0, ordered).to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=["pages", "width"])
+def select_pages(
+    scores_ptr,  # fp32 [B, G, width], by strides; None: the number of the page
+    kept_from_ptr,  # int64 [B]: slot from whose page on pages stand above all others
+    first_ptr,  # int64 [B]: slot of a row's first key
+    last_ptr,  # int64 [B]: slot of its last one
+    out_ptr,  # int64 [B, G, READ], contiguous
+    score_stride_b, score_stride_g,
+    G, pages, width,
+    PAGE: tl.constexpr,
+    READ: tl.constexpr,  # pages that a step reads, with SINK and LOCAL
+    SINK: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BLOCK: tl.constexpr,  # the power of two from `pages` up
+    SLOTS: tl.constexpr,  # that from READ up
+    SCORES: tl.constexpr,
+    KEPT: tl.constexpr,
+):  # fmt: skip
+    """Write the numbers of the pages that a step reads, ascending, and -1 behind them.
+
+    Of the scores the READ-th largest is found bit by bit, by counting; of equal ones those in
+    front are taken. As `graphopt.ir.kv_policies.pages.select_pages`.
+    """
+    row = tl.program_id(0)
+    batch = row // G
+    first = page_of(tl.load(first_ptr + batch), PAGE)
+    last = page_of(tl.load(last_ptr + batch), PAGE)
+    number = tl.arange(0, BLOCK)
+    if SCORES:
+        score_row = scores_ptr + batch.to(tl.int64) * score_stride_b + (row % G) * score_stride_g
+        inside = (number < width) & (number < pages)
+        score = tl.load(score_row + number, mask=inside, other=float("-inf"))
+    else:
+        score = number.to(tl.float32)
+    if KEPT:
+        kept = number >= page_of(tl.load(kept_from_ptr + batch), PAGE)
+        score = tl.where(kept, number.to(tl.float32) + 2.0, score)
+    present = (number >= first) & (number <= last) & (number < pages)
+    always = (number < first + SINK) | (number > last - LOCAL) | (last - first < READ)
+    most = ~tl.zeros([BLOCK], tl.uint32)
+    order = tl.where(always, most, in_order(score))
+    order = tl.where(present, order, 0).to(tl.uint32)
+
+    # The largest number that at least READ reach. It is found where exactly READ do.
+    least = tl.full([], 0, tl.uint32)
+    unit = tl.full([], 1, tl.uint32) << 31
+    while unit > 0:
+        count = tl.sum((order >= least + unit).to(tl.int32), 0)
+        least = tl.where(count >= READ, least + unit, least)
+        unit = tl.where(count == READ, 0, unit >> 1).to(tl.uint32)
+    above = order > least
+    equal = (order == least) & (order > 0)
+    # How many of both lie in front of a page, in one scan.
+    marks = above.to(tl.int64) + (equal.to(tl.int64) << 32)
+    before = tl.cumsum(marks, 0) - marks
+    room = READ - tl.sum(above.to(tl.int64), 0)
+    equal_before = before >> 32
+    place = (before & 0xFFFFFFFF) + tl.minimum(equal_before, room)
+    taken = above | (equal & (equal_before < room))
+    out_row = out_ptr + row.to(tl.int64) * READ
+    tl.store(out_row + place, number.to(tl.int64), mask=taken)
+    slot = tl.arange(0, SLOTS)
+    listed = tl.sum(taken.to(tl.int32), 0)
+    nothing = tl.full([SLOTS], -1, tl.int64)
+    tl.store(out_row + slot, nothing, mask=(slot >= listed) & (slot < READ))
+
+
+@triton.jit(do_not_specialize=["pages"])
+def bound_scores(
+    q_ptr,  # [B, H, 1, HEAD_DIM], by strides
+    least_ptr,  # [B, G, width, HEAD_DIM], by strides: least of each feature of a page's keys
+    largest_ptr,  # the largest
+    out_ptr,  # fp32 [B, G, pages], contiguous
+    q_stride_b, q_stride_h,
+    least_stride_b, least_stride_g, least_stride_n,
+    largest_stride_b, largest_stride_g, largest_stride_n,
+    G, pages,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,  # the power of two from HEAD_DIM up
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write Quest's bound on the scores of each page's keys, the largest over the query heads."""
+    row = tl.program_id(0)
+    batch, group = (row // G).to(tl.int64), (row % G).to(tl.int64)
+    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, D0)
+    inside = (number < pages)[:, None] & (d < HEAD_DIM)[None, :]
+    page = number.to(tl.int64)[:, None]
+    least_rows = least_ptr + batch * least_stride_b + group * least_stride_g
+    largest_rows = largest_ptr + batch * largest_stride_b + group * largest_stride_g
+    least = tl.load(least_rows + page * least_stride_n + d[None, :], mask=inside, other=0.0)
+    largest = tl.load(largest_rows + page * largest_stride_n + d[None, :], mask=inside, other=0.0)
+    least, largest = least.to(tl.float32), largest.to(tl.float32)
+    bound = tl.full([BLOCK], float("-inf"), tl.float32)
+    for head in tl.static_range(0, GROUP):
+        q_row = q_ptr + batch * q_stride_b + (group * GROUP + head) * q_stride_h
+        q = tl.load(q_row + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+        bound = tl.maximum(bound, tl.sum(tl.maximum(q * least, q * largest), 1))
+    tl.store(out_ptr + row.to(tl.int64) * pages + number, bound, mask=number < pages)
+
+
+@triton.jit
+def extend_bounds(
+    k_ptr,  # [B, G, 1, HEAD_DIM], by strides: the new key
+    least_ptr,  # [B, G, width, HEAD_DIM], by strides
+    largest_ptr,
+    first_ptr,  # int64 [B]
+    last_ptr,  # int64 [B]: slot of the new key
+    k_stride_b, k_stride_g,
+    least_stride_b, least_stride_g, least_stride_n,
+    largest_stride_b, largest_stride_g, largest_stride_n,
+    G,
+    PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+):  # fmt: skip
+    """Widen the bounds of a page by the key that it gets; the first key of a page sets them."""
+    row = tl.program_id(0)
+    batch, group = (row // G).to(tl.int64), (row % G).to(tl.int64)
+    first, last = tl.load(first_ptr + batch), tl.load(last_ptr + batch)
+    opens = (last % PAGE == 0) | (last == first)
+    page = last // PAGE
+    d = tl.arange(0, D0)
+    inside = d < HEAD_DIM
+    k = tl.load(k_ptr + batch * k_stride_b + group * k_stride_g + d, mask=inside, other=0.0)
+    least_row = least_ptr + batch * least_stride_b + group * least_stride_g + page * least_stride_n
+    largest_row = largest_ptr + batch * largest_stride_b + group * largest_stride_g
+    largest_row += page * largest_stride_n
+    k_least = k.to(least_ptr.dtype.element_ty)
+    k_largest = k.to(largest_ptr.dtype.element_ty)
+    least = tl.load(least_row + d, mask=inside, other=0.0)
+    largest = tl.load(largest_row + d, mask=inside, other=0.0)
+    tl.store(least_row + d, tl.where(opens | (k_least < least), k_least, least), mask=inside)
+    tl.store(
+        largest_row + d, tl.where(opens | (k_largest > largest), k_largest, largest), mask=inside
+    )
+
+
+@triton.jit(do_not_specialize=["read"])
+def observe_average(
+    selected_ptr,  # int64 [B, G, read], by strides
+    page_max_ptr,  # fp32 [B, H, read], contiguous
+    lse_ptr,  # fp32 [B, H], contiguous
+    average_ptr,  # fp32 [B, G, width], by strides
+    steps_ptr,  # int64 [B]
+    selected_stride_b, selected_stride_g,
+    average_stride_b, average_stride_g,
+    G, read,
+    share,  # what the newest probability counts
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Take the probabilities of the pages that were read into their moving averages."""
+    row = tl.program_id(0)
+    batch, group = (row // G).to(tl.int64), (row % G).to(tl.int64)
+    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    listed = slot < read
+    selected_row = selected_ptr + batch * selected_stride_b + group * selected_stride_g
+    page = tl.load(selected_row + slot, mask=listed, other=-1)
+    known = page >= 0
+    probability = tl.zeros([BLOCK], tl.float32)
+    for head in tl.static_range(0, GROUP):
+        at = batch * G * GROUP + group * GROUP + head
+        lse = tl.load(lse_ptr + at)
+        top = tl.load(page_max_ptr + at * read + slot, mask=listed, other=float("-inf"))
+        seen = top > float("-inf")
+        probability = tl.maximum(probability, tl.where(seen, tl.exp(top - lse), 0.0))
+    average_row = average_ptr + batch * average_stride_b + group * average_stride_g
+    before = tl.load(average_row + page, mask=known, other=UNOBSERVED)
+    average = share * probability + (1.0 - share) * before
+    average = tl.where(before == UNOBSERVED, probability, average)
+    tl.store(average_row + page, average, mask=known)
+    if (tl.program_id(1) == 0) & (group == 0):
+        tl.store(steps_ptr + batch, tl.load(steps_ptr + batch) + 1)

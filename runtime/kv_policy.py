@@ -1,0 +1,246 @@
+"""Steps of KV policies on a device: by Triton kernels where there are some, else in torch.
+
+A decoding step with a policy is `select`, attention over what it selects, and `observe`; or where a
+calibration is due attention over all pages, and `calibrate`. Each is the policy's own function,
+with the same results up to rounding. Kernels write what a policy remembers in place, and give the
+same tensors back: a recorded step finds them where they were.
+
+Layout letters as in `graphopt.ir.kv_policies.pages`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from graphopt.ir.kv_policies.base import KVPolicy, State
+from graphopt.ir.kv_policies.pages import Filled, all_pages
+from graphopt.ir.kv_policies.probabilities import Scoring, page_probabilities
+
+MOST_PAGES = 65536
+"""Pages of a row that one program can hold in registers."""
+
+AVERAGES = ("last-row", "ema")
+SCORES = {**dict.fromkeys(AVERAGES, "probability"), "snapkv": "votes", "predictor": "scores"}
+"""What policies' states call the scores of pages that `select` goes by."""
+
+SELECTED_BY_KERNELS = ("sink-local", "quest", *SCORES)
+OBSERVED_BY_KERNELS = ("quest", *AVERAGES)
+"""Policies of which `select` and `observe` are kernels."""
+
+
+def select(
+    policy: KVPolicy,
+    state: State,
+    q_BH1D: Tensor | None,
+    k_BGTD: Tensor | None,
+    lengths: Filled,
+    scoring: Scoring,
+) -> Tensor:
+    """As `KVPolicy.select`."""
+    if policy.kind in SELECTED_BY_KERNELS and runs_kernels(policy, state, lengths):
+        return select_by_kernels(policy, state, q_BH1D, lengths)
+    return policy.select(state, q_BH1D, k_BGTD, lengths, scoring)
+
+
+def observe(
+    policy: KVPolicy,
+    state: State,
+    selected_BGM: Tensor,
+    page_max_BH1M: Tensor,
+    lse_BH1: Tensor,
+    k_new_BG1D: Tensor,
+    lengths: Filled,
+) -> State:
+    """As `KVPolicy.observe`, given what the attention over the selected pages gives.
+
+    Args:
+        page_max_BH1M, lse_BH1: Page maxima of those pages, and the log-sum-exp.
+    """
+    if policy.kind in OBSERVED_BY_KERNELS and runs_kernels(policy, state, lengths):
+        observe_by_kernels(policy, state, selected_BGM, page_max_BH1M, lse_BH1, k_new_BG1D, lengths)
+        return state
+    probabilities = _probabilities(policy, page_max_BH1M, lse_BH1, k_new_BG1D)
+    return policy.observe(state, selected_BGM, probabilities, k_new_BG1D, lengths)
+
+
+def calibrate(
+    policy: KVPolicy,
+    state: State,
+    page_max_BH1N: Tensor,
+    lse_BH1: Tensor,
+    k_new_BG1D: Tensor,
+    lengths: Filled,
+) -> State:
+    """As `KVPolicy.calibrate`, given page maxima of all pages and the log-sum-exp."""
+    if policy.kind in OBSERVED_BY_KERNELS and runs_kernels(policy, state, lengths):
+        everything = all_pages(policy.budget.page, lengths)
+        observe_by_kernels(policy, state, everything, page_max_BH1N, lse_BH1, k_new_BG1D, lengths)
+        return state
+    probabilities = _probabilities(policy, page_max_BH1N, lse_BH1, k_new_BG1D)
+    return policy.calibrate(state, probabilities, k_new_BG1D, lengths)
+
+
+def _probabilities(
+    policy: KVPolicy, page_max_BH1M: Tensor, lse_BH1: Tensor, k_new_BG1D: Tensor
+) -> Tensor | None:
+    """Return what `observe` reads of the pages [B, G, M]; None where it reads nothing."""
+    if not policy.needs_observation:
+        return None
+    return page_probabilities(page_max_BH1M, lse_BH1, k_new_BG1D.shape[1])[:, :, 0]
+
+
+def runs_kernels(policy: KVPolicy, state: State, lengths: Filled) -> bool:
+    """Return whether kernels run where a state lies, and read what it has of each page.
+
+    That is on a GPU with Triton, with all pages in memory of fixed room, and not in fp64.
+    """
+    pages = lengths.pages(policy.budget.page)
+    if not lengths.first_B.is_cuda or pages > MOST_PAGES or not _has_triton():
+        return False
+    names = ("least", "largest") if policy.kind == "quest" else (SCORES.get(policy.kind),)
+    return all(_fits(state[name], pages) for name in names if name is not None)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _fits(x: Tensor, pages: int) -> bool:
+    """Return whether kernels read a tensor [B, G, N, ...] of a state."""
+    return x.dtype != torch.float64 and x.shape[2] >= pages and x.stride(-1) == 1
+
+
+def select_by_kernels(
+    policy: KVPolicy, state: State, q_BH1D: Tensor | None, lengths: Filled
+) -> Tensor:
+    """Return what `KVPolicy.select` does, for the policies of `SELECTED_BY_KERNELS`."""
+    kept_from = state["kept_from"] if policy.kind == "snapkv" else None
+    scores: Tensor | None = None
+    if policy.kind == "quest":
+        assert q_BH1D is not None
+        scores = bound_scores(q_BH1D, state["least"], state["largest"], lengths, policy.budget.page)
+    elif policy.kind in SCORES:
+        scores = state[SCORES[policy.kind]]
+    return select_pages(scores, policy, lengths, kept_from)
+
+
+def observe_by_kernels(
+    policy: KVPolicy,
+    state: State,
+    selected_BGM: Tensor,
+    page_max_BH1M: Tensor,
+    lse_BH1: Tensor,
+    k_new_BG1D: Tensor,
+    lengths: Filled,
+) -> None:
+    """Do to a state what `KVPolicy.observe` does, in place, for those of `OBSERVED_BY_KERNELS`."""
+    if policy.kind in AVERAGES:
+        share = policy.newest_share  # type: ignore[attr-defined]
+        observe_average(state, selected_BGM, page_max_BH1M, lse_BH1, share)
+    elif policy.kind == "quest":
+        extend_bounds(state, k_new_BG1D, lengths, policy.budget.page)
+
+
+def select_pages(
+    scores_BGN: Tensor | None,
+    policy: KVPolicy,
+    lengths: Filled,
+    kept_from_B: Tensor | None = None,
+) -> Tensor:
+    """Return `graphopt.ir.kv_policies.pages.select_pages` of scores by a kernel, [B, G, M].
+
+    Args:
+        scores_BGN: fp32; without them the later of two pages is the better.
+        kept_from_B: Slot from whose page on all pages stand above the others.
+    """
+    from graphopt.runtime.kernels.kv_selection import select_pages as kernel
+
+    budget, pages = policy.budget, lengths.pages(policy.budget.page)
+    batch, device = len(lengths.first_B), lengths.first_B.device
+    groups = 1 if scores_BGN is None else scores_BGN.shape[1]
+    selected = torch.empty(batch, groups, budget.pages, dtype=torch.int64, device=device)
+    if scores_BGN is not None:
+        scores_BGN = _rows(scores_BGN)
+    block = _power_above(pages)
+    kernel[(batch * groups,)](
+        scores_BGN, kept_from_B, lengths.first_B, lengths.last_B, selected,
+        *((0, 0) if scores_BGN is None else scores_BGN.stride()[:2]),
+        groups, pages, 0 if scores_BGN is None else scores_BGN.shape[2],
+        PAGE=budget.page, READ=budget.pages, SINK=budget.sink, LOCAL=budget.local,
+        BLOCK=block, SLOTS=_power_above(budget.pages),
+        SCORES=scores_BGN is not None, KEPT=kept_from_B is not None,
+        num_warps=_warps(block),
+    )  # fmt: skip
+    return selected
+
+
+def bound_scores(
+    q_BH1D: Tensor, least_BGND: Tensor, largest_BGND: Tensor, lengths: Filled, page: int
+) -> Tensor:
+    """Return Quest's bound of every page, fp32 [B, G, N]: the largest over the query heads."""
+    from graphopt.runtime.kernels.kv_selection import bound_scores as kernel
+
+    batch, groups, _, width = least_BGND.shape
+    pages = lengths.pages(page)
+    bounds = torch.empty(batch, groups, pages, dtype=torch.float32, device=q_BH1D.device)
+    q, least, largest = (_rows(x) for x in (q_BH1D, least_BGND, largest_BGND))
+    # A program has 16 KB of both in fp32 for each of four warps.
+    padded = _power_above(width)
+    block = max(16, min(64, 8192 // padded))
+    kernel[(batch * groups, -(-pages // block))](
+        q, least, largest, bounds,
+        *q.stride()[:2], *least.stride()[:3], *largest.stride()[:3], groups, pages,
+        HEAD_DIM=width, D0=padded, GROUP=q.shape[1] // groups, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return bounds
+
+
+def extend_bounds(state: State, k_new_BG1D: Tensor, lengths: Filled, page: int) -> None:
+    """Take a new key into the bounds of its page, in place."""
+    from graphopt.runtime.kernels.kv_selection import extend_bounds as kernel
+
+    k, least, largest = _rows(k_new_BG1D), state["least"], state["largest"]
+    batch, groups, _, width = k.shape
+    kernel[(batch * groups,)](
+        k, least, largest, lengths.first_B, lengths.last_B,
+        *k.stride()[:2], *least.stride()[:3], *largest.stride()[:3], groups,
+        PAGE=page, HEAD_DIM=width, D0=_power_above(width), num_warps=1,
+    )  # fmt: skip
+
+
+def observe_average(
+    state: State, selected_BGM: Tensor, page_max_BH1M: Tensor, lse_BH1: Tensor, share: float
+) -> None:
+    """Take the probabilities of the pages that were read into their averages, in place."""
+    from graphopt.runtime.kernels.kv_selection import observe_average as kernel
+
+    average = state["probability"]
+    batch, groups = average.shape[:2]
+    read = page_max_BH1M.shape[3]
+    selected = _rows(selected_BGM.expand(batch, groups, -1))
+    block = min(1024, max(16, _power_above(read)))
+    kernel[(batch * groups, -(-read // block))](
+        selected, page_max_BH1M.contiguous(), lse_BH1.contiguous(), average, state["steps"],
+        *selected.stride()[:2], *average.stride()[:2], groups, read, share,
+        GROUP=page_max_BH1M.shape[1] // groups, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return the tensor, or a copy whose last axis is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _power_above(size: int) -> int:
+    """Return the smallest power of two that is at least `size`."""
+    return 1 << (max(size, 1) - 1).bit_length()
+
+
+def _warps(block: int) -> int:
+    """Return how many warps hold so many pages, 16 a thread and at most 32 warps."""
+    return min(32, max(1, block // 512))

@@ -1,0 +1,214 @@
+"""The kernels of KV policies against the policies in torch; interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from compiling import compile_alone
+from torch import Tensor
+
+from graphopt.ir.kv_policies import (
+    Ema,
+    Filled,
+    KVHeads,
+    KVPolicy,
+    LastRow,
+    PageBudget,
+    Quest,
+    Scoring,
+    SinkLocal,
+    SnapKV,
+    State,
+    page_probabilities,
+    select_pages,
+)
+from graphopt.runtime import kv_policy
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEADS = KVHeads(key_heads=2, query_heads=6, k_dim=40, v_dim=40)
+SCORING = Scoring(0.25)
+SPECIAL = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, -1.0, 3e38, -3e38, 1e-45]
+
+
+@st.composite
+def selections(draw: st.DrawFn) -> tuple[Tensor, PageBudget, Filled]:
+    """Scores with many ties and all kinds of numbers, rows of unequal length, any budget."""
+    page, pages = draw(st.sampled_from([1, 3, 16])), draw(st.integers(1, 40))
+    batch, groups = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    slots = draw(st.integers((pages - 1) * page + 1, pages * page))
+    sink, local = draw(st.integers(0, 3)), draw(st.integers(1, 3))
+    budget = PageBudget(page, draw(st.integers(sink + local, sink + local + 12)), sink, local)
+    last = [draw(st.integers(0, slots - 1)) for _ in range(batch)]
+    first = [draw(st.integers(0, end)) for end in last]
+    seed = draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    width = pages + draw(st.integers(-min(2, pages - 1), 3))  # memory of fixed room, or too short
+    scores = torch.randint(-3, 4, (batch, groups, width), generator=generator) / 4
+    special = torch.rand(scores.shape, generator=generator) < 0.3
+    scores[special] = torch.tensor(SPECIAL)[
+        torch.randint(len(SPECIAL), scores.shape, generator=generator)[special]
+    ]
+    return scores, budget, Filled(torch.tensor(first), torch.tensor(last), slots)
+
+
+def on_device(lengths: Filled) -> Filled:
+    return Filled(lengths.first_B.to(DEVICE), lengths.last_B.to(DEVICE), lengths.slots)
+
+
+@settings(max_examples=40, deadline=None)
+@given(selections())
+def test_the_same_pages_are_selected_whatever_the_scores(drawn) -> None:
+    scores, budget, lengths = drawn
+    found = kv_policy.select_pages(scores.to(DEVICE), Quest(budget), on_device(lengths))
+    assert torch.equal(found.cpu(), select_pages(scores, budget, lengths))
+
+
+def test_the_pages_of_a_long_context() -> None:
+    """8,192 pages, a tenth of them read; scores of which many are equal."""
+    budget = PageBudget(16, 819, 1, 2)
+    lengths = Filled(torch.tensor([0]), torch.tensor([131000]), 131072)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, 2, 8192, generator=generator)
+    scores[:, 1] = (scores[:, 1] * 4).round()
+    found = kv_policy.select_pages(scores.to(DEVICE), Ema(budget), on_device(lengths))
+    assert torch.equal(found.cpu(), select_pages(scores, budget, lengths))
+
+
+POLICIES = [
+    SinkLocal(PageBudget(4, 7, 1, 2)),
+    SnapKV(PageBudget(4, 7, 1, 2), window=3),
+    LastRow(PageBudget(4, 7, 1, 2)),
+    Ema(PageBudget(4, 7, 1, 2), calibrate_every=4),
+    Quest(PageBudget(4, 7, 1, 2)),
+]
+
+
+def with_room(state: State, pages: int) -> State:
+    """A state in memory of fixed room, on the device."""
+    room = {}
+    for name, x in state.items():
+        missing = pages - x.shape[2] if x.dim() > 2 else 0
+        shape = [*x.shape[:2], missing, *x.shape[3:]] if missing else [0]
+        fill = -1.0 if name == "probability" else 0.0
+        longer = torch.cat((x, x.new_full(shape, fill)), 2) if missing else x.clone()
+        room[name] = longer.to(DEVICE)
+    return room
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.kind)
+def test_steps_leave_the_same_state(policy: KVPolicy) -> None:
+    """Six steps from a prompt of 60 tokens in one row and of 43 in the other, over new pages."""
+    assert policy.kind in kv_policy.SELECTED_BY_KERNELS
+    page, room = policy.budget.page, 72
+    generator = torch.Generator().manual_seed(1)
+    q_all, k_all, v_all = (
+        torch.randn(2, heads, room, 40, generator=generator) for heads in (6, 2, 2)
+    )
+    mask = torch.ones(2, 60)
+    mask[1, :17] = 0
+    state = policy.init(
+        q_all[:, :, 60 - policy.history : 60], k_all[:, :, :60], v_all[:, :, :60], mask, SCORING
+    )
+    held = with_room(state, room // page)
+    for t in range(60, 66):
+        lengths = Filled(torch.tensor([0, 17]), torch.tensor([t, t]), room)
+        q, k, k_new = q_all[:, :, t : t + 1], k_all[:, :, : t + 1], k_all[:, :, t : t + 1]
+        expected = policy.select(state, q, k, lengths, SCORING)
+        there = on_device(lengths)
+        found = kv_policy.select_by_kernels(policy, held, q.to(DEVICE), there)
+        assert torch.equal(found.cpu(), expected)
+        # What an attention over these pages gives: any numbers serve, -inf where none is listed.
+        read = expected.expand(2, 2, -1)
+        page_max = torch.randn(2, 6, 1, read.shape[2], generator=generator)
+        page_max[(read < 0).repeat_interleave(3, 1)[:, :, None]] = float("-inf")
+        lse = page_max.logsumexp(-1)
+        probabilities = page_probabilities(page_max, lse, 2)[:, :, 0]
+        state = policy.observe(state, expected, probabilities, k_new, lengths)
+        if policy.kind in kv_policy.OBSERVED_BY_KERNELS:
+            kv_policy.observe_by_kernels(
+                policy, held, found, page_max.to(DEVICE), lse.to(DEVICE), k_new.to(DEVICE), there
+            )
+        for name, x in state.items():
+            left = held[name].cpu()
+            if x.dim() > 2:
+                left = left[:, :, : x.shape[2]]
+            # Averages of exponentials in fp32, of six steps.
+            torch.testing.assert_close(left, x, rtol=1e-5, atol=1e-6)
+
+
+def test_bounds_are_above_all_scores() -> None:
+    """And those of torch: products in another order, of 40 terms each."""
+    policy = Quest(PageBudget(16, 4, 1, 1))
+    generator = torch.Generator().manual_seed(2)
+    q, k = (torch.randn(2, heads, s, 40, generator=generator) for heads, s in ((6, 1), (2, 500)))
+    state = policy.init(q, k, k, None, SCORING)
+    lengths = Filled.all_of(k)
+    least, largest = (state[name].to(DEVICE) for name in ("least", "largest"))
+    found = kv_policy.bound_scores(q.to(DEVICE), least, largest, on_device(lengths), 16).cpu()
+    scores = torch.einsum("bghd,bgtd->bght", q[:, :, 0].unflatten(1, (2, 3)), k).amax(2)
+    scores = torch.nn.functional.pad(scores, (0, 12), value=float("-inf"))
+    assert (found >= scores.unflatten(-1, (-1, 16)).amax(-1) - 1e-4).all()
+    wide = state["least"].double(), state["largest"].double()
+    q_wide = q[:, :, 0].double().unflatten(1, (2, 3))[:, :, :, None]
+    bound = torch.maximum(q_wide * wide[0][:, :, None], q_wide * wide[1][:, :, None]).sum(-1)
+    torch.testing.assert_close(found.double(), bound.amax(2), rtol=1e-5, atol=1e-4)
+
+
+def test_on_a_cpu_steps_are_those_of_torch() -> None:
+    policy = Quest(PageBudget(4, 4, 1, 1))
+    k = torch.randn(1, 2, 40, 40, dtype=torch.float64)
+    q = torch.randn(1, 6, 1, 40, dtype=torch.float64)
+    state, lengths = policy.init(q, k, k, None, SCORING), Filled.all_of(k)
+    assert not kv_policy.runs_kernels(policy, state, lengths)
+    found = kv_policy.select(policy, state, q, k, lengths, SCORING)
+    assert torch.equal(found, policy.select(state, q, k, lengths, SCORING))
+    page_max = torch.zeros(1, 6, 1, found.shape[2], dtype=torch.float64)
+    lse = torch.ones(1, 6, 1, dtype=torch.float64)
+    left = kv_policy.observe(policy, state, found, page_max, lse, k[:, :, -1:], lengths)
+    expected = policy.observe(state, found, None, k[:, :, -1:], lengths)
+    assert all(torch.equal(left[name], expected[name]) for name in expected)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from graphopt.runtime.kernels import kv_selection as kernels
+
+TYPES = {"scores_ptr": "*fp32", "q_ptr": "*bf16", "k_ptr": "*bf16", "least_ptr": "*bf16",
+         "largest_ptr": "*bf16", "page_max_ptr": "*fp32", "lse_ptr": "*fp32",
+         "average_ptr": "*fp32", "share": "fp32"}
+
+def compiled(kernel, constants, warps=4, **types):
+    def kind(name):
+        return {**TYPES, **types}.get(name, "*i64" if name.endswith("_ptr") else "i32")
+    signature = {n: "constexpr" if n in constants else kind(n) for n in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    options = {"num_warps": warps}
+    made = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
+    assert made.metadata.shared < 49152
+
+own = {"PAGE": 16, "READ": 819, "SINK": 1, "LOCAL": 2, "BLOCK": 8192, "SLOTS": 1024}
+for scores, kept in ((1, 0), (1, 1), (0, 0)):
+    given = {**own, "SCORES": scores, "KEPT": kept}
+    given |= {} if scores else {"scores_ptr": None}
+    given |= {} if kept else {"kept_from_ptr": None}
+    compiled(kernels.select_pages, given, 16)
+sizes = {"HEAD_DIM": 128, "D0": 128}
+compiled(kernels.bound_scores, {**sizes, "GROUP": 4, "BLOCK": 64}, out_ptr="*fp32")
+compiled(kernels.extend_bounds, {**sizes, "PAGE": 16}, 1)
+compiled(kernels.observe_average, {"GROUP": 4, "BLOCK": 1024})
+"""
+
+
+@pytest.mark.slow
+def test_what_the_interpreter_takes_is_compiled() -> None:
+    assert compile_alone(COMPILE.replace("ARCH", "90")) == ""
