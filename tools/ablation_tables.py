@@ -56,3 +56,58 @@ def bits() -> str:
             + measured_on(part, "torch", "transformers")
         )
     return "\n\n".join(tables)
+
+
+def bits_kernels() -> str:
+    """Kernels of four bits beside what they stand for: medians, in microseconds."""
+    found = result_of("bits_kernels")
+    pairs = {
+        "transform": ("transform", "copy", "a copy of as many bytes", "times a copy"),
+        "w4a4": ("whole", "bf16", "F.linear in bf16", "times faster"),
+        "w4a16": ("int4", "bf16", "F.linear in bf16", "times faster"),
+    }
+    tables: list[str] = []
+    for part, (ours, other, beside, ratio) in pairs.items():
+        if part not in found:
+            continue
+        rows = []
+        for row in found[part]["rows"]:
+            if "microseconds" not in row:
+                continue
+            mine, theirs = (median(row["microseconds"][key]) for key in (ours, other))
+            times = mine / theirs if ratio == "times a copy" else theirs / mine
+            rows.append([row["name"], f"{mine:.1f}", f"{theirs:.1f}", f"{times:.2f}"])
+        tables.append(markdown_table(["kernel", "microseconds", beside, ratio], rows))
+    if "steps" in found:
+        rows = [
+            [row["name"], *(f"{median(row['microseconds'][key]):.2f}" for key in _STEPS)]
+            for row in found["steps"]["rows"]
+        ]
+        tables.append(markdown_table(["microseconds", *_STEPS.values()], rows))
+    if "kv" in found:
+        rows = [
+            [row["name"], *(f"{median(row['microseconds'][key]):.1f}" for key in _CACHES)]
+            for row in found["kv"]["rows"]
+            if "microseconds" in row
+        ]
+        tables.append(markdown_table(["microseconds", *_CACHES], rows))
+    if "model" in found:
+        rows = [
+            [
+                row["name"],
+                f"{median(row['tokens_per_second']):.0f}",
+                f"{row.get('times_bf16', 1):.2f}",
+            ]
+            for row in found["model"]["rows"]
+        ]
+        tables.append(markdown_table(["1.1B Llama shape", "tokens a second", "times bf16"], rows))
+    tables += [measured_on(part, "torch", "triton") for part in _by_command(found)]
+    return "\n\n".join(tables)
+
+
+_STEPS = {"alone": "alone", "transformed": "with a transform", "codes": "and rounded"}
+_CACHES = ("torch", "16 bits", "8 bits", "4 bits")
+
+
+def _by_command(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return list({part["command"]: part for part in found.values()}.values())

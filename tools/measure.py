@@ -198,12 +198,13 @@ def brief(details: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a pass tells, without the curves that its report is for; of parts the means."""
     left_out = ("scores", "candidates", "reconstructions", "loads")
     kept = {name: value for name, value in details.items() if name not in left_out}
-    if "parts" in kept:
-        parts = kept["parts"]
-        numbers = [name for name, value in parts[0].items() if isinstance(value, int | float)]
-        kept["parts"] = {
-            name: statistics.mean(part[name] for part in parts) for name in numbers
-        } | {"count": len(parts)}
+    for several in ("parts", "blocks"):
+        parts = kept.get(several)
+        if isinstance(parts, list) and parts and isinstance(parts[0], dict):
+            numbers = [name for name, value in parts[0].items() if isinstance(value, int | float)]
+            kept[several] = {
+                name: statistics.mean(part[name] for part in parts) for name in numbers
+            } | {"count": len(parts)}
     if "training" in kept:
         kept["training"] = [
             {name: value for name, value in part.items() if name != "losses"}

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from ablation_tables import bits
+from ablation_tables import bits, bits_kernels
 from model_tables import models, models_answers, models_choice
 from results import ROOT, markdown_table, measured_on, median, result_of
 
@@ -601,6 +601,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention_sweep": attention_sweep,
     "beginnings": beginnings,
     "bits": bits,
+    "bits_kernels": bits_kernels,
     "decode": decode,
     "demo": demo,
     "families": families,
