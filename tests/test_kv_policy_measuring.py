@@ -255,12 +255,13 @@ def test_reading_all_pages_is_the_model_as_it_is():
 
 def test_which_pages_are_read_over_time_is_shown():
     program = tiny_program(layers=1)
+    first = TOKENS - 24  # as many steps as the picture has rows
     budget = PageBudget(PAGE, pages=3, sink=1, local=2)
-    result = measure_policy(runner_of(program), ids_of(program), SinkLocal(budget), prompt=PROMPT)
+    result = measure_policy(runner_of(program), ids_of(program), SinkLocal(budget), prompt=first)
     grid = result.layers[0].grid
-    assert len(grid) == TOKENS - PROMPT and len(grid[0]) == -(-TOKENS // PAGE)
+    assert len(grid) == 24 and len(grid[0]) == -(-TOKENS // PAGE)
     for step, row in enumerate(grid):
-        last = (PROMPT + step) // PAGE
+        last = (first + step) // PAGE
         assert row == [float(n in (0, last - 1, last)) for n in range(len(row))]
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graphopt.cli import console as ui
+from graphopt.cli.kv_policies import measure_policies, policy_specs, print_policies
 from graphopt.cli.shared import (
     MAX_COUNT,
     Backend,
@@ -21,6 +22,9 @@ from graphopt.cli.shared import (
     print_json,
 )
 from graphopt.errors import UsageError
+
+if TYPE_CHECKING:
+    from graphopt.report.kv_policies import PolicyFigures
 
 
 @errors_as_sentences
@@ -38,6 +42,19 @@ def eval_command(
     ] = None,
     bos: BosOption = "every",
     piqa: Annotated[Path | None, typer.Option(help="PIQA rows as JSON lines.")] = None,
+    kv_policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A KV policy to measure on the text, such as 'quest{budget=1/8,page=16}'; "
+            "several are measured one after the other."
+        ),
+    ] = None,
+    needles: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MAX_COUNT, help="Passkeys hidden in the text to ask for with each policy."
+        ),
+    ] = None,
     backend: Backend = "auto",
     device: Device = "auto",
     report: Annotated[
@@ -46,13 +63,17 @@ def eval_command(
     trust_remote_code: Remote = False,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity and PIQA accuracy of a model, a torch or an ONNX artifact."""
+    """Measure perplexity and PIQA accuracy of a model, a torch or an ONNX artifact.
+
+    With --kv-policy also what a policy of the KV cache costs in steps behind a prompt.
+    """
     if text is None and piqa is None:
         raise UsageError("Nothing to evaluate on.", "Give --text FILE, --piqa FILE, or both.")
+    specs = policy_specs(kv_policy or [], text, needles)
     with ui.progress_bars() as progress:
         progress("opening", 0, 1)
         from graphopt.backends.opening import open_language_model
-        from graphopt.evaluate.perplexity import perplexity, read_text
+        from graphopt.evaluate.perplexity import perplexity, read_text, text_windows
         from graphopt.evaluate.piqa import piqa_accuracy, read_piqa
         from graphopt.execute.language_model import load_tokenizer
         from graphopt.report.evaluations import Evaluation, add_evaluation
@@ -91,10 +112,20 @@ def eval_command(
             "seconds": 0.0,
             "piqa_accuracy": None,
             "piqa_rows": 0,
+            "kv_policies": [],
         }
+        policies: list[PolicyFigures] = []
         text_figures: dict[str, Any] = {}
         if content is not None:
             length = seqlen or min(2048, opened.positions or 2048)
+            if specs:
+                windowed_ids, begin = text_windows(
+                    opened, tokenizer, content, windows=windows, seqlen=length, bos=beginning
+                )
+                policies = measure_policies(
+                    opened, specs, windowed_ids, len(begin), tokenizer, content, needles, measuring
+                )
+                found["kv_policies"] = [one.model_dump(mode="json") for one in policies]
             measured = perplexity(
                 opened, tokenizer, content,
                 windows=windows, seqlen=length, bos=beginning, progress=measuring,
@@ -110,6 +141,7 @@ def eval_command(
                 "perplexity": finite_or_none(measured.perplexity),
                 "tokens": measured.tokens,
                 "tokens_per_second": measured.tokens / max(measured.seconds, 1e-9),
+                "kv_policies": policies,
             }
         if rows is not None:
             answered = piqa_accuracy(opened, tokenizer, rows, progress=measuring)
@@ -143,3 +175,5 @@ def eval_command(
         lines.append(("piqa", f"{found['piqa_accuracy']:.2%}  ({found['piqa_rows']} questions)"))
     lines.append(("time", f"{found['seconds']:.1f} s"))
     ui.print_rows(ui.stdout(), lines)
+    if policies:
+        print_policies(ui.stdout(), policies)

@@ -31,7 +31,7 @@ from graphopt.execute.page_attention import (
     attention_layers,
 )
 from graphopt.ir.graph import Program, Value
-from graphopt.ir.kv_policies import Filled, KVPolicy, PageBudget, select_pages
+from graphopt.ir.kv_policies import KVPolicy, PageBudget
 from graphopt.support.per_device import PerDevice
 from graphopt.support.progress import Progress, silent
 
@@ -41,7 +41,7 @@ TOKENS_AT_ONCE = PerDevice(cpu=8192, gpu=65536)
 BUCKETS = 8
 """Parts of a text whose perplexities are told one by one."""
 
-GRID = (32, 64)
+GRID = (24, 48)
 """Rows and columns of a picture of the pages that are read: steps and pages, in groups."""
 
 
@@ -288,7 +288,7 @@ class _Reads:
         selecting = torch.ones_like(step, dtype=torch.bool)
         if every is not None and every > 1:
             selecting = (step + 1 + self._layer.index) % every != 0
-        best_BGSN = best_pages(self._policy.budget, scores.first, mass_BGSN)
+        best_BGSN = best_pages(self._policy.budget, scores.first, mass_BGSN, read_BGSN.sum(-1))
         for read, recalls in ((read_BGSN, self._recalls), (best_BGSN, self._oracle)):
             recalls.append((mass_BGSN * read).sum(-1).cpu()[:, :, selecting].double())
         self._read.append(read_BGSN.cpu())
@@ -306,21 +306,27 @@ class _Reads:
         )
 
 
-def best_pages(budget: PageBudget, first: int, mass_BGSN: Tensor) -> Tensor:
-    """Return the pages that hold most attention, as many as a budget has: bool [B, G, S, N].
+def best_pages(budget: PageBudget, first: int, mass_BGSN: Tensor, counts_BGS: Tensor) -> Tensor:
+    """Return the pages that hold most attention, the sink and the local ones among them.
 
     Args:
+        budget: Which pages are always read.
         first: The token of the first step.
         mass_BGSN: The attention mass of each page.
+        counts_BGS: How many pages are taken.
+
+    Returns:
+        bool [B, G, S, N].
     """
-    batch, _, steps, pages = mass_BGSN.shape
-    last = torch.arange(first, first + steps, device=mass_BGSN.device).repeat(batch)
-    lengths = Filled(torch.zeros_like(last), last, pages * budget.page)
-    lists = select_pages(mass_BGSN.transpose(1, 2).flatten(0, 1), budget, lengths)
-    lists_BGSM = lists.unflatten(0, (batch, steps)).transpose(1, 2)
-    # One page more, for what names none.
-    best = mass_BGSN.new_zeros(*mass_BGSN.shape[:3], pages + 1, dtype=torch.bool)
-    return best.scatter(-1, torch.where(lists_BGSM >= 0, lists_BGSM, pages), True)[..., :-1]
+    steps, pages = mass_BGSN.shape[2:]
+    number = torch.arange(pages, device=mass_BGSN.device)
+    last = torch.arange(first, first + steps, device=mass_BGSN.device)[:, None] // budget.page
+    always = (number < budget.sink) | (number > last - budget.local)
+    rank = torch.where(always, float("inf"), mass_BGSN).masked_fill(number > last, float("-inf"))
+    order = rank.argsort(-1, descending=True)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(
+        -1, order, number < counts_BGS[..., None]
+    )
 
 
 def grid_of(read_BGSN: Tensor) -> list[list[float]]:
@@ -328,7 +334,7 @@ def grid_of(read_BGSN: Tensor) -> list[list[float]]:
     shares_SN = read_BGSN.float().mean((0, 1))
     size = (min(GRID[0], shares_SN.shape[0]), min(GRID[1], shares_SN.shape[1]))
     groups = F.adaptive_avg_pool2d(shares_SN[None, None], size)[0, 0]
-    return [[round(share, 4) for share in row] for row in groups.tolist()]
+    return [[round(share, 3) for share in row] for row in groups.tolist()]
 
 
 def _result(

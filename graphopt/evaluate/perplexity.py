@@ -92,33 +92,25 @@ def of_mean_loss(mean: float) -> float:
     return math.exp(mean) if mean < 700 else math.inf
 
 
-def perplexity(
+def text_windows(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     *,
-    windows: int | None = None,
-    seqlen: int = 2048,
-    bos: Bos = "every",
-    progress: Progress = silent,
-) -> PerplexityResult:
-    """Measure perplexity over windows that do not overlap.
-
-    The text is tokenised once, as a whole, and cut into windows of `seqlen` tokens, each of which
-    begins with what the tokenizer puts before a text; a rest that fills no window is left out.
-    Neither that beginning nor a window's first token is predicted. With `bos="first"` the
-    procedure is that of compression papers (Frantar et al., GPTQ, arXiv 2210.17323, section 4),
-    and the same for tokenizers that put nothing before a text.
+    windows: int | None,
+    seqlen: int,
+    bos: Bos,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the windows of a text that a model is measured on, and what each begins with.
 
     Args:
-        text: See `read_text`.
-        windows: How many at most, from the start of the text; None for all.
-        seqlen: Tokens of a window, with its beginning.
-        bos: Which windows begin with what the tokenizer puts before a text.
+        windows, seqlen, bos: As for `perplexity`.
+
+    Returns:
+        int64 [windows, seqlen], and the ids at the beginning of each.
 
     Raises:
-        SourceError: The text fills no window.
-        UsageError: `windows` or `seqlen` is out of range for the model.
+        SourceError, UsageError: As `perplexity` does.
     """
     if windows is not None and windows < 1:
         raise UsageError(f"The number of windows must be at least 1, not {windows}.")
@@ -149,6 +141,39 @@ def perplexity(
     model.check_ids([*begin, *tokens.ids.tolist()])
     rows = tokens.windows(seqlen)[:count]
     model.check_causal(rows[0])
+    return rows, begin
+
+
+def perplexity(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    windows: int | None = None,
+    seqlen: int = 2048,
+    bos: Bos = "every",
+    progress: Progress = silent,
+) -> PerplexityResult:
+    """Measure perplexity over windows that do not overlap.
+
+    The text is tokenised once, as a whole, and cut into windows of `seqlen` tokens, each of which
+    begins with what the tokenizer puts before a text; a rest that fills no window is left out.
+    Neither that beginning nor a window's first token is predicted. With `bos="first"` the
+    procedure is that of compression papers (Frantar et al., GPTQ, arXiv 2210.17323, section 4),
+    and the same for tokenizers that put nothing before a text.
+
+    Args:
+        text: See `read_text`.
+        windows: How many at most, from the start of the text; None for all.
+        seqlen: Tokens of a window, with its beginning.
+        bos: Which windows begin with what the tokenizer puts before a text.
+
+    Raises:
+        SourceError: The text fills no window.
+        UsageError: `windows` or `seqlen` is out of range for the model.
+    """
+    rows, begin = text_windows(model, tokenizer, text, windows=windows, seqlen=seqlen, bos=bos)
+    count = len(rows)
     started = time.perf_counter()
     first, at_once = max(len(begin), 1), max(1, TOKENS_AT_ONCE.on(model.device) // seqlen)
     return PerplexityResult(

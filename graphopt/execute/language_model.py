@@ -185,6 +185,9 @@ class ProgramModel(LanguageModel):
         keep_weights: Hold every weight after its first use; otherwise each run reads them again
             and needs the memory of one layer.
         device: Where to run.
+
+    Attributes:
+        runner: Runs the program.
     """
 
     backend = "program"
@@ -197,28 +200,28 @@ class ProgramModel(LanguageModel):
         self.tokenizer = Path(program.tokenizer) if program.tokenizer else None
         self.length = context_length(program)
         self.device = device
-        self._runner = CheckedRunner(program, device=device, keep_weights=keep_weights)
+        self.runner = CheckedRunner(program, device=device, keep_weights=keep_weights)
 
     def log_likelihoods(self, input_ids: Tensor) -> Tensor:
         return self._likelihoods.of(input_ids).cpu()
 
     @functools.cached_property
     def _likelihoods(self) -> ProgramLikelihoods:
-        return ProgramLikelihoods(self._runner)
+        return ProgramLikelihoods(self.runner)
 
     def start(self, batch: int) -> Any:
-        states = self._runner.program.states
-        return self._runner.empty_cache(batch) if states else _Replay()
+        states = self.runner.program.states
+        return self.runner.empty_cache(batch) if states else _Replay()
 
     def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         if not isinstance(cache, _Replay):
-            outputs, cache = self._runner.run(inputs, cache)
+            outputs, cache = self.runner.run(inputs, cache)
             return outputs[0].float().cpu(), cache
         new = inputs["input_ids"]
         ids = new if cache.input_ids is None else torch.cat([cache.input_ids, new], 1)
         whole = complete_inputs({"input_ids": ids, "attention_mask": inputs["attention_mask"]})
-        outputs, _ = self._runner.run(whole)
+        outputs, _ = self.runner.run(whole)
         return outputs[0][:, -new.shape[1] :].float().cpu(), _Replay(ids)
 
 

@@ -25,22 +25,23 @@ VERSION = 1
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _BARE = re.compile(r"[A-Za-z0-9_.+/:@-]+")
-_REMEDY = "Write PASS or PASS{option=value,...}, separated by commas."
 
 
 class _Reader:
     """Reads the text form: a cursor over one string."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, what: str = "Recipe", item: str = "pass") -> None:
+        self.text, self.what, self.item = text, what, item
         self.at = 0
 
     def error(self, wanted: str) -> UsageError:
         rest = self.text[self.at : self.at + 12]
         found = f"{rest!r}" if rest else "the end"
         return UsageError(
-            f"Recipe {self.text!r}, character {self.at + 1}: expected {wanted}, found {found}.",
-            _REMEDY,
+            f"{self.what} {self.text!r}, character {self.at + 1}: expected {wanted}, found "
+            f"{found}.",
+            f"Write {self.item.upper()} or {self.item.upper()}{{option=value,...}}, separated by "
+            "commas.",
         )
 
     def skip_space(self) -> None:
@@ -69,7 +70,7 @@ class _Reader:
         if self.at == len(self.text):
             return items
         while True:
-            name = self.match(_NAME, "the name of a pass")
+            name = self.match(_NAME, f"the name of a {self.item}")
             items.append((name, self.options() if self.take("{") else {}))
             self.skip_space()
             if self.at == len(self.text):
@@ -127,6 +128,19 @@ def parse_recipe(text: str) -> list[Pass]:
         UsageError: With the position of what is wrong, or the nearest known name.
     """
     return [make_pass(name, options) for name, options in _Reader(text).recipe()]
+
+
+def parse_named_options(text: str, what: str, item: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return names and their options in the text form that recipes have, values as text.
+
+    Args:
+        what: What error messages call the text.
+        item: What they call that which is named.
+
+    Raises:
+        UsageError: With the position of what is wrong.
+    """
+    return _Reader(text, what, item).recipe()
 
 
 def _format_value(value: Any) -> str:

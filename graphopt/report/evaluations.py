@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pydantic
 
+from graphopt.report.kv_policies import PolicyFigures, policies_section
 from graphopt.report.pictures import table
 from graphopt.report.records import PAGE_NAME, REPORT_NAME
 from graphopt.support.inputs import OpenSchema, parse, read_json, read_utf8
@@ -30,6 +31,7 @@ class Evaluation(OpenSchema):
         perplexity, tokens: On the text.
         piqa_accuracy, piqa_rows: On questions of PIQA, from 0 to 1.
         tokens_per_second: How many tokens of the text were run in a second.
+        kv_policies: What KV policies did on the text; the model as it is comes first.
     """
 
     model: str
@@ -42,6 +44,7 @@ class Evaluation(OpenSchema):
     piqa_accuracy: float | None = None
     piqa_rows: int = 0
     tokens_per_second: float | None = None
+    kv_policies: list[PolicyFigures] = pydantic.Field(default_factory=list, max_length=1_000)
 
 
 class _Saved(OpenSchema):
@@ -68,7 +71,7 @@ def add_evaluation(folder: Path, evaluation: Evaluation) -> None:
 
 
 def evaluations_section(evaluations: Sequence[Evaluation]) -> str:
-    """Return the card of evaluations, between marks by which it is replaced; empty for none."""
+    """Return the cards of evaluations, between marks by which they are replaced; none for none."""
     if not evaluations:
         return f"{_BEGIN}{_END}"
     texts = {one.text: (one.text_sha256 or "")[:12] for one in evaluations if one.text is not None}
@@ -79,7 +82,16 @@ def evaluations_section(evaluations: Sequence[Evaluation]) -> str:
     return (
         f'{_BEGIN}<section class="card"><h2>Evaluated</h2><p class="dim">{escape(note)}'
         "Rows on one text, form and device compare with each other.</p>"
-        f"{table(headings, rows)}</section>{_END}"
+        f"{table(headings, rows)}</section>{_policies(evaluations)}{_END}"
+    )
+
+
+def _policies(evaluations: Sequence[Evaluation]) -> str:
+    """Return the cards of what KV policies did."""
+    return "".join(
+        policies_section(one.kv_policies, f"{one.text} ({one.model})")
+        for one in evaluations
+        if one.kv_policies
     )
 
 

@@ -6,7 +6,10 @@ All return HTML whose texts are escaped. Styles are those of `page.html`: `embed
 
 from __future__ import annotations
 
+import base64
 import math
+import struct
+import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from typing import Protocol
@@ -205,3 +208,27 @@ def curves(
 def axis(*ends: str) -> str:
     """Return the texts under a picture, from left to right."""
     return f'<div class="axis">{"".join(f"<span>{escape(end)}</span>" for end in ends)}</div>'
+
+
+def heat_map(shares: Sequence[Sequence[float]], label: str) -> str:
+    """Return a picture of rows of shares, from 0, which is empty, to 1.
+
+    It is a PNG within the page: a rectangle each would make large pages.
+
+    Args:
+        label: What it shows, for readers of screens.
+    """
+    colour = bytes((29, 115, 185))
+    rows = b"".join(
+        b"\0" + b"".join(colour + bytes((round(255 * min(max(share, 0.0), 1.0)),)) for share in row)
+        for row in shares
+    )
+    width, height = len(shares[0]) if shares else 0, len(shares)
+    head = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)  # 8 bits of colours and alpha
+    parts = ((b"IHDR", head), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b""))
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts
+    )
+    data = base64.b64encode(png).decode("ascii")
+    return f'<img class="heat" alt="{escape(label)}" src="data:image/png;base64,{data}">'

@@ -1,0 +1,158 @@
+"""A KV policy as a user names it: its budget in tokens, or as a share of a text."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from graphopt.errors import UsageError, unknown_name
+from graphopt.ir.kv_policies import POLICIES, KVPolicy, PageBudget, policy_from_dict
+
+DEFAULTS = {"page": 16, "sink": 64, "local": 64, "dense_layers": 0}
+"""Tokens of a page, and those at the front and the newest ones that are always read; and how many
+layers read all."""
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """A policy whose budget may hang on the length of the texts that it is measured on.
+
+    Attributes:
+        kind: The name of the policy.
+        budget: Tokens that a step reads for each KV head, sink and local included; or which share
+            of a text's tokens, below 1. None for policies that read all.
+        page, sink, local: In tokens.
+        dense_layers: How many attentions at the front of a model read all keys.
+        own: The fields that the policy has beside its budget, as plain values.
+        text: As it was written.
+    """
+
+    kind: str
+    budget: int | Fraction | None
+    page: int
+    sink: int
+    local: int
+    dense_layers: int
+    own: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+    @classmethod
+    def of(cls, kind: str, options: Mapping[str, str]) -> PolicySpec:
+        """Return the policy of a name and of options as text.
+
+        Args:
+            options: `budget`, such as "1/8" or "1024"; `page`, `sink`, `local` and `dense_layers`;
+                `calibrate`, the steps from one dense step to the next; and what the policy has of
+                its own.
+
+        Raises:
+            UsageError: There is no such policy or option, a value is none of its kind, or the
+                budget is missing.
+        """
+        if kind not in POLICIES:
+            raise unknown_name("KV policy", kind, POLICIES)
+        fields = _own_fields(POLICIES[kind])
+        known = [*DEFAULTS, "budget", *("calibrate" if n == CALIBRATE else n for n in fields)]
+        numbers, own, budget = dict(DEFAULTS), {}, None
+        for name, value in options.items():
+            if name == "budget":
+                budget = _budget(value)
+            elif name in DEFAULTS:
+                numbers[name] = _plain(name, value, int)
+            elif name in known:
+                name = CALIBRATE if name == "calibrate" else name
+                own[name] = _plain(name, value, fields[name])
+            else:
+                raise unknown_name(f"option of the KV policy {kind}", name, known)
+        if budget is None and kind not in READ_ALL:
+            raise UsageError(
+                f"The KV policy {kind} has no budget.",
+                f"Write {kind}{{budget=1/8}} for an eighth of a text's tokens, or a number of "
+                "tokens per KV head, sink and local included.",
+            )
+        given = ",".join(f"{name}={value}" for name, value in options.items())
+        return cls(kind, budget, **numbers, own=own, text=f"{kind}{{{given}}}" if given else kind)
+
+    def budget_tokens(self, tokens: int) -> int | None:
+        """Return the budget for texts of so many tokens; None where all is read.
+
+        Of a share the whole pages count.
+        """
+        if self.budget is None:
+            return None
+        if isinstance(self.budget, int):
+            return self.budget
+        return int(self.budget * tokens) // self.page * self.page if self.page > 0 else 0
+
+    def policy(self, tokens: int) -> KVPolicy:
+        """Return the policy for texts of so many tokens, without weights.
+
+        Raises:
+            UsageError: Pages do not come out even, the budget is below sink plus local, or the
+                policy refuses a value.
+        """
+        given = self.budget_tokens(tokens)
+        least = self.sink + self.local
+        budget = PageBudget.of(self.page, least if given is None else given, self.sink, self.local)
+        values = {"kind": self.kind, **dataclasses.asdict(budget), **self.own}
+        return policy_from_dict(values)
+
+
+CALIBRATE = "calibrate_every"
+READ_ALL = ("dense",)
+
+
+def _own_fields(policy: type[KVPolicy]) -> dict[str, Any]:
+    """Return the types of the fields that a policy has beside its budget, without weights."""
+    hints = typing.get_type_hints(policy)
+    return {
+        each.name: hints[each.name]
+        for each in dataclasses.fields(policy)
+        if each.name != "budget" and each.compare
+    }
+
+
+def _budget(text: str) -> int | Fraction:
+    """Return tokens, or a share below 1.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    try:
+        budget = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        budget = Fraction(0)
+    if 0 < budget < 1:
+        return budget
+    if budget < 1 or budget.denominator != 1:
+        raise UsageError(
+            f"A budget of {text!r}.",
+            "Give a share such as 1/8, or a whole number of tokens per KV head.",
+        )
+    return int(budget)
+
+
+def _plain(name: str, text: str, hint: Any) -> Any:
+    """Return the value of a text as a field has it.
+
+    Raises:
+        UsageError: It is none.
+    """
+    hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in hints and text.lower() == "none":
+        return None
+    for kind in hints:
+        try:
+            if kind is bool and text.lower() in ("true", "false"):
+                return text.lower() == "true"
+            if kind in (int, float, str):
+                return kind(text)
+        except ValueError:
+            continue
+    named = " or ".join(getattr(kind, "__name__", str(kind)) for kind in hints)
+    raise UsageError(f"{name}={text} is no {named}.", "Give such a value.")
