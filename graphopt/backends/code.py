@@ -21,7 +21,7 @@ from graphopt.files.confined import files_inside, inside
 from graphopt.ir.graph import Program
 
 MODEL_NAME = "model.py"
-KERNELS = "kernels"
+KERNELS, POLICIES = "kernels", "policies"
 _TRUSTED = (".py", ".cu", ".cubin", ".ptx")
 
 
@@ -37,7 +37,7 @@ class PrivateCode:
         self.root = Path(self._folder.name)
         for name, data in files.items():
             path = self.root / name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
 
     def import_model(self) -> ModuleType:
@@ -101,7 +101,10 @@ def trusted_code(root: Path) -> PrivateCode:
     Raises:
         SourceError: A file cannot be read, or is a link out of the folder.
     """
-    paths = [inside(root, MODEL_NAME), *files_inside(root, f"{KERNELS}/*")]
+    folders = (KERNELS, POLICIES)
+    paths = [inside(root, MODEL_NAME)]
+    for folder in (*folders, *(f"{folder}/kv_policies" for folder in folders)):
+        paths += files_inside(root, f"{folder}/*")
     files: dict[str, bytes] = {}
     for path in paths:
         if path.suffix in _TRUSTED:

@@ -8,10 +8,15 @@ head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from graphopt.ir import functional
+from graphopt.ir.kv_memory import PolicyKV
+from graphopt.ir.kv_policies import KVHeads, policy_from_dict
 from graphopt.ir.kv_policies.base import KVPolicy, State
 from graphopt.ir.kv_policies.pages import Filled
 from graphopt.ir.kv_policies.probabilities import Scoring, page_probabilities
@@ -74,6 +79,59 @@ def policy_attention(
     )
     probabilities = page_probabilities(maxima, lse, k.shape[1])[:, :, 0]
     return out, (k, v), policy.observe(state, selected, probabilities, new_k, lengths)
+
+
+def cached_policy_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: PolicyKV,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, PolicyKV]:
+    """`policy_attention` on a cache that has keys, values and the policy's state in one.
+
+    Args:
+        past: From `empty_caches` or the step before; it is not changed.
+        options: As for `policy_attention`.
+
+    Returns:
+        The output [B, H, S, Dv], and the cache with the new tokens in it.
+    """
+    policy: KVPolicy = options["policy"]
+    names = state_names(policy, q, k, v)
+    state = dict(zip(names, past.state, strict=False))
+    past_k, past_v = past
+    out, kv, left = policy_attention(q, k, v, (past_k, past_v), state, mask, sinks, **options)
+    return out, PolicyKV(kv, tuple(left[name] for name in names))
+
+
+def state_names(policy: KVPolicy, q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    """Return the names of what a policy remembers of an attention, in their order."""
+    heads = KVHeads(k.shape[1], q.shape[1], k.shape[3], v.shape[3], v.dtype)
+    return [*policy.state_types(heads, 0, 0)]
+
+
+def empty_caches(
+    empty: Sequence[tuple[Tensor, Tensor]], policies: Sequence[dict[str, Any] | None]
+) -> list[tuple[Tensor, Tensor] | PolicyKV]:
+    """Return caches without tokens.
+
+    Args:
+        empty: For each layer keys [B, G, 0, D] and values [B, G, 0, Dv].
+        policies: For each layer the policy as `policy_to_dict` gives it; None for none.
+    """
+    return [
+        kv if policy is None else PolicyKV(kv, ())
+        for kv, policy in zip(empty, policies, strict=True)
+    ]
+
+
+def kv_policy(fields: dict[str, Any], weights: dict[str, Tensor] | None = None) -> KVPolicy:
+    """Return the policy that `policy_to_dict` gave fields of, with its weights by name."""
+    policy = policy_from_dict(fields)
+    return policy.with_weights(weights) if weights else policy
 
 
 def _lengths(k: Tensor, mask: Tensor | None) -> Filled:

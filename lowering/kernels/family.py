@@ -220,18 +220,36 @@ def get_layer_family(name: str) -> LayerFamily:
     return _LAYER_FAMILIES[name]
 
 
-_OF_IR = ("functional.py", "kv_memory.py")
+_OF_IR = ("functional.py", "kv_memory.py", "policy_attention.py")
+POLICIES = "kv_policies"
+"""The folder of the policies, in `graphopt.ir` and in models."""
 
 
 def runtime_text(name: str) -> str:
     """Return a file that goes with a model, its imports turned to its neighbours.
 
     Args:
-        name: A file of `graphopt.ir` that imports nothing of graphopt, such as `functional.py`, or
-            a path under `graphopt.runtime`.
+        name: `errors.py`, a file of `graphopt.ir` that goes into models, such as `functional.py`,
+            or a path under `graphopt.runtime`.
     """
-    package = "graphopt.ir" if name in _OF_IR else "graphopt.runtime"
+    folder, _, _ = name.rpartition("/")
+    package = "graphopt.runtime"
+    if name in _OF_IR or folder == POLICIES:
+        package = "graphopt.ir"
+    elif name == "errors.py":
+        package = "graphopt"
     text = (resources.files(package) / name).read_text(encoding="utf-8")
-    modules = r"from graphopt\.(?:ir|runtime|runtime\.kernels)\.(\w+) import"
-    text = re.sub(modules, r"from .\1 import", text)
-    return re.sub(r"from graphopt\.(?:ir|runtime) import", "from . import", text)
+    # Kernels lie beside what launches them, policies in a folder of their own.
+    up = ".." if folder == POLICIES else "."
+    modules = r"from graphopt\.(?:ir|runtime\.kernels|runtime)\.([\w.]+) import"
+    text = re.sub(modules, rf"from {up}\1 import", text)
+    text = re.sub(r"from graphopt\.(?:ir|runtime) import", f"from {up} import", text)
+    return text.replace("from graphopt.errors import", f"from {up}errors import")
+
+
+def policy_files() -> dict[str, str]:
+    """Return the text of what runs policies of KV caches, by the path in the folder it goes to."""
+    folder = resources.files("graphopt.ir") / POLICIES
+    own = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".py"))
+    names = ["errors.py", "policy_attention.py", *(f"{POLICIES}/{name}" for name in own)]
+    return {name: runtime_text(name) for name in names}

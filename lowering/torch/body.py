@@ -10,10 +10,21 @@ import sympy
 import torch
 
 from graphopt.errors import LoweringError
-from graphopt.ir.graph import Cache, Function, In, Node, Param, Value
+from graphopt.ir.attach_policy import weight_name
+from graphopt.ir.graph import Cache, Function, In, Node, Param, Value, unique_name
+from graphopt.ir.kv_policies import KVPolicy, policy_to_dict
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import resolve_target
-from graphopt.ir.ops.attention import PAST_K, PAST_V, SELECTED, is_general
+from graphopt.ir.ops.attention import (
+    ATTENTIONS,
+    MASK,
+    PAST_K,
+    PAST_V,
+    SELECTED,
+    SINKS,
+    is_general,
+)
+from graphopt.ir.ops.policy_attention import STATE
 from graphopt.ir.printer import FunctionPrinter
 from graphopt.lowering.torch.forms import callee_of, form_of
 from graphopt.lowering.torch.packed import CLASS_NAME
@@ -23,6 +34,7 @@ from graphopt.lowering.torch.text import (
     identifier,
     joint_name,
     literal,
+    quoted,
     size_text,
     sizes_of,
 )
@@ -38,6 +50,8 @@ _ATEN_CALLEES = {
 _POSITIONAL = {"add_rms_norm": 3, "layer_norm": 3, "rms_norm": 2}
 _BINDS = {"add": 1, "mul": 2, "scale": 2}
 _SIZES = ("B", "S", "P", "device")
+# Attributes that an attention with a policy is given as they are.
+_OPTIONS = ("layer", "scale", "softcap")
 # Where the factors of a product with several weights begin among its operands.
 _OF_FACTORS = {"fused_linear": 1, "packed_linear": 1, "integer_linear": 2}
 
@@ -54,6 +68,7 @@ class BodyPrinter(FunctionPrinter):
         params: Python name of every parameter, in order.
         pasts: Python name of the parameter for every cache slot.
         attributes: Attribute of the module for every weight slot that has one of its own.
+        policies: Attribute of the module for the policy of each attention that has one.
         packs: Slots of the weights, or biases, that lie in one attribute, by its name.
         options: Attribute of the module for every call attribute.
         quantised: The packed weights; reading one gives the values that its codes stand for.
@@ -84,16 +99,18 @@ class BodyPrinter(FunctionPrinter):
         }
         own = [*self.attributes.values(), *self.packs, *map(sizes_of, self.packs)]
         self.options = attribute_names(list(mentioned), own)
+        self.policies = self._policies()
         self._names = dict(zip(function.params, self.params, strict=True))
         for slot, value in function.weights.items():
             if slot in self.attributes:
                 self._names[value] = f"self.{self.attributes[slot]}"
                 if slot in packed:
                     self._names[value] += "()"
+        self._own = set(function.weights.values())
         self.quantised = {function.weights[slot] for slot in packed}
         self._cache_of = {c.past_k: c for c in function.caches}
         self._presents = self._whole_caches()
-        for value in (v for c in function.caches for v in (c.past_k, c.past_v)):
+        for value in (v for c in function.caches for v in c.pasts):
             self._names[value] = self._claim(value.name)
         for node in function.nodes:
             for value in node.outputs:
@@ -142,6 +159,9 @@ class BodyPrinter(FunctionPrinter):
 
     def targets(self, node: Node) -> list[str]:
         texts = super().targets(node)
+        if node.op == "policy_attention":
+            # Keys, values and what the policy remembers come as one cache.
+            return [texts[0], self._presents[node.outputs[1]]]
         if node.op == "attention" and self._pasts_of(node):
             # Keys and values come as one cache.
             cache = self._presents.get(node.outputs[1], f"({texts[1]}, {texts[2]})")
@@ -251,7 +271,7 @@ class BodyPrinter(FunctionPrinter):
 
     def _past(self, node: Node) -> Cache | None:
         """Return the cache whose keys and values an attention reads as its past."""
-        if node.op != "attention" or len(node.inputs) <= PAST_V:
+        if node.op not in ATTENTIONS or len(node.inputs) <= PAST_V:
             return None
         k, v = node.inputs[PAST_K], node.inputs[PAST_V]
         cache = None if k is None else self._cache_of.get(k)
@@ -275,6 +295,49 @@ class BodyPrinter(FunctionPrinter):
         texts += self.options_of(node)
         call = self.helper("attention_results" if general else "cached_attention", ", ".join(texts))
         return call if len(node.outputs) > 1 else f"{call}[0]"
+
+    def policy_attention(self, node: Node) -> str:
+        """Return an attention with a policy, which takes the whole cache.
+
+        Raises:
+            ValueError: Something else reads the keys or values that it leaves.
+        """
+        cache = self._past(node)
+        if cache is None or node.outputs[1] not in self._presents:
+            raise ValueError("something else reads its keys, which lie with what a policy keeps")
+        self.helpers.add(node.op)
+        q, k, v = (self.name(value) for value in node.inputs[:3] if value is not None)
+        texts = [q, k, v, self.pasts[cache.slot]]
+        for name, place in (("mask", MASK), ("sinks", SINKS)):
+            value = node.operand(place)
+            texts += [] if value is None else [f"{name}={self.name(value)}"]
+        texts.append(f"policy=self.{self.policies[node]}")
+        plain = Node(node.op, node.inputs, {k: v for k, v in node.attrs.items() if k in _OPTIONS})
+        return f"policy_attention({', '.join([*texts, *self.options_of(plain)])})"
+
+    def _policies(self) -> dict[Node, str]:
+        """Return the attribute of the module for the policy of each attention with one."""
+        nodes = [node for node in self.function.nodes if node.op == "policy_attention"]
+        taken = {*self.attributes.values(), *self.packs, *self.options.values()}
+        names: dict[Node, str] = {}
+        for node in nodes:
+            names[node] = unique_name("policy", taken)
+            taken.add(names[node])
+        return names
+
+    def policy_text(self, node: Node) -> str:
+        """Return what makes the policy of an attention, of the module's weights."""
+        policy: KVPolicy = node.attrs["policy"]
+        fields = ", ".join(f"{quoted(k)}: {literal(v)}" for k, v in policy_to_dict(policy).items())
+        given = [value for value in node.inputs[STATE:] if value in self._own]
+        if not given:
+            return f"kv_policy({{{fields}}})"
+        slots = self.function.slots_by_value()
+        weights = ", ".join(
+            f"{quoted(slots[value].removeprefix(weight_name('')))}: {self._names[value]}"
+            for value in given
+        )
+        return f"kv_policy({{{fields}}}, {{{weights}}})"
 
     def _past_text(self, node: Node, pasts: Sequence[Value]) -> str:
         cache = self._past(node)

@@ -77,6 +77,8 @@ class ModuleClass:
             lines += wrap(f"self.{attribute}, self.{sizes_of(attribute)} = pack({parts})", 8)
         for attribute in self.body.options.values():
             lines.append(f"        self.{attribute} = {attribute}")
+        for node, attribute in self.body.policies.items():
+            lines += wrap(f"self.{attribute} = {self.body.policy_text(node)}", 8)
         lines.append("")
         texts = self.body.results()
         lines += wrap_def("forward", self._params(), self._returns(), 4)

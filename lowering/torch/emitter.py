@@ -15,6 +15,7 @@ from graphopt.ir.graph import Program
 from graphopt.ir.types import DTYPES
 from graphopt.ir.weights import Weight
 from graphopt.lowering.base import NOTHING, Emitted, Emitter
+from graphopt.lowering.kernels.family import policy_files, runtime_text
 from graphopt.lowering.kernels.plan_kernels import compute_dtype
 from graphopt.lowering.tokenizer import (
     TEMPLATE_NAME,
@@ -38,6 +39,13 @@ from graphopt.support.progress import Progress
 from graphopt.targets import get_target
 
 MODEL_NAME = "model.py"
+POLICY_FOLDER = "policies"
+_POLICY_INIT = '''"""Which pages of a KV cache a step reads; written by graphopt."""
+
+from .policy_attention import cached_policy_attention, empty_caches, kv_policy
+
+__all__ = ["cached_policy_attention", "empty_caches", "kv_policy"]
+'''
 
 
 def source_files(program: Program, target: str) -> dict[str, str]:
@@ -56,7 +64,15 @@ def _texts(program: Program, target: str) -> tuple[dict[str, str], LoweredKernel
     texts = {MODEL_NAME: render_model(program, target, lowered)}
     if kernels is not None:
         texts |= {f"{FOLDER}/{name}": text for name, text in kernels.files().items()}
+    elif any(state.policy for state in program.states.values()):
+        texts |= {f"{POLICY_FOLDER}/{name}": text for name, text in policy_package().items()}
     return texts, kernels
+
+
+def policy_package() -> dict[str, str]:
+    """Return the text of every file of the folder `policies`, by path."""
+    shared = {name: runtime_text(name) for name in ("functional.py", "kv_memory.py")}
+    return {"__init__.py": _POLICY_INIT, **shared, **policy_files()}
 
 
 def _without_kernel(kernels: LoweredKernels) -> list[tuple[str, str]]:
@@ -113,7 +129,7 @@ class TorchEmitter(Emitter):
         sources, kernels = _texts(program, target)
         for name, text in sources.items():
             path = root / name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8", newline="\n")
         files = [root / name for name in sources]
         notes: list[tuple[str, str]] = []

@@ -99,6 +99,11 @@ def _attention(printer: BodyPrinter, node: Node) -> str:
     return printer.attention(node)
 
 
+@torch_form("policy_attention")
+def _policy_attention(printer: BodyPrinter, node: Node) -> str:
+    return printer.policy_attention(node)
+
+
 @torch_form("fused_linear")
 def _fused_linear(printer: BodyPrinter, node: Node) -> str:
     return printer.fused_linear(node)

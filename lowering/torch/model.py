@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Call, Function, Program, Value, resolve_attrs, unique_name
+from graphopt.ir.kv_policies import policy_to_dict
 from graphopt.ir.ops.attention import PAST_K
 from graphopt.lowering.torch.classes import ModuleClass
 from graphopt.lowering.torch.flow import CallRun, Carried, Flow, find_runs
@@ -59,6 +60,7 @@ class ModelClass:
         self.program = program
         self.classes = classes
         self.unmasked, self.with_kernels = unmasked, with_kernels
+        self.has_policies = any(state.policy for state in program.states.values())
         self.flow = Flow(program)
         signatures = {name: made.signature() for name, made in classes.items()}
         self.runs = find_runs(self.flow, program, lambda a, b: signatures[a] == signatures[b])
@@ -165,20 +167,28 @@ class ModelClass:
         sizes = [(state.heads, state.k_dim, state.v_dim) for state in states]
         shapes = series([f"({', '.join(map(literal, row))})" for row in sizes])
         paged = any(state.layout.kind == "paged" for state in states)
+        made: str | None = None
+        if self.with_kernels and (paged or self.has_policies):
+            more = ", self.kv_policies" if self.has_policies else ""
+            made = f"kernels.growing_caches(empty, self.kv_layouts{more})"
+        elif self.has_policies:
+            made = "policies.empty_caches(empty, self.kv_policies)"
         return [
             *lines,
             '        """Return the cache before the first token: keys and values of each layer."""',
             "        like = next(p for p in self.parameters() if p.is_floating_point())",
-            f"        {'empty =' if paged else 'return'} [",
+            f"        {'return' if made is None else 'empty ='} [",
             "            (like.new_zeros(batch, heads, 0, k), like.new_zeros(batch, heads, 0, v))",
             *wrap(f"for heads, k, v in {shapes}", 12),
             "        ]",
-            *(["        return kernels.growing_caches(empty, self.kv_layouts)"] if paged else []),
+            *([] if made is None else [f"        return {made}"]),
         ]
 
     def _layouts(self) -> list[str]:
-        """Return the statement that says how the caches of all layers lie."""
-        if not (self.with_kernels and self.states):
+        """Return the statements that say how the caches of all layers lie, and their policies."""
+        if not self.with_kernels:
+            return [*self._policies(), ""] if self.has_policies else []
+        if not self.states:
             return []
         layouts = [state.layout for state in self.program.states.values()]
         rows = series([f"({quoted(layout.kind)}, {layout.size})" for layout in layouts])
@@ -186,8 +196,19 @@ class ModelClass:
         held = "    # Bits of their codes in a cache of fixed room; 16 where they are not rounded."
         bits = series([str(kv_bits(self.program, name)) for name in self.program.states])
         return [
-            about, *wrap(f"kv_layouts = {rows}", 4), held, *wrap(f"kv_bits = {bits}", 4), "",
+            about, *wrap(f"kv_layouts = {rows}", 4), held, *wrap(f"kv_bits = {bits}", 4),
+            *(self._policies() if self.has_policies else []), "",
         ]  # fmt: skip
+
+    def _policies(self) -> list[str]:
+        """Return the statement that says which policy each layer's cache has."""
+        rows: list[str] = []
+        for state in self.program.states.values():
+            fields = {} if state.policy is None else policy_to_dict(state.policy)
+            texts = [f"{quoted(name)}: {literal(value)}" for name, value in fields.items()]
+            rows.append(f"{{{', '.join(texts)}}}" if texts else "None")
+        about = "    # What selects the pages that a step of one token reads; None reads all."
+        return [about, *wrap(f"kv_policies = {series(rows)}", 4)]
 
     # --- the calls ---
 
@@ -272,8 +293,14 @@ class ModelClass:
     def _past_tokens(self) -> list[str]:
         """Return the statements that set P, which a ring does not tell once it is full."""
         rings = [state.layout.ring is not None for state in self.program.states.values()]
-        item = f"cache[{0 if all(rings) else rings.index(False)}]"
-        held = f"kernels.tokens_held({item})" if self.with_kernels else f"{item}[0].shape[2]"
+        number = 0 if all(rings) else rings.index(False)
+        item = f"cache[{number}]"
+        if self.with_kernels:
+            held = f"kernels.tokens_held({item})"
+        elif list(self.program.states.values())[number].policy is not None:
+            held = f"{item}.kv[0].shape[2]"
+        else:
+            held = f"{item}[0].shape[2]"
         if not all(rings):
             return [f"P = {held}"]
         return [

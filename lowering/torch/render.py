@@ -15,6 +15,7 @@ from graphopt.ir.context import rotary_switch
 from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.graph import Function, Node, Program, resolve_attrs
 from graphopt.ir.ops import is_aten
+from graphopt.ir.ops.attention import ATTENTIONS
 from graphopt.ir.shapes import infer_program
 from graphopt.lowering.torch import packed, template
 from graphopt.lowering.torch.body import reads_present
@@ -71,6 +72,12 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
     kernels = lower_attentions(lowered, target)
     if kernels is None:
         _check_layouts(program)
+    elif any(state.policy for state in program.states.values()):
+        raise LoweringError(
+            f"{program.name} has policies that select pages of its KV cache, and models for "
+            f"{kernels.target.title} read all keys.",
+            "Emit for the CPU, or leave attach-kv-policy out.",
+        )
     classes = _classes(lowered)
     ahead = kernels.functions() if kernels is not None else []
     unmasked, with_kernels = mask_is_for_attention_alone(program), kernels is not None
@@ -88,7 +95,9 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
     used = [name for name in ahead if name in helpers]
     body = [
         "# What the layers are made of.",
+        *([template.PACKAGE.strip()] if kernels or whole.has_policies else []),
         *([template.kernels(kernels.device, used).strip()] if kernels else []),
+        *([template.POLICIES.strip()] if whole.has_policies and not kernels else []),
         *_sources(helpers.difference(ahead)),
         "# The layers.",
         *parts,
@@ -156,7 +165,7 @@ def _causal(program: Program) -> bool:
         resolve_attrs(node, call)["causal"]
         for call in program.calls
         for node in program.functions[call.function].nodes
-        if node.op == "attention"
+        if node.op in ATTENTIONS
     )
 
 
@@ -256,6 +265,8 @@ def _docstring(program: Program, kernels: LoweredKernels | None) -> str:
     needs = "torch and safetensors, and model.safetensors"
     if kernels is not None:
         needs = f"{', '.join(kernels.packages)}, and model.safetensors and kernels"
+    elif any(state.policy for state in program.states.values()):
+        needs += " and policies"
     prompts = "--prompt needs tokenizers, and jinja2 where the model has a chat template."
     rest = f"{origin}Needs {needs} beside this file. {prompts}"
     usage = """

@@ -72,7 +72,7 @@ def load(with_kernels: bool) -> str:
     )
 
 
-_KERNELS = '''
+PACKAGE = '''
 def package(folder: Path) -> ModuleType:
     """Import a folder of modules under a name of its own, whatever else is called so."""
     name = f"kernels_{abs(hash(folder.resolve())):x}"
@@ -85,12 +85,13 @@ def package(folder: Path) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+'''
 
-
+_KERNELS = """
 kernels = package(Path(__file__).with_name("kernels"))
 {names}
 DEVICE = "{device}" if hasattr(torch, "{device}") and torch.{device}.is_available() else "cpu"
-'''
+"""
 
 
 def kernels(device: str, names: Sequence[str]) -> str:
@@ -98,6 +99,11 @@ def kernels(device: str, names: Sequence[str]) -> str:
     lines = "\n".join(f"{name} = kernels.{name}" for name in names)
     return _KERNELS.replace("{device}", device).replace("{names}", lines)
 
+
+POLICIES = """
+policies = package(Path(__file__).with_name("policies"))
+policy_attention, kv_policy = policies.cached_policy_attention, policies.kv_policy
+"""
 
 _READ_AGAIN = '''
 def steps_read_again(model: Model, texts: list[list[int]], count: int) -> Iterator[list[int]]:

@@ -1,0 +1,132 @@
+"""Torch packages whose caches have policies: their tokens and logits are the interpreter's."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from emitted import load_file
+from programs import tiny_program
+
+import graphopt as go
+from graphopt.backends.opening import open_language_model
+from graphopt.execute.interpreter import Runner
+from graphopt.generate import generate_ids
+from graphopt.ir import Program
+from graphopt.ir.attach_policy import with_policies
+from graphopt.ir.kv_policies import POLICIES, KVHeads, policy_from_dict
+from graphopt.ir.kv_policies.attention_cnn import new_weights
+
+BUDGET = {"page": 4, "pages": 3, "sink": 1, "local": 1}
+
+
+def attached(kind: str, layers: int = 3, **options: Any) -> Program:
+    """Return a program whose first layer reads all keys."""
+    program = tiny_program(cache=True, layers=layers, sinks=True)
+    policy = policy_from_dict({"kind": kind, **BUDGET, **options})
+    weights = new_weights(2, seed=1) if policy.weight_types(KVHeads(2, 4, 8, 8)) else {}
+    return with_policies(program, dict.fromkeys([*program.states][1:], policy), weights)
+
+
+def texts(lengths: list[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 97, (n,), generator=generator).tolist() for n in lengths]
+
+
+def interpreted(program: Program, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """Return the likeliest tokens behind prompts of unequal length, by the program."""
+    runner, longest = Runner(program), max(map(len, prompts))
+    pads = [longest - len(text) for text in prompts]
+    new = torch.tensor([[0] * pad + text for pad, text in zip(pads, prompts, strict=True)])
+    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
+    past, made = None, []
+    for _ in range(count):
+        (logits,), past = runner.run({"input_ids": new, "attention_mask": mask}, past)
+        new = logits[:, -1:].argmax(-1)
+        mask = torch.cat((mask, mask.new_ones(len(prompts), 1)), 1)
+        made.append(new)
+    return torch.cat(made, 1).tolist()
+
+
+def package(program: Program, folder: Any, target: str = "cpu") -> Any:
+    go.emit(program, folder / "out", target=target, emit=("torch",), dtype="float32")
+    return load_file(folder / "out" / "model.py")
+
+
+@pytest.mark.parametrize("kind", sorted(POLICIES))
+def test_tokens_are_the_interpreters(kind, tmp_path):
+    program = attached(kind)
+    module = package(program, tmp_path)
+    model = module.load(tmp_path / "out", dtype=torch.float32)
+    prompts = texts([21, 9, 14])
+    wanted = interpreted(program, prompts, 24)
+    assert module.generate(model, prompts, 24) == wanted
+    (alone,) = interpreted(program, prompts[:1], 24)
+    assert module.generate(model, prompts[0], 24) == alone
+    if kind != "dense":
+        plain = interpreted(tiny_program(cache=True, layers=3, sinks=True), prompts, 24)
+        assert plain != wanted  # it does leave something out
+
+
+def test_logits_are_the_interpreters_step_by_step(tmp_path):
+    program = attached("ema", calibrate_every=3)
+    module = package(program, tmp_path)
+    model = module.load(tmp_path / "out", dtype=torch.float32)
+    runner, past, cache = Runner(program), None, None
+    ids = torch.tensor(texts([40]))
+    for start, stop in itertools.pairwise([0, 17, *range(18, 30), 34, *range(35, 41)]):
+        step = ids[:, start:stop]
+        mask = torch.ones(1, stop, dtype=torch.long)
+        (wanted,), past = runner.run({"input_ids": step, "attention_mask": mask}, past)
+        with torch.no_grad():
+            found, cache = model(step, cache=cache)
+        # Some hundred roundings in fp32 of logits of order 1.
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    for kept, name in zip(cache[1:], [*program.states][1:], strict=True):
+        for mine, theirs in zip(kept.state, past[name].state, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_the_file_says_what_the_policy_is(tmp_path):
+    program = attached("quest")
+    package(program, tmp_path)
+    root = tmp_path / "out"
+    text = (root / "model.py").read_text()
+    fields = '{"kind": "quest", "page": 4, "pages": 3, "sink": 1, "local": 1}'
+    assert f"self.policy = kv_policy({fields})" in " ".join(text.split()).replace("( {", "({")
+    assert "Needs torch and safetensors, and model.safetensors and policies beside" in " ".join(
+        text.split()
+    )
+    names = {path.relative_to(root).as_posix() for path in root.rglob("*.py")}
+    assert {"policies/kv_policies/quest.py", "policies/functional.py"} <= names
+    for name in names:
+        assert "graphopt." not in (root / name).read_text().split('"""', 2)[2]
+
+
+def test_generate_opens_the_package(tmp_path):
+    """Its code is what graphopt writes, policies too; a changed file is refused."""
+    program = attached("quest")
+    package(program, tmp_path)
+    (prompt,) = texts([30])
+    (wanted,) = interpreted(program, [prompt], 12)
+    model = open_language_model(str(tmp_path / "out"), backend="torch")
+    assert list(generate_ids(model, prompt, stop=set(), max_new_tokens=12)) == wanted
+    path = tmp_path / "out" / "policies" / "kv_policies" / "quest.py"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(go.GraphoptError, match=r"quest\.py is not the file that graphopt writes"):
+        open_language_model(str(tmp_path / "out"), backend="torch")
+    trusted = open_language_model(str(tmp_path / "out"), backend="torch", trust_remote_code=True)
+    assert list(generate_ids(trusted, prompt, stop=set(), max_new_tokens=12)) == wanted
+
+
+def test_the_program_itself_generates(tmp_path):
+    program = attached("quest")
+    (prompt,) = texts([30])
+    go.emit(program, tmp_path / "out", emit=("torch",), dtype="float32")
+    model = open_language_model(str(tmp_path / "out"), backend="program")
+    assert (
+        list(generate_ids(model, prompt, stop=set(), max_new_tokens=12))
+        == interpreted(program, [prompt], 12)[0]
+    )
