@@ -220,7 +220,7 @@ class AttentionDispatcher:
             keys = replace(keys, selected_blocks=selected)
         plan = self._choose(q, keys, extras, options)
         if plan is None:
-            return _by_reference(q, keys, extras, options)
+            return by_reference(q, keys, extras, options)
         if extras.bias is not None:
             extras = replace(extras, bias=extras.bias.to(q.dtype))
         run = self._load(plan)
@@ -332,7 +332,7 @@ class AttentionDispatcher:
             warnings.warn(reason, stacklevel=4)
 
 
-def _by_reference(q: Tensor, keys: Keys, extras: Extras, options: Mapping[str, Any]) -> Results:
+def by_reference(q: Tensor, keys: Keys, extras: Extras, options: Mapping[str, Any]) -> Results:
     """Return what an attention gives, by `functional`."""
     own = ("lse", "page_max", "ring", "selected_blocks", "page", "kv_bits")
     plain = {name: value for name, value in options.items() if name not in own}

@@ -181,6 +181,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from graphopt.runtime.kernels import kv_offload as offload
 from graphopt.runtime.kernels import kv_selection as kernels
 
 TYPES = {"scores_ptr": "*fp32", "q_ptr": "*bf16", "k_ptr": "*bf16", "least_ptr": "*bf16",
@@ -206,6 +207,10 @@ sizes = {"HEAD_DIM": 128, "D0": 128}
 compiled(kernels.bound_scores, {**sizes, "GROUP": 4, "BLOCK": 64}, out_ptr="*fp32")
 compiled(kernels.extend_bounds, {**sizes, "PAGE": 16}, 1)
 compiled(kernels.observe_average, {"GROUP": 4, "BLOCK": 1024})
+words = {"host_ptr": "*i32", "pool_ptr": "*i32", "new_ptr": "*i32", "staged_ptr": "*i32",
+         "table_ptr": "*i32"}
+compiled(offload.fetch_pages, {"WORDS": 1024, "BLOCK": 1024}, **words)
+compiled(offload.append_token, {"PAGE": 16, "WORDS": 64, "BLOCK": 64, "STAGED": 1}, 1, **words)
 """
 
 

@@ -1,0 +1,465 @@
+"""Keys and values in host memory, of which a device has the pages that a step reads.
+
+Each layer has all its pages in pinned host memory, and on the device a pool with twice as many
+slots as a step reads pages. As soon as a step knows what the next one reads, the pages that are not
+there are copied into slots that nothing reads: on a stream of their own, while the rest of the
+token is computed. An event tells the next step of the layer that its pages are there. What is
+copied is the difference of two sets, page for page.
+
+A step that reads everything (calibration, or no policy) gets a whole layer in one of two buffers,
+filled while the layers in front compute.
+
+Every key head of every row reads pages of its own: for the attention it is a row with one key head.
+
+Layout letters as in `graphopt.ir.kv_policies.pages`, and L layers, R = B G rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import GraphoptError
+from graphopt.ir.kv_policies.base import KVHeads, KVPolicy, State
+from graphopt.ir.kv_policies.pages import Filled
+from graphopt.ir.kv_policies.probabilities import Scoring
+from graphopt.runtime import kv_policy
+from graphopt.runtime.attention import Keys
+from graphopt.support.devices import free_bytes
+from graphopt.support.quantities import format_bytes
+
+
+class Copies(ABC):
+    """Copies that run beside what is computed."""
+
+    @abstractmethod
+    def start(self, copy: Callable[[], None]) -> Any:
+        """Run a copy behind all that has been asked to be computed so far.
+
+        Returns:
+            What `wait` takes.
+        """
+
+    @abstractmethod
+    def wait(self, copied: Any) -> None:
+        """Let what is computed from here on begin when a copy has ended."""
+
+
+class CopyStream(Copies):
+    """Copies on a CUDA stream of their own, one behind the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def start(self, copy: Callable[[], None]) -> torch.cuda.Event:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        done = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            copy()
+            done.record()
+        return done
+
+    def wait(self, copied: torch.cuda.Event) -> None:
+        copied.wait()
+
+
+class CopyAtOnce(Copies):
+    """Copies that are done when they are asked for: on a CPU."""
+
+    def start(self, copy: Callable[[], None]) -> None:
+        copy()
+
+    def wait(self, copied: None) -> None:
+        pass
+
+
+def host_bytes(layers: int, batch: int, heads: KVHeads, capacity: int, page: int) -> int:
+    """Return the bytes of host memory that keys and values take, pages rounded up."""
+    tokens = -(-capacity // page) * page
+    return layers * batch * heads.key_heads * tokens * (heads.k_dim + heads.v_dim) * _size(heads)
+
+
+def page_bytes(heads: KVHeads, page: int) -> int:
+    """Return the bytes of a page of one key head, keys and values."""
+    return page * (heads.k_dim + heads.v_dim) * _size(heads)
+
+
+def _size(heads: KVHeads) -> int:
+    return torch.empty(0, dtype=heads.dtype).element_size()
+
+
+@dataclass
+class _Layer:
+    """What there is of a layer, and which copies are on their way.
+
+    Attributes:
+        host: Keys and values [R, N, page, D], pinned.
+        pool: Those of the slots [R S, 1, page, D].
+        slot_pages: int64 [R, S], the page in each slot, or -1.
+        table: int32 [R, N], the slot that each page was brought to last, counted over all rows, or
+            -1; what stands there of pages that are not selected is not true any more.
+        selected: int64 [R, M], the pages that the next step reads, -1 for none.
+        fetched: The copy of those, with what it reads, until somebody has waited for it.
+        staged: Number of the buffer with the whole layer, and its copy.
+    """
+
+    host: tuple[Tensor, Tensor]
+    pool: tuple[Tensor, Tensor]
+    slot_pages: Tensor
+    table: Tensor
+    selected: Tensor
+    fetched: tuple[Any, tuple[Tensor, ...]] | None = None
+    staged: tuple[int, Any] | None = None
+
+
+class OffloadedKV:
+    """Keys and values of all layers in host memory, and on a device what a step reads.
+
+    A step of a layer is `wait`, `append`, attention over `keys` (or `all_keys`, after `stage`), and
+    `prefetch` of what the next step reads.
+
+    Args:
+        layers, batch: L and B.
+        capacity: Tokens that a row has room for.
+        page: Tokens of a page.
+        read: M, pages that a step reads for each key head.
+        copies: What runs copies; by default a stream on a GPU.
+
+    Attributes:
+        pages_moved: int64 tensor: pages of one key head that were copied by `prefetch`.
+        layers_moved: How often a whole layer was copied by `stage`.
+
+    Raises:
+        GraphoptError: The host has less memory than `host_bytes`. Nothing is allocated then.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: KVHeads,
+        capacity: int,
+        *,
+        page: int,
+        read: int,
+        device: torch.device,
+        copies: Copies | None = None,
+    ) -> None:
+        needed = host_bytes(layers, batch, heads, capacity, page)
+        free = free_bytes(torch.device("cpu"))
+        if needed > free:
+            raise GraphoptError(
+                f"Keys and values of {capacity:,} tokens in {layers} layers take {needed:,} bytes "
+                f"({format_bytes(needed)}) of host memory, and {format_bytes(free)} are free.",
+                "Lower the capacity or the batch, or keep them on the device.",
+            )
+        self.heads, self.page, self.read, self.device = heads, page, read, device
+        self.batch, self.rows = batch, batch * heads.key_heads
+        self.pages, self.slots = -(-capacity // page), 2 * read
+        on_gpu = device.type == "cuda"
+        default: Copies = CopyStream(device) if on_gpu else CopyAtOnce()
+        self._copies = default if copies is None else copies
+        self.pages_moved = torch.zeros((), dtype=torch.int64, device=device)
+        self.layers_moved = 0
+        dims = (heads.k_dim, heads.v_dim)
+
+        def memory(*shape: int, **where: Any) -> tuple[Tensor, Tensor]:
+            k, v = (torch.zeros(*shape, page, dim, dtype=heads.dtype, **where) for dim in dims)
+            return k, v
+
+        self._layers = [
+            _Layer(
+                memory(self.rows, self.pages, pin_memory=on_gpu),
+                memory(self.rows * self.slots, 1, device=device),
+                torch.full((self.rows, self.slots), -1, device=device),
+                torch.full((self.rows, self.pages), -1, dtype=torch.int32, device=device),
+                torch.full((self.rows, read), -1, device=device),
+            )
+            for _ in range(layers)
+        ]
+        self._buffers = [memory(self.rows * self.pages, 1, device=device) for _ in range(2)]
+        count = self.rows * self.pages
+        everything = torch.arange(count, dtype=torch.int32, device=device)
+        self._whole_table = everything.view(self.rows, self.pages)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that were copied to the device so far: pages, and whole layers."""
+        whole = self.rows * self.pages * self.layers_moved
+        return (int(self.pages_moved) + whole) * page_bytes(self.heads, self.page)
+
+    def fill(self, layer: int, k_BGTD: Tensor, v_BGTD: Tensor) -> None:
+        """Put the keys and values of a prompt into host memory."""
+        for host, given in zip(self._layers[layer].host, (k_BGTD, v_BGTD), strict=True):
+            tokens = given.shape[2]
+            host.view(self.rows, -1, host.shape[3])[:, :tokens].copy_(given.flatten(0, 1))
+
+    def prefetch(self, layer: int, selected_BGM: Tensor) -> None:
+        """Begin to bring the pages that the layer's next step reads.
+
+        Args:
+            selected_BGM: int64, each page once, -1 for none; [B, 1, M] where all heads read the
+                same.
+        """
+        own = self._layers[layer]
+        self.wait(layer)
+        wanted = selected_BGM.expand(self.batch, self.heads.key_heads, -1).reshape(self.rows, -1)
+        source, slot, own.slot_pages = fetch_plan(wanted, own.selected, own.slot_pages, self.pages)
+        row = torch.arange(self.rows, device=self.device)[:, None]
+        # Entries of pages that are not fetched are written as they are.
+        page, here = wanted.clamp(min=0), (row * self.slots + slot).to(torch.int32)
+        entry = torch.where(source >= 0, here, own.table.gather(1, page))
+        own.table = _put(own.table, torch.where(wanted >= 0, wanted, -1), entry)
+        own.selected = wanted
+        self.pages_moved += (source >= 0).sum()
+
+        def copy() -> None:
+            for host, pool in zip(own.host, own.pool, strict=True):
+                fetch(host, pool.view(self.rows, self.slots, *host.shape[2:]), source, slot)
+
+        own.fetched = self._copies.start(copy), (source, slot)
+
+    def wait(self, layer: int) -> None:
+        """Wait, on the device, for the pages that were asked for last."""
+        own = self._layers[layer]
+        if own.fetched is not None:
+            self._copies.wait(own.fetched[0])
+            own.fetched = None
+
+    def stage(self, layer: int) -> None:
+        """Begin to bring a whole layer.
+
+        Raises:
+            ValueError: Two are on their way or have not been read.
+        """
+        own = self._layers[layer]
+        taken = {other.staged[0] for other in self._layers if other.staged is not None}
+        if len(taken) == 2:
+            raise ValueError("two layers are staged: read one of them before another is brought")
+        buffer = 0 if 0 not in taken else 1
+
+        def copy() -> None:
+            for host, there in zip(own.host, self._buffers[buffer], strict=True):
+                there.view(host.shape).copy_(host, non_blocking=True)
+
+        own.staged = buffer, self._copies.start(copy)
+        self.layers_moved += 1
+
+    def append(self, layer: int, k_BG1D: Tensor, v_BG1D: Tensor, last_B: Tensor) -> None:
+        """Write a token's key and value, to host memory and to wherever its page is.
+
+        Args:
+            last_B: int64, the place of the token in each row. Its page is among those that the step
+                reads, where it reads selected ones.
+        """
+        own = self._layers[layer]
+        self.wait(layer)
+        staged: tuple[Tensor | None, Tensor | None] = (None, None)
+        if own.staged is not None:
+            self._copies.wait(own.staged[1])
+            staged = self._buffers[own.staged[0]]
+        for new, host, pool, buffer in zip(
+            (k_BG1D, v_BG1D), own.host, own.pool, staged, strict=True
+        ):
+            write_token(new.reshape(self.rows, -1), host, pool, buffer, own.table, last_B)
+
+    def keys(self, layer: int, last_B: Tensor) -> Keys:
+        """Return the pages that a step reads, a row for each key head; waits for them."""
+        own = self._layers[layer]
+        self.wait(layer)
+        return Keys(
+            *own.pool, kv_lens=self._lens(last_B), block_table=own.table,
+            selected_blocks=own.selected[:, None],
+        )  # fmt: skip
+
+    def all_keys(self, layer: int, last_B: Tensor) -> Keys:
+        """Return all pages of a layer that was staged, a row for each key head.
+
+        The buffer is free for another layer from then on: what reads it has to be asked for before
+        `stage` is called again.
+        """
+        own = self._layers[layer]
+        assert own.staged is not None
+        buffer, copied = own.staged
+        self._copies.wait(copied)
+        own.staged = None
+        return Keys(
+            *self._buffers[buffer], kv_lens=self._lens(last_B), block_table=self._whole_table
+        )
+
+    def as_rows(self, q_BH1D: Tensor) -> Tensor:
+        """Return queries with a row for each key head, [R, H / G, 1, D]."""
+        return q_BH1D.reshape(self.rows, -1, *q_BH1D.shape[2:])
+
+    def from_rows(self, x: Tensor) -> Tensor:
+        """Return what an attention of such rows gives as that of the batch: [B, H, 1, ...]."""
+        return x.reshape(self.batch, -1, *x.shape[2:])
+
+    def _lens(self, last_B: Tensor) -> Tensor:
+        return (last_B + 1).to(torch.int32).repeat_interleave(self.heads.key_heads)
+
+
+Attend = Callable[[Tensor, Keys], tuple[Tensor, Tensor, Tensor]]
+"""Attention of queries [R, H / G, 1, D]: its output, log-sum-exp and page maxima."""
+
+
+def offloaded_step(
+    kv: OffloadedKV,
+    layer: int,
+    policy: KVPolicy,
+    state: State,
+    new: tuple[Tensor, Tensor, Tensor],
+    lengths: Filled,
+    scoring: Scoring,
+    attend: Attend,
+    *,
+    calibrating: bool = False,
+) -> tuple[Tensor, State]:
+    """Run a policy's step of one token of a layer, and bring what the next one reads.
+
+    Where the policy needs the step's own query, the step waits for its pages; else they were asked
+    for a token ago, in the first step by the caller.
+
+    Args:
+        new: The token's query [B, H, 1, D], key [B, G, 1, D] and value [B, G, 1, Dv].
+        lengths: With the new token.
+        calibrating: Read all pages, which `kv.stage` was asked to bring.
+
+    Returns:
+        The output [B, H, 1, Dv], and the state after the step.
+    """
+    q, k, v = new
+    if policy.needs_query:
+        kv.prefetch(layer, kv_policy.select(policy, state, q, None, lengths, scoring))
+    kv.append(layer, k, v, lengths.last_B)
+    keys = (kv.all_keys if calibrating else kv.keys)(layer, lengths.last_B)
+    out, lse, page_max = (kv.from_rows(x) for x in attend(kv.as_rows(q), keys))
+    if calibrating:
+        state = kv_policy.calibrate(policy, state, page_max, lse, k, lengths)
+    else:
+        assert keys.selected_blocks is not None
+        selected = keys.selected_blocks.view(kv.batch, -1, kv.read)
+        state = kv_policy.observe(policy, state, selected, page_max, lse, k, lengths)
+    if not policy.needs_query:
+        after = Filled(lengths.first_B, lengths.last_B + 1, lengths.slots)
+        kv.prefetch(layer, kv_policy.select(policy, state, None, None, after, scoring))
+    return out, state
+
+
+def fetch_plan(
+    wanted_RM: Tensor, current_RM: Tensor, slot_pages_RS: Tensor, pages: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find slots for the pages that are wanted and not current: slots that hold no current page.
+
+    Args:
+        wanted_RM, current_RM: Pages of the next step and of the present one, -1 for none.
+        slot_pages_RS: The page in each slot, or -1; S is at least twice M.
+
+    Returns:
+        For each wanted page its number where it is fetched, or -1; the slot, where it is; and the
+        page in each slot afterwards.
+    """
+    here = torch.zeros(len(wanted_RM), pages, dtype=torch.bool, device=wanted_RM.device)
+    here = _put(here, current_RM, torch.ones_like(current_RM, dtype=torch.bool))
+    kept = (slot_pages_RS >= 0) & here.gather(1, slot_pages_RS.clamp(min=0))
+    new = (wanted_RM >= 0) & ~here.gather(1, wanted_RM.clamp(min=0))
+    free_first = kept.to(torch.uint8).argsort(dim=1, stable=True)
+    slot = free_first.gather(1, (new.cumsum(1) - 1).clamp(min=0))
+    source = torch.where(new, wanted_RM, -1)
+    after = torch.where(kept, slot_pages_RS, -1)
+    return source, slot, _put(after, torch.where(new, slot, -1), wanted_RM)
+
+
+def _put(x_RN: Tensor, index_RM: Tensor, values_RM: Tensor) -> Tensor:
+    """Return `x` with values at indices; -1 is none."""
+    count = x_RN.shape[1]
+    room = torch.cat((x_RN, x_RN[:, :1]), 1)
+    index = torch.where(index_RM >= 0, index_RM, count)
+    return room.scatter(1, index, values_RM.to(x_RN.dtype))[:, :count].contiguous()
+
+
+def fetch(host: Tensor, pool: Tensor, source: Tensor, slot: Tensor) -> None:
+    """Copy pages [R, N, page, D] of the host into slots [R, S, page, D].
+
+    Args:
+        source: int64 [R, M], pages, -1 for none.
+        slot: int64 [R, M], where they go.
+    """
+    if not pool.is_cuda:
+        row, item = (source >= 0).nonzero(as_tuple=True)
+        pool[row, slot[row, item]] = host[row, source[row, item]]
+        return
+    fetch_by_kernel(host, pool, source, slot)
+
+
+def fetch_by_kernel(host: Tensor, pool: Tensor, source: Tensor, slot: Tensor) -> None:
+    """As `fetch`, by a kernel that reads pinned memory."""
+    from graphopt.runtime.kernels.kv_offload import fetch_pages
+
+    rows, pages = host.shape[:2]
+    from_words, to_words = (x.view(torch.int32) for x in (host, pool))
+    words = from_words[0, 0].numel()
+    fetch_pages[(rows, source.shape[1])](
+        from_words, to_words, source.contiguous(), slot.contiguous(),
+        pages, pool.shape[1], source.shape[1],
+        WORDS=words, BLOCK=min(1024, 1 << (words - 1).bit_length()), num_warps=4,
+    )  # fmt: skip
+
+
+def write_token(
+    new: Tensor,
+    host: Tensor,
+    pool: Tensor,
+    staged: Tensor | None,
+    table: Tensor,
+    last_B: Tensor,
+) -> None:
+    """Write the new token of each row to the host, to the slot of its page, and to what is staged.
+
+    Args:
+        new: [R, D].
+        host: [R, N, page, D].
+        pool: [R S, 1, page, D].
+        staged: [R N, 1, page, D].
+        table: int32 [R, N].
+        last_B: int64 [B].
+    """
+    if pool.is_cuda:
+        write_token_by_kernel(new, host, pool, staged, table, last_B)
+        return
+    rows, pages, page, _ = host.shape
+    row = torch.arange(rows, device=table.device)
+    last = last_B.repeat_interleave(rows // len(last_B))
+    number, place = last // page, last % page
+    host[row, number, place] = new
+    slot = table[row, number].long()
+    pool[slot[slot >= 0], 0, place[slot >= 0]] = new[slot >= 0]
+    if staged is not None:
+        staged[row * pages + number, 0, place] = new
+
+
+def write_token_by_kernel(
+    new: Tensor,
+    host: Tensor,
+    pool: Tensor,
+    staged: Tensor | None,
+    table: Tensor,
+    last_B: Tensor,
+) -> None:
+    """As `write_token`, by a kernel that writes pinned memory."""
+    from graphopt.runtime.kernels.kv_offload import append_token
+
+    rows, pages, page, _ = host.shape
+    words = [x.contiguous().view(torch.int32) for x in (new, host, pool)]
+    width = words[0].shape[1]
+    append_token[(rows,)](
+        *words, None if staged is None else staged.view(torch.int32), table, last_B,
+        rows // len(last_B), pages,
+        PAGE=page, WORDS=width, BLOCK=1 << (width - 1).bit_length(), STAGED=staged is not None,
+        num_warps=1,
+    )  # fmt: skip
