@@ -16,6 +16,7 @@ Layout letters as in `graphopt.ir.kv_policies.pages`, and L layers, R = B G rows
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -168,21 +169,28 @@ class OffloadedKV:
         self.layers_moved = 0
         dims = (heads.k_dim, heads.v_dim)
 
-        def memory(*shape: int, **where: Any) -> tuple[Tensor, Tensor]:
-            k, v = (torch.zeros(*shape, page, dim, dtype=heads.dtype, **where) for dim in dims)
+        def memory(*shape: int) -> tuple[Tensor, Tensor]:
+            k, v = (
+                torch.zeros(*shape, page, dim, dtype=heads.dtype, device=device) for dim in dims
+            )
             return k, v
 
+        host = torch.zeros(needed // _size(heads), dtype=heads.dtype)
+        if on_gpu:
+            _pin(host, self)
+        sizes = [self.rows * self.pages * page * dim for dim in dims] * layers
+        parts = [part.view(self.rows, self.pages, page, -1) for part in host.split(sizes)]
         self._layers = [
             _Layer(
-                memory(self.rows, self.pages, pin_memory=on_gpu),
-                memory(self.rows * self.slots, 1, device=device),
+                (parts[2 * layer], parts[2 * layer + 1]),
+                memory(self.rows * self.slots, 1),
                 torch.full((self.rows, self.slots), -1, device=device),
                 torch.full((self.rows, self.pages), -1, dtype=torch.int32, device=device),
                 torch.full((self.rows, read), -1, device=device),
             )
-            for _ in range(layers)
+            for layer in range(layers)
         ]
-        self._buffers = [memory(self.rows * self.pages, 1, device=device) for _ in range(2)]
+        self._buffers = [memory(self.rows * self.pages, 1) for _ in range(2)]
         count = self.rows * self.pages
         everything = torch.arange(count, dtype=torch.int32, device=device)
         self._whole_table = everything.view(self.rows, self.pages)
@@ -196,8 +204,13 @@ class OffloadedKV:
     def fill(self, layer: int, k_BGTD: Tensor, v_BGTD: Tensor) -> None:
         """Put the keys and values of a prompt into host memory."""
         for host, given in zip(self._layers[layer].host, (k_BGTD, v_BGTD), strict=True):
-            tokens = given.shape[2]
-            host.view(self.rows, -1, host.shape[3])[:, :tokens].copy_(given.flatten(0, 1))
+            # Row by row, each without gaps: copied from a device without a detour.
+            for row, own in zip(host, given.flatten(0, 1), strict=True):
+                row.view(-1, row.shape[2])[: len(own)].copy_(own)
+
+    def host_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return all keys and values of a layer [R, N, page, D], as they lie in host memory."""
+        return self._layers[layer].host
 
     def prefetch(self, layer: int, selected_BGM: Tensor) -> None:
         """Begin to bring the pages that the layer's next step reads.
@@ -302,6 +315,31 @@ class OffloadedKV:
 
     def _lens(self, last_B: Tensor) -> Tensor:
         return (last_B + 1).to(torch.int32).repeat_interleave(self.heads.key_heads)
+
+
+def _pin(host: Tensor, owner: OffloadedKV) -> None:
+    """Pin host memory as long as its owner lives.
+
+    torch's own pinned memory is handed out in powers of two: up to twice of what is asked for.
+
+    Raises:
+        GraphoptError: The system does not let so much be pinned.
+    """
+    runtime = torch.cuda.cudart()
+    status = int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0))
+    if status:
+        raise GraphoptError(
+            f"{host.nbytes:,} bytes ({format_bytes(host.nbytes)}) of host memory cannot be pinned "
+            f"for the device (CUDA error {status}).",
+            "Raise the limit of locked memory (ulimit -l), or lower the capacity.",
+        )
+    finalizer = weakref.finalize(owner, _unpin, host)
+    finalizer.atexit = False
+
+
+def _unpin(host: Tensor) -> None:
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
 
 
 Attend = Callable[[Tensor, Keys], tuple[Tensor, Tensor, Tensor]]
