@@ -79,6 +79,19 @@ def test_figures_are_those_of_eval(tiny):
     assert same.times == 1 and same.relative_error == 0
 
 
+def test_figures_of_prompts_are_not_taken_for_those_of_steps_with_a_policy(tiny):
+    policy = "kind=sink-local,budget=32,page=8,sink=8,local=16,verdict=ignore"
+    program = capture(str(tiny))
+    pipeline = Pipeline.parse(f"insert-kv-cache,attach-kv-policy{{{policy}}}")
+    attached, _ = pipeline.run(program, RunOptions(verify=False))
+    quality = measure_quality(program, attached)
+    said = judge(quality).sentence
+    assert said.startswith("Unchanged for prompts: ")
+    assert "Not measured here: steps of one token" in said
+    assert "--kv-policy 'sink-local{budget=32,page=8}'" in said
+    assert not measure_quality(program, program).unmeasured
+
+
 def test_a_beginning_is_run_and_not_predicted(tiny, tmp_path):
     folder = save_tiny(tmp_path / "begun")
     byte_tokenizer(begin=["<end>"]).save_pretrained(folder)

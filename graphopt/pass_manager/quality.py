@@ -114,7 +114,22 @@ def measure_quality(
         advice=list(advice),
         samples=samples,
         not_sampled=why,
+        unmeasured=_about_policies(result),
         seconds=time.perf_counter() - started,
+    )
+
+
+def _about_policies(program: Program) -> str:
+    """Return that steps which read selected pages are not measured here; "" where none does."""
+    policies = {s.policy: s.policy.budget for s in program.states.values() if s.policy is not None}
+    if not policies:
+        return ""
+    policy, budget = next(iter(policies.items()))
+    written = f"{policy.kind}{{budget={budget.tokens},page={budget.page}}}"
+    return (
+        "Not measured here: steps of one token, which read selected keys where prompts read all. "
+        f"graphopt eval MODEL --text FILE --kv-policy '{written}' measures them, on the model "
+        "before this pass."
     )
 
 

@@ -92,6 +92,7 @@ class Quality:
         advice: What to do where the result is worse than wanted, as clauses that passes give.
         samples: Greedy continuations.
         not_sampled: Why there are none.
+        unmeasured: What the figures leave out, as sentences; "" for nothing.
         seconds: Wall time of measuring.
     """
 
@@ -103,6 +104,7 @@ class Quality:
     advice: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     not_sampled: str = ""
+    unmeasured: str = ""
     seconds: float = 0.0
 
     @property
@@ -165,7 +167,10 @@ def judge(quality: Quality) -> Verdict:
         if quality.relative_error is not None:
             said += f" (±{CERTAIN * quality.relative_error:.0%})"
         said += f", {before:.2f} → {after:.2f}"
-    return Verdict(grade, f"{grade.capitalize()}: {said}.{_what_to_do(grade, quality.advice)}")
+    of = " for prompts" if quality.unmeasured else ""
+    to_do = _what_to_do(grade, quality.advice)
+    more = f" {quality.unmeasured}" if quality.unmeasured else ""
+    return Verdict(grade, f"{grade.capitalize()}{of}: {said}.{to_do}{more}")
 
 
 def _what_to_do(grade: Grade, advice: list[str]) -> str:
