@@ -31,6 +31,7 @@ from graphopt.ir.kv_policies.pages import Filled
 from graphopt.ir.kv_policies.probabilities import Scoring
 from graphopt.runtime import kv_policy
 from graphopt.runtime.attention import Keys
+from graphopt.runtime.kv_slots import Places, fetch, find_slots, find_slots_by_kernel, write_token
 from graphopt.support.devices import free_bytes
 from graphopt.support.quantities import format_bytes
 
@@ -101,19 +102,14 @@ class _Layer:
     Attributes:
         host: Keys and values [R, N, page, D], pinned.
         pool: Those of the slots [R S, 1, page, D].
-        slot_pages: int64 [R, S], the page in each slot, or -1.
-        table: int32 [R, N], the slot that each page was brought to last, counted over all rows, or
-            -1; what stands there of pages that are not selected is not true any more.
-        selected: int64 [R, M], the pages that the next step reads, -1 for none.
+        places: Which pages lie in which slots.
         fetched: The copy of those, with what it reads, until somebody has waited for it.
         staged: Number of the buffer with the whole layer, and its copy.
     """
 
     host: tuple[Tensor, Tensor]
     pool: tuple[Tensor, Tensor]
-    slot_pages: Tensor
-    table: Tensor
-    selected: Tensor
+    places: Places
     fetched: tuple[Any, tuple[Tensor, ...]] | None = None
     staged: tuple[int, Any] | None = None
 
@@ -184,9 +180,7 @@ class OffloadedKV:
             _Layer(
                 (parts[2 * layer], parts[2 * layer + 1]),
                 memory(self.rows * self.slots, 1),
-                torch.full((self.rows, self.slots), -1, device=device),
-                torch.full((self.rows, self.pages), -1, dtype=torch.int32, device=device),
-                torch.full((self.rows, read), -1, device=device),
+                Places.nowhere(self.rows, self.pages, read, device),
             )
             for layer in range(layers)
         ]
@@ -221,20 +215,15 @@ class OffloadedKV:
         """
         own = self._layers[layer]
         self.wait(layer)
-        wanted = selected_BGM.expand(self.batch, self.heads.key_heads, -1).reshape(self.rows, -1)
-        source, slot, own.slot_pages = fetch_plan(wanted, own.selected, own.slot_pages, self.pages)
-        row = torch.arange(self.rows, device=self.device)[:, None]
-        # Entries of pages that are not fetched are written as they are.
-        page, here = wanted.clamp(min=0), (row * self.slots + slot).to(torch.int32)
-        entry = torch.where(source >= 0, here, own.table.gather(1, page))
-        own.table = _put(own.table, torch.where(wanted >= 0, wanted, -1), entry)
-        own.selected = wanted
-        self.pages_moved += (source >= 0).sum()
+        wanted = selected_BGM.expand(self.batch, self.heads.key_heads, -1)
+        find = find_slots_by_kernel if self.device.type == "cuda" else find_slots
+        source, slot = find(own.places, wanted, self.pages_moved)
 
         def copy() -> None:
             for host, pool in zip(own.host, own.pool, strict=True):
                 fetch(host, pool.view(self.rows, self.slots, *host.shape[2:]), source, slot)
 
+        # What the copy reads is kept until it has ended.
         own.fetched = self._copies.start(copy), (source, slot)
 
     def wait(self, layer: int) -> None:
@@ -279,15 +268,15 @@ class OffloadedKV:
         for new, host, pool, buffer in zip(
             (k_BG1D, v_BG1D), own.host, own.pool, staged, strict=True
         ):
-            write_token(new.reshape(self.rows, -1), host, pool, buffer, own.table, last_B)
+            write_token(new.reshape(self.rows, -1), host, pool, buffer, own.places.table, last_B)
 
     def keys(self, layer: int, last_B: Tensor) -> Keys:
         """Return the pages that a step reads, a row for each key head; waits for them."""
         own = self._layers[layer]
         self.wait(layer)
         return Keys(
-            *own.pool, kv_lens=self._lens(last_B), block_table=own.table,
-            selected_blocks=own.selected[:, None],
+            *own.pool, kv_lens=self._lens(last_B), block_table=own.places.table,
+            selected_blocks=own.places.selected[:, None],
         )  # fmt: skip
 
     def all_keys(self, layer: int, last_B: Tensor) -> Keys:
@@ -387,117 +376,3 @@ def offloaded_step(
         after = Filled(lengths.first_B, lengths.last_B + 1, lengths.slots)
         kv.prefetch(layer, kv_policy.select(policy, state, None, None, after, scoring))
     return out, state
-
-
-def fetch_plan(
-    wanted_RM: Tensor, current_RM: Tensor, slot_pages_RS: Tensor, pages: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Find slots for the pages that are wanted and not current: slots that hold no current page.
-
-    Args:
-        wanted_RM, current_RM: Pages of the next step and of the present one, -1 for none.
-        slot_pages_RS: The page in each slot, or -1; S is at least twice M.
-
-    Returns:
-        For each wanted page its number where it is fetched, or -1; the slot, where it is; and the
-        page in each slot afterwards.
-    """
-    here = torch.zeros(len(wanted_RM), pages, dtype=torch.bool, device=wanted_RM.device)
-    here = _put(here, current_RM, torch.ones_like(current_RM, dtype=torch.bool))
-    kept = (slot_pages_RS >= 0) & here.gather(1, slot_pages_RS.clamp(min=0))
-    new = (wanted_RM >= 0) & ~here.gather(1, wanted_RM.clamp(min=0))
-    free_first = kept.to(torch.uint8).argsort(dim=1, stable=True)
-    slot = free_first.gather(1, (new.cumsum(1) - 1).clamp(min=0))
-    source = torch.where(new, wanted_RM, -1)
-    after = torch.where(kept, slot_pages_RS, -1)
-    return source, slot, _put(after, torch.where(new, slot, -1), wanted_RM)
-
-
-def _put(x_RN: Tensor, index_RM: Tensor, values_RM: Tensor) -> Tensor:
-    """Return `x` with values at indices; -1 is none."""
-    count = x_RN.shape[1]
-    room = torch.cat((x_RN, x_RN[:, :1]), 1)
-    index = torch.where(index_RM >= 0, index_RM, count)
-    return room.scatter(1, index, values_RM.to(x_RN.dtype))[:, :count].contiguous()
-
-
-def fetch(host: Tensor, pool: Tensor, source: Tensor, slot: Tensor) -> None:
-    """Copy pages [R, N, page, D] of the host into slots [R, S, page, D].
-
-    Args:
-        source: int64 [R, M], pages, -1 for none.
-        slot: int64 [R, M], where they go.
-    """
-    if not pool.is_cuda:
-        row, item = (source >= 0).nonzero(as_tuple=True)
-        pool[row, slot[row, item]] = host[row, source[row, item]]
-        return
-    fetch_by_kernel(host, pool, source, slot)
-
-
-def fetch_by_kernel(host: Tensor, pool: Tensor, source: Tensor, slot: Tensor) -> None:
-    """As `fetch`, by a kernel that reads pinned memory."""
-    from graphopt.runtime.kernels.kv_offload import fetch_pages
-
-    rows, pages = host.shape[:2]
-    from_words, to_words = (x.view(torch.int32) for x in (host, pool))
-    words = from_words[0, 0].numel()
-    fetch_pages[(rows, source.shape[1])](
-        from_words, to_words, source.contiguous(), slot.contiguous(),
-        pages, pool.shape[1], source.shape[1],
-        WORDS=words, BLOCK=min(1024, 1 << (words - 1).bit_length()), num_warps=4,
-    )  # fmt: skip
-
-
-def write_token(
-    new: Tensor,
-    host: Tensor,
-    pool: Tensor,
-    staged: Tensor | None,
-    table: Tensor,
-    last_B: Tensor,
-) -> None:
-    """Write the new token of each row to the host, to the slot of its page, and to what is staged.
-
-    Args:
-        new: [R, D].
-        host: [R, N, page, D].
-        pool: [R S, 1, page, D].
-        staged: [R N, 1, page, D].
-        table: int32 [R, N].
-        last_B: int64 [B].
-    """
-    if pool.is_cuda:
-        write_token_by_kernel(new, host, pool, staged, table, last_B)
-        return
-    rows, pages, page, _ = host.shape
-    row = torch.arange(rows, device=table.device)
-    last = last_B.repeat_interleave(rows // len(last_B))
-    number, place = last // page, last % page
-    host[row, number, place] = new
-    slot = table[row, number].long()
-    pool[slot[slot >= 0], 0, place[slot >= 0]] = new[slot >= 0]
-    if staged is not None:
-        staged[row * pages + number, 0, place] = new
-
-
-def write_token_by_kernel(
-    new: Tensor,
-    host: Tensor,
-    pool: Tensor,
-    staged: Tensor | None,
-    table: Tensor,
-    last_B: Tensor,
-) -> None:
-    """As `write_token`, by a kernel that writes pinned memory."""
-    from graphopt.runtime.kernels.kv_offload import append_token
-
-    rows, pages, page, _ = host.shape
-    words = [x.contiguous().view(torch.int32) for x in (new, host, pool)]
-    width = words[0].shape[1]
-    append_token[(rows,)](
-        *words, None if staged is None else staged.view(torch.int32), table, last_B,
-        rows // len(last_B), pages,
-        PAGE=page, WORDS=width, BLOCK=1 << (width - 1).bit_length(), STAGED=staged is not None,
-        num_warps=1,
-    )  # fmt: skip

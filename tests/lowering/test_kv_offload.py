@@ -23,7 +23,7 @@ from graphopt.ir.kv_policies import (
     Scoring,
     SinkLocal,
 )
-from graphopt.runtime import kv_offload
+from graphopt.runtime import kv_offload, kv_slots
 from graphopt.runtime.attention import Extras, Keys
 from graphopt.runtime.dispatch import by_reference
 from graphopt.runtime.kv_offload import (
@@ -31,11 +31,11 @@ from graphopt.runtime.kv_offload import (
     CopyAtOnce,
     CopyStream,
     OffloadedKV,
-    fetch_plan,
     host_bytes,
     offloaded_step,
     page_bytes,
 )
+from graphopt.runtime.kv_slots import Places, fetch_plan
 
 LAYERS, BATCH, PAGE, PROMPT, STEPS = 3, 2, 4, 45, 9
 HEADS = KVHeads(key_heads=2, query_heads=4, k_dim=8, v_dim=12, dtype=torch.float64)
@@ -219,6 +219,31 @@ def test_too_little_host_memory_is_refused_with_the_bytes(monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_kernel_finds_the_same_slots(heads: int) -> None:
+    """Lists of each length, of all heads or of each, in a row of steps."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(4)
+    expected, found = (Places.nowhere(4, 12, 5, place) for place in (torch.device("cpu"), device))
+    counts = [torch.zeros((), dtype=torch.int64, device=place) for place in ("cpu", device)]
+    for step in range(8):
+        lists = torch.stack([torch.randperm(12, generator=generator)[:5] for _ in range(2 * heads)])
+        wanted = lists.view(2, heads, 5)
+        wanted[:, :, 5 - step % 3 :] = -1
+        wanted = wanted.expand(2, 2, 5)
+        pairs = [
+            kv_slots.find_slots(expected, wanted, counts[0]),
+            kv_slots.find_slots_by_kernel(found, wanted.to(device), counts[1]),
+        ]
+        new = pairs[0][0] >= 0
+        assert torch.equal(pairs[1][0].cpu(), pairs[0][0])
+        assert torch.equal(pairs[1][1].cpu()[new], pairs[0][1][new])
+        for name in ("selected", "slot_pages", "table", "marks"):
+            assert torch.equal(getattr(found, name).cpu(), getattr(expected, name)), name
+    assert int(counts[0]) == int(counts[1]) > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("staged", [False, True])
 def test_the_kernels_copy_as_torch_does(staged: bool) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -230,8 +255,8 @@ def test_the_kernels_copy_as_torch_does(staged: bool) -> None:
     if device == "cuda":
         host = host.pin_memory()
     there = pool.to(device)
-    kv_offload.fetch_by_kernel(host, there, source.to(device), slot.to(device))
-    kv_offload.fetch(host, pool, source, slot)
+    kv_slots.fetch_by_kernel(host, there, source.to(device), slot.to(device))
+    kv_slots.fetch(host, pool, source, slot)
     assert torch.equal(there.cpu(), pool) and pool.any()
 
     new = torch.randn(4, 24, generator=generator).half()
@@ -242,8 +267,8 @@ def test_the_kernels_copy_as_torch_does(staged: bool) -> None:
     copies = [x.clone().to(device) for x in buffers]
     if device == "cuda":
         copies[0] = buffers[0].clone().pin_memory()
-    for there, write in ((copies, kv_offload.write_token_by_kernel),
-                         (buffers, kv_offload.write_token)):  # fmt: skip
+    for there, write in ((copies, kv_slots.write_token_by_kernel),
+                         (buffers, kv_slots.write_token)):  # fmt: skip
         here = "cpu" if there is buffers else device
         write(new.to(here), *there[:2], there[2] if staged else None, table.to(here), last.to(here))
     for found, expected in zip(copies, buffers, strict=True):

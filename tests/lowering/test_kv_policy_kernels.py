@@ -208,8 +208,9 @@ compiled(kernels.bound_scores, {**sizes, "GROUP": 4, "BLOCK": 64}, out_ptr="*fp3
 compiled(kernels.extend_bounds, {**sizes, "PAGE": 16}, 1)
 compiled(kernels.observe_average, {"GROUP": 4, "BLOCK": 1024})
 words = {"host_ptr": "*i32", "pool_ptr": "*i32", "new_ptr": "*i32", "staged_ptr": "*i32",
-         "table_ptr": "*i32"}
+         "table_ptr": "*i32", "marks_ptr": "*i8", "free_ptr": "*i32"}
 compiled(offload.fetch_pages, {"WORDS": 1024, "BLOCK": 1024}, **words)
+compiled(offload.plan_fetch, {"READ": 256, "LISTED": 256}, **words)
 compiled(offload.append_token, {"PAGE": 16, "WORDS": 64, "BLOCK": 64, "STAGED": 1}, 1, **words)
 """
 
