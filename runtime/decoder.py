@@ -53,10 +53,12 @@ class Decoder:
         self.logits: Tensor | None = None
         # A paged cache unpacks to keys and values as well.
         empty = [(k, v) for k, v in model.empty_cache()]
-        self.cache = fixed_caches(
-            empty, model.kv_layouts, capacity, self.seq_lens, self.new_lens, model.kv_bits
-        )
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.cache: list[Any] = [
+            *fixed_caches(
+                empty, model.kv_layouts, capacity, self.seq_lens, self.new_lens, model.kv_bits
+            )
+        ]
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     @torch.no_grad()
     def start(self, ids: list[int] | list[list[int]]) -> int | list[int]:
@@ -109,10 +111,19 @@ class Decoder:
         if self.token.device.type != "cuda" or not self.records:
             self._advance()
         else:
-            if self.graph is None:
-                self.graph = self._record()
-            self.graph.replay()
+            turn = self._turn()
+            if turn not in self.graphs:
+                self.graphs[turn] = self._record()
+            self.graphs[turn].replay()
         return self._answer()
+
+    def _turn(self) -> int:
+        """Return the number of the recording that the next step is."""
+        return 0
+
+    def _moved(self) -> list[Tensor]:
+        """Return what a step writes, but for keys and values behind those that there are."""
+        return [self.token, self.seq_lens]
 
     def _answer(self) -> int | list[int]:
         return self.token[:, 0].tolist() if self.several else int(self.token)
@@ -128,7 +139,8 @@ class Decoder:
         self.seq_lens += 1
 
     def _record(self) -> torch.cuda.CUDAGraph:
-        before = self.token.clone(), self.seq_lens.clone()
+        moved = self._moved()
+        before = [x.clone() for x in moved]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -138,6 +150,6 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._advance()
-        self.token.copy_(before[0])
-        self.seq_lens.copy_(before[1])
+        for now, value in zip(moved, before, strict=True):
+            now.copy_(value)
         return graph

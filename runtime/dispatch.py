@@ -178,6 +178,18 @@ class AttentionDispatcher:
     ) -> tuple[Results, KVCache]:
         """Put new keys and values behind those of a cache, and attend to them."""
         q, k = q.to(v.dtype), k.to(v.dtype)
+        cache, keys, extras = self._extended(k, v, past, extras, options)
+        return self._attend(q, keys, extras, options), cache
+
+    def _extended(
+        self,
+        k: Tensor,
+        v: Tensor,
+        past: KVCache | None,
+        extras: Extras,
+        options: Mapping[str, Any],
+    ) -> tuple[KVCache, Keys, Extras]:
+        """Put new keys and values behind those of a cache; return it, and what is read of it."""
         ring, bits = options.get("ring"), options.get("kv_bits", 16)
         held = past.bits if isinstance(past, FixedKVCache) else 16
         if held not in (16, bits):
@@ -210,7 +222,7 @@ class AttentionDispatcher:
                 cache = k[:, :, -ring:], v[:, :, -ring:]
                 mask = extras.mask
                 extras = replace(extras, mask=None if mask is None else mask[:, -k.shape[2] :])
-        return self._attend(q, keys, extras, options), cache
+        return cache, keys, extras
 
     def _attend(self, q: Tensor, keys: Keys, extras: Extras, options: Mapping[str, Any]) -> Results:
         """Return what an attention gives, by a kernel or by the reference."""

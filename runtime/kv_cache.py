@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from graphopt.ir.kv_memory import PagedKV, from_pages, from_ring, row_bytes, unpack_rows
+from graphopt.ir.kv_memory import PagedKV, PolicyKV, from_pages, from_ring, row_bytes, unpack_rows
 from graphopt.runtime.attention import Keys
 
 Layout: TypeAlias = tuple[str, int | None]
@@ -172,12 +172,14 @@ def in_order(keys: Keys) -> tuple[Tensor, Tensor]:
     return keys.k, keys.v
 
 
-def tokens_held(cache: KVCache) -> int:
+def tokens_held(cache: KVCache | PolicyKV) -> int:
     """Return how many tokens each row of a cache that grows holds.
 
     Raises:
         ValueError: The cache is of fixed room, and only the device knows.
     """
+    if isinstance(cache, PolicyKV):
+        return tokens_held(cache.kv)
     if isinstance(cache, PagedKV):
         return cache.length
     if isinstance(cache, FixedKVCache):
@@ -186,18 +188,23 @@ def tokens_held(cache: KVCache) -> int:
 
 
 def growing_caches(
-    empty: Sequence[tuple[Tensor, Tensor]], layouts: Sequence[Layout]
-) -> list[KVCache]:
+    empty: Sequence[tuple[Tensor, Tensor]],
+    layouts: Sequence[Layout],
+    policies: Sequence[object | None] = (),
+) -> list[KVCache | PolicyKV]:
     """Return caches without tokens, of which the paged ones grow by pages.
 
     Args:
         empty: For each layer [B, G, 0, D] and [B, G, 0, Dv].
         layouts: For each layer.
+        policies: For each layer None where no policy selects among its keys; by default for all.
     """
-    return [
-        PagedKV.empty(k, v, size) if kind == "paged" and size is not None else (k, v)
-        for (k, v), (kind, size) in zip(empty, layouts, strict=True)
-    ]
+    caches: list[KVCache | PolicyKV] = []
+    for number, ((k, v), (kind, size)) in enumerate(zip(empty, layouts, strict=True)):
+        kv = PagedKV.empty(k, v, size) if kind == "paged" and size is not None else (k, v)
+        selects = bool(policies) and policies[number] is not None
+        caches.append(PolicyKV(kv, ()) if selects else kv)
+    return caches
 
 
 def fixed_caches(

@@ -62,17 +62,16 @@ def policy_attention(
         last = q[:, :, q.shape[2] - min(policy.history, q.shape[2]) :]
         return out, (k, v), policy.init(last, k, v, mask, scoring)
     new_k = k.to(v.dtype)
-    due = policy.due(state, layer)
-    if due is not None and bool(due.any()):
+    if is_due(policy, state, layer):
         out, (k, v), lse, maxima = functional.attention_results(
             q, k, v, past, mask, None, None, sinks,
             cached=True, lse=True, page_max=page, scale=scale, softcap=softcap,
         )  # fmt: skip
-        lengths = _lengths(k, mask)
+        lengths = filled(k, mask)
         probabilities = page_probabilities(maxima, lse, k.shape[1])[:, :, 0]
         return out, (k, v), policy.calibrate(state, probabilities, new_k, lengths)
     k, v = torch.cat((past[0], new_k), 2), torch.cat((past[1], v), 2)
-    lengths = _lengths(k, mask)
+    lengths = filled(k, mask)
     selected = policy.select(state, q, k, lengths, scoring)
     out, lse, maxima = functional.selected_attention(
         q, k, v, selected, mask, sinks, page=page, scale=scale, softcap=softcap
@@ -128,12 +127,18 @@ def empty_caches(
     ]
 
 
-def kv_policy(fields: dict[str, Any], weights: dict[str, Tensor] | None = None) -> KVPolicy:
+def policy_of(fields: dict[str, Any], weights: dict[str, Tensor] | None = None) -> KVPolicy:
     """Return the policy that `policy_to_dict` gave fields of, with its weights by name."""
     policy = policy_from_dict(fields)
     return policy.with_weights(weights) if weights else policy
 
 
-def _lengths(k: Tensor, mask: Tensor | None) -> Filled:
+def is_due(policy: KVPolicy, state: State, layer: int) -> bool:
+    """Return whether the next step of one token is to read all keys."""
+    due = policy.due(state, layer)
+    return due is not None and bool(due.any())
+
+
+def filled(k: Tensor, mask: Tensor | None) -> Filled:
     """Return where the keys [B, G, T, D] of each row lie."""
     return Filled.all_of(k) if mask is None else Filled.of_mask(mask)

@@ -11,7 +11,18 @@ import torch
 
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Call, KVLayout, Node, Program, Value, resolve_attrs
-from graphopt.ir.ops.attention import BIAS, KEY, PAST_K, QUERY, SELECTED, SINKS, SLOPES, VALUE
+from graphopt.ir.kv_policies import KVPolicy
+from graphopt.ir.ops.attention import (
+    ATTENTIONS,
+    BIAS,
+    KEY,
+    PAST_K,
+    QUERY,
+    SELECTED,
+    SINKS,
+    SLOPES,
+    VALUE,
+)
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
 from graphopt.lowering.kernels.family import get_family
@@ -209,13 +220,22 @@ def _attentions(program: Program, dtype: str) -> Iterator[tuple[str, Node, _Desc
     per_call, _ = infer_program(program)
     for call, types in zip(program.calls, per_call, strict=True):
         for node in program.functions[call.function].nodes:
+            if node.op not in ATTENTIONS:
+                continue
+            attrs = resolve_attrs(node, call)
+            spec = _spec(node, types, attrs, dtype)
+            layout, where = _layout(program, call, node), call.path or call.function
             if node.op == "attention":
-                attrs = resolve_attrs(node, call)
-                spec = _spec(node, types, attrs, dtype)
-                layout = _layout(program, call, node)
                 selects = node.operand(SELECTED) is not None
-                described = _in_layout(spec, layout, attrs, selects=selects)
-                yield call.path or call.function, node, described
+                yield where, node, _in_layout(spec, layout, attrs, selects=selects)
+                continue
+            policy: KVPolicy = attrs["policy"]
+            yield where, node, _in_layout(spec, layout, attrs, selects=False)
+            learnt = {**attrs, "lse": True, "page_max": policy.budget.page}
+            selected = {**learnt, "page": policy.budget.page}
+            yield where, node, _in_layout(spec, layout, selected, selects=True)
+            if policy.calibrate_every is not None:
+                yield where, node, _in_layout(spec, layout, learnt, selects=False)
 
 
 def _layout(program: Program, call: Call, node: Node) -> KVLayout:

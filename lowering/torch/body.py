@@ -305,7 +305,7 @@ class BodyPrinter(FunctionPrinter):
         cache = self._past(node)
         if cache is None or node.outputs[1] not in self._presents:
             raise ValueError("something else reads its keys, which lie with what a policy keeps")
-        self.helpers.add(node.op)
+        self.helpers.update((node.op, "policy_of"))
         q, k, v = (self.name(value) for value in node.inputs[:3] if value is not None)
         texts = [q, k, v, self.pasts[cache.slot]]
         for name, place in (("mask", MASK), ("sinks", SINKS)):
@@ -331,13 +331,13 @@ class BodyPrinter(FunctionPrinter):
         fields = ", ".join(f"{quoted(k)}: {literal(v)}" for k, v in policy_to_dict(policy).items())
         given = [value for value in node.inputs[STATE:] if value in self._own]
         if not given:
-            return f"kv_policy({{{fields}}})"
+            return f"policy_of({{{fields}}})"
         slots = self.function.slots_by_value()
         weights = ", ".join(
             f"{quoted(slots[value].removeprefix(weight_name('')))}: {self._names[value]}"
             for value in given
         )
-        return f"kv_policy({{{fields}}}, {{{weights}}})"
+        return f"policy_of({{{fields}}}, {{{weights}}})"
 
     def _past_text(self, node: Node, pasts: Sequence[Value]) -> str:
         cache = self._past(node)

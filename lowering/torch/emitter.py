@@ -42,9 +42,9 @@ MODEL_NAME = "model.py"
 POLICY_FOLDER = "policies"
 _POLICY_INIT = '''"""Which pages of a KV cache a step reads; written by graphopt."""
 
-from .policy_attention import cached_policy_attention, empty_caches, kv_policy
+from .policy_attention import cached_policy_attention, empty_caches, policy_of
 
-__all__ = ["cached_policy_attention", "empty_caches", "kv_policy"]
+__all__ = ["cached_policy_attention", "empty_caches", "policy_of"]
 '''
 
 

@@ -10,7 +10,7 @@ import torch
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Program
 from graphopt.lowering.kernels import KernelFamily, LayerKernels, get_family, get_layer_family
-from graphopt.lowering.kernels.family import runtime_text
+from graphopt.lowering.kernels.family import policy_files, runtime_text
 from graphopt.lowering.kernels.plan_kernels import PlanKernels, compute_dtype, planned_attentions
 from graphopt.pass_manager.contract import Context
 from graphopt.plan import AttentionPlan
@@ -27,6 +27,12 @@ _MODULES = (
     "dispatch",
     "decoder",
 )
+# Those of a model whose steps read what policies select, besides.
+_POLICY_MODULES = ("kv_policy", "policy_cache", "policy_dispatch", "policy_decoder")
+
+
+_ATTENTIONS = ("attention", "cached_attention", "attention_results")
+_POLICY_FUNCTIONS = ("policy_attention", "policy_of")
 
 
 @dataclass
@@ -76,7 +82,12 @@ class LoweredKernels:
     def functions(self) -> list[str]:
         """Return the functions of `graphopt.ir.functional`, and classes, that the folder has."""
         own = [n for group in self.layer_kernels() for n in (*group.functions, *group.classes)]
-        return ["attention", "cached_attention", "attention_results", *own]
+        return [*_ATTENTIONS, *(_POLICY_FUNCTIONS if self.has_policies else ()), *own]
+
+    @property
+    def has_policies(self) -> bool:
+        """Whether policies select what steps read."""
+        return "policy_attention" in self.ops
 
     def stems(self, family: KernelFamily) -> dict[str, AttentionPlan]:
         """Return the plans of a family, by the stem of the files of each."""
@@ -106,7 +117,11 @@ class LoweredKernels:
         for group in self.layer_kernels():
             modules += (*group.helpers, group.module)
             kernels += group.files
+        if self.has_policies:
+            modules += _POLICY_MODULES
+            kernels.append("kv_selection")
         texts = {f"{name}.py": runtime_text(f"{name}.py") for name in modules}
+        texts |= policy_files() if self.has_policies else {}
         texts |= {f"{name}.py": runtime_text(f"kernels/{name}.py") for name in kernels}
         for family in families:
             texts |= family.sources(self.stems(family))
@@ -163,6 +178,16 @@ class LoweredKernels:
             "from .dispatch import AttentionDispatcher, AttentionKey, Planned",
             "from .kv_cache import growing_caches, tokens_held",
         ]
+        policies = ""
+        if self.has_policies:
+            imports = [
+                "from .dispatch import AttentionKey, Planned",
+                "from .kv_cache import growing_caches, tokens_held",
+                "from .policy_attention import policy_of",
+                "from .policy_decoder import PolicyDecoder as Decoder",
+                "from .policy_dispatch import PolicyDispatcher as AttentionDispatcher",
+            ]
+            policies = "policy_attention = DISPATCHER.policy_attention\n"
         made: list[str] = []
         for group in self.layer_kernels():
             functions = [*group.functions, *group.classes]
@@ -183,7 +208,7 @@ class LoweredKernels:
         names = ["Decoder", "growing_caches", "tokens_held", *self.functions()]
         return _INIT.format(
             title=self.target.title, rows="\n".join(rows), imports="\n".join(imports),
-            made="".join(f"{line}\n" for line in made),
+            made="".join(f"{line}\n" for line in made), policies=policies,
             arguments=arguments, names=", ".join(f'"{name}"' for name in names),
         )  # fmt: skip
 
@@ -204,7 +229,7 @@ PLANS = [
 DISPATCHER = AttentionDispatcher({arguments})
 attention, cached_attention = DISPATCHER.attention, DISPATCHER.cached_attention
 attention_results = DISPATCHER.attention_results
-
+{policies}
 {made}__all__ = [{names}]
 '''
 

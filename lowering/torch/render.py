@@ -72,12 +72,6 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
     kernels = lower_attentions(lowered, target)
     if kernels is None:
         _check_layouts(program)
-    elif any(state.policy for state in program.states.values()):
-        raise LoweringError(
-            f"{program.name} has policies that select pages of its KV cache, and models for "
-            f"{kernels.target.title} read all keys.",
-            "Emit for the CPU, or leave attach-kv-policy out.",
-        )
     classes = _classes(lowered)
     ahead = kernels.functions() if kernels is not None else []
     unmasked, with_kernels = mask_is_for_attention_alone(program), kernels is not None

@@ -102,7 +102,7 @@ def kernels(device: str, names: Sequence[str]) -> str:
 
 POLICIES = """
 policies = package(Path(__file__).with_name("policies"))
-policy_attention, kv_policy = policies.cached_policy_attention, policies.kv_policy
+policy_attention, policy_of = policies.cached_policy_attention, policies.policy_of
 """
 
 _READ_AGAIN = '''

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from typing import Any
 
@@ -18,13 +19,19 @@ from graphopt.ir import Program
 from graphopt.ir.attach_policy import with_policies
 from graphopt.ir.kv_policies import POLICIES, KVHeads, policy_from_dict
 from graphopt.ir.kv_policies.attention_cnn import new_weights
+from graphopt.lowering.torch.lowered_kernels import LoweredKernels, lower_attentions
+from graphopt.lowering.torch.passes import lower
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:attention on a CPU", "ignore:no kernel was planned", "ignore:pages of"
+)
 
 BUDGET = {"page": 4, "pages": 3, "sink": 1, "local": 1}
 
 
-def attached(kind: str, layers: int = 3, **options: Any) -> Program:
-    """Return a program whose first layer reads all keys."""
-    program = tiny_program(cache=True, layers=layers, sinks=True)
+def attached(kind: str, head_dim: int = 8, **options: Any) -> Program:
+    """Return a program of three layers, the first of which reads all keys."""
+    program = tiny_program(cache=True, layers=3, sinks=True, head_dim=head_dim)
     policy = policy_from_dict({"kind": kind, **BUDGET, **options})
     weights = new_weights(2, seed=1) if policy.weight_types(KVHeads(2, 4, 8, 8)) else {}
     return with_policies(program, dict.fromkeys([*program.states][1:], policy), weights)
@@ -95,7 +102,7 @@ def test_the_file_says_what_the_policy_is(tmp_path):
     root = tmp_path / "out"
     text = (root / "model.py").read_text()
     fields = '{"kind": "quest", "page": 4, "pages": 3, "sink": 1, "local": 1}'
-    assert f"self.policy = kv_policy({fields})" in " ".join(text.split()).replace("( {", "({")
+    assert f"self.policy = policy_of({fields})" in " ".join(text.split()).replace("( {", "({")
     assert "Needs torch and safetensors, and model.safetensors and policies beside" in " ".join(
         text.split()
     )
@@ -130,3 +137,102 @@ def test_the_program_itself_generates(tmp_path):
         list(generate_ids(model, prompt, stop=set(), max_new_tokens=12))
         == interpreted(program, [prompt], 12)[0]
     )
+
+
+# Packages for GPUs, run here by their reference and by interpreted kernels -----------------------
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("sink-local", {}), ("quest", {}), ("snapkv", {}), ("ema", {"calibrate_every": 3}),
+    ("predictor", {}), ("oracle", {}),
+])  # fmt: skip
+@pytest.mark.parametrize("target", ["ampere", "ascend910b"])
+def test_a_decoder_gives_the_interpreters_tokens(kind, options, target, tmp_path, monkeypatch):
+    """Prompts of unequal length, padded behind, in caches of fixed room; and the next ones."""
+    monkeypatch.setattr(LoweredKernels, "compile", lambda self: {})
+    program = attached(kind, **options)
+    module = package(program, tmp_path, target)
+    model = module.load(tmp_path / "out", dtype=torch.float32, device="cpu")
+    prompts = texts([21, 9, 14])
+    decoder = module.Decoder(model, 48, 3)
+    for given in (prompts, texts([4, 6, 1])):
+        made = [decoder.start(given)]
+        made += [decoder.step() for _ in range(19)]
+        rows = [list(row) for row in zip(*made, strict=True)]
+        # Texts begin with their first page, whatever is beside them.
+        assert rows == [interpreted(program, [text], 20)[0] for text in given]
+    # A cache that grows gives the same.
+    ids = torch.tensor(prompts[:1])
+    cache, grown = None, []
+    for _ in range(20):
+        with torch.no_grad():
+            logits, cache = model(ids, cache=cache)
+        ids = logits[:, -1:].argmax(-1)
+        grown.append(int(ids))
+    assert grown == interpreted(program, prompts[:1], 20)[0]
+
+
+def test_kernels_are_planned_for_what_a_policy_selects():
+    program = attached("ema", head_dim=32, calibrate_every=4)
+    lowered = lower(program, "hopper")
+    assert [str(state.layout) for state in lowered.states.values()] == [
+        "contiguous", "paged(page=4)", "paged(page=4)",
+    ]  # fmt: skip
+    kernels = lower_attentions(lowered, "hopper")
+    assert kernels is not None
+    decode = {
+        (plan.spec.selected_blocks, plan.spec.lse, plan.spec.page_max)
+        for plan in kernels.plans
+        if plan.spec.phase == "decode" and plan.spec.kv == "paged"
+    }
+    assert decode == {(False, False, False), (True, True, True), (False, True, True)}
+    assert not kernels.refused
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_triton_kernels_read_what_is_selected(tmp_path, monkeypatch):
+    """Interpreted: the kernels that a GPU would run, on the program's own tokens."""
+    monkeypatch.setattr(LoweredKernels, "compile", lambda self: {})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    program = with_policies(
+        tiny_program(cache=True, head_dim=32, layers=1),
+        {"kv.0": policy_from_dict({"kind": "ema", **BUDGET, "calibrate_every": 3})},
+    )
+    go.emit(program, tmp_path / "out", target="ampere", emit=("torch",))
+    module = load_file(tmp_path / "out" / "model.py")
+    dispatcher, ran = type(module.kernels.DISPATCHER), []
+    load = dispatcher._load
+
+    def noted(self: Any, plan: Any) -> Any:
+        ran.append((plan.key.phase, plan.key.selected_blocks, plan.key.page_max))
+        return load(self, plan)
+
+    for name, instead in (
+        ("_on_device", staticmethod(lambda q: True)), ("_runs_here", lambda self: True),
+        ("_load", noted),
+    ):  # fmt: skip
+        monkeypatch.setattr(dispatcher, name, instead)
+    model = module.load(tmp_path / "out", dtype=torch.float16, device="cpu")
+    decoder = module.Decoder(model, 40, 2)
+    prompts, count = texts([18, 11]), 6
+    rows = [stepwise(program, text, count) for text in prompts]
+    decoder.start(prompts)
+    for step in range(count):
+        logits = torch.stack([row[step] for row in rows])
+        # Two dozen roundings to f16 on the way through, logits of order 1.
+        torch.testing.assert_close(decoder.logits.float(), logits, rtol=0, atol=24 * 2.0**-11)
+        decoder.step(logits.argmax(-1).tolist())
+    assert set(ran) == {
+        ("prefill", False, False), ("decode", True, True), ("decode", False, True),
+    }  # fmt: skip
+
+
+def stepwise(program: Program, text: list[int], count: int) -> list[torch.Tensor]:
+    """Return the logits [vocab] behind a text and the likeliest tokens behind it, one by one."""
+    runner, past, ids, made = Runner(program), None, torch.tensor([text]), []
+    for _ in range(count):
+        (logits,), past = runner.run({"input_ids": ids}, past)
+        made.append(logits[0, -1])
+        ids = made[-1].argmax().view(1, 1)
+    return made
