@@ -23,6 +23,7 @@ from graphopt.cli.inspect import inspect_command
 from graphopt.cli.passes import passes_command
 from graphopt.cli.plan_attention import plan_attention_command
 from graphopt.cli.targets import targets_command
+from graphopt.cli.train_kv_policy import train_kv_policy_command
 
 app = typer.Typer(
     name="graphopt",
@@ -41,6 +42,7 @@ for _name, _command in (
     ("passes", passes_command),
     ("targets", targets_command),
     ("plan-attention", plan_attention_command),
+    ("train-kv-policy", train_kv_policy_command),
     ("diff", diff_command),
 ):
     app.command(_name)(_command)

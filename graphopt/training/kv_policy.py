@@ -1,0 +1,408 @@
+"""Training of the KV policy `predictor` on traces of a model's attention.
+
+A network is shown the history that decoding with a budget leaves: rows of which only the pages are
+observed that another policy (the moving average) would have read, at budgets of a quarter, an
+eighth and a sixteenth of the text, with a calibration now and then. It learns the next row of
+dense attention by the mean squared error, and which pages to take by the recall of the mass that
+is selected, the choice of the best pages being softened so that it has a gradient.
+
+Layout letters as in `graphopt.training.kv_traces`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphopt.errors import UsageError
+from graphopt.execute.interpreter import Runner
+from graphopt.ir.kv_policies import Ema, PageBudget, Predictor
+from graphopt.ir.kv_policies.attention_cnn import new_weights, predict
+from graphopt.ir.kv_policies.pages import always_BN
+from graphopt.ir.kv_policies.predictor import network_input
+from graphopt.support.progress import Progress, silent
+from graphopt.training.kv_replay import pages_read, recall
+from graphopt.training.kv_traces import PageTraces, record_traces
+
+FRACTIONS = (4, 8, 16)
+"""Budgets are one of so many tokens of a text."""
+
+BATCH = 16
+RATE = 1e-3
+CHECK_EVERY = 25
+COMPARED_STEPS = 256
+"""Steps of the held-out text on which policies are compared in the end."""
+
+PATIENCE = 8
+"""Checks without a higher held-out recall before training stops."""
+
+LEAST_GAIN = 1e-3
+"""A recall that is higher by less than this is no better."""
+
+
+@dataclass(frozen=True)
+class KVTrainingResult:
+    """What a training came to.
+
+    Attributes:
+        weights: Those of the highest held-out recall, fp32.
+        group: Query heads of a KV head.
+        steps: Training steps that were made.
+        checks: (step, recall) on samples of the held-out text, along the way.
+        recalls: Of `ema` and `predictor` on the held-out text, by the fraction of the budget.
+        seconds: By what they were spent on.
+        stopped: Why training ended.
+    """
+
+    weights: Mapping[str, Tensor]
+    group: int
+    steps: int
+    checks: list[tuple[int, float]]
+    recalls: dict[str, dict[int, float]]
+    seconds: dict[str, float]
+    stopped: str
+
+    @property
+    def gain(self) -> float:
+        """By how much the mean recall is above that of the moving average."""
+        means = {kind: sum(of.values()) / len(of) for kind, of in self.recalls.items()}
+        return means["predictor"] - means["ema"]
+
+    @property
+    def shortcoming(self) -> str | None:
+        """What has to be known of a training that was of no use; None of one that was."""
+        if self.gain > LEAST_GAIN:
+            return None
+        return (
+            f"DOES NOT BEAT EMA on the held-out text: its recall is {self.gain:+.4f} beside that "
+            "of the moving average, which costs next to nothing. Use the policy ema, or train on "
+            "more text"
+        )
+
+
+def budgets(tokens: int, page: int) -> list[PageBudget]:
+    """Return the budgets that are trained for in texts of so many tokens.
+
+    Raises:
+        UsageError: Texts are too short for a page to be chosen in the smallest.
+    """
+    always = max(1, 64 // page)
+    chosen = []
+    for fraction in FRACTIONS:
+        pages = tokens // fraction // page
+        sink = local = min(always, max(1, (pages - 1) // 3))
+        if pages <= sink + local:
+            raise UsageError(
+                f"A sixteenth of {tokens} tokens is too little for sink, local and one page of "
+                f"{page} tokens more.",
+                f"Give --seqlen {3 * page * FRACTIONS[-1]} or more, or a smaller page.",
+            )
+        chosen.append(PageBudget(page, pages, sink, local))
+    return chosen
+
+
+def train_predictor(
+    runner: Runner,
+    windows: Tensor,
+    *,
+    page: int = 16,
+    held_out: int = 1,
+    recorded_steps: int = 1024,
+    seed: int = 0,
+    seconds: float = 600.0,
+    most_steps: int = 2000,
+    progress: Progress = silent,
+) -> KVTrainingResult:
+    """Train a predictor for a model on texts; nothing is learnt from the last `held_out` of them.
+
+    With one seed the same network results, where it is not the time that ends training.
+
+    Args:
+        windows: int64 [texts, tokens], two or more.
+        recorded_steps: How many tokens at the end of a text are steps to learn from.
+        seconds: For training alone: recording and comparing come in addition.
+        most_steps: Training steps at most.
+
+    Raises:
+        UsageError: There are too few texts, they are too short, or no attention qualifies.
+    """
+    tokens = windows.shape[1]
+    several = budgets(tokens, page)
+    policy = Predictor(several[0])
+    if len(windows) <= held_out:
+        raise UsageError(
+            f"{len(windows)} texts of {tokens} tokens, of which {held_out} are held out.",
+            "Give a longer text, or a smaller --seqlen.",
+        )
+    steps = policy.history + recorded_steps
+    if steps >= tokens:
+        raise UsageError(
+            f"Texts of {tokens} tokens have no prompt in front of {steps} steps.",
+            f"Give --seqlen {2 * steps} or more.",
+        )
+    clock = time.perf_counter
+    spent, since = {}, clock()
+    traces = record_traces(runner, windows, page, steps, progress=progress)
+    spent["recording"] = clock() - since
+    return train_on_traces(
+        traces, policy, several, held_out=held_out, seed=seed, seconds=seconds,
+        most_steps=most_steps, spent=spent, progress=progress,
+    )  # fmt: skip
+
+
+def train_on_traces(
+    traces: PageTraces,
+    policy: Predictor,
+    several: list[PageBudget],
+    *,
+    held_out: int,
+    seed: int,
+    seconds: float,
+    most_steps: int,
+    spent: dict[str, float] | None = None,
+    progress: Progress = silent,
+) -> KVTrainingResult:
+    """Train a predictor on traces; see `train_predictor`."""
+    spent = {} if spent is None else spent
+    since = time.perf_counter()
+    texts = range(traces.probs_LBGSN.shape[1])
+    held = traces.texts(texts[-held_out:]).last(policy.history + COMPARED_STEPS)
+    samples = _Samples(traces.texts(texts[:-held_out]), policy, several, progress)
+    # Each of the held-out texts with every budget.
+    with_each = held.texts([text for text in range(held_out) for _ in several])
+    checked = _Samples(with_each, policy, several, progress)
+    spent["preparing"] = time.perf_counter() - since
+    since = time.perf_counter()
+    trained = _train(samples, checked, policy, seed, seconds, most_steps, progress)
+    spent["training"] = time.perf_counter() - since
+    since = time.perf_counter()
+    recalls = compare(held, policy.with_weights(trained.weights), several, progress)
+    spent["comparing"] = time.perf_counter() - since
+    return KVTrainingResult(
+        trained.weights, traces.group, trained.steps, trained.checks, recalls, spent,
+        trained.stopped,
+    )  # fmt: skip
+
+
+def compare(
+    traces: PageTraces, predictor: Predictor, several: list[PageBudget], progress: Progress
+) -> dict[str, dict[int, float]]:
+    """Return the recall of the moving average and of a predictor, run step by step over traces."""
+    recalls: dict[str, dict[int, float]] = {"ema": {}, "predictor": {}}
+    every = predictor.calibrate_every
+    for fraction, budget in zip(FRACTIONS, several, strict=True):
+        for policy in (Ema(budget, every), replace(predictor, budget=budget)):
+            what = f"comparing {policy.kind} at 1/{fraction}"
+            read = pages_read(policy, traces, predictor.history, progress=progress, what=what)
+            recalls[policy.kind][fraction] = recall(read, traces, predictor.history, every)
+    return recalls
+
+
+class _Samples:
+    """Histories as decoding leaves them, and the rows that come behind.
+
+    Each text has one of the budgets, in turns.
+
+    Attributes:
+        budgets: Of every text.
+        rows: L * B * G, all sequences of rows.
+        steps: S.
+    """
+
+    def __init__(
+        self,
+        traces: PageTraces,
+        policy: Predictor,
+        several: list[PageBudget],
+        progress: Progress,
+    ) -> None:
+        layers, texts, groups, self.steps, _ = traces.probs_LBGSN.shape
+        self._traces, self._history = traces, policy.history
+        self.budgets = [several[text % len(several)] for text in range(texts)]
+        read = torch.cat(
+            [
+                pages_read(
+                    Ema(budget, policy.calibrate_every), traces.texts([text]),
+                    policy.history, progress=progress, what="preparing histories",
+                )
+                for text, budget in enumerate(self.budgets)
+            ],
+            1,
+        )  # fmt: skip
+        self.rows = layers * texts * groups
+        self._text = torch.arange(texts)[None, :, None].expand(layers, -1, groups).flatten()
+        self._read = read.flatten(0, 2)
+        self._target = network_input(traces.probs_LBGSN, 2).flatten(0, 2)
+        self._mass = traces.mass_LBGSN.flatten(0, 2)
+        self._held = self._target.clone()
+        for step in range(1, self.steps):
+            kept = ~self._read[:, step]
+            self._held[:, step][kept] = self._held[:, step - 1][kept]
+
+    def draw(self, count: int, generator: torch.Generator) -> _Batch:
+        """Return so many histories, drawn at random with what comes behind them."""
+        row = torch.randint(self.rows, (count,), generator=generator)
+        step = torch.randint(self._history, self.steps, (count,), generator=generator)
+        past = step[:, None] - torch.arange(self._history, 0, -1)
+        held, read = (x[row[:, None], past].float() for x in (self._held, self._read))
+        inside, selectable = [], []
+        for text, now in zip(self._text[row].tolist(), step.tolist(), strict=True):
+            budget, lengths = self.budgets[text], self._traces.lengths(now, 1)
+            # Sink and local are read anyway, and outside for the network.
+            inside.append(lengths.present_BN(budget.page)[0] & ~always_BN(budget, lengths)[0])
+            selectable.append(budget.selectable)
+        return _Batch(
+            torch.stack((held, read), 1),
+            torch.stack(inside),
+            self._target[row, step].float(),
+            self._mass[row, step].float(),
+            torch.tensor(selectable),
+        )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Histories [n, 2, R, N], the pages [n, N] that may be chosen, and the row behind each.
+
+    Attributes:
+        target, mass: Fourth roots of probabilities, and attention mass: [n, N].
+        selectable: [n], how many pages are chosen.
+    """
+
+    x: Tensor
+    inside: Tensor
+    target: Tensor
+    mass: Tensor
+    selectable: Tensor
+
+    def losses(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the mean squared error, and what is missing to the best choice's recall."""
+        scores = predict(self.x, self.inside, weights)
+        error = F.mse_loss(scores[self.inside], self.target[self.inside])
+        ranked = scores.masked_fill(~self.inside, float("-inf"))
+        threshold = self._threshold(ranked.detach())
+        # The softened choice: 1 far above the last score that is taken, 0 far below.
+        width = self._spread(scores.detach()) * SOFTNESS
+        chosen = ((scores - threshold) / width).sigmoid() * self.inside
+        return error, 1 - self._share(chosen).mean()
+
+    def recall(self, weights: Mapping[str, Tensor]) -> float:
+        """Return the share of the best choice's mass that is selected."""
+        scores = predict(self.x, self.inside, weights).masked_fill(~self.inside, float("-inf"))
+        chosen = (scores >= self._threshold(scores)) & self.inside
+        return float(self._share(chosen).mean())
+
+    def _threshold(self, scores: Tensor) -> Tensor:
+        """Return the last score that is taken, [n, 1]."""
+        last = (self.selectable.clamp(max=scores.shape[1]) - 1)[:, None]
+        return scores.sort(-1, descending=True).values.gather(1, last)
+
+    def _share(self, chosen: Tensor) -> Tensor:
+        """Return the chosen pages' mass, as a share of the mass of the best ones: [n]."""
+        mass = self.mass * self.inside
+        best = mass >= self._threshold(mass)
+        return (mass * chosen).sum(-1) / (mass * best).sum(-1).clamp(min=1e-6)
+
+    def _spread(self, scores: Tensor) -> Tensor:
+        """Return the standard deviation of the scores inside, [n, 1]."""
+        count = self.inside.sum(-1, keepdim=True).clamp(min=1)
+        mean = (scores * self.inside).sum(-1, keepdim=True) / count
+        spread = ((scores - mean).square() * self.inside).sum(-1, keepdim=True) / count
+        return spread.sqrt().clamp(min=1e-4)
+
+
+SOFTNESS = 0.25
+"""Over how much of the scores' standard deviation the choice of pages is softened."""
+
+SQUARED_ERROR = 10.0
+"""What the mean squared error counts beside the missing recall."""
+
+
+def starting_weights(policy: Predictor, seed: int) -> dict[str, Tensor]:
+    """Return weights to train from: half the mean of all rows, half the last row, and noise.
+
+    The last row is told by what is behind it: a feature that is 1 in every row, and 0 where the
+    second convolution has zeros for the row behind the last, is taken off all other rows.
+    """
+    weights = new_weights(policy.channels, seed)
+    weights["conv3.weight"] *= NOISE
+    value, one = 0, 1  # features of the first convolution
+    for feature in (value, one):
+        weights["conv1.weight"][feature], weights["conv1.bias"][feature] = 0, feature == one
+    weights["conv1.weight"][value, 0, 1, 1] = 1
+    mean, last = 0, 1  # features of the second
+    for feature in (mean, last):
+        weights["conv2.weight"][feature], weights["conv2.bias"][feature] = 0, 0
+        weights["conv2.weight"][feature, value, 1, 1] = 1
+    weights["conv2.weight"][last, one, 2, 1] = -1
+    weights["conv3.weight"][0, mean, 0] = 0.5
+    weights["conv3.weight"][0, last, 0] = 0.5 * policy.history
+    return weights
+
+
+NOISE = 0.1
+"""What is left of weights that are drawn at random in the last layer."""
+
+
+@dataclass
+class _Trained:
+    weights: dict[str, Tensor]
+    steps: int = 0
+    checks: list[tuple[int, float]] = field(default_factory=list)
+    stopped: str = ""
+
+
+def _train(
+    samples: _Samples,
+    checked: _Samples,
+    policy: Predictor,
+    seed: int,
+    seconds: float,
+    most_steps: int,
+    progress: Progress,
+) -> _Trained:
+    """Return the weights of the highest recall on samples of the held-out text."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = starting_weights(policy, seed)
+    for weight in weights.values():
+        weight.requires_grad_()
+    optimiser = torch.optim.Adam(weights.values(), RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / most_steps)))
+    )
+    held = [checked.draw(BATCH, generator) for _ in range(12)]
+    best, trained, since = -1.0, _Trained({}), time.perf_counter()
+    worse = 0
+    for step in range(most_steps + 1):
+        late = time.perf_counter() - since > seconds
+        if step % CHECK_EVERY == 0 or late or step == most_steps:
+            with torch.no_grad():
+                mean = sum(batch.recall(weights) for batch in held) / len(held)
+            trained.checks.append((step, mean))
+            worse += 1
+            if mean > best:
+                best, worse = mean, 0
+                trained.weights = {name: x.detach().clone() for name, x in weights.items()}
+            trained.steps = step
+            if worse >= PATIENCE:
+                trained.stopped = f"held-out recall was no higher in {PATIENCE} checks"
+                break
+            if late:
+                trained.stopped = f"{seconds:g} seconds were over"
+                break
+        if step == most_steps:
+            trained.stopped = f"all {most_steps} steps were made"
+            break
+        error, missing = samples.draw(BATCH, generator).losses(weights)
+        optimiser.zero_grad()
+        (SQUARED_ERROR * error + missing).backward()
+        optimiser.step()
+        schedule.step()
+        progress("training", step + 1, most_steps)
+    return trained
