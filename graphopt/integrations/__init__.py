@@ -1,0 +1,1 @@
+"""Parts of graphopt inside of other libraries' own ways to run a model."""
