@@ -66,8 +66,6 @@ def check_placements(program: Program) -> None:
 def check_attentions(program: Program, where: str) -> None:
     """Refuse attentions that read selected pages, or give more than their output, keys and values.
 
-    Those with a policy read selected pages.
-
     Args:
         where: What has no place for that.
 
@@ -76,13 +74,10 @@ def check_attentions(program: Program, where: str) -> None:
     """
     for call in program.calls:
         for node in program.functions[call.function].nodes:
-            if node.op == "policy_attention":
-                what = "reads the pages that a policy selects"
-            elif node.op == "attention" and is_general(resolve_attrs(node, call), node.inputs):
-                selects = node.operand(SELECTED) is not None
-                what = "reads selected pages" if selects else "gives the log-sum-exp or page maxima"
-            else:
+            if node.op != "attention" or not is_general(resolve_attrs(node, call), node.inputs):
                 continue
+            selects = node.operand(SELECTED) is not None
+            what = "reads selected pages" if selects else "gives the log-sum-exp or page maxima"
             raise LoweringError(
                 f"{call.path or call.function}: {node.outputs[0].name} = {node.op}: it {what}, "
                 f"which {where} has no place for.",

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     pass
 from graphopt.execute.language_model import LanguageModel, _Replay
 
+_STATES = {"past_key_values.": "present.", "past_policy.": "present_policy."}
+"""How inputs with what a step left begin, and the outputs that leave it."""
+
+_STATE_DTYPES = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
+
 
 class OnnxArtifactModel(LanguageModel):
     """The graph of an ONNX artifact, run by ONNX Runtime on the CPU.
@@ -26,7 +31,8 @@ class OnnxArtifactModel(LanguageModel):
     Args:
         folder: Folder with `model.onnx`, whose inputs are `input_ids`, and where it has them
             `attention_mask`, `position_ids` and `past_key_values.N.key` / `.value`, and whose
-            outputs are `logits` and `present.N.key` / `.value`.
+            outputs are `logits` and `present.N.key` / `.value`; where a policy selects what steps
+            read, also `past_policy.N.NAME` and `present_policy.N.NAME`.
         name: Short name of the model.
         config: Its Hugging Face config.
         generation: How text is to be generated; by default what a generation_config.json in the
@@ -80,10 +86,15 @@ class OnnxArtifactModel(LanguageModel):
             ) from error
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
-        self._pasts = [name for name in self._inputs if name.startswith("past_key_values.")]
+        self._pasts = {
+            name: name.replace(before, after, 1)
+            for name in self._inputs
+            for before, after in _STATES.items()
+            if name.startswith(before)
+        }
         known = {"input_ids", "attention_mask", "position_ids", *self._pasts}
-        presents = {name.replace("past_key_values.", "present.") for name in self._pasts}
-        missing = ({"input_ids"} - set(self._inputs)) | (presents - set(self._outputs))
+        missing = {"input_ids"} - set(self._inputs)
+        missing |= set(self._pasts.values()) - set(self._outputs)
         odd = sorted((set(self._inputs) - known) | missing)
         if odd or "logits" not in self._outputs:
             raise SourceError(
@@ -111,6 +122,9 @@ class OnnxArtifactModel(LanguageModel):
             SourceError: Naming the input.
         """
         value = self._inputs[name]
+        if name.startswith("past_policy."):
+            self._check_policy_state(name)
+            return
         sizes = value.shape[1::2]
         if (
             value.type != "tensor(float)"
@@ -123,13 +137,29 @@ class OnnxArtifactModel(LanguageModel):
                 "Compile the model again with --emit onnx.",
             )
 
+    def _check_policy_state(self, name: str) -> None:
+        """Refuse what a policy remembers where it is no tensor of rows of known heads.
+
+        Raises:
+            SourceError: Naming the input.
+        """
+        value = self._inputs[name]
+        sizes = [size for size in value.shape[1:] if isinstance(size, int)]
+        if value.type not in _STATE_DTYPES or not all(0 < size < 2**16 for size in sizes):
+            raise SourceError(
+                f"{self._path}: the input {name!r} is a {value.type} of shape {value.shape}, and "
+                "what a policy remembers is a tensor of floats or whole numbers, a row a text.",
+                "Compile the model again with --emit onnx.",
+            )
+
     def start(self, batch: int) -> Any:
         if not self._pasts:
             return _Replay()
         cache = {}
         for name in self._pasts:
-            _, heads, _, width = self._inputs[name].shape
-            cache[name] = torch.zeros(batch, heads, 0, width).numpy()
+            rest = [size if isinstance(size, int) else 0 for size in self._inputs[name].shape[1:]]
+            dtype = _STATE_DTYPES[self._inputs[name].type]
+            cache[name] = torch.zeros(batch, *rest, dtype=dtype).numpy()
         return cache
 
     def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
@@ -153,9 +183,7 @@ class OnnxArtifactModel(LanguageModel):
             )
         if replayed:
             return logits[:, -count:], _Replay(inputs["input_ids"])
-        return logits, {
-            name: results[name.replace("past_key_values.", "present.")] for name in self._pasts
-        }
+        return logits, {name: results[present] for name, present in self._pasts.items()}
 
     def _run(self, feeds: Mapping[str, Any]) -> Sequence[Any]:
         """Return the outputs of the graph.

@@ -21,6 +21,7 @@ from graphopt.lowering.onnx.external import DataFile, Layout, SafetensorsDataFil
 from graphopt.lowering.onnx.genai import GENAI_NAME, RUN_NAME, genai_config, run_script, why_not
 from graphopt.lowering.onnx.graph import Graph
 from graphopt.lowering.onnx.ops import translation_of
+from graphopt.lowering.onnx.ops.policy import refusal
 from graphopt.lowering.onnx.quantised import block_of, no_onnx_form
 from graphopt.lowering.onnx_accuracy import EXACT
 from graphopt.lowering.tokenizer import run_lines, write_generation, write_tokenizer
@@ -58,6 +59,12 @@ class OnnxEmitter(Emitter):
                     f"State {state.name!r} is {state.layout}, and a graph takes and gives keys one "
                     "behind the other.",
                     "Keep this state contiguous, or emit torch instead (--emit torch).",
+                )
+            reason = None if state.policy is None else refusal(state.policy)
+            if reason is not None:
+                raise LoweringError(
+                    f"State {state.name!r} has a policy: {reason}.",
+                    "Attach one of those, or emit torch instead (--emit torch).",
                 )
         for weight in program.used_weights():
             reason = None if weight.encoding is None else no_onnx_form(weight.encoding)

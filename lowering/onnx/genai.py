@@ -35,6 +35,8 @@ def why_not(program: Program) -> str | None:
     states = list(program.states.values())
     if not states:
         return "it has no KV cache (run insert-kv-cache)"
+    if any(state.policy is not None for state in states):
+        return "it hands on no state of a policy beside keys and values"
     first = states[0]
     if any((s.heads, s.k_dim, s.v_dim) != (first.heads, first.k_dim, first.k_dim) for s in states):
         return "its layers' caches differ in heads or head size"

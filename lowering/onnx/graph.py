@@ -234,6 +234,8 @@ class Graph:
                 state = call.caches[cache.slot]
                 lower.values[cache.past_k] = pasts[f"{state}.key"]
                 lower.values[cache.past_v] = pasts[f"{state}.value"]
+                for number, value in enumerate(cache.past_state):
+                    lower.values[value] = pasts[f"{state}.{number}"]
             self._lower(lower)
             for name, value in zip(call.results, function.results, strict=True):
                 made = lower.values[value]
@@ -242,6 +244,8 @@ class Graph:
                 state = call.caches[cache.slot]
                 presents[f"{state}.key"] = lower.whole(cache.present_k)
                 presents[f"{state}.value"] = lower.whole(cache.present_v)
+                for number, value in enumerate(cache.present_state):
+                    presents[f"{state}.{number}"] = lower.whole(value)
         builder.scope = ""
         logits = carried["logits"]
         whole = logits.whole(builder) if isinstance(logits, Sum | Rounded) else logits
@@ -299,6 +303,17 @@ class Graph:
                 )
                 kind = Type((B, state.heads, P + S, width), torch.float32)
                 outputs[key] = (f"present.{number}.{part}", kind)
+            for place, (part, remembered) in enumerate(state.policy_types.items()):
+                kind, key = _single(remembered), f"{state.name}.{place}"
+                pasts[key] = ir.Value(
+                    name=f"past_policy.{number}.{part}",
+                    shape=_shape(kind),
+                    type=ir.TensorType(ONNX_DTYPES[kind.dtype]),
+                )
+                sizes = tuple(
+                    size if isinstance(size, int) else size.subs(P, P + S) for size in kind.shape
+                )
+                outputs[key] = (f"present_policy.{number}.{part}", Type(sizes, kind.dtype))
         return pasts, outputs
 
     def _weight(self, name: str) -> ir.Value | QuantisedMatrix:

@@ -10,6 +10,7 @@ from graphopt.lowering.onnx.ops import (
     experts,
     linear,
     norm,
+    policy,
     quantisation,
     rope,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "experts",
     "linear",
     "norm",
+    "policy",
     "quantisation",
     "rope",
     "translation",

@@ -6,8 +6,6 @@ cache in place.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 
@@ -60,7 +58,7 @@ def merge_heads(lower: Lowering, node: Node) -> ir.Value:
     )
 
 
-def _key_mask(lower: Lowering, mask: Value | None) -> ir.Value:
+def padding_mask(lower: Lowering, mask: Value | None) -> ir.Value:
     """Return the padding mask as int64 [B, T], ones where the program has none."""
     if mask is not None:
         return lower.whole(mask)
@@ -86,7 +84,7 @@ def attention_bias(
     ALiBi's bias is part of it.
     """
     builder = lower.builder
-    key_mask = _key_mask(lower, mask)
+    key_mask = padding_mask(lower, mask)
     slope_values = None if slopes is None else lower.whole(slopes)
     key = ("bias", key_mask, slope_values, causal, window, chunk)
     if key in lower.shared:
@@ -125,7 +123,7 @@ def attention_bias(
     return bias
 
 
-def _lengths(lower: Lowering) -> tuple[ir.Value, ir.Value]:
+def lengths(lower: Lowering) -> tuple[ir.Value, ir.Value]:
     """Return seqlens_k int32 [B] and the total length int32 scalar, for all rows alike.
 
     Rows are padded on the left and masked by the bias, so every row has all T keys; the total
@@ -144,7 +142,7 @@ def _lengths(lower: Lowering) -> tuple[ir.Value, ir.Value]:
 
 @translation("attention")
 def attention(lower: Lowering, node: Node) -> Lowered | list[Lowered]:
-    if not _fits_group_query(lower, node):
+    if not fits_group_query(lower, node):
         made = _plain(lower, node, [lower.whole(node.inputs[i]) for i in (QUERY, KEY, VALUE)])
         return [*made] if isinstance(made, list) else made
     builder = lower.builder
@@ -156,10 +154,10 @@ def attention(lower: Lowering, node: Node) -> Lowered | list[Lowered]:
         lower.attrs(node).get("window"), lower.attrs(node).get("chunk"),
     )  # fmt: skip
     if not continues:
-        out, *present = _group_query(lower, node, q, k, v, bias)
+        out, *present = group_query(lower, node, q, k, v, bias)
         return [Heads(out, q.heads, v.dim, True), *present]
-    several = _several_rows_continue(lower)
-    _lengths(lower)
+    several = several_rows_continue(lower)
+    lengths(lower)
     with builder.branch("continue") as plain:
         # Copies: what this branch makes of the heads must not be read outside of it.
         inside = [Heads(x.flat, x.heads, x.dim, True).whole(builder) for x in (q, k, v)]
@@ -168,14 +166,14 @@ def attention(lower: Lowering, node: Node) -> Lowered | list[Lowered]:
         flat = builder.op("Reshape", flat, builder.constant([0, 0, q.heads * v.dim]))
         plain.results = [flat, present_k, present_v]
     with builder.branch("fused") as fused:
-        fused.results = _group_query(lower, node, q, k, v, bias)
+        fused.results = group_query(lower, node, q, k, v, bias)
     out, *present = builder.op(
         "If", several, outputs=3, then_branch=plain.graph(), else_branch=fused.graph()
     )
     return [Heads(out, q.heads, v.dim, True), *present]
 
 
-def _several_rows_continue(lower: Lowering) -> ir.Value:
+def several_rows_continue(lower: Lowering) -> ir.Value:
     """Return whether several rows go on from a cache by several tokens, a bool scalar.
 
     ONNX Runtime's GroupQueryAttention refuses that one case.
@@ -192,7 +190,7 @@ def _several_rows_continue(lower: Lowering) -> ir.Value:
     return lower.shared["several"]
 
 
-def _fits_group_query(lower: Lowering, node: Node) -> bool:
+def fits_group_query(lower: Lowering, node: Node) -> bool:
     """GroupQueryAttention is causal, has a cache, and one head size for keys and values."""
     q, k, v = (node.inputs[i] for i in (QUERY, KEY, VALUE))
     assert q is not None and k is not None and v is not None
@@ -206,7 +204,7 @@ def _fits_group_query(lower: Lowering, node: Node) -> bool:
     )
 
 
-def _group_query(
+def group_query(
     lower: Lowering, node: Node, q: Heads, k: Heads, v: Heads, bias: ir.Value
 ) -> list[ir.Value]:
     """Return the flat output and the new cache contents.
@@ -216,7 +214,7 @@ def _group_query(
     is right for no batch that is padded on the left.
     """
     attrs = lower.attrs(node)
-    last, total = _lengths(lower)
+    last, total = lengths(lower)
     sinks = node.operand(SINKS)
     past = [lower.whole(node.operand(index)) for index in (PAST_K, PAST_V)]
     return lower.builder.op(
@@ -235,17 +233,25 @@ def _plain(lower: Lowering, node: Node, operands: list[ir.Value]) -> ir.Value | 
     Args:
         operands: q, k and v as [B, heads, S, head_dim].
     """
-    builder, attrs = lower.builder, lower.attrs(node)
-    q, k, v = (node.inputs[i] for i in (QUERY, KEY, VALUE))
-    assert q is not None and k is not None and v is not None
-    heads, groups = int(lower.types[q].shape[1]), int(lower.types[k].shape[1])
+    builder = lower.builder
     query, keys, values = operands
     past = node.operand(PAST_K)
     if past is not None:
         lower.shared["in_place"] = False
         keys = builder.op("Concat", lower.whole(past), keys, axis=2)
         values = builder.op("Concat", lower.whole(node.operand(PAST_V)), values, axis=2)
-    present: list[Any] = [keys, values]
+    out = over_keys(lower, node, query, keys, values)
+    return out if past is None else [out, keys, values]
+
+
+def over_keys(
+    lower: Lowering, node: Node, query: ir.Value, keys: ir.Value, values: ir.Value
+) -> ir.Value:
+    """Return an attention [B, H, S, Dv] over all keys [B, G, T, D], by products and a softmax."""
+    builder, attrs = lower.builder, lower.attrs(node)
+    q, k, v = (node.inputs[i] for i in (QUERY, KEY, VALUE))
+    assert q is not None and k is not None and v is not None
+    heads, groups = int(lower.types[q].shape[1]), int(lower.types[k].shape[1])
     widths = int(lower.types[q].shape[3]), int(lower.types[v].shape[3])
     share = heads // groups
     if share > 1:
@@ -285,4 +291,4 @@ def _plain(lower: Lowering, node: Node, operands: list[ir.Value]) -> ir.Value | 
     out = builder.op("MatMul", weights, values)
     if share > 1:
         out = builder.op("Reshape", out, builder.shape([-1, heads, S, widths[1]]))
-    return out if past is None else [out, *present]
+    return out  # type: ignore[no-any-return]
