@@ -21,6 +21,8 @@ from graphopt.evaluate.kv_policy import measure_policy
 from graphopt.evaluate.policy_spec import PolicySpec
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.kv_policies import Ema, PageBudget, Quest, SnapKV
+from graphopt.ir.kv_policies.attention_cnn import weight_shapes
+from graphopt.ir.kv_policies.checkpoint import PredictorCheckpoint
 from graphopt.pass_manager.recipe import parse_named_options
 from graphopt.report.evaluations import Evaluation, evaluations_section
 from graphopt.report.pictures import heat_map
@@ -43,6 +45,8 @@ def test_a_budget_is_a_share_of_a_text_or_a_number_of_tokens():
     assert spec_of("snapkv{budget=512,window=8}").policy(99) == SnapKV(
         PageBudget(16, 32, 4, 4), window=8
     )
+    ahead = spec_of("expected-attention{budget=512,frequencies=[1,0.5]}").policy(99)
+    assert ahead.frequencies == (1.0, 0.5)
     assert spec_of("dense").policy(4096).kind == "dense"
     assert spec.text == "ema{budget=256,alpha=0.5,calibrate=5,page=8,dense_layers=2}"
 
@@ -58,16 +62,32 @@ def test_a_budget_is_a_share_of_a_text_or_a_number_of_tokens():
         ("quest{budget=1/8,pages=3}", "page"),
         ("quest{budget=1/8,page=wide}", "page=wide is no int"),
         ("quest{budget=1/8,calibrate=5}", "calibrate"),
+        ("quest{budget=1/8,page=[8,16]}", "page=.*is no int"),
+        ("quest{budget=[8,16]}", "A budget of"),
         ("quest{budget=1/8", "KV policy 'quest.*expected"),
         ("quest{budget=100}", "no multiple of the page"),
         ("quest{budget=64}", "below sink plus local"),
         ("ema{budget=1/8,alpha=2}", "2"),
+        ("predictor{budget=1/8}", "is learned, and has no weights"),
+        ("quest{budget=1/8,weights=file}", "weights"),
     ],
 )
 def test_what_is_no_policy_is_refused(text, message):
     with pytest.raises(UsageError) as refused:
         spec_of(text).policy(4096)
     assert re.search(message, f"{refused.value.message} {refused.value.remedy}")
+
+
+def test_a_learned_policy_has_the_weights_of_a_checkpoint(tmp_path):
+    weights = {name: torch.ones(shape) for name, shape in weight_shapes(2).items()}
+    path = tmp_path / "weights"
+    PredictorCheckpoint(weights, page=4, group=2, history=64, channels=2, about={}).write(path)
+    spec = spec_of(f'predictor{{budget=1/4,page=4,sink=4,local=8,weights="{path}"}}')
+    policy = spec.policy_for(tiny_program(), 64, torch.device("cpu"))
+    assert policy.weights.keys() == weights.keys()
+    spec = spec_of(f'predictor{{budget=1/4,page=8,sink=8,local=8,weights="{path}"}}')
+    with pytest.raises(UsageError, match="trained for pages of 4 tokens"):
+        spec.policy_for(tiny_program(), 64, torch.device("cpu"))
 
 
 def test_the_report_shows_recall_by_budget_and_which_pages_are_read():

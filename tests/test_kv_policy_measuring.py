@@ -19,18 +19,28 @@ from graphopt.execute.page_attention import CausalAttention, attention_layers
 from graphopt.ir.graph import resolve_attrs
 from graphopt.ir.kv_policies import (
     Dense,
+    Ema,
+    ExpectedAttention,
     Filled,
     LastRow,
     OracleTopK,
     PageBudget,
+    Predictor,
+    Quest,
     Scoring,
     SinkLocal,
+    SnapKV,
     page_probabilities,
 )
+from graphopt.ir.kv_policies.attention_cnn import weight_shapes
 from graphopt.ir.ops import get_op
 from graphopt.ir.ops.attention import PAST_K, PAST_V, SELECTED, SINKS
 
 F64 = torch.float64
+PREDICTOR = {
+    name: torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) / 4
+    for name, shape in weight_shapes(2).items()
+}
 PAGE = 4
 SMALL = PageBudget(PAGE, pages=4, sink=1, local=2)
 POLICIES = [
@@ -39,6 +49,11 @@ POLICIES = [
     LastRow(SMALL, calibrate_every=3),
     OracleTopK(SMALL),
     Dense(SMALL),
+    Ema(SMALL, calibrate_every=4),
+    Quest(SMALL),
+    SnapKV(SMALL, window=4),
+    ExpectedAttention(SMALL),
+    Predictor(SMALL, calibrate_every=4, history=8).with_weights(PREDICTOR),
 ]
 PROMPT, TOKENS = 13, 38
 

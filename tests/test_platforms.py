@@ -53,6 +53,8 @@ for name in names:
         importlib.import_module(name)
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
+        if missing == "kvpress" and name == "graphopt.integrations.kvpress_press":
+            continue  # it is of use where kvpress is alone
         assert missing == "triton" and name.startswith(skipped), (name, error)
 
 from typer.testing import CliRunner

@@ -2,10 +2,12 @@
 
     python tools/bench_kv.py --text test-dev.txt [--model demo] [--contexts 4096,8192]
                              [--budgets 1/4,1/8,1/16] [--policies ema,quest] [--windows 4]
-                             [--needles 50] [--device cuda] [--out benchmarks/kv.json]
+                             [--needles 50] [--predictor FILE] [--device cuda]
+                             [--out benchmarks/kv.json]
 
 Every policy that is registered runs at every budget, with what it has by default, and those that
-can be calibrated and are not by default also with a dense step in sixteen. Needles are asked for in
+can be calibrated and are not by default also with a dense step in sixteen; the predictor with the
+checkpoint FILE. Needles are asked for in
 the longest texts, with the smallest budget. Results are kept after every run, beside what other
 devices gave. On a GPU all of it takes minutes; for a CPU one context and one budget are enough.
 """
@@ -28,7 +30,7 @@ from graphopt.capture import capture
 from graphopt.evaluate.kv_policy import PolicyResult, measure_policy
 from graphopt.evaluate.needles import needle_tasks, retrieval
 from graphopt.evaluate.perplexity import read_text, text_windows
-from graphopt.evaluate.policy_spec import PolicySpec
+from graphopt.evaluate.policy_spec import LEARNED, PolicySpec
 from graphopt.execute.language_model import ProgramModel, load_tokenizer
 from graphopt.ir.kv_policies import POLICIES
 from graphopt.support.devices import usable_device
@@ -38,11 +40,16 @@ OFTEN = "16"
 """Steps from one dense step to the next of policies that have none by default."""
 
 
-def specs_of(kinds: Sequence[str], budget: str) -> list[PolicySpec]:
-    """Return the forms of policies that are measured at a budget."""
+def specs_of(kinds: Sequence[str], budget: str, predictor: str | None) -> list[PolicySpec]:
+    """Return the forms of policies that are measured at a budget.
+
+    Args:
+        predictor: The checkpoint of the predictor.
+    """
     specs: list[PolicySpec] = []
     for kind in kinds:
-        specs.append(PolicySpec.of(kind, {"budget": budget}))
+        weights = {} if kind not in LEARNED else {"weights": str(predictor)}
+        specs.append(PolicySpec.of(kind, {"budget": budget, **weights}))
         fields = {field.name: field.default for field in dataclasses.fields(POLICIES[kind])}
         if fields.get("calibrate_every", 0) is None:
             specs.append(PolicySpec.of(kind, {"budget": budget, "calibrate": OFTEN}))
@@ -79,13 +86,14 @@ def main() -> None:
     parser.add_argument("--policies", default=",".join(sorted({*POLICIES} - {"dense"})))
     parser.add_argument("--windows", type=int, default=4, help="texts of each context")
     parser.add_argument("--needles", type=int, default=50, help="0 for none")
+    parser.add_argument("--predictor", metavar="FILE", help="without one it is left out")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "kv.json")
     args = parser.parse_args()
     device = usable_device(args.device)
     model = ProgramModel(capture(args.model), device=device)
     tokenizer, text = load_tokenizer(model), read_text(args.text)
-    kinds = args.policies.split(",")
+    kinds = [kind for kind in args.policies.split(",") if args.predictor or kind not in LEARNED]
     contexts, budgets = [int(n) for n in args.contexts.split(",")], args.budgets.split(",")
     command = ["python", "tools/bench_kv.py", "--text", args.text.name, *_given(parser, args)]
     for context in contexts:
@@ -111,8 +119,8 @@ def main() -> None:
         print(f"{context} dense {found['dense']}", flush=True)
         for budget in budgets:
             asked = tasks is not None and Fraction(budget) == min(map(Fraction, budgets))
-            for spec in specs_of(kinds, budget):
-                policy = spec.policy(context)
+            for spec in specs_of(kinds, budget, args.predictor):
+                policy = spec.policy_for(model.runner.program, context, device)
                 result = measure_policy(model.runner, rows, policy, begin=len(begin))
                 run = figures(spec, result, dense)
                 if asked and tasks is not None:

@@ -18,12 +18,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ablation_tables import bits, bits_kernels
+from kv_tables import kv
 from model_tables import models, models_answers, models_choice
 from results import ROOT, markdown_table, measured_on, median, result_of
 
 PAGES = (
     "README.md", "docs/attention.md", "docs/depth.md", "docs/evaluate.md", "docs/families.md",
-    "docs/flatquant.md", "docs/methods.md", "docs/volta.md", "docs/width.md",
+    "docs/flatquant.md", "docs/kv.md", "docs/methods.md", "docs/volta.md", "docs/width.md",
 )  # fmt: skip
 _TABLE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end table -->", re.DOTALL)
 
@@ -606,6 +607,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "families": families,
     "forms": forms,
+    "kv": kv,
     "quality": quality,
     "scale": scale,
     "volta": volta,

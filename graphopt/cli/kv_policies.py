@@ -82,7 +82,8 @@ def measure_policies(
             "Give --backend program, or the source of the model.",
         )
     tokens = rows.shape[1]
-    policies = [(spec, spec.policy(tokens)) for spec in specs]
+    program, device = model.runner.program, model.device
+    policies = [(spec, spec.policy_for(program, tokens, device)) for spec in specs]
     tasks = None if needles is None else needle_tasks(tokenizer, content, tokens, needles)
     figures: list[PolicyFigures] = []
     for spec, policy in [(None, None), *policies]:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+import torch
+
 from graphopt.errors import UsageError, unknown_name
-from graphopt.ir.kv_policies import POLICIES, KVPolicy, PageBudget, policy_from_dict
+from graphopt.evaluate.kv_policy import policy_layers
+from graphopt.ir.graph import Program
+from graphopt.ir.kv_policies import POLICIES, KVHeads, KVPolicy, PageBudget, policy_from_dict
+from graphopt.ir.kv_policies.checkpoint import read_checkpoint
+from graphopt.ir.kv_policies.predictor import Predictor
+from graphopt.ir.shapes import infer_program
 
 DEFAULTS = {"page": 16, "sink": 64, "local": 64, "dense_layers": 0}
 """Tokens of a page, and those at the front and the newest ones that are always read; and how many
@@ -29,6 +37,7 @@ class PolicySpec:
         page, sink, local: In tokens.
         dense_layers: How many attentions at the front of a model read all keys.
         own: The fields that the policy has beside its budget, as plain values.
+        weights: The checkpoint of a policy that is learned; None for others.
         text: As it was written.
     """
 
@@ -39,15 +48,17 @@ class PolicySpec:
     local: int
     dense_layers: int
     own: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
     text: str = ""
 
     @classmethod
-    def of(cls, kind: str, options: Mapping[str, str]) -> PolicySpec:
+    def of(cls, kind: str, options: Mapping[str, Any]) -> PolicySpec:
         """Return the policy of a name and of options as text.
 
         Args:
-            options: `budget`, such as "1/8" or "1024"; `page`, `sink`, `local` and `dense_layers`;
-                `calibrate`, the steps from one dense step to the next; and what the policy has of
+            options: Texts, or lists of them: `budget`, such as "1/8" or "1024"; `page`, `sink`,
+                `local` and `dense_layers`; `calibrate`, the steps from one dense step to the next;
+                `weights`, the checkpoint of a policy that is learned; and what the policy has of
                 its own.
 
         Raises:
@@ -58,10 +69,13 @@ class PolicySpec:
             raise unknown_name("KV policy", kind, POLICIES)
         fields = _own_fields(POLICIES[kind])
         known = [*DEFAULTS, "budget", *("calibrate" if n == CALIBRATE else n for n in fields)]
-        numbers, own, budget = dict(DEFAULTS), {}, None
+        known += ["weights"] if kind in LEARNED else []
+        numbers, own, budget, weights = dict(DEFAULTS), {}, None, None
         for name, value in options.items():
             if name == "budget":
-                budget = _budget(value)
+                budget = _budget(str(value))
+            elif name == "weights" and name in known:
+                weights = str(value)
             elif name in DEFAULTS:
                 numbers[name] = _plain(name, value, int)
             elif name in known:
@@ -75,8 +89,21 @@ class PolicySpec:
                 f"Write {kind}{{budget=1/8}} for an eighth of a text's tokens, or a number of "
                 "tokens per KV head, sink and local included.",
             )
-        given = ",".join(f"{name}={value}" for name, value in options.items())
-        return cls(kind, budget, **numbers, own=own, text=f"{kind}{{{given}}}" if given else kind)
+        if weights is None and kind in LEARNED:
+            raise UsageError(
+                f"The KV policy {kind} is learned, and has no weights.",
+                f"Write {kind}{{budget=1/8,weights=FILE}}; `graphopt train-kv-policy` writes FILE.",
+            )
+        values = [x if isinstance(x, str) else f"[{','.join(x)}]" for x in options.values()]
+        given = ",".join(map("=".join, zip(options, values, strict=True)))
+        return cls(
+            kind,
+            budget,
+            **numbers,
+            own=own,
+            weights=weights,
+            text=f"{kind}{{{given}}}" if given else kind,
+        )
 
     def budget_tokens(self, tokens: int) -> int | None:
         """Return the budget for texts of so many tokens; None where all is read.
@@ -88,6 +115,28 @@ class PolicySpec:
         if isinstance(self.budget, int):
             return self.budget
         return int(self.budget * tokens) // self.page * self.page if self.page > 0 else 0
+
+    def policy_for(self, program: Program, tokens: int, device: torch.device) -> KVPolicy:
+        """Return the policy for a program's texts of so many tokens, with its weights.
+
+        Raises:
+            UsageError: As `policy` does, or the weights were trained for other pages or heads.
+            SourceError: There are no such weights, or no attention can follow a policy.
+        """
+        policy = self.policy(tokens)
+        if self.weights is None or not isinstance(policy, Predictor):
+            return policy
+        checkpoint = read_checkpoint(self.weights)
+        layers, _ = policy_layers(program, self.dense_layers)
+        types, _ = infer_program(program)
+        learned: KVPolicy = policy
+        for layer in layers:
+            q, k, v = (types[layer.position][value] for value in layer.node.inputs[:3] if value)
+            heads = KVHeads(
+                int(k.shape[1]), int(q.shape[1]), int(k.shape[3]), int(v.shape[3]), k.dtype
+            )
+            learned = checkpoint.policy(policy, heads, self.weights)
+        return learned.with_weights({n: x.to(device) for n, x in checkpoint.weights.items()})
 
     def policy(self, tokens: int) -> KVPolicy:
         """Return the policy for texts of so many tokens, without weights.
@@ -104,7 +153,7 @@ class PolicySpec:
 
 
 CALIBRATE = "calibrate_every"
-READ_ALL = ("dense",)
+READ_ALL, LEARNED = ("dense",), ("predictor",)
 
 
 def _own_fields(policy: type[KVPolicy]) -> dict[str, Any]:
@@ -137,22 +186,23 @@ def _budget(text: str) -> int | Fraction:
     return int(budget)
 
 
-def _plain(name: str, text: str, hint: Any) -> Any:
-    """Return the value of a text as a field has it.
+def _plain(name: str, text: str | Sequence[str], hint: Any) -> Any:
+    """Return the value of a text, or of a list of texts, as a field has it.
 
     Raises:
         UsageError: It is none.
     """
+    if typing.get_origin(hint) is tuple and not isinstance(text, str):
+        return tuple(_plain(name, each, typing.get_args(hint)[0]) for each in text)
     hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(None) in hints and text.lower() == "none":
+    if type(None) in hints and text == "none":
         return None
-    for kind in hints:
-        try:
-            if kind is bool and text.lower() in ("true", "false"):
-                return text.lower() == "true"
-            if kind in (int, float, str):
-                return kind(text)
-        except ValueError:
-            continue
+    if isinstance(text, str):
+        for kind in hints:
+            with contextlib.suppress(ValueError):
+                if kind is bool and text in ("true", "false"):
+                    return text == "true"
+                if kind in (int, float, str):
+                    return kind(text)
     named = " or ".join(getattr(kind, "__name__", str(kind)) for kind in hints)
     raise UsageError(f"{name}={text} is no {named}.", "Give such a value.")
