@@ -28,8 +28,12 @@ SCORES = {**dict.fromkeys(AVERAGES, "probability"), "snapkv": "votes", "predicto
 """What policies' states call the scores of pages that `select` goes by."""
 
 SELECTED_BY_KERNELS = ("sink-local", "quest", *SCORES)
-OBSERVED_BY_KERNELS = ("quest", *AVERAGES)
-"""Policies of which `select` and `observe` are kernels."""
+_AXIS_2 = ("least", "largest", *SCORES.values())
+_AXIS_3 = ("history", "observed", "running_sum")
+
+CALIBRATED_BY_KERNELS = ("quest", *AVERAGES)
+OBSERVED_BY_KERNELS = (*CALIBRATED_BY_KERNELS, "predictor")
+"""Policies of which `select`, `calibrate` and `observe` are kernels."""
 
 
 def select(
@@ -76,7 +80,7 @@ def calibrate(
     lengths: Filled,
 ) -> State:
     """As `KVPolicy.calibrate`, given page maxima of all pages and the log-sum-exp."""
-    if policy.kind in OBSERVED_BY_KERNELS and runs_kernels(policy, state, lengths):
+    if policy.kind in CALIBRATED_BY_KERNELS and runs_kernels(policy, state, lengths):
         everything = all_pages(policy.budget.page, lengths)
         observe_by_kernels(policy, state, everything, page_max_BH1N, lse_BH1, k_new_BG1D, lengths)
         return state
@@ -101,8 +105,10 @@ def runs_kernels(policy: KVPolicy, state: State, lengths: Filled) -> bool:
     pages = lengths.pages(policy.budget.page)
     if not lengths.first_B.is_cuda or pages > MOST_PAGES or not _has_triton():
         return False
-    names = ("least", "largest") if policy.kind == "quest" else (SCORES.get(policy.kind),)
-    return all(_fits(state[name], pages) for name in names if name is not None)
+    # By the axis of pages; what has none has no page to lack.
+    by_axis = {2: [x for name, x in state.items() if name in _AXIS_2],
+               3: [x for name, x in state.items() if name in _AXIS_3]}  # fmt: skip
+    return all(_fits(x, pages, axis) for axis, tensors in by_axis.items() for x in tensors)
 
 
 @functools.cache
@@ -110,9 +116,9 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _fits(x: Tensor, pages: int) -> bool:
-    """Return whether kernels read a tensor [B, G, N, ...] of a state."""
-    return x.dtype != torch.float64 and x.shape[2] >= pages and x.stride(-1) == 1
+def _fits(x: Tensor, pages: int, axis: int) -> bool:
+    """Return whether kernels read a tensor of a state, with its pages along an axis."""
+    return x.dtype != torch.float64 and x.shape[axis] >= pages and x.stride(-1) == 1
 
 
 def select_by_kernels(
@@ -142,6 +148,8 @@ def observe_by_kernels(
     if policy.kind in AVERAGES:
         share = policy.newest_share  # type: ignore[attr-defined]
         observe_average(state, selected_BGM, page_max_BH1M, lse_BH1, share)
+    elif policy.kind == "predictor":
+        observe_prediction(policy, state, selected_BGM, page_max_BH1M, lse_BH1, lengths)
     elif policy.kind == "quest":
         extend_bounds(state, k_new_BG1D, lengths, policy.budget.page)
 
@@ -228,6 +236,52 @@ def observe_average(
         selected, page_max_BH1M.contiguous(), lse_BH1.contiguous(), average, state["steps"],
         *selected.stride()[:2], *average.stride()[:2], groups, read, share,
         GROUP=page_max_BH1M.shape[1] // groups, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+def observe_prediction(
+    policy: KVPolicy,
+    state: State,
+    selected_BGM: Tensor,
+    page_max_BH1M: Tensor,
+    lse_BH1: Tensor,
+    lengths: Filled,
+) -> None:
+    """Take a row into the learned predictor's ring and predict the next one, in place."""
+    from graphopt.runtime.kernels.kv_selection import append_row, last_pages, predict_row
+
+    history, sliding, scores = state["history"], state["running_sum"], state["scores"]
+    batch, groups, rows = history.shape[:3]
+    budget, pages, read = policy.budget, lengths.pages(policy.budget.page), page_max_BH1M.shape[3]
+    channels = 2 if "observed" in state else 1
+    # Bytes, of which 1 is true.
+    observed = state["observed"].view(torch.int8) if channels == 2 else None
+    ring = *history.stride()[:3], *((0, 0, 0) if observed is None else observed.stride()[:3])
+    selected = _rows(selected_BGM.expand(batch, groups, -1))
+    append_row[(batch * groups,)](
+        selected, page_max_BH1M.contiguous(), lse_BH1.contiguous(), history, observed,
+        state["steps"], *selected.stride()[:2], *ring, groups, pages, read,
+        ROWS=rows, GROUP=page_max_BH1M.shape[1] // groups, BLOCK=1024, CHANNELS=channels,
+        num_warps=4,
+    )  # fmt: skip
+    state["steps"] += 1
+    weights = policy.weights  # type: ignore[attr-defined]
+    layers = [
+        weights[f"conv{n}.{part}"].float().contiguous()
+        for n in (1, 2, 3)
+        for part in ("weight", "bias")
+    ]
+    sums = torch.empty(batch, groups, 3, sliding.shape[2], device=sliding.device)
+    seen = {"ROWS": rows, "PAGE": budget.page, "SINK": budget.sink, "LOCAL": budget.local,
+            "CHANNELS": channels, "num_warps": 4}  # fmt: skip
+    place = history, observed, state["steps"], lengths.first_B, lengths.last_B
+    last_pages[(batch * groups, 3)](
+        *place, *layers[:4], sums, *ring, groups, BLOCK=max(16, _power_above(rows)), **seen
+    )
+    block = 32
+    predict_row[(batch * groups, -(-pages // block))](
+        *place, *layers, sums, sliding, scores, *ring, *sliding.stride()[:3],
+        *scores.stride()[:2], groups, pages, BLOCK=block, **seen,
     )  # fmt: skip
 
 

@@ -172,6 +172,28 @@ def extend_bounds(
     )
 
 
+@triton.jit
+def read_probability(
+    page_max_ptr,  # fp32 [B, H, read], contiguous
+    lse_ptr,  # fp32 [B, H], contiguous
+    row,
+    item,  # [BLOCK]: which pages of the list
+    listed,
+    read,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the largest probability in pages that were read, over the query heads."""
+    probability = tl.zeros([BLOCK], tl.float32)
+    for head in tl.static_range(0, GROUP):
+        at = row.to(tl.int64) * GROUP + head
+        top = tl.load(page_max_ptr + at * read + item, mask=listed, other=float("-inf"))
+        seen = top > float("-inf")
+        found = tl.where(seen, tl.exp(top - tl.load(lse_ptr + at)), 0.0)
+        probability = tl.maximum(probability, found)
+    return probability
+
+
 @triton.jit(do_not_specialize=["read"])
 def observe_average(
     selected_ptr,  # int64 [B, G, read], by strides
@@ -194,13 +216,7 @@ def observe_average(
     selected_row = selected_ptr + batch * selected_stride_b + group * selected_stride_g
     page = tl.load(selected_row + slot, mask=listed, other=-1)
     known = page >= 0
-    probability = tl.zeros([BLOCK], tl.float32)
-    for head in tl.static_range(0, GROUP):
-        at = batch * G * GROUP + group * GROUP + head
-        lse = tl.load(lse_ptr + at)
-        top = tl.load(page_max_ptr + at * read + slot, mask=listed, other=float("-inf"))
-        seen = top > float("-inf")
-        probability = tl.maximum(probability, tl.where(seen, tl.exp(top - lse), 0.0))
+    probability = read_probability(page_max_ptr, lse_ptr, row, slot, listed, read, GROUP, BLOCK)
     average_row = average_ptr + batch * average_stride_b + group * average_stride_g
     before = tl.load(average_row + page, mask=known, other=UNOBSERVED)
     average = share * probability + (1.0 - share) * before
@@ -208,3 +224,232 @@ def observe_average(
     tl.store(average_row + page, average, mask=known)
     if (tl.program_id(1) == 0) & (group == 0):
         tl.store(steps_ptr + batch, tl.load(steps_ptr + batch) + 1)
+
+
+@triton.jit(do_not_specialize=["pages", "read"])
+def append_row(
+    selected_ptr,  # int64 [B, G, read], by strides
+    page_max_ptr,  # fp32 [B, H, read], contiguous
+    lse_ptr,  # fp32 [B, H], contiguous
+    history_ptr,  # fp32 [B, G, ROWS, width], by strides: a ring of rows
+    observed_ptr,  # int8 of the same shape: which of it was read; None with one channel
+    steps_ptr,  # int64 [B], before this step
+    selected_stride_b, selected_stride_g,
+    history_stride_b, history_stride_g, history_stride_r,
+    observed_stride_b, observed_stride_g, observed_stride_r,
+    G, pages, read,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Put the row of a step into a predictor's ring: what was read, and before that the last row.
+
+    With one channel what was not read is 0, and values are probabilities, not their fourth roots.
+    """
+    row = tl.program_id(0)
+    batch, group = (row // G).to(tl.int64), (row % G).to(tl.int64)
+    steps = tl.load(steps_ptr + batch)
+    slot, before = steps % ROWS, (steps + ROWS - 1) % ROWS
+    history = history_ptr + batch * history_stride_b + group * history_stride_g
+    new_row = history + slot * history_stride_r
+    if CHANNELS == 2:
+        observed = observed_ptr + batch * observed_stride_b + group * observed_stride_g
+        observed += slot * observed_stride_r
+    for start in range(0, pages, BLOCK):
+        number = start + tl.arange(0, BLOCK)
+        inside = number < pages
+        kept = tl.zeros([BLOCK], tl.float32)
+        if CHANNELS == 2:
+            kept = tl.load(history + before * history_stride_r + number, mask=inside, other=0.0)
+            tl.store(observed + number, tl.zeros([BLOCK], tl.int8), mask=inside)
+        tl.store(new_row + number, kept, mask=inside)
+    tl.debug_barrier()
+    selected_row = selected_ptr + batch * selected_stride_b + group * selected_stride_g
+    for start in range(0, read, BLOCK):
+        item = start + tl.arange(0, BLOCK)
+        listed = item < read
+        page = tl.load(selected_row + item, mask=listed, other=-1)
+        value = read_probability(page_max_ptr, lse_ptr, row, item, listed, read, GROUP, BLOCK)
+        if CHANNELS == 2:
+            value = tl.sqrt(tl.sqrt(value))
+            tl.store(observed + page, tl.full([BLOCK], 1, tl.int8), mask=page >= 0)
+        tl.store(new_row + page, value, mask=page >= 0)
+
+
+@triton.jit
+def hidden_features(
+    history_ptr,  # to a row of B and G
+    observed_ptr,
+    ages,  # [BLOCK] or a number: row of the ring by its age, the oldest being 0
+    columns,  # [BLOCK] or a number: page
+    steps,
+    low, high,  # first and last page that the network sees
+    weight_ptr,  # fp32 [16, CHANNELS, 3, 3]
+    bias_ptr,  # fp32 [16]
+    history_stride_r, observed_stride_r,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Return the first convolution's features [BLOCK, 16]; 0 outside of rows and pages."""
+    ages = tl.zeros([BLOCK], tl.int32) + ages
+    columns = tl.zeros([BLOCK], tl.int32) + columns
+    feature = tl.arange(0, 16)
+    features = tl.zeros([BLOCK, 16], tl.float32) + tl.load(bias_ptr + feature)[None, :]
+    for place in range(9):
+        age, column = ages + (place // 3 - 1), columns + (place % 3 - 1)
+        seen = (age >= 0) & (age < ROWS) & (column >= low) & (column <= high)
+        slot = (steps + age + ROWS) % ROWS
+        x = tl.load(history_ptr + slot * history_stride_r + column, mask=seen, other=0.0)
+        tap = weight_ptr + feature * (9 * CHANNELS) + place
+        features += x[:, None] * tl.load(tap)[None, :]
+        if CHANNELS == 2:
+            at = observed_ptr + slot * observed_stride_r + column
+            read = tl.load(at, mask=seen, other=0).to(tl.float32)
+            features += read[:, None] * tl.load(tap + 9)[None, :]
+    there = (ages >= 0) & (ages < ROWS) & (columns >= low) & (columns <= high)
+    return tl.where(there[:, None], tl.maximum(features, 0.0), 0.0)
+
+
+@triton.jit
+def row_features(
+    history_ptr,
+    observed_ptr,
+    ages,
+    columns,
+    steps,
+    low,
+    high,
+    weight1_ptr,
+    bias1_ptr,
+    weight2_ptr,  # fp32 [32, 16, 3, 3]
+    bias2_ptr,  # fp32 [32]
+    history_stride_r,
+    observed_stride_r,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Return the second convolution's features [BLOCK, 32]; arguments as of `hidden_features`.
+
+    Loops are loops: written out, they take a compiler minutes.
+    """
+    first, second = tl.arange(0, 16), tl.arange(0, 32)
+    features = tl.zeros([BLOCK, 32], tl.float32) + tl.load(bias2_ptr + second)[None, :]
+    for place in range(9):
+        hidden = hidden_features(
+            history_ptr, observed_ptr, ages + (place // 3 - 1), columns + (place % 3 - 1), steps,
+            low, high, weight1_ptr, bias1_ptr, history_stride_r, observed_stride_r,
+            ROWS, BLOCK, CHANNELS,
+        )  # fmt: skip
+        tap = weight2_ptr + second[None, :] * 144 + first[:, None] * 9 + place
+        features += tl.dot(hidden, tl.load(tap), input_precision="ieee")
+    return tl.maximum(features, 0.0)
+
+
+@triton.jit
+def last_pages(
+    history_ptr,  # fp32 [B, G, ROWS, width], by strides
+    observed_ptr,  # int8, or None with one channel
+    steps_ptr,  # int64 [B], with this step
+    first_ptr, last_ptr,  # int64 [B]
+    weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr,
+    sums_ptr,  # fp32 [B, G, 3, 32]
+    history_stride_b, history_stride_g, history_stride_r,
+    observed_stride_b, observed_stride_g, observed_stride_r,
+    G,
+    ROWS: tl.constexpr,
+    PAGE: tl.constexpr,
+    SINK: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BLOCK: tl.constexpr,  # the power of two from ROWS up
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write the sums over the inner rows of the last three pages that the network sees."""
+    row = tl.program_id(0)
+    batch, group = (row // G).to(tl.int64), (row % G).to(tl.int64)
+    steps = tl.load(steps_ptr + batch)
+    low = page_of(tl.load(first_ptr + batch), PAGE) + SINK
+    high = page_of(tl.load(last_ptr + batch) + 1, PAGE) - LOCAL
+    column = high - 2 + tl.program_id(1)
+    history = history_ptr + batch * history_stride_b + group * history_stride_g
+    observed = observed_ptr
+    if CHANNELS == 2:
+        observed += batch * observed_stride_b + group * observed_stride_g
+    ages = tl.arange(0, BLOCK)
+    feature = tl.arange(0, 32)
+    features = row_features(
+        history, observed, ages, column, steps, low, high,
+        weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, history_stride_r, observed_stride_r,
+        ROWS, BLOCK, CHANNELS,
+    )  # fmt: skip
+    inner = (ages >= 3) & (ages < ROWS - 2)
+    total = tl.sum(tl.where(inner[:, None], features, 0.0), 0)
+    tl.store(sums_ptr + (row * 3 + tl.program_id(1)) * 32 + feature, total)
+
+
+@triton.jit(do_not_specialize=["pages"])
+def predict_row(
+    history_ptr,  # fp32 [B, G, ROWS, width], by strides
+    observed_ptr,  # int8, or None with one channel
+    steps_ptr,  # int64 [B], with this step
+    first_ptr, last_ptr,  # int64 [B]
+    weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, weight3_ptr, bias3_ptr,
+    sums_ptr,  # fp32 [B, G, 3, 32]: `last_pages`
+    sliding_ptr,  # fp32 [B, G, 32, width], by strides
+    scores_ptr,  # fp32 [B, G, width], by strides
+    history_stride_b, history_stride_g, history_stride_r,
+    observed_stride_b, observed_stride_g, observed_stride_r,
+    sliding_stride_b, sliding_stride_g, sliding_stride_f,
+    scores_stride_b, scores_stride_g,
+    G, pages,
+    ROWS: tl.constexpr,
+    PAGE: tl.constexpr,
+    SINK: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Slide a predictor's sum by a row, and write the scores of the next step.
+
+    Three rows of features are computed at the top, the outer two and the one that goes, and three
+    at the bottom, the one that comes and the outer two.
+    """
+    row = tl.program_id(0)
+    batch, group = (row // G).to(tl.int64), (row % G).to(tl.int64)
+    steps = tl.load(steps_ptr + batch)
+    low = page_of(tl.load(first_ptr + batch), PAGE) + SINK
+    high = page_of(tl.load(last_ptr + batch) + 1, PAGE) - LOCAL
+    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    history = history_ptr + batch * history_stride_b + group * history_stride_g
+    observed = observed_ptr
+    if CHANNELS == 2:
+        observed += batch * observed_stride_b + group * observed_stride_g
+    feature = tl.arange(0, 32)
+    total = tl.zeros([BLOCK, 32], tl.float32)
+    change = tl.zeros([BLOCK, 32], tl.float32)
+    for index in range(6):
+        # Rows 0, 1, 2 and the last three: row 2 goes, and the first of the last three comes.
+        age = tl.where(index < 3, index, ROWS - 6 + index)
+        features = row_features(
+            history, observed, age, number, steps, low, high,
+            weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, history_stride_r, observed_stride_r,
+            ROWS, BLOCK, CHANNELS,
+        )  # fmt: skip
+        total += tl.where(index == 3, 0.0, features)
+        change += tl.where(index == 3, features, tl.where(index == 2, -features, 0.0))
+    inside = (number < pages)[:, None]
+    sliding = sliding_ptr + batch * sliding_stride_b + group * sliding_stride_g
+    sliding += feature[None, :] * sliding_stride_f + number[:, None]
+    sums = tl.load(sliding, mask=inside, other=0.0) + change
+    again = number - (high - 2)
+    anew = ((again >= 0) & (again < 3) & (number >= low))[:, None]
+    sums_row = sums_ptr + row * 96 + again[:, None] * 32 + feature[None, :]
+    sums = tl.where(anew, tl.load(sums_row, mask=anew, other=0.0), sums)
+    tl.store(sliding, sums, mask=inside)
+    total += sums
+    weight = tl.load(weight3_ptr + feature)[None, :]
+    score = tl.sum(total * weight, 1) / ROWS + tl.load(bias3_ptr)
+    scores_row = scores_ptr + batch * scores_stride_b + group * scores_stride_g
+    tl.store(scores_row + number, score, mask=number < pages)
