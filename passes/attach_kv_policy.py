@@ -15,6 +15,8 @@ from graphopt.ir.attach_policy import reason_against, with_policies
 from graphopt.ir.context import context_length
 from graphopt.ir.graph import Program
 from graphopt.ir.kv_policies import POLICIES, KVHeads, KVPolicy, PageBudget, policy_from_dict
+from graphopt.ir.kv_policies.checkpoint import read_checkpoint
+from graphopt.ir.kv_policies.predictor import Predictor
 from graphopt.ir.ops.attention import QUERY
 from graphopt.ir.shapes import infer_program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
@@ -137,6 +139,7 @@ class AttachKVPolicy(Pass):
         dense_layers: How many of the first layers read all keys.
         dense: Layers that read all keys besides, by the names of their states or module paths.
         calibrate: Steps from one that reads all keys to the next; none for the policy's own choice.
+        checkpoint: File with the weights of a learned policy, from `graphopt train-kv-policy`.
         target: The machine whose figures say whether the policy saves time.
         context: Tokens of the text for which that is asked; none for what the model has positions
             for, and 32,768 at most.
@@ -153,6 +156,7 @@ class AttachKVPolicy(Pass):
     dense_layers: Annotated[int, Field(ge=0)] = 0
     dense: list[str] = dataclasses.field(default_factory=list)
     calibrate: Annotated[int, Field(ge=1)] | None = None
+    checkpoint: str | None = None
     target: str = "cpu"
     context: Annotated[int, Field(ge=1)] | None = None
     offload: bool = False
@@ -168,9 +172,21 @@ class AttachKVPolicy(Pass):
 
         Raises:
             UsageError: There is no such kind, pages do not come out even, the budget is below sink
-                plus local, the kind is never calibrated, or the target is unknown.
+                plus local, the kind is never calibrated, it lacks weights or has none, or the
+                target is unknown.
+            SourceError: The checkpoint cannot be read.
         """
-        self.policy()
+        learned = bool(self.policy().weight_types(KVHeads(1, 1, 1, 1)))
+        if learned and self.checkpoint is None:
+            raise UsageError(
+                f"The KV policy {self.kind} has weights, and no checkpoint is given.",
+                "Give checkpoint=FILE; `graphopt train-kv-policy` writes one.",
+            )
+        if self.checkpoint is not None and not learned:
+            raise UsageError(
+                f"checkpoint={self.checkpoint}: the KV policy {self.kind} has no weights.",
+                "Leave checkpoint out, or give kind=predictor.",
+            )
         get_target(self.target)
 
     def policy(self) -> KVPolicy:
@@ -189,6 +205,9 @@ class AttachKVPolicy(Pass):
                     "Leave calibrate out.",
                 )
             values["calibrate_every"] = self.calibrate
+        if self.checkpoint is not None and known is Predictor:
+            trained = read_checkpoint(self.checkpoint)
+            values |= {"history": trained.history, "channels": trained.channels}
         return policy_from_dict(values)
 
     def check(self, program: Program) -> None:
@@ -197,10 +216,15 @@ class AttachKVPolicy(Pass):
         Raises:
             PassError: No attention can have one, a layer that is to stay dense is none, or it costs
                 more than it saves.
-            UsageError: The target's file has no figures for it.
+            UsageError: The target's file has no figures for it, or the checkpoint was trained for
+                another page or head layout.
         """
         policy = self.policy()
         chosen, skipped = self._places(program, policy)
+        if self.checkpoint is not None and isinstance(policy, Predictor):
+            trained, heads = read_checkpoint(self.checkpoint), _heads(program)
+            for name in chosen:
+                trained.policy(policy, heads[name], repr(self.checkpoint))
         if not chosen:
             if any(state.policy is not None for state in program.states.values()):
                 return
@@ -226,7 +250,8 @@ class AttachKVPolicy(Pass):
         result = PassResult(program, len(chosen) + len(skipped), len(chosen), skipped)
         if not chosen:
             return result
-        result.program = with_policies(program, dict.fromkeys(chosen, policy))
+        weights = None if self.checkpoint is None else read_checkpoint(self.checkpoint).weights
+        result.program = with_policies(program, dict.fromkeys(chosen, policy), weights)
         result.statement = PolicyProgram(policy, tuple(chosen))
         result.record = self._record(result.program, policy, chosen)
         return result

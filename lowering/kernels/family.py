@@ -250,6 +250,11 @@ def runtime_text(name: str) -> str:
 def policy_files() -> dict[str, str]:
     """Return the text of what runs policies of KV caches, by the path in the folder it goes to."""
     folder = resources.files("graphopt.ir") / POLICIES
-    own = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".py"))
+    # A model's weights are with its others.
+    own = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name.endswith(".py") and entry.name != "checkpoint.py"
+    )
     names = ["errors.py", "policy_attention.py", *(f"{POLICIES}/{name}" for name in own)]
     return {name: runtime_text(name) for name in names}

@@ -8,11 +8,14 @@ import pytest
 import torch
 from programs import tiny_program
 
-from graphopt.errors import PassError, UsageError, VerifyError
+from graphopt.errors import PassError, SourceError, UsageError, VerifyError
+from graphopt.execute.interpreter import Runner
 from graphopt.ir import Array, Weight
 from graphopt.ir.attach_policy import with_policies, without_policies
 from graphopt.ir.kv import KVLayout
 from graphopt.ir.kv_policies import POLICIES, PageBudget, SinkLocal, policy_from_dict
+from graphopt.ir.kv_policies.attention_cnn import new_weights
+from graphopt.ir.kv_policies.checkpoint import PredictorCheckpoint
 from graphopt.ir.ops import get_op
 from graphopt.ir.relayout import with_layouts
 from graphopt.pass_manager.contract import Context
@@ -48,6 +51,44 @@ def test_every_kind_is_attached_and_verified(kind):
         state.policy.kind == kind and state.policy.budget == budget
         for state in program.states.values()
     )
+
+
+def trained(path, page=4, group=2):
+    weights = new_weights(2, seed=0)
+    PredictorCheckpoint(weights, page, group, history=16, channels=2, about={}).write(path)
+    return str(path)
+
+
+def test_a_learned_policy_has_the_weights_of_its_checkpoint(tmp_path):
+    file = trained(tmp_path / "predictor.safetensors")
+    before = tiny_program(cache=True)
+    result = attach(before, kind="predictor", checkpoint=file)
+    assert result.statement.check(before, result.program) is None
+    policy = result.program.states["kv.1"].policy
+    assert (policy.history, policy.channels, policy.calibrate_every) == (16, 2, 5)
+    names = {weight.name for weight in result.program.weights} - {w.name for w in before.weights}
+    assert names == {f"kv_policy.{name}" for name in new_weights(2, seed=0)}
+    ids = torch.randint(0, 97, (1, 30), generator=torch.Generator().manual_seed(0))
+    runner, past = Runner(result.program), None
+    for stop in (24, 25, 26):
+        start = 0 if past is None else stop - 1
+        _, past = runner.run({"input_ids": ids[:, start:stop]}, past)
+    assert past["kv.0"].state[0].shape == (1, 2, 16, 7)
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    file = trained(tmp_path / "predictor.safetensors", page=8)
+    with pytest.raises(UsageError, match="trained for pages of 8 tokens, and here there are pages"):
+        attach(tiny_program(cache=True), kind="predictor", checkpoint=file)
+    file = trained(tmp_path / "predictor.safetensors", group=4)
+    with pytest.raises(UsageError, match="4 query heads a KV head, and here there are 2"):
+        attach(tiny_program(cache=True), kind="predictor", checkpoint=file)
+    with pytest.raises(UsageError, match="predictor has weights, and no checkpoint is given"):
+        make(kind="predictor")
+    with pytest.raises(UsageError, match="quest has no weights"):
+        make(kind="quest", checkpoint=file)
+    with pytest.raises(SourceError, match="no KV policy checkpoint"):
+        make(kind="predictor", checkpoint=str(tmp_path / "absent"))
 
 
 def test_layers_that_stay_dense():
