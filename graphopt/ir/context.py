@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graphopt.errors import UsageError
-from graphopt.ir.graph import Program, resolve_attrs
+from graphopt.ir.graph import Node, Program, resolve_attrs
 
 _KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 """What configs call it."""
@@ -78,18 +78,20 @@ def position_table(program: Program) -> tuple[str, int] | None:
     Learned positions and tables of sines are of this kind; rotary positions are computed, and
     biases by distance have no last one.
     """
-    carried = {"position_ids"}
+    carried = {"position_ids": 0}  # by name, and how far above positions it is
     found: list[tuple[int, str]] = []
     for call in program.calls:
         function = program.functions[call.function]
-        places = {v for v, arg in zip(function.params, call.args, strict=True) if arg in carried}
+        arguments = zip(function.params, call.args, strict=True)
+        places = {value: carried[arg] for value, arg in arguments if arg in carried}
         tables = {value: call.weights[slot] for slot, value in function.weights.items()}
         for node in function.nodes:
             given = [value for value in node.inputs if value is not None]
             others = [value for value in given if value not in tables]
-            moved = node.op in _LAYOUT_OPS and others and places.issuperset(others)
+            moved = node.op in _LAYOUT_OPS and others and places.keys() >= {*others}
             if moved or node.op.startswith("aten.arange."):
-                places.update(node.outputs)
+                above = max((places[value] for value in others), default=0) + _added(node)
+                places.update(dict.fromkeys(node.outputs, above))
             elif node.op in _LAYOUT_OPS and len(given) == 1 and given[0] in tables:
                 tables[node.output] = tables[given[0]]
             elif node.op in _GATHERS and len(given) == 2:
@@ -97,13 +99,21 @@ def position_table(program: Program) -> tuple[str, int] | None:
                 if index in places and table in tables:
                     offset = node.attrs.get("offset", 0) if node.op == "embedding" else 0
                     rows = next((n for n in program.weights[tables[table]].shape if n != 1), 1)
-                    found.append((rows - int(offset), tables[table]))
+                    found.append((rows - int(offset) - places[index], tables[table]))
         for value, result in zip(function.results, call.results, strict=True):
-            (carried.add if value in places else carried.discard)(result)
+            carried.pop(result, None)
+            if value in places:
+                carried[result] = places[value]
     if not found:
         return None
     rows, name = min(found)
     return name, rows
+
+
+def _added(node: Node) -> int:
+    """Return the number that an addition adds to an index, as OPT's and BART's relatives do."""
+    numbers = node.attrs.get("args", []) if node.op.startswith("aten.add.") else []
+    return sum(number for number in numbers if isinstance(number, int))
 
 
 def context_length(program: Program) -> int | None:

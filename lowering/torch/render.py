@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 from graphopt.errors import LoweringError
 from graphopt.ir import functional
-from graphopt.ir.context import rotary_switch
+from graphopt.ir.context import position_table, rotary_switch
 from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.graph import Function, Node, Program, resolve_attrs
 from graphopt.ir.ops import is_aten
@@ -163,21 +163,6 @@ def _causal(program: Program) -> bool:
     )
 
 
-def _positions(program: Program) -> int | None:
-    """Return the rows of the smallest table that `position_ids` is looked up in."""
-    rows: list[int] = []
-    for call in program.calls:
-        function = program.functions[call.function]
-        params = zip(function.params, call.args, strict=True)
-        ids = [param for param, name in params if name == "position_ids"]
-        slots = function.slots_by_value()
-        for node in function.nodes:
-            if node.op == "embedding" and node.inputs[0] in ids and node.inputs[1] in slots:
-                table = program.weights[call.weights[slots[node.inputs[1]]]]
-                rows.append(int(table.shape[0]) - int(resolve_attrs(node, call).get("offset", 0)))
-    return min(rows, default=None)
-
-
 # What the host has to know before the next kernel can be started.
 _HOST = ("grouped_mm_fallback", "nonzero", "item", "masked_select", "bincount")
 
@@ -295,7 +280,8 @@ def _names(program: Program, text: str, kernels: LoweredKernels | None) -> list[
         lines += [f"# {about.capitalize()}.", *wrap(end, 0)]
     limits = json.dumps(chat.CHAT_LIMITS)
     lines.append(f"CHAT_LIMITS = {limits}  # of a chat template")
-    rows = _positions(program)
+    table = position_table(program)
+    rows = None if table is None else table[1]
     lines.append(f"POSITIONS: int | None = {rows}  # rows of its table of positions, if it has one")
     if "RECORDS" in text:
         why = "a step is the same kernels each time"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from onnx_models import emit, run_in_steps, session
 from programs import tiny_program
 from tiny_models import save_tiny, tiny_model
 
+import graphopt as go
 from graphopt.backends.opening import open_language_model
 from graphopt.capture import capture
 from graphopt.compiler import CompileOptions, compile_model
@@ -21,6 +23,12 @@ from graphopt.pass_manager.contract import Context
 from graphopt.passes.insert_kv_cache import InsertKVCache
 
 SMALL = {"num_hidden_layers": 1, "max_position_embeddings": 16}
+
+
+BART = {
+    "is_decoder": True, "is_encoder_decoder": False, "d_model": 16, "decoder_layers": 1,
+    "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "max_position_embeddings": 16,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -53,15 +61,20 @@ def test_configs_call_it_by_many_names(config: dict[str, object], length: int | 
         # Two rows in front are for no position.
         ("opt", SMALL | {"ffn_dim": 32, "word_embed_proj_dim": 32}, 16),
         ("gptj", SMALL | {"rotary_dim": 4}, 16),
+        # The same by an addition, to an index that is counted.
+        ("mbart", BART, 16),
         ("bloom", {"n_layer": 1, "n_head": 2, "hidden_size": 16}, None),
     ],
 )
 def test_tables_of_positions_have_an_end(
-    family: str, changes: dict[str, int], rows: int | None
+    family: str, changes: dict[str, Any], rows: int | None, tmp_path: Path
 ) -> None:
     program = capture(tiny_model(family, **changes))
     found = position_table(program)
     assert (found and found[1]) == rows
+    go.emit(program, tmp_path / "out", emit=("torch",))
+    written = (tmp_path / "out/model.py").read_text()
+    assert f"\nPOSITIONS: int | None = {rows} " in written
     if rows is None:
         set_max_length(program, 4096)
         assert context_length(program) == 4096
