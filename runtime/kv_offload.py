@@ -354,6 +354,7 @@ def offloaded_step(
 
     Args:
         new: The token's query [B, H, 1, D], key [B, G, 1, D] and value [B, G, 1, Dv].
+        state: Kernels overwrite it.
         lengths: With the new token.
         calibrating: Read all pages, which `kv.stage` was asked to bring.
 
@@ -367,11 +368,11 @@ def offloaded_step(
     keys = (kv.all_keys if calibrating else kv.keys)(layer, lengths.last_B)
     out, lse, page_max = (kv.from_rows(x) for x in attend(kv.as_rows(q), keys))
     if calibrating:
-        state = kv_policy.calibrate(policy, state, page_max, lse, k, lengths)
+        state = kv_policy.calibrate(policy, state, page_max, lse, k, lengths, in_place=True)
     else:
         assert keys.selected_blocks is not None
         selected = keys.selected_blocks.view(kv.batch, -1, kv.read)
-        state = kv_policy.observe(policy, state, selected, page_max, lse, k, lengths)
+        state = kv_policy.observe(policy, state, selected, page_max, lse, k, lengths, in_place=True)
     if not policy.needs_query:
         after = Filled(lengths.first_B, lengths.last_B + 1, lengths.slots)
         kv.prefetch(layer, kv_policy.select(policy, state, None, None, after, scoring))

@@ -2,8 +2,9 @@
 
 A decoding step with a policy is `select`, attention over what it selects, and `observe`; or where a
 calibration is due attention over all pages, and `calibrate`. Each is the policy's own function,
-with the same results up to rounding. Kernels write what a policy remembers in place, and give the
-same tensors back: a recorded step finds them where they were.
+with the same results up to rounding. With `in_place` kernels write where the state lies, and give
+the same tensors back: a recorded step finds them where they were. Without it they write copies, as
+a cache that grows is not changed by a step.
 
 Layout letters as in `graphopt.ir.kv_policies.pages`.
 """
@@ -58,13 +59,17 @@ def observe(
     lse_BH1: Tensor,
     k_new_BG1D: Tensor,
     lengths: Filled,
+    *,
+    in_place: bool,
 ) -> State:
     """As `KVPolicy.observe`, given what the attention over the selected pages gives.
 
     Args:
         page_max_BH1M, lse_BH1: Page maxima of those pages, and the log-sum-exp.
+        in_place: Whether the state may be overwritten; torch never does.
     """
     if policy.kind in OBSERVED_BY_KERNELS and runs_kernels(policy, state, lengths):
+        state = state if in_place else {name: x.clone() for name, x in state.items()}
         observe_by_kernels(policy, state, selected_BGM, page_max_BH1M, lse_BH1, k_new_BG1D, lengths)
         return state
     probabilities = _probabilities(policy, page_max_BH1M, lse_BH1, k_new_BG1D)
@@ -78,9 +83,16 @@ def calibrate(
     lse_BH1: Tensor,
     k_new_BG1D: Tensor,
     lengths: Filled,
+    *,
+    in_place: bool,
 ) -> State:
-    """As `KVPolicy.calibrate`, given page maxima of all pages and the log-sum-exp."""
+    """As `KVPolicy.calibrate`, given page maxima of all pages and the log-sum-exp.
+
+    Args:
+        in_place: As for `observe`.
+    """
     if policy.kind in CALIBRATED_BY_KERNELS and runs_kernels(policy, state, lengths):
+        state = state if in_place else {name: x.clone() for name, x in state.items()}
         everything = all_pages(policy.budget.page, lengths)
         observe_by_kernels(policy, state, everything, page_max_BH1N, lse_BH1, k_new_BG1D, lengths)
         return state

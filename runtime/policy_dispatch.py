@@ -72,7 +72,7 @@ class PolicyDispatcher(AttentionDispatcher):
                 past.begin(policy, q, keys, scoring)
                 return out, past
             due, lengths = past.is_dense(policy, layer), past.lengths(keys)
-            out, left = self._step(read, policy, past.state, lengths, None, due)
+            out, left = self._step(read, policy, past.state, lengths, None, due, in_place=True)
             past.keep(left)
             return out, past
         assert isinstance(kv, PagedKV | tuple)
@@ -85,7 +85,7 @@ class PolicyDispatcher(AttentionDispatcher):
         else:
             state = dict(zip(names, past.state, strict=True))
             due, lengths = is_due(policy, state, layer), filled(whole_k, mask)
-            out, left = self._step(read, policy, state, lengths, whole_k, due)
+            out, left = self._step(read, policy, state, lengths, whole_k, due, in_place=False)
         return out, PolicyKV(kv, tuple(left[name] for name in names))
 
     def _step(
@@ -96,12 +96,15 @@ class PolicyDispatcher(AttentionDispatcher):
         lengths: Filled,
         whole_k: Tensor | None,
         due: bool,
+        *,
+        in_place: bool,
     ) -> tuple[Tensor, State]:
         """Return the output of one token, and the state behind it.
 
         Args:
             whole_k: All keys [B, G, T, D] in the order of their tokens, where they are at hand.
             due: Whether all keys are read.
+            in_place: Whether the state may be overwritten.
         """
         page = policy.budget.page
         options = {**read.options, "lse": True, "page_max": page}
@@ -114,5 +117,9 @@ class PolicyDispatcher(AttentionDispatcher):
         out, lse, maxima = self._attend(read.q, read.keys, read.extras, options)
         assert lse is not None and maxima is not None
         if selected is None:
-            return out, calibrate(policy, state, maxima, lse, read.k_new, lengths)
-        return out, observe(policy, state, selected, maxima, lse, read.k_new, lengths)
+            left = calibrate(policy, state, maxima, lse, read.k_new, lengths, in_place=in_place)
+        else:
+            left = observe(
+                policy, state, selected, maxima, lse, read.k_new, lengths, in_place=in_place
+            )
+        return out, left

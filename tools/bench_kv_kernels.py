@@ -305,8 +305,9 @@ class PolicyStep:
 
     def observe(self, selected: Tensor, page_max: Tensor, lse: Tensor) -> State:
         return kv_policy.observe(
-            self.policy, self.state, selected, page_max, lse, self.k_new, self.lengths
-        )
+            self.policy, self.state, selected, page_max, lse, self.k_new, self.lengths,
+            in_place=True,
+        )  # fmt: skip
 
     def whole(self) -> None:
         selected = self.select()

@@ -199,9 +199,31 @@ def test_on_a_cpu_steps_are_those_of_torch() -> None:
     assert torch.equal(found, policy.select(state, q, k, lengths, SCORING))
     page_max = torch.zeros(1, 6, 1, found.shape[2], dtype=torch.float64)
     lse = torch.ones(1, 6, 1, dtype=torch.float64)
-    left = kv_policy.observe(policy, state, found, page_max, lse, k[:, :, -1:], lengths)
+    left = kv_policy.observe(
+        policy, state, found, page_max, lse, k[:, :, -1:], lengths, in_place=False
+    )
     expected = policy.observe(state, found, None, k[:, :, -1:], lengths)
     assert all(torch.equal(left[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_state_is_overwritten_only_where_it_may_be(
+    in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_policy, "runs_kernels", lambda *_: True)
+    policy = LastRow(PageBudget(4, 4, 1, 1))
+    k = torch.randn(1, 2, 40, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    lengths = Filled.all_of(k)
+    state = policy.init(torch.ones_like(k[:, :, -1:]), k, k, None, SCORING)
+    before = {name: x.clone() for name, x in state.items()}
+    selected = kv_policy.select(policy, state, None, None, lengths, SCORING)
+    page_max, lse = torch.zeros(1, 2, 1, 4, device=DEVICE), torch.ones(1, 2, 1, device=DEVICE)
+    left = kv_policy.observe(
+        policy, state, selected, page_max, lse, k[:, :, -1:], lengths, in_place=in_place
+    )
+    for name, x in before.items():
+        assert torch.equal(state[name], x) != in_place
+        assert not torch.equal(left[name], x)
 
 
 COMPILE = """
