@@ -23,6 +23,7 @@ from graphopt.ir.ops.attention import (
     SLOPES,
     VALUE,
 )
+from graphopt.ir.relayout import with_layouts
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
 from graphopt.lowering.kernels.family import get_family
@@ -99,10 +100,14 @@ class PlanKernels(Pass):
     those of a cache that grows by copying, with and without a padding mask, and those of one of
     fixed room. A ring's keys are read in the ring, or contiguous where a step is too long for that.
 
+    States whose pages a policy selects are laid out in these pages, where the target has kernels
+    that read some pages alone.
+
     Legality:
 
     1. No node changes: an annotation decides no number.
     2. A plan satisfies every inequality of its family over the target's figures.
+    3. A state that is laid out in pages was contiguous: another layout was asked for.
 
     Options:
         target: Name of a target.
@@ -119,6 +124,9 @@ class PlanKernels(Pass):
         if not machine.kernels:
             result.record = PlannedKernels(families=[], plans=0)
             return result
+        if _SELECTING & set(machine.kernels):
+            result.program, result.changed = _in_pages(program)
+            program = result.program
         planned: dict[_Described, SpecPlans] = {}
         of_node: dict[Node, dict[_Described, SpecPlans]] = {}
         for where, node, described in _attentions(program, compute_dtype(program, machine)):
@@ -133,6 +141,20 @@ class PlanKernels(Pass):
         families = dict.fromkeys(plan.kernel for plan in chosen)
         result.record = PlannedKernels(families=list(families), plans=len(chosen))
         return result
+
+
+_SELECTING = {"triton"}
+"""Families of kernels that read selected pages alone."""
+
+
+def _in_pages(program: Program) -> tuple[Program, int]:
+    """Return the program with the states of policies in their pages, and how many were not."""
+    layouts = {
+        state.name: KVLayout("paged", state.policy.budget.page)
+        for state in program.states.values()
+        if state.policy is not None and state.layout.kind == "contiguous"
+    }
+    return (with_layouts(program, layouts) if layouts else program), len(layouts)
 
 
 def planned_attentions(program: Program) -> list[SpecPlans]:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from graphopt.ir.graph import Program
 from graphopt.ir.verify import verify
-from graphopt.lowering.kernels.page_states import PageStates
 from graphopt.lowering.kernels.plan_kernels import PlanKernels
 from graphopt.lowering.torch.fuse import FuseLayerOps
 from graphopt.lowering.torch.packed import with_uniform_encodings
 from graphopt.lowering.torch.residuals import DeferResidualAdds
 from graphopt.pass_manager.contract import Context, Pass
 from graphopt.targets import get_target
-
-_SELECTING = {"triton"}
-"""Families of kernels that read selected pages alone."""
 
 
 def lowering_passes(target: str) -> list[Pass]:
@@ -22,8 +18,6 @@ def lowering_passes(target: str) -> list[Pass]:
     passes: list[Pass] = (
         [DeferResidualAdds(), FuseLayerOps(target)] if machine.layer_kernels else []
     )
-    if _SELECTING & set(machine.kernels):
-        passes.append(PageStates())
     return [*passes, PlanKernels(target)] if machine.kernels else passes
 
 

@@ -20,7 +20,7 @@ from graphopt.ir.attach_policy import with_policies
 from graphopt.ir.kv_policies import POLICIES, KVHeads, policy_from_dict
 from graphopt.ir.kv_policies.attention_cnn import new_weights
 from graphopt.lowering.torch.lowered_kernels import LoweredKernels, lower_attentions
-from graphopt.lowering.torch.passes import lower
+from graphopt.lowering.torch.passes import lower, lowering_passes
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:attention on a CPU", "ignore:no kernel was planned", "ignore:pages of"
@@ -236,3 +236,11 @@ def stepwise(program: Program, text: list[int], count: int) -> list[torch.Tensor
         made.append(logits[0, -1])
         ids = made[-1].argmax().view(1, 1)
     return made
+
+
+def test_the_pipeline_verifies_that_states_lie_in_pages():
+    program = attached("ema", head_dim=32, calibrate_every=4)
+    lowered, report = go.Pipeline(lowering_passes("ampere")).run(program)
+    entry = report.passes[-1]
+    assert (entry.name, entry.changed, entry.verification) == ("plan-kernels", 2, "passed")
+    assert str(lowered) == str(lower(program, "ampere"))
