@@ -319,7 +319,7 @@ def main() -> None:
 
     with torch.no_grad():
         model = Layers()
-        keep("device", on_device(model, args.context, args.tokens))
+        keep("on_device", on_device(model, args.context, args.tokens))
         torch.cuda.empty_cache()
         parts = Recorded.of(model)
         budget = PageBudget.of(PAGE, args.budget, SINK * PAGE, LOCAL * PAGE)
@@ -329,7 +329,7 @@ def main() -> None:
         kv.layers_moved = 0
         keep("ema", with_policy(parts, kv, states, policy, args.context, args.tokens))
     result["times_full"] = result["full"]["seconds"] / result["ema"]["seconds"]
-    result["times_device"] = result["device"]["seconds"] / result["ema"]["seconds"]
+    result["times_device"] = result["on_device"]["seconds"] / result["ema"]["seconds"]
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"x{result['times_full']:.2f} of full, x{result['times_device']:.2f} of device")
     if result["ema"]["pages_that_differ"]:

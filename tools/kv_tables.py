@@ -45,3 +45,49 @@ def _part(name: str, part: dict[str, Any]) -> str:
         f"On {part['texts']} texts of {part['text']}, behind prompts of {part['prompt']:,} tokens."
     )
     return f"{markdown_table(head, rows)}\n\n{measured_on(part, 'torch', 'transformers')} {about}"
+
+
+def kv_speed() -> str:
+    """How long a step takes that reads selected pages, beside one that reads all keys."""
+    kernels, offload, costs = (result_of(f"kv_{name}") for name in ("kernels", "offload", "costs"))
+    tables: list[str] = []
+    if kernels:
+        head = ["one text, a tenth of 131,072 keys", "microseconds", "all keys", "times faster"]
+        rows = [
+            _speed(f"pages of {row['page']}, given", row, "selected") for row in kernels["decode"]
+        ]
+        rows += [
+            _speed(f"pages of {row['page']}, `{row['policy']}`", row, "step")
+            for row in kernels["selection"]
+        ]
+        tables += [markdown_table(head, rows), measured_on(kernels, "torch", "triton")]
+    if offload:
+        names = {
+            "on_device": "keys on the device, all read",
+            "full": "keys on the host, all read",
+            "ema": "keys on the host, `ema`",
+        }
+        rows = [
+            [
+                title,
+                f"{offload[key]['tokens_a_second']:.1f}",
+                f"{offload[key].get('bytes_a_token', 0) / 1e6:,.0f}",
+            ]
+            for key, title in names.items()
+        ]
+        head = [f"Llama-8B shape, {offload['context']:,} keys", "tokens a second", "MB a token"]
+        tables += [markdown_table(head, rows), measured_on(offload, "torch", "triton")]
+    if costs:
+        right = sum(row["right"] for row in costs["verdicts"])
+        tables.append(
+            f"Whether a policy saves time was foretold right in {right} of "
+            f"{len(costs['verdicts'])} settings. {measured_on(costs, 'torch', 'triton')}"
+        )
+    return "\n\n".join(tables) or "Not measured yet."
+
+
+def _speed(what: str, row: dict[str, Any], ours: str) -> list[str]:
+    """Return a row: ours beside the fastest kernel that reads all keys."""
+    times = row["microseconds"]
+    dense = min(value for name, value in times.items() if name.startswith("dense"))
+    return [what, f"{times[ours]:.1f}", f"{dense:.1f}", f"{dense / times[ours]:.2f}"]

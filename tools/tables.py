@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ablation_tables import bits, bits_kernels
-from kv_tables import kv
+from kv_tables import kv, kv_speed
 from model_tables import models, models_answers, models_choice
 from results import ROOT, markdown_table, measured_on, median, result_of
 
@@ -608,6 +608,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "forms": forms,
     "kv": kv,
+    "kv_speed": kv_speed,
     "quality": quality,
     "scale": scale,
     "volta": volta,
