@@ -13,11 +13,13 @@ from pydantic import Field
 from graphopt.errors import PassError, UsageError
 from graphopt.ir.attach_policy import reason_against, with_policies
 from graphopt.ir.context import context_length
-from graphopt.ir.graph import Program
+from graphopt.ir.graph import Call, Node, Program
 from graphopt.ir.kv_policies import POLICIES, KVHeads, KVPolicy, PageBudget, policy_from_dict
 from graphopt.ir.kv_policies.checkpoint import read_checkpoint
+from graphopt.ir.kv_policies.expected_attention import ExpectedAttention
 from graphopt.ir.kv_policies.predictor import Predictor
 from graphopt.ir.ops.attention import QUERY
+from graphopt.ir.policy_fitting import fitted_policy
 from graphopt.ir.shapes import infer_program
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
 from graphopt.pass_manager.policy_statements import PolicyProgram
@@ -250,6 +252,8 @@ class AttachKVPolicy(Pass):
         result = PassResult(program, len(chosen) + len(skipped), len(chosen), skipped)
         if not chosen:
             return result
+        if isinstance(policy, ExpectedAttention):
+            policy = fitted_policy(program, policy, _attentions(program, chosen))
         weights = None if self.checkpoint is None else read_checkpoint(self.checkpoint).weights
         result.program = with_policies(program, dict.fromkeys(chosen, policy), weights)
         result.statement = PolicyProgram(policy, tuple(chosen))
@@ -336,6 +340,16 @@ class AttachKVPolicy(Pass):
 
     def milder(self, recipe: Sequence[str]) -> str:
         return "give attach-kv-policy a larger budget=, or more dense_layers="
+
+
+def _attentions(program: Program, states: Sequence[str]) -> list[tuple[Call, Node]]:
+    """Return the attentions that extend some states, each with its call."""
+    return [
+        (call, cache.present_k.node)
+        for call in program.calls
+        for cache in program.functions[call.function].caches
+        if call.caches[cache.slot] in states and cache.present_k.node is not None
+    ]
 
 
 def _heads(program: Program) -> dict[str, KVHeads]:

@@ -16,10 +16,9 @@ import torch
 from graphopt.errors import UsageError, unknown_name
 from graphopt.evaluate.kv_policy import policy_layers
 from graphopt.ir.graph import Program
-from graphopt.ir.kv_policies import POLICIES, KVHeads, KVPolicy, PageBudget, policy_from_dict
-from graphopt.ir.kv_policies.checkpoint import read_checkpoint
+from graphopt.ir.kv_policies import POLICIES, KVPolicy, PageBudget, policy_from_dict
 from graphopt.ir.kv_policies.predictor import Predictor
-from graphopt.ir.shapes import infer_program
+from graphopt.ir.policy_fitting import fitted_policy
 
 DEFAULTS = {"page": 16, "sink": 64, "local": 64, "dense_layers": 0}
 """Tokens of a page, and those at the front and the newest ones that are always read; and how many
@@ -117,26 +116,18 @@ class PolicySpec:
         return int(self.budget * tokens) // self.page * self.page if self.page > 0 else 0
 
     def policy_for(self, program: Program, tokens: int, device: torch.device) -> KVPolicy:
-        """Return the policy for a program's texts of so many tokens, with its weights.
+        """Return the policy for a program's texts of so many tokens, fitted to the program.
 
         Raises:
             UsageError: As `policy` does, or the weights were trained for other pages or heads.
             SourceError: There are no such weights, or no attention can follow a policy.
         """
-        policy = self.policy(tokens)
-        if self.weights is None or not isinstance(policy, Predictor):
-            return policy
-        checkpoint = read_checkpoint(self.weights)
         layers, _ = policy_layers(program, self.dense_layers)
-        types, _ = infer_program(program)
-        learned: KVPolicy = policy
-        for layer in layers:
-            q, k, v = (types[layer.position][value] for value in layer.node.inputs[:3] if value)
-            heads = KVHeads(
-                int(k.shape[1]), int(q.shape[1]), int(k.shape[3]), int(v.shape[3]), k.dtype
-            )
-            learned = checkpoint.policy(policy, heads, self.weights)
-        return learned.with_weights({n: x.to(device) for n, x in checkpoint.weights.items()})
+        attentions = [(program.calls[layer.position], layer.node) for layer in layers]
+        policy = fitted_policy(program, self.policy(tokens), attentions, self.weights)
+        if not isinstance(policy, Predictor) or policy.weights is None:
+            return policy
+        return policy.with_weights({name: x.to(device) for name, x in policy.weights.items()})
 
     def policy(self, tokens: int) -> KVPolicy:
         """Return the policy for texts of so many tokens, without weights.

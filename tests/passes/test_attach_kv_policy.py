@@ -17,6 +17,8 @@ from graphopt.ir.kv_policies import POLICIES, PageBudget, SinkLocal, policy_from
 from graphopt.ir.kv_policies.attention_cnn import new_weights
 from graphopt.ir.kv_policies.checkpoint import PredictorCheckpoint
 from graphopt.ir.ops import get_op
+from graphopt.ir.parse import parse_program
+from graphopt.ir.printer import print_program
 from graphopt.ir.relayout import with_layouts
 from graphopt.pass_manager.contract import Context
 from graphopt.pass_manager.pipeline import Pipeline
@@ -89,6 +91,15 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         make(kind="quest", checkpoint=file)
     with pytest.raises(SourceError, match="no KV policy checkpoint"):
         make(kind="predictor", checkpoint=str(tmp_path / "absent"))
+
+
+def test_expected_attention_is_attached_with_the_angles_of_the_model():
+    result = attach(tiny_program(cache=True), kind="expected-attention")
+    policies = {state.policy for state in result.program.states.values()}
+    (policy,) = policies
+    assert len(policy.frequencies) == 4 and policy.frequencies[0] == 1.0
+    again = parse_program(print_program(result.program))
+    assert {state.policy for state in again.states.values()} == policies
 
 
 def test_layers_that_stay_dense():
