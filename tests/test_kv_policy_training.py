@@ -72,8 +72,9 @@ def test_training_starts_from_the_mean_of_all_rows_and_the_last_one(monkeypatch)
 def test_training_raises_the_recall_and_is_the_same_for_the_same_seed(monkeypatch):
     """From weights that are noise alone."""
     monkeypatch.setattr(kv_policy, "starting_weights", lambda _, seed: new_weights(2, seed))
+    monkeypatch.setattr(kv_policy, "RATE", 3e-3)
     of = traces(layers=1, groups=1)
-    trained, again = train(of, 50), train(of, 50)
+    trained, again = train(of, 60), train(of, 60)
     assert trained.checks[-1][1] > trained.checks[0][1] + 0.1
     assert trained.checks == again.checks and trained.recalls == again.recalls
     assert all(torch.equal(trained.weights[n], again.weights[n]) for n in trained.weights)

@@ -36,8 +36,7 @@ def fitted_policy(
 
     Args:
         attentions: Each a call and an attention of its function.
-        checkpoint: A file, or the name of a model whose checkpoint comes with graphopt; for
-            policies that are trained.
+        checkpoint: A file, for policies that are trained.
 
     Raises:
         SourceError: The checkpoint cannot be read.
@@ -48,8 +47,7 @@ def fitted_policy(
         if checkpoint is None:
             raise UsageError(
                 "The KV policy predictor has no weights.",
-                "Name a checkpoint with weights=: `graphopt train-kv-policy` makes one, and `demo` "
-                "is that of the demo.",
+                "Name a checkpoint with weights=: `graphopt train-kv-policy` makes one.",
             )
         trained = read_checkpoint(checkpoint)
         for heads in dict.fromkeys(_heads(program, attentions)):

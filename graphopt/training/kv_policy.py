@@ -1,10 +1,12 @@
 """Training of the KV policy `predictor` on traces of a model's attention.
 
 A network is shown the history that decoding with a budget leaves: rows of which only the pages are
-observed that another policy (the moving average) would have read, at budgets of a quarter, an
-eighth and a sixteenth of the text, with a calibration now and then. It learns the next row of
-dense attention by the mean squared error, and which pages to take by the recall of the mass that
-is selected, the choice of the best pages being softened so that it has a gradient.
+observed that another policy would have read (the moving average, with noise), at budgets of a
+quarter, an eighth and a sixteenth of the text, with a calibration now and then. It learns the next
+row of dense attention by the mean squared error, and which pages to take by the recall of the mass
+that is selected, the choice of the best pages being softened so that it has a gradient. How good it
+has become is measured by following it over the held-out text: there its own choices make its
+history.
 
 Layout letters as in `graphopt.training.kv_traces`.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,7 +24,16 @@ from torch import Tensor
 
 from graphopt.errors import UsageError
 from graphopt.execute.interpreter import Runner
-from graphopt.ir.kv_policies import Ema, PageBudget, Predictor
+from graphopt.ir.kv_policies import (
+    Ema,
+    Filled,
+    KVPolicy,
+    PageBudget,
+    Predictor,
+    Scoring,
+    State,
+    select_pages,
+)
 from graphopt.ir.kv_policies.attention_cnn import new_weights, predict
 from graphopt.ir.kv_policies.pages import always_BN
 from graphopt.ir.kv_policies.predictor import network_input
@@ -39,6 +50,9 @@ CHECK_EVERY = 25
 COMPARED_STEPS = 256
 """Steps of the held-out text on which policies are compared in the end."""
 
+CHECKED_STEPS, CHECKED_LAYERS = 48, 6
+"""Steps of the held-out text, and about how many layers, on which training is followed."""
+
 PATIENCE = 8
 """Checks without a higher held-out recall before training stops."""
 
@@ -54,7 +68,8 @@ class KVTrainingResult:
         weights: Those of the highest held-out recall, fp32.
         group: Query heads of a KV head.
         steps: Training steps that were made.
-        checks: (step, recall) on samples of the held-out text, along the way.
+        checks: (step, recall) along the way, on a part of the held-out text: the mean over the
+            budgets.
         recalls: Of `ema` and `predictor` on the held-out text, by the fraction of the budget.
         seconds: By what they were spent on.
         stopped: Why training ended.
@@ -173,13 +188,17 @@ def train_on_traces(
     since = time.perf_counter()
     texts = range(traces.probs_LBGSN.shape[1])
     held = traces.texts(texts[-held_out:]).last(policy.history + COMPARED_STEPS)
-    samples = _Samples(traces.texts(texts[:-held_out]), policy, several, progress)
-    # Each of the held-out texts with every budget.
-    with_each = held.texts([text for text in range(held_out) for _ in several])
-    checked = _Samples(with_each, policy, several, progress)
+    samples = _Samples(traces.texts(texts[:-held_out]), policy, several, seed, progress)
     spent["preparing"] = time.perf_counter() - since
     since = time.perf_counter()
-    trained = _train(samples, checked, policy, seed, seconds, most_steps, progress)
+    some = range(0, len(held.probs_LBGSN), max(1, len(held.probs_LBGSN) // CHECKED_LAYERS))
+    probe = held.layers(some).last(policy.history + CHECKED_STEPS)
+
+    def check(weights: Mapping[str, Tensor]) -> float:
+        recalls = _recalls(policy.with_weights(weights), probe, several, policy.history, silent)
+        return sum(recalls.values()) / len(recalls)
+
+    trained = _train(samples, check, policy, seed, seconds, most_steps, progress)
     spent["training"] = time.perf_counter() - since
     since = time.perf_counter()
     recalls = compare(held, policy.with_weights(trained.weights), several, progress)
@@ -194,14 +213,56 @@ def compare(
     traces: PageTraces, predictor: Predictor, several: list[PageBudget], progress: Progress
 ) -> dict[str, dict[int, float]]:
     """Return the recall of the moving average and of a predictor, run step by step over traces."""
-    recalls: dict[str, dict[int, float]] = {"ema": {}, "predictor": {}}
-    every = predictor.calibrate_every
+    ema = Ema(several[0], predictor.calibrate_every)
+    return {
+        policy.kind: _recalls(policy, traces, several, predictor.history, progress)
+        for policy in (ema, predictor)
+    }
+
+
+def _recalls(
+    policy: KVPolicy,
+    traces: PageTraces,
+    several: list[PageBudget],
+    history: int,
+    progress: Progress,
+) -> dict[int, float]:
+    """Return the recall of a policy at each budget, run over traces behind dense steps."""
+    every, recalls = policy.calibrate_every, {}
     for fraction, budget in zip(FRACTIONS, several, strict=True):
-        for policy in (Ema(budget, every), replace(predictor, budget=budget)):
-            what = f"comparing {policy.kind} at 1/{fraction}"
-            read = pages_read(policy, traces, predictor.history, progress=progress, what=what)
-            recalls[policy.kind][fraction] = recall(read, traces, predictor.history, every)
+        what = f"comparing {policy.kind} at 1/{fraction}"
+        with_budget = replace(policy, budget=budget)
+        read = pages_read(with_budget, traces, history, progress=progress, what=what)
+        recalls[fraction] = recall(read, traces, history, every)
     return recalls
+
+
+@dataclass(frozen=True)
+class _Exploring(Ema):
+    """The moving average with noise: what it reads says less about what it leaves out.
+
+    From histories of the moving average itself a network learns that what was not read is
+    unimportant, as that one has found. Following its own predictions, it would never look again.
+
+    Attributes:
+        noise: The standard deviation of the logarithm of what scores are multiplied by.
+        generator: Draws it.
+    """
+
+    noise: float = 1.0
+    generator: torch.Generator | None = field(default=None, compare=False)
+
+    def select(
+        self,
+        state: State,
+        q_BH1D: Tensor | None,
+        k_BGTD: Tensor | None,
+        lengths: Filled,
+        scoring: Scoring,
+    ) -> Tensor:
+        scores = state["probability"]
+        noise = torch.randn(scores.shape, generator=self.generator) * self.noise
+        return select_pages(scores * noise.exp(), self.budget, lengths)
 
 
 class _Samples:
@@ -220,16 +281,19 @@ class _Samples:
         traces: PageTraces,
         policy: Predictor,
         several: list[PageBudget],
+        seed: int,
         progress: Progress,
     ) -> None:
+        generator = torch.Generator().manual_seed(seed)
         layers, texts, groups, self.steps, _ = traces.probs_LBGSN.shape
         self._traces, self._history = traces, policy.history
         self.budgets = [several[text % len(several)] for text in range(texts)]
         read = torch.cat(
             [
                 pages_read(
-                    Ema(budget, policy.calibrate_every), traces.texts([text]),
-                    policy.history, progress=progress, what="preparing histories",
+                    _Exploring(budget, policy.calibrate_every, generator=generator),
+                    traces.texts([text]), policy.history,
+                    progress=progress, what="preparing histories",
                 )
                 for text, budget in enumerate(self.budgets)
             ],
@@ -291,12 +355,6 @@ class _Batch:
         width = self._spread(scores.detach()) * SOFTNESS
         chosen = ((scores - threshold) / width).sigmoid() * self.inside
         return error, 1 - self._share(chosen).mean()
-
-    def recall(self, weights: Mapping[str, Tensor]) -> float:
-        """Return the share of the best choice's mass that is selected."""
-        scores = predict(self.x, self.inside, weights).masked_fill(~self.inside, float("-inf"))
-        chosen = (scores >= self._threshold(scores)) & self.inside
-        return float(self._share(chosen).mean())
 
     def _threshold(self, scores: Tensor) -> Tensor:
         """Return the last score that is taken, [n, 1]."""
@@ -360,14 +418,14 @@ class _Trained:
 
 def _train(
     samples: _Samples,
-    checked: _Samples,
+    check: Callable[[Mapping[str, Tensor]], float],
     policy: Predictor,
     seed: int,
     seconds: float,
     most_steps: int,
     progress: Progress,
 ) -> _Trained:
-    """Return the weights of the highest recall on samples of the held-out text."""
+    """Return the weights of the highest recall on the held-out text, by `check`."""
     generator = torch.Generator().manual_seed(seed)
     weights = starting_weights(policy, seed)
     for weight in weights.values():
@@ -376,14 +434,12 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / most_steps)))
     )
-    held = [checked.draw(BATCH, generator) for _ in range(12)]
     best, trained, since = -1.0, _Trained({}), time.perf_counter()
     worse = 0
     for step in range(most_steps + 1):
         late = time.perf_counter() - since > seconds
         if step % CHECK_EVERY == 0 or late or step == most_steps:
-            with torch.no_grad():
-                mean = sum(batch.recall(weights) for batch in held) / len(held)
+            mean = check({name: x.detach() for name, x in weights.items()})
             trained.checks.append((step, mean))
             worse += 1
             if mean > best:

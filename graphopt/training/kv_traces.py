@@ -60,6 +60,13 @@ class PageTraces:
             mass_LBGSN=self.mass_LBGSN[:, chosen],
         )
 
+    def layers(self, numbers: Sequence[int]) -> PageTraces:
+        """Return the traces of some of the layers."""
+        chosen = list(numbers)
+        return replace(
+            self, probs_LBGSN=self.probs_LBGSN[chosen], mass_LBGSN=self.mass_LBGSN[chosen]
+        )
+
     def last(self, steps: int) -> PageTraces:
         """Return the traces of the last steps, so many at most."""
         kept = min(steps, self.steps)
