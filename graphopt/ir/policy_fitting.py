@@ -99,8 +99,8 @@ def query_rotation(program: Program, call: Call, node: Node) -> QueryRotation | 
             "expected attention is for angles that do not.",
             "Take another KV policy.",
         )
-    values = program.weights[owner.weights[slot]].load().tolist()
-    return QueryRotation(tuple(values), bool(resolve_attrs(rope, call).get("interleaved", False)))
+    angles = program.weights[owner.weights[slot]].load().tolist()
+    return QueryRotation(tuple(angles), bool(resolve_attrs(rope, call).get("interleaved", False)))
 
 
 def _maker(value: Value | None) -> Node | None:
