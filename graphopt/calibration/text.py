@@ -17,7 +17,8 @@ from torch import Tensor
 from graphopt.backends.code import import_model
 from graphopt.errors import LoweringError, PassError
 from graphopt.evaluate.perplexity import of_mean_loss
-from graphopt.execute.interpreter import CacheContents, Runner, complete_inputs, resident
+from graphopt.execute.function_run import CacheContents
+from graphopt.execute.interpreter import Runner, complete_inputs, resident
 from graphopt.execute.language_model import ProgramModel, load_tokenizer
 from graphopt.execute.likelihoods import ProgramLikelihoods
 from graphopt.ir.dataflow import mask_is_for_attention_alone

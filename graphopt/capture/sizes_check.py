@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphopt.errors import CaptureError
-from graphopt.execute.interpreter import run_function
+from graphopt.execute.function_run import run_function
 from graphopt.ir.graph import Call, Program, Value
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, P, S, Type

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.execute.compiled import kind, run_compiled
-from graphopt.execute.interpreter import CacheContents, Observer, Runner
+from graphopt.execute.function_run import CacheContents, Observer
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Call, Function, Program
 from graphopt.ir.types import B, P, S

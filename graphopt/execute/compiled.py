@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from graphopt.execute.interpreter import run_function
+from graphopt.execute.function_run import run_function
 from graphopt.ir.graph import Call, Function, Value
 from graphopt.ir.weights import Weight
 

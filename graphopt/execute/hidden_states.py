@@ -21,7 +21,8 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from graphopt.execute.interpreter import Observer, Runner
+from graphopt.execute.function_run import Observer
+from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import Block, block_name, find_blocks
 from graphopt.ir.graph import Call, Function, Value
 from graphopt.ir.shapes import infer_program

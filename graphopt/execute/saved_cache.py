@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from graphopt.errors import SourceError
-from graphopt.execute.interpreter import CacheContents
+from graphopt.execute.function_run import CacheContents
 from graphopt.ir.graph import KVState, Program
 from graphopt.ir.kv_memory import PagedKV, PolicyKV
 from graphopt.ir.types import B, P, evaluate

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from graphopt.execute.checked import CheckedRunner
-from graphopt.execute.interpreter import extend_caches, run_function
+from graphopt.execute.function_run import run_function
+from graphopt.execute.interpreter import extend_caches
 from graphopt.ir.graph import Call, Function, Program
 from graphopt.ir.ops.attention import ATTENTIONS
 from graphopt.ir.shapes import infer_program

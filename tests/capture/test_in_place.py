@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graphopt.capture.fx_conversion import Converter
 from graphopt.capture.in_place import needs_functionalizing
-from graphopt.execute.interpreter import run_function
+from graphopt.execute.function_run import run_function
 from graphopt.ir.graph import Call
 
 X = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,8 @@ from compiling import with_backend
 from programs import tiny_program
 
 from graphopt.execute import compiled
-from graphopt.execute.interpreter import Runner, complete_inputs, run_function
+from graphopt.execute.function_run import run_function
+from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Call, Function, Value
 from graphopt.ir.types import B, P, S

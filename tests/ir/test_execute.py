@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import tiny_program
 
-from graphopt.execute.interpreter import Runner, complete_inputs, run_function
+from graphopt.execute.function_run import run_function
+from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import Array, B, P, Producer, S, Weight
 
 LENGTH = 8

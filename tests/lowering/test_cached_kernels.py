@@ -13,7 +13,8 @@ from programs import tiny_program
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from graphopt.execute.interpreter import Runner, run_function
+from graphopt.execute.function_run import run_function
+from graphopt.execute.interpreter import Runner
 from graphopt.ir import B, KVLayout, P, Program, S, Value
 from graphopt.ir.kv_memory import PagedKV
 from graphopt.ir.ops import get_op

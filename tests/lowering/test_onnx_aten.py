@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphopt.errors import LoweringError
-from graphopt.execute.interpreter import run_function
+from graphopt.execute.function_run import run_function
 from graphopt.ir import B, Call, Function, In, Node, Program, S, Type, Value
 from graphopt.ir.ops.aten import resolve_target
 from graphopt.ir.types import P

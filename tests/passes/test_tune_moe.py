@@ -114,7 +114,8 @@ def test_the_gradient_of_a_bias_is_the_excess_of_load_whatever_comes_from_above(
 )  # fmt: skip
 def test_a_compiled_call_has_the_same_gradients(backend, monkeypatch):
     from graphopt.execute.compiled import run_compiled
-    from graphopt.execute.interpreter import complete_inputs, run_function
+    from graphopt.execute.function_run import run_function
+    from graphopt.execute.interpreter import complete_inputs
     from graphopt.ir.types import B, P, S
 
     with_backend(monkeypatch, backend)

@@ -17,7 +17,7 @@ from vocabularies import ranked, scored
 
 from graphopt.capture import capture
 from graphopt.errors import GraphoptError
-from graphopt.execute.interpreter import Runner  # noqa: F401  (imported before memory is measured)
+from graphopt.execute.interpreter import Runner  # noqa: F401  (imported before memory is measured
 from graphopt.sources import open_model
 from graphopt.sources.gguf.container import MOST_ENTRIES, MOST_TENSORS, MOST_VALUES, read_gguf
 
