@@ -1,8 +1,8 @@
 """Steps of KV policies in Triton: which pages a token reads, and what is learnt from it.
 
 Programs are counted by key heads: program b G + g has the pages of row b and key head g.
-Numbers of tokens are read from tensors, so that a step can be recorded as a CUDA graph. All policies'
-kernels stand in one file, which is a little long, since an emitted package has it as one.
+Numbers of tokens are read from tensors, so that a step can be recorded as a CUDA graph. The kernels
+of all policies stand in one file, which is a little long, since an emitted package has it as one.
 """
 
 import triton
