@@ -111,3 +111,21 @@ _CACHES = ("torch", "16 bits", "8 bits", "4 bits")
 
 def _by_command(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return list({part["command"]: part for part in found.values()}.values())
+
+
+def int4_onnx() -> str:
+    """Graphs of four-bit weights beside those of onnxruntime-genai's builder."""
+    found = result_of("int4_onnx")
+    rows = [
+        [
+            name,
+            f"{model['bytes'] / 1e6:.0f}",
+            f"{model['tokens_per_second']:.1f}",
+            f"{model['perplexity']:.2f}",
+            f"{model['greedy_as_level_1']:.1%}",
+        ]
+        for name, model in found["models"].items()
+    ]
+    head = ["graph", "MB", "tokens a second", "perplexity", "likeliest token as level 1"]
+    about = measured_on(found, "onnxruntime", "onnxruntime-genai")
+    return f"{markdown_table(head, rows)}\n\n`{found['recipe']}`. {about}"

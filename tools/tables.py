@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from ablation_tables import bits, bits_kernels
+from ablation_tables import bits, bits_kernels, int4_onnx
 from kv_tables import kv, kv_speed
 from model_tables import models, models_answers, models_choice
 from results import ROOT, markdown_table, measured_on, median, result_of
@@ -603,6 +603,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "beginnings": beginnings,
     "bits": bits,
     "bits_kernels": bits_kernels,
+    "int4_onnx": int4_onnx,
     "decode": decode,
     "demo": demo,
     "families": families,

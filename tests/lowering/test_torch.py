@@ -19,6 +19,7 @@ from families import (
     FAMILIES,
     LISTED,
     TOLERANCE,
+    TWINS,
     UNLISTED,
     Case,
     captured,
@@ -103,7 +104,7 @@ SOON = ("apertus", "codegen", "ctrl", "diffllama", "llama4_text", "mixtral")
 @pytest.mark.parametrize(
     "family",
     [
-        *mostly_slow(f for f in FAMILIES if f in LISTED or f in SOON),
+        *mostly_slow([f for f in FAMILIES if f in LISTED or f in SOON], rare=TWINS),
         *(pytest.param(f, marks=pytest.mark.exhaustive) for f in UNLISTED if f not in SOON),
     ],
 )

@@ -42,7 +42,7 @@ def _cut(family: str, left: int) -> Program:
     return cut
 
 
-@pytest.mark.parametrize("family", mostly_slow(NEURONS, ("mixtral",)))
+@pytest.mark.parametrize("family", mostly_slow(NEURONS, ("mixtral",), ("qwen3_moe",)))
 def test_cut_experts_are_those_of_a_narrower_config(family, tmp_path):
     from transformers import AutoModelForCausalLM
 
