@@ -23,8 +23,9 @@ from model_tables import models, models_answers, models_choice
 from results import ROOT, markdown_table, measured_on, median, result_of
 
 PAGES = (
-    "README.md", "docs/attention.md", "docs/bits.md", "docs/depth.md", "docs/evaluate.md", "docs/families.md",
-    "docs/flatquant.md", "docs/kv.md", "docs/methods.md", "docs/volta.md", "docs/width.md",
+    "README.md", "docs/attention.md", "docs/bits.md", "docs/depth.md", "docs/evaluate.md",
+    "docs/families.md", "docs/flatquant.md", "docs/kv.md", "docs/methods.md", "docs/volta.md",
+    "docs/width.md",
 )  # fmt: skip
 _TABLE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end table -->", re.DOTALL)
 
