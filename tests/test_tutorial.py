@@ -29,6 +29,7 @@ def follow(page: str, clone: Path) -> str:
     """Do what a page says, in a clone; return all that was printed."""
     shutil.copytree(ROOT / "docs", clone / "docs", ignore=shutil.ignore_patterns("*.png"))
     shutil.copytree(ROOT / "examples", clone / "examples")
+    shutil.copy(ROOT / "README.md", clone)
     script = ["import subprocess"]
     for language, text in notebook.cells_of(page):
         if language == "bash" and not text.startswith("pip install"):
