@@ -52,8 +52,8 @@ def test_the_tutorial_runs(tmp_path: Path, demo: str) -> None:
     pytest.importorskip("onnxruntime_genai")
     printed = follow(PAGE, tmp_path)
     assert "Paris" in printed and "27 layers" in printed
-    (times,) = re.findall(r"perplexity is ([\d.]+) times the source's", printed)
-    assert 1 < float(times) < 2
+    times = [float(x) for x in re.findall(r"perplexity is ([\d.]+) times the source's", printed)]
+    assert max(times) > 1 and all(0.9 < x < 2 for x in times)
 
 
 @pytest.mark.exhaustive
