@@ -68,8 +68,8 @@ def test_a_budget_is_a_share_of_a_text_or_a_number_of_tokens():
         ("quest{budget=100}", "no multiple of the page"),
         ("quest{budget=64}", "below sink plus local"),
         ("ema{budget=1/8,alpha=2}", "2"),
-        ("predictor{budget=1/8}", "is learned, and has no weights"),
-        ("quest{budget=1/8,weights=file}", "weights"),
+        ("predictor{budget=1/8}", "is learned, and has no checkpoint"),
+        ("quest{budget=1/8,checkpoint=file}", "checkpoint"),
     ],
 )
 def test_what_is_no_policy_is_refused(text, message):
@@ -82,10 +82,10 @@ def test_a_learned_policy_has_the_weights_of_a_checkpoint(tmp_path):
     weights = {name: torch.ones(shape) for name, shape in weight_shapes(2).items()}
     path = tmp_path / "weights"
     PredictorCheckpoint(weights, page=4, group=2, history=64, channels=2, about={}).write(path)
-    spec = spec_of(f'predictor{{budget=1/4,page=4,sink=4,local=8,weights="{path}"}}')
+    spec = spec_of(f'predictor{{budget=1/4,page=4,sink=4,local=8,checkpoint="{path}"}}')
     policy = spec.policy_for(tiny_program(), 64, torch.device("cpu"))
     assert policy.weights.keys() == weights.keys()
-    spec = spec_of(f'predictor{{budget=1/4,page=8,sink=8,local=8,weights="{path}"}}')
+    spec = spec_of(f'predictor{{budget=1/4,page=8,sink=8,local=8,checkpoint="{path}"}}')
     with pytest.raises(UsageError, match="trained for pages of 4 tokens"):
         spec.policy_for(tiny_program(), 64, torch.device("cpu"))
 

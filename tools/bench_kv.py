@@ -48,8 +48,8 @@ def specs_of(kinds: Sequence[str], budget: str, predictor: str | None) -> list[P
     """
     specs: list[PolicySpec] = []
     for kind in kinds:
-        weights = {} if kind not in LEARNED else {"weights": str(predictor)}
-        specs.append(PolicySpec.of(kind, {"budget": budget, **weights}))
+        learned = {"checkpoint": str(predictor)} if kind in LEARNED else {}
+        specs.append(PolicySpec.of(kind, {"budget": budget, **learned}))
         fields = {field.name: field.default for field in dataclasses.fields(POLICIES[kind])}
         if fields.get("calibrate_every", 0) is None:
             specs.append(PolicySpec.of(kind, {"budget": budget, "calibrate": OFTEN}))

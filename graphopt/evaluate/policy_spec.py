@@ -36,7 +36,7 @@ class PolicySpec:
         page, sink, local: In tokens.
         dense_layers: How many attentions at the front of a model read all keys.
         own: The fields that the policy has beside its budget, as plain values.
-        weights: The checkpoint of a policy that is learned; None for others.
+        checkpoint: The file with the weights of a policy that is learned; None for others.
         text: As it was written.
     """
 
@@ -47,7 +47,7 @@ class PolicySpec:
     local: int
     dense_layers: int
     own: Mapping[str, Any] = field(default_factory=dict)
-    weights: str | None = None
+    checkpoint: str | None = None
     text: str = ""
 
     @classmethod
@@ -57,7 +57,7 @@ class PolicySpec:
         Args:
             options: Texts, or lists of them: `budget`, such as "1/8" or "1024"; `page`, `sink`,
                 `local` and `dense_layers`; `calibrate`, the steps from one dense step to the next;
-                `weights`, the checkpoint of a policy that is learned; and what the policy has of
+                `checkpoint`, the file of a policy that is learned; and what the policy has of
                 its own.
 
         Raises:
@@ -68,13 +68,13 @@ class PolicySpec:
             raise unknown_name("KV policy", kind, POLICIES)
         fields = _own_fields(POLICIES[kind])
         known = [*DEFAULTS, "budget", *("calibrate" if n == CALIBRATE else n for n in fields)]
-        known += ["weights"] if kind in LEARNED else []
-        numbers, own, budget, weights = dict(DEFAULTS), {}, None, None
+        known += ["checkpoint"] if kind in LEARNED else []
+        numbers, own, budget, checkpoint = dict(DEFAULTS), {}, None, None
         for name, value in options.items():
             if name == "budget":
                 budget = _budget(str(value))
-            elif name == "weights" and name in known:
-                weights = str(value)
+            elif name == "checkpoint" and name in known:
+                checkpoint = str(value)
             elif name in DEFAULTS:
                 numbers[name] = _plain(name, value, int)
             elif name in known:
@@ -88,10 +88,10 @@ class PolicySpec:
                 f"Write {kind}{{budget=1/8}} for an eighth of a text's tokens, or a number of "
                 "tokens per KV head, sink and local included.",
             )
-        if weights is None and kind in LEARNED:
+        if checkpoint is None and kind in LEARNED:
             raise UsageError(
-                f"The KV policy {kind} is learned, and has no weights.",
-                f"Write {kind}{{budget=1/8,weights=FILE}}; `graphopt train-kv-policy` writes FILE.",
+                f"The KV policy {kind} is learned, and has no checkpoint.",
+                f"Write {kind}{{budget=1/8,checkpoint=FILE}}; graphopt train-kv-policy writes it.",
             )
         values = [x if isinstance(x, str) else f"[{','.join(x)}]" for x in options.values()]
         given = ",".join(map("=".join, zip(options, values, strict=True)))
@@ -100,7 +100,7 @@ class PolicySpec:
             budget,
             **numbers,
             own=own,
-            weights=weights,
+            checkpoint=checkpoint,
             text=f"{kind}{{{given}}}" if given else kind,
         )
 
@@ -124,7 +124,7 @@ class PolicySpec:
         """
         layers, _ = policy_layers(program, self.dense_layers)
         attentions = [(program.calls[layer.position], layer.node) for layer in layers]
-        policy = fitted_policy(program, self.policy(tokens), attentions, self.weights)
+        policy = fitted_policy(program, self.policy(tokens), attentions, self.checkpoint)
         if not isinstance(policy, Predictor) or policy.weights is None:
             return policy
         return policy.with_weights({name: x.to(device) for name, x in policy.weights.items()})
