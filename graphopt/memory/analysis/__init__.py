@@ -1,0 +1,1 @@
+"""What a trace of memory says: periods, intervals, categories, and what could be freed."""
