@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from event_lists import EventList, training
@@ -78,7 +80,7 @@ def test_candidates_fall_away_with_the_bandwidth():
         for speed in (1.0, 1e10, 3e10, 1e11, 1e13)
     ]
     assert found[0] == set() and found[-1]
-    assert all(low <= high for low, high in zip(found, found[1:], strict=False))
+    assert all(low <= high for low, high in itertools.pairwise(found))
     assert len(set(map(len, found))) > 2
 
 
@@ -137,7 +139,7 @@ def test_no_two_copies_of_one_direction_overlap(jobs, periodic):
     ):  # fmt: skip
         shifts = (-200, -100, 0, 100, 200) if periodic else (0,)
         copies = sorted((low + s, high + s) for low, high in times for s in shifts)
-        assert all(a[1] <= b[0] + 1e-6 for a, b in zip(copies, copies[1:], strict=False))
+        assert all(a[1] <= b[0] + 1e-6 for a, b in itertools.pairwise(copies))
         if begin is not None:
             assert all(low >= ready - 1e-6 for (low, _), ready in zip(times, begin, strict=True))
     for away, one in zip(aways, wanted, strict=True):
@@ -198,7 +200,7 @@ def test_what_cannot_be_computed_again(why):
     events.op("other", [w])
     events.op("use", [a])
     trace = events.trace()
-    long = [r for r in recompute_candidates(trace, access_intervals(trace))]
+    long = list(recompute_candidates(trace, access_intervals(trace)))
     assert not long
 
 
@@ -211,7 +213,7 @@ def test_choices_reach_a_target_and_say_what_each_leaves():
     assert swapped.before == before and swapped.after <= before - 2500 and not swapped.left
     assert {c.how for c in swapped.choices} == {"swap"}
     peaks = [before, *(c.peak for c in swapped.choices)]
-    assert all(low <= high for high, low in zip(peaks, peaks[1:], strict=False))
+    assert all(low <= high for high, low in itertools.pairwise(peaks))
     again = reach_target(trace, before - 1500, Link(1.0, 1.0), period)
     assert {c.how for c in again.choices} == {"recompute"} and again.after <= before - 1500
     assert all(c.cost > 0 for c in again.choices)
