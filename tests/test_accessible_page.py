@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
-from importlib import resources
 from itertools import product
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from graphopt.report.columns import axis_end, columns
 from graphopt.report.evaluations import Evaluation, add_evaluation
 from graphopt.report.page import GRADE_STYLES, render, times_style
+from graphopt.report.pictures import page_style
 from graphopt.report.quality import MeasuredText, Quality, Sample
 from graphopt.report.records import (
     ArtifactEntry,
@@ -23,7 +23,7 @@ from graphopt.report.records import (
     SkipEntry,
 )
 
-STYLES = resources.files("graphopt.report").joinpath("page.html").read_text(encoding="utf-8")
+STYLES = page_style()
 
 
 def full_report() -> Report:

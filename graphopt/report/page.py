@@ -11,7 +11,16 @@ from typing import Any
 
 from graphopt.report.columns import columns
 from graphopt.report.evaluations import evaluations_section
-from graphopt.report.pictures import bar, facts_table, figure, legend, row, si, table
+from graphopt.report.pictures import (
+    bar,
+    facts_table,
+    figure,
+    legend,
+    page_style,
+    row,
+    si,
+    table,
+)
 from graphopt.report.quality import SLIGHT, UNCHANGED, Quality, Sample
 from graphopt.report.records import ArtifactEntry, PassEntry, Report
 from graphopt.report.skips import grouped_skips
@@ -23,6 +32,7 @@ def render(report: Report) -> str:
     busy = [entry for entry in report.passes if not entry.idle]
     idle = [entry for entry in report.passes if entry.idle]
     return Template(template).substitute(
+        style=page_style(),
         title=f"{escape(report.name)} · graphopt report",
         name=escape(report.name),
         subtitle=_subtitle(report),

@@ -1,6 +1,6 @@
 """Parts of the page that the report and the records of passes are made of.
 
-All return HTML whose texts are escaped. Styles are those of `page.html`: `embed`, `attention`,
+All return HTML whose texts are escaped. Styles are those of `style.css`: `embed`, `attention`,
 `ffn`, `norm`, `head` for the parts of a model, `time` and `check` for durations.
 """
 
@@ -12,9 +12,15 @@ import struct
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
+from importlib import resources
 from typing import Protocol
 
 from graphopt.report.record import Step, finite_or_none
+
+
+def page_style() -> str:
+    """Return the style sheet that all pages have in common."""
+    return resources.files("graphopt.report").joinpath("style.css").read_text(encoding="utf-8")
 
 
 def si(value: float, unit: str = "") -> str:
