@@ -1,0 +1,1 @@
+"""`memory.html`: what a trace says, as one page without any outside reference."""
