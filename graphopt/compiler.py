@@ -58,6 +58,7 @@ def emit(
     force: bool = False,
     strict: bool = False,
     onnx_moe: bool = False,
+    onnx_policy_op: bool = False,
     onnx_accuracy: int = EXACT,
     dtype: str = AUTO,
     gguf_type: str = AUTO,
@@ -73,6 +74,8 @@ def emit(
         force: Replace an existing folder, once the new one is complete.
         strict: Refuse what would run without a kernel of the target.
         onnx_moe: In the ONNX form, experts become com.microsoft::MoE.
+        onnx_policy_op: In the ONNX form, an attention with a KV policy is one operator of the
+            domain `graphopt`, with its body.
         onnx_accuracy: In the ONNX form, how packed weights are multiplied with activations that
             are not rounded: 1 in fp32, 4 by integers, activations rounded to 8 bits.
         dtype: In which trained weights are stored: `float32`, `bfloat16`, `float16`, or `auto`:
@@ -89,7 +92,14 @@ def emit(
         LoweringError: The program has no such form, or the target is not in this version.
     """
     emission = Emission.of(
-        target, emit, strict, onnx_moe, dtype, onnx_accuracy=onnx_accuracy, gguf_type=gguf_type
+        target,
+        emit,
+        strict,
+        onnx_moe,
+        dtype,
+        onnx_policy_op=onnx_policy_op,
+        onnx_accuracy=onnx_accuracy,
+        gguf_type=gguf_type,
     )
     program = emission.rounded(program)
     emission.check(program)
@@ -167,6 +177,7 @@ class CompileOptions(RunOptions):
         force: Replace the output folder if it exists, once the new one is complete.
         strict: Refuse what would run without a kernel of the target.
         onnx_moe: In the ONNX form, experts become com.microsoft::MoE.
+        onnx_policy_op: In the ONNX form, an attention with a KV policy is one operator; see `emit`.
         onnx_accuracy: In the ONNX form, how packed weights are multiplied; see `emit`.
         dtype: In which trained weights are stored; see `emit`.
         gguf_type: The type of matrices in the GGUF form; see `emit`.
@@ -181,6 +192,7 @@ class CompileOptions(RunOptions):
     force: bool = False
     strict: bool = False
     onnx_moe: bool = False
+    onnx_policy_op: bool = False
     onnx_accuracy: int = EXACT
     dtype: str = AUTO
     gguf_type: str = AUTO
@@ -234,6 +246,7 @@ def compile_model(
         options.strict,
         options.onnx_moe,
         options.dtype,
+        onnx_policy_op=options.onnx_policy_op,
         onnx_accuracy=options.onnx_accuracy,
         gguf_type=options.gguf_type,
     )

@@ -81,6 +81,7 @@ class Emission:
         onnx_moe: bool,
         dtype: str = AUTO,
         *,
+        onnx_policy_op: bool = False,
         onnx_accuracy: int = EXACT,
         gguf_type: str = AUTO,
     ) -> Emission:
@@ -88,11 +89,12 @@ class Emission:
         names = usual if names is None else names
         if not names:
             raise UsageError("Nothing to emit.", "Name at least one of onnx, torch, hf, gguf.")
-        if onnx_moe and "onnx" not in names:
-            raise UsageError(
-                f"--onnx-moe is for the ONNX form, and what is emitted is {', '.join(names)}.",
-                "Leave it out, or name onnx after --emit as well.",
-            )
+        for option, given in (("--onnx-moe", onnx_moe), ("--onnx-policy-op", onnx_policy_op)):
+            if given and "onnx" not in names:
+                raise UsageError(
+                    f"{option} is for the ONNX form, and what is emitted is {', '.join(names)}.",
+                    "Leave it out, or name onnx after --emit as well.",
+                )
         if onnx_accuracy not in ACCURACY_LEVELS:
             raise UsageError(
                 f"--onnx-accuracy {onnx_accuracy} is none of MatMulNBits' levels that are written.",
@@ -115,7 +117,12 @@ class Emission:
         # A checkpoint has the layout that the torch form reads, and its file is nobody else's.
         shared = "torch" in names and "hf" not in names
         options: dict[str, dict[str, Any]] = {
-            "onnx": {"moe": onnx_moe, "shared": shared, "accuracy_level": onnx_accuracy},
+            "onnx": {
+                "moe": onnx_moe,
+                "policy_op": onnx_policy_op,
+                "shared": shared,
+                "accuracy_level": onnx_accuracy,
+            },
             "torch": {"in_compute_dtype": dtype == AUTO},
             "gguf": {"type": gguf_type},
         }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from graphopt.backends.onnx_cache import NUMPY_DTYPES, RoomyCache, page_of, room_of
 from graphopt.errors import SourceError, first_line
 from graphopt.execute.interpreter import complete_inputs
 from graphopt.sources.base import tokenizer_in
@@ -22,8 +23,6 @@ from graphopt.execute.language_model import LanguageModel, _Replay
 _STATES = {"past_key_values.": "present.", "past_policy.": "present_policy."}
 """How inputs with what a step left begin, and the outputs that leave it."""
 
-_STATE_DTYPES = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
-
 
 class OnnxArtifactModel(LanguageModel):
     """The graph of an ONNX artifact, run by ONNX Runtime on the CPU.
@@ -32,7 +31,7 @@ class OnnxArtifactModel(LanguageModel):
         folder: Folder with `model.onnx`, whose inputs are `input_ids`, and where it has them
             `attention_mask`, `position_ids` and `past_key_values.N.key` / `.value`, and whose
             outputs are `logits` and `present.N.key` / `.value`; where a policy selects what steps
-            read, also `past_policy.N.NAME` and `present_policy.N.NAME`.
+            read, also `past_policy.N.NAME` and `present_policy.N.NAME`; caches have room then.
         name: Short name of the model.
         config: Its Hugging Face config.
         generation: How text is to be generated; by default what a generation_config.json in the
@@ -106,6 +105,14 @@ class OnnxArtifactModel(LanguageModel):
         self._check_logits(next(o for o in self._session.get_outputs() if o.name == "logits"))
         for name in self._pasts:
             self._check_cache(name)
+        self._has_room = any(
+            room_of(size) is not None for name in self._pasts for size in self._inputs[name].shape
+        )
+        if self._has_room and "attention_mask" not in self._inputs:
+            raise SourceError(
+                f"{self._path}: caches have room, and no attention_mask says how much is used.",
+                "Compile the model again with --emit onnx.",
+            )
 
     def _check_logits(self, value: Any) -> None:
         if value.type not in ("tensor(float)", "tensor(float16)", "tensor(double)"):
@@ -144,8 +151,8 @@ class OnnxArtifactModel(LanguageModel):
             SourceError: Naming the input.
         """
         value = self._inputs[name]
-        sizes = [size for size in value.shape[1:] if isinstance(size, int)]
-        if value.type not in _STATE_DTYPES or not all(0 < size < 2**16 for size in sizes):
+        sizes = [size if isinstance(size, int) else page_of(size) for size in value.shape[1:]]
+        if value.type not in NUMPY_DTYPES or not all(0 < (size or 0) < 2**16 for size in sizes):
             raise SourceError(
                 f"{self._path}: the input {name!r} is a {value.type} of shape {value.shape}, and "
                 "what a policy remembers is a tensor of floats or whole numbers, a row a text.",
@@ -155,12 +162,20 @@ class OnnxArtifactModel(LanguageModel):
     def start(self, batch: int) -> Any:
         if not self._pasts:
             return _Replay()
+        if self._has_room:
+            return self._roomy(batch)
         cache = {}
         for name in self._pasts:
             rest = [size if isinstance(size, int) else 0 for size in self._inputs[name].shape[1:]]
-            dtype = _STATE_DTYPES[self._inputs[name].type]
-            cache[name] = torch.zeros(batch, *rest, dtype=dtype).numpy()
+            cache[name] = torch.zeros(batch, *rest).numpy()
         return cache
+
+    def start_text(self, room: int) -> Any:
+        return self._roomy(1, room) if self._has_room else self.start(1)
+
+    def _roomy(self, batch: int, room: int = 0) -> RoomyCache:
+        inputs = {name: self._inputs[name] for name in self._pasts}
+        return RoomyCache(inputs, self._pasts, batch, room)
 
     def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
         count = inputs["input_ids"].shape[1]
@@ -170,9 +185,10 @@ class OnnxArtifactModel(LanguageModel):
             mask = inputs["attention_mask"]
             inputs = complete_inputs({"input_ids": ids, "attention_mask": mask})
         feeds = {n: v.numpy() for n, v in inputs.items() if n in self._inputs}
-        if not replayed:
+        roomy = isinstance(cache, RoomyCache)
+        if not replayed and not roomy:
             feeds.update(cache)
-        results = dict(zip(self._outputs, self._run(feeds), strict=True))
+        results = self._run(feeds, cache if roomy else None)
         logits = torch.from_numpy(results["logits"]).float()
         rows, places = feeds["input_ids"].shape
         if logits.dim() != 3 or logits.shape[:2] != (rows, places):
@@ -183,17 +199,24 @@ class OnnxArtifactModel(LanguageModel):
             )
         if replayed:
             return logits[:, -count:], _Replay(inputs["input_ids"])
+        if roomy:
+            return logits, cache
         return logits, {name: results[present] for name, present in self._pasts.items()}
 
-    def _run(self, feeds: Mapping[str, Any]) -> Sequence[Any]:
-        """Return the outputs of the graph.
+    def _run(self, feeds: Mapping[str, Any], cache: RoomyCache | None) -> dict[str, Any]:
+        """Return the outputs of the graph by name; with a cache, which it changes, but for its own.
 
         Raises:
             SourceError: ONNX Runtime cannot run it: shapes of tensors inside do not agree, or it
                 takes other inputs than it did when it was emitted.
         """
         try:
-            results: Sequence[Any] = self._session.run(self._outputs, feeds)
+            if cache is None:
+                return dict(
+                    zip(self._outputs, self._session.run(self._outputs, feeds), strict=True)
+                )
+            cache.hold(feeds["attention_mask"].shape[1])
+            return {"logits": cache.run(self._session, feeds, ["logits"])[0]}
         except Exception as error:
             if out_of_memory(error):
                 raise
@@ -201,4 +224,3 @@ class OnnxArtifactModel(LanguageModel):
                 f"ONNX Runtime cannot run {self._path}: {first_line(error)}.",
                 "Compile the model again with --emit onnx.",
             ) from error
-        return results

@@ -92,6 +92,14 @@ class CompileFlags:
             "where there are many.",
         ),
     ] = False
+    onnx_policy_op: Annotated[
+        bool,
+        typer.Option(
+            "--onnx-policy-op",
+            help="In the ONNX form, an attention with a KV policy is one operator of the domain "
+            "graphopt, with its body.",
+        ),
+    ] = False
     onnx_accuracy: Annotated[
         int,
         typer.Option(
@@ -255,6 +263,7 @@ def _compile_options(flags: CompileFlags) -> CompileOptions:
         force=flags.force,
         strict=flags.strict,
         onnx_moe=flags.onnx_moe,
+        onnx_policy_op=flags.onnx_policy_op,
         onnx_accuracy=flags.onnx_accuracy,
         dtype=flags.dtype,
         gguf_type=flags.gguf_type,

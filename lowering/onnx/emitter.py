@@ -20,8 +20,8 @@ from graphopt.lowering.base import NOTHING, Emitted, Emitter, StoredTensor, chec
 from graphopt.lowering.onnx.external import DataFile, Layout, SafetensorsDataFile
 from graphopt.lowering.onnx.genai import GENAI_NAME, RUN_NAME, genai_config, run_script, why_not
 from graphopt.lowering.onnx.graph import Graph
+from graphopt.lowering.onnx.kv_policies import refusal
 from graphopt.lowering.onnx.ops import translation_of
-from graphopt.lowering.onnx.ops.policy import refusal
 from graphopt.lowering.onnx.quantised import block_of, no_onnx_form
 from graphopt.lowering.onnx_accuracy import EXACT
 from graphopt.lowering.tokenizer import run_lines, write_generation, write_tokenizer
@@ -34,6 +34,7 @@ class OnnxEmitter(Emitter):
 
     Args:
         moe: Experts become com.microsoft::MoE, where its kernel computes what they are.
+        policy_op: Attention with a KV policy becomes an operator of the domain `graphopt`.
         shared: The data file is a safetensors file with weights as the program has them, [out, in]
             under their names, so that the torch form reads the same file.
         accuracy_level: MatMulNBits' for products with packed weights: 1 for fp32, 4 to round what
@@ -43,9 +44,15 @@ class OnnxEmitter(Emitter):
     name: ClassVar[str] = "onnx"
 
     def __init__(
-        self, *, moe: bool = False, shared: bool = False, accuracy_level: int = EXACT
+        self,
+        *,
+        moe: bool = False,
+        policy_op: bool = False,
+        shared: bool = False,
+        accuracy_level: int = EXACT,
     ) -> None:
         self.moe, self.shared, self.accuracy_level = moe, shared, accuracy_level
+        self.policy_op = policy_op
 
     def check(self, program: Program, target: str) -> None:
         """Refuse a program with an op, an encoding or a layout that has no ONNX form.
@@ -120,7 +127,8 @@ class OnnxEmitter(Emitter):
         data = self._data_file(program, folder, root)
         graph = Graph(
             program, data,
-            moe=self.moe, as_stored=self.shared, accuracy_level=self.accuracy_level,
+            moe=self.moe, policy_op=self.policy_op,
+            as_stored=self.shared, accuracy_level=self.accuracy_level,
         )  # fmt: skip
         model = graph.build()
         data.write(progress)

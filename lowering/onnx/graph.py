@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
+import sympy
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -48,6 +50,7 @@ class Graph:
     Args:
         continues: The graph can go on from a cache with several rows and several tokens.
         moe: Experts become com.microsoft::MoE where they can.
+        policy_op: Attention with a KV policy becomes an operator of the domain `graphopt`.
         as_stored: Linears read weights as [out, in].
         accuracy_level: MatMulNBits' for products of packed weights with what is not rounded.
 
@@ -62,6 +65,7 @@ class Graph:
         *,
         continues: bool = True,
         moe: bool = False,
+        policy_op: bool = False,
         as_stored: bool = False,
         accuracy_level: int = EXACT,
     ) -> None:
@@ -69,7 +73,16 @@ class Graph:
         self.as_stored, self.accuracy_level = as_stored, accuracy_level
         self.data = data
         self.builder = GraphBuilder()
-        self.shared: dict[object, object] = {"transposed": set(), "continues": continues}
+        # A cache of which a policy selects pages has room for tokens to come, in whole pages.
+        policies = [state.policy for state in program.states.values() if state.policy is not None]
+        pages = math.lcm(*(policy.budget.page for policy in policies))
+        self.room = f"room_multiple_of_{pages}" if policies else ""
+        self.shared: dict[object, object] = {
+            "transposed": set(),
+            "continues": continues,
+            "room": bool(policies),
+            "policy_op": policy_op,
+        }
         self.weights: dict[str, ir.Value | QuantisedMatrix] = {}
         self.transposed = self._transposable()
         self.uses = Counter(self._reads())
@@ -281,7 +294,9 @@ class Graph:
     def _output(self, name: str, value: object, kind: Type) -> ir.Value:
         """Give a result its public name."""
         assert isinstance(value, ir.Value)
-        result = self.builder.op("Identity", value, name=f"output/{name}")
+        result = value
+        if not self.room or value.producer() is None:
+            result = self.builder.op("Identity", value, name=f"output/{name}")
         assert isinstance(result, ir.Value)
         result.name = name
         result.shape = _shape(kind)
@@ -295,25 +310,28 @@ class Graph:
         for number, state in enumerate(self.program.states.values()):
             for part, width in (("key", state.k_dim), ("value", state.v_dim)):
                 key = f"{state.name}.{part}"
-                dims: list[int | str | None] = ["batch", state.heads, "past", width]
+                dims: list[int | str | None] = ["batch", state.heads, self.room or "past", width]
                 pasts[key] = ir.Value(
                     name=f"past_key_values.{number}.{part}",
                     shape=ir.Shape(dims),
                     type=ir.TensorType(ir.DataType.FLOAT),
                 )
-                kind = Type((B, state.heads, P + S, width), torch.float32)
+                after = sympy.Symbol(self.room) if self.room else P + S
+                kind = Type((B, state.heads, after, width), torch.float32)
                 outputs[key] = (f"present.{number}.{part}", kind)
-            for place, (part, remembered) in enumerate(state.policy_types.items()):
-                kind, key = _single(remembered), f"{state.name}.{place}"
+            if state.policy is None:
+                continue
+            # What differs in the size of a page has a name of its own.
+            pages = sympy.Symbol(f"pages_of_{state.policy.budget.page}")
+            kept = state.policy.state_types(state.kv_heads, pages, B)
+            for place, (part, (sizes, dtype)) in enumerate(kept.items()):
+                kind, key = _single(Type(tuple(sizes), dtype)), f"{state.name}.{place}"
                 pasts[key] = ir.Value(
                     name=f"past_policy.{number}.{part}",
                     shape=_shape(kind),
                     type=ir.TensorType(ONNX_DTYPES[kind.dtype]),
                 )
-                sizes = tuple(
-                    size if isinstance(size, int) else size.subs(P, P + S) for size in kind.shape
-                )
-                outputs[key] = (f"present_policy.{number}.{part}", Type(sizes, kind.dtype))
+                outputs[key] = (f"present_policy.{number}.{part}", kind)
         return pasts, outputs
 
     def _weight(self, name: str) -> ir.Value | QuantisedMatrix:

@@ -13,11 +13,8 @@ from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops.attention import BIAS, KEY, MASK, PAST_K, PAST_V, QUERY, SINKS, SLOPES, VALUE
 from graphopt.ir.types import B, P, S
 from graphopt.lowering.onnx.builder import MICROSOFT
+from graphopt.lowering.onnx.kv_policies.frame import BLOCKED, write_tokens
 from graphopt.lowering.onnx.ops.registry import Heads, Lowered, Lowering, translation
-
-# Far below any score, and far enough above the smallest float that adding a score to it, or
-# another mask, stays finite: a row without a key gives a plain mean instead of NaN.
-BLOCKED = -1e30
 
 
 @translation("split_heads")
@@ -233,15 +230,30 @@ def _plain(lower: Lowering, node: Node, operands: list[ir.Value]) -> ir.Value | 
     Args:
         operands: q, k and v as [B, heads, S, head_dim].
     """
-    builder = lower.builder
     query, keys, values = operands
     past = node.operand(PAST_K)
     if past is not None:
         lower.shared["in_place"] = False
-        keys = builder.op("Concat", lower.whole(past), keys, axis=2)
-        values = builder.op("Concat", lower.whole(node.operand(PAST_V)), values, axis=2)
+        present = [
+            _extended(lower, node.operand(place), new)
+            for place, new in ((PAST_K, keys), (PAST_V, values))
+        ]
+        (whole_k, keys), (whole_v, values) = present
     out = over_keys(lower, node, query, keys, values)
-    return out if past is None else [out, keys, values]
+    return out if past is None else [out, whole_k, whole_v]
+
+
+def _extended(lower: Lowering, past: Value | None, new: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Return a cache with new rows, and its T rows that hold tokens."""
+    assert past is not None
+    builder, before = lower.builder, lower.whole(past)
+    if not lower.shared.get("room"):
+        both = builder.op("Concat", before, new, axis=2)
+        return both, both
+    # Made anew in each branch: what one computes is not seen by another.
+    whole = write_tokens(builder, {}, before, new, int(lower.types[past].shape[1]))
+    total = builder.size(P + S)
+    return whole, builder.op("Slice", whole, builder.constant([0]), total, builder.constant([2]))
 
 
 def over_keys(
