@@ -1,0 +1,178 @@
+"""A GPU that is not there: tensors without values stand for its tensors.
+
+Tensors of torch's device "meta" have shapes and storages and no memory. Inside `StandIn` they say
+that they are on a GPU, whatever is put on a GPU becomes one of them, and what torch does otherwise
+on a GPU than elsewhere is done as there: which attention kernel runs, which optimizer, what
+autocast converts. No CUDA is needed, and torch may be built without it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from graphopt.memory.fused_attention import attend
+from graphopt.memory.operators import words
+
+_META = torch.device("meta")
+
+_LOWER = words(
+    "linear matmul __matmul__ __rmatmul__ mm bmm mv addmm addmv addbmm baddbmm einsum "
+    "chain_matmul conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d prelu "
+    "scaled_dot_product_attention"
+)
+"""What CUDA's autocast computes in the lower precision, by its Python name."""
+
+_UPPER = words(
+    "exp expm1 log log10 log2 log1p reciprocal rsqrt pow __pow__ __rpow__ tan acos asin cosh "
+    "sinh softplus layer_norm group_norm nll_loss kl_div l1_loss smooth_l1_loss huber_loss "
+    "mse_loss cross_entropy binary_cross_entropy_with_logits cosine_similarity cdist dist "
+    "logsumexp prod softmax log_softmax cumprod cumsum sum norm"
+)
+"""What it computes in fp32."""
+
+
+class StandIn(TorchFunctionMode):
+    """Lets tensors of device "meta" stand for those of a GPU.
+
+    Args:
+        capability: The GPU's compute capability.
+        memory: Its bytes, which are all said to be free.
+
+    Attributes:
+        active: The one that is entered; None where none is.
+    """
+
+    active: ClassVar[StandIn | None] = None
+    device = torch.device("cuda", 0)
+
+    def __init__(self, capability: tuple[int, int] = (9, 0), memory: int = 2**40) -> None:
+        super().__init__()
+        self.capability, self.memory = capability, memory
+        self.attend = functools.partial(attend, capability=capability)
+        self._kept: list[tuple[Any, str, Any]] = []
+
+    def __enter__(self) -> StandIn:
+        for owner, name, value in (
+            # Modules of torch call it by this name where no function mode looks.
+            (F, "scaled_dot_product_attention", self.attend),
+            (torch.cuda, "mem_get_info", lambda device=None: (self.memory, self.memory)),
+            (torch.cuda, "is_bf16_supported", lambda *_: self.capability >= (8, 0)),
+            (StandIn, "active", self),
+        ):
+            self._kept.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, value)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        while self._kept:
+            setattr(*self._kept.pop())
+
+    def __torch_function__(
+        self,
+        function: Any,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        special = _SPECIAL.get(function)
+        if special is not None:
+            return special(self, function, args, kwargs)
+        if any(map(_names_gpu, args)) or any(map(_names_gpu, kwargs.values())):
+            args = tuple(_META if _names_gpu(x) else x for x in args)
+            kwargs = {name: _META if _names_gpu(x) else x for name, x in kwargs.items()}
+        if torch.is_autocast_enabled("cuda"):
+            args, kwargs = _autocast(function, args, kwargs)
+        return function(*args, **kwargs)
+
+
+def _names_gpu(value: Any) -> bool:
+    if isinstance(value, torch.device):
+        return value.type == "cuda"
+    return isinstance(value, str) and (value == "cuda" or value.startswith("cuda:"))
+
+
+def _autocast(function: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return arguments in the dtype that CUDA's autocast computes a function in."""
+    name = getattr(function, "__name__", "")
+    if name in _LOWER:
+        dtype = torch.get_autocast_dtype("cuda")
+    elif name in _UPPER:
+        dtype = torch.float32
+    else:
+        return args, kwargs
+
+    def converted(x: Tensor) -> Tensor:
+        wide = x.dtype == torch.float64 or not x.dtype.is_floating_point
+        return x if x.device != _META or wide else x.to(dtype)
+
+    return tree_map_only(Tensor, converted, (args, kwargs))
+
+
+Special = Callable[[StandIn, Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _device(mode: StandIn, function: Any, args: Any, kwargs: Any) -> Any:
+    device = function(*args)
+    return mode.device if device == _META else device
+
+
+def _is_cuda(mode: StandIn, function: Any, args: Any, kwargs: Any) -> bool:
+    return args[0].is_meta or function(*args)
+
+
+def _not_meta(mode: StandIn, function: Any, args: Any, kwargs: Any) -> bool:
+    return False
+
+
+def _get_device(mode: StandIn, function: Any, args: Any, kwargs: Any) -> int:
+    return mode.device.index if args[0].is_meta else function(*args, **kwargs)
+
+
+def _to_gpu(mode: StandIn, function: Any, args: Any, kwargs: Any) -> Tensor:
+    return args[0].to(_META)
+
+
+def _attention(mode: StandIn, function: Any, args: Any, kwargs: Any) -> Any:
+    if not args[0].is_meta:
+        return function(*args, **kwargs)
+    if torch.is_autocast_enabled("cuda"):
+        args, kwargs = _autocast(function, args, kwargs)
+    return mode.attend(*args, **kwargs)
+
+
+def _dropout(
+    mode: StandIn,
+    function: Any,
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    def given(
+        input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> tuple[Tensor, float, bool]:
+        return input, p, training and not inplace and 0 < p < 1 and input.is_meta
+
+    x, p, fused = given(*args, **kwargs)
+    return torch.native_dropout(x, p, True)[0] if fused else function(*args, **kwargs)
+
+
+_SPECIAL: dict[Any, Special] = {
+    torch.Tensor.device.__get__: _device,  # type: ignore[attr-defined]
+    torch.Tensor.is_cuda.__get__: _is_cuda,  # type: ignore[attr-defined]
+    torch.Tensor.is_meta.__get__: _not_meta,  # type: ignore[attr-defined]
+    torch.Tensor.get_device: _get_device,
+    torch.Tensor.cuda: _to_gpu,
+    F.scaled_dot_product_attention: _attention,
+    F.dropout: _dropout,
+}
+"""What a GPU does in its own way -> how it is done here."""
