@@ -20,6 +20,7 @@ from graphopt.cli.diff import diff_command
 from graphopt.cli.evaluate import eval_command
 from graphopt.cli.generate import generate_command
 from graphopt.cli.inspect import inspect_command
+from graphopt.cli.memory import memory_command
 from graphopt.cli.passes import passes_command
 from graphopt.cli.plan_attention import plan_attention_command
 from graphopt.cli.targets import targets_command
@@ -39,6 +40,7 @@ for _name, _command in (
     ("inspect", inspect_command),
     ("eval", eval_command),
     ("generate", generate_command),
+    ("memory", memory_command),
     ("passes", passes_command),
     ("targets", targets_command),
     ("plan-attention", plan_attention_command),
