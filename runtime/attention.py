@@ -400,13 +400,14 @@ def decode(
         "WORDS": q.is_cuda,
     }
     arguments |= {f"q_stride_{axis}": q.stride(i) for i, axis in enumerate("bhs")}
+    early = {"launch_pdl": True} if constants["OVERLAP"] else {}
 
     def start(constants: Constants) -> None:
         if page_max is not None and not writes_page_maxima(constants):
             page_max.fill_(float("-inf"))
         blocks = _divide(queries * group, int(constants["BLOCK_M"]))
         grid = (splits, batch * (heads // group), blocks)
-        launch(kernel, grid, {**arguments, **constants})
+        launch(kernel, grid, {**arguments, **constants, **early})
 
     first_that_fits(constants, q.device, start)
     columns = min(64, 1 << (width - 1).bit_length())
@@ -424,9 +425,8 @@ def decode(
         "BLOCK_V": columns,
         "num_warps": 4,
         "num_stages": 1,
+        **early,
     }
-    if constants["OVERLAP"]:
-        merging["launch_pdl"] = True
     merging |= {f"o_stride_{axis}": written.stride(i) for i, axis in enumerate("bhs")}
     launch(merge, (batch * heads * queries, _divide(width, columns)), merging)
     return _returned(written, out), lse, page_max

@@ -24,6 +24,18 @@ from graphopt.ir.kv_policies.probabilities import Scoring, page_probabilities
 MOST_PAGES = 65536
 """Pages of a row that one program can hold in registers."""
 
+WARP_PAGES = 128
+"""Pages that a warp reads at a time, 16 bytes of scores a thread."""
+
+THREAD_PAGES = 16
+"""Pages that a thread chooses from, where there are not too many."""
+
+BOUND_BYTES = 16384
+"""What a program of four warps reads of the least and of the largest features."""
+
+EARLY_START = True
+"""Whether kernels start early on a GPU that can: `tools/bench_kv_kernels.py` compares both."""
+
 AVERAGES = ("last-row", "ema")
 SCORES = {**dict.fromkeys(AVERAGES, "probability"), "snapkv": "votes", "predictor": "scores"}
 """What policies' states call the scores of pages that `select` goes by."""
@@ -187,14 +199,15 @@ def select_pages(
     if scores_BGN is not None:
         scores_BGN = _rows(scores_BGN)
     block = _power_above(pages)
+    columns = min(block, WARP_PAGES)
     kernel[(batch * groups,)](
         scores_BGN, kept_from_B, lengths.first_B, lengths.last_B, selected,
         *((0, 0) if scores_BGN is None else scores_BGN.stride()[:2]),
-        groups, pages, 0 if scores_BGN is None else scores_BGN.shape[2],
+        groups, 0 if scores_BGN is None else scores_BGN.shape[2],
         PAGE=budget.page, READ=budget.pages, SINK=budget.sink, LOCAL=budget.local,
-        BLOCK=block, SLOTS=_power_above(budget.pages),
+        ROWS=block // columns, COLUMNS=columns, SLOTS=_power_above(budget.pages),
         SCORES=scores_BGN is not None, KEPT=kept_from_B is not None,
-        num_warps=_warps(block),
+        num_warps=_warps(block), **_early(selected.device),
     )  # fmt: skip
     return selected
 
@@ -209,13 +222,15 @@ def bound_scores(
     pages = lengths.pages(page)
     bounds = torch.empty(batch, groups, pages, dtype=torch.float32, device=q_BH1D.device)
     q, least, largest = (_rows(x) for x in (q_BH1D, least_BGND, largest_BGND))
-    # A program has 16 KB of both in fp32 for each of four warps.
-    padded = _power_above(width)
-    block = max(16, min(64, 8192 // padded))
+    # Matrix units take 16 rows or more.
+    padded, group = max(16, _power_above(width)), q.shape[1] // groups
+    size = max(q.element_size(), least.element_size())
+    block = max(16, min(128, BOUND_BYTES // (padded * size)))
     kernel[(batch * groups, -(-pages // block))](
         q, least, largest, bounds,
         *q.stride()[:2], *least.stride()[:3], *largest.stride()[:3], groups, pages,
-        HEAD_DIM=width, D0=padded, GROUP=q.shape[1] // groups, BLOCK=block, num_warps=4,
+        HEAD_DIM=width, D0=padded, GROUP=group, HEADS=max(16, _power_above(group)), BLOCK=block,
+        num_warps=4, **_early(q.device),
     )  # fmt: skip
     return bounds
 
@@ -229,7 +244,7 @@ def extend_bounds(state: State, k_new_BG1D: Tensor, lengths: Filled, page: int) 
     kernel[(batch * groups,)](
         k, least, largest, lengths.first_B, lengths.last_B,
         *k.stride()[:2], *least.stride()[:3], *largest.stride()[:3], groups,
-        PAGE=page, HEAD_DIM=width, D0=_power_above(width), num_warps=1,
+        PAGE=page, HEAD_DIM=width, D0=_power_above(width), num_warps=1, **_early(k.device),
     )  # fmt: skip
 
 
@@ -243,11 +258,12 @@ def observe_average(
     batch, groups = average.shape[:2]
     read = page_max_BH1M.shape[3]
     selected = _rows(selected_BGM.expand(batch, groups, -1))
-    block = min(1024, max(16, _power_above(read)))
+    block = min(256, max(16, _power_above(read)))
     kernel[(batch * groups, -(-read // block))](
         selected, page_max_BH1M.contiguous(), lse_BH1.contiguous(), average, state["steps"],
         *selected.stride()[:2], *average.stride()[:2], groups, read, share,
         GROUP=page_max_BH1M.shape[1] // groups, BLOCK=block, num_warps=4,
+        **_early(average.device),
     )  # fmt: skip
 
 
@@ -297,6 +313,21 @@ def observe_prediction(
     )  # fmt: skip
 
 
+def _early(device: torch.device) -> dict[str, bool]:
+    """Return options of a launch: whether a kernel starts before the one in front has ended.
+
+    From Hopper on a GPU does that (programmatic dependent launch); the kernels wait inside.
+    """
+    if EARLY_START and device.type == "cuda" and _launches_early(device):
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
+
+
+@functools.cache
+def _launches_early(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _rows(x: Tensor) -> Tensor:
     """Return the tensor, or a copy whose last axis is contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -308,5 +339,5 @@ def _power_above(size: int) -> int:
 
 
 def _warps(block: int) -> int:
-    """Return how many warps hold so many pages, 16 a thread and at most 32 warps."""
-    return min(32, max(1, block // 512))
+    """Return how many warps hold so many pages, at most 32."""
+    return min(32, max(1, block // (32 * THREAD_PAGES)))

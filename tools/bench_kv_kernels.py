@@ -1,14 +1,14 @@
 """Measure decoding over pages that a KV policy selects, on this GPU, beside dense attention.
 
     python tools/bench_kv_kernels.py --out benchmarks/kv_kernels.json
-    python tools/bench_kv_kernels.py --only decode --tune --out tiles.json
 
 Random tensors of one text's shape: 32 query heads over 8 key heads of 128, 131,072 keys. Steps are
 recorded as CUDA graphs; what is compared is measured in turns. Each step reads another of several
 caches and lists of pages, which together are larger than what stays on the chip. Everything that
 is measured is compared with torch first; the run ends with exit status 1 where one is off.
 
-`decode` measures attention over selected pages, `selection` whole steps of policies.
+`decode` measures attention over selected pages, `selection` whole steps of policies, and their
+parts. `tools/tune_kv_kernels.py` compares tiles.
 """
 
 from __future__ import annotations
@@ -231,39 +231,24 @@ def best_dense(medians: Mapping[str, float]) -> float:
     return min(time for name, time in medians.items() if name.startswith("dense"))
 
 
-def bench_decode(target: str, tune: bool) -> Iterator[dict[str, Any]]:
+def bench_decode(target: str) -> Iterator[dict[str, Any]]:
     """Yield a row for each size of a page: dense kernels, and the one over selected pages."""
     machine = get_target(target)
-    for page in PAGES[: 1 if tune else None]:
+    for page in PAGES:
         operands = Decoding.random(KEYS, page, SHARE)
-        steps = dense_steps(operands, machine)
         plan = plan_attention(paged_spec(page, selected=True), machine)
-        plans = {"selected": plan}
-        if tune:
-            steps = {"dense": steps["dense"]}
-            plans |= {str(tiles): replace(plan, tiles=tiles) for tiles in tilings(plan.tiles)}
-        errors = {}
-        for name, one in plans.items():
-            errors[name] = over_allowed(operands, one)
-            steps[name] = operands.steps(attention(one, operands.q), selected=True)
+        errors = over_allowed(operands, plan)
+        steps = dense_steps(operands, machine)
+        steps["selected"] = operands.steps(attention(plan, operands.q), selected=True)
         medians, times = measured(steps)
         read = operands.lists[0].shape[2] * page
         yield {
             "page": page, "keys": KEYS, "keys_read": read, "tiles": plan.tiles,
             "bytes_read": 4 * GROUPS * read * WIDTH,
             "microseconds": medians, "all_microseconds": times,
-            "times_faster": {name: best_dense(medians) / medians[name] for name in plans},
-            "error_over_allowed": errors,
+            "times_faster": {"selected": best_dense(medians) / medians["selected"]},
+            "error_over_allowed": {"selected": errors},
         }  # fmt: skip
-
-
-def tilings(tiles: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Yield tiles worth a try for lists of pages."""
-    for block, stages, splits in (
-        (32, 3, 33), (32, 4, 33), (32, 4, 16), (64, 3, 16), (64, 4, 33), (64, 4, 16),
-        (64, 2, 33), (128, 3, 16), (128, 2, 16), (32, 4, 49),
-    ):  # fmt: skip
-        yield {**tiles, "BLOCK_N": block, "num_stages": stages, "SPLITS": splits}
 
 
 # Selection ----------------------------------------------------------------------------------------
@@ -285,7 +270,7 @@ class PolicyStep:
     def random(
         cls, policy: KVPolicy, attend: Callable[[Keys], Any], q: Tensor, cache: Keys
     ) -> PolicyStep:
-        """Return a step after a random state of all pages."""
+        """Return a step after a random state of all pages; bounds are those of the cache's keys."""
         assert cache.block_table is not None
         pages = cache.block_table.shape[1]
         heads = KVHeads(GROUPS, HEADS, WIDTH, WIDTH, torch.bfloat16)
@@ -294,8 +279,10 @@ class PolicyStep:
             whole = dtype == torch.int64
             drawn = torch.zeros(shape) if whole else torch.rand(shape)
             state[name] = drawn.to(DEVICE, dtype)
-        if "largest" in state:
-            state["largest"] += state["least"]
+        if policy.kind == "quest":
+            bounds = cache.k.amin(2), cache.k.amax(2)  # [pages, G, D]
+            least, largest = (x.transpose(0, 1)[None].contiguous() for x in bounds)
+            state |= {"least": least, "largest": largest}
         last = torch.tensor([pages * policy.budget.page - 1], device=DEVICE)
         lengths = Filled(torch.zeros_like(last), last, pages * policy.budget.page)
         return cls(policy, attend, q, random(1, GROUPS, 1, WIDTH), cache, state, lengths)
@@ -308,6 +295,17 @@ class PolicyStep:
             self.policy, self.state, selected, page_max, lse, self.k_new, self.lengths,
             in_place=True,
         )  # fmt: skip
+
+    def part(self, name: str) -> Run:
+        """Return one of the three parts of a step, on what the others gave."""
+        listed = self.select().expand(1, GROUPS, -1)
+        keys = replace(self.cache, selected_blocks=listed)
+        _, lse, page_max = self.attend(keys)
+        return {
+            "select": self.select,
+            "attend": lambda: self.attend(keys),
+            "observe": lambda: self.observe(listed, page_max, lse),
+        }[name]
 
     def whole(self) -> None:
         selected = self.select()
@@ -325,7 +323,7 @@ class PolicyStep:
             bound = kv_policy.bound_scores(self.q, least, largest, self.lengths, page)
             q = self.q[:, :, 0].double().unflatten(1, (GROUPS, -1))
             exact = q.clamp(min=0) @ largest.double().mT + q.clamp(max=0) @ least.double().mT
-            sizes = q.abs() @ largest.double().mT  # `least` and `largest` are from 0 to 1 here
+            sizes = q.abs() @ torch.maximum(least.abs(), largest.abs()).double().mT
             rounding = WIDTH * torch.finfo(torch.float32).eps * float(sizes.amax())
             off["bound"] = float((bound.double() - exact.amax(2)).abs().max()) / rounding
             expected = select_pages(bound, self.policy.budget, self.lengths)
@@ -346,6 +344,7 @@ class PolicyStep:
 
 
 SCORING = Scoring(WIDTH**-0.5)
+PARTS = ("select", "attend", "observe")
 
 
 def selecting(kind: str, page: int, pages: int) -> KVPolicy:
@@ -370,7 +369,7 @@ def bench_selection(target: str) -> Iterator[dict[str, Any]]:
             policy = selecting(kind, page, KEYS // page // SHARE)
             own = policy_steps(policy, operands, machine)
             errors = {kind: own[-1].over_allowed()}
-            steps = {**dense, "select": [step.select for step in own]}
+            steps = {**dense, **{part: [step.part(part) for step in own] for part in PARTS}}
             steps["step"] = [step.whole for step in own]
             medians, times = measured(steps)
             yield {
@@ -420,10 +419,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/kv_kernels.json"))
     parser.add_argument("--target", default="hopper")
     parser.add_argument("--only", default="decode,selection")
-    parser.add_argument("--tune", action="store_true", help="measure other tiles as well")
     args = parser.parse_args()
     sections = {
-        "decode": lambda: bench_decode(args.target, args.tune),
+        "decode": lambda: bench_decode(args.target),
         "selection": lambda: bench_selection(args.target),
     }
     measure(sections, args.only, args.out)

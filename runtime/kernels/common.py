@@ -14,40 +14,72 @@ LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def picked_keys(
-    slots,  # [BLOCK_N]
-    row,  # which list of pages
+def page_places(start, columns, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return which page each slot of a block lies in, and where in it.
+
+    The page is one number where the block lies in one page, and both are the same in every block
+    where pages divide it, but for the first page: that costs a loop less.
+
+    Args:
+        start: The block's first slot, a multiple of BLOCK_N.
+        columns: 0 to BLOCK_N - 1.
+    """
+    if PAGE % BLOCK_N == 0:
+        page = start // PAGE
+        place = start % PAGE + columns
+    elif BLOCK_N % PAGE == 0:
+        page = start // PAGE + columns // PAGE
+        place = columns % PAGE
+    else:
+        page = (start + columns) // PAGE
+        place = (start + columns) % PAGE
+    return page, place
+
+
+@triton.jit
+def picked_pages(
+    listed,  # one or [BLOCK_N]: which pages of a list
+    row,  # which list
     selected_blocks_ptr,
     selected_width,
-    T,
-    PAGE: tl.constexpr,
 ):
-    """Return the key at each slot of the pages that are listed; of no page, T, which is no key."""
-    listed = slots // PAGE
+    """Return the pages that are listed, int32; -1 for none, and 2^30 for any number above it."""
     page_ptrs = selected_blocks_ptr + row * selected_width + listed
     page = tl.load(page_ptrs, mask=listed < selected_width, other=-1)
-    known = (page >= 0) & (page < tl.cdiv(T, PAGE))
-    return tl.where(known, page.to(tl.int32) * PAGE + slots % PAGE, T)
+    return tl.minimum(tl.maximum(page, -1), 1 << 30).to(tl.int32)
 
 
 @triton.jit
 def pool_pages(
-    keys,  # [BLOCK_N]
+    page,  # one or [BLOCK_N], -1 for none
     T,
     batch,
     block_table_ptr,
     block_table_width,
     PAGE: tl.constexpr,
 ):
-    """Return the page of the pool in which each key lies; 0 for what is no key."""
-    page_ptrs = block_table_ptr + batch * block_table_width + keys // PAGE
-    return tl.load(page_ptrs, mask=keys < T, other=0)
+    """Return where in the pool pages lie; 0 for what holds no key."""
+    page_ptrs = block_table_ptr + batch * block_table_width + page
+    return tl.load(page_ptrs, mask=(page >= 0) & (page < tl.cdiv(T, PAGE)), other=0)
+
+
+@triton.jit
+def keys_of_pages(
+    page,  # one or [BLOCK_N], -1 for none
+    place,  # [BLOCK_N]
+    T,
+    PAGE: tl.constexpr,
+):
+    """Return the keys at places of pages; of no page, T, which is no key."""
+    known = (page >= 0) & (page < tl.cdiv(T, PAGE))
+    return tl.where(known, page * PAGE, T) + tl.where(known, place, 0)
 
 
 @triton.jit
 def key_offsets(
     keys,  # [BLOCK_N]
-    pages,  # [BLOCK_N]: `pool_pages`, where there are any
+    place,  # [BLOCK_N]: `page_places`, where there are pages
+    pages,  # one or [BLOCK_N]: `pool_pages`
     batch,
     ring_start_ptr,
     k_stride_b,
@@ -63,15 +95,16 @@ def key_offsets(
     if RING:
         slot = tl.load(ring_start_ptr + batch) + keys
         held = tl.where(slot >= RING, slot - RING, slot).to(tl.int64)
+    # Rows begin at multiples of 16 bytes, which Triton does not see of a stride of 72.
+    EACH: tl.constexpr = 8 + 8 * (KV_BITS < 16)
     if PAGE:
-        held = (keys % PAGE).to(tl.int64)
-        k_offsets = pages.to(tl.int64) * k_stride_b + held * k_stride_t
-        v_offsets = pages.to(tl.int64) * v_stride_b + held * v_stride_t
+        held = place.to(tl.int64)
+        k_page, v_page = pages.to(tl.int64) * k_stride_b, pages.to(tl.int64) * v_stride_b
+        k_offsets = k_page + held * k_stride_t
+        v_offsets = v_page + held * v_stride_t
     else:
         k_offsets = held * k_stride_t
         v_offsets = held * v_stride_t
-    # Rows begin at multiples of 16 bytes, which Triton does not see of a stride of 72.
-    EACH: tl.constexpr = 8 + 8 * (KV_BITS < 16)
     return tl.multiple_of(k_offsets, EACH), tl.multiple_of(v_offsets, EACH)
 
 
@@ -174,12 +207,17 @@ def page_maxima(
     from the -inf that the launch wrote.
     """
     # BLOCK_N is a multiple of the page, or divides it.
-    SPAN: tl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
-    parts = tl.reshape(scores, [BLOCK_M, BLOCK_N // SPAN, SPAN])
-    largest = tl.max(parts, 2) * (unit * LN2)
-    slot = start // PAGE + tl.arange(0, BLOCK_N // SPAN)
-    ptrs = page_max_ptr + where[:, None] * page_slots + slot[None, :]
-    inside = real[:, None] & (slot < page_slots)[None, :]
+    if PAGE < BLOCK_N:
+        parts = tl.reshape(scores, [BLOCK_M, BLOCK_N // PAGE, PAGE])
+        largest = tl.max(parts, 2) * (unit * LN2)
+        slot = start // PAGE + tl.arange(0, BLOCK_N // PAGE)
+        ptrs = page_max_ptr + where[:, None] * page_slots + slot[None, :]
+        inside = real[:, None] & (slot < page_slots)[None, :]
+    else:
+        largest = tl.max(scores, 1) * (unit * LN2)
+        slot = tl.zeros([BLOCK_M], tl.int32) + start // PAGE
+        ptrs = page_max_ptr + where * page_slots + slot
+        inside = real & (slot < page_slots)
     if WHOLE and PAGE <= BLOCK_N:
         tl.store(ptrs, largest, mask=inside)
     else:

@@ -2,7 +2,7 @@
 
 One program reads one span of the keys of one key head, once, for all query heads that share it.
 A second kernel merges the spans by their log-sum-exp (flash-decoding: O = sum of
-exp(lse_i - lse) O_i). A span's length hangs on the number of keys alone, so that a row's result
+exp(lse_i - lse) O_i). What a span is hangs on the number of keys alone, so that a row's result
 is the same bit for bit whatever else is in the batch.
 """
 
@@ -16,8 +16,10 @@ from graphopt.runtime.kernels.common import (
     LOWEST,
     exponent_unit,
     key_offsets,
+    keys_of_pages,
     page_maxima,
-    picked_keys,
+    page_places,
+    picked_pages,
     pool_pages,
     shares,
     softmax_step,
@@ -27,9 +29,13 @@ from graphopt.runtime.kernels.common import (
 
 
 @triton.jit
-def span_length(keys, splits, BLOCK_N: tl.constexpr):
-    """Return how many keys a program reads: a multiple of BLOCK_N, so that `splits` suffice."""
-    return tl.cdiv(tl.cdiv(keys, splits), BLOCK_N) * BLOCK_N
+def span_of(keys, split, splits, BLOCK_N: tl.constexpr):
+    """Return where a program's keys begin and end: whole blocks, as many as others' or one more."""
+    blocks = tl.cdiv(keys, BLOCK_N)
+    each, left = blocks // splits, blocks % splits
+    low = (split * each + min(split, left)) * BLOCK_N
+    high = low + (each + (split < left).to(tl.int32)) * BLOCK_N
+    return low, min(high, keys)
 
 
 @triton.jit(do_not_specialize=["S", "T", "block_table_width", "selected_width", "page_slots"])
@@ -79,10 +85,11 @@ def attention_decode(
     PAGE_MAX: tl.constexpr,
     KV_BITS: tl.constexpr,  # 16, or those of the codes in the rows of a cache
     WORDS: tl.constexpr,
-    OVERLAP: tl.constexpr,  # the merge may be launched while this runs, and waits for its end
+    OVERLAP: tl.constexpr,  # launched before the kernel in front ends, as the merge before this
 ):  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     TYPE: tl.constexpr = q_ptr.dtype.element_ty
     split, splits = tl.program_id(0), tl.num_programs(0)
     groups = H // GROUP
@@ -95,9 +102,7 @@ def attention_decode(
     walked = T
     if SELECTED:
         walked = selected_width * PAGE
-    span = span_length(walked, splits, BLOCK_N)
-    low = split * span
-    high = min(low + span, walked)
+    low, high = span_of(walked, split, splits, BLOCK_N)
 
     # Rows are the query heads of the group, token after token.
     rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -150,31 +155,33 @@ def attention_decode(
         # What zero points of the values come to.
         less = tl.zeros([BLOCK_M], tl.float32)
 
-    # Where a block's keys lie is looked up while earlier blocks are worked on: the number of a
-    # page in the list two blocks before, its place in the pool one before. Keys and values then
-    # wait for no other load, so that several blocks of them are on their way.
+    # Where keys lie is looked up blocks ahead: the number of a page in the list three before, its
+    # place in the pool two before. Keys and values then wait for no other load, and those of the
+    # first blocks wait for two loads in all.
     columns = tl.arange(0, BLOCK_N)
     chosen = batch * groups + group
-    pages = columns
-    keys_ahead = columns
+    keys, place = columns, columns
+    pages, pages_1 = columns, columns
+    page, page_1, page_2 = columns, columns, columns
     if PAGE:
-        keys_ahead = low + columns
+        page, place = page_places(low, columns, PAGE, BLOCK_N)
+        page_1, place = page_places(low + BLOCK_N, columns, PAGE, BLOCK_N)
+        page_2, place = page_places(low + 2 * BLOCK_N, columns, PAGE, BLOCK_N)
         if SELECTED:
-            keys_ahead = picked_keys(
-                low + columns, chosen, selected_blocks_ptr, selected_width, T, PAGE
-            )
-        pages = pool_pages(keys_ahead, T, batch, block_table_ptr, block_table_width, PAGE)
-    keys = keys_ahead
-    if SELECTED:
-        keys_ahead = picked_keys(
-            low + BLOCK_N + columns, chosen, selected_blocks_ptr, selected_width, T, PAGE
-        )
+            page = picked_pages(page, chosen, selected_blocks_ptr, selected_width)
+            page_1 = picked_pages(page_1, chosen, selected_blocks_ptr, selected_width)
+            page_2 = picked_pages(page_2, chosen, selected_blocks_ptr, selected_width)
+        pages = pool_pages(page, T, batch, block_table_ptr, block_table_width, PAGE)
+        pages_1 = pool_pages(page_1, T, batch, block_table_ptr, block_table_width, PAGE)
     for start in range(low, high, BLOCK_N):
-        if not SELECTED:
-            keys = start + columns
+        keys = start + columns
+        if PAGE:
+            listed, place = page_places(start, columns, PAGE, BLOCK_N)
+        if SELECTED:
+            keys = keys_of_pages(page, place, T, PAGE)
         present = keys < T
         k_offsets, v_offsets = key_offsets(
-            keys, pages, batch, ring_start_ptr,
+            keys, place, pages, batch, ring_start_ptr,
             k_stride_b, k_stride_t, v_stride_b, v_stride_t, RING, PAGE, KV_BITS,
         )  # fmt: skip
         k_rows = k_head + k_offsets[:, None]
@@ -239,15 +246,13 @@ def attention_decode(
                 sum1 = tl.dot(weights, value1, sum1 * shrink[:, None]) * power
 
         if PAGE:
-            if not SELECTED:
-                keys_ahead = start + BLOCK_N + columns
-            pages = pool_pages(keys_ahead, T, batch, block_table_ptr, block_table_width, PAGE)
-        if SELECTED:
-            # The minimum changes nothing: Triton pipelines no loop that hands a value on as it is.
-            keys = tl.minimum(keys_ahead, T)
-            keys_ahead = picked_keys(
-                start + 2 * BLOCK_N + columns, chosen, selected_blocks_ptr, selected_width, T, PAGE
-            )
+            # The maxima change nothing: Triton pipelines no loop that hands a value on as it is.
+            pages = tl.maximum(pages_1, 0)
+            pages_1 = pool_pages(page_2, T, batch, block_table_ptr, block_table_width, PAGE)
+            listed, place = page_places(start + 3 * BLOCK_N, columns, PAGE, BLOCK_N)
+            page, page_1, page_2 = tl.maximum(page_1, -1), tl.maximum(page_2, -1), listed
+            if SELECTED:
+                page_2 = picked_pages(listed, chosen, selected_blocks_ptr, selected_width)
 
     if KV_BITS < 16:
         sum0 -= less[:, None]
@@ -282,6 +287,7 @@ def attention_merge(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     token, head, batch = row % S, row // S % H, row // S // H

@@ -19,22 +19,65 @@ def page_of(slot, PAGE: tl.constexpr):
 
 
 @triton.jit
+def begin_early():
+    """Let the next kernel be launched, and wait for the end of the one in front of this."""
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def in_order(score):
     """Return numbers, uint32, that compare as the scores do.
 
     0.0 and -0.0 are equal. +inf counts as the largest number, since what is always read stands
     above, and -inf and NaN as 0, which is below every number.
     """
-    never = (score != score) | (score == float("-inf"))
-    score = tl.minimum(tl.where(never | (score == 0.0), 0.0, score), 3.4028234663852886e38)
-    bits = score.to(tl.uint32, bitcast=True)
-    sign = tl.full([1], 1, tl.uint32) << 31
-    # Of negative numbers the larger has the smaller bits.
-    ordered = tl.where(bits >= sign, ~bits, bits | sign)
-    return tl.where(never, 0, ordered).to(tl.uint32)
+    bits = (tl.minimum(score, 3.4028234663852886e38) + 0.0).to(tl.int32, bitcast=True)
+    # Of negative numbers the larger has the smaller bits: all of theirs are flipped.
+    ordered = bits ^ ((bits >> 31) | (tl.full([1, 1], 1, tl.int32) << 31))
+    return tl.where(score > float("-inf"), ordered, 0).to(tl.uint32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["pages", "width"])
+@triton.jit
+def narrowed(
+    order,  # uint32 [ROWS, COLUMNS]
+    high,  # uint32: above `order` of all that is to be chosen from
+    present,  # how many there are at most
+    above,  # how many reach `high`
+    READ: tl.constexpr,
+):
+    """Return numbers low < high, next to each other or such that READ of `order` reach `high`.
+
+    More than READ reach `low`, if it is not 0. Also returned is how many reach `high`. Which number
+    is tried next hangs on how many reach both ends, as if `order` were spread evenly; where that
+    leaves more than half of what there was, it is the middle.
+    """
+    low = tl.zeros_like(high)
+    halve = low > 0
+    while (high - low > 1) & (above < READ):
+        wide = high - low
+        share = (present - READ).to(tl.float32) / (present - above).to(tl.float32)
+        step = tl.where(halve, wide >> 1, (share * wide.to(tl.float32)).to(tl.uint32))
+        middle = low + tl.minimum(tl.maximum(step, 1), wide - 1)
+        count = tl.sum(tl.sum((order >= middle).to(tl.int32), 1), 0)
+        many = count > READ
+        low, present = tl.where(many, middle, low), tl.where(many, count, present)
+        high, above = tl.where(many, high, middle), tl.where(many, above, count)
+        halve = (high - low > (wide >> 1)) & (halve == 0)
+    return low, high, above
+
+
+@triton.jit
+def places(marks, ROWS: tl.constexpr):
+    """Return how many marks, int32 [ROWS, COLUMNS], lie in front of each, row after row."""
+    totals = tl.sum(marks, 1)
+    row = tl.arange(0, ROWS)
+    earlier = row[None, :] < row[:, None]
+    in_front = tl.sum(tl.where(earlier, tl.expand_dims(totals, 0), 0), 1)
+    return in_front[:, None] + tl.cumsum(marks, 1) - marks
+
+
+@triton.jit
 def select_pages(
     scores_ptr,  # fp32 [B, G, width], by strides; None: the number of the page
     kept_from_ptr,  # int64 [B]: slot from whose page on pages stand above all others
@@ -42,61 +85,58 @@ def select_pages(
     last_ptr,  # int64 [B]: slot of its last one
     out_ptr,  # int64 [B, G, READ], contiguous
     score_stride_b, score_stride_g,
-    G, pages, width,
+    G, width,
     PAGE: tl.constexpr,
     READ: tl.constexpr,  # pages that a step reads, with SINK and LOCAL
     SINK: tl.constexpr,
     LOCAL: tl.constexpr,
-    BLOCK: tl.constexpr,  # the power of two from `pages` up
+    ROWS: tl.constexpr,  # times COLUMNS: the power of two from the number of pages up
+    COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,  # that from READ up
     SCORES: tl.constexpr,
     KEPT: tl.constexpr,
+    OVERLAP: tl.constexpr,  # start before the kernel in front has ended
 ):  # fmt: skip
     """Write the numbers of the pages that a step reads, ascending, and -1 behind them.
 
-    Of the scores the READ-th largest is found bit by bit, by counting; of equal ones those in
-    front are taken. As `graphopt.ir.kv_policies.pages.select_pages`.
+    Of the scores the READ-th largest is found by counting how many reach a number; of equal ones
+    those in front are taken. As `graphopt.ir.kv_policies.pages.select_pages`. Pages are in rows, so
+    that counting those in front takes threads of one warp, and then one sum of each row.
     """
+    if OVERLAP:
+        begin_early()
     row = tl.program_id(0)
     batch = row // G
     first = page_of(tl.load(first_ptr + batch), PAGE)
     last = page_of(tl.load(last_ptr + batch), PAGE)
-    number = tl.arange(0, BLOCK)
+    number = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     if SCORES:
         score_row = scores_ptr + batch.to(tl.int64) * score_stride_b + (row % G) * score_stride_g
-        inside = (number < width) & (number < pages)
-        score = tl.load(score_row + number, mask=inside, other=float("-inf"))
+        score = tl.load(score_row + number, mask=number < width, other=float("-inf"))
     else:
         score = number.to(tl.float32)
     if KEPT:
         kept = number >= page_of(tl.load(kept_from_ptr + batch), PAGE)
         score = tl.where(kept, number.to(tl.float32) + 2.0, score)
-    present = (number >= first) & (number <= last) & (number < pages)
-    always = (number < first + SINK) | (number > last - LOCAL) | (last - first < READ)
-    most = ~tl.zeros([BLOCK], tl.uint32)
-    order = tl.where(always, most, in_order(score))
-    order = tl.where(present, order, 0).to(tl.uint32)
+    # Where all pages of a row fit, none is to be chosen.
+    fits = last - first < READ
+    always = (number < tl.where(fits, last + 1, first + SINK)) | (number > last - LOCAL)
+    present = (number >= first) & (number <= last)
+    order = tl.where(always | (present == 0), 0, in_order(score))
+    high = tl.max(tl.max(order, 1), 0) + 1
+    order = tl.where(always & present, ~tl.zeros([ROWS, COLUMNS], tl.uint32), order)
+    enough = tl.where(fits, READ, SINK + LOCAL)
+    low, high, above = narrowed(order, high, last - first + 1, enough, READ)
 
-    # The largest number that at least READ reach. It is found where exactly READ do.
-    least = tl.full([], 0, tl.uint32)
-    unit = tl.full([], 1, tl.uint32) << 31
-    while unit > 0:
-        count = tl.sum((order >= least + unit).to(tl.int32), 0)
-        least = tl.where(count >= READ, least + unit, least)
-        unit = tl.where(count == READ, 0, unit >> 1).to(tl.uint32)
-    above = order > least
-    equal = (order == least) & (order > 0)
-    # How many of both lie in front of a page, in one scan.
-    marks = above.to(tl.int64) + (equal.to(tl.int64) << 32)
-    before = tl.cumsum(marks, 0) - marks
-    room = READ - tl.sum(above.to(tl.int64), 0)
-    equal_before = before >> 32
-    place = (before & 0xFFFFFFFF) + tl.minimum(equal_before, room)
-    taken = above | (equal & (equal_before < room))
+    taken = order >= high
+    if (above < READ) & (low > 0):
+        equal = order == low
+        taken = taken | (equal & (places(equal.to(tl.int32), ROWS) < READ - above))
+    marks = taken.to(tl.int32)
     out_row = out_ptr + row.to(tl.int64) * READ
-    tl.store(out_row + place, number.to(tl.int64), mask=taken)
+    tl.store(out_row + places(marks, ROWS), number.to(tl.int64), mask=taken)
     slot = tl.arange(0, SLOTS)
-    listed = tl.sum(taken.to(tl.int32), 0)
+    listed = tl.sum(tl.sum(marks, 1), 0)
     nothing = tl.full([SLOTS], -1, tl.int64)
     tl.store(out_row + slot, nothing, mask=(slot >= listed) & (slot < READ))
 
@@ -112,11 +152,20 @@ def bound_scores(
     largest_stride_b, largest_stride_g, largest_stride_n,
     G, pages,
     HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,  # the power of two from HEAD_DIM up
+    D0: tl.constexpr,  # the power of two from HEAD_DIM up, and 16 or more
     GROUP: tl.constexpr,
+    HEADS: tl.constexpr,  # the power of two from GROUP up, and 16 or more
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Write Quest's bound on the scores of each page's keys, the largest over the query heads."""
+    """Write Quest's bound on the scores of each page's keys, the largest over the query heads.
+
+    Of q min and q max the larger is told by the sign of q, so that the sum over d of the larger is
+    a product of what is positive in q with the largest features, and one of the rest with the
+    least.
+    """
+    if OVERLAP:
+        begin_early()
     row = tl.program_id(0)
     batch, group = (row // G).to(tl.int64), (row % G).to(tl.int64)
     number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -127,12 +176,17 @@ def bound_scores(
     largest_rows = largest_ptr + batch * largest_stride_b + group * largest_stride_g
     least = tl.load(least_rows + page * least_stride_n + d[None, :], mask=inside, other=0.0)
     largest = tl.load(largest_rows + page * largest_stride_n + d[None, :], mask=inside, other=0.0)
-    least, largest = least.to(tl.float32), largest.to(tl.float32)
-    bound = tl.full([BLOCK], float("-inf"), tl.float32)
-    for head in tl.static_range(0, GROUP):
-        q_row = q_ptr + batch * q_stride_b + (group * GROUP + head) * q_stride_h
-        q = tl.load(q_row + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
-        bound = tl.maximum(bound, tl.sum(tl.maximum(q * least, q * largest), 1))
+    head = tl.arange(0, HEADS)
+    q_rows = q_ptr + batch * q_stride_b + (group * GROUP + head.to(tl.int64))[:, None] * q_stride_h
+    real = (head < GROUP)[:, None]
+    q = tl.load(q_rows + d[None, :], mask=real & (d < HEAD_DIM)[None, :], other=0.0)
+    if q_ptr.dtype.element_ty != least_ptr.dtype.element_ty:
+        q, least, largest = q.to(tl.float32), least.to(tl.float32), largest.to(tl.float32)
+    positive = tl.where(q > 0, q, 0.0).to(q.dtype)
+    negative = tl.where(q > 0, 0.0, q).to(q.dtype)
+    bounds = tl.dot(positive, tl.trans(largest), input_precision="ieee")
+    bounds = tl.dot(negative, tl.trans(least), bounds, input_precision="ieee")
+    bound = tl.max(tl.where(real, bounds, float("-inf")), 0)
     tl.store(out_ptr + row.to(tl.int64) * pages + number, bound, mask=number < pages)
 
 
@@ -150,8 +204,11 @@ def extend_bounds(
     PAGE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Widen the bounds of a page by the key that it gets; the first key of a page sets them."""
+    if OVERLAP:
+        begin_early()
     row = tl.program_id(0)
     batch, group = (row // G).to(tl.int64), (row % G).to(tl.int64)
     first, last = tl.load(first_ptr + batch), tl.load(last_ptr + batch)
@@ -208,8 +265,11 @@ def observe_average(
     share,  # what the newest probability counts
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Take the probabilities of the pages that were read into their moving averages."""
+    if OVERLAP:
+        begin_early()
     row = tl.program_id(0)
     batch, group = (row // G).to(tl.int64), (row % G).to(tl.int64)
     slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

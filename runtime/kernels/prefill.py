@@ -15,8 +15,10 @@ from graphopt.runtime.kernels.common import (
     LOWEST,
     exponent_unit,
     key_offsets,
+    keys_of_pages,
     page_maxima,
-    picked_keys,
+    page_places,
+    picked_pages,
     pool_pages,
     shares,
     softmax_step,
@@ -184,23 +186,20 @@ def attention_prefill(
         else:
             begin, end = inner_high, high
         for start in range(begin, end, BLOCK_N):
-            slots = start + tl.arange(0, BLOCK_N)
-            keys = slots
-            if SELECTED:
-                keys = picked_keys(
-                    slots,
-                    batch * (H // GROUP) + group,
-                    selected_blocks_ptr,
-                    selected_width,
-                    T,
-                    PAGE,
-                )
-            present = keys < T
-            pages = keys
+            columns = tl.arange(0, BLOCK_N)
+            keys = start + columns
+            pages, place = keys, keys
             if PAGE:
-                pages = pool_pages(keys, T, batch, block_table_ptr, block_table_width, PAGE)
+                page, place = page_places(start, columns, PAGE, BLOCK_N)
+                if SELECTED:
+                    page = picked_pages(
+                        page, batch * (H // GROUP) + group, selected_blocks_ptr, selected_width
+                    )
+                    keys = keys_of_pages(page, place, T, PAGE)
+                pages = pool_pages(page, T, batch, block_table_ptr, block_table_width, PAGE)
+            present = keys < T
             k_offsets, v_offsets = key_offsets(
-                k_first + keys, pages, batch, ring_start_ptr,
+                k_first + keys, place, pages, batch, ring_start_ptr,
                 k_stride_b, k_stride_t, v_stride_b, v_stride_t, RING, PAGE, KV_BITS,
             )  # fmt: skip
             k_rows = k_head + k_offsets[:, None]

@@ -74,12 +74,14 @@ def test_the_same_pages_are_selected_whatever_the_scores(drawn) -> None:
 
 
 def test_the_pages_of_a_long_context() -> None:
-    """8,192 pages, a tenth of them read; scores of which many are equal."""
+    """8,192 pages, a tenth of them read: scores of every spread, and many that are equal."""
     budget = PageBudget(16, 819, 1, 2)
     lengths = Filled(torch.tensor([0]), torch.tensor([131000]), 131072)
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(1, 2, 8192, generator=generator)
-    scores[:, 1] = (scores[:, 1] * 4).round()
+    normal = torch.randn(8192, generator=generator)
+    few = torch.where(normal > 1.5, normal, -1.0)  # of most nothing is known
+    rows = normal, (normal * 4).round(), (normal * 20).exp(), 1 / normal, few, normal * 1e-42
+    scores = torch.stack(rows)[None]
     found = kv_policy.select_pages(scores.to(DEVICE), Ema(budget), on_device(lengths))
     assert torch.equal(found.cpu(), select_pages(scores, budget, lengths))
 
@@ -189,6 +191,29 @@ def test_bounds_are_above_all_scores() -> None:
     torch.testing.assert_close(found.double(), bound.amax(2), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("groups", "dtype"),
+    [(1, torch.float16), pytest.param(8, torch.bfloat16, marks=pytest.mark.gpu)],
+)
+def test_bounds_of_a_long_context(groups: int, dtype: torch.dtype) -> None:
+    """8,192 pages of heads of 128, in 16 bits, within the rounding of sums of 256 products."""
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("the interpreter has no bf16")
+    generator = torch.Generator().manual_seed(4)
+    q = torch.randn(1, 4 * groups, 1, 128, generator=generator).to(dtype)
+    ends = torch.randn(2, 1, groups, 8192, 128, generator=generator).to(dtype).sort(0).values
+    last = torch.tensor([131071])
+    lengths = on_device(Filled(torch.zeros_like(last), last, 131072))
+    least, largest = (x.to(DEVICE) for x in ends)
+    found = kv_policy.bound_scores(q.to(DEVICE), least, largest, lengths, 16).cpu()
+    heads = q[:, :, 0].double().unflatten(1, (groups, 4))
+    low, high = ends.double()
+    exact = heads.clamp(min=0) @ high.mT + heads.clamp(max=0) @ low.mT
+    sizes = heads.abs() @ torch.maximum(low.abs(), high.abs()).mT
+    allowed = 256 * torch.finfo(torch.float32).eps * sizes.amax(2)
+    assert ((found.double() - exact.amax(2)).abs() <= allowed).all()
+
+
 def test_on_a_cpu_steps_are_those_of_torch() -> None:
     policy = Quest(PageBudget(4, 4, 1, 1))
     k = torch.randn(1, 2, 40, 40, dtype=torch.float64)
@@ -244,18 +269,22 @@ def compiled(kernel, constants, warps=4, **types):
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = {"num_warps": warps}
     made = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
-    assert made.metadata.shared < 49152
+    assert made.metadata.shared <= 49152
 
-own = {"PAGE": 16, "READ": 819, "SINK": 1, "LOCAL": 2, "BLOCK": 8192, "SLOTS": 1024}
+early = {"OVERLAP": True}
+own = {"PAGE": 16, "READ": 819, "SINK": 1, "LOCAL": 2, "ROWS": 64, "COLUMNS": 128, "SLOTS": 1024}
+own |= early
 for scores, kept in ((1, 0), (1, 1), (0, 0)):
     given = {**own, "SCORES": scores, "KEPT": kept}
     given |= {} if scores else {"scores_ptr": None}
     given |= {} if kept else {"kept_from_ptr": None}
     compiled(kernels.select_pages, given, 16)
-sizes = {"HEAD_DIM": 128, "D0": 128}
-compiled(kernels.bound_scores, {**sizes, "GROUP": 4, "BLOCK": 64}, out_ptr="*fp32")
+sizes = {"HEAD_DIM": 128, "D0": 128, **early}
+for kind, block in (("*bf16", 64), ("*fp32", 32)):
+    compiled(kernels.bound_scores, {**sizes, "GROUP": 4, "HEADS": 16, "BLOCK": block},
+             out_ptr="*fp32", least_ptr=kind, largest_ptr=kind)
 compiled(kernels.extend_bounds, {**sizes, "PAGE": 16}, 1)
-compiled(kernels.observe_average, {"GROUP": 4, "BLOCK": 1024})
+compiled(kernels.observe_average, {"GROUP": 4, "BLOCK": 256, **early})
 network = {f"{part}{n}_ptr": "*fp32" for part in ("weight", "bias") for n in (1, 2, 3)}
 network |= {f"{name}_ptr": "*fp32" for name in ("history", "sums", "sliding", "scores")}
 network["observed_ptr"] = "*i8"
