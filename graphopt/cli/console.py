@@ -197,8 +197,10 @@ def describe(program: Program) -> list[tuple[str, str]]:
 
 def print_rows(console: Console, rows: Iterable[tuple[str, str]]) -> None:
     """Print aligned `label  text` lines."""
+    rows = list(rows)
+    width = max([8, *(len(label) for label, _ in rows)]) + 1
     for label, text in rows:
-        console.print(f"{label:<9}", style="dim", end="")
+        console.print(f"{label:<{width}}", style="dim", end="")
         console.print(plain_line(text), soft_wrap=True)
 
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
+from graphopt.errors import UsageError
+
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", re.IGNORECASE)
+
 
 def format_bytes(count: float) -> str:
     """Return `count` bytes as `513.1 MB` and the like."""
@@ -9,6 +15,25 @@ def format_bytes(count: float) -> str:
         if abs(count) >= limit:
             return f"{count / limit:.1f} {unit}"
     return f"{count:.0f} B"
+
+
+def parse_bytes(what: str, text: str) -> int:
+    """Return the bytes that `24GB` (24e9) or `24GiB` (24 * 2^30) and the like mean; at least 1.
+
+    Args:
+        what: What the size is of, for the message.
+
+    Raises:
+        UsageError: The text is no size, or one beyond 2^60.
+    """
+    found = _BYTES.fullmatch(text)
+    size = 0
+    if found is not None:
+        power = " kmgt".index(found[2].lower() or " ")
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    if not 0 < size <= 2**60:
+        raise UsageError(f"{what} {text!r} is no size.", "Give one such as 24GB or 24GiB.")
+    return size
 
 
 def format_duration(seconds: float) -> str:

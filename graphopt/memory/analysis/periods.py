@@ -83,7 +83,10 @@ def find_period(trace: Trace, *, sizes: bool = True) -> Period | None:
 def event_keys(trace: Trace, *, sizes: bool = True) -> list[int]:
     """Return a number for each event, equal where two events are alike."""
     instances = trace.instances
-    weights = np.array([i.index + 1 if _lasts(i.category, i.external) else 0 for i in instances])
+    same = ("weight", "optimizer", "kv") if sizes else ("weight", "optimizer")
+    weights = np.array(
+        [i.index + 1 if i.external and i.category in same else 0 for i in instances], np.int64
+    )
     names = {name: place for place, name in enumerate(sorted({i.dtype for i in instances}))}
     per_instance = [weights, np.array([names[i.dtype] for i in instances])]
     if sizes:
@@ -97,10 +100,6 @@ def event_keys(trace: Trace, *, sizes: bool = True) -> list[int]:
         key = np.unique(key * len(values) + place.reshape(-1), return_inverse=True)[1].reshape(-1)
     listed: list[int] = key.tolist()
     return listed
-
-
-def _lasts(category: str, external: bool) -> bool:
-    return external and category in ("weight", "optimizer", "kv")
 
 
 def z_function(keys: Sequence[int]) -> list[int]:

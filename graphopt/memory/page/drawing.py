@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.memory.analysis.summary import Summary
-from graphopt.memory.trace import CATEGORIES, Trace
+from graphopt.memory.trace import CATEGORIES, Category, Trace
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
@@ -23,6 +23,11 @@ MOST_POINTS = 20_000
 
 CURVE = 4_000
 """Places of a curve over time."""
+
+STACKED: tuple[Category, ...] = (
+    "weight", "optimizer", "kv", "gradient", "activation", "input", "workspace", "other",
+)  # fmt: skip
+"""Categories from the bottom to the top of a curve."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +134,12 @@ def _curves(trace: Trace, times: Float64, end: float) -> dict[str, Any]:
         # The event with most bytes of each slot, so that no peak is lost.
         order = np.lexsort((-total, slot))
         chosen = np.sort(order[np.unique(slot[order], return_index=True)[1]])
+    by_category = trace.live_bytes_by_category()
+    # What changes least lies at the bottom.
     curves = {
-        category: packed(live[chosen], "f8")
-        for category, live in trace.live_bytes_by_category().items()
+        category: packed(by_category[category][chosen], "f8")
+        for category in STACKED
+        if category in by_category
     }
     return {"curveTime": packed(times[chosen], "f8"), "curves": curves}
 

@@ -102,12 +102,12 @@ def _notes(summary: Summary) -> str:
 
 def _tiles(summary: Summary) -> str:
     tiles = [
-        (format_bytes(summary.peak), "most bytes alive"),
-        (format_bytes(summary.rounded_peak), "the same, sizes rounded up to 512: the bound"),
+        (_digits(summary.peak), "most bytes alive"),
+        (_digits(summary.rounded_peak), "the same, sizes rounded up to 512: the bound"),
     ]
     if summary.planned is not None:
         over = summary.planned / summary.rounded_peak if summary.rounded_peak else 1.0
-        tiles.append((format_bytes(summary.planned), f"planned arena: {over:.4f} × the bound"))
+        tiles.append((_digits(summary.planned), f"planned arena: {over:.4f} × the bound"))
     if summary.allocator is not None:
         share = summary.allocator.idle_share
         tiles.append(
@@ -133,6 +133,14 @@ def _tiles(summary: Summary) -> str:
     ]
     shares = f'<section class="card"><h2>At the peak</h2>{"".join(rows)}</section>' if rows else ""
     return f'<div class="tiles">{"".join(cells)}</div>{shares}'
+
+
+def _digits(size: int) -> str:
+    """Return bytes with so many digits that figures near each other are told apart."""
+    text = format_bytes(size)
+    _number, _, unit = text.partition(" ")
+    factor = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}.get(unit)
+    return text if factor is None else f"{size / factor:#.5g} {unit}"
 
 
 def _interval_text(summary: Summary) -> str:
