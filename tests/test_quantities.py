@@ -19,5 +19,5 @@ def test_sizes_are_read(text, size):
 
 @pytest.mark.parametrize("text", ["", "0", "GB", "-3GB", "1e9", "24 gigabytes", "9999999TB", "nan"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(UsageError, match="--memory .* is no size"):
+    with pytest.raises(UsageError, match="is no size"):
         parse_bytes("--memory", text)

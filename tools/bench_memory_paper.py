@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def points(found: Intervals) -> list[list[int]]:
     return [[int(found.gap[n]), int(found.size[n])] for n in kept]
 
 
-def run_patterns(device: str, settings: tuple[tuple[str, str, int], ...]) -> dict[str, Any]:
+def run_patterns(device: str, settings: Sequence[tuple[str, str, int]], out: Path) -> None:
     links = {"study": STUDY, "study_fit": STUDY_FIT}
     links["here"] = measure_link("cuda") if device == "cuda" else default_link()
     runs: list[dict[str, Any]] = []
@@ -224,11 +225,10 @@ def run_patterns(device: str, settings: tuple[tuple[str, str, int], ...]) -> dic
             f"peak {run['peak_bytes'] / 2**20:.0f} MiB, {run['seconds']:.1f} s",
             flush=True,
         )
-        keep(OUT, "patterns", sys.argv, torch.device(device), result)
-    return result
+        keep(out, "patterns", sys.argv, torch.device(device), result)
 
 
-def run_breakdown(limit: int | None) -> None:
+def run_breakdown(limit: int | None, out: Path) -> None:
     rows: list[dict[str, Any]] = []
     for name in MODELS:
         for data in ("cifar",) if name == "MLP" else ("cifar", "imagenet"):
@@ -243,7 +243,7 @@ def run_breakdown(limit: int | None) -> None:
                     }
                 )  # fmt: skip
                 print(name, data, batch, f"{size / 2**20:.2f} MiB", rows[-1]["by_kind"], flush=True)
-            keep(OUT, "breakdown", sys.argv, torch.device("cpu"), {"rows": rows})
+            keep(out, "breakdown", sys.argv, torch.device("cpu"), {"rows": rows})
 
 
 def main() -> None:
@@ -251,13 +251,14 @@ def main() -> None:
     parser.add_argument("--part", choices=("patterns", "breakdown"), required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", help="one model")
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--limit", type=int, help="batches of a model in the breakdown")
     arguments = parser.parse_args()
     if arguments.part == "breakdown":
-        run_breakdown(arguments.limit)
+        run_breakdown(arguments.limit, arguments.out)
         return
-    settings = tuple(s for s in SETTINGS if arguments.only in (None, s[0]))
-    run_patterns(arguments.device, settings)
+    settings = [s for s in SETTINGS if arguments.only in (None, s[0])]
+    run_patterns(arguments.device, settings, arguments.out)
 
 
 if __name__ == "__main__":

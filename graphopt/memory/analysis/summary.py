@@ -47,7 +47,7 @@ class Summary:
         mismatches: Instances whose data flow is not what their category expects.
         period: The smallest exact period; None if there is none.
         grows: The period of operations whose sizes change; None if there is none, or an exact one.
-        intervals: Of one period, or of the whole trace.
+        intervals: Of one period, also of one that grows, or of the whole trace.
         link: Where blocks could wait.
         swaps: Intervals whose block can be moved away in time, the best first.
         recomputes: Intervals whose block can be computed again, the cheapest first.
@@ -98,8 +98,8 @@ class Summary:
             return f"{p.events:,} events, {p.repeats} times, {lasts} each; warm-up {p.start:,}"
         if self.grows is not None:
             return (
-                f"none: {self.grows.events:,} events repeat {self.grows.repeats} times, but sizes "
-                "change from one to the next"
+                f"{self.grows.events:,} events of the same operations, {self.grows.repeats} times, "
+                "but sizes change from one to the next: no exact period"
             )
         return "none"
 
@@ -179,10 +179,11 @@ def summarise(
     peak = trace.peak()
     period = find_period(trace)
     grows = None if period is not None else find_period(trace, sizes=False)
-    intervals = access_intervals(trace, period)
-    window = (0, len(trace)) if period is None else period.window
+    repeats = period or grows
+    intervals = access_intervals(trace, repeats)
+    window = (0, len(trace)) if repeats is None else repeats.window
     top = peak.event
-    if period is not None:
+    if repeats is not None:
         top = window[0] + int(np.argmax(trace.live_bytes()[slice(*window)]))
     return Summary(
         trace,
@@ -199,7 +200,7 @@ def summarise(
         link,
         swap_candidates(trace, intervals, link, peak=top, window=window),
         recompute_candidates(trace, intervals),
-        None if target is None else reach_target(trace, target, link, period),
+        None if target is None else reach_target(trace, target, link, repeats),
         planned,
         allocator,
         facts or {},

@@ -148,7 +148,8 @@ def _interval_text(summary: Summary) -> str:
     if not len(found):
         return "No block is accessed twice."
     median, most, _, longest = summary.intervals.quantiles()
-    scope = "of one period" if summary.period is not None else "of the whole trace"
+    repeats = summary.period or summary.grows
+    scope = "of one period" if repeats is not None else "of the whole trace"
     text = (
         f"{len(found):,} intervals between accesses of one block, {scope}: half are at most "
         f"{summary.time(median)}, nine tenths {summary.time(most)}, the longest "
