@@ -40,11 +40,14 @@ AVERAGES = ("last-row", "ema")
 SCORES = {**dict.fromkeys(AVERAGES, "probability"), "snapkv": "votes", "predictor": "scores"}
 """What policies' states call the scores of pages that `select` goes by."""
 
-SELECTED_BY_KERNELS = ("sink-local", "quest", *SCORES)
+BOUNDED = ("quest", "page-range")
+"""Policies that remember the range of the keys of each page."""
+
+SELECTED_BY_KERNELS = ("sink-local", *BOUNDED, *SCORES)
 _AXIS_2 = ("least", "largest", *SCORES.values())
 _AXIS_3 = ("history", "observed", "running_sum")
 
-CALIBRATED_BY_KERNELS = ("quest", *AVERAGES)
+CALIBRATED_BY_KERNELS = (*BOUNDED, *AVERAGES)
 OBSERVED_BY_KERNELS = (*CALIBRATED_BY_KERNELS, "predictor")
 """Policies of which `select`, `calibrate` and `observe` are kernels."""
 
@@ -59,7 +62,7 @@ def select(
 ) -> Tensor:
     """As `KVPolicy.select`."""
     if policy.kind in SELECTED_BY_KERNELS and runs_kernels(policy, state, lengths):
-        return select_by_kernels(policy, state, q_BH1D, lengths)
+        return select_by_kernels(policy, state, q_BH1D, lengths, scoring)
     return policy.select(state, q_BH1D, k_BGTD, lengths, scoring)
 
 
@@ -146,14 +149,16 @@ def _fits(x: Tensor, pages: int, axis: int) -> bool:
 
 
 def select_by_kernels(
-    policy: KVPolicy, state: State, q_BH1D: Tensor | None, lengths: Filled
+    policy: KVPolicy, state: State, q_BH1D: Tensor | None, lengths: Filled, scoring: Scoring
 ) -> Tensor:
     """Return what `KVPolicy.select` does, for the policies of `SELECTED_BY_KERNELS`."""
     kept_from = state["kept_from"] if policy.kind == "snapkv" else None
     scores: Tensor | None = None
-    if policy.kind == "quest":
+    if policy.kind in BOUNDED:
         assert q_BH1D is not None
-        scores = bound_scores(q_BH1D, state["least"], state["largest"], lengths, policy.budget.page)
+        mixed = (policy.lower, scoring) if policy.kind == "page-range" else None  # type: ignore[attr-defined]
+        bounds = state["least"], state["largest"]
+        scores = bound_scores(q_BH1D, *bounds, lengths, policy.budget.page, mixed)
     elif policy.kind in SCORES:
         scores = state[SCORES[policy.kind]]
     return select_pages(scores, policy, lengths, kept_from)
@@ -174,7 +179,7 @@ def observe_by_kernels(
         observe_average(state, selected_BGM, page_max_BH1M, lse_BH1, share)
     elif policy.kind == "predictor":
         observe_prediction(policy, state, selected_BGM, page_max_BH1M, lse_BH1, lengths)
-    elif policy.kind == "quest":
+    elif policy.kind in BOUNDED:
         extend_bounds(state, k_new_BG1D, lengths, policy.budget.page)
 
 
@@ -187,7 +192,8 @@ def select_pages(
     """Return `graphopt.ir.kv_policies.pages.select_pages` of scores by a kernel, [B, G, M].
 
     Args:
-        scores_BGN: fp32; without them the later of two pages is the better.
+        scores_BGN: fp32; without them the later of two pages is the better. Or estimates of each
+            query head, [B, G, H / G, N]: then pages go by the mean of their softmax.
         kept_from_B: Slot from whose page on all pages stand above the others.
     """
     from graphopt.runtime.kernels.kv_selection import select_pages as kernel
@@ -198,38 +204,53 @@ def select_pages(
     selected = torch.empty(batch, groups, budget.pages, dtype=torch.int64, device=device)
     if scores_BGN is not None:
         scores_BGN = _rows(scores_BGN)
+    estimates = scores_BGN.shape[2] if scores_BGN is not None and scores_BGN.dim() == 4 else 0
     block = _power_above(pages)
     columns = min(block, WARP_PAGES)
     kernel[(batch * groups,)](
         scores_BGN, kept_from_B, lengths.first_B, lengths.last_B, selected,
         *((0, 0) if scores_BGN is None else scores_BGN.stride()[:2]),
-        groups, 0 if scores_BGN is None else scores_BGN.shape[2],
+        groups, 0 if scores_BGN is None else scores_BGN.shape[-1],
         PAGE=budget.page, READ=budget.pages, SINK=budget.sink, LOCAL=budget.local,
         ROWS=block // columns, COLUMNS=columns, SLOTS=_power_above(budget.pages),
-        SCORES=scores_BGN is not None, KEPT=kept_from_B is not None,
+        SCORES=scores_BGN is not None, ESTIMATES=estimates, KEPT=kept_from_B is not None,
         num_warps=_warps(block), **_early(selected.device),
     )  # fmt: skip
     return selected
 
 
 def bound_scores(
-    q_BH1D: Tensor, least_BGND: Tensor, largest_BGND: Tensor, lengths: Filled, page: int
+    q_BH1D: Tensor,
+    least_BGND: Tensor,
+    largest_BGND: Tensor,
+    lengths: Filled,
+    page: int,
+    mixed: tuple[float, Scoring] | None = None,
 ) -> Tensor:
-    """Return Quest's bound of every page, fp32 [B, G, N]: the largest over the query heads."""
+    """Return Quest's bound of every page, fp32 [B, G, N]: the largest over the query heads.
+
+    Args:
+        mixed: What the lower bound counts in estimates, and how scores are made; then what is
+            returned is each query head's estimate, [B, G, H / G, N].
+    """
     from graphopt.runtime.kernels.kv_selection import bound_scores as kernel
 
     batch, groups, _, width = least_BGND.shape
     pages = lengths.pages(page)
-    bounds = torch.empty(batch, groups, pages, dtype=torch.float32, device=q_BH1D.device)
+    heads = q_BH1D.shape[1] // groups
+    shape = (batch, groups, pages) if mixed is None else (batch, groups, heads, pages)
+    bounds = torch.empty(shape, dtype=torch.float32, device=q_BH1D.device)
+    lower, scoring = mixed or (0.0, Scoring(1.0))
     q, least, largest = (_rows(x) for x in (q_BH1D, least_BGND, largest_BGND))
     # Matrix units take 16 rows or more.
-    padded, group = max(16, _power_above(width)), q.shape[1] // groups
+    padded = max(16, _power_above(width))
     size = max(q.element_size(), least.element_size())
     block = max(16, min(128, BOUND_BYTES // (padded * size)))
     kernel[(batch * groups, -(-pages // block))](
-        q, least, largest, bounds,
+        q, least, largest, bounds, scoring.scale,
         *q.stride()[:2], *least.stride()[:3], *largest.stride()[:3], groups, pages,
-        HEAD_DIM=width, D0=padded, GROUP=group, HEADS=max(16, _power_above(group)), BLOCK=block,
+        HEAD_DIM=width, D0=padded, GROUP=heads, HEADS=max(16, _power_above(heads)), BLOCK=block,
+        LOWER=lower, SOFTCAP=scoring.softcap or 0.0, ESTIMATES=mixed is not None,
         num_warps=4, **_early(q.device),
     )  # fmt: skip
     return bounds

@@ -37,6 +37,7 @@ from graphopt.ir.kv_policies import (
     KVHeads,
     KVPolicy,
     PageBudget,
+    PageRange,
     Scoring,
     State,
     page_probabilities,
@@ -279,7 +280,7 @@ class PolicyStep:
             whole = dtype == torch.int64
             drawn = torch.zeros(shape) if whole else torch.rand(shape)
             state[name] = drawn.to(DEVICE, dtype)
-        if policy.kind == "quest":
+        if policy.kind in kv_policy.BOUNDED:
             bounds = cache.k.amin(2), cache.k.amax(2)  # [pages, G, D]
             least, largest = (x.transpose(0, 1)[None].contiguous() for x in bounds)
             state |= {"least": least, "largest": largest}
@@ -313,6 +314,19 @@ class PolicyStep:
         _, lse, page_max = self.attend(replace(self.cache, selected_blocks=listed))
         self.observe(selected, page_max, lse)
 
+    def _share_missed(self, selected: Tensor) -> float:
+        """Return how much less the pages hold than the best by the estimated shares, at most."""
+        policy = self.policy
+        assert isinstance(policy, PageRange)
+        least, largest = (self.state[name].double() for name in ("least", "largest"))
+        q = self.q[:, :, 0].double().unflatten(1, (GROUPS, -1)) * SCORING.scale
+        positive, negative = q.clamp(min=0), q.clamp(max=0)
+        estimate = positive.lerp(negative, policy.lower) @ largest.mT
+        estimate = estimate + negative.lerp(positive, policy.lower) @ least.mT
+        shares = estimate.softmax(-1).mean(2)
+        best = select_pages(shares, policy.budget, self.lengths)
+        return float((shares.gather(-1, best).sum(-1) - shares.gather(-1, selected).sum(-1)).max())
+
     def over_allowed(self) -> dict[str, float]:
         """Return how far results are from those of torch over what is allowed."""
         selected = self.select()
@@ -327,6 +341,10 @@ class PolicyStep:
             rounding = WIDTH * torch.finfo(torch.float32).eps * float(sizes.amax())
             off["bound"] = float((bound.double() - exact.amax(2)).abs().max()) / rounding
             expected = select_pages(bound, self.policy.budget, self.lengths)
+        elif self.policy.kind == "page-range":
+            # Estimates are sums of 16-bit products: of pages of nearly one share either is right.
+            off["share"] = self._share_missed(selected) / 1e-3
+            expected = selected
         else:
             expected = self.policy.select(self.state, self.q, None, self.lengths, SCORING)
         off["selected"] = 0.0 if torch.equal(selected, expected) else float("inf")
@@ -365,7 +383,7 @@ def bench_selection(target: str) -> Iterator[dict[str, Any]]:
     for page in PAGES:
         operands = Decoding.random(KEYS, page, SHARE)
         dense = dense_steps(operands, machine)
-        for kind in ("ema", "quest"):
+        for kind in ("ema", *kv_policy.BOUNDED):
             policy = selecting(kind, page, KEYS // page // SHARE)
             own = policy_steps(policy, operands, machine)
             errors = {kind: own[-1].over_allowed()}

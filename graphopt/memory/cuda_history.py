@@ -66,15 +66,6 @@ class AllocatorHistory:
         self._snapshot = torch.cuda.memory._snapshot()
         torch.cuda.memory._record_memory_history(None)
 
-    def peak(self) -> int:
-        """Return the most bytes that were asked for and in use at once."""
-        return history_peak(*self._here())
-
-    def _here(self) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-        segments: list[Mapping[str, Any]] = list(self._before)
-        here = [segment for segment in segments if segment["device"] == self._device]
-        return here, self._snapshot["device_traces"][self._device]
-
     def join(self, trace: Trace, addresses: Sequence[tuple[int, int]], host_times: Int64) -> Trace:
         """Return a trace with the instances that the allocator alone has seen.
 
@@ -82,7 +73,8 @@ class AllocatorHistory:
             addresses: Of each instance the address and the Unix time at which it was seen.
             host_times: Unix time of each event in nanoseconds.
         """
-        segments, entries = self._here()
+        segments = [s for s in self._before if s["device"] == self._device]
+        entries = self._snapshot["device_traces"][self._device]
         joined = join(trace, addresses, host_times, segments, entries, f"cuda:{self._device}")
         if len(entries) >= ENTRIES:
             joined.notes.append(f"The allocator keeps {ENTRIES} entries; older ones are missing.")
@@ -106,8 +98,7 @@ def join(
         device: What the trace calls that device.
     """
     given = _given(segments, entries)
-    seen = set(_matches(given, trace, addresses, device).values())
-    unseen = [block for number, block in enumerate(given) if number not in seen]
+    unseen = _unmatched(given, trace, addresses, device)
     begun = int(host_times[0]) if len(host_times) else 0
     starts = _call_starts(trace)
     rows: list[tuple[int, int, int]] = []  # event in front of which it lies, kind, instance
@@ -135,45 +126,6 @@ def join(
     return _with_rows(trace, instances, sorted(rows, key=lambda row: row[0]))
 
 
-def history_peak(
-    segments: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]
-) -> int:
-    """Return the most bytes in use at once, as asked for, by a history; see `join`."""
-    changes = []
-    now = 0
-    for block in _given(segments, entries):
-        if block.given is None:
-            now += block.size
-        else:
-            changes.append((block.given, block.size))
-        if block.taken is not None:
-            changes.append((block.taken, -block.size))
-    # At one time what is taken back comes first: it is what is given again.
-    live = np.cumsum([now, *(size for _, size in sorted(changes))])
-    return int(live.max())
-
-
-def order_errors(
-    trace: Trace,
-    addresses: Sequence[tuple[int, int]],
-    segments: Sequence[Mapping[str, Any]],
-    entries: Sequence[Mapping[str, Any]],
-    device: str,
-) -> tuple[int, int]:
-    """Return how many instances are in a history, and how many of those are out of its order.
-
-    Args: see `join`. The trace is the one that was not joined.
-    """
-    given = _given(segments, entries)
-    times = [
-        given[number].given
-        for index, number in sorted(_matches(given, trace, addresses, device).items())
-        if not trace.instances[index].external
-    ]
-    known = [time for time in times if time is not None]
-    return len(known), int((np.diff(np.array(known, np.int64)) < 0).sum())
-
-
 def _given(
     segments: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]
 ) -> list[_Given]:
@@ -198,14 +150,13 @@ def _given(
     return sorted(found, key=lambda block: block.given or 0)
 
 
-def _matches(
+def _unmatched(
     given: Sequence[_Given], trace: Trace, addresses: Sequence[tuple[int, int]], device: str
-) -> dict[int, int]:
-    """Return the number of each instance's block among those that were given."""
+) -> list[_Given]:
+    """Return the blocks that are no instance's."""
     by_place: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for number, block in enumerate(given):
         by_place.setdefault((block.address, block.size), []).append((block.given or 0, number))
-    found: dict[int, int] = {}
     taken: set[int] = set()
     for instance, (address, seen) in zip(trace.instances, addresses, strict=True):
         blocks = by_place.get((address, instance.size), [])
@@ -214,9 +165,8 @@ def _matches(
         while place and blocks[place - 1][1] in taken:
             place -= 1
         if place and instance.device == device:
-            found[instance.index] = blocks[place - 1][1]
             taken.add(blocks[place - 1][1])
-    return found
+    return [block for number, block in enumerate(given) if number not in taken]
 
 
 def _call_starts(trace: Trace) -> Int64:

@@ -27,7 +27,7 @@ from graphopt.targets import DecodeFigures, Target
 
 KERNELS = {
     "dense": 0, "sink-local": 1, "snapkv": 1, "last-row": 2, "ema": 2, "quest": 3,
-    "predictor": 5,
+    "page-range": 3, "predictor": 5,
 }  # fmt: skip
 """Kernels of `select` and `observe` of the policies that have them; others run in torch."""
 

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+
+@contextlib.contextmanager
+def recording(
+    graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None = None
+) -> Iterator[None]:
+    """Record what is launched meanwhile in a CUDA graph.
+
+    An older graph that is freed meanwhile would spoil the recording, and Python frees what lies in
+    a circle of references at any time. So it does not until the recording has ended.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Recorded:
@@ -28,7 +49,7 @@ class Recorded:
         with torch.cuda.stream(stream):
             work(*self._places)
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph):
+        with recording(self._graph):
             self._results = work(*self._places)
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from graphopt.ir.mixture import has_experts
 from graphopt.storage.snapshot import resuming_from
 from graphopt.support.devices import must_fit
 from graphopt.support.progress import Progress, silent
+from graphopt.support.recorded import recording
 from graphopt.training.distillation_data import DistillationData
 from graphopt.training.held_out import held_out_loss, run_student
 from graphopt.training.losses import Objective
@@ -335,7 +336,7 @@ class _Recorded:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
+        with recording(self._graph, stream):
             self._loss = work(*self._places)
 
     def replay(self, batch: Sequence[Tensor | None]) -> Tensor:

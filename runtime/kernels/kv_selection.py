@@ -78,8 +78,29 @@ def places(marks, ROWS: tl.constexpr):
 
 
 @triton.jit
+def pooled_shares(
+    places_ptr,  # [ROWS, COLUMNS]: where the estimates of the first query head are
+    known,  # which pages have one
+    width,  # from one query head to the next
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Return the mean over query heads of the softmax of estimates over all pages."""
+    shares = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for head in tl.static_range(0, HEADS):
+        estimate = tl.load(places_ptr + head * width, mask=known, other=float("-inf"))
+        # A row without a known page has no share to give.
+        most = tl.maximum(tl.max(tl.max(estimate, 1), 0), -3.4028234663852886e38)
+        weight = tl.where(known, tl.exp(estimate - most), 0.0)
+        total = tl.sum(tl.sum(weight, 1), 0)
+        shares += weight / (tl.maximum(total, 1e-30) * HEADS)
+    return shares
+
+
+@triton.jit
 def select_pages(
-    scores_ptr,  # fp32 [B, G, width], by strides; None: the number of the page
+    scores_ptr,  # fp32 [B, G, width], by strides, or estimates; None: the number of the page
     kept_from_ptr,  # int64 [B]: slot from whose page on pages stand above all others
     first_ptr,  # int64 [B]: slot of a row's first key
     last_ptr,  # int64 [B]: slot of its last one
@@ -94,6 +115,7 @@ def select_pages(
     COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,  # that from READ up
     SCORES: tl.constexpr,
+    ESTIMATES: tl.constexpr,  # 0, or how many rows of estimates [B, G, ESTIMATES, width] are pooled
     KEPT: tl.constexpr,
     OVERLAP: tl.constexpr,  # start before the kernel in front has ended
 ):  # fmt: skip
@@ -110,8 +132,14 @@ def select_pages(
     first = page_of(tl.load(first_ptr + batch), PAGE)
     last = page_of(tl.load(last_ptr + batch), PAGE)
     number = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    score_row = scores_ptr
     if SCORES:
-        score_row = scores_ptr + batch.to(tl.int64) * score_stride_b + (row % G) * score_stride_g
+        score_row += batch.to(tl.int64) * score_stride_b + (row % G) * score_stride_g
+    if ESTIMATES > 0:
+        before = page_of(tl.load(last_ptr + batch) - 1, PAGE)
+        known = (number >= first) & (number <= before)
+        score = pooled_shares(score_row + number, known, width, ESTIMATES, ROWS, COLUMNS)
+    elif SCORES:
         score = tl.load(score_row + number, mask=number < width, other=float("-inf"))
     else:
         score = number.to(tl.float32)
@@ -146,7 +174,8 @@ def bound_scores(
     q_ptr,  # [B, H, 1, HEAD_DIM], by strides
     least_ptr,  # [B, G, width, HEAD_DIM], by strides: least of each feature of a page's keys
     largest_ptr,  # the largest
-    out_ptr,  # fp32 [B, G, pages], contiguous
+    out_ptr,  # fp32 [B, G, pages], contiguous; estimates: [B, G, GROUP, pages]
+    scale,  # of estimates
     q_stride_b, q_stride_h,
     least_stride_b, least_stride_g, least_stride_n,
     largest_stride_b, largest_stride_g, largest_stride_n,
@@ -156,9 +185,14 @@ def bound_scores(
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,  # the power of two from GROUP up, and 16 or more
     BLOCK: tl.constexpr,
+    LOWER: tl.constexpr,  # what the lower bound counts in an estimate
+    SOFTCAP: tl.constexpr,  # of estimates; 0 for none
+    ESTIMATES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write Quest's bound on the scores of each page's keys, the largest over the query heads.
+
+    Or what each query head's scores are estimated at, between the upper bound and the lower one.
 
     Of q min and q max the larger is told by the sign of q, so that the sum over d of the larger is
     a product of what is positive in q with the largest features, and one of the rest with the
@@ -184,10 +218,22 @@ def bound_scores(
         q, least, largest = q.to(tl.float32), least.to(tl.float32), largest.to(tl.float32)
     positive = tl.where(q > 0, q, 0.0).to(q.dtype)
     negative = tl.where(q > 0, 0.0, q).to(q.dtype)
+    if ESTIMATES:
+        # The lower bound is by the other ends of the ranges: both are linear in what they multiply.
+        mixed = (1.0 - LOWER) * positive + LOWER * negative
+        negative = (LOWER * positive + (1.0 - LOWER) * negative).to(q.dtype)
+        positive = mixed.to(q.dtype)
     bounds = tl.dot(positive, tl.trans(largest), input_precision="ieee")
     bounds = tl.dot(negative, tl.trans(least), bounds, input_precision="ieee")
-    bound = tl.max(tl.where(real, bounds, float("-inf")), 0)
-    tl.store(out_ptr + row.to(tl.int64) * pages + number, bound, mask=number < pages)
+    if ESTIMATES:
+        bounds *= scale
+        if SOFTCAP > 0:
+            bounds = SOFTCAP * (2.0 / (1.0 + tl.exp(-2.0 / SOFTCAP * bounds)) - 1.0)
+        rows = out_ptr + (row.to(tl.int64) * GROUP + head.to(tl.int64))[:, None] * pages
+        tl.store(rows + number[None, :], bounds, mask=real & (number < pages)[None, :])
+    else:
+        bound = tl.max(tl.where(real, bounds, float("-inf")), 0)
+        tl.store(out_ptr + row.to(tl.int64) * pages + number, bound, mask=number < pages)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from graphopt.ir.kv_policies import (
     OracleTopK,
     OracleTopP,
     PageBudget,
+    PageRange,
     Quest,
     Scoring,
     SinkLocal,
@@ -293,6 +294,42 @@ def test_quest_bounds_hold_whenever_keys_come(seed, page, prompt):
         grown = policy.init(query, k[:, :, : now + 1], v, mask[:, : now + 1], scoring)
         assert torch.equal(state["least"], grown["least"])
         assert torch.equal(state["largest"], grown["largest"])
+
+
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(st.integers(0, 99), st.sampled_from((1, 2, 5)), st.sampled_from((0.0, 0.4, 1.0)))
+def test_page_range_goes_by_shares_of_estimates_between_the_bounds(seed, page, reach):
+    """The pages are those of the definition, key by key, in memory that grows and in more room."""
+    q, k, v, mask = one_layer(seed, tokens=18, dtype=F64)
+    policy = PageRange(PageBudget(page, 4, 0, 1), reach=reach)
+    scoring = Scoring(0.7, softcap=2.0)
+    state = policy.init(q[:, :, :0], k[:, :, :9], v[:, :, :9], mask[:, :9], scoring)
+    first = torch.tensor([0, 6])
+    for now in range(9, 18):
+        lengths = Filled(first, torch.full((2,), now), now + 1)
+        query = q[:, :, now : now + 1]
+        shares = torch.zeros(2, 2, lengths.pages(page), dtype=F64)
+        for b, g, head in torch.cartesian_prod(*map(torch.arange, (2, 2, 2))).tolist():
+            row = query[b, 2 * g + head, 0] * scoring.scale
+            estimates = torch.full(shares.shape[2:], float("-inf"), dtype=F64)
+            for n in range(len(estimates)):
+                keys = k[b, g, max(n * page, int(first[b])) : min((n + 1) * page, now)]
+                if len(keys):
+                    ends = torch.stack((row * keys.amin(0), row * keys.amax(0)))
+                    lower, upper = ends.amin(0).sum(), ends.amax(0).sum()
+                    estimates[n] = (upper + lower) / 2 + reach * (upper - lower) / 2
+            shares[b, g] += (2 * (estimates / 2).tanh()).softmax(-1) / 2
+        expected = select_pages(shares, policy.budget, lengths)
+        assert torch.equal(policy.select(state, query, None, lengths, scoring), expected)
+        room = {name: torch.nn.functional.pad(x, (0, 0, 0, 3)) for name, x in state.items()}
+        wide = dataclasses.replace(lengths, slots=now + 1 + 2 * page)
+        assert torch.equal(policy.select(room, query, None, wide, scoring), expected)
+        state = policy.observe(state, expected, None, k[:, :, now : now + 1], lengths)
+
+
+def test_page_range_with_a_reach_beyond_the_bound_is_refused():
+    with pytest.raises(UsageError, match="Give 0 to 1"):
+        PageRange(PageBudget(4, 4, 0, 1), reach=1.5)
 
 
 def test_snapkv_counts_the_votes_of_the_window_and_keeps_what_comes_later():

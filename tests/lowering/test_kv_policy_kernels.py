@@ -22,6 +22,7 @@ from graphopt.ir.kv_policies import (
     KVPolicy,
     LastRow,
     PageBudget,
+    PageRange,
     Predictor,
     Quest,
     Scoring,
@@ -92,6 +93,7 @@ POLICIES = [
     LastRow(PageBudget(4, 7, 1, 2)),
     Ema(PageBudget(4, 7, 1, 2), calibrate_every=4),
     Quest(PageBudget(4, 7, 1, 2)),
+    PageRange(PageBudget(4, 7, 1, 2), reach=0.3),
 ]
 
 
@@ -152,7 +154,7 @@ def check_steps(policy: KVPolicy, prompt: int, steps: int, batch: int = 2) -> No
         q, k, k_new = q_all[:, :, t : t + 1], k_all[:, :, : t + 1], k_all[:, :, t : t + 1]
         expected = policy.select(state, q, k, lengths, SCORING)
         there = on_device(lengths)
-        found = kv_policy.select_by_kernels(policy, held, q.to(DEVICE), there)
+        found = kv_policy.select_by_kernels(policy, held, q.to(DEVICE), there, SCORING)
         assert torch.equal(found.cpu(), expected)
         # What an attention over these pages gives: any numbers serve, -inf where none is listed.
         read = expected.expand(batch, 2, -1)
@@ -274,15 +276,17 @@ def compiled(kernel, constants, warps=4, **types):
 early = {"OVERLAP": True}
 own = {"PAGE": 16, "READ": 819, "SINK": 1, "LOCAL": 2, "ROWS": 64, "COLUMNS": 128, "SLOTS": 1024}
 own |= early
-for scores, kept in ((1, 0), (1, 1), (0, 0)):
-    given = {**own, "SCORES": scores, "KEPT": kept}
+for scores, kept, heads in ((1, 0, 0), (1, 1, 0), (0, 0, 0), (1, 0, 4)):
+    given = {**own, "SCORES": scores, "KEPT": kept, "ESTIMATES": heads}
     given |= {} if scores else {"scores_ptr": None}
     given |= {} if kept else {"kept_from_ptr": None}
     compiled(kernels.select_pages, given, 16)
 sizes = {"HEAD_DIM": 128, "D0": 128, **early}
 for kind, block in (("*bf16", 64), ("*fp32", 32)):
-    compiled(kernels.bound_scores, {**sizes, "GROUP": 4, "HEADS": 16, "BLOCK": block},
-             out_ptr="*fp32", least_ptr=kind, largest_ptr=kind)
+    for own in ({"LOWER": 0.0, "SOFTCAP": 0.0, "ESTIMATES": False},
+                {"LOWER": 0.25, "SOFTCAP": 30.0, "ESTIMATES": True}):
+        compiled(kernels.bound_scores, {**sizes, **own, "GROUP": 4, "HEADS": 16, "BLOCK": block},
+                 out_ptr="*fp32", least_ptr=kind, largest_ptr=kind, scale="fp32")
 compiled(kernels.extend_bounds, {**sizes, "PAGE": 16}, 1)
 compiled(kernels.observe_average, {"GROUP": 4, "BLOCK": 256, **early})
 network = {f"{part}{n}_ptr": "*fp32" for part in ("weight", "bias") for n in (1, 2, 3)}

@@ -24,7 +24,8 @@ from graphopt.lowering.onnx.genai import why_not
 BUDGET = {"page": 4, "pages": 3, "sink": 1, "local": 1}
 TURNED = {"frequencies": (1.0, 0.3, 0.05), "ahead": 9, "history": 12}
 POLICIES = [
-    ("dense", {}), ("sink-local", {}), ("quest", {}), ("last-row", {"calibrate_every": 3}),
+    ("dense", {}), ("sink-local", {}), ("quest", {}), ("page-range", {}),
+    ("last-row", {"calibrate_every": 3}),
     ("ema", {}), ("ema", {"calibrate_every": 2}), ("snapkv", {"window": 5}),
     ("expected-attention", TURNED), ("expected-attention", {**TURNED, "interleaved": True}),
     ("predictor", {}), ("predictor", {"channels": 1, "history": 9, "calibrate_every": None}),

@@ -143,8 +143,8 @@ def test_the_program_itself_generates(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "options"), [
-    ("sink-local", {}), ("quest", {}), ("snapkv", {}), ("ema", {"calibrate_every": 3}),
-    ("predictor", {}), ("oracle", {}),
+    ("sink-local", {}), ("quest", {}), ("page-range", {}), ("snapkv", {}),
+    ("ema", {"calibrate_every": 3}), ("predictor", {}), ("oracle", {}),
 ])  # fmt: skip
 @pytest.mark.parametrize("target", ["ampere", "ascend910b"])
 def test_a_decoder_gives_the_interpreters_tokens(kind, options, target, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from graphopt.ir.kv_policies.ema import Ema
 from graphopt.ir.kv_policies.expected_attention import ExpectedAttention
 from graphopt.ir.kv_policies.last_row import LastRow
 from graphopt.ir.kv_policies.oracle import OracleTopK, OracleTopP
+from graphopt.ir.kv_policies.page_range import PageRange
 from graphopt.ir.kv_policies.pages import Filled, PageBudget, select_pages
 from graphopt.ir.kv_policies.predictor import Predictor
 from graphopt.ir.kv_policies.probabilities import Scoring, page_probabilities
@@ -38,6 +39,7 @@ __all__ = [
     "OracleTopK",
     "OracleTopP",
     "PageBudget",
+    "PageRange",
     "Predictor",
     "Quest",
     "Scoring",
@@ -59,6 +61,7 @@ POLICIES: dict[str, type[KVPolicy]] = {
         LastRow,
         Ema,
         Quest,
+        PageRange,
         SnapKV,
         ExpectedAttention,
         Predictor,

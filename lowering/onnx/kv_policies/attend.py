@@ -19,6 +19,7 @@ from graphopt.ir.kv_policies import POLICIES, STEPS, KVPolicy
 from graphopt.lowering.onnx.kv_policies.averages import Averages
 from graphopt.lowering.onnx.kv_policies.expected_attention import ExpectedMass
 from graphopt.lowering.onnx.kv_policies.frame import Frame, write_tokens
+from graphopt.lowering.onnx.kv_policies.page_range import EstimatedShares
 from graphopt.lowering.onnx.kv_policies.predictor import PredictedRow
 from graphopt.lowering.onnx.kv_policies.quest import Bounds
 from graphopt.lowering.onnx.kv_policies.scoring import Attention, page_maxima
@@ -31,6 +32,7 @@ SELECTIONS: dict[str, type[Selection]] = {
     "last-row": Averages,
     "ema": Averages,
     "quest": Bounds,
+    "page-range": EstimatedShares,
     "snapkv": Votes,
     "expected-attention": ExpectedMass,
     "predictor": PredictedRow,
