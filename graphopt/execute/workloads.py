@@ -41,7 +41,9 @@ class ZeroRunner(Runner):
         weight = self.program.weights[name]
         dtype = torch.float32 if name in self._angles else self.dtype
         kind = dtype if weight.dtype.is_floating_point else weight.dtype
-        value = torch.zeros(weight.shape, dtype=kind, device=self.device)
+        value: Tensor = torch.zeros(weight.shape, dtype=kind, device=self.device)
+        if kind.is_floating_point:
+            value = nn.Parameter(value, requires_grad=False)  # what a recorder knows as a weight
         if self.keep_weights:
             self._kept[name] = value
         return value

@@ -2,14 +2,15 @@
 
 Operators show tensors alone. What kernels ask for inside, workspaces of libraries and temporary
 buffers, is seen by the allocator: its history has an entry for every block that it gives and takes
-back, with address and time. An entry belongs to the instance that had its address and size at that
-time; those that belong to none become instances of category "workspace".
+back, with address and time. An entry belongs to the instance that had its address at that time;
+those that belong to none become instances of category "workspace".
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,10 @@ from graphopt.memory.trace import FREE, MALLOC, Instance, Int64, Trace
 ENTRIES = 2_000_000
 """How many entries torch keeps; older ones are dropped."""
 
-_SLACK_NS = 200_000
-"""By how much the clock of the allocator may be behind the host's: it is an approximate one."""
+_LEAD_NS = 20_000
+_MOST_LEAD_NS = 1_000_000
+"""How long before a tensor is seen its memory is given: about, and at most where the clocks agree.
+The allocator's is an approximate one, and is set by tensors whose address is given once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,15 @@ class AllocatorHistory:
         self._snapshot = torch.cuda.memory._snapshot()
         torch.cuda.memory._record_memory_history(None)
 
+    def peak(self) -> int:
+        """Return the most bytes that were asked for and in use at once."""
+        return history_peak(*self._here())
+
+    def _here(self) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+        segments: list[Mapping[str, Any]] = list(self._before)
+        here = [segment for segment in segments if segment["device"] == self._device]
+        return here, self._snapshot["device_traces"][self._device]
+
     def join(self, trace: Trace, addresses: Sequence[tuple[int, int]], host_times: Int64) -> Trace:
         """Return a trace with the instances that the allocator alone has seen.
 
@@ -73,8 +85,7 @@ class AllocatorHistory:
             addresses: Of each instance the address and the Unix time at which it was seen.
             host_times: Unix time of each event in nanoseconds.
         """
-        segments = [s for s in self._before if s["device"] == self._device]
-        entries = self._snapshot["device_traces"][self._device]
+        segments, entries = self._here()
         joined = join(trace, addresses, host_times, segments, entries, f"cuda:{self._device}")
         if len(entries) >= ENTRIES:
             joined.notes.append(f"The allocator keeps {ENTRIES} entries; older ones are missing.")
@@ -97,11 +108,13 @@ def join(
         entries: Its `device_traces` behind the end, of one device.
         device: What the trace calls that device.
     """
-    given = _given(segments, entries)
-    unseen = _unmatched(given, trace, addresses, device)
+    given = _with_host_clock(_given(segments, entries), trace, addresses)
+    seen = set(_matches(given, trace, addresses, device).values())
+    unseen = [block for number, block in enumerate(given) if number not in seen]
     begun = int(host_times[0]) if len(host_times) else 0
     starts = _call_starts(trace)
-    rows: list[tuple[int, int, int]] = []  # event in front of which it lies, kind, instance
+    # The event in front of which it lies, its time, kind and instance.
+    rows: list[tuple[int, int, int, int]] = []
     instances = list(trace.instances)
     for block in unseen:
         index = len(instances)
@@ -119,11 +132,60 @@ def join(
             )
         )  # fmt: skip
         if not before:
-            rows.append((place, MALLOC, index))
+            rows.append((place, since, MALLOC, index))
         if block.taken is not None and block.taken >= begun:
             end = int(np.searchsorted(host_times, block.taken, "right"))
-            rows.append((max(end, place), FREE, index))
-    return _with_rows(trace, instances, sorted(rows, key=lambda row: row[0]))
+            rows.append((max(end, place), block.taken, FREE, index))
+    return _with_rows(trace, instances, sorted(rows))
+
+
+def history_peak(
+    segments: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]
+) -> int:
+    """Return the most bytes in use at once, as asked for, by a history; see `join`."""
+    live: dict[int, int] = {}
+    for segment in segments:
+        live.update(_in_use(segment))
+    now = most = sum(live.values())
+    for entry in entries:
+        if entry["action"] == "alloc":
+            live[entry["addr"]] = entry["size"]
+            now += entry["size"]
+            most = max(most, now)
+        elif entry["action"] == "free_completed":
+            now -= live.pop(entry["addr"], 0)
+    return most
+
+
+def order_errors(
+    trace: Trace,
+    addresses: Sequence[tuple[int, int]],
+    segments: Sequence[Mapping[str, Any]],
+    entries: Sequence[Mapping[str, Any]],
+    device: str,
+) -> tuple[int, int]:
+    """Return how many instances are in a history, and how many of those are out of its order.
+
+    Args: see `join`. The trace is the one that was not joined.
+    """
+    given = _with_host_clock(_given(segments, entries), trace, addresses)
+    times = [
+        given[number].given
+        for index, number in sorted(_matches(given, trace, addresses, device).items())
+        if not trace.instances[index].external
+    ]
+    known = [time for time in times if time is not None]
+    return len(known), int((np.diff(np.array(known, np.int64)) < 0).sum())
+
+
+def _in_use(segment: Mapping[str, Any]) -> dict[int, int]:
+    """Return the blocks of a segment that are in use, by address, as what was asked for."""
+    found, address = {}, segment["address"]
+    for block in segment["blocks"]:
+        if block["state"] == "active_allocated":
+            found[address] = block.get("requested_size", block["size"])
+        address += block["size"]
+    return found
 
 
 def _given(
@@ -132,12 +194,7 @@ def _given(
     """Return every block that was in use at some time of the history."""
     open_blocks: dict[int, tuple[int, int | None]] = {}
     for segment in segments:
-        address = segment["address"]
-        for block in segment["blocks"]:
-            if block["state"] == "active_allocated":
-                size = block.get("requested_size", block["size"])
-                open_blocks[block.get("address", address)] = (size, None)
-            address += block["size"]
+        open_blocks.update({where: (size, None) for where, size in _in_use(segment).items()})
     found = []
     for entry in entries:
         now = entry["time_us"] * 1000
@@ -147,26 +204,61 @@ def _given(
             size, since = open_blocks.pop(entry["addr"])
             found.append(_Given(entry["addr"], size, since, now))
     found += [_Given(where, size, since, None) for where, (size, since) in open_blocks.items()]
-    return sorted(found, key=lambda block: block.given or 0)
+    return sorted(found, key=lambda block: (block.given is not None, block.given or 0))
 
 
-def _unmatched(
+def _matches(
     given: Sequence[_Given], trace: Trace, addresses: Sequence[tuple[int, int]], device: str
-) -> list[_Given]:
-    """Return the blocks that are no instance's."""
-    by_place: dict[tuple[int, int], list[tuple[int, int]]] = {}
+) -> dict[int, int]:
+    """Return the number of each instance's block among those that were given."""
+    at_address: dict[int, list[tuple[int, int]]] = {}
     for number, block in enumerate(given):
-        by_place.setdefault((block.address, block.size), []).append((block.given or 0, number))
+        at_address.setdefault(block.address, []).append((block.given or 0, number))
+    here = [
+        (instance, *where)
+        for instance, where in zip(trace.instances, addresses, strict=True)
+        if instance.device == device and instance.size
+    ]
+    found: dict[int, int] = {}
     taken: set[int] = set()
-    for instance, (address, seen) in zip(trace.instances, addresses, strict=True):
-        blocks = by_place.get((address, instance.size), [])
+    for instance, address, seen in here:
+        blocks = at_address.get(address, [])
         # The last one that was given before the instance was seen.
-        place = bisect.bisect_right(blocks, (seen + _SLACK_NS, len(given)))
+        place = bisect.bisect_right(blocks, (seen, len(given)))
         while place and blocks[place - 1][1] in taken:
             place -= 1
-        if place and instance.device == device:
+        if place and given[blocks[place - 1][1]].size >= instance.size:
+            found[instance.index] = blocks[place - 1][1]
             taken.add(blocks[place - 1][1])
-    return [block for number, block in enumerate(given) if number not in taken]
+    return found
+
+
+def _with_host_clock(
+    given: Sequence[_Given], trace: Trace, addresses: Sequence[tuple[int, int]]
+) -> list[_Given]:
+    """Return blocks with times of the host's clock."""
+    once: dict[int, int | None] = {}
+    for block in given:
+        if block.given is not None:
+            once[block.address] = None if block.address in once else block.given
+    ahead = []
+    uses = Counter(address for address, _ in addresses)
+    for instance, (address, seen) in zip(trace.instances, addresses, strict=True):
+        since = once.get(address)
+        if since is not None and uses[address] == 1 and not instance.external:
+            ahead.append(since - seen)
+    middle = int(np.median(ahead)) if ahead else 0
+    if -_MOST_LEAD_NS <= middle <= 0:
+        return list(given)
+    shift = middle + _LEAD_NS
+    return [
+        dataclasses.replace(
+            block,
+            given=None if block.given is None else block.given - shift,
+            taken=None if block.taken is None else block.taken - shift,
+        )
+        for block in given
+    ]
 
 
 def _call_starts(trace: Trace) -> Int64:
@@ -186,12 +278,12 @@ def _inside(block: _Given, starts: Int64, host_times: Int64, call: int) -> bool:
 
 
 def _with_rows(
-    trace: Trace, instances: list[Instance], rows: Sequence[tuple[int, int, int]]
+    trace: Trace, instances: list[Instance], rows: Sequence[tuple[int, int, int, int]]
 ) -> Trace:
     """Return a trace with events put in."""
-    places = np.array([place for place, _, _ in rows], np.int64)
-    kinds = np.array([kind for _, kind, _ in rows], np.uint8)
-    which = np.array([index for _, _, index in rows], np.int32)
+    places = np.array([place for place, _, _, _ in rows], np.int64)
+    kinds = np.array([kind for _, _, kind, _ in rows], np.uint8)
+    which = np.array([index for _, _, _, index in rows], np.int32)
 
     def copied(column: Any, first: int) -> Any:
         # What is put in takes the operation and the time of the event in front of it.

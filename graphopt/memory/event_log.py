@@ -60,15 +60,8 @@ class EventLog:
         """The host's time of each event: what is let go of meanwhile may have come in between."""
         return np.maximum.accumulate(np.array(self.times, np.int64))
 
-    def trace(
-        self, names: Sequence[str], meta_device: str, notes: Sequence[str], complete: bool
-    ) -> Trace:
-        """Return what was appended as a trace.
-
-        Args:
-            names: Of the operations.
-            meta_device: See `Recorder`.
-        """
+    def trace(self, names: Sequence[str], notes: Sequence[str], complete: bool) -> Trace:
+        """Return what was appended as a trace, by the names of the operations."""
         codes = np.array(self.codes, np.int64)
         kind, instance = (codes & 3).astype(np.uint8), (codes >> 2).astype(np.int32)
         place = np.arange(len(codes))
@@ -79,10 +72,7 @@ class EventLog:
         for what, found in ((MALLOC, born), (FREE, died)):
             found[instance[kind == what]] = place[kind == what]
         external[instance[kind == MALLOC]] = False
-        devices = {
-            device: meta_device if device.type == "meta" else str(device)
-            for device in {row.device for row in self.rows}
-        }
+        devices = {device: str(device) for device in {row.device for row in self.rows}}
         return Trace(
             instances=[
                 Instance(

@@ -154,7 +154,8 @@ def data_dependence(error: BaseException) -> str | None:
     if isinstance(error, GuardOnDataDependentSymNode):
         return "a condition depends on a value"
     text = str(error)
-    if isinstance(error, (NotImplementedError, RuntimeError)) and "meta" in text.lower():
+    known = (NotImplementedError, RuntimeError, TypeError)
+    if isinstance(error, known) and "meta" in text.lower():
         # Tensors of device "meta" refuse in many words; an operator's name says most.
         found = re.search(r"aten::(\w+)|torch\.(\w+)\(\)|cannot (\w+) a meta", text)
         if found is None:

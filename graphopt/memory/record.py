@@ -65,7 +65,7 @@ def record(
         workspaces=workspaces,
         cost=cost,
         as_fake=None if fake is None else _as_fake(fake),
-        meta_device="meta" if stand_in is None else str(stand_in.device),
+        meta_place=None if stand_in is None else stand_in.place,
         most=most,
     )
     kept = AllocatorHistory(torch.device(device)) if history and not valueless else None

@@ -64,7 +64,8 @@ class Recorder(TorchDispatchMode):
         cost: How long an operator takes, for the clock "cost model".
         as_fake: From a tensor with values to the one that stands for it, where operators run on
             fake tensors.
-        meta_device: What the trace calls torch's device "meta", where that stands for another.
+        meta_place: Where what a storage of device "meta" stands for lies; it is told whether an
+            operator has just made it.
         most: How many events are kept. What comes later is left out, and a note says so.
 
     Attributes:
@@ -82,7 +83,7 @@ class Recorder(TorchDispatchMode):
         workspaces: Workspaces | None = None,
         cost: Cost | None = None,
         as_fake: Callable[[Tensor], Tensor] | None = None,
-        meta_device: str = "meta",
+        meta_place: Callable[[torch.UntypedStorage, bool], torch.device] | None = None,
         most: int = MAX_EVENTS,
     ) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class Recorder(TorchDispatchMode):
         self.complete = True
         self.log, self._clock = EventLog(clock), clock
         self._workspaces, self._cost = workspaces, cost
-        self._as_fake, self._meta_device, self._most = as_fake, meta_device, most
+        self._as_fake, self._meta_place, self._most = as_fake, meta_place, most
         self.addresses: list[tuple[int, int]] = []
         self._operators: dict[Any, Operator] = {}
         self._plain: dict[tuple[type, ...], bool] = {(): True}
@@ -145,7 +146,6 @@ class Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        entered = time.perf_counter_ns()
         plain = self._plain.get(types)
         if plain is None:
             plain = not any(map(is_traceable_wrapper_subclass_type, types))
@@ -162,7 +162,6 @@ class Recorder(TorchDispatchMode):
         if self._clock == "cuda events":
             return self._timed_on_gpu(op, function, args, kwargs)
         begun = time.perf_counter_ns()
-        self._own += begun - entered
         out = function(*args, **kwargs)
         ended = time.perf_counter_ns()
         self._log(op, function, args, kwargs, out, begun - self._own, ended - self._own)
@@ -282,6 +281,8 @@ class Recorder(TorchDispatchMode):
         else:
             category = "activation"
         device = getattr(tensor, "fake_device", None) or tensor.device
+        if self._meta_place is not None and device.type == "meta":
+            device = self._meta_place(storage, producer != OUTSIDE)
         size, index = storage.nbytes(), len(self.log.rows)
         self.log.rows.append(
             Row(size, tensor.dtype, tuple(tensor.shape), device, category, producer)
@@ -336,7 +337,7 @@ class Recorder(TorchDispatchMode):
         """Return what was recorded; nothing is, from now on."""
         self._closed = True
         names = [op.name for op in self._operators.values()]
-        return self.log.trace(names, self._meta_device, self.notes, self.complete)
+        return self.log.trace(names, self.notes, self.complete)
 
     def mark_saved(self, outputs: Iterable[Tensor]) -> None:
         """Mark what autograd keeps for a backward pass from some tensors, if there will be one."""

@@ -4,11 +4,15 @@ Tensors of torch's device "meta" have shapes and storages and no memory. Inside 
 that they are on a GPU, whatever is put on a GPU becomes one of them, and what torch does otherwise
 on a GPU than elsewhere is done as there: which attention kernel runs, which optimizer, what
 autocast converts. No CUDA is needed, and torch may be built without it.
+
+What is copied to the host has no values either. It is followed as memory of the host, and what is
+computed there from it is taken for the GPU's.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -21,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 from graphopt.memory.fused_attention import attend
 from graphopt.memory.operators import words
 
-_META = torch.device("meta")
+_META, _CPU = torch.device("meta"), torch.device("cpu")
 
 _LOWER = words(
     "linear matmul __matmul__ __rmatmul__ mm bmm mv addmm addmv addbmm baddbmm einsum "
@@ -58,6 +62,8 @@ class StandIn(TorchFunctionMode):
         self.capability, self.memory = capability, memory
         self.attend = functools.partial(attend, capability=capability)
         self._kept: list[tuple[Any, str, Any]] = []
+        self._host: dict[int, weakref.ref[Any]] = {}
+        self._copying = False
 
     def __enter__(self) -> StandIn:
         for owner, name, value in (
@@ -77,6 +83,27 @@ class StandIn(TorchFunctionMode):
         while self._kept:
             setattr(*self._kept.pop())
 
+    def place(self, storage: torch.UntypedStorage, fresh: bool = False) -> torch.device:
+        """Return where what a storage of device "meta" stands for lies.
+
+        Args:
+            fresh: An operator has just made it.
+        """
+        copied = fresh and self._copying
+        return _CPU if copied or id(storage) in self._host else self.device
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """Return a copy that stands for one on the host."""
+        self._copying = True
+        try:
+            copy = tensor.clone()
+        finally:
+            self._copying = False
+        storage = copy.untyped_storage()
+        key, host = id(storage), self._host
+        host[key] = weakref.ref(storage, lambda _: host.pop(key, None))
+        return copy
+
     def __torch_function__(
         self,
         function: Any,
@@ -85,6 +112,8 @@ class StandIn(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if function is torch.device:
+            return function(*args, **kwargs)
         special = _SPECIAL.get(function)
         if special is not None:
             return special(self, function, args, kwargs)
@@ -124,11 +153,35 @@ Special = Callable[[StandIn, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 def _device(mode: StandIn, function: Any, args: Any, kwargs: Any) -> Any:
     device = function(*args)
-    return mode.device if device == _META else device
+    return mode.place(args[0].untyped_storage()) if device == _META else device
 
 
 def _is_cuda(mode: StandIn, function: Any, args: Any, kwargs: Any) -> bool:
-    return args[0].is_meta or function(*args)
+    return bool(_device(mode, torch.Tensor.device.__get__, args, {}).type == "cuda")  # type: ignore[attr-defined]
+
+
+def _is_cpu(mode: StandIn, function: Any, args: Any, kwargs: Any) -> bool:
+    return not _is_cuda(mode, function, args, kwargs)
+
+
+def _to(mode: StandIn, function: Any, args: Any, kwargs: Any) -> Tensor:
+    """Copy between the GPU and the host, and leave the dtype to what follows."""
+    tensor, *rest = args
+    wanted = [x for x in (*rest, *kwargs.values()) if isinstance(x, (str, torch.device))]
+    if wanted and tensor.is_meta:
+        here = mode.place(tensor.untyped_storage())
+        if torch.device(wanted[0]).type != here.type:
+            tensor = mode.to_host(tensor) if here != _CPU else tensor.clone()
+    changed = [_META if (x in wanted and tensor.is_meta) or _names_gpu(x) else x for x in rest]
+    options = {
+        name: _META if (x in wanted and tensor.is_meta) or _names_gpu(x) else x
+        for name, x in kwargs.items()
+    }
+    return function(tensor, *changed, **options)
+
+
+def _to_cpu(mode: StandIn, function: Any, args: Any, kwargs: Any) -> Tensor:
+    return _to(mode, torch.Tensor.to, (args[0], "cpu"), {})
 
 
 def _not_meta(mode: StandIn, function: Any, args: Any, kwargs: Any) -> bool:
@@ -140,7 +193,7 @@ def _get_device(mode: StandIn, function: Any, args: Any, kwargs: Any) -> int:
 
 
 def _to_gpu(mode: StandIn, function: Any, args: Any, kwargs: Any) -> Tensor:
-    return args[0].to(_META)
+    return _to(mode, torch.Tensor.to, (args[0], mode.device), {})
 
 
 def _attention(mode: StandIn, function: Any, args: Any, kwargs: Any) -> Any:
@@ -171,7 +224,10 @@ _SPECIAL: dict[Any, Special] = {
     torch.Tensor.is_cuda.__get__: _is_cuda,  # type: ignore[attr-defined]
     torch.Tensor.is_meta.__get__: _not_meta,  # type: ignore[attr-defined]
     torch.Tensor.get_device: _get_device,
+    torch.Tensor.is_cpu.__get__: _is_cpu,  # type: ignore[attr-defined]
     torch.Tensor.cuda: _to_gpu,
+    torch.Tensor.cpu: _to_cpu,
+    torch.Tensor.to: _to,
     F.scaled_dot_product_attention: _attention,
     F.dropout: _dropout,
 }
