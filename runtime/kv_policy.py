@@ -19,6 +19,7 @@ from torch import Tensor
 
 from graphopt.ir.kv_policies.base import KVPolicy, State
 from graphopt.ir.kv_policies.pages import Filled, all_pages
+from graphopt.ir.kv_policies.predictor import AVERAGE_SHARE
 from graphopt.ir.kv_policies.probabilities import Scoring, page_probabilities
 
 MOST_PAGES = 65536
@@ -309,7 +310,7 @@ def observe_prediction(
     selected = _rows(selected_BGM.expand(batch, groups, -1))
     append_row[(batch * groups,)](
         selected, page_max_BH1M.contiguous(), lse_BH1.contiguous(), history, observed,
-        state["steps"], *selected.stride()[:2], *ring, groups, pages, read,
+        state["steps"], *selected.stride()[:2], *ring, groups, pages, read, AVERAGE_SHARE,
         ROWS=rows, GROUP=page_max_BH1M.shape[1] // groups, BLOCK=1024, CHANNELS=channels,
         num_warps=4,
     )  # fmt: skip

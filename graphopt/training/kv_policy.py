@@ -4,16 +4,16 @@ A network is shown the history that decoding with a budget leaves: rows of which
 observed that another policy would have read (the moving average, with noise), at budgets of a
 quarter, an eighth and a sixteenth of the text, with a calibration now and then. It learns the next
 row of dense attention by the mean squared error, and which pages to take by the recall of the mass
-that is selected, the choice of the best pages being softened so that it has a gradient. How good it
-has become is measured by following it over the held-out text: there its own choices make its
-history.
+that is selected. So that it has a gradient the choice of the best pages is softened, and still adds
+up to as many pages: otherwise scores that are nearly equal would take half of all of them. The
+network starts as the moving average and learns what else there is. How good it has become is
+measured by following it over the held-out text: there its own choices make its history.
 
 Layout letters as in `graphopt.training.kv_traces`.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -36,7 +36,8 @@ from graphopt.ir.kv_policies import (
 )
 from graphopt.ir.kv_policies.attention_cnn import new_weights, predict
 from graphopt.ir.kv_policies.pages import always_BN
-from graphopt.ir.kv_policies.predictor import network_input
+from graphopt.ir.kv_policies.predictor import next_averages
+from graphopt.support.per_device import PerDevice
 from graphopt.support.progress import Progress, silent
 from graphopt.training.kv_replay import pages_read, recall
 from graphopt.training.kv_traces import PageTraces, record_traces
@@ -44,16 +45,19 @@ from graphopt.training.kv_traces import PageTraces, record_traces
 FRACTIONS = (4, 8, 16)
 """Budgets are one of so many tokens of a text."""
 
-BATCH = 16
+BATCH = PerDevice(cpu=16, gpu=128)
 RATE = 1e-3
-CHECK_EVERY = 25
+AVERAGED = 0.98
+"""What is left of the average of the weights at each step; that average is what is checked."""
+
+CHECK_EVERY = PerDevice(cpu=25, gpu=50)
 COMPARED_STEPS = 256
 """Steps of the held-out text on which policies are compared in the end."""
 
-CHECKED_STEPS, CHECKED_LAYERS = 48, 6
+CHECKED_STEPS, CHECKED_LAYERS = PerDevice(cpu=48, gpu=256), PerDevice(cpu=6, gpu=1000)
 """Steps of the held-out text, and about how many layers, on which training is followed."""
 
-PATIENCE = 8
+PATIENCE = 10
 """Checks without a higher held-out recall before training stops."""
 
 LEAST_GAIN = 1e-3
@@ -187,12 +191,14 @@ def train_on_traces(
     spent = {} if spent is None else spent
     since = time.perf_counter()
     texts = range(traces.probs_LBGSN.shape[1])
+    device = traces.probs_LBGSN.device
     held = traces.texts(texts[-held_out:]).last(policy.history + COMPARED_STEPS)
     samples = _Samples(traces.texts(texts[:-held_out]), policy, several, seed, progress)
     spent["preparing"] = time.perf_counter() - since
     since = time.perf_counter()
-    some = range(0, len(held.probs_LBGSN), max(1, len(held.probs_LBGSN) // CHECKED_LAYERS))
-    probe = held.layers(some).last(policy.history + CHECKED_STEPS)
+    layers = len(held.probs_LBGSN)
+    some = range(0, layers, max(1, layers // CHECKED_LAYERS.on(device)))
+    probe = held.layers(some).last(policy.history + CHECKED_STEPS.on(device))
 
     def check(weights: Mapping[str, Tensor]) -> float:
         recalls = _recalls(policy.with_weights(weights), probe, several, policy.history, silent)
@@ -204,8 +210,8 @@ def train_on_traces(
     recalls = compare(held, policy.with_weights(trained.weights), several, progress)
     spent["comparing"] = time.perf_counter() - since
     return KVTrainingResult(
-        trained.weights, traces.group, trained.steps, trained.checks, recalls, spent,
-        trained.stopped,
+        {name: x.cpu() for name, x in trained.weights.items()}, traces.group, trained.steps,
+        trained.checks, recalls, spent, trained.stopped,
     )  # fmt: skip
 
 
@@ -261,8 +267,8 @@ class _Exploring(Ema):
         scoring: Scoring,
     ) -> Tensor:
         scores = state["probability"]
-        noise = torch.randn(scores.shape, generator=self.generator) * self.noise
-        return select_pages(scores * noise.exp(), self.budget, lengths)
+        drawn = torch.randn(scores.shape, generator=self.generator, device=scores.device)
+        return select_pages(scores * (drawn * self.noise).exp(), self.budget, lengths)
 
 
 class _Samples:
@@ -271,7 +277,7 @@ class _Samples:
     Each text has one of the budgets, in turns.
 
     Attributes:
-        budgets: Of every text.
+        device: Where they lie.
         rows: L * B * G, all sequences of rows.
         steps: S.
     """
@@ -284,49 +290,56 @@ class _Samples:
         seed: int,
         progress: Progress,
     ) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        device = traces.probs_LBGSN.device
+        generator = torch.Generator(device).manual_seed(seed)
         layers, texts, groups, self.steps, _ = traces.probs_LBGSN.shape
         self._traces, self._history = traces, policy.history
-        self.budgets = [several[text % len(several)] for text in range(texts)]
+        self.device, self._several = device, several
+        which = [text % len(several) for text in range(texts)]
         read = torch.cat(
             [
                 pages_read(
-                    _Exploring(budget, policy.calibrate_every, generator=generator),
+                    _Exploring(several[one], policy.calibrate_every, generator=generator),
                     traces.texts([text]), policy.history,
                     progress=progress, what="preparing histories",
                 )
-                for text, budget in enumerate(self.budgets)
+                for text, one in enumerate(which)
             ],
             1,
         )  # fmt: skip
         self.rows = layers * texts * groups
-        self._text = torch.arange(texts)[None, :, None].expand(layers, -1, groups).flatten()
+        budgets = torch.tensor(which, device=device)[None, :, None]
+        self._budget = budgets.expand(layers, -1, groups).flatten()
         self._read = read.flatten(0, 2)
-        self._target = network_input(traces.probs_LBGSN, 2).flatten(0, 2)
+        self._probs = traces.probs_LBGSN.flatten(0, 2)
         self._mass = traces.mass_LBGSN.flatten(0, 2)
-        self._held = self._target.clone()
-        for step in range(1, self.steps):
-            kept = ~self._read[:, step]
-            self._held[:, step][kept] = self._held[:, step - 1][kept]
+        self._held = torch.empty_like(self._probs)
+        row = torch.zeros_like(self._probs[:, 0], dtype=torch.float32)
+        for step in range(self.steps):
+            after = next_averages(row, self._probs[:, step].float())
+            row = torch.where(self._read[:, step], after, row)
+            self._held[:, step] = row
 
     def draw(self, count: int, generator: torch.Generator) -> _Batch:
         """Return so many histories, drawn at random with what comes behind them."""
         row = torch.randint(self.rows, (count,), generator=generator)
         step = torch.randint(self._history, self.steps, (count,), generator=generator)
-        past = step[:, None] - torch.arange(self._history, 0, -1)
+        row, step = (x.to(self._read.device) for x in (row, step))
+        past = step[:, None] - torch.arange(self._history, 0, -1, device=step.device)
         held, read = (x[row[:, None], past].float() for x in (self._held, self._read))
-        inside, selectable = [], []
-        for text, now in zip(self._text[row].tolist(), step.tolist(), strict=True):
-            budget, lengths = self.budgets[text], self._traces.lengths(now, 1)
-            # Sink and local are read anyway, and outside for the network.
-            inside.append(lengths.present_BN(budget.page)[0] & ~always_BN(budget, lengths)[0])
-            selectable.append(budget.selectable)
+        last, slots = self._traces.first + step, self._traces.probs_LBGSN.shape[4]
+        lengths = Filled(torch.zeros_like(last), last, slots * self._traces.page)
+        present = lengths.present_BN(self._traces.page)
+        # Sink and local are read anyway, and outside for the network.
+        of_all = torch.stack([present & ~always_BN(budget, lengths) for budget in self._several])
+        selectable = torch.tensor([budget.selectable for budget in self._several])
+        one = self._budget[row]
         return _Batch(
             torch.stack((held, read), 1),
-            torch.stack(inside),
-            self._target[row, step].float(),
+            of_all[one, torch.arange(count, device=one.device)],
+            self._probs[row, step].float().sqrt().sqrt(),
             self._mass[row, step].float(),
-            torch.tensor(selectable),
+            selectable.to(one.device)[one],
         )
 
 
@@ -349,11 +362,8 @@ class _Batch:
         """Return the mean squared error, and what is missing to the best choice's recall."""
         scores = predict(self.x, self.inside, weights)
         error = F.mse_loss(scores[self.inside], self.target[self.inside])
-        ranked = scores.masked_fill(~self.inside, float("-inf"))
-        threshold = self._threshold(ranked.detach())
-        # The softened choice: 1 far above the last score that is taken, 0 far below.
         width = self._spread(scores.detach()) * SOFTNESS
-        chosen = ((scores - threshold) / width).sigmoid() * self.inside
+        chosen = _softly_chosen(scores / width, self.inside, self.selectable[:, None])
         return error, 1 - self._share(chosen).mean()
 
     def _threshold(self, scores: Tensor) -> Tensor:
@@ -375,37 +385,55 @@ class _Batch:
         return spread.sqrt().clamp(min=1e-4)
 
 
-SOFTNESS = 0.25
+def _softly_chosen(scores: Tensor, inside: Tensor, count: Tensor) -> Tensor:
+    """Return how far each page is taken, 0 to 1: `count` pages in all, by sigmoid(score - t).
+
+    The gradient knows that t moves with the scores: what one page gains the others lose, those near
+    t the most.
+    """
+    masked = scores.detach().masked_fill(~inside, float("-inf"))
+    low = masked.masked_fill(~inside, float("inf")).amin(-1, keepdim=True) - EDGE
+    high = masked.amax(-1, keepdim=True) + EDGE
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        many = (masked - middle).sigmoid().sum(-1, keepdim=True) > count
+        low, high = torch.where(many, middle, low), torch.where(many, high, middle)
+    share = (masked - low).sigmoid()
+    slope = share * (1 - share)
+    slope = slope / slope.sum(-1, keepdim=True).clamp(min=1e-12)
+    moved = ((scores - scores.detach()) * slope).sum(-1, keepdim=True)  # 0, with a gradient
+    return (scores - low - moved).sigmoid() * inside
+
+
+SOFTNESS = 0.1
 """Over how much of the scores' standard deviation the choice of pages is softened."""
 
-SQUARED_ERROR = 10.0
+EDGE, BISECTIONS = 20.0, 40
+"""How far from all scores the number t is looked for, and in how many halvings."""
+
+SQUARED_ERROR = 1.0
 """What the mean squared error counts beside the missing recall."""
 
 
 def starting_weights(policy: Predictor, seed: int) -> dict[str, Tensor]:
-    """Return weights to train from: half the mean of all rows, half the last row, and noise.
+    """Return weights to train from: the score is the last row, the moving average.
 
     The last row is told by what is behind it: a feature that is 1 in every row, and 0 where the
-    second convolution has zeros for the row behind the last, is taken off all other rows.
+    second convolution has zeros for the row behind the last, is taken off all other rows. Features
+    drawn at random count nothing yet.
     """
     weights = new_weights(policy.channels, seed)
-    weights["conv3.weight"] *= NOISE
+    weights["conv3.weight"][:], weights["conv3.bias"][:] = 0, 0
     value, one = 0, 1  # features of the first convolution
     for feature in (value, one):
         weights["conv1.weight"][feature], weights["conv1.bias"][feature] = 0, feature == one
     weights["conv1.weight"][value, 0, 1, 1] = 1
-    mean, last = 0, 1  # features of the second
-    for feature in (mean, last):
-        weights["conv2.weight"][feature], weights["conv2.bias"][feature] = 0, 0
-        weights["conv2.weight"][feature, value, 1, 1] = 1
+    last = 0  # feature of the second
+    weights["conv2.weight"][last], weights["conv2.bias"][last] = 0, 0
+    weights["conv2.weight"][last, value, 1, 1] = 1
     weights["conv2.weight"][last, one, 2, 1] = -1
-    weights["conv3.weight"][0, mean, 0] = 0.5
-    weights["conv3.weight"][0, last, 0] = 0.5 * policy.history
+    weights["conv3.weight"][0, last, 0] = policy.history
     return weights
-
-
-NOISE = 0.1
-"""What is left of weights that are drawn at random in the last layer."""
 
 
 @dataclass
@@ -425,26 +453,28 @@ def _train(
     most_steps: int,
     progress: Progress,
 ) -> _Trained:
-    """Return the weights of the highest recall on the held-out text, by `check`."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = starting_weights(policy, seed)
+    """Return the weights of the highest recall on the held-out text, by `check`.
+
+    Those are averages of the weights along the way, which vary less than the last ones do: neither
+    the rate nor the time that is left has to be known ahead.
+    """
+    device, generator = samples.device, torch.Generator().manual_seed(seed)
+    weights = {name: x.to(device) for name, x in starting_weights(policy, seed).items()}
+    average = {name: x.clone() for name, x in weights.items()}
     for weight in weights.values():
         weight.requires_grad_()
     optimiser = torch.optim.Adam(weights.values(), RATE)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / most_steps)))
-    )
     best, trained, since = -1.0, _Trained({}), time.perf_counter()
-    worse = 0
+    worse, every, batch = 0, CHECK_EVERY.on(device), BATCH.on(device)
     for step in range(most_steps + 1):
         late = time.perf_counter() - since > seconds
-        if step % CHECK_EVERY == 0 or late or step == most_steps:
-            mean = check({name: x.detach() for name, x in weights.items()})
+        if step % every == 0 or late or step == most_steps:
+            mean = check(average)
             trained.checks.append((step, mean))
             worse += 1
             if mean > best:
                 best, worse = mean, 0
-                trained.weights = {name: x.detach().clone() for name, x in weights.items()}
+                trained.weights = {name: x.clone() for name, x in average.items()}
             trained.steps = step
             if worse >= PATIENCE:
                 trained.stopped = f"held-out recall was no higher in {PATIENCE} checks"
@@ -455,10 +485,12 @@ def _train(
         if step == most_steps:
             trained.stopped = f"all {most_steps} steps were made"
             break
-        error, missing = samples.draw(BATCH, generator).losses(weights)
+        error, missing = samples.draw(batch, generator).losses(weights)
         optimiser.zero_grad()
         (SQUARED_ERROR * error + missing).backward()
         optimiser.step()
-        schedule.step()
+        with torch.no_grad():
+            for name, weight in weights.items():
+                average[name].lerp_(weight, 1 - AVERAGED)
         progress("training", step + 1, most_steps)
     return trained

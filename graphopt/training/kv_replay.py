@@ -35,22 +35,22 @@ def pages_read(
             after a prompt.
     """
     layers, texts, groups, steps, pages = traces.probs_LBGSN.shape
-    rows = layers * texts
+    rows, device = layers * texts, traces.probs_LBGSN.device
     probs_BGSN = traces.probs_LBGSN.flatten(0, 1)
     # What it remembers of an empty prompt is displaced by the dense steps.
-    empty = torch.zeros(rows, groups, traces.first, 1)
+    empty = torch.zeros(rows, groups, traces.first, 1, device=device)
     tail = empty[:, :, : min(policy.history, traces.first)]
     room = pages * policy.budget.page - traces.first
-    real = torch.nn.functional.pad(torch.ones(rows, traces.first), (0, room))
+    real = torch.nn.functional.pad(torch.ones(rows, traces.first, device=device), (0, room))
     empty = torch.nn.functional.pad(empty, (0, 0, 0, room))
     state = policy.init(tail, empty, empty, real, Scoring(1.0))
-    layer = torch.arange(layers).repeat_interleave(texts)
+    layer = torch.arange(layers, device=device).repeat_interleave(texts)
     every = policy.calibrate_every
-    read_BGSN = torch.zeros(rows, groups, steps, pages, dtype=torch.bool)
+    read_BGSN = torch.zeros(rows, groups, steps, pages, dtype=torch.bool, device=device)
     for step in range(steps):
         lengths = traces.lengths(step, rows)
         everything = all_pages(policy.budget.page, lengths).expand(-1, groups, -1)
-        dense = torch.full((rows,), step < dense_steps)
+        dense = torch.full((rows,), step < dense_steps, device=device)
         if every is not None:
             dense = dense | ((step + 1 + layer) % every == 0)
         named = everything
@@ -75,9 +75,9 @@ def recall(read_LBGSN: Tensor, traces: PageTraces, dense_steps: int, every: int 
     layers, _, _, steps, _ = read_LBGSN.shape
     mass = traces.mass_LBGSN.float()
     share = (mass * read_LBGSN).sum(-1) / mass.sum(-1)
-    step = torch.arange(steps)
+    step, layer = (torch.arange(count, device=mass.device) for count in (steps, layers))
     counts = (step >= dense_steps).expand(layers, -1)
     if every is not None:
-        counts = counts & ((step + 1 + torch.arange(layers)[:, None]) % every != 0)
+        counts = counts & ((step + 1 + layer[:, None]) % every != 0)
     counts = counts[:, None, None].expand_as(share)
     return float(share[counts].double().mean())

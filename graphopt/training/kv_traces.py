@@ -48,7 +48,7 @@ class PageTraces:
 
     def lengths(self, step: int, rows: int) -> Filled:
         """Return where the keys of a step lie, in each of some rows: texts begin at slot 0."""
-        last = torch.full((rows,), self.first + step)
+        last = torch.full((rows,), self.first + step, device=self.probs_LBGSN.device)
         return Filled(torch.zeros_like(last), last, self.probs_LBGSN.shape[4] * self.page)
 
     def texts(self, numbers: Sequence[int]) -> PageTraces:
@@ -106,7 +106,8 @@ def record_traces(
 ) -> PageTraces:
     """Walk a program over texts once, and keep what the last tokens of each attend to.
 
-    Layers of the most frequent head layout are recorded: a predictor is for one.
+    Layers of the most frequent head layout are recorded: a predictor is for one. Traces lie where
+    the program runs.
 
     Args:
         windows: int64 [B, tokens], without padding.
@@ -132,7 +133,7 @@ def record_traces(
                 values = dict(zip(wanted, block.values(batch, wanted), strict=True))
                 attention = CausalAttention.of_values(layer.node, block.call, values)
                 scores = attention.page_scores(first, page)
-                parts.append([x.to(STORED).cpu() for x in (scores.probabilities(), scores.mass())])
+                parts.append([x.to(STORED) for x in (scores.probabilities(), scores.mass())])
             probs, mass = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
             recorded.append(((probs.shape[1], scores.groups), probs, mass))
     layout, _ = Counter(heads for heads, _, _ in recorded).most_common(1)[0]

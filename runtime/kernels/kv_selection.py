@@ -345,6 +345,7 @@ def append_row(
     history_stride_b, history_stride_g, history_stride_r,
     observed_stride_b, observed_stride_g, observed_stride_r,
     G, pages, read,
+    share,  # what the newest probability counts
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -352,7 +353,8 @@ def append_row(
 ):  # fmt: skip
     """Put the row of a step into a predictor's ring: what was read, and before that the last row.
 
-    With one channel what was not read is 0, and values are probabilities, not their fourth roots.
+    Values are fourth roots of moving averages. With one channel they are probabilities, and what
+    was not read is 0.
     """
     row = tl.program_id(0)
     batch, group = (row // G).to(tl.int64), (row % G).to(tl.int64)
@@ -379,7 +381,9 @@ def append_row(
         page = tl.load(selected_row + item, mask=listed, other=-1)
         value = read_probability(page_max_ptr, lse_ptr, row, item, listed, read, GROUP, BLOCK)
         if CHANNELS == 2:
-            value = tl.sqrt(tl.sqrt(value))
+            old = tl.load(history + before * history_stride_r + page, mask=page >= 0, other=0.0)
+            average = share * value + (1.0 - share) * (old * old) * (old * old)
+            value = tl.sqrt(tl.sqrt(tl.where(old > 0.0, average, value)))
             tl.store(observed + page, tl.full([BLOCK], 1, tl.int8), mask=page >= 0)
         tl.store(new_row + page, value, mask=page >= 0)
 

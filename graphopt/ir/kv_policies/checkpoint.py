@@ -23,7 +23,9 @@ from graphopt.ir.kv_policies.attention_cnn import weight_shapes
 from graphopt.ir.kv_policies.base import KVHeads
 from graphopt.ir.kv_policies.predictor import Predictor
 
-FORMAT = "graphopt kv-policy predictor"
+FORMAT = "graphopt kv-policy predictor 2"
+"""With two channels a first one was shown probabilities, not their averages."""
+
 _LARGEST = 2**20
 """Bytes; a checkpoint has 20 to 30 thousand."""
 

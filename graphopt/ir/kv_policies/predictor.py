@@ -28,11 +28,15 @@ from graphopt.ir.kv_policies.pages import (
     put_pages,
     select_pages,
     statistics_dtype,
+    take_pages,
 )
 from graphopt.ir.kv_policies.probabilities import Scoring, max_pooled, tail_pages
 
 LEAST_HISTORY = 8
 """Rows without which none would be two rows away from both edges on both sides of a slide."""
+
+AVERAGE_SHARE = 0.2
+"""What the newest probability counts in the averages that are shown, as `Ema` has it."""
 
 EDGE = 2 * HALO + 1
 """Rows of input that the features of the outer two rows, and of the next one, depend on."""
@@ -47,9 +51,11 @@ class Predictor(KVPolicy):
     outside and has zeros there. It predicts as soon as a row is known, so that pages can be brought
     for the next step before its query is.
 
-    With two channels a page that a step did not read keeps its value in the next row and is marked
-    as not observed; values are fourth roots, since probabilities span orders of magnitude. With one
-    channel, the published form, values are probabilities and what was not read is 0.
+    With two channels a row has the moving averages of pages' probabilities, as `Ema` keeps them: a
+    page that a step did not read keeps its value in the next row and is marked as not observed.
+    Values are fourth roots, since probabilities span orders of magnitude. What the last row says is
+    the choice of `Ema`; the network learns what rows in front of it and pages beside it add. With
+    one channel, the published form, values are probabilities and what was not read is 0.
 
     Of the `history` rows of features that a prediction is the mean of, a step computes six: a sum
     over the inner rows slides by one that comes and one that goes, and the two at either edge are
@@ -133,9 +139,12 @@ class Predictor(KVPolicy):
         page, rows = self.budget.page, q_BHRD.shape[2]
         probs = max_pooled(q_BHRD, k_BGTD, lengths, page, scoring, mask_BT)
         missing = (0, 0, self.history - rows, 0)
-        state = {"history": F.pad(network_input(probs, self.channels), missing)}
-        if self.channels == 2:
-            read = F.pad(tail_pages(rows, lengths, page), missing)
+        if self.channels == 1:
+            state = {"history": F.pad(probs, missing)}
+        else:
+            read = tail_pages(rows, lengths, page)
+            state = {"history": F.pad(averages_of_rows(probs, read[:, None]), missing)}
+            read = F.pad(read, missing)
             state["observed"] = read[:, None].expand_as(state["history"]).contiguous()
         state[STEPS] = torch.zeros_like(lengths.first_B)
         return self._from_all_rows(state, lengths)
@@ -194,8 +203,9 @@ class Predictor(KVPolicy):
         history = page_values(state, "history", pages, axis=3)
         slot = state[STEPS] % self.history
         before = _row(history, (state[STEPS] - 1) % self.history)
-        values = network_input(page_probs_BGM.to(history.dtype), self.channels)
-        kept = before if self.channels == 2 else torch.zeros_like(before)
+        values, kept = page_probs_BGM.to(history.dtype), torch.zeros_like(before)
+        if self.channels == 2:
+            values, kept = next_averages(take_pages(before, selected_BGM), values), before
         state = {**state, "history": _put_row(history, slot, put_pages(kept, selected_BGM, values))}
         if self.channels == 2:
             observed = page_values(state, "observed", pages, axis=3)
@@ -278,9 +288,29 @@ class Predictor(KVPolicy):
         return self.weights
 
 
-def network_input(probs: Tensor, channels: int) -> Tensor:
-    """Return what a predictor of so many channels is shown of probabilities."""
-    return probs.sqrt().sqrt() if channels == 2 else probs
+def next_averages(before: Tensor, probs: Tensor) -> Tensor:
+    """Return the fourth roots of moving averages with one probability more.
+
+    Args:
+        before: Fourth roots of the averages so far; 0 where there was none, so that the new
+            probability counts whole.
+    """
+    average = AVERAGE_SHARE * probs + (1 - AVERAGE_SHARE) * before.square().square()
+    return torch.where(before > 0, average, probs).sqrt().sqrt()
+
+
+def averages_of_rows(probs_BGRN: Tensor, read: Tensor) -> Tensor:
+    """Return the fourth roots of the moving averages at the end of every row, [B, G, R, N].
+
+    Args:
+        read: Which pages a row has read, bool [B, 1, R, N]; from its first row on a page always is.
+    """
+    first = read & ~F.pad(read, (0, 0, 1, 0))[:, :, :-1]
+    row = torch.arange(probs_BGRN.shape[2], device=probs_BGRN.device)
+    behind = row[:, None] - row
+    left = (1 - AVERAGE_SHARE) ** behind.clamp(min=0).to(probs_BGRN.dtype)
+    left = (left * AVERAGE_SHARE).masked_fill(behind < 0, 0)
+    return (left @ torch.where(first, probs_BGRN / AVERAGE_SHARE, probs_BGRN)).sqrt().sqrt()
 
 
 def _ordered(ring: Tensor, steps: Tensor, rows: Tensor) -> Tensor:
