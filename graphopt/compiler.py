@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import SourceError
 from graphopt.evaluate.perplexity import read_text
+from graphopt.execute.what_fits import what_fits
 from graphopt.ir.context import set_max_length
 from graphopt.ir.dtypes import AUTO
 from graphopt.ir.graph import Program
@@ -45,6 +46,10 @@ from graphopt.support.progress import Progress, silent
 if TYPE_CHECKING:
     from graphopt.capture.steps import CaptureStep, Watch
     from graphopt.sources import ModelSource
+
+
+FIT_TOKENS = 2048
+"""Tokens of the texts of which it is said how many fit a memory."""
 
 
 def emit(
@@ -288,6 +293,11 @@ def compile_model(
                 report.estimate = emission.estimate(
                     program, pipeline, device, verify=options.verify
                 )
+                if options.memory is not None:
+                    report.estimate.memory = options.memory
+                    report.estimate.fits = what_fits(
+                        planned, options.memory, batch=1, seq=FIT_TOKENS, progress=progress
+                    )
             else:
                 work = work_folder(folder)
                 program, report = pipeline.run(

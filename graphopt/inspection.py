@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from graphopt.execute.what_fits import what_fits
 from graphopt.ir.cost import total_cost
 from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program
@@ -21,7 +23,12 @@ from graphopt.support.progress import Progress, silent
 
 
 def inspect_program(
-    program: Program, batch: int = 1, seq: int = 128, past: int = 0
+    program: Program,
+    batch: int = 1,
+    seq: int = 128,
+    past: int = 0,
+    memory: int | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Return a program's text, parameters and costs; no weight is read.
 
@@ -30,6 +37,7 @@ def inspect_program(
 
     Args:
         batch, seq, past: B sequences, S tokens of the step, P tokens in the cache.
+        memory: Bytes of a GPU's memory, to say what fits them; None to leave that out.
 
     Returns:
         JSON data; a cost has a `symbolic` form in B, S and P and a `value`.
@@ -82,9 +90,19 @@ def inspect_program(
             op: evaluate_cost(flops, sizes) for op, flops in cost.by_op.items() if flops != 0
         },
         "parts": parts,
+        "fits": None if memory is None else fits_of(cached, memory, batch, seq, progress),
         "notes": [{"where": where, "reason": reason} for where, reason in program.notes],
         "program": print_program(program, facts=False),
     }
+
+
+def fits_of(
+    program: Program, memory: int, batch: int, seq: int, progress: Progress = silent
+) -> dict[str, Any]:
+    """Return what batches and lengths fit a GPU's memory, as JSON data; see `what_fits`."""
+    found = what_fits(program, memory, batch=batch, seq=seq, progress=progress)
+    entries = [asdict(entry) | {"text": entry.describe()} for entry in found]
+    return {"memory": memory, "sizes": entries}
 
 
 def _pretty(value: Dim) -> str:

@@ -25,6 +25,7 @@ from graphopt.cli.shared import (
     Remote,
     add_plugins,
     errors_as_sentences,
+    memory_bytes,
     model_spec,
     print_json,
 )
@@ -146,6 +147,13 @@ class CompileFlags:
             "a pass is lossy."
         ),
     ] = "auto"
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory of a GPU, such as 24GB: with --dry-run, say which batches and lengths fit "
+            "it; passes on a GPU size their batches by it, in place of all that the GPU has."
+        ),
+    ] = None
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of everything random.")] = 0
     bos: BosOption = "every"
     config: ConfigOption = None
@@ -273,6 +281,7 @@ def _compile_options(flags: CompileFlags) -> CompileOptions:
         dump_ir=flags.dump_ir,
         resume=flags.resume,
         device=_device(flags.device, recipe),
+        memory=memory_bytes(flags.memory),
         seed=flags.seed,
         bos=check_bos(flags.bos),
         trust_remote_code=flags.trust_remote_code,

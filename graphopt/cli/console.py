@@ -310,6 +310,8 @@ def print_estimate(console: Console, report: Report) -> None:
     rows.append(("time", f"about {format_duration(total)} ({stages})"))
     rows.append(("memory", f"about {format_bytes(estimate.peak_bytes)}"))
     rows += [("size", f"{form.name} about {form.describe()}") for form in estimate.forms]
+    if estimate.memory is not None:
+        rows += _fit_rows(estimate.memory, [entry.describe() for entry in estimate.fits])
     print_rows(console, rows)
     console.print()
     console.print("Dry run: no weight was read and nothing was written.")
@@ -378,6 +380,16 @@ def print_inspection(console: Console, program: Program, found: dict[str, Any]) 
     for label, text in rows:
         console.print(f"{label:<{width}}", style="dim", end="")
         console.print(text, soft_wrap=True)
+    if found["fits"] is not None:
+        console.print()
+        texts = [entry["text"] for entry in found["fits"]["sizes"]]
+        print_rows(console, _fit_rows(found["fits"]["memory"], texts))
+
+
+def _fit_rows(memory: int, texts: Iterable[str]) -> list[tuple[str, str]]:
+    """Return what fits a GPU's memory, a line each."""
+    said = f"{format_bytes(memory)} of a GPU, beside what its driver takes; in 16 bits"
+    return [("fits", said), *(("", text) for text in texts)]
 
 
 def print_diff(console: Console, found: dict[str, Any]) -> None:

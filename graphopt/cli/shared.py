@@ -20,6 +20,7 @@ import typer
 from graphopt.cli import console as ui
 from graphopt.errors import GraphoptError, UsageError, first_line
 from graphopt.support.boundary import BUG_CODE, REPORT_BUG, out_of_memory
+from graphopt.support.quantities import parse_bytes
 
 if TYPE_CHECKING:
     from graphopt.ir.graph import Program
@@ -192,6 +193,14 @@ BosOption = Annotated[
     ),
 ]
 
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="Memory of a GPU, such as 24GB: say which batches and lengths fit it.",
+    ),
+]
+
 Device = Annotated[
     str,
     typer.Option(
@@ -213,6 +222,15 @@ def model_spec(model: str | None, config: Path | None) -> str:
     if (model is None) == (config is None):
         raise UsageError("Name one model.", "Give MODEL, or --config FILE for a bare config.")
     return f"config:{config}" if config is not None else str(model)
+
+
+def memory_bytes(text: str | None) -> int | None:
+    """Return the bytes of --memory; None where it was not given.
+
+    Raises:
+        UsageError: The text is no size.
+    """
+    return None if text is None else parse_bytes("--memory", text)
 
 
 def add_plugins(files: Sequence[Path] | None) -> None:

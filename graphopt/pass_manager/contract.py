@@ -148,6 +148,7 @@ class Context:
         written: Tokens that the model wrote in place of the built-in text, once a pass asked for
             more than it has; see `graphopt.calibration.text.calibration_windows`.
         begin: Ids that every window begins with; None before a text was cut.
+        memory: Bytes of the device's memory by which batches are sized; None for all of it.
     """
 
     text: str = field(default="", repr=False)
@@ -164,6 +165,7 @@ class Context:
     written: Tensor | None = None
     bos: Bos = "every"
     begin: tuple[int, ...] | None = None
+    memory: int | None = None
 
     def record(self, of: type[R]) -> R | None:
         """Return the latest record of a type that an earlier pass told; None if none did."""

@@ -212,13 +212,16 @@ class Pipeline:
         pipeline._check_values(program)
         tokenizer = Path(program.tokenizer) if program.tokenizer else None
         folder = Path(work) if work is not None else None
-        context = Context(text, calib is None, tokenizer, device, seed, progress, folder, bos=bos)
+        context = Context(
+            text, calib is None, tokenizer, device, seed, progress, folder, bos=bos,
+            memory=options.memory,
+        )  # fmt: skip
         with Meter() as meter:
             run = RecipeRun(pipeline.passes, program, context, options.verify, on_pass)
             if options.dump_ir is not None:
                 run.dump_to(Path(options.dump_ir))
             if folder is not None:
-                settings = f"{seed} {options.verify} {options.device} {bos}"
+                settings = f"{seed} {options.verify} {options.device} {bos} {options.memory}"
                 salt = f"{versions().get('graphopt')} {settings}\n{text}\n"
                 run.snapshots = Snapshots(folder, program, salt)
                 if options.resume:

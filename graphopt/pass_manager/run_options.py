@@ -28,6 +28,7 @@ class RunOptions:
         bos: Which windows of text begin with what the tokenizer puts before a text.
         text: Text file on which source and result are compared; None for a built-in text, where
             a pass that is not exact changed something, and for no comparison where none did.
+        memory: Bytes of the GPU's memory by which passes size their batches; None for all of it.
     """
 
     calib: str | Path | None = None
@@ -39,3 +40,4 @@ class RunOptions:
     seed: int = 0
     bos: Bos = "every"
     text: str | Path | None = None
+    memory: int | None = None

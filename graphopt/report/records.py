@@ -19,6 +19,7 @@ import pydantic
 from graphopt.ir.graph import Program
 from graphopt.ir.types import DTYPE_NAMES, B, P, S
 from graphopt.report.breakdown import breakdown, evaluate_cost
+from graphopt.report.fits import FitEntry
 from graphopt.report.quality import Quality, Verdict, judge
 from graphopt.report.record import Record
 from graphopt.support.inputs import Schema, Size, parse, parse_entry
@@ -229,12 +230,16 @@ class Estimate:
         peak_bytes: Of resident memory.
         forms: How much room each form will take.
         passes: What passes will do.
+        memory: Bytes of the GPU's memory for which it was asked what fits; None if it was not.
+        fits: The largest batches and the longest texts that fit it.
     """
 
     seconds: dict[str, float]
     peak_bytes: int
     forms: list[FormSize]
     passes: list[ForecastEntry]
+    memory: int | None = None
+    fits: list[FitEntry] = field(default_factory=list)
 
 
 @dataclass

@@ -33,10 +33,10 @@ from graphopt.pass_manager.contract import Context, Skip
 from graphopt.report.record import Step
 from graphopt.storage.snapshot import resuming_from
 from graphopt.support.devices import free_bytes
-from graphopt.support.per_device import on_device
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
 from graphopt.training.kept_files import kept_file
 from graphopt.training.losses import LogitObjective, Objective
+from graphopt.training.memory import StepSizes
 from graphopt.training.options import DEFAULT_SECONDS, TrainingOptions
 from graphopt.training.parametrisations import (
     FullParametrisation,
@@ -92,28 +92,16 @@ class Distiller:
         least_held: int = 1,
     ) -> None:
         assert context.dense is not None
-        self.options, self.context = options, context
-        self.device = context.device
-        batch = on_device(options.batch, self.device)
-        seqlen = window_length(program, options.seqlen, self.device)
-        seconds = options.seconds
-        if seconds is None and options.steps is None:
-            seconds = DEFAULT_SECONDS
-        usual_rate = self.usual_rate(batch * seqlen)
-        self.schedule = Schedule(
-            options.steps, seconds, batch=batch, patience=options.patience,
-            rate=options.rate or rate or usual_rate, reduce_on_plateau=reduce_on_plateau,
-        )  # fmt: skip
+        self.options, self.context, self.device = options, context, context.device
+        seqlen = self.seqlen = window_length(program, options.seqlen, self.device)
         self.started = time.perf_counter()
-        self.seqlen = seqlen
         self.original = program
         self.home = self.home_of(program)
         self.dense = resident(context.dense, torch.float32, self.home)
         self.program = self._share(program)
         whole = [*self.dense.weights, *self.program.weights]
         self.origin = {weight.name: weight.producer for weight in whole}
-        self.record = self.tells()
-        self.skipped: list[Skip] = []
+        self.record, self.skipped = self.tells(), list[Skip]()
         windows = calibration_windows(self.dense, context, seqlen)
         held = max(least_held, min(PERPLEXITY_WINDOWS, len(windows) // 8))
         if len(windows) <= held:
@@ -123,12 +111,26 @@ class Distiller:
                 "Give a longer text with --calib, or a lower seqlen.",
             )
         self.windows, self.checked = windows[:-held], windows[-held:]
-        on_cpu = self.device.type != "cuda"
-        if len(self.windows) < batch and (options.generated_windows == 0 or on_cpu):
-            self.schedule = replace(self.schedule, batch=len(self.windows))
-        self.done: list[str] = []
-        self._note_seconds = 0.0
+        sizes = StepSizes.of(
+            self.program, self.dense, options.batch, windows, context, self.blocks_at_once()
+        )
+        self.tokens_ahead, self.record.batches = sizes.ahead.tokens, sizes.sentences()
+        seconds = options.seconds
+        if seconds is None and options.steps is None:
+            seconds = DEFAULT_SECONDS
+        usual_rate = self.usual_rate(sizes.windows * seqlen)
+        alone = options.generated_windows == 0 or self.device.type != "cuda"
+        self.schedule = Schedule(
+            options.steps, seconds, patience=options.patience,
+            batch=min(sizes.windows, len(self.windows)) if alone else sizes.windows,
+            rate=options.rate or rate or usual_rate, reduce_on_plateau=reduce_on_plateau,
+        )  # fmt: skip
+        self.done, self._note_seconds = list[str](), 0.0
         self._resume()
+
+    def blocks_at_once(self) -> int:
+        """Return how many blocks are trained at once at most: all, unless a pass says otherwise."""
+        return len(find_blocks(self.program))
 
     def home_of(self, program: Program) -> torch.device:
         """Return where the weights of both models lie, if they fit there."""
@@ -249,7 +251,7 @@ class Distiller:
         """
         position = find_blocks(program)[first].position
         runner = BlockRunner(program, position, behind + 1, {}, self.device)
-        return HiddenStateCache(runner, ids, entry)
+        return HiddenStateCache(runner, ids, entry, self.tokens_ahead)
 
     def parametrisations(self, program: Program, calls: list[Call]) -> dict[str, Parametrisation]:
         """Return what is trained of calls: every weight of theirs, but none used elsewhere."""

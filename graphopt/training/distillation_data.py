@@ -28,11 +28,17 @@ class HiddenStateCache:
         ids: int64 [N, S].
         entry: The hidden states in front of its first call, where they are known; calls before it
             are then not run.
+        tokens_ahead: Over how many tokens a GPU runs the teacher at once, where states are kept.
     """
 
     def __init__(
-        self, teacher: BlockRunner, ids: Tensor, entry: HiddenStateCache | None = None
+        self,
+        teacher: BlockRunner,
+        ids: Tensor,
+        entry: HiddenStateCache | None = None,
+        tokens_ahead: int = TOKENS_AHEAD,
     ) -> None:
+        self._ahead = tokens_ahead
         self._teacher: BlockRunner | None = teacher
         self._ids, self._entry, self._device = ids, entry, teacher.device
         self._known: dict[int, Tensor] = {}
@@ -45,7 +51,7 @@ class HiddenStateCache:
         if missing:
             if self._place is not None and self._device.type == "cuda":
                 others = (row for row in range(len(self._ids)) if row not in self._known)
-                ahead = itertools.islice(others, TOKENS_AHEAD // self._ids.shape[1])
+                ahead = itertools.islice(others, self._ahead // self._ids.shape[1])
                 missing = list(dict.fromkeys([*missing, *ahead]))
             hidden = self._run(missing)
             if not self._begun:

@@ -65,6 +65,8 @@ class TrainingRecord(Record):
         generated_windows: Windows that the dense model wrote to learn from; None for none.
         compared_tokens: Tokens of a large vocabulary on which distributions were compared; None
             for all.
+        batches: How many windows are taken at once, as predicted to fit the memory of a GPU, a
+            sentence each.
     """
 
     seconds: dict[str, Seconds] = pydantic.Field(default_factory=dict)
@@ -72,6 +74,7 @@ class TrainingRecord(Record):
     training: list[TrainedPart] = pydantic.Field(default_factory=list)
     generated_windows: Count | None = None
     compared_tokens: Count | None = None
+    batches: list[str] = pydantic.Field(default_factory=list)
 
     def shortcoming(self, seconds: float) -> str | None:
         """Return what has to be known of a training that was of no use; None of one that was.
@@ -121,7 +124,7 @@ class TrainingRecord(Record):
                 f"Distributions were compared over {self.compared_tokens:,.0f} tokens of the "
                 "vocabulary: the text's most frequent ones and those that the dense model expects."
             )
-        return facts
+        return facts + self.batches
 
 
 def training_pictures(parts: Sequence[TrainedPart]) -> str:

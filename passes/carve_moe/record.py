@@ -102,6 +102,8 @@ class CarvedParts(Record):
         control: The same with the same neurons for every token; None where that was not measured.
         experts_run: Experts that a token of held-out text runs, on average over parts.
         seconds: The seconds of the pass, by what they were spent on.
+        batches: How many windows were taken at once, as predicted to fit the memory of a GPU; ""
+            where that was not needed.
     """
 
     split: str
@@ -113,6 +115,7 @@ class CarvedParts(Record):
     control: Figure | None = None
     experts_run: Figure = None
     seconds: dict[str, Seconds] = pydantic.Field(default_factory=dict)
+    batches: str = ""
 
     def line(self) -> str:
         told = [told_in_a_line([], self.perplexity), self.verdict(), self._run_on_average()]
@@ -141,6 +144,7 @@ class CarvedParts(Record):
         added = sum(part.added for part in self.parts)
         if added:
             facts.append(f"{added:,.0f} neurons of zeros were added.")
+        facts += [self.batches] * bool(self.batches)
         return "".join(
             (
                 halves([perplexity_rows(self.perplexity), seconds_rows(self.seconds)]),

@@ -174,6 +174,7 @@ class Carving:
                 else None
             ),
             seconds=self.clock.seconds,
+            batches=self.text.at_once.describe("A batch"),
         )
         matched = len(found) + sum(mixture.beside for mixture in experts)
         return PassResult(program, matched, len(carved), skipped, record, _stated(divided, experts))
@@ -252,8 +253,9 @@ class Carving:
     ) -> HiddenStateStream:
         runner = calibration_runner(program, self.device, sources)
         return HiddenStateStream(
-            runner, self.windows, held_out=self.held, progress=progress, what="carving"
-        )
+            runner, self.windows, held_out=self.held, tokens_at_once=self.text.at_once.tokens,
+            progress=progress, what="carving",
+        )  # fmt: skip
 
     def _divide(self, part: PartActivations) -> Division:
         options = self.options

@@ -10,6 +10,8 @@ from torch import Tensor
 from graphopt.calibration.reconstruction import held_out_windows
 from graphopt.calibration.text import calibration_windows, pick_apart, window_length
 from graphopt.errors import PassError
+from graphopt.execute.batch_sizes import BatchSize, walk_size
+from graphopt.execute.hidden_states import TOKENS_AT_ONCE
 from graphopt.ir.feed_forward import FeedForward
 from graphopt.ir.graph import Program
 from graphopt.pass_manager.contract import Context
@@ -29,11 +31,13 @@ class CarvingText:
         windows: What is learnt from, and behind it what is held out.
         held: How many of them are held out: strengths are chosen and figures measured by them.
         unseen: Other windows, by which thresholds are set; those held out where the text has none.
+        at_once: How many windows are run at once.
     """
 
     windows: Tensor
     held: int
     unseen: Tensor
+    at_once: BatchSize
 
     @property
     def held_out(self) -> Tensor:
@@ -44,7 +48,7 @@ class CarvingText:
         """Return the text of one carving.
 
         Raises:
-            PassError: It is too short to learn from.
+            PassError: It is too short to learn from, or one window does not fit the memory.
         """
         length = window_length(program, options.seqlen, context.device)
         windows = calibration_windows(program, context, length)
@@ -58,7 +62,9 @@ class CarvingText:
             )
         held = held_out_windows(len(windows))
         _check_tokens(options, program, (len(windows) - held) * length)
-        return cls(windows, held, others if len(others) else windows[-held:])
+        usual = TOKENS_AT_ONCE.on(context.device)
+        at_once = walk_size(program, length, usual, context.device, context.memory)
+        return cls(windows, held, others if len(others) else windows[-held:], at_once)
 
 
 def _check_tokens(options: CarveMoe, program: Program, tokens: int) -> None:

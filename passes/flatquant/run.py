@@ -113,6 +113,10 @@ class FlatQuantising(Distiller):
         fits = size <= LARGE * free_bytes(self.device)
         return self.device if fits else torch.device("cpu")
 
+    def blocks_at_once(self) -> int:
+        whole = self.options.distil > 0 and self.options.steps != 0
+        return super().blocks_at_once() if whole and self.options.method != "published" else 1
+
     @property
     def distils(self) -> bool:
         """Whether all weights are trained at the end."""
@@ -180,7 +184,7 @@ class FlatQuantising(Distiller):
         student_entry: HiddenStateCache | None = None
         for index, (old, new) in enumerate(zip(theirs, ours, strict=True)):
             runner = BlockRunner(teacher, old.position, old.position + 1, {}, self.device)
-            targets = HiddenStateCache(runner, ids, entry)
+            targets = HiddenStateCache(runner, ids, entry, self.tokens_ahead)
             data = DistillationData(ids, targets, student_entry, held_out=len(self.checked))
             group = self._group(new.position)
             student = BlockRunner(
@@ -200,7 +204,7 @@ class FlatQuantising(Distiller):
             targets.complete()
             entry = student_entry = targets
             if self.options.inputs == "rounded":
-                student_entry = HiddenStateCache(student, ids, data.entry)
+                student_entry = HiddenStateCache(student, ids, data.entry, self.tokens_ahead)
                 student_entry.complete()
         self.context.progress("training blocks", len(ours), len(ours))
         idle = sum(block.steps == 0 for block in self.record.blocks)

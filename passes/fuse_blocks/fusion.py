@@ -88,6 +88,11 @@ class Fusion(Distiller):
             least_held=2 if published else 1,
         )  # fmt: skip
 
+    def blocks_at_once(self) -> int:
+        if self.options.mode == "distil":
+            return super().blocks_at_once()
+        return min(self.options.group, super().blocks_at_once())
+
     def resume_structure(self, blocks: list[str]) -> None:
         if self.options.mode != "published":
             return
