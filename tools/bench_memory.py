@@ -157,7 +157,8 @@ class Bench:
 
     def save(self, part: str, found: dict[str, Any]) -> None:
         command = ["python", "tools/bench_memory.py", *sys.argv[1:]]
-        keep(Path(self.options.out), part, command, self.device, found)
+        where = torch.device("cpu") if part == "overhead" else self.device
+        keep(Path(self.options.out), part, command, where, found)
 
     def attempt(self, row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a row with what work gave, or with how it failed."""

@@ -62,7 +62,7 @@ def chosen_kernel(
             return "flash"
     alignment = 16 // q.element_size() if capability >= (8, 0) or half else 1
     aligned = width % alignment == value_width % alignment == 0
-    known = q.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    known = half or q.dtype == torch.float32
     if known and heads_match and aligned and not (is_causal and mask is not None):
         return "efficient"
     return "math"

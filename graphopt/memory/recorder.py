@@ -261,7 +261,7 @@ class Recorder(TorchDispatchMode):
         known = self._followed.get(id(storage))
         if known is None:
             return self._follow(tensor, storage, OUTSIDE)
-        if type(tensor) is torch.nn.Parameter:
+        if type(tensor) is not Tensor and isinstance(tensor, torch.nn.Parameter):
             self.log.rows[known.index].category = "weight"  # also where it was made just now
         return known.index
 

@@ -109,6 +109,7 @@ def matrices(device: torch.device) -> Workload:
     return Workload("matrices", step, device, lambda: {"weight": {"w": w}, "input": {"x": x}})
 
 
+@pytest.mark.slow
 def test_a_prediction_counts_tensors_and_both_workspaces() -> None:
     found = predict_peak(matrices)
     # The most are alive in the backward pass of the relu: w, x, the relu's result, the gradient of
