@@ -38,7 +38,7 @@ from graphopt.memory.analysis.summary import SHORT_NS
 from graphopt.memory.analysis.swap import swap_candidates
 from graphopt.memory.caching_allocator import CachingAllocator
 from graphopt.memory.cost import Roofline
-from graphopt.memory.record import record
+from graphopt.memory.recording import record
 from graphopt.memory.trace import FREE, MALLOC, READ, WRITE, Trace
 
 OUT = Path(__file__).resolve().parent.parent / "benchmarks" / "memory_paper.json"

@@ -22,7 +22,7 @@ from graphopt.execute.interpreter import Runner
 from graphopt.ir.dataflow import angle_weights
 from graphopt.ir.graph import Program, Value
 from graphopt.ir.kv_memory import PagedKV, PolicyKV
-from graphopt.memory.record import Tags
+from graphopt.memory.recording import Tags
 from graphopt.memory.stand_in import StandIn
 from graphopt.memory.workload import Workload
 

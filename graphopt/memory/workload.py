@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from graphopt.errors import UsageError, first_line, unknown_name
-from graphopt.memory.record import Tags, record
+from graphopt.memory.recording import Tags, record
 from graphopt.memory.trace import Trace
 
 
@@ -39,7 +39,7 @@ class Workload:
     warm_up: int = 0
 
     def record(self, iterations: int = 1, **options: Any) -> Trace:
-        """Return the trace of steps; see `graphopt.memory.record.record` for the options."""
+        """Return the trace of steps; see `graphopt.memory.record` for the options."""
         return record(
             self.step, iterations=iterations, device=self.device, tags=self.tags, **options
         )

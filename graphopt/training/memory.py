@@ -16,7 +16,7 @@ from graphopt.ir.graph import Program
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import evaluate
 from graphopt.memory.predict import Prediction, predict_peak
-from graphopt.memory.record import Tags
+from graphopt.memory.recording import Tags
 from graphopt.memory.workload import Workload
 from graphopt.pass_manager.contract import Context
 from graphopt.support.per_device import PerDevice, on_device

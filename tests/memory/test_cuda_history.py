@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from graphopt.memory.cuda_history import history_peak, join, order_errors
-from graphopt.memory.record import record
+from graphopt.memory.recording import record
 from graphopt.memory.trace import FREE, MALLOC, READ, WRITE, Instance, Trace
 
 US = 1000

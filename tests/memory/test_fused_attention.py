@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt.memory.fused_attention import attend, chosen_kernel
-from graphopt.memory.record import record
+from graphopt.memory.recording import record
 from graphopt.memory.stand_in import StandIn
 from graphopt.memory.workspaces import kernel_workspace
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graphopt.memory.caching_allocator import Block, CachingAllocator, OutOfMemory
 from graphopt.memory.capacity import largest
 from graphopt.memory.predict import Prediction, cublas_workspace, predict_peak, replay
-from graphopt.memory.record import record
+from graphopt.memory.recording import record
 from graphopt.memory.stand_in import StandIn
 from graphopt.memory.trace import Trace
 from graphopt.memory.workload import Workload

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from graphopt.errors import UsageError
-from graphopt.memory.record import record
+from graphopt.memory.recording import record
 from graphopt.memory.stand_in import StandIn
 from graphopt.memory.trace import FREE, KIND_NAMES, MALLOC, Trace
 
