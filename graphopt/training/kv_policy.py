@@ -487,7 +487,8 @@ def _train(
             break
         error, missing = samples.draw(batch, generator).losses(weights)
         optimiser.zero_grad()
-        (SQUARED_ERROR * error + missing).backward()
+        with torch.backends.cudnn.flags(torch.backends.cudnn.enabled, deterministic=True):
+            (SQUARED_ERROR * error + missing).backward()
         optimiser.step()
         with torch.no_grad():
             for name, weight in weights.items():
