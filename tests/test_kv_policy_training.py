@@ -24,7 +24,7 @@ from graphopt.ir.kv_policies import (
 )
 from graphopt.ir.kv_policies.attention_cnn import new_weights, predict
 from graphopt.ir.kv_policies.checkpoint import PredictorCheckpoint, read_checkpoint
-from graphopt.training import kv_policy
+from graphopt.training import kv_policy, kv_samples
 from graphopt.training.kv_policy import budgets, train_on_traces
 from graphopt.training.kv_policy_file import file_predictor
 from graphopt.training.kv_replay import pages_read, recall
@@ -74,19 +74,19 @@ def test_training_starts_as_the_moving_average():
 
 def test_a_soft_choice_takes_as_many_pages_as_there_are_to_take(monkeypatch):
     """And the gradient of its mass is that of the sum, by differences, in fp64."""
-    monkeypatch.setattr(kv_policy, "BISECTIONS", 60)
+    monkeypatch.setattr(kv_samples, "BISECTIONS", 60)
     draw = torch.Generator().manual_seed(0)
     scores = torch.randn(4, 30, generator=draw, dtype=torch.float64, requires_grad=True)
     inside = torch.rand(4, 30, generator=draw) < 0.8
     count = torch.tensor([[1], [3], [7], [12]])
     equal = torch.zeros(4, 30, dtype=torch.float64)
     for one in (scores.detach() * 5, scores.detach(), equal):
-        chosen = kv_policy._softly_chosen(one, inside, count)
+        chosen = kv_samples.softly_chosen(one, inside, count)
         assert (chosen.sum(-1, keepdim=True) - count).abs().max() < 1e-6
         assert (chosen[~inside] == 0).all()
     mass = torch.rand(4, 30, generator=draw, dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda x: (kv_policy._softly_chosen(x, inside, count) * mass).sum(-1), scores
+        lambda x: (kv_samples.softly_chosen(x, inside, count) * mass).sum(-1), scores
     )
 
 
