@@ -94,6 +94,7 @@ def attend(
     frame.read(policy.budget)
     frame.shape(groups, frame.read(policy.budget))
     frame.unread(groups)
+    frame.biases(groups)
     due = _due(frame, policy, attention, given)
     step = _Step(frame, policy, attention, selection, given, keys, values)
     with builder.branch("step") as one:
@@ -175,8 +176,9 @@ class _Step:
         rows = attention.by_group(frame, given.q)
         scores = self.selection.scores(given.state, rows)
         rank = op("Add", scores, frame.fixed(budget))
-        best, page = op("TopK", rank, frame.read(budget), outputs=2, axis=-1)
-        page = op("Expand", page, frame.shape(groups, frame.read(budget)))
+        best, page = op("TopK", rank, frame.read(budget), outputs=2, axis=-1, sorted=0)
+        if self.selection.alike:
+            page = op("Expand", page, frame.shape(groups, frame.read(budget)))
         index = op("Unsqueeze", page, constant([3]))
         k, v = (
             self._pages_of(x, index, dim)
@@ -184,8 +186,7 @@ class _Step:
                 (self.keys, attention.heads.k_dim), (self.values, attention.heads.v_dim)
             )
         )  # fmt: skip
-        listed = op("Reshape", page, constant([0, -1, 1]))
-        bias = op("GatherND", frame.bias, listed, batch_dims=1)
+        bias = op("GatherND", frame.biases(groups), index, batch_dims=2)
         bias = op("Reshape", bias, constant([0, groups, 1, -1]))
         out, weights = attention.over(frame, rows, k, v, bias)
         probabilities = None

@@ -20,7 +20,8 @@ class Averages(Selection):
         self.frame.tail(self.policy.history)
 
     def scores(self, state: list[ir.Value], rows: ir.Value) -> ir.Value:
-        return self._known(state)
+        # A page without a number is the newest, which is always read.
+        return state[0]
 
     def observe(
         self, state: list[ir.Value], probabilities: ir.Value | None, k_new: ir.Value

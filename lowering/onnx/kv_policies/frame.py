@@ -186,6 +186,14 @@ class Frame:
             ("unread", groups), lambda: self.op("Expand", self.builder.number(-1.0), shape)
         )
 
+    def biases(self, groups: int) -> ir.Value:
+        """Return `bias` for each key head, fp32 [B, G, N, page]."""
+        shape = self.shape(groups, self.pages, self.constant([self.page]))
+        return self.once(  # type: ignore[no-any-return]
+            ("biases", groups),
+            lambda: self.op("Expand", self.op("Unsqueeze", self.bias, self.constant([1])), shape),
+        )
+
     def newest(self, groups: int) -> ir.Value:
         """Return the place of the page of the last key: int64 [B, G, 1, 3]."""
         return self.once(  # type: ignore[no-any-return]

@@ -40,7 +40,8 @@ class PredictedRow(Selection):
         return self.policy.channels == 2
 
     def scores(self, state: list[ir.Value], rows: ir.Value) -> ir.Value:
-        return self.op("Where", self.frame.fresh, self.number(0.0), state[-2])  # type: ignore[no-any-return]
+        # A page without a prediction is the newest, which is always read.
+        return state[-2]
 
     def observe(
         self, state: list[ir.Value], probabilities: ir.Value | None, k_new: ir.Value

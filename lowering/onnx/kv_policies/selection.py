@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import onnx_ir as ir
 
@@ -19,7 +20,12 @@ class Selection:
 
     Args:
         weights: The policy's, in the order of `KVPolicy.weight_types`.
+
+    Attributes:
+        alike: Whether all key heads have the same scores.
     """
+
+    alike: ClassVar[bool] = False
 
     def __init__(
         self, frame: Frame, policy: KVPolicy, attention: Attention, weights: Sequence[ir.Value]
@@ -34,7 +40,7 @@ class Selection:
         """Make what layers share, in front of branches."""
 
     def scores(self, state: list[ir.Value], rows: ir.Value) -> ir.Value:
-        """Return finite scores of all pages, [B, G, N], or 1 in place of B or G.
+        """Return finite scores of all pages, [B, G, N], or where they are `alike` [1, 1, N].
 
         Args:
             rows: The step's queries [B, G, h, D].
@@ -80,6 +86,8 @@ class Selection:
 
 class NewestPages(Selection):
     """`sink-local`: the newest pages."""
+
+    alike: ClassVar[bool] = True
 
     def scores(self, state: list[ir.Value], rows: ir.Value) -> ir.Value:
         newest = self.op("Cast", self.frame.number, to=ir.DataType.FLOAT)
