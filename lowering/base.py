@@ -85,6 +85,23 @@ def check_attentions(program: Program, where: str) -> None:
             )
 
 
+def check_no_policies(program: Program, where: str) -> None:
+    """Refuse KV policies.
+
+    Args:
+        where: What has no place for them.
+
+    Raises:
+        LoweringError: A state has one; naming it.
+    """
+    kinds = {state.policy.kind: None for state in program.states.values() if state.policy}
+    if kinds:
+        raise LoweringError(
+            f"{where} has no place for the KV policy {', '.join(kinds)}.",
+            "Emit torch or onnx, or leave attach-kv-policy out.",
+        )
+
+
 class Emitter(ABC):
     """Writes one form of a program under an output folder.
 

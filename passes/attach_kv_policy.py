@@ -150,7 +150,10 @@ class AttachKVPolicy(Pass):
             its quality is what is studied.
     """
 
-    kind: str = "quest"
+    kind: Literal[
+        "dense", "sink-local", "last-row", "ema", "quest", "snapkv", "expected-attention",
+        "predictor", "oracle", "oracle-top-p",
+    ] = "quest"  # fmt: skip
     budget: Annotated[int, Field(ge=1)] = 1024
     page: Annotated[int, Field(ge=1)] = 16
     sink: Annotated[int, Field(ge=0)] = 64

@@ -44,7 +44,7 @@ class Decoder:
                 f"a cache of {capacity} tokens: the model has {self.positions} positions"
             )
         self.model, self.capacity, self.batch = model, capacity, batch
-        self.used = 0  # tokens of the longest text, known here without asking the device
+        self.held = [0] * batch  # tokens of each text, known here without asking the device
         self.several = False
         device = next(model.parameters()).device
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -60,6 +60,11 @@ class Decoder:
         ]
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
+    @property
+    def used(self) -> int:
+        """Tokens of the longest text."""
+        return max(self.held)
+
     @torch.no_grad()
     def start(self, ids: list[int] | list[list[int]]) -> int | list[int]:
         """Read the prompt and return the first token of the answer; of several, a list of each.
@@ -67,30 +72,59 @@ class Decoder:
         Raises:
             ValueError: A prompt is empty or leaves no room, or there are not `batch` of them.
         """
+        texts = self._texts(ids)
+        for text in texts:
+            if not 0 < len(text) < self.capacity:
+                raise ValueError(f"a prompt of {len(text)} tokens in a cache of {self.capacity}")
+        self.held = [0] * self.batch
+        self.seq_lens.zero_()
+        self._read(texts)
+        return self._answer()
+
+    @torch.no_grad()
+    def extend(self, ids: list[int] | list[list[int]]) -> int | list[int]:
+        """Read further tokens of the texts at once, and return the token behind them.
+
+        Raises:
+            ValueError: Nothing was read before, a text gets no token, they leave no room, or there
+                are not `batch` of them.
+        """
+        texts = self._texts(ids)
+        if not self.used:
+            raise ValueError("the cache is empty: start with a prompt")
+        if not all(texts):
+            raise ValueError("a text that gets no token: give every text at least one")
+        needed = self.used + max(map(len, texts))
+        if needed > self.capacity:
+            raise ValueError(f"{needed} tokens in a cache of {self.capacity}")
+        if max(map(len, texts)) == 1:
+            return self.step([text[0] for text in texts])
+        self._read(texts)
+        return self._answer()
+
+    def _texts(self, ids: list[int] | list[list[int]]) -> list[list[int]]:
         self.several = len(ids) > 0 and isinstance(ids[0], list)
         texts: list[Any] = [*ids] if self.several else [ids]
         if len(texts) != self.batch:
             raise ValueError(f"{len(texts)} prompts in a cache for {self.batch}")
-        counts = [len(text) for text in texts]
-        for count in counts:
-            if not 0 < count < self.capacity:
-                raise ValueError(f"a prompt of {count} tokens in a cache of {self.capacity}")
-        device, longest = self.token.device, max(counts)
+        return texts
+
+    def _read(self, texts: list[list[int]]) -> None:
+        """Read tokens behind those that there are, and take what is likeliest behind them."""
+        device, longest = self.token.device, max(map(len, texts))
         # Padded behind: no token sees a later one, and a row's next tokens overwrite the padding,
         # which a ring does not keep.
         padded = [text + [0] * (longest - len(text)) for text in texts]
-        positions = torch.arange(longest, device=device).expand(self.batch, longest)
-        self.seq_lens.zero_()
-        self.new_lens.copy_(torch.tensor(counts))
+        positions = self.seq_lens.long()[:, None] + torch.arange(longest, device=device)
+        self.new_lens.copy_(torch.tensor([len(text) for text in texts]))
         logits, _ = self.model(torch.tensor(padded, device=device), None, positions, self.cache)
-        self.seq_lens.copy_(self.new_lens)
+        last = logits[torch.arange(self.batch, device=device), self.new_lens.long() - 1]
+        self.seq_lens += self.new_lens
         self.new_lens.fill_(1)
-        self.used = longest
-        last = logits[torch.arange(self.batch, device=device), self.seq_lens.long() - 1]
+        self.held = [count + len(text) for count, text in zip(self.held, texts, strict=True)]
         if self.logits is None:
             self.logits = torch.empty_like(last)
         self._take(last)
-        return self._answer()
 
     @torch.no_grad()
     def step(self, given: int | list[int] | None = None) -> int | list[int]:
@@ -105,7 +139,7 @@ class Decoder:
         if not 0 < self.used < self.capacity:
             state = "full" if self.used else "empty: start with a prompt"
             raise ValueError(f"the cache of {self.capacity} tokens is {state}")
-        self.used += 1
+        self.held = [count + 1 for count in self.held]
         if given is not None:
             self.token.copy_(torch.tensor(given).view(self.batch, 1))
         if self.token.device.type != "cuda" or not self.records:

@@ -68,15 +68,26 @@ class PolicyKVCache:
         Args:
             q: [B, H, S, D], padded behind as the prompt is.
         """
-        rows = min(policy.history, q.shape[2])
         lengths = self.lengths(keys)
-        # The last real queries of each row; what would lie in front of the first sees nothing.
-        index = self.new_lens.long()[:, None] + torch.arange(-rows, 0, device=q.device)
-        index = index.clamp(min=0)[:, None, :, None]
-        last = q.gather(2, index.expand(-1, q.shape[1], -1, q.shape[3]))
         k, v = in_order(keys)
         slot = torch.arange(k.shape[2], device=q.device)
-        self.keep(policy.init(last, k, v, (slot <= lengths.last_B[:, None]).long(), scoring))
+        mask = (slot <= lengths.last_B[:, None]).long()
+        counts = self.new_lens.tolist()
+        if len(set(counts)) == 1 or not bool(self.kv.seq_lens.any()):
+            # The last real queries of each row; what would lie in front of the first sees nothing.
+            rows = min(policy.history, q.shape[2])
+            index = self.new_lens.long()[:, None] + torch.arange(-rows, 0, device=q.device)
+            index = index.clamp(min=0)[:, None, :, None]
+            last = q.gather(2, index.expand(-1, q.shape[1], -1, q.shape[3]))
+            self.keep(policy.init(last, k, v, mask, scoring))
+            return
+        # In front of a row's new tokens stand others here, of whose queries nobody knows any more.
+        begun = []
+        for row, count in enumerate(counts):
+            last = q[row : row + 1, :, max(count - policy.history, 0) : count]
+            given = (x[row : row + 1] for x in (k, v, mask))
+            begun.append(policy.init(last, *given, scoring))
+        self.keep({name: torch.cat([state[name] for state in begun]) for name in begun[0]})
 
     def keep(self, state: State) -> None:
         """Put a state where the one before lies."""

@@ -31,11 +31,11 @@ class PolicyDecoder(Decoder):
         self.cache = with_policies(self.cache, model.kv_policies, self.count, self.new_lens)
         self.period = calibration_period(model.kv_policies)
 
-    def start(self, ids: list[int] | list[list[int]]) -> int | list[int]:
+    def _read(self, texts: list[list[int]]) -> None:
+        # All keys are read, and what policies remember is made anew.
         self.count.steps = None
-        first = super().start(ids)
+        super()._read(texts)
         self.count.steps = 0
-        return first
 
     def step(self, given: int | list[int] | None = None) -> int | list[int]:
         token = super().step(given)

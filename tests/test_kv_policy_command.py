@@ -14,18 +14,22 @@ from command_line import runner
 from programs import tiny_program
 from tiny_models import save_tiny
 
+import graphopt as go
+from graphopt.backends.opening import open_language_model
 from graphopt.cli.commands import app
-from graphopt.cli.kv_policies import figures_of
-from graphopt.errors import UsageError
-from graphopt.evaluate.kv_policy import measure_policy
+from graphopt.cli.kv_policies import figures_of, measure_policies
+from graphopt.errors import SourceError, UsageError
+from graphopt.evaluate.kv_policy import measure_policy, policy_layers
 from graphopt.evaluate.policy_spec import PolicySpec
 from graphopt.execute.interpreter import Runner
+from graphopt.ir.attach_policy import with_policies
 from graphopt.ir.kv_policies import Ema, PageBudget, Quest, SnapKV
 from graphopt.ir.kv_policies.attention_cnn import weight_shapes
 from graphopt.ir.kv_policies.checkpoint import PredictorCheckpoint
 from graphopt.pass_manager.recipe import parse_named_options
 from graphopt.report.evaluations import Evaluation, evaluations_section
 from graphopt.report.pictures import heat_map
+from graphopt.support.progress import silent
 
 
 def spec_of(text):
@@ -48,6 +52,8 @@ def test_a_budget_is_a_share_of_a_text_or_a_number_of_tokens():
     ahead = spec_of("expected-attention{budget=512,frequencies=[1,0.5]}").policy(99)
     assert ahead.frequencies == (1.0, 0.5)
     assert spec_of("dense").policy(4096).kind == "dense"
+    assert spec_of("quest{budget=512,dense=kv.1}").dense == ("kv.1",)
+    assert spec_of("quest{budget=512,dense=[kv.1,layers.3]}").dense == ("kv.1", "layers.3")
     assert spec.text == "ema{budget=256,alpha=0.5,calibrate=5,page=8,dense_layers=2}"
 
 
@@ -55,6 +61,7 @@ def test_a_budget_is_a_share_of_a_text_or_a_number_of_tokens():
     ("text", "message"),
     [
         ("qest{budget=1/8}", "quest"),
+        ("quest{budget=1/8,dens=kv.0}", "dense"),
         ("quest", "quest has no budget"),
         ("quest{budget=0}", "A budget of '0'"),
         ("quest{budget=1.5}", "A budget of '1.5'"),
@@ -88,6 +95,38 @@ def test_a_learned_policy_has_the_weights_of_a_checkpoint(tmp_path):
     spec = spec_of(f'predictor{{budget=1/4,page=8,sink=8,local=8,checkpoint="{path}"}}')
     with pytest.raises(UsageError, match="trained for pages of 4 tokens"):
         spec.policy_for(tiny_program(), 64, torch.device("cpu"))
+
+
+def test_layers_that_stay_dense_have_names():
+    program = tiny_program(layers=4)
+    following, left = policy_layers(program, 1, ["kv.2", "layers.3"])
+    assert [layer.index for layer in following] == [1]
+    assert left[1:] == [("layers.2", "it is to stay dense"), ("layers.3", "it is to stay dense")]
+    with pytest.raises(UsageError, match=r"dense='kv\.4' is no attention of tiny.*`kv\.3`"):
+        policy_layers(program, 0, ["kv.4"])
+    with pytest.raises(SourceError, match="No attention of tiny can follow a KV policy"):
+        policy_layers(program, 3, ["kv.3"])
+
+
+def test_a_folder_with_a_policy_is_measured_with_others(tmp_path):
+    """What is attached selects in steps alone: neither windows nor other policies see it."""
+    plain = tiny_program(cache=True, layers=2)
+    attached = with_policies(
+        plain, dict.fromkeys(plain.states, SnapKV(PageBudget(4, 3, 1, 1), window=2))
+    )
+    ids = torch.randint(5, 90, (1, 64), generator=torch.Generator().manual_seed(1))
+    spec = spec_of("ema{budget=1/4,page=4,sink=4,local=8}")
+    found = []
+    for name, program in (("attached", attached), ("plain", plain)):
+        go.emit(program, tmp_path / name, emit=("torch",))
+        model = open_language_model(str(tmp_path / name), "program")
+        figures = measure_policies(model, [spec], ids, 0, None, "", None, silent)
+        found.append([(one.policy, one.perplexity, one.recall) for one in figures])
+    assert found[0] == found[1]
+    assert found[0][0][1] != found[0][1][1]
+    with pytest.raises(UsageError, match="measured on programs, and tiny runs as torch"):
+        model = open_language_model(str(tmp_path / "attached"), "torch")
+        measure_policies(model, [spec], ids, 0, None, "", None, silent)
 
 
 def test_the_report_shows_recall_by_budget_and_which_pages_are_read():

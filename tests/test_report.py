@@ -8,12 +8,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import tiny_program
 
 from graphopt.errors import SourceError
+from graphopt.ir.attach_policy import with_policies
 from graphopt.ir.cost import program_costs
+from graphopt.ir.kv_policies import PageBudget, Quest
 from graphopt.ir.types import B, P, S
 from graphopt.pass_manager.pipeline import Pipeline
 from graphopt.passes.canonicalise import AppliedRules
@@ -388,3 +391,9 @@ def test_kv_cache_bytes():
     # 2 layers, keys and values, 2 heads of 8, 4 bytes.
     assert kv_cache_bytes(tiny_program(cache=True)) == 2 * 2 * 2 * 8 * 4 * B * (P + S)
     assert kv_cache_bytes(tiny_program(), itemsize=2) == 2 * 2 * 2 * 8 * 2 * B * (P + S)
+    # What a policy remembers of a layer: the least and the largest of 8 features of every page.
+    cached = tiny_program(cache=True)
+    policy = Quest(PageBudget(page=4, pages=3, sink=1, local=1))
+    found = kv_cache_bytes(with_policies(cached, {"kv.0": policy}), itemsize=2)
+    bounds = 2 * 2 * 8 * 4 * B * sympy.ceiling((P + S) / 4)
+    assert sympy.expand(found - bounds) == sympy.expand(2 * 2 * 2 * 8 * 2 * B * (P + S))

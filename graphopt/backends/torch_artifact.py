@@ -115,11 +115,12 @@ class TorchArtifactModel(LanguageModel):
     def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
         if self._decoder is not None and isinstance(cache, self._decoder):
             (tokens,) = inputs["input_ids"].tolist()
-            if cache.used:
-                for token in tokens:
-                    cache.step(token)
-            else:
+            if not cache.used:
                 cache.start(tokens)
+            elif len(tokens) == 1:
+                cache.step(tokens[0])
+            else:
+                cache.extend(tokens)
             return cache.logits[:, None].float().cpu(), cache
         if not isinstance(cache, _Replay):
             return self._run(inputs, cache)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -74,7 +74,9 @@ def measure_policies(
     """
     from graphopt.evaluate.kv_policy import measure_policy
     from graphopt.evaluate.needles import needle_tasks, retrieval
+    from graphopt.execute.interpreter import Runner
     from graphopt.execute.language_model import ProgramModel
+    from graphopt.ir.attach_policy import without_policies
 
     if not isinstance(model, ProgramModel):
         raise UsageError(
@@ -82,20 +84,22 @@ def measure_policies(
             "Give --backend program, or the source of the model.",
         )
     tokens = rows.shape[1]
-    program, device = model.runner.program, model.device
+    runner, device = model.runner, model.device
+    if any(state.policy is not None for state in runner.program.states.values()):
+        # What is measured takes the place of what is attached.
+        runner = Runner(without_policies(runner.program), device=device)
+    program = runner.program
     policies = [(spec, spec.policy_for(program, tokens, device)) for spec in specs]
     tasks = None if needles is None else needle_tasks(tokenizer, content, tokens, needles)
     figures: list[PolicyFigures] = []
     for spec, policy in [(None, None), *policies]:
-        dense_layers = 0 if spec is None else spec.dense_layers
-        result = measure_policy(
-            model.runner, rows, policy, dense_layers=dense_layers, begin=begin, progress=progress
-        )
+        alone: dict[str, Any] = {}
+        if spec is not None:
+            alone = {"dense_layers": spec.dense_layers, "dense": spec.dense}
+        result = measure_policy(runner, rows, policy, **alone, begin=begin, progress=progress)
         told = None
         if tasks is not None:
-            told = retrieval(
-                model.runner, tasks, policy, dense_layers=dense_layers, progress=progress
-            )
+            told = retrieval(runner, tasks, policy, **alone, progress=progress)
         figures.append(figures_of(spec, result, told))
     return figures
 

@@ -124,20 +124,38 @@ pages its steps read."""
 
 
 def policy_layers(
-    program: Program, dense_layers: int = 0
+    program: Program, dense_layers: int = 0, dense: Sequence[str] = ()
 ) -> tuple[list[AttentionLayer], list[tuple[str, str]]]:
     """Return the attentions that follow a policy, and the others as (name, reason).
 
     Args:
         dense_layers: How many attentions at the front are left alone.
+        dense: Others that are, by the module paths of their layers, or as the KV states that they
+            have or would get: `kv.0` for the first.
 
     Raises:
         SourceError: None is left to follow it.
+        UsageError: A name of `dense` is that of no attention.
     """
     layers = attention_layers(program)
+    names = {
+        layer.index: {layer.name, program.calls[layer.position].path, f"kv.{layer.index}"}
+        for layer in layers
+    }
+    unknown = [name for name in dense if not any(name in own for own in names.values())]
+    if unknown:
+        known = [layer.name for layer in layers]
+        raise UsageError(
+            f"dense={unknown[0]!r} is no attention of {program.name}.",
+            f"Give names such as {known[0]!r}, or `kv.0` to `kv.{len(known) - 1}`."
+            if known
+            else "Leave dense out.",
+        )
     reasons = {
         layer.index: f"it is among the first {dense_layers} layers"
         if layer.index < dense_layers
+        else "it is to stay dense"
+        if names[layer.index] & set(dense)
         else layer.left_alone
         for layer in layers
     }
@@ -213,6 +231,7 @@ def measure_policy(
     *,
     prompt: int | None = None,
     dense_layers: int = 0,
+    dense: Sequence[str] = (),
     begin: int = 0,
     progress: Progress = silent,
 ) -> PolicyResult:
@@ -223,7 +242,7 @@ def measure_policy(
         windows: int64 [texts, S], without padding.
         policy: None for the model as it is.
         prompt: Tokens that are read at once, attention dense; half of a text by default.
-        dense_layers: How many attentions at the front are left alone.
+        dense_layers, dense: Which attentions are left alone; see `policy_layers`.
         begin: Tokens that every text begins with and that count in no perplexity.
 
     Raises:
@@ -245,7 +264,7 @@ def measure_policy(
             windows, at_once=rows_at_once(runner, tokens), progress=progress, what="dense"
         )
         return _result(losses.cpu(), prompt, begin, [], [], started)
-    layers, left_alone = policy_layers(runner.program, dense_layers)
+    layers, left_alone = policy_layers(runner.program, dense_layers, dense)
     stream = HiddenStateStream(
         runner,
         windows,

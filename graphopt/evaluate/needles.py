@@ -160,6 +160,7 @@ def retrieval(
     policy: KVPolicy | None,
     *,
     dense_layers: int = 0,
+    dense: Sequence[str] = (),
     progress: Progress = silent,
 ) -> NeedleResult:
     """Return which passkeys a model tells with a policy in the steps of its attentions.
@@ -167,7 +168,7 @@ def retrieval(
     Args:
         runner: Runs the program.
         policy: None for the model as it is.
-        dense_layers: How many attentions at the front are left alone.
+        dense_layers, dense: Which attentions are left alone; see `policy_layers`.
 
     Raises:
         SourceError: No attention of the program can follow a policy.
@@ -184,7 +185,7 @@ def retrieval(
     if policy is None:
         stream.run_to(len(stream.blocks))
     else:
-        layers, _ = policy_layers(runner.program, dense_layers)
+        layers, _ = policy_layers(runner.program, dense_layers, dense)
         walk_policy(stream, policy, tasks.prompt, layers)
     longest = max(tasks.answers)
     right: list[bool] = []

@@ -35,6 +35,7 @@ class PolicySpec:
             of a text's tokens, below 1. None for policies that read all.
         page, sink, local: In tokens.
         dense_layers: How many attentions at the front of a model read all keys.
+        dense: Names of others that do.
         own: The fields that the policy has beside its budget, as plain values.
         checkpoint: The file with the weights of a policy that is learned; None for others.
         text: As it was written.
@@ -46,6 +47,7 @@ class PolicySpec:
     sink: int
     local: int
     dense_layers: int
+    dense: tuple[str, ...] = ()
     own: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     text: str = ""
@@ -56,9 +58,9 @@ class PolicySpec:
 
         Args:
             options: Texts, or lists of them: `budget`, such as "1/8" or "1024"; `page`, `sink`,
-                `local` and `dense_layers`; `calibrate`, the steps from one dense step to the next;
-                `checkpoint`, the file of a policy that is learned; and what the policy has of
-                its own.
+                `local`, `dense_layers` and `dense`; `calibrate`, the steps from one dense step to
+                the next; `checkpoint`, the file of a policy that is learned; and what the policy
+                has of its own.
 
         Raises:
             UsageError: There is no such policy or option, a value is none of its kind, or the
@@ -67,12 +69,20 @@ class PolicySpec:
         if kind not in POLICIES:
             raise unknown_name("KV policy", kind, POLICIES)
         fields = _own_fields(POLICIES[kind])
-        known = [*DEFAULTS, "budget", *("calibrate" if n == CALIBRATE else n for n in fields)]
+        known = [
+            *DEFAULTS,
+            "dense",
+            "budget",
+            *("calibrate" if n == CALIBRATE else n for n in fields),
+        ]
         known += ["checkpoint"] if kind in LEARNED else []
         numbers, own, budget, checkpoint = dict(DEFAULTS), {}, None, None
+        dense: tuple[str, ...] = ()
         for name, value in options.items():
             if name == "budget":
                 budget = _budget(str(value))
+            elif name == "dense":
+                dense = (value,) if isinstance(value, str) else tuple(value)
             elif name == "checkpoint" and name in known:
                 checkpoint = str(value)
             elif name in DEFAULTS:
@@ -99,6 +109,7 @@ class PolicySpec:
             kind,
             budget,
             **numbers,
+            dense=dense,
             own=own,
             checkpoint=checkpoint,
             text=f"{kind}{{{given}}}" if given else kind,
@@ -122,7 +133,7 @@ class PolicySpec:
             UsageError: As `policy` does, or the weights were trained for other pages or heads.
             SourceError: There are no such weights, or no attention can follow a policy.
         """
-        layers, _ = policy_layers(program, self.dense_layers)
+        layers, _ = policy_layers(program, self.dense_layers, self.dense)
         attentions = [(program.calls[layer.position], layer.node) for layer in layers]
         policy = fitted_policy(program, self.policy(tokens), attentions, self.checkpoint)
         if not isinstance(policy, Predictor) or policy.weights is None:

@@ -100,7 +100,11 @@ class KVState:
     @property
     def policy_types(self) -> dict[str, Type]:
         """What the policy remembers of the P tokens before a step, by name; {} without a policy."""
-        return {} if self.policy is None else policy_types(self.policy, self.kv_heads, B, P)
+        return self.policy_types_of(P)
+
+    def policy_types_of(self, tokens: Dim) -> dict[str, Type]:
+        """Return what the policy remembers of so many tokens of B texts, by name."""
+        return {} if self.policy is None else policy_types(self.policy, self.kv_heads, B, tokens)
 
     @property
     def kv_heads(self) -> KVHeads:

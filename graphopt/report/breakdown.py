@@ -117,12 +117,17 @@ def _part_of_slot(value: Value, function: Function, parts: Mapping[Node, str]) -
 def kv_cache_bytes(program: Program, itemsize: int | None = None) -> Dim:
     """Return the bytes of keys and values for B sequences of P + S tokens.
 
+    What KV policies remember counts too.
+
     Args:
-        itemsize: Bytes an element; None for the activations' own dtype.
+        itemsize: Bytes of a key's or value's element; None for the activations' own dtype. What
+            policies remember keeps its own.
     """
     if program.states:
-        states = (state.nbytes(T, itemsize) for state in program.states.values())
-        return sum(map(sympy.sympify, states), sympy.Integer(0))
+        states = program.states.values()
+        kept = (kind.bytes for state in states for kind in state.policy_types_of(T).values())
+        held = (state.nbytes(T, itemsize) for state in states)
+        return sum(map(sympy.sympify, (*held, *kept)), sympy.Integer(0))
     per_call, _ = infer_program(program)
     total: Dim = sympy.Integer(0)
     for call, types in zip(program.calls, per_call, strict=True):

@@ -172,6 +172,45 @@ def test_a_decoder_gives_the_interpreters_tokens(kind, options, target, tmp_path
     assert grown == interpreted(program, prompts[:1], 20)[0]
 
 
+@pytest.mark.parametrize("kind", ["quest", "ema", "predictor"])
+def test_a_decoder_reads_further_tokens_at_once(kind, tmp_path, monkeypatch):
+    """As the program does: all keys are read, and what policies remember is made anew."""
+    monkeypatch.setattr(LoweredKernels, "compile", lambda self: {})
+    program = attached(kind)
+    module = package(program, tmp_path, "ampere")
+    model = module.load(tmp_path / "out", dtype=torch.float32, device="cpu")
+    prompts, further = texts([21, 9, 14]), texts([4, 7, 2])
+    decoder = module.Decoder(model, 48, 3)
+    made = [decoder.start(prompts), *(decoder.step() for _ in range(4)), decoder.extend(further)]
+    made += [decoder.step() for _ in range(6)]
+    assert decoder.held == [21 + 4 + 4 + 6, 9 + 4 + 7 + 6, 14 + 4 + 2 + 6]
+    for row, (prompt, more) in enumerate(zip(prompts, further, strict=True)):
+        runner, past, wanted = Runner(program), None, []
+        given = [prompt, *[None] * 4, more, *[None] * 6]
+        for new in given:
+            ids = torch.tensor([new or [wanted[-1]]])
+            (logits,), past = runner.run({"input_ids": ids}, past)
+            wanted.append(int(logits[0, -1].argmax()))
+        assert [tokens[row] for tokens in made] == wanted
+
+
+def test_further_tokens_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(LoweredKernels, "compile", lambda self: {})
+    module = package(attached("ema"), tmp_path, "ampere")
+    decoder = module.Decoder(module.load(tmp_path / "out", device="cpu"), 12)
+    with pytest.raises(ValueError, match="the cache is empty: start with a prompt"):
+        decoder.extend([1, 2])
+    decoder.start([1] * 9)
+    with pytest.raises(ValueError, match="13 tokens in a cache of 12"):
+        decoder.extend([1, 2, 3, 4])
+    with pytest.raises(ValueError, match="a text that gets no token"):
+        decoder.extend([])
+    decoder.extend([5])
+    assert (decoder.used, decoder.count.steps) == (10, 1)  # a single token is a step
+    decoder.extend([5, 6])
+    assert (decoder.used, decoder.count.steps) == (12, 0)
+
+
 def test_kernels_are_planned_for_what_a_policy_selects():
     program = attached("ema", head_dim=32, calibrate_every=4)
     lowered = lower(program, "hopper")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import replace
 
 import pytest
 import torch
 from programs import tiny_program
 
-from graphopt.errors import PassError, SourceError, UsageError, VerifyError
+import graphopt as go
+from graphopt.errors import LoweringError, PassError, SourceError, UsageError, VerifyError
 from graphopt.execute.interpreter import Runner
 from graphopt.ir import Array, Weight
 from graphopt.ir.attach_policy import with_policies, without_policies
@@ -21,6 +23,7 @@ from graphopt.ir.parse import parse_program
 from graphopt.ir.printer import print_program
 from graphopt.ir.relayout import with_layouts
 from graphopt.pass_manager.contract import Context
+from graphopt.pass_manager.options import options_model
 from graphopt.pass_manager.pipeline import Pipeline
 from graphopt.pass_manager.policy_statements import PolicyProgram, pages_read
 from graphopt.pass_manager.verification import RELATIVE_TOLERANCE
@@ -147,7 +150,7 @@ def test_left_out_again_it_is_the_program_before():
         ({"budget": 4}, "below sink plus local"),
         ({"budget": 18}, "A budget of 18 tokens is no multiple of the page of 4"),
         ({"sink": 6}, "A sink of 6 tokens is no multiple"),
-        ({"kind": "qest"}, "Unknown KV policy 'qest'"),
+        ({"kind": "qest"}, "knows no kind 'qest'. Did you mean 'quest'"),
         ({"kind": "quest", "calibrate": 4}, "quest has no dense steps"),
         ({"target": "hoper"}, "hoper"),
     ],
@@ -155,6 +158,21 @@ def test_left_out_again_it_is_the_program_before():
 def test_options_that_make_no_policy(options, said):
     with pytest.raises(UsageError, match=said):
         make(**options)
+
+
+def test_every_policy_is_a_choice_that_the_listing_tells():
+    kind = options_model(AttachKVPolicy).model_fields["kind"]
+    assert list(typing.get_args(kind.annotation)) == list(POLICIES)
+
+
+@pytest.mark.parametrize(
+    ("form", "what"), [("hf", "A transformers checkpoint"), ("gguf", "A GGUF file")]
+)
+def test_forms_without_a_place_for_a_policy_say_so(form, what, tmp_path):
+    program = attach(tiny_program(cache=True), kind="quest").program
+    with pytest.raises(LoweringError) as refused:
+        go.emit(program, tmp_path / "out", emit=(form,))
+    assert refused.value.message == f"{what} has no place for the KV policy quest."
 
 
 def test_models_that_no_policy_fits():
