@@ -23,7 +23,6 @@ from graphopt.ir.dataflow import angle_weights
 from graphopt.ir.graph import Program, Value
 from graphopt.ir.kv_memory import PagedKV, PolicyKV
 from graphopt.memory.recording import Tags
-from graphopt.memory.stand_in import StandIn
 from graphopt.memory.workload import Workload
 
 Phase = Literal["prefill", "decode", "train", "calibrate"]
@@ -224,13 +223,6 @@ def _training(runner: ZeroRunner, ids: Tensor, name: str) -> Workload:
     return Workload(name, step, runner.device, tags, warm_up=1)
 
 
-class _Stream(HiddenStateStream):
-    """A walk whose hidden states stay on a GPU that is stood in for, which has no host."""
-
-    def offload(self, tensor: Tensor) -> Tensor:
-        return tensor if StandIn.active is not None else super().offload(tensor)
-
-
 def _calibration(program: Program, ids: Tensor, name: str) -> Workload:
     device = ids.device
     runner = ZeroRunner(
@@ -238,7 +230,7 @@ def _calibration(program: Program, ids: Tensor, name: str) -> Workload:
     )
 
     def step() -> None:
-        for block in _Stream(runner, ids, tokens_at_once=ids.numel()):
+        for block in HiddenStateStream(runner, ids, tokens_at_once=ids.numel()):
             sums: dict[Value, Tensor] = {}
             read = {n.inputs[0] for n in block.function.nodes if n.op == "linear"}
             block.advance(

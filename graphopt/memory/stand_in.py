@@ -170,7 +170,8 @@ def _to(mode: StandIn, function: Any, args: Any, kwargs: Any) -> Tensor:
     wanted = [x for x in (*rest, *kwargs.values()) if isinstance(x, (str, torch.device))]
     if wanted and tensor.is_meta:
         here = mode.place(tensor.untyped_storage())
-        if torch.device(wanted[0]).type != here.type:
+        # What modules move to a GPU comes here as "meta" already.
+        if torch.device(wanted[0]).type not in (here.type, "meta" if here != _CPU else ""):
             tensor = mode.to_host(tensor) if here != _CPU else tensor.clone()
     changed = [_META if (x in wanted and tensor.is_meta) or _names_gpu(x) else x for x in rest]
     options = {

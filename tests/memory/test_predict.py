@@ -194,6 +194,15 @@ def test_copies_to_the_host_are_memory_of_the_host() -> None:
     assert replay(trace).allocated == 1024
 
 
+@pytest.mark.parametrize("named", [StandIn.device, "cuda"])
+def test_a_module_that_is_moved_to_the_gpu_is_there(named: Any) -> None:
+    with StandIn() as stand_in:
+        model = torch.nn.Linear(4, 4).to(named).to(named)
+        assert {p.device for p in model.parameters()} == {stand_in.device}
+        assert {p.device.type for p in model.to("cpu").parameters()} == {"cpu"}
+        assert {p.device for p in model.to(named).parameters()} == {stand_in.device}
+
+
 def test_autocast_converts_what_it_does_on_a_gpu() -> None:
     with StandIn():
         x = torch.ones(4, 4, device="cuda")
