@@ -168,16 +168,15 @@ def _to(mode: StandIn, function: Any, args: Any, kwargs: Any) -> Tensor:
     """Copy between the GPU and the host, and leave the dtype to what follows."""
     tensor, *rest = args
     wanted = [x for x in (*rest, *kwargs.values()) if isinstance(x, (str, torch.device))]
+    # A module asks by what it was told of a GPU before, which is torch's "meta".
+    on_gpu = bool(wanted) and (_names_gpu(wanted[0]) or torch.device(wanted[0]) == _META)
     if wanted and tensor.is_meta:
         here = mode.place(tensor.untyped_storage())
-        # What modules move to a GPU comes here as "meta" already.
-        if torch.device(wanted[0]).type not in (here.type, "meta" if here != _CPU else ""):
+        if on_gpu != (here != _CPU):
             tensor = mode.to_host(tensor) if here != _CPU else tensor.clone()
-    changed = [_META if (x in wanted and tensor.is_meta) or _names_gpu(x) else x for x in rest]
-    options = {
-        name: _META if (x in wanted and tensor.is_meta) or _names_gpu(x) else x
-        for name, x in kwargs.items()
-    }
+    into_meta = on_gpu or tensor.is_meta
+    changed = [_META if x in wanted and into_meta else x for x in rest]
+    options = {k: _META if x in wanted and into_meta else x for k, x in kwargs.items()}
     return function(tensor, *changed, **options)
 
 

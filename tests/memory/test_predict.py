@@ -177,6 +177,9 @@ def test_a_stand_in_says_that_it_is_a_gpu_and_leaves_nothing_behind() -> None:
         for tensor in (x, x.cuda(), x.to("cuda:0"), torch.zeros_like(x), module.weight, module(x)):
             assert tensor.is_cuda
             assert tensor.device == torch.device("cuda", 0)
+        weight = module.weight
+        module.to("cuda")
+        assert module.weight.untyped_storage() is weight.untyped_storage()  # nothing was copied
         host = x.to("cpu")
         assert (host.device.type, host.is_cuda) == ("cpu", False)
         assert host[1:].to("cuda").is_cuda
