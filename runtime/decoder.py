@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ class Decoder:
             positions and caches.
         capacity: Tokens of a prompt and of its answer together.
         batch: How many texts. Their lengths may differ.
+        arena: An `Arena`, where steps write their results; by default memory is allocated for each.
 
     Attributes:
         positions: How many positions the model has; None for any number.
@@ -33,7 +35,7 @@ class Decoder:
     positions: ClassVar[int | None] = None
     records: ClassVar[bool] = True
 
-    def __init__(self, model: Any, capacity: int, batch: int = 1) -> None:
+    def __init__(self, model: Any, capacity: int, batch: int = 1, arena: Any = None) -> None:
         if batch < 1 or capacity < 2:
             raise ValueError(
                 f"a cache of {capacity} tokens for {batch} texts: there must be room for at least "
@@ -43,7 +45,7 @@ class Decoder:
             raise ValueError(
                 f"a cache of {capacity} tokens: the model has {self.positions} positions"
             )
-        self.model, self.capacity, self.batch = model, capacity, batch
+        self.model, self.capacity, self.batch, self.arena = model, capacity, batch, arena
         self.held = [0] * batch  # tokens of each text, known here without asking the device
         self.several = False
         device = next(model.parameters()).device
@@ -59,6 +61,8 @@ class Decoder:
             )
         ]
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.buffer: Tensor | None = None  # the arena's, where the graphs write
+        self.prompts: dict[int, Tensor] = {}  # by length, for the next prompts of that length
 
     @property
     def used(self) -> int:
@@ -115,16 +119,22 @@ class Decoder:
         # Padded behind: no token sees a later one, and a row's next tokens overwrite the padding,
         # which a ring does not keep.
         padded = [text + [0] * (longest - len(text)) for text in texts]
-        positions = self.seq_lens.long()[:, None] + torch.arange(longest, device=device)
+        if longest not in self.prompts:
+            self.prompts[longest] = torch.zeros_like(self.token).repeat(1, longest)
+        prompt = self.prompts[longest]
+        prompt.copy_(torch.tensor(padded))
         self.new_lens.copy_(torch.tensor([len(text) for text in texts]))
-        logits, _ = self.model(torch.tensor(padded, device=device), None, positions, self.cache)
-        last = logits[torch.arange(self.batch, device=device), self.new_lens.long() - 1]
+
+        def read(tokens: int) -> tuple[Tensor, Tensor]:
+            positions = self.seq_lens.long()[:, None] + torch.arange(longest, device=device)
+            logits, _ = self.model(prompt, None, positions, self.cache)
+            last = logits[torch.arange(self.batch, device=device), self.new_lens.long() - 1]
+            return last, last.argmax(-1, keepdim=True)
+
+        self._take(*self._run(("prefill", self.batch, longest), read))
         self.seq_lens += self.new_lens
         self.new_lens.fill_(1)
         self.held = [count + len(text) for count, text in zip(self.held, texts, strict=True)]
-        if self.logits is None:
-            self.logits = torch.empty_like(last)
-        self._take(last)
 
     @torch.no_grad()
     def step(self, given: int | list[int] | None = None) -> int | list[int]:
@@ -145,9 +155,13 @@ class Decoder:
         if self.token.device.type != "cuda" or not self.records:
             self._advance()
         else:
+            if self.arena is not None and self.arena.buffer is not self.buffer:
+                # A longer prompt made it grow: what was recorded writes to the one before.
+                self.graphs.clear()
             turn = self._turn()
             if turn not in self.graphs:
                 self.graphs[turn] = self._record()
+                self.buffer = None if self.arena is None else self.arena.buffer
             self.graphs[turn].replay()
         return self._answer()
 
@@ -162,14 +176,25 @@ class Decoder:
     def _answer(self) -> int | list[int]:
         return self.token[:, 0].tolist() if self.several else int(self.token)
 
-    def _take(self, logits: Tensor) -> None:
-        assert self.logits is not None
+    def _run(
+        self, key: tuple[Any, ...], step: Callable[[int], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Run a step, which changes nothing but keys and values, in the arena if there is one."""
+        return step(0) if self.arena is None else self.arena.run(key, step)
+
+    def _take(self, logits: Tensor, token: Tensor) -> None:
+        if self.logits is None:
+            self.logits = torch.empty_like(logits)
         self.logits.copy_(logits)
-        self.token.copy_(logits.argmax(-1, keepdim=True))
+        self.token.copy_(token)
+
+    def _decode(self, tokens: int) -> tuple[Tensor, Tensor]:
+        logits, _ = self.model(self.token, None, self.seq_lens.long()[:, None], self.cache)
+        last = logits[:, -1]
+        return last, last.argmax(-1, keepdim=True)
 
     def _advance(self) -> None:
-        logits, _ = self.model(self.token, None, self.seq_lens.long()[:, None], self.cache)
-        self._take(logits[:, -1])
+        self._take(*self._run(("decode", self.batch), self._decode))
         self.seq_lens += 1
 
     def _record(self) -> torch.cuda.CUDAGraph:

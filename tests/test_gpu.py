@@ -305,3 +305,46 @@ def test_blocks_are_trained_behind_roundings(tmp_path: Path) -> None:
     for on_cpu, on_gpu in zip(found[0].blocks, found[1].blocks, strict=True):
         assert on_gpu.before == pytest.approx(on_cpu.before, rel=0.1)
         assert on_gpu.after <= on_gpu.before and on_gpu.steps == 8
+
+
+@pytest.mark.parametrize("target", ["cpu", "ampere", "hopper"])
+def test_steps_in_an_arena_allocate_nothing(target: str, tmp_path: Path) -> None:
+    """Behind the first of their kind; the plain form's attention alone allocates, and is named."""
+    program = tiny_program(cache=True, head_dim=32)
+    go.emit(program, tmp_path / "out", target=target, emit=("torch",))
+    module = _module(tmp_path / "out" / "model.py")
+    model = module.load(tmp_path / "out", device="cuda")
+    text = list(range(1, 20))
+    wanted = module.generate(model, text, 12)
+    arena = module.arena_for(model)
+    allocated: dict[str, list[int]] = {}
+    run = arena.run
+
+    def counted(key, *rest):  # type: ignore[no-untyped-def]
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        result = run(key, *rest)
+        after = torch.cuda.memory_stats()["allocation.all.allocated"]
+        allocated.setdefault(key[0], []).append(after - before)
+        return result
+
+    arena.run = counted
+    for _ in range(2):
+        if target == "cpu":
+            assert module.generate(model, text, 12, arena=arena) == wanted
+            continue
+        decoder = module.Decoder(model, 40, 1, arena)
+        decoder.records = False  # a recorded step allocates nothing anyway
+        tokens = [decoder.start([text]), *(decoder.step() for _ in range(11))]
+        assert [row[0] for row in tokens] == wanted
+    left_out = {name for step in arena.steps.values() for name in step.left_out}
+    assert all("attention" in name for name in left_out) and (target == "cpu" or not left_out)
+    if not left_out:
+        assert allocated["prefill"][1:] == [0]
+        assert set(allocated["decode"][1:]) == {0}
+    assert arena.bytes == max(step.height for step in arena.steps.values())
+    arena.run = run
+    # A recorded step writes to the arena, also after a longer prompt has made it grow.
+    assert module.generate(model, text, 12, arena=arena) == wanted
+    longer = text * 3
+    assert module.generate(model, longer, 12, arena=arena) == module.generate(model, longer, 12)
+    assert module.generate(model, text, 12, arena=arena) == wanted

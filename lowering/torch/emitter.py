@@ -31,7 +31,7 @@ from graphopt.lowering.torch.lowered_kernels import (
     range_report,
 )
 from graphopt.lowering.torch.passes import lower, lowering_passes
-from graphopt.lowering.torch.render import render_model
+from graphopt.lowering.torch.render import has_arena, render_model
 from graphopt.pass_manager.contract import Pass
 from graphopt.storage.shared_weights import shared_weights, write_index
 from graphopt.storage.stored_weight import StoredWeight
@@ -39,7 +39,13 @@ from graphopt.support.progress import Progress
 from graphopt.targets import get_target
 
 MODEL_NAME = "model.py"
-POLICY_FOLDER = "policies"
+ARENA_FOLDER, POLICY_FOLDER = "arena", "policies"
+_ARENA_INIT = '''"""One buffer for what steps compute; written by graphopt."""
+
+from .arena import Arena
+
+__all__ = ["Arena"]
+'''
 _POLICY_INIT = '''"""Which pages of a KV cache a step reads; written by graphopt."""
 
 from .policy_attention import cached_policy_attention, empty_caches, policy_of
@@ -62,11 +68,19 @@ def _texts(program: Program, target: str) -> tuple[dict[str, str], LoweredKernel
     lowered = lower(program, target)
     kernels = lower_attentions(lowered, target)
     texts = {MODEL_NAME: render_model(program, target, lowered)}
+    if has_arena(texts[MODEL_NAME]):
+        texts |= {f"{ARENA_FOLDER}/{name}": text for name, text in arena_package().items()}
     if kernels is not None:
         texts |= {f"{FOLDER}/{name}": text for name, text in kernels.files().items()}
     elif any(state.policy for state in program.states.values()):
         texts |= {f"{POLICY_FOLDER}/{name}": text for name, text in policy_package().items()}
     return texts, kernels
+
+
+def arena_package() -> dict[str, str]:
+    """Return the text of every file of the folder `arena`, by path."""
+    names = ("arena.py", "arena_offsets.py", "out_forms.py")
+    return {"__init__.py": _ARENA_INIT, **{name: runtime_text(name) for name in names}}
 
 
 def policy_package() -> dict[str, str]:

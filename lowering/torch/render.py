@@ -17,7 +17,7 @@ from graphopt.ir.graph import Function, Node, Program, resolve_attrs
 from graphopt.ir.ops import is_aten
 from graphopt.ir.ops.attention import ATTENTIONS
 from graphopt.ir.shapes import infer_program
-from graphopt.lowering.torch import packed, template
+from graphopt.lowering.torch import packed, step_template, template
 from graphopt.lowering.torch.body import reads_present
 from graphopt.lowering.torch.classes import ModuleClass
 from graphopt.lowering.torch.lowered_kernels import (
@@ -87,9 +87,11 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
     if " = pack(" in "".join(parts):
         parts.append(template.PACK.strip())
     used = [name for name in ahead if name in helpers]
+    steps = _steps(program, classes, fixed_room=unmasked and with_kernels)
+    in_arena, apart = has_arena(steps), kernels is not None or whole.has_policies
     body = [
         "# What the layers are made of.",
-        *([template.PACKAGE.strip()] if kernels or whole.has_policies else []),
+        *([template.PACKAGE.strip()] if apart else []),
         *([template.kernels(kernels.device, used).strip()] if kernels else []),
         *([template.POLICIES.strip()] if whole.has_policies and not kernels else []),
         *_sources(helpers.difference(ahead)),
@@ -98,13 +100,14 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
         model,
         "# Loading and running.",
         template.load(with_kernels).strip(),
-        _steps(program, classes, fixed_room=unmasked and with_kernels).strip(),
-        template.generate(rotary_switch(program)).strip(),
+        *([template.PACKAGE.strip()] if in_arena and not apart else []),
+        steps,
+        template.generate(rotary_switch(program), in_arena).strip(),
         inspect.getsource(chat.render_chat).strip(),
         inspect.getsource(chat.chat_text).strip(),
         template.PROMPT.strip(),
         plain_text_source().strip(),
-        template.main(with_kernels).strip(),
+        template.main(with_kernels, in_arena).strip(),
     ]
     text = "\n\n\n".join(body)
     head = [_docstring(program, kernels), "from __future__ import annotations"]
@@ -135,13 +138,31 @@ def _steps(program: Program, classes: dict[str, ModuleClass], fixed_room: bool) 
         fixed_room: The file has such caches, and needs no mask for them.
     """
     if not program.states:
-        return template.UNCACHED.format(why="This model has no cache")
+        return step_template.UNCACHED.format(why="This model has no cache").strip()
     sizes = any("P" in made.body.needs for made in classes.values())
     if fixed_room and not sizes and _causal(program) and not _reads_caches(classes):
-        return template.STATIC
+        return step_template.static(arena_refused(program) is None)
     if any("attention_mask" in call.args for call in program.calls):
-        return template.CACHED
-    return template.UNCACHED.format(why="This model has no mask that tells padding from text")
+        rings = [state.layout.ring for state in program.states.values()]
+        return step_template.growing(rings, arena_refused(program) is None)
+    why = "This model has no mask that tells padding from text"
+    return step_template.UNCACHED.format(why=why).strip()
+
+
+def arena_refused(program: Program) -> str | None:
+    """Return why steps of a program have no arena; None if they may have one."""
+    if not program.states:
+        return "there is no KV cache: every step runs every text again, each of another length"
+    if any(state.policy for state in program.states.values()):
+        return "policies of its KV cache remember what steps read: a step cannot be run twice"
+    if any(state.layout.kind == "paged" for state in program.states.values()):
+        return "pages of its KV cache are put together anew in every step"
+    return None
+
+
+def has_arena(text: str) -> bool:
+    """Return whether steps in the text of a `model.py` may have an arena."""
+    return "def arena_for(" in text
 
 
 def _reads_caches(classes: dict[str, ModuleClass]) -> bool:

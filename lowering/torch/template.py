@@ -106,31 +106,31 @@ policy_attention, policy_of = policies.cached_policy_attention, policies.policy_
 """
 
 _READ_AGAIN = '''
-def steps_read_again(model: Model, texts: list[list[int]], count: int) -> Iterator[list[int]]:
+def steps_read_again(
+    model: Model, texts: list[list[int]], count: int{parameter}
+) -> Iterator[list[int]]:
     """Yield what `steps` does, and read every text again when the longest passes {switch} tokens.
 
     Keys lie in the cache as they were rotated, with LongRoPE's frequencies of short texts.
     """
     within = {switch} + 1 - max(map(len, texts))
     if not 0 < within < count:
-        yield from steps(model, texts, count)
+        yield from steps(model, texts, count{argument})
         return
     texts = [list(text) for text in texts]
-    for tokens in steps(model, texts, within):
+    for tokens in steps(model, texts, within{argument}):
         for text, token in zip(texts, tokens):
             text.append(token)
         yield tokens
-    yield from steps(model, texts, count - within)
+    yield from steps(model, texts, count - within{argument})
 '''
 
 _GENERATE = '''
-def generate(
-    model: Model, ids: list[int] | list[list[int]], count: int, stop: Collection[int] = ()
-) -> list[int] | list[list[int]]:
+{signature}
     """Return up to `count` tokens that follow `ids`, the likeliest each time.
 
     A token of `stop` ends a text and is not part of it. A list of texts gives a list of answers;
-    their lengths may differ.
+    their lengths may differ.{about}
 
     Raises:
         ValueError: There is no text, one is empty, or the model has too few positions.
@@ -144,7 +144,7 @@ def generate(
         raise ValueError(f"{longest} tokens and {count} more: the model has {POSITIONS} positions")
     answers: list[list[int]] = [[] for _ in texts]
     ended = [False for _ in texts]
-    for tokens in {steps}(model, texts, count):
+    for tokens in {steps}(model, texts, count{argument}):
         for row, token in enumerate(tokens):
             ended[row] |= token in stop
             if not ended[row]:
@@ -155,61 +155,41 @@ def generate(
 '''
 
 
-def generate(switch: int | None) -> str:
-    """Return `generate`, and what it needs where frequencies change behind `switch` tokens."""
-    if switch is None:
-        return _GENERATE.replace("{steps}", "steps")
-    again = _READ_AGAIN.replace("{switch}", str(switch))
-    return again + "\n" + _GENERATE.replace("{steps}", "steps_read_again")
+_SIGNATURE = """def generate(
+    model: Model, ids: list[int] | list[list[int]], count: int, stop: Collection[int] = ()
+) -> list[int] | list[list[int]]:"""
+
+_SIGNATURE_WITH_ARENA = """def generate(
+    model: Model,
+    ids: list[int] | list[list[int]],
+    count: int,
+    stop: Collection[int] = (),
+    arena: Any = None,
+) -> list[int] | list[list[int]]:"""
+
+_ABOUT_ARENA = """ With `arena`, which `arena_for` makes,
+    steps write their results where those before did."""
 
 
-CACHED = '''
-@torch.no_grad()
-def steps(model: Model, texts: list[list[int]], count: int) -> Iterator[list[int]]:
-    """Yield the likeliest next token of every text, `count` times, with a cache that grows."""
-    device = next(model.parameters()).device
-    longest, cache = max(map(len, texts)), model.empty_cache(len(texts))
-    # Padded in front, so that the newest token of every text is the last one.
-    pads = [longest - len(text) for text in texts]
-    new = torch.tensor([[0] * pad + text for pad, text in zip(pads, texts)], device=device)
-    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)
-    for number in range(count):
-        # Attention is faster without a mask, which prompts of one length do not need.
-        logits, cache = model(new, mask if number or any(pads) else None, cache=cache)
-        new = logits[:, -1:].argmax(-1)
-        mask = torch.cat((mask, mask.new_ones(len(texts), 1)), -1)
-        yield new[:, 0].tolist()
-'''
+def generate(switch: int | None, with_arena: bool) -> str:
+    """Return `generate`, and what it needs.
 
-STATIC = '''
-class Decoder(kernels.Decoder):
-    """Greedy decoding in a cache with room for a whole text, or for several at once."""
-
-    positions, records = POSITIONS, RECORDS
-
-
-def steps(model: Model, texts: list[list[int]], count: int) -> Iterator[list[int]]:
-    """Yield the likeliest next token of every text, `count` times."""
-    decoder = Decoder(model, max(map(len, texts)) + max(count, 1), len(texts))
-    for number in range(count):
-        yield decoder.step() if number else decoder.start(texts)
-'''
-
-UNCACHED = '''
-@torch.no_grad()
-def steps(model: Model, texts: list[list[int]], count: int) -> Iterator[list[int]]:
-    """Yield the likeliest next token of every text, `count` times.
-
-    {why}: every step runs every text again.
+    Args:
+        switch: Behind how many tokens frequencies change, if they do.
+        with_arena: Whether steps may have an arena.
     """
-    device = next(model.parameters()).device
-    texts = [list(text) for text in texts]
-    for _ in range(count):
-        for text in texts:
-            logits, _ = model(torch.tensor([text], device=device))
-            text.append(int(logits[0, -1].argmax()))
-        yield [text[-1] for text in texts]
-'''
+    text = _GENERATE.replace("{steps}", "steps" if switch is None else "steps_read_again")
+    if switch is not None:
+        text = _READ_AGAIN.replace("{switch}", str(switch)) + "\n" + text
+    for place, value in {
+        "signature": _SIGNATURE_WITH_ARENA if with_arena else _SIGNATURE,
+        "about": _ABOUT_ARENA if with_arena else "",
+        "parameter": ", arena: Any = None" if with_arena else "",
+        "argument": ", arena" if with_arena else "",
+    }.items():
+        text = text.replace(f"{{{place}}}", value)
+    return text
+
 
 PROMPT = '''
 def encode(folder: Path, prompt: str, raw: bool = False) -> tuple[list[int], Any]:
@@ -252,7 +232,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, help="tokens to add: 16, or 128 to a prompt")
     parser.add_argument("--device", default={device})
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    options = parser.parse_args()
+{option}    options = parser.parse_args()
     ids, decoder, count = options.ids, None, 16
     if options.prompt is not None:
         folder = Path(__file__).parent
@@ -270,8 +250,7 @@ def main() -> None:
     elif POSITIONS is not None:
         count = min(count, max(POSITIONS - len(ids), 0))
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    made = generate(load(device=options.device, dtype=dtype), ids, count, END)
-    print(plain_text(decoder.decode(made)) if decoder else " ".join(map(str, made)))
+{made}    print(plain_text(decoder.decode(made)) if decoder else " ".join(map(str, made)))
 
 
 if __name__ == "__main__":
@@ -279,6 +258,22 @@ if __name__ == "__main__":
 """
 
 
-def main(with_kernels: bool) -> str:
+_OPTION = """    parser.add_argument(
+        "--arena", action="store_true", help="reuse one buffer in all steps, and print its size"
+    )
+"""
+_MADE = """    made = generate(load(device=options.device, dtype=dtype), ids, count, END)
+"""
+_MADE_IN_ARENA = """    model = load(device=options.device, dtype=dtype)
+    arena = arena_for(model) if options.arena else None
+    made = generate(model, ids, count, END, arena)
+    if arena is not None:
+        print("\\n".join(arena.report()), file=sys.stderr)
+"""
+
+
+def main(with_kernels: bool, with_arena: bool) -> str:
     """Return the command line of the file."""
-    return _MAIN.replace("{device}", "DEVICE" if with_kernels else '"cpu"')
+    text = _MAIN.replace("{device}", "DEVICE" if with_kernels else '"cpu"')
+    text = text.replace("{option}", _OPTION if with_arena else "")
+    return text.replace("{made}", _MADE_IN_ARENA if with_arena else _MADE)

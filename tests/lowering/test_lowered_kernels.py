@@ -72,7 +72,10 @@ def test_sources_are_python_with_their_plans_and_the_same_each_time(target):
 
 def test_a_cpu_has_no_kernels():
     assert lower_attentions(program(), "cpu") is None
-    assert list(source_files(program(), "cpu")) == ["model.py"]
+    assert list(source_files(program(), "cpu")) == [
+        "model.py",
+        *(f"arena/{name}.py" for name in ("__init__", "arena", "arena_offsets", "out_forms")),
+    ]
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ from graphopt.passes.insert_kv_cache import InsertKVCache
 from graphopt.support.progress import silent
 
 STANDARD = {
+    "types",
     "__future__", "argparse", "collections", "importlib", "pathlib", "typing",
     "contextlib", "datetime", "inspect", "json", "re", "resource", "subprocess", "sys",
 }  # fmt: skip
