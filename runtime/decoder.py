@@ -131,7 +131,11 @@ class Decoder:
             last = logits[torch.arange(self.batch, device=device), self.new_lens.long() - 1]
             return last, last.argmax(-1, keepdim=True)
 
-        self._take(*self._run(("prefill", self.batch, longest), read))
+        if self.used and any(kind == "ring" for kind, _ in self.model.kv_layouts):
+            # It reads the slots that it then writes, and an arena may run a step twice.
+            self._take(*read(0))
+        else:
+            self._take(*self._run(("prefill", self.batch, longest), read))
         self.seq_lens += self.new_lens
         self.new_lens.fill_(1)
         self.held = [count + len(text) for count, text in zip(self.held, texts, strict=True)]
