@@ -34,8 +34,8 @@ class Prediction:
         allocated: What `torch.cuda.max_memory_allocated` will say.
         reserved: What `torch.cuda.max_memory_reserved` will say: the GPU must have so much.
         live: The bytes that tensors and workspaces ask for at the peak, without rounding.
-        categories: The same by what they hold.
-        libraries: Workspaces that libraries keep, by name: part of the others.
+        categories: The same by what they hold, without `libraries`.
+        libraries: Workspaces that libraries keep, by name; the sums above have them.
         short_of: The request that did not fit the limit; None where all did.
         trace: What happened.
         notes: What is not known, a sentence each.
@@ -100,7 +100,8 @@ def replay(
     """Return what a trace takes of a GPU's memory, by the rules of torch's allocator.
 
     Args:
-        trace: Of a run on the GPU, or on tensors that stand for its.
+        trace: Of a run on the GPU, or on tensors that stand for its. Where its allocator's history
+            is part of it, which has the workspaces of libraries, they are not added again.
         device: What the trace calls the GPU.
         capability, limit: See `predict_peak`.
     """
@@ -112,8 +113,9 @@ def replay(
     products = [
         name.split(".")[1 if name.count(".") else 0] in _PRODUCTS for name in trace.op_names
     ]
+    complete = any(i.external and i.category == "workspace" for i in trace.instances)
     live = trace.live_bytes(here)
-    alive, most, peak = 0, 0, -1
+    most, peak = 0, -1
     short_of: OutOfMemory | None = None
     try:
         for index in np.flatnonzero(here & trace.external):
@@ -126,15 +128,14 @@ def replay(
                 blocks[index] = allocator.malloc(trace.instances[index].size)
             elif kind == FREE:
                 allocator.free(blocks.pop(index))
-            elif kind == WRITE and products[op] and len(libraries) < 2:
+            elif kind == WRITE and products[op] and not complete and len(libraries) < 2:
                 # A backward pass has a thread of its own, and a workspace of its own with it.
                 where = "cuBLAS, backward" if index in backward else "cuBLAS"
                 if where not in libraries:
                     libraries[where] = cublas_workspace(capability)
                     allocator.malloc(libraries[where])
-                    alive += libraries[where]
-            if live[event] + alive > most:
-                most, peak = int(live[event]) + alive, event
+            if (now := int(live[event]) + sum(libraries.values())) > most:
+                most, peak = now, event
     except OutOfMemory as problem:
         short_of = problem
     notes = [*trace.notes, *unknown_workspaces(trace.op_names)]
