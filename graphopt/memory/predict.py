@@ -16,7 +16,7 @@ import torch
 from graphopt.memory.caching_allocator import Block, CachingAllocator, OutOfMemory
 from graphopt.memory.operators import words
 from graphopt.memory.stand_in import StandIn
-from graphopt.memory.trace import FREE, MALLOC, WRITE, Category, Trace
+from graphopt.memory.trace import FREE, MALLOC, READ, WRITE, Category, Trace
 from graphopt.memory.workload import Workload
 from graphopt.memory.workspaces import kernel_workspace, unknown_workspaces
 
@@ -113,6 +113,9 @@ def replay(
     products = [
         name.split(".")[1 if name.count(".") else 0] in _PRODUCTS for name in trace.op_names
     ]
+    shared = added_in_place(trace)
+    reused = set(shared.values())
+    twice = 0  # bytes that the trace has twice for the moment
     complete = any(i.external and i.category == "workspace" for i in trace.instances)
     live = trace.live_bytes(here)
     most, peak = 0, -1
@@ -124,8 +127,14 @@ def replay(
         for event, (kind, index, op) in enumerate(columns):
             if not here[index]:
                 continue
-            if kind == MALLOC:
+            if kind == MALLOC and index in shared:
+                blocks[index] = blocks[shared[index]]
+                twice = trace.instances[index].size
+            elif kind == MALLOC:
                 blocks[index] = allocator.malloc(trace.instances[index].size)
+            elif kind == FREE and index in reused:
+                del blocks[index]
+                twice = 0
             elif kind == FREE:
                 allocator.free(blocks.pop(index))
             elif kind == WRITE and products[op] and not complete and len(libraries) < 2:
@@ -134,7 +143,7 @@ def replay(
                 if where not in libraries:
                     libraries[where] = cublas_workspace(capability)
                     allocator.malloc(libraries[where])
-            if (now := int(live[event]) + sum(libraries.values())) > most:
+            if (now := int(live[event]) - twice + sum(libraries.values())) > most:
                 most, peak = now, event
     except OutOfMemory as problem:
         short_of = problem
@@ -149,6 +158,31 @@ def replay(
         trace,
         notes,
     )
+
+
+def added_in_place(trace: Trace) -> dict[int, int]:
+    """Return the sums of gradients that torch would put where their first term is.
+
+    Where a value is used twice, autograd adds the second gradient to the first in place if nobody
+    else holds that, but not while something watches operators, as a recorder does
+    (`can_accumulate_inplace` in torch's input_buffer.cpp).
+
+    Returns:
+        The instance of each sum -> that of its first term, which is let go of behind the sum.
+    """
+    found: dict[int, int] = {}
+    named = [name.startswith("aten.add.Tensor") for name in trace.op_names]
+    sums = np.array(named, bool)[trace.op] & (trace.kind == MALLOC)
+    for event in np.flatnonzero(sums).tolist():
+        kinds = trace.kind[event : event + 4].tolist()
+        if kinds != [MALLOC, READ, READ, WRITE]:
+            continue
+        total, first, second = (trace.instances[i] for i in trace.instance[event : event + 3])
+        gradients = {i.category for i in (total, first, second)} == {"gradient"}
+        gone = first.died is not None and trace.call[first.died] == trace.call[event]
+        if gradients and gone and first.size == total.size and first is not second:
+            found[total.index] = first.index
+    return found
 
 
 def _categories_at(trace: Trace, here: np.ndarray, event: int) -> dict[Category, int]:
