@@ -151,8 +151,8 @@ class AttachKVPolicy(Pass):
     """
 
     kind: Literal[
-        "dense", "sink-local", "last-row", "ema", "quest", "page-range", "snapkv",
-        "expected-attention", "predictor", "oracle", "oracle-top-p",
+        "dense", "sink-local", "last-row", "ema", "quest", "snapkv", "expected-attention",
+        "predictor", "oracle", "oracle-top-p",
     ] = "quest"  # fmt: skip
     budget: Annotated[int, Field(ge=1)] = 1024
     page: Annotated[int, Field(ge=1)] = 16

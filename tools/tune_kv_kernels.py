@@ -52,17 +52,16 @@ from graphopt.targets import get_target
 
 TILES = {
     16: (
-        (64, 4, 3, 33), (64, 4, 4, 33), (64, 4, 3, 49), (64, 2, 3, 33), (64, 2, 3, 49),
-        (64, 2, 4, 33), (32, 4, 4, 66), (32, 2, 4, 66), (32, 2, 3, 82), (32, 1, 4, 66),
-        (32, 1, 3, 99), (16, 1, 4, 128), (16, 1, 6, 99), (128, 4, 3, 16),
+        (64, 4, 3, 33), (64, 4, 3, 49), (64, 2, 3, 49), (32, 4, 4, 49), (32, 4, 5, 33),
+        (32, 2, 4, 66), (32, 1, 4, 66), (16, 1, 4, 128), (16, 1, 6, 99), (16, 2, 6, 66),
     ),
     32: (
-        (32, 4, 4, 66), (32, 4, 6, 33), (32, 2, 4, 66), (32, 2, 3, 82), (32, 2, 6, 33),
-        (32, 1, 4, 66), (32, 1, 3, 99), (32, 1, 5, 49), (64, 4, 3, 33), (64, 2, 3, 49),
+        (32, 4, 3, 49), (32, 4, 4, 33), (32, 4, 5, 33), (32, 4, 4, 49), (32, 4, 4, 66),
+        (32, 2, 4, 49), (32, 2, 4, 66), (32, 2, 5, 33), (32, 1, 4, 66), (64, 4, 3, 33),
     ),
     64: (
-        (64, 4, 3, 33), (64, 4, 3, 49), (64, 4, 4, 33), (64, 2, 3, 33), (64, 2, 3, 49),
-        (64, 2, 4, 33), (128, 4, 2, 33), (128, 4, 3, 16), (128, 8, 3, 16),
+        (64, 4, 3, 33), (64, 4, 4, 33), (64, 4, 3, 32), (64, 4, 3, 41), (64, 4, 3, 49),
+        (64, 4, 3, 66), (64, 2, 3, 33), (64, 4, 2, 66), (64, 8, 3, 33),
     ),
 }  # fmt: skip
 """By tokens of a page: BLOCK_N, num_warps, num_stages, SPLITS."""
@@ -71,9 +70,10 @@ SELECTIONS = {
     "": {},
     " late": {"EARLY_START": False},
     " 8 pages": {"THREAD_PAGES": 8},
-    " 32 pages": {"THREAD_PAGES": 32},
-    " 8 KB": {"BOUND_BYTES": 8192},
-    " 32 KB": {"BOUND_BYTES": 32768},
+    " 16 pages": {"THREAD_PAGES": 16},
+    " 8 KB, 3": {"BOUND_STAGES": 3},
+    " 16 KB, 3": {"BOUND_BYTES": 16384, "BOUND_STAGES": 3},
+    " 4 KB, 5": {"BOUND_BYTES": 4096, "BOUND_STAGES": 5},
 }
 """Settings of `graphopt.runtime.kv_policy` beside its own."""
 
@@ -151,19 +151,20 @@ def compare_selections(
     for kind in ("ema", "quest"):
         policy = selecting(kind, page, KEYS // page // SHARE)
         own = [PolicyStep.random(policy, attend, operands.q, cache) for cache in operands.caches]
-        steps, errors = dict(dense), {}
+        steps, errors, kept_runs = dict(dense), {}, []
         for name, changed in SELECTIONS.items():
-            if not within() or (kind == "ema" and "BOUND_BYTES" in changed):
+            if not within() or (kind == "ema" and "BOUND_STAGES" in changed):
                 continue
             kept = {key: getattr(kv_policy, key) for key in changed}
             for key, value in changed.items():
                 setattr(kv_policy, key, value)
             errors["own" + name] = max(own[-1].over_allowed().values())
-            # Recorded while the setting holds.
+            # Recorded while the setting holds; what a graph reads has to live as long as it.
             parts = PARTS if not name else ("select",)
-            graphs = {part + name: recorded([step.part(part) for step in own]) for part in parts}
-            graphs["step" + name] = recorded([step.whole for step in own])
-            steps |= {part: (graph, len(own)) for part, graph in graphs.items()}
+            runs = {part + name: [step.part(part) for step in own] for part in parts}
+            runs["step" + name] = [step.whole for step in own]
+            kept_runs.append(runs)
+            steps |= {part: (recorded(each), len(own)) for part, each in runs.items()}
             for key, value in kept.items():
                 setattr(kv_policy, key, value)
         medians = medians_of(steps)

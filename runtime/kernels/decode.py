@@ -22,7 +22,7 @@ from graphopt.runtime.kernels.common import (
     picked_pages,
     pool_pages,
     shares,
-    softmax_step,
+    softmax_weights,
     transformed,
     visible,
 )
@@ -91,10 +91,13 @@ def attention_decode(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     TYPE: tl.constexpr = q_ptr.dtype.element_ty
-    split, splits = tl.program_id(0), tl.num_programs(0)
     groups = H // GROUP
     batch = tl.program_id(1) // groups
     group = tl.program_id(1) % groups
+    # Spans of one more block come first. Programs as far apart as there are cores share one: not
+    # all of them begin with such a span.
+    splits = tl.num_programs(0)
+    split = (tl.program_id(0) + group * splits // groups) % splits
     batch_64, group_64 = batch.to(tl.int64), group.to(tl.int64)
     mask_row = batch_64 * T
     if KV_LENS:
@@ -130,7 +133,8 @@ def attention_decode(
         v1 = V0 + tl.arange(0, V1)
 
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    # Weights are added up by column, and columns behind the loop: warps have different ones.
+    totals = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     sum0 = tl.zeros([BLOCK_M, V0], tl.float32)
     if V1:
         sum1 = tl.zeros([BLOCK_M, V1], tl.float32)
@@ -175,11 +179,11 @@ def attention_decode(
         pages_1 = pool_pages(page_1, T, batch, block_table_ptr, block_table_width, PAGE)
     for start in range(low, high, BLOCK_N):
         keys = start + columns
+        present = keys < T
         if PAGE:
             listed, place = page_places(start, columns, PAGE, BLOCK_N)
         if SELECTED:
-            keys = keys_of_pages(page, place, T, PAGE)
-        present = keys < T
+            keys, present = keys_of_pages(page, place, T, PAGE)
         k_offsets, v_offsets = key_offsets(
             keys, place, pages, batch, ring_start_ptr,
             k_stride_b, k_stride_t, v_stride_b, v_stride_t, RING, PAGE, KV_BITS,
@@ -221,7 +225,8 @@ def attention_decode(
                 BLOCK_M, BLOCK_N, PAGE, SELECTED,
             )  # fmt: skip
 
-        weights, shrink, top, total = softmax_step(scores, unit, top, total)
+        weights, shrink, top = softmax_weights(scores, unit, top)
+        totals = totals * shrink[:, None] + weights
         if KV_BITS == 16:
             weights = weights.to(TYPE)
             value0 = tl.load(v_rows + v0[None, :], mask=present[:, None], other=0.0)
@@ -258,7 +263,7 @@ def attention_decode(
         sum0 -= less[:, None]
         if V1:
             sum1 -= less[:, None]
-    some, total, factor = shares(total)
+    some, total, factor = shares(tl.sum(totals, 1))
     where = ((batch_64 * H + head) * S + token) * splits + split
     part_rows = part_ptr + where[:, None] * VALUE_DIM
     tl.store(part_rows + v0[None, :], sum0 * factor[:, None], mask=real[:, None])
