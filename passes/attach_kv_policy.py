@@ -151,9 +151,9 @@ class AttachKVPolicy(Pass):
     """
 
     kind: Literal[
-        "dense", "sink-local", "last-row", "ema", "quest", "snapkv", "expected-attention",
-        "predictor", "oracle", "oracle-top-p",
-    ] = "quest"  # fmt: skip
+        "dense", "sink-local", "last-row", "ema", "quest", "page-range", "snapkv",
+        "expected-attention", "predictor", "oracle", "oracle-top-p",
+    ] = "page-range"  # fmt: skip
     budget: Annotated[int, Field(ge=1)] = 1024
     page: Annotated[int, Field(ge=1)] = 16
     sink: Annotated[int, Field(ge=0)] = 64

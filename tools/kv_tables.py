@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from results import markdown_table, measured_on, result_of
+
+DEFAULT_PAGE = 16
+"""Tokens of a page where a policy names none, as for `graphopt eval --kv-policy`."""
 
 
 def kv() -> str:
@@ -20,7 +24,7 @@ def _order(item: tuple[str, dict[str, Any]]) -> tuple[int, str]:
 def _part(name: str, part: dict[str, Any]) -> str:
     """Return the table of texts of one length on one device."""
     asked, dense = part.get("needles"), part["dense"]
-    rows = [["dense", "-", f"{dense['perplexity']:.3f}", "1", "1", "-", "-"]]
+    rows = [["dense", "-", f"{dense['perplexity']:.3f}", "1", "1", "-", "-", "-"]]
     if asked:
         rows[0].append(f"{dense['needles']} of {asked}")
     for run in part["runs"]:
@@ -32,6 +36,7 @@ def _part(name: str, part: dict[str, Any]) -> str:
             f"{run['recall']:.3f}",
             f"{run['share_of_oracle']:.3f}",
             f"{run['tokens_read']:,.0f}",
+            _state_read(run, part["tokens"]),
         ]
         if asked:
             row.append(f"{run['needles']} of {asked}" if "needles" in run else "-")
@@ -39,12 +44,25 @@ def _part(name: str, part: dict[str, Any]) -> str:
     head = [
         f"{part['model']}, {part['tokens']:,} tokens",
         "budget", "perplexity", "times dense", "recall", "of the best pages'", "tokens read",
+        "state read",
     ]  # fmt: skip
     head += ["needles"] if asked else []
     about = (
         f"On {part['texts']} texts of {part['text']}, behind prompts of {part['prompt']:,} tokens."
     )
     return f"{markdown_table(head, rows)}\n\n{measured_on(part, 'torch', 'transformers')} {about}"
+
+
+def _state_read(run: dict[str, Any], tokens: int) -> str:
+    """Return what selecting reads of a policy's state, as so many tokens' keys and values.
+
+    Of each page the ends of its keys' range are as much as one key and one value; other policies
+    read a number or none.
+    """
+    if run["kind"] not in ("quest", "page-range"):
+        return "-"
+    given = re.search(r"page=(\d+)", run["policy"])
+    return f"{-(-tokens // int(given[1] if given else DEFAULT_PAGE)):,}"
 
 
 def kv_speed() -> str:
