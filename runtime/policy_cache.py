@@ -84,9 +84,9 @@ class PolicyKVCache:
         # In front of a row's new tokens stand others here, of whose queries nobody knows any more.
         begun = []
         for row, count in enumerate(counts):
-            last = q[row : row + 1, :, max(count - policy.history, 0) : count]
-            given = (x[row : row + 1] for x in (k, v, mask))
-            begun.append(policy.init(last, *given, scoring))
+            own = slice(row, row + 1)
+            last = q[own, :, max(count - policy.history, 0) : count]
+            begun.append(policy.init(last, k[own], v[own], mask[own], scoring))
         self.keep({name: torch.cat([state[name] for state in begun]) for name in begun[0]})
 
     def keep(self, state: State) -> None:

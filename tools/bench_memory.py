@@ -325,6 +325,7 @@ class Bench:
             ("7B block", "train", {"seq": 1024}),
             ("demo", "prefill", {"batch": 8}),
             ("7B block", "decode", {"seq": 1024}),
+            ("7B block", "calibrate", {"seq": 2048}),
         ]
         told = torch.cuda.mem_get_info
         if self.gpu:

@@ -106,6 +106,26 @@ def by_address(trace: Trace) -> Intervals:
     Addresses are those of a model of torch's caching allocator; a block that follows another at
     its address goes on with its intervals.
     """
+    address = addresses(trace)
+    accesses = np.flatnonzero((trace.kind == READ) | (trace.kind == WRITE))
+    return between(trace, accesses, address[trace.instance[accesses]])
+
+
+def between(trace: Trace, events: np.ndarray, owners: np.ndarray) -> Intervals:
+    """Return intervals between successive events of one owner."""
+    order = np.argsort(owners, kind="stable")
+    events, owners = events[order], owners[order]
+    same = np.flatnonzero(owners[1:] == owners[:-1])
+    first, second = events[same], events[same + 1]
+    return Intervals(
+        trace.instance[second].astype(np.int64), first, second,
+        trace.time_ns[second] - trace.time_ns[first],
+        trace.sizes[trace.instance[second]], np.zeros(len(same), bool),
+    )  # fmt: skip
+
+
+def addresses(trace: Trace) -> np.ndarray:
+    """Return an address for each instance, by a model of torch's caching allocator."""
     allocator = CachingAllocator()
     blocks: dict[int, Any] = {}
     address = np.zeros(len(trace.instances), np.int64)
@@ -119,17 +139,7 @@ def by_address(trace: Trace) -> Intervals:
             allocator.free(blocks[index])
             continue
         address[index] = blocks[index].address if blocks[index] else -1 - index
-    accesses = np.flatnonzero((trace.kind == READ) | (trace.kind == WRITE))
-    where = address[trace.instance[accesses]]
-    order = np.argsort(where, kind="stable")
-    accesses, where = accesses[order], where[order]
-    same = np.flatnonzero(where[1:] == where[:-1])
-    first, second = accesses[same], accesses[same + 1]
-    return Intervals(
-        trace.instance[second].astype(np.int64), first, second,
-        trace.time_ns[second] - trace.time_ns[first],
-        trace.sizes[trace.instance[second]], np.zeros(len(same), bool),
-    )  # fmt: skip
+    return address
 
 
 def patterns(trace: Trace, links: dict[str, Link]) -> dict[str, Any]:
@@ -140,6 +150,7 @@ def patterns(trace: Trace, links: dict[str, Link]) -> dict[str, Any]:
     peak = begin + int(live.argmax())
     found = access_intervals(trace, period)
     naive = by_address(trace)
+    every = between(trace, np.arange(len(trace)), trace.instance.astype(np.int64))
     whole = access_intervals(trace)
     swaps = {}
     for name, link in links.items():
@@ -170,6 +181,7 @@ def patterns(trace: Trace, links: dict[str, Link]) -> dict[str, Any]:
             "intervals": len(naive), "across_reuse": len(naive) - len(whole),
             "share_below_25_us": naive.share_below(SHORT_NS),
             "within_blocks_share_below_25_us": whole.share_below(SHORT_NS),
+            "mallocs_and_frees_too_share_below_25_us": every.share_below(SHORT_NS),
         },
         "peak_bytes": int(live.max()),
         "by_kind": bytes_by_kind(trace, peak),

@@ -19,13 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ablation_tables import bits, bits_kernels, int4_onnx
 from kv_tables import kv, kv_speed
+from memory_tables import memory_capacity, memory_events, memory_overhead, memory_peaks
 from model_tables import models, models_answers, models_choice
 from results import ROOT, markdown_table, measured_on, median, result_of
 
 PAGES = (
     "README.md", "docs/attention.md", "docs/bits.md", "docs/depth.md", "docs/evaluate.md",
-    "docs/families.md", "docs/flatquant.md", "docs/kv.md", "docs/methods.md", "docs/volta.md",
-    "docs/width.md",
+    "docs/families.md", "docs/flatquant.md", "docs/kv.md", "docs/memory.md", "docs/methods.md",
+    "docs/volta.md", "docs/width.md",
 )  # fmt: skip
 _TABLE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end table -->", re.DOTALL)
 
@@ -627,6 +628,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "models": models,
     "models_answers": models_answers,
     "models_choice": models_choice,
+    "memory_capacity": memory_capacity,
+    "memory_events": memory_events,
+    "memory_overhead": memory_overhead,
+    "memory_peaks": memory_peaks,
 }
 
 

@@ -84,7 +84,8 @@ def measure_policies(
             "Give --backend program, or the source of the model.",
         )
     tokens = rows.shape[1]
-    runner, device = model.runner, model.device
+    runner: Runner = model.runner
+    device = model.device
     if any(state.policy is not None for state in runner.program.states.values()):
         # What is measured takes the place of what is attached.
         runner = Runner(without_policies(runner.program), device=device)

@@ -191,7 +191,7 @@ def _recorded(spec: str, flags: MemoryFlags, trust_remote_code: bool) -> _Run:
     import torch
 
     from graphopt.memory.analysis.devices import of_device
-    from graphopt.memory.cost import hopper
+    from graphopt.memory.cost import newest_roofline
     from graphopt.memory.stand_in import StandIn
     from graphopt.memory.workspaces import kernel_workspace
     from graphopt.support.devices import found_gpu, usable_device
@@ -199,7 +199,7 @@ def _recorded(spec: str, flags: MemoryFlags, trust_remote_code: bool) -> _Run:
     make, name, phase = _maker(spec, flags, trust_remote_code)
     facts = {"phase": phase, "batch": f"batch {flags.batch}", "seq": f"{flags.seq} tokens"}
     if flags.device == FAKE or (flags.device == "auto" and found_gpu() is None):
-        cost = hopper()
+        cost = newest_roofline()
         with StandIn() as stand_in:
             workload = make(stand_in.device)
             count = workload.warm_up + (flags.iterations or ITERATIONS[phase])

@@ -12,10 +12,6 @@ from graphopt.memory.predict import HOPPER, Prediction, predict_peak
 MOST_ROWS = 2**16
 """The largest batch that is asked for."""
 
-MOST_WINDOWS = 256
-"""The same for calibration, which runs a large batch part by part: more windows take more time, and
-memory for the hidden states alone."""
-
 MOST_TOKENS = 2**20
 """The longest sequence that is asked for."""
 
@@ -53,21 +49,21 @@ def largest_batch(
     seq: int,
     dtype: torch.dtype = torch.bfloat16,
     capability: tuple[int, int] = HOPPER,
-    most: int | None = None,
+    most: int = MOST_ROWS,
 ) -> Fit:
     """Return the largest batch of which a step fits.
 
     Args:
         memory: Bytes that torch's allocator may reserve on the GPU. The CUDA context, some hundred
             MB, comes on top.
-        most: The largest that is asked for; `MOST_ROWS` by default, `MOST_WINDOWS` in calibration.
+        most: The largest that is asked for.
     """
     return largest(
         lambda batch: predict_step(
             program, phase, batch=batch, seq=seq, dtype=dtype, capability=capability, limit=memory
         ),
         memory,
-        most=most or (MOST_WINDOWS if phase == "calibrate" else MOST_ROWS),
+        most=most,
     )
 
 

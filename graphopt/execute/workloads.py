@@ -83,8 +83,8 @@ def program_workload(
     * `decode` runs one token of each text behind `seq` tokens in the cache, which grows.
     * `train` is a step of training all weights: next-token cross-entropy, its gradients, fused
       AdamW; weights, gradients and states are in `dtype`.
-    * `calibrate` walks windows of `seq` tokens over the blocks, weights streamed in fp32 and
-      products as in training passes, and sums second moments of what each linear reads.
+    * `calibrate` walks windows of `seq` tokens over the blocks, all at once, weights streamed in
+      fp32 and products as in training passes, and sums second moments of what each linear reads.
 
     Args:
         phase: One of `PHASES`.
@@ -232,12 +232,9 @@ def _calibration(program: Program, ids: Tensor, name: str) -> Workload:
     def step() -> None:
         for block in HiddenStateStream(runner, ids, tokens_at_once=ids.numel()):
             sums: dict[Value, Tensor] = {}
-            read = {n.inputs[0] for n in block.function.nodes if n.op == "linear"}
-            block.advance(
-                observers={
-                    v: _summing(sums, v) for v in read if v is not None and v.node is not None
-                }
-            )
+            read = {node.inputs[0] for node in block.function.nodes if node.op == "linear"}
+            made = [value for value in read if value is not None and value.node is not None]
+            block.advance(observers={value: _summing(sums, value) for value in made})
 
     return Workload(name, step, device, lambda: {"input": {"input_ids": ids}})
 

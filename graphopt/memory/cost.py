@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from graphopt.targets import get_target
+from graphopt.targets import newest_gpu
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,9 @@ class Roofline:
         return self.launch + max(moved / self.bandwidth, flops / rate) * 1e9
 
 
-def hopper() -> Roofline:
-    """Return an H100: bandwidth and launch as measured for the target, products by data sheet."""
-    figures = get_target("hopper").decode
-    if figures is None:
-        raise ValueError("the target hopper states no figures of decoding")
+def newest_roofline() -> Roofline:
+    """Return the newest GPU's: bandwidth and launch as measured for it, products by data sheet."""
+    figures = newest_gpu().decode
+    assert figures is not None
     # NVIDIA H100 data sheet (SXM5): 989 TFLOP/s in bf16 without sparsity, 67 in fp32.
     return Roofline(figures.bandwidth, 989e12, 67e12, figures.launch * 1e9, "H100 (roofline)")

@@ -16,7 +16,7 @@ import torch
 from graphopt.memory.caching_allocator import Block, CachingAllocator, OutOfMemory
 from graphopt.memory.operators import words
 from graphopt.memory.stand_in import StandIn
-from graphopt.memory.trace import FREE, MALLOC, WRITE, Category, Trace
+from graphopt.memory.trace import FREE, MALLOC, READ, WRITE, Category, Trace
 from graphopt.memory.workload import Workload
 from graphopt.memory.workspaces import kernel_workspace, unknown_workspaces
 
@@ -34,8 +34,8 @@ class Prediction:
         allocated: What `torch.cuda.max_memory_allocated` will say.
         reserved: What `torch.cuda.max_memory_reserved` will say: the GPU must have so much.
         live: The bytes that tensors and workspaces ask for at the peak, without rounding.
-        categories: The same by what they hold.
-        libraries: Workspaces that libraries keep, by name: part of the others.
+        categories: The same by what they hold, without `libraries`.
+        libraries: Workspaces that libraries keep, by name; the sums above have them.
         short_of: The request that did not fit the limit; None where all did.
         trace: What happened.
         notes: What is not known, a sentence each.
@@ -100,7 +100,8 @@ def replay(
     """Return what a trace takes of a GPU's memory, by the rules of torch's allocator.
 
     Args:
-        trace: Of a run on the GPU, or on tensors that stand for its.
+        trace: Of a run on the GPU, or on tensors that stand for its. Where its allocator's history
+            is part of it, which has the workspaces of libraries, they are not added again.
         device: What the trace calls the GPU.
         capability, limit: See `predict_peak`.
     """
@@ -112,8 +113,12 @@ def replay(
     products = [
         name.split(".")[1 if name.count(".") else 0] in _PRODUCTS for name in trace.op_names
     ]
+    shared = added_in_place(trace)
+    reused = set(shared.values())
+    twice = 0  # bytes that the trace has twice for the moment
+    complete = any(i.external and i.category == "workspace" for i in trace.instances)
     live = trace.live_bytes(here)
-    alive, most, peak = 0, 0, -1
+    most, peak = 0, -1
     short_of: OutOfMemory | None = None
     try:
         for index in np.flatnonzero(here & trace.external):
@@ -122,19 +127,24 @@ def replay(
         for event, (kind, index, op) in enumerate(columns):
             if not here[index]:
                 continue
-            if kind == MALLOC:
+            if kind == MALLOC and index in shared:
+                blocks[index] = blocks[shared[index]]
+                twice = trace.instances[index].size
+            elif kind == MALLOC:
                 blocks[index] = allocator.malloc(trace.instances[index].size)
+            elif kind == FREE and index in reused:
+                del blocks[index]
+                twice = 0
             elif kind == FREE:
                 allocator.free(blocks.pop(index))
-            elif kind == WRITE and products[op] and len(libraries) < 2:
+            elif kind == WRITE and products[op] and not complete and len(libraries) < 2:
                 # A backward pass has a thread of its own, and a workspace of its own with it.
                 where = "cuBLAS, backward" if index in backward else "cuBLAS"
                 if where not in libraries:
                     libraries[where] = cublas_workspace(capability)
                     allocator.malloc(libraries[where])
-                    alive += libraries[where]
-            if live[event] + alive > most:
-                most, peak = int(live[event]) + alive, event
+            if (now := int(live[event]) - twice + sum(libraries.values())) > most:
+                most, peak = now, event
     except OutOfMemory as problem:
         short_of = problem
     notes = [*trace.notes, *unknown_workspaces(trace.op_names)]
@@ -148,6 +158,31 @@ def replay(
         trace,
         notes,
     )
+
+
+def added_in_place(trace: Trace) -> dict[int, int]:
+    """Return the sums of gradients that torch would put where their first term is.
+
+    Where a value is used twice, autograd adds the second gradient to the first in place if nobody
+    else holds that, but not while something watches operators, as a recorder does
+    (`can_accumulate_inplace` in torch's input_buffer.cpp).
+
+    Returns:
+        The instance of each sum -> that of its first term, which is let go of behind the sum.
+    """
+    found: dict[int, int] = {}
+    named = [name.startswith("aten.add.Tensor") for name in trace.op_names]
+    sums = np.array(named, bool)[trace.op] & (trace.kind == MALLOC)
+    for event in np.flatnonzero(sums).tolist():
+        kinds = trace.kind[event : event + 4].tolist()
+        if kinds != [MALLOC, READ, READ, WRITE]:
+            continue
+        total, first, second = (trace.instances[i] for i in trace.instance[event : event + 3])
+        gradients = {i.category for i in (total, first, second)} == {"gradient"}
+        gone = first.died is not None and trace.call[first.died] == trace.call[event]
+        if gradients and gone and first.size == total.size and first is not second:
+            found[total.index] = first.index
+    return found
 
 
 def _categories_at(trace: Trace, here: np.ndarray, event: int) -> dict[Category, int]:

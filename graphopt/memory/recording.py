@@ -47,7 +47,7 @@ def record(
             at its end.
         device: Where it computes: on a GPU the clock is that of CUDA events.
         tags: What tensors hold; asked in front of the first iteration and behind each.
-        history: On a GPU, add what its allocator gave to others than tensors; see `cuda_history`.
+        history: On a GPU, add what its allocator gave to others than tensors (`cuda_history`).
         workspaces, cost, most: See `Recorder`.
 
     Raises:
@@ -68,7 +68,8 @@ def record(
         meta_place=None if stand_in is None else stand_in.place,
         most=most,
     )
-    kept = AllocatorHistory(torch.device(device)) if history and not valueless else None
+    wanted = history and clock == "cuda events"
+    kept = AllocatorHistory(torch.device(device)) if wanted else None
     with recorder, kept or contextlib.nullcontext():
         _tag(recorder, tags)
         for iteration in range(iterations):

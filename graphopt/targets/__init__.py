@@ -298,6 +298,15 @@ def _unknown_target(name: str, targets: Iterable[Target]) -> UsageError:
     return unknown_name("target", name, [target.name for target in targets])
 
 
+def newest_gpu() -> Target:
+    """Return the GPU of the highest compute capability whose file has figures of decoding.
+
+    It stands for a GPU where none is named.
+    """
+    known = [target for target in all_targets().values() if target.decode is not None]
+    return max(known, key=lambda target: target.compute_capability or (0, 0))
+
+
 def get_target(name: str) -> Target:
     """Return the target called `name`.
 

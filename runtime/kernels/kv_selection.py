@@ -152,7 +152,7 @@ def select_pages(
     present = (number >= first) & (number <= last)
     order = tl.where(always | (present == 0), 0, in_order(score))
     high = tl.max(tl.max(order, 1), 0) + 1
-    order = tl.where(always & present, ~tl.zeros([ROWS, COLUMNS], tl.uint32), order)
+    order = tl.where(always & present, tl.full([ROWS, COLUMNS], 4294967295, tl.uint32), order)
     enough = tl.where(fits, READ, SINK + LOCAL)
     low, high, above = narrowed(order, high, last - first + 1, enough, READ)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from command_line import runner
 from tiny_models import save_tiny
 
@@ -161,3 +162,16 @@ def test_a_damaged_trace_is_refused(elsewhere):
     path.write_text('{"graphopt_memory_trace":1,"clock":"sundial"}')
     done = run(path)
     assert done.exit_code == 1 and "trace.json" in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_a_gpu(script):
+    data = told(f"{script}:train", "--device", "cuda", "--batch", 1024, "--iterations", 5)
+    assert data["clock"] == "cuda events" and data["period"]["repeats"] >= 3
+    held = data["allocator"]
+    assert held["reserved"] >= held["active"] >= held["requested"] > 0
+    assert data["link"]["source"].startswith("measured on")
+    # What nobody runs has the same blocks in the same order.
+    fake = told(f"{script}:train", "--device", "fake", "--batch", 1024, "--iterations", 5)
+    assert data["by_category"]["weight"] == fake["by_category"]["weight"]

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from graphopt.memory.caching_allocator import Block, CachingAllocator, OutOfMemory
 from graphopt.memory.capacity import largest
-from graphopt.memory.predict import Prediction, cublas_workspace, predict_peak, replay
+from graphopt.memory.predict import (
+    Prediction,
+    added_in_place,
+    cublas_workspace,
+    predict_peak,
+    replay,
+)
 from graphopt.memory.recording import record
 from graphopt.memory.stand_in import StandIn
 from graphopt.memory.trace import Trace
@@ -120,6 +126,30 @@ def test_a_prediction_counts_tensors_and_both_workspaces() -> None:
     assert found.live <= found.allocated <= found.reserved
     assert found.fits
     assert predict_peak(matrices, capability=(8, 0)).libraries["cuBLAS"] == cublas_workspace((8, 0))
+
+
+def test_gradients_are_added_in_place_as_torch_does_unwatched() -> None:
+    def make(device: torch.device) -> Workload:
+        x = nn.Parameter(torch.zeros(1024, 1024, device=device))
+        one, other = (torch.zeros(1024, 1024, device=device) for _ in range(2))
+
+        def step() -> None:
+            y = x.exp()
+            ((y @ one).sum() + (y @ other).sum()).backward()  # gradients of y from both
+            x.grad = None
+
+        tags = {"one": one, "other": other}
+        return Workload("used twice", step, device, lambda: {"weight": {"x": x}, "input": tags})
+
+    found = predict_peak(make)
+    sums = added_in_place(found.trace)
+    ((total, first),) = sums.items()
+    assert found.trace.instances[total].size == found.trace.instances[first].size == 4 * MB
+    # The most are x, y, both matrices and both gradients of y; watched, the sum of those too.
+    workspaces = sum(found.libraries.values())
+    assert found.trace.peak().bytes == pytest.approx(7 * 4 * MB, rel=1e-5)
+    assert found.live == pytest.approx(6 * 4 * MB + workspaces, rel=1e-5)
+    assert found.allocated == pytest.approx(6 * 4 * MB + workspaces, rel=1e-3)
 
 
 def test_a_prediction_says_what_does_not_fit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from graphopt.errors import UsageError
+from graphopt.memory.recorder import Recorder
 from graphopt.memory.recording import record
 from graphopt.memory.stand_in import StandIn
 from graphopt.memory.trace import FREE, KIND_NAMES, MALLOC, Trace
@@ -350,3 +353,50 @@ def test_every_malloc_has_at_most_one_free() -> None:
     for kind in (MALLOC, FREE):
         seen = trace.instance[trace.kind == kind].tolist()
         assert len(seen) == len(set(seen))
+
+
+class Counter:
+    """Stands for `torch.cuda.Event` where there is no GPU: the n-th to be recorded is at n ms."""
+
+    recorded = 0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+        self.at = -1
+
+    def record(self) -> None:
+        Counter.recorded += 1
+        self.at = Counter.recorded
+
+    def elapsed_time(self, other: Counter) -> float:
+        return float(other.at - self.at)
+
+
+def test_on_a_gpu_times_are_those_of_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Counter)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    x = torch.ones(4)
+    with Recorder("cuda events") as recorder:
+        recorder.tag({"x": x}, "input")
+        y = x + 1
+        y.mul_(2)
+        del y
+    trace = recorder.finish()
+    assert events(trace) == [
+        "malloc 16", "read x", "write 16", "read 16", "write 16", "free 16",
+    ]  # fmt: skip
+    # Each operator is between two events; what is let go of has the time of the one before.
+    assert (trace.time_ns / 1e6).tolist() == [0, 0, 1, 2, 3, 3]
+    assert len(recorder.addresses) == len(trace.instances) == 2
+    assert recorder.addresses[0][0] == x.data_ptr()
+    assert (recorder.log.host_times[1:] >= recorder.log.host_times[:-1]).all()
+    assert abs(recorder.log.host_times[0] - time.time_ns()) < 60e9
+
+
+def test_tensors_inside_a_wrapper_are_what_is_followed() -> None:
+    inner = (torch.ones(4), torch.ones(4))
+    wrapped = TwoTensor(*inner)
+    trace = record(lambda: wrapped + wrapped, tags=lambda: {"input": {"a": inner[0]}})
+    assert [i.size for i in trace.instances] == [16] * 4
+    assert {i.producer for i in trace.instances if not i.external} == {"aten.add.Tensor"}
+    assert events(trace).count("read a") == 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.errors import UsageError
-from graphopt.targets import get_target
+from graphopt.targets import newest_gpu
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,16 @@ class Link:
         )
 
 
-DEFAULT_TARGET = "hopper"
-
-
 def default_link() -> Link:
     """Return the link that is assumed where nothing was measured: that of the newest GPU target.
 
     Its latencies are those of the published fit of pinned copies (see docs/memory.md).
     """
-    figures = get_target(DEFAULT_TARGET).decode
-    if figures is None or figures.host_bandwidth is None:
-        raise ValueError(f"the target {DEFAULT_TARGET} states no link to its host")
-    speed = figures.host_bandwidth
-    return Link(speed, speed, 8242.0, 12352.0, f"data sheet of target {DEFAULT_TARGET}")
+    target = newest_gpu()
+    if target.decode is None or target.decode.host_bandwidth is None:
+        raise ValueError(f"the target {target.name} states no link to its host")
+    speed = target.decode.host_bandwidth
+    return Link(speed, speed, 8242.0, 12352.0, f"data sheet of target {target.name}")
 
 
 def fit_link(

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphopt.ir.kv_policies import Predictor
 from graphopt.ir.kv_policies.attention_cnn import FEATURES, HALO
-from graphopt.ir.kv_policies.predictor import EDGE
+from graphopt.ir.kv_policies.predictor import AVERAGE_SHARE, EDGE
 from graphopt.ir.types import B
 from graphopt.lowering.onnx.kv_policies.averages import no_steps
 from graphopt.lowering.onnx.kv_policies.selection import Selection
@@ -76,10 +76,12 @@ class PredictedRow(Selection):
         probabilities = self.attention.pages_of_tail(frame, tail, q, keys)
         missing = op("Sub", constant([self.rows]), tail.rows)
         pads = op("Concat", constant([0, 0]), missing, constant([0] * 5), axis=0)
-        rings = [op("Pad", self._shown(probabilities), pads)]
-        if self.marked:
-            read = op("Pad", op("Unsqueeze", tail.pages, constant([1])), pads)
-            read = op("Expand", read, op("Shape", rings[0]))
+        if not self.marked:
+            rings = [op("Pad", probabilities, pads)]
+        else:
+            read = op("Unsqueeze", tail.pages, constant([1]))
+            rings = [op("Pad", self._averages(probabilities, read, tail.rows), pads)]
+            read = op("Expand", op("Pad", read, pads), op("Shape", rings[0]))
             rings.append(op("Cast", read, to=ir.DataType.BOOL))
         steps = no_steps(self)
         return [*rings, *self._from_all_rows(rings, steps), steps]
@@ -100,7 +102,13 @@ class PredictedRow(Selection):
         before = self._ordered([history], op("Sub", steps, constant(1)), np.zeros(1, np.int64))
         before = op("Reshape", before, frame.shape(self.groups, frame.pages))
         read = op("GreaterOrEqual", probabilities, nought)
-        values = self._shown(op("Max", probabilities, nought))
+        values = op("Max", probabilities, nought)
+        if self.marked:
+            known = op("Mul", op("Mul", before, before), op("Mul", before, before))
+            average = op("Add", op("Mul", values, self.number(AVERAGE_SHARE)),
+                         op("Mul", known, self.number(1 - AVERAGE_SHARE)))  # fmt: skip
+            values = op("Where", op("Greater", before, nought), average, values)
+            values = op("Sqrt", op("Sqrt", values))
         row = op("Where", read, values, before if self.marked else nought)
         here = self._slots(steps, np.zeros(1, np.int64))
         here = op("Equal", constant(np.arange(self.rows).reshape(1, 1, -1, 1)), here)
@@ -137,11 +145,26 @@ class PredictedRow(Selection):
         rows = op("Concat", constant([-1, len(rings), len(ages)]), width, axis=0)
         return op("Reshape", x, rows)  # type: ignore[no-any-return]
 
-    def _shown(self, probabilities: ir.Value) -> ir.Value:
-        """Return what the network is shown of probabilities."""
-        if not self.marked:
-            return probabilities
-        return self.op("Sqrt", self.op("Sqrt", probabilities))  # type: ignore[no-any-return]
+    def _averages(self, probabilities: ir.Value, read: ir.Value, rows: ir.Value) -> ir.Value:
+        """Return the fourth roots of moving averages at the end of every row; see the policy.
+
+        Args:
+            probabilities: [B, G, r, N].
+            read: fp32 [B, 1, r, N], 1 at the pages that a row has read.
+            rows: r.
+        """
+        op, constant = self.op, self.constant
+        first = op("Sub", read, op("Pad", read, constant([0, 0, 1, 0, 0, 0, -1, 0])))
+        first = op("Greater", first, self.number(0.0))
+        row = np.arange(self.rows)
+        behind = np.maximum(row[:, None] - row, 0)
+        left = np.tril(AVERAGE_SHARE * (1 - AVERAGE_SHARE) ** behind)
+        both = op("Concat", rows, rows, axis=0)
+        left = op("Slice", constant(left, np.float32), constant([0, 0]), both, constant([0, 1]))
+        # A page's first probability counts whole.
+        whole = op("Div", probabilities, self.number(AVERAGE_SHARE))
+        average = op("MatMul", left, op("Where", first, whole, probabilities))
+        return op("Sqrt", op("Sqrt", average))  # type: ignore[no-any-return]
 
     # The network -----------------------------------------------------------------------------
 
