@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -55,14 +55,19 @@ class Decoder:
         self.logits: Tensor | None = None
         # A paged cache unpacks to keys and values as well.
         empty = [(k, v) for k, v in model.empty_cache()]
-        self.cache: list[Any] = [
-            *fixed_caches(
-                empty, model.kv_layouts, capacity, self.seq_lens, self.new_lens, model.kv_bits
-            )
-        ]
+        self.cache: list[Any] = self._caches(empty)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.buffer: Tensor | None = None  # the arena's, where the graphs write
         self.prompts: dict[int, Tensor] = {}  # by length, for the next prompts of that length
+
+    def _caches(self, empty: Sequence[tuple[Tensor, Tensor]]) -> list[Any]:
+        """Return the caches of all layers.
+
+        Args:
+            empty: For each layer [B, G, 0, D] and [B, G, 0, Dv].
+        """
+        layouts, bits = self.model.kv_layouts, self.model.kv_bits
+        return [*fixed_caches(empty, layouts, self.capacity, self.seq_lens, self.new_lens, bits)]
 
     @property
     def used(self) -> int:
@@ -156,7 +161,7 @@ class Decoder:
         self.held = [count + 1 for count in self.held]
         if given is not None:
             self.token.copy_(torch.tensor(given).view(self.batch, 1))
-        if self.token.device.type != "cuda" or not self.records:
+        if not self._records():
             self._advance()
         else:
             if self.arena is not None and self.arena.buffer is not self.buffer:
@@ -168,6 +173,10 @@ class Decoder:
                 self.buffer = None if self.arena is None else self.arena.buffer
             self.graphs[turn].replay()
         return self._answer()
+
+    def _records(self) -> bool:
+        """Return whether a step is a CUDA graph."""
+        return self.token.device.type == "cuda" and self.records
 
     def _turn(self) -> int:
         """Return the number of the recording that the next step is."""

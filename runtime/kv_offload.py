@@ -32,7 +32,7 @@ from graphopt.ir.kv_policies.probabilities import Scoring
 from graphopt.runtime import kv_policy
 from graphopt.runtime.attention import Keys
 from graphopt.runtime.kv_slots import Places, fetch, find_slots, find_slots_by_kernel, write_token
-from graphopt.support.devices import free_bytes
+from graphopt.support.free_memory import free_bytes
 from graphopt.support.quantities import format_bytes
 
 
@@ -196,7 +196,13 @@ class OffloadedKV:
         return (int(self.pages_moved) + whole) * page_bytes(self.heads, self.page)
 
     def fill(self, layer: int, k_BGTD: Tensor, v_BGTD: Tensor) -> None:
-        """Put the keys and values of a prompt into host memory."""
+        """Put the keys and values of a text's front into host memory.
+
+        Pages on the device are forgotten: they may hold those of another text.
+        """
+        self.wait(layer)
+        rows, pages = self._layers[layer].places.table.shape
+        self._layers[layer].places = Places.nowhere(rows, pages, self.read, self.device)
         for host, given in zip(self._layers[layer].host, (k_BGTD, v_BGTD), strict=True):
             # Row by row, each without gaps: copied from a device without a detour.
             for row, own in zip(host, given.flatten(0, 1), strict=True):

@@ -92,7 +92,7 @@ def find_slots_by_kernel(
     places: Places, wanted_BGM: Tensor, moved: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `find_slots`, by one kernel."""
-    from graphopt.runtime.kernels.kv_offload import plan_fetch
+    from graphopt.runtime.kernels.kv_fetch import plan_fetch
 
     (rows, pages), read = places.table.shape, places.selected.shape[1]
     wanted = wanted_BGM if wanted_BGM.stride(-1) == 1 else wanted_BGM.contiguous()
@@ -131,7 +131,7 @@ def fetch(host: Tensor, pool: Tensor, source: Tensor, slot: Tensor) -> None:
 
 def fetch_by_kernel(host: Tensor, pool: Tensor, source: Tensor, slot: Tensor) -> None:
     """As `fetch`, by a kernel that reads pinned memory."""
-    from graphopt.runtime.kernels.kv_offload import fetch_pages
+    from graphopt.runtime.kernels.kv_fetch import fetch_pages
 
     rows, pages = host.shape[:2]
     from_words, to_words = (x.view(torch.int32) for x in (host, pool))
@@ -184,7 +184,7 @@ def write_token_by_kernel(
     last_B: Tensor,
 ) -> None:
     """As `write_token`, by a kernel that writes pinned memory."""
-    from graphopt.runtime.kernels.kv_offload import append_token
+    from graphopt.runtime.kernels.kv_fetch import append_token
 
     rows, pages, page, _ = host.shape
     words = [x.contiguous().view(torch.int32) for x in (new, host, pool)]

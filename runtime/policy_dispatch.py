@@ -18,7 +18,9 @@ from graphopt.ir.policy_attention import filled, is_due, state_names
 from graphopt.runtime.attention import Extras, Keys
 from graphopt.runtime.dispatch import AttentionDispatcher
 from graphopt.runtime.kv_cache import in_order, tokens_held
+from graphopt.runtime.kv_offload import offloaded_step
 from graphopt.runtime.kv_policy import calibrate, observe, select
+from graphopt.runtime.offloaded_cache import OffloadedPolicyCache
 from graphopt.runtime.policy_cache import PolicyKVCache
 
 
@@ -64,6 +66,8 @@ class PolicyDispatcher(AttentionDispatcher):
         scoring = Scoring(scale, softcap, sinks)
         q, k = q.to(v.dtype), k.to(v.dtype)
         plain = {"scale": scale, "softcap": softcap}
+        if isinstance(past, OffloadedPolicyCache):
+            return self._offloaded(q, k, v, past, mask, policy, layer, scoring), past
         kv, keys, extras = self._extended(k, v, past.kv, Extras(mask, sinks=sinks), plain)
         read = _Attention(q, k, keys, extras, scoring)
         if isinstance(past, PolicyKVCache):
@@ -87,6 +91,52 @@ class PolicyDispatcher(AttentionDispatcher):
             due, lengths = is_due(policy, state, layer), filled(whole_k, mask)
             out, left = self._step(read, policy, state, lengths, whole_k, due, in_place=False)
         return out, PolicyKV(kv, tuple(left[name] for name in names))
+
+    def _offloaded(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past: OffloadedPolicyCache,
+        mask: Tensor | None,
+        policy: KVPolicy,
+        layer: int,
+        scoring: Scoring,
+    ) -> Tensor:
+        """Return the output of attention whose keys lie in host memory, and write the new ones.
+
+        Raises:
+            ValueError: There is a padding mask; or there are sinks, which are one for each query
+                head, where every key head reads pages of its own.
+        """
+        if mask is not None or scoring.sinks_H is not None:
+            what = "a padding mask" if mask is not None else "sinks"
+            raise ValueError(f"{what} with keys in host memory: keep them on the device")
+        options = {"scale": scoring.scale, "softcap": scoring.softcap}
+        if q.shape[2] > 1 or past.count.steps is None:
+            past.recall()
+            _, keys, extras = self._extended(k, v, past.kv, Extras(), options)
+            out = self._attend(q, keys, extras, options)[0]
+            past.begin(policy, q, keys, scoring)
+            past.store(keys)
+            past.fetch_next(policy, scoring)
+            return out
+        page, due = policy.budget.page, past.is_dense(policy, layer)
+
+        def attend(rows: Tensor, keys: Keys) -> tuple[Tensor, Tensor, Tensor]:
+            wanted = {**options, "lse": True, "page_max": page, "page": page}
+            out, lse, maxima = self._attend(rows, keys, Extras(), wanted)
+            assert lse is not None and maxima is not None
+            return out, lse, maxima
+
+        out, left = offloaded_step(
+            past.offload.kv, past.number, policy, past.state, (q, k, v), past.filled(), scoring,
+            attend, calibrating=due,
+        )  # fmt: skip
+        past.keep(left)
+        if due:
+            past.offload.read_all(past.number)
+        return out
 
     def _step(
         self,

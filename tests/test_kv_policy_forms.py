@@ -39,7 +39,7 @@ def checkpoint(demo: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
-        ("sink-local", {}), ("quest", {}), ("last-row", {"calibrate_every": 5}),
+        ("sink-local", {}), ("quest", {}), ("page-range", {}), ("last-row", {"calibrate_every": 5}),
         ("ema", {"calibrate_every": 5}), ("snapkv", {}), ("expected-attention", {}),
         ("predictor", {}),
     ],

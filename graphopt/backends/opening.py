@@ -11,6 +11,7 @@ from graphopt.errors import SourceError, UsageError
 from graphopt.execute.language_model import LanguageModel, ProgramModel
 from graphopt.files.confined import folder_inside
 from graphopt.ir.context import context_length
+from graphopt.ir.graph import Program
 from graphopt.sources.base import output_tokenizer
 from graphopt.support.devices import AUTO, usable_device
 
@@ -22,6 +23,7 @@ def open_language_model(
     device: str = AUTO,
     trust_remote_code: bool = False,
     keep_weights: bool = True,
+    offload: bool = False,
 ) -> LanguageModel:
     """Open a model or an artifact to run it.
 
@@ -34,11 +36,14 @@ def open_language_model(
             weights have room in its memory, but for ONNX, which runs on the CPU.
         trust_remote_code: Let code of a checkpoint, or a changed model.py, run.
         keep_weights: See `ProgramModel`.
+        offload: Keep keys and values in host memory, where a model.py for a GPU has layers with a
+            KV policy, and bring to the device what a step reads.
 
     Raises:
         SourceError: There is no such model, or it cannot be read.
         CaptureError: The source cannot be captured.
-        UsageError: The backend is not among what the folder holds, or does not run on the device.
+        UsageError: The backend is not among what the folder holds, or does not run on the device;
+            or it cannot have its keys in host memory.
         GraphoptError: The device cannot be used here.
     """
     on_gpu = device != AUTO and usable_device(device).type != "cpu"
@@ -58,6 +63,8 @@ def open_language_model(
             )
     if backend == "onnx" and not artifact:
         placement = place(device, backend, 0)
+        if offload:
+            _check_offload(None, backend, placement)
         return _placed(OnnxArtifactModel(onnx_folder), placement)
     from graphopt.capture import capture
 
@@ -69,10 +76,16 @@ def open_language_model(
         )
     itemsize = 2 if backend == "torch" and is_for_gpu(root) else 4
     placement = place(device, backend, weight_bytes(program, itemsize))
+    if offload:
+        _check_offload(program, backend, placement)
     model: LanguageModel
     if backend == "torch":
         model = TorchArtifactModel(
-            root, program, device=placement.device, trust_remote_code=trust_remote_code
+            root,
+            program,
+            device=placement.device,
+            trust_remote_code=trust_remote_code,
+            offload=offload,
         )
     elif backend == "onnx":
         model = OnnxArtifactModel(
@@ -87,6 +100,26 @@ def open_language_model(
     else:
         model = ProgramModel(program, keep_weights=keep_weights, device=placement.device)
     return _placed(model, placement)
+
+
+def _check_offload(program: Program | None, backend: Backend, placement: Placement) -> None:
+    """Refuse keys in host memory where they have no meaning.
+
+    Raises:
+        UsageError: With the reason.
+    """
+    reason = None
+    if placement.device.type != "cuda":
+        reason = "a GPU reads them there, and the model runs on the CPU"
+    elif backend != "torch":
+        reason = f"a model.py for a GPU has them, and the model runs as {backend}"
+    elif program is None or not any(state.policy for state in program.states.values()):
+        reason = "a KV policy says which of them a step needs, and no layer has one"
+    if reason is not None:
+        raise UsageError(
+            f"Keys in host memory (--offload): {reason}.",
+            "Leave it out, or compile for a GPU with attach-kv-policy among the passes.",
+        )
 
 
 def _placed(model: LanguageModel, placement: Placement) -> LanguageModel:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.errors import SourceError, first_line
+from graphopt.errors import GraphoptError, SourceError, first_line
 from graphopt.execute.interpreter import complete_inputs
 from graphopt.execute.language_model import CPU, LanguageModel, _Replay
 from graphopt.execute.likelihoods import token_log_likelihoods
@@ -35,6 +35,7 @@ class TorchArtifactModel(LanguageModel):
         program: The program saved in it.
         device: Where to run it.
         trust_remote_code: Run the file even if it was changed.
+        offload: Keep keys and values of a text in host memory.
 
     Raises:
         SourceError: The file differs from what graphopt writes, or cannot be loaded, or the
@@ -50,6 +51,7 @@ class TorchArtifactModel(LanguageModel):
         *,
         device: torch.device = CPU,
         trust_remote_code: bool = False,
+        offload: bool = False,
     ) -> None:
         from safetensors import SafetensorError
 
@@ -65,7 +67,7 @@ class TorchArtifactModel(LanguageModel):
         )
         if not trust_remote_code:  # a changed file may read others
             check_weights_file(root, program)
-        self.device = device
+        self.device, self._offload = device, offload
         self.name = program.name
         self.config, self.generation = program.config, program.generation
         self.tokenizer = output_tokenizer(root, program)
@@ -99,7 +101,16 @@ class TorchArtifactModel(LanguageModel):
         if self._decoder is None:
             return self.start(1)
         # A decoder holds a token more than the prompt.
-        return self._decoder(self._model, max(room, 2))
+        room = max(room, 2)
+        if not self._offload:
+            return self._decoder(self._model, room)
+        try:
+            return self._decoder(self._model, room, offload=True)
+        except Exception as error:  # of the package's own classes
+            raise GraphoptError(
+                getattr(error, "message", f"Keys cannot lie in host memory: {first_line(error)}."),
+                getattr(error, "remedy", "Leave --offload out."),
+            ) from error
 
     def capacity(self, cache: Any) -> int | None:
         if self._decoder is None or not isinstance(cache, self._decoder):

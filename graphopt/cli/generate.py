@@ -78,6 +78,13 @@ def generate_command(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt, without the chat template.")
     ] = False,
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="Keep keys and values in host memory, where a package for a GPU has a KV policy.",
+        ),
+    ] = False,
     backend: Backend = "auto",
     device: Device = "auto",
     trust_remote_code: Remote = False,
@@ -104,7 +111,11 @@ def generate_command(
         check_options(max_new_tokens, Sampling.of(GenerationSettings(), **options))
         asked = [] if chats else _asked(prompt, prompts)
         opened = open_language_model(
-            model, backend_named(backend), device=device, trust_remote_code=trust_remote_code
+            model,
+            backend_named(backend),
+            device=device,
+            trust_remote_code=trust_remote_code,
+            offload=offload,
         )
         conversation = Conversation(
             opened,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from graphopt.errors import GraphoptError, PassError, UsageError
 from graphopt.support.boundary import out_of_memory
+from graphopt.support.free_memory import free_bytes as free_bytes
 
 AUTO = "auto"
 """In place of a device's name: the one on which what is run is fastest."""
@@ -53,22 +52,6 @@ def usable_device(name: str | torch.device) -> torch.device:
             f"The device {str(name)!r} cannot be used here: {reason}.", "Leave --device out."
         ) from error
     return device
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return how much memory a device has left; 0 where that cannot be known."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        # What is in use as a cache of files is free when it is needed.
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
-    except (OSError, ValueError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 0
 
 
 def room_for(size: int, device: torch.device) -> torch.device | None:

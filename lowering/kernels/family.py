@@ -221,6 +221,7 @@ def get_layer_family(name: str) -> LayerFamily:
 
 
 _OF_IR = ("functional.py", "kv_memory.py", "policy_attention.py")
+_OF_SUPPORT = ("free_memory.py", "quantities.py")
 POLICIES = "kv_policies"
 """The folder of the policies, in `graphopt.ir` and in models."""
 
@@ -229,19 +230,21 @@ def runtime_text(name: str) -> str:
     """Return a file that goes with a model, its imports turned to its neighbours.
 
     Args:
-        name: `errors.py`, a file of `graphopt.ir` that goes into models, such as `functional.py`,
-            or a path under `graphopt.runtime`.
+        name: `errors.py`, a file of `graphopt.ir` or `graphopt.support` that goes into models,
+            such as `functional.py`, or a path under `graphopt.runtime`.
     """
     folder, _, _ = name.rpartition("/")
     package = "graphopt.runtime"
     if name in _OF_IR or folder == POLICIES:
         package = "graphopt.ir"
+    elif name in _OF_SUPPORT:
+        package = "graphopt.support"
     elif name == "errors.py":
         package = "graphopt"
     text = (resources.files(package) / name).read_text(encoding="utf-8")
     # Kernels lie beside what launches them, policies in a folder of their own.
     up = ".." if folder == POLICIES else "."
-    modules = r"from graphopt\.(?:ir|runtime\.kernels|runtime)\.([\w.]+) import"
+    modules = r"from graphopt\.(?:ir|runtime\.kernels|runtime|support)\.([\w.]+) import"
     text = re.sub(modules, rf"from {up}\1 import", text)
     text = re.sub(r"from graphopt\.(?:ir|runtime) import", f"from {up} import", text)
     return text.replace("from graphopt.errors import", f"from {up}errors import")

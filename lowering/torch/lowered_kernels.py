@@ -28,7 +28,10 @@ _MODULES = (
     "decoder",
 )
 # Those of a model whose steps read what policies select, besides.
-_POLICY_MODULES = ("kv_policy", "policy_cache", "policy_dispatch", "policy_decoder")
+_POLICY_MODULES = (
+    "kv_policy", "policy_cache", "policy_dispatch", "policy_decoder",
+    "kv_offload", "kv_slots", "offloaded_cache", "free_memory", "quantities",
+)  # fmt: skip
 
 
 _ATTENTIONS = ("attention", "cached_attention", "attention_results")
@@ -119,7 +122,7 @@ class LoweredKernels:
             kernels += group.files
         if self.has_policies:
             modules += _POLICY_MODULES
-            kernels.append("kv_selection")
+            kernels += ("kv_selection", "kv_fetch")
         texts = {f"{name}.py": runtime_text(f"{name}.py") for name in modules}
         texts |= policy_files() if self.has_policies else {}
         texts |= {f"{name}.py": runtime_text(f"kernels/{name}.py") for name in kernels}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 from typing import Any
@@ -29,9 +30,9 @@ pytestmark = pytest.mark.filterwarnings(
 BUDGET = {"page": 4, "pages": 3, "sink": 1, "local": 1}
 
 
-def attached(kind: str, head_dim: int = 8, **options: Any) -> Program:
+def attached(kind: str, head_dim: int = 8, sinks: bool = True, **options: Any) -> Program:
     """Return a program of three layers, the first of which reads all keys."""
-    program = tiny_program(cache=True, layers=3, sinks=True, head_dim=head_dim)
+    program = tiny_program(cache=True, layers=3, sinks=sinks, head_dim=head_dim)
     policy = policy_from_dict({"kind": kind, **BUDGET, **options})
     weights = new_weights(2, seed=1) if policy.weight_types(KVHeads(2, 4, 8, 8)) else {}
     return with_policies(program, dict.fromkeys([*program.states][1:], policy), weights)
@@ -230,7 +231,8 @@ def test_kernels_are_planned_for_what_a_policy_selects():
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_triton_kernels_read_what_is_selected(tmp_path, monkeypatch):
+@pytest.mark.parametrize("offload", [False, True], ids=["device", "host"])
+def test_triton_kernels_read_what_is_selected(offload, tmp_path, monkeypatch):
     """Interpreted: the kernels that a GPU would run, on the program's own tokens."""
     monkeypatch.setattr(LoweredKernels, "compile", lambda self: {})
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -253,7 +255,9 @@ def test_triton_kernels_read_what_is_selected(tmp_path, monkeypatch):
     ):  # fmt: skip
         monkeypatch.setattr(dispatcher, name, instead)
     model = module.load(tmp_path / "out", dtype=torch.float16, device="cpu")
-    decoder = module.Decoder(model, 40, 2)
+    inside = importlib.import_module(module.Decoder.__mro__[1].__module__)
+    monkeypatch.setattr(inside, "refuse_offload", lambda device: None)
+    decoder = module.Decoder(model, 40, 2, offload=offload)
     prompts, count = texts([18, 11]), 6
     rows = [stepwise(program, text, count) for text in prompts]
     decoder.start(prompts)
@@ -283,3 +287,102 @@ def test_the_pipeline_verifies_that_states_lie_in_pages():
     entry = report.passes[-1]
     assert (entry.name, entry.changed, entry.verification) == ("plan-kernels", 2, "passed")
     assert str(lowered) == str(lower(program, "ampere"))
+
+
+# Keys in host memory ------------------------------------------------------------------------------
+
+
+def offloading(program: Program, folder: Any, monkeypatch: Any, capacity: int, batch: int) -> Any:
+    """Return a decoder with its keys in host memory, on a CPU, which a user is refused."""
+    monkeypatch.setattr(LoweredKernels, "compile", lambda self: {})
+    module = package(program, folder, "ampere")
+    decoder = module.Decoder.__mro__[1]
+    inside = importlib.import_module(decoder.__module__)
+    monkeypatch.setattr(inside, "refuse_offload", lambda device: None)
+    model = module.load(folder / "out", dtype=torch.float32, device="cpu")
+    return module.Decoder(model, capacity, batch, offload=True)
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("sink-local", {}), ("quest", {}), ("ema", {"calibrate_every": 3}), ("predictor", {}),
+])  # fmt: skip
+def test_a_decoder_with_keys_in_host_memory_gives_the_programs_tokens(
+    kind, options, tmp_path, monkeypatch
+):
+    """Prompts of unequal length, steps that read all, further tokens, and other texts behind."""
+    program = attached(kind, sinks=False, **options)
+    decoder = offloading(program, tmp_path, monkeypatch, 60, 3)
+    for lengths in ((21, 9, 14), (4, 6, 30)):
+        prompts, further = texts([*lengths]), texts([4, 7, 2])
+        made = [decoder.start(prompts), *(decoder.step() for _ in range(7))]
+        made += [decoder.extend(further), *(decoder.step() for _ in range(6))]
+        for row, (prompt, more) in enumerate(zip(prompts, further, strict=True)):
+            runner, past, wanted = Runner(program), None, []
+            for new in [prompt, *[None] * 7, more, *[None] * 6]:
+                ids = torch.tensor([new or [wanted[-1]]])
+                (logits,), past = runner.run({"input_ids": ids}, past)
+                wanted.append(int(logits[0, -1].argmax()))
+            assert [tokens[row] for tokens in made] == wanted
+    offload = decoder.offload
+    assert offload.layers == [1, 2] and int(offload.kv.pages_moved) > 0
+    assert (offload.kv.layers_moved > 0) == (kind in ("ema", "predictor"))
+    assert decoder._records() is False
+
+
+def test_keys_in_host_memory_need_a_gpu_and_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(LoweredKernels, "compile", lambda self: {})
+    module = package(attached("ema", sinks=False), tmp_path, "ampere")
+    model = module.load(tmp_path / "out", dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="for a GPU, which reads pinned memory"):
+        module.Decoder(model, 48, offload=True)
+    inside = importlib.import_module(module.Decoder.__mro__[1].__module__)
+    monkeypatch.setattr(inside, "refuse_offload", lambda device: None)
+    offload = importlib.import_module(inside.__name__.replace("policy_decoder", "kv_offload"))
+    monkeypatch.setattr(offload, "free_bytes", lambda device: 100)
+    needed = 2 * 2 * 48 * 16 * 4  # layers, key heads, tokens, keys and values, bytes
+    with pytest.raises(Exception, match=rf"take {needed:,} bytes .* of host memory"):
+        module.Decoder(model, 48, offload=True)
+
+
+def test_opening_with_keys_in_host_memory_is_refused_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(LoweredKernels, "compile", lambda self: {})
+    package(attached("ema", sinks=False), tmp_path, "ampere")
+    with pytest.raises(go.GraphoptError, match=r"--offload.*the model runs on the CPU"):
+        open_language_model(str(tmp_path / "out"), "torch", device="cpu", offload=True)
+    model = open_language_model(str(tmp_path / "out"), "torch", device="cpu")
+    model._offload = True  # as it would be on a GPU; the package itself refuses as well
+    with pytest.raises(go.GraphoptError, match="Keys cannot lie in host memory: keys in host"):
+        model.start_text(20)
+
+
+def test_sinks_with_keys_in_host_memory_are_refused(tmp_path, monkeypatch):
+    decoder = offloading(attached("ema"), tmp_path, monkeypatch, 48, 1)
+    with pytest.raises(ValueError, match="sinks with keys in host memory"):
+        decoder.start([1, 2, 3])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("kind", ["sink-local", "quest", "ema", "predictor"])
+def test_on_a_gpu_keys_in_host_memory_give_the_programs_logits(kind, tmp_path):
+    options = {"calibrate_every": 3} if kind in ("ema", "predictor") else {}
+    program = attached(kind, head_dim=32, sinks=False, **options)
+    go.emit(program, tmp_path / "out", target="ampere", emit=("torch",))
+    module = load_file(tmp_path / "out" / "model.py")
+    model = module.load(tmp_path / "out")
+    prompts, count = texts([21, 14]), 12
+    rows = [stepwise(program, text, count) for text in prompts]
+    made = []
+    for offload in (False, True):
+        decoder = module.Decoder(model, 48, 2, offload=offload)
+        decoder.start(prompts)
+        made.append([decoder.logits.float().cpu()])
+        for step in range(count - 1):
+            decoder.step([int(row[step].argmax()) for row in rows])
+            made[-1].append(decoder.logits.float().cpu())
+    # Roundings to 16 bits can tell two pages of nearly one score apart otherwise than fp32 does,
+    # so that host and device are compared with each other.
+    for one, other in zip(*made, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=24 * 2.0**-11)
+    first = torch.stack([row[0] for row in rows])
+    torch.testing.assert_close(made[1][0], first, rtol=0, atol=24 * 2.0**-11)
