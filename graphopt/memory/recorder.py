@@ -76,6 +76,9 @@ class Recorder(TorchDispatchMode):
             first, and the Unix time of that in nanoseconds.
     """
 
+    # Operators that run others, such as `torch.cond`, are recorded as one.
+    supports_higher_order_operators = True
+
     def __init__(
         self,
         clock: Clock = "host",
@@ -146,6 +149,7 @@ class Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        types = tuple(types)  # a list, for an operator that runs others
         plain = self._plain.get(types)
         if plain is None:
             plain = not any(map(is_traceable_wrapper_subclass_type, types))
@@ -157,6 +161,8 @@ class Recorder(TorchDispatchMode):
         op = self._operators.get(function)
         if op is None:
             op = self._operators[function] = Operator(len(self._operators), function)
+            if op.unknown:
+                self.notes.append(f"What {op.name} runs inside is not seen.")
         if op.view or self._closed:
             return function(*args, **kwargs)
         if self._clock == "cuda events":

@@ -97,13 +97,18 @@ def _tag(recorder: Recorder, tags: Callable[[], Tags] | None) -> None:
 
 
 def _as_fake(mode: Any) -> Callable[[Tensor], Tensor]:
-    """Return what gives the fake tensor that stands for one with values."""
+    """Return what gives the fake tensor that stands for one with values.
+
+    Both are kept: the mode forgets what nobody holds, and would make another the next time.
+    """
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def as_fake(tensor: Tensor) -> Tensor:
         if hasattr(tensor, "fake_device"):
             return tensor
-        fake: Tensor = mode.from_tensor(tensor, static_shapes=True)
-        return fake
+        if id(tensor) not in kept:
+            kept[id(tensor)] = tensor, mode.from_tensor(tensor, static_shapes=True)
+        return kept[id(tensor)][1]
 
     return as_fake
 

@@ -400,3 +400,32 @@ def test_tensors_inside_a_wrapper_are_what_is_followed() -> None:
     assert [i.size for i in trace.instances] == [16] * 4
     assert {i.producer for i in trace.instances if not i.external} == {"aten.add.Tensor"}
     assert events(trace).count("read a") == 2
+
+
+def test_tensors_with_values_are_one_instance_each_in_a_fake_mode() -> None:
+    x, w = torch.ones(3, 3), nn.Parameter(torch.ones(3, 3))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        trace = record(lambda: (x @ w).t() @ (w.t() @ x), iterations=2)
+    trace.check()
+    external = [(i.size, i.category) for i in trace.instances if i.external]
+    assert external == [(36, "input"), (36, "weight")]
+
+
+def test_an_operator_that_runs_others_is_one() -> None:
+    x = torch.ones(4)
+
+    def work() -> Any:
+        return torch.cond(torch.ones(()) > 0, lambda a: a + 1, lambda a: a - 1, (x,))
+
+    trace = record(work, tags=lambda: {"input": {"x": x}})
+    assert events(trace)[-6:-2] == ["malloc 16", "read 1", "read x", "write 16"]
+    assert trace.complete
+    assert trace.notes == ["What cond runs inside is not seen."]
+
+
+def test_transforms_of_functions_are_followed() -> None:
+    x = torch.ones(4)
+    trace = record(lambda: torch.func.grad(lambda v: (v * v).sum())(x))
+    trace.check()
+    assert trace.complete
+    assert {i.size for i in trace.instances} == {4, 16}
