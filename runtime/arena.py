@@ -31,7 +31,7 @@ from graphopt.runtime.out_forms import Writer, is_composite, out_form
 Result = TypeVar("Result")
 
 MOST_CHANGES = 8
-"""How often a step is planned anew before it is left as it is."""
+"""How often in a row a step is planned anew before it is left as it is."""
 
 _BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -140,6 +140,7 @@ class Arena:
                 with _Replay(self, known) as replay:
                     result = step(tokens)
                 replay.end()
+                self._changes.pop(key, None)
                 return result
             except _Changed:
                 self._changes[key] = self._changes.get(key, 0) + 1
@@ -149,6 +150,12 @@ class Arena:
         self, key: Hashable, step: Callable[[int], Result], tokens: int, most: int
     ) -> Result:
         """Run a step as it is, and plan the next ones of its key."""
+        if self.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                # A buffer made now would be the recording's own.
+                return step(tokens)
+            # What kernels make once, such as counters, is no part of later steps.
+            step(tokens)
         longer = self._written(step, tokens + 1)[0] if most > tokens else None
         recorded, result = self._written(step, tokens)
         if longer is not None:

@@ -220,7 +220,8 @@ class Decoder:
             self._advance()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # What kernels make once for a stream is then a part of no plan of the arena.
+        with torch.cuda.graph(graph, stream=None if self.arena is None else stream):
             self._advance()
         for now, value in zip(moved, before, strict=True):
             now.copy_(value)

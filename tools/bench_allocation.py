@@ -75,7 +75,9 @@ def cut_apart(seed: int, count: int, times: int, height: int, shortened: float) 
 def problems(folder: Path) -> Iterator[tuple[str, str, Problem, int | None]]:
     """Yield kind, name, problem and capacity."""
     for path in sorted(folder.glob("*.csv")):
-        name, _, capacity = path.stem.partition(".")
+        name, _, capacity = path.stem.rpartition(".")
+        if not capacity.isdecimal():
+            name, capacity = path.stem, ""
         kind = "published, with a capacity" if capacity else "published"
         yield kind, name, read_problem(path), int(capacity) if capacity else None
     for count, times, height in MADE:

@@ -6,7 +6,10 @@
 Texts of random tokens are read and answered, twice without an arena and twice with one. Counted is
 what every step allocates: by torch.cuda.memory_stats on a GPU, and on a CPU by torch's profiler, in
 a run apart from the one that takes times. A recorded CUDA graph allocates nothing when it is
-replayed, so that decoding is counted as it is recorded from. Tokens must be the same.
+replayed, so that decoding is counted as it is recorded from. Tokens must be the same. Seconds are
+those of the CPU on a CPU, and those that pass on a GPU.
+
+On a GPU, what torch's caching allocator reserves without an arena is told beside the plan.
 """
 
 from __future__ import annotations
@@ -61,7 +64,8 @@ class Counting:
         if self.on_gpu:
             torch.cuda.synchronize()
             before = torch.cuda.memory_stats()
-        began = time.perf_counter()
+        clock = time.perf_counter if self.on_gpu else time.process_time
+        began = clock()
         if self.on_gpu or not self.count:
             result = self.inner.run(key, step, *tokens)
         else:
@@ -71,7 +75,7 @@ class Counting:
                 result = self.inner.run(key, step, *tokens)
         if self.on_gpu:
             torch.cuda.synchronize()
-        self.seconds.setdefault(key[0], []).append(time.perf_counter() - began)
+        self.seconds.setdefault(key[0], []).append(clock() - began)
         if self.on_gpu:
             after = torch.cuda.memory_stats()
             names = ("allocation.all.allocated", "allocated_bytes.all.allocated")
@@ -103,6 +107,34 @@ def tokens_of(
     return [decoder.step() if number else decoder.start(texts) for number in range(new)]
 
 
+class Reserved(Plain):
+    """Runs steps as they are, and tells what the allocator's pool and its use grow by in one."""
+
+    def __init__(self) -> None:
+        self.grown: dict[str, dict[str, int]] = {}
+
+    def run(self, key: Any, step: Callable[[int], Any], tokens: int = 0, most: int = 0) -> Any:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+        result = step(tokens)
+        torch.cuda.synchronize()
+        self.grown[key[0]] = {
+            "reserved": torch.cuda.max_memory_reserved() - reserved,
+            "allocated": torch.cuda.max_memory_allocated() - allocated,
+        }
+        return result
+
+
+def reserved_by(run: Callable[[Counting], object]) -> dict[str, dict[str, int]]:
+    """Return by phase what steps without an arena make the caching allocator reserve."""
+    inner = Reserved()
+    for _ in range(2):  # the first compiles, and makes workspaces
+        run(Counting(inner, True, False))
+    return inner.grown
+
+
 def graph_seconds(
     module: ModuleType, model: Any, texts: list[list[int]], new: int
 ) -> Iterator[Any]:
@@ -125,6 +157,9 @@ def measured(module: ModuleType, args: argparse.Namespace) -> dict[str, Any]:
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 1000, (args.batch, args.prompt), generator=random).tolist()
     arena = module.arena_for(model)
+    row: dict[str, Any] = {}
+    if on_gpu:
+        row["caching_allocator"] = reserved_by(lambda run: tokens_of(module, model, ids, 4, run))
     runs: dict[str, Any] = {}
     answers = []
     for name, inner in (("plain", Plain()), ("arena", arena)):
@@ -154,7 +189,7 @@ def measured(module: ModuleType, args: argparse.Namespace) -> dict[str, Any]:
         }
         for key, step in arena.steps.items()
     }
-    row = {"runs": runs, "buffer_bytes": arena.bytes, "steps": steps, "report": arena.report()}
+    row |= {"runs": runs, "buffer_bytes": arena.bytes, "steps": steps, "report": arena.report()}
     if on_gpu and hasattr(module, "Decoder") and module.RECORDS:
         (plain, tokens), (in_arena, same) = graph_seconds(module, model, ids, args.new)
         assert tokens == same, "tokens of recorded steps differ"
@@ -202,7 +237,8 @@ def main() -> None:
     for run, phases in row["runs"].items():
         for phase, found in phases.items():
             print(run, phase, found)
-    print("recorded graph", row.get("graph_seconds"))
+    for name in ("caching_allocator", "graph_seconds"):
+        print(name, row.get(name))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ablation_tables import bits, bits_kernels, int4_onnx
 from kv_tables import kv, kv_speed
 from memory_tables import memory_capacity, memory_events, memory_overhead, memory_peaks
 from model_tables import models, models_answers, models_choice
+from plan_tables import allocation, arena
 from results import ROOT, markdown_table, measured_on, median, result_of
 
 PAGES = (
@@ -612,6 +613,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "forms": forms,
     "kv": kv,
     "kv_speed": kv_speed,
+    "allocation": allocation,
+    "arena": arena,
     "quality": quality,
     "scale": scale,
     "volta": volta,

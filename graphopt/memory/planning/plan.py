@@ -102,14 +102,16 @@ def plan_offsets(
     live = live_at_peak(part)
     goal = live if capacity is None else capacity
     best = _Best(part)
-    bound, notes = live, []
+    bound, notes, since = live, [], began
     if len(part):
+        # What is left is for ending the search, and for the check.
+        deadline = began + 0.97 * seconds
         for how, offsets in greedy_plans(part):
+            took, since = time.monotonic() - since, time.monotonic()
             height = best.offer(offsets, how)
             tell(f"{how}: {height} bytes, {height / live:.4f} times the bound")
-            if height <= max(goal, live) or time.monotonic() - began > seconds:
+            if height <= max(goal, live) or since + took > deadline:
                 break
-        deadline = began + seconds
         try:
             bound = _searched(best, live, goal, deadline, capacity is None, threads, tell)
         except NoSearch as reason:

@@ -72,6 +72,7 @@ typedef struct {
     double *weight;   /* of a section: how often it failed */
     double *priority; /* of a block */
     int by_weight, out_of_memory;
+    i64 patience; /* nodes between two looks at the clock */
     i64 nodes, limit;
     u64 random;
     double deadline;
@@ -388,7 +389,7 @@ static int branch(Search *p, int lo, int hi)
     for (;;) {
         if (++p->nodes > p->limit || p->out_of_memory)
             return UNDECIDED;
-        if (p->nodes % 256 == 0 && expired(p)) {
+        if (p->nodes % p->patience == 0 && expired(p)) {
             p->limit = 0;
             return UNDECIDED;
         }
@@ -518,6 +519,7 @@ int graphopt_search(int blocks, int sections, const i32 *first, const i32 *end, 
     p->offset = offset;
     p->random = seed * 0x2545f4914f6cdd1dULL;
     p->deadline = now() + seconds;
+    p->patience = blocks < 2048 ? 256 : 4;
     p->stop = stop;
     p->trail_room = 1 << 16;
     size_t n = blocks, m = sections;
