@@ -2,9 +2,10 @@
 
     python tools/report_pictures.py [NAME=FOLDER ...] [--to docs/pictures]
 
-NAME=FOLDER is an output folder of graphopt; without any, the demo is compiled in three ways, which
-takes some minutes. Each report is shown in windows of 1,400 and 500 pixels. Needs Chromium, and
-uses Pillow, where it is installed, to make the files small.
+NAME=FOLDER is an output folder of graphopt, or NAME=FILE.html a page of `graphopt memory`; without
+any, the demo is compiled in three ways, which takes some minutes. Each page is shown in windows of
+1,400 and 500 pixels. Needs Chromium, and uses Pillow, where it is installed, to make the files
+small.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def compiled(folder: Path, name: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("reports", nargs="*", metavar="NAME=FOLDER")
+    parser.add_argument("reports", nargs="*", metavar="NAME=PATH")
     parser.add_argument("--to", type=Path, default=Path("docs/pictures"))
     arguments = parser.parse_args()
     arguments.to.mkdir(parents=True, exist_ok=True)
@@ -60,12 +61,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="graphopt-reports-") as work:
         folders = dict(item.split("=", 1) for item in arguments.reports)
         for name in folders or RECIPES:
-            folder = Path(folders[name]) if folders else compiled(Path(work), name)
+            found = Path(folders[name]) if folders else compiled(Path(work), name)
+            page = found / "report.html" if found.is_dir() else found
+            stem = f"report-{name}" if found.is_dir() else name
             for width in WIDTHS:
-                picture = arguments.to / f"report-{name}-{width}.png"
-                take_screenshot(folder / "report.html", picture, width)
+                picture = arguments.to / f"{stem}-{width}.png"
+                take_screenshot(page, picture, width)
                 shrink(picture)
-                look = look_at(folder / "report.html", width, axe=axe_core())
+                look = look_at(page, width, axe=axe_core())
                 wrong |= bool(look.wide or look.violations)
                 print(f"{picture}  {look.height} px high  {picture.stat().st_size // 1024} kB")
                 print(*[f"  wider than its place: {item}" for item in look.wide], sep="\n")

@@ -243,3 +243,17 @@ def test_of_a_trace_without_events_there_is_nothing_to_choose():
     reached = reach_target(EventList().trace(), 0, PUBLISHED)
     assert (reached.before, reached.after, reached.choices) == (0, 0, [])
     assert np.array_equal(call_times(EventList().trace()), [])
+
+
+def test_what_does_not_get_away_in_time_is_computed_again():
+    trace = training(4, 8, size=1000)
+    period = find_period(trace)
+    before = reach_target(trace, 10**9, Link(1.0, 1.0), period).before
+    # A link that has time for one block or two in a step.
+    slow = Link(3e10, 3e10)
+    swapped = reach_target(trace, 1, slow, period, recomputes=False)
+    both = reach_target(trace, swapped.after - 1000, slow, period)
+    assert before > swapped.after > both.after and not both.left
+    assert {c.how for c in both.choices} == {"swap", "recompute"}
+    keys = [(c.instance, c.first) for c in both.choices]
+    assert len(set(keys)) == len(keys)

@@ -28,7 +28,7 @@ ALIGNMENT = 512
 SHORT_NS = 25_000
 """The published study finds nine tenths of the intervals below this many nanoseconds."""
 
-SHOWN = 20
+SHOWN = 10
 """Candidates that are listed."""
 
 

@@ -142,16 +142,17 @@ def reach_target(
     again: list[Recompute] = []
     aways: list[Away] = []
     choices: list[Choice] = []
-    refused: set[tuple[int, int]] = set()
+    tried_swaps: set[tuple[int, int]] = set()
+    away: set[tuple[int, int]] = set()
     while peak > target:
         at = window[0] + int(live.argmax())
         best: tuple[Int64, Choice] | None = None
         for one in sorted(
-            (c for c in movable if (c.instance, c.first) not in refused and _over(c, at)),
+            (c for c in movable if _key(c) not in tried_swaps | away and _over(c, at)),
             key=lambda c: -c.score,
         ):
-            refused.add((one.instance, one.first))
-            if any(one.instance in r.needs for r in again):
+            tried_swaps.add(_key(one))
+            if any(_starves(one, drop) for drop in again):
                 continue
             tried = queue([*chosen, one], link, duration)
             if tried is None:
@@ -159,22 +160,21 @@ def reach_target(
             lower = timeline.without(tried, [*chosen, one], again)
             if _better(lower, live, at - window[0]):
                 chosen.append(one)
+                away.add(_key(one))
                 aways = tried
                 best = lower, _choice("swap", one, 0, int(lower.max()))
                 break
         if best is None:
             for drop in droppable:
-                key = (drop.instance, drop.first)
-                if key in refused or not drop.first <= at < drop.second:
+                if _key(drop) in away or not _over(drop, at):
                     continue
-                if any(c.instance in drop.needs for c in chosen) or any(
-                    r.instance in drop.needs or drop.instance in r.needs for r in again
-                ):
-                    continue  # from what is away itself nothing can be computed
+                others: list[Candidate | Recompute] = [*chosen, *again]
+                if any(_starves(o, drop) for o in others) or any(_starves(drop, r) for r in again):
+                    continue
                 lower = timeline.without(aways, chosen, [*again, drop])
                 if _better(lower, live, at - window[0]):
-                    refused.add(key)
                     again.append(drop)
+                    away.add(_key(drop))
                     best = lower, _choice("recompute", drop, drop.cost, int(lower.max()))
                     break
         if best is None:
@@ -186,11 +186,21 @@ def reach_target(
     return Reached(target, before, peak, choices)
 
 
-def _over(candidate: Candidate, at: int) -> bool:
-    """Return whether an event lies in an interval."""
-    if candidate.second <= candidate.first:
-        return candidate.first <= at or at < candidate.second
-    return candidate.first <= at < candidate.second
+def _key(one: Candidate | Recompute) -> tuple[int, int]:
+    """Return what tells intervals apart."""
+    return one.instance, one.first
+
+
+def _over(one: Candidate | Recompute, at: int) -> bool:
+    """Return whether an event lies in an interval, which may wrap."""
+    if one.second <= one.first:
+        return one.first <= at or at < one.second
+    return one.first <= at < one.second
+
+
+def _starves(away: Candidate | Recompute, drop: Recompute) -> bool:
+    """Return whether a block is away when another is computed from it."""
+    return away.instance in drop.needs and _over(away, drop.second)
 
 
 def _better(lower: Int64, live: Int64, place: int) -> bool:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from graphopt.memory.analysis.recompute import Recompute
 from graphopt.memory.analysis.summary import SHORT_NS, SHOWN, Summary
 from graphopt.memory.analysis.swap import Candidate, has_times
+from graphopt.memory.analysis.target import Choice
 from graphopt.memory.page.drawing import drawn
 from graphopt.report.pictures import bar, facts_table, legend, page_style, row, table
 from graphopt.support.quantities import format_bytes
@@ -181,26 +182,35 @@ def _choices(summary: Summary) -> str:
         else f"Not reached: {format_bytes(reached.after)}, from {format_bytes(reached.before)}; "
         f"{reached.left}."
     )
+    alike: dict[tuple[str, str], list[Choice]] = {}
+    for choice in reached.choices:
+        alike.setdefault((choice.how, summary.label(choice.instance)), []).append(choice)
     rows = [
         [
-            escape(choice.how),
-            escape(summary.label(choice.instance)),
-            format_bytes(choice.size),
-            escape(summary.time(choice.cost)) if choice.cost else "none",
-            format_bytes(choice.peak),
+            escape(how),
+            escape(label) + (f" × {len(made):,}" if len(made) > 1 else ""),
+            format_bytes(sum(choice.size for choice in made)),
+            escape(summary.time(cost)) if (cost := sum(c.cost for c in made)) else "none",
+            format_bytes(made[-1].peak),
         ]
-        for choice in reached.choices
+        for (how, label), made in alike.items()
     ]
     heads = ("choice", "block", "size", "costs", "peak then")
     shown = table(heads, rows, ("size", "costs", "peak then")) if rows else ""
+    note = (
+        '<p class="dim">Each choice was made with those before; alike ones are one row, with the '
+        "peak behind the last of them.</p>"
+        if rows
+        else ""
+    )
     return (
         f'<section class="card"><h2>To get down to {format_bytes(reached.target)}</h2>'
-        f"<p>{escape(verdict)}</p>{shown}</section>"
+        f"<p>{escape(verdict)}</p>{note}{shown}</section>"
     )
 
 
 def _candidates(summary: Summary) -> str:
-    parts = []
+    parts: list[str] = []
     swaps = _alike(summary, summary.swaps)
     if swaps:
         rows = [
