@@ -21,6 +21,7 @@ from ablation_tables import bits, bits_kernels, int4_onnx
 from kv_tables import kv, kv_speed
 from memory_tables import memory_capacity, memory_events, memory_overhead, memory_peaks
 from model_tables import models, models_answers, models_choice
+from paper_tables import memory_paper, memory_paper_addresses, memory_passes
 from plan_tables import allocation, arena
 from results import ROOT, markdown_table, measured_on, median, result_of
 
@@ -634,6 +635,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_capacity": memory_capacity,
     "memory_events": memory_events,
     "memory_overhead": memory_overhead,
+    "memory_paper": memory_paper,
+    "memory_paper_addresses": memory_paper_addresses,
+    "memory_passes": memory_passes,
     "memory_peaks": memory_peaks,
 }
 

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
 import numpy as np
 
 from graphopt.memory.trace import Trace
 from graphopt.support.quantities import format_bytes
-
-
-def main_device(trace: Trace) -> str:
-    """Return the device on which most bytes are: a GPU if anything is on one."""
-    sizes: Counter[str] = Counter()
-    for instance in trace.instances:
-        sizes[instance.device] += instance.size
-    gpus = {device: size for device, size in sizes.items() if not device.startswith("cpu")}
-    return max(gpus or sizes, key=lambda d: (gpus or sizes)[d], default="cpu")
 
 
 def of_device(trace: Trace, device: str) -> Trace:
