@@ -39,6 +39,9 @@ def out_form(op: Any, results: int, device_type: str) -> Writer | None:
         return own if results == 1 else None
     if op.namespace != "aten":
         return None
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key is None:
+        return None
     wanted = [(a.name, str(a.type)) for a in op._schema.arguments if a.name not in _PLACEMENT]
     packet = getattr(aten, op._schema.name.removeprefix("aten::"))
     for overload in packet.overloads():
@@ -46,9 +49,13 @@ def out_form(op: Any, results: int, device_type: str) -> Writer | None:
         outs = [a.name for a in form._schema.arguments if a.is_out]
         taken = [(a.name, str(a.type)) for a in form._schema.arguments if not a.is_out]
         plain = [each for each in taken if each[0] not in _PLACEMENT]
-        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type, "")
-        native = key and torch._C._dispatch_has_kernel_for_dispatch_key(form.name(), key)
-        if len(outs) == results and plain == wanted and (native or form in _PLAIN):
+        if len(outs) != results or plain != wanted:
+            continue
+        # A form that torch generates makes the result elsewhere and copies it.
+        generated = torch.Tag.generated in form.tags
+        if not generated and torch._C._dispatch_has_computed_kernel_for_dispatch_key(
+            form.name(), key
+        ):
             return _calling(form, outs, [name for name, _ in taken])
     return None
 
@@ -138,6 +145,3 @@ _OWN: dict[Any, Writer] = {
         *args, out=memory[0]
     ),
 }
-
-_PLAIN = {aten.zeros.out, aten.ones.out, aten.full.out, aten.stack.out}
-"""Forms of torch for every device that allocate nothing themselves."""

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from programs import tiny_program
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graphopt.ir import KVLayout
 from graphopt.ir.graph import Program
-from graphopt.lowering.torch import TorchEmitter
+from graphopt.ir.relayout import with_layouts
+from graphopt.lowering.torch import TorchEmitter, source_files
 from graphopt.memory.planning import Problem, check_offsets
 from graphopt.memory.planning.sections import live_at_peak
 from graphopt.runtime.arena import Arena
@@ -80,6 +82,7 @@ def _is_tensor(x: object) -> bool:
         ("grows", {}),
         ("grows", {"window": 3}),
         ("grows", {"alibi": True}),
+        ("ring", {"window": 3}),
         ("fixed", {}),
         ("fixed", {"window": 3}),
     ],
@@ -90,6 +93,8 @@ def test_steps_in_an_arena_answer_the_same_and_lie_in_it(
     kind: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     program = tiny_program(cache=True, **options)
+    if kind == "ring":
+        program = with_layouts(program, {"kv.0": KVLayout("ring", 4)})
     emitted = write(program, tmp_path, "ampere" if kind == "fixed" else "cpu")
     model = emitted.load(tmp_path)
     texts = [[5, 6, 1], [1, 2, 3], [9, 9, 2]]
@@ -119,6 +124,52 @@ def test_steps_in_an_arena_answer_the_same_and_lie_in_it(
         assert emitted.generate(model, ids, count, arena=arena) == emitted.generate(
             model, ids, count
         )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the CPU")
+def test_the_command_line_prints_the_size_and_what_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    emitted = write(tiny_program(cache=True), tmp_path, "cpu")
+    outputs = []
+    for option in ([], ["--arena"]):
+        monkeypatch.setattr("sys.argv", ["model.py", "1", "2", "3", "--new", "5", *option])
+        emitted.main()
+        outputs.append(capsys.readouterr())
+    assert outputs[0].out == outputs[1].out and not outputs[0].err
+    first, *steps = outputs[1].err.splitlines()
+    assert first.startswith("arena: one buffer of ")
+    assert [line.split()[0] for line in steps if "planned" in line] == ["prefill", "decode"]
+    assert "not in it: aten._scaled_dot_product_flash_attention_for_cpu.default" in outputs[1].err
+
+
+@pytest.mark.parametrize("options, has_one", [({"cache": False}, False), ({"cache": True}, True)])
+def test_a_model_whose_steps_have_no_cache_has_no_arena(
+    options: dict[str, bool], has_one: bool
+) -> None:
+    files = source_files(tiny_program(**options), "cpu")
+    assert ("arena/arena.py" in files) == has_one
+    assert ("--arena" in files["model.py"]) == has_one
+
+
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the CPU")
+@pytest.mark.filterwarnings("ignore:attention on a CPU")
+def test_a_decoder_in_an_arena_reads_further_tokens(ring: bool, tmp_path: Path) -> None:
+    program = tiny_program(cache=True, window=4)
+    if ring:
+        program = with_layouts(program, {"kv.0": KVLayout("ring", 4)})
+    emitted = write(program, tmp_path, "ampere")
+    model = emitted.load(tmp_path)
+    answers = []
+    for arena in (None, emitted.arena_for(model)):
+        decoder = emitted.Decoder(model, 30, 2, arena)
+        tokens = []
+        for _ in range(2):
+            tokens += [decoder.start([[1, 2, 3], [4, 5, 6]]), decoder.step(), decoder.step()]
+            tokens += [decoder.extend([[7, 8, 9], [3, 2, 1]]), decoder.step()]
+        answers.append(tokens)
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the CPU")
@@ -226,6 +277,7 @@ CALLS: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (aten.arange.default, (5,), {"dtype": torch.int64}),
     (aten.arange.start, (2, 5), {}),
     (aten.arange.start_step, (2, 9, 3), {}),
+    (aten.remainder.Scalar, (torch.arange(5), 3), {}),
     (aten.mul.Tensor, (torch.rand(3, 4).T, torch.rand(4, 3)), {}),
     (aten.cat.default, ([torch.rand(2, 3), torch.rand(2, 5)], 1), {}),
     (aten.stack.default, ([torch.rand(2, 3), torch.rand(2, 3)], 1), {}),
