@@ -35,7 +35,6 @@ from bench_kv_kernels import (
     attention,
     best_dense,
     dense_steps,
-    measured,
     over_allowed,
     paged_spec,
     recorded,
@@ -45,7 +44,7 @@ from bench_kv_kernels import (
 from graphopt.lowering.kernels import plan_attention
 from graphopt.lowering.kernels.triton import kernel_constants
 from graphopt.plan import AttentionPlan
-from graphopt.runtime import kv_policy
+from graphopt.runtime import arrivals, kv_policy
 from graphopt.runtime.attention import Keys, decode
 from graphopt.runtime.kernels.decode import attention_decode, attention_merge
 from graphopt.targets import get_target
@@ -128,7 +127,11 @@ def compare_tiles(page: int, operands: Decoding, within: Callable[[], bool]) -> 
         errors[name] = max(found.values())
         steps[name] = operands.steps(attention(one, operands.q), selected=True)
     steps["planned, late"] = operands.steps(late(plan, operands.q), selected=True)
-    medians, _ = measured(steps)
+    arrivals.MERGE_AT_ONCE = False
+    apart = operands.steps(attention(plan, operands.q), selected=True)
+    graphs = {"planned, merged apart": (recorded(apart), len(apart))}
+    arrivals.MERGE_AT_ONCE = True
+    medians = medians_of({**steps, **graphs})
     dense = best_dense(medians)
     ranked = sorted((time, name) for name, time in medians.items() if name in errors)
     for took, name in ranked:

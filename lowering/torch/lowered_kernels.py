@@ -22,6 +22,7 @@ _MODULES = (
     "functional",
     "kv_memory",
     "fitting_tiles",
+    "arrivals",
     "attention",
     "kv_cache",
     "dispatch",

@@ -2,8 +2,8 @@
 
 One program reads one span of the keys of one key head, once, for all query heads that share it.
 A second kernel merges the spans by their log-sum-exp (flash-decoding: O = sum of
-exp(lse_i - lse) O_i). What a span is hangs on the number of keys alone, so that a row's result
-is the same bit for bit whatever else is in the batch.
+exp(lse_i - lse) O_i), or the program that ends last does. What a span is hangs on the number of
+keys alone, so that a row's result is the same bit for bit whatever else is in the batch.
 """
 
 import triton
@@ -54,6 +54,9 @@ def attention_decode(
     block_table_ptr,  # int32 [B, block_table_width]: where in the pool a page of the row lies
     selected_blocks_ptr,  # int [B, G, selected_width]: the pages that a key head reads, or -1
     ring_start_ptr,  # int32 [B]: ring slot of key 0
+    arrived_ptr,  # int32, zeros: how many programs of a key head's rows have ended
+    sinks_ptr, out_ptr, lse_ptr,  # as of `attention_merge`
+    o_stride_b, o_stride_h, o_stride_s,
     q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t,
@@ -85,6 +88,12 @@ def attention_decode(
     PAGE_MAX: tl.constexpr,
     KV_BITS: tl.constexpr,  # 16, or those of the codes in the rows of a cache
     WORDS: tl.constexpr,
+    SINKS: tl.constexpr,
+    LSE: tl.constexpr,
+    ARRIVED: tl.constexpr,  # the program that ends last merges the spans
+    ROWS: tl.constexpr,  # then rows of a block, and a value's features, as powers of two
+    VALUES: tl.constexpr,
+    SLOTS: tl.constexpr,
     OVERLAP: tl.constexpr,  # launched before the kernel in front ends, as the merge before this
 ):  # fmt: skip
     if OVERLAP:
@@ -272,6 +281,82 @@ def attention_decode(
         tl.store(part_rows + v1[None, :], sum1 * factor[:, None], mask=real[:, None] & inside)
     lse = tl.where(some, top + tl.log2(total), float("-inf"))
     tl.store(part_lse_ptr + where, lse, mask=real)
+    if ARRIVED:
+        # All of a program's warps have written before it is counted.
+        tl.debug_barrier()
+        counter_ptr = arrived_ptr + tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == splits - 1:
+            tl.store(counter_ptr, 0)
+            row = tl.program_id(2) * BLOCK_M + tl.arange(0, ROWS)
+            merge_rows(
+                part_ptr, part_lse_ptr, sinks_ptr, out_ptr, lse_ptr,
+                batch_64, (group * GROUP + row % GROUP).to(tl.int64), row // GROUP,
+                row < S * GROUP, o_stride_b, o_stride_h, o_stride_s, S, H, splits,
+                VALUE_DIM, ROWS, VALUES, SLOTS, SINKS, LSE,
+            )  # fmt: skip
+
+
+@triton.jit
+def merge_rows(
+    part_ptr, part_lse_ptr, sinks_ptr, out_ptr, lse_ptr,
+    batch,
+    head,  # [ROWS]
+    token,  # [ROWS]
+    real,  # [ROWS]
+    o_stride_b, o_stride_h, o_stride_s,
+    S, H, splits,
+    VALUE_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    VALUES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SINKS: tl.constexpr,
+    LSE: tl.constexpr,
+):  # fmt: skip
+    """Merge the spans of some rows, as `attention_merge` those of one.
+
+    What other programs wrote is read from where they share memory, not from a core's own cache.
+    """
+    where = (batch * H + head) * S + token
+    slot = tl.arange(0, SLOTS)
+    known = real[:, None] & (slot < splits)[None, :]
+    lse_ptrs = part_lse_ptr + where[:, None] * splits
+    lse = tl.load(lse_ptrs + slot[None, :], mask=known, other=float("-inf"), cache_modifier=".cg")
+    top = tl.maximum(tl.max(lse, 1), LOWEST)
+    if SINKS:
+        sink = tl.load(sinks_ptr + head, mask=real, other=0.0) * LOG2E
+        top = tl.maximum(top, sink)
+    total = tl.sum(tl.exp2(lse - top[:, None]), 1)
+    if SINKS:
+        total += tl.exp2(sink - top)
+    # A few spans of all rows at a time, so that loads fit in registers and are on their way.
+    FEW: tl.constexpr = 32 // ROWS
+    column = tl.arange(0, VALUES)
+    sums = tl.zeros([ROWS, FEW, VALUES], tl.float32)
+    for first in tl.static_range(0, SLOTS, FEW):
+        span = first + tl.arange(0, FEW)
+        there = real[:, None] & (span < splits)[None, :]
+        lse = tl.load(
+            lse_ptrs + span[None, :], mask=there, other=float("-inf"), cache_modifier=".cg"
+        )
+        ptrs = part_ptr + (where[:, None] * splits + span[None, :]) * VALUE_DIM
+        parts = tl.load(
+            ptrs[:, :, None] + column[None, None, :],
+            mask=there[:, :, None] & (column < VALUE_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        sums += parts * tl.exp2(lse - top[:, None])[:, :, None]
+    some, total, factor = shares(total)
+    out = tl.sum(sums, 1) * factor[:, None]
+    out_rows = out_ptr + batch * o_stride_b + head * o_stride_h + token * o_stride_s
+    tl.store(
+        out_rows[:, None] + column[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=real[:, None] & (column < VALUE_DIM)[None, :],
+    )
+    if LSE:
+        whole = tl.where(some, (top + tl.log2(total)) * LN2, float("-inf"))
+        tl.store(lse_ptr + where, whole, mask=real)
 
 
 @triton.jit(do_not_specialize=["S"])
