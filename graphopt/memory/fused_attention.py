@@ -103,8 +103,9 @@ def attend(
         return out[..., :width]
     mask = attn_mask
     if mask is not None and mask.dtype == torch.bool:
-        lowest = torch.scalar_tensor(float("-inf"), dtype=q.dtype, device=mask.device)
-        mask = torch.where(mask, 0.0, lowest)
+        mask = torch.where(
+            mask, 0.0, torch.scalar_tensor(float("-inf"), dtype=q.dtype, device=mask.device)
+        )
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if kernel == "cudnn":
         return aten._scaled_dot_product_cudnn_attention(
