@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
@@ -328,22 +327,43 @@ def test_allocations_inside_an_optimizer_are_its_own() -> None:
     assert sorted(i.size for i in kept) == [4, 32, 32]  # the step and both moments
 
 
-def test_peak_agrees_with_torchs_own_tracker() -> None:
+def mlp() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)), torch.ones(32, 64)
+
+
+def convolutions() -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Dropout(0.5), nn.Flatten(), nn.Linear(8 * 49, 10),
+    )  # fmt: skip
+    return model, torch.ones(4, 3, 16, 16)
+
+
+def transformer() -> tuple[nn.Module, Tensor]:
+    return nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), torch.ones(2, 9, 32)
+
+
+@pytest.mark.parametrize("make", [mlp, convolutions, transformer])
+def test_peak_agrees_with_torchs_own_tracker(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
     tracker = pytest.importorskip("torch.distributed._tools.mem_tracker")
-    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
-    x = torch.ones(32, 64)
+    model, x = make()
 
     def step() -> None:
-        F.mse_loss(model(x), x).backward()
+        model(x).square().mean().backward()
         model.zero_grad()
 
-    mine = record(step, tags=lambda: {"weight": dict(model.named_parameters()),
-                                      "input": {"x": x}})  # fmt: skip
+    def tags() -> Any:
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return {"weight": named, "input": {"x": x}}
+
+    mine = record(step, tags=tags)
+    mine.check()
     theirs = tracker.MemTracker()
     theirs.track_external(model, x)
     with theirs:
         step()
     peak = theirs.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert mine.complete
     assert mine.peak().bytes == peak
 
 
