@@ -257,7 +257,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from graphopt.runtime.kernels import kv_offload as offload
+from graphopt.runtime.kernels import kv_fetch as offload
 from graphopt.runtime.kernels import kv_selection as kernels
 
 TYPES = {"scores_ptr": "*fp32", "q_ptr": "*bf16", "k_ptr": "*bf16", "least_ptr": "*bf16",

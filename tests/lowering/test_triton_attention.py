@@ -217,6 +217,32 @@ def test_counters_of_a_launch_are_left_at_zero(monkeypatch):
     torch.testing.assert_close(first, again, rtol=2**-9, atol=2**-12)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU records no graphs and has no streams")
+def test_recorded_launches_that_run_at_once_count_apart():
+    """Two graphs replayed on two streams, a hundred times: neither merges before it has all."""
+    cases = [random_case((1, 32, 8, 1, 4000, 128, 128), {}, seed=seed) for seed in (0, 1)]
+    expected = [check_decode(case, splits=33)[0] for case in cases]
+    graphs, found = [], []
+    for case in cases:
+        q, keys, extras = operands(case)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, _, _ = decode(
+                attention_decode, attention_merge, q, keys, planned(case, "decode"),
+                scale=case.scale, extras=extras, splits=33,
+            )  # fmt: skip
+        graphs.append((graph, q, keys))
+        found.append(out)
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(100):
+        for stream, (graph, _, _) in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, found, expected))
+
+
 def test_split_and_unsplit_agree_and_runs_repeat():
     case = random_case((1, 4, 2, 1, 200, 64, 64), {"window": 150})
     whole, _ = check_decode(case, splits=1)
