@@ -135,7 +135,7 @@ class Arena:
             if known is None:
                 return self._first(key, step, tokens, most)
             if known.unplanned:
-                return step(tokens)
+                return self._plainly(step, tokens)
             try:
                 with _Replay(self, known) as replay:
                     result = step(tokens)
@@ -153,9 +153,9 @@ class Arena:
         if self.device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 # A buffer made now would be the recording's own.
-                return step(tokens)
+                return self._plainly(step, tokens)
             # What kernels make once, such as counters, is no part of later steps.
-            step(tokens)
+            self._plainly(step, tokens)
         longer = self._written(step, tokens + 1)[0] if most > tokens else None
         recorded, result = self._written(step, tokens)
         if longer is not None:
@@ -168,6 +168,11 @@ class Arena:
         else:
             self._plan(recorded)
         return result
+
+    def _plainly(self, step: Callable[[int], Result], tokens: int) -> Result:
+        """Run a step without a plan; caches grow in their rooms all the same."""
+        with _Appending(self):
+            return step(tokens)
 
     def _written(self, step: Callable[[int], Result], tokens: int) -> tuple[Step, Result]:
         with _Recorder(self) as recorder:
@@ -262,6 +267,20 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, list | tuple):
         return [x for item in value for x in _tensors(item)]
     return []
+
+
+class _Appending(TorchDispatchMode):
+    """Runs a step as it is, but for caches, which grow in their rooms."""
+
+    def __init__(self, arena: Arena) -> None:
+        super().__init__()
+        self.arena = arena
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        appended = self.arena.appended(op, args)
+        return op(*args, **(kwargs or {})) if appended is None else appended
 
 
 class _Recorder(TorchDispatchMode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 ALIGNMENT = 512
@@ -52,14 +52,26 @@ def most_at_once(blocks: Sequence[Block]) -> int:
 def place_blocks(blocks: Sequence[Block]) -> int:
     """Give every block an offset; return how many bytes all take.
 
-    The better of two orders, largest first and longest first; each block goes into the smallest gap
-    that it fits. On steps of networks that is the most that is needed at once, or close to it;
-    `graphopt memory --plan` searches further.
+    The best of some orders; each block goes into the smallest gap that it fits. On steps of
+    networks that is the most that is needed at once, or close to it; `graphopt memory --plan`
+    searches further.
     """
-    largest = sorted(blocks, key=lambda b: (-b.size, b.lower - b.upper, b.lower))
-    longest = sorted(blocks, key=lambda b: (b.lower - b.upper, -b.size, b.lower))
-    least = min((largest, longest), key=_height)
-    return _height(least)
+    bound, heights = most_at_once(blocks), {}
+    for order in _ORDERS:
+        heights[order] = _height(sorted(blocks, key=order))
+        if heights[order] == bound:
+            return bound
+    best = min(heights, key=lambda order: heights[order])
+    return _height(sorted(blocks, key=best))
+
+
+_ORDERS: tuple[Callable[[Block], tuple[int, ...]], ...] = (
+    lambda b: (-b.size, b.lower - b.upper, b.lower),  # largest first
+    lambda b: (b.lower - b.upper, -b.size, b.lower),  # longest first
+    lambda b: ((b.lower - b.upper) * b.size, b.lower),  # largest area first
+    lambda b: (b.lower, -b.size, -b.upper),  # in order of time
+    lambda b: (-b.upper, -b.size, -b.lower),  # against the order of time
+)
 
 
 def _height(order: Sequence[Block]) -> int:

@@ -99,6 +99,10 @@ def _masked_fill(args: Sequence[Any], kwargs: dict[str, Any], memory: list[Tenso
     return to.copy_(x).masked_fill_(mask, value)
 
 
+def _index_put(args: Sequence[Any], kwargs: dict[str, Any], memory: list[Tensor]) -> Tensor:
+    return aten.index_put_.default(_shaped_like(memory[0], args[0]).copy_(args[0]), *args[1:])
+
+
 def _embedding(args: Sequence[Any], kwargs: dict[str, Any], memory: list[Tensor]) -> Tensor:
     weight, indices = args[:2]
     rows = aten.index_select.out(weight, 0, indices.reshape(-1), out=memory[0])
@@ -123,6 +127,8 @@ _OWN: dict[Any, Writer] = {
     aten.masked_fill.Scalar: _masked_fill,
     aten.masked_fill.Tensor: _masked_fill,
     aten.embedding.default: _embedding,
+    aten.index_put.default: _index_put,
+    aten.relu.default: lambda args, kwargs, memory: aten.clamp_min.out(args[0], 0, out=memory[0]),
     aten.empty_like.default: _empty_like,
     aten.zeros_like.default: _filled_like(0),
     aten.ones_like.default: _filled_like(1),

@@ -251,6 +251,10 @@ def test_a_cache_without_room_is_refused() -> None:
     new = torch.ones(1, 2, 3, 3)
     held = arena.run("append", lambda n: torch.cat((room[:, :, :n], new), 2), 1)
     assert held.data_ptr() == room.data_ptr() and torch.equal(held[:, :, 1:], new)
+    # A step without a plan writes there too.
+    arena.steps["append"].unplanned = "this is a test"
+    held = arena.run("append", lambda n: torch.cat((room[:, :, :n], new + 1), 2), 0)
+    assert held.data_ptr() == room.data_ptr() and torch.equal(held, new + 1)
     with pytest.raises(ValueError, match="5 tokens in a cache with room for 4"):
         arena.run("append", lambda n: torch.cat((room[:, :, :n], new), 2), 2)
 
@@ -277,6 +281,12 @@ CALLS: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (aten.arange.default, (5,), {"dtype": torch.int64}),
     (aten.arange.start, (2, 5), {}),
     (aten.arange.start_step, (2, 9, 3), {}),
+    (aten.relu.default, (torch.tensor([-1.0, -0.0, 2.0, torch.nan]).nan_to_num(3.0),), {}),
+    (
+        aten.index_put.default,
+        (torch.rand(4, 2).T, [torch.tensor([1, 1])], torch.ones(2, 4), True),
+        {},
+    ),
     (aten.remainder.Scalar, (torch.arange(5), 3), {}),
     (aten.mul.Tensor, (torch.rand(3, 4).T, torch.rand(4, 3)), {}),
     (aten.cat.default, ([torch.rand(2, 3), torch.rand(2, 5)], 1), {}),
