@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.errors import GraphoptError, PassError
+from graphopt.errors import GraphoptError, PassError, first_line
 from graphopt.execute.memory_fit import predict_step
 from graphopt.ir.graph import Program
 from graphopt.memory.capacity import largest
@@ -105,9 +105,11 @@ def sized(
         if found.fits:
             return BatchSize(usual, usual, seq, memory, found.reserved)
         fit = largest(complete, limit, most=max(usual - 1, 1))
-    except GraphoptError as problem:
-        # What depends on values, as the routing of some experts, has no size without them.
-        return BatchSize(usual, usual, seq, unknown=problem.message.rstrip("."))
+    except (GraphoptError, RuntimeError) as problem:
+        # What depends on values, as the routing of some experts, has no size without them, and
+        # some operators of torch know no tensors without values.
+        reason = problem.message if isinstance(problem, GraphoptError) else first_line(problem)
+        return BatchSize(usual, usual, seq, unknown=reason.rstrip("."))
     if not fit.value:
         short = fit.prediction.short_of
         asked = "" if short is None else f", where it asks for {format_bytes(short.asked)}"

@@ -146,3 +146,13 @@ def test_inspect_and_a_dry_run_say_what_fits(tiny):
 def test_a_memory_that_holds_no_step_says_that_none_fits():
     found = what_fits(tiny_program(), 2**21, batch=1, seq=16)
     assert all(entry.value == 0 and "none fits" in entry.describe() for entry in found)
+
+
+def test_operators_that_need_values_leave_the_usual_batch(on_a_gpu):
+    def refuses(windows: int, limit: int) -> Prediction:
+        raise RuntimeError("Tensor on device meta is not on the expected device.\nand more")
+
+    size = sized(refuses, 3, 16, 10**9, "")
+    assert (
+        size.windows == 3 and size.unknown == "Tensor on device meta is not on the expected device"
+    )
