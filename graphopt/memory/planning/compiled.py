@@ -33,8 +33,8 @@ COMPILE_SECONDS = 120
 MAX_THREADS = 8
 MAX_TABLE_BYTES = 2**30
 """Of the bits that say which block lives in which section, for each thread."""
-STACK_BYTES = 2**29
-"""Of a thread: the search is as deep as there are blocks. Only what is used takes memory."""
+STACK_BYTES, STACK_BYTES_PER_BLOCK = 2**24, 2**11
+"""Of a thread: the search is as deep as there are blocks, by two frames of some 200 bytes."""
 
 
 class NoSearch(GraphoptError):
@@ -149,7 +149,8 @@ def search(
         if found in (Found.OFFSETS, Found.INFEASIBLE):
             stop.value = 1
 
-    _in_threads(run, threads or threads_here(), stop)
+    stack = STACK_BYTES + STACK_BYTES_PER_BLOCK * len(problem)
+    _in_threads(run, threads or threads_here(), stop, -(-stack // 4096) * 4096)
     found, sorted_offsets = max(ended, key=lambda each: each[0] + (each[0] >= 0) * 10)
     offsets: Int64 | None = None
     if found is Found.OFFSETS:
@@ -158,9 +159,9 @@ def search(
     return Searched(found, offsets, sum(nodes))
 
 
-def _in_threads(run: Any, count: int, stop: ctypes.c_int) -> None:
+def _in_threads(run: Any, count: int, stop: ctypes.c_int, stack_bytes: int) -> None:
     """Run a function in threads, by number; an interruption ends them."""
-    before = threading.stack_size(STACK_BYTES)
+    before = threading.stack_size(stack_bytes)
     try:
         threads = [threading.Thread(target=run, args=(k,), daemon=True) for k in range(count)]
         for thread in threads:

@@ -399,20 +399,20 @@ static int branch(Search *p, int lo, int hi)
         if (!list)
             return UNDECIDED;
         for (int j = next_live(p, s, 0); j >= 0; j = next_live(p, s, j + 1)) {
-            if (p->lowest[j] != floor)
+            int skip = p->lowest[j] != floor;
+            /* Of alike blocks one suffices: whichever is lowest, the rest is the same. */
+            for (int k = 0; k < cases && !skip; k++)
+                skip = alike(p, list[k], j);
+            if (skip)
                 continue;
             int at = cases++;
             for (; at > 0 && p->priority[list[at - 1]] < p->priority[j]; at--)
                 list[at] = list[at - 1];
             list[at] = j;
         }
+        p->pooled -= p->flush[s] - cases;
         i64 bare = spare > 0 ? height_without(p, s) : INT64_MAX;
         for (int k = 0; k < cases; k++) {
-            int again = 0;
-            for (int earlier = 0; earlier < k && !again; earlier++)
-                again = alike(p, list[earlier], list[k]);
-            if (again)
-                continue;
             size_t before = p->changes;
             int result = place(p, list[k]) ? solve(p, lo, hi) : INFEASIBLE;
             if (result != INFEASIBLE)
@@ -523,7 +523,7 @@ int graphopt_search(int blocks, int sections, const i32 *first, const i32 *end, 
     p->stop = stop;
     p->trail_room = 1 << 16;
     size_t n = blocks, m = sections;
-    p->pool_room = 64 * (n + m) + (1 << 22);
+    p->pool_room = 256 * (n + m) + (1 << 22); /* memory that is not used is not taken */
 
     p->live = zeros(p, m * p->words, sizeof(u64));
     p->unplaced = zeros(p, p->words, sizeof(u64));
