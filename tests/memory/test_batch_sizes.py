@@ -21,6 +21,7 @@ from graphopt.execute.batch_sizes import SHARE, BatchSize, sized, walk_size
 from graphopt.execute.what_fits import what_fits
 from graphopt.memory.caching_allocator import OutOfMemory
 from graphopt.memory.predict import Prediction, predict_peak
+from graphopt.report.fits import FitEntry
 from graphopt.training.memory import training_size, training_workload
 from graphopt.training.record import TrainingRecord
 
@@ -127,7 +128,7 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_inspect_and_a_dry_run_say_what_fits(tiny):
+def test_inspect_and_a_dry_run_say_what_fits(tiny, monkeypatch):
     done = runner().invoke(app, ["inspect", str(tiny), "--memory", "40MB", "--seq", "64", "--json"])
     assert done.exit_code == 0, done.output
     sizes = json.loads(done.stdout)["fits"]["sizes"]
@@ -137,8 +138,16 @@ def test_inspect_and_a_dry_run_say_what_fits(tiny):
     ]  # fmt: skip
     prefill, _, decode, *_ = (size["value"] for size in sizes)
     assert 0 < prefill < decode
+    asked = []
+
+    def fits(program, memory, *, batch, seq, progress):
+        asked.append((bool(program.states), memory, batch))
+        return [FitEntry("prefill", "batch", 3, seq, 5)]
+
+    monkeypatch.setattr("graphopt.compiler.what_fits", fits)
     done = runner().invoke(app, ["compile", str(tiny), "--dry-run", "--memory", "40MB"])
-    assert done.exit_code == 0 and "prefill of" in done.stdout and "40.0 MB of a GPU" in done.stdout
+    assert done.exit_code == 0 and asked == [(True, 40_000_000, 1)]
+    assert "prefill of 2,048 tokens: batch 3" in done.stdout and "40.0 MB of a GPU" in done.stdout
     refused = runner().invoke(app, ["inspect", str(tiny), "--memory", "plenty"])
     assert refused.exit_code == 2 and "--memory 'plenty' is no size" in refused.stderr
 
