@@ -112,9 +112,9 @@ def attend(
             q, k, v, mask, backward, dropout_p, is_causal, False, scale=scale
         )[0]
     if mask is not None:
-        # The kernel reads rows that begin at multiples of 16 bytes.
-        if mask.shape[-1] % 16:
-            mask = F.pad(mask, (0, -mask.shape[-1] % 16))[..., : mask.shape[-1]]
+        # torch lets rows of a mask begin at multiples of 8 elements, as the kernel reads them.
+        if mask.shape[-1] % 8:
+            mask = F.pad(mask, (0, -mask.shape[-1] % 8))[..., : mask.shape[-1]]
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     return aten._scaled_dot_product_efficient_attention(
         q, k, v, mask, backward, dropout_p, is_causal, scale=scale

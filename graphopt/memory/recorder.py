@@ -238,9 +238,26 @@ class Recorder(TorchDispatchMode):
                 *(results(out) if not written else ()),
             )
             moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            log.spans.append(self._cost(function, args, kwargs, out, moved))
+            log.spans.append(self._cost_of(op, function, args, kwargs, out, moved))
         if len(codes) >= self._most:
             self.stop(f"The trace ends after {len(codes)} events, as many as are kept.")
+
+    def _cost_of(
+        self, op: Operator, function: Any, args: Any, kwargs: Any, out: Any, moved: int
+    ) -> float:
+        """Return an operator's nanoseconds by the cost model; 0, and a note, where that fails.
+
+        Formulas of FLOPs are torch's, and some of its versions have none for grouped heads, say.
+        """
+        assert self._cost is not None
+        try:
+            return self._cost(function, args, kwargs, out, moved)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}".rstrip(": ")
+            note = f"What {op.name} costs is not known ({said}): it counts as 0 ns."
+            if note not in self.notes:
+                self.notes.append(note)
+            return 0.0
 
     def stop(self, why: str) -> None:
         """Record nothing more: what follows is not seen, and a note says why."""

@@ -449,3 +449,16 @@ def test_transforms_of_functions_are_followed() -> None:
     trace.check()
     assert trace.complete
     assert {i.size for i in trace.instances} == {4, 16}
+
+
+def test_a_cost_that_a_formula_refuses_is_a_note_and_no_failure() -> None:
+    def cost(function: object, *rest: object) -> float:
+        if "mm" in str(function):
+            raise AssertionError("heads differ")
+        return 5.0
+
+    with FakeTensorMode():
+        a = torch.ones(4, 4)
+        trace = record(lambda: (a @ a).sum(), cost=cost)
+    assert trace.complete and trace.clock == "cost model" and trace.time_ns[-1] == 5
+    assert [note for note in trace.notes if "aten.mm" in note and "heads differ" in note]
