@@ -200,7 +200,7 @@ UNLISTED: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 256,
     },
     "ctrl": {**_GPT, "dff": 96},
-    "diffllama": _llama(),
+    "diffllama": _llama(num_hidden_layers=2),  # no two layers are alike: each is captured
     "nanochat": _llama(),
     "olmo3": _llama(sliding_window=5),
 }
@@ -208,13 +208,23 @@ UNLISTED: dict[str, dict[str, Any]] = {
 
 FAMILIES = {**LISTED, **UNLISTED}
 
-TWINS = (
-    "biogpt", "codegen", "cohere2", "ctrl", "exaone4", "granite", "nanochat", "olmo", "olmo3",
-    "persimmon", "smollm3", "xglm",
-)  # fmt: skip
-"""Families whose program is built as another's is: OPT's, GPT-J's, Cohere's, OLMo 2's, Llama's.
+FEATURES = {
+    "RMS norms, rotation of all of a head, a gate, heads in groups, biases": "llama",
+    "learned positions, a tied head, transposed weights, fused QKV, no gate, layer norms": "gpt2",
+    "parallel residual, QKV fused head by head, a part of a head rotated": "gpt_neox",
+    "one key head, one norm for both parts": "falcon",
+    "ALiBi, a norm of embeddings": "bloom",
+    "QKV fused by rows, gate and up in one matrix": "phi3",
+    "norms behind the parts, windows in every second layer, soft-caps, scaled embeddings": "gemma2",
+    "neighbours rotated, norms of queries and keys, scaled logits": "cohere",
+    "sinks, a mixture of experts with biases": "gpt_oss",
+    "latent attention, shared experts, dense layers in front of mixtures": "deepseek_v3",
+    "keys and values of another layer, two head sizes, embeddings of every layer": "gemma4_text",
+}
+"""What a program can be made of, and the family that stands for it.
 
-Capture is held to every family. What stands on the program alone runs on these with -m exhaustive.
+Capture is held to eager in every family, each time. What stands on the program alone is tested on
+these, which between them have every feature, and on the other families with -m exhaustive.
 """
 
 
@@ -234,6 +244,12 @@ def mostly_slow(
         return () if value in quick else pytest.mark.slow
 
     return [pytest.param(value, marks=marks(value)) for value in values]
+
+
+def sampled(families: Iterable[str], quick: Collection[str] = ("llama", "gpt2")) -> list[Any]:
+    """Return families as a test's parameter; those that others stand for are exhaustive."""
+    families = list(families)
+    return mostly_slow(families, quick, rare=set(families).difference(FEATURES.values()))
 
 
 @dataclass

@@ -390,7 +390,7 @@ main()
 @pytest.mark.parametrize(
     ("where", "options"),
     [
-        ("pass", ["--passes", "canonicalise,test-slow"]),
+        pytest.param("pass", ["--passes", "canonicalise,test-slow"], marks=pytest.mark.exhaustive),
         ("emit", ["--force"]),
     ],
 )

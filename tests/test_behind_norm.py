@@ -121,7 +121,9 @@ def states(program: Program, ids: Tensor) -> Tensor:
     ("family", "where"),
     [
         ("gemma3_text", ["attention", "ffn"]),  # a norm behind each part
-        ("granite", ["attention", "ffn"]),  # a factor behind each part
+        pytest.param(
+            "granite", ["attention", "ffn"], marks=pytest.mark.exhaustive
+        ),  # a factor behind each part
         ("gpt_neox", ["ffn and attention"]),  # parallel parts with biases, solved for together
     ],
 )

@@ -8,7 +8,7 @@ import os
 import socket
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphopt.errors import SourceError, UsageError
@@ -29,6 +29,7 @@ def refuse_json(text, match):
 
 
 @pytest.mark.slow
+@settings(max_examples=30)
 @given(JSON_VALUES)
 def test_json_is_read_as_json(value):
     text = json.dumps(value)
@@ -86,6 +87,7 @@ def test_values_of_json_are_counted():
 
 
 @pytest.mark.slow
+@settings(max_examples=40)
 @given(st.recursive(st.none() | st.booleans() | st.integers(-(10**39), 10**39)
     | st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "Zs"))),
     lambda inner: st.lists(inner) | st.dictionaries(st.text("abc", min_size=1), inner),

@@ -107,7 +107,8 @@ def test_perplexity_is_that_of_transformers_and_less_than_half_that_of_single_to
     assert ours < alone / 2
 
 
-@pytest.mark.parametrize("name", mostly_slow(NAMES, (), others(("mixtral",))))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", NAMES)
 def test_the_chosen_blocks_are_missed_less_than_most_pairs(name, perplexity, after):
     dense = program_of(name)
     pairs = []

@@ -18,12 +18,13 @@ from graphopt.execute.interpreter import Runner
     [
         ("falcon", {"alibi": True, "num_attention_heads": 4}),
         # Slopes of heads that are no power of two, and keys that groups of heads share.
-        (
+        pytest.param(
             "falcon",
             {
                 "alibi": True, "new_decoder_architecture": True, "multi_query": False,
                 "hidden_size": 72, "num_attention_heads": 6, "num_kv_heads": 2,
             },
+            marks=pytest.mark.exhaustive,
         ),
         ("bloom", {"n_head": 4}),
         ("mpt", {"n_heads": 4}),

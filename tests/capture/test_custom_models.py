@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from custom_models import MASKS, NEIGHBOURS, PLACES, Decoder
-from families import mostly_slow, randomise
+from families import randomise
 from family_sweep import batches, compare
+from sampling import exhaustive_but
 from torch import Tensor
 
 import graphopt as go
@@ -28,8 +29,15 @@ def captured(kind: str) -> tuple[go.Program, list[Tensor]]:
     return program, wanted
 
 
+# Places looked up and computed, positions of a rotation, and factors by the length.
+COUNTING = ("slice of a parameter", "buffer of numbers", "rotation by number", "log of the length")
+# A token beside its neighbour, ids, products with a triangle, and within attention.
+MIXING = ("shift by padding", "ids before", "product with tril", "keys shifted")
+IN_ONNX = ("slice of a parameter", "documents")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", mostly_slow(PLACES, PLACES[:1]))
+@pytest.mark.parametrize("kind", exhaustive_but(PLACES, *COUNTING))
 def test_what_counts_tokens_goes_on_behind_the_cache(kind: str) -> None:
     program, wanted = captured(kind)
     assert program.states
@@ -38,7 +46,7 @@ def test_what_counts_tokens_goes_on_behind_the_cache(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", mostly_slow(NEIGHBOURS, NEIGHBOURS[:1]))
+@pytest.mark.parametrize("kind", exhaustive_but(NEIGHBOURS, *MIXING))
 def test_what_mixes_tokens_has_no_cache(kind: str) -> None:
     """Rows of padding are left out: what attention makes of them is read by their neighbours."""
     program, wanted = captured(kind)
@@ -48,7 +56,9 @@ def test_what_mixes_tokens_has_no_cache(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", mostly_slow(MASKS, MASKS[:1]))
+@pytest.mark.parametrize(
+    "kind", exhaustive_but(MASKS, "documents", "slopes by distance", "quantile")
+)
 def test_masks_and_scores_made_by_hand(kind: str) -> None:
     program, wanted = captured(kind)
     found = compare(ProgramModel(program), wanted)
@@ -56,7 +66,9 @@ def test_masks_and_scores_made_by_hand(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["slice of a parameter", "rotation by table", "documents"])
+@pytest.mark.parametrize(
+    "kind", exhaustive_but(["slice of a parameter", "rotation by table", "documents"], *IN_ONNX)
+)
 def test_in_onnx(kind: str, tmp_path: Path) -> None:
     program, wanted = captured(kind)
     go.emit(program, tmp_path / "out", emit=("onnx",))

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 
 import pytest
-from families import FAMILIES, LISTED, TOLERANCE, TWINS, captured, cases, error, mostly_slow
+from families import FAMILIES, LISTED, TOLERANCE, captured, cases, error, sampled
 
 from graphopt.capture import capture_structure, model_of_config
 from graphopt.execute.interpreter import Runner
@@ -77,7 +77,7 @@ def _leave_out(program: Program, name: str, node: Node, kind: object) -> None:
             node.attrs[str(kind)] = copy.copy(_LEAVE_OUT[str(kind)])
 
 
-@pytest.mark.parametrize("family", mostly_slow(LISTED, rare=TWINS))
+@pytest.mark.parametrize("family", sampled(LISTED))
 def test_leaving_out_a_feature_shows(family: str) -> None:
     _, program = captured(family)
     case = cases(lengths=(64,))[-1]

@@ -203,11 +203,11 @@ QUICK = ("yarn",)
 MATRIX = [
     *(("llama", kind, 0) for kind in KINDS),
     ("phi3", "longrope", 1),
+]
+REST = [
     ("stablelm", "dynamic", 2),
     ("gemma3_text", "longrope", 3),
     ("phimoe", "longrope", 4),
-]
-REST = [
     *(("llama", kind, seed) for kind in KINDS for seed in (5, 6)),
     *(("phi3", kind, 7) for kind in ("default", "yarn", "longrope")),
     *(("stablelm", kind, 8) for kind in ("linear", "longrope")),

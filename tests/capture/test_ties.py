@@ -50,7 +50,7 @@ def _save(folder: Path, said: bool, output: str, family: str, prefix: str = "") 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", mostly_slow(["llama", "gpt2"], ["llama"]))
+@pytest.mark.parametrize("family", mostly_slow(["llama", "gpt2"], ["llama"], ["gpt2"]))
 @pytest.mark.parametrize(
     ("said", "output"),
     [

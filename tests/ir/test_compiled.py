@@ -1,7 +1,8 @@
 """Compiled functions give what the interpreter gives, with gradients, and compile once.
 
 What is made here is the graph and its gradients; turning them into kernels is torch's own work,
-and takes a minute for a block. So a block is compiled up to there, and a small function whole.
+and takes a minute for a block. So a block is compiled up to there; what torch's own compiler makes
+of it, and of a small function, is exhaustive.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def test_two_calls_of_one_function_share_a_compilation_and_agree_with_the_interp
     assert len(blocks) == 2 and len(compiled._made) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @needs_compiler
 def test_torchs_own_compiler_takes_what_it_is_given(monkeypatch):
     with_backend(monkeypatch, "inductor")

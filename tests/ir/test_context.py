@@ -56,11 +56,11 @@ def test_configs_call_it_by_many_names(config: dict[str, object], length: int | 
 @pytest.mark.parametrize(
     ("family", "changes", "rows"),
     [
-        ("llama", SMALL, None),
+        pytest.param("llama", SMALL, None, marks=pytest.mark.exhaustive),
         ("gpt2", {"n_positions": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}, 16),
         # Two rows in front are for no position.
         ("opt", SMALL | {"ffn_dim": 32, "word_embed_proj_dim": 32}, 16),
-        ("gptj", SMALL | {"rotary_dim": 4}, 16),
+        pytest.param("gptj", SMALL | {"rotary_dim": 4}, 16, marks=pytest.mark.exhaustive),
         # The same by an addition, to an index that is counted.
         ("mbart", BART, 16),
         ("bloom", {"n_layer": 1, "n_head": 2, "hidden_size": 16}, None),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampling import exhaustive_but
 
 from graphopt.ir.functional import attention, cached_attention
 
@@ -30,10 +31,15 @@ def padding(past: int) -> torch.Tensor:
 @pytest.mark.parametrize("past", [0, 37])
 @pytest.mark.parametrize(
     "options",
-    [
-        {}, {"window": 1}, {"window": 300}, {"window": 600}, {"window": 5000}, {"softcap": 3.0},
-        {"softcap": 3.0, "window": 300}, {"sinks": True}, {"slopes": True, "window": 700},
-    ],
+    exhaustive_but(
+        [
+            {}, {"window": 1}, {"window": 300}, {"window": 600}, {"window": 5000},
+            {"softcap": 3.0}, {"softcap": 3.0, "window": 300}, {"sinks": True},
+            {"slopes": True, "window": 700},
+        ],
+        {}, {"window": 1}, {"window": 300}, {"window": 600}, {"window": 5000}, {"sinks": True},
+        {"slopes": True, "window": 700},
+    ),
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("masked", [False, True])

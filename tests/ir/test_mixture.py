@@ -44,9 +44,10 @@ def smaller(model: nn.Module, kept: list[int]) -> nn.Module:
     return made.eval()
 
 
-# Their routers are those of others: softmax in front of the choice (Qwen 2 and 3 alike, OLMoE as
-# Granite), groups and biases of DeepSeek's.
-LIKE_OTHERS = ("qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "minimax_m2", "ernie4_5_moe")
+# Their routers are those of others, as forms of routers are read by tests of their own: softmax in
+# front of the choice or behind it, of all or of a group, with a shared expert beside (DeepSeek's).
+LIKE_OTHERS = ("qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "minimax_m2", "ernie4_5_moe",
+               "granitemoe", "qwen2_moe", "phimoe")  # fmt: skip
 
 
 FAMILIES = [

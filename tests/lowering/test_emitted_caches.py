@@ -15,6 +15,7 @@ import torch
 from attention_programs import GENERAL, LAYOUTS, SIZES, errors, gating
 from emitted import load_file
 from programs import tiny_program
+from sampling import exhaustive_but
 from volta_emulator import COMPILER, emulated
 
 import graphopt as go
@@ -106,8 +107,7 @@ def test_the_reference_computes_what_is_asked_for(name: str, tmp_path: Any) -> N
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name.startswith("selected") else pytest.mark.slow)
-     for name in GENERAL],
+    exhaustive_but(GENERAL, "log-sum-exp, ring", "selected pages and their maxima"),
 )  # fmt: skip
 def test_interpreted_kernels_compute_what_is_asked_for(
     name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch

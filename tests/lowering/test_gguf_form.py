@@ -17,6 +17,7 @@ import vocabularies
 from families import mostly_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import exhaustive_but
 from tiny_models import GGUF_ARCHITECTURES, byte_tokenizer, gguf_tensors, save_tiny
 from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -65,7 +66,9 @@ def emitted(program: Program, folder: Path, **options: Any) -> tuple[Path, dict[
     return folder / "gguf/model.gguf", notes
 
 
-@pytest.mark.parametrize("family", mostly_slow(list(GGUF_ARCHITECTURES), ("llama",)))
+@pytest.mark.parametrize(
+    "family", mostly_slow(list(GGUF_ARCHITECTURES), ("llama",), ("gemma2", "qwen2", "qwen3"))
+)
 def test_a_file_is_what_llama_cpps_converter_writes_and_reads_back_equal(
     family: str, tmp_path: Path
 ) -> None:
@@ -113,7 +116,7 @@ SCALINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("label", SCALINGS)
+@pytest.mark.parametrize("label", exhaustive_but(SCALINGS, "yarn", "llama3"))
 def test_scalings_of_positions(label: str, tmp_path: Path) -> None:
     family, scaling = SCALINGS[label]
     theta = 5e5 if label == "llama3" else 1e4

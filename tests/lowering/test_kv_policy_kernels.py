@@ -66,7 +66,7 @@ def on_device(lengths: Filled) -> Filled:
     return Filled(lengths.first_B.to(DEVICE), lengths.last_B.to(DEVICE), lengths.slots)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(selections())
 def test_the_same_pages_are_selected_whatever_the_scores(drawn) -> None:
     scores, budget, lengths = drawn

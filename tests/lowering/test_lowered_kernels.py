@@ -88,7 +88,7 @@ def test_a_cpu_has_no_kernels():
             for target in GPUS
         ),
         ("ampere", {"alibi": True}),
-        pytest.param("hopper", {"window": 5, "softcap": 2.0}, marks=pytest.mark.slow),
+        pytest.param("hopper", {"window": 5, "softcap": 2.0}, marks=pytest.mark.exhaustive),
         pytest.param("volta", {"window": 5, "alibi": True}, marks=pytest.mark.slow),
     ],
 )

@@ -298,13 +298,13 @@ for i, (arch, room) in enumerate(((86, 101376), (80, 166912))):
     for j, row in enumerate(expert_tiles(get_target("ampere")).many):
         rows, up = row.expand.rows, row.expand
         sizes = {"E": 5, "SIZE": 1376, "ROOM": 1408}
-        if EVERY or (i + j) % 2 == 0:
+        if EVERY or (i + j) % 4 == 0:
             used = shared_bytes(
                 experts.expand, arch, up.options(5, 2, room), D=4096, COUNT=3, ACT="silu",
                 up_tiles=None, gate_tiles=None, up_bias_ptr=None, gate_bias_ptr=None, **sizes,
             )
             assert used <= room, (arch, rows, used)
-        if EVERY or (i + j) % 2 == 1:
+        if EVERY or (i + j) % 4 == 2:
             used = shared_bytes(
                 experts.reduce, arch, row.reduce.options(5, 1, room), OUT=4096,
                 hidden_tiles=None, down_tiles=None, **sizes,
@@ -316,7 +316,7 @@ for i, (arch, room) in enumerate(((86, 101376), (80, 166912))):
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_products_fit_into_the_shared_memory_of_small_gpus(every: bool) -> None:
-    """A kernel takes over a second to compile: every pair of GPU, tile and kernel, or all."""
+    """A kernel takes over a second to compile: some pairs of GPU, tile and kernel, or all."""
     assert compile_alone(f"EVERY = {every}\n{COMPILE}") == ""
 
 

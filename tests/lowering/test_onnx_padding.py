@@ -95,10 +95,14 @@ def emitted(label: str, folder: Path) -> tuple[nn.Module, Path]:
 
 
 QUICK = ("plain", "windows, caps", "heads of 24")
+LIKE_OTHERS = ("biases", "neighbours", "norms of heads", "norms of all heads", "windows",
+               "heads of 20", "part of a head", "layers without")  # fmt: skip
+"""What in the others is met with something else beside: parallel parts, caps, rotations of two
+kinds or none."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("label", mostly_slow(MODELS, QUICK))
+@pytest.mark.parametrize("label", mostly_slow(MODELS, QUICK, LIKE_OTHERS))
 def test_every_padding_and_every_split(label: str, tmp_path: Path) -> None:
     model, path = emitted(label, tmp_path)
     graphs = {"model": session(path)}

@@ -213,7 +213,9 @@ LOADED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", mostly_slow(list(LOADED), ("llama",)))
+@pytest.mark.parametrize(
+    "family", mostly_slow(list(LOADED), ("llama",), ("qwen2", "opt", "gemma3_text"))
+)
 def test_transformers_loads_what_is_written_with_compressed_tensors(family, tmp_path):
     """The package unpacks the codes bit for bit, and the logits are those of the dense values."""
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from emitted import load_file
 from programs import tiny_program
-from sampling import slow_but
+from sampling import exhaustive_but
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
@@ -112,7 +112,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", slow_but(FORMS, "causal"))
+@pytest.mark.parametrize("form", exhaustive_but(FORMS, "causal", "window and cap"))
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("layout", ["contiguous", "ring", "paged"])
 @pytest.mark.parametrize("bits", BITS)
@@ -225,8 +225,15 @@ def test_rounding_stays_where_no_kernel_reads_codes_of_the_heads(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:attention on a CPU")
-@pytest.mark.parametrize("layout", ["contiguous", "paged"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("bits", "layout"),
+    [
+        (4, "paged"),
+        (8, "contiguous"),
+        pytest.param(4, "contiguous", marks=pytest.mark.exhaustive),
+        pytest.param(8, "paged", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_an_emitted_model_keeps_codes(
     bits: int, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,14 +19,12 @@ from families import (
     FAMILIES,
     LISTED,
     TOLERANCE,
-    TWINS,
-    UNLISTED,
     Case,
     captured,
     cases,
     eager_logits,
     error,
-    mostly_slow,
+    sampled,
 )
 from programs import tiny_program
 from tiny_models import save_tiny
@@ -97,18 +95,8 @@ def run_python(*arguments: str, env: dict[str, str] | None = None) -> str:
     return result.stdout
 
 
-# Of the unlisted families these are the ones unlike the others.
-SOON = ("apertus", "codegen", "ctrl", "diffllama", "llama4_text", "mixtral")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "family",
-    [
-        *mostly_slow([f for f in FAMILIES if f in LISTED or f in SOON], rare=TWINS),
-        *(pytest.param(f, marks=pytest.mark.exhaustive) for f in UNLISTED if f not in SOON),
-    ],
-)
+@pytest.mark.parametrize("family", sampled(FAMILIES))
 def test_families_equal_eager(family: str, tmp_path: Path) -> None:
     model, program = captured(family)
     program = InsertKVCache().run(program, Context()).program

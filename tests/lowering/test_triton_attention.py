@@ -14,7 +14,7 @@ import pytest
 import torch
 from attention_reference import random_case
 from interpreted import leave_out_idle_work
-from sampling import slow_but
+from sampling import exhaustive_but, slow_but
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -63,8 +63,11 @@ HEAD_SIZES = (32, 40, 64, 72, 80, 96, 128, 192, 256)
 # The interpreter multiplies bf16 as if it were integers.
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
 LENGTHS = (1, 7, 63, 64, 65, 127)
-EVERY_FORM = slow_but(FORMS, "causal", "chunk, full", "everything")
-EVERY_HEAD_SIZE = slow_but(HEAD_SIZES, 64, 72)
+EVERY_FORM = exhaustive_but(
+    FORMS, "causal", "window, top left", "chunk, full", "bias", "alibi, key mask", "sinks",
+    "everything",
+)  # fmt: skip
+EVERY_HEAD_SIZE = exhaustive_but(HEAD_SIZES, 32, 64, 72, 256)
 
 
 def planned(case, phase="prefill", **changes):
@@ -559,6 +562,7 @@ SPECIALISED = {
     "alibi, sinks": [{"alibi": True, "sinks": True}],
     "pages": [{"kv": "paged", "page": 16, "kv_lens": True}],
 }
+OFTEN_SPECIALISED = (("all of one", 64), ("window and none", 64), ("bias", 64), ("pages", 80))
 
 
 def emitted(folder, served, monkeypatch):
@@ -579,9 +583,9 @@ def emitted(folder, served, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "width"),
     [
-        pytest.param(name, width, marks=pytest.mark.exhaustive)
-        if width == 80 and name not in ("all of one", "pages")
-        else (name, width)
+        (name, width)
+        if (name, width) in OFTEN_SPECIALISED
+        else pytest.param(name, width, marks=pytest.mark.exhaustive)
         for width in (64, 80)
         for name in SPECIALISED
     ],

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from attention_reference import random_case
-from sampling import slow_but
+from sampling import exhaustive_but, slow_but
 from volta_emulator import COMPILER, emulated, place
 from volta_forms import FORMS, Form, case_of, check, close, run
 
@@ -35,13 +35,19 @@ SAMPLE = (
     "decode, weights in shared memory 64",
 )  # fmt: skip
 
+EVERY_DAY = (
+    "chunk 64", "bias 64", "pages of 16, 64", "unequal 40 72", "everything 64", "varlen 64",
+    "decode, one key head 64", "decode, everything 128", "decode, weights in shared memory 64",
+)  # fmt: skip
+"""Of the sample, those that between them have every mask, layout and way of tiles."""
+
 
 # ---- run on the CPU ----
 
 
 @pytest.mark.slow
 @needs_gcc
-@pytest.mark.parametrize("name", slow_but(SAMPLE, "everything 64", "decode, one key head 64"))
+@pytest.mark.parametrize("name", exhaustive_but(SAMPLE, *EVERY_DAY))
 def test_a_form(name):
     constants = FORMS[name].constants()
     check(FORMS[name], emulated(constants), constants, lengths=(1, 65), unequal=((7, 64), (64, 7)))

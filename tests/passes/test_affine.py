@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import pytest
 import torch
-from families import FAMILIES, TWINS, captured, mostly_slow
+from families import FAMILIES, captured, sampled
 from onnx_models import emit, run_in_steps, session
 from programs import tiny_program
 
@@ -134,7 +134,7 @@ def test_transforms_change_nothing_in_fp64(options, kind):
     assert FoldAffine().run(folded.program, Context()).changed == 0
 
 
-@pytest.mark.parametrize("family", mostly_slow(FAMILIES, rare=TWINS))
+@pytest.mark.parametrize("family", sampled(FAMILIES))
 def test_every_family_keeps_its_logits(family):
     """The pipeline holds each pass to fp64 by itself; in fp32 logits are those of the source."""
     _, program = captured(family)

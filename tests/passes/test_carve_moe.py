@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import captured, cases
 from programs import tiny_program
+from sampling import exhaustive_but
 from torch.nn.functional import silu
 from trained import LENGTH, book, trained_program
 
@@ -258,7 +259,7 @@ def test_without_active_experts_the_best_neurons_stay_and_no_router(carve):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fit", "published"])
-@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom"])
+@pytest.mark.parametrize("family", exhaustive_but(["gpt2", "opt", "bloom"], "gpt2"))
 def test_two_matrices_and_biases_are_carved_too(family, mode, monkeypatch):
     from graphopt.passes.carve_moe import text
 
@@ -401,7 +402,12 @@ def test_a_program_without_a_tokenizer_is_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mode", ["fit", "published", "fit,threshold=true", "fit,layerwise_budget=true"]
+    "mode",
+    exhaustive_but(
+        ["fit", "published", "fit,threshold=true", "fit,layerwise_budget=true"],
+        "published",
+        "fit,threshold=true",
+    ),
 )
 def test_the_emitted_forms_give_what_the_program_gives(carve, tmp_path, mode):
     from graphopt.backends.opening import open_language_model

@@ -125,7 +125,7 @@ def test_planted_outliers_cost_nearly_nothing_behind_transforms(planted):
     assert trained <= 1.05 * planted.dense
 
 
-@pytest.mark.parametrize("toy", ["plain", "planted"])
+@pytest.mark.parametrize("toy", ["plain", pytest.param("planted", marks=pytest.mark.exhaustive)])
 def test_the_error_of_every_block_falls(toy, request):
     toy = request.getfixturevalue(toy)
     rounded = [block.before for block in toy.run(**RTN).record.blocks]
@@ -137,9 +137,13 @@ def test_the_error_of_every_block_falls(toy, request):
     assert all(block.after <= 0.8 * block.before for block in drawn)
 
 
-def test_the_order_of_what_is_learnt(plain, planted):
+def test_scales_and_clips_bring_something_beside_transforms(planted):
     full, transforms = planted.of(), planted.of(**LT)
     assert full < transforms < planted.of(**RTN)
+
+
+@pytest.mark.exhaustive
+def test_leaving_out_a_part_of_what_is_learnt_is_hardly_better(plain):
     best = min(plain.of(), plain.of(**LT), plain.of(clip=False), plain.of(scale=False))
     assert plain.of() <= 1.01 * best
 
@@ -205,6 +209,7 @@ def test_logits_without_rounding_are_those_of_the_model(plain):
     assert plain.perplexity(result.program) == pytest.approx(plain.dense, rel=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_a_short_distillation_lowers_the_divergence_it_learns_by(plain):
     """In three bits, where blocks leave more to learn than four do."""
     options = FlatQuant(**USUAL | {"distil": 0.5, "steps": 20, "w": 3, "a": 3})

@@ -77,7 +77,8 @@ def test_distilling_takes_back_half_of_what_removal_cost(dense, tmp_path):
         "mode=local,steps=60,batch=8,group=3,rate=0.004",
         "steps=40,batch=8,train=low-rank,rank=4",
         "steps=20,batch=8,generated_windows=4",
-        "steps=40,batch=8,warm_start=false,rate=0.004",
+        # The two parts of the others alone: what is trained, from what was removed.
+        pytest.param("steps=40,batch=8,warm_start=false,rate=0.004", marks=pytest.mark.exhaustive),
     ],
 )
 def test_every_other_mode_does_better_than_plain_removal(dense, tmp_path, fusion):
@@ -98,8 +99,8 @@ def test_every_other_mode_does_better_than_plain_removal(dense, tmp_path, fusion
     "donor",
     [
         "pruned",
-        "none",
-        # The two others are among the ablations below, with fewer steps.
+        # The others are among the ablations below, with fewer steps.
+        pytest.param("none", marks=pytest.mark.exhaustive),
         pytest.param("self", marks=pytest.mark.exhaustive),
         pytest.param("random", marks=pytest.mark.exhaustive),
     ],

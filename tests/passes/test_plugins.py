@@ -167,7 +167,7 @@ def test_the_pipeline_verifies_the_example() -> None:
     assert sum(ones) == entry.changed
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.network
 def test_the_example_fires_on_the_demo(demo: str) -> None:
     folded, report = go.Pipeline(["canonicalise", example()]).run(go.capture(demo))

@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
-from families import LISTED, TWINS, captured, mostly_slow
+from families import LISTED, captured, sampled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mixtures import mixture
 from programs import tiny_program
+from sampling import exhaustive_but
 from tiny_models import byte_tokenizer
 from trained import book, trained_program
 
@@ -59,7 +60,7 @@ def text(tmp_path_factory):
 # What is rounded -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", mostly_slow(list(LISTED), ("llama", "gpt2", "gpt_neox"), TWINS))
+@pytest.mark.parametrize("family", sampled(LISTED, ("llama", "gpt2", "gpt_neox")))
 def test_every_family_is_rounded_and_computes_nearly_the_same(family):
     """Roundings by 1/127 of the range, some twenty in a row, move logits by a few hundredths."""
     _, program = captured(family)
@@ -90,7 +91,7 @@ def test_every_family_is_rounded_and_computes_nearly_the_same(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", exhaustive_but(["mixtral", "gpt_oss"], "gpt_oss"))
 def test_of_mixtures_attention_is_packed_and_experts_are_left_with_the_reason(family):
     _, program = mixture(family)
     result = quantize(program, method="rtn", w=4, a=8)

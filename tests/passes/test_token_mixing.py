@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from sampling import exhaustive_but
 from torch import Tensor, nn
 
 import graphopt as go
@@ -73,8 +74,16 @@ class _Model(nn.Module):
         return self.head(self.second(self.first(self.embed(input_ids))))
 
 
+EVERY_DAY = (
+    "attention to all", "linear attention", "a sum over all", "the number of tokens",
+    "a shift by cat", "a shift by an index", "a softmax over features", "sums along features",
+    "heads mixed",
+)  # fmt: skip
+"""One of each sort: sums, counts, shifts and places; and along features or heads alone."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*MIXING, *APART])
+@pytest.mark.parametrize("kind", exhaustive_but([*MIXING, *APART], *EVERY_DAY))
 def test_a_cache_is_inserted_where_tokens_meet_in_attention_alone(kind: str) -> None:
     torch.manual_seed(0)
     model = _Model(kind).eval()

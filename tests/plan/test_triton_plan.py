@@ -148,21 +148,31 @@ def drawn_rows(seeds):
     return [(target, draw(rng, target, kernel).fields) for target, kernel in kinds * seeds]
 
 
-@pytest.mark.slow
-def test_planned_shared_memory_is_enough_for_what_triton_allocates():
-    """Heads of two parts, among them one that 16 does not divide, and of one, the widest."""
-    full = {"heads": 7, "kv_heads": 1, "causal": False, "alibi": True, "softcap": 20.0}
-    rows = [
-        ("hopper", {"head_dim": 192, "dtype": "f16", **full}),
-        ("ampere", {"head_dim": 192, "dtype": "f16", "bias": True, **full}),
-        ("hopper", {"head_dim": 72, "heads": 2, "kv_heads": 1, "dtype": "bf16"}),
-        ("ampere", {"head_dim": 256, "heads": 8, "kv_heads": 4, "dtype": "bf16"}),
-    ]
+FULL = {"head_dim": 192, "heads": 7, "kv_heads": 1, "dtype": "f16", "causal": False,
+        "alibi": True, "softcap": 20.0}  # fmt: skip
+ROOMY = [
+    ("hopper", FULL),
+    ("ampere", {"head_dim": 256, "heads": 8, "kv_heads": 4, "dtype": "bf16"}),
+    ("ampere", FULL | {"bias": True}),
+    ("hopper", {"head_dim": 72, "heads": 2, "kv_heads": 1, "dtype": "bf16"}),
+]
+"""Heads of two parts, and of one, the widest; the same with a bias; a part that 16 divides not."""
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(ROOMY[:2], marks=pytest.mark.slow),
+        pytest.param(ROOMY[2:], marks=pytest.mark.exhaustive),
+    ],
+    ids=["two", "others"],
+)
+def test_planned_shared_memory_is_enough_for_what_triton_allocates(rows):
     assert compile_all(rows) == ""
 
 
 AHEAD = """
-for page in (16, 128):
+for page in PAGES:
     spec = AttentionSpec(head_dim=128, heads=32, kv_heads=8, dtype="bf16", phase="decode",
                          kv="paged", page=page, kv_lens=True, selected_blocks=True, lse=True,
                          page_max=True)
@@ -172,10 +182,17 @@ for page in (16, 128):
 """
 
 
-@pytest.mark.slow
-def test_blocks_of_selected_pages_are_on_their_way_ahead():
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(16, marks=pytest.mark.slow),
+        pytest.param(128, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_blocks_of_selected_pages_are_on_their_way_ahead(page):
     """Triton keeps a buffer for each; keys that wait for page numbers would have one in all."""
-    assert compile_alone(COMPILE.replace("FIELDS", "[]") + AHEAD) == ""
+    script = COMPILE.replace("FIELDS", "[]") + AHEAD.replace("PAGES", f"({page},)")
+    assert compile_alone(script) == ""
 
 
 @pytest.mark.exhaustive

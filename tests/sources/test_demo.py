@@ -114,7 +114,7 @@ def test_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.network
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("demo")
 def test_demo_equals_transformers() -> None:
     """Every tensor, bit by bit, and the tokens of a text."""

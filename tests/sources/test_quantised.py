@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantised_checkpoints import Quantised, Written, write
 from safetensors.torch import load_file
+from sampling import exhaustive_but
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -137,7 +138,9 @@ GPTQ: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("label", mostly_slow(list(GPTQ), ("version 1", "fused")))
+@pytest.mark.parametrize(
+    "label", mostly_slow(list(GPTQ), ("version 1", "fused"), ("symmetric", "biases"))
+)
 def test_gptq(label: str, tmp_path: Path) -> None:
     family, options, entries = GPTQ[label]
     program = check(
@@ -292,7 +295,7 @@ def test_awq(family: str, tmp_path: Path) -> None:
         ("int", {"bits": 4, "symmetric": True}),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", exhaustive_but(["llama", "gemma2"], "llama"))
 def test_compressed_tensors(
     method: str, options: dict[str, Any], family: str, tmp_path: Path
 ) -> None:
