@@ -104,6 +104,36 @@ def kv_speed() -> str:
     return "\n\n".join(tables) or "Not measured yet."
 
 
+def kv_onnx() -> str:
+    """What a step takes under ONNX Runtime with a policy, beside one that reads all keys."""
+    tables: list[str] = []
+    for part in result_of("kv_onnx").values():
+        names = {"dense": "dense, caches in place", "dense, growing": "dense, caches that grow"}
+        rows = [
+            [
+                names.get(row["graph"], f"`{row['graph']}`"),
+                f"{row['milliseconds']:.1f}",
+                f"{row['times_faster']:.2f} ({row['quartiles'][0]:.2f} to "
+                f"{row['quartiles'][2]:.2f})",
+                f"{row['one_thread']['milliseconds']:.1f}",
+                f"{row['one_thread']['times_faster']:.2f}",
+            ]
+            for row in part["graphs"]
+        ]
+        head = [
+            f"{part['model']}, {part['context']:,} keys, {part['budget_tokens']:,} read",
+            f"milliseconds, {part['threads']} threads", "times faster",
+            "milliseconds of the processor, one thread", "times faster",
+        ]  # fmt: skip
+        load = " to ".join(f"{each:.1f}" for each in part["load"])
+        about = (
+            f"Medians of {part['rounds']} rounds taken in turns, and of their ratios, with "
+            f"quartiles. Other work ran beside it: a load of {load}."
+        )
+        tables += [markdown_table(head, rows), f"{measured_on(part, 'onnxruntime')} {about}"]
+    return "\n\n".join(tables) or "Not measured yet."
+
+
 def _speed(what: str, row: dict[str, Any], ours: str) -> list[str]:
     """Return a row: ours beside the fastest kernel that reads all keys."""
     times = row["microseconds"]

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ablation_tables import bits, bits_kernels, int4_onnx
-from kv_tables import kv, kv_speed
+from kv_tables import kv, kv_onnx, kv_speed
 from memory_tables import memory_capacity, memory_events, memory_overhead, memory_peaks
 from model_tables import models, models_answers, models_choice
 from paper_tables import memory_paper, memory_paper_addresses, memory_passes
@@ -613,6 +613,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "forms": forms,
     "kv": kv,
+    "kv_onnx": kv_onnx,
     "kv_speed": kv_speed,
     "allocation": allocation,
     "arena": arena,

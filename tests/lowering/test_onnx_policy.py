@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -14,7 +15,7 @@ import graphopt as go
 from graphopt.backends.onnx_cache import RoomyCache
 from graphopt.backends.opening import open_language_model
 from graphopt.errors import LoweringError, SourceError, UsageError
-from graphopt.execute.interpreter import Runner
+from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import Program
 from graphopt.ir.attach_policy import with_policies
 from graphopt.ir.kv_policies import policy_from_dict
@@ -187,6 +188,21 @@ def test_a_step_writes_where_keys_lie(tmp_path):
     for one, other in zip(roomy, run(grown), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
     assert grown.room == 28  # room for 20 was filled, and a quarter more is made
+
+
+def test_a_text_longer_than_its_cache_is_refused(tmp_path, monkeypatch):
+    """By the graph itself, whoever runs it: nothing is written beyond a buffer."""
+    model = opened(attached("quest"), tmp_path / "out")
+    cache = model.start_text(16)
+    assert cache.room == 16
+    monkeypatch.setattr(cache, "hold", lambda tokens: None)
+    with pytest.raises(SourceError, match="ONNX Runtime cannot run"):
+        model.step(complete_inputs({"input_ids": torch.ones(1, 17, dtype=torch.long)}), cache)
+    for name, x in cache.buffers.items():
+        if name.startswith("past_key_values"):  # room that is no multiple of the page
+            cache.buffers[name] = np.zeros((*x.shape[:2], 18, x.shape[3]), x.dtype)
+    with pytest.raises(SourceError, match="ONNX Runtime cannot run"):
+        model.step(complete_inputs({"input_ids": torch.ones(1, 9, dtype=torch.long)}), cache)
 
 
 def test_what_graphs_do_not_have_is_refused(tmp_path):

@@ -21,14 +21,16 @@ class EstimatedShares(Bounds):
         assert isinstance(policy, PageRange)
         op, number = self.op, self.number
         upper, lower = (number(x * self.attention.scale) for x in (1 - policy.lower, policy.lower))
-        positive, negative = op("Max", rows, number(0.0)), op("Min", rows, number(0.0))
+        # The bounds as the left operand, as `Bounds` has them.
+        columns = op("Transpose", rows, perm=[0, 1, 3, 2])
+        positive, negative = op("Max", columns, number(0.0)), op("Min", columns, number(0.0))
         estimate = op("Add", *(
-            op("MatMul", op("Add", op("Mul", one, upper), op("Mul", other, lower)),
-               op("Transpose", bound, perm=[0, 1, 3, 2]))
+            op("MatMul", bound, op("Add", op("Mul", one, upper), op("Mul", other, lower)))
             for one, other, bound in zip(
                 (negative, positive), (positive, negative), state, strict=True
             )
         ))  # fmt: skip
+        estimate = op("Transpose", estimate, perm=[0, 1, 3, 2])
         if self.attention.softcap is not None:
             cap = number(self.attention.softcap)
             estimate = op("Mul", op("Tanh", op("Div", estimate, cap)), cap)

@@ -21,11 +21,13 @@ class Bounds(Selection):
     def scores(self, state: list[ir.Value], rows: ir.Value) -> ir.Value:
         # The page of the new key is read whatever its bounds are.
         op, zero = self.op, self.number(0.0)
+        # The bounds as the left operand: a right one is copied before it is multiplied.
+        columns = op("Transpose", rows, perm=[0, 1, 3, 2])
         products = [
-            op("MatMul", op(part, rows, zero), op("Transpose", bound, perm=[0, 1, 3, 2]))
+            op("MatMul", bound, op(part, columns, zero))
             for part, bound in zip(("Min", "Max"), state, strict=True)
         ]
-        return op("ReduceMax", op("Add", *products), self.constant([2]), keepdims=0)  # type: ignore[no-any-return]
+        return op("ReduceMax", op("Add", *products), self.constant([3]), keepdims=0)  # type: ignore[no-any-return]
 
     def observe(
         self, state: list[ir.Value], probabilities: ir.Value | None, k_new: ir.Value
