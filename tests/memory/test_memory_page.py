@@ -77,6 +77,21 @@ def test_the_page_tells_what_the_summary_holds(summary):
     assert "Iteration 2 of 4 failed: &lt;x&gt;." in page and "what follows is a part" in page
 
 
+def test_a_loop_that_grows_shows_the_period_of_its_operations():
+    events = EventList()
+    weight = events.external(64)
+    (cache,) = events.op("zeros", sizes=[16], category="kv")
+    for step in range(8):
+        (longer,) = events.op("cat", [cache, weight], [16 * (step + 2)], category="kv")
+        events.free(cache)
+        cache = longer
+    grown = summarise(events.trace(), "a cache", FAST)
+    assert grown.period is None and grown.grows.events == 5
+    assert "no exact period" in grown.period_sentence()
+    assert "period of operations, whose sizes change" in render(grown)
+    assert grown.to_json()["growing_period"]["events"] == 5
+
+
 def numbers(text: str, dtype: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), f"<{dtype}")
 

@@ -117,10 +117,9 @@ def _tiles(summary: Summary) -> str:
                 f"reserved by the allocator, {share:.1%} idle",
             )
         )
-    period = "none"
-    if summary.period is not None:
-        period = f"{summary.period.events:,} events"
-    tiles.append((period, "period"))
+    repeats = summary.period or summary.grows
+    changing = "" if summary.grows is None else " of operations, whose sizes change"
+    tiles.append(("none" if repeats is None else f"{repeats.events:,} events", f"period{changing}"))
     cells = [
         f'<div class="tile"><b>{escape(v)}</b><span>{escape(t)}</span></div>' for v, t in tiles
     ]
