@@ -1,6 +1,6 @@
 """The exact search in C, compiled for this machine when it is first needed.
 
-It is C and not Python, since ten million states are looked at in ten seconds. It is one C file for
+It is C and not Python, since ten million states are looked at in ten seconds. It is plain C for
 the system's compiler, which Triton needs as well, rather than numba, which would add 200 MB to the
 installation for this one function. Where there is no compiler, plans are greedy ones, and say so.
 """
@@ -28,7 +28,7 @@ from graphopt.errors import GraphoptError, first_line
 from graphopt.memory.planning.problem import Int64, Problem
 from graphopt.memory.planning.sections import sections_of
 
-SOURCE = "search.c"
+SOURCES = ("search_state.c", "search.c")
 COMPILE_SECONDS = 120
 MAX_THREADS = 8
 MAX_TABLE_BYTES = 2**30
@@ -73,7 +73,8 @@ def _library() -> ctypes.CDLL | str:
     compiler = next((name for name in names if shutil.which(name[0])), None)
     if compiler is None:
         return f"there is no C compiler ({' or '.join(' '.join(name) for name in names)})"
-    source = files("graphopt.memory.planning").joinpath(SOURCE).read_text(encoding="utf-8")
+    folder_of_sources = files("graphopt.memory.planning")
+    source = "".join(folder_of_sources.joinpath(s).read_text(encoding="utf-8") for s in SOURCES)
     with tempfile.TemporaryDirectory(prefix="graphopt-", ignore_cleanup_errors=True) as folder:
         made = Path(folder) / "search.so"
         options = ["-std=c11", "-O2", "-fPIC", "-shared", "-x", "c", "-", "-o", str(made)]
