@@ -141,7 +141,8 @@ class AttachKVPolicy(Pass):
         dense_layers: How many of the first layers read all keys.
         dense: Layers that read all keys besides, by the names of their states or module paths.
         calibrate: Steps from one that reads all keys to the next; none for the policy's own choice.
-        checkpoint: File with the weights of a learned policy, from `graphopt train-kv-policy`.
+        checkpoint: File with the weights of a learned policy, from `graphopt train-kv-policy`;
+            `demo` is the one that ships for the demo model.
         target: The machine whose figures say whether the policy saves time.
         context: Tokens of the text for which that is asked; none for what the model has positions
             for, and 32,768 at most.

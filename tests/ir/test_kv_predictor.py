@@ -20,6 +20,7 @@ from graphopt.ir.kv_policies import (
     Scoring,
 )
 from graphopt.ir.kv_policies.attention_cnn import new_weights, predict, weight_shapes
+from graphopt.ir.kv_policies.checkpoint import read_checkpoint
 from graphopt.ir.kv_policies.probabilities import max_pooled
 
 F64 = torch.float64
@@ -245,3 +246,12 @@ def test_the_published_form_has_no_marks():
     assert "observed" in two.state_types(heads, 9, 1)
     assert policy.weight_types(heads)["conv1.weight"] == ((16, 1, 3, 3), F64)
     assert two.weight_types(heads)["conv1.weight"] == ((16, 2, 3, 3), F64)
+
+
+def test_a_checkpoint_ships_for_the_demo_and_beat_ema_where_it_was_held_out():
+    shipped = read_checkpoint("demo")
+    heads = KVHeads(3, 9, 64, 64, torch.float16)
+    policy = shipped.policy(Predictor(PageBudget(16, 8, 1, 2)), heads, "demo")
+    assert policy.weights is not None and set(policy.weights) == set(weight_shapes(2))
+    recall = shipped.about["recall"]
+    assert all(recall["predictor"][share] > recall["ema"][share] for share in recall["ema"])
