@@ -18,6 +18,10 @@ PUBLISHED_EVENTS = {
 """Allocations and releases of a step in them; the logs are of one setting a model."""
 
 
+SMALL = 2**26
+"""Bytes: what libraries keep for themselves is more."""
+
+
 def _time(nanoseconds: float) -> str:
     for limit, unit in ((1e9, "s"), (1e6, "ms"), (1e3, "us")):
         if nanoseconds >= limit:
@@ -49,12 +53,15 @@ def memory_paper() -> str:
                 f"{own['share_below_25_us']:.0%}" if own else "-",
                 f"{own['host_clock']['share_below_25_us']:.0%}" if own else "-",
                 f"{swap['over_peak']:,}, {swap['bytes_over_peak'] / run['peak_bytes']:.0%}",
+                f"{own['max_memory_reserved'] / own['peak_bytes']:.2f}"
+                if own and own["peak_bytes"] > SMALL
+                else "-",
             ]
         )
     head = [
         "model, data, batch", "period in events", "allocations and releases (study)",
         "MiB at the peak (study)", "intervals up to 25 us, roofline", "CUDA events", "host clock",
-        "could wait on the host, of the peak",
+        "could wait on the host, of the peak", "reserved by torch, times the peak",
     ]  # fmt: skip
     measured = measured_on(fake, "torch")
     more = f" {measured_on(gpu, 'torch')}" if gpu else " Not measured on a GPU yet."
