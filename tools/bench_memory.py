@@ -323,7 +323,7 @@ class Bench:
             ("demo", "train", {"seq": 512}),
             ("demo", "decode", {"seq": 2048}),
             ("7B block", "train", {"seq": 1024}),
-            ("demo", "prefill", {"batch": 8}),
+            ("7B block", "prefill", {"batch": 4}),
             ("7B block", "decode", {"seq": 1024}),
             ("7B block", "calibrate", {"seq": 2048}),
         ]

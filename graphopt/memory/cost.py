@@ -36,11 +36,25 @@ class Roofline:
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, moved: int
     ) -> float:
         """Return the nanoseconds of an operator that reads and writes `moved` bytes."""
-        count = flop_registry.get(getattr(function, "overloadpacket", function))
-        flops = count(*args, **kwargs, out_val=out) if count is not None else 0
+        flops = _flops(function, args, kwargs, out)
         dtype = next((x.dtype for x in args if isinstance(x, Tensor)), torch.float32)
         rate = self.flops if dtype.itemsize <= 2 else self.flops_32
         return self.launch + max(moved / self.bandwidth, flops / rate) * 1e9
+
+
+def _flops(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
+    """Return the floating-point operations of an operator, 0 where it has no matrix product."""
+    name = str(function)
+    if "_scaled_dot_product_" in name:
+        # torch's own count of an attention asks for as many heads of keys as of queries.
+        backward = "_backward" in name
+        q, k, v = args[1:4] if backward else args[:3]
+        batch, heads, rows, width = q.shape
+        products = 2 * batch * heads * rows * k.shape[2] * (width + v.shape[3])
+        # Two products forward; backward five: the scores again, and gradients of all four operands.
+        return 2.5 * products if backward else products
+    count = flop_registry.get(getattr(function, "overloadpacket", function))
+    return count(*args, **kwargs, out_val=out) if count is not None else 0
 
 
 def newest_roofline() -> Roofline:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from graphopt.memory.fused_attention import attend
 from graphopt.memory.operators import words
@@ -145,7 +145,12 @@ def _autocast(function: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         wide = x.dtype == torch.float64 or not x.dtype.is_floating_point
         return x if x.device != _META or wide else x.to(dtype)
 
-    return tree_map_only(Tensor, converted, (args, kwargs))
+    leaves, structure = tree_flatten((args, kwargs))
+    # The last argument is converted first, as compilers evaluate the arguments of torch's own call.
+    for place in range(len(leaves) - 1, -1, -1):
+        if isinstance(leaves[place], Tensor):
+            leaves[place] = converted(leaves[place])
+    return tree_unflatten(leaves, structure)
 
 
 Special = Callable[[StandIn, Any, tuple[Any, ...], dict[str, Any]], Any]

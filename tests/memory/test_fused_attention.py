@@ -72,6 +72,20 @@ def test_every_kernel_gives_the_result_and_gradients_of_its_shape(
     assert [x.grad.shape for x in (q, k, v)] == [q.shape] * 3
 
 
+@pytest.mark.parametrize("keys", [24, 25])
+def test_a_mask_is_padded_where_its_rows_do_not_begin_at_multiples_of_eight(keys: int) -> None:
+    def work() -> Tensor:
+        q = torch.zeros(2, 4, 24, 40, device="cuda")
+        k = torch.zeros(2, 4, keys, 40, device="cuda")
+        added = torch.zeros(2, 1, 24, keys, device="cuda")
+        return F.scaled_dot_product_attention(q, k, k, added)
+
+    with StandIn():
+        trace = record(work)
+    padded = [i.size for i in trace.instances if "constant_pad" in i.producer]
+    assert padded == ([] if keys == 24 else [4 * 2 * 24 * 32])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("masked", [False, True])

@@ -246,5 +246,10 @@ def test_autocast_converts_what_it_does_on_a_gpu() -> None:
             assert product.dtype == torch.bfloat16
             assert product.softmax(-1).dtype == torch.float32
             assert (product + 1).dtype == torch.bfloat16
+            w = torch.ones(6, 4, device="cuda")
+            trace = record(lambda: nn.functional.linear(x, w))
         finally:
             torch.set_autocast_enabled("cuda", False)
+    # A GPU was seen to convert the weight first.
+    converted = [i.size for i in trace.instances if "_to_copy" in i.producer]
+    assert converted == [6 * 4 * 2, 4 * 4 * 2]

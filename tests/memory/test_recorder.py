@@ -14,6 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from graphopt.errors import UsageError
+from graphopt.memory.cost import Roofline
 from graphopt.memory.recorder import Recorder
 from graphopt.memory.recording import record
 from graphopt.memory.stand_in import StandIn
@@ -462,3 +463,15 @@ def test_a_cost_that_a_formula_refuses_is_a_note_and_no_failure() -> None:
         trace = record(lambda: (a @ a).sum(), cost=cost)
     assert trace.complete and trace.clock == "cost model" and trace.time_ns[-1] == 5
     assert [note for note in trace.notes if "aten.mm" in note and "heads differ" in note]
+
+
+def test_a_roofline_counts_attention_with_grouped_heads() -> None:
+    gpu = Roofline(bandwidth=1e30, flops=1e9, flops_32=1e9, launch=0.0, name="slow")
+    with StandIn():
+        q = torch.zeros(2, 6, 8, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        k, v = (torch.zeros(2, 3, 8, 16, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        forward = record(
+            lambda: nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True), cost=gpu
+        )
+    # Two products of 2 B H S T D operations each, at one operation a nanosecond.
+    assert forward.time_ns.max() == 2 * (2 * 2 * 6 * 8 * 8 * 16)
