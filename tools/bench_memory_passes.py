@@ -23,7 +23,7 @@ from measure import keep
 
 import graphopt as go
 from graphopt.capture import capture
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, first_line
 from graphopt.support.quantities import parse_bytes
 
 OUT = Path(__file__).resolve().parent.parent / "benchmarks" / "memory_passes.json"
@@ -55,6 +55,8 @@ def run(recipe: str, memory: int, calib: Path | None, device: torch.device) -> d
         }
     except GraphoptError as refused:
         found["refused"] = f"{refused.message} {refused.remedy}"
+    except torch.cuda.OutOfMemoryError as short:
+        found["refused"] = f"out of memory: {first_line(short)}"
     found["seconds"] = time.perf_counter() - started
     if device.type == "cuda":
         found["max_memory_reserved"] = torch.cuda.max_memory_reserved()
