@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.runtime.arrivals import counters, merging_constants
-from graphopt.runtime.fitting_tiles import LEAST, Constants, first_that_fits
+from graphopt.runtime.fitting_tiles import Constants, first_that_fits
 
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 MOST_BLOCKS = 65535
@@ -358,7 +357,7 @@ def decode(
     splits: int | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Run `attention_decode`, and `attention_merge` where it does not merge itself.
+    """Run `attention_decode` and `attention_merge`.
 
     Args:
         kernel, merge: The kernels of kernels/decode.py, whole or as they were emitted.
@@ -401,29 +400,26 @@ def decode(
         "WORDS": q.is_cuda,
     }
     arguments |= {f"q_stride_{axis}": q.stride(i) for i, axis in enumerate("bhs")}
-    arguments |= {f"o_stride_{axis}": written.stride(i) for i, axis in enumerate("bhs")}
-    arguments |= {"out_ptr": written, "lse_ptr": lse}
     early = {"launch_pdl": True} if constants["OVERLAP"] else {}
-    merged = merging_constants(kernel, queries * group, splits, width)
-    if merged:
-        held = counters(q.device, batch * heads // group * _divide(queries * group, LEAST))
-        merged = {} if held is None else {**merged, "arrived_ptr": held}
 
     def start(constants: Constants) -> None:
         if page_max is not None and not writes_page_maxima(constants):
             page_max.fill_(float("-inf"))
         blocks = _divide(queries * group, int(constants["BLOCK_M"]))
         grid = (splits, batch * (heads // group), blocks)
-        given = {**arguments, **constants, **early, "ARRIVED": bool(merged), **merged}
-        launch(kernel, grid, given)
+        launch(kernel, grid, {**arguments, **constants, **early})
 
     first_that_fits(constants, q.device, start)
-    if merged:
-        return _returned(written, out), lse, page_max
     columns = min(64, 1 << (width - 1).bit_length())
     merging = {
-        **arguments,
         **constants,
+        "part_ptr": part,
+        "part_lse_ptr": part_lse,
+        "sinks_ptr": arguments.get("sinks_ptr"),
+        "out_ptr": written,
+        "lse_ptr": lse,
+        "S": queries,
+        "H": heads,
         "splits": splits,
         "SLOTS": 1 << (splits - 1).bit_length(),
         "BLOCK_V": columns,
@@ -431,5 +427,6 @@ def decode(
         "num_stages": 1,
         **early,
     }
+    merging |= {f"o_stride_{axis}": written.stride(i) for i, axis in enumerate("bhs")}
     launch(merge, (batch * heads * queries, _divide(width, columns)), merging)
     return _returned(written, out), lse, page_max

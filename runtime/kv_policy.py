@@ -28,12 +28,11 @@ MOST_PAGES = 65536
 WARP_PAGES = 128
 """Pages that a warp reads at a time, 16 bytes of scores a thread."""
 
-THREAD_PAGES = 4
-"""Pages that a thread chooses from, where 16 warps suffice."""
+THREAD_PAGES = 16
+"""Pages that a thread chooses from, where there are not too many."""
 
-BOUND_BYTES, BOUND_STAGES = 8192, 4
-"""What a program of four warps reads at a time of the least and of the largest features, and how
-many of these are worked on or on their way."""
+BOUND_BYTES = 16384
+"""What a program of four warps reads of the least and of the largest features."""
 
 EARLY_START = True
 """Whether kernels start early on a GPU that can: `tools/bench_kv_kernels.py` compares both."""
@@ -248,13 +247,12 @@ def bound_scores(
     padded = max(16, _power_above(width))
     size = max(q.element_size(), least.element_size())
     block = max(16, min(128, BOUND_BYTES // (padded * size)))
-    programs = min(-(-pages // block), _programs(q.device, batch * groups))
-    kernel[(batch * groups, programs)](
+    kernel[(batch * groups, -(-pages // block))](
         q, least, largest, bounds, scoring.scale,
         *q.stride()[:2], *least.stride()[:3], *largest.stride()[:3], groups, pages,
         HEAD_DIM=width, D0=padded, GROUP=heads, HEADS=max(16, _power_above(heads)), BLOCK=block,
         LOWER=lower, SOFTCAP=scoring.softcap or 0.0, ESTIMATES=mixed is not None,
-        num_warps=4, num_stages=BOUND_STAGES, **_early(q.device),
+        num_warps=4, **_early(q.device),
     )  # fmt: skip
     return bounds
 
@@ -363,19 +361,5 @@ def _power_above(size: int) -> int:
 
 
 def _warps(block: int) -> int:
-    """Return how many warps choose from so many pages: up to 16, up to 32 of very many."""
-    return min(32, max(1, min(16, block // (32 * THREAD_PAGES)), block // 1024))
-
-
-def _programs(device: torch.device, rows: int) -> int:
-    """Return how many programs a row has, if every core has two."""
-    return max(1, 2 * _cores(device) // rows)
-
-
-@functools.cache
-def _cores(device: torch.device) -> int:
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 1
-    )
+    """Return how many warps hold so many pages, at most 32."""
+    return min(32, max(1, block // (32 * THREAD_PAGES)))

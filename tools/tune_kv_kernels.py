@@ -44,7 +44,7 @@ from bench_kv_kernels import (
 from graphopt.lowering.kernels import plan_attention
 from graphopt.lowering.kernels.triton import kernel_constants
 from graphopt.plan import AttentionPlan
-from graphopt.runtime import arrivals, kv_policy
+from graphopt.runtime import kv_policy
 from graphopt.runtime.attention import Keys, decode
 from graphopt.runtime.kernels.decode import attention_decode, attention_merge
 from graphopt.targets import get_target
@@ -69,10 +69,9 @@ SELECTIONS = {
     "": {},
     " late": {"EARLY_START": False},
     " 8 pages": {"THREAD_PAGES": 8},
-    " 16 pages": {"THREAD_PAGES": 16},
-    " 8 KB, 3": {"BOUND_STAGES": 3},
-    " 16 KB, 3": {"BOUND_BYTES": 16384, "BOUND_STAGES": 3},
-    " 4 KB, 5": {"BOUND_BYTES": 4096, "BOUND_STAGES": 5},
+    " 32 pages": {"THREAD_PAGES": 32},
+    " 8 KB": {"BOUND_BYTES": 8192},
+    " 32 KB": {"BOUND_BYTES": 32768},
 }
 """Settings of `graphopt.runtime.kv_policy` beside its own."""
 
@@ -127,11 +126,7 @@ def compare_tiles(page: int, operands: Decoding, within: Callable[[], bool]) -> 
         errors[name] = max(found.values())
         steps[name] = operands.steps(attention(one, operands.q), selected=True)
     steps["planned, late"] = operands.steps(late(plan, operands.q), selected=True)
-    arrivals.MERGE_AT_ONCE = False
-    apart = operands.steps(attention(plan, operands.q), selected=True)
-    graphs = {"planned, merged apart": (recorded(apart), len(apart))}
-    arrivals.MERGE_AT_ONCE = True
-    medians = medians_of({**steps, **graphs})
+    medians = medians_of(steps)
     dense = best_dense(medians)
     ranked = sorted((time, name) for name, time in medians.items() if name in errors)
     for took, name in ranked:
@@ -156,7 +151,7 @@ def compare_selections(
         own = [PolicyStep.random(policy, attend, operands.q, cache) for cache in operands.caches]
         steps, errors, kept_runs = dict(dense), {}, []
         for name, changed in SELECTIONS.items():
-            if not within() or (kind == "ema" and "BOUND_STAGES" in changed):
+            if not within() or (kind == "ema" and "BOUND_BYTES" in changed):
                 continue
             kept = {key: getattr(kv_policy, key) for key in changed}
             for key, value in changed.items():

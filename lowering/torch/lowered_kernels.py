@@ -22,7 +22,6 @@ _MODULES = (
     "functional",
     "kv_memory",
     "fitting_tiles",
-    "arrivals",
     "attention",
     "kv_cache",
     "dispatch",

@@ -70,10 +70,9 @@ def keys_of_pages(
     T,
     PAGE: tl.constexpr,
 ):
-    """Return the keys at places of pages, and which of them there are."""
+    """Return the keys at places of pages; of no page, T, which is no key."""
     known = (page >= 0) & (page < tl.cdiv(T, PAGE))
-    first = page * PAGE
-    return first + place, place < tl.where(known, T - first, 0)
+    return tl.where(known, page * PAGE, T) + tl.where(known, place, 0)
 
 
 @triton.jit
@@ -226,18 +225,6 @@ def page_maxima(
 
 
 @triton.jit
-def softmax_weights(
-    scores,  # [BLOCK_M, BLOCK_N]
-    unit,
-    top,  # [BLOCK_M]: the largest exponent so far
-):
-    """Return the weights, what earlier sums are times, and the new maximum."""
-    raised = tl.maximum(top, tl.max(scores, 1) * unit)
-    weights = tl.exp2(scores * unit - raised[:, None])
-    return weights, tl.exp2(top - raised), raised
-
-
-@triton.jit
 def softmax_step(
     scores,  # [BLOCK_M, BLOCK_N]
     unit,
@@ -245,8 +232,11 @@ def softmax_step(
     total,  # [BLOCK_M]: the sum of weights so far, against `top`
 ):
     """Return the weights, what earlier sums are times, and the new maximum and sum."""
-    weights, shrink, raised = softmax_weights(scores, unit, top)
-    return weights, shrink, raised, total * shrink + tl.sum(weights, 1)
+    raised = tl.maximum(top, tl.max(scores, 1) * unit)
+    weights = tl.exp2(scores * unit - raised[:, None])
+    shrink = tl.exp2(top - raised)
+    total = total * shrink + tl.sum(weights, 1)
+    return weights, shrink, raised, total
 
 
 @triton.jit

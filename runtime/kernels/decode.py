@@ -2,8 +2,8 @@
 
 One program reads one span of the keys of one key head, once, for all query heads that share it.
 A second kernel merges the spans by their log-sum-exp (flash-decoding: O = sum of
-exp(lse_i - lse) O_i), or the program that ends last does. What a span is hangs on the number of
-keys alone, so that a row's result is the same bit for bit whatever else is in the batch.
+exp(lse_i - lse) O_i). What a span is hangs on the number of keys alone, so that a row's result
+is the same bit for bit whatever else is in the batch.
 """
 
 import triton
@@ -22,7 +22,7 @@ from graphopt.runtime.kernels.common import (
     picked_pages,
     pool_pages,
     shares,
-    softmax_weights,
+    softmax_step,
     transformed,
     visible,
 )
@@ -54,9 +54,6 @@ def attention_decode(
     block_table_ptr,  # int32 [B, block_table_width]: where in the pool a page of the row lies
     selected_blocks_ptr,  # int [B, G, selected_width]: the pages that a key head reads, or -1
     ring_start_ptr,  # int32 [B]: ring slot of key 0
-    arrived_ptr,  # int32, zeros: how many programs of a key head's rows have ended
-    sinks_ptr, out_ptr, lse_ptr,  # as of `attention_merge`
-    o_stride_b, o_stride_h, o_stride_s,
     q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t,
@@ -88,25 +85,16 @@ def attention_decode(
     PAGE_MAX: tl.constexpr,
     KV_BITS: tl.constexpr,  # 16, or those of the codes in the rows of a cache
     WORDS: tl.constexpr,
-    SINKS: tl.constexpr,
-    LSE: tl.constexpr,
-    ARRIVED: tl.constexpr,  # the program that ends last merges the spans
-    ROWS: tl.constexpr,  # then rows of a block, and a value's features, as powers of two
-    VALUES: tl.constexpr,
-    SLOTS: tl.constexpr,
     OVERLAP: tl.constexpr,  # launched before the kernel in front ends, as the merge before this
 ):  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     TYPE: tl.constexpr = q_ptr.dtype.element_ty
+    split, splits = tl.program_id(0), tl.num_programs(0)
     groups = H // GROUP
     batch = tl.program_id(1) // groups
     group = tl.program_id(1) % groups
-    # Spans of one more block come first. Programs as far apart as there are cores share one: not
-    # all of them begin with such a span.
-    splits = tl.num_programs(0)
-    split = (tl.program_id(0) + group * splits // groups) % splits
     batch_64, group_64 = batch.to(tl.int64), group.to(tl.int64)
     mask_row = batch_64 * T
     if KV_LENS:
@@ -142,8 +130,7 @@ def attention_decode(
         v1 = V0 + tl.arange(0, V1)
 
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
-    # Weights are added up by column, and columns behind the loop: warps have different ones.
-    totals = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     sum0 = tl.zeros([BLOCK_M, V0], tl.float32)
     if V1:
         sum1 = tl.zeros([BLOCK_M, V1], tl.float32)
@@ -188,11 +175,11 @@ def attention_decode(
         pages_1 = pool_pages(page_1, T, batch, block_table_ptr, block_table_width, PAGE)
     for start in range(low, high, BLOCK_N):
         keys = start + columns
-        present = keys < T
         if PAGE:
             listed, place = page_places(start, columns, PAGE, BLOCK_N)
         if SELECTED:
-            keys, present = keys_of_pages(page, place, T, PAGE)
+            keys = keys_of_pages(page, place, T, PAGE)
+        present = keys < T
         k_offsets, v_offsets = key_offsets(
             keys, place, pages, batch, ring_start_ptr,
             k_stride_b, k_stride_t, v_stride_b, v_stride_t, RING, PAGE, KV_BITS,
@@ -234,8 +221,7 @@ def attention_decode(
                 BLOCK_M, BLOCK_N, PAGE, SELECTED,
             )  # fmt: skip
 
-        weights, shrink, top = softmax_weights(scores, unit, top)
-        totals = totals * shrink[:, None] + weights
+        weights, shrink, top, total = softmax_step(scores, unit, top, total)
         if KV_BITS == 16:
             weights = weights.to(TYPE)
             value0 = tl.load(v_rows + v0[None, :], mask=present[:, None], other=0.0)
@@ -272,7 +258,7 @@ def attention_decode(
         sum0 -= less[:, None]
         if V1:
             sum1 -= less[:, None]
-    some, total, factor = shares(tl.sum(totals, 1))
+    some, total, factor = shares(total)
     where = ((batch_64 * H + head) * S + token) * splits + split
     part_rows = part_ptr + where[:, None] * VALUE_DIM
     tl.store(part_rows + v0[None, :], sum0 * factor[:, None], mask=real[:, None])
@@ -281,82 +267,6 @@ def attention_decode(
         tl.store(part_rows + v1[None, :], sum1 * factor[:, None], mask=real[:, None] & inside)
     lse = tl.where(some, top + tl.log2(total), float("-inf"))
     tl.store(part_lse_ptr + where, lse, mask=real)
-    if ARRIVED:
-        # All of a program's warps have written before it is counted.
-        tl.debug_barrier()
-        counter_ptr = arrived_ptr + tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
-        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == splits - 1:
-            tl.store(counter_ptr, 0)
-            row = tl.program_id(2) * BLOCK_M + tl.arange(0, ROWS)
-            merge_rows(
-                part_ptr, part_lse_ptr, sinks_ptr, out_ptr, lse_ptr,
-                batch_64, (group * GROUP + row % GROUP).to(tl.int64), row // GROUP,
-                row < S * GROUP, o_stride_b, o_stride_h, o_stride_s, S, H, splits,
-                VALUE_DIM, ROWS, VALUES, SLOTS, SINKS, LSE,
-            )  # fmt: skip
-
-
-@triton.jit
-def merge_rows(
-    part_ptr, part_lse_ptr, sinks_ptr, out_ptr, lse_ptr,
-    batch,
-    head,  # [ROWS]
-    token,  # [ROWS]
-    real,  # [ROWS]
-    o_stride_b, o_stride_h, o_stride_s,
-    S, H, splits,
-    VALUE_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    VALUES: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SINKS: tl.constexpr,
-    LSE: tl.constexpr,
-):  # fmt: skip
-    """Merge the spans of some rows, as `attention_merge` those of one.
-
-    What other programs wrote is read from where they share memory, not from a core's own cache.
-    """
-    where = (batch * H + head) * S + token
-    slot = tl.arange(0, SLOTS)
-    known = real[:, None] & (slot < splits)[None, :]
-    lse_ptrs = part_lse_ptr + where[:, None] * splits
-    lse = tl.load(lse_ptrs + slot[None, :], mask=known, other=float("-inf"), cache_modifier=".cg")
-    top = tl.maximum(tl.max(lse, 1), LOWEST)
-    if SINKS:
-        sink = tl.load(sinks_ptr + head, mask=real, other=0.0) * LOG2E
-        top = tl.maximum(top, sink)
-    total = tl.sum(tl.exp2(lse - top[:, None]), 1)
-    if SINKS:
-        total += tl.exp2(sink - top)
-    # A few spans of all rows at a time, so that loads fit in registers and are on their way.
-    FEW: tl.constexpr = 32 // ROWS
-    column = tl.arange(0, VALUES)
-    sums = tl.zeros([ROWS, FEW, VALUES], tl.float32)
-    for first in tl.static_range(0, SLOTS, FEW):
-        span = first + tl.arange(0, FEW)
-        there = real[:, None] & (span < splits)[None, :]
-        lse = tl.load(
-            lse_ptrs + span[None, :], mask=there, other=float("-inf"), cache_modifier=".cg"
-        )
-        ptrs = part_ptr + (where[:, None] * splits + span[None, :]) * VALUE_DIM
-        parts = tl.load(
-            ptrs[:, :, None] + column[None, None, :],
-            mask=there[:, :, None] & (column < VALUE_DIM)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        sums += parts * tl.exp2(lse - top[:, None])[:, :, None]
-    some, total, factor = shares(total)
-    out = tl.sum(sums, 1) * factor[:, None]
-    out_rows = out_ptr + batch * o_stride_b + head * o_stride_h + token * o_stride_s
-    tl.store(
-        out_rows[:, None] + column[None, :],
-        out.to(out_ptr.dtype.element_ty),
-        mask=real[:, None] & (column < VALUE_DIM)[None, :],
-    )
-    if LSE:
-        whole = tl.where(some, (top + tl.log2(total)) * LN2, float("-inf"))
-        tl.store(lse_ptr + where, whole, mask=real)
 
 
 @triton.jit(do_not_specialize=["S"])

@@ -202,16 +202,20 @@ def bound_scores(
         begin_early()
     row = tl.program_id(0)
     batch, group = (row // G).to(tl.int64), (row % G).to(tl.int64)
+    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, D0)
+    inside = (number < pages)[:, None] & (d < HEAD_DIM)[None, :]
+    page = number.to(tl.int64)[:, None]
     least_rows = least_ptr + batch * least_stride_b + group * least_stride_g
     largest_rows = largest_ptr + batch * largest_stride_b + group * largest_stride_g
+    least = tl.load(least_rows + page * least_stride_n + d[None, :], mask=inside, other=0.0)
+    largest = tl.load(largest_rows + page * largest_stride_n + d[None, :], mask=inside, other=0.0)
     head = tl.arange(0, HEADS)
     q_rows = q_ptr + batch * q_stride_b + (group * GROUP + head.to(tl.int64))[:, None] * q_stride_h
     real = (head < GROUP)[:, None]
     q = tl.load(q_rows + d[None, :], mask=real & (d < HEAD_DIM)[None, :], other=0.0)
-    WIDE: tl.constexpr = q_ptr.dtype.element_ty != least_ptr.dtype.element_ty
-    if WIDE:
-        q = q.to(tl.float32)
+    if q_ptr.dtype.element_ty != least_ptr.dtype.element_ty:
+        q, least, largest = q.to(tl.float32), least.to(tl.float32), largest.to(tl.float32)
     positive = tl.where(q > 0, q, 0.0).to(q.dtype)
     negative = tl.where(q > 0, 0.0, q).to(q.dtype)
     if ESTIMATES:
@@ -219,28 +223,17 @@ def bound_scores(
         mixed = (1.0 - LOWER) * positive + LOWER * negative
         negative = (LOWER * positive + (1.0 - LOWER) * negative).to(q.dtype)
         positive = mixed.to(q.dtype)
-    # Few programs read many pages each, so that the next ones are on their way.
-    for start in range(tl.program_id(1) * BLOCK, pages, tl.num_programs(1) * BLOCK):
-        number = start + tl.arange(0, BLOCK)
-        inside = (number < pages)[:, None] & (d < HEAD_DIM)[None, :]
-        page = number.to(tl.int64)[:, None]
-        least_ptrs = least_rows + page * least_stride_n + d[None, :]
-        largest_ptrs = largest_rows + page * largest_stride_n + d[None, :]
-        least = tl.load(least_ptrs, mask=inside, other=0.0)
-        largest = tl.load(largest_ptrs, mask=inside, other=0.0)
-        if WIDE:
-            least, largest = least.to(tl.float32), largest.to(tl.float32)
-        bounds = tl.dot(positive, tl.trans(largest), input_precision="ieee")
-        bounds = tl.dot(negative, tl.trans(least), bounds, input_precision="ieee")
-        if ESTIMATES:
-            bounds *= scale
-            if SOFTCAP > 0:
-                bounds = SOFTCAP * (2.0 / (1.0 + tl.exp(-2.0 / SOFTCAP * bounds)) - 1.0)
-            rows = out_ptr + (row.to(tl.int64) * GROUP + head.to(tl.int64))[:, None] * pages
-            tl.store(rows + number[None, :], bounds, mask=real & (number < pages)[None, :])
-        else:
-            bound = tl.max(tl.where(real, bounds, float("-inf")), 0)
-            tl.store(out_ptr + row.to(tl.int64) * pages + number, bound, mask=number < pages)
+    bounds = tl.dot(positive, tl.trans(largest), input_precision="ieee")
+    bounds = tl.dot(negative, tl.trans(least), bounds, input_precision="ieee")
+    if ESTIMATES:
+        bounds *= scale
+        if SOFTCAP > 0:
+            bounds = SOFTCAP * (2.0 / (1.0 + tl.exp(-2.0 / SOFTCAP * bounds)) - 1.0)
+        rows = out_ptr + (row.to(tl.int64) * GROUP + head.to(tl.int64))[:, None] * pages
+        tl.store(rows + number[None, :], bounds, mask=real & (number < pages)[None, :])
+    else:
+        bound = tl.max(tl.where(real, bounds, float("-inf")), 0)
+        tl.store(out_ptr + row.to(tl.int64) * pages + number, bound, mask=number < pages)
 
 
 @triton.jit

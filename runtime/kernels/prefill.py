@@ -188,7 +188,6 @@ def attention_prefill(
         for start in range(begin, end, BLOCK_N):
             columns = tl.arange(0, BLOCK_N)
             keys = start + columns
-            present = keys < T
             pages, place = keys, keys
             if PAGE:
                 page, place = page_places(start, columns, PAGE, BLOCK_N)
@@ -196,8 +195,9 @@ def attention_prefill(
                     page = picked_pages(
                         page, batch * (H // GROUP) + group, selected_blocks_ptr, selected_width
                     )
-                    keys, present = keys_of_pages(page, place, T, PAGE)
+                    keys = keys_of_pages(page, place, T, PAGE)
                 pages = pool_pages(page, T, batch, block_table_ptr, block_table_width, PAGE)
+            present = keys < T
             k_offsets, v_offsets = key_offsets(
                 k_first + keys, place, pages, batch, ring_start_ptr,
                 k_stride_b, k_stride_t, v_stride_b, v_stride_t, RING, PAGE, KV_BITS,

@@ -25,8 +25,6 @@ from graphopt.lowering.kernels.family import runtime_text  # noqa: E402
 from graphopt.lowering.kernels.triton import kernel_constants  # noqa: E402
 from graphopt.lowering.triton.specialise import specialise  # noqa: E402
 from graphopt.plan import AttentionSpec  # noqa: E402
-from graphopt.runtime import arrivals  # noqa: E402
-from graphopt.runtime import attention as runtime  # noqa: E402
 from graphopt.runtime.attention import (  # noqa: E402
     Extras,
     Keys,
@@ -193,59 +191,6 @@ def test_decode_of_every_head_size_and_group(width):
 
 
 @pytest.mark.slow
-def test_spans_are_merged_by_the_last_program_as_by_a_second_kernel(monkeypatch):
-    """Heads of a size that is no power of two, three tokens of two heads, more rows than heads."""
-    form = {"sinks": True, "kv_lens": True}
-    for heads, width, splits in (
-        ((2, 4, 2, 3), 80, 7),
-        ((2, 1, 1, 1), 64, 1),
-        ((1, 8, 1, 1), 32, 12),
-    ):
-        case = random_case((*heads, 70, width, width), form, seed=width)
-        found = {}
-        for at_once in (True, False):
-            monkeypatch.setattr(arrivals, "MERGE_AT_ONCE", at_once)
-            found[at_once], _ = check_decode(case, splits=splits)
-        # Both are sums of `splits` products in fp32, rounded to 16 bits.
-        torch.testing.assert_close(found[True], found[False], rtol=2**-10, atol=2**-16)
-
-
-def test_counters_of_a_launch_are_left_at_zero(monkeypatch):
-    held = torch.zeros(64, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(runtime, "counters", lambda device, count: held[:count])
-    case = random_case((2, 4, 2, 1, 70, 32, 32), {})
-    first, _ = check_decode(case, splits=5)
-    again, _ = check_decode(case, splits=3)
-    assert not held.any()
-    torch.testing.assert_close(first, again, rtol=2**-9, atol=2**-12)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU records no graphs and has no streams")
-def test_recorded_launches_that_run_at_once_count_apart():
-    """Two graphs replayed on two streams, a hundred times: neither merges before it has all."""
-    cases = [random_case((1, 32, 8, 1, 4000, 128, 128), {}, seed=seed) for seed in (0, 1)]
-    expected = [check_decode(case, splits=33)[0] for case in cases]
-    graphs, found = [], []
-    for case in cases:
-        q, keys, extras = operands(case)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out, _, _ = decode(
-                attention_decode, attention_merge, q, keys, planned(case, "decode"),
-                scale=case.scale, extras=extras, splits=33,
-            )  # fmt: skip
-        graphs.append((graph, q, keys))
-        found.append(out)
-    streams = [torch.cuda.Stream() for _ in graphs]
-    for _ in range(100):
-        for stream, (graph, _, _) in zip(streams, graphs, strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-    torch.cuda.synchronize()
-    assert all(map(torch.equal, found, expected))
-
-
 def test_split_and_unsplit_agree_and_runs_repeat():
     case = random_case((1, 4, 2, 1, 200, 64, 64), {"window": 150})
     whole, _ = check_decode(case, splits=1)
