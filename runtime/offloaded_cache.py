@@ -23,7 +23,7 @@ from graphopt.ir.kv_policies.probabilities import Scoring
 from graphopt.runtime.attention import Keys
 from graphopt.runtime.kv_cache import PagedKVCache, in_order
 from graphopt.runtime.kv_offload import Copies, OffloadedKV
-from graphopt.runtime.policy_cache import PolicyKVCache
+from graphopt.runtime.policy_cache import PolicyKVCache, StepCount
 
 
 @dataclass
@@ -125,7 +125,7 @@ def offloaded_caches(
     caches: Sequence[Any],
     policies: Sequence[dict[str, Any] | None],
     pool: PagedKVCache,
-    count: Any,
+    count: StepCount,
     new_lens: Tensor,
     capacity: int,
     copies: Copies | None = None,
@@ -136,6 +136,9 @@ def offloaded_caches(
         caches: Of all layers; those of layers with a policy are not read.
         policies: For each layer the policy as `policy_to_dict` gives it; None for none.
         pool: A cache of one layer with a policy.
+        count, new_lens: As for `PolicyKVCache`.
+        capacity: Tokens that a text has room for.
+        copies: What runs copies; see `OffloadedKV`.
 
     Raises:
         ValueError: No layer has a policy, or they differ in pages or budgets.
