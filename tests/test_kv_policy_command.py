@@ -129,6 +129,22 @@ def test_a_folder_with_a_policy_is_measured_with_others(tmp_path):
         measure_policies(model, [spec], ids, 0, None, "", None, silent)
 
 
+def test_eval_says_that_windows_are_read_without_the_policy_that_is_attached(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "tiny")
+    (tmp_path / "text").write_text("all work and no play. " * 40)
+    recipe = "attach-kv-policy{budget=64,page=16,sink=16,local=32,verdict=ignore}"
+    command = runner()
+    options = ["-o", "out", "--emit", "torch", "--passes", recipe, "--no-verify"]
+    done = command.invoke(app, ["compile", "tiny", *options])
+    assert done.exit_code == 0, done.output
+    for model, says in (("out", True), ("tiny", False)):
+        done = command.invoke(app, ["eval", model, "--text", "text", "--seqlen", "32"])
+        assert done.exit_code == 0, done.output
+        words = " ".join(done.output.split())
+        assert ("Its steps select keys by page-range" in words) == says
+
+
 def test_the_report_shows_recall_by_budget_and_which_pages_are_read():
     program = tiny_program(layers=2)
     ids = torch.randint(5, 90, (1, 64), generator=torch.Generator().manual_seed(1))

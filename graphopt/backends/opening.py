@@ -99,6 +99,8 @@ def open_language_model(
         )
     else:
         model = ProgramModel(program, keep_weights=keep_weights, device=placement.device)
+    held = (state.policy for state in program.states.values())
+    model.kv_policies = tuple(sorted({policy.kind for policy in held if policy is not None}))
     return _placed(model, placement)
 
 

@@ -113,6 +113,7 @@ def eval_command(
             "piqa_accuracy": None,
             "piqa_rows": 0,
             "kv_policies": [],
+            "attached_kv_policies": list(opened.kv_policies),
         }
         policies: list[PolicyFigures] = []
         text_figures: dict[str, Any] = {}
@@ -174,6 +175,14 @@ def eval_command(
     if rows is not None:
         lines.append(("piqa", f"{found['piqa_accuracy']:.2%}  ({found['piqa_rows']} questions)"))
     lines.append(("time", f"{found['seconds']:.1f} s"))
+    if opened.kv_policies:
+        lines.append(
+            (
+                "note",
+                f"Its steps select keys by {', '.join(opened.kv_policies)}. Texts here are read at "
+                "once, with all keys; --kv-policy measures steps.",
+            )
+        )
     ui.print_rows(ui.stdout(), lines)
     if policies:
         print_policies(ui.stdout(), policies)

@@ -44,6 +44,7 @@ class LanguageModel(ABC):
         length: How many tokens a text may have; None where that is what the config states.
         device: Where it runs.
         placement: Which form of it runs where, and why there, in one line.
+        kv_policies: Kinds of KV policies by which its steps select what they read.
     """
 
     backend: ClassVar[str]
@@ -54,6 +55,7 @@ class LanguageModel(ABC):
     length: int | None = None
     device: torch.device = CPU
     placement: str = ""
+    kv_policies: tuple[str, ...] = ()
 
     @abstractmethod
     def start(self, batch: int) -> Any:
