@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -182,18 +181,6 @@ def test_a_checkpoint_survives_its_file(tmp_path, channels):
     assert (again.page, again.group, again.about) == (16, 3, {"a": 1})
     assert all(torch.equal(again.weights[name], x) for name, x in written.weights.items())
     assert (tmp_path / "p.safetensors").stat().st_size < 30_000
-
-
-def test_the_checkpoint_that_comes_along_is_for_demo_and_beats_the_average():
-    path = Path(__file__).parents[1] / "examples" / "kv_predictor_demo.safetensors"
-    written = read_checkpoint(str(path))
-    assert (written.page, written.group, written.about["seed"]) == (16, 3, 0)
-    recalls = written.about["recall"]
-    assert all(recalls["predictor"][part] > ema for part, ema in recalls["ema"].items())
-    # SmolLM2's heads.
-    heads = KVHeads(3, 9, 64, 64)
-    policy = written.policy(Predictor(PageBudget(16, 8, 1, 1)), heads, path.name)
-    assert policy.weights is not None
 
 
 @pytest.mark.parametrize(
