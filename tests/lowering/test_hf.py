@@ -55,8 +55,8 @@ CARVED: dict[str, tuple[str, tuple[Split | None, ...], str]] = {
 }
 """What is carved, how, and with what router."""
 
-OFTEN = ("llama", "phi3", "gpt2", "bloom", "falcon")
-"""Those of `CARVED` that stand for the others: every kind of class that is written."""
+OFTEN = ("llama", "phi3", "gpt2", "opt", "bloom", "falcon")
+"""One of each kind of class that is written; the others differ in split and router."""
 
 Source = Callable[[str], "tuple[nn.Module, Path, go.Program]"]
 Alone = dict[str, "tuple[Tensor, dict[str, Any], Path]"]
