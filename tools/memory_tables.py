@@ -136,3 +136,43 @@ def memory_overhead() -> str:
         f"{table}\n\nMedians of pairs taken in turns, in CPU time of the process. "
         f"{measured_on(part, 'torch')}"
     )
+
+
+def onnx_memory() -> str:
+    """Sessions of ONNX Runtime beside our own figures for the same steps."""
+    result = result_of("onnx_memory")
+    if not result:
+        return "Not measured yet: `python tools/bench_onnx_memory.py OUT`."
+    rows, openings = [], []
+    for row in result["rows"]:
+        for name, session in row["sessions"].items():
+            first, *rest = session["steps"]
+            arena = session["arena"]
+            default = name == "default"
+            openings.append(session["opening"])
+            rows.append(
+                [
+                    f"{row['phase']}, {row['batch']} x {row['seq']:,}" if default else "",
+                    name,
+                    f"{_mb(first['peak'])}, {_mb(first['kept'])}",
+                    f"{_mb(max(s['peak'] for s in rest))}, {_mb(sum(s['kept'] for s in rest))}",
+                    f"{_mb(arena[0]['in_use'])}, {_mb(max(s['in_use'] for s in arena[1:]))}"
+                    if arena
+                    else "-",
+                    _mb(arena[-1]["held"]) if arena else "-",
+                    f"{_mb(row['own']['live'])}, {_mb(row['own']['planned'])}" if default else "",
+                    _mb(row["package"]["planned"]) if default and row["package"] else "",
+                ]
+            )
+    table = markdown_table(
+        ["step", "session", "first step: peak, stays", "later steps: peak, more stays",
+         "its arena in use, first and later", "its arena holds", "own step: live, planned",
+         "arena of the package"],
+        rows,
+    )  # fmt: skip
+    kept, files = ([opening[key] for opening in openings] for key in ("kept", "kept_of_files"))
+    return (
+        f"{table}\n\nMB. {result['name']} in fp32; opening leaves {_mb(min(kept))} to "
+        f"{_mb(max(kept))} MB, and {_mb(max(files))} MB of files. "
+        f"{measured_on(result, 'torch', 'onnxruntime')}"
+    )

@@ -19,7 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ablation_tables import bits, bits_kernels, int4_onnx
 from kv_tables import kv, kv_onnx, kv_speed
-from memory_tables import memory_capacity, memory_events, memory_overhead, memory_peaks
+from memory_tables import (
+    memory_capacity,
+    memory_events,
+    memory_overhead,
+    memory_peaks,
+    onnx_memory,
+)
 from model_tables import models, models_answers, models_choice
 from paper_tables import memory_paper, memory_paper_addresses, memory_passes
 from plan_tables import allocation, arena
@@ -640,6 +646,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_paper_addresses": memory_paper_addresses,
     "memory_passes": memory_passes,
     "memory_peaks": memory_peaks,
+    "onnx_memory": onnx_memory,
 }
 
 

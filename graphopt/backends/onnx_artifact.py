@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphopt.backends.onnx_cache import NUMPY_DTYPES, RoomyCache, page_of, room_of
+from graphopt.backends.onnx_session import session_options, states_of
 from graphopt.errors import SourceError, first_line
 from graphopt.execute.interpreter import complete_inputs
+from graphopt.execute.language_model import LanguageModel, _Replay
 from graphopt.sources.base import tokenizer_in
 from graphopt.sources.generation import read_generation
 from graphopt.support.boundary import out_of_memory
-
-if TYPE_CHECKING:
-    pass
-from graphopt.execute.language_model import LanguageModel, _Replay
-
-_STATES = {"past_key_values.": "present.", "past_policy.": "present_policy."}
-"""How inputs with what a step left begin, and the outputs that leave it."""
 
 
 class OnnxArtifactModel(LanguageModel):
@@ -69,13 +64,9 @@ class OnnxArtifactModel(LanguageModel):
         self.tokenizer = tokenizer_in(folder) or tokenizer
         path = folder / "model.onnx"
         check_onnx(path, constants)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what fails is said by an exception, not by its log
-        # Whatever is dequantised and multiplied is not rounded to 8 bits without being asked.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         try:
             self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
+                str(path), session_options(), providers=["CPUExecutionProvider"]
             )
         except Exception as error:
             # ONNX Runtime's exceptions share no base class of their own.
@@ -85,12 +76,7 @@ class OnnxArtifactModel(LanguageModel):
             ) from error
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
-        self._pasts = {
-            name: name.replace(before, after, 1)
-            for name in self._inputs
-            for before, after in _STATES.items()
-            if name.startswith(before)
-        }
+        self._pasts = states_of(self._inputs)
         known = {"input_ids", "attention_mask", "position_ids", *self._pasts}
         missing = {"input_ids"} - set(self._inputs)
         missing |= set(self._pasts.values()) - set(self._outputs)

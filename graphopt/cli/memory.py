@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli import console as ui
+from graphopt.cli.memory_onnx import graph_to_measure, measured_beside
 from graphopt.cli.memory_plan import plan_file
 from graphopt.cli.shared import (
     MAX_COUNT,
@@ -90,6 +91,13 @@ class MemoryFlags:
         str | None,
         typer.Option(help="Choose what to swap or recompute to get down to this, such as 12GB."),
     ] = None
+    onnx: Annotated[
+        bool | None,
+        typer.Option(
+            help="Also measure an ONNX Runtime session of an output folder, in a process of its "
+            "own; by default where the folder has an ONNX form and the phase is prefill or decode."
+        ),
+    ] = None
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -136,6 +144,7 @@ def memory_command(
 
     target = None if flags.target_peak is None else parse_bytes("--target-peak", flags.target_peak)
     spec = model_spec(model, config)
+    graph = graph_to_measure(spec, flags.phase, flags.onnx)
     with ui.progress_bars() as progress:
         progress("recording", 0, 1)
         run = _saved(Path(spec)) or _recorded(spec, flags, trust_remote_code)
@@ -155,10 +164,19 @@ def memory_command(
         if flags.perfetto is not None:
             write_perfetto(summary, flags.perfetto)
         progress("looking through it", 1, 1)
+        beside = None
+        if graph is not None:
+            progress("measuring ONNX Runtime", 0, 1)
+            program = capture_model(spec, trust_remote_code)
+            beside = measured_beside(
+                graph, _with_cache(program, flags.phase), flags.phase, flags.batch, flags.seq
+            )
+            progress("measuring ONNX Runtime", 1, 1)
     if as_json:
-        print_json(summary.to_json() | {"page": str(out)})
+        told = {"onnx": beside.to_json()} if beside is not None else {}
+        print_json(summary.to_json() | told | {"page": str(out)})
     else:
-        _print(summary, out)
+        _print(summary, out, beside.rows() if beside is not None else [])
     if not run.trace.complete:
         raise typer.Exit(1)
 
@@ -275,8 +293,8 @@ def _link(flags: MemoryFlags, run: _Run) -> Link:
     return measure_link("cuda") if run.on_gpu else default_link()
 
 
-def _print(summary: Summary, out: Path) -> None:
-    """Print the table of a summary."""
+def _print(summary: Summary, out: Path, beside: list[tuple[str, str]]) -> None:
+    """Print the table of a summary, and rows of what was measured beside it."""
     from graphopt.memory.analysis.swap import has_times
 
     console = ui.stdout()
@@ -329,6 +347,7 @@ def _print(summary: Summary, out: Path) -> None:
     if (reached := summary.reached) is not None:
         rows += _reached_rows(summary, reached)
     rows += [("note", note) for note in trace.notes]
+    rows += beside
     rows.append(("page", str(out)))
     ui.print_rows(console, rows)
 

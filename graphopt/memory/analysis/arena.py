@@ -16,10 +16,10 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Arena:
-    """A plan for all blocks of a trace, those that existed before included.
+    """A plan for blocks of a trace: all, or some, those that existed before included.
 
     Attributes:
-        offsets: int64 [instances], bytes; -1 for blocks without bytes.
+        offsets: int64 [instances], bytes; -1 for blocks without bytes, or left out.
         height: Bytes of the arena.
         bound: Bytes that no arena can do without.
     """
@@ -29,13 +29,15 @@ class Arena:
     bound: int
 
 
-def plan_arena(trace: Trace, seconds: float) -> Arena:
+def plan_arena(trace: Trace, seconds: float, of: npt.NDArray[np.bool_] | None = None) -> Arena:
     """Return a plan of offsets for a trace, in multiples of what torch's allocator rounds to.
 
     Args:
         seconds: How long to look for a better one.
+        of: Which instances, bool [instances]; by default all.
     """
-    lives = trace.lifetimes(trace.sizes > 0)
+    sized = trace.sizes > 0
+    lives = trace.lifetimes(sized if of is None else sized & of)
     # A block that was alive when the trace ended lives behind its last event.
     upper = np.maximum(lives.upper, lives.lower + 1)
     ids = [str(i) for i in lives.instance.tolist()]
