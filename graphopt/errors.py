@@ -84,3 +84,9 @@ def first_line(error: BaseException) -> str:
     if not line or isinstance(error, KeyError):
         line = f"{type(error).__name__} {line}".strip()
     return (line if len(line) <= 300 else line[:300] + "...").rstrip(".:")
+
+
+def described(error: BaseException) -> str:
+    """Return the class of an error and its first line, without a full stop."""
+    kind, line = type(error).__name__, first_line(error)
+    return line if line.split(" ")[0] == kind else f"{kind}: {line}"

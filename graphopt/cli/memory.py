@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +13,14 @@ import typer
 
 from graphopt.cli import console as ui
 from graphopt.cli.memory_onnx import graph_to_measure, measured_beside
-from graphopt.cli.memory_plan import plan_file
+from graphopt.cli.memory_plan import check_seconds, plan_file
 from graphopt.cli.shared import (
     MAX_COUNT,
     ConfigOption,
     Json,
     Remote,
     capture_model,
+    check_writable,
     errors_as_sentences,
     model_spec,
     print_json,
@@ -39,7 +42,13 @@ if TYPE_CHECKING:
 FAKE = "fake"
 """The device whose tensors have no values."""
 
-ITERATIONS = {"prefill": 1, "calibrate": 1, "decode": 4, "train": 3, "script": 3}
+PREFILL = "prefill"
+"""The phase where the user names none."""
+
+SCRIPT = "script"
+"""The phase of a function of a script."""
+
+ITERATIONS = {PREFILL: 1, "calibrate": 1, "decode": 4, "train": 3, SCRIPT: 3}
 """Iterations that are recorded, by phase, where the user says nothing."""
 
 
@@ -48,15 +57,19 @@ class MemoryFlags:
     """The options of `graphopt memory`."""
 
     phase: Annotated[
-        str, typer.Option(help="What a model does: prefill, decode, train or calibrate.")
-    ] = "prefill"
+        str | None,
+        typer.Option(help="What a model does: prefill (the default), decode, train or calibrate."),
+    ] = None
     batch: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Texts at once.")] = 1
     seq: Annotated[
         int, typer.Option(min=1, max=MAX_COUNT, help="Tokens of each; of decode, in the cache.")
     ] = 128
     dtype: Annotated[
-        str, typer.Option(help="Of weights and activations: float32, bfloat16 or float16.")
-    ] = "bfloat16"
+        str | None,
+        typer.Option(
+            help="Of a model's weights and activations: bfloat16 (the default), float16 or float32."
+        ),
+    ] = None
     device: Annotated[
         str,
         typer.Option(
@@ -133,6 +146,7 @@ def memory_command(
     if flags.plan is not None:
         if model is not None or config is not None:
             raise UsageError("Both a model and --plan are given.", "Give one of them.")
+        _refuse(flags, OF_RECORDING, "is not of --plan", "Leave it out.")
         seconds = 60.0 if flags.seconds is None else flags.seconds
         raise typer.Exit(plan_file(flags.plan, flags.capacity, flags.out, seconds, as_json))
     if flags.capacity is not None:
@@ -142,12 +156,19 @@ def memory_command(
     from graphopt.memory.page.page import render
     from graphopt.memory.perfetto import write_perfetto
 
+    if flags.seconds is not None:
+        check_seconds(flags.seconds)
     target = None if flags.target_peak is None else parse_bytes("--target-peak", flags.target_peak)
     spec = model_spec(model, config)
-    graph = graph_to_measure(spec, flags.phase, flags.onnx)
-    with ui.progress_bars() as progress:
+    graph = graph_to_measure(spec, flags.phase or PREFILL, flags.onnx)
+    out = flags.out or Path("memory.html")
+    for path in (out, flags.perfetto, flags.save):
+        if path is not None:
+            check_writable(path)
+    # What a script prints is no part of the table, nor of JSON.
+    with ui.progress_bars() as progress, contextlib.redirect_stdout(sys.stderr):
         progress("recording", 0, 1)
-        run = _saved(Path(spec)) or _recorded(spec, flags, trust_remote_code)
+        run = _saved(Path(spec), flags) or _recorded(spec, flags, trust_remote_code)
         progress("recording", 1, 1)
         if flags.save is not None:
             run.trace.save(flags.save)
@@ -159,7 +180,6 @@ def memory_command(
             run.trace, run.title, _link(flags, run), target=target, planned=arena.height,
             allocator=run.allocator, facts=run.facts,
         )  # fmt: skip
-        out = flags.out or Path("memory.html")
         out.write_text(render(summary, arena.offsets), encoding="utf-8")
         if flags.perfetto is not None:
             write_perfetto(summary, flags.perfetto)
@@ -168,8 +188,9 @@ def memory_command(
         if graph is not None:
             progress("measuring ONNX Runtime", 0, 1)
             program = capture_model(spec, trust_remote_code)
+            phase = flags.phase or PREFILL
             beside = measured_beside(
-                graph, _with_cache(program, flags.phase), flags.phase, flags.batch, flags.seq
+                graph, _with_cache(program, phase), phase, flags.batch, flags.seq
             )
             progress("measuring ONNX Runtime", 1, 1)
     if as_json:
@@ -179,6 +200,19 @@ def memory_command(
         _print(summary, out, beside.rows() if beside is not None else [])
     if not run.trace.complete:
         raise typer.Exit(1)
+
+
+OF_MODELS = ("phase", "dtype")
+OF_RECORDING = (
+    *OF_MODELS, "iterations", "perfetto", "save", "swap_bandwidth", "target_peak", "onnx",
+)  # fmt: skip
+"""Options that say something of a model, and of any run, and nothing of other uses."""
+
+
+def _refuse(flags: MemoryFlags, names: tuple[str, ...], why: str, remedy: str) -> None:
+    for name in names:
+        if getattr(flags, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} {why}.", remedy)
 
 
 @dataclass(frozen=True)
@@ -192,7 +226,7 @@ class _Run:
     on_gpu: bool = False
 
 
-def _saved(path: Path) -> _Run | None:
+def _saved(path: Path, flags: MemoryFlags) -> _Run | None:
     """Return the events of a file that `--save` wrote; None if it is another one."""
     from graphopt.memory.trace import Trace
 
@@ -201,7 +235,8 @@ def _saved(path: Path) -> _Run | None:
     with path.open("rb") as file:
         if b'"graphopt_memory_trace"' not in file.read(64):
             return None
-    return _Run(Trace.load(path), path.stem, {"events": str(path)})
+    _refuse(flags, (*OF_MODELS, "iterations"), "is not of saved events", "Leave it out.")
+    return _Run(Trace.load(path), "saved events", {"events": str(path)})
 
 
 def _recorded(spec: str, flags: MemoryFlags, trust_remote_code: bool) -> _Run:
@@ -215,23 +250,36 @@ def _recorded(spec: str, flags: MemoryFlags, trust_remote_code: bool) -> _Run:
     from graphopt.support.devices import found_gpu, usable_device
 
     make, name, phase = _maker(spec, flags, trust_remote_code)
-    facts = {"phase": phase, "batch": f"batch {flags.batch}", "seq": f"{flags.seq} tokens"}
     if flags.device == FAKE or (flags.device == "auto" and found_gpu() is None):
         cost = newest_roofline()
         with StandIn() as stand_in:
             workload = make(stand_in.device)
             count = workload.warm_up + (flags.iterations or ITERATIONS[phase])
             trace = workload.record(count, workspaces=kernel_workspace, cost=cost)
-        facts["device"] = f"tensors without values, times of an {cost.name}"
+        where = f"tensors without values, times of an {cost.name}"
+        facts = _facts(workload, phase, flags, where)
         return _Run(of_device(trace, str(stand_in.device)), name, facts)
-    device = torch.device("cuda") if flags.device == "auto" else usable_device(flags.device)
+    device = torch.device("cuda")
+    if flags.device != "auto":
+        device = usable_device(flags.device, f"auto, {FAKE}, cpu, cuda, cuda:N")
     workload = make(device)
     count = workload.warm_up + (flags.iterations or ITERATIONS[phase])
     gpu = device.type == "cuda"
     trace = workload.record(count, **({"history": True} if gpu else {}))
-    facts["device"] = torch.cuda.get_device_name(device) if gpu else "CPU"
+    where = torch.cuda.get_device_name(device) if gpu else "CPU"
+    facts = _facts(workload, phase, flags, where)
     allocator = _allocator(device) if gpu else None
     return _Run(of_device(trace, device.type), name, facts, allocator, gpu)
+
+
+def _facts(workload: Workload, phase: str, flags: MemoryFlags, where: str) -> dict[str, str]:
+    """Return what a run was of, by name; of a script what its function takes."""
+    sizes = {"batch": f"batch {flags.batch:,}", "seq": f"{flags.seq:,} tokens"}
+    return {
+        **({} if phase == SCRIPT else {"phase": phase}),
+        **{key: size for key, size in sizes.items() if key in workload.sizes},
+        "device": where,
+    }
 
 
 def _allocator(device: torch.device) -> Fragmentation:
@@ -252,28 +300,32 @@ def _maker(
 
     from graphopt.memory.workload import script_workload
 
+    if spec.endswith(".py"):
+        raise UsageError(f"{spec} names no function.", f"Give {spec}:FUNCTION.")
     if ".py:" in spec:
+        _refuse(flags, OF_MODELS, "is of models", "What a script does is in its function.")
         return (
             lambda device: script_workload(spec, device, batch=flags.batch, seq=flags.seq),
             spec,
-            "script",
+            SCRIPT,
         )
     from graphopt.execute.workloads import PHASES, program_workload
 
-    if flags.phase not in PHASES:
-        raise unknown_name("phase", flags.phase, PHASES)
+    phase = flags.phase or PREFILL
+    if phase not in PHASES:
+        raise unknown_name("phase", phase, PHASES)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if flags.dtype not in dtypes:
-        raise UsageError(f"Unknown dtype {flags.dtype!r}.", f"Known: {', '.join(dtypes)}.")
-    program = _with_cache(capture_model(spec, trust_remote_code), flags.phase)
+    dtype = flags.dtype or "bfloat16"
+    if dtype not in dtypes:
+        raise UsageError(f"Unknown dtype {dtype!r}.", f"Known: {', '.join(dtypes)}.")
+    program = _with_cache(capture_model(spec, trust_remote_code), phase)
 
     def make(device: torch.device) -> Workload:
         return program_workload(
-            program, flags.phase, device, batch=flags.batch, seq=flags.seq,
-            dtype=dtypes[flags.dtype],
+            program, phase, device, batch=flags.batch, seq=flags.seq, dtype=dtypes[dtype],
         )  # fmt: skip
 
-    return make, f"{program.name}, {flags.phase}", flags.phase
+    return make, program.name, phase
 
 
 def _with_cache(program: Program, phase: str) -> Program:
@@ -347,6 +399,8 @@ def _print(summary: Summary, out: Path, beside: list[tuple[str, str]]) -> None:
     if (reached := summary.reached) is not None:
         rows += _reached_rows(summary, reached)
     rows += [("note", note) for note in trace.notes]
+    if not len(trace) and not trace.notes:
+        rows.append(("note", "No operator of torch allocated, read or wrote anything."))
     rows += beside
     rows.append(("page", str(out)))
     ui.print_rows(console, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from graphopt.cli import console as ui
-from graphopt.cli.shared import print_json
+from graphopt.cli.shared import check_writable, print_json
 from graphopt.errors import UsageError
 
 MISSED = 1
@@ -28,10 +28,11 @@ def plan_file(
     from graphopt.memory.planning.plan import Outcome, plan_offsets
     from graphopt.memory.planning.problem import read_problem, write_offsets
 
-    if not seconds > 0:
-        raise UsageError(f"--seconds is {seconds:g}.", "Give a number above 0.")
+    check_seconds(seconds)
     if out is not None and out.exists() and out.samefile(table):
         raise UsageError(f"-o names the table itself: {out}.", "Name another file.")
+    if out is not None:
+        check_writable(out)
     problem = read_problem(table)
     plan = plan_offsets(problem, capacity, seconds=seconds, tell=ui.say_note)
     for note in plan.notes:
@@ -72,6 +73,16 @@ def plan_file(
         lines.append(f"Wrote {written}.")
     ui.stdout().print("\n".join(lines), soft_wrap=True)
     return MISSED if missed else 0
+
+
+def check_seconds(seconds: float) -> None:
+    """Refuse no time to look in.
+
+    Raises:
+        UsageError: It is not above 0.
+    """
+    if not seconds > 0:
+        raise UsageError(f"--seconds is {seconds:g}.", "Give a number above 0.")
 
 
 def _why(outcome: object, bound: int) -> str:

@@ -224,6 +224,21 @@ def model_spec(model: str | None, config: Path | None) -> str:
     return f"config:{config}" if config is not None else str(model)
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, in front of what takes long.
+
+    Raises:
+        UsageError: It is a folder, or there is no folder for it in which one may write.
+    """
+    above = path.absolute().parent
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder.", "Name a file.")
+    if not above.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no folder {above}.", "Make it first.")
+    if not os.access(path if path.exists() else above, os.W_OK):
+        raise UsageError(f"{path} cannot be written.", "Name a file elsewhere.")
+
+
 def memory_bytes(text: str | None) -> int | None:
     """Return the bytes of --memory; None where it was not given.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_leaves
 
-from graphopt.errors import UsageError, first_line
+from graphopt.errors import UsageError, described
 from graphopt.memory.cuda_history import AllocatorHistory
 from graphopt.memory.operators import data_dependence
 from graphopt.memory.recorder import Cost, Recorder, Workspaces
@@ -78,12 +78,12 @@ def record(
                 out = function(*args, **kwargs)
                 recorder.mark_saved(x for x in tree_leaves(out) if isinstance(x, Tensor))
                 del out
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if valueless and (reason := data_dependence(error)) is not None:
                     raise _needs_values(function, error, reason) from error
                 recorder.stop(
                     f"Iteration {iteration + 1} of {iterations} failed, and the trace ends there: "
-                    f"{type(error).__name__}: {first_line(error)}."
+                    f"{described(error)}."
                 )
                 break
             _tag(recorder, tags)
@@ -113,7 +113,7 @@ def _as_fake(mode: Any) -> Callable[[Tensor], Tensor]:
     return as_fake
 
 
-def _needs_values(function: Callable[..., Any], error: Exception, reason: str) -> UsageError:
+def _needs_values(function: Callable[..., Any], error: BaseException, reason: str) -> UsageError:
     """Return the error for what cannot be followed without values, with the line of the user's."""
     own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     stack = traceback.extract_tb(error.__traceback__)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import runpy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from graphopt.errors import UsageError, first_line, unknown_name
+from graphopt.errors import UsageError, described, unknown_name
 from graphopt.memory.recording import Tags, record
 from graphopt.memory.trace import Trace
 
@@ -30,6 +32,7 @@ class Workload:
         tags: What tensors hold, from now on.
         device: Where it computes.
         warm_up: After how many steps everything exists that stays, such as optimizer states.
+        sizes: Which of "batch" and "seq" it depends on.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Workload:
     device: torch.device
     tags: Callable[[], Tags] = _no_tags
     warm_up: int = 0
+    sizes: tuple[str, ...] = ("batch", "seq")
 
     def record(self, iterations: int = 1, **options: Any) -> Trace:
         """Return the trace of steps; see `graphopt.memory.record` for the options."""
@@ -52,14 +56,16 @@ def script_workload(
 
     The function may have parameters `device`, `batch` and `seq`. A step is a call of it. Where the
     first call returns a callable, it has set up what a step needs, and steps are calls of that;
-    the set-up then belongs to the first step.
+    the set-up then belongs to the first step. As for Python, modules beside the file can be
+    imported.
 
     Args:
         reference: `FILE.py:FUNCTION`.
-        device: Where tensors are made that name no device.
+        device: Where tensors are made that name no device, also by the file itself.
 
     Raises:
-        UsageError: There is no such file or function, it needs other arguments, or fails.
+        UsageError: There is no such file or function, it needs other arguments, a call would not
+            run it (generators, coroutines), or the file fails.
     """
     path, _, name = reference.rpartition(":")
     if not path or not Path(path).is_file():
@@ -67,16 +73,29 @@ def script_workload(
             f"There is no file {path or reference!r}.",
             "Give FILE.py:FUNCTION, with a file that exists.",
         )
+    folder = str(Path(path).resolve().parent)
     try:
-        found = runpy.run_path(path)
-    except Exception as error:
-        raise UsageError(f"{path} fails: {type(error).__name__}: {first_line(error)}.") from error
-    functions = {key: value for key, value in found.items() if inspect.isroutine(value)}
-    if name not in functions:
+        with device, _importable(folder):
+            found = runpy.run_path(path)
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{path} fails: {described(error)}.") from error
+    function = found.get(name)
+    if not callable(function) or inspect.isclass(function):
+        functions = [key for key, value in found.items() if inspect.isroutine(value)]
         raise unknown_name(f"function of {path}", name, functions)
-    function = functions[name]
+    if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+        raise UsageError(
+            f"{reference} is a generator or a coroutine: a call of it runs nothing.",
+            "Name a function that runs it to its end.",
+        )
     known: dict[str, Any] = {"device": device, "batch": batch, "seq": seq}
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError as error:
+        raise UsageError(
+            f"{reference} does not say which parameters it has.",
+            "Name a function written in Python.",
+        ) from error
     missing = [
         parameter.name
         for parameter in parameters.values()
@@ -94,7 +113,7 @@ def script_workload(
     made: list[Callable[[], Any]] = []
 
     def step() -> Any:
-        with device:
+        with device, _importable(folder):
             if made:
                 return made[0]()
             out = function(**options)
@@ -103,4 +122,17 @@ def script_workload(
             made.append(out)
             return out()
 
-    return Workload(reference, step, device)
+    step.__qualname__ = reference
+    sizes = tuple(key for key in ("batch", "seq") if key in options)
+    return Workload(reference, step, device, sizes=sizes)
+
+
+@contextlib.contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Let modules of a folder be imported, as Python does for the folder of a script."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the script may have taken it out itself
+            sys.path.remove(folder)

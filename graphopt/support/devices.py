@@ -29,11 +29,12 @@ def describe_device(device: torch.device) -> str:
     return str(device)
 
 
-def usable_device(name: str | torch.device) -> torch.device:
+def usable_device(name: str | torch.device, known: str = "auto, cpu, cuda, cuda:N") -> torch.device:
     """Return the device called `name`, checked by putting a number there and reading it.
 
     Args:
         name: Such as `cpu`, `cuda` or `cuda:1`.
+        known: The names to give, for the message.
 
     Raises:
         UsageError: torch knows no such name.
@@ -42,8 +43,7 @@ def usable_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        known = "Known: auto, cpu, cuda, cuda:N."
-        raise UsageError(f"Unknown device {str(name)!r}.", known) from None
+        raise UsageError(f"Unknown device {str(name)!r}.", f"Known: {known}.") from None
     try:
         float(torch.zeros(1, device=device))  # from a device without memory none can be read
     except (RuntimeError, AssertionError, NotImplementedError) as error:

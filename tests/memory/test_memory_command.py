@@ -38,6 +38,17 @@ def asks():
     x = torch.randn(4)
     return x * 2 if x.sum() > 0 else x
 
+def speaks():
+    x = torch.ones(3)
+    print("to whom", x)
+
+def idle():
+    pass
+
+def leaves():
+    x = torch.ones(3)
+    raise SystemExit(3)
+
 def resizes():
     x = torch.ones(16)
     x.resize_(64)
@@ -126,9 +137,36 @@ def test_a_callable_that_fails_midway_is_shown_up_to_there(script, elsewhere):
     assert "8.0 kB" in done.stdout
 
 
+def test_what_a_script_prints_is_not_part_of_json(script):
+    data = told(f"{script}:speaks", "--device", "cpu", "--iterations", 1)
+    assert data["peak_bytes"] == 12
+
+
+def test_nothing_is_said_of_sizes_that_a_function_does_not_take(script):
+    first = run(f"{script}:train", "--device", "fake", "--batch", 1200).stdout.splitlines()[0]
+    assert "batch 1,200" in first and "tokens" not in first and "script:" not in first
+    nothing = run(f"{script}:idle", "--device", "cpu").stdout
+    assert "No operator of torch" in nothing and "batch" not in nothing
+
+
+def test_what_leaves_the_program_is_a_failure(script):
+    done = run(f"{script}:leaves", "--device", "cpu")
+    assert done.exit_code == 1 and "Iteration 1 of 3 failed" in done.stdout
+
+
+@pytest.mark.parametrize("option", ["-o", "--perfetto", "--save"])
+def test_a_place_that_cannot_be_written_is_refused_first(script, elsewhere, option):
+    mark = elsewhere / "ran"
+    (elsewhere / "marks.py").write_text(f"def step():\n    open({str(mark)!r}, 'w').close()\n")
+    for out, said in ((elsewhere, "is a folder"), (elsewhere / "none" / "x", "there is no folder")):
+        done = run(f"{elsewhere}/marks.py:step", "--device", "cpu", option, out)
+        assert done.exit_code == 2 and said in done.stderr and not mark.exists()
+
+
 def test_control_flow_by_values_is_refused_without_values(script):
     done = run(f"{script}:asks", "--device", "fake")
     assert done.exit_code == 2 and "tensors without values" in done.stderr
+    assert f"{script}:asks cannot be followed" in done.stderr
     assert run(f"{script}:asks", "--device", "cpu").exit_code == 0
 
 
@@ -148,6 +186,11 @@ def test_storages_that_are_resized_and_of_no_bytes(script):
         (("demo", "--plan", "x.csv"), "Both a model and --plan"),
         (("none.py:train",), "There is no file"),
         (("{script}:nothing",), "nothing"),
+        (("{script}",), "names no function"),
+        (("{script}:train", "--phase", "train"), "--phase is of models"),
+        (("{script}:train", "--seconds", -1), "--seconds is -1"),
+        (("{script}:train", "--device", "abacus"), "auto, fake, cpu"),
+        (("--plan", "{script}", "--perfetto", "x.json"), "--perfetto is not of --plan"),
         (("{script}:train", "--device", "abacus"), "abacus"),
         (("{script}:train", "--swap-bandwidth", "fast"), "--swap-bandwidth 'fast'"),
     ],

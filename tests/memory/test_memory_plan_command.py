@@ -49,6 +49,12 @@ def test_without_a_capacity_the_smallest_arena_is_found(table):
     assert (told["height"], told["bound"], told["outcome"]) == (12, 12, "reached")
 
 
+def test_a_place_that_cannot_be_written_is_refused(table, tmp_path):
+    for out in (tmp_path, tmp_path / "none" / "placed.csv"):
+        done = _run("--plan", table, "-o", out)
+        assert done.exit_code == 2 and "valley" not in done.output
+
+
 def test_the_table_is_not_overwritten(table):
     done = _run("--plan", table, "-o", table)
     assert done.exit_code == 2 and table.read_text() == ROWS

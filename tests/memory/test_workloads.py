@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,32 @@ def test_a_function_that_fails_gives_what_was_traced(script: str) -> None:
 def test_what_is_no_step_is_refused(script: str, name: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         script_workload(f"{script}:{name}", CPU)
+
+
+def test_what_would_run_nothing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lazy.py"
+    path.write_text("def step():\n    yield 1\n\nasync def later():\n    pass\n")
+    for name in ("step", "later"):
+        with pytest.raises(UsageError, match="a call of it runs nothing"):
+            script_workload(f"{path}:{name}", CPU)
+
+
+def test_a_file_is_run_on_the_device_and_finds_modules_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "beside_it.py").write_text("import torch\n\nWIDTH = torch.ones(8)\n")
+    path = tmp_path / "steps.py"
+    path.write_text(
+        "import functools\nfrom beside_it import WIDTH\n\n"
+        "def scaled(by):\n    return WIDTH * by\n\nstep = functools.partial(scaled, 2)\n"
+    )
+    before = list(sys.path)
+    with StandIn() as stand_in:
+        trace = script_workload(f"{path}:step", stand_in.device).record(2)
+    assert [(i.size, i.device, i.external) for i in trace.instances] == [
+        (32, "cuda:0", True),
+        (32, "cuda:0", False),
+        (32, "cuda:0", False),
+    ]
+    assert sys.path == before
 
 
 def test_a_file_that_is_missing_or_fails_is_refused(tmp_path: Path) -> None:
