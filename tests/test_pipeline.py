@@ -182,6 +182,16 @@ def test_verification_sees_the_error_of_any_feature():
     Pipeline([Wrong(by=1.0 + 1e-6)]).run(tiny_program())
 
 
+def test_work_that_was_begun_is_told_to_be_over():
+    """A display would name it through all that comes behind it."""
+    begun = {}
+    Pipeline([Shrink(), "insert-kv-cache"]).run(
+        tiny_program(), progress=lambda what, done, total: begun.update({what: (done, total)})
+    )
+    assert "comparing insert-kv-cache" in begun
+    assert [what for what, (done, total) in begun.items() if done < total] == []
+
+
 def test_a_lossy_pass_is_measured_and_what_follows_is_held_to_it():
     program = tiny_program()
     result, report = Pipeline([Shrink(), "insert-kv-cache"]).run(program)

@@ -94,7 +94,8 @@ def measure_quality(
         )
     programs = (source, result)
     before, after = (
-        token_losses(program, windows, first, device, progress) for program in programs
+        token_losses(program, windows, first, device, progress, f"measuring the {which}")
+        for program, which in zip(programs, ("source", "result"), strict=True)
     )
     samples, why = _samples(programs, tokenizer, content, device, progress)
     return Quality(
@@ -143,6 +144,7 @@ def token_losses(
     first: int,
     device: torch.device,
     progress: Progress = silent,
+    what: str = "measuring quality",
 ) -> Tensor:
     """Return the negative log-likelihood of every token of windows.
 
@@ -151,12 +153,13 @@ def token_losses(
     Args:
         windows: int64 [N, S].
         first: Place of the first token that is predicted, at least 1.
+        what: The work's name for `progress`.
 
     Returns:
         fp64 [N, S - first] on the CPU.
     """
     likelihoods = ProgramLikelihoods(CheckedRunner(program, device=device, keep_weights=False))
-    found = likelihoods.of(windows, at_once=1, progress=progress, what="measuring quality")
+    found = likelihoods.of(windows, at_once=1, progress=progress, what=what)
     return -found[:, first - 1 :].double().cpu()
 
 

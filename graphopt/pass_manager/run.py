@@ -253,6 +253,7 @@ class RecipeRun:
         comparison = compare_calls(
             before, after, device=self.context.device, seed=self.context.seed
         )
+        self.context.progress(f"comparing {item.name}", 1, 1)
         entry.not_run = comparison.not_run
         changed = f"Pass {item.name!r} is exact but changed results: {comparison.error}."
         same_whole = same_outputs(before, after, without_past=True)
