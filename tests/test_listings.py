@@ -199,6 +199,10 @@ def test_the_table_of_passes_fits_a_narrow_terminal() -> None:
     assert rows[2] == "common-subexpression- 12345 12345 113.4M 1.2e-05 0.00098 2.5e+03 1234.5"
     assert rows[3] == "elimination (-15.7%)"
     wide = io.StringIO()
-    Console(file=wide, width=120).print(pass_table(entries, 120))
+    Console(file=wide, width=140).print(pass_table(entries, 140))
     (line,) = [line for line in wide.getvalue().splitlines() if names[0] in line]
     assert "113.4M (-15.7%)" in line and len(wide.getvalue().splitlines()) == 4
+    for width in range(80, 141):  # no figure is cut in any terminal
+        lines = io.StringIO()
+        Console(file=lines, width=width).print(pass_table(entries, width))
+        assert "…" not in lines.getvalue(), width

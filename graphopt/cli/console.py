@@ -12,7 +12,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -26,6 +26,10 @@ from graphopt.support.quantities import format_bytes, format_duration
 if TYPE_CHECKING:
     from graphopt.ir.graph import Program
     from graphopt.report.records import PassEntry, Report
+
+
+_PIPED = 140
+"""Columns of results that go to no terminal, in which tables of long names fit."""
 
 
 class _Console(Console):
@@ -47,7 +51,7 @@ def stdout() -> Console:
     """Return the console for results; it honours NO_COLOR and never wraps when piped."""
     console = _Console(soft_wrap=False)
     if not console.is_terminal:
-        console = _Console(width=max(console.width, 120))
+        console = _Console(width=max(console.width, _PIPED))
     return console
 
 
@@ -204,17 +208,18 @@ def print_rows(console: Console, rows: Iterable[tuple[str, str]]) -> None:
         console.print(plain_line(text), soft_wrap=True)
 
 
-_WIDE = 110
-"""Columns of a terminal in which a row of the table of passes is one line."""
+def pass_table(entries: Sequence[PassEntry], width: int) -> Table:
+    """Return the table of passes for so many columns.
 
-
-def pass_table(entries: Iterable[PassEntry], width: int = _WIDE) -> Table:
-    """Return the table of passes.
-
-    In a narrow terminal names wrap at their hyphens, figures stay whole, and what is said below
-    the table, or in the report, is left out.
+    Where its rows do not fit them, names wrap at their hyphens, figures stay whole, and what is
+    said below the table, or in the report, is left out.
     """
-    narrow = width < _WIDE
+    table = _pass_table(entries, narrow=False)
+    fits = Console(width=10 * width).measure(table).maximum <= width
+    return table if fits else _pass_table(entries, narrow=True)
+
+
+def _pass_table(entries: Sequence[PassEntry], *, narrow: bool) -> Table:
     table = Table(
         box=None, pad_edge=False, padding=(0, 1), collapse_padding=narrow, header_style="bold"
     )
