@@ -68,7 +68,11 @@ def test_losses_are_those_of_transformers(tiny):
 def test_figures_are_those_of_eval(tiny):
     """The windows are those that `eval` takes from the beginning of a text."""
     program = capture(str(tiny))
-    quality = measure_quality(program, shrunk(program, 0.5))
+    told = set()
+    quality = measure_quality(
+        program, shrunk(program, 0.5), progress=lambda what, done, total: told.add(what)
+    )
+    assert {"measuring the source", "measuring the result"} <= told
     model = ProgramModel(program)
     measured = perplexity(model, load_tokenizer(model), built_in_text(), windows=16, seqlen=128)
     assert (quality.text.tokens, quality.text.window) == (measured.tokens, 128) == (2048, 128)
@@ -309,3 +313,5 @@ def test_rounding_by_a_form_is_said(stored, rounds):
     report = Report(source="", name="", recipe="", dtype="f32", artifact=artifact)
     assert ("Weights are rounded to bf16 in torch" in report.verdict().sentence) == rounds
     assert report.verdict().grade == "unchanged"
+    forms[0].dtype = stored
+    assert ("rounded to bf16 in onnx and torch, which" in report.verdict().sentence) == rounds

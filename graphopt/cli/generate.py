@@ -196,5 +196,7 @@ def _answers(
                 ui.write_piece(piece)
         if not quiet:
             ui.write_piece("\n")
+            if not "".join(pieces).strip():
+                ui.say_note("(the answer is empty)")
         seconds = time.perf_counter() - start
         yield {"prompt": prompt, "text": "".join(pieces), "seconds": seconds}

@@ -167,8 +167,9 @@ def print_policies(console: Console, figures: Sequence[PolicyFigures]) -> None:
         if one.needles is not None:
             cells.append(f"{one.needles.right} of {one.needles.tasks}")
         table.add_row(one.policy, *cells)
+    texts = "1 text" if dense.texts == 1 else f"{dense.texts} texts"
     console.print(
-        f"Behind prompts of {dense.prompt} tokens, {dense.texts} texts of {dense.tokens}:",
+        f"Behind prompts of {dense.prompt} tokens, {texts} of {dense.tokens}:",
         soft_wrap=True,
     )
     console.print(table)

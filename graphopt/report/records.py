@@ -313,14 +313,14 @@ class Report:
         """Return the sentence on forms whose weights have fewer bits than the source's."""
         bits = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
         forms = [] if self.artifact is None else self.artifact.forms
-        fewer = [
-            f"{form.dtype} in {form.name}"
-            for form in forms
-            if form.dtype in bits and bits[form.dtype] < bits.get(self.dtype, 0)
-        ]
+        fewer: dict[str, list[str]] = {}
+        for form in forms:
+            if form.dtype in bits and bits[form.dtype] < bits.get(self.dtype, 0):
+                fewer.setdefault(form.dtype, []).append(form.name)
         if not fewer:
             return ""
-        return f"Weights are rounded to {', '.join(fewer)}, which is not part of these figures."
+        told = ", ".join(f"{dtype} in {' and '.join(names)}" for dtype, names in fewer.items())
+        return f"Weights are rounded to {told}, which is not part of these figures."
 
     def _verdict_on_passes(self) -> Verdict:
         if self.quality is not None:
