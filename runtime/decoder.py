@@ -140,7 +140,7 @@ class Decoder:
             # It reads the slots that it then writes, and an arena may run a step twice.
             self._take(*read(0))
         else:
-            self._take(*self._run(("prefill", self.batch, longest), read))
+            self._take(*self._run(("prefill", f"{self.batch} x {longest}", "tokens"), read))
         self.seq_lens += self.new_lens
         self.new_lens.fill_(1)
         self.held = [count + len(text) for count, text in zip(self.held, texts, strict=True)]
@@ -207,7 +207,7 @@ class Decoder:
         return last, last.argmax(-1, keepdim=True)
 
     def _advance(self) -> None:
-        self._take(*self._run(("decode", self.batch), self._decode))
+        self._take(*self._run(("decode", f"{self.batch} x 1", "token"), self._decode))
         self.seq_lens += 1
 
     def _record(self) -> torch.cuda.CUDAGraph:

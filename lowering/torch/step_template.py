@@ -62,10 +62,13 @@ def steps_in_arena(
 
     for number in range(count):
         if number == 0:
-            new = arena.run(("prefill", *prompt.shape, any(pads)), step)
+            sizes = " x ".join(map(str, prompt.shape))
+            padded = ["padded"] if any(pads) else []
+            new = arena.run(("prefill", sizes, "tokens", *padded), step)
         else:
             # Before the last step, two of the tokens that there is room for are still to come.
-            new = arena.run(("decode", len(texts)), step, longest + number - 1, room - 2)
+            key = ("decode", f"{len(texts)} x 1", "token")
+            new = arena.run(key, step, longest + number - 1, room - 2)
         token.copy_(new)
         yield token[:, 0].tolist()
 '''

@@ -139,7 +139,8 @@ def test_the_command_line_prints_the_size_and_what_is_left_out(
     assert outputs[0].out == outputs[1].out and not outputs[0].err
     first, *steps = outputs[1].err.splitlines()
     assert first.startswith("arena: one buffer of ")
-    assert [line.split()[0] for line in steps if "planned" in line] == ["prefill", "decode"]
+    names = [line.split(":")[0].strip() for line in steps if "planned" in line]
+    assert names == ["prefill 1 x 3 tokens", "decode 1 x 1 token"]
     assert "not in it: aten._scaled_dot_product_flash_attention_for_cpu.default" in outputs[1].err
 
 
