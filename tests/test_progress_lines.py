@@ -36,6 +36,20 @@ def lines(clock: Clock, said: list[str]) -> ProgressLines:
     return ProgressLines(said.append, clock)
 
 
+def test_no_time_is_told_of_a_step_unlike_those_before(
+    lines: ProgressLines, clock: Clock, said: list[str]
+) -> None:
+    lines("what fits", 0, 3)
+    clock.now += 40
+    lines("what fits", 2, 3)
+    clock.now += 10
+    lines.tick()
+    clock.now += 80
+    lines("what fits", 2, 3)
+    lines.tick()
+    assert said == ["[50 s] what fits: 67%, about 25 s left", "[2 min] what fits: 67%"]
+
+
 def test_short_work_says_nothing(lines: ProgressLines, clock: Clock, said: list[str]) -> None:
     lines("capture", 0, 1)
     clock.now += FIRST_SECONDS - 1

@@ -28,17 +28,25 @@ class _Task:
         since: When, in seconds of the clock.
         first: What was done of it then.
         done, total: How much of it is done, and how much it is.
+        moved: When `done` last changed.
     """
 
     since: float
     first: int
     done: int
     total: int
+    moved: float
 
     def seconds_left(self, now: float) -> float | None:
-        """Return how long it takes still if it goes on as it did; None where too little is done."""
+        """Return how long it takes still if it goes on as it did.
+
+        None where too little is done, or where the step at hand takes twice as long as those before
+        it together: the past says nothing of it then, and a guess would grow from line to line.
+        """
         advanced = self.done - self.first
         if advanced <= 0 or self.done < LEAST_SHARE * self.total:
+            return None
+        if now - self.moved > 2 * (self.moved - self.since):
             return None
         return (now - self.since) * (self.total - self.done) / advanced
 
@@ -62,9 +70,12 @@ class ProgressLines:
         if done >= total:
             self._tasks.pop(what, None)
         elif what in self._tasks:
-            self._tasks[what].done, self._tasks[what].total = done, total
+            task = self._tasks[what]
+            if done != task.done:
+                task.moved = self._clock()
+            task.done, task.total = done, total
         else:
-            self._tasks[what] = _Task(self._clock(), done, done, total)
+            self._tasks[what] = _Task(since := self._clock(), done, done, total, since)
 
     def milestone(self, text: str) -> None:
         """Say what is done, once the command has run for a while."""
