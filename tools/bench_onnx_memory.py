@@ -1,6 +1,6 @@
 """What memory ONNX Runtime takes for our graphs, beside our own plans for the same steps.
 
-    python tools/bench_onnx_memory.py FOLDER [--name NAME] [--out benchmarks/onnx_memory.json]
+    python tools/bench_onnx_memory.py FOLDER [--name NAME] [--phase PHASE]
 
 FOLDER comes from `graphopt compile MODEL --emit torch,onnx`, for a CPU. For prompts and decoding
 steps of several lengths, sessions of its graph are opened and run as `graphopt memory` does, each
@@ -65,6 +65,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of an emitted model, with both forms")
     parser.add_argument("--name", help="of the model; by default the folder's")
+    parser.add_argument(
+        "--phase", nargs="+", choices=PHASES, default=list(PHASES),
+        help="rows of the other phase are kept",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("benchmarks/onnx_memory.json"))
     args = parser.parse_args()
     graph = onnx_graph(args.folder)
@@ -72,9 +76,10 @@ def main() -> None:
         sys.exit(f"{args.folder} has no ONNX form")
     program = capture(str(args.folder))
     constants = [weight.name for weight in program.weights if weight.constant]
-    arenas = package_arenas(args.folder, {n for lengths in LENGTHS.values() for n in lengths})
-    rows: list[dict[str, Any]] = []
-    for phase in PHASES:
+    arenas = package_arenas(args.folder, {n for p in args.phase for n in LENGTHS[p]})
+    kept = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
+    rows: list[dict[str, Any]] = [r for r in kept.get("rows", ()) if r["phase"] not in args.phase]
+    for phase in args.phase:
         for seq in LENGTHS[phase]:
             row: dict[str, Any] = {
                 "phase": phase,

@@ -49,8 +49,7 @@ class ArenaStep:
     """What ONNX Runtime's arena counted of a step, in bytes.
 
     Attributes:
-        in_use: Most of its bytes in use above those before the first step. What a step leaves for
-            the next is copied out of it.
+        in_use: Most of its bytes in use above those before the first step.
         held: All that it has taken from the system, behind the step, above what it had when the
             first step began.
     """
@@ -66,7 +65,7 @@ class SessionMemory:
     Attributes:
         version: Of ONNX Runtime.
         opening: Of opening it: weights, packed forms of them, the graph.
-        steps: Of each step, in order. A decoding step keeps a cache that is longer by a token.
+        steps: Of each step, in order. Caches of decoding steps exist before them.
         arena: The same steps by its arena's own statistics; empty where it tells none.
         untold: Why it tells none, "" where it does.
     """

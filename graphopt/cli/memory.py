@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli import console as ui
-from graphopt.cli.memory_onnx import graph_to_measure, measured_beside
+from graphopt.cli.memory_onnx import graph_to_measure, measured_beside, with_cache
 from graphopt.cli.memory_plan import check_seconds, plan_file
 from graphopt.cli.shared import (
     MAX_COUNT,
@@ -31,7 +31,6 @@ from graphopt.support.quantities import format_bytes, parse_bytes
 if TYPE_CHECKING:
     import torch
 
-    from graphopt.ir.graph import Program
     from graphopt.memory.analysis.fragmentation import Fragmentation
     from graphopt.memory.analysis.link import Link
     from graphopt.memory.analysis.summary import Summary
@@ -189,9 +188,7 @@ def memory_command(
             progress("measuring ONNX Runtime", 0, 1)
             program = capture_model(spec, trust_remote_code)
             phase = flags.phase or PREFILL
-            beside = measured_beside(
-                graph, _with_cache(program, phase), phase, flags.batch, flags.seq
-            )
+            beside = measured_beside(graph, program, phase, flags.batch, flags.seq)
             progress("measuring ONNX Runtime", 1, 1)
     if as_json:
         told = {"onnx": beside.to_json()} if beside is not None else {}
@@ -318,7 +315,7 @@ def _maker(
     dtype = flags.dtype or "bfloat16"
     if dtype not in dtypes:
         raise UsageError(f"Unknown dtype {dtype!r}.", f"Known: {', '.join(dtypes)}.")
-    program = _with_cache(capture_model(spec, trust_remote_code), phase)
+    program = with_cache(capture_model(spec, trust_remote_code), phase)
 
     def make(device: torch.device) -> Workload:
         return program_workload(
@@ -326,15 +323,6 @@ def _maker(
         )  # fmt: skip
 
     return make, program.name, phase
-
-
-def _with_cache(program: Program, phase: str) -> Program:
-    """Return a program with the KV cache that its phase fills or reads, where it can have one."""
-    if phase not in ("prefill", "decode") or program.states:
-        return program
-    from graphopt.pass_manager.contract import Context, make_pass
-
-    return make_pass("insert-kv-cache", {}).run(program.copy(), Context()).program
 
 
 def _link(flags: MemoryFlags, run: _Run) -> Link:

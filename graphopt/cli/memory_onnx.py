@@ -160,17 +160,27 @@ def measured_beside(path: Path, program: Program, phase: str, batch: int, seq: i
     return Beside(session, own_step(program, phase, batch, seq))
 
 
+def with_cache(program: Program, phase: str) -> Program:
+    """Return a program with the KV cache that its phase fills or reads, where it can have one."""
+    if phase not in ("prefill", "decode") or program.states:
+        return program
+    from graphopt.pass_manager.contract import Context, make_pass
+
+    return make_pass("insert-kv-cache", {}).run(program.copy(), Context()).program
+
+
 def own_step(program: Program, phase: str, batch: int, seq: int) -> OwnStep:
-    """Count a step of a program in fp32 as on a CPU."""
+    """Count a step of a program in fp32 as on a CPU, with the cache that its graph has too."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from graphopt.execute.workloads import program_workload
     from graphopt.memory.analysis.arena import plan_arena
 
+    cached = with_cache(program, phase)
     with FakeTensorMode():
         workload = program_workload(
-            program, phase, torch.device("cpu"), batch=batch, seq=seq, dtype=torch.float32
+            cached, phase, torch.device("cpu"), batch=batch, seq=seq, dtype=torch.float32
         )
         trace = workload.record(1)
     given = trace.external
