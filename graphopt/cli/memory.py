@@ -218,7 +218,7 @@ class _Run:
 
     trace: Trace
     title: str
-    facts: dict[str, str]
+    facts: dict[str, str | int]
     allocator: Fragmentation | None = None
     on_gpu: bool = False
 
@@ -269,9 +269,9 @@ def _recorded(spec: str, flags: MemoryFlags, trust_remote_code: bool) -> _Run:
     return _Run(of_device(trace, device.type), name, facts, allocator, gpu)
 
 
-def _facts(workload: Workload, phase: str, flags: MemoryFlags, where: str) -> dict[str, str]:
+def _facts(workload: Workload, phase: str, flags: MemoryFlags, where: str) -> dict[str, str | int]:
     """Return what a run was of, by name; of a script what its function takes."""
-    sizes = {"batch": f"batch {flags.batch:,}", "seq": f"{flags.seq:,} tokens"}
+    sizes = {"batch": flags.batch, "seq": flags.seq}
     return {
         **({} if phase == SCRIPT else {"phase": phase}),
         **{key: size for key, size in sizes.items() if key in workload.sizes},
@@ -341,7 +341,7 @@ def _print(summary: Summary, out: Path, beside: list[tuple[str, str]]) -> None:
     trace, found = summary.trace, summary.intervals
     over = [c for c in summary.swaps if c.over_peak]
     rows = [
-        ("what", f"{summary.title}: {', '.join(summary.facts.values())}"),
+        ("what", f"{summary.title}: {', '.join(summary.said.values())}"),
         ("clock", trace.clock),
         ("events", f"{len(trace):,} of {len(trace.instances):,} blocks"),
         ("peak", f"{format_bytes(summary.peak)} behind {summary.peak_operation() or 'no event'}"),

@@ -54,6 +54,7 @@ class Summary:
         reached: What choices make of the peak; None if no target was given.
         planned: Bytes of the arena that a plan of offsets needs; None if none was made.
         allocator: What a real allocator held; None if none was seen.
+        facts: What the run was of, by name; `batch` and `seq` are numbers.
     """
 
     trace: Trace
@@ -73,7 +74,13 @@ class Summary:
     reached: Reached | None = None
     planned: int | None = None
     allocator: Fragmentation | None = None
-    facts: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, str | int] = field(default_factory=dict)
+
+    @property
+    def said(self) -> dict[str, str]:
+        """The facts as words: sizes with what they are of."""
+        words = {"batch": "batch {:,}", "seq": "{:,} tokens"}
+        return {key: words.get(key, "{}").format(value) for key, value in self.facts.items()}
 
     def label(self, instance: int) -> str:
         """Return what a block is called: its name, or the operation that made it and its shape."""
@@ -168,7 +175,7 @@ def summarise(
     target: int | None = None,
     planned: int | None = None,
     allocator: Fragmentation | None = None,
-    facts: dict[str, str] | None = None,
+    facts: dict[str, str | int] | None = None,
 ) -> Summary:
     """Return what is said of a trace; see `Summary`.
 

@@ -78,7 +78,7 @@ def _subtitle(summary: Summary) -> str:
     trace = summary.trace
     return " · ".join(
         [
-            *summary.facts.values(),
+            *summary.said.values(),
             f"{len(trace):,} events of {len(trace.instances):,} blocks",
             f"clock: {trace.clock}",
         ]
@@ -267,7 +267,7 @@ def _card(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], kinds
 def _facts(summary: Summary) -> list[tuple[str, str]]:
     trace = summary.trace
     return [
-        *summary.facts.items(),
+        *summary.said.items(),
         ("Clock", trace.clock),
         ("Period", summary.period_sentence()),
         ("Peak", f"behind event {summary.peak_event:,}, {_operation(summary)}"),
