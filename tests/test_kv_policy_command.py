@@ -199,6 +199,10 @@ def test_the_command_measures_policies_and_puts_them_into_the_report(tmp_path, m
     done = command.invoke(app, ["eval", "tiny", *options[:6], "--kv-policy", policy])
     assert done.exit_code == 0, done.output
     assert "×dense" in done.stdout and policy in done.stdout
+    assert "selects nothing" not in done.stderr
+    few = "ema{budget=16,page=8,sink=8,local=8}"
+    done = command.invoke(app, ["eval", "tiny", *options[:6], "--kv-policy", few])
+    assert f"{few} selects nothing: its 16 tokens are sink and local" in done.stderr
     for wrong, said in (
         (["--needles", "3"], "--needles is how many passkeys"),
         (["--kv-policy", "quest{budget=1/4}"], "below sink plus local"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from graphopt.cli.console import say_note
 from graphopt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -91,6 +92,12 @@ def measure_policies(
         runner = Runner(without_policies(runner.program), device=device)
     program = runner.program
     policies = [(spec, spec.policy_for(program, tokens, device)) for spec in specs]
+    for asked, fitted in policies:
+        if fitted.budget.selectable == 0 and fitted.kind not in ("dense", "sink-local"):
+            say_note(
+                f"{asked.text} selects nothing: its {fitted.budget.tokens} tokens are sink and "
+                "local alone. Raise the budget, or lower sink and local."
+            )
     tasks = None if needles is None else needle_tasks(tokenizer, content, tokens, needles)
     figures: list[PolicyFigures] = []
     for spec, policy in [(None, None), *policies]:
