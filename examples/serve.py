@@ -24,6 +24,7 @@ class ChatModel:
     Attributes:
         name: What answers call it.
         room: How many tokens a question and its answer may have.
+        has_template: Whether it says how a chat is written.
     """
 
     def __init__(self, out: str) -> None:
@@ -32,12 +33,20 @@ class ChatModel:
         self.tokenizer = og.Tokenizer(self.model)
         settings = json.loads(Path(out, "onnx", "genai_config.json").read_text(encoding="utf-8"))
         self.room = settings["model"]["context_length"]
+        written = Path(out, "onnx", "tokenizer_config.json")
+        template = json.loads(written.read_text(encoding="utf-8")).get("chat_template")
+        self.has_template = bool(template) or Path(out, "onnx", "chat_template.jinja").is_file()
+
+    def prompt(self, messages: list[dict[str, Any]]) -> str:
+        """Return messages by the model's chat template, or what they say where it has none."""
+        if not self.has_template:
+            return "\n".join(str(message["content"]) for message in messages)
+        text = json.dumps(messages)
+        return str(self.tokenizer.apply_chat_template(text, add_generation_prompt=True))
 
     def answer(self, request: dict[str, Any]) -> Iterator[str]:
         """Yield the answer to the messages of a request, piece by piece."""
-        messages = json.dumps(request["messages"])
-        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        ids = self.tokenizer.encode(prompt)
+        ids = self.tokenizer.encode(self.prompt(request["messages"]))
         options = {key: request[key] for key in ("temperature", "top_p") if key in request}
         if options:
             options["do_sample"] = options.get("temperature", 1.0) > 0
@@ -65,11 +74,11 @@ class Handler(BaseHTTPRequestHandler):
         model: ChatModel = self.server.model  # type: ignore[attr-defined]
         about = {"id": "chat", "created": int(time.time()), "model": model.name}
         streams = bool(request.get("stream"))
+        text = "" if streams else "".join(model.answer(request))
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream" if streams else "application/json")
         self.end_headers()
         if not streams:
-            text = "".join(model.answer(request))
             message = {"role": "assistant", "content": text}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
             said = {**about, "object": "chat.completion", "choices": [choice]}

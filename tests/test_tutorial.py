@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,12 +40,18 @@ def follow(page: str, clone: Path) -> str:
             script.append(text)
     tools = Path(sys.executable).parent
     settings = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(script)],
-        cwd=clone, env=settings, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    # To files: where the page fails midway, its server would hold pipes open.
+    printed, said = clone / "stdout.txt", clone / "stderr.txt"
+    with printed.open("w") as stdout, said.open("w") as stderr:
+        running = subprocess.Popen(
+            [sys.executable, "-c", "\n".join(script)],
+            cwd=clone, env=settings, stdout=stdout, stderr=stderr, start_new_session=True,
+        )  # fmt: skip
+        code = running.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(running.pid, signal.SIGKILL)
+    assert code == 0, said.read_text()
+    return printed.read_text()
 
 
 @pytest.mark.exhaustive
