@@ -20,7 +20,8 @@ IDS = torch.randint(0, 97, (7, 12), generator=torch.Generator().manual_seed(5))
 
 
 def at_once(monkeypatch, tokens):
-    monkeypatch.setattr(hidden_states, "TOKENS_AT_ONCE", PerDevice(cpu=tokens, gpu=tokens))
+    for module in ("graphopt.execute.hidden_states", "graphopt.passes.carve_moe.text"):
+        monkeypatch.setattr(f"{module}.TOKENS_AT_ONCE", PerDevice(cpu=tokens, gpu=tokens))
 
 
 def stream_of(program, **options):

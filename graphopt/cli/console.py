@@ -215,7 +215,7 @@ def pass_table(entries: Sequence[PassEntry], width: int) -> Table:
     said below the table, or in the report, is left out.
     """
     table = _pass_table(entries, narrow=False)
-    fits = Console(width=10 * width).measure(table).maximum <= width
+    fits = Console(width=10 * width, markup=False).measure(table).maximum <= width
     return table if fits else _pass_table(entries, narrow=True)
 
 
