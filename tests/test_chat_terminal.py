@@ -152,6 +152,7 @@ def answers(*args: Any, stdin: str | None = None, code: int = 0) -> Any:
     return json.loads(done.stdout) if code == 0 else done.stderr
 
 
+@pytest.mark.slow
 def test_a_prompt_is_piped_in(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As a command leaves it behind that ran in this process: what is piped in now is what counts.
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
@@ -163,6 +164,7 @@ def test_a_prompt_is_piped_in(source: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "There is no prompt: stdin is empty" in refused and "--prompts FILE" in refused
 
 
+@pytest.mark.slow
 def test_prompts_of_a_file_are_answered_each_by_itself(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('"say\\nthe"\n"fox"\n')

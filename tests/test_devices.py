@@ -105,6 +105,7 @@ def test_what_does_not_fit_the_gpu_stays_on_the_cpu(
     assert model.placement.endswith("GB of weights, and 0.0 GB are free on a GPU")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("torch_artifacts")
 def test_an_artifact_for_a_gpu_is_counted_in_16_bits(
     tmp_path: Path, gpu: torch.device, monkeypatch: pytest.MonkeyPatch

@@ -257,6 +257,7 @@ def steps_equal_whole(model: LanguageModel) -> None:
     torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 def test_program_model(folder: Path, reference: PreTrainedModel, cached: bool) -> None:
     program = capture(str(folder))

@@ -129,6 +129,7 @@ def test_a_folder_with_a_policy_is_measured_with_others(tmp_path):
         measure_policies(model, [spec], ids, 0, None, "", None, silent)
 
 
+@pytest.mark.slow
 def test_eval_says_that_windows_are_read_without_the_policy_that_is_attached(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "tiny")

@@ -106,6 +106,7 @@ def test_training_raises_the_recall_and_is_the_same_for_the_same_seed(monkeypatc
     assert trained.gain == pytest.approx((means["predictor"] - means["ema"]) / 3)
 
 
+@pytest.mark.slow
 def test_a_training_that_gains_nothing_says_so():
     result = train(traces(layers=1, groups=1), 1)
     assert abs(result.gain) < kv_policy.LEAST_GAIN

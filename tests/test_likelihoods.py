@@ -36,6 +36,7 @@ KINDS = {"bloom", "gemma2", "gpt2", "gpt_oss", "llama"}
 """Families that stand for others: masks of each kind, learned positions, sinks, a mixture."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     mostly_slow(

@@ -45,6 +45,7 @@ def check_lines(model: nn.Module, folder: Path, work: Path) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     mostly_slow(sorted(FAMILIES), quick=("llama",), rare=sorted({*FAMILIES}.difference(EVERY_DAY))),

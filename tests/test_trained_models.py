@@ -147,6 +147,7 @@ def test_routed_experts_lose_less_than_static_ones(name, perplexity, after):
     assert perplexity(name, program_of(name)) < routed < static
 
 
+@pytest.mark.slow
 def test_a_mixture_is_not_carved_again(after):
     with pytest.raises(PassError, match="no feed-forward part to carve"):
         after("mixtral", "carve-moe")

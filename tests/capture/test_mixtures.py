@@ -11,6 +11,7 @@ FAMILIES = ("mixtral", "deepseek_v3", "phimoe")
 """A plain one, one with groups, and one that chooses by two maxima; more are in tests/ir."""
 
 
+@pytest.mark.slow
 @pytest.mark.oldest
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixture_is_read(family: str) -> None:

@@ -46,6 +46,7 @@ def model_of(family):
     return tiny_model(family, **FAMILIES[family])
 
 
+@pytest.mark.slow
 def test_all_blocks_of_a_mixture_in_bf16_are_found(tmp_path):
     """The first one takes a bf16 stream and gives fp32, which its traced operators say."""
     tiny_model("mixtral", num_hidden_layers=3).bfloat16().save_pretrained(tmp_path)
@@ -244,6 +245,7 @@ def test_blocks_are_the_layers_alone(family):
 # ---- parts of blocks ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
 @pytest.mark.parametrize(
     "family",

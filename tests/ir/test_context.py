@@ -128,6 +128,7 @@ def test_genai_is_told(compiled: Path) -> None:
     assert config["model"]["context_length"] == config["search"]["max_length"] == 40
 
 
+@pytest.mark.slow
 def test_more_than_a_table_holds_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", "gpt2", n_positions=16, n_layer=1, n_head=2, n_embd=16)
     with pytest.raises(UsageError, match="which has 16 of them") as caught:

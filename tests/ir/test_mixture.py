@@ -57,6 +57,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fewer_experts_are_the_smaller_configs_model(family, tmp_path):
     model, program = mixture(family)

@@ -66,6 +66,7 @@ def emitted(program: Program, folder: Path, **options: Any) -> tuple[Path, dict[
     return folder / "gguf/model.gguf", notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", mostly_slow(list(GGUF_ARCHITECTURES), ("llama",), ("gemma2", "qwen2", "qwen3"))
 )

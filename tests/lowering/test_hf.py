@@ -360,6 +360,7 @@ def test_parts_must_fill_the_tensor() -> None:
         assemble((4, 6), [even])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", mostly_slow(["llama", "mixtral"], ("llama",)))
 def test_weights_of_16_bits_have_a_checkpoint_with_a_cache_too(family, tmp_path):
     model = random_model(family, num_hidden_layers=2).bfloat16()

@@ -65,6 +65,7 @@ def test_names_and_shapes_of_the_tensors(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_router_of_neurons(tmp_path):
     program = _sparse(router="neuron")
     go.emit(program, tmp_path / "out", emit=("hf",))

@@ -118,6 +118,7 @@ def test_every_padding_and_every_split(label: str, tmp_path: Path) -> None:
                     assert error(expected, found, case) < TOLERANCE, (name, graph, stops)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", mostly_slow((*QUICK, "sinks"), QUICK))
 def test_past_and_present_in_one_buffer(label: str, tmp_path: Path) -> None:
     """As onnxruntime-genai runs it, with more room than the text needs."""

@@ -75,6 +75,7 @@ CASES = [(kind, fields, False) for kind, fields in POLICIES] + [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "fields", "policy_op"), CASES, ids=lambda x: x if isinstance(x, str) else ""
 )

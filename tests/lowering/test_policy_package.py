@@ -63,6 +63,7 @@ def package(program: Program, folder: Any, target: str = "cpu") -> Any:
     return load_file(folder / "out" / "model.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(POLICIES))
 def test_tokens_are_the_interpreters(kind, tmp_path):
     program = attached(kind)
@@ -143,6 +144,7 @@ def test_the_program_itself_generates(tmp_path):
 # Packages for GPUs, run here by their reference and by interpreted kernels -----------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), [
     ("sink-local", {}), ("quest", {}), ("page-range", {}), ("snapkv", {}),
     ("ema", {"calibrate_every": 3}), ("predictor", {}), ("oracle", {}),
@@ -303,6 +305,7 @@ def offloading(program: Program, folder: Any, monkeypatch: Any, capacity: int, b
     return module.Decoder(model, capacity, batch, offload=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), [
     ("sink-local", {}), ("quest", {}), ("ema", {"calibrate_every": 3}), ("predictor", {}),
 ])  # fmt: skip

@@ -224,6 +224,7 @@ def test_a_source_of_16_bits_stays_so_in_every_form(tmp_path: Path) -> None:
     assert error(logits, exact(program, feeds)) < SINGLE
 
 
+@pytest.mark.slow
 def test_packages_for_a_gpu_store_what_they_compute_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr("graphopt.training.memory.memory_of", lambda device, given: given)
 
 
+@pytest.mark.slow
 def test_a_walk_takes_as_many_windows_as_fit(on_a_gpu):
     program, cpu = tiny_program(), torch.device("cpu")
     roomy = walk_size(program, 256, 2**18, cpu, 10**12)

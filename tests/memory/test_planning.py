@@ -68,6 +68,7 @@ ROWS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(ROWS, st.sampled_from([1, 4]))
 def test_a_plan_is_the_lowest_there_is_and_one_byte_less_is_proved_to_be_none(rows, alignment):
@@ -81,6 +82,7 @@ def test_a_plan_is_the_lowest_there_is_and_one_byte_less_is_proved_to_be_none(ro
     assert least - 1 < below.bound <= least
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(ROWS)
 def test_the_search_decides_every_capacity(rows):

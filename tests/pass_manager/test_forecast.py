@@ -108,6 +108,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_says_it(model: Path, tmp_path: Path) -> None:
     options = ["compile", str(model), "-o", str(tmp_path / "out"), "--dry-run"]
     options += ["--emit", "onnx,torch", "--dtype", "bfloat16", "--passes", "prune-blocks{blocks=1}"]

@@ -134,6 +134,7 @@ def test_transforms_change_nothing_in_fp64(options, kind):
     assert FoldAffine().run(folded.program, Context()).changed == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sampled(FAMILIES))
 def test_every_family_keeps_its_logits(family):
     """The pipeline holds each pass to fp64 by itself; in fp32 logits are those of the source."""

@@ -42,6 +42,7 @@ def _cut(family: str, left: int) -> Program:
     return cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", mostly_slow(NEURONS, ("mixtral",), ("qwen3_moe",)))
 def test_cut_experts_are_those_of_a_narrower_config(family, tmp_path):
     from transformers import AutoModelForCausalLM
@@ -202,6 +203,7 @@ def run(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_experts_are_cut_and_their_projections_solved_for(run):
     program, report = run("mixtral", "shared=4,active=0,experts=8")
     (entry,) = report.passes

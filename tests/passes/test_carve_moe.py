@@ -235,6 +235,7 @@ def test_routing_that_is_no_better_than_its_control_is_said_loudly(carved, helps
     assert "25" in record.line() and record.verdict()[1:] in record.card()
 
 
+@pytest.mark.slow
 def test_the_work_is_that_of_the_formula(carve):
     _, entry = carve("shared=2,active=2,experts=8")
     work = entry.details["work"]

@@ -191,6 +191,7 @@ def test_what_more_text_decides_for_is_looked_around_again(run):
     assert sorted(entry.details["order"]) == ["2", "3"]
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0.01, 10), min_size=20, max_size=20), st.integers(1, 3))
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_look_back_never_worsens_and_ends_where_no_exchange_helps(run, values, count):

@@ -253,6 +253,7 @@ def test_going_on_behind_the_blocks_tells_what_a_whole_run_does(tmp_path, monkey
     assert told[0] == told[1] == ["the whole model", "blocks", "distilled"]
 
 
+@pytest.mark.slow
 def test_keys_and_values_of_another_layer_are_rounded_as_quantize_does():
     program = captured("gemma4_text")[1]
     other = program.copy()

@@ -43,6 +43,7 @@ def _mixtures(program: Program) -> dict[int, Mixture]:
     return {places[block.position]: part for block, part in find_mixtures(program)}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_saliency_is_that_of_every_expert_run_alone_in_fp64():
     model, program = mixture("mixtral")
@@ -195,6 +196,7 @@ def run(folder, options, **settings):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", mostly_slow(["ratio=0.25", "experts=2,method=merge"], ("experts=2,method=merge",))
 )

@@ -60,6 +60,7 @@ def text(tmp_path_factory):
 # What is rounded -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sampled(LISTED, ("llama", "gpt2", "gpt_neox")))
 def test_every_family_is_rounded_and_computes_nearly_the_same(family):
     """Roundings by 1/127 of the range, some twenty in a row, move logits by a few hundredths."""
@@ -258,6 +259,7 @@ def test_the_error_of_the_stream_is_that_of_the_program(text):
     assert streams(result)[-1] == pytest.approx(float(error.mean()), rel=1e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     st.sampled_from((2, 3, 4, 8)), st.sampled_from((0, 16)), st.booleans(), st.booleans(),

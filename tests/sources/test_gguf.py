@@ -100,6 +100,7 @@ def test_encodings_equal_the_package(tmp_path: Path, encoding: str) -> None:
         assert torch.equal(tensor.load_rows(3, 11).float(), expected[3:11])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoding", "dtype"),
     [("Q4_0", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)],

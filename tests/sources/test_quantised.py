@@ -138,6 +138,7 @@ GPTQ: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "label", mostly_slow(list(GPTQ), ("version 1", "fused"), ("symmetric", "biases"))
 )
