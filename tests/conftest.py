@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -85,3 +86,14 @@ def _wikitext(name: str) -> Path:
     if not path.is_file():
         pytest.skip(f"there is no {path}")
     return path
+
+
+@pytest.fixture
+def browser(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return `tools/browser.py`; skip where there is no Chromium."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "tools"))
+    import browser
+
+    if browser.chromium() is None:
+        pytest.skip("there is no Chromium here: install it, or set CHROMIUM to its path")
+    return browser

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from itertools import product
-from pathlib import Path
 
 import pytest
 
@@ -195,18 +194,6 @@ def test_an_evaluation_comes_into_the_report_and_replaces_nothing_else(tmp_path)
 
 
 # In a browser.
-
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
-
-
-@pytest.fixture
-def browser(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import browser
-
-    if browser.chromium() is None:
-        pytest.skip("there is no Chromium here: install it, or set CHROMIUM to its path")
-    return browser
 
 
 @pytest.mark.browser

@@ -26,8 +26,6 @@ from graphopt.memory.perfetto import trace_events, write_perfetto
 from graphopt.report.pictures import page_style
 from graphopt.support.quantities import format_bytes
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
 FAST = Link(1e12, 1e12, 1.0, 2.0)
 
 
@@ -214,16 +212,6 @@ def test_colours_of_categories_are_told_from_what_is_behind_them(monkeypatch):
 
 
 # In a browser.
-
-
-@pytest.fixture
-def browser(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import browser
-
-    if browser.chromium() is None:
-        pytest.skip("there is no Chromium here: install it, or set CHROMIUM to its path")
-    return browser
 
 
 @pytest.mark.browser
