@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 from graphopt.errors import SourceError
 from graphopt.ir.weights import Producer
 from graphopt.support.inputs import open_regular
+
+_PAGE, _BLOCK = 4096, 2**20
+"""Bytes of a page of a file, and of what is read at once of small pieces."""
 
 
 def read_exactly(path: Path, offset: int, count: int) -> torch.Tensor:
@@ -23,21 +27,43 @@ def read_exactly(path: Path, offset: int, count: int) -> torch.Tensor:
         SourceError: The file cannot be read or is shorter than that.
     """
     buffer = torch.empty(count, dtype=torch.uint8)
-    view = buffer.numpy().data
-    done = 0
     with open_regular(path) as file:
-        file.seek(offset)
-        while done < count:
-            got = file.readinto(view[done:])
-            if not got:
-                break
-            done += got
-    if done < count:
-        raise SourceError(
-            f"{path} is truncated: {count} bytes were expected at {offset}, {done} are there.",
-            "Download the file again.",
-        )
+        _read_into(file, path, offset, buffer)
     return buffer
+
+
+def _read_into(file: io.FileIO, path: Path, offset: int, buffer: torch.Tensor) -> None:
+    """Fill a buffer with the bytes of an open file from `offset` on."""
+    view, count, done = buffer.numpy().data, len(buffer), 0
+    file.seek(offset)
+    while done < count:
+        got = file.readinto(view[done:])
+        if not got:
+            raise SourceError(
+                f"{path} is truncated: {count} bytes were expected at {offset}, {done} are there.",
+                "Download the file again.",
+            )
+        done += got
+
+
+def read_pieces(path: Path, offset: int, count: int, size: int, stride: int) -> torch.Tensor:
+    """Return `count` pieces of `size` bytes, one every `stride` bytes from `offset` on, as uint8.
+
+    What lies between pieces is read along where they are smaller than a page, a block at a time.
+
+    Raises:
+        SourceError: The file cannot be read or is shorter than that.
+    """
+    together = 1 if size >= _PAGE else max(1, _BLOCK // stride)
+    pieces = torch.empty(count, size, dtype=torch.uint8)
+    with open_regular(path) as file:
+        for first in range(0, count, together):
+            number = min(together, count - first)
+            length = (number - 1) * stride + size
+            block = torch.empty(length, dtype=torch.uint8)
+            _read_into(file, path, offset + first * stride, block)
+            pieces[first : first + number] = block.as_strided((number, size), (stride, 1))
+    return pieces.flatten()
 
 
 @dataclass(frozen=True)
@@ -71,3 +97,16 @@ class RawTensor(Producer):
         row_bytes = math.prod(rest) * self.dtype.itemsize
         data = read_exactly(self.path, self.offset + start * row_bytes, count * row_bytes)
         return data.view(self.dtype).view(count, *rest)
+
+    def load_part(self, axis: int, start: int, stop: int) -> torch.Tensor:
+        if axis == 0:
+            return self.load_rows(start, stop)
+        inner = math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize
+        data = read_pieces(
+            self.path,
+            self.offset + start * inner,
+            math.prod(self.shape[:axis]),
+            (stop - start) * inner,
+            self.shape[axis] * inner,
+        )
+        return data.view(self.dtype).view(*self.shape[:axis], stop - start, *self.shape[axis + 1 :])

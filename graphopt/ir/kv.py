@@ -9,7 +9,8 @@ the padding mask, which covers all P tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import sympy
@@ -66,7 +67,7 @@ class KVState:
 
     Attributes:
         name: Unique in the program.
-        heads: Key and value heads, G.
+        heads: Key and value heads, G; of all devices together, like `query_heads`.
         k_dim, v_dim: Sizes of a key and of a value head.
         dtype: The dtype of keys and values.
         layout: Where they lie.
@@ -93,9 +94,38 @@ class KVState:
 
     @property
     def types(self) -> tuple[Type, Type]:
-        """What an attention reads: keys [B, G, length, k_dim] and values [B, G, length, v_dim]."""
-        k, v = ((B, self.heads, self.length, size) for size in (self.k_dim, self.v_dim))
+        """What an attention reads: keys [B, G, length, k_dim] and values [B, G, length, v_dim].
+
+        Of a state that is split by heads, G are those of one rank.
+        """
+        heads = self.heads // self._parts
+        k, v = ((B, heads, self.length, size) for size in (self.k_dim, self.v_dim))
         return Type(k, self.dtype), Type(v, self.dtype)
+
+    @property
+    def _parts(self) -> int:
+        """How many parts its heads are split into."""
+        return 1 if self.placement is None else self.placement.parts
+
+    def check_placement(self) -> None:
+        """Check that it splits as its placement says, by its heads alone.
+
+        Raises:
+            ValueError: It does not.
+        """
+        if self.placement is None:
+            return
+        if self.placement.summed or self.placement.axis not in (None, 1):
+            raise ValueError(f"{self.placement}: keys and values split by their heads, axis 1")
+        self.placement.check((B, self.heads, self.length, self.k_dim))
+
+    def of_rank(self) -> KVState:
+        """Return what one rank has of it: its heads, without a placement."""
+        if self.placement is None:
+            return copy.copy(self)
+        ranks = len(self.placement.devices) if self._parts > 1 else 1
+        queries = None if self.query_heads is None else self.query_heads // ranks
+        return replace(self, heads=self.heads // self._parts, query_heads=queries, placement=None)
 
     @property
     def policy_types(self) -> dict[str, Type]:
@@ -108,9 +138,10 @@ class KVState:
 
     @property
     def kv_heads(self) -> KVHeads:
-        """The sizes of the attention, as a policy asks for them."""
-        query_heads = self.query_heads or self.heads
-        return KVHeads(self.heads, query_heads, self.k_dim, self.v_dim, self.dtype)
+        """The sizes of one rank's attention, as a policy asks for them."""
+        own = self.of_rank()
+        query_heads = own.query_heads or own.heads
+        return KVHeads(own.heads, query_heads, self.k_dim, self.v_dim, self.dtype)
 
     def policy_nbytes(self, tokens: int, batch: int = 1) -> int:
         """Return the bytes that the policy keeps of `batch` texts of so many tokens."""

@@ -235,21 +235,27 @@ class Line:
             return None
         self.expect("(")
         devices: list[str] = []
-        axis: int | None = None
+        split: dict[str, int] = {}
+        summed = False
         while not self.at(")"):
-            if self.accept("axis"):
-                self.expect("=")
-                axis = self.whole("an axis")
-                break
-            device = self.named("a device such as cuda:0")
-            if self.accept(":"):
-                device += f":{self.whole('the number of a device')}"
-            devices.append(device)
+            key = next((name for name in ("axis", "sections", "copies") if self.at(name)), None)
+            if key is not None:
+                self.expect(key, "=")
+                split[key] = self.whole({"axis": "an axis"}.get(key, f"how many {key}"))
+            elif self.accept("summed"):
+                summed = True
+            elif split or summed:
+                raise self.fail("axis=, sections=, copies= or summed")
+            else:
+                device = self.named("a device such as cuda:0")
+                if self.accept(":"):
+                    device += f":{self.whole('the number of a device')}"
+                devices.append(device)
             if not self.accept(","):
                 break
         self.expect(")")
         try:
-            return Placement(tuple(devices), axis)
+            return Placement(tuple(devices), **split, summed=summed)
         except ValueError as error:
             raise self.fail(f"a placement ({error})", start) from error
 

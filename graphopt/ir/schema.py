@@ -53,6 +53,9 @@ class PlacementEntry(Schema):
 
     devices: Annotated[list[Name], pydantic.Field(min_length=1, max_length=10_000)]
     axis: Annotated[int, pydantic.Field(ge=0, le=16)] | None
+    sections: Annotated[int, pydantic.Field(ge=1, le=2**31)] = 1
+    copies: Annotated[int, pydantic.Field(ge=1, le=10_000)] = 1
+    summed: bool = False
 
 
 class CallEntry(Schema):

@@ -159,12 +159,18 @@ def _policy(fields: dict[str, Any], where: str) -> KVPolicy:
 def _pack_placement(placement: Placement | None) -> dict[str, Any] | None:
     if placement is None:
         return None
-    return {"devices": list(placement.devices), "axis": placement.axis}
+    packed: dict[str, Any] = {"devices": list(placement.devices), "axis": placement.axis}
+    if (placement.sections, placement.copies) != (1, 1):
+        packed |= {"sections": placement.sections, "copies": placement.copies}
+    return packed | ({"summed": True} if placement.summed else {})
 
 
 def _placement(entry: PlacementEntry | None, where: str) -> Placement | None:
     try:
-        return None if entry is None else Placement(tuple(entry.devices), entry.axis)
+        if entry is None:
+            return None
+        split = entry.axis, entry.sections, entry.copies
+        return Placement(tuple(entry.devices), *split, entry.summed)
     except ValueError as error:
         raise _malformed(f"{where}: {error}") from error
 

@@ -24,7 +24,7 @@ def infer_function(
     types: dict[Value, Type] = dict(zip(function.params, args, strict=True))
     for slot, value in function.weights.items():
         weight = program.weights[call.weights[slot]]
-        types[value] = weight.type
+        types[value] = weight.local_type
     for cache in function.caches:
         state = program.states[call.caches[cache.slot]]
         types[cache.past_k], types[cache.past_v] = state.types
@@ -65,7 +65,8 @@ def infer_program(program: Program) -> tuple[list[dict[Value, Type]], dict[str, 
             call.function,
             tuple(args),
             tuple(
-                (slot, program.weights[name].type) for slot, name in sorted(call.weights.items())
+                (slot, program.weights[name].local_type)
+                for slot, name in sorted(call.weights.items())
             ),
             repr(sorted(call.attrs.items())),
             tuple(

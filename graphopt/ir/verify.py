@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from graphopt.errors import VerifyError
 from graphopt.ir.graph import Cache, Call, Function, KVState, Param, Program, Value, resolve_attrs
 from graphopt.ir.ops import all_ops, get_op, is_aten
 from graphopt.ir.ops.aten import resolve_target
-from graphopt.ir.placement import Placement
+from graphopt.ir.parts import check_split
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.text import policy_text
-from graphopt.ir.types import Dim
+from graphopt.ir.weights import Weight
 
 
 def _is_torch(name: str) -> bool:
@@ -108,19 +108,26 @@ def _verify_names(program: Program) -> None:
 
 def _verify_placements(program: Program) -> None:
     """Refuse what does not split as its placement says; a call does not split at all."""
-    placed: list[tuple[str, Placement | None, Sequence[Dim]]] = [
-        (f"weight {weight.name!r}", weight.placement, weight.shape) for weight in program.weights
-    ]
-    for state in program.states.values():
-        placed.append((f"state {state.name!r}", state.placement, state.types[0].shape))
-    for call in program.calls:
-        placed.append((f"call of {call.function!r} at {call.path or 'top'}", call.placement, ()))
-    for what, placement, shape in placed:
+    for what, placed in _placed(program):
         try:
-            if placement is not None:
-                placement.check(shape)
+            if isinstance(placed, Weight):
+                if placed.placement is not None:
+                    check_split(placed, placed.placement)
+            elif isinstance(placed, KVState):
+                placed.check_placement()
+            elif placed.placement is not None:
+                placed.placement.check(())
         except ValueError as error:
             raise VerifyError(f"{what}: {error}.") from error
+
+
+def _placed(program: Program) -> Iterator[tuple[str, Weight | KVState | Call]]:
+    for weight in program.weights:
+        yield f"weight {weight.name!r}", weight
+    for state in program.states.values():
+        yield f"state {state.name!r}", state
+    for call in program.calls:
+        yield f"call of {call.function!r} at {call.path or 'top'}", call
 
 
 def verify(program: Program) -> None:

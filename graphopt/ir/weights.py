@@ -50,6 +50,12 @@ class Producer(ABC):
         """Return rows `start:stop` of dimension 0, reading no more than needed where possible."""
         return self.load()[start:stop]
 
+    def load_part(self, axis: int, start: int, stop: int) -> torch.Tensor:
+        """Return places `start:stop` of an axis, reading no more than needed where possible."""
+        if axis == 0:
+            return self.load_rows(start, stop)
+        return self.load().narrow(axis, start, stop - start)
+
 
 @dataclass(frozen=True, eq=False)
 class Array(Producer):
@@ -129,10 +135,19 @@ class Rows(Producer):
         if not numbers:
             return self.source.load_rows(0, 0)
         low, high = min(numbers), max(numbers) + 1
-        rows = self.source.load_rows(low, high)
-        if isinstance(numbers, range) and numbers.step > 0:
-            return rows[:: numbers.step]
-        return rows[torch.tensor(numbers) - low]
+        return _picked(self.source.load_rows(low, high), numbers, low)
+
+    def load_part(self, axis: int, start: int, stop: int) -> torch.Tensor:
+        if axis == 0:
+            return self.load_rows(start, stop)
+        return _picked(self.source.load_part(axis, start, stop), self._numbers, 0)
+
+
+def _picked(rows: torch.Tensor, numbers: Sequence[int], first: int) -> torch.Tensor:
+    """Return rows by their numbers; `first` is that of the first row."""
+    if isinstance(numbers, range) and numbers.step > 0:
+        return rows[numbers.start - first : numbers.stop - first : numbers.step]
+    return rows[torch.tensor(numbers, dtype=torch.int64) - first]
 
 
 @dataclass(frozen=True)
@@ -152,6 +167,10 @@ class Transposed(Producer):
 
     def load(self) -> torch.Tensor:
         return self.source.load().transpose(0, 1)
+
+    def load_part(self, axis: int, start: int, stop: int) -> torch.Tensor:
+        own = 1 - axis if axis < 2 else axis
+        return self.source.load_part(own, start, stop).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -349,8 +368,14 @@ class Weight:
 
     @property
     def type(self) -> Type:
-        """What an op sees of it."""
+        """The whole of it, on however many devices."""
         return Type(self.shape, self.dtype, self.encoding)
+
+    @property
+    def local_type(self) -> Type:
+        """What an op sees of it: all, or the part of one rank where it is split."""
+        shape = self.shape if self.placement is None else self.placement.local(self.shape)
+        return Type(shape, self.dtype, self.encoding)
 
     @property
     def numel(self) -> int:

@@ -80,7 +80,7 @@ def test_a_decoder_reads_back_and_computes_the_same(options):
 def test_encodings_layouts_placements_and_statistics():
     program = with_packed(tiny_program(layers=3, window=3, cache=True), MIXED.get)
     program = with_layouts(program, {"kv.1": KVLayout("paged", 16)})
-    program.states["kv.2"].placement = Placement(("cuda:0", "cuda:1"), 1)
+    program.states["kv.2"].placement = Placement(("cuda:0", "cuda:1"))
     program.states["kv.2"].dtype = torch.float16
     program.calls[1].placement = Placement(("cpu",))
     weight = program.weights["layers.0.mlp.down_proj.weight"]
@@ -101,7 +101,7 @@ def test_encodings_layouts_placements_and_statistics():
     for part in (
         "embed.weight: f32[97,32] packed(bits=4, group=32, axis=1)\n",
         "kv.1: f32 heads=2 k_dim=8 v_dim=8 paged(page=16)\n",
-        "v_dim=8 contiguous placed(cuda:0, cuda:1, axis=1)\n",
+        "v_dim=8 contiguous placed(cuda:0, cuda:1)\n",
         " at layers.0 placed(cpu)\n",
         ": f32[32,48] from other placed(cpu, cuda:0)\n",
         "a, present_k, present_v, lse, top = attention(",

@@ -3,6 +3,7 @@
 from graphopt.ir.ops import (
     aten,
     attention,
+    collectives,
     elementwise,
     embedding,
     experts,
@@ -22,6 +23,7 @@ __all__ = [
     "all_ops",
     "aten",
     "attention",
+    "collectives",
     "elementwise",
     "embedding",
     "experts",
