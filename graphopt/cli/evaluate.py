@@ -16,6 +16,8 @@ from graphopt.cli.shared import (
     BosOption,
     Device,
     Json,
+    LauncherOption,
+    RanksOption,
     Remote,
     backend_named,
     errors_as_sentences,
@@ -57,6 +59,8 @@ def eval_command(
     ] = None,
     backend: Backend = "auto",
     device: Device = "auto",
+    ranks: RanksOption = None,
+    launcher: LauncherOption = None,
     report: Annotated[
         Path | None, typer.Option(help="Output folder whose report gets the figures as well.")
     ] = None,
@@ -65,7 +69,8 @@ def eval_command(
 ) -> None:
     """Measure perplexity and PIQA accuracy of a model, a torch or an ONNX artifact.
 
-    With --kv-policy also what a policy of the KV cache costs in steps behind a prompt.
+    With --kv-policy also what a policy of the KV cache costs in steps behind a prompt. Ranks that
+    torchrun or --ranks starts share windows and questions, and the figures are those of one.
     """
     if text is None and piqa is None:
         raise UsageError("Nothing to evaluate on.", "Give --text FILE, --piqa FILE, or both.")
@@ -80,6 +85,7 @@ def eval_command(
         from graphopt.report.record import finite_or_none
         from graphopt.report.saved_report import read_report
         from graphopt.sources.windows import check_bos
+        from graphopt.support.ranks import here
 
         if report is not None:
             read_report(report)  # which is wrong before anything is measured
@@ -148,7 +154,7 @@ def eval_command(
             answered = piqa_accuracy(opened, tokenizer, rows, progress=measuring)
             found["piqa_accuracy"], found["piqa_rows"] = answered.accuracy, answered.rows
             found["seconds"] += answered.seconds
-    if report is not None:
+    if report is not None and here().first:
         add_evaluation(
             report,
             Evaluation(

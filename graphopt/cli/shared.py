@@ -18,6 +18,7 @@ import click
 import typer
 
 from graphopt.cli import console as ui
+from graphopt.cli.process import CommandProcess
 from graphopt.errors import GraphoptError, UsageError, first_line
 from graphopt.support.boundary import BUG_CODE, REPORT_BUG, out_of_memory
 from graphopt.support.quantities import parse_bytes
@@ -29,6 +30,7 @@ INTERRUPTED = 130
 
 MAX_SEED = 2**63 - 1
 MAX_COUNT = 2**31 - 1
+MAX_RANKS = 4096
 """Bounds of numbers on the command line: what generators, and sizes of tensors, take."""
 
 
@@ -44,17 +46,18 @@ def errors_as_sentences(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(**kwargs: Any) -> None:
         debug = kwargs.pop("debug", False)
+        process = CommandProcess(command.__name__, kwargs)
         logged = logging.root.manager.disable
         if not debug:
             # torch and transformers log tracebacks of what they then raise.
             logging.disable(logging.ERROR)
         try:
             _refuse_bytes(kwargs)
-            command(**_gathered(command, kwargs))
+            process.run(lambda: command(**_gathered(command, kwargs)))
         except (typer.Exit, typer.Abort, click.ClickException):
             raise
         except KeyboardInterrupt:
-            ui.say_error("Interrupted; nothing was left half-written.")
+            process.say_error("Interrupted; nothing was left half-written.", "", INTERRUPTED)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             raise typer.Exit(1) from None
@@ -62,9 +65,10 @@ def errors_as_sentences(command: Callable[..., None]) -> Callable[..., None]:
             if debug:
                 ui.say_traceback()
             message, remedy, code = describe_error(error, command.__name__)
-            ui.say_error(message, remedy)
+            process.say_error(message, remedy, code)
             raise typer.Exit(code) from None
         finally:
+            process.close()
             logging.disable(logged)
 
     option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False)
@@ -198,6 +202,22 @@ MemoryOption = Annotated[
     typer.Option(
         "--memory",
         help="Memory of a GPU, such as 24GB: say which batches and lengths fit it.",
+    ),
+]
+
+RanksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--ranks", "--nproc", min=1, max=MAX_RANKS,
+        help="Processes that share the work, each on a GPU of its own; by default one.",
+    ),
+]  # fmt: skip
+
+LauncherOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What starts the ranks: torchrun, on this host, or ray, on the Ray cluster that "
+        "runs; as many as there are GPUs, unless --ranks says."
     ),
 ]
 

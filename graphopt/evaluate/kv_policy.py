@@ -34,6 +34,7 @@ from graphopt.ir.graph import Program, Value
 from graphopt.ir.kv_policies import KVPolicy, PageBudget
 from graphopt.support.per_device import PerDevice
 from graphopt.support.progress import Progress, silent
+from graphopt.support.ranks import Ranks, sharing
 
 TOKENS_AT_ONCE = PerDevice(cpu=8192, gpu=65536)
 """Tokens of the texts whose scores of one layer are in memory at once."""
@@ -237,6 +238,8 @@ def measure_policy(
 ) -> PolicyResult:
     """Measure a policy on texts: the front of each is a prompt, and each token behind it a step.
 
+    Ranks share the texts.
+
     Args:
         runner: Runs the program.
         windows: int64 [texts, S], without padding.
@@ -260,10 +263,10 @@ def measure_policy(
     started = time.perf_counter()
     likelihoods = ProgramLikelihoods(runner)
     if policy is None:
-        losses = -likelihoods.of(
-            windows, at_once=rows_at_once(runner, tokens), progress=progress, what="dense"
-        )
-        return _result(losses.cpu(), prompt, begin, [], [], started)
+        ranks = sharing(len(windows))
+        at_once = rows_at_once(runner, tokens)
+        own = likelihoods.of(ranks.part(windows), at_once=at_once, progress=progress, what="dense")
+        return _result(-ranks.gathered(own).cpu(), prompt, begin, [], [], started)
     layers, left_alone = policy_layers(runner.program, dense_layers, dense)
     stream = HiddenStateStream(
         runner,
@@ -281,8 +284,8 @@ def measure_policy(
         likelihoods.of_values(ids, *stream.behind_blocks(batch, stream.hidden[batch]))
         for batch, ids in enumerate(stream.ids)
     ]
-    losses = -torch.cat(parts).cpu()
-    found = [reads[layer.index].result() for layer in layers]
+    losses = -stream.ranks.gathered(torch.cat(parts)).cpu()
+    found = [reads[layer.index].result(stream.ranks) for layer in layers]
     return _result(losses, prompt, begin, found, left_alone, started)
 
 
@@ -312,14 +315,16 @@ class _Reads:
             recalls.append((mass_BGSN * read).sum(-1).cpu()[:, :, selecting].double())
         self._read.append(read_BGSN.cpu())
 
-    def result(self) -> LayerReads:
-        """Return the means."""
-        read_BGSN = torch.cat(self._read)
+    def result(self, ranks: Ranks) -> LayerReads:
+        """Return the means over what all ranks counted."""
+        read_BGSN, recalls, oracle = (
+            ranks.gathered(torch.cat(parts)) for parts in (self._read, self._recalls, self._oracle)
+        )
         return LayerReads(
             self._layer.index,
             self._layer.name,
-            torch.cat(self._recalls).mean((0, 2)).tolist(),
-            torch.cat(self._oracle).mean((0, 2)).tolist(),
+            recalls.mean((0, 2)).tolist(),
+            oracle.mean((0, 2)).tolist(),
             float(read_BGSN.sum(-1).double().mean()),
             grid_of(read_BGSN),
         )

@@ -165,6 +165,8 @@ def retrieval(
 ) -> NeedleResult:
     """Return which passkeys a model tells with a policy in the steps of its attentions.
 
+    Ranks share the texts.
+
     Args:
         runner: Runs the program.
         policy: None for the model as it is.
@@ -188,6 +190,8 @@ def retrieval(
         layers, _ = policy_layers(runner.program, dense_layers, dense)
         walk_policy(stream, policy, tasks.prompt, layers)
     longest = max(tasks.answers)
+    own = stream.ranks.share(len(tasks.answers))
+    own_answers = tasks.answers[own.start : own.stop]
     right: list[bool] = []
     for batch, ids in enumerate(stream.ids):
         parts = likelihoods.logits_in_parts(
@@ -198,8 +202,9 @@ def retrieval(
         )
         likeliest = torch.cat([logits.argmax(-1) for _, logits in parts], 1)
         agrees = (likeliest == ids[:, tokens - longest :]).cpu()
-        answers = tasks.answers[len(right) : len(right) + len(ids)]
+        answers = own_answers[len(right) : len(right) + len(ids)]
         right += [
             bool(row[longest - answer :].all()) for row, answer in zip(agrees, answers, strict=True)
         ]
+    right = stream.ranks.gathered(torch.tensor(right)).tolist()
     return NeedleResult(right, tasks.depths, tokens, time.perf_counter() - started)

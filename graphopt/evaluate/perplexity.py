@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from graphopt.errors import SourceError, UsageError
 from graphopt.sources.windows import Bos, TokenText
 from graphopt.support.inputs import read_utf8
 from graphopt.support.progress import Progress, silent
+from graphopt.support.ranks import here, sharing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,6 +70,8 @@ def window_perplexity(
 ) -> float:
     """Return the perplexity of windows of ids, the first token of each not predicted.
 
+    Ranks share the batches.
+
     Args:
         log_likelihoods: From int64 [B, S] to the log-probability of each token but the first,
             [B, S - 1].
@@ -78,12 +82,20 @@ def window_perplexity(
     Returns:
         Infinity beyond e^700, where a broken model is sure of the wrong token.
     """
-    total, done = 0.0, 0
-    progress("perplexity", done, len(windows))
-    for batch in windows.split(at_once):
-        total -= float(log_likelihoods(batch)[:, first - 1 :].double().sum())
+    batches = windows.split(at_once)
+    if len(batches) < here().world:
+        batches = windows.split(1)
+    ranks = sharing(len(batches))
+    own = [batches[number] for number in ranks.share(len(batches))]
+    done, count = 0, sum(map(len, own))
+    progress("perplexity", done, count)
+    losses: list[float] = []
+    for batch in own:
+        losses.append(-float(log_likelihoods(batch)[:, first - 1 :].double().sum()))
         done += len(batch)
-        progress("perplexity", done, len(windows))
+        progress("perplexity", done, count)
+    # Added up in the same order, however many ranks there are.
+    total = sum(ranks.gathered(torch.tensor(losses, dtype=torch.float64)).tolist())
     return of_mean_loss(total / (len(windows) * (windows.shape[1] - first)))
 
 

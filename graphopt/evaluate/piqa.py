@@ -15,6 +15,7 @@ from graphopt.errors import SourceError, UsageError
 from graphopt.sources.windows import prompt_ids, special_ends
 from graphopt.support.inputs import OpenSchema, parse, parse_json, read_utf8
 from graphopt.support.progress import Progress, silent
+from graphopt.support.ranks import here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +80,8 @@ def piqa_accuracy(
 ) -> PiqaResult:
     """Measure how often the right solution is the likelier one, per character.
 
+    Ranks share the questions.
+
     The prompt is "Question: {goal}\\nAnswer: {solution}". A solution's score is the log-probability
     of its tokens after the prompt, divided by its length in characters (`acc_norm` of the
     lm-evaluation-harness).
@@ -110,11 +113,14 @@ def piqa_accuracy(
         surplus = [max(len(ids) - model.positions, 0) for ids in sequences]
         sequences = [ids[:n] + ids[n + cut :] for ids, cut in zip(sequences, surplus, strict=True)]
         starts = [max(start - cut, n, 1) for start, cut in zip(starts, surplus, strict=True)]
-    scores = [0.0] * len(sequences)
+    scores = torch.zeros(len(sequences), dtype=torch.float64)
     # Sequences of like length share a batch, so that little of it is padding.
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+    # Ranks take turns, since later batches are longer.
+    ranks = here()
+    starts_of_batches = range(0, len(order), batch)[ranks.rank :: ranks.world]
     progress("piqa", 0, len(order))
-    for first in range(0, len(order), batch):
+    for first in starts_of_batches:
         members = order[first : first + batch]
         length = max(len(sequences[index]) for index in members)
         ids = torch.zeros(len(members), length, dtype=torch.long)
@@ -126,6 +132,8 @@ def piqa_accuracy(
             solution = rows[index // 2].solutions[index % 2]
             scores[index] = float(answer.double().sum()) / len(solution)
         progress("piqa", min(first + batch, len(order)), len(order))
+    progress("piqa", len(order), len(order))
+    scores = ranks.total(scores)
     right = sum(
         int(scores[2 * number + 1] > scores[2 * number]) == row.label
         for number, row in enumerate(rows)

@@ -30,6 +30,7 @@ from graphopt.ir.types import B, Dim
 from graphopt.support.devices import room_for
 from graphopt.support.per_device import PerDevice
 from graphopt.support.progress import Progress, silent
+from graphopt.support.ranks import Ranks, sharing
 
 TOKENS_AT_ONCE = PerDevice(cpu=8192, gpu=16384)
 """Tokens of a batch: those over which a block is run at once."""
@@ -96,6 +97,9 @@ class PerBatch(Sequence[T]):
 class HiddenStateStream:
     """The residual stream of windows of text in front of one block of a program after another.
 
+    Ranks share the windows: each runs its part of those that are learnt from and of those that are
+    held out. What is summed over batches is summed over `ranks` by those who sum it.
+
     Iterating gives the blocks from the current one on, and moves the stream behind each where
     the body of the loop has not. Two streams, of a student and its teacher, can be moved side by
     side: each is moved by its own blocks.
@@ -106,9 +110,11 @@ class HiddenStateStream:
         held_out: How many windows, the last ones, lie in batches of their own.
         tokens_at_once: The number of tokens of a batch; `TOKENS_AT_ONCE` by default.
         progress: Called with `what`, the number of blocks done and that of all.
+        ranks: Who shares the windows; by default all ranks, where each gets some.
 
     Attributes:
-        ids: Windows of every batch, int64 [N, S].
+        ranks: Who shares the windows; `ALONE` where every rank runs all of them.
+        ids: This rank's windows of every batch, int64 [N, S].
         held_out: For every batch whether it is held out.
         blocks: The program's.
         index: The index of the current block; behind the last, the number of blocks.
@@ -126,17 +132,21 @@ class HiddenStateStream:
         tokens_at_once: int | None = None,
         progress: Progress = silent,
         what: str = "running blocks",
+        ranks: Ranks | None = None,
     ) -> None:
         self.runner, self.program, self.device = runner, runner.program, runner.device
         self.progress, self.what = progress, what
         self.blocks: list[Block] = find_blocks(self.program)
         most = tokens_at_once or TOKENS_AT_ONCE.on(self.device)
         rows = max(1, most // windows.shape[1])
-        cut = len(windows) - held_out
-        learnt, held = windows[:cut].split(rows), windows[cut:].split(rows)
+        sorts = windows[: len(windows) - held_out], windows[len(windows) - held_out :]
+        self.ranks = sharing(*map(len, sorts)) if ranks is None else ranks
+        own = [self.ranks.part(sort) for sort in sorts]
+        cut = len(own[0])
+        learnt, held = (part.split(rows) for part in own)
         self.ids = [ids.to(self.device) for ids in (*learnt, *held) if len(ids)]
         self.held_out = [number >= -(-cut // rows) for number in range(len(self.ids))]
-        self.fits_at_once = windows.numel() <= most
+        self.fits_at_once = sum(part.numel() for part in own) <= most
         self.index, self.block_calls = 0, 0
         self._types = infer_program(self.program)[1]
         first = self.program.calls[self.blocks[0].position].args[self.blocks[0].stream]

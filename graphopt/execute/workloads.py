@@ -24,6 +24,7 @@ from graphopt.ir.graph import Program, Value
 from graphopt.ir.kv_memory import PagedKV, PolicyKV
 from graphopt.memory.recording import Tags
 from graphopt.memory.workload import Workload
+from graphopt.support.ranks import ALONE
 
 Phase = Literal["prefill", "decode", "train", "calibrate"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -230,7 +231,8 @@ def _calibration(program: Program, ids: Tensor, name: str) -> Workload:
     )
 
     def step() -> None:
-        for block in HiddenStateStream(runner, ids, tokens_at_once=ids.numel()):
+        stream = HiddenStateStream(runner, ids, tokens_at_once=ids.numel(), ranks=ALONE)
+        for block in stream:
             sums: dict[Value, Tensor] = {}
             read = {node.inputs[0] for node in block.function.nodes if node.op == "linear"}
             made = [value for value in read if value is not None and value.node is not None]
