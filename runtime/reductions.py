@@ -1,0 +1,202 @@
+"""What ranks sum: by kernels through each other's memory, or by torch.distributed.
+
+The functions are those of `graphopt.ir.collectives` and `functional`. 16-bit tensors on GPUs that
+reach each other go to kernels, by the plan for their shape; everything else (CPUs, fp32, GPUs of
+several hosts or without access to each other) goes to torch.distributed, and it is said why, once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from graphopt.ir import collectives, functional
+from graphopt.runtime.all_reduce import OneShot, OneShotAddNorm, TwoShot, Waiting
+from graphopt.runtime.fused import HALF
+from graphopt.runtime.linear_all_reduce import ChunkedLinear, PersistentLinear, SummedLinear
+from graphopt.runtime.peer_memory import Peers, peers_of, why_out_of_reach
+from graphopt.runtime.reduction_plan import LinearPlan, ReductionFigures, plan_linear
+
+T = TypeVar("T")
+
+
+class RankReductions:
+    """The functions `all_reduce`, `linear_all_reduce` and `all_reduce_add_rms_norm` of a model.
+
+    The group is the one that torch.distributed was initialised with. Workspaces are made when a
+    shape is first met, by all ranks together: run a step once before it is recorded in a CUDA
+    graph. What a function returns may lie in a workspace, and holds until the second call after it
+    of the same function with as many features; use it, or copy it, before.
+
+    Args:
+        figures: Of the target; None where its file has none, for torch.distributed alone.
+        peers: The ranks, where they are not those of the group.
+    """
+
+    def __init__(self, figures: ReductionFigures | None, peers: Peers | None = None) -> None:
+        self._figures, self._given = figures, peers
+        self._made: dict[tuple[Any, ...], Any] = {}
+        self._said: set[str] = set()
+        self._plans: dict[tuple[int, int, int, bool], LinearPlan] = {}
+
+    def all_reduce(self, x: Tensor, *, ranks: int) -> Tensor:
+        """Return the sum of x [..., N] over the ranks, as `collectives.all_reduce`."""
+        reach = self._reach(x, ranks)
+        if reach is None:
+            return collectives.all_reduce(x, ranks=ranks)
+        figures, peers, waiting = reach
+        if x.numel() * x.itemsize <= figures.one_shot_bytes:
+            one_shot = self._kept(
+                ("one-shot", x.numel()), lambda: OneShot(peers, x.numel(), waiting)
+            )
+            return one_shot(x)
+        rows, columns = x.numel() // x.shape[-1], x.shape[-1]
+        room = _room(rows)
+        two_shot = self._kept(
+            ("two-shot", room, columns, x.dtype),
+            lambda: TwoShot(peers, room, columns, x.dtype, figures.programs, waiting),
+        )
+        two_shot.operand(rows).copy_(x.reshape(rows, columns))
+        return two_shot(rows).view(x.shape)
+
+    def all_reduce_add_rms_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        offset: float = 0.0,
+        *,
+        ranks: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return total = residual + the sum of x over the ranks, and the RMS norm of the total.
+
+        Both [..., N]; the norm is times (weight [N] + offset).
+        """
+        reach = self._reach(x, ranks)
+        same = residual.dtype == x.dtype and (weight is None or weight.dtype == x.dtype)
+        if reach is None or not same or x.numel() * x.itemsize > reach[0].one_shot_bytes:
+            total = self.all_reduce(x, ranks=ranks)
+            return functional.add_rms_norm(residual, total, weight, eps, offset)
+        _, peers, waiting = reach
+        width = x.shape[-1]
+        rows = x.numel() // width
+        one_shot = self._kept(
+            ("add-norm", rows, width), lambda: OneShotAddNorm(peers, rows, width, waiting)
+        )
+        return one_shot(x, residual, weight, eps, offset)
+
+    def linear_all_reduce(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ranks: int
+    ) -> Tensor:
+        """Return the sum over the ranks of x weight^T + bias, by the plan for their shape.
+
+        Args:
+            x: [..., K], a rank's part of the features.
+            weight: [N, K].
+            bias: [N], of which the sum over the ranks is added.
+        """
+        reach = self._reach(x, ranks)
+        rows, (columns, depth) = x.numel() // x.shape[-1], weight.shape
+        if reach is None or weight.dtype != x.dtype or columns % 2:
+            return collectives.all_reduce(functional.linear(x, weight, bias), ranks=ranks)
+        figures, peers, waiting = reach
+        plan = self._plan(rows, columns, depth, ranks, figures, bias is not None)
+        if plan.how in ("one-shot", "library"):
+            product = functional.linear(x, weight, bias)
+            if plan.how == "library":
+                return collectives.all_reduce(product, ranks=ranks)
+            return self.all_reduce(product, ranks=ranks)
+        flat, kind, room = _rows_of(x), x.dtype, _room(rows)
+        shape = (room, columns, kind)
+        if plan.how == "chunks":
+            chunked = self._kept(("chunks", *shape), lambda: ChunkedLinear(peers, *shape, waiting))
+            out = chunked(flat, weight, plan.chunks)
+        elif plan.how == "persistent":
+            persistent = self._kept(
+                ("persistent", *shape),
+                lambda: PersistentLinear(peers, *shape, figures.tiles, figures.cores, waiting),
+            )
+            out = persistent(flat, weight.contiguous(), bias)
+        else:
+            summed = self._kept(
+                ("summed", *shape), lambda: SummedLinear(peers, *shape, figures.programs, waiting)
+            )
+            out = summed(flat, weight, bias)
+        return out.view(*x.shape[:-1], columns)
+
+    def _plan(
+        self, rows: int, columns: int, depth: int, ranks: int, figures: ReductionFigures, bias: bool
+    ) -> LinearPlan:
+        key = (rows, columns, depth, bias)
+        if key not in self._plans:
+            self._plans[key] = plan_linear(rows, columns, depth, ranks, figures, bias=bias)
+        return self._plans[key]
+
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """Return what was made for a key, made the first time.
+
+        Raises:
+            RuntimeError: A CUDA graph is being recorded.
+        """
+        if key not in self._made:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a CUDA graph cannot record the first sum of a shape over the ranks, which "
+                    "allocates memory with them: run the step once before it is recorded"
+                )
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
+    def _reach(self, x: Tensor, ranks: int) -> tuple[ReductionFigures, Peers, Waiting] | None:
+        """Return what kernels are given; None where torch.distributed sums."""
+        if self._figures is None or not x.is_cuda or x.dtype not in HALF or x.numel() % 2:
+            return None
+        if x.numel() == 0 or x.shape[-1] % 2:
+            return None
+        if self._given is not None:
+            peers: Peers | None = self._given
+        else:
+            collectives.check_group(ranks)
+            peers = self._peers()
+        if peers is None:
+            return None
+        return self._figures, peers, self._waiting(peers.device)
+
+    @functools.cached_property
+    def _group_peers(self) -> Peers | str:
+        group = dist.group.WORLD
+        assert group is not None
+        reason = why_out_of_reach(group)
+        return reason or peers_of(group, torch.device("cuda", torch.cuda.current_device()))
+
+    def _peers(self) -> Peers | None:
+        peers = self._group_peers
+        if isinstance(peers, str):
+            if peers not in self._said:
+                self._said.add(peers)
+                warnings.warn(f"{peers}: torch.distributed sums over the ranks", stacklevel=4)
+            return None
+        return peers
+
+    def _waiting(self, device: torch.device) -> Waiting:
+        return self._kept(("waiting",), lambda: Waiting(device))
+
+
+def _room(rows: int) -> int:
+    """Return the rows of the workspace that a shape is given: few sizes serve all of them."""
+    return max(128, 1 << math.ceil(math.log2(rows)))
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """Return [..., K] as [M, K], the last axis contiguous."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -1,0 +1,350 @@
+"""Sums over ranks that share one device, against fp64: on a GPU side by side, else interpreted.
+
+On a GPU each rank runs on a stream of its own, and waits for the others as it would for peers. The
+interpreter runs one rank after the other: a rank that comes before another has to give up waiting,
+and is run again, with the epoch of the call, once all the others have sent what they had to.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from compiling import compile_alone
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+from graphopt.ir import functional  # noqa: E402
+from graphopt.runtime.all_reduce import OneShot, OneShotAddNorm, TwoShot, Waiting  # noqa: E402
+from graphopt.runtime.linear_all_reduce import (  # noqa: E402
+    ChunkedLinear,
+    PersistentLinear,
+    SummedLinear,
+)
+from graphopt.runtime.peer_memory import Peers, on_one_device  # noqa: E402
+from graphopt.runtime.reduction_plan import LinearTiles  # noqa: E402
+
+# The interpreter cuts bf16 off where a GPU rounds.
+DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
+CALLS = 4
+"""Of the same ranks one after another: places and inboxes take turns of two and three."""
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+
+class Ranks:
+    """Some ranks on one device, each with its own of what `make` makes."""
+
+    def __init__(self, count: int, make: Callable[[Peers, Waiting], Any]) -> None:
+        # A second at most on a GPU, in which a wait that ends in nothing is a failure.
+        self.waiting = Waiting(DEVICE, 1_000_000 if ON_GPU else 1, trap=False)
+        self.own = [make(peers, self.waiting) for peers in on_one_device(count, DEVICE)]
+        self._streams = [torch.cuda.Stream() for _ in self.own] if ON_GPU else []
+
+    def run(self, *calls: Callable[[Any], Any]) -> list[Any]:
+        """Return what each rank gives, in the call that is its own."""
+        if not ON_GPU:
+            return self._in_turn(calls)
+        results = []
+        for own, call, stream in zip(self.own, calls, self._streams, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results.append(call(own))
+        torch.cuda.synchronize()
+        assert not self.waiting.late.item(), "a rank gave up waiting"
+        return results
+
+    def _in_turn(self, calls: Sequence[Callable[[Any], Any]]) -> list[Any]:
+        before = [[epochs.clone() for epochs in _epochs(own)] for own in self.own]
+        turns = [_turn(own) for own in self.own]
+        for last in (False, True):
+            for own, old, turn in zip(self.own, before, turns, strict=True):
+                if last:
+                    for epochs, value in zip(_epochs(own), old, strict=True):
+                        epochs.copy_(value)
+                    _turn(own, turn)
+            results = [call(own) for own, call in zip(self.own, calls, strict=True)]
+        return results
+
+
+def _epochs(own: Any) -> list[Tensor]:
+    return [own.epochs if hasattr(own, "epochs") else own._sum.epochs]
+
+
+def _turn(own: Any, turn: int | None = None) -> int:
+    places = getattr(getattr(own, "_sum", own), "_places", None)
+    if places is None:
+        return 0
+    if turn is not None:
+        places._turn = turn
+    return int(places._turn)
+
+
+def close(got: Tensor, exact: Tensor, terms: int, magnitudes: Tensor | None = None) -> None:
+    """Each of `terms` summands was rounded once to 16 bits, as was the sum; products in fp32."""
+    eps = torch.finfo(got.dtype).eps
+    size = exact.abs() if magnitudes is None else magnitudes
+    allowed = eps * (terms + 1) * size + 1e-6
+    assert bool(((got.double().cpu() - exact).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("ranks", "numel"), [(2, 1500), (2, 8), (3, 1026)])
+def test_one_shot(ranks: int, numel: int, dtype: torch.dtype) -> None:
+    group = Ranks(ranks, lambda peers, waiting: OneShot(peers, numel, waiting))
+    for call in range(CALLS):
+        xs = [random(numel, dtype=dtype, seed=10 * call + rank) for rank in range(ranks)]
+        results = group.run(*(lambda own, x=x: own(x) for x in xs))
+        exact = sum(x.double().cpu() for x in xs)
+        size = sum(x.double().cpu().abs() for x in xs)
+        for result in results:
+            close(result, exact, 0, size)
+            assert torch.equal(result, results[0])  # greedy tokens are the same on all ranks
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gain", [True, False])
+def test_one_shot_with_residual_and_norm(gain: bool, dtype: torch.dtype) -> None:
+    rows, width, ranks = 3, 200, 2
+    group = Ranks(ranks, lambda peers, waiting: OneShotAddNorm(peers, rows, width, waiting))
+    residual = random(rows, width, dtype=dtype, seed=90)
+    weight = random(width, dtype=dtype, seed=91) if gain else None
+    for call in range(CALLS):
+        xs = [random(rows, width, dtype=dtype, seed=10 * call + rank) for rank in range(ranks)]
+        results = group.run(
+            *(lambda own, x=x: own(x, residual, weight, 1e-5, 1.0 if gain else 0.0) for x in xs)
+        )
+        reduced = sum(x.float() for x in xs).to(dtype)
+        total, normed = functional.add_rms_norm(
+            residual.float(), reduced.float(), weight, 1e-5, 1.0 if gain else 0.0
+        )
+        for got_total, got in results:
+            close(got_total, total.double().cpu(), 0)
+            # The norm is taken of the rounded total.
+            close(got, normed.double().cpu(), 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("ranks", "rows"), [(2, 40), (3, 130), (2, 1)])
+def test_two_shot(ranks: int, rows: int, dtype: torch.dtype) -> None:
+    columns, room = 100, 130
+    group = Ranks(ranks, lambda peers, waiting: TwoShot(peers, room, columns, dtype, 3, waiting))
+    for call in range(CALLS):
+        xs = [random(rows, columns, dtype=dtype, seed=10 * call + rank) for rank in range(ranks)]
+        for own, x in zip(group.own, xs, strict=True):
+            own.operand(rows).copy_(x)
+        # In place: whoever reads what was summed already would sum it again.
+        if ON_GPU:
+            results = group.run(*[lambda own: own(rows)] * ranks)
+        else:
+            results = [own(rows) for own in group.own]
+        exact = sum(x.double().cpu() for x in xs)
+        size = sum(x.double().cpu().abs() for x in xs)
+        for result in results:
+            close(result, exact, 0, size)
+            assert torch.equal(result, results[0])
+
+
+TILES = LinearTiles(rows=16, columns=32, depth=16, warps=4, stages=2, group=2)
+WIDE = LinearTiles(rows=128, columns=256, depth=64, warps=8, stages=3)
+SHAPES = [
+    # ranks, rows, columns, depth, bias
+    (2, 40, 72, 48, False),
+    (2, 16, 32, 24, True),
+    pytest.param(3, 34, 40, 32, False, marks=pytest.mark.slow),
+    (2, 1, 8, 16, False),
+]
+
+
+def linears(
+    ranks: int, rows: int, columns: int, depth: int, bias: bool, dtype: torch.dtype, seed: int
+) -> tuple[list[tuple[Tensor, Tensor, Tensor | None]], Tensor, Tensor]:
+    """Return each rank's operands, the exact sum, and the magnitude of what is summed."""
+    operands, exact, size = [], torch.zeros((), dtype=torch.float64), torch.zeros(())
+    for rank in range(ranks):
+        x = random(rows, depth, dtype=dtype, seed=seed + 3 * rank)
+        weight = random(columns, depth, dtype=dtype, seed=seed + 3 * rank + 1)
+        own = random(columns, dtype=dtype, seed=seed + 3 * rank + 2) if bias else None
+        operands.append((x, weight, own))
+        product = x.double().cpu() @ weight.double().cpu().t()
+        if own is not None:
+            product = product + own.double().cpu()
+        exact, size = exact + product, size + product.abs()
+    return operands, exact, size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("ranks", "rows", "columns", "depth", "bias"), SHAPES)
+def test_persistent_linear(
+    ranks: int, rows: int, columns: int, depth: int, bias: bool, dtype: torch.dtype
+) -> None:
+    group = Ranks(
+        ranks,
+        lambda peers, waiting: PersistentLinear(
+            peers, 64, columns, dtype, TILES, 5, waiting, bulk=False
+        ),
+    )
+    for call in range(CALLS):
+        operands, exact, size = linears(ranks, rows, columns, depth, bias, dtype, 100 * call)
+        results = group.run(*(lambda own, each=each: own(*each) for each in operands))
+        for result in results:
+            close(result, exact, 1, size)
+            assert torch.equal(result, results[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_workspace_serves_shapes_of_fewer_rows(dtype: torch.dtype) -> None:
+    group = Ranks(
+        2,
+        lambda peers, waiting: PersistentLinear(peers, 64, 40, dtype, TILES, 5, waiting),
+    )
+    for call, rows in enumerate((64, 10, 33, 64)):
+        operands, exact, size = linears(2, rows, 40, 32, False, dtype, 100 * call)
+        results = group.run(*(lambda own, each=each: own(*each) for each in operands))
+        for result in results:
+            close(result, exact, 1, size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bulk", [True, False])
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(1024, 2048, 512), (1000, 1032, 4096)])
+def test_tiles_of_the_target(rows: int, columns: int, depth: int, bulk: bool) -> None:
+    cores = torch.cuda.get_device_properties(0).multi_processor_count // 2
+    group = Ranks(
+        2,
+        lambda peers, waiting: PersistentLinear(
+            peers, 1024, columns, torch.bfloat16, WIDE, cores, waiting, bulk=bulk
+        ),
+    )
+    for call in range(CALLS):
+        operands, exact, size = linears(2, rows, columns, depth, False, torch.bfloat16, 100 * call)
+        for result in group.run(*(lambda own, each=each: own(*each) for each in operands)):
+            close(result, exact, 1, size + exact.abs().mean())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("direct", [True, False])
+def test_chunks(direct: bool) -> None:
+    rows, columns, depth = 1024, 1024, 512
+    group = Ranks(
+        2,
+        lambda peers, waiting: ChunkedLinear(
+            peers, 2048, columns, torch.bfloat16, waiting, direct=direct
+        ),
+    )
+    for call, chunks in enumerate([(256, 128, 128), (512,), (384, 128), (256, 256)]):
+        operands, exact, size = linears(2, rows, columns, depth, False, torch.bfloat16, 100 * call)
+        results = group.run(
+            *(lambda own, each=each, cut=chunks: own(each[0], each[1], cut) for each in operands)
+        )
+        for result in results:
+            close(result, exact, 1, size + exact.abs().mean())
+
+
+@pytest.mark.gpu
+def test_recorded_runs_are_those_that_are_launched() -> None:
+    rows, columns, depth = 256, 512, 256
+    group = Ranks(
+        2,
+        lambda peers, waiting: SummedLinear(peers, 256, columns, torch.bfloat16, 8, waiting),
+    )
+    operands, exact, size = linears(2, rows, columns, depth, False, torch.bfloat16, 0)
+    calls = [lambda own, each=each: own(*each) for each in operands]
+    group.run(*calls)
+    graph = torch.cuda.CUDAGraph()
+    streams = [torch.cuda.Stream() for _ in calls]
+    with torch.cuda.graph(graph):
+        results = []
+        for own, call, stream in zip(group.own, calls, streams, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results.append(call(own))
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(CALLS):
+        for result in results:
+            result.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        for result in results:
+            close(result, exact, 1, size)
+
+
+def test_an_epoch_that_wraps_around_is_still_later() -> None:
+    group = Ranks(2, lambda peers, waiting: OneShot(peers, 8, waiting))
+    for own in group.own:
+        own.epochs.fill_(2**31 - 2)
+    for call in range(3):
+        xs = [random(8, dtype=torch.float16, seed=10 * call + rank) for rank in range(2)]
+        exact = xs[0].double().cpu() + xs[1].double().cpu()
+        for result in group.run(*(lambda own, x=x: own(x) for x in xs)):
+            close(result, exact, 0, exact.abs() + 1)
+
+
+@pytest.mark.skipif(ON_GPU, reason="a rank without another waits for a second on a GPU")
+def test_a_rank_without_the_others_says_so() -> None:
+    group = Ranks(2, lambda peers, waiting: OneShot(peers, 8, waiting))
+    assert not group.waiting.late.item()
+    group.own[0](random(8, dtype=torch.float16, seed=0))
+    assert group.waiting.late.item()
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from graphopt.runtime.kernels import all_reduce, linear_all_reduce
+
+def compiled(kernel, half, arch, kinds, warps, stages=3, **constants):
+    kinds = {"x_ptr": "*i32", "residual_ptr": "*i32", "weight_ptr": "*i32", "bases_ptr": "*i64",
+             "epochs_ptr": "*i32", "epoch_ptr": "*i32", "late_ptr": "*i32", "flag_ptr": "*i32",
+             "eps": "fp32", "offset": "fp32"} | kinds
+    signature = {
+        name: "constexpr" if name in constants
+        else kinds.get(name, "*" + half if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    options = {"num_warps": warps, "num_stages": stages}
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return made
+
+for arch, half in ((80, "fp16"), (90, "bf16")):
+    ranks = {"RANKS": 2, "TRAP": True}
+    compiled(all_reduce.one_shot, half, arch, {}, 4, BLOCK=512, **ranks)
+    compiled(all_reduce.one_shot_add_rms_norm, half, arch, {}, 16, BLOCK=4096, **ranks)
+    compiled(all_reduce.two_shot, half, arch, {"offset": "i64"}, 8, BLOCK=4096, **ranks)
+    compiled(all_reduce.signal_peer, half, arch, {}, 1)
+    compiled(all_reduce.wait_for_peer, half, arch, {}, 1, LAST=True, TRAP=True)
+    operands = {"x_ptr": "*" + half, "weight_ptr": "*" + half}
+    tiles = {"BLOCK_K": 64, "GROUP": 8, "WHOLE": True, "bias_ptr": None}
+    compiled(linear_all_reduce.linear_all_reduce, half, arch, operands, 8, x_tiles=None,
+             weight_tiles=None, out_tiles=None, BLOCK_M=128, BLOCK_N=128, **tiles, **ranks)
+
+operands |= {"x_tiles": "tensordesc<bf16[128, 64]>", "weight_tiles": "tensordesc<bf16[256, 64]>",
+             "out_tiles": "tensordesc<bf16[128, 256]>", "out": "i64", "staging": "i64"}
+made = compiled(linear_all_reduce.linear_all_reduce, "bf16", 90, operands, 8, BLOCK_M=128,
+                BLOCK_N=256, **tiles, **ranks)
+ptx = made.asm["ptx"]
+# The matrix instructions of Hopper, fed by its copy engine, and what a flag of another GPU needs.
+for needed in ("wgmma.mma_async", "cp.async.bulk.tensor.2d.global.shared", "atom.sys", "trap;",
+               "cp.async.bulk.wait_group 0;", ".release.sys", ".acquire.sys"):
+    parts = needed.split(".")
+    assert needed in ptx or all(part in ptx for part in parts), needed
+assert made.metadata.shared <= 232448, made.metadata.shared
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_ampere_and_hopper() -> None:
+    assert compile_alone(COMPILE) == ""
