@@ -59,7 +59,7 @@ CODE_OF: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPE_OF.items
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; a larger length means that the file is something else."""
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 16 * 2**20
 """How much of a large tensor is in memory at once while it is copied."""
 
 WEIGHTS_NAME = "model.safetensors"
@@ -210,8 +210,12 @@ def read_checkpoint(folder: Path) -> dict[str, RawTensor]:
     return tensors
 
 
-def blocks(producer: Producer, limit: int = BLOCK_BYTES) -> Iterator[torch.Tensor]:
-    """Yield the value of `producer` in order, in runs of rows of about `limit` bytes."""
+def blocks(producer: Producer, limit: int | None = None) -> Iterator[torch.Tensor]:
+    """Yield the value of `producer` in order, in runs of rows of about `limit` bytes.
+
+    None is `BLOCK_BYTES`.
+    """
+    limit = BLOCK_BYTES if limit is None else limit
     count = math.prod(producer.shape)
     if len(producer.shape) < 2 or count * producer.dtype.itemsize <= limit:
         yield producer.load()
