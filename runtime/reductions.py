@@ -1,8 +1,8 @@
 """What ranks sum: by kernels through each other's memory, or by torch.distributed.
 
-The functions are those of `graphopt.ir.collectives` and `functional`. 16-bit tensors on GPUs that
-reach each other go to kernels, by the plan for their shape; everything else (CPUs, fp32, GPUs of
-several hosts or without access to each other) goes to torch.distributed, and it is said why, once.
+16-bit tensors on GPUs that reach each other go to kernels, by the plan for their shape; everything
+else (CPUs, fp32, GPUs of several hosts or without access to each other) goes to torch.distributed,
+and it is said why, once.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from graphopt.ir import collectives, functional
-from graphopt.runtime.all_reduce import OneShot, OneShotAddNorm, TwoShot, Waiting
+from graphopt.ir import functional
 from graphopt.runtime.fused import HALF
-from graphopt.runtime.linear_all_reduce import ChunkedLinear, PersistentLinear, SummedLinear
+from graphopt.runtime.peer_linear import ChunkedLinear, PersistentLinear, SummedLinear
 from graphopt.runtime.peer_memory import Peers, peers_of, why_out_of_reach
+from graphopt.runtime.peer_reduce import OneShot, OneShotAddNorm, TwoShot, Waiting
 from graphopt.runtime.reduction_plan import LinearPlan, ReductionFigures, plan_linear
 
 T = TypeVar("T")
@@ -30,10 +30,11 @@ T = TypeVar("T")
 class RankReductions:
     """The functions `all_reduce`, `linear_all_reduce` and `all_reduce_add_rms_norm` of a model.
 
-    The group is the one that torch.distributed was initialised with. Workspaces are made when a
-    shape is first met, by all ranks together: run a step once before it is recorded in a CUDA
-    graph. What a function returns may lie in a workspace, and holds until the second call after it
-    of the same function with as many features; use it, or copy it, before.
+    The group is the one that torch.distributed was initialised with, and all its ranks make the
+    same calls in the same order. Workspaces are made when a shape is first met, by all ranks
+    together: run a step once before it is recorded in a CUDA graph. What a function returns may lie
+    in a workspace, and holds until the second call after it of the same function with as many
+    features; use it, or copy it, before. It is the same on all ranks, to the bit.
 
     Args:
         figures: Of the target; None where its file has none, for torch.distributed alone.
@@ -46,11 +47,11 @@ class RankReductions:
         self._said: set[str] = set()
         self._plans: dict[tuple[int, int, int, bool], LinearPlan] = {}
 
-    def all_reduce(self, x: Tensor, *, ranks: int) -> Tensor:
-        """Return the sum of x [..., N] over the ranks, as `collectives.all_reduce`."""
-        reach = self._reach(x, ranks)
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Return the sum of x [..., N] over the ranks; x may be written over."""
+        reach = self._reach(x)
         if reach is None:
-            return collectives.all_reduce(x, ranks=ranks)
+            return _by_library(x)
         figures, peers, waiting = reach
         if x.numel() * x.itemsize <= figures.one_shot_bytes:
             one_shot = self._kept(
@@ -73,17 +74,15 @@ class RankReductions:
         weight: Tensor | None,
         eps: float,
         offset: float = 0.0,
-        *,
-        ranks: int,
     ) -> tuple[Tensor, Tensor]:
         """Return total = residual + the sum of x over the ranks, and the RMS norm of the total.
 
         Both [..., N]; the norm is times (weight [N] + offset).
         """
-        reach = self._reach(x, ranks)
+        reach = self._reach(x)
         same = residual.dtype == x.dtype and (weight is None or weight.dtype == x.dtype)
         if reach is None or not same or x.numel() * x.itemsize > reach[0].one_shot_bytes:
-            total = self.all_reduce(x, ranks=ranks)
+            total = self.all_reduce(x)
             return functional.add_rms_norm(residual, total, weight, eps, offset)
         _, peers, waiting = reach
         width = x.shape[-1]
@@ -93,9 +92,7 @@ class RankReductions:
         )
         return one_shot(x, residual, weight, eps, offset)
 
-    def linear_all_reduce(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ranks: int
-    ) -> Tensor:
+    def linear_all_reduce(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the sum over the ranks of x weight^T + bias, by the plan for their shape.
 
         Args:
@@ -103,17 +100,17 @@ class RankReductions:
             weight: [N, K].
             bias: [N], of which the sum over the ranks is added.
         """
-        reach = self._reach(x, ranks)
-        rows, (columns, depth) = x.numel() // x.shape[-1], weight.shape
-        if reach is None or weight.dtype != x.dtype or columns % 2:
-            return collectives.all_reduce(functional.linear(x, weight, bias), ranks=ranks)
+        reach = self._reach(x)
+        if reach is None or weight.dtype != x.dtype or weight.shape[0] % 2:
+            return self.all_reduce(functional.linear(x, weight, bias))
         figures, peers, waiting = reach
-        plan = self._plan(rows, columns, depth, ranks, figures, bias is not None)
+        rows, (columns, depth) = x.numel() // x.shape[-1], weight.shape
+        plan = self._plan(rows, columns, depth, bias is not None, figures, peers.ranks)
         if plan.how in ("one-shot", "library"):
             product = functional.linear(x, weight, bias)
             if plan.how == "library":
-                return collectives.all_reduce(product, ranks=ranks)
-            return self.all_reduce(product, ranks=ranks)
+                return _by_library(product)
+            return self.all_reduce(product)
         flat, kind, room = _rows_of(x), x.dtype, _room(rows)
         shape = (room, columns, kind)
         if plan.how == "chunks":
@@ -133,7 +130,7 @@ class RankReductions:
         return out.view(*x.shape[:-1], columns)
 
     def _plan(
-        self, rows: int, columns: int, depth: int, ranks: int, figures: ReductionFigures, bias: bool
+        self, rows: int, columns: int, depth: int, bias: bool, figures: ReductionFigures, ranks: int
     ) -> LinearPlan:
         key = (rows, columns, depth, bias)
         if key not in self._plans:
@@ -156,17 +153,13 @@ class RankReductions:
         made: T = self._made[key]
         return made
 
-    def _reach(self, x: Tensor, ranks: int) -> tuple[ReductionFigures, Peers, Waiting] | None:
+    def _reach(self, x: Tensor) -> tuple[ReductionFigures, Peers, Waiting] | None:
         """Return what kernels are given; None where torch.distributed sums."""
         if self._figures is None or not x.is_cuda or x.dtype not in HALF or x.numel() % 2:
             return None
         if x.numel() == 0 or x.shape[-1] % 2:
             return None
-        if self._given is not None:
-            peers: Peers | None = self._given
-        else:
-            collectives.check_group(ranks)
-            peers = self._peers()
+        peers = self._given or self._peers()
         if peers is None:
             return None
         return self._figures, peers, self._waiting(peers.device)
@@ -189,6 +182,13 @@ class RankReductions:
 
     def _waiting(self, device: torch.device) -> Waiting:
         return self._kept(("waiting",), lambda: Waiting(device))
+
+
+def _by_library(x: Tensor) -> Tensor:
+    """Return the sum of x over the ranks, written over it, by torch.distributed."""
+    whole = x.contiguous()
+    dist.all_reduce(whole)
+    return whole
 
 
 def _room(rows: int) -> int:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from graphopt.errors import UsageError
+from graphopt.ir import functional
 
 
 def check_group(ranks: int) -> None:
@@ -41,6 +42,17 @@ def all_reduce(x: Tensor, *, ranks: int) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
+
+
+def linear_all_reduce(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ranks: int
+) -> Tensor:
+    """Return the sum over the ranks of x weight^T + bias.
+
+    Raises:
+        UsageError: This process is not one of so many ranks.
+    """
+    return all_reduce(functional.linear(x, weight, bias), ranks=ranks)
 
 
 def all_gather(x: Tensor, *, axis: int, ranks: int) -> Tensor:

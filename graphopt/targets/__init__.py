@@ -117,6 +117,8 @@ class Target:
         quantised: Tiles of the kernels of quantised weights: `packed`, `integer_packed` and
             `integer`, as the file has them; None where there are none.
         decode: What a decoding step's time is predicted by; None where nothing is stated.
+        reductions: What sums over ranks are planned by, and their tiles, as the file has them; None
+            where torch.distributed does them.
         limits: Further limits of kernels, by name.
         emit: Package -> version that a compile for it needs; `nvrtc` is CUDA's compiler, however it
             was installed.
@@ -139,6 +141,7 @@ class Target:
     experts: dict[str, Any] | None = None
     quantised: dict[str, Any] | None = None
     decode: DecodeFigures | None = None
+    reductions: dict[str, Any] | None = None
     limits: dict[str, int] = field(default_factory=dict)
     emit: dict[str, str] = field(default_factory=dict)
     runtime: dict[str, str] = field(default_factory=dict)
@@ -165,6 +168,7 @@ class Target:
             experts=None if file.experts is None else file.experts.model_dump(),
             quantised=None if file.quantised is None else file.quantised.model_dump(),
             decode=None if file.decode is None else DecodeFigures(**file.decode.model_dump()),
+            reductions=None if file.reductions is None else file.reductions.model_dump(),
             limits=file.limits,
             emit=file.emit,
             runtime=file.runtime,

@@ -172,6 +172,45 @@ class DecodeTable(Schema):
     host_bandwidth: Rate | None = None
 
 
+class LinearTilesTable(Schema):
+    """Tiles of a linear that is summed: `graphopt.runtime.reduction_plan.LinearTiles`."""
+
+    rows: Size
+    columns: Size
+    depth: Size
+    warps: Size
+    stages: Size
+    group: Size = 8
+    programs: Size = 1
+
+    @pydantic.field_validator("rows", "columns", "depth")
+    @classmethod
+    def _power_of_two(cls, size: int) -> int:
+        if size & (size - 1):
+            raise ValueError("it should be a power of two")
+        return size
+
+
+Seconds = Annotated[float, pydantic.Field(ge=0, le=1)]
+
+
+class ReductionsTable(Schema):
+    """The `[reductions]`: `graphopt.runtime.reduction_plan.ReductionFigures`."""
+
+    flops: Rate
+    tile_flops: Rate
+    launch: Seconds
+    link: Rate
+    copy_engine: Rate
+    signal: Seconds
+    library: Rate
+    library_start: Seconds
+    one_shot_bytes: Size
+    one_shot: Seconds
+    programs: Size
+    tiles: LinearTilesTable
+
+
 class TargetFile(Schema):
     """A target's file as a whole; `graphopt.targets.Target` says what each entry means."""
 
@@ -190,6 +229,7 @@ class TargetFile(Schema):
     experts: ExpertsTable | None = None
     quantised: QuantisedTable | None = None
     decode: DecodeTable | None = None
+    reductions: ReductionsTable | None = None
     limits: dict[str, Size] = pydantic.Field(default_factory=dict)
     emit: dict[str, Text] = pydantic.Field(default_factory=dict)
     runtime: dict[str, Text] = pydantic.Field(default_factory=dict)
@@ -210,7 +250,7 @@ class TargetFile(Schema):
     ) -> dict[str, str]:
         figures = (
             "features", "cores", "bandwidth", "memory", "matrix_unit", "experts", "quantised",
-            "decode", "limits",
+            "decode", "reductions", "limits",
         )  # fmt: skip
         missing = [name for name in figures if info.data.get(name) and name not in sources]
         if missing:

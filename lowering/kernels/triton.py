@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from graphopt.plan.base import form_constants, split_size
 from graphopt.plan.triton import TritonPlanner, refuses_machine
 from graphopt.runtime.expert_tiles import ExpertTiles, FewTokens, ManyTokens, Tiles
 from graphopt.runtime.quantised_tiles import IntegerTiles, PackedTiles, QuantisedTiles
+from graphopt.runtime.reduction_plan import LinearTiles, ReductionFigures
 from graphopt.targets import Target, get_target
 
 _FILES = ("common", "prefill", "decode")
@@ -111,6 +113,14 @@ def quantised_tiles(target: Target) -> QuantisedTiles | None:
     )
 
 
+def reduction_figures(target: Target) -> ReductionFigures | None:
+    """Return what sums over ranks are planned by; None where the target's file does not say it."""
+    if target.reductions is None or target.cores is None:
+        return None
+    tiles = LinearTiles(**target.reductions["tiles"])
+    return ReductionFigures(**{**target.reductions, "cores": target.cores, "tiles": tiles})
+
+
 def _expert_setup(target: Target) -> LayerSetup | None:
     tiles = expert_tiles(target)
     if tiles is None:
@@ -173,6 +183,27 @@ def _transform_setup(target: Target) -> LayerSetup | None:
     )
 
 
+def _reduction_setup(target: Target) -> LayerSetup | None:
+    figures = reduction_figures(target)
+    if figures is None:
+        return None
+    rows = [
+        f"    {field.name}={getattr(figures, field.name)!r},"
+        for field in dataclasses.fields(figures)
+    ]
+    return LayerSetup(
+        {"reduction_plan": ("LinearTiles", "ReductionFigures"), "reductions": ("RankReductions",)},
+        ("all_reduce", "linear_all_reduce"),
+        (
+            "REDUCTIONS = ReductionFigures(",
+            *rows,
+            ")",
+            "_SUMS = RankReductions(REDUCTIONS)",
+            "all_reduce, linear_all_reduce = _SUMS.all_reduce, _SUMS.linear_all_reduce",
+        ),
+    )
+
+
 register_layer_family(
     LayerFamily(
         "triton",
@@ -206,6 +237,14 @@ register_layer_family(
                 functions=("transformed",),
                 needed_by=frozenset({"transformed"}),
                 setup=_transform_setup,
+            ),
+            LayerKernels(
+                module="reductions",
+                files=("all_reduce", "linear_all_reduce"),
+                functions=("all_reduce", "linear_all_reduce"),
+                needed_by=frozenset({"all_reduce", "linear_all_reduce"}),
+                helpers=("peer_memory", "peer_reduce", "peer_linear", "reduction_plan"),
+                setup=_reduction_setup,
             ),
         ),
         refuses=refuses_machine,

@@ -20,6 +20,7 @@ from graphopt.ir.types import Type
 from graphopt.lowering.kernels.plan_kernels import compute_dtype
 from graphopt.lowering.kernels.planning import why_no_kernel
 from graphopt.lowering.torch.fuse_quantised import QUANTISED_RULES, fuse_rounding_with_cache
+from graphopt.lowering.torch.fuse_sums import annotate_sums, fuse_linear_with_sum
 from graphopt.lowering.torch.packed import encodings as encodings_of
 from graphopt.lowering.torch.packed import with_uniform_encodings
 from graphopt.pass_manager.contract import Context, Pass, PassResult
@@ -80,7 +81,9 @@ class FuseLayerOps(Pass):
     11. `fuse_rounding_with_cache`: roundings with zero points, to 4 or 8 bits alike, of the new
         keys and values that an attention with a past alone reads, become its own, where a kernel
         of the target reads codes of such heads.
-    12. No weight is read or changed.
+    12. `fuse_linear_with_sum`: a linear of a dense weight, whose result `all_reduce` alone reads,
+        becomes a `linear_all_reduce` with it, on targets whose file says what sums over ranks take.
+    13. No weight is read or changed.
 
     Options:
         target: Name of the target whose kernels run what is joined.
@@ -117,12 +120,14 @@ class FuseLayerOps(Pass):
             encodings = encodings_of(program, calls[name][0])
             alone = _read_once(program, calls[name])
             linears = fuse_linears(alone - set(encodings)), fuse_packed_linears(encodings, alone)
-            for fusion in (*RULES, *linears, *QUANTISED_RULES, last):
+            summed = fuse_linear_with_sum(set(encodings), target)
+            for fusion in (*RULES, *linears, *QUANTISED_RULES, last, summed):
                 rewritten = apply_rules(function, [fusion], calls[name], types[name])
                 for applied, count in rewritten.counts.items():
                     counts[applied] += count * times
                 for refusing, refusal in rewritten.refused:
                     left[f"{refusing}: {refusal.reason}"] += times
+            annotate_sums(function, types[name], target)
         program.prune_unused()
         rules = {name: count for name, count in counts.items() if count}
         total = sum(rules.values())

@@ -22,13 +22,13 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
 from graphopt.ir import functional  # noqa: E402
-from graphopt.runtime.all_reduce import OneShot, OneShotAddNorm, TwoShot, Waiting  # noqa: E402
-from graphopt.runtime.linear_all_reduce import (  # noqa: E402
+from graphopt.runtime.peer_linear import (  # noqa: E402
     ChunkedLinear,
     PersistentLinear,
     SummedLinear,
 )
 from graphopt.runtime.peer_memory import Peers, on_one_device  # noqa: E402
+from graphopt.runtime.peer_reduce import OneShot, OneShotAddNorm, TwoShot, Waiting  # noqa: E402
 from graphopt.runtime.reduction_plan import LinearTiles  # noqa: E402
 
 # The interpreter cuts bf16 off where a GPU rounds.

@@ -18,12 +18,15 @@ from graphopt.ir.printer import print_function
 from graphopt.ir.verify import verify
 from graphopt.lowering.torch import fuse
 from graphopt.lowering.torch.fuse_quantised import QUANTISED_RULES, fuse_rounding_with_cache
+from graphopt.lowering.torch.fuse_sums import fuse_linear_with_sum
 from graphopt.lowering.torch.passes import lower, lowering_passes
 from graphopt.rewrite import apply_rules
+from graphopt.targets import get_target
 
 EXPERTS = {"act": "silu", "active": 1}
 FOUR, ZEROS = {"bits": 4, "symmetric": True}, {"bits": 4, "symmetric": False}
 ONE, CAUSAL = {"parts": 1}, {"scale": 0.5, "causal": True}
+RANKS = {"ranks": 2}
 
 
 def function(*lines, params=("x", "y"), weights=("a", "b", "c"), results=("out",)):
@@ -109,6 +112,10 @@ TAKEN = {
             params=("x", "y", "q", "past_k", "past_v"), results=("out", "c", "d"),
         ),
         ["attention(q, x, y, past_k=past_k, past_v=past_v", "kv_bits=4"],
+    ),
+    "fuse_linear_with_sum": (
+        function(("s", "linear", "x a b"), ("out", "all_reduce", "s", RANKS)),
+        ["linear_all_reduce(x, a, b, ranks=2)"],
     ),
 }  # fmt: skip
 LEFT = {
@@ -229,6 +236,21 @@ LEFT = {
             "it has no cache",
         ),
     ],
+    "fuse_linear_with_sum": [
+        (function(("out", "all_reduce", "x", RANKS)), "not made by a linear"),
+        (
+            function(
+                ("t", "linear", "x a"), ("s", "all_reduce", "t", RANKS), results=("s", "t")
+            ),
+            "something else reads what it sums",
+        ),
+        (
+            function(
+                ("t", "linear", "x p"), ("out", "all_reduce", "t", RANKS), weights=("p",)
+            ),
+            "the weight of what it sums is packed",
+        ),
+    ],
 }  # fmt: skip
 CODES = {"p": Packed(4, 32), "r": Packed(4, 32), "s": Packed(4, 64), "t": Packed(3, 32)}
 RULES = {
@@ -239,6 +261,7 @@ RULES = {
         fuse.fuse_packed_linears(CODES, {"p", "r"}),
         *QUANTISED_RULES,
         fuse_rounding_with_cache(lambda query, key, value, bits: None),
+        fuse_linear_with_sum(CODES, get_target("hopper")),
     )
 }
 

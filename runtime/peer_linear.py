@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.runtime.all_reduce import TwoShot, Waiting
 from graphopt.runtime.peer_memory import Layout, Peers, Places
+from graphopt.runtime.peer_reduce import TwoShot, Waiting
 from graphopt.runtime.reduction_plan import MOST_CHUNKS, LinearTiles
 
 

@@ -1,0 +1,550 @@
+"""Measure sums over GPUs of one host, and row-parallel linears with the sum of their results.
+
+    python tools/bench_all_reduce.py [--parts linear,decode,attention] [--tune] [--out FILE]
+
+It starts a process for each GPU by torchrun, two unless `--ranks` says otherwise. Parts:
+
+* `linear`: [M, K] by [K, N], each rank with its K, at nine shapes: a product and NCCL's all-reduce,
+  a product and torch's two-shot kernel, torch's `fused_matmul_reduce_scatter` with the gather
+  behind it, and ours: every plan, and the one that the planner takes;
+* `decode`: sums of 8 KB to 1 MB, as a step of one text has them, with and without the norm behind;
+* `attention`: attention, its output projection and the sum, at 4K and 16K tokens.
+
+Each result is compared with a sum in fp32 before it is timed; runs are recorded in CUDA graphs,
+where they can be, and made in turns. `--tune` tries other tiles of the persistent kernel than the
+target's, and other chunks. `--seconds` is how long a part may begin something new. What ranks say
+in errors begins with their number.
+
+NVLink multicast stays off: nothing here uses it, and NCCL and torch are told so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import faulthandler
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from graphopt.lowering.kernels.triton import reduction_figures
+from graphopt.runtime.fused import launch_norm
+from graphopt.runtime.peer_linear import ChunkedLinear, PersistentLinear, SummedLinear
+from graphopt.runtime.peer_memory import Peers, on_one_device, peers_of, why_out_of_reach
+from graphopt.runtime.peer_reduce import OneShot, OneShotAddNorm, TwoShot, Waiting
+from graphopt.runtime.reduction_plan import (
+    LinearTiles,
+    ReductionFigures,
+    chunkings,
+    plan_linear,
+)
+from graphopt.targets import get_target
+
+SHAPES = [
+    (1024, 4096, 8192), (4096, 14336, 8192), (4096, 4096, 8192), (1024, 14336, 8192),
+    (16384, 4096, 8192), (4096, 2048, 4096), (16384, 14336, 8192), (1024, 2048, 4096),
+    (16384, 2048, 4096),
+]  # fmt: skip
+"""M, K of each rank, N: what matters most first."""
+TILES = {
+    "128x256x64": LinearTiles(128, 256, 64, 8, 3),
+    "128x256x64, 4 stages": LinearTiles(128, 256, 64, 8, 4),
+    "128x256x64, groups of 16": LinearTiles(128, 256, 64, 8, 3, group=16),
+    "256x128x64": LinearTiles(256, 128, 64, 8, 3),
+    "128x128x64, 8 warps": LinearTiles(128, 128, 64, 8, 4),
+    "128x128x64, 2 a core": LinearTiles(128, 128, 64, 4, 3, programs=2),
+    "128x128x64, 2 a core, 2 stages": LinearTiles(128, 128, 64, 4, 2, programs=2),
+}
+"""That `--tune` tries, with and without the copy engines of the cores."""
+TURNS, PER = 7, 3
+PATIENCE = 3_000_000
+"""Looks at a signal until a kernel gives up: some seconds."""
+DTYPE = torch.bfloat16
+Run = Callable[[], Any]
+
+
+class Bench:
+    """What the parts have in common: ranks, checks, times, and what is kept."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(self.device)
+        dist.init_process_group(
+            "nccl", timeout=datetime.timedelta(seconds=60), device_id=self.device
+        )
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.messages = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=60))
+        group = dist.group.WORLD
+        assert group is not None
+        reason = why_out_of_reach(group)
+        if reason is not None:
+            raise SystemExit(f"the GPUs do not reach each other: {reason}")
+        self.group = group
+        self.peers: Peers = peers_of(group, self.device)
+        self.waiting = Waiting(self.device, PATIENCE, trap=False)
+        figures = reduction_figures(get_target("hopper"))
+        assert figures is not None
+        self.figures: ReductionFigures = figures
+        self.cores = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.results: dict[str, Any] = {
+            "command": "python " + " ".join(sys.argv),
+            "date": datetime.date.today().isoformat(),
+            "device": f"{self.ranks} x {torch.cuda.get_device_name(self.device)}",
+            "versions": {name: metadata.version(name) for name in ("torch", "triton")},
+            "rows": [],
+        }
+        self.began = time.monotonic()
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def over(self) -> bool:
+        """Return, alike on all ranks, whether the time for beginning something new is over."""
+        flag = [time.monotonic() - self.began > self.arguments.seconds]
+        dist.broadcast_object_list(flag, src=0, group=self.messages)
+        return flag[0]
+
+    def keep(self, row: dict[str, Any]) -> None:
+        self.results["rows"].append(row)
+        if self.rank == 0 and self.arguments.out is not None:
+            self.arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            self.arguments.out.write_text(json.dumps(self.results, indent=1) + "\n")
+
+    def random(self, *shape: int, seed: int, scale: float = 1.0) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(1000 * seed + self.rank)
+        values = torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)
+        return (values * scale).to(DTYPE)
+
+    def agree(self, error: str | None) -> str | None:
+        """Return the first error of any rank, on all of them."""
+        errors: list[str | None] = [None] * self.ranks
+        dist.all_gather_object(errors, error, group=self.messages)
+        found = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
+        return found[0] if found else None
+
+    def right(self, make: Callable[[], Run], check: Callable[[Any], str | None]) -> Run | str:
+        """Return what `make` makes, once its results are right on all ranks; or what is wrong.
+
+        Several runs are checked: places of results take turns.
+        """
+        run: Run | None = None
+        error: str | None = None
+        try:
+            run = make()
+        except Exception as problem:
+            error = f"{type(problem).__name__}: {str(problem)[:300]}"
+            if self.arguments.verbose:
+                traceback.print_exc()
+        error = self.agree(error)
+        for _ in range(4):
+            if error is not None:
+                return error
+            assert run is not None
+            try:
+                self.waiting.late.zero_()
+                result = run()
+                torch.cuda.synchronize()
+                error = "gave up waiting" if self.waiting.late.item() else check(result)
+            except Exception as problem:
+                error = f"{type(problem).__name__}: {str(problem)[:300]}"
+                if self.arguments.verbose:
+                    traceback.print_exc()
+            error = self.agree(error)
+        assert run is not None
+        return error or run
+
+    def recorded(self, run: Run, per: int) -> tuple[Run, bool]:
+        """Return `per` runs as one CUDA graph, or as they are where that fails; and which."""
+        graph, error = torch.cuda.CUDAGraph(), None
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                for _ in range(per):
+                    run()
+        except Exception as problem:
+            error = f"{type(problem).__name__}: {str(problem)[:200]}"
+        torch.cuda.synchronize()
+        if self.agree(error) is None:
+            return graph.replay, True
+
+        def again() -> None:
+            for _ in range(per):
+                run()
+
+        return again, False
+
+    def times(self, runs: dict[str, Run], per: int) -> dict[str, dict[str, Any]]:
+        """Return microseconds of each run, the slowest rank's of every turn."""
+        made = {name: self.recorded(run, per) for name, run in runs.items()}
+        counts: dict[str, int] = {}
+        for name, (run, _) in made.items():
+            run()
+            spent = [self._timed(run, 1) / 1e3]
+            dist.broadcast_object_list(spent, src=0, group=self.messages)
+            counts[name] = max(1, min(20, int(6 / max(spent[0], 0.05))))
+        found: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(TURNS):
+            for name in list(runs)[:: -1 if turn % 2 else 1]:
+                found[name].append(self._timed(made[name][0], counts[name]) / per)
+        every: list[Any] = [None] * self.ranks
+        dist.all_gather_object(every, found, group=self.messages)
+        return {
+            name: {
+                "microseconds": [
+                    max(turn) for turn in zip(*(one[name] for one in every), strict=True)
+                ],
+                "graph": made[name][1],
+            }
+            for name in runs
+        }
+
+    def _timed(self, run: Run, count: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        dist.barrier(self.group)
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(count):
+            run()
+        end.record()
+        end.synchronize()
+        return 1e3 * start.elapsed_time(end) / count
+
+
+def median(row: dict[str, Any]) -> float:
+    return statistics.median(row["microseconds"])
+
+
+def linear_part(bench: Bench) -> None:
+    ways = bench.arguments.ways.split(",")
+    shapes = SHAPES[: bench.arguments.shapes]
+    lines = []
+    for shape in shapes:
+        if bench.over():
+            bench.say(f"left out for want of time: {shape} and what follows")
+            break
+        row = _linear(bench, shape, ways)
+        bench.keep(row)
+        lines.append(_line(row))
+        bench.say(lines[-1])
+    bench.say("\n== linears, microseconds: ours is the fastest of ours")
+    for line in lines:
+        bench.say(line)
+
+
+def _linear(bench: Bench, shape: tuple[int, int, int], ways: Sequence[str]) -> dict[str, Any]:
+    rows, depth, columns = shape
+    x = bench.random(rows, depth, seed=1)
+    weight = bench.random(columns, depth, seed=2, scale=depth**-0.5)
+    exact = torch.empty(rows, columns, dtype=torch.float32, device=bench.device)
+    for part in range(0, rows, 4096):
+        exact[part : part + 4096] = x[part : part + 4096].float() @ weight.float().t()
+    dist.all_reduce(exact)
+    size = exact.norm()
+
+    def check(result: Any) -> str | None:
+        error = float((result.float() - exact).norm() / size)
+        same = result.view(torch.int16).to(torch.int64).sum()
+        sums = [torch.empty_like(same) for _ in range(bench.ranks)]
+        dist.all_gather(sums, same)
+        result.fill_(float("nan"))
+        if not error < 5e-3:
+            return f"off by {error:.2g}"
+        if any(bool(other != same) for other in sums):
+            return "not the same on all ranks"
+        return None
+
+    runs: dict[str, Run] = {}
+    wrong: dict[str, str] = {}
+    candidates: dict[str, Callable[[], Run]] = {}
+    if "others" in ways:
+        candidates |= _others(bench, x, weight)
+    candidates |= _ours(bench, x, weight, ways)
+    for name, make in candidates.items():
+        made = bench.right(make, check)
+        if isinstance(made, str):
+            wrong[name] = made
+            bench.say(f"{shape} {name}: {made}")
+        else:
+            runs[name] = made
+    product = torch.empty(rows, columns, dtype=DTYPE, device=bench.device)
+    runs["GEMM"] = lambda: torch.mm(x, weight.t(), out=product)
+    if "others" in ways:
+        summed = torch.empty(rows, columns, dtype=DTYPE, device=bench.device)
+        runs["NCCL"] = lambda: dist.all_reduce(summed)
+        held = torch.ops.symm_mem.two_shot_all_reduce_
+        buffer = _symmetric(bench, rows, columns)
+        runs["two-shot"] = lambda: held(buffer, "sum", bench.group.group_name)
+        alone = TwoShot(bench.peers, rows, columns, DTYPE, 2 * bench.cores, bench.waiting)
+        runs["our two-shot"] = lambda: alone(rows)
+    if "persistent" in ways:
+        runs |= _products_alone(bench, x, weight)
+    times = bench.times(runs, PER)
+    plan = plan_linear(rows, columns, depth, bench.ranks, bench.figures)
+    return {
+        "part": "linear", "shape": shape, "times": times, "wrong": wrong, "plan": plan.line(),
+        "planned": plan.how,
+    }  # fmt: skip
+
+
+def _symmetric(bench: Bench, rows: int, columns: int) -> Tensor:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    buffer = symmetric_memory.empty(rows, columns, dtype=DTYPE, device=bench.device)
+    symmetric_memory.rendezvous(buffer, bench.group)
+    return buffer.zero_()
+
+
+def _others(bench: Bench, x: Tensor, weight: Tensor) -> dict[str, Callable[[], Run]]:
+    rows, columns, name = len(x), len(weight), bench.group.group_name
+    matrix = weight.t()
+
+    def nccl() -> Run:
+        out = torch.empty(rows, columns, dtype=DTYPE, device=bench.device)
+
+        def run() -> Tensor:
+            torch.mm(x, matrix, out=out)
+            dist.all_reduce(out)
+            return out
+
+        return run
+
+    def two_shot() -> Run:
+        buffer = _symmetric(bench, rows, columns)
+
+        def run() -> Tensor:
+            torch.mm(x, matrix, out=buffer)
+            torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", name)
+            return buffer
+
+        return run
+
+    def scattered() -> Run:
+        out = torch.empty(rows, columns, dtype=DTYPE, device=bench.device)
+
+        def run() -> Tensor:
+            part = torch.ops.symm_mem.fused_matmul_reduce_scatter(x, matrix, "sum", 0, name)
+            dist.all_gather_into_tensor(out, part)
+            return out
+
+        return run
+
+    return {
+        "GEMM, NCCL": nccl, "GEMM, two-shot": two_shot, "fused_matmul_reduce_scatter": scattered,
+    }  # fmt: skip
+
+
+def _ours(
+    bench: Bench, x: Tensor, weight: Tensor, ways: Sequence[str]
+) -> dict[str, Callable[[], Run]]:
+    rows, columns, tune = len(x), len(weight), bench.arguments.tune
+    found: dict[str, Callable[[], Run]] = {}
+
+    def summed(programs: int) -> Callable[[], Run]:
+        def make() -> Run:
+            way = SummedLinear(bench.peers, rows, columns, DTYPE, programs, bench.waiting)
+            return lambda: way(x, weight)
+
+        return make
+
+    def chunked(chunks: Sequence[int], direct: bool) -> Callable[[], Run]:
+        def make() -> Run:
+            way = ChunkedLinear(bench.peers, rows, columns, DTYPE, bench.waiting, direct=direct)
+            return lambda: way(x, weight, chunks)
+
+        return make
+
+    def persistent(tiles: LinearTiles, bulk: bool) -> Callable[[], Run]:
+        def make() -> Run:
+            way = PersistentLinear(
+                bench.peers, rows, columns, DTYPE, tiles, bench.cores, bench.waiting, bulk=bulk
+            )
+            return lambda: way(x, weight)
+
+        return make
+
+    if "two-shot" in ways:
+        for programs in (48, bench.cores, 2 * bench.cores) if tune else (bench.figures.programs,):
+            found[f"ours two-shot, {programs} programs"] = summed(programs)
+    if "chunks" in ways and bench.ranks == 2:
+        ways_to_cut = chunkings(rows // 2, rows - rows // 2)
+        planned = plan_linear(rows, columns, x.shape[1], 2, bench.figures).chunks
+        for chunks in ways_to_cut if tune else [planned or ways_to_cut[-1]]:
+            cut = "+".join(map(str, chunks))
+            found[f"ours chunks {cut}"] = chunked(chunks, False)
+            if tune:
+                found[f"ours chunks {cut}, direct"] = chunked(chunks, True)
+    if "persistent" in ways:
+        tiles = TILES if tune else {"target's tiles": bench.figures.tiles}
+        for name, one in tiles.items():
+            if tune or bench.ranks != 2:
+                found[f"ours persistent {name}, stores"] = persistent(one, False)
+            # The copy engine's buffer is beside the stages'.
+            room = (
+                one.programs
+                * 2
+                * (one.stages * one.depth * (one.rows + one.columns) + one.rows * one.columns)
+            )
+            if bench.ranks == 2 and room <= 225_000:
+                found[f"ours persistent {name}"] = persistent(one, True)
+    return found
+
+
+def _products_alone(bench: Bench, x: Tensor, weight: Tensor) -> dict[str, Run]:
+    """Return the persistent kernel of one rank: what its tiles cost without a sum."""
+    alone = on_one_device(1, bench.device)[0]
+    way = PersistentLinear(
+        alone, len(x), len(weight), DTYPE, bench.figures.tiles, bench.cores, bench.waiting
+    )
+    return {"tiles alone": lambda: way(x, weight)}
+
+
+def _line(row: dict[str, Any]) -> str:
+    times = {name: median(found) for name, found in row["times"].items()}
+    ours = {name: value for name, value in times.items() if name.startswith("ours ")}
+    text = f"{row['shape']}:"
+    for name in ("GEMM", "tiles alone", "NCCL", "two-shot", "our two-shot", "GEMM, NCCL",
+                 "GEMM, two-shot", "fused_matmul_reduce_scatter"):  # fmt: skip
+        if name in times:
+            eager = "" if row["times"][name]["graph"] else " (no graph)"
+            text += f" {name} {times[name]:.0f}{eager};"
+    ranked = sorted(ours.items(), key=lambda found: found[1])
+    for name, value in ranked[: 12 if len(ranked) > 6 else 6]:
+        text += f"\n    {name}: {value:.0f}"
+    if ranked:
+        best = ranked[0][1]
+        if "GEMM, NCCL" in times:
+            text += f"\n    {times['GEMM, NCCL'] / best:.2f} times as fast as GEMM, NCCL"
+        if "GEMM" in times and "our two-shot" in times:
+            sums = [times[name] for name in ("NCCL", "two-shot", "our two-shot")]
+            apart, shorter = times["GEMM"] + min(sums), min(times["GEMM"], min(sums))
+            text += f"; {(apart - best) / shorter:.0%} of the shorter hidden"
+    return text + f"\n    plan: {row['plan']}"
+
+
+def decode_part(bench: Bench) -> None:
+    lines = []
+    for kilobytes in (8, 16, 32, 64, 128, 256, 512, 1024):
+        width = 4096
+        rows = max(1, kilobytes * 512 // width)
+        row = _decode(bench, rows, width)
+        bench.keep(row)
+        times = {name: round(median(found), 1) for name, found in row["times"].items()}
+        lines.append(f"{kilobytes} KB: {times} {row['wrong'] or ''}")
+        bench.say(lines[-1])
+
+
+def _decode(bench: Bench, rows: int, width: int) -> dict[str, Any]:
+    x = bench.random(rows, width, seed=3)
+    residual = torch.ones_like(x)
+    gain = torch.ones(width, dtype=DTYPE, device=bench.device)
+    exact = x.float()
+    dist.all_reduce(exact)
+
+    def check(result: Any) -> str | None:
+        result = result[0] if isinstance(result, tuple) else result - 0
+        error = float((result.float() - exact).norm() / exact.norm())
+        return None if error < 5e-3 else f"off by {error:.2g}"
+
+    def check_total(result: Any) -> str | None:
+        error = float((result[0].float() - exact - 1).norm() / exact.norm())
+        return None if error < 8e-3 else f"off by {error:.2g}"
+
+    buffer = _symmetric(bench, rows, width)
+    buffer.copy_(x)
+    name = bench.group.group_name
+    out = torch.empty_like(x)
+
+    def nccl() -> Tensor:
+        out.copy_(x)
+        dist.all_reduce(out)
+        return out
+
+    def nccl_norm() -> Any:
+        return launch_norm(nccl(), residual, gain, 1e-5, 0.0)
+
+    one = OneShot(bench.peers, x.numel(), bench.waiting)
+    two = TwoShot(bench.peers, rows, width, DTYPE, bench.cores, bench.waiting)
+    normed = OneShotAddNorm(bench.peers, rows, width, bench.waiting)
+
+    def ours_two() -> Tensor:
+        two.operand(rows).copy_(x)
+        return two(rows)
+
+    candidates: dict[str, tuple[Run, Callable[[Any], str | None]]] = {
+        "NCCL": (nccl, check),
+        "one_shot_all_reduce": (
+            lambda: torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", name), check,
+        ),
+        "ours one-shot": (lambda: one(x), check),
+        "ours two-shot": (ours_two, check),
+        "NCCL, norm": (nccl_norm, check_total),
+        "ours one-shot, norm": (lambda: normed(x, residual, gain, 1e-5), check_total),
+    }  # fmt: skip
+    runs, wrong = {}, {}
+    for label, (run, checked) in candidates.items():
+        made = bench.right(lambda run=run: run, checked)
+        if isinstance(made, str):
+            wrong[label] = made
+        else:
+            runs[label] = made
+    return {
+        "part": "decode", "shape": [rows, width], "bytes": 2 * rows * width,
+        "times": bench.times(runs, 20), "wrong": wrong,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parts", default="decode,linear")
+    parser.add_argument("--ways", default="others,two-shot,chunks,persistent")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--verbose", action="store_true", help="tracebacks of what fails")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=100)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if "RANK" not in os.environ:
+        there = torch.cuda.device_count()
+        if there < arguments.ranks:
+            raise SystemExit(f"{arguments.ranks} ranks, and torch finds {there} GPUs")
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command = [sys.executable, *launcher, str(arguments.ranks), *sys.argv]
+        os.execv(sys.executable, command)
+    # A rank that hangs says where, and ends.
+    faulthandler.dump_traceback_later(arguments.seconds + 60, exit=True)
+    try:
+        bench = Bench(arguments)
+        for part in arguments.parts.split(","):
+            PARTS[part](bench)
+    except Exception:
+        rank = os.environ["RANK"]
+        for line in traceback.format_exc().splitlines():
+            print(f"rank {rank}: {line}", file=sys.stderr, flush=True)
+        os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)  # not through the communicators of recorded graphs
+
+
+PARTS = {"linear": linear_part, "decode": decode_part}
+
+
+if __name__ == "__main__":
+    main()
