@@ -10,7 +10,7 @@ Layout letters: M tokens, K a rank's features in, N features out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,30 +88,36 @@ class ChunkedLinear:
             self._part = torch.empty(-(-room // 2), columns, dtype=dtype, device=peers.device)
         self._copies = torch.cuda.Stream(peers.device)
 
-    def __call__(self, x: Tensor, weight: Tensor, chunks: Sequence[int]) -> Tensor:
+    def __call__(
+        self, x: Tensor | Callable[[slice], Tensor], weight: Tensor, chunks: Sequence[int]
+    ) -> Tensor:
         """Return the sum of the ranks' x weight^T: [M, K] and [N, K] to [M, N].
 
         Args:
+            x: Or what computes some rows of it, while those before are on their way.
             chunks: Rows of each; together M / 2, those that a rank sums.
         """
         own, other = self.memory.rank, 1 - self.memory.rank
-        out, theirs = (self._places.of(self.memory, len(x), rank) for rank in (own, other))
+        count = 2 * sum(chunks)
+        out, theirs = (self._places.of(self.memory, count, rank) for rank in (own, other))
+        part_of = x.__getitem__ if isinstance(x, Tensor) else x
         self._places.turn()
         main, matrix = torch.cuda.current_stream(), weight.t()
         self._copies.wait_stream(main)
         first = other * sum(chunks)
         for index, rows in enumerate(_rows_of(other, chunks)):
             if self._part is None:
-                torch.mm(x[rows], matrix, out=theirs[rows])
+                torch.mm(part_of(rows), matrix, out=theirs[rows])
                 self._copies.wait_stream(main)
             else:
                 part = self._part[rows.start - first : rows.stop - first]
-                torch.mm(x[rows], matrix, out=part)
+                torch.mm(part_of(rows), matrix, out=part)
                 self._copy(theirs[rows], part)
             self._signal(index)
         for index, rows in enumerate(_rows_of(own, chunks)):
+            own_part = part_of(rows)
             self._wait(index)
-            out[rows].addmm_(x[rows], matrix)
+            out[rows].addmm_(own_part, matrix)
             self._copy(theirs[rows], out[rows])
             self._signal(len(chunks) + index)
         main.wait_stream(self._copies)

@@ -13,8 +13,8 @@ Source: FastAttention, arXiv 2410.16663, section on tiling-AllReduce; the terms 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 How = Literal["persistent", "chunks", "two-shot", "one-shot", "library"]
@@ -62,6 +62,7 @@ class ReductionFigures:
         one_shot_bytes: Up to how many bytes a rank sends all it has to all.
         one_shot: Seconds that this takes.
         programs: Of the kernel that sums by two shots.
+        attention_flops: Operations a second of attention over many tokens.
         tiles: Of the persistent kernel.
     """
 
@@ -77,6 +78,7 @@ class ReductionFigures:
     one_shot_bytes: int
     one_shot: float
     programs: int
+    attention_flops: float
     tiles: LinearTiles
 
 
@@ -168,6 +170,63 @@ def plan_linear(
         if plan is not best
     }
     return LinearPlan(best.how, best.seconds, best.stages, best.chunks, others)
+
+
+def plan_attention_linear(
+    rows: int, columns: int, depth: int, ranks: int, figures: ReductionFigures, *, past: int = 0
+) -> LinearPlan:
+    """Return the fastest plan of causal attention, its output projection and the sum over ranks.
+
+    In chunks, attention of the next rows runs while a chunk's results are sent; else attention
+    comes first, as a whole, and the projection is summed as `plan_linear` says.
+
+    Args:
+        rows, columns: Query tokens of one text, outputs.
+        depth: A rank's heads times their size.
+        past: Keys in front of the first query.
+    """
+
+    def attend(start: int, stop: int) -> float:
+        keys = past + (start + stop) / 2
+        return 4.0 * (stop - start) * keys * depth / figures.attention_flops
+
+    linear = plan_linear(rows, columns, depth, ranks, figures)
+    whole = attend(0, rows)
+    first = Stage(whole + linear.stages[0].compute, linear.stages[0].send)
+    stages = (first, *linear.stages[1:])
+    apart = LinearPlan(linear.how, whole + linear.seconds, stages, linear.chunks)
+    cut = _attention_chunks(rows, columns, depth, ranks, figures, attend)
+    if isinstance(cut, str):
+        return replace(apart, others={"chunks": cut})
+    if cut.seconds < apart.seconds:
+        return replace(cut, others={f"attention, then {apart.how}": apart.seconds})
+    return replace(apart, others={"chunks of attention": cut.seconds})
+
+
+def _attention_chunks(
+    rows: int,
+    columns: int,
+    depth: int,
+    ranks: int,
+    figures: ReductionFigures,
+    attend: Callable[[int, int], float],
+) -> LinearPlan | str:
+    if ranks != 2:
+        return f"of 2 ranks, and there are {ranks}"
+    best: LinearPlan | None = None
+    for chunks in chunkings(rows // 2, rows - rows // 2):
+        # Of the first rank, which begins with the rows behind; the other has as much to do.
+        stages, start = [], rows // 2
+        for size in (*chunks, *chunks):
+            start %= rows
+            compute = attend(start, start + size) + product_seconds(size, columns, depth, figures)
+            send = figures.signal + 2.0 * size * columns / figures.copy_engine
+            stages.append(Stage(compute, send))
+            start += size
+        seconds = overlapped(stages) + figures.signal
+        if best is None or seconds < best.seconds:
+            best = LinearPlan("chunks", seconds, tuple(stages), chunks)
+    return best or f"{rows} rows, which are not cut"
 
 
 def _library(rows: int, columns: int, depth: int, figures: ReductionFigures) -> LinearPlan:

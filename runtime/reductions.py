@@ -22,7 +22,12 @@ from graphopt.runtime.fused import HALF
 from graphopt.runtime.peer_linear import ChunkedLinear, PersistentLinear, SummedLinear
 from graphopt.runtime.peer_memory import Peers, peers_of, why_out_of_reach
 from graphopt.runtime.peer_reduce import OneShot, OneShotAddNorm, TwoShot, Waiting
-from graphopt.runtime.reduction_plan import LinearPlan, ReductionFigures, plan_linear
+from graphopt.runtime.reduction_plan import (
+    LinearPlan,
+    ReductionFigures,
+    plan_attention_linear,
+    plan_linear,
+)
 
 T = TypeVar("T")
 
@@ -114,8 +119,7 @@ class RankReductions:
         flat, kind, room = _rows_of(x), x.dtype, _room(rows)
         shape = (room, columns, kind)
         if plan.how == "chunks":
-            chunked = self._kept(("chunks", *shape), lambda: ChunkedLinear(peers, *shape, waiting))
-            out = chunked(flat, weight, plan.chunks)
+            out = self._chunked(*shape, peers, waiting)(flat, weight, plan.chunks)
         elif plan.how == "persistent":
             persistent = self._kept(
                 ("persistent", *shape),
@@ -128,6 +132,40 @@ class RankReductions:
             )
             out = summed(flat, weight, bias)
         return out.view(*x.shape[:-1], columns)
+
+    def attention_linear_all_reduce(
+        self, attend: Callable[[slice], Tensor], rows: int, weight: Tensor, past: int = 0
+    ) -> Tensor:
+        """Return the sum over the ranks of x weight^T, where x is what an attention makes.
+
+        Where the plan is one of chunks, attention of the next rows runs while the results of those
+        before are sent.
+
+        Args:
+            attend: From some of the rows, in any order, to the attention's output there, [n, K], a
+                rank's heads side by side.
+            rows: Query tokens, M, of one text.
+            weight: [N, K].
+            past: Keys in front of the first query.
+        """
+        reach = self._reach(weight)
+        columns, depth = weight.shape
+        if reach is not None:
+            figures, peers, waiting = reach
+            plan = plan_attention_linear(rows, columns, depth, peers.ranks, figures, past=past)
+            if plan.how == "chunks":
+                return self._chunked(_room(rows), columns, weight.dtype, peers, waiting)(
+                    attend, weight, plan.chunks
+                )
+        return self.linear_all_reduce(attend(slice(0, rows)), weight)
+
+    def _chunked(
+        self, room: int, columns: int, dtype: torch.dtype, peers: Peers, waiting: Waiting
+    ) -> ChunkedLinear:
+        return self._kept(
+            ("chunks", room, columns, dtype),
+            lambda: ChunkedLinear(peers, room, columns, dtype, waiting),
+        )
 
     def _plan(
         self, rows: int, columns: int, depth: int, bias: bool, figures: ReductionFigures, ranks: int

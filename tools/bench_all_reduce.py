@@ -39,7 +39,9 @@ os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from graphopt.lowering.kernels.triton import reduction_figures
 from graphopt.runtime.fused import launch_norm
@@ -50,6 +52,7 @@ from graphopt.runtime.reduction_plan import (
     LinearTiles,
     ReductionFigures,
     chunkings,
+    plan_attention_linear,
     plan_linear,
 )
 from graphopt.targets import get_target
@@ -233,19 +236,19 @@ def median(row: dict[str, Any]) -> float:
 
 def linear_part(bench: Bench) -> None:
     ways = bench.arguments.ways.split(",")
-    shapes = SHAPES[: bench.arguments.shapes]
-    lines = []
-    for shape in shapes:
+    rows = []
+    for shape in SHAPES[: bench.arguments.shapes]:
         if bench.over():
             bench.say(f"left out for want of time: {shape} and what follows")
             break
-        row = _linear(bench, shape, ways)
-        bench.keep(row)
-        lines.append(_line(row))
-        bench.say(lines[-1])
-    bench.say("\n== linears, microseconds: ours is the fastest of ours")
-    for line in lines:
-        bench.say(line)
+        rows.append(_linear(bench, shape, ways))
+        bench.keep(rows[-1])
+        bench.say(_line(rows[-1]))
+    bench.say(
+        "\nM, K, N: GEMM, NCCL | GEMM, two-shot | fused | ours | times faster than NCCL | hidden"
+    )
+    for row in rows:
+        bench.say(_summary(row))
 
 
 def _linear(bench: Bench, shape: tuple[int, int, int], ways: Sequence[str]) -> dict[str, Any]:
@@ -425,17 +428,29 @@ def _line(row: dict[str, Any]) -> str:
             eager = "" if row["times"][name]["graph"] else " (no graph)"
             text += f" {name} {times[name]:.0f}{eager};"
     ranked = sorted(ours.items(), key=lambda found: found[1])
-    for name, value in ranked[: 12 if len(ranked) > 6 else 6]:
+    for name, value in ranked[:14]:
         text += f"\n    {name}: {value:.0f}"
-    if ranked:
-        best = ranked[0][1]
-        if "GEMM, NCCL" in times:
-            text += f"\n    {times['GEMM, NCCL'] / best:.2f} times as fast as GEMM, NCCL"
-        if "GEMM" in times and "our two-shot" in times:
-            sums = [times[name] for name in ("NCCL", "two-shot", "our two-shot")]
-            apart, shorter = times["GEMM"] + min(sums), min(times["GEMM"], min(sums))
-            text += f"; {(apart - best) / shorter:.0%} of the shorter hidden"
     return text + f"\n    plan: {row['plan']}"
+
+
+def _summary(row: dict[str, Any]) -> str:
+    times = {name: median(found) for name, found in row["times"].items()}
+    ours = {name: value for name, value in times.items() if name.startswith("ours ")}
+    texts = [
+        f"{times[name]:.0f}" if name in times else "-"
+        for name in ("GEMM, NCCL", "GEMM, two-shot", "fused_matmul_reduce_scatter")
+    ]
+    if not ours:
+        return f"{row['shape']}: {' | '.join(texts)} | none of ours"
+    name = min(ours, key=lambda one: ours[one])
+    texts.append(f"{ours[name]:.0f} ({name.removeprefix('ours ')})")
+    if "GEMM, NCCL" in times:
+        texts.append(f"{times['GEMM, NCCL'] / ours[name]:.2f}")
+    sums = [times[one] for one in ("NCCL", "two-shot", "our two-shot") if one in times]
+    if sums:
+        apart, shorter = times["GEMM"] + min(sums), min(times["GEMM"], min(sums))
+        texts.append(f"{(apart - ours[name]) / shorter:.0%}")
+    return f"{row['shape']}: {' | '.join(texts)}"
 
 
 def decode_part(bench: Bench) -> None:
@@ -510,6 +525,88 @@ def _decode(bench: Bench, rows: int, width: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def attention_part(bench: Bench) -> None:
+    for tokens in (4096, 16384):
+        row = _attention(bench, tokens)
+        bench.keep(row)
+        times = {name: round(median(found)) for name, found in row["times"].items()}
+        bench.say(f"attention of {tokens} tokens: {times} {row['wrong'] or ''}")
+        bench.say(f"    plan: {row['plan']}")
+
+
+def _attention(bench: Bench, tokens: int) -> dict[str, Any]:
+    heads, size, columns = 32, 128, 8192
+    depth = heads * size
+    q, k, v = (bench.random(1, heads, tokens, size, seed=seed) for seed in (4, 5, 6))
+    weight = bench.random(columns, depth, seed=7, scale=depth**-0.5)
+    matrix = weight.t()
+
+    def attend(rows: slice) -> Tensor:
+        # Queries are the last of the keys they see.
+        mask = causal_lower_right(rows.stop - rows.start, rows.stop)
+        out = F.scaled_dot_product_attention(
+            q[:, :, rows], k[:, :, : rows.stop], v[:, :, : rows.stop], attn_mask=mask
+        )
+        return out.transpose(1, 2).reshape(-1, depth)
+
+    def whole() -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out.transpose(1, 2).reshape(-1, depth)
+
+    exact = whole().float() @ weight.float().t()
+    dist.all_reduce(exact)
+    size_of_exact = exact.norm()
+
+    def check(result: Any) -> str | None:
+        error = float((result.float() - exact).norm() / size_of_exact)
+        return None if error < 8e-3 else f"off by {error:.2g}"
+
+    out = torch.empty(tokens, columns, dtype=DTYPE, device=bench.device)
+
+    def nccl() -> Tensor:
+        torch.mm(whole(), matrix, out=out)
+        dist.all_reduce(out)
+        return out
+
+    buffer = _symmetric(bench, tokens, columns)
+
+    def two_shot() -> Tensor:
+        torch.mm(whole(), matrix, out=buffer)
+        torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", bench.group.group_name)
+        return buffer
+
+    chunked = ChunkedLinear(bench.peers, tokens, columns, DTYPE, bench.waiting)
+    tiles = bench.figures.tiles
+    persistent = PersistentLinear(
+        bench.peers, tokens, columns, DTYPE, tiles, bench.cores, bench.waiting
+    )
+    plan = plan_attention_linear(tokens, columns, depth, bench.ranks, bench.figures)
+    cuts = [chunks for chunks in chunkings(tokens // 2, tokens // 2) if len(chunks) in (1, 3, 5)]
+    candidates: dict[str, Run] = {
+        "attention, GEMM, NCCL": nccl,
+        "attention, GEMM, two-shot": two_shot,
+        "attention, ours persistent": lambda: persistent(whole(), weight),
+    }
+    for chunks in dict.fromkeys([*cuts, *([plan.chunks] if plan.chunks else [])]):
+        candidates[f"ours chunks {'+'.join(map(str, chunks))}"] = lambda chunks=chunks: chunked(
+            attend, weight, chunks
+        )
+    runs: dict[str, Run] = {}
+    wrong = {}
+    for name, run in candidates.items():
+        made = bench.right(lambda run=run: run, check)
+        if isinstance(made, str):
+            wrong[name] = made
+        else:
+            runs[name] = made
+    runs["attention"] = whole
+    runs["attention, GEMM"] = lambda: torch.mm(whole(), matrix, out=out)
+    return {
+        "part": "attention", "shape": [tokens, depth, columns], "times": bench.times(runs, PER),
+        "wrong": wrong, "plan": plan.line(),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default="decode,linear")
@@ -543,7 +640,7 @@ def main() -> None:
     os._exit(0)  # not through the communicators of recorded graphs
 
 
-PARTS = {"linear": linear_part, "decode": decode_part}
+PARTS = {"linear": linear_part, "decode": decode_part, "attention": attention_part}
 
 
 if __name__ == "__main__":

@@ -208,6 +208,7 @@ class ReductionsTable(Schema):
     one_shot_bytes: Size
     one_shot: Seconds
     programs: Size
+    attention_flops: Rate
     tiles: LinearTilesTable
 
 
