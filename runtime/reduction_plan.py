@@ -311,7 +311,7 @@ def chunkings(low: int, high: int) -> list[tuple[int, ...]]:
     for count in range(1, MOST_CHUNKS + 1):
         sizes, left = [], low
         for _ in range(count - 1):
-            size = max(128, left // 2 // 128 * 128)
+            size = -(-left // 256) * 128
             sizes.append(size)
             left -= size
         if left < 128:

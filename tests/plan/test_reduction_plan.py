@@ -1,0 +1,150 @@
+"""Plans of linears that are summed over ranks: the formula, beside a simulation tile by tile."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphopt.lowering.kernels.triton import reduction_figures
+from graphopt.plan.rank_schedule import Machine, Work, simulate, tiles_of_ranks
+from graphopt.runtime.reduction_plan import (
+    Stage,
+    chunkings,
+    overlapped,
+    plan_attention_linear,
+    plan_linear,
+    product_seconds,
+    sent_bytes,
+)
+from graphopt.targets import get_target
+
+FIGURES = reduction_figures(get_target("hopper"))
+assert FIGURES is not None
+SHAPES = [
+    (1024, 8192, 4096), (4096, 8192, 4096), (16384, 8192, 4096),
+    (1024, 8192, 14336), (4096, 8192, 14336), (16384, 8192, 14336),
+    (1024, 4096, 2048), (4096, 4096, 2048), (16384, 4096, 2048),
+]  # fmt: skip
+seconds = st.floats(1e-6, 1e-3)
+stages = st.lists(st.builds(Stage, seconds, seconds), min_size=1, max_size=8)
+
+
+@given(stages)
+def test_overlapped_stages_lie_between_their_bounds(parts):
+    computed, sent = sum(p.compute for p in parts), sum(p.send for p in parts)
+    found = overlapped(parts)
+    tolerance = 1e-12
+    assert found <= computed + sent + tolerance
+    assert found >= max(computed + parts[-1].send, parts[0].compute + sent) - tolerance
+
+
+@given(stages)
+def test_the_formula_is_what_one_core_and_one_link_do(parts):
+    """A core with one buffer hands a stage on when the one before is sent: the formula's maxima."""
+    link = 1e9
+    work = [[Work(p.compute, ((1, p.send * link),)) for p in parts], []]
+    found = simulate(work, Machine(cores=1, link=link, signal=0.0))
+    serial = sum(p.compute + p.send for p in parts)
+    # The core may begin a stage before the link is through with the one before: not later.
+    assert found.seconds <= overlapped(parts) + 1e-12 <= serial + 2e-12
+
+
+@pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES)
+def test_the_formula_agrees_with_tiles_one_by_one(rows, columns, depth):
+    tiles = FIGURES.tiles
+    count = -(-rows // tiles.rows) * -(-columns // tiles.columns)
+    compute = 2.0 * tiles.rows * tiles.columns * depth * FIGURES.cores / FIGURES.tile_flops
+    size = 2.0 * tiles.rows * tiles.columns
+    machine = Machine(FIGURES.cores, FIGURES.link, FIGURES.signal, FIGURES.launch)
+    found = simulate(tiles_of_ranks(count, 2, compute, size), machine)
+    only = dataclasses.replace(FIGURES, copy_engine=1.0, link=FIGURES.link, library=1.0)
+    plan = plan_linear(rows, columns, depth, 2, only)
+    told = plan.seconds if plan.how == "persistent" else plan.others["persistent"]
+    # Cores that wait for the link fall out of step, and then wait less than whole waves would.
+    assert 0.75 * told <= found.seconds <= 1.1 * told
+    serial = machine.start + -(-count // FIGURES.cores) * compute
+    serial += sent_bytes(rows, columns, 2) / FIGURES.link + 2 * FIGURES.signal
+    assert found.seconds <= serial
+    for rank in range(2):
+        hidden = found.overlap(rank)
+        shorter = min(found.busy(rank, "compute"), found.busy(rank, "send"))
+        # What one wave computes is sent when nothing is left to compute.
+        assert (hidden > 0) == (count > FIGURES.cores)
+        if rows >= 4096:
+            assert hidden >= 0.6 * shorter
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(2, 4), st.integers(1, 6), st.floats(1e-6, 1e-4),
+    st.floats(1e-7, 1e-4),
+)  # fmt: skip
+def test_no_schedule_is_longer_than_one_thing_after_the_other(tiles, ranks, cores, compute, send):
+    link = 1e9
+    work = tiles_of_ranks(tiles, ranks, compute, send * link)
+    found = simulate(work, Machine(cores, link, signal=1e-6))
+    waves = -(-tiles // cores)
+    # A rank sends a tile once to the one that sums it, and each sum to all others.
+    most = 2 * -(-tiles // ranks) * send + tiles * send
+    assert found.seconds <= waves * compute * ranks + most * ranks + 4e-6 * tiles
+    done = {(span.rank, span.number) for span in found.spans if span.what == "compute"}
+    assert done == {(rank, tile) for rank in range(ranks) for tile in range(tiles)}
+    assert found.seconds >= waves * compute
+
+
+def test_ranks_that_wait_for_each_other_are_said_to():
+    work = [[Work(1.0, (), ((1, 0),))], [Work(1.0, (), ((0, 0),))]]
+    with pytest.raises(ValueError, match="without end"):
+        simulate(work, Machine(1, 1e9, 0.0))
+
+
+@pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES)
+def test_no_plan_is_slower_than_the_library_or_two_shots(rows, columns, depth):
+    plan = plan_linear(rows, columns, depth, 2, FIGURES)
+    product = product_seconds(rows, columns, depth, FIGURES)
+    library = product + FIGURES.library_start + 2.0 * rows * columns / FIGURES.library
+    two_shot = product + 2 * FIGURES.signal + sent_bytes(rows, columns, 2) / FIGURES.link
+    assert plan.seconds <= min(library, two_shot) + 1e-12
+    assert plan.seconds >= product - FIGURES.launch
+    assert set(plan.others) | {plan.how} == {
+        "persistent", "chunks", "two-shot", "one-shot", "library"
+    }  # fmt: skip
+
+
+def test_few_bytes_are_sent_in_one_trip_and_no_gain_leaves_it_to_the_library():
+    assert plan_linear(1, 4096, 4096, 2, FIGURES).how == "one-shot"
+    slow = dataclasses.replace(FIGURES, link=1e9, copy_engine=1e9, tile_flops=1e14)
+    plan = plan_linear(4096, 8192, 4096, 2, slow)
+    assert plan.how == "library"
+    assert plan.line().startswith("library, ") and "two-shot" in plan.line()
+
+
+def test_reasons_against_plans_are_told():
+    plan = plan_linear(4096, 8192, 4096, 4, FIGURES)
+    assert plan.others["chunks"] == "of 2 ranks, and there are 4"
+    biased = plan_linear(4096, 8192, 4096, 2, FIGURES, bias=True)
+    assert "no place for a bias" in str(biased.others["chunks"])
+    assert "no one-shot: for up to" in biased.line()
+
+
+@given(st.integers(128, 20000))
+def test_chunks_are_all_of_a_share(rows):
+    for chunks in chunkings(rows, rows):
+        assert sum(chunks) == rows and min(chunks) >= 128
+        assert list(chunks) == sorted(chunks, reverse=True)
+    assert chunkings(rows, rows + 1) == []
+
+
+@pytest.mark.parametrize("rows", [4096, 16384])
+def test_attention_in_chunks_hides_what_is_sent(rows):
+    fast = dataclasses.replace(FIGURES, tile_flops=3e14)
+    plan = plan_attention_linear(rows, 8192, 4096, 2, fast)
+    assert plan.how == "chunks" and sum(plan.chunks) == rows // 2
+    (told,) = plan.others.values()
+    assert isinstance(told, float) and plan.seconds < told
+    # As much is computed in chunks as at once, but for launches.
+    whole = plan_attention_linear(rows, 8192, 4096, 4, fast)
+    assert whole.others == {"chunks": "of 2 ranks, and there are 4"}
