@@ -14,6 +14,7 @@ import torch
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Program, resolve_attrs
 from graphopt.ir.ops.attention import SELECTED, is_general
+from graphopt.ir.ranks import group_of
 from graphopt.ir.weights import Weight
 from graphopt.pass_manager.contract import Pass
 from graphopt.storage.stored_weight import StoredWeight
@@ -46,21 +47,34 @@ class Emitted:
     fallbacks: list[tuple[str, str]] = field(default_factory=list)
 
 
-def check_placements(program: Program) -> None:
-    """Refuse a program that is to run on devices of its choice: emitters write for one.
+def check_placements(program: Program, *, ranks: bool) -> None:
+    """Refuse a program that is to run on devices of its choice.
+
+    Args:
+        ranks: The form may be one for several ranks, each of which runs all of the program's calls
+            on its own part of the weights.
 
     Raises:
         LoweringError: Naming what is placed, and where.
     """
+    group = group_of(program) if ranks else ()
     placed = [(f"Weight {w.name!r}", w.placement) for w in program.weights]
     placed += [(f"State {s.name!r}", s.placement) for s in program.states.values()]
     placed += [(f"The call at {c.path or c.function!r}", c.placement) for c in program.calls]
     for what, placement in placed:
-        if placement is not None:
+        if placement is None or (group and placement.devices == group):
+            continue
+        if group:
             raise LoweringError(
-                f"{what} is {placement}, and emitted models run on one device.",
-                "Take the placements out of the program.",
+                f"{what} is {placement}, and other parts of the program are on {', '.join(group)}.",
+                "Place all that is placed on the same devices, one a rank.",
             )
+        raise LoweringError(
+            f"{what} is {placement}, and emitted models run on one device.",
+            "Emit torch alone, which has a form for several ranks, or leave shard out."
+            if len(placement.devices) > 1
+            else "Take the placements out of the program.",
+        )
 
 
 def check_attentions(program: Program, where: str) -> None:
@@ -108,10 +122,12 @@ class Emitter(ABC):
     Attributes:
         name: What `--emit` calls the form.
         shares: It can read weights where another form has stored them, so it is written last.
+        for_ranks: It writes programs whose weights are split over several devices.
     """
 
     name: ClassVar[str]
     shares: ClassVar[bool] = False
+    for_ranks: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, program: Program, target: str) -> None:

@@ -165,8 +165,8 @@ class Emission:
         return Estimate(seconds, peak, forms, expected.passes)
 
     def check(self, program: Program) -> None:
-        check_placements(program)
         for emitter in self.emitters:
+            check_placements(program, ranks=emitter.for_ranks)
             emitter.check(program, self.target)
             if self.strict:
                 self._refuse(emitter.fallbacks(program, self.target))

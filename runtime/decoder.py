@@ -221,7 +221,9 @@ class Decoder:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # What kernels make once for a stream is then a part of no plan of the arena.
-        with torch.cuda.graph(graph, stream=None if self.arena is None else stream):
+        own = None if self.arena is None else stream
+        # Threads of NCCL ask for its events meanwhile, which is no concern of the recording.
+        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
             self._advance()
         for now, value in zip(moved, before, strict=True):
             now.copy_(value)

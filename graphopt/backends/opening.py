@@ -12,8 +12,10 @@ from graphopt.execute.language_model import LanguageModel, ProgramModel
 from graphopt.files.confined import folder_inside
 from graphopt.ir.context import context_length
 from graphopt.ir.graph import Program
+from graphopt.ir.ranks import group_of
 from graphopt.sources.base import output_tokenizer
 from graphopt.support.devices import AUTO, usable_device
+from graphopt.support.launched import launched
 
 
 def open_language_model(
@@ -75,7 +77,16 @@ def open_language_model(
             "Give a model folder, a .gguf file or 'demo'; `graphopt inspect` takes a config.",
         )
     itemsize = 2 if backend == "torch" and is_for_gpu(root) else 4
-    placement = place(device, backend, weight_bytes(program, itemsize))
+    # A program is run as one of simulated ranks in this process.
+    ranks = len(group_of(program)) if backend == "torch" else 0
+    if ranks and launched() is not None:
+        raise UsageError(
+            f"The model is split over {ranks} devices, for which graphopt starts ranks, and this "
+            "process is a rank already.",
+            "Run one graphopt, without --ranks and torchrun; or, without graphopt, `torchrun "
+            f"--nproc-per-node {ranks} {root / 'model.py'}`.",
+        )
+    placement = place(device, backend, weight_bytes(program, itemsize), ranks)
     if offload:
         _check_offload(program, backend, placement)
     model: LanguageModel

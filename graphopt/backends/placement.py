@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from graphopt.errors import UsageError
+from graphopt.errors import GraphoptError, UsageError
 from graphopt.ir.graph import Program
 from graphopt.support.devices import AUTO, describe_device, found_gpu, free_bytes, usable_device
 
@@ -22,19 +22,23 @@ class Placement:
     """Where a model runs.
 
     Attributes:
-        device: The device.
+        device: The device; of several ranks what theirs are called without a number.
         why: Why it is not the GPU that is here; empty where there is none, or it is.
+        ranks: How many processes run it, each on a device of its own; 0 for this one alone.
     """
 
     device: torch.device
     why: str = ""
+    ranks: int = 0
 
     def sentence(self, backend: str) -> str:
         """Return what is said of it, in one line."""
-        return f"{backend} on {describe_device(self.device)}{f': {self.why}' if self.why else ''}"
+        where = f"{self.ranks} ranks on " if self.ranks else ""
+        where += describe_device(self.device)
+        return f"{backend} on {where}{f': {self.why}' if self.why else ''}"
 
 
-def place(name: str, backend: Backend, weight_bytes: int) -> Placement:
+def place(name: str, backend: Backend, weight_bytes: int, ranks: int = 0) -> Placement:
     """Return where a form of a model runs.
 
     Args:
@@ -42,11 +46,15 @@ def place(name: str, backend: Backend, weight_bytes: int) -> Placement:
             whose weights have room in its memory, and otherwise the CPU.
         backend: The form.
         weight_bytes: What its weights take as it computes with them.
+        ranks: Over how many devices they are split; 0 for one device.
 
     Raises:
-        UsageError: There is no such device, or ONNX is to run on a GPU.
-        GraphoptError: The device cannot be used here.
+        UsageError: There is no such device, or ONNX is to run on a GPU; or one device is named for
+            several ranks.
+        GraphoptError: The device cannot be used here, or there are fewer than ranks.
     """
+    if ranks:
+        return _place_ranks(name, weight_bytes, ranks)
     if name != AUTO:
         device = usable_device(name)
         if backend == "onnx" and device.type != "cpu":
@@ -66,6 +74,42 @@ def place(name: str, backend: Backend, weight_bytes: int) -> Placement:
         sizes = f"{weight_bytes / 1e9:.1f} GB of weights, and {free / 1e9:.1f} GB are free"
         return Placement(cpu, f"{sizes} on {describe_device(gpu)}")
     return Placement(gpu)
+
+
+def _place_ranks(name: str, weight_bytes: int, ranks: int) -> Placement:
+    """Return where the ranks of a model run: each on a GPU of its own, or all on the CPU."""
+    split = f"The model is split over {ranks} devices"
+    if name != AUTO:
+        device = usable_device(name)
+        if device.index is not None:
+            raise UsageError(
+                f"{split}, and {name!r} is one.",
+                f"Give --device {device.type}, of which each rank takes its own; or compile "
+                "without shard.",
+            )
+        here = 0 if device.type == "cpu" else torch.get_device_module(device).device_count()
+        if device.type != "cpu" and here < ranks:
+            raise GraphoptError(
+                f"{split}, and torch finds {here} of {name!r} here.",
+                "Leave --device out to run it on the CPU; or compile with another shard{tp}, or "
+                "without.",
+            )
+        return Placement(device, ranks=ranks)
+    cpu = torch.device("cpu")
+    gpu = found_gpu()
+    if gpu is None:
+        return Placement(cpu, ranks=ranks)
+    here = torch.cuda.device_count()
+    if here < ranks:
+        why = f"it is split over {ranks} devices, and torch finds {here} of 'cuda' here"
+        return Placement(cpu, why, ranks)
+    for number in range(ranks):
+        one = torch.device("cuda", number)
+        free, needed = free_bytes(one), weight_bytes / ranks
+        if needed > free * ROOM_FOR_THE_REST:
+            sizes = f"{needed / 1e9:.1f} GB of weights a rank, and {free / 1e9:.1f} GB are free"
+            return Placement(cpu, f"{sizes} on {describe_device(one)}", ranks)
+    return Placement(gpu, ranks=ranks)
 
 
 def weight_bytes(program: Program, itemsize: int) -> int:

@@ -152,6 +152,10 @@ class BodyPrinter(FunctionPrinter):
     def name(self, value: Value) -> str:
         return self._inline[value] if value in self._inline else self._names[value]
 
+    def reads_once(self, value: Value) -> bool:
+        """Return whether one operand alone is this value, which is not known outside."""
+        return len(self._uses[value]) == 1 and value not in self._outside
+
     def target(self, value: Value) -> str:
         joined = value.node is not None and value.node.op in ("add_rms_norm", "transformed")
         unread = not self._uses[value] and value not in self._outside

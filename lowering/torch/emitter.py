@@ -12,6 +12,7 @@ from graphopt.errors import LoweringError
 from graphopt.files.safetensors import INDEX_NAME, WEIGHTS_NAME, SafetensorsWriter
 from graphopt.ir.dtypes import is_rounded
 from graphopt.ir.graph import Program
+from graphopt.ir.ranks import group_of
 from graphopt.ir.types import DTYPES
 from graphopt.ir.weights import Weight
 from graphopt.lowering.base import NOTHING, Emitted, Emitter
@@ -24,6 +25,7 @@ from graphopt.lowering.tokenizer import (
     write_generation,
     write_tokenizer,
 )
+from graphopt.lowering.torch import ranks
 from graphopt.lowering.torch.lowered_kernels import (
     FOLDER,
     LoweredKernels,
@@ -74,6 +76,8 @@ def _texts(program: Program, target: str) -> tuple[dict[str, str], LoweredKernel
         texts |= {f"{FOLDER}/{name}": text for name, text in kernels.files().items()}
     elif any(state.policy for state in program.states.values()):
         texts |= {f"{POLICY_FOLDER}/{name}": text for name, text in policy_package().items()}
+    if group_of(program):
+        texts |= {f"{ranks.FOLDER}/{name}": text for name, text in ranks.ranks_package().items()}
     return texts, kernels
 
 
@@ -107,6 +111,7 @@ class TorchEmitter(Emitter):
 
     name: ClassVar[str] = "torch"
     shares: ClassVar[bool] = True
+    for_ranks: ClassVar[bool] = True
 
     def __init__(self, *, in_compute_dtype: bool = True) -> None:
         self.in_compute_dtype = in_compute_dtype
@@ -159,7 +164,9 @@ class TorchEmitter(Emitter):
         files += [root / name for name in (WEIGHTS_NAME, INDEX_NAME) if (root / name).exists()]
         files += [*tokenizer, *write_generation(program, root)]
         notes += told
-        run = f"python {{out}}/{MODEL_NAME}"
+        count = len(group_of(program))
+        start = f"torchrun --nproc-per-node {count}" if count else "python"
+        run = f"{start} {{out}}/{MODEL_NAME}"
         needs = ["torch", "safetensors"] if kernels is None else kernels.packages
         names = [file.name for file in tokenizer]
         if TOKENIZER_NAME in names:

@@ -157,7 +157,7 @@ class ModelClass:
 
     def _empty_cache(self) -> list[str]:
         lines = ["    def empty_cache(self, batch: int = 1) -> list[KV]:"]
-        states = list(self.program.states.values())
+        states = [state.of_rank() for state in self.program.states.values()]
         if not states:
             return [
                 *lines,

@@ -16,8 +16,9 @@ from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.graph import Function, Node, Program, resolve_attrs
 from graphopt.ir.ops import is_aten
 from graphopt.ir.ops.attention import ATTENTIONS
+from graphopt.ir.ranks import group_of, is_sharded
 from graphopt.ir.shapes import infer_program
-from graphopt.lowering.torch import packed, step_template, template
+from graphopt.lowering.torch import packed, ranks, step_template, template
 from graphopt.lowering.torch.body import reads_present
 from graphopt.lowering.torch.classes import ModuleClass
 from graphopt.lowering.torch.lowered_kernels import (
@@ -38,6 +39,7 @@ _STANDARD = {
     "importlib": "import importlib.util",
     "inspect": "import inspect",
     "json": "import json",
+    "os": "import os",
     "re": "import re",
     "subprocess": "import subprocess",
     "sys": "import sys",
@@ -49,6 +51,7 @@ _STANDARD = {
 }
 _LIBRARIES = {
     "torch": "import torch",
+    "dist": "import torch.distributed as dist",
     "F": "import torch.nn.functional as F",
     "safe_open": "from safetensors import safe_open",
     "Tensor": "from torch import Tensor, nn",
@@ -88,26 +91,30 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
         parts.append(template.PACK.strip())
     used = [name for name in ahead if name in helpers]
     steps = _steps(program, classes, fixed_room=unmasked and with_kernels)
-    in_arena, apart = has_arena(steps), kernels is not None or whole.has_policies
+    of_ranks, in_arena = is_sharded(program), has_arena(steps)
+    apart = kernels is not None or whole.has_policies or of_ranks
     body = [
         "# What the layers are made of.",
         *([template.PACKAGE.strip()] if apart else []),
         *([template.kernels(kernels.device, used).strip()] if kernels else []),
         *([template.POLICIES.strip()] if whole.has_policies and not kernels else []),
+        *([template.RANKS.strip(), "\n".join(ranks.split_lines(program))] if of_ranks else []),
+        *ranks.functions(helpers.difference(ahead)),
         *_sources(helpers.difference(ahead)),
         "# The layers.",
         *parts,
         model,
         "# Loading and running.",
-        template.load(with_kernels).strip(),
+        *([template.OWN_PART.strip()] if of_ranks else []),
+        template.load(with_kernels, of_ranks).strip(),
         *([template.PACKAGE.strip()] if in_arena and not apart else []),
         steps,
-        template.generate(rotary_switch(program), in_arena).strip(),
+        template.generate(rotary_switch(program), in_arena, of_ranks).strip(),
         inspect.getsource(chat.render_chat).strip(),
         inspect.getsource(chat.chat_text).strip(),
         template.PROMPT.strip(),
         plain_text_source().strip(),
-        template.main(with_kernels, in_arena).strip(),
+        template.main(with_kernels, in_arena, of_ranks).strip(),
     ]
     text = "\n\n\n".join(body)
     head = [_docstring(program, kernels), "from __future__ import annotations"]
@@ -153,6 +160,8 @@ def arena_refused(program: Program) -> str | None:
     """Return why steps of a program have no arena; None if they may have one."""
     if not program.states:
         return "there is no KV cache: every step runs every text again, each of another length"
+    if is_sharded(program):
+        return "its ranks reduce values in place, which an arena cannot place"
     if any(state.policy for state in program.states.values()):
         return "policies of its KV cache remember what steps read: a step cannot be run twice"
     if any(state.layout.kind == "paged" for state in program.states.values()):
@@ -269,9 +278,14 @@ def _docstring(program: Program, kernels: LoweredKernels | None) -> str:
         needs += " and policies"
     prompts = "--prompt needs tokenizers, and jinja2 where the model has a chat template."
     rest = f"{origin}Needs {needs} beside this file. {prompts}"
-    usage = """
-    python model.py --prompt "What is the capital of France?"
-    python model.py 1 2 3 --new 16
+    start = "python"
+    if is_sharded(program):
+        count = len(group_of(program))
+        start = f"torchrun --nproc-per-node {count}"
+        needs += " and ranks"
+    usage = f"""
+    {start} model.py --prompt "What is the capital of France?"
+    {start} model.py 1 2 3 --new 16
 
     from model import generate, load
     print(generate(load(), [1, 2, 3], count=16))

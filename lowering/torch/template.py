@@ -26,13 +26,13 @@ def load(
     device: str | torch.device = {device},
     dtype: torch.dtype | None = None,
 ) -> Model:
-    """Return the model with the weights of `folder`, ready to run.
+    """Return the model with {whose} weights of `folder`, ready to run.
 
     Args:
         folder: Where `model.safetensors` is, or an index of the files that hold the weights.
-        dtype: Of the weights; {default}.
+{args}        dtype: Of the weights; {default}.
             Constants keep theirs, since rotary frequencies lose too much in 16 bits.
-    """
+{raises}    """
 {body}    index = Path(folder) / "model.safetensors.index.json"
     files: dict[str, list[str]] = {{}}
     if index.is_file():
@@ -42,9 +42,9 @@ def load(
         files["model.safetensors"] = []  # all that it holds
     weights: dict[str, Tensor] = {{}}
     for path, names in files.items():
-        with safe_open(Path(folder) / path, "pt", device=str(device)) as file:
+        with safe_open(Path(folder) / path, "pt", device=str({place})) as file:
             for name in names or file.keys():
-                value = file.get_tensor(name)
+                value = {value}
                 if name in CONSTANTS:
                     weights[name] = nn.Buffer(value)
                     continue
@@ -55,21 +55,58 @@ def load(
 '''
 
 
-def load(with_kernels: bool) -> str:
-    """Return the function that loads the weights."""
-    if not with_kernels:
-        return _LOAD.format(
-            device='"cpu"',
-            default="by default float32 on a CPU, else as stored",
-            body='    if dtype is None and torch.device(device).type == "cpu":\n'
-            "        dtype = torch.float32\n",
+_LOAD_OF_RANK = {
+    "whose": "this rank's part of the",
+    "args": """        device: `cpu`, or what each rank takes one of its own of, such as `cuda`.
+""",
+    "raises": """
+    Raises:
+        ranks.RankError: This is not one of RANKS processes that have the same package, each with a
+            device of its own.
+""",
+    "place": "mine.device",
+    "value": "own_part(file, name, mine.rank)",
+}
+_JOIN = """    mine = ranks.join(RANKS, device, Path(__file__).parent, Path(folder))
+"""
+_LOAD_WHOLE = {
+    "whose": "the",
+    "args": "",
+    "raises": "",
+    "place": "device",
+    "value": "file.get_tensor(name)",
+}
+
+OWN_PART = '''
+def own_part(file: Any, name: str, rank: int) -> Tensor:
+    """Return a rank's part of a tensor of a file, which is all that is read."""
+    # Where the layers differ, each has an entry of its own.
+    key = name if name in SPLIT else re.sub(r"\\.\\d+(?=\\.)", ".*", name)
+    return ranks.own_part(file, name, SPLIT.get(key, Split()), rank, RANKS)
+'''
+
+
+def load(with_kernels: bool, of_ranks: bool = False) -> str:
+    """Return the function that loads the weights.
+
+    Args:
+        of_ranks: Of a model for several ranks.
+    """
+    parts = _LOAD_OF_RANK if of_ranks else _LOAD_WHOLE
+    if with_kernels:
+        device, default = "DEVICE", "by default DTYPE on a GPU, else float32"
+        body = (
+            "    if dtype is None:\n"
+            '        dtype = torch.float32 if torch.device(device).type == "cpu" else DTYPE\n'
         )
-    return _LOAD.format(
-        device="DEVICE",
-        default="by default DTYPE on a GPU, else float32",
-        body="    if dtype is None:\n"
-        '        dtype = torch.float32 if torch.device(device).type == "cpu" else DTYPE\n',
-    )
+    else:
+        device, default = '"cpu"', "by default float32 on a CPU, else as stored"
+        body = (
+            '    if dtype is None and torch.device(device).type == "cpu":\n'
+            "        dtype = torch.float32\n"
+        )
+    body += _JOIN if of_ranks else ""
+    return _LOAD.format(device=device, default=default, body=body, **parts)
 
 
 PACKAGE = '''
@@ -99,6 +136,11 @@ def kernels(device: str, names: Sequence[str]) -> str:
     lines = "\n".join(f"{name} = kernels.{name}" for name in names)
     return _KERNELS.replace("{device}", device).replace("{names}", lines)
 
+
+RANKS = """
+ranks = package(Path(__file__).with_name("ranks"))
+Split = ranks.Split
+"""
 
 POLICIES = """
 policies = package(Path(__file__).with_name("policies"))
@@ -135,7 +177,7 @@ _GENERATE = '''
     Raises:
         ValueError: There is no text, one is empty, or the model has too few positions.
     """
-    several = len(ids) > 0 and isinstance(ids[0], list)
+{agreed}    several = len(ids) > 0 and isinstance(ids[0], list)
     texts = ids if several else [ids]
     longest = max(map(len, texts))
     if not all(texts):
@@ -171,12 +213,18 @@ _ABOUT_ARENA = """ With `arena`, which `arena_for` makes,
     steps write their results where those before did."""
 
 
-def generate(switch: int | None, with_arena: bool) -> str:
+_AGREED = """    # All ranks go on from the first one's texts, so that they take the same steps.
+    ids, count, stop = ranks.joined().of_first((ids, count, stop))
+"""
+
+
+def generate(switch: int | None, with_arena: bool, of_ranks: bool = False) -> str:
     """Return `generate`, and what it needs.
 
     Args:
         switch: Behind how many tokens frequencies change, if they do.
         with_arena: Whether steps may have an arena.
+        of_ranks: Of a model for several ranks.
     """
     text = _GENERATE.replace("{steps}", "steps" if switch is None else "steps_read_again")
     if switch is not None:
@@ -184,6 +232,7 @@ def generate(switch: int | None, with_arena: bool) -> str:
     for place, value in {
         "signature": _SIGNATURE_WITH_ARENA if with_arena else _SIGNATURE,
         "about": _ABOUT_ARENA if with_arena else "",
+        "agreed": _AGREED if of_ranks else "",
         "parameter": ", arena: Any = None" if with_arena else "",
         "argument": ", arena" if with_arena else "",
     }.items():
@@ -264,6 +313,14 @@ _OPTION = """    parser.add_argument(
 """
 _MADE = """    made = generate(load(device=options.device, dtype=dtype), ids, count, END)
 """
+_MADE_BY_RANKS = """    try:
+        model = load(device=options.device, dtype=dtype)
+    except ranks.RankError as error:  # which the ranks of a host have in common
+        parser.exit(2, "" if int(os.environ.get("LOCAL_RANK", 0)) else f"model.py: {error}\\n")
+    made = generate(model, ids, count, END)
+    if ranks.joined().rank != 0:
+        return
+"""
 _MADE_IN_ARENA = """    model = load(device=options.device, dtype=dtype)
     arena = arena_for(model) if options.arena else None
     made = generate(model, ids, count, END, arena)
@@ -272,8 +329,14 @@ _MADE_IN_ARENA = """    model = load(device=options.device, dtype=dtype)
 """
 
 
-def main(with_kernels: bool, with_arena: bool) -> str:
-    """Return the command line of the file."""
+def main(with_kernels: bool, with_arena: bool, of_ranks: bool = False) -> str:
+    """Return the command line of the file.
+
+    Args:
+        of_ranks: Of a model for several ranks, of which the first one prints.
+    """
     text = _MAIN.replace("{device}", "DEVICE" if with_kernels else '"cpu"')
     text = text.replace("{option}", _OPTION if with_arena else "")
+    if of_ranks:
+        return text.replace("{made}", _MADE_BY_RANKS)
     return text.replace("{made}", _MADE_IN_ARENA if with_arena else _MADE)

@@ -110,7 +110,7 @@ def test_what_does_not_split_evenly_is_refused(where, message):
         verify(placed(**where))
 
 
-@pytest.mark.parametrize("emitter", ["torch", "onnx", "hf"])
+@pytest.mark.parametrize("emitter", ["gguf", "onnx", "hf"])
 def test_emitters_write_for_one_device(emitter, tmp_path):
     for where in (
         {"weight": Placement(TWO, 0)},

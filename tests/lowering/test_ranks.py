@@ -1,0 +1,403 @@
+"""Packages for several ranks: their text, what each reads, and what they compute under gloo."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from emitted import load_file
+from hypothesis import given
+from hypothesis import strategies as st
+from programs import tiny_program
+from ranks import run_ranks
+from sharded import VOCAB, sharded_tiny
+
+from graphopt.backends.opening import open_language_model
+from graphopt.backends.placement import place
+from graphopt.compiler import emit
+from graphopt.errors import GraphoptError, LoweringError, UsageError
+from graphopt.files.safetensors import SafetensorsWriter
+from graphopt.generate.text_reader import TextReader
+from graphopt.ir import Array, Dequantised, Packed, Placement, Program, Weight
+from graphopt.ir.parts import rank_part
+from graphopt.ir.serialize import program_from_json, program_to_json
+from graphopt.lowering.torch import render_model, source_files
+from graphopt.lowering.torch.ranks import tensor_splits
+from graphopt.runtime import ranks
+from graphopt.runtime.package_digest import differences, package_digest
+from graphopt.runtime.split_weights import own_part
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "biases": {"bias": True, "norm": "layer", "tied": False, "window": 3, "sinks": True},
+    "slopes": {"alibi": True, "softcap": 2.0},
+    "one key head": {"kv_heads": 1, "layers": 3},
+}
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+def emit_both(features: dict[str, Any], folder: Path, target: str = "cpu") -> tuple[Path, Path]:
+    """Emit a program for two ranks and for one device; return their folders."""
+    folders = folder / "two", folder / "one"
+    one = tiny_program(cache=True, vocab=VOCAB, **features)
+    for program, out in zip((sharded_tiny(**features), one), folders, strict=True):
+        emit(program, out, target=target, emit=("torch",), dtype="float32")
+    return folders
+
+
+def computed(folder: Path) -> dict[str, Any]:
+    """Return what a package computes, of a text read whole, in steps, and gone on from."""
+    module = load_file(folder / "model.py")
+    model = module.load(device="cpu")
+    ids = torch.tensor([PROMPT, PROMPT[::-1]])
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    logits, _ = model(ids, mask)
+    first, cache = model(ids[:, :5], mask[:, :5])
+    second, cache = model(ids[:, 5:], mask, cache=cache)
+    found = {
+        "logits": logits, "steps": torch.cat((first, second), 1),
+        "tokens": module.generate(model, [PROMPT, PROMPT[:3]], 8),
+        "heads": cache[0][0].shape[1],
+        "elements": sum(p.numel() for p in model.parameters()),
+    }  # fmt: skip
+    if hasattr(module, "Decoder"):
+        decoder = module.Decoder(model, 24)
+        found["decoded"] = [decoder.start(PROMPT), *(decoder.step() for _ in range(5))]
+    return found
+
+
+def computed_by_ranks(rank: int, folders: list[Path]) -> list[dict[str, Any]]:
+    torch.manual_seed(rank)  # which nothing depends on
+    return [computed(folder) for folder in folders]
+
+
+def test_ranks_compute_what_one_device_does(tmp_path: Path) -> None:
+    folders = [emit_both(features, tmp_path / name) for name, features in FEATURES.items()]
+    folders.append(emit_both({"head_dim": 32}, tmp_path / "kernels", "ampere"))
+    first, second = run_ranks(computed_by_ranks, [two for two, _ in folders])
+    for (_, one), a, b in zip(folders, first, second, strict=True):
+        alone = computed(one)
+        assert torch.equal(a["logits"], b["logits"]), one
+        largest = float(alone["logits"].abs().max())
+        for name in ("logits", "steps"):
+            # Sums of two halves are rounded in another order, a few dozen times over.
+            assert float((a[name] - alone[name]).abs().max()) < 1e-5 * largest, one
+        for name in ("tokens", "decoded"):
+            assert a.get(name) == b.get(name) == alone.get(name), one
+        assert a["heads"] == max(1, alone["heads"] // 2)
+        assert a["elements"] < 0.6 * alone["elements"]
+    assert "decoded" in first[-1]
+
+
+def test_the_text_is_that_of_every_rank() -> None:
+    program = sharded_tiny()
+    text = render_model(program)
+    saved = program_from_json(json.loads(json.dumps(program_to_json(program))), {})
+    assert text == render_model(saved)
+    for line in (
+        "x_1 = x + all_reduce(linear(merge_heads(a), self.o_proj))",
+        "RANKS = 2  # that run it together: torchrun --nproc-per-node 2 model.py",
+        '    "layers.*.self_attn.o_proj.weight": Split(axis=1),',
+        "    torchrun --nproc-per-node 2 model.py 1 2 3 --new 16",
+        "            (like.new_zeros(batch, heads, 0, k), like.new_zeros(batch, heads, 0, v))",
+    ):
+        assert line in text, line
+    assert "[(1, 8, 8)] * 2" in text  # a key head of two, in each layer
+    assert set(source_files(program, "cpu")) == {
+        "model.py", "ranks/__init__.py", "ranks/package_digest.py", "ranks/ranks.py",
+        "ranks/split_weights.py",
+    }  # fmt: skip
+    assert "ranks" not in render_model(tiny_program(cache=True))
+
+
+def test_what_has_another_reader_is_not_written_over() -> None:
+    program = sharded_tiny()
+    block = program.functions["block"]
+    down = next(node for node in block.nodes if node.outputs[0].name == "down")
+    block.results[0] = block.add("add", [block.results[0], down.output]).output
+    text = render_model(program)
+    assert "all_reduce(down.clone())" in text
+    assert "all_reduce(linear(merge_heads(a), self.o_proj))" in text
+
+
+def test_layers_that_are_split_otherwise_have_entries_of_their_own() -> None:
+    program = sharded_tiny()
+    name = "layers.1.mlp.up_proj.weight"
+    placement = Placement(("cuda:0", "cuda:1"), 0, sections=2)
+    weight = program.weights[name]
+    program.weights.replace(Weight(name, weight.producer, weight.checkpoint, placement=placement))
+    text = render_model(program)
+    assert f'"{name}": Split(axis=0, sections=2)' in text
+    assert '"layers.0.mlp.up_proj.weight": Split(axis=0)' in text
+    assert '"layers.*.mlp.gate_proj.weight": Split(axis=0)' in text
+
+
+class Watched:
+    """An open safetensors file that counts the elements it is asked for."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors, self.read = tensors, 0
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        self.read += self.tensors[name].numel()
+        return self.tensors[name]
+
+    def get_slice(self, name: str) -> Any:
+        return WatchedSlice(self, self.tensors[name])
+
+
+class WatchedSlice:
+    def __init__(self, file: Watched, value: torch.Tensor) -> None:
+        self.file, self.value = file, value
+
+    def get_shape(self) -> list[int]:
+        return list(self.value.shape)
+
+    def __getitem__(self, place: Any) -> torch.Tensor:
+        found = self.value[place]
+        self.file.read += found.numel()
+        return found
+
+
+@given(
+    devices=st.sampled_from([2, 4]), axis=st.sampled_from([0, 1, None]),
+    sections=st.sampled_from([1, 2, 3]), copies=st.sampled_from([1, 2]),
+    bits=st.sampled_from([0, 2, 3, 4, 8]), zeros=st.booleans(), encoded=st.sampled_from([0, 1]),
+)  # fmt: skip
+def test_a_rank_reads_its_part_alone(
+    devices: int, axis: int | None, sections: int, copies: int, bits: int, zeros: bool, encoded: int
+) -> None:
+    names = tuple(f"cuda:{rank}" for rank in range(devices))
+    if axis is None:
+        placement = Placement(names, summed=not bits)
+    else:
+        placement = Placement(names, axis, sections, copies if devices > copies else 1)
+    shape = (placement.parts * sections * 3, placement.parts * sections * 5)
+    value = torch.randn(shape)
+    producer = Array(value)
+    if bits:
+        # One group in each part of a section, so that zero points begin within a byte.
+        shape = (shape[0] * 8, shape[1]) if encoded == 0 else (shape[0], shape[1] * 8)
+        encoding = Packed(bits=bits, group=8, axis=encoded, symmetric=not zeros)
+        generator = torch.Generator().manual_seed(0)
+        parts: dict[str, Any] = {}
+        for suffix, (size, dtype) in encoding.stored(shape, torch.float32).items():
+            made = torch.randint(0, 256, size, generator=generator)
+            parts[suffix] = Array(made.to(dtype))
+        producer = Dequantised(encoding, **parts)
+    program = Program("split")
+    program.weights.add(Weight("w", producer, placement=placement))
+    splits = dict(tensor_splits(program))
+    whole = {t.name: t.producer.load() for t in program.weights["w"].tensors()}
+    for rank in range(devices):
+        wanted = rank_part(producer, placement, rank).tensors()
+        for name, tensor in whole.items():
+            file = Watched({name: tensor})
+            own = own_part(file, name, splits[name], rank, devices)
+            assert torch.equal(own, wanted[name.removeprefix("w").removeprefix(".")].load())
+            if not splits[name].bits and axis is not None:
+                assert file.read == own.numel()
+
+
+# How ranks begin, and how they end.
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a package for two ranks."""
+    emit(sharded_tiny(), tmp_path / "out", emit=("torch",))
+    return tmp_path / "out"
+
+
+@pytest.mark.slow
+def test_torchrun_runs_it_and_the_first_rank_prints(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
+    prompt = [str(token) for token in PROMPT]
+    done = subprocess.run(
+        [*command, "--nproc-per-node=2", str(folder / "model.py"), *prompt, "--new", "6"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    emit(tiny_program(cache=True, vocab=VOCAB), tmp_path / "one", emit=("torch",))
+    alone = load_file(tmp_path / "one" / "model.py")
+    expected = alone.generate(alone.load(), PROMPT, 6)
+    assert done.stdout == " ".join(map(str, expected)) + "\n"
+
+
+def test_a_process_that_is_alone_is_told_how_to_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["model.py", "1"])
+    with pytest.raises(SystemExit) as ended:
+        load_file(folder / "model.py").main()
+    assert ended.value.code == 2
+    assert f"torchrun --nproc-per-node 2 {folder / 'model.py'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("world", "device", "gpus", "message"),
+    [("3", "cpu", 0, r"there are 3 ranks, and .* split over 2: .*--nproc-per-node 2.*shard{tp=3}"),
+     ("1", "cpu", 0, "there are 1 ranks"),
+     ("2", "cuda:1", 2, r"cuda:1 is one device, and this model is split over 2: say cuda"),
+     ("2", "cuda", 0, r"2 ranks on .* torch finds 0 of cuda"),
+     ("4", "cuda", 3, r"4 ranks on .* torch finds 3 of cuda.*--device cpu")],
+)  # fmt: skip
+def test_ranks_that_cannot_run_it_are_refused(
+    world: str, device: str, gpus: int, message: str, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, world)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ranks.RankError, match=message):
+        ranks.join(4 if world == "4" else 2, device, tmp_path, tmp_path)
+
+
+def joined_with_others(rank: int, folders: list[Path]) -> str:
+    try:
+        load_file(folders[rank] / "model.py").load()
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return "joined"
+
+
+@pytest.mark.parametrize("changed", ["weight", "source"])
+def test_ranks_with_different_packages_are_refused(
+    changed: str, folder: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    if changed == "weight":
+        emit(sharded_tiny(seed=1), other, emit=("torch",), force=True)
+        names = "tensor embed.weight of model.safetensors, .* and .* more"
+    else:
+        path = other / "ranks" / "split_weights.py"
+        path.write_text(path.read_text() + "\n")
+        names = "ranks/split_weights.py; give all of them copies of one folder"
+    said = run_ranks(joined_with_others, [folder, other])
+    assert said[0] == said[1]
+    assert re.match(f"RankError: rank 1 has another package than rank 0: {names}", said[0]), said
+
+
+def test_a_digest_sees_code_and_weights_and_nothing_else(folder: Path) -> None:
+    before = package_digest(folder, folder)
+    assert {"model.py", "ranks/ranks.py"} <= set(before)
+    (folder / "report.json").write_text("{}")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "run.py").write_text("pass")
+    assert differences([before, package_digest(folder, folder)]) == {}
+    tensors = {"a": ((4, 1000), torch.float32), "b": ((1,), torch.int64)}
+    digests = []
+    for middle in (0.0, 1.0):
+        with SafetensorsWriter(folder / "model.safetensors", tensors) as writer:
+            value = torch.zeros(4, 1000)
+            value[2, 10] = middle
+            writer.write("a", value)
+            writer.write("b", torch.tensor([7]))
+        digests.append(package_digest(folder, folder))
+    assert differences(digests) == {1: ["tensor a of model.safetensors"]}
+
+
+def until_one_ends(rank: int, folder: Path, how: str) -> None:
+    """Take steps of which the second rank makes three; what the others say goes to a file."""
+    os.dup2(os.open(folder / f"{rank}.txt", os.O_CREAT | os.O_WRONLY), 2)
+    module = load_file(folder / "model.py")
+    try:
+        for number, _ in enumerate(module.steps(module.load(), [[1, 2, 3]], 60)):
+            if rank == 1 and number == 3:
+                if how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ValueError("what it said last")
+    except (RuntimeError, ValueError) as error:
+        # As at the end of a process that an exception ends, which these processes are not.
+        sys.last_value = error
+        atexit._run_exitfuncs()
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "reason"),
+    [("kill", -9, "rank 1 has ended without a word"), ("fail", 1, "rank 1 failed: ValueError: wh")],
+)  # fmt: skip
+def test_all_ranks_end_when_one_does(how: str, code: int, reason: str, folder: Path) -> None:
+    with pytest.raises(AssertionError, match=f"rank 0: died with 1\nrank 1: died with {code}"):
+        run_ranks(until_one_ends, folder, how)
+    assert f"rank 0 ends: {reason}" in (folder / "0.txt").read_text()
+
+
+# As graphopt opens it.
+
+
+@pytest.mark.slow
+def test_graphopt_runs_the_ranks_itself(folder: Path, tmp_path: Path) -> None:
+    emit(tiny_program(cache=True, vocab=VOCAB), tmp_path / "one", emit=("torch",))
+    model, alone = open_language_model(str(folder)), open_language_model(str(tmp_path / "one"))
+    assert model.placement == "torch on 2 ranks on the CPU"
+    ids = torch.tensor([PROMPT, PROMPT[::-1]])
+    largest = float(alone.logits(ids).abs().max())
+    assert float((model.logits(ids) - alone.logits(ids)).abs().max()) < 1e-5 * largest
+    apart = model.log_likelihoods(ids) - alone.log_likelihoods(ids)
+    assert float(apart.abs().max()) < 1e-5 * largest
+    readers, text = [TextReader(one) for one in (model, alone)], list(PROMPT)
+    for _ in range(4):
+        here, there = (reader.next_logits(text, 20) for reader in readers)
+        assert float((here - there).abs().max()) < 1e-5 * largest
+        text.append(int(there.argmax()))
+    with pytest.raises(GraphoptError, match="give a text, and a token of each"):
+        model.logits(ids[:, :0])
+    (torchrun,) = [p for p in psutil.Process().children() if "torch.distributed.run" in p.cmdline()]
+    torchrun.children()[-1].kill()
+    started = time.monotonic()
+    with pytest.raises(GraphoptError, match=r"have ended: rank \d ends: rank \d has ended without"):
+        model.logits(ids)
+    assert time.monotonic() - started < 60
+
+
+def test_a_rank_of_another_run_starts_no_ranks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}
+    for name, value in (names | {"MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=r"is a rank already.*--nproc-per-node 2 .*model\.py"):
+        open_language_model(str(folder))
+
+
+def test_where_ranks_are_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place("cpu", "torch", 10**9, ranks=2).sentence("torch") == "torch on 2 ranks on the CPU"
+    monkeypatch.setattr("graphopt.backends.placement.usable_device", torch.device)
+    monkeypatch.setattr("graphopt.backends.placement.found_gpu", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("graphopt.backends.placement.describe_device", str)
+    free = {0: 10e9, 1: 4e9}
+    monkeypatch.setattr("graphopt.backends.placement.free_bytes", lambda one: free[one.index])
+    assert place("auto", "torch", 6 * 10**9, ranks=2).device == torch.device("cuda")
+    small = place("auto", "torch", 8 * 10**9, ranks=2)
+    assert small.device.type == "cpu"
+    assert small.why == "4.0 GB of weights a rank, and 4.0 GB are free on cuda:1"
+    assert "split over 4 devices, and torch finds 2" in place("auto", "torch", 1, ranks=4).why
+    with pytest.raises(UsageError, match=r"split over 2 devices, and 'cuda:1' is one"):
+        place("cuda:1", "torch", 1, ranks=2)
+    with pytest.raises(GraphoptError, match=r"split over 4 devices, and torch finds 2 of 'cuda'"):
+        place("cuda", "torch", 1, ranks=4)
+
+
+def test_other_forms_are_for_one_device(tmp_path: Path) -> None:
+    with pytest.raises(LoweringError, match=r"run on one device\. Emit torch alone"):
+        emit(sharded_tiny(), tmp_path / "out", emit=("torch", "onnx"))
+    program = sharded_tiny()
+    program.states["kv.0"].placement = Placement(("cpu",))
+    with pytest.raises(LoweringError, match=r"State 'kv\.0' is placed\(cpu\), and other parts"):
+        emit(program, tmp_path / "out", emit=("torch",))
