@@ -36,6 +36,7 @@ class CommonSubexpressionElimination(Pass):
     """
 
     name: ClassVar[str] = "common-subexpression-elimination"
+    takes_ranks: ClassVar[bool] = True
     record: ClassVar[type[Record]] = Merged
 
     def run(self, program: Program, context: Context) -> PassResult:

@@ -33,6 +33,7 @@ class DeadCodeElimination(Pass):
     """
 
     name: ClassVar[str] = "dead-code-elimination"
+    takes_ranks: ClassVar[bool] = True
     record: ClassVar[type[Record]] = Removed
 
     def run(self, program: Program, context: Context) -> PassResult:

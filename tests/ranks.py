@@ -13,6 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from graphopt.execute.interpreter import Runner
+from graphopt.ir.graph import Program
+from graphopt.ir.ranks import rank_program
 
 LIMIT = 60.0
 """Seconds that ranks may take, the start of their processes included."""
@@ -59,6 +64,15 @@ def run_ranks(
         assert not errors, "\n".join(errors)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
                 for rank in range(ranks)]  # fmt: skip
+
+
+def run_program(rank: int, program: Program, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
+    """Return what a rank computes of a sharded program in fp64: its first output, and its states.
+
+    For `run_ranks`; in this module, which imports little.
+    """
+    outputs, cache = Runner(rank_program(program, rank), dtype=torch.float64).run(inputs)
+    return outputs[0], {name: [k, v] for name, (k, v) in cache.items()}
 
 
 def _wait(processes: list[Any], end: float) -> None:

@@ -18,6 +18,7 @@ from graphopt.execute.function_run import (
     function_values,
     run_function,
 )
+from graphopt.execute.simulated_ranks import as_one_program
 from graphopt.ir.dataflow import angle_weights, mask_is_for_attention_alone
 from graphopt.ir.graph import Call, Function, KVState, Program, Value
 from graphopt.ir.kv_memory import PagedKV, PolicyKV
@@ -44,7 +45,7 @@ class Runner:
     """Runs a program with its real weights.
 
     Attributes:
-        program: What to run.
+        program: What to run; of one that is split over devices, all ranks in lockstep.
         dtype: Floating-point type of weights and activations. What turns positions into angles is
             in 32 bits at least.
         device: Where to run.
@@ -64,6 +65,9 @@ class Runner:
     sources: SharedSources | None = None
     _kept: dict[str, Tensor] = field(default_factory=dict)
     _angles: set[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.program = as_one_program(self.program)
 
     def weight(self, name: str) -> Tensor:
         """Return one weight's value in the runner's dtype on its device."""

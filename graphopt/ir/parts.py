@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
@@ -151,3 +152,29 @@ def _packed_part(producer: Dequantised, placement: Placement, rank: int) -> Dequ
         groups = producer.scales.shape[1]
         parts["zeros"] = PackedZeroPoints(producer.zeros, encoding, groups, own, rank)
     return Dequantised(encoding, **parts)
+
+
+def whole_of(producer: Producer) -> tuple[Producer, Hashable]:
+    """Return what a producer is a part of, and which part; itself, and None, for no part.
+
+    Rows of zeros behind it do not count.
+    """
+    if isinstance(producer, Part):
+        which = producer.axis, producer.number, producer.parts, producer.sections
+        source, inner = whole_of(producer.source)
+        return source, (*which, inner)
+    if isinstance(producer, Padded):
+        source, inner = whole_of(producer.source)
+        return source, ("padded", producer.rows, inner)
+    if isinstance(producer, Cast):
+        source, inner = whole_of(producer.source)
+        return (replace(producer, source=source) if inner else producer), inner
+    if isinstance(producer, PackedZeroPoints):
+        return producer.source, (producer.part, producer.rank)
+    if isinstance(producer, Dequantised):
+        found = {suffix: whole_of(tensor) for suffix, tensor in producer.tensors().items()}
+        inner = tuple(which for _, which in found.values())
+        if any(inner):
+            wholes = {suffix: source for suffix, (source, _) in found.items()}
+            return Dequantised(producer.encoding, **wholes), inner
+    return producer, None

@@ -237,7 +237,7 @@ class _Resizing:
         old, new = self.types[source].shape, self._type(source).shape
         made = self.types[node.outputs[0]].shape
         given = list(sizes)
-        for inner, outer in _factors(old, made):
+        for inner, outer in factors(old, made):
             before, after = numel(old[i] for i in inner), numel(new[i] for i in inner)
             if before == after:
                 continue
@@ -348,7 +348,7 @@ def _same_axis(source: Sequence[Dim], made: Sequence[Dim], axis: int) -> int:
     return [place for place, size in enumerate(source) if size != 1][number]
 
 
-def _factors(first: Sequence[Dim], second: Sequence[Dim]) -> list[tuple[list[int], list[int]]]:
+def factors(first: Sequence[Dim], second: Sequence[Dim]) -> list[tuple[list[int], list[int]]]:
     """Return which axes of two shapes of one tensor are made of each other, in order."""
     found: list[tuple[list[int], list[int]]] = []
     i = j = 0

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from graphopt.errors import VerifyError
 from graphopt.ir.graph import Cache, Call, Function, KVState, Param, Program, Value, resolve_attrs
+from graphopt.ir.layouts import verify_layouts
 from graphopt.ir.ops import all_ops, get_op, is_aten
 from graphopt.ir.ops.aten import resolve_target
 from graphopt.ir.parts import check_split
@@ -174,4 +175,5 @@ def verify(program: Program) -> None:
     for name in program.outputs:
         if name not in carried:
             raise VerifyError(f"program output {name!r} is never made.")
-    infer_program(program)
+    types, _ = infer_program(program)
+    verify_layouts(program, types)

@@ -195,6 +195,9 @@ class Pass(ABC):
             `PROPERTIES`, with `!` in front for "must not hold".
         record: The type of what it tells, with its line for the terminal and its card for the
             page; None for a pass that tells nothing beside what the pipeline measures.
+        behind_cache: Whether it stands behind the KV cache in a recipe that does not say, though
+            it takes programs without one.
+        takes_ranks: Whether it takes programs that are split over several devices.
     """
 
     name: ClassVar[str]
@@ -202,6 +205,8 @@ class Pass(ABC):
     reads_weights: ClassVar[bool] = False
     requires: ClassVar[tuple[str, ...]] = ()
     record: ClassVar[type[Record] | None] = None
+    behind_cache: ClassVar[bool] = False
+    takes_ranks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         given = {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}

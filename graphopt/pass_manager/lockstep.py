@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from graphopt.execute.interpreter import complete_inputs
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Function, Program
+from graphopt.ir.parts import Zeros, whole_of
 from graphopt.ir.types import B, S
 from graphopt.pass_manager.comparison import Comparison, Differs, Unable, relative_difference
 from graphopt.pass_manager.lengths import (
@@ -89,7 +91,12 @@ class _Lockstep:
         self.read = {*after.outputs, *(name for call in after.calls for name in call.args)}
         numbers = ValueNumbers()
         old = {numbers.weight(weight) for weight in before.weights}
-        self.computed = {w.name for w in after.weights if numbers.weight(w) not in old}
+        self.computed = {
+            weight.name
+            for weight in after.weights
+            if not isinstance(weight.producer, Zeros)
+            and numbers.weight(replace(weight, producer=whole_of(weight.producer)[0])) not in old
+        }
 
     def _functions_to_run(self) -> list[Function]:
         found: dict[tuple[int, str], Function] = {}
@@ -154,7 +161,9 @@ class _Lockstep:
         if not pair.run and (more or (second.has_states and not second.is_divided(j))):
             second.advance(j)
         for ours, theirs in zip(first.values, second.values, strict=True):
-            theirs.update({name: ours[other] for name, other in pair.equal.items()})
+            # What has no value for a whole text is each side's own, step by step.
+            known = {name: ours[other] for name, other in pair.equal.items() if other in ours}
+            theirs.update(known)
 
     # Comparing two calls
 

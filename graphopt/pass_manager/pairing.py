@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphopt.ir.graph import Program
+from graphopt.ir.parts import whole_of
+from graphopt.ir.weights import Weight
 from graphopt.pass_manager.numbering import Numbered, ValueNumbers
 
 
@@ -74,7 +76,7 @@ def plan_pairs(before: Program, after: Program) -> Plan:
             pairs.append(Pair(i, j, False, equal))
             continue
         changed += 1
-        kind = _kind(before, after, (i, j), (made[0], made[1]))
+        kind = _kind(numbers, before, after, (i, j), (made[0], made[1]))
         pairs.append(
             Pair(i, j, kind not in kinds, {x: x for x in second.results if x in first.results})
         )
@@ -100,16 +102,23 @@ def _aligned(before: Program, after: Program) -> Iterator[tuple[int | None, int 
 
 
 def _kind(
-    before: Program, after: Program, places: tuple[int, int], made: tuple[Numbered, Numbered]
+    numbers: ValueNumbers,
+    before: Program,
+    after: Program,
+    places: tuple[int, int],
+    made: tuple[Numbered, Numbered],
 ) -> Hashable:
-    """Return what changed calls of one kind share: all but the weights that both sides read."""
+    """Return what changed calls of one kind share: all but the weights that both sides read.
+
+    Of a weight both sides may read different parts, such as those of ranks.
+    """
     calls = before.calls[places[0]], after.calls[places[1]]
     functions = before.function_of(calls[0]), after.function_of(calls[1])
     read = [
-        {slot: numbered.values[value] for slot, value in function.weights.items()}
-        for function, numbered in zip(functions, made, strict=True)
+        {slot: _of_whole(numbers, program.weights[call.weights[slot]]) for slot in function.weights}
+        for program, call, function in zip((before, after), calls, functions, strict=True)
     ]
-    common = set(read[0].values()) & set(read[1].values())
+    common = {n for n, _ in read[0].values()} & {n for n, _ in read[1].values()}
     alias: dict[int, int] = {}
     key: list[Hashable] = []
     for program, call, function, numbered, slots in zip(
@@ -117,13 +126,19 @@ def _kind(
     ):
         args = [alias.setdefault(numbered.values[value], len(alias)) for value in function.params]
         key += [call.function, tuple(args), repr(sorted(call.attrs.items()))]
-        for slot, number in sorted(slots.items()):
+        for slot, (number, part) in sorted(slots.items()):
             weight = program.weights[call.weights[slot]]
             name = alias.setdefault(number, len(alias)) if number in common else -1 - number
-            key.append((slot, name, weight.shape, weight.dtype))
+            key.append((slot, name, part, weight.shape, weight.dtype))
         states = [program.states[call.caches[cache.slot]] for cache in function.caches]
         key.append(tuple((s.heads, s.k_dim, s.v_dim, s.dtype, s.policy) for s in states))
     return tuple(key)
+
+
+def _of_whole(numbers: ValueNumbers, weight: Weight) -> tuple[int, Hashable]:
+    """Return the number of what a weight is a part of, and which part; of others their own."""
+    whole, part = whole_of(weight.producer)
+    return numbers.weight(replace(weight, producer=whole)), part
 
 
 def wrong_states(before: Program, after: Program) -> str | None:

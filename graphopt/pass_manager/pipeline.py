@@ -10,7 +10,9 @@ import torch
 
 from graphopt.errors import PassError, SourceError, UsageError, unknown_name
 from graphopt.evaluate.perplexity import read_text
+from graphopt.execute.simulated_ranks import as_one_program
 from graphopt.ir.graph import Program
+from graphopt.ir.ranks import is_sharded
 from graphopt.ir.types import DTYPE_NAMES
 from graphopt.pass_manager.contract import (
     PROPERTIES,
@@ -98,7 +100,11 @@ class Pipeline:
         names = {item.name for item in default}
         if not self.passes or any(item.name in names for item in self.passes):
             return self
-        cached = [n for n, item in enumerate(self.passes) if "kv-cache" in item.requires]
+        cached = [
+            n
+            for n, item in enumerate(self.passes)
+            if "kv-cache" in item.requires or item.behind_cache
+        ]
         cut = min(cached, default=len(self.passes))
         return Pipeline([*default[:-1], *self.passes[:cut], default[-1], *self.passes[cut:]])
 
@@ -296,7 +302,7 @@ class Pipeline:
         names = [item.name for item in self.passes]
         try:
             quality = measure_quality(
-                source, run.program, options.text,
+                source, as_one_program(run.program), options.text,
                 bos=options.bos, device=device, advice=[item.milder(names) for item in lossy],
                 progress=progress,
             )  # fmt: skip
@@ -326,6 +332,12 @@ class Pipeline:
 
     def _check_properties(self, item: Pass, number: int, program: Program) -> None:
         """Check prerequisites that name properties of the program `item` gets."""
+        if is_sharded(program) and not item.takes_ranks:
+            raise PassError(
+                f"Pass {item.name!r}, number {number + 1} of the recipe, takes a program on one "
+                "device, and this one is split over several.",
+                "Move it before 'shard'.",
+            )
         for wanted in item.requires:
             name, negated = wanted.lstrip("!"), wanted.startswith("!")
             holds = PROPERTIES[name](program) if name in PROPERTIES else not negated

@@ -19,7 +19,7 @@ from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, P, S, Type
 from graphopt.pass_manager.lengths import with_short_lengths
 
-LOOK_UPS = frozenset({"embedding", "aten.embedding.default"})
+LOOK_UPS = frozenset({"embedding", "aten.embedding.default", "vocab_parallel_embedding"})
 """Ops that read rows of a table by number."""
 
 CHOICES = frozenset(

@@ -85,7 +85,7 @@ def test_encodings_layouts_placements_and_statistics():
     program.calls[1].placement = Placement(("cpu",))
     weight = program.weights["layers.0.mlp.down_proj.weight"]
     program.weights.replace(
-        Weight(weight.name, weight.producer, "other", False, Placement(("cpu", "cuda:0")))
+        Weight(weight.name, weight.producer, "other", False, Placement(("cuda:0", "cuda:1")))
     )
     function = program.functions["block"]
     (node,) = (node for node in function.nodes if node.op == "attention")
@@ -103,7 +103,7 @@ def test_encodings_layouts_placements_and_statistics():
         "kv.1: f32 heads=2 k_dim=8 v_dim=8 paged(page=16)\n",
         "v_dim=8 contiguous placed(cuda:0, cuda:1)\n",
         " at layers.0 placed(cpu)\n",
-        ": f32[32,48] from other placed(cpu, cuda:0)\n",
+        ": f32[32,48] from other placed(cuda:0, cuda:1)\n",
         "a, present_k, present_v, lse, top = attention(",
         "def block(x, attention_mask, cos, sin; kv: past_k, past_v -> present_k, present_v):",
     ):

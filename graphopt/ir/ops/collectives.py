@@ -25,7 +25,7 @@ COLLECTIVES = frozenset({"all_reduce", "all_gather", "reduce_scatter"})
 """The ops in which ranks exchange something."""
 
 
-class _Collective(Op):
+class Collective(Op):
     """Exchanges values between all ranks of a program, which run it in the same order.
 
     The fast form needs a group of torch.distributed with as many ranks. The reference is what comes
@@ -54,7 +54,7 @@ def _axis(x: Type, attrs: Attrs) -> int:
 
 
 @register
-class AllReduce(_Collective):
+class AllReduce(Collective):
     """The sum of x [...] over the ranks, on every rank: a partial sum becomes the whole."""
 
     name = "all_reduce"
@@ -81,7 +81,7 @@ class AllReduce(_Collective):
 
 
 @register
-class AllGather(_Collective):
+class AllGather(Collective):
     """The parts x of all ranks, one behind the other along `axis`, on every rank."""
 
     name = "all_gather"
@@ -108,7 +108,7 @@ class AllGather(_Collective):
 
 
 @register
-class ReduceScatter(_Collective):
+class ReduceScatter(Collective):
     """A rank's part along `axis` of the sum of x over the ranks."""
 
     name = "reduce_scatter"
@@ -159,8 +159,8 @@ class VocabParallelEmbedding(Op):
             raise ValueError(f"vocab_parallel_embedding of {ids} in {weight}")
         if weight.encoding is not None and weight.encoding.axis != 1:
             raise ValueError(f"vocab_parallel_embedding in {weight}: rows are looked up")
-        if first.shape != (1,) or first.dtype.is_floating_point:
-            raise ValueError(f"vocab_parallel_embedding from row {first} on: give one number")
+        if len(first.shape) != 1 or first.dtype.is_floating_point:
+            raise ValueError(f"vocab_parallel_embedding from row {first} on: give a number a rank")
         return [Type((*ids.shape, weight.shape[1]), weight.dtype)]
 
     def flops(self, types: Types, outputs: list[Type], attrs: Attrs) -> Dim:  # type: ignore[override]

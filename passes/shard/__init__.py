@@ -1,0 +1,1 @@
+"""Tensor parallelism: a program on several devices."""
