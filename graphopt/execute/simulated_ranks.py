@@ -24,6 +24,7 @@ from graphopt.ir.graph import (
     unique_name,
 )
 from graphopt.ir.kv import KVState
+from graphopt.ir.ops.collectives import COLLECTIVES
 from graphopt.ir.placement import Placement
 from graphopt.ir.ranks import group_of, rank_weight
 from graphopt.ir.shapes import infer_program
@@ -125,7 +126,7 @@ class _Body:
     def __init__(
         self, old: Function, call: Call, name: str, ranks: int, types: dict[Value, Type]
     ) -> None:
-        self.old, self.call, self.ranks, self.types = old, call, ranks, types
+        self.old, self.call, self.ranks, self.types = old, call, ranks, dict(types)
         self.function = Function(name)
         self.slots: list[tuple[str, str, int | None]] = []
         self.varying: list[bool] = []
@@ -232,8 +233,14 @@ class _Body:
     # Nodes
 
     def _node(self, node: Node) -> None:
-        if node.op in ("all_reduce", "all_gather", "reduce_scatter"):
+        if node.op in COLLECTIVES:
             self._collective(node)
+            return
+        if node.op == "linear_all_reduce":
+            product = Value(f"{node.output.name}_part")
+            self.types[product] = self.types[node.output]
+            self._node(Node("linear", node.inputs, {}, [product]))
+            self._collective(Node("all_reduce", [product], node.attrs, node.outputs))
             return
         operands = [
             tuple(None if v is None else self.parts[v][rank] for v in node.inputs)

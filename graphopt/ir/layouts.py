@@ -16,7 +16,7 @@ from graphopt.ir.ops.collectives import COLLECTIVES
 from graphopt.ir.placement import Placement
 from graphopt.ir.ranks import group_of
 from graphopt.ir.split import Alignment, Layout, Split
-from graphopt.ir.splits import alignments, keeps_sums, takes_any
+from graphopt.ir.splits import adds, alignments, keeps_sums, pieces, takes_any
 from graphopt.ir.types import Type
 
 
@@ -113,7 +113,7 @@ def function_layouts(
         layout = layout_of(program.states[call.caches[cache.slot]].placement)
         for value in cache.pasts:
             layouts[value] = layout if len(types[value].shape) > 2 else None
-    known = {value: layout for value, layout in layouts.items() if layout is not None}
+    known: dict[Value, Layout] = {v: layout for v, layout in layouts.items() if layout is not None}
     walk = _Walk(function, call, types, ranks, known)
     for node in function.nodes:
         try:
@@ -140,7 +140,7 @@ class _Walk:
         self, function: Function, call: Call, types: Mapping[Value, Type], ranks: int,
         layouts: dict[Value, Layout],
     ) -> None:  # fmt: skip
-        self.call, self.types, self.ranks, self.layouts = call, types, ranks, layouts
+        self.call, self.types, self.ranks, self.layouts = call, dict(types), ranks, layouts
         # What has equal entries along an axis is a part of more of them as well.
         self.repeated: dict[Value, set[int]] = {}
 
@@ -151,9 +151,20 @@ class _Walk:
             ValueError: It cannot work on its operands.
         """
         attrs = resolve_attrs(node, self.call)
+        several = pieces(node, attrs)
+        if several != [node]:
+            for piece in several:
+                self.node(piece)
+            return
+        if node.op == "linear_all_reduce":
+            product = Value(f"the product in {node.output.name}")
+            self.types[product] = self.types[node.output]
+            self.node(Node("linear", node.inputs, {}, [product]))
+            self._collective(Node("all_reduce", [product], node.attrs, node.outputs), attrs)
+            return
         given = [None if value is None else self.layouts.get(value) for value in node.inputs]
         if node.op in COLLECTIVES:
-            self._collective(node, given[0], attrs)
+            self._collective(node, attrs)
             return
         if all(layout is None for layout in given):
             self._note_repeated(node, attrs)
@@ -176,7 +187,7 @@ class _Walk:
         for made in self._results(node, attrs, given, operands):
             self.layouts |= made
             return
-        if summed and not (node.op == "linear" and summed == [2]):
+        if summed and not all(adds(node.op, place) for place in summed):
             raise ValueError(self._unsummed(node, summed))
         told = ", ".join(
             f"{value.name} is {described(layout)}"
@@ -190,10 +201,11 @@ class _Walk:
         assert value is not None
         return f"it reads {value.name}, a partial sum that no all_reduce has added up"
 
-    def _collective(self, node: Node, layout: Layout, attrs: Mapping[str, object]) -> None:
+    def _collective(self, node: Node, attrs: Mapping[str, object]) -> None:
         ranks, axis = attrs["ranks"], attrs.get("axis")
         x = node.inputs[0]
         assert x is not None and (axis is None or isinstance(axis, int))
+        layout = self.layouts.get(x)
         if ranks != self.ranks:
             raise ValueError(f"ranks={ranks}, and the program has {self.ranks}")
         if node.op == "all_gather":
@@ -290,14 +302,13 @@ class _Walk:
             if value is None or takes_any(node.op, place):
                 continue
             if layout == "sum":
-                # A bias that one rank alone adds to a partial sum.
-                if not (found.sums and node.op == "linear" and place == 2):
+                if not (found.sums and adds(node.op, place)):
                     return None
                 continue
             if layout is None:
                 if member is not None and whole[place] == self.types[value]:
                     return None  # all of it, where a part is needed
-                if found.sums and node.op == "linear" and place == 2:
+                if found.sums and adds(node.op, place):
                     return None  # a bias that every rank adds
                 continue
             own = None if member is None else layout.over(member)

@@ -159,13 +159,61 @@ def _experts(attrs: Attrs, operands: Kinds, results: Kinds, ranks: int) -> Itera
     yield Alignment({**rows, 3: Split(1, sections=count)}, sums=(0,))
 
 
+def _moe(attrs: Attrs, operands: Kinds, results: Kinds, ranks: int) -> Iterator[Alignment]:
+    (routed,) = _experts(attrs, operands, results, ranks)
+    members = dict(routed.operands)
+    for place, axis in ((7, 0), (8, 1), (9, 0), (10, 0), (11, 0)):
+        if place < len(operands) and operands[place] is not None:
+            members[place] = Split(axis)
+    yield Alignment(members, sums=(0,))
+
+
+def _transformed(attrs: Attrs, operands: Kinds, results: Kinds, ranks: int) -> Iterator[Alignment]:
+    mixes = any(kind is not None for kind in operands[2:]) or attrs.get("bits", 0)
+    over_features = attrs.get("before", "") == "norm" or mixes
+    yield from pointwise(operands, results[:1], fixed=int(bool(over_features)), places=(0, 1))
+
+
+def _each_entry(attrs: Attrs, operands: Kinds, results: Kinds, ranks: int) -> Iterator[Alignment]:
+    yield from pointwise(operands, results)
+
+
 _RULES = {
     "rms_norm": _norm, "layer_norm": _norm, "quantise_dequantise": _norm,
     "kronecker": _kronecker, "linear": _linear, "embedding": _embedding,
     "vocab_parallel_embedding": _vocabulary, "rope": _rope, "split_heads": _split_heads,
     "merge_heads": _merge_heads, "transpose_heads": _transpose_heads, "attention": _attention,
-    "policy_attention": _policy_attention, "experts": _experts,
+    "policy_attention": _policy_attention, "experts": _experts, "moe": _moe,
+    "add_rms_norm": _norm, "transformed": _transformed, "act_mul": _each_entry,
+    "no_addend": _each_entry,
 }  # fmt: skip
+
+_BIASES = {"linear": 2, "moe": 12}
+"""Operands that are added to a partial sum: on one rank alone."""
+
+
+def adds(op: str, place: int) -> bool:
+    """Return whether an operand is added to what may be a partial sum."""
+    return _BIASES.get(op) == place
+
+
+def pieces(node: Node, attrs: Attrs) -> list[Node]:
+    """Return a node that does several things at once as one node for each; others as they are."""
+    inputs, outputs = node.inputs, node.outputs
+    if node.op == "rope_pair":
+        tables = inputs[2:]
+        return [
+            Node("rope", [x, *tables], node.attrs, [y])
+            for x, y in zip(inputs[:2], outputs, strict=True)
+        ]
+    if node.op in ("fused_linear", "packed_linear", "integer_linear"):
+        first, parts = 2 if node.op == "integer_linear" else 1, attrs["parts"]
+        factors = inputs[first:]
+        return [
+            Node("linear", [inputs[0], *factors[part::parts]], {}, [outputs[part]])
+            for part in range(parts)
+        ]
+    return [node]
 
 
 def keeps_sums(op: str, attrs: Attrs, operands: Kinds, summed: Collection[int]) -> bool:

@@ -67,8 +67,8 @@ def test_rows_of_a_vocabulary_add_up_to_the_look_up():
             for rank, part in enumerate(table.chunk(3))
         ]
         assert torch.equal(sum(parts), table[ids])
-    for first in (Type((2,), I64), Type((1,), F64)):
-        with pytest.raises(ValueError, match="one number"):
+    for first in (Type((2, 1), I64), Type((1,), F64)):
+        with pytest.raises(ValueError, match="a number a rank"):
             op.infer([Type((B, S), I64), Type((4, 3), F64), first], {})
 
 
