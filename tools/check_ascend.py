@@ -1,12 +1,14 @@
 """Compile the Ascend kernels for a 910B without one, and hold the planner to the compiler.
 
     python tools/check_ascend.py [--venv DIR] [--shapes N] [--decodes N] [--runs N] [--out FILE]
+    python tools/check_ascend.py --sums [--venv DIR] [--out FILE]
 
 Shapes are drawn with a fixed seed. Each goes through triton-ascend to linalg and through
 `bishengir-compile` to final HIVM for a 910B; whether it fits, and the bytes of unified buffer in
 the compiler's memory report, are compared with the planner's. A second set is executed on this
 machine: its linalg form is lowered with the same LLVM to a shared library, called once for every
-program of the grid, and compared with attention in fp64.
+program of the grid, and compared with attention in fp64. With `--sums` the kernel of linears that
+two devices sum is compiled instead, with 48 sets of tiles.
 
 triton-ascend takes the place of Triton, so it gets a virtual environment of its own, which is
 made on the first run. What is not checked here: the object file (its compiler is closed), results
@@ -34,7 +36,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 KERNELS = REPOSITORY / "runtime" / "kernels"
 # The kernels of a phase; each phase has a module, and the first kernel the module's name.
 PHASES = {"prefill": ("ascend_prefill",), "decode": ("ascend_decode", "ascend_merge")}
-MODULES = {name: names[0] for names in PHASES.values() for name in names}
+SUM = "ascend_linear_all_reduce"
+MODULES = {name: names[0] for names in (*PHASES.values(), (SUM,)) for name in names}
 PACKAGES = {
     "torch": "2.13.0",
     "triton-ascend": "3.2.0",
@@ -247,8 +250,9 @@ def to_hivm(venv: Path, source: Path, folder: Path) -> dict[str, Any]:
         telling = [line for line in errors if "Failed to run" not in line] or errors
         said = telling[0].split("error:")[-1].strip() if telling else f"exit {done.returncode}"
         result["failure"] = said
-    if result["fits"]:
-        result["ub_bytes"] = _reported(folder / "memory_info_aiv.json", "ub")
+    report = folder / "memory_info_aiv.json"
+    if result["fits"] and report.is_file():  # there is none where vector cores have nothing to do
+        result["ub_bytes"] = _reported(report, "ub")
     elif "ub" in overflow:
         result["ub_bytes"] = overflow["ub"] // 8
     return result
@@ -414,6 +418,52 @@ def compare(venv: Path, shapes: list[dict[str, Any]], folder: Path) -> list[dict
         rows.append(row)
         mark = "agree" if row["agree"] else "DIFFER"
         print(f"{number + 1}/{len(shapes)} {mark} {row}", file=sys.stderr)
+    return rows
+
+
+SUM_TILES = [
+    (m, n, k)
+    for m in (32, 64, 128, 256) for n in (64, 128, 256, 512) for k in (64, 256, 512)
+]  # fmt: skip
+
+
+def compare_sums(
+    venv: Path, tiles: list[tuple[int, int, int]], folder: Path
+) -> list[dict[str, Any]]:
+    """Return, for tiles of a linear summed over devices, the planner's and the compiler's verdict.
+
+    Both of what a rank sums and of what it does not, which is a kernel of its own.
+    """
+    from graphopt.plan.ascend_sums import sum_inequalities
+    from graphopt.targets import get_target
+
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+    given = [dict(zip(names, sizes, strict=True)) for sizes in tiles]
+    requests = [
+        {"kernel": SUM, "constants": {**sizes, "ADD": add}, "dtype": "f16"}
+        for sizes in given for add in (False, True)
+    ]  # fmt: skip
+    rows = []
+    files = iter(linalg(venv, requests, folder / "sums"))
+    for number, sizes in enumerate(given):
+        found = []
+        for add in (False, True):
+            place = folder / f"sum{number}{add}"
+            found.append(to_hivm(venv, next(files), place))
+            shutil.rmtree(place, ignore_errors=True)
+        limits = sum_inequalities(get_target("ascend910b"), sizes, "f16")
+        broken = [inequality.name for inequality in limits if not inequality.holds]
+        fits = all(each["fits"] for each in found)
+        buffer = next(i.value for i in limits if i.name == "unified buffer")
+        row = {
+            **sizes, "planner_fits": not broken, "compiler_fits": fits,
+            "agree": fits == (not broken), "planner_broken": broken,
+            "compiler_overflow_bits": found[1]["overflow"] or found[0]["overflow"],
+            "planner_ub_bytes": buffer,
+        }  # fmt: skip
+        row |= {"compiler_ub_bytes": found[1]["ub_bytes"]} if "ub_bytes" in found[1] else {}
+        rows.append(row)
+        print(f"sum {number + 1}/{len(given)} {row}", file=sys.stderr)
     return rows
 
 
@@ -610,6 +660,33 @@ def summarise(shapes: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[
     }
 
 
+def keep_sums(rows: list[dict[str, Any]], out: Path | None) -> None:
+    """Write what `compare_sums` found, with what it comes to."""
+    reported = [row for row in rows if "compiler_ub_bytes" in row]
+    wrong = [row for row in reported if row["compiler_ub_bytes"] != row["planner_ub_bytes"]]
+    result = {
+        "command": "python tools/check_ascend.py --sums",
+        "date": datetime.date.today().isoformat(),
+        "device": f"{platform.machine()} CPU, no NPU: compiled for {CHIP}",
+        "versions": {name: PACKAGES[name] for name in ("triton-ascend", "ascendnpu-ir")},
+        "summary": {
+            "tiles": len(rows),
+            "do_not_fit": sum(not row["compiler_fits"] for row in rows),
+            "verdicts_agree": sum(row["agree"] for row in rows),
+            "unified_buffers_reported": len(reported),
+            "unified_buffers_equal": len(reported) - len(wrong),
+        },
+        "tiles": rows,
+    }
+    _write(result, out or Path("benchmarks/ascend_sums.json"))
+
+
+def _write(result: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result["summary"], indent=1))
+
+
 def mask_bytes() -> dict[str, dict[str, int]]:
     """Return the memory of a causal mask, by a table and whole."""
     from graphopt.runtime.tiling_mask import table_bytes
@@ -630,7 +707,8 @@ def main() -> None:
     parser.add_argument("--decodes", type=int, default=32, help="how many decodes are drawn")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--runs", type=int, default=len(RUNS), help="how many are executed")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/ascend.json"))
+    parser.add_argument("--sums", action="store_true", help="linears summed over devices, alone")
+    parser.add_argument("--out", type=Path, help="by default under benchmarks")
     parser.add_argument("--emit", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--call", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -639,6 +717,14 @@ def main() -> None:
         return
     if args.call:
         print(json.dumps(call_library(args.call)))
+        return
+    if args.sums:
+        try:
+            prepare(args.venv)
+            with tempfile.TemporaryDirectory(prefix="check-ascend-") as folder:
+                keep_sums(compare_sums(args.venv, SUM_TILES, Path(folder)), args.out)
+        except Missing as error:
+            sys.exit(str(error))
         return
     try:
         if args.runs:
@@ -672,9 +758,7 @@ def main() -> None:
         "runs": runs,
         "shapes": shapes,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result["summary"], indent=1))
+    _write(result, args.out or Path("benchmarks/ascend.json"))
 
 
 if __name__ == "__main__":

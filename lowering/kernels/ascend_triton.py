@@ -8,6 +8,7 @@ from typing import Any
 from graphopt.lowering.kernels.family import KernelFamily, register_family, runtime_text
 from graphopt.plan import AttentionPlan
 from graphopt.plan.ascend import AscendPlanner
+from graphopt.plan.ascend_sums import AscendSumPlan
 from graphopt.plan.base import form_constants
 
 _FILES = ("ascend_prefill.py", "ascend_decode.py")
@@ -22,6 +23,17 @@ def ascend_constants(plan: AttentionPlan, *, ring: int = 0) -> dict[str, Any]:
         ring: Slots of the ring, where the plan's cache is one.
     """
     return {**form_constants(plan.spec, ring=ring), **plan.tiles}
+
+
+def sum_sources(plan: AscendSumPlan) -> dict[str, str]:
+    """Return the source of a linear that two devices sum, with its plan at its head, by file name.
+
+    What launches it waits between stages, by the notices that devices send each other.
+    """
+    name = "ascend_linear_all_reduce.py"
+    head = [f"# {line}" for line in plan.lines()]
+    launches = [f"# rank {rank}: {plan.launches(rank)}" for rank in range(2)]
+    return {name: "\n".join([*head, *launches, "", runtime_text(f"kernels/{name}")])}
 
 
 @register_family
