@@ -59,7 +59,9 @@ def check_placements(program: Program, *, ranks: bool) -> None:
     """
     group = group_of(program) if ranks else ()
     placed = [(f"Weight {w.name!r}", w.placement) for w in program.weights]
-    placed += [(f"State {s.name!r}", s.placement) for s in program.states.values()]
+    # A device's host is no other device: what emits such a state says how it is read.
+    states = [state for state in program.states.values() if state.host is None]
+    placed += [(f"State {s.name!r}", s.placement) for s in states]
     placed += [(f"The call at {c.path or c.function!r}", c.placement) for c in program.calls]
     for what, placement in placed:
         if placement is None or (group and placement.devices == group):
@@ -113,6 +115,23 @@ def check_no_policies(program: Program, where: str) -> None:
         raise LoweringError(
             f"{where} has no place for the KV policy {', '.join(kinds)}.",
             "Emit torch or onnx, or leave attach-kv-policy out.",
+        )
+
+
+def check_no_hosts(program: Program, where: str) -> None:
+    """Refuse KV states that lie in the host's memory.
+
+    Args:
+        where: What has no place for them.
+
+    Raises:
+        LoweringError: Naming the first state.
+    """
+    name = next((state.name for state in program.states.values() if state.host), None)
+    if name is not None:
+        raise LoweringError(
+            f"{where} has no place for keys in the host's memory, and state {name!r} is there.",
+            "Emit torch for a GPU target, or leave place-kv out.",
         )
 
 

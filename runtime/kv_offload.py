@@ -16,8 +16,6 @@ Layout letters as in `graphopt.ir.kv_policies.pages`, and L layers, R = B G rows
 
 from __future__ import annotations
 
-import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,53 +29,10 @@ from graphopt.ir.kv_policies.pages import Filled
 from graphopt.ir.kv_policies.probabilities import Scoring
 from graphopt.runtime import kv_policy
 from graphopt.runtime.attention import Keys
+from graphopt.runtime.copies import Copies, copies_on, pin
 from graphopt.runtime.kv_slots import Places, fetch, find_slots, find_slots_by_kernel, write_token
 from graphopt.support.free_memory import free_bytes
 from graphopt.support.quantities import format_bytes
-
-
-class Copies(ABC):
-    """Copies that run beside what is computed."""
-
-    @abstractmethod
-    def start(self, copy: Callable[[], None]) -> Any:
-        """Run a copy behind all that has been asked to be computed so far.
-
-        Returns:
-            What `wait` takes.
-        """
-
-    @abstractmethod
-    def wait(self, copied: Any) -> None:
-        """Let what is computed from here on begin when a copy has ended."""
-
-
-class CopyStream(Copies):
-    """Copies on a CUDA stream of their own, one behind the other."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-
-    def start(self, copy: Callable[[], None]) -> torch.cuda.Event:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        done = torch.cuda.Event()
-        with torch.cuda.stream(self._stream):
-            copy()
-            done.record()
-        return done
-
-    def wait(self, copied: torch.cuda.Event) -> None:
-        copied.wait()
-
-
-class CopyAtOnce(Copies):
-    """Copies that are done when they are asked for: on a CPU."""
-
-    def start(self, copy: Callable[[], None]) -> None:
-        copy()
-
-    def wait(self, copied: None) -> None:
-        pass
 
 
 def host_bytes(layers: int, batch: int, heads: KVHeads, capacity: int, page: int) -> int:
@@ -159,8 +114,7 @@ class OffloadedKV:
         self.batch, self.rows = batch, batch * heads.key_heads
         self.pages, self.slots = -(-capacity // page), 2 * read
         on_gpu = device.type == "cuda"
-        default: Copies = CopyStream(device) if on_gpu else CopyAtOnce()
-        self._copies = default if copies is None else copies
+        self._copies = copies_on(device) if copies is None else copies
         self.pages_moved = torch.zeros((), dtype=torch.int64, device=device)
         self.layers_moved = 0
         dims = (heads.k_dim, heads.v_dim)
@@ -173,7 +127,7 @@ class OffloadedKV:
 
         host = torch.zeros(needed // _size(heads), dtype=heads.dtype)
         if on_gpu:
-            _pin(host, self)
+            pin(host, self)
         sizes = [self.rows * self.pages * page * dim for dim in dims] * layers
         parts = [part.view(self.rows, self.pages, page, -1) for part in host.split(sizes)]
         self._layers = [
@@ -310,31 +264,6 @@ class OffloadedKV:
 
     def _lens(self, last_B: Tensor) -> Tensor:
         return (last_B + 1).to(torch.int32).repeat_interleave(self.heads.key_heads)
-
-
-def _pin(host: Tensor, owner: OffloadedKV) -> None:
-    """Pin host memory as long as its owner lives.
-
-    torch's own pinned memory is handed out in powers of two: up to twice of what is asked for.
-
-    Raises:
-        GraphoptError: The system does not let so much be pinned.
-    """
-    runtime = torch.cuda.cudart()
-    status = int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0))
-    if status:
-        raise GraphoptError(
-            f"{host.nbytes:,} bytes ({format_bytes(host.nbytes)}) of host memory cannot be pinned "
-            f"for the device (CUDA error {status}).",
-            "Raise the limit of locked memory (ulimit -l), or lower the capacity.",
-        )
-    finalizer = weakref.finalize(owner, _unpin, host)
-    finalizer.atexit = False
-
-
-def _unpin(host: Tensor) -> None:
-    torch.cuda.synchronize()
-    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
 
 
 Attend = Callable[[Tensor, Keys], tuple[Tensor, Tensor, Tensor]]

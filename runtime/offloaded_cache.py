@@ -21,8 +21,9 @@ from graphopt.ir.kv_policies.base import KVPolicy
 from graphopt.ir.kv_policies.pages import Filled
 from graphopt.ir.kv_policies.probabilities import Scoring
 from graphopt.runtime.attention import Keys
+from graphopt.runtime.copies import Copies
 from graphopt.runtime.kv_cache import PagedKVCache, in_order
-from graphopt.runtime.kv_offload import Copies, OffloadedKV
+from graphopt.runtime.kv_offload import OffloadedKV
 from graphopt.runtime.policy_cache import PolicyKVCache, StepCount
 
 

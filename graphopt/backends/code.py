@@ -22,7 +22,7 @@ from graphopt.ir.graph import Program
 
 MODEL_NAME = "model.py"
 ARENA, KERNELS, POLICIES, RANKS = "arena", "kernels", "policies", "ranks"
-_TRUSTED = (".py", ".cu", ".cubin", ".ptx")
+_TRUSTED = (".py", ".cpp", ".cu", ".cubin", ".h", ".ptx")
 
 
 class PrivateCode:

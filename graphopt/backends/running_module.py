@@ -83,20 +83,21 @@ class RunningModule:
         """See `LanguageModel.start_text`.
 
         Raises:
-            GraphoptError: Keys are to lie in host memory, and cannot.
+            GraphoptError: Keys are to lie in host memory, and cannot, or were placed for less.
         """
         if self._decoder is None:
             return self.start(1)
         # A decoder holds a token more than the prompt.
         room = max(room, 2)
-        if not self._facts.offload:
-            return self._decoder(self._model, room)
+        remedy = "Leave --offload out." if self._facts.offload else "Ask for fewer tokens."
         try:
+            if not self._facts.offload:
+                return self._decoder(self._model, room)
             return self._decoder(self._model, room, offload=True)
         except Exception as error:  # of the package's own classes
             raise GraphoptError(
-                getattr(error, "message", f"Keys cannot lie in host memory: {first_line(error)}."),
-                getattr(error, "remedy", "Leave --offload out."),
+                getattr(error, "message", f"There can be no such cache: {first_line(error)}."),
+                getattr(error, "remedy", remedy),
             ) from error
 
     def capacity(self, cache: Any) -> int | None:

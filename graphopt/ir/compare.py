@@ -253,6 +253,9 @@ def _call_difference(
         if state.placement != wanted.placement:
             have_as, want_as = (s.placement or "unplaced" for s in (state, wanted))
             return f"state {state.name!r} is {have_as}, not {want_as}"
+        if state.host != wanted.host:
+            shares = [str(s.host or "whole") for s in (state, wanted)]
+            return f"state {state.name!r} is {shares[0]}, not {shares[1]}"
         if (state.types, state.layout) != (wanted.types, wanted.layout):
             have_as, want_as = (f"{s.types[0]}, {s.types[1]} {s.layout}" for s in (state, wanted))
             return f"state {state.name!r} is {have_as}, not {want_as}"

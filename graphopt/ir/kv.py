@@ -16,6 +16,7 @@ from typing import Literal
 import sympy
 import torch
 
+from graphopt.ir.kv_host import HostShare
 from graphopt.ir.kv_policies.base import KVHeads, KVPolicy
 from graphopt.ir.placement import Placement
 from graphopt.ir.types import B, Dim, P, Type, dim
@@ -74,6 +75,8 @@ class KVState:
         placement: On which devices; None on one.
         policy: What selects the pages that a step of one token reads; None where it reads all keys.
         query_heads: Query heads, H, of the attention that a policy selects for; None without one.
+        host: How tokens are divided between the device and the host, where it is placed on the
+            host (`cpu`); None elsewhere.
     """
 
     name: str
@@ -85,6 +88,7 @@ class KVState:
     placement: Placement | None = None
     policy: KVPolicy | None = None
     query_heads: int | None = None
+    host: HostShare | None = None
 
     @property
     def length(self) -> Dim:
@@ -108,11 +112,19 @@ class KVState:
         return 1 if self.placement is None else self.placement.parts
 
     def check_placement(self) -> None:
-        """Check that it splits as its placement says, by its heads alone.
+        """Check that it splits as its placement says, by its heads, or by tokens with the host.
 
         Raises:
             ValueError: It does not.
         """
+        if self.host is not None:
+            whole = self.layout == KVLayout() and self.policy is None
+            if not whole or self.placement != Placement(("cpu",)):
+                raise ValueError(
+                    f"it is divided with the host, and is {self.layout}, "
+                    f"{self.placement or 'unplaced'}, with {'a' if self.policy else 'no'} policy: "
+                    "it should be contiguous, placed(cpu)"
+                )
         if self.placement is None:
             return
         if self.placement.summed or self.placement.axis not in (None, 1):

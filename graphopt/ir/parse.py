@@ -118,6 +118,7 @@ class _Parser:
             line.expect("query_heads", "=")
             state.query_heads = line.whole("the number of query heads")
         state.placement = line.placement()
+        state.host = line.host_share()
         self.result.states[name] = state
 
     @staticmethod

@@ -364,7 +364,9 @@ def _state_line(state: KVState) -> str:
     text = f"{name_text(state.name)}: {DTYPE_NAMES[state.dtype]} {sizes} {state.layout}"
     if state.policy is not None:
         text += f" {policy_text(state.policy)} query_heads={state.query_heads}"
-    return text if state.placement is None else f"{text} {state.placement}"
+    if state.placement is not None:
+        text += f" {state.placement}"
+    return text if state.host is None else f"{text} {state.host}"
 
 
 def _weight_line(weight: Weight) -> str:

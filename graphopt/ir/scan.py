@@ -14,6 +14,7 @@ from graphopt.errors import ParseError, UsageError
 from graphopt.ir.algebra import FUNCTIONS, parse_size
 from graphopt.ir.encoding import Packed
 from graphopt.ir.graph import Param
+from graphopt.ir.kv_host import HostShare
 from graphopt.ir.kv_policies import KVPolicy, policy_from_dict
 from graphopt.ir.placement import Placement
 from graphopt.ir.text import NAME
@@ -258,6 +259,22 @@ class Line:
             return Placement(tuple(devices), **split, summed=summed)
         except ValueError as error:
             raise self.fail(f"a placement ({error})", start) from error
+
+    def host_share(self) -> HostShare | None:
+        """Take how a state is divided, such as `host(context=4096, batch=1, ...)`, if it comes."""
+        start = self.next
+        if not self.accept("host"):
+            return None
+        self.expect("(")
+        sizes: list[int] = []
+        for name in ("context", "batch", "resident", "streamed"):
+            self.expect(*([","] if sizes else []), name, "=")
+            sizes.append(self.whole(f"the number for {name}"))
+        self.expect(")")
+        try:
+            return HostShare(*sizes)
+        except ValueError as error:
+            raise self.fail(f"shares of the host ({error})", start) from error
 
     def policy(self) -> KVPolicy:
         """Take a policy of a KV cache, such as `policy("quest", page=16, pages=8, ...)`.

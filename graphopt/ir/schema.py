@@ -99,6 +99,15 @@ class LayoutEntry(Schema):
     size: Annotated[int, pydantic.Field(ge=1, le=2**31)] | None = None
 
 
+class HostEntry(Schema):
+    """A state's parts on the device and the host; `graphopt.ir.kv_host` refuses what is none."""
+
+    context: Annotated[int, pydantic.Field(ge=1, le=2**40)]
+    batch: Annotated[int, pydantic.Field(ge=1, le=2**31)]
+    resident: Annotated[int, pydantic.Field(ge=0, le=2**40)]
+    streamed: Annotated[int, pydantic.Field(ge=0, le=2**40)]
+
+
 class StateEntry(Schema):
     """The KV cache of one layer; `graphopt.ir.kv_policies` refuses what is no policy."""
 
@@ -111,6 +120,7 @@ class StateEntry(Schema):
     placement: PlacementEntry | None = None
     policy: dict[Name, Any] | None = None
     query_heads: Annotated[int, pydantic.Field(ge=1, le=2**16)] | None = None
+    host: HostEntry | None = None
 
 
 class ProgramEntry(Schema):

@@ -29,6 +29,7 @@ from graphopt.ir.graph import (
     Program,
     Value,
 )
+from graphopt.ir.kv_host import HostShare
 from graphopt.ir.kv_policies import KVPolicy, policy_from_dict, policy_to_dict
 from graphopt.ir.placement import Placement
 from graphopt.ir.schema import MAX_WORK, FunctionEntry, PlacementEntry, ProgramEntry, WeightEntry
@@ -303,6 +304,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
                 "placement": _pack_placement(s.placement),
                 "policy": None if s.policy is None else policy_to_dict(s.policy),
                 "query_heads": s.query_heads,
+                "host": None if s.host is None else dataclasses.asdict(s.host),
             }
             for s in program.states.values()
         ],
@@ -418,6 +420,7 @@ def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -
     for s in entry.states:
         try:
             layout = KVLayout(s.layout.kind, s.layout.size)
+            host = None if s.host is None else HostShare(**s.host.model_dump())
         except ValueError as error:
             raise _malformed(f"state {shown(s.name)}: {error}") from error
         where = f"state {shown(s.name)}"
@@ -426,5 +429,6 @@ def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -
             _placement(s.placement, where),
             None if s.policy is None else _policy(s.policy, where),
             s.query_heads,
+            host,
         )  # fmt: skip
     return program

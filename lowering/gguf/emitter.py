@@ -13,7 +13,14 @@ from graphopt.errors import LoweringError
 from graphopt.ir.dtypes import AUTO
 from graphopt.ir.graph import Program
 from graphopt.ir.weights import Array, Cast, Dequantised, Producer
-from graphopt.lowering.base import NOTHING, Emitted, Emitter, StoredTensor, check_no_policies
+from graphopt.lowering.base import (
+    NOTHING,
+    Emitted,
+    Emitter,
+    StoredTensor,
+    check_no_hosts,
+    check_no_policies,
+)
 from graphopt.lowering.gguf.blocks import (
     AT_THE_ENDS,
     BLOCK,
@@ -79,6 +86,7 @@ class GgufEmitter(Emitter):
             LoweringError: With the reason.
         """
         check_no_policies(program, "A GGUF file")
+        check_no_hosts(program, "A GGUF file")
         self._latest = None
         self._planned(program)
 

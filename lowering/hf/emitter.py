@@ -13,7 +13,14 @@ from typing import Any, ClassVar
 from graphopt.ir.graph import Program
 from graphopt.ir.types import DTYPE_NAMES
 from graphopt.ir.weights import Producer, Transposed
-from graphopt.lowering.base import NOTHING, Emitted, Emitter, StoredTensor, check_no_policies
+from graphopt.lowering.base import (
+    NOTHING,
+    Emitted,
+    Emitter,
+    StoredTensor,
+    check_no_hosts,
+    check_no_policies,
+)
 from graphopt.lowering.hf.carved import CODE_NAME
 from graphopt.lowering.hf.checkpoint import Checkpoint, checkpoint_of
 from graphopt.lowering.hf.pack_quantized import PackedWords
@@ -41,6 +48,7 @@ class HfEmitter(Emitter):
             LoweringError: Naming the first difference, or the KV policy that it has.
         """
         check_no_policies(program, "A transformers checkpoint")
+        check_no_hosts(program, "A transformers checkpoint")
         checkpoint_of(program)
 
     def tensors(self, program: Program, target: str) -> dict[str, StoredTensor]:

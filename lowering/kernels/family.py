@@ -220,8 +220,8 @@ def get_layer_family(name: str) -> LayerFamily:
     return _LAYER_FAMILIES[name]
 
 
-_OF_IR = ("functional.py", "kv_memory.py", "policy_attention.py")
-_OF_SUPPORT = ("free_memory.py", "quantities.py")
+_OF_IR = ("functional.py", "kv_host.py", "kv_memory.py", "policy_attention.py")
+_OF_SUPPORT = ("free_memory.py", "native_library.py", "quantities.py")
 POLICIES = "kv_policies"
 """The folder of the policies, in `graphopt.ir` and in models."""
 

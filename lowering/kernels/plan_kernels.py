@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from graphopt.errors import LoweringError
-from graphopt.ir.graph import Call, KVLayout, Node, Program, Value, resolve_attrs
+from graphopt.ir.graph import Call, KVLayout, KVState, Node, Program, Value, resolve_attrs
 from graphopt.ir.kv_policies import KVPolicy
 from graphopt.ir.ops.attention import (
     ATTENTIONS,
@@ -99,6 +99,9 @@ class PlanKernels(Pass):
     Every description is planned for prefill and decode, and for every form that its keys come in:
     those of a cache that grows by copying, with and without a padding mask, and those of one of
     fixed room. A ring's keys are read in the ring, or contiguous where a step is too long for that.
+
+    An attention whose keys lie in the host's memory is planned in parts besides, whose results are
+    merged by their log-sum-exp: a step's own keys, and those before it.
 
     States whose pages a policy selects are laid out in these pages, where the target has kernels
     that read some pages alone.
@@ -200,6 +203,8 @@ def _plan(described: _Described, target: Target, where: str, number: int) -> Spe
     spec = described.spec
     if described.reason is not None:
         return SpecPlans(number, where, spec, (), (described.reason,), ())
+    if described.in_parts:
+        return _plan_parts(spec, target, where, number)
     plans: list[AttentionPlan] = []
     # One reason for each phase and layout: masks make no other.
     refused: dict[tuple[str, str], str] = {}
@@ -219,6 +224,23 @@ def _plan(described: _Described, target: Target, where: str, number: int) -> Spe
     return SpecPlans(number, where, spec, tuple(plans), *rest)
 
 
+def _plan_parts(spec: AttentionSpec, target: Target, where: str, number: int) -> SpecPlans:
+    """Plan the parts of an attention whose keys lie in the host's memory."""
+    spec = spec.replace(lse=True, kv="contiguous", slots=None, sinks=False, kv_bits=16)
+    plans: list[AttentionPlan] = []
+    refused: list[str] = []
+    for form in (
+        spec.replace(phase="prefill"),
+        spec.replace(phase="prefill", causal=False, kv_lens=True),
+        spec.replace(phase="decode", causal=False, kv_lens=True),
+    ):
+        try:
+            plans += _plans(form, target)
+        except LoweringError as error:
+            refused.append(f"{form.phase} in parts: {error.message}")
+    return SpecPlans(number, where, spec, tuple(plans), tuple(dict.fromkeys(refused)), ())
+
+
 def _plans(spec: AttentionSpec, target: Target) -> Iterator[AttentionPlan]:
     """Yield the plan, and behind one of a kernel compiled ahead what runs without its code."""
     plan = plan_attention(spec, target)
@@ -231,10 +253,15 @@ def _plans(spec: AttentionSpec, target: Target) -> Iterator[AttentionPlan]:
 
 @dataclass(frozen=True)
 class _Described:
-    """An attention without phase and masks, or why no kernel reads its keys as they lie."""
+    """An attention without phase and masks, or why no kernel reads its keys as they lie.
+
+    Attributes:
+        in_parts: It is merged from parts by their log-sum-exp.
+    """
 
     spec: AttentionSpec
     reason: str | None = None
+    in_parts: bool = False
 
 
 def _attentions(program: Program, dtype: str) -> Iterator[tuple[str, Node, _Described]]:
@@ -250,6 +277,8 @@ def _attentions(program: Program, dtype: str) -> Iterator[tuple[str, Node, _Desc
             if node.op == "attention":
                 selects = node.operand(SELECTED) is not None
                 yield where, node, _in_layout(spec, layout, attrs, selects=selects)
+                if _on_host(program, call, node):
+                    yield where, node, _Described(spec, in_parts=True)
                 continue
             policy: KVPolicy = attrs["policy"]
             yield where, node, _in_layout(spec, layout, attrs, selects=False)
@@ -260,13 +289,23 @@ def _attentions(program: Program, dtype: str) -> Iterator[tuple[str, Node, _Desc
                 yield where, node, _in_layout(spec, layout, learnt, selects=False)
 
 
-def _layout(program: Program, call: Call, node: Node) -> KVLayout:
-    """Return where the keys lie that an attention of a call reads."""
+def _state(program: Program, call: Call, node: Node) -> KVState | None:
+    """Return the state whose keys an attention of a call reads; None where it reads no cache."""
     past = node.operand(PAST_K)
     for cache in program.functions[call.function].caches:
         if cache.past_k is past:
-            return program.states[call.caches[cache.slot]].layout
-    return KVLayout()
+            return program.states[call.caches[cache.slot]]
+    return None
+
+
+def _layout(program: Program, call: Call, node: Node) -> KVLayout:
+    state = _state(program, call, node)
+    return KVLayout() if state is None else state.layout
+
+
+def _on_host(program: Program, call: Call, node: Node) -> bool:
+    state = _state(program, call, node)
+    return state is not None and state.host is not None
 
 
 def _in_layout(

@@ -16,7 +16,14 @@ from graphopt.ir.graph import Program
 from graphopt.ir.ops import is_aten
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.weights import Weight
-from graphopt.lowering.base import NOTHING, Emitted, Emitter, StoredTensor, check_attentions
+from graphopt.lowering.base import (
+    NOTHING,
+    Emitted,
+    Emitter,
+    StoredTensor,
+    check_attentions,
+    check_no_hosts,
+)
 from graphopt.lowering.onnx.external import DataFile, Layout, SafetensorsDataFile
 from graphopt.lowering.onnx.genai import GENAI_NAME, RUN_NAME, genai_config, run_script, why_not
 from graphopt.lowering.onnx.graph import Graph
@@ -60,6 +67,7 @@ class OnnxEmitter(Emitter):
         Raises:
             LoweringError: Naming the op and the call, the weight, or the state.
         """
+        check_no_hosts(program, "A graph")
         for state in program.states.values():
             if state.layout.kind != "contiguous":
                 raise LoweringError(

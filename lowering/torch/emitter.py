@@ -93,6 +93,15 @@ def policy_package() -> dict[str, str]:
     return {"__init__.py": _POLICY_INIT, **shared, **policy_files()}
 
 
+def _all_on_host(program: Program) -> list[tuple[str, str]]:
+    """Return what of placed keys a model in plain PyTorch leaves out."""
+    placed = [state.name for state in program.states.values() if state.host is not None]
+    if not placed:
+        return []
+    where = placed[0] if len(placed) == 1 else f"{placed[0]} to {placed[-1]}"
+    return [(where, "their places are left out: this model runs on one device, with all its keys")]
+
+
 def _without_kernel(kernels: LoweredKernels) -> list[tuple[str, str]]:
     attentions = [(where, f"attention by its reference: {why}") for where, why in kernels.refused]
     return attentions + kernels.without_layer_kernels()
@@ -129,7 +138,7 @@ class TorchEmitter(Emitter):
 
     def fallbacks(self, program: Program, target: str) -> list[tuple[str, str]]:
         kernels = lower_attentions(program, target)
-        return [] if kernels is None else _without_kernel(kernels)
+        return _all_on_host(program) if kernels is None else _without_kernel(kernels)
 
     def stored_dtype(self, program: Program, weight: Weight, target: str) -> torch.dtype:
         machine = get_target(target)
@@ -152,7 +161,7 @@ class TorchEmitter(Emitter):
             path.write_text(text, encoding="utf-8", newline="\n")
         files = [root / name for name in sources]
         notes: list[tuple[str, str]] = []
-        fallbacks: list[tuple[str, str]] = []
+        fallbacks = _all_on_host(program)
         if kernels is not None:
             images, fallbacks = self._compile(kernels, root / FOLDER)
             files += images

@@ -14,6 +14,7 @@ from graphopt.lowering.kernels.family import policy_files, runtime_text
 from graphopt.lowering.kernels.plan_kernels import PlanKernels, compute_dtype, planned_attentions
 from graphopt.pass_manager.contract import Context
 from graphopt.plan import AttentionPlan
+from graphopt.runtime import host_attention
 from graphopt.targets import Target, get_target
 
 FOLDER = "kernels"
@@ -30,7 +31,12 @@ _MODULES = (
 # Those of a model whose steps read what policies select, besides.
 _POLICY_MODULES = (
     "kv_policy", "policy_cache", "policy_dispatch", "policy_decoder",
-    "kv_offload", "kv_slots", "offloaded_cache", "free_memory", "quantities",
+    "copies", "kv_offload", "kv_slots", "offloaded_cache", "free_memory", "quantities",
+)  # fmt: skip
+# Those of a model some of whose keys lie in the host's memory.
+_HOST_MODULES = (
+    "errors", "quantities", "free_memory", "native_library", "driver", "copies", "kv_host",
+    "host_attention", "host_step", "host_layer", "host_kv", "host_decoder", "host_dispatch",
 )  # fmt: skip
 
 
@@ -49,6 +55,7 @@ class LoweredKernels:
         refused: (where, reason) of each attention that no kernel of the target takes.
         notes: (where, what) of those that a kernel takes which was made for something else.
         ops: Those of the program.
+        has_hosts: Whether keys of some layers lie in the host's memory.
     """
 
     target: Target
@@ -57,6 +64,7 @@ class LoweredKernels:
     refused: list[tuple[str, str]] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
     ops: frozenset[str] = frozenset()
+    has_hosts: bool = False
 
     def layer_kernels(self) -> list[LayerKernels]:
         """Return the kernels beside attention that the target has and the program needs."""
@@ -123,7 +131,10 @@ class LoweredKernels:
         if self.has_policies:
             modules += _POLICY_MODULES
             kernels += ("kv_selection", "kv_fetch")
+        modules += _HOST_MODULES if self.has_hosts else ()
         texts = {f"{name}.py": runtime_text(f"{name}.py") for name in modules}
+        if self.has_hosts:
+            texts |= {name: runtime_text(f"kernels/{name}") for name in host_attention.FILES}
         texts |= policy_files() if self.has_policies else {}
         texts |= {f"{name}.py": runtime_text(f"kernels/{name}.py") for name in kernels}
         for family in families:
@@ -191,6 +202,13 @@ class LoweredKernels:
                 "from .policy_dispatch import PolicyDispatcher as AttentionDispatcher",
             ]
             policies = "policy_attention = DISPATCHER.policy_attention\n"
+        if self.has_hosts:
+            imports = [
+                "from .dispatch import AttentionKey, Planned",
+                "from .host_decoder import HostDecoder as Decoder",
+                "from .host_dispatch import HostDispatcher as AttentionDispatcher",
+                "from .kv_cache import growing_caches, tokens_held",
+            ]
         made: list[str] = []
         for group in self.layer_kernels():
             functions = [*group.functions, *group.classes]
@@ -259,6 +277,7 @@ def lower_attentions(program: Program, target: str) -> LoweredKernels | None:
         [(plans.where, reason) for plans in planned for reason in plans.refused],
         [(plans.where, note) for plans in planned for note in plans.notes],
         frozenset(node.op for name in called for node in program.functions[name].nodes),
+        any(state.host for state in program.states.values()),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Call, Function, Program, Value, resolve_attrs, unique_name
@@ -192,13 +193,26 @@ class ModelClass:
             return []
         layouts = [state.layout for state in self.program.states.values()]
         rows = series([f"({quoted(layout.kind)}, {layout.size})" for layout in layouts])
+        hosts = self._hosts() if any(state.host for state in self.program.states.values()) else []
         about = "    # Of each layer's keys and values; slots of a ring, or tokens of a page."
         held = "    # Bits of their codes in a cache of fixed room; 16 where they are not rounded."
         bits = series([str(kv_bits(self.program, name)) for name in self.program.states])
         return [
-            about, *wrap(f"kv_layouts = {rows}", 4), held, *wrap(f"kv_bits = {bits}", 4),
+            about, *wrap(f"kv_layouts = {rows}", 4), held, *wrap(f"kv_bits = {bits}", 4), *hosts,
             *(self._policies() if self.has_policies else []), "",
         ]  # fmt: skip
+
+    def _hosts(self) -> list[str]:
+        """Return the statement that says which layers' keys lie in the host's memory, and how."""
+        rows = [
+            "None" if state.host is None else str(astuple(state.host))
+            for state in self.program.states.values()
+        ]
+        about = [
+            "    # Keys in host memory: tokens and texts that they were placed for, and the tokens",
+            "    # that stay on the device, tokens that a step copies to it.",
+        ]
+        return [*about, *wrap(f"kv_hosts = {series(rows)}", 4)]
 
     def _policies(self) -> list[str]:
         """Return the statement that says which policy each layer's cache has."""

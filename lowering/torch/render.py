@@ -149,11 +149,26 @@ def _steps(program: Program, classes: dict[str, ModuleClass], fixed_room: bool) 
     sizes = any("P" in made.body.needs for made in classes.values())
     if fixed_room and not sizes and _causal(program) and not _reads_caches(classes):
         return step_template.static(arena_refused(program) is None)
+    check_fixed_room(program)
     if any("attention_mask" in call.args for call in program.calls):
         rings = [state.layout.ring for state in program.states.values()]
         return step_template.growing(rings, arena_refused(program) is None)
     why = "This model has no mask that tells padding from text"
     return step_template.UNCACHED.format(why=why).strip()
+
+
+def check_fixed_room(program: Program) -> None:
+    """Refuse keys in the host's memory in a model whose caches cannot have fixed room.
+
+    Raises:
+        LoweringError: Some of a state's keys are on the host.
+    """
+    if any(state.host for state in program.states.values()):
+        raise LoweringError(
+            f"{program.name} has keys in the host's memory, in caches of fixed room, and something "
+            "in it besides attention asks how full a cache is or reads its keys.",
+            "Leave place-kv out.",
+        )
 
 
 def arena_refused(program: Program) -> str | None:
@@ -164,6 +179,8 @@ def arena_refused(program: Program) -> str | None:
         return "its ranks reduce values in place, which an arena cannot place"
     if any(state.policy for state in program.states.values()):
         return "policies of its KV cache remember what steps read: a step cannot be run twice"
+    if any(state.host for state in program.states.values()):
+        return "keys in the host's memory are written in a step: it cannot be run twice"
     if any(state.layout.kind == "paged" for state in program.states.values()):
         return "pages of its KV cache are put together anew in every step"
     return None

@@ -25,11 +25,9 @@ from graphopt.ir.kv_policies import (
 )
 from graphopt.runtime import kv_offload, kv_slots
 from graphopt.runtime.attention import Extras, Keys
+from graphopt.runtime.copies import Copies, CopyAtOnce, CopyStream
 from graphopt.runtime.dispatch import by_reference
 from graphopt.runtime.kv_offload import (
-    Copies,
-    CopyAtOnce,
-    CopyStream,
     OffloadedKV,
     host_bytes,
     offloaded_step,

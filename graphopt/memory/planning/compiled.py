@@ -10,26 +10,22 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from enum import IntEnum
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from graphopt.errors import GraphoptError, first_line
+from graphopt.errors import GraphoptError
 from graphopt.memory.planning.problem import Int64, Problem
 from graphopt.memory.planning.sections import sections_of
+from graphopt.support.native_library import NoLibrary, native_library
 
 SOURCES = ("search_state.c", "search.c")
-COMPILE_SECONDS = 120
+OPTIONS = ("-std=c11", "-O2", "-fPIC", "-shared")
 MAX_THREADS = 8
 MAX_TABLE_BYTES = 2**30
 """Of the bits that say which block lives in which section, for each thread."""
@@ -68,26 +64,12 @@ class Searched:
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """Return the compiled search, or the reason why there is none."""
-    asked = shlex.split(os.environ.get("CC", ""))
-    names = [asked] if asked else [["cc"], ["gcc"], ["clang"]]
-    compiler = next((name for name in names if shutil.which(name[0])), None)
-    if compiler is None:
-        return f"there is no C compiler ({' or '.join(' '.join(name) for name in names)})"
-    folder_of_sources = files("graphopt.memory.planning")
-    source = "".join(folder_of_sources.joinpath(s).read_text(encoding="utf-8") for s in SOURCES)
-    with tempfile.TemporaryDirectory(prefix="graphopt-", ignore_cleanup_errors=True) as folder:
-        made = Path(folder) / "search.so"
-        options = ["-std=c11", "-O2", "-fPIC", "-shared", "-x", "c", "-", "-o", str(made)]
-        try:
-            done = subprocess.run(
-                [*compiler, *options], input=source, capture_output=True, text=True, check=False,
-                timeout=COMPILE_SECONDS,
-            )  # fmt: skip
-            if done.returncode:
-                return f"{shlex.join(compiler)} does not compile it: {done.stderr.strip():.200}"
-            library = ctypes.CDLL(str(made))
-        except (OSError, subprocess.TimeoutExpired) as problem:
-            return f"{shlex.join(compiler)} does not compile it: {first_line(problem)}"
+    folder = files("graphopt.memory.planning")
+    texts = [folder.joinpath(name).read_text(encoding="utf-8") for name in SOURCES]
+    try:
+        library = native_library({"search.c": "".join(texts)}, "search.c", OPTIONS, "c")
+    except NoLibrary as problem:
+        return str(problem)
     search = library.graphopt_search
     i32s, i64s = (np.ctypeslib.ndpointer(t, flags="C") for t in (np.int32, np.int64))
     search.restype = ctypes.c_int
