@@ -64,6 +64,8 @@ class HostDecoder(Decoder):
             super()._read(part)
             for now, before in kept if ended else ():
                 now[ended] = before
+        # A step that was recorded before does not wait by itself.
+        self.kv.wait_for_writing()
 
     def _advance(self) -> None:
         self.kv.begin_step([count - 1 for count in self.held], decoding=True)

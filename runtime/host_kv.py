@@ -149,11 +149,15 @@ class HostKV:
         longest = max(held)
         bound = -(-longest // self.granule) * self.granule if decoding else longest
         self.step.held, self.step.bound, self.step.decoding = [*held], bound, decoding
-        for layer in self.layers:
-            layer.wait_for_writing()
+        self.wait_for_writing()
         self.pieces.begin(
             [(layer, number) for layer in self.layers for number in layer.streamed(self.step)]
         )
+
+    def wait_for_writing(self) -> None:
+        """Let what follows on the device begin when all that was written out has been."""
+        for layer in self.layers:
+            layer.wait_for_writing()
 
     def run(self, job: Job, layer: HostLayer) -> None:
         """Run a job of the host's kernel, or what it does in torch."""

@@ -128,6 +128,8 @@ class HostLayer:
         self._owner, self.share, self.shape = owner, share, shape
         self.k, self.v = host
         self.front, self.seq_lens = front, seq_lens
+        first = torch.arange(len(self.k), dtype=torch.int32, device=seq_lens.device)
+        self._firsts = (self.resident + first * self.k.shape[3])[:, None]
         self._mailbox: Mailbox | None = None
         self._jobs: dict[int | None, Job] = {}  # by the first piece that is read
         self._written: list[Any] = []
@@ -201,13 +203,13 @@ class HostLayer:
         elif step.bound >= self.resident:
             pending = self._begin(q, rows, computed, plain)
         parts = [_own(q, k, v, plain, attend)]
-        lens = self.seq_lens.expand(q.shape[0])
+        lens, size = self.seq_lens.expand(q.shape[0]), self.k.shape[3]
         if self.front is not None:
             front = Keys(*self.front, kv_lens=lens.clamp(max=self.resident))
             parts.append(self._part(q, front, plain, attend))
-        for number in streamed:
-            first = self.resident + number * self.k.shape[3]
-            here = (lens - first).clamp(min=0, max=self.k.shape[3])
+        # Of all pieces at once: a kernel for each would take as long as the merging.
+        of_pieces = (lens - self._firsts[: len(streamed)]).clamp(min=0, max=size)
+        for number, here in zip(streamed, of_pieces, strict=True):
 
             def read(k_there: Tensor, v_there: Tensor, here: Tensor = here) -> Any:
                 return self._part(q, Keys(k_there, v_there, kv_lens=here), plain, attend)

@@ -165,10 +165,19 @@ def merge(
     if sink is not None:
         total = total + torch.exp(sink - top)
     shares = weights / total.masked_fill(total == 0, 1.0)
-    out = torch.zeros_like(parts[0][0], dtype=torch.float32)
-    for (part, _), share in zip(parts, shares, strict=True):
-        out = torch.addcmul(out, part.float(), share[..., None])
-    return out, top + torch.log(total)
+    if parts[0][0].shape[2] > 1:
+        # Of many tokens outputs are large: one after the other.
+        out = torch.zeros_like(parts[0][0], dtype=torch.float32)
+        for (part, _), share in zip(parts, shares, strict=True):
+            out = torch.addcmul(out, part.float(), share[..., None])
+        return out, top + torch.log(total)
+    sums = []
+    for dtype in dict.fromkeys(part.dtype for part, _ in parts):
+        index = [number for number, (part, _) in enumerate(parts) if part.dtype == dtype]
+        alike = torch.stack([parts[number][0] for number in index])
+        own = shares if len(index) == len(parts) else torch.stack([shares[n] for n in index])
+        sums.append((alike.float() * own[..., None]).sum(0))
+    return sum(sums[1:], start=sums[0]), top + torch.log(total)
 
 
 def warn_of_torch(reason: str) -> None:

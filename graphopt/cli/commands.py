@@ -20,6 +20,7 @@ from graphopt.cli.diff import diff_command
 from graphopt.cli.evaluate import eval_command
 from graphopt.cli.generate import generate_command
 from graphopt.cli.inspect import inspect_command
+from graphopt.cli.measure_host import measure_host_command
 from graphopt.cli.memory import memory_command
 from graphopt.cli.passes import passes_command
 from graphopt.cli.plan_attention import plan_attention_command
@@ -45,6 +46,7 @@ for _name, _command in (
     ("targets", targets_command),
     ("plan-attention", plan_attention_command),
     ("train-kv-policy", train_kv_policy_command),
+    ("measure-host", measure_host_command),
     ("diff", diff_command),
 ):
     app.command(_name)(_command)

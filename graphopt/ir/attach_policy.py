@@ -39,26 +39,39 @@ _KEPT = ("scale", "causal", "softcap")
 """Attributes that an attention has with a policy as well."""
 
 
-def reason_against(program: Program, call: Call, cache: Cache, policy: KVPolicy) -> str | None:
-    """Return why a policy has no meaning for an attention and its state, as a clause; or None."""
-    node, state = cache.present_k.node, program.states[call.caches[cache.slot]]
+def reason_not_its_own(program: Program, call: Call, cache: Cache) -> str | None:
+    """Return why keys are not the past of one causal attention alone, as a clause; or None."""
+    node = cache.present_k.node
     if node is None or node.op not in ("attention", "policy_attention"):
         return "its keys are not those of an attention"
     if node.op == "policy_attention":
-        return f"its state has the policy {state.policy and state.policy.kind} already"
-    attrs = resolve_attrs(node, call)
+        policy = program.states[call.caches[cache.slot]].policy
+        return f"its state has the policy {policy and policy.kind} already"
     if (node.operand(PAST_K), node.operand(PAST_V)) != (cache.past_k, cache.past_v):
         return "it reads keys of another state than the one that it extends"
+    attrs = resolve_attrs(node, call)
     if attrs["causal"] is not True:
         return "its tokens see later ones too"
+    if is_general(attrs, node.inputs):
+        return "it reads selected pages already, or gives the log-sum-exp or page maxima"
+    return None
+
+
+def reason_against(program: Program, call: Call, cache: Cache, policy: KVPolicy) -> str | None:
+    """Return why a policy has no meaning for an attention and its state, as a clause; or None."""
+    node, state = cache.present_k.node, program.states[call.caches[cache.slot]]
+    reason = reason_not_its_own(program, call, cache)
+    if reason is not None or node is None:
+        return reason
+    attrs = resolve_attrs(node, call)
+    if state.host is not None:
+        return "some of its keys lie in the host's memory"
     for name in ("window", "chunk"):
         if attrs.get(name) is not None:
             return f"it has a {name} of {attrs[name]} tokens: a step reads no more than that anyway"
     if node.operand(BIAS) is not None or node.operand(SLOPES) is not None:
         what = "a bias" if node.operand(SLOPES) is None else "slopes (ALiBi)"
         return f"{what} is added to its scores, of which a policy does not know"
-    if is_general(attrs, node.inputs):
-        return "it reads selected pages already, or gives the log-sum-exp or page maxima"
     if attrs.get("kv_bits", 16) != 16:
         return f"its cache holds codes of {attrs['kv_bits']} bits"
     if state.layout.kind == "ring":

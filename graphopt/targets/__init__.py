@@ -71,6 +71,24 @@ class DecodeFigures:
 
 
 @dataclass(frozen=True)
+class HostFigures:
+    """What the host of a device takes to read keys that lie in its memory.
+
+    Attributes:
+        link: Bytes a second from pinned host memory to the device.
+        attention: Bytes a second at which the host's processors attend to keys.
+        link_beside, attention_beside: The same while both go on.
+        call: Seconds from the device to the host's processors and back, without anything to read.
+    """
+
+    link: float
+    attention: float
+    link_beside: float
+    attention_beside: float
+    call: float
+
+
+@dataclass(frozen=True)
 class MeasuredTiles:
     """Tiles of a kernel that were measured to be the fastest.
 
@@ -119,6 +137,7 @@ class Target:
         decode: What a decoding step's time is predicted by; None where nothing is stated.
         reductions: What sums over ranks are planned by, and their tiles, as the file has them; None
             where torch.distributed does them.
+        host: What keys in its host's memory take; None where nothing is stated.
         limits: Further limits of kernels, by name.
         emit: Package -> version that a compile for it needs; `nvrtc` is CUDA's compiler, however it
             was installed.
@@ -142,6 +161,7 @@ class Target:
     quantised: dict[str, Any] | None = None
     decode: DecodeFigures | None = None
     reductions: dict[str, Any] | None = None
+    host: HostFigures | None = None
     limits: dict[str, int] = field(default_factory=dict)
     emit: dict[str, str] = field(default_factory=dict)
     runtime: dict[str, str] = field(default_factory=dict)
@@ -169,6 +189,7 @@ class Target:
             quantised=None if file.quantised is None else file.quantised.model_dump(),
             decode=None if file.decode is None else DecodeFigures(**file.decode.model_dump()),
             reductions=None if file.reductions is None else file.reductions.model_dump(),
+            host=None if file.host is None else HostFigures(**file.host.model_dump()),
             limits=file.limits,
             emit=file.emit,
             runtime=file.runtime,

@@ -212,6 +212,16 @@ class ReductionsTable(Schema):
     tiles: LinearTilesTable
 
 
+class HostTable(Schema):
+    """The `[host]`: `graphopt.targets.HostFigures`."""
+
+    link: Rate
+    attention: Rate
+    link_beside: Rate
+    attention_beside: Rate
+    call: Seconds
+
+
 class TargetFile(Schema):
     """A target's file as a whole; `graphopt.targets.Target` says what each entry means."""
 
@@ -231,6 +241,7 @@ class TargetFile(Schema):
     quantised: QuantisedTable | None = None
     decode: DecodeTable | None = None
     reductions: ReductionsTable | None = None
+    host: HostTable | None = None
     limits: dict[str, Size] = pydantic.Field(default_factory=dict)
     emit: dict[str, Text] = pydantic.Field(default_factory=dict)
     runtime: dict[str, Text] = pydantic.Field(default_factory=dict)
@@ -251,7 +262,7 @@ class TargetFile(Schema):
     ) -> dict[str, str]:
         figures = (
             "features", "cores", "bandwidth", "memory", "matrix_unit", "experts", "quantised",
-            "decode", "reductions", "limits",
+            "decode", "reductions", "host", "limits",
         )  # fmt: skip
         missing = [name for name in figures if info.data.get(name) and name not in sources]
         if missing:

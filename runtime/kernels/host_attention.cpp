@@ -38,7 +38,6 @@ enum Type { TYPE_F32, TYPE_BF16, TYPE_F16, TYPE_I8 };
 enum Level { LEVEL_ANY, LEVEL_PLAIN, LEVEL_AVX2, LEVEL_AVX512, LEVEL_AVX512_BF16 };
 
 constexpr int BLOCK = 64;       // keys whose scores are computed before their values are read
-constexpr int AHEAD = 16;       // rows of keys that are asked for ahead
 constexpr int SPANS = 8;        // spans a thread, at least, where there are keys enough
 constexpr int LEAST_SPAN = 256, MOST_SPAN = 4096;
 
@@ -65,7 +64,8 @@ inline float as_float(F16 x) {
 }
 
 inline int padded_dim(int dim) { return (dim + 15) / 16 * 16; }
-inline void prefetch(const char* address) { __builtin_prefetch(address, 0, 3); }
+// Into the second cache: the first is full of what is computed with, and has few lines on their way.
+inline void prefetch(const char* address) { __builtin_prefetch(address, 0, 2); }
 
 // Query rows of one key head, and where its keys and values lie.
 struct Span {
@@ -532,7 +532,8 @@ Pool& pool() {
 #else
     const int here = static_cast<int>(std::thread::hardware_concurrency());
 #endif
-    if (threads <= 0) threads = here;
+    // One is left to whoever waits for the device, of many.
+    if (threads <= 0) threads = here < 8 ? here : here - 1;
     the_pool = new Pool(threads, threads > 1 && threads <= here);
   }
   return *the_pool;
@@ -542,7 +543,7 @@ Pool& pool() {
 
 extern "C" {
 
-// Threads of all jobs from now on; 0 for the processors that this process may use.
+// Threads of all jobs from now on; 0 for the processors of this process, less one where they are many.
 void graphopt_set_threads(int threads) {
   std::lock_guard<std::mutex> lock(pool_mutex);
   wanted_threads = threads;

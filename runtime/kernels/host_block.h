@@ -23,9 +23,9 @@ void block_scores(const Span& s, int first, int count, float* scores, char* scra
   for (int n = count; n < count + 4; ++n) rows[n] = rows[count - 1];
   for (int n = 0; n < count; n += 4) {
     const char* const keys[4] = {rows[n], rows[n + 1], rows[n + 2], rows[n + 3]};
-    if (whole)
-      for (int i = 0; i < 4; ++i)
-        for (int byte = 0; byte < s.k_row; byte += 64) prefetch(keys[i] + s.k_row * AHEAD + byte);
+    // Values come while scores are computed, and the next block's keys while values are added.
+    const char* values = s.v + static_cast<int64_t>(first + n) * s.v_row;
+    for (int64_t byte = 0; byte < 4 * s.v_row; byte += 64) prefetch(values + byte);
     for (int r = 0; r < s.rows; r += 4) {
       const int left = s.rows - r;
       float* out = scores + r * BLOCK + n;
@@ -59,13 +59,16 @@ void block_scores(const Span& s, int first, int count, float* scores, char* scra
 // Adds weights [rows, BLOCK] times values, for ROWS rows and COLUMNS vectors of features at once.
 template <class T, int ROWS, int COLUMNS>
 inline void add_values(const float* weights, const char* v, int64_t v_row, int count, float* acc,
-                       int width, const float* alpha) {
+                       int width, const float* alpha, const char* ahead, int64_t ahead_row) {
   Vec x[ROWS][COLUMNS];
   for (int r = 0; r < ROWS; ++r)
     for (int c = 0; c < COLUMNS; ++c)
       x[r][c] = mul(load(acc + r * width + c * W), set1(alpha[r]));
   for (int n = 0; n < count; ++n) {
     const T* row = reinterpret_cast<const T*>(v + n * v_row);
+    if (ahead != nullptr)
+      for (size_t byte = 0; byte < COLUMNS * W * sizeof(T); byte += 64)
+        prefetch(ahead + n * ahead_row + byte);
     Vec value[COLUMNS];
 #pragma GCC unroll 4
     for (int c = 0; c < COLUMNS; ++c) value[c] = load(row + c * W);
@@ -82,16 +85,19 @@ inline void add_values(const float* weights, const char* v, int64_t v_row, int c
 
 template <class T, int COLUMNS>
 inline void add_values_of(int left, const float* weights, const char* v, int64_t v_row, int count,
-                          float* acc, int width, const float* alpha) {
+                          float* acc, int width, const float* alpha, const char* ahead,
+                          int64_t ahead_row) {
   constexpr int MOST = W == 8 ? 2 : 4;  // 16 registers hold two rows of four vectors
   for (int r = 0; r < left; r += MOST) {
     const int rows = std::min(MOST, left - r);
     const float* w = weights + r * BLOCK;
     float* out = acc + r * width;
-    if (rows == 4) add_values<T, 4, COLUMNS>(w, v, v_row, count, out, width, alpha + r);
-    else if (rows == 3) add_values<T, 3, COLUMNS>(w, v, v_row, count, out, width, alpha + r);
-    else if (rows == 2) add_values<T, 2, COLUMNS>(w, v, v_row, count, out, width, alpha + r);
-    else add_values<T, 1, COLUMNS>(w, v, v_row, count, out, width, alpha + r);
+    const char* next = r == 0 ? ahead : nullptr;
+    const float* a = alpha + r;
+    if (rows == 4) add_values<T, 4, COLUMNS>(w, v, v_row, count, out, width, a, next, ahead_row);
+    else if (rows == 3) add_values<T, 3, COLUMNS>(w, v, v_row, count, out, width, a, next, ahead_row);
+    else if (rows == 2) add_values<T, 2, COLUMNS>(w, v, v_row, count, out, width, a, next, ahead_row);
+    else add_values<T, 1, COLUMNS>(w, v, v_row, count, out, width, a, next, ahead_row);
   }
 }
 
@@ -110,14 +116,21 @@ void block_values(const Span& s, int first, int count, const float* weights, con
     for (int d = 0; d < padded; d += W)
       add_values_of<float, 1>(s.rows, weights, reinterpret_cast<const char*>(wide + d),
                               padded * static_cast<int64_t>(sizeof(float)), count, acc + d, padded,
-                              alpha);
+                              alpha, nullptr, 0);
     return;
   }
+  const char* ahead = s.k + static_cast<int64_t>(first + BLOCK) * s.k_row;
   int d = 0;
-  for (; d + 4 * W <= s.width; d += 4 * W)
-    add_values_of<T, 4>(s.rows, weights, v + d * sizeof(T), s.v_row, count, acc + d, padded, alpha);
-  for (; d < s.width; d += W)
-    add_values_of<T, 1>(s.rows, weights, v + d * sizeof(T), s.v_row, count, acc + d, padded, alpha);
+  for (; d + 4 * W <= s.width; d += 4 * W) {
+    const int64_t at = d * sizeof(T);
+    add_values_of<T, 4>(s.rows, weights, v + at, s.v_row, count, acc + d, padded, alpha,
+                        ahead + at, s.k_row);
+  }
+  for (; d < s.width; d += W) {
+    const int64_t at = d * sizeof(T);
+    add_values_of<T, 1>(s.rows, weights, v + at, s.v_row, count, acc + d, padded, alpha,
+                        ahead + at, s.k_row);
+  }
 }
 
 // Attention over the keys `begin` to `end` of a span, onto its maxima, sums and accumulators.
@@ -136,7 +149,6 @@ void attend_span(const Span& s, int begin, int end, char* scratch) {
   for (int first = begin; first < end; first += BLOCK) {
     const int count = std::min(BLOCK, end - first);
     const char* v_rows = s.v + static_cast<int64_t>(first) * s.v_row;
-    for (int64_t byte = 0; byte < count * s.v_row; byte += 64) prefetch(v_rows + byte);
     block_scores<T>(s, first, count, scores, rest);
     if (CODES)
       for (int n = 0; n < count; ++n) {

@@ -1,0 +1,390 @@
+"""Keys and values in the host's memory, where a GPU has not room for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import sympy
+import torch
+from pydantic import Field
+
+from graphopt.errors import PassError, UsageError
+from graphopt.execute.memory_fit import predict_step
+from graphopt.ir.context import context_length, position_table
+from graphopt.ir.graph import Program
+from graphopt.ir.host_placement import reason_to_stay, rounded_bits, with_hosts
+from graphopt.ir.kv_host import prefill_chunk
+from graphopt.ir.kv_memory import row_bytes
+from graphopt.ir.ops.attention import ATTENTIONS
+from graphopt.ir.shapes import infer_program
+from graphopt.ir.types import B
+from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
+from graphopt.plan.host_kv import (
+    HostedLayer,
+    KVPlan,
+    Machine,
+    buffer_bytes,
+    fastest,
+    published,
+    streamed,
+)
+from graphopt.plan.kv_policy import decode_figures
+from graphopt.plan.measure_host import read_measured_host
+from graphopt.report.pictures import facts_table, sentences, table
+from graphopt.report.record import Record
+from graphopt.support.devices import found_gpu
+from graphopt.support.quantities import format_bytes, parse_bytes
+from graphopt.targets import HostFigures, Target, get_target
+
+RESERVE = 10**9
+"""Bytes of a GPU that are left to the driver, and to what an allocator cannot use."""
+
+CONTEXT = 32768
+"""Tokens of a text where neither an option nor the model says how many."""
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Where the keys of one layer lie.
+
+    Attributes:
+        state: Its name.
+        way: `device`, `host`, `streamed` or `split`.
+        resident, streamed, computed: Tokens of a text on the device, copied to it in each step, and
+            attended to by the host's processors.
+        seconds: What its attention is predicted to take in a step.
+        others: The same of the ways that were not chosen.
+    """
+
+    state: str
+    way: str
+    resident: int
+    streamed: int
+    computed: int
+    seconds: float
+    others: dict[str, float]
+
+
+class PlacedKV(Record):
+    """What lies where, and why.
+
+    Attributes:
+        method: Of the plan.
+        target: Whose figures it is made by.
+        measured: Where the host's figures were measured; "" for the target's own.
+        gpu: Bytes of the GPU.
+        weights, activations, other, buffers: Bytes of it for weights, for what a part of a prompt
+            computes, for keys that cannot lie elsewhere, and for pieces on their way.
+        room: Bytes that are left to keys.
+        context, batch: Tokens of a text, and texts.
+        device, host: Bytes of keys on either side.
+        moved, read: Bytes that a step copies to the device, and that the host's processors read.
+        seconds: What a step is predicted to take.
+        streamed_seconds: The same with all of these keys on the host, copied in every step.
+        layers: Of each layer.
+    """
+
+    method: str
+    target: str
+    measured: str
+    gpu: int
+    weights: int
+    activations: int
+    other: int
+    buffers: int
+    room: int
+    context: int
+    batch: int
+    device: int
+    host: int
+    moved: int
+    read: int
+    seconds: float
+    streamed_seconds: float
+    layers: list[LayerPlace]
+
+    def _placed(self) -> list[LayerPlace]:
+        return [layer for layer in self.layers if layer.way != "device"]
+
+    def line(self) -> str:
+        placed = self._placed()
+        texts = "one text" if self.batch == 1 else f"{self.batch} texts"
+        of = f"{texts} of {self.context:,} tokens"
+        if not placed:
+            return f"all keys of {of} fit the GPU: {format_bytes(self.device)}"
+        faster = self.streamed_seconds / self.seconds
+        return (
+            f"{len(placed)} of {len(self.layers)} layers have keys on the host, "
+            f"{format_bytes(self.host)} for {of}; {self.batch / self.seconds:.3g} tokens/s "
+            f"predicted, {faster:.2f} times as many as with all of them copied in every step"
+        )
+
+    def card(self) -> str:
+        facts = facts_table([
+            ("GPU", format_bytes(self.gpu)),
+            ("left to the driver", format_bytes(RESERVE)),
+            ("weights", format_bytes(self.weights)),
+            ("computing a part of a prompt", format_bytes(self.activations)),
+            ("keys that stay", format_bytes(self.other) if self.other else ""),
+            ("pieces on their way", format_bytes(self.buffers)),
+            ("room for keys", format_bytes(self.room)),
+            ("keys on the GPU", format_bytes(self.device)),
+            ("keys on the host", format_bytes(self.host)),
+            ("copied to the GPU for a token", format_bytes(self.moved)),
+            ("read by the host for a token", format_bytes(self.read)),
+        ])  # fmt: skip
+        names = {
+            "device": "on the GPU", "host": "the host attends", "streamed": "copied in every step",
+            "split": "divided",
+        }  # fmt: skip
+        rows = [
+            (
+                layer.state, names[layer.way], f"{layer.resident:,}", f"{layer.streamed:,}",
+                f"{layer.computed:,}", f"{1e3 * layer.seconds:,.2f} ms",
+                ", ".join(f"{names[n]} {1e3 * s:,.2f} ms" for n, s in layer.others.items()) or "–",
+            )
+            for layer in self.layers
+        ]  # fmt: skip
+        heads = (
+            "keys of", "how", "tokens on the GPU", "tokens copied", "tokens of the host", "a step",
+            "otherwise",
+        )  # fmt: skip
+        figures = f"By figures that were measured: {self.measured}." if self.measured else (
+            f"By the figures of {self.target}.toml."
+        )  # fmt: skip
+        return sentences([f"{self.line()}.", figures]) + facts + table(heads, rows, heads[2:6])
+
+
+@register_pass
+@dataclass
+class PlaceKV(Pass):
+    """Put keys and values of some layers into the host's memory, where the GPU lacks room for them.
+
+    A step of one token attends to keys on the host in the way that is fastest by the figures of the
+    host: its processors attend to them while the GPU works, or they are copied to the GPU in pieces
+    while it computes, or both at once, each some of them. The results are merged by their
+    log-sum-exp, so that the attention is the same as before. A prompt is read in parts, whose keys
+    are written out while the next layers compute.
+
+    Legality:
+
+    1. The attention has a state of its own, which it reads and extends, and is causal.
+    2. It has no window and no chunk: a step reads so few keys of those that they stay.
+    3. No bias and no slopes (ALiBi) are added to its scores. A cap and sinks are known.
+    4. Its state is contiguous, has no policy, and is placed nowhere else.
+    5. Weights, what a part of a prompt computes, keys that stay and two pieces on their way fit the
+       GPU; the rest of the keys fits the host.
+
+    Options:
+        gpu: Bytes of the GPU, such as 24GB; none for those of the GPU here.
+        host: Bytes of the host's memory that keys may take, such as 128GB; none for any.
+        context: Tokens of a text and its answer; none for what the model has positions for, and
+            32,768 where nothing says it.
+        batch: How many texts at once.
+        method: `fastest` by the host's figures, layer by layer; or `published`, whole layers on
+            either side as FastAttention has them.
+        target: The machine whose figures the plan is made by.
+        figures: File of `graphopt measure-host`, in place of the figures of the target's host.
+    """
+
+    gpu: str | None = None
+    host: str | None = None
+    context: Annotated[int, Field(ge=2, le=2**40)] | None = None
+    batch: Annotated[int, Field(ge=1, le=2**20)] = 1
+    method: Literal["fastest", "published"] = "fastest"
+    target: str = "hopper"
+    figures: str | None = None
+
+    name: ClassVar[str] = "place-kv"
+    requires: ClassVar[tuple[str, ...]] = ("kv-cache",)
+    record: ClassVar[type[Record]] = PlacedKV
+
+    def check_options(self) -> None:
+        """Refuse sizes that are none, and machines without figures.
+
+        Raises:
+            UsageError: A size is none, the target is unknown or no GPU, it has no figures and none
+                are given, or the file of figures is none.
+        """
+        for name, size in (("gpu", self.gpu), ("host", self.host)):
+            if size is not None:
+                parse_bytes(name, size)
+        machine = get_target(self.target)
+        if not machine.kernels:
+            raise UsageError(
+                f"{self.target} is no GPU: all its keys lie in the host's memory.",
+                "Give the target= of a GPU, or leave place-kv out.",
+            )
+        decode_figures(machine)
+        self._host_figures(machine)
+
+    def _host_figures(self, machine: Target) -> HostFigures:
+        if self.figures is not None:
+            return read_measured_host(Path(self.figures)).figures()
+        if machine.host is None:
+            raise UsageError(
+                f"{machine.name}.toml has no [host], by which keys on the host are planned.",
+                "Measure the host there by `graphopt measure-host -o host.json`, and give "
+                "figures=host.json.",
+            )
+        return machine.host
+
+    def check(self, program: Program) -> None:
+        """Refuse a model none of whose keys can lie on the host.
+
+        Raises:
+            PassError: With the reasons.
+        """
+        chosen, skipped = self._places(program)
+        if not chosen:
+            why = "; ".join(dict.fromkeys(skip.reason for skip in skipped)) or "it has none"
+            raise PassError(
+                f"No layer of {program.name} can have keys on the host: {why}.",
+                "Leave place-kv out, or give a model with attention over all its tokens.",
+            )
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        chosen, skipped = self._places(program)
+        record, plan = self._plan(program, chosen)
+        shares = {
+            layer.layer.name: share
+            for layer in plan.layers
+            if (share := layer.share(plan.context, plan.batch)) is not None
+        }
+        placed_before = any(state.host for state in program.states.values())
+        result = PassResult(program, len(chosen) + len(skipped), len(shares), skipped, record)
+        if shares or placed_before:
+            result.program = with_hosts(program, shares)
+            result.changed = len(shares) or 1
+        return result
+
+    def _places(self, program: Program) -> tuple[list[HostedLayer], list[Skip]]:
+        """Return the layers whose keys may lie on the host, and those that stay with the reason."""
+        chosen: list[HostedLayer] = []
+        skipped: list[Skip] = []
+        for call in program.calls:
+            for cache in program.functions[call.function].caches:
+                reason = reason_to_stay(program, call, cache)
+                if reason is not None:
+                    skipped.append(Skip(call.path or call.function, reason))
+                    continue
+                state, bits = program.states[call.caches[cache.slot]], rounded_bits(call, cache)
+                k, v = (
+                    2 * dim if bits == 16 else row_bytes(dim, bits)
+                    for dim in (state.k_dim, state.v_dim)
+                )
+                chosen.append(HostedLayer(state.name, state.heads * (k + v), bits != 4))
+        return chosen, skipped
+
+    def _plan(self, program: Program, layers: list[HostedLayer]) -> tuple[PlacedKV, KVPlan]:
+        """Return what lies where.
+
+        Raises:
+            PassError: The GPU or the host has too little memory, with how much is needed.
+        """
+        machine, tokens = get_target(self.target), self._context(program)
+        figures, gpu = self._host_figures(machine), self._gpu_bytes()
+        chunk = min(prefill_chunk(self.batch), tokens)
+        weights, activations = _computing(program, self.batch, chunk)
+        hosted = {layer.name for layer in layers}
+        other = sum(
+            int(sympy.sympify(state.nbytes(tokens, 2)).subs(B, self.batch))
+            for state in program.states.values()
+            if state.name not in hosted
+        )
+        buffers = buffer_bytes(layers, tokens, self.batch)
+        room = gpu - RESERVE - weights - activations - other - buffers
+        if room < 0:
+            raise PassError(
+                f"gpu={format_bytes(gpu)} is too little for {program.name}: "
+                f"{format_bytes(gpu - room)} are needed, {format_bytes(weights)} for weights, "
+                f"{format_bytes(activations)} to compute, {format_bytes(other + buffers)} for keys "
+                f"that stay and pieces on their way, {format_bytes(RESERVE)} for the driver.",
+                "Give a larger gpu=, a smaller batch=, or weights of fewer bits (quantize).",
+            )
+        rest = weights / (machine.bandwidth or decode_figures(machine).bandwidth)
+        known = Machine(
+            figures, decode_figures(machine).bandwidth, decode_figures(machine).launch,
+            rest / max(len(program.states), 1),
+        )  # fmt: skip
+        if self.method == "published":
+            plan = published(layers, tokens, self.batch, room, known)
+        else:
+            plan = fastest(layers, tokens, self.batch, room, known)
+        if self.host is not None and plan.host_bytes() > parse_bytes("host", self.host):
+            raise PassError(
+                f"host={self.host} is too little for the keys of {self.batch} texts of {tokens:,} "
+                f"tokens: {format_bytes(plan.host_bytes())} are needed beside those on the GPU.",
+                "Give a larger host= or gpu=, or a smaller context= or batch=.",
+            )
+        copied = streamed(layers, tokens, self.batch, known)
+        record = PlacedKV(
+            method=self.method, target=self.target, measured=self._measured(), gpu=gpu,
+            weights=weights, activations=activations, other=other, buffers=buffers, room=room,
+            context=tokens, batch=self.batch, device=plan.device_bytes(), host=plan.host_bytes(),
+            moved=plan.moved_bytes(), read=plan.read_bytes(), seconds=rest + plan.seconds,
+            streamed_seconds=rest + copied.seconds,
+            layers=[
+                LayerPlace(
+                    layer.layer.name, layer.way, layer.resident, layer.streamed, layer.computed,
+                    layer.seconds, layer.others,
+                )
+                for layer in plan.layers
+            ],
+        )  # fmt: skip
+        return record, plan
+
+    def _measured(self) -> str:
+        if self.figures is None:
+            return ""
+        found = read_measured_host(Path(self.figures))
+        return f"{found.device}, {found.processor}, {found.threads} threads, {found.date}"
+
+    def _context(self, program: Program) -> int:
+        """Return the tokens of a text.
+
+        Raises:
+            PassError: The model has positions for fewer.
+        """
+        if self.context is None:
+            return context_length(program) or CONTEXT
+        known = position_table(program)
+        if known is not None and self.context > known[1]:
+            raise PassError(
+                f"context={self.context}: {program.name} has a table of {known[1]:,} positions.",
+                "Give a context= of no more.",
+            )
+        return self.context
+
+    def _gpu_bytes(self) -> int:
+        if self.gpu is not None:
+            return parse_bytes("gpu", self.gpu)
+        device = found_gpu()
+        if device is None:
+            raise UsageError(
+                "place-kv needs to know how much memory the GPU has, and there is none here.",
+                "Give gpu=24GB, or how much it has.",
+            )
+        return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def _computing(program: Program, batch: int, tokens: int) -> tuple[int, int]:
+    """Return the bytes of weights, and of what reading a part of a prompt takes beside keys."""
+    dtype = torch.float16 if program.checkpoint_dtype == torch.float16 else torch.bfloat16
+    found = predict_step(program, "prefill", batch=batch, seq=tokens, dtype=dtype)
+    weights, keys = (found.categories.get(kind, 0) for kind in ("weight", "kv"))
+    # Parts of attention are merged in fp32: two outputs, their sum and a product.
+    merging = 4 * torch.float32.itemsize * batch * tokens * _widest(program)
+    return weights, found.allocated - weights - keys + merging
+
+
+def _widest(program: Program) -> int:
+    """Return the most features that all heads of an attention give for a token."""
+    return max(
+        int(types[node.outputs[0]].shape[1]) * int(types[node.outputs[0]].shape[3])
+        for call, types in zip(program.calls, infer_program(program)[0], strict=True)
+        for node in program.functions[call.function].nodes
+        if node.op in ATTENTIONS
+    )
