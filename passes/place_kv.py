@@ -32,11 +32,12 @@ from graphopt.plan.host_kv import (
 )
 from graphopt.plan.kv_policy import decode_figures
 from graphopt.plan.measure_host import read_measured_host
+from graphopt.plan.spec import HEAD_SIZES
 from graphopt.report.pictures import facts_table, sentences, table
 from graphopt.report.record import Record
 from graphopt.support.devices import found_gpu
 from graphopt.support.quantities import format_bytes, parse_bytes
-from graphopt.targets import HostFigures, Target, get_target
+from graphopt.targets import HostFigures, Target, get_target, newest_gpu
 
 RESERVE = 10**9
 """Bytes of a GPU that are left to the driver, and to what an allocator cannot use."""
@@ -185,7 +186,7 @@ class PlaceKV(Pass):
         batch: How many texts at once.
         method: `fastest` by the host's figures, layer by layer; or `published`, whole layers on
             either side as FastAttention has them.
-        target: The machine whose figures the plan is made by.
+        target: The GPU whose figures the plan is made by; none for the newest that is known.
         figures: File of `graphopt measure-host`, in place of the figures of the target's host.
     """
 
@@ -194,7 +195,7 @@ class PlaceKV(Pass):
     context: Annotated[int, Field(ge=2, le=2**40)] | None = None
     batch: Annotated[int, Field(ge=1, le=2**20)] = 1
     method: Literal["fastest", "published"] = "fastest"
-    target: str = "hopper"
+    target: str | None = None
     figures: str | None = None
 
     name: ClassVar[str] = "place-kv"
@@ -211,14 +212,17 @@ class PlaceKV(Pass):
         for name, size in (("gpu", self.gpu), ("host", self.host)):
             if size is not None:
                 parse_bytes(name, size)
-        machine = get_target(self.target)
+        machine = self._machine()
         if not machine.kernels:
             raise UsageError(
-                f"{self.target} is no GPU: all its keys lie in the host's memory.",
+                f"{machine.name} is no GPU: all its keys lie in the host's memory.",
                 "Give the target= of a GPU, or leave place-kv out.",
             )
         decode_figures(machine)
         self._host_figures(machine)
+
+    def _machine(self) -> Target:
+        return newest_gpu() if self.target is None else get_target(self.target)
 
     def _host_figures(self, machine: Target) -> HostFigures:
         if self.figures is not None:
@@ -270,7 +274,9 @@ class PlaceKV(Pass):
                 if reason is not None:
                     skipped.append(Skip(call.path or call.function, reason))
                     continue
-                state, bits = program.states[call.caches[cache.slot]], rounded_bits(call, cache)
+                state = program.states[call.caches[cache.slot]]
+                sizes = (state.k_dim, state.v_dim)
+                bits = rounded_bits(call, cache) if all(map(_has_codes, sizes)) else 16
                 k, v = (
                     2 * dim if bits == 16 else row_bytes(dim, bits)
                     for dim in (state.k_dim, state.v_dim)
@@ -284,7 +290,7 @@ class PlaceKV(Pass):
         Raises:
             PassError: The GPU or the host has too little memory, with how much is needed.
         """
-        machine, tokens = get_target(self.target), self._context(program)
+        machine, tokens = self._machine(), self._context(program)
         figures, gpu = self._host_figures(machine), self._gpu_bytes()
         chunk = min(prefill_chunk(self.batch), tokens)
         weights, activations = _computing(program, self.batch, chunk)
@@ -321,7 +327,7 @@ class PlaceKV(Pass):
             )
         copied = streamed(layers, tokens, self.batch, known)
         record = PlacedKV(
-            method=self.method, target=self.target, measured=self._measured(), gpu=gpu,
+            method=self.method, target=machine.name, measured=self._measured(), gpu=gpu,
             weights=weights, activations=activations, other=other, buffers=buffers, room=room,
             context=tokens, batch=self.batch, device=plan.device_bytes(), host=plan.host_bytes(),
             moved=plan.moved_bytes(), read=plan.read_bytes(), seconds=rest + plan.seconds,
@@ -378,6 +384,11 @@ def _computing(program: Program, batch: int, tokens: int) -> tuple[int, int]:
     # Parts of attention are merged in fp32: two outputs, their sum and a product.
     merging = 4 * torch.float32.itemsize * batch * tokens * _widest(program)
     return weights, found.allocated - weights - keys + merging
+
+
+def _has_codes(dim: int) -> bool:
+    """Return whether kernels read codes of heads of this size, so that caches keep them."""
+    return HEAD_SIZES[0] <= dim <= HEAD_SIZES[1] and dim & (dim - 1) == 0
 
 
 def _widest(program: Program) -> int:

@@ -91,6 +91,8 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
         parts.append(template.PACK.strip())
     used = [name for name in ahead if name in helpers]
     steps = _steps(program, classes, fixed_room=unmasked and with_kernels)
+    if kernels is not None and "kernels.Decoder" not in steps:
+        check_fixed_room(program)
     of_ranks, in_arena = is_sharded(program), has_arena(steps)
     apart = kernels is not None or whole.has_policies or of_ranks
     body = [
@@ -149,7 +151,6 @@ def _steps(program: Program, classes: dict[str, ModuleClass], fixed_room: bool) 
     sizes = any("P" in made.body.needs for made in classes.values())
     if fixed_room and not sizes and _causal(program) and not _reads_caches(classes):
         return step_template.static(arena_refused(program) is None)
-    check_fixed_room(program)
     if any("attention_mask" in call.args for call in program.calls):
         rings = [state.layout.ring for state in program.states.values()]
         return step_template.growing(rings, arena_refused(program) is None)

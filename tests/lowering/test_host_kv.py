@@ -1,0 +1,308 @@
+"""Emitted models some of whose keys lie in the host's memory: the answers of those with none there.
+
+Here the host is also the device: the C++ kernel attends, and copies are made when they are waited
+for, or at once. tests/test_gpu_host.py has streams and graphs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from emitted import load_file
+from families import LISTED, captured, sampled
+from programs import tiny_program
+from torch import Tensor
+
+import graphopt as go
+from graphopt.errors import LoweringError, VerifyError
+from graphopt.ir import KVLayout, Program
+from graphopt.ir.host_placement import reason_to_stay, with_hosts
+from graphopt.ir.kv_host import HostShare, piece_tokens, prefill_chunk
+from graphopt.ir.parse import parse_program
+from graphopt.ir.relayout import with_layouts
+from graphopt.lowering.torch.lowered_kernels import LoweredKernels
+from graphopt.storage.artifact import load_program
+
+if torch.cuda.is_available():
+    pytest.skip("tests/test_gpu_host.py runs them on the device", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore:attention on a CPU", "ignore:no kernel was")
+ROOM, BATCH = 100, 2
+SHARES = {
+    "all computed": (0, 0),
+    "all copied": (0, ROOM),
+    "both": (0, ROOM // 2),
+    "a front too": (29, 40),
+    "a long front": (90, 0),
+}
+"""Tokens at the front that stay on the device, and tokens that are copied to it."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoweredKernels, "compile", lambda self: {})
+
+
+def emitted(program: Program, folder: Path) -> tuple[ModuleType, Any]:
+    go.emit(program, folder, target="hopper", emit=("torch",), dtype="float32")
+    module = load_file(folder / "model.py")
+    return module, module.load(folder, dtype=torch.float32, device="cpu")
+
+
+def inner(module: ModuleType, name: str) -> ModuleType:
+    """A module of the folder `kernels` of an emitted model."""
+    return importlib.import_module(f"{module.kernels.__name__}.{name}")
+
+
+def plain(module: ModuleType, model: Any) -> Any:
+    """A decoder of the same package with all keys on the device."""
+    base = inner(module, "decoder").Decoder
+    own = {"positions": module.POSITIONS, "records": module.RECORDS}
+    return type("Plain", (base,), own)(model, ROOM, BATCH)
+
+
+def placeable(program: Program) -> list[str]:
+    return [
+        call.caches[cache.slot]
+        for call in program.calls
+        for cache in program.functions[call.function].caches
+        if reason_to_stay(program, call, cache) is None
+    ]
+
+
+def placed(program: Program, resident: int, streamed: int) -> Program:
+    share = HostShare(ROOM, BATCH, resident, streamed)
+    return with_hosts(program, dict.fromkeys(placeable(program), share))
+
+
+def answers(decoder: Any, vocab: int) -> tuple[list[Any], Tensor]:
+    """Tokens and logits of two texts of unlike lengths: prompts, steps, and more to read."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (41, 23)]
+    tokens, logits = [decoder.start(texts)], [decoder.logits.clone()]
+
+    def took(token: Any) -> None:
+        tokens.append(token)
+        logits.append(decoder.logits.clone())
+
+    for _ in range(9):
+        took(decoder.step())
+    took(decoder.extend([[5, 6, 7, 8], [9]]))
+    for _ in range(5):
+        took(decoder.step([11, 12]))
+    # From the start, where other keys lie.
+    took(decoder.start([texts[1], texts[0][:5]]))
+    took(decoder.step())
+    return tokens, torch.stack(logits)
+
+
+def check(module: ModuleType, model: Any, vocab: int, piece: int = 16, chunk: int = 16) -> Any:
+    tokens, logits = answers(plain(module, model), vocab)
+    decoder_class = type("Placed", (module.Decoder,), {"piece": piece, "chunk": chunk})
+    decoder = decoder_class(model, ROOM, BATCH)
+    own_tokens, own_logits = answers(decoder, vocab)
+    # Sums in other orders, layer behind layer, in fp32.
+    assert float((own_logits - logits).abs().max()) <= 1e-4 * max(1.0, float(logits.abs().max()))
+    assert own_tokens == tokens
+    return decoder
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_answers_are_those_of_keys_on_the_device(shares: str, tmp_path: Path) -> None:
+    program = placed(tiny_program(cache=True), *SHARES[shares])
+    module, model = emitted(program, tmp_path / "out")
+    check(module, model, 97)
+    check(module, model, 97, piece=64, chunk=1000)
+
+
+@pytest.mark.parametrize("family", sampled(LISTED))
+def test_families(family: str, tmp_path: Path) -> None:
+    program, _ = go.Pipeline.default().run(captured(family)[1], go.RunOptions(verify=False))
+    names = placeable(program)
+    if not names:
+        pytest.skip("nothing of it can lie on the host: see test_what_stays_is_said")
+    module, model = emitted(placed(program, 20, 30), tmp_path / "out")
+    check(module, model, 128)
+
+
+def test_softcaps_and_sinks(tmp_path: Path) -> None:
+    program = placed(tiny_program(cache=True, softcap=2.0, sinks=True, kv_heads=1), 10, 30)
+    module, model = emitted(program, tmp_path / "out")
+    check(module, model, 97)
+
+
+def with_codes(bits: int) -> Program:
+    """A program whose keys and values are rounded in front of each attention."""
+    program = tiny_program(hidden=64, head_dim=32)
+    recipe = f"canonicalise,quantize{{kv={bits},method=rtn}},insert-kv-cache"
+    return go.Pipeline.parse(recipe).run(program, go.RunOptions(verify=False))[0]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes(bits: int, tmp_path: Path) -> None:
+    """Of 8 bits the host's kernel reads them; those of 4 are copied."""
+    program = with_codes(bits)
+    module, model = emitted(placed(program, 20, 30 if bits == 8 else 80), tmp_path / "out")
+    assert model.kv_bits == [bits] * 2
+    check(module, model, 97)
+
+
+class Late:
+    """Copies that take place when somebody waits for them, and no moment earlier."""
+
+    def __init__(self) -> None:
+        self.asked: list[Callable[[], None]] = []
+        self.done = 0
+
+    def start(self, copy: Callable[[], None]) -> int:
+        self.asked.append(copy)
+        return len(self.asked)
+
+    def wait(self, copied: int) -> None:
+        for copy in self.asked[self.done : copied]:
+            copy()
+        self.done = max(self.done, copied)
+
+
+@pytest.mark.parametrize("shares", ["both", "a front too"])
+def test_what_is_copied_late_is_waited_for(
+    shares: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, model = emitted(placed(tiny_program(cache=True), *SHARES[shares]), tmp_path / "out")
+    monkeypatch.setattr(inner(module, "host_kv"), "copies_on", lambda device: Late())
+    check(module, model, 97)
+
+
+def test_nobody_waiting_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Never(Late):
+        def wait(self, copied: int) -> None:
+            pass
+
+    module, model = emitted(placed(tiny_program(cache=True), *SHARES["both"]), tmp_path / "out")
+    monkeypatch.setattr(inner(module, "host_kv"), "copies_on", lambda device: Never())
+    with pytest.raises(AssertionError):
+        check(module, model, 97)
+
+
+def test_pieces_come_in_turn_through_two_buffers(tmp_path: Path) -> None:
+    module, model = emitted(placed(tiny_program(cache=True), 0, ROOM), tmp_path / "out")
+    decoder = check(module, model, 97)
+    before = decoder.kv.pieces.bytes_moved
+    decoder.step()
+    used = -(-(decoder.used - 1) // 16)
+    token = 2 * 2 * 8 * 4
+    assert decoder.kv.pieces.bytes_moved - before == 2 * used * 16 * BATCH * token
+
+
+def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused with what to install; in torch, and loudly, where that was allowed."""
+    module, model = emitted(
+        placed(tiny_program(cache=True), *SHARES["a front too"]), tmp_path / "out"
+    )
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    inner(module, "host_attention").host_kernel.cache_clear()
+    with pytest.raises(Exception, match=r"no C\+\+ compiler.*GRAPHOPT_HOST_ATTENTION=torch"):
+        module.Decoder(model, ROOM, BATCH)
+    monkeypatch.setenv("GRAPHOPT_HOST_ATTENTION", "torch")
+    with pytest.warns(UserWarning, match="ATTENTION ON THE HOST RUNS IN TORCH"):
+        check(module, model, 97)
+
+
+@pytest.mark.parametrize("bits", [8])
+def test_codes_without_a_compiler(
+    bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = with_codes(bits)
+    module, model = emitted(placed(program, 20, 30), tmp_path / "out")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("GRAPHOPT_HOST_ATTENTION", "torch")
+    inner(module, "host_attention").host_kernel.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(module, model, 97)
+
+
+def test_more_than_was_planned_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, model = emitted(placed(tiny_program(cache=True), 10, 30), tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"2 texts of 101 tokens: .* placed for 2 of 100;.*place-kv"
+    ):
+        module.Decoder(model, ROOM + 1, BATCH)
+    with pytest.raises(ValueError, match=r"3 texts of 100 tokens"):
+        module.Decoder(model, ROOM, BATCH + 1)
+    monkeypatch.setattr(inner(module, "host_kv"), "free_bytes", lambda device: 1000)
+    with pytest.raises(
+        Exception, match=r"take 131,072 bytes .* of host memory, and 1.0 kB are free"
+    ):
+        module.Decoder(model, ROOM, BATCH)
+
+
+def test_the_generate_of_the_package(tmp_path: Path) -> None:
+    program = tiny_program(cache=True)
+    module, model = emitted(placed(program, 10, 30), tmp_path / "placed")
+    other, dense = emitted(program, tmp_path / "dense")
+    ids = [[5, 6, 7, 8], [9, 10]]
+    assert module.generate(model, ids, 12) == other.generate(dense, ids, 12)
+    assert not hasattr(module, "arena_for")
+
+
+def test_a_model_for_the_cpu_leaves_places_out(tmp_path: Path) -> None:
+    program = placed(tiny_program(cache=True), 10, 30)
+    made = go.emit(program, tmp_path / "out", target="cpu", emit=("torch",))
+    assert made.artifact is not None
+    assert any("places are left out" in entry.reason for entry in made.artifact.notes)
+    module = load_file(tmp_path / "out" / "model.py")
+    assert module.generate(module.load(), [5, 6, 7], 4)
+
+
+@pytest.mark.parametrize("form", ["onnx", "hf"])
+def test_other_forms_have_no_place_for_them(form: str, tmp_path: Path) -> None:
+    with pytest.raises(LoweringError, match="no place for keys in the host's memory"):
+        go.emit(placed(tiny_program(cache=True), 10, 30), tmp_path / "out", emit=(form,))
+
+
+# The program --------------------------------------------------------------------------------------
+
+
+def test_shares_are_printed_saved_and_compared(tmp_path: Path) -> None:
+    program = placed(tiny_program(cache=True), 10, 30)
+    line = "contiguous placed(cpu) host(context=100, batch=2, resident=10, streamed=30)"
+    assert str(program).count(line) == 2
+    assert str(parse_program(str(program))) == str(program)
+    go.emit(program, tmp_path / "out", target="hopper", emit=("torch",))
+    assert load_program(tmp_path / "out").states["kv.1"].host == HostShare(100, 2, 10, 30)
+    assert with_hosts(program, {}).states["kv.0"].placement is None
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [((0, 1, 0, 0), "numbers from 1"), ((9, 1, -1, 3), "shares from 0"),
+     ((9, 1, 9, 0), "some tokens in host memory"), ((9, 1, 4, 6), "no more than there are")],
+)  # fmt: skip
+def test_shares_that_are_none(share: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HostShare(*share)
+
+
+def test_rings_and_pages_are_not_divided() -> None:
+    paged = with_layouts(tiny_program(cache=True), {"kv.0": KVLayout("paged", 4)})
+    with pytest.raises(VerifyError, match="should be contiguous"):
+        with_hosts(paged, {"kv.0": HostShare(9, 1, 0, 0)})
+
+
+def test_pieces_are_some_dozens_and_not_large() -> None:
+    for tokens in (1, 255, 256, 4096, 65536, 524288, 10**7):
+        for batch in (1, 3, 16, 400):
+            piece = piece_tokens(tokens, batch)
+            assert piece % 256 == 0 and piece >= 256 and piece * batch <= max(8192, 256 * batch)
+            assert prefill_chunk(batch) * batch <= max(2048, 64 * batch)
+    share = HostShare(1000, 1, 100, 300)
+    assert [share.streamed_pieces(n) for n in (0, 1, 3, 9)] == [0, 0, 1, 3]
+    assert share.computed == 600
