@@ -42,6 +42,7 @@ from graphopt.storage.output_folder import (
 from graphopt.support.devices import usable_device
 from graphopt.support.measure import Meter
 from graphopt.support.progress import Progress, silent
+from graphopt.support.ranks import here
 
 if TYPE_CHECKING:
     from graphopt.capture.steps import CaptureStep, Watch
@@ -240,9 +241,10 @@ def compile_model(
     from graphopt.capture import capture
 
     folder = Path(out)
-    if not options.dry_run:
+    writes = not options.dry_run and here().first
+    if writes:
         check_output(folder, options.force)
-    if options.dump_ir is not None:
+    if options.dump_ir is not None and here().first:
         check_dump(Path(options.dump_ir))
     device = usable_device(options.device)
     emission = Emission.of(
@@ -262,7 +264,7 @@ def compile_model(
         if text is not None:
             read_text(Path(text))
     with contextlib.ExitStack() as stack:
-        if not options.dry_run:
+        if writes:
             stack.enter_context(locked(folder))
             check_output(folder, options.force)  # another compile may have ended meanwhile
         with Meter() as whole:
@@ -270,7 +272,7 @@ def compile_model(
                 program = capture(
                     model,
                     trust_remote_code=options.trust_remote_code,
-                    watch=None if options.dry_run else _capture_dump(options.dump_ir),
+                    watch=_capture_dump(options.dump_ir) if writes else None,
                 )
             if options.max_length is not None:
                 set_max_length(program, options.max_length)
@@ -303,6 +305,8 @@ def compile_model(
                 program, report = pipeline.run(
                     program, options, work=work, progress=progress, on_pass=on_pass
                 )
+                if not here().first:
+                    return report
                 # A snapshot has that of the run which made it.
                 program.max_length = length
                 program = emission.rounded(program)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -22,6 +21,7 @@ from graphopt.pass_manager.statements import ChangedBlocks
 from graphopt.passes.carve_moe.record import CarvedParts
 from graphopt.report.record import Record
 from graphopt.support.devices import must_fit
+from graphopt.support.ranks import here
 from graphopt.training.distil import Distiller
 from graphopt.training.forecast import forecast_training
 from graphopt.training.options import TrainingOptions
@@ -163,9 +163,9 @@ class _Tuning(Distiller):
         options = self.options
         self.note("the whole model", self.dense)
         self.note("carving", self.program)
-        started = time.perf_counter()
+        started = here().clock()
         before = self._loads()
-        walk = (time.perf_counter() - started) / len(self.checked)
+        walk = (here().clock() - started) / len(self.checked)
         # The same is measured at the end, and thresholds are set in such a walk.
         self._closing_seconds = walk * (len(self.checked) + self.thresholds * len(self.unseen))
         for function in self.program.functions.values():
@@ -176,7 +176,7 @@ class _Tuning(Distiller):
                     node.attrs |= {"surrogate": options.surrogate, "balance": balanced}
         self.distil(self.logit_data())
         if self.thresholds and self.changed:
-            started = time.perf_counter()
+            started = here().clock()
             calibrate_thresholds(self.program, self.unseen, self.device)
             self.clock("thresholds", started)
         self.note("trained", self.program)

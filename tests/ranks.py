@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,36 @@ LIMIT = 60.0
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once, by the process that others are forked from.
-_CONTEXT.set_forkserver_preload(["torch.distributed", "graphopt.execute.interpreter"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "torch.distributed", "graphopt.cli.commands", "graphopt.compiler",
+        "graphopt.backends.opening", "graphopt.capture.model", "transformers.modeling_utils",
+        "transformers.models.llama.modeling_llama",
+    ]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended.
+
+    Attributes:
+        exitcode: That of its process, minus the signal that ended it, or None where it still ran.
+        value: What the function returned; None where it did not.
+        error: What there is to say of a rank that did not end well; "" of others.
+    """
+
+    exitcode: int | None
+    value: Any
+    error: str
 
 
 def run_ranks(
-    function: Callable[..., Any], *args: Any, ranks: int = 2, limit: float = LIMIT
+    function: Callable[..., Any],
+    *args: Any,
+    ranks: int = 2,
+    limit: float = LIMIT,
+    group: bool = True,
 ) -> list[Any]:
     """Return what `function(rank, *args)` returns on every rank of a group, in their order.
 
@@ -36,34 +64,58 @@ def run_ranks(
         function: At the top of a module, which the processes import; what it takes and returns is
             pickled.
         limit: Seconds after which all are ended.
+        group: Whether the processes are a group of torch.distributed when the function is called.
+            Else their environment states what torchrun's would, and the function makes one.
 
     Raises:
         AssertionError: A rank raised, died or was ended at the limit, with what each says.
     """
+    found = ended_ranks(function, *args, ranks=ranks, limit=limit, group=group, patience=2)
+    errors = [f"rank {rank}: {end.error}" for rank, end in enumerate(found) if end.error]
+    assert not errors, "\n".join(errors)
+    return [end.value for end in found]
+
+
+def ended_ranks(
+    function: Callable[..., Any],
+    *args: Any,
+    ranks: int = 2,
+    limit: float = LIMIT,
+    group: bool = True,
+    patience: float = LIMIT,
+) -> list[Ended]:
+    """Return how every rank ended that ran `function(rank, *args)`, in their order.
+
+    Args:
+        function, limit, group: As for `run_ranks`.
+        patience: Seconds that the others get to end by themselves when one has failed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             _CONTEXT.Process(
-                target=_rank, args=(function, args, rank, ranks, folder, limit), daemon=True
+                target=_rank, args=(function, args, environment, folder, limit, group),
+                daemon=True,
             )
-            for rank in range(ranks)
-        ]
+            for environment in rank_environments(ranks)
+        ]  # fmt: skip
         end = time.monotonic() + limit
         for process in processes:
             process.start()
         try:
-            _wait(processes, end)
-            errors = [
-                f"rank {rank}: {_said(Path(folder), rank, process.exitcode)}"
-                for rank, process in enumerate(processes)
-                if process.exitcode != 0
-            ]
+            _wait(processes, end, patience)
+            codes = [process.exitcode for process in processes]
         finally:
             for process in processes:
                 process.kill()
                 process.join()
-        assert not errors, "\n".join(errors)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
-                for rank in range(ranks)]  # fmt: skip
+        return [
+            Ended(
+                code,
+                torch.load(Path(folder) / f"{rank}.pt", weights_only=False) if code == 0 else None,
+                "" if code == 0 else _said(Path(folder), rank, code),
+            )
+            for rank, code in enumerate(codes)
+        ]
 
 
 def run_program(rank: int, program: Program, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
@@ -75,11 +127,25 @@ def run_program(rank: int, program: Program, inputs: dict[str, Tensor]) -> tuple
     return outputs[0], {name: [k, v] for name, (k, v) in cache.items()}
 
 
-def _wait(processes: list[Any], end: float) -> None:
-    """Wait until all have ended, or the limit is over, or one failed and others had two seconds."""
+def rank_environments(ranks: int) -> list[dict[str, str]]:
+    """Return for each of several ranks on this host what torchrun states in its environment."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    return [
+        {
+            "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }
+        for rank in range(ranks)
+    ]  # fmt: skip
+
+
+def _wait(processes: list[Any], end: float, patience: float) -> None:
+    """Wait until all have ended, or the limit is over, or one failed and others had their time."""
     while any(process.exitcode is None for process in processes):
         if any(process.exitcode not in (None, 0) for process in processes):
-            end = min(end, time.monotonic() + 2)
+            end, patience = min(end, time.monotonic() + patience), float("inf")
         if time.monotonic() > end:
             return
         time.sleep(0.02)
@@ -93,16 +159,26 @@ def _said(folder: Path, rank: int, exitcode: int | None) -> str:
 
 
 def _rank(
-    function: Callable[..., Any], args: Any, rank: int, ranks: int, folder: str, limit: float
+    function: Callable[..., Any],
+    args: Any,
+    environment: dict[str, str],
+    folder: str,
+    limit: float,
+    group: bool,
 ) -> None:
     torch.set_num_threads(1)
+    rank, ranks = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     try:
-        dist.init_process_group(
-            "gloo", f"file://{folder}/store", rank=rank, world_size=ranks,
-            timeout=timedelta(seconds=limit),
-        )  # fmt: skip
+        if group:
+            dist.init_process_group(
+                "gloo", f"file://{folder}/store", rank=rank, world_size=ranks,
+                timeout=timedelta(seconds=limit),
+            )  # fmt: skip
+        else:
+            os.environ.update(environment)
         torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
-        dist.destroy_process_group()
+        if group:
+            dist.destroy_process_group()
     except BaseException:
         (Path(folder) / f"{rank}.error").write_text(traceback.format_exc())
         raise SystemExit(1) from None

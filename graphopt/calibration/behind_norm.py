@@ -19,6 +19,7 @@ from torch import Tensor
 from graphopt.calibration.output_path import OutputNorm
 from graphopt.calibration.token_power import token_power
 from graphopt.solvers.least_squares import LeastSquares, best_ridge
+from graphopt.support.ranks import ALONE, Ranks
 
 TURNS = 4
 STEPS = (1.0, 0.5, 0.25)
@@ -67,7 +68,9 @@ class _Fit:
         batches: Sequence[tuple[Tensor, Tensor]],
         targets: Sequence[Tensor],
         held_out: Sequence[bool],
+        ranks: Ranks,
     ) -> None:
+        self.ranks = ranks
         self.matrix, self.norm = matrix, norm
         self.batches, self.targets, self.held_out = batches, targets, held_out
 
@@ -100,7 +103,8 @@ class _Fit:
                 here = output if moved is None else output + trial.step * moved
                 left = (wanted - trial.norm(here)) * root
                 totals[number] += float(left.double().square().sum())
-        return [total / count for total in totals]
+        tokens, *sums = self.ranks.totals(count, *totals)
+        return [total / tokens for total in sums]
 
     def linearise(
         self, matrix: Tensor, norm: OutputNorm, features: LeastSquares | None
@@ -124,6 +128,9 @@ class _Fit:
             if not is_held:
                 power += (normal * root).square().sum(0)
                 cross += (normal * root * residual).sum(0)
+        for summed in (learn, held) if features is None else (learn,):
+            summed.reduce(self.ranks)
+        power, cross = self.ranks.total(torch.stack([power, cross]))
         return learn, held, slope + cross / (power + GAIN_RIDGE * power.mean())
 
 
@@ -133,6 +140,7 @@ def fit_behind_norm(
     batches: Sequence[tuple[Tensor, Tensor]],
     targets: Sequence[Tensor],
     held_out: Sequence[bool],
+    ranks: Ranks = ALONE,
 ) -> NormFit:
     """Solve for a projection, and the gain of the norm behind it, in turns.
 
@@ -143,8 +151,9 @@ def fit_behind_norm(
             [..., D], as the given projection and norm make it. They are walked several times.
         targets: For each batch the residual stream as it should be, [..., D].
         held_out: For each batch whether it only measures.
+        ranks: Who shares the tokens.
     """
-    fit = _Fit(matrix, norm, batches, targets, held_out)
+    fit = _Fit(matrix, norm, batches, targets, held_out, ranks)
     (before,) = fit.errors(matrix, None, [_Trial(0.0, norm)])
     best, moved = before, False
     features: LeastSquares | None = None

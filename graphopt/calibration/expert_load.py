@@ -34,5 +34,6 @@ def expert_loads(
             counts.append((gates != 0).flatten(0, -2).double().sum(0))
 
         block.advance(observers=dict.fromkeys(choices, count))
-        loads.append((block.name, (torch.stack(counts).sum(0) / windows.numel()).tolist()))
+        total = stream.ranks.total(torch.stack(counts).sum(0))
+        loads.append((block.name, (total / windows.numel()).tolist()))
     return loads

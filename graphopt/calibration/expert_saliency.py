@@ -93,10 +93,11 @@ def measure_experts(
 
 
 class _Sums:
-    """Sums over the rows of a mixture, batch by batch."""
+    """Sums over the rows of a mixture, batch by batch, and over ranks."""
 
     def __init__(self, block: BlockStep, mixture: Mixture) -> None:
         self.mixture, self.behind = mixture, block.function.results[0]
+        self.ranks = block.stream.ranks
         self.sums = torch.zeros(4, mixture.experts, dtype=torch.float64, device=block.stream.device)
         self.values: dict[Value, Tensor] = {}
 
@@ -107,7 +108,7 @@ class _Sums:
         return {**{value: self._keeper(value) for value in rows}, self.behind: self._add}
 
     def activity(self) -> ExpertActivity:
-        tokens, *sums = self.sums.cpu()
+        tokens, *sums = self.ranks.total(self.sums).cpu()
         return ExpertActivity(tokens.long(), *sums)
 
     def _keeper(self, value: Value) -> _Observer:

@@ -102,7 +102,7 @@ def measure_sensitivity(
             power = token_power(behind).flatten(0, -2)
             return relative_energies(hidden.flatten(0, -2), power, down, norm)
 
-        means = mean_energies(map(energy_of, range(len(stream.ids))))
+        means = mean_energies(map(energy_of, range(len(stream.ids))), stream.ranks)
         order = static_order(means)
         size = sizes[index] = -(-len(order) // groups)
         rest = means.double()[order].flip(0).cumsum(0).flip(0).tolist()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from graphopt.calibration.output_path import OutputNorm
+from graphopt.support.ranks import ALONE, Ranks
 
 
 def neuron_energies(hidden_TN: Tensor, down: Tensor, norm: OutputNorm | None = None) -> Tensor:
@@ -41,18 +42,19 @@ def relative_energies(
     return neuron_energies(hidden_TN, down, norm) / power_T1
 
 
-def mean_energies(energies: Iterable[Tensor]) -> Tensor:
+def mean_energies(energies: Iterable[Tensor], ranks: Ranks = ALONE) -> Tensor:
     """Return the mean energy of each neuron, fp32 [N].
 
     Args:
         energies: From `relative_energies`, a tensor [T, N] for every batch of tokens.
+        ranks: Who shares the tokens.
     """
     total, tokens = None, 0
     for energy_TN in energies:
         own = energy_TN.sum(0)
         total, tokens = own if total is None else total + own, tokens + len(energy_TN)
     assert total is not None
-    return total / tokens
+    return ranks.total(total) / ranks.totals(tokens)[0]
 
 
 def static_order(energies_N: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ projection is solved for, in front of the cut and behind it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +36,7 @@ from graphopt.ir.graph import Program, Value
 from graphopt.ir.weights import Array
 from graphopt.solvers.least_squares import LeastSquares, best_ridge
 from graphopt.support.progress import Progress, silent
+from graphopt.support.ranks import ALONE, Ranks, here
 
 HELD_OUT_SHARE = 0.25
 """Share of the calibration windows that no fit learns from: strengths are chosen by them, and
@@ -73,6 +73,7 @@ def reconstruct(
     targets: Sequence[Tensor],
     held_out: Sequence[bool],
     norm: OutputNorm | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Reconstruction, list[Tensor]]:
     """Solve for a projection into the residual stream, and put its weight into the program.
 
@@ -87,13 +88,16 @@ def reconstruct(
         targets: For each batch the residual stream as it should be, [..., D].
         held_out: For each batch whether the strength is chosen by it.
         norm: What the projection's output goes through, if it does.
+        ranks: Who shares the tokens.
 
     Returns:
         The outcome, and for each batch the residual stream behind the addition as it is now, on
         the device of its target.
     """
     if norm is not None:
-        return _reconstruct_behind_norm(program, where, weights, batches, targets, held_out, norm)
+        return _reconstruct_behind_norm(
+            program, where, weights, batches, targets, held_out, norm, ranks
+        )
     learn, held = LeastSquares(), LeastSquares()
     for (features, states), target, is_held in zip(batches, targets, held_out, strict=True):
         goal = target.to(states.device).float()
@@ -102,6 +106,8 @@ def reconstruct(
         residual = ((goal - states.float()) * root).flatten(0, -2)
         scaled = features.float().flatten(0, -2) * root.flatten(0, -2)
         (held if is_held else learn).add(scaled, residual)
+    for sums in (learn, held):
+        sums.reduce(ranks)
     ridge, after = best_ridge(learn, held)
     # The target's power is 1 for every token, so that sums over tokens are relative.
     outcome = Reconstruction(where, held.error(None) / held.count, after / held.count, ridge)
@@ -125,6 +131,7 @@ def _reconstruct_behind_norm(
     targets: Sequence[Tensor],
     held_out: Sequence[bool],
     norm: OutputNorm,
+    ranks: Ranks,
 ) -> tuple[Reconstruction, list[Tensor]]:
     features, states = batches[0]
     matrix = torch.zeros(states.shape[-1], features.shape[-1], device=states.device)
@@ -132,7 +139,7 @@ def _reconstruct_behind_norm(
         value = program.weights[name].load(torch.float32).to(matrix)
         matrix[:, columns] = value if value.dim() == 2 else value[:, None]
     del features, states
-    fit = fit_behind_norm(matrix, norm, batches, targets, held_out)
+    fit = fit_behind_norm(matrix, norm, batches, targets, held_out, ranks)
     outcome = Reconstruction(where, fit.before, fit.after, fit.ridge)
     moved: list[Tensor] = []
     for (features, given), target in zip(batches, targets, strict=True):
@@ -183,7 +190,7 @@ def reconstruct_behind_cuts(
         program: Its blocks are blocks of `dense`, by their module paths; its weights are replaced.
         windows: int64 [N, S], N at least 2; `held_out_windows` of them choose the strength.
         cuts_only: Solve for no others than the last ones in front of cuts.
-        until: No block is begun after this time of `time.perf_counter`.
+        until: No block is begun after this time of the ranks' clock.
 
     Returns:
         The outcome for each projection, and what could not be reconstructed, with the reason.
@@ -210,7 +217,7 @@ def reconstruct_behind_cuts(
     teacher.run_to(first)
     student.skip_to(first, teacher.hidden)
     for block in student:
-        if until is not None and time.perf_counter() > until:
+        if until is not None and here().clock() > until:
             skipped.append((f"{block.name} and what is behind it", "the time for it was over"))
             break
         teacher.run_to(teacher.index_of(block.name))
@@ -297,7 +304,7 @@ def _reconstruct_block(
         values = block.values_per_batch([*(one.features for one in together), place])
         outcome, states = reconstruct(
             program, where, weights, values.map(partial(_joined, together)),
-            terms[-1][1], block.stream.held_out, together[0].norm,
+            terms[-1][1], block.stream.held_out, together[0].norm, block.stream.ranks,
         )  # fmt: skip
         outcomes.append(outcome)
         block.keep(place, states)

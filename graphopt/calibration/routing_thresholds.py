@@ -58,7 +58,7 @@ def _calibrate(program: Program, block: BlockStep, gating: Node, mean: int) -> s
         if selection_bias is not None:
             logits_TE = logits_TE + block.weights[slots[selection_bias]]
         ranked.append(logits_TE)
-    threshold = routing_threshold(torch.cat(ranked), mean)
+    threshold = routing_threshold(block.stream.ranks.gathered(torch.cat(ranked)), mean)
     weight = program.weights[block.call.weights[slots[bias]]]
     value = weight.load()
     program.weights.replace(weight.with_producer(Array(value - threshold.to(value))))

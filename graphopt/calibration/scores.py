@@ -245,7 +245,7 @@ def removal_metric(
     ordered = sorted(dict.fromkeys(removals), key=sorted)
     size = sum(hidden.nbytes for hidden in first)
     # What runs a block holds its input, its output and both again stacked.
-    at_once = max(1, free_bytes(stream.device) // 2 // (4 * size))
+    at_once = stream.ranks.least(max(1, free_bytes(stream.device) // 2 // (4 * size)))
     for start in range(0, len(ordered), at_once):
         several = ordered[start : start + at_once]
         stream.skip_to(0, first)
@@ -343,7 +343,7 @@ def _compared(
         streams: The hidden states of every batch.
         reference: Those that they are compared with; None where the metric compares with the text.
     """
-    totals, count = dict.fromkeys(streams, 0.0), 0
+    totals, count = dict.fromkeys(streams, 0.0), 0.0
     for batch, ids in enumerate(stream.ids):
         stream.progress("comparing results", batch, len(stream.ids))
         base = None if reference is None else _results(stream, batch, reference[batch], metric)
@@ -359,6 +359,8 @@ def _compared(
             totals[candidate] += float(lost.double().sum())
             del results
         count += lost.numel() if streams else 0
+    count, *sums = stream.ranks.totals(count, *totals.values())
+    totals = dict(zip(totals, sums, strict=True))
     stream.progress("comparing results", len(stream.ids), len(stream.ids))
     means = {candidate: total / max(count, 1) for candidate, total in totals.items()}
     if metric != "ppl":

@@ -12,6 +12,7 @@ from graphopt.execute.block_runner import calibration_runner
 from graphopt.execute.hidden_states import BlockStep, HiddenStateStream
 from graphopt.ir.graph import Program, Value
 from graphopt.support.progress import Progress, silent
+from graphopt.support.ranks import Ranks
 
 
 class SecondMoments:
@@ -28,6 +29,12 @@ class SecondMoments:
             gram = (rows.t() @ rows).double()
         self.total = gram if self.total is None else self.total + gram
         self.count += len(rows)
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add what other ranks have."""
+        assert self.total is not None
+        self.total = ranks.total(self.total)
+        self.count = int(ranks.totals(self.count)[0])
 
     def mean(self, where: str) -> Tensor:
         """Return the mean over tokens, fp64 [N, N].
@@ -78,4 +85,6 @@ def block_moments(
             return lambda _, tensor: of[value].add(tensor)
 
         block.advance(observers={v: observer(v) for v in moments if v.node is not None})
+        for sums in moments.values():
+            sums.reduce(stream.ranks)
         yield block, moments

@@ -29,6 +29,7 @@ from graphopt.sources.windows import Bos, TokenText
 from graphopt.support.devices import free_bytes
 from graphopt.support.per_device import PerDevice
 from graphopt.support.progress import Progress, silent
+from graphopt.support.ranks import here, sharing
 
 PASSAGE, PROMPT = 512, 16
 """Tokens of a text that a model writes, and how many of them it is given."""
@@ -151,7 +152,8 @@ def sample_windows(
     """Return windows of text that a model writes, each token drawn from its distribution.
 
     The text is passages of `PASSAGE` tokens, each begun with a few tokens from a random place of a
-    given text; many passages are written at once, in bf16 where the device has it.
+    given text; many passages are written at once, in bf16 where the device has it. Of several
+    ranks the first writes, and all get the same text.
 
     Args:
         text: int64 [N, S], windows of text to begin with.
@@ -168,9 +170,7 @@ def sample_windows(
     Raises:
         PassError: The model can have no KV cache.
     """
-    deadline = math.inf if seconds is None else time.perf_counter() + seconds
     n = len(begin)
-    begun, wanted = time.perf_counter(), count * (length - n)
     passage = min(PASSAGE, length)
     prompt = min(PROMPT, (passage - n) // 2, text.shape[1] - n)
     if prompt < 1:
@@ -178,6 +178,37 @@ def sample_windows(
             f"Windows of {length} tokens are too short for a model to write text in.",
             f"Give seqlen={n + 2} or more.",
         )
+
+    def write() -> Tensor:
+        return _written(
+            program, text, count * (length - n), passage, prompt, begin, device, seconds, seed,
+            progress,
+        )  # fmt: skip
+
+    # One generator draws every token.
+    written = here().made_by_first(write)
+    return TokenText(written, torch.tensor(begin, dtype=torch.long)).windows(length)
+
+
+def _written(
+    program: Program,
+    text: Tensor,
+    wanted: int,
+    passage: int,
+    prompt: int,
+    begin: Sequence[int],
+    device: torch.device,
+    seconds: float | None,
+    seed: int,
+    progress: Progress,
+) -> Tensor:
+    """Return what a model writes, int64 [wanted], fewer where the seconds are over.
+
+    Args:
+        passage, prompt: Tokens of a passage, and how many of them the text gives.
+    """
+    begun, n = time.perf_counter(), len(begin)
+    deadline = math.inf if seconds is None else begun + seconds
     first = torch.tensor(begin, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
     writer = _writer(program, device, seed)
@@ -201,7 +232,7 @@ def sample_windows(
         passages.append(writer.write(prompts, passage, tell)[:, n:].flatten())
         done += len(passages[-1])
     progress("writing text", 1000, 1000)
-    return TokenText(torch.cat(passages)[:wanted], first).windows(length)
+    return torch.cat(passages)[:wanted]
 
 
 def _writer(program: Program, device: torch.device, seed: int) -> _Writer:
@@ -341,11 +372,15 @@ def held_out_perplexity(
 ) -> float:
     """Return the perplexity of windows of ids [N, S] under a program; infinite beyond e^700.
 
+    Ranks share the windows, where each gets one.
+
     Args:
         at_once: Windows of a batch, at most.
     """
     likelihoods = ProgramLikelihoods(Runner(program, dtype, device, keep_weights=False))
-    return of_mean_loss(-float(likelihoods.of(windows, at_once=at_once).double().mean()))
+    ranks = sharing(len(windows))
+    found = ranks.gathered(likelihoods.of(ranks.part(windows), at_once=at_once))
+    return of_mean_loss(-float(found.double().mean()))
 
 
 def forward_speed(

@@ -20,8 +20,10 @@ from graphopt.cli.shared import (
     BosOption,
     ConfigOption,
     Json,
+    LauncherOption,
     ModelArg,
     Plugins,
+    RanksOption,
     Remote,
     add_plugins,
     errors_as_sentences,
@@ -154,6 +156,8 @@ class CompileFlags:
             "it; passes on a GPU size their batches by it, in place of all that the GPU has."
         ),
     ] = None
+    ranks: RanksOption = None
+    launcher: LauncherOption = None
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of everything random.")] = 0
     bos: BosOption = "every"
     config: ConfigOption = None
@@ -164,13 +168,17 @@ class CompileFlags:
 def compile_command(
     model: ModelArg = None, plugin: Plugins = None, *, flags: CompileFlags, as_json: Json = False
 ) -> None:
-    """Compile a model to a folder that runs, with a report."""
+    """Compile a model to a folder that runs, with a report.
+
+    Ranks that torchrun or --ranks starts share the text that passes calibrate and train on.
+    """
     spec = model_spec(model, flags.config)
     add_plugins(plugin)
     with _saying_what_is_kept(flags.out), ui.progress_bars() as progress:
         progress("starting", 0, 1)
         from graphopt.compiler import compile_model
         from graphopt.storage.output_folder import check_output
+        from graphopt.support.ranks import here
 
         if not flags.dry_run:
             check_output(flags.out, flags.force)
@@ -207,6 +215,8 @@ def compile_command(
             on_write=on_write,
             command=_command_line(model, plugin, flags),
         )
+        if not here().first:
+            return
     if as_json:
         print_json(report.to_json())
         return

@@ -20,7 +20,7 @@ from graphopt.support.launched import launched
 if TYPE_CHECKING:
     from graphopt.support.ranks import Ranks
 
-SEVERAL = {"eval_command": "eval"}
+SEVERAL = {"compile_command": "compile", "eval_command": "eval"}
 """Commands that several ranks share, by their functions."""
 
 STARTED = "GRAPHOPT_STARTED"
@@ -81,6 +81,11 @@ class CommandProcess:
                 stack.enter_context(contextlib.redirect_stderr(nothing))
             work()
         ranks.leave()
+
+    def tell(self, message: str, end: typer.Exit) -> None:
+        """Tell the other ranks that the command ends here, which the user was told already."""
+        if self._ranks is not None:
+            self._ranks.speaks(message, "", end.exit_code)
 
     def say_error(self, message: str, remedy: str, code: int) -> None:
         """Tell why the command ends, to the other ranks too."""

@@ -54,7 +54,11 @@ def errors_as_sentences(command: Callable[..., None]) -> Callable[..., None]:
         try:
             _refuse_bytes(kwargs)
             process.run(lambda: command(**_gathered(command, kwargs)))
-        except (typer.Exit, typer.Abort, click.ClickException):
+        except typer.Exit as end:
+            if end.exit_code:
+                process.tell("Interrupted." if end.exit_code == INTERRUPTED else "It ended.", end)
+            raise
+        except (typer.Abort, click.ClickException):
             raise
         except KeyboardInterrupt:
             process.say_error("Interrupted; nothing was left half-written.", "", INTERRUPTED)

@@ -19,7 +19,13 @@ from graphopt.ir.weights import SharedSources
 
 
 class Parametrisation(nn.Module, ABC):
-    """A weight while it is trained: a differentiable function of its parameters."""
+    """A weight while it is trained: a differentiable function of its parameters.
+
+    Attributes:
+        counts: Whether the gradients are counts over a step's tokens, in place of a mean.
+    """
+
+    counts = False
 
     @abstractmethod
     def forward(self) -> Tensor:
@@ -43,6 +49,7 @@ class WeightGroup(nn.Module, ABC):
 
     names: frozenset[str]
     recordable = True
+    counts = False
 
     @abstractmethod
     def forward(self) -> dict[str, Tensor]:

@@ -115,6 +115,7 @@ class HiddenStateStream:
     Attributes:
         ranks: Who shares the windows; `ALONE` where every rank runs all of them.
         ids: This rank's windows of every batch, int64 [N, S].
+        first_window: The number of the first of them among all that are learnt from.
         held_out: For every batch whether it is held out.
         blocks: The program's.
         index: The index of the current block; behind the last, the number of blocks.
@@ -142,6 +143,7 @@ class HiddenStateStream:
         sorts = windows[: len(windows) - held_out], windows[len(windows) - held_out :]
         self.ranks = sharing(*map(len, sorts)) if ranks is None else ranks
         own = [self.ranks.part(sort) for sort in sorts]
+        self.first_window = self.ranks.share(len(sorts[0])).start
         cut = len(own[0])
         learnt, held = (part.split(rows) for part in own)
         self.ids = [ids.to(self.device) for ids in (*learnt, *held) if len(ids)]

@@ -41,6 +41,7 @@ from graphopt.support.boundary import users_pass
 from graphopt.support.devices import usable_device
 from graphopt.support.measure import Meter
 from graphopt.support.progress import Progress, silent
+from graphopt.support.ranks import here
 
 DEFAULT_RECIPE = (
     "canonicalise,common-subexpression-elimination,fold-constants,dead-code-elimination,"
@@ -194,6 +195,9 @@ class Pipeline:
     ) -> tuple[Program, Report]:
         """Run the passes and verify each.
 
+        Of several ranks each runs the passes, which share their text; the first one verifies,
+        measures and keeps snapshots.
+
         Args:
             program: Left as it is; weights are shared with the result.
             work: Folder for snapshots, which the caller deletes when it has used the result;
@@ -232,7 +236,7 @@ class Pipeline:
                 run.snapshots = Snapshots(folder, program, salt)
                 if options.resume:
                     run.restore()
-                else:
+                elif here().first:
                     run.snapshots.clear()
             run.all()
             quality, not_measured = pipeline._quality(program, run, options, device, progress)
@@ -293,7 +297,7 @@ class Pipeline:
         """
         pairs = zip(self.passes, run.entries, strict=True)
         lossy = [item for item, entry in pairs if entry.changed and not entry.exact]
-        if not lossy and options.text is None:
+        if (not lossy and options.text is None) or not here().first:
             return None, ""
         if not options.verify and options.text is None:
             return None, "verification is off (--no-verify)"

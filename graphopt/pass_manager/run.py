@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,12 +16,14 @@ from graphopt.ir.graph import Program
 from graphopt.ir.imprint import Imprint
 from graphopt.ir.printer import print_program
 from graphopt.ir.verify import verify as verify_structure
+from graphopt.pass_manager.agreement import agree
 from graphopt.pass_manager.claims import check_claims
 from graphopt.pass_manager.contract import (
     Context,
     Earlier,
     Pass,
     PassResult,
+    Skip,
 )
 from graphopt.pass_manager.lockstep import compare_calls
 from graphopt.pass_manager.numbering import same_outputs
@@ -43,6 +46,7 @@ from graphopt.storage.snapshot import Snapshots
 from graphopt.support.boundary import users_pass
 from graphopt.support.inputs import parse
 from graphopt.support.measure import Meter
+from graphopt.support.ranks import here
 
 OnPass: TypeAlias = Callable[[PassEntry], None]
 
@@ -119,7 +123,7 @@ class RecipeRun:
         self._write_dump("00-capture", self.program)
 
     def _write_dump(self, name: str, program: Program) -> None:
-        if self._dump is not None:
+        if self._dump is not None and here().first:
             text = print_program(program) + "\n"
             (self._dump / f"{name}.txt").write_text(text, encoding="utf-8")
 
@@ -130,6 +134,9 @@ class RecipeRun:
         """Go to the latest snapshot of this run, if there is one."""
         assert self.snapshots is not None
         for count in range(len(self.passes), 0, -1):
+            # Ranks take up what the first one finds, in a folder that all of them see.
+            if not here().made_by_first(partial(self.snapshots.has, self._prefix(count), count)):
+                continue
             found = self.snapshots.load(self._prefix(count), count)
             if found is not None:
                 self.program, entries, figures = found
@@ -177,7 +184,7 @@ class RecipeRun:
             entry = self._one(self.passes[number])
             self.entries.append(entry)
             self._write_dump(f"{number + 1:02d}-{entry.name}", self.program)
-            if self.snapshots is not None:
+            if self.snapshots is not None and here().first:
                 saved = [done.to_json() for done in self.entries]
                 figures = {"probe": self.probe_entry(), "windows": self.windows_entry()}
                 prefix = self._prefix(number + 1)
@@ -186,7 +193,7 @@ class RecipeRun:
                 self.on_pass(entry)
 
     def _one(self, item: Pass) -> PassEntry:
-        before = self.program
+        before, ranks = self.program, here()
         imprint = Imprint(before)
         entry = new_entry(item, before, self.context.device)
         self.context.progress(item.name, 0, 1)
@@ -199,6 +206,10 @@ class RecipeRun:
             result = item.run(before.copy(), self.context)
         entry.seconds, entry.peak_bytes = meter.seconds, meter.peak_bytes
         after = result.program
+        rounded = agree(ranks, item.name, before, after) if result.changed else []
+        if rounded:
+            reason = "ranks had rounded it differently: the first one's numbers are taken"
+            result.skipped += [Skip(name, reason) for name in rounded]
         entry.matched, entry.changed = result.matched, result.changed
         entry.skipped = [SkipEntry(skip.where, skip.reason) for skip in result.skipped]
         entry.record = checked_record(item, result)
@@ -213,6 +224,9 @@ class RecipeRun:
                     f"Pass {item.name!r} made a malformed program: {error.message}",
                     f"Leave {item.name!r} out of the recipe; this is a bug in the pass.",
                 ) from error
+            if not ranks.first:  # which verifies for all, and ends all by what it finds
+                self.program = after
+                return entry
             check_claims(item, result, imprint, before)
             if result.changed == 0:
                 entry.verification = "unchanged"

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from graphopt.support.ranks import Ranks
+
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridge (L2 regularisation) strengths that are tried, times the features' mean power."""
 
@@ -22,6 +24,7 @@ class LeastSquares:
         self.cross: Tensor | None = None
         self.square, self.count = 0.0, 0
         self._factors: dict[float, Tensor] = {}
+        self._reduced = False
 
     def add(self, features: Tensor, targets: Tensor) -> None:
         """Add tokens."""
@@ -42,7 +45,7 @@ class LeastSquares:
     def retarget(self) -> LeastSquares:
         """Return a fit to the same features, which are not summed again, without targets so far."""
         other = LeastSquares()
-        other.gram, other._factors = self.gram, self._factors
+        other.gram, other._factors, other._reduced = self.gram, self._factors, self._reduced
         return other
 
     def __add__(self, other: LeastSquares) -> LeastSquares:
@@ -52,6 +55,20 @@ class LeastSquares:
         both.gram, both.cross = self.gram + other.gram, self.cross + other.cross
         both.square, both.count = self.square + other.square, self.count + other.count
         return both
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add what other ranks have; sums of features that were added already stay as they are.
+
+        Every rank must have added tokens, though there may be none in what it added.
+        """
+        if ranks.world == 1:
+            return
+        assert self.gram is not None and self.cross is not None
+        if not self._reduced:
+            self.gram, self._reduced = ranks.total(self.gram), True
+        self.cross = ranks.total(self.cross)
+        self.square, count = ranks.totals(self.square, self.count)
+        self.count = int(count)
 
     def solve(self, ridge: float) -> Tensor:
         """Return the weights, transposed, [N, D] in fp64.

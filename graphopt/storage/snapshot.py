@@ -195,6 +195,10 @@ class Snapshots:
         }
         (fresh / SNAPSHOT_NAME).write_text(json.dumps(state), encoding="utf-8")
 
+    def has(self, recipe: str, number: int) -> bool:
+        """Return whether there is a snapshot after the first `number` passes."""
+        return (self.folder / self._name(recipe, number) / SNAPSHOT_NAME).exists()
+
     def load(
         self, recipe: str, number: int
     ) -> tuple[Program, list[dict[str, Any]], dict[str, Any]] | None:

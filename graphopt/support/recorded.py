@@ -22,7 +22,8 @@ def recording(
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, stream=stream):
+        # Threads of torch look after collectives meanwhile, where there are ranks.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             yield
     finally:
         if collects:

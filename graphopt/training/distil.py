@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -33,6 +32,7 @@ from graphopt.pass_manager.contract import Context, Skip
 from graphopt.report.record import Step
 from graphopt.storage.snapshot import resuming_from
 from graphopt.support.devices import free_bytes
+from graphopt.support.ranks import here
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
 from graphopt.training.kept_files import kept_file
 from graphopt.training.losses import LogitObjective, Objective
@@ -94,7 +94,7 @@ class Distiller:
         assert context.dense is not None
         self.options, self.context, self.device = options, context, context.device
         seqlen = self.seqlen = window_length(program, options.seqlen, self.device)
-        self.started = time.perf_counter()
+        self.started = here().clock()
         self.original = program
         self.home = self.home_of(program)
         self.dense = resident(context.dense, torch.float32, self.home)
@@ -156,9 +156,9 @@ class Distiller:
 
     def note(self, what: str, program: Program) -> float:
         """Put a program's perplexity on held-out windows into the record, and return it."""
-        started = time.perf_counter()
+        started = here().clock()
         value = self.perplexity(program)
-        self._note_seconds = time.perf_counter() - started
+        self._note_seconds = here().clock() - started
         self.record.perplexity.append(Step(after=what, value=value))
         return value
 
@@ -184,13 +184,13 @@ class Distiller:
     def clock(self, what: str, started: float) -> None:
         """Add the time since `started` to the record."""
         seconds = self.record.seconds
-        seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - started
+        seconds[what] = seconds.get(what, 0.0) + here().clock() - started
 
     def left(self) -> float | None:
         """Return the seconds that are left of the pass, but for those of its last measurement."""
         if self.schedule.seconds is None:
             return None
-        spent = time.perf_counter() - self.started
+        spent = here().clock() - self.started
         return max(self.schedule.seconds - spent - self._note_seconds, 0.0)
 
     def training_windows(self) -> Tensor:
@@ -199,18 +199,18 @@ class Distiller:
         if not count:
             return self.windows
         path = self._kept_file("text")
-        if path is not None and path.is_file():
+        if path is not None and here().made_by_first(path.is_file):
             with resuming_from(path):
                 own = torch.load(path, weights_only=True)
         else:
-            started = time.perf_counter()
+            started = here().clock()
             own = sample_windows(
                 self.dense, self.windows, count, self.seqlen, seconds=seconds,
                 begin=self.context.begin or (), device=self.device, seed=self.context.seed,
                 progress=self.context.progress,
             )  # fmt: skip
             self.clock("writing text", started)
-            if path is not None:
+            if path is not None and here().first:
                 # A training that goes on must find the text that it began with.
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(own, path)
@@ -228,7 +228,7 @@ class Distiller:
         behind = self.dense.calls[find_blocks(self.dense)[-1].position].results[0]
         width = evaluate(infer_program(self.dense)[1][behind].shape[-1], {})
         # The dense model's hidden states of them are kept, in 16 bits.
-        most = free_bytes(self.device) // 4 // (2 * self.seqlen * width)
+        most = here().least(free_bytes(self.device) // 4 // (2 * self.seqlen * width))
         if left is not None:
             return most, seconds
         assert self.schedule.steps is not None
@@ -304,10 +304,10 @@ class Distiller:
         Args:
             schedule: Its seconds are those of all that is done here.
         """
-        started = time.perf_counter()
+        started = here().clock()
         run = self.narrowed(program) if isinstance(objective, LogitObjective) else program
         if schedule.seconds is not None:
-            spent = time.perf_counter() - started
+            spent = here().clock() - started
             schedule = replace(schedule, seconds=max(schedule.seconds - spent, 0.0))
         student = BlockRunner(run, first, stop, parametrisations, self.device)
         tuner = Tuner(
@@ -347,8 +347,9 @@ class Distiller:
     def checkpoint(self, stage: str) -> None:
         """Keep what the stages so far made, so that an interrupted compile goes on behind them."""
         self.done.append(stage)
+        spent = here().clock() - self.started
         path = self._kept_file("stages")
-        if path is None:
+        if path is None or not here().first:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".part")
@@ -365,7 +366,7 @@ class Distiller:
                 "weights": changed,
                 "record": self.record.model_dump_json(),
                 "skipped": [(skip.where, skip.reason) for skip in self.skipped],
-                "spent": time.perf_counter() - self.started,
+                "spent": spent,
             },
             fresh,
         )
@@ -373,7 +374,7 @@ class Distiller:
 
     def _resume(self) -> None:
         path = self._kept_file("stages")
-        if path is None or not path.is_file():
+        if path is None or not here().made_by_first(path.is_file):
             return
         with resuming_from(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -427,7 +428,7 @@ class Distiller:
         """
         blocks = find_blocks(self.program)
         calls = [self.program.calls[block.position] for block in blocks[first:]]
-        started = time.perf_counter()
+        started = here().clock()
         tuned = self.tune(
             self.program,
             self.parametrisations(self.program, calls),

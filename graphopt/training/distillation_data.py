@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graphopt.execute.block_runner import BlockRunner
 from graphopt.support.devices import room_for
+from graphopt.support.ranks import here, sharing
 
 TOKENS_AHEAD = 32768
 """Tokens over which a GPU runs the teacher at once: with fewer it waits for launches."""
@@ -21,7 +22,8 @@ class HiddenStateCache:
 
     It is kept in the dtype of products, on the device, as long as that takes no more than half of
     what is free there, and else in half of what is free in the host's memory. What fits neither
-    is made anew each time.
+    is made anew each time. Ranks ask for the same windows in the same order; what is kept is made
+    by each for a part of them, and all get all of it.
 
     Args:
         teacher: The model; its calls are run from the start to its last one.
@@ -45,22 +47,48 @@ class HiddenStateCache:
         self._place: torch.device | None = None
         self._begun = False
 
-    def rows(self, rows: Sequence[int]) -> Tensor:
-        """Return the hidden states of some windows, [len(rows), S, D] on the model's device."""
+    def rows(self, rows: Sequence[int], own: range | None = None) -> Tensor:
+        """Return the hidden states of some windows, [n, S, D] on the model's device.
+
+        Args:
+            rows: The windows, the same on every rank.
+            own: The places among them that this rank asks for; by default all n of them.
+        """
+        own = range(len(rows)) if own is None else own
         missing = [row for row in rows if row not in self._known]
+        if missing and self._begun and self._place is None:
+            return self._run(rows, own)
         if missing:
-            if self._place is not None and self._device.type == "cuda":
-                others = (row for row in range(len(self._ids)) if row not in self._known)
-                ahead = itertools.islice(others, self._ahead // self._ids.shape[1])
-                missing = list(dict.fromkeys([*missing, *ahead]))
-            hidden = self._run(missing)
+            missing = self._with_others(missing)
+            ranks = sharing(len(missing))
+            hidden = self._run(missing, ranks.share(len(missing)))
             if not self._begun:
-                size = hidden[0].nbytes * len(self._ids)
-                self._begun, self._place = True, room_for(size, self._device)
+                self._begun, self._place = True, self._agreed_place(hidden)
+            hidden = ranks.gathered(hidden)
             if self._place is None:
-                return hidden
+                return hidden[own.start : own.stop]
             self._known |= dict(zip(missing, hidden.to(self._place).unbind(), strict=True))
-        return torch.stack([self._known[row] for row in rows]).to(self._device)
+        if not own:
+            return self._known[rows[0]][None][:0].to(self._device)
+        return torch.stack([self._known[rows[place]] for place in own]).to(self._device)
+
+    def _with_others(self, missing: list[int]) -> list[int]:
+        """Return missing windows with others, so that no device runs few, and no rank none."""
+        if self._place is None:  # it is not known yet whether they can be kept
+            return missing
+        missing = list(dict.fromkeys(missing))
+        ahead = -len(missing) % here().world
+        if self._device.type == "cuda":
+            ahead = max(ahead, self._ahead // self._ids.shape[1])
+        others = (row for row in range(len(self._ids)) if row not in self._known)
+        chosen = dict.fromkeys([*missing, *itertools.islice(others, ahead + len(missing))])
+        return list(chosen)[: len(missing) + ahead]
+
+    def _agreed_place(self, hidden: Tensor) -> torch.device | None:
+        """Return where the hidden states of all windows have room on every rank."""
+        places = [self._device, torch.device("cpu"), None]
+        own = room_for(hidden[0].nbytes * len(self._ids), self._device)
+        return places[here().most(places.index(own))]
 
     def complete(self) -> None:
         """Make those of all windows, and let go of the model and the states that they are made of.
@@ -73,16 +101,20 @@ class HiddenStateCache:
                 return
         self._teacher = self._entry = None
 
-    def _run(self, rows: Sequence[int]) -> Tensor:
+    def _run(self, rows: Sequence[int], own: range) -> Tensor:
         teacher = self._teacher
         assert teacher is not None
-        values = teacher.window_inputs(self._ids[torch.tensor(rows)].to(teacher.device))
+        entry = None if self._entry is None else self._entry.rows(rows, own)
+        if not own:
+            return torch.empty(0, device=self._device)
+        ids = self._ids[torch.tensor(rows)][own.start : own.stop]
+        values = teacher.window_inputs(ids.to(teacher.device))
         with torch.no_grad():
-            if self._entry is None:
+            if entry is None:
                 teacher.run_range(values, 0, teacher.stop)
             else:
                 teacher.run_range(values, 0, teacher.embedding)
-                values[teacher.entry] = self._entry.rows(rows)
+                values[teacher.entry] = entry
                 teacher.run_range(values, teacher.first, teacher.stop)
         return values[teacher.exit].to(teacher.kept_dtype)
 
@@ -110,11 +142,17 @@ class DistillationData:
             raise ValueError(f"{self.held_out} of {len(self.ids)} windows are held out")
 
     def batch(
-        self, rows: Sequence[int], device: torch.device
+        self, rows: Sequence[int], device: torch.device, own: range | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return some windows, the targets for them, and their hidden states at the entry."""
+        """Return some windows, the targets for them, and their hidden states at the entry.
+
+        Args:
+            rows: The windows, the same on every rank.
+            own: The places among them that this rank asks for; by default all.
+        """
+        own = range(len(rows)) if own is None else own
         return (
-            self.ids[torch.tensor(rows)].to(device),
-            self.targets.rows(rows),
-            None if self.entry is None else self.entry.rows(rows),
+            self.ids[torch.tensor(rows)][own.start : own.stop].to(device),
+            self.targets.rows(rows, own),
+            None if self.entry is None else self.entry.rows(rows, own),
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from graphopt.execute.block_runner import BlockRunner
+from graphopt.support.ranks import ALONE, here
 from graphopt.training.distillation_data import DistillationData
 from graphopt.training.losses import Objective
 
@@ -40,11 +41,18 @@ def run_student(
 def held_out_loss(
     student: BlockRunner, data: DistillationData, objective: Objective, batch: int
 ) -> float:
-    """Return a student's loss on the held-out windows, `batch` of them at a time."""
+    """Return a student's loss on the held-out windows, `batch` of them at a time.
+
+    Ranks share them, where the loss of several is the mean of theirs.
+    """
     count, total = data.held_out, 0.0
-    for start in range(len(data.ids) - count, len(data.ids), batch):
-        rows = list(range(start, min(start + batch, len(data.ids))))
-        given = data.batch(rows, student.device)
-        loss = objective.measure(*run_student(student, *given), learn=False)
-        total += float(loss) * len(rows) / count
-    return total
+    ranks = here() if objective.additive else ALONE
+    together = batch * ranks.world
+    for start in range(len(data.ids) - count, len(data.ids), together):
+        rows = list(range(start, min(start + together, len(data.ids))))
+        own = ranks.share(len(rows))
+        given = data.batch(rows, student.device, own)
+        if own:
+            loss = objective.measure(*run_student(student, *given), learn=False)
+            total += float(loss) * len(own) / count
+    return ranks.totals(total)[0]

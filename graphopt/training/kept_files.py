@@ -13,6 +13,7 @@ import torch
 from graphopt.ir.graph import Program
 from graphopt.pass_manager.contract import Context
 from graphopt.storage.snapshot import resuming_from
+from graphopt.support.ranks import here
 from graphopt.training.options import TrainingOptions
 
 FORMAT = 3
@@ -44,7 +45,7 @@ def kept_file(
 
 def keep_state(path: Path | None, state: dict[str, Any]) -> None:
     """Write tensors and plain data to a file of `kept_file`, whole or not at all."""
-    if path is None:
+    if path is None or not here().first:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".part")
@@ -58,7 +59,7 @@ def kept_state(path: Path | None) -> dict[str, Any] | None:
     Raises:
         SourceError: The file cannot be read.
     """
-    if path is None or not path.is_file():
+    if path is None or not here().made_by_first(path.is_file):
         return None
     with resuming_from(path):
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

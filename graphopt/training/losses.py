@@ -48,7 +48,14 @@ def batch_kl(output: Tensor, target: Tensor) -> Tensor:
 
 
 class Objective(ABC):
-    """The loss of a student on a batch."""
+    """The loss of a student on a batch.
+
+    Attributes:
+        additive: Whether the loss of a batch is the mean of its windows' losses, so that ranks may
+            share them.
+    """
+
+    additive = True
 
     @abstractmethod
     def measure(
@@ -68,6 +75,7 @@ class HiddenStateObjective(Objective):
     """The hidden states themselves, by `relative_mse`, `batch_kl` or another loss of two."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
+    additive: bool = True
 
     def measure(
         self, student: BlockRunner, values: dict[str, Any], target: Tensor, learn: bool

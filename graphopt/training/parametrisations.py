@@ -91,6 +91,7 @@ class LoadBalanceBias(Parametrisation):
     def __init__(self, value: Tensor, gamma: float | None) -> None:
         super().__init__()
         self.value, self.gamma = nn.Parameter(value.clone()), gamma
+        self.counts = gamma is not None
 
     def forward(self) -> Tensor:
         return self.value

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,10 @@ from graphopt.ir.mixture import has_experts
 from graphopt.storage.snapshot import resuming_from
 from graphopt.support.devices import must_fit
 from graphopt.support.progress import Progress, silent
+from graphopt.support.ranks import ALONE, here
 from graphopt.support.recorded import recording
 from graphopt.training.distillation_data import DistillationData
+from graphopt.training.gradients import SharedGradients
 from graphopt.training.held_out import held_out_loss, run_student
 from graphopt.training.losses import Objective
 from graphopt.training.schedule import Schedule, TrainingResult
@@ -59,6 +62,11 @@ kind of block in it; blocks with experts take twice as long to compile."""
 class Tuner:
     """A training of one student.
 
+    Ranks share the windows of each step, where it has one for each, and add up their gradients:
+    the steps are those of one process, but for the order in which fp32 numbers are added. Without a
+    window for each, or with a loss that compares windows, every rank makes the whole step. The
+    first rank's clock says when a training is over, and its numbers are what counts in the end.
+
     Args:
         student: Its parametrisations are trained in place.
         data: The windows, and what the student is to give for them.
@@ -93,6 +101,15 @@ class Tuner:
         self._check_seconds = 0.0
         self._rate = schedule.rate
         self._parameters = student.parameters
+        whole = not objective.additive or schedule.batch < here().world
+        self._ranks = ALONE if whole else here()
+        self._own = self._ranks.share(schedule.batch)
+        counted = [p for part in student.trained if part.counts for p in part.parameters()]
+        self._gradients = None
+        if self._ranks.world > 1:
+            self._gradients = SharedGradients(
+                self._parameters, counted, self._ranks, student.device
+            )
         cuda = student.device.type == "cuda"
         by_rate: dict[float, list[nn.Parameter]] = {}
         for part in student.trained:
@@ -110,6 +127,7 @@ class Tuner:
         )  # fmt: skip
         self._rated = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._recorded: _Recorded | None = None
+        self._moving: _Recorded | None = None
         self._recordable = cuda and all(group.recordable for group in student.groups)
         self._eager = 0
 
@@ -129,14 +147,14 @@ class Tuner:
         result, schedule = self._restore(), self.schedule
         if result.stopped:
             return result
-        begun = time.perf_counter() - result.seconds
+        begun = self._clock() - result.seconds
         saved_at = result.seconds
         losses = _Mean(self.student.device)
         self.progress(self.what, 0, 1000)
         if not result.checks:
             self._check(0.0)
         result.preparing += self._prepare()
-        result.seconds = time.perf_counter() - begun
+        result.seconds = self._clock() - begun
         while (done := self._done()) < 1 and not result.stopped:
             losses.add(self._step(self._rate * schedule.factor(done)))
             result.steps += 1
@@ -153,16 +171,21 @@ class Tuner:
                     result.stopped = f"no better held-out loss in {self._worse} checks"
                 elif schedule.reduce_on_plateau:
                     self._reduce_on_plateau()
-            result.seconds = time.perf_counter() - begun
-            if self.saved is not None and result.seconds - saved_at >= SAVE_EVERY:
+            result.seconds = self._clock() - begun
+            if self.saved is not None and here().first and result.seconds - saved_at >= SAVE_EVERY:
                 saved_at = result.seconds
                 self._save()
         if not result.stopped:
             self._check(1.0)
         self._go_back()
-        result.seconds = time.perf_counter() - begun
+        here().take_from_first(self._parameters)
+        result.seconds = self._clock() - begun
         self.progress(self.what, 1000, 1000)
         return result
+
+    def _clock(self) -> float:
+        """Return the time in seconds: the first rank's, where seconds end the training."""
+        return time.perf_counter() if self.schedule.seconds is None else here().clock()
 
     def _done(self) -> float:
         """Return how far the training is; time that went into compiling has not moved it.
@@ -200,11 +223,11 @@ class Tuner:
                 what = "blocks with experts take" if kinds == 1 else f"{kinds} kinds of blocks take"
                 result.not_compiled = f"{what} longer to compile than it saves"
             return 0.0
-        started = time.perf_counter()
+        started = self._clock()
         self.progress("compiling the step", 0, 1)
         usable = len(self.data.ids) - self.data.held_out
         rows = [row % usable for row in range(schedule.batch)]
-        batch = self.data.batch(rows, self.student.device)
+        batch = self.data.batch(rows, self.student.device, self._own)
         self.student.compiled = True
         try:
             self.objective.measure(*run_student(self.student, *batch), learn=True)
@@ -217,11 +240,11 @@ class Tuner:
             self.result.not_compiled = first_line(error)
         self._drop_gradients()
         self.progress("compiling the step", 1, 1)
-        return time.perf_counter() - started
+        return self._clock() - started
 
     def _check(self, done: float) -> None:
         """Measure the held-out windows, and keep the state if it is the best so far."""
-        started = time.perf_counter()
+        started = self._clock()
         self._checked_at = done
         total = held_out_loss(self.student, self.data, self.objective, self.schedule.batch)
         self.result.checks.append((self.result.steps, total))
@@ -229,7 +252,7 @@ class Tuner:
         if total < self._best:
             self._best, self._worse = total, 0
             self._best_state = [parameter.detach().clone() for parameter in self._parameters]
-        self._check_seconds = time.perf_counter() - started
+        self._check_seconds = self._clock() - started
 
     def _reduce_on_plateau(self) -> None:
         """Go on from the best state with a lower rate, where checks show no gain by this one."""
@@ -257,34 +280,56 @@ class Tuner:
         return rows
 
     def _work(self, ids: Tensor, target: Tensor, entry: Tensor | None) -> Tensor:
+        loss = self._learn(ids, target, entry)
+        self._move()
+        return loss
+
+    def _learn(self, ids: Tensor, target: Tensor, entry: Tensor | None) -> Tensor:
+        """Make the gradients of a batch; return its loss."""
         self._drop_gradients()
-        loss = self.objective.measure(*run_student(self.student, ids, target, entry), learn=True)
+        return self.objective.measure(*run_student(self.student, ids, target, entry), learn=True)
+
+    def _move(self) -> None:
+        """Move the parameters by their gradients."""
         torch.nn.utils.clip_grad_norm_(self._rated, 1.0)
         self._optimizer.step()
         for part in self.student.trained:
             part.step()
-        return loss
 
     def _drop_gradients(self) -> None:
+        if self._gradients is not None:
+            self._gradients.clear()
+            return
         for parameter in self._parameters:
             parameter.grad = None
 
     def _step(self, rate: float) -> Tensor:
-        batch = self.data.batch(self._rows(), self.student.device)
+        batch = self.data.batch(self._rows(), self.student.device, self._own)
         for group in self._optimizer.param_groups:
             tensor = self._rates[group["factor"]]
             if tensor is None:
                 group["lr"] = rate * group["factor"]
             else:
                 tensor.fill_(rate * group["factor"])
-        if not self._recordable:
-            return self._work(*batch)
-        if self._recorded is None:
-            self._eager += 1
-            if self._eager <= WARM_UP:
+        recorded = self._recordable and self._eager >= WARM_UP
+        self._eager += 1
+        if self._gradients is None:
+            if not recorded:
                 return self._work(*batch)
-            self._recorded = _Recorded(self._work, batch)
-        return self._recorded.replay(batch)
+            self._recorded = self._recorded or _Recorded(self._work, batch)
+            return self._recorded.replay(batch)
+        # What ranks say to each other stands between two records.
+        if recorded:
+            self._recorded = self._recorded or _Recorded(self._learn, batch)
+        loss = self._recorded.replay(batch) if self._recorded else self._learn(*batch)
+        loss = self._gradients.reduce(loss, len(self._own) / self.schedule.batch)
+        if recorded:
+            self._moving = self._moving or _Recorded(self._move, ())
+        if self._moving:
+            self._moving.replay(())
+        else:
+            self._move()
+        return loss
 
     def _save(self) -> None:
         assert self.saved is not None
@@ -307,7 +352,7 @@ class Tuner:
 
     def _restore(self) -> TrainingResult:
         """Take up the saved state, if there is one; return the result so far."""
-        if self.saved is None or not self.saved.is_file():
+        if self.saved is None or not here().made_by_first(self.saved.is_file):
             return self.result
         with resuming_from(self.saved):
             state = torch.load(self.saved, map_location="cpu", weights_only=True)
@@ -331,7 +376,7 @@ class Tuner:
 class _Recorded:
     """A step of a training as a CUDA graph: its thousands of kernels are launched at once."""
 
-    def __init__(self, work: Callable[..., Tensor], batch: Sequence[Tensor | None]) -> None:
+    def __init__(self, work: Callable[..., Any], batch: Sequence[Tensor | None]) -> None:
         self._places = [None if value is None else value.clone() for value in batch]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -339,7 +384,7 @@ class _Recorded:
         with recording(self._graph, stream):
             self._loss = work(*self._places)
 
-    def replay(self, batch: Sequence[Tensor | None]) -> Tensor:
+    def replay(self, batch: Sequence[Tensor | None]) -> Any:
         for place, value in zip(self._places, batch, strict=True):
             if place is not None and value is not None:
                 place.copy_(value)

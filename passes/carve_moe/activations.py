@@ -16,6 +16,7 @@ from graphopt.ir.graph import Value
 from graphopt.passes.carve_moe.division import Tokens
 from graphopt.passes.carve_moe.parts import entry_of
 from graphopt.support.clock import Clock
+from graphopt.support.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,17 @@ class PartActivations:
     added: int
 
     @property
+    def ranks(self) -> Ranks:
+        """Who shares the tokens."""
+        return self.block.stream.ranks
+
+    @property
     def learnt(self) -> Tokens:
-        return Tokens(self.x[: self.learn], self.energy[: self.learn])
+        return Tokens(self.x[: self.learn], self.energy[: self.learn], self.ranks)
 
     @property
     def held_out(self) -> Tokens:
-        return Tokens(self.x[self.learn :], self.energy[self.learn :])
+        return Tokens(self.x[self.learn :], self.energy[self.learn :], self.ranks)
 
     @property
     def width(self) -> int:

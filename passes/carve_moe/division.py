@@ -21,6 +21,7 @@ from graphopt.ir import functional
 from graphopt.ir.ops.experts import routing_threshold
 from graphopt.solvers.assignment import balanced_assignment
 from graphopt.solvers.least_squares import RIDGES, LeastSquares, best_ridge
+from graphopt.support.ranks import ALONE, Ranks
 
 
 def top_k_indicators(hidden_TN: Tensor, count: int) -> Tensor:
@@ -91,7 +92,13 @@ def overlaps(indicators_TK: Tensor, centres_TC: Tensor, width: int) -> Tensor:
     return found.index_add_(0, indicators_TK.flatten(), rows)
 
 
-def cluster(indicators: Sequence[Tensor], members: Tensor, width: int, experts: int) -> Tensor:
+def cluster(
+    indicators: Sequence[Tensor],
+    members: Tensor,
+    width: int,
+    experts: int,
+    ranks: Ranks = ALONE,
+) -> Tensor:
     """Divide neurons into experts of equal size by their activation indicators.
 
     Centres start as the indicators of the members whose indicators are 1 most often; then members
@@ -105,11 +112,12 @@ def cluster(indicators: Sequence[Tensor], members: Tensor, width: int, experts: 
             iterated twice.
         members: int64 [N], the neurons to divide, N a multiple of `experts`.
         width: Number of neurons that have indicators.
+        ranks: Who shares the tokens.
 
     Returns:
         int64 [experts, N / experts]: the neurons of every expert, in ascending order.
     """
-    counts = sum_of(indicator_counts(indicators_TK, width) for indicators_TK in indicators)
+    counts = sum_of((indicator_counts(some_TK, width) for some_TK in indicators), ranks)
     seeds = members[counts[members].sort(descending=True, stable=True).indices[:experts]]
 
     def gains(indicators_TK: Tensor) -> Tensor:
@@ -117,7 +125,7 @@ def cluster(indicators: Sequence[Tensor], members: Tensor, width: int, experts: 
         return overlaps(indicators_TK, torch.stack(centres, 1), width)[members]
 
     capacity = len(members) // experts
-    assigned = balanced_assignment(sum_of(map(gains, indicators)), [capacity] * experts)
+    assigned = balanced_assignment(sum_of(map(gains, indicators), ranks), [capacity] * experts)
     place = assigned.to(members.device)
     return torch.stack([members[place == number].sort().values for number in range(experts)])
 
@@ -170,10 +178,12 @@ class Tokens:
     Attributes:
         x: Its input, [T, D] for every batch.
         energy: The energy of its neurons, from `relative_energies`, [T, N] for every batch.
+        ranks: Who shares the tokens.
     """
 
     x: Sequence[Tensor]
     energy: Sequence[Tensor]
+    ranks: Ranks = ALONE
 
 
 def divide_by_fit(
@@ -207,13 +217,14 @@ def divide_by_fit(
         shared: Number of shared neurons.
         active: Experts of a token, or with `threshold` their mean.
     """
-    energies = mean_energies(learn.energy)
+    ranks = learn.ranks
+    energies = mean_energies(learn.energy, ranks)
     width = len(energies)
     size = (width - shared) // experts
     order = static_order(energies)
     count = initial_k_activations(width)
     indicators = PerBatch.of(learn.energy, lambda energy_TN: top_k_indicators(energy_TN, count))
-    groups = cluster(indicators, order[shared:].sort().values, width, experts)
+    groups = cluster(indicators, order[shared:].sort().values, width, experts, ranks)
     place = torch.zeros(width, dtype=torch.int64, device=order.device)
     for number in range(experts):
         place[groups[number]] = number + 1
@@ -222,31 +233,41 @@ def divide_by_fit(
     turns = 0
     while True:
         weight = routers.fit(place)
-        runs = chosen(routers.scores(held_out, weight), active, threshold=threshold)
-        kept = float(_energy_by_place(held_out.energy, runs).gather(1, place[:, None]).sum())
+        scores = routers.scores(held_out, weight)
+        runs = chosen(scores, active, threshold=threshold, ranks=ranks)
+        gain = _energy_by_place(held_out.energy, runs, ranks)
+        kept = float(gain.gather(1, place[:, None]).sum())
         if best is None or kept > best[0]:
             best = kept, place, weight
         if turns == rounds:
             break
         turns += 1
-        runs = chosen(routers.scores(learn, weight), active, threshold=threshold)
-        gain = _energy_by_place(learn.energy, runs)
+        scores = routers.scores(learn, weight)
+        runs = chosen(scores, active, threshold=threshold, ranks=ranks)
+        gain = _energy_by_place(learn.energy, runs, ranks)
         new = balanced_assignment(gain, [shared] + [size] * experts).to(place.device)
         if torch.equal(new, place):
             break
         place = new
     _, place, weight = best
     if experts > 1:
-        spread = routers.scores(learn, weight).std(-1).mean()
-        weight = weight / spread.clamp(min=1e-12)
+        spreads = routers.scores(learn, weight).std(-1)
+        spread, tokens = ranks.totals(float(spreads.double().sum()), len(spreads))
+        weight = weight / max(spread / tokens, 1e-12)
     if threshold:
-        weight[-1] -= routing_threshold(routers.scores(held_out, weight), active)
+        scores = ranks.gathered(routers.scores(held_out, weight))
+        weight[-1] -= routing_threshold(scores, active)
     made = {"router": weight[:-1].t().contiguous(), "router.bias": weight[-1].clone()}
     return Division(place.sort(stable=True).indices, shared, made, turns)
 
 
 def divide_as_published(
-    indicators: Sequence[Tensor], gate: Tensor | None, up: Tensor, shared: int, experts: int
+    indicators: Sequence[Tensor],
+    gate: Tensor | None,
+    up: Tensor,
+    shared: int,
+    experts: int,
+    ranks: Ranks = ALONE,
 ) -> Division:
     """Divide neurons and make the router as CMoE does (arXiv 2502.04416, section 4).
 
@@ -259,15 +280,19 @@ def divide_as_published(
     Args:
         indicators: From `top_k_indicators`, a tensor [T, K] for every batch of tokens.
         gate, up: The projections [N, D].
+        ranks: Who shares the tokens.
     """
     width = len(up)
-    counts = sum_of(indicator_counts(indicators_TK, width) for indicators_TK in indicators)
+    counts = sum_of((indicator_counts(some_TK, width) for some_TK in indicators), ranks)
     order = counts.sort(descending=True, stable=True).indices
     members = order[shared:].sort().values
-    groups = cluster(indicators, members, width, experts)
+    groups = cluster(indicators, members, width, experts, ranks)
     near = sum_of(
-        overlaps(indicators_TK, cluster_centres(indicators_TK, groups, width), width)
-        for indicators_TK in indicators
+        (
+            overlaps(some_TK, cluster_centres(some_TK, groups, width), width)
+            for some_TK in indicators
+        ),
+        ranks,
     )
     # Up to what depends on the centre alone, the distance to it.
     far = counts[:, None] - 2 * near
@@ -280,14 +305,18 @@ def divide_as_published(
     return Division(torch.cat([order[:shared].sort().values, groups.flatten()]), shared, router, 1)
 
 
-def chosen(scores_TE: Tensor, active: int, *, threshold: bool = False) -> Tensor:
+def chosen(
+    scores_TE: Tensor, active: int, *, threshold: bool = False, ranks: Ranks = ALONE
+) -> Tensor:
     """Return 1 for the experts that tokens run and 0 for the others, as `top_k_gating` does.
 
     Args:
         threshold: Run what lies above one threshold for all tokens, `active` experts on average.
+        ranks: Who shares the tokens.
     """
     if threshold:
-        return (scores_TE > routing_threshold(scores_TE, active)).to(scores_TE.dtype)
+        above = routing_threshold(ranks.gathered(scores_TE), active)
+        return (scores_TE > above).to(scores_TE.dtype)
     return functional.top_k_gating(scores_TE, top_k=active)
 
 
@@ -297,7 +326,7 @@ def _energy_of(energy_TN: Tensor, place_N: Tensor, experts: int) -> Tensor:
     return found.index_add_(1, place_N, energy_TN)[:, 1:]
 
 
-def _energy_by_place(energy: Iterable[Tensor], runs_TE: Tensor) -> Tensor:
+def _energy_by_place(energy: Iterable[Tensor], runs_TE: Tensor, ranks: Ranks) -> Tensor:
     """Return each neuron's energy in the tokens that run each place, fp32 [N, 1 + E].
 
     Args:
@@ -309,7 +338,7 @@ def _energy_by_place(energy: Iterable[Tensor], runs_TE: Tensor) -> Tensor:
     for energy_TN in energy:
         sums.append(energy_TN.t() @ runs[start : start + len(energy_TN)])
         start += len(energy_TN)
-    return sum_of(sums)
+    return sum_of(sums, ranks)
 
 
 class _RouterFit:
@@ -327,13 +356,14 @@ class _RouterFit:
             for x, energy_TN in zip(tokens.x, tokens.energy, strict=True):
                 targets = _energy_of(energy_TN, place, self.experts).sqrt()
                 (sums.add if first else sums.add_targets)(_with_constant(x), targets)
+            sums.reduce(tokens.ranks)
         # Where nothing predicts better than 0 does, the strongest ridge predicts least.
         learn, held_out = self.sums
         return learn.solve(best_ridge(learn, held_out)[0] or max(RIDGES)).float()
 
     @staticmethod
     def scores(tokens: Tokens, weight: Tensor) -> Tensor:
-        """Return the scores of all tokens, [T, E]."""
+        """Return the scores of this rank's tokens, [T, E]."""
         return torch.cat([_with_constant(x) @ weight for x in tokens.x])
 
 
@@ -342,6 +372,6 @@ def _with_constant(x: Tensor) -> Tensor:
     return torch.cat([x.float(), x.new_ones(len(x), 1).float()], 1)
 
 
-def sum_of(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the sum of what batches give; one of them is in memory at a time."""
-    return functools.reduce(torch.add, tensors)
+def sum_of(tensors: Iterable[Tensor], ranks: Ranks) -> Tensor:
+    """Return the sum of what batches of all ranks give; one of them is in memory at a time."""
+    return ranks.total(functools.reduce(torch.add, tensors))

@@ -123,7 +123,10 @@ class ExpertCarving:
                 root_T1 = token_power(behind).sqrt().flatten(0, -2)
                 values[3] = values[3].float() / root_T1[tokens_R]
                 found.append(values)
-        owner, x, hidden, weight = (torch.cat(values) for values in zip(*found, strict=True))
+        # An expert's rows are few, and every rank fits to those of all.
+        owner, x, hidden, weight = (
+            block.stream.ranks.gathered(torch.cat(values)) for values in zip(*found, strict=True)
+        )
         made: list[_Rows] = []
         for expert, down in enumerate(self.down):
             own = owner == expert

@@ -264,7 +264,8 @@ class Carving:
         learn = part.learnt
         if not options.active:
             # What is left out is an expert that nothing reads.
-            return Division(static_order(mean_energies(learn.energy))[:shared], shared, {})
+            order = static_order(mean_energies(learn.energy, part.ranks))
+            return Division(order[:shared], shared, {})
         if options.mode == "fit":
             return divide_by_fit(
                 learn, part.held_out, shared, experts, options.active, options.rounds,
@@ -280,7 +281,7 @@ class Carving:
             return top_k_indicators(hidden, options.k_activations)
 
         indicators = PerBatch.of(range(part.learn), indicators_of)
-        return divide_as_published(indicators, gate, up, shared, experts)
+        return divide_as_published(indicators, gate, up, shared, experts, part.ranks)
 
     def _put(self, part: PartActivations, division: Division) -> None:
         program, options = self.program, self.options
@@ -329,7 +330,8 @@ class Carving:
         options = self.options
         size = part.width // options.experts
         keep = (part.shared + options.active) * size
-        best = static_order(mean_energies(part.learnt.energy))[:keep]
+        ranks = part.ranks
+        best = static_order(mean_energies(part.learnt.energy, ranks))[:keep]
         order, shared = division.order, division.shared
         total = of_best = of_shared = 0.0
         of_experts: list[Tensor] = []
@@ -340,14 +342,15 @@ class Carving:
             if gates:
                 routed = energy_TN[:, order[shared:]]
                 of_experts.append(routed.unflatten(1, (gates[0].shape[1], size)).sum(-1))
+        total, of_best, of_shared = ranks.totals(total, of_best, of_shared)
         static = 1 - of_best / total
         if not gates:
             return Carved(
                 part.block.name, part.shared, part.added, 0,
                 static, static, static, static, 1.0, 1.0, [],
             )  # fmt: skip
-        energy_TE = torch.cat(of_experts)
-        runs = (torch.cat(gates[part.learn :]) != 0).float()
+        energy_TE = ranks.gathered(torch.cat(of_experts))
+        runs = ranks.gathered((torch.cat(gates[part.learn :]) != 0).float())
         oracle = chosen(energy_TE, options.active, threshold=options.threshold)
         generator = torch.Generator().manual_seed(self.context.seed)
         noise = torch.rand(runs.shape, generator=generator).to(runs)
@@ -397,7 +400,7 @@ class Carving:
         outcome, moved = reconstruct(
             self.program, part.block.name, weights,
             PerBatch.of(range(len(behind)), features_and_behind, student.fits_at_once),
-            targets, student.held_out, norm,
+            targets, student.held_out, norm, student.ranks,
         )  # fmt: skip
         student.skip_to(student.index, moved)
         return outcome

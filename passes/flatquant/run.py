@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -42,6 +41,7 @@ from graphopt.passes.flatquant.structure import (
 from graphopt.passes.quantize.quantize import Quantize
 from graphopt.support.devices import free_bytes
 from graphopt.support.per_device import on_device
+from graphopt.support.ranks import here
 from graphopt.training.affine import BlockTransforms, Rounding
 from graphopt.training.distil import Distiller, assign
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
@@ -88,7 +88,7 @@ class FlatQuantising(Distiller):
 
     def __init__(self, options: FlatQuant, program: Program, context: Context) -> None:
         self.source = program
-        started = time.perf_counter()
+        started = here().clock()
         self.bits = Bits(options.w, options.a, options.kv, options.group)
         transformed = program.copy()
         self.plan = self._plan(options, transformed, context)
@@ -158,7 +158,7 @@ class FlatQuantising(Distiller):
         left = self.left()
         if self.distils and (left is None or left > 0):
             self._distil()
-        started = time.perf_counter()
+        started = here().clock()
         result = self.fold()
         for function in result.functions.values():
             for node in function.nodes:
@@ -167,14 +167,14 @@ class FlatQuantising(Distiller):
         packed, packing = self._packed(result)
         statement = self._statement(result, packing)
         self.clock("codes", started)
-        self.record.seconds["all"] = time.perf_counter() - self.started
+        self.record.seconds["all"] = here().clock() - self.started
         changed = len(self.record.blocks)
         return PassResult(packed, changed, changed, self.skipped, self.record, statement)
 
     # Block by block
 
     def _train_blocks(self) -> None:
-        started = time.perf_counter()
+        started = here().clock()
         assert self.context.dense is not None
         same = same_outputs(self.context.dense, self.source)
         teacher = self.dense if same else resident(self.source, torch.float32, self.home)
@@ -256,7 +256,7 @@ class FlatQuantising(Distiller):
     ) -> TrainingResult:
         published = self.options.method == "published"
         loss = mean_square if published else relative_mse
-        objective = HiddenStateObjective(loss)
+        objective = HiddenStateObjective(loss, additive=not published)
         schedule = replace(
             self.schedule, rate=self.options.rate or RATE,
             weight_decay=0.01 if published else 0.0, reduce_on_plateau=False,
@@ -317,7 +317,7 @@ class FlatQuantising(Distiller):
 
     def _keep(self, what: str, group: BlockTransforms, result: TrainingResult) -> None:
         state = {name: value.cpu() for name, value in group.state_dict().items()}
-        spent = time.perf_counter() - self.started
+        spent = here().clock() - self.started
         kept = {"state": state, "checks": result.checks, "steps": result.steps, "spent": spent}
         keep_state(self._kept_file(what), kept)
 
@@ -326,7 +326,7 @@ class FlatQuantising(Distiller):
         if kept is None:
             return None
         group.load_state_dict(kept["state"])
-        now = time.perf_counter() - self.started
+        now = here().clock() - self.started
         self.started -= max(kept["spent"] - now, 0.0)
         checks = [(int(step), float(loss)) for step, loss in kept["checks"]]
         return TrainingResult(steps=int(kept["steps"]), checks=checks)

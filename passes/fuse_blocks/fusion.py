@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
@@ -33,6 +32,7 @@ from graphopt.passes.prune_blocks.record import PrunedBlocks
 from graphopt.report.record import Step
 from graphopt.support.per_device import PerDevice
 from graphopt.support.plain import shown
+from graphopt.support.ranks import here
 from graphopt.training.distil import Distiller
 from graphopt.training.distillation_data import DistillationData
 from graphopt.training.losses import HiddenStateObjective, LogitObjective, batch_kl, relative_mse
@@ -117,7 +117,7 @@ class Fusion(Distiller):
                 self._local(data.ids)
         self.note("trained", self.program)
         seconds = self.record.seconds
-        seconds["all"] = time.perf_counter() - self.started + seconds.get("ablations", 0.0)
+        seconds["all"] = here().clock() - self.started + seconds.get("ablations", 0.0)
         self.say_if_useless()
         folded = self.fold(self.program if self.options.mode == "published" else None)
         removed = len(self.pruned.removed)
@@ -154,7 +154,7 @@ class Fusion(Distiller):
         return warm_start
 
     def _warm_start(self, data: DistillationData) -> None:
-        started, until = time.perf_counter(), None
+        started, until = here().clock(), None
         tokens = WARM_TOKENS.on(self.device)
         left = self.left()
         alone = self.schedule.steps == 0
@@ -162,7 +162,7 @@ class Fusion(Distiller):
             # What is left of the seconds is for training.
             until = started + WARM_SHARE * left
             data.targets.rows(range(len(data.ids) - data.held_out, len(data.ids)))
-            speed = self.checked.numel() / max(time.perf_counter() - started, 1e-9)
+            speed = self.checked.numel() / max(here().clock() - started, 1e-9)
             tokens = min(
                 tokens,
                 int(WARM_SHARE * left * speed / WARM_RUNS),
@@ -210,7 +210,7 @@ class Fusion(Distiller):
             stage = f"group {number + 1} of {len(groups)}"
             if stage in self.done:
                 continue
-            started = time.perf_counter()
+            started = here().clock()
             calls = [self.program.calls[block.position] for block in blocks[first:stop]]
             targets = self.hidden_states(self.dense, ids, self._behind(calls[-1]))
             entry = None
@@ -304,7 +304,7 @@ class Fusion(Distiller):
         self, place: int, what: str, schedule: Schedule, pruned: Program, tuned: TrainingResult
     ) -> None:
         """Fuse a block by every other donor too, and put what came of each into the report."""
-        started = time.perf_counter()
+        started = here().clock()
         fused: dict[Donor, tuple[Program, TrainingResult]] = {self.options.donor: (pruned, tuned)}
         for donor in get_args(Donor):
             if donor not in fused:
@@ -320,7 +320,7 @@ class Fusion(Distiller):
         ]
         self.clock("ablations", started)
         # What serves the report alone takes nothing from the other blocks.
-        self.started += time.perf_counter() - started
+        self.started += here().clock() - started
 
     def _removed(self) -> list[str]:
         """Return the names of the blocks that were removed, in the order of removal."""
@@ -387,11 +387,11 @@ class Fusion(Distiller):
                     self.options.rank, generator,
                 )  # fmt: skip
         after = find_blocks(pruned)
-        started = time.perf_counter()
+        started = here().clock()
         tuned = self.tune(
             pruned, parametrisations, after[first].position, after[last - 1].position + 1,
             DistillationData(ids, targets, entry, held_out=len(self.checked)),
-            HiddenStateObjective(batch_kl), schedule, what,
+            HiddenStateObjective(batch_kl, additive=False), schedule, what,
         )  # fmt: skip
         if donor == self.options.donor:
             self.clock("training", started)

@@ -72,7 +72,7 @@ def merge_experts(
         mixture = mixtures.get(block.index)
         if mixture is None:
             continue
-        experts = _Experts(block, mixture, kinds[block.block.position])
+        experts = _Experts(block, mixture, kinds[block.block.position], windows.numel())
         tokens = activity[block.index].tokens.double()
         merged[block.index] = experts.merge(kept[block.index], tokens.tolist())
         call = pruned.calls[block.block.position]
@@ -86,6 +86,11 @@ def merge_experts(
 class _Experts:
     """The experts of one mixture: their weights, and what they do on the same tokens.
 
+    Args:
+        block: In front of which the stream of hidden states is.
+        types: Types of the values of its function.
+        tokens: How many tokens the text has.
+
     Attributes:
         columns: Of which columns of each first product's results neurons are made.
         stacks: The slot of each product's stack, whether it is transposed for it, and its value.
@@ -95,7 +100,9 @@ class _Experts:
         outputs: What experts give, [experts, T, D].
     """
 
-    def __init__(self, block: BlockStep, mixture: Mixture, types: Mapping[Value, Type]) -> None:
+    def __init__(
+        self, block: BlockStep, mixture: Mixture, types: Mapping[Value, Type], tokens: int
+    ) -> None:
         self.mixture, function = mixture, block.function
         self.columns = columns_of_mixture(function, types, mixture)
         places = [stack_of(function, product) for product in (*mixture.first, mixture.last)]
@@ -104,19 +111,25 @@ class _Experts:
         self.given = {slot: block.weights[slot].float() for slot in slots}
         self.weights = {slot: value.clone() for slot, value in self.given.items()}
         self.stacks = [(slot, transposed, self.given[slot]) for slot, transposed in places]
-        self.hidden, self.outputs = self._compare(block)
+        self.hidden, self.outputs = self._compare(block, tokens)
 
-    def _compare(self, block: BlockStep) -> tuple[Tensor, Tensor]:
-        """Return the neurons [experts, T, N] and outputs [experts, T, D] of some tokens."""
+    def _compare(self, block: BlockStep, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the neurons [experts, T, N] and outputs [experts, T, D] of some tokens.
+
+        Args:
+            tokens: How many the text has.
+        """
         mixture, device = self.mixture, block.stream.device
         most = max(TOKENS_AT_ONCE.on(device) // mixture.experts, LEAST_TOKENS)
-        batches = len(block.hidden)
+        # Every so many tokens of the text, whatever batches and ranks it is divided into.
+        every = max(1, tokens // most)
+        place = block.stream.first_window * block.stream.ids[0].shape[1]
         parts: list[Tensor] = []
-        for batch in range(batches):
+        for batch in range(len(block.hidden)):
             (states,) = block.values(batch, [mixture.tokens])
-            share = -(-most // batches)
-            parts.append(states[:: max(1, len(states) // share)][:share])
-        x_TD = torch.cat(parts)[:most]
+            parts.append(states[-place % every :: every])
+            place += len(states)
+        x_TD = block.stream.ranks.gathered(torch.cat(parts))[:most]
         experts = torch.arange(mixture.experts, device=device)
         given = {
             mixture.rows: x_TD.repeat(mixture.experts, 1),

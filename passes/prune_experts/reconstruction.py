@@ -104,7 +104,7 @@ class _Solving:
         self.block, self.mixture = block, mixture
         self.slot, self.transposed = stack_of(block.function, mixture.last)
         self.stack = block.weights[self.slot].float().clone()
-        self.held_out = block.stream.held_out
+        self.held_out, self.ranks = block.stream.held_out, block.stream.ranks
         self.power = 0.0
         self.rows: list[Mapping[str, Tensor]] = []
         self.lacking: list[Tensor] = []
@@ -133,7 +133,8 @@ class _Solving:
 
     def _error(self) -> float:
         pairs = zip(self.lacking, self.held_out, strict=True)
-        return sum(float(lacking.square().sum()) for lacking, held in pairs if held)
+        own = sum(float(lacking.square().sum()) for lacking, held in pairs if held)
+        return self.ranks.totals(own)[0]
 
     def solve(self) -> Reconstruction:
         """Solve for one expert after another."""
@@ -146,6 +147,8 @@ class _Solving:
                 token, features = rows["token"][own], rows["features"][own]
                 parts.append((token, features))
                 (held_out if held else learn).add(features, lacking[token])
+            for sums in (learn, held_out):
+                sums.reduce(self.ranks)
             if not learn.count or not held_out.count:
                 continue
             ridge, _ = best_ridge(learn, held_out)
@@ -156,5 +159,5 @@ class _Solving:
                 lacking.index_add_(0, token, features @ change, alpha=-1)
             self.stack[expert] += change.t() if self.transposed else change
         where = f"{self.block.name}: experts"
-        power = max(self.power, 1e-30)
+        power = max(self.ranks.totals(self.power)[0], 1e-30)
         return Reconstruction(where, before / power, self._error() / power, None)

@@ -95,6 +95,9 @@ class BlockPair:
             root = token_power(goal).rsqrt()
             sums = held if is_held else learn
             sums.add(features.float() * root, (goal - given) * root)
+        # Held-out sums are empty where there is one window, which no two ranks share.
+        for sums in (learn, held) if held.gram is not None else (learn,):
+            sums.reduce(self.rounded.stream.ranks)
         assert learn.gram is not None
         # The square is not finite where a target is not.
         measured = [sums for sums in (learn, held) if sums.gram is not None]
@@ -129,6 +132,7 @@ class BlockPair:
             power += per_token.numel()
         self._first.advance(hidden[0])
         self.dense.advance(hidden[1])
+        error, power = self.rounded.stream.ranks.totals(error, power)
         return error / max(power, 1.0)
 
     def _rows(self, stage: Stage) -> dict[str, slice]:
