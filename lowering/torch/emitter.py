@@ -167,6 +167,8 @@ class TorchEmitter(Emitter):
             files += images
             notes = kernels.notes + range_report(program, kernels.dtype)
         dtypes = {name: dtype for name, (_, dtype) in self.tensors(program, target).items()}
+        if group_of(program):
+            notes.append(("ranks", ranks.size_note(program, dtypes)))
         shared = shared_weights(root, program, dtypes, stored)
         storage = self._write_weights(program, root, dtypes, shared, progress)
         tokenizer, told = write_tokenizer(program, root)

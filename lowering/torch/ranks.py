@@ -6,8 +6,11 @@ program, and what depends on the rank is read from its part of a weight.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
 
 from graphopt.ir.encoding import Packed
 from graphopt.ir.graph import Node, Program, Value
@@ -18,6 +21,7 @@ from graphopt.lowering.torch.body import BodyPrinter
 from graphopt.lowering.torch.forms import torch_form
 from graphopt.lowering.torch.text import quoted, wrap
 from graphopt.runtime.split_weights import Split
+from graphopt.support.quantities import format_bytes
 
 FOLDER = "ranks"
 _INIT = '''"""Ranks that run one model together; written by graphopt."""
@@ -166,6 +170,24 @@ def tensor_splits(program: Program) -> Iterator[tuple[str, Split]]:
                 groups = weight.shape[encoding.axis] // encoding.group
                 suffix = tensor.name.removeprefix(f"{weight.name}.")
                 yield tensor.name, _packed_split(placement, encoding, suffix, groups)
+
+
+def size_note(program: Program, dtypes: Mapping[str, torch.dtype]) -> str:
+    """Return how much of the weights a rank reads, in a sentence.
+
+    Args:
+        dtypes: In which each tensor is stored.
+    """
+    ranks, own, whole = len(group_of(program)), 0, 0
+    tensors = {tensor.name: tensor for tensor in program.weights.tensors()}
+    for name, split in tensor_splits(program):
+        size = math.prod(tensors[name].shape) * dtypes[name].itemsize
+        whole += size
+        own += size if split.axis is None else size * split.copies // ranks
+    return (
+        f"split over {ranks} devices, each of which holds {format_bytes(own)} of "
+        f"{format_bytes(whole)} of weights and reads its slices of the one file alone"
+    )
 
 
 def _split(placement: Placement, axis: int | None) -> Split:

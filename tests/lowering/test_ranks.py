@@ -32,12 +32,14 @@ from graphopt.files.safetensors import SafetensorsWriter
 from graphopt.generate.text_reader import TextReader
 from graphopt.ir import Array, Dequantised, Packed, Placement, Program, Weight
 from graphopt.ir.parts import rank_part
+from graphopt.ir.ranks import rank_program
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.lowering.torch import render_model, source_files
 from graphopt.lowering.torch.ranks import tensor_splits
 from graphopt.runtime import ranks
 from graphopt.runtime.package_digest import differences, package_digest
 from graphopt.runtime.split_weights import own_part
+from graphopt.support.quantities import format_bytes
 
 FEATURES: dict[str, dict[str, Any]] = {
     "biases": {"bias": True, "norm": "layer", "tied": False, "window": 3, "sinks": True},
@@ -120,6 +122,15 @@ def test_the_text_is_that_of_every_rank() -> None:
         "ranks/split_weights.py",
     }  # fmt: skip
     assert "ranks" not in render_model(tiny_program(cache=True))
+
+
+def test_the_report_says_what_a_rank_holds(tmp_path: Path) -> None:
+    program = sharded_tiny()
+    report = emit(program, tmp_path / "out", emit=("torch",))
+    own = sum(t.numel * 4 for w in rank_program(program, 0).weights for t in w.tensors())
+    assert report.artifact is not None
+    (note,) = [n.reason for n in report.artifact.notes if n.where == "ranks"]
+    assert note.startswith(f"split over 2 devices, each of which holds {format_bytes(own)} of ")
 
 
 def test_what_has_another_reader_is_not_written_over() -> None:
