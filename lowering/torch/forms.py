@@ -115,12 +115,6 @@ def _linear_of_codes(printer: BodyPrinter, node: Node) -> str:
     return printer.packed_linear(node)
 
 
-@torch_form("linear_all_reduce")
-def _linear_all_reduce(printer: BodyPrinter, node: Node) -> str:
-    # How many ranks there are, the group knows.
-    return printer.helper(node.op, ", ".join(printer.operands(node, node.inputs)))
-
-
 @torch_form("no_addend")
 def _no_addend(printer: BodyPrinter, node: Node) -> str:
     return "None"

@@ -103,8 +103,9 @@ def _along_axis(printer: BodyPrinter, node: Node) -> str:
     return _call(printer, node.op, f"{printer.name(x)}, axis={node.attrs['axis']}")
 
 
+@torch_form("linear_all_reduce")
 @torch_form("vocab_parallel_embedding")
-def _embedding(printer: BodyPrinter, node: Node) -> str:
+def _by_operands(printer: BodyPrinter, node: Node) -> str:
     return _call(printer, node.op, ", ".join(printer.operands(node, node.inputs)))
 
 

@@ -11,18 +11,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from carved import carved
 from emitted import load_file
+from families import FEATURES as FEATURES_OF
+from families import captured
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_programs import projections, with_packed
 from programs import tiny_program
 from ranks import run_ranks
-from sharded import VOCAB, sharded_tiny
+from sharded import VOCAB, sharded, sharded_tiny
 
 from graphopt.backends.opening import open_language_model
 from graphopt.backends.placement import place
@@ -31,11 +36,16 @@ from graphopt.errors import GraphoptError, LoweringError, UsageError
 from graphopt.files.safetensors import SafetensorsWriter
 from graphopt.generate.text_reader import TextReader
 from graphopt.ir import Array, Dequantised, Packed, Placement, Program, Weight
+from graphopt.ir.attach_policy import with_policies
+from graphopt.ir.feed_forward import Split as Neurons
+from graphopt.ir.kv_policies import policy_from_dict
 from graphopt.ir.parts import rank_part
 from graphopt.ir.ranks import rank_program
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.lowering.torch import render_model, source_files
 from graphopt.lowering.torch.ranks import tensor_splits
+from graphopt.pass_manager.contract import Context, make_pass
+from graphopt.pass_manager.pipeline import DEFAULT_RECIPE
 from graphopt.runtime import ranks
 from graphopt.runtime.package_digest import differences, package_digest
 from graphopt.runtime.split_weights import own_part
@@ -49,12 +59,13 @@ FEATURES: dict[str, dict[str, Any]] = {
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
-def emit_both(features: dict[str, Any], folder: Path, target: str = "cpu") -> tuple[Path, Path]:
-    """Emit a program for two ranks and for one device; return their folders."""
-    folders = folder / "two", folder / "one"
-    one = tiny_program(cache=True, vocab=VOCAB, **features)
-    for program, out in zip((sharded_tiny(**features), one), folders, strict=True):
-        emit(program, out, target=target, emit=("torch",), dtype="float32")
+def emit_both(
+    program: Program, folder: Path, target: str = "cpu", count: int = 2
+) -> tuple[Path, Path]:
+    """Emit a program for ranks and for one device; return their folders."""
+    folders = folder / "ranks", folder / "one"
+    for made, out in zip((sharded(program, count), program), folders, strict=True):
+        emit(made, out, target=target, emit=("torch",), dtype="float32")
     return folders
 
 
@@ -71,7 +82,7 @@ def computed(folder: Path) -> dict[str, Any]:
     found = {
         "logits": logits, "steps": torch.cat((first, second), 1),
         "tokens": module.generate(model, [PROMPT, PROMPT[:3]], 8),
-        "heads": cache[0][0].shape[1],
+        "heads": next(iter(cache[0])).shape[1],
         "elements": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
     if hasattr(module, "Decoder"):
@@ -85,22 +96,78 @@ def computed_by_ranks(rank: int, folders: list[Path]) -> list[dict[str, Any]]:
     return [computed(folder) for folder in folders]
 
 
-def test_ranks_compute_what_one_device_does(tmp_path: Path) -> None:
-    folders = [emit_both(features, tmp_path / name) for name, features in FEATURES.items()]
-    folders.append(emit_both({"head_dim": 32}, tmp_path / "kernels", "ampere"))
-    first, second = run_ranks(computed_by_ranks, [two for two, _ in folders])
-    for (_, one), a, b in zip(folders, first, second, strict=True):
+def tiny(**features: Any) -> Program:
+    return tiny_program(cache=True, vocab=VOCAB, **features)
+
+
+def check_packages(folders: Sequence[tuple[Path, Path]], count: int = 2) -> list[dict[str, Any]]:
+    """Compare packages for ranks with those for one device; return what the first rank found."""
+    by_rank = run_ranks(computed_by_ranks, [split for split, _ in folders], ranks=count)
+    for number, (_, one) in enumerate(folders):
+        first, *others = (found[number] for found in by_rank)
         alone = computed(one)
-        assert torch.equal(a["logits"], b["logits"]), one
         largest = float(alone["logits"].abs().max())
         for name in ("logits", "steps"):
-            # Sums of two halves are rounded in another order, a few dozen times over.
-            assert float((a[name] - alone[name]).abs().max()) < 1e-5 * largest, one
+            # Sums of parts are rounded in another order, a few dozen times over.
+            assert float((first[name] - alone[name]).abs().max()) < 1e-5 * largest, (one, name)
+            assert all(torch.equal(first[name], other[name]) for other in others), one
         for name in ("tokens", "decoded"):
-            assert a.get(name) == b.get(name) == alone.get(name), one
-        assert a["heads"] == max(1, alone["heads"] // 2)
-        assert a["elements"] < 0.6 * alone["elements"]
-    assert "decoded" in first[-1]
+            assert first.get(name) == alone.get(name), one
+            assert all(other.get(name) == first.get(name) for other in others), one
+        assert first["elements"] < (0.1 + 1 / count) * alone["elements"], one
+    return by_rank[0]
+
+
+def test_ranks_compute_what_one_device_does(tmp_path: Path) -> None:
+    programs = {name: tiny(**features) for name, features in FEATURES.items()}
+    codes = Packed(bits=4, group=8)
+    programs["codes"] = with_packed(tiny(hidden=64, ffn=64), projections(codes))
+    folders = [emit_both(program, tmp_path / name) for name, program in programs.items()]
+    for name, program in {"kernels": tiny(head_dim=32), "codes": programs["codes"]}.items():
+        folders.append(emit_both(program, tmp_path / "ampere" / name, "ampere"))
+    found = check_packages(folders)
+    assert [row["heads"] for row in found[:3]] == [1, 1, 1]
+    assert "decoded" in found[-1] and "decoded" in found[-2]
+
+
+def family_program(family: str) -> Program:
+    _, program = captured(family)
+    for name in DEFAULT_RECIPE.split(","):
+        program = make_pass(name, {}).run(program, Context()).program
+    return program
+
+
+@pytest.mark.parametrize(
+    "families",
+    [pytest.param(["gpt2", "gpt_oss"], marks=pytest.mark.slow),
+     pytest.param(sorted(FEATURES_OF.values()), marks=pytest.mark.exhaustive)],
+    ids=["some", "features"],
+)  # fmt: skip
+def test_families_under_ranks(families: list[str], tmp_path: Path) -> None:
+    check_packages([emit_both(family_program(name), tmp_path / name) for name in families])
+
+
+@pytest.mark.slow
+def test_four_ranks_of_which_two_share_a_key_head(tmp_path: Path) -> None:
+    program = tiny(bias=True, sinks=True)
+    folders = [emit_both(program, tmp_path / name, name, count=4) for name in ("cpu", "ampere")]
+    assert [row["heads"] for row in check_packages(folders, 4)] == [1, 1]
+
+
+@pytest.mark.slow
+def test_passes_in_front_of_it(tmp_path: Path) -> None:
+    """Divided feed-forward parts, on the CPU and by kernels, and policies of the cache."""
+    experts = carved(tiny(ffn=64), Neurons(shared=16, experts=4, active=2))
+    policy = policy_from_dict({"kind": "ema", "page": 4, "pages": 3, "sink": 1, "local": 1})
+    selecting = with_policies(tiny(), {"kv.1": policy}, {})
+    check_packages(
+        [
+            emit_both(experts, tmp_path / "experts"),
+            emit_both(experts, tmp_path / "kernels", "ampere"),
+            emit_both(selecting, tmp_path / "policies"),
+            emit_both(selecting, tmp_path / "policies_kernels", "ampere"),
+        ]
+    )
 
 
 def test_the_text_is_that_of_every_rank() -> None:
