@@ -9,7 +9,7 @@ from graphopt.ir.mixture import GROUPED_PRODUCTS
 from graphopt.ir.ops.base import Attrs
 from graphopt.ir.resize import factors
 from graphopt.ir.split import Alignment, Kinds, Layout, Split, pointwise
-from graphopt.ir.types import Dim
+from graphopt.ir.types import Dim, numel
 
 _POINTWISE = frozenset(
     {"add", "sub", "rsub", "mul", "div", "pow", "neg", "abs", "sign", "exp", "log", "sqrt", "rsqrt",
@@ -83,6 +83,8 @@ def aten_alignments(op: str, attrs: Attrs, operands: Kinds, results: Kinds) -> I
 
 def _reshaped(source: Sequence[Dim], made: Sequence[Dim]) -> Iterator[Alignment]:
     for inner, outer in factors(source, made):
+        if numel(source[axis] for axis in inner) != numel(made[axis] for axis in outer):
+            continue
         # Equal parts of the first axis are equal parts of all that it is put together with.
         first = next((axis for axis in inner if source[axis] != 1), inner[0])
         leading = next((axis for axis in outer if made[axis] != 1), outer[0])

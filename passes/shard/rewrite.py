@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.graph import Function, Node, Value, resolve_attrs
+from graphopt.ir.mixture import GROUPED_PRODUCTS
 from graphopt.ir.ops import is_aten
 from graphopt.ir.split import Layout, Split
 from graphopt.ir.splits import keeps_sums, local_attrs, takes_any
@@ -177,10 +178,16 @@ class _Rewriting:
             return False
         places = list(summed)
         others = [place for place in range(len(node.inputs)) if place not in summed]
-        if node.op in ("add", "aten.add.Tensor"):
+        if node.op in ("add", "aten.add.Tensor") and self._of_experts(values):
             # A bias, or rows of a table of biases, is added on one rank.
             places += [place for place in others if self._becomes_sum(node.inputs[place])]
         return keeps_sums(node.op, attrs, operands, places)
+
+    @staticmethod
+    def _of_experts(values: Sequence[Value | None]) -> bool:
+        """Whether partial sums are a row for every expert that a token runs: many to add up."""
+        makers = [None if value is None else value.node for value in values]
+        return all(node is not None and node.op in GROUPED_PRODUCTS for node in makers)
 
     def _is_read_once(self, value: Value) -> bool:
         return len(self.uses[value]) == 1 and value not in self.outside
@@ -222,7 +229,7 @@ class _Rewriting:
         if any(self.types[v].shape != self.types[value].shape for v in (*wholes, *summands)):
             return False
         pending = [v for v in (first, second) if v in self.mixed]
-        if not pending and self._becomes_sum(wholes[0]):
+        if not pending and self._of_experts(summands):
             return False
         reader = self.uses[value][0][0] if self._is_read_once(value) else None
         if not pending and (reader is None or reader.op != "add"):
