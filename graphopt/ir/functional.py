@@ -248,6 +248,23 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) 
     return normed.to(x.dtype)
 
 
+def mean_square(x: Tensor, features: int) -> Tensor:
+    """The sum of x^2 over the last axis by the number of `features`, [..., 1], in fp32 at least."""
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return wide.square().sum(-1, keepdim=True) / features
+
+
+def rms_norm_by(
+    x: Tensor, mean_square: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0
+) -> Tensor:
+    """`rms_norm` of x [..., N] by a mean square [..., 1] that is known."""
+    normed = x.to(mean_square.dtype) * torch.rsqrt(mean_square + eps)
+    if weight is not None:
+        gain = weight.to(normed.dtype)
+        normed = normed * (gain + offset if offset else gain)
+    return normed.to(x.dtype)
+
+
 def add_rms_norm(
     x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:

@@ -315,7 +315,14 @@ class _Walk:
             if own is None or (base is not None and own != base):
                 return None
             base = own
-        if base is None or (found.sums and base.copies > 1):
+        if base is None:
+            return None
+        if node.op == "mean_square" and found.sums:
+            # Every feature counts once, though several ranks have it.
+            kind = whole[0]
+            if kind is None or node.attrs["features"] != kind.shape[-1] * base.copies:
+                return None
+        elif found.sums and base.copies > 1:
             return None
         made: dict[Value, Layout] = {}
         for place, member in found.results.items():

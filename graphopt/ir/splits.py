@@ -27,7 +27,6 @@ from graphopt.ir.ops.attention import (
 from graphopt.ir.ops.base import Attrs
 from graphopt.ir.ops.elementwise import Binary, Unary
 from graphopt.ir.split import Alignment, Kinds, Layout, Split, pointwise
-from graphopt.ir.types import Type
 
 
 def alignments(
@@ -50,6 +49,17 @@ def alignments(
 
 def _norm(attrs: Attrs, operands: Kinds, results: Kinds, ranks: int) -> Iterator[Alignment]:
     yield from pointwise(operands, results, fixed=1)
+
+
+def _mean_square(attrs: Attrs, operands: Kinds, results: Kinds, ranks: int) -> Iterator[Alignment]:
+    x = operands[0]
+    assert x is not None
+    yield Alignment({0: Split(len(x.shape) - 1)}, sums=(0,))
+    yield from pointwise(operands, results, fixed=1)
+
+
+def _norm_by(attrs: Attrs, operands: Kinds, results: Kinds, ranks: int) -> Iterator[Alignment]:
+    yield from pointwise(operands, results)
 
 
 def _kronecker(attrs: Attrs, operands: Kinds, results: Kinds, ranks: int) -> Iterator[Alignment]:
@@ -179,6 +189,7 @@ def _each_entry(attrs: Attrs, operands: Kinds, results: Kinds, ranks: int) -> It
 
 
 _RULES = {
+    "mean_square": _mean_square, "rms_norm_by": _norm_by,
     "rms_norm": _norm, "layer_norm": _norm, "quantise_dequantise": _norm,
     "kronecker": _kronecker, "linear": _linear, "embedding": _embedding,
     "vocab_parallel_embedding": _vocabulary, "rope": _rope, "split_heads": _split_heads,
@@ -249,9 +260,12 @@ def local_attrs(
     return aten_local_attrs(op, attrs, operands, results, made, ranks)
 
 
-def split_type(kind: Type, layout: Layout, ranks: int) -> Type:
-    """Return the type of what a rank has of a whole."""
-    return layout.of_part(kind, ranks) if isinstance(layout, Split) else kind
+def features_of_all(op: str, attrs: Attrs, copies: int) -> dict[str, Any] | None:
+    """Return the attributes of a node whose sum counts parts that are on several ranks each.
+
+    None where it has none that allow for that.
+    """
+    return {**attrs, "features": attrs["features"] * copies} if op == "mean_square" else None
 
 
 def takes_any(op: str, place: int) -> bool:

@@ -76,8 +76,10 @@ for _op, _callee in {
 
 # Functions of graphopt.ir.functional that are called as their ops are.
 for _op in (
-    "add_rms_norm", "by_length", "gelu_tanh", "kronecker", "layer_norm", "linear", "merge_heads",
-    "ntk_frequencies", "quantise_dequantise", "quick_gelu", "relu2", "rms_norm", "rope",
+    "add_rms_norm", "by_length", "gelu_tanh", "kronecker", "layer_norm", "linear", "mean_square",
+    "merge_heads",
+    "ntk_frequencies", "quantise_dequantise", "quick_gelu", "relu2", "rms_norm",
+    "rms_norm_by", "rope",
     "rope_pair", "rope_table", "softcap", "split_heads", "top_k_gating", "transformed",
     "transpose_heads",
 ):  # fmt: skip

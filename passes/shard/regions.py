@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from graphopt.ir.graph import Call, Function, Node, Value, resolve_attrs
 from graphopt.ir.ops import is_aten
 from graphopt.ir.split import Alignment, Split
-from graphopt.ir.splits import alignments, reason, takes_any
+from graphopt.ir.splits import alignments, features_of_all, reason, takes_any
 from graphopt.ir.types import Type
 
 
@@ -140,8 +140,11 @@ class Regions:
         for alignment in alignments(node.op, attrs, operands, results, self.ranks):
             member = (alignment.results if of_result else alignment.operands).get(place)
             base = None if member is None else split.over(member)
-            if base is None or (alignment.sums and base.copies > 1):
+            if base is None:
                 continue
+            if alignment.sums and features_of_all(node.op, attrs, base.copies) is None:
+                if base.copies > 1:
+                    continue
             found = Chosen(alignment, base)
             if known is not None and known != found:
                 continue

@@ -10,7 +10,7 @@ from graphopt.ir.graph import Function, Node, Value, resolve_attrs
 from graphopt.ir.mixture import GROUPED_PRODUCTS
 from graphopt.ir.ops import is_aten
 from graphopt.ir.split import Layout, Split
-from graphopt.ir.splits import keeps_sums, local_attrs, takes_any
+from graphopt.ir.splits import features_of_all, keeps_sums, local_attrs, takes_any
 from graphopt.ir.types import B, P, S, Type, evaluate, numel
 from graphopt.passes.shard.regions import Chosen, Regions
 
@@ -138,6 +138,9 @@ class _Rewriting:
         """Give a node the arguments for a rank's parts."""
         made = {p: self.layouts.get(v) for p, v in enumerate(node.outputs)}
         results = [self.types[value] for value in node.outputs]
+        if chosen.alignment.sums and chosen.base.copies > 1:
+            own = features_of_all(node.op, node.attrs, chosen.base.copies)
+            node.attrs = own or node.attrs
         if is_aten(node.op):
             node.attrs = local_attrs(node.op, node.attrs, operands, results, made, self.ranks)
 

@@ -9,10 +9,11 @@ from graphopt.ir.graph import Call, Function, Program, Value, unique_name
 from graphopt.ir.parts import check_split
 from graphopt.ir.placement import Placement
 from graphopt.ir.printer import print_function
-from graphopt.ir.shapes import infer_program
+from graphopt.ir.shapes import infer_function, infer_program
 from graphopt.ir.split import Layout, Split
 from graphopt.ir.types import Type
 from graphopt.ir.weights import WeightStore
+from graphopt.passes.shard.norms import with_halved_norms
 from graphopt.passes.shard.plan import Planned, plan_function
 from graphopt.passes.shard.rewrite import Rewritten, Ungathered, rewrite
 from graphopt.passes.shard.vocabulary import Vocabulary, divide_vocabulary
@@ -114,6 +115,17 @@ class _Sharding:
             function, call, types, len(self.devices), given, may_split, slots,
             shares_keys=self.shares_keys,
         )  # fmt: skip
+        halved = with_halved_norms(function, types) if planned.attentions.get("whole") else None
+        if halved is not None:
+            own, values = halved
+            args = [types[value] for value in function.params]
+            again = plan_function(
+                own, call, infer_function(own, call, args, self.program), len(self.devices),
+                {values[value]: split for value, split in given.items()}, may_split, slots,
+                shares_keys=self.shares_keys,
+            )  # fmt: skip
+            if again.attentions.get("whole", 0) < planned.attentions["whole"]:
+                planned = again
         rewritten = rewrite(planned.regions, planned.columns)
         # Calls that differ in what does not matter here go on sharing a function.
         text = print_function(rewritten.function)

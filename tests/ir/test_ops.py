@@ -120,6 +120,9 @@ CASES = [
     )),
     *(Case("rms_norm", [X, *gain], {"eps": 1e-3} | offset, 6)
       for gain in ([], [f64(6)], [f64(S, 6)]) for offset in ({}, {"offset": 1.0})),
+    *(Case("mean_square", [x], {"features": 12}, 6, size=12) for x in (X, Q)),
+    *(Case("rms_norm_by", [X, f64(B, S, 1), *gain], {"eps": 4.0} | offset, 2)
+      for gain in ([], [f64(6)]) for offset in ({}, {"offset": 1.0})),
     *(Case("layer_norm", [X, *rest], {"eps": 1e-3}, 12)
       for rest in ([], [f64(6)], [f64(6), f64(6)], [None, f64(6)], [f64(S, 6), f64(S, 6)])),
     # Angles go up to 60 times three, and are known to that many roundings of 1.
@@ -279,6 +282,18 @@ def expect_rms_norm(x, weight=None, eps=0.0, offset=0.0):
     y = np.empty_like(x)
     for place in np.ndindex(*x.shape[:-1]):
         y[place] = x[place] / math.sqrt(sum(v * v for v in x[place]) / len(x[place]) + eps)
+    return y if weight is None else y * (weight + offset)
+
+
+def expect_mean_square(x, features=1):
+    found = np.empty((*x.shape[:-1], 1))
+    for place in np.ndindex(*x.shape[:-1]):
+        found[place] = math.fsum(v * v for v in x[place]) / features
+    return found
+
+
+def expect_rms_norm_by(x, mean_square, weight=None, eps=0.0, offset=0.0):
+    y = x / np.sqrt(mean_square + eps)
     return y if weight is None else y * (weight + offset)
 
 
