@@ -18,7 +18,7 @@ from torch import Tensor
 
 from graphopt.runtime.peer_memory import Layout, Peers, Places
 from graphopt.runtime.peer_reduce import TwoShot, Waiting
-from graphopt.runtime.reduction_plan import MOST_CHUNKS, LinearTiles
+from graphopt.runtime.reduction_plan import MOST_CHUNKS, Chunks, LinearTiles
 
 
 class SummedLinear:
@@ -79,7 +79,7 @@ class ChunkedLinear:
         layout = Layout()
         # The other rank begins to write the next but one while this one's readers may be at work.
         self._places = Places(layout, room, columns, dtype, 3)
-        # A flag for each chunk, those that are computed for the other first.
+        # A flag for each chunk of what is computed for the other, and one for all the sums.
         self._flags = [layout.add((1,), torch.int32) for _ in range(2 * MOST_CHUNKS)]
         self.memory = peers.allocate(layout.bytes)
         self.epoch = torch.zeros(1, dtype=torch.int32, device=peers.device)
@@ -89,23 +89,23 @@ class ChunkedLinear:
         self._copies = torch.cuda.Stream(peers.device)
 
     def __call__(
-        self, x: Tensor | Callable[[slice], Tensor], weight: Tensor, chunks: Sequence[int]
+        self, x: Tensor | Callable[[slice], Tensor], weight: Tensor, chunks: Chunks
     ) -> Tensor:
         """Return the sum of the ranks' x weight^T: [M, K] and [N, K] to [M, N].
 
         Args:
             x: Or what computes some rows of it, while those before are on their way.
-            chunks: Rows of each; together M / 2, those that a rank sums.
+            chunks: Of the rows that a rank sums, M / 2.
         """
         own, other = self.memory.rank, 1 - self.memory.rank
-        count = 2 * sum(chunks)
+        count = 2 * sum(chunks.own)
         out, theirs = (self._places.of(self.memory, count, rank) for rank in (own, other))
         part_of = x.__getitem__ if isinstance(x, Tensor) else x
         self._places.turn()
         main, matrix = torch.cuda.current_stream(), weight.t()
         self._copies.wait_stream(main)
-        first = other * sum(chunks)
-        for index, rows in enumerate(_rows_of(other, chunks)):
+        first = other * sum(chunks.own)
+        for index, rows in enumerate(_rows_of(other, chunks.sent)):
             if self._part is None:
                 torch.mm(part_of(rows), matrix, out=theirs[rows])
                 self._copies.wait_stream(main)
@@ -114,15 +114,21 @@ class ChunkedLinear:
                 torch.mm(part_of(rows), matrix, out=part)
                 self._copy(theirs[rows], part)
             self._signal(index)
-        for index, rows in enumerate(_rows_of(own, chunks)):
+        # What is sent in one order arrives in it.
+        ends = [rows.stop for rows in _rows_of(own, chunks.sent)]
+        seen, last = -1, len(chunks.sent) + len(chunks.own) - 1
+        for index, rows in enumerate(_rows_of(own, chunks.own)):
             own_part = part_of(rows)
-            self._wait(index)
+            needed = next(place for place, end in enumerate(ends) if end >= rows.stop)
+            if needed > seen:
+                self._wait(needed)
+                seen = needed
             out[rows].addmm_(own_part, matrix)
             self._copy(theirs[rows], out[rows])
-            self._signal(len(chunks) + index)
+            if len(chunks.sent) + index == last:
+                self._signal(last)
         main.wait_stream(self._copies)
-        # What is sent in one order arrives in it.
-        self._wait(2 * len(chunks) - 1, last=True)
+        self._wait(last, last=True)
         return out
 
     def _copy(self, target: Tensor, source: Tensor) -> None:
@@ -221,7 +227,8 @@ class PersistentLinear:
             self._places.offset, self._staging, self._flags, self._ended,
             rows, columns, depth, x.stride(0), memory.rank,
             RANKS=memory.ranks, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth,
-            GROUP=tiles.group, WHOLE=depth % tiles.depth == 0, TRAP=waiting.trap,
+            GROUP=tiles.group, WHOLE=depth % tiles.depth == 0,
+            EARLY=self._bulk and tiles.early, TRAP=waiting.trap,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         out = self._places.of(memory, rows)

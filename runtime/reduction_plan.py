@@ -32,8 +32,11 @@ class LinearTiles:
 
     Attributes:
         rows, columns, depth: A tile's tokens, its outputs, and what is summed over at a time.
+        flops: Operations a second of their products, on all cores.
+        beside: Seconds that a tile takes beside its product.
         group: Tiles of tokens that share rows of the weight while those are in the cache.
         programs: How many of it a core runs.
+        early: What has arrived is read before a tile's product, and waits in registers.
     """
 
     rows: int
@@ -41,8 +44,27 @@ class LinearTiles:
     depth: int
     warps: int
     stages: int
+    flops: float
+    beside: float
     group: int = 8
     programs: int = 1
+    early: bool = False
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How the rows that a rank sums are cut.
+
+    Attributes:
+        sent: Rows of each chunk that is computed for the other rank.
+        own: Rows of each that is computed for this one. Both add up to the same.
+    """
+
+    sent: tuple[int, ...]
+    own: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{'+'.join(map(str, self.sent))}, {'+'.join(map(str, self.own))}"
 
 
 @dataclass(frozen=True)
@@ -52,26 +74,26 @@ class ReductionFigures:
     Attributes:
         cores: Of a GPU.
         flops: Operations a second of the library's products, at large sizes.
-        tile_flops: The same of the persistent kernel's.
         launch: Seconds that a product takes beside its tiles.
         link: Bytes a second that a kernel sends to a peer while it receives as many.
         copy_engine: The same by the copy engines.
-        signal: Seconds until a peer has seen a signal, launches included.
+        copy_start: Seconds of a copy beside its bytes, until the peer has seen that it is there.
+        signal: Seconds until a peer has seen a kernel's signal.
         library: Bytes a second of an all-reduce of torch.distributed, over the bytes of its result.
         library_start: Seconds that such a one takes beside them.
         one_shot_bytes: Up to how many bytes a rank sends all it has to all.
         one_shot: Seconds that this takes.
         programs: Of the kernel that sums by two shots.
         attention_flops: Operations a second of attention over many tokens.
-        tiles: Of the persistent kernel.
+        tiles: Of the persistent kernel; a plan takes what is fastest by the model.
     """
 
     cores: int
     flops: float
-    tile_flops: float
     launch: float
     link: float
     copy_engine: float
+    copy_start: float
     signal: float
     library: float
     library_start: float
@@ -79,7 +101,7 @@ class ReductionFigures:
     one_shot: float
     programs: int
     attention_flops: float
-    tiles: LinearTiles
+    tiles: tuple[LinearTiles, ...]
 
 
 @dataclass(frozen=True)
@@ -98,14 +120,16 @@ class LinearPlan:
         how: See `How`.
         seconds: Predicted.
         stages: What overlaps.
-        chunks: With `chunks`, the rows of each chunk of a rank's share, in their order.
+        chunks: With `chunks`, how rows are cut.
+        tiles: With `persistent`, those of the kernel.
         others: Predicted seconds of the plans that were not taken, or why one is none.
     """
 
     how: How
     seconds: float
     stages: tuple[Stage, ...]
-    chunks: tuple[int, ...] = ()
+    chunks: Chunks | None = None
+    tiles: LinearTiles | None = None
     others: dict[str, float | str] = field(default_factory=dict)
 
     def line(self) -> str:
@@ -114,7 +138,9 @@ class LinearPlan:
             f"{name} {1e6 * told:.0f}" if isinstance(told, float) else f"no {name}: {told}"
             for name, told in self.others.items()
         )
-        cut = f" of {'+'.join(map(str, self.chunks))} rows" if self.chunks else ""
+        cut = f" of {self.chunks} rows" if self.chunks else ""
+        if self.tiles:
+            cut = f" of {self.tiles.rows} x {self.tiles.columns}"
         return f"{self.how}{cut}, {1e6 * self.seconds:.0f} us predicted ({rest})"
 
 
@@ -124,11 +150,19 @@ def overlapped(stages: Sequence[Stage]) -> float:
     return stages[0].compute + between + stages[-1].send
 
 
+_LIBRARY_TILES = ((128, 256, 1.0), (128, 128, 0.93), (64, 128, 0.8))
+"""Tiles that the library takes, and at what share of its best rate."""
+
+
 def product_seconds(rows: int, columns: int, depth: int, figures: ReductionFigures) -> float:
-    """Return the seconds of the library's product, by whole waves of tiles."""
-    tiles = -(-rows // 128) * -(-columns // 256)
-    waves = -(-tiles // figures.cores)
-    return figures.launch + waves * _wave(128, 256, depth, figures.cores, figures.flops)
+    """Return the seconds of the library's product, by whole waves of the tiles that suit best."""
+
+    def seconds(tile_rows: int, tile_columns: int, share: float) -> float:
+        tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
+        wave = _wave(tile_rows, tile_columns, depth, figures.cores, share * figures.flops)
+        return -(-tiles // figures.cores) * wave
+
+    return figures.launch + min(seconds(*tile) for tile in _LIBRARY_TILES)
 
 
 def _wave(rows: int, columns: int, depth: int, cores: int, flops: float) -> float:
@@ -169,7 +203,7 @@ def plan_linear(
         for name, plan in made.items()
         if plan is not best
     }
-    return LinearPlan(best.how, best.seconds, best.stages, best.chunks, others)
+    return replace(best, others=others)
 
 
 def plan_attention_linear(
@@ -194,39 +228,17 @@ def plan_attention_linear(
     whole = attend(0, rows)
     first = Stage(whole + linear.stages[0].compute, linear.stages[0].send)
     stages = (first, *linear.stages[1:])
-    apart = LinearPlan(linear.how, whole + linear.seconds, stages, linear.chunks)
-    cut = _attention_chunks(rows, columns, depth, ranks, figures, attend)
+    apart = replace(linear, seconds=whole + linear.seconds, stages=stages)
+
+    def compute(start: int, stop: int) -> float:
+        return attend(start, stop) + product_seconds(stop - start, columns, depth, figures)
+
+    cut = _best_chunks(rows, columns, ranks, figures, compute)
     if isinstance(cut, str):
         return replace(apart, others={"chunks": cut})
     if cut.seconds < apart.seconds:
         return replace(cut, others={f"attention, then {apart.how}": apart.seconds})
     return replace(apart, others={"chunks of attention": cut.seconds})
-
-
-def _attention_chunks(
-    rows: int,
-    columns: int,
-    depth: int,
-    ranks: int,
-    figures: ReductionFigures,
-    attend: Callable[[int, int], float],
-) -> LinearPlan | str:
-    if ranks != 2:
-        return f"of 2 ranks, and there are {ranks}"
-    best: LinearPlan | None = None
-    for chunks in chunkings(rows // 2, rows - rows // 2):
-        # Of the first rank, which begins with the rows behind; the other has as much to do.
-        stages, start = [], rows // 2
-        for size in (*chunks, *chunks):
-            start %= rows
-            compute = attend(start, start + size) + product_seconds(size, columns, depth, figures)
-            send = figures.signal + 2.0 * size * columns / figures.copy_engine
-            stages.append(Stage(compute, send))
-            start += size
-        seconds = overlapped(stages) + figures.signal
-        if best is None or seconds < best.seconds:
-            best = LinearPlan("chunks", seconds, tuple(stages), chunks)
-    return best or f"{rows} rows, which are not cut"
 
 
 def _library(rows: int, columns: int, depth: int, figures: ReductionFigures) -> LinearPlan:
@@ -254,13 +266,22 @@ def _one_shot(rows: int, columns: int, depth: int, figures: ReductionFigures) ->
 def _persistent(
     rows: int, columns: int, depth: int, ranks: int, figures: ReductionFigures
 ) -> LinearPlan | str:
-    tiles = figures.tiles
     if depth % 8 or columns % 8:
         return "the copy engine takes rows of whole 16 bytes"
+    fitting = [tiles for tiles in figures.tiles if rows >= tiles.rows]
+    if not fitting:
+        return "fewer rows than a tile has"
+    plans = [_persistent_by(tiles, rows, columns, depth, ranks, figures) for tiles in fitting]
+    return min(plans, key=lambda plan: plan.seconds)
+
+
+def _persistent_by(
+    tiles: LinearTiles, rows: int, columns: int, depth: int, ranks: int, figures: ReductionFigures
+) -> LinearPlan:
     count = -(-rows // tiles.rows) * -(-columns // tiles.columns)
     at_once = figures.cores * tiles.programs
     # A core's programs share its matrix unit.
-    wave = _wave(tiles.rows, tiles.columns, depth, at_once, figures.tile_flops)
+    wave = _wave(tiles.rows, tiles.columns, depth, at_once, tiles.flops) + tiles.beside
     size = 2.0 * tiles.rows * tiles.columns
     stages, left = [], count
     others = count - -(-count // ranks)
@@ -271,43 +292,86 @@ def _persistent(
         sent = (to_one + (now - to_one) * (ranks - 1)) * size
         stages.append(Stage(wave, sent / figures.link))
         left -= now
-    stages[0] = Stage(figures.launch + stages[0].compute, stages[0].send)
-    last = Stage(stages[-1].compute, stages[-1].send + figures.signal)
-    stages[-1] = last
-    return LinearPlan("persistent", overlapped(stages), tuple(stages))
+    stages[0] = replace(stages[0], compute=figures.launch + stages[0].compute)
+    # The last sums, and then that they are all there.
+    stages[-1] = replace(stages[-1], send=stages[-1].send + 2 * figures.signal)
+    return LinearPlan("persistent", overlapped(stages), tuple(stages), tiles=tiles)
 
 
 def _chunks(
     rows: int, columns: int, depth: int, ranks: int, figures: ReductionFigures, bias: bool
 ) -> LinearPlan | str:
-    if ranks != 2:
-        return f"of 2 ranks, and there are {ranks}"
     if bias:
         return "a chunk is added to what has arrived, and has no place for a bias besides"
+
+    def seconds(start: int, stop: int) -> float:
+        return product_seconds(stop - start, columns, depth, figures)
+
+    return _best_chunks(rows, columns, ranks, figures, seconds)
+
+
+def _best_chunks(
+    rows: int,
+    columns: int,
+    ranks: int,
+    figures: ReductionFigures,
+    compute: Callable[[int, int], float],
+) -> LinearPlan | str:
+    """Return the fastest plan of chunks, or why there is none.
+
+    Args:
+        compute: From the first row and the one behind the last to seconds.
+    """
+    if ranks != 2:
+        return f"of 2 ranks, and there are {ranks}"
     best: LinearPlan | None = None
     for chunks in chunkings(rows // 2, rows - rows // 2):
-        stages = [
-            Stage(
-                product_seconds(size, columns, depth, figures),
-                figures.signal + 2.0 * size * columns / figures.copy_engine,
-            )
-            for size in (*chunks, *chunks)
-        ]
-        seconds = overlapped(stages) + figures.signal
+        # Of the first rank, which begins with the rows behind; the other has as much to do.
+        stages, start = [], rows // 2
+        for number, size in enumerate((*chunks.sent, *chunks.own)):
+            start %= rows
+            send = figures.copy_start + 2.0 * size * columns / figures.copy_engine
+            # A kernel that waits stands before each sum.
+            waits = figures.signal if number >= len(chunks.sent) else 0.0
+            stages.append(Stage(waits + compute(start, start + size), send))
+            start += size
+        seconds = _chunk_seconds(chunks, stages)
         if best is None or seconds < best.seconds:
             best = LinearPlan("chunks", seconds, tuple(stages), chunks)
     return best or f"{rows} rows, which are not cut"
 
 
-def chunkings(low: int, high: int) -> list[tuple[int, ...]]:
-    """Return ways to cut a rank's share of rows: halves of what is left, `MOST_CHUNKS` at most.
+def _chunk_seconds(chunks: Chunks, stages: Sequence[Stage]) -> float:
+    """Return the seconds of chunks: copies queue, and a sum waits for what it is added to."""
+    computed = copied = 0.0
+    arrived: list[tuple[int, float]] = []
+    rows = 0
+    for size, stage in zip(chunks.sent, stages, strict=False):
+        computed += stage.compute
+        copied = max(copied, computed) + stage.send
+        rows += size
+        arrived.append((rows, copied))
+    rows = 0
+    for size, stage in zip(chunks.own, stages[len(chunks.sent) :], strict=True):
+        rows += size
+        needed = next(time for end, time in arrived if end >= rows)
+        computed = max(computed, needed) + stage.compute
+        copied = max(copied, computed) + stage.send
+    return copied
+
+
+def chunkings(low: int, high: int) -> list[Chunks]:
+    """Return ways to cut a rank's share of rows, each chunk about half of what is left.
+
+    Of what is computed for the other rank there are as many chunks, or one less: its last is not
+    waited for.
 
     Args:
         low, high: The shares of the ranks, which must be alike: with others there is no way.
     """
     if low != high or low < 128:
         return []
-    found: list[tuple[int, ...]] = []
+    halved: list[tuple[int, ...]] = []
     for count in range(1, MOST_CHUNKS + 1):
         sizes, left = [], low
         for _ in range(count - 1):
@@ -316,5 +380,6 @@ def chunkings(low: int, high: int) -> list[tuple[int, ...]]:
             left -= size
         if left < 128:
             break
-        found.append((*sizes, left))
-    return found
+        halved.append((*sizes, left))
+    found = [Chunks(sizes, sizes) for sizes in halved]
+    return found + [Chunks(one, other) for one, other in itertools.pairwise(halved)]

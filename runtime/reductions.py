@@ -118,12 +118,14 @@ class RankReductions:
             return self.all_reduce(product)
         flat, kind, room = _rows_of(x), x.dtype, _room(rows)
         shape = (room, columns, kind)
-        if plan.how == "chunks":
+        if plan.chunks is not None:
             out = self._chunked(*shape, peers, waiting)(flat, weight, plan.chunks)
         elif plan.how == "persistent":
+            tiles = plan.tiles
+            assert tiles is not None
             persistent = self._kept(
-                ("persistent", *shape),
-                lambda: PersistentLinear(peers, *shape, figures.tiles, figures.cores, waiting),
+                ("persistent", *shape, tiles),
+                lambda: PersistentLinear(peers, *shape, tiles, figures.cores, waiting),
             )
             out = persistent(flat, weight.contiguous(), bias)
         else:
@@ -153,7 +155,7 @@ class RankReductions:
         if reach is not None:
             figures, peers, waiting = reach
             plan = plan_attention_linear(rows, columns, depth, peers.ranks, figures, past=past)
-            if plan.how == "chunks":
+            if plan.chunks is not None:
                 return self._chunked(_room(rows), columns, weight.dtype, peers, waiting)(
                     attend, weight, plan.chunks
                 )

@@ -49,6 +49,7 @@ from graphopt.runtime.peer_linear import ChunkedLinear, PersistentLinear, Summed
 from graphopt.runtime.peer_memory import Peers, on_one_device, peers_of, why_out_of_reach
 from graphopt.runtime.peer_reduce import OneShot, OneShotAddNorm, TwoShot, Waiting
 from graphopt.runtime.reduction_plan import (
+    Chunks,
     LinearTiles,
     ReductionFigures,
     chunkings,
@@ -63,16 +64,26 @@ SHAPES = [
     (16384, 2048, 4096),
 ]  # fmt: skip
 """M, K of each rank, N: what matters most first."""
+
+
+def _tiles(
+    rows: int, columns: int, depth: int, warps: int, stages: int, *, programs: int = 1,
+    early: bool = False,
+) -> LinearTiles:  # fmt: skip
+    return LinearTiles(rows, columns, depth, warps, stages, 1.0, 0.0, 16, programs, early)
+
+
 TILES = {
-    "128x256x64": LinearTiles(128, 256, 64, 8, 3),
-    "128x256x64, 4 stages": LinearTiles(128, 256, 64, 8, 4),
-    "128x256x64, groups of 16": LinearTiles(128, 256, 64, 8, 3, group=16),
-    "256x128x64": LinearTiles(256, 128, 64, 8, 3),
-    "128x128x64, 8 warps": LinearTiles(128, 128, 64, 8, 4),
-    "128x128x64, 2 a core": LinearTiles(128, 128, 64, 4, 3, programs=2),
-    "128x128x64, 2 a core, 2 stages": LinearTiles(128, 128, 64, 4, 2, programs=2),
+    "128x256x64": _tiles(128, 256, 64, 8, 3),
+    "128x256x64, early": _tiles(128, 256, 64, 8, 3, early=True),
+    "128x128x64": _tiles(128, 128, 64, 8, 4),
+    "128x128x64, early": _tiles(128, 128, 64, 8, 4, early=True),
+    "128x128x64, 5 stages, early": _tiles(128, 128, 64, 8, 5, early=True),
+    "64x256x64, early": _tiles(64, 256, 64, 8, 4, early=True),
+    "128x128x32, 2 a core": _tiles(128, 128, 32, 4, 4, programs=2),
 }
-"""That `--tune` tries, with and without the copy engines of the cores."""
+"""That `--tune` tries; with copy engines of the cores, but for those of `STORES`."""
+STORES = {"128x128x64, 2 a core, stores": _tiles(128, 128, 64, 4, 3, programs=2)}
 TURNS, PER = 7, 3
 PATIENCE = 3_000_000
 """Looks at a signal until a kernel gives up: some seconds."""
@@ -368,9 +379,9 @@ def _ours(
 
         return make
 
-    def chunked(chunks: Sequence[int], direct: bool) -> Callable[[], Run]:
+    def chunked(chunks: Chunks) -> Callable[[], Run]:
         def make() -> Run:
-            way = ChunkedLinear(bench.peers, rows, columns, DTYPE, bench.waiting, direct=direct)
+            way = ChunkedLinear(bench.peers, rows, columns, DTYPE, bench.waiting)
             return lambda: way(x, weight, chunks)
 
         return make
@@ -384,30 +395,19 @@ def _ours(
 
         return make
 
+    plan = plan_linear(rows, columns, x.shape[1], bench.ranks, bench.figures)
     if "two-shot" in ways:
-        for programs in (48, bench.cores, 2 * bench.cores) if tune else (bench.figures.programs,):
-            found[f"ours two-shot, {programs} programs"] = summed(programs)
+        found["ours two-shot"] = summed(bench.figures.programs)
     if "chunks" in ways and bench.ranks == 2:
-        ways_to_cut = chunkings(rows // 2, rows - rows // 2)
-        planned = plan_linear(rows, columns, x.shape[1], 2, bench.figures).chunks
-        for chunks in ways_to_cut if tune else [planned or ways_to_cut[-1]]:
-            cut = "+".join(map(str, chunks))
-            found[f"ours chunks {cut}"] = chunked(chunks, False)
-            if tune:
-                found[f"ours chunks {cut}, direct"] = chunked(chunks, True)
+        cuts = chunkings(rows // 2, rows - rows // 2)
+        for chunks in cuts if tune else [plan.chunks or cuts[len(cuts) // 2]]:
+            found[f"ours chunks {chunks}"] = chunked(chunks)
     if "persistent" in ways:
-        tiles = TILES if tune else {"target's tiles": bench.figures.tiles}
-        for name, one in tiles.items():
-            if tune or bench.ranks != 2:
-                found[f"ours persistent {name}, stores"] = persistent(one, False)
-            # The copy engine's buffer is beside the stages'.
-            room = (
-                one.programs
-                * 2
-                * (one.stages * one.depth * (one.rows + one.columns) + one.rows * one.columns)
-            )
-            if bench.ranks == 2 and room <= 225_000:
-                found[f"ours persistent {name}"] = persistent(one, True)
+        own = {f"{one.rows}x{one.columns}x{one.depth}": one for one in bench.figures.tiles}
+        for name, tiles in (TILES if tune else own).items():
+            found[f"ours persistent {name}"] = persistent(tiles, True)
+        for name, tiles in STORES.items() if tune else ():
+            found[f"ours persistent {name}"] = persistent(tiles, False)
     return found
 
 
@@ -415,7 +415,7 @@ def _products_alone(bench: Bench, x: Tensor, weight: Tensor) -> dict[str, Run]:
     """Return the persistent kernel of one rank: what its tiles cost without a sum."""
     alone = on_one_device(1, bench.device)[0]
     way = PersistentLinear(
-        alone, len(x), len(weight), DTYPE, bench.figures.tiles, bench.cores, bench.waiting
+        alone, len(x), len(weight), DTYPE, bench.figures.tiles[0], bench.cores, bench.waiting
     )
     return {"tiles alone": lambda: way(x, weight)}
 
@@ -578,12 +578,12 @@ def _attention(bench: Bench, tokens: int) -> dict[str, Any]:
         return buffer
 
     chunked = ChunkedLinear(bench.peers, tokens, columns, DTYPE, bench.waiting)
-    tiles = bench.figures.tiles
+    tiles = bench.figures.tiles[0]
     persistent = PersistentLinear(
         bench.peers, tokens, columns, DTYPE, tiles, bench.cores, bench.waiting
     )
     plan = plan_attention_linear(tokens, columns, depth, bench.ranks, bench.figures)
-    cuts = [chunks for chunks in chunkings(tokens // 2, tokens // 2) if len(chunks) in (1, 3, 5)]
+    cuts = [cut for cut in chunkings(tokens // 2, tokens // 2) if len(cut.own) in (2, 3, 4)]
     candidates: dict[str, Run] = {
         "attention, GEMM, NCCL": nccl,
         "attention, GEMM, two-shot": two_shot,

@@ -36,12 +36,15 @@ class Machine:
         link: Bytes a second to each other rank, beside what comes from there.
         signal: Seconds from the end of a transfer until the other rank has seen it.
         start: Seconds before the first tile.
+        queues: Whether what is sent waits in memory: a core hands it on at once. Else a core has
+            room for one tile on its way.
     """
 
     cores: int
     link: float
     signal: float
     start: float = 0.0
+    queues: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ def simulate(work: Sequence[Sequence[Work]], machine: Machine) -> Schedule:
         queues[rank, core].pop(0)
         start, end = computed[rank, number]
         schedule.spans.append(Span(rank, number, "compute", start, end))
-        given = max([time, buffers[rank, core], *(arrived[need] for need in item.needs)])
+        room = 0.0 if machine.queues else buffers[rank, core]
+        given = max([time, room, *(arrived[need] for need in item.needs)])
         done = given
         for other, size in item.sends:
             free = max(given, links.get((rank, other), 0.0))

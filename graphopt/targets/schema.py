@@ -163,11 +163,15 @@ Rate = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 """So many bytes or operations a second."""
 
 
+Seconds = Annotated[float, pydantic.Field(ge=0, le=1)]
+"""A time, short as those of kernels are."""
+
+
 class DecodeTable(Schema):
     """The `[decode]`: `graphopt.targets.DecodeFigures`."""
 
     bandwidth: Rate
-    launch: Annotated[float, pydantic.Field(ge=0, le=1)]
+    launch: Seconds
     flops: Rate
     host_bandwidth: Rate | None = None
 
@@ -180,8 +184,11 @@ class LinearTilesTable(Schema):
     depth: Size
     warps: Size
     stages: Size
+    flops: Rate
+    beside: Seconds
     group: Size = 8
     programs: Size = 1
+    early: bool = False
 
     @pydantic.field_validator("rows", "columns", "depth")
     @classmethod
@@ -191,17 +198,14 @@ class LinearTilesTable(Schema):
         return size
 
 
-Seconds = Annotated[float, pydantic.Field(ge=0, le=1)]
-
-
 class ReductionsTable(Schema):
     """The `[reductions]`: `graphopt.runtime.reduction_plan.ReductionFigures`."""
 
     flops: Rate
-    tile_flops: Rate
     launch: Seconds
     link: Rate
     copy_engine: Rate
+    copy_start: Seconds
     signal: Seconds
     library: Rate
     library_start: Seconds
@@ -209,7 +213,7 @@ class ReductionsTable(Schema):
     one_shot: Seconds
     programs: Size
     attention_flops: Rate
-    tiles: LinearTilesTable
+    tiles: Annotated[list[LinearTilesTable], pydantic.Field(min_length=1)]
 
 
 class HostTable(Schema):

@@ -117,7 +117,7 @@ def reduction_figures(target: Target) -> ReductionFigures | None:
     """Return what sums over ranks are planned by; None where the target's file does not say it."""
     if target.reductions is None or target.cores is None:
         return None
-    tiles = LinearTiles(**target.reductions["tiles"])
+    tiles = tuple(LinearTiles(**row) for row in target.reductions["tiles"])
     return ReductionFigures(**{**target.reductions, "cores": target.cores, "tiles": tiles})
 
 

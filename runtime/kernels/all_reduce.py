@@ -32,11 +32,31 @@ def stop(TRAP: tl.constexpr):
         )
 
 
+# A flag is a store of one thread: an atomic exchange would wait for the other GPU to answer.
+_STORE: tl.constexpr = tl.constexpr("""
+{
+    .reg .pred first;
+    .reg .u32 thread;
+    mov.u32 thread, %tid.x;
+    setp.eq.u32 first, thread, 0;
+    @first st.release.sys.global.u32 [$1], $2;
+    mov.u32 $0, 0;
+}
+""")
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether kernels are run by Triton's interpreter, which knows no instructions of a GPU."""
+
+
 @triton.jit
 def signal(flag_ptr, epoch):
     """Say, at a flag that may be another GPU's, that all which this program wrote is there."""
     tl.debug_barrier()
-    tl.atomic_xchg(flag_ptr, epoch, sem="release", scope="sys")
+    if INTERPRETED:
+        tl.atomic_xchg(flag_ptr, epoch, sem="release", scope="sys")
+    else:
+        tl.inline_asm_elementwise(
+            _STORE, "=r,l,r", [flag_ptr, epoch], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit

@@ -94,6 +94,7 @@ def linear_all_reduce(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE: tl.constexpr,  # whether K is a multiple of BLOCK_K
+    EARLY: tl.constexpr,  # read what has arrived before the product; given out_tiles
     TRAP: tl.constexpr,
 ):  # fmt: skip
     """Write the sum of the ranks' x weight^T (+ bias) to `out` of every workspace."""
@@ -117,6 +118,15 @@ def linear_all_reduce(
         tile = tl.where(tile < tiles, tile, tile - tiles)
         owner = tile // share
         row, column = _place(tile, rows, columns, GROUP)
+        if EARLY:
+            # What has arrived comes into registers while the product is computed. Not where the
+            # other rank waits to be told of a tile, in case this waits for what it does then.
+            early = (owner == rank) & (untold < 0)
+            part = tl.zeros((BLOCK_M, BLOCK_N), kind)
+            if early:
+                wait(arrived + tile - owner * share, epoch, late_ptr, patience, TRAP)
+                at, inside = _inside(row, column, M, N, BLOCK_M, BLOCK_N)
+                part = tl.load(own + at, mask=inside, other=0.0)
         total = _product(
             x_ptr, x_tiles, weight_ptr, weight_tiles, row, column, M, N, K, x_stride,
             BLOCK_M, BLOCK_N, BLOCK_K, WHOLE,
@@ -133,9 +143,15 @@ def linear_all_reduce(
             place = tile - owner * share
             untold = place
             if owner == rank:
-                wait(arrived + place, epoch, late_ptr, patience, TRAP)
                 at, inside = _inside(row, column, M, N, BLOCK_M, BLOCK_N)
-                total += tl.load(own + at, mask=inside, other=0.0).to(tl.float32)
+                if EARLY:
+                    if not early:
+                        wait(arrived + place, epoch, late_ptr, patience, TRAP)
+                        part = tl.load(own + at, mask=inside, other=0.0)
+                    total += part.to(tl.float32)
+                else:
+                    wait(arrived + place, epoch, late_ptr, patience, TRAP)
+                    total += tl.load(own + at, mask=inside, other=0.0).to(tl.float32)
                 tl.store(own + at, total.to(kind), mask=inside)
                 untold = -1
             out_tiles.store([row * BLOCK_M, column * BLOCK_N], total.to(kind))

@@ -30,7 +30,7 @@ from graphopt.runtime.peer_linear import (  # noqa: E402
 )
 from graphopt.runtime.peer_memory import Peers, on_one_device  # noqa: E402
 from graphopt.runtime.peer_reduce import OneShot, OneShotAddNorm, TwoShot, Waiting  # noqa: E402
-from graphopt.runtime.reduction_plan import LinearTiles  # noqa: E402
+from graphopt.runtime.reduction_plan import Chunks, LinearTiles  # noqa: E402
 
 # The interpreter cuts bf16 off where a GPU rounds.
 DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
@@ -47,8 +47,8 @@ class Ranks:
     """Some ranks on one device, each with its own of what `make` makes."""
 
     def __init__(self, count: int, make: Callable[[Peers, Waiting], Any]) -> None:
-        # A second at most on a GPU, in which a wait that ends in nothing is a failure.
-        self.waiting = Waiting(DEVICE, 1_000_000 if ON_GPU else 1, trap=False)
+        # A third of a second on a GPU: a wait that ends in nothing is a failure.
+        self.waiting = Waiting(DEVICE, 300_000 if ON_GPU else 1, trap=False)
         self.own = [make(peers, self.waiting) for peers in on_one_device(count, DEVICE)]
         self._streams = [torch.cuda.Stream() for _ in self.own] if ON_GPU else []
 
@@ -166,8 +166,9 @@ def test_two_shot(ranks: int, rows: int, dtype: torch.dtype) -> None:
             assert torch.equal(result, results[0])
 
 
-TILES = LinearTiles(rows=16, columns=32, depth=16, warps=4, stages=2, group=2)
-WIDE = LinearTiles(rows=128, columns=256, depth=64, warps=8, stages=3)
+TILES = LinearTiles(16, 32, 16, warps=4, stages=2, flops=1.0, beside=0.0, group=2)
+WIDE = LinearTiles(128, 256, 64, warps=8, stages=3, flops=1.0, beside=0.0)
+SQUARE = LinearTiles(128, 128, 64, warps=8, stages=4, flops=1.0, beside=0.0, early=True)
 SHAPES = [
     # ranks, rows, columns, depth, bias
     (2, 40, 72, 48, False),
@@ -227,14 +228,16 @@ def test_a_workspace_serves_shapes_of_fewer_rows(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("bulk", [True, False])
+@pytest.mark.parametrize(("tiles", "bulk"), [(WIDE, True), (WIDE, False), (SQUARE, True)])
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(1024, 2048, 512), (1000, 1032, 4096)])
-def test_tiles_of_the_target(rows: int, columns: int, depth: int, bulk: bool) -> None:
+def test_tiles_of_the_target(
+    rows: int, columns: int, depth: int, tiles: LinearTiles, bulk: bool
+) -> None:
     cores = torch.cuda.get_device_properties(0).multi_processor_count // 2
     group = Ranks(
         2,
         lambda peers, waiting: PersistentLinear(
-            peers, 1024, columns, torch.bfloat16, WIDE, cores, waiting, bulk=bulk
+            peers, 1024, columns, torch.bfloat16, tiles, cores, waiting, bulk=bulk
         ),
     )
     for call in range(CALLS):
@@ -253,7 +256,11 @@ def test_chunks(direct: bool) -> None:
             peers, 2048, columns, torch.bfloat16, waiting, direct=direct
         ),
     )
-    for call, chunks in enumerate([(256, 128, 128), (512,), (384, 128), (256, 256)]):
+    cuts = [
+        Chunks((256, 128, 128), (256, 128, 128)), Chunks((512,), (256, 256)),
+        Chunks((384, 128), (128, 384)), Chunks((256, 256), (512,)),
+    ]  # fmt: skip
+    for call, chunks in enumerate(cuts):
         operands, exact, size = linears(2, rows, columns, depth, False, torch.bfloat16, 100 * call)
         calls = [lambda own, each=each, cut=chunks: own(each[0], each[1], cut) for each in operands]
         group.warm_up(*calls)
@@ -338,7 +345,7 @@ for arch, half in ((80, "fp16"), (90, "bf16")):
     compiled(all_reduce.signal_peer, half, arch, {}, 1)
     compiled(all_reduce.wait_for_peer, half, arch, {}, 1, LAST=True, TRAP=True)
     operands = {"x_ptr": "*" + half, "weight_ptr": "*" + half}
-    tiles = {"BLOCK_K": 64, "GROUP": 8, "WHOLE": True, "bias_ptr": None}
+    tiles = {"BLOCK_K": 64, "GROUP": 8, "WHOLE": True, "bias_ptr": None, "EARLY": False}
     compiled(linear_all_reduce.linear_all_reduce, half, arch, operands, 8, x_tiles=None,
              weight_tiles=None, out_tiles=None, BLOCK_M=128, BLOCK_N=128, **tiles, **ranks)
 
@@ -346,10 +353,14 @@ operands |= {"x_tiles": "tensordesc<bf16[128, 64]>", "weight_tiles": "tensordesc
              "out_tiles": "tensordesc<bf16[128, 256]>", "out": "i64", "staging": "i64"}
 made = compiled(linear_all_reduce.linear_all_reduce, "bf16", 90, operands, 8, BLOCK_M=128,
                 BLOCK_N=256, **tiles, **ranks)
+square = operands | {"weight_tiles": "tensordesc<bf16[128, 64]>",
+                     "out_tiles": "tensordesc<bf16[128, 128]>"}
+compiled(linear_all_reduce.linear_all_reduce, "bf16", 90, square, 8, 4, BLOCK_M=128, BLOCK_N=128,
+         **tiles | {"EARLY": True}, **ranks)
 ptx = made.asm["ptx"]
 # The matrix instructions of Hopper, fed by its copy engine, and what a flag of another GPU needs.
 for needed in ("wgmma.mma_async", "cp.async.bulk.tensor.2d.global.shared", "atom.sys", "trap;",
-               "cp.async.bulk.wait_group 0;", ".release.sys", ".acquire.sys"):
+               "cp.async.bulk.wait_group 0;", "st.release.sys", ".acquire.sys"):
     parts = needed.split(".")
     assert needed in ptx or all(part in ptx for part in parts), needed
 assert made.metadata.shared <= 232448, made.metadata.shared

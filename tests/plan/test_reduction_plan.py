@@ -54,13 +54,14 @@ def test_the_formula_is_what_one_core_and_one_link_do(parts):
 
 @pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES)
 def test_the_formula_agrees_with_tiles_one_by_one(rows, columns, depth):
-    tiles = FIGURES.tiles
+    tiles = FIGURES.tiles[0]
     count = -(-rows // tiles.rows) * -(-columns // tiles.columns)
-    compute = 2.0 * tiles.rows * tiles.columns * depth * FIGURES.cores / FIGURES.tile_flops
+    compute = 2.0 * tiles.rows * tiles.columns * depth * FIGURES.cores / tiles.flops
+    compute += tiles.beside
     size = 2.0 * tiles.rows * tiles.columns
     machine = Machine(FIGURES.cores, FIGURES.link, FIGURES.signal, FIGURES.launch)
     found = simulate(tiles_of_ranks(count, 2, compute, size), machine)
-    only = dataclasses.replace(FIGURES, copy_engine=1.0, link=FIGURES.link, library=1.0)
+    only = dataclasses.replace(FIGURES, tiles=(tiles,))
     plan = plan_linear(rows, columns, depth, 2, only)
     told = plan.seconds if plan.how == "persistent" else plan.others["persistent"]
     # Cores that wait for the link fall out of step, and then wait less than whole waves would.
@@ -116,9 +117,13 @@ def test_no_plan_is_slower_than_the_library_or_two_shots(rows, columns, depth):
 
 def test_few_bytes_are_sent_in_one_trip_and_no_gain_leaves_it_to_the_library():
     assert plan_linear(1, 4096, 4096, 2, FIGURES).how == "one-shot"
-    slow = dataclasses.replace(FIGURES, link=1e9, copy_engine=1e9, tile_flops=1e14)
+    slow = dataclasses.replace(FIGURES, link=1e9, copy_engine=1e9)
     plan = plan_linear(4096, 8192, 4096, 2, slow)
     assert plan.how == "library"
+    assert plan.others["one-shot"] == "for up to 1,048,576 bytes"
+    assert plan_linear(64, 8192, 4096, 2, FIGURES).others["persistent"] == (
+        "fewer rows than a tile has"
+    )
     assert plan.line().startswith("library, ") and "two-shot" in plan.line()
 
 
@@ -133,16 +138,49 @@ def test_reasons_against_plans_are_told():
 @given(st.integers(128, 20000))
 def test_chunks_are_all_of_a_share(rows):
     for chunks in chunkings(rows, rows):
-        assert sum(chunks) == rows and min(chunks) >= 128
-        assert list(chunks) == sorted(chunks, reverse=True)
+        for sizes in (chunks.sent, chunks.own):
+            assert sum(sizes) == rows and min(sizes) >= 128
+            assert list(sizes) == sorted(sizes, reverse=True)
     assert chunkings(rows, rows + 1) == []
+
+
+@pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES)
+def test_chunks_take_as_long_as_their_copies_and_what_they_wait_for(rows, columns, depth):
+    only = dataclasses.replace(FIGURES, tiles=(), one_shot_bytes=1, link=1.0, library=1.0)
+    plan = plan_linear(rows, columns, depth, 2, only)
+    chunks = plan.chunks
+    assert chunks is not None
+    sent = len(chunks.sent)
+    ends = [sum(chunks.sent[: n + 1]) for n in range(sent)]
+    needs = [
+        next(place for place, end in enumerate(ends) if end >= sum(chunks.own[: n + 1]))
+        for n in range(len(chunks.own))
+    ]
+    # On one core; what a rank waits for before it computes is a step of no time that needs it.
+    work = [
+        [
+            *(Work(s.compute, ((1 - rank, s.send),)) for s in plan.stages[:sent]),
+            *(
+                item
+                for need, s in zip(needs, plan.stages[sent:], strict=True)
+                for item in (
+                    Work(0.0, (), ((1 - rank, need),)),
+                    Work(s.compute, ((1 - rank, s.send),)),
+                )
+            ),
+        ]
+        for rank in range(2)
+    ]  # fmt: skip
+    found = simulate(work, Machine(1, 1.0, 0.0, queues=True))
+    assert abs(found.seconds - plan.seconds) <= 1e-9
 
 
 @pytest.mark.parametrize("rows", [4096, 16384])
 def test_attention_in_chunks_hides_what_is_sent(rows):
-    fast = dataclasses.replace(FIGURES, tile_flops=3e14)
+    slow = tuple(dataclasses.replace(tiles, flops=3e14) for tiles in FIGURES.tiles)
+    fast = dataclasses.replace(FIGURES, tiles=slow)
     plan = plan_attention_linear(rows, 8192, 4096, 2, fast)
-    assert plan.how == "chunks" and sum(plan.chunks) == rows // 2
+    assert plan.how == "chunks" and sum(plan.chunks.own) == rows // 2
     (told,) = plan.others.values()
     assert isinstance(told, float) and plan.seconds < told
     # As much is computed in chunks as at once, but for launches.
