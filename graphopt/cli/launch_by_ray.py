@@ -45,7 +45,10 @@ def launch_by_ray(arguments: Sequence[str], ranks: int | None, device: str) -> i
         ) from None
     if not ray.is_initialized():
         try:
-            ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+            # Ray puts this folder in front of its workers' path, where anything may be called as a
+            # module is.
+            with contextlib.chdir(os.path.sep):
+                ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError) as error:
             raise GraphoptError(
                 f"No Ray cluster was found: {described(error)}.",
