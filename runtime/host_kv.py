@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -62,34 +62,28 @@ class HostKV:
                     f"{share.batch} of {share.context:,}; run place-kv with a larger context or "
                     "batch, and emit the model again"
                 )
-        self.records, self._refused = True, ""
-        try:
-            host_kernel()
-        except NoHostKernel as problem:
-            if os.environ.get(IN_TORCH) != "torch":
-                raise GraphoptError(
-                    f"{problem}.", f"Or set {IN_TORCH}=torch: attention in torch, much slower."
-                ) from problem
-            self.records, self._refused = False, str(problem)
-            warn_of_torch(self._refused)
-        self.step = HostStep()
-        self.beside = copies_on(self.device) if beside is None else beside
+        refused = _why_in_torch()
+        self.records = refused is None  # Python is no node of a graph
         pieces = [self._pieces(share, piece) for share in shares]
         sizes = [
             self.batch * count * tokens * shape.token_bytes()
             for shape, (count, tokens) in zip(shapes, pieces, strict=True)
         ]
-        memory = self._memory(sum(sizes), max(sizes))
+        memory = self._memory(sum(sizes), max(sizes), refused is None)
+        largest = max(size // count for size, (count, _) in zip(sizes, pieces, strict=True))
+        incoming = copies_on(self.device) if copies is None else copies
+        self.pieces = PieceStream(incoming, largest, self.device)
+        # Layers know what they share, and not who holds them: nothing waits for Python's collector.
+        self.step = HostStep(
+            self.batch, capacity, copies_on(self.device) if beside is None else beside, self.pieces,
+            _runner(self.device, refused), _pinned_for(self.device),
+        )  # fmt: skip
         self.layers = [
             self._layer(share, shape, part, count, tokens, seq_lens)
             for share, shape, part, (count, tokens) in zip(
                 shares, shapes, memory.split(sizes), pieces, strict=True
             )
         ]
-        largest = max(size // count for size, (count, _) in zip(sizes, pieces, strict=True))
-        self.pieces = PieceStream(
-            copies_on(self.device) if copies is None else copies, largest, self.device
-        )
         self.granule = min(tokens for _, tokens in pieces)
 
     def _pieces(self, share: HostShare, piece: int | None) -> tuple[int, int]:
@@ -98,7 +92,7 @@ class HostKV:
         each = piece or piece_tokens(tokens, self.batch)
         return -(-tokens // each), each
 
-    def _memory(self, needed: int, part: int) -> Tensor:
+    def _memory(self, needed: int, part: int, by_kernel: bool) -> Tensor:
         free = free_bytes(torch.device("cpu"))
         if needed > free:
             raise GraphoptError(
@@ -107,9 +101,10 @@ class HostKV:
                 f"{format_bytes(free)} are free.",
                 "Lower the capacity or the batch, or give place-kv a larger gpu=.",
             )
-        memory = (
-            torch.zeros(needed, dtype=torch.uint8) if self._refused else host_memory(needed, part)
-        )
+        if by_kernel:
+            memory = host_memory(needed, part)
+        else:
+            memory = torch.zeros(needed, dtype=torch.uint8)
         if self.device.type == "cuda":
             pin(memory, self)
         return memory
@@ -132,12 +127,7 @@ class HostKV:
                 for row in (k_row, v_row)
             )
             front = (k_front, v_front)
-        return HostLayer(self, share, shape, host, front, seq_lens)
-
-    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return a little host memory of zeros that copies to and from the device go by."""
-        memory = torch.zeros(shape, dtype=dtype)
-        return memory.pin_memory() if self.device.type == "cuda" else memory
+        return HostLayer(self.step, share, shape, host, front, seq_lens)
 
     def begin_step(self, held: Sequence[int], decoding: bool) -> None:
         """Begin to bring what a step reads.
@@ -159,15 +149,6 @@ class HostKV:
         for layer in self.layers:
             layer.wait_for_writing()
 
-    def run(self, job: Job, layer: HostLayer) -> None:
-        """Run a job of the host's kernel, or what it does in torch."""
-        if not self._refused:
-            run_job(job, self.device)
-            return
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        run_in_torch(job, layer)
-
     def check(self) -> None:
         """Refuse results of a step for which the host had too little memory.
 
@@ -176,3 +157,45 @@ class HostKV:
         """
         if any(layer.failed for layer in self.layers):
             raise MemoryError("attention on the host has too little memory for its parts")
+
+
+def _why_in_torch() -> str | None:
+    """Return why the host attends in torch; None where it does so by its kernel.
+
+    Raises:
+        GraphoptError: It has no kernel, and the user has not allowed torch in its place.
+    """
+    try:
+        host_kernel()
+    except NoHostKernel as problem:
+        if os.environ.get(IN_TORCH) != "torch":
+            raise GraphoptError(
+                f"{problem}.", f"Or set {IN_TORCH}=torch: attention in torch, much slower."
+            ) from problem
+        warn_of_torch(str(problem))
+        return str(problem)
+    return None
+
+
+def _runner(device: torch.device, refused: str | None) -> Callable[[Job, HostLayer], None]:
+    """Return what runs a job of the host's kernel, or does in torch what the kernel would do."""
+
+    def by_kernel(job: Job, layer: HostLayer) -> None:
+        run_job(job, device)
+
+    def by_torch(job: Job, layer: HostLayer) -> None:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        run_in_torch(job, layer)
+
+    return by_kernel if refused is None else by_torch
+
+
+def _pinned_for(device: torch.device) -> Callable[[tuple[int, ...], torch.dtype], Tensor]:
+    """Return what makes a little host memory of zeros that copies of a device go by."""
+
+    def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        memory = torch.zeros(shape, dtype=dtype)
+        return memory.pin_memory() if device.type == "cuda" else memory
+
+    return pinned

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +28,10 @@ from graphopt.ir import functional
 from graphopt.ir.kv_host import HostShare
 from graphopt.ir.kv_memory import pack_rows, row_bytes, unpack_rows
 from graphopt.runtime.attention import Extras, Keys
+from graphopt.runtime.copies import Copies
 from graphopt.runtime.host_attention import Job, fill_job
-from graphopt.runtime.host_step import merge
+from graphopt.runtime.host_step import PieceStream, merge
 from graphopt.runtime.kv_cache import AppendKV, dense
-
-if TYPE_CHECKING:
-    from graphopt.runtime.host_kv import HostKV
 
 Attend = Callable[[Tensor, Keys, Extras, Mapping[str, Any]], tuple[Tensor, Tensor | None, Any]]
 """Attention by kernels or the reference: output, log-sum-exp if asked for, and nothing."""
@@ -93,14 +91,25 @@ class Mailbox:
 
 @dataclass
 class HostStep:
-    """What all layers in host memory share of a step.
+    """What all layers in host memory share, of a step and besides.
 
     Attributes:
+        batch, capacity: Rows, and tokens that each has room for.
+        beside: Runs what the host does beside the device.
+        pieces: Brings pieces to the device.
+        run: Runs a job of the host's kernel, given the layer that it is for.
+        pinned: Returns a little host memory that copies to and from the device go by.
         held: Tokens of each row before the step, as the host knows them.
         bound: At least as many as any row has; pieces up to it are read.
         decoding: Whether the step is one token, at any number of tokens up to `bound`.
     """
 
+    batch: int
+    capacity: int
+    beside: Copies
+    pieces: PieceStream
+    run: Callable[[Job, HostLayer], None]
+    pinned: Callable[[tuple[int, ...], torch.dtype], Tensor]
     held: list[int] = field(default_factory=list)
     bound: int = 0
     decoding: bool = False
@@ -118,14 +127,14 @@ class HostLayer:
 
     def __init__(
         self,
-        owner: HostKV,
+        step: HostStep,
         share: HostShare,
         shape: LayerShape,
         host: tuple[Tensor, Tensor],
         front: tuple[Tensor, Tensor] | None,
         seq_lens: Tensor,
     ) -> None:
-        self._owner, self.share, self.shape = owner, share, shape
+        self._step, self.share, self.shape = step, share, shape
         self.k, self.v = host
         self.front, self.seq_lens = front, seq_lens
         first = torch.arange(len(self.k), dtype=torch.int32, device=seq_lens.device)
@@ -147,7 +156,7 @@ class HostLayer:
     @property
     def resident(self) -> int:
         """Tokens of a row on the device, R."""
-        return 0 if self.front is None else min(self.share.resident, self._owner.capacity)
+        return 0 if self.front is None else min(self.share.resident, self._step.capacity)
 
     def used_pieces(self, tokens: int) -> int:
         """Return in how many pieces the tokens of a row lie that are not on the device."""
@@ -179,7 +188,7 @@ class HostLayer:
             options: Of the attention: scale, softcap.
         """
         step, plain = (
-            self._owner.step,
+            self._step,
             {n: options[n] for n in ("scale", "softcap") if n in options},
         )
         new, rows = (k, v), (k, v)
@@ -214,7 +223,7 @@ class HostLayer:
             def read(k_there: Tensor, v_there: Tensor, here: Tensor = here) -> Any:
                 return self._part(q, Keys(k_there, v_there, kv_lens=here), plain, attend)
 
-            parts.append(self._owner.pieces.take(self, number, read))
+            parts.append(step.pieces.take(self, number, read))
             if q.shape[2] > 1:
                 # Outputs of many tokens are large: they are not kept until all are there.
                 parts = [merge(parts)]
@@ -243,34 +252,34 @@ class HostLayer:
         key = pieces.start if pieces else None
         if key not in self._jobs:
             self._jobs[key] = self._job(box, pieces, plain)
-        lens = self.seq_lens.expand(self._owner.batch)
+        lens = self.seq_lens.expand(self._step.batch)
         job, given = self._jobs[key], tuple(x.contiguous() for x in (q, *rows, lens))
 
         def work() -> None:
             for there, here in zip((box.q, box.k, box.v, box.lens), given, strict=True):
                 there.copy_(here, non_blocking=True)
-            self._owner.run(job, self)
+            self._step.run(job, self)
             if pieces:
                 box.arrived.copy_(box.result, non_blocking=True)
 
         # What is copied from is kept until it has been.
-        return self._owner.beside.start(work), given, bool(pieces)
+        return self._step.beside.start(work), given, bool(pieces)
 
     def _end(self, pending: tuple[Any, tuple[Tensor, ...], bool]) -> tuple[Tensor, Tensor] | None:
         """Wait, on the device, for the host's part; None if it only wrote."""
         done, given, computed = pending
-        self._owner.beside.wait(done)
+        self._step.beside.wait(done)
         if not computed:
             return None
         assert self._mailbox is not None
         heads = given[0].shape[1]
-        return Mailbox.parts(self._mailbox.arrived, self._owner.batch, heads, self.shape.width)
+        return Mailbox.parts(self._mailbox.arrived, self._step.batch, heads, self.shape.width)
 
     def _box(self, q: Tensor) -> Mailbox:
         if self._mailbox is None:
             batch, heads, _, dim = q.shape
             k, v, dtype = self.shape.rows()
-            pinned = self._owner.pinned
+            pinned = self._step.pinned
             size = batch * heads * (self.shape.width + 1)
             self._mailbox = Mailbox(
                 pinned((batch, heads, 1, dim), q.dtype),
@@ -299,7 +308,7 @@ class HostLayer:
     def _write(self, rows: tuple[Tensor, Tensor]) -> None:
         """Put the keys and values of a part of a prompt into host memory, beside what follows."""
         given = tuple(x.contiguous() for x in rows)
-        held, piece, tokens = self._owner.step.held, self.k.shape[3], given[0].shape[2]
+        held, piece, tokens = self._step.held, self.k.shape[3], given[0].shape[2]
 
         def copy() -> None:
             for row, before in enumerate(held):
@@ -316,7 +325,7 @@ class HostLayer:
                             )
                     start = end
 
-        self._written.append((self._owner.beside.start(copy), given))
+        self._written.append((self._step.beside.start(copy), given))
 
     def _write_front(self, new: tuple[Tensor, Tensor], append: AppendKV) -> None:
         if self.front is not None:
@@ -327,7 +336,7 @@ class HostLayer:
     def wait_for_writing(self) -> None:
         """Let what follows on the device begin when all that was written has been."""
         for written, _ in self._written:
-            self._owner.beside.wait(written)
+            self._step.beside.wait(written)
         self._written.clear()
 
 

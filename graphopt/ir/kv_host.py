@@ -15,11 +15,11 @@ from dataclasses import dataclass
 PREFILL_TOKENS = 2048
 """Tokens of all rows of a prompt that are read at once: what a prompt computes is as large."""
 
-_LEAST, _MOST, _PIECES = 256, 8192, 64
+_LEAST, _MOST, _PIECES = 256, 8192, 16
 
 
 def piece_tokens(tokens: int, batch: int) -> int:
-    """Return the tokens of a piece: some 64 pieces a text, each not large for all rows together.
+    """Return the tokens of a piece: 16 pieces a text, none of them large for all rows together.
 
     Args:
         tokens: Of each row in host memory.
