@@ -101,10 +101,7 @@ class HostKV:
                 f"{format_bytes(free)} are free.",
                 "Lower the capacity or the batch, or give place-kv a larger gpu=.",
             )
-        if by_kernel:
-            memory = host_memory(needed, part)
-        else:
-            memory = torch.zeros(needed, dtype=torch.uint8)
+        memory = host_memory(needed, part) if by_kernel else _zeros(needed)
         if self.device.type == "cuda":
             pin(memory, self)
         return memory
@@ -157,6 +154,10 @@ class HostKV:
         """
         if any(layer.failed for layer in self.layers):
             raise MemoryError("attention on the host has too little memory for its parts")
+
+
+def _zeros(nbytes: int) -> Tensor:
+    return torch.zeros(nbytes, dtype=torch.uint8)
 
 
 def _why_in_torch() -> str | None:
