@@ -2,7 +2,7 @@
 
     python tools/bench_shard.py [--target hopper] [--out benchmarks/shard.json]
     python tools/bench_shard.py --shape tiny --device cpu --out /tmp/shard.json     # does it run?
-    python tools/bench_shard.py --kill                     # only: how long a rank takes to end
+    python tools/bench_shard.py --kill --out /tmp/k.json   # only: how long a rank takes to end
 
 Weights are random, and made where they are needed: a rank makes its own part of each by the number
 of the part, and the one GPU puts the same parts together. In each of two launches the ranks read a
@@ -10,7 +10,8 @@ prompt and decode one text, in turns with the one GPU: once with sums by NCCL al
 the package's kernels for them. Tokens are compared between the ranks and with those of one GPU;
 where they differ, both models are given the one GPU's tokens, and the logits of the two that they
 would choose stand beside each other. At the end a rank is killed while both replay their recorded
-steps, with torchrun and without, and the time is taken until the other one has ended.
+steps, and the time is taken until the other one has ended; with --kill also under torchrun, and
+where kernels wait for each other.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ SHAPES = {
 }
 SUMS = ("nccl", "kernels")
 RANKS, TURNS, WARM_UP = 2, 5, 2
+DEATHS = (("nccl", False), ("kernels", False), ("nccl", True))
+"""Sums, and whether torchrun watches; all of them with --kill, and else the first."""
 LIMIT = 300
 """Seconds after which a launch is given up."""
 
@@ -199,6 +202,7 @@ def as_rank(work: Path, options: argparse.Namespace) -> None:
         module.kernels._SUMS._figures = None
     weights = Weights(work, mine.device, dtype, module.Split)
     model = module.Model(weights.of_rank(module, mine.rank)).eval()
+    found: dict[str, Any] = {"sums": options.sums, "weight_bytes": memory(mine.device)}
     shape = SHAPES[options.shape]
     if options.mode == "die":
         decode_until_the_end(work, module, model, mine.rank)
@@ -210,7 +214,6 @@ def as_rank(work: Path, options: argparse.Namespace) -> None:
     vocab = shape["config"]["vocab_size"]
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(3, vocab, (max(shape["prompts"]),), generator=generator).tolist()
-    found: dict[str, Any] = {"sums": options.sums, "memory": memory(mine.device)}
     room = max(shape["prompts"]) + 2 * shape["new"] + 8
 
     def decoders() -> tuple[Any, Any]:
@@ -380,6 +383,7 @@ def start(work: Path, options: argparse.Namespace, *more: str, watched: bool) ->
     environment = dict(os.environ)
     if watched:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command.append("--local-addr=127.0.0.1")
         command += [f"--nproc-per-node={RANKS}", *script]
         return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)]
     with socket.socket() as free:
@@ -412,11 +416,13 @@ def run_launch(work: Path, options: argparse.Namespace, sums: str) -> dict[str, 
     return found
 
 
-def run_death(work: Path, options: argparse.Namespace, *, watched: bool) -> dict[str, Any]:
+def run_death(
+    work: Path, options: argparse.Namespace, sums: str, *, watched: bool
+) -> dict[str, Any]:
     """Kill the second rank; return how long the first one took to end, and what was said."""
     for path in (*work.glob("pid.*"), *work.glob("alive.*")):
         path.unlink()
-    processes = start(work, options, "--mode", "die", "--sums", options.sums, watched=watched)
+    processes = start(work, options, "--mode", "die", "--sums", sums, watched=watched)
     limit = time.monotonic() + LIMIT
     alive = [work / f"alive.{rank}" for rank in range(RANKS)]
     while not all(path.exists() for path in alive) and time.monotonic() < limit:
@@ -435,7 +441,7 @@ def run_death(work: Path, options: argparse.Namespace, *, watched: bool) -> dict
     said = "".join(process.communicate(timeout=60)[1] for process in processes)
     lines = [line for line in said.splitlines() if " ends: " in line]
     return {
-        "torchrun": watched, "seconds": seconds, "said": lines,
+        "sums": sums, "torchrun": watched, "seconds": seconds, "said": lines,
         "exit_codes": [process.returncode for process in processes],
     }  # fmt: skip
 
@@ -504,9 +510,8 @@ def main() -> None:
             result["launches"].append(run_launch(work, options, sums))
             keep()
             print(f"{sums} after {time.monotonic() - started:.0f} s", flush=True)
-        options.sums = options.sums or "nccl"
-        for watched in (False, True):
-            result["deaths"].append(run_death(work, options, watched=watched))
+        for sums, watched in DEATHS if options.kill else DEATHS[:1]:
+            result["deaths"].append(run_death(work, options, sums, watched=watched))
             keep()
         result["summary"] = dict(summarised(result["launches"]))
         keep()

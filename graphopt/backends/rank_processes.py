@@ -211,7 +211,8 @@ def _torchrun(count: int, port: int, key: bytes, output: Path) -> subprocess.Pop
         return subprocess.Popen(
             [
                 sys.executable, "-P", "-m", "torch.distributed.run", "--standalone",
-                f"--nproc-per-node={count}", "-m", "graphopt.backends.rank_worker",
+                "--local-addr=127.0.0.1", f"--nproc-per-node={count}",
+                "-m", "graphopt.backends.rank_worker",
             ],
             env=environment, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             start_new_session=True,
