@@ -61,8 +61,6 @@ class ChunkedLinear:
     Args:
         room: The most rows, M.
         columns: N.
-        direct: The product writes into the other GPU's memory itself, without a copy, where what it
-            makes is not this rank's.
     """
 
     def __init__(
@@ -72,20 +70,17 @@ class ChunkedLinear:
         columns: int,
         dtype: torch.dtype,
         waiting: Waiting,
-        *,
-        direct: bool = False,
     ) -> None:
         self._waiting = waiting
         layout = Layout()
-        # The other rank begins to write the next but one while this one's readers may be at work.
-        self._places = Places(layout, room, columns, dtype, 3)
-        # A flag for each chunk of what is computed for the other, and one for all the sums.
+        self._places = Places(layout, room, columns, dtype, 2)
+        # A flag for each chunk of what is computed for the other, one for all the sums, and one for
+        # that whatever read an earlier result in its place is through: it may be written.
         self._flags = [layout.add((1,), torch.int32) for _ in range(2 * MOST_CHUNKS)]
+        self._entered = layout.add((1,), torch.int32)
         self.memory = peers.allocate(layout.bytes)
         self.epoch = torch.zeros(1, dtype=torch.int32, device=peers.device)
-        self._part: Tensor | None = None
-        if not direct:
-            self._part = torch.empty(-(-room // 2), columns, dtype=dtype, device=peers.device)
+        self._part = torch.empty(-(-room // 2), columns, dtype=dtype, device=peers.device)
         self._copies = torch.cuda.Stream(peers.device)
 
     def __call__(
@@ -104,16 +99,17 @@ class ChunkedLinear:
         self._places.turn()
         main, matrix = torch.cuda.current_stream(), weight.t()
         self._copies.wait_stream(main)
+        self._signal(self._entered)
         first = other * sum(chunks.own)
         for index, rows in enumerate(_rows_of(other, chunks.sent)):
-            if self._part is None:
-                torch.mm(part_of(rows), matrix, out=theirs[rows])
+            part = self._part[rows.start - first : rows.stop - first]
+            torch.mm(part_of(rows), matrix, out=part)
+            if index == 0:
                 self._copies.wait_stream(main)
-            else:
-                part = self._part[rows.start - first : rows.stop - first]
-                torch.mm(part_of(rows), matrix, out=part)
-                self._copy(theirs[rows], part)
-            self._signal(index)
+                with torch.cuda.stream(self._copies):
+                    self._wait(self._entered)
+            self._copy(theirs[rows], part)
+            self._signal(self._flags[index])
         # What is sent in one order arrives in it.
         ends = [rows.stop for rows in _rows_of(own, chunks.sent)]
         seen, last = -1, len(chunks.sent) + len(chunks.own) - 1
@@ -121,14 +117,14 @@ class ChunkedLinear:
             own_part = part_of(rows)
             needed = next(place for place, end in enumerate(ends) if end >= rows.stop)
             if needed > seen:
-                self._wait(needed)
+                self._wait(self._flags[needed])
                 seen = needed
             out[rows].addmm_(own_part, matrix)
             self._copy(theirs[rows], out[rows])
             if len(chunks.sent) + index == last:
-                self._signal(last)
+                self._signal(self._flags[last])
         main.wait_stream(self._copies)
-        self._wait(last, last=True)
+        self._wait(self._flags[last], last=True)
         return out
 
     def _copy(self, target: Tensor, source: Tensor) -> None:
@@ -137,22 +133,22 @@ class ChunkedLinear:
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
 
-    def _signal(self, index: int) -> None:
+    def _signal(self, flag: int) -> None:
         from graphopt.runtime.kernels.all_reduce import signal_peer
 
         with torch.cuda.stream(self._copies):
             signal_peer[(1,)](
-                self.memory.bases, self.epoch, self._flags[index], 1 - self.memory.rank,
+                self.memory.bases, self.epoch, flag, 1 - self.memory.rank,
                 num_warps=1,
             )  # fmt: skip
 
-    def _wait(self, index: int, *, last: bool = False) -> None:
+    def _wait(self, flag: int, *, last: bool = False) -> None:
         from graphopt.runtime.kernels.all_reduce import wait_for_peer
 
         waiting = self._waiting
-        flag = self.memory.part(self._flags[index], (1,), torch.int32)
+        own = self.memory.part(flag, (1,), torch.int32)
         wait_for_peer[(1,)](
-            flag, self.epoch, waiting.late, waiting.patience, LAST=last, TRAP=waiting.trap,
+            own, self.epoch, waiting.late, waiting.patience, LAST=last, TRAP=waiting.trap,
             num_warps=1,
         )  # fmt: skip
 
@@ -194,11 +190,11 @@ class PersistentLinear:
         able = peers.ranks == 2 and columns % 8 == 0 and copies_tiles(peers.device)
         self._bulk = able if bulk is None else bulk and able
         layout = Layout()
-        # What arrives lies where the sum will, of which there are three for that, or by itself.
-        self._places = Places(layout, room, columns, dtype, 3 if self._bulk else 2)
+        # What arrives lies where the sum will, or by itself.
+        self._places = Places(layout, room, columns, dtype, 2)
         self._staging = 0 if self._bulk else layout.add((slots, tiles.rows, tiles.columns), dtype)
         self._flags = layout.add((slots,), torch.int32)
-        self._ended = layout.add((1,), torch.int32)
+        self._entered, self._ended = (layout.add((1,), torch.int32) for _ in range(2))
         self.memory = peers.allocate(layout.bytes)
         self.epochs = torch.zeros(2, dtype=torch.int32, device=peers.device)
 
@@ -224,7 +220,7 @@ class PersistentLinear:
         linear_all_reduce[(self._programs,)](
             x, x_tiles, weight, weight_tiles, bias, out_tiles, memory.bases, self.epochs,
             waiting.late, waiting.patience,
-            self._places.offset, self._staging, self._flags, self._ended,
+            self._places.offset, self._staging, self._flags, self._entered, self._ended,
             rows, columns, depth, x.stride(0), memory.rank,
             RANKS=memory.ranks, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth,
             GROUP=tiles.group, WHOLE=depth % tiles.depth == 0,

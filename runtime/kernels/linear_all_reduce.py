@@ -84,6 +84,7 @@ def linear_all_reduce(
     out,  # bytes into a workspace: [M, N]
     staging,  # bytes: [RANKS - 1, tiles of a rank, BLOCK_M, BLOCK_N]
     flags,  # bytes: int32 [RANKS - 1, tiles of a rank]
+    entered,  # bytes: int32, the epoch of the last call that the other one of two ranks began
     ended,  # bytes: int32, how many programs of other ranks have ended, in all calls
     M, N, K,
     x_stride,
@@ -111,6 +112,11 @@ def linear_all_reduce(
     box = workspace(bases_ptr, rank, staging, x_ptr)
     own = workspace(bases_ptr, rank, out, x_ptr)
     arrived = workspace(bases_ptr, rank, flags, epochs_ptr)
+    if BULK:
+        if program == 0:
+            # Whatever read this rank's result of an earlier call is through: it may be written.
+            signal(workspace(bases_ptr, 1 - rank, entered, epochs_ptr), epoch)
+    unentered = 1  # not yet known whether the other rank has come so far
     first = (rank + 1) % RANKS * share
     untold = -1  # the place of a tile on its way, which is told of once the next one is computed
     for step in tl.range(program, tiles, programs):
@@ -154,6 +160,10 @@ def linear_all_reduce(
                     total += tl.load(own + at, mask=inside, other=0.0).to(tl.float32)
                 tl.store(own + at, total.to(kind), mask=inside)
                 untold = -1
+            if unentered != 0:
+                mine = workspace(bases_ptr, rank, entered, epochs_ptr)
+                wait(mine, epoch, late_ptr, patience, TRAP)
+                unentered = 0
             out_tiles.store([row * BLOCK_M, column * BLOCK_N], total.to(kind))
         elif owner != rank:
             slot = (rank - owner - 1 + RANKS) % RANKS  # which of the owner's others this rank is

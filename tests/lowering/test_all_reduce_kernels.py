@@ -247,14 +247,11 @@ def test_tiles_of_the_target(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("direct", [True, False])
-def test_chunks(direct: bool) -> None:
+def test_chunks() -> None:
     rows, columns, depth = 1024, 1024, 512
     group = Ranks(
         2,
-        lambda peers, waiting: ChunkedLinear(
-            peers, 2048, columns, torch.bfloat16, waiting, direct=direct
-        ),
+        lambda peers, waiting: ChunkedLinear(peers, 2048, columns, torch.bfloat16, waiting),
     )
     cuts = [
         Chunks((256, 128, 128), (256, 128, 128)), Chunks((512,), (256, 256)),
