@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import runpy
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 FAILING_PASS = '''
 """A pass of a user that fails on one rank while the other waits for it."""
@@ -73,6 +75,13 @@ def succeeding(rank: int, arguments: list[str]) -> Said:
     said = command(rank, arguments)
     assert said.code == 0, said.stderr
     return said
+
+
+def tool(rank: int, name: str, arguments: list[str]) -> None:
+    """Run one of the repository's tools as one of several ranks."""
+    path = Path(__file__).resolve().parent.parent / "tools" / f"{name}.py"
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def command(rank: int, arguments: list[str]) -> Said:

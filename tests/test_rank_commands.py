@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import runner
-from rank_commands import FAILING_PASS, command, succeeding
+from rank_commands import FAILING_PASS, command, succeeding, tool
 from ranks import ended_ranks, run_ranks
 from tiny_models import save_tiny
 
@@ -165,6 +165,20 @@ def test_the_exit_code_is_that_of_the_failing_rank(folder: Path) -> None:
     assert wrong.returncode == 2
     assert "error: A window of 4000 tokens exceeds the 128" in wrong.stderr
     assert "Traceback" not in wrong.stderr and wrong.stderr.count("error") == 1
+
+
+@pytest.mark.exhaustive
+def test_the_bench_measures_in_turns(folder: Path, tmp_path: Path) -> None:
+    text = str(folder / "text.txt")
+    arguments = ["--model", str(folder / "tiny"), "--text", text, "--calib", text, "--windows", "4"]
+    arguments += ["--seqlen", "64", "--steps", "3", "--batch", "2", "--rounds", "1"]
+    out = tmp_path / "found.json"
+    run_ranks(tool, "bench_data_parallel", [*arguments, "--device", "cpu", "--out", str(out)],
+              group=False)  # fmt: skip
+    found = json.loads(out.read_text())
+    assert found["ranks"] == 2 and set(found["summary"]) == {"eval", "fuse-blocks"}
+    assert found["summary"]["eval"]["apart"]["perplexity"] < 1e-6
+    assert found["summary"]["fuse-blocks"]["apart"]["weights"] < 1e-2
 
 
 # ---- what the environment states ----

@@ -29,10 +29,12 @@ from memory_tables import (
 from model_tables import models, models_answers, models_choice
 from paper_tables import memory_paper, memory_paper_addresses, memory_passes
 from plan_tables import allocation, arena
+from rank_tables import data_parallel
 from results import ROOT, markdown_table, measured_on, median, result_of
 
 PAGES = (
-    "README.md", "docs/attention.md", "docs/bits.md", "docs/depth.md", "docs/evaluate.md",
+    "README.md", "docs/attention.md", "docs/bits.md", "docs/depth.md", "docs/devices.md",
+    "docs/evaluate.md",
     "docs/families.md", "docs/flatquant.md", "docs/kv.md", "docs/memory.md", "docs/methods.md",
     "docs/volta.md", "docs/width.md",
 )  # fmt: skip
@@ -622,6 +624,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_onnx": kv_onnx,
     "kv_speed": kv_speed,
     "allocation": allocation,
+    "data_parallel": data_parallel,
     "arena": arena,
     "quality": quality,
     "scale": scale,

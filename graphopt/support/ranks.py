@@ -184,8 +184,8 @@ class Ranks:
             work, begun = begin(), time.perf_counter()
             while not work.is_completed():
                 self._watch.check()
-                if time.perf_counter() - begun > POLLED:
-                    time.sleep(SLEPT)
+                # Ranks may share a core: one that only waits lets the others go on.
+                time.sleep(SLEPT if time.perf_counter() - begun > POLLED else 0)
             work.wait()
         except RuntimeError as error:
             raise self._watch.lost(described(error), REASON_AFTER) from error
