@@ -56,6 +56,7 @@ from graphopt.runtime.reduction_plan import (
     plan_attention_linear,
     plan_linear,
 )
+from graphopt.runtime.reductions import RankReductions
 from graphopt.targets import get_target
 
 SHAPES = [
@@ -84,6 +85,7 @@ TILES = {
 }
 """That `--tune` tries; with copy engines of the cores, but for those of `STORES`."""
 STORES = {"128x128x64, 2 a core, stores": _tiles(128, 128, 64, 4, 3, programs=2)}
+PLANNED = "ours, as planned"
 TURNS, PER = 7, 3
 PATIENCE = 3_000_000
 """Looks at a signal until a kernel gives up: some seconds."""
@@ -396,6 +398,12 @@ def _ours(
         return make
 
     plan = plan_linear(rows, columns, x.shape[1], bench.ranks, bench.figures)
+
+    def planned() -> Run:
+        way = RankReductions(bench.figures, bench.peers)
+        return lambda: way.linear_all_reduce(x, weight)
+
+    found[PLANNED] = planned
     if "two-shot" in ways:
         found["ours two-shot"] = summed(bench.figures.programs)
     if "chunks" in ways and bench.ranks == 2:
@@ -422,7 +430,7 @@ def _products_alone(bench: Bench, x: Tensor, weight: Tensor) -> dict[str, Run]:
 
 def _line(row: dict[str, Any]) -> str:
     times = {name: median(found) for name, found in row["times"].items()}
-    ours = {name: value for name, value in times.items() if name.startswith("ours ")}
+    ours = {name: value for name, value in times.items() if name.startswith("ours")}
     text = f"{row['shape']}:"
     for name in ("GEMM", "tiles alone", "NCCL", "two-shot", "our two-shot", "GEMM, NCCL",
                  "GEMM, two-shot", "fused_matmul_reduce_scatter"):  # fmt: skip
@@ -437,7 +445,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def _summary(row: dict[str, Any]) -> str:
     times = {name: median(found) for name, found in row["times"].items()}
-    ours = {name: value for name, value in times.items() if name.startswith("ours ")}
+    ours = {name: value for name, value in times.items() if name.startswith("ours")}
     texts = [
         f"{times[name]:.0f}" if name in times else "-"
         for name in ("GEMM, NCCL", "GEMM, two-shot", "fused_matmul_reduce_scatter")
@@ -445,6 +453,7 @@ def _summary(row: dict[str, Any]) -> str:
     if not ours:
         return f"{row['shape']}: {' | '.join(texts)} | none of ours"
     name = min(ours, key=lambda one: ours[one])
+    texts.append(f"{ours.get(PLANNED, 0):.0f} {row['planned']}")
     texts.append(f"{ours[name]:.0f} ({name.removeprefix('ours ')})")
     if "GEMM, NCCL" in times:
         texts.append(f"{times['GEMM, NCCL'] / ours[name]:.2f}")
@@ -577,6 +586,7 @@ def _attention(bench: Bench, tokens: int) -> dict[str, Any]:
         torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", bench.group.group_name)
         return buffer
 
+    planned = RankReductions(bench.figures, bench.peers)
     chunked = ChunkedLinear(bench.peers, tokens, columns, DTYPE, bench.waiting)
     tiles = bench.figures.tiles[0]
     persistent = PersistentLinear(
@@ -588,6 +598,7 @@ def _attention(bench: Bench, tokens: int) -> dict[str, Any]:
         "attention, GEMM, NCCL": nccl,
         "attention, GEMM, two-shot": two_shot,
         "attention, ours persistent": lambda: persistent(whole(), weight),
+        PLANNED: lambda: planned.attention_linear_all_reduce(attend, tokens, weight),
     }
     for chunks in dict.fromkeys([*cuts, *([plan.chunks] if plan.chunks else [])]):
         candidates[f"ours chunks {'+'.join(map(str, chunks))}"] = lambda chunks=chunks: chunked(
@@ -605,7 +616,7 @@ def _attention(bench: Bench, tokens: int) -> dict[str, Any]:
     runs["attention, GEMM"] = lambda: torch.mm(whole(), matrix, out=out)
     return {
         "part": "attention", "shape": [tokens, depth, columns], "times": bench.times(runs, PER),
-        "wrong": wrong, "plan": plan.line(),
+        "wrong": wrong, "plan": plan.line(), "planned": plan.how,
     }  # fmt: skip
 
 

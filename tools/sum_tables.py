@@ -1,0 +1,133 @@
+"""The tables of sums over ranks: as planned, and as measured on two GPUs."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+from results import ROOT, markdown_table, measured_on, median, result_of
+
+from graphopt.runtime.reduction_plan import (
+    LinearTiles,
+    ReductionFigures,
+    plan_linear,
+    product_seconds,
+)
+
+SHAPES = [
+    (1024, 4096, 8192), (4096, 4096, 8192), (16384, 4096, 8192), (1024, 14336, 8192),
+    (4096, 14336, 8192), (16384, 14336, 8192), (1024, 2048, 4096), (4096, 2048, 4096),
+    (16384, 2048, 4096),
+]  # fmt: skip
+"""M tokens, K inputs of each rank, N outputs."""
+
+
+def _figures() -> ReductionFigures:
+    path = ROOT / "graphopt" / "targets" / "hopper.toml"
+    file = tomllib.loads(path.read_text(encoding="utf-8"))
+    table = {**file["reductions"], "cores": file["cores"]}
+    table["tiles"] = tuple(LinearTiles(**row) for row in table["tiles"])
+    return ReductionFigures(**table)
+
+
+def sums_predicted() -> str:
+    """What plans of linears that two GPUs sum are predicted to take."""
+    figures = _figures()
+    rows = []
+    for tokens, depth, outputs in SHAPES:
+        plan = plan_linear(tokens, outputs, depth, 2, figures)
+        library = plan.others["library"]
+        assert isinstance(library, float)
+        cut = f"chunks of {plan.chunks}" if plan.chunks else plan.how
+        if plan.tiles:
+            cut = f"persistent, tiles of {plan.tiles.rows} x {plan.tiles.columns}"
+        rows.append(
+            [
+                f"{tokens:,}, {depth:,}, {outputs:,}",
+                f"{1e6 * product_seconds(tokens, outputs, depth, figures):,.0f}",
+                f"{1e6 * library:,.0f}",
+                cut,
+                f"{1e6 * plan.seconds:,.0f}",
+                f"{library / plan.seconds:.2f}",
+            ]
+        )
+    head = ["M, K, N", "product", "then NCCL", "plan", "predicted", "times as fast"]
+    return markdown_table(head, rows)
+
+
+def sums() -> str:
+    """Linears summed over two GPUs, as measured."""
+    result = result_of("all_reduce")
+    by_shape = {tuple(r["shape"]): r for r in result.get("rows", []) if r["part"] == "linear"}
+    rows = []
+    for shape in SHAPES:
+        if shape not in by_shape:
+            continue
+        row = by_shape[shape]
+        times = {name: median(found["microseconds"]) for name, found in row["times"].items()}
+        ours = times["ours, as planned"]
+        alone = min(times[name] for name in ("NCCL", "two-shot", "our two-shot"))
+        hidden = (times["GEMM"] + alone - ours) / min(times["GEMM"], alone)
+        names = ("GEMM", "GEMM, NCCL", "GEMM, two-shot", "fused_matmul_reduce_scatter")
+        rows.append(
+            [
+                ", ".join(f"{size:,}" for size in shape),
+                *(f"{times[name]:,.0f}" for name in names),
+                f"{ours:,.0f}",
+                row["planned"],
+                f"{times['GEMM, NCCL'] / ours:.2f}",
+                f"{hidden:.0%}",
+            ]
+        )
+    head = [
+        "M, K, N", "product", "then NCCL", "then torch's two-shot", "fused_matmul_reduce_scatter",
+        "ours", "by", "times as fast as with NCCL", "hidden",
+    ]  # fmt: skip
+    return f"{markdown_table(head, rows)}\n\n{measured_on(result, 'torch', 'triton')}"
+
+
+def sums_of_few() -> str:
+    """Sums of few bytes over two GPUs, and the attention of a prompt with its projection."""
+    result = result_of("all_reduce")
+
+    def told(row: dict[str, Any], name: str) -> str:
+        found = row["times"].get(name)
+        return "-" if found is None else f"{median(found['microseconds']):.1f}"
+
+    names = (
+        "NCCL", "one_shot_all_reduce", "ours one-shot", "NCCL, norm", "ours one-shot, norm",
+    )  # fmt: skip
+    rows = [
+        [f"{row['bytes'] // 1024:,} KB", *(told(row, name) for name in names)]
+        for row in result.get("rows", [])
+        if row["part"] == "decode"
+    ]
+    head = ["sum of", "NCCL", "torch's one-shot", "ours", "NCCL, then the norm", "ours with it"]
+    return markdown_table(head, rows)
+
+
+def sums_of_attention() -> str:
+    """Attention, its output projection and the sum over two GPUs."""
+    result = result_of("all_reduce")
+    rows = []
+    for row in result.get("rows", []):
+        if row["part"] != "attention":
+            continue
+        times = {name: median(found["microseconds"]) for name, found in row["times"].items()}
+        ours, nccl = times["ours, as planned"], times["attention, GEMM, NCCL"]
+        rows.append(
+            [
+                f"{row['shape'][0]:,}",
+                f"{times['attention, GEMM']:,.0f}",
+                f"{nccl:,.0f}",
+                f"{times['attention, GEMM, two-shot']:,.0f}",
+                f"{ours:,.0f}",
+                row["planned"],
+                f"{nccl / ours:.2f}",
+            ]
+        )
+    head = [
+        "tokens", "attention and product", "then NCCL", "then torch's two-shot", "ours", "by",
+        "times as fast as with NCCL",
+    ]  # fmt: skip
+    return markdown_table(head, rows)
