@@ -601,9 +601,7 @@ def _attention(bench: Bench, tokens: int) -> dict[str, Any]:
         PLANNED: lambda: planned.attention_linear_all_reduce(attend, tokens, weight),
     }
     for chunks in dict.fromkeys([*cuts, *([plan.chunks] if plan.chunks else [])]):
-        candidates[f"ours chunks {'+'.join(map(str, chunks))}"] = lambda chunks=chunks: chunked(
-            attend, weight, chunks
-        )
+        candidates[f"ours chunks {chunks}"] = lambda chunks=chunks: chunked(attend, weight, chunks)
     runs: dict[str, Run] = {}
     wrong = {}
     for name, run in candidates.items():
