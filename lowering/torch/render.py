@@ -176,8 +176,6 @@ def arena_refused(program: Program) -> str | None:
     """Return why steps of a program have no arena; None if they may have one."""
     if not program.states:
         return "there is no KV cache: every step runs every text again, each of another length"
-    if is_sharded(program):
-        return "its ranks reduce values in place, which an arena cannot place"
     if any(state.policy for state in program.states.values()):
         return "policies of its KV cache remember what steps read: a step cannot be run twice"
     if any(state.host for state in program.states.values()):

@@ -313,18 +313,22 @@ _OPTION = """    parser.add_argument(
 """
 _MADE = """    made = generate(load(device=options.device, dtype=dtype), ids, count, END)
 """
-_MADE_BY_RANKS = """    try:
+_LOADED = """    model = load(device=options.device, dtype=dtype)
+"""
+_LOADED_BY_RANK = """    try:
         model = load(device=options.device, dtype=dtype)
     except ranks.RankError as error:  # which the ranks of a host have in common
         parser.exit(2, "" if int(os.environ.get("LOCAL_RANK", 0)) else f"model.py: {error}\\n")
-    made = generate(model, ids, count, END)
-    if ranks.joined().rank != 0:
+"""
+_GENERATED = """    made = generate(model, ids, count, END)
+"""
+_GENERATED_IN_ARENA = """    arena = arena_for(model) if options.arena else None
+    made = generate(model, ids, count, END, arena)
+"""
+_FIRST_ALONE = """    if ranks.joined().rank != 0:
         return
 """
-_MADE_IN_ARENA = """    model = load(device=options.device, dtype=dtype)
-    arena = arena_for(model) if options.arena else None
-    made = generate(model, ids, count, END, arena)
-    if arena is not None:
+_REPORT = """    if arena is not None:
         print("\\n".join(arena.report()), file=sys.stderr)
 """
 
@@ -335,8 +339,12 @@ def main(with_kernels: bool, with_arena: bool, of_ranks: bool = False) -> str:
     Args:
         of_ranks: Of a model for several ranks, of which the first one prints.
     """
+    made = _MADE
+    if with_arena or of_ranks:
+        made = _LOADED_BY_RANK if of_ranks else _LOADED
+        made += _GENERATED_IN_ARENA if with_arena else _GENERATED
+        made += _FIRST_ALONE if of_ranks else ""
+        made += _REPORT if with_arena else ""
     text = _MAIN.replace("{device}", "DEVICE" if with_kernels else '"cpu"')
     text = text.replace("{option}", _OPTION if with_arena else "")
-    if of_ranks:
-        return text.replace("{made}", _MADE_BY_RANKS)
-    return text.replace("{made}", _MADE_IN_ARENA if with_arena else _MADE)
+    return text.replace("{made}", made)

@@ -85,6 +85,10 @@ def computed(folder: Path) -> dict[str, Any]:
         "heads": next(iter(cache[0])).shape[1],
         "elements": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
+    if hasattr(module, "arena_for"):
+        arena = module.arena_for(model)
+        assert found["tokens"] == module.generate(model, [PROMPT, PROMPT[:3]], 8, arena=arena)
+        assert arena.bytes
     if hasattr(module, "Decoder"):
         decoder = module.Decoder(model, 24)
         found["decoded"] = [decoder.start(PROMPT), *(decoder.step() for _ in range(5))]
