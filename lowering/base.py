@@ -142,11 +142,13 @@ class Emitter(ABC):
         name: What `--emit` calls the form.
         shares: It can read weights where another form has stored them, so it is written last.
         for_ranks: It writes programs whose weights are split over several devices.
+        sees: It holds what a model that sees has beside its decoder, and takes pictures.
     """
 
     name: ClassVar[str]
     shares: ClassVar[bool] = False
     for_ranks: ClassVar[bool] = False
+    sees: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, program: Program, target: str) -> None:

@@ -245,6 +245,10 @@ class Emission:
                 SkipEntry(where, reason) for where, reason in emitted.notes + emitted.fallbacks
             ]
             sizes.append(written_size(emitter, emitted, program, self.target))
+            if program.vision is not None and not emitter.sees:
+                notes.append(
+                    SkipEntry(emitter.name, "it takes token ids: pictures need the checkpoint (hf)")
+                )
         told = about_decoded_codes(program, sizes) if self.dtype is None else None
         notes += [SkipEntry("weights", told)] if told is not None else []
         rest = size_of_rest(program, storage)

@@ -73,10 +73,13 @@ def size_of_rest(program: Program, kept: Collection[str]) -> FormSize | None:
 
     None where no matrix is, nor the codes of one: scales alone, gains and constants are little.
     """
-    matrices = [w for w in program.weights if len(w.shape) > 1 and not w.constant]
+    every = list(program.weights)
+    if program.vision is not None:
+        every += program.vision.carried
+    matrices = [w for w in every if len(w.shape) > 1 and not w.constant]
     if all(matrix.tensors()[0].name in kept for matrix in matrices):
         return None
-    rest = [tensor for tensor in program.weights.tensors() if tensor.name not in kept]
+    rest = [tensor for tensor in program.stored_tensors() if tensor.name not in kept]
     stored = [(tensor.shape, tensor.dtype) for tensor in rest]
     return FormSize(PROGRAM, sum(map(_bytes, stored)), _usual(program, stored))
 

@@ -176,7 +176,7 @@ def test_a_config_of_other_weights(model, entries, message, remedy):
     [
         ("t5", "is an encoder-decoder"),
         ("clip", r"takes more than text \(vision_config\)"),
-        ("llava", r"takes more than text \(vision_config\)"),
+        ("gemma4", r"takes more than text \(audio_config, vision_config\)"),
     ],
 )
 def test_other_architectures(model, kind, reason):

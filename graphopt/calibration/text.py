@@ -24,6 +24,7 @@ from graphopt.execute.likelihoods import ProgramLikelihoods
 from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.dtypes import holds_aten, scoring_dtype
 from graphopt.ir.graph import Program
+from graphopt.ir.layer_config import decoder_config
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.sources.windows import Bos, TokenText
 from graphopt.support.devices import free_bytes
@@ -279,7 +280,8 @@ class _Writer(ABC):
 
     def at_once(self, length: int, prompt: int) -> int:
         """Return how many texts to write at a time."""
-        states, vocabulary = self.program.states.values(), self.program.config.get("vocab_size", 0)
+        states = self.program.states.values()
+        vocabulary = decoder_config(self.program.config).get("vocab_size", 0)
         cached = length * sum(state.heads * (state.k_dim + state.v_dim) for state in states)
         # Logits of a prompt are there as the model makes them and as softmax reads them.
         need = (cached + 3 * prompt * int(vocabulary)) * self.dtype.itemsize

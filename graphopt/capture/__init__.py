@@ -60,12 +60,20 @@ def capture(
     from graphopt.capture.model import build_model
     from graphopt.capture.ties import say_untied
     from graphopt.capture.unsupported import refuse_unsupported
+    from graphopt.capture.vision import ReadWeights, language_decoder, read_vision
+    from graphopt.sources.vision import takes_pictures
 
     module = build_model(source.config, trust_remote_code=trust_remote_code)
     refuse_unsupported(module)  # before the checkpoint is matched, which takes longer
     names = CheckpointNames(module, source)
+    sees = source.config is not None and takes_pictures(source.config)
+    if sees:
+        language_decoder(module)
+    resolve = ReadWeights(module, names.resolve)
     with users_model(source.spec, "be captured"):
-        program = capture_module(module, source.name, names.resolve, names.trained_buffers(), watch)
+        program = capture_module(module, source.name, resolve, names.trained_buffers(), watch)
+        if sees:
+            program.vision = read_vision(module, program, names.resolve, resolve.read)
     notes = [*source.notes, *_about_unpacked(program)]
     program.notes += [("checkpoint", note) for note in notes] + names.finish()
     program.source = source.spec

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from graphopt.errors import CaptureError, first_line
 from graphopt.ir.graph import PROGRAM_INPUTS
+from graphopt.sources.vision import takes_pictures
 from graphopt.support.boundary import out_of_memory
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def attention_implementation(config: Any) -> str | None:
     PyTorch's fused attention caps no scores. Versions of transformers that choose it for Gemma 2
     and its kin all the same (5.17 does) leave the cap out without a word.
     """
-    return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None
+    inner = getattr(config, "text_config", None) or config
+    return "eager" if getattr(inner, "attn_logit_softcapping", None) is not None else None
 
 
 def build_model(
@@ -79,13 +81,15 @@ def build_model(
 ) -> PreTrainedModel:
     """Return the causal language model of a Hugging Face config, without weights, in fp32.
 
+    One that takes pictures is whole: tower, projector and language model.
+
     Args:
         model_class: None for the class that transformers, or the checkpoint, has for the config.
 
     Raises:
         CaptureError: transformers has no causal language model for this config.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
     config = copy.deepcopy(config)
@@ -96,9 +100,9 @@ def build_model(
     try:
         with no_init_weights(), parameters_on_meta():
             if model_class is None:
-                model = AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=trust_remote_code, **how
-                )
+                sees = takes_pictures(config)
+                loader = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+                model = loader.from_config(config, trust_remote_code=trust_remote_code, **how)
             else:
                 model = model_class._from_config(config, **how)
             # `no_init_weights` skips tying, which must hold for the export to see one weight.

@@ -150,7 +150,7 @@ def without_code(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of a config, and of configs within it, but for those that name code."""
     kept: dict[str, Any] = {}
     for name, value in data.items():
-        if name.lstrip("_").removesuffix("_internal") not in CODE_ENTRIES:
+        if str(name).lstrip("_").removesuffix("_internal") not in CODE_ENTRIES:
             kept[name] = without_code(value) if isinstance(value, dict) else value
     return kept
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from graphopt.ir.dataflow import region
 from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.graph import Call, Function, Node, Param, Program, Value, unique_name
-from graphopt.ir.layer_config import shrink_config
+from graphopt.ir.layer_config import decoder_config, shrink_config
 from graphopt.ir.ops.attention import ATTENTIONS
 from graphopt.ir.shapes import infer_program
 
@@ -99,7 +99,7 @@ def remove_blocks(program: Program, indices: Collection[int]) -> None:
         indices: Among `find_blocks`.
     """
     blocks = find_blocks(program)
-    shrink_config(program.config, len(blocks), set(indices))
+    shrink_config(decoder_config(program.config), len(blocks), set(indices))
     streams = {blocks[index].position: blocks[index].stream for index in indices}
     instead: dict[str, str] = {}
     kept: list[Call] = []

@@ -54,7 +54,7 @@ def mask_is_for_attention_alone(program: Program) -> bool:
     return True
 
 
-_ANGLES = ("rope_table", "by_length", "ntk_frequencies")
+_ANGLES = ("rope_table", "axial_rope_table", "by_length", "ntk_frequencies")
 
 
 def angle_weights(program: Program) -> set[str]:

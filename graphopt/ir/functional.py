@@ -324,6 +324,44 @@ def rope_table(positions: Tensor, inv_freq: Tensor, scale: float = 1.0) -> tuple
     return angles.cos() * scale, angles.sin() * scale
 
 
+def axial_rope_table(
+    positions: Tensor, inv_freq: Tensor, time: int, height: int, width: int, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`rope_table` of positions [3, B, S], each axis with frequencies of its own.
+
+    Source: Wang et al., Qwen2-VL, arXiv 2409.12191, section 2.1.
+
+    Args:
+        positions: In time, height and width; [B, S] where all three are one.
+        time, height, width: How many frequencies turn with each axis, in this order.
+    """
+    if positions.dim() == 2:
+        return rope_table(positions, inv_freq, scale)
+    angles = positions[..., None].to(inv_freq.dtype) * inv_freq
+    parts = angles.split((time, height, width), -1)
+    angles = torch.cat([part[axis] for axis, part in enumerate(parts)], -1)
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def picture_mask(pictures: Tensor, tokens: Tensor, window: int | None = None) -> Tensor:
+    """An attention's bias [B, 1, S, T] by which the tokens of a picture see each other both ways.
+
+    Args:
+        pictures: int [B, T], the picture that a token belongs to, negative for none.
+        tokens: [B, S], the newest; only the shape counts.
+        window: Of all that a token would see, the keys after its window-th last.
+    """
+    keys, queries = pictures.shape[1], tokens.shape[1]
+    key = torch.arange(keys, device=pictures.device)
+    query = key[keys - queries :, None]
+    own = pictures[:, keys - queries :, None]
+    seen = (key <= query) | ((own == pictures[:, None]) & (own >= 0))
+    if window is not None:
+        seen = seen & (key > query - window)
+    blocked = torch.where(seen, 0.0, float("-inf"))
+    return blocked[:, None]
+
+
 def rope(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, heads_first: bool = True
 ) -> Tensor:

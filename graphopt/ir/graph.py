@@ -18,7 +18,8 @@ import torch
 from graphopt.ir.kv import KVLayout, KVState
 from graphopt.ir.placement import Placement
 from graphopt.ir.types import Dim, Type
-from graphopt.ir.weights import WeightStore, is_missing
+from graphopt.ir.vision import Vision
+from graphopt.ir.weights import Weight, WeightStore, is_missing
 
 PROGRAM_INPUTS = ("input_ids", "attention_mask", "position_ids")
 """What a language model may take: int64 [B, S], the mask [B, P + S]."""
@@ -301,6 +302,8 @@ class Program:
         max_length: How many tokens texts may have where that is not what the config states.
         licence: What the source states of its licence, such as "apache-2.0"; "" for nothing.
         licence_files: Paths of the source's licence and notices, to copy into artifacts.
+        vision: What a model that takes pictures has beside its decoder, which the program is; None
+            for a model of text alone.
     """
 
     name: str
@@ -319,6 +322,7 @@ class Program:
     max_length: int | None = None
     licence: str = ""
     licence_files: list[str] = field(default_factory=list)
+    vision: Vision | None = None
 
     def function_of(self, call: Call) -> Function:
         return self.functions[call.function]
@@ -331,6 +335,11 @@ class Program:
         """The weights some call reads, in store order."""
         used = {name for call in self.calls for name in call.weights.values()}
         return [weight for weight in self.weights if weight.name in used]
+
+    def stored_tensors(self) -> list[Weight]:
+        """The dense tensors that hold all weights, of tower and projector too where there are."""
+        carried = [] if self.vision is None else self.vision.carried.tensors()
+        return [*self.weights.tensors(), *carried]
 
     def has_values(self) -> bool:
         """Return whether every weight has a value; those of a bare config have none."""
@@ -369,6 +378,7 @@ class Program:
             max_length=self.max_length,
             licence=self.licence,
             licence_files=list(self.licence_files),
+            vision=None if self.vision is None else self.vision.copy(),
         )  # fmt: skip
 
     def prune_unused(self) -> None:

@@ -36,6 +36,12 @@ EXPERT_WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediat
 """What configs call the number of neurons of an expert, where it has an entry of its own first."""
 
 
+def decoder_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries that describe a decoder: of a model that sees, those of its text part."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) and "vision_config" in config else config
+
+
 def shrink_expert_width(config: dict[str, Any], neurons: int, left: int) -> None:
     """Make a config say that its experts have `left` of so many neurons, in place."""
     key = next((key for key in EXPERT_WIDTHS if config.get(key) == neurons), None)

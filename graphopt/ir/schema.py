@@ -123,6 +123,22 @@ class StateEntry(Schema):
     host: HostEntry | None = None
 
 
+class VisionEntry(Schema):
+    """What a model that sees has beside its decoder; see `graphopt.ir.vision`."""
+
+    carried: list[WeightEntry]
+    image_token: Annotated[int, pydantic.Field(ge=0, le=2**31)]
+    embedding_scale: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+    sections: (
+        Annotated[
+            list[Annotated[int, pydantic.Field(ge=0, le=2**16)]],
+            pydantic.Field(min_length=3, max_length=3),
+        ]
+        | None
+    )
+    both_ways: bool
+
+
 class ProgramEntry(Schema):
     """A whole program."""
 
@@ -142,6 +158,7 @@ class ProgramEntry(Schema):
     notes: list[Annotated[list[str], pydantic.Field(min_length=2, max_length=2)]]
     max_length: Annotated[int, pydantic.Field(ge=1, lt=2**31)] | None = None
     licence: Annotated[str, pydantic.Field(max_length=1000)] = ""
+    vision: VisionEntry | None = None
 
     @pydantic.field_validator("states", mode="before")
     @classmethod

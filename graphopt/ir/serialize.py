@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -34,7 +34,8 @@ from graphopt.ir.kv_policies import KVPolicy, policy_from_dict, policy_to_dict
 from graphopt.ir.placement import Placement
 from graphopt.ir.schema import MAX_WORK, FunctionEntry, PlacementEntry, ProgramEntry, WeightEntry
 from graphopt.ir.types import DTYPE_NAMES, DTYPES, Type
-from graphopt.ir.weights import Dequantised, Missing, Producer, Weight
+from graphopt.ir.vision import Vision
+from graphopt.ir.weights import Dequantised, Missing, Producer, Weight, WeightStore
 from graphopt.support.inputs import parse
 from graphopt.support.plain import shown
 
@@ -281,18 +282,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
             }
             for c in program.calls
         ],
-        "weights": [
-            {
-                "name": w.name,
-                "shape": list(w.shape),
-                "dtype": DTYPE_NAMES[w.dtype],
-                "checkpoint": w.checkpoint,
-                "constant": w.constant,
-                "encoding": None if w.encoding is None else dataclasses.asdict(w.encoding),
-                "placement": _pack_placement(w.placement),
-            }
-            for w in program.weights
-        ],
+        "weights": [_pack_weight(weight) for weight in program.weights],
         "states": [
             {
                 "name": s.name,
@@ -313,6 +303,29 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "notes": [list(note) for note in program.notes],
         "max_length": program.max_length,
         "licence": program.licence,
+        "vision": None if program.vision is None else _pack_vision(program.vision),
+    }
+
+
+def _pack_weight(weight: Weight) -> dict[str, Any]:
+    return {
+        "name": weight.name,
+        "shape": list(weight.shape),
+        "dtype": DTYPE_NAMES[weight.dtype],
+        "checkpoint": weight.checkpoint,
+        "constant": weight.constant,
+        "encoding": None if weight.encoding is None else dataclasses.asdict(weight.encoding),
+        "placement": _pack_placement(weight.placement),
+    }
+
+
+def _pack_vision(vision: Vision) -> dict[str, Any]:
+    return {
+        "carried": [_pack_weight(weight) for weight in vision.carried],
+        "image_token": vision.image_token,
+        "embedding_scale": vision.embedding_scale,
+        "sections": None if vision.sections is None else list(vision.sections),
+        "both_ways": vision.both_ways,
     }
 
 
@@ -352,6 +365,17 @@ def _rename_ops(function: Function) -> None:
     for node in function.nodes:
         node.op, attributes = _RENAMED_OPS.get(node.op, (node.op, {}))
         node.attrs = {attributes.get(name, name): value for name, value in node.attrs.items()}
+
+
+def _add_weights(
+    store: WeightStore, entries: Sequence[WeightEntry], producers: Mapping[str, Producer]
+) -> None:
+    for w in entries:
+        if w.name in store:
+            raise _malformed(f"two weights are called {shown(w.name)}")
+        where = f"weight {shown(w.name)}"
+        placement = _placement(w.placement, where)
+        store.add(Weight(w.name, _producer(w, producers), w.checkpoint, w.constant, placement))
 
 
 def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -> Program:
@@ -405,18 +429,19 @@ def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -
         program.calls.append(
             Call(c.function, c.args, c.results, c.weights, attrs, c.caches, c.path, placement)
         )
-    for w in entry.weights:
-        if w.name in program.weights:
-            raise _malformed(f"two weights are called {shown(w.name)}")
-        program.weights.add(
-            Weight(
-                w.name,
-                _producer(w, producers),
-                w.checkpoint,
-                w.constant,
-                _placement(w.placement, f"weight {shown(w.name)}"),
-            )
+    _add_weights(program.weights, entry.weights, producers)
+    if (seen := entry.vision) is not None:
+        sections = None if seen.sections is None else tuple(seen.sections)
+        program.vision = Vision(
+            image_token=seen.image_token,
+            embedding_scale=seen.embedding_scale,
+            sections=sections,  # type: ignore[arg-type]
+            both_ways=seen.both_ways,
         )
+        _add_weights(program.vision.carried, seen.carried, producers)
+        twice = [w.name for w in program.vision.carried if w.name in program.weights]
+        if twice:
+            raise _malformed(f"two weights are called {shown(twice[0])}")
     for s in entry.states:
         try:
             layout = KVLayout(s.layout.kind, s.layout.size)

@@ -18,6 +18,7 @@ from graphopt.sources.base import ModelSource, common_dtype, tokenizer_in
 from graphopt.sources.generation import read_generation
 from graphopt.sources.licence import MODEL_CARD, stated_licence
 from graphopt.sources.quantised import ENTRY, ReadTensors, stated_method
+from graphopt.sources.vision import takes_pictures
 from graphopt.support.boundary import out_of_memory
 from graphopt.support.inputs import read_json
 from graphopt.support.plain import shown
@@ -123,7 +124,7 @@ _MEDIA = ("audio", "image", "speech", "video", "vision", "vq")
 
 
 def _refuse_other_models(path: Path, config: Any, *, native: bool) -> None:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     what = f"{path} describes a model of type {config.model_type!r}"
     remedy = "graphopt takes decoder-only language models."
@@ -131,12 +132,14 @@ def _refuse_other_models(path: Path, config: Any, *, native: bool) -> None:
         raise SourceError(f"{what}, which is an encoder-decoder.", remedy)
     other = sorted(name for name in config.sub_configs if name not in _LANGUAGE_PARTS)
     media = [name for name in other if any(word in name for word in _MEDIA)]
-    if media:
+    sees = takes_pictures(config)
+    if media and not sees:
         raise SourceError(
-            f"{what}, which takes more than text ({', '.join(media)}).",
-            f"{remedy} Some models are also published as a text-only checkpoint.",
+            f"{what}, which takes more than text ({', '.join(other)}).",
+            f"{remedy[:-1]}, alone or behind one vision tower. Some models are also published as a "
+            "text-only checkpoint.",
         )
-    if other:
+    if other and not sees:
         raise SourceError(f"{what}, which is made of several models ({', '.join(other)}).", remedy)
     for entry in ("quantization_config", "compression_config", "quantization"):
         stated = getattr(config, entry, None)
@@ -149,7 +152,8 @@ def _refuse_other_models(path: Path, config: Any, *, native: bool) -> None:
     if not native:
         return
     stated = [name for name in config.architectures or [] if isinstance(name, str)]
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if sees else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in classes:
         if any(name.endswith("ForCausalLM") for name in stated):
             raise SourceError(
                 f"{what}, the text part of a model of another type: transformers' "
@@ -157,9 +161,9 @@ def _refuse_other_models(path: Path, config: Any, *, native: bool) -> None:
                 remedy,
             )
         raise SourceError(f"{what}, which is no causal language model.", remedy)
-    known = set(_class_names(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]))
+    known = set(_class_names(classes[type(config)]))
     if stated and not known & set(stated):
-        heads = [name for name in stated if "For" in name and "CausalLM" not in name]
+        heads = [name for name in stated if "For" in name and (sees or "CausalLM" not in name)]
         if heads:
             raise SourceError(
                 f"{what} with the head of {heads[0]}, which is no causal language model.", remedy

@@ -19,7 +19,7 @@ from graphopt.ir.graph import Program
 from graphopt.ir.schema import Dtype, Shape
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.types import DTYPE_NAMES, DTYPES
-from graphopt.ir.weights import Producer, Reshaped, Rows, Transposed
+from graphopt.ir.weights import Producer, Reshaped, Rows, Transposed, WeightStore
 from graphopt.storage.shared_weights import torch_weights
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.inputs import OpenSchema, Schema, Size, parse, read_json
@@ -28,6 +28,7 @@ from graphopt.support.plain import shown
 PROGRAM_NAME = "program.json"
 _AGAIN = "Compile the model again."
 WEIGHTS_NAME = "model.safetensors"
+VISION_NAME = "vision.safetensors"
 
 
 class _Place(Schema):
@@ -58,6 +59,8 @@ class _Storage(OpenSchema):
 def save_program(program: Program, root: Path, storage: dict[str, StoredWeight]) -> None:
     """Write `program.json`, and the weights that no emitter stored to `model.safetensors`.
 
+    What a model that sees has beside its decoder goes to `vision.safetensors`.
+
     Args:
         program: Weights are read one at a time.
         root: The output folder.
@@ -68,21 +71,9 @@ def save_program(program: Program, root: Path, storage: dict[str, StoredWeight])
         GraphoptError: The disk is full.
     """
     places = dict(storage)
-    left = [tensor for tensor in program.weights.tensors() if tensor.name not in places]
-    if left:
-        path = root / WEIGHTS_NAME
-        kinds = {weight.name: (weight.shape, weight.dtype) for weight in left}
-        with SafetensorsWriter(path, kinds) as writer:
-            for weight in left:
-                if weight.constant:
-                    # A constant may hold infinity on purpose; trained weights may not.
-                    writer.write(weight.name, weight.load().contiguous())
-                else:
-                    writer.copy(weight.name, weight.producer)
-                raw = writer.tensors[weight.name]
-                places[weight.name] = StoredWeight(
-                    WEIGHTS_NAME, raw.offset, weight.shape, weight.dtype
-                )
+    _save_rest(program.weights, root, WEIGHTS_NAME, places)
+    if program.vision is not None:
+        _save_rest(program.vision.carried, root, VISION_NAME, places)
     data = program_to_json(program)
     data["storage"] = {name: _pack(places[name]) for name in sorted(places)}
     elements: Counter[str] = Counter()
@@ -96,6 +87,25 @@ def save_program(program: Program, root: Path, storage: dict[str, StoredWeight])
         data["checkpoint_dtype"] = elements.most_common(1)[0][0]
     text = json.dumps(data, indent=1, ensure_ascii=False)
     (root / PROGRAM_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _save_rest(
+    weights: WeightStore, root: Path, name: str, places: dict[str, StoredWeight]
+) -> None:
+    """Write the weights that have no place yet to a file, and put their places down."""
+    left = [tensor for tensor in weights.tensors() if tensor.name not in places]
+    if not left:
+        return
+    kinds = {weight.name: (weight.shape, weight.dtype) for weight in left}
+    with SafetensorsWriter(root / name, kinds) as writer:
+        for weight in left:
+            if weight.constant:
+                # A constant may hold infinity on purpose; trained weights may not.
+                writer.write(weight.name, weight.load().contiguous())
+            else:
+                writer.copy(weight.name, weight.producer)
+            raw = writer.tensors[weight.name]
+            places[weight.name] = StoredWeight(name, raw.offset, weight.shape, weight.dtype)
 
 
 def load_program(root: Path) -> Program:
@@ -128,7 +138,7 @@ def load_program(root: Path) -> Program:
                     _AGAIN,
                 )
     program = program_from_json({k: v for k, v in data.items() if k != "storage"}, producers)
-    for tensor in program.weights.tensors():
+    for tensor in program.stored_tensors():
         if tensor.name not in producers:
             raise SourceError(
                 f"{path} does not say where weight {shown(tensor.name)} is stored.", _AGAIN

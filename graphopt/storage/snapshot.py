@@ -125,7 +125,7 @@ class Snapshots:
         self._source = source
         self._salt = salt + fingerprint(source)
         # Producers by identity, kept alive so that an id stays one producer's.
-        self._origin = {id(t.producer): (t.name, t.producer) for t in source.weights.tensors()}
+        self._origin = {id(t.producer): (t.name, t.producer) for t in source.stored_tensors()}
         self._stored: dict[int, tuple[str, str, Producer]] = {}
 
     def key(self, recipe: str) -> str:
@@ -169,7 +169,7 @@ class Snapshots:
         entries: list[dict[str, Any]],
         figures: dict[str, Any],
     ) -> None:
-        tensors = program.weights.tensors()
+        tensors = program.stored_tensors()
         own = [t for t in tensors if id(t.producer) not in self._origin]
         unsaved = [w for w in own if id(w.producer) not in self._stored]
         if unsaved:
@@ -213,7 +213,7 @@ class Snapshots:
         again = "Leave --resume out to start again."
         state = parse(_Snapshot, read_json(path, remedy=again), str(path), remedy=again)
         producers: dict[str, Producer] = {}
-        given = {tensor.name: tensor.producer for tensor in self._source.weights.tensors()}
+        given = {tensor.name: tensor.producer for tensor in self._source.stored_tensors()}
         for name, source in state.origin.items():
             if source not in given:
                 raise SourceError(f"{path}: the source has no weight {shown(source)}.", again)
@@ -230,7 +230,7 @@ class Snapshots:
             producers[name] = producer
             self._stored[id(producer)] = (folder, stored, producer)
         program = program_from_json(state.program, producers)
-        for tensor in program.weights.tensors():
+        for tensor in program.stored_tensors():
             if tensor.name not in producers:
                 raise SourceError(f"{path} does not say where {shown(tensor.name)} is.", again)
         program.tokenizer = self._source.tokenizer

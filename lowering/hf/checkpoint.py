@@ -19,6 +19,7 @@ from graphopt.errors import CaptureError, LoweringError
 from graphopt.ir.compare import first_difference, in_order_of_use, slots_by_use
 from graphopt.ir.expert_neurons import is_masked
 from graphopt.ir.graph import KVLayout, Program
+from graphopt.ir.layer_config import decoder_config
 from graphopt.ir.relayout import with_layouts
 from graphopt.ir.weights import Array, Producer
 from graphopt.lowering.hf.carved import (
@@ -235,9 +236,12 @@ def _dense_checkpoint(program: Program) -> Checkpoint:
     difference = difference_of(have, carved)
     if difference is not None:
         raise NoCheckpoint(f"{difference}, as its config makes it with carved feed-forward parts")
-    return _narrower(program, have, parts, used) or _with_class(
-        program, have, want, carved, module, parts, trained
-    )
+    narrower = _narrower(program, have, parts, used)
+    if narrower is None and program.vision is not None:
+        raise NoCheckpoint(
+            "the class for carved models is one of text alone, and the model takes pictures"
+        )
+    return narrower or _with_class(program, have, want, carved, module, parts, trained)
 
 
 FEED_FORWARD_WIDTHS = ("n_inner", "intermediate_size", "ffn_dim", "ffn_hidden_size")
@@ -254,11 +258,15 @@ def _narrower(
         return None
     (split,), (width,) = splits, widths
     # Each try is a capture: first what is called so, then whatever else has the width's value.
-    likely_first = sorted(program.config.items(), key=lambda e: e[0] not in FEED_FORWARD_WIDTHS)
+    own = decoder_config(program.config)
+    likely_first = sorted(own.items(), key=lambda e: e[0] not in FEED_FORWARD_WIDTHS)
     for key, value in likely_first:
         if value == width or (value is None and key in FEED_FORWARD_WIDTHS):
             try:
-                want, module, _ = made_by_config({**program.config, key: split.shared}, used)
+                config = {**own, key: split.shared}
+                if own is not program.config:
+                    config = {**program.config, "text_config": config}
+                want, module, _ = made_by_config(config, used)
             except CaptureError:
                 continue  # the entry is something else that happens to have this value
             if difference_of(have, want) is None:
@@ -350,10 +358,14 @@ def _module_tensors(
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     tensors: dict[str, Producer] = {}
+    carried = {} if have.vision is None else {w.name: w for w in have.vision.carried}
     for aliases in names.values():
         kept = next((name for name in aliases if name not in tied), aliases[0])
         shape = tuple(module.get_parameter(kept).shape)
         found = [fragment for alias in aliases for fragment in fragments.get(alias, [])]
+        if not found and kept in carried:
+            tensors[kept] = carried[kept].producer
+            continue
         if not found:
             raise NoCheckpoint(
                 f"its class has the parameter {kept!r}, which the program never reads"
@@ -364,6 +376,9 @@ def _module_tensors(
             raise NoCheckpoint(f"{kept!r} cannot be put together: {error}") from error
     for name, buffer in persistent_buffers(module).items():
         found = fragments.get(name, [])
+        if not found and name in carried:
+            tensors[name] = carried[name].producer
+            continue
         tensors[name] = assemble(tuple(buffer.shape), found) if found else Array(buffer)
     left = set(fragments).difference(*names.values(), tensors)
     if left:

@@ -40,6 +40,7 @@ class HfEmitter(Emitter):
     """
 
     name: ClassVar[str] = "hf"
+    sees: ClassVar[bool] = True
 
     def check(self, program: Program, target: str) -> None:
         """Refuse a program that no config makes.
@@ -122,7 +123,7 @@ def _kept(program: Program, tensors: Mapping[str, Producer]) -> dict[str, tuple[
         by_producer[id(inner)] = (name, isinstance(producer, Transposed))
     return {
         weight.name: by_producer[id(weight.producer)]
-        for weight in program.weights.tensors()
+        for weight in program.stored_tensors()
         if id(weight.producer) in by_producer and weight.dtype in DTYPE_NAMES
     }
 
@@ -136,7 +137,7 @@ def _add_storage(
 ) -> None:
     """Say where the program's weights lie, for those that are whole tensors of the checkpoint."""
     kept = _kept(program, tensors)
-    for weight in program.weights.tensors():
+    for weight in program.stored_tensors():
         if weight.name not in kept:
             continue
         name, transposed = kept[weight.name]

@@ -22,7 +22,14 @@ def transformers_line(program: Program, *, trust: bool, packed: bool, dequantise
         # Old versions of transformers leave the cap out in their default attention.
         arguments.append("attn_implementation='eager'")
     config = ", ".join(arguments)
-    if program.tokenizer is None:
+    if program.vision is not None:
+        options += f", {config}" if config else ""
+        code = (
+            f"import sys, torch; from transformers import AutoModelForImageTextToText{imports}; "
+            f"model = AutoModelForImageTextToText.from_pretrained(sys.argv[1]{options}); "
+            "print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=16, do_sample=False))"
+        )
+    elif program.tokenizer is None:
         options += f", {config}" if config else ""
         code = (
             f"import sys, torch; from transformers import AutoModelForCausalLM{imports}; "

@@ -76,12 +76,10 @@ for _op, _callee in {
 
 # Functions of graphopt.ir.functional that are called as their ops are.
 for _op in (
-    "add_rms_norm", "by_length", "gelu_tanh", "kronecker", "layer_norm", "linear", "mean_square",
-    "merge_heads",
-    "ntk_frequencies", "quantise_dequantise", "quick_gelu", "relu2", "rms_norm",
-    "rms_norm_by", "rope",
-    "rope_pair", "rope_table", "softcap", "split_heads", "top_k_gating", "transformed",
-    "transpose_heads",
+    "add_rms_norm", "axial_rope_table", "by_length", "gelu_tanh", "kronecker", "layer_norm",
+    "linear", "mean_square", "merge_heads", "ntk_frequencies", "picture_mask",
+    "quantise_dequantise", "quick_gelu", "relu2", "rms_norm", "rms_norm_by", "rope", "rope_pair",
+    "rope_table", "softcap", "split_heads", "top_k_gating", "transformed", "transpose_heads",
 ):  # fmt: skip
     torch_callee(_op, _op)
 

@@ -33,7 +33,7 @@ from graphopt.ir.feed_forward import (
     with_experts,
 )
 from graphopt.ir.graph import Function, Program, unique_name
-from graphopt.ir.layer_config import shrink_expert_width
+from graphopt.ir.layer_config import decoder_config, shrink_expert_width
 from graphopt.ir.mixture import Mixture, find_mixtures
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.weights import SharedSources
@@ -221,7 +221,8 @@ class Carving:
             with self.clock.counting("reconstructing"):
                 self.reconstructions.append(carving.reconstruct(self.program, divisions))
         if not options.active:
-            shrink_expert_width(self.program.config, neurons, len(divisions[0].order))
+            config = decoder_config(self.program.config)
+            shrink_expert_width(config, neurons, len(divisions[0].order))
         return carving.statement(divisions), carving.own_weights
 
     def _numbers(self, found: list[tuple[Block, FeedForward | str]]) -> dict[int, int]:

@@ -20,7 +20,7 @@ from graphopt.calibration.text import (
 from graphopt.ir.blocks import block_name, find_blocks
 from graphopt.ir.dtypes import scoring_dtype
 from graphopt.ir.graph import Program
-from graphopt.ir.layer_config import shrink_expert_counts
+from graphopt.ir.layer_config import decoder_config, shrink_expert_counts
 from graphopt.ir.mixture import Mixture, find_mixtures, keep_experts
 from graphopt.pass_manager.contract import Context, PassResult, Skip
 from graphopt.pass_manager.expert_statements import KeptExperts, KeptOfMixture
@@ -116,7 +116,7 @@ class Pruning:
         before_after = [
             (mixture.experts, len(kept[index])) for index, mixture in self.mixtures.items()
         ]
-        shrink_expert_counts(after.config, *before_after[0])
+        shrink_expert_counts(decoder_config(after.config), *before_after[0])
         record = PrunedExperts(
             experts=before_after[0],
             mixtures=[

@@ -60,6 +60,10 @@ class Case:
                 made.append(torch.randint(-8, 8, shape, generator=generator, dtype=torch.int8))
             elif name == "ids":
                 made.append(torch.randint(0, 5, shape, generator=generator))
+            elif name == "pictures":
+                made.append(torch.randint(-1, 2, shape, generator=generator))
+            elif name == "tokens":
+                made.append(torch.zeros(shape, dtype=I64))
             elif name == "positions":
                 made.append(torch.randint(0, 60, shape, generator=generator))
             elif name.startswith("clip"):
@@ -128,6 +132,11 @@ CASES = [
     # Angles go up to 60 times three, and are known to that many roundings of 1.
     *(Case("rope_table", [i64(B, S), f64(3)], scale, size=60 * 3)
       for scale in ({}, {"scale": 1.3})),
+    *(Case("axial_rope_table", [i64(*axes, B, S), f64(4)],
+           {"time": 2, "height": 0, "width": 2} | scale, size=60 * 3)
+      for axes in ((), (3,)) for scale in ({}, {"scale": 1.3})),
+    *(Case("picture_mask", [i64(B, keys), i64(B, S)], {"window": window})
+      for keys in (S, P + S) for window in (None, 2)),
     *(Case("by_length", [i64(B, S), kind, kind], {"length": length})
       for kind in (f64(3), f64(1)) for length in (1, 60)),
     *(Case("ntk_frequencies", [i64(B, S), f64(3)], {"base": 3.0, "factor": 2.0, "length": length},
@@ -308,6 +317,23 @@ def expect_layer_norm(x, weight=None, bias=None, eps=0.0):
 def expect_rope_table(positions, inv_freq, scale=1.0):
     turn = scale * np.exp(1j * positions[..., None] * inv_freq)
     return turn.real, turn.imag
+
+
+def expect_axial_rope_table(positions, inv_freq, time=0, height=0, width=0, scale=1.0):
+    axes = np.broadcast_to(positions, (3, *positions.shape[-2:]))
+    own = np.repeat(np.arange(3), (time, height, width))
+    turn = scale * np.exp(1j * np.moveaxis(axes[own], 0, -1) * inv_freq)
+    return turn.real, turn.imag
+
+
+def expect_picture_mask(pictures, tokens, window=None):
+    keys, queries = pictures.shape[1], tokens.shape[1]
+    place = np.arange(keys)
+    both = (pictures[:, :, None] == pictures[:, None]) & (pictures[:, None] >= 0)
+    seen = both | (place <= place[:, None])
+    if window is not None:
+        seen = seen & (place[:, None] - place < window)
+    return np.where(seen, 0.0, -np.inf)[:, None, keys - queries :].astype(np.float32)
 
 
 def expect_by_length(positions, short, long, length=0):
@@ -535,7 +561,8 @@ def test_types_are_those_of_the_results(case):
 
 WITH_GRADIENTS = [
     case for case in CASES
-    if case.op != "no_addend" and not (case.op == "transformed" and "bits" in case.attrs)
+    if case.op not in ("no_addend", "picture_mask")
+    and not (case.op == "transformed" and "bits" in case.attrs)
 ]  # fmt: skip
 
 

@@ -118,8 +118,9 @@ def test_own_class_is_used_where_a_known_type_brings_code(tmp_path: Path) -> Non
     [
         ({"model_type": "t5"}, "'t5', which is an encoder-decoder"),
         ({"model_type": "bart"}, "'bart', which is an encoder-decoder"),
-        ({"model_type": "llava"}, r"takes more than text \(vision_config\)"),
-        ({"model_type": "gemma3"}, r"takes more than text \(vision_config\)"),
+        ({"model_type": "git"}, r"takes more than text \(vision_config\)"),
+        ({"model_type": "idefics2"}, r"more than text \(perceiver_config, vision_config\)"),
+        ({"model_type": "gemma4"}, r"takes more than text \(audio_config, vision_config\)"),
         ({"model_type": "qwen2_audio"}, r"takes more than text \(audio_config\)"),
         ({"model_type": "vit"}, "no causal language model"),
         ({"model_type": "blt"}, r"is made of several models \(decoder_config, encoder_config"),

@@ -1,0 +1,175 @@
+"""From the decoder on text alone to the one that takes pictures: embeddings in place of ids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from graphopt.errors import UsageError
+from graphopt.ir.dead_code import remove_dead
+from graphopt.ir.graph import (
+    Call,
+    Function,
+    Node,
+    Param,
+    Program,
+    Value,
+    resolve_attrs,
+    unique_name,
+)
+from graphopt.ir.ops.attention import ATTENTIONS, BIAS
+from graphopt.ir.ops.pictures import AXES
+from graphopt.ir.shapes import infer_program
+from graphopt.ir.types import B, P, S, Type
+from graphopt.ir.verify import verify
+from graphopt.ir.vision import Vision
+
+EMBEDS, PICTURES = "inputs_embeds", "pictures"
+"""What a sighted program takes beside ids, mask and positions: the embeddings of the tokens
+f32 [B, S, D], pictures and text alike; and, where tokens of a picture see each other both ways,
+which picture each token belongs to, int64 [B, P + S], negative for none."""
+
+
+def sighted(program: Program) -> Program:
+    """Return the program that takes `inputs_embeds` in the place of what ids are looked up as.
+
+    It has the weights of `program`, and the passes that ran are in it. `input_ids` stay an input
+    that says how many tokens there are and which they are. Positions [3, B, S] are in time, height
+    and width where the model has three axes.
+
+    Raises:
+        UsageError: The model takes no pictures, or a pass has left something in the decoder that
+            has no form with them.
+    """
+    vision = program.vision
+    if vision is None:
+        raise UsageError(
+            f"{program.name} is a model of text alone and takes no pictures.",
+            "Give a vision-language model, as a checkpoint folder with vision_config.",
+        )
+    made = program.copy()
+    _take_embeddings(made, vision)
+    if vision.sections is not None:
+        _take_axes(made, vision)
+    if vision.both_ways:
+        _see_both_ways(made)
+    made.prune_unused()
+    verify(made)
+    return made
+
+
+def _refused(program: Program, what: str) -> UsageError:
+    return UsageError(
+        f"{program.name} with pictures: {what}.",
+        "Use it on text alone, or leave out the pass that made it so.",
+    )
+
+
+def _readers(program: Program, name: str) -> Iterator[tuple[Call, Function, Node]]:
+    """Yield what reads a program input, with the call that does."""
+    for call in program.calls:
+        function = program.functions[call.function]
+        own = {p for p, arg in zip(function.params, call.args, strict=True) if arg == name}
+        for node in function.nodes:
+            if own.intersection(value for value in node.inputs if value is not None):
+                yield call, function, node
+
+
+def _take_embeddings(program: Program, vision: Vision) -> None:
+    """Put an input in the place of the table's rows."""
+    kinds, _ = infer_program(program)
+    readers = list(_readers(program, "input_ids"))
+    if [node.op for _, _, node in readers] != ["embedding"]:
+        ops = ", ".join(node.op for _, _, node in readers) or "nothing"
+        raise _refused(program, f"its token ids are read by {ops}, not by one embedding")
+    ((call, function, node),) = readers
+    cut = node.output
+    if vision.embedding_scale != 1.0:
+        scales = [
+            other
+            for other in function.nodes
+            if other.op == "scale"
+            and other.inputs[0] is cut
+            and math.isclose(other.attrs["factor"], vision.embedding_scale, rel_tol=1e-5)
+        ]
+        # Where a pass has put the factor into the table, the rows are as wide as a picture's.
+        cut = scales[0].output if scales else cut
+    kind = kinds[program.calls.index(call)][cut]
+    given = Value(EMBEDS)
+    function.params.append(given)
+    call.args.append(EMBEDS)
+    function.replace(cut, given)
+    remove_dead(function)
+    for value, name in list(zip(function.params, call.args, strict=True)):
+        if name == "input_ids" and not any(value in other.inputs for other in function.nodes):
+            place = function.params.index(value)
+            del function.params[place], call.args[place]
+    program.inputs[EMBEDS] = Type((B, S, kind.shape[-1]), torch.float32)
+
+
+def _take_axes(program: Program, vision: Vision) -> None:
+    """Give every rotary table positions of three axes."""
+    assert vision.sections is not None
+    names = dict(zip(("time", "height", "width"), vision.sections, strict=True))
+    for _, _, node in _readers(program, "position_ids"):
+        if node.op != "rope_table":
+            raise _refused(program, f"{node.op} reads positions, which have three axes")
+        node.op, node.attrs = "axial_rope_table", node.attrs | names
+    program.inputs["position_ids"] = Type((AXES, B, S), torch.int64)
+
+
+def _see_both_ways(program: Program) -> None:
+    """Give every attention a mask by which the tokens of one picture see each other."""
+    masks: dict[int | None, str] = {}
+    for name in list(dict.fromkeys(call.function for call in program.calls)):
+        function = program.functions[name]
+        calls = [call for call in program.calls if call.function == name]
+        for node in [node for node in function.nodes if node.op in ATTENTIONS]:
+            _give_mask(program, function, node, calls, masks)
+        mentioned = {
+            value.name
+            for node in function.nodes
+            for value in node.attrs.values()
+            if isinstance(value, Param)
+        }
+        for call in calls:
+            call.attrs = {key: value for key, value in call.attrs.items() if key in mentioned}
+    function = Function(unique_name("picture_masks", set(program.functions)))
+    pictures, tokens = Value("pictures"), Value("tokens")
+    function.params = [pictures, tokens]
+    for window, name in masks.items():
+        node = function.add("picture_mask", [pictures, tokens], {"window": window}, [name])
+        function.results.append(node.output)
+    program.functions[function.name] = function
+    program.inputs[PICTURES] = Type((B, P + S if program.states else S), torch.int64)
+    first = Call(function.name, [PICTURES, "input_ids"], list(masks.values()))
+    program.calls.insert(0, first)
+
+
+def _give_mask(
+    program: Program,
+    function: Function,
+    node: Node,
+    calls: list[Call],
+    masks: dict[int | None, str],
+) -> None:
+    """Make an attention of all calls see what its mask says; add the masks that it needs."""
+    param = Value(unique_name("picture_mask", function.value_names()))
+    for call in calls:
+        attrs = resolve_attrs(node, call)
+        odd = [key for key in ("chunk", "ring", "selected_blocks") if attrs.get(key)]
+        if node.op != "attention" or odd or not attrs["causal"] or node.operand(BIAS) is not None:
+            what = f"an attention with {odd[0]}" if odd else f"its {node.op}"
+            raise _refused(
+                program,
+                f"{call.path or call.function}: {what} has no form in which the tokens of a "
+                "picture see each other both ways",
+            )
+        call.args.append(masks.setdefault(attrs.get("window"), f"picture_mask_{len(masks)}"))
+    function.params.append(param)
+    while len(node.inputs) <= BIAS:
+        node.inputs.append(None)
+    node.inputs[BIAS] = param
+    node.attrs |= {"causal": False, "window": None}

@@ -1,0 +1,1 @@
+"""Pictures: from pixels and a prompt to what a sighted program takes."""
