@@ -304,8 +304,9 @@ class PlaceKV(Pass):
         room = gpu - RESERVE - weights - activations - other - buffers
         if room < 0:
             raise PassError(
-                f"gpu={format_bytes(gpu)} is too little for {program.name}: "
-                f"{format_bytes(gpu - room)} are needed, {format_bytes(weights)} for weights, "
+                f"gpu={self.gpu or format_bytes(gpu)} is too little for {program.name}: "
+                f"{gpu - room:,} bytes ({format_bytes(gpu - room)}) are needed before other keys "
+                f"have any room: {format_bytes(weights)} for weights, "
                 f"{format_bytes(activations)} to compute, {format_bytes(other + buffers)} for keys "
                 f"that stay and pieces on their way, {format_bytes(RESERVE)} for the driver.",
                 "Give a larger gpu=, a smaller batch=, or weights of fewer bits (quantize).",
@@ -322,7 +323,8 @@ class PlaceKV(Pass):
         if self.host is not None and plan.host_bytes() > parse_bytes("host", self.host):
             raise PassError(
                 f"host={self.host} is too little for the keys of {self.batch} texts of {tokens:,} "
-                f"tokens: {format_bytes(plan.host_bytes())} are needed beside those on the GPU.",
+                f"tokens: {plan.host_bytes():,} bytes ({format_bytes(plan.host_bytes())}) are "
+                "needed beside those on the GPU.",
                 "Give a larger host= or gpu=, or a smaller context= or batch=.",
             )
         copied = streamed(layers, tokens, self.batch, known)

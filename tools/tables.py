@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ablation_tables import bits, bits_kernels, int4_onnx
+from host_tables import host_attention, host_choices, host_model
 from kv_tables import kv, kv_onnx, kv_speed
 from memory_tables import (
     memory_capacity,
@@ -622,6 +623,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "forms": forms,
     "kv": kv,
     "kv_onnx": kv_onnx,
+    "host_attention": host_attention,
+    "host_choices": host_choices,
+    "host_model": host_model,
     "kv_speed": kv_speed,
     "allocation": allocation,
     "data_parallel": data_parallel,

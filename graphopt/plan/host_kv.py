@@ -180,31 +180,46 @@ def host_seconds(streamed: float, computed: float, figures: HostFigures) -> floa
     return max(figures.call + reading, reading + alone)
 
 
+def layer_seconds(
+    layer: HostedLayer, resident: int, streamed: int, context: int, batch: int, machine: Machine
+) -> float:
+    """Return what attention to one layer's keys takes in a step, divided in a given way.
+
+    Args:
+        resident, streamed: Tokens of a text on the device, and those copied to it; the host's
+            processors attend to the others.
+
+    Returns:
+        Seconds; infinity where they cannot attend to such keys.
+    """
+    token, computed = layer.token_bytes * batch, context - resident - streamed
+    on_device = 2 * machine.launch + token * resident / machine.bandwidth
+    if resident == context:
+        return on_device
+    if computed and not layer.computes:
+        return float("inf")
+    taken = host_seconds(streamed * token, computed * token, machine.figures)
+    if computed == 0:
+        # What two buffers hold has come while the layer in front computed.
+        piece = piece_tokens(context - resident, batch) * token
+        ahead = min(machine.rest, 2 * piece / machine.figures.link)
+        taken = max(0.0, taken - ahead) + 2 * machine.launch
+    return max(taken, on_device) + _MERGING * machine.launch
+
+
 def layer_plan(
     layer: HostedLayer, resident: int, context: int, batch: int, machine: Machine
 ) -> LayerPlan:
     """Return how a step attends fastest to what of a layer is not on the device."""
-    token = layer.token_bytes * batch
-    on_device = 2 * machine.launch + token * resident / machine.bandwidth
     tokens = context - resident
     if tokens == 0:
-        return LayerPlan(layer, resident, 0, 0, on_device, {})
+        seconds = layer_seconds(layer, resident, 0, context, batch, machine)
+        return LayerPlan(layer, resident, 0, 0, seconds, {})
     piece = piece_tokens(tokens, batch)
-    pieces = -(-tokens // piece)
-    # What two buffers hold has come while the layer in front computed.
-    ahead = min(machine.rest, 2 * piece * token / machine.figures.link)
-
-    def seconds(streamed: int) -> float:
-        computed = tokens - streamed
-        if computed and not layer.computes:
-            return float("inf")
-        given = host_seconds(streamed * token, computed * token, machine.figures)
-        if computed == 0:
-            given = max(0.0, given - ahead) + 2 * machine.launch
-        return max(given, on_device) + _MERGING * machine.launch
-
-    found = {min(count * piece, tokens): 0.0 for count in range(pieces + 1)}
-    found = {streamed: seconds(streamed) for streamed in found}
+    found = {
+        streamed: layer_seconds(layer, resident, streamed, context, batch, machine)
+        for streamed in (*range(0, tokens, piece), tokens)
+    }
     best = min(found, key=lambda streamed: (found[streamed], min(streamed, tokens - streamed)))
     ways = {"host": found[0], "streamed": found[tokens]}
     chosen = {0: "host", tokens: "streamed"}.get(best)
@@ -338,9 +353,8 @@ def whole_layer(
     layer: HostedLayer, context: int, batch: int, machine: Machine, streams: bool
 ) -> LayerPlan:
     """Return the plan of a layer all on the host, copied to the device or read by the host."""
-    token = layer.token_bytes * batch * context
     parts = (context, 0) if streams else (0, context)
-    taken = host_seconds(token if streams else 0, 0 if streams else token, machine.figures)
+    taken = layer_seconds(layer, 0, parts[0], context, batch, machine)
     return LayerPlan(layer, 0, *parts, taken, {})
 
 

@@ -7,6 +7,7 @@ for, or at once. tests/test_gpu_host.py has streams and graphs.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -306,3 +307,47 @@ def test_pieces_are_some_dozens_and_not_large() -> None:
     share = HostShare(1000, 1, 100, 300)
     assert [share.streamed_pieces(n) for n in (0, 1, 3, 9)] == [0, 0, 1, 3]
     assert share.computed == 600
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_every_part_has_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels as they were emitted, interpreted: none is missing, in 16 bits."""
+    program = tiny_program(
+        cache=True, hidden=64, head_dim=32, layers=1, softcap=2.0, sinks=True
+    )  # fmt: skip
+    go.emit(placed(program, 29, 40), tmp_path / "out", target="ampere", emit=("torch",))
+    module = load_file(tmp_path / "out" / "model.py")
+    exact, model = (
+        module.load(tmp_path / "out", dtype=dtype, device="cpu")
+        for dtype in (torch.float32, torch.float16)
+    )
+    decoder_class = type("Placed", (module.Decoder,), {"piece": 16, "chunk": 24})
+
+    def logits(of: Any) -> Tensor:
+        decoder, found = decoder_class(of, ROOM, BATCH), []
+        for texts in ([list(range(3, 44)), list(range(9, 39))], [[5], [6]], [[7, 8, 9], [10]]):
+            (decoder.extend if decoder.used else decoder.start)(texts)
+            found.append(decoder.logits.float().clone())
+        return torch.stack(found)
+
+    expected = logits(exact)
+    dispatcher, ran = type(module.kernels.DISPATCHER), set()
+    load = dispatcher._load
+
+    def noted(self: Any, plan: Any) -> Any:
+        ran.add((plan.key.phase, plan.key.causal, plan.key.lse))
+        return load(self, plan)
+
+    for name, stand_in in (
+        ("_on_device", staticmethod(lambda q: True)), ("_runs_here", lambda self: True),
+        ("_load", noted),
+    ):  # fmt: skip
+        monkeypatch.setattr(dispatcher, name, stand_in)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = logits(model)
+    assert {("prefill", True, False), ("prefill", True, True), ("prefill", False, True)} < ran
+    assert ("decode", False, True) in ran
+    # Two dozen roundings to f16 on the way through, most of them averaged out.
+    assert float((found - expected).abs().max()) <= 24 * 2.0**-11 * float(expected.abs().max())

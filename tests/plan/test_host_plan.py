@@ -192,7 +192,8 @@ def test_the_published_split_is_of_whole_layers_by_the_faster_way():
     assert plan.seconds >= fastest(layers, 65536, 1, int(2.9 * size), machine).seconds
     slow = Machine(replace(FIGURES, attention=20e9), 3e12, 3e-6)
     assert [p.way for p in published(layers, 65536, 1, 0, slow).layers] == ["streamed"] * 4
-    assert whole_layer(layers[0], 65536, 1, slow, True).seconds == pytest.approx(size / 55e9)
+    copied = whole_layer(layers[0], 65536, 1, slow, True).seconds
+    assert copied == pytest.approx(size / 55e9, abs=9 * slow.launch)
 
 
 def test_bytes_are_counted():
