@@ -13,6 +13,7 @@ from graphopt.execute.what_fits import what_fits
 from graphopt.ir.cost import total_cost
 from graphopt.ir.graph import Program
 from graphopt.ir.printer import print_program
+from graphopt.ir.ranks import group_of, rank_program
 from graphopt.ir.types import DTYPE_NAMES, B, Dim, P, S
 from graphopt.ir.weights import Weight
 from graphopt.pass_manager.contract import Context, make_pass
@@ -33,7 +34,7 @@ def inspect_program(
     """Return a program's text, parameters and costs; no weight is read.
 
     FLOPs and bytes are those of the program with a KV cache where it can have one, so that past
-    tokens count.
+    tokens count; and those of one rank where it is split over devices, parameters of parts too.
 
     Args:
         batch, seq, past: B sequences, S tokens of the step, P tokens in the cache.
@@ -46,6 +47,8 @@ def inspect_program(
     if not cached.states:
         past = 0
     sizes = {B: batch, S: seq, P: past}
+    ranks = len(group_of(program))
+    every, cached = cached, rank_program(cached, 0) if ranks else cached
     cost = total_cost(cached)
 
     def both(value: Dim) -> dict[str, Any]:
@@ -69,6 +72,7 @@ def inspect_program(
         "dtype": DTYPE_NAMES[program.checkpoint_dtype],
         "parameters": program.parameter_count(),
         "weight_bytes": sum(w.nbytes for w in program.used_weights()),
+        "ranks": ranks or 1,
         "inputs": {name: str(kind) for name, kind in program.inputs.items()},
         "outputs": list(program.outputs),
         "functions": {
@@ -90,7 +94,7 @@ def inspect_program(
             op: evaluate_cost(flops, sizes) for op, flops in cost.by_op.items() if flops != 0
         },
         "parts": parts,
-        "fits": None if memory is None else fits_of(cached, memory, batch, seq, progress),
+        "fits": None if memory is None else fits_of(every, memory, batch, seq, progress),
         "notes": [{"where": where, "reason": reason} for where, reason in program.notes],
         "program": print_program(program, facts=False),
     }

@@ -26,7 +26,7 @@ from graphopt.ir.graph import (
 from graphopt.ir.kv import KVState
 from graphopt.ir.ops.collectives import COLLECTIVES
 from graphopt.ir.placement import Placement
-from graphopt.ir.ranks import group_of, rank_weight
+from graphopt.ir.ranks import group_of, rank_program, rank_weight
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Dim, Type, dim
 from graphopt.ir.weights import Weight
@@ -288,3 +288,35 @@ class _Body:
             )
             for rank in range(self.ranks)
         ]
+
+
+def rank_alone(program: Program) -> Program:
+    """Return what the first rank of a sharded program runs, with collectives that send nothing.
+
+    What they give has the right sizes, and other values: for looking at memory and time, not at
+    results. A program that is not sharded is returned as it is.
+    """
+    if not group_of(program):
+        return program
+    types, _ = infer_program(program)
+    own = rank_program(program, 0)
+    for call, kinds in zip(program.calls, types, strict=True):
+        old, new = program.functions[call.function], own.functions[call.function]
+        for node, copied in zip(old.nodes, new.nodes, strict=True):
+            if copied.op in COLLECTIVES:
+                copied.op, copied.attrs = _sending_nothing(copied, kinds[node.output])
+            elif copied.op == "linear_all_reduce":
+                copied.op, copied.attrs = "linear", {}
+    return own
+
+
+def _sending_nothing(node: Node, kind: Type) -> tuple[str, dict[str, Any]]:
+    """Return an op, and its attributes, that makes as much memory of an operand as a collective."""
+    ranks, axis = node.attrs["ranks"], node.attrs.get("axis")
+    if node.op == "all_reduce":
+        return "scale", {"factor": 1.0}
+    own = {"kwargs": {}, "types": [kind]}
+    if node.op == "all_gather":
+        return "aten.cat.default", {"args": [[In(0)] * ranks, axis], **own}
+    assert isinstance(axis, int)
+    return "aten.slice.Tensor", {"args": [In(0), axis, 0, kind.shape[axis]], **own}

@@ -19,9 +19,11 @@ from graphopt.execute.block_runner import training_autocast
 from graphopt.execute.function_run import CacheContents
 from graphopt.execute.hidden_states import HiddenStateStream
 from graphopt.execute.interpreter import Runner
+from graphopt.execute.simulated_ranks import rank_alone
 from graphopt.ir.dataflow import angle_weights
 from graphopt.ir.graph import Program, Value
 from graphopt.ir.kv_memory import PagedKV, PolicyKV
+from graphopt.ir.ranks import group_of
 from graphopt.memory.recording import Tags
 from graphopt.memory.workload import Workload
 from graphopt.support.ranks import ALONE
@@ -78,7 +80,7 @@ def program_workload(
     seq: int = 128,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Workload:
-    """Return a step of a program.
+    """Return a step of a program; of one that is split over devices, a step of one rank.
 
     * `prefill` runs prompts of `seq` tokens and fills the cache, where the program has one.
     * `decode` runs one token of each text behind `seq` tokens in the cache, which grows.
@@ -104,6 +106,9 @@ def program_workload(
         if size < 1:
             raise UsageError(f"{what} is {size}.", "Give at least 1.")
     name = f"{phase} of {program.name}, batch {batch}, {seq} tokens"
+    ranks = len(group_of(program))
+    if ranks:
+        name, program = f"{name}, one of {ranks} ranks", rank_alone(program)
     ids = torch.zeros(batch, seq, dtype=torch.long, device=device)
     if phase == "calibrate":
         return _calibration(program, ids, name)

@@ -47,6 +47,10 @@ class Cost:
         return self.weight_bytes + self.activation_bytes
 
 
+_LOOK_UPS = ("embedding", "vocab_parallel_embedding")
+"""Ops that read some rows of a table."""
+
+
 def call_cost(program: Program, call: Call, types: dict[Value, Type]) -> Cost:
     """Return the cost of one call, given the types of its values."""
     cost = Cost()
@@ -60,7 +64,7 @@ def call_cost(program: Program, call: Call, types: dict[Value, Type]) -> Cost:
         cost.flops += flops
         moved = sympy.sympify(op.bytes(operands, outputs, attrs))
         for value in node.inputs:
-            if value in weights and node.op != "embedding":
+            if value in weights and node.op not in _LOOK_UPS:
                 moved -= types[value].bytes
                 cost.weight_bytes += types[value].bytes
         cost.activation_bytes += moved

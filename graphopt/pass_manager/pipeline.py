@@ -340,7 +340,7 @@ class Pipeline:
             raise PassError(
                 f"Pass {item.name!r}, number {number + 1} of the recipe, takes a program on one "
                 "device, and this one is split over several.",
-                "Move it before 'shard'.",
+                "Put it before 'shard', or begin with the model before it was split.",
             )
         for wanted in item.requires:
             name, negated = wanted.lstrip("!"), wanted.startswith("!")

@@ -44,7 +44,8 @@ def part_of_nodes(function: Function) -> dict[Node, str]:
         inside = _around(function, attentions)
         parts = {node: "attention" if node in inside else "ffn" for node in function.nodes}
     else:
-        looks_up = any(node.op == "embedding" for node in function.nodes)
+        look_ups = ("embedding", "vocab_parallel_embedding")
+        looks_up = any(node.op in look_ups for node in function.nodes)
         parts = dict.fromkeys(function.nodes, "embed" if looks_up else "head")
     parts.update((node, "norm") for node in function.nodes if node.op in _NORMS)
     return parts

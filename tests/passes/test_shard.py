@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from ranks import run_program, run_ranks
 from graphopt import Pipeline
 from graphopt.errors import PassError, UsageError
 from graphopt.execute.interpreter import Runner
+from graphopt.execute.workloads import program_workload
+from graphopt.inspection import inspect_program
 from graphopt.ir import Array, Packed, Value, Weight
 from graphopt.ir.attach_policy import with_policies
 from graphopt.ir.feed_forward import Split as Neurons
@@ -109,7 +112,7 @@ def matrices(program):
 WHOLE_MATRICES = {
     "llama": set(), "gpt2": {"transformer.wpe"}, "gpt_neox": set(), "bloom": set(),
     "falcon": {"self_attention.query_key_value.k", "self_attention.query_key_value.v"},
-    "phi3": set(), "gemma2": set(), "cohere": set(), "gpt_oss": {"mlp.router"},
+    "phi3": set(), "gemma2": set(), "olmo2": set(), "cohere": set(), "gpt_oss": {"mlp.router"},
     "deepseek_v3": {
         "self_attn.q_a_proj", "mlp.gate", *(f"self_attn.kv_a_proj_with_mqa.{n}" for n in range(3)),
     },
@@ -412,6 +415,31 @@ def test_what_is_told():
     left = sharded(tiny_program(cache=True, heads=3, kv_heads=3)).record
     assert "left whole" in left.line() and "3 heads do not divide" in left.card()
     assert ShardedProgram.model_validate_json(record.model_dump_json()) == record
+
+
+def test_the_page_has_examples_that_run():
+    page = (Path(__file__).parents[2] / "docs" / "devices.md").read_text(encoding="utf-8")
+    section = page.split("## What is checked")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    scope = {"program": tiny_program(vocab=96, tied=False)}
+    exec(compile(code, "docs/devices.md", "exec", dont_inherit=True), scope)
+
+
+def test_figures_and_memory_are_those_of_a_rank():
+    program = tiny_program(cache=True, vocab=96, tied=False)
+    split = sharded(program).program
+    found, whole = inspect_program(split), inspect_program(program)
+    assert (found["ranks"], whole["ranks"]) == (2, 1)
+    assert found["parameters"] == whole["parameters"]
+    weights, own = (f["bytes"]["weights"]["value"] for f in (whole, found))
+    assert 0.5 < own / weights < 0.52
+    assert found["bytes"]["kv_cache"]["value"] * 2 == whole["bytes"]["kv_cache"]["value"]
+    peaks = []
+    for other in (program, split):
+        work = program_workload(other, "prefill", torch.device("cpu"), seq=64, dtype=torch.float32)
+        peaks.append(work.record(1).peak().bytes)
+    assert "one of 2 ranks" in work.name
+    assert peaks[1] < 0.9 * peaks[0]
 
 
 # Real ranks
