@@ -10,7 +10,7 @@ from graphopt.ir.ops.collectives import COLLECTIVES, Collective
 from graphopt.ir.placement import Placement
 from graphopt.ir.ranks import group_of
 from graphopt.ir.shapes import infer_program
-from graphopt.ir.types import B, P, S, Type, evaluate
+from graphopt.ir.types import B, P, S, Type
 from graphopt.passes.shard.record import LeftWhole, ShardedProgram, SplitWeights
 from graphopt.passes.shard.run import Sharded
 
@@ -26,8 +26,7 @@ def account(before: Program, sharded: Sharded) -> ShardedProgram:
     """
     program = sharded.program
     itemsize = program.checkpoint_dtype.itemsize
-    sizes = {B: 1, S: 1, P: 0}
-    kv = [evaluate(state.nbytes(1, itemsize), sizes) for state in program.states.values()]
+    kv = [state.heads * (state.k_dim + state.v_dim) * itemsize for state in program.states.values()]
     own = [
         size // (1 if state.placement is None else state.placement.parts)
         for size, state in zip(kv, program.states.values(), strict=True)
