@@ -119,6 +119,7 @@ class PlanKernels(Pass):
     target: str = "cpu"
 
     name: ClassVar[str] = "plan-kernels"
+    takes_ranks: ClassVar[bool] = True
     record: ClassVar[type[Record]] = PlannedKernels
 
     def run(self, program: Program, context: Context) -> PassResult:

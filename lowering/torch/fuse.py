@@ -92,6 +92,7 @@ class FuseLayerOps(Pass):
     target: str = "cpu"
 
     name: ClassVar[str] = "fuse-layer-ops"
+    takes_ranks: ClassVar[bool] = True
     record: ClassVar[type[Record]] = FusedOps
 
     def run(self, program: Program, context: Context) -> PassResult:

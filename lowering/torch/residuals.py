@@ -32,6 +32,7 @@ class DeferResidualAdds(Pass):
     """
 
     name: ClassVar[str] = "defer-residual-adds"
+    takes_ranks: ClassVar[bool] = True
 
     def run(self, program: Program, context: Context) -> PassResult:
         graph: networkx.Graph[_Place] = networkx.Graph(_edges(program))

@@ -28,10 +28,11 @@ from packed_programs import projections, with_packed
 from programs import tiny_program
 from ranks import run_ranks
 from sharded import VOCAB, sharded, sharded_tiny
+from tiny_models import save_tiny
 
 from graphopt.backends.opening import open_language_model
 from graphopt.backends.placement import place
-from graphopt.compiler import emit
+from graphopt.compiler import CompileOptions, compile_model, emit
 from graphopt.errors import GraphoptError, LoweringError, UsageError
 from graphopt.files.safetensors import SafetensorsWriter
 from graphopt.generate.text_reader import TextReader
@@ -45,7 +46,7 @@ from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.lowering.torch import render_model, source_files
 from graphopt.lowering.torch.ranks import tensor_splits
 from graphopt.pass_manager.contract import Context, make_pass
-from graphopt.pass_manager.pipeline import DEFAULT_RECIPE
+from graphopt.pass_manager.pipeline import DEFAULT_RECIPE, Pipeline
 from graphopt.runtime import ranks
 from graphopt.runtime.package_digest import differences, package_digest
 from graphopt.runtime.split_weights import own_part
@@ -193,6 +194,20 @@ def test_the_text_is_that_of_every_rank() -> None:
         "ranks/split_weights.py",
     }  # fmt: skip
     assert "ranks" not in render_model(tiny_program(cache=True))
+
+
+@pytest.mark.slow
+def test_a_compile_verifies_what_kernels_are_lowered_to(tmp_path: Path) -> None:
+    recipe = Pipeline.parse("shard{tp=2}").within_default()
+    options = CompileOptions(target="hopper", emit=("torch",), recipe=recipe)
+    report = compile_model(str(save_tiny(tmp_path / "source")), tmp_path / "out", options)
+    found = {entry.name: entry.verification for entry in report.passes}
+    assert found["shard"] == found["defer-residual-adds"] == found["fuse-layer-ops"] == "passed"
+    text = (tmp_path / "out" / "model.py").read_text(encoding="utf-8")
+    assert "linear_all_reduce(merge_heads(a), self.o_proj)" in text
+    assert "linear_all_reduce = kernels.linear_all_reduce" in text
+    assert report.artifact is not None
+    assert any("torchrun --nproc-per-node 2" in line for line in report.artifact.usage)
 
 
 def test_the_report_says_what_a_rank_holds(tmp_path: Path) -> None:
