@@ -200,3 +200,27 @@ def test_where_it_runs_is_said(source: Path, tmp_path: Path, gpu: torch.device) 
         done = runner().invoke(app, command)
         assert done.exit_code == 0, done.stderr
         assert done.stderr.startswith("program on a GPU")
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "allocated", "fraction", "expected"),
+    [
+        (60, 0, 0, 1.0, 60),  # others have 40
+        (60, 30, 10, 1.0, 80),  # 20 are held by torch without being used
+        (60, 30, 10, 0.25, 15),  # this process may take 25
+        (60, 30, 30, 0.25, 0),
+    ],
+)
+def test_free_memory_of_a_gpu(
+    free: int,
+    reserved: int,
+    allocated: int,
+    fraction: float,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+    assert devices.free_bytes(torch.device("cuda")) == expected

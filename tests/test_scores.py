@@ -145,6 +145,20 @@ def test_sets_in_one_walk_score_as_the_models_without_them(metric, monkeypatch):
         assert list(found.values()) == pytest.approx(expected, abs=1e-6, rel=1e-5)
 
 
+def test_batches_are_so_small_that_their_logits_fit_half_of_what_is_free(monkeypatch):
+    program = tiny_program(layers=2)
+    monkeypatch.setattr(scores_module, "free_bytes", lambda device: 1 << 40)
+    assert len(scores_module.scoring_stream(program, IDS).ids) == 1
+    vocabulary = int(program.weights["embed.weight"].shape[0])
+    windows = 2
+    # Two windows' logits, of the candidate and of the whole model, and what a divergence makes.
+    free = 2 * 12 * vocabulary * windows * IDS.shape[1]
+    monkeypatch.setattr(scores_module, "free_bytes", lambda device: free)
+    batches = scores_module.scoring_stream(program, IDS).ids
+    assert {len(ids) for ids in batches} <= {1, windows}
+    assert sum(len(ids) for ids in batches) == len(IDS)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_what_is_missing_already_is_missing_in_what_is_compared_with(metric):
     program, removed = tiny_program(layers=4), PruningUnit(1)

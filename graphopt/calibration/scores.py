@@ -43,6 +43,9 @@ _TOKENS_OF_CANDIDATES = PerDevice(cpu=4096, gpu=32768)
 """Tokens of several candidates that a block runs over at once: a GPU waits for launches else."""
 _LOGITS_AT_ONCE = PerDevice(cpu=2**27, gpu=2**30)
 """Logits of a batch, at most: 262,144 for each token of some models."""
+_BYTES_OF_A_LOGIT = 12
+"""What comparing takes for each logit of a batch: a candidate's and the whole model's in up to four
+bytes, and, a window at a time, what a divergence makes of them."""
 
 
 @dataclass(frozen=True, order=True)
@@ -185,10 +188,13 @@ def scoring_stream(
 ) -> HiddenStateStream:
     """Return the stream that scores are taken from: all of it in one dtype.
 
-    Its batches are so small that their logits fit the memory, also of a large vocabulary.
+    Its batches are so small that their logits fit the memory, also of a large vocabulary. Streams
+    of candidates take up to half of what is free (`removal_metric`): logits get the other half.
     """
     runner = Runner(program, dtype, device or torch.device("cpu"), keep_weights=False)
     usual, logits = TOKENS_AT_ONCE.on(runner.device), _LOGITS_AT_ONCE.on(runner.device)
+    room = free_bytes(runner.device) // 2 // _BYTES_OF_A_LOGIT
+    logits = min(logits, room) if room else logits
     return HiddenStateStream(
         runner,
         windows,

@@ -9,9 +9,17 @@ import torch
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return how much memory a device has left; 0 where that cannot be known."""
+    """Return how much memory a device has left for torch; 0 where that cannot be known.
+
+    Of a GPU that is what the driver has free and what torch's allocator holds without using it,
+    within the part of the GPU that this process may take.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        free, total = torch.cuda.mem_get_info(device)
+        used = torch.cuda.memory_allocated(device)
+        idle = torch.cuda.memory_reserved(device) - used
+        allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+        return max(0, int(min(free + idle, allowed - used)))
     try:
         # What is in use as a cache of files is free when it is needed.
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
