@@ -17,6 +17,7 @@ Without a GPU `choices` and `model` run small on the CPU: that says only whether
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import statistics
 import sys
@@ -37,7 +38,7 @@ from measure import keep, random_llama, target_here
 
 from graphopt.backends.code import import_model
 from graphopt.ir.kv_host import HostShare, piece_tokens
-from graphopt.ir.kv_memory import append_kv, row_bytes
+from graphopt.ir.kv_memory import append_kv, pack_rows, row_bytes
 from graphopt.lowering.kernels import get_family, plan_attention
 from graphopt.lowering.torch import source_files
 from graphopt.pass_manager.contract import Context, make_pass
@@ -108,64 +109,71 @@ def median(values: Sequence[float]) -> float:
 # Bandwidth ----------------------------------------------------------------------------------------
 
 
-def bandwidth(keys: int, layers: int = 6, heads: int = 32, groups: int = 8) -> dict[str, Any]:
-    """Measure the kernel, `sum` and torch's attention over the same memory."""
-    dim = 128
+def bandwidth(keys: int, rounds: int) -> dict[str, Any]:
+    """Measure the kernel, `sum` and torch's attention over the same memory, in turns."""
+    dim, heads, groups, layers = 128, 32, 8, 6
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     whole = layers * 2 * groups * keys * dim * 4
     memory = host_memory(whole, whole // layers // 2)
-    memory.view(DTYPE).normal_() if whole < 2**28 else _filled(memory)
-    rows: dict[str, dict[str, Any]] = {}
-
-    def told(name: str, nbytes: int, seconds: list[float]) -> None:
-        rates = [nbytes / s for s in seconds]
-        rows[name] = {"bytes": nbytes, "seconds": seconds, "bytes_a_second": median(rates)}
-        print(f"  {name:34} {median(rates) / 1e9:7.1f} GB/s", flush=True)
-
+    _filled(memory)
     numbers = memory.view(torch.float32)
-    told("sum, torch", memory.nbytes, times(numbers.sum))
-    told("sum, the kernel's threads", memory.nbytes, times(lambda: host_sum(memory)))
+    runs: dict[str, tuple[int, Callable[[], Any]]] = {
+        "sum, torch": (whole, numbers.sum),
+        "sum, the kernel's threads": (whole, lambda: host_sum(memory)),
+    }
     lens = torch.full((1,), keys, dtype=torch.int32)
     out, lse = torch.empty(1, heads, 1, dim), torch.empty(1, heads, 1)
     kinds = {"bf16": DTYPE, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.uint8}
     for name, dtype in kinds.items():
         row = row_bytes(dim, 8) if name == "int8" else dim
         half = groups * keys * row * dtype.itemsize
-        parts = [part.view(dtype).view(1, 1, groups, keys, row)
-                 for part in memory[: 2 * layers * half].split(half)]  # fmt: skip
+        held = memory[: 2 * layers * half]
+        if name == "int8":
+            held = host_memory(2 * layers * half, half)
+            _repeated(held, pack_rows(torch.randn(2**18, dim), 8).view(-1))
+        parts = [part.view(dtype).view(1, 1, groups, keys, row) for part in held.split(half)]
         q = torch.randn(1, heads, 1, dim).to(torch.float32 if name == "int8" else dtype)
-        levels = ("any", *(("avx2",) if name == "bf16" and "avx2" in levels_here() else ()))
-        for level in levels:
+        for level in ("", *(["avx2"] if name == "bf16" and "avx2" in levels_here() else [])):
             jobs = []
             for k, v in zip(parts[::2], parts[1::2], strict=True):
                 job = Job()
                 fill_job(
                     job, q, k, v, lens, out, lse, width=dim, scale=dim**-0.5,
-                    level=0 if level == "any" else levels_here().index(level) + 1,
+                    level=levels_here().index(level) + 1 if level else 0,
                 )  # fmt: skip
                 jobs.append(job)
-            run = _all(jobs)
-            told(f"kernel, {name}" + ("" if level == "any" else f", {level}"),
-                 2 * layers * half, times(run))  # fmt: skip
+            runs[f"kernel, {name}{', ' * bool(level)}{level}"] = 2 * layers * half, _all(jobs)
         if name in ("bf16", "fp32"):
-
-            def by_torch(parts: Any = parts, q: Tensor = q) -> None:
-                for k, v in zip(parts[:4:2], parts[1:4:2], strict=True):
-                    F.scaled_dot_product_attention(q, k[0], v[0], enable_gqa=True)
-
-            told(f"torch, {name}", 4 * half, times(by_torch, 3))
+            runs[f"torch, {name}"] = 2 * half, _by_torch(q, parts[0][0], parts[1][0])
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, (_, run) in runs.items():
+            if name.startswith("torch") and turn > 3:
+                continue  # it is slow
+            start = time.perf_counter()
+            run()
+            if turn:
+                taken[name].append(time.perf_counter() - start)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, (nbytes, _) in runs.items():
+        rate = nbytes / median(taken[name])
+        rows[name] = {"bytes": nbytes, "seconds": taken[name], "bytes_a_second": rate}
+        print(f"  {name:28} {rate / 1e9:7.1f} GB/s", flush=True)
     share = rows["kernel, bf16"]["bytes_a_second"] / rows["sum, torch"]["bytes_a_second"]
     print(f"  bf16 reads at {share:.0%} of torch's sum", flush=True)
     return {
         "processor": processor(), "threads": int(host_kernel().graphopt_threads()),
         "instructions": levels_here()[-1], "keys": keys, "layers": layers, "heads": heads,
-        "key_heads": groups, "dim": dim, "rows": rows, "share_of_sum": share,
+        "key_heads": groups, "dim": dim, "load": os.getloadavg()[0], "rows": rows,
+        "share_of_sum": share,
     }  # fmt: skip
 
 
-def _all(jobs: Sequence[Job]) -> Callable[[], None]:
-    import ctypes
+def _by_torch(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+    return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
+
+def _all(jobs: Sequence[Job]) -> Callable[[], None]:
     step = host_kernel().graphopt_host_step
 
     def run() -> None:
@@ -177,10 +185,13 @@ def _all(jobs: Sequence[Job]) -> Callable[[], None]:
 
 def _filled(memory: Tensor) -> None:
     """Fill memory with random numbers of bf16, the same 128 MB again and again."""
-    some = torch.randn(2**26).to(DTYPE)
-    numbers = memory.view(DTYPE)
-    for start in range(0, len(numbers), len(some)):
-        part = numbers[start : start + len(some)]
+    _repeated(memory.view(DTYPE), torch.randn(2**26).to(DTYPE))
+
+
+def _repeated(memory: Tensor, some: Tensor) -> None:
+    """Fill memory with the same numbers again and again."""
+    for start in range(0, len(memory), len(some)):
+        part = memory[start : start + len(some)]
         part.copy_(some[: len(part)])
 
 
@@ -517,7 +528,7 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         if "bandwidth" in parts:
-            kept("bandwidth", bandwidth(args.keys))
+            kept("bandwidth", bandwidth(args.keys, args.rounds))
         if not {"choices", "model"} & set(parts):
             return
         target = get_target(target_here() if ON_GPU else "hopper")
