@@ -490,14 +490,15 @@ def main() -> None:
         write_packages(work, SHAPES[options.shape]["config"], options.target)
         print(f"packages written after {time.monotonic() - started:.0f} s", flush=True)
         result: dict[str, Any] = {
-            "command": "python tools/bench_shard.py " + " ".join(sys.argv[1:]),
+            "command": f"python tools/bench_shard.py --shape {options.shape}",
             "date": datetime.date.today().isoformat(),
             "device": f"{RANKS} {torch.cuda.get_device_name()} of one host"
             if options.device == "cuda"
             else f"{platform.machine()} CPU",
             "python": platform.python_version(),
             "versions": {n: metadata.version(n) for n in ("torch", "triton", "transformers")},
-            "shape": options.shape, "target": options.target, "launches": [], "deaths": [],
+            "shape": options.shape, "prefill": SHAPES[options.shape]["prefill"],
+            "target": options.target, "launches": [], "deaths": [],
         }  # fmt: skip
         if options.device == "cuda":
             result["versions"]["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))

@@ -32,6 +32,7 @@ from paper_tables import memory_paper, memory_paper_addresses, memory_passes
 from plan_tables import allocation, arena
 from rank_tables import data_parallel
 from results import ROOT, markdown_table, measured_on, median, result_of
+from shard_tables import shard
 
 PAGES = (
     "README.md", "docs/attention.md", "docs/bits.md", "docs/depth.md", "docs/devices.md",
@@ -632,6 +633,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "arena": arena,
     "quality": quality,
     "scale": scale,
+    "shard": shard,
     "volta": volta,
     "generation": generation,
     "depth": depth,
