@@ -181,7 +181,9 @@ def _moe(attrs: Attrs, operands: Kinds, results: Kinds, ranks: int) -> Iterator[
 def _transformed(attrs: Attrs, operands: Kinds, results: Kinds, ranks: int) -> Iterator[Alignment]:
     mixes = any(kind is not None for kind in operands[2:]) or attrs.get("bits", 0)
     over_features = attrs.get("before", "") == "norm" or mixes
-    yield from pointwise(operands, results[:1], fixed=int(bool(over_features)), places=(0, 1))
+    for found in pointwise(operands, results[:1], fixed=int(bool(over_features)), places=(0, 1)):
+        # Scales of codes have the axes of tokens and heads.
+        yield Alignment(found.operands, dict.fromkeys(range(len(results)), found.results[0]))
 
 
 def _each_entry(attrs: Attrs, operands: Kinds, results: Kinds, ranks: int) -> Iterator[Alignment]:
