@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 from emitted import load_file
+from families import captured, cases
+from ranks import run_program_on_gpu, run_ranks
 from sharded import VOCAB, sharded, sharded_tiny
 
 import graphopt as go
 from graphopt.backends.opening import open_language_model
+from graphopt.execute.interpreter import Runner
 from graphopt.ir import Program
 
 pytestmark = [
@@ -131,3 +134,16 @@ def test_a_killed_rank_ends_the_other_in_the_middle_of_recorded_steps(tmp_path: 
     _, said = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "rank 0 ends: rank 1 has ended without a word" in said
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon", "olmo2", "gpt_oss", "deepseek_v3"])
+def test_programs_of_two_gpus_compute_what_simulated_ranks_do(family: str) -> None:
+    recipe = go.Pipeline.parse("shard{tp=2}").within_default()
+    program, _ = recipe.run(captured(family)[1], go.RunOptions(verify=False))
+    case = cases((7,))[2]
+    expected = Runner(program, dtype=torch.float64).logits(case.inputs)
+    found = run_ranks(run_program_on_gpu, program, case.inputs, group=False, limit=120)
+    assert torch.equal(*found)
+    real = case.attention_mask.bool()
+    difference = (found[0] - expected)[real].abs().max()
+    assert float(difference) < 1e-12 * float(expected[real].abs().max())

@@ -66,6 +66,8 @@ class ShardedProgram(Record):
         sent_logits: The bytes of `sent_token` for putting logits together; a prefill sends them
             for each token whose logits it gives.
         prefill: Tokens of that text.
+        here: How many such devices the machine has that compiled it, where they are fewer; None
+            where they are enough, or where it has none.
     """
 
     devices: list[str]
@@ -80,6 +82,7 @@ class ShardedProgram(Record):
     sent_logits: int
     sent_prefill: int
     prefill: int
+    here: int | None = None
 
     def line(self) -> str:
         whole, own = self.weight_bytes
@@ -92,6 +95,8 @@ class ShardedProgram(Record):
         ]
         if left:
             parts.append(f"{si(left, 'B')} left whole")
+        if self.here is not None:
+            parts.append(f"this machine has {self.here} of {len(self.devices)} devices")
         return "; ".join(part for part in parts if not part.startswith("0 B of 0 B"))
 
     def card(self) -> str:
@@ -107,6 +112,8 @@ class ShardedProgram(Record):
             (f"a rank sends for {self.prefill} tokens", si(self.sent_prefill, "B")),
         ]  # fmt: skip
         told = [f"{rows} rows of zeros stand behind {name}." for name, rows in self.padded.items()]
+        if self.here is not None:
+            told.append(f"The machine that compiled it has {self.here} of {ranks} devices.")
         return "".join(
             (
                 facts_table(facts),

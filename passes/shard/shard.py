@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from graphopt.errors import PassError, UsageError
@@ -86,6 +87,8 @@ class Shard(Pass):
         before = program.copy()
         sharded = shard(program, devices)
         record = account(before, sharded)
+        here = torch.cuda.device_count() if self.device == "cuda" else 0
+        record.here = here if 0 < here < self.tp else None
         if not record.split:
             raise PassError(
                 f"Nothing of {program.name} splits over {self.tp} devices.",

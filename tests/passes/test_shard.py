@@ -442,6 +442,15 @@ def test_figures_and_memory_are_those_of_a_rank():
     assert peaks[1] < 0.9 * peaks[0]
 
 
+@pytest.mark.parametrize(("gpus", "here"), [(0, None), (1, 1), (2, None), (8, None)])
+def test_a_machine_with_fewer_gpus_is_named(gpus, here, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    record = sharded(tiny_program(cache=True), device="cuda").record
+    assert record.here == here
+    assert ("this machine has 1 of 2 devices" in record.line()) == (here is not None)
+    assert ("has 1 of 2 devices" in record.card()) == (here is not None)
+
+
 # Real ranks
 
 
