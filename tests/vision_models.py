@@ -146,3 +146,26 @@ def prompts(model_type: str, counts: Sequence[int], seed: int = 0) -> dict[str, 
              "qwen2_5_vl": "mm_token_type_ids"}.get(model_type)  # fmt: skip
     more = {kinds: (ids == IMAGE).long()} if kinds is not None else {}
     return {"input_ids": ids, "attention_mask": mask, **more, **pixels(model_type, counts, seed)}
+
+
+def save_llava_with_processor(folder: Path, template: str | None = None) -> Path:
+    """Write a LLaVA with the processor that makes its prompts, and return its folder.
+
+    Pictures of any size become 16 tokens.
+    """
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    model = vision_model("llava", eos_token_id=258)
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    model.config.image_token_id = token
+    model.save_pretrained(folder)
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+    LlavaProcessor(
+        images, tokenizer, patch_size=4, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=template,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

@@ -10,6 +10,7 @@ import typer
 
 from graphopt.cli import console as ui
 from graphopt.cli.kv_policies import measure_policies, policy_specs, print_policies
+from graphopt.cli.pictures import check_form, measure_answers
 from graphopt.cli.shared import (
     MAX_COUNT,
     Backend,
@@ -44,6 +45,10 @@ def eval_command(
     ] = None,
     bos: BosOption = "every",
     piqa: Annotated[Path | None, typer.Option(help="PIQA rows as JSON lines.")] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="Pictures with prompts and answers, as JSON lines; see docs/vision.md."),
+    ] = None,
     kv_policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -69,11 +74,17 @@ def eval_command(
 ) -> None:
     """Measure perplexity and PIQA accuracy of a model, a torch or an ONNX artifact.
 
+    With --pictures also perplexity of answers given pictures, of a model that sees.
+
     With --kv-policy also what a policy of the KV cache costs in steps behind a prompt. Ranks that
     torchrun or --ranks starts share windows and questions, and the figures are those of one.
     """
-    if text is None and piqa is None:
-        raise UsageError("Nothing to evaluate on.", "Give --text FILE, --piqa FILE, or both.")
+    if text is None and piqa is None and pictures is None:
+        raise UsageError(
+            "Nothing to evaluate on.", "Give --text FILE, --piqa FILE, --pictures FILE, or several."
+        )
+    if pictures is not None:
+        check_form(backend)
     specs = policy_specs(kv_policy or [], text, needles)
     with ui.progress_bars() as progress:
         progress("opening", 0, 1)
@@ -118,6 +129,9 @@ def eval_command(
             "seconds": 0.0,
             "piqa_accuracy": None,
             "piqa_rows": 0,
+            "picture_perplexity": None,
+            "picture_answers": 0,
+            "picture_tokens": 0,
             "kv_policies": [],
             "attached_kv_policies": list(opened.kv_policies),
         }
@@ -150,6 +164,13 @@ def eval_command(
                 "tokens_per_second": measured.tokens / max(measured.seconds, 1e-9),
                 "kv_policies": policies,
             }
+        if pictures is not None:
+            seen = measure_answers(
+                model, pictures, device, measuring, trust_remote_code=trust_remote_code
+            )
+            found["picture_perplexity"] = seen.perplexity
+            found["picture_answers"], found["picture_tokens"] = seen.answers, seen.tokens
+            found["seconds"] += seen.seconds
         if rows is not None:
             answered = piqa_accuracy(opened, tokenizer, rows, progress=measuring)
             found["piqa_accuracy"], found["piqa_rows"] = answered.accuracy, answered.rows
@@ -163,6 +184,8 @@ def eval_command(
                 device=str(opened.device),
                 piqa_accuracy=found["piqa_accuracy"],
                 piqa_rows=found["piqa_rows"],
+                picture_perplexity=finite_or_none(found["picture_perplexity"]),
+                picture_answers=found["picture_answers"],
                 **text_figures,
             ),
         )
@@ -180,6 +203,11 @@ def eval_command(
         lines.append(("ppl", f"{found['perplexity']:.4f}  ({windowed})"))
     if rows is not None:
         lines.append(("piqa", f"{found['piqa_accuracy']:.2%}  ({found['piqa_rows']} questions)"))
+    if pictures is not None:
+        counted = f"{found['picture_answers']} answers, {found['picture_tokens']} tokens"
+        lines.append(
+            ("answers", f"{found['picture_perplexity']:.4f}  ({counted}, given pictures; program)")
+        )
     lines.append(("time", f"{found['seconds']:.1f} s"))
     if opened.kv_policies:
         lines.append(

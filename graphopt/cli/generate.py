@@ -71,6 +71,10 @@ def generate_command(
         Path | None,
         typer.Option(help="File of prompts, one a line; as .jsonl a JSON string in each."),
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture that the prompt is about; several may be given, in order."),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(max=MAX_COUNT, help="Tokens at most.")] = 256,
     *,
@@ -98,6 +102,12 @@ def generate_command(
     chats = prompt is None and prompts is None and keyboard.stdin().isatty()
     if prompt is not None and prompts is not None:
         raise UsageError("Both --prompt and --prompts are given.", "Give one of them.")
+    if image and (prompt is None or system is not None or raw or offload):
+        raise UsageError(
+            "--image goes with one --prompt, and with none of --prompts, --system, --raw and "
+            "--offload.",
+            "Give --prompt TEXT; what the chat template puts around it is the processor's.",
+        )
     if chats and as_json:
         raise UsageError("A chat is no JSON.", "Give --prompt or --prompts, or leave --json out.")
     with ui.progress_bars() as progress:
@@ -110,6 +120,10 @@ def generate_command(
 
         check_options(max_new_tokens, Sampling.of(GenerationSettings(), **options))
         asked = [] if chats else _asked(prompt, prompts)
+        if image:
+            _see(model, asked[0], image, max_new_tokens, options, backend, device, as_json,
+                 trust_remote_code)  # fmt: skip
+            return
         opened = open_language_model(
             model,
             backend_named(backend),
@@ -146,6 +160,49 @@ def generate_command(
             "not_applied": ignored,
         }
         print_json({**about, **({"answers": answers} if prompts is not None else answers[0])})
+
+
+def _see(
+    model: str,
+    prompt: str,
+    images: list[Path],
+    max_new_tokens: int,
+    options: dict[str, Any],
+    backend: str,
+    device: str,
+    as_json: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Answer a prompt about pictures."""
+    from graphopt.cli.pictures import answer_pieces, check_form, open_sighted
+    from graphopt.generate import Sampling
+
+    check_form(backend)
+    opened, processor = open_sighted(model, device, trust_remote_code=trust_remote_code)
+    sampling = Sampling.of(opened.settings, **options)
+    if not as_json:
+        ui.say_note(f"{opened.placement}; {sampling}")
+    start = time.perf_counter()
+    said: list[str] = []
+    for piece in answer_pieces(opened, processor, prompt, images, max_new_tokens, sampling):
+        said.append(piece)
+        if not as_json:
+            ui.write_piece(piece)
+    if not as_json:
+        ui.write_piece("\n")
+        return
+    print_json(
+        {
+            "model": model,
+            "backend": opened.backend,
+            "device": str(opened.device),
+            "sampling": dataclasses.asdict(sampling),
+            "prompt": prompt,
+            "images": [str(path) for path in images],
+            "text": "".join(said),
+            "seconds": time.perf_counter() - start,
+        }
+    )
 
 
 def _asked(prompt: str | None, prompts: Path | None) -> list[str]:

@@ -30,6 +30,7 @@ class Evaluation(OpenSchema):
         text_sha256: Of the text, in UTF-8.
         perplexity, tokens: On the text.
         piqa_accuracy, piqa_rows: On questions of PIQA, from 0 to 1.
+        picture_perplexity, picture_answers: Of answers given pictures.
         tokens_per_second: How many tokens of the text were run in a second.
         kv_policies: What KV policies did on the text; the model as it is comes first.
     """
@@ -43,6 +44,8 @@ class Evaluation(OpenSchema):
     tokens: int = 0
     piqa_accuracy: float | None = None
     piqa_rows: int = 0
+    picture_perplexity: float | None = None
+    picture_answers: int = 0
     tokens_per_second: float | None = None
     kv_policies: list[PolicyFigures] = pydantic.Field(default_factory=list, max_length=1_000)
 
@@ -77,8 +80,12 @@ def evaluations_section(evaluations: Sequence[Evaluation]) -> str:
     texts = {one.text: (one.text_sha256 or "")[:12] for one in evaluations if one.text is not None}
     measured = "; ".join(f"{name}, SHA-256 {digest}…" for name, digest in texts.items())
     note = f"Perplexity on {measured}. " if measured else ""
-    headings = ("model", "form", "device", "perplexity", "PIQA", "tokens a second")
+    headings = ["model", "form", "device", "perplexity", "PIQA", "tokens a second"]
     rows = [[escape(cell) for cell in _cells(one)] for one in evaluations]
+    if any(one.picture_answers for one in evaluations):
+        headings.append("perplexity of answers given pictures")
+        for row, one in zip(rows, evaluations, strict=True):
+            row.append(_given_pictures(one))
     return (
         f'{_BEGIN}<section class="card"><h2>Evaluated</h2><p class="dim">{escape(note)}'
         "Rows on one text, form and device compare with each other.</p>"
@@ -93,6 +100,12 @@ def _policies(evaluations: Sequence[Evaluation]) -> str:
         for one in evaluations
         if one.kv_policies
     )
+
+
+def _given_pictures(one: Evaluation) -> str:
+    if one.picture_perplexity is None:
+        return "–"
+    return f"{one.picture_perplexity:.3f} ({one.picture_answers:,} answers)"
 
 
 def _cells(one: Evaluation) -> list[str]:

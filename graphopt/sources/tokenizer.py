@@ -95,6 +95,33 @@ def _file_states(folder: Path) -> Iterator[tuple[int, ...]]:
 def _read(folder: Path, _states: tuple[tuple[int, ...], ...]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    with (
+        private_copy(folder) as name,
+        working(
+            folder,
+            "be loaded",
+            "Put a tokenizer.json there that transformers loads without code of its own.",
+            hidden=name,
+        ),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, local_files_only=True, trust_remote_code=False
+        )
+        # A tokenizer that loads may yet fail at its first text.
+        tokenizer.decode(tokenizer(PROBE)["input_ids"])
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def private_copy(folder: Path) -> Iterator[str]:
+    """Give a folder with copies of the files that a tokenizer, or a processor, is made of.
+
+    What leads out of the folder, and what names code, is taken out of their configurations.
+
+    Raises:
+        SourceError: A file is a link out of the folder, or no bounded JSON.
+    """
     with tempfile.TemporaryDirectory(prefix="graphopt-tokenizer-") as name:
         private = Path(name)
         for place, path in tokenizer_files(folder):
@@ -109,19 +136,7 @@ def _read(folder: Path, _states: tuple[tuple[int, ...], ...]) -> PreTrainedToken
             config = read_bytes(inside(folder, "config.json"), MAX_JSON_BYTES)
             (private / "config.json").write_bytes(config)
             _rewrite(private / "config.json", _kind_alone)
-        with working(
-            folder,
-            "be loaded",
-            "Put a tokenizer.json there that transformers loads without code of its own.",
-            hidden=name,
-        ):
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, local_files_only=True, trust_remote_code=False
-            )
-            # A tokenizer that loads may yet fail at its first text.
-            tokenizer.decode(tokenizer(PROBE)["input_ids"])
-    tokenizer.name_or_path = str(folder)
-    return tokenizer
+        yield name
 
 
 @contextlib.contextmanager
