@@ -18,7 +18,7 @@ from torch import Tensor
 
 from graphopt.runtime.peer_memory import Layout, Peers, Places
 from graphopt.runtime.peer_reduce import TwoShot, Waiting
-from graphopt.runtime.reduction_plan import MOST_CHUNKS, Chunks, LinearTiles
+from graphopt.runtime.reduction_plan import MOST_CHUNKS, LinearTiles
 
 
 class SummedLinear:
@@ -74,69 +74,64 @@ class ChunkedLinear:
         self._waiting = waiting
         layout = Layout()
         self._places = Places(layout, room, columns, dtype, 2)
-        # A flag for each chunk of what is computed for the other, one for all the sums, and one for
-        # that whatever read an earlier result in its place is through: it may be written.
+        # A flag for each chunk, those that are computed for the other first; and one for that
+        # whatever read an earlier result in its place is through: it may be written.
         self._flags = [layout.add((1,), torch.int32) for _ in range(2 * MOST_CHUNKS)]
         self._entered = layout.add((1,), torch.int32)
         self.memory = peers.allocate(layout.bytes)
         self.epoch = torch.zeros(1, dtype=torch.int32, device=peers.device)
         self._part = torch.empty(-(-room // 2), columns, dtype=dtype, device=peers.device)
-        self._copies = torch.cuda.Stream(peers.device)
+        self._copies, self._signals = (torch.cuda.Stream(peers.device) for _ in range(2))
 
     def __call__(
-        self, x: Tensor | Callable[[slice], Tensor], weight: Tensor, chunks: Chunks
+        self, x: Tensor | Callable[[slice], Tensor], weight: Tensor, chunks: Sequence[int]
     ) -> Tensor:
         """Return the sum of the ranks' x weight^T: [M, K] and [N, K] to [M, N].
 
         Args:
             x: Or what computes some rows of it, while those before are on their way.
-            chunks: Of the rows that a rank sums, M / 2.
+            chunks: Rows of each; together M / 2, those that a rank sums.
         """
         own, other = self.memory.rank, 1 - self.memory.rank
-        count = 2 * sum(chunks.own)
+        count = 2 * sum(chunks)
         out, theirs = (self._places.of(self.memory, count, rank) for rank in (own, other))
         part_of = x.__getitem__ if isinstance(x, Tensor) else x
         self._places.turn()
         main, matrix = torch.cuda.current_stream(), weight.t()
-        self._copies.wait_stream(main)
-        self._signal(self._entered)
-        first = other * sum(chunks.own)
-        for index, rows in enumerate(_rows_of(other, chunks.sent)):
+        self._signal(self._entered, main)
+        first = other * sum(chunks)
+        for index, rows in enumerate(_rows_of(other, chunks)):
             part = self._part[rows.start - first : rows.stop - first]
             torch.mm(part_of(rows), matrix, out=part)
+            self._copies.wait_stream(main)
             if index == 0:
-                self._copies.wait_stream(main)
                 with torch.cuda.stream(self._copies):
                     self._wait(self._entered)
-            self._copy(theirs[rows], part)
-            self._signal(self._flags[index])
-        # What is sent in one order arrives in it.
-        ends = [rows.stop for rows in _rows_of(own, chunks.sent)]
-        seen, last = -1, len(chunks.sent) + len(chunks.own) - 1
-        for index, rows in enumerate(_rows_of(own, chunks.own)):
+            self._copy(theirs[rows], part, self._flags[index])
+        for index, rows in enumerate(_rows_of(own, chunks)):
             own_part = part_of(rows)
-            needed = next(place for place, end in enumerate(ends) if end >= rows.stop)
-            if needed > seen:
-                self._wait(self._flags[needed])
-                seen = needed
+            self._wait(self._flags[index])
             out[rows].addmm_(own_part, matrix)
-            self._copy(theirs[rows], out[rows])
-            if len(chunks.sent) + index == last:
-                self._signal(self._flags[last])
+            self._copies.wait_stream(main)
+            self._copy(theirs[rows], out[rows], self._flags[len(chunks) + index])
         main.wait_stream(self._copies)
-        self._wait(self._flags[last], last=True)
+        main.wait_stream(self._signals)
+        # What is sent in one order arrives in it.
+        self._wait(self._flags[2 * len(chunks) - 1], last=True)
         return out
 
-    def _copy(self, target: Tensor, source: Tensor) -> None:
-        """Copy by an engine, behind all that was launched, while what is launched next runs."""
-        self._copies.wait_stream(torch.cuda.current_stream())
+    def _copy(self, target: Tensor, source: Tensor, flag: int) -> None:
+        """Copy by an engine while what is launched next runs, and tell the peer of it."""
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
+        # On a stream of its own, so that copies follow each other.
+        self._signal(flag, self._copies)
 
-    def _signal(self, flag: int) -> None:
+    def _signal(self, flag: int, behind: torch.cuda.Stream) -> None:
         from graphopt.runtime.kernels.all_reduce import signal_peer
 
-        with torch.cuda.stream(self._copies):
+        self._signals.wait_stream(behind)
+        with torch.cuda.stream(self._signals):
             signal_peer[(1,)](
                 self.memory.bases, self.epoch, flag, 1 - self.memory.rank,
                 num_warps=1,
@@ -223,8 +218,7 @@ class PersistentLinear:
             self._places.offset, self._staging, self._flags, self._entered, self._ended,
             rows, columns, depth, x.stride(0), memory.rank,
             RANKS=memory.ranks, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth,
-            GROUP=tiles.group, WHOLE=depth % tiles.depth == 0,
-            EARLY=self._bulk and tiles.early, TRAP=waiting.trap,
+            GROUP=tiles.group, WHOLE=depth % tiles.depth == 0, TRAP=waiting.trap,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         out = self._places.of(memory, rows)

@@ -68,44 +68,6 @@ class OneShot:
         return out
 
 
-class OneShotAddNorm:
-    """`OneShot`, and in the same launch the sum's addition to a residual and the RMS norm of it.
-
-    Args:
-        rows, width: Of what is summed and normed; the width is even.
-    """
-
-    def __init__(self, peers: Peers, rows: int, width: int, waiting: Waiting) -> None:
-        layout = Layout()
-        self._rows, self._words, self._waiting = rows, width // 2, waiting
-        self._inbox = layout.add((rows, 2, peers.ranks, self._words), torch.int64)
-        self.memory = peers.allocate(layout.bytes)
-        self.epochs = torch.zeros(rows, dtype=torch.int32, device=peers.device)
-
-    def __call__(
-        self, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """Return residual + the sum of the ranks' x, and its norm times (weight + offset).
-
-        Args:
-            x, residual: [..., width], of 16 bits.
-            weight: [width].
-        """
-        from graphopt.runtime.kernels.all_reduce import one_shot_add_rms_norm
-
-        total, out = torch.empty_like(residual), torch.empty_like(residual)
-        memory, waiting = self.memory, self._waiting
-        block = 1 << (self._words - 1).bit_length()
-        one_shot_add_rms_norm[(self._rows,)](
-            as_words(x), as_words(residual), None if weight is None else as_words(weight),
-            total, out, memory.bases, self.epochs, waiting.late, waiting.patience,
-            self._inbox, self._words, memory.rank, float(eps), float(offset),
-            RANKS=memory.ranks, BLOCK=block, TRAP=waiting.trap,
-            num_warps=min(16, max(1, block // 128)),
-        )  # fmt: skip
-        return total, out
-
-
 class TwoShot:
     """The sum over the ranks in place, each of which sums a part of it: for many bytes.
 

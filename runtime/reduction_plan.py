@@ -36,7 +36,6 @@ class LinearTiles:
         beside: Seconds that a tile takes beside its product.
         group: Tiles of tokens that share rows of the weight while those are in the cache.
         programs: How many of it a core runs.
-        early: What has arrived is read before a tile's product, and waits in registers.
     """
 
     rows: int
@@ -48,23 +47,6 @@ class LinearTiles:
     beside: float
     group: int = 8
     programs: int = 1
-    early: bool = False
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """How the rows that a rank sums are cut.
-
-    Attributes:
-        sent: Rows of each chunk that is computed for the other rank.
-        own: Rows of each that is computed for this one. Both add up to the same.
-    """
-
-    sent: tuple[int, ...]
-    own: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{'+'.join(map(str, self.sent))}, {'+'.join(map(str, self.own))}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +102,7 @@ class LinearPlan:
         how: See `How`.
         seconds: Predicted.
         stages: What overlaps.
-        chunks: With `chunks`, how rows are cut.
+        chunks: With `chunks`, the rows of each, of those that a rank sums.
         tiles: With `persistent`, those of the kernel.
         others: Predicted seconds of the plans that were not taken, or why one is none.
     """
@@ -128,7 +110,7 @@ class LinearPlan:
     how: How
     seconds: float
     stages: tuple[Stage, ...]
-    chunks: Chunks | None = None
+    chunks: tuple[int, ...] | None = None
     tiles: LinearTiles | None = None
     others: dict[str, float | str] = field(default_factory=dict)
 
@@ -138,7 +120,7 @@ class LinearPlan:
             f"{name} {1e6 * told:.0f}" if isinstance(told, float) else f"no {name}: {told}"
             for name, told in self.others.items()
         )
-        cut = f" of {self.chunks} rows" if self.chunks else ""
+        cut = f" of {'+'.join(map(str, self.chunks))} rows" if self.chunks else ""
         if self.tiles:
             cut = f" of {self.tiles.rows} x {self.tiles.columns}"
         return f"{self.how}{cut}, {1e6 * self.seconds:.0f} us predicted ({rest})"
@@ -328,50 +310,41 @@ def _best_chunks(
     for chunks in chunkings(rows // 2, rows - rows // 2):
         # Of the first rank, which begins with the rows behind; the other has as much to do.
         stages, start = [], rows // 2
-        for number, size in enumerate((*chunks.sent, *chunks.own)):
+        for number, size in enumerate((*chunks, *chunks)):
             start %= rows
             send = figures.copy_start + 2.0 * size * columns / figures.copy_engine
             # A kernel that waits stands before each sum.
-            waits = figures.signal if number >= len(chunks.sent) else 0.0
+            waits = figures.signal if number >= len(chunks) else 0.0
             stages.append(Stage(waits + compute(start, start + size), send))
             start += size
-        seconds = _chunk_seconds(chunks, stages)
+        seconds = _chunk_seconds(stages)
         if best is None or seconds < best.seconds:
             best = LinearPlan("chunks", seconds, tuple(stages), chunks)
     return best or f"{rows} rows, which are not cut"
 
 
-def _chunk_seconds(chunks: Chunks, stages: Sequence[Stage]) -> float:
+def _chunk_seconds(stages: Sequence[Stage]) -> float:
     """Return the seconds of chunks: copies queue, and a sum waits for what it is added to."""
     computed = copied = 0.0
-    arrived: list[tuple[int, float]] = []
-    rows = 0
-    for size, stage in zip(chunks.sent, stages, strict=False):
+    arrived: list[float] = []
+    for number, stage in enumerate(stages):
+        if number >= len(stages) // 2:
+            computed = max(computed, arrived[number - len(stages) // 2])
         computed += stage.compute
         copied = max(copied, computed) + stage.send
-        rows += size
-        arrived.append((rows, copied))
-    rows = 0
-    for size, stage in zip(chunks.own, stages[len(chunks.sent) :], strict=True):
-        rows += size
-        needed = next(time for end, time in arrived if end >= rows)
-        computed = max(computed, needed) + stage.compute
-        copied = max(copied, computed) + stage.send
+        arrived.append(copied)
     return copied
 
 
-def chunkings(low: int, high: int) -> list[Chunks]:
+def chunkings(low: int, high: int) -> list[tuple[int, ...]]:
     """Return ways to cut a rank's share of rows, each chunk about half of what is left.
-
-    Of what is computed for the other rank there are as many chunks, or one less: its last is not
-    waited for.
 
     Args:
         low, high: The shares of the ranks, which must be alike: with others there is no way.
     """
     if low != high or low < 128:
         return []
-    halved: list[tuple[int, ...]] = []
+    found: list[tuple[int, ...]] = []
     for count in range(1, MOST_CHUNKS + 1):
         sizes, left = [], low
         for _ in range(count - 1):
@@ -380,6 +353,5 @@ def chunkings(low: int, high: int) -> list[Chunks]:
             left -= size
         if left < 128:
             break
-        halved.append((*sizes, left))
-    found = [Chunks(sizes, sizes) for sizes in halved]
-    return found + [Chunks(one, other) for one, other in itertools.pairwise(halved)]
+        found.append((*sizes, left))
+    return found

@@ -21,7 +21,7 @@ from graphopt.ir import functional
 from graphopt.runtime.fused import HALF
 from graphopt.runtime.peer_linear import ChunkedLinear, PersistentLinear, SummedLinear
 from graphopt.runtime.peer_memory import Peers, peers_of, why_out_of_reach
-from graphopt.runtime.peer_reduce import OneShot, OneShotAddNorm, TwoShot, Waiting
+from graphopt.runtime.peer_reduce import OneShot, TwoShot, Waiting
 from graphopt.runtime.reduction_plan import (
     LinearPlan,
     ReductionFigures,
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class RankReductions:
-    """The functions `all_reduce`, `linear_all_reduce` and `all_reduce_add_rms_norm` of a model.
+    """The functions `all_reduce` and `linear_all_reduce` of a model.
 
     The group is the one that torch.distributed was initialised with, and all its ranks make the
     same calls in the same order. Workspaces are made when a shape is first met, by all ranks
@@ -71,31 +71,6 @@ class RankReductions:
         )
         two_shot.operand(rows).copy_(x.reshape(rows, columns))
         return two_shot(rows).view(x.shape)
-
-    def all_reduce_add_rms_norm(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor | None,
-        eps: float,
-        offset: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
-        """Return total = residual + the sum of x over the ranks, and the RMS norm of the total.
-
-        Both [..., N]; the norm is times (weight [N] + offset).
-        """
-        reach = self._reach(x)
-        same = residual.dtype == x.dtype and (weight is None or weight.dtype == x.dtype)
-        if reach is None or not same or x.numel() * x.itemsize > reach[0].one_shot_bytes:
-            total = self.all_reduce(x)
-            return functional.add_rms_norm(residual, total, weight, eps, offset)
-        _, peers, waiting = reach
-        width = x.shape[-1]
-        rows = x.numel() // width
-        one_shot = self._kept(
-            ("add-norm", rows, width), lambda: OneShotAddNorm(peers, rows, width, waiting)
-        )
-        return one_shot(x, residual, weight, eps, offset)
 
     def linear_all_reduce(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the sum over the ranks of x weight^T + bias, by the plan for their shape.

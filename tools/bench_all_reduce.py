@@ -7,7 +7,7 @@ It starts a process for each GPU by torchrun, two unless `--ranks` says otherwis
 * `linear`: [M, K] by [K, N], each rank with its K, at nine shapes: a product and NCCL's all-reduce,
   a product and torch's two-shot kernel, torch's `fused_matmul_reduce_scatter` with the gather
   behind it, and ours: every plan, and the one that the planner takes;
-* `decode`: sums of 8 KB to 1 MB, as a step of one text has them, with and without the norm behind;
+* `decode`: sums of 8 KB to 1 MB, as a step of one text has them;
 * `attention`: attention, its output projection and the sum, at 4K and 16K tokens.
 
 Each result is compared with a sum in fp32 before it is timed; runs are recorded in CUDA graphs,
@@ -44,12 +44,10 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from graphopt.lowering.kernels.triton import reduction_figures
-from graphopt.runtime.fused import launch_norm
 from graphopt.runtime.peer_linear import ChunkedLinear, PersistentLinear, SummedLinear
 from graphopt.runtime.peer_memory import Peers, on_one_device, peers_of, why_out_of_reach
-from graphopt.runtime.peer_reduce import OneShot, OneShotAddNorm, TwoShot, Waiting
+from graphopt.runtime.peer_reduce import OneShot, TwoShot, Waiting
 from graphopt.runtime.reduction_plan import (
-    Chunks,
     LinearTiles,
     ReductionFigures,
     chunkings,
@@ -68,20 +66,16 @@ SHAPES = [
 
 
 def _tiles(
-    rows: int, columns: int, depth: int, warps: int, stages: int, *, programs: int = 1,
-    early: bool = False,
-) -> LinearTiles:  # fmt: skip
-    return LinearTiles(rows, columns, depth, warps, stages, 1.0, 0.0, 16, programs, early)
+    rows: int, columns: int, depth: int, warps: int, stages: int, *, programs: int = 1
+) -> LinearTiles:
+    return LinearTiles(rows, columns, depth, warps, stages, 1.0, 0.0, 16, programs)
 
 
 TILES = {
     "128x256x64": _tiles(128, 256, 64, 8, 3),
-    "128x256x64, early": _tiles(128, 256, 64, 8, 3, early=True),
     "128x128x64": _tiles(128, 128, 64, 8, 4),
-    "128x128x64, early": _tiles(128, 128, 64, 8, 4, early=True),
-    "128x128x64, 5 stages, early": _tiles(128, 128, 64, 8, 5, early=True),
-    "64x256x64, early": _tiles(64, 256, 64, 8, 4, early=True),
-    "128x128x32, 2 a core": _tiles(128, 128, 32, 4, 4, programs=2),
+    "128x128x64, 5 stages": _tiles(128, 128, 64, 8, 5),
+    "64x256x64": _tiles(64, 256, 64, 8, 4),
 }
 """That `--tune` tries; with copy engines of the cores, but for those of `STORES`."""
 STORES = {"128x128x64, 2 a core, stores": _tiles(128, 128, 64, 4, 3, programs=2)}
@@ -381,7 +375,7 @@ def _ours(
 
         return make
 
-    def chunked(chunks: Chunks) -> Callable[[], Run]:
+    def chunked(chunks: Sequence[int]) -> Callable[[], Run]:
         def make() -> Run:
             way = ChunkedLinear(bench.peers, rows, columns, DTYPE, bench.waiting)
             return lambda: way(x, weight, chunks)
@@ -409,7 +403,7 @@ def _ours(
     if "chunks" in ways and bench.ranks == 2:
         cuts = chunkings(rows // 2, rows - rows // 2)
         for chunks in cuts if tune else [plan.chunks or cuts[len(cuts) // 2]]:
-            found[f"ours chunks {chunks}"] = chunked(chunks)
+            found[f"ours chunks {'+'.join(map(str, chunks))}"] = chunked(chunks)
     if "persistent" in ways:
         own = {f"{one.rows}x{one.columns}x{one.depth}": one for one in bench.figures.tiles}
         for name, tiles in (TILES if tune else own).items():
@@ -478,19 +472,12 @@ def decode_part(bench: Bench) -> None:
 
 def _decode(bench: Bench, rows: int, width: int) -> dict[str, Any]:
     x = bench.random(rows, width, seed=3)
-    residual = torch.ones_like(x)
-    gain = torch.ones(width, dtype=DTYPE, device=bench.device)
     exact = x.float()
     dist.all_reduce(exact)
 
     def check(result: Any) -> str | None:
-        result = result[0] if isinstance(result, tuple) else result - 0
         error = float((result.float() - exact).norm() / exact.norm())
         return None if error < 5e-3 else f"off by {error:.2g}"
-
-    def check_total(result: Any) -> str | None:
-        error = float((result[0].float() - exact - 1).norm() / exact.norm())
-        return None if error < 8e-3 else f"off by {error:.2g}"
 
     buffer = _symmetric(bench, rows, width)
     buffer.copy_(x)
@@ -502,30 +489,22 @@ def _decode(bench: Bench, rows: int, width: int) -> dict[str, Any]:
         dist.all_reduce(out)
         return out
 
-    def nccl_norm() -> Any:
-        return launch_norm(nccl(), residual, gain, 1e-5, 0.0)
-
     one = OneShot(bench.peers, x.numel(), bench.waiting)
     two = TwoShot(bench.peers, rows, width, DTYPE, bench.cores, bench.waiting)
-    normed = OneShotAddNorm(bench.peers, rows, width, bench.waiting)
 
     def ours_two() -> Tensor:
         two.operand(rows).copy_(x)
         return two(rows)
 
-    candidates: dict[str, tuple[Run, Callable[[Any], str | None]]] = {
-        "NCCL": (nccl, check),
-        "one_shot_all_reduce": (
-            lambda: torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", name), check,
-        ),
-        "ours one-shot": (lambda: one(x), check),
-        "ours two-shot": (ours_two, check),
-        "NCCL, norm": (nccl_norm, check_total),
-        "ours one-shot, norm": (lambda: normed(x, residual, gain, 1e-5), check_total),
-    }  # fmt: skip
+    candidates: dict[str, Run] = {
+        "NCCL": nccl,
+        "one_shot_all_reduce": lambda: torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", name),
+        "ours one-shot": lambda: one(x),
+        "ours two-shot": ours_two,
+    }
     runs, wrong = {}, {}
-    for label, (run, checked) in candidates.items():
-        made = bench.right(lambda run=run: run, checked)
+    for label, run in candidates.items():
+        made = bench.right(lambda run=run: run, check)
         if isinstance(made, str):
             wrong[label] = made
         else:
@@ -593,7 +572,7 @@ def _attention(bench: Bench, tokens: int) -> dict[str, Any]:
         bench.peers, tokens, columns, DTYPE, tiles, bench.cores, bench.waiting
     )
     plan = plan_attention_linear(tokens, columns, depth, bench.ranks, bench.figures)
-    cuts = [cut for cut in chunkings(tokens // 2, tokens // 2) if len(cut.own) in (2, 3, 4)]
+    cuts = [cut for cut in chunkings(tokens // 2, tokens // 2) if len(cut) in (2, 3, 4)]
     candidates: dict[str, Run] = {
         "attention, GEMM, NCCL": nccl,
         "attention, GEMM, two-shot": two_shot,
@@ -601,7 +580,9 @@ def _attention(bench: Bench, tokens: int) -> dict[str, Any]:
         PLANNED: lambda: planned.attention_linear_all_reduce(attend, tokens, weight),
     }
     for chunks in dict.fromkeys([*cuts, *([plan.chunks] if plan.chunks else [])]):
-        candidates[f"ours chunks {chunks}"] = lambda chunks=chunks: chunked(attend, weight, chunks)
+        candidates[f"ours chunks {'+'.join(map(str, chunks))}"] = lambda chunks=chunks: chunked(
+            attend, weight, chunks
+        )
     runs: dict[str, Run] = {}
     wrong = {}
     for name, run in candidates.items():

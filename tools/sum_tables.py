@@ -38,7 +38,7 @@ def sums_predicted() -> str:
         plan = plan_linear(tokens, outputs, depth, 2, figures)
         library = plan.others["library"]
         assert isinstance(library, float)
-        cut = f"chunks of {plan.chunks}" if plan.chunks else plan.how
+        cut = f"chunks of {'+'.join(map(str, plan.chunks))}" if plan.chunks else plan.how
         if plan.tiles:
             cut = f"persistent, tiles of {plan.tiles.rows} x {plan.tiles.columns}"
         rows.append(
@@ -87,22 +87,20 @@ def sums() -> str:
 
 
 def sums_of_few() -> str:
-    """Sums of few bytes over two GPUs, and the attention of a prompt with its projection."""
+    """Sums of few bytes over two GPUs."""
     result = result_of("all_reduce")
 
     def told(row: dict[str, Any], name: str) -> str:
         found = row["times"].get(name)
         return "-" if found is None else f"{median(found['microseconds']):.1f}"
 
-    names = (
-        "NCCL", "one_shot_all_reduce", "ours one-shot", "NCCL, norm", "ours one-shot, norm",
-    )  # fmt: skip
+    names = ("NCCL", "one_shot_all_reduce", "ours one-shot", "ours two-shot")
     rows = [
         [f"{row['bytes'] // 1024:,} KB", *(told(row, name) for name in names)]
         for row in result.get("rows", [])
         if row["part"] == "decode"
     ]
-    head = ["sum of", "NCCL", "torch's one-shot", "ours", "NCCL, then the norm", "ours with it"]
+    head = ["sum of", "NCCL", "torch's one-shot", "ours, one-shot", "ours, two-shot"]
     return markdown_table(head, rows)
 
 

@@ -188,7 +188,6 @@ class LinearTilesTable(Schema):
     beside: Seconds
     group: Size = 8
     programs: Size = 1
-    early: bool = False
 
     @pydantic.field_validator("rows", "columns", "depth")
     @classmethod

@@ -32,14 +32,17 @@ def stop(TRAP: tl.constexpr):
         )
 
 
-# A flag is a store of one thread: an atomic exchange would wait for the other GPU to answer.
+# A flag is a store of one thread, since an atomic exchange would wait for the other GPU's answer,
+# and of the last thread, since the first ones go on to start copies.
 _STORE: tl.constexpr = tl.constexpr("""
 {
-    .reg .pred first;
-    .reg .u32 thread;
+    .reg .pred last;
+    .reg .u32 thread, threads;
     mov.u32 thread, %tid.x;
-    setp.eq.u32 first, thread, 0;
-    @first st.release.sys.global.u32 [$1], $2;
+    mov.u32 threads, %ntid.x;
+    sub.u32 threads, threads, 1;
+    setp.eq.u32 last, thread, threads;
+    @last st.release.sys.global.u32 [$1], $2;
     mov.u32 $0, 0;
 }
 """)
@@ -60,20 +63,32 @@ def signal(flag_ptr, epoch):
 
 
 @triton.jit
+def _look(flag_ptr):
+    """Return a flag; what was written before it can then be read, by each thread that looks."""
+    if INTERPRETED:
+        seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys")
+    else:
+        seen = tl.inline_asm_elementwise(
+            "ld.acquire.sys.global.u32 $0, [$1];", "=r,l", [flag_ptr], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    return seen
+
+
+@triton.jit
 def wait(flag_ptr, epoch, late_ptr, patience, TRAP: tl.constexpr):
     """Wait until a flag of this GPU has come to an epoch; all written before it can then be read.
 
     A difference is compared, which stays right where epochs wrap around.
     """
-    seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys")
+    seen = _look(flag_ptr)
     looks = 0
     while (seen - epoch < 0) & (looks < patience):
-        seen = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys")
+        seen = _look(flag_ptr)
         looks += 1
     if seen - epoch < 0:
         tl.store(late_ptr, epoch)
         stop(TRAP)
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -162,50 +177,6 @@ def one_shot(
     tl.store(out_ptr.to(x_ptr.dtype) + at, total, mask=at < words)
     tl.debug_barrier()
     tl.store(epochs_ptr + program, epoch)
-
-
-@triton.jit(do_not_specialize=["patience", "rank"])
-def one_shot_add_rms_norm(
-    x_ptr,  # int32 [rows, words]
-    residual_ptr,  # int32 [rows, words]
-    weight_ptr,  # int32 [words] or None
-    total_ptr,  # [rows, 2 words], of 16 bits
-    out_ptr,  # as total
-    bases_ptr, epochs_ptr, late_ptr, patience, inbox, words, rank,
-    eps, offset,
-    RANKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TRAP: tl.constexpr,
-):  # fmt: skip
-    """Write residual + the sum of the ranks' x, and its norm: a program a row.
-
-    What the ranks send is summed, added and rounded in this order, as by kernels of their own.
-    """
-    row = tl.program_id(0)
-    epoch = tl.load(epochs_ptr + row) + 1
-    column = tl.arange(0, BLOCK)
-    inside = column < words
-    kind: tl.constexpr = out_ptr.dtype.element_ty
-    low, high = _exchanged(
-        x_ptr + row * words, bases_ptr, late_ptr, patience, epoch,
-        inbox + row.to(tl.int64) * (2 * RANKS * words * 8), words, column, inside, rank,
-        kind, RANKS, TRAP,
-    )  # fmt: skip
-    held = tl.load(residual_ptr + row * words + column, mask=inside, other=0)
-    one, other = _halves(held, kind)
-    low = (low.to(kind).to(tl.float32) + one).to(kind).to(tl.float32)
-    high = (high.to(kind).to(tl.float32) + other).to(kind).to(tl.float32)
-    tl.store(total_ptr.to(x_ptr.dtype) + row * words + column, _words(low, high, kind), mask=inside)
-    mean = tl.sum(low * low + high * high) / (2 * words)
-    scale = tl.rsqrt(mean + eps)
-    low, high = low * scale, high * scale
-    if weight_ptr is not None:
-        gains = tl.load(weight_ptr + column, mask=inside, other=0)
-        one, other = _halves(gains, kind)
-        low, high = low * (one + offset), high * (other + offset)
-    tl.store(out_ptr.to(x_ptr.dtype) + row * words + column, _words(low, high, kind), mask=inside)
-    tl.debug_barrier()
-    tl.store(epochs_ptr + row, epoch)
 
 
 @triton.jit

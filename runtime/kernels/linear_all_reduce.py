@@ -95,7 +95,6 @@ def linear_all_reduce(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE: tl.constexpr,  # whether K is a multiple of BLOCK_K
-    EARLY: tl.constexpr,  # read what has arrived before the product; given out_tiles
     TRAP: tl.constexpr,
 ):  # fmt: skip
     """Write the sum of the ranks' x weight^T (+ bias) to `out` of every workspace."""
@@ -124,15 +123,6 @@ def linear_all_reduce(
         tile = tl.where(tile < tiles, tile, tile - tiles)
         owner = tile // share
         row, column = _place(tile, rows, columns, GROUP)
-        if EARLY:
-            # What has arrived comes into registers while the product is computed. Not where the
-            # other rank waits to be told of a tile, in case this waits for what it does then.
-            early = (owner == rank) & (untold < 0)
-            part = tl.zeros((BLOCK_M, BLOCK_N), kind)
-            if early:
-                wait(arrived + tile - owner * share, epoch, late_ptr, patience, TRAP)
-                at, inside = _inside(row, column, M, N, BLOCK_M, BLOCK_N)
-                part = tl.load(own + at, mask=inside, other=0.0)
         total = _product(
             x_ptr, x_tiles, weight_ptr, weight_tiles, row, column, M, N, K, x_stride,
             BLOCK_M, BLOCK_N, BLOCK_K, WHOLE,
@@ -142,29 +132,29 @@ def linear_all_reduce(
             bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)
             total += bias.to(tl.float32)[None, :]
         if BULK:
-            # Whether a sum or what the other rank is to sum: it goes to the other's result.
-            if untold >= 0:
+            before = untold
+            if before >= 0:
                 _sent()
-                signal(workspace(bases_ptr, 1 - rank, flags, epochs_ptr) + untold, epoch)
             place = tile - owner * share
             untold = place
             if owner == rank:
-                at, inside = _inside(row, column, M, N, BLOCK_M, BLOCK_N)
-                if EARLY:
-                    if not early:
-                        wait(arrived + place, epoch, late_ptr, patience, TRAP)
-                        part = tl.load(own + at, mask=inside, other=0.0)
-                    total += part.to(tl.float32)
-                else:
-                    wait(arrived + place, epoch, late_ptr, patience, TRAP)
-                    total += tl.load(own + at, mask=inside, other=0.0).to(tl.float32)
-                tl.store(own + at, total.to(kind), mask=inside)
+                # Before it waits for the other, which may wait for that.
+                if before >= 0:
+                    signal(workspace(bases_ptr, 1 - rank, flags, epochs_ptr) + before, epoch)
+                before = -1
                 untold = -1
+                wait(arrived + place, epoch, late_ptr, patience, TRAP)
+                at, inside = _inside(row, column, M, N, BLOCK_M, BLOCK_N)
+                total += tl.load(own + at, mask=inside, other=0.0).to(tl.float32)
+                tl.store(own + at, total.to(kind), mask=inside)
             if unentered != 0:
                 mine = workspace(bases_ptr, rank, entered, epochs_ptr)
                 wait(mine, epoch, late_ptr, patience, TRAP)
                 unentered = 0
+            # Whether a sum or what the other rank is to sum: it goes into the other's result.
             out_tiles.store([row * BLOCK_M, column * BLOCK_N], total.to(kind))
+            if before >= 0:
+                signal(workspace(bases_ptr, 1 - rank, flags, epochs_ptr) + before, epoch)
         elif owner != rank:
             slot = (rank - owner - 1 + RANKS) % RANKS  # which of the owner's others this rank is
             place = slot * share + tile - owner * share

@@ -138,9 +138,8 @@ def test_reasons_against_plans_are_told():
 @given(st.integers(128, 20000))
 def test_chunks_are_all_of_a_share(rows):
     for chunks in chunkings(rows, rows):
-        for sizes in (chunks.sent, chunks.own):
-            assert sum(sizes) == rows and min(sizes) >= 128
-            assert list(sizes) == sorted(sizes, reverse=True)
+        assert sum(chunks) == rows and min(chunks) >= 128
+        assert list(chunks) == sorted(chunks, reverse=True)
     assert chunkings(rows, rows + 1) == []
 
 
@@ -148,21 +147,15 @@ def test_chunks_are_all_of_a_share(rows):
 def test_chunks_take_as_long_as_their_copies_and_what_they_wait_for(rows, columns, depth):
     only = dataclasses.replace(FIGURES, tiles=(), one_shot_bytes=1, link=1.0, library=1.0)
     plan = plan_linear(rows, columns, depth, 2, only)
-    chunks = plan.chunks
-    assert chunks is not None
-    sent = len(chunks.sent)
-    ends = [sum(chunks.sent[: n + 1]) for n in range(sent)]
-    needs = [
-        next(place for place, end in enumerate(ends) if end >= sum(chunks.own[: n + 1]))
-        for n in range(len(chunks.own))
-    ]
+    assert plan.chunks is not None
+    sent = len(plan.chunks)
     # On one core; what a rank waits for before it computes is a step of no time that needs it.
     work = [
         [
             *(Work(s.compute, ((1 - rank, s.send),)) for s in plan.stages[:sent]),
             *(
                 item
-                for need, s in zip(needs, plan.stages[sent:], strict=True)
+                for need, s in enumerate(plan.stages[sent:])
                 for item in (
                     Work(0.0, (), ((1 - rank, need),)),
                     Work(s.compute, ((1 - rank, s.send),)),
@@ -180,7 +173,7 @@ def test_attention_in_chunks_hides_what_is_sent(rows):
     slow = tuple(dataclasses.replace(tiles, flops=3e14) for tiles in FIGURES.tiles)
     fast = dataclasses.replace(FIGURES, tiles=slow)
     plan = plan_attention_linear(rows, 8192, 4096, 2, fast)
-    assert plan.how == "chunks" and sum(plan.chunks.own) == rows // 2
+    assert plan.how == "chunks" and sum(plan.chunks) == rows // 2
     (told,) = plan.others.values()
     assert isinstance(told, float) and plan.seconds < told
     # As much is computed in chunks as at once, but for launches.
