@@ -25,6 +25,10 @@ import huggingface_hub, onnx, onnx_ir, onnxruntime, torch, transformers
 import torch._inductor.config, torch.export
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+# Python removes folders by descriptors where the system has them, which Windows has not.
+import shutil
+shutil._use_fd_functions = False
+
 ABSENT = (
     "curses", "fcntl", "grp", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty",
 )

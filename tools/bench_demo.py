@@ -26,6 +26,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from genai_speed import decode_speed
+
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, in a small village by the sea,",
@@ -75,28 +79,6 @@ def greedy(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     return answers
 
 
-def decode_speed(folder: Path, prompt: list[int]) -> list[float]:
-    """Return tokens per second of a model, some repetitions."""
-    import onnxruntime_genai as og
-
-    model = og.Model(str(folder))
-    speeds: list[float] = []
-    for repeat in range(REPEATS + 1):
-        params = og.GeneratorParams(model)
-        # Lengths alone end the run, so that every model does the same work.
-        length = len(prompt) + TOKENS
-        params.set_search_options(max_length=length, min_length=length, do_sample=False)
-        generator = og.Generator(model, params)
-        generator.append_tokens(prompt)
-        generator.generate_next_token()
-        start = time.perf_counter()
-        for _ in range(TOKENS - 1):
-            generator.generate_next_token()
-        if repeat:
-            speeds.append((TOKENS - 1) / (time.perf_counter() - start))
-    return speeds
-
-
 def decode_speeds(folders: dict[str, Path], prompt: list[int]) -> dict[str, list[float]]:
     """Return tokens per second of every model, each time in a process of its own, in turns.
 
@@ -106,7 +88,9 @@ def decode_speeds(folders: dict[str, Path], prompt: list[int]) -> dict[str, list
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
         for turn in range(TURNS):
             for name, folder in list(folders.items())[:: -1 if turn % 2 else 1]:
-                speeds[name] += processes.submit(decode_speed, folder, prompt).result()
+                speeds[name] += processes.submit(
+                    decode_speed, folder, prompt, TOKENS, REPEATS
+                ).result()
     return speeds
 
 

@@ -27,33 +27,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from genai_speed import decode_speed
+
 PROMPT = "Once upon a time, in a small village by the sea,"
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai", "numpy")
 LEVELS = (1, 4)
-
-
-def decode_speed(folder: Path, prompt: list[int], tokens: int, repeats: int) -> list[float]:
-    """Return tokens per second of a model, some repetitions."""
-    import time
-
-    import onnxruntime_genai as og
-
-    model = og.Model(str(folder))
-    speeds: list[float] = []
-    for repeat in range(repeats + 1):
-        params = og.GeneratorParams(model)
-        # Lengths alone end the run, so that every model does the same work.
-        length = len(prompt) + tokens
-        params.set_search_options(max_length=length, min_length=length, do_sample=False)
-        generator = og.Generator(model, params)
-        generator.append_tokens(prompt)
-        generator.generate_next_token()
-        start = time.perf_counter()
-        for _ in range(tokens - 1):
-            generator.generate_next_token()
-        if repeat:
-            speeds.append((tokens - 1) / (time.perf_counter() - start))
-    return speeds
 
 
 def all_logits(folder: Path, windows: list[list[int]]) -> list[Any]:
