@@ -105,6 +105,19 @@ def test_what_does_not_fit_the_gpu_stays_on_the_cpu(
     assert model.placement.endswith("GB of weights, and 0.0 GB are free on a GPU")
 
 
+def test_texts_are_read_on_a_gpu_that_has_no_room_a_layer_at_a_time(
+    out: Path, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = open_language_model(str(out), "program", by_layer=True)
+    assert not whole.reads_weights
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 1000)
+    model = open_language_model(str(out), "program", by_layer=True)
+    assert model.device == gpu and model.reads_weights
+    assert "a layer at a time, with 0.0 GB of weights" in model.placement
+    # An artifact holds all of its weights.
+    assert open_language_model(str(out), "torch", by_layer=True).device == torch.device("cpu")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("torch_artifacts")
 def test_an_artifact_for_a_gpu_is_counted_in_16_bits(

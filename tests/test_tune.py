@@ -66,7 +66,7 @@ def test_no_text_is_written_in_seconds_that_only_make_the_writer_ready(left, sec
     options = types.SimpleNamespace(generated_windows=None, steps=None)
     distiller = types.SimpleNamespace(
         options=options, device=torch.device("cuda"), left=lambda: left, dense=tiny_program(),
-        seqlen=64,
+        seqlen=64, streams=False,
     )  # fmt: skip
     most, share = Distiller._generated_windows(distiller)
     assert share == seconds and (most > 0) == (seconds is not None)

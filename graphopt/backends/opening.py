@@ -26,6 +26,7 @@ def open_language_model(
     trust_remote_code: bool = False,
     keep_weights: bool = True,
     offload: bool = False,
+    by_layer: bool = False,
 ) -> LanguageModel:
     """Open a model or an artifact to run it.
 
@@ -40,6 +41,8 @@ def open_language_model(
         keep_weights: See `ProgramModel`.
         offload: Keep keys and values in host memory, where a model.py for a GPU has layers with a
             KV policy, and bring to the device what a step reads.
+        by_layer: Let a program whose weights have no room on a GPU run there a layer at a time,
+            which suits texts that are read at once.
 
     Raises:
         SourceError: There is no such model, or it cannot be read.
@@ -86,7 +89,7 @@ def open_language_model(
             "Run one graphopt, without --ranks and torchrun; or, without graphopt, `torchrun "
             f"--nproc-per-node {ranks} {root / 'model.py'}`.",
         )
-    placement = place(device, backend, weight_bytes(program, itemsize), ranks)
+    placement = place(device, backend, weight_bytes(program, itemsize), ranks, by_layer)
     if offload:
         _check_offload(program, backend, placement)
     model: LanguageModel
@@ -109,7 +112,8 @@ def open_language_model(
             length=context_length(program),
         )
     else:
-        model = ProgramModel(program, keep_weights=keep_weights, device=placement.device)
+        kept = keep_weights and not placement.by_layer
+        model = ProgramModel(program, keep_weights=kept, device=placement.device)
     held = (state.policy for state in program.states.values())
     model.kv_policies = tuple(sorted({policy.kind for policy in held if policy is not None}))
     return _placed(model, placement)

@@ -10,6 +10,7 @@ import torch
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.ir.graph import Program
 from graphopt.support.devices import AUTO, describe_device, found_gpu, free_bytes, usable_device
+from graphopt.support.ranks import here
 
 Backend = Literal["auto", "program", "torch", "onnx"]
 
@@ -25,11 +26,13 @@ class Placement:
         device: The device; of several ranks what theirs are called without a number.
         why: Why it is not the GPU that is here; empty where there is none, or it is.
         ranks: How many processes run it, each on a device of its own; 0 for this one alone.
+        by_layer: Whether weights are brought to the device a layer at a time.
     """
 
     device: torch.device
     why: str = ""
     ranks: int = 0
+    by_layer: bool = False
 
     def sentence(self, backend: str) -> str:
         """Return what is said of it, in one line."""
@@ -38,7 +41,9 @@ class Placement:
         return f"{backend} on {where}{f': {self.why}' if self.why else ''}"
 
 
-def place(name: str, backend: Backend, weight_bytes: int, ranks: int = 0) -> Placement:
+def place(
+    name: str, backend: Backend, weight_bytes: int, ranks: int = 0, by_layer: bool = False
+) -> Placement:
     """Return where a form of a model runs.
 
     Args:
@@ -47,6 +52,8 @@ def place(name: str, backend: Backend, weight_bytes: int, ranks: int = 0) -> Pla
         backend: The form.
         weight_bytes: What its weights take as it computes with them.
         ranks: Over how many devices they are split; 0 for one device.
+        by_layer: Let a program whose weights have no room on a GPU run there all the same, a layer
+            at a time.
 
     Raises:
         UsageError: There is no such device, or ONNX is to run on a GPU; or one device is named for
@@ -63,17 +70,30 @@ def place(name: str, backend: Backend, weight_bytes: int, ranks: int = 0) -> Pla
                 "kernels of its attention are in 16 bits.",
                 "Leave --device out; or run another form, with --backend torch or program.",
             )
+        if by_layer and backend == "program" and device.type == "cuda":
+            return _with_room(device, weight_bytes)
         return Placement(device)
     gpu, cpu = found_gpu(), torch.device("cpu")
     if gpu is None:
         return Placement(cpu)
     if backend == "onnx":
         return Placement(cpu, "it has no GPU kernels in fp32; --backend program runs there")
-    free = free_bytes(gpu)
+    if by_layer and backend == "program":
+        return _with_room(gpu, weight_bytes)
+    free = here().least(free_bytes(gpu))  # ranks that share a text are all in one sort of place
     if weight_bytes > free * ROOM_FOR_THE_REST:
         sizes = f"{weight_bytes / 1e9:.1f} GB of weights, and {free / 1e9:.1f} GB are free"
         return Placement(cpu, f"{sizes} on {describe_device(gpu)}")
     return Placement(gpu)
+
+
+def _with_room(gpu: torch.device, weight_bytes: int) -> Placement:
+    """Return a GPU, whose weights are brought there a layer at a time where they have no room."""
+    free = here().least(free_bytes(gpu))
+    if weight_bytes <= free * ROOM_FOR_THE_REST:
+        return Placement(gpu)
+    sizes = f"{weight_bytes / 1e9:.1f} GB of weights, and {free / 1e9:.1f} GB are free"
+    return Placement(gpu, f"a layer at a time, with {sizes}", by_layer=True)
 
 
 def _place_ranks(name: str, weight_bytes: int, ranks: int) -> Placement:

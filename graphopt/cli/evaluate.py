@@ -104,7 +104,11 @@ def eval_command(
         content = read_text(text) if text is not None else None
         rows = read_piqa(piqa) if piqa is not None else None
         opened = open_language_model(
-            model, backend_named(backend), device=device, trust_remote_code=trust_remote_code
+            model,
+            backend_named(backend),
+            device=device,
+            trust_remote_code=trust_remote_code,
+            by_layer=True,
         )
         tokenizer = load_tokenizer(opened)
         progress("opening", 1, 1)

@@ -21,6 +21,7 @@ from graphopt.support.ranks import here, sharing
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 from graphopt.execute.language_model import LanguageModel
+from graphopt.execute.likelihoods import TOKENS_TOGETHER
 from graphopt.support.per_device import PerDevice
 
 TOKENS_AT_ONCE = PerDevice(cpu=1, gpu=16384)
@@ -187,7 +188,8 @@ def perplexity(
     rows, begin = text_windows(model, tokenizer, text, windows=windows, seqlen=seqlen, bos=bos)
     count = len(rows)
     started = time.perf_counter()
-    first, at_once = max(len(begin), 1), max(1, TOKENS_AT_ONCE.on(model.device) // seqlen)
+    tokens = TOKENS_TOGETHER if model.reads_weights else TOKENS_AT_ONCE.on(model.device)
+    first, at_once = max(len(begin), 1), max(1, tokens // seqlen)
     return PerplexityResult(
         perplexity=window_perplexity(
             model.log_likelihoods, rows, progress, first=first, at_once=at_once

@@ -75,7 +75,7 @@ def piqa_accuracy(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[PiqaRow],
     *,
-    batch: int = 8,
+    batch: int | None = None,
     progress: Progress = silent,
 ) -> PiqaResult:
     """Measure how often the right solution is the likelier one, per character.
@@ -89,10 +89,12 @@ def piqa_accuracy(
     Args:
         rows: See `read_piqa`.
         batch: Sequences that run at once; they are padded on the right, which changes no result.
+            By default 8, and 256 of a model that reads its weights anew for each batch.
 
     Raises:
         UsageError: There are no rows, or `batch` is not positive.
     """
+    batch = (256 if model.reads_weights else 8) if batch is None else batch
     if not rows or batch < 1:
         raise UsageError("PIQA needs at least one question and a batch of at least one.")
     started = time.perf_counter()

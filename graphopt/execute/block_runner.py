@@ -98,6 +98,8 @@ class BlockRunner(Runner):
         parametrisations: The parametrisations of the weights that are trained, by name.
         device: Where to compute.
         groups: Weights that are trained together.
+        keep_weights: Hold on the device what is not trained, after its first use; otherwise a
+            block's weights are brought there each time.
 
     Attributes:
         embedding: Position of the program's first block, behind its embedding.
@@ -112,8 +114,12 @@ class BlockRunner(Runner):
         parametrisations: Mapping[str, Parametrisation],
         device: torch.device,
         groups: Sequence[WeightGroup] = (),
+        *,
+        keep_weights: bool = True,
     ) -> None:
-        super().__init__(program, device=device, autocast=training_autocast(device))
+        super().__init__(
+            program, device=device, keep_weights=keep_weights, autocast=training_autocast(device)
+        )
         self.first, self.stop = first, stop
         blocks = find_blocks(program)
         self.embedding = blocks[0].position

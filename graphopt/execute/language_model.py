@@ -45,6 +45,7 @@ class LanguageModel(ABC):
         device: Where it runs.
         placement: Which form of it runs where, and why there, in one line.
         kv_policies: Kinds of KV policies by which its steps select what they read.
+        reads_weights: Whether every batch reads the weights anew, so that larger ones take less.
     """
 
     backend: ClassVar[str]
@@ -56,6 +57,7 @@ class LanguageModel(ABC):
     device: torch.device = CPU
     placement: str = ""
     kv_policies: tuple[str, ...] = ()
+    reads_weights: bool = False
 
     @abstractmethod
     def start(self, batch: int) -> Any:
@@ -201,7 +203,7 @@ class ProgramModel(LanguageModel):
         self.config, self.generation = program.config, program.generation
         self.tokenizer = Path(program.tokenizer) if program.tokenizer else None
         self.length = context_length(program)
-        self.device = device
+        self.device, self.reads_weights = device, not keep_weights
         self.runner = CheckedRunner(program, device=device, keep_weights=keep_weights)
 
     def log_likelihoods(self, input_ids: Tensor) -> Tensor:

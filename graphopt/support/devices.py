@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 
 from graphopt.errors import GraphoptError, PassError, UsageError
+from graphopt.support import free_memory
 from graphopt.support.boundary import out_of_memory
-from graphopt.support.free_memory import free_bytes as free_bytes
+from graphopt.support.launched import launched
 
 AUTO = "auto"
 """In place of a device's name: the one on which what is run is fastest."""
@@ -18,6 +19,16 @@ AUTO = "auto"
 def found_gpu() -> torch.device | None:
     """Return the GPU that is used where nobody names a device; None where there is none."""
     return torch.device("cuda") if torch.cuda.is_available() else None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory a device has left for this process; 0 where that cannot be known.
+
+    Ranks of one host share its memory, and take about as much each.
+    """
+    free = free_memory.free_bytes(device)
+    found = launched() if device.type == "cpu" else None
+    return free if found is None else free // found.local_world
 
 
 def describe_device(device: torch.device) -> str:

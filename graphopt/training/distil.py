@@ -112,8 +112,9 @@ class Distiller:
             )
         self.windows, self.checked = windows[:-held], windows[-held:]
         sizes = StepSizes.of(
-            self.program, self.dense, options.batch, windows, context, self.blocks_at_once()
-        )
+            self.program, self.dense, options.batch, windows, context, self.blocks_at_once(),
+            streams=self.streams,
+        )  # fmt: skip
         self.tokens_ahead, self.record.batches = sizes.ahead.tokens, sizes.sentences()
         seconds = options.seconds
         if seconds is None and options.steps is None:
@@ -133,8 +134,26 @@ class Distiller:
         return len(find_blocks(self.program))
 
     def home_of(self, program: Program) -> torch.device:
-        """Return where the weights of both models lie, if they fit there."""
-        return self.device
+        """Return where the weights of both models lie: on the host, where they fit no device."""
+        assert self.context.dense is not None
+        used = [*program.used_weights(), *self.context.dense.used_weights()]
+        size = 4 * sum({id(weight.producer): weight.numel for weight in used}.values())
+        return self.home_for(size, 0.5)
+
+    def home_for(self, size: int, share: float) -> torch.device:
+        """Return where weights lie: the device, if they take a share of what is free, or the host.
+
+        Args:
+            size: Their bytes.
+            share: The share, which they have on every rank or on none.
+        """
+        fits = here().least(int(size <= share * free_bytes(self.device)))
+        return self.device if fits else torch.device("cpu")
+
+    @property
+    def streams(self) -> bool:
+        """Whether a block's weights are brought to the device each time, as all have no room."""
+        return self.home != self.device
 
     @staticmethod
     def usual_rate(tokens: int) -> float:
@@ -225,6 +244,8 @@ class Distiller:
         seconds = math.inf if left is None else left * GENERATION_SHARE
         if self.device.type != "cuda" or self.options.steps == 0 or seconds < WRITER_READY:
             return 0, None
+        if self.streams:  # all weights would be brought to the device for every token
+            return 0, None
         behind = self.dense.calls[find_blocks(self.dense)[-1].position].results[0]
         width = evaluate(infer_program(self.dense)[1][behind].shape[-1], {})
         # The dense model's hidden states of them are kept, in 16 bits.
@@ -250,7 +271,9 @@ class Distiller:
             entry: The hidden states in front of it; None to make them of the ids.
         """
         position = find_blocks(program)[first].position
-        runner = BlockRunner(program, position, behind + 1, {}, self.device)
+        runner = BlockRunner(
+            program, position, behind + 1, {}, self.device, keep_weights=not self.streams
+        )
         return HiddenStateCache(runner, ids, entry, self.tokens_ahead)
 
     def parametrisations(self, program: Program, calls: list[Call]) -> dict[str, Parametrisation]:
@@ -309,7 +332,9 @@ class Distiller:
         if schedule.seconds is not None:
             spent = here().clock() - started
             schedule = replace(schedule, seconds=max(schedule.seconds - spent, 0.0))
-        student = BlockRunner(run, first, stop, parametrisations, self.device)
+        student = BlockRunner(
+            run, first, stop, parametrisations, self.device, keep_weights=not self.streams
+        )
         tuner = Tuner(
             student, data, objective, schedule, seed=self.context.seed,
             saved=self._kept_file(what), progress=self.context.progress, what=what,
@@ -323,7 +348,7 @@ class Distiller:
         if tuned.steps:
             with torch.no_grad():
                 for name, parametrisation in student.parametrisations.items():
-                    assign(program, name, parametrisation())
+                    assign(program, name, parametrisation().to(self.home))
         return tuned
 
     @functools.cached_property

@@ -167,6 +167,8 @@ class StepSizes:
         windows: Tensor,
         context: Context,
         blocks: int,
+        *,
+        streams: bool = False,
     ) -> StepSizes:
         """Return the sizes for training a program on a dense one.
 
@@ -175,6 +177,7 @@ class StepSizes:
             windows: The text, int64 [N, S].
             context: Says where to train, and how much memory that may have.
             blocks: How many blocks are trained at once.
+            streams: Whether weights lie on the host: then steps are of the usual size.
 
         Raises:
             PassError: Not even one window fits.
@@ -183,7 +186,7 @@ class StepSizes:
         device, given = context.device, context.memory
         usual = on_device(batch, device)
         ahead = walk_size(program, seq, TOKENS_AHEAD, device, given)
-        if not isinstance(batch, PerDevice) or device.type != "cuda":
+        if not isinstance(batch, PerDevice) or device.type != "cuda" or streams:
             return cls(None, usual, ahead)
         shared = {id(weight.producer) for weight in program.used_weights()}
         more = (w for w in dense.used_weights() if id(w.producer) not in shared)

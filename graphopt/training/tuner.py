@@ -128,7 +128,9 @@ class Tuner:
         self._rated = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._recorded: _Recorded | None = None
         self._moving: _Recorded | None = None
-        self._recordable = cuda and all(group.recordable for group in student.groups)
+        # A record holds weights where they are: none can be brought to the device in it.
+        self._recordable = cuda and student.keep_weights
+        self._recordable &= all(group.recordable for group in student.groups)
         self._eager = 0
 
     def run(self) -> TrainingResult:

@@ -39,7 +39,6 @@ from graphopt.passes.flatquant.structure import (
     transform,
 )
 from graphopt.passes.quantize.quantize import Quantize
-from graphopt.support.devices import free_bytes
 from graphopt.support.per_device import on_device
 from graphopt.support.ranks import here
 from graphopt.training.affine import BlockTransforms, Rounding
@@ -110,8 +109,7 @@ class FlatQuantising(Distiller):
     def home_of(self, program: Program) -> torch.device:
         """Keep large models on the host: a block at a time is on the device then."""
         size = sum(2 * 4 * weight.numel for weight in program.used_weights())
-        fits = size <= LARGE * free_bytes(self.device)
-        return self.device if fits else torch.device("cpu")
+        return self.home_for(size, LARGE)
 
     def blocks_at_once(self) -> int:
         whole = self.options.distil > 0 and self.options.steps != 0

@@ -13,11 +13,13 @@ from trained import LENGTH, book, trained_program
 
 import graphopt as go
 from graphopt.errors import PassError, UsageError
+from graphopt.execute.block_runner import BlockRunner
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks, remove_blocks
 from graphopt.pass_manager.contract import Context, Earlier, make_pass
 from graphopt.passes.fuse_blocks.injection import Injection, group_of, require_equal
 from graphopt.passes.prune_blocks.record import PrunedBlocks
+from graphopt.training.distil import Distiller
 
 TEXT = book()[:10000]
 CPU = torch.device("cpu")
@@ -47,6 +49,26 @@ def fused(dense, tmp_path, pruning, fusion, work=None, **options):
 
 def steps_of(entry):
     return [(step["after"], step["value"]) for step in entry.details["perplexity"]]
+
+
+def test_layers_may_be_brought_to_the_device_one_by_one(dense, tmp_path, monkeypatch):
+    """Where weights have no room on the device, blocks that are not trained are not held there."""
+    options = ("blocks=2", "mode=local,group=3,steps=4,batch=2,warm_start=false")
+    held, _, _ = fused(dense, tmp_path, *options)
+    runners = []
+    made = BlockRunner.__init__
+
+    def noted(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        runners.append(self)
+
+    monkeypatch.setattr(BlockRunner, "__init__", noted)
+    monkeypatch.setattr(Distiller, "streams", True)
+    streamed, _, entry = fused(dense, tmp_path, *options)
+    assert entry.changed == 2
+    assert len(runners) > 4 and not any(runner._kept for runner in runners)
+    for weight in held.used_weights():
+        assert torch.equal(weight.load(), streamed.weights[weight.name].load()), weight.name
 
 
 # ---- the modes, on a trained model ----
