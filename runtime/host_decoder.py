@@ -11,7 +11,7 @@ from torch import Tensor
 from graphopt.ir.kv_host import HostShare, prefill_chunk
 from graphopt.runtime.decoder import Decoder
 from graphopt.runtime.host_kv import HostKV
-from graphopt.runtime.host_layer import LayerShape
+from graphopt.runtime.host_parts import LayerShape
 from graphopt.runtime.kv_cache import fixed_caches
 
 

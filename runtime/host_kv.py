@@ -12,7 +12,8 @@ from graphopt.errors import GraphoptError
 from graphopt.ir.kv_host import HostShare, piece_tokens, prefill_chunk
 from graphopt.runtime.copies import Copies, copies_on, pin
 from graphopt.runtime.host_attention import Job, NoHostKernel, host_kernel, host_memory
-from graphopt.runtime.host_layer import HostLayer, HostStep, LayerShape
+from graphopt.runtime.host_layer import HostLayer
+from graphopt.runtime.host_parts import HostStep, LayerShape
 from graphopt.runtime.host_step import PieceStream, run_in_torch, run_job, warn_of_torch
 from graphopt.support.free_memory import free_bytes
 from graphopt.support.quantities import format_bytes

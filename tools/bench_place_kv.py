@@ -58,7 +58,7 @@ from graphopt.runtime.host_attention import (
     levels_here,
 )
 from graphopt.runtime.host_kv import HostKV
-from graphopt.runtime.host_layer import LayerShape
+from graphopt.runtime.host_parts import LayerShape
 from graphopt.targets import HostFigures, Target, get_target
 
 ROOT = Path(__file__).parents[1]

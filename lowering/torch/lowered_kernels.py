@@ -36,7 +36,8 @@ _POLICY_MODULES = (
 # Those of a model some of whose keys lie in the host's memory.
 _HOST_MODULES = (
     "errors", "quantities", "free_memory", "native_library", "driver", "copies", "kv_host",
-    "host_attention", "host_step", "host_layer", "host_kv", "host_decoder", "host_dispatch",
+    "host_attention", "host_step", "host_parts", "host_layer", "host_kv", "host_decoder",
+    "host_dispatch",
 )  # fmt: skip
 
 

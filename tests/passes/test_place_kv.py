@@ -15,7 +15,9 @@ from graphopt.ir.kv_host import HostShare, prefill_chunk
 from graphopt.ir.printer import print_program
 from graphopt.pass_manager.contract import Context
 from graphopt.pass_manager.pipeline import Pipeline
-from graphopt.passes.place_kv import RESERVE, PlacedKV, PlaceKV
+from graphopt.passes.place_kv.place_kv import PlaceKV
+from graphopt.passes.place_kv.record import PlacedKV
+from graphopt.passes.place_kv.room import RESERVE
 from graphopt.targets import get_target
 
 CONTEXT = 20_000

@@ -11,16 +11,15 @@ import torch
 from pydantic import Field
 
 from graphopt.errors import PassError, UsageError
-from graphopt.execute.memory_fit import predict_step
 from graphopt.ir.context import context_length, position_table
 from graphopt.ir.graph import Program
 from graphopt.ir.host_placement import reason_to_stay, rounded_bits, with_hosts
 from graphopt.ir.kv_host import prefill_chunk
 from graphopt.ir.kv_memory import row_bytes
-from graphopt.ir.ops.attention import ATTENTIONS
-from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B
 from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
+from graphopt.passes.place_kv.record import LayerPlace, PlacedKV
+from graphopt.passes.place_kv.room import RESERVE, computing, has_codes
 from graphopt.plan.host_kv import (
     HostedLayer,
     KVPlan,
@@ -32,130 +31,13 @@ from graphopt.plan.host_kv import (
 )
 from graphopt.plan.kv_policy import decode_figures
 from graphopt.plan.measure_host import read_measured_host
-from graphopt.plan.spec import HEAD_SIZES
-from graphopt.report.pictures import facts_table, sentences, table
 from graphopt.report.record import Record
 from graphopt.support.devices import found_gpu
 from graphopt.support.quantities import format_bytes, parse_bytes
 from graphopt.targets import HostFigures, Target, get_target, newest_gpu
 
-RESERVE = 10**9
-"""Bytes of a GPU that are left to the driver, and to what an allocator cannot use."""
-
 CONTEXT = 32768
 """Tokens of a text where neither an option nor the model says how many."""
-
-
-@dataclass(frozen=True)
-class LayerPlace:
-    """Where the keys of one layer lie.
-
-    Attributes:
-        state: Its name.
-        way: `device`, `host`, `streamed` or `split`.
-        resident, streamed, computed: Tokens of a text on the device, copied to it in each step, and
-            attended to by the host's processors.
-        seconds: What its attention is predicted to take in a step.
-        others: The same of the ways that were not chosen.
-    """
-
-    state: str
-    way: str
-    resident: int
-    streamed: int
-    computed: int
-    seconds: float
-    others: dict[str, float]
-
-
-class PlacedKV(Record):
-    """What lies where, and why.
-
-    Attributes:
-        method: Of the plan.
-        target: Whose figures it is made by.
-        measured: Where the host's figures were measured; "" for the target's own.
-        gpu: Bytes of the GPU.
-        weights, activations, other, buffers: Bytes of it for weights, for what a part of a prompt
-            computes, for keys that cannot lie elsewhere, and for pieces on their way.
-        room: Bytes that are left to keys.
-        context, batch: Tokens of a text, and texts.
-        device, host: Bytes of keys on either side.
-        moved, read: Bytes that a step copies to the device, and that the host's processors read.
-        seconds: What a step is predicted to take.
-        streamed_seconds: The same with all of these keys on the host, copied in every step.
-        layers: Of each layer.
-    """
-
-    method: str
-    target: str
-    measured: str
-    gpu: int
-    weights: int
-    activations: int
-    other: int
-    buffers: int
-    room: int
-    context: int
-    batch: int
-    device: int
-    host: int
-    moved: int
-    read: int
-    seconds: float
-    streamed_seconds: float
-    layers: list[LayerPlace]
-
-    def _placed(self) -> list[LayerPlace]:
-        return [layer for layer in self.layers if layer.way != "device"]
-
-    def line(self) -> str:
-        placed = self._placed()
-        texts = "one text" if self.batch == 1 else f"{self.batch} texts"
-        of = f"{texts} of {self.context:,} tokens"
-        if not placed:
-            return f"all keys of {of} fit the GPU: {format_bytes(self.device)}"
-        faster = self.streamed_seconds / self.seconds
-        return (
-            f"{len(placed)} of {len(self.layers)} layers have keys on the host, "
-            f"{format_bytes(self.host)} for {of}; {self.batch / self.seconds:.3g} tokens/s "
-            f"predicted, {faster:.2f} times as many as with all of them copied in every step"
-        )
-
-    def card(self) -> str:
-        facts = facts_table([
-            ("GPU", format_bytes(self.gpu)),
-            ("left to the driver", format_bytes(RESERVE)),
-            ("weights", format_bytes(self.weights)),
-            ("computing a part of a prompt", format_bytes(self.activations)),
-            ("keys that stay", format_bytes(self.other) if self.other else ""),
-            ("pieces on their way", format_bytes(self.buffers)),
-            ("room for keys", format_bytes(self.room)),
-            ("keys on the GPU", format_bytes(self.device)),
-            ("keys on the host", format_bytes(self.host)),
-            ("copied to the GPU for a token", format_bytes(self.moved)),
-            ("read by the host for a token", format_bytes(self.read)),
-        ])  # fmt: skip
-        names = {
-            "device": "on the GPU", "host": "the host attends", "streamed": "copied in every step",
-            "split": "divided",
-        }  # fmt: skip
-        rows = [
-            (
-                layer.state, names[layer.way], f"{layer.resident:,}", f"{layer.streamed:,}",
-                f"{layer.computed:,}", f"{1e3 * layer.seconds:,.2f} ms",
-                ", ".join(f"{names[n]} {1e3 * s:,.2f} ms" for n, s in layer.others.items()) or "–",
-            )
-            for layer in self.layers
-        ]  # fmt: skip
-        heads = (
-            "keys of", "how", "tokens on the GPU", "tokens copied", "tokens of the host", "a step",
-            "otherwise",
-        )  # fmt: skip
-        figures = f"By figures that were measured: {self.measured}." if self.measured else (
-            f"By the figures of {self.target}.toml."
-        )  # fmt: skip
-        return sentences([f"{self.line()}.", figures]) + facts + table(heads, rows, heads[2:6])
 
 
 @register_pass
@@ -276,7 +158,7 @@ class PlaceKV(Pass):
                     continue
                 state = program.states[call.caches[cache.slot]]
                 sizes = (state.k_dim, state.v_dim)
-                bits = rounded_bits(call, cache) if all(map(_has_codes, sizes)) else 16
+                bits = rounded_bits(call, cache) if all(map(has_codes, sizes)) else 16
                 k, v = (
                     2 * dim if bits == 16 else row_bytes(dim, bits)
                     for dim in (state.k_dim, state.v_dim)
@@ -293,7 +175,7 @@ class PlaceKV(Pass):
         machine, tokens = self._machine(), self._context(program)
         figures, gpu = self._host_figures(machine), self._gpu_bytes()
         chunk = min(prefill_chunk(self.batch), tokens)
-        weights, activations = _computing(program, self.batch, chunk)
+        weights, activations = computing(program, self.batch, chunk)
         hosted = {layer.name for layer in layers}
         other = sum(
             int(sympy.sympify(state.nbytes(tokens, 2)).subs(B, self.batch))
@@ -376,28 +258,3 @@ class PlaceKV(Pass):
                 "Give gpu=24GB, or how much it has.",
             )
         return int(torch.cuda.get_device_properties(device).total_memory)
-
-
-def _computing(program: Program, batch: int, tokens: int) -> tuple[int, int]:
-    """Return the bytes of weights, and of what reading a part of a prompt takes beside keys."""
-    dtype = torch.float16 if program.checkpoint_dtype == torch.float16 else torch.bfloat16
-    found = predict_step(program, "prefill", batch=batch, seq=tokens, dtype=dtype)
-    weights, keys = (found.categories.get(kind, 0) for kind in ("weight", "kv"))
-    # Parts of attention are merged in fp32: two outputs, their sum and a product.
-    merging = 4 * torch.float32.itemsize * batch * tokens * _widest(program)
-    return weights, found.allocated - weights - keys + merging
-
-
-def _has_codes(dim: int) -> bool:
-    """Return whether kernels read codes of heads of this size, so that caches keep them."""
-    return HEAD_SIZES[0] <= dim <= HEAD_SIZES[1] and dim & (dim - 1) == 0
-
-
-def _widest(program: Program) -> int:
-    """Return the most features that all heads of an attention give for a token."""
-    return max(
-        int(types[node.outputs[0]].shape[1]) * int(types[node.outputs[0]].shape[3])
-        for call, types in zip(program.calls, infer_program(program)[0], strict=True)
-        for node in program.functions[call.function].nodes
-        if node.op in ATTENTIONS
-    )

@@ -1,0 +1,1 @@
+"""`place-kv`: the pass, what a GPU has room for, and what it tells."""
