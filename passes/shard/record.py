@@ -126,6 +126,7 @@ class ShardedProgram(Record):
                          si(p.bytes_rank, "B")]
                         for p in self.split
                     ],
+                    numbers=("number", "bytes", "a rank's"),
                 ),
                 "<h3>Left whole</h3>" if self.whole else "",
                 table(
@@ -134,6 +135,7 @@ class ShardedProgram(Record):
                         [escape(p.what), escape(p.reason), str(p.weights), si(p.bytes, "B")]
                         for p in self.whole
                     ],
+                    numbers=("number", "bytes, on each rank"),
                 )
                 if self.whole
                 else "",

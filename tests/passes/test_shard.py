@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,21 +17,23 @@ from programs import tiny_program
 from ranks import run_program, run_ranks
 
 from graphopt import Pipeline
-from graphopt.errors import PassError, UsageError
+from graphopt.errors import PassError, UsageError, VerifyError
 from graphopt.execute.interpreter import Runner
 from graphopt.execute.workloads import program_workload
 from graphopt.inspection import inspect_program
-from graphopt.ir import Array, Packed, Value, Weight
+from graphopt.ir import Array, KVLayout, Packed, Value, Weight
 from graphopt.ir.attach_policy import with_policies
 from graphopt.ir.feed_forward import Split as Neurons
 from graphopt.ir.kv_policies import policy_from_dict
 from graphopt.ir.parse import parse_program
 from graphopt.ir.printer import print_program
 from graphopt.ir.ranks import group_of, rank_program
+from graphopt.ir.relayout import with_layouts
 from graphopt.ir.verify import verify
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.pass_manager.pipeline import DEFAULT_RECIPE
 from graphopt.passes.shard.record import ShardedProgram
+from graphopt.passes.shard.shard import Shard
 
 ROUNDINGS = 1e-13
 """Allowed error in fp64, of the largest logit: a few hundred roundings one on another."""
@@ -132,6 +136,31 @@ def test_the_pipeline_verifies_it(family):
     entry = report.passes[-1]
     assert entry.name == "shard" and entry.verification == "passed"
     assert entry.max_abs_logit_delta < entry.tolerance and entry.kl < 1e-9
+
+
+class Wrong(Shard):
+    """Splits, and makes one mistake that no shape and no layout shows."""
+
+    mistake: ClassVar[str]
+
+    def run(self, program, context):
+        result = super().run(program, context)
+        weights = result.program.weights
+        if self.mistake == "rows":
+            name, value = "tensor_parallel.first_rows", torch.tensor([0, 48])
+        else:
+            name = "layers.1.self_attn.v_proj.weight"
+            value = weights[name].load().flip(0)
+        weights.replace(dataclasses.replace(weights[name], producer=Array(value)))
+        return result
+
+
+@pytest.mark.parametrize("mistake", ["rows", "order"])
+def test_the_pipeline_finds_wrong_parts(mistake, monkeypatch):
+    monkeypatch.setattr(Wrong, "mistake", mistake, raising=False)
+    program = tiny_program(cache=True)
+    with pytest.raises(VerifyError, match="'shard' is exact but moved the logits"):
+        Pipeline([Wrong(tp=2, device="cpu")]).run(program)
 
 
 # Structures that families do not have
@@ -264,6 +293,23 @@ def test_policies_select_pages_by_a_ranks_heads(policy, kv_heads, split):
             found.append(outputs[0])
         worst = max(worst, float((found[0] - found[1]).abs().max() / found[0].abs().max()))
     assert worst < ROUNDINGS
+
+
+def test_rings_and_pages_hold_a_ranks_heads():
+    layouts = {"kv.0": KVLayout("ring", 4), "kv.1": KVLayout("paged", 4)}
+    program = with_layouts(tiny_program(cache=True, window=3, layers=3), layouts)
+    split = sharded(program).program
+    assert split.states["kv.0"].layout == KVLayout("ring", 4)
+    found = []
+    for own in (program, split):
+        runner, cache, steps = Runner(own, dtype=torch.float64), None, []
+        for start, stop in ((0, 6), (6, 7), (7, 12)):
+            ids = torch.arange(start, stop).repeat(2, 1)
+            mask = torch.ones(2, stop, dtype=torch.long)
+            outputs, cache = runner.run({"input_ids": ids, "attention_mask": mask}, cache)
+            steps.append(outputs[0])
+        found.append(torch.cat(steps, 1))
+    assert float((found[0] - found[1]).abs().max() / found[0].abs().max()) < ROUNDINGS
 
 
 def test_transforms_over_all_features_get_them_put_together():
