@@ -4,58 +4,26 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
-import re
-import textwrap
 from collections.abc import Collection
 
 from graphopt.errors import LoweringError
 from graphopt.ir import functional
-from graphopt.ir.context import position_table, rotary_switch
+from graphopt.ir.context import rotary_switch
 from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.graph import Function, Node, Program, resolve_attrs
-from graphopt.ir.ops import is_aten
 from graphopt.ir.ops.attention import ATTENTIONS
-from graphopt.ir.ranks import group_of, is_sharded
+from graphopt.ir.ranks import is_sharded
 from graphopt.ir.shapes import infer_program
-from graphopt.lowering.torch import packed, ranks, step_template, template
+from graphopt.lowering.torch import load_template, packed, ranks, step_template, template
 from graphopt.lowering.torch.body import reads_present
 from graphopt.lowering.torch.classes import ModuleClass
-from graphopt.lowering.torch.lowered_kernels import (
-    TORCH_NAMES,
-    LoweredKernels,
-    lower_attentions,
-)
+from graphopt.lowering.torch.head import head_text
+from graphopt.lowering.torch.lowered_kernels import lower_attentions
 from graphopt.lowering.torch.model import ModelClass
 from graphopt.lowering.torch.passes import lower
-from graphopt.lowering.torch.text import HELPERS, WIDTH, class_name, prose, quoted, wrap
+from graphopt.lowering.torch.text import HELPERS, class_name
 from graphopt.runtime import chat
-from graphopt.sources.generation import GenerationSettings
 from graphopt.support.plain import plain_text_source
-
-_STANDARD = {
-    "argparse": "import argparse",
-    "contextlib": "import contextlib",
-    "importlib": "import importlib.util",
-    "inspect": "import inspect",
-    "json": "import json",
-    "os": "import os",
-    "re": "import re",
-    "subprocess": "import subprocess",
-    "sys": "import sys",
-    "Iterator": "from collections.abc import Collection, Iterator, Mapping, Sequence",
-    "datetime": "from datetime import datetime",
-    "Path": "from pathlib import Path",
-    "ModuleType": "from types import ModuleType",
-    "Any": "from typing import Any",
-}
-_LIBRARIES = {
-    "torch": "import torch",
-    "dist": "import torch.distributed as dist",
-    "F": "import torch.nn.functional as F",
-    "safe_open": "from safetensors import safe_open",
-    "Tensor": "from torch import Tensor, nn",
-}
 
 
 def render_model(program: Program, target: str = "cpu", lowered: Program | None = None) -> str:
@@ -82,13 +50,13 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
     model = "\n".join(whole.lines())
     parts = ["\n".join(made.lines()) for made in classes.values()]
     if "under(" in model:
-        parts.append(template.UNDER.strip())
+        parts.append(load_template.UNDER.strip())
     helpers = {name for made in classes.values() for name in made.body.helpers}
     if packed.CLASS_NAME in helpers.difference(ahead):
         parts.insert(0, packed.CLASS.strip())
         helpers.add("dequantise")
     if " = pack(" in "".join(parts):
-        parts.append(template.PACK.strip())
+        parts.append(load_template.PACK.strip())
     used = [name for name in ahead if name in helpers]
     steps = _steps(program, classes, fixed_room=unmasked and with_kernels)
     if kernels is not None and "kernels.Decoder" not in steps:
@@ -107,8 +75,8 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
         *parts,
         model,
         "# Loading and running.",
-        *([template.OWN_PART.strip()] if of_ranks else []),
-        template.load(with_kernels, of_ranks).strip(),
+        *([load_template.OWN_PART.strip()] if of_ranks else []),
+        load_template.load(with_kernels, of_ranks).strip(),
         *([template.PACKAGE.strip()] if in_arena and not apart else []),
         steps,
         template.generate(rotary_switch(program), in_arena, of_ranks).strip(),
@@ -119,10 +87,7 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
         template.main(with_kernels, in_arena, of_ranks).strip(),
     ]
     text = "\n\n\n".join(body)
-    head = [_docstring(program, kernels), "from __future__ import annotations"]
-    head += [_imports(text, _STANDARD), _imports(text, _LIBRARIES)]
-    head.append("\n".join(_names(program, text, kernels)))
-    return "\n\n".join(head) + f"\n\n\n{text}\n"
+    return f"{head_text(program, text, kernels)}\n\n\n{text}\n"
 
 
 def _check_layouts(program: Program) -> None:
@@ -209,17 +174,6 @@ def _causal(program: Program) -> bool:
     )
 
 
-# What the host has to know before the next kernel can be started.
-_HOST = ("grouped_mm_fallback", "nonzero", "item", "masked_select", "bincount")
-
-
-def _recordable(program: Program) -> bool:
-    """Return whether a step is the same kernels each time, so that a CUDA graph can hold it."""
-    used = {call.function for call in program.calls}
-    ops = {node.op for name in used for node in program.functions[name].nodes}
-    return not any(is_aten(op) and op.split(".")[1] in _HOST for op in ops)
-
-
 def _classes(program: Program) -> dict[str, ModuleClass]:
     """Return the class of every function that is called, in order of the first call.
 
@@ -281,65 +235,3 @@ def _sources(helpers: Collection[str]) -> list[str]:
         if name in helpers and name not in found:
             visit(name)
     return list(found.values())
-
-
-def _docstring(program: Program, kernels: LoweredKernels | None) -> str:
-    where = "in plain PyTorch" if kernels is None else f"for {prose(kernels.target.title)}"
-    about = f"{prose(program.name)}: a language model {where}, written by graphopt."
-    origin = f"Made from {prose(program.source)}. " if program.source else ""
-    needs = "torch and safetensors, and model.safetensors"
-    if kernels is not None:
-        needs = f"{', '.join(kernels.packages)}, and model.safetensors and kernels"
-    elif any(state.policy for state in program.states.values()):
-        needs += " and policies"
-    prompts = "--prompt needs tokenizers, and jinja2 where the model has a chat template."
-    rest = f"{origin}Needs {needs} beside this file. {prompts}"
-    start = "python"
-    if is_sharded(program):
-        count = len(group_of(program))
-        start = f"torchrun --nproc-per-node {count}"
-        needs += " and ranks"
-    usage = f"""
-    {start} model.py --prompt "What is the capital of France?"
-    {start} model.py 1 2 3 --new 16
-
-    from model import generate, load
-    print(generate(load(), [1, 2, 3], count=16))
-"""
-    first, second = (textwrap.fill(text, WIDTH - 4) for text in (about, rest))
-    return f'"""{first}\n\n{second}\n{usage}"""'
-
-
-def _imports(text: str, statements: dict[str, str]) -> str:
-    used = [line for name, line in statements.items() if re.search(rf"\b{name}\b", text)]
-    return "\n".join(used)
-
-
-def _names(program: Program, text: str, kernels: LoweredKernels | None) -> list[str]:
-    """Return the definitions that stand above everything else."""
-    lines = ["aten = torch.ops.aten"] if re.search(r"\baten\.", text) else []
-    lines.append("KV = tuple[Tensor, Tensor]  # keys and values of a layer: [B,heads,tokens,size]")
-    constants = ", ".join(quoted(weight.name) for weight in program.weights if weight.constant)
-    lines += wrap(f"CONSTANTS: set[str] = {{{constants}}}" if constants else _NO_CONSTANTS, 0)
-    if kernels is not None:
-        lines.append(f"DTYPE = torch.{TORCH_NAMES[kernels.dtype]}  # what it computes in, on a GPU")
-    ends = list(GenerationSettings.of(program.config, program.generation).eos_token_id)
-    about, end = "tokens that end a text", f"END: list[int] = {ends}"
-    if len(end) + 4 + len(about) <= WIDTH:
-        lines.append(f"{end}  # {about}")
-    else:
-        lines += [f"# {about.capitalize()}.", *wrap(end, 0)]
-    limits = json.dumps(chat.CHAT_LIMITS)
-    lines.append(f"CHAT_LIMITS = {limits}  # of a chat template")
-    table = position_table(program)
-    rows = None if table is None else table[1]
-    lines.append(f"POSITIONS: int | None = {rows}  # rows of its table of positions, if it has one")
-    if "RECORDS" in text:
-        why = "a step is the same kernels each time"
-        lines.append(
-            f"RECORDS = {_recordable(program)}  # whether {why}, so that a graph can hold it"
-        )
-    return lines
-
-
-_NO_CONSTANTS = "CONSTANTS: set[str] = set()"

@@ -189,11 +189,12 @@ def test_the_text_is_that_of_every_rank() -> None:
     ):
         assert line in text, line
     assert "[(1, 8, 8)] * 2" in text  # a key head of two, in each layer
-    assert set(source_files(program, "cpu")) == {
-        "model.py", "ranks/__init__.py", "ranks/package_digest.py", "ranks/ranks.py",
-        "ranks/split_weights.py",
-    }  # fmt: skip
+    files = [name for name in source_files(program, "cpu") if name.startswith("ranks/")]
+    assert files == [
+        f"ranks/{name}.py" for name in ("__init__", "package_digest", "ranks", "split_weights")
+    ]
     assert "ranks" not in render_model(tiny_program(cache=True))
+    assert "Needs torch and safetensors, and model.safetensors and ranks beside" in text
 
 
 @pytest.mark.slow
