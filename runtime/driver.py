@@ -24,7 +24,24 @@ Parameters = Mapping[str, Any]
 _SHARED_BY_DEFAULT = 49152
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _ERROR_LOG, _ERROR_LOG_SIZE = 5, 6  # of CUjit_option
+_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _NO_IMAGE, _BAD_PTX, _TOO_NEW_PTX = 209, 218, 222  # of CUresult
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: which, and its value in 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("gap", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )  # fmt: skip
 
 
 class DriverError(RuntimeError):
@@ -108,18 +125,29 @@ class Function:
     def __init__(self, module: Module, handle: ctypes.c_void_p, name: str, shared: int) -> None:
         self._module, self._handle, self._name, self._shared = module, handle, name, shared
 
-    def launch(self, grid: tuple[int, ...], threads: int, pointers: ctypes.Array[Any]) -> None:
+    def launch(
+        self,
+        grid: tuple[int, ...],
+        threads: int,
+        pointers: ctypes.Array[Any],
+        early: bool = False,
+    ) -> None:
         """Start the kernel on torch's current stream; `pointers` are those of its arguments.
+
+        Args:
+            early: Before the kernel in front has ended, for which the kernel itself waits.
 
         Raises:
             DriverError: It could not be started.
         """
-        x, y, z = (*grid, 1, 1)[:3]
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        attributes = (_Attribute * 1)(_Attribute(_EARLY, 0, (ctypes.c_int * 16)(1)))
+        launch = _Launch(
+            (ctypes.c_uint * 3)(*(*grid, 1, 1)[:3]), (ctypes.c_uint * 3)(threads, 1, 1),
+            self._shared, stream, attributes, int(early),
+        )  # fmt: skip
         check_status(
-            cuda_driver().cuLaunchKernel(
-                self._handle, x, y, z, threads, 1, 1, self._shared, stream, pointers, None
-            ),
+            cuda_driver().cuLaunchKernelEx(ctypes.byref(launch), self._handle, pointers, None),
             f"cannot start {self._name} on a grid of {grid}",
         )
 

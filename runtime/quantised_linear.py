@@ -19,7 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphopt.ir import functional
 from graphopt.runtime.fitting_tiles import with_fewer_stages
-from graphopt.runtime.fused import overlapping, runs_by_kernel
+from graphopt.runtime.fused import act_mul, overlapping, runs_by_kernel
+from graphopt.runtime.packed_few import launch_few
 from graphopt.runtime.quantised_tiles import (
     IntegerTiles,
     PackedTiles,
@@ -382,40 +383,97 @@ class QuantisedKernels:
         self._tiles = tiles
 
     def packed_linear(
-        self, x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None
+        self, x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, act: str = ""
     ) -> Tensor:
-        """As `functional.packed_linear`."""
+        """As `functional.packed_linear`, or with `act` as `functional.gated_packed_linear`."""
         codes = weight.packed_codes()
         if codes is None or not runs_by_kernel(x) or x.dtype != codes.scales.dtype:
-            return functional.packed_linear(x, weight, bias)
-        return self.linear_of_codes(x, codes, bias)
+            return _gated(functional.packed_linear(x, weight, bias), act)
+        return self.linear_of_codes(x, codes, bias, act)
 
-    def linear_of_codes(self, x: Tensor, weight: PackedCodes, bias: Tensor | None = None) -> Tensor:
+    def gated_packed_linear(
+        self, x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None, *, act: str
+    ) -> Tensor:
+        """As `functional.gated_packed_linear`."""
+        return self.packed_linear(x, weight, bias, act)
+
+    def linear_of_codes(
+        self, x: Tensor, weight: PackedCodes, bias: Tensor | None = None, act: str = ""
+    ) -> Tensor:
         """Return x weight^T + bias: x [..., K] of 16 bits, on the device of the weight."""
         rows = _rows_of(x)
-        tiles = tiles_for(len(rows), self._tiles.packed)
-        if tiles is None:
-            return functional.linear(x, launch_unpack(weight, x.dtype), bias)
-        y = launch_packed(rows, weight, bias, tiles, self._tiles.cores)
+        y = self._of_few(rows, weight, bias, None, act)
+        if y is None:
+            tiles = tiles_for(len(rows), self._tiles.packed)
+            if tiles is None:
+                y = functional.linear(rows, launch_unpack(weight, x.dtype), bias)
+            else:
+                y = launch_packed(rows, weight, bias, tiles, self._tiles.cores)
+            y = _gated(y, act)
         return y.view(*x.shape[:-1], y.shape[-1])
 
+    def _of_few(
+        self,
+        x: Tensor,
+        weight: PackedCodes,
+        bias: Tensor | None,
+        x_scales: Tensor | None,
+        act: str,
+    ) -> Tensor | None:
+        """Return the product by the kernel for few tokens; None where it does not run."""
+        tiles = tiles_for(len(x), self._tiles.few)
+        found = None if tiles is None else launch_few(x, weight, bias, tiles, x_scales, act)
+        return None if found is None else found[0]
+
     def integer_linear(
-        self, codes: Tensor, scales: Tensor, weight: QuantisedWeight, bias: Tensor | None = None
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        weight: QuantisedWeight,
+        bias: Tensor | None = None,
+        act: str = "",
     ) -> Tensor:
-        """As `functional.integer_linear`."""
+        """As `functional.integer_linear`, or with `act` as `functional.gated_integer_linear`."""
         packed = weight.packed_codes()
         if packed is None or not runs_by_kernel(packed.scales):
-            return functional.integer_linear(codes, scales, weight, bias)
-        return self.integer_linear_of_codes(codes, scales, packed, bias)
+            return _gated(functional.integer_linear(codes, scales, weight, bias), act)
+        return self.integer_linear_of_codes(codes, scales, packed, bias, act)
+
+    def gated_integer_linear(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        weight: QuantisedWeight,
+        bias: Tensor | None = None,
+        *,
+        act: str,
+    ) -> Tensor:
+        """As `functional.gated_integer_linear`."""
+        return self.integer_linear(codes, scales, weight, bias, act)
 
     def integer_linear_of_codes(
-        self, codes: Tensor, scales: Tensor, weight: PackedCodes, bias: Tensor | None = None
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        weight: PackedCodes,
+        bias: Tensor | None = None,
+        act: str = "",
     ) -> Tensor:
         """Return (codes * scales) weight^T + bias: int8 [..., K] and fp32 [...].
 
         In the dtype of the weight's scales.
         """
-        rows, own, dtype = _rows_of(codes), scales.reshape(-1), weight.scales.dtype
+        rows, own = _rows_of(codes), scales.reshape(-1)
+        y = self._of_few(rows, weight, bias, own, act)
+        if y is None:
+            y = _gated(self._of_integers(rows, own, weight, bias), act)
+        return y.view(*codes.shape[:-1], y.shape[-1])
+
+    def _of_integers(
+        self, rows: Tensor, own: Tensor, weight: PackedCodes, bias: Tensor | None
+    ) -> Tensor:
+        """Return the product of int8 [M, K] and fp32 [M] by the kernels in Triton."""
+        dtype = weight.scales.dtype
         # Of a few tokens reading the weight takes longer than any product.
         few = tiles_for(len(rows), self._tiles.packed[:1])
         exact = weight.zeros is None
@@ -437,7 +495,15 @@ class QuantisedKernels:
         else:
             x = (rows * own[:, None]).to(dtype)
             y = functional.linear(x, launch_unpack(weight, dtype), bias)
-        return y.view(*codes.shape[:-1], y.shape[-1])
+        return y
+
+
+def _gated(y: Tensor, act: str) -> Tensor:
+    """Return act(first) second of both halves of rows; without `act` the rows."""
+    if not act:
+        return y
+    gate, up = y.chunk(2, -1)
+    return act_mul(gate, up, act)
 
 
 def _rows_of(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,23 @@ class PackedTiles:
     stages: int
     programs: int
     unroll: int = 0
+
+
+@dataclass(frozen=True)
+class FewTiles:
+    """How the kernel in CUDA C++ cuts a product of up to so many tokens.
+
+    Attributes:
+        tokens: The most tokens for which these are taken, 16 or fewer.
+        warps: Of a block of threads; each has spans of its own.
+        row_tiles: Tiles of 16 outputs of a block.
+        ahead: Spans of codes that a warp has on their way in registers.
+    """
+
+    tokens: int
+    warps: int
+    row_tiles: int
+    ahead: int
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,8 @@ class QuantisedTiles:
             the weight is unpacked as a whole for a dense product.
         integer_packed: The same for codes as activations, multiplied as int8.
         integer: For a weight that was unpacked.
+        few: Of the kernel in CUDA C++, the fewest tokens first; of more tokens than the last, or
+            where it does not run, `packed` says.
     """
 
     cores: int
@@ -65,9 +85,13 @@ class QuantisedTiles:
     packed: tuple[PackedTiles, ...]
     integer_packed: tuple[PackedTiles, ...]
     integer: IntegerTiles
+    few: tuple[FewTiles, ...] = ()
 
 
-def tiles_for(tokens: int, tiles: tuple[PackedTiles, ...]) -> PackedTiles | None:
+Tiles = TypeVar("Tiles", PackedTiles, FewTiles)
+
+
+def tiles_for(tokens: int, tiles: tuple[Tiles, ...]) -> Tiles | None:
     """Return the tiles for a number of tokens; None where there are more than the last are for."""
     return next((row for row in tiles if tokens <= row.tokens), None)
 

@@ -26,7 +26,10 @@ from graphopt.runtime.fused import (
     runs_by_kernel,
     strides_of_rows,
 )
+from graphopt.runtime.kronecker import launch_many
 
+MANY_TOKENS = 512
+"""From how many on the kernel in CUDA C++ has some for each block, of which one is on its way."""
 LARGEST_TILE = 32768
 """Elements of a token that a program holds at most: 64 numbers of each of its 512 threads."""
 
@@ -238,6 +241,13 @@ class TransformKernels:
         if not n1 and not n2:
             n1 = 1
         sizes = n1 or width // n2, n2 or width // n1
+        if left is not None and right is not None and x.numel() >= MANY_TOKENS * width:
+            found = launch_many(
+                x, left, right, before=before, y=y, weight=weight, eps=eps, offset=offset,
+                bits=bits, pairs=pairs, clip_low=clip_low, clip_high=clip_high,
+            )  # fmt: skip
+            if found is not None:
+                return found
         own = _shared_bytes_of(x.device)
         room = self._shared_bytes if own is None else min(self._shared_bytes, own)
         if _fits(left, right, sizes, room):

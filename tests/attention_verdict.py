@@ -238,9 +238,9 @@ def started_kernel(
             found = prefill(kernel, posed.q, posed.keys, constants, **common, **posed.options)
         return (*found, {"shared": kernel.shared, "wgmma": kernel.wgmma})
     if drawn.kernel == "hopper-cuda":
-        from graphopt.lowering.cuda.compile import compile_cuda
         from graphopt.lowering.kernels.hopper_cuda import hopper_constants, hopper_source
         from graphopt.runtime.hopper import HopperPrefill
+        from graphopt.runtime.nvrtc import compile_cuda
 
         image = compile_cuda(hopper_source(plan), "hopper_prefill.cu", "sm_90a", {}).image
         constants = {**kernel_constants(plan), **hopper_constants(plan)}

@@ -19,7 +19,7 @@ from attention_sweep import KERNELS, Drawn, draw, number, problem
 from attention_verdict import judge, run
 
 from graphopt.errors import LoweringError
-from graphopt.lowering.cuda.compile import nvrtc_version
+from graphopt.runtime.nvrtc import nvrtc_version
 
 TOOL = Path(__file__).parents[1] / "tools" / "sweep_attention.py"
 INTERPRETED = (("hopper", "triton"), ("ampere", "triton"), ("ascend910b", "ascend-triton"))

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import re
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
+
+from cuda_emulator import COMPILER, library
 
 from graphopt.lowering.kernels.volta_cuda import volta_source
 from graphopt.runtime.driver import Kernel
 from graphopt.runtime.volta import DECODE, DEFINES, MERGE, MERGE_THREADS, PREFILL, shared_bytes
 
-COMPILER = shutil.which("g++")
-
-
-@functools.cache
-def _folder():
-    return tempfile.TemporaryDirectory(prefix="graphopt-volta-")
+__all__ = ["COMPILER", "emulated", "place"]
 
 
 def _defines(constants):
@@ -33,18 +25,7 @@ def _library(defines, source):
     section = r"// -+ machine instructions -+\n.*?(?=// -+ sizes -+\n)"
     source, replaced = re.subn(section, "", source or volta_source(), flags=re.DOTALL)
     assert replaced == 1
-    folder = Path(_folder().name)
-    (folder / "kernel.cu").write_text(source)
-    library = folder / f"{abs(hash((defines, source)))}.so"
-    command = [
-        COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off",
-        "-U_FORTIFY_SOURCE",  # a checked longjmp knows one stack only
-        f'-DKERNEL_SOURCE="{folder / "kernel.cu"}"',
-        *(f"-D{name}={value}" for name, value in defines),
-        "-o", str(library), str(Path(__file__).with_suffix(".cpp")),
-    ]  # fmt: skip
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
+    return library("volta_emulator.cpp", source, defines)
 
 
 class EmulatedKernel(Kernel):

@@ -28,7 +28,6 @@ import os
 import platform
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import metadata
@@ -49,6 +48,7 @@ from bits_transform import DEVICE, DTYPE, TARGET, TILES, Transformed, kept, rand
 from turns import ON_GPU, Result, Rows, best_of, median, microseconds, recorded
 
 from graphopt.runtime import fused
+from graphopt.runtime.packed_few import launch_few
 from graphopt.runtime.quantised_linear import (
     PackedCodes,
     QuantisedKernels,
@@ -57,7 +57,7 @@ from graphopt.runtime.quantised_linear import (
     launch_unpack,
     pack_codes,
 )
-from graphopt.runtime.quantised_tiles import IntegerTiles, PackedTiles
+from graphopt.runtime.quantised_tiles import FewTiles, IntegerTiles, PackedTiles, tiles_for
 
 ROOT = Path(__file__).resolve().parent.parent
 # (outputs, inputs)
@@ -196,19 +196,27 @@ def w4a4_row(rows: Rows, options: argparse.Namespace, outputs: int, inputs: int)
     rows.add(f"w4a4 {name}", make)
 
 
-def vars_of(tiles: IntegerTiles | PackedTiles) -> Result:
+def vars_of(tiles: FewTiles | IntegerTiles | PackedTiles) -> Result:
     return {name: getattr(tiles, name) for name in tiles.__dataclass_fields__}
 
 
 # Four-bit weights of few tokens -------------------------------------------------------------------
 
 
-def packed_options(tokens: int) -> Iterator[PackedTiles]:
+def packed_options(tokens: int) -> Iterator[FewTiles | PackedTiles]:
     columns = 8 if tokens <= 8 else 16
-    for rows, unroll, programs in (
-        (16, 4, 12), (16, 4, 20), (16, 4, 32), (16, 2, 24), (32, 2, 12), (32, 4, 10),
-    ):  # fmt: skip
+    for rows, unroll, programs in ((16, 4, 20), (16, 2, 24), (32, 2, 12)):
         yield PackedTiles(tokens, rows, columns, 1, 1, programs, unroll)
+    for warps, row_tiles, ahead in (
+        (4, 1, 2), (4, 1, 4), (8, 1, 2), (8, 1, 4), (16, 1, 2), (4, 2, 2), (8, 2, 2), (16, 2, 2),
+    ):  # fmt: skip
+        yield FewTiles(tokens, warps, row_tiles, ahead)
+
+
+def tiles_of(key: str) -> FewTiles | PackedTiles:
+    """Return tiles from their JSON."""
+    found = json.loads(key)
+    return FewTiles(**found) if "ahead" in found else PackedTiles(**found)
 
 
 def w4a16_part(rows: Rows, options: argparse.Namespace) -> None:
@@ -228,7 +236,9 @@ def w4a16_row(
     few = max(1, int(COLD // (2 * outputs * inputs)))
     dense = [dense_of(weight) for weight in weights[:few]]
     x = random(tokens, inputs)
-    tiles = next(row for row in TILES.packed if tokens <= row.tokens)
+    tiles: FewTiles | PackedTiles | None = tiles_for(tokens, TILES.few) if ON_GPU else None
+    tiles = tiles or tiles_for(tokens, TILES.packed)
+    assert tiles is not None
     exact = x.double() @ dense[0].double().t()
 
     def check(y: Tensor) -> None:
@@ -236,8 +246,14 @@ def w4a16_row(
         assert error < 1e-2, error
         assert not any(weight.arrived.any() for weight in weights)
 
-    def all_of(tiles: PackedTiles) -> Tensor:
-        made = [launch_packed(x, weight, None, tiles, TILES.cores) for weight in weights]
+    def all_of(tiles: FewTiles | PackedTiles) -> Tensor:
+        made = [
+            launch_few(x, weight, None, tiles)
+            if isinstance(tiles, FewTiles)
+            else launch_packed(x, weight, None, tiles, TILES.cores)
+            for weight in weights
+        ]
+        assert made[0] is not None
         return made[0]
 
     key = f"packed {tokens} {outputs} {inputs}"
@@ -245,16 +261,16 @@ def w4a16_row(
         tried = {}
         for one in packed_options(tokens):
 
-            def replayed(one: PackedTiles = one) -> Tensor:
+            def replayed(one: FewTiles | PackedTiles = one) -> Tensor:
                 return graphs[vars_key(one)]()
 
             tried[vars_key(one)] = replayed
-        graphs = Recorded(lambda label: all_of(PackedTiles(**json.loads(label))))
+        graphs = Recorded(lambda label: all_of(tiles_of(label)))
         best = best_of(rows, name, tried, check)
         if best:
-            kept[key] = json.loads(best)
+            kept[key] = best
     if key in kept:
-        tiles = PackedTiles(**kept[key])
+        tiles = tiles_of(kept[key])
 
     def make() -> tuple[Result, str]:
         check(all_of(tiles))
@@ -298,7 +314,7 @@ class Recorded(dict[str, Any]):
         return replayed
 
 
-def vars_key(tiles: PackedTiles) -> str:
+def vars_key(tiles: FewTiles | PackedTiles) -> str:
     return json.dumps(vars_of(tiles))
 
 
@@ -328,29 +344,32 @@ def main() -> None:
         parser.error(f"no part {unknown[0]!r}: there are {', '.join(PARTS)}")
     torch.manual_seed(0)
     fused.EARLY_START = options.early
-    found: dict[str, Any] = {
-        "command": " ".join(["python tools/bench_bits_kernels.py", *sys.argv[1:]]),
+    about = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if ON_GPU else f"{platform.machine()} CPU",
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in ("torch", "triton", "numpy")},
         "target": TARGET.name,
-        "parts": {},
+        "command": " ".join(["python tools/bench_bits_kernels.py", *sys.argv[1:]]),
     }
+    # Parts that are not run again stay as they are.
+    known = options.out.read_text(encoding="utf-8") if options.out.is_file() else "{}"
+    found: dict[str, Any] = json.loads(known)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     with torch.no_grad():
         for name in parts:
-            started, rows = time.perf_counter(), Rows()
+
+            def keep(rows: list[Result], name: str = name) -> None:
+                found[name] = {**about, "rows": rows}
+                options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+            started, rows = time.perf_counter(), Rows(keep)
             try:
                 PARTS[name](rows, options)
-            except Exception:
-                rows.rows.append({"name": name, "failed": traceback.format_exc()})
-                rows.lines.append(f"{name}: FAILED: {traceback.format_exc()[-300:]}")
-            seconds = time.perf_counter() - started
-            found["parts"][name] = {"seconds": seconds, "rows": rows.rows}
-            lines += [*rows.lines, f"({name}: {seconds:.0f} s)"]
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            except Exception as error:
+                rows.fail(name, error)
+            lines += [*rows.lines, f"({name}: {time.perf_counter() - started:.0f} s)"]
     print("\n".join(["", *lines]))
 
 

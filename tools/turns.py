@@ -68,25 +68,36 @@ def median(times: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 class Rows:
-    """Results of a part, of which each is made by itself: one that fails is kept as it failed."""
+    """Results of a part, of which each is made by itself: one that fails is kept as it failed.
 
-    def __init__(self) -> None:
+    Args:
+        keep: Called behind each result with all there are, so that none is lost with the machine.
+    """
+
+    def __init__(self, keep: Callable[[list[Result]], None] = lambda rows: None) -> None:
         self.rows: list[Result] = []
         self.lines: list[str] = []
+        self._keep = keep
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Keep what raised, as it is handled, in place of a result."""
+        self.rows.append({"name": name, "failed": traceback.format_exc()})
+        self.lines.append(f"{name}: FAILED: {type(error).__name__}: {str(error)[:160]}")
+        print(self.lines[-1], flush=True)
+        self._keep(self.rows)
 
     def add(self, name: str, make: Callable[[], tuple[Result, str]]) -> Result | None:
         try:
             result, line = make()
         except Exception as error:
-            self.rows.append({"name": name, "failed": traceback.format_exc()})
-            self.lines.append(f"{name}: FAILED: {type(error).__name__}: {str(error)[:160]}")
-            print(self.lines[-1], flush=True)
+            self.fail(name, error)
             if ON_GPU:
                 torch.cuda.synchronize()
             return None
         self.rows.append({"name": name, **result})
         self.lines.append(f"{name}: {line}")
         print(self.lines[-1], flush=True)
+        self._keep(self.rows)
         return result
 
 

@@ -80,6 +80,27 @@ def integer_linear(
     return linear((codes * scales[..., None]).to(matrix.dtype), matrix, bias)
 
 
+def gated_packed_linear(
+    x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None = None, *, act: str
+) -> Tensor:
+    """act(first) second of both halves of a `packed_linear`."""
+    gate, up = packed_linear(x, weight, bias).chunk(2, -1)
+    return act_mul(gate, up, act)
+
+
+def gated_integer_linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight: Callable[[], Tensor],
+    bias: Tensor | None = None,
+    *,
+    act: str,
+) -> Tensor:
+    """act(first) second of both halves of an `integer_linear`."""
+    gate, up = integer_linear(codes, scales, weight, bias).chunk(2, -1)
+    return act_mul(gate, up, act)
+
+
 def quantise(
     x: Tensor, clip_low: Tensor | None = None, clip_high: Tensor | None = None, *, bits: int
 ) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -136,9 +136,19 @@ class IntegerTable(Schema):
     persistent: bool = False
 
 
+class FewTable(Schema):
+    """A row of `[quantised]`'s `few`: `graphopt.runtime.quantised_tiles.FewTiles`."""
+
+    tokens: Annotated[Size, pydantic.Field(le=16)]
+    warps: Annotated[Size, pydantic.Field(le=32)]
+    row_tiles: Size
+    ahead: Size
+
+
 class QuantisedTable(Schema):
     """The `[quantised]`: tiles of the kernels of quantised weights."""
 
+    few: list[FewTable] = pydantic.Field(default_factory=list)
     packed: Annotated[list[PackedTable], pydantic.Field(min_length=1)]
     integer_packed: Annotated[list[PackedTable], pydantic.Field(min_length=1)]
     integer: IntegerTable
@@ -150,9 +160,9 @@ class QuantisedTable(Schema):
             raise ValueError("it should have no unroll, which is of products of 16 bits")
         return rows
 
-    @pydantic.field_validator("packed", "integer_packed")
+    @pydantic.field_validator("few", "packed", "integer_packed")
     @classmethod
-    def _more_and_more(cls, rows: list[PackedTable]) -> list[PackedTable]:
+    def _more_and_more(cls, rows: list[Any]) -> list[Any]:
         tokens = [row.tokens for row in rows]
         if tokens != sorted(set(tokens)):
             raise ValueError("it should have the fewest tokens first")

@@ -1,5 +1,5 @@
 """Kernels in CUDA C++, compiled ahead of time without a GPU."""
 
-from graphopt.lowering.cuda.compile import Compiled, compile_cuda, nvrtc_version
+from graphopt.runtime.nvrtc import Compiled, compile_cuda, nvrtc_version
 
 __all__ = ["Compiled", "compile_cuda", "nvrtc_version"]

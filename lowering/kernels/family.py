@@ -10,8 +10,8 @@ from importlib import import_module, resources
 from typing import Any, ClassVar
 
 from graphopt.errors import LoweringError, unknown_name
-from graphopt.lowering.cuda.compile import compile_cuda
 from graphopt.plan import AttentionPlan, Planner
+from graphopt.runtime.nvrtc import compile_cuda
 from graphopt.targets import Target
 
 
@@ -126,7 +126,8 @@ class LayerKernels:
         module: The module of `graphopt.runtime` that has a function of its own for each of
             `functions`, of the same arguments.
         files: Its kernels under runtime/kernels.
-        helpers: Modules of `graphopt.runtime` that it imports and that no other needs.
+        helpers: Modules of `graphopt.runtime` that it imports and that not every model has.
+        sources: Kernels in CUDA C++ under runtime/kernels, compiled where the model runs.
         functions: Functions of `graphopt.ir.functional`, by name.
         classes: Classes of the module that stand for those of the same names in `model.py`.
         needed_by: Ops without which a program carries neither module nor kernels; empty where
@@ -144,6 +145,7 @@ class LayerKernels:
     cache_writer: str | None = None
     classes: tuple[str, ...] = ()
     helpers: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
     setup: Callable[[Target], LayerSetup | None] | None = None
 
 

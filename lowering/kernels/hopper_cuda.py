@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphopt.lowering.cuda.compile import macro
 from graphopt.lowering.kernels.family import CudaFamily, register_family, runtime_text
 from graphopt.lowering.kernels.triton import kernel_constants
 from graphopt.plan import AttentionPlan
 from graphopt.plan.hopper import HopperPlanner, consumer_registers, loader_registers
+from graphopt.runtime.nvrtc import macro
+from graphopt.runtime.wgmma import product
 from graphopt.targets import get_target
 
 TEXT = "hopper_prefill.cu"
@@ -50,38 +51,25 @@ def hopper_source(plan: AttentionPlan) -> str:
             *(f"// {line}" for line in plan.lines()),
             "",
             defines,
-            _product("wgmma_scores", int(constants["BLOCK_N"]), dtype, from_registers=False),
-            _product("wgmma_values", plan.spec.values, dtype, from_registers=True),
+            # Keys are as they are stored, with their columns in a row; values by rows.
+            product(
+                "wgmma_scores",
+                int(constants["BLOCK_N"]),
+                dtype,
+                from_registers=False,
+                by_rows=False,
+                begins=True,
+            ),
+            product(
+                "wgmma_values",
+                plan.spec.values,
+                dtype,
+                from_registers=True,
+                by_rows=True,
+                begins=False,
+            ),
             body,
         ]
-    )
-
-
-def _product(name: str, columns: int, dtype: str, *, from_registers: bool) -> str:
-    """Return a function around `wgmma.mma_async` of [64, 16] by [16, columns], summed in fp32.
-
-    Source: PTX ISA, wgmma.mma_async. The right side lies in shared memory, its columns in a row
-    for scores (keys as they are stored, transposed by the product) and its rows for values.
-    """
-    count = columns // 2
-    sums = ", ".join(f"%{i}" for i in range(count))
-    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    shape = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype}"
-    if from_registers:
-        left = ", ".join(f"%{count + i}" for i in range(4))
-        parameters = "const unsigned* a, unsigned long long b"
-        code = f'"{shape} {{{sums}}}, {{{left}}}, %{count + 4}, 1, 1, 1, 1;"'
-        inputs = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)'
-    else:
-        parameters = "unsigned long long a, unsigned long long b, bool add"
-        code = (
-            f'"{{ .reg .pred add; setp.ne.b32 add, %{count + 2}, 0; "\n'
-            f'      "{shape} {{{sums}}}, %{count}, %{count + 1}, add, 1, 1, 0, 0; }}"'
-        )
-        inputs = '"l"(a), "l"(b), "r"((int)add)'
-    return (
-        f"__device__ __forceinline__ void {name}(float (&d)[{count}], {parameters}) {{\n"
-        f"  asm volatile(\n      {code}\n      : {outputs}\n      : {inputs});\n}}\n"
     )
 
 

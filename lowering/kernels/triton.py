@@ -20,7 +20,7 @@ from graphopt.plan import AttentionPlan
 from graphopt.plan.base import form_constants, split_size
 from graphopt.plan.triton import TritonPlanner, refuses_machine
 from graphopt.runtime.expert_tiles import ExpertTiles, FewTokens, ManyTokens, Tiles
-from graphopt.runtime.quantised_tiles import IntegerTiles, PackedTiles, QuantisedTiles
+from graphopt.runtime.quantised_tiles import FewTiles, IntegerTiles, PackedTiles, QuantisedTiles
 from graphopt.runtime.reduction_plan import LinearTiles, ReductionFigures
 from graphopt.targets import Target, get_target
 
@@ -30,6 +30,11 @@ _ENTRIES = {
     "prefill": ("attention_prefill",),
     "decode": ("attention_decode", "attention_merge"),
 }
+
+
+_OF_CODES = ("integer_linear", "packed_linear", "gated_integer_linear", "gated_packed_linear")
+# What a kernel in CUDA C++ that is compiled by the machine that runs it takes.
+_COMPILED = ("compiled", "driver", "nvrtc", "errors")
 
 
 def kernel_constants(plan: AttentionPlan, *, ring: int = 0) -> dict[str, Any]:
@@ -110,6 +115,7 @@ def quantised_tiles(target: Target) -> QuantisedTiles | None:
         packed,
         integer_packed,
         IntegerTiles(**table["integer"]),
+        tuple(FewTiles(**row) for row in table["few"]),
     )
 
 
@@ -151,14 +157,14 @@ def _quantised_setup(target: Target) -> LayerSetup | None:
         return None
     rows = {
         name: [f"        {row!r}," for row in getattr(tiles, name)]
-        for name in ("packed", "integer_packed")
+        for name in ("packed", "integer_packed", "few")
     }
     return LayerSetup(
         {
-            "quantised_tiles": ("IntegerTiles", "PackedTiles", "QuantisedTiles"),
+            "quantised_tiles": ("FewTiles", "IntegerTiles", "PackedTiles", "QuantisedTiles"),
             "quantised_linear": ("QuantisedKernels",),
         },
-        ("integer_linear", "packed_linear"),
+        _OF_CODES,
         (
             "QUANTISED = QuantisedTiles(",
             f"    cores={tiles.cores},",
@@ -167,7 +173,7 @@ def _quantised_setup(target: Target) -> LayerSetup | None:
             f"    integer={tiles.integer!r},",
             ")",
             "_LINEARS = QuantisedKernels(QUANTISED)",
-            "integer_linear, packed_linear = _LINEARS.integer_linear, _LINEARS.packed_linear",
+            *(f"{name} = _LINEARS.{name}" for name in _OF_CODES),
         ),
     )
 
@@ -225,10 +231,11 @@ register_layer_family(
             LayerKernels(
                 module="quantised_linear",
                 files=("codes", "packed_linear", "integer_linear"),
-                functions=("integer_linear", "packed_linear"),
+                functions=_OF_CODES,
                 classes=("QuantisedWeight",),
                 needed_by=frozenset({"integer_linear", "packed_linear"}),
-                helpers=("quantised_tiles",),
+                helpers=("quantised_tiles", "packed_few", *_COMPILED),
+                sources=("activations.cu", "hopper_packed_few.cu"),
                 setup=_quantised_setup,
             ),
             LayerKernels(
@@ -236,6 +243,8 @@ register_layer_family(
                 files=("transform",),
                 functions=("transformed",),
                 needed_by=frozenset({"transformed"}),
+                helpers=("kronecker", *_COMPILED),
+                sources=("activations.cu", "hopper_transform.cu"),
                 setup=_transform_setup,
             ),
             LayerKernels(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from graphopt.lowering.cuda.compile import Compiled, compile_cuda, macro
 from graphopt.lowering.kernels.family import CudaFamily, register_family, runtime_text
 from graphopt.plan import AttentionPlan
 from graphopt.plan.base import form_constants
 from graphopt.plan.volta import VoltaPlanner
+from graphopt.runtime.nvrtc import Compiled, compile_cuda, macro
 from graphopt.runtime.volta import DEFINES
 
 SOURCE = "volta.cu"

@@ -369,6 +369,10 @@ class BodyPrinter(FunctionPrinter):
             factors = [self.name(value) for value in node.inputs[start:] if value is not None]
         weight, *bias = factors
         weight = weight.removesuffix("()")
+        act = node.attrs.get("act", "")
+        if act:
+            arguments = [*given, weight, *bias, f"act={quoted(act)}"]
+            return self.helper(f"gated_{node.op}", ", ".join(arguments))
         product = self.helper(node.op, ", ".join([*given, weight, *bias]))
         return f"{product}.split({weight}.sizes, -1)" if node in self._packed else product
 

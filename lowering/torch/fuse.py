@@ -17,9 +17,14 @@ from graphopt.ir.feed_forward import read_hidden
 from graphopt.ir.functional import ACTIVATIONS
 from graphopt.ir.graph import Call, Node, Program, Value
 from graphopt.ir.types import Type
+from graphopt.lowering.kernels import triton as triton_family
 from graphopt.lowering.kernels.plan_kernels import compute_dtype
 from graphopt.lowering.kernels.planning import why_no_kernel
-from graphopt.lowering.torch.fuse_quantised import QUANTISED_RULES, fuse_rounding_with_cache
+from graphopt.lowering.torch.fuse_quantised import (
+    QUANTISED_RULES,
+    fuse_gate_with_linears,
+    fuse_rounding_with_cache,
+)
 from graphopt.lowering.torch.fuse_sums import annotate_sums, fuse_linear_with_sum
 from graphopt.lowering.torch.packed import encodings as encodings_of
 from graphopt.lowering.torch.packed import with_uniform_encodings
@@ -78,12 +83,15 @@ class FuseLayerOps(Pass):
        `transformed` that alone reads it, or one by itself; a single dense product does not.
     10. `fuse_front_with_transform`: a norm by a weight, or a gate, which a `transformed` alone
         reads, becomes part of it.
-    11. `fuse_rounding_with_cache`: roundings with zero points, to 4 or 8 bits alike, of the new
+    11. `fuse_gate_with_linears`: a gate of both results of a `packed_linear` or `integer_linear`,
+        which it alone reads and whose weights are of one size, becomes its `act`, where the target
+        has tiles of kernels for them.
+    12. `fuse_rounding_with_cache`: roundings with zero points, to 4 or 8 bits alike, of the new
         keys and values that an attention with a past alone reads, become its own, where a kernel
         of the target reads codes of such heads.
-    12. `fuse_linear_with_sum`: a linear of a dense weight, whose result `all_reduce` alone reads,
+    13. `fuse_linear_with_sum`: a linear of a dense weight, whose result `all_reduce` alone reads,
         becomes a `linear_all_reduce` with it, on targets whose file says what sums over ranks take.
-    13. No weight is read or changed.
+    14. No weight is read or changed.
 
     Options:
         target: Name of the target whose kernels run what is joined.
@@ -122,7 +130,9 @@ class FuseLayerOps(Pass):
             alone = _read_once(program, calls[name])
             linears = fuse_linears(alone - set(encodings)), fuse_packed_linears(encodings, alone)
             summed = fuse_linear_with_sum(set(encodings), target)
-            for fusion in (*RULES, *linears, *QUANTISED_RULES, last, summed):
+            has_tiles = triton_family.quantised_tiles(target) is not None
+            gates = [fuse_gate_with_linears] if has_tiles else []
+            for fusion in (*RULES, *linears, *QUANTISED_RULES, *gates, last, summed):
                 rewritten = apply_rules(function, [fusion], calls[name], types[name])
                 for applied, count in rewritten.counts.items():
                     counts[applied] += count * times

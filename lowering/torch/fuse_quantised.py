@@ -102,6 +102,42 @@ def fuse_front_with_transform(site: Site) -> Match | NoMatch:
     return Match(rewrite)
 
 
+@rule("act_mul")
+def fuse_gate_with_linears(site: Site) -> Match | NoMatch:
+    """act_mul of both results of a packed_linear, or of an integer_linear -> its `act`."""
+    gate = site.node
+    made = [site.maker(index, "packed_linear", "integer_linear") for index in (0, 1)]
+    linear = made[0]
+    if linear is None or made[1] is not linear or len(linear.outputs) != 2:
+        return site.no("what it multiplies is not both results of one product of packed weights")
+    first, second = gate.inputs
+    if first is second or any(site.only_reader(value) is not gate for value in linear.outputs):
+        return site.no("something else reads the product", linear)
+    start = 1 if linear.op == "packed_linear" else 2
+    factors = linear.inputs[start:]
+    sizes = [{types[factor].shape[0] for factor in factors[:2] if factor} for types in site.types]
+    if any(len(size) != 1 for size in sizes):
+        return site.no("its weights are of different sizes", linear)
+    if first is linear.outputs[1]:
+        factors = [factor for pair in _pairs(factors) for factor in reversed(pair)]
+    operands = [*linear.inputs[:start], *factors]
+
+    def rewrite() -> None:
+        function = site.function
+        attrs = {**linear.attrs, "act": gate.attrs["act"]}
+        fused = function.add(linear.op, operands, attrs, before=linear)
+        fused.outputs = [*gate.outputs]
+        fused.output.node, fused.output.index = fused, 0
+        function.nodes = [node for node in function.nodes if node not in (linear, gate)]
+
+    return Match(rewrite)
+
+
+def _pairs(factors: Sequence[Value | None]) -> list[Sequence[Value | None]]:
+    """Return both weights, and both biases where there are any."""
+    return [factors[start : start + 2] for start in range(0, len(factors), 2)]
+
+
 WhyUnread = Callable[[Type, Type, Type, int], str | None]
 """Says of queries, keys, values and bits why no kernel reads such a cache; None where one does."""
 
@@ -191,5 +227,5 @@ QUANTISED_RULES = (
 )
 """The rules, in the order in which they run, behind those of linears and norms.
 
-`fuse_rounding_with_cache` is for a target.
+`fuse_gate_with_linears` and `fuse_rounding_with_cache`, behind them, are for a target.
 """

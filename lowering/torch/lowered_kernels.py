@@ -124,11 +124,13 @@ class LoweredKernels:
         families = [get_family(name) for name in dict.fromkeys(plan.kernel for plan in self.plans)]
         modules: list[str] = [*_MODULES]
         kernels: list[str] = []
+        compiled: list[str] = []
         for family in families:
             modules += (*family.modules, family.launcher)
         for group in self.layer_kernels():
             modules += (*group.helpers, group.module)
             kernels += group.files
+            compiled += group.sources
         if self.has_policies:
             modules += _POLICY_MODULES
             kernels += ("kv_selection", "kv_fetch")
@@ -138,6 +140,7 @@ class LoweredKernels:
             texts |= {name: runtime_text(f"kernels/{name}") for name in host_attention.FILES}
         texts |= policy_files() if self.has_policies else {}
         texts |= {f"{name}.py": runtime_text(f"kernels/{name}.py") for name in kernels}
+        texts |= {name: runtime_text(f"kernels/{name}") for name in compiled}
         for family in families:
             texts |= family.sources(self.stems(family))
         texts["__init__.py"] = self._init()

@@ -180,6 +180,11 @@ CASES = [
           ("packed_linear", 1, [X]),
           ("integer_linear", 30, [Type((B, S, 6), torch.int8), f64(B, S)]),
       ) for biases in ([], [f64(5), f64(2)])),
+    *(Case(op, [*x, f64(5, 6), f64(5, 6)], {"parts": 2, "act": "silu"}, terms=8, size=size)
+      for op, size, x in (
+          ("packed_linear", 2, [X]),
+          ("integer_linear", 1000, [Type((B, S, 6), torch.int8), f64(B, S)]),
+      )),
     *(Case("transformed", [X, *rest], attrs, terms=6, size=8)
       for attrs, rest in (
           ({"before": "norm", "eps": 1e-5, "total": True}, [X, f64(6), f64(2, 2), f64(3, 3)]),
@@ -379,12 +384,13 @@ def expect_fused_linear(x, *factors, parts=0):
     return tuple(expect_linear(x, *factors[part::parts]) for part in range(parts))
 
 
-def expect_packed_linear(x, *factors, parts=0):
-    return expect_fused_linear(x, *factors, parts=parts)
+def expect_packed_linear(x, *factors, parts=0, act=""):
+    results = expect_fused_linear(x, *factors, parts=parts)
+    return expect_act_mul(*results, act) if act else results
 
 
-def expect_integer_linear(codes, scales, *factors, parts=0):
-    return expect_fused_linear(codes * scales[..., None], *factors, parts=parts)
+def expect_integer_linear(codes, scales, *factors, parts=0, act=""):
+    return expect_packed_linear(codes * scales[..., None], *factors, parts=parts, act=act)
 
 
 def expect_transformed(

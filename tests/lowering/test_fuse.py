@@ -17,7 +17,11 @@ from graphopt.ir.parse import parse_program
 from graphopt.ir.printer import print_function
 from graphopt.ir.verify import verify
 from graphopt.lowering.torch import fuse
-from graphopt.lowering.torch.fuse_quantised import QUANTISED_RULES, fuse_rounding_with_cache
+from graphopt.lowering.torch.fuse_quantised import (
+    QUANTISED_RULES,
+    fuse_gate_with_linears,
+    fuse_rounding_with_cache,
+)
 from graphopt.lowering.torch.fuse_sums import fuse_linear_with_sum
 from graphopt.lowering.torch.passes import lower, lowering_passes
 from graphopt.rewrite import apply_rules
@@ -104,6 +108,13 @@ TAKEN = {
             ("codes scales", "transformed", "n", {"bits": 4}), results=("t", "codes", "scales"),
         ),
         ['t, codes, scales = transformed(x, y, a, bits=4, before="norm"', "total"],
+    ),
+    "fuse_gate_with_linears": (
+        function(
+            ("up gate", "packed_linear", "x a b", {"parts": 2}),
+            ("out", "act_mul", "gate up", {"act": "silu"}),
+        ),
+        ['out = packed_linear(x, b, a, parts=2, act="silu")'],
     ),
     "fuse_rounding_with_cache": (
         function(
@@ -219,6 +230,16 @@ LEFT = {
             "something else reads what it transforms",
         ),
     ],
+    "fuse_gate_with_linears": [
+        (function(("out", "act_mul", "x y", {"act": "silu"})), "not both results of one product"),
+        (
+            function(
+                ("gate up", "packed_linear", "x a b", {"parts": 2}),
+                ("out", "act_mul", "gate up", {"act": "silu"}), results=("out", "up"),
+            ),
+            "something else reads the product",
+        ),
+    ],
     "fuse_rounding_with_cache": [
         (
             function(
@@ -260,6 +281,7 @@ RULES = {
         fuse.fuse_linears({"a", "b", "c"}),
         fuse.fuse_packed_linears(CODES, {"p", "r"}),
         *QUANTISED_RULES,
+        fuse_gate_with_linears,
         fuse_rounding_with_cache(lambda query, key, value, bits: None),
         fuse_linear_with_sum(CODES, get_target("hopper")),
     )

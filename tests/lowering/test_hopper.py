@@ -8,11 +8,11 @@ import pytest
 from sampling import exhaustive_but
 
 from graphopt.errors import LoweringError
-from graphopt.lowering.cuda.compile import compile_cuda, nvrtc_version
 from graphopt.lowering.kernels import plan_attention
 from graphopt.lowering.kernels.hopper_cuda import hopper_constants, hopper_source
 from graphopt.plan import AttentionSpec
 from graphopt.runtime.hopper import shared_bytes
+from graphopt.runtime.nvrtc import compile_cuda, nvrtc_version
 from graphopt.targets import get_target
 
 FORMS = {

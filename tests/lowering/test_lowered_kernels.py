@@ -181,7 +181,7 @@ def test_strict_refuses_what_runs_without_a_kernel(tmp_path):
 
 @pytest.mark.slow
 def test_without_a_compiler_the_sources_are_there_and_triton_takes_over(tmp_path, monkeypatch):
-    from graphopt.lowering.cuda import compile as compiler
+    from graphopt.runtime import nvrtc as compiler
 
     def none(at_most):
         raise LoweringError("NVRTC, the CUDA compiler, is not installed.", "Install it.")

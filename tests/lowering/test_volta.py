@@ -14,7 +14,6 @@ from volta_emulator import COMPILER, emulated, place
 from volta_forms import FORMS, Form, case_of, check, close, run
 
 from graphopt.errors import LoweringError
-from graphopt.lowering.cuda import compile as nvrtc
 from graphopt.lowering.cuda import compile_cuda, nvrtc_version
 from graphopt.lowering.cuda.sass import disassemble, find_nvdisasm, usage
 from graphopt.lowering.cuda.volta_counts import matrix_instructions, shared_loads
@@ -23,6 +22,7 @@ from graphopt.lowering.kernels.volta_cuda import (
     volta_source,
 )
 from graphopt.plan.volta_layout import operand_layout, value_layout
+from graphopt.runtime import nvrtc
 from graphopt.runtime.attention import Keys, prefill
 from graphopt.runtime.volta import DECODE, MERGE, PREFILL, decode_kernels, prefill_kernel
 

@@ -35,15 +35,49 @@ def _front(name: str) -> str:
     return name
 
 
+def _gate(name: str) -> str:
+    if name and name not in functional.ACTIVATIONS:
+        raise ValueError(f"{name!r} is no activation")
+    return name
+
+
+Gate = Annotated[str, pydantic.AfterValidator(_gate)]
+"""Type of the name of an activation, or nothing."""
+
+
 @register
 class PackedLinear(FusedLinear):
     """`linear` of one x with `parts` packed weights, as one product: -> one output a weight.
 
     `factors` are the weights [out_i, in], all of one encoding, and behind them as many biases
-    [out_i], or none.
+    [out_i], or none. With `act` there are two parts of one size, and one output: act(first) second.
     """
 
     name = "packed_linear"
+    attributes = {**FusedLinear.attributes, "act": Gate}  # noqa: RUF012
+    defaults = {"act": ""}  # noqa: RUF012
+
+    def infer(self, types: Types, attrs: Attrs) -> list[Type]:
+        parts = super().infer(types, {"parts": attrs["parts"]})
+        if not attrs.get("act", ""):
+            return parts
+        if len(parts) != 2:
+            raise ValueError(f"{self.name} with act={attrs['act']!r} of {len(parts)} parts")
+        return get_op("act_mul").infer(parts, {"act": attrs["act"]})
+
+    def flops(self, types: Types, outputs: Sequence[Type], attrs: Attrs) -> Dim:
+        own = {"parts": attrs["parts"]}
+        if not attrs.get("act", ""):
+            return super().flops(types, outputs, own)
+        parts = super().infer(types, own)
+        gate = get_op("act_mul").flops(parts, outputs, {"act": attrs["act"]})
+        return dim(super().flops(types, parts, own) + gate)
+
+    def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        return _gated(super().reference(tensors, attrs), attrs)
+
+    def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        return _gated(super().torch(tensors, attrs), attrs)
 
     def check_encodings(self, types: Types) -> None:
         weights = [kind for kind in types[1:] if kind is not None and kind.encoding is not None]
@@ -51,6 +85,11 @@ class PackedLinear(FusedLinear):
             raise ValueError("packed_linear of weights that are packed in different ways")
         if types and types[0] is not None and types[0].encoding is not None:
             raise ValueError(f"operand 'x' is {types[0]}, and this op reads dense ones")
+
+
+def _gated(parts: tuple[Tensor, ...], attrs: Attrs) -> tuple[Tensor, ...]:
+    act = attrs.get("act", "")
+    return get_op("act_mul").reference(parts, {"act": act}) if act else parts
 
 
 Front = Annotated[str, pydantic.AfterValidator(_front)]

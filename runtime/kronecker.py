@@ -1,0 +1,236 @@
+"""Kronecker transforms of many tokens in bf16, by a kernel in CUDA C++: on Hopper.
+
+Layout letters: N1, N2 the sizes of the left and the right factor; a token has N1 N2 features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from graphopt.runtime.compiled import ACTIVATIONS, constants_of, kernel, launch, runs_compiled
+from graphopt.runtime.fused import overlapping
+from graphopt.runtime.wgmma import product
+
+FILES = ("activations.cu", "hopper_transform.cu")
+SHARED_BYTES, REGISTERS, THREADS = 233472, 65536, 2048
+"""Of a core: CUDA C++ Programming Guide, compute capability 9.0."""
+RESERVED = 1024
+"""Bytes of shared memory that a block takes beside its own."""
+ALIGNMENT = 1024
+"""Of what matrix units read, in bytes."""
+MOST_BLOCKS = 6
+LARGEST = 256
+"""The most rows of a right side of `wgmma`."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the kernel works on tokens [N1, N2], and what it does with them.
+
+    Attributes:
+        front: What stands in front: nothing, a norm or a gate.
+        sums: Whether the norm is of a sum, which is written.
+        offset: Of the norm's gain, 0 or 1.
+        act: The gate's activation.
+        bits: Of codes, 0 for values.
+        pairs: Whether two codes are put into a byte.
+        clipped: Whether a token's range is times clips.
+        blocks: Of a core.
+        stages: Tokens of a block that are on their way or being read.
+    """
+
+    n1: int
+    n2: int
+    front: int
+    sums: bool = False
+    offset: int = 0
+    act: str = ""
+    bits: int = 0
+    pairs: bool = False
+    clipped: bool = False
+    blocks: int = 1
+    stages: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Of a block: a warpgroup for each 64 columns."""
+        return 128 * -(-self.n2 // 64)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The macros of the kernel's source."""
+        return {
+            "N1": self.n1, "N2": self.n2, "FRONT": self.front, "SUM": self.sums,
+            "OFFSET": self.offset, "BITS": self.bits, "PAIRS": self.pairs,
+            "CLIPPED": self.clipped,
+            "ACTIVATION": ACTIVATIONS.index(self.act) if self.act else 0,
+            "BLOCKS": self.blocks, "STAGES": self.stages,
+        }  # fmt: skip
+
+    @property
+    def shared_bytes(self) -> int:
+        """What a block takes of the shared memory."""
+        width, rows = self.n1 * self.n2, -(-self.n1 // 8) * 8
+        tensors = 2 if self.front == GATE or self.sums else 1
+        panels = -(-self.n2 // 64) + -(-rows // 64)
+        staged = self.n1 * (-(-self.n2 * (1 if self.bits else 2) // 16) * 16 + 16)
+        gain = 2 * width if self.front == NORM else 0
+        ranges = 3 * 4 * self.threads // 32
+        held = 128 * rows * panels + self.stages * tensors * width * 2
+        return held + gain + staged + ranges + ALIGNMENT
+
+    @property
+    def registers(self) -> int:
+        """Of a thread: the right factor, what is between products, sums; and some for all else."""
+        return 4 * -(-self.n2 // 16) + -(-self.n1 // 16) * (4 + 8) + 24
+
+    @property
+    def fits(self) -> bool:
+        """Whether so many blocks have room on a core."""
+        threads = self.blocks * self.threads
+        shared = self.blocks * (self.shared_bytes + RESERVED)
+        registers = REGISTERS // threads // 8 * 8
+        return shared <= SHARED_BYTES and threads <= THREADS and self.registers <= registers
+
+
+NONE, NORM, GATE = 0, 1, 2
+"""What stands in front of a transform."""
+
+
+def best_cut(cut: Cut) -> Cut | None:
+    """Return how tokens are cut; None where a core has no room for one.
+
+    The most warps that have room hide what each waits for; of as many those with more tokens on
+    their way.
+    """
+    held = (
+        replace(cut, blocks=blocks, stages=stages)
+        for blocks, stages in itertools.product(range(1, MOST_BLOCKS + 1), (1, 2))
+    )
+    fitting = [one for one in held if one.fits]
+    return max(fitting, key=lambda one: (one.blocks, one.stages), default=None)
+
+
+class _Operands(ctypes.Structure):
+    """As in the kernel's source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "x", "y", "gain", "left", "right", "clip_low", "clip_high", "sum", "out", "scales"
+        )),
+        ("tokens", ctypes.c_int), ("eps", ctypes.c_float),
+        ("x_stride", ctypes.c_longlong), ("y_stride", ctypes.c_longlong),
+    )  # fmt: skip
+
+
+def launch_many(
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    before: str = "",
+    y: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    clip_low: Tensor | None = None,
+    clip_high: Tensor | None = None,
+    bits: int = 0,
+    pairs: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """As `transforms.launch_transform`; None where the kernel is not for these.
+
+    It takes bf16 alone, whose range needs no norm before the products; rows of `x` and `y` at
+    multiples of 16 bytes; and a right factor of a multiple of 8 features.
+    """
+    given = [t for t in (x, y, left, right, weight, clip_low, clip_high) if t is not None]
+    if not runs_compiled(x.device) or any(t.dtype != torch.bfloat16 for t in given):
+        return None
+    n1, n2 = len(left), len(right)
+    left, right = left.contiguous(), right.contiguous()
+    rows = [t.reshape(-1, t.shape[-1]) for t in (x, y) if t is not None]
+    if n2 % 8 or n1 > LARGEST or offset not in (0.0, 1.0) or any(not _in_pieces(t) for t in rows):
+        return None
+    front = NORM if before == "norm" else GATE if before else NONE
+    sums = front == NORM and y is not None
+    cut = best_cut(
+        Cut(
+            n1, n2, front, sums, int(offset), before if front == GATE else "", bits, pairs,
+            bits > 0 and (clip_low is not None or clip_high is not None),
+        )
+    )  # fmt: skip
+    if cut is None:
+        return None
+    constants = constants_of(cut.constants)
+    function = kernel(FILES, "transform", constants, cut.shared_bytes, x.device, product_of(n1))
+    if function is None:
+        return None
+    tokens = len(rows[0])
+    out, scales, total = results_of(cut, tokens, x.device)
+    operands = operands_of_many(
+        rows[0], rows[1] if y is not None else None, weight, left, right, clip_low, clip_high,
+        total, out, scales, eps,
+    )  # fmt: skip
+    early = overlapping(x.device)["OVERLAP"]
+    grid = (min(tokens, cores_of(x.device) * cut.blocks),)
+    launch(function, grid, cut.threads, operands, x.device, early)
+    lead = x.shape[:-1]
+    return (
+        out.view(*lead, -1),
+        None if scales is None else scales.view(lead),
+        None if total is None else total.view(x.shape),
+    )
+
+
+def product_of(n1: int) -> str:
+    """Return the text of the product of the kernel, whose right sides have N1 rows."""
+    rows = -(-n1 // 8) * 8
+    return product("wgmma_product", rows, "bf16", from_registers=True, by_rows=False, begins=True)
+
+
+@functools.cache
+def cores_of(device: torch.device) -> int:
+    """Return how many cores a GPU has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _in_pieces(rows: Tensor) -> bool:
+    """Return whether rows begin, and lie, as pieces of 16 bytes."""
+    return rows.stride(-1) == 1 and rows.data_ptr() % 16 == 0 and rows.stride(0) % 8 == 0
+
+
+def results_of(
+    cut: Cut, tokens: int, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return room for codes or values, scales and sums."""
+    width = cut.n1 * cut.n2
+    kind = torch.bfloat16 if cut.bits == 0 else torch.uint8 if cut.pairs else torch.int8
+    out = torch.empty(tokens, width // 2 if cut.pairs else width, dtype=kind, device=device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=device) if cut.bits else None
+    total = torch.empty(tokens, width, dtype=torch.bfloat16, device=device) if cut.sums else None
+    return out, scales, total
+
+
+def operands_of_many(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    clip_low: Tensor | None,
+    clip_high: Tensor | None,
+    total: Tensor | None,
+    out: Tensor,
+    scales: Tensor | None,
+    eps: float,
+) -> ctypes.Structure:
+    """Return what the kernel takes: of tokens [T, N1 N2], `y` and `total` alike."""
+    given = (x, y, weight, left, right, clip_low, clip_high, total, out, scales)
+    addresses = (None if tensor is None else tensor.data_ptr() for tensor in given)
+    return _Operands(*addresses, len(x), eps, x.stride(0), 0 if y is None else y.stride(0))

@@ -1,0 +1,263 @@
+"""Kernels of few bits in CUDA C++, against fp64: on a GPU for which they are, else emulated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_emulator import COMPILER
+from hopper_emulator import on_this_machine
+from torch import Tensor
+
+from graphopt.errors import LoweringError
+from graphopt.ir import functional
+from graphopt.ir.encoding import Packed
+from graphopt.lowering.kernels.family import runtime_text
+from graphopt.runtime import kronecker, packed_few
+from graphopt.runtime.compiled import ACTIVATIONS, runs_compiled
+from graphopt.runtime.kronecker import Cut, best_cut, launch_many
+from graphopt.runtime.nvrtc import compile_cuda, nvrtc_version
+from graphopt.runtime.packed_few import FILES, NormInFront, constants_of_few, launch_few
+from graphopt.runtime.quantised_linear import PackedCodes, pack_codes
+from graphopt.runtime.quantised_tiles import FewTiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and COMPILER is None:
+    pytest.skip("there is no g++ to run the kernels with", allow_module_level=True)
+if DEVICE == "cuda" and not runs_compiled(torch.device("cuda:0")):
+    pytest.skip("the kernels are not for this GPU", allow_module_level=True)
+BF16 = torch.finfo(torch.bfloat16).eps / 2
+"""Unit roundoff."""
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    for launcher in (packed_few, kronecker):
+        on_this_machine(monkeypatch, launcher)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def some_weight(
+    outputs: int, inputs: int, group: int, symmetric: bool, dtype: torch.dtype
+) -> tuple[PackedCodes, Tensor]:
+    """Return a packed weight, and the matrix that it stands for in fp64."""
+    encoding = Packed(4, group, symmetric=symmetric)
+    tensors = encoding.quantise(random(outputs, inputs, seed=1).float().cpu(), dtype)
+    wide = encoding.dequantise({**tensors, "scales": tensors["scales"].double()})
+    tensors = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+    codes = pack_codes(tensors["packed"], tensors["scales"], tensors.get("zeros"), group=group)
+    assert codes is not None
+    return codes, wide
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "inputs", "group", "symmetric", "dtype", "act"),
+    [
+        (1, 40, 384, 32, True, torch.bfloat16, ""),
+        (3, 36, 384, 64, False, torch.bfloat16, ""),
+        (11, 20, 512, 128, True, torch.float16, "silu"),
+        (2, 34, 768, 256, False, torch.bfloat16, "gelu_tanh"),
+        (9, 40, 384, 384, True, torch.bfloat16, ""),
+    ],
+)
+def test_products_of_few_tokens(
+    tokens: int,
+    outputs: int,
+    inputs: int,
+    group: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    act: str,
+) -> None:
+    weight, wide = some_weight(outputs, inputs, group, symmetric, dtype)
+    bias = random(outputs, seed=2, dtype=dtype)
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(-128, 128, (tokens, inputs), generator=generator, dtype=torch.int8)
+    scales = torch.rand(tokens, generator=generator) * 0.01 + 0.01
+    # Halves of one tensor, whose rows are longer than what is read.
+    x = random(tokens, 2 * inputs, dtype=dtype)[:, inputs:]
+    for given, own, tiles in (
+        (x, None, FewTiles(16, 2, 1, 2)),
+        (codes.to(DEVICE), scales.to(DEVICE), FewTiles(16, 4, 2, 1)),
+    ):
+        found = launch_few(given, weight, bias, tiles, own, act)
+        assert found is not None and found[1] is None
+        got = found[0]
+        assert got.dtype == dtype
+        values = given.double().cpu() * (1 if own is None else own.double().cpu()[:, None])
+        # Sums in fp32, and a rounding to 16 bits at their end.
+        sums = values @ wide.t() + bias.double().cpu()
+        off = values.abs() @ wide.abs().t() * inputs * 2.0**-24 + 1e-6
+        exact = sums
+        if act:
+            exact = functional.act_mul(*sums.chunk(2, -1), act)
+            # A gate's slope is at most 1.13.
+            gate, up = sums.abs().chunk(2, -1)
+            off = 1.2 * off[:, : outputs // 2] * (up + 1) + off[:, outputs // 2 :] * (gate + 1)
+        allowed = off + exact.abs() * torch.finfo(dtype).eps
+        assert bool(((got.double().cpu() - exact).abs() <= allowed).all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokens", "sums", "offset"), [(3, True, 0.0), (1, False, 1.0)])
+def test_products_with_a_norm_in_front(tokens: int, sums: bool, offset: float) -> None:
+    weight, wide = some_weight(40, 384, 128, True, torch.bfloat16)
+    x, y = (random(tokens, 384, seed=seed) for seed in (0, 5))
+    gain = random(384, seed=4)
+    norm = NormInFront(y if sums else None, gain, 1e-5, offset)
+    found = launch_few(x, weight, None, FewTiles(8, 2, 1, 2), norm=norm)
+    assert found is not None
+    got, total = found
+    whole = x + y if sums else x
+    assert (total is not None) == sums and (total is None or torch.equal(total, whole))
+    normed = functional.rms_norm(whole.double().cpu(), gain.double().cpu(), 1e-5, offset)
+    exact = normed @ wide.t()
+    # A norm is rounded to bf16, and what comes out.
+    allowed = 1.01 * BF16 * (normed.abs() @ wide.abs().t() + exact.abs()) + 1e-6
+    assert bool(((got.double().cpu() - exact).abs() <= allowed).all())
+
+
+def test_what_the_kernel_for_few_tokens_does_not_take() -> None:
+    weight, _ = some_weight(32, 256, 128, True, torch.bfloat16)
+    small, _ = some_weight(32, 192, 64, True, torch.bfloat16)
+    tiles = FewTiles(16, 2, 1, 2)
+    assert small.span < 128
+    assert launch_few(random(1, 192), small, None, tiles) is None
+    assert launch_few(random(1, 256, dtype=torch.float16), weight, None, tiles) is None
+    assert launch_few(random(1, 256), weight, random(32).float(), tiles) is None
+    assert launch_few(random(2, 257)[:, 1:], weight, None, tiles) is None
+    many = NormInFront(None, None, 1e-5, 0.0)
+    assert launch_few(random(5, 256), weight, None, tiles, norm=many) is None
+
+
+def rotation(size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    square = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(square)[0].to(torch.bfloat16).to(DEVICE)
+
+
+def values_of(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return left^T x right of tokens in fp64."""
+    tile = x.unflatten(-1, (len(left), -1)) @ right.double().cpu()
+    return (left.double().cpu().t() @ tile).flatten(-2)
+
+
+TOKENS = 5
+SHAPES = [(24, 24), (20, 48), (64, 64), (9, 40)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "sums", "offset", "bits", "pairs", "clips"),
+    [
+        ("norm", True, 0.0, 4, False, False),
+        ("norm", False, 1.0, 0, False, False),
+        ("silu", False, 0.0, 8, False, True),
+        ("", False, 0.0, 4, True, False),
+    ],
+)
+@pytest.mark.parametrize(("n1", "n2"), [pytest.param(*SHAPES[0]), *(
+    pytest.param(*shape, marks=pytest.mark.exhaustive) for shape in SHAPES[1:]
+)])  # fmt: skip
+def test_transforms_of_many_tokens(
+    n1: int, n2: int, before: str, sums: bool, offset: float, bits: int, pairs: bool, clips: bool
+) -> None:
+    # A gate reads the halves of one product.
+    x, y = random(TOKENS, 2 * n1 * n2).chunk(2, -1)
+    x[1] = y[1] = 0
+    x[3, 7] = float("nan")
+    gain = random(n1 * n2, seed=4) if before == "norm" else None
+    left, right = rotation(n1, 1), rotation(n2, 2)
+    low, high = (torch.tensor([v], dtype=torch.bfloat16, device=DEVICE) for v in (0.75, 0.875))
+    two = sums or before == "silu"
+    found = launch_many(
+        x, left, right, before=before, y=y if two else None, weight=gain, eps=1e-5, offset=offset,
+        clip_low=low if clips else None, clip_high=high if clips else None, bits=bits, pairs=pairs,
+    )  # fmt: skip
+    assert found is not None
+    out, scales, total = (None if t is None else t.cpu() for t in found)
+    whole = x + y if sums else x
+    wide = whole.double().cpu()
+    if before == "norm":
+        assert gain is not None
+        wide = functional.rms_norm(wide, gain.double().cpu(), 1e-5, offset)
+    elif before:
+        wide = functional.act_mul(wide, y.double().cpu(), before)
+    values, good = values_of(wide, left, right), [0, 1, 2, 4]
+    assert (total is not None) == sums
+    if total is not None:
+        assert torch.equal(total[good], whole.cpu()[good])
+    # What is multiplied is rounded, and what is between the products: of orthogonal factors each
+    # keeps the length of a token's error.
+    error = 2 * BF16 * wide.norm(dim=-1)
+    assert out is not None
+    if bits == 0:
+        assert scales is None and not out[3].isfinite().any()
+        off = (out.double() - values).abs() - BF16 * values.abs()
+        assert bool((off[good] <= error[good, None]).all())
+        return
+    top = 2 ** (bits - 1) - 1
+    most = torch.maximum(
+        values.amax(-1).clamp(min=0) * (0.875 if clips else 1.0),
+        -values.amin(-1).clamp(max=0) * (0.75 if clips else 1.0),
+    )
+    own = (most / top).masked_fill(most == 0, 1.0)
+    assert scales is not None and scales[3].isnan() and scales[1] == 1
+    assert bool(((scales.double() - own).abs()[good] <= error[good] / top + 1e-6 * own[good]).all())
+    codes = out
+    if pairs:
+        codes = functional.unpack(out, 4).to(torch.int8)
+        codes = torch.where(codes > 7, codes - 16, codes)
+    exact = (values / scales[:, None].double()).clamp(-top - 1, top)
+    off = (codes.double() - exact).abs() - error[:, None] / scales[:, None].double()
+    assert bool((off[good] <= 0.5 + 1e-5 * top).all())
+
+
+def test_what_the_kernel_for_many_tokens_does_not_take() -> None:
+    left, right = rotation(16, 1), rotation(24, 2)
+    x = random(2, 16 * 24)
+    assert launch_many(x.half(), left.half(), right.half()) is None
+    assert launch_many(x, left, right, before="norm", offset=0.5) is None
+    assert launch_many(random(2, 16 * 24 + 1)[:, 1:], left, right) is None
+    assert launch_many(random(2, 16 * 18), left, rotation(18, 2)) is None
+    # A factor of 512 is 512 KB.
+    assert best_cut(Cut(512, 64, kronecker.NONE)) is None
+
+
+def test_cuts_have_room_on_a_core() -> None:
+    for n1, n2 in ((64, 64), (86, 128), (112, 128), (32, 64)):
+        for front, bits in ((kronecker.NORM, 4), (kronecker.GATE, 8), (kronecker.NONE, 0)):
+            cut = best_cut(Cut(n1, n2, front, bits=bits))
+            assert cut is not None and cut.fits and cut.threads <= 1024
+            assert cut.blocks * (cut.shared_bytes + 1024) <= 233472
+
+
+def _nvrtc() -> str:
+    try:
+        nvrtc_version()
+    except LoweringError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.skipif(_nvrtc() != "", reason=_nvrtc())
+@pytest.mark.slow
+def test_kernels_compile_without_spilling() -> None:
+    def log_of(files: tuple[str, ...], constants: dict[str, int], front: str = "") -> str:
+        text = front + "".join(runtime_text(f"kernels/{file}") for file in files)
+        return compile_cuda(text, files[-1], "sm_90a", constants).log
+
+    weight, _ = some_weight(32, 256, 128, True, torch.bfloat16)
+    for tokens, act in ((1, ACTIVATIONS[0]), (16, "")):
+        constants = constants_of_few(weight, FewTiles(16, 8, 1, 2), tokens, False, act)
+        assert "0 bytes spill stores" in log_of(FILES, constants)
+    for cut in (Cut(64, 64, kronecker.NORM, bits=4), Cut(86, 128, kronecker.GATE, bits=4)):
+        best = best_cut(cut)
+        assert best is not None
+        assert "0 bytes spill stores" in log_of(
+            kronecker.FILES, best.constants, kronecker.product_of(cut.n1)
+        )
