@@ -19,8 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphopt.ir import functional
 from graphopt.runtime.fitting_tiles import with_fewer_stages
-from graphopt.runtime.fused import act_mul, overlapping, runs_by_kernel
-from graphopt.runtime.packed_few import launch_few
+from graphopt.runtime.fused import act_mul, add_rms_norm, overlapping, runs_by_kernel
+from graphopt.runtime.packed_few import NormInFront, launch_few
 from graphopt.runtime.quantised_tiles import (
     IntegerTiles,
     PackedTiles,
@@ -396,6 +396,35 @@ class QuantisedKernels:
     ) -> Tensor:
         """As `functional.gated_packed_linear`."""
         return self.packed_linear(x, weight, bias, act)
+
+    def norm_packed_linear(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        norm_weight: Tensor | None,
+        weight: QuantisedWeight,
+        bias: Tensor | None = None,
+        *,
+        eps: float,
+        offset: float = 0.0,
+        act: str = "",
+        sizes: Sequence[int] = (),
+    ) -> tuple[Tensor, ...]:
+        """As `functional.norm_packed_linear`."""
+        codes, tiles = weight.packed_codes(), self._tiles.few
+        total, product = x, None
+        few = tiles_for(x.numel() // x.shape[-1], tiles)
+        if few is not None and codes is not None and runs_by_kernel(x):
+            rows = None if y is None else _rows_of(y)
+            norm = NormInFront(rows, norm_weight, eps, offset)
+            found = launch_few(_rows_of(x), codes, bias, few, act=act, norm=norm)
+            if found is not None:
+                product = found[0].view(*x.shape[:-1], -1)
+                total = x if found[1] is None else found[1].view(x.shape)
+        if product is None:
+            total, normed = add_rms_norm(x, y, norm_weight, eps, offset)
+            product = self.packed_linear(normed, weight, bias, act)
+        return (total, *product.split([*sizes], -1)) if sizes else (total, product)
 
     def linear_of_codes(
         self, x: Tensor, weight: PackedCodes, bias: Tensor | None = None, act: str = ""

@@ -9,7 +9,7 @@ G key/value heads, D head size, N features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,30 @@ def gated_integer_linear(
     """act(first) second of both halves of an `integer_linear`."""
     gate, up = integer_linear(codes, scales, weight, bias).chunk(2, -1)
     return act_mul(gate, up, act)
+
+
+def norm_packed_linear(
+    x: Tensor,
+    y: Tensor | None,
+    norm_weight: Tensor | None,
+    weight: Callable[[], Tensor],
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    act: str = "",
+    sizes: Sequence[int] = (),
+) -> tuple[Tensor, ...]:
+    """x + y, and the `packed_linear` of its norm, or with `act` the `gated_packed_linear`.
+
+    Args:
+        sizes: Of the parts that the product is split into; empty for one.
+    """
+    total, normed = add_rms_norm(x, y, norm_weight, eps, offset)
+    if act:
+        return total, gated_packed_linear(normed, weight, bias, act=act)
+    product = packed_linear(normed, weight, bias)
+    return (total, *product.split([*sizes], -1)) if sizes else (total, product)
 
 
 def quantise(

@@ -151,6 +151,21 @@ class _Walk:
             ValueError: It cannot work on its operands.
         """
         attrs = resolve_attrs(node, self.call)
+        if attrs.get("act") and node.op in ("packed_linear", "integer_linear"):
+            halves = [Value(f"the {part} half of {node.output.name}") for part in ("first", "last")]
+            self.types |= dict.fromkeys(halves, self.types[node.output])
+            self.node(Node(node.op, node.inputs, {"parts": 2}, halves))
+            self.node(Node("act_mul", [*halves], {"act": attrs["act"]}, node.outputs))
+            return
+        if node.op == "norm_packed_linear":
+            normed = Value(f"the norm in {node.outputs[0].name}")
+            self.types[normed] = self.types[node.outputs[0]]
+            product = {name: attrs[name] for name in ("parts", "act") if name in attrs}
+            norm = {name: attrs[name] for name in ("eps", "offset") if name in attrs}
+            before = [node.outputs[0], normed]
+            self.node(Node("add_rms_norm", node.inputs[:3], norm, before))
+            self.node(Node("packed_linear", [normed, *node.inputs[3:]], product, node.outputs[1:]))
+            return
         several = pieces(node, attrs)
         if several != [node]:
             for piece in several:

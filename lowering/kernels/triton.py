@@ -32,7 +32,10 @@ _ENTRIES = {
 }
 
 
-_OF_CODES = ("integer_linear", "packed_linear", "gated_integer_linear", "gated_packed_linear")
+_OF_CODES = (
+    "integer_linear", "packed_linear", "gated_integer_linear", "gated_packed_linear",
+    "norm_packed_linear",
+)  # fmt: skip
 # What a kernel in CUDA C++ that is compiled by the machine that runs it takes.
 _COMPILED = ("compiled", "driver", "nvrtc", "errors")
 
@@ -233,7 +236,7 @@ register_layer_family(
                 files=("codes", "packed_linear", "integer_linear"),
                 functions=_OF_CODES,
                 classes=("QuantisedWeight",),
-                needed_by=frozenset({"integer_linear", "packed_linear"}),
+                needed_by=frozenset({"integer_linear", "norm_packed_linear", "packed_linear"}),
                 helpers=("quantised_tiles", "packed_few", *_COMPILED),
                 sources=("activations.cu", "hopper_packed_few.cu"),
                 setup=_quantised_setup,
@@ -243,7 +246,7 @@ register_layer_family(
                 files=("transform",),
                 functions=("transformed",),
                 needed_by=frozenset({"transformed"}),
-                helpers=("kronecker", *_COMPILED),
+                helpers=("kronecker", "wgmma", *_COMPILED),
                 sources=("activations.cu", "hopper_transform.cu"),
                 setup=_transform_setup,
             ),

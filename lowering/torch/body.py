@@ -53,7 +53,11 @@ _SIZES = ("B", "S", "P", "device")
 # Attributes that an attention with a policy is given as they are.
 _OPTIONS = ("layer", "scale", "softcap")
 # Where the factors of a product with several weights begin among its operands.
-_OF_FACTORS = {"fused_linear": 1, "packed_linear": 1, "integer_linear": 2}
+_OF_FACTORS = {
+    "fused_linear": 1, "packed_linear": 1, "integer_linear": 2, "norm_packed_linear": 3,
+}  # fmt: skip
+# Ops of several results, of which those that nothing reads need no name.
+_JOINED = ("add_rms_norm", "transformed", "norm_packed_linear")
 
 
 class BodyPrinter(FunctionPrinter):
@@ -157,7 +161,7 @@ class BodyPrinter(FunctionPrinter):
         return len(self._uses[value]) == 1 and value not in self._outside
 
     def target(self, value: Value) -> str:
-        joined = value.node is not None and value.node.op in ("add_rms_norm", "transformed")
+        joined = value.node is not None and value.node.op in _JOINED
         unread = not self._uses[value] and value not in self._outside
         return "_" if joined and unread else self._names[value]
 
@@ -362,7 +366,12 @@ class BodyPrinter(FunctionPrinter):
         """
         self.helpers.add(CLASS_NAME)
         start = _OF_FACTORS[node.op]
-        given = [self.name(value) for value in node.inputs[:start] if value is not None]
+        norm = node.op == "norm_packed_linear"
+        given = [
+            "None" if value is None else self.name(value)
+            for value in node.inputs[:start]
+            if norm or value is not None
+        ]
         if node in self._packed:
             factors = [f"self.{name}" for name in self._packed[node]]
         else:
@@ -370,6 +379,15 @@ class BodyPrinter(FunctionPrinter):
         weight, *bias = factors
         weight = weight.removesuffix("()")
         act = node.attrs.get("act", "")
+        if norm:
+            options = [
+                f"{name}={self.literal(node.attrs[name], node)}"
+                for name in ("eps", "offset", "act")
+                if name in node.attrs
+            ]
+            if node in self._packed and not act:
+                options.append(f"sizes={weight}.sizes")
+            return self.helper(node.op, ", ".join([*given, weight, *bias, *options]))
         if act:
             arguments = [*given, weight, *bias, f"act={quoted(act)}"]
             return self.helper(f"gated_{node.op}", ", ".join(arguments))

@@ -23,6 +23,7 @@ from graphopt.lowering.kernels.planning import why_no_kernel
 from graphopt.lowering.torch.fuse_quantised import (
     QUANTISED_RULES,
     fuse_gate_with_linears,
+    fuse_norm_with_linears,
     fuse_rounding_with_cache,
 )
 from graphopt.lowering.torch.fuse_sums import annotate_sums, fuse_linear_with_sum
@@ -85,13 +86,15 @@ class FuseLayerOps(Pass):
         reads, becomes part of it.
     11. `fuse_gate_with_linears`: a gate of both results of a `packed_linear` or `integer_linear`,
         which it alone reads and whose weights are of one size, becomes its `act`, where the target
-        has tiles of kernels for them.
-    12. `fuse_rounding_with_cache`: roundings with zero points, to 4 or 8 bits alike, of the new
+        has tiles of the kernel for few tokens, which takes it.
+    12. `fuse_norm_with_linears`: a norm by a weight or none, which a `packed_linear` alone reads,
+        becomes a `norm_packed_linear` with it and with the norm's sum, on the same targets.
+    13. `fuse_rounding_with_cache`: roundings with zero points, to 4 or 8 bits alike, of the new
         keys and values that an attention with a past alone reads, become its own, where a kernel
         of the target reads codes of such heads.
-    13. `fuse_linear_with_sum`: a linear of a dense weight, whose result `all_reduce` alone reads,
+    14. `fuse_linear_with_sum`: a linear of a dense weight, whose result `all_reduce` alone reads,
         becomes a `linear_all_reduce` with it, on targets whose file says what sums over ranks take.
-    14. No weight is read or changed.
+    15. No weight is read or changed.
 
     Options:
         target: Name of the target whose kernels run what is joined.
@@ -130,9 +133,10 @@ class FuseLayerOps(Pass):
             alone = _read_once(program, calls[name])
             linears = fuse_linears(alone - set(encodings)), fuse_packed_linears(encodings, alone)
             summed = fuse_linear_with_sum(set(encodings), target)
-            has_tiles = triton_family.quantised_tiles(target) is not None
-            gates = [fuse_gate_with_linears] if has_tiles else []
-            for fusion in (*RULES, *linears, *QUANTISED_RULES, *gates, last, summed):
+            tiles = triton_family.quantised_tiles(target)
+            few = tiles is not None and tiles.few
+            around = [fuse_gate_with_linears, fuse_norm_with_linears] if few else []
+            for fusion in (*RULES, *linears, *QUANTISED_RULES, *around, last, summed):
                 rewritten = apply_rules(function, [fusion], calls[name], types[name])
                 for applied, count in rewritten.counts.items():
                     counts[applied] += count * times

@@ -133,6 +133,37 @@ def fuse_gate_with_linears(site: Site) -> Match | NoMatch:
     return Match(rewrite)
 
 
+@rule("packed_linear")
+def fuse_norm_with_linears(site: Site) -> Match | NoMatch:
+    """packed_linear(add_rms_norm(x, y, weight)) -> norm_packed_linear(x, y, weight, ..)."""
+    linear = site.node
+    norm = site.maker(0, "add_rms_norm", "rms_norm")
+    if norm is None:
+        return site.no("what it multiplies is made by no norm")
+    normed = norm.outputs[-1]
+    if site.only_reader(normed) is not linear:
+        return site.no("something else reads the norm", norm)
+    given = [*norm.inputs, None][:3]
+    if norm.op == "rms_norm":
+        given = [norm.inputs[0], None, site.operand(1, norm)]
+    if given[2] is not None and not site.is_weight(given[2]):
+        return site.no("the norm's gain is computed", norm)
+
+    def rewrite() -> None:
+        function = site.function
+        attrs = {**norm.attrs, **linear.attrs}
+        operands = [*given, *linear.inputs[1:]]
+        fused = function.add("norm_packed_linear", operands, attrs, before=norm)
+        # Of a norm without a sum the first result is what it reads: nothing reads that of this.
+        whole = [*norm.outputs[:-1]] or [fused.output]
+        fused.outputs = [*whole, *linear.outputs]
+        for index, value in enumerate(fused.outputs):
+            value.node, value.index = fused, index
+        function.nodes = [node for node in function.nodes if node not in (norm, linear)]
+
+    return Match(rewrite)
+
+
 def _pairs(factors: Sequence[Value | None]) -> list[Sequence[Value | None]]:
     """Return both weights, and both biases where there are any."""
     return [factors[start : start + 2] for start in range(0, len(factors), 2)]
@@ -227,5 +258,6 @@ QUANTISED_RULES = (
 )
 """The rules, in the order in which they run, behind those of linears and norms.
 
-`fuse_gate_with_linears` and `fuse_rounding_with_cache`, behind them, are for a target.
+Behind them `fuse_gate_with_linears`, `fuse_norm_with_linears` and `fuse_rounding_with_cache` are
+for a target.
 """

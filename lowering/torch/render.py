@@ -215,7 +215,8 @@ def _addends(function: Function) -> list[int]:
 
 def _adds(node: Node) -> bool:
     """Return whether an op adds its second operand to the first and takes the norm of the sum."""
-    return node.op == "add_rms_norm" or (node.op == "transformed" and "total" in node.attrs)
+    joined = ("add_rms_norm", "norm_packed_linear")
+    return node.op in joined or (node.op == "transformed" and "total" in node.attrs)
 
 
 def _sources(helpers: Collection[str]) -> list[str]:

@@ -185,6 +185,11 @@ CASES = [
           ("packed_linear", 2, [X]),
           ("integer_linear", 1000, [Type((B, S, 6), torch.int8), f64(B, S)]),
       )),
+    *(Case("norm_packed_linear", [X, *rest], {"parts": 2, "eps": 1e-5} | more, terms=12, size=4)
+      for rest, more in (
+          ([X, f64(6), f64(5, 6), f64(2, 6), f64(5), f64(2)], {}),
+          ([None, None, f64(5, 6), f64(5, 6)], {"act": "silu", "offset": 1.0}),
+      )),
     *(Case("transformed", [X, *rest], attrs, terms=6, size=8)
       for attrs, rest in (
           ({"before": "norm", "eps": 1e-5, "total": True}, [X, f64(6), f64(2, 2), f64(3, 3)]),
@@ -387,6 +392,15 @@ def expect_fused_linear(x, *factors, parts=0):
 def expect_packed_linear(x, *factors, parts=0, act=""):
     results = expect_fused_linear(x, *factors, parts=parts)
     return expect_act_mul(*results, act) if act else results
+
+
+def expect_norm_packed_linear(
+    x, y=None, norm_weight=None, *factors, parts=0, act="", eps=0.0, offset=0.0
+):
+    whole = x if y is None else x + y
+    normed = expect_rms_norm(whole, norm_weight, eps, offset)
+    product = expect_packed_linear(normed, *factors, parts=parts, act=act)
+    return (whole, *product) if isinstance(product, tuple) else (whole, product)
 
 
 def expect_integer_linear(codes, scales, *factors, parts=0, act=""):

@@ -130,7 +130,8 @@ def test_lowering_gives_packed_linears_to_kernels_and_says_what_it_leaves() -> N
     # In the first layer q and v, k, gate and up; in the second q, k and v, o, gate, down; in the
     # third the second's with gate and up; and the head.
     assert fused.record.rules["fuse_packed_linears"] == 3 + 4 + 4 + 1
-    assert text.count("parts=3)") == 2 and text.count("parts=2)") == 3
+    assert text.count("parts=3)") == 2 and text.count("parts=2)") == 1
+    assert text.count('parts=2, act="silu")') == 2
     for kind in (
         "packed(bits=8, group=32, axis=1, symmetric)",
         "packed(bits=4, group=24, axis=1, symmetric)",

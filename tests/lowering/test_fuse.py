@@ -20,6 +20,7 @@ from graphopt.lowering.torch import fuse
 from graphopt.lowering.torch.fuse_quantised import (
     QUANTISED_RULES,
     fuse_gate_with_linears,
+    fuse_norm_with_linears,
     fuse_rounding_with_cache,
 )
 from graphopt.lowering.torch.fuse_sums import fuse_linear_with_sum
@@ -115,6 +116,13 @@ TAKEN = {
             ("out", "act_mul", "gate up", {"act": "silu"}),
         ),
         ['out = packed_linear(x, b, a, parts=2, act="silu")'],
+    ),
+    "fuse_norm_with_linears": (
+        function(
+            ("t n", "add_rms_norm", "x y a", {"eps": 1e-5}),
+            ("q k", "packed_linear", "n b c", {"parts": 2}), results=("t", "q", "k"),
+        ),
+        ["t, q, k = norm_packed_linear(x, y, a, b, c, eps=1e-05, parts=2)"],
     ),
     "fuse_rounding_with_cache": (
         function(
@@ -240,6 +248,16 @@ LEFT = {
             "something else reads the product",
         ),
     ],
+    "fuse_norm_with_linears": [
+        (function(("out", "packed_linear", "x a", ONE)), "made by no norm"),
+        (
+            function(
+                ("n", "rms_norm", "x a", {"eps": 1e-5}), ("out", "packed_linear", "n b", ONE),
+                results=("n", "out"),
+            ),
+            "something else reads the norm",
+        ),
+    ],
     "fuse_rounding_with_cache": [
         (
             function(
@@ -282,6 +300,7 @@ RULES = {
         fuse.fuse_packed_linears(CODES, {"p", "r"}),
         *QUANTISED_RULES,
         fuse_gate_with_linears,
+        fuse_norm_with_linears,
         fuse_rounding_with_cache(lambda query, key, value, bits: None),
         fuse_linear_with_sum(CODES, get_target("hopper")),
     )

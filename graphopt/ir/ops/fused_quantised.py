@@ -167,6 +167,54 @@ class Transformed(Op):
         return found if isinstance(found, tuple) else (found,)
 
 
+@register
+class NormPackedLinear(PackedLinear):
+    """total = x + y, and the `packed_linear` of its RMS norm: -> (total, *outputs of the product).
+
+    Without y of x alone, which total then is.
+    """
+
+    name = "norm_packed_linear"
+    operands = ("x", "y?", "norm_weight?", "factors*")
+    attributes = {**PackedLinear.attributes, "eps": Least, "offset": Number}  # noqa: RUF012
+    defaults = {"act": "", "offset": 0.0}  # noqa: RUF012
+
+    def check_encodings(self, types: Types) -> None:
+        dense = [kind for kind in types[:3] if kind is not None]
+        super().check_encodings([next((k for k in dense if k.encoding), dense[0]), *types[3:]])
+
+    @staticmethod
+    def _product(attrs: Attrs) -> Attrs:
+        return {name: attrs[name] for name in ("parts", "act") if name in attrs}
+
+    def infer(self, types: Types, attrs: Attrs) -> list[Type]:
+        whole = [need(types, 0)]
+        if _at(types, 1) is not None:
+            whole = get_op("add").infer(types[:2], {})
+        normed = get_op("rms_norm").infer([whole[0], _at(types, 2)], _norm_attrs(attrs))
+        return [*whole, *super().infer([*normed, *types[3:]], self._product(attrs))]
+
+    def flops(self, types: Types, outputs: Sequence[Type], attrs: Attrs) -> Dim:
+        given = [need(types, 0), *types[3:]]
+        product = super().flops(given, outputs[1:], self._product(attrs))
+        return dim(5 * outputs[0].numel + product)
+
+    def _norm(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, Tensor]:
+        x, y = tensors[0], optional(tensors, 1)
+        assert x is not None
+        whole = x if y is None else x + y
+        (normed,) = get_op("rms_norm").reference([whole, optional(tensors, 2)], _norm_attrs(attrs))
+        return whole, normed
+
+    def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        whole, normed = self._norm(tensors, attrs)
+        return (whole, *super().reference([normed, *tensors[3:]], self._product(attrs)))
+
+    def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        whole, normed = self._norm(tensors, attrs)
+        return (whole, *super().torch([normed, *tensors[3:]], self._product(attrs)))
+
+
 def _at(types: Types, index: int) -> Type | None:
     return types[index] if index < len(types) else None
 
