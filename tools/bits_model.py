@@ -104,6 +104,11 @@ def decode_rates(module: ModuleType, folder: Path) -> tuple[Result, Any]:
     return {"tokens_per_second": rates}, model
 
 
+def _stem(label: str) -> str:
+    """Return a label as the name of a folder and of a module."""
+    return "".join(filter(str.isalnum, label))
+
+
 def model_part(rows: Rows, target: str) -> None:
     program = random_llama(DEVICE, LLAMA_1B)
     for name in ("canonicalise", "insert-kv-cache"):
@@ -127,9 +132,16 @@ def model_part(rows: Rows, target: str) -> None:
 
         group = 128 if ON_GPU else 32
         rows.add("model bf16", lambda: run("bf16", program, False))
-        for size in (group, 32) if ON_GPU else (group,):
-            packed = with_codes(program, Packed(4, size))
+        transformed = program
+        for step, options in (("insert-affine", {"kind": "hadamard"}), ("fold-affine", {})):
+            transformed = make_pass(step, options).run(transformed, Context()).program
+        for label, made, size in (
+            (f"int4 group {group}", program, group),
+            ("int4 group 32", program, 32),
+            (f"int4 group {group}, transforms", transformed, group),
+        )[: None if ON_GPU else 1]:
+            packed = with_codes(made, Packed(4, size))
             rows.add(
-                f"model int4 group {size}",
-                lambda packed=packed, size=size: run(f"int4_{size}", packed, True),
+                f"model {label}",
+                lambda packed=packed, label=label: run(_stem(label), packed, True),
             )

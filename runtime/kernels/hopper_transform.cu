@@ -101,6 +101,11 @@ __device__ __forceinline__ float of_lane_across(float value, int distance) {
   return __shfl_xor_sync(~0u, value, distance);
 }
 
+// What was in front has ended.
+__device__ __forceinline__ void wait_for_front() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // The low four bits of eight bytes, two in a byte.
 __device__ __forceinline__ word low_halves(word first, word second) {
   first = (first & 0x000f000f) | (first >> 4 & 0x00f000f0);
@@ -189,6 +194,8 @@ transform(const __grid_constant__ Operands given) {
     }
     commit_copies();
   };
+  // It may have written x and y, and no factor.
+  wait_for_front();
 #pragma unroll
   for (int s = 0; s < STAGES; ++s) fetch(blockIdx.x + s * (long long)gridDim.x, s);
   int stage = 0;
