@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from graphopt.runtime.compiled import ACTIVATIONS, constants_of, kernel, launch, runs_compiled
+from graphopt.runtime.driver import Function
 from graphopt.runtime.fused import overlapping
 from graphopt.runtime.wgmma import product
 
@@ -103,6 +104,7 @@ NONE, NORM, GATE = 0, 1, 2
 """What stands in front of a transform."""
 
 
+@functools.cache
 def best_cut(cut: Cut) -> Cut | None:
     """Return how tokens are cut; None where a core has no room for one.
 
@@ -167,8 +169,7 @@ def launch_many(
     )  # fmt: skip
     if cut is None:
         return None
-    constants = constants_of(cut.constants)
-    function = kernel(FILES, "transform", constants, cut.shared_bytes, x.device, product_of(n1))
+    function = _function_of(cut, x.device)
     if function is None:
         return None
     tokens = len(rows[0])
@@ -192,6 +193,12 @@ def product_of(n1: int) -> str:
     """Return the text of the product of the kernel, whose right sides have N1 rows."""
     rows = -(-n1 // 8) * 8
     return product("wgmma_product", rows, "bf16", from_registers=True, by_rows=False, begins=True)
+
+
+@functools.cache
+def _function_of(cut: Cut, device: torch.device) -> Function | None:
+    constants = constants_of(cut.constants)
+    return kernel(FILES, "transform", constants, cut.shared_bytes, device, product_of(cut.n1))
 
 
 @functools.cache

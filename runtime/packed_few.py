@@ -6,15 +6,16 @@ Layout letters: M tokens, K features in, N features out.
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphopt.runtime.compiled import ACTIVATIONS, constants_of, kernel, launch, runs_compiled
-from graphopt.runtime.fused import overlapping
-from graphopt.runtime.quantised_tiles import FewTiles
+from graphopt.runtime.driver import Function
+from graphopt.runtime.quantised_tiles import FewTiles, warps_for
 
 FILES = ("activations.cu", "hopper_packed_few.cu")
 SPAN = 128
@@ -60,6 +61,7 @@ def launch_few(
     weight: Any,
     bias: Tensor | None,
     tiles: FewTiles,
+    cores: int,
     x_scales: Tensor | None = None,
     act: str = "",
     norm: NormInFront | None = None,
@@ -69,10 +71,14 @@ def launch_few(
     None where the kernel is not for these: another GPU, spans of fewer than 128 inputs, rows that
     do not begin at multiples of what a thread reads at a time, norms of many tokens.
 
+    The kernel starts before the one in front has ended, for which it waits when its first codes,
+    which nothing writes, are on their way.
+
     Args:
         x: [M, K], the last axis contiguous: of that dtype, or int8 codes with `x_scales` fp32 [M].
         weight: A `PackedCodes`.
         tiles: For as many tokens or more.
+        cores: Of the GPU that they are for.
         act: An activation: give act(first) second, [M, N / 2], of both halves of the product.
     """
     dtype, codes = weight.scales.dtype, x.dtype == torch.int8
@@ -81,68 +87,80 @@ def launch_few(
     others = [bias] if norm is None else [bias, norm.y, norm.gain]
     if any(t is not None and t.dtype != dtype for t in others):
         return None
-    tokens, outputs = len(x), weight.shape[0] // (2 if act else 1)
+    tokens, (outputs, inputs) = len(x), weight.shape
     if norm is not None and tokens > MOST_NORMED:
         return None
     read = 4 * x.element_size() if norm is None else _PIECE
     rows = [x] if norm is None or norm.y is None else [x, norm.y]
     if any(t.data_ptr() % read or t.stride(0) * t.element_size() % read for t in rows):
         return None
-    constants = constants_of_few(weight, tiles, tokens, codes, act, norm)
-    shared = shared_bytes(tiles, tokens, 0 if norm is None else x.shape[1])
-    function = kernel(FILES, "packed_few", constants_of(constants), shared, x.device)
+    sums = norm is not None and norm.y is not None
+    form = Form(
+        dtype == torch.bfloat16, codes, weight.zeros is not None, norm is not None, sums, act,
+        warps_for(outputs, len(weight.codes), tiles, cores), tiles.row_tiles, tiles.ahead,
+        -(-tokens // 8), 0 if len(weight.scales) == 1 else min(weight.group, SPAN),
+    )  # fmt: skip
+    shared = form.shared_bytes(tokens, inputs)
+    function = _function_of(form, shared, x.device)
     if function is None:
         return None
-    out = torch.empty(tokens, outputs, dtype=dtype, device=x.device)
-    total = None
-    if norm is not None and norm.y is not None:
-        total = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = torch.empty(tokens, outputs // (2 if act else 1), dtype=dtype, device=x.device)
+    total = torch.empty(x.shape, dtype=dtype, device=x.device) if sums else None
     operands = _operands(x, weight, bias, x_scales, out, norm, total)
-    early = overlapping(x.device)["OVERLAP"]
-    grid = (_blocks(tiles, weight, act),)
-    launch(function, grid, 32 * tiles.warps, operands, x.device, early)
+    launch(function, (form.blocks(outputs),), 32 * form.warps, operands, x.device, early=True)
     return out, total
 
 
-def constants_of_few(
-    weight: Any,
-    tiles: FewTiles,
-    tokens: int,
-    codes: bool = False,
-    act: str = "",
-    norm: NormInFront | None = None,
-) -> dict[str, int]:
-    """Return the macros of the kernel's source; see `launch_few`."""
-    return {
-        "BF16": weight.scales.dtype == torch.bfloat16,
-        "CODES": codes,
-        "ZEROS": weight.zeros is not None,
-        "NORM": norm is not None,
-        "SUM": norm is not None and norm.y is not None,
-        "GATED": act != "",
-        "ACTIVATION": ACTIVATIONS.index(act) if act else 0,
-        "WARPS": tiles.warps,
-        "ROW_TILES": tiles.row_tiles,
-        "AHEAD": tiles.ahead,
-        "TOKEN_TILES": -(-tokens // 8),
-        "GROUP": 0 if len(weight.scales) == 1 else min(weight.group, SPAN),
-    }
+class Form(NamedTuple):
+    """What the kernel is compiled for.
 
-
-def shared_bytes(tiles: FewTiles, tokens: int, normed: int = 0) -> int:
-    """Return the bytes of shared memory of a block: its warps' sums in fp32, and norms of tokens.
-
-    Args:
-        normed: Inputs whose norms are taken; 0 for none.
+    Attributes:
+        bf16: Else fp16.
+        codes: Whether x is int8.
+        zeros: Whether the weight has zero points.
+        norm, sums: Whether what is multiplied is a norm, and of a sum.
+        act: The activation of a gate behind the product, or nothing.
+        token_tiles: Of 8 tokens.
+        group: Inputs that share a scale; 0 for all of a row.
     """
-    sums = 4 * tiles.warps * 16 * tiles.row_tiles * (8 * -(-tokens // 8) + 1)
-    return -(-sums // 16) * 16 + 2 * tokens * normed
+
+    bf16: bool
+    codes: bool
+    zeros: bool
+    norm: bool
+    sums: bool
+    act: str
+    warps: int
+    row_tiles: int
+    ahead: int
+    token_tiles: int
+    group: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The macros of the kernel's source."""
+        return {
+            "BF16": self.bf16, "CODES": self.codes, "ZEROS": self.zeros, "NORM": self.norm,
+            "SUM": self.sums, "GATED": self.act != "",
+            "ACTIVATION": ACTIVATIONS.index(self.act) if self.act else 0,
+            "WARPS": self.warps, "ROW_TILES": self.row_tiles, "AHEAD": self.ahead,
+            "TOKEN_TILES": self.token_tiles, "GROUP": self.group,
+        }  # fmt: skip
+
+    def shared_bytes(self, tokens: int, inputs: int) -> int:
+        """Return the bytes of shared memory of a block: its warps' sums in fp32, and norms."""
+        sums = 4 * self.warps * 16 * self.row_tiles * (8 * self.token_tiles + 1)
+        return -(-sums // 16) * 16 + (2 * tokens * inputs if self.norm else 0)
+
+    def blocks(self, outputs: int) -> int:
+        """Return how many blocks of threads a product has."""
+        rows = 16 * self.row_tiles
+        return -(-(outputs // 2) // (rows // 2)) if self.act else -(-outputs // rows)
 
 
-def _blocks(tiles: FewTiles, weight: Any, act: str) -> int:
-    """Return how many blocks of threads a product has."""
-    outputs, rows = weight.shape[0], 16 * tiles.row_tiles
-    return -(-outputs // rows) if not act else -(-(outputs // 2) // (rows // 2))
+@functools.cache
+def _function_of(form: Form, shared: int, device: torch.device) -> Function | None:
+    return kernel(FILES, "packed_few", constants_of(form.constants), shared, device)
 
 
 def _operands(

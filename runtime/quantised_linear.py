@@ -417,7 +417,7 @@ class QuantisedKernels:
         if few is not None and codes is not None and runs_by_kernel(x):
             rows = None if y is None else _rows_of(y)
             norm = NormInFront(rows, norm_weight, eps, offset)
-            found = launch_few(_rows_of(x), codes, bias, few, act=act, norm=norm)
+            found = launch_few(_rows_of(x), codes, bias, few, self._tiles.cores, act=act, norm=norm)
             if found is not None:
                 product = found[0].view(*x.shape[:-1], -1)
                 total = x if found[1] is None else found[1].view(x.shape)
@@ -451,7 +451,11 @@ class QuantisedKernels:
     ) -> Tensor | None:
         """Return the product by the kernel for few tokens; None where it does not run."""
         tiles = tiles_for(len(x), self._tiles.few)
-        found = None if tiles is None else launch_few(x, weight, bias, tiles, x_scales, act)
+        found = (
+            None
+            if tiles is None
+            else launch_few(x, weight, bias, tiles, self._tiles.cores, x_scales, act)
+        )
         return None if found is None else found[0]
 
     def integer_linear(

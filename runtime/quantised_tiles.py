@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -35,7 +36,8 @@ class FewTiles:
 
     Attributes:
         tokens: The most tokens for which these are taken, 16 or fewer.
-        warps: Of a block of threads; each has spans of its own.
+        warps: About how many a core is given: what is summed over is divided among the warps of a
+            block until there are as many.
         row_tiles: Tiles of 16 outputs of a block.
         ahead: Spans of codes that a warp has on their way in registers.
     """
@@ -44,6 +46,22 @@ class FewTiles:
     warps: int
     row_tiles: int
     ahead: int
+
+
+LEAST_WARPS, MOST_WARPS = 4, 16
+"""Of a block of the kernel in CUDA C++."""
+
+
+def warps_for(outputs: int, spans: int, tiles: FewTiles, cores: int) -> int:
+    """Return among how many warps, a power of two, a block divides what is summed over.
+
+    Args:
+        spans: Into how many pieces that can be divided.
+    """
+    blocks = -(-outputs // (16 * tiles.row_tiles))
+    wanted = round(math.log2(max(1.0, tiles.warps * cores / blocks)))
+    divided = 1 << max(0, spans - 1).bit_length()
+    return max(LEAST_WARPS, min(MOST_WARPS, 1 << wanted, divided))
 
 
 @dataclass(frozen=True)

@@ -207,9 +207,7 @@ def packed_options(tokens: int) -> Iterator[FewTiles | PackedTiles]:
     columns = 8 if tokens <= 8 else 16
     for rows, unroll, programs in ((16, 4, 20), (16, 2, 24), (32, 2, 12)):
         yield PackedTiles(tokens, rows, columns, 1, 1, programs, unroll)
-    for warps, row_tiles, ahead in (
-        (4, 1, 2), (4, 1, 4), (8, 1, 2), (8, 1, 4), (16, 1, 2), (4, 2, 2), (8, 2, 2), (16, 2, 2),
-    ):  # fmt: skip
+    for warps, row_tiles, ahead in itertools.product((6, 12, 24), (1, 2), (1, 2)):
         yield FewTiles(tokens, warps, row_tiles, ahead)
 
 
@@ -247,13 +245,15 @@ def w4a16_row(
         assert not any(weight.arrived.any() for weight in weights)
 
     def all_of(tiles: FewTiles | PackedTiles) -> Tensor:
-        made = [
-            launch_few(x, weight, None, tiles)
-            if isinstance(tiles, FewTiles)
-            else launch_packed(x, weight, None, tiles, TILES.cores)
-            for weight in weights
-        ]
-        assert made[0] is not None
+        assert TILES is not None
+        made = []
+        for weight in weights:
+            if isinstance(tiles, FewTiles):
+                found = launch_few(x, weight, None, tiles, TILES.cores)
+                assert found is not None
+                made.append(found[0])
+            else:
+                made.append(launch_packed(x, weight, None, tiles, TILES.cores))
         return made[0]
 
     key = f"packed {tokens} {outputs} {inputs}"

@@ -140,7 +140,7 @@ class FewTable(Schema):
     """A row of `[quantised]`'s `few`: `graphopt.runtime.quantised_tiles.FewTiles`."""
 
     tokens: Annotated[Size, pydantic.Field(le=16)]
-    warps: Annotated[Size, pydantic.Field(le=32)]
+    warps: Size
     row_tiles: Size
     ahead: Size
 

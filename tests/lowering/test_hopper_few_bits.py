@@ -16,9 +16,9 @@ from graphopt.runtime import kronecker, packed_few
 from graphopt.runtime.compiled import ACTIVATIONS, runs_compiled
 from graphopt.runtime.kronecker import Cut, best_cut, launch_many
 from graphopt.runtime.nvrtc import compile_cuda, nvrtc_version
-from graphopt.runtime.packed_few import FILES, NormInFront, constants_of_few, launch_few
+from graphopt.runtime.packed_few import FILES, Form, NormInFront, launch_few
 from graphopt.runtime.quantised_linear import PackedCodes, pack_codes
-from graphopt.runtime.quantised_tiles import FewTiles
+from graphopt.runtime.quantised_tiles import FewTiles, warps_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and COMPILER is None:
@@ -81,10 +81,10 @@ def test_products_of_few_tokens(
     # Halves of one tensor, whose rows are longer than what is read.
     x = random(tokens, 2 * inputs, dtype=dtype)[:, inputs:]
     for given, own, tiles in (
-        (x, None, FewTiles(16, 2, 1, 2)),
-        (codes.to(DEVICE), scales.to(DEVICE), FewTiles(16, 4, 2, 1)),
+        (x, None, FewTiles(16, 12, 1, 2)),
+        (codes.to(DEVICE), scales.to(DEVICE), FewTiles(16, 12, 2, 1)),
     ):
-        found = launch_few(given, weight, bias, tiles, own, act)
+        found = launch_few(given, weight, bias, tiles, 1, own, act)
         assert found is not None and found[1] is None
         got = found[0]
         assert got.dtype == dtype
@@ -102,6 +102,15 @@ def test_products_of_few_tokens(
         assert bool(((got.double().cpu() - exact).abs() <= allowed).all())
 
 
+def test_what_is_summed_over_is_divided_until_a_core_has_its_warps() -> None:
+    tiles = FewTiles(8, 12, 2, 2)
+    found = [warps_for(outputs, 86, tiles, 132) for outputs in (2560, 4096, 11008, 22016, 128000)]
+    assert found == [16, 16, 4, 4, 4]
+    assert warps_for(8192, 86, tiles, 132) == 8
+    # Four pieces are not divided among more than four.
+    assert warps_for(2560, 4, tiles, 132) == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "sums", "offset"), [(3, True, 0.0), (1, False, 1.0)])
 def test_products_with_a_norm_in_front(tokens: int, sums: bool, offset: float) -> None:
@@ -109,7 +118,7 @@ def test_products_with_a_norm_in_front(tokens: int, sums: bool, offset: float) -
     x, y = (random(tokens, 384, seed=seed) for seed in (0, 5))
     gain = random(384, seed=4)
     norm = NormInFront(y if sums else None, gain, 1e-5, offset)
-    found = launch_few(x, weight, None, FewTiles(8, 2, 1, 2), norm=norm)
+    found = launch_few(x, weight, None, FewTiles(8, 12, 1, 2), 1, norm=norm)
     assert found is not None
     got, total = found
     whole = x + y if sums else x
@@ -124,14 +133,14 @@ def test_products_with_a_norm_in_front(tokens: int, sums: bool, offset: float) -
 def test_what_the_kernel_for_few_tokens_does_not_take() -> None:
     weight, _ = some_weight(32, 256, 128, True, torch.bfloat16)
     small, _ = some_weight(32, 192, 64, True, torch.bfloat16)
-    tiles = FewTiles(16, 2, 1, 2)
+    tiles = FewTiles(16, 12, 1, 2)
     assert small.span < 128
-    assert launch_few(random(1, 192), small, None, tiles) is None
-    assert launch_few(random(1, 256, dtype=torch.float16), weight, None, tiles) is None
-    assert launch_few(random(1, 256), weight, random(32).float(), tiles) is None
-    assert launch_few(random(2, 257)[:, 1:], weight, None, tiles) is None
+    assert launch_few(random(1, 192), small, None, tiles, 1) is None
+    assert launch_few(random(1, 256, dtype=torch.float16), weight, None, tiles, 1) is None
+    assert launch_few(random(1, 256), weight, random(32).float(), tiles, 1) is None
+    assert launch_few(random(2, 257)[:, 1:], weight, None, tiles, 1) is None
     many = NormInFront(None, None, 1e-5, 0.0)
-    assert launch_few(random(5, 256), weight, None, tiles, norm=many) is None
+    assert launch_few(random(5, 256), weight, None, tiles, 1, norm=many) is None
 
 
 def rotation(size: int, seed: int) -> Tensor:
@@ -251,10 +260,9 @@ def test_kernels_compile_without_spilling() -> None:
         text = front + "".join(runtime_text(f"kernels/{file}") for file in files)
         return compile_cuda(text, files[-1], "sm_90a", constants).log
 
-    weight, _ = some_weight(32, 256, 128, True, torch.bfloat16)
-    for tokens, act in ((1, ACTIVATIONS[0]), (16, "")):
-        constants = constants_of_few(weight, FewTiles(16, 8, 1, 2), tokens, False, act)
-        assert "0 bytes spill stores" in log_of(FILES, constants)
+    for warps, act, norm in ((4, ACTIVATIONS[0], True), (16, "", False)):
+        form = Form(True, False, False, norm, norm, act, warps, 2, 2, 1, 128)
+        assert "0 bytes spill stores" in log_of(FILES, form.constants)
     for cut in (Cut(64, 64, kronecker.NORM, bits=4), Cut(86, 128, kronecker.GATE, bits=4)):
         best = best_cut(cut)
         assert best is not None
