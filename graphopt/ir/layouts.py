@@ -8,6 +8,7 @@ that is used before it was added up, parts of different axes that meet, a bias t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from graphopt.errors import VerifyError
 from graphopt.ir.graph import Call, Function, Node, Program, Value, resolve_attrs
@@ -151,20 +152,10 @@ class _Walk:
             ValueError: It cannot work on its operands.
         """
         attrs = resolve_attrs(node, self.call)
-        if attrs.get("act") and node.op in ("packed_linear", "integer_linear"):
-            halves = [Value(f"the {part} half of {node.output.name}") for part in ("first", "last")]
-            self.types |= dict.fromkeys(halves, self.types[node.output])
-            self.node(Node(node.op, node.inputs, {"parts": 2}, halves))
-            self.node(Node("act_mul", [*halves], {"act": attrs["act"]}, node.outputs))
-            return
-        if node.op == "norm_packed_linear":
-            normed = Value(f"the norm in {node.outputs[0].name}")
-            self.types[normed] = self.types[node.outputs[0]]
-            product = {name: attrs[name] for name in ("parts", "act") if name in attrs}
-            norm = {name: attrs[name] for name in ("eps", "offset") if name in attrs}
-            before = [node.outputs[0], normed]
-            self.node(Node("add_rms_norm", node.inputs[:3], norm, before))
-            self.node(Node("packed_linear", [normed, *node.inputs[3:]], product, node.outputs[1:]))
+        parts = self._in_parts(node, attrs)
+        if parts:
+            for part in parts:
+                self.node(part)
             return
         several = pieces(node, attrs)
         if several != [node]:
@@ -210,6 +201,31 @@ class _Walk:
             if value is not None and layout is not None
         )
         raise ValueError(f"it does not work on parts like these: {told}")
+
+    def _in_parts(self, node: Node, attrs: Mapping[str, Any]) -> list[Node]:
+        """Return a product of packed weights as what stands in front of it, itself and its gate.
+
+        Empty where it has neither.
+        """
+        first = node.outputs[0]
+        if node.op == "norm_packed_linear":
+            normed = Value(f"the norm in {first.name}")
+            self.types[normed] = self.types[first]
+            norm = {name: attrs[name] for name in ("eps", "offset") if name in attrs}
+            product = {name: attrs[name] for name in ("parts", "act") if name in attrs}
+            inputs = [normed, *node.inputs[3:]]
+            return [
+                Node("add_rms_norm", node.inputs[:3], norm, [first, normed]),
+                Node("packed_linear", inputs, product, node.outputs[1:]),
+            ]
+        if node.op not in ("packed_linear", "integer_linear") or not attrs.get("act"):
+            return []
+        halves = [Value(f"the {half} half of {first.name}") for half in ("first", "last")]
+        self.types |= dict.fromkeys(halves, self.types[first])
+        return [
+            Node(node.op, node.inputs, {"parts": 2}, halves),
+            Node("act_mul", [*halves], {"act": attrs["act"]}, node.outputs),
+        ]
 
     def _unsummed(self, node: Node, summed: Sequence[int]) -> str:
         value = node.inputs[summed[0]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from carved import carved
+from packed_programs import projections, with_packed
 from programs import tiny_program
 from tiny_models import save_tiny
 
@@ -25,6 +26,7 @@ from graphopt.lowering.torch.fuse_quantised import (
 )
 from graphopt.lowering.torch.fuse_sums import fuse_linear_with_sum
 from graphopt.lowering.torch.passes import lower, lowering_passes
+from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.rewrite import apply_rules
 from graphopt.targets import get_target
 
@@ -440,3 +442,14 @@ def test_a_compile_verifies_lowering_and_tells_of_it(tmp_path):
     saved = (tmp_path / "out" / "program.txt").read_text()
     assert "rope_pair(" not in saved and "kernels:" not in saved
     assert "fuse-layer-ops" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_norms_and_gates_of_products_are_split_as_what_they_are_made_of():
+    """Layouts on ranks are derived of a node's parts."""
+    sizes = {"hidden": 128, "ffn": 256, "heads": 8, "kv_heads": 4, "head_dim": 16, "vocab": 96}
+    program = with_packed(tiny_program(cache=True, **sizes), projections(Packed(4, 32)))
+    sharded = make_pass("shard", {"tp": 2}).run(program, Context()).program
+    lowered = lower(sharded, "hopper")
+    text = str(lowered)
+    assert text.count("norm_packed_linear(") == 3 and 'parts=2, act="silu"' in text
+    verify(lowered)
