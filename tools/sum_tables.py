@@ -55,10 +55,15 @@ def sums_predicted() -> str:
     return markdown_table(head, rows)
 
 
+def _rows(part: str) -> list[dict[str, Any]]:
+    return [row for row in result_of("all_reduce").get("rows", []) if row["part"] == part]
+
+
 def sums() -> str:
     """Linears summed over two GPUs, as measured."""
-    result = result_of("all_reduce")
-    by_shape = {tuple(r["shape"]): r for r in result.get("rows", []) if r["part"] == "linear"}
+    by_shape = {tuple(row["shape"]): row for row in _rows("linear")}
+    if not by_shape:
+        return "Not measured yet."
     rows = []
     for shape in SHAPES:
         if shape not in by_shape:
@@ -83,12 +88,12 @@ def sums() -> str:
         "M, K, N", "product", "then NCCL", "then torch's two-shot", "fused_matmul_reduce_scatter",
         "ours", "by", "times as fast as with NCCL", "hidden",
     ]  # fmt: skip
-    return f"{markdown_table(head, rows)}\n\n{measured_on(result, 'torch', 'triton')}"
+    told = measured_on(result_of("all_reduce"), "torch", "triton")
+    return f"{markdown_table(head, rows)}\n\n{told}"
 
 
 def sums_of_few() -> str:
     """Sums of few bytes over two GPUs."""
-    result = result_of("all_reduce")
 
     def told(row: dict[str, Any], name: str) -> str:
         found = row["times"].get(name)
@@ -97,20 +102,16 @@ def sums_of_few() -> str:
     names = ("NCCL", "one_shot_all_reduce", "ours one-shot", "ours two-shot")
     rows = [
         [f"{row['bytes'] // 1024:,} KB", *(told(row, name) for name in names)]
-        for row in result.get("rows", [])
-        if row["part"] == "decode"
+        for row in _rows("decode")
     ]
     head = ["sum of", "NCCL", "torch's one-shot", "ours, one-shot", "ours, two-shot"]
-    return markdown_table(head, rows)
+    return markdown_table(head, rows) if rows else "Not measured yet."
 
 
 def sums_of_attention() -> str:
     """Attention, its output projection and the sum over two GPUs."""
-    result = result_of("all_reduce")
     rows = []
-    for row in result.get("rows", []):
-        if row["part"] != "attention":
-            continue
+    for row in _rows("attention"):
         times = {name: median(found["microseconds"]) for name, found in row["times"].items()}
         ours, nccl = times["ours, as planned"], times["attention, GEMM, NCCL"]
         rows.append(
@@ -128,4 +129,4 @@ def sums_of_attention() -> str:
         "tokens", "attention and product", "then NCCL", "then torch's two-shot", "ours", "by",
         "times as fast as with NCCL",
     ]  # fmt: skip
-    return markdown_table(head, rows)
+    return markdown_table(head, rows) if rows else "Not measured yet."

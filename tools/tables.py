@@ -33,6 +33,7 @@ from plan_tables import allocation, arena
 from rank_tables import data_parallel
 from results import ROOT, markdown_table, measured_on, median, result_of
 from shard_tables import shard
+from sum_tables import sums, sums_of_attention, sums_of_few, sums_predicted
 
 PAGES = (
     "README.md", "docs/attention.md", "docs/bits.md", "docs/depth.md", "docs/devices.md",
@@ -656,6 +657,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_passes": memory_passes,
     "memory_peaks": memory_peaks,
     "onnx_memory": onnx_memory,
+    "sums": sums,
+    "sums_of_attention": sums_of_attention,
+    "sums_of_few": sums_of_few,
+    "sums_predicted": sums_predicted,
 }
 
 
