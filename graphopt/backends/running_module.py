@@ -89,14 +89,16 @@ class RunningModule:
             return self.start(1)
         # A decoder holds a token more than the prompt.
         room = max(room, 2)
-        remedy = "Leave --offload out." if self._facts.offload else "Ask for fewer tokens."
+        what, remedy = "There can be no such cache", "Ask for fewer tokens."
+        if self._facts.offload:
+            what, remedy = "Keys cannot lie in host memory", "Leave --offload out."
         try:
             if not self._facts.offload:
                 return self._decoder(self._model, room)
             return self._decoder(self._model, room, offload=True)
         except Exception as error:  # of the package's own classes
             raise GraphoptError(
-                getattr(error, "message", f"There can be no such cache: {first_line(error)}."),
+                getattr(error, "message", f"{what}: {first_line(error)}."),
                 getattr(error, "remedy", remedy),
             ) from error
 

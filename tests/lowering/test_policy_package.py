@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -353,7 +354,8 @@ def test_opening_with_keys_in_host_memory_is_refused_with_the_reason(tmp_path, m
     with pytest.raises(go.GraphoptError, match=r"--offload.*the model runs on the CPU"):
         open_language_model(str(tmp_path / "out"), "torch", device="cpu", offload=True)
     model = open_language_model(str(tmp_path / "out"), "torch", device="cpu")
-    model._offload = True  # as it would be on a GPU; the package itself refuses as well
+    # As it would be on a GPU; the package itself refuses as well.
+    model._running._facts = replace(model._running._facts, offload=True)
     with pytest.raises(go.GraphoptError, match="Keys cannot lie in host memory: keys in host"):
         model.start_text(20)
 
