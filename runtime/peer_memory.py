@@ -103,16 +103,18 @@ class Peers:
     Attributes:
         ranks: How many.
         device: That of this one.
+        cores: That each device has at least, for programs of a rank that run at once.
         allocate: From a number of bytes to workspaces of that size, all zeros, on all ranks.
     """
 
     ranks: int
     device: torch.device
+    cores: int
     allocate: Callable[[int], PeerMemory]
 
 
 def peers_of(group: dist.ProcessGroup, device: torch.device) -> Peers:
-    """Return the ranks of a group; an allocation is a collective of it.
+    """Return the ranks of a group. A collective of it, and so is each allocation.
 
     Args:
         device: The GPU of this rank, which is the current one.
@@ -134,7 +136,10 @@ def peers_of(group: dist.ProcessGroup, device: torch.device) -> Peers:
         bases = torch.tensor([t.data_ptr() for t in workspaces], dtype=torch.int64, device=device)
         return PeerMemory(handle.rank, workspaces, bases, (own, handle))
 
-    return Peers(dist.get_world_size(group), device, allocate)
+    own_cores = torch.cuda.get_device_properties(device).multi_processor_count
+    cores = [own_cores] * dist.get_world_size(group)
+    dist.all_gather_object(cores, own_cores, group)
+    return Peers(len(cores), device, min(cores), allocate)
 
 
 def on_one_device(ranks: int, device: torch.device | str) -> list[Peers]:
@@ -162,7 +167,10 @@ def on_one_device(ranks: int, device: torch.device | str) -> list[Peers]:
 
         return allocate
 
-    return [Peers(ranks, where, allocate_for(rank)) for rank in range(ranks)]
+    cores = ranks
+    if where.type == "cuda":
+        cores = torch.cuda.get_device_properties(where).multi_processor_count
+    return [Peers(ranks, where, cores // ranks, allocate_for(rank)) for rank in range(ranks)]
 
 
 def why_out_of_reach(group: dist.ProcessGroup) -> str | None:

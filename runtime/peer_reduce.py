@@ -36,8 +36,8 @@ class Waiting:
 
 
 def as_words(x: Tensor) -> Tensor:
-    """Return contiguous 16-bit numbers [..., N], N even, as int32 [..., N / 2]."""
-    return x.contiguous().view(torch.int32)
+    """Return 16-bit numbers [..., N], contiguous and N even, as int32 [..., N / 2]."""
+    return x.view(torch.int32)
 
 
 class OneShot:
@@ -59,6 +59,7 @@ class OneShot:
         """Return the sum of the ranks' x, of 16 bits."""
         from graphopt.runtime.kernels.all_reduce import one_shot
 
+        x = x.contiguous()
         out, memory, waiting = torch.empty_like(x), self.memory, self._waiting
         one_shot[(self._programs,)](
             as_words(x), out, memory.bases, self.epochs, waiting.late, waiting.patience,

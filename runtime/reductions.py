@@ -19,7 +19,12 @@ from torch import Tensor
 
 from graphopt.ir import functional
 from graphopt.runtime.fused import HALF
-from graphopt.runtime.peer_linear import ChunkedLinear, PersistentLinear, SummedLinear
+from graphopt.runtime.peer_linear import (
+    ChunkedLinear,
+    PersistentLinear,
+    SummedLinear,
+    copies_tiles,
+)
 from graphopt.runtime.peer_memory import Peers, peers_of, why_out_of_reach
 from graphopt.runtime.peer_reduce import OneShot, TwoShot, Waiting
 from graphopt.runtime.reduction_plan import (
@@ -43,11 +48,13 @@ class RankReductions:
 
     Args:
         figures: Of the target; None where its file has none, for torch.distributed alone.
-        peers: The ranks, where they are not those of the group.
+        given: The ranks, where they are not those of the group, and how they wait.
     """
 
-    def __init__(self, figures: ReductionFigures | None, peers: Peers | None = None) -> None:
-        self._figures, self._given = figures, peers
+    def __init__(
+        self, figures: ReductionFigures | None, given: tuple[Peers, Waiting] | None = None
+    ) -> None:
+        self._figures, self._given = figures, given
         self._made: dict[tuple[Any, ...], Any] = {}
         self._said: set[str] = set()
         self._plans: dict[tuple[int, int, int, bool], LinearPlan] = {}
@@ -95,12 +102,11 @@ class RankReductions:
         shape = (room, columns, kind)
         if plan.chunks is not None:
             out = self._chunked(*shape, peers, waiting)(flat, weight, plan.chunks)
-        elif plan.how == "persistent":
-            tiles = plan.tiles
-            assert tiles is not None
+        elif plan.tiles is not None and copies_tiles(x.device):
+            tiles, cores = plan.tiles, min(figures.cores, peers.cores)
             persistent = self._kept(
                 ("persistent", *shape, tiles),
-                lambda: PersistentLinear(peers, *shape, tiles, figures.cores, waiting),
+                lambda: PersistentLinear(peers, *shape, tiles, cores, waiting),
             )
             out = persistent(flat, weight.contiguous(), bias)
         else:
@@ -170,11 +176,13 @@ class RankReductions:
 
     def _reach(self, x: Tensor) -> tuple[ReductionFigures, Peers, Waiting] | None:
         """Return what kernels are given; None where torch.distributed sums."""
-        if self._figures is None or not x.is_cuda or x.dtype not in HALF or x.numel() % 2:
+        if self._figures is None or x.dtype not in HALF or x.numel() == 0 or x.shape[-1] % 2:
             return None
-        if x.numel() == 0 or x.shape[-1] % 2:
+        if not (x.is_cuda or self._given):
             return None
-        peers = self._given or self._peers()
+        if self._given is not None:
+            return self._figures, *self._given
+        peers = self._peers()
         if peers is None:
             return None
         return self._figures, peers, self._waiting(peers.device)

@@ -394,7 +394,7 @@ def _ours(
     plan = plan_linear(rows, columns, x.shape[1], bench.ranks, bench.figures)
 
     def planned() -> Run:
-        way = RankReductions(bench.figures, bench.peers)
+        way = RankReductions(bench.figures, (bench.peers, bench.waiting))
         return lambda: way.linear_all_reduce(x, weight)
 
     found[PLANNED] = planned
@@ -565,7 +565,7 @@ def _attention(bench: Bench, tokens: int) -> dict[str, Any]:
         torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", bench.group.group_name)
         return buffer
 
-    planned = RankReductions(bench.figures, bench.peers)
+    planned = RankReductions(bench.figures, (bench.peers, bench.waiting))
     chunked = ChunkedLinear(bench.peers, tokens, columns, DTYPE, bench.waiting)
     tiles = bench.figures.tiles[0]
     persistent = PersistentLinear(
