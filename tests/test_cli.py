@@ -186,6 +186,16 @@ def test_passes_that_name_no_default_one_run_between_those():
     assert "Removed, in this order: 0." in Path("out/report.html").read_text()
 
 
+def test_a_program_for_several_devices_says_what_each_holds():
+    code, out, _ = compile_tiny("--dry-run", "--passes", "shard{tp=4}", "--emit", "torch")
+    assert code == 0 and "insert-kv-cache,shard{tp=4}\n" in out
+    assert "  shard 4 ranks, each 21.3 kB of 74.5 kB of weights" in out
+    code, _, error = compile_tiny("--dry-run", "--passes", "shard", "--emit", "onnx")
+    assert code == 1 and "placed(cuda:0, cuda:1" in error and "leave shard out" in error
+    code, _, error = compile_tiny("--dry-run", "--passes", "shard{tp=1}", "--emit", "torch")
+    assert code == 2 and "it takes two or more" in error
+
+
 @pytest.mark.usefixtures("_first_block_goes")
 def test_recipes_that_name_a_default_pass_run_as_written():
     code, out, _ = compile_tiny(
