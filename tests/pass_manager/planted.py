@@ -15,7 +15,7 @@ from carved import carved
 from programs import IDS, tiny_program
 from torch import Tensor
 
-from graphopt.ir import Array, Program, Rows, Transposed, Value, Weight
+from graphopt.ir import Array, Placement, Program, Rows, Transposed, Value, Weight
 from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.feed_forward import Split
 from graphopt.ir.graph import Call, Function, In, Node
@@ -196,6 +196,18 @@ def clamp(program: Program, param: str, largest: int) -> None:
 
 def weight(name: str, act: Callable[[Tensor], Any]) -> Callable[[Program], None]:
     return lambda program: change(program, name, act)
+
+
+def placed(name: str) -> Callable[[Program], None]:
+    """Put a copy of a weight on every rank."""
+
+    def act(program: Program) -> None:
+        weight = program.weights[name]
+        assert weight.placement is not None
+        everywhere = Placement(weight.placement.devices)
+        program.weights.replace(replace(weight, placement=everywhere))
+
+    return act
 
 
 def set_op(program: Program, old: str, new: str) -> None:

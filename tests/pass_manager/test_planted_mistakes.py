@@ -29,6 +29,7 @@ from planted import (
     older_summand,
     one_state,
     past_swapped,
+    placed,
     positions_in_the_step,
     present_swapped,
     read_instead,
@@ -241,6 +242,25 @@ TRANSFORMS = [
             transform_before_rotation),
 ]
 
+SHARD = "shard"
+SPLIT = [
+    Mistake("values of other heads on a rank", SHARD, "plain",
+            weight("layers.1.self_attn.v_proj.weight", lambda w: w.roll(8, 0))),
+    Mistake("neurons of a gate that are another's", SHARD, "plain",
+            weight("layers.0.mlp.gate_proj.weight", lambda w: w.roll(24, 0))),
+    Mistake("columns that read another rank's heads", SHARD, "untied",
+            weight(OUT, lambda w: w.roll(16, 1))),
+    Mistake("first rows of a smaller vocabulary", SHARD, "plain",
+            weight("tensor_parallel.first_rows", lambda w: w - (w > 0).long()), length=60),
+    Mistake("slopes of other heads", SHARD, "alibi", weight("slopes", lambda w: w.flip(0))),
+    Mistake("a row that was to be cut off", SHARD, "untied",
+            weight("lm_head.weight", lambda w: w.roll(1, 0))),
+    Mistake("a bias on every rank", SHARD, "biased",
+            placed("layers.1.self_attn.o_proj.bias"), "malformed program: layers.1: o = linear"),
+    Mistake("a partial sum that is not added up", SHARD, "plain", of(skip, "all_reduce", "o_sum"),
+            "reads o, a partial sum"),
+]
+
 CONTRACT = [
     Mistake("the config", CANONICALISE, "plain", lambda program: program.config.update(eps=5.0),
             "exact but changed the program's config", length=None),
@@ -257,7 +277,7 @@ CONTRACT = [
 ]
 # fmt: on
 
-MISTAKES = [*WEIGHTS, *ATTRIBUTES, *GRAPH, *CACHES, *LOWERED, *TRANSFORMS, *CONTRACT]
+MISTAKES = [*WEIGHTS, *ATTRIBUTES, *GRAPH, *CACHES, *LOWERED, *TRANSFORMS, *SPLIT, *CONTRACT]
 
 
 @dataclass
