@@ -29,6 +29,9 @@ _MOST_COMBINATIONS = 20_000
 _MERGING = 6
 """Kernels that merge the parts of an attention."""
 
+_WORTH_DIVIDING = 1.02
+"""Times that the better way alone takes, below which keys are not divided between both."""
+
 FRONT_TOKENS = 64
 """Tokens at the front of a text that lie on the device come in multiples of it."""
 
@@ -220,7 +223,10 @@ def layer_plan(
         streamed: layer_seconds(layer, resident, streamed, context, batch, machine)
         for streamed in (*range(0, tokens, piece), tokens)
     }
-    best = min(found, key=lambda streamed: (found[streamed], min(streamed, tokens - streamed)))
+    best = min(found, key=lambda streamed: found[streamed])
+    alone = min((0, tokens), key=lambda streamed: found[streamed])
+    if found[alone] <= _WORTH_DIVIDING * found[best]:
+        best = alone
     ways = {"host": found[0], "streamed": found[tokens]}
     chosen = {0: "host", tokens: "streamed"}.get(best)
     others = {way: s for way, s in ways.items() if way != chosen and s < float("inf")}
