@@ -58,6 +58,7 @@ class ReductionFigures:
         flops: Operations a second of the library's products, at large sizes.
         launch: Seconds that a product takes beside its tiles.
         link: Bytes a second that a kernel sends to a peer while it receives as many.
+        push: The same of the persistent kernel, tile by tile.
         copy_engine: The same by the copy engines.
         copy_start: Seconds of a copy beside its bytes, until the peer has seen that it is there.
         signal: Seconds until a peer has seen a kernel's signal.
@@ -74,6 +75,7 @@ class ReductionFigures:
     flops: float
     launch: float
     link: float
+    push: float
     copy_engine: float
     copy_start: float
     signal: float
@@ -272,7 +274,7 @@ def _persistent_by(
         # What others sum is sent to one of them, what this rank sums to all.
         to_one = max(0, min(now, others - (count - left)))
         sent = (to_one + (now - to_one) * (ranks - 1)) * size
-        stages.append(Stage(wave, sent / figures.link))
+        stages.append(Stage(wave, sent / figures.push))
         left -= now
     stages[0] = replace(stages[0], compute=figures.launch + stages[0].compute)
     # The last sums, and then that they are all there.

@@ -213,6 +213,7 @@ class ReductionsTable(Schema):
     flops: Rate
     launch: Seconds
     link: Rate
+    push: Rate
     copy_engine: Rate
     copy_start: Seconds
     signal: Seconds

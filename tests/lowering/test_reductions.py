@@ -117,9 +117,9 @@ def test_two_ranks_on_one_gpu(how: str) -> None:
     """Each plan, chosen by figures that make it the best."""
     rows, columns, depth = 1024, 1024, 256
     tiles = (LinearTiles(128, 128, 64, 8, 4, 1e15, 0.0),)
-    slow = {"flops": 1e13, "link": 1e9, "library": 1e9}
+    slow = {"flops": 1e13, "link": 1e9, "push": 1e9, "library": 1e9}
     own = {
-        "persistent": figures(tiles=tiles, one_shot_bytes=1),
+        "persistent": figures(tiles=tiles, one_shot_bytes=1, push=1e15),
         "chunks": figures(tiles=(), one_shot_bytes=1, copy_start=0.0, copy_engine=1e15, **slow),
         "two-shot": figures(tiles=(), one_shot_bytes=1, copy_engine=1.0, link=1e15, signal=0.0),
         "one-shot": figures(tiles=(), one_shot_bytes=1 << 22, one_shot=0.0),

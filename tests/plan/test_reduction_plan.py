@@ -59,7 +59,7 @@ def test_the_formula_agrees_with_tiles_one_by_one(rows, columns, depth):
     compute = 2.0 * tiles.rows * tiles.columns * depth * FIGURES.cores / tiles.flops
     compute += tiles.beside
     size = 2.0 * tiles.rows * tiles.columns
-    machine = Machine(FIGURES.cores, FIGURES.link, FIGURES.signal, FIGURES.launch)
+    machine = Machine(FIGURES.cores, FIGURES.push, FIGURES.signal, FIGURES.launch)
     found = simulate(tiles_of_ranks(count, 2, compute, size), machine)
     only = dataclasses.replace(FIGURES, tiles=(tiles,))
     plan = plan_linear(rows, columns, depth, 2, only)
@@ -67,7 +67,7 @@ def test_the_formula_agrees_with_tiles_one_by_one(rows, columns, depth):
     # Cores that wait for the link fall out of step, and then wait less than whole waves would.
     assert 0.75 * told <= found.seconds <= 1.1 * told
     serial = machine.start + -(-count // FIGURES.cores) * compute
-    serial += sent_bytes(rows, columns, 2) / FIGURES.link + 2 * FIGURES.signal
+    serial += sent_bytes(rows, columns, 2) / FIGURES.push + 2 * FIGURES.signal
     assert found.seconds <= serial
     for rank in range(2):
         hidden = found.overlap(rank)
@@ -117,7 +117,7 @@ def test_no_plan_is_slower_than_the_library_or_two_shots(rows, columns, depth):
 
 def test_few_bytes_are_sent_in_one_trip_and_no_gain_leaves_it_to_the_library():
     assert plan_linear(1, 4096, 4096, 2, FIGURES).how == "one-shot"
-    slow = dataclasses.replace(FIGURES, link=1e9, copy_engine=1e9)
+    slow = dataclasses.replace(FIGURES, link=1e9, push=1e9, copy_engine=1e9)
     plan = plan_linear(4096, 8192, 4096, 2, slow)
     assert plan.how == "library"
     assert plan.others["one-shot"] == "for up to 1,048,576 bytes"
