@@ -52,6 +52,8 @@ from graphopt.runtime.package_digest import differences, package_digest
 from graphopt.runtime.split_weights import own_part
 from graphopt.support.quantities import format_bytes
 
+pytestmark = pytest.mark.filterwarnings("ignore:attention on a CPU")
+
 FEATURES: dict[str, dict[str, Any]] = {
     "biases": {"bias": True, "norm": "layer", "tied": False, "window": 3, "sinks": True},
     "slopes": {"alibi": True, "softcap": 2.0},
