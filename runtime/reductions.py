@@ -7,7 +7,6 @@ and it is said why, once.
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -187,15 +186,8 @@ class RankReductions:
             return None
         return self._figures, peers, self._waiting(peers.device)
 
-    @functools.cached_property
-    def _group_peers(self) -> Peers | str:
-        group = dist.group.WORLD
-        assert group is not None
-        reason = why_out_of_reach(group)
-        return reason or peers_of(group, torch.device("cuda", torch.cuda.current_device()))
-
     def _peers(self) -> Peers | None:
-        peers = self._group_peers
+        peers = self._kept(("peers",), _peers_of_all)
         if isinstance(peers, str):
             if peers not in self._said:
                 self._said.add(peers)
@@ -205,6 +197,14 @@ class RankReductions:
 
     def _waiting(self, device: torch.device) -> Waiting:
         return self._kept(("waiting",), lambda: Waiting(device))
+
+
+def _peers_of_all() -> Peers | str:
+    """Return the ranks of the group that there is, or why they do not reach each other."""
+    group = dist.group.WORLD
+    assert group is not None
+    reason = why_out_of_reach(group)
+    return reason or peers_of(group, torch.device("cuda", torch.cuda.current_device()))
 
 
 def _by_library(x: Tensor) -> Tensor:
