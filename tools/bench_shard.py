@@ -59,7 +59,7 @@ SUMS = ("nccl", "kernels")
 RANKS, TURNS, WARM_UP = 2, 5, 2
 DEATHS = (("nccl", False), ("kernels", False), ("nccl", True))
 """Sums, and whether torchrun watches; all of them with --kill, and else the first."""
-LIMIT = 300
+LIMIT = 120
 """Seconds after which a launch is given up."""
 
 
@@ -406,7 +406,7 @@ def run_launch(work: Path, options: argparse.Namespace, sums: str) -> dict[str, 
     try:
         said = process.communicate(timeout=LIMIT)[1]
     except subprocess.TimeoutExpired:
-        process.kill()
+        process.terminate()  # torchrun ends the ranks, which are of sessions of their own
         said = f"given up after {LIMIT} s\n{process.communicate()[1]}"
     path = work / f"{sums}.json"
     if process.returncode or not path.is_file():
