@@ -20,8 +20,6 @@ from graphopt.runtime.quantised_tiles import FewTiles, warps_for
 FILES = ("activations.cu", "hopper_packed_few.cu")
 SPAN = 128
 """Inputs whose codes lie together, in weights that the kernel reads."""
-
-
 MOST_NORMED = 4
 """Tokens whose norms each block takes for itself: of more a kernel of their own takes less."""
 _PIECE = 16
@@ -88,7 +86,7 @@ def launch_few(
     if any(t is not None and t.dtype != dtype for t in others):
         return None
     tokens, (outputs, inputs) = len(x), weight.shape
-    if norm is not None and tokens > MOST_NORMED:
+    if not tokens or (norm is not None and not _takes(norm, x)):
         return None
     read = 4 * x.element_size() if norm is None else _PIECE
     rows = [x] if norm is None or norm.y is None else [x, norm.y]
@@ -109,6 +107,12 @@ def launch_few(
     operands = _operands(x, weight, bias, x_scales, out, norm, total)
     launch(function, (form.blocks(outputs),), 32 * form.warps, operands, x.device, early=True)
     return out, total
+
+
+def _takes(norm: NormInFront, x: Tensor) -> bool:
+    """Return whether the kernel takes norms of rows of `x`."""
+    gain = norm.gain is None or norm.gain.shape == x.shape[-1:]
+    return len(x) <= MOST_NORMED and gain and (norm.y is None or norm.y.shape == x.shape)
 
 
 class Form(NamedTuple):

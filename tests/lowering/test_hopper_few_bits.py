@@ -141,6 +141,9 @@ def test_what_the_kernel_for_few_tokens_does_not_take() -> None:
     assert launch_few(random(2, 257)[:, 1:], weight, None, tiles, 1) is None
     many = NormInFront(None, None, 1e-5, 0.0)
     assert launch_few(random(5, 256), weight, None, tiles, 1, norm=many) is None
+    other = NormInFront(random(1, 256), None, 1e-5, 0.0)
+    assert launch_few(random(2, 256), weight, None, tiles, 1, norm=other) is None
+    assert launch_few(random(0, 256), weight, None, tiles, 1) is None
 
 
 def rotation(size: int, seed: int) -> Tensor:
