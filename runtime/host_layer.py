@@ -31,7 +31,7 @@ from graphopt.runtime.attention import Extras, Keys
 from graphopt.runtime.host_attention import Job, fill_job
 from graphopt.runtime.host_parts import HostStep, LayerShape, Mailbox
 from graphopt.runtime.host_step import merge
-from graphopt.runtime.kv_cache import AppendKV, dense
+from graphopt.runtime.kv_cache import AppendKV
 
 Attend = Callable[[Tensor, Keys, Extras, Mapping[str, Any]], tuple[Tensor, Tensor | None, Any]]
 """Attention by kernels or the reference: output, log-sum-exp if asked for, and nothing."""
@@ -143,7 +143,10 @@ class HostLayer:
         for number, here in zip(streamed, of_pieces, strict=True):
 
             def read(k_there: Tensor, v_there: Tensor, here: Tensor = here) -> Any:
-                return self._part(q, Keys(k_there, v_there, kv_lens=here), plain, attend)
+                # A kernel between the copy and what reads it, which may be launched before the end
+                # of the one in front of it: that one has waited.
+                keys = Keys(k_there, v_there, kv_lens=here.clone())
+                return self._part(q, keys, plain, attend)
 
             parts.append(step.pieces.take(self, number, read))
             if q.shape[2] > 1:
@@ -159,7 +162,6 @@ class HostLayer:
         """Return attention to keys in front of the step, and its log-sum-exp."""
         if self.shape.bits < 16:
             keys = replace(keys, bits=self.shape.bits, value_dim=self.shape.width)
-            keys = dense(keys, self.shape.dim, q.dtype)
         out, lse, _ = attend(q, keys, Extras(), {**plain, "causal": False, "lse": True})
         assert lse is not None
         return out, lse

@@ -227,13 +227,14 @@ def _plan(described: _Described, target: Target, where: str, number: int) -> Spe
 
 def _plan_parts(spec: AttentionSpec, target: Target, where: str, number: int) -> SpecPlans:
     """Plan the parts of an attention whose keys lie in the host's memory."""
-    spec = spec.replace(lse=True, kv="contiguous", slots=None, sinks=False, kv_bits=16)
+    spec = spec.replace(lse=True, kv="contiguous", slots=None, sinks=False)
+    past = spec.replace(causal=False, kv_lens=True)
     plans: list[AttentionPlan] = []
     refused: list[str] = []
     for form in (
-        spec.replace(phase="prefill"),
-        spec.replace(phase="prefill", causal=False, kv_lens=True),
-        spec.replace(phase="decode", causal=False, kv_lens=True),
+        spec.replace(phase="prefill", kv_bits=16),  # of a step's own keys, not codes yet
+        past.replace(phase="prefill"),
+        past.replace(phase="decode"),
     ):
         try:
             plans += _plans(form, target)

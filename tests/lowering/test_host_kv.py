@@ -6,6 +6,7 @@ for, or at once. tests/test_gpu_host.py has streams and graphs.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import warnings
@@ -28,7 +29,9 @@ from graphopt.ir.host_placement import reason_to_stay, with_hosts
 from graphopt.ir.kv_host import HostShare, piece_tokens, prefill_chunk
 from graphopt.ir.parse import parse_program
 from graphopt.ir.relayout import with_layouts
-from graphopt.lowering.torch.lowered_kernels import LoweredKernels
+from graphopt.lowering.torch.lowered_kernels import LoweredKernels, lower_attentions
+from graphopt.lowering.torch.passes import lower
+from graphopt.runtime import host_attention, host_step
 from graphopt.storage.artifact import load_program
 
 if torch.cuda.is_available():
@@ -351,3 +354,48 @@ def test_every_part_has_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert ("decode", False, True) in ran
     # Two dozen roundings to f16 on the way through, most of them averaged out.
     assert float((found - expected).abs().max()) <= 24 * 2.0**-11 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_parts_of_codes_are_planned(bits: int) -> None:
+    """Of a step's own keys before they are codes, and of codes in front of them."""
+    share = HostShare(ROOM, BATCH, 20, 30)
+    program = with_codes(bits)
+    program = with_hosts(program, dict.fromkeys(program.states, share))
+    lowered = lower_attentions(lower(program, "hopper"), "hopper")
+    assert lowered is not None and not lowered.refused
+    parts = {
+        (plan.spec.phase, plan.spec.causal, plan.spec.kv_lens, plan.spec.kv_bits)
+        for plan in lowered.plans
+        if plan.spec.lse
+    }
+    assert parts == {
+        ("prefill", True, False, 16), ("prefill", False, True, bits), ("decode", False, True, bits)
+    }  # fmt: skip
+
+
+def test_a_stream_calls_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver gets the stream, the address of the function, and that of the job."""
+    called: list[Any] = []
+
+    class Driver:
+        @staticmethod
+        def cuLaunchHostFunc(stream: Any, function: Any, data: Any) -> int:
+            called.append(stream.value)
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.value)(data)
+            return 0
+
+    class Stream:
+        cuda_stream = 2**40 + 5
+
+    monkeypatch.setattr(host_step, "cuda_driver", Driver)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 1, 9, 16), torch.randn(1, 1, 9, 16)
+    out, lse, job = torch.empty(1, 2, 1, 16), torch.empty(1, 2, 1), host_attention.Job()
+    lens = torch.tensor([9], dtype=torch.int32)
+    host_attention.fill_job(job, q, k[None], v[None], lens, out, lse, width=16, scale=0.25)
+    host_step.run_job(job, torch.device("cuda"))
+    assert called == [2**40 + 5]
+    expected = host_attention.host_attention(q, k, v, lens, scale=0.25, causal=False)
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
