@@ -24,9 +24,11 @@ def host_attention() -> str:
             f"{part['processor']}; the kernel with {part['threads']} threads and "
             f"{part['instructions']}; "
             f"{part['heads']} query heads over {part['key_heads']}, {part['dim']} features; "
-            f"{part['layers']} layers. Medians of rounds in turns, under a load of "
-            f"{part['load']:.1f}."
+            f"{part['layers']} layers. Medians."
         )
+        if part.get("load", 0) > 1:
+            about += f" Other work ran beside it: a load of {part['load']:.1f}."
+        about = f"{about} {part.get('note', '')}".rstrip()
         tables += [markdown_table(head, rows), f"{measured_on(part, 'torch')} {about}"]
     return "\n\n".join(tables) or NOT_YET
 
