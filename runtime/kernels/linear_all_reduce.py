@@ -118,7 +118,8 @@ def linear_all_reduce(
     unentered = 1  # not yet known whether the other rank has come so far
     first = (rank + 1) % RANKS * share
     untold = -1  # the place of a tile on its way, which is told of once the next one is computed
-    for step in tl.range(program, tiles, programs):
+    # In loops of several stages Triton lets a copy engine's store run beside what follows.
+    for step in tl.range(program, tiles, programs, num_stages=2):
         tile = first + step
         tile = tl.where(tile < tiles, tile, tile - tiles)
         owner = tile // share

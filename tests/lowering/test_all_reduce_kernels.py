@@ -333,6 +333,9 @@ for needed in ("wgmma.mma_async", "cp.async.bulk.tensor.2d.global.shared", "atom
     parts = needed.split(".")
     assert needed in ptx or all(part in ptx for part in parts), needed
 assert made.metadata.shared <= 232448, made.metadata.shared
+# A tile that is sent has a place of its own beside the stages of the next product's operands: it
+# is on its way while that is computed.
+assert made.metadata.shared > 2 * (3 * 64 * (128 + 256) + 128 * 256), made.metadata.shared
 """
 
 
