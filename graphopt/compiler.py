@@ -263,6 +263,10 @@ def compile_model(
     for text in (options.calib, options.text):
         if text is not None:
             read_text(Path(text))
+    if options.calib_images is not None:
+        from graphopt.vision.picture_stream import calibration_rows
+
+        calibration_rows(Path(options.calib_images))
     with contextlib.ExitStack() as stack:
         if writes:
             stack.enter_context(locked(folder))

@@ -22,7 +22,7 @@ from graphopt.calibration.vocabulary import vocabulary_size
 from graphopt.errors import SourceError
 from graphopt.execute.hidden_states import TOKENS_AT_ONCE, BlockStep, HiddenStateStream
 from graphopt.execute.interpreter import Runner
-from graphopt.execute.likelihoods import token_log_likelihoods
+from graphopt.execute.likelihoods import predicted, token_log_likelihoods
 from graphopt.ir.blocks import find_blocks, sub_blocks, without_sub_block
 from graphopt.ir.graph import Function, Program
 from graphopt.support.devices import free_bytes
@@ -357,14 +357,16 @@ def _compared(
             results = _results(stream, batch, hidden[batch], metric)
             if metric == "ppl":
                 lost = -token_log_likelihoods(results[:, :-1], ids[:, 1:])
+                terms = int(predicted(ids[:, 1:], results.shape[-1]).sum())
             else:
                 assert base is not None
                 # A window at a time: in fp32, logits take as much memory again.
                 pairs = zip(results, base, strict=True)
                 lost = torch.stack([_distances(row, other, metric) for row, other in pairs])
+                terms = lost.numel()
             totals[candidate] += float(lost.double().sum())
             del results
-        count += lost.numel() if streams else 0
+        count += terms if streams else 0
     count, *sums = stream.ranks.totals(count, *totals.values())
     totals = dict(zip(totals, sums, strict=True))
     stream.progress("comparing results", len(stream.ids), len(stream.ids))

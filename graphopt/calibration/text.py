@@ -25,6 +25,7 @@ from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.dtypes import holds_aten, scoring_dtype
 from graphopt.ir.graph import Program
 from graphopt.ir.layer_config import decoder_config
+from graphopt.ir.picture_table import TABLE
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.sources.windows import Bos, TokenText
 from graphopt.support.devices import free_bytes
@@ -116,9 +117,12 @@ def _windows(program: Program, text: TokenText, length: int) -> Tensor:
             f"Give seqlen={len(text.begin) + 1} or more.",
         )
     if not text.count(length):
+        what, more = "text has", "a longer text with --calib"
+        if TABLE in program.weights:
+            what, more = "pictures and prompts have", "more pictures with --calib-images"
         raise PassError(
-            f"The calibration text has {len(text)} tokens, and a window takes {length}.",
-            f"Give a longer text with --calib, or seqlen={len(text)} or less.",
+            f"The calibration {what} {len(text)} tokens, and a window takes {length}.",
+            f"Give {more}, or seqlen={len(text)} or less.",
         )
     return text.windows(length)
 
@@ -382,7 +386,7 @@ def held_out_perplexity(
     likelihoods = ProgramLikelihoods(Runner(program, dtype, device, keep_weights=False))
     ranks = sharing(len(windows))
     found = ranks.gathered(likelihoods.of(ranks.part(windows), at_once=at_once))
-    return of_mean_loss(-float(found.double().mean()))
+    return of_mean_loss(-float(found.double().sum()) / max(likelihoods.count_predicted(windows), 1))
 
 
 def forward_speed(

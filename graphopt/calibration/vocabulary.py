@@ -48,7 +48,8 @@ def tokens_to_compare(
     size, kept = vocabulary_size(program), KEPT.on(device)
     if size is None or size < 2 * kept or _head(program) is None:
         return None
-    frequent = torch.bincount(windows.flatten(), minlength=size)
+    # Ids beyond the vocabulary stand for pictures, which no logit expects.
+    frequent = torch.bincount(windows.flatten(), minlength=size)[:size]
     order = frequent.argsort(descending=True, stable=True)
     seen = order[: min(kept // 2, int((frequent > 0).sum()))].to(device)
     runner = Runner(program, dtype, device, keep_weights=False)

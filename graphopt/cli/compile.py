@@ -72,6 +72,13 @@ class CompileFlags:
     calib: Annotated[
         Path | None, typer.Option(help="Text file for calibration and verification.")
     ] = None
+    calib_images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with pictures and a .jsonl file of prompts and answers, for calibration "
+            "and training beside --calib or in its place."
+        ),
+    ] = None
     text: Annotated[
         Path | None,
         typer.Option(
@@ -276,6 +283,7 @@ def _compile_options(flags: CompileFlags) -> CompileOptions:
         emit=None if emit is None else [n.strip() for n in emit.split(",") if n.strip()],
         recipe=recipe,
         calib=flags.calib,
+        calib_images=flags.calib_images,
         text=flags.text,
         verify=not flags.no_verify,
         force=flags.force,

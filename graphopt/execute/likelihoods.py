@@ -33,6 +33,9 @@ TOKENS_TOGETHER = 2**16
 def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the log-probability of each target under softmax(logits), in fp32.
 
+    What has no logit, as the tokens of pictures in a text, is not predicted, and gets 0; see
+    `predicted`.
+
     Args:
         logits: [..., vocab].
         targets: int64 [...].
@@ -45,8 +48,15 @@ def token_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = rows[start : start + ROWS_AT_ONCE].float()
         index = wanted[start : start + ROWS_AT_ONCE, None]
-        parts.append(part.gather(-1, index)[:, 0] - part.logsumexp(-1))
+        known = predicted(index, part.shape[-1])
+        own = part.gather(-1, torch.where(known, index, 0))[:, 0] - part.logsumexp(-1)
+        parts.append(torch.where(known[:, 0], own, 0.0))
     return torch.cat(parts).view(targets.shape)
+
+
+def predicted(targets: Tensor, vocabulary: int) -> Tensor:
+    """Return which ids are among a vocabulary's, bool; those beyond stand for pictures."""
+    return targets < vocabulary
 
 
 class ProgramLikelihoods:
@@ -103,6 +113,14 @@ class ProgramLikelihoods:
         for walk in walks:
             losses += self._walk(walk.split(rows), tell)
         return torch.cat(losses)
+
+    def count_predicted(self, ids: Tensor) -> int:
+        """Return how many tokens of ids [N, S] but the first of each row have a logit."""
+        vocabulary = self._types[self._runner.program.outputs[0]].shape[-1]
+        targets = ids[:, 1:]
+        if not isinstance(vocabulary, int):
+            return targets.numel()
+        return int(predicted(targets, vocabulary).sum())
 
     @property
     def _walked(self) -> int:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from graphopt.ir.graph import Program
+    from graphopt.ir.weights import Producer
     from graphopt.sources.windows import Bos, TokenText
 
 
@@ -147,6 +148,8 @@ class Context:
         encoded: The text in tokens, once a pass asked for windows of it.
         written: Tokens that the model wrote in place of the built-in text, once a pass asked for
             more than it has; see `graphopt.calibration.text.calibration_windows`.
+        picture_rows: What ids behind those of the table are looked up as while a pass that is not
+            exact runs, [K, D]: the tokens of pictures in the text; None without pictures.
         begin: Ids that every window begins with; None before a text was cut.
         memory: Bytes of the device's memory by which batches are sized; None for all of it.
     """
@@ -166,6 +169,7 @@ class Context:
     bos: Bos = "every"
     begin: tuple[int, ...] | None = None
     memory: int | None = None
+    picture_rows: Producer | None = None
 
     def record(self, of: type[R]) -> R | None:
         """Return the latest record of a type that an earlier pass told; None if none did."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,12 +37,16 @@ from graphopt.report.records import (
     machine,
     versions,
 )
+from graphopt.sources.windows import TokenText
 from graphopt.storage.snapshot import Snapshots
 from graphopt.support.boundary import users_pass
 from graphopt.support.devices import usable_device
 from graphopt.support.measure import Meter
 from graphopt.support.progress import Progress, silent
 from graphopt.support.ranks import here
+
+if TYPE_CHECKING:
+    from graphopt.vision.picture_stream import PictureStream
 
 DEFAULT_RECIPE = (
     "canonicalise,common-subexpression-elimination,fold-constants,dead-code-elimination,"
@@ -227,12 +232,15 @@ class Pipeline:
             memory=options.memory,
         )  # fmt: skip
         with Meter() as meter:
+            stream = _look_at_pictures(program, context, options)
             run = RecipeRun(pipeline.passes, program, context, options.verify, on_pass)
             if options.dump_ir is not None:
                 run.dump_to(Path(options.dump_ir))
             if folder is not None:
                 settings = f"{seed} {options.verify} {options.device} {bos} {options.memory}"
                 salt = f"{versions().get('graphopt')} {settings}\n{text}\n"
+                if stream is not None:
+                    salt += f"{stream.digest()}\n"
                 run.snapshots = Snapshots(folder, program, salt)
                 if options.resume:
                     run.restore()
@@ -258,6 +266,7 @@ class Pipeline:
                 "built-in text" if calib is None else str(calib),
                 text,
                 0 if context.written is None else context.written.numel(),
+                "" if stream is None else str(stream),
             ),
             quality=quality,
             not_measured=not_measured,
@@ -357,3 +366,22 @@ class Pipeline:
                 f"Pass {item.name!r}, {where}, needs a program with {name}.",
                 "Move it behind the pass that makes it.",
             )
+
+
+def _look_at_pictures(
+    program: Program, context: Context, options: RunOptions
+) -> PictureStream | None:
+    """Put the calibration pictures of a run into its context; return them, None without any."""
+    if options.calib_images is None:
+        return None
+    from graphopt.vision.picture_stream import calibration_rows, picture_stream
+    from graphopt.vision.processor import Processor
+
+    rows = calibration_rows(Path(options.calib_images))
+    text = None
+    if not context.built_in:
+        text = TokenText.of(Processor(program).tokenizer, context.text, context.bos)
+    stream = picture_stream(program, rows, text, context.device, context.progress)
+    context.encoded, context.built_in = stream.text, False
+    context.picture_rows = stream.rows
+    return stream

@@ -14,6 +14,7 @@ from graphopt.errors import PassError, SourceError, VerifyError
 from graphopt.execute.simulated_ranks import as_one_program
 from graphopt.ir.graph import Program
 from graphopt.ir.imprint import Imprint
+from graphopt.ir.picture_table import with_picture_rows, without_picture_rows
 from graphopt.ir.printer import print_program
 from graphopt.ir.verify import verify as verify_structure
 from graphopt.pass_manager.agreement import agree
@@ -176,7 +177,13 @@ class RecipeRun:
             self.context.earlier.append(Earlier(self.passes[number], entry.record))
             if not entry.exact and self.context.dense is None:
                 kept = self.snapshots.load(self._prefix(number), number) if number else None
-                self.context.dense = kept[0] if kept is not None else self.source.copy()
+                dense = kept[0] if kept is not None else self.source.copy()
+                self.context.dense = self._with_pictures(dense)
+
+    def _with_pictures(self, program: Program) -> Program:
+        """Return a program that looks up the tokens of calibration pictures too, if any."""
+        rows = self.context.picture_rows
+        return program if rows is None else with_picture_rows(program, rows)
 
     def all(self) -> None:
         """Run what is left of the recipe."""
@@ -194,7 +201,9 @@ class RecipeRun:
 
     def _one(self, item: Pass) -> PassEntry:
         before, ranks = self.program, here()
-        imprint = Imprint(before)
+        # What the pass is given, and held to: the program, with pictures to learn from.
+        given = before if item.exact else self._with_pictures(before)
+        imprint = Imprint(given)
         entry = new_entry(item, before, self.context.device)
         self.context.progress(item.name, 0, 1)
         if self.snapshots is not None:
@@ -202,10 +211,12 @@ class RecipeRun:
         with Meter() as meter, users_pass(item.name, type(item).__module__):
             item.check(before)
             if not item.exact and self.context.dense is None:
-                self.context.dense = before
-            result = item.run(before.copy(), self.context)
+                self.context.dense = given
+            result = item.run(given.copy(), self.context)
+            after = result.program
+            if given is not before:
+                after = without_picture_rows(after, before)
         entry.seconds, entry.peak_bytes = meter.seconds, meter.peak_bytes
-        after = result.program
         rounded = agree(ranks, item.name, before, after) if result.changed else []
         if rounded:
             reason = "ranks had rounded it differently: the first one's numbers are taken"
@@ -227,7 +238,7 @@ class RecipeRun:
             if not ranks.first:  # which verifies for all, and ends all by what it finds
                 self.program = after
                 return entry
-            check_claims(item, result, imprint, before)
+            check_claims(item, result, imprint, given)
             if result.changed == 0:
                 entry.verification = "unchanged"
                 self._latest = self._latest or self._reference

@@ -18,6 +18,8 @@ class RunOptions:
 
     Attributes:
         calib: Text file for calibration and for the probe; None for a built-in text.
+        calib_images: Folder with pictures and a file of JSON lines, on which passes calibrate and
+            train; where there is a text as well, the two alternate.
         verify: Compare results before and after every pass. The structure is always verified.
         dump_ir: Folder that gets the program before and after every pass as text; a compile writes
             what the steps of capture left into `capture` there.
@@ -32,6 +34,7 @@ class RunOptions:
     """
 
     calib: str | Path | None = None
+    calib_images: str | Path | None = None
     verify: bool = True
     dump_ir: str | Path | None = None
     stop_after: str | None = None

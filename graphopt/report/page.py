@@ -295,7 +295,8 @@ def _calibration(report: Report) -> str:
         return ""
     written = text.self_generated_tokens
     own = f"; {written:,} tokens that the model wrote behind beginnings from it" if written else ""
-    return f"{text.name}, SHA-256 {text.sha256[:12]}…{own}"
+    pictures = f"; {text.pictures}" if text.pictures else ""
+    return f"{text.name}, SHA-256 {text.sha256[:12]}…{own}{pictures}"
 
 
 def _licence(report: Report) -> str:

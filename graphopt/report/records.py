@@ -153,16 +153,21 @@ class CalibrationEntry:
         sha256: Of the text, in UTF-8.
         self_generated_tokens: How many tokens the model wrote in its place, for passes that need
             more than the built-in text has.
+        pictures: Which pictures passes measured and learned from beside it; "" for none.
     """
 
     name: str
     sha256: str
     self_generated_tokens: int = 0
+    pictures: str = ""
 
     @classmethod
-    def of(cls, name: str, text: str, self_generated_tokens: int) -> CalibrationEntry:
+    def of(
+        cls, name: str, text: str, self_generated_tokens: int, pictures: str = ""
+    ) -> CalibrationEntry:
         """Return the entry of a text."""
-        return cls(name, hashlib.sha256(text.encode()).hexdigest(), self_generated_tokens)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return cls(name, digest, self_generated_tokens, pictures)
 
 
 @dataclass
