@@ -15,7 +15,9 @@ from families import FAMILIES, FEATURES, LISTED, captured, cases, mostly_slow
 from packed_programs import projections, with_packed
 from programs import tiny_program
 from ranks import run_program, run_ranks
+from tiny_models import save_tiny
 
+import graphopt as go
 from graphopt import Pipeline
 from graphopt.errors import PassError, UsageError, VerifyError
 from graphopt.execute.interpreter import Runner
@@ -352,6 +354,36 @@ def test_factors_of_a_matrix_exchange_parts_of_a_sum():
     assert collectives(result.program)["reduce_scatter"] == 2
     assert error(program, result.program, cases((7,), 96)[2]) < ROUNDINGS
     assert error(program, sharded(program, 4).program, cases((7,), 96)[2]) < ROUNDINGS
+
+
+@pytest.fixture(scope="module")
+def with_text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny(folder)
+    return go.capture(str(folder))
+
+
+COLUMNS, GATHERED = "columns", "rows, and what it gives is put together"
+RECIPES = {
+    "prune-blocks{blocks=1}": COLUMNS,
+    "carve-moe{shared=1,active=1,experts=4}": COLUMNS,
+    "quantize{w=4,group=16}": COLUMNS,
+    "quantize{w=4,a=8,kv=8,group=16}": GATHERED,  # activations are rounded over all features
+    "flatquant{w=4,a=4,kv=4,kind=closed,steps=0}": GATHERED,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_passes_made_is_split(recipe, with_text):
+    pipeline = Pipeline.parse(f"{recipe},shard{{tp=2,device=cpu}}").within_default()
+    result, report = pipeline.run(with_text)
+    entry = report.passes[-1]
+    assert entry.verification == "passed"
+    how = {part.what.split("self_attn.")[-1]: part.how for part in entry.record.split}
+    assert how["o_proj"] == RECIPES[recipe]
+    whole, own = entry.record.weight_bytes
+    assert own < 0.55 * whole and entry.record.attentions == {"split": len(result.states)}
 
 
 # Text, and what is told
