@@ -39,6 +39,7 @@ class ModelClass:
         classes: The class of every function.
         unmasked: A model without padding runs without a mask, instead of one of ones.
         with_kernels: It runs by kernels of a target, with caches of every layout.
+        agreed: All ranks take the first one's logits.
 
     Raises:
         LoweringError: The program has an input that a language model does not have.
@@ -51,6 +52,7 @@ class ModelClass:
         *,
         unmasked: bool = False,
         with_kernels: bool = False,
+        agreed: bool = False,
     ) -> None:
         odd = [name for name in program.inputs if name not in _INPUTS]
         if odd or "input_ids" not in program.inputs:
@@ -60,7 +62,7 @@ class ModelClass:
             )
         self.program = program
         self.classes = classes
-        self.unmasked, self.with_kernels = unmasked, with_kernels
+        self.unmasked, self.with_kernels, self.agreed = unmasked, with_kernels, agreed
         self.has_policies = any(state.policy for state in program.states.values())
         self.flow = Flow(program)
         signatures = {name: made.signature() for name, made in classes.items()}
@@ -253,6 +255,8 @@ class ModelClass:
         result = logits
         if statements and statements[-1].startswith(f"        {logits} = "):
             result = statements.pop().partition(" = ")[2]
+        if self.agreed:
+            result = f"agreed({result})"
         for statement in statements:
             body = statement.lstrip()
             lines += wrap(body, len(statement) - len(body))

@@ -65,8 +65,17 @@ def vocab_parallel_embedding(ids: Tensor, weight: Any, first_row: Tensor) -> Ten
     here = (row >= 0) & (row < len(weight))
     return F.embedding(row * here, weight).masked_fill(~here[..., None], 0)
 ''',
+    "agreed": '''
+def agreed(x: Tensor) -> Tensor:
+    """Write the first rank's `x` over it, and return it: others may have rounded differently."""
+    x = x.contiguous()
+    dist.broadcast(x, src=0, group=ranks.joined().group)
+    return x
+''',
 }  # fmt: skip
 
+# What comes out of these is the same on all ranks where what goes in is.
+_ALIKE = frozenset({"aten.slice.Tensor", "scale", "softcap", "tanh"})
 # Ops whose result nothing else than their reader has: it may be written over.
 _FRESH = frozenset(
     {
@@ -74,6 +83,19 @@ _FRESH = frozenset(
         "packed_linear", "scale", "vocab_parallel_embedding",
     }
 )  # fmt: skip
+
+
+def logits_gathered(program: Program) -> bool:
+    """Return whether the logits come out of a collective, and are so the same on all ranks."""
+    name = program.outputs[0]
+    call = next((call for call in reversed(program.calls) if name in call.results), None)
+    if call is None:
+        return False
+    node = program.function_of(call).results[call.results.index(name)].node
+    while node is not None and node.op in _ALIKE:
+        value = node.inputs[0]
+        node = None if value is None else value.node
+    return node is not None and node.op == "all_gather"
 
 
 def functions(used: Collection[str]) -> list[str]:

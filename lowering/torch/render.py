@@ -46,12 +46,21 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
     classes = _classes(lowered)
     ahead = kernels.functions() if kernels is not None else []
     unmasked, with_kernels = mask_is_for_attention_alone(program), kernels is not None
-    whole = ModelClass(lowered, classes, unmasked=unmasked, with_kernels=with_kernels)
+    of_ranks = is_sharded(program)
+    whole = ModelClass(
+        lowered,
+        classes,
+        unmasked=unmasked,
+        with_kernels=with_kernels,
+        agreed=of_ranks and not ranks.logits_gathered(lowered),
+    )
     model = "\n".join(whole.lines())
     parts = ["\n".join(made.lines()) for made in classes.values()]
     if "under(" in model:
         parts.append(load_template.UNDER.strip())
     helpers = {name for made in classes.values() for name in made.body.helpers}
+    if whole.agreed:
+        helpers.add("agreed")
     if packed.CLASS_NAME in helpers.difference(ahead):
         parts.insert(0, packed.CLASS.strip())
         helpers.add("dequantise")
@@ -61,7 +70,7 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
     steps = _steps(program, classes, fixed_room=unmasked and with_kernels)
     if kernels is not None and "kernels.Decoder" not in steps:
         check_fixed_room(program)
-    of_ranks, in_arena = is_sharded(program), has_arena(steps)
+    in_arena = has_arena(steps)
     apart = kernels is not None or whole.has_policies or of_ranks
     body = [
         "# What the layers are made of.",

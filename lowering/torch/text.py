@@ -28,7 +28,8 @@ HELPERS = tuple(
 # What a local name must not hide: whatever the text around it may mention.
 _GLOBALS = (
     "self", "torch", "nn", "F", "Tensor", "KV", "Any", "aten", "under", "pack", "weights",
-    "all_gather", "all_reduce", "dist", "ranks", "reduce_scatter", "vocab_parallel_embedding",
+    "agreed", "all_gather", "all_reduce", "dist", "ranks", "reduce_scatter",
+    "vocab_parallel_embedding",
 )  # fmt: skip
 _SIZES = ("B", "S", "P", "device")
 RESERVED = frozenset([*dir(builtins), *keyword.kwlist, *HELPERS, *_GLOBALS, *_SIZES])

@@ -130,12 +130,27 @@ def test_ranks_compute_what_one_device_does(tmp_path: Path) -> None:
     programs = {name: tiny(**features) for name, features in FEATURES.items()}
     codes = Packed(bits=4, group=8)
     programs["codes"] = with_packed(tiny(hidden=64, ffn=64), projections(codes))
+    # Rows of codes do not split into two parts of 97.
+    programs["whole head"] = whole_head()
     folders = [emit_both(program, tmp_path / name) for name, program in programs.items()]
     for name, program in {"kernels": tiny(head_dim=32), "codes": programs["codes"]}.items():
         folders.append(emit_both(program, tmp_path / "ampere" / name, "ampere"))
     found = check_packages(folders)
     assert [row["heads"] for row in found[:3]] == [1, 1, 1]
     assert "decoded" in found[-1] and "decoded" in found[-2]
+
+
+def whole_head() -> Program:
+    program = tiny_program(cache=True, vocab=97, tied=False)
+    return with_packed(
+        program, lambda name: Packed(bits=4, group=8) if name == "lm_head.weight" else None
+    )
+
+
+def test_logits_of_a_whole_head_are_those_of_the_first_rank() -> None:
+    assert "return agreed(self.head(x)), cache" in render_model(sharded(whole_head()))
+    for program in (sharded_tiny(), sharded(tiny_program(cache=True, vocab=97))):
+        assert "agreed" not in render_model(program)
 
 
 def family_program(family: str) -> Program:
