@@ -70,16 +70,23 @@ class Shard(Pass):
             )
 
     def check(self, program: Program) -> None:
-        """Refuse a program that was split before.
+        """Refuse a program that was split before, or keeps keys in its device's host.
 
         Raises:
-            PassError: It was.
+            PassError: It was, or does.
         """
         devices = group_of(program)
         if devices:
             raise PassError(
                 f"{program.name} is split over {len(devices)} devices already.",
                 "Begin with the program before it was: compile the source model.",
+            )
+        hosted = [state.name for state in program.states.values() if state.host is not None]
+        if hosted:
+            raise PassError(
+                f"Keys of {program.name} lie in the host's memory ({hosted[0]}), as one device "
+                "reads them there.",
+                "Leave out place-kv, or shard.",
             )
 
     def run(self, program: Program, context: Context) -> PassResult:

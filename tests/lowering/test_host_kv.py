@@ -7,6 +7,7 @@ for, or at once. tests/test_gpu_host.py has streams and graphs.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 import warnings
@@ -126,7 +127,7 @@ def test_answers_are_those_of_keys_on_the_device(shares: str, tmp_path: Path) ->
     check(module, model, 97, piece=64, chunk=1000)
 
 
-@pytest.mark.parametrize("family", sampled(LISTED))
+@pytest.mark.parametrize("family", sampled(LISTED, quick=()))
 def test_families(family: str, tmp_path: Path) -> None:
     program, _ = go.Pipeline.default().run(captured(family)[1], go.RunOptions(verify=False))
     names = placeable(program)
@@ -142,6 +143,7 @@ def test_softcaps_and_sinks(tmp_path: Path) -> None:
     check(module, model, 97)
 
 
+@functools.cache
 def with_codes(bits: int) -> Program:
     """A program whose keys and values are rounded in front of each attention."""
     program = tiny_program(hidden=64, head_dim=32)
@@ -149,6 +151,7 @@ def with_codes(bits: int) -> Program:
     return go.Pipeline.parse(recipe).run(program, go.RunOptions(verify=False))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_codes(bits: int, tmp_path: Path) -> None:
     """Of 8 bits the host's kernel reads them; those of 4 are copied."""
@@ -219,6 +222,7 @@ def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         check(module, model, 97)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8])
 def test_codes_without_a_compiler(
     bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -356,6 +360,7 @@ def test_every_part_has_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert float((found - expected).abs().max()) <= 24 * 2.0**-11 * float(expected.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_parts_of_codes_are_planned(bits: int) -> None:
     """Of a step's own keys before they are codes, and of codes in front of them."""

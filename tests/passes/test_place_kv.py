@@ -201,6 +201,24 @@ def test_models_whose_keys_cannot_be_divided():
         Pipeline.parse("place-kv{gpu=9GB}").run(tiny_program())
 
 
+def test_what_does_not_go_together():
+    program = tiny_program(cache=True)
+    placed = run(program, gpu=gpu_with(0, program)).program
+    policy = "attach-kv-policy{verdict=ignore,budget=16,page=4,sink=4,local=4}"
+    for recipe, message in (
+        ("shard{tp=2,device=cpu}", "Keys of tiny lie in the host's memory"),
+        (policy, "some of its keys lie in the host's memory"),
+    ):
+        with pytest.raises(PassError, match=message):
+            Pipeline.parse(recipe).run(placed)
+    sharded, _ = Pipeline.parse("shard{tp=2,device=cpu}").run(program)
+    with pytest.raises(PassError, match=r"place-kv.*split over several"):
+        Pipeline.parse("place-kv{gpu=9GB}").run(sharded)
+    _, report = Pipeline.parse("insert-kv-cache{page=4}").run(placed)
+    assert "it should be contiguous, placed(cpu)" in report.passes[0].skipped[0].reason
+
+
+@pytest.mark.slow
 def test_a_table_of_positions_has_an_end():
     program, _ = go.Pipeline.default().run(captured("gpt2")[1], go.RunOptions(verify=False))
     with pytest.raises(PassError, match="has a table of 256 positions"):
