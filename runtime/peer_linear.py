@@ -128,7 +128,7 @@ class ChunkedLinear:
         self._signal(flag, self._copies)
 
     def _signal(self, flag: int, behind: torch.cuda.Stream) -> None:
-        from graphopt.runtime.kernels.all_reduce import signal_peer
+        from graphopt.runtime.kernels.peer_sums import signal_peer
 
         self._signals.wait_stream(behind)
         with torch.cuda.stream(self._signals):
@@ -138,7 +138,7 @@ class ChunkedLinear:
             )  # fmt: skip
 
     def _wait(self, flag: int, *, last: bool = False) -> None:
-        from graphopt.runtime.kernels.all_reduce import wait_for_peer
+        from graphopt.runtime.kernels.peer_sums import wait_for_peer
 
         waiting = self._waiting
         own = self.memory.part(flag, (1,), torch.int32)
@@ -200,7 +200,7 @@ class PersistentLinear:
             x: Its last axis is contiguous.
             weight: Contiguous.
         """
-        from graphopt.runtime.kernels.linear_all_reduce import linear_all_reduce
+        from graphopt.runtime.kernels.persistent_linear import linear_all_reduce
 
         memory, tiles, waiting = self.memory, self._tiles, self._waiting
         (rows, depth), columns = x.shape, len(weight)

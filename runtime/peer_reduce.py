@@ -57,7 +57,7 @@ class OneShot:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the sum of the ranks' x, of 16 bits."""
-        from graphopt.runtime.kernels.all_reduce import one_shot
+        from graphopt.runtime.kernels.peer_sums import one_shot
 
         x = x.contiguous()
         out, memory, waiting = torch.empty_like(x), self.memory, self._waiting
@@ -105,7 +105,7 @@ class TwoShot:
 
     def __call__(self, rows: int) -> Tensor:
         """Return the sum of what the ranks have written into `operand(rows)`."""
-        from graphopt.runtime.kernels.all_reduce import two_shot
+        from graphopt.runtime.kernels.peer_sums import two_shot
 
         data, memory, waiting = self.operand(rows), self.memory, self._waiting
         two_shot[(self._programs,)](

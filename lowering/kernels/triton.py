@@ -252,7 +252,7 @@ register_layer_family(
             ),
             LayerKernels(
                 module="reductions",
-                files=("all_reduce", "linear_all_reduce"),
+                files=("peer_sums", "persistent_linear"),
                 functions=("all_reduce", "linear_all_reduce"),
                 needed_by=frozenset({"all_reduce", "linear_all_reduce"}),
                 helpers=("peer_memory", "peer_reduce", "peer_linear", "reduction_plan"),

@@ -292,7 +292,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from graphopt.runtime.kernels import all_reduce, linear_all_reduce
+from graphopt.runtime.kernels import peer_sums, persistent_linear
 
 def compiled(kernel, half, arch, kinds, warps, stages=3, **constants):
     kinds = {"x_ptr": "*i32", "bases_ptr": "*i64", "epochs_ptr": "*i32", "epoch_ptr": "*i32",
@@ -309,22 +309,22 @@ def compiled(kernel, half, arch, kinds, warps, stages=3, **constants):
 
 for arch, half in ((80, "fp16"), (90, "bf16")):
     ranks = {"RANKS": 2, "TRAP": True}
-    compiled(all_reduce.one_shot, half, arch, {}, 4, BLOCK=512, **ranks)
-    compiled(all_reduce.two_shot, half, arch, {"offset": "i64"}, 8, BLOCK=4096, **ranks)
-    compiled(all_reduce.signal_peer, half, arch, {}, 1)
-    compiled(all_reduce.wait_for_peer, half, arch, {}, 1, LAST=True, TRAP=True)
+    compiled(peer_sums.one_shot, half, arch, {}, 4, BLOCK=512, **ranks)
+    compiled(peer_sums.two_shot, half, arch, {"offset": "i64"}, 8, BLOCK=4096, **ranks)
+    compiled(peer_sums.signal_peer, half, arch, {}, 1)
+    compiled(peer_sums.wait_for_peer, half, arch, {}, 1, LAST=True, TRAP=True)
     operands = {"x_ptr": "*" + half, "weight_ptr": "*" + half}
     tiles = {"BLOCK_K": 64, "GROUP": 8, "WHOLE": True, "bias_ptr": None}
-    compiled(linear_all_reduce.linear_all_reduce, half, arch, operands, 8, x_tiles=None,
+    compiled(persistent_linear.linear_all_reduce, half, arch, operands, 8, x_tiles=None,
              weight_tiles=None, out_tiles=None, BLOCK_M=128, BLOCK_N=128, **tiles, **ranks)
 
 operands |= {"x_tiles": "tensordesc<bf16[128, 64]>", "weight_tiles": "tensordesc<bf16[256, 64]>",
              "out_tiles": "tensordesc<bf16[128, 256]>", "out": "i64", "staging": "i64"}
-made = compiled(linear_all_reduce.linear_all_reduce, "bf16", 90, operands, 8, BLOCK_M=128,
+made = compiled(persistent_linear.linear_all_reduce, "bf16", 90, operands, 8, BLOCK_M=128,
                 BLOCK_N=256, **tiles, **ranks)
 square = operands | {"weight_tiles": "tensordesc<bf16[128, 64]>",
                      "out_tiles": "tensordesc<bf16[128, 128]>"}
-compiled(linear_all_reduce.linear_all_reduce, "bf16", 90, square, 8, 4, BLOCK_M=128, BLOCK_N=128,
+compiled(persistent_linear.linear_all_reduce, "bf16", 90, square, 8, 4, BLOCK_M=128, BLOCK_N=128,
          **tiles, **ranks)
 ptx = made.asm["ptx"]
 # The matrix instructions of Hopper, fed by its copy engine, and what a flag of another GPU needs.

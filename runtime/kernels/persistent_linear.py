@@ -11,7 +11,7 @@ of a core sends a tile from shared memory, and no core is set aside for communic
 import triton
 import triton.language as tl
 
-from graphopt.runtime.kernels.all_reduce import signal, wait, workspace
+from graphopt.runtime.kernels.peer_sums import signal, wait, workspace
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def linear_all_reduce(
     out_tiles,  # the tensor descriptor of `out` of the other one of two ranks, or None
     bases_ptr,  # int64 [RANKS]: where each rank's workspace begins
     epochs_ptr,  # int32 [2]: the epoch of the last call, and how many programs have ended
-    late_ptr,  # int32: `runtime.kernels.all_reduce`
+    late_ptr,  # int32: `runtime.kernels.peer_sums`
     patience,
     out,  # bytes into a workspace: [M, N]
     staging,  # bytes: [RANKS - 1, tiles of a rank, BLOCK_M, BLOCK_N]
