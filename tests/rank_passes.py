@@ -70,7 +70,7 @@ CASES = {
 
 def prepare(folder: Path) -> None:
     """Write the models and the text."""
-    save_trained(folder / "dense", layers=4)
+    save_trained(folder / "dense", layers=4, steps=40)
     save_tiny(folder / "normed", "gemma2", num_hidden_layers=3)
     save_tiny(folder / "mixture", "qwen3_moe", **MIXTURES["qwen3_moe"])
     (folder / "text.txt").write_text(book(60), encoding="utf-8")

@@ -14,18 +14,18 @@ from torch import Tensor
 pytestmark = pytest.mark.slow
 
 SAMPLED = [
-    "prune", "prune by influence", "fuse", "fuse as published", "fuse one window a step", "solve",
-    "carve by layer", "carve by thresholds", "tune", "carve experts", "merge experts", "round",
-    "transform", "transform in closed form", "too few windows",
+    "prune", "fuse", "fuse as published", "solve", "carve by layer", "tune", "merge experts",
+    "round", "transform", "transform in closed form", "too few windows",
 ]  # fmt: skip
 ROUNDED = ("round", "round scaled", "tune codes", "transform", "transform and distil")
 """Cases of codes: one that lies between two becomes either, and those behind it make up for it."""
 BY_THE_CLOCK = "fuse by the clock"
 
-ROUNDING = 1e-4
-"""How far a weight's norm may be off that is solved for. Sums of some 300 tokens in fp32, added in
-another order, differ by 2^-24 sqrt(300) or 1e-6 of themselves, and solving with a ridge of 1e-4 and
-more times the mean power makes that at most 100 times as much of what is solved for."""
+ROUNDING = 1e-3
+"""How far a weight may be off that is solved for, by norms. Sums of some 300 tokens in fp32, added
+in another order, differ by 2^-24 sqrt(300) or 1e-6 of themselves. Solving with a ridge of 1e-4 of
+the mean power of 48 features has a condition of up to 5e5, and rounding, which favours none of the
+directions, is magnified by its root."""
 
 TRAINED = 1.2e-4
 """The same of a weight that is trained. Adam moves an element by the sign of its gradient at first;
@@ -48,14 +48,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sampled(folder: Path) -> tuple[Any, Any, Any]:
     """What one process, the first of two ranks and the second make of the sampled cases."""
-    return (run_cases(folder, SAMPLED), *run_ranks(run_rank, folder, SAMPLED, group=False))
+    return both(folder, SAMPLED)
 
 
 @pytest.fixture(scope="module")
 def others(folder: Path) -> tuple[Any, Any, Any]:
     """The same of all other cases."""
-    names = [name for name in CASES if name not in SAMPLED]
-    return (run_cases(folder, names), *run_ranks(run_rank, folder, names, group=False, limit=200))
+    return both(folder, [name for name in CASES if name not in SAMPLED])
+
+
+def both(folder: Path, names: list[str]) -> tuple[Any, Any, Any]:
+    return (run_cases(folder, names), *run_ranks(run_rank, folder, names, group=False, limit=300))
 
 
 def apart(one: Tensor, two: Tensor) -> float:
@@ -72,7 +75,7 @@ def check(name: str, made: tuple[Any, Any, Any]) -> None:
     if name in ROUNDED or name == BY_THE_CLOCK:
         check_alike(name, told, theirs)
         return
-    limit = TRAINED if told.get("training") else EDGE if "threshold" in name else ROUNDING
+    limit = TRAINED if name.startswith("fuse") else EDGE if "threshold" in name else ROUNDING
     for key, value in alone["weights"].items():
         other = first["weights"][key]
         if value.is_floating_point():
@@ -85,7 +88,7 @@ def check(name: str, made: tuple[Any, Any, Any]) -> None:
         losses, other_losses = (torch.tensor(t["checks"])[:, 1] for t in (trained, also))
         torch.testing.assert_close(losses, other_losses, rtol=1e-4, atol=0)
         # Or there would be nothing to compare.
-        assert min(losses) < losses[0] or not trained["steps"]
+        assert min(losses) < losses[0] or not name.startswith("fuse")
 
 
 def check_alike(name: str, told: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -102,7 +105,7 @@ def check_alike(name: str, told: dict[str, Any], theirs: dict[str, Any]) -> None
         ]
         # In the first block no code is off, unless two are as near as rounding.
         assert pairs[0][1] == pytest.approx(pairs[0][0], rel=0.02)
-        assert all(o == pytest.approx(b, rel=0.1) for b, o in pairs)
+        assert all(o == pytest.approx(b, rel=0.3) for b, o in pairs)
     elif "blocks" in told:
         for block, other in zip(told["blocks"], theirs["blocks"], strict=True):
             assert other["before"] == pytest.approx(block["before"], rel=0.1)
