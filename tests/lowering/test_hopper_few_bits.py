@@ -58,10 +58,12 @@ def some_weight(
     ("tokens", "outputs", "inputs", "group", "symmetric", "dtype", "act"),
     [
         (1, 40, 384, 32, True, torch.bfloat16, ""),
-        (3, 36, 384, 64, False, torch.bfloat16, ""),
+        pytest.param(3, 36, 384, 64, False, torch.bfloat16, "", marks=pytest.mark.exhaustive),
         (11, 20, 512, 128, True, torch.float16, "silu"),
-        (2, 34, 768, 256, False, torch.bfloat16, "gelu_tanh"),
-        (9, 40, 384, 384, True, torch.bfloat16, ""),
+        pytest.param(
+            2, 34, 768, 256, False, torch.bfloat16, "gelu_tanh", marks=pytest.mark.exhaustive
+        ),
+        pytest.param(9, 40, 384, 384, True, torch.bfloat16, "", marks=pytest.mark.exhaustive),
     ],
 )
 def test_products_of_few_tokens(
