@@ -61,7 +61,7 @@ def divide_vocabulary(program: Program, ranks: int) -> Vocabulary:
         rows = (weight.shape[0] + missing) // ranks
         for reader in readers:
             result.slots.setdefault(reader.call.function, []).append(reader.slot)
-            if reader.node.op == "embedding":
+            if reader.node.op != "linear":
                 _look_up_parts(program, reader, rows, ranks)
     return result
 

@@ -27,6 +27,7 @@ from graphopt.ir import Array, KVLayout, Packed, Value, Weight
 from graphopt.ir.attach_policy import with_policies
 from graphopt.ir.feed_forward import Split as Neurons
 from graphopt.ir.kv_policies import policy_from_dict
+from graphopt.ir.ops.collectives import COLLECTIVES
 from graphopt.ir.parse import parse_program
 from graphopt.ir.printer import print_program
 from graphopt.ir.ranks import group_of, rank_program
@@ -86,7 +87,7 @@ def collectives(program):
     found = {}
     for call in program.calls:
         for node in program.function_of(call).nodes:
-            if node.op in ("all_reduce", "all_gather", "reduce_scatter"):
+            if node.op in COLLECTIVES:
                 found[node.op] = found.get(node.op, 0) + 1
     return found
 
@@ -138,6 +139,31 @@ def test_the_pipeline_verifies_it(family):
     entry = report.passes[-1]
     assert entry.name == "shard" and entry.verification == "passed"
     assert entry.max_abs_logit_delta < entry.tolerance and entry.kl < 1e-9
+
+
+@pytest.mark.parametrize("family", mostly_slow(["llama", "gpt_neox", "gpt_oss", "olmo2"]))
+def test_every_collective_is_needed(family):
+    program = sharded(prepared(family)).program
+    for name, function in program.functions.items():
+        for place, node in enumerate(function.nodes):
+            if node.op not in COLLECTIVES:
+                continue
+            wrong = program.copy()
+            copied = wrong.functions[name]
+            without = copied.nodes.pop(place)
+            copied.replace(without.output, without.inputs[0])
+            with pytest.raises(VerifyError):
+                verify(wrong)
+
+
+def test_a_look_up_of_several_calls_is_divided_in_each():
+    program = tiny_program(cache=True)
+    first = program.calls[0]
+    second = dataclasses.replace(first, results=["y", "cos_y", "sin_y"], path="embed_again")
+    second.weights = dict(first.weights)
+    program.calls.insert(1, second)
+    result = sharded(program)
+    assert error(program, result.program, cases((7,), 97)[2]) < ROUNDINGS
 
 
 class Wrong(Shard):
