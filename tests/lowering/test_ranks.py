@@ -224,7 +224,7 @@ def test_a_compile_verifies_what_kernels_are_lowered_to(tmp_path: Path) -> None:
     assert found["shard"] == found["defer-residual-adds"] == found["fuse-layer-ops"] == "passed"
     text = (tmp_path / "out" / "model.py").read_text(encoding="utf-8")
     assert "linear_all_reduce(merge_heads(a), self.o_proj)" in text
-    assert "linear_all_reduce = kernels.persistent_linear" in text
+    assert "linear_all_reduce = kernels.linear_all_reduce" in text
     assert report.artifact is not None
     assert any("torchrun --nproc-per-node 2" in line for line in report.artifact.usage)
 
