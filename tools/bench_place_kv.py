@@ -44,7 +44,7 @@ from graphopt.lowering.torch import source_files
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.plan import AttentionSpec
 from graphopt.plan.host_kv import HostedLayer, Machine, layer_plan, whole_layer
-from graphopt.plan.measure_host import measure_host, write_measured_host
+from graphopt.plan.measure_host import measure_host, processor, write_measured_host
 from graphopt.runtime import host_kv
 from graphopt.runtime.attention import Extras, Keys
 from graphopt.runtime.copies import pin
@@ -79,16 +79,6 @@ TINY = {
     **LLAMA_8B, "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96,
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
-
-
-def processor() -> str:
-    """Return what the processor is called, and how many of them there are."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{names[0] if names else 'unknown'}, {len(os.sched_getaffinity(0))} processors"
 
 
 def times(run: Callable[[], Any], rounds: int = ROUNDS) -> list[float]:

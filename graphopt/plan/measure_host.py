@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import itertools
 import json
+import os
 import platform
 import statistics
 import time
@@ -172,7 +174,7 @@ def measure_host(device: torch.device, *, keys: int = KEYS) -> MeasuredHost:
         call=_seconds(call, _CALLS),
         memory=size / reading,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        processor=platform.processor() or platform.machine(),
+        processor=processor(),
         threads=int(host_kernel().graphopt_threads()),
         date=datetime.date.today().isoformat(),
     )
@@ -198,6 +200,21 @@ def _beside(bench: HostBench, job: Job, attending: float, copying: float) -> tup
     spans = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
     # The last attention may have gone on alone.
     return statistics.median(times[:-1] or times), statistics.median(spans)
+
+
+def processor() -> str:
+    """Return what the processor is called, and how many of them this process may use."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {_processors()} processors"
+    return f"{platform.machine()}, {_processors()} processors"
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def write_measured_host(path: Path, measured: MeasuredHost) -> None:

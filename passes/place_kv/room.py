@@ -15,13 +15,16 @@ RESERVE = 10**9
 
 
 def computing(program: Program, batch: int, tokens: int) -> tuple[int, int]:
-    """Return the bytes of weights, and of what reading a part of a prompt takes beside keys."""
+    """Return the bytes of weights, and of what reading a part of a prompt takes beside them.
+
+    The part's own keys are among the latter, of all layers: they stay until they are written out.
+    """
     dtype = torch.float16 if program.checkpoint_dtype == torch.float16 else torch.bfloat16
     found = predict_step(program, "prefill", batch=batch, seq=tokens, dtype=dtype)
-    weights, keys = (found.categories.get(kind, 0) for kind in ("weight", "kv"))
+    weights = found.categories.get("weight", 0)
     # Parts of attention are merged in fp32: two outputs, their sum and a product.
     merging = 4 * torch.float32.itemsize * batch * tokens * _widest(program)
-    return weights, found.allocated - weights - keys + merging
+    return weights, found.allocated - weights + merging
 
 
 def has_codes(dim: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from dataclasses import replace
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import runner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphopt.cli.commands import app
 from graphopt.errors import UsageError
 from graphopt.ir.kv_host import piece_tokens, prefill_chunk
 from graphopt.plan.host_kv import (
@@ -28,6 +31,7 @@ from graphopt.plan.host_kv import (
     whole_layer,
 )
 from graphopt.plan.measure_host import measure_host, read_measured_host, write_measured_host
+from graphopt.runtime.host_attention import host_kernel
 from graphopt.targets import HostFigures, get_target
 
 FIGURES = HostFigures(55e9, 80e9, 50e9, 55e9, 60e-6)
@@ -243,3 +247,28 @@ def test_files_that_are_none_are_refused(text: str, message: str, tmp_path: Path
 def test_targets_state_hosts_with_their_sources():
     assert get_target("hopper").host is not None
     assert "host" in get_target("hopper").sources
+
+
+def test_the_command_writes_what_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "graphopt.plan.measure_host.measure_host", functools.partial(measure_host, keys=512)
+    )
+    path = tmp_path / "host.json"
+    found = runner().invoke(app, ["measure-host", "-o", str(path), "--device", "cpu"])
+    assert found.exit_code == 0 and "attention by the processors" in found.stdout
+    assert read_measured_host(path).device == "CPU"
+    found = runner().invoke(app, ["measure-host", "-o", str(path), "--device", "cpu", "--json"])
+    assert json.loads(found.stdout) == json.loads(path.read_text(encoding="utf-8"))
+    found = runner().invoke(app, ["measure-host", "-o", str(tmp_path)])
+    assert found.exit_code == 2 and "is a folder" in found.stderr
+
+
+def test_the_command_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    host_kernel.cache_clear()
+    try:
+        arguments = ["measure-host", "-o", str(tmp_path / "host.json"), "--device", "cpu"]
+        found = runner().invoke(app, arguments)
+        assert found.exit_code == 1 and "needs a C++ compiler" in found.stderr
+    finally:
+        host_kernel.cache_clear()
