@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 tools/bench_data_parallel.py --text test-dev.txt
         --calib valid.txt [--model demo] [--device auto] [--windows 64] [--seqlen 2048]
-        [--steps 100] [--batch 8] [--rounds 3] [--seconds 90]
+        [--steps 200] [--batch 8] [--rounds 3] [--seconds 90]
         [--out benchmarks/data_parallel.json]
 
 All ranks hold the model. While one device is measured, the first rank works by itself and the
@@ -20,6 +20,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ from graphopt.support import ranks
 from graphopt.support.devices import found_gpu
 
 PACKAGES = ("torch", "transformers", "numpy")
+BEGINNING = 10
+"""Steps of the round that is left out."""
+
 Run = dict[str, Any]
 
 
@@ -53,11 +57,11 @@ def by_itself(measure: Callable[[], Run]) -> Run:
     return found
 
 
-def evaluation(args: argparse.Namespace, device: str) -> Callable[[], Run]:
+def evaluation(args: argparse.Namespace, device: str) -> Callable[[bool], Run]:
     model = open_language_model(args.model, "program", device=device)
     tokenizer, text = load_tokenizer(model), read_text(args.text)
 
-    def measure() -> Run:
+    def measure(begins: bool) -> Run:
         found = perplexity(model, tokenizer, text, windows=args.windows, seqlen=args.seqlen)
         speed = found.windows / found.seconds
         return {"windows_per_second": speed, "windows": found.windows,
@@ -66,18 +70,20 @@ def evaluation(args: argparse.Namespace, device: str) -> Callable[[], Run]:
     return measure
 
 
-def training(args: argparse.Namespace, device: str) -> Callable[[], Run]:
+def training(args: argparse.Namespace, device: str) -> Callable[[bool], Run]:
     program = go.capture(args.model)
     blocks = len(find_blocks(program))
     removed = list(range(blocks // 2, blocks // 2 + max(1, blocks // 4)))
-    recipe = go.Pipeline.parse(
-        f"prune-blocks{{remove={removed}}},fuse-blocks{{steps={args.steps},batch={args.batch},"
-        f"seqlen={args.seqlen},generated_windows=0,warm_start=false}}".replace(" ", "")
-    )
     options = go.RunOptions(calib=args.calib, device=device, verify=False)
 
-    def measure() -> Run:
-        result, report = recipe.run(program, options)
+    def measure(begins: bool) -> Run:
+        steps = min(BEGINNING, args.steps) if begins else args.steps
+        recipe = (
+            f"prune-blocks{{remove={removed}}},fuse-blocks{{steps={steps},batch={args.batch},"
+            f"seqlen={args.seqlen},generated_windows=0,warm_start=false}}"
+        )
+        parsed = go.Pipeline.parse(recipe.replace(" ", ""))
+        result, report = parsed.run(program, options)
         told = report.passes[-1].to_json()["details"]
         (trained,) = told["training"]
         seconds = trained["seconds"] - trained["preparing"]
@@ -126,7 +132,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=90.0, help="no round begins after these")
@@ -156,7 +162,8 @@ def measured(args: argparse.Namespace, group: ranks.Ranks) -> None:
                 print(f"{name}: {turn} rounds in {args.seconds:g} s", flush=True)
                 continue
             order = (("one", "all"), ("all", "one"))[turn % 2]
-            runs = {who: measure() if who == "all" else by_itself(measure) for who in order}
+            run = partial(measure, turn < 0)
+            runs = {who: run() if who == "all" else by_itself(run) for who in order}
             if not group.first:
                 continue
             difference = off(runs["one"], runs["all"])
