@@ -26,6 +26,7 @@ class Decoder:
     Attributes:
         positions: How many positions the model has; None for any number.
         records: Whether a step is the same kernels each time, so that a graph can hold it.
+        last_alone: Whether the model can be asked for the logits of one token of each text alone.
         logits: [batch, vocab], those of the next token of every text.
 
     Raises:
@@ -34,6 +35,7 @@ class Decoder:
 
     positions: ClassVar[int | None] = None
     records: ClassVar[bool] = True
+    last_alone: ClassVar[bool] = False
 
     def __init__(self, model: Any, capacity: int, batch: int = 1, arena: Any = None) -> None:
         if batch < 1 or capacity < 2:
@@ -132,8 +134,12 @@ class Decoder:
 
         def read(tokens: int) -> tuple[Tensor, Tensor]:
             positions = self.seq_lens.long()[:, None] + torch.arange(longest, device=device)
-            logits, _ = self.model(prompt, None, positions, self.cache)
-            last = logits[torch.arange(self.batch, device=device), self.new_lens.long() - 1]
+            newest = self.new_lens.long() - 1
+            if self.last_alone:
+                last = self.model(prompt, None, positions, self.cache, newest)[0][:, 0]
+            else:
+                logits, _ = self.model(prompt, None, positions, self.cache)
+                last = logits[torch.arange(self.batch, device=device), newest]
             return last, last.argmax(-1, keepdim=True)
 
         if self.used and any(kind == "ring" for kind, _ in self.model.kv_layouts):

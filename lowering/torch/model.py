@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 
 from graphopt.errors import LoweringError
-from graphopt.ir.graph import Call, Function, Program, Value, resolve_attrs, unique_name
+from graphopt.ir.graph import Call, Function, Node, Program, Value, resolve_attrs, unique_name
 from graphopt.ir.kv_policies import policy_to_dict
 from graphopt.ir.ops.attention import PAST_K
+from graphopt.ir.types import B, S
 from graphopt.lowering.torch.classes import ModuleClass
 from graphopt.lowering.torch.flow import CallRun, Carried, Flow, find_runs
 from graphopt.lowering.torch.loop_arguments import LoopArguments
@@ -27,7 +28,7 @@ from graphopt.lowering.torch.text import (
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 # What `forward` has as variables, but for the values of the program.
-_LOCALS = (*_INPUTS, "cache", "i", "layer")
+_LOCALS = (*_INPUTS, "cache", "i", "last", "layer")
 _LOOP_VARIABLES = ("table", "tables", "place")
 
 
@@ -40,6 +41,9 @@ class ModelClass:
         unmasked: A model without padding runs without a mask, instead of one of ones.
         with_kernels: It runs by kernels of a target, with caches of every layout.
         agreed: All ranks take the first one's logits.
+
+    Attributes:
+        last_alone: Whether `forward` may be asked for the logits of one token of each text alone.
 
     Raises:
         LoweringError: The program has an input that a language model does not have.
@@ -69,6 +73,7 @@ class ModelClass:
         self.runs = find_runs(self.flow, program, lambda a, b: signatures[a] == signatures[b])
         self.states = {name: number for number, name in enumerate(program.states)}
         self.modules = self._module_names()
+        self.last_alone = with_kernels and self._last_is_by_token()
         self._names = {value: name for name, value in self.flow.inputs.items()}
         self._hints = self._loop_hints()
 
@@ -228,6 +233,15 @@ class ModelClass:
 
     # --- the calls ---
 
+    def _last_is_by_token(self) -> bool:
+        """Return whether the last call computes each token by itself, of values of tokens."""
+        run = self.runs[-1]
+        made = self._class(run.first)
+        types = made.arguments[made.calls.index(self.program.calls[run.first])]
+        tokens = all(kind.shape[:2] == (B, S) and len(kind.shape) == 3 for kind in types)
+        alone = run.first == run.last and not made.function.caches and not made.body.needs
+        return tokens and alone and all(map(_is_by_token, made.function.nodes))
+
     def _forward(self) -> list[str]:
         tokens = "P+S" if self.states else "S"
         lines = [
@@ -237,6 +251,7 @@ class ModelClass:
             "        attention_mask: Tensor | None = None,",
             "        position_ids: Tensor | None = None,",
             "        cache: list[KV] | None = None,",
+            *(["        last: Tensor | None = None,"] if self.last_alone else []),
             "    ) -> tuple[Tensor, list[KV]]:",
             '        """Return the logits [B,S,vocab], and the cache with the new tokens in it.',
             "",
@@ -245,11 +260,14 @@ class ModelClass:
             f"            attention_mask: int64 [B,{tokens}], 0 at padding; all ones by default.",
             "            position_ids: int64 [B,S]; by default how many real tokens precede each.",
             self._about_cache(),
+            *([_ABOUT_LAST] if self.last_alone else []),
             '        """',
             *(f"        {line}" for line in self._defaults()),
         ]
         statements: list[str] = []
         for run, name in zip(self.runs, self.modules, strict=True):
+            if run is self.runs[-1] and self.last_alone:
+                statements += self._at_last(run)
             statements += self._run(run, name)
         logits = self._names[self.flow.output]
         result = logits
@@ -261,6 +279,15 @@ class ModelClass:
             body = statement.lstrip()
             lines += wrap(body, len(statement) - len(body))
         return [*lines, *wrap(f"return {result}, {'cache' if self.states else '[]'}", 8)]
+
+    def _at_last(self, run: CallRun) -> list[str]:
+        """Return the statements that leave one token of each text of what a run reads."""
+        names = list(dict.fromkeys(self._names[value] for value in self.flow.args[run.first]))
+        read = ", ".join(f"at(last, {name})" for name in names)
+        return [
+            "        if last is not None:",
+            f"            {', '.join(names)} = {read}",
+        ]
 
     def _about_cache(self) -> str:
         what = "From the step before, with P tokens; None for an empty one. It is not changed."
@@ -410,6 +437,24 @@ class ModelClass:
             call, caches = self.program.calls[number], self._class(number).function.caches
             places.append([self.states[call.caches[cache.slot]] for cache in caches])
         return [f"cache[{varying.add_place(list(column))}]" for column in zip(*places, strict=True)]
+
+
+# Ops that compute each token by itself, whatever their attributes are.
+_BY_TOKEN = frozenset(
+    {
+        "add", "add_rms_norm", "all_gather", "fused_linear", "integer_linear", "layer_norm",
+        "linear", "mul", "packed_linear", "rms_norm", "scale", "softcap", "tanh", "transformed",
+    }
+)  # fmt: skip
+_ABOUT_LAST = (
+    "            last: int64 [B], the token of each text whose logits are wanted; all by default."
+)
+
+
+def _is_by_token(node: Node) -> bool:
+    if node.op == "aten.slice.Tensor":
+        return bool(node.attrs["args"][1] == 2)
+    return node.op in _BY_TOKEN
 
 
 _SIZE_TEXT = {"B": "B", "S": "S", "P": "P", "device": "input_ids.device"}

@@ -64,10 +64,12 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
     if packed.CLASS_NAME in helpers.difference(ahead):
         parts.insert(0, packed.CLASS.strip())
         helpers.add("dequantise")
+    if whole.last_alone:
+        parts.append(template.AT.strip())
     if " = pack(" in "".join(parts):
         parts.append(load_template.PACK.strip())
     used = [name for name in ahead if name in helpers]
-    steps = _steps(program, classes, fixed_room=unmasked and with_kernels)
+    steps = _steps(program, classes, unmasked and with_kernels, whole.last_alone)
     if kernels is not None and "kernels.Decoder" not in steps:
         check_fixed_room(program)
     in_arena = has_arena(steps)
@@ -114,17 +116,20 @@ def _check_layouts(program: Program) -> None:
             )
 
 
-def _steps(program: Program, classes: dict[str, ModuleClass], fixed_room: bool) -> str:
+def _steps(
+    program: Program, classes: dict[str, ModuleClass], fixed_room: bool, last_alone: bool
+) -> str:
     """Return `steps`: with a cache of fixed room where nothing asks how full it is.
 
     Args:
         fixed_room: The file has such caches, and needs no mask for them.
+        last_alone: See `ModelClass`.
     """
     if not program.states:
         return step_template.UNCACHED.format(why="This model has no cache").strip()
     sizes = any("P" in made.body.needs for made in classes.values())
     if fixed_room and not sizes and _causal(program) and not _reads_caches(classes):
-        return step_template.static(arena_refused(program) is None)
+        return step_template.static(arena_refused(program) is None, last_alone)
     if any("attention_mask" in call.args for call in program.calls):
         rings = [state.layout.ring for state in program.states.values()]
         return step_template.growing(rings, arena_refused(program) is None)

@@ -83,7 +83,7 @@ _STATIC = '''
 class Decoder(kernels.Decoder):
     """Greedy decoding in a cache with room for a whole text, or for several at once."""
 
-    positions, records = POSITIONS, RECORDS
+    positions, records, last_alone = POSITIONS, RECORDS, {last_alone}
 
 
 {steps}
@@ -129,9 +129,14 @@ def growing(rings: Sequence[int | None], with_arena: bool) -> str:
     return "\n\n\n".join(part.strip() for part in parts)
 
 
-def static(with_arena: bool) -> str:
-    """Return `steps` of a model with caches of fixed room."""
+def static(with_arena: bool, last_alone: bool) -> str:
+    """Return `steps` of a model with caches of fixed room.
+
+    Args:
+        last_alone: The model can be asked for the logits of one token of each text alone.
+    """
+    whole = _STATIC.replace("{last_alone}", str(last_alone))
     if not with_arena:
-        return _STATIC.replace("{steps}", _STEPS).replace("{argument}", "").strip()
-    text = _STATIC.replace("{steps}", _STEPS_WITH_ARENA).replace("{argument}", ", arena")
+        return whole.replace("{steps}", _STEPS).replace("{argument}", "").strip()
+    text = whole.replace("{steps}", _STEPS_WITH_ARENA).replace("{argument}", ", arena")
     return f"{_ARENA.strip()}\n\n\n{text.strip()}"

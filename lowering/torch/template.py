@@ -37,6 +37,12 @@ ranks = package(Path(__file__).with_name("ranks"))
 Split = ranks.Split
 """
 
+AT = '''
+def at(last: Tensor, x: Tensor | None) -> Tensor | None:
+    """Return [B,1,...] of `x` [B,S,...]: of each text one token."""
+    return None if x is None else x[torch.arange(len(last), device=x.device), last][:, None]
+'''
+
 POLICIES = """
 policies = package(Path(__file__).with_name("policies"))
 policy_attention, policy_of = policies.cached_policy_attention, policies.policy_of

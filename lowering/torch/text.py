@@ -28,7 +28,7 @@ HELPERS = tuple(
 # What a local name must not hide: whatever the text around it may mention.
 _GLOBALS = (
     "self", "torch", "nn", "F", "Tensor", "KV", "Any", "aten", "under", "pack", "weights",
-    "agreed", "all_gather", "all_reduce", "dist", "ranks", "reduce_scatter",
+    "agreed", "at", "all_gather", "all_reduce", "dist", "ranks", "reduce_scatter",
     "vocab_parallel_embedding",
 )  # fmt: skip
 _SIZES = ("B", "S", "P", "device")

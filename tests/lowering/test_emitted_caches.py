@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from volta_emulator import COMPILER, emulated
 import graphopt as go
 from graphopt.backends.opening import open_language_model
 from graphopt.generate import generate_ids
-from graphopt.ir import Program
+from graphopt.ir import B, Program, S, Type
+from graphopt.ir.graph import In
 from graphopt.ir.relayout import with_layouts
 from graphopt.lowering.torch.lowered_kernels import LoweredKernels
 
@@ -177,3 +179,30 @@ def test_an_artifact_generates_as_its_program_does(tmp_path: Any) -> None:
     mask[1, :7] = 0
     one, other = (model.logits(ids, mask) for model in opened)
     torch.testing.assert_close(one[mask.bool()], other[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", [{}, {"bias": True, "norm": "layer", "tied": False}])
+def test_logits_of_one_token_of_each_text_are_computed_alone(
+    features: dict[str, Any], tmp_path: Any
+) -> None:
+    program = tiny_program(cache=True, **features)
+    module, model = emitted(program, tmp_path, "ampere", torch.float32)
+    ids = torch.randint(0, 97, (3, 9), generator=torch.Generator().manual_seed(0))
+    whole, _ = model(ids)
+    last = torch.tensor([8, 0, 4])
+    alone, cache = model(ids, last=last)
+    assert alone.shape == (3, 1, 97) and cache[0][0].shape[2] == 9
+    # Products of fewer rows add up in another order.
+    assert torch.allclose(alone[:, 0], whole[torch.arange(3), last], rtol=1e-5, atol=1e-5)
+    assert module.Decoder.last_alone
+
+
+def test_a_last_call_that_mixes_tokens_gives_the_logits_of_all(tmp_path: Any) -> None:
+    program = tiny_program(cache=True)
+    head = program.functions["head"]
+    (logits,) = head.results
+    attrs = {"args": [In(0), [1]], "types": [Type((B, S, 97), torch.float32)]}
+    head.results = head.add("aten.flip.default", [logits], attrs, ["flipped"]).outputs
+    module, model = emitted(program, tmp_path, "ampere", torch.float32)
+    assert not module.Decoder.last_alone
+    assert "last" not in inspect.signature(model.forward).parameters
