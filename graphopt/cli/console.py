@@ -25,6 +25,7 @@ from graphopt.support.quantities import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from graphopt.ir.graph import Program
+    from graphopt.ir.vision import Vision
     from graphopt.report.records import PassEntry, Report
 
 
@@ -195,8 +196,22 @@ def describe(program: Program) -> list[tuple[str, str]]:
             f"{DTYPE_NAMES.get(program.checkpoint_dtype, '?')}",
         )
     )
+    if program.vision is not None:
+        rows.append(("vision", _about_vision(program.vision)))
     rows += [("note", f"{where}: {reason}") for where, reason in program.notes]
     return rows
+
+
+def _about_vision(vision: Vision) -> str:
+    """Return what a model that sees has beside its decoder, in one line."""
+    from graphopt.ir.printer import format_count
+
+    parts = [f"{format_count(sum(w.numel for w in vision.carried))} parameters around the decoder"]
+    if vision.sections is not None:
+        parts.append("positions in time, height and width")
+    if vision.both_ways:
+        parts.append("tokens of a picture see each other both ways")
+    return ", ".join(parts)
 
 
 def print_rows(console: Console, rows: Iterable[tuple[str, str]]) -> None:

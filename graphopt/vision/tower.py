@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.capture import model_of_config
-from graphopt.capture.vision import language_decoder, picture_numbers
+from graphopt.capture.vision import language_decoder
+from graphopt.capture.vision_probe import picture_numbers
 from graphopt.errors import SourceError, UsageError, first_line
 from graphopt.ir import functional
 from graphopt.ir.graph import Program

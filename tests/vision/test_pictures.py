@@ -173,6 +173,14 @@ def test_malformed_rows(tmp_path, line, message):
 
 
 @pytest.mark.slow
+def test_inspect_says_what_is_around_the_decoder(folder):
+    result = CliRunner().invoke(app, ["inspect", str(folder / "model")])
+    program = go.capture(str(folder / "model"))
+    count = sum(weight.numel for weight in program.vision.carried)
+    assert result.exit_code == 0
+    assert f"vision   {count / 1000:.1f}K parameters around the decoder" in result.output
+
+
 def test_models_and_forms_without_pictures(folder, tmp_path):
     save_tiny(tmp_path / "text")
     for args, message in (
