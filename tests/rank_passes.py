@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from mixtures import MIXTURES
+from programs import tiny_program
 from tiny_models import save_tiny
 from torch import Tensor
 from trained import book, save_trained
 
 import graphopt as go
+from graphopt.errors import PassError
+from graphopt.ir.blocks import remove_blocks
 from graphopt.ir.graph import Program
-from graphopt.pass_manager.agreement import digest
+from graphopt.ir.weights import Array
+from graphopt.pass_manager.agreement import agree, digest
 from graphopt.support.ranks import joined
 
 PRUNED = "prune-blocks{blocks=1,seqlen=32,windows=5}"
@@ -103,3 +107,27 @@ def run_rank(rank: int, folder: Path, names: list[str]) -> dict[str, dict[str, A
     """Run cases as one of several ranks."""
     with joined("cpu"):
         return run_cases(folder, names)
+
+
+def agreed(rank: int, off: float, blocks: int = 0) -> tuple[list[str], str] | str:
+    """Return what comes of a pass that gives each rank another program: see `agree`.
+
+    Args:
+        off: By what share of itself a weight is off on the second rank.
+        blocks: How many blocks are missing there.
+
+    Returns:
+        The names of weights that were not the same, and the program's digest; or the error.
+    """
+    with joined("cpu") as ranks:
+        before = tiny_program()
+        after = before.copy()
+        weight = next(weight for weight in after.used_weights() if len(weight.shape) == 2)
+        value = weight.load() * (1 + off * ranks.rank)
+        after.weights.replace(weight.with_producer(Array(value)))
+        if blocks and ranks.rank:
+            remove_blocks(after, list(range(blocks)))
+        try:
+            return agree(ranks, "a-pass", before, after), digest(after)
+        except PassError as error:
+            return error.message

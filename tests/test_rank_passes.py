@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_passes import CASES, prepare, run_cases, run_rank
+from rank_passes import CASES, agreed, prepare, run_cases, run_rank
 from ranks import run_ranks
 from torch import Tensor
 
@@ -132,3 +132,18 @@ def test_the_same_blocks_go_by_the_same_scores(sampled: tuple[Any, Any, Any]) ->
     assert alone["order"] == first["order"] and len(alone["order"]) == 2
     for scores, others in zip(alone["scores"], first["scores"], strict=True):
         assert others == pytest.approx(scores, rel=1e-4)
+
+
+def test_what_was_rounded_differently_is_the_first_rank_s() -> None:
+    (first, theirs), (second, mine) = run_ranks(agreed, 1e-6, group=False)
+    assert first == second and len(first) == 1 and theirs == mine
+    (first, theirs), (second, mine) = run_ranks(agreed, 0.0, group=False)
+    assert first == second == [] and theirs == mine
+
+
+@pytest.mark.exhaustive
+def test_ranks_that_decide_otherwise_are_found() -> None:
+    first, second = run_ranks(agreed, 0.5, group=False)
+    assert first == second and "hold different programs: weight" in first
+    first, second = run_ranks(agreed, 0.0, 1, group=False)
+    assert first == second and "they have another structure" in first
