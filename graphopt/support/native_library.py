@@ -99,17 +99,26 @@ def _compile(
     whole = [*command, str(work / main), "-o", str(made)]
     try:
         done = subprocess.run(
-            whole, capture_output=True, text=True, check=False, timeout=COMPILE_SECONDS
+            whole,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=COMPILE_SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired) as problem:
         raise NoLibrary(f"{command[0]} does not compile it: {_first_line(problem)}") from problem
     if done.returncode:
         raise NoLibrary(f"{command[0]} does not compile it: {done.stderr.strip():.300}")
-    # Under its own name at once or not at all: others may compile it at the same time.
-    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as beside:
-        beside.write(made.read_bytes())
-    os.chmod(beside.name, 0o700)
-    os.replace(beside.name, kept)
+    try:
+        # Under its own name at once or not at all: others may compile it at the same time.
+        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as beside:
+            beside.write(made.read_bytes())
+        os.chmod(beside.name, 0o700)
+        os.replace(beside.name, kept)
+    except OSError as problem:
+        reason = f"{kept.parent} takes no file: {_first_line(problem)}"
+        raise NoLibrary(f"what {command[0]} makes of it cannot be kept: {reason}") from problem
 
 
 def _first_line(problem: Exception) -> str:
