@@ -168,6 +168,20 @@ def test_the_exit_code_is_that_of_the_failing_rank(folder: Path) -> None:
 
 
 @pytest.mark.exhaustive
+def test_ranks_go_on_with_what_was_interrupted(folder: Path, tmp_path: Path) -> None:
+    arguments = failing(folder, tmp_path / "out", "error")
+    place = arguments.index("--passes") + 1
+    arguments[place] = f"quantize{{w=8,method=rtn}},{arguments[place]}"
+    first, _ = run_ranks(command, arguments, group=False)
+    assert "The lamp is out" in first.stderr
+    arguments[place] = "quantize{w=8,method=rtn}"
+    first, second = run_ranks(command, [*arguments, "--resume", "--json"], group=False)
+    assert first.code == second.code == 0, first.stderr
+    resumed = {one["name"]: one["resumed"] for one in json.loads(first.stdout)["passes"]}
+    assert resumed["quantize"] and not resumed["insert-kv-cache"]
+
+
+@pytest.mark.exhaustive
 def test_the_bench_measures_in_turns(folder: Path, tmp_path: Path) -> None:
     text = str(folder / "text.txt")
     arguments = ["--model", str(folder / "tiny"), "--text", text, "--calib", text, "--windows", "4"]
