@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -381,6 +382,25 @@ def test_ranks_that_cannot_run_it_are_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(ranks.RankError, match=message):
         ranks.join(4 if world == "4" else 2, device, tmp_path, tmp_path)
+
+
+def test_gpus_that_ranks_share_and_gpus_out_of_reach(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    properties = {"cuda:0": "a", "cuda:1": "b"}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda one: SimpleNamespace(uuid=properties[str(one)])
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: False)
+    joined: Any = SimpleNamespace(device=torch.device("cuda:0"))
+    joined.gathered = lambda own: [own, own]
+    with pytest.raises(ranks.RankError, match=r"ranks 0 and 1 have one device: 2 ranks on .* 1 of"):
+        ranks._check_devices(joined)
+    joined.gathered = lambda own: [own, (own[0], "b")]
+    ranks._check_devices(joined)
+    said = "cuda:0 and cuda:1 do not reach each other's memory: NCCL goes through the host's"
+    assert said in capsys.readouterr().err
 
 
 def joined_with_others(rank: int, folders: list[Path]) -> str:
