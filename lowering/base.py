@@ -71,11 +71,15 @@ def check_placements(program: Program, *, ranks: bool) -> None:
                 f"{what} is {placement}, and other parts of the program are on {', '.join(group)}.",
                 "Place all that is placed on the same devices, one a rank.",
             )
+        if len(placement.devices) > 1:
+            raise LoweringError(
+                f"{what} is {placement}: the program is split over several devices, and of all "
+                "forms the torch one alone runs so.",
+                "Give --emit torch, or leave shard out.",
+            )
         raise LoweringError(
             f"{what} is {placement}, and emitted models run on one device.",
-            "Emit torch alone, which has a form for several ranks, or leave shard out."
-            if len(placement.devices) > 1
-            else "Take the placements out of the program.",
+            "Take the placements out of the program.",
         )
 
 

@@ -117,5 +117,5 @@ def test_emitters_write_for_one_device(emitter, tmp_path):
         {"state": Placement(TWO)},
         {"call": Placement(TWO)},
     ):
-        with pytest.raises(LoweringError, match=r"is placed\(cuda:0, cuda:1.*run on one device"):
+        with pytest.raises(LoweringError, match=r"is placed\(cuda:0, cuda:1.*torch one alone"):
             emit(placed(**where), tmp_path / "out", target="cpu", emit=(emitter,))

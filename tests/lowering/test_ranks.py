@@ -549,7 +549,7 @@ def test_where_ranks_are_placed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_forms_are_for_one_device(tmp_path: Path) -> None:
-    with pytest.raises(LoweringError, match=r"run on one device\. Emit torch alone"):
+    with pytest.raises(LoweringError, match=r"torch one alone runs so\. Give --emit torch"):
         emit(sharded_tiny(), tmp_path / "out", emit=("torch", "onnx"))
     program = sharded_tiny()
     program.states["kv.0"].placement = Placement(("cpu",))
