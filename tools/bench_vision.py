@@ -1,6 +1,6 @@
 """Measure what passes do to a small model that sees, calibrated on text and on pictures.
 
-    python tools/bench_vision.py [--model FOLDER] [--steps N] [--removed K] [--seeds 3]
+    python tools/bench_vision.py [--model FOLDER] [--steps N] [--removed K] [--seeds 5]
 
 A LLaVA is trained on drawn shapes and their captions (`tools/drawn_shapes.py`, some minutes on a
 CPU), or `--model` names a folder that one was written to. Then blocks are taken out: random ones,
@@ -102,12 +102,12 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a folder that drawn_shapes.train wrote")
-    parser.add_argument("--steps", type=int, default=800, help="of training the model")
+    parser.add_argument("--steps", type=int, default=600, help="of training the model")
     parser.add_argument("--removed", type=int, default=2, help="blocks to take out")
     parser.add_argument("--fuse-steps", type=int, default=60)
     parser.add_argument("--pictures", type=int, default=96, help="to calibrate on")
     parser.add_argument("--held-out", type=int, default=96)
-    parser.add_argument("--seeds", type=int, default=3, help="of random removal")
+    parser.add_argument("--seeds", type=int, default=5, help="of random removal")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "vision.json")
     options = parser.parse_args()

@@ -35,6 +35,9 @@ PROMPT = "<image> caption :"
 WORDS = ["<pad>", "<end>", "<image>", "caption", ":", "a", *SIZES, *COLOURS, *SHAPES,
          "left", "right", "of", "above", "below", "<unk>"]  # fmt: skip
 
+IN_TEXT = 4
+"""Captions of a text without pictures, in training."""
+
 Scene = tuple[str, ...]
 """Size, colour and shape of one thing, how it lies to another, and that one's."""
 
@@ -52,6 +55,11 @@ def scenes(count: int, seed: int) -> Iterator[Scene]:
 def caption(scene: Scene) -> str:
     """Return what is said of a scene."""
     return f"a {' '.join(scene[:3])} {scene[3]} a {' '.join(scene[4:])}"
+
+
+def alone(scene: Scene) -> str:
+    """Return a caption as it stands in a text without pictures."""
+    return f"caption : {caption(scene)} <end>"
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -82,9 +90,8 @@ def write_pictures(folder: Path, count: int, seed: int) -> None:
 
 
 def write_text(path: Path, count: int, seed: int) -> None:
-    """Write captions without pictures."""
-    lines = [f"caption : {caption(scene)}" for scene in scenes(count, seed)]
-    path.write_text("\n".join(lines), encoding="utf-8")
+    """Write captions without pictures, as the model was trained on them."""
+    path.write_text(" ".join(map(alone, scenes(count, seed))), encoding="utf-8")
 
 
 def _processor() -> LlavaProcessor:
@@ -149,9 +156,13 @@ def train(
 
 
 def _loss(model: Any, processor: Any, batch: list[Scene], *, pictures: bool) -> Tensor:
-    """Return the cross-entropy of captions, behind their pictures or alone."""
-    head = "<image>" * TOKENS + " caption :" if pictures else "caption :"
+    """Return the cross-entropy of captions, behind their pictures or in a text of their own."""
+    head = "<image>" * TOKENS + " caption :" if pictures else ""
     texts = [f"{head} {caption(scene)} <end>" for scene in batch]
+    if not pictures:  # several behind one another, as in a text
+        texts = [
+            " ".join(map(alone, batch[n : n + IN_TEXT])) for n in range(0, len(batch), IN_TEXT)
+        ]
     made = processor.tokenizer(texts, return_tensors="pt", padding=True)
     ids, mask = made["input_ids"], made["attention_mask"]
     given = {"input_ids": ids, "attention_mask": mask}
@@ -161,5 +172,5 @@ def _loss(model: Any, processor: Any, batch: list[Scene], *, pictures: bool) -> 
     logits = model(**given).logits[:, :-1]
     behind = len(processor.tokenizer(head)["input_ids"])
     targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-    targets[:, : behind - 1] = -100
+    targets[:, : max(behind - 1, 0)] = -100
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())

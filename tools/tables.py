@@ -34,12 +34,13 @@ from rank_tables import data_parallel
 from results import ROOT, markdown_table, measured_on, median, result_of
 from shard_tables import shard
 from sum_tables import sums, sums_of_attention, sums_of_few, sums_predicted
+from vision_tables import vision
 
 PAGES = (
     "README.md", "docs/attention.md", "docs/bits.md", "docs/depth.md", "docs/devices.md",
     "docs/evaluate.md",
     "docs/families.md", "docs/flatquant.md", "docs/kv.md", "docs/memory.md", "docs/methods.md",
-    "docs/volta.md", "docs/width.md",
+    "docs/vision.md", "docs/volta.md", "docs/width.md",
 )  # fmt: skip
 _TABLE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end table -->", re.DOTALL)
 
@@ -661,6 +662,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sums_of_attention": sums_of_attention,
     "sums_of_few": sums_of_few,
     "sums_predicted": sums_predicted,
+    "vision": vision,
 }
 
 
