@@ -112,7 +112,7 @@ class Bench:
         self.figures: ReductionFigures = figures
         self.cores = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.results: dict[str, Any] = {
-            "command": "python " + " ".join(sys.argv),
+            "command": "python tools/bench_all_reduce.py " + " ".join(_told(sys.argv[1:])),
             "date": datetime.date.today().isoformat(),
             "device": f"{self.ranks} x {torch.cuda.get_device_name(self.device)}",
             "versions": {name: metadata.version(name) for name in ("torch", "triton")},
@@ -237,6 +237,12 @@ class Bench:
         end.record()
         end.synchronize()
         return 1e3 * start.elapsed_time(end) / count
+
+
+def _told(given: Sequence[str]) -> list[str]:
+    """Return the arguments without where results go."""
+    at = given.index("--out") if "--out" in given else len(given)
+    return [*given[:at], *given[at + 2 :]]
 
 
 def median(row: dict[str, Any]) -> float:

@@ -20,6 +20,8 @@ SHAPES = [
     (16384, 2048, 4096),
 ]  # fmt: skip
 """M tokens, K inputs of each rank, N outputs."""
+PLANNED = "ours, as planned"
+"""What the bench calls the way that a model would go."""
 
 
 def _figures() -> ReductionFigures:
@@ -70,7 +72,11 @@ def sums() -> str:
             continue
         row = by_shape[shape]
         times = {name: median(found["microseconds"]) for name, found in row["times"].items()}
-        ours = times["ours, as planned"]
+        # A run that tries all there is has no plan's own time in it.
+        every = {name: value for name, value in times.items() if name.startswith("ours")}
+        name = PLANNED if PLANNED in every else min(every, key=lambda one: every[one])
+        ours = every[name]
+        by = row["planned"] if name == PLANNED else name.split()[1]
         alone = min(times[name] for name in ("NCCL", "two-shot", "our two-shot"))
         hidden = (times["GEMM"] + alone - ours) / min(times["GEMM"], alone)
         names = ("GEMM", "GEMM, NCCL", "GEMM, two-shot", "fused_matmul_reduce_scatter")
@@ -79,7 +85,7 @@ def sums() -> str:
                 ", ".join(f"{size:,}" for size in shape),
                 *(f"{times[name]:,.0f}" for name in names),
                 f"{ours:,.0f}",
-                row["planned"],
+                by,
                 f"{times['GEMM, NCCL'] / ours:.2f}",
                 f"{hidden:.0%}",
             ]
@@ -113,7 +119,7 @@ def sums_of_attention() -> str:
     rows = []
     for row in _rows("attention"):
         times = {name: median(found["microseconds"]) for name, found in row["times"].items()}
-        ours, nccl = times["ours, as planned"], times["attention, GEMM, NCCL"]
+        ours, nccl = times[PLANNED], times["attention, GEMM, NCCL"]
         rows.append(
             [
                 f"{row['shape'][0]:,}",
