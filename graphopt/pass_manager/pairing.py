@@ -144,7 +144,8 @@ def _of_whole(numbers: ValueNumbers, weight: Weight) -> tuple[int, Hashable]:
 def wrong_states(before: Program, after: Program) -> str | None:
     """Return what is wrong with the states of `after`, as a clause.
 
-    A state belongs to one call, and holds as many bits as the keys and values that it keeps.
+    A state belongs to one call, and holds as many bits as it did, or as the keys and values that
+    it keeps.
     """
     from graphopt.ir.shapes import infer_program
 
@@ -159,9 +160,11 @@ def wrong_states(before: Program, after: Program) -> str | None:
                 return f"state {name!r} is kept by {users[name]} and by {where}"
             users[name] = where
             k, v = types[cache.present_k].dtype, types[cache.present_v].dtype
-            state = after.states[name]
-            if state.dtype not in (k, v) and name not in before.states:
+            state, old = after.states[name], before.states.get(name)
+            if old is None and state.dtype not in (k, v):
                 return f"state {name!r} of {where} is {state.dtype}, and its keys are {k}"
+            if old is not None and state.dtype != old.dtype:
+                return f"state {name!r} of {where} is {state.dtype}, and was {old.dtype}"
     return None
 
 

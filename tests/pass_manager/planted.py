@@ -109,6 +109,7 @@ def transformed() -> Program:
 
 BASES: dict[str, Callable[[], Program]] = {
     "plain": tiny_program,
+    "cached": lambda: tiny_program(cache=True),
     "untied": lambda: tiny_program(tied=False),
     "biased": lambda: tiny_program(bias=True, norm="layer"),
     "window": lambda: tiny_program(window=WINDOW),

@@ -59,6 +59,8 @@ from graphopt.ir import Program
 from graphopt.lowering.torch.passes import lowering_passes
 from graphopt.pass_manager.contract import Context, Pass, PassResult, declared_passes, make_pass
 from graphopt.pass_manager.pipeline import DEFAULT_RECIPE, Pipeline
+from graphopt.passes.place_kv.place_kv import PlaceKV
+from graphopt.passes.place_kv.record import PlacedKV
 
 EXACT = DEFAULT_RECIPE.split(",")
 CANONICALISE, SUBEXPRESSION, FOLD, DEAD, CACHE = EXACT
@@ -261,6 +263,15 @@ SPLIT = [
             "reads o, a partial sum"),
 ]
 
+PLACE = "place-kv"
+PLACED = [
+    Mistake("keys on the host in another layer's state", PLACE, "cached", one_state, "is kept by"),
+    Mistake("keys on the host for values", PLACE, "cached", past_swapped),
+    Mistake("keys that go to the host not rotated", PLACE, "cached", unrotated_keys),
+    Mistake("keys on the host in 16 bits", PLACE, "cached", half_states, "is torch.float16",
+            length=None),
+]
+
 CONTRACT = [
     Mistake("the config", CANONICALISE, "plain", lambda program: program.config.update(eps=5.0),
             "exact but changed the program's config", length=None),
@@ -277,7 +288,27 @@ CONTRACT = [
 ]
 # fmt: on
 
-MISTAKES = [*WEIGHTS, *ATTRIBUTES, *GRAPH, *CACHES, *LOWERED, *TRANSFORMS, *SPLIT, *CONTRACT]
+MISTAKES = [
+    *WEIGHTS,
+    *ATTRIBUTES,
+    *GRAPH,
+    *CACHES,
+    *LOWERED,
+    *TRANSFORMS,
+    *SPLIT,
+    *PLACED,
+    *CONTRACT,
+]
+
+
+def options_of(name: str, program: Program) -> dict[str, object]:
+    """Return the options with which a pass changes the program."""
+    if name != PLACE:
+        return {}
+    large = PlaceKV(gpu="9GB", context=20_000)
+    record = large.run(program.copy(), Context()).record
+    assert isinstance(record, PlacedKV)
+    return {"gpu": str(record.gpu - record.room), "context": large.context}
 
 
 @dataclass
@@ -290,7 +321,8 @@ class Planted(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         behind = self.mistake.behind
-        result = (LOWERING.get(behind) or make_pass(behind, {})).run(program, context)
+        exact = LOWERING.get(behind) or make_pass(behind, options_of(behind, program))
+        result = exact.run(program, context)
         self.mistake.act(result.program)
         return replace(result, changed=result.changed + 1, record=None)
 
