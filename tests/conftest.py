@@ -42,10 +42,16 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is exhaustive is slow too: `-m "not slow"` takes the place of "not exhaustive"."""
+    """What is exhaustive is slow too, and what needs a GPU is skipped where there is none.
+
+    So `-m "not slow"` takes the place of "not exhaustive".
+    """
+    no_gpu = pytest.mark.skip(reason="there is no CUDA device")
     for item in items:
         if "exhaustive" in item.keywords:
             item.add_marker("slow")
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
 
 
 @pytest.fixture(autouse=True)

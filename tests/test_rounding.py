@@ -191,7 +191,7 @@ def test_a_recording_is_given_its_operands_and_keeps_none_of_its_results(work, m
     monkeypatch.setattr(torch.cuda, "Stream", stream_like)
     monkeypatch.setattr(torch.cuda, "current_stream", stream_like)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: stream)
-    monkeypatch.setattr(torch.cuda, "graph", lambda _, stream=None: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda _, **how: nullcontext())
     columns, rows = 5, 7
     plain = functools.partial(work, last=7)
 

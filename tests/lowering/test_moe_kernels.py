@@ -236,7 +236,6 @@ def test_thresholds_choose_what_is_above_them() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="there is no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_tokens_run_in_pieces_beside_what_is_shared(dtype, monkeypatch) -> None:
     monkeypatch.setattr(moe, "AT_ONCE", 64)
@@ -248,7 +247,6 @@ def test_many_tokens_run_in_pieces_beside_what_is_shared(dtype, monkeypatch) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="there is no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "size", "width"),
