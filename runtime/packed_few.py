@@ -8,13 +8,14 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphopt.runtime.compiled import ACTIVATIONS, constants_of, kernel, launch, runs_compiled
 from graphopt.runtime.driver import Function
+from graphopt.runtime.packed_codes import PackedCodes
 from graphopt.runtime.quantised_tiles import FewTiles, warps_for
 
 FILES = ("activations.cu", "hopper_packed_few.cu")
@@ -56,7 +57,7 @@ class NormInFront:
 
 def launch_few(
     x: Tensor,
-    weight: Any,
+    weight: PackedCodes,
     bias: Tensor | None,
     tiles: FewTiles,
     cores: int,
@@ -74,7 +75,6 @@ def launch_few(
 
     Args:
         x: [M, K], the last axis contiguous: of that dtype, or int8 codes with `x_scales` fp32 [M].
-        weight: A `PackedCodes`.
         tiles: For as many tokens or more.
         cores: Of the GPU that they are for.
         act: An activation: give act(first) second, [M, N / 2], of both halves of the product.
@@ -169,7 +169,7 @@ def _function_of(form: Form, shared: int, device: torch.device) -> Function | No
 
 def _operands(
     x: Tensor,
-    weight: Any,
+    weight: PackedCodes,
     bias: Tensor | None,
     x_scales: Tensor | None,
     out: Tensor,

@@ -8,254 +8,19 @@ Layout letters: M tokens, K features in, N features out.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphopt.ir import functional
-from graphopt.runtime.fitting_tiles import with_fewer_stages
-from graphopt.runtime.fused import act_mul, add_rms_norm, overlapping, runs_by_kernel
+from graphopt.runtime.fused import act_mul, add_rms_norm, runs_by_kernel
+from graphopt.runtime.packed_codes import PackedCodes, pack_codes, values_of
 from graphopt.runtime.packed_few import NormInFront, launch_few
-from graphopt.runtime.quantised_tiles import (
-    IntegerTiles,
-    PackedTiles,
-    QuantisedTiles,
-    splits_for,
-    tiles_for,
-)
-
-SPANS = (128, 64, 32)
-"""Neighbouring inputs whose codes lie together; both halves are operands of a matrix unit."""
-GROUPS = (32, 64)
-"""Sizes of groups that divide a span of 128; others are of one span or several."""
-FEW_TOKENS = 16
-"""The most for which codes pass from memory to matrix units in registers."""
-FEWEST_ROWS = 16
-"""Rows of the smallest tile: a weight has a counter for as many of its outputs."""
-
-
-@dataclass(frozen=True)
-class PackedCodes:
-    """A weight [N, K] of four-bit codes, as the kernels read it.
-
-    Attributes:
-        codes: uint8 [K / span, N, span / 2]; see kernels/packed_linear.py.
-        scales: [K / group, N], of 16 bits.
-        zeros: As the scales, what the signed number of a code is too large by; None for 0.
-        span: Inputs whose codes lie together.
-        arrived: int32 of zeros, by which programs that add parts of a tile count each other.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    span: int
-    arrived: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        spans, outputs, _ = self.codes.shape
-        return outputs, spans * self.span
-
-    @property
-    def group(self) -> int:
-        """Inputs that share a scale."""
-        return self.shape[1] // len(self.scales)
-
-
-def span_of(inputs: int, group: int) -> int | None:
-    """Return how many of the inputs' codes lie together where `group` of them share a scale.
-
-    None where the kernels read no such groups.
-    """
-    fitting = (
-        span
-        for span in SPANS
-        if inputs % span == 0 and (group % span == 0 or (span == SPANS[0] and group in GROUPS))
-    )
-    return next(fitting, None)
-
-
-def pack_codes(
-    packed: Tensor, scales: Tensor, zeros: Tensor | None = None, *, group: int
-) -> PackedCodes | None:
-    """Return a weight in the layout of the kernels; None where its groups do not fit them.
-
-    Args:
-        packed: uint8 [N, groups, ceil(group / 2)], codes of four bits as `functional.dequantise`
-            reads them, groups along the inputs.
-        scales: [N, groups].
-        zeros: uint8 [N, ceil(groups / 2)].
-        group: Codes of a group.
-    """
-    outputs, groups, _ = packed.shape
-    span = span_of(groups * group, group)
-    if span is None:
-        return None
-    # A code less 8 is the signed number with the same bits but for the highest.
-    signed = functional.unpack(packed, 4).reshape(outputs, -1, 2, span // 2) ^ 8
-    halves = _for_lanes(signed[:, :, 0] | signed[:, :, 1] << 4)
-    less = None
-    if zeros is not None:
-        unpacked = functional.unpack(zeros, 4)[:, :groups].to(scales.dtype)
-        less = (unpacked - 8).t().contiguous()
-    counters = -(-outputs // FEWEST_ROWS)
-    return PackedCodes(
-        halves.transpose(0, 1).contiguous(),
-        scales.t().contiguous(),
-        less,
-        span,
-        torch.zeros(counters, dtype=torch.int32, device=packed.device),
-    )
-
-
-def _for_lanes(codes: Tensor) -> Tensor:
-    """Return codes of halves [..., H] with those of each of four lanes together.
-
-    A lane of a warp has four neighbours of each 16 (`place_of` of kernels/packed_linear.py).
-    """
-    return codes.unflatten(-1, (-1, 4, 4)).transpose(-3, -2).flatten(-3)
-
-
-def _from_lanes(codes: Tensor) -> Tensor:
-    """Return codes of halves [..., H] in the order of their inputs."""
-    return codes.unflatten(-1, (4, -1, 4)).transpose(-3, -2).flatten(-3)
-
-
-# Launching ----------------------------------------------------------------------------------------
-
-
-def launch_packed(
-    x: Tensor,
-    weight: PackedCodes,
-    bias: Tensor | None,
-    tiles: PackedTiles,
-    cores: int,
-    x_scales: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    integer: bool = False,
-) -> Tensor:
-    """Return x weight^T + bias, [M, N].
-
-    Args:
-        x: [M, K], the last axis contiguous: of 16 bits, or int8 codes with `x_scales` fp32 [M].
-        dtype: Of the result; by default that of `x`.
-        integer: Multiply codes as int8, instead of converting them; the weight has no zeros.
-    """
-    from graphopt.runtime.kernels.packed_linear import packed_few, packed_linear
-
-    tokens = len(x)
-    outputs, _ = weight.shape
-    spans = len(weight.codes)
-    few = tiles.unroll > 0
-    splits = splits_for(outputs, tokens, spans, tiles, cores)
-    if tokens > tiles.columns:
-        splits = 1  # a weight's counters are for one column of tiles
-    out = torch.empty(tokens, outputs, dtype=dtype or x.dtype, device=x.device)
-    part = None
-    if splits > 1:
-        part = torch.empty(splits, tokens, outputs, dtype=torch.float32, device=x.device)
-    grid = (-(-outputs // tiles.rows), splits, -(-tokens // tiles.columns))
-    more: dict[str, Any] = {"INTEGER": integer}
-    if few:
-        more = {"UNROLL": tiles.unroll, **overlapping(x.device)}
-    kernel = packed_few if few else packed_linear
-
-    def start(stages: int) -> None:
-        kernel[grid](
-            x, x_scales, weight.codes, weight.scales, weight.zeros, bias, out, part,
-            weight.arrived, tokens, outputs, spans, x.stride(0),
-            SPAN=weight.span, GROUP=weight.group if len(weight.scales) > 1 else 0,
-            BLOCK_M=tiles.columns, BLOCK_N=tiles.rows, SPLITS=splits, WORDS=x.is_cuda,
-            num_warps=tiles.warps, num_stages=stages, **more,
-        )  # fmt: skip
-
-    with_fewer_stages(("packed", tiles, weight.span, integer, x.device), tiles.stages, start)
-    return out
-
-
-def launch_unpack(weight: PackedCodes, dtype: torch.dtype) -> Tensor:
-    """Return the matrix [N, K] that a weight stands for; in int8 its numbers, times 16."""
-    from graphopt.runtime.kernels.packed_linear import unpack_weight as kernel
-
-    outputs, inputs = weight.shape
-    out = torch.empty(outputs, inputs, dtype=dtype, device=weight.codes.device)
-    spans, rows = len(weight.codes), 64
-    kernel[(spans, -(-outputs // rows))](
-        weight.codes, weight.scales, weight.zeros, out, outputs, spans,
-        SPAN=weight.span, GROUP=weight.group, BLOCK_N=rows, WORDS=weight.codes.is_cuda, num_warps=4,
-    )  # fmt: skip
-    return out
-
-
-@functools.cache
-def _copies_tiles(device: torch.device) -> bool:
-    """Return whether a GPU copies tiles of a tensor by itself (Hopper and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _described(matrix: Tensor, rows: int, columns: int) -> Any:
-    """Return the tensor descriptor of tiles of int8; None where the device copies none of it."""
-    if not _copies_tiles(matrix.device) or matrix.data_ptr() % 16 or matrix.stride(0) % 16:
-        return None
-    if matrix.shape[0] < rows or matrix.shape[1] < columns:
-        return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(matrix, [rows, columns])
-
-
-def launch_integer(
-    x: Tensor,
-    x_scales: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    tiles: IntegerTiles,
-    cores: int,
-    unit: float = 1.0,
-) -> Tensor:
-    """Return (x weight^T) * unit * x_scales * scales + bias, [M, N] of `dtype`.
-
-    Args:
-        x: int8 [M, K], the last axis contiguous.
-        x_scales: fp32 [M].
-        weight: int8 [N, K], contiguous.
-        scales: [N].
-    """
-    from graphopt.runtime.kernels.integer_linear import integer_linear as kernel
-
-    tokens, inputs = x.shape
-    outputs = len(weight)
-    out = torch.empty(tokens, outputs, dtype=dtype, device=x.device)
-    x_tiles = _described(x, tiles.rows, tiles.depth)
-    weight_tiles = _described(weight, tiles.columns, tiles.depth)
-    if x_tiles is None or weight_tiles is None:
-        x_tiles = weight_tiles = None
-    count = -(-tokens // tiles.rows) * -(-outputs // tiles.columns)
-    programs = min(cores, count) if tiles.persistent else count
-
-    def start(stages: int) -> None:
-        kernel[(programs,)](
-            x, x_tiles, weight, weight_tiles, x_scales, scales, bias, out,
-            tokens, outputs, inputs, x.stride(0), unit,
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, GROUP=tiles.group,
-            WHOLE=inputs % tiles.depth == 0, FLATTEN=tiles.persistent,
-            num_warps=tiles.warps, num_stages=stages,
-        )  # fmt: skip
-
-    with_fewer_stages(("integer", tiles, x.device), tiles.stages, start)
-    return out
-
-
-# What a model is made of --------------------------------------------------------------------------
+from graphopt.runtime.quantised_launch import launch_integer, launch_packed, launch_unpack
+from graphopt.runtime.quantised_tiles import QuantisedTiles, tiles_for
 
 
 @dataclass(frozen=True)
@@ -342,7 +107,7 @@ class QuantisedWeight(nn.Module):
     def forward(self) -> Tensor:
         """Return the matrix [N, K]."""
         if self.span is not None:
-            return self._values(self.codes, self.scales, self.zeros)
+            return values_of(self.codes, self.scales, self.zeros, group=self.group)
         options = {"bits": self.bits, "group": self.group, "axis": self.axis}
         return functional.dequantise(self.packed, self.scales, self.zeros, **options)
 
@@ -351,20 +116,11 @@ class QuantisedWeight(nn.Module):
         if self.span is not None:
             flat = ids.reshape(-1)
             zeros = None if self.zeros is None else self.zeros[:, flat]
-            values = self._values(self.codes[:, flat], self.scales[:, flat], zeros)
+            values = values_of(self.codes[:, flat], self.scales[:, flat], zeros, group=self.group)
             return values.view(*ids.shape, values.shape[-1])
         zeros = None if self.zeros is None else self.zeros[ids]
         options = {"bits": self.bits, "group": self.group}
         return functional.dequantise(self.packed[ids], self.scales[ids], zeros, **options)
-
-    def _values(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-        """Return what rows stand for, from tensors as those of `PackedCodes`."""
-        codes = _from_lanes(codes)
-        signed = (torch.cat((codes & 15, codes >> 4), -1) ^ 8).float() - 8
-        grouped = signed.transpose(0, 1).reshape(codes.shape[1], len(scales), self.group)
-        if zeros is not None:
-            grouped = grouped - zeros.t()[..., None].float()
-        return (grouped * scales.t()[..., None].float()).flatten(1).to(scales.dtype)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

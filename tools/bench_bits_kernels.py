@@ -48,15 +48,10 @@ from bits_transform import DEVICE, DTYPE, TARGET, TILES, Transformed, kept, rand
 from turns import ON_GPU, Result, Rows, best_of, median, microseconds, recorded
 
 from graphopt.runtime import fused
+from graphopt.runtime.packed_codes import PackedCodes, pack_codes
 from graphopt.runtime.packed_few import launch_few
-from graphopt.runtime.quantised_linear import (
-    PackedCodes,
-    QuantisedKernels,
-    launch_integer,
-    launch_packed,
-    launch_unpack,
-    pack_codes,
-)
+from graphopt.runtime.quantised_launch import launch_integer, launch_packed, launch_unpack
+from graphopt.runtime.quantised_linear import QuantisedKernels
 from graphopt.runtime.quantised_tiles import FewTiles, IntegerTiles, PackedTiles, tiles_for
 
 ROOT = Path(__file__).resolve().parent.parent

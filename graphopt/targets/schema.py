@@ -100,7 +100,7 @@ class PackedTable(Schema):
     """A row of `[quantised]`'s `packed`: `graphopt.runtime.quantised_tiles.PackedTiles`."""
 
     tokens: Size
-    # A weight has a counter for as many of its outputs: `quantised_linear.FEWEST_ROWS`.
+    # A weight has a counter for as many of its outputs: `packed_codes.FEWEST_ROWS`.
     rows: Annotated[Size, pydantic.Field(ge=16)]
     columns: Size
     warps: Size

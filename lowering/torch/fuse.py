@@ -42,7 +42,7 @@ from graphopt.rewrite import (
     rule,
     types_of,
 )
-from graphopt.runtime.quantised_linear import span_of
+from graphopt.runtime.packed_codes import span_of
 from graphopt.targets import get_target
 
 

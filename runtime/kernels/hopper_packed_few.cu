@@ -1,7 +1,7 @@
 // Products of few tokens with weights of four bits, for Hopper: codes pass from memory to matrix
 // units in registers.
 //
-// The weight [N, K] lies as `graphopt.runtime.quantised_linear.pack_codes` puts it, uint8
+// The weight [N, K] lies as `graphopt.runtime.packed_codes.pack_codes` puts it, uint8
 // [K / 128, N, 64]: a lane of a warp has, of each row, 16 bytes that hold all it gives to eight
 // products. A block of threads has 16 ROW_TILES rows of the weight, whose spans of 128 inputs its
 // WARPS take in turns, each with AHEAD of them on their way in registers; sums of the warps are

@@ -1,6 +1,6 @@
 """Products with weights of four bits, in Triton: few tokens at once, and unpacking for many.
 
-A weight [N, K] lies as `graphopt.runtime.quantised_linear.pack_codes` puts it: uint8
+A weight [N, K] lies as `graphopt.runtime.packed_codes.pack_codes` puts it: uint8
 [K / SPAN, N, SPAN / 2]. A byte holds two signed numbers from -8 to 7, in its low bits one of the
 first half of a span of inputs, and in its high bits the one as far into the second half. A tile
 so unpacks into two operands of matrix units, and its bytes are one piece of memory.

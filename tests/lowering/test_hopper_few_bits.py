@@ -16,8 +16,8 @@ from graphopt.runtime import kronecker, packed_few
 from graphopt.runtime.compiled import ACTIVATIONS, runs_compiled
 from graphopt.runtime.kronecker import Cut, best_cut, launch_many
 from graphopt.runtime.nvrtc import compile_cuda, nvrtc_version
+from graphopt.runtime.packed_codes import PackedCodes, pack_codes
 from graphopt.runtime.packed_few import FILES, Form, NormInFront, launch_few
-from graphopt.runtime.quantised_linear import PackedCodes, pack_codes
 from graphopt.runtime.quantised_tiles import FewTiles, warps_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,16 +15,15 @@ if importlib.util.find_spec("triton") is None:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 from graphopt.ir.encoding import Packed  # noqa: E402
-from graphopt.runtime import quantised_linear  # noqa: E402
+from graphopt.runtime import quantised_launch, quantised_linear  # noqa: E402
 from graphopt.runtime.fitting_tiles import with_fewer_stages  # noqa: E402
-from graphopt.runtime.quantised_linear import (  # noqa: E402
-    PackedCodes,
-    QuantisedKernels,
+from graphopt.runtime.packed_codes import PackedCodes, pack_codes  # noqa: E402
+from graphopt.runtime.quantised_launch import (  # noqa: E402
     launch_integer,
     launch_packed,
     launch_unpack,
-    pack_codes,
 )
+from graphopt.runtime.quantised_linear import QuantisedKernels  # noqa: E402
 from graphopt.runtime.quantised_tiles import (  # noqa: E402
     IntegerTiles,
     PackedTiles,
@@ -211,7 +210,7 @@ def test_a_packed_product_takes_fewer_stages_where_memory_is_short(
         asked.append(stages)
         start(1)
 
-    monkeypatch.setattr(quantised_linear, "with_fewer_stages", short)
+    monkeypatch.setattr(quantised_launch, "with_fewer_stages", short)
     x = random(2, 128)
     got = launch_packed(x, weight, None, FEW, 1).double().cpu()
     assert asked == [FEW.stages]
