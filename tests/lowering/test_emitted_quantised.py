@@ -75,8 +75,8 @@ def test_an_emitted_model_reads_codes(
             assert float((decoder.logits[row].double() - expected).abs().max()) < bound
         for answer, token in zip(answers, decoder.step(), strict=True):
             answer.append(token)
-    # In a layer q, k and v; o; gate and up; down; then the head.
-    assert launched == [10] * 9 + [2] * 18
+    # In a layer q, k and v; o; gate and up; down; then the head, of each text's newest token alone.
+    assert launched == [10] * 8 + [2] * 19
 
 
 @pytest.mark.filterwarnings("ignore:attention on a CPU")
