@@ -17,6 +17,7 @@ from graphopt.ir.graph import (
     unique_name,
 )
 from graphopt.ir.types import DTYPE_NAMES, DTYPES, SYMBOLS, B, Dim, P, S, T, Type
+from graphopt.ir.weight_store import WeightStore
 from graphopt.ir.weights import (
     Array,
     Dequantised,
@@ -26,7 +27,6 @@ from graphopt.ir.weights import (
     Rows,
     Transposed,
     Weight,
-    WeightStore,
 )
 
 __all__ = [

@@ -19,7 +19,8 @@ from graphopt.ir.kv import KVLayout, KVState
 from graphopt.ir.placement import Placement
 from graphopt.ir.types import Dim, Type
 from graphopt.ir.vision import Vision
-from graphopt.ir.weights import Weight, WeightStore, is_missing
+from graphopt.ir.weight_store import WeightStore
+from graphopt.ir.weights import Weight, is_missing
 
 PROGRAM_INPUTS = ("input_ids", "attention_mask", "position_ids")
 """What a language model may take: int64 [B, S], the mask [B, P + S]."""

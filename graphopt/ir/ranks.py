@@ -12,7 +12,8 @@ from dataclasses import replace
 from graphopt.ir.graph import Program
 from graphopt.ir.parts import rank_part
 from graphopt.ir.placement import Placement
-from graphopt.ir.weights import Weight, WeightStore
+from graphopt.ir.weight_store import WeightStore
+from graphopt.ir.weights import Weight
 
 FIRST_ROWS = "tensor_parallel.first_rows"
 """How the constant is called that tells a rank the first row of its part of a vocabulary."""

@@ -7,35 +7,38 @@ the values lie beside it as safetensors.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import sympy
 import torch
 
-from graphopt.errors import SourceError, UsageError
-from graphopt.ir.algebra import parse_size
+from graphopt.errors import SourceError
+from graphopt.ir.attribute_json import (
+    AGAIN,
+    malformed,
+    pack_attribute,
+    unpack_attribute,
+    unpack_policy,
+)
 from graphopt.ir.encoding import Packed
 from graphopt.ir.graph import (
     Cache,
     Call,
     Function,
-    In,
     KVLayout,
     KVState,
     Node,
-    Param,
     Program,
     Value,
 )
 from graphopt.ir.kv_host import HostShare
-from graphopt.ir.kv_policies import KVPolicy, policy_from_dict, policy_to_dict
+from graphopt.ir.kv_policies import policy_to_dict
 from graphopt.ir.placement import Placement
 from graphopt.ir.schema import MAX_WORK, FunctionEntry, PlacementEntry, ProgramEntry, WeightEntry
 from graphopt.ir.types import DTYPE_NAMES, DTYPES, Type
 from graphopt.ir.vision import Vision
-from graphopt.ir.weights import Dequantised, Missing, Producer, Weight, WeightStore
+from graphopt.ir.weight_store import WeightStore
+from graphopt.ir.weights import Dequantised, Missing, Producer, Weight
 from graphopt.support.inputs import parse
 from graphopt.support.plain import shown
 
@@ -50,112 +53,6 @@ _RENAMED_OPS: dict[str, tuple[str, dict[str, str]]] = {
     "swap_heads": ("transpose_heads", {}),
 }
 """Ops of versions 1 and 2: what they are called now, and their attributes that have new names."""
-
-
-def _pack(value: Any) -> Any:
-    """Return an attribute as JSON; what JSON lacks becomes a one-key object."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else {"float": str(value)}
-    if isinstance(value, Param):
-        return {"param": value.name}
-    if isinstance(value, In):
-        return {"in": value.index}
-    if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.device):
-        return {"device": "any"}
-    if isinstance(value, torch.layout | torch.memory_format):
-        return {"torch": str(value).removeprefix("torch.")}
-    if isinstance(value, sympy.Expr):
-        return {"expr": str(value)}
-    if isinstance(value, Type):
-        return {"type": [[_pack(size) for size in value.shape], DTYPE_NAMES[value.dtype]]}
-    if isinstance(value, KVPolicy):
-        return {"policy": policy_to_dict(value)}
-    if isinstance(value, tuple):
-        return {"tuple": [_pack(item) for item in value]}
-    if isinstance(value, list):
-        return [_pack(item) for item in value]
-    if isinstance(value, dict):
-        return {"dict": {key: _pack(item) for key, item in value.items()}}
-    raise TypeError(f"an attribute of type {type(value).__name__} cannot be saved")
-
-
-_AGAIN = "Compile the model again."
-
-_FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-
-# By their names, so that no name leads to anything else of torch's.
-_CONSTANTS = {
-    str(item).removeprefix("torch."): item
-    for item in (*vars(torch).values(), torch.strided)
-    if isinstance(item, torch.dtype | torch.memory_format) or item is torch.strided
-}
-
-
-def _malformed(what: str) -> SourceError:
-    return SourceError(f"program.json is malformed: {what}.", _AGAIN)
-
-
-def _unpack(value: Any) -> Any:
-    """Return an attribute.
-
-    Raises:
-        SourceError: It is of no kind that `_pack` makes.
-    """
-    if isinstance(value, list):
-        return [_unpack(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    match value:
-        case {"float": str(name)} if name in _FLOATS:
-            return _FLOATS[name]
-        case {"param": str(name)}:
-            return Param(name)
-        case {"in": int(index)} if not isinstance(index, bool) and index >= 0:
-            return In(index)
-        case {"dtype": str(name)} | {"torch": str(name)} if name in _CONSTANTS:
-            return _CONSTANTS[name]
-        case {"device": str()}:
-            return torch.device("cpu")
-        case {"expr": content}:
-            return _parse_expr(content)
-        case {"type": [list(shape), str(name)]} if name in DTYPES:
-            return _unpack_type(shape, DTYPES[name])
-        case {"policy": dict(fields)}:
-            return _policy(fields, "an attribute")
-        case {"tuple": list(items)}:
-            return tuple(_unpack(item) for item in items)
-        case {"dict": dict(items)}:
-            return {key: _unpack(item) for key, item in items.items()}
-    raise _malformed(f"the attribute {shown(value)} means nothing")
-
-
-def _unpack_type(shape: list[Any], dtype: torch.dtype) -> Type:
-    sizes = tuple(_unpack(size) for size in shape)
-    for size in sizes:
-        plain = type(size) is int and 0 <= size <= 2**48
-        if len(sizes) > 16 or not (plain or isinstance(size, sympy.Expr)):
-            raise _malformed(f"{shown(shape)} is no shape")
-    return Type(sizes, dtype)
-
-
-def _parse_expr(text: object) -> Any:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise SourceError(
-            f"program.json holds a size that is not algebra: {shown(text)}.", _AGAIN
-        ) from error
-
-
-def _policy(fields: dict[str, Any], where: str) -> KVPolicy:
-    try:
-        return policy_from_dict(fields)
-    except UsageError as error:
-        raise _malformed(f"{where}: {error.message.rstrip('.')}") from error
 
 
 def _pack_placement(placement: Placement | None) -> dict[str, Any] | None:
@@ -174,7 +71,7 @@ def _placement(entry: PlacementEntry | None, where: str) -> Placement | None:
         split = entry.axis, entry.sections, entry.copies
         return Placement(tuple(entry.devices), *split, entry.summed)
     except ValueError as error:
-        raise _malformed(f"{where}: {error}") from error
+        raise malformed(f"{where}: {error}") from error
 
 
 def _pack_function(function: Function) -> dict[str, Any]:
@@ -195,7 +92,7 @@ def _pack_function(function: Function) -> dict[str, Any]:
             {
                 "op": node.op,
                 "in": [None if v is None else v.name for v in node.inputs],
-                "attrs": {key: _pack(attr) for key, attr in node.attrs.items()},
+                "attrs": {key: pack_attribute(attr) for key, attr in node.attrs.items()},
                 "out": [v.name for v in node.outputs],
             }
             for node in function.nodes
@@ -212,7 +109,7 @@ def _policy_values(cache: list[str]) -> tuple[list[str], list[str]]:
     """
     names = cache[5:]
     if len(names) % 2:
-        raise _malformed(f"the cache {shown(cache[0])} reads another state than it leaves")
+        raise malformed(f"the cache {shown(cache[0])} reads another state than it leaves")
     return names[: len(names) // 2], names[len(names) // 2 :]
 
 
@@ -222,14 +119,14 @@ def _unpack_function(entry: FunctionEntry) -> Function:
 
     def make(name: str) -> Value:
         if name in values:
-            raise _malformed(f"in {where}, two values are called {shown(name)}")
+            raise malformed(f"in {where}, two values are called {shown(name)}")
         values[name] = Value(name)
         return values[name]
 
     def find(name: str, reader: str) -> Value:
         # Values are made in order, so that nothing reads itself by whatever way.
         if name not in values:
-            raise _malformed(f"in {where}, {reader} reads {shown(name)} before it is made")
+            raise malformed(f"in {where}, {reader} reads {shown(name)} before it is made")
         return values[name]
 
     function = Function(entry.name)
@@ -241,7 +138,7 @@ def _unpack_function(entry: FunctionEntry) -> Function:
         node = Node(
             item.op,
             [None if name is None else find(name, reader) for name in item.inputs],
-            {key: _unpack(attr) for key, attr in item.attrs.items()},
+            {key: unpack_attribute(attr) for key, attr in item.attrs.items()},
         )
         for index, name in enumerate(item.out):
             value = make(name)
@@ -266,7 +163,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "name": program.name,
         "source": program.source,
         "checkpoint_dtype": DTYPE_NAMES[program.checkpoint_dtype],
-        "inputs": {name: _pack(kind) for name, kind in program.inputs.items()},
+        "inputs": {name: pack_attribute(kind) for name, kind in program.inputs.items()},
         "outputs": program.outputs,
         "functions": [_pack_function(f) for f in program.functions.values()],
         "calls": [
@@ -275,7 +172,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
                 "args": c.args,
                 "results": c.results,
                 "weights": c.weights,
-                "attrs": {key: _pack(attr) for key, attr in c.attrs.items()},
+                "attrs": {key: pack_attribute(attr) for key, attr in c.attrs.items()},
                 "caches": c.caches,
                 "path": c.path,
                 "placement": _pack_placement(c.placement),
@@ -338,7 +235,7 @@ def _producer(w: WeightEntry, producers: Mapping[str, Producer]) -> Producer:
         encoding = Packed(**w.encoding.model_dump())
         tensors = encoding.stored(shape, dtype)
     except ValueError as error:
-        raise _malformed(f"weight {shown(w.name)}: {error}") from error
+        raise malformed(f"weight {shown(w.name)}: {error}") from error
     parts = {
         suffix: _stored(f"{w.name}.{suffix}", *kind, producers) for suffix, kind in tensors.items()
     }
@@ -355,7 +252,7 @@ def _stored(
             f"program.json: weight {shown(name)} is stored as {list(producer.shape)} in "
             f"{DTYPE_NAMES.get(producer.dtype, producer.dtype)}, the program has it as "
             f"{list(shape)} in {DTYPE_NAMES[dtype]}.",
-            _AGAIN,
+            AGAIN,
         )
     return producer
 
@@ -372,7 +269,7 @@ def _add_weights(
 ) -> None:
     for w in entries:
         if w.name in store:
-            raise _malformed(f"two weights are called {shown(w.name)}")
+            raise malformed(f"two weights are called {shown(w.name)}")
         where = f"weight {shown(w.name)}"
         placement = _placement(w.placement, where)
         store.add(Weight(w.name, _producer(w, producers), w.checkpoint, w.constant, placement))
@@ -395,21 +292,21 @@ def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -
             f"{READ_VERSIONS[0]} to {READ_VERSIONS[-1]}.",
             "Compile the model again with this version.",
         )
-    entry = parse(ProgramEntry, data, "program.json", remedy=_AGAIN)
+    entry = parse(ProgramEntry, data, "program.json", remedy=AGAIN)
     functions: dict[str, Function] = {}
     for item in entry.functions:
         if item.name in functions:
-            raise _malformed(f"two functions are called {shown(item.name)}")
+            raise malformed(f"two functions are called {shown(item.name)}")
         functions[item.name] = _unpack_function(item)
         if data["version"] < 3:
             _rename_ops(functions[item.name])
     lengths = {name: len(function.nodes) for name, function in functions.items()}
     if sum(lengths.get(call.function, 0) for call in entry.calls) > MAX_WORK:
-        raise _malformed(f"its calls have more than {MAX_WORK} nodes together")
-    inputs = {name: _unpack(kind) for name, kind in entry.inputs.items()}
+        raise malformed(f"its calls have more than {MAX_WORK} nodes together")
+    inputs = {name: unpack_attribute(kind) for name, kind in entry.inputs.items()}
     for name, kind in inputs.items():
         if not isinstance(kind, Type):
-            raise _malformed(f"the input {shown(name)} has no type")
+            raise malformed(f"the input {shown(name)} has no type")
     program = Program(
         name=entry.name,
         source=entry.source,
@@ -424,7 +321,7 @@ def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -
         licence=entry.licence,
     )
     for c in entry.calls:
-        attrs = {key: _unpack(attr) for key, attr in c.attrs.items()}
+        attrs = {key: unpack_attribute(attr) for key, attr in c.attrs.items()}
         placement = _placement(c.placement, f"the call at {shown(c.path)}")
         program.calls.append(
             Call(c.function, c.args, c.results, c.weights, attrs, c.caches, c.path, placement)
@@ -441,18 +338,18 @@ def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -
         _add_weights(program.vision.carried, seen.carried, producers)
         twice = [w.name for w in program.vision.carried if w.name in program.weights]
         if twice:
-            raise _malformed(f"two weights are called {shown(twice[0])}")
+            raise malformed(f"two weights are called {shown(twice[0])}")
     for s in entry.states:
         try:
             layout = KVLayout(s.layout.kind, s.layout.size)
             host = None if s.host is None else HostShare(**s.host.model_dump())
         except ValueError as error:
-            raise _malformed(f"state {shown(s.name)}: {error}") from error
+            raise malformed(f"state {shown(s.name)}: {error}") from error
         where = f"state {shown(s.name)}"
         program.states[s.name] = KVState(
             s.name, s.heads, s.k_dim, s.v_dim, DTYPES[s.dtype], layout,
             _placement(s.placement, where),
-            None if s.policy is None else _policy(s.policy, where),
+            None if s.policy is None else unpack_policy(s.policy, where),
             s.query_heads,
             host,
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field, replace
 
-from graphopt.ir.weights import WeightStore
+from graphopt.ir.weight_store import WeightStore
 
 Sections = tuple[int, int, int]
 """How many rotary frequencies turn with a token's place in time, height and width."""

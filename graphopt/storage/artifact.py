@@ -19,7 +19,8 @@ from graphopt.ir.graph import Program
 from graphopt.ir.schema import Dtype, Shape
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.types import DTYPE_NAMES, DTYPES
-from graphopt.ir.weights import Producer, Reshaped, Rows, Transposed, WeightStore
+from graphopt.ir.weight_store import WeightStore
+from graphopt.ir.weights import Producer, Reshaped, Rows, Transposed
 from graphopt.storage.shared_weights import torch_weights
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.inputs import OpenSchema, Schema, Size, parse, read_json

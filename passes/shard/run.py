@@ -12,7 +12,7 @@ from graphopt.ir.printer import print_function
 from graphopt.ir.shapes import infer_function, infer_program
 from graphopt.ir.split import Layout, Split
 from graphopt.ir.types import Type
-from graphopt.ir.weights import WeightStore
+from graphopt.ir.weight_store import WeightStore
 from graphopt.passes.shard.norms import with_halved_norms
 from graphopt.passes.shard.plan import Planned, plan_function
 from graphopt.passes.shard.rewrite import Rewritten, Ungathered, rewrite
