@@ -22,6 +22,7 @@ from graphopt import lowering
 from graphopt.cli import console
 from graphopt.cli.commands import app
 from graphopt.cli.compile import CompileFlags
+from graphopt.cli.pass_table import print_passes
 from graphopt.compiler import CompileOptions
 from graphopt.errors import LoweringError
 from graphopt.ir.blocks import remove_blocks
@@ -229,7 +230,7 @@ def test_the_console_says_what_lossy_passes_did_on_the_way(capsys):
         PassEntry(name, {}, False, record=record)
         for name, record in zip("abcde", records, strict=True)
     ]
-    console.print_passes(console.stdout(), entries)
+    print_passes(console.stdout(), entries)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[lines.index("verified 5 not verified") + 1 :] == [
         "  a removed 4, 2; perplexity 22.27 → 30 → 1234",

@@ -12,8 +12,8 @@ from command_line import runner
 from rich.console import Console
 
 from graphopt.cli.commands import app
-from graphopt.cli.console import pass_table
 from graphopt.cli.listings import print_pass, print_pass_list, print_targets
+from graphopt.cli.pass_table import pass_table
 from graphopt.pass_manager.contract import declared_passes
 from graphopt.pass_manager.description import describe_passes, option_meanings
 from graphopt.report.records import PassEntry

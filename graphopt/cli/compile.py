@@ -13,6 +13,7 @@ import typer
 
 from graphopt.cli import console as ui
 from graphopt.cli.completion import complete_recipe, complete_target
+from graphopt.cli.pass_table import print_passes
 from graphopt.cli.shared import (
     INTERRUPTED,
     MAX_COUNT,
@@ -228,7 +229,7 @@ def compile_command(
         print_json(report.to_json())
         return
     console.print()
-    ui.print_passes(console, report.passes)
+    print_passes(console, report.passes)
     console.print()
     if flags.dry_run:
         ui.print_estimate(console, report)

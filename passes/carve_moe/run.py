@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from graphopt.calibration.expert_load import expert_loads
@@ -43,12 +42,12 @@ from graphopt.pass_manager.statements import DividedNeurons, DividedPart
 from graphopt.passes.carve_moe.activations import PartActivations
 from graphopt.passes.carve_moe.division import (
     Division,
-    chosen,
     cosine_hidden,
     divide_as_published,
     divide_by_fit,
     top_k_indicators,
 )
+from graphopt.passes.carve_moe.measure import measure_division
 from graphopt.passes.carve_moe.mixtures import ExpertCarving
 from graphopt.passes.carve_moe.parts import output_path, parts_of
 from graphopt.passes.carve_moe.record import Carved, CarvedParts, PartSensitivity
@@ -137,7 +136,12 @@ class Carving:
             )
             gates = self._run_carved(block)
             with self.clock.counting("dividing"):
-                carved.append(self._measure(part, division, gates))
+                carved.append(
+                    measure_division(
+                        part, division, gates, self.options.active, self.options.experts,
+                        threshold=self.options.threshold, seed=self.context.seed,
+                    )
+                )  # fmt: skip
             if teacher is None:
                 continue
             if isinstance(path, str):
@@ -325,46 +329,6 @@ class Carving:
             choices = [node.output for node in routed_gates(block.replace().function)]
             block.advance(observers=dict.fromkeys(choices, keep))
         return gates
-
-    def _measure(self, part: PartActivations, division: Division, gates: list[Tensor]) -> Carved:
-        """Measure a division on held-out tokens."""
-        options = self.options
-        size = part.width // options.experts
-        keep = (part.shared + options.active) * size
-        ranks = part.ranks
-        best = static_order(mean_energies(part.learnt.energy, ranks))[:keep]
-        order, shared = division.order, division.shared
-        total = of_best = of_shared = 0.0
-        of_experts: list[Tensor] = []
-        for energy_TN in part.held_out.energy:
-            total += float(energy_TN.sum())
-            of_best += float(energy_TN[:, best].sum())
-            of_shared += float(energy_TN[:, order[:shared]].sum())
-            if gates:
-                routed = energy_TN[:, order[shared:]]
-                of_experts.append(routed.unflatten(1, (gates[0].shape[1], size)).sum(-1))
-        total, of_best, of_shared = ranks.totals(total, of_best, of_shared)
-        static = 1 - of_best / total
-        if not gates:
-            return Carved(
-                part.block.name, part.shared, part.added, 0,
-                static, static, static, static, 1.0, 1.0, [],
-            )  # fmt: skip
-        energy_TE = ranks.gathered(torch.cat(of_experts))
-        runs = ranks.gathered((torch.cat(gates[part.learn :]) != 0).float())
-        oracle = chosen(energy_TE, options.active, threshold=options.threshold)
-        generator = torch.Generator().manual_seed(self.context.seed)
-        noise = torch.rand(runs.shape, generator=generator).to(runs)
-
-        def lost(runs: Tensor) -> float:
-            return 1 - (of_shared + float((energy_TE * runs).sum())) / total
-
-        return Carved(
-            part.block.name, part.shared, part.added, division.rounds,
-            static, lost(chosen(noise, options.active)), lost(oracle), lost(runs),
-            float((energy_TE * runs).sum() / (energy_TE * oracle).sum()),
-            float((runs == oracle).all(-1).float().mean()), runs.mean(0).tolist(),
-        )  # fmt: skip
 
     def _reconstruct(
         self,

@@ -25,6 +25,7 @@ from tiny_models import save_tiny
 import graphopt as go
 from graphopt.cli import console as ui
 from graphopt.cli.commands import app
+from graphopt.cli.pass_table import print_passes
 from graphopt.errors import SourceError
 from graphopt.lowering.onnx.genai import run_script
 from graphopt.lowering.torch.render import render_model
@@ -93,7 +94,7 @@ def test_whatever_is_printed(screen: io.StringIO, evil: str) -> None:
     ))  # fmt: skip
     # Half a surrogate pair is no text that a record takes; the console does not rely on that.
     record = PrunedBlocks.model_construct(order=[evil], perplexity=[])
-    ui.print_passes(
+    print_passes(
         console,
         [PassEntry(evil, {}, True, skipped=[SkipEntry(evil, evil)], record=record)],
     )
