@@ -14,7 +14,6 @@ from graphopt.ir.attach_policy import weight_name
 from graphopt.ir.graph import Cache, Function, In, Node, Param, Value, unique_name
 from graphopt.ir.kv_policies import KVPolicy, policy_to_dict
 from graphopt.ir.ops import get_op, is_aten
-from graphopt.ir.ops.aten import resolve_target
 from graphopt.ir.ops.attention import (
     ATTENTIONS,
     MASK,
@@ -26,6 +25,7 @@ from graphopt.ir.ops.attention import (
 )
 from graphopt.ir.ops.policy_attention import STATE
 from graphopt.ir.printer import FunctionPrinter
+from graphopt.lowering.torch.aten_form import aten_form
 from graphopt.lowering.torch.forms import callee_of, form_of
 from graphopt.lowering.torch.packed import CLASS_NAME
 from graphopt.lowering.torch.text import (
@@ -39,13 +39,6 @@ from graphopt.lowering.torch.text import (
     sizes_of,
 )
 
-# ATen operators whose operands must be of one dtype, and one that is not of torch's own.
-_ATEN_CALLEES = {
-    "aten.bmm.default": "matmul",
-    "aten.matmul.default": "matmul",
-    "aten.mm.default": "matmul",
-    "transformers.grouped_mm_fallback.default": "grouped_matmul",
-}
 # Operands that are given even where they are absent.
 _POSITIONAL = {"add_rms_norm": 3, "layer_norm": 3, "rms_norm": 2}
 _BINDS = {"add": 1, "mul": 2, "scale": 2}
@@ -209,7 +202,7 @@ class BodyPrinter(FunctionPrinter):
     def expression(self, node: Node) -> str:
         try:
             if is_aten(node.op):
-                return self._aten(node)
+                return aten_form(self, node)
             form = form_of(node.op)
             if form is not None:
                 return form(self, node)
@@ -250,12 +243,17 @@ class BodyPrinter(FunctionPrinter):
         """Return the attributes that are not at their defaults."""
         defaults = get_op(node.op).defaults
         return [
-            self._keyword(key, attr, node)
+            self.keyword(key, attr, node)
             for key, attr in node.attrs.items()
             if not (key in defaults and defaults[key] == attr)
         ]
 
-    def _keyword(self, key: str, value: Any, node: Node) -> str:
+    def keyword(self, key: str, value: Any, node: Node) -> str:
+        """Return an attribute as an argument by name.
+
+        Raises:
+            ValueError: It has no such form.
+        """
         if not key.isidentifier():
             raise ValueError(f"{key!r} is no name of an argument")
         return f"{key}={self.literal(value, node)}"
@@ -422,40 +420,6 @@ class BodyPrinter(FunctionPrinter):
             return f"{text}.device"
         self._needs.add("device")
         return "device"
-
-    def _aten(self, node: Node) -> str:
-        args = [self.literal(arg, node) for arg in node.attrs["args"]]
-        for key, value in node.attrs.get("kwargs", {}).items():
-            if key != "pin_memory" or value:
-                args.append(self._keyword(key, value, node))
-        if node.op in _ATEN_CALLEES:
-            return self.helper(_ATEN_CALLEES[node.op], ", ".join(args))
-        target = _torch_operator(node.op)
-        text = f"{node.op}({', '.join(args)})"
-        returns = target._schema.returns
-        if len(returns) == 1 and isinstance(returns[0].type, torch.TensorType):
-            return text
-        # A list or tuple: one name takes its first part, fewer names than parts the first ones.
-        if len(node.outputs) == 1:
-            return f"{text}[0]"
-        return text if len(returns) in (1, len(node.outputs)) else f"{text}[:{len(node.outputs)}]"
-
-
-def _torch_operator(name: str) -> torch._ops.OpOverload:
-    """Return an operator that PyTorch itself has.
-
-    Raises:
-        ValueError: It is of another library, or there is none of that name.
-    """
-    if not re.fullmatch(r"aten(\.\w+){2}", name, flags=re.ASCII):
-        raise ValueError("PyTorch itself has no such operator")
-    try:
-        target = resolve_target(name)
-    except KeyError:
-        target = None
-    if not isinstance(target, torch._ops.OpOverload):
-        raise ValueError("PyTorch has no such operator")
-    return target
 
 
 def reads_present(function: Function, cache: Cache) -> bool:

@@ -73,12 +73,12 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
     if kernels is not None and "kernels.Decoder" not in steps:
         check_fixed_room(program)
     in_arena = has_arena(steps)
-    apart = kernels is not None or whole.has_policies or of_ranks
+    apart = kernels is not None or whole.caches.has_policies or of_ranks
     body = [
         "# What the layers are made of.",
         *([template.PACKAGE.strip()] if apart else []),
         *([template.kernels(kernels.device, used).strip()] if kernels else []),
-        *([template.POLICIES.strip()] if whole.has_policies and not kernels else []),
+        *([template.POLICIES.strip()] if whole.caches.has_policies and not kernels else []),
         *([template.RANKS.strip(), "\n".join(ranks.split_lines(program))] if of_ranks else []),
         *ranks.functions(helpers.difference(ahead)),
         *_sources(helpers.difference(ahead)),
