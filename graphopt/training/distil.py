@@ -25,8 +25,6 @@ from graphopt.execute.interpreter import resident
 from graphopt.ir.blocks import block_name, find_blocks
 from graphopt.ir.dtypes import scoring_dtype
 from graphopt.ir.graph import Call, Program
-from graphopt.ir.shapes import infer_program
-from graphopt.ir.types import evaluate
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Context, Skip
 from graphopt.report.record import Step
@@ -38,26 +36,16 @@ from graphopt.training.kept_files import kept_file
 from graphopt.training.losses import LogitObjective, Objective
 from graphopt.training.memory import StepSizes
 from graphopt.training.options import DEFAULT_SECONDS, TrainingOptions
-from graphopt.training.parametrisations import (
-    FullParametrisation,
-    LowRankParametrisation,
-    weight_scale,
-)
+from graphopt.training.parametrisations import parametrisations_of
 from graphopt.training.record import TrainedPart, TrainingRecord
 from graphopt.training.schedule import Schedule, TrainingResult
 from graphopt.training.tuner import Tuner
+from graphopt.training.written_text import windows_to_write
 
 RATE = 2.5e-3
 """By how much of a weight's scale a step moves it at most, for steps of `USUAL_TOKENS` or more; one
 of fewer tokens is noisier, by the root of their number."""
 USUAL_TOKENS = 8192
-
-GENERATION_SHARE = 0.25
-"""The share of a training's seconds in which the dense model generates text for it."""
-WRITER_READY = 10.0
-"""Seconds of writing from which on there is any: a model takes most of them to be made ready."""
-EPOCHS = 4
-"""How often a training of a given number of steps reads what the dense model writes."""
 
 
 class Distiller:
@@ -240,21 +228,13 @@ class Distiller:
         """Return how many windows the dense model writes, and in how many seconds at most."""
         if self.options.generated_windows is not None:
             return self.options.generated_windows, None
-        left = self.left()
-        seconds = math.inf if left is None else left * GENERATION_SHARE
-        if self.device.type != "cuda" or self.options.steps == 0 or seconds < WRITER_READY:
+        if self.device.type != "cuda" or self.options.steps == 0:
             return 0, None
         if self.streams:  # all weights would be brought to the device for every token
             return 0, None
-        behind = self.dense.calls[find_blocks(self.dense)[-1].position].results[0]
-        width = evaluate(infer_program(self.dense)[1][behind].shape[-1], {})
-        # The dense model's hidden states of them are kept, in 16 bits.
-        most = here().least(free_bytes(self.device) // 4 // (2 * self.seqlen * width))
-        if left is not None:
-            return most, seconds
-        assert self.schedule.steps is not None
-        wanted = self.schedule.steps * self.schedule.batch // EPOCHS - len(self.windows)
-        return min(max(wanted, 0), most), None
+        return windows_to_write(
+            self.dense, self.schedule, self.seqlen, len(self.windows), self.device, self.left()
+        )
 
     def hidden_states(
         self,
@@ -278,38 +258,12 @@ class Distiller:
 
     def parametrisations(self, program: Program, calls: list[Call]) -> dict[str, Parametrisation]:
         """Return what is trained of calls: every weight of theirs, but none used elsewhere."""
-        owners: dict[str, set[int]] = {}
-        for number, call in enumerate(program.calls):
-            for name in call.weights.values():
-                owners.setdefault(name, set()).add(number)
-        inside = {number for number, call in enumerate(program.calls) if call in calls}
-        generator = torch.Generator().manual_seed(self.context.seed)
-        parametrisations: dict[str, Parametrisation] = {}
-        for call in calls:
-            for name in call.weights.values():
-                weight = program.weights[name]
-                if (
-                    weight.constant
-                    or name in parametrisations
-                    or not weight.dtype.is_floating_point
-                ):
-                    continue
-                if not owners[name] <= inside:
-                    self.skipped.append(Skip(name, "it is used outside the blocks too"))
-                    continue
-                value = weight.load(torch.float32).to(self.device)
-                if (
-                    self.options.train == "low-rank"
-                    and value.dim() == 2
-                    # A router has few rows, which are no more than a term of them would be.
-                    and self.options.rank < min(value.shape)
-                ):
-                    parametrisations[name] = LowRankParametrisation(
-                        value, self.options.rank, generator, weight_scale(value)
-                    )
-                else:
-                    parametrisations[name] = FullParametrisation(value, weight_scale(value))
-        return parametrisations
+        found, left = parametrisations_of(
+            program, calls, self.device, self.context.seed,
+            rank=self.options.rank if self.options.train == "low-rank" else None,
+        )  # fmt: skip
+        self.skipped += left
+        return found
 
     def tune(
         self,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.execute.block_runner import Parametrisation
+from graphopt.ir.graph import Call, Program
+from graphopt.pass_manager.contract import Skip
 
 SAMPLED = 65536
 """Elements of a weight by which its scale is told."""
@@ -110,3 +112,41 @@ def kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Return a matrix uniform in +-1/sqrt(columns): He et al.'s for a slope of sqrt(5)."""
     bound = 1 / math.sqrt(shape[1])
     return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+
+
+def parametrisations_of(
+    program: Program, calls: list[Call], device: torch.device, seed: int, *, rank: int | None
+) -> tuple[dict[str, Parametrisation], list[Skip]]:
+    """Return what is trained of calls: every weight of theirs, but none used elsewhere.
+
+    Args:
+        device: Where they are trained.
+        seed: Of the terms of a rank.
+        rank: Of the term that is trained of a matrix; None to train all of it.
+
+    Returns:
+        By the names of the weights, and the weights that are left out.
+    """
+    owners: dict[str, set[int]] = {}
+    for number, call in enumerate(program.calls):
+        for name in call.weights.values():
+            owners.setdefault(name, set()).add(number)
+    inside = {number for number, call in enumerate(program.calls) if call in calls}
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, Parametrisation] = {}
+    left: list[Skip] = []
+    for name in (name for call in calls for name in call.weights.values()):
+        weight = program.weights[name]
+        if weight.constant or name in found or not weight.dtype.is_floating_point:
+            continue
+        if not owners[name] <= inside:
+            left.append(Skip(name, "it is used outside the blocks too"))
+            continue
+        value = weight.load(torch.float32).to(device)
+        # A router has few rows, which are no more than a term of them would be.
+        if rank is not None and value.dim() == 2 and rank < min(value.shape):
+            scale = weight_scale(value)
+            found[name] = LowRankParametrisation(value, rank, generator, scale)
+        else:
+            found[name] = FullParametrisation(value, weight_scale(value))
+    return found, left
