@@ -59,7 +59,8 @@ def run(command: list[str]) -> dict[str, Any]:
     if os.waitstatus_to_exitcode(status) != 0:
         sys.exit(f"{' '.join(command)} failed:\n{log.decode()[-2000:]}")
     seconds = time.perf_counter() - start
-    return {"command": " ".join(command), "seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}
+    named = " ".join(["python" if part == sys.executable else part for part in command])
+    return {"command": named, "seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}
 
 
 def greedy(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
