@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 
 import pytest
 import torch
@@ -18,13 +17,13 @@ from graphopt.ir.blocks import find_blocks
 from graphopt.ir.feed_forward import Split
 from graphopt.report.record import Step
 from graphopt.training import tuner as tuner_module
-from graphopt.training.distil import Distiller
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
 from graphopt.training.losses import HiddenStateObjective, LogitObjective, batch_kl, relative_mse
 from graphopt.training.parametrisations import FullParametrisation, LowRankParametrisation
 from graphopt.training.record import TrainedPart, TrainingRecord
 from graphopt.training.schedule import Schedule
 from graphopt.training.tuner import Tuner
+from graphopt.training.written_text import windows_to_write
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 97, (130, 12), generator=torch.Generator().manual_seed(0))
@@ -62,13 +61,9 @@ def tuner_of(program, forms, schedule, objective=None, saved=None):
 
 @pytest.mark.parametrize(("left", "seconds"), [(20.0, None), (31.9, None), (60.0, 15.0)])
 def test_no_text_is_written_in_seconds_that_only_make_the_writer_ready(left, seconds, monkeypatch):
-    monkeypatch.setattr("graphopt.training.distil.free_bytes", lambda device: 2**20)
-    options = types.SimpleNamespace(generated_windows=None, steps=None)
-    distiller = types.SimpleNamespace(
-        options=options, device=torch.device("cuda"), left=lambda: left, dense=tiny_program(),
-        seqlen=64, streams=False,
-    )  # fmt: skip
-    most, share = Distiller._generated_windows(distiller)
+    monkeypatch.setattr("graphopt.training.written_text.free_bytes", lambda device: 2**20)
+    schedule = Schedule(seconds=left)
+    most, share = windows_to_write(tiny_program(), schedule, 64, 9, torch.device("cuda"), left)
     assert share == seconds and (most > 0) == (seconds is not None)
 
 
