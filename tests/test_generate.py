@@ -143,6 +143,7 @@ def test_dynamic_scaling_has_more_positions_than_the_config_says() -> None:
     assert script.positions == 25 and script.rotary_switch is None
 
 
+@pytest.mark.slow
 def test_greedy_tokens_equal_transformers(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "tiny")
     prompt = byte_tokenizer()("the quick")["input_ids"]

@@ -97,6 +97,7 @@ def test_figures_of_prompts_are_not_taken_for_those_of_steps_with_a_policy(tiny)
     assert not measure_quality(program, program).unmeasured
 
 
+@pytest.mark.slow
 def test_a_beginning_is_run_and_not_predicted(tiny, tmp_path):
     folder = save_tiny(tmp_path / "begun")
     byte_tokenizer(begin=["<end>"]).save_pretrained(folder)

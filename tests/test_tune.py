@@ -408,6 +408,7 @@ class Slow(LogitObjective):
         return super().measure(*arguments, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [8.0, 21.0, 60.0])
 def test_seconds_are_those_of_checks_and_steps_together(monkeypatch, seconds):
     clock = [100.0]

@@ -86,6 +86,7 @@ def _exchange(rank):
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_exchange():
     x = torch.arange(12.0, dtype=F64).view(3, 4)
     for rank, found in enumerate(run_ranks(_exchange)):

@@ -28,6 +28,7 @@ def padding(past: int) -> torch.Tensor:
     return mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("past", [0, 37])
 @pytest.mark.parametrize(
     "options",

@@ -156,6 +156,7 @@ def test_codes_are_stored_once(llama, tmp_path):
     assert (tmp_path / "out/model.safetensors").stat().st_size < 200
 
 
+@pytest.mark.slow
 def test_refusals(llama, tmp_path):
     tied = with_packed(captured("gpt2")[1], lambda name: FOUR)
     tied.config = captured("gpt2")[0].config.to_dict()

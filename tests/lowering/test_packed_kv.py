@@ -205,6 +205,7 @@ def test_lowering_leaves_the_rounding_to_the_cache(bits: int) -> None:
         torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
     ("head_dim", "reason"), [(48, "heads of 48: no power of two"), (16, "head_dim is 16")]

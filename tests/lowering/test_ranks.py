@@ -127,6 +127,7 @@ def check_packages(folders: Sequence[tuple[Path, Path]], count: int = 2) -> list
     return by_rank[0]
 
 
+@pytest.mark.slow
 def test_ranks_compute_what_one_device_does(tmp_path: Path) -> None:
     programs = {name: tiny(**features) for name, features in FEATURES.items()}
     codes = Packed(bits=4, group=8)
@@ -411,6 +412,7 @@ def joined_with_others(rank: int, folders: list[Path]) -> str:
     return "joined"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["weight", "source"])
 def test_ranks_with_different_packages_are_refused(
     changed: str, folder: Path, tmp_path: Path
@@ -463,6 +465,7 @@ def until_one_ends(rank: int, folder: Path, how: str) -> None:
         atexit._run_exitfuncs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "code", "reason"),
     [("kill", -9, "rank 1 has ended without a word"), ("fail", 1, "rank 1 failed: ValueError: wh")],

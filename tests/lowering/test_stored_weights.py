@@ -187,6 +187,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["hf torch onnx", "onnx torch hf"])
 @pytest.mark.parametrize("stored", [None, "bfloat16"])
 def test_a_checkpoint_and_the_torch_form_share_it(

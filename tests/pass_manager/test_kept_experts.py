@@ -40,6 +40,7 @@ def _weight(part: str, act):
     return lambda program: change(program, _name(program, part), act)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "found"),
     [

@@ -51,6 +51,7 @@ def steps_of(entry):
     return [(step["after"], step["value"]) for step in entry.details["perplexity"]]
 
 
+@pytest.mark.slow
 def test_layers_may_be_brought_to_the_device_one_by_one(dense, tmp_path, monkeypatch):
     """Where weights have no room on the device, blocks that are not trained are not held there."""
     options = ("blocks=2", "mode=local,group=3,steps=4,batch=2,warm_start=false")

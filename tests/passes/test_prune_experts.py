@@ -132,6 +132,7 @@ def _permuted_copy(family: str) -> Program:
     return program_of(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", mostly_slow(["mixtral", "gpt_oss"], ("mixtral",)))
 def test_an_expert_with_its_neurons_in_another_order_is_merged_into_itself(family):
     program = _permuted_copy(family)

@@ -98,6 +98,7 @@ PARALLEL = {"gpt_neox", "falcon", "cohere", "phi", "cohere2", "gptj", "codegen"}
 """Families whose attention and feed-forward part add to the stream together: one sum a layer."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", mostly_slow(FAMILIES, rare=set(FAMILIES) - RUN_ALWAYS))
 def test_ranks_compute_what_one_device_does(family):
     program = prepared(family)

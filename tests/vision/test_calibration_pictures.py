@@ -157,6 +157,7 @@ def test_a_pass_that_changes_the_table(program):
         without_picture_rows(extended, program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "message"),
     [("qwen2_vl", "has positions of three axes"), ("gemma3", "see each other both ways")],

@@ -39,6 +39,7 @@ def parts(vision_program):
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SAMPLED)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def test_logits_are_those_of_transformers(parts, family, counts):

@@ -32,6 +32,7 @@ def bytes_of(tensor):
     return tensor.contiguous().view(torch.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SAMPLED)
 def test_the_checkpoint_that_was_read_is_written(tmp_path, family):
     source = save_vision(tmp_path / "source", family)
@@ -50,6 +51,7 @@ def test_the_checkpoint_that_was_read_is_written(tmp_path, family):
     assert not (tmp_path / "out" / "vision.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SAMPLED)
 def test_fewer_blocks_load_and_see(tmp_path, family, vision_program):
     program = vision_program(family).copy()
@@ -97,6 +99,7 @@ def test_an_output_folder_without_a_checkpoint_is_opened_again(tmp_path, vision_
     assert again.vision is not None and again.vision.both_ways
 
 
+@pytest.mark.slow
 def test_carved_models_that_see_have_no_checkpoint(tmp_path, vision_program):
     recipe = "carve-moe{shared=1,active=1,experts=4,windows=4,seqlen=16}"
     program, _ = go.Pipeline.parse(recipe).run(vision_program("llava"))
