@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import turns
 from measure import keep, random_llama, target_here
 
 from graphopt.backends.code import import_model
@@ -232,20 +233,13 @@ def attention_by(heads: int, groups: int, target: Target) -> Callable[..., Any]:
 
 
 def recorded(run: Callable[[], None]) -> Callable[[], None]:
-    """Return the replay of a CUDA graph, and on a CPU the function itself."""
+    """Return the replay of a CUDA graph, which is waited for, and on a CPU the function itself."""
     if not ON_GPU:
         return run
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph = turns.recorded(run)
 
     def replay() -> None:
-        graph.replay()
+        graph()
         torch.cuda.synchronize()
 
     return replay

@@ -11,7 +11,6 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +19,7 @@ import pytest
 import torch
 from emitted import load_file
 from families import LISTED, captured, sampled
+from late_copies import LateCopies
 from programs import tiny_program
 from torch import Tensor
 
@@ -161,34 +161,17 @@ def test_codes(bits: int, tmp_path: Path) -> None:
     check(module, model, 97)
 
 
-class Late:
-    """Copies that take place when somebody waits for them, and no moment earlier."""
-
-    def __init__(self) -> None:
-        self.asked: list[Callable[[], None]] = []
-        self.done = 0
-
-    def start(self, copy: Callable[[], None]) -> int:
-        self.asked.append(copy)
-        return len(self.asked)
-
-    def wait(self, copied: int) -> None:
-        for copy in self.asked[self.done : copied]:
-            copy()
-        self.done = max(self.done, copied)
-
-
 @pytest.mark.parametrize("shares", ["both", "a front too"])
 def test_what_is_copied_late_is_waited_for(
     shares: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, model = emitted(placed(tiny_program(cache=True), *SHARES[shares]), tmp_path / "out")
-    monkeypatch.setattr(inner(module, "host_kv"), "copies_on", lambda device: Late())
+    monkeypatch.setattr(inner(module, "host_kv"), "copies_on", lambda device: LateCopies())
     check(module, model, 97)
 
 
 def test_nobody_waiting_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Never(Late):
+    class Never(LateCopies):
         def wait(self, copied: int) -> None:
             pass
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from late_copies import LateCopies
 from torch import Tensor
 
 from graphopt.errors import GraphoptError
@@ -41,24 +42,7 @@ SCORING = Scoring(8**-0.5)
 BUDGET = PageBudget(PAGE, 6, 1, 2)
 
 
-class SlowestCopies(Copies):
-    """Copies that take place when somebody waits for them, and no moment earlier."""
-
-    def __init__(self) -> None:
-        self.asked: list[Callable[[], None]] = []
-        self.done = 0
-
-    def start(self, copy: Callable[[], None]) -> int:
-        self.asked.append(copy)
-        return len(self.asked)
-
-    def wait(self, copied: int) -> None:
-        for copy in self.asked[self.done : copied]:
-            copy()
-        self.done = max(self.done, copied)
-
-
-class NobodyWaits(SlowestCopies):
+class NobodyWaits(LateCopies):
     def wait(self, copied: int) -> None:
         pass
 
@@ -139,7 +123,7 @@ def decode(policy: KVPolicy, copies: Copies, device: str = "cpu") -> tuple[float
 POLICIES = [SinkLocal(BUDGET), Ema(BUDGET, calibrate_every=4), Quest(BUDGET)]
 
 
-@pytest.mark.parametrize("copies", [CopyAtOnce, SlowestCopies])
+@pytest.mark.parametrize("copies", [CopyAtOnce, LateCopies])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.kind)
 def test_a_step_reads_what_it_would_read_on_the_device(
     policy: KVPolicy, copies: type[Copies]
