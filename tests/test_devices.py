@@ -235,5 +235,13 @@ def test_free_memory_of_a_gpu(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+    def share(device: torch.device | int) -> float:
+        # As torch: a device without an index is an error here, and nowhere else of the four.
+        assert device == 1 or (isinstance(device, torch.device) and device.index == 1)
+        return fraction
+
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", share)
     assert devices.free_bytes(torch.device("cuda")) == expected
+    assert devices.free_bytes(torch.device("cuda:1")) == expected

@@ -72,6 +72,7 @@ class StandIn(TorchFunctionMode):
             (torch.cuda, "mem_get_info", lambda device=None: (self.memory, self.memory)),
             (torch.cuda, "memory_allocated", lambda device=None: 0),
             (torch.cuda, "memory_reserved", lambda device=None: 0),
+            (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "get_per_process_memory_fraction", lambda device=None: 1.0),
             (torch.cuda, "is_bf16_supported", lambda *_: self.capability >= (8, 0)),
             (StandIn, "active", self),

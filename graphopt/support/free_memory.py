@@ -15,10 +15,12 @@ def free_bytes(device: torch.device) -> int:
     within the part of the GPU that this process may take.
     """
     if device.type == "cuda":
+        # The question for the process's share takes no device without an index.
+        index = torch.cuda.current_device() if device.index is None else device.index
         free, total = torch.cuda.mem_get_info(device)
         used = torch.cuda.memory_allocated(device)
         idle = torch.cuda.memory_reserved(device) - used
-        allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+        allowed = torch.cuda.get_per_process_memory_fraction(index) * total
         return max(0, int(min(free + idle, allowed - used)))
     try:
         # What is in use as a cache of files is free when it is needed.
