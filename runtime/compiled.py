@@ -67,8 +67,14 @@ def kernel(
             made = compile_cuda(defines + front + text, file, f"sm_{major}{minor}a", {})
             return Module(made.image, file).function(name, shared)
     except (LoweringError, DriverError) as error:
-        warnings.warn(f"{error}: kernels in Triton run instead of {file}", stacklevel=2)
+        say_instead(file, str(error).rstrip("."))
         return None
+
+
+@functools.cache
+def say_instead(file: str, why: str) -> None:
+    """Warn, once for each reason, that kernels in Triton run in place of that of a file."""
+    warnings.warn(f"{why}: kernels in Triton run instead of {file}", stacklevel=3)
 
 
 def constants_of(values: Mapping[str, int]) -> Constants:
@@ -90,5 +96,8 @@ def launch(
         DriverError: It could not be started.
     """
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(operands))
+    if device.index in (None, torch.cuda.current_device()):
+        function.launch(grid, threads, pointers, early)
+        return
     with torch.cuda.device(device):
         function.launch(grid, threads, pointers, early)

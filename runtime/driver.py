@@ -28,6 +28,9 @@ _EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _NO_IMAGE, _BAD_PTX, _TOO_NEW_PTX = 209, 218, 222  # of CUresult
 
 
+_Three = ctypes.c_uint * 3
+
+
 class _Attribute(ctypes.Structure):
     """CUlaunchAttribute: which, and its value in 64 bytes."""
 
@@ -38,10 +41,13 @@ class _Launch(ctypes.Structure):
     """CUlaunchConfig."""
 
     _fields_ = (
-        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("grid", _Three), ("block", _Three), ("shared", ctypes.c_uint),
         ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)),
         ("count", ctypes.c_uint),
     )  # fmt: skip
+
+
+_STARTS_EARLY = (_Attribute * 1)(_Attribute(_EARLY, 0, (ctypes.c_int * 16)(1)))
 
 
 class DriverError(RuntimeError):
@@ -140,11 +146,9 @@ class Function:
         Raises:
             DriverError: It could not be started.
         """
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        attributes = (_Attribute * 1)(_Attribute(_EARLY, 0, (ctypes.c_int * 16)(1)))
         launch = _Launch(
-            (ctypes.c_uint * 3)(*(*grid, 1, 1)[:3]), (ctypes.c_uint * 3)(threads, 1, 1),
-            self._shared, stream, attributes, int(early),
+            _Three(*grid, *(1, 1)[len(grid) - 1 :]), _Three(threads, 1, 1), self._shared,
+            torch.cuda.current_stream().cuda_stream, _STARTS_EARLY, int(early),
         )  # fmt: skip
         check_status(
             cuda_driver().cuLaunchKernelEx(ctypes.byref(launch), self._handle, pointers, None),

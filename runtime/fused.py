@@ -26,8 +26,6 @@ OLDEST = (8, 0)
 """Compute capability from which Triton supports a GPU."""
 OVERLAPS = (9, 0)
 """Compute capability from which kernels may start before the one in front has ended."""
-EARLY_START = False
-"""Whether they do: `tools/bench_bits_kernels.py --early` compares both, and is to decide it."""
 BLOCK = 1024
 """Elements a program of four warps is given, where a row or the work does not decide it."""
 
@@ -57,10 +55,12 @@ def _triton_runs() -> bool:
 def overlapping(device: torch.device) -> dict[str, bool]:
     """Return options of a launch: whether a kernel starts before the one in front has ended.
 
-    From Hopper on a GPU does that (programmatic dependent launch). Such a kernel waits inside, for
-    the end of the one in front and of whatever that waited for.
+    From Hopper on a GPU does that (programmatic dependent launch): it saves most of a launch, half
+    a microsecond. Such a kernel waits inside, before it reads what a kernel writes and before it
+    writes: for the end of the one in front, whose writes are seen then. Since every block of every
+    kernel that starts early waits so, that one has not ended before all in front of it have.
     """
-    if EARLY_START and device.type == "cuda" and _launches_early(device):
+    if device.type == "cuda" and _launches_early(device):
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
 

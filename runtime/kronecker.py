@@ -13,7 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from graphopt.runtime.compiled import ACTIVATIONS, constants_of, kernel, launch, runs_compiled
+from graphopt.runtime.compiled import (
+    ACTIVATIONS,
+    constants_of,
+    kernel,
+    launch,
+    runs_compiled,
+    say_instead,
+)
 from graphopt.runtime.driver import Function
 from graphopt.runtime.fused import overlapping
 from graphopt.runtime.wgmma import product
@@ -151,54 +158,79 @@ def launch_many(
     It takes bf16 alone, whose range needs no norm before the products; rows of `x` and `y` at
     multiples of 16 bytes; and a right factor of a multiple of 8 features.
     """
+    if not runs_compiled(x.device):
+        return None
     given = [t for t in (x, y, left, right, weight, clip_low, clip_high) if t is not None]
-    if not runs_compiled(x.device) or any(t.dtype != torch.bfloat16 for t in given):
+    kinds = {t.dtype for t in given}
+    if kinds != {torch.bfloat16}:
+        say_instead(FILES[-1], f"transforms in {', '.join(sorted(map(str, kinds)))}")
         return None
-    n1, n2 = len(left), len(right)
     left, right = left.contiguous(), right.contiguous()
-    rows = [t.reshape(-1, t.shape[-1]) for t in (x, y) if t is not None]
-    if n2 % 8 or n1 > LARGEST or offset not in (0.0, 1.0) or any(not _in_pieces(t) for t in rows):
+    lead, width = x.shape[:-1], x.shape[-1]
+    x_rows, y_rows = (None if t is None else t.reshape(-1, width) for t in (x, y))
+    assert x_rows is not None
+    if not _in_pieces(x_rows) or (y_rows is not None and not _in_pieces(y_rows)):
+        say_instead(FILES[-1], "rows of tokens do not begin at multiples of 16 bytes")
         return None
-    front = NORM if before == "norm" else GATE if before else NONE
-    sums = front == NORM and y is not None
-    cut = best_cut(
-        Cut(
-            n1, n2, front, sums, int(offset), before if front == GATE else "", bits, pairs,
-            bits > 0 and (clip_low is not None or clip_high is not None),
-        )
+    planned = _planned(
+        left.shape[0], right.shape[0], before, y is not None, offset, bits, pairs,
+        clip_low is not None or clip_high is not None, x.device,
     )  # fmt: skip
-    if cut is None:
+    if planned is None:
         return None
-    function = _function_of(cut, x.device)
-    if function is None:
-        return None
-    tokens = len(rows[0])
-    out, scales, total = results_of(cut, tokens, x.device)
+    cut, function, most_blocks = planned
+    tokens = x_rows.shape[0]
+    out, scales, total = results_of(cut, lead, x.device)
     operands = operands_of_many(
-        rows[0], rows[1] if y is not None else None, weight, left, right, clip_low, clip_high,
-        total, out, scales, eps,
+        x_rows, y_rows, weight, left, right, clip_low, clip_high, total, out, scales, tokens, eps,
     )  # fmt: skip
     early = overlapping(x.device)["OVERLAP"]
-    grid = (min(tokens, cores_of(x.device) * cut.blocks),)
-    launch(function, grid, cut.threads, operands, x.device, early)
-    lead = x.shape[:-1]
-    return (
-        out.view(*lead, -1),
-        None if scales is None else scales.view(lead),
-        None if total is None else total.view(x.shape),
+    launch(function, (min(tokens, most_blocks),), cut.threads, operands, x.device, early)
+    return out, scales, total
+
+
+@functools.cache
+def _planned(
+    n1: int,
+    n2: int,
+    before: str,
+    two: bool,
+    offset: float,
+    bits: int,
+    pairs: bool,
+    clipped: bool,
+    device: torch.device,
+) -> tuple[Cut, Function, int] | None:
+    """Return a cut, its kernel, and how many blocks a GPU holds; None, which is said, if none is.
+
+    Found once for each form: a launch should take less than the kernel.
+
+    Args:
+        two: Whether there is a `y`.
+    """
+    front = NORM if before == "norm" else GATE if before else NONE
+    cut = None
+    if n2 % 8 == 0 and n1 <= LARGEST and offset in (0.0, 1.0):
+        cut = best_cut(
+            Cut(
+                n1, n2, front, front == NORM and two, int(offset),
+                before if front == GATE else "", bits, pairs, bits > 0 and clipped,
+            )
+        )  # fmt: skip
+    if cut is None:
+        say_instead(FILES[-1], f"it does not take factors of {n1} and {n2}, or gains + {offset}")
+        return None
+    constants = constants_of(cut.constants)
+    function = kernel(
+        FILES, "hopper_transform", constants, cut.shared_bytes, device, product_of(n1)
     )
+    return None if function is None else (cut, function, cores_of(device) * cut.blocks)
 
 
 def product_of(n1: int) -> str:
     """Return the text of the product of the kernel, whose right sides have N1 rows."""
     rows = -(-n1 // 8) * 8
     return product("wgmma_product", rows, "bf16", from_registers=True, by_rows=False, begins=True)
-
-
-@functools.cache
-def _function_of(cut: Cut, device: torch.device) -> Function | None:
-    constants = constants_of(cut.constants)
-    return kernel(FILES, "transform", constants, cut.shared_bytes, device, product_of(cut.n1))
 
 
 @functools.cache
@@ -213,14 +245,14 @@ def _in_pieces(rows: Tensor) -> bool:
 
 
 def results_of(
-    cut: Cut, tokens: int, device: torch.device
+    cut: Cut, lead: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return room for codes or values, scales and sums."""
+    """Return room for codes or values, scales and sums of tokens [*lead, N1 N2]."""
     width = cut.n1 * cut.n2
     kind = torch.bfloat16 if cut.bits == 0 else torch.uint8 if cut.pairs else torch.int8
-    out = torch.empty(tokens, width // 2 if cut.pairs else width, dtype=kind, device=device)
-    scales = torch.empty(tokens, dtype=torch.float32, device=device) if cut.bits else None
-    total = torch.empty(tokens, width, dtype=torch.bfloat16, device=device) if cut.sums else None
+    out = torch.empty((*lead, width // 2 if cut.pairs else width), dtype=kind, device=device)
+    scales = torch.empty(lead, dtype=torch.float32, device=device) if cut.bits else None
+    total = torch.empty((*lead, width), dtype=torch.bfloat16, device=device) if cut.sums else None
     return out, scales, total
 
 
@@ -235,9 +267,10 @@ def operands_of_many(
     total: Tensor | None,
     out: Tensor,
     scales: Tensor | None,
+    tokens: int,
     eps: float,
 ) -> ctypes.Structure:
-    """Return what the kernel takes: of tokens [T, N1 N2], `y` and `total` alike."""
+    """Return what the kernel takes: x and `y` of tokens [T, N1 N2], results contiguous."""
     given = (x, y, weight, left, right, clip_low, clip_high, total, out, scales)
     addresses = (None if tensor is None else tensor.data_ptr() for tensor in given)
-    return _Operands(*addresses, len(x), eps, x.stride(0), 0 if y is None else y.stride(0))
+    return _Operands(*addresses, tokens, eps, x.stride(0), 0 if y is None else y.stride(0))

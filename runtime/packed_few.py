@@ -13,7 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from graphopt.runtime.compiled import ACTIVATIONS, constants_of, kernel, launch, runs_compiled
+from graphopt.runtime.compiled import (
+    ACTIVATIONS,
+    constants_of,
+    kernel,
+    launch,
+    runs_compiled,
+    say_instead,
+)
 from graphopt.runtime.driver import Function
 from graphopt.runtime.packed_codes import PackedCodes
 from graphopt.runtime.quantised_tiles import FewTiles, warps_for
@@ -67,8 +74,9 @@ def launch_few(
 ) -> tuple[Tensor, Tensor | None] | None:
     """Return x weight^T + bias, [M, N] of the dtype of the weight's scales, and x + y of a norm.
 
-    None where the kernel is not for these: another GPU, spans of fewer than 128 inputs, rows that
-    do not begin at multiples of what a thread reads at a time, norms of many tokens.
+    None where the kernel is not for these: norms of more than MOST_NORMED tokens, no tokens; and,
+    which is said, another GPU, spans of fewer than 128 inputs, operands of several dtypes or
+    shapes, rows that do not begin at multiples of what a thread reads at a time.
 
     The kernel starts before the one in front has ended, for which it waits when its first codes,
     which nothing writes, are on their way.
@@ -79,19 +87,14 @@ def launch_few(
         cores: Of the GPU that they are for.
         act: An activation: give act(first) second, [M, N / 2], of both halves of the product.
     """
-    dtype, codes = weight.scales.dtype, x.dtype == torch.int8
-    if not runs_compiled(x.device) or weight.span != SPAN or not (codes or x.dtype == dtype):
-        return None
-    others = [bias] if norm is None else [bias, norm.y, norm.gain]
-    if any(t is not None and t.dtype != dtype for t in others):
-        return None
     tokens, (outputs, inputs) = len(x), weight.shape
-    if not tokens or (norm is not None and not _takes(norm, x)):
+    if not tokens or (norm is not None and tokens > MOST_NORMED):
         return None
-    read = 4 * x.element_size() if norm is None else _PIECE
-    rows = [x] if norm is None or norm.y is None else [x, norm.y]
-    if any(t.data_ptr() % read or t.stride(0) * t.element_size() % read for t in rows):
+    why = _refusal(x, weight, bias, norm)
+    if why:
+        say_instead(FILES[-1], why)
         return None
+    dtype, codes = weight.scales.dtype, x.dtype == torch.int8
     sums = norm is not None and norm.y is not None
     form = Form(
         dtype == torch.bfloat16, codes, weight.zeros is not None, norm is not None, sums, act,
@@ -109,10 +112,32 @@ def launch_few(
     return out, total
 
 
-def _takes(norm: NormInFront, x: Tensor) -> bool:
-    """Return whether the kernel takes norms of rows of `x`."""
-    gain = norm.gain is None or norm.gain.shape == x.shape[-1:]
-    return len(x) <= MOST_NORMED and gain and (norm.y is None or norm.y.shape == x.shape)
+def _refusal(x: Tensor, weight: PackedCodes, bias: Tensor | None, norm: NormInFront | None) -> str:
+    """Return why the kernel does not take these; empty where it does."""
+    dtype = weight.scales.dtype
+    if not runs_compiled(x.device):
+        device = x.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        return f"{name} is no Hopper GPU"
+    if weight.span != SPAN:
+        return (
+            f"a weight of {weight.shape[1]} inputs in groups of {weight.group} has no whole spans"
+        )
+    others = [bias] if norm is None else [bias, norm.y, norm.gain]
+    kinds = {t.dtype for t in (x, *others) if t is not None} - {dtype}
+    if kinds - ({torch.int8} if norm is None and x.dtype == torch.int8 else set()):
+        return f"scales are {dtype}, and what is multiplied or added {', '.join(map(str, kinds))}"
+    rows = [x]
+    if norm is not None:
+        rows += [] if norm.y is None else [norm.y]
+        if norm.gain is not None and norm.gain.shape != x.shape[-1:]:
+            return f"a gain is {tuple(norm.gain.shape)} for rows of {x.shape[-1]}"
+        if any(t.shape != x.shape for t in rows):
+            return f"a norm of {tuple(x.shape)} and {tuple(rows[-1].shape)}"
+    read = 4 * x.element_size() if norm is None else _PIECE
+    if any(t.data_ptr() % read or t.stride(0) * t.element_size() % read for t in rows):
+        return f"rows do not begin at multiples of {read} bytes"
+    return ""
 
 
 class Form(NamedTuple):
@@ -164,7 +189,7 @@ class Form(NamedTuple):
 
 @functools.cache
 def _function_of(form: Form, shared: int, device: torch.device) -> Function | None:
-    return kernel(FILES, "packed_few", constants_of(form.constants), shared, device)
+    return kernel(FILES, "hopper_packed_few", constants_of(form.constants), shared, device)
 
 
 def _operands(

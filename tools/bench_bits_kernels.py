@@ -1,6 +1,6 @@
 """Measure kernels of four bits on a GPU beside bf16 torch: transforms, linears, decoding.
 
-    python tools/bench_bits_kernels.py [--only transform,w4a4] [--tune] [--early] [--out FILE]
+    python tools/bench_bits_kernels.py [--only transform,w4a4] [--tune] [--out FILE]
 
 Parts, on the shapes of Llama-7B and with random numbers:
 
@@ -12,10 +12,12 @@ Parts, on the shapes of Llama-7B and with random numbers:
 * `kv`: attention of one token over caches of 16, 8 and 4 bits;
 * `model`: a Llama shape of 1.1B parameters, emitted with four-bit weights and in bf16, decoding.
 
-Each kernel's result is compared with what torch computes in fp32 or fp64 before it is timed; a
-kernel that fails is kept with its traceback, and the next one runs. `--tune` tries other tiles
-than the target's, and `--early` programmatic launches. Without a GPU shapes are small and kernels
-interpreted: that says only whether this script runs.
+Times are of CUDA graphs, so without launches from Python, which a prompt's kernels outlast; the
+transforms are timed with them too. Of a model's step it is kept which kernels ran, how often and
+how long. Each kernel's result is compared with what torch computes in fp32 or fp64 before it is
+timed; a kernel that fails is kept with its traceback, and the next one runs. `--tune` tries other
+tiles than the target's. Without a GPU shapes are small and kernels interpreted: that says only
+whether this script runs.
 """
 
 from __future__ import annotations
@@ -45,9 +47,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bits_decode import cache_part, steps_part
 from bits_model import model_part
 from bits_transform import DEVICE, DTYPE, TARGET, TILES, Transformed, kept, random, transform_part
-from turns import ON_GPU, Result, Rows, best_of, median, microseconds, recorded
+from turns import (
+    ON_GPU,
+    Result,
+    Rows,
+    best_of,
+    median,
+    microseconds,
+    microseconds_in_graphs,
+    recorded,
+)
 
-from graphopt.runtime import fused
 from graphopt.runtime.packed_codes import PackedCodes, pack_codes
 from graphopt.runtime.packed_few import launch_few
 from graphopt.runtime.quantised_launch import launch_integer, launch_packed, launch_unpack
@@ -159,7 +169,7 @@ def w4a4_row(rows: Rows, options: argparse.Namespace, outputs: int, inputs: int)
             made, own = given.run(4, False, **cut)
             return kernels.integer_linear_of_codes(made, own, weight)
 
-        times = microseconds(
+        times = microseconds_in_graphs(
             {
                 "whole": linear,
                 "transform": lambda: given.run(4, False, **cut),
@@ -328,9 +338,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
     parser.add_argument("--tune", action="store_true", help="try other tiles than the target's")
-    parser.add_argument(
-        "--early", action="store_true", help="start kernels before the one in front has ended"
-    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "bits_kernels.json")
     options = parser.parse_args()
     parts = options.only.split(",")
@@ -338,7 +345,6 @@ def main() -> None:
     if unknown:
         parser.error(f"no part {unknown[0]!r}: there are {', '.join(PARTS)}")
     torch.manual_seed(0)
-    fused.EARLY_START = options.early
     about = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if ON_GPU else f"{platform.machine()} CPU",

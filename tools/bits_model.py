@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,6 @@ from turns import ON_GPU, Result, Rows, median
 from graphopt.compiler import emit
 from graphopt.ir import Array, Dequantised, Packed, Program, Weight
 from graphopt.pass_manager.contract import Context, make_pass
-from graphopt.runtime import fused
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 LLAMA_1B = LLAMA_7B | (
@@ -57,8 +57,6 @@ def emitted(program: Program, out: Path, target: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    # The package has a copy of its own.
-    sys.modules[f"{module.kernels.__name__}.fused"].EARLY_START = fused.EARLY_START
     return module
 
 
@@ -101,7 +99,33 @@ def decode_rates(module: ModuleType, folder: Path) -> tuple[Result, Any]:
             decoder.step()
         if turn >= 0:
             rates.append((NEW - 1) / (time.perf_counter() - started))
-    return {"tokens_per_second": rates}, model
+    result: Result = {"tokens_per_second": rates}
+    if ON_GPU:
+        decoder.start(list(range(1, PROMPT + 1)))
+        decoder.step()
+        result["kernels_of_a_step"] = kernels_of(decoder.step)
+    return result, model
+
+
+def kernels_of(step: Callable[[], Any], steps: int = 8) -> dict[str, Result]:
+    """Return how often a step launches each kernel, and the microseconds that it takes of a step.
+
+    A kernel that starts before the one in front has ended counts from there, so that sums may be
+    more than a step takes.
+    """
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
+    return {
+        event.key: {
+            "launches": event.count / steps,
+            "microseconds": round(event.device_time_total / steps, 2),
+        }
+        for event in events
+    }
 
 
 def _stem(label: str) -> str:
@@ -119,6 +143,8 @@ def model_part(rows: Rows, target: str) -> None:
         def run(name: str, made: Program, codes: bool) -> tuple[Result, str]:
             folder = Path(work) / name
             module = emitted(made, folder, target)
+            transforms = "transformed(" in (folder / "model.py").read_text(encoding="utf-8")
+            assert transforms == ("transforms" in name), "not the model that it is called"
             result, model = decode_rates(module, folder)
             if codes:
                 result |= check_kernels(module, model)
@@ -128,18 +154,24 @@ def model_part(rows: Rows, target: str) -> None:
                 found = median(rates)
                 result["times_bf16"] = found[name] / found["bf16"]
                 shown += f", x{result['times_bf16']:.2f} of bf16"
+            if ON_GPU:
+                kernels = result["kernels_of_a_step"].values()
+                launches, spent = (
+                    sum(kernel[what] for kernel in kernels) for what in ("launches", "microseconds")
+                )
+                shown += f"; {launches:.0f} launches, {spent:.0f} us in kernels"
             return result, shown
 
         group = 128 if ON_GPU else 32
         rows.add("model bf16", lambda: run("bf16", program, False))
-        transformed = program
+        transformed = program.copy()  # which passes change in place
         for step, options in (("insert-affine", {"kind": "hadamard"}), ("fold-affine", {})):
             transformed = make_pass(step, options).run(transformed, Context()).program
-        for label, made, size in (
-            (f"int4 group {group}", program, group),
-            ("int4 group 32", program, 32),
-            (f"int4 group {group}, transforms", transformed, group),
-        )[: None if ON_GPU else 1]:
+        for label, (made, size) in {
+            f"int4 group {group}": (program, group),
+            "int4 group 32": (program, 32),
+            f"int4 group {group}, transforms": (transformed, group),
+        }.items():
             packed = with_codes(made, Packed(4, size))
             rows.add(
                 f"model {label}",

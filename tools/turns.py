@@ -48,6 +48,19 @@ def microseconds(runs: Mapping[str, Callable[[], Any]], per: int = 1) -> dict[st
     return times
 
 
+def microseconds_in_graphs(
+    runs: Mapping[str, Callable[[], Any]], times: int = 4
+) -> dict[str, list[float]]:
+    """As `microseconds`, of `times` runs in a CUDA graph: without what their launches take.
+
+    A prompt's launches run ahead of its kernels, and a decoding step is a graph.
+    """
+    graphs = {
+        name: recorded(lambda run=run: [run() for _ in range(times)]) for name, run in runs.items()
+    }
+    return microseconds(graphs, per=times)
+
+
 def _timed(run: Callable[[], Any], count: int) -> float:
     """Return the microseconds of one of `count` runs."""
     if not ON_GPU:

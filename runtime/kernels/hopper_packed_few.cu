@@ -232,7 +232,7 @@ __device__ __forceinline__ void take_norms(const Operands& given, half_bits* nor
 #endif
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-packed_few(const __grid_constant__ Operands given) {
+hopper_packed_few(const __grid_constant__ Operands given) {
   auto parts = reinterpret_cast<float(*)[ROWS][TOKENS + 1]>(shared);  // of each warp
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, part = lane % 4;
   const int N = given.N, pairs = N / 2;

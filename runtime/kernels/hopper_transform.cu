@@ -142,7 +142,7 @@ __device__ __forceinline__ int place_of(int row, int piece) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-transform(const __grid_constant__ Operands given) {
+hopper_transform(const __grid_constant__ Operands given) {
   unsigned char* const memory =
       shared + (ALIGNMENT - shared_address(shared) % ALIGNMENT) % ALIGNMENT;
   const unsigned base = shared_address(memory);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from cuda_emulator import COMPILER
@@ -13,7 +15,7 @@ from graphopt.ir import functional
 from graphopt.ir.encoding import Packed
 from graphopt.lowering.kernels.family import runtime_text
 from graphopt.runtime import kronecker, packed_few
-from graphopt.runtime.compiled import ACTIVATIONS, runs_compiled
+from graphopt.runtime.compiled import ACTIVATIONS, runs_compiled, say_instead
 from graphopt.runtime.kronecker import Cut, best_cut, launch_many
 from graphopt.runtime.nvrtc import compile_cuda, nvrtc_version
 from graphopt.runtime.packed_codes import PackedCodes, pack_codes
@@ -137,15 +139,26 @@ def test_what_the_kernel_for_few_tokens_does_not_take() -> None:
     small, _ = some_weight(32, 192, 64, True, torch.bfloat16)
     tiles = FewTiles(16, 12, 1, 2)
     assert small.span < 128
-    assert launch_few(random(1, 192), small, None, tiles, 1) is None
-    assert launch_few(random(1, 256, dtype=torch.float16), weight, None, tiles, 1) is None
-    assert launch_few(random(1, 256), weight, random(32).float(), tiles, 1) is None
-    assert launch_few(random(2, 257)[:, 1:], weight, None, tiles, 1) is None
-    many = NormInFront(None, None, 1e-5, 0.0)
-    assert launch_few(random(5, 256), weight, None, tiles, 1, norm=many) is None
     other = NormInFront(random(1, 256), None, 1e-5, 0.0)
-    assert launch_few(random(2, 256), weight, None, tiles, 1, norm=other) is None
-    assert launch_few(random(0, 256), weight, None, tiles, 1) is None
+    wide = NormInFront(None, random(257), 1e-5, 0.0)
+    for x, codes, bias, norm, why in (
+        (random(1, 192), small, None, None, "192 inputs in groups of 64"),
+        (random(1, 256, dtype=torch.float16), weight, None, None, "torch.float16"),
+        (random(1, 256), weight, random(32).float(), None, "torch.float32"),
+        (random(1, 256).to(torch.int8), weight, None, other, "torch.int8"),
+        (random(2, 257)[:, 1:], weight, None, None, "multiples of 8 bytes"),
+        (random(2, 256), weight, None, other, r"\(2, 256\) and \(1, 256\)"),
+        (random(1, 256), weight, None, wide, "a gain is"),
+    ):
+        say_instead.cache_clear()
+        with pytest.warns(UserWarning, match=f"{why}.*Triton run instead of hopper_packed_few"):
+            assert launch_few(x, codes, bias, tiles, 1, norm=norm) is None
+    # What other kernels are for is not said.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        many = NormInFront(None, None, 1e-5, 0.0)
+        assert launch_few(random(5, 256), weight, None, tiles, 1, norm=many) is None
+        assert launch_few(random(0, 256), weight, None, tiles, 1) is None
 
 
 def rotation(size: int, seed: int) -> Tensor:
@@ -234,10 +247,16 @@ def test_transforms_of_many_tokens(
 def test_what_the_kernel_for_many_tokens_does_not_take() -> None:
     left, right = rotation(16, 1), rotation(24, 2)
     x = random(2, 16 * 24)
-    assert launch_many(x.half(), left.half(), right.half()) is None
-    assert launch_many(x, left, right, before="norm", offset=0.5) is None
-    assert launch_many(random(2, 16 * 24 + 1)[:, 1:], left, right) is None
-    assert launch_many(random(2, 16 * 18), left, rotation(18, 2)) is None
+    for given, factors, offset, why in (
+        (x.half(), (left.half(), right.half()), 0.0, "torch.float16"),
+        (x, (left, right), 0.5, r"gains \+ 0.5"),
+        (random(2, 16 * 24 + 1)[:, 1:], (left, right), 0.0, "multiples of 16 bytes"),
+        (random(2, 16 * 18), (left, rotation(18, 2)), 0.0, "factors of 16 and 18"),
+    ):
+        say_instead.cache_clear()
+        kronecker._planned.cache_clear()
+        with pytest.warns(UserWarning, match=f"{why}.*Triton run instead of hopper_transform"):
+            assert launch_many(given, *factors, before="norm", offset=offset) is None
     # A factor of 512 is 512 KB.
     assert best_cut(Cut(512, 64, kronecker.NONE)) is None
 
