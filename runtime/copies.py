@@ -37,7 +37,7 @@ class CopyStream(Copies):
         self._stream = torch.cuda.Stream(device)
 
     def start(self, copy: Callable[[], None]) -> torch.cuda.Event:
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         done = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
             copy()
@@ -45,7 +45,7 @@ class CopyStream(Copies):
         return done
 
     def wait(self, copied: torch.cuda.Event) -> None:
-        copied.wait()
+        copied.wait(torch.cuda.current_stream(self._stream.device))
 
 
 class CopyAtOnce(Copies):

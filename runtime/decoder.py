@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.runtime.kv_cache import fixed_caches
+from graphopt.support.recorded import record
 
 
 class Decoder:
@@ -219,18 +220,7 @@ class Decoder:
     def _record(self) -> torch.cuda.CUDAGraph:
         moved = self._moved()
         before = [x.clone() for x in moved]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # Whatever is compiled or allocated at a first call must not be in the recording.
-            self._advance()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # What kernels make once for a stream is then a part of no plan of the arena.
-        own = None if self.arena is None else stream
-        # Threads of NCCL ask for its events meanwhile, which is no concern of the recording.
-        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
-            self._advance()
+        graph, _ = record(self._advance, self.token.device)
         for now, value in zip(moved, before, strict=True):
             now.copy_(value)
         return graph

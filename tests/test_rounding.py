@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from imitated_streams import imitated_streams
 
 from graphopt.ir.encoding import stored_scales
 from graphopt.solvers.gptq import (
@@ -183,15 +183,8 @@ class StandIn:
 
 
 @pytest.mark.parametrize("work", [_round_columns, _descend_columns])
-def test_a_recording_is_given_its_operands_and_keeps_none_of_its_results(work, monkeypatch):
+def test_a_recording_is_given_its_operands_and_keeps_none_of_its_results(work):
     """On a stand-in for a GPU: what is replayed is what is computed, for other operands too."""
-    stream = nullcontext()
-    stream_like = type("Stream", (), {"wait_stream": lambda self, other: None})
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
-    monkeypatch.setattr(torch.cuda, "Stream", stream_like)
-    monkeypatch.setattr(torch.cuda, "current_stream", stream_like)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: stream)
-    monkeypatch.setattr(torch.cuda, "graph", lambda _, **how: nullcontext())
     columns, rows = 5, 7
     plain = functools.partial(work, last=7)
 
@@ -202,7 +195,8 @@ def test_a_recording_is_given_its_operands_and_keeps_none_of_its_results(work, m
         first += [random(columns, rows, seed=seed + 2)] if work is _descend_columns else []
         return [*first, square, scales, torch.full_like(scales, 4)]
 
-    recorded = Recorded(plain, operands(0))
+    with imitated_streams(StandIn):
+        recorded = Recorded(plain, operands(0))
     recorded._graph.recorded = recorded, plain
     kept = []
     for seed in (3, 4):

@@ -55,6 +55,7 @@ from graphopt.runtime.reduction_plan import (
     plan_linear,
 )
 from graphopt.runtime.reductions import RankReductions
+from graphopt.support.recorded import record
 from graphopt.targets import get_target
 
 SHAPES = [
@@ -183,23 +184,20 @@ class Bench:
 
     def recorded(self, run: Run, per: int) -> tuple[Run, bool]:
         """Return `per` runs as one CUDA graph, or as they are where that fails; and which."""
-        graph, error = torch.cuda.CUDAGraph(), None
-        try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                for _ in range(per):
-                    run()
-        except Exception as problem:
-            error = f"{type(problem).__name__}: {str(problem)[:200]}"
-        torch.cuda.synchronize()
-        if self.agree(error) is None:
-            return graph.replay, True
+        graph, error = None, None
 
         def again() -> None:
             for _ in range(per):
                 run()
 
+        try:
+            graph, _ = record(again, runs=0)
+        except Exception as problem:
+            error = f"{type(problem).__name__}: {str(problem)[:200]}"
+        torch.cuda.synchronize()
+        if self.agree(error) is None:
+            assert graph is not None
+            return graph.replay, True
         return again, False
 
     def times(self, runs: dict[str, Run], per: int) -> dict[str, dict[str, Any]]:

@@ -35,6 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from graphopt.lowering.kernels import get_family, plan_attention
 from graphopt.plan import AttentionPlan, AttentionSpec
 from graphopt.runtime.attention import Keys
+from graphopt.support.recorded import record
 from graphopt.targets import all_targets, get_target
 
 ROOT = Path(__file__).parents[1]
@@ -144,17 +145,12 @@ def rows_of_older(target: str, arguments: list[str]) -> Any:
 
 def recorded(runs: list[Run]) -> tuple[Run, int]:
     """Return one CUDA graph of several runs, and how many they are."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+
+    def all_of_them() -> None:
         for run in runs:
             run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
-    return graph.replay, len(runs)
+
+    return record(all_of_them)[0].replay, len(runs)
 
 
 def bench_decode(target: str) -> Iterator[dict[str, Any]]:

@@ -35,6 +35,7 @@ from graphopt.ir.graph import Program
 from graphopt.lowering.kernels.triton import expert_tiles
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.runtime import fused, moe
+from graphopt.support.recorded import record
 from graphopt.targets import get_target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,15 +156,7 @@ def check(part: Part, x: Tensor) -> None:
 
 def recorded(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """Return a run as a CUDA graph, so that nothing is launched one by one."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+    graph, result = record(run, runs=3)
 
     def replay() -> Tensor:
         graph.replay()

@@ -47,6 +47,7 @@ from graphopt.lowering.kernels import get_family, plan_attention
 from graphopt.plan import AttentionPlan, AttentionSpec
 from graphopt.runtime import kv_policy
 from graphopt.runtime.attention import Keys
+from graphopt.support.recorded import record
 from graphopt.targets import Target, get_target
 
 HEADS, GROUPS, WIDTH = 32, 8, 128
@@ -68,17 +69,12 @@ def random(*shape: int) -> Tensor:
 
 def recorded(steps: list[Run]) -> Run:
     """Return the replay of one CUDA graph of several steps."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+
+    def all_of_them() -> None:
         for step in steps:
             step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for step in steps:
-            step()
-    return graph.replay
+
+    return record(all_of_them)[0].replay
 
 
 def microseconds(runs: Mapping[str, tuple[Run, int]], rounds: int) -> dict[str, list[float]]:

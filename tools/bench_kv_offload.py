@@ -33,6 +33,7 @@ from graphopt.plan import AttentionSpec
 from graphopt.runtime import kv_policy
 from graphopt.runtime.attention import Keys
 from graphopt.runtime.kv_offload import OffloadedKV, host_bytes, offloaded_step, page_bytes
+from graphopt.support.recorded import record
 from graphopt.targets import get_target
 
 LAYERS, HIDDEN, INNER, VOCAB = 32, 4096, 14336, 128256
@@ -50,14 +51,7 @@ def random(*shape: int, scale: float = 1.0) -> Tensor:
 
 def recorded(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """Return the replay of a CUDA graph, and what the recorded run returned."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        returned = run()
+    graph, returned = record(run)
     return graph.replay, returned
 
 

@@ -340,18 +340,20 @@ def equal_from_the_first(a: list[int], b: list[int]) -> int:
 
 def times_of_sums(module: ModuleType, shape: dict[str, Any]) -> dict[str, float]:
     """Return the microseconds of a sum over the ranks, of one token and of a prompt."""
+    from graphopt.support.recorded import record
+
     width = shape["config"]["hidden_size"]
     found: dict[str, float] = {}
     for rows in (1, shape["prefill"]):
         x = torch.randn(1, rows, width, device="cuda", dtype=torch.bfloat16)
         for _ in range(3):
             module.all_reduce(x)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+
+        def twenty(x: torch.Tensor = x) -> None:
             for _ in range(20):
                 module.all_reduce(x)
+
+        graph, _ = record(twenty, runs=0)
         graph.replay()
         torch.cuda.synchronize()
         started = time.perf_counter()

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from graphopt.support.recorded import record
+
 ON_GPU = torch.cuda.is_available()
 TURNS = 7
 
@@ -20,15 +22,7 @@ def recorded(run: Callable[[], Any]) -> Callable[[], Any]:
     """Return a run as a CUDA graph, so that nothing is launched one by one."""
     if not ON_GPU:
         return run
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    return record(run)[0].replay
 
 
 def microseconds(runs: Mapping[str, Callable[[], Any]], per: int = 1) -> dict[str, list[float]]:

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
+
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a device on which everything is recorded.
+
+    torch hands out 32 streams in turn, and keeps for each that cuBLAS ever ran on a workspace, of
+    32 MiB on Hopper: with a stream for each recording they would come to 1 GiB.
+    """
+    return torch.cuda.Stream(device)
+
 
 @contextlib.contextmanager
-def recording(
-    graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None = None
-) -> Iterator[None]:
+def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
     """Record what is launched meanwhile in a CUDA graph.
 
     An older graph that is freed meanwhile would spoil the recording, and Python frees what lies in
@@ -30,28 +42,50 @@ def recording(
             gc.enable()
 
 
-class Recorded:
-    """A function of tensors as a CUDA graph: its thousand small kernels are launched at once.
+def record(
+    work: Callable[[], T], device: torch.device | None = None, *, runs: int = 1
+) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Return work as a CUDA graph, and what it returned when it was recorded.
+
+    A recording computes nothing: what was returned has its values after the graph's first replay.
 
     Args:
-        work: It waits for nothing on the device. It is called twice: once as it is, since what is
-            set up at a first call is not recorded, and once to be recorded.
-        tensors: Operands to record it with; those of later calls have their shapes.
+        work: It waits for nothing on the device.
+        device: Where it runs, with its index; by default the current one.
+        runs: How often it is run as it is before. Whatever is compiled, loaded or allocated at a
+            first call must not be in the recording, so 0 is for work that has been run.
 
     Raises:
         RuntimeError: It cannot be recorded: another thread uses the device meanwhile, say.
     """
+    device = device or torch.device("cuda", torch.cuda.current_device())
+    main, stream = torch.cuda.current_stream(device), _stream_of(device)
+    stream.wait_stream(main)
+    with torch.cuda.stream(stream):
+        for _ in range(runs):
+            work()
+    main.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with _recording(graph, stream):
+        returned = work()
+    return graph, returned
+
+
+class Recorded:
+    """A function of tensors as a CUDA graph: its thousand small kernels are launched at once.
+
+    Args:
+        work: See `record`. It is called twice.
+        tensors: Operands to record it with; those of later calls have their shapes.
+
+    Raises:
+        RuntimeError: It cannot be recorded.
+    """
 
     def __init__(self, work: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> None:
         self._places = [tensor.clone() for tensor in tensors]
-        self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work(*self._places)
-        torch.cuda.current_stream().wait_stream(stream)
-        with recording(self._graph):
-            self._results = work(*self._places)
+        device = tensors[0].device if tensors else None
+        self._graph, self._results = record(lambda: work(*self._places), device)
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         for place, tensor in zip(self._places, tensors, strict=True):

@@ -19,7 +19,7 @@ from graphopt.storage.snapshot import resuming_from
 from graphopt.support.devices import must_fit
 from graphopt.support.progress import Progress, silent
 from graphopt.support.ranks import ALONE, here
-from graphopt.support.recorded import recording
+from graphopt.support.recorded import record
 from graphopt.training.distillation_data import DistillationData
 from graphopt.training.gradients import SharedGradients
 from graphopt.training.held_out import held_out_loss, run_student
@@ -380,11 +380,7 @@ class _Recorded:
 
     def __init__(self, work: Callable[..., Any], batch: Sequence[Tensor | None]) -> None:
         self._places = [None if value is None else value.clone() for value in batch]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        self._graph = torch.cuda.CUDAGraph()
-        with recording(self._graph, stream):
-            self._loss = work(*self._places)
+        self._graph, self._loss = record(lambda: work(*self._places), runs=0)
 
     def replay(self, batch: Sequence[Tensor | None]) -> Any:
         for place, value in zip(self._places, batch, strict=True):

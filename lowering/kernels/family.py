@@ -223,7 +223,7 @@ def get_layer_family(name: str) -> LayerFamily:
 
 
 _OF_IR = ("functional.py", "kv_host.py", "kv_memory.py", "policy_attention.py")
-_OF_SUPPORT = ("free_memory.py", "native_library.py", "quantities.py")
+_OF_SUPPORT = ("free_memory.py", "native_library.py", "quantities.py", "recorded.py")
 POLICIES = "kv_policies"
 """The folder of the policies, in `graphopt.ir` and in models."""
 

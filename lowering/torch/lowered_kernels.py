@@ -27,6 +27,7 @@ _MODULES = (
     "kv_cache",
     "dispatch",
     "decoder",
+    "recorded",
 )
 # Those of a model whose steps read what policies select, besides.
 _POLICY_MODULES = (

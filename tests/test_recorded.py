@@ -1,0 +1,134 @@
+"""Functions that are recorded as CUDA graphs: on which stream, and with what kept off meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from imitated_streams import imitated_streams
+from programs import tiny_program
+from torch import Tensor
+
+import graphopt as go
+from graphopt.runtime.decoder import Decoder
+from graphopt.support.recorded import Recorded, record
+
+ROOT = Path(__file__).parent.parent
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+@pytest.mark.parametrize("collects", [True, False])
+@pytest.mark.parametrize("runs", [0, 1, 3])
+def test_a_recording_keeps_the_collector_off(runs: int, collects: bool) -> None:
+    """A graph that Python frees meanwhile would spoil it; afterwards all is as it was."""
+    was: list[bool] = []
+    (gc.enable if collects else gc.disable)()
+    try:
+        with imitated_streams() as noted:
+            _, returned = record(lambda: was.append(gc.isenabled()) or len(was), runs=runs)
+        assert gc.isenabled() is collects
+    finally:
+        gc.enable()
+    assert returned == runs + 1
+    assert was == [collects] * runs + [False]
+    assert [on for _, on in noted.recordings] == [False]
+
+
+def test_the_collector_is_on_again_after_a_failure() -> None:
+    def fails() -> None:
+        raise RuntimeError("not on this stream")
+
+    with imitated_streams(), pytest.raises(RuntimeError, match="not on this stream"):
+        record(fails, runs=0)
+    assert gc.isenabled()
+
+
+def test_all_recordings_of_a_device_share_a_stream() -> None:
+    """Libraries keep memory for each stream that they ever ran on."""
+    with imitated_streams() as noted:
+        for _ in range(3):
+            record(lambda: None)
+            Recorded(lambda x: (x + 1,), [torch.zeros(2)])
+        record(lambda: None, torch.device("cuda", 1))
+    # Of cuda:0, of the CPU that stands in for it, and of cuda:1.
+    assert len(noted.streams) == 3
+    assert [noted.streams.index(stream) for stream, _ in noted.recordings] == [0, 1] * 3 + [2]
+
+
+class Texts(Decoder):
+    """A decoder on a CPU that records its steps, each as another turn."""
+
+    def _records(self) -> bool:
+        return True
+
+    def _turn(self) -> int:
+        return self.used
+
+
+class Model(torch.nn.Module):
+    """As much of an emitted model as a decoder asks of it, without any attention."""
+
+    kv_layouts, kv_bits = (), ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(11, 11))
+
+    def empty_cache(self) -> list[Any]:
+        return []
+
+    def forward(self, ids: Tensor, *_: Any) -> tuple[Tensor, list[Any]]:
+        return self.table[ids], []
+
+
+def test_decoders_record_as_everything_does() -> None:
+    with imitated_streams() as noted:
+        for _ in range(2):
+            decoder = Texts(Model(), 8)
+            decoder.start([3])
+            for _ in range(4):
+                decoder.step()
+            assert len(decoder.graphs) == 4
+    assert len(noted.recordings) == 8 and len(noted.streams) == 1
+    assert not any(on for _, on in noted.recordings)
+
+
+def test_graphs_are_recorded_in_one_place() -> None:
+    """Nowhere else is thought of what has to be kept off, and of what a stream keeps."""
+    found = [
+        str(path.relative_to(ROOT))
+        for folder in ("graphopt", "lowering", "passes", "runtime", "tools")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if re.search(r"cuda\.graph\(|capture_begin\(|cuda\.CUDAGraph\(", path.read_text("utf-8"))
+    ]
+    assert found == ["graphopt/support/recorded.py"]
+
+
+def test_a_package_has_what_records_its_steps(tmp_path: Path) -> None:
+    program = tiny_program(cache=True, layers=1)
+    go.emit(program, tmp_path / "out", target="ampere", emit=("torch",))
+    own = (tmp_path / "out" / "kernels" / "recorded.py").read_text(encoding="utf-8")
+    assert own == (ROOT / "graphopt/support/recorded.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_recordings_leave_no_memory_behind() -> None:
+    """More of them than torch has streams: cuBLAS would keep a workspace for each stream."""
+    x = torch.randn(256, 256, device="cuda", dtype=torch.float16)
+
+    def recordings(count: int) -> int:
+        for _ in range(count):
+            graph, product = record(lambda: x @ x)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(product, x @ x)
+            del graph, product
+        return torch.cuda.memory_allocated()
+
+    before = recordings(1)
+    assert recordings(40) <= before
