@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 import importlib.util
 import warnings
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ import torch
 from emitted import load_file
 from families import LISTED, captured, sampled
 from late_copies import LateCopies
+from placed_keys import answers, inner, plain
 from programs import tiny_program
 from torch import Tensor
 
@@ -39,7 +39,7 @@ if torch.cuda.is_available():
     pytest.skip("tests/test_gpu_host.py runs them on the device", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore:attention on a CPU", "ignore:no kernel was")
-ROOM, BATCH = 100, 2
+ROOM, BATCH, LENGTHS = 100, 2, (41, 23)
 SHARES = {
     "all computed": (0, 0),
     "all copied": (0, ROOM),
@@ -61,18 +61,6 @@ def emitted(program: Program, folder: Path) -> tuple[ModuleType, Any]:
     return module, module.load(folder, dtype=torch.float32, device="cpu")
 
 
-def inner(module: ModuleType, name: str) -> ModuleType:
-    """A module of the folder `kernels` of an emitted model."""
-    return importlib.import_module(f"{module.kernels.__name__}.{name}")
-
-
-def plain(module: ModuleType, model: Any) -> Any:
-    """A decoder of the same package with all keys on the device."""
-    base = inner(module, "decoder").Decoder
-    own = {"positions": module.POSITIONS, "records": module.RECORDS}
-    return type("Plain", (base,), own)(model, ROOM, BATCH)
-
-
 def placeable(program: Program) -> list[str]:
     return [
         call.caches[cache.slot]
@@ -87,32 +75,14 @@ def placed(program: Program, resident: int, streamed: int) -> Program:
     return with_hosts(program, dict.fromkeys(placeable(program), share))
 
 
-def answers(decoder: Any, vocab: int) -> tuple[list[Any], Tensor]:
-    """Tokens and logits of two texts of unlike lengths: prompts, steps, and more to read."""
-    generator = torch.Generator().manual_seed(0)
-    texts = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (41, 23)]
-    tokens, logits = [decoder.start(texts)], [decoder.logits.clone()]
-
-    def took(token: Any) -> None:
-        tokens.append(token)
-        logits.append(decoder.logits.clone())
-
-    for _ in range(9):
-        took(decoder.step())
-    took(decoder.extend([[5, 6, 7, 8], [9]]))
-    for _ in range(5):
-        took(decoder.step([11, 12]))
-    # From the start, where other keys lie.
-    took(decoder.start([texts[1], texts[0][:5]]))
-    took(decoder.step())
-    return tokens, torch.stack(logits)
-
-
-def check(module: ModuleType, model: Any, vocab: int, piece: int = 16, chunk: int = 16) -> Any:
-    tokens, logits = answers(plain(module, model), vocab)
-    decoder_class = type("Placed", (module.Decoder,), {"piece": piece, "chunk": chunk})
+def check(
+    module: ModuleType, model: Any, vocab: int, piece: int = 16, chunk: int = 16, **own: Any
+) -> Any:
+    """Compare with all keys on the device; return the decoder that has some on the host."""
+    tokens, logits = answers(plain(module, model, ROOM, BATCH), vocab, LENGTHS)
+    decoder_class = type("Placed", (module.Decoder,), {"piece": piece, "chunk": chunk, **own})
     decoder = decoder_class(model, ROOM, BATCH)
-    own_tokens, own_logits = answers(decoder, vocab)
+    own_tokens, own_logits = answers(decoder, vocab, LENGTHS)
     # Sums in other orders, layer behind layer, in fp32.
     assert float((own_logits - logits).abs().max()) <= 1e-4 * max(1.0, float(logits.abs().max()))
     assert own_tokens == tokens
@@ -125,6 +95,47 @@ def test_answers_are_those_of_keys_on_the_device(shares: str, tmp_path: Path) ->
     module, model = emitted(program, tmp_path / "out")
     check(module, model, 97)
     check(module, model, 97, piece=64, chunk=1000)
+
+
+def test_a_decoder_that_is_given_its_tokens_answers_alike(tmp_path: Path) -> None:
+    """As the tests on a GPU give them, where a rounding may make another token the likeliest."""
+    module, model = emitted(placed(tiny_program(cache=True), 29, 40), tmp_path / "out")
+    tokens, logits = answers(plain(module, model, ROOM, BATCH), 97, LENGTHS)
+    again, same = answers(plain(module, model, ROOM, BATCH), 97, LENGTHS, tokens)
+    assert again == tokens and torch.equal(same, logits)
+    other = [[1, 2] for _ in tokens]
+    assert not torch.equal(
+        answers(plain(module, model, ROOM, BATCH), 97, LENGTHS, other)[1], logits
+    )
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_steps_that_are_run_to_be_recorded(
+    shares: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run in front of a recording wrote is written again, and all else is put back."""
+    module, model = emitted(placed(tiny_program(cache=True), *SHARES[shares]), tmp_path / "out")
+    bounds: list[int] = []
+
+    def record(advance: Any, device: torch.device) -> tuple[Any, None]:
+        decoder = advance.__self__
+        advance()
+        own = getattr(decoder, "kv", None)
+        recorded = None if own is None else own.step.bound
+
+        def replay() -> None:
+            advance()
+            # A graph reads the pieces that it was recorded with.
+            if own is not None:
+                bounds.append(own.step.bound)
+                assert own.step.bound == recorded
+
+        return SimpleNamespace(replay=replay), None
+
+    monkeypatch.setattr(inner(module, "decoder"), "record", record)
+    decoder = check(module, model, 97, _records=lambda self: True)
+    # Of 41 to 58 tokens behind the prompts, and of 23.
+    assert len(decoder.graphs) == len(set(bounds)) == 3
 
 
 @pytest.mark.parametrize("family", sampled(LISTED, quick=()))
