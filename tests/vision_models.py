@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from tiny_models import VOCAB, byte_tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 IMAGE = 290
 """The image token; a byte-level tokenizer has ids below 260."""
@@ -148,24 +153,75 @@ def prompts(model_type: str, counts: Sequence[int], seed: int = 0) -> dict[str, 
     return {"input_ids": ids, "attention_mask": mask, **more, **pixels(model_type, counts, seed)}
 
 
-def save_llava_with_processor(folder: Path, template: str | None = None) -> Path:
-    """Write a LLaVA with the processor that makes its prompts, and return its folder.
+def save_with_processor(folder: Path, family: str = "llava", template: str | None = None) -> Path:
+    """Write a model with the processor that makes its prompts, and return its folder.
 
-    Pictures of any size become 16 tokens.
+    Of LLaVA pictures of any size become 16 tokens, of Gemma 3 four with others around them; of
+    Qwen2-VL as many as their sizes ask for. That one's own needs torchvision, so that
+    `QwenProcessor` is to stand in.
     """
-    from transformers import CLIPImageProcessorPil, LlavaProcessor
-
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    model = vision_model("llava", eos_token_id=258)
-    token = tokenizer.convert_tokens_to_ids("<image>")
-    model.config.image_token_id = token
-    model.save_pretrained(folder)
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    from transformers import (
+        CLIPImageProcessorPil,
+        Gemma3ImageProcessorPil,
+        Gemma3Processor,
+        LlavaProcessor,
     )
-    LlavaProcessor(
-        images, tokenizer, patch_size=4, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=template,
-    ).save_pretrained(folder)  # fmt: skip
+
+    tokenizer = picture_tokenizer()
+    model = vision_model(family, eos_token_id=258)
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    model.config.image_token_id = model.config.image_token_index = token
+    model.save_pretrained(folder)
+    if family == "gemma3":
+        images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+        Gemma3Processor(
+            images, tokenizer, image_seq_length=4, chat_template=template
+        ).save_pretrained(folder)
+    elif family == "qwen2_vl":
+        tokenizer.save_pretrained(folder)
+        (folder / "processor_config.json").write_text("{}")
+    else:
+        clip = CLIPImageProcessorPil(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+        )
+        LlavaProcessor(
+            clip, tokenizer, patch_size=4, vision_feature_select_strategy="default",
+            num_additional_image_tokens=1, chat_template=template,
+        ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def picture_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the byte-level tokenizer with tokens for pictures and what stands around them."""
+    names = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=byte_tokenizer().backend_tokenizer, eos_token="<end>",
+        extra_special_tokens=names, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+class QwenProcessor:
+    """What Qwen2-VL's processor does with pictures, without the part for videos."""
+
+    chat_template = None
+    image_token = "<image>"
+
+    def __init__(self) -> None:
+        from transformers import Qwen2VLImageProcessorPil
+
+        self.tokenizer = picture_tokenizer()
+        self.images = Qwen2VLImageProcessorPil(
+            patch_size=4, merge_size=2, temporal_patch_size=2,
+            size={"shortest_edge": 64, "longest_edge": 1024},
+        )  # fmt: skip
+
+    def __call__(self, images: Any, text: list[str], return_tensors: str) -> dict[str, Tensor]:
+        made = self.images(images, return_tensors="pt") if images else {}
+        (prompt,) = text
+        begun, *parts = prompt.split(self.image_token)
+        for grid, part in zip(made.get("image_grid_thw", ()), parts, strict=True):
+            begun += self.image_token * (int(grid.prod()) // 4) + part
+        ids = self.tokenizer([begun], return_tensors="pt")["input_ids"]
+        kinds = (ids == self.tokenizer.convert_tokens_to_ids(self.image_token)).long()
+        own = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
+        return {**own, **made}

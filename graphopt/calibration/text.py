@@ -18,13 +18,13 @@ from graphopt.backends.code import import_model
 from graphopt.errors import LoweringError, PassError
 from graphopt.evaluate.perplexity import of_mean_loss
 from graphopt.execute.function_run import CacheContents
-from graphopt.execute.interpreter import Runner, complete_inputs, resident
+from graphopt.execute.interpreter import Runner, resident
 from graphopt.execute.language_model import ProgramModel, load_tokenizer
 from graphopt.execute.likelihoods import ProgramLikelihoods
-from graphopt.ir.dataflow import mask_is_for_attention_alone
 from graphopt.ir.dtypes import holds_aten, scoring_dtype
 from graphopt.ir.graph import Program
 from graphopt.ir.layer_config import decoder_config
+from graphopt.ir.picture_inputs import drop_picture_inputs, take_picture_inputs
 from graphopt.ir.picture_table import TABLE
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.sources.windows import Bos, TokenText
@@ -241,7 +241,11 @@ def _written(
 
 
 def _writer(program: Program, device: torch.device, seed: int) -> _Writer:
+    tokens = None if program.vision is None else program.vision.tokens
     if not program.states:
+        if tokens is not None:  # masks of pictures are laid out for texts without a past
+            program = program.copy()
+            drop_picture_inputs(program)
         result = make_pass("insert-kv-cache", {}).run(program.copy(), Context())
         if not result.program.states:
             reason = result.skipped[0].reason if result.skipped else "it has no attention"
@@ -250,9 +254,13 @@ def _writer(program: Program, device: torch.device, seed: int) -> _Writer:
                 "Give a text with --calib, and generated_windows=0 to fuse-blocks.",
             )
         program = result.program
+        if tokens is not None:
+            take_picture_inputs(program)
     dtype = scoring_dtype(program, device)
     if device.type == "cuda" and torch.cuda.is_bf16_supported(False) and not holds_aten(program):
         dtype = torch.bfloat16
+        if tokens is not None:  # the emitted model takes ids alone
+            return _Interpreted(program, device, dtype, seed)
         with contextlib.suppress(LoweringError):
             fast = _Emitted(program, device, dtype, seed)
             if fast.decoder is not None:
@@ -317,19 +325,16 @@ class _Interpreted(_Writer):
     ) -> None:
         super().__init__(program, device, dtype, seed)
         self.runner = Runner(self.program, dtype, device)
-        self.unmasked = mask_is_for_attention_alone(program)
         self.cache: CacheContents = {}
-        self.past = 0
+        self.ids = torch.empty(0, 0, dtype=torch.long, device=device)
 
     def start(self, prompts: Tensor, length: int) -> Tensor:
-        self.cache, self.past = self.runner.empty_cache(len(prompts)), 0
+        self.cache, self.ids = self.runner.empty_cache(len(prompts)), prompts[:, :0]
         return self.step(prompts)
 
     def step(self, tokens: Tensor) -> Tensor:
-        values: dict[str, Any] = complete_inputs({"input_ids": tokens}, self.past)
-        if self.unmasked:
-            values["attention_mask"] = None
-        self.past += tokens.shape[1]
+        past, self.ids = self.ids.shape[1], torch.cat([self.ids, tokens], 1)
+        values = self.runner.window_inputs(self.ids, past)
         logits: Tensor | None = None
         for _, (environment,) in self.runner.stream([values], [self.cache]):
             logits = environment.get(self.program.outputs[0])

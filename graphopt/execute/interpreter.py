@@ -22,6 +22,7 @@ from graphopt.execute.simulated_ranks import as_one_program
 from graphopt.ir.dataflow import angle_weights, mask_is_for_attention_alone
 from graphopt.ir.graph import Call, Function, KVState, Program, Value
 from graphopt.ir.kv_memory import PagedKV, PolicyKV
+from graphopt.ir.picture_inputs import picture_inputs
 from graphopt.ir.types import B, P, S
 from graphopt.ir.weights import Array, SharedSources
 from graphopt.support.devices import free_bytes
@@ -129,13 +130,18 @@ class Runner:
     def _needs_no_mask(self) -> bool:
         return mask_is_for_attention_alone(self.program)
 
-    def window_inputs(self, ids: Tensor) -> dict[str, Any]:
-        """Return the program's inputs for windows of token ids [N, S] without padding."""
-        values: dict[str, Any] = dict(complete_inputs({"input_ids": ids}))
+    def window_inputs(self, ids: Tensor, past: int = 0) -> dict[str, Any]:
+        """Return the program's inputs for windows of token ids without padding.
+
+        Args:
+            ids: int64 [N, P + S]; what stands for pictures among them says where those stand.
+            past: How many tokens of each, P, a cache holds.
+        """
+        values: dict[str, Any] = dict(complete_inputs({"input_ids": ids[:, past:]}, past))
         if self._needs_no_mask:
             # Nothing is padded, and attention without a mask is several times faster.
             values["attention_mask"] = None
-        return values
+        return values | picture_inputs(self.program.vision, ids, past)
 
     def run_call(
         self,
@@ -287,7 +293,8 @@ class Runner:
         contents = dict(past) if past is not None else None
         state = contents or self.empty_cache(inputs["input_ids"].shape[0])
         past_tokens = self._tokens_past(inputs, state)
-        environment: dict[str, Any] = dict(complete_inputs(inputs, past_tokens))
+        given = {} if past_tokens else picture_inputs(self.program.vision, inputs["input_ids"])
+        environment: dict[str, Any] = dict(complete_inputs({**given, **inputs}, past_tokens))
         with torch.no_grad():
             for _ in self.run_calls([environment], 0, len(self.program.calls), pasts=[state]):
                 pass

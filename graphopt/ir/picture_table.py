@@ -2,7 +2,8 @@
 
 What a tower makes of a picture is a vector for each of its tokens, like a row of the table. With
 these rows behind the table's own, ids beyond the vocabulary stand for a picture's tokens, and what
-runs a program on windows of ids runs it on pictures too.
+runs a program on windows of ids runs it on pictures too; where positions or masks depend on
+pictures, they follow from the ids (`graphopt.ir.picture_inputs`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from graphopt.errors import PassError
 from graphopt.ir.graph import Call, Program
 from graphopt.ir.layer_config import decoder_config
+from graphopt.ir.picture_inputs import drop_picture_inputs, take_picture_inputs
+from graphopt.ir.vision import PictureTokens
 from graphopt.ir.weights import Producer, Weight
 
 TABLE = "pictures.table"
@@ -79,11 +82,18 @@ def table_of(program: Program) -> Weight:
     return weight
 
 
-def with_picture_rows(program: Program, rows: Producer) -> Program:
+def with_picture_rows(
+    program: Program, rows: Producer, tokens: PictureTokens | None = None
+) -> Program:
     """Return a copy whose ids from the number of the table's rows on stand for rows [K, D].
+
+    Args:
+        tokens: Where they stand, for a model whose pictures have positions of three axes or are
+            seen both ways.
 
     Raises:
         PassError: As for `table_of`.
+        UsageError: As for `take_picture_inputs`.
     """
     weight = table_of(program)
     made = program.copy()
@@ -92,11 +102,15 @@ def with_picture_rows(program: Program, rows: Producer) -> Program:
     call.weights[slot] = TABLE
     config = decoder_config(made.config)
     config["vocab_size"] = weight.shape[0] + rows.shape[0]
+    if tokens is not None:
+        assert made.vision is not None
+        made.vision.tokens = tokens
+        take_picture_inputs(made)
     return made
 
 
 def without_picture_rows(program: Program, before: Program) -> Program:
-    """Return what a pass made of `with_picture_rows(before)`, with the table that `before` has.
+    """Return what a pass made of `with_picture_rows(before)`, with inputs and table of `before`.
 
     Raises:
         PassError: The pass changed the table.
@@ -124,4 +138,7 @@ def without_picture_rows(program: Program, before: Program) -> Program:
         decoder_config(made.config)["vocab_size"] = config["vocab_size"]
     else:
         decoder_config(made.config).pop("vocab_size", None)
+    if made.vision is not None and made.vision.tokens is not None:
+        made.vision.tokens = None
+        drop_picture_inputs(made)
     return made

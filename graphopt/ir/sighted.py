@@ -24,7 +24,7 @@ from graphopt.ir.ops.pictures import AXES
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import B, P, S, Type
 from graphopt.ir.verify import verify
-from graphopt.ir.vision import Vision
+from graphopt.ir.vision import Sections, Vision
 
 EMBEDS, PICTURES = "inputs_embeds", "pictures"
 """What a sighted program takes beside ids, mask and positions: the embeddings of the tokens
@@ -52,7 +52,7 @@ def sighted(program: Program) -> Program:
     made = program.copy()
     _take_embeddings(made, vision)
     if vision.sections is not None:
-        _take_axes(made, vision)
+        take_axes(made, vision.sections)
     if vision.both_ways:
         _see_both_ways(made)
     made.prune_unused()
@@ -109,10 +109,13 @@ def _take_embeddings(program: Program, vision: Vision) -> None:
     program.inputs[EMBEDS] = Type((B, S, kind.shape[-1]), torch.float32)
 
 
-def _take_axes(program: Program, vision: Vision) -> None:
-    """Give every rotary table positions of three axes."""
-    assert vision.sections is not None
-    names = dict(zip(("time", "height", "width"), vision.sections, strict=True))
+def take_axes(program: Program, sections: Sections) -> None:
+    """Give every rotary table positions of three axes, in place; see `Vision.sections`.
+
+    Raises:
+        UsageError: Something else reads positions.
+    """
+    names = dict(zip(("time", "height", "width"), sections, strict=True))
     for _, _, node in _readers(program, "position_ids"):
         if node.op != "rope_table":
             raise _refused(program, f"{node.op} reads positions, which have three axes")
@@ -158,18 +161,33 @@ def _give_mask(
     """Make an attention of all calls see what its mask says; add the masks that it needs."""
     param = Value(unique_name("picture_mask", function.value_names()))
     for call in calls:
-        attrs = resolve_attrs(node, call)
-        odd = [key for key in ("chunk", "ring", "selected_blocks") if attrs.get(key)]
-        if node.op != "attention" or odd or not attrs["causal"] or node.operand(BIAS) is not None:
-            what = f"an attention with {odd[0]}" if odd else f"its {node.op}"
-            raise _refused(
-                program,
-                f"{call.path or call.function}: {what} has no form in which the tokens of a "
-                "picture see each other both ways",
-            )
-        call.args.append(masks.setdefault(attrs.get("window"), f"picture_mask_{len(masks)}"))
+        check_both_ways(program, call, node)
+        window = resolve_attrs(node, call).get("window")
+        call.args.append(masks.setdefault(window, f"picture_mask_{len(masks)}"))
     function.params.append(param)
+    give_bias(node, param)
+
+
+def check_both_ways(program: Program, call: Call, node: Node) -> None:
+    """Refuse an attention that has no form in which a mask says all that is seen.
+
+    Raises:
+        UsageError: It is another op than `attention`, not causal, has a bias, or counts tokens.
+    """
+    attrs = resolve_attrs(node, call)
+    odd = [key for key in ("chunk", "ring", "selected_blocks") if attrs.get(key)]
+    if node.op != "attention" or odd or not attrs["causal"] or node.operand(BIAS) is not None:
+        what = f"an attention with {odd[0]}" if odd else f"its {node.op}"
+        raise _refused(
+            program,
+            f"{call.path or call.function}: {what} has no form in which the tokens of a "
+            "picture see each other both ways",
+        )
+
+
+def give_bias(node: Node, mask: Value) -> None:
+    """Make an attention see what a mask says, its own window in it, and nothing else."""
     while len(node.inputs) <= BIAS:
         node.inputs.append(None)
-    node.inputs[BIAS] = param
+    node.inputs[BIAS] = mask
     node.attrs |= {"causal": False, "window": None}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from graphopt.ir.graph import Program
+    from graphopt.ir.vision import PictureTokens
     from graphopt.ir.weights import Producer
     from graphopt.sources.windows import Bos, TokenText
 
@@ -150,6 +151,8 @@ class Context:
             more than it has; see `graphopt.calibration.text.calibration_windows`.
         picture_rows: What ids behind those of the table are looked up as while a pass that is not
             exact runs, [K, D]: the tokens of pictures in the text; None without pictures.
+        picture_tokens: Where they stand, for a model whose pictures have positions of three axes or
+            are seen both ways.
         begin: Ids that every window begins with; None before a text was cut.
         memory: Bytes of the device's memory by which batches are sized; None for all of it.
     """
@@ -170,6 +173,7 @@ class Context:
     begin: tuple[int, ...] | None = None
     memory: int | None = None
     picture_rows: Producer | None = None
+    picture_tokens: PictureTokens | None = None
 
     def record(self, of: type[R]) -> R | None:
         """Return the latest record of a type that an earlier pass told; None if none did."""

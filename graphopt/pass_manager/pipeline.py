@@ -383,5 +383,5 @@ def _look_at_pictures(
         text = TokenText.of(Processor(program).tokenizer, context.text, context.bos)
     stream = picture_stream(program, rows, text, context.device, context.progress)
     context.encoded, context.built_in = stream.text, False
-    context.picture_rows = stream.rows
+    context.picture_rows, context.picture_tokens = stream.rows, stream.places
     return stream

@@ -182,8 +182,8 @@ class RecipeRun:
 
     def _with_pictures(self, program: Program) -> Program:
         """Return a program that looks up the tokens of calibration pictures too, if any."""
-        rows = self.context.picture_rows
-        return program if rows is None else with_picture_rows(program, rows)
+        rows, tokens = self.context.picture_rows, self.context.picture_tokens
+        return program if rows is None else with_picture_rows(program, rows, tokens)
 
     def all(self) -> None:
         """Run what is left of the recipe."""
@@ -201,8 +201,9 @@ class RecipeRun:
 
     def _one(self, item: Pass) -> PassEntry:
         before, ranks = self.program, here()
-        # What the pass is given, and held to: the program, with pictures to learn from.
-        given = before if item.exact else self._with_pictures(before)
+        # What the pass is given, and held to: the program, with pictures if it is to learn.
+        learns = item.reads_weights and not item.exact
+        given = self._with_pictures(before) if learns else before
         imprint = Imprint(given)
         entry = new_entry(item, before, self.context.device)
         self.context.progress(item.name, 0, 1)
@@ -211,7 +212,7 @@ class RecipeRun:
         with Meter() as meter, users_pass(item.name, type(item).__module__):
             item.check(before)
             if not item.exact and self.context.dense is None:
-                self.context.dense = given
+                self.context.dense = self._with_pictures(before)
             result = item.run(given.copy(), self.context)
             after = result.program
             if given is not before:

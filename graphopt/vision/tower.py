@@ -47,6 +47,12 @@ class VisionTower:
                 f"{program.name} is a model of text alone and takes no pictures.",
                 "Give a vision-language model, or leave the pictures out.",
             )
+        if "auto_map" in program.config:
+            raise UsageError(
+                f"{program.name} is of a class that its checkpoint brings (auto_map), and pictures "
+                "are looked at by transformers' own classes alone.",
+                "Give the output folder that the checkpoint lies in, or use the model on text.",
+            )
         self.program, self.vision = program, program.vision
         self.dtype, self.device = dtype, torch.device(device)
         self.module = model_of_config(program.config)

@@ -29,6 +29,7 @@ from graphopt.ir.graph import Call, Function, Node, Program, Value, unique_name
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.weights import Producer
 from graphopt.lowering.hf.checkpoint_assembly import origin, stacked_columns, stacked_rows
+from graphopt.sources.vision import AUTO_CLASS, takes_pictures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -273,6 +274,7 @@ def render(module: PreTrainedModel) -> str:
     text = Path(__file__).with_name(CODE_NAME).read_text(encoding="utf-8")
     names = ", ".join(sorted((config.__name__, model.__name__)))
     instead = {
+        "AutoModelForCausalLM": loader_of(module),
         "import LlamaConfig, LlamaForCausalLM": f"import {names}",
         "carved_llama": f"carved_{config.model_type}",
         "LlamaConfig": config.__name__,
@@ -319,6 +321,11 @@ def carved_config(
     stem = Path(CODE_NAME).stem
     made.auto_map = {
         "AutoConfig": f"{stem}.{kind.__name__}",
-        "AutoModelForCausalLM": f"{stem}.{model.__name__}",
+        loader_of(module): f"{stem}.{model.__name__}",
     }
     return made
+
+
+def loader_of(dense: PreTrainedModel) -> str:
+    """Return what of transformers loads a model, dense or carved."""
+    return AUTO_CLASS if takes_pictures(dense.config) else "AutoModelForCausalLM"

@@ -236,12 +236,9 @@ def _dense_checkpoint(program: Program) -> Checkpoint:
     difference = difference_of(have, carved)
     if difference is not None:
         raise NoCheckpoint(f"{difference}, as its config makes it with carved feed-forward parts")
-    narrower = _narrower(program, have, parts, used)
-    if narrower is None and program.vision is not None:
-        raise NoCheckpoint(
-            "the class for carved models is one of text alone, and the model takes pictures"
-        )
-    return narrower or _with_class(program, have, want, carved, module, parts, trained)
+    return _narrower(program, have, parts, used) or _with_class(
+        program, have, want, carved, module, parts, trained
+    )
 
 
 FEED_FORWARD_WIDTHS = ("n_inner", "intermediate_size", "ffn_dim", "ffn_hidden_size")

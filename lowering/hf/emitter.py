@@ -21,7 +21,7 @@ from graphopt.lowering.base import (
     check_no_hosts,
     check_no_policies,
 )
-from graphopt.lowering.hf.carved import CODE_NAME
+from graphopt.lowering.hf.carved import CODE_NAME, loader_of
 from graphopt.lowering.hf.checkpoint import Checkpoint, checkpoint_of
 from graphopt.lowering.hf.pack_quantized import PackedWords
 from graphopt.lowering.hf.shards import write_shards
@@ -80,7 +80,7 @@ class HfEmitter(Emitter):
         if found.code is not None:
             (folder / CODE_NAME).write_text(found.code, encoding="utf-8")
             emitted.files.append(folder / CODE_NAME)
-            name = found.module.config.auto_map["AutoModelForCausalLM"]
+            name = found.module.config.auto_map[loader_of(found.module)]
             emitted.notes.append(
                 (
                     "hf",

@@ -8,78 +8,131 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
-from vision_models import save_llava_with_processor
+from vision_models import QwenProcessor, save_with_processor
 
 import graphopt as go
+import graphopt.vision.processor as processor_module
 from graphopt.cli.commands import app
 from graphopt.errors import PassError, SourceError, UsageError
 from graphopt.execute.interpreter import Runner
 from graphopt.execute.likelihoods import ProgramLikelihoods
+from graphopt.ir.compare import first_difference
 from graphopt.ir.picture_table import TABLE, with_picture_rows, without_picture_rows
-from graphopt.ir.sighted import sighted
+from graphopt.ir.sighted import EMBEDS, sighted
 from graphopt.ir.weights import Array
 from graphopt.vision.picture_rows import PictureRow
-from graphopt.vision.picture_stream import (
-    calibration_rows,
-    check_pictures_as_tokens,
-    picture_stream,
-)
+from graphopt.vision.picture_stream import calibration_rows, picture_stream
 from graphopt.vision.processor import Processor
 from graphopt.vision.tower import VisionTower
 
 Image = pytest.importorskip("PIL.Image")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model, and a folder of six pictures with prompts and answers."""
-    root = tmp_path_factory.mktemp("llava")
-    save_llava_with_processor(root / "model")
-    images = root / "images"
+MARKS = {"llava": "<image>", "qwen2_vl": "<image>", "gemma3": "<boi>"}
+"""Families, and what stands for a picture in their prompts."""
+
+
+def write_pictures(images, mark):
+    """Write six pictures of three heights with prompts and answers, in every third prompt two."""
     images.mkdir()
     noise = torch.Generator().manual_seed(0)
     lines = []
     for number in range(6):
-        values = torch.randint(0, 256, (20, 24, 3), generator=noise, dtype=torch.uint8)
+        size = (16 + 8 * (number % 3), 24, 3)
+        values = torch.randint(0, 256, size, generator=noise, dtype=torch.uint8)
         Image.fromarray(values.numpy()).save(images / f"{number}.png")
-        row = {
-            "image": f"{number}.png",
-            "prompt": "<image>What is it?",
-            "answer": f" noise {number}",
-        }
+        row = {"image": f"{number}.png", "prompt": f"{mark}What is it?", "answer": f" a {number}"}
+        if number % 3 == 2:
+            names = [f"{number}.png", "0.png"]
+            row |= {"image": names, "prompt": f"Of {mark} and {mark}: what?"}
         lines.append(json.dumps(row))
     (images / "rows.jsonl").write_text("\n".join(lines))
-    (root / "text.txt").write_text("The harbour was quiet on the morning the survey began. " * 40)
-    return root
 
 
 @pytest.fixture(scope="module")
-def program(folder):
-    return go.capture(str(folder / "model"))
+def folders(tmp_path_factory):
+    """Of each family a model with pictures beside it, and its program."""
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+
+        def of(family):
+            if family not in made:
+                root = tmp_path_factory.mktemp(family)
+                save_with_processor(root / "model", family)
+                write_pictures(root / "images", MARKS[family])
+                text = "The harbour was quiet on the morning the survey began. "
+                (root / "text.txt").write_text(text * 40)
+                if family == "qwen2_vl":
+                    load = processor_module._load
+                    patch.setattr(
+                        processor_module, "_load",
+                        lambda path: QwenProcessor() if path == root / "model" else load(path),
+                    )  # fmt: skip
+                made[family] = root, go.capture(str(root / "model"))
+            return made[family]
+
+        yield of
 
 
-def first_sample(folder, program):
-    processor, row = Processor(program), calibration_rows(folder / "images")[0]
-    inputs, _ = processor.with_answer(processor.inputs(row.prompt, row.images), row.answer)
-    return inputs
+@pytest.fixture(scope="module")
+def folder(folders):
+    return folders("llava")[0]
 
 
-def test_ids_of_pictures_run_as_pictures(folder, program):
-    """A program with rows for pictures gives the logits of the one that takes embeddings."""
-    cpu = torch.device("cpu")
-    stream = picture_stream(program, calibration_rows(folder / "images"), None, cpu)
-    given = first_sample(folder, program)
+@pytest.fixture(scope="module")
+def program(folders):
+    return folders("llava")[1]
+
+
+def samples(folder, program):
+    """Yield what the tower makes of every prompt with its answer."""
+    processor, tower = Processor(program), VisionTower(program)
+    for row in calibration_rows(folder / "images"):
+        prompt = processor.inputs(row.prompt, row.images)
+        yield tower.inputs(**processor.with_answer(prompt, row.answer)[0])
+
+
+def stream_of(folder, program, text=None):
+    rows = calibration_rows(folder / "images")
+    return picture_stream(program, rows, text, torch.device("cpu"))
+
+
+def close(found, want):
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("family", MARKS)
+def test_ids_of_pictures_run_as_pictures(folders, family):
+    """A program with rows for pictures gives the logits of the one that takes embeddings.
+
+    Also for windows that begin within a text or a picture: only how far tokens stand apart counts.
+    """
+    folder, program = folders(family)
+    stream = stream_of(folder, program)
+    extended = with_picture_rows(program, stream.rows, stream.places)
+    runner, seeing, begun = Runner(extended), Runner(sighted(program)), 0
+    assert stream.pictures == 8 and (stream.places is None) == (family == "llava")
+    for number, given in enumerate(samples(folder, program)):
+        length = given["input_ids"].shape[1]
+        ids = stream.text.ids[None, begun : begun + length]
+        begun += length
+        for start in range(0, length - 1, 3 if number == 2 else length):
+            cut = {
+                name: value[:, start:] if name == EMBEDS else value[..., start:]
+                for name, value in given.items()
+            }
+            with torch.no_grad():
+                close(runner.logits({"input_ids": ids[:, start:]}), seeing.logits(cut))
+    assert begun == stream.tokens
+
+
+def test_tokens_of_pictures_are_not_predicted(folder, program):
+    stream, given = stream_of(folder, program), next(samples(folder, program))
     length = given["input_ids"].shape[1]
     ids = stream.text.windows(length)[:1]
     with torch.no_grad():
-        want = Runner(sighted(program)).logits(VisionTower(program).inputs(**given))
-        extended = with_picture_rows(program, stream.rows)
-        found = Runner(extended).logits({"input_ids": ids})
-    torch.testing.assert_close(found, want, rtol=0, atol=1e-5 * float(want.abs().max()))
-    assert int((ids >= 300).sum()) == 16 and stream.pictures == 6
-    assert stream.rows.shape == (6 * 16, 32)
-    # What has no logit is not predicted, and does not count.
-    likelihoods = ProgramLikelihoods(Runner(extended))
+        want = Runner(sighted(program)).logits(given)
+    likelihoods = ProgramLikelihoods(Runner(with_picture_rows(program, stream.rows)))
     losses, words = likelihoods.of(ids)[0], ids[0, 1:] < 300
     assert likelihoods.count_predicted(ids) == int(words.sum()) == length - 16
     rows = want[0, :-1].log_softmax(-1)
@@ -88,38 +141,105 @@ def test_ids_of_pictures_run_as_pictures(folder, program):
     assert bool((losses[~words] == 0).all())
 
 
+@pytest.mark.parametrize("recipe", ["", "canonicalise,fold-constants", "insert-kv-cache"])
+@pytest.mark.parametrize("family", MARKS)
+def test_what_pictures_need_is_taken_back(folders, family, recipe):
+    folder, program = folders(family)
+    program, _ = go.Pipeline.parse(recipe).run(program, go.RunOptions(verify=False))
+    stream = stream_of(folder, program)
+    extended = with_picture_rows(program, stream.rows, stream.places)
+    assert first_difference(extended, program) is not None
+    back = without_picture_rows(extended, program)
+    assert first_difference(back, program) is None and str(back) == str(program)
+    assert back.vision.tokens is None
+
+
+def test_printed_form_with_pictures(folders):
+    """Three axes are an input; masks are made where they are read, each with its window."""
+    printed = {}
+    for family in ("qwen2_vl", "gemma3"):
+        folder, program = folders(family)
+        stream = stream_of(folder, program)
+        printed[family] = str(with_picture_rows(program, stream.rows, stream.places))
+    assert "position_ids: i64[3,B,S])" in printed["qwen2_vl"]
+    assert (
+        "axial_rope_table(position_ids, rope.inv_freq, time=2, height=1, width=1)"
+        in (printed["qwen2_vl"])
+    )
+    assert "pictures: i64[B,S])" in printed["gemma3"]
+    assert "picture_mask(pictures, tokens, window=window)" in printed["gemma3"]
+    assert (
+        "block[window=8](scaled, cos_1, sin_1, attention_mask, pictures, input_ids)"
+        in (printed["gemma3"])
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+def test_pictures_behind_a_cache(folders, family):
+    """A step on a cache sees the pictures before it as the whole text does."""
+    folder, program = folders(family)
+    stream = stream_of(folder, program)
+    cached, _ = go.Pipeline.parse("insert-kv-cache").run(program, go.RunOptions(verify=False))
+    runner = Runner(with_picture_rows(cached, stream.rows, stream.places))
+    ids = stream.text.ids[None, :40]
+    past = runner.empty_cache(1)
+    with torch.no_grad():
+        want = runner.logits({"input_ids": ids})
+        # Cut behind a picture: what sees it whole is behind it.
+        for start, stop in ((0, 34), (34, 35), (35, 40)):
+            assert start == 0 or int(ids[0, start - 1]) < 300 or int(ids[0, start]) < 300
+            values = runner.window_inputs(ids[:, :stop], start)
+            for _, (made,) in runner.stream([values], [past]):
+                logits = made.get(cached.outputs[0])
+            close(logits, want[:, start:stop])
+
+
 def test_text_and_pictures_alternate(folder, program):
     from graphopt.sources.windows import TokenText
 
     text = TokenText(torch.arange(3, 203), torch.tensor([], dtype=torch.long))
-    rows = calibration_rows(folder / "images")
-    stream = picture_stream(program, rows, text, torch.device("cpu"))
-    own = first_sample(folder, program)["input_ids"].shape[1]
+    stream = stream_of(folder, program, text)
+    own = next(samples(folder, program))["input_ids"].shape[1]
     ids = stream.text.ids
     assert len(ids) == stream.tokens + 200
     assert torch.equal(ids[own : 2 * own], text.ids[:own])
     assert int((ids >= 300).sum()) == stream.rows.shape[0]
-    assert "6 pictures (96 tokens)" in str(stream)
+    assert "8 pictures (128 tokens)" in str(stream)
+
+
+RECIPE = (
+    "prune-blocks{ratio=0.34,windows=2,seqlen=32},fuse-blocks{steps=2,seqlen=16%s},"
+    "carve-moe{shared=1,active=2,experts=4,windows=2,seqlen=32},"
+    "flatquant{w=4,a=4,kv=%d,steps=2,seqlen=32}"
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", [False, True], ids=["pictures alone", "text and pictures"])
-def test_passes_learn_from_pictures(tmp_path, folder, text):
+@pytest.mark.parametrize(
+    ("family", "text", "recipe"),
+    [
+        ("llava", False, RECIPE % ("", 16)),
+        ("llava", True, RECIPE % ("", 16)),
+        ("qwen2_vl", True, RECIPE % (",generated_windows=2", 4)),
+        ("gemma3", True, RECIPE % (",generated_windows=2", 4)),
+    ],
+    ids=["pictures alone", "text and pictures", "three axes", "both ways"],
+)
+def test_passes_learn_from_pictures(tmp_path, folders, family, text, recipe):
     """Each is held to what it states, and the program that comes out has no more rows."""
-    recipe = (
-        "prune-blocks{ratio=0.34,windows=2,seqlen=32},fuse-blocks{steps=2,seqlen=16},"
-        "carve-moe{shared=1,active=2,experts=4,windows=2,seqlen=32},"
-        "flatquant{w=4,a=4,kv=16,steps=2,seqlen=32}"
-    )
+    folder, _ = folders(family)
     options = go.CompileOptions(
         emit=("torch",), recipe=go.Pipeline.parse(recipe),
         calib_images=folder / "images", calib=folder / "text.txt" if text else None,
     )  # fmt: skip
     report = go.compile_model(str(folder / "model"), tmp_path / "out", options)
-    assert report.calibration is not None and "6 pictures" in report.calibration.pictures
-    assert "6 pictures" in (tmp_path / "out" / "report.html").read_text()
+    assert report.calibration is not None and "8 pictures" in report.calibration.pictures
+    assert "8 pictures" in (tmp_path / "out" / "report.html").read_text()
+    assert all(entry.changed for entry in report.passes if not entry.exact)
     made = go.capture(str(tmp_path / "out"))
     assert TABLE not in made.weights and made.config["text_config"]["vocab_size"] == 300
+    assert set(made.inputs) == {"input_ids", "attention_mask", "position_ids"}
+    assert not any(node.op == "picture_mask" for f in made.functions.values() for node in f.nodes)
 
 
 @pytest.mark.slow
@@ -157,16 +277,6 @@ def test_a_pass_that_changes_the_table(program):
         without_picture_rows(extended, program)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "message"),
-    [("qwen2_vl", "has positions of three axes"), ("gemma3", "see each other both ways")],
-)
-def test_pictures_that_are_more_than_vectors(vision_program, family, message):
-    with pytest.raises(UsageError, match=f"{message}.*calibrated on text alone"):
-        check_pictures_as_tokens(vision_program(family))
-
-
 def test_folders_without_rows(tmp_path, folder):
     with pytest.raises(SourceError, match=r"is no folder"):
         calibration_rows(tmp_path / "none")
@@ -181,8 +291,8 @@ def test_too_few_pictures(tmp_path, folder):
     result = CliRunner().invoke(app, args)
     said = " ".join(result.output.split())
     assert result.exit_code == 1
-    assert "The calibration pictures and prompts have 210 tokens, and a window takes 250" in said
-    assert "Give more pictures with --calib-images, or seqlen=210 or less" in said
+    assert "The calibration pictures and prompts have 226 tokens, and a window takes 250" in said
+    assert "Give more pictures with --calib-images, or seqlen=226 or less" in said
 
 
 def test_prompts_that_do_not_fit(folder, program):

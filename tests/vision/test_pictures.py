@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import save_tiny
 from typer.testing import CliRunner
-from vision_models import save_llava_with_processor
+from vision_models import save_with_processor
 
 import graphopt as go
 from graphopt.cli.commands import app
@@ -28,8 +28,8 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("llava")
-    save_llava_with_processor(root / "model")
-    save_llava_with_processor(root / "chat", TEMPLATE)
+    save_with_processor(root / "model")
+    save_with_processor(root / "chat", template=TEMPLATE)
     noise = torch.Generator().manual_seed(0)
     for name in ("a", "b"):
         values = torch.randint(0, 256, (20, 24, 3), generator=noise, dtype=torch.uint8)

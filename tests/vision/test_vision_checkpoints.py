@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checkpoints import own_modules
 from safetensors.torch import load_file
 from sampling import exhaustive_but
 from transformers import AutoModelForImageTextToText
-from vision_models import FAMILIES, prompts, save_vision
+from vision_models import FAMILIES, prompts, save_vision, vision_model
 
 import graphopt as go
-from graphopt.errors import LoweringError
+from graphopt.errors import UsageError
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import remove_blocks
 from graphopt.ir.sighted import sighted
@@ -21,9 +22,11 @@ SAMPLED = exhaustive_but(FAMILIES, "llava", "qwen2_vl", "gemma3")
 DEFAULT = "canonicalise,insert-kv-cache"
 
 
-def load(folder):
+def load(folder, **options):
     """Return transformers' model of a checkpoint, which must miss nothing and know everything."""
-    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder, output_loading_info=True, **options
+    )
     assert not any(info.values()), info
     return model.eval()
 
@@ -99,9 +102,55 @@ def test_an_output_folder_without_a_checkpoint_is_opened_again(tmp_path, vision_
     assert again.vision is not None and again.vision.both_ways
 
 
+def error(found, want, given):
+    """Return the largest error at real tokens in shares of the largest logit."""
+    real = given["attention_mask"].bool()
+    return float((found - want)[real].abs().max() / want[real].abs().max())
+
+
+def seen(program, given):
+    with torch.no_grad():
+        return Runner(sighted(program)).logits(VisionTower(program).inputs(**given))
+
+
+CARVED = {
+    "chosen": "carve-moe{shared=1,active=1,experts=4,windows=4,seqlen=16}",
+    "all experts active": (
+        "carve-moe{shared=1,active=3,experts=4,windows=2,seqlen=16,reconstruct=false}"
+    ),
+}
+
+
 @pytest.mark.slow
-def test_carved_models_that_see_have_no_checkpoint(tmp_path, vision_program):
-    recipe = "carve-moe{shared=1,active=1,experts=4,windows=4,seqlen=16}"
-    program, _ = go.Pipeline.parse(recipe).run(vision_program("llava"))
-    with pytest.raises(LoweringError, match="one of text alone, and the model takes pictures"):
-        go.emit(program, tmp_path / "out", emit=("hf",))
+@pytest.mark.usefixtures(own_modules.__name__)
+@pytest.mark.parametrize("family", exhaustive_but(FAMILIES, "gemma3"))
+@pytest.mark.parametrize("how", CARVED)
+def test_carved_models_load_and_see(tmp_path, family, how, vision_program):
+    """By the class that the checkpoint brings; with all experts active nothing has changed."""
+    dense, given = vision_program(family), prompts(family, [1, 2])
+    program, _ = go.Pipeline.parse(CARVED[how]).run(dense, go.RunOptions(verify=False))
+    report = go.emit(program, tmp_path / "out", emit=("hf",))
+    assert "AutoModelForImageTextToText.from_pretrained" in report.artifact.usage[0]
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "out" / "hf", trust_remote_code=False
+        )
+    model = load(tmp_path / "out" / "hf", trust_remote_code=True)
+    assert type(model).__name__.startswith("Carved")
+    with torch.no_grad():
+        found = model(**given).logits
+        written = model.generate(**given, max_new_tokens=3, do_sample=False)
+    assert error(found, seen(program, given), given) <= 1e-5
+    assert written.shape[1] > given["input_ids"].shape[1]
+    if how == "all experts active":
+        with torch.no_grad():
+            assert error(found, vision_model(family)(**given).logits, given) <= 1e-5
+    again = go.capture(str(tmp_path / "out"))
+    assert error(seen(again, given), found, given) <= 1e-5
+    alone = go.capture(str(tmp_path / "out" / "hf"), trust_remote_code=True)
+    text = {name: value for name, value in prompts(family, [0]).items() if name == "input_ids"}
+    with torch.no_grad():
+        want = model(**text).logits
+        assert error(Runner(alone).logits(text), want, prompts(family, [0])) <= 1e-5
+    with pytest.raises(UsageError, match=r"a class that its checkpoint brings \(auto_map\)"):
+        VisionTower(alone)
