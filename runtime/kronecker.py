@@ -30,8 +30,8 @@ SHARED_BYTES, REGISTERS, THREADS = 233472, 65536, 2048
 """Of a core: CUDA C++ Programming Guide, compute capability 9.0."""
 RESERVED = 1024
 """Bytes of shared memory that a block takes beside its own."""
-ALIGNMENT = 1024
-"""Of what matrix units read, in bytes."""
+SPILLED = 12
+"""Registers of a thread that may lie in memory where a core has room for two blocks so."""
 MOST_BLOCKS = 6
 LARGEST = 256
 """The most rows of a right side of `wgmma`."""
@@ -49,6 +49,7 @@ class Cut:
         bits: Of codes, 0 for values.
         pairs: Whether two codes are put into a byte.
         clipped: Whether a token's range is times clips.
+        over: Whether results are put together in the memory that the products read a token from.
         blocks: Of a core.
         stages: Tokens of a block that are on their way or being read.
     """
@@ -62,6 +63,7 @@ class Cut:
     bits: int = 0
     pairs: bool = False
     clipped: bool = False
+    over: bool = False
     blocks: int = 1
     stages: int = 1
 
@@ -78,6 +80,7 @@ class Cut:
             "OFFSET": self.offset, "BITS": self.bits, "PAIRS": self.pairs,
             "CLIPPED": self.clipped,
             "ACTIVATION": ACTIVATIONS.index(self.act) if self.act else 0,
+            "ROUNDED": self.bits > 0, "OVER": self.over,
             "BLOCKS": self.blocks, "STAGES": self.stages,
         }  # fmt: skip
 
@@ -87,11 +90,21 @@ class Cut:
         width, rows = self.n1 * self.n2, -(-self.n1 // 8) * 8
         tensors = 2 if self.front == GATE or self.sums else 1
         panels = -(-self.n2 // 64) + -(-rows // 64)
-        staged = self.n1 * (-(-self.n2 * (1 if self.bits else 2) // 16) * 16 + 16)
         gain = 2 * width if self.front == NORM else 0
         ranges = 3 * 4 * self.threads // 32
         held = 128 * rows * panels + self.stages * tensors * width * 2
-        return held + gain + staged + ranges + ALIGNMENT
+        return held + gain + (0 if self.over else self._staged_bytes) + ranges
+
+    @property
+    def _staged_bytes(self) -> int:
+        """What results take until they are written."""
+        return self.n1 * (-(-self.n2 * (1 if self.bits else 2) // 16) * 16 + 16)
+
+    @property
+    def may_be_over(self) -> bool:
+        """Whether results may lie where a token was: there is room, and nothing that stays zero."""
+        whole = self.n1 % 8 == 0 and self.n2 % 64 == 0
+        return whole and self._staged_bytes <= 128 * self.n1 * (self.n2 // 64)
 
     @property
     def registers(self) -> int:
@@ -103,7 +116,7 @@ class Cut:
         """Whether so many blocks have room on a core."""
         threads = self.blocks * self.threads
         shared = self.blocks * (self.shared_bytes + RESERVED)
-        registers = REGISTERS // threads // 8 * 8
+        registers = REGISTERS // threads // 8 * 8 + (SPILLED if self.blocks == 2 else 0)
         return shared <= SHARED_BYTES and threads <= THREADS and self.registers <= registers
 
 
@@ -116,14 +129,16 @@ def best_cut(cut: Cut) -> Cut | None:
     """Return how tokens are cut; None where a core has no room for one.
 
     The most warps that have room hide what each waits for; of as many those with more tokens on
-    their way.
+    their way; of these those that need not wait before a token lies where results did.
     """
     held = (
-        replace(cut, blocks=blocks, stages=stages)
+        replace(cut, blocks=blocks, stages=stages, over=over)
         for blocks, stages in itertools.product(range(1, MOST_BLOCKS + 1), (1, 2))
+        for over in (False, True)
+        if cut.may_be_over or not over
     )
     fitting = [one for one in held if one.fits]
-    return max(fitting, key=lambda one: (one.blocks, one.stages), default=None)
+    return max(fitting, key=lambda one: (one.blocks, one.stages, not one.over), default=None)
 
 
 class _Operands(ctypes.Structure):

@@ -171,7 +171,7 @@ class Form(NamedTuple):
         return {
             "BF16": self.bf16, "CODES": self.codes, "ZEROS": self.zeros, "NORM": self.norm,
             "SUM": self.sums, "GATED": self.act != "",
-            "ACTIVATION": ACTIVATIONS.index(self.act) if self.act else 0,
+            "ACTIVATION": ACTIVATIONS.index(self.act) if self.act else 0, "ROUNDED": 0,
             "WARPS": self.warps, "ROW_TILES": self.row_tiles, "AHEAD": self.ahead,
             "TOKEN_TILES": self.token_tiles, "GROUP": self.group,
         }  # fmt: skip

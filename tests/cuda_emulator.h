@@ -31,7 +31,7 @@ static inline float2 make_float2(float x, float y) { return {x, y}; }
 
 static Index threadIdx, blockIdx, blockDim, gridDim;
 static constexpr int SHARED_LIMIT = 232448, GUARD = 4096;
-alignas(128) unsigned char shared[SHARED_LIMIT + GUARD];
+alignas(1024) unsigned char shared[SHARED_LIMIT + GUARD];
 
 namespace emulator {
 

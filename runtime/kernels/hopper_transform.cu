@@ -10,8 +10,9 @@
 //
 // Constants, given in front of this text: N1, N2 (a multiple of 8), FRONT (0 none, 1 norm, 2 gate),
 // SUM (norm of x + y, which is written), OFFSET (of the gain, 0 or 1), BITS (0: values), PAIRS (two
-// codes a byte), CLIPPED, BLOCKS (of a core), STAGES, those of activations.cu, and the function
-// wgmma_product.
+// codes a byte), CLIPPED, OVER (results are put together where the products read a token, which
+// has no rows and columns to fill up), BLOCKS (of a core), STAGES, those of activations.cu, and the
+// function wgmma_product.
 
 constexpr int WARPS = (N2 + 63) / 64 * 4, THREADS = 32 * WARPS;
 constexpr int STEPS = (N2 + 15) / 16;          // of the first product, 16 columns each
@@ -20,7 +21,7 @@ constexpr int LEFT_STEPS = (ROWS + 15) / 16;   // of the second
 constexpr int WIDTH = N1 * N2;
 constexpr int TENSORS = FRONT == 2 || SUM ? 2 : 1;
 // What wgmma reads lies in panels of 64 columns: 128 bytes a row, swizzled in groups of 8 rows.
-constexpr int PANEL_BYTES = 128 * ROWS, ALIGNMENT = 1024;
+constexpr int PANEL_BYTES = 128 * ROWS;
 constexpr int PANELS = (STEPS + 3) / 4, LEFT_PANELS = (LEFT_STEPS + 3) / 4;
 constexpr int OUT_BYTES = BITS == 0 ? 2 * N2 : PAIRS ? N2 / 2 : N2;  // of a row
 // Rows begin in different banks.
@@ -29,8 +30,11 @@ constexpr int STAGE_BYTES = TENSORS * WIDTH * 2;
 constexpr int LEFT_AT = PANELS * PANEL_BYTES;
 constexpr int RAW_AT = LEFT_AT + LEFT_PANELS * PANEL_BYTES;
 constexpr int GAIN_AT = RAW_AT + STAGES * STAGE_BYTES;
-constexpr int OUT_AT = GAIN_AT + (FRONT == 1 ? WIDTH * 2 : 0);
-constexpr int WARPS_AT = OUT_AT + N1 * STAGED_STRIDE;  // and behind it three numbers of each warp
+constexpr int BEHIND_GAIN = GAIN_AT + (FRONT == 1 ? WIDTH * 2 : 0);
+constexpr int OUT_AT = OVER ? 0 : BEHIND_GAIN;
+// And behind it three numbers of each warp.
+constexpr int WARPS_AT = BEHIND_GAIN + (OVER ? 0 : N1 * STAGED_STRIDE);
+static_assert(!OVER || (N1 % 8 == 0 && N2 % 64 == 0 && N1 * STAGED_STRIDE <= LEFT_AT), "OVER");
 // 1.5 * 2^23: a number of fp32 as large as this has no bits behind the point, so that a sum with
 // it is rounded to the nearest integer, ties to even; its low bits are the integer.
 constexpr float TO_INTEGER = 12582912.0f;
@@ -39,7 +43,8 @@ constexpr float LARGEST = 3.4028234663852886e38f;
 typedef unsigned int word;
 typedef unsigned short half_bits;
 
-extern __shared__ __align__(16) unsigned char shared[];
+// As swizzles ask for.
+extern __shared__ __align__(1024) unsigned char shared[];
 
 // machine instructions ---------------------------------------------------------------------------
 
@@ -143,8 +148,7 @@ __device__ __forceinline__ int place_of(int row, int piece) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 hopper_transform(const __grid_constant__ Operands given) {
-  unsigned char* const memory =
-      shared + (ALIGNMENT - shared_address(shared) % ALIGNMENT) % ALIGNMENT;
+  unsigned char* const memory = shared;
   const unsigned base = shared_address(memory);
   float* const highs = reinterpret_cast<float*>(memory + WARPS_AT);  // of each warp
   float* const lows = highs + WARPS;
@@ -352,5 +356,7 @@ hopper_transform(const __grid_constant__ Operands given) {
       if (PIECE == 8) *reinterpret_cast<uint2*>(own) = make_uint2(values[0], values[1]);
       if (PIECE == 4) *reinterpret_cast<word*>(own) = values[0];
     }
+    // The next token goes where these were.
+    if (OVER) __syncthreads();
   }
 }

@@ -244,6 +244,40 @@ def test_transforms_of_many_tokens(
     assert bool((off[good] <= 0.5 + 1e-5 * top).all())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n1", "n2", "before", "over"),
+    [
+        (64, 64, "norm", True),
+        pytest.param(24, 24, "silu", False, marks=pytest.mark.exhaustive),
+        pytest.param(112, 128, "silu", True, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_block_goes_from_token_to_token(
+    n1: int, n2: int, before: str, over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kronecker._planned.cache_clear()
+    monkeypatch.setattr(kronecker, "cores_of", lambda device: 1)
+    gate = before == "silu"
+    cut = best_cut(Cut(n1, n2, kronecker.GATE if gate else kronecker.NORM, bits=8))
+    assert cut is not None and cut.over == over
+    tokens = 2 * cut.blocks + 1
+    x, y = (random(tokens, n1 * n2, seed=seed) for seed in (0, 5))
+    factors = rotation(n1, 1), rotation(n2, 2)
+
+    def of(rows: slice) -> tuple[Tensor, Tensor]:
+        found = launch_many(
+            x[rows], *factors, before=before, y=y[rows] if gate else None, eps=1e-5, bits=8
+        )
+        assert found is not None and found[1] is not None
+        return found[0], found[1]
+
+    alone = [of(slice(token, token + 1)) for token in range(tokens)]
+    for together, parts in zip(of(slice(None)), zip(*alone, strict=True), strict=True):
+        assert torch.equal(together, torch.cat(parts))
+    kronecker._planned.cache_clear()
+
+
 def test_what_the_kernel_for_many_tokens_does_not_take() -> None:
     left, right = rotation(16, 1), rotation(24, 2)
     x = random(2, 16 * 24)
@@ -287,6 +321,7 @@ def test_kernels_compile_without_spilling() -> None:
     for warps, act, norm in ((4, ACTIVATIONS[0], True), (16, "", False)):
         form = Form(True, False, False, norm, norm, act, warps, 2, 2, 1, 128)
         assert "0 bytes spill stores" in log_of(FILES, form.constants)
+    # Of 112 features a second block of a core is worth some spills.
     for cut in (Cut(64, 64, kronecker.NORM, bits=4), Cut(86, 128, kronecker.GATE, bits=4)):
         best = best_cut(cut)
         assert best is not None
