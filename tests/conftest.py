@@ -11,6 +11,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Read when a GPU is first used: no stream stands behind what waits in another (side_by_side.py).
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
 import sys
 from pathlib import Path
 from types import ModuleType

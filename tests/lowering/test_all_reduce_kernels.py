@@ -7,7 +7,7 @@ and is run again, with the epoch of the call, once all the others have sent what
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from compiling import compile_alone
+from side_by_side import PROGRAMS, SideBySide
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
@@ -30,6 +31,7 @@ from graphopt.runtime.peer_linear import (  # noqa: E402
 from graphopt.runtime.peer_memory import Peers, on_one_device  # noqa: E402
 from graphopt.runtime.peer_reduce import OneShot, TwoShot, Waiting  # noqa: E402
 from graphopt.runtime.reduction_plan import LinearTiles  # noqa: E402
+from graphopt.support.recorded import record  # noqa: E402
 
 # The interpreter cuts bf16 off where a GPU rounds.
 DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
@@ -46,33 +48,39 @@ class Ranks:
     """Some ranks on one device, each with its own of what `make` makes."""
 
     def __init__(self, count: int, make: Callable[[Peers, Waiting], Any]) -> None:
-        # A third of a second on a GPU: a wait that ends in nothing is a failure.
-        self.waiting = Waiting(DEVICE, 300_000 if ON_GPU else 1, trap=False)
+        self._side_by_side = SideBySide(count) if ON_GPU else None
+        self.waiting = (
+            Waiting(DEVICE, 1, trap=False)
+            if self._side_by_side is None
+            else self._side_by_side.waiting
+        )
         self.own = [make(peers, self.waiting) for peers in on_one_device(count, DEVICE)]
-        self._streams = [torch.cuda.Stream() for _ in self.own] if ON_GPU else []
+        self._warm: set[object] = set()
 
-    def run(self, *calls: Callable[[Any], Any]) -> list[Any]:
-        """Return what each rank gives, in the call that is its own."""
-        if not ON_GPU:
-            return self._in_turn(calls)
-        results = []
-        for own, call, stream in zip(self.own, calls, self._streams, strict=True):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                results.append(call(own))
-        torch.cuda.synchronize()
-        assert not self.waiting.late.item(), "a rank gave up waiting"
-        return results
+    def run(self, *calls: Callable[[Any], Any], shape: object = None) -> list[Any]:
+        """Return what each rank gives, in the call that is its own.
 
-    def warm_up(self, *calls: Callable[[Any], Any]) -> None:
-        """Make calls whose results are not looked at.
-
-        A kernel that is used for the first time may be loaded only once all that runs has ended,
-        also what waits for another rank.
+        Args:
+            shape: Of the operands, where calls differ in it. On a GPU its first calls are made once
+                before, by one rank after the other.
         """
-        with contextlib.suppress(AssertionError):
-            self.run(*calls)
-        self.waiting.late.zero_()
+        if self._side_by_side is None:
+            return self._in_turn(calls)
+        bound = self._bound(calls)
+        if shape not in self._warm:
+            self._warm.add(shape)
+            self._side_by_side.warm_up(bound)
+        return self._side_by_side.run(bound)
+
+    def record(self, *calls: Callable[[Any], Any]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+        """Return calls of all ranks as one CUDA graph, and what holds their results."""
+        assert self._side_by_side is not None
+        bound, side_by_side = self._bound(calls), self._side_by_side
+        side_by_side.warm_up(bound)
+        return record(lambda: side_by_side.launch(bound), runs=0)
+
+    def _bound(self, calls: Sequence[Callable[[Any], Any]]) -> list[Callable[[], Any]]:
+        return [functools.partial(call, own) for call, own in zip(calls, self.own, strict=True)]
 
     def _in_turn(self, calls: Sequence[Callable[[Any], Any]]) -> list[Any]:
         before = [[epochs.clone() for epochs in _epochs(own)] for own in self.own]
@@ -129,13 +137,17 @@ def test_two_shot(ranks: int, rows: int, dtype: torch.dtype) -> None:
     group = Ranks(ranks, lambda peers, waiting: TwoShot(peers, room, columns, dtype, 3, waiting))
     for call in range(CALLS):
         xs = [random(rows, columns, dtype=dtype, seed=10 * call + rank) for rank in range(ranks)]
-        for own, x in zip(group.own, xs, strict=True):
+
+        def written(own: TwoShot, x: Tensor) -> TwoShot:
             own.operand(rows).copy_(x)
+            return own
+
         # In place: whoever reads what was summed already would sum it again.
         if ON_GPU:
-            results = group.run(*[lambda own: own(rows)] * ranks)
+            results = group.run(*(lambda own, x=x: written(own, x)(rows) for x in xs))
         else:
-            results = [own(rows) for own in group.own]
+            made = [written(own, x) for own, x in zip(group.own, xs, strict=True)]
+            results = [own(rows) for own in made]
         exact = sum(x.double().cpu() for x in xs)
         size = sum(x.double().cpu().abs() for x in xs)
         for result in results:
@@ -199,8 +211,8 @@ def test_a_workspace_serves_shapes_of_fewer_rows(dtype: torch.dtype) -> None:
     )
     for call, rows in enumerate((64, 10, 33, 64)):
         operands, exact, size = linears(2, rows, 40, 32, False, dtype, 100 * call)
-        results = group.run(*(lambda own, each=each: own(*each) for each in operands))
-        for result in results:
+        calls = (lambda own, each=each: own(*each) for each in operands)
+        for result in group.run(*calls, shape=rows):
             close(result, exact, 1, size)
 
 
@@ -231,12 +243,10 @@ def test_chunks() -> None:
         lambda peers, waiting: ChunkedLinear(peers, 2048, columns, torch.bfloat16, waiting),
     )
     cuts = [(256, 128, 128), (512,), (384, 128), (256, 256)]
-    for call, chunks in enumerate(cuts):
+    for call, chunks in enumerate(2 * cuts):
         operands, exact, size = linears(2, rows, columns, depth, False, torch.bfloat16, 100 * call)
         calls = [lambda own, each=each, cut=chunks: own(each[0], each[1], cut) for each in operands]
-        group.warm_up(*calls)
-        results = group.run(*calls)
-        for result in results:
+        for result in group.run(*calls, shape=chunks):
             close(result, exact, 1, size + exact.abs().mean())
 
 
@@ -245,21 +255,10 @@ def test_recorded_runs_are_those_that_are_launched() -> None:
     rows, columns, depth = 256, 512, 256
     group = Ranks(
         2,
-        lambda peers, waiting: SummedLinear(peers, 256, columns, torch.bfloat16, 8, waiting),
+        lambda peers, waiting: SummedLinear(peers, 256, columns, torch.bfloat16, PROGRAMS, waiting),
     )
     operands, exact, size = linears(2, rows, columns, depth, False, torch.bfloat16, 0)
-    calls = [lambda own, each=each: own(*each) for each in operands]
-    group.warm_up(*calls)
-    graph = torch.cuda.CUDAGraph()
-    streams = [torch.cuda.Stream() for _ in calls]
-    with torch.cuda.graph(graph):
-        results = []
-        for own, call, stream in zip(group.own, calls, streams, strict=True):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                results.append(call(own))
-        for stream in streams:
-            torch.cuda.current_stream().wait_stream(stream)
+    graph, results = group.record(*(lambda own, each=each: own(*each) for each in operands))
     for _ in range(CALLS):
         for result in results:
             result.zero_()
@@ -286,6 +285,40 @@ def test_a_rank_without_the_others_says_so() -> None:
     assert not group.waiting.late.item()
     group.own[0](random(8, dtype=torch.float16, seed=0))
     assert group.waiting.late.item()
+
+
+@pytest.mark.skipif(ON_GPU, reason="a rank without another waits for seconds on a GPU")
+@pytest.mark.parametrize("how", ["one-shot", "two-shot", "persistent"])
+def test_a_call_in_which_ranks_gave_up_changes_nothing_of_the_next(how: str) -> None:
+    """So that each rank may be run alone before they are run side by side."""
+    half = torch.float16
+    make = {
+        "one-shot": lambda peers, waiting: OneShot(peers, 8, waiting),
+        "two-shot": lambda peers, waiting: TwoShot(peers, 1, 8, half, 1, waiting),
+        "persistent": lambda peers, waiting: PersistentLinear(
+            peers, 16, 32, half, TILES, 1, waiting, bulk=False
+        ),
+    }[how]
+    group = Ranks(2, make)
+    for given_up in (True, False):
+        if how == "persistent":
+            operands, exact, size = linears(2, 16, 32, 16, False, half, 100 * given_up)
+            calls = [lambda own, each=each: own(*each) for each in operands]
+        else:
+            xs = [random(8, dtype=half, seed=10 * given_up + rank) for rank in range(2)]
+            exact, size = (sum(x.double() for x in made) for made in (xs, map(torch.abs, xs)))
+            calls = [lambda own, x=x: own(x) for x in xs]
+        if how == "two-shot":
+            for own, x in zip(group.own, xs, strict=True):
+                own.operand(1).copy_(x)
+            results = [own(1).view(-1) for own in group.own]
+        elif given_up:
+            results = [call(own) for call, own in zip(calls, group.own, strict=True)]
+        else:
+            results = group.run(*calls)
+    assert group.waiting.late.item()
+    for result in results:
+        close(result, exact, 1, size)
 
 
 COMPILE = """
