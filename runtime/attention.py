@@ -356,14 +356,16 @@ def decode(
     extras: Extras = Extras(),
     splits: int | None = None,
     out: Tensor | None = None,
+    rounds: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Run `attention_decode` and `attention_merge`.
+    """Run `attention_decode` and `attention_merge`; of one span the first alone, where it can be.
 
     Args:
         kernel, merge: The kernels of kernels/decode.py, whole or as they were emitted.
         q: [B, H, S, D], few tokens.
         constants: The kernel's constants, `num_warps`, `num_stages`, `SPLITS` and `SPAN`.
         splits: Spans the keys are split into; by default `splits_of` the cache's capacity.
+        rounds: Whether `kernel` writes its results in the dtype of where they go, as Triton's do.
 
     Returns:
         The output [B, H, S, Dv]; where the constants ask for them the log-sum-exp [B, H, S] and
@@ -381,7 +383,13 @@ def decode(
     group = int(constants["GROUP"])
     lead = (batch, heads, queries)
     written = _written((*lead, width), q, out)
-    part = torch.empty((*lead, splits, width), dtype=torch.float32, device=q.device)
+    # A merge of one span's results would round them, and change nothing else. They lie as
+    # [B, H, S, 1, Dv]: as the output does, of one token.
+    merges = splits > 1 or bool(constants["SINKS"]) or bool(constants["LSE"])
+    alone = rounds and not merges and queries == 1 and written.transpose(1, 2).is_contiguous()
+    part = written
+    if not alone:
+        part = torch.empty((*lead, splits, width), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((*lead, splits), dtype=torch.float32, device=q.device)
     lse = torch.empty(lead, dtype=torch.float32, device=q.device) if constants["LSE"] else None
     page_max = _page_maxima(q, keys, constants)
@@ -410,6 +418,8 @@ def decode(
         launch(kernel, grid, {**arguments, **constants, **early})
 
     first_that_fits(constants, q.device, start)
+    if alone:
+        return _returned(written, out), None, page_max
     columns = min(64, 1 << (width - 1).bit_length())
     merging = {
         **constants,

@@ -23,7 +23,7 @@ def load(phase: str, constants: Constants, code: bytes | None) -> Callable[..., 
     if phase == "decode":
         from graphopt.runtime.kernels.decode import attention_decode, attention_merge
 
-        return partial(decode, attention_decode, attention_merge, constants=constants)
+        return partial(decode, attention_decode, attention_merge, constants=constants, rounds=True)
     from graphopt.runtime.kernels.prefill import attention_prefill
 
     return partial(prefill, attention_prefill, constants=constants)

@@ -266,6 +266,37 @@ def test_an_output_that_begins_anywhere_is_written():
         close(out, lse, case)
 
 
+@pytest.mark.parametrize("form", ["kv_lens", "sinks"])
+def test_of_one_span_nothing_is_merged_but_sinks(form):
+    case = random_case((2, 6, 2, 1, 40, 40, 32), FORMS[form])
+    q, keys, extras = operands(case)
+    constants = planned(case, "decode", LSE=False)
+
+    class Refused:
+        arg_names = ()
+
+        def __getitem__(self, grid):
+            raise AssertionError("a merge of one span")
+
+    merge = attention_merge if form == "sinks" else Refused()
+    options = {"scale": case.scale, "extras": extras}
+    whole = decode(attention_decode, attention_merge, q, keys, constants, splits=1, **options)[0]
+    out = torch.zeros(2, 1, 6, 32, dtype=q.dtype, device=DEVICE).transpose(1, 2)
+    for given in (None, out):
+        found, lse, _ = decode(
+            attention_decode, merge, q, keys, constants, splits=1, rounds=True, out=given, **options
+        )
+        assert lse is None and torch.equal(found, whole)
+    assert torch.equal(out, whole)
+    # The heads of a token lie apart: its parts are put together elsewhere.
+    apart = torch.zeros(2, 6, 1, 48, dtype=q.dtype, device=DEVICE)[..., :32]
+    decode(
+        attention_decode, attention_merge, q, keys, constants, splits=1, rounds=True, out=apart,
+        **options,
+    )  # fmt: skip
+    assert torch.equal(apart, whole)
+
+
 def test_rows_are_aligned_by_the_axes_that_are_followed():
     x = torch.zeros(4, 3, 8, 40, dtype=torch.float16)
     assert rows_aligned(x) and rows_aligned(x.transpose(1, 2)) and rows_aligned(x[:, :1])
