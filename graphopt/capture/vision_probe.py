@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphopt.capture.layer_calls import repeated_layers
@@ -209,7 +208,7 @@ def sees_both_ways(module: PreTrainedModel, decoder: nn.Module, program: Program
     plain, sighted = seen(torch.zeros_like(kinds)), seen(kinds)
     if all(_same(a, b) for a, b in zip(plain, sighted, strict=True)):
         return False
-    numbers = picture_numbers(kinds[0].bool())[None]
+    numbers = functional.picture_numbers(kinds[0].bool())[None]
     for window, made in zip(windows, sighted, strict=True):
         wanted = functional.picture_mask(numbers, kinds, window) == 0
         if (
@@ -223,12 +222,6 @@ def sees_both_ways(module: PreTrainedModel, decoder: nn.Module, program: Program
                 REMEDY,
             )
     return True
-
-
-def picture_numbers(own: Tensor) -> Tensor:
-    """Return which run of True each place bool [S] belongs to, and -1 elsewhere."""
-    starts = own & ~F.pad(own[:-1], (1, 0))
-    return torch.where(own, starts.long().cumsum(0) - 1, -1)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

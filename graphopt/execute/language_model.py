@@ -18,6 +18,7 @@ from graphopt.execute.interpreter import complete_inputs
 from graphopt.execute.likelihoods import ProgramLikelihoods, token_log_likelihoods
 from graphopt.ir.context import context_length, rotary_parameters, stated_length
 from graphopt.ir.graph import Program
+from graphopt.ir.sighted import EMBEDS
 from graphopt.sources.generation import GenerationSettings
 from graphopt.sources.windows import tokenizer_at
 
@@ -219,6 +220,9 @@ class ProgramModel(LanguageModel):
 
     def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        if EMBEDS in self.runner.program.inputs and isinstance(cache, _Replay):
+            # Of embeddings all are given in every step; see `SightedModel`.
+            return self.runner.run(inputs)[0][0].float().cpu(), cache
         if not isinstance(cache, _Replay):
             outputs, cache = self.runner.run(inputs, cache)
             return outputs[0].float().cpu(), cache

@@ -388,6 +388,12 @@ def axial_rope_table(
     return angles.cos() * scale, angles.sin() * scale
 
 
+def picture_numbers(own: Tensor) -> Tensor:
+    """Return which run of True each place of bool [..., S] belongs to, from 0 on; -1 elsewhere."""
+    starts = own & ~F.pad(own[..., :-1], (1, 0))
+    return torch.where(own, starts.long().cumsum(-1) - 1, -1)
+
+
 def picture_mask(pictures: Tensor, tokens: Tensor, window: int | None = None) -> Tensor:
     """An attention's bias [B, 1, S, T] by which the tokens of a picture see each other both ways.
 
@@ -678,6 +684,38 @@ def cached_attention(
         mask = mask[:, -k.shape[2] :]
     out = attention(q, k, v, mask, bias, slopes, sinks, **options)
     return out, ((k, v) if ring is None else (k[:, :, -ring:], v[:, :, -ring:]))
+
+
+def picture_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    pictures: Tensor | None,
+    window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`cached_attention` in which the tokens of one picture see each other both ways.
+
+    Args:
+        pictures: int [B, P + S], as for `picture_mask`; None where there is no picture.
+        window: As for `attention`, also among the tokens of a picture.
+    """
+    if pictures is None:
+        return cached_attention(
+            q, k, v, past, mask, bias, slopes, sinks, window=window, **options
+        )  # fmt: skip
+    held = 0 if past is None else past[0].shape[2]
+    # Of a ring the newest keys are at hand.
+    both_ways = picture_mask(pictures[:, -held - k.shape[2] :], q[:, 0, :, 0], window)
+    bias = both_ways if bias is None else bias + both_ways
+    options["causal"] = False
+    return cached_attention(q, k, v, past, mask, bias, slopes, sinks, **options)
 
 
 def attention_statistics(

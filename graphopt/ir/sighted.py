@@ -1,4 +1,8 @@
-"""From the decoder on text alone to the one that takes pictures: embeddings in place of ids."""
+"""From the decoder on text alone to the one that takes pictures: embeddings in place of ids.
+
+`with_rows_apart` is still the decoder on text, in which the rows that ids are looked up as are a
+value of their own; `rows_alone` is what makes them, and `sighted` is the rest.
+"""
 
 from __future__ import annotations
 
@@ -43,21 +47,74 @@ def sighted(program: Program) -> Program:
         UsageError: The model takes no pictures, or a pass has left something in the decoder that
             has no form with them.
     """
-    vision = program.vision
-    if vision is None:
-        raise UsageError(
-            f"{program.name} is a model of text alone and takes no pictures.",
-            "Give a vision-language model, as a checkpoint folder with vision_config.",
-        )
-    made = program.copy()
-    _take_embeddings(made, vision)
+    vision = _vision(program)
+    made = with_rows_apart(program)
+    # What made the rows goes, and they are given.
+    made.calls = [call for call in made.calls if call.results != [EMBEDS]]
+    made.inputs[EMBEDS] = Type((B, S, rows_width(program)), torch.float32)
     if vision.sections is not None:
-        take_axes(made, vision.sections)
+        made.inputs["position_ids"] = Type((AXES, B, S), torch.int64)
     if vision.both_ways:
         _see_both_ways(made)
     made.prune_unused()
     verify(made)
     return made
+
+
+def with_rows_apart(program: Program) -> Program:
+    """Return the program on token ids whose first call makes `inputs_embeds` of them, and no more.
+
+    It computes what `program` does, and everything behind the first call takes embeddings of
+    pictures in the place of rows. Rotary tables take positions of three axes where the model has
+    them, and [B, S] as well.
+
+    Raises:
+        UsageError: As `sighted`.
+    """
+    vision = _vision(program)
+    made = program.copy()
+    _part_rows(made, vision)
+    if vision.sections is not None:
+        take_axes(made, vision.sections)
+        made.inputs["position_ids"] = program.inputs["position_ids"]
+    made.prune_unused()
+    verify(made)
+    return made
+
+
+def rows_alone(program: Program) -> Program:
+    """Return the program that makes `inputs_embeds` [B, S, D] of `input_ids` [B, S], and no more.
+
+    Raises:
+        UsageError: As `sighted`.
+    """
+    made = with_rows_apart(program)
+    made.calls, made.outputs = made.calls[:1], [EMBEDS]
+    made.inputs = {"input_ids": made.inputs["input_ids"]}
+    made.states = {}
+    made.prune_unused()
+    verify(made)
+    return made
+
+
+def rows_width(program: Program) -> int:
+    """Return D, the features of an embedding.
+
+    Raises:
+        UsageError: As `sighted`.
+    """
+    call, _, node = _lookup(program)
+    kinds, _ = infer_program(program)
+    return int(kinds[program.calls.index(call)][node.output].shape[-1])
+
+
+def _vision(program: Program) -> Vision:
+    if program.vision is None:
+        raise UsageError(
+            f"{program.name} is a model of text alone and takes no pictures.",
+            "Give a vision-language model, as a checkpoint folder with vision_config.",
+        )
+    return program.vision
 
 
 def _refused(program: Program, what: str) -> UsageError:
@@ -77,26 +134,35 @@ def _readers(program: Program, name: str) -> Iterator[tuple[Call, Function, Node
                 yield call, function, node
 
 
-def _take_embeddings(program: Program, vision: Vision) -> None:
-    """Put an input in the place of the table's rows."""
-    kinds, _ = infer_program(program)
+def _lookup(program: Program) -> tuple[Call, Function, Node]:
+    """Return what looks token ids up, with the call that does."""
     readers = list(_readers(program, "input_ids"))
     if [node.op for _, _, node in readers] != ["embedding"]:
         ops = ", ".join(node.op for _, _, node in readers) or "nothing"
         raise _refused(program, f"its token ids are read by {ops}, not by one embedding")
-    ((call, function, node),) = readers
+    return readers[0]
+
+
+def _part_rows(program: Program, vision: Vision) -> None:
+    """Move the look-up of token ids, and the factor behind it, to a first call of their own."""
+    call, function, node = _lookup(program)
+    rows = Function(unique_name("token_rows", set(program.functions)))
+    ids, table = Value("input_ids"), node.inputs[1]
+    slot = next(slot for slot, value in function.weights.items() if value is table)
+    rows.params, rows.weights = [ids], {slot: Value(table.name)}
+    attrs = resolve_attrs(node, call)
+    made = rows.add("embedding", [ids, rows.weights[slot]], attrs, [EMBEDS])
     cut = node.output
-    if vision.embedding_scale != 1.0:
-        scales = [
-            other
-            for other in function.nodes
-            if other.op == "scale"
-            and other.inputs[0] is cut
-            and math.isclose(other.attrs["factor"], vision.embedding_scale, rel_tol=1e-5)
-        ]
-        # Where a pass has put the factor into the table, the rows are as wide as a picture's.
-        cut = scales[0].output if scales else cut
-    kind = kinds[program.calls.index(call)][cut]
+    # Where a pass has put the factor into the table, the rows are as wide as a picture's.
+    for other in function.nodes if vision.embedding_scale != 1.0 else ():
+        if other.op == "scale" and other.inputs[0] is node.output:
+            factor = resolve_attrs(other, call)["factor"]
+            if math.isclose(factor, vision.embedding_scale, rel_tol=1e-5):
+                made.outputs[0].name = "rows"
+                made = rows.add("scale", [made.output], {"factor": factor}, [EMBEDS])
+                cut = other.output
+                break
+    rows.results = [made.output]
     given = Value(EMBEDS)
     function.params.append(given)
     call.args.append(EMBEDS)
@@ -106,7 +172,9 @@ def _take_embeddings(program: Program, vision: Vision) -> None:
         if name == "input_ids" and not any(value in other.inputs for other in function.nodes):
             place = function.params.index(value)
             del function.params[place], call.args[place]
-    program.inputs[EMBEDS] = Type((B, S, kind.shape[-1]), torch.float32)
+    first = Call(rows.name, ["input_ids"], [EMBEDS], {slot: call.weights[slot]})
+    program.functions[rows.name] = rows
+    program.calls.insert(0, first)
 
 
 def take_axes(program: Program, sections: Sections) -> None:
@@ -120,7 +188,6 @@ def take_axes(program: Program, sections: Sections) -> None:
         if node.op != "rope_table":
             raise _refused(program, f"{node.op} reads positions, which have three axes")
         node.op, node.attrs = "axial_rope_table", node.attrs | names
-    program.inputs["position_ids"] = Type((AXES, B, S), torch.int64)
 
 
 def _see_both_ways(program: Program) -> None:

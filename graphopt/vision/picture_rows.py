@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pydantic
 
-from graphopt.errors import SourceError, UsageError, first_line
+from graphopt.errors import SourceError
 from graphopt.files.confined import inside
 from graphopt.support.inputs import OpenSchema, parse, parse_json, read_utf8
 
@@ -16,8 +16,6 @@ REMEDY = (
     'Each line is {"image": FILE, "prompt": TEXT, "answer": TEXT}, with files beside it, or a list '
     "of files for several pictures."
 )
-MAX_PIXELS = 64 * 2**20
-"""The largest picture that is opened; towers scale them to a megapixel or so."""
 
 
 @dataclass(frozen=True)
@@ -71,34 +69,3 @@ def read_picture_rows(path: Path, folder: Path | None = None) -> list[PictureRow
     if not rows:
         raise SourceError(f"{path} is empty.", REMEDY)
     return rows
-
-
-def open_picture(path: Path) -> Any:
-    """Return a picture in RGB, as Pillow has it.
-
-    Raises:
-        UsageError: Pillow is not installed.
-        SourceError: The file is no picture, damaged, or too large.
-    """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise UsageError(
-            "Reading pictures needs Pillow, which is not installed.",
-            "Install graphopt with the extra `vision`, or `pip install pillow`.",
-        ) from error
-    remedy = "Give a PNG or JPEG file."
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            if width * height > MAX_PIXELS:
-                raise SourceError(
-                    f"{path} has {width} x {height} pixels, more than the {MAX_PIXELS} that are "
-                    "read.",
-                    "Scale it down.",
-                )
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SourceError(
-            f"{path} cannot be read as a picture: {first_line(error)}.", remedy
-        ) from error

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphopt.execute.language_model import CPU, ProgramModel
+from graphopt.execute.language_model import CPU, LanguageModel, ProgramModel
 from graphopt.ir.graph import Program
 from graphopt.ir.sighted import EMBEDS, PICTURES, sighted
 from graphopt.vision.tower import VisionTower
@@ -24,17 +24,34 @@ class _Seen:
     inputs: dict[str, Tensor]
 
 
-class SightedModel(ProgramModel):
-    """A program with pictures, run by the ops' torch implementations in fp32.
+class SightedModel(LanguageModel):
+    """A program with pictures, in any form that takes embeddings.
 
     Texts that begin with the prompt that `look_at` was given have its pictures; all others are
     text alone.
+
+    Args:
+        program: On text alone, as it was captured or opened.
+        form: What runs it: its `step` takes what `VisionTower.inputs` gives, of new tokens, or of
+            all where the program has no KV cache. By default the ops' torch implementations.
+        device: Where the tower runs, and the program where there is no other form.
     """
 
-    def __init__(self, program: Program, *, device: torch.device = CPU) -> None:
-        super().__init__(sighted(program), device=device)
+    def __init__(
+        self, program: Program, form: LanguageModel | None = None, *, device: torch.device = CPU
+    ) -> None:
+        self.form = ProgramModel(sighted(program), device=device) if form is None else form
         self.tower = VisionTower(program, device=device)
+        self.name, self.config, self.generation = program.name, program.config, program.generation
+        self.tokenizer, self.length = self.form.tokenizer, self.form.length
+        self.device, self.placement = device, self.form.placement
+        self.kv_policies = self.form.kv_policies
+        self._cached = bool(program.states)
         self._prompt: dict[str, Tensor] | None = None
+
+    @property
+    def backend(self) -> str:  # type: ignore[override]
+        return self.form.backend
 
     def look_at(self, inputs: Mapping[str, Tensor]) -> list[int]:
         """Take a prompt, as a processor makes it, of one text; return its token ids.
@@ -51,21 +68,20 @@ class SightedModel(ProgramModel):
         super().check_ids(i for i in ids if i != self.tower.vision.image_token)
 
     def start(self, batch: int) -> Any:
-        return _Seen(super().start(batch), {})
+        return _Seen(self.form.start(batch), {})
 
     def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
         assert isinstance(cache, _Seen)
         new = self._new(inputs["input_ids"].to(self.device), cache.inputs)
         whole = _joined(cache.inputs, new)
-        if not self.runner.program.states:
-            outputs, _ = self.runner.run(whole)
-            logits = outputs[0][:, -new["input_ids"].shape[1] :]
-            return logits.float().cpu(), _Seen(cache.cache, whole)
+        if not self._cached:
+            logits, _ = self.form.step(whole, self.form.start(len(new["input_ids"])))
+            return logits[:, -new["input_ids"].shape[1] :], _Seen(cache.cache, whole)
         asked = new | {name: whole[name] for name in _OF_ALL if name in whole}
-        outputs, past = self.runner.run(asked, cache.cache)
+        logits, past = self.form.step(asked, cache.cache)
         # Embeddings that the cache has the keys of are not needed again.
         kept = {name: value for name, value in whole.items() if name != EMBEDS}
-        return outputs[0].float().cpu(), _Seen(past, kept)
+        return logits, _Seen(past, kept)
 
     def _new(self, ids: Tensor, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs of new tokens: the prompt's own where they begin with it, or text."""
@@ -110,7 +126,7 @@ def answer_log_likelihoods(model: SightedModel, inputs: Mapping[str, Tensor], co
     """Return the log-probability of each of the last `count` tokens of one text, fp32 [count]."""
     given = model.tower.inputs(**{name: value.to(model.device) for name, value in inputs.items()})
     with torch.no_grad():
-        (logits, *_), _ = model.runner.run(given)
+        logits, _ = model.form.step(given, model.form.start(1))
     rows = F.log_softmax(logits[0, -count - 1 : -1].float(), -1)
-    wanted = given["input_ids"][0, -count:]
+    wanted = given["input_ids"][0, -count:].cpu()
     return rows.gather(-1, wanted[:, None])[:, 0].cpu()

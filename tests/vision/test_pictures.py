@@ -14,7 +14,8 @@ from vision_models import save_with_processor
 import graphopt as go
 from graphopt.cli.commands import app
 from graphopt.errors import SourceError, UsageError
-from graphopt.vision.picture_rows import open_picture, read_picture_rows
+from graphopt.runtime.picture_prompts import open_picture
+from graphopt.vision.picture_rows import read_picture_rows
 from graphopt.vision.processor import Processor
 from graphopt.vision.sighted_model import SightedModel, answer_log_likelihoods
 
