@@ -146,13 +146,11 @@ class Emitter(ABC):
         name: What `--emit` calls the form.
         shares: It can read weights where another form has stored them, so it is written last.
         for_ranks: It writes programs whose weights are split over several devices.
-        sees: It holds what a model that sees has beside its decoder, and takes pictures.
     """
 
     name: ClassVar[str]
     shares: ClassVar[bool] = False
     for_ranks: ClassVar[bool] = False
-    sees: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, program: Program, target: str) -> None:
@@ -161,6 +159,10 @@ class Emitter(ABC):
         Raises:
             LoweringError: With the reason and the remedy.
         """
+
+    def without_pictures(self, program: Program) -> str | None:
+        """Return why the form of a model that sees takes no pictures; None where it takes them."""
+        return "it takes token ids: pictures need the checkpoint (hf) or the package (torch)"
 
     def passes(self, target: str) -> list[Pass]:
         """Return the exact passes that emission for a target runs first, in their order.

@@ -245,10 +245,8 @@ class Emission:
                 SkipEntry(where, reason) for where, reason in emitted.notes + emitted.fallbacks
             ]
             sizes.append(written_size(emitter, emitted, program, self.target))
-            if program.vision is not None and not emitter.sees:
-                notes.append(
-                    SkipEntry(emitter.name, "it takes token ids: pictures need the checkpoint (hf)")
-                )
+            blind = None if program.vision is None else emitter.without_pictures(program)
+            notes += [] if blind is None else [SkipEntry(emitter.name, blind)]
         told = about_decoded_codes(program, sizes) if self.dtype is None else None
         notes += [SkipEntry("weights", told)] if told is not None else []
         rest = size_of_rest(program, storage)

@@ -28,6 +28,7 @@ class Decoder:
         positions: How many positions the model has; None for any number.
         records: Whether a step is the same kernels each time, so that a graph can hold it.
         last_alone: Whether the model can be asked for the logits of one token of each text alone.
+        sees: Whether the model takes embeddings of pictures in the place of ids.
         logits: [batch, vocab], those of the next token of every text.
 
     Raises:
@@ -37,6 +38,7 @@ class Decoder:
     positions: ClassVar[int | None] = None
     records: ClassVar[bool] = True
     last_alone: ClassVar[bool] = False
+    sees: ClassVar[bool] = False
 
     def __init__(self, model: Any, capacity: int, batch: int = 1, arena: Any = None) -> None:
         if batch < 1 or capacity < 2:
@@ -55,6 +57,9 @@ class Decoder:
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.new_lens = torch.ones_like(self.seq_lens)  # real tokens of a step
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        # Behind pictures, positions may be others than the number of tokens before.
+        self.shift = torch.zeros_like(self.token)
+        self.seen: dict[str, Tensor] = {}
         self.logits: Tensor | None = None
         # A paged cache unpacks to keys and values as well.
         empty = [(k, v) for k, v in model.empty_cache()]
@@ -85,6 +90,54 @@ class Decoder:
             ValueError: A prompt is empty or leaves no room, or there are not `batch` of them.
         """
         texts = self._texts(ids)
+        self.shift.zero_()
+        return self._start(texts)
+
+    @torch.no_grad()
+    def look(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        pictures: Tensor | None = None,
+    ) -> int | list[int]:
+        """Read prompts of embeddings and return the first token of each answer.
+
+        Args:
+            inputs_embeds: [batch, S, D].
+            attention_mask: int64 [batch, S], 0 at padding, which stands in front.
+            position_ids: int64 [batch, S] or [3, batch, S]; by default tokens are counted.
+            pictures: int64 [batch, S], the picture that a token belongs to, negative for none.
+
+        Raises:
+            ValueError: As for `start`; or the model takes token ids alone.
+        """
+        if not self.sees:
+            raise ValueError("this model takes token ids alone")
+        device, (batch, longest) = self.token.device, attention_mask.shape
+        place = torch.arange(longest, device=device)
+        lengths = attention_mask.sum(-1, keepdim=True)
+        # Padding moves behind the texts, where no token sees it.
+        row, moved = torch.arange(batch, device=device)[:, None], (place - lengths) % longest
+        real = place < lengths
+        self.seen = {
+            "inputs_embeds": inputs_embeds[row, moved],
+            "position_ids": (
+                place * real if position_ids is None else position_ids[..., row, moved]
+            ),
+        }
+        if pictures is not None:
+            self.seen["pictures"] = torch.where(real, pictures[row, moved], -1)
+        newest = self.seen["position_ids"].masked_fill(~real, -1).amax(-1)
+        newest = newest.amax(0) if newest.dim() == 2 else newest
+        texts = self._texts([[0] * int(count) for count in lengths[:, 0].tolist()])
+        self.shift.copy_(newest[:, None] + 1 - lengths)
+        try:
+            return self._start(texts)
+        finally:
+            self.seen = {}
+
+    def _start(self, texts: list[list[int]]) -> int | list[int]:
         for text in texts:
             if not 0 < len(text) < self.capacity:
                 raise ValueError(f"a prompt of {len(text)} tokens in a cache of {self.capacity}")
@@ -132,14 +185,21 @@ class Decoder:
         prompt = self.prompts[longest]
         prompt.copy_(torch.tensor(padded))
         self.new_lens.copy_(torch.tensor([len(text) for text in texts]))
+        seen = {
+            name: value.narrow(1 if name == "inputs_embeds" else -1, self.used, longest)
+            for name, value in self.seen.items()
+        }
+        given = seen.pop("position_ids", None)
+        ids = prompt if given is None else None
 
         def read(tokens: int) -> tuple[Tensor, Tensor]:
-            positions = self.seq_lens.long()[:, None] + torch.arange(longest, device=device)
+            positions = self._places(torch.arange(longest, device=device))
+            positions = positions if given is None else given
             newest = self.new_lens.long() - 1
             if self.last_alone:
-                last = self.model(prompt, None, positions, self.cache, newest)[0][:, 0]
+                last = self.model(ids, None, positions, self.cache, newest, **seen)[0][:, 0]
             else:
-                logits, _ = self.model(prompt, None, positions, self.cache)
+                logits, _ = self.model(ids, None, positions, self.cache, **seen)
                 last = logits[torch.arange(self.batch, device=device), newest]
             return last, last.argmax(-1, keepdim=True)
 
@@ -208,8 +268,15 @@ class Decoder:
         self.logits.copy_(logits)
         self.token.copy_(token)
 
+    def _places(self, behind: Tensor | None = None) -> Tensor:
+        """Return the positions [batch, S] of the next token, or of those so far behind it [S]."""
+        places = self.seq_lens.long()[:, None]
+        if behind is not None:
+            places = places + behind
+        return places + self.shift if self.sees else places
+
     def _decode(self, tokens: int) -> tuple[Tensor, Tensor]:
-        logits, _ = self.model(self.token, None, self.seq_lens.long()[:, None], self.cache)
+        logits, _ = self.model(self.token, None, self._places(), self.cache)
         last = logits[:, -1]
         return last, last.argmax(-1, keepdim=True)
 

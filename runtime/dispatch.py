@@ -142,6 +142,48 @@ class AttentionDispatcher:
         (out, _, _), cache = self._attend_cached(q, k, v, past, extras, options)
         return out, cache
 
+    def picture_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past: KVCache | None,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        *,
+        pictures: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, KVCache]:
+        """As `functional.picture_attention`, which runs where there are pictures.
+
+        Kernels run attentions without. In a cache of fixed room pictures are those of a prompt,
+        before which there is nothing.
+        """
+        if pictures is None:
+            return self.cached_attention(
+                q, k, v, past, mask, bias, slopes, sinks, **options
+            )  # fmt: skip
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        cache, keys, extras = self._extended(
+            k, v, past, Extras(mask, bias, slopes, None, sinks), options
+        )
+        if isinstance(past, FixedKVCache):
+            bits = options.get("kv_bits", 16)
+            if bits < 16:
+                k, v = (
+                    functional.quantise_dequantise(x, bits=bits, symmetric=False) for x in (k, v)
+                )
+            keys = Keys(k, v)
+        elif isinstance(cache, PagedKV):
+            keys, extras = Keys(*cache), replace(extras, mask=mask)
+        own = pictures[:, -keys.k.shape[2] :]
+        both_ways = functional.picture_mask(own, q[:, 0, :, 0], options.get("window"))
+        extras = replace(extras, bias=both_ways if bias is None else bias + both_ways)
+        options = {**options, "causal": False, "window": None}
+        return by_reference(q, keys, extras, options)[0], cache
+
     def attention_results(
         self,
         q: Tensor,

@@ -44,7 +44,9 @@ class PicturePrompts:
             return token
         return str(self.tokenizer.convert_ids_to_tokens(self._image_id))
 
-    def inputs(self, prompt: str, images: Sequence[Path], where: str = "") -> dict[str, Tensor]:
+    def inputs(
+        self, prompt: str, images: Sequence[Path], where: str = "", *, raw: bool = False
+    ) -> dict[str, Tensor]:
         """Return what transformers' model takes for a prompt with pictures, of one text.
 
         The prompt is put into the chat template where the model has one. Otherwise, or where it
@@ -52,6 +54,7 @@ class PicturePrompts:
 
         Args:
             where: Named in messages.
+            raw: Take the prompt as it is, whatever template there is.
 
         Raises:
             UsageError: A prompt without a template has not one image token for each picture.
@@ -61,7 +64,7 @@ class PicturePrompts:
         text, token, place = prompt, self.image_token, f"{where}: " if where else ""
         count = prompt.count(token)
         template = getattr(self._processor, "chat_template", None) or self.tokenizer.chat_template
-        if count == 0 and template:
+        if count == 0 and template and not raw:
             text = self._asked(prompt, len(images))
             count = text.count(token) or len(images)
         if count != len(images):

@@ -21,7 +21,7 @@ from graphopt.files.confined import files_inside, inside
 from graphopt.ir.graph import Program
 
 MODEL_NAME = "model.py"
-ARENA, KERNELS, POLICIES, RANKS = "arena", "kernels", "policies", "ranks"
+ARENA, KERNELS, PICTURES, POLICIES, RANKS = "arena", "kernels", "pictures", "policies", "ranks"
 _TRUSTED = (".py", ".cpp", ".cu", ".cubin", ".h", ".ptx")
 
 
@@ -101,7 +101,7 @@ def trusted_code(root: Path) -> PrivateCode:
     Raises:
         SourceError: A file cannot be read, or is a link out of the folder.
     """
-    folders = (ARENA, KERNELS, POLICIES, RANKS)
+    folders = (ARENA, KERNELS, PICTURES, POLICIES, RANKS)
     paths = [inside(root, MODEL_NAME)]
     for folder in (*folders, *(f"{folder}/kv_policies" for folder in folders)):
         paths += files_inside(root, f"{folder}/*")

@@ -76,7 +76,7 @@ def with_rows_apart(program: Program) -> Program:
     _part_rows(made, vision)
     if vision.sections is not None:
         take_axes(made, vision.sections)
-        made.inputs["position_ids"] = program.inputs["position_ids"]
+        made.inputs["position_ids"] = program.inputs["position_ids"]  # [B, S] goes as well
     made.prune_unused()
     verify(made)
     return made
@@ -148,6 +148,7 @@ def _part_rows(program: Program, vision: Vision) -> None:
     call, function, node = _lookup(program)
     rows = Function(unique_name("token_rows", set(program.functions)))
     ids, table = Value("input_ids"), node.inputs[1]
+    assert table is not None
     slot = next(slot for slot, value in function.weights.items() if value is table)
     rows.params, rows.weights = [ids], {slot: Value(table.name)}
     attrs = resolve_attrs(node, call)
@@ -188,6 +189,7 @@ def take_axes(program: Program, sections: Sections) -> None:
         if node.op != "rope_table":
             raise _refused(program, f"{node.op} reads positions, which have three axes")
         node.op, node.attrs = "axial_rope_table", node.attrs | names
+    program.inputs["position_ids"] = Type((AXES, B, S), torch.int64)
 
 
 def _see_both_ways(program: Program) -> None:

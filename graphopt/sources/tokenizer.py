@@ -43,6 +43,9 @@ _OTHERS = (
     "generation_config.json", "program.txt",
 )  # fmt: skip
 
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""Of which a model that sees has one at least: how pixels are made of pictures."""
+
 MAX_TOKENIZER_VALUES = 16_000_000
 """The most values in one JSON file; the largest known have 2 million, of tokens and merges."""
 

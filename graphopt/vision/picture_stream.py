@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graphopt.capture.vision_probe import picture_numbers
 from graphopt.errors import SourceError, UsageError
+from graphopt.ir.functional import picture_numbers
 from graphopt.ir.graph import Program
 from graphopt.ir.ops.pictures import AXES
 from graphopt.ir.picture_table import table_of

@@ -11,11 +11,9 @@ from torch import Tensor
 from graphopt.errors import SourceError, UsageError, first_line
 from graphopt.ir.graph import Program
 from graphopt.runtime.picture_prompts import PicturePrompts
-from graphopt.sources.tokenizer import encode, private_copy
+from graphopt.sources.tokenizer import PROCESSOR_FILES, encode, private_copy
 from graphopt.support.boundary import out_of_memory
 from graphopt.support.plain import shown
-
-_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 class Processor(PicturePrompts):
@@ -33,9 +31,10 @@ class Processor(PicturePrompts):
                 "Give a vision-language model, or leave the pictures out.",
             )
         folder = None if program.tokenizer is None else Path(program.tokenizer)
-        if folder is None or not any((folder / name).is_file() for name in _FILES):
+        if folder is None or not any((folder / name).is_file() for name in PROCESSOR_FILES):
             raise SourceError(
-                f"{program.name} has no processor ({_FILES[0]}), which makes pixels of pictures.",
+                f"{program.name} has no processor ({PROCESSOR_FILES[0]}), which makes pixels of "
+                "pictures.",
                 "Put the processor's files that belong to the model into its folder.",
             )
         super().__init__(_load(folder), program.vision.image_token, program.name)

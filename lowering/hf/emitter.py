@@ -40,7 +40,6 @@ class HfEmitter(Emitter):
     """
 
     name: ClassVar[str] = "hf"
-    sees: ClassVar[bool] = True
 
     def check(self, program: Program, target: str) -> None:
         """Refuse a program that no config makes.
@@ -51,6 +50,9 @@ class HfEmitter(Emitter):
         check_no_policies(program, "A transformers checkpoint")
         check_no_hosts(program, "A transformers checkpoint")
         checkpoint_of(program)
+
+    def without_pictures(self, program: Program) -> str | None:
+        return None
 
     def tensors(self, program: Program, target: str) -> dict[str, StoredTensor]:
         tensors = checkpoint_of(program).tensors

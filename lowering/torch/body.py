@@ -42,7 +42,7 @@ from graphopt.lowering.torch.text import (
 # Operands that are given even where they are absent.
 _POSITIONAL = {"add_rms_norm": 3, "layer_norm": 3, "rms_norm": 2}
 _BINDS = {"add": 1, "mul": 2, "scale": 2}
-_SIZES = ("B", "S", "P", "device")
+_GIVEN = ("B", "S", "P", "device", "pictures")
 # Attributes that an attention with a policy is given as they are.
 _OPTIONS = ("layer", "scale", "softcap")
 # Where the factors of a product with several weights begin among its operands.
@@ -60,6 +60,8 @@ class BodyPrinter(FunctionPrinter):
         function: A function without dead nodes.
         where: Where a call of it is, for messages.
         packed: Weight slots that hold packed codes.
+        both_ways: Its attentions let tokens of one picture see each other both ways, where there
+            are pictures.
 
     Attributes:
         params: Python name of every parameter, in order.
@@ -71,15 +73,22 @@ class BodyPrinter(FunctionPrinter):
         quantised: The packed weights; reading one gives the values that its codes stand for.
         apart: Whether something else than attention reads keys or values of a past.
         helpers: Functions of graphopt.ir.functional that the body calls.
-        needs: Which of B, S, P and device the body mentions, in this order.
+        needs: Which of B, S, P, device and pictures the body mentions, in this order.
     """
 
     inline_width = 50
     keeps_order = False
 
-    def __init__(self, function: Function, where: str, packed: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        function: Function,
+        where: str,
+        packed: Collection[str] = (),
+        *,
+        both_ways: bool = False,
+    ) -> None:
         super().__init__(function)
-        self.where = where
+        self.where, self.both_ways = where, both_ways
         self.helpers: set[str] = {CLASS_NAME} if packed else set()
         self._needs: set[str] = set()
         self._taken: set[str] = set()
@@ -113,7 +122,7 @@ class BodyPrinter(FunctionPrinter):
             for value in node.outputs:
                 self._names[value] = self._claim(value.name)
         self.statements = self._statements()
-        self.needs = [name for name in _SIZES if name in self._needs]
+        self.needs = [name for name in _GIVEN if name in self._needs]
 
     def _whole_caches(self) -> dict[Value, str]:
         """Return a name for each cache that an attention leaves whole, by its keys.
@@ -290,7 +299,7 @@ class BodyPrinter(FunctionPrinter):
     def attention(self, node: Node) -> str:
         """Return an attention; one with a past takes it as its fourth argument."""
         pasts, general = self._pasts_of(node), is_general(node.attrs, node.inputs)
-        if not pasts and not general:
+        if not pasts and not general and not self.both_ways:
             return self.call(node, "attention", node.inputs[:PAST_K])
         texts = self.operands(node, node.inputs[:PAST_K])
         texts.insert(3, self._past_text(node, pasts) if pasts else "None")
@@ -299,7 +308,11 @@ class BodyPrinter(FunctionPrinter):
             selected = node.operand(SELECTED)
             texts += [] if selected is None else [f"selected_blocks={self.name(selected)}"]
         texts += self.options_of(node)
-        call = self.helper("attention_results" if general else "cached_attention", ", ".join(texts))
+        callee = "attention_results" if general else "cached_attention"
+        if self.both_ways:
+            self._needs.add("pictures")
+            callee, texts = "picture_attention", [*texts, "pictures=pictures"]
+        call = self.helper(callee, ", ".join(texts))
         return call if len(node.outputs) > 1 else f"{call}[0]"
 
     def policy_attention(self, node: Node) -> str:

@@ -15,6 +15,9 @@ from graphopt.lowering.torch.text import WIDTH, prose, quoted, sizes_of, wrap, w
 
 Shapes = Sequence[tuple[Dim, ...]]
 
+_KINDS = {"device": "torch.device", "pictures": "Tensor | None"}
+"""Types of what a body needs besides its parameters, where it is no size."""
+
 
 class ModuleClass:
     """One function as an `nn.Module`.
@@ -27,6 +30,7 @@ class ModuleClass:
         results: For every call, the types of its results.
         optional: Numbers of the parameters that may be None.
         packed: Encodings of the weights that are packed, by slot.
+        both_ways: See `BodyPrinter`.
 
     Attributes:
         body: The printed `forward`.
@@ -41,6 +45,8 @@ class ModuleClass:
         results: Sequence[Sequence[Type]],
         optional: Collection[int] = (),
         packed: Mapping[str, Packed] | None = None,
+        *,
+        both_ways: bool = False,
     ) -> None:
         self.name = name
         self.calls = calls
@@ -52,7 +58,8 @@ class ModuleClass:
         remove_dead(live)
         self.function = live
         where = calls[0].path or function.name
-        self.body = BodyPrinter(live, where, [s for s in live.weights if s in self.packed])
+        codes = [slot for slot in live.weights if slot in self.packed]
+        self.body = BodyPrinter(live, where, codes, both_ways=both_ways)
 
     def signature(self) -> tuple[object, ...]:
         """Return what calls of two classes must have in common to be made by one statement."""
@@ -112,7 +119,7 @@ class ModuleClass:
         ]
         given = zip(self.body.params, kinds, strict=True)
         params = ["self", *(f"{name}: {kind}" for name, kind in given)]
-        sizes = [f"{n}: {'torch.device' if n == 'device' else 'int'}" for n in self.body.needs]
+        sizes = [f"{name}: {_KINDS.get(name, 'int')}" for name in self.body.needs]
         pasts = [f"{past}: KV | None = None" for past in self.body.pasts.values()]
         return [*params, *sizes, *pasts]
 

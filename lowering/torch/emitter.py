@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,19 +34,27 @@ from graphopt.lowering.torch.lowered_kernels import (
 )
 from graphopt.lowering.torch.passes import lower, lowering_passes
 from graphopt.lowering.torch.render import has_arena, render_model
+from graphopt.lowering.torch.sees import Sees, why_ids_alone
 from graphopt.pass_manager.contract import Pass
+from graphopt.sources.tokenizer import PROCESSOR_FILES
 from graphopt.storage.shared_weights import shared_weights, write_index
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
 from graphopt.targets import get_target
 
 MODEL_NAME = "model.py"
-ARENA_FOLDER, POLICY_FOLDER = "arena", "policies"
+ARENA_FOLDER, PICTURES_FOLDER, POLICY_FOLDER = "arena", "pictures", "policies"
 _ARENA_INIT = '''"""One buffer for what steps compute; written by graphopt."""
 
 from .arena import Arena
 
 __all__ = ["Arena"]
+'''
+_PICTURES_INIT = '''"""Embeddings of pictures and text; written by graphopt."""
+
+from .picture_inputs import Pictures
+
+__all__ = ["Pictures"]
 '''
 _POLICY_INIT = '''"""Which pages of a KV cache a step reads; written by graphopt."""
 
@@ -78,6 +86,8 @@ def _texts(program: Program, target: str) -> tuple[dict[str, str], LoweredKernel
         texts |= {f"{POLICY_FOLDER}/{name}": text for name, text in policy_package().items()}
     if group_of(program):
         texts |= {f"{ranks.FOLDER}/{name}": text for name, text in ranks.ranks_package().items()}
+    if Sees.of(program) is not None:
+        texts |= {f"{PICTURES_FOLDER}/{name}": text for name, text in pictures_package().items()}
     return texts, kernels
 
 
@@ -85,6 +95,15 @@ def arena_package() -> dict[str, str]:
     """Return the text of every file of the folder `arena`, by path."""
     names = ("arena.py", "arena_offsets.py", "out_forms.py")
     return {"__init__.py": _ARENA_INIT, **{name: runtime_text(name) for name in names}}
+
+
+def pictures_package() -> dict[str, str]:
+    """Return the text of every file of the folder `pictures`, by path."""
+    names = (
+        "picture_inputs.py", "picture_prompts.py", "picture_tower.py", "functional.py", "errors.py",
+        "boundary.py", "meta_parameters.py", "plain.py",
+    )  # fmt: skip
+    return {"__init__.py": _PICTURES_INIT, **{name: runtime_text(name) for name in names}}
 
 
 def policy_package() -> dict[str, str]:
@@ -104,7 +123,24 @@ def _all_on_host(program: Program) -> list[tuple[str, str]]:
 
 def _without_kernel(kernels: LoweredKernels) -> list[tuple[str, str]]:
     attentions = [(where, f"attention by its reference: {why}") for where, why in kernels.refused]
+    if kernels.both_ways:
+        what = "a prompt with pictures, whose tokens see each other both ways, is read by the"
+        attentions.append(("attention", f"{what} reference: kernels are causal"))
     return attentions + kernels.without_layer_kernels()
+
+
+def _picture_lines(program: Program, names: Collection[str]) -> list[str]:
+    """Return the line that asks a package about a picture, where it has a processor.
+
+    Args:
+        names: Of the files that came with the tokenizer.
+    """
+    if Sees.of(program) is None or not set(PROCESSOR_FILES).intersection(names):
+        return []
+    return [
+        f"python {{out}}/{MODEL_NAME} --prompt 'What is in the picture?' --image picture.png   "
+        "# a picture of yours; needs transformers and pillow besides"
+    ]
 
 
 class TorchEmitter(Emitter):
@@ -135,6 +171,10 @@ class TorchEmitter(Emitter):
 
     def passes(self, target: str) -> list[Pass]:
         return lowering_passes(target)
+
+    def without_pictures(self, program: Program) -> str | None:
+        blind = why_ids_alone(program)
+        return None if blind is None else f"the package takes token ids alone: {blind}"
 
     def fallbacks(self, program: Program, target: str) -> list[tuple[str, str]]:
         kernels = lower_attentions(program, target)
@@ -189,6 +229,7 @@ class TorchEmitter(Emitter):
         usage = [
             *run_lines(program),
             f"{run}{mark} needs {', '.join(needs[:-1])} and {needs[-1]}",
+            *_picture_lines(program, names),
         ]
         return Emitted(files, storage, frozenset(shared), usage, notes, fallbacks)
 

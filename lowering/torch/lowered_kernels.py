@@ -12,6 +12,7 @@ from graphopt.ir.graph import Program
 from graphopt.lowering.kernels import KernelFamily, LayerKernels, get_family, get_layer_family
 from graphopt.lowering.kernels.family import policy_files, runtime_text
 from graphopt.lowering.kernels.plan_kernels import PlanKernels, compute_dtype, planned_attentions
+from graphopt.lowering.torch.sees import Sees
 from graphopt.pass_manager.contract import Context
 from graphopt.plan import AttentionPlan
 from graphopt.runtime import host_attention
@@ -58,6 +59,7 @@ class LoweredKernels:
         notes: (where, what) of those that a kernel takes which was made for something else.
         ops: Those of the program.
         has_hosts: Whether keys of some layers lie in the host's memory.
+        both_ways: Whether tokens of one picture see each other both ways.
     """
 
     target: Target
@@ -67,6 +69,7 @@ class LoweredKernels:
     notes: list[tuple[str, str]] = field(default_factory=list)
     ops: frozenset[str] = frozenset()
     has_hosts: bool = False
+    both_ways: bool = False
 
     def layer_kernels(self) -> list[LayerKernels]:
         """Return the kernels beside attention that the target has and the program needs."""
@@ -95,7 +98,8 @@ class LoweredKernels:
     def functions(self) -> list[str]:
         """Return the functions of `graphopt.ir.functional`, and classes, that the folder has."""
         own = [n for group in self.layer_kernels() for n in (*group.functions, *group.classes)]
-        return [*_ATTENTIONS, *(_POLICY_FUNCTIONS if self.has_policies else ()), *own]
+        policies = _POLICY_FUNCTIONS if self.has_policies else ()
+        return [*_ATTENTIONS, *policies, *(("picture_attention",) if self.both_ways else ()), *own]
 
     @property
     def has_policies(self) -> bool:
@@ -197,7 +201,7 @@ class LoweredKernels:
             "from .dispatch import AttentionDispatcher, AttentionKey, Planned",
             "from .kv_cache import growing_caches, tokens_held",
         ]
-        policies = ""
+        more = "picture_attention = DISPATCHER.picture_attention\n" if self.both_ways else ""
         if self.has_policies:
             imports = [
                 "from .dispatch import AttentionKey, Planned",
@@ -206,7 +210,7 @@ class LoweredKernels:
                 "from .policy_decoder import PolicyDecoder as Decoder",
                 "from .policy_dispatch import PolicyDispatcher as AttentionDispatcher",
             ]
-            policies = "policy_attention = DISPATCHER.policy_attention\n"
+            more = "policy_attention = DISPATCHER.policy_attention\n"
         if self.has_hosts:
             imports = [
                 "from .dispatch import AttentionKey, Planned",
@@ -234,7 +238,7 @@ class LoweredKernels:
         names = ["Decoder", "growing_caches", "tokens_held", *self.functions()]
         return _INIT.format(
             title=self.target.title, rows="\n".join(rows), imports="\n".join(imports),
-            made="".join(f"{line}\n" for line in made), policies=policies,
+            made="".join(f"{line}\n" for line in made), more=more,
             arguments=arguments, names=", ".join(f'"{name}"' for name in names),
         )  # fmt: skip
 
@@ -255,7 +259,7 @@ PLANS = [
 DISPATCHER = AttentionDispatcher({arguments})
 attention, cached_attention = DISPATCHER.attention, DISPATCHER.cached_attention
 attention_results = DISPATCHER.attention_results
-{policies}
+{more}
 {made}__all__ = [{names}]
 '''
 
@@ -274,6 +278,7 @@ def lower_attentions(program: Program, target: str) -> LoweredKernels | None:
         program = PlanKernels(target).run(program.copy(), Context()).program
         planned = planned_attentions(program)
     called = {call.function for call in program.calls}
+    sees = Sees.of(program)
     return LoweredKernels(
         machine,
         compute_dtype(program, machine),
@@ -283,6 +288,7 @@ def lower_attentions(program: Program, target: str) -> LoweredKernels | None:
         [(plans.where, note) for plans in planned for note in plans.notes],
         frozenset(node.op for name in called for node in program.functions[name].nodes),
         any(state.host for state in program.states.values()),
+        sees is not None and sees.both_ways,
     )
 
 

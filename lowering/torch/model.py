@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Call, Node, Program, unique_name
+from graphopt.ir.sighted import EMBEDS, PICTURES
 from graphopt.ir.types import B, S
 from graphopt.lowering.torch.cache_text import CacheText
 from graphopt.lowering.torch.classes import ModuleClass
 from graphopt.lowering.torch.flow import CallRun, Carried, Flow, find_runs
 from graphopt.lowering.torch.loop_arguments import LoopArguments
 from graphopt.lowering.torch.packed import stored_slots
+from graphopt.lowering.torch.sees import Sees
 from graphopt.lowering.torch.text import (
     ATTRIBUTES,
     WIDTH,
@@ -24,8 +26,9 @@ from graphopt.lowering.torch.text import (
 )
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
+_SEEN = (EMBEDS, PICTURES)
 # What `forward` has as variables, but for the values of the program.
-_LOCALS = (*_INPUTS, "cache", "i", "last", "layer")
+_LOCALS = (*_INPUTS, *_SEEN, "cache", "i", "last", "layer")
 _LOOP_VARIABLES = ("table", "tables", "place")
 
 
@@ -38,6 +41,7 @@ class ModelClass:
         unmasked: A model without padding runs without a mask, instead of one of ones.
         with_kernels: It runs by kernels of a target, with caches of every layout.
         agreed: All ranks take the first one's logits.
+        sees: What takes embeddings of pictures, where the program does.
 
     Attributes:
         last_alone: Whether `forward` may be asked for the logits of one token of each text alone.
@@ -54,6 +58,7 @@ class ModelClass:
         unmasked: bool = False,
         with_kernels: bool = False,
         agreed: bool = False,
+        sees: Sees | None = None,
     ) -> None:
         odd = [name for name in program.inputs if name not in _INPUTS]
         if odd or "input_ids" not in program.inputs:
@@ -63,7 +68,8 @@ class ModelClass:
             )
         self.program = program
         self.classes = classes
-        self.unmasked, self.agreed = unmasked, agreed
+        self.unmasked, self.agreed, self.sees = unmasked, agreed, sees
+        self._given = "input_ids" if sees is None else EMBEDS
         self.caches = CacheText(program, with_kernels=with_kernels)
         self.flow = Flow(program)
         signatures = {name: made.signature() for name, made in classes.items()}
@@ -72,6 +78,8 @@ class ModelClass:
         self.modules = self._module_names()
         self.last_alone = with_kernels and self._last_is_by_token()
         self._names = {value: name for name, value in self.flow.inputs.items()}
+        if sees is not None:
+            self._names[self.flow.results[0][0]] = EMBEDS
         self._hints = self._loop_hints()
 
     def lines(self) -> list[str]:
@@ -176,11 +184,12 @@ class ModelClass:
         lines = [
             "    def forward(",
             "        self,",
-            "        input_ids: Tensor,",
+            f"        input_ids: Tensor{'' if self.sees is None else ' | None = None'},",
             "        attention_mask: Tensor | None = None,",
             "        position_ids: Tensor | None = None,",
             "        cache: list[KV] | None = None,",
             *(["        last: Tensor | None = None,"] if self.last_alone else []),
+            *([] if self.sees is None else self.sees.parameters()),
             "    ) -> tuple[Tensor, list[KV]]:",
             '        """Return the logits [B,S,vocab], and the cache with the new tokens in it.',
             "",
@@ -190,11 +199,14 @@ class ModelClass:
             "            position_ids: int64 [B,S]; by default how many real tokens precede each.",
             self._about_cache(),
             *([_ABOUT_LAST] if self.last_alone else []),
+            *([] if self.sees is None else self.sees.about()),
             '        """',
             *(f"        {line}" for line in self._defaults()),
         ]
         statements: list[str] = []
         for run, name in zip(self.runs, self.modules, strict=True):
+            if run.first == 0 and self.sees is not None:
+                continue  # its rows are made where none are given
             if run is self.runs[-1] and self.last_alone:
                 statements += self._at_last(run)
             statements += self._run(run, name)
@@ -232,6 +244,8 @@ class ModelClass:
             "if 0 in (B, S):",
             '    raise ValueError(f"input_ids is [{B}, {S}]: give a text, and a token of each")',
         ]
+        if self.sees is not None:
+            lines = self.sees.checks(self.modules[0])
         if self.states:
             lines.append("cache = list(cache or self.empty_cache(B))")
         always = "P" in needs or (masked and not self.unmasked)
@@ -244,7 +258,7 @@ class ModelClass:
             lines += [
                 "if attention_mask is None:",
                 f"    attention_mask = torch.ones(B, {tokens}, dtype=torch.long, "
-                "device=input_ids.device)",
+                f"device={self._given}.device)",
             ]
         if "position_ids" in read:
             counted = "(attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -S:]"
@@ -256,7 +270,7 @@ class ModelClass:
                     "    if attention_mask is None:",
                     *(f"        {line}" for line in told),
                     f"        position_ids = torch.arange({past}, {end}, "
-                    "device=input_ids.device).expand(B, S)",
+                    f"device={self._given}.device).expand(B, S)",
                     "    else:",
                     f"        position_ids = {counted}",
                 ]
@@ -301,7 +315,8 @@ class ModelClass:
             [self._names[final[item]] if isinstance(item, int) else fixed[item] for item in items]
             for items in (run.lead, run.tail)
         )
-        sizes = [_SIZE_TEXT[need] for need in self._class(run.first).body.needs]
+        own = {"device": f"{self._given}.device"}
+        sizes = [own.get(need, need) for need in self._class(run.first).body.needs]
         slots = self._cache_items(run, varying)
         for value in final:
             if value.uses and value not in self._names:
@@ -323,7 +338,7 @@ class ModelClass:
         used: set[str] = set()
         for item, value in run.initial.items():
             name = self._names[value]
-            if name in used or name in _INPUTS or value.last_use > run.first:
+            if name in used or name in (*_INPUTS, *_SEEN) or value.last_use > run.first:
                 name = self._fresh(self.flow.results[run.last][item], run)
                 lines.append(f"        {name} = {self._names[value]}")
             used.add(name)
@@ -365,9 +380,6 @@ def _is_by_token(node: Node) -> bool:
     if node.op == "aten.slice.Tensor":
         return bool(node.attrs["args"][1] == 2)
     return node.op in _BY_TOKEN
-
-
-_SIZE_TEXT = {"B": "B", "S": "S", "P": "P", "device": "input_ids.device"}
 
 
 def _prefix(weights: Mapping[str, str]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from graphopt.ir.graph import Program
+from graphopt.ir.sighted import with_rows_apart
 from graphopt.ir.verify import verify
 from graphopt.lowering.kernels.plan_kernels import PlanKernels
 from graphopt.lowering.torch.fuse import FuseLayerOps
 from graphopt.lowering.torch.packed import with_uniform_encodings
 from graphopt.lowering.torch.residuals import DeferResidualAdds
+from graphopt.lowering.torch.sees import Sees
 from graphopt.pass_manager.contract import Context, Pass
 from graphopt.targets import get_target
 
@@ -24,6 +26,9 @@ def lowering_passes(target: str) -> list[Pass]:
 def lower(program: Program, target: str) -> Program:
     """Return the program as it is emitted for a target; only its structure is verified.
 
+    In one of a model that sees, what token ids are looked up as is a value of its own, in the place
+    of which embeddings may be given.
+
     Emission reads no weight for its text. A compile runs the same passes through a pipeline,
     which verifies each as it does those of a recipe; see `graphopt.compiler`.
 
@@ -31,6 +36,8 @@ def lower(program: Program, target: str) -> Program:
         VerifyError: A pass made a malformed program.
     """
     passes = lowering_passes(target)
+    if Sees.of(program) is not None:
+        program = with_rows_apart(program)
     # The pass that fuses ops sees to that itself, behind one that layers of one function help.
     fused = any(isinstance(item, FuseLayerOps) for item in passes)
     lowered = program if fused else with_uniform_encodings(program)

@@ -14,13 +14,21 @@ from graphopt.ir.graph import Function, Node, Program, resolve_attrs
 from graphopt.ir.ops.attention import ATTENTIONS
 from graphopt.ir.ranks import is_sharded
 from graphopt.ir.shapes import infer_program
-from graphopt.lowering.torch import load_template, packed, ranks, step_template, template
+from graphopt.lowering.torch import (
+    load_template,
+    packed,
+    ranks,
+    sees_template,
+    step_template,
+    template,
+)
 from graphopt.lowering.torch.body import reads_present
 from graphopt.lowering.torch.classes import ModuleClass
 from graphopt.lowering.torch.head import head_text
 from graphopt.lowering.torch.lowered_kernels import lower_attentions
 from graphopt.lowering.torch.model import ModelClass
 from graphopt.lowering.torch.passes import lower
+from graphopt.lowering.torch.sees import Sees
 from graphopt.lowering.torch.text import HELPERS, class_name
 from graphopt.runtime import chat
 from graphopt.support.plain import plain_text_source
@@ -43,7 +51,8 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
     kernels = lower_attentions(lowered, target)
     if kernels is None:
         _check_layouts(program)
-    classes = _classes(lowered)
+    sees = Sees.of(program)
+    classes = _classes(lowered, both_ways=sees is not None and sees.both_ways)
     ahead = kernels.functions() if kernels is not None else []
     unmasked, with_kernels = mask_is_for_attention_alone(program), kernels is not None
     of_ranks = is_sharded(program)
@@ -53,6 +62,7 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
         unmasked=unmasked,
         with_kernels=with_kernels,
         agreed=of_ranks and not ranks.logits_gathered(lowered),
+        sees=sees,
     )
     model = "\n".join(whole.lines())
     parts = ["\n".join(made.lines()) for made in classes.values()]
@@ -73,7 +83,7 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
     if kernels is not None and "kernels.Decoder" not in steps:
         check_fixed_room(program)
     in_arena = has_arena(steps)
-    apart = kernels is not None or whole.caches.has_policies or of_ranks
+    apart = kernels is not None or whole.caches.has_policies or of_ranks or sees is not None
     body = [
         "# What the layers are made of.",
         *([template.PACKAGE.strip()] if apart else []),
@@ -90,12 +100,12 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
         load_template.load(with_kernels, of_ranks).strip(),
         *([template.PACKAGE.strip()] if in_arena and not apart else []),
         steps,
-        template.generate(rotary_switch(program), in_arena, of_ranks).strip(),
+        *_generate(program, steps, sees, in_arena, of_ranks),
         inspect.getsource(chat.render_chat).strip(),
         inspect.getsource(chat.chat_text).strip(),
         template.PROMPT.strip(),
         plain_text_source().strip(),
-        template.main(with_kernels, in_arena, of_ranks).strip(),
+        template.main(with_kernels, in_arena, of_ranks, sees=sees is not None).strip(),
     ]
     text = "\n\n\n".join(body)
     return f"{head_text(program, text, kernels)}\n\n\n{text}\n"
@@ -129,12 +139,32 @@ def _steps(
         return step_template.UNCACHED.format(why="This model has no cache").strip()
     sizes = any("P" in made.body.needs for made in classes.values())
     if fixed_room and not sizes and _causal(program) and not _reads_caches(classes):
-        return step_template.static(arena_refused(program) is None, last_alone)
+        sees = Sees.of(program) is not None
+        return step_template.static(arena_refused(program) is None, last_alone, sees=sees)
     if any("attention_mask" in call.args for call in program.calls):
         rings = [state.layout.ring for state in program.states.values()]
         return step_template.growing(rings, arena_refused(program) is None)
     why = "This model has no mask that tells padding from text"
     return step_template.UNCACHED.format(why=why).strip()
+
+
+def _generate(
+    program: Program, steps: str, sees: Sees | None, in_arena: bool, of_ranks: bool
+) -> list[str]:
+    """Return `generate`, and what it needs for prompts of embeddings.
+
+    Args:
+        steps: The text of what takes steps behind token ids.
+    """
+    if sees is None:
+        return [template.generate(rotary_switch(program), in_arena, of_ranks).strip()]
+    kind = "growing" if program.states else "uncached"
+    kind = "static" if "kernels.Decoder" in steps else kind
+    return [
+        sees_template.TOWER.strip(),
+        sees_template.steps_behind(kind),
+        sees_template.generate(sees.width, sees.axes, sees.both_ways, in_arena).strip(),
+    ]
 
 
 def check_fixed_room(program: Program) -> None:
@@ -188,11 +218,12 @@ def _causal(program: Program) -> bool:
     )
 
 
-def _classes(program: Program) -> dict[str, ModuleClass]:
+def _classes(program: Program, *, both_ways: bool = False) -> dict[str, ModuleClass]:
     """Return the class of every function that is called, in order of the first call.
 
     Args:
         program: As it is emitted.
+        both_ways: Tokens of one picture see each other both ways.
     """
     per_call, _ = infer_program(program)
     classes: dict[str, ModuleClass] = {}
@@ -211,6 +242,7 @@ def _classes(program: Program) -> dict[str, ModuleClass]:
             [[per_call[n][value] for value in function.results] for n in numbers],
             _addends(function),
             packed.encodings(program, calls[0]),
+            both_ways=both_ways,
         )
     return classes
 

@@ -84,7 +84,7 @@ class Decoder(kernels.Decoder):
     """Greedy decoding in a cache with room for a whole text, or for several at once."""
 
     positions, records, last_alone = POSITIONS, RECORDS, {last_alone}
-
+{sees}
 
 {steps}
     """Yield the likeliest next token of every text, `count` times."""
@@ -129,13 +129,15 @@ def growing(rings: Sequence[int | None], with_arena: bool) -> str:
     return "\n\n\n".join(part.strip() for part in parts)
 
 
-def static(with_arena: bool, last_alone: bool) -> str:
+def static(with_arena: bool, last_alone: bool, *, sees: bool = False) -> str:
     """Return `steps` of a model with caches of fixed room.
 
     Args:
         last_alone: The model can be asked for the logits of one token of each text alone.
+        sees: It takes embeddings in the place of ids.
     """
     whole = _STATIC.replace("{last_alone}", str(last_alone))
+    whole = whole.replace("{sees}", "    sees = True\n" if sees else "")
     if not with_arena:
         return whole.replace("{steps}", _STEPS).replace("{argument}", "").strip()
     text = whole.replace("{steps}", _STEPS_WITH_ARENA).replace("{argument}", ", arena")

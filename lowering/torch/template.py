@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from graphopt.lowering.torch import sees_template
+
 PACKAGE = '''
 def package(folder: Path) -> ModuleType:
     """Import a folder of modules under a name of its own, whatever else is called so."""
@@ -183,7 +185,7 @@ def main() -> None:
     parser.add_argument("--device", default={device})
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
 {option}    options = parser.parse_args()
-    ids, decoder, count = options.ids, None, 16
+{seen}    ids, decoder, count = options.ids, None, 16
     if options.prompt is not None:
         folder = Path(__file__).parent
         if not (folder / "tokenizer.json").is_file() or not importlib.util.find_spec("tokenizers"):
@@ -234,11 +236,14 @@ _REPORT = """    if arena is not None:
 """
 
 
-def main(with_kernels: bool, with_arena: bool, of_ranks: bool = False) -> str:
+def main(
+    with_kernels: bool, with_arena: bool, of_ranks: bool = False, *, sees: bool = False
+) -> str:
     """Return the command line of the file.
 
     Args:
         of_ranks: Of a model for several ranks, of which the first one prints.
+        sees: Of a model that takes pictures.
     """
     made = _MADE
     if with_arena or of_ranks:
@@ -247,5 +252,7 @@ def main(with_kernels: bool, with_arena: bool, of_ranks: bool = False) -> str:
         made += _FIRST_ALONE if of_ranks else ""
         made += _REPORT if with_arena else ""
     text = _MAIN.replace("{device}", "DEVICE" if with_kernels else '"cpu"')
-    text = text.replace("{option}", _OPTION if with_arena else "")
+    option = sees_template.OPTION if sees else ""
+    text = text.replace("{option}", option + (_OPTION if with_arena else ""))
+    text = text.replace("{seen}", sees_template.SEEN if sees else "")
     return text.replace("{made}", made)

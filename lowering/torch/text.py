@@ -31,7 +31,7 @@ _GLOBALS = (
     "agreed", "at", "all_gather", "all_reduce", "dist", "ranks", "reduce_scatter",
     "vocab_parallel_embedding",
 )  # fmt: skip
-_SIZES = ("B", "S", "P", "device")
+_SIZES = ("B", "S", "P", "device", "pictures")
 RESERVED = frozenset([*dir(builtins), *keyword.kwlist, *HELPERS, *_GLOBALS, *_SIZES])
 # What an attribute of a module must not replace.
 ATTRIBUTES = frozenset([*dir(nn.Module()), *keyword.kwlist])
