@@ -26,7 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphopt.runtime.arena_offsets import Block, most_at_once, place_blocks
-from graphopt.runtime.out_forms import Writer, is_composite, out_form
+from graphopt.runtime.out_forms import Writer, decomposition, out_form
 
 Result = TypeVar("Result")
 
@@ -295,10 +295,11 @@ class _Recorder(TorchDispatchMode):
         self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if is_composite(op):
+        parts = decomposition(op)
+        if parts is not None:
             # In inference mode, operations that are made of others come as they are.
             with self:
-                return op.decompose(*args, **kwargs)
+                return parts(*args, **kwargs)
         appended = self.arena.appended(op, args)
         if appended is not None:
             self.step.operations.append(Operation(op, appends=True))
@@ -352,9 +353,10 @@ class _Replay(TorchDispatchMode):
     def __torch_dispatch__(
         self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if is_composite(op):
+        parts = decomposition(op)
+        if parts is not None:
             with self:
-                return op.decompose(*args, **(kwargs or {}))
+                return parts(*args, **(kwargs or {}))
         made = next(self.left, None)
         if made is None or made.op is not op:
             raise _Changed

@@ -31,6 +31,24 @@ def is_composite(op: Any) -> bool:
     return has(name, "CompositeImplicitAutograd") and not any(has(name, k) for k in ("CPU", "CUDA"))
 
 
+def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """What attention without a kernel of its own takes: rows of -inf alone give zeros."""
+    rows = torch.all(torch.eq(x, -torch.inf), dim, True)
+    return torch.softmax(x, dim, dtype).masked_fill_(rows, 0)
+
+
+_MADE_OF_OTHERS: dict[Any, Callable[..., Any]] = {aten._safe_softmax.default: _safe_softmax}
+"""Operations that torch makes of others behind its dispatcher, where a step does not see them."""
+
+
+def decomposition(op: Any) -> Callable[..., Any] | None:
+    """Return what calls the operations that an operation is made of; None if it is one itself."""
+    own = _MADE_OF_OTHERS.get(op)
+    if own is not None:
+        return own
+    return op.decompose if is_composite(op) else None
+
+
 @functools.cache
 def out_form(op: Any, results: int, device_type: str) -> Writer | None:
     """Return what calls an operation with memory for so many results; None if nothing does."""
@@ -128,6 +146,7 @@ _OWN: dict[Any, Writer] = {
     aten.masked_fill.Tensor: _masked_fill,
     aten.embedding.default: _embedding,
     aten.index_put.default: _index_put,
+    aten.mul.Scalar: lambda args, kwargs, memory: torch.mul(args[0], args[1], out=memory[0]),
     aten.relu.default: lambda args, kwargs, memory: aten.clamp_min.out(args[0], 0, out=memory[0]),
     aten.empty_like.default: _empty_like,
     aten.zeros_like.default: _filled_like(0),

@@ -289,6 +289,7 @@ CALLS: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
         {},
     ),
     (aten.remainder.Scalar, (torch.arange(5), 3), {}),
+    (aten.mul.Scalar, (torch.rand(2, 3, 4).transpose(0, 1), 0.3), {}),
     (aten.mul.Tensor, (torch.rand(3, 4).T, torch.rand(4, 3)), {}),
     (aten.cat.default, ([torch.rand(2, 3), torch.rand(2, 5)], 1), {}),
     (aten.stack.default, ([torch.rand(2, 3), torch.rand(2, 3)], 1), {}),
@@ -318,6 +319,32 @@ def test_an_operation_writes_the_same_to_given_memory(op, args, kwargs) -> None:
         assert (got.shape, got.stride(), got.dtype) == (want.shape, want.stride(), want.dtype)
         assert got.untyped_storage().data_ptr() == storage
         assert "empty" in str(op) or torch.equal(got, want)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compares what a CPU computes")
+def test_attention_without_a_kernel_lies_in_the_buffer(tmp_path: Path) -> None:
+    """As on a GPU, for grouped heads in 32 bits: torch multiplies and normalises op by op."""
+    emitted = write(tiny_program(cache=True), tmp_path, "cpu")
+    model = emitted.load(tmp_path)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        wanted = emitted.generate(model, [[5, 6, 1], [1, 2, 3]], 4)
+        arena = emitted.arena_for(model)
+        for _ in range(2):
+            assert emitted.generate(model, [[5, 6, 1], [1, 2, 3]], 4, arena=arena) == wanted
+    operations = {str(made.op) for step in arena.steps.values() for made in step.operations}
+    assert "aten._softmax.default" in operations and "aten.bmm.default" in operations
+    assert not any(step.left_out for step in arena.steps.values())
+
+
+def test_a_softmax_of_masked_rows_is_that_of_torch() -> None:
+    x = torch.randn(3, 4).masked_fill(torch.rand(3, 4) > 0.5, -torch.inf)
+    x[1], x[2, 0] = -torch.inf, torch.nan
+    arena = Arena("cpu")
+    plain = aten._safe_softmax.default(x, -1)
+    for _ in range(2):
+        got = arena.run("step", lambda _: aten._safe_softmax.default(x, -1))
+        assert torch.equal(got.nan_to_num(2.0), plain.nan_to_num(2.0)) and got.isnan()[2].all()
+    assert not arena.steps["step"].left_out and arena.steps["step"].planned()
 
 
 def test_forms_that_copy_from_elsewhere_are_none() -> None:
