@@ -9,7 +9,7 @@ import pytest
 import torch
 from carved import carved
 from programs import tiny_program
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphopt.errors import PassError
 from graphopt.execute.block_runner import BlockRunner
@@ -22,6 +22,7 @@ from graphopt.training.losses import HiddenStateObjective, LogitObjective, batch
 from graphopt.training.parametrisations import FullParametrisation, LowRankParametrisation
 from graphopt.training.record import TrainedPart, TrainingRecord
 from graphopt.training.schedule import Schedule
+from graphopt.training.step_memory import learn_from, make_states
 from graphopt.training.tuner import Tuner
 from graphopt.training.written_text import windows_to_write
 
@@ -437,3 +438,76 @@ def test_checks_that_take_long_are_few(monkeypatch):
         for objective in objectives
     ]
     assert found[0].checks == found[1].checks and len(found[0].checks) > 9
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("objective", [LogitObjective(), HiddenStateObjective(relative_mse)])
+def test_gradients_of_pieces_are_those_of_the_whole_batch(at_once, objective):
+    program = tiny_program(layers=2)
+    teacher = HiddenStateCache(student_of(program), IDS)
+    found = []
+    for pieces, recomputes in ((None, False), (at_once, False), (at_once, True)):
+        student = student_of(program, disturbed(program))
+        student.recomputes = recomputes
+        loss = learn_from(student, objective, (IDS[:4], teacher.rows(range(4)), None), pieces)
+        found.append((float(loss), [p.grad for p in student.parameters]))
+    (whole_loss, whole_gradients), *others = found
+    for loss, gradients in others:
+        # Sums of a few thousand fp32 numbers, in another order.
+        assert loss == pytest.approx(whole_loss, rel=1e-5)
+        for got, wanted in zip(gradients, whole_gradients, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max())
+
+
+def test_a_loss_that_compares_windows_is_not_divided():
+    program = tiny_program(layers=2)
+    target = HiddenStateCache(student_of(program), IDS).rows(range(4))
+    objective = HiddenStateObjective(batch_kl, additive=False)
+    losses = [
+        float(learn_from(student_of(program, disturbed(program)), objective,
+                         (IDS[:4], target, None), at_once))
+        for at_once in (None, 1)
+    ]  # fmt: skip
+    assert losses[0] == losses[1] > 0
+
+
+def test_a_step_that_runs_out_of_memory_goes_on_in_smaller_pieces():
+    program = tiny_program(layers=2)
+    tuners = [tuner_of(program, disturbed(program), Schedule(steps=6, batch=4)) for _ in range(2)]
+    objective, room = tuners[1].objective, 3
+
+    class Short(LogitObjective):
+        """A device on which no more than some windows fit, and one only if it is run again."""
+
+        def measure(self, student, values, target, learn, share=1.0):
+            if (learn and len(target) > room) or (learn and not student.recomputes):
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return objective.measure(student, values, target, learn, share)
+
+    tuners[1].objective = Short()
+    plain, short = (tuner.run() for tuner in tuners)
+    assert plain.made_smaller == ""
+    assert "runs 1 at once" in short.made_smaller and "again" in short.made_smaller
+    assert [step for step, _ in short.checks] == [step for step, _ in plain.checks]
+    assert short.checks[-1][1] == pytest.approx(plain.checks[-1][1], rel=1e-3)
+
+
+def test_states_made_in_front_change_no_step():
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(3, 4, generator=generator) for _ in range(3)]
+    found = []
+    for ahead in (False, True):
+        value = nn.Parameter(torch.ones(3, 4))
+        optimizer = torch.optim.AdamW([value], lr=torch.zeros(()), weight_decay=0.1)
+        if ahead:
+            make_states(optimizer, [value])
+            assert torch.equal(value, torch.ones(3, 4)) and value.grad is None
+        for gradient in gradients:
+            optimizer.param_groups[0]["lr"].fill_(0.1)
+            value.grad = gradient
+            optimizer.step()
+        found.append(value.detach())
+    assert torch.equal(*found)

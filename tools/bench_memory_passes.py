@@ -82,7 +82,8 @@ def main() -> None:
             runs.append({"pass": name, **run(recipe, memory, arguments.calib, device)})
             print(runs[-1], flush=True)
             what = name if arguments.only else "passes"
-            keep(arguments.out, what, sys.argv, device, {"runs": runs})
+            command = ["python", "tools/bench_memory_passes.py", *sys.argv[1:]]
+            keep(arguments.out, what, command, device, {"runs": runs})
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ on what happens to be free: the same device gives the same batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 
@@ -71,31 +73,57 @@ def memory_of(device: torch.device, given: int | None) -> int | None:
     return given or int(torch.cuda.get_device_properties(device).total_memory)
 
 
+Predict = Callable[[int, int, int], Prediction]
+"""From windows, the tokens of each, and the bytes that torch may reserve, to what is needed."""
+
+LEAST_TOKENS = 16
+"""Tokens of the shortest window that is suggested."""
+
+
+@overload
+def sized(predict: Predict, usual: int, seq: int, memory: int | None, remedy: str) -> BatchSize: ...
+@overload
 def sized(
-    predict: Callable[[int, int], Prediction],
+    predict: Predict,
     usual: int,
     seq: int,
     memory: int | None,
     remedy: str,
-) -> BatchSize:
+    *,
+    most: int | None,
+    required: bool,
+) -> BatchSize | None: ...
+def sized(
+    predict: Predict,
+    usual: int,
+    seq: int,
+    memory: int | None,
+    remedy: str,
+    *,
+    most: int | None = None,
+    required: bool = True,
+) -> BatchSize | None:
     """Return the usual number of windows, or the largest that fits where that does not.
 
     Args:
-        predict: From a number of windows, and the bytes that torch may reserve, to what is needed.
+        predict: What windows take.
         usual: As many as there are with memory enough.
         seq: Tokens of a window.
         memory: See `memory_of`; None leaves the usual number.
         remedy: What to do where not even one window fits.
+        most: As many as there may be where the usual number does not fit.
+        required: Whether something has to fit; else None says that nothing does.
 
     Raises:
-        PassError: Not even one window fits.
+        PassError: Not even one window fits; it says which shorter one would.
     """
     if memory is None:
         return BatchSize(usual, usual, seq)
     limit = int(SHARE * memory)
 
-    def complete(windows: int) -> Prediction:
-        found = predict(windows, limit)
+    @functools.cache
+    def complete(windows: int, length: int = seq) -> Prediction:
+        found = predict(windows, length, limit)
         if not found.trace.complete:
             raise GraphoptError(found.trace.notes[0])
         return found
@@ -104,18 +132,24 @@ def sized(
         found = complete(usual)
         if found.fits:
             return BatchSize(usual, usual, seq, memory, found.reserved)
-        fit = largest(complete, limit, most=max(usual - 1, 1))
+        fit = largest(complete, limit, most=most or max(usual - 1, 1))
     except (GraphoptError, RuntimeError) as problem:
         # What depends on values, as the routing of some experts, has no size without them, and
         # some operators of torch know no tensors without values.
         reason = problem.message if isinstance(problem, GraphoptError) else first_line(problem)
         return BatchSize(usual, usual, seq, unknown=reason.rstrip("."))
+    if not fit.value and not required:
+        return None
     if not fit.value:
-        short = fit.prediction.short_of
-        asked = "" if short is None else f", where it asks for {format_bytes(short.asked)}"
+        # What a window takes without a limit, and the longest one within it.
+        needed = predict(1, seq, 2**50).reserved
+        lengths = (seq >> halvings for halvings in range(1, seq.bit_length()))
+        shorter = (n for n in lengths if n >= LEAST_TOKENS and complete(1, n).fits)
+        length = next(shorter, None)
+        fits = "" if length is None else f" One of {length:,} fits (seqlen={length})."
         raise PassError(
-            f"One window of {seq:,} tokens is predicted to need more than {SHARE:.0%} of "
-            f"{format_bytes(memory)}{asked}.",
+            f"One window of {seq:,} tokens is predicted to need {format_bytes(needed)}, more than "
+            f"{SHARE:.0%} of {format_bytes(memory)}.{fits}",
             remedy,
         )
     return BatchSize(fit.value, usual, seq, memory, fit.prediction.reserved)
@@ -136,9 +170,9 @@ def walk_size(
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
-    def predict(windows: int, limit: int) -> Prediction:
+    def predict(windows: int, length: int, limit: int) -> Prediction:
         return predict_step(
-            program, "calibrate", batch=windows, seq=seq, capability=capability, limit=limit
+            program, "calibrate", batch=windows, seq=length, capability=capability, limit=limit
         )
 
     return sized(

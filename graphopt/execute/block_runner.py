@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from graphopt.execute.compiled import kind, run_compiled
 from graphopt.execute.function_run import CacheContents, Observer
@@ -104,6 +106,8 @@ class BlockRunner(Runner):
     Attributes:
         embedding: Position of the program's first block, behind its embedding.
         compiled: Whether blocks that take a gradient are run by compiled functions.
+        recomputes: Whether the backward pass runs each block again: between the passes only the
+            residual stream is held, and not what is inside blocks.
     """
 
     def __init__(
@@ -127,7 +131,7 @@ class BlockRunner(Runner):
         self._block_calls = {program.calls[block.position] for block in blocks}
         self.parametrisations = {name: p.to(device) for name, p in parametrisations.items()}
         self.groups = [group.to(device) for group in groups]
-        self.compiled = False
+        self.compiled = self.recomputes = False
 
     @property
     def trained(self) -> list[Parametrisation | WeightGroup]:
@@ -206,7 +210,21 @@ class BlockRunner(Runner):
     ) -> tuple[list[Tensor], CacheContents]:
         own = self.program.functions[call.function]
         plain = function is None and observe is None and not own.caches
-        if self.compiled and plain and call in self._block_calls and torch.is_grad_enabled():
+        plain &= call in self._block_calls and torch.is_grad_enabled()
+        if self.recomputes and plain:
+            run = functools.partial(super().run_call, call, tokens_past=tokens_past)
+
+            def block(*args: Tensor | None) -> list[Tensor]:
+                return run(args, size, weights)[0]
+
+            # No op draws random numbers, and a tensor that stands for a GPU's has another device
+            # in a check than outside.
+            results = checkpoint(
+                block, *args, use_reentrant=False, preserve_rng_state=False,
+                determinism_check="none",
+            )  # fmt: skip
+            return list(results), {}
+        if self.compiled and plain:
             sizes = {B: size[0], S: size[1], P: tokens_past}
             with self._autocasting():
                 return run_compiled(own, call, args, weights, sizes), {}

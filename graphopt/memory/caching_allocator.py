@@ -5,6 +5,7 @@ rounded up to 512 bytes; requests of up to 1 MiB live in segments of 2 MiB, othe
 20 MiB or of their own size rounded up to 2 MiB; the smallest free block that is large enough is
 taken, and cut where what is left is worth it; free neighbours in a segment are merged; and where
 memory runs out, segments without a block in use go back to the driver before a request fails.
+A CUDA graph that is recorded has segments of its own, and meanwhile none go back.
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ class Block:
     Attributes:
         address: Where it begins; segments have addresses in the order in which they were made.
         size: Its bytes, which may be more than were asked for.
-        small: Which pool it belongs to.
+        pool: Which pool it belongs to: the number of the recording, 0 for none, and whether it is
+            small.
         used: Whether it is given out.
         before, behind: Its neighbours in the segment.
     """
 
     address: int
     size: int
-    small: bool
+    pool: tuple[int, bool]
     used: bool = False
     before: Block | None = None
     behind: Block | None = None
@@ -68,8 +70,8 @@ class CachingAllocator:
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
-        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
-        self._next = 0
+        self._free: dict[tuple[int, bool], list[tuple[int, int, Block]]] = {}
+        self._next = self._recording = self._recordings = 0
 
     def malloc(self, size: int) -> Block | None:
         """Return a block for a request; None for one of no bytes, which takes none.
@@ -81,12 +83,12 @@ class CachingAllocator:
             return None
         size = -(-size // ROUND) * ROUND
         small = size <= _SMALL
-        pool = self._free[small]
+        pool = self._free.setdefault((self._recording, small), [])
         place = bisect.bisect_left(pool, (size, -1))  # type: ignore[arg-type]
         block = pool.pop(place)[2] if place < len(pool) else self._segment(size, small)
         left = block.size - size
         if left >= ROUND if small else left > _SMALL:
-            rest = Block(block.address + size, left, small, before=block, behind=block.behind)
+            rest = Block(block.address + size, left, block.pool, before=block, behind=block.behind)
             if rest.behind is not None:
                 rest.behind.before = rest
             block.size, block.behind = size, rest
@@ -113,11 +115,25 @@ class CachingAllocator:
         self._put(block)
 
     def release_cached(self) -> None:
-        """Give the segments back in which no block is in use (`torch.cuda.empty_cache`)."""
-        for small, pool in self._free.items():
-            whole = [e for e in pool if e[2].before is None and e[2].behind is None]
-            self.reserved -= sum(size for size, _, _ in whole)
-            self._free[small] = [e for e in pool if e not in whole]
+        """Give the segments back in which no block is in use (`torch.cuda.empty_cache`).
+
+        Those of a recorded graph stay with it.
+        """
+        for key, pool in self._free.items():
+            if not key[0]:
+                whole = [e for e in pool if e[2].before is None and e[2].behind is None]
+                self.reserved -= sum(size for size, _, _ in whole)
+                self._free[key] = [e for e in pool if e not in whole]
+
+    def begin_recording(self) -> None:
+        """From now on a CUDA graph is recorded, as by `torch.cuda.graph`."""
+        self.release_cached()
+        self._recordings += 1
+        self._recording = self._recordings
+
+    def end_recording(self) -> None:
+        """The graph keeps its segments."""
+        self._recording = 0
 
     def _segment(self, size: int, small: bool) -> Block:
         if small:
@@ -127,20 +143,21 @@ class CachingAllocator:
         else:
             bytes_of_segment = -(-size // _ROUND_SEGMENT) * _ROUND_SEGMENT
         if self.limit is not None and self.reserved + bytes_of_segment > self.limit:
-            self.release_cached()
+            if not self._recording:
+                self.release_cached()
             if self.reserved + bytes_of_segment > self.limit:
                 raise OutOfMemory(size, self.reserved)
         self.reserved += bytes_of_segment
         self.peak_reserved = max(self.peak_reserved, self.reserved)
-        block = Block(self._next, bytes_of_segment, small)
+        block = Block(self._next, bytes_of_segment, (self._recording, small))
         self._next += bytes_of_segment
         return block
 
     def _put(self, block: Block) -> None:
-        bisect.insort(self._free[block.small], (block.size, block.address, block))
+        bisect.insort(self._free[block.pool], (block.size, block.address, block))
 
     def _take(self, block: Block) -> None:
-        pool = self._free[block.small]
+        pool = self._free[block.pool]
         place = bisect.bisect_left(pool, (block.size, block.address))  # type: ignore[arg-type]
         del pool[place]
 

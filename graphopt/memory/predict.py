@@ -68,6 +68,7 @@ def predict_peak(
     make: Callable[[torch.device], Workload],
     *,
     steps: int | None = None,
+    recorded: int | None = None,
     capability: tuple[int, int] = HOPPER,
     limit: int | None = None,
 ) -> Prediction:
@@ -77,6 +78,7 @@ def predict_peak(
         make: Makes the workload on the device that it is given.
         steps: How many steps; by default as many as it takes until everything that stays exists,
             and one more.
+        recorded: The number of a step, from 0, that is recorded as a CUDA graph; None for none.
         capability: The GPU's compute capability.
         limit: Bytes that all of torch may reserve there; None for no limit.
 
@@ -87,13 +89,16 @@ def predict_peak(
         workload = make(stand_in.device)
         count = workload.warm_up + 1 if steps is None else steps
         trace = workload.record(count, workspaces=kernel_workspace)
-        return replay(trace, str(stand_in.device), capability=capability, limit=limit)
+        return replay(
+            trace, str(stand_in.device), recorded=recorded, capability=capability, limit=limit
+        )
 
 
 def replay(
     trace: Trace,
     device: str = "cuda:0",
     *,
+    recorded: int | None = None,
     capability: tuple[int, int] = HOPPER,
     limit: int | None = None,
 ) -> Prediction:
@@ -103,7 +108,7 @@ def replay(
         trace: Of a run on the GPU, or on tensors that stand for its. Where its allocator's history
             is part of it, which has the workspaces of libraries, they are not added again.
         device: What the trace calls the GPU.
-        capability, limit: See `predict_peak`.
+        recorded, capability, limit: See `predict_peak`.
     """
     here = trace.where(lambda i: i.device == device)
     allocator = CachingAllocator(limit)
@@ -123,8 +128,17 @@ def replay(
     try:
         for index in np.flatnonzero(here & trace.external):
             blocks[int(index)] = allocator.malloc(trace.instances[index].size)
+        begin = end = -1
+        if recorded is not None and recorded < len(trace.iteration_marks):
+            begin, end = [*trace.iteration_marks, len(trace.kind)][recorded : recorded + 2]
+        stream, users = "", set[str]()
         columns = zip(trace.kind.tolist(), trace.instance.tolist(), trace.op.tolist(), strict=True)
         for event, (kind, index, op) in enumerate(columns):
+            if event == begin:
+                allocator.begin_recording()
+                stream, users = ", recorded", set()  # each stream has workspaces of its own
+            elif event == end:
+                allocator.end_recording()
             if not here[index]:
                 continue
             if kind == MALLOC and index in shared:
@@ -137,10 +151,11 @@ def replay(
                 twice = 0
             elif kind == FREE:
                 allocator.free(blocks.pop(index))
-            elif kind == WRITE and products[op] and not complete and len(libraries) < 2:
+            elif kind == WRITE and products[op] and not complete and len(users) < 2:
                 # A backward pass has a thread of its own, and a workspace of its own with it.
-                where = "cuBLAS, backward" if index in backward else "cuBLAS"
+                where = f"cuBLAS{', backward' * (index in backward)}{stream}"
                 if where not in libraries:
+                    users.add(where)
                     libraries[where] = cublas_workspace(capability)
                     allocator.malloc(libraries[where])
             if (now := int(live[event]) - twice + sum(libraries.values())) > most:

@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from graphopt.memory.fused_attention import attend
 from graphopt.memory.operators import words
 
+_run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 
 _LOWER = words(
@@ -75,6 +77,7 @@ class StandIn(TorchFunctionMode):
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "get_per_process_memory_fraction", lambda device=None: 1.0),
             (torch.cuda, "is_bf16_supported", lambda *_: self.capability >= (8, 0)),
+            (torch.autograd, "_engine_run_backward", self._backward),
             (StandIn, "active", self),
         ):
             self._kept.append((owner, name, getattr(owner, name)))
@@ -86,6 +89,17 @@ class StandIn(TorchFunctionMode):
         super().__exit__(*error)
         while self._kept:
             setattr(*self._kept.pop())
+
+    def _backward(self, *args: Any, **kwargs: Any) -> Any:
+        """Go backwards with the mode on: what a checkpoint computes again, it computes as before.
+
+        torch hands functions to a mode that is off meanwhile.
+        """
+        super().__enter__()
+        try:
+            return _run_backward(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
 
     def place(self, storage: torch.UntypedStorage, fresh: bool = False) -> torch.device:
         """Return where what a storage of device "meta" stands for lies.

@@ -101,18 +101,20 @@ class Distiller:
         self.windows, self.checked = windows[:-held], windows[-held:]
         sizes = StepSizes.of(
             self.program, self.dense, options.batch, windows, context, self.blocks_at_once(),
-            streams=self.streams,
+            by_logits=self.by_logits, divisible=self.divisible, streams=self.streams,
         )  # fmt: skip
+        step = sizes.step
         self.tokens_ahead, self.record.batches = sizes.ahead.tokens, sizes.sentences()
         seconds = options.seconds
         if seconds is None and options.steps is None:
             seconds = DEFAULT_SECONDS
-        usual_rate = self.usual_rate(sizes.windows * seqlen)
+        usual_rate = self.usual_rate(step.windows * seqlen)
         alone = options.generated_windows == 0 or self.device.type != "cuda"
         self.schedule = Schedule(
             options.steps, seconds, patience=options.patience,
-            batch=min(sizes.windows, len(self.windows)) if alone else sizes.windows,
+            batch=min(step.windows, len(self.windows)) if alone else step.windows,
             rate=options.rate or rate or usual_rate, reduce_on_plateau=reduce_on_plateau,
+            memory=step.memory,
         )  # fmt: skip
         self.done, self._note_seconds = list[str](), 0.0
         self._resume()
@@ -120,6 +122,16 @@ class Distiller:
     def blocks_at_once(self) -> int:
         """Return how many blocks are trained at once at most: all, unless a pass says otherwise."""
         return len(find_blocks(self.program))
+
+    @property
+    def by_logits(self) -> bool:
+        """Whether logits are compared in any training, or hidden states alone."""
+        return True
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the loss of a step is always the mean of its windows' losses."""
+        return True
 
     def home_of(self, program: Program) -> torch.device:
         """Return where the weights of both models lie: on the host, where they fit no device."""
@@ -296,6 +308,9 @@ class Distiller:
         tuned = tuner.run()
         if tuned.stopped:
             self.skipped.append(Skip(what, f"stopped early: {tuned.stopped}"))
+        if tuned.made_smaller:
+            reason = f"memory ran out, and from then on a step {tuned.made_smaller}"
+            self.skipped.append(Skip(what, reason))
         if tuned.not_compiled:
             reason = f"its step is not compiled, and slower: {tuned.not_compiled}"
             self.skipped.append(Skip(what, reason))

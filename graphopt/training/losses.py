@@ -59,7 +59,12 @@ class Objective(ABC):
 
     @abstractmethod
     def measure(
-        self, student: BlockRunner, values: dict[str, Any], target: Tensor, learn: bool
+        self,
+        student: BlockRunner,
+        values: dict[str, Any],
+        target: Tensor,
+        learn: bool,
+        share: float = 1.0,
     ) -> Tensor:
         """Return the loss of a batch, in fp32 without gradient.
 
@@ -67,6 +72,7 @@ class Objective(ABC):
             values: What `BlockRunner.run_range` left.
             target: [B, S, D], what the dense model has in the place of the student's exit.
             learn: Also add to the gradients of the student's parameters.
+            share: What those are times: the batch's share of a larger one.
         """
 
 
@@ -78,11 +84,16 @@ class HiddenStateObjective(Objective):
     additive: bool = True
 
     def measure(
-        self, student: BlockRunner, values: dict[str, Any], target: Tensor, learn: bool
+        self,
+        student: BlockRunner,
+        values: dict[str, Any],
+        target: Tensor,
+        learn: bool,
+        share: float = 1.0,
     ) -> Tensor:
         loss = self.loss(values[student.exit], target)
         if learn:
-            loss.backward()
+            (loss if share == 1 else share * loss).backward()
         return loss.detach()
 
 
@@ -95,7 +106,12 @@ class LogitObjective(Objective):
     """
 
     def measure(
-        self, student: BlockRunner, values: dict[str, Any], target: Tensor, learn: bool
+        self,
+        student: BlockRunner,
+        values: dict[str, Any],
+        target: Tensor,
+        learn: bool,
+        share: float = 1.0,
     ) -> Tensor:
         stream = values[student.exit]
         batch, length, _ = stream.shape
@@ -111,7 +127,7 @@ class LogitObjective(Objective):
                 loss, gradient = compare(logits.detach(), teacher, batch * length)
                 total += loss
             if learn:
-                logits.backward(gradient)
+                logits.backward(gradient if share == 1 else gradient.mul_(share))
                 assert part.grad is not None
                 gradients.append(part.grad)
         if learn:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphopt.execute.batch_sizes import BatchSize, memory_of, sized, walk_size
+from graphopt.execute.batch_sizes import BatchSize, Predict, memory_of, sized, walk_size
 from graphopt.execute.block_runner import BlockRunner
 from graphopt.execute.workloads import ZeroRunner
 from graphopt.ir.blocks import find_blocks
@@ -20,10 +21,15 @@ from graphopt.memory.recording import Tags
 from graphopt.memory.workload import Workload
 from graphopt.pass_manager.contract import Context
 from graphopt.support.per_device import PerDevice, on_device
+from graphopt.support.quantities import format_bytes
 from graphopt.training.distillation_data import TOKENS_AHEAD
 from graphopt.training.held_out import run_student
 from graphopt.training.losses import HiddenStateObjective, LogitObjective, relative_mse
 from graphopt.training.parametrisations import FullParametrisation
+from graphopt.training.step_memory import StepMemory, learn_from, make_states
+
+STEPS = 2
+"""Steps in front of which everything exists that stays: the last of them may be recorded."""
 
 
 class _Student(BlockRunner, ZeroRunner):
@@ -37,21 +43,26 @@ def training_workload(
     windows: int,
     seq: int,
     blocks: int,
+    by_logits: bool = True,
     resident: int = 0,
     kept: int = 0,
+    memory: StepMemory | None = None,
 ) -> Workload:
-    """Return a step of training a program's last blocks on what a dense model gives.
+    """Return steps of training a program's last blocks on what a dense model gives, then a check.
 
     Weights are in fp32, and of the trained ones there are gradients, Adam's two states and a copy
-    of the best values so far. Where the last block is trained the loss is that of the logits.
+    of the best values so far. Two steps are like all; the third iteration is a check.
 
     Args:
         device: Where to train.
         windows, seq: Windows of a step, and tokens of each.
         blocks: How many blocks a step trains, from the last one backwards.
+        by_logits: Whether the loss is that of the logits, or of hidden states.
         resident: Bytes that lie on the device beside the program: what the dense model has more.
         kept: Bytes of hidden states that are kept there.
+        memory: How a step is kept small.
     """
+    memory = memory or StepMemory()
     found = find_blocks(program)
     first, stop = found[-blocks].position, found[-1].position + 1
     trained: dict[str, FullParametrisation] = {}
@@ -63,6 +74,7 @@ def training_workload(
                     name, FullParametrisation(torch.zeros(weight.shape, device=device))
                 )
     student = _Student(program, first, stop, trained, device)
+    student.recomputes = memory.recomputes
     # The program has its own values beside those that are trained.
     own = {w.name: ZeroRunner.weight(student, w.name) for w in program.used_weights()}
     held = {
@@ -71,17 +83,30 @@ def training_workload(
     }
     best = {name: p.value.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.AdamW(student.parameters, lr=1e-5, fused=True)
+    make_states(optimizer, student.parameters)
     ids = torch.zeros(windows, seq, dtype=torch.long, device=device)
-    whole = blocks == len(found)
-    objective = LogitObjective() if whole else HiddenStateObjective(relative_mse)
+    objective = LogitObjective() if by_logits else HiddenStateObjective(relative_mse)
     shape = _stream_shape(student, ids)
     target = torch.zeros(shape, dtype=student.kept_dtype, device=device)
+    entry = torch.zeros_like(target) if blocks < len(found) else None
+    iterations = itertools.count()
 
-    def step() -> Any:
+    def clear() -> None:
         for parameter in student.parameters:
             parameter.grad = None
-        objective.measure(*run_student(student, ids, target, None), learn=True)
-        optimizer.step()
+
+    def step() -> Any:
+        if next(iterations) < STEPS:
+            clear()
+            learn_from(student, objective, (ids, target, entry), memory.at_once)
+            optimizer.step()
+            clear()
+            return
+        at_once = min(windows, memory.at_once or windows)
+        with torch.no_grad():
+            part = None if entry is None else entry[:at_once]
+            given = run_student(student, ids[:at_once], target[:at_once], part)
+            objective.measure(*given, learn=False)
 
     def tags() -> Tags:
         states = {
@@ -90,10 +115,11 @@ def training_workload(
             for key, value in optimizer.state[parameter].items()
             if isinstance(value, Tensor)
         }
+        inputs = {"input_ids": ids, "target": target} | ({} if entry is None else {"entry": entry})
         return {"weight": {**own, **held, **{f"best.{n}": b for n, b in best.items()}},
-                "input": {"input_ids": ids, "target": target}, "optimizer": states}  # fmt: skip
+                "input": inputs, "optimizer": states}  # fmt: skip
 
-    return Workload(f"training {blocks} blocks", step, device, tags, warm_up=1)
+    return Workload(f"training {blocks} blocks", step, device, tags, warm_up=STEPS)
 
 
 def _stream_shape(student: BlockRunner, ids: Tensor) -> tuple[int, ...]:
@@ -105,43 +131,93 @@ def _stream_shape(student: BlockRunner, ids: Tensor) -> tuple[int, ...]:
     return tuple(stream.shape)
 
 
-def training_size(
+@dataclass(frozen=True)
+class StepSize:
+    """How many windows a step takes, and how.
+
+    Attributes:
+        windows: Windows of a step.
+        memory: How it is kept small.
+        fit: The windows that it runs at once, and what they are predicted to take.
+    """
+
+    windows: int
+    memory: StepMemory
+    fit: BatchSize
+
+    def describe(self, what: str) -> str:
+        """Return a sentence on what a step takes; "" where nothing was sized."""
+        fit = self.fit
+        if fit.memory is None or fit.unknown:
+            return fit.describe(what)
+        count = f"{self.windows:,} window{'s' * (self.windows != 1)} of {fit.seq:,} tokens"
+        less = self.memory.describe()
+        return (
+            f"{what} takes {count}, which is predicted to need {format_bytes(fit.bytes)} of "
+            f"{format_bytes(fit.memory)}." + (f" To fit, it {less}." if less else "")
+        )
+
+
+def step_size(
     program: Program,
-    usual: int,
+    windows: int,
     seq: int,
     device: torch.device,
     given: int | None,
     *,
     blocks: int,
+    by_logits: bool,
     resident: int,
     kept: int,
-) -> BatchSize:
-    """Return how many windows a training step takes.
+    divisible: bool = True,
+) -> StepSize:
+    """Return how a training step fits: the first of these that does, by predictions.
+
+    All windows at once, or as many as fit at once, gradients being added up; where not even one
+    does, blocks are run again in the backward pass; and where a record of the step has no room,
+    none is made. Where the loss compares windows, a step of fewer windows is taken.
 
     Args:
-        usual: As many as it takes with memory enough.
+        windows: As many as a step takes with memory enough.
         given: Bytes that the user lets it have; None for all of the device's.
-        blocks, resident, kept: See `training_workload`.
+        blocks, by_logits, resident, kept: See `training_workload`.
+        divisible: Whether the loss of a step is the mean of its windows' losses.
 
     Raises:
         PassError: Not even one window fits.
     """
+    limit = memory_of(device, given)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
-    def predict(windows: int, limit: int) -> Prediction:
-        return predict_peak(
-            lambda place: training_workload(
-                program, place, windows=windows, seq=seq, blocks=blocks, resident=resident,
-                kept=kept,
-            ),
-            capability=capability,
-            limit=limit,
-        )  # fmt: skip
+    def predictor(form: StepMemory) -> Predict:
+        def predict(at_once: int, length: int, limit: int) -> Prediction:
+            count = windows if divisible else at_once
+            memory = replace(form, at_once=at_once if at_once < count else None)
+            return predict_peak(
+                lambda place: training_workload(
+                    program, place, windows=min(count, 2 * at_once), seq=length, blocks=blocks,
+                    by_logits=by_logits, resident=resident, kept=kept, memory=memory,
+                ),
+                recorded=STEPS - 1 if form.recorded else None, capability=capability, limit=limit,
+            )  # fmt: skip
 
-    return sized(
-        predict, usual, seq, memory_of(device, given),
-        "Give a lower seqlen, fewer blocks at a time (mode=local), or --device cpu.",
-    )  # fmt: skip
+        return predict
+
+    forms = [StepMemory(), StepMemory(recomputes=True), StepMemory(recomputes=True, recorded=False)]
+    least = "Give a lower seqlen, fewer blocks at a time (mode=local), or --device cpu."
+    for form in forms:
+        last = form is forms[-1]
+        # Pieces of a step are about equal, so that not more than a half are of use.
+        most = -(-windows // 2) if divisible else None
+        fit = sized(predictor(form), windows, seq, limit, least, most=most, required=last)
+        if fit is not None:
+            break
+    assert fit is not None
+    if not divisible:
+        return StepSize(fit.windows, form, fit)
+    pieces = -(-windows // fit.windows)
+    at_once = -(-windows // pieces)
+    return StepSize(windows, replace(form, at_once=at_once if pieces > 1 else None), fit)
 
 
 @dataclass(frozen=True)
@@ -149,13 +225,11 @@ class StepSizes:
     """What a training takes at once.
 
     Attributes:
-        step: Windows of a training step; None where the user gave a number.
-        windows: That number, or what `step` has.
+        step: What a training step takes.
         ahead: Windows over which the dense model is run at once, to keep its hidden states.
     """
 
-    step: BatchSize | None
-    windows: int
+    step: StepSize
     ahead: BatchSize
 
     @classmethod
@@ -168,16 +242,21 @@ class StepSizes:
         context: Context,
         blocks: int,
         *,
+        by_logits: bool = True,
+        divisible: bool = True,
         streams: bool = False,
     ) -> StepSizes:
         """Return the sizes for training a program on a dense one.
 
         Args:
-            batch: The option: a number that the user gave is kept, a usual one is sized.
+            batch: The option.
             windows: The text, int64 [N, S].
             context: Says where to train, and how much memory that may have.
             blocks: How many blocks are trained at once.
-            streams: Whether weights lie on the host: then steps are of the usual size.
+            by_logits: Whether by logits, or by hidden states.
+            divisible: Whether the loss of a step is the mean of its windows' losses. Where it is
+                not, a number of windows that the user gave is kept.
+            streams: Whether weights lie on the host: then steps are not sized.
 
         Raises:
             PassError: Not even one window fits.
@@ -186,21 +265,22 @@ class StepSizes:
         device, given = context.device, context.memory
         usual = on_device(batch, device)
         ahead = walk_size(program, seq, TOKENS_AHEAD, device, given)
-        if not isinstance(batch, PerDevice) or device.type != "cuda" or streams:
-            return cls(None, usual, ahead)
+        fixed = not isinstance(batch, PerDevice) and not divisible
+        if device.type != "cuda" or streams or fixed:
+            return cls(StepSize(usual, StepMemory(), BatchSize(usual, usual, seq)), ahead)
         shared = {id(weight.producer) for weight in program.used_weights()}
         more = (w for w in dense.used_weights() if id(w.producer) not in shared)
         behind = program.calls[find_blocks(program)[-1].position].results[0]
         width = evaluate(infer_program(program)[1][behind].shape[-1], {})
-        step = training_size(
-            program, usual, seq, device, given, blocks=blocks,
+        step = step_size(
+            program, usual, seq, device, given, blocks=blocks, by_logits=by_logits,
             resident=4 * sum(weight.numel for weight in more), kept=2 * count * seq * width,
+            divisible=divisible,
         )  # fmt: skip
-        return cls(step, step.windows, ahead)
+        return cls(step, ahead)
 
     def sentences(self) -> list[str]:
         """Return what is said of the sizes; nothing where nothing was sized."""
         told = [self.ahead.describe("The dense model's run ahead")]
-        if self.step is not None:
-            told.append(self.step.describe("A training step"))
+        told.append(self.step.describe("A training step"))
         return [sentence for sentence in told if sentence]

@@ -48,6 +48,7 @@ class TrainedPart(pydantic.BaseModel):
     lr_decays: Curve
     stopped: str
     not_compiled: str
+    made_smaller: str = ""
 
     @classmethod
     def of(cls, part: str, tuned: TrainingResult) -> TrainedPart:

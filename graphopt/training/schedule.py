@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from graphopt.training.step_memory import StepMemory
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -21,6 +23,7 @@ class Schedule:
         weight_decay: By what share of the rate a step moves parameters towards 0.
         patience: Training stops after so many checks without a better held-out loss; 0 never stops.
         reduce_on_plateau: Whether a rate that gets no further is reduced, from the best state on.
+        memory: How a step is kept small.
     """
 
     steps: int | None = None
@@ -32,6 +35,7 @@ class Schedule:
     weight_decay: float = 0.0
     patience: int = 0
     reduce_on_plateau: bool = True
+    memory: StepMemory = field(default_factory=StepMemory)
 
     def __post_init__(self) -> None:
         if self.steps is None and self.seconds is None:
@@ -64,6 +68,7 @@ class TrainingResult:
         lr_decays: (step, highest rate from there on) pairs, where the one before got no further.
         stopped: Why it ended before its schedule did, or "".
         not_compiled: Why its step was not compiled though it would have been worth it, or "".
+        made_smaller: How a step was made smaller because memory ran out, or "".
     """
 
     steps: int = 0
@@ -75,3 +80,4 @@ class TrainingResult:
     lr_decays: list[tuple[int, float]] = field(default_factory=list)
     stopped: str = ""
     not_compiled: str = ""
+    made_smaller: str = ""

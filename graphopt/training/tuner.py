@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from graphopt.errors import first_line
 from graphopt.execute.block_runner import BlockRunner
 from graphopt.ir.mixture import has_experts
 from graphopt.storage.snapshot import resuming_from
+from graphopt.support.boundary import out_of_memory
 from graphopt.support.devices import must_fit
 from graphopt.support.progress import Progress, silent
 from graphopt.support.ranks import ALONE, here
-from graphopt.support.recorded import record
 from graphopt.training.distillation_data import DistillationData
 from graphopt.training.gradients import SharedGradients
-from graphopt.training.held_out import held_out_loss, run_student
+from graphopt.training.held_out import held_out_loss
 from graphopt.training.losses import Objective
 from graphopt.training.schedule import Schedule, TrainingResult
+from graphopt.training.step_memory import RecordedStep, learn_from, make_states
 
 SAVE_EVERY = 30.0
 """Seconds between two saved states of a training."""
@@ -126,10 +128,14 @@ class Tuner:
             fused=True if cuda else None, capturable=cuda,
         )  # fmt: skip
         self._rated = [p for group in self._optimizer.param_groups for p in group["params"]]
-        self._recorded: _Recorded | None = None
-        self._moving: _Recorded | None = None
+        if cuda:
+            make_states(self._optimizer, self._rated)
+        self._memory = schedule.memory
+        student.recomputes = self._memory.recomputes
+        self._recorded: RecordedStep | None = None
+        self._moving: RecordedStep | None = None
         # A record holds weights where they are: none can be brought to the device in it.
-        self._recordable = cuda and student.keep_weights
+        self._recordable = cuda and student.keep_weights and self._memory.recorded
         self._recordable &= all(group.recordable for group in student.groups)
         self._eager = 0
 
@@ -213,7 +219,7 @@ class Tuner:
     def _prepare(self) -> float:
         """Compile the step, where that pays; return the seconds it took."""
         schedule, result = self.schedule, self.result
-        if self.student.device.type != "cuda":
+        if self.student.device.type != "cuda" or self.student.recomputes:
             return 0.0
         kinds = len(self.student.kinds)
         cost = sum(2 if has_experts(function) else 1 for function in self.student.kinds)
@@ -232,7 +238,7 @@ class Tuner:
         batch = self.data.batch(rows, self.student.device, self._own)
         self.student.compiled = True
         try:
-            self.objective.measure(*run_student(self.student, *batch), learn=True)
+            learn_from(self.student, self.objective, batch, self._memory.at_once)
             torch.cuda.synchronize()
         except torch.cuda.OutOfMemoryError:
             raise
@@ -248,7 +254,9 @@ class Tuner:
         """Measure the held-out windows, and keep the state if it is the best so far."""
         started = self._clock()
         self._checked_at = done
-        total = held_out_loss(self.student, self.data, self.objective, self.schedule.batch)
+        total = self._with_less_memory(
+            lambda: held_out_loss(self.student, self.data, self.objective, self._at_once)
+        )
         self.result.checks.append((self.result.steps, total))
         self._worse += 1
         if total < self._best:
@@ -289,7 +297,33 @@ class Tuner:
     def _learn(self, ids: Tensor, target: Tensor, entry: Tensor | None) -> Tensor:
         """Make the gradients of a batch; return its loss."""
         self._drop_gradients()
-        return self.objective.measure(*run_student(self.student, ids, target, entry), learn=True)
+        batch = ids, target, entry
+        return learn_from(self.student, self.objective, batch, self._memory.at_once)
+
+    @property
+    def _at_once(self) -> int:
+        """Windows that are run at once."""
+        return min(self._memory.at_once or self.schedule.batch, self.schedule.batch)
+
+    def _with_less_memory(self, work: Callable[[], Any]) -> Any:
+        """Return what work gives; where a GPU has no memory for it, it is done in smaller pieces.
+
+        What it does before that must not count: it begins anew.
+        """
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                less = self._memory.less(self._at_once, self.objective.additive)
+                if less is None or out_of_memory(error) is None:
+                    raise
+            self._memory, self.result.made_smaller = less, less.describe()
+            self.student.recomputes, self.student.compiled = less.recomputes, False
+            self._recordable = False
+            self._recorded = self._moving = None
+            self._drop_gradients()
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def _move(self) -> None:
         """Move the parameters by their gradients."""
@@ -313,24 +347,33 @@ class Tuner:
                 group["lr"] = rate * group["factor"]
             else:
                 tensor.fill_(rate * group["factor"])
-        recorded = self._recordable and self._eager >= WARM_UP
+        loss = self._with_less_memory(lambda: self._gradients_of(batch))
         self._eager += 1
         if self._gradients is None:
-            if not recorded:
-                return self._work(*batch)
-            self._recorded = self._recorded or _Recorded(self._work, batch)
-            return self._recorded.replay(batch)
-        # What ranks say to each other stands between two records.
-        if recorded:
-            self._recorded = self._recorded or _Recorded(self._learn, batch)
-        loss = self._recorded.replay(batch) if self._recorded else self._learn(*batch)
+            if not self._recorded:
+                self._move()
+            return loss
         loss = self._gradients.reduce(loss, len(self._own) / self.schedule.batch)
-        if recorded:
-            self._moving = self._moving or _Recorded(self._move, ())
-        if self._moving:
+        if self._recorded:
+            self._moving = self._moving or RecordedStep(self._move, ())
             self._moving.replay(())
         else:
             self._move()
+        return loss
+
+    def _gradients_of(self, batch: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
+        """Make the gradients of a batch; return its loss.
+
+        From the fourth step on a GPU does so by a record, which moves the parameters too, but for
+        what ranks say to each other in between.
+        """
+        if not self._recordable or self._eager < WARM_UP:
+            return self._learn(*batch)
+        if self._recorded is None:
+            self._drop_gradients()  # what they lie in has no room for the record
+            alone = self._gradients is None
+            self._recorded = RecordedStep(self._work if alone else self._learn, batch)
+        loss: Tensor = self._recorded.replay(batch)
         return loss
 
     def _save(self) -> None:
@@ -373,21 +416,6 @@ class Tuner:
             self._rate = state["rate"]
             self.result = TrainingResult(**state["result"])
         return self.result
-
-
-class _Recorded:
-    """A step of a training as a CUDA graph: its thousands of kernels are launched at once."""
-
-    def __init__(self, work: Callable[..., Any], batch: Sequence[Tensor | None]) -> None:
-        self._places = [None if value is None else value.clone() for value in batch]
-        self._graph, self._loss = record(lambda: work(*self._places), runs=0)
-
-    def replay(self, batch: Sequence[Tensor | None]) -> Any:
-        for place, value in zip(self._places, batch, strict=True):
-            if place is not None and value is not None:
-                place.copy_(value)
-        self._graph.replay()
-        return self._loss
 
 
 class _Mean:

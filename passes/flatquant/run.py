@@ -116,6 +116,14 @@ class FlatQuantising(Distiller):
         return super().blocks_at_once() if whole and self.options.method != "published" else 1
 
     @property
+    def by_logits(self) -> bool:
+        return self.blocks_at_once() > 1
+
+    @property
+    def divisible(self) -> bool:
+        return self.options.method != "published"
+
+    @property
     def distils(self) -> bool:
         """Whether all weights are trained at the end."""
         options = self.options

@@ -93,6 +93,14 @@ class Fusion(Distiller):
             return super().blocks_at_once()
         return min(self.options.group, super().blocks_at_once())
 
+    @property
+    def by_logits(self) -> bool:
+        return self.options.mode != "published"
+
+    @property
+    def divisible(self) -> bool:
+        return self.options.mode != "published"
+
     def resume_structure(self, blocks: list[str]) -> None:
         if self.options.mode != "published":
             return

@@ -19,11 +19,13 @@ from graphopt.errors import GraphoptError, PassError
 from graphopt.execute import batch_sizes
 from graphopt.execute.batch_sizes import SHARE, BatchSize, sized, walk_size
 from graphopt.execute.what_fits import what_fits
-from graphopt.memory.caching_allocator import OutOfMemory
+from graphopt.ir.graph import Program
+from graphopt.memory.caching_allocator import CachingAllocator, OutOfMemory
 from graphopt.memory.predict import Prediction, predict_peak
 from graphopt.report.fits import FitEntry
-from graphopt.training.memory import training_size, training_workload
+from graphopt.training.memory import step_size, training_workload
 from graphopt.training.record import TrainingRecord
+from graphopt.training.step_memory import StepMemory
 
 TRACE = EventList().trace()
 
@@ -31,7 +33,7 @@ TRACE = EventList().trace()
 def needing(each: int, fixed: int = 0):
     """Return a prediction by which every window needs so many bytes."""
 
-    def predict(windows: int, limit: int) -> Prediction:
+    def predict(windows: int, length: int, limit: int) -> Prediction:
         size = fixed + each * windows
         short = OutOfMemory(size, 0) if size > limit else None
         return Prediction(size, size, size, {}, {}, short, TRACE)
@@ -43,7 +45,7 @@ def needing(each: int, fixed: int = 0):
 def test_the_usual_batch_or_the_largest_that_fits(usual, each, fixed, memory):
     most = (int(SHARE * memory) - fixed) // each
     if most < 1:
-        with pytest.raises(PassError, match="One window of 7 tokens is predicted to need more"):
+        with pytest.raises(PassError, match="One window of 7 tokens is predicted to need"):
             sized(needing(each, fixed), usual, 7, memory, "Give more.")
         return
     size = sized(needing(each, fixed), usual, 7, memory, "Give more.")
@@ -53,7 +55,7 @@ def test_the_usual_batch_or_the_largest_that_fits(usual, each, fixed, memory):
 
 
 def test_what_cannot_be_predicted_keeps_the_usual_batch_and_says_so():
-    def refuses(windows: int, limit: int) -> Prediction:
+    def refuses(windows: int, length: int, limit: int) -> Prediction:
         raise GraphoptError("experts are routed by values.")
 
     size = sized(refuses, 4, 16, 10**9, "")
@@ -61,7 +63,7 @@ def test_what_cannot_be_predicted_keeps_the_usual_batch_and_says_so():
     assert "not predicted: experts are routed by values." in size.describe("A batch")
     part = dataclasses.replace(TRACE, complete=False, notes=["It failed."])
     failed = sized(
-        lambda windows, limit: dataclasses.replace(needing(1)(windows, limit), trace=part),
+        lambda *asked: dataclasses.replace(needing(1)(*asked), trace=part),
         4, 16, 10**9, "",
     )  # fmt: skip
     assert "It failed." in failed.describe("A batch")
@@ -89,14 +91,20 @@ def test_a_walk_takes_as_many_windows_as_fit(on_a_gpu):
     assert again == tight
 
 
+def step_of(program, memory, **options):
+    return step_size(
+        program, 4, 32, torch.device("cpu"), memory, **{
+            "blocks": 2, "by_logits": True, "resident": 0, "kept": 0, **options,
+        },
+    )  # fmt: skip
+
+
 def test_a_training_step_holds_weights_states_and_a_copy(on_a_gpu):
     program = tiny_program()
-    size = training_size(program, 8, 32, torch.device("cpu"), 10**12, blocks=1, resident=0, kept=0)
-    assert size.windows == 8
-    more = training_size(
-        program, 8, 32, torch.device("cpu"), 10**12, blocks=1, resident=2**26, kept=2**24
-    )
-    assert more.bytes >= size.bytes + 2**26 + 2**24
+    size = step_of(program, 10**12)
+    assert (size.windows, size.memory) == (4, StepMemory())
+    more = step_of(program, 10**12, resident=2**26, kept=2**24)
+    assert more.fit.bytes >= size.fit.bytes + 2**26 + 2**24
     whole = predict_peak(
         lambda device: training_workload(program, device, windows=2, seq=32, blocks=2)
     )
@@ -112,6 +120,69 @@ def test_a_training_step_holds_weights_states_and_a_copy(on_a_gpu):
     assert whole.categories["optimizer"] == pytest.approx(2 * blocks, rel=0.01)
     every = 4 * sum(weight.numel for weight in program.used_weights())
     assert whole.categories["weight"] == pytest.approx(every + 2 * blocks, rel=0.01)
+
+
+def larger() -> Program:
+    """A program whose activations count beside the workspaces of libraries."""
+    return tiny_program(layers=6, hidden=256, heads=8, head_dim=32, ffn=1024, vocab=4000)
+
+
+@pytest.mark.slow
+def test_a_step_is_made_smaller_until_it_fits(on_a_gpu):
+    program, asked = larger(), {"blocks": 6}
+
+    def needs(memory: StepMemory, windows: int = 4) -> int:
+        return predict_peak(
+            lambda device: training_workload(
+                program, device, windows=windows, seq=512, memory=memory, **asked
+            ),
+            recorded=1 if memory.recorded else None,
+        ).reserved
+
+    forms = [
+        StepMemory(), StepMemory(at_once=2), StepMemory(at_once=1),
+        StepMemory(at_once=1, recomputes=True),
+        StepMemory(at_once=1, recomputes=True, recorded=False),
+    ]  # fmt: skip
+    sizes = [needs(form) for form in forms]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+    for form, bytes_needed in zip(forms[1:3], sizes[1:3], strict=True):
+        found = step_size(
+            program, 4, 512, torch.device("cpu"), int(bytes_needed / SHARE) + 2**22,
+            by_logits=True, resident=0, kept=0, **asked,
+        )  # fmt: skip
+        assert (found.windows, found.memory) == (4, form)
+        assert "To fit, it runs" in found.describe("A step")
+    found = step_size(
+        program, 4, 512, torch.device("cpu"), int(sizes[1] / SHARE),
+        by_logits=True, resident=0, kept=0, divisible=False, **asked,
+    )  # fmt: skip
+    assert 0 < found.windows < 4 and found.memory == StepMemory()
+    with pytest.raises(PassError, match=r"One window of 512 tokens .*fits \(seqlen=\d+\)"):
+        step_size(
+            program, 4, 512, torch.device("cpu"), int(sizes[-1] * 0.9 / SHARE),
+            by_logits=True, resident=0, kept=0, **asked,
+        )  # fmt: skip
+
+
+def test_a_record_has_segments_of_its_own_and_gives_none_back():
+    allocator = CachingAllocator(limit=100 * 2**20)
+    block = allocator.malloc(40 * 2**20)
+    allocator.free(block)
+    allocator.begin_recording()
+    assert allocator.reserved == 0  # what is free goes back first
+    inside = allocator.malloc(40 * 2**20)
+    allocator.free(inside)
+    assert allocator.malloc(40 * 2**20) is inside
+    allocator.free(inside)
+    with pytest.raises(OutOfMemory):
+        allocator.malloc(80 * 2**20)
+    allocator.end_recording()
+    other = allocator.malloc(40 * 2**20)
+    assert other is not inside and allocator.reserved == 80 * 2**20
+    allocator.free(other)
+    allocator.release_cached()
+    assert allocator.reserved == 40 * 2**20
 
 
 def test_a_record_says_what_is_taken_at_once():
@@ -159,7 +230,7 @@ def test_a_memory_that_holds_no_step_says_that_none_fits():
 
 
 def test_operators_that_need_values_leave_the_usual_batch(on_a_gpu):
-    def refuses(windows: int, limit: int) -> Prediction:
+    def refuses(windows: int, length: int, limit: int) -> Prediction:
         raise RuntimeError("Tensor on device meta is not on the expected device.\nand more")
 
     size = sized(refuses, 3, 16, 10**9, "")
