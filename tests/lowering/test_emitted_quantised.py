@@ -79,6 +79,45 @@ def test_an_emitted_model_reads_codes(
     assert launched == [10] * 8 + [2] * 19
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU its kernels run")
+@pytest.mark.filterwarnings("ignore:attention on a CPU")
+@pytest.mark.parametrize("group", [128, pytest.param(32, marks=pytest.mark.exhaustive)])
+def test_on_hopper_the_kernel_in_cuda_takes_every_product_of_a_step(
+    group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden": 128, "heads": 8, "kv_heads": 4, "head_dim": 16, "ffn": 256, "cache": True}
+    program = with_packed(tiny_program(**sizes), projections(Packed(4, group)))
+    go.emit(program, tmp_path / "out", target="hopper", emit=("torch",))
+    assert (tmp_path / "out" / "kernels" / "hopper_packed_few.cu").is_file()
+    module = load_file(tmp_path / "out" / "model.py")
+    kernels, few = (
+        sys.modules[f"{module.kernels.__name__}.{name}"]
+        for name in ("quantised_linear", "packed_few")
+    )
+    monkeypatch.setattr(kernels, "runs_by_kernel", lambda *tensors: True)
+    monkeypatch.setattr(few, "runs_compiled", lambda device: True)
+    asked: list[tuple[bool, str]] = []
+
+    def launch(
+        x: Any, weight: Any, bias: Any, tiles: Any, cores: int, x_scales: Any = None,
+        act: str = "", norm: Any = None,
+    ) -> Any:  # fmt: skip
+        assert few._refusal(x, weight, bias, norm) == ""
+        asked.append((norm is not None, act))
+        y = x.new_zeros(len(x), weight.shape[0] // (2 if act else 1))
+        return y, None if norm is None or norm.y is None else x + norm.y
+
+    monkeypatch.setattr(kernels, "launch_few", launch)
+    decoder = module.Decoder(module.load(tmp_path / "out", dtype=torch.float16), 12)
+    for step in (lambda: decoder.start([5, 6, 7]), decoder.step):
+        asked.clear()
+        step()
+        # Of each layer q, k and v; o; gate and up; down; then the head.
+        layer = [(True, ""), (False, ""), (True, "silu"), (False, "")]
+        assert asked == [*layer, *layer, (True, "")]
+
+
 @pytest.mark.filterwarnings("ignore:attention on a CPU")
 @pytest.mark.parametrize("tied", [False, True])
 def test_on_a_cpu_such_a_model_computes_by_the_reference(tied: bool, tmp_path: Path) -> None:
