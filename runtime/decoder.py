@@ -287,7 +287,9 @@ class Decoder:
     def _record(self) -> torch.cuda.CUDAGraph:
         moved = self._moved()
         before = [x.clone() for x in moved]
-        graph, _ = record(self._advance, self.token.device)
+        # One runs after the other, and what a step gives is copied out of their memory.
+        pool = next((graph.pool() for graph in self.graphs.values()), None)
+        graph, _ = record(self._advance, self.token.device, pool=pool)
         for now, value in zip(moved, before, strict=True):
             now.copy_(value)
         return graph

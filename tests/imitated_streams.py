@@ -14,17 +14,31 @@ import torch
 from graphopt.support import recorded
 
 
+@dataclass(frozen=True)
+class Recording:
+    """How a graph was recorded.
+
+    Attributes:
+        collects: Whether Python's garbage collector was on.
+    """
+
+    graph: Any
+    stream: Any
+    pool: Any
+    collects: bool
+
+
 @dataclass
 class Noted:
     """What was asked for.
 
     Attributes:
         streams: That were made.
-        recordings: Of each the stream, and whether Python's garbage collector was on.
+        recordings: In their order.
     """
 
     streams: list[Any] = field(default_factory=list)
-    recordings: list[tuple[Any, bool]] = field(default_factory=list)
+    recordings: list[Recording] = field(default_factory=list)
 
 
 class Graph:
@@ -32,6 +46,9 @@ class Graph:
 
     def replay(self) -> None:
         pass
+
+    def pool(self) -> object:
+        return self
 
 
 @contextlib.contextmanager
@@ -51,8 +68,8 @@ def imitated_streams(graphs: type = Graph) -> Iterator[Noted]:
             pass
 
     @contextlib.contextmanager
-    def graph(_: object, *, stream: Any, **how: Any) -> Iterator[None]:
-        noted.recordings.append((stream, gc.isenabled()))
+    def graph(made: Any, *, stream: Any, pool: Any, **how: Any) -> Iterator[None]:
+        noted.recordings.append(Recording(made, stream, pool, gc.isenabled()))
         yield
 
     current = object.__new__(Stream)

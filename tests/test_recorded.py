@@ -35,7 +35,7 @@ def test_a_recording_keeps_the_collector_off(runs: int, collects: bool) -> None:
         gc.enable()
     assert returned == runs + 1
     assert was == [collects] * runs + [False]
-    assert [on for _, on in noted.recordings] == [False]
+    assert [each.collects for each in noted.recordings] == [False]
 
 
 def test_the_collector_is_on_again_after_a_failure() -> None:
@@ -56,7 +56,9 @@ def test_all_recordings_of_a_device_share_a_stream() -> None:
         record(lambda: None, torch.device("cuda", 1))
     # Of cuda:0, of the CPU that stands in for it, and of cuda:1.
     assert len(noted.streams) == 3
-    assert [noted.streams.index(stream) for stream, _ in noted.recordings] == [0, 1] * 3 + [2]
+    used = [noted.streams.index(each.stream) for each in noted.recordings]
+    assert used == [0, 1] * 3 + [2]
+    assert all(each.pool is None for each in noted.recordings)
 
 
 class Texts(Decoder):
@@ -94,7 +96,10 @@ def test_decoders_record_as_everything_does() -> None:
                 decoder.step()
             assert len(decoder.graphs) == 4
     assert len(noted.recordings) == 8 and len(noted.streams) == 1
-    assert not any(on for _, on in noted.recordings)
+    assert not any(each.collects for each in noted.recordings)
+    # All graphs of a decoder have the memory of its first.
+    first, second = noted.recordings[0].graph, noted.recordings[4].graph
+    assert [each.pool for each in noted.recordings] == [None, *[first] * 3, None, *[second] * 3]
 
 
 def test_graphs_are_recorded_in_one_place() -> None:
@@ -132,3 +137,28 @@ def test_recordings_leave_no_memory_behind() -> None:
 
     before = recordings(1)
     assert recordings(40) <= before
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_graphs_of_one_pool_have_one_memory() -> None:
+    x, y = (torch.randn(2048, 2048, device="cuda", dtype=torch.float16) for _ in range(2))
+    results = [torch.empty_like(x) for _ in range(6)]
+
+    def work(number: int) -> None:
+        results[number].copy_((x + number) @ y)
+
+    graphs = [record(lambda: work(0))[0]]
+    before = torch.cuda.memory_reserved()
+    graphs += [
+        record(lambda number=number: work(number), pool=graphs[0].pool())[0]
+        for number in range(1, 6)
+    ]
+    assert torch.cuda.memory_reserved() <= before
+    for _ in range(2):
+        for result in results:
+            result.zero_()
+        for graph in reversed(graphs):
+            graph.replay()
+        for number, result in enumerate(results):
+            assert torch.equal(result, (x + number) @ y)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def _stream_of(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextlib.contextmanager
-def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> Iterator[None]:
     """Record what is launched meanwhile in a CUDA graph.
 
     An older graph that is freed meanwhile would spoil the recording, and Python frees what lies in
@@ -35,7 +35,7 @@ def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterat
     gc.disable()
     try:
         # Threads of torch look after collectives meanwhile, where there are ranks.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             yield
     finally:
         if collects:
@@ -43,7 +43,11 @@ def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterat
 
 
 def record(
-    work: Callable[[], T], device: torch.device | None = None, *, runs: int = 1
+    work: Callable[[], T],
+    device: torch.device | None = None,
+    *,
+    runs: int = 1,
+    pool: Any = None,
 ) -> tuple[torch.cuda.CUDAGraph, T]:
     """Return work as a CUDA graph, and what it returned when it was recorded.
 
@@ -54,6 +58,9 @@ def record(
         device: Where it runs, with its index; by default the current one.
         runs: How often it is run as it is before. Whatever is compiled, loaded or allocated at a
             first call must not be in the recording, so 0 is for work that has been run.
+        pool: `pool()` of an older graph, whose memory this one uses too: the two never run at once,
+            and neither reads what it left there before the other ran. By default the graph has
+            memory of its own, 2 MiB and for large blocks 20 MiB at least.
 
     Raises:
         RuntimeError: It cannot be recorded: another thread uses the device meanwhile, say.
@@ -66,7 +73,7 @@ def record(
             work()
     main.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with _recording(graph, stream):
+    with _recording(graph, stream, pool):
         returned = work()
     return graph, returned
 

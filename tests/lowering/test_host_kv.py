@@ -117,7 +117,7 @@ def test_steps_that_are_run_to_be_recorded(
     module, model = emitted(placed(tiny_program(cache=True), *SHARES[shares]), tmp_path / "out")
     bounds: list[int] = []
 
-    def record(advance: Any, device: torch.device) -> tuple[Any, None]:
+    def record(advance: Any, device: torch.device, pool: Any) -> tuple[Any, None]:
         decoder = advance.__self__
         advance()
         own = getattr(decoder, "kv", None)
@@ -130,7 +130,7 @@ def test_steps_that_are_run_to_be_recorded(
                 bounds.append(own.step.bound)
                 assert own.step.bound == recorded
 
-        return SimpleNamespace(replay=replay), None
+        return SimpleNamespace(replay=replay, pool=lambda: (0, 1)), None
 
     monkeypatch.setattr(inner(module, "decoder"), "record", record)
     decoder = check(module, model, 97, _records=lambda self: True)
