@@ -120,6 +120,7 @@ static inline float of_lane_across(float value, int distance) {
   return __uint_as_float(emulator::exchange({{bits_of(value)}})[from].words[0]);
 }
 static inline void let_start() {}
+static inline void bring_near(const void*) {}
 static inline void wait_for_front() {}
 static inline unsigned shared_address(const void* pointer) {
   return static_cast<const unsigned char*>(pointer) - shared;
