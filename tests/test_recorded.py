@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 from imitated_streams import imitated_streams
-from programs import tiny_program
 from torch import Tensor
 
-import graphopt as go
 from graphopt.runtime.decoder import Decoder
 from graphopt.support.recorded import Recorded, record
 
@@ -111,13 +109,6 @@ def test_graphs_are_recorded_in_one_place() -> None:
         if re.search(r"cuda\.graph\(|capture_begin\(|cuda\.CUDAGraph\(", path.read_text("utf-8"))
     ]
     assert found == ["graphopt/support/recorded.py"]
-
-
-def test_a_package_has_what_records_its_steps(tmp_path: Path) -> None:
-    program = tiny_program(cache=True, layers=1)
-    go.emit(program, tmp_path / "out", target="ampere", emit=("torch",))
-    own = (tmp_path / "out" / "kernels" / "recorded.py").read_text(encoding="utf-8")
-    assert own == (ROOT / "graphopt/support/recorded.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.gpu
