@@ -61,7 +61,9 @@ def portable_target() -> Target:
         (
             target
             for target in all_targets().values()
-            if target.kind == "gpu" and not any(get_family(name).ahead for name in target.kernels)
+            if target.kind == "gpu"
+            and target.kernels
+            and not any(get_family(name).ahead for name in target.kernels)
         ),
         key=age,
     )
