@@ -108,6 +108,20 @@ def test_the_lock_and_the_folders_above_go_when_nothing_came_of_it():
     assert names() == []
 
 
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOENT])
+def test_a_folder_that_cannot_be_made_is_named(monkeypatch, code):
+    """As /proc answers, where rights allow what the file system does not."""
+
+    def refuse(path, flags, mode):
+        raise OSError(code, os.strerror(code), path)
+
+    monkeypatch.setattr(output_folder.os, "open", refuse)
+    with pytest.raises(GraphoptError) as refused, output_folder.locked(Path("a/out")):
+        pass
+    assert refused.value.message == f"Output folder 'a/out' cannot be made: {os.strerror(code)}."
+    assert "can be written to" in refused.value.remedy and not Path("a").exists()
+
+
 def test_the_lock_is_taken_anew_where_its_file_was_deleted_meanwhile(monkeypatch):
     """The holder deletes the file between another's opening and locking it."""
     real, tries = output_folder._try_lock, []

@@ -51,7 +51,7 @@ def _pass_table(entries: Sequence[PassEntry], *, narrow: bool) -> Table:
             format_figure(entry.kl, 2),
             _times(entry.perplexity_times()),
             f"{entry.seconds + entry.verify_seconds:.1f}",
-            format_bytes(entry.peak_bytes).replace(" ", ""),
+            format_bytes(entry.peak_bytes).replace(" ", "") if entry.peak_bytes else "-",
         ]
         table.add_row(*(cells[:3] + cells[4:-1] if narrow else cells))
     return table
@@ -76,8 +76,8 @@ def _verdict(entries: list[PassEntry]) -> str:
         ("passed", "{} within tolerance"),
         ("measured", "{} lossy, measured"),
         ("unchanged", "{} changed nothing"),
-        ("off", "{} not verified"),
-        ("planned", "{} planned, nothing was run on weights"),
+        ("off", "none of {}"),
+        ("planned", "none of {}: nothing was run on weights"),
     ):
         if kind in kinds:
             parts.append(text.format(kinds.count(kind)))

@@ -243,7 +243,8 @@ _BOUNDS = {
 
 def _misfit(name: str, key: str, value: Any, problem: Any, kind: OptionType) -> UsageError:
     """Return the sentence for what pydantic found first."""
-    remedy = f"Give {kind.allowed}, or leave {key} out."
+    a_number = "a number " if kind.allowed.startswith(("above", "below")) else ""
+    remedy = f"Give {a_number}{kind.allowed}, or leave {key} out."
     if problem["type"] in _BOUNDS and abs(float(problem["input"])) > MAX_NUMBER:
         return _refusal(name, key, f"{shown(problem['input'])} is out of reach", kind)
     if problem["type"] in _BOUNDS:

@@ -153,13 +153,22 @@ def locked(out: Path) -> Iterator[None]:
     """Keep other compiles out of an output folder, and delete what killed ones left beside it.
 
     Raises:
-        GraphoptError: Another process is writing the folder; with its number.
+        GraphoptError: Another process is writing the folder, with its number; or nothing can be
+            made where it should lie.
     """
     made = [parent for parent in out.absolute().parents if not parent.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
     path = out.parent / f".{out.name}.lock"
     try:
-        file, sure = _take(path, out)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            file, sure = _take(path, out)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise GraphoptError(
+                f"Output folder {str(out)!r} cannot be made: {error.strerror or error}.",
+                "Name one on a disk that can be written to.",
+            ) from error
         try:
             if sure:
                 _clean(out)

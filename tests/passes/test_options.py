@@ -47,8 +47,16 @@ class Ranged(Pass):
     [
         ({"count": 1}, "test-ranged: count=1 is below 2.", "Give 2 or more and 8 or less,"),
         ({"count": "9"}, "test-ranged: count=9 is above 8.", "Give 2 or more and 8 or less,"),
-        ({"share": 0}, "test-ranged: share=0 is not above 0.", "Give above 0 and below 1,"),
-        ({"share": "1"}, "test-ranged: share=1 is not below 1.", "Give above 0 and below 1,"),
+        (
+            {"share": 0},
+            "test-ranged: share=0 is not above 0.",
+            "Give a number above 0 and below 1,",
+        ),
+        (
+            {"share": "1"},
+            "test-ranged: share=1 is not below 1.",
+            "Give a number above 0 and below 1,",
+        ),
         ({"mode": "fest"}, "test-ranged knows no mode 'fest'.", "Did you mean 'fast'?"),
         ({"layers": [3, -1]}, "test-ranged: layers=-1 is below 0.", "Give 0 or more,"),
         ({"windows": 1}, "test-ranged: windows=1 is below 2.", "Give 2 or more,"),
