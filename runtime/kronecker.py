@@ -180,7 +180,10 @@ def launch_many(
     if kinds != {torch.bfloat16}:
         say_instead(FILES[-1], f"transforms in {', '.join(sorted(map(str, kinds)))}")
         return None
+    factors = left, right
     left, right = left.contiguous(), right.contiguous()
+    # A kernel that starts early reads factors before the one in front, which may copy one, ends.
+    early = overlapping(x.device)["OVERLAP"] and left is factors[0] and right is factors[1]
     lead, width = x.shape[:-1], x.shape[-1]
     x_rows, y_rows = (None if t is None else t.reshape(-1, width) for t in (x, y))
     assert x_rows is not None
@@ -199,7 +202,6 @@ def launch_many(
     operands = operands_of_many(
         x_rows, y_rows, weight, left, right, clip_low, clip_high, total, out, scales, tokens, eps,
     )  # fmt: skip
-    early = overlapping(x.device)["OVERLAP"]
     launch(function, (min(tokens, most_blocks),), cut.threads, operands, x.device, early)
     return out, scales, total
 

@@ -160,8 +160,12 @@ def launch_transform(
         for name, row in (("x", strides[0]), ("y", strides[-1]))
         for axis, stride in enumerate(row)
     }
+    given_factors = left, right
     left = None if left is None else left.contiguous()
     right = None if right is None else right.contiguous()
+    # A kernel that starts early reads factors before the one in front, which may copy one, ends.
+    copied = left is not given_factors[0] or right is not given_factors[1]
+    early = {"OVERLAP": False} if copied else overlapping(device)
 
     def start(stages: int) -> None:
         kernel[(min(tokens, programs),)](
@@ -169,7 +173,7 @@ def launch_transform(
             clip_low, clip_high, total, out, scales, tokens, shape[1], shape[2],
             **given, eps=float(eps), offset=float(offset),
             N1=n1, N2=n2, D0=first, D1=rest, B2=b2, BEFORE=before, BITS=bits, PAIRS=pairs,
-            num_warps=warps, num_stages=stages, **overlapping(device),
+            num_warps=warps, num_stages=stages, **early,
         )  # fmt: skip
 
     key = "transform", n1, n2, left is None, right is None, before, bits, warps, stages, device

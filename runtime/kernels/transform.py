@@ -8,7 +8,7 @@ that what the right factor gives is an operand of the left one's product where i
 import triton
 import triton.language as tl
 
-from graphopt.runtime.kernels.block import activation, begin_early, row_start
+from graphopt.runtime.kernels.block import activation, row_start
 
 # 1.5 * 2^23: a number of fp32 as large as this has no bits behind the point, so that a sum with it
 # is rounded to the nearest integer, ties to even; its low bits are the integer.
@@ -76,7 +76,7 @@ def transform(
     BEFORE: tl.constexpr,  # "norm", "", or the name of an activation
     BITS: tl.constexpr,  # 4 or 8, or 0: values are not rounded
     PAIRS: tl.constexpr,  # put two codes into a byte, the one of even place in the low bits
-    OVERLAP: tl.constexpr,  # start before the kernel in front has ended
+    OVERLAP: tl.constexpr,  # start before the kernel in front has ended, which writes no factor
 ):  # fmt: skip
     """Write left^T x right as codes [tokens, N1 N2] with a scale for each token, or as values.
 
@@ -86,7 +86,7 @@ def transform(
     take 16 bits and give 32.
     """
     if OVERLAP:
-        begin_early()
+        tl.extra.cuda.gdc_launch_dependents()
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
     CLIPPED: tl.constexpr = clip_low_ptr is not None or clip_high_ptr is not None
     WHOLE0: tl.constexpr = B2 == N2 and D0 <= N1
@@ -121,6 +121,9 @@ def transform(
     if clip_high_ptr is not None:
         high_clip = tl.load(clip_high_ptr).to(tl.float32)
 
+    # What is in front may write x and y, and none of these, which no cache holds any more.
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     for token in tl.range(tl.program_id(0), tokens, tl.num_programs(0)):
         token_64 = tl.full([], token, tl.int64)
         target = token_64 * (N1 * N2)
