@@ -18,6 +18,7 @@ from graphopt.execute.interpreter import complete_inputs
 from graphopt.execute.language_model import _Replay
 from graphopt.execute.likelihoods import token_log_likelihoods
 from graphopt.files.finite import check_finite
+from graphopt.ir.sighted import EMBEDS, PICTURES
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,9 @@ class RunningModule:
             return cache.logits[:, None].float().cpu(), cache
         if not isinstance(cache, _Replay):
             return self._run(inputs, cache)
+        if EMBEDS in inputs:
+            # Of embeddings all are given in every step; see `SightedModel`.
+            return self._run(inputs, self._model.empty_cache(len(inputs[EMBEDS])))[0], cache
         new = inputs["input_ids"]
         ids = new if cache.input_ids is None else torch.cat([cache.input_ids, new], 1)
         whole = complete_inputs({"input_ids": ids, "attention_mask": inputs["attention_mask"]})
@@ -144,12 +148,17 @@ class RunningModule:
         masked = self._needs_mask or not bool(mask.all())
         if self._counts_by_mask and mask.shape[1] > inputs["input_ids"].shape[1]:
             masked = True
+        # What a text with pictures has in the place of its ids, and beside them.
+        seen = {
+            name: inputs[name].to(self._device) for name in (EMBEDS, PICTURES) if name in inputs
+        }
         with torch.no_grad():
             result: tuple[Tensor, Any] = self._model(
-                inputs["input_ids"].to(self._device),
+                None if EMBEDS in seen else inputs["input_ids"].to(self._device),
                 mask.to(self._device) if masked else None,
                 inputs["position_ids"].to(self._device),
                 cache,
+                **seen,
             )
         return result
 

@@ -40,6 +40,9 @@ class TorchArtifactModel(LanguageModel):
         SourceError: The file differs from what graphopt writes, or cannot be loaded, or the
             weights beside it are others than the program's.
         GraphoptError: A rank ended.
+
+    Attributes:
+        program: What was given.
     """
 
     backend = "torch"
@@ -61,7 +64,7 @@ class TorchArtifactModel(LanguageModel):
         )
         if not trust_remote_code:  # a changed file may read others
             check_weights_file(root, program)
-        self.device = device
+        self.device, self.program = device, program
         self.name = program.name
         self.config, self.generation = program.config, program.generation
         self.tokenizer = output_tokenizer(root, program)

@@ -170,8 +170,9 @@ def eval_command(
             }
         if pictures is not None:
             seen = measure_answers(
-                model, pictures, device, measuring, trust_remote_code=trust_remote_code
-            )
+                model, pictures, backend_named(backend), device, measuring,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
             found["picture_perplexity"] = seen.perplexity
             found["picture_answers"], found["picture_tokens"] = seen.answers, seen.tokens
             found["seconds"] += seen.seconds

@@ -178,7 +178,9 @@ def _see(
     from graphopt.generate import Sampling
 
     check_form(backend)
-    opened, processor = open_sighted(model, device, trust_remote_code=trust_remote_code)
+    opened, processor = open_sighted(
+        model, backend_named(backend), device, trust_remote_code=trust_remote_code
+    )
     sampling = Sampling.of(opened.settings, **options)
     if not as_json:
         ui.say_note(f"{opened.placement}; {sampling}")

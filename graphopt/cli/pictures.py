@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from graphopt.errors import UsageError
 
 if TYPE_CHECKING:
+    from graphopt.backends.placement import Backend
+    from graphopt.execute.language_model import LanguageModel
     from graphopt.generate import Sampling
     from graphopt.support.progress import Progress
     from graphopt.vision.answers import AnswersResult
@@ -22,34 +24,54 @@ def check_form(backend: str) -> None:
     Raises:
         UsageError: The backend is one.
     """
-    if backend not in ("auto", "program"):
+    if backend not in ("auto", "program", "torch"):
         raise UsageError(
             f"The {backend} form takes token ids, and a picture is none.",
-            "Leave --backend out: pictures are looked at by the program.",
+            "Leave --backend out: pictures are looked at by the package (torch) or the program.",
         )
 
 
 def open_sighted(
-    model: str, device: str, *, trust_remote_code: bool = False
+    model: str, backend: Backend, device: str, *, trust_remote_code: bool = False
 ) -> tuple[SightedModel, Processor]:
     """Return a model as what takes pictures, and its processor.
 
+    Args:
+        backend: "auto" is the package of an output folder where that takes pictures, else the
+            program.
+
     Raises:
         SourceError: There is no such model, it has no weights, or no processor.
-        UsageError: It is a model of text alone.
+        UsageError: It is a model of text alone, or its package takes token ids alone.
     """
     from graphopt.backends.opening import open_language_model
+    from graphopt.backends.torch_artifact import TorchArtifactModel
     from graphopt.execute.language_model import ProgramModel
+    from graphopt.lowering.torch.sees import why_ids_alone
     from graphopt.vision.processor import Processor
     from graphopt.vision.sighted_model import SightedModel
 
-    opened = open_language_model(
-        model, "program", device=device, trust_remote_code=trust_remote_code
+    def open_as(form: Backend) -> LanguageModel:
+        return open_language_model(model, form, device=device, trust_remote_code=trust_remote_code)
+
+    has_package = backend == "auto" and all(
+        (Path(model) / name).is_file() for name in ("model.py", "program.json")
     )
-    assert isinstance(opened, ProgramModel)
-    program = opened.runner.program
+    opened = open_as("torch" if backend == "torch" or has_package else "program")
+    form: LanguageModel | None = None
+    if isinstance(opened, TorchArtifactModel):
+        form, program, blind = opened, opened.program, why_ids_alone(opened.program)
+        if blind is not None and backend == "torch":
+            raise UsageError(
+                f"The package in {model} takes token ids alone: {blind}.",
+                "Leave --backend out: pictures are looked at by the program.",
+            )
+        if blind is not None:
+            form, opened = None, open_as("program")
+    if isinstance(opened, ProgramModel):
+        program = opened.runner.program
     processor = Processor(program)
-    sees = SightedModel(program, device=opened.device)
+    sees = SightedModel(program, form, device=opened.device)
     sees.placement = opened.placement
     return sees, processor
 
@@ -80,7 +102,13 @@ def answer_pieces(
 
 
 def measure_answers(
-    model: str, rows: Path, device: str, progress: Progress, *, trust_remote_code: bool = False
+    model: str,
+    rows: Path,
+    backend: Backend,
+    device: str,
+    progress: Progress,
+    *,
+    trust_remote_code: bool = False,
 ) -> AnswersResult:
     """Measure the perplexity of answers given pictures; see `answer_perplexity`.
 
@@ -91,5 +119,5 @@ def measure_answers(
     from graphopt.vision.picture_rows import read_picture_rows
 
     read = read_picture_rows(rows)
-    sees, processor = open_sighted(model, device, trust_remote_code=trust_remote_code)
+    sees, processor = open_sighted(model, backend, device, trust_remote_code=trust_remote_code)
     return answer_perplexity(sees, processor, read, progress)
