@@ -77,7 +77,12 @@ class Runner:
         if self._angles is None:
             self._angles = angle_weights(self.program) if self.dtype.itemsize < 4 else set()
         dtype = torch.float32 if name in self._angles else self.dtype
-        value = self.program.weights[name].load(dtype, self.sources).to(self.device)
+        value = self.program.weights[name].load(None, self.sources)
+        if value.is_floating_point() and value.dtype.itemsize > dtype.itemsize:
+            value = value.to(dtype)
+        value = value.to(self.device)  # in whichever dtype has fewer bytes to bring there
+        if value.is_floating_point():
+            value = value.to(dtype)
         if self.keep_weights:
             self._kept[name] = value
         return value

@@ -13,6 +13,11 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridge (L2 regularisation) strengths that are tried, times the features' mean power."""
 
 
+FACTORS_BYTES = 2**28
+"""Of the factors that are held, one for each strength: solving by one takes a square, making it a
+cube of the features' number."""
+
+
 class LeastSquares:
     """What a fit of features [.., N] to targets [.., D] needs of them, summed over tokens.
 
@@ -81,18 +86,21 @@ class LeastSquares:
             gram = self.gram.double()
             strength = ridge * gram.diagonal().mean().clamp(min=1e-12)
             gram.diagonal().add_(strength)
-            self._factors.clear()  # one is as large as the sums in fp64
+            if gram.nbytes * (len(self._factors) + 1) > FACTORS_BYTES:
+                self._factors.clear()
             self._factors[ridge] = torch.linalg.cholesky(gram)
         return torch.cholesky_solve(self.cross.double(), self._factors[ridge])
 
     def error(self, weight: Tensor | None) -> float:
         """Return the squared error that weights [N, D] leave; without any, of nothing added."""
-        if weight is None:
-            return self.square
+        return self.square if weight is None else self.square - float(self.explained(weight))
+
+    def explained(self, weight: Tensor) -> Tensor:
+        """Return by how much weights [N, D] lower the squared error, a scalar in fp64."""
         assert self.gram is not None and self.cross is not None
         explained = 2 * (weight * self.cross.double()).sum()
         own = (weight * (self.gram.double() @ weight)).sum()
-        return self.square - float(explained - own)
+        return explained - own
 
 
 def best_ridge(
@@ -106,9 +114,16 @@ def best_ridge(
     """
     best: float | None = None
     lowest = held_out.error(None)
-    for ridge in sorted(ridges, reverse=True):
-        error = held_out.error(learn.solve(ridge))
-        if error >= lowest:
-            break
-        best, lowest = ridge, error
+    strengths = sorted(ridges, reverse=True)
+    assert held_out.gram is not None
+    # A GPU is asked once: it has solved for all of them before it has answered for one.
+    together = len(strengths) if held_out.gram.device.type == "cuda" else 1
+    for first in range(0, len(strengths), together):
+        tried = strengths[first : first + together]
+        gains = torch.stack([held_out.explained(learn.solve(ridge)) for ridge in tried]).tolist()
+        for ridge, gain in zip(tried, gains, strict=True):
+            error = held_out.square - gain
+            if error >= lowest:
+                return best, lowest
+            best, lowest = ridge, error
     return best, lowest

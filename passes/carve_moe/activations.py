@@ -13,9 +13,10 @@ from graphopt.calibration.token_power import token_power
 from graphopt.execute.hidden_states import BlockStep, PerBatch
 from graphopt.ir.feed_forward import FeedForward
 from graphopt.ir.graph import Value
-from graphopt.passes.carve_moe.division import Tokens
+from graphopt.passes.carve_moe.division import Tokens, initial_k_activations
 from graphopt.passes.carve_moe.parts import entry_of
 from graphopt.support.clock import Clock
+from graphopt.support.devices import room_for
 from graphopt.support.ranks import Ranks
 
 
@@ -31,6 +32,7 @@ class PartActivations:
         energy: The energy of its neurons in units of the stream's power, [T, N] for every batch.
         learn: How many of the batches, the first ones, are learnt from; the others are held out.
         added: Neurons of zeros.
+        held: Whether all of these are made once and held, or made anew each time.
     """
 
     block: BlockStep
@@ -42,6 +44,7 @@ class PartActivations:
     energy: PerBatch[Tensor]
     learn: int
     added: int
+    held: bool
 
     @property
     def ranks(self) -> Ranks:
@@ -50,11 +53,11 @@ class PartActivations:
 
     @property
     def learnt(self) -> Tokens:
-        return Tokens(self.x[: self.learn], self.energy[: self.learn], self.ranks)
+        return Tokens(self.x[: self.learn], self.energy[: self.learn], self.ranks, self.held)
 
     @property
     def held_out(self) -> Tokens:
-        return Tokens(self.x[self.learn :], self.energy[self.learn :], self.ranks)
+        return Tokens(self.x[self.learn :], self.energy[self.learn :], self.ranks, self.held)
 
     @property
     def width(self) -> int:
@@ -70,16 +73,19 @@ class PartActivations:
         groups: int,
         norm: OutputNorm | None,
         clock: Clock,
+        memory: int | None,
     ) -> PartActivations:
         """Return a part's activations on what the carved blocks before it give.
 
-        They are made anew batch by batch, from the residual stream in front of the part.
+        They are made of the residual stream in front of the part, batch by batch: once where a GPU
+        has room for all of them, and else anew each time.
 
         Args:
             form: The part.
             shared: Neuron groups of it that every token will run, of all `groups`.
             norm: What its output goes through before it is added to the residual stream.
             clock: Counts the seconds in which the model runs.
+            memory: Bytes of the GPU that the pass may have; None on a CPU.
         """
         entry = entry_of(block, form)
         if entry is not None:
@@ -95,6 +101,9 @@ class PartActivations:
         down = weights["down"]
         added = -down.shape[1] % groups
         padded = F.pad(down, (0, added))
+        held = block.stream.fits_at_once or _has_room(
+            block, len(weights["up"]) + added, weights["up"].shape[1], memory
+        )
 
         def value_of(value: Value) -> PerBatch[Tensor]:
             def maker(batch: int) -> Tensor:
@@ -102,7 +111,7 @@ class PartActivations:
                     return block.values(batch, [value])[0].flatten(0, -2).float()
 
             batches = range(len(block.hidden))
-            return PerBatch.of(batches, maker, block.stream.fits_at_once)
+            return PerBatch.of(batches, maker, held)
 
         hidden = value_of(form.hidden)
         if added:
@@ -111,9 +120,27 @@ class PartActivations:
         energy = PerBatch.of(
             range(len(powers)),
             lambda batch: relative_energies(hidden[batch], powers[batch], padded, norm),
-            block.stream.fits_at_once,
+            held,
         )
         return cls(
             block, form, shared, weights, value_of(form.x), hidden, energy,
-            block.stream.held_out.index(True), added,
+            block.stream.held_out.index(True), added, held,
         )  # fmt: skip
+
+
+HELD_SHARE = 1 / 8
+"""Of a GPU's memory, what a part's activations may take: the rest is for batches of blocks."""
+
+
+def _has_room(block: BlockStep, neurons: int, width: int, memory: int | None) -> bool:
+    """Return whether a GPU holds a part's activations on all tokens.
+
+    For each token those are in fp32 its input, hidden activations and energies, and in 64 bits the
+    numbers of some neurons.
+    """
+    if memory is None:
+        return False
+    tokens = sum(ids.numel() for ids in block.stream.ids)
+    size = tokens * (4 * width + 8 * neurons + 8 * initial_k_activations(neurons))
+    device = block.stream.device
+    return size <= HELD_SHARE * memory and room_for(size, device) == device

@@ -79,17 +79,17 @@ def indicator_counts(indicators_TK: Tensor, width: int) -> Tensor:
 def overlaps(indicators_TK: Tensor, centres_TC: Tensor, width: int) -> Tensor:
     """Return the inner products of every neuron's indicators with centres, fp32 [width, C].
 
-    A neuron's indicators are a vector of 0 and 1 over tokens; it is never built.
+    A neuron's indicators are a vector of 0 and 1 over tokens, one row of a matrix that is built for
+    these tokens: adding up rows by their neurons instead has a GPU wait at each neuron's sum.
 
     Args:
         indicators_TK: From `top_k_indicators`.
         centres_TC: [T, C].
         width: Number of neurons.
     """
-    count = indicators_TK.shape[1]
-    found = centres_TC.new_zeros(width, centres_TC.shape[1], dtype=torch.float32)
-    rows = centres_TC.float().repeat_interleave(count, 0)
-    return found.index_add_(0, indicators_TK.flatten(), rows)
+    ones_TN = centres_TC.new_zeros(len(indicators_TK), width, dtype=torch.float32)
+    ones_TN.scatter_(1, indicators_TK, 1.0)
+    return ones_TN.t() @ centres_TC.float()
 
 
 def cluster(
@@ -179,11 +179,13 @@ class Tokens:
         x: Its input, [T, D] for every batch.
         energy: The energy of its neurons, from `relative_energies`, [T, N] for every batch.
         ranks: Who shares the tokens.
+        held: Whether they are held in memory, rather than made anew each time.
     """
 
     x: Sequence[Tensor]
     energy: Sequence[Tensor]
     ranks: Ranks = ALONE
+    held: bool = False
 
 
 def divide_by_fit(
@@ -223,7 +225,9 @@ def divide_by_fit(
     size = (width - shared) // experts
     order = static_order(energies)
     count = initial_k_activations(width)
-    indicators = PerBatch.of(learn.energy, lambda energy_TN: top_k_indicators(energy_TN, count))
+    indicators = PerBatch.of(
+        learn.energy, lambda energy_TN: top_k_indicators(energy_TN, count), learn.held or None
+    )
     groups = cluster(indicators, order[shared:].sort().values, width, experts, ranks)
     place = torch.zeros(width, dtype=torch.int64, device=order.device)
     for number in range(experts):
@@ -322,8 +326,8 @@ def chosen(
 
 def _energy_of(energy_TN: Tensor, place_N: Tensor, experts: int) -> Tensor:
     """Return every expert's energy [T, E]; place 0 is what is shared."""
-    found = energy_TN.new_zeros(len(energy_TN), experts + 1)
-    return found.index_add_(1, place_N, energy_TN)[:, 1:]
+    # A product, since a GPU would add up one number at a time for each token and place.
+    return energy_TN @ F.one_hot(place_N, experts + 1)[:, 1:].to(energy_TN)
 
 
 def _energy_by_place(energy: Iterable[Tensor], runs_TE: Tensor, ranks: Ranks) -> Tensor:

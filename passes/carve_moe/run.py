@@ -19,6 +19,7 @@ from graphopt.calibration.text import (
     PERPLEXITY_WINDOWS,
     held_out_perplexity,
 )
+from graphopt.execute.batch_sizes import memory_of
 from graphopt.execute.block_runner import calibration_runner
 from graphopt.execute.hidden_states import BlockStep, HiddenStateStream, PerBatch
 from graphopt.ir.blocks import Block, block_name, find_blocks
@@ -125,7 +126,7 @@ class Carving:
             norm = None if isinstance(path, str) else path.output_norm(program, block)
             part = PartActivations.of(
                 block, form, numbers[block.index], self.options.experts,
-                norm, self.clock,
+                norm, self.clock, memory_of(self.device, self.context.memory),
             )  # fmt: skip
             with self.clock.counting("dividing"):
                 division = self._divide(part)
