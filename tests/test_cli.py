@@ -258,8 +258,8 @@ def test_a_dry_run_reads_and_writes_nothing():
 def test_stop_after_dump_and_no_verify():
     code, _, error = compile_tiny("--stop-after", "dead-code-elimination")
     assert code == 1 and "fake needs a KV cache" in error and leftovers() == []
-    code, _, _ = compile_tiny("--dump-ir", "ir", "--no-verify")
-    assert code == 0
+    code, out, _ = compile_tiny("--dump-ir", "ir", "--no-verify")
+    assert code == 0 and "verified 4 changed nothing, 1 not verified" in out
     assert len(list(Path("ir").iterdir())) == 6
     report = json.loads(Path("out/report.json").read_text())
     assert report["passes"][-1]["verification"] == "off" and report["probe"] is None
@@ -426,6 +426,20 @@ def test_diff():
     data = json.loads(graphopt("diff", "tiny", "windowed", "--json")[1])
     assert any("window" in line for line in data["structure"])
     assert data["weights"]["changed"] == [] and data["report"] is None
+
+
+def test_recipes_that_differ_at_their_ends_are_shown_to_their_ends(capsys):
+    common = "canonicalise,common-subexpression-elimination,fold-constants,dead-code-elimination"
+    ends = "insert-kv-cache{ring=true}", "prune-blocks{ratio=0.1}"
+    report = {"recipe": [f"{common},{end}" for end in ends], "not_compared": {}}
+    weights = {"only_a": [], "only_b": [], "common": 0, "changed": [], "compared": True}
+    found = {"structure": [], "parameters": (1, 1), "weights": weights, "report": report}
+    console.print_diff(console.stdout(), found)
+    out = capsys.readouterr().out
+    columns = [line[8:].split() for line in out.splitlines()]  # behind the label
+    for place, end in enumerate(ends):
+        assert end in "".join(row[place] for row in columns if len(row) == 2)
+    assert "…" not in out
 
 
 def test_colour_is_left_out_on_request(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from graphopt.errors import UsageError
-from graphopt.support.quantities import parse_bytes
+from graphopt.support.quantities import counted, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,8 @@ def test_sizes_are_read(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UsageError, match="is no size"):
         parse_bytes("--memory", text)
+
+
+def test_one_of_a_kind_is_no_plural():
+    said = [counted(number, "step") for number in (0, 1, 2, 2048)]
+    assert said == ["0 steps", "1 step", "2 steps", "2,048 steps"]

@@ -19,7 +19,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from graphopt.support.plain import plain_line, plain_text
-from graphopt.support.quantities import format_bytes, format_duration
+from graphopt.support.quantities import counted, format_bytes, format_duration
 
 if TYPE_CHECKING:
     from graphopt.ir.graph import Program
@@ -190,7 +190,8 @@ def describe(program: Program) -> list[tuple[str, str]]:
     rows.append(
         (
             "size",
-            f"{format_count(program.parameter_count())} parameters, {blocks} attention blocks, "
+            f"{format_count(program.parameter_count())} parameters, "
+            f"{counted(blocks, 'attention block')}, "
             f"{DTYPE_NAMES.get(program.checkpoint_dtype, '?')}",
         )
     )
@@ -355,7 +356,7 @@ def print_diff(console: Console, found: dict[str, Any]) -> None:
     if found["report"]:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for heading in ("report", "a", "b"):
-            table.add_column(heading)
+            table.add_column(heading, overflow="fold")
         figures = dict(found["report"])
         refused = figures.pop("not_compared")
         for key, (a, b) in figures.items():

@@ -25,6 +25,7 @@ from graphopt.cli.shared import (
     print_json,
 )
 from graphopt.errors import UsageError
+from graphopt.support.quantities import counted
 
 if TYPE_CHECKING:
     from graphopt.report.kv_policies import PolicyFigures
@@ -199,7 +200,7 @@ def eval_command(
         return
     lines = [("model", f"{model}  ({found['backend']})")]
     if content is not None:
-        windowed = f"{found['windows']} windows of {found['seqlen']} tokens"
+        windowed = f"{counted(found['windows'], 'window')} of {counted(found['seqlen'], 'token')}"
         if found["begin"]:
             named = " ".join(tokenizer.convert_ids_to_tokens(found["begin"]))
             windowed += f", each begun with {named}"
@@ -209,9 +210,14 @@ def eval_command(
     if rows is not None:
         lines.append(("piqa", f"{found['piqa_accuracy']:.2%}  ({found['piqa_rows']} questions)"))
     if pictures is not None:
-        counted = f"{found['picture_answers']} answers, {found['picture_tokens']} tokens"
+        told = ", ".join(
+            (
+                counted(found["picture_answers"], "answer"),
+                counted(found["picture_tokens"], "token"),
+            )
+        )
         lines.append(
-            ("answers", f"{found['picture_perplexity']:.4f}  ({counted}, given pictures; program)")
+            ("answers", f"{found['picture_perplexity']:.4f}  ({told}, given pictures; program)")
         )
     lines.append(("time", f"{found['seconds']:.1f} s"))
     if opened.kv_policies:

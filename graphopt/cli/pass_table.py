@@ -70,13 +70,15 @@ def _delta(entry: PassEntry) -> str:
 def _verdict(entries: list[PassEntry]) -> str:
     """Return one line on what verification found."""
     kinds = [entry.verification for entry in entries]
+    if set(kinds) == {"off"}:
+        return f"none of {len(kinds)}"
     parts: list[str] = []
     for kind, text in (
         ("proved", "{} proved"),
         ("passed", "{} within tolerance"),
         ("measured", "{} lossy, measured"),
         ("unchanged", "{} changed nothing"),
-        ("off", "none of {}"),
+        ("off", "{} not verified"),
         ("planned", "none of {}: nothing was run on weights"),
     ):
         if kind in kinds:

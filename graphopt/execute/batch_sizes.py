@@ -18,7 +18,7 @@ from graphopt.execute.memory_fit import predict_step
 from graphopt.ir.graph import Program
 from graphopt.memory.capacity import largest
 from graphopt.memory.predict import Prediction
-from graphopt.support.quantities import format_bytes
+from graphopt.support.quantities import counted, format_bytes
 
 SHARE = 0.9
 """Of the memory, what predictions may fill; the rest is for the driver, and for recorded graphs."""
@@ -51,7 +51,7 @@ class BatchSize:
 
     def describe(self, what: str) -> str:
         """Return a sentence on what is taken at once; "" where nothing was sized."""
-        count = f"{self.windows:,} window{'s' * (self.windows != 1)} of {self.seq:,} tokens"
+        count = f"{counted(self.windows, 'window')} of {counted(self.seq, 'token')}"
         if self.unknown:
             return f"{what} takes {count}; what that needs is not predicted: {self.unknown}."
         if self.memory is None:

@@ -17,6 +17,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return `1 step`, `2,048 steps` and the like; the plural of the noun ends with an s."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def parse_bytes(what: str, text: str) -> int:
     """Return the bytes that `24GB` (24e9) or `24GiB` (24 * 2^30) and the like mean; at least 1.
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from graphopt.errors import UsageError, described
 from graphopt.support.launched import Launched, launched
+from graphopt.support.quantities import counted
 from graphopt.support.rank_watch import RankError, Watch
 
 T = TypeVar("T")
@@ -306,8 +307,8 @@ def _on_gpus(found: Launched, device: str) -> bool:
     count = torch.cuda.device_count()
     if found.local_world > count:
         raise UsageError(
-            f"There are {found.local_world} ranks on this host, and it has {count} "
-            f"GPU{'s' * (count != 1)}.",
+            f"There are {found.local_world} ranks on this host, and it has "
+            f"{counted(count, 'GPU')}.",
             f"Start {count} at most, or give --device cpu.",
         )
     torch.cuda.set_device(found.local)

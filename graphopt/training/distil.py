@@ -30,6 +30,7 @@ from graphopt.pass_manager.contract import Context, Skip
 from graphopt.report.record import Step
 from graphopt.storage.snapshot import resuming_from
 from graphopt.support.devices import free_bytes
+from graphopt.support.quantities import counted
 from graphopt.support.ranks import here
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
 from graphopt.training.kept_files import kept_file
@@ -94,8 +95,8 @@ class Distiller:
         held = max(least_held, min(PERPLEXITY_WINDOWS, len(windows) // 8))
         if len(windows) <= held:
             raise PassError(
-                f"The calibration text has {len(windows)} windows of {seqlen} tokens, of which "
-                f"checks take {held}: none is left to learn from.",
+                f"The calibration text has {counted(len(windows), 'window')} of {seqlen} tokens, "
+                f"of which checks take {held}: none is left to learn from.",
                 "Give a longer text with --calib, or a lower seqlen.",
             )
         self.windows, self.checked = windows[:-held], windows[-held:]

@@ -21,7 +21,7 @@ from graphopt.memory.recording import Tags
 from graphopt.memory.workload import Workload
 from graphopt.pass_manager.contract import Context
 from graphopt.support.per_device import PerDevice, on_device
-from graphopt.support.quantities import format_bytes
+from graphopt.support.quantities import counted, format_bytes
 from graphopt.training.distillation_data import TOKENS_AHEAD
 from graphopt.training.held_out import run_student
 from graphopt.training.losses import HiddenStateObjective, LogitObjective, relative_mse
@@ -150,7 +150,7 @@ class StepSize:
         fit = self.fit
         if fit.memory is None or fit.unknown:
             return fit.describe(what)
-        count = f"{self.windows:,} window{'s' * (self.windows != 1)} of {fit.seq:,} tokens"
+        count = f"{counted(self.windows, 'window')} of {counted(fit.seq, 'token')}"
         less = self.memory.describe()
         return (
             f"{what} takes {count}, which is predicted to need {format_bytes(fit.bytes)} of "

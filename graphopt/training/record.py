@@ -21,6 +21,7 @@ from graphopt.report.pictures import (
     sentences,
 )
 from graphopt.report.record import Figure, Record, Seconds, Step, told_in_a_line
+from graphopt.support.quantities import counted
 
 if TYPE_CHECKING:
     from graphopt.training.schedule import TrainingResult
@@ -97,8 +98,8 @@ class TrainingRecord(Record):
         if trained <= (1 - LEAST_GAIN) * given:
             return None
         return (
-            f"HARDLY ANY GAIN in {steps} steps: held-out perplexity went from {given:.4g} to "
-            f"{trained:.4g}; give more seconds, or leave the pass out"
+            f"HARDLY ANY GAIN in {counted(steps, 'step')}: held-out perplexity went from "
+            f"{given:.4g} to {trained:.4g}; give more seconds, or leave the pass out"
         )
 
     def line(self) -> str:
@@ -152,7 +153,7 @@ def _training(trained: TrainedPart) -> str:
         ends = f"loss {figure(lowest, 3)} to {figure(highest, 3)}, logarithmic"
         picture = curves(scaled, last, "loss over steps", ends)
         picture += axis("step 0", ends, f"{last:,.0f}")
-    facts = [f"{trained.steps:,.0f} steps", f"{trained.tokens:,.0f} tokens"]
+    facts = [counted(trained.steps, "step"), counted(trained.tokens, "token")]
     facts.append(f"{trained.seconds:.1f} s")
     if len(checks) > 1:
         best = min(value for _, value in checks)

@@ -18,6 +18,7 @@ from graphopt.pass_manager.contract import Context
 from graphopt.passes.carve_moe.division import initial_k_activations
 from graphopt.passes.carve_moe.parts import parts_of, width_of
 from graphopt.support.per_device import on_device
+from graphopt.support.quantities import counted
 
 if TYPE_CHECKING:
     from graphopt.passes.carve_moe.carve_moe import CarveMoe
@@ -56,8 +57,8 @@ class CarvingText:
         windows, others = pick_apart(windows, count, count, context.seed)
         if len(windows) < 2:
             raise PassError(
-                f"The calibration text has {len(windows)} windows of {length} tokens, and carving "
-                "needs one to learn from and one to measure on.",
+                f"The calibration text has {counted(len(windows), 'window')} of {length} tokens, "
+                "and carving needs one to learn from and one to measure on.",
                 "Give a longer text with --calib, or a lower seqlen.",
             )
         held = held_out_windows(len(windows))

@@ -390,7 +390,7 @@ def test_a_model_of_experts_is_refused():
 def test_too_few_windows_are_refused_with_the_numbers(dense, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT[:150], encoding="utf-8")
-    with pytest.raises(PassError, match="has 1 windows of 96 tokens"):
+    with pytest.raises(PassError, match="has 1 window of 96 tokens"):
         go.Pipeline.parse("carve-moe{seqlen=96}").run(dense, go.RunOptions(calib=text))
 
 
