@@ -28,9 +28,6 @@ from graphopt.training.losses import HiddenStateObjective, LogitObjective, relat
 from graphopt.training.parametrisations import FullParametrisation
 from graphopt.training.step_memory import StepMemory, learn_from, make_states
 
-STEPS = 2
-"""Steps in front of which everything exists that stays: the last of them may be recorded."""
-
 
 class _Student(BlockRunner, ZeroRunner):
     """Blocks whose weights are zeros: how much memory a step takes does not depend on them."""
@@ -48,10 +45,11 @@ def training_workload(
     kept: int = 0,
     memory: StepMemory | None = None,
 ) -> Workload:
-    """Return steps of training a program's last blocks on what a dense model gives, then a check.
+    """Return a step of training a program's last blocks on what a dense model gives, then a check.
 
     Weights are in fp32, and of the trained ones there are gradients, Adam's two states and a copy
-    of the best values so far. Two steps are like all; the third iteration is a check.
+    of the best values so far. The first iteration is the step, or one piece of it with gradients
+    that are there already; the second is a check.
 
     Args:
         device: Where to train.
@@ -91,22 +89,20 @@ def training_workload(
     entry = torch.zeros_like(target) if blocks < len(found) else None
     iterations = itertools.count()
 
-    def clear() -> None:
-        for parameter in student.parameters:
-            parameter.grad = None
+    at_once = min(windows, memory.at_once or windows)
+    piece = ids[:at_once], target[:at_once], None if entry is None else entry[:at_once]
 
     def step() -> Any:
-        if next(iterations) < STEPS:
-            clear()
-            learn_from(student, objective, (ids, target, entry), memory.at_once)
-            optimizer.step()
-            clear()
+        if next(iterations):
+            with torch.no_grad():
+                objective.measure(*run_student(student, *piece), learn=False)
             return
-        at_once = min(windows, memory.at_once or windows)
-        with torch.no_grad():
-            part = None if entry is None else entry[:at_once]
-            given = run_student(student, ids[:at_once], target[:at_once], part)
-            objective.measure(*given, learn=False)
+        for parameter in student.parameters:
+            parameter.grad = torch.zeros_like(parameter) if at_once < windows else None
+        learn_from(student, objective, piece)
+        optimizer.step()
+        for parameter in student.parameters:
+            parameter.grad = None
 
     def tags() -> Tags:
         states = {
@@ -119,7 +115,7 @@ def training_workload(
         return {"weight": {**own, **held, **{f"best.{n}": b for n, b in best.items()}},
                 "input": inputs, "optimizer": states}  # fmt: skip
 
-    return Workload(f"training {blocks} blocks", step, device, tags, warm_up=STEPS)
+    return Workload(f"training {blocks} blocks", step, device, tags, warm_up=1)
 
 
 def _stream_shape(student: BlockRunner, ids: Tensor) -> tuple[int, ...]:
@@ -195,10 +191,10 @@ def step_size(
             memory = replace(form, at_once=at_once if at_once < count else None)
             return predict_peak(
                 lambda place: training_workload(
-                    program, place, windows=min(count, 2 * at_once), seq=length, blocks=blocks,
+                    program, place, windows=count, seq=length, blocks=blocks,
                     by_logits=by_logits, resident=resident, kept=kept, memory=memory,
                 ),
-                recorded=STEPS - 1 if form.recorded else None, capability=capability, limit=limit,
+                recorded=0 if form.recorded else None, capability=capability, limit=limit,
             )  # fmt: skip
 
         return predict
