@@ -5,6 +5,7 @@ It goes into packages of models that see.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from torch import Tensor
 from graphopt.errors import SourceError, UsageError, first_line
 from graphopt.support.boundary import out_of_memory
 from graphopt.support.plain import shown
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""What pictures are read from, as Pillow calls it: others call programs, or are seldom met."""
 
 MAX_PIXELS = 64 * 2**20
 """The largest picture that is opened; towers scale them to a megapixel or so."""
@@ -104,11 +108,11 @@ class PicturePrompts:
 
 
 def open_picture(path: Path) -> Any:
-    """Return a picture in RGB, as Pillow has it.
+    """Return a picture in RGB, as Pillow has it; of several in a file the first.
 
     Raises:
         UsageError: Pillow is not installed.
-        SourceError: The file is no picture, damaged, or too large.
+        SourceError: The file is no picture in one of `FORMATS`, damaged, or too large.
     """
     try:
         from PIL import Image
@@ -117,18 +121,21 @@ def open_picture(path: Path) -> Any:
             "Reading pictures needs Pillow, which is not installed.",
             "Install graphopt with the extra `vision`, or `pip install pillow`.",
         ) from error
-    remedy = "Give a PNG or JPEG file."
     try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            if width * height > MAX_PIXELS:
-                raise SourceError(
-                    f"{path} has {width} x {height} pixels, more than the {MAX_PIXELS} that are "
-                    "read.",
-                    "Scale it down.",
-                )
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damage that Pillow reads past
+            with Image.open(path, formats=FORMATS) as picture:
+                width, height = picture.size
+                if width * height <= MAX_PIXELS:
+                    return picture.convert("RGB")
+    except Exception as error:  # decoders have assorted errors for damaged files
+        if out_of_memory(error):
+            raise
         raise SourceError(
-            f"{path} cannot be read as a picture: {first_line(error)}.", remedy
+            f"{path} cannot be read as a picture: {first_line(error)}.",
+            "Give a PNG, JPEG, WebP, GIF or BMP file.",
         ) from error
+    raise SourceError(
+        f"{path} has {width} x {height} pixels, more than the {MAX_PIXELS} that are read.",
+        "Scale it down.",
+    )

@@ -83,13 +83,18 @@ def table_of(program: Program) -> Weight:
 
 
 def with_picture_rows(
-    program: Program, rows: Producer, tokens: PictureTokens | None = None
+    program: Program,
+    rows: Producer,
+    tokens: PictureTokens | None = None,
+    tables: dict[int, Producer] | None = None,
 ) -> Program:
     """Return a copy whose ids from the number of the table's rows on stand for rows [K, D].
 
     Args:
         tokens: Where they stand, for a model whose pictures have positions of three axes or are
             seen both ways.
+        tables: Tables with these rows that were made before, by the identity of those without;
+            what is made is added. So programs of one table have one with rows, too.
 
     Raises:
         PassError: As for `table_of`.
@@ -98,7 +103,9 @@ def with_picture_rows(
     weight = table_of(program)
     made = program.copy()
     call, slot = _lookup(made)
-    made.weights.add(Weight(TABLE, _Joined(weight.producer, rows)))
+    tables = {} if tables is None else tables
+    joined = tables.setdefault(id(weight.producer), _Joined(weight.producer, rows))
+    made.weights.add(Weight(TABLE, joined))
     call.weights[slot] = TABLE
     config = decoder_config(made.config)
     config["vocab_size"] = weight.shape[0] + rows.shape[0]

@@ -17,6 +17,7 @@ from graphopt.ir.imprint import Imprint
 from graphopt.ir.picture_table import with_picture_rows, without_picture_rows
 from graphopt.ir.printer import print_program
 from graphopt.ir.verify import verify as verify_structure
+from graphopt.ir.weights import Producer
 from graphopt.pass_manager.agreement import agree
 from graphopt.pass_manager.claims import check_claims
 from graphopt.pass_manager.contract import (
@@ -117,6 +118,7 @@ class RecipeRun:
         # What exact passes are held to, and what the program as it stands gives.
         self._reference: Measured | None = None
         self._latest: Measured | None = None
+        self._picture_tables: dict[int, Producer] = {}
 
     def dump_to(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +185,9 @@ class RecipeRun:
     def _with_pictures(self, program: Program) -> Program:
         """Return a program that looks up the tokens of calibration pictures too, if any."""
         rows, tokens = self.context.picture_rows, self.context.picture_tokens
-        return program if rows is None else with_picture_rows(program, rows, tokens)
+        if rows is None:
+            return program
+        return with_picture_rows(program, rows, tokens, self._picture_tables)
 
     def all(self) -> None:
         """Run what is left of the recipe."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import SourceError, UsageError
+from graphopt.execute.language_model import ProgramModel
 from graphopt.ir.functional import picture_numbers
 from graphopt.ir.graph import Program
 from graphopt.ir.ops.pictures import AXES
@@ -102,6 +103,8 @@ def picture_stream(
     parts: list[Tensor] = []
     seen: list[_Seen] = []
     rest = torch.empty(0, dtype=torch.long) if text is None else text.ids
+    # Ids beyond the vocabulary are pictures' from here on.
+    ProgramModel(program).check_ids(rest.tolist())
     for done, row in enumerate(rows):
         progress("looking at pictures", done, len(rows))
         prompt = processor.inputs(row.prompt, row.images, row.where)

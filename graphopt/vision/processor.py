@@ -44,10 +44,17 @@ class Processor(PicturePrompts):
 
         Raises:
             SourceError: The tokenizer makes no tokens of the answer.
+            UsageError: It makes image tokens of it.
         """
         ids = torch.tensor([encode(self.tokenizer, answer, special=False)], dtype=torch.long)
         if not ids.numel():
             raise SourceError(f"The answer {shown(answer)} has no tokens.", "Give a longer one.")
+        if bool((ids == self._image_id).any()):
+            token = str(self.tokenizer.convert_ids_to_tokens(self._image_id))
+            raise UsageError(
+                f"The answer {shown(answer)} has an image token, and pictures stand in prompts.",
+                f"Leave {shown(token)} out of answers.",
+            )
         length, longer = inputs["input_ids"].shape[1], dict(inputs)
         for name, value in inputs.items():
             if name == "input_ids":

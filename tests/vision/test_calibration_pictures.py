@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
+from picture_folders import MARKS, save_with_pictures
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
-from vision_models import QwenProcessor, save_with_processor
+from vision_models import QwenProcessor
 
 import graphopt as go
 import graphopt.vision.processor as processor_module
@@ -25,28 +24,7 @@ from graphopt.vision.picture_stream import calibration_rows, picture_stream
 from graphopt.vision.processor import Processor
 from graphopt.vision.tower import VisionTower
 
-Image = pytest.importorskip("PIL.Image")
-
-
-MARKS = {"llava": "<image>", "qwen2_vl": "<image>", "gemma3": "<boi>"}
-"""Families, and what stands for a picture in their prompts."""
-
-
-def write_pictures(images, mark):
-    """Write six pictures of three heights with prompts and answers, in every third prompt two."""
-    images.mkdir()
-    noise = torch.Generator().manual_seed(0)
-    lines = []
-    for number in range(6):
-        size = (16 + 8 * (number % 3), 24, 3)
-        values = torch.randint(0, 256, size, generator=noise, dtype=torch.uint8)
-        Image.fromarray(values.numpy()).save(images / f"{number}.png")
-        row = {"image": f"{number}.png", "prompt": f"{mark}What is it?", "answer": f" a {number}"}
-        if number % 3 == 2:
-            names = [f"{number}.png", "0.png"]
-            row |= {"image": names, "prompt": f"Of {mark} and {mark}: what?"}
-        lines.append(json.dumps(row))
-    (images / "rows.jsonl").write_text("\n".join(lines))
+pytest.importorskip("PIL.Image")
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +35,7 @@ def folders(tmp_path_factory):
 
         def of(family):
             if family not in made:
-                root = tmp_path_factory.mktemp(family)
-                save_with_processor(root / "model", family)
-                write_pictures(root / "images", MARKS[family])
-                text = "The harbour was quiet on the morning the survey began. "
-                (root / "text.txt").write_text(text * 40)
+                root = save_with_pictures(tmp_path_factory.mktemp(family), family)
                 if family == "qwen2_vl":
                     load = processor_module._load
                     patch.setattr(
@@ -213,6 +187,8 @@ RECIPE = (
     "flatquant{w=4,a=4,kv=%d,steps=2,seqlen=32}"
 )
 
+PRUNED, TRAINED = "prune-blocks{blocks=1,windows=2,seqlen=32}", "steps=2,seqlen=16,rate=1e-2"
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -222,8 +198,15 @@ RECIPE = (
         ("llava", True, RECIPE % ("", 16)),
         ("qwen2_vl", True, RECIPE % (",generated_windows=2", 4)),
         ("gemma3", True, RECIPE % (",generated_windows=2", 4)),
+        ("llava", True, f"{PRUNED},fuse-blocks{{mode=published,group=2,batch=2,{TRAINED}}}"),
+        pytest.param(
+            "gemma3",
+            True,
+            f"{PRUNED},fuse-blocks{{mode=local,group=2,{TRAINED}}}",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
-    ids=["pictures alone", "text and pictures", "three axes", "both ways"],
+    ids=["pictures alone", "text and pictures", "three axes", "both ways", "published", "local"],
 )
 def test_passes_learn_from_pictures(tmp_path, folders, family, text, recipe):
     """Each is held to what it states, and the program that comes out has no more rows."""

@@ -124,7 +124,7 @@ CARVED = {
 @pytest.mark.slow
 @pytest.mark.usefixtures(own_modules.__name__)
 @pytest.mark.parametrize("family", exhaustive_but(FAMILIES, "gemma3"))
-@pytest.mark.parametrize("how", CARVED)
+@pytest.mark.parametrize("how", exhaustive_but(CARVED, "all experts active"))
 def test_carved_models_load_and_see(tmp_path, family, how, vision_program):
     """By the class that the checkpoint brings; with all experts active nothing has changed."""
     dense, given = vision_program(family), prompts(family, [1, 2])

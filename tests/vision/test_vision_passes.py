@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import vision_models
 from sampling import exhaustive_but
 from transformers import AutoModelForImageTextToText
 from vision_models import prompts, save_vision
@@ -44,7 +45,7 @@ def test_what_changes_nothing_changes_no_picture(vision_program, family, recipe)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", exhaustive_but(FAMILIES, "qwen2_vl"))
+@pytest.mark.parametrize("family", exhaustive_but(vision_models.FAMILIES, "qwen2_vl"))
 def test_pruned_and_fused_and_quantised(tmp_path, family):
     source = save_vision(tmp_path / "source", family)
     recipe = "prune-blocks{ratio=0.34,windows=2,seqlen=32},fuse-blocks{steps=2,seqlen=32}"
@@ -54,11 +55,18 @@ def test_pruned_and_fused_and_quantised(tmp_path, family):
         tmp_path / "out" / "hf", output_loading_info=True
     )
     assert not any(info.values()), info
+    assert model.config.get_text_config().num_hidden_layers == 1
     given = prompts(family, [1, 2])
     with torch.no_grad():
         want = model.eval()(**given).logits
+        written = model.generate(**given, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     found, real = seen(go.capture(str(tmp_path / "out")), family)
     assert float((found - want)[real].abs().max()) <= 1e-4 * float(want[real].abs().max())
+    new = written[:, given["input_ids"].shape[1] :]
+    assert new.shape[1] == 3
+    first = want[:, -1].clone()
+    first[:, 258] = float("-inf")  # which would end the text
+    assert torch.equal(new[:, 0], first.argmax(-1))
     quantised, _ = go.Pipeline.parse("quantize{w=4,group=16}").run(
         go.capture(str(tmp_path / "out")), OPTIONS
     )
