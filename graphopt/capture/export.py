@@ -30,7 +30,7 @@ from graphopt.capture.tracing import traced
 from graphopt.ir.types import B, S, Type
 
 
-class _Wrapped(nn.Module):
+class Wrapped(nn.Module):
     """A module as a function of its tensor arguments alone, returning a flat list of tensors."""
 
     def __init__(self, inner: nn.Module, run: Callable[..., Any]) -> None:
@@ -67,7 +67,7 @@ def export_outer(module: nn.Module) -> Exported:
         if exported is not None:
             return exported
         with parameters_reserved(module):
-            exported = _export(_Wrapped(module, run), types, WHOLE)
+            exported = export_function(Wrapped(module, run), types, WHOLE)
         calls = outer.take_calls()
     for value, name in zip(exported.function.params, names, strict=True):
         value.name = name
@@ -95,7 +95,7 @@ def export_layer(call: LayerCall, types: Sequence[Type]) -> Exported:
     exported = KNOWN.get(digest, call.module)
     if exported is None:
         with parameters_reserved(call.module):
-            exported = _export(_Wrapped(call.module, run), types, call.path)
+            exported = export_function(Wrapped(call.module, run), types, call.path)
         KNOWN.add(digest, exported, call.module)
     return exported
 
@@ -107,7 +107,12 @@ def _takes_use_cache(module: nn.Module) -> bool:
     return "use_cache" in parameters or (hands_on and hasattr(module, "config"))
 
 
-def _export(module: _Wrapped, types: Sequence[Type], where: str) -> Exported:
+def export_function(module: Wrapped, types: Sequence[Type], where: str) -> Exported:
+    """Export a module as a function of tensors of the types, whose sizes are in B and S.
+
+    Raises:
+        CaptureError: torch.export fails or specialises B or S.
+    """
     sizes = {B: TRACE_BATCH, S: TRACE_LENGTH}
     inputs = [torch.ones(kind.concrete(sizes), dtype=kind.dtype) for kind in types]
     shapes = [kind.shape for kind in types]

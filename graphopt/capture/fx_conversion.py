@@ -336,6 +336,14 @@ def _plain(argument: Any) -> Any:
     return argument
 
 
+_ASSIGNMENTS = {
+    "__iand__": "bitwise_and",
+    "__ior__": "bitwise_or",
+    "__ixor__": "bitwise_xor",
+}
+"""What `&=` and its kin are called where they make a tensor."""
+
+
 def _functional_name(name: str) -> str:
     """Return the functional form of an in-place operator.
 
@@ -343,7 +351,7 @@ def _functional_name(name: str) -> str:
         CaptureError: It has none.
     """
     namespace, op, overload = name.split(".")
-    functional = op.removesuffix("_")
+    functional = _ASSIGNMENTS.get(op) or op.removesuffix("_")
     if not hasattr(getattr(getattr(torch.ops, namespace), functional, None), overload):
         raise CaptureError(f"The in-place operator {name} has no functional form.")
     return f"{namespace}.{functional}.{overload}"

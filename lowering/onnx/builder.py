@@ -216,6 +216,10 @@ class GraphBuilder:
         """Say that an int64 tensor [1] holds the value of B, S or P."""
         self._symbols[symbol] = value
 
+    def bound(self, symbol: sympy.Symbol) -> ir.Value | None:
+        """Return what was bound to a symbol; None where nothing was."""
+        return self._symbols.get(symbol)
+
     def size(self, expr: Dim) -> ir.Value:
         """Return a size as an int64 tensor [1].
 

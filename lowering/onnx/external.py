@@ -58,6 +58,12 @@ class Layout:
         return torch.float32 if self.single or dtype not in STORED else dtype
 
     @property
+    def key(self) -> object:
+        """What is equal for equal bytes."""
+        names = tuple(weight.name for weight in self.weights)
+        return names, self.transposed, self.alternating, self.parts, self.single
+
+    @property
     def shape(self) -> tuple[int, ...]:
         shape = self.weights[0].shape
         if len(self.weights) > 1:
@@ -139,19 +145,23 @@ class DataFile:
         self.root = root
         self.reserved: list[tuple[int, Layout, str]] = []
         self._end = 0
+        self._places: dict[object, int] = {}
 
     def reserve(
         self, layout: Layout, name: str, shape: Sequence[int] | None = None
     ) -> ir.ExternalTensor:
-        """Give weights their place; return a tensor that points there.
+        """Give weights their place, one for all graphs; return a tensor that points there.
 
         Args:
             name: The name of the tensor.
             shape: What the graph takes the tensor for; None for the layout's own shape.
         """
-        start, nbytes = self._end, layout.nbytes
-        self.reserved.append((start, layout, name))
-        self._end = _rounded_up(start + nbytes, self.alignment)
+        nbytes = layout.nbytes
+        if layout.key not in self._places:
+            self._places[layout.key] = self._end
+            self.reserved.append((self._end, layout, name))
+            self._end = _rounded_up(self._end + nbytes, self.alignment)
+        start = self._places[layout.key]
         return ir.ExternalTensor(
             self.path.name,
             start,

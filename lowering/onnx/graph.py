@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 import sympy
@@ -15,11 +15,13 @@ from graphopt.errors import LoweringError
 from graphopt.files.finite import check_finite
 from graphopt.ir.graph import Call, Node, Program, Value
 from graphopt.ir.shapes import infer_program
+from graphopt.ir.sighted import PICTURES
 from graphopt.ir.types import B, P, S, Type
 from graphopt.ir.weights import Weight
 from graphopt.lowering.onnx import moe
 from graphopt.lowering.onnx.builder import ONNX_DTYPES, GraphBuilder
 from graphopt.lowering.onnx.external import DataFile, Layout
+from graphopt.lowering.onnx.inputs import bind_sizes, picture_numbers, taken
 from graphopt.lowering.onnx.moe import Fused, Kind, Plan
 from graphopt.lowering.onnx.ops import Heads, Lowering, Pack, Sum, translation_of
 from graphopt.lowering.onnx.quantised import QuantisedMatrix
@@ -39,7 +41,7 @@ def _single(kind: Type) -> Type:
 
 
 def _shape(kind: Type) -> ir.Shape:
-    labels = {B: "batch", S: "sequence", P + S: "total"}
+    labels = {B: "batch", S: "sequence", P: "rows", P + S: "total"}
     return ir.Shape([size if isinstance(size, int) else labels.get(size, str(size))
                      for size in kind.shape])  # fmt: skip
 
@@ -53,6 +55,7 @@ class Graph:
         policy_op: Attention with a KV policy becomes an operator of the domain `graphopt`.
         as_stored: Linears read weights as [out, in].
         accuracy_level: MatMulNBits' for products of packed weights with what is not rounded.
+        by_rows: Weights that another graph on the same data file reads by their rows.
 
     Attributes:
         fused: How many parts did.
@@ -68,6 +71,7 @@ class Graph:
         policy_op: bool = False,
         as_stored: bool = False,
         accuracy_level: int = EXACT,
+        by_rows: Collection[str] = (),
     ) -> None:
         self.program = program
         self.as_stored, self.accuracy_level = as_stored, accuracy_level
@@ -84,7 +88,7 @@ class Graph:
             "policy_op": policy_op,
         }
         self.weights: dict[str, ir.Value | QuantisedMatrix] = {}
-        self.transposed = self._transposable()
+        self.transposed = self._transposable() - set(by_rows)
         self.uses = Counter(self._reads())
         self.moe = moe
         self.fused = 0
@@ -210,23 +214,18 @@ class Graph:
 
     def build(self) -> ir.Model:
         program, builder = self.program, self.builder
-        inputs = {name: self._input(name, kind) for name, kind in program.inputs.items()}
-        batch = builder.op("Shape", inputs["input_ids"], start=0, end=1, name="sizes/B")
-        length = builder.op("Shape", inputs["input_ids"], start=1, end=2, name="sizes/S")
-        builder.bind(B, batch)
-        builder.bind(S, length)
-        if program.states:
-            total = builder.op("Shape", inputs["attention_mask"], start=1, end=2, name="sizes/T")
-            builder.bind(P + S, total)
-            builder.bind(P, builder.op("Sub", total, length, name="sizes/P"))
-        else:
-            builder.bind(P + S, length)
-            builder.bind(P, builder.constant([0]))
+        inputs = {name: self._input(name, program.inputs[name]) for name in taken(program)}
+        bind_sizes(builder, program.inputs, inputs, bool(program.states))
         pasts, outputs = self._caches()
         graph_inputs = [*inputs.values(), *pasts.values()]
         inferred, carried_types = infer_program(program)
         kinds = [{value: _single(kind) for value, kind in types.items()} for types in inferred]
         carried: dict[str, object] = dict(inputs)
+        if PICTURES in program.inputs:
+            assert program.vision is not None
+            sizes = builder.size(B), builder.size(P)
+            token = program.vision.image_token
+            carried[PICTURES] = picture_numbers(builder, inputs["input_ids"], token, *sizes)
         presents: dict[str, ir.Value] = {}
         for call, types in zip(program.calls, kinds, strict=True):
             function = program.functions[call.function]
@@ -260,9 +259,11 @@ class Graph:
                 for number, value in enumerate(cache.present_state):
                     presents[f"{state}.{number}"] = lower.whole(value)
         builder.scope = ""
-        logits = carried["logits"]
-        whole = logits.whole(builder) if isinstance(logits, Sum | Rounded) else logits
-        results = [self._output("logits", whole, _single(carried_types["logits"]))]
+        results = []
+        for name in program.outputs:
+            value = carried[name]
+            whole = value.whole(builder) if isinstance(value, Sum | Rounded) else value
+            results.append(self._output(name, whole, _single(carried_types[name])))
         for key, (name, kind) in outputs.items():
             results.append(self._output(name, presents[key], kind))
         metadata = {"graphopt.source": program.source, "graphopt.program": program.name}

@@ -434,6 +434,31 @@ case("aten.linear.default", X, random(3, 4), random(3))
 case("aten.linear.default", random(4), random(3, 4))
 case("aten.conv1d.default", random(5, 4, 7), random(3, 4, 3), random(3), [1], [1])
 case("aten.conv1d.default", random(5, 4, 7), random(4, 1, 2), None, [1], [1], [2], 4)
+PICTURE = random(5, 3, 6, 8)
+case("aten.conv2d.default", PICTURE, random(4, 3, 2, 2), random(4), [2, 2])
+case("aten.conv2d.padding", PICTURE, random(4, 3, 2, 3), None, [2, 1], "valid")
+case("aten.conv2d.default", PICTURE, random(6, 1, 3, 3), None, [1, 2], [1, 0], [1, 2], 3)
+case("aten.conv3d.default", random(5, 3, 2, 4, 6), random(4, 3, 2, 2, 2), random(4), [2, 2, 2])
+case("aten.avg_pool2d.default", PICTURE, [2, 4])
+case("aten.avg_pool2d.default", PICTURE, [3], [2], [1], False, False)
+case("aten.avg_pool2d.default", PICTURE, [3], [2], [1])
+case("aten.im2col.default", PICTURE, [2, 4], [1, 1], [0, 0], [2, 4])
+case("aten.im2col.default", random(1, 3, 14, 6), [2, 2], [1, 1], [0, 0], [2, 2])
+case("aten.meshgrid.indexing", [random(7), random(4)], indexing="ij", output=0)
+case("aten.meshgrid.indexing", [random(7), random(4)], indexing="xy", output=1)
+SDPA = "aten.scaled_dot_product_attention.default"
+case(SDPA, HEADS, random(5, 3, 7, 4, seed=1), random(5, 3, 7, 4, seed=2), tolerance=1e-5)
+case(SDPA, HEADS, random(5, 3, 6, 4), random(5, 3, 6, 4), scale=0.2, tolerance=1e-5)
+case(SDPA, HEADS, HEADS, HEADS, flags(7, 7) | torch.eye(7).bool(), tolerance=1e-5)
+case(SDPA, HEADS, HEADS, HEADS, random(5, 1, 7, 7), scale=0.3, tolerance=1e-5)
+case("aten.masked_scatter.default", X, flags(5, 7, 1), random(40, 4))
+case("aten.masked_scatter.default", X, flags(7, 4), random(5, 7, 4, seed=4))
+case("aten.masked_scatter.default", X, torch.zeros(5, 7, 1).bool(), random(0, 4))
+EDGES = torch.tensor([-1.0, 0.0, 0.5, 2.0])
+case("aten.bucketize.Tensor", X, EDGES)
+case("aten.bucketize.Tensor", HALVES, EDGES)
+case("aten.bucketize.Tensor", HALVES, EDGES, right=True)
+case("aten.bucketize.Tensor", HALVES, EDGES, out_int32=True)
 case("aten.layer_norm.default", X, [4], random(4), random(4), 1e-3, tolerance=1e-5)
 case("aten.layer_norm.default", X, [4], tolerance=1e-5)
 case("aten.layer_norm.default", X, [4], None, random(4), tolerance=1e-5)
@@ -687,6 +712,12 @@ REFUSED = {
     "order of a norm": ("aten.linalg_vector_norm.default", X, 3, "norm of order 3"),
     "padding by words": ("aten.conv1d.padding", random(5, 4, 7), random(3, 4, 3), None, [1],
                          "same", "conv1d with padding 'same'"),
+    "pool of its own": ("aten.avg_pool2d.default", random(5, 3, 6, 8), [2], [2], [0], False, True,
+                        3, "divisor of its own"),
+    "patches that overlap": ("aten.im2col.default", random(5, 3, 6, 8), [2, 2], [1, 1], [0, 0],
+                             [1, 1], "im2col of patches that overlap"),
+    "causal": ("aten.scaled_dot_product_attention.default", HEADS, HEADS, HEADS, None, 0.0, True,
+               "attention that is causal"),
     "reflection": ("aten.pad.default", X, [1, 1], "reflect", "padding by 'reflect'"),
     "place with axes": ("aten.argmax.default", D, None, True, "axes kept"),
     "another axis": ("aten.index_add.default", X, 1, ROWS[0].abs(), X, "index_add"),

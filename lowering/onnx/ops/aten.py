@@ -398,27 +398,6 @@ def linear(lower: Lowering, node: Node) -> ir.Value:
     return y if bias is None else lower.builder.op("Add", y, lower.whole(bias))
 
 
-@translation("aten.conv1d")
-def conv1d(lower: Lowering, node: Node) -> ir.Value:
-    x, weight = lower.whole(lower.aten_arg(node, 0)), lower.whole(lower.aten_arg(node, 1))
-    bias = lower.aten_arg(node, 2, "bias")
-    strides, padding = (
-        lower.aten_arg(node, 3, "stride", [1]),
-        lower.aten_arg(node, 4, "padding", [0]),
-    )
-    if isinstance(padding, str):
-        raise ValueError(f"conv1d with padding {padding!r} has no ONNX form here")
-    pad = padding[0] if isinstance(padding, list | tuple) else padding
-    stride = strides[0] if isinstance(strides, list | tuple) else strides
-    dilation = lower.aten_arg(node, 5, "dilation", [1])
-    spread = dilation[0] if isinstance(dilation, list | tuple) else dilation
-    return lower.builder.op(
-        "Conv", x, weight, None if bias is None else lower.whole(bias),
-        strides=[stride], pads=[pad, pad], dilations=[spread],
-        group=lower.aten_arg(node, 6, "groups", 1),
-    )  # fmt: skip
-
-
 @translation("aten.layer_norm", "aten.rms_norm")
 def norm(lower: Lowering, node: Node) -> ir.Value:
     shape, weight = lower.aten_arg(node, 1), lower.aten_arg(node, 2, "weight")

@@ -226,3 +226,24 @@ def grouped_mm(lower: Lowering, node: Node) -> ir.Value:
     keep = builder.op("Unsqueeze", keep, builder.constant([-1]))
     products = builder.op("MatMul", builder.op("Mul", keep, lower.whole(rows)), lower.whole(weight))
     return builder.op("ReduceSum", products, builder.constant([0]), keepdims=0)
+
+
+@translation("aten.masked_scatter")
+def masked_scatter(lower: Lowering, node: Node) -> ir.Value:
+    """Elements of a source, or whole rows, in the order of the places that are marked."""
+    builder = lower.builder
+    x, mask, source = (lower.aten_arg(node, place) for place in range(3))
+    shape, marked = lower.types[x].shape, lower.whole(mask)
+    by_rows = len(shape) > 1 and lower.types[mask].shape == (*shape[:-1], 1)
+    kept = shape[:-1] if by_rows else shape
+    if by_rows:
+        marked = builder.op("Squeeze", marked, builder.constant([-1]))
+    else:
+        marked = builder.op("Expand", marked, builder.shape(shape))
+    places = builder.op("Transpose", builder.op("NonZero", marked), perm=[1, 0])
+    count = builder.op("Shape", places, start=0, end=1)
+    row = builder.shape([-1, *shape[len(kept) :]])
+    values = builder.op("Reshape", lower.whole(source), row)
+    taken = builder.op("Slice", values, builder.constant([0]), count)
+    made: ir.Value = builder.op("ScatterND", lower.whole(x), places, taken)
+    return made

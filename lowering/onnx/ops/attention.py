@@ -131,8 +131,7 @@ def lengths(lower: Lowering) -> tuple[ir.Value, ir.Value]:
         scope, builder.scope = builder.scope, "mask"
         total = builder.op("Cast", builder.scalar(P + S), to=ir.DataType.INT32)
         last = builder.op("Sub", total, builder.constant(1, np.int32))
-        batch = builder.op("Shape", lower.inputs["input_ids"], start=0, end=1)
-        lower.shared["lengths"] = builder.op("Expand", last, batch), total
+        lower.shared["lengths"] = builder.op("Expand", last, builder.size(B)), total
         builder.scope = scope
     return lower.shared["lengths"]
 
