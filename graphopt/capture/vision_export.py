@@ -115,7 +115,7 @@ def tower_program(program: Program) -> Program:
     return made
 
 
-def _segmented(module: nn.Module, tower: Tower) -> contextlib.AbstractContextManager[None]:
+def _segmented(module: Any, tower: Tower) -> contextlib.AbstractContextManager[None]:
     """Let a tower attend by segments where it takes more than pictures of one size."""
     one = _any_size(tower.first)
     if packed_arguments(tower.first) is None and not one:
@@ -128,7 +128,7 @@ def _any_size(tower: nn.Module) -> bool:
     return SIZES in inspect.signature(type(tower).forward).parameters
 
 
-def _taken(module: nn.Module, tower: Tower) -> tuple[dict[str, Type], Callable[..., Tensor]]:
+def _taken(module: Any, tower: Tower) -> tuple[dict[str, Type], Callable[..., Tensor]]:
     """Return what the tower's program takes, and the function that it is."""
     config: Any = module.config
     seen = config.vision_config

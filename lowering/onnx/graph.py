@@ -261,8 +261,8 @@ class Graph:
         builder.scope = ""
         results = []
         for name in program.outputs:
-            value = carried[name]
-            whole = value.whole(builder) if isinstance(value, Sum | Rounded) else value
+            result = carried[name]
+            whole = result.whole(builder) if isinstance(result, Sum | Rounded) else result
             results.append(self._output(name, whole, _single(carried_types[name])))
         for key, (name, kind) in outputs.items():
             results.append(self._output(name, presents[key], kind))
