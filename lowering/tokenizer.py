@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from graphopt.errors import SourceError
 from graphopt.ir.graph import Program
 from graphopt.sources.generation import GENERATION_NAME
-from graphopt.sources.tokenizer import OTHER_FILES, tokenizer_files, working
+from graphopt.sources.tokenizer import OTHER_FILES, PROCESSOR_FILES, tokenizer_files, working
 from graphopt.sources.windows import prompt_ids, special_ends, tokenizer_at
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -38,6 +39,20 @@ def run_lines(program: Program) -> list[str]:
     Without a tokenizer there is nothing to put a prompt into.
     """
     return [] if program.tokenizer is None else ["graphopt generate {out} --prompt 'Hello'"]
+
+
+def picture_lines(names: Collection[str]) -> list[str]:
+    """Return the line that shows an ONNX folder a picture, where it has a processor.
+
+    Args:
+        names: Of the files that came with the tokenizer.
+    """
+    if not set(PROCESSOR_FILES).intersection(names):
+        return []
+    return [
+        "graphopt generate {out} --backend onnx --prompt 'What is in the picture?' "
+        "--image picture.png   # a picture of yours; needs pillow besides"
+    ]
 
 
 def copy_tokenizer(program: Program, folder: Path) -> list[Path]:

@@ -96,6 +96,8 @@ class Tower:
                 )  # fmt: skip
             except _Reached:
                 pass
+            except (SourceError, UsageError):
+                raise
             except Exception as error:
                 if out_of_memory(error):
                     raise

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from graphopt.backends.onnx_cache import NUMPY_DTYPES, RoomyCache, page_of, room_of
-from graphopt.backends.onnx_session import session_options, states_of
+from graphopt.backends.onnx_embedding import OnnxEmbedding
+from graphopt.backends.onnx_session import open_session, states_of
 from graphopt.errors import SourceError, first_line
 from graphopt.execute.interpreter import complete_inputs
 from graphopt.execute.language_model import LanguageModel, _Replay
+from graphopt.ir.sighted import EMBEDS
 from graphopt.sources.base import tokenizer_in
 from graphopt.sources.generation import read_generation
 from graphopt.support.boundary import out_of_memory
@@ -23,7 +25,8 @@ class OnnxArtifactModel(LanguageModel):
     """The graph of an ONNX artifact, run by ONNX Runtime on the CPU.
 
     Args:
-        folder: Folder with `model.onnx`, whose inputs are `input_ids`, and where it has them
+        folder: Folder with `model.onnx`, whose inputs are `input_ids`, or `inputs_embeds` as
+            `embedding.onnx` beside it makes them, and where it has them
             `attention_mask`, `position_ids` and `past_key_values.N.key` / `.value`, and whose
             outputs are `logits` and `present.N.key` / `.value`; where a policy selects what steps
             read, also `past_policy.N.NAME` and `present_policy.N.NAME`; caches have room then.
@@ -53,32 +56,18 @@ class OnnxArtifactModel(LanguageModel):
         constants: Collection[str] = (),
         length: int | None = None,
     ) -> None:
-        import onnxruntime
-
-        from graphopt.files.onnx_file import check_onnx
-
         self.name = name or folder.resolve().name
         self.config = dict(config or {})
         self.generation = read_generation(folder) if generation is None else generation
         self.length = length
         self.tokenizer = tokenizer_in(folder) or tokenizer
         path = folder / "model.onnx"
-        check_onnx(path, constants)
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), session_options(), providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            # ONNX Runtime's exceptions share no base class of their own.
-            raise SourceError(
-                f"ONNX Runtime cannot load {path}: {first_line(error)}.",
-                "Compile the model again.",
-            ) from error
+        self._session = open_session(path, constants)
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._pasts = states_of(self._inputs)
-        known = {"input_ids", "attention_mask", "position_ids", *self._pasts}
-        missing = {"input_ids"} - set(self._inputs)
+        known = {"input_ids", "attention_mask", "position_ids", EMBEDS, *self._pasts}
+        missing = {EMBEDS if EMBEDS in self._inputs else "input_ids"} - set(self._inputs)
         missing |= set(self._pasts.values()) - set(self._outputs)
         odd = sorted((set(self._inputs) - known) | missing)
         if odd or "logits" not in self._outputs:
@@ -88,6 +77,8 @@ class OnnxArtifactModel(LanguageModel):
                 "Compile the model again with --emit onnx.",
             )
         self._path = path
+        # The decoder of a model that sees takes what another graph makes of tokens.
+        self._embedding = OnnxEmbedding(folder) if EMBEDS in self._inputs else None
         self._check_logits(next(o for o in self._session.get_outputs() if o.name == "logits"))
         for name in self._pasts:
             self._check_cache(name)
@@ -166,17 +157,20 @@ class OnnxArtifactModel(LanguageModel):
     def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
         count = inputs["input_ids"].shape[1]
         replayed = isinstance(cache, _Replay)
-        if replayed and cache.input_ids is not None:
+        # Of embeddings all are given in every step without a cache; see `SightedModel`.
+        if replayed and cache.input_ids is not None and EMBEDS not in inputs:
             ids = torch.cat([cache.input_ids, inputs["input_ids"]], 1)
             mask = inputs["attention_mask"]
             inputs = complete_inputs({"input_ids": ids, "attention_mask": mask})
+        if self._embedding is not None and EMBEDS not in inputs:
+            inputs = self._of_text(inputs)
         feeds = {n: v.numpy() for n, v in inputs.items() if n in self._inputs}
         roomy = isinstance(cache, RoomyCache)
         if not replayed and not roomy:
             feeds.update(cache)
         results = self._run(feeds, cache if roomy else None)
         logits = torch.from_numpy(results["logits"]).float()
-        rows, places = feeds["input_ids"].shape
+        rows, places = inputs["input_ids"].shape
         if logits.dim() != 3 or logits.shape[:2] != (rows, places):
             raise SourceError(
                 f"{self._path} gives logits of shape {list(logits.shape)} for {rows} x {places} "
@@ -188,6 +182,15 @@ class OnnxArtifactModel(LanguageModel):
         if roomy:
             return logits, cache
         return logits, {name: results[present] for name, present in self._pasts.items()}
+
+    def _of_text(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs of tokens of a text alone with their embeddings."""
+        assert self._embedding is not None
+        made = dict(inputs) | {EMBEDS: self._embedding(inputs["input_ids"])}
+        axes = self._inputs["position_ids"].shape[:-2] if "position_ids" in self._inputs else []
+        if axes:
+            made["position_ids"] = made["position_ids"].expand(*axes, -1, -1)
+        return made
 
     def _run(self, feeds: Mapping[str, Any], cache: RoomyCache | None) -> dict[str, Any]:
         """Return the outputs of the graph by name; with a cache, which it changes, but for its own.

@@ -19,13 +19,14 @@ from graphopt.capture.packed_attention import attention_by_segments, packed_argu
 from graphopt.capture.vision import language_decoder
 from graphopt.errors import CaptureError
 from graphopt.ir.dead_code import remove_dead
+from graphopt.ir.embedder import FEATURES
 from graphopt.ir.graph import Call, Program
 from graphopt.ir.types import B, S, Type
 from graphopt.ir.verify import verify
 from graphopt.ir.weights import Array, Weight
 
-PIXELS, FEATURES = "pixel_values", "image_features"
-"""What a tower takes, and what its projector makes: f32 [rows, D], the rows of all pictures."""
+PIXELS = "pixel_values"
+"""What a tower takes: pictures [pictures, channels, height, width], or their patches."""
 
 GRIDS = "image_grid_thw"
 """How many patches each picture has in time, height and width, int64 [pictures, 3]."""
@@ -37,7 +38,7 @@ _REMEDY = "Pictures are looked at by the program, or by the checkpoint (--emit h
 
 
 @dataclass(frozen=True)
-class Tower:
+class TowerParts:
     """What of a model of transformers makes embeddings of pictures.
 
     Attributes:
@@ -51,7 +52,7 @@ class Tower:
     last: nn.Module
 
 
-def tower_of(module: nn.Module) -> Tower:
+def tower_of(module: nn.Module) -> TowerParts:
     """Return the tower of a model that sees, and its projector.
 
     Raises:
@@ -69,7 +70,7 @@ def tower_of(module: nn.Module) -> Tower:
             f"{type(module).__name__}: which of its parts are tower and projector is unknown.",
             _REMEDY,
         )
-    return Tower(owner, parts[0], parts[-1])
+    return TowerParts(owner, parts[0], parts[-1])
 
 
 def tower_program(program: Program) -> Program:
@@ -115,7 +116,7 @@ def tower_program(program: Program) -> Program:
     return made
 
 
-def _segmented(module: Any, tower: Tower) -> contextlib.AbstractContextManager[None]:
+def _segmented(module: Any, tower: TowerParts) -> contextlib.AbstractContextManager[None]:
     """Let a tower attend by segments where it takes more than pictures of one size."""
     one = _any_size(tower.first)
     if packed_arguments(tower.first) is None and not one:
@@ -128,7 +129,7 @@ def _any_size(tower: nn.Module) -> bool:
     return SIZES in inspect.signature(type(tower).forward).parameters
 
 
-def _taken(module: Any, tower: Tower) -> tuple[dict[str, Type], Callable[..., Tensor]]:
+def _taken(module: Any, tower: TowerParts) -> tuple[dict[str, Type], Callable[..., Tensor]]:
     """Return what the tower's program takes, and the function that it is."""
     config: Any = module.config
     seen = config.vision_config
@@ -157,7 +158,7 @@ def _taken(module: Any, tower: Tower) -> tuple[dict[str, Type], Callable[..., Te
     return {PIXELS: Type((B, channels, height, width), torch.float32)}, pictures
 
 
-def _features(tower: Tower, values: Tensor) -> Tensor:
+def _features(tower: TowerParts, values: Tensor) -> Tensor:
     """Run the part of `get_image_features` between the tower's input and the projector's output.
 
     What lies in front of it divides pictures into tiles, or drops those that are none; what lies

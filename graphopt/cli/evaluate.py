@@ -10,7 +10,7 @@ import typer
 
 from graphopt.cli import console as ui
 from graphopt.cli.kv_policies import measure_policies, policy_specs, print_policies
-from graphopt.cli.pictures import check_form, measure_answers
+from graphopt.cli.pictures import measure_answers
 from graphopt.cli.shared import (
     MAX_COUNT,
     Backend,
@@ -84,8 +84,6 @@ def eval_command(
         raise UsageError(
             "Nothing to evaluate on.", "Give --text FILE, --piqa FILE, --pictures FILE, or several."
         )
-    if pictures is not None:
-        check_form(backend)
     specs = policy_specs(kv_policy or [], text, needles)
     with ui.progress_bars() as progress:
         progress("opening", 0, 1)

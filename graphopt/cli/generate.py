@@ -174,10 +174,9 @@ def _see(
     trust_remote_code: bool,
 ) -> None:
     """Answer a prompt about pictures."""
-    from graphopt.cli.pictures import answer_pieces, check_form, open_sighted
+    from graphopt.cli.pictures import answer_pieces, open_sighted
     from graphopt.generate import Sampling
 
-    check_form(backend)
     opened, processor = open_sighted(
         model, backend_named(backend), device, trust_remote_code=trust_remote_code
     )

@@ -18,31 +18,18 @@ if TYPE_CHECKING:
     from graphopt.vision.sighted_model import SightedModel
 
 
-def check_form(backend: str) -> None:
-    """Refuse forms that take token ids alone.
-
-    Raises:
-        UsageError: The backend is one.
-    """
-    if backend not in ("auto", "program", "torch"):
-        raise UsageError(
-            f"The {backend} form takes token ids, and a picture is none.",
-            "Leave --backend out: pictures are looked at by the package (torch) or the program.",
-        )
-
-
 def open_sighted(
     model: str, backend: Backend, device: str, *, trust_remote_code: bool = False
 ) -> tuple[SightedModel, Processor]:
     """Return a model as what takes pictures, and its processor.
 
     Args:
-        backend: "auto" is the package of an output folder where that takes pictures, else the
-            program.
+        backend: "auto" is the package of an output folder where that takes pictures, or its ONNX
+            graphs on a CPU where there is no package, else the program.
 
     Raises:
         SourceError: There is no such model, it has no weights, or no processor.
-        UsageError: It is a model of text alone, or its package takes token ids alone.
+        UsageError: It is a model of text alone, or the form takes token ids alone.
     """
     from graphopt.backends.opening import open_language_model
     from graphopt.backends.torch_artifact import TorchArtifactModel
@@ -54,6 +41,8 @@ def open_sighted(
     def open_as(form: Backend) -> LanguageModel:
         return open_language_model(model, form, device=device, trust_remote_code=trust_remote_code)
 
+    if backend == "onnx" or (backend == "auto" and device in ("auto", "cpu") and _looks(model)):
+        return _open_graphs(model, open_as("onnx"), trust_remote_code=trust_remote_code)
     has_package = backend == "auto" and all(
         (Path(model) / name).is_file() for name in ("model.py", "program.json")
     )
@@ -74,6 +63,28 @@ def open_sighted(
     sees = SightedModel(program, form, device=opened.device)
     sees.placement = opened.placement
     return sees, processor
+
+
+def _looks(model: str) -> bool:
+    """Whether an output folder has a graph of a tower, and no package beside it."""
+    from graphopt.files.onnx_file import VISION_NAME
+
+    root = Path(model).expanduser()
+    return (root / "onnx" / VISION_NAME).is_file() and not (root / "model.py").is_file()
+
+
+def _open_graphs(
+    model: str, form: LanguageModel, *, trust_remote_code: bool
+) -> tuple[SightedModel, Processor]:
+    """Return the graphs of an output folder as what takes pictures, and the model's processor."""
+    from graphopt.backends.onnx_tower import OnnxTower
+    from graphopt.capture import capture
+    from graphopt.vision.processor import Processor
+    from graphopt.vision.sighted_model import SightedModel
+
+    program = capture(model, trust_remote_code=trust_remote_code)
+    tower = OnnxTower(program, Path(model).expanduser() / "onnx")
+    return SightedModel(program, form, tower=tower), Processor(program)
 
 
 def answer_pieces(

@@ -16,6 +16,9 @@ from graphopt.files.raw import RawTensor
 
 _AGAIN = "Compile the model again."
 
+MODEL_NAME, VISION_NAME, EMBEDDING_NAME = "model.onnx", "vision.onnx", "embedding.onnx"
+"""The graph that gives logits; and of a model that sees those of tower and words."""
+
 OWN_CONSTANT = "constant_"
 """What the names of numbers begin with that a graph needs for itself, such as a mask's infinity."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from graphopt.execute.language_model import CPU, LanguageModel, ProgramModel
 from graphopt.ir.graph import Program
 from graphopt.ir.sighted import EMBEDS, PICTURES, sighted
+from graphopt.runtime.picture_tower import Tower
 from graphopt.vision.tower import VisionTower
 
 
@@ -34,14 +35,20 @@ class SightedModel(LanguageModel):
         program: On text alone, as it was captured or opened.
         form: What runs it: its `step` takes what `VisionTower.inputs` gives, of new tokens, or of
             all where the program has no KV cache. By default the ops' torch implementations.
+        tower: What makes embeddings of prompts with pictures; by default transformers' own.
         device: Where the tower runs, and the program where there is no other form.
     """
 
     def __init__(
-        self, program: Program, form: LanguageModel | None = None, *, device: torch.device = CPU
+        self,
+        program: Program,
+        form: LanguageModel | None = None,
+        *,
+        tower: Tower | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.form = ProgramModel(sighted(program), device=device) if form is None else form
-        self.tower = VisionTower(program, device=device)
+        self.tower = VisionTower(program, device=device) if tower is None else tower
         self.name, self.config, self.generation = program.name, program.config, program.generation
         self.tokenizer, self.length = self.form.tokenizer, self.form.length
         self.device, self.placement = device, self.form.placement
@@ -65,7 +72,7 @@ class SightedModel(LanguageModel):
 
     def check_ids(self, ids: Iterable[int]) -> None:
         # The image token is no word, and some models have no row for it.
-        super().check_ids(i for i in ids if i != self.tower.vision.image_token)
+        super().check_ids(i for i in ids if i != self.tower.image_token)
 
     def start(self, batch: int) -> Any:
         return _Seen(self.form.start(batch), {})

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 import torch
 
-from graphopt.errors import LoweringError
+from graphopt.errors import LoweringError, UsageError
+from graphopt.files.onnx_file import EMBEDDING_NAME, MODEL_NAME, VISION_NAME
 from graphopt.files.safetensors import WEIGHTS_NAME
 from graphopt.ir.graph import Program
 from graphopt.ir.ops import is_aten
@@ -26,12 +27,19 @@ from graphopt.lowering.base import (
 )
 from graphopt.lowering.onnx.external import DataFile, Layout, SafetensorsDataFile
 from graphopt.lowering.onnx.genai import GENAI_NAME, RUN_NAME, genai_config, run_script, why_not
+from graphopt.lowering.onnx.genai_vision import (
+    vision_sections,
+    why_text_alone,
+    with_vision,
+    write_processor,
+)
 from graphopt.lowering.onnx.graph import Graph
 from graphopt.lowering.onnx.kv_policies import refusal
 from graphopt.lowering.onnx.ops import translation_of
 from graphopt.lowering.onnx.quantised import block_of, no_onnx_form
+from graphopt.lowering.onnx.sighted import Parts, parts_of, write_tower
 from graphopt.lowering.onnx_accuracy import EXACT
-from graphopt.lowering.tokenizer import run_lines, write_generation, write_tokenizer
+from graphopt.lowering.tokenizer import picture_lines, run_lines, write_generation, write_tokenizer
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
 
@@ -102,6 +110,9 @@ class OnnxEmitter(Emitter):
                         "lowering/onnx/ops/.",
                     )
 
+    def without_pictures(self, program: Program) -> str | None:
+        return None  # `emit` says it, by what it could write
+
     def stored_dtype(self, program: Program, weight: Weight, target: str) -> torch.dtype:
         return Layout((weight,)).dtype
 
@@ -133,38 +144,53 @@ class OnnxEmitter(Emitter):
         folder = root / "onnx"
         folder.mkdir(parents=True, exist_ok=True)
         data = self._data_file(program, folder, root)
-        graph = Graph(
-            program, data,
-            moe=self.moe, policy_op=self.policy_op,
-            as_stored=self.shared, accuracy_level=self.accuracy_level,
-        )  # fmt: skip
-        model = graph.build()
-        data.write(progress)
-        path = folder / "model.onnx"
-        ir.save(model, path)
-        emitted = Emitted([path, data.path], data.storage)
-        emitted.usage += run_lines(program)
-        if self.moe:
-            emitted.fallbacks += graph.plain()
-            if not graph.fused and not emitted.fallbacks:
-                emitted.notes.append(("onnx", "there are no experts for com.microsoft::MoE"))
-        files, notes = write_tokenizer(program, folder)
-        emitted.files += [*files, *write_generation(program, folder)]
-        emitted.notes += notes
-        reason = why_not(program)
-        if reason is None:
-            # Weights lie in the order in which a graph is built, so both find them alike.
-            again = Graph(
-                program, self._data_file(program, folder, root), continues=False,
-                moe=self.moe, as_stored=self.shared, accuracy_level=self.accuracy_level,
+        notes, parts = _parts(program)
+        graphs: dict[str, Graph] = {}
+
+        def add(name: str, part: Program, continues: bool = True) -> None:
+            graphs[name] = Graph(
+                part, data,
+                continues=continues, moe=self.moe, policy_op=self.policy_op,
+                as_stored=self.shared, accuracy_level=self.accuracy_level,
+                by_rows=() if parts is None else [w.name for w in parts.embedding.weights],
             )  # fmt: skip
-            ir.save(again.build(), folder / GENAI_NAME)
-            emitted.files += [folder / GENAI_NAME, *self._genai(program, folder, again.in_place)]
-            emitted.usage.append(
-                f"python {{out}}/onnx/{RUN_NAME} --prompt 'Hello'   # needs onnxruntime-genai"
-            )
-        else:
+
+        if parts is not None:
+            add(EMBEDDING_NAME, parts.embedding)
+        add(MODEL_NAME, program if parts is None else parts.decoder)
+        reason = why_not(program)
+        sections = None if parts is None or reason is not None else vision_sections(program, parts)
+        if reason is None:
+            add(GENAI_NAME, parts.decoder if parts is not None and sections else program, False)
+        models = {name: graph.build() for name, graph in graphs.items()}
+        data.write(progress)
+        for name, model in models.items():
+            ir.save(model, folder / name)
+        emitted = Emitted([*(folder / name for name in models), data.path], data.storage)
+        emitted.usage += run_lines(program)
+        if parts is not None and parts.tower is not None:
+            files, places = write_tower(parts.tower, folder, root, progress)
+            emitted.files += files
+            emitted.storage |= places
+        if self.moe:
+            emitted.fallbacks += graphs[MODEL_NAME].plain()
+            if not graphs[MODEL_NAME].fused and not emitted.fallbacks:
+                emitted.notes.append(("onnx", "there are no experts for com.microsoft::MoE"))
+        files, told = write_tokenizer(program, folder)
+        emitted.files += [*files, *write_generation(program, folder)]
+        emitted.notes += [*told, *notes]
+        if parts is not None and parts.tower is not None:
+            emitted.usage += picture_lines([path.name for path in files])
+        if reason is not None:
             emitted.notes.append(("onnx", f"no genai_config.json: {reason}"))
+            return emitted
+        in_place = graphs[GENAI_NAME].in_place
+        emitted.files += self._genai(program, folder, in_place, sections)
+        if sections is None and parts is not None:
+            emitted.notes.append(("onnx", why_text_alone(program, parts)))
+        emitted.usage.append(
+            f"python {{out}}/onnx/{RUN_NAME} --prompt 'Hello'   # needs onnxruntime-genai"
+        )
         return emitted
 
     def _data_file(self, program: Program, folder: Path, root: Path) -> DataFile:
@@ -173,7 +199,9 @@ class OnnxEmitter(Emitter):
         return DataFile(folder / "model.onnx.data", root)
 
     @staticmethod
-    def _genai(program: Program, folder: Path, in_place: bool) -> list[Path]:
+    def _genai(
+        program: Program, folder: Path, in_place: bool, sections: Mapping[str, Any] | None
+    ) -> list[Path]:
         kinds, _ = infer_program(program)
         heads = 0
         for call, types in zip(program.calls, kinds, strict=True):
@@ -182,7 +210,24 @@ class OnnxEmitter(Emitter):
                     heads = int(types[node.inputs[0]].shape[1])
         config = folder / "genai_config.json"
         entries = genai_config(program, heads, in_place)
+        files = []
+        if sections is not None:
+            with_vision(entries, sections)
+            files = write_processor(program, folder)
         config.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
         script = folder / RUN_NAME
         script.write_text(run_script(), encoding="utf-8", newline="\n")
-        return [config, script]
+        return [config, script, *files]
+
+
+def _parts(program: Program) -> tuple[list[tuple[str, str]], Parts | None]:
+    """Return the parts of a program that sees, and notes on what of it takes no pictures."""
+    if program.vision is None:
+        return [], None
+    try:
+        parts = parts_of(program)
+    except UsageError as error:
+        return [("onnx", f"it takes token ids alone. {error.message}")], None
+    if parts.tower is None:
+        return [("onnx", f"no {VISION_NAME}: {parts.reason}")], parts
+    return [], parts

@@ -190,7 +190,7 @@ def test_models_and_forms_without_pictures(folder, tmp_path):
         (("eval", tmp_path / "text", "--pictures", folder / "rows.jsonl"),
          "is a model of text alone and takes no pictures"),
         (("generate", folder / "model", "--prompt", "x", "--image", folder / "a.png", "--backend",
-          "onnx"), "The onnx form takes token ids"),
+          "onnx"), "holds no onnx artifact"),
         (("generate", folder / "model", "--image", folder / "a.png"), "goes with one --prompt"),
     ):  # fmt: skip
         result = CliRunner().invoke(app, [str(arg) for arg in args])

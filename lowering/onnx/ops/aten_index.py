@@ -230,7 +230,10 @@ def grouped_mm(lower: Lowering, node: Node) -> ir.Value:
 
 @translation("aten.masked_scatter")
 def masked_scatter(lower: Lowering, node: Node) -> ir.Value:
-    """Elements of a source, or whole rows, in the order of the places that are marked."""
+    """Elements of a source, or whole rows, in the order of the places that are marked.
+
+    Places behind as many as the source has keep what they hold, where torch refuses.
+    """
     builder = lower.builder
     x, mask, source = (lower.aten_arg(node, place) for place in range(3))
     shape, marked = lower.types[x].shape, lower.whole(mask)
@@ -241,9 +244,13 @@ def masked_scatter(lower: Lowering, node: Node) -> ir.Value:
     else:
         marked = builder.op("Expand", marked, builder.shape(shape))
     places = builder.op("Transpose", builder.op("NonZero", marked), perm=[1, 0])
-    count = builder.op("Shape", places, start=0, end=1)
     row = builder.shape([-1, *shape[len(kept) :]])
     values = builder.op("Reshape", lower.whole(source), row)
-    taken = builder.op("Slice", values, builder.constant([0]), count)
+    first, counts = (
+        builder.constant([0]),
+        [builder.op("Shape", both, start=0, end=1) for both in (places, values)],
+    )
+    places = builder.op("Slice", places, first, counts[1])
+    taken = builder.op("Slice", values, first, counts[0])
     made: ir.Value = builder.op("ScatterND", lower.whole(x), places, taken)
     return made
