@@ -418,6 +418,9 @@ def test_passes_and_targets():
             )
             assert not held or group in stated, (target["name"], group)
     assert "source of cores" in graphopt("targets", "volta")[1]
+    hopper = graphopt("targets", "hopper")[1]
+    assert "matrix unit: 16 x 8 x 16, f16 to f16 or f32\n" in hopper
+    assert "features: wgmma, programmatic-launch\n" in hopper
 
 
 def test_diff():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from importlib import metadata
@@ -206,3 +207,11 @@ def test_the_table_of_passes_fits_a_narrow_terminal() -> None:
         lines = io.StringIO()
         Console(file=lines, width=width).print(pass_table(entries, width))
         assert "…" not in lines.getvalue(), width
+
+
+def test_a_gpu_without_kernels_is_said_to_have_none():
+    text = io.StringIO()
+    bare = dataclasses.replace(get_target("hopper"), kernels=())
+    print_targets(Console(file=text, width=100), [get_target("cpu"), bare],
+                  {"cpu": [], "hopper": []}, full=False)  # fmt: skip
+    assert text.getvalue().count("attention by its reference: no kernels of ours") == 1

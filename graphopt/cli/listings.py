@@ -94,6 +94,8 @@ def print_targets(
         lines = [f"{target.title}: {' '.join(target.dtypes)}"]
         if target.kernels:
             lines.append(f"attention by {' '.join(target.kernels)}")
+        elif target.kind != "cpu":
+            lines.append("attention by its reference: no kernels of ours")
         lines += [str(lack) for lack in missing[target.name]]
         table.add_row(target.name, target.isa, "\n".join(lines))
     console.print(table)
@@ -106,6 +108,11 @@ def print_targets(
         for memory in target.memories:
             size = format_bytes(memory.bytes) if memory.bytes else "-"
             console.print(f"  {memory.name}: {size} a {memory.per}")
+        for unit in target.matrix_units:
+            sums = " or ".join(unit.accumulate)
+            console.print(f"  matrix unit: {unit.m} x {unit.n} x {unit.k}, {unit.input} to {sums}")
+        if target.features:
+            console.print(f"  features: {', '.join(target.features)}")
         for name, limit in target.limits.items():
             console.print(f"  {name}: {limit}")
         for purpose, packages in (("emit", target.emit), ("run", target.runtime)):
