@@ -18,6 +18,8 @@ CLIPS_TRIED = (*(0.5 + 0.025 * n for n in range(20)), MOST_CLIP)
 """Shares of the range that are tried for a clip."""
 CLIP_TOKENS = 4096
 """Tokens on which they are tried, at least one window."""
+NUMBERS_AT_ONCE = 2**24
+"""Rounded activations that are in memory at once."""
 
 
 def search_clips(student: BlockRunner, group: BlockTransforms, data: DistillationData) -> None:
@@ -60,9 +62,10 @@ def _best_clip(x: Tensor, bits: int, symmetric: bool) -> float:
     rows = x.float().flatten(0, -2)
     power = rows.square().sum(-1).clamp(min=1e-12)
 
-    def error(share: float) -> float:
-        clip = rows.new_tensor([share])
+    errors: list[float] = []
+    shares = rows.new_tensor(CLIPS_TRIED)[:, None, None]
+    # Few launches for a GPU, which is asked once for several shares.
+    for clip in shares.split(max(1, NUMBERS_AT_ONCE // rows.numel())):
         made = functional.quantise_dequantise(rows, clip, clip, bits=bits, symmetric=symmetric)
-        return float(((made - rows).square().sum(-1) / power).mean())
-
-    return min(CLIPS_TRIED, key=error)
+        errors += ((made - rows).square().sum(-1) / power).mean(-1).tolist()
+    return CLIPS_TRIED[errors.index(min(errors))]

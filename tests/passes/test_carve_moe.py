@@ -26,9 +26,11 @@ from graphopt.execute.interpreter import Runner
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Context, make_pass
+from graphopt.passes.carve_moe import activations
 from graphopt.passes.carve_moe.parts import parts_of
 from graphopt.passes.carve_moe.record import CarvedParts, Work
 from graphopt.report.record import Step
+from graphopt.support.per_device import PerDevice
 
 TEXT = book()[:24000]
 WINDOWS = 24
@@ -198,6 +200,23 @@ def check_normal_equations(dense, text, plain, reconstructed, outcome):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_activations_that_are_held_give_what_those_made_anew_give(dense, text, monkeypatch):
+    """A GPU with room holds them: in several batches they are made once, or for every sum."""
+    monkeypatch.setattr(
+        "graphopt.passes.carve_moe.text.TOKENS_AT_ONCE", PerDevice(cpu=512, gpu=512)
+    )
+    found = []
+    for held in (False, True):
+        if held:
+            monkeypatch.setattr(activations, "_has_room", lambda *asked: True)
+        program, entry = run_carving(dense.copy(), text, "shared=2,active=2,experts=8,rounds=3")
+        found.append((entry.record.parts, [w.load() for w in program.used_weights()]))
+    (parts, weights), (held_parts, held_weights) = found
+    assert parts == held_parts
+    assert all(map(torch.equal, weights, held_weights))
+
+
 def test_a_threshold_gives_tokens_the_experts_that_they_need(carve):
     _, fixed = carve("shared=2,active=2,experts=8")
     program, entry = carve("shared=2,active=2,experts=8,threshold=true")
