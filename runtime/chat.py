@@ -76,6 +76,9 @@ def render_chat() -> None:
 def chat_text(template: str, messages: Sequence[Mapping[str, str]], special: dict[str, str]) -> str:
     """Return a conversation as a chat template puts it, with the beginning of an answer.
 
+    Templates of models that see may read a content as a list of parts, and of a text write nothing:
+    one that leaves out what is said gets it as such lists.
+
     Args:
         template: In Jinja, as transformers has it.
         messages: The turns so far, each with its `role` and its `content`.
@@ -84,6 +87,24 @@ def chat_text(template: str, messages: Sequence[Mapping[str, str]], special: dic
     Raises:
         ValueError: The template fails, or takes more than `CHAT_LIMITS` allow; saying which.
     """
+    said = [message["content"].strip() for message in messages]
+    text = rendered_chat(template, messages, special)
+    if all(content in text for content in said):
+        return text
+    parts = [[{"type": "text", "text": message["content"]}] for message in messages]
+    pairs = zip(messages, parts, strict=True)
+    listed = [{**message, "content": part} for message, part in pairs]
+    try:
+        other = rendered_chat(template, listed, special)
+    except ValueError:
+        return text
+    return other if all(content in other for content in said) else text
+
+
+def rendered_chat(
+    template: str, messages: Sequence[Mapping[str, Any]], special: dict[str, str]
+) -> str:
+    """Return what a template writes of messages as they are; see `chat_text`."""
     given = {
         "template": template,
         "messages": [dict(message) for message in messages],

@@ -99,3 +99,15 @@ def test_prompts_that_are_no_text() -> None:
     # A tokenizer that puts something before a text does not make an empty prompt one.
     with pytest.raises(UsageError, match="prompt is empty"):
         encode_prompt(byte_tokenizer(begin=["<s>"]), "")
+
+
+def test_a_template_that_reads_parts_gets_a_text_as_one() -> None:
+    """As LLaVA's does; whatever else a template leaves out of a text stays out."""
+    parts = (
+        "{% for m in messages %}{{ m.role }}: {% for part in m.content | "
+        "selectattr('type', 'equalto', 'text') %}{{ part.text }}{% endfor %};{% endfor %}"
+    )
+    turns = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "you"}]
+    assert chat_text(parts, turns, {}) == "user:  hi ;assistant: you;"
+    fails = "{{ messages[0].role }}{% if messages[0].content is not string %}{{ 1 / 0 }}{% endif %}"
+    assert chat_text(fails, turns, {}) == "user"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphopt.errors import SourceError, UsageError, first_line
+from graphopt.errors import SourceError, UsageError
 from graphopt.ir.graph import Program
 from graphopt.runtime.picture_prompts import PicturePrompts
-from graphopt.sources.tokenizer import PROCESSOR_FILES, encode, private_copy
-from graphopt.support.boundary import out_of_memory
+from graphopt.sources.processor import read_processor
+from graphopt.sources.tokenizer import PROCESSOR_FILES, encode
 from graphopt.support.plain import shown
 
 
@@ -37,7 +36,7 @@ class Processor(PicturePrompts):
                 "pictures.",
                 "Put the processor's files that belong to the model into its folder.",
             )
-        super().__init__(_load(folder), program.vision.image_token, program.name)
+        super().__init__(read_processor(folder), program.vision.image_token, program.name)
 
     def with_answer(self, inputs: dict[str, Tensor], answer: str) -> tuple[dict[str, Tensor], int]:
         """Return the inputs of a prompt with an answer behind it, and how many tokens that has.
@@ -64,21 +63,3 @@ class Processor(PicturePrompts):
                 kind = 1 if name == "attention_mask" else 0
                 longer[name] = torch.cat((value, torch.full_like(ids, kind)), 1)
         return longer, ids.shape[1]
-
-
-def _load(folder: Path) -> Any:
-    from transformers import AutoProcessor
-
-    with private_copy(folder) as name:
-        try:
-            return AutoProcessor.from_pretrained(
-                name, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:
-            if out_of_memory(error):
-                raise
-            said = first_line(error).replace(name, str(folder))
-            raise SourceError(
-                f"The processor in {folder} cannot be loaded: {said}.",
-                "Install what it names; reading pictures needs Pillow (the extra `vision`).",
-            ) from error

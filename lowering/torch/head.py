@@ -11,6 +11,7 @@ from graphopt.ir.graph import Program
 from graphopt.ir.ops import is_aten
 from graphopt.ir.ranks import group_of
 from graphopt.lowering.torch.lowered_kernels import TORCH_NAMES, LoweredKernels
+from graphopt.lowering.torch.sees import Sees
 from graphopt.lowering.torch.text import WIDTH, prose, quoted, wrap
 from graphopt.runtime import chat
 from graphopt.sources.generation import GenerationSettings
@@ -72,15 +73,18 @@ def _docstring(program: Program, kernels: LoweredKernels | None) -> str:
         needs = f"{', '.join(kernels.packages)}, and model.safetensors and kernels"
     elif any(state.policy for state in program.states.values()):
         needs += " and policies"
+    sees = Sees.of(program) is not None
     start, count = "python", len(group_of(program))
     if count:
         needs += " and ranks"
         start = f"torchrun --nproc-per-node {count}"
     prompts = "--prompt needs tokenizers, and jinja2 where the model has a chat template."
-    rest = f"{origin}Needs {needs} beside this file. {prompts}"
+    pictures = " --image needs transformers, pillow and the whole folder." if sees else ""
+    rest = f"{origin}Needs {needs} beside this file. {prompts}{pictures}"
+    shown = f'    {start} model.py --prompt "What is in the picture?" --image picture.png\n'
     usage = f"""
     {start} model.py --prompt "What is the capital of France?"
-    {start} model.py 1 2 3 --new 16
+{shown if sees else ""}    {start} model.py 1 2 3 --new 16
 
     from model import generate, load
     print(generate(load(), [1, 2, 3], count=16))

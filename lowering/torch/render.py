@@ -102,6 +102,7 @@ def render_model(program: Program, target: str = "cpu", lowered: Program | None 
         steps,
         *_generate(program, steps, sees, in_arena, of_ranks),
         inspect.getsource(chat.render_chat).strip(),
+        inspect.getsource(chat.rendered_chat).strip(),
         inspect.getsource(chat.chat_text).strip(),
         template.PROMPT.strip(),
         plain_text_source().strip(),

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import shutil
 
 import pytest
 import torch
+from run_lines import run as run_line
+from sampling import exhaustive_but
 from tiny_models import save_tiny
 from typer.testing import CliRunner
 from vision_models import save_with_processor
@@ -15,6 +19,7 @@ import graphopt as go
 from graphopt.cli.commands import app
 from graphopt.errors import SourceError, UsageError
 from graphopt.runtime.picture_prompts import open_picture
+from graphopt.support.plain import plain_text
 from graphopt.vision.picture_rows import read_picture_rows
 from graphopt.vision.processor import Processor
 from graphopt.vision.sighted_model import SightedModel, answer_log_likelihoods
@@ -69,6 +74,58 @@ def test_generating_from_a_picture(folder, eager):
     said = run("generate", folder / "model", "--prompt", asked, "--image", folder / "a.png",
                "--max-new-tokens", 8, "--greedy", "--json")  # fmt: skip
     assert said["text"] == wanted and said["backend"] == "program"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", exhaustive_but(["model", "chat"], "chat"))
+def test_run_lines_of_a_package(folder, tmp_path, monkeypatch, form):
+    """Each line that compile prints is run as printed, with a picture where it names one."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    options = go.CompileOptions(emit=("torch",), verify=False)
+    report = go.compile_model(str(folder / form), tmp_path / "out", options)
+    model = AutoModelForImageTextToText.from_pretrained(folder / form).eval()
+    processor = AutoProcessor.from_pretrained(folder / form)
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(folder / "a.png", "picture.png")
+    lines = report.artifact.usage
+    assert len(lines) == 3 and "--image picture.png" in lines[2]
+    for line in lines:
+        asked = shlex.split(line, comments=True)[3 + line.startswith("graphopt")]
+        text, pictures = asked, [open_picture("picture.png")] if "--image" in line else None
+        if form == "chat":
+            text = f"<user>{'<image>' if pictures else ''}{asked}</user>"
+        given = processor(images=pictures, text=[text], return_tensors="pt")
+        length = given["input_ids"].shape[1]
+        with torch.no_grad():
+            written = model.generate(**given, max_new_tokens=8, do_sample=False)[0, length:]
+        wanted = plain_text(processor.tokenizer.decode(written, skip_special_tokens=True))
+        # The last bytes may be the beginning of a letter.
+        assert run_line(line).startswith(wanted.rstrip("\ufffd")) and len(wanted) > 3, line
+
+
+@pytest.mark.slow
+def test_a_package_looks_at_pictures(folder, tmp_path):
+    """`generate` and `eval` run the package of an output folder, as they do the program."""
+    model, out = folder / "model", tmp_path / "out"
+    options = go.CompileOptions(emit=("torch", "hf"), verify=False)
+    go.compile_model(str(model), out, options)
+    assert not (out / "vision.safetensors").exists()  # the package reads it in the checkpoint
+    args = ("--prompt", "<image>Q", "--image", folder / "b.png", "--max-new-tokens", 6, "--greedy",
+            "--json")  # fmt: skip
+    said = [
+        run("generate", *form, *args) for form in ((model,), (out,), (out, "--backend=program"))
+    ]
+    assert [one["backend"] for one in said] == ["program", "torch", "program"]
+    assert said[0]["text"] == said[1]["text"] == said[2]["text"]
+    found = [run("eval", of, "--pictures", folder / "rows.jsonl", "--json") for of in (model, out)]
+    assert found[1]["backend"] == "torch"
+    # Two fp32 computations of a mean of logits of order 1.
+    first, second = (one["picture_perplexity"] for one in found)
+    assert second == pytest.approx(first, rel=1e-4)
+    (out / "pictures" / "picture_tower.py").write_text("print('changed')")
+    refused = CliRunner().invoke(app, ["generate", str(out), *map(str, args)])
+    assert refused.exit_code == 1 and "is not the file that graphopt writes" in refused.output
 
 
 @pytest.mark.slow

@@ -6,9 +6,13 @@ import pytest
 import torch
 from emitted import load_file
 from sampling import exhaustive_but
-from vision_models import FAMILIES, prompts, save_vision, vision_model
+from tiny_models import tiny_model
+from vision_models import FAMILIES, pixels, prompts, save_vision, vision_model
 
 import graphopt as go
+from graphopt.execute.interpreter import Runner
+from graphopt.ir.sighted import sighted
+from graphopt.vision.tower import VisionTower
 
 # The others differ from llava in tower and merging alone.
 SAMPLED = exhaustive_but(FAMILIES, "llava", "qwen2_vl", "gemma3")
@@ -58,7 +62,7 @@ def test_logits_are_those_of_transformers(package, family, counts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", SAMPLED)
+@pytest.mark.parametrize("family", exhaustive_but(FAMILIES, "qwen2_vl", "gemma3"))
 @pytest.mark.parametrize("recipe", [DEFAULT, "canonicalise"], ids=["cached", "uncached"])
 def test_generating_behind_pictures(package, family, recipe):
     """Greedy tokens of random models: the two highest logits lie further apart than fp32 rounds."""
@@ -135,7 +139,7 @@ def steps_wanted(model, given, tokens):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", exhaustive_but(WIDE, "gemma3"))
-@pytest.mark.parametrize("target", exhaustive_but(["ampere", "hopper", "volta"], "hopper"))
+@pytest.mark.parametrize("target", exhaustive_but(["ampere", "hopper", "volta"], "ampere"))
 def test_packages_for_a_gpu(tmp_path, family, target):
     """Their caches of fixed room are read on a CPU here, by the reference of the kernels."""
     module, eager, report = emitted_wide(family, tmp_path, target)
@@ -169,3 +173,117 @@ def test_packages_on_a_gpu(tmp_path, family):
     assert decoder.graphs and float((found - want).abs().max()) <= 0.03 * float(want.abs().max())
     answers = module.generate(model, count=4, **prompt)
     assert [len(answer) for answer in answers] == [4, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", exhaustive_but(["llava", "qwen2_vl", "gemma3"], "gemma3"))
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "canonicalise,common-subexpression-elimination,fold-constants,dead-code-elimination,"
+        "insert-kv-cache",
+        "carve-moe{shared=1,active=3,experts=4,windows=2,seqlen=16,reconstruct=false},"
+        "insert-kv-cache",
+    ],
+    ids=["default", "all experts active"],
+)
+def test_what_changes_nothing_changes_no_picture(package, family, recipe):
+    given = prompts(family, [1, 2])
+    real = given["attention_mask"].bool()
+    before, after = (
+        model(**tower.embeddings(**given))[0]
+        for _, model, tower in (package(family, "canonicalise"), package(family, recipe))
+    )
+    assert float((after - before)[real].abs().max()) <= 1e-5 * float(before[real].abs().max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", exhaustive_but(["llava", "qwen2_vl", "gemma3"], "qwen2_vl"))
+def test_pruned_and_quantised(vision_program, tmp_path, family):
+    """The package computes what the program with pictures does."""
+    recipe = "prune-blocks{ratio=0.34,windows=2,seqlen=32},quantize{w=4,group=16},insert-kv-cache"
+    program, _ = go.Pipeline.parse(recipe).run(vision_program(family), go.RunOptions(verify=False))
+    assert 0 < len(program.states) < 3
+    go.emit(program, tmp_path / "out", emit=("torch",))
+    module = load_file(tmp_path / "out" / "model.py")
+    model, given = module.load(tmp_path / "out"), prompts(family, [1, 2])
+    found, _ = model(**module.tower(model, tmp_path / "out").embeddings(**given))
+    with torch.no_grad():
+        want = Runner(sighted(program)).logits(VisionTower(program).inputs(**given))
+    close(found, want, given["attention_mask"])
+
+
+@pytest.mark.slow
+def test_windows_in_rings(package):
+    """Of a layer with a window the cache keeps the last tokens; a picture is cut by both alike."""
+    given = prompts("gemma3", [2, 1])
+    answers = [
+        module.generate(model, count=6, **tower.embeddings(**given))
+        for module, model, tower in (
+            package("gemma3"),
+            package("gemma3", "canonicalise,insert-kv-cache{ring=true}"),
+        )
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        (
+            "llava",
+            {"inputs_embeds": torch.zeros(1, 3, 7)},
+            r"is \[1, 3, 7\]: this model takes",
+        ),
+        ("llava", {"inputs_embeds": None}, "give either ids or inputs_embeds"),
+        ("llava", {"ids": [1, 2]}, "give either ids or inputs_embeds"),
+        ("llava", {"attention_mask": torch.tensor([[1, 1, 0]])}, "padded in front"),
+        ("llava", {"attention_mask": torch.ones(1, 2)}, r"is \[1, 2\]: give \[1,3\]"),
+        ("qwen2_vl", {"position_ids": None}, r"without position_ids: this model takes \[3,B,S\]"),
+        ("qwen2_vl", {"position_ids": torch.zeros(2, 1, 3)}, r"is \[2, 1, 3\]: this model takes"),
+        ("gemma3", {"pictures": torch.zeros(1, 2)}, r"pictures is \[1, 2\]: give \[B,P\+S\]"),
+    ],
+)
+def test_embeddings_that_do_not_fit(package, family, change, message):
+    module, model, _ = package(family)
+    given = {"count": 2, "inputs_embeds": torch.zeros(1, 3, 32)}
+    if family == "qwen2_vl":
+        given["position_ids"] = torch.arange(3).expand(3, 1, 3)
+    module.generate(model, **given)
+    with pytest.raises(ValueError, match=message):
+        module.generate(model, **given | change)
+
+
+def test_pictures_that_do_not_fit(package):
+    _, _, tower = package("llava")
+    given = prompts("llava", [2]) | pixels("llava", [1])
+    with pytest.raises(tower.Error, match="The pictures do not fit the prompts"):
+        tower.embeddings(**given)
+
+
+def test_a_model_of_text_takes_none(tmp_path):
+    go.emit(go.capture(tiny_model()), tmp_path / "out", emit=("torch",))
+    text = (tmp_path / "out" / "model.py").read_text()
+    assert "inputs_embeds" not in text and "--image" not in text
+    assert not (tmp_path / "out" / "pictures").exists()
+
+
+@pytest.mark.slow
+def test_what_takes_token_ids_alone_says_why(tmp_path, vision_program):
+    policy = "kind=sink-local,budget=8,page=4,sink=4,local=4,verdict=ignore"
+    recipe = f"insert-kv-cache,attach-kv-policy{{{policy}}}"
+    reports = {}
+    for family in ("gemma3", "qwen2_vl"):
+        program, _ = go.Pipeline.parse(recipe).run(
+            vision_program(family), go.RunOptions(verify=False)
+        )
+        reports[family] = go.emit(program, tmp_path / family, emit=("torch",))
+    (told,) = (n.reason for n in reports["gemma3"].artifact.notes if n.where == "torch")
+    assert "takes token ids alone: model.language_model.layers.2: pictures that are seen" in told
+    assert "have no form in its policy_attention" in told
+    assert "inputs_embeds" not in (tmp_path / "gemma3" / "model.py").read_text()
+    # A policy selects among keys, whatever they are of.
+    module = load_file(tmp_path / "qwen2_vl" / "model.py")
+    model = module.load(tmp_path / "qwen2_vl")
+    prompt = module.tower(model, tmp_path / "qwen2_vl").embeddings(**prompts("qwen2_vl", [1]))
+    assert len(module.generate(model, count=4, **prompt)[0]) == 4
