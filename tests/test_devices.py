@@ -192,6 +192,24 @@ def test_wrong_devices_are_refused(name: str, message: str) -> None:
         usable_device(name)
 
 
+@pytest.mark.parametrize("built", [False, True])
+def test_a_torch_without_cuda_is_said_to_be_the_reason(
+    built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it has CUDA and there is no GPU, the driver's reason stands there."""
+
+    def refuse(*size: int, device: torch.device) -> torch.Tensor:
+        raise RuntimeError("No CUDA GPUs are available\nsome trace")
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    monkeypatch.setattr(torch, "zeros", refuse)
+    with pytest.raises(GraphoptError) as refused:
+        usable_device("cuda")
+    reason = "No CUDA GPUs are available" if built else "was built without CUDA"
+    assert reason in refused.value.message and "Leave --device out" in refused.value.remedy
+    assert ("install a torch with CUDA" in refused.value.remedy) is not built
+
+
 @pytest.mark.parametrize("command", [["eval", "--text", "text.txt"], ["generate", "--prompt", "a"]])
 def test_a_wrong_device_is_refused_before_a_model_is_opened(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

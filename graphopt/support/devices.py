@@ -59,8 +59,12 @@ def usable_device(name: str | torch.device, known: str = "auto, cpu, cuda, cuda:
         float(torch.zeros(1, device=device))  # from a device without memory none can be read
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
+        remedy = "Leave --device out."
+        if device.type == "cuda" and not torch.backends.cuda.is_built():
+            reason = f"torch {torch.__version__} was built without CUDA"
+            remedy = "Leave --device out, or install a torch with CUDA (docs/install.md)."
         raise GraphoptError(
-            f"The device {str(name)!r} cannot be used here: {reason}.", "Leave --device out."
+            f"The device {str(name)!r} cannot be used here: {reason}.", remedy
         ) from error
     return device
 

@@ -66,6 +66,7 @@ def test_the_page_tells_what_the_summary_holds(summary):
     page = render(summary)
     assert "<h1>a &lt;toy&gt;</h1>" in page and "clock: cost model" in page
     assert format_bytes(summary.peak) in page and f"{summary.period.events} events" in page
+    assert "Phase</" in page and "phase</" not in page
     assert "To get down to" in page and "Could wait on the host" in page
     assert "src=" not in page and "http" not in page.replace("http-equiv", "")
     part = dataclasses.replace(

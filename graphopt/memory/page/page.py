@@ -267,7 +267,10 @@ def _card(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], kinds
 def _facts(summary: Summary) -> list[tuple[str, str]]:
     trace = summary.trace
     return [
-        *summary.said.items(),
+        *(
+            ("Length" if name == "seq" else name.capitalize(), said)
+            for name, said in summary.said.items()
+        ),
         ("Clock", trace.clock),
         ("Period", summary.period_sentence()),
         ("Peak", f"behind event {summary.peak_event:,}, {_operation(summary)}"),
