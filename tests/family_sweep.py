@@ -348,22 +348,22 @@ def verdicts(row: dict[str, Any]) -> dict[str, str]:
     """Return for each form and pass "right", the refusal, or what is wrong (with a mark "!")."""
     if "ended" in row:
         return {"capture": f"! {row['ended']}"}
-    found = {"capture": _verdict(row.get("capture", {}), None)}
+    found = {"capture": verdict(row.get("capture", {}), None)}
     if "undrawn" in row and found["capture"] == "right":
         found["capture"] = f"not drawn: {row['undrawn'][0]}"
     tolerance = row.get("tolerance")
     for name, result in row.get("forms", {}).items():
-        found[name] = _verdict(result, tolerance)
+        found[name] = verdict(result, tolerance)
     for name, result in row.get("passes", {}).items():
         if "hf" not in result:
-            found[name] = _verdict(result, None)
+            found[name] = verdict(result, None)
             continue
-        found[f"{name}, onnx"] = _verdict(result["onnx"], tolerance)
-        found[f"{name}, hf"] = _verdict(result["hf"], tolerance)
+        found[f"{name}, onnx"] = verdict(result["onnx"], tolerance)
+        found[f"{name}, hf"] = verdict(result["hf"], tolerance)
     return found
 
 
-def _verdict(result: dict[str, Any], tolerance: float | None) -> str:
+def verdict(result: dict[str, Any], tolerance: float | None) -> str:
     if "broken" in result:
         return f"! {result['broken']}"
     if "refused" in result:

@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ablation_tables import bits, bits_kernels, int4_onnx
+from family_tables import families, vision_families
 from host_tables import host_attention, host_choices, host_model
 from kv_tables import kv, kv_onnx, kv_speed
 from memory_tables import (
@@ -567,52 +568,6 @@ def volta_predicted() -> str:
     return markdown_table(["TFLOP/s", *lengths], rows)
 
 
-def families() -> str:
-    """What each form does with each family."""
-    result = result_of("families")
-    forms = [
-        "program", "torch", "onnx", "hf", "prune-blocks, onnx", "prune-blocks, hf",
-        "carve-moe, onnx", "carve-moe, hf",
-    ]  # fmt: skip
-    swept = {form for drawn in result["families"].values() for r in drawn for form in r["verdicts"]}
-    forms = [form for form in forms if {form, form.split(",")[0]} & swept]
-    reasons: dict[str, int] = {}
-    rows = []
-    for name, drawn in result["families"].items():
-        found: dict[str, str] = {}
-        for row in drawn:
-            for form, text in row["verdicts"].items():
-                if found.get(form, "right") == "right":
-                    found[form] = text
-        both_ways = any(not row.get("causal", True) for row in drawn)
-        cells = [f"{name} (sees both ways)" if both_ways else name]
-        for form in forms:
-            whole = form.split(",")[0]
-            text = found["capture"] if found["capture"] != "right" else found.get(
-                form, found.get(whole, "")
-            )  # fmt: skip
-            if text in ("right", ""):
-                cells.append(text)
-            elif text.startswith("!"):
-                cells.append("**wrong**")
-            else:
-                text = _one_line(text)
-                cells.append(f"[{reasons.setdefault(text, len(reasons) + 1)}]")
-        rows.append(cells)
-    notes = "\n".join(f"{number}. {text}" for text, number in reasons.items())
-    packages = ("torch", "transformers", "onnxruntime")
-    return (
-        f"{markdown_table(['family', *forms], rows)}\n\nRefused because:\n\n{notes}\n\n"
-        f"{measured_on(result, *packages)} {result.get('note', '')}".rstrip()
-    )
-
-
-def _one_line(text: str) -> str:
-    """Return a refusal in one line, shortened."""
-    text = re.sub(r"\s+", " ", text).replace("|", "\\|")
-    return text if len(text) <= 160 else text[:157].rsplit(" ", 1)[0] + " ..."
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "attention_sweep": attention_sweep,
@@ -663,6 +618,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sums_of_few": sums_of_few,
     "sums_predicted": sums_predicted,
     "vision": vision,
+    "vision_families": vision_families,
 }
 
 
