@@ -37,9 +37,9 @@ def folders(tmp_path_factory):
             if family not in made:
                 root = save_with_pictures(tmp_path_factory.mktemp(family), family)
                 if family == "qwen2_vl":
-                    load = processor_module._load
+                    load = processor_module.read_processor
                     patch.setattr(
-                        processor_module, "_load",
+                        processor_module, "read_processor",
                         lambda path: QwenProcessor() if path == root / "model" else load(path),
                     )  # fmt: skip
                 made[family] = root, go.capture(str(root / "model"))
