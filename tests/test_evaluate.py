@@ -220,7 +220,7 @@ def test_read_piqa(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2, line 1, column 2, is not valid JSON"),
+        ("{", "line 2, column 2, is not valid JSON"),
         ("[]", "line 2 is .*, and it should be a valid dictionary"),
         ('{"goal": "g", "sol1": "a", "sol2": "b"}', "'label' is missing"),
         ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 2}', "'label' is 2, and it should be"),

@@ -219,14 +219,18 @@ def test_positions_end_the_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "needed"),
     [
-        {"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1},
-        {"max_new_tokens": 0},
+        ({"temperature": -1.0}, "a temperature of 0 or more, not -1"),
+        ({"temperature": 1.0, "top_p": 0.0}, "a top-p above 0 and at most 1, not 0"),
+        ({"top_p": 1.5}, "a top-p above 0 and at most 1, not 1.5"),
+        ({"top_k": -1}, "a top-k of 0 or more, not -1"),
+        ({"repetition_penalty": float("nan")}, "a repetition penalty above 0, not nan"),
+        ({"max_new_tokens": 0}, "at least one new token, not 0"),
     ],
-)  # fmt: skip
-def test_options_out_of_range_are_refused_at_once(options: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="Generation needs"):
+)
+def test_options_out_of_range_are_refused_at_once(options: dict[str, Any], needed: str) -> None:
+    with pytest.raises(UsageError, match=f"Generation needs {needed}"):
         generate(Script([1]), byte_tokenizer(), "say", **options)
 
 

@@ -62,7 +62,10 @@ def read_piqa(path: Path) -> list[PiqaRow]:
             continue
         where = f"{path}, line {number}"
         row = parse(
-            _PiqaLine, parse_json(line.encode(), where, remedy=remedy), where, remedy=remedy
+            _PiqaLine,
+            parse_json(line.encode(), where, remedy=remedy, one_line=True),
+            where,
+            remedy=remedy,
         )
         rows.append(PiqaRow(row.goal, (row.sol1, row.sol2), int(row.label)))
     if not rows:

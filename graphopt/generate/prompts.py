@@ -114,7 +114,7 @@ def read_prompts(path: Path) -> list[str]:
 def _json_prompt(line: str, path: Path, number: int) -> str:
     remedy = 'Each line is a JSON string, or {"prompt": ...}.'
     where = f"{path}, line {number}"
-    data = parse_json(line.encode(), where, remedy=remedy)
+    data = parse_json(line.encode(), where, remedy=remedy, one_line=True)
     prompt = data.get("prompt") if isinstance(data, dict) else data
     if not isinstance(prompt, str) or not prompt:
         raise SourceError(f"{where}, holds no prompt.", remedy)

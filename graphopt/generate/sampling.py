@@ -82,15 +82,17 @@ class Sampling:
         Raises:
             UsageError: One is out of range.
         """
-        warm = 0 <= self.temperature < math.inf  # which a temperature of NaN is not
-        penalised = 0 < self.repetition_penalty < math.inf
-        if not (
-            warm and penalised and self.top_k >= 0 and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1
-        ):
-            raise UsageError(
-                "Generation needs a temperature and a top-k of at least 0, a top-p above 0 and at "
-                "most 1, a min-p from 0 to 1, and a repetition penalty above 0."
-            )
+        # No comparison holds of NaN.
+        for name, value, fits, allowed in (
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "of 0 or more"),
+            ("top-k", self.top_k, self.top_k >= 0, "of 0 or more"),
+            ("top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition penalty", self.repetition_penalty,
+             0 < self.repetition_penalty < math.inf, "above 0"),
+        ):  # fmt: skip
+            if not fits:
+                raise UsageError(f"Generation needs a {name} {allowed}, not {value:g}.")
 
     def __str__(self) -> str:
         parts = []

@@ -116,8 +116,9 @@ def declared_in_file(file: Path) -> list[Declaration]:
         ast.parse(source)
     except (SyntaxError, ValueError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        reason = error.msg if isinstance(error, SyntaxError) else first_line(error)
         raise UsageError(
-            f"{shown}{line}: this is not Python: {first_line(error)}.",
+            f"{shown}{line}: this is not Python: {reason}.",
             "--plugin takes the Python file of a pass.",
         ) from error
     resolved = file.resolve()

@@ -218,6 +218,7 @@ def parse_json(
     remedy: str = "Download it again.",
     max_values: int = MAX_VALUES,
     error: Error = SourceError,
+    one_line: bool = False,
 ) -> Any:
     """Return the value of a JSON text.
 
@@ -229,6 +230,7 @@ def parse_json(
         where: What error messages call it, such as its file name.
         remedy: What to do where it is malformed.
         max_values: How many values it may hold.
+        one_line: Whether it is a line of a file, whose number `where` has.
 
     Raises:
         error: It is not UTF-8 or not JSON; an object has a key twice; a text holds half a
@@ -243,10 +245,9 @@ def parse_json(
             parse_float=finite_number,
         )
     except json.JSONDecodeError as problem:
+        line = "" if one_line else f", line {problem.lineno}"
         raise error(
-            f"{where}, line {problem.lineno}, column {problem.colno}, is not valid JSON: "
-            f"{problem.msg}.",
-            remedy,
+            f"{where}{line}, column {problem.colno}, is not valid JSON: {problem.msg}.", remedy
         ) from problem
     except RefusedText as problem:
         raise error(f"{where} is malformed: {problem}.", remedy) from problem

@@ -59,7 +59,12 @@ def read_picture_rows(path: Path, folder: Path | None = None) -> list[PictureRow
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        entry = parse(_Line, parse_json(line.encode(), where, remedy=REMEDY), where, remedy=REMEDY)
+        entry = parse(
+            _Line,
+            parse_json(line.encode(), where, remedy=REMEDY, one_line=True),
+            where,
+            remedy=REMEDY,
+        )
         names = [entry.image] if isinstance(entry.image, str) else entry.image
         for name in names:
             if not (root / name).is_file():

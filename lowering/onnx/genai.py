@@ -34,7 +34,7 @@ def why_not(program: Program) -> str | None:
     """Return why onnxruntime-genai cannot run the program; None where it can."""
     states = list(program.states.values())
     if not states:
-        return "it has no KV cache (run insert-kv-cache)"
+        return "it has no KV cache (insert-kv-cache gives it one, or says why not)"
     if any(state.policy is not None for state in states):
         return "it hands on no state of a policy beside keys and values"
     first = states[0]
