@@ -20,6 +20,9 @@ from graphopt.execute.likelihoods import token_log_likelihoods
 from graphopt.files.finite import check_finite
 from graphopt.ir.sighted import EMBEDS, PICTURES
 
+_LOOKED_AT = (EMBEDS, "attention_mask", "position_ids", PICTURES)
+"""What a decoder of fixed room is given of a prompt of embeddings."""
+
 
 @dataclass(frozen=True)
 class ModuleFacts:
@@ -120,7 +123,10 @@ class RunningModule:
         """See `LanguageModel.step`."""
         if self._decoder is not None and isinstance(cache, self._decoder):
             (tokens,) = inputs["input_ids"].tolist()
-            if not cache.used:
+            if not cache.used and EMBEDS in inputs:
+                names = [name for name in _LOOKED_AT if name in inputs]
+                cache.look(**{name: inputs[name].to(self._device) for name in names})
+            elif not cache.used:
                 cache.start(tokens)
             elif len(tokens) == 1:
                 cache.step(tokens[0])

@@ -77,6 +77,12 @@ class SightedModel(LanguageModel):
     def start(self, batch: int) -> Any:
         return _Seen(self.form.start(batch), {})
 
+    def start_text(self, room: int) -> Any:
+        return _Seen(self.form.start_text(room), {})
+
+    def capacity(self, cache: Any) -> int | None:
+        return self.form.capacity(cache.cache)
+
     def step(self, inputs: Mapping[str, Tensor], cache: Any) -> tuple[Tensor, Any]:
         assert isinstance(cache, _Seen)
         new = self._new(inputs["input_ids"].to(self.device), cache.inputs)

@@ -10,8 +10,11 @@ from tiny_models import tiny_model
 from vision_models import FAMILIES, pixels, prompts, save_vision, vision_model
 
 import graphopt as go
+from graphopt.backends.torch_artifact import TorchArtifactModel
 from graphopt.execute.interpreter import Runner
+from graphopt.generate.decoding import generate_ids
 from graphopt.ir.sighted import sighted
+from graphopt.vision.sighted_model import SightedModel
 from graphopt.vision.tower import VisionTower
 
 # The others differ from llava in tower and merging alone.
@@ -138,6 +141,7 @@ def steps_wanted(model, given, tokens):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:attention on a CPU runs by its reference")
 @pytest.mark.parametrize("family", exhaustive_but(WIDE, "gemma3"))
 @pytest.mark.parametrize("target", exhaustive_but(["ampere", "hopper", "volta"], "ampere"))
 def test_packages_for_a_gpu(tmp_path, family, target):
@@ -147,11 +151,19 @@ def test_packages_for_a_gpu(tmp_path, family, target):
     assert len(told) == (family == "gemma3")
     model = module.load(tmp_path / "out", device="cpu")
     given = prompts(family, [1, 2])
-    prompt = module.tower(model, tmp_path / "out").embeddings(**given)
+    tower = module.tower(model, tmp_path / "out")
+    prompt = tower.embeddings(**given)
     tokens = [torch.tensor([5, 7]), torch.tensor([9, 11])]
     decoder = module.Decoder(model, given["input_ids"].shape[1] + 4, 2)
     want = steps_wanted(eager, given, tokens)
     close(steps_of(decoder, prompt, tokens), want, torch.ones(2, 3))
+    # graphopt's own decoding goes the same way.
+    program = go.capture(str(tmp_path / "out"))
+    form = TorchArtifactModel(tmp_path / "out", program)
+    sees, one = SightedModel(program, form), prompts(family, [2])
+    assert form.start_text(8).sees
+    written = list(generate_ids(sees, sees.look_at(one), stop=(), max_new_tokens=4))
+    assert [written] == module.generate(model, count=4, **tower.embeddings(**one))
     # Behind it, a text begins where texts begin.
     texts = [[1, 2, 3], [4]]
     assert decoder.start(texts) == [row[0] for row in module.generate(model, texts, 1)]
