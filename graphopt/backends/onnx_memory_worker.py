@@ -105,6 +105,12 @@ class Steps:
             "attention_mask": np.ones((batch, total), np.int64),
             "position_ids": np.tile(np.arange(self.past, total), (batch, 1)),
         }
+        # The decoder of a model that sees takes embeddings, and positions that may have three axes.
+        if "inputs_embeds" in self.inputs:
+            width = self.inputs["inputs_embeds"].shape[-1]
+            known["inputs_embeds"] = np.zeros((batch, self.new, width), np.float32)
+            if len(self.inputs["position_ids"].shape) == 3:
+                known["position_ids"] = np.tile(known["position_ids"], (3, 1, 1))
         feeds = {name: value for name, value in known.items() if name in self.inputs}
         if isinstance(self.cache, RoomyCache):
             return lambda: self.cache.run(self.session, feeds, ["logits"])

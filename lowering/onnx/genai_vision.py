@@ -132,7 +132,6 @@ def _steps(program: Program, said: Mapping[str, Any]) -> list[tuple[str, dict[st
     resize: dict[str, Any] = {"interpolation": _RESAMPLING.get(said.get("resample", 3), "CUBIC")}
     seen = program.config.get("vision_config") or {}
     kind = TYPES[program.config["model_type"]]
-    normalise: dict[str, Any] = {"mean": mean, "std": deviation}
     if kind == "gemma3":
         edge = seen.get("image_size")
         width, height = size.get("width", edge), size.get("height", edge)
@@ -153,7 +152,6 @@ def _steps(program: Program, said: Mapping[str, Any]) -> list[tuple[str, dict[st
         }  # fmt: skip
         last = [("Permute3D", {"dims": [2, 0, 1]}), ("PixtralImageSizes", {})]
         if kind == "qwen2_5_vl":
-            normalise["qwen2_5_vl"] = 1
             frames = said.get("temporal_patch_size", seen.get("temporal_patch_size", 2))
             cut = {"patch_size": patch, "temporal_patch_size": frames, "merge_size": merge}
             last = [("PatchImage", cut)]
@@ -161,6 +159,6 @@ def _steps(program: Program, said: Mapping[str, Any]) -> list[tuple[str, dict[st
         ("DecodeImage", {"color_space": "RGB"}),
         ("Resize", resize),
         ("Rescale", {"rescale_factor": said.get("rescale_factor", 1 / 255)}),
-        ("Normalize", normalise),
+        ("Normalize", {"mean": mean, "std": deviation}),
         *last,
     ]

@@ -239,3 +239,30 @@ def test_a_tower_without_a_graph(vision_program, tmp_path, monkeypatch):
     assert any("no vision.onnx: the tower cannot" in note.reason for note in report.artifact.notes)
     with pytest.raises(UsageError, match=r"has no vision\.onnx"):
         OnnxTower(vision_program("llava"), tmp_path / "out/onnx")
+
+
+@pytest.mark.slow
+def test_a_decoder_that_takes_no_embeddings(vision_program, tmp_path):
+    """A policy of the KV cache has no form in which pictures are seen both ways."""
+    policy = "attach-kv-policy{kind=quest,budget=64,page=16,sink=16,local=16,verdict=ignore}"
+    program, _ = go.Pipeline.parse(f"canonicalise,insert-kv-cache,{policy}").run(
+        vision_program("gemma3"), go.RunOptions(verify=False)
+    )
+    report = go.emit(program, tmp_path / "out", emit=("onnx",))
+    (told,) = (note.reason for note in report.artifact.notes if "alone" in note.reason)
+    assert told.startswith("it takes token ids alone. ") and "see each other both ways" in told
+    assert not (tmp_path / "out/onnx/embedding.onnx").exists()
+    model = open_language_model(str(tmp_path / "out"), "onnx")
+    assert len(list(generate_ids(model, [5, 6, 7], stop=set(), max_new_tokens=3))) == 3
+
+
+@pytest.mark.slow
+def test_memory_of_a_folder(folders):
+    """Positions of three axes and embeddings are made up, as token ids are."""
+    from typer.testing import CliRunner
+
+    from graphopt.cli.commands import app
+
+    out, _, _ = folders("qwen2_5_vl")
+    result = CliRunner().invoke(app, ["memory", str(out), "--out", str(out.parent / "page.html")])
+    assert result.exit_code == 0, result.output
