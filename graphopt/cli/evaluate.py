@@ -214,9 +214,7 @@ def eval_command(
                 counted(found["picture_tokens"], "token"),
             )
         )
-        lines.append(
-            ("answers", f"{found['picture_perplexity']:.4f}  ({told}, given pictures; program)")
-        )
+        lines.append(("answers", f"{found['picture_perplexity']:.4f}  ({told}, given pictures)"))
     lines.append(("time", f"{found['seconds']:.1f} s"))
     if opened.kv_policies:
         lines.append(
