@@ -360,11 +360,11 @@ class Pipeline:
             if negated:
                 raise PassError(
                     f"Pass {item.name!r}, {where}, needs a program without {name}.",
-                    "Move it before the pass that makes it.",
+                    f"Move it before the pass that makes it, or begin with a model without {name}.",
                 )
             raise PassError(
                 f"Pass {item.name!r}, {where}, needs a program with {name}.",
-                "Move it behind the pass that makes it.",
+                f"Move it behind the pass that makes it, or begin with a model with {name}.",
             )
 
 
