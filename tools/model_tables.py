@@ -134,7 +134,7 @@ def models_answers() -> str:
 
 def models_choice() -> str:
     """The blocks that are chosen by default beside random sets, by divergence on other text."""
-    rows = []
+    rows, texts = [], []
     for part in result_of("choice").values():
         for model, ways in part["compared"].items():
             by_way = {row["way"]: row for row in ways}
@@ -147,7 +147,7 @@ def models_choice() -> str:
             sets = next(way for way in by_way if way.startswith("best of")).split()[2]
             cells = [f"{value:.3f}" for value in (chosen, best, middle, greedy)]
             rows.append([model, *cells, sets])
-        text = measured_on(part, "torch", "transformers")
+        texts.append(measured_on(part, "torch", "transformers"))
     head = ["model", "default", "best random set", "median random set", "greedy by perplexity",
             "random sets"]  # fmt: skip
-    return markdown_table(head, rows) + "\n\n" + text
+    return "\n\n".join([markdown_table(head, rows), *texts])

@@ -60,5 +60,5 @@ def _deaths(deaths: list[dict[str, Any]]) -> str:
     """Say how long the other rank lived behind one that was killed."""
     longest = max(death["seconds"] for death in deaths)
     return (
-        f"Where one rank was killed while both decoded, the other one ended within {longest:.1f} s."
+        f"Where one rank was killed while both decoded, the other one ended within {longest:.2f} s."
     )
