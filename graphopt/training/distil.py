@@ -35,7 +35,7 @@ from graphopt.support.ranks import here
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
 from graphopt.training.kept_files import kept_file
 from graphopt.training.losses import LogitObjective, Objective
-from graphopt.training.memory import StepSizes
+from graphopt.training.memory import REMEDY, StepSizes
 from graphopt.training.options import DEFAULT_SECONDS, TrainingOptions
 from graphopt.training.parametrisations import parametrisations_of
 from graphopt.training.record import TrainedPart, TrainingRecord
@@ -69,6 +69,8 @@ class Distiller:
 
     tells: ClassVar[type[TrainingRecord]] = TrainingRecord
     """The type of what the pass tells."""
+    remedy: ClassVar[str] = REMEDY
+    """What to do where no step of training fits the memory."""
 
     def __init__(
         self,
@@ -103,6 +105,7 @@ class Distiller:
         sizes = StepSizes.of(
             self.program, self.dense, options.batch, windows, context, self.blocks_at_once(),
             by_logits=self.by_logits, divisible=self.divisible, streams=self.streams,
+            remedy=self.remedy,
         )  # fmt: skip
         step = sizes.step
         self.tokens_ahead, self.record.batches = sizes.ahead.tokens, sizes.sentences()

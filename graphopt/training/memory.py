@@ -28,6 +28,9 @@ from graphopt.training.losses import HiddenStateObjective, LogitObjective, relat
 from graphopt.training.parametrisations import FullParametrisation
 from graphopt.training.step_memory import StepMemory, learn_from, make_states
 
+REMEDY = "Give a lower seqlen, or --device cpu."
+"""What to do where not even one window fits."""
+
 
 class _Student(BlockRunner, ZeroRunner):
     """Blocks whose weights are zeros: how much memory a step takes does not depend on them."""
@@ -166,6 +169,7 @@ def step_size(
     resident: int,
     kept: int,
     divisible: bool = True,
+    remedy: str = REMEDY,
 ) -> StepSize:
     """Return how a training step fits: the first of these that does, by predictions.
 
@@ -178,6 +182,7 @@ def step_size(
         given: Bytes that the user lets it have; None for all of the device's.
         blocks, by_logits, resident, kept: See `training_workload`.
         divisible: Whether the loss of a step is the mean of its windows' losses.
+        remedy: What to do where nothing fits.
 
     Raises:
         PassError: Not even one window fits.
@@ -200,12 +205,11 @@ def step_size(
         return predict
 
     forms = [StepMemory(), StepMemory(recomputes=True), StepMemory(recomputes=True, recorded=False)]
-    least = "Give a lower seqlen, fewer blocks at a time (mode=local), or --device cpu."
     for form in forms:
         last = form is forms[-1]
         # Pieces of a step are about equal, so that not more than a half are of use.
         most = -(-windows // 2) if divisible else None
-        fit = sized(predictor(form), windows, seq, limit, least, most=most, required=last)
+        fit = sized(predictor(form), windows, seq, limit, remedy, most=most, required=last)
         if fit is not None:
             break
     assert fit is not None
@@ -241,6 +245,7 @@ class StepSizes:
         by_logits: bool = True,
         divisible: bool = True,
         streams: bool = False,
+        remedy: str = REMEDY,
     ) -> StepSizes:
         """Return the sizes for training a program on a dense one.
 
@@ -253,6 +258,7 @@ class StepSizes:
             divisible: Whether the loss of a step is the mean of its windows' losses. Where it is
                 not, a number of windows that the user gave is kept.
             streams: Whether weights lie on the host: then steps are not sized.
+            remedy: What to do where nothing fits.
 
         Raises:
             PassError: Not even one window fits.
@@ -271,7 +277,7 @@ class StepSizes:
         step = step_size(
             program, usual, seq, device, given, blocks=blocks, by_logits=by_logits,
             resident=4 * sum(weight.numel for weight in more), kept=2 * count * seq * width,
-            divisible=divisible,
+            divisible=divisible, remedy=remedy,
         )  # fmt: skip
         return cls(step, ahead)
 

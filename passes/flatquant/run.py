@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -47,8 +48,10 @@ from graphopt.training.distillation_data import DistillationData, HiddenStateCac
 from graphopt.training.held_out import held_out_loss
 from graphopt.training.kept_files import keep_state, kept_state
 from graphopt.training.losses import HiddenStateObjective, relative_mse
+from graphopt.training.memory import StepSizes
 from graphopt.training.parametrisations import FullParametrisation, weight_scale
 from graphopt.training.schedule import TrainingResult
+from graphopt.training.step_memory import StepMemory
 from graphopt.training.tuner import Tuner
 
 if TYPE_CHECKING:
@@ -84,6 +87,7 @@ class FlatQuantising(Distiller):
     options: FlatQuant
     record: FlatQuantised
     tells = FlatQuantised
+    remedy = "Give a lower seqlen, distil=0, which trains one block at a time, or --device cpu."
 
     def __init__(self, options: FlatQuant, program: Program, context: Context) -> None:
         self.source = program
@@ -266,6 +270,7 @@ class FlatQuantising(Distiller):
         schedule = replace(
             self.schedule, rate=self.options.rate or RATE,
             weight_decay=0.01 if published else 0.0, reduce_on_plateau=False,
+            memory=self._block_memory,
         )  # fmt: skip
         if not student.groups[0].rates():
             # Nothing is trained: the error is measured alone.
@@ -284,6 +289,18 @@ class FlatQuantising(Distiller):
             seed=self.context.seed, progress=self.context.progress, what=what,
         )  # fmt: skip
         return tuner.run()
+
+    @functools.cached_property
+    def _block_memory(self) -> StepMemory:
+        """How a step of one block is kept small: it needs less than one of all of them."""
+        if self.schedule.memory == StepMemory():
+            return self.schedule.memory
+        sizes = StepSizes.of(
+            self.program, self.dense, self.options.batch, torch.cat([self.windows, self.checked]),
+            self.context, 1, by_logits=False, divisible=self.divisible, streams=self.streams,
+            remedy=self.remedy,
+        )  # fmt: skip
+        return sizes.step.memory
 
     def _note_block(
         self, index: int, position: int, group: BlockTransforms, result: TrainingResult

@@ -68,6 +68,7 @@ class Fusion(Distiller):
     options: FuseBlocks
     record: FusedBlocks
     tells = FusedBlocks
+    remedy = "Give a lower seqlen, fewer blocks at a time (mode=local), or --device cpu."
 
     def __init__(self, options: FuseBlocks, program: Program, context: Context) -> None:
         pruned, pruning = context.record(PrunedBlocks), context.options_of(PruneBlocks)
