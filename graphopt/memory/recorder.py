@@ -22,6 +22,7 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from graphopt.memory.event_log import OUTSIDE, EventLog, Row
+from graphopt.memory.known_results import KnownResults
 from graphopt.memory.operators import Operator, results
 from graphopt.memory.trace import (
     FREE,
@@ -99,6 +100,7 @@ class Recorder(TorchDispatchMode):
         self._operators: dict[Any, Operator] = {}
         self._plain: dict[tuple[type, ...], bool] = {(): True}
         self._followed: dict[int, _Followed] = {}
+        self._results = KnownResults()
         self._in_optimizer = self._closed = False
         self._own = 0  # nanoseconds spent in here
         self._hooks: list[Any] = []
@@ -168,7 +170,10 @@ class Recorder(TorchDispatchMode):
         if self._clock == "cuda events":
             return self._timed_on_gpu(op, function, args, kwargs)
         begun = time.perf_counter_ns()
-        out = function(*args, **kwargs)
+        if self._meta_place is None or op.writes or op.hidden or op.unknown:
+            out = function(*args, **kwargs)
+        else:
+            out = self._results.run(function, args, kwargs)
         ended = time.perf_counter_ns()
         self._log(op, function, args, kwargs, out, begun - self._own, ended - self._own)
         self._own += time.perf_counter_ns() - ended
