@@ -195,9 +195,12 @@ PRUNED, TRAINED = "prune-blocks{blocks=1,windows=2,seqlen=32}", "steps=2,seqlen=
     ("family", "text", "recipe"),
     [
         ("llava", False, RECIPE % ("", 16)),
-        ("llava", True, RECIPE % ("", 16)),
+        pytest.param("llava", True, RECIPE % ("", 16), marks=pytest.mark.exhaustive),
         ("qwen2_vl", True, RECIPE % (",generated_windows=2", 4)),
-        ("gemma3", True, RECIPE % (",generated_windows=2", 4)),
+        ("gemma3", True, f"{PRUNED},fuse-blocks{{generated_windows=2,{TRAINED}}}"),
+        pytest.param(
+            "gemma3", True, RECIPE % (",generated_windows=2", 4), marks=pytest.mark.exhaustive
+        ),
         ("llava", True, f"{PRUNED},fuse-blocks{{mode=published,group=2,batch=2,{TRAINED}}}"),
         pytest.param(
             "gemma3",
@@ -206,7 +209,15 @@ PRUNED, TRAINED = "prune-blocks{blocks=1,windows=2,seqlen=32}", "steps=2,seqlen=
             marks=pytest.mark.exhaustive,
         ),
     ],
-    ids=["pictures alone", "text and pictures", "three axes", "both ways", "published", "local"],
+    ids=[
+        "pictures alone",
+        "text and pictures",
+        "three axes",
+        "both ways",
+        "both ways, all passes",
+        "published",
+        "local",
+    ],
 )
 def test_passes_learn_from_pictures(tmp_path, folders, family, text, recipe):
     """Each is held to what it states, and the program that comes out has no more rows."""
