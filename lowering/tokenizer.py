@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from graphopt.errors import SourceError
 from graphopt.ir.graph import Program
 from graphopt.sources.generation import GENERATION_NAME
+from graphopt.sources.processor import read_processor
 from graphopt.sources.tokenizer import OTHER_FILES, PROCESSOR_FILES, tokenizer_files, working
 from graphopt.sources.windows import prompt_ids, special_ends, tokenizer_at
 
@@ -41,18 +43,35 @@ def run_lines(program: Program) -> list[str]:
     return [] if program.tokenizer is None else ["graphopt generate {out} --prompt 'Hello'"]
 
 
-def picture_lines(names: Collection[str]) -> list[str]:
-    """Return the line that shows an ONNX folder a picture, where it has a processor.
+def picture_prompt(folder: Path, names: Collection[str]) -> str | None:
+    """Return a prompt about one picture; None where nothing says how a prompt is put.
 
     Args:
+        folder: Where a processor is read from.
         names: Of the files that came with the tokenizer.
     """
+    prompt = "What is in the picture?"
     if not set(PROCESSOR_FILES).intersection(names):
+        return None
+    if TEMPLATE_NAME in names:
+        return prompt
+    try:
+        return f"{read_processor(folder).image_token}{prompt}"
+    except (SourceError, AttributeError):
+        return None  # what stands in a prompt for a picture is the processor's to say
+
+
+def picture_lines(command: str, prompt: str | None, needs: str) -> list[str]:
+    """Return the line that asks about a picture, where there is a prompt for it.
+
+    Args:
+        command: What runs, without the prompt.
+        needs: Packages that it needs besides.
+    """
+    if prompt is None:
         return []
-    return [
-        "graphopt generate {out} --backend onnx --prompt 'What is in the picture?' "
-        "--image picture.png   # a picture of yours; needs pillow besides"
-    ]
+    asked = f"{command} --prompt {shlex.quote(prompt)} --image picture.png"
+    return [f"{asked}   # a picture of yours; needs {needs} besides"]
 
 
 def copy_tokenizer(program: Program, folder: Path) -> list[Path]:

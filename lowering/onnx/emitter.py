@@ -39,7 +39,13 @@ from graphopt.lowering.onnx.ops import translation_of
 from graphopt.lowering.onnx.quantised import block_of, no_onnx_form
 from graphopt.lowering.onnx.sighted import Parts, parts_of, write_tower
 from graphopt.lowering.onnx_accuracy import EXACT
-from graphopt.lowering.tokenizer import picture_lines, run_lines, write_generation, write_tokenizer
+from graphopt.lowering.tokenizer import (
+    picture_lines,
+    picture_prompt,
+    run_lines,
+    write_generation,
+    write_tokenizer,
+)
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
 
@@ -180,7 +186,11 @@ class OnnxEmitter(Emitter):
         emitted.files += [*files, *write_generation(program, folder)]
         emitted.notes += [*told, *notes]
         if parts is not None and parts.tower is not None:
-            emitted.usage += picture_lines([path.name for path in files])
+            emitted.usage += picture_lines(
+                "graphopt generate {out} --backend onnx",
+                picture_prompt(folder, [path.name for path in files]),
+                "pillow",
+            )
         if reason is not None:
             emitted.notes.append(("onnx", f"no genai_config.json: {reason}"))
             return emitted

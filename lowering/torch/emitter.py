@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from graphopt.errors import LoweringError, SourceError
+from graphopt.errors import LoweringError
 from graphopt.files.safetensors import INDEX_NAME, WEIGHTS_NAME, SafetensorsWriter
 from graphopt.ir.dtypes import is_rounded
 from graphopt.ir.graph import Program
@@ -22,6 +21,8 @@ from graphopt.lowering.kernels.plan_kernels import compute_dtype
 from graphopt.lowering.tokenizer import (
     TEMPLATE_NAME,
     TOKENIZER_NAME,
+    picture_lines,
+    picture_prompt,
     run_lines,
     write_generation,
     write_tokenizer,
@@ -37,8 +38,6 @@ from graphopt.lowering.torch.passes import lower, lowering_passes
 from graphopt.lowering.torch.render import has_arena, render_model
 from graphopt.lowering.torch.sees import Sees, why_ids_alone
 from graphopt.pass_manager.contract import Pass
-from graphopt.sources.processor import read_processor
-from graphopt.sources.tokenizer import PROCESSOR_FILES
 from graphopt.storage.shared_weights import shared_weights, write_index
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
@@ -143,27 +142,6 @@ def _without_kernel(kernels: LoweredKernels) -> list[tuple[str, str]]:
     return attentions + kernels.without_layer_kernels()
 
 
-def _picture_lines(program: Program, root: Path, names: Collection[str]) -> list[str]:
-    """Return the line that asks a package about a picture, where it has a processor.
-
-    Args:
-        root: The output folder.
-        names: Of the files that came with the tokenizer.
-    """
-    if Sees.of(program) is None or not set(PROCESSOR_FILES).intersection(names):
-        return []
-    prompt = "What is in the picture?"
-    if TEMPLATE_NAME not in names:
-        try:
-            prompt = f"{read_processor(root).image_token}{prompt}"
-        except (SourceError, AttributeError):
-            return []  # what stands in a prompt for a picture is the processor's to say
-    return [
-        f"python {{out}}/{MODEL_NAME} --prompt {shlex.quote(prompt)} --image picture.png   "
-        "# a picture of yours; needs transformers and pillow besides"
-    ]
-
-
 class TorchEmitter(Emitter):
     """Writes `model.py`, `model.safetensors` with the weights, and the tokenizer's files.
 
@@ -252,7 +230,11 @@ class TorchEmitter(Emitter):
         usage = [
             *run_lines(program),
             f"{run}{mark} needs {', '.join(needs[:-1])} and {needs[-1]}",
-            *_picture_lines(program, root, names),
+            *picture_lines(
+                f"python {{out}}/{MODEL_NAME}",
+                None if Sees.of(program) is None else picture_prompt(root, names),
+                "transformers and pillow",
+            ),
         ]
         return Emitted(files, storage, frozenset(shared), usage, notes, fallbacks)
 

@@ -24,10 +24,11 @@ TEMPLATE = (
 
 
 @pytest.mark.slow
-def test_the_printed_line_answers_as_transformers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("template", [TEMPLATE, None], ids=["template", "no template"])
+def test_the_printed_line_answers_as_transformers(template, tmp_path, monkeypatch):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    folder = save_with_processor(tmp_path / "model", template=TEMPLATE)
+    folder = save_with_processor(tmp_path / "model", template=template)
     values = torch.randint(0, 256, (20, 24, 3), generator=torch.Generator().manual_seed(0))
     Image.fromarray(values.byte().numpy()).save(tmp_path / "picture.png")
     report = go.compile_model(
