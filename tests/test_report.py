@@ -26,6 +26,7 @@ from graphopt.passes.prune_blocks.record import PrunedBlocks
 from graphopt.passes.tune_moe import ExpertLoads, TunedMoe
 from graphopt.report.breakdown import breakdown, kv_cache_bytes, part_of_nodes
 from graphopt.report.page import render
+from graphopt.report.pictures import seconds_rows
 from graphopt.report.record import Step
 from graphopt.report.records import (
     VERSION,
@@ -397,3 +398,11 @@ def test_kv_cache_bytes():
     found = kv_cache_bytes(with_policies(cached, {"kv.0": policy}), itemsize=2)
     bounds = 2 * 2 * 8 * 4 * B * sympy.ceiling((P + S) / 4)
     assert sympy.expand(found - bounds) == sympy.expand(2 * 2 * 2 * 8 * 2 * B * (P + S))
+
+
+def test_bars_of_seconds_account_for_all_of_them():
+    shown = seconds_rows({"warm start": 10.0, "training": 20.0, "all": 50.0})
+    values = [float(value) for value in re.findall(r">([0-9.]+) s<", shown)]
+    assert values == [10.0, 20.0, 20.0] and "Of 50.0 s in all" in shown
+    assert "all else" not in seconds_rows({"training": 50.0, "all": 50.2})
+    assert seconds_rows({"all": 3.0}) == ""

@@ -146,11 +146,17 @@ def perplexity_rows(steps: Sequence[Step]) -> str:
 
 
 def seconds_rows(seconds: Mapping[str, float]) -> str:
-    """Return a bar for the seconds of each part of a pass; `all` is the whole."""
+    """Return a bar for the seconds of each part of a pass; `all` is the whole.
+
+    What no part accounts for has a bar too: measuring before and after, mostly.
+    """
     parts = {part: value for part, value in seconds.items() if part != "all"}
     total = seconds.get("all") or sum(parts.values())
     if not parts or not total:
         return ""
+    rest = total - sum(parts.values())
+    if rest > 0.01 * total:
+        parts["all else"] = rest
     rows = [
         row(part, f"{value:.1f} s", bar([(min(value / total, 1.0), "time")]))
         for part, value in parts.items()
