@@ -53,7 +53,7 @@ __all__ = ["Arena"]
 '''
 _PICTURES_INIT = '''"""Embeddings of pictures and text; written by graphopt."""
 
-from .picture_inputs import Pictures
+from .package_pictures import Pictures
 
 __all__ = ["Pictures"]
 '''
@@ -101,8 +101,8 @@ def arena_package() -> dict[str, str]:
 def pictures_package() -> dict[str, str]:
     """Return the text of every file of the folder `pictures`, by path."""
     names = (
-        "picture_inputs.py", "picture_prompts.py", "picture_tower.py", "functional.py", "errors.py",
-        "boundary.py", "meta_parameters.py", "plain.py",
+        "package_pictures.py", "picture_prompts.py", "picture_tower.py", "functional.py",
+        "errors.py", "boundary.py", "meta_parameters.py", "plain.py",
     )  # fmt: skip
     return {"__init__.py": _PICTURES_INIT, **{name: runtime_text(name) for name in names}}
 
