@@ -291,7 +291,7 @@ def test_stop_after_dump_and_no_verify():
         (["eval", "tiny", "--text", "absent.txt"], 1, "absent.txt cannot be read"),
         (["generate", "tiny", "--prompt", "x", "--backend", "onn"], 2, "Did you mean 'onnx'?"),
         (["generate", "tiny", "--prompt", "x", "--top-p", "0"], 2, "a top-p above 0"),
-        (["generate", "tiny", "--prompt", "x", "--top-k", "-1"], 2, "a top-k of at least 0"),
+        (["generate", "tiny", "--prompt", "x", "--top-k", "-1"], 2, "a top-k of 0 or more"),
         (["generate", "tiny", "--prompt", "x", "--greedy", "--top-k", "3"], 2, "draws nothing"),
         (["eval", "tiny", "--text", "x", "--bos", "all"], 2, "Known: every, first."),
         (["generate", "tiny", "--prompt", ""], 2, "The prompt is empty."),

@@ -59,13 +59,13 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What torch.export is asked to trace, where nothing is known yet."""
     monkeypatch.setattr(export, "KNOWN", KnownExports())
     traced: list[str] = []
-    original = export._export
+    original = export.export_function
 
     def counted(module, types, where):
         traced.append(where)
         return original(module, types, where)
 
-    monkeypatch.setattr(export, "_export", counted)
+    monkeypatch.setattr(export, "export_function", counted)
     return traced
 
 
