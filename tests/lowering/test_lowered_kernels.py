@@ -89,7 +89,7 @@ def test_a_cpu_has_no_kernels():
         ),
         ("ampere", {"alibi": True}),
         pytest.param("hopper", {"window": 5, "softcap": 2.0}, marks=pytest.mark.exhaustive),
-        pytest.param("volta", {"window": 5, "alibi": True}, marks=pytest.mark.slow),
+        pytest.param("volta", {"window": 5, "alibi": True}, marks=pytest.mark.exhaustive),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs where there is no GPU")

@@ -172,7 +172,7 @@ def test_families_under_ranks(families: list[str], tmp_path: Path) -> None:
     check_packages([emit_both(family_program(name), tmp_path / name) for name in families])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_ranks_of_which_two_share_a_key_head(tmp_path: Path) -> None:
     program = tiny(bias=True, sinks=True)
     folders = [emit_both(program, tmp_path / name, name, count=4) for name in ("cpu", "ampere")]
@@ -339,7 +339,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_torchrun_runs_it_and_the_first_rank_prints(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
     prompt = [str(token) for token in PROMPT]

@@ -163,6 +163,7 @@ def folded(result):
     }
 
 
+@pytest.mark.exhaustive
 def test_a_seed_gives_the_same_weights_and_so_does_going_on(plain, tmp_path, monkeypatch):
     options = USUAL | {"steps": 8, "windows": 16}
 

@@ -37,7 +37,7 @@ def test_scenes_are_drawn_as_they_are_told(tools):
     assert list(itertools.islice(shapes.scenes(5, 2), 2)) == list(shapes.scenes(2, 2))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_bench_runs(tools, tmp_path):
     bench, shapes = tools("bench_vision"), tools("drawn_shapes")
     losses = shapes.train(tmp_path / "model", steps=2, blocks=3, width=32, batch=2)
