@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from graphopt.lowering.torch.text import ANSWERS_COLLECTED
+
 TOWER = '''
 def tower(model: Model, folder: str | Path = Path(__file__).parent) -> Any:
     """Return what makes embeddings of pictures and text, by transformers' own tower and projector.
@@ -30,13 +32,14 @@ def behind(mask: Tensor | None, embeds: Tensor, places: Tensor | None) -> tuple[
     return mask, places.masked_fill(mask == 0, -1).amax(-1) + 1
 '''
 
-_GROWING = '''
-@torch.no_grad()
+_STEPS_BEHIND = '''@torch.no_grad()
 def steps_behind(
     model: Model, prompt: dict[str, Tensor | None], count: int
 ) -> Iterator[list[int]]:
     """Yield the likeliest next token of every text, `count` times, behind prompts of embeddings.
+'''
 
+_GROWING = '''
     Args:
         prompt: What `Model.forward` takes of them.
     """
@@ -56,12 +59,6 @@ def steps_behind(
 '''
 
 _UNCACHED = '''
-@torch.no_grad()
-def steps_behind(
-    model: Model, prompt: dict[str, Tensor | None], count: int
-) -> Iterator[list[int]]:
-    """Yield the likeliest next token of every text, `count` times, behind prompts of embeddings.
-
     This model has no cache: every step runs every text again.
 
     Args:
@@ -91,12 +88,6 @@ def steps_behind(
 '''
 
 _STATIC = '''
-@torch.no_grad()
-def steps_behind(
-    model: Model, prompt: dict[str, Tensor | None], count: int
-) -> Iterator[list[int]]:
-    """Yield the likeliest next token of every text, `count` times, behind prompts of embeddings.
-
     Args:
         prompt: What `Model.forward` takes of them.
     """
@@ -159,14 +150,7 @@ def generate(
     answers: list[list[int]] = [[] for _ in range(batch)]
     ended = [False for _ in range(batch)]
     for tokens in following:
-        for row, token in enumerate(tokens):
-            ended[row] |= token in stop
-            if not ended[row]:
-                answers[row].append(token)
-        if all(ended):
-            break
-    return answers if several else answers[0]
-'''
+{collected}'''
 
 _ABOUT_ARENA = """ With `arena`, which `arena_for` makes,
     steps behind token ids write their results where those before did."""
@@ -184,7 +168,7 @@ def steps_behind(kind: str) -> str:
         kind: How keys and values are kept: `growing`, `static`, in memory of fixed room, or
             `uncached`.
     """
-    return f"{_CHECKED.strip()}\n\n\n{_PARTS[kind].strip()}"
+    return f"{_CHECKED.strip()}\n\n\n{_STEPS_BEHIND}{_PARTS[kind].rstrip()}"
 
 
 def generate(width: int, axes: bool, both_ways: bool, with_arena: bool) -> str:
@@ -208,6 +192,7 @@ def generate(width: int, axes: bool, both_ways: bool, with_arena: bool) -> str:
         "given": '            "pictures": pictures,\n' if both_ways else "",
         "about_positions": _AXES if axes else _COUNTED,
         "width": str(width),
+        "collected": ANSWERS_COLLECTED,
     }.items():
         text = text.replace(f"{{{place}}}", value)
     return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from graphopt.lowering.torch import sees_template
+from graphopt.lowering.torch.text import ANSWERS_COLLECTED
 
 PACKAGE = '''
 def package(folder: Path) -> ModuleType:
@@ -90,14 +91,7 @@ _GENERATE = '''
     answers: list[list[int]] = [[] for _ in texts]
     ended = [False for _ in texts]
     for tokens in {steps}(model, texts, count{argument}):
-        for row, token in enumerate(tokens):
-            ended[row] |= token in stop
-            if not ended[row]:
-                answers[row].append(token)
-        if all(ended):
-            break
-    return answers if several else answers[0]
-'''
+{collected}'''
 
 
 _SIGNATURE = """def generate(
@@ -129,7 +123,8 @@ def generate(switch: int | None, with_arena: bool, of_ranks: bool = False) -> st
         with_arena: Whether steps may have an arena.
         of_ranks: Of a model for several ranks.
     """
-    text = _GENERATE.replace("{steps}", "steps" if switch is None else "steps_read_again")
+    text = _GENERATE.replace("{collected}", ANSWERS_COLLECTED)
+    text = text.replace("{steps}", "steps" if switch is None else "steps_read_again")
     if switch is not None:
         text = _READ_AGAIN.replace("{switch}", str(switch)) + "\n" + text
     for place, value in {

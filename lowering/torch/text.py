@@ -18,6 +18,16 @@ from graphopt.ir.types import SYMBOLS
 WIDTH = 100
 """Characters a line may have."""
 
+ANSWERS_COLLECTED = """        for row, token in enumerate(tokens):
+            ended[row] |= token in stop
+            if not ended[row]:
+                answers[row].append(token)
+        if all(ended):
+            break
+    return answers if several else answers[0]
+"""
+"""How `generate` ends: answers take each step's `tokens` in front of those of `stop`."""
+
 HELPERS = tuple(
     name
     for name, item in vars(functional).items()

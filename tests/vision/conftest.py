@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 from vision_models import save_vision
 
@@ -20,3 +24,15 @@ def vision_program(tmp_path_factory):
         return made[family]
 
     return program
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    """Return the tools' modules by name, which are no part of the package."""
+    folder = Path(__file__).resolve().parents[2] / "tools"
+    known = set(sys.modules)
+    monkeypatch.syspath_prepend(folder)
+    yield importlib.import_module
+    for path in folder.glob("*.py"):
+        if path.stem not in known:
+            sys.modules.pop(path.stem, None)

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("PIL.Image")
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-@pytest.fixture
-def tools(monkeypatch):
-    """Return the tools' modules by name, which are no part of the package."""
-    monkeypatch.syspath_prepend(TOOLS)
-    yield importlib.import_module
-    for name in ("drawn_shapes", "bench_vision"):
-        sys.modules.pop(name, None)
 
 
 def test_scenes_are_drawn_as_they_are_told(tools):

@@ -2,23 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 from checkpoints import own_modules
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-@pytest.fixture
-def tools(monkeypatch):
-    """Return the tools' modules by name, which are no part of the package."""
-    monkeypatch.syspath_prepend(TOOLS)
-    yield importlib.import_module
-    for name in ("sweep_vision", "family_tables"):
-        sys.modules.pop(name, None)
 
 
 @pytest.mark.exhaustive
