@@ -96,7 +96,7 @@ def test_a_decoder_leaves_no_memory_behind(tmp_path: Path) -> None:
 
 
 def test_the_host_is_measured() -> None:
-    measured = measure_host(torch.device("cuda"), keys=8192)
+    measured = measure_host(torch.device("cuda"), keys=8192, layers=2)
     assert measured.link_beside <= 1.2 * measured.link
     assert min(measured.attention, measured.attention_beside, measured.memory) > 0
     assert measured.call < 1e-2 and measured.device == torch.cuda.get_device_name()

@@ -69,10 +69,11 @@ def read_measured_host(path: Path) -> MeasuredHost:
 
 
 class HostBench:
-    """Keys of one layer in host memory, with what attends to them and what copies them.
+    """Keys of some layers in host memory, with what attends to them and what copies them.
 
     Args:
         keys, batch: Tokens of a text, and texts.
+        layers: How many, which take turns as those of a model do.
 
     Raises:
         NoHostKernel: There is no C++ compiler.
@@ -83,6 +84,7 @@ class HostBench:
         device: torch.device,
         *,
         keys: int = KEYS,
+        layers: int = 1,
         batch: int = 1,
         key_heads: int = KEY_HEADS,
         heads: int = HEADS,
@@ -91,28 +93,28 @@ class HostBench:
     ) -> None:
         self.device = device
         half = batch * key_heads * keys * dim * dtype.itemsize
-        self.memory = host_memory(2 * half, half)
+        self.memory = host_memory(2 * layers * half, half)
         if device.type == "cuda":
             pin(self.memory, self)
-        shape = (1, batch, key_heads, keys, dim)
-        self.k, self.v = (part.view(dtype).view(shape) for part in self.memory.split(half))
         # The same numbers again and again: what is read decides, not what it is.
-        some = torch.randn(2**16).to(dtype)
-        for part in (self.k, self.v):
-            flat = part.view(-1)
-            for start in range(0, len(flat), len(some)):
-                flat[start : start + len(some)] = some[: len(flat) - start]
+        some, flat = torch.randn(2**16).to(dtype), self.memory.view(dtype)
+        for start in range(0, len(flat), len(some)):
+            flat[start : start + len(some)] = some[: len(flat) - start]
+        self.layers = self.memory.view(layers, 2 * half)
+        shape = (1, batch, key_heads, keys, dim)
+        self.kv = [[part.view(dtype).view(shape) for part in layer.split(half)]
+                   for layer in self.layers]  # fmt: skip
         self.q = torch.randn(batch, heads, 1, dim).to(dtype)
         self.lens = torch.full((batch,), keys, dtype=torch.int32)
         self.out, self.lse = torch.empty(batch, heads, 1, dim), torch.empty(batch, heads, 1)
-        self.there = torch.empty_like(self.memory, device=device)
+        self.there = torch.empty_like(self.layers[0], device=device)
         self.copies = copies_on(device)
 
-    def job(self, begin: int = 0) -> Job:
-        """Return attention to all keys from slot `begin` on."""
+    def job(self, layer: int, begin: int = 0) -> Job:
+        """Return attention to all keys of a layer from slot `begin` on."""
         job = Job()
         fill_job(
-            job, self.q, self.k, self.v, self.lens, self.out, self.lse, width=self.q.shape[3],
+            job, self.q, *self.kv[layer], self.lens, self.out, self.lse, width=self.q.shape[3],
             scale=self.q.shape[3] ** -0.5, begin=begin,
         )  # fmt: skip
         return job
@@ -121,8 +123,8 @@ class HostBench:
         """Attend to keys in this thread and the kernel's own."""
         host_kernel().graphopt_host_step(ctypes.byref(job))
 
-    def copy(self) -> None:
-        self.there.copy_(self.memory, non_blocking=True)
+    def copy(self, layer: int) -> None:
+        self.there.copy_(self.layers[layer], non_blocking=True)
 
     def synchronise(self) -> None:
         if self.device.type == "cuda":
@@ -139,28 +141,37 @@ def _seconds(run: Callable[[], None], rounds: int = _ROUNDS) -> float:
     return statistics.median(times)
 
 
-def measure_host(device: torch.device, *, keys: int = KEYS) -> MeasuredHost:
+def measure_host(
+    device: torch.device, *, keys: int = KEYS, layers: int | None = None
+) -> MeasuredHost:
     """Measure the rates of this machine's host and of its link to a device.
 
     Without a GPU copies in host memory stand for the link.
 
     Args:
-        keys: How many are read; so many that no cache holds them.
+        keys: How many each layer has.
+        layers: How many take turns; so many that no cache holds their keys unless it is said.
 
     Raises:
         NoHostKernel: There is no C++ compiler.
     """
-    bench = HostBench(device, keys=keys)
-    job, size = bench.job(), bench.memory.nbytes
+    bench = HostBench(device, keys=keys, layers=layers or _layers_beyond_caches(keys))
+    size, count = bench.layers[0].nbytes, len(bench.layers)
+    jobs = [bench.job(layer) for layer in range(count)]
+
+    def attend() -> None:
+        for job in jobs:
+            bench.attend(job)
 
     def copy() -> None:
-        bench.copy()
+        for layer in range(count):
+            bench.copy(layer)
         bench.synchronise()
 
-    attending, copying = _seconds(lambda: bench.attend(job)), _seconds(copy)
-    reading = _seconds(lambda: (host_sum(bench.memory), None)[1])
-    beside = _beside(bench, job, attending, copying)
-    short = bench.job(begin=max(0, keys - 1))
+    attending, copying = _seconds(attend) / count, _seconds(copy) / count
+    reading = _seconds(lambda: (host_sum(bench.memory), None)[1]) / count
+    beside = _beside(bench, jobs, attending, copying)
+    short = bench.job(0, begin=max(0, keys - 1))
 
     def call() -> None:
         run_job(short, device)
@@ -180,7 +191,18 @@ def measure_host(device: torch.device, *, keys: int = KEYS) -> MeasuredHost:
     )
 
 
-def _beside(bench: HostBench, job: Job, attending: float, copying: float) -> tuple[float, float]:
+def _layers_beyond_caches(keys: int) -> int:
+    """Return how many layers' keys are four times the processor's cache, and a gigabyte."""
+    cache = 0
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not every system says it
+        cache = os.sysconf("SC_LEVEL3_CACHE_SIZE")
+    layer = 2 * KEY_HEADS * keys * DIM * torch.bfloat16.itemsize
+    return max(2, -(-max(2**30, 4 * cache) // layer))
+
+
+def _beside(
+    bench: HostBench, jobs: list[Job], attending: float, copying: float
+) -> tuple[float, float]:
     """Return the seconds of an attention and of a copy while both go on."""
     if bench.device.type != "cuda":
         return 2 * attending, 2 * copying  # copies are the processors' own work
@@ -188,13 +210,15 @@ def _beside(bench: HostBench, job: Job, attending: float, copying: float) -> tup
     copies = max(3, round(2 * _ROUNDS * attending / copying))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(copies + 1)]
     events[0].record()
-    for event in events[1:]:
-        bench.copy()
+    # Each has another layer's keys at hand than the other.
+    for event, layer in zip(events[1:], itertools.cycle(range(len(jobs))), strict=False):
+        bench.copy(layer)
         event.record()
     times = []
+    turns = itertools.cycle(reversed(jobs))
     while not events[-1].query():
         start = time.perf_counter()
-        bench.attend(job)
+        bench.attend(next(turns))
         times.append(time.perf_counter() - start)
     bench.synchronise()
     spans = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]

@@ -218,7 +218,7 @@ def test_bytes_are_counted():
 
 
 def test_what_is_measured_is_read_again(tmp_path: Path):
-    measured = measure_host(torch.device("cpu"), keys=512)
+    measured = measure_host(torch.device("cpu"), keys=512, layers=2)
     path = tmp_path / "host.json"
     write_measured_host(path, measured)
     assert read_measured_host(path) == measured
@@ -251,7 +251,8 @@ def test_targets_state_hosts_with_their_sources():
 
 def test_the_command_writes_what_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        "graphopt.plan.measure_host.measure_host", functools.partial(measure_host, keys=512)
+        "graphopt.plan.measure_host.measure_host",
+        functools.partial(measure_host, keys=512, layers=2),
     )
     path = tmp_path / "host.json"
     found = runner().invoke(app, ["measure-host", "-o", str(path), "--device", "cpu"])
