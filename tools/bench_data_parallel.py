@@ -171,11 +171,10 @@ def measured(args: argparse.Namespace, group: ranks.Ranks) -> None:
                 run.pop("weights", None)
                 if turn >= 0:
                     found[name][who].append(run)
+            print(f"{turn} {name}: {speeds(runs)}, apart {difference}", flush=True)
             if turn >= 0:
                 apart[name].append(difference)
-            print(f"{turn} {name}: {speeds(runs)}, apart {difference}", flush=True)
-    if group.first:
-        keep(args, group, device, found, apart)
+                keep(args, group, device, found, apart)
 
 
 def speed_of(run: Run) -> float:
@@ -193,6 +192,7 @@ def keep(
     found: dict[str, dict[str, list[Run]]],
     apart: dict[str, list[dict[str, float]]],
 ) -> None:
+    """Write what has been measured so far, and print what comes of it."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
     summary = {}
     for kind, runs in found.items():
