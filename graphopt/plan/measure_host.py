@@ -112,9 +112,9 @@ class HostBench:
 
     def job(self, layer: int, begin: int = 0) -> Job:
         """Return attention to all keys of a layer from slot `begin` on."""
-        job = Job()
+        job, (k, v) = Job(), self.kv[layer]
         fill_job(
-            job, self.q, *self.kv[layer], self.lens, self.out, self.lse, width=self.q.shape[3],
+            job, self.q, k, v, self.lens, self.out, self.lse, width=self.q.shape[3],
             scale=self.q.shape[3] ** -0.5, begin=begin,
         )  # fmt: skip
         return job
