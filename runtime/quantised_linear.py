@@ -113,14 +113,18 @@ class QuantisedWeight(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return rows `ids` [...] of the matrix, [..., K]; its groups lie along rows."""
+        # Not by indexing, which would count negative ids from the end.
+        axis, flat = int(self.span is not None), ids.reshape(-1)
+        zeros = None if self.zeros is None else self.zeros.index_select(axis, flat)
+        scales = self.scales.index_select(axis, flat)
         if self.span is not None:
-            flat = ids.reshape(-1)
-            zeros = None if self.zeros is None else self.zeros[:, flat]
-            values = values_of(self.codes[:, flat], self.scales[:, flat], zeros, group=self.group)
-            return values.view(*ids.shape, values.shape[-1])
-        zeros = None if self.zeros is None else self.zeros[ids]
-        options = {"bits": self.bits, "group": self.group}
-        return functional.dequantise(self.packed[ids], self.scales[ids], zeros, **options)
+            codes = self.codes.index_select(axis, flat)
+            values = values_of(codes, scales, zeros, group=self.group)
+        else:
+            options = {"bits": self.bits, "group": self.group}
+            packed = self.packed.index_select(axis, flat)
+            values = functional.dequantise(packed, scales, zeros, **options)
+        return values.view(*ids.shape, values.shape[-1])
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

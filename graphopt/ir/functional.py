@@ -280,6 +280,20 @@ def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([*products, rest.new_zeros(len(rest), weight.shape[2])])
 
 
+def vocab_parallel_embedding(ids: Tensor, weight: Any, first_row: Tensor, vocab: int) -> Tensor:
+    """Look ids up in a rank's rows [R, N] of a table, those from `first_row` [1] on.
+
+    Ids whose rows other ranks have give zeros. One that none of the table's `vocab` rows is for is
+    out of range here as it is in a whole table; nothing waits for the device to find that out.
+    """
+    row = ids - first_row
+    elsewhere = row.div(len(weight), rounding_mode="floor") != 0
+    # A multiple of `vocab`: 0 for what is an id, and otherwise beyond the rows of any rank.
+    beyond = ids - ids % vocab
+    rows = F.embedding(row.masked_fill(elsewhere, 0) + beyond, weight)
+    return rows.masked_fill(elsewhere[..., None], 0)
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
     """Root-mean-square norm over the last dimension, gain `weight + offset`.
 

@@ -42,10 +42,11 @@ from graphopt.ir.weights import Dequantised, Missing, Producer, Weight
 from graphopt.support.inputs import parse
 from graphopt.support.plain import shown
 
-FORMAT_VERSION = 4
-READ_VERSIONS = (1, 2, 3, 4)
+FORMAT_VERSION = 5
+READ_VERSIONS = (1, 2, 3, 4, 5)
 """Version 1 knew dense weights alone, and version 3 no policies of KV caches; what they lack has
-the defaults of `graphopt.ir.schema`."""
+the defaults of `graphopt.ir.schema`. In version 4 a look-up in a rank's rows did not say how many
+rows all ranks have."""
 
 _RENAMED_OPS: dict[str, tuple[str, dict[str, str]]] = {
     "top_gates": ("top_k_gating", {"count": "top_k", "mean": "mean_active_experts"}),
@@ -264,6 +265,17 @@ def _rename_ops(function: Function) -> None:
         node.attrs = {attributes.get(name, name): value for name, value in node.attrs.items()}
 
 
+def _count_rows(program: Program) -> None:
+    """Let look-ups of older files in a rank's rows know how many rows there are: their table's."""
+    for call in program.calls:
+        function = program.function_of(call)
+        slots = function.slots_by_value()
+        for node in function.nodes:
+            if node.op == "vocab_parallel_embedding" and (table := node.operand(1)) in slots:
+                table_rows = program.weights[call.weights[slots[table]]].shape[0]
+                node.attrs = {"vocab": table_rows, **node.attrs}
+
+
 def _add_weights(
     store: WeightStore, entries: Sequence[WeightEntry], producers: Mapping[str, Producer]
 ) -> None:
@@ -327,6 +339,8 @@ def program_from_json(data: dict[str, Any], producers: Mapping[str, Producer]) -
             Call(c.function, c.args, c.results, c.weights, attrs, c.caches, c.path, placement)
         )
     _add_weights(program.weights, entry.weights, producers)
+    if data["version"] < 5:
+        _count_rows(program)
     if (seen := entry.vision) is not None:
         sections = None if seen.sections is None else tuple(seen.sections)
         program.vision = Vision(

@@ -38,9 +38,12 @@ class {CLASS_NAME}(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return rows `ids` [...] of the matrix, [...,in]; its groups lie along rows."""
-        zeros = None if self.zeros is None else self.zeros[ids]
-        options = {{"bits": self.bits, "group": self.group}}
-        return dequantise(self.packed[ids], self.scales[ids], zeros, **options)
+        # Not by indexing, which would count negative ids from the end.
+        flat = ids.reshape(-1)
+        zeros = None if self.zeros is None else self.zeros.index_select(0, flat)
+        packed, scales = self.packed.index_select(0, flat), self.scales.index_select(0, flat)
+        rows = dequantise(packed, scales, zeros, bits=self.bits, group=self.group)
+        return rows.view(*ids.shape, rows.shape[-1])
 '''
 
 

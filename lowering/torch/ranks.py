@@ -58,13 +58,6 @@ def reduce_scatter(x: Tensor, axis: int) -> Tensor:
     scatter(own, parts, group=ranks.joined().group)
     return own
 ''',
-    "vocab_parallel_embedding": '''
-def vocab_parallel_embedding(ids: Tensor, weight: Any, first_row: Tensor) -> Tensor:
-    """Return rows of a table of which this rank has those from `first_row` on, zeros for others."""
-    row = ids - first_row
-    here = (row >= 0) & (row < len(weight))
-    return F.embedding(row * here, weight).masked_fill(~here[..., None], 0)
-''',
     "agreed": '''
 def agreed(x: Tensor) -> Tensor:
     """Write the first rank's `x` over it, and return it: others may have rounded differently."""
@@ -126,9 +119,13 @@ def _along_axis(printer: BodyPrinter, node: Node) -> str:
 
 
 @torch_form("linear_all_reduce")
-@torch_form("vocab_parallel_embedding")
 def _by_operands(printer: BodyPrinter, node: Node) -> str:
     return _call(printer, node.op, ", ".join(printer.operands(node, node.inputs)))
+
+
+@torch_form("vocab_parallel_embedding")
+def _rows_of_vocabulary(printer: BodyPrinter, node: Node) -> str:
+    return printer.call(node, node.op, node.inputs)
 
 
 def _is_fresh(value: Value) -> bool:

@@ -39,7 +39,6 @@ HELPERS = tuple(
 _GLOBALS = (
     "self", "torch", "nn", "F", "Tensor", "KV", "Any", "aten", "under", "pack", "weights",
     "agreed", "at", "all_gather", "all_reduce", "dist", "ranks", "reduce_scatter",
-    "vocab_parallel_embedding",
 )  # fmt: skip
 _SIZES = ("B", "S", "P", "device", "pictures")
 RESERVED = frozenset([*dir(builtins), *keyword.kwlist, *HELPERS, *_GLOBALS, *_SIZES])

@@ -62,7 +62,7 @@ def divide_vocabulary(program: Program, ranks: int) -> Vocabulary:
         for reader in readers:
             result.slots.setdefault(reader.call.function, []).append(reader.slot)
             if reader.node.op != "linear":
-                _look_up_parts(program, reader, rows, ranks)
+                _look_up_parts(program, reader, weight.shape[0], rows, ranks)
     return result
 
 
@@ -146,8 +146,8 @@ def _cut(function: Function, node: Node, size: int, dtype: torch.dtype) -> None:
     cut.inputs = [value]
 
 
-def _look_up_parts(program: Program, reader: _Reader, rows: int, ranks: int) -> None:
-    """Let a look-up find what is in a rank's rows alone."""
+def _look_up_parts(program: Program, reader: _Reader, vocab: int, rows: int, ranks: int) -> None:
+    """Let a look-up in a table of `vocab` rows find what is in a rank's `rows` alone."""
     first_rows = torch.arange(ranks) * rows
     function, name = program.function_of(reader.call), FIRST_ROWS
     if name in program.weights and not torch.equal(program.weights[name].load(), first_rows):
@@ -160,4 +160,4 @@ def _look_up_parts(program: Program, reader: _Reader, rows: int, ranks: int) -> 
     reader.call.weights[name] = name
     reader.node.op = "vocab_parallel_embedding"
     reader.node.inputs = [*reader.node.inputs[:2], function.weights[name]]
-    reader.node.attrs = {}
+    reader.node.attrs = {"vocab": vocab}

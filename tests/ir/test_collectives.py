@@ -60,16 +60,36 @@ def test_a_process_without_a_group_is_told_how_to_start(op):
 
 def test_rows_of_a_vocabulary_add_up_to_the_look_up():
     table, ids = torch.randn(12, 3, dtype=F64), torch.tensor([[0, 3, 4, 11], [7, 8, 5, 0]])
-    op = get_op("vocab_parallel_embedding")
+    op, attrs = get_op("vocab_parallel_embedding"), {"vocab": 12}
     for form in (op.reference, op.torch):
         parts = [
-            form([ids, part, torch.tensor([4 * rank])], {})[0]
+            form([ids, part, torch.tensor([4 * rank])], attrs)[0]
             for rank, part in enumerate(table.chunk(3))
         ]
         assert torch.equal(sum(parts), table[ids])
     for first in (Type((2, 1), I64), Type((1,), F64)):
         with pytest.raises(ValueError, match="a number a rank"):
-            op.infer([Type((B, S), I64), Type((4, 3), F64), first], {})
+            op.infer([Type((B, S), I64), Type((4, 3), F64), first], attrs)
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 11, 12])
+@pytest.mark.parametrize("dtype", [torch.int32, I64])
+def test_an_id_that_no_rank_has_a_row_for_is_out_of_range_on_each(vocab, dtype):
+    """As in a whole table; also where rows of zeros pad it, and however far the id is beyond."""
+    ranks = 4
+    rows = -(-vocab // ranks)
+    table = torch.zeros(ranks * rows, 2)
+    table[:vocab] = torch.randn(vocab, 2)
+    op, attrs = get_op("vocab_parallel_embedding"), {"vocab": vocab}
+    for form in (op.reference, op.torch):
+        for rank, part in enumerate(table.chunk(ranks)):
+            first = torch.tensor([rows * rank])
+            for wrong in (-(2**31) + rows, -vocab, -1, vocab, vocab + 1, 3 * vocab, 2**31 - 1):
+                with pytest.raises(IndexError):
+                    form([torch.tensor([[0, wrong]], dtype=dtype), part, first], attrs)
+            (made,) = form([torch.arange(vocab, dtype=dtype), part, first], attrs)
+            own = torch.where(torch.arange(vocab)[:, None] // rows == rank, table[:vocab], 0)
+            assert torch.equal(made, own)
 
 
 def _exchange(rank):

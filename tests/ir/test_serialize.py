@@ -13,11 +13,13 @@ from carved import carved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import tiny_program
+from sharded import sharded
 
 from graphopt.errors import SourceError
 from graphopt.execute.interpreter import Runner
 from graphopt.ir import B, Function, In, P, Param, Program, S, Type, Value
 from graphopt.ir.feed_forward import Split
+from graphopt.ir.printer import print_program
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.verify import verify
 
@@ -169,7 +171,7 @@ def test_other_formats_and_versions():
     for other in ({}, [], None, {"format": "onnx"}):
         with pytest.raises(SourceError, match="not a saved graphopt program"):
             program_from_json(other, {})
-    with pytest.raises(SourceError, match=r"has version 99.*reads 1 to 4\. Compile the model"):
+    with pytest.raises(SourceError, match=r"has version 99.*reads 1 to 5\. Compile the model"):
         program_from_json({**data, "version": 99}, {})
 
 
@@ -182,6 +184,20 @@ def test_a_file_of_the_first_version_opens():
     opened = program_from_json(data, producers(program))
     verify(opened)
     assert program_to_json(opened) == program_to_json(program)
+
+
+def test_look_ups_of_the_fourth_version_know_the_rows_of_their_table():
+    """Those that pad it count: a file of that version does not tell them apart."""
+    now = program_to_json(sharded(tiny_program(cache=True, vocab=97)))
+    old = json.loads(json.dumps({**now, "version": 4}))
+    look_ups = [
+        node for function in old["functions"] for node in function["nodes"]
+        if node["op"] == "vocab_parallel_embedding"
+    ]  # fmt: skip
+    assert [node["attrs"].pop("vocab") for node in look_ups] == [97]
+    opened = program_from_json(old, {})
+    verify(opened)
+    assert "first_rows, vocab=98)" in print_program(opened)
 
 
 def test_ops_of_the_second_version_have_the_names_of_today():

@@ -172,6 +172,9 @@ def test_a_table_of_two_modules_is_laid_out_once(monkeypatch: pytest.MonkeyPatch
     ids = torch.tensor([3, 0, 23])
     assert head.sizes == [24] and torch.equal(head(), wide)
     assert torch.equal(table.rows(ids), wide[ids])
+    for beyond in (-1, 24):
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            table.rows(torch.tensor([[0, beyond]]))
 
 
 class OutOfResources(Exception):

@@ -89,6 +89,7 @@ def computed(folder: Path) -> dict[str, Any]:
         "tokens": module.generate(model, [PROMPT, PROMPT[:3]], 8),
         "heads": next(iter(cache[0])).shape[1],
         "elements": sum(p.numel() for p in model.parameters()),
+        "beyond": [refusal(model, id) for id in (-1, logits.shape[-1], 2**31 - 1)],
     }  # fmt: skip
     if hasattr(module, "arena_for"):
         arena = module.arena_for(model)
@@ -98,6 +99,15 @@ def computed(folder: Path) -> dict[str, Any]:
         decoder = module.Decoder(model, 24)
         found["decoded"] = [decoder.start(PROMPT), *(decoder.step() for _ in range(5))]
     return found
+
+
+def refusal(model: Any, token: int) -> str:
+    """Return the kind of error that a model has for a token behind one that it knows."""
+    try:
+        model(torch.tensor([[3, token]]))
+    except Exception as error:
+        return type(error).__name__
+    return "none"
 
 
 def computed_by_ranks(rank: int, folders: list[Path]) -> list[dict[str, Any]]:
@@ -123,6 +133,9 @@ def check_packages(folders: Sequence[tuple[Path, Path]], count: int = 2) -> list
         for name in ("tokens", "decoded"):
             assert first.get(name) == alone.get(name), one
             assert all(other.get(name) == first.get(name) for other in others), one
+        # No rank takes an id that none has a row for as one of another's, nor waits for an answer.
+        for row in (alone, first, *others):
+            assert set(row["beyond"]) <= {"IndexError", "RuntimeError"}, one
         assert first["elements"] < (0.1 + 1 / count) * alone["elements"], one
     return by_rank[0]
 

@@ -435,7 +435,7 @@ AFTER = """\
 program tiny
 
 def embed(input_ids, position_ids):
-    x = vocab_parallel_embedding(input_ids, weight, tensor_parallel.first_rows)
+    x = vocab_parallel_embedding(input_ids, weight, tensor_parallel.first_rows, vocab=96)
     x_sum = all_reduce(x, ranks=2)
     cos, sin = rope_table(position_ids, rope.inv_freq)
     return x_sum, cos, sin

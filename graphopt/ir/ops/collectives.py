@@ -11,11 +11,10 @@ from typing import Annotated
 
 import pydantic
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from graphopt.ir import collectives
-from graphopt.ir.ops.base import Attrs, Offset, Op, Tensors, Types, need, register
+from graphopt.ir import collectives, functional
+from graphopt.ir.ops.base import Attrs, Count, Offset, Op, Tensors, Types, need, register
 from graphopt.ir.types import Dim, Type, dim
 
 Ranks = Annotated[int, pydantic.Field(ge=2, le=10_000)]
@@ -145,11 +144,15 @@ class VocabParallelEmbedding(Op):
     """Rows `ids` [...] of a table of which `weight` [rows, N] has those from `first_row` [1] on.
 
     An id whose row lies elsewhere gives zeros, so that the ranks' results add up to the look-up.
+    `vocab` is the number of rows that the table has for tokens, without rows that only pad it. An
+    id that no rank has a row for is out of range on each of them, as in a whole table: an error
+    where the look-up is checked, as on a CPU, and an assertion of the device on a GPU.
     Source: Shoeybi et al., Megatron-LM, arXiv 1909.08053, section 3.
     """
 
     name = "vocab_parallel_embedding"
     operands = ("ids", "weight", "first_row")
+    attributes = {"vocab": Count}  # noqa: RUF012
     encoded = ("weight",)
     fused = True
 
@@ -174,12 +177,11 @@ class VocabParallelEmbedding(Op):
         assert ids is not None and weight is not None and first is not None
         row = ids - first
         here = (row >= 0) & (row < weight.shape[0])
-        return (torch.where(here[..., None], weight[row * here], 0),)
+        known = (ids >= 0) & (ids < attrs["vocab"])
+        found = weight[torch.where(known, row * here, attrs["vocab"])]
+        return (torch.where(here[..., None], found, 0),)
 
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         ids, weight, first = tensors
         assert ids is not None and weight is not None and first is not None
-        row = ids - first
-        here = (row >= 0) & (row < weight.shape[0])
-        found = F.embedding(row.clamp(0, weight.shape[0] - 1), weight)
-        return (found.masked_fill(~here[..., None], 0),)
+        return (functional.vocab_parallel_embedding(ids, weight, first, attrs["vocab"]),)

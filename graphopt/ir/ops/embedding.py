@@ -42,7 +42,9 @@ class Embedding(Op):
     def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         ids, weight = tensors
         assert ids is not None and weight is not None
-        return (weight[ids + attrs.get("offset", 0)],)
+        rows = ids + attrs.get("offset", 0)
+        # Indexing would count negative ids from the end.
+        return (weight.index_select(0, rows.flatten()).view(*rows.shape, weight.shape[1]),)
 
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         ids, weight = tensors
