@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -30,6 +31,20 @@ TEXTS = Path(__file__).resolve().parents[2] / "shared" / "data"
 # No test measures time: on a busy machine an example may take any.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Keep the compiled twins of modules that tests import, also where nothing writes them.
+
+    Containers often set PYTHONDONTWRITEBYTECODE. Then half of collecting is asserts rewritten as
+    they were before, and every process that a test starts spends two seconds on compiling graphopt.
+    """
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+    try:
+        return (yield)
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def pytest_collection_finish() -> None:
