@@ -84,8 +84,14 @@ def _holds(test: ast.expr, known: Constants) -> bool:
     return not ends
 
 
-def folded_statement(text: str, function: Function, node: ast.If, known: Constants) -> str | None:
-    """Return the text with an `if` without the branches that are never taken, if there are any."""
+def folded_statement(
+    text: str, function: Function, node: ast.If, known: Constants, gone: set[ast.stmt]
+) -> str | None:
+    """Return the text with an `if` without the branches that are never taken, if there are any.
+
+    Args:
+        gone: The function's statements that the text no longer has: see `replace_lines`.
+    """
     lines = text.split("\n")
     branches = _branches(lines, node)
     if branches is None:
@@ -117,7 +123,7 @@ def folded_statement(text: str, function: Function, node: ast.If, known: Constan
         else:
             keyword = "if" if number == 0 else "elif"
             made += [re.sub(r"^(\s*)(?:el)?if\b", rf"\1{keyword}", header[0]), *header[1:], *suite]
-    replace_lines(lines, function, node, made)
+    replace_lines(lines, function, node, made, gone)
     return "\n".join(lines)
 
 

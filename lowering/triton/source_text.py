@@ -19,20 +19,34 @@ def with_comments(lines: list[str], first: int) -> int:
     return first
 
 
-def replace_lines(lines: list[str], function: Function, node: ast.stmt, made: list[str]) -> None:
-    """Put lines in place of a statement; the comment above goes with one that is left out."""
+def replace_lines(
+    lines: list[str], function: Function, node: ast.stmt, made: list[str], gone: set[ast.stmt]
+) -> None:
+    """Put lines in place of a statement; the comment above goes with one that is left out.
+
+    Args:
+        gone: Statements of the function that were left out already. This one joins them if it is.
+    """
     first = node.lineno - 1
     if not made:
         first = with_comments(lines, first)
-        suites = [
-            suite
-            for part in ast.walk(function)
-            for field in ("body", "orelse")
-            if isinstance(suite := getattr(part, field, None), list) and node in suite
-        ]
-        if any(len(suite) == 1 for suite in suites):
+        suite = _suite_of(function, node)
+        if suite and all(other is node or other in gone for other in suite):
             made = [" " * node.col_offset + "pass"]
+        gone.add(node)
     lines[first : node.end_lineno] = made
+
+
+def _suite_of(function: Function, node: ast.stmt) -> list[ast.stmt]:
+    """Return the statements among which a statement stands."""
+    suites = [function.body]
+    for suite in suites:
+        if node in suite:
+            return suite
+        # The list grows while it is walked over.
+        inner = (getattr(each, field, []) for each in suite for field in ("body", "orelse"))
+        suites.extend(inner)
+    return []
 
 
 def reflowed(suite: str, indent: str) -> list[str]:
@@ -93,7 +107,8 @@ def import_lines(head: str, names: Sequence[str]) -> list[str]:
 
 def without_arguments(text: str, function: Function, unread: Sequence[str]) -> str | None:
     """Return a module's text with calls that no longer pass parameters; None if one is unclear."""
-    lines = text.split("\n")
+    rows = text.split("\n")
+    lines = list(rows)
     calls: list[tuple[ast.stmt, ast.Call]] = []
     for statement in ast.walk(parsed(text)):
         if isinstance(statement, ast.stmt):
@@ -109,13 +124,10 @@ def without_arguments(text: str, function: Function, unread: Sequence[str]) -> s
         plain = call.lineno == statement.lineno and call.end_lineno == statement.end_lineno
         if given is None or call.keywords or not plain:
             return None
-        kept = [
-            ast.get_source_segment(text, value) or ""
-            for name, value in given.items()
-            if name not in unread
-        ]
-        if any("\n" in part for part in kept):
+        values = [value for name, value in given.items() if name not in unread]
+        if any(value.lineno != value.end_lineno for value in values):
             return None
+        kept = [rows[value.lineno - 1][value.col_offset : value.end_col_offset] for value in values]
         first, end = lines[call.lineno - 1], lines[(call.end_lineno or 0) - 1]
         tail = end[call.end_col_offset :].split("#")[0].rstrip()
         head = first[: call.func.end_col_offset]

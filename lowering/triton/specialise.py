@@ -173,41 +173,49 @@ class _Specialiser:
         return False
 
     def _fold(self) -> bool:
-        for name, function, nodes in self._functions():
-            known = self._environment(function)
-            for node in nodes:
-                text = None
-                if isinstance(node, ast.If):
-                    text = folded_statement(self.texts[name], function, node, known)
-                elif isinstance(node, ast.IfExp):
-                    text = folded_expression(self.texts[name], function, node, known)
-                if text is not None and _parses(text):
-                    self.texts[name] = text
-                    return True
+        for name, text in self.texts.items():
+            folded = self._folded(text)
+            if folded != text:
+                self.texts[name] = folded
+                return True
         return False
 
-    def _remove_assignment(self) -> bool:
-        for name, function, nodes in self._functions():
-            names = [node for node in nodes if isinstance(node, ast.Name)]
-            read = {node.id for node in names if not is_store(node)}
-            for node in nodes:
-                if not isinstance(node, ast.Assign) or len(node.targets) != 1:
+    def _folded(self, text: str) -> str:
+        """Return a text with folded what is decided, from its end to its beginning.
+
+        Lines in front of what was folded keep their numbers; what lies around it waits for the
+        next step.
+        """
+        changed, untouched = text, text.count("\n") + 2
+        for function, nodes in reversed(functions_of(text)):
+            known = self._environment(function)
+            gone: set[ast.stmt] = set()
+            choices = [node for node in nodes if isinstance(node, ast.If | ast.IfExp)]
+            for node in sorted(choices, key=lambda n: (n.lineno, n.col_offset), reverse=True):
+                assert node.end_lineno is not None
+                if node.end_lineno >= untouched:
                     continue
-                targets = [n.id for n in ast.walk(node.targets[0]) if isinstance(n, ast.Name)]
-                unread = [target for target in targets if target not in read and target != "_"]
-                if isinstance(node.targets[0], ast.Name | ast.Tuple) and unread:
-                    lines = self.texts[name].split("\n")
-                    if len(unread) == len(targets) and is_pure(node.value):
-                        replace_lines(lines, function, node, [])
-                    elif len(targets) > 1 and node.lineno == node.targets[0].end_lineno:
-                        line = lines[node.lineno - 1]
-                        for target in unread:
-                            line = re.sub(rf"\b{target}\b", "_", line, count=1)
-                        lines[node.lineno - 1] = line
-                    else:
-                        continue
-                    self.texts[name] = "\n".join(lines)
-                    return True
+                if isinstance(node, ast.If):
+                    folded = folded_statement(changed, function, node, known, gone)
+                else:
+                    folded = folded_expression(changed, function, node, known)
+                if folded is None:
+                    continue
+                if _parses(folded):
+                    changed, untouched = folded, node.lineno
+                else:
+                    gone.difference_update([node])
+        return changed
+
+    def _remove_assignment(self) -> bool:
+        for name, text in self.texts.items():
+            lines = text.split("\n")
+            for function, nodes in reversed(functions_of(text)):
+                _remove_assignments(lines, function, nodes)
+            changed = "\n".join(lines)
+            if changed != text:
+                self.texts[name] = changed
+                return True
         return False
 
     def _remove_parameter(self) -> bool:
@@ -289,6 +297,26 @@ class _Specialiser:
         if not rows:
             rows = ["What the kernels of this folder call, as far as the model's plans need it."]
         return "".join(f"# {row}\n" for row in rows)
+
+
+def _remove_assignments(lines: list[str], function: Function, nodes: Sequence[ast.AST]) -> None:
+    """Remove what a function assigns to names that nobody reads, from its end to its beginning."""
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    read = {node.id for node in names if not is_store(node)}
+    gone: set[ast.stmt] = set()
+    assignments = [node for node in nodes if isinstance(node, ast.Assign)]
+    for node in sorted(assignments, key=lambda node: node.lineno, reverse=True):
+        if len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name | ast.Tuple):
+            continue
+        targets = [n.id for n in ast.walk(node.targets[0]) if isinstance(n, ast.Name)]
+        unread = [target for target in targets if target not in read and target != "_"]
+        if unread and len(unread) == len(targets) and is_pure(node.value):
+            replace_lines(lines, function, node, [], gone)
+        elif unread and len(targets) > 1 and node.lineno == node.targets[0].end_lineno:
+            line = lines[node.lineno - 1]
+            for target in unread:
+                line = re.sub(rf"\b{target}\b", "_", line, count=1)
+            lines[node.lineno - 1] = line
 
 
 def _parses(text: str) -> bool:

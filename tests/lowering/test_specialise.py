@@ -214,3 +214,27 @@ def test_modules_it_cannot_tell_apart_are_refused():
     for texts in ({"a": "def f():\n    pass\n", "b": "def f():\n    pass\n"}, {"a": "x = 'é'\n"}):
         with pytest.raises(ValueError, match="ASCII texts and functions of different names"):
             specialise(texts, {})
+
+
+def test_a_suite_of_which_all_goes_at_once_is_a_pass():
+    text = (
+        "def kernel(x, n, A: tl.constexpr, B: tl.constexpr):\n"
+        "    for i in range(n):\n"
+        "        if A:\n"
+        "            x += i\n"
+        "        # Goes too.\n"
+        "        if B:\n"
+        "            x -= i\n"
+        "    while n:\n"
+        "        one = n + 1\n"
+        "        two = n + 2\n"
+        "    return x\n"
+    )
+    assert folded(text, {"A": False, "B": 0}) == (
+        "def kernel(x, n):\n"
+        "    for i in range(n):\n"
+        "        pass\n"
+        "    while n:\n"
+        "        pass\n"
+        "    return x\n"
+    )
