@@ -5,22 +5,20 @@ model computes is reduced and gathered by the group of a DeviceMesh: by NCCL bet
 between CPUs. What else ranks tell each other goes through a second group, of gloo, which waits for
 as long as it takes.
 
-Every rank listens to every other one. Whatever ends a process closes its connections, so the others
-know at once, also while they wait in a recorded step, which no timeout of NCCL sees. They say why,
-and end as well.
+They watch each other (`rank_watch.py`): where one ends before the others are done, these know at
+once, also while they wait in a recorded step, which no timeout of NCCL sees. They say why, and end
+as well.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import gc
 import os
 import socket
 import sys
 import threading
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -30,15 +28,16 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from graphopt.runtime.package_digest import differences, package_digest
+from graphopt.support.rank_watch import RankEnd, RankWatch
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits in a collective for others that live and do not come."""
 _EVER = timedelta(days=365)
-_LETTERS = 400
-"""Of the reason for which a rank ends."""
 _DONE, _MOMENT = "", 0.5
+_ending = threading.Lock()
+"""Held for good by the thread that says why this process ends."""
 
 
 class RankError(RuntimeError):
@@ -55,7 +54,7 @@ class Ranks:
         device: Where it computes.
         mesh: Of all ranks, in one dimension.
         group: Of `mesh`, for collectives of what is computed.
-        messages: The group of gloo for all else.
+        messages: The group of gloo for what else they tell each other.
         made_group: Whether torch.distributed was initialised here, and ends with `leave`.
     """
 
@@ -66,7 +65,7 @@ class Ranks:
     group: dist.ProcessGroup
     messages: dist.ProcessGroup
     made_group: bool = True
-    _listeners: list[threading.Thread] = field(default_factory=list)
+    _watch: RankWatch | None = None
     _leaving: bool = False
 
     def of_first(self, value: T) -> T:
@@ -81,26 +80,23 @@ class Ranks:
         dist.all_gather_object(given, value, group=self.messages)
         return given
 
-    def listen(self) -> None:
-        """End this process, with the reason, when another rank ends before `leave`."""
-        for other in range(self.count):
-            if other != self.rank:
-                self._listeners.append(
-                    threading.Thread(target=self._listen_to, args=(other,), daemon=True)
-                )
-                self._listeners[-1].start()
+    def watch(self) -> None:
+        """End this process, with the reason, when another rank ends before `leave`.
 
-    def _listen_to(self, other: int) -> None:
-        said = torch.zeros(_LETTERS, dtype=torch.uint8)
+        Raises:
+            RankError: The ranks do not reach each other.
+        """
         try:
-            dist.recv(said, src=other, group=self.messages)
-        except RuntimeError:
-            reason = "has ended without a word, as a process does that is killed"
-        else:
-            reason = bytes(said.tolist()).rstrip(b"\0").decode(errors="replace")
-        if reason != _DONE and not self._leaving:
-            # The main thread may wait for that rank where no exception reaches it.
-            _end(f"rank {self.rank} ends: rank {other} {reason}")
+            self._watch = RankWatch(self.rank, self.count, self.of_first, self._end_with)
+        except OSError as error:
+            raise RankError(
+                f"rank {self.rank} cannot watch the others: {error}; all have to reach the host of "
+                "rank 0 by TCP, by the name that it has or by MASTER_ADDR"
+            ) from error
+
+    def _end_with(self, other: RankEnd) -> None:
+        # The main thread may wait for that rank where no exception reaches it.
+        _end(f"rank {self.rank} ends: rank {other.rank} {other.what}", other.code)
 
     def leave(self, reason: str = _DONE) -> None:
         """Tell the others that this rank is done, and wait until they are.
@@ -108,22 +104,19 @@ class Ranks:
         Args:
             reason: Why it failed instead: the others end at once, and so does this one.
         """
-        if self._leaving:
+        if self._leaving or self._watch is None:
             return
-        if reason != _DONE:
-            # Where another rank's end made this one fail, its listener says so, and ends it.
-            time.sleep(_MOMENT)
         self._leaving = True
-        letters = reason.encode()[:_LETTERS].ljust(_LETTERS, b"\0")
-        for other in range(self.count):
-            if other != self.rank:
-                with contextlib.suppress(RuntimeError):  # it has ended
-                    told = torch.frombuffer(bytearray(letters), dtype=torch.uint8)
-                    dist.send(told, other, group=self.messages)
+        watch = self._watch
         if reason != _DONE:
-            _end(f"rank {self.rank} ends: it {reason}")
-        for thread in self._listeners:
-            thread.join()
+            # Where another rank's end made this one fail, that is the reason.
+            if watch.until(lambda: watch.end is not None, _MOMENT) and watch.end is not None:
+                self._end_with(watch.end)
+            watch.tell(reason, "", 1)
+            _end(f"rank {self.rank} ends: it {reason}", 1)
+        end = watch.leave()
+        if end is not None:
+            self._end_with(end)
         if not self.made_group:
             return
         for item in gc.get_objects():
@@ -173,7 +166,7 @@ def join(count: int, device: torch.device | str, code: Path, weights: Path) -> R
     made = Ranks(count, dist.get_rank(), own, mesh, mesh.get_group(), messages, made_group)
     _check_devices(made)
     _check_packages(made, package_digest(code, weights))
-    made.listen()
+    made.watch()
     atexit.register(_leave_at_exit, made)
     _joined = made
     return made
@@ -277,7 +270,8 @@ def _leave_at_exit(ranks: Ranks) -> None:
         ranks.leave(f"failed: {type(error).__name__}: {line}")
 
 
-def _end(reason: str) -> NoReturn:
+def _end(reason: str, code: int) -> NoReturn:
+    _ending.acquire()
     sys.stdout.flush()
     print(reason, file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(code)

@@ -129,7 +129,7 @@ def test_a_rank_that_is_killed_ends_the_other_with_a_word(folder: Path, tmp_path
     first, second = ended_ranks(command, arguments, group=False)
     assert second.exitcode == -9
     assert first.value.code == 1
-    assert "error: Another rank has ended without a word" in first.value.stderr
+    assert "error: Rank 1 has ended without a word" in first.value.stderr
 
 
 @pytest.mark.exhaustive

@@ -33,7 +33,7 @@ from torch import Tensor
 from graphopt.errors import UsageError, described
 from graphopt.support.launched import Launched, launched
 from graphopt.support.quantities import counted
-from graphopt.support.rank_watch import RankError, Watch
+from graphopt.support.rank_endings import RankEndings, RankError
 
 T = TypeVar("T")
 
@@ -55,8 +55,8 @@ class Ranks:
         rank, world: The number of this one, from 0, and how many there are.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1, watch: Watch | None = None) -> None:
-        self.rank, self.world, self._watch = rank, world, watch
+    def __init__(self, rank: int = 0, world: int = 1, endings: RankEndings | None = None) -> None:
+        self.rank, self.world, self._endings = rank, world, endings
 
     @property
     def first(self) -> bool:
@@ -157,22 +157,22 @@ class Ranks:
 
     def tell(self, message: str, remedy: str, code: int) -> None:
         """Leave the other ranks the reason for which this one ends."""
-        if self._watch is not None:
-            self._watch.tell(message, remedy, code)
+        if self._endings is not None:
+            self._endings.tell(message, remedy, code)
 
     def speaks(self, message: str, remedy: str, code: int) -> bool:
         """Leave the reason for which this rank ends; return whether it is to tell the user."""
-        return self._watch is None or self._watch.speaks(message, remedy, code)
+        return self._endings is None or self._endings.speaks(message, remedy, code)
 
     def leave(self) -> None:
         """Wait until every rank has come to its end."""
-        if self._watch is not None:
-            self._watch.leave()
+        if self._endings is not None:
+            self._endings.leave()
 
     def stop(self) -> None:
         """Look after the others no more."""
-        if self._watch is not None:
-            self._watch.stop()
+        if self._endings is not None:
+            self._endings.stop()
 
     def _wait(self, begin: Callable[[], Any]) -> None:
         """Wait for the end of a collective, or of any rank.
@@ -180,16 +180,16 @@ class Ranks:
         Raises:
             RankError: Another rank has ended, with its reason where it gave one.
         """
-        assert self._watch is not None
+        assert self._endings is not None
         try:
             work, begun = begin(), time.perf_counter()
             while not work.is_completed():
-                self._watch.check()
+                self._endings.check()
                 # Ranks may share a core: one that only waits lets the others go on.
                 time.sleep(SLEPT if time.perf_counter() - begun > POLLED else 0)
             work.wait()
         except RuntimeError as error:
-            raise self._watch.lost(described(error), REASON_AFTER) from error
+            raise self._endings.lost(described(error), REASON_AFTER) from error
 
 
 ALONE = Ranks()
@@ -237,14 +237,13 @@ def join(device: str) -> Ranks:
         _on_sigterm = signal.signal(signal.SIGTERM, _told_to_end)
     try:
         dist.init_process_group(backend, timeout=PATIENCE)
-        watch = Watch(found.rank, found.world)
-    except (RuntimeError, ValueError) as error:
+        endings = RankEndings(found.rank, found.world, _of_first)
+    except (RuntimeError, ValueError, OSError) as error:
         raise RankError(
             f"Rank {found.rank} cannot reach the others at {found.address}: {described(error)}.",
             "Look at what torchrun, or --launcher, says of the other ranks.",
         ) from error
-    watch.start()
-    _here = Ranks(found.rank, found.world, watch)
+    _here = Ranks(found.rank, found.world, endings)
     return _here
 
 
@@ -313,6 +312,13 @@ def _on_gpus(found: Launched, device: str) -> bool:
         )
     torch.cuda.set_device(found.local)
     return True
+
+
+def _of_first(value: Any) -> Any:
+    """Return what rank 0 gives here. All ranks have to come."""
+    given = [value]
+    dist.broadcast_object_list(given, src=0, device=torch.device("cpu"))
+    return given[0]
 
 
 def _carried(value: Tensor) -> Tensor:

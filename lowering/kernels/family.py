@@ -225,7 +225,7 @@ def get_layer_family(name: str) -> LayerFamily:
 _OF_IR = ("functional.py", "kv_host.py", "kv_memory.py", "policy_attention.py")
 _OF_SUPPORT = (
     "boundary.py", "free_memory.py", "meta_parameters.py", "native_library.py", "plain.py",
-    "quantities.py", "recorded.py",
+    "quantities.py", "rank_watch.py", "recorded.py",
 )  # fmt: skip
 POLICIES = "kv_policies"
 """The folder of the policies, in `graphopt.ir` and in models."""

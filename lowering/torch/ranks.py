@@ -98,7 +98,7 @@ def functions(used: Collection[str]) -> list[str]:
 
 def ranks_package() -> dict[str, str]:
     """Return the text of every file of the folder `ranks`, by path."""
-    names = ("package_digest.py", "ranks.py", "split_weights.py")
+    names = ("package_digest.py", "rank_watch.py", "ranks.py", "split_weights.py")
     return {"__init__.py": _INIT, **{name: runtime_text(name) for name in names}}
 
 

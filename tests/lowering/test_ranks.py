@@ -224,7 +224,8 @@ def test_the_text_is_that_of_every_rank() -> None:
     assert "[(1, 8, 8)] * 2" in text  # a key head of two, in each layer
     files = [name for name in source_files(program, "cpu") if name.startswith("ranks/")]
     assert files == [
-        f"ranks/{name}.py" for name in ("__init__", "package_digest", "ranks", "split_weights")
+        f"ranks/{name}.py"
+        for name in ("__init__", "package_digest", "rank_watch", "ranks", "split_weights")
     ]
     assert "ranks" not in render_model(tiny_program(cache=True))
     assert "Needs torch and safetensors, and model.safetensors and ranks beside" in text
