@@ -17,13 +17,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-How = Literal["persistent", "chunks", "two-shot", "one-shot", "library"]
+How = Literal["persistent", "chunks", "attention-chunks", "two-shot", "one-shot", "library"]
 """persistent: a kernel that sends each finished tile; chunks: products of some rows each, which the
-copy engines send; two-shot, one-shot: a product, then a kernel that sums; library: a product, then
-the all-reduce of torch.distributed."""
+copy engines send; attention-chunks: the same, of attention and product; two-shot, one-shot: a
+product, then a kernel that sums; library: a product, then the all-reduce of torch.distributed."""
 
 MOST_CHUNKS = 5
 """Chunks into which the rows that a rank sums are cut."""
+LEAST_CHUNK = 128
+"""Rows of a chunk at least."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class LinearPlan:
         how: See `How`.
         seconds: Predicted.
         stages: What overlaps.
-        chunks: With `chunks`, the rows of each, of those that a rank sums.
+        chunks: With either kind of chunks, the rows of each, of those that a rank sums.
         tiles: With `persistent`, those of the kernel.
         others: Predicted seconds of the plans that were not taken, or why one is none.
     """
@@ -126,6 +128,58 @@ class LinearPlan:
         if self.tiles:
             cut = f" of {self.tiles.rows} x {self.tiles.columns}"
         return f"{self.how}{cut}, {1e6 * self.seconds:.0f} us predicted ({rest})"
+
+
+_QUERIES = 128
+"""Queries of a tile of attention."""
+
+
+@dataclass(frozen=True)
+class CausalAttention:
+    """Attention of the new tokens of some texts, of each as many.
+
+    A row is a new token: those of a text, then those of the next one.
+
+    Attributes:
+        tokens: New ones of a text.
+        heads: Query heads of a rank.
+        texts: How many.
+        past: Keys of a text in front of its first new token.
+        most_keys: That a query sees at most, in a window say; None for all.
+    """
+
+    tokens: int
+    heads: int
+    texts: int = 1
+    past: int = 0
+    most_keys: int | None = None
+
+    def seconds(self, start: int, stop: int, depth: int, figures: ReductionFigures) -> float:
+        """Return the seconds of some rows: of all their tiles, or the longest of fewer than cores.
+
+        Args:
+            start, stop: The first row and the one behind the last.
+            depth: The heads times their size.
+        """
+        keys = self._seen_until(stop) - self._seen_until(start)
+        last = (stop - 1) % self.tokens if stop - start <= stop % self.tokens else self.tokens - 1
+        deepest = self.past + last + 1
+        if self.most_keys is not None:
+            deepest = min(deepest, self.most_keys)
+        tile = _QUERIES * deepest * figures.cores / self.heads
+        return 4.0 * max(keys, tile) * depth / figures.attention_flops
+
+    def _seen_until(self, row: int) -> float:
+        """Return how many keys the rows in front of one see together."""
+        texts, tokens = divmod(row, self.tokens)
+        return texts * self._seen_by(self.tokens) + self._seen_by(tokens)
+
+    def _seen_by(self, tokens: int) -> float:
+        """Return how many keys the first so many new tokens of a text see together."""
+        if self.most_keys is None:
+            return self.past * tokens + tokens**2 / 2
+        growing = min(tokens, max(0, self.most_keys - self.past))
+        return self.past * growing + growing**2 / 2 + self.most_keys * (tokens - growing)
 
 
 def overlapped(stages: Sequence[Stage]) -> float:
@@ -191,37 +245,35 @@ def plan_linear(
 
 
 def plan_attention_linear(
-    rows: int, columns: int, depth: int, ranks: int, figures: ReductionFigures, *, past: int = 0
+    attention: CausalAttention, columns: int, depth: int, ranks: int, figures: ReductionFigures
 ) -> LinearPlan:
     """Return the fastest plan of causal attention, its output projection and the sum over ranks.
 
     In chunks, attention of the next rows runs while a chunk's results are sent; else attention
-    comes first, as a whole, and the projection is summed as `plan_linear` says.
+    comes first, as a whole, and the projection is summed as `plan_linear` says. An odd number of
+    rows has one more that is empty, so that ranks sum as many.
 
     Args:
-        rows, columns: Query tokens of one text, outputs.
+        columns: Outputs.
         depth: A rank's heads times their size.
-        past: Keys in front of the first query.
     """
-
-    def attend(start: int, stop: int) -> float:
-        keys = past + (start + stop) / 2
-        return 4.0 * (stop - start) * keys * depth / figures.attention_flops
-
+    rows = attention.texts * attention.tokens
     linear = plan_linear(rows, columns, depth, ranks, figures)
-    whole = attend(0, rows)
+    whole = attention.seconds(0, rows, depth, figures)
     first = Stage(whole + linear.stages[0].compute, linear.stages[0].send)
     stages = (first, *linear.stages[1:])
     apart = replace(linear, seconds=whole + linear.seconds, stages=stages)
 
     def compute(start: int, stop: int) -> float:
-        return attend(start, stop) + product_seconds(stop - start, columns, depth, figures)
+        product = product_seconds(stop - start, columns, depth, figures)
+        return attention.seconds(start, min(stop, rows), depth, figures) + product
 
-    cut = _best_chunks(rows, columns, ranks, figures, compute)
+    cut = _best_chunks(rows + rows % 2, columns, ranks, figures, compute)
     if isinstance(cut, str):
         return replace(apart, others={"chunks": cut})
     if cut.seconds < apart.seconds:
-        return replace(cut, others={f"attention, then {apart.how}": apart.seconds})
+        others: dict[str, float | str] = {f"attention, then {apart.how}": apart.seconds}
+        return replace(cut, how="attention-chunks", others=others)
     return replace(apart, others={"chunks of attention": cut.seconds})
 
 
@@ -344,7 +396,7 @@ def chunkings(low: int, high: int) -> list[tuple[int, ...]]:
     Args:
         low, high: The shares of the ranks, which must be alike: with others there is no way.
     """
-    if low != high or low < 128:
+    if low != high or low < LEAST_CHUNK:
         return []
     found: list[tuple[int, ...]] = []
     for count in range(1, MOST_CHUNKS + 1):
@@ -353,7 +405,7 @@ def chunkings(low: int, high: int) -> list[tuple[int, ...]]:
             size = -(-left // 256) * 128
             sizes.append(size)
             left -= size
-        if left < 128:
+        if left < LEAST_CHUNK:
             break
         found.append((*sizes, left))
     return found

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from graphopt.ir import functional
+from graphopt.runtime.attention_rows import AttentionRows
 from graphopt.runtime.fused import HALF
 from graphopt.runtime.peer_linear import (
     ChunkedLinear,
@@ -27,6 +28,8 @@ from graphopt.runtime.peer_linear import (
 from graphopt.runtime.peer_memory import Peers, peers_of, why_out_of_reach
 from graphopt.runtime.peer_reduce import OneShot, TwoShot, Waiting
 from graphopt.runtime.reduction_plan import (
+    LEAST_CHUNK,
+    CausalAttention,
     LinearPlan,
     ReductionFigures,
     plan_attention_linear,
@@ -37,12 +40,12 @@ T = TypeVar("T")
 
 
 class RankReductions:
-    """The functions `all_reduce` and `linear_all_reduce` of a model.
+    """The functions of a model that sum over its ranks.
 
     The group is the one that torch.distributed was initialised with, and all its ranks make the
     same calls in the same order. Workspaces are made when a shape is first met, by all ranks
     together: run a step once before it is recorded in a CUDA graph. What a function returns may lie
-    in a workspace, and holds until the second call after it of the same function with as many
+    in a workspace, and holds until the second call after it with as many
     features; use it, or copy it, before. It is the same on all ranks, to the bit.
 
     Args:
@@ -57,6 +60,7 @@ class RankReductions:
         self._made: dict[tuple[Any, ...], Any] = {}
         self._said: set[str] = set()
         self._plans: dict[tuple[int, int, int, bool], LinearPlan] = {}
+        self._attention_plans: dict[tuple[CausalAttention, int, int], tuple[int, ...] | None] = {}
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum of x [..., N] over the ranks; x may be written over."""
@@ -115,31 +119,41 @@ class RankReductions:
             out = summed(flat, weight, bias)
         return out.view(*x.shape[:-1], columns)
 
-    def attention_linear_all_reduce(
-        self, attend: Callable[[slice], Tensor], rows: int, weight: Tensor, past: int = 0
-    ) -> Tensor:
-        """Return the sum over the ranks of x weight^T, where x is what an attention makes.
+    def attention_linear_all_reduce(self, attention: AttentionRows, weight: Tensor) -> Tensor:
+        """Return the sum over the ranks of x weight^T, where x [B, S, K] is attention's output.
 
-        Where the plan is one of chunks, attention of the next rows runs while the results of those
-        before are sent.
+        Where the plan is one of chunks, attention of the next rows runs while what was made of
+        those before is sent; else attention is computed as a whole.
 
         Args:
-            attend: From some of the rows, in any order, to the attention's output there, [n, K], a
-                rank's heads side by side.
-            rows: Query tokens, M, of one text.
+            attention: Of a rank's heads.
             weight: [N, K].
-            past: Keys in front of the first query.
+
+        Source: FastAttention, arXiv 2410.16663, tiling-AllReduce.
         """
+        made = self._overlapped(attention, weight)
+        return self.linear_all_reduce(attention.whole(), weight) if made is None else made
+
+    def _overlapped(self, attention: AttentionRows, weight: Tensor) -> Tensor | None:
+        """Return what `attention_linear_all_reduce` gives in chunks; None by any other plan."""
+        described, (columns, depth) = attention.described, weight.shape
+        batch, _, tokens, _ = attention.q.shape
+        rows = batch * tokens
+        if described is None or rows < 2 * LEAST_CHUNK or attention.q.dtype != weight.dtype:
+            return None
         reach = self._reach(weight)
-        columns, depth = weight.shape
-        if reach is not None:
-            figures, peers, waiting = reach
-            plan = plan_attention_linear(rows, columns, depth, peers.ranks, figures, past=past)
-            if plan.chunks is not None:
-                return self._chunked(_room(rows), columns, weight.dtype, peers, waiting)(
-                    attend, weight, plan.chunks
-                )
-        return self.linear_all_reduce(attend(slice(0, rows)), weight)
+        if reach is None:
+            return None
+        figures, peers, waiting = reach
+        key = (described, columns, depth)
+        if key not in self._attention_plans:
+            plan = plan_attention_linear(described, columns, depth, peers.ranks, figures)
+            self._attention_plans[key] = plan.chunks if plan.how == "attention-chunks" else None
+        chunks = self._attention_plans[key]
+        if chunks is None:
+            return None
+        chunked = self._chunked(_room(2 * sum(chunks)), columns, weight.dtype, peers, waiting)
+        return chunked(attention.rows, weight, chunks)[:rows].view(batch, tokens, columns)
 
     def _chunked(
         self, room: int, columns: int, dtype: torch.dtype, peers: Peers, waiting: Waiting

@@ -34,7 +34,13 @@ from plan_tables import allocation, arena
 from rank_tables import data_parallel
 from results import ROOT, markdown_table, measured_on, median, result_of
 from shard_tables import shard
-from sum_tables import sums, sums_of_attention, sums_of_few, sums_predicted
+from sum_tables import (
+    sums,
+    sums_of_attention,
+    sums_of_attention_predicted,
+    sums_of_few,
+    sums_predicted,
+)
 from vision_tables import vision
 
 PAGES = (
@@ -616,6 +622,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sums": sums,
     "sums_of_attention": sums_of_attention,
     "sums_of_few": sums_of_few,
+    "sums_of_attention_predicted": sums_of_attention_predicted,
     "sums_predicted": sums_predicted,
     "vision": vision,
     "vision_families": vision_families,

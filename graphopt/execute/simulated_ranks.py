@@ -25,6 +25,7 @@ from graphopt.ir.graph import (
 )
 from graphopt.ir.kv import KVState
 from graphopt.ir.ops.collectives import COLLECTIVES
+from graphopt.ir.ops.fused_collectives import FUSED_COLLECTIVES, types_between, unfused
 from graphopt.ir.placement import Placement
 from graphopt.ir.ranks import group_of, rank_program, rank_weight
 from graphopt.ir.shapes import infer_program
@@ -236,11 +237,11 @@ class _Body:
         if node.op in COLLECTIVES:
             self._collective(node)
             return
-        if node.op == "linear_all_reduce":
-            product = Value(f"{node.output.name}_part")
-            self.types[product] = self.types[node.output]
-            self._node(Node("linear", node.inputs, {}, [product]))
-            self._collective(Node("all_reduce", [product], node.attrs, node.outputs))
+        stages = unfused(node)
+        if stages != [node]:
+            self.types |= types_between(stages, self.types)
+            for stage in stages:
+                self._node(stage)
             return
         operands = [
             tuple(None if v is None else self.parts[v][rank] for v in node.inputs)
@@ -302,11 +303,16 @@ def rank_alone(program: Program) -> Program:
     own = rank_program(program, 0)
     for call, kinds in zip(program.calls, types, strict=True):
         old, new = program.functions[call.function], own.functions[call.function]
-        for node, copied in zip(old.nodes, new.nodes, strict=True):
+        if len(new.nodes) > len(old.nodes):
+            continue  # another call of it came before
+        for node, copied in zip(old.nodes, [*new.nodes], strict=True):
             if copied.op in COLLECTIVES:
                 copied.op, copied.attrs = _sending_nothing(copied, kinds[node.output])
-            elif copied.op == "linear_all_reduce":
-                copied.op, copied.attrs = "linear", {}
+            elif copied.op in FUSED_COLLECTIVES:
+                *before, product, _ = unfused(copied)
+                place = new.nodes.index(copied)
+                new.nodes[place:place] = before
+                copied.op, copied.inputs, copied.attrs = "linear", product.inputs, {}
     return own
 
 

@@ -14,6 +14,7 @@ from graphopt.errors import VerifyError
 from graphopt.ir.graph import Call, Function, Node, Program, Value, resolve_attrs
 from graphopt.ir.ops import is_aten
 from graphopt.ir.ops.collectives import COLLECTIVES
+from graphopt.ir.ops.fused_collectives import types_between, unfused
 from graphopt.ir.placement import Placement
 from graphopt.ir.ranks import group_of
 from graphopt.ir.split import Alignment, Layout, Split
@@ -162,11 +163,11 @@ class _Walk:
             for piece in several:
                 self.node(piece)
             return
-        if node.op == "linear_all_reduce":
-            product = Value(f"the product in {node.output.name}")
-            self.types[product] = self.types[node.output]
-            self.node(Node("linear", node.inputs, {}, [product]))
-            self._collective(Node("all_reduce", [product], node.attrs, node.outputs), attrs)
+        stages = unfused(node)
+        if stages != [node]:
+            self.types |= types_between(stages, self.types)
+            for stage in stages:
+                self.node(stage)
             return
         given = [None if value is None else self.layouts.get(value) for value in node.inputs]
         if node.op in COLLECTIVES:

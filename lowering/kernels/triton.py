@@ -36,6 +36,7 @@ _OF_CODES = (
     "integer_linear", "packed_linear", "gated_integer_linear", "gated_packed_linear",
     "norm_packed_linear",
 )  # fmt: skip
+_OF_RANKS = ("all_reduce", "attention_linear_all_reduce", "linear_all_reduce")
 # What a kernel in CUDA C++ that is compiled by the machine that runs it takes.
 _COMPILED = ("compiled", "driver", "nvrtc", "errors")
 
@@ -202,13 +203,13 @@ def _reduction_setup(target: Target) -> LayerSetup | None:
     ]
     return LayerSetup(
         {"reduction_plan": ("LinearTiles", "ReductionFigures"), "reductions": ("RankReductions",)},
-        ("all_reduce", "linear_all_reduce"),
+        _OF_RANKS,
         (
             "REDUCTIONS = ReductionFigures(",
             *rows,
             ")",
             "_SUMS = RankReductions(REDUCTIONS)",
-            "all_reduce, linear_all_reduce = _SUMS.all_reduce, _SUMS.linear_all_reduce",
+            *(f"{name} = _SUMS.{name}" for name in _OF_RANKS),
         ),
     )
 
@@ -259,9 +260,15 @@ register_layer_family(
             LayerKernels(
                 module="reductions",
                 files=("peer_sums", "persistent_linear"),
-                functions=("all_reduce", "linear_all_reduce"),
-                needed_by=frozenset({"all_reduce", "linear_all_reduce"}),
-                helpers=("peer_memory", "peer_reduce", "peer_linear", "reduction_plan"),
+                functions=_OF_RANKS,
+                needed_by=frozenset(_OF_RANKS),
+                helpers=(
+                    "attention_rows",
+                    "peer_memory",
+                    "peer_reduce",
+                    "peer_linear",
+                    "reduction_plan",
+                ),
                 setup=_reduction_setup,
             ),
         ),

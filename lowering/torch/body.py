@@ -299,7 +299,11 @@ class BodyPrinter(FunctionPrinter):
     def attention(self, node: Node) -> str:
         """Return an attention; one with a past takes it as its fourth argument."""
         pasts, general = self._pasts_of(node), is_general(node.attrs, node.inputs)
+        by_rows = self._by_rows(node)
         if not pasts and not general and not self.both_ways:
+            if by_rows:
+                self.helpers.add("attention_by_rows")
+                return self.call(node, "attention_by_rows", node.inputs[:PAST_K])
             return self.call(node, "attention", node.inputs[:PAST_K])
         texts = self.operands(node, node.inputs[:PAST_K])
         texts.insert(3, self._past_text(node, pasts) if pasts else "None")
@@ -312,8 +316,16 @@ class BodyPrinter(FunctionPrinter):
         if self.both_ways:
             self._needs.add("pictures")
             callee, texts = "picture_attention", [*texts, "pictures=pictures"]
+        elif by_rows:
+            self.helpers.add("cached_attention_by_rows")
+            callee = "cached_attention_by_rows"
         call = self.helper(callee, ", ".join(texts))
         return call if len(node.outputs) > 1 else f"{call}[0]"
+
+    def _by_rows(self, node: Node) -> bool:
+        """Return whether what reads an attention's output asks for it row by row."""
+        readers = {reader.op for reader, _ in self._uses[node.outputs[0]]}
+        return readers == {"attention_linear_all_reduce"}
 
     def policy_attention(self, node: Node) -> str:
         """Return an attention with a policy, which takes the whole cache.

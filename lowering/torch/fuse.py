@@ -26,7 +26,11 @@ from graphopt.lowering.torch.fuse_quantised import (
     fuse_norm_with_linears,
     fuse_rounding_with_cache,
 )
-from graphopt.lowering.torch.fuse_sums import annotate_sums, fuse_linear_with_sum
+from graphopt.lowering.torch.fuse_sums import (
+    annotate_sums,
+    fuse_attention_with_sum,
+    fuse_linear_with_sum,
+)
 from graphopt.lowering.torch.packed import encodings as encodings_of
 from graphopt.lowering.torch.packed import with_uniform_encodings
 from graphopt.pass_manager.contract import Context, Pass, PassResult
@@ -94,7 +98,11 @@ class FuseLayerOps(Pass):
         of the target reads codes of such heads.
     14. `fuse_linear_with_sum`: a linear of a dense weight, whose result `all_reduce` alone reads,
         becomes a `linear_all_reduce` with it, on targets whose file says what sums over ranks take.
-    15. No weight is read or changed.
+    15. `fuse_attention_with_sum`: such a `linear_all_reduce` without a bias, of the merged heads of
+        a causal attention without an additive bias, whose output nothing else reads, becomes an
+        `attention_linear_all_reduce` of that output, for two ranks; not where policies, the host's
+        memory or pictures decide what attentions of the program see.
+    16. No weight is read or changed.
 
     Options:
         target: Name of the target whose kernels run what is joined.
@@ -132,11 +140,11 @@ class FuseLayerOps(Pass):
             encodings = encodings_of(program, calls[name][0])
             alone = _read_once(program, calls[name])
             linears = fuse_linears(alone - set(encodings)), fuse_packed_linears(encodings, alone)
-            summed = fuse_linear_with_sum(set(encodings), target)
+            summed = fuse_linear_with_sum(set(encodings), target), fuse_attention_with_sum(program)
             tiles = triton_family.quantised_tiles(target)
             few = tiles is not None and tiles.few
             around = [fuse_gate_with_linears, fuse_norm_with_linears] if few else []
-            for fusion in (*RULES, *linears, *QUANTISED_RULES, *around, last, summed):
+            for fusion in (*RULES, *linears, *QUANTISED_RULES, *around, last, *summed):
                 rewritten = apply_rules(function, [fusion], calls[name], types[name])
                 for applied, count in rewritten.counts.items():
                     counts[applied] += count * times

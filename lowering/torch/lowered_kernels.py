@@ -45,6 +45,7 @@ _HOST_MODULES = (
 
 _ATTENTIONS = ("attention", "cached_attention", "attention_results")
 _POLICY_FUNCTIONS = ("policy_attention", "policy_of")
+_BY_ROWS = ("attention_by_rows", "cached_attention_by_rows")
 
 
 @dataclass
@@ -99,12 +100,19 @@ class LoweredKernels:
         """Return the functions of `graphopt.ir.functional`, and classes, that the folder has."""
         own = [n for group in self.layer_kernels() for n in (*group.functions, *group.classes)]
         policies = _POLICY_FUNCTIONS if self.has_policies else ()
-        return [*_ATTENTIONS, *policies, *(("picture_attention",) if self.both_ways else ()), *own]
+        by_rows = _BY_ROWS if self.has_rows else ()
+        both_ways = ("picture_attention",) if self.both_ways else ()
+        return [*_ATTENTIONS, *by_rows, *policies, *both_ways, *own]
 
     @property
     def has_policies(self) -> bool:
         """Whether policies select what steps read."""
         return "policy_attention" in self.ops
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether sums over ranks ask for attentions row by row."""
+        return "attention_linear_all_reduce" in self.ops
 
     def stems(self, family: KernelFamily) -> dict[str, AttentionPlan]:
         """Return the plans of a family, by the stem of the files of each."""
@@ -202,6 +210,14 @@ class LoweredKernels:
             "from .kv_cache import growing_caches, tokens_held",
         ]
         more = "picture_attention = DISPATCHER.picture_attention\n" if self.both_ways else ""
+        if self.has_rows:
+            imports = [
+                "from .attention_rows import RowsDispatcher as AttentionDispatcher",
+                "from .decoder import Decoder",
+                "from .dispatch import AttentionKey, Planned",
+                "from .kv_cache import growing_caches, tokens_held",
+            ]
+            more += "".join(f"{name} = DISPATCHER.{name}\n" for name in _BY_ROWS)
         if self.has_policies:
             imports = [
                 "from .dispatch import AttentionKey, Planned",

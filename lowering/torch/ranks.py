@@ -118,6 +118,7 @@ def _along_axis(printer: BodyPrinter, node: Node) -> str:
     return _call(printer, node.op, f"{printer.name(x)}, axis={node.attrs['axis']}")
 
 
+@torch_form("attention_linear_all_reduce")
 @torch_form("linear_all_reduce")
 def _by_operands(printer: BodyPrinter, node: Node) -> str:
     return _call(printer, node.op, ", ".join(printer.operands(node, node.inputs)))

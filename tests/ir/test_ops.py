@@ -17,11 +17,12 @@ from graphopt.ir import B, P, S, Type
 from graphopt.ir.kv_policies import PageBudget, SinkLocal
 from graphopt.ir.ops import all_ops, get_op
 from graphopt.ir.ops.collectives import COLLECTIVES
+from graphopt.ir.ops.fused_collectives import FUSED_COLLECTIVES
 
 F64, I64 = torch.float64, torch.int64
 # What several ranks do together is in test_collectives.py.
 OPS = sorted(
-    set(all_ops()) - {"aten", "linear_all_reduce", "vocab_parallel_embedding"} - COLLECTIVES
+    set(all_ops()) - {"aten", "vocab_parallel_embedding"} - FUSED_COLLECTIVES - COLLECTIVES
 )
 
 

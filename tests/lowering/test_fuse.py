@@ -13,7 +13,7 @@ import graphopt as go
 from graphopt.execute.interpreter import Runner
 from graphopt.ir.encoding import Packed
 from graphopt.ir.feed_forward import Split
-from graphopt.ir.graph import Function, Value
+from graphopt.ir.graph import Function, Program, Value
 from graphopt.ir.parse import parse_program
 from graphopt.ir.printer import print_function
 from graphopt.ir.verify import verify
@@ -24,7 +24,7 @@ from graphopt.lowering.torch.fuse_quantised import (
     fuse_norm_with_linears,
     fuse_rounding_with_cache,
 )
-from graphopt.lowering.torch.fuse_sums import fuse_linear_with_sum
+from graphopt.lowering.torch.fuse_sums import fuse_attention_with_sum, fuse_linear_with_sum
 from graphopt.lowering.torch.passes import lower, lowering_passes
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.rewrite import apply_rules
@@ -50,6 +50,7 @@ def function(*lines, params=("x", "y"), weights=("a", "b", "c"), results=("out",
     return made
 
 
+ATTENDED = [("o", "attention", "x y y", CAUSAL), ("h", "merge_heads", "o")]
 GATED = [("g", "linear", "x a"), ("u", "linear", "x b"), ("s", "silu", "g")]
 SHARED = [*GATED, ("h", "mul", "s u"), ("d", "linear", "h c")]
 TAKEN = {
@@ -137,6 +138,10 @@ TAKEN = {
     "fuse_linear_with_sum": (
         function(("s", "linear", "x a b"), ("out", "all_reduce", "s", RANKS)),
         ["linear_all_reduce(x, a, b, ranks=2)"],
+    ),
+    "fuse_attention_with_sum": (
+        function(*ATTENDED, ("out", "linear_all_reduce", "h a", RANKS)),
+        ["o = attention(x, y, y", "attention_linear_all_reduce(o, a, ranks=2)"],
     ),
 }  # fmt: skip
 LEFT = {
@@ -292,6 +297,57 @@ LEFT = {
             "the weight of what it sums is packed",
         ),
     ],
+    "fuse_attention_with_sum": [
+        (function(("out", "linear_all_reduce", "x a", RANKS)), "not made by an attention"),
+        (
+            function(*ATTENDED, ("out", "linear_all_reduce", "h a b", RANKS)),
+            "a bias is added, for which a sum in chunks has no place",
+        ),
+        (
+            function(
+                *ATTENDED, ("g", "sigmoid", "b"), ("m", "mul", "h g"),
+                ("out", "linear_all_reduce", "m a", RANKS),
+            ),
+            "mul stands between the attention and it",
+        ),
+        (
+            function(
+                *ATTENDED, ("l", "linear", "h b"), ("out", "linear_all_reduce", "l a", RANKS)
+            ),
+            "not made by an attention",
+        ),
+        (
+            function(
+                *ATTENDED, ("out", "linear_all_reduce", "h a", RANKS), results=("out", "o")
+            ),
+            "something else reads the attention's output",
+        ),
+        (
+            function(
+                ("o", "attention", "x y y - x", CAUSAL), ("h", "merge_heads", "o"),
+                ("out", "linear_all_reduce", "h a", RANKS),
+            ),
+            "sees keys behind its own, or a bias",
+        ),
+        (
+            function(
+                ("o", "attention", "x y y", CAUSAL | {"causal": False}), ("h", "merge_heads", "o"),
+                ("out", "linear_all_reduce", "h a", RANKS),
+            ),
+            "sees keys behind its own, or a bias",
+        ),
+        (
+            function(
+                ("o l", "attention", "x y y", CAUSAL | {"lse": True}), ("h", "merge_heads", "o"),
+                ("out", "linear_all_reduce", "h a", RANKS), results=("out", "l"),
+            ),
+            "the attention reads selected pages, or gives statistics",
+        ),
+        (
+            function(*ATTENDED, ("out", "linear_all_reduce", "h a", {"ranks": 4})),
+            "for two ranks alone",
+        ),
+    ],
 }  # fmt: skip
 CODES = {"p": Packed(4, 32), "r": Packed(4, 32), "s": Packed(4, 64), "t": Packed(3, 32)}
 RULES = {
@@ -305,6 +361,7 @@ RULES = {
         fuse_norm_with_linears,
         fuse_rounding_with_cache(lambda query, key, value, bits: None),
         fuse_linear_with_sum(CODES, get_target("hopper")),
+        fuse_attention_with_sum(Program("p")),
     )
 }
 

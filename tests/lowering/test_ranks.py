@@ -239,8 +239,11 @@ def test_a_compile_verifies_what_kernels_are_lowered_to(tmp_path: Path) -> None:
     found = {entry.name: entry.verification for entry in report.passes}
     assert found["shard"] == found["defer-residual-adds"] == found["fuse-layer-ops"] == "passed"
     text = (tmp_path / "out" / "model.py").read_text(encoding="utf-8")
-    assert "linear_all_reduce(merge_heads(a), self.o_proj)" in text
-    assert "linear_all_reduce = kernels.linear_all_reduce" in text
+    assert "a, present = cached_attention_by_rows(" in text
+    assert "attention_linear_all_reduce(a, self.o_proj)" in text
+    assert "linear_all_reduce(act_mul(gate, up" in text
+    for name in ("attention_linear_all_reduce", "linear_all_reduce", "cached_attention_by_rows"):
+        assert f"{name} = kernels.{name}" in text
     assert report.artifact is not None
     assert any("torchrun --nproc-per-node 2" in line for line in report.artifact.usage)
 

@@ -14,9 +14,13 @@ from torch import Tensor
 
 from graphopt.ir import functional
 from graphopt.lowering.kernels.triton import reduction_figures
+from graphopt.runtime.attention import Extras, Keys
+from graphopt.runtime.attention_rows import AttentionRows
+from graphopt.runtime.dispatch import by_reference
 from graphopt.runtime.peer_memory import on_one_device
 from graphopt.runtime.peer_reduce import OneShot, TwoShot, Waiting
 from graphopt.runtime.reduction_plan import (
+    CausalAttention,
     LinearTiles,
     ReductionFigures,
     plan_attention_linear,
@@ -28,6 +32,8 @@ from graphopt.targets import get_target
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 SLOW = {"flops": 1e13, "link": 1e9, "push": 1e9, "library": 1e9}
+BY_ROWS = {**SLOW, "cores": 1, "copy_start": 0.0, "copy_engine": 1e10, "attention_flops": 1e10}
+"""By which attention is cut into chunks that hide what is sent, however few its heads."""
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
@@ -42,6 +48,13 @@ def figures(**changes: object) -> ReductionFigures:
 def random(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).half().to(DEVICE)
+
+
+def attention_of(x: Tensor, heads: int) -> AttentionRows:
+    """Return an attention of one text whose output is x [S, K]: a token sees itself alone."""
+    values = functional.split_heads(x[None], head_dim=x.shape[1] // heads)
+    options = {"scale": 1.0, "causal": True, "window": 1}
+    return AttentionRows(by_reference, values, Keys(values, values), Extras(), options)
 
 
 def close(got: Tensor, expected: Tensor) -> None:
@@ -98,7 +111,7 @@ def _sum(rank: int) -> dict[str, Tensor]:
         "all_reduce": sums.all_reduce(x.clone()),
         "linear": sums.linear_all_reduce(x, weight),
         "fp32": sums.all_reduce(wide),
-        "attention": sums.attention_linear_all_reduce(lambda rows: x[rows], 5, weight),
+        "attention": sums.attention_linear_all_reduce(attention_of(x, heads=2), weight)[0],
     }
 
 
@@ -125,9 +138,9 @@ PLANS = {
     "chunks": ({"copy_start": 0.0, "copy_engine": 1e15, **SLOW}, 1024),
     "two-shot": ({"copy_engine": 1.0, "link": 1e15, "signal": 0.0, "programs": PROGRAMS}, 1024),
     "one-shot": ({"one_shot_bytes": 1 << 22, "one_shot": 0.0}, 16),
-    "attention": ({"copy_start": 0.0, "copy_engine": 1e15, **SLOW}, 1024),
+    "attention": (BY_ROWS, 1024),
 }
-COLUMNS, DEPTH = 1024, 256
+COLUMNS, DEPTH, HEADS = 1024, 256, 4
 
 
 @needs_triton
@@ -137,7 +150,8 @@ def test_a_plan_is_made_the_best(how: str) -> None:
     changes, rows = PLANS[how]
     own = figures(**{"tiles": (), "one_shot_bytes": 1, **changes})
     if how == "attention":
-        assert plan_attention_linear(rows, COLUMNS, DEPTH, 2, own).how == "chunks"
+        plan = plan_attention_linear(CausalAttention(rows, HEADS), COLUMNS, DEPTH, 2, own)
+        assert plan.how == "attention-chunks"
         return
     assert plan_linear(rows, COLUMNS, DEPTH, 2, own).how == how
     (peers,) = on_one_device(1, DEVICE)
@@ -163,7 +177,9 @@ def test_two_ranks_on_one_gpu(how: str) -> None:
     def calls(xs: list[Tensor]) -> list[Callable[[], Tensor]]:
         if how == "attention":
             return [
-                lambda own=own, x=x, w=w: own.attention_linear_all_reduce(x.__getitem__, rows, w)
+                lambda own=own, x=x, w=w: own.attention_linear_all_reduce(
+                    attention_of(x, HEADS), w
+                )[0]
                 for own, x, w in zip(sums, xs, weights, strict=True)
             ]
         return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from graphopt.lowering.kernels.triton import reduction_figures
 from graphopt.plan.rank_schedule import Machine, Work, simulate, tiles_of_ranks
 from graphopt.runtime.reduction_plan import (
+    CausalAttention,
     Stage,
     chunkings,
     overlapped,
@@ -170,12 +172,42 @@ def test_chunks_take_as_long_as_their_copies_and_what_they_wait_for(rows, column
 
 @pytest.mark.parametrize("rows", [4096, 16384])
 def test_attention_in_chunks_hides_what_is_sent(rows):
-    slow = tuple(dataclasses.replace(tiles, flops=3e14) for tiles in FIGURES.tiles)
-    fast = dataclasses.replace(FIGURES, tiles=slow)
-    plan = plan_attention_linear(rows, 8192, 4096, 2, fast)
-    assert plan.how == "chunks" and sum(plan.chunks) == rows // 2
+    """Where a link takes longer than the product alone, and not where the product hides it."""
+    slow = dataclasses.replace(FIGURES, tiles=(), copy_engine=1.5e11, link=1e11)
+    attention = CausalAttention(rows, heads=32)
+    plan = plan_attention_linear(attention, 8192, 4096, 2, slow)
+    assert plan.how == "attention-chunks" and sum(plan.chunks) == rows // 2
     (told,) = plan.others.values()
     assert isinstance(told, float) and plan.seconds < told
-    # As much is computed in chunks as at once, but for launches.
-    whole = plan_attention_linear(rows, 8192, 4096, 4, fast)
+    # One row more is an empty one besides.
+    odd = plan_attention_linear(
+        dataclasses.replace(attention, tokens=rows - 1), 8192, 4096, 2, slow
+    )
+    assert odd.chunks == plan.chunks
+    whole = plan_attention_linear(attention, 8192, 4096, 4, slow)
     assert whole.others == {"chunks": "of 2 ranks, and there are 4"}
+    hidden = plan_attention_linear(attention, 8192, 4096, 2, FIGURES)
+    assert hidden.how == "chunks" and "chunks of attention" in hidden.others
+
+
+@given(
+    st.integers(1, 40), st.integers(1, 3), st.integers(0, 20),
+    st.one_of(st.none(), st.integers(1, 50)), st.data(),
+)  # fmt: skip
+def test_rows_of_attention_take_what_the_keys_they_see_do(tokens, texts, past, most, data):
+    start = data.draw(st.integers(0, texts * tokens - 1))
+    stop = data.draw(st.integers(start + 1, texts * tokens))
+    attention = CausalAttention(tokens, 4, texts, past, most)
+    whole = texts * tokens
+    found = attention._seen_until(stop) - attention._seen_until(start)
+    # A query half a key behind its own on average, in a window or not.
+    seen = [min(past + row % tokens + 0.5, most or math.inf) for row in range(start, stop)]
+    assert abs(found - sum(seen)) <= 0.125 * (1 + (stop - start) / tokens) + 1e-9 or most is None
+    assert most is not None or math.isclose(found, sum(seen))
+    parts = attention.seconds(0, start, 64, FIGURES) if start else 0.0
+    parts += attention.seconds(start, whole, 64, FIGURES)
+    assert parts >= attention.seconds(0, whole, 64, FIGURES) * (1 - 1e-12)
+    # No chunk is faster than its longest tile on one core.
+    longest = max(past + row % tokens + 1 for row in range(start, stop))
+    one_tile = 4 * 128 * min(longest, most or longest) * 16 * FIGURES.cores
+    assert attention.seconds(start, stop, 64, FIGURES) >= one_tile / FIGURES.attention_flops
