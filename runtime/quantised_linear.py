@@ -9,7 +9,7 @@ Layout letters: M tokens, K features in, N features out.
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from graphopt.ir import functional
 from graphopt.runtime.fused import act_mul, add_rms_norm, runs_by_kernel
 from graphopt.runtime.packed_codes import PackedCodes, pack_codes, values_of
-from graphopt.runtime.packed_few import NormInFront, launch_few
+from graphopt.runtime.packed_few import InFront, launch_few
 from graphopt.runtime.quantised_launch import launch_integer, launch_packed, launch_unpack
 from graphopt.runtime.quantised_tiles import QuantisedTiles, tiles_for
 
@@ -171,20 +171,39 @@ class QuantisedKernels:
         sizes: Sequence[int] = (),
     ) -> tuple[Tensor, ...]:
         """As `functional.norm_packed_linear`."""
-        codes, tiles = weight.packed_codes(), self._tiles.few
-        total, product = x, None
-        few = tiles_for(x.numel() // x.shape[-1], tiles)
-        if few is not None and codes is not None and runs_by_kernel(x):
-            rows = None if y is None else _rows_of(y)
-            norm = NormInFront(rows, norm_weight, eps, offset)
-            found = launch_few(_rows_of(x), codes, bias, few, self._tiles.cores, act=act, norm=norm)
-            if found is not None:
-                product = found[0].view(*x.shape[:-1], -1)
-                total = x if found[1] is None else found[1].view(x.shape)
-        if product is None:
+        found = None
+        if runs_by_kernel(x):
+            front = InFront(y, norm_weight, eps, offset)
+            found = self.few_with_front(x, weight, bias, act, front)
+        if found is None:
             total, normed = add_rms_norm(x, y, norm_weight, eps, offset)
             product = self.packed_linear(normed, weight, bias, act)
+        else:
+            product, total = found
         return (total, *product.split([*sizes], -1)) if sizes else (total, product)
+
+    def few_with_front(
+        self, x: Tensor, weight: QuantisedWeight, bias: Tensor | None, act: str, front: InFront
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return a product of few tokens with what stands in front of it, and what it is of.
+
+        The second is x + y of a norm, else x. None where the kernel for few tokens does not run.
+
+        Args:
+            x: [..., K], as is the `y` of `front`.
+        """
+        codes, tiles = weight.packed_codes(), self._tiles.few
+        few = tiles_for(x.numel() // x.shape[-1], tiles)
+        if few is None or codes is None:
+            return None
+        rows = None if front.y is None else _rows_of(front.y)
+        found = launch_few(
+            _rows_of(x), codes, bias, few, self._tiles.cores, act=act, front=replace(front, y=rows)
+        )
+        if found is None:
+            return None
+        product, total = found
+        return product.view(*x.shape[:-1], -1), x if total is None else total.view(x.shape)
 
     def linear_of_codes(
         self, x: Tensor, weight: PackedCodes, bias: Tensor | None = None, act: str = ""

@@ -48,6 +48,24 @@ class FewTiles:
     ahead: int
 
 
+@dataclass(frozen=True)
+class FrontFigures:
+    """What it takes a block of the kernel in CUDA C++ to transform what it multiplies.
+
+    Attributes:
+        tokens: The most tokens that each block transforms for itself; 0: none, transforms are
+            kernels of their own.
+        launch: Seconds that one kernel more takes in a step, beside what it computes.
+        start: Seconds of a transform's barriers, and until its first product is there.
+        product: Seconds in which a core multiplies 16 x 16 by 16 x 8, operands in shared memory.
+    """
+
+    tokens: int
+    launch: float
+    start: float
+    product: float
+
+
 LEAST_WARPS, MOST_WARPS = 4, 16
 """Of a block of the kernel in CUDA C++."""
 
@@ -96,6 +114,8 @@ class QuantisedTiles:
         integer: For a weight that was unpacked.
         few: Of the kernel in CUDA C++, the fewest tokens first; of more tokens than the last, or
             where it does not run, `packed` says.
+        front: Of transforms in front of that kernel's products; None: they are kernels of their
+            own.
     """
 
     cores: int
@@ -104,6 +124,7 @@ class QuantisedTiles:
     integer_packed: tuple[PackedTiles, ...]
     integer: IntegerTiles
     few: tuple[FewTiles, ...] = ()
+    front: FrontFigures | None = None
 
 
 Tiles = TypeVar("Tiles", PackedTiles, FewTiles)

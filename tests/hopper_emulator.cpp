@@ -21,6 +21,8 @@ static inline float rough_tanh(float x) { return tanhf(x) * (1.0f - 0x1p-11f); }
 // Copies on their way: groups of what is copied when it is waited for.
 struct Copy { unsigned target; const void* source; };
 static std::vector<std::vector<Copy>> copies[emulator::MOST];
+struct Piece { void* target; const void* source; int bytes; };
+static std::vector<Piece> pieces[emulator::MOST];
 
 #define MACHINE_INSTRUCTIONS
 #include KERNEL_SOURCE
@@ -118,6 +120,49 @@ static inline unsigned short of_lane(unsigned short value, int lane) {
 static inline float of_lane_across(float value, int distance) {
   const int from = emulator::current % 32 ^ distance;
   return __uint_as_float(emulator::exchange({{bits_of(value)}})[from].words[0]);
+}
+// Of four matrices of 8 x 8 a lane says where a row of one begins.
+static inline void load_matrices(word (&values)[4], const half_bits* row, bool turned = false) {
+  if (reinterpret_cast<size_t>(row) % 16) {
+    fputs("misaligned matrix\n", stderr);
+    abort();
+  }
+  emulator::Slot mine;
+  memcpy(&mine, &row, sizeof row);
+  const emulator::Slot* slots = emulator::exchange(mine);
+  const int lane = emulator::current % 32, one = lane / 4, two = 2 * (lane % 4);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    auto element = [&](int i, int j) -> word {
+      const half_bits* from;
+      memcpy(&from, &slots[8 * matrix + i], sizeof from);
+      return from[j];
+    };
+    values[matrix] = turned ? element(two, one) | element(two + 1, one) << 16
+                            : element(one, two) | element(one, two + 1) << 16;
+  }
+}
+static inline void load_turned(word (&values)[4], const half_bits* row) {
+  load_matrices(values, row, true);
+}
+static inline void store_turned(half_bits* row, const word (&values)[4]) {
+  const emulator::Slot* slots = emulator::exchange({{values[0], values[1], values[2], values[3]}});
+  const int lane = emulator::current % 32;
+  for (int i = 0; i < 8; ++i)
+    row[i] = slots[4 * i + lane % 8 / 2].words[lane / 8] >> (lane % 2 * 16);
+}
+// On their way until they are waited for.
+template <int BYTES>
+static inline void send_piece(half_bits* target, const half_bits* source) {
+  if (reinterpret_cast<size_t>(target) % BYTES || reinterpret_cast<size_t>(source) % BYTES) {
+    fputs("misaligned copy\n", stderr);
+    abort();
+  }
+  pieces[emulator::current].push_back({target, source, BYTES});
+}
+static inline void wait_for_pieces() {
+  for (const Piece& piece : pieces[emulator::current])
+    memcpy(piece.target, piece.source, piece.bytes);
+  pieces[emulator::current].clear();
 }
 static inline void let_start() {}
 static inline void bring_near(const void*) {}

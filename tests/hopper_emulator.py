@@ -30,15 +30,17 @@ def emulate(
     """Run a kernel under `runtime/kernels` on tensors in the host's memory.
 
     Args:
-        files: Those of its source, the last with machine instructions of its own.
+        files: Those of its source; the emulator's machine instructions are where the last of them
+            has its own.
         constants: Macros in front of it.
     """
-    *front, own = (runtime_text(f"kernels/{file}") for file in files)
-    front = [_SECTION.sub("", text) for text in front]
-    text, replaced = _SECTION.subn('#include "hopper_emulator.cpp"\n', own)
-    assert replaced == 1
+    texts = [runtime_text(f"kernels/{file}") for file in files]
+    own = max(place for place, text in enumerate(texts) if _SECTION.search(text))
+    for place, text in enumerate(texts):
+        include = '#include "hopper_emulator.cpp"\n' if place == own else ""
+        texts[place] = _SECTION.sub(include, text)
     defines = {"BF16": 1, **{key: int(value) for key, value in constants.items()}, "KERNEL": name}
-    made = library("hopper_emulator.cpp", "".join([*front, text]), tuple(defines.items()))
+    made = library("hopper_emulator.cpp", "".join(texts), tuple(defines.items()))
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(operands))
     assert not made.run(blocks, threads, shared, pointers), "a block wrote behind its memory"
 

@@ -187,6 +187,41 @@ def transformed(
     return tuple(results) if len(results) > 1 else results[0]
 
 
+def transformed_packed_linear(
+    x: Tensor,
+    y: Tensor | None,
+    norm_weight: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    weight: Callable[[], Tensor],
+    bias: Tensor | None = None,
+    *,
+    before: str = "",
+    total: bool = False,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    act: str = "",
+    sizes: Sequence[int] = (),
+) -> Any:
+    """The `packed_linear` of a `transformed` without rounding, or with `act` the gated one.
+
+    Args:
+        total: Give x + y too, first.
+        sizes: Of the parts that the product is split into; empty for one.
+    """
+    made = transformed(
+        x, y, norm_weight, left, right, before=before, total=total, eps=eps, offset=offset
+    )
+    values = made[1] if total else made
+    results: list[Tensor] = [made[0]] if total else []
+    if act:
+        results.append(gated_packed_linear(values, weight, bias, act=act))
+    else:
+        product = packed_linear(values, weight, bias)
+        results += product.split([*sizes], -1) if sizes else [product]
+    return tuple(results) if len(results) > 1 else results[0]
+
+
 def quantise_dequantise(
     x: Tensor,
     clip_low: Tensor | None = None,

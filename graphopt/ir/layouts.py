@@ -219,6 +219,17 @@ class _Walk:
                 Node("add_rms_norm", node.inputs[:3], norm, [first, normed]),
                 Node("packed_linear", inputs, product, node.outputs[1:]),
             ]
+        if node.op == "transformed_packed_linear":
+            made = Value(f"the transform in {first.name}")
+            assert node.inputs[0] is not None
+            self.types[made] = self.types[node.inputs[0]]
+            product = {name: attrs[name] for name in ("parts", "act") if name in attrs}
+            front = {name: attrs[name] for name in attrs if name not in product}
+            sums = int(attrs.get("total", False))
+            return [
+                Node("transformed", node.inputs[:5], front, [*node.outputs[:sums], made]),
+                Node("packed_linear", [made, *node.inputs[5:]], product, node.outputs[sums:]),
+            ]
         if node.op not in ("packed_linear", "integer_linear") or not attrs.get("act"):
             return []
         halves = [Value(f"the {half} half of {first.name}") for half in ("first", "last")]

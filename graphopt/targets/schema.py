@@ -136,6 +136,14 @@ class IntegerTable(Schema):
     persistent: bool = False
 
 
+Rate = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+"""So many bytes or operations a second."""
+
+
+Seconds = Annotated[float, pydantic.Field(ge=0, le=1)]
+"""A time, short as those of kernels are."""
+
+
 class FewTable(Schema):
     """A row of `[quantised]`'s `few`: `graphopt.runtime.quantised_tiles.FewTiles`."""
 
@@ -145,10 +153,21 @@ class FewTable(Schema):
     ahead: Size
 
 
+class FrontTable(Schema):
+    """The `[quantised.front]`: `graphopt.runtime.quantised_tiles.FrontFigures`."""
+
+    # Of more a block has no room for norms either: `packed_few.MOST_HELD`.
+    tokens: Annotated[int, pydantic.Field(ge=0, le=4)]
+    launch: Seconds
+    start: Seconds
+    product: Seconds
+
+
 class QuantisedTable(Schema):
     """The `[quantised]`: tiles of the kernels of quantised weights."""
 
     few: list[FewTable] = pydantic.Field(default_factory=list)
+    front: FrontTable | None = None
     packed: Annotated[list[PackedTable], pydantic.Field(min_length=1)]
     integer_packed: Annotated[list[PackedTable], pydantic.Field(min_length=1)]
     integer: IntegerTable
@@ -167,14 +186,6 @@ class QuantisedTable(Schema):
         if tokens != sorted(set(tokens)):
             raise ValueError("it should have the fewest tokens first")
         return rows
-
-
-Rate = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
-"""So many bytes or operations a second."""
-
-
-Seconds = Annotated[float, pydantic.Field(ge=0, le=1)]
-"""A time, short as those of kernels are."""
 
 
 class DecodeTable(Schema):

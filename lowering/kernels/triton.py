@@ -20,7 +20,13 @@ from graphopt.plan import AttentionPlan
 from graphopt.plan.base import form_constants, split_size
 from graphopt.plan.triton import TritonPlanner, refuses_machine
 from graphopt.runtime.expert_tiles import ExpertTiles, FewTokens, ManyTokens, Tiles
-from graphopt.runtime.quantised_tiles import FewTiles, IntegerTiles, PackedTiles, QuantisedTiles
+from graphopt.runtime.quantised_tiles import (
+    FewTiles,
+    FrontFigures,
+    IntegerTiles,
+    PackedTiles,
+    QuantisedTiles,
+)
 from graphopt.runtime.reduction_plan import LinearTiles, ReductionFigures
 from graphopt.targets import Target, get_target
 
@@ -37,6 +43,7 @@ _OF_CODES = (
     "norm_packed_linear",
 )  # fmt: skip
 _OF_RANKS = ("all_reduce", "attention_linear_all_reduce", "linear_all_reduce")
+_FRONTED = ("transformed_packed_linear",)
 # What a kernel in CUDA C++ that is compiled by the machine that runs it takes.
 _COMPILED = ("compiled", "driver", "nvrtc", "errors")
 
@@ -120,7 +127,15 @@ def quantised_tiles(target: Target) -> QuantisedTiles | None:
         integer_packed,
         IntegerTiles(**table["integer"]),
         tuple(FewTiles(**row) for row in table["few"]),
+        None if table["front"] is None else FrontFigures(**table["front"]),
     )
+
+
+def transforms_in_front(target: Target) -> bool:
+    """Return whether products of few tokens may do transforms that stand in front of them."""
+    tiles = quantised_tiles(target)
+    front = None if tiles is None or not tiles.few else tiles.front
+    return front is not None and front.tokens > 0
 
 
 def reduction_figures(target: Target) -> ReductionFigures | None:
@@ -193,6 +208,20 @@ def _transform_setup(target: Target) -> LayerSetup | None:
     )
 
 
+def _front_setup(target: Target) -> LayerSetup | None:
+    tiles = quantised_tiles(target)
+    if tiles is None or tiles.front is None:
+        return None
+    return LayerSetup(
+        {"transformed_linear": ("TransformedLinears",)},
+        ("transformed_packed_linear",),
+        (
+            f"_FRONTED = TransformedLinears(_LINEARS, transformed, tokens={tiles.front.tokens})",
+            "transformed_packed_linear = _FRONTED.transformed_packed_linear",
+        ),
+    )
+
+
 def _reduction_setup(target: Target) -> LayerSetup | None:
     figures = reduction_figures(target)
     if figures is None:
@@ -237,7 +266,9 @@ register_layer_family(
                 files=("codes", "packed_linear", "integer_linear"),
                 functions=_OF_CODES,
                 classes=("QuantisedWeight",),
-                needed_by=frozenset({"integer_linear", "norm_packed_linear", "packed_linear"}),
+                needed_by=frozenset(
+                    {"integer_linear", "packed_linear", "norm_packed_linear", *_FRONTED}
+                ),
                 helpers=(
                     "quantised_tiles",
                     "packed_codes",
@@ -245,17 +276,24 @@ register_layer_family(
                     "quantised_launch",
                     *_COMPILED,
                 ),
-                sources=("activations.cu", "hopper_packed_few.cu"),
+                sources=("activations.cu", "packed_front.cu", "hopper_packed_few.cu"),
                 setup=_quantised_setup,
             ),
             LayerKernels(
                 module="transforms",
                 files=("transform",),
                 functions=("transformed",),
-                needed_by=frozenset({"transformed"}),
+                needed_by=frozenset({"transformed", *_FRONTED}),
                 helpers=("kronecker", "wgmma", *_COMPILED),
                 sources=("activations.cu", "hopper_transform.cu"),
                 setup=_transform_setup,
+            ),
+            LayerKernels(
+                module="transformed_linear",
+                files=(),
+                functions=_FRONTED,
+                needed_by=frozenset(_FRONTED),
+                setup=_front_setup,
             ),
             LayerKernels(
                 module="reductions",

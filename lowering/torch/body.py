@@ -48,9 +48,12 @@ _OPTIONS = ("layer", "scale", "softcap")
 # Where the factors of a product with several weights begin among its operands.
 _OF_FACTORS = {
     "fused_linear": 1, "packed_linear": 1, "integer_linear": 2, "norm_packed_linear": 3,
+    "transformed_packed_linear": 5,
 }  # fmt: skip
+# Products that take what stands in front of them as well: absent operands are given too.
+_FRONTED = ("norm_packed_linear", "transformed_packed_linear")
 # Ops of several results, of which those that nothing reads need no name.
-_JOINED = ("add_rms_norm", "transformed", "norm_packed_linear")
+_JOINED = ("add_rms_norm", "transformed", *_FRONTED)
 
 
 class BodyPrinter(FunctionPrinter):
@@ -389,11 +392,11 @@ class BodyPrinter(FunctionPrinter):
         """
         self.helpers.add(CLASS_NAME)
         start = _OF_FACTORS[node.op]
-        norm = node.op == "norm_packed_linear"
+        fronted = node.op in _FRONTED
         given = [
             "None" if value is None else self.name(value)
             for value in node.inputs[:start]
-            if norm or value is not None
+            if fronted or value is not None
         ]
         if node in self._packed:
             factors = [f"self.{name}" for name in self._packed[node]]
@@ -402,10 +405,10 @@ class BodyPrinter(FunctionPrinter):
         weight, *bias = factors
         weight = weight.removesuffix("()")
         act = node.attrs.get("act", "")
-        if norm:
+        if fronted:
             options = [
                 f"{name}={self.literal(node.attrs[name], node)}"
-                for name in ("eps", "offset", "act")
+                for name in ("before", "total", "eps", "offset", "act")
                 if name in node.attrs
             ]
             if node in self._packed and not act:

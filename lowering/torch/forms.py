@@ -112,6 +112,7 @@ def _fused_linear(printer: BodyPrinter, node: Node) -> str:
 @torch_form("integer_linear")
 @torch_form("norm_packed_linear")
 @torch_form("packed_linear")
+@torch_form("transformed_packed_linear")
 def _linear_of_codes(printer: BodyPrinter, node: Node) -> str:
     return printer.packed_linear(node)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from graphopt.ir.dead_code import remove_dead
@@ -18,6 +19,7 @@ from graphopt.ir.functional import ACTIVATIONS
 from graphopt.ir.graph import Call, Node, Program, Value
 from graphopt.ir.types import Type
 from graphopt.lowering.kernels import triton as triton_family
+from graphopt.lowering.kernels.in_front import why_apart
 from graphopt.lowering.kernels.plan_kernels import compute_dtype
 from graphopt.lowering.kernels.planning import why_no_kernel
 from graphopt.lowering.torch.fuse_quantised import (
@@ -25,6 +27,7 @@ from graphopt.lowering.torch.fuse_quantised import (
     fuse_gate_with_linears,
     fuse_norm_with_linears,
     fuse_rounding_with_cache,
+    fuse_transform_with_linears,
 )
 from graphopt.lowering.torch.fuse_sums import (
     annotate_sums,
@@ -93,16 +96,19 @@ class FuseLayerOps(Pass):
         has tiles of the kernel for few tokens, which takes it.
     12. `fuse_norm_with_linears`: a norm by a weight or none, which a `packed_linear` alone reads,
         becomes a `norm_packed_linear` with it and with the norm's sum, on the same targets.
-    13. `fuse_rounding_with_cache`: roundings with zero points, to 4 or 8 bits alike, of the new
+    13. `fuse_transform_with_linears`: a `transformed` without rounding, by weights, which a
+        `packed_linear` alone reads, becomes a `transformed_packed_linear` with it, on targets whose
+        file lets products transform what they read, where its figures say that this takes less.
+    14. `fuse_rounding_with_cache`: roundings with zero points, to 4 or 8 bits alike, of the new
         keys and values that an attention with a past alone reads, become its own, where a kernel
         of the target reads codes of such heads.
-    14. `fuse_linear_with_sum`: a linear of a dense weight, whose result `all_reduce` alone reads,
+    15. `fuse_linear_with_sum`: a linear of a dense weight, whose result `all_reduce` alone reads,
         becomes a `linear_all_reduce` with it, on targets whose file says what sums over ranks take.
-    15. `fuse_attention_with_sum`: such a `linear_all_reduce` without a bias, of the merged heads of
+    16. `fuse_attention_with_sum`: such a `linear_all_reduce` without a bias, of the merged heads of
         a causal attention without an additive bias, whose output nothing else reads, becomes an
         `attention_linear_all_reduce` of that output, for two ranks; not where policies, the host's
         memory or pictures decide what attentions of the program see.
-    16. No weight is read or changed.
+    17. No weight is read or changed.
 
     Options:
         target: Name of the target whose kernels run what is joined.
@@ -144,6 +150,8 @@ class FuseLayerOps(Pass):
             tiles = triton_family.quantised_tiles(target)
             few = tiles is not None and tiles.few
             around = [fuse_gate_with_linears, fuse_norm_with_linears] if few else []
+            if tiles is not None and triton_family.transforms_in_front(target):
+                around.append(fuse_transform_with_linears(partial(why_apart, tiles=tiles)))
             for fusion in (*RULES, *linears, *QUANTISED_RULES, *around, last, *summed):
                 rewritten = apply_rules(function, [fusion], calls[name], types[name])
                 for applied, count in rewritten.counts.items():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops.attention import KEY, PAST_K, QUERY, VALUE, is_general
 from graphopt.ir.types import Type
+from graphopt.lowering.kernels.in_front import FrontShape, WhyApart
 from graphopt.rewrite import Match, NoMatch, Rule, Site, rule
 from graphopt.rewrite.rule import VARIES
+from graphopt.runtime.packed_codes import span_of
 
 _LEFT, _RIGHT, _CLIP_LOW, _CLIP_HIGH = 3, 4, 5, 6
 
@@ -164,6 +166,61 @@ def fuse_norm_with_linears(site: Site) -> Match | NoMatch:
     return Match(rewrite)
 
 
+def fuse_transform_with_linears(why_apart: WhyApart) -> Rule:
+    """Return the rule that lets products transform what they read, where that takes less."""
+
+    @rule("packed_linear")
+    def fuse_transform_with_linears(site: Site) -> Match | NoMatch:
+        """packed_linear(transformed(x, .., left, right)) -> transformed_packed_linear(x, ..)."""
+        linear = site.node
+        made = site.maker(0, "transformed")
+        if made is None:
+            return site.no("what it multiplies is made by no transform")
+        value = made.outputs[-1]
+        if site.only_reader(value) is not linear:
+            return site.no("something else reads the transform", made)
+        factors = [made.operand(_LEFT), made.operand(_RIGHT)]
+        if linear.inputs[0] is not value or not any(factors):
+            return site.no("what it multiplies is not transformed", made)
+        for types in site.types:
+            reason = why_apart(_front_shape(linear, made, types))
+            if reason is not None:
+                return site.no(reason)
+
+        def rewrite() -> None:
+            function = site.function
+            attrs = {**made.attrs, **linear.attrs}
+            front = [*made.inputs, *[None] * 5][:5]
+            operands = [*front, *linear.inputs[1:]]
+            # At the transform's place: whatever reads the sum may stand before the product.
+            fused = function.add("transformed_packed_linear", operands, attrs, before=made)
+            fused.outputs = [*made.outputs[:-1], *linear.outputs]
+            for index, output in enumerate(fused.outputs):
+                output.node, output.index = fused, index
+            function.nodes = [node for node in function.nodes if node not in (made, linear)]
+
+        return Match(rewrite)
+
+    return fuse_transform_with_linears
+
+
+def _front_shape(linear: Node, made: Node, types: Mapping[Value, Type]) -> FrontShape:
+    """Return the sizes of a transform and of the product that reads it."""
+    left, right = made.operand(_LEFT), made.operand(_RIGHT)
+    width = int(types[made.outputs[-1]].shape[-1])
+    n1 = 0 if left is None else int(types[left].shape[0])
+    n2 = 0 if right is None else int(types[right].shape[0])
+    parts = linear.attrs["parts"]
+    weights = [value for value in linear.inputs[1 : 1 + parts] if value is not None]
+    encoding = types[weights[0]].encoding
+    span = None if encoding is None else span_of(width, encoding.group)
+    return FrontShape(
+        n1 or width // n2, n2 or width // n1, left is not None, right is not None,
+        sum(int(types[weight].shape[0]) for weight in weights),
+        made.attrs.get("before", ""), linear.attrs.get("act", ""), span or 0,
+    )  # fmt: skip
+
+
 def _pairs(factors: Sequence[Value | None]) -> list[Sequence[Value | None]]:
     """Return both weights, and both biases where there are any."""
     return [factors[start : start + 2] for start in range(0, len(factors), 2)]
@@ -258,6 +315,6 @@ QUANTISED_RULES = (
 )
 """The rules, in the order in which they run, behind those of linears and norms.
 
-Behind them `fuse_gate_with_linears`, `fuse_norm_with_linears` and `fuse_rounding_with_cache` are
-for a target.
+Behind them `fuse_gate_with_linears`, `fuse_norm_with_linears`, `fuse_transform_with_linears` and
+`fuse_rounding_with_cache` are for a target.
 """

@@ -263,7 +263,8 @@ def _addends(function: Function) -> list[int]:
 def _adds(node: Node) -> bool:
     """Return whether an op adds its second operand to the first and takes the norm of the sum."""
     joined = ("add_rms_norm", "norm_packed_linear")
-    return node.op in joined or (node.op == "transformed" and "total" in node.attrs)
+    transforms = ("transformed", "transformed_packed_linear")
+    return node.op in joined or (node.op in transforms and "total" in node.attrs)
 
 
 def _sources(helpers: Collection[str]) -> list[str]:

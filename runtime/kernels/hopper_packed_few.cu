@@ -10,116 +10,20 @@
 // Of a gated pair of weights, one behind the other, a block has 8 ROW_TILES rows of each, which lie
 // above each other in its tiles: it writes act(first) second.
 //
-// With NORM every block takes the norm of x for itself while its first codes are on their way, and
-// keeps it in shared memory: all of x is little, and a kernel for it would be waited for.
+// What stands in front of the product is in packed_front.cu: a block does it for itself while its
+// first codes are on their way.
 //
-// Constants, given in front of this text: BF16, CODES (x is int8), ZEROS, NORM (of x), SUM (of
-// x + y, which is written), GATED, WARPS, ROW_TILES, AHEAD, TOKEN_TILES (of 8 tokens), GROUP (inputs that share a scale, 32 or 64; 128 for any number
-// of whole spans; 0 for all of a row), and with GATED those of activations.cu.
+// Constants, given in front of this text: CODES (x is int8), ZEROS, GATED, WARPS, ROW_TILES, AHEAD,
+// TOKEN_TILES (of 8 tokens), GROUP (inputs that share a scale, 32 or 64; 128 for any number of whole
+// spans; 0 for all of a row), those of packed_front.cu, and with GATED or GATE those of
+// activations.cu.
 
-typedef unsigned int word;
-typedef unsigned short half_bits;
-
-extern __shared__ __align__(16) unsigned char shared[];
+// codes ------------------------------------------------------------------------------------------
 
 // What a code's bits stand for behind those of 128 (of 1024 in fp16), its sign turned: 136 (1032)
 // too much. A zero point makes it more; all of these are integers that 16 bits hold.
 constexpr float TOO_MUCH = BF16 ? 136.0f : 1032.0f;
 
-// machine instructions ---------------------------------------------------------------------------
-
-__device__ __forceinline__ float widened(half_bits bits) {
-#if BF16
-  return __uint_as_float((word)bits << 16);
-#else
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
-#endif
-}
-
-__device__ __forceinline__ word pair(float low, float high) {
-  word both;
-#if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#endif
-  return both;
-}
-
-__device__ __forceinline__ float first_of(word both) {
-  return widened(static_cast<half_bits>(both & 0xffff));
-}
-__device__ __forceinline__ float second_of(word both) {
-  return widened(static_cast<half_bits>(both >> 16));
-}
-
-// The codes in the low four bits of both halves of a word, as two numbers, `less` added.
-__device__ __forceinline__ word two_codes(word bits, word less) {
-  word values;
-#if BF16
-  asm("lop3.b32 %0, %1, 0x000f000f, 0x43084308, 0x6a;" : "=r"(values) : "r"(bits));
-  asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(values) : "r"(0x3f803f80u), "r"(less));
-#else
-  asm("lop3.b32 %0, %1, 0x000f000f, 0x64086408, 0x6a;" : "=r"(values) : "r"(bits));
-  asm("add.rn.f16x2 %0, %0, %1;" : "+r"(values) : "r"(less));
-#endif
-  return values;
-}
-
-// Bytes 0 and 1 of a word, or 2 and 3, each in the low half of 16 bits.
-__device__ __forceinline__ word spread(word bytes, bool second) {
-  return __byte_perm(bytes, 0, second ? 0x4342 : 0x4140);
-}
-
-// sums [16, 8] += left [16, 16] right [16, 8].
-__device__ __forceinline__ void multiply(float (&sums)[4], word left_0, word left_1, word left_2,
-                                         word left_3, word right_0, word right_1) {
-#if BF16
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-#else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-#endif
-               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-               : "r"(left_0), "r"(left_1), "r"(left_2), "r"(left_3), "r"(right_0), "r"(right_1));
-}
-
-// Read once: not kept in the first cache.
-__device__ __forceinline__ uint4 sixteen_bytes(const unsigned char* at) {
-  uint4 bytes;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(bytes.x), "=r"(bytes.y), "=r"(bytes.z), "=r"(bytes.w) : "l"(at));
-  return bytes;
-}
-
-// Its line comes into the second cache.
-__device__ __forceinline__ void bring_near(const void* at) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-}
-
-__device__ __forceinline__ float of_lane_across(float value, int distance) {
-  return __shfl_xor_sync(~0u, value, distance);
-}
-
-__device__ __forceinline__ float reciprocal_root(float x) { return rsqrtf(x); }
-
-__device__ __forceinline__ half_bits of_lane(half_bits value, int lane) {
-  return __shfl_sync(~0u, value, lane);
-}
-
-// The next kernel may start; and what was in front has ended.
-__device__ __forceinline__ void let_start() {
-  asm volatile("griddepcontrol.launch_dependents;");
-}
-__device__ __forceinline__ void wait_for_front() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-// codes ------------------------------------------------------------------------------------------
-
-constexpr int SPAN = 128, HALF = 64;
 constexpr int ROWS = 16 * ROW_TILES, TOKENS = 8 * TOKEN_TILES;
 constexpr int PARTS = GROUP == 0 || GROUP > HALF ? 1 : SPAN / GROUP;  // groups of a span
 constexpr bool KEPT = GROUP != 0;  // scales are those of some inputs
@@ -159,82 +63,6 @@ __device__ __forceinline__ void four_inputs(word (&values)[2], const void* x, lo
   values[1] = both.y;
 #endif
 }
-
-struct Operands {
-  const void* x;            // [M, K], rows `x_stride` elements apart
-  const float* x_scales;    // [M], or null
-  const unsigned char* codes;
-  const half_bits* scales;  // [K / group, N]
-  const half_bits* zeros;   // [K / group, N]: what a number is too large by
-  const half_bits* bias;    // [N], or null
-  half_bits* out;           // [M, N], of a gated pair [M, N / 2]
-  const half_bits* y;       // [M, K], what is added to x
-  const half_bits* gain;    // [K], or null
-  half_bits* sum;           // [M, K]
-  int M, N, spans;
-  int each;                 // spans that share scales
-  long long x_stride, y_stride;
-  float eps, offset;        // of the norm: x / root(mean of squares + eps) * (gain + offset)
-};
-
-#if NORM
-// Puts the norms of all tokens [M, K] where `normed` is; `squares` has room for one number of each
-// warp and token.
-__device__ __forceinline__ void take_norms(const Operands& given, half_bits* normed,
-                                           float* squares) {
-  const int K = given.spans * SPAN, thread = threadIdx.x, warp = thread / 32;
-  for (int token = 0; token < given.M; ++token) {
-    const half_bits* x = static_cast<const half_bits*>(given.x) + token * given.x_stride;
-    float square = 0.0f;
-    for (int at = 8 * thread; at < K; at += 8 * 32 * WARPS) {
-      uint4 values = *reinterpret_cast<const uint4*>(x + at);
-      word* both = reinterpret_cast<word*>(&values);
-#if SUM
-      uint4 addends = *reinterpret_cast<const uint4*>(given.y + token * given.y_stride + at);
-      const word* other = reinterpret_cast<const word*>(&addends);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        both[i] = pair(first_of(both[i]) + first_of(other[i]),
-                       second_of(both[i]) + second_of(other[i]));
-      if (blockIdx.x == 0)
-        *reinterpret_cast<uint4*>(given.sum + (long long)token * K + at) = values;
-#endif
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        square += first_of(both[i]) * first_of(both[i]) + second_of(both[i]) * second_of(both[i]);
-      *reinterpret_cast<uint4*>(normed + token * K + at) = values;
-    }
-#pragma unroll
-    for (int step = 16; step; step /= 2) square += of_lane_across(square, step);
-    if (thread % 32 == 0) squares[token * WARPS + warp] = square;
-  }
-  __syncthreads();
-  for (int token = 0; token < given.M; ++token) {
-    float square = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) square += squares[token * WARPS + w];
-    const float root = reciprocal_root(square / K + given.eps);
-    // What a thread has put there itself.
-    for (int at = 8 * thread; at < K; at += 8 * 32 * WARPS) {
-      uint4 values = *reinterpret_cast<const uint4*>(normed + token * K + at), gains = values;
-      word* both = reinterpret_cast<word*>(&values);
-      const word* gain = reinterpret_cast<const word*>(&gains);
-      if (given.gain) gains = *reinterpret_cast<const uint4*>(given.gain + at);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float first = first_of(both[i]) * root, second = second_of(both[i]) * root;
-        if (given.gain) {
-          first *= first_of(gain[i]) + given.offset;
-          second *= second_of(gain[i]) + given.offset;
-        }
-        both[i] = pair(first, second);
-      }
-      *reinterpret_cast<uint4*>(normed + token * K + at) = values;
-    }
-  }
-  __syncthreads();
-}
-#endif
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 hopper_packed_few(const __grid_constant__ Operands given) {
@@ -289,11 +117,22 @@ hopper_packed_few(const __grid_constant__ Operands given) {
     for (int at = LINE * threadIdx.x; at < given.spans * SPAN; at += LINE * 32 * WARPS)
       bring_near(given.gain + at);
 #endif
+#if N1
+  half_bits* const factors = reinterpret_cast<half_bits*>(shared + PARTS_BYTES);
+  half_bits* const tokens = factors + LEFT_SIZE + RIGHT_SIZE;
+  half_bits* const inputs = tokens + given.M * TOKEN_SIZE;
+  prepare_transform(given, factors, tokens);
+  wait_for_pieces();
+#endif
   // What is in front may write x, and no weight.
   wait_for_front();
-#if NORM
+#if N1
+  take_tokens(given, tokens, reinterpret_cast<float*>(shared));
+  transform(given, factors, tokens, inputs);
+  const long long inputs_stride = given.spans * (SPAN + 2 * SKEW);
+#elif NORM
   half_bits* const inputs = reinterpret_cast<half_bits*>(shared + PARTS_BYTES);
-  take_norms(given, inputs, reinterpret_cast<float*>(shared));
+  take_tokens(given, inputs, reinterpret_cast<float*>(shared));
   const long long inputs_stride = given.spans * SPAN;
 #else
   const void* const inputs = given.x;
@@ -315,7 +154,8 @@ hopper_packed_few(const __grid_constant__ Operands given) {
             // Of tokens behind the last the columns of a product are not written.
             const int token = min(group + 8 * t, given.M - 1);
             four_inputs(x[t][h][k], inputs,
-                        token * inputs_stride + span * SPAN + h * HALF + 16 * k + 4 * part);
+                        token * inputs_stride + span * (SPAN + 2 * SKEW) + h * (HALF + SKEW) +
+                            16 * k + 4 * part);
           }
 #pragma unroll
       for (int r = 0; r < ROW_TILES; ++r) {

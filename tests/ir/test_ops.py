@@ -191,6 +191,13 @@ CASES = [
           ([X, f64(6), f64(5, 6), f64(2, 6), f64(5), f64(2)], {}),
           ([None, None, f64(5, 6), f64(5, 6)], {"act": "silu", "offset": 1.0}),
       )),
+    *(Case("transformed_packed_linear", [X, *rest], {"parts": 2} | more, terms=12, size=8)
+      for rest, more in (
+          ([X, f64(6), f64(2, 2), f64(3, 3), f64(5, 6), f64(2, 6), f64(5), f64(2)],
+           {"before": "norm", "eps": 1e-5, "total": True}),
+          ([X, None, None, f64(3, 3), f64(5, 6), f64(5, 6)], {"before": "gelu", "act": "silu"}),
+          ([None, None, f64(2, 2), None, f64(5, 6), f64(5, 6)], {}),
+      )),
     *(Case("transformed", [X, *rest], attrs, terms=6, size=8)
       for attrs, rest in (
           ({"before": "norm", "eps": 1e-5, "total": True}, [X, f64(6), f64(2, 2), f64(3, 3)]),
@@ -426,6 +433,14 @@ def expect_transformed(
     reach = np.maximum(high * x.max(-1).clip(0), -low * x.min(-1).clip(max=0))
     scales = reach / (2 ** (bits - 1) - 1)
     return (*results, (values / scales[..., None]).round().astype(np.int8), scales)
+
+
+def expect_transformed_packed_linear(
+    x, y=None, norm_weight=None, left=None, right=None, *factors, parts=0, act="", **front
+):
+    *whole, made = expect_transformed(x, y, norm_weight, left, right, **front)
+    product = expect_packed_linear(made, *factors, parts=parts, act=act)
+    return (*whole, *(product if isinstance(product, tuple) else (product,)))
 
 
 def expect_moe(

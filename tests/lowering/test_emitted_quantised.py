@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_emulator import COMPILER
 from emitted import load_file
+from hopper_emulator import on_this_machine
 from packed_programs import projections, with_packed
 from programs import tiny_program
 from sampling import exhaustive_but
@@ -20,6 +22,8 @@ from graphopt.execute.interpreter import Runner
 from graphopt.ir import Packed, Program
 from graphopt.lowering.kernels import triton as triton_family
 from graphopt.lowering.torch.passes import lower, lowering_passes
+from graphopt.pass_manager.contract import Context, make_pass
+from graphopt.targets import get_target
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -101,12 +105,12 @@ def test_on_hopper_the_kernel_in_cuda_takes_every_product_of_a_step(
 
     def launch(
         x: Any, weight: Any, bias: Any, tiles: Any, cores: int, x_scales: Any = None,
-        act: str = "", norm: Any = None,
+        act: str = "", front: Any = None,
     ) -> Any:  # fmt: skip
-        assert few._refusal(x, weight, bias, norm) == ""
-        asked.append((norm is not None, act))
+        assert few._refusal(x, weight, bias, front) == ""
+        asked.append((front is not None, act))
         y = x.new_zeros(len(x), weight.shape[0] // (2 if act else 1))
-        return y, None if norm is None or norm.y is None else x + norm.y
+        return y, None if front is None or front.y is None else x + front.y
 
     monkeypatch.setattr(kernels, "launch_few", launch)
     decoder = module.Decoder(module.load(tmp_path / "out", dtype=torch.float16), 12)
@@ -116,6 +120,93 @@ def test_on_hopper_the_kernel_in_cuda_takes_every_product_of_a_step(
         # Of each layer q, k and v; o; gate and up; down; then the head.
         layer = [(True, ""), (False, ""), (True, "silu"), (False, "")]
         assert asked == [*layer, *layer, (True, "")]
+
+
+def in_front(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let products of up to so many tokens transform what they read."""
+    table = get_target("hopper").quantised
+    assert table is not None
+    monkeypatch.setitem(table["front"], "tokens", tokens)
+
+
+def with_transforms(**features: Any) -> Program:
+    """Return a program of transforms and packed weights of more inputs than a span."""
+    sizes = {"hidden": 128, "heads": 8, "kv_heads": 4, "head_dim": 32, "ffn": 384, "cache": True}
+    program = tiny_program(**{**sizes, **features})
+    for name, options in (("insert-affine", {"kind": "random"}), ("fold-affine", {})):
+        program = make_pass(name, options).run(program, Context()).program
+    return with_packed(program, projections(Packed(4, 128)))
+
+
+def test_transforms_in_front_of_products_are_computed_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program = with_transforms(bias=True)
+    before = str(lower(program, "hopper"))
+    assert before.count(" transformed(") == 4 and "transformed_packed_linear(" not in before
+    in_front(1, monkeypatch)
+    lowered, report = go.Pipeline(lowering_passes("hopper")).run(program)
+    assert report.passes[1].verification == "passed"
+    ops = [node.op for node in lowered.functions["block"].nodes]
+    # Of q, k and v; o; gate and up; down.
+    assert ops.count("transformed_packed_linear") == 4 and "transformed" not in ops
+    assert not {"add_rms_norm", "act_mul", "packed_linear", "norm_packed_linear"} & {*ops}
+    ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    exact = Runner(program, dtype=torch.float64, mode="reference").logits({"input_ids": ids})
+    for mode in ("reference", "torch"):
+        found = Runner(lowered, dtype=torch.float64, mode=mode).logits({"input_ids": ids})
+        # Sums in another order, in fp64.
+        torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11)
+    assert "transformed_packed_linear(" not in str(lower(program, "ampere"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="there is no g++ to run the kernels with")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU its kernels run")
+@pytest.mark.filterwarnings("ignore:attention on a CPU")
+def test_an_emitted_model_transforms_a_token_in_front_of_its_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_front(1, monkeypatch)
+    program = with_transforms(layers=1)
+    go.emit(program, tmp_path / "out", target="hopper", emit=("torch",))
+    module = load_file(tmp_path / "out" / "model.py")
+    text = (tmp_path / "out" / "model.py").read_text(encoding="utf-8")
+    assert text.count("transformed_packed_linear(") == 4 and "def transformed(" not in text
+    linears, fronted, few = (
+        sys.modules[f"{module.kernels.__name__}.{name}"]
+        for name in ("quantised_linear", "transformed_linear", "packed_few")
+    )
+    for kernels in (linears, fronted):
+        monkeypatch.setattr(kernels, "runs_by_kernel", lambda *tensors: True)
+    on_this_machine(monkeypatch, few)
+    asked: list[tuple[int, str]] = []
+    launch = linears.launch_few
+
+    def launched(x: torch.Tensor, *rest: Any, front: Any = None, **options: Any) -> Any:
+        found = launch(x, *rest, front=front, **options)
+        if found is not None and front is not None and (front.left, front.right) != (None, None):
+            asked.append((len(x), front.before))
+        return found
+
+    monkeypatch.setattr(linears, "launch_few", launched)
+    model = module.load(tmp_path / "out", dtype=torch.float16)
+    for parameter in model.parameters():
+        # Out of the file, where they lie anyhow, as they are on a GPU.
+        parameter.data = parameter.data.clone()
+    decoder = module.Decoder(model, 12)
+    prompt = [5, 6, 7]
+    answer = [decoder.start(prompt)]
+    # A prompt is transformed by a kernel of its own.
+    assert asked == []
+    for _ in range(2):
+        decoder.step()
+        (expected,) = reference(program, [[*prompt, *answer]])
+        # As of packed weights alone, and four roundings more.
+        bound = 28 * 2.0**-11 * float(expected.abs().max())
+        assert float((decoder.logits[0].double() - expected).abs().max()) < bound
+        answer.append(int(decoder.logits[0].argmax()))
+    assert asked == [(1, "norm"), (1, ""), (1, "norm"), (1, "silu")] * 2
 
 
 @pytest.mark.filterwarnings("ignore:attention on a CPU")

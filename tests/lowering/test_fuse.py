@@ -23,6 +23,7 @@ from graphopt.lowering.torch.fuse_quantised import (
     fuse_gate_with_linears,
     fuse_norm_with_linears,
     fuse_rounding_with_cache,
+    fuse_transform_with_linears,
 )
 from graphopt.lowering.torch.fuse_sums import fuse_attention_with_sum, fuse_linear_with_sum
 from graphopt.lowering.torch.passes import lower, lowering_passes
@@ -126,6 +127,13 @@ TAKEN = {
             ("q k", "packed_linear", "n b c", {"parts": 2}), results=("t", "q", "k"),
         ),
         ["t, q, k = norm_packed_linear(x, y, a, b, c, eps=1e-05, parts=2)"],
+    ),
+    "fuse_transform_with_linears": (
+        function(
+            ("t n", "transformed", "x y - a", {"before": "norm", "eps": 1e-5, "total": True}),
+            ("q k", "packed_linear", "n b c", {"parts": 2}), results=("t", "q", "k"),
+        ),
+        ["t, q, k = transformed_packed_linear(x, y, left=a, factors_0=b, factors_1=c", "total"],
     ),
     "fuse_rounding_with_cache": (
         function(
@@ -265,6 +273,16 @@ LEFT = {
             "something else reads the norm",
         ),
     ],
+    "fuse_transform_with_linears": [
+        (function(("out", "packed_linear", "x b", ONE)), "made by no transform"),
+        (
+            function(
+                ("n", "transformed", "x - - a"), ("out", "packed_linear", "n b", ONE),
+                results=("n", "out"),
+            ),
+            "something else reads the transform",
+        ),
+    ],
     "fuse_rounding_with_cache": [
         (
             function(
@@ -359,6 +377,7 @@ RULES = {
         *QUANTISED_RULES,
         fuse_gate_with_linears,
         fuse_norm_with_linears,
+        fuse_transform_with_linears(lambda shape: None),
         fuse_rounding_with_cache(lambda query, key, value, bits: None),
         fuse_linear_with_sum(CODES, get_target("hopper")),
         fuse_attention_with_sum(Program("p")),
@@ -509,4 +528,18 @@ def test_norms_and_gates_of_products_are_split_as_what_they_are_made_of():
     lowered = lower(sharded, "hopper")
     text = str(lowered)
     assert text.count("norm_packed_linear(") == 3 and 'parts=2, act="silu"' in text
+    verify(lowered)
+
+
+def test_transforms_in_front_of_products_are_split_as_what_they_are_made_of(monkeypatch):
+    table = get_target("hopper").quantised
+    monkeypatch.setitem(table["front"], "tokens", 1)
+    sizes = {"hidden": 128, "ffn": 256, "heads": 8, "kv_heads": 4, "head_dim": 32, "vocab": 96}
+    program = tiny_program(cache=True, **sizes)
+    for name, options in (("insert-affine", {"kind": "hadamard"}), ("fold-affine", {})):
+        program = make_pass(name, options).run(program, Context()).program
+    program = with_packed(program, projections(Packed(4, 32)))
+    lowered = lower(make_pass("shard", {"tp": 2}).run(program, Context()).program, "hopper")
+    text = str(lowered)
+    assert text.count("transformed_packed_linear(") == 4 and 'total, parts=2, act="silu"' in text
     verify(lowered)

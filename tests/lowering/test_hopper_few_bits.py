@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,13 +15,16 @@ from graphopt.errors import LoweringError
 from graphopt.ir import functional
 from graphopt.ir.encoding import Packed
 from graphopt.lowering.kernels.family import runtime_text
+from graphopt.lowering.kernels.in_front import FrontShape, why_apart
+from graphopt.lowering.kernels.triton import quantised_tiles
 from graphopt.runtime import kronecker, packed_few
 from graphopt.runtime.compiled import ACTIVATIONS, runs_compiled, say_instead
 from graphopt.runtime.kronecker import Cut, best_cut, launch_many
 from graphopt.runtime.nvrtc import compile_cuda, nvrtc_version
 from graphopt.runtime.packed_codes import PackedCodes, pack_codes
-from graphopt.runtime.packed_few import FILES, Form, NormInFront, launch_few
+from graphopt.runtime.packed_few import FILES, Form, InFront, launch_few
 from graphopt.runtime.quantised_tiles import FewTiles, warps_for
+from graphopt.targets import get_target
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and COMPILER is None:
@@ -121,8 +125,8 @@ def test_products_with_a_norm_in_front(tokens: int, sums: bool, offset: float) -
     weight, wide = some_weight(40, 384, 128, True, torch.bfloat16)
     x, y = (random(tokens, 384, seed=seed) for seed in (0, 5))
     gain = random(384, seed=4)
-    norm = NormInFront(y if sums else None, gain, 1e-5, offset)
-    found = launch_few(x, weight, None, FewTiles(8, 12, 1, 2), 1, norm=norm)
+    norm = InFront(y if sums else None, gain, 1e-5, offset)
+    found = launch_few(x, weight, None, FewTiles(8, 12, 1, 2), 1, front=norm)
     assert found is not None
     got, total = found
     whole = x + y if sums else x
@@ -134,13 +138,123 @@ def test_products_with_a_norm_in_front(tokens: int, sums: bool, offset: float) -
     assert bool(((got.double().cpu() - exact).abs() <= allowed).all())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tokens", "n1", "n2", "factors", "before", "sums", "dtype"),
+    [
+        # Sizes that are whole tiles, and such with a part of one; factors of either side alone.
+        (1, 32, 64, "both", "norm", True, torch.bfloat16),
+        (2, 16, 88, "both", "silu", False, torch.float16),
+        (3, 12, 32, "left", "", False, torch.bfloat16),
+        pytest.param(
+            4, 48, 8, "right", "gelu_tanh", False, torch.float16, marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            1, 86, 128, "both", "silu", False, torch.bfloat16, marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            2, 18, 64, "left", "norm", True, torch.float16, marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            1, 16, 24, "right", "norm", False, torch.bfloat16, marks=pytest.mark.exhaustive
+        ),
+    ],
+)  # fmt: skip
+def test_products_with_a_transform_in_front(
+    tokens: int, n1: int, n2: int, factors: str, before: str, sums: bool, dtype: torch.dtype
+) -> None:
+    inputs = n1 * n2
+    weight, wide = some_weight(40, inputs, 128, True, dtype)
+    x, y = random(tokens, 2 * inputs, dtype=dtype).chunk(2, -1)
+    gain = random(inputs, seed=4, dtype=dtype) if before == "norm" else None
+    left, right = (
+        rotation(size, seed).to(dtype).contiguous() if factors in ("both", side) else None
+        for size, seed, side in ((n1, 1, "left"), (n2, 2, "right"))
+    )
+    two = sums or before not in ("", "norm")
+    front = InFront(y if two else None, gain, 1e-5, 0.0, before, left, right)
+    found = launch_few(x, weight, None, FewTiles(8, 12, 1, 2), 1, front=front)
+    assert found is not None
+    got, total = found
+    whole = x + y if sums else x
+    assert (total is not None) == sums and (total is None or torch.equal(total, whole))
+    values = whole.double().cpu()
+    if gain is not None:
+        values = functional.rms_norm(values, gain.double().cpu(), 1e-5, 0.0)
+    elif before:
+        values = functional.act_mul(values, y.double().cpu(), before)
+    made = functional.kronecker(
+        values, *(None if t is None else t.double().cpu() for t in (left, right))
+    )
+    exact = made @ wide.t()
+    # What is multiplied is rounded, and what is between the products, and what comes out of them:
+    # of orthogonal factors each keeps the length of a token's error. Then the product is.
+    half = torch.finfo(dtype).eps / 2
+    moved = 3 * half * values.norm(dim=-1, keepdim=True) * wide.norm(dim=-1)
+    allowed = 1.01 * (moved + half * exact.abs()) + 1e-5 * wide.norm(dim=-1)
+    assert bool(((got.double().cpu() - exact).abs() <= allowed).all())
+
+
+def test_what_a_product_does_not_transform() -> None:
+    weight, _ = some_weight(32, 256, 128, True, torch.bfloat16)
+    wide, _ = some_weight(32, 30 * 128, 128, True, torch.bfloat16)
+    tiles = FewTiles(16, 12, 1, 2)
+    turned = rotation(16, 1).contiguous().t()
+    for front, codes, act, why in (
+        (InFront(None, None, 0.0, 0.0, "", turned), weight, "", "row by row"),
+        (InFront(None, None, 0.0, 0.0, "", None, rotation(4, 1)), weight, "", "as 64 x 4"),
+        (InFront(None, None, 0.0, 0.0, "", rotation(15, 1)), wide, "", "as 15 x 256"),
+        (InFront(None, None, 0.0, 0.0, "silu"), weight, "", "has no transform"),
+        (
+            InFront(random(1, 256), None, 0.0, 0.0, "silu", None, rotation(16, 1).contiguous()),
+            weight, "relu", "silu in front of a product and relu",
+        ),
+        (
+            InFront(None, None, 0.0, 0.0, "", None, random(384, 384)), wide, "",
+            "a transform of 10 x 384 takes",
+        ),
+    ):  # fmt: skip
+        say_instead.cache_clear()
+        x = random(1, codes.shape[1])
+        with pytest.warns(UserWarning, match=f"{why}.*Triton run instead of hopper_packed_few"):
+            assert launch_few(x, codes, None, tiles, 1, act=act, front=front) is None
+
+
+def test_a_product_transforms_where_that_takes_less() -> None:
+    few = (FewTiles(8, 12, 2, 2),)
+    known = quantised_tiles(get_target("hopper"))
+    assert known is not None and known.front is not None
+    # Not measured yet: transforms are kernels of their own.
+    assert known.front.tokens == 0
+    assert why_apart(FrontShape(32, 64, True, True, 2560), known) is not None
+    tiles = replace(known, few=few, front=replace(known.front, tokens=1))
+    # A 1.1B shape: of q, k and v, of merged heads, of gate and up, of what down reads.
+    for shape in (
+        FrontShape(32, 64, True, True, 2560, "norm"),
+        FrontShape(32, 64, True, False, 2048),
+        FrontShape(32, 64, True, True, 11264, "norm"),
+        FrontShape(64, 88, True, True, 2048, "silu"),
+    ):
+        assert why_apart(shape, tiles) is None
+    for shape, why in (
+        # Of a core's blocks each transforms for itself.
+        (FrontShape(64, 64, True, True, 20480, "norm"), "5 blocks of a core would transform for"),
+        (FrontShape(64, 64, True, True, 22016, "norm"), "no room for 6 blocks"),
+        (FrontShape(96, 224, True, True, 4096, "silu"), "no room for 1 blocks"),
+        (FrontShape(15, 256, True, True, 4096), "takes no transform of 3840 features as 15 x 256"),
+        (FrontShape(32, 64, True, True, 2560, span=64), "takes no transform"),
+        (FrontShape(32, 64, True, True, 2560, "silu", "relu"), "its gate is silu"),
+    ):
+        assert why in str(why_apart(shape, tiles))
+
+
 def test_what_the_kernel_for_few_tokens_does_not_take() -> None:
     weight, _ = some_weight(32, 256, 128, True, torch.bfloat16)
     small, _ = some_weight(32, 192, 64, True, torch.bfloat16)
     tiles = FewTiles(16, 12, 1, 2)
     assert small.span < 128
-    other = NormInFront(random(1, 256), None, 1e-5, 0.0)
-    wide = NormInFront(None, random(257), 1e-5, 0.0)
+    other = InFront(random(1, 256), None, 1e-5, 0.0)
+    wide = InFront(None, random(257), 1e-5, 0.0)
     for x, codes, bias, norm, why in (
         (random(1, 192), small, None, None, "192 inputs in groups of 64"),
         (random(1, 256, dtype=torch.float16), weight, None, None, "torch.float16"),
@@ -152,12 +266,12 @@ def test_what_the_kernel_for_few_tokens_does_not_take() -> None:
     ):
         say_instead.cache_clear()
         with pytest.warns(UserWarning, match=f"{why}.*Triton run instead of hopper_packed_few"):
-            assert launch_few(x, codes, bias, tiles, 1, norm=norm) is None
+            assert launch_few(x, codes, bias, tiles, 1, front=norm) is None
     # What other kernels are for is not said.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        many = NormInFront(None, None, 1e-5, 0.0)
-        assert launch_few(random(5, 256), weight, None, tiles, 1, norm=many) is None
+        many = InFront(None, None, 1e-5, 0.0)
+        assert launch_few(random(5, 256), weight, None, tiles, 1, front=many) is None
         assert launch_few(random(0, 256), weight, None, tiles, 1) is None
 
 
@@ -320,6 +434,14 @@ def test_kernels_compile_without_spilling() -> None:
 
     for warps, act, norm in ((4, ACTIVATIONS[0], True), (16, "", False)):
         form = Form(True, False, False, norm, norm, act, warps, 2, 2, 1, 128)
+        assert "0 bytes spill stores" in log_of(FILES, form.constants)
+    for warps, norm, front in (
+        (16, True, ("", 32, 64, True, True)),
+        (4, True, ("", 32, 64, True, True)),
+        (16, False, ("", 32, 64, True, False)),
+        (16, False, ("silu", 64, 88, True, True)),
+    ):
+        form = Form(True, False, False, norm, norm, "", warps, 2, 2, 1, 128, *front)
         assert "0 bytes spill stores" in log_of(FILES, form.constants)
     # Of 112 features a second block of a core is worth some spills.
     for cut in (Cut(64, 64, kronecker.NORM, bits=4), Cut(86, 128, kronecker.GATE, bits=4)):

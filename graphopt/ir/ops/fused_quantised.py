@@ -215,6 +215,53 @@ class NormPackedLinear(PackedLinear):
         return (whole, *super().torch([normed, *tensors[3:]], self._product(attrs)))
 
 
+@register
+class TransformedPackedLinear(PackedLinear):
+    """`packed_linear` of a `transformed` without rounding: -> (x + y with `total`, *outputs)."""
+
+    name = "transformed_packed_linear"
+    operands = ("x", "y?", "norm_weight?", "left?", "right?", "factors*")
+    attributes = {  # noqa: RUF012
+        **PackedLinear.attributes,
+        "before": Front, "total": bool, "eps": Least, "offset": Number,
+    }  # fmt: skip
+    defaults = {  # noqa: RUF012
+        "act": "", "before": "", "total": False, "eps": 0.0, "offset": 0.0,
+    }  # fmt: skip
+
+    def check_encodings(self, types: Types) -> None:
+        dense = [kind for kind in types[:5] if kind is not None]
+        super().check_encodings([next((k for k in dense if k.encoding), dense[0]), *types[5:]])
+
+    @staticmethod
+    def _parts(attrs: Attrs) -> tuple[Attrs, Attrs]:
+        """Return the attributes of the transform, and those of the product."""
+        product = {name: attrs[name] for name in ("parts", "act") if name in attrs}
+        return {name: attrs[name] for name in attrs if name not in product}, product
+
+    def infer(self, types: Types, attrs: Attrs) -> list[Type]:
+        front, product = self._parts(attrs)
+        *total, made = get_op("transformed").infer(types[:5], front)
+        return [*total, *super().infer([made, *types[5:]], product)]
+
+    def flops(self, types: Types, outputs: Sequence[Type], attrs: Attrs) -> Dim:
+        front, product = self._parts(attrs)
+        made = get_op("transformed").infer(types[:5], front)
+        first = get_op("transformed").flops(types[:5], made, front)
+        given = [made[-1], *types[5:]]
+        return dim(first + super().flops(given, outputs[len(made) - 1 :], product))
+
+    def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        front, product = self._parts(attrs)
+        *total, made = get_op("transformed").reference(tensors[:5], front)
+        return (*total, *super().reference([made, *tensors[5:]], product))
+
+    def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
+        front, product = self._parts(attrs)
+        *total, made = get_op("transformed").torch(tensors[:5], front)
+        return (*total, *super().torch([made, *tensors[5:]], product))
+
+
 def _at(types: Types, index: int) -> Type | None:
     return types[index] if index < len(types) else None
 
