@@ -17,8 +17,10 @@ from graphopt.errors import UsageError
 from graphopt.lowering.kernels import get_layer_family, plan_attention, portable_target
 from graphopt.lowering.kernels.triton import expert_tiles, kernel_constants
 from graphopt.lowering.torch import TorchEmitter
+from graphopt.memory.analysis.link import default_link
+from graphopt.memory.cost import newest_roofline
 from graphopt.plan import AttentionSpec
-from graphopt.targets import all_targets, broken_targets, get_target, register_target
+from graphopt.targets import all_targets, broken_targets, get_target, newest_gpu, register_target
 
 HOPPER = (resources.files(targets) / "hopper.toml").read_text(encoding="utf-8")
 TURING = HOPPER.replace('isa = "sm_90"', 'isa = "sm_75"').replace('"wgmma", ', "")
@@ -95,6 +97,8 @@ WRONG = {
         "[[quantised.integer_packed]]\nunroll = 2\ntokens = 16\nrows = 16\ncolumns = 16\n"
         "warps = 1\nstages = 1\nprograms = 1\n[[quantised.integer_packed]]\n",
         "it should have no unroll"),
+    "a host without all": ("link_beside = 50e9\n", "",
+        "it should have link_beside as well, or link alone"),
     "broken TOML": ("cores = 132", "cores = ", "is not valid TOML: Invalid value (at line"),
 }  # fmt: skip
 
@@ -218,6 +222,24 @@ def test_models_that_write_are_emitted_for_the_gpu_that_most_others_can_stand_in
     assert get_target("mine").compute_capability == (10, 0)
     assert get_target("cpu").compute_capability is None
     assert portable_target().compute_capability == (8, 0)
+
+
+def test_the_newest_gpu_that_states_a_figure_stands_for_one():
+    def times_and_link():
+        roofline, link = newest_roofline(), default_link()
+        return roofline.bandwidth, roofline.flops, roofline.flops_32, link.in_bytes
+
+    hopper = get_target("hopper")
+    known = (hopper.decode.bandwidth, hopper.flops["bf16"], hopper.flops["f32"], hopper.host_link)
+    assert times_and_link() == known
+    newer = changed('isa = "sm_90"', 'isa = "sm_100"').replace(
+        "bandwidth = 2960e9", "bandwidth = 5"
+    )
+    whole = newer.index("[host]")
+    table = newer[whole : newer.index("[emit]")]
+    register_target(newer.replace(table, "[host]\nlink = 7\n").replace("bf16 = 989e12", "bf16 = 6"))
+    assert times_and_link() == (5, 6, hopper.flops["f32"], 7)
+    assert get_target("mine").host is None and newest_gpu("host") == hopper
 
 
 def test_no_code_names_a_machine():

@@ -253,7 +253,7 @@ def _recorded(spec: str, flags: MemoryFlags, trust_remote_code: bool) -> _Run:
             workload = make(stand_in.device)
             count = workload.warm_up + (flags.iterations or ITERATIONS[phase])
             trace = workload.record(count, workspaces=kernel_workspace, cost=cost)
-        where = f"tensors without values, times of an {cost.name}"
+        where = f"tensors without values, times of {cost.name}"
         facts = _facts(workload, phase, flags, where)
         return _Run(of_device(trace, str(stand_in.device)), name, facts)
     device = torch.device("cuda")

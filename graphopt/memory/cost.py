@@ -59,7 +59,9 @@ def _flops(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
 
 def newest_roofline() -> Roofline:
     """Return the newest GPU's: bandwidth and launch as measured for it, products by data sheet."""
-    figures = newest_gpu().decode
-    assert figures is not None
-    # NVIDIA H100 data sheet (SXM5): 989 TFLOP/s in bf16 without sparsity, 67 in fp32.
-    return Roofline(figures.bandwidth, 989e12, 67e12, figures.launch * 1e9, "H100 (roofline)")
+    gpu = newest_gpu("flops")
+    assert gpu.decode is not None
+    return Roofline(
+        gpu.decode.bandwidth, gpu.flops["bf16"], gpu.flops["f32"], gpu.decode.launch * 1e9,
+        f"{gpu.title} as a roofline",
+    )  # fmt: skip

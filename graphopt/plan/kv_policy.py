@@ -128,7 +128,7 @@ def step_costs(
     whole = dense
     transfer = 0.0
     if offloaded:
-        link = _host_bandwidth(target, figures)
+        link = _host_link(target)
         whole = max(dense, dense_bytes / link)
         transfer = turnover * policy_bytes / link
         if not policy.needs_query:
@@ -155,14 +155,13 @@ def decode_figures(target: Target) -> DecodeFigures:
     return target.decode
 
 
-def _host_bandwidth(target: Target, figures: DecodeFigures) -> float:
-    if figures.host_bandwidth is None:
+def _host_link(target: Target) -> float:
+    if target.host_link is None:
         raise UsageError(
-            f"{target.name}.toml states no decode.host_bandwidth, by which offloaded keys reach "
-            "the device.",
+            f"{target.name}.toml states no host.link, by which offloaded keys reach the device.",
             "Add it, with its source, or keep the keys on the device.",
         )
-    return figures.host_bandwidth
+    return target.host_link
 
 
 def _selection(policy: KVPolicy, heads: KVHeads, pages: int, target: Target, batch: int) -> float:

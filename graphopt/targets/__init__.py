@@ -60,14 +60,11 @@ class DecodeFigures:
         bandwidth: Bytes a second at which attention of one query token reads keys and values.
         launch: Seconds of a kernel, or of an op, that has next to nothing to do.
         flops: Operations a second of small convolutions in fp32.
-        host_bandwidth: Bytes a second from pinned host memory to the device; None where there is
-            no such link.
     """
 
     bandwidth: float
     launch: float
     flops: float
-    host_bandwidth: float | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,9 @@ class Target:
             warps together, operands in shared memory. `programmatic-launch`: a kernel may be
             launched before the end of the one in front, and wait for it inside.
         cores: Number of cores (streaming multiprocessors, cube cores); None where it varies.
-        bandwidth: Bytes a second of the device memory; None where it varies.
+        bandwidth: Bytes a second of the device memory; None where it varies. It is the most that
+            there can be: times are predicted by what was reached, which `decode` has.
+        flops: Element type -> operations a second of matrix products, by data sheet.
         kernels: Families of attention kernels it has, the best first.
         layer_kernels: Families of kernels for the rest of a layer: norms, rotary positions, gates
             and cache writes.
@@ -137,7 +136,9 @@ class Target:
         decode: What a decoding step's time is predicted by; None where nothing is stated.
         reductions: What sums over ranks are planned by, and their tiles, as the file has them; None
             where torch.distributed does them.
-        host: What keys in its host's memory take; None where nothing is stated.
+        host_link: Bytes a second from pinned host memory to the device; None where it is not
+            stated, or there is no such link.
+        host: What keys in its host's memory take, the link included; None where nothing is stated.
         limits: Further limits of kernels, by name.
         emit: Package -> version that a compile for it needs; `nvrtc` is CUDA's compiler, however it
             was installed.
@@ -153,6 +154,7 @@ class Target:
     features: tuple[str, ...] = ()
     cores: int | None = None
     bandwidth: float | None = None
+    flops: dict[str, float] = field(default_factory=dict)
     kernels: tuple[str, ...] = ()
     layer_kernels: tuple[str, ...] = ()
     memories: tuple[Memory, ...] = ()
@@ -161,6 +163,7 @@ class Target:
     quantised: dict[str, Any] | None = None
     decode: DecodeFigures | None = None
     reductions: dict[str, Any] | None = None
+    host_link: float | None = None
     host: HostFigures | None = None
     limits: dict[str, int] = field(default_factory=dict)
     emit: dict[str, str] = field(default_factory=dict)
@@ -179,6 +182,7 @@ class Target:
             features=tuple(file.features),
             cores=file.cores,
             bandwidth=file.bandwidth,
+            flops={str(dtype): rate for dtype, rate in file.flops.items()},
             kernels=tuple(file.kernels),
             layer_kernels=tuple(file.layer_kernels),
             memories=tuple(Memory(m.name, m.bytes, m.per) for m in file.memory),
@@ -189,7 +193,8 @@ class Target:
             quantised=None if file.quantised is None else file.quantised.model_dump(),
             decode=None if file.decode is None else DecodeFigures(**file.decode.model_dump()),
             reductions=None if file.reductions is None else file.reductions.model_dump(),
-            host=None if file.host is None else HostFigures(**file.host.model_dump()),
+            host_link=None if file.host is None else file.host.link,
+            host=_host_figures(file),
             limits=file.limits,
             emit=file.emit,
             runtime=file.runtime,
@@ -235,6 +240,12 @@ class Target:
     def tuned(self, kernel: str) -> list[MeasuredTiles]:
         """Return the measured tiles of a kernel family, in the table's order."""
         return [row for row in _tuned(self.name) if row.kernel == kernel]
+
+
+def _host_figures(file: TargetFile) -> HostFigures | None:
+    """Return the figures of a file's host, where it states more than its link."""
+    stated = {} if file.host is None else file.host.model_dump(exclude_none=True)
+    return HostFigures(**stated) if len(stated) > 1 else None
 
 
 @cache
@@ -323,12 +334,19 @@ def _unknown_target(name: str, targets: Iterable[Target]) -> UsageError:
     return unknown_name("target", name, [target.name for target in targets])
 
 
-def newest_gpu() -> Target:
-    """Return the GPU of the highest compute capability whose file has figures of decoding.
+def newest_gpu(*stated: str) -> Target:
+    """Return the GPU of the highest compute capability whose file has some figures.
 
     It stands for a GPU where none is named.
+
+    Args:
+        stated: Attributes of `Target` that it has to have, beside `decode`.
     """
-    known = [target for target in all_targets().values() if target.decode is not None]
+    known = [
+        target
+        for target in all_targets().values()
+        if all(getattr(target, name) for name in ("decode", *stated))
+    ]
     return max(known, key=lambda target: target.compute_capability or (0, 0))
 
 

@@ -194,7 +194,6 @@ class DecodeTable(Schema):
     bandwidth: Rate
     launch: Seconds
     flops: Rate
-    host_bandwidth: Rate | None = None
 
 
 class LinearTilesTable(Schema):
@@ -238,13 +237,22 @@ class ReductionsTable(Schema):
 
 
 class HostTable(Schema):
-    """The `[host]`: `graphopt.targets.HostFigures`."""
+    """The `[host]`: `graphopt.targets.HostFigures`, or the link alone."""
 
     link: Rate
-    attention: Rate
-    link_beside: Rate
-    attention_beside: Rate
-    call: Seconds
+    attention: Rate | None = None
+    link_beside: Rate | None = None
+    attention_beside: Rate | None = None
+    call: Seconds | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _link_alone_or_all(self) -> HostTable:
+        given = self.model_dump(exclude_none=True)
+        if len(given) > 1:
+            missing = [name for name in type(self).model_fields if name not in given]
+            if missing:
+                raise ValueError(f"it should have {', '.join(missing)} as well, or link alone")
+        return self
 
 
 class TargetFile(Schema):
@@ -260,6 +268,7 @@ class TargetFile(Schema):
     layer_kernels: list[Text] = pydantic.Field(default_factory=list)
     cores: Size | None = None
     bandwidth: Rate | None = None
+    flops: dict[DType, Rate] = pydantic.Field(default_factory=dict)
     memory: list[MemoryTable] = pydantic.Field(default_factory=list)
     matrix_unit: list[MatrixUnitTable] = pydantic.Field(default_factory=list)
     experts: ExpertsTable | None = None
@@ -286,8 +295,8 @@ class TargetFile(Schema):
         cls, sources: dict[str, str], info: pydantic.ValidationInfo
     ) -> dict[str, str]:
         figures = (
-            "features", "cores", "bandwidth", "memory", "matrix_unit", "experts", "quantised",
-            "decode", "reductions", "host", "limits",
+            "features", "cores", "bandwidth", "flops", "memory", "matrix_unit", "experts",
+            "quantised", "decode", "reductions", "host", "limits",
         )  # fmt: skip
         missing = [name for name in figures if info.data.get(name) and name not in sources]
         if missing:

@@ -111,7 +111,8 @@ class PlaceKV(Pass):
             return read_measured_host(Path(self.figures)).figures()
         if machine.host is None:
             raise UsageError(
-                f"{machine.name}.toml has no [host], by which keys on the host are planned.",
+                f"{machine.name}.toml has no [host] with all figures, by which keys there are "
+                "planned.",
                 "Measure the host there by `graphopt measure-host -o host.json`, and give "
                 "figures=host.json.",
             )
@@ -193,11 +194,9 @@ class PlaceKV(Pass):
                 f"that stay and pieces on their way, {format_bytes(RESERVE)} for the driver.",
                 "Give a larger gpu=, a smaller batch=, or weights of fewer bits (quantize).",
             )
-        rest = weights / (machine.bandwidth or decode_figures(machine).bandwidth)
-        known = Machine(
-            figures, decode_figures(machine).bandwidth, decode_figures(machine).launch,
-            rest / max(len(program.states), 1),
-        )  # fmt: skip
+        decode = decode_figures(machine)
+        rest = weights / decode.bandwidth / max(len(program.states), 1)
+        known = Machine(figures, decode.bandwidth, decode.launch, rest)
         if self.method == "published":
             plan = published(layers, tokens, self.batch, room, known)
         else:

@@ -195,7 +195,7 @@ def test_a_policy_that_costs_more_than_it_saves_is_refused():
         with pytest.raises(PassError, match=f"not worth it on {target} with 512 tokens: .*pay"):
             item.check(program)
         make(kind="quest", target=target, context=512).check(program)
-    with pytest.raises(UsageError, match=r"states no decode\.host_bandwidth"):
+    with pytest.raises(UsageError, match=r"states no host\.link"):
         make(kind="quest", offload=True, verdict="refuse").check(program)
 
 

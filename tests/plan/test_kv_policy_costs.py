@@ -15,7 +15,7 @@ from graphopt.targets import DecodeFigures, get_target
 LLAMA = KVHeads(8, 32, 128, 128, torch.bfloat16)
 DEMO = KVHeads(3, 9, 64, 64)
 HOPPER = get_target("hopper")
-ROUND = dataclasses.replace(HOPPER, decode=DecodeFigures(1e12, 1e-6, 1e12, 1e10))
+ROUND = dataclasses.replace(HOPPER, decode=DecodeFigures(1e12, 1e-6, 1e12), host_link=1e10)
 
 
 def budget(tokens: int, page: int = 16) -> PageBudget:
@@ -81,5 +81,5 @@ def test_a_budget_of_everything_never_pays():
 def test_what_the_file_does_not_state_is_asked_for():
     with pytest.raises(UsageError, match=r"volta\.toml has no \[decode\]"):
         step_costs(Quest(budget(64)), LLAMA, 4096, get_target("volta"))
-    with pytest.raises(UsageError, match=r"cpu\.toml states no decode\.host_bandwidth"):
+    with pytest.raises(UsageError, match=r"cpu\.toml states no host\.link"):
         step_costs(Quest(budget(64)), LLAMA, 4096, get_target("cpu"), offloaded=True)

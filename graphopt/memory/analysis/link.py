@@ -59,11 +59,9 @@ def default_link() -> Link:
 
     Its latencies are those of the published fit of pinned copies (see docs/memory.md).
     """
-    target = newest_gpu()
-    if target.decode is None or target.decode.host_bandwidth is None:
-        raise ValueError(f"the target {target.name} states no link to its host")
-    speed = target.decode.host_bandwidth
-    return Link(speed, speed, 8242.0, 12352.0, f"data sheet of target {target.name}")
+    target = newest_gpu("host_link")
+    assert target.host_link is not None
+    return Link(target.host_link, target.host_link, 8242.0, 12352.0, f"target {target.name}")
 
 
 def fit_link(
