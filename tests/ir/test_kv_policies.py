@@ -489,6 +489,28 @@ def test_states_of_fixed_room_and_states_that_grow_select_the_same(data):
 
 
 @pytest.mark.parametrize("kind", POLICIES)
+def test_a_row_that_is_padding_at_first_reads_its_own_pages(kind):
+    """A text of few tokens beside a long one, whose prompt is read in parts."""
+    policy, scoring, page = small(kind, PageBudget(2, 3, 1, 1)), Scoring(0.4), 2
+    q, k, v, _ = one_layer(tokens=14)
+    mask = torch.ones(2, 14, dtype=torch.int64)
+    mask[1, :7] = 0
+    state = policy.init(q[:, :, max(0, 4 - policy.history) : 4], *(x[:, :, :4] for x in (k, v)),
+                        mask[:, :4], scoring)  # fmt: skip
+    for now in range(4, 14):
+        keys, lengths = k[:, :, : now + 1], Filled.of_mask(mask[:, : now + 1])
+        selected = policy.select(state, q[:, :, now : now + 1], keys, lengths, scoring)
+        wanted = {*range(7 // page, now // page + 1)} if now >= 7 else set()
+        read = set(selected[1].flatten().tolist()) - {-1}
+        assert read <= wanted and (not wanted or {7 // page, now // page} <= read)
+        named = selected.expand(2, 2, -1)
+        probabilities = torch.full(named.shape, 0.5, dtype=F64)
+        new = k[:, :, now : now + 1]
+        state = policy.observe(state, named, probabilities, new, lengths)
+    assert not any(bool(x.isnan().any()) for x in state.values())
+
+
+@pytest.mark.parametrize("kind", POLICIES)
 def test_states_are_of_the_types_that_are_declared(kind):
     policy = small(kind, PageBudget(4, 4, 1, 1))
     q, k, v, mask = one_layer(dtype=torch.float32)

@@ -83,7 +83,7 @@ class ExpectedAttention(KVPolicy):
         real = (tail_slots(rows, lengths) >= lengths.first_B[:, None])[:, None, None, :, None].to(
             dtype
         )
-        count = real.sum(3)
+        count = real.sum(3).clamp(min=1)  # a row may be padding alone
         mean = (q * real).sum(3) / count
         centred = (q - mean[:, :, :, None]) * real
         covariance = centred.mT @ centred / count[..., None]
@@ -119,8 +119,9 @@ class ExpectedAttention(KVPolicy):
     ) -> State:
         page = self.budget.page
         known = page_values(state, "log_expected", lengths.pages(page), float("-inf"), axis=3)
-        term = _log_terms(state, k_new_BG1D)
-        index = (lengths.last_B // page)[:, None, None, None].expand_as(term)
+        empty = (lengths.last_B < 0)[:, None, None, None]  # a row of padding alone
+        term = _log_terms(state, k_new_BG1D).masked_fill(empty, float("-inf"))
+        index = (lengths.last_B.clamp(min=0) // page)[:, None, None, None].expand_as(term)
         total = torch.logaddexp(known.gather(3, index), term)
         return {**state, "log_expected": known.scatter(3, index, total)}
 

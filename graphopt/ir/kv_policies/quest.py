@@ -86,7 +86,8 @@ class Quest(KVPolicy):
         for name, bound in (("least", torch.minimum), ("largest", torch.maximum)):
             known = page_values(state, name, pages)
             new = k_new_BG1D.to(known.dtype)
-            index = (last // page)[:, None, None, None].expand_as(new)
+            # A row of padding alone has no page yet; the one its first key comes into begins anew.
+            index = (last.clamp(min=0) // page)[:, None, None, None].expand_as(new)
             both = torch.where(opens, new, bound(known.gather(2, index), new))
             after[name] = known.scatter(2, index, both)
         return after
