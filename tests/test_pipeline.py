@@ -11,7 +11,14 @@ from programs import tiny_program
 from graphopt.errors import PassError, SourceError, UsageError, VerifyError
 from graphopt.execute.interpreter import Runner
 from graphopt.ir import Array, Missing, Producer, Weight
-from graphopt.pass_manager.contract import Context, Pass, PassResult, Skip, register_pass
+from graphopt.pass_manager.contract import (
+    Context,
+    Pass,
+    PassResult,
+    Skip,
+    make_pass,
+    register_pass,
+)
 from graphopt.pass_manager.pipeline import DEFAULT_RECIPE, Pipeline
 from graphopt.pass_manager.run_options import RunOptions
 from graphopt.pass_manager.verification import compare, make_probe, measure
@@ -180,6 +187,17 @@ def test_verification_sees_the_error_of_any_feature():
     with pytest.raises(VerifyError):
         Pipeline([Wrong(by=1.02)]).run(tiny_program())
     Pipeline([Wrong(by=1.0 + 1e-6)]).run(tiny_program())
+
+
+def test_roundings_of_fp32_do_not_refuse_a_pass_behind_rounded_activations():
+    """A key that lies between two codes becomes either: in fp64 both sides take the same."""
+    for seed in (0, 5):
+        rounding = make_pass("quantize", {"w": 16, "a": 8, "kv": 4, "method": "rtn"})
+        program = rounding.run(tiny_program(seed=seed), Context()).program
+        _, report = Pipeline.parse("insert-kv-cache,shard{tp=2,device=cpu}").run(program)
+        assert [entry.verification for entry in report.passes] == ["passed", "passed"]
+        with pytest.raises(VerifyError, match="moved the logits"):
+            Pipeline([Wrong()]).run(program)
 
 
 def test_work_that_was_begun_is_told_to_be_over():

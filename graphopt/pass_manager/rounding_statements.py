@@ -14,7 +14,7 @@ from graphopt.ir.graph import Node, Program, Value
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Statement
 from graphopt.pass_manager.numbering import ValueNumbers
-from graphopt.pass_manager.verification import compare, make_probe, measure
+from graphopt.pass_manager.verification import compare, jumps, make_probe, measure
 
 ROUNDED = "quantise_dequantise"
 """The op that rounds activations."""
@@ -147,7 +147,8 @@ def with_dtypes_of(program: Program, source: Program, but: Collection[str] = ())
 def _not_the_same(before: Program, scaled: Program) -> str | None:
     """Return how far a program with scaled features is from its source, where it is too far."""
     probe = make_probe(before, "", None)
-    difference = compare(*measure([before, scaled], probe))
+    dtype = torch.float64 if jumps(before) else torch.float32
+    difference = compare(*measure([before, scaled], probe, dtype=dtype))
     if difference.within_tolerance:
         return None
     return (

@@ -35,6 +35,7 @@ from graphopt.pass_manager.verification import (
     Measured,
     Probe,
     compare,
+    jumps,
     make_probe,
     measure,
 )
@@ -298,6 +299,19 @@ class RecipeRun:
             raise VerifyError(changed, _wrong_pass(item, imprint, after)) from failure
         self._reference = self._reference or latest
         difference = compare(self._reference, measured)
+        if not difference.within_tolerance and comparison.error is None and jumps(before):
+            # In fp32 roundings alone may have done that; in fp64 they cannot.
+            assert self._probe is not None
+            difference = compare(
+                *measure(
+                    [before, after],
+                    self._probe,
+                    dtype=torch.float64,
+                    device=self.context.device,
+                    progress=self.context.progress,
+                    what=f"verify {item.name}",
+                )
+            )
         self._fill(entry, difference, latest, measured)
         entry.tolerance = difference.tolerance
         because = "" if comparison.error is None else f": {comparison.error}"

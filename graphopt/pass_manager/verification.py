@@ -17,6 +17,7 @@ from graphopt.execute.interpreter import complete_inputs
 from graphopt.ir.context import context_length
 from graphopt.ir.graph import Program
 from graphopt.ir.shapes import infer_program
+from graphopt.pass_manager.stepping import CHOICES
 from graphopt.sources.windows import Bos, TokenText, tokenizer_at
 from graphopt.support.progress import Progress, silent
 
@@ -26,6 +27,10 @@ any wrong term."""
 
 ROW, PADDED_ROW, SHORT_ROW = 56, 47, 7
 """Lengths of the probe's texts: a full row, a left-padded one beside it, and short batches."""
+
+
+JUMPS = CHOICES | {"quantise_dequantise", "policy_attention"}
+"""Ops whose results may be far apart where their operands differ by a rounding."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,16 @@ class Difference:
     @property
     def within_tolerance(self) -> bool:
         return self.max_abs_logit_delta <= self.tolerance
+
+
+def jumps(program: Program) -> bool:
+    """Return whether rounding may move a program's results far: it rounds or chooses on the way.
+
+    An activation within an fp32 rounding of the middle between two codes becomes either, and of
+    two experts that score alike a token runs either.
+    """
+    functions = program.functions.values()
+    return any(node.op in JUMPS for function in functions for node in function.nodes)
 
 
 def make_probe(
@@ -147,17 +162,19 @@ def measure(
     probe: Probe,
     *,
     steps_alone: bool = False,
+    dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     progress: Progress = silent,
     what: str = "verifying",
 ) -> list[Measured]:
-    """Run the probe through programs side by side, one layer in memory at a time, in fp32.
+    """Run the probe through programs side by side, one layer in memory at a time.
 
     A weight that several programs have is read once. A program with a KV cache also runs the
     first batch in two steps.
 
     Args:
         steps_alone: Run the last program in steps alone; it has no `logits` then.
+        dtype: Of weights and activations.
 
     Raises:
         SourceError: A weight holds NaN or Inf, or cannot be read.
@@ -165,7 +182,7 @@ def measure(
     device, shared = device or torch.device("cpu"), dict[int, Tensor]()
     last = len(programs) - 1
     measurements = [
-        _Measurement(program, probe, not (steps_alone and number == last), device, shared)
+        _Measurement(program, probe, not (steps_alone and number == last), dtype, device, shared)
         for number, program in enumerate(programs)
     ]
     total = max(len(program.calls) for program in programs)
@@ -198,11 +215,12 @@ class _Measurement:
         program: Program,
         probe: Probe,
         whole: bool,
+        dtype: torch.dtype,
         device: torch.device,
         shared: dict[int, Tensor],
     ) -> None:
         self.program, self.probe, self.whole = program, probe, whole
-        self.runner = _SharingRunner(program, device=device, keep_weights=False)
+        self.runner = _SharingRunner(program, dtype=dtype, device=device, keep_weights=False)
         self.runner.shared = shared
         self.batches = [_to(batch, device) for batch in (probe.batches if whole else ())]
         self.pasts = [self.runner.empty_cache(b["input_ids"].shape[0]) for b in self.batches]
