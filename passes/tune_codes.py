@@ -14,7 +14,7 @@ from graphopt.execute.block_runner import Parametrisation
 from graphopt.ir.graph import Call, Program
 from graphopt.ir.weights import Array, Dequantised
 from graphopt.pass_manager.contract import Context, Forecast, Pass, PassResult, Skip, register_pass
-from graphopt.pass_manager.rounding_statements import ROUNDED, RetunedCodes
+from graphopt.pass_manager.rounding_statements import RetunedCodes
 from graphopt.passes.quantize.record import QuantizedModel
 from graphopt.report.record import Record
 from graphopt.support.devices import must_fit
@@ -103,10 +103,6 @@ class _Tuning(Distiller):
     def run(self) -> PassResult:
         self.note("the whole model", self.dense)
         self.note("rounding", self.program)
-        for function in self.program.functions.values():
-            for node in function.nodes:
-                if node.op == ROUNDED:
-                    node.attrs["straight_through"] = True
         self.distil(self.logit_data())
         self.note("trained", self.program)
         self.say_if_useless()

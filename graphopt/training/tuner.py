@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from graphopt.errors import first_line
 from graphopt.execute.block_runner import BlockRunner
+from graphopt.ir.graph import Program
 from graphopt.ir.mixture import has_experts
+from graphopt.pass_manager.rounding_statements import ROUNDED
 from graphopt.storage.snapshot import resuming_from
 from graphopt.support.boundary import out_of_memory
 from graphopt.support.devices import must_fit
@@ -61,6 +63,20 @@ COMPILE_FROM = (30.0, 300)
 kind of block in it; blocks with experts take twice as long to compile."""
 
 
+def pass_gradients(program: Program, *, passes: bool = True) -> None:
+    """Give the roundings in a program the gradient of the identity while it is trained, in place.
+
+    Args:
+        passes: Whether they are to have it; a program that is not trained is without.
+    """
+    for function in program.functions.values():
+        for node in function.nodes:
+            if node.op == ROUNDED and passes:
+                node.attrs["straight_through"] = True
+            elif node.op == ROUNDED:
+                node.attrs.pop("straight_through", None)
+
+
 class Tuner:
     """A training of one student.
 
@@ -70,7 +86,8 @@ class Tuner:
     first rank's clock says when a training is over, and its numbers are what counts in the end.
 
     Args:
-        student: Its parametrisations are trained in place.
+        student: Its parametrisations are trained in place. The roundings of its program, whichever
+            pass put them there, have the gradient of the identity from here on.
         data: The windows, and what the student is to give for them.
         objective: The loss.
         schedule: How long and how fast to train.
@@ -93,6 +110,7 @@ class Tuner:
         what: str = "training",
     ) -> None:
         self.student, self.data, self.objective = student, data, objective
+        pass_gradients(student.program)
         self.schedule, self.saved = schedule, saved
         self.progress, self.what = progress, what
         self.result = TrainingResult()
