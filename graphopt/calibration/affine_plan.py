@@ -17,8 +17,8 @@ from graphopt.ir.affine import (
     insert_transform,
     key_weights,
 )
-from graphopt.ir.affine_sites import InputSite, KeySite, Sites, find_sites, layer_calls
-from graphopt.ir.blocks import find_blocks
+from graphopt.ir.affine_sites import InputSite, KeySite, Sites, find_sites
+from graphopt.ir.blocks import NO_BLOCK, find_blocks, layer_calls
 from graphopt.ir.graph import Call, Function, Program, Value
 from graphopt.ir.shapes import infer_program
 from graphopt.ir.types import Type
@@ -79,6 +79,7 @@ def plan_transforms(
     *,
     heads: bool = True,
     keys: bool = True,
+    blocks_alone: bool = False,
     windows: Tensor | None = None,
     device: torch.device | None = None,
     progress: Progress = silent,
@@ -88,6 +89,8 @@ def plan_transforms(
     Args:
         heads: Whether values are mapped feature by feature, and merged heads across heads.
         keys: Whether queries and keys are transformed.
+        blocks_alone: Whether layers stay as they are that are no blocks, such as those that give
+            keys to later ones; so they do in any case where text is walked.
         windows: Text for a maker that needs some, int64 [N, S].
 
     Raises:
@@ -104,8 +107,8 @@ def plan_transforms(
         positions = by_function[name]
         where = program.calls[positions[0]].path or name
         plan.left += [(f"{where}.{what}", reason) for what, reason in sites.left]
-        if maker.needs_text and not set(positions) <= blocks:
-            plan.left.append((where, "it is no block of the residual stream, which text walks"))
+        if (maker.needs_text or blocks_alone) and not set(positions) <= blocks:
+            plan.left += [(program.calls[at].path or name, NO_BLOCK) for at in positions]
             continue
         part = _plan_function(program, name, sites, maker, kinds[positions[0]], heads, keys)
         part.calls = [program.calls[position] for position in positions]

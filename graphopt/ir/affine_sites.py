@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from graphopt.ir.blocks import find_blocks
+from graphopt.ir.blocks import layer_calls
 from graphopt.ir.feed_forward import read_hidden
 from graphopt.ir.graph import Call, Function, Node, Program, Value
 from graphopt.ir.mixture import Mixture, read_mixture, stack_of
@@ -120,20 +120,6 @@ class Sites:
     inputs: list[InputSite] = field(default_factory=list)
     keys: list[KeySite] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
-
-
-def layer_calls(program: Program) -> list[int]:
-    """Return the positions of a program's layers: blocks, and all but its embedding and its head.
-
-    The embedding reads the token ids; the head gives the outputs.
-    """
-    blocks = {block.position for block in find_blocks(program)}
-    return [
-        position
-        for position, call in enumerate(program.calls)
-        if position in blocks
-        or ("input_ids" not in call.args and not set(call.results) & set(program.outputs))
-    ]
 
 
 def find_sites(program: Program) -> dict[str, Sites]:

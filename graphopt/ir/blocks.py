@@ -16,6 +16,9 @@ from graphopt.ir.layer_config import decoder_config, shrink_config
 from graphopt.ir.ops.attention import ATTENTIONS
 from graphopt.ir.shapes import infer_program
 
+NO_BLOCK = "it is no block of the residual stream, or behind a layer that is none"
+"""Why passes on blocks leave a layer alone: it gives keys and values to others, for one."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -61,6 +64,20 @@ def find_blocks(program: Program) -> list[Block]:
         found.append(Block(position, stream))
         latest = call.results[0]
     return found
+
+
+def layer_calls(program: Program) -> list[int]:
+    """Return the positions of a program's layers: blocks, and all but its embedding and its head.
+
+    The embedding reads the token ids; the head gives the outputs.
+    """
+    blocks = {block.position for block in find_blocks(program)}
+    return [
+        position
+        for position, call in enumerate(program.calls)
+        if position in blocks
+        or ("input_ids" not in call.args and not set(call.results) & set(program.outputs))
+    ]
 
 
 def block_name(program: Program, block: Block) -> str:

@@ -27,6 +27,7 @@ from graphopt.ir.dtypes import scoring_dtype
 from graphopt.ir.graph import Call, Program
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Context, Skip
+from graphopt.pass_manager.outside_blocks import outside_blocks
 from graphopt.report.record import Step
 from graphopt.storage.snapshot import resuming_from
 from graphopt.support.devices import free_bytes
@@ -40,7 +41,7 @@ from graphopt.training.options import DEFAULT_SECONDS, TrainingOptions
 from graphopt.training.parametrisations import parametrisations_of
 from graphopt.training.record import TrainedPart, TrainingRecord
 from graphopt.training.schedule import Schedule, TrainingResult
-from graphopt.training.tuner import Tuner
+from graphopt.training.tuner import Tuner, pass_gradients
 from graphopt.training.written_text import windows_to_write
 
 RATE = 2.5e-3
@@ -92,7 +93,7 @@ class Distiller:
         self.program = self._share(program)
         whole = [*self.dense.weights, *self.program.weights]
         self.origin = {weight.name: weight.producer for weight in whole}
-        self.record, self.skipped = self.tells(), list[Skip]()
+        self.record, self.skipped = self.tells(), outside_blocks(program)
         windows = calibration_windows(self.dense, context, seqlen)
         held = max(least_held, min(PERPLEXITY_WINDOWS, len(windows) // 8))
         if len(windows) <= held:
@@ -404,6 +405,7 @@ class Distiller:
                 value = weight.load().to(source.dtype).cpu().contiguous()
                 folded = Weight(weight.name, Array(value), source.checkpoint, source.constant)
             result.weights.replace(folded)
+        pass_gradients(result, passes=False)
         return result
 
     def logit_data(self, first: int = 0) -> DistillationData:

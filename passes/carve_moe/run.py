@@ -39,6 +39,7 @@ from graphopt.ir.shapes import infer_program
 from graphopt.ir.weights import SharedSources
 from graphopt.pass_manager.contract import Context, PassResult, Skip, Statement, Statements
 from graphopt.pass_manager.expert_statements import CarvedExperts, CarvedMixture
+from graphopt.pass_manager.outside_blocks import outside_blocks
 from graphopt.pass_manager.statements import DividedNeurons, DividedPart
 from graphopt.passes.carve_moe.activations import PartActivations
 from graphopt.passes.carve_moe.division import (
@@ -89,7 +90,7 @@ class Carving:
     def run(self) -> PassResult:
         program, found = self.program, parts_of(self.program)
         numbers = self._numbers(found)
-        skipped: list[Skip] = []
+        skipped = outside_blocks(self.program)
         perplexity: list[Step] = []
         control: float | None = None
         carved: list[Carved] = []

@@ -35,9 +35,12 @@ def search_clips(student: BlockRunner, group: BlockTransforms, data: Distillatio
     slots = function.slots_by_value()
     readers: dict[Value, list[tuple[Node, list[int]]]] = {}
     for node in function.nodes:
-        if node.op == ROUNDED and node.inputs[0] is not None:
-            clips = [slots[value] for value in node.inputs[1:] if value is not None]
-            numbers = [group.clip_slots.index(slot) for slot in clips]
+        if node.op != ROUNDED or node.inputs[0] is None:
+            continue
+        clips = [slots[value] for value in node.inputs[1:] if value is not None]
+        # An earlier pass may have left roundings with clips of its own.
+        numbers = [group.clip_slots.index(slot) for slot in clips if slot in group.clip_slots]
+        if numbers:
             readers.setdefault(node.inputs[0], []).append((node, numbers))
 
     def observe(value: Value, x: Tensor) -> None:

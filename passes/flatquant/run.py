@@ -26,7 +26,6 @@ from graphopt.ir.graph import Call, Program
 from graphopt.ir.weights import Array
 from graphopt.pass_manager.contract import Context, PassResult, Skip, Statement
 from graphopt.pass_manager.numbering import same_outputs
-from graphopt.pass_manager.rounding_statements import ROUNDED
 from graphopt.passes.flatquant.clips import MOST_CLIP, search_clips
 from graphopt.passes.flatquant.packing import encodings_of, pack_weights
 from graphopt.passes.flatquant.record import FlatQuantised, TrainedBlock
@@ -107,7 +106,8 @@ class FlatQuantising(Distiller):
         if count and len(self.windows) + held > count:
             self.windows = pick(self.windows, max(count - held, 1), context.seed)
         if not self.done:
-            self.skipped += [Skip(where, reason) for where, reason in (*self.plan.left, *left)]
+            told = [Skip(where, reason) for where, reason in (*self.plan.left, *left)]
+            self.skipped += [skip for skip in told if skip not in self.skipped]
         self.record.kind, self.record.bits = options.kind, (options.w, options.a, options.kv)
 
     def home_of(self, program: Program) -> torch.device:
@@ -155,7 +155,7 @@ class FlatQuantising(Distiller):
             windows = pick(windows, on_device(options.windows, context.device), context.seed)
         return plan_transforms(
             program, maker, heads=options.heads, keys=options.keys and options.kv < 16,
-            windows=windows, device=context.device, progress=context.progress,
+            blocks_alone=True, windows=windows, device=context.device, progress=context.progress,
         )  # fmt: skip
 
     def run(self) -> PassResult:
@@ -170,10 +170,6 @@ class FlatQuantising(Distiller):
             self._distil()
         started = here().clock()
         result = self.fold()
-        for function in result.functions.values():
-            for node in function.nodes:
-                if node.op == ROUNDED:
-                    node.attrs.pop("straight_through", None)
         packed, packing = self._packed(result)
         statement = self._statement(result, packing)
         self.clock("codes", started)
@@ -412,7 +408,7 @@ class FlatQuantising(Distiller):
             clip=options.clip and not learnt, windows=options.windows, seqlen=options.seqlen,
         )  # fmt: skip
         result = pack_weights(program, quantize, self.context)
-        self.skipped += result.skipped
+        self.skipped += [skip for skip in result.skipped if skip not in self.skipped]
         return result.program, result.statement
 
     def _statement(self, folded: Program, packing: Statement | None) -> RoundedBlocks:

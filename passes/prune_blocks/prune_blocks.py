@@ -20,6 +20,7 @@ from graphopt.ir.blocks import (
 )
 from graphopt.ir.graph import Program
 from graphopt.pass_manager.contract import Context, Forecast, Pass, PassResult, register_pass
+from graphopt.pass_manager.outside_blocks import outside_blocks
 from graphopt.pass_manager.statements import RemovedParts
 from graphopt.passes.prune_blocks.chooser import PARTS, Chooser
 from graphopt.passes.prune_blocks.record import PrunedBlocks
@@ -236,6 +237,7 @@ class PruneBlocks(Pass):
         )
         with must_fit(context.device, "Scoring blocks", remedy):
             choice = Chooser.of(self, program, context).all()
+        skipped = [*outside_blocks(program), *choice.skipped]
         parameters = [program.parameter_count()]
         remove_sub_blocks(program, [(unit.block, unit.kind) for unit in choice.order])
         record = PrunedBlocks(
@@ -250,4 +252,4 @@ class PruneBlocks(Pass):
             nearest=choice.nearest,
         )
         statement = RemovedParts(tuple((unit.block, unit.kind) for unit in choice.order))
-        return PassResult(program, len(units), len(choice.order), choice.skipped, record, statement)
+        return PassResult(program, len(units), len(choice.order), skipped, record, statement)

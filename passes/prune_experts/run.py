@@ -24,6 +24,7 @@ from graphopt.ir.layer_config import decoder_config, shrink_expert_counts
 from graphopt.ir.mixture import Mixture, find_mixtures, keep_experts
 from graphopt.pass_manager.contract import Context, PassResult, Skip
 from graphopt.pass_manager.expert_statements import KeptExperts, KeptOfMixture
+from graphopt.pass_manager.outside_blocks import outside_blocks
 from graphopt.passes.prune_experts.merging import Merged, merge_experts
 from graphopt.passes.prune_experts.reconstruction import reconstruct_experts
 from graphopt.passes.prune_experts.record import PrunedExperts, PrunedMixture
@@ -66,7 +67,7 @@ class Pruning:
         self.clock = Clock("scoring", "merging", "reconstructing", "measuring")
         places = {block.position: index for index, block in enumerate(find_blocks(program))}
         self.mixtures: dict[int, Mixture] = {}
-        self.skipped: list[Skip] = []
+        self.skipped = outside_blocks(program)
         self.score: str = options.score
         self.scores: dict[str, float | None] = {}
         found = find_mixtures(program)

@@ -11,6 +11,7 @@ from graphopt.ir.graph import Function, Node, Program, Value
 from graphopt.ir.mixture import Mixture, find_mixtures
 from graphopt.ir.weights import Weight
 from graphopt.pass_manager.contract import Skip
+from graphopt.pass_manager.outside_blocks import outside_blocks
 from graphopt.pass_manager.rounding_statements import ROUNDED
 
 _NO_PRODUCTS = ("rms_norm", "layer_norm", "add", "mul", "embedding")
@@ -59,7 +60,7 @@ class Places:
 
 def find_places(program: Program) -> Places:
     """Return the places of a program's blocks; nothing is read or changed."""
-    places = Places()
+    places = Places(skipped=outside_blocks(program))
     positions: dict[str, list[int]] = {}
     for block in find_blocks(program):
         positions.setdefault(program.calls[block.position].function, []).append(block.position)

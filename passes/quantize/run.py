@@ -19,6 +19,7 @@ from graphopt.ir.encoding import Packed, group_of
 from graphopt.ir.graph import Call, Program
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import Context, PassResult, Skip
+from graphopt.pass_manager.outside_blocks import outside_blocks
 from graphopt.pass_manager.rounding_statements import (
     ROUNDED,
     PackedMatrix,
@@ -90,7 +91,7 @@ class Quantizing:
         # while the matrices that these are chosen for stay wide till then.
         self.program = with_dtypes_of(program, self.source, _packable(program))
         self.places = find_places(self.program)
-        self.skipped = list(self.places.skipped) if options.w < WHOLE else []
+        self.skipped = list(self.places.skipped) if options.w < WHOLE else outside_blocks(program)
         self.outcomes: dict[str, _Outcome] = {}
         self.streams: dict[str, float] = {}
         self.readers: set[str] = set()

@@ -19,7 +19,7 @@ from graphopt.errors import GraphoptError, PassError, UsageError
 from graphopt.execute.interpreter import Runner, complete_inputs
 from graphopt.ir import Array
 from graphopt.ir.affine import Factors, role_of
-from graphopt.ir.blocks import find_blocks
+from graphopt.ir.blocks import NO_BLOCK, find_blocks
 from graphopt.ir.encoding import Packed
 from graphopt.ir.encoding import group_of as group_of_row
 from graphopt.ir.ops.attention import KEY, VALUE
@@ -275,6 +275,28 @@ def test_keys_and_values_of_another_layer_are_rounded_as_quantize_does():
                 shared += pair[0].inputs[0].node is None
         assert len(rounded[name].clips) == 2 * len(sides[0])
     assert shared
+
+
+def test_a_model_that_is_rounded_already_is_rounded_again(tmp_path):
+    """The clips of the first pass stay as they are."""
+    program = with_tokenizer(tmp_path)
+    item = FlatQuant(kind="hadamard", steps=0, seqlen=16, windows=2, a=8, distil=0)
+    once = item.run(program.copy(), Context(text=book(60), dense=program)).program
+    clips = {w.name: w.load() for w in once.weights if w.name.endswith("clip")}
+    twice = item.run(once.copy(), Context(text=book(60), dense=program))
+    assert twice.statement.check(once, twice.program) is None
+    assert clips and all(torch.equal(twice.program.weights[n].load(), v) for n, v in clips.items())
+
+
+def test_layers_that_give_keys_to_others_are_no_blocks_and_said_to_be_left():
+    program = captured("gemma4_text")[1]
+    maker = FactorMaker("hadamard", program, torch.Generator().manual_seed(0))
+    plan = plan_transforms(program, maker, blocks_alone=True)
+    blocks = {program.calls[block.position].path for block in find_blocks(program)}
+    assert blocks == {call.path for part in plan.functions for call in part.calls}
+    left = {where for where, reason in plan.left if reason == NO_BLOCK}
+    assert left and left == {skip.where for skip in find_places(program).skipped}
+    assert not left & blocks
 
 
 def test_widths_without_factors_are_said():
