@@ -127,18 +127,22 @@ def run_program(rank: int, program: Program, inputs: dict[str, Tensor]) -> tuple
     return outputs[0], {name: [k, v] for name, (k, v) in cache.items()}
 
 
-def run_program_on_gpu(rank: int, program: Program, inputs: dict[str, Tensor]) -> Tensor:
-    """Return what a rank computes of a sharded program in fp64 on the GPU of its number, by NCCL.
+def run_programs_on_gpu(
+    rank: int, programs: list[Program], inputs: dict[str, Tensor]
+) -> list[Tensor]:
+    """Return what a rank computes of sharded programs in fp64 on the GPU of its number, by NCCL.
 
     For `run_ranks` with `group=False`.
     """
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
-    runner = Runner(rank_program(program, rank), dtype=torch.float64, device=device)
-    outputs, _ = runner.run({name: value.to(device) for name, value in inputs.items()})
+    given, found = {name: value.to(device) for name, value in inputs.items()}, []
+    for program in programs:
+        runner = Runner(rank_program(program, rank), dtype=torch.float64, device=device)
+        found.append(runner.run(given)[0][0].cpu())
     dist.destroy_process_group()
-    return outputs[0].cpu()
+    return found
 
 
 def rank_environments(ranks: int) -> list[dict[str, str]]:

@@ -29,7 +29,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,13 @@ from measure import target_here
 from graphopt.lowering.kernels import get_family, plan_attention
 from graphopt.lowering.kernels.triton import reduction_figures
 from graphopt.plan import AttentionSpec
-from graphopt.runtime.attention import Keys
+from graphopt.runtime.attention import Extras, Keys
+from graphopt.runtime.attention_rows import AttentionRows
 from graphopt.runtime.peer_linear import ChunkedLinear, PersistentLinear, SummedLinear
 from graphopt.runtime.peer_memory import Peers, on_one_device, peers_of, why_out_of_reach
 from graphopt.runtime.peer_reduce import OneShot, TwoShot, Waiting
 from graphopt.runtime.reduction_plan import (
+    CausalAttention,
     LinearTiles,
     ReductionFigures,
     chunkings,
@@ -546,10 +548,10 @@ def _attention(bench: Bench, tokens: int) -> dict[str, Any]:
     attention_plan = plan_attention(spec, get_target(target_here()))
     kernel = get_family(attention_plan.kernel).load(attention_plan)
 
-    def attend(rows: slice) -> Tensor:
-        keys = Keys(k[:, :, : rows.stop], v[:, :, : rows.stop])
-        out, *_ = kernel(q[:, :, rows], keys, scale=size**-0.5)
-        return out.transpose(1, 2).reshape(-1, depth)
+    def attend(q: Tensor, keys: Keys, extras: Extras, options: Mapping[str, Any]) -> Any:
+        return kernel(q, keys, extras=extras, scale=options["scale"])
+
+    by_rows = AttentionRows(attend, q, Keys(k, v), Extras(), {"scale": size**-0.5})
 
     def whole() -> Tensor:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -583,18 +585,19 @@ def _attention(bench: Bench, tokens: int) -> dict[str, Any]:
     persistent = PersistentLinear(
         bench.peers, tokens, columns, DTYPE, tiles, bench.cores, bench.waiting
     )
-    plan = plan_attention_linear(tokens, columns, depth, bench.ranks, bench.figures)
+    attention = CausalAttention(tokens, heads)
+    plan = plan_attention_linear(attention, columns, depth, bench.ranks, bench.figures)
     cuts = [cut for cut in chunkings(tokens // 2, tokens // 2) if len(cut) in (2, 3, 4)]
     candidates: dict[str, Run] = {
         "attention, GEMM, NCCL": nccl,
         "attention, GEMM, two-shot": two_shot,
-        "attention, ours persistent": lambda: persistent(whole(), weight),
-        PLANNED: lambda: planned.attention_linear_all_reduce(attend, tokens, weight),
-        "attention, ours": lambda: planned.linear_all_reduce(whole(), weight),
+        "our attention, ours persistent": lambda: persistent(by_rows.whole()[0], weight),
+        PLANNED: lambda: planned.attention_linear_all_reduce(by_rows, weight)[0],
+        "our attention, ours": lambda: planned.linear_all_reduce(by_rows.whole()[0], weight),
     }
     for chunks in dict.fromkeys([*cuts, *([plan.chunks] if plan.chunks else [])]):
         candidates[f"ours chunks {'+'.join(map(str, chunks))}"] = lambda chunks=chunks: chunked(
-            attend, weight, chunks
+            by_rows.rows, weight, chunks
         )
     runs: dict[str, Run] = {}
     wrong = {}
@@ -605,7 +608,7 @@ def _attention(bench: Bench, tokens: int) -> dict[str, Any]:
         else:
             runs[name] = made
     runs["attention"] = whole
-    runs["our attention"] = lambda: attend(slice(0, tokens))
+    runs["our attention"] = by_rows.whole
     runs["attention, GEMM"] = lambda: torch.mm(whole(), matrix, out=out)
     return {
         "part": "attention", "shape": [tokens, depth, columns], "times": bench.times(runs, PER),

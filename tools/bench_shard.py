@@ -3,6 +3,7 @@
     python tools/bench_shard.py [--target hopper] [--out benchmarks/shard.json]
     python tools/bench_shard.py --shape tiny --device cpu --out /tmp/shard.json     # does it run?
     python tools/bench_shard.py --kill --out /tmp/k.json   # only: how long a rank takes to end
+    python tools/bench_shard.py --overlap --out /tmp/o.json   # only: attention by rows, or whole
 
 Weights are random, and made where they are needed: a rank makes its own part of each by the number
 of the part, and the one GPU puts the same parts together. In each of two launches the ranks read a
@@ -11,7 +12,8 @@ the package's kernels for them. Tokens are compared between the ranks and with t
 where they differ, both models are given the one GPU's tokens, and the logits of the two that they
 would choose stand beside each other. At the end a rank is killed while both replay their recorded
 steps, and the time is taken until the other one has ended; with --kill also under torchrun, and
-where kernels wait for each other.
+where kernels wait for each other. With --overlap two ranks alone read prompts in three ways, in
+turns: as planned, with attention as a whole, and with attention in chunks whatever the plan says.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import metadata
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -39,6 +42,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from graphopt.runtime.reduction_plan import chunkings
 
 ROOT = Path(__file__).parents[1]
 LLAMA_8B = {
@@ -52,8 +57,14 @@ TINY = LLAMA_8B | {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
 SHAPES = {
-    "llama8b": {"config": LLAMA_8B, "prefill": 8192, "prompts": (512, 8192), "new": 64},
-    "tiny": {"config": TINY, "prefill": 48, "prompts": (5, 48), "new": 6},
+    "llama8b": {
+        "config": LLAMA_8B,
+        "prefill": 8192,
+        "prompts": (512, 8192),
+        "new": 64,
+        "overlap": (4096, 8192, 16376),
+    },
+    "tiny": {"config": TINY, "prefill": 48, "prompts": (5, 48), "new": 6, "overlap": (48,)},
 }
 SUMS = ("nccl", "kernels")
 RANKS, TURNS, WARM_UP = 2, 5, 2
@@ -207,6 +218,12 @@ def as_rank(work: Path, options: argparse.Namespace) -> None:
     if options.mode == "die":
         decode_until_the_end(work, module, model, mine.rank)
         return
+    if options.mode == "overlap":
+        with torch.no_grad():
+            found["overlap"] = overlapped(mine, module, model, shape)
+        if mine.rank == 0:
+            (work / "overlap.json").write_text(json.dumps(found), encoding="utf-8")
+        return
     alone = None
     if mine.rank == 0:
         one = emitted(work / "one" / "model.py")
@@ -248,6 +265,50 @@ def as_rank(work: Path, options: argparse.Namespace) -> None:
     if mine.rank == 0:
         path = work / f"{options.sums}.json"
         path.write_text(json.dumps(found), encoding="utf-8")
+
+
+def overlapped(
+    mine: Any, module: ModuleType, model: Any, shape: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the seconds of prompts with attention as planned, whole, and by rows all the same."""
+    sums = module.kernels._SUMS
+    reductions: Any = sys.modules[type(sums).__module__]
+    in_order, planner = sums.attention_linear_all_reduce, reductions.plan_attention_linear
+
+    def in_chunks(attention: Any, *given: Any) -> Any:
+        half = -(-attention.texts * attention.tokens // 2)
+        cuts = chunkings(half, half)
+        plan = planner(attention, *given)
+        return replace(plan, how="attention-chunks", chunks=cuts[min(2, len(cuts) - 1)])
+
+    ways = {
+        "planned": (in_order, planner),
+        "whole": (lambda attention, w: sums.linear_all_reduce(attention.whole(), w), planner),
+        "chunks": (in_order, in_chunks),
+    }
+    generator = torch.Generator().manual_seed(0)
+    vocab, rows = shape["config"]["vocab_size"], []
+    for tokens in shape["overlap"]:
+        text = torch.randint(3, vocab, (tokens,), generator=generator).tolist()
+        decoder = module.Decoder(model, tokens + 8)
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        first: dict[str, int] = {}
+        plans: dict[str, list[str]] = {}
+        for turn in range(WARM_UP + TURNS):
+            for name in list(ways)[:: -1 if turn % 2 else 1]:
+                module.attention_linear_all_reduce, reductions.plan_attention_linear = ways[name]
+                sums._attention_plans.clear()
+                synchronize(mine.device)
+                mine.of_first(None)
+                started = time.perf_counter()
+                first[name] = decoder.start(text)
+                synchronize(mine.device)
+                took = max(mine.gathered(time.perf_counter() - started))
+                plans[name] = [str(plan) for plan in sums._attention_plans.values()]
+                if turn >= WARM_UP:
+                    seconds[name].append(took)
+        rows.append({"tokens": tokens, "seconds": seconds, "first": first, "chunks": plans})
+    return rows
 
 
 def memory(device: torch.device) -> int | None:
@@ -402,15 +463,17 @@ def start(work: Path, options: argparse.Namespace, *more: str, watched: bool) ->
     ]  # fmt: skip
 
 
-def run_launch(work: Path, options: argparse.Namespace, sums: str) -> dict[str, Any]:
+def run_launch(
+    work: Path, options: argparse.Namespace, sums: str, mode: str = "measure"
+) -> dict[str, Any]:
     """Run a launch that measures; return what it found, or how it failed."""
-    (process,) = start(work, options, "--sums", sums, watched=True)
+    (process,) = start(work, options, "--sums", sums, "--mode", mode, watched=True)
     try:
         said = process.communicate(timeout=LIMIT)[1]
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun ends the ranks, which are of sessions of their own
         said = f"given up after {LIMIT} s\n{process.communicate()[1]}"
-    path = work / f"{sums}.json"
+    path = work / f"{sums if mode == 'measure' else mode}.json"
     if process.returncode or not path.is_file():
         print(said, file=sys.stderr)
         return {"sums": sums, "failed": said[-4000:]}
@@ -472,6 +535,17 @@ def summarised(launches: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, 
         )
 
 
+def told_of_overlap(launch: dict[str, Any]) -> None:
+    """Print the medians of an overlap's launch, or how it failed."""
+    if "failed" in launch:
+        sys.exit(f"the launch failed: {launch['failed']}")
+    for row in launch["overlap"]:
+        times = {name: 1e3 * statistics.median(found) for name, found in row["seconds"].items()}
+        told = ", ".join(f"{name} {found:.2f} ms" for name, found in times.items())
+        same = "" if len(set(row["first"].values())) == 1 else f", first tokens {row['first']}"
+        print(f"{row['tokens']} tokens: {told}; chunks as planned {row['chunks']['planned']}{same}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "shard.json")
@@ -480,6 +554,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--sums", choices=SUMS, help="only these; by default both, in two launches")
     parser.add_argument("--kill", action="store_true", help="only kill a rank")
+    parser.add_argument("--overlap", action="store_true", help="only attention by rows, or whole")
     parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--mode", default="measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -492,7 +567,8 @@ def main() -> None:
         write_packages(work, SHAPES[options.shape]["config"], options.target)
         print(f"packages written after {time.monotonic() - started:.0f} s", flush=True)
         result: dict[str, Any] = {
-            "command": f"python tools/bench_shard.py --shape {options.shape}",
+            "command": f"python tools/bench_shard.py --shape {options.shape}"
+            + " --overlap" * options.overlap,
             "date": datetime.date.today().isoformat(),
             "device": f"{RANKS} {torch.cuda.get_device_name()} of one host"
             if options.device == "cuda"
@@ -509,6 +585,12 @@ def main() -> None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
+        if options.overlap:
+            found = run_launch(work, options, "kernels", "overlap")
+            result["launches"].append(found)
+            keep()
+            told_of_overlap(found)
+            return
         for sums in [] if options.kill else [options.sums] if options.sums else SUMS:
             result["launches"].append(run_launch(work, options, sums))
             keep()
