@@ -305,6 +305,15 @@ def captured(family: str) -> tuple[nn.Module, Program]:
     return model, program.copy()
 
 
+EVERY_EXPERT = {
+    name: {"num_experts_per_tok": 4}
+    for name in ("gpt_oss", "mixtral", "granitemoe", "qwen3_moe", "deepseek_v3", "llama4_text",
+                 "jetmoe")
+}  # fmt: skip
+"""Families with experts, and what makes each token run all of them: without a choice, rounding
+moves the logits a little, and not to those of other experts."""
+
+
 def randomise(model: nn.Module, seed: int = 0) -> None:
     """Draw every parameter so that it matters: biases are not zero, gains are around one."""
     generator = torch.Generator().manual_seed(seed)

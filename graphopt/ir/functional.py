@@ -300,6 +300,32 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a.to(b.dtype) @ b
 
 
+def narrowed(op: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call an operator whose operands must be of one dtype: the narrowest that any of them has.
+
+    A number that this dtype does not reach becomes its last one, as what masks by the lowest
+    number of fp32 has to in 16 bits.
+
+    Args:
+        args: The operator's; floating-point tensors among them, also in lists, may be wider.
+    """
+    listed = [item for x in args for item in (x if isinstance(x, (list, tuple)) else [x])]
+    kinds = [x.dtype for x in listed if isinstance(x, Tensor) and x.is_floating_point()]
+    dtype = min(kinds, key=lambda kind: kind.itemsize, default=torch.float32)
+    most = torch.finfo(dtype).max
+
+    def change(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [change(item) for item in x]
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return x.to(dtype)
+        if isinstance(x, float) and most < abs(x) < float("inf"):
+            return most if x > 0 else -most
+        return x
+
+    return op(*map(change, args), **options)
+
+
 def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Multiply each row of `x` [N, K] by the matrix of its group in `weight` [E, K, M].
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from graphopt.ir.graph import Node
-from graphopt.ir.ops.aten import resolve_target
+from graphopt.ir.ops.aten import needs_one_dtype, resolve_target
 
 if TYPE_CHECKING:
     from graphopt.lowering.torch.body import BodyPrinter
 
-# ATen operators whose operands must be of one dtype, and one that is not of torch's own.
+# Products whose second operand has the weights' dtype, and one that is not of torch's own.
 _ATEN_CALLEES = {
     "aten.bmm.default": "matmul",
     "aten.matmul.default": "matmul",
@@ -35,7 +35,10 @@ def aten_form(printer: BodyPrinter, node: Node) -> str:
     if node.op in _ATEN_CALLEES:
         return printer.helper(_ATEN_CALLEES[node.op], ", ".join(args))
     target = _torch_operator(node.op)
-    text = f"{node.op}({', '.join(args)})"
+    if needs_one_dtype(node.op, node.attrs):
+        text = printer.helper("narrowed", ", ".join([node.op, *args]))
+    else:
+        text = f"{node.op}({', '.join(args)})"
     returns = target._schema.returns
     if len(returns) == 1 and isinstance(returns[0].type, torch.TensorType):
         return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from graphopt.ir import functional
 from graphopt.ir.graph import In, Node
 from graphopt.ir.ops.base import Attrs, Op, Tensors, Types, register
 from graphopt.ir.types import Type, evaluate
@@ -64,6 +66,44 @@ _EXCLUDED = re.compile(
     r"empty\w*|new_empty\w*|resize\w*|set|set_data|pin_memory|record_stream|ctc_loss"
     r"|\w*(?:sparse|quantize|nested|mkldnn|cudnn|miopen|fbgemm|foreach|_backward|_renorm)\w*"
 )
+
+
+# A program names the dtypes of a model in fp32: a table of zeros says fp32, and what is added to
+# it has the dtype of the weights. These refuse operands of several dtypes.
+ONE_DTYPE = frozenset(
+    {
+        "_unsafe_index_put", "addbmm", "addmm", "addmv", "baddbmm", "batch_norm", "bilinear",
+        "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d.input",
+        "convolution", "cross", "dot", "einsum", "group_norm", "index_add", "index_copy",
+        "index_put", "index_reduce", "inner", "instance_norm", "layer_norm", "lerp.Scalar",
+        "lerp.Tensor", "linalg_cross", "linalg_multi_dot", "linear", "masked_scatter", "matmul",
+        "mm", "mv", "native_layer_norm", "prelu", "put", "scaled_dot_product_attention",
+        "scatter.src", "scatter_add", "scatter_reduce.two", "tensordot", "vdot",
+    }
+)  # fmt: skip
+"""Operators of `aten` whose floating-point operands must be of one dtype, as PyTorch's own."""
+
+_HALF_LIMIT = torch.finfo(torch.float16).max
+
+
+def needs_one_dtype(name: str, attrs: Attrs) -> bool:
+    """Return whether a node's floating-point operands have to be brought into one dtype.
+
+    Also where a number is out of the range of 16 bits: PyTorch refuses it there, or takes it for
+    infinite.
+
+    Args:
+        name: The operator, with namespace and overload.
+        attrs: The node's; output types among them, unless it is known that a float is among its
+            operands.
+    """
+    if "types" in attrs and not attrs["types"][0].dtype.is_floating_point:
+        return False
+    if name in _REGISTERED_BY or name.split(".", 1)[1].removesuffix(".default") in ONE_DTYPE:
+        return True
+    tensors = any(isinstance(x, In) for x in attrs["args"])
+    numbers = (x for x in attrs["args"] if isinstance(x, float) and math.isfinite(x))
+    return tensors and any(abs(x) > _HALF_LIMIT for x in numbers)
 
 
 @functools.cache
@@ -241,8 +281,10 @@ class Aten(Op):
                 return wide
             return leaf
 
-        result = target(
-            *map_leaves(attrs["args"], change),
-            **map_leaves(attrs.get("kwargs", {}), change),
-        )
+        args = map_leaves(attrs["args"], change)
+        options = map_leaves(attrs.get("kwargs", {}), change)
+        if any(kind.itemsize < 4 for kind in floats) and needs_one_dtype(attrs["target"], attrs):
+            result = functional.narrowed(target, *args, **options)
+        else:
+            result = target(*args, **options)
         return (result,) if isinstance(result, Tensor) else tuple(result)
