@@ -26,6 +26,8 @@ OLDEST = (8, 0)
 """Compute capability from which Triton supports a GPU."""
 OVERLAPS = (9, 0)
 """Compute capability from which kernels may start before the one in front has ended."""
+MOST_TRANSFORMED = 16
+"""Tokens whose heads the kernel of rotations multiplies by a factor: of more cuBLAS takes less."""
 BLOCK = 1024
 """Elements a program of four warps is given, where a row or the work does not decide it."""
 
@@ -140,18 +142,25 @@ def launch_norm(
 
 
 def launch_rope(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Rotate the heads of `q`, and in the same launch those of `k`.
 
     Args:
         q, k: [B, H, S, D] and [B, G, S, D], the last axis contiguous.
         cos, sin: [B, S, R/2], or 1 in place of B or S; the last axis contiguous.
+        factors: What the heads of both are multiplied by when they are rotated and rounded, [D, D]
+            each, contiguous.
 
     Returns:
         [B, H, S, D] and [B, G, S, D], tokens first in memory.
     """
-    from graphopt.runtime.kernels.block import rope as kernel
+    from graphopt.runtime.kernels import block as kernels
 
     batch, heads, count, width = q.shape
     half = cos.shape[-1]
@@ -170,14 +179,23 @@ def launch_rope(
         names |= {f"{name}_stride_b": wide.stride(0), f"{name}_stride_s": wide.stride(1)}
     most, block = _power(max(t.shape[1] for t in given)), _power(half)
     tail = _power(max(width - 2 * half, 1))
-    kernel[(batch * count, len(given))](
-        q, k, outs[0], None if k is None else outs[1], cos, sin,
-        count, heads, given[-1].shape[1],
-        **names,
-        D=width, HALF=half, INTERLEAVED=interleaved,
-        HEADS=most, BLOCK=block, TAIL=tail, num_warps=_warps(most * block),
-        **overlapping(q.device),
-    )  # fmt: skip
+    tensors = (q, k, outs[0], None if k is None else outs[1], cos, sin)
+    sizes = (count, heads, given[-1].shape[1])
+    options = {"D": width, "HALF": half, "INTERLEAVED": interleaved, **overlapping(q.device)}
+    grid = batch * count, len(given)
+    if factors is None:
+        kernels.rope[grid](
+            *tensors, *sizes, **names, **options,
+            HEADS=most, BLOCK=block, TAIL=tail, num_warps=_warps(most * block),
+        )  # fmt: skip
+    else:
+        # Matrix units multiply sixteen of a kind.
+        most, block, tail = (max(16, size) for size in (most, block, tail))
+        kernels.rope_and_transform[grid](
+            *tensors, *factors, *sizes, **names, **options,
+            HEADS=most, BLOCK=block, TAIL=tail, COLUMNS=max(16, _power(width)),
+            num_warps=4 if width <= 64 else 8,
+        )  # fmt: skip
     views = [out.transpose(1, 2) for out in outs]
     return views[0], None if k is None else views[1]
 
@@ -289,16 +307,27 @@ def rope_pair(
     k: Tensor,
     cos: Tensor,
     sin: Tensor,
+    q_right: Tensor | None = None,
+    k_right: Tensor | None = None,
     interleaved: bool = False,
     heads_first: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """As `functional.rope_pair`; the tables stay in fp32."""
-    if not (runs_by_kernel(q, k) and q.shape[-1] == k.shape[-1] and _rotatable(cos, sin, q, k)):
-        return functional.rope_pair(q, k, cos, sin, interleaved, heads_first)
+    given = [t for t in (q, k, q_right, k_right) if t is not None]
+    if not (runs_by_kernel(*given) and q.shape[-1] == k.shape[-1] and _rotatable(cos, sin, q, k)):
+        return functional.rope_pair(q, k, cos, sin, q_right, k_right, interleaved, heads_first)
     if not heads_first:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
-    a, b = launch_rope(q, k, cos, sin, interleaved)
+    factors = None
+    if q_right is not None and k_right is not None:
+        # A kernel reads them before one in front, which may copy one, has ended.
+        whole = q_right.is_contiguous() and k_right.is_contiguous()
+        if whole and q.shape[0] * q.shape[2] <= MOST_TRANSFORMED:
+            factors = q_right, k_right
+    a, b = launch_rope(q, k, cos, sin, interleaved, factors)
     assert b is not None
+    if factors is None and q_right is not None and k_right is not None:
+        a, b = a @ q_right, b @ k_right
     return (a, b) if heads_first else (a.transpose(1, 2), b.transpose(1, 2))
 
 

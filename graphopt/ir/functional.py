@@ -517,12 +517,17 @@ def rope_pair(
     k: Tensor,
     cos: Tensor,
     sin: Tensor,
+    q_right: Tensor | None = None,
+    k_right: Tensor | None = None,
     interleaved: bool = False,
     heads_first: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`rope` of queries and keys."""
+    """`rope` of queries and keys, each times a factor [D, D] where there are both."""
     options = (cos, sin, interleaved, heads_first)
-    return rope(q, *options), rope(k, *options)
+    turned = rope(q, *options), rope(k, *options)
+    if q_right is None or k_right is None:
+        return turned
+    return turned[0] @ q_right, turned[1] @ k_right
 
 
 def allowed_keys(

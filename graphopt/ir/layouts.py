@@ -206,9 +206,17 @@ class _Walk:
     def _in_parts(self, node: Node, attrs: Mapping[str, Any]) -> list[Node]:
         """Return a product of packed weights as what stands in front of it, itself and its gate.
 
-        Empty where it has neither.
+        And rotations as themselves and the transforms behind them. Empty where there is neither.
         """
         first = node.outputs[0]
+        if node.op == "rope_pair" and len(node.inputs) > 4:
+            turned = [Value(f"{value.name} before its transform") for value in node.outputs]
+            self.types |= {t: self.types[v] for t, v in zip(turned, node.outputs, strict=True)}
+            triples = zip(turned, node.inputs[4:], node.outputs, strict=True)
+            return [
+                Node("rope_pair", node.inputs[:4], dict(attrs), turned),
+                *(Node("kronecker", [x, None, right], {}, [out]) for x, right, out in triples),
+            ]
         if node.op == "norm_packed_linear":
             normed = Value(f"the norm in {first.name}")
             self.types[normed] = self.types[first]

@@ -26,6 +26,7 @@ from graphopt.lowering.torch.fuse_quantised import (
     QUANTISED_RULES,
     fuse_gate_with_linears,
     fuse_norm_with_linears,
+    fuse_rotations_with_transforms,
     fuse_rounding_with_cache,
     fuse_transform_with_linears,
 )
@@ -99,16 +100,18 @@ class FuseLayerOps(Pass):
     13. `fuse_transform_with_linears`: a `transformed` without rounding, by weights, which a
         `packed_linear` alone reads, becomes a `transformed_packed_linear` with it, on targets whose
         file lets products transform what they read, where its figures say that this takes less.
-    14. `fuse_rounding_with_cache`: roundings with zero points, to 4 or 8 bits alike, of the new
+    14. `fuse_rotations_with_transforms`: transforms by one factor as wide as a head, a weight,
+        which alone read the results of a `rope_pair`, become part of it, on the same targets.
+    15. `fuse_rounding_with_cache`: roundings with zero points, to 4 or 8 bits alike, of the new
         keys and values that an attention with a past alone reads, become its own, where a kernel
         of the target reads codes of such heads.
-    15. `fuse_linear_with_sum`: a linear of a dense weight, whose result `all_reduce` alone reads,
+    16. `fuse_linear_with_sum`: a linear of a dense weight, whose result `all_reduce` alone reads,
         becomes a `linear_all_reduce` with it, on targets whose file says what sums over ranks take.
-    16. `fuse_attention_with_sum`: such a `linear_all_reduce` without a bias, of the merged heads of
+    17. `fuse_attention_with_sum`: such a `linear_all_reduce` without a bias, of the merged heads of
         a causal attention without an additive bias, whose output nothing else reads, becomes an
         `attention_linear_all_reduce` of that output, for two ranks; not where policies, the host's
         memory or pictures decide what attentions of the program see.
-    17. No weight is read or changed.
+    18. No weight is read or changed.
 
     Options:
         target: Name of the target whose kernels run what is joined.
@@ -152,6 +155,7 @@ class FuseLayerOps(Pass):
             around = [fuse_gate_with_linears, fuse_norm_with_linears] if few else []
             if tiles is not None and triton_family.transforms_in_front(target):
                 around.append(fuse_transform_with_linears(partial(why_apart, tiles=tiles)))
+                around.append(fuse_rotations_with_transforms)
             for fusion in (*RULES, *linears, *QUANTISED_RULES, *around, last, *summed):
                 rewritten = apply_rules(function, [fusion], calls[name], types[name])
                 for applied, count in rewritten.counts.items():

@@ -204,6 +204,37 @@ def fuse_transform_with_linears(why_apart: WhyApart) -> Rule:
     return fuse_transform_with_linears
 
 
+@rule("rope_pair")
+def fuse_rotations_with_transforms(site: Site) -> Match | NoMatch:
+    """kronecker of both results of rope_pair by dense factors -> its q_right and k_right."""
+    pair = site.node
+    if len(pair.inputs) != 4:
+        return site.no("its results are transformed already")
+    readers = [site.only_reader(value) for value in pair.outputs]
+    factors: list[Value] = []
+    for value, reader in zip(pair.outputs, readers, strict=True):
+        if reader is None or reader.op != "kronecker" or reader.inputs[0] is not value:
+            return site.no("queries or keys are read by something else than a transform")
+        right = reader.operand(2)
+        if reader.operand(1) is not None or right is None or not site.is_weight(right):
+            return site.no("a transform is not by one factor that is a weight", reader)
+        if not _is_dense(site, value, right):
+            return site.no("a factor is not as wide as a head", reader)
+        factors.append(right)
+
+    def rewrite() -> None:
+        function = site.function
+        operands = [*pair.inputs, *factors]
+        fused = function.add("rope_pair", operands, pair.attrs, before=pair)
+        fused.outputs = [reader.output for reader in readers if reader is not None]
+        for index, output in enumerate(fused.outputs):
+            output.node, output.index = fused, index
+        gone = (pair, *readers)
+        function.nodes = [node for node in function.nodes if node not in gone]
+
+    return Match(rewrite)
+
+
 def _front_shape(linear: Node, made: Node, types: Mapping[Value, Type]) -> FrontShape:
     """Return the sizes of a transform and of the product that reads it."""
     left, right = made.operand(_LEFT), made.operand(_RIGHT)
@@ -315,6 +346,6 @@ QUANTISED_RULES = (
 )
 """The rules, in the order in which they run, behind those of linears and norms.
 
-Behind them `fuse_gate_with_linears`, `fuse_norm_with_linears`, `fuse_transform_with_linears` and
-`fuse_rounding_with_cache` are for a target.
+Behind them `fuse_gate_with_linears`, `fuse_norm_with_linears`, `fuse_transform_with_linears`,
+`fuse_rotations_with_transforms` and `fuse_rounding_with_cache` are for a target.
 """

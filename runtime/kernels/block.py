@@ -60,6 +60,43 @@ def rms_norm(
 
 
 @triton.jit
+def _rows_of(right_ptr, row, inside, D: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return some rows of a matrix [D, D], zeros behind the last."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    mask = inside[:, None] & (column < D)
+    return tl.load(right_ptr + row[:, None] * D + column, mask=mask, other=0.0)
+
+
+@triton.jit
+def _rotate_and_transform(
+    x_ptr, out_ptr, cos, sin, right_one, right_two, right_rest, x_stride_h, heads,
+    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """As `_rotate`, and multiply the heads, rounded, by the rows of a matrix [D, D]."""
+    head = tl.arange(0, HEADS)[:, None]
+    pair = tl.arange(0, BLOCK)[None, :]
+    inside = (head < heads) & (pair < HALF)
+    if INTERLEAVED:
+        one, two = 2 * pair, 2 * pair + 1
+    else:
+        one, two = pair, pair + HALF
+    source = x_ptr + head * x_stride_h
+    first = tl.load(source + one, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + two, mask=inside, other=0.0).to(tl.float32)
+    kind = out_ptr.dtype.element_ty
+    sums = tl.dot((first * cos - second * sin).to(kind), right_one)
+    sums = tl.dot((second * cos + first * sin).to(kind), right_two, sums)
+    if D > 2 * HALF:
+        rest = 2 * HALF + tl.arange(0, TAIL)[None, :]
+        passing = tl.load(source + rest, mask=(head < heads) & (rest < D), other=0.0)
+        sums = tl.dot(passing, right_rest, sums)
+    column = tl.arange(0, COLUMNS)[None, :]
+    target = out_ptr + head * D + column
+    tl.store(target, sums.to(kind), mask=(head < heads) & (column < D))
+
+
+@triton.jit
 def _rotate(
     x_ptr, out_ptr, cos, sin, x_stride_h, heads,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -120,6 +157,56 @@ def rope(
         _rotate(
             x_ptr, out_ptr, cos, sin, k_stride_h, k_heads, D, HALF, INTERLEAVED, HEADS, BLOCK, TAIL
         )
+
+
+@triton.jit
+def rope_and_transform(
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr,
+    q_right_ptr, k_right_ptr,  # [D, D], contiguous
+    S, q_heads, k_heads,
+    q_stride_b, q_stride_h, q_stride_s,
+    k_stride_b, k_stride_h, k_stride_s,
+    cos_stride_b, cos_stride_s, sin_stride_b, sin_stride_s,
+    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """As `rope`, and multiply q by one factor, k by the other, which nothing in front writes."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    b, s = token // S, token % S
+    pair, rest = tl.arange(0, BLOCK), tl.arange(0, TAIL)
+    right_ptr = q_right_ptr
+    if tl.program_id(1) != 0:
+        right_ptr = k_right_ptr
+    if INTERLEAVED:
+        one, two = 2 * pair, 2 * pair + 1
+    else:
+        one, two = pair, pair + HALF
+    right_one = _rows_of(right_ptr, one, pair < HALF, D, COLUMNS)
+    right_two = _rows_of(right_ptr, two, pair < HALF, D, COLUMNS)
+    right_rest = right_one
+    if D > 2 * HALF:
+        right_rest = _rows_of(right_ptr, 2 * HALF + rest, rest < D - 2 * HALF, D, COLUMNS)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    cos_at = cos_ptr + b * cos_stride_b + s * cos_stride_s + pair
+    sin_at = sin_ptr + b * sin_stride_b + s * sin_stride_s + pair
+    cos = tl.load(cos_at, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_at, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
+    if tl.program_id(1) == 0:
+        _rotate_and_transform(
+            q_ptr + b * q_stride_b + s * q_stride_s, q_out_ptr + token * q_heads * D, cos, sin,
+            right_one, right_two, right_rest, q_stride_h, q_heads,
+            D, HALF, INTERLEAVED, HEADS, BLOCK, TAIL, COLUMNS,
+        )  # fmt: skip
+    else:
+        _rotate_and_transform(
+            k_ptr + b * k_stride_b + s * k_stride_s, k_out_ptr + token * k_heads * D, cos, sin,
+            right_one, right_two, right_rest, k_stride_h, k_heads,
+            D, HALF, INTERLEAVED, HEADS, BLOCK, TAIL, COLUMNS,
+        )  # fmt: skip
 
 
 @triton.jit

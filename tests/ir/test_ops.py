@@ -155,6 +155,7 @@ CASES = [
     *(Case("act_mul", [X, up], {"act": act}) for up in (X, f64(6)) for act in ("silu", "relu")),
     *(Case("rope_pair", [q, k, TABLE, TABLE], {"interleaved": pairs, "heads_first": q is Q}, 2)
       for q, k in ((Q, K), (f64(B, S, 4, 8), f64(B, S, 2, 8))) for pairs in (False, True)),
+    Case("rope_pair", [Q, K, TABLE, TABLE, f64(8, 8), f64(8, 8)], {}, terms=10, size=4),
     Case("fused_linear", [X, f64(5, 6)], {"parts": 1}, terms=6),
     Case("fused_linear", [X, f64(5, 6), f64(2, 6), f64(1, 6)], {"parts": 3}, terms=6),
     Case("fused_linear", [X, f64(5, 6), f64(2, 6), f64(5), f64(2)], {"parts": 2}, terms=7),
@@ -389,8 +390,9 @@ def expect_act_mul(gate, up, act=""):
     return loops(lambda g, u: SCALARS[act](g) * u, gate, up)
 
 
-def expect_rope_pair(q, k, cos, sin, **attrs):
-    return expect_rope(q, cos, sin, **attrs), expect_rope(k, cos, sin, **attrs)
+def expect_rope_pair(q, k, cos, sin, *factors, **attrs):
+    turned = expect_rope(q, cos, sin, **attrs), expect_rope(k, cos, sin, **attrs)
+    return tuple(x @ right for x, right in zip(turned, factors, strict=True)) if factors else turned
 
 
 def expect_fused_linear(x, *factors, parts=0):
@@ -844,6 +846,8 @@ REFUSED = {
     "transpose_heads, rank": ("transpose_heads", [X], {}, "transpose_heads of"),
     "add_rms_norm, sizes": ("add_rms_norm", [X, f64(5)], {"eps": 0.1}, "do not broadcast"),
     "act_mul, absent": ("act_mul", [X, None], {"act": "silu"}, "operand 1 is missing"),
+    "rope_pair, one factor": ("rope_pair", [Q, K, TABLE, TABLE, f64(8, 8)], {}, "alone"),
+    "rope_pair, wide": ("rope_pair", [Q, K, TABLE, TABLE, f64(4, 4), f64(4, 4)], {}, "heads"),
     "rope_pair, order": ("rope_pair", [Q, f64(B, S, 2, 8), TABLE, TABLE], {}, "rope of"),
     "fused_linear, factors": ("fused_linear", [X, f64(5, 6)], {"parts": 2}, "2 parts with 1"),
     "fused_linear, width": ("fused_linear", [X, f64(5, 7)], {"parts": 1}, "linear of"),

@@ -151,6 +151,64 @@ def test_rope(
         assert torch.equal(alone, fused.launch_rope(q, k, cos, sin, interleaved)[1])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "groups", "count", "width", "rotated", "interleaved"),
+    [
+        (9, 3, 2, 64, 64, False),
+        (4, 1, 1, 80, 32, True),
+        (20, 2, 1, 24, 20, False),
+        pytest.param(2, 2, 3, 128, 128, True, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_rope_with_a_transform_behind_it(
+    heads: int, groups: int, count: int, width: int, rotated: int, interleaved: bool,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    packed = random(2, count, (heads + groups) * width + 8, dtype=dtype)
+    q, k = packed[..., : heads * width], packed[..., heads * width : (heads + groups) * width]
+    q, k = (t.unflatten(-1, (-1, width)).transpose(1, 2) for t in (q, k))
+    cos, sin = tables(2, count, rotated // 2)
+    # Factors of several sizes: columns of one are not those of the other.
+    factors = tuple(random(width, width, dtype=dtype, seed=seed) / width**0.5 for seed in (4, 5))
+    found = fused.launch_rope(q, k, cos, sin, interleaved, factors)
+    for made, x, right in zip(found, (q, k), factors, strict=True):
+        assert made is not None and made.shape == x.shape
+        turned = reference("rope", x, cos, sin, interleaved=interleaved)
+        exact = turned @ right.double().cpu()
+        # What is turned is rounded once more in front of the product.
+        half = torch.finfo(dtype).eps / 2
+        size = turned.abs() @ right.double().cpu().abs()
+        near(made, exact, (half * 1.01 + FP32 * width) * size)
+
+
+def test_heads_of_many_tokens_are_transformed_behind_their_rotation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fused, "runs_by_kernel", lambda *tensors: True)
+    given: list[bool] = []
+    launch = fused.launch_rope
+    monkeypatch.setattr(
+        fused, "launch_rope", lambda *rest: given.append(rest[-1] is not None) or launch(*rest)
+    )
+    right = random(16, 16, seed=4)
+    for count, factors in (
+        (1, (right, right)),
+        (fused.MOST_TRANSFORMED + 1, (right, right)),
+        (1, (right, right.t())),  # a copy of it could still be on its way
+    ):
+        q, k = random(1, 4, count, 16), random(1, 2, count, 16, seed=1)
+        cos, sin = tables(1, count, 8)
+        found = fused.rope_pair(q, k, cos, sin, *factors)
+        wide = [t.double().cpu() for t in (q, k, cos, sin, *factors)]
+        for made, exact in zip(found, functional.rope_pair(*wide), strict=True):
+            assert float((made.double().cpu() - exact).abs().max()) < 2.0**-9 * float(
+                exact.abs().max()
+            )
+    assert given == [True, False, False]
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("k_dim", "v_dim"), [(64, 64), (24, 40)])
 def test_cache_writes(k_dim: int, v_dim: int, shared: bool) -> None:
@@ -298,6 +356,8 @@ for arch, half in ((80, "bf16"), (90, "fp16")):
     for more in ({}, {"k_ptr": None, "k_out_ptr": None}):
         sizes = {"D": 80, "HALF": 16, "HEADS": 16, "BLOCK": 16, "TAIL": 64}
         compiled(block.rope, half, arch, INTERLEAVED=not more, OVERLAP=False, **sizes, **more)
+    sizes |= {"COLUMNS": 128}
+    compiled(block.rope_and_transform, half, arch, INTERLEAVED=False, OVERLAP=arch == 90, **sizes)
     for act in functional.ACTIVATIONS:
         compiled(block.act_mul, half, arch, ACT=act, BLOCK=1024, OVERLAP=arch == 90)
     for more in (

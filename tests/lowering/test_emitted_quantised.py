@@ -150,6 +150,8 @@ def test_transforms_in_front_of_products_are_computed_as_before(
     ops = [node.op for node in lowered.functions["block"].nodes]
     # Of q, k and v; o; gate and up; down.
     assert ops.count("transformed_packed_linear") == 4 and "transformed" not in ops
+    # Queries and keys behind their rotation.
+    assert "kronecker" not in ops and "queries, self_attn.k_proj.transform.keys)" in str(lowered)
     assert not {"add_rms_norm", "act_mul", "packed_linear", "norm_packed_linear"} & {*ops}
     ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
     exact = Runner(program, dtype=torch.float64, mode="reference").logits({"input_ids": ids})

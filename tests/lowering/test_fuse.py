@@ -22,6 +22,7 @@ from graphopt.lowering.torch.fuse_quantised import (
     QUANTISED_RULES,
     fuse_gate_with_linears,
     fuse_norm_with_linears,
+    fuse_rotations_with_transforms,
     fuse_rounding_with_cache,
     fuse_transform_with_linears,
 )
@@ -134,6 +135,13 @@ TAKEN = {
             ("q k", "packed_linear", "n b c", {"parts": 2}), results=("t", "q", "k"),
         ),
         ["t, q, k = transformed_packed_linear(x, y, left=a, factors_0=b, factors_1=c", "total"],
+    ),
+    "fuse_rotations_with_transforms": (
+        function(
+            ("q k", "rope_pair", "x y cos sin"), ("r", "kronecker", "q - a"),
+            ("s", "kronecker", "k - b"), params=("x", "y", "cos", "sin"), results=("r", "s"),
+        ),
+        ["r, s = rope_pair(x, y, cos, sin, a, b)"],
     ),
     "fuse_rounding_with_cache": (
         function(
@@ -283,6 +291,22 @@ LEFT = {
             "something else reads the transform",
         ),
     ],
+    "fuse_rotations_with_transforms": [
+        (
+            function(
+                ("q k", "rope_pair", "x y cos sin"), ("r", "kronecker", "q - a"),
+                params=("x", "y", "cos", "sin"), results=("r", "k"),
+            ),
+            "read by something else",
+        ),
+        (
+            function(
+                ("q k", "rope_pair", "x y cos sin"), ("r", "kronecker", "q - a"),
+                ("s", "kronecker", "k b -"), params=("x", "y", "cos", "sin"), results=("r", "s"),
+            ),
+            "not by one factor",
+        ),
+    ],
     "fuse_rounding_with_cache": [
         (
             function(
@@ -378,6 +402,7 @@ RULES = {
         fuse_gate_with_linears,
         fuse_norm_with_linears,
         fuse_transform_with_linears(lambda shape: None),
+        fuse_rotations_with_transforms,
         fuse_rounding_with_cache(lambda query, key, value, bits: None),
         fuse_linear_with_sum(CODES, get_target("hopper")),
         fuse_attention_with_sum(Program("p")),

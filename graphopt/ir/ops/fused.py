@@ -122,32 +122,57 @@ class ActMul(_Fused):
 
 @register
 class RopePair(_Fused):
-    """`rope` of queries and keys by the same tables: -> (rope(q), rope(k))."""
+    """`rope` of queries and keys by the same tables: -> (rope(q), rope(k)).
+
+    With `q_right` and `k_right`, both or none, each is then transformed by its factor [D, D].
+    """
 
     name = "rope_pair"
-    operands = ("q", "k", "cos", "sin")
+    operands = ("q", "k", "cos", "sin", "q_right?", "k_right?")
     attributes = {"interleaved": bool, "heads_first": bool}  # noqa: RUF012
     defaults = {"interleaved": False, "heads_first": True}  # noqa: RUF012
 
     def infer(self, types: Types, attrs: Attrs) -> list[Type]:
         rope, tables = get_op("rope"), [need(types, 2), need(types, 3)]
-        return [kind for x in types[:2] for kind in rope.infer([x, *tables], attrs)]
+        turned = [kind for x in types[:2] for kind in rope.infer([x, *tables], attrs)]
+        factors = [kind for kind in types[4:] if kind is not None]
+        if len(factors) == 1:
+            raise ValueError("rope_pair with a factor of queries or of keys alone")
+        return [
+            kind if place >= len(factors) else self._made(kind, factors[place])
+            for place, kind in enumerate(turned)
+        ]
+
+    @staticmethod
+    def _made(turned: Type, factor: Type) -> Type:
+        if factor.shape[0] != turned.shape[-1]:
+            raise ValueError(f"rope_pair of heads {turned} with a factor {factor}")
+        return get_op("kronecker").infer([turned, None, factor], {})[0]
 
     def flops(self, types: Types, outputs: Sequence[Type], attrs: Attrs) -> Dim:
         rope, tables = get_op("rope"), types[2:4]
         one, other = (rope.flops([x, *tables], [], attrs) for x in types[:2])
-        return dim(one + other)
+        factors = [kind for kind in types[4:] if kind is not None]
+        dense = sum(
+            2 * need(types, place).numel * factor.shape[0] for place, factor in enumerate(factors)
+        )
+        return dim(one + other + dense)
 
     def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
-        q, k, *tables = tensors
-        rope = get_op("rope")
-        return tuple(y for x in (q, k) for y in rope.reference([x, *tables], attrs))
+        q, k, *tables = tensors[:4]
+        rope, kronecker = get_op("rope"), get_op("kronecker")
+        turned = [y for x in (q, k) for y in rope.reference([x, *tables], attrs)]
+        for place, factor in enumerate(tensors[4:]):
+            if factor is not None:
+                (turned[place],) = kronecker.reference([turned[place], None, factor], {})
+        return tuple(turned)
 
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
-        q, k, cos, sin = tensors
+        q, k, cos, sin = tensors[:4]
         assert q is not None and k is not None and cos is not None and sin is not None
+        factors = optional(tensors, 4), optional(tensors, 5)
         interleaved, first = attrs.get("interleaved", False), attrs.get("heads_first", True)
-        return functional.rope_pair(q, k, cos, sin, interleaved, first)
+        return functional.rope_pair(q, k, cos, sin, *factors, interleaved, first)
 
 
 @register
