@@ -18,12 +18,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from distribution import order, scheduler
 from interpreted import leave_out_idle_work
 
 TEXTS = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -70,6 +72,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+    order(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return scheduler(config, log)
 
 
 @pytest.fixture(autouse=True)
