@@ -49,7 +49,7 @@ def order(items: list[pytest.Item]) -> None:
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:
-    """Return what gives files to workers, in the order of the tests; None where another is asked for.
+    """Return what gives workers files in the order of the tests; None where that is not asked for.
 
     For `pytest_xdist_make_scheduler`.
     """

@@ -19,6 +19,7 @@ import pytest
 import torch
 from command_line import runner
 from programs import tiny_program
+from sampling import slow_but
 from tiny_models import save_tiny, tiny_model, write_gguf
 
 import graphopt as go
@@ -275,7 +276,9 @@ def test_texts_that_are_too_short(tiny, model):
 
 
 @pytest.mark.parametrize("emit", ["onnx", "torch"])
-@pytest.mark.parametrize("options", [[], ["--no-verify"], ["--passes", ""]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options", slow_but([[], ["--no-verify"], ["--passes", ""]], ["--passes", ""]), ids=" ".join
+)
 @pytest.mark.parametrize("name", ["embed.weight", "norm.weight"])  # in the data file, and inline
 def test_nan_and_infinity_in_weights(tiny, name, options, emit):
     for value, count in ((torch.nan, "1 NaN and 0 Inf"), (torch.inf, "0 NaN and 1 Inf")):

@@ -197,6 +197,7 @@ def test_a_program_for_several_devices_says_what_each_holds():
     assert code == 2 and "it takes two or more" in error
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_first_block_goes")
 def test_recipes_that_name_a_default_pass_run_as_written():
     code, out, _ = compile_tiny(

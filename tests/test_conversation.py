@@ -223,6 +223,7 @@ def test_every_form_answers_every_turn_as_transformers_does(
         messages.append({"role": "assistant", "content": answer})
 
 
+@pytest.mark.slow
 def test_a_cache_of_fixed_room_is_made_anew_where_a_conversation_outgrows_it(
     tmp_path: Path,
 ) -> None:

@@ -221,6 +221,7 @@ def test_a_wrong_device_is_refused_before_a_model_is_opened(
     assert done.stderr.startswith("error: Unknown device 'tpu'.") and not done.stdout
 
 
+@pytest.mark.slow
 def test_where_it_runs_is_said(source: Path, tmp_path: Path, gpu: torch.device) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 9)

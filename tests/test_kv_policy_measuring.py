@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import captured
 from programs import tiny_program
+from sampling import slow_but
 
 from graphopt.errors import SourceError, UsageError
 from graphopt.evaluate import policy_steps
@@ -160,7 +161,9 @@ def check(program, policy, dense_layers=0):
                     assert there == set(wanted)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.kind)
+@pytest.mark.parametrize(
+    "policy", slow_but(POLICIES, *POLICIES[:4]), ids=lambda policy: policy.kind
+)
 def test_the_walk_over_layers_is_decoding_token_by_token(policy):
     check(tiny_program(layers=3), policy)
 

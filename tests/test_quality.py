@@ -65,6 +65,7 @@ def test_losses_are_those_of_transformers(tiny):
     assert torch.allclose(losses.flatten(), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_eval(tiny):
     """The windows are those that `eval` takes from the beginning of a text."""
     program = capture(str(tiny))
@@ -83,6 +84,7 @@ def test_figures_are_those_of_eval(tiny):
     assert same.times == 1 and same.relative_error == 0
 
 
+@pytest.mark.slow
 def test_figures_of_prompts_are_not_taken_for_those_of_steps_with_a_policy(tiny):
     policy = "kind=sink-local,budget=32,page=8,sink=8,local=16,verdict=ignore"
     program = capture(str(tiny))
@@ -202,6 +204,7 @@ class Flatten(Pass):
         return PassResult(shrunk(program, 0.25), 1, 1)
 
 
+@pytest.mark.slow
 def test_a_pipeline_measures_where_a_lossy_pass_changed_something(tiny, tmp_path):
     program = capture(str(tiny))
     result, report = Pipeline(["canonicalise", Flatten()]).run(program)

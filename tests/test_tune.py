@@ -438,6 +438,7 @@ def test_seconds_are_those_of_checks_and_steps_together(monkeypatch, seconds):
     assert tuned.steps > 0
 
 
+@pytest.mark.slow
 def test_checks_that_take_long_are_few(monkeypatch):
     """A check takes three seconds of sixty: there is room for one beside the first and the last."""
     clock = [100.0]
@@ -489,6 +490,7 @@ def test_a_loss_that_compares_windows_is_not_divided():
     assert losses[0] == losses[1] > 0
 
 
+@pytest.mark.slow
 def test_a_step_that_runs_out_of_memory_goes_on_in_smaller_pieces():
     program = tiny_program(layers=2)
     tuners = [tuner_of(program, disturbed(program), Schedule(steps=6, batch=4)) for _ in range(2)]

@@ -126,11 +126,15 @@ def _fail(rank, how):
     return get_op("all_reduce").torch([torch.ones(1)], {"ranks": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "said", "limit"),
-    [("raises", "rank 1:.*this rank is broken", 30), ("dies", "rank 1: died with 7", 30),
-     pytest.param("hangs", "rank 1: still ran", 4, marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        ("raises", "rank 1:.*this rank is broken", 30),
+        ("dies", "rank 1: died with 7", 30),
+        ("hangs", "rank 1: still ran", 2),
+    ],
+)
 def test_a_rank_that_fails_is_named_and_the_others_end(how, said, limit):
     with pytest.raises(AssertionError, match=f"(?s){said}"):
         run_ranks(_fail, how, limit=limit)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_programs import packed_weight, projections, with_packed
 from programs import tiny_program
+from sampling import slow_but
 
 from graphopt.backends.opening import open_language_model
 from graphopt.compiler import emit
@@ -279,7 +280,7 @@ def test_a_torch_package_reads_every_width_and_group(tmp_path):
 
 
 @pytest.mark.oldest
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("symmetric", slow_but([True, False], False))
 @pytest.mark.parametrize(
     ("bits", "group", "axis"),
     [(4, 32, 1), (8, 16, 1), (2, 16, 1), (4, 1, 1), (4, 4, 0), (8, 8, 0), (4, 33, 1), (8, 33, 1),

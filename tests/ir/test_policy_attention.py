@@ -9,6 +9,7 @@ import pytest
 import torch
 from programs import tiny_program
 from safetensors.torch import load_file, save_file
+from sampling import slow_but
 
 from graphopt.errors import ParseError, SourceError, UsageError, VerifyError
 from graphopt.execute.interpreter import Runner
@@ -58,7 +59,7 @@ def tokens(length, rows=2, seed=0):
 
 
 @pytest.mark.parametrize("make", POLICIES)
-@pytest.mark.parametrize("mode", ["torch", "reference"])
+@pytest.mark.parametrize("mode", slow_but(["torch", "reference"], "torch"))
 def test_a_budget_of_everything_reads_everything(plain, make, mode):
     """For lengths around the edges of pages, prompts from one token on, and padded rows."""
     length = 4 * PAGE + 2

@@ -80,11 +80,11 @@ def _is_tensor(x: object) -> bool:
     "kind, options",
     [
         ("grows", {}),
-        ("grows", {"window": 3}),
-        ("grows", {"alibi": True}),
+        pytest.param("grows", {"window": 3}, marks=pytest.mark.slow),
+        pytest.param("grows", {"alibi": True}, marks=pytest.mark.slow),
         ("ring", {"window": 3}),
-        ("fixed", {}),
-        ("fixed", {"window": 3}),
+        pytest.param("fixed", {}, marks=pytest.mark.slow),
+        pytest.param("fixed", {"window": 3}, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compares what a CPU computes")

@@ -21,6 +21,7 @@ from families import LISTED, captured, sampled
 from late_copies import LateCopies
 from placed_keys import answers, inner, plain
 from programs import tiny_program
+from sampling import slow_but
 from torch import Tensor
 
 import graphopt as go
@@ -89,7 +90,7 @@ def check(
     return decoder
 
 
-@pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize("shares", slow_but(SHARES, "all copied", "a long front"))
 def test_answers_are_those_of_keys_on_the_device(shares: str, tmp_path: Path) -> None:
     program = placed(tiny_program(cache=True), *SHARES[shares])
     module, model = emitted(program, tmp_path / "out")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import slow_but
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -118,7 +119,9 @@ def with_room(state: State, pages: int) -> State:
     return room
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.kind)
+@pytest.mark.parametrize(
+    "policy", slow_but(POLICIES, *POLICIES[:2]), ids=lambda policy: policy.kind
+)
 def test_steps_leave_the_same_state(policy: KVPolicy) -> None:
     """Six steps from a prompt of 60 tokens in one row and of 43 in the other, over new pages."""
     check_steps(policy, 60, 6)

@@ -128,6 +128,7 @@ def test_policies_that_differ_are_operators_of_their_own(tmp_path):
     check(program, model, [0, 17, *range(18, 30)], padding=0)
 
 
+@pytest.mark.slow
 def test_pages_of_several_sizes(tmp_path):
     program = tiny_program(cache=True, layers=3)
     one, other = (policy_from_dict({"kind": "quest", **BUDGET, "page": page}) for page in (4, 3))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from emitted import load_file
 from programs import tiny_program
-from sampling import exhaustive_but
+from sampling import exhaustive_but, slow_but
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
@@ -114,7 +114,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("form", exhaustive_but(FORMS, "causal", "window and cap"))
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
-@pytest.mark.parametrize("layout", ["contiguous", "ring", "paged"])
+@pytest.mark.parametrize("layout", slow_but(["contiguous", "ring", "paged"], "paged"))
 @pytest.mark.parametrize("bits", BITS)
 def test_attention_reads_rows(bits: int, layout: str, phase: str, form: str) -> None:
     fields, tokens = dict(FORMS[form]), 37

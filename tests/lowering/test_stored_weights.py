@@ -15,6 +15,7 @@ from emitted import load_file
 from onnx_models import run, run_in_steps, session
 from programs import tiny_program
 from safetensors.torch import load_file as load_safetensors
+from sampling import slow_but
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -213,6 +214,7 @@ def test_a_checkpoint_and_the_torch_form_share_it(
     assert error(run(session(out / "onnx" / "model.onnx"), feeds)[0], expected) < SINGLE
 
 
+@pytest.mark.slow
 def test_a_source_of_16_bits_stays_so_in_every_form(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     save_tiny(folder)
@@ -303,8 +305,11 @@ def test_another_dtype_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
 # The room that it takes -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-@pytest.mark.parametrize("emit", [("onnx",), ("torch", "onnx"), ("hf", "torch"), ("hf", "onnx")])
+@pytest.mark.parametrize("stored", slow_but(["float32", "bfloat16"], "bfloat16"))
+@pytest.mark.parametrize(
+    "emit",
+    slow_but([("onnx",), ("torch", "onnx"), ("hf", "torch"), ("hf", "onnx")], ("torch", "onnx")),
+)
 def test_what_is_said_beforehand_is_what_is_written(
     checkpoint: Path, stored: str, emit: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -83,6 +83,7 @@ def test_at_the_limit_segments_are_given_back_before_a_request_fails() -> None:
     assert (error.value.asked, error.value.reserved) == (12 * MB, 30 * MB)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, 30 * MB), st.booleans()), max_size=60), st.randoms())
 def test_blocks_never_overlap_and_bytes_add_up(requests: list[tuple[int, bool]], rnd: Any) -> None:
     memory = CachingAllocator()

@@ -114,6 +114,7 @@ def runs(draw: st.DrawFn) -> tuple[list[int], list[Row]]:
     return sizes, rows
 
 
+@pytest.mark.slow
 @given(runs())
 def test_live_bytes_are_those_of_a_walk(run: tuple[list[int], list[Row]]) -> None:
     sizes, rows = run

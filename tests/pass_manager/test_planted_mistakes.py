@@ -52,6 +52,7 @@ from planted import (
     weight,
     window,
 )
+from sampling import slow_but
 
 from graphopt.errors import VerifyError
 from graphopt.execute.interpreter import Runner, complete_inputs
@@ -352,7 +353,9 @@ def shown(before: Program, after: Program, length: int, start: int) -> float:
     return moved / float(old.abs().max())
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: f"{m.behind}: {m.what}")
+@pytest.mark.parametrize(
+    "mistake", slow_but(MISTAKES, *MISTAKES[::4]), ids=lambda m: f"{m.behind}: {m.what}"
+)
 def test_a_mistake_is_found(mistake: Mistake):
     program = BASES[mistake.base]()
     Planted.mistake = mistake

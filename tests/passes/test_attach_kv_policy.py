@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from programs import tiny_program
+from sampling import slow_but
 
 import graphopt as go
 from graphopt.errors import LoweringError, PassError, SourceError, UsageError, VerifyError
@@ -42,7 +43,9 @@ def attach(program, **options):
     return item.run(program.copy(), Context())
 
 
-@pytest.mark.parametrize("kind", sorted(kind for kind in POLICIES if kind != "predictor"))
+@pytest.mark.parametrize(
+    "kind", slow_but(sorted(kind for kind in POLICIES if kind != "predictor"), "quest", "snapkv")
+)
 def test_every_kind_is_attached_and_verified(kind):
     recipe = f"attach-kv-policy{{kind={kind},budget=16,page=4,sink=4,local=4,verdict=ignore}}"
     pipeline = Pipeline.parse(recipe).within_default()

@@ -217,6 +217,7 @@ def test_activations_that_are_held_give_what_those_made_anew_give(dense, text, m
     assert all(map(torch.equal, weights, held_weights))
 
 
+@pytest.mark.slow
 def test_a_threshold_gives_tokens_the_experts_that_they_need(carve):
     _, fixed = carve("shared=2,active=2,experts=8")
     program, entry = carve("shared=2,active=2,experts=8,threshold=true")

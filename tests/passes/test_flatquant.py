@@ -222,6 +222,7 @@ def test_codes_are_chosen_of_what_was_distilled_not_of_its_nearest_codes(tmp_pat
     assert result.statement.check(program, result.program) is None
 
 
+@pytest.mark.slow
 def test_going_on_behind_the_blocks_tells_what_a_whole_run_does(tmp_path, monkeypatch):
     program = with_tokenizer(tmp_path / "model", hidden=31)
     item = FlatQuant(

@@ -355,6 +355,7 @@ def test_the_record_adds_up():
     assert again.line() == record.line()
 
 
+@pytest.mark.slow
 def test_a_pipeline_runs_and_emits_it(tmp_path, text):
     program, _ = text
     program = go.Pipeline.parse("insert-kv-cache").run(program.copy())[0]

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from programs import tiny_program
+from sampling import slow_but
 from tiny_models import byte_tokenizer
 from trained import book
 
@@ -210,7 +211,7 @@ def test_codes_for_rounded_inputs_may_be_far_from_their_matrix(length, accepted,
     assert (checked is None or "at most for such codes" not in checked) is accepted
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", slow_but([2, 4], 4))
 @pytest.mark.parametrize(
     ("method", "scale", "codes"),
     [

@@ -34,6 +34,7 @@ seconds = st.floats(1e-6, 1e-3)
 stages = st.lists(st.builds(Stage, seconds, seconds), min_size=1, max_size=8)
 
 
+@pytest.mark.slow
 @given(stages)
 def test_overlapped_stages_lie_between_their_bounds(parts):
     computed, sent = sum(p.compute for p in parts), sum(p.send for p in parts)

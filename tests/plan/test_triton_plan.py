@@ -22,6 +22,7 @@ from graphopt.targets import all_targets, get_target
 TRITON = tuple(target.name for target in all_targets().values() if "triton" in target.kernels)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from(KERNELS))
 def test_every_description_that_is_promised_is_planned(seed, kind):

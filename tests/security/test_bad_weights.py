@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from programs import tiny_program
+from sampling import slow_but
 
 import graphopt as go
 from graphopt.backends.opening import open_language_model
@@ -132,7 +133,9 @@ def _exchange(header: Any) -> None:
         (lambda h: h.update({"x": h.pop(NAMES[0])}), rf"lacks the weight '{NAMES[0]}'"),
     ],
 )
-@pytest.mark.parametrize("emit", [("torch",), ("torch", "onnx"), ("onnx", "torch")])
+@pytest.mark.parametrize(
+    "emit", slow_but([("torch",), ("torch", "onnx"), ("onnx", "torch")], ("torch",))
+)
 def test_weights_of_other_shapes_and_types(
     tmp_path: Path, emit: tuple[str, ...], change: Any, message: str
 ) -> None:

@@ -6,6 +6,7 @@ import json
 
 import gguf
 import pytest
+from sampling import slow_but
 from tiny_models import save_tiny, tiny_model, write_gguf
 
 import graphopt as go
@@ -38,7 +39,7 @@ def licensed(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("form", ["torch", "hf", "onnx"])
+@pytest.mark.parametrize("form", slow_but(["torch", "hf", "onnx"], "onnx"))
 def test_every_form_has_the_files(licensed, tmp_path, form):
     program = capture(str(licensed))
     program, _ = Pipeline.default().run(program)

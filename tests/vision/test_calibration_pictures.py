@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from picture_folders import MARKS, save_with_pictures
+from sampling import slow_but
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 from vision_models import QwenProcessor
@@ -75,7 +76,7 @@ def close(found, want):
     torch.testing.assert_close(found, want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
-@pytest.mark.parametrize("family", MARKS)
+@pytest.mark.parametrize("family", slow_but(MARKS, "llava"))
 def test_ids_of_pictures_run_as_pictures(folders, family):
     """A program with rows for pictures gives the logits of the one that takes embeddings.
 

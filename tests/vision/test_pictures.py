@@ -239,6 +239,7 @@ def test_inspect_says_what_is_around_the_decoder(folder):
     assert f"vision   {count / 1000:.1f}K parameters around the decoder" in result.output
 
 
+@pytest.mark.slow
 def test_models_and_forms_without_pictures(folder, tmp_path):
     save_tiny(tmp_path / "text")
     for args, message in (

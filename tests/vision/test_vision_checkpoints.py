@@ -74,6 +74,7 @@ def test_fewer_blocks_load_and_see(tmp_path, family, vision_program):
     assert written.shape[1] > given["input_ids"].shape[1]
 
 
+@pytest.mark.slow
 def test_the_tower_keeps_its_dtype(tmp_path):
     """Another dtype is asked for weights of the decoder; what is carried stays as it is."""
     source = save_vision(tmp_path / "source", "llava")
