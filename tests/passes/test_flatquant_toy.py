@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 CPU, LENGTH, OUTLIER = torch.device("cpu"), 128, 30.0
 TEXT = book(1200)
 LEARNT, UNSEEN = TEXT[: len(TEXT) * 9 // 10], TEXT[len(TEXT) * 9 // 10 :]
-USUAL = {"seqlen": LENGTH, "windows": 64, "batch": 4, "distil": 0.0, "steps": 40}
+USUAL = {"seqlen": LENGTH, "windows": 32, "batch": 4, "distil": 0.0, "steps": 24}
 
 
 @pytest.fixture(scope="module")
