@@ -160,7 +160,8 @@ def launch_rope(
     Returns:
         [B, H, S, D] and [B, G, S, D], tokens first in memory.
     """
-    from graphopt.runtime.kernels import block as kernels
+    from graphopt.runtime.kernels.block import rope as kernel
+    from graphopt.runtime.kernels.block import rope_and_transform
 
     batch, heads, count, width = q.shape
     half = cos.shape[-1]
@@ -184,14 +185,14 @@ def launch_rope(
     options = {"D": width, "HALF": half, "INTERLEAVED": interleaved, **overlapping(q.device)}
     grid = batch * count, len(given)
     if factors is None:
-        kernels.rope[grid](
+        kernel[grid](
             *tensors, *sizes, **names, **options,
             HEADS=most, BLOCK=block, TAIL=tail, num_warps=_warps(most * block),
         )  # fmt: skip
     else:
         # Matrix units multiply sixteen of a kind.
         most, block, tail = (max(16, size) for size in (most, block, tail))
-        kernels.rope_and_transform[grid](
+        rope_and_transform[grid](
             *tensors, *factors, *sizes, **names, **options,
             HEADS=most, BLOCK=block, TAIL=tail, COLUMNS=max(16, _power(width)),
             num_warps=4 if width <= 64 else 8,
