@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from programs import tiny_program
 
+from graphopt.calibration import reconstruction, time_for_fits
 from graphopt.calibration.reconstruction import reconstruct_behind_cuts
 from graphopt.execute.block_runner import BlockRunner
+from graphopt.execute.hidden_states import BlockStep
 from graphopt.ir.blocks import find_blocks, remove_blocks, sub_blocks
 from graphopt.training.distillation_data import HiddenStateCache
 from graphopt.training.losses import relative_mse
@@ -100,6 +103,72 @@ def test_blocks_for_which_no_time_is_left_are_left_as_they_are_and_named():
     reconstructions, skipped = reconstruct_behind_cuts(pruned, dense, IDS, until=0.0)
     assert not reconstructions
     assert skipped == [("layers.1 and what is behind it", "the time for it was over")]
+    assert all(w.producer is dense.weights[w.name].producer for w in pruned.weights)
+
+
+class Ticks:
+    """A clock of the ranks that goes on by what a run of a block and a fit are said to take."""
+
+    world = 1
+
+    def __init__(self, monkeypatch, run, fits):
+        self.now, self.fits = 100.0, iter(fits)
+        monkeypatch.setattr(time_for_fits, "here", lambda: self)
+        advance, solve = BlockStep.advance, reconstruction.reconstruct
+
+        def advancing(*args, **kwargs):
+            self.now += run
+            return advance(*args, **kwargs)
+
+        def solving(*args, **kwargs):
+            self.now += next(self.fits)
+            return solve(*args, **kwargs)
+
+        monkeypatch.setattr(BlockStep, "advance", advancing)
+        monkeypatch.setattr(reconstruction, "reconstruct", solving)
+
+    def clock(self):
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("fits", "seconds", "done", "left_out"),
+    [([1, 1, 1], 60, 3, ""),
+     # The third of three that take 20 s each would end 10 s behind the 50 s that there are.
+     ([20, 20], 50, 2, "layers.5 and what is behind it: it would have taken about 20 s of"),
+     # The slowest one before decides.
+     ([20, 2], 41, 2, "layers.5 and what is behind it: it would have taken about 20 s of"),
+     # A fit that took the time for all of them is the last one.
+     ([70], 50, 1, "layers.2 and what is behind it: the time for it was over"),
+     # Behind the last cut there is nothing to be left out.
+     ([1, 1, 70], 60, 3, "")],
+)  # fmt: skip
+def test_no_fit_is_begun_that_would_not_be_done_in_time(fits, seconds, done, left_out, monkeypatch):
+    dense = tiny_program(layers=9)
+    pruned, free = cut(dense, 1, 4, 7), cut(dense, 1, 4, 7)
+    expected, _ = reconstruct_behind_cuts(free, dense, IDS, cuts_only=True)
+    ticks = Ticks(monkeypatch, run=0.001, fits=fits)
+    until = ticks.now + seconds
+    outcomes, skipped = reconstruct_behind_cuts(pruned, dense, IDS, cuts_only=True, until=until)
+    assert outcomes == expected[:done]
+    said = " ".join(f"{where}: {why}" for where, why in skipped)
+    assert said.startswith(left_out) and bool(said) == bool(left_out)
+    assert ticks.now < until or 70 in fits
+    for weight in pruned.weights:  # what was solved for is what it is with time enough
+        layer = weight.name.split(".")[1]
+        same = torch.equal(weight.load(), free.weights[weight.name].load())
+        assert same or layer not in [o.where.split(".")[1].split(":")[0] for o in outcomes]
+
+
+def test_the_first_fit_is_judged_by_runs_of_blocks(monkeypatch):
+    dense = tiny_program(layers=4)
+    pruned = cut(dense, 2)
+    # Three runs of blocks in front of it leave a second; a fit has some tenth of their operations.
+    ticks = Ticks(monkeypatch, run=30.0, fits=[])
+    _, skipped = reconstruct_behind_cuts(pruned, dense, IDS, until=ticks.now + 91)
+    ((where, why),) = skipped
+    assert where == "layers.1: attention and what is behind it"
+    assert why.startswith("it would have taken about")
     assert all(w.producer is dense.weights[w.name].producer for w in pruned.weights)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from graphopt.calibration.behind_norm import fit_behind_norm
 from graphopt.calibration.output_path import OutputNorm, OutputPath, own_weight
+from graphopt.calibration.time_for_fits import TimeForFits
 from graphopt.calibration.token_power import token_power
 from graphopt.execute.block_runner import calibration_runner
 from graphopt.execute.hidden_states import BlockStep, HiddenStateStream
@@ -36,7 +37,7 @@ from graphopt.ir.graph import Program, Value
 from graphopt.ir.weights import Array
 from graphopt.solvers.least_squares import LeastSquares, best_ridge
 from graphopt.support.progress import Progress, silent
-from graphopt.support.ranks import ALONE, Ranks, here
+from graphopt.support.ranks import ALONE, Ranks
 
 HELD_OUT_SHARE = 0.25
 """Share of the calibration windows that no fit learns from: strengths are chosen by them, and
@@ -190,10 +191,11 @@ def reconstruct_behind_cuts(
         program: Its blocks are blocks of `dense`, by their module paths; its weights are replaced.
         windows: int64 [N, S], N at least 2; `held_out_windows` of them choose the strength.
         cuts_only: Solve for no others than the last ones in front of cuts.
-        until: No block is begun after this time of the ranks' clock.
+        until: When the time is over, on the ranks' clock. No fit is begun that would take longer,
+            judging by those before it.
 
     Returns:
-        The outcome for each projection, and what could not be reconstructed, with the reason.
+        The outcome for each projection, and what was not reconstructed, with the reason.
     """
     held_out = held_out_windows(len(windows))
     teacher, student = (
@@ -214,28 +216,38 @@ def reconstruct_behind_cuts(
         in_front.insert(0, teacher.index_of(student.name_of(0)))
     # Up to the block in front of the first cut the two models are one.
     first = max(gone[0] - 1, 0)
+    time = TimeForFits(until, windows.numel() // student.ranks.world)
     teacher.run_to(first)
     student.skip_to(first, teacher.hidden)
     for block in student:
-        if until is not None and here().clock() > until:
-            skipped.append((f"{block.name} and what is behind it", "the time for it was over"))
+        index = teacher.index_of(block.name)
+        if cuts_only and index > in_front[-1]:
             break
-        teacher.run_to(teacher.index_of(block.name))
-        if cuts_only and teacher.index > in_front[-1]:
+        if reason := time.lacking():
+            skipped.append((f"{block.name} and what is behind it", reason))
             break
-        if cuts_only and teacher.index not in in_front:
+        began, from_block = time.now(), teacher.index
+        teacher.run_to(index)
+        if cuts_only and index not in in_front:
             continue
         targets = _targets(teacher.current())
         # Terms that end the block are several where they are added beside each other.
         ends = [target is targets[-1] for target in targets]
         while teacher.index in gone:
             teacher.current().advance()
+        time.ran(time.of_run((teacher.index - from_block) * _weights(block)), began)
         aims = [
             teacher.hidden if last else None if cuts_only else target
             for target, last in zip(targets, ends, strict=True)
         ]
-        _reconstruct_block(program, block, aims, outcomes, skipped)
+        if not _reconstruct_block(program, block, aims, outcomes, skipped, time):
+            break
     return outcomes, skipped
+
+
+def _weights(block: BlockStep) -> int:
+    program = block.stream.program
+    return sum(program.weights[name].numel for name in block.call.weights.values())
 
 
 def _targets(block: BlockStep) -> list[list[Tensor]]:
@@ -262,16 +274,20 @@ def _reconstruct_block(
     targets: Sequence[list[Tensor] | None],
     outcomes: list[Reconstruction],
     skipped: list[tuple[str, str]],
-) -> None:
+    time: TimeForFits,
+) -> bool:
     """Reconstruct each projection of a block in turn, and move the stream behind the block.
 
     Args:
         targets: The stream behind each term as it should be; None for one to leave as it is.
+
+    Returns:
+        Whether there was time for all of it; if not, the stream stays inside the block.
     """
     parts = sub_blocks(block.function, block.block.stream)
     if not parts or len(parts) != len(targets):
         skipped.append((block.name, "it is no plain sum of terms"))
-        return
+        return True
     projections: list[tuple[SubBlock, list[Tensor], _Projection]] = []
     for part, target in zip(parts, targets, strict=True):
         if target is None:
@@ -301,6 +317,11 @@ def _reconstruct_block(
             if projection.bias is not None:
                 weights[projection.bias] = slice(count, count + 1)
                 count += 1
+        operations = time.of_fit(count, program.weights[together[0].weight].shape[0])
+        if reason := time.lacking(operations):
+            skipped.append((f"{where} and what is behind it", reason))
+            return False
+        began = time.now()
         values = block.values_per_batch([*(one.features for one in together), place])
         outcome, states = reconstruct(
             program, where, weights, values.map(partial(_joined, together)),
@@ -308,9 +329,11 @@ def _reconstruct_block(
         )  # fmt: skip
         outcomes.append(outcome)
         block.keep(place, states)
+        time.fitted(operations, began)
     behind = block.function.results[0]
     values = block.values_per_batch([behind])
     block.advance([block.stream.offload(states) for (states,) in values])
+    return True
 
 
 @dataclass(frozen=True)
