@@ -38,6 +38,7 @@ from graphopt.support.inputs import (
     read_json,
 )
 from graphopt.support.plain import shown
+from graphopt.support.tensor_bytes import tensor_bytes
 
 DTYPE_OF: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -324,7 +325,7 @@ class SafetensorsWriter:
 
     def _put(self, offset: int, tensor: torch.Tensor) -> int:
         """Write the elements of `tensor` at `offset` and return how many bytes they took."""
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        data = tensor_bytes(tensor).numpy().data
         with self._clear_errors():
             self._file.seek(offset)
             self._file.write(data)

@@ -242,6 +242,12 @@ def role_of(function: Function, node: Node) -> str | None:
     return None
 
 
+def unfolded(function: Function) -> str | None:
+    """Return the first value that undoes a transform in the graph, or None."""
+    roles = ((node, role_of(function, node) or "") for node in function.nodes)
+    return next((node.output.name for node, role in roles if role.endswith(INVERSE)), None)
+
+
 def _chain(function: Function, site: InputSite) -> _Chain:
     """Return the transforms between a site's value and what it was before they were inserted."""
     nodes: list[Node] = []

@@ -80,6 +80,24 @@ def layer_calls(program: Program) -> list[int]:
     ]
 
 
+def with_own_functions(program: Program) -> Program:
+    """Return a copy of a program whose blocks apply functions that no other call does.
+
+    What a pass puts into the functions of blocks would else change a projection in front of the
+    head that is a layer's function again (Gemma 3n).
+    """
+    result = program.copy()
+    blocks = {block.position for block in find_blocks(result)}
+    others = {call.function for at, call in enumerate(result.calls) if at not in blocks}
+    for name in {result.calls[at].function for at in blocks} & others:
+        own = unique_name(name, set(result.functions))
+        result.functions[own] = result.functions[name].clone(own)
+        for at in blocks:
+            if result.calls[at].function == name:
+                result.calls[at].function = own
+    return result
+
+
 def block_name(program: Program, block: Block) -> str:
     """Return what a block is called in messages: its module path, or its place."""
     call = program.calls[block.position]

@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import torch
-
 from graphopt.ir.graph import Call, Function, In, Node, Program, Value, resolve_attrs
 from graphopt.ir.printer import FunctionPrinter
 from graphopt.ir.text import policy_text
+from graphopt.support.tensor_bytes import tensor_bytes
 
 
 def slots_by_use(function: Function) -> list[str]:
@@ -109,8 +108,7 @@ def _constants(program: Program, function: Function, calls: list[Call]) -> dict[
     for slot, value in function.weights.items() if calls else ():
         weight = program.weights[calls[0].weights[slot]]
         if weight.constant:
-            content = weight.load().contiguous().flatten().view(torch.uint8)
-            found[value] = zlib.crc32(content.numpy().tobytes())
+            found[value] = zlib.crc32(tensor_bytes(weight.load()).numpy().tobytes())
     return found
 
 

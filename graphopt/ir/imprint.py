@@ -18,6 +18,7 @@ from torch import Tensor
 from graphopt.ir.graph import Program
 from graphopt.ir.serialize import program_to_json
 from graphopt.ir.weights import Array, Producer
+from graphopt.support.tensor_bytes import tensor_bytes
 
 _NO_RESULT = ("name", "source", "notes", "weights")
 """Parts of a saved program that decide no number; weights are compared by their producers."""
@@ -56,7 +57,7 @@ def checksum(value: Tensor) -> int:
 
 def _bytes_of(value: Tensor) -> Any:
     """Return the bytes of a tensor on the CPU, row-major, as a NumPy array."""
-    return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor_bytes(value).numpy()
 
 
 def producer_key(producer: Producer) -> Hashable:

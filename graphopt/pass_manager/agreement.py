@@ -15,6 +15,7 @@ from graphopt.ir.imprint import arrays
 from graphopt.ir.serialize import program_to_json
 from graphopt.ir.weights import Array
 from graphopt.support.ranks import Ranks
+from graphopt.support.tensor_bytes import tensor_bytes
 
 APART = 1e-2
 """The share by which a weight may differ between ranks and count as rounded differently: of the
@@ -82,8 +83,7 @@ def _structure(program: Program, made: list[tuple[str, Array]]) -> int:
 
 
 def _checksum(value: Tensor) -> int:
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return zlib.crc32(tensor_bytes(value).numpy())  # type: ignore[arg-type]
 
 
 def _take(ranks: Ranks, name: str, weight: str, array: Array) -> None:

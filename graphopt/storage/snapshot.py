@@ -27,6 +27,7 @@ from graphopt.ir.weights import Array, Producer
 from graphopt.support.boundary import out_of_memory
 from graphopt.support.inputs import Schema, parse, read_json
 from graphopt.support.plain import shown
+from graphopt.support.tensor_bytes import tensor_bytes
 
 SNAPSHOT_NAME = "snapshot.json"
 
@@ -92,9 +93,9 @@ def _signature(program: Program) -> tuple[dict[str, tuple[int, torch.dtype]], li
 
 def _feed(digest: Any, value: Any) -> None:
     if isinstance(value, Array):
-        tensor = value.value.detach().cpu().contiguous()
+        tensor = value.value
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(tensor).numpy().tobytes())
     elif isinstance(value, Producer) and dataclasses.is_dataclass(value):
         digest.update(type(value).__qualname__.encode())
         for part in dataclasses.fields(value):

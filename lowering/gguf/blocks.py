@@ -22,6 +22,7 @@ from graphopt.files.finite import check_finite
 from graphopt.files.safetensors import blocks
 from graphopt.ir.weights import Dequantised, Producer
 from graphopt.lowering.gguf_types import GGUF_TYPES
+from graphopt.support.tensor_bytes import tensor_bytes
 
 TYPES = {name: GGMLQuantizationType[name.upper()] for name in GGUF_TYPES}
 """The types that matrices may be asked to have, by the name a user gives."""
@@ -132,7 +133,7 @@ class Stored:
         for value in blocks(self.source):
             check_finite(name, value)
             if self.kind == NUMBERS.get(value.dtype):
-                yield value.contiguous().flatten().view(torch.uint8).numpy()
+                yield tensor_bytes(value).numpy()
             else:
                 yield quants.quantize(value.float().numpy(), self.kind).view(np.uint8)
 

@@ -22,6 +22,7 @@ from graphopt.ir.weights import Weight
 from graphopt.lowering.onnx.builder import ONNX_DTYPES
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
+from graphopt.support.tensor_bytes import tensor_bytes
 
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 """Floating-point dtypes of stored weights; a graph computes in fp32."""
@@ -269,7 +270,7 @@ def _rounded_up(count: int, unit: int) -> int:
 
 
 def _write(file: BinaryIO, turn: threading.Lock, offset: int, layout: Layout) -> None:
-    data = layout.load().flatten().view(torch.uint8).numpy().data
+    data = tensor_bytes(layout.load()).numpy().data
     with turn:
         file.seek(offset)
         file.write(data)

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from graphopt.errors import PassError, UsageError
+from graphopt.ir.affine import unfolded
 from graphopt.ir.affine_sites import find_sites
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.encoding import BITS
@@ -157,6 +158,13 @@ class FlatQuant(TrainingOptions, Pass):
             raise PassError(
                 f"{program.name} has no block with a matrix that could be rounded.",
                 "Leave flatquant out.",
+            )
+        undone = next(filter(None, map(unfolded, program.functions.values())), None)
+        if undone is not None:
+            raise PassError(
+                f"{program.name} has transforms with their inverses behind them ({undone}), and "
+                "flatquant's own would be undone with these.",
+                "Put fold-affine in front of flatquant, or leave insert-affine out.",
             )
 
     def milder(self, recipe: Sequence[str]) -> str:

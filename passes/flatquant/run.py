@@ -21,7 +21,7 @@ from graphopt.calibration.affine_plan import AffinePlan, FunctionPlan, plan_tran
 from graphopt.calibration.text import calibration_windows, pick, window_length
 from graphopt.execute.block_runner import BlockRunner, Parametrisation
 from graphopt.execute.interpreter import resident
-from graphopt.ir.blocks import block_name, find_blocks
+from graphopt.ir.blocks import block_name, find_blocks, with_own_functions
 from graphopt.ir.graph import Call, Program
 from graphopt.ir.weights import Array
 from graphopt.pass_manager.contract import Context, PassResult, Skip, Statement
@@ -89,7 +89,7 @@ class FlatQuantising(Distiller):
     remedy = "Give a lower seqlen, distil=0, which trains one block at a time, or --device cpu."
 
     def __init__(self, options: FlatQuant, program: Program, context: Context) -> None:
-        self.source = program
+        self.source = program = with_own_functions(program)
         started = here().clock()
         self.bits = Bits(options.w, options.a, options.kv, options.group)
         transformed = program.copy()

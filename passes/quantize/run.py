@@ -14,7 +14,7 @@ from graphopt.calibration.text import calibration_windows, pick, window_length
 from graphopt.errors import PassError
 from graphopt.execute.hidden_states import BlockStep, HiddenStateStream
 from graphopt.execute.interpreter import Runner
-from graphopt.ir.blocks import block_name, find_blocks
+from graphopt.ir.blocks import block_name, find_blocks, with_own_functions
 from graphopt.ir.encoding import Packed, group_of
 from graphopt.ir.graph import Call, Program
 from graphopt.ir.weights import Array, Weight
@@ -77,6 +77,7 @@ class Quantizing:
         self.options, self.context = options, context
         self.device = context.device
         self.clock = Clock("scaling", "measuring", "rounding")
+        program = with_own_functions(program)
         self.source, self.scaled = program, 0
         self.windows: Tensor | None = None
         if options.needs_text:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from graphopt.errors import SourceError
 from graphopt.ir import Array, Missing, Padded, Producer, Rows, Transposed, Weight, WeightStore
 from graphopt.ir.weights import Reshaped, SharedSources
+from graphopt.support.tensor_bytes import tensor_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,3 +191,19 @@ def test_the_store_keeps_order_and_refuses_repeats():
     assert "c" in store and "c" not in copied and "x" not in store
     with pytest.raises(KeyError):
         copied.remove("c")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
+def test_bytes_of_a_tensor_are_row_major_whatever_its_strides(dtype):
+    whole = torch.arange(35).view(5, 7).to(dtype)
+    for value in (
+        whole,
+        whole.T,
+        whole[:, 3],
+        whole[2:3, 3],
+        whole[:, 3:4],
+        whole[4, 5],
+        whole[:0],
+    ):
+        wanted = b"".join(bytes(item[None].view(torch.uint8).tolist()) for item in value.flatten())
+        assert bytes(tensor_bytes(value).tolist()) == wanted

@@ -17,7 +17,7 @@ from graphopt.calibration.affine_plan import plan_transforms
 from graphopt.capture import capture
 from graphopt.errors import GraphoptError, PassError, UsageError
 from graphopt.execute.interpreter import Runner, complete_inputs
-from graphopt.ir import Array
+from graphopt.ir import Array, Call, Function, Value
 from graphopt.ir.affine import Factors, role_of
 from graphopt.ir.blocks import NO_BLOCK, find_blocks
 from graphopt.ir.encoding import Packed
@@ -35,7 +35,10 @@ from graphopt.passes.flatquant.structure import (
     trained_sites,
     transform,
 )
+from graphopt.passes.fold_affine import FoldAffine
+from graphopt.passes.insert_affine import InsertAffine
 from graphopt.passes.quantize.places import find_places, round_kv
+from graphopt.passes.quantize.quantize import Quantize
 from graphopt.training.affine import BlockTransforms, InvertibleFactor, Rounding
 
 IDS = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(3))
@@ -287,6 +290,43 @@ def test_a_model_that_is_rounded_already_is_rounded_again(tmp_path):
     twice = item.run(once.copy(), Context(text=book(60), dense=program))
     assert twice.statement.check(once, twice.program) is None
     assert clips and all(torch.equal(twice.program.weights[n].load(), v) for n, v in clips.items())
+
+
+def test_transforms_that_are_not_folded_yet_are_refused():
+    program = tiny_program()
+    inserted = InsertAffine(kind="hadamard").run(program.copy(), Context()).program
+    with pytest.raises(PassError, match="inverses behind them") as caught:
+        FlatQuant(steps=0).check(inserted)
+    assert "fold-affine" in caught.value.remedy
+    FlatQuant(steps=0).check(FoldAffine().run(inserted, Context()).program)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        FlatQuant(kind="hadamard", steps=0, seqlen=16, windows=2, distil=0),
+        Quantize(method="rtn", a=8, kv=4),
+    ],
+)
+def test_a_function_that_a_call_behind_the_blocks_has_too_is_rounded_in_blocks_alone(
+    item, tmp_path
+):
+    """As of Gemma 3n, whose projections into the layers and out of them are one function."""
+    program = with_tokenizer(tmp_path, layers=3)
+    function = program.functions["both"] = Function("both")
+    x = Value("x")
+    function.params = [x]
+    function.results = [x, function.add("add", [x, x], names=["twice"]).output]
+    program.calls.insert(-2, Call("both", ["x"], ["x", "twice"]))
+    made = item.run(program.copy(), Context(text=book(60), dense=program))
+    assert made.statement.check(program, made.program) is None
+    assert len(find_blocks(made.program)) == 2
+    rounded = [
+        any(node.op == ROUNDED for node in made.program.function_of(call).nodes)
+        for call in made.program.calls
+    ]
+    assert rounded == [False, True, True, False, False, False]
+    assert any(skip.reason == NO_BLOCK and "layers.2" in skip.where for skip in made.skipped)
 
 
 def test_layers_that_give_keys_to_others_are_no_blocks_and_said_to_be_left():

@@ -11,6 +11,7 @@ from graphopt.errors import SourceError
 from graphopt.ir import functional
 from graphopt.ir.encoding import Packed, pack
 from graphopt.ir.weights import Dequantised, Producer
+from graphopt.support.tensor_bytes import tensor_bytes
 
 WORD = 32
 """Bits of a word."""
@@ -89,8 +90,7 @@ class ColumnWords(Codes):
 
 def as_bytes(words: Tensor) -> Tensor:
     """Return rows of int32 words [n, m] as their bytes, uint8 [n, 4 m], the lowest first."""
-    # A matrix of one column may count as contiguous whatever its strides are; a vector has one.
-    return words.contiguous().flatten().view(torch.uint8).view(len(words), -1)
+    return tensor_bytes(words).view(len(words), -1)
 
 
 @dataclass(frozen=True)
