@@ -65,7 +65,15 @@ def specialise(
     Raises:
         ValueError: Two functions have one name, or a text is not ASCII.
     """
-    return _Specialiser(modules, plans).run()
+    # A package that is opened is compared with sources made anew. True and 1 are not the same.
+    made = tuple(modules.items()), repr({kernel: [*served] for kernel, served in plans.items()})
+    if made not in _MADE:
+        _MADE[made] = _Specialiser(modules, plans).run()
+    return dict(_MADE[made])
+
+
+_MADE: dict[tuple[tuple[tuple[str, str], ...], str], dict[str, str]] = {}
+"""What was made in this process, by what it was made of."""
 
 
 class _Specialiser:
