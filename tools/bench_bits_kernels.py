@@ -1,6 +1,6 @@
 """Measure kernels of four bits on a GPU beside bf16 torch: transforms, linears, decoding.
 
-    python tools/bench_bits_kernels.py [--only transform,w4a4] [--tune] [--out FILE]
+    python tools/bench_bits_kernels.py [--only transform,w4a4] [--tune] [--in-front 1] [--out FILE]
 
 Parts, on the shapes of Llama-7B and with random numbers:
 
@@ -9,6 +9,8 @@ Parts, on the shapes of Llama-7B and with random numbers:
 * `w4a4`: a linear of 16,384 tokens as a whole (transform, rounding, product), beside `F.linear`;
 * `w4a16`: a linear of 1 and of 16 tokens, beside `F.linear`;
 * `steps`: a norm and a gate of one token, alone and with a transform behind them;
+* `front`: products of one token with a transform in front of them, by a kernel of its own and by
+  the product itself, and rotations with a transform behind them;
 * `kv`: attention of one token over caches of 16, 8 and 4 bits;
 * `model`: a Llama shape of 1.1B parameters, emitted with four-bit weights and in bf16, decoding.
 
@@ -45,6 +47,7 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bits_decode import cache_part, steps_part
+from bits_front import front_part
 from bits_model import model_part
 from bits_transform import DEVICE, DTYPE, TARGET, TILES, Transformed, kept, random, transform_part
 from turns import (
@@ -328,8 +331,9 @@ PARTS: dict[str, Callable[[Rows, argparse.Namespace], None]] = {
     "w4a4": w4a4_part,
     "w4a16": w4a16_part,
     "steps": lambda rows, options: steps_part(rows),
+    "front": lambda rows, options: front_part(rows, packed_weight, dense_of, COLD),
     "kv": lambda rows, options: cache_part(rows, TARGET),
-    "model": lambda rows, options: model_part(rows, TARGET.name),
+    "model": lambda rows, options: model_part(rows, TARGET.name, options.in_front, options.model),
 }
 
 
@@ -338,6 +342,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
     parser.add_argument("--tune", action="store_true", help="try other tiles than the target's")
+    parser.add_argument(
+        "--in-front", type=int, default=0, metavar="TOKENS",
+        help="decode a model too whose products of up to so many tokens do the transforms",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="LABEL",
+        help="decode this one alone, such as 'int4 group 128'; may be given again",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "bits_kernels.json")
     options = parser.parse_args()
     parts = options.only.split(",")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,10 @@ from measure import LLAMA_7B, random_llama
 from turns import ON_GPU, Result, Rows, median
 
 from graphopt.compiler import emit
+from graphopt.errors import UsageError
 from graphopt.ir import Array, Dequantised, Packed, Program, Weight
 from graphopt.pass_manager.contract import Context, make_pass
+from graphopt.targets import get_target
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 LLAMA_1B = LLAMA_7B | (
@@ -133,7 +136,27 @@ def _stem(label: str) -> str:
     return "".join(filter(str.isalnum, label))
 
 
-def model_part(rows: Rows, target: str) -> None:
+@contextlib.contextmanager
+def transforms_in_front(target: str, tokens: int) -> Iterator[None]:
+    """Let products of up to so many tokens transform what they read, whatever the target says."""
+    table = get_target(target).quantised
+    if table is None or table["front"] is None:
+        raise UsageError(f"{target}.toml has no [quantised.front].", "Take a target that has.")
+    before = table["front"]["tokens"]
+    table["front"]["tokens"] = tokens
+    try:
+        yield
+    finally:
+        table["front"]["tokens"] = before
+
+
+def model_part(rows: Rows, target: str, in_front: int = 0, only: Collection[str] = ()) -> None:
+    """Emit models and let them decode.
+
+    Args:
+        in_front: Emit one too whose products of up to so many tokens do the transforms.
+        only: Labels of the models, in their order; all by default.
+    """
     program = random_llama(DEVICE, LLAMA_1B)
     for name in ("canonicalise", "insert-kv-cache"):
         program = make_pass(name, {}).run(program, Context()).program
@@ -143,7 +166,10 @@ def model_part(rows: Rows, target: str) -> None:
         def run(name: str, made: Program, codes: bool) -> tuple[Result, str]:
             folder = Path(work) / name
             module = emitted(made, folder, target)
-            transforms = "transformed(" in (folder / "model.py").read_text(encoding="utf-8")
+            text = (folder / "model.py").read_text(encoding="utf-8")
+            fronted = "transformed_packed_linear(" in text
+            assert fronted == ("front" in name), "not the model that it is called"
+            transforms = "transformed(" in text or fronted
             assert transforms == ("transforms" in name), "not the model that it is called"
             result, model = decode_rates(module, folder)
             if codes:
@@ -163,17 +189,28 @@ def model_part(rows: Rows, target: str) -> None:
             return result, shown
 
         group = 128 if ON_GPU else 32
-        rows.add("model bf16", lambda: run("bf16", program, False))
+        if not only or "bf16" in only:
+            rows.add("model bf16", lambda: run("bf16", program, False))
         transformed = program.copy()  # which passes change in place
         for step, options in (("insert-affine", {"kind": "hadamard"}), ("fold-affine", {})):
             transformed = make_pass(step, options).run(transformed, Context()).program
-        for label, (made, size) in {
-            f"int4 group {group}": (program, group),
-            "int4 group 32": (program, 32),
-            f"int4 group {group}, transforms": (transformed, group),
-        }.items():
+        models = {
+            f"int4 group {group}": (program, group, 0),
+            "int4 group 32": (program, 32, 0),
+            f"int4 group {group}, transforms": (transformed, group, 0),
+        }
+        if in_front:
+            models[f"int4 group {group}, transforms in front"] = (transformed, group, in_front)
+        for label in [label for label in only or models if label in models]:
+            made, size, tokens = models[label]
             packed = with_codes(made, Packed(4, size))
-            rows.add(
-                f"model {label}",
-                lambda packed=packed, label=label: run(_stem(label), packed, True),
-            )
+
+            def make(
+                packed: Program = packed, label: str = label, tokens: int = tokens
+            ) -> tuple[Result, str]:
+                if not tokens:
+                    return run(_stem(label), packed, True)
+                with transforms_in_front(target, tokens):
+                    return run(_stem(label), packed, True)
+
+            rows.add(f"model {label}", make)
