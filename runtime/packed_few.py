@@ -128,7 +128,7 @@ def launch_few(
         warps_for(outputs, len(weight.codes), tiles, cores), tiles.row_tiles, tiles.ahead,
         -(-tokens // 8), 0 if len(weight.scales) == 1 else min(weight.group, SPAN),
         *(() if front is None else _form_of(front, inputs)),
-    )  # fmt: skip
+    )._replace(near=tiles.near)  # fmt: skip
     shared = form.shared_bytes(tokens, inputs)
     if shared > SHARED_BYTES:
         say_instead(FILES[-1], f"a transform of {form.n1} x {form.n2} takes {shared} bytes")
@@ -218,6 +218,7 @@ class Form(NamedTuple):
         gate: The activation of a gate in front of the product, or nothing.
         n1, n2: What a token is transformed as; 0 where it is not.
         left, right: Which factors there are.
+        near: Spans of a warp behind `ahead` that come into the second cache early.
     """
 
     bf16: bool
@@ -236,6 +237,7 @@ class Form(NamedTuple):
     n2: int = 0
     left: bool = False
     right: bool = False
+    near: int = 0
 
     @property
     def constants(self) -> dict[str, int]:
@@ -247,7 +249,7 @@ class Form(NamedTuple):
             "ACTIVATION": ACTIVATIONS.index(name) if name else 0, "ROUNDED": 0,
             "WARPS": self.warps, "ROW_TILES": self.row_tiles, "AHEAD": self.ahead,
             "TOKEN_TILES": self.token_tiles, "GROUP": self.group, "GATE": self.gate != "",
-            "N1": self.n1, "N2": self.n2, "LEFT": self.left, "RIGHT": self.right,
+            "NEAR": self.near, "N1": self.n1, "N2": self.n2, "LEFT": self.left, "RIGHT": self.right,
         }  # fmt: skip
 
     def shared_bytes(self, tokens: int, inputs: int) -> int:

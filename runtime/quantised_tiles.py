@@ -40,12 +40,15 @@ class FewTiles:
             block until there are as many.
         row_tiles: Tiles of 16 outputs of a block.
         ahead: Spans of codes that a warp has on their way in registers.
+        near: Spans behind these that it brings into the second cache before it waits for what it
+            multiplies.
     """
 
     tokens: int
     warps: int
     row_tiles: int
     ahead: int
+    near: int = 0
 
 
 @dataclass(frozen=True)

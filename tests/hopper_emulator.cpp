@@ -165,7 +165,8 @@ static inline void wait_for_pieces() {
   pieces[emulator::current].clear();
 }
 static inline void let_start() {}
-static inline void bring_near(const void*) {}
+// An address that is not there would end the test.
+static inline void bring_near(const void* at) { (void)*static_cast<const volatile char*>(at); }
 static inline void wait_for_front() {}
 static inline unsigned shared_address(const void* pointer) {
   return static_cast<const unsigned char*>(pointer) - shared;

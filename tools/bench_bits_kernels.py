@@ -215,8 +215,8 @@ def packed_options(tokens: int) -> Iterator[FewTiles | PackedTiles]:
     columns = 8 if tokens <= 8 else 16
     for rows, unroll, programs in ((16, 4, 20), (16, 2, 24), (32, 2, 12)):
         yield PackedTiles(tokens, rows, columns, 1, 1, programs, unroll)
-    for warps, row_tiles, ahead in itertools.product((6, 12, 24), (1, 2), (1, 2)):
-        yield FewTiles(tokens, warps, row_tiles, ahead)
+    for warps, row_tiles, ahead, near in itertools.product((6, 12, 24), (1, 2), (1, 2), (0, 4)):
+        yield FewTiles(tokens, warps, row_tiles, ahead, near)
 
 
 def tiles_of(key: str) -> FewTiles | PackedTiles:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ STEPS = (
 HEADS = ((32, 4, 64), (32, 8, 128)) if ON_GPU else ((2, 1, 16),)
 """Of queries, of keys, and their size."""
 TIMES = 20 if ON_GPU else 1
+NEAR = (2, 8)
+"""Spans of a warp that are brought into the second cache early."""
 
 
 def front_part(
@@ -86,11 +89,14 @@ def _step_row(
     few = tiles_for(1, tiles.few)
     front = InFront(y, gain, 1e-5, 0.0, step.before, left, right)
 
-    def product(values: Tensor, weight: PackedCodes, front: InFront | None) -> Tensor | None:
+    def product(
+        values: Tensor, weight: PackedCodes, front: InFront | None, near: int = 0
+    ) -> Tensor | None:
         found = None
         if ON_GPU:
             assert few is not None
-            found = launch_few(values, weight, None, few, cores, front=front)
+            few_near = replace(few, near=near)
+            found = launch_few(values, weight, None, few_near, cores, front=front)
         if found is None and front is None:
             packed = tiles_for(1, tiles.packed)
             assert packed is not None
@@ -105,15 +111,15 @@ def _step_row(
         assert found is not None
         return found
 
-    def in_front(weight: PackedCodes) -> Tensor:
-        found = product(x, weight, front)
+    def in_front(weight: PackedCodes, near: int = 0) -> Tensor:
+        found = product(x, weight, front, near)
         assert found is not None, "the kernel did not take it"
         return found
 
-    def without(weight: PackedCodes) -> Tensor:
+    def without(weight: PackedCodes, near: int = 0) -> Tensor:
         """As a model without transforms: its gate is behind the product before."""
         bare = replace(front, left=None, right=None) if norm else None
-        found = product(x, weight, bare)
+        found = product(x, weight, bare, near)
         assert found is not None
         return found
 
@@ -132,12 +138,15 @@ def _step_row(
         assert error < 2e-2, error
         return error
 
-    runs = {"without": without, "apart": apart, "in front": in_front}
-    if not ON_GPU:
-        del runs["without"], runs["in front"]
+    runs: dict[str, Callable[[PackedCodes], Tensor]] = {"apart": apart}
+    if ON_GPU:
+        for near in (0, *NEAR):
+            label = f", {near} spans near" if near else ""
+            runs[f"without{label}"] = partial(without, near=near)
+            runs[f"in front{label}"] = partial(in_front, near=near)
 
     def make() -> tuple[Result, str]:
-        errors = {name: off(run(weights[0])) for name, run in runs.items() if name != "without"}
+        errors = {name: off(run(weights[0])) for name, run in runs.items() if "without" not in name}
         graphs = {
             name: recorded(lambda run=run: [run(weight) for weight in weights])
             for name, run in runs.items()

@@ -151,6 +151,7 @@ class FewTable(Schema):
     warps: Size
     row_tiles: Size
     ahead: Size
+    near: Annotated[int, pydantic.Field(ge=0)] = 0
 
 
 class FrontTable(Schema):

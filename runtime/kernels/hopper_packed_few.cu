@@ -14,7 +14,7 @@
 // first codes are on their way.
 //
 // Constants, given in front of this text: CODES (x is int8), ZEROS, GATED, WARPS, ROW_TILES, AHEAD,
-// TOKEN_TILES (of 8 tokens), GROUP (inputs that share a scale, 32 or 64; 128 for any number of whole
+// NEAR (spans of a warp behind these that come into the second cache early), TOKEN_TILES (of 8 tokens), GROUP (inputs that share a scale, 32 or 64; 128 for any number of whole
 // spans; 0 for all of a row), those of packed_front.cu, and with GATED or GATE those of
 // activations.cu.
 
@@ -110,6 +110,25 @@ hopper_packed_few(const __grid_constant__ Operands given) {
 #pragma unroll
   for (int slot = 0; slot < AHEAD; ++slot)
     if (slot < count) send_for(slot, warp + slot * WARPS);
+#if NEAR
+  // What follows them comes into the second cache meanwhile: memory would have nothing to do until
+  // x is there, and while what stands in front of the product is computed.
+  for (int turn = AHEAD; turn < min(AHEAD + NEAR, count); ++turn) {
+    const int span = warp + turn * WARPS;
+    constexpr int LINES = ROWS / 2, EACH = GATED ? LINES / 2 : LINES;  // two rows of 64 bytes
+    for (int line = lane; line < LINES; line += 32) {
+      const int row = first + 2 * (line % EACH);
+      if (row < (GATED ? pairs : N))
+        bring_near(given.codes + ((long long)span * N + row + line / EACH * pairs) * HALF);
+    }
+    if (KEPT && lane < PARTS * LINES / EACH) {
+      const int scale = PARTS > 1 ? span * PARTS + lane % PARTS : span / given.each;
+      const long long at = (long long)scale * N + first + lane / PARTS * pairs;
+      bring_near(given.scales + at);
+      if (ZEROS) bring_near(given.zeros + at);
+    }
+  }
+#endif
 #if NORM
   // No cache holds a weight from one step to the next, and this one would be waited for behind x.
   constexpr int LINE = 64;  // 128 bytes

@@ -90,7 +90,7 @@ def test_products_of_few_tokens(
     x = random(tokens, 2 * inputs, dtype=dtype)[:, inputs:]
     for given, own, tiles in (
         (x, None, FewTiles(16, 12, 1, 2)),
-        (codes.to(DEVICE), scales.to(DEVICE), FewTiles(16, 12, 2, 1)),
+        (codes.to(DEVICE), scales.to(DEVICE), FewTiles(16, 12, 2, 1, near=2)),
     ):
         found = launch_few(given, weight, bias, tiles, 1, own, act)
         assert found is not None and found[1] is None
@@ -108,6 +108,20 @@ def test_products_of_few_tokens(
             off = 1.2 * off[:, : outputs // 2] * (up + 1) + off[:, outputs // 2 :] * (gate + 1)
         allowed = off + exact.abs() * torch.finfo(dtype).eps
         assert bool(((got.double().cpu() - exact).abs() <= allowed).all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("group", "act"), [(32, "silu"), (256, "")])
+def test_codes_that_come_near_early_change_no_number(group: int, act: str) -> None:
+    """Addresses behind a weight's end would end the emulation; 35 outputs end within a tile."""
+    # Three spans of each of four warps.
+    weight, _ = some_weight(70, 12 * 128, group, False, torch.bfloat16)
+    x = random(1, 12 * 128)
+    made = [
+        launch_few(x, weight, None, FewTiles(8, 12, 2, 1, near), 1, act=act) for near in (0, 1, 5)
+    ]
+    for found in made:
+        assert found is not None and made[0] is not None and torch.equal(found[0], made[0][0])
 
 
 def test_what_is_summed_over_is_divided_until_a_core_has_its_warps() -> None:
