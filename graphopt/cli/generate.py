@@ -176,7 +176,11 @@ def _see(
     """Answer a prompt about pictures."""
     from graphopt.cli.pictures import answer_pieces, open_sighted
     from graphopt.generate import Sampling
+    from graphopt.support.inputs import open_regular
 
+    for image in images:  # which are wrong before the model is opened
+        with open_regular(image):
+            pass
     opened, processor = open_sighted(
         model, backend_named(backend), device, trust_remote_code=trust_remote_code
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from graphopt.files.refusals import unfit_folder
 from graphopt.ir.graph import PROGRAM_INPUTS, Program
 from graphopt.sources.base import ModelSource
 from graphopt.support.inputs import open_regular
+from graphopt.support.near_paths import nearest, path_remedy
 from graphopt.support.plain import shown
 
 __all__ = ["ModelSource", "open_model"]
@@ -67,9 +67,10 @@ def open_model(spec: str, *, trust_remote_code: bool = False) -> ModelSource:
             f"{spec!r} is an address, and models are not read from those.",
             f"Give the id of the model on the Hugging Face hub{named}, or download it.",
         )
-    hint = _nearest(path)
+    hint = nearest(path, also=("demo",))
     if not _HUB_ID.fullmatch(spec) or path.suffix in (".gguf", ".json", ".safetensors"):
-        raise SourceError(f"There is no file or folder {spec!r}.", hint)
+        why = hint or path_remedy(path, FileNotFoundError())
+        raise SourceError(f"There is no file or folder {spec!r}.", why)
     return open_hub(spec, hint=hint, trust_remote_code=trust_remote_code)
 
 
@@ -131,14 +132,3 @@ def _check_model(program: Program, path: Path) -> None:
 def _starts_like_gguf(path: Path) -> bool:
     with open_regular(path) as file:
         return file.read(4) == b"GGUF"
-
-
-def _nearest(path: Path) -> str:
-    """Return a hint with the name nearest to a path that does not exist, or an empty string."""
-    try:
-        beside = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
-        beside = []
-    names = [*beside, "demo"] if path.parent == Path(".") else beside
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
-    return f"Did you mean {str(path.parent / near[0])!r}?" if near else ""

@@ -23,6 +23,7 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 
 from graphopt.errors import GraphoptError, SourceError
+from graphopt.support.near_paths import path_remedy
 from graphopt.support.plain import shown
 
 MAX_TEXT_BYTES = 128 * 2**20
@@ -99,14 +100,17 @@ def open_regular(path: Path, *, error: Error = SourceError) -> Iterator[io.FileI
     except (OSError, ValueError) as problem:
         # A name with a zero byte in it is a ValueError.
         reason = getattr(problem, "strerror", None) or problem
-        raise error(f"{shown_path(path)} cannot be read: {reason}.") from problem
+        raise error(
+            f"{shown_path(path)} cannot be read: {reason}.", path_remedy(path, problem)
+        ) from problem
     with file:
         try:
             _check_regular(path, os.fstat(file.fileno()).st_mode, error)
             yield file
         except OSError as problem:
             raise error(
-                f"{shown_path(path)} cannot be read: {problem.strerror or problem}."
+                f"{shown_path(path)} cannot be read: {problem.strerror or problem}.",
+                path_remedy(path, problem),
             ) from problem
 
 
