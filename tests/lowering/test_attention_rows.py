@@ -19,13 +19,17 @@ from programs import tiny_program
 from ranks import run_ranks
 from sharded import VOCAB, sharded
 from test_reductions import BY_ROWS, figures
+from tiny_models import save_tiny
 from torch import Tensor
 
+import graphopt as go
 from graphopt.compiler import emit
-from graphopt.ir import functional
+from graphopt.ir import Program, functional
 from graphopt.ir.kv_memory import PagedKV
 from graphopt.lowering.kernels import plan_attention
 from graphopt.lowering.kernels.triton import kernel_constants
+from graphopt.pass_manager.contract import Context, make_pass
+from graphopt.pass_manager.pipeline import DEFAULT_RECIPE
 from graphopt.plan import AttentionSpec
 from graphopt.runtime.attention import Extras, Keys
 from graphopt.runtime.attention_rows import AttentionRows, RowsDispatcher
@@ -247,6 +251,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+GATED = "a gate"
+"""Of a family whose attention's output goes through one: it stays as it is."""
+
+
 def computed(folder: Path, forced: bool) -> dict[str, Any]:
     """Return what a package computes of one text, of two alike in length, and of unlike ones."""
     module = load_file(folder / "model.py")
@@ -311,26 +319,43 @@ def computed_by_ranks(rank: int, folders: list[Path]) -> list[tuple[dict[str, An
     return [tuple(computed(folder, forced) for forced in (False, True)) for folder in folders]
 
 
-@pytest.mark.slow
-def test_packages_by_rows_compute_what_plain_ones_do(tmp_path: Path) -> None:
+def family(name: str, folder: Path) -> Program:
+    """Return a program with a cache, of the features of a name."""
+    if name != GATED:
+        return tiny_program(cache=True, vocab=VOCAB, **FAMILIES[name])
+    program = go.capture(str(save_tiny(folder / "source", "afmoe")))
+    for step in DEFAULT_RECIPE.split(","):
+        program = make_pass(step, {}).run(program, Context()).program
+    return program
+
+
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(["windows, sinks"], marks=pytest.mark.slow),
+     pytest.param([*FAMILIES, GATED], marks=pytest.mark.exhaustive)],
+    ids=["one", "all"],
+)  # fmt: skip
+def test_packages_by_rows_compute_what_plain_ones_do(names: list[str], tmp_path: Path) -> None:
     """Of two ranks, whose attentions run as planned, whole on a CPU, and in chunks all the same."""
     folders = []
-    for name, features in FAMILIES.items():
-        one = tiny_program(cache=True, vocab=VOCAB, **features)
-        emit(one, tmp_path / name / "one", target="hopper", emit=("torch",), dtype="float32")
-        emit(
-            sharded(one), tmp_path / name / "two", target="hopper", emit=("torch",), dtype="float32"
-        )
-        text = (tmp_path / name / "two" / "model.py").read_text(encoding="utf-8")
-        assert "cached_attention_by_rows(" in text and "attention_linear_all_reduce(a, " in text
-        assert "by_rows" not in (tmp_path / name / "one" / "model.py").read_text(encoding="utf-8")
-        folders.append(tmp_path / name)
+    for name in names:
+        one = family(name, tmp_path)
+        folder = tmp_path / name
+        for program, out in ((one, folder / "one"), (sharded(one), folder / "two")):
+            emit(program, out, target="hopper", emit=("torch",), dtype="float32")
+        text = (folder / "two" / "model.py").read_text(encoding="utf-8")
+        by_rows = "cached_attention_by_rows(" in text and "attention_linear_all_reduce(a, " in text
+        assert by_rows == (name != GATED) and (by_rows or "attention_by_rows(" not in text)
+        alone = (folder / "one" / "model.py").read_text(encoding="utf-8")
+        assert "attention_by_rows(" not in alone
+        folders.append(folder)
     ranks = run_ranks(computed_by_ranks, [folder / "two" for folder in folders], limit=120)
     for number, folder in enumerate(folders):
         alone = computed(folder / "one", forced=False)
         for planned, forced in (found[number] for found in ranks):
             # Of two layers, two chunks for either rank, in each of six prompts.
-            assert planned.pop("asked") == 0 and forced.pop("asked") == 2 * 4 * 6
+            chunks = 0 if folder.name == GATED else 2 * 4 * 6
+            assert planned.pop("asked") == 0 and forced.pop("asked") == chunks
             for name, expected in alone.items():
                 if name == "asked":
                     continue
