@@ -4,16 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-
-import torch
-
-# Before anything imports Triton, whose own functions are either compiled or interpreted too.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-# Read when a GPU is first used: no stream stands behind what waits in another (side_by_side.py).
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -30,9 +19,25 @@ from interpreted import leave_out_idle_work
 
 TEXTS = Path(__file__).resolve().parents[2] / "shared" / "data"
 
-# No test measures time: on a busy machine an example may take any.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
+# Read when a GPU is first used: no stream stands behind what waits in another (side_by_side.py).
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Prepare a process that runs tests: this is called before a folder's conftest is imported."""
+    given = pluginmanager.get_plugin("pytestconfig").known_args_namespace
+    if getattr(given, "numprocesses", None) and "PYTEST_XDIST_WORKER" not in os.environ:
+        return  # It hands them out to others, which it starts two seconds earlier without torch.
+    import torch
+    from hypothesis import HealthCheck, settings
+
+    # Before anything imports Triton, whose own functions are either compiled or interpreted too.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    # No test measures time: on a busy machine an example may take any.
+    unhurried = [HealthCheck.too_slow]
+    settings.register_profile("untimed", deadline=None, suppress_health_check=unhurried)
+    settings.load_profile("untimed")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -66,6 +71,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     So `-m "not slow"` takes the place of "not exhaustive".
     """
+    import torch
+
     no_gpu = pytest.mark.skip(reason="there is no CUDA device")
     for item in items:
         if "exhaustive" in item.keywords:
@@ -83,6 +90,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _no_gpu_by_itself(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep models of other tests than those of a GPU on the CPU, where their figures hold."""
+    import torch
+
     if torch.cuda.is_available() and "gpu" not in request.keywords:
         monkeypatch.setattr("graphopt.backends.placement.found_gpu", lambda: None)
         monkeypatch.setattr("graphopt.support.devices.found_gpu", lambda: None)

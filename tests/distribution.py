@@ -7,6 +7,7 @@ leaves the other workers idle.
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
 import pytest
@@ -18,10 +19,12 @@ TOGETHER = (
     ("passes/test_carve_moe", "test_calibrate"),
     # That of two layers.
     ("passes/test_tune_moe", "passes/test_tune_codes"),
+    # Programs of small models that see.
+    ("vision/",),
     # The process that ranks are forked from.
     ("test_rank_commands", "test_rank_passes", "lowering/test_ranks", "ir/test_collectives"),
 )
-"""Files under tests/, without their ending, that one worker runs one after another."""
+"""Files and folders under tests/ that one worker runs one after another."""
 
 LONG = (
     "passes/test_flatquant_toy", "passes/test_fuse_blocks", "test_demo_end_to_end",
@@ -30,22 +33,25 @@ LONG = (
 )  # fmt: skip
 """Files of few tests that take long each."""
 
-_FIRST = [*(file for files in TOGETHER for file in files), *LONG]
-_GROUPS = {file: files[0] for files in TOGETHER for file in files}
+_FIRST = {
+    file: (number, files[0])
+    for number, files in enumerate((*TOGETHER, *((file,) for file in LONG)))
+    for file in files
+}
 
 
-def _file(nodeid: str) -> str:
-    return nodeid.split("::")[0].removeprefix("tests/").removesuffix(".py")
+def _place(nodeid: str) -> tuple[int, str]:
+    """Return where among the first a test comes, and by what name its worker is found."""
+    file = nodeid.split("::")[0].removeprefix("tests/").removesuffix(".py")
+    folder = file[: file.find("/") + 1]
+    return _FIRST.get(file) or _FIRST.get(folder) or (len(_FIRST), file)
 
 
 def order(items: list[pytest.Item]) -> None:
-    """Sort tests by file: those named above, then by how many slow tests a file has."""
-    slow: dict[str, int] = {}
-    for item in items:
-        file = _file(item.nodeid)
-        slow[file] = slow.get(file, 0) + ("slow" in item.keywords)
-    place = {file: (number, 0) for number, file in enumerate(_FIRST)}
-    items.sort(key=lambda item: place.get(f := _file(item.nodeid), (len(_FIRST), -slow[f])))
+    """Sort tests: those of files named above first, then by how many slow tests their file has."""
+    places = {item: _place(item.nodeid) for item in items}
+    slow = collections.Counter(places[item] for item in items if "slow" in item.keywords)
+    items.sort(key=lambda item: (places[item][0], -slow[places[item]]))
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:
@@ -59,8 +65,7 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = _file(nodeid)
-            return _GROUPS.get(file, file)
+            return _place(nodeid)[1]
 
     config.option.loadscopereorder = False  # by the number of their tests
     return Files(config, log)
