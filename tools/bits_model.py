@@ -141,6 +141,9 @@ def transforms_in_front(target: str, tokens: int) -> Iterator[None]:
     """Let products of up to so many tokens transform what they read, whatever the target says."""
     table = get_target(target).quantised
     if table is None or table["front"] is None:
+        if not tokens:
+            yield
+            return
         raise UsageError(f"{target}.toml has no [quantised.front].", "Take a target that has.")
     before = table["front"]["tokens"]
     table["front"]["tokens"] = tokens
@@ -208,8 +211,6 @@ def model_part(rows: Rows, target: str, in_front: int = 0, only: Collection[str]
             def make(
                 packed: Program = packed, label: str = label, tokens: int = tokens
             ) -> tuple[Result, str]:
-                if not tokens:
-                    return run(_stem(label), packed, True)
                 with transforms_in_front(target, tokens):
                     return run(_stem(label), packed, True)
 

@@ -359,6 +359,7 @@ ON_GPU = [
         # Roundings to bf16 on the way; codes of activations may turn to their neighbours.
         pytest.param("weights", 3e-2, marks=ON_GPU),
         pytest.param("codes of 8 bits", 6e-2, marks=ON_GPU),
+        pytest.param("transforms in front", 3e-2, marks=ON_GPU),
     ],
 )
 def test_on_a_gpu_a_recorded_step_computes_what_plain_torch_does(
@@ -367,6 +368,9 @@ def test_on_a_gpu_a_recorded_step_computes_what_plain_torch_does(
     sizes = {"hidden": 256, "head_dim": 64, "ffn": 384}
     if kind == "weights":
         program = with_packed(tiny_program(**sizes, cache=True), projections(Packed(4, 32)))
+    elif kind == "transforms in front":
+        in_front(1, monkeypatch)
+        program = with_transforms(**sizes)
     else:
         program = with_activations(8, **sizes)
     go.emit(program, tmp_path / "out", target="hopper", emit=("torch",))
@@ -379,7 +383,7 @@ def test_on_a_gpu_a_recorded_step_computes_what_plain_torch_does(
     found = decoder.logits[0].double()
     kernels = sys.modules[f"{module.kernels.__name__}.fused"]
     monkeypatch.setattr(kernels, "runs_by_kernel", lambda *tensors: False)
-    for name in ("quantised_linear", "transforms"):
+    for name in ("quantised_linear", "transforms", "transformed_linear"):
         if f"{module.kernels.__name__}.{name}" in sys.modules:
             other = sys.modules[f"{module.kernels.__name__}.{name}"]
             monkeypatch.setattr(other, "runs_by_kernel", lambda *tensors: False)

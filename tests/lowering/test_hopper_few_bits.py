@@ -209,6 +209,25 @@ def test_products_with_a_transform_in_front(
     assert bool(((got.double().cpu() - exact).abs() <= allowed).all())
 
 
+@pytest.mark.slow
+def test_a_transform_in_front_of_a_gated_product() -> None:
+    n1, n2 = 12, 32
+    weight, wide = some_weight(40, n1 * n2, 128, True, torch.bfloat16)
+    x, gain = random(1, n1 * n2), random(n1 * n2, seed=4)
+    left, right = (rotation(size, size).contiguous() for size in (n1, n2))
+    front = InFront(None, gain, 1e-5, 0.0, "norm", left, right)
+    found = launch_few(x, weight, None, FewTiles(8, 12, 2, 1), 1, act="silu", front=front)
+    assert found is not None
+    normed = functional.rms_norm(x.double().cpu(), gain.double().cpu(), 1e-5, 0.0)
+    made = functional.kronecker(normed, left.double().cpu(), right.double().cpu())
+    gate, up = (made @ wide.t()).chunk(2, -1)
+    exact = functional.act_mul(gate, up, "silu")
+    # Three roundings in front of the product, as above; the gate's slope is at most 1.13.
+    moved = 3.03 * BF16 * made.norm() * wide.norm(dim=-1) + 1e-5
+    off = 1.2 * moved[:20] * up.abs() + moved[20:] * (gate.abs() + 1)
+    assert bool(((found[0].double().cpu() - exact).abs() <= off + 1.01 * BF16 * exact.abs()).all())
+
+
 def test_what_a_product_does_not_transform() -> None:
     weight, _ = some_weight(32, 256, 128, True, torch.bfloat16)
     wide, _ = some_weight(32, 30 * 128, 128, True, torch.bfloat16)
