@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from graphopt.ir.context import context_length, position_table
 from graphopt.ir.graph import Call, Function, Node, Param, Program, resolve_attrs
 from graphopt.ir.ops.aten import map_leaves
 from graphopt.ir.shapes import infer_program
+from graphopt.ir.types import Type
 
 _BY_INDEX = ("window", "chunk", "ring", "page", "page_max")
 """Attributes of an attention that count keys."""
@@ -128,7 +130,24 @@ def with_short_lengths(program: Program, short: dict[int, int]) -> Program:
             elif value is not None and id(node) not in changed:
                 node.attrs[key] = short[value]
         changed.add(id(node))
+    for function in result.functions.values():
+        for node in function.nodes:
+            if "types" in node.attrs:  # such as those of the heads of a ring that ranks have
+                node.attrs["types"] = [_short_type(kind, short) for kind in node.attrs["types"]]
     return result
+
+
+def _short_type(kind: Type, short: dict[int, int]) -> Type:
+    """Return the type of a tensor whose rings hold as many keys as the short ones."""
+
+    def held(least: Any) -> Any:
+        return sympy.Min(*(short.get(int(n), n) if n.is_Integer else n for n in least.args))
+
+    def is_ring(part: Any) -> bool:
+        return isinstance(part, sympy.Min)
+
+    shape = [n.replace(is_ring, held) if isinstance(n, sympy.Expr) else n for n in kind.shape]
+    return replace(kind, shape=tuple(shape))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from graphopt.ir.ranks import group_of, rank_program
 from graphopt.ir.relayout import with_layouts
 from graphopt.ir.verify import verify
 from graphopt.pass_manager.contract import Context, make_pass
-from graphopt.pass_manager.pipeline import DEFAULT_RECIPE
+from graphopt.pass_manager.pipeline import DEFAULT_RECIPE, Pipeline
 from graphopt.passes.shard.record import ShardedProgram
 from graphopt.passes.shard.shard import Shard
 
@@ -322,6 +322,14 @@ def test_policies_select_pages_by_a_ranks_heads(policy, kv_heads, split):
             found.append(outputs[0])
         worst = max(worst, float((found[0] - found[1]).abs().max() / found[0].abs().max()))
     assert worst < ROUNDINGS
+
+
+@pytest.mark.parametrize("window", [5, 9])
+def test_heads_of_rings_are_verified_with_shorter_ones(window):
+    """The verifier runs rings of another length than those that ranks cut heads from."""
+    recipe = "insert-kv-cache{ring=true},shard{tp=2,device=cpu}"
+    _, report = Pipeline.parse(recipe).run(tiny_program(window=window))
+    assert [entry.verification for entry in report.passes] == ["passed", "passed"]
 
 
 def test_rings_and_pages_hold_a_ranks_heads():
