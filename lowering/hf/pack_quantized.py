@@ -130,15 +130,21 @@ class QuantisedCheckpoint:
             (first_and_count(names), f"written dense: {reason}")
             for reason, names in self.dense.items()
         ]
-        if self.is_asymmetric:
-            notes.append(
-                (
-                    "hf",
-                    "transformers 5.23 with compressed-tensors 0.20 loads zero points only with "
-                    "quantization_config=CompressedTensorsConfig(dequantize=True); symmetric codes "
-                    "have none",
-                )
+        groups = len((self.config or {}).get("config_groups", ()))
+        if self.is_asymmetric and groups > 1:
+            told = (
+                f"transformers 5.23 with compressed-tensors 0.20 loads zero points of one encoding "
+                f"alone, and these layers have {groups}: choose a group that divides every row, "
+                "bits that are the same in all, or symmetric codes, which load in any mix"
             )
+            notes.append(("hf", told))
+        elif self.is_asymmetric:
+            told = (
+                "transformers 5.23 with compressed-tensors 0.20 loads zero points only with "
+                "quantization_config=CompressedTensorsConfig(dequantize=True); symmetric codes "
+                "have none"
+            )
+            notes.append(("hf", told))
         return notes
 
 

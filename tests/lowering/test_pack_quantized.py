@@ -140,6 +140,9 @@ def test_what_the_format_cannot_hold_is_written_dense_with_the_reason(llama, tmp
     assert "model.layers.0.self_attn.k_proj" in config["ignore"]
     assert "of class Embedding" in notes["model.embed_tokens.weight"]
     assert "lie along axis 0" in notes["model.layers.1.mlp.down_proj.weight"]
+    assert "zero points of one encoding alone, and these layers have 2" in notes["hf"]
+    alike = {name: Packed(4, 16, symmetric=False) for name in MIXED if "q_proj" in name}
+    _, _, notes = written(with_packed(llama, alike.get), tmp_path / "alike")
     assert "CompressedTensorsConfig(dequantize=True)" in notes["hf"]
     for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"):
         assert tensors[name].equal(program.weights[name].load())
