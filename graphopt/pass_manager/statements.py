@@ -96,10 +96,17 @@ def _without_terms(
     if "block" in kinds or (terms and all(term.kind in kinds for term in terms)):
         return {}
     instead: dict[Value, Value] = {}
-    for term in terms:
-        if term.kind in kinds:
-            other = next(v for v in term.node.inputs if v is not None and v is not term.term)
-            instead[term.node.output] = other
+    adders = {term.node for term in terms if term.kind in kinds}
+    gone, sums = {term.term for term in terms if term.kind in kinds}, set[Value]()
+    for node in program.function_of(call).nodes:
+        if node not in adders and sums.isdisjoint(v for v in node.inputs if v is not None):
+            continue
+        left = [v for v in node.inputs if v is not None and v not in gone]
+        if left:
+            instead[node.output] = left[0]
+        else:  # of terms that are added to each other first, such as routed and shared experts
+            gone.add(node.output)
+            sums.add(node.output)
     for value in instead:
         while instead[value] in instead:
             instead[value] = instead[instead[value]]

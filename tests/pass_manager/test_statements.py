@@ -11,7 +11,7 @@ from planted import alone, change, layer_call, nodes, scaled, skip, swapped
 from programs import tiny_program
 
 from graphopt.ir import Array, Program
-from graphopt.ir.blocks import find_blocks, remove_sub_blocks
+from graphopt.ir.blocks import find_blocks, remove_sub_blocks, sub_blocks
 from graphopt.ir.feed_forward import Split, carve_call, feed_forwards, with_experts
 from graphopt.pass_manager.statements import (
     ChangedBlocks,
@@ -42,6 +42,23 @@ def test_removed_parts_hold(parts, options):
     remove_sub_blocks(after, parts)
     assert RemovedParts(parts).check(before, after) is None
     assert RemovedParts(((0, "block"),)).check(before, after) is not None
+
+
+@pytest.mark.parametrize("parts", [((1, "ffn"),), ((1, "attention"), (2, "ffn"))])
+def test_terms_that_are_added_to_each_other_first_are_gone_together(parts):
+    """As of routed and shared experts, which are one sum beside the stream."""
+    before = four_layers()
+    function = before.functions["block"]
+    last = function.nodes[-1]
+    stream, down = last.inputs
+    beside = function.add("silu", [nodes(before, "rms_norm", "block")[1].output], before=last)
+    both = function.add("add", [down, beside.output], before=last)
+    last.inputs = [stream, both.output]
+    assert [part.kind for part in sub_blocks(function, 0)] == ["attention", "ffn", "ffn"]
+    after = before.copy()
+    remove_sub_blocks(after, parts)
+    assert RemovedParts(parts).check(before, after) is None
+    assert RemovedParts(((0, "ffn"),)).check(before, after) is not None
 
 
 def _second_weights(program: Program) -> None:

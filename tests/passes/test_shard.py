@@ -34,7 +34,7 @@ from graphopt.ir.ranks import group_of, rank_program
 from graphopt.ir.relayout import with_layouts
 from graphopt.ir.verify import verify
 from graphopt.pass_manager.contract import Context, make_pass
-from graphopt.pass_manager.pipeline import DEFAULT_RECIPE, Pipeline
+from graphopt.pass_manager.pipeline import DEFAULT_RECIPE
 from graphopt.passes.shard.record import ShardedProgram
 from graphopt.passes.shard.shard import Shard
 
