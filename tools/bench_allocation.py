@@ -1,11 +1,14 @@
 """Offsets for published allocation problems, and for problems that are made here.
 
-    python tools/bench_allocation.py FOLDER [--seconds 60] [--out benchmarks/allocation.json]
+    python tools/bench_allocation.py FOLDER [--seconds 60] [--greedy] [--out FILE.json]
 
 FOLDER has the CSV files: those called NAME.CAPACITY.csv are to fit that capacity, others to come to
 the bound. Made are rectangles of time and memory that are cut into blocks, which fill the rectangle
 again without a gap: whole, and with three in ten of the blocks shortened at random. Every plan is
 checked for overlaps by `graphopt.memory.planning.check`.
+
+With `--greedy` it measures how long plans in one go take, of the largest file and of random lives.
+What is found lies in benchmarks/allocation.json, or allocation_greedy.json.
 """
 
 from __future__ import annotations
@@ -24,10 +27,13 @@ from typing import Any
 import numpy as np
 
 from graphopt.memory.planning import Problem, check_offsets, plan_offsets
+from graphopt.memory.planning.greedy import greedy_plans
 from graphopt.memory.planning.problem import read_problem
 
 MADE = [(100, 60, 1024), (100, 200, 60), (150, 120, 256), (200, 60, 1024), (200, 200, 60)]
 """Blocks, times and height of the rectangles."""
+LIVES = (12_500, 50_000, 200_000)
+"""Numbers of blocks with random lives, 200 beginnings and ends long in the mean."""
 
 
 def cut_apart(seed: int, count: int, times: int, height: int, shortened: float) -> Problem:
@@ -72,6 +78,31 @@ def cut_apart(seed: int, count: int, times: int, height: int, shortened: float) 
     )
 
 
+def random_lives(count: int) -> Problem:
+    """Return blocks that each live together with some two hundred others, whatever their number."""
+    random = np.random.default_rng(count)
+    lower = random.integers(0, 2 * count, count)
+    upper = lower + 1 + random.exponential(200, count).astype(np.int64)
+    size = 512 * (1 + random.lognormal(3, 1.5, count).astype(np.int64))
+    return Problem([str(k) for k in range(count)], lower, upper, size)
+
+
+def greedy(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the CPU time of plans in one go: one by valleys, and one by each fit."""
+    of = max((read_problem(path) for path in folder.glob("*.csv")), key=len)
+    for name, one in (("largest file", of), *(("random lives", random_lives(n)) for n in LIVES)):
+        one = one.select(one.takes_room)
+        began = time.process_time()
+        for how, offsets in greedy_plans(one):
+            seconds = time.process_time() - began
+            height = check_offsets(one, offsets)
+            row = {"problem": name, "blocks": len(one), "plan": how, "height": height}
+            yield row | {"cpu_seconds": round(seconds, 3)}
+            if how == "largest area first, first fit":
+                break
+            began = time.process_time()
+
+
 def problems(folder: Path) -> Iterator[tuple[str, str, Problem, int | None]]:
     """Yield kind, name, problem and capacity."""
     for path in sorted(folder.glob("*.csv")):
@@ -90,10 +121,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of CSV files")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/allocation.json"))
+    parser.add_argument("--greedy", action="store_true", help="time plans in one go instead")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for kind, name, of, capacity in problems(args.folder):
+    for row in greedy(args.folder) if args.greedy else ():
+        rows.append(row)
+        print(row, flush=True)
+    for kind, name, of, capacity in () if args.greedy else problems(args.folder):
         began, used = time.perf_counter(), time.process_time()
         plan = plan_offsets(of, capacity, seconds=args.seconds)
         seconds, cpu = time.perf_counter() - began, time.process_time() - used
@@ -115,14 +150,16 @@ def main() -> None:
         print(rows[-1], flush=True)
     result = {
         "command": f"python tools/bench_allocation.py {args.folder.name}"
-        + (f" --seconds {args.seconds:g}" if args.seconds != 60 else ""),
+        + (f" --seconds {args.seconds:g}" if args.seconds != 60 else "")
+        + (" --greedy" if args.greedy else ""),
         "date": datetime.date.today().isoformat(),
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores, {platform.system()}",
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in ("numpy",)},
         "rows": rows,
     }
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    out = args.out or Path("benchmarks") / f"allocation{'_greedy' * args.greedy}.json"
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,21 @@ def allocation() -> str:
     return f"{markdown_table(head, rows)}\n\n{measured_on(result, 'numpy')}"
 
 
+def allocation_greedy() -> str:
+    """How long plans in one go take."""
+    result = result_of("allocation_greedy")
+    plans = list(dict.fromkeys(row["plan"] for row in result["rows"]))
+    seconds: dict[tuple[str, int], dict[str, float]] = {}
+    for row in result["rows"]:
+        seconds.setdefault((row["problem"], row["blocks"]), {})[row["plan"]] = row["cpu_seconds"]
+    rows = [
+        [name, f"{blocks:,}", *(f"{found[plan]:.2f}" for plan in plans)]
+        for (name, blocks), found in seconds.items()
+    ]
+    table = markdown_table(["problem", "blocks", *plans], rows)
+    return f"{table}\n\n{measured_on(result, 'numpy')} CPU seconds."
+
+
 def _missed(row: dict[str, Any]) -> str:
     if row["capacity"] is None or row["height"] <= row["capacity"]:
         return ""

@@ -30,7 +30,7 @@ from memory_tables import (
 )
 from model_tables import models, models_answers, models_choice
 from paper_tables import memory_paper, memory_paper_addresses, memory_passes
-from plan_tables import allocation, arena
+from plan_tables import allocation, allocation_greedy, arena
 from rank_tables import data_parallel
 from results import ROOT, markdown_table, measured_on, median, result_of
 from shard_tables import shard
@@ -592,6 +592,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "host_model": host_model,
     "kv_speed": kv_speed,
     "allocation": allocation,
+    "allocation_greedy": allocation_greedy,
     "data_parallel": data_parallel,
     "arena": arena,
     "quality": quality,

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from graphopt.errors import SourceError, VerifyError
 from graphopt.memory.planning import Outcome, Plan, Problem, check_offsets, plan_offsets
 from graphopt.memory.planning import compiled as compiled_module
+from graphopt.memory.planning import greedy as greedy_module
+from graphopt.memory.planning import spans as spans_module
 from graphopt.memory.planning.compiled import Found, search
-from graphopt.memory.planning.greedy import greedy_plans
+from graphopt.memory.planning.greedy import fill_valleys, fit_in_order, greedy_plans
 from graphopt.memory.planning.problem import read_problem, write_offsets
 from graphopt.memory.planning.sections import live_at_peak, sections_of
+from graphopt.memory.planning.spans import spans_of
 
 ALLOCATION = Path(__file__).parents[3] / "shared" / "data" / "allocation"
 
@@ -124,6 +127,99 @@ def test_greedy_plans_are_plans():
     of = cut_apart(9, 50)
     heights = {how: check_offsets(of, offsets) for how, offsets in greedy_plans(of)}
     assert len(heights) == 10 and min(heights.values()) >= 64
+
+
+def fitted(of: Problem, order: list[int], best: bool) -> list[int]:
+    """Offsets of blocks in order: of every gap between those that a block meets, one is taken."""
+    places: dict[int, tuple[int, int]] = {}
+    for block in order:
+        size = int(of.padded[block])
+        met = sorted(
+            place
+            for other, place in places.items()
+            if of.lower[other] < of.upper[block] and of.lower[block] < of.upper[other]
+        )
+        ends = [0, *itertools.accumulate((end for _, end in met), max)]
+        gaps = [(met[k][0] - ends[k], ends[k]) for k in range(len(met))]
+        gaps = [gap for gap in gaps if gap[0] >= size]
+        low = ends[-1] if not gaps else min(gaps)[1] if best else gaps[0][1]
+        places[block] = (low, low + size)
+    return [places[block][0] for block in range(len(of))]
+
+
+def filled(of: Problem, priority: np.ndarray) -> list[int]:
+    """Offsets of blocks of which each in turn goes on the lowest of all floors."""
+    first, end, total = sections_of(of)
+    size, waiting, offsets = of.padded.tolist(), set(range(len(of))), [0] * len(of)
+    floor: list[float] = [0] * total
+    while waiting:
+        height = min(floor)
+        lo = floor.index(height)
+        hi = next((at for at in range(lo, total) if floor[at] > height), total)
+        within = [k for k in waiting if first[k] >= lo and end[k] <= hi]
+        if not within:
+            beside = [floor[at] for at in (lo - 1, hi) if 0 <= at < total]
+            floor[lo:hi] = [min(beside)] * (hi - lo)
+            continue
+        block = min(within, key=lambda k: (-priority[k], -size[k], k))
+        waiting.discard(block)
+        offsets[block] = int(height)
+        for at in range(first[block], end[block]):
+            waited_for = any(first[k] <= at < end[k] for k in waiting)
+            floor[at] = height + size[block] if waited_for else float("inf")
+    return offsets
+
+
+def check_greedy(of: Problem, seed: int) -> None:
+    """Compare the offsets of a priority, and of an order, with those of brute force."""
+    sections, spans = sections_of(of), spans_of(of)
+    for priority in (sections.end - sections.first, of.padded * (of.upper - of.lower)):
+        assert fill_valleys(of.padded, sections, priority).tolist() == filled(of, priority)
+    order = np.random.default_rng(seed).permutation(len(of))
+    for best in (True, False):
+        found = fit_in_order(of, order, spans, best=best)
+        assert found.tolist() == fitted(of, order.tolist(), best)
+    for span, count in enumerate(spans.counts):
+        assert count == ((spans.first <= span) & (span <= spans.last)).sum()
+    # All that lives together with a block is in a span of it.
+    meets = (of.lower < of.upper[:, None]) & (of.lower[:, None] < of.upper)
+    together = (spans.first <= spans.last[:, None]) & (spans.first[:, None] <= spans.last)
+    assert (together | ~meets).all()
+
+
+MANY = st.lists(
+    st.tuples(st.integers(0, 20), st.integers(1, 9), st.integers(1, 6)), min_size=1, max_size=30
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(MANY, st.sampled_from([1, 4]), st.integers(1, 3), st.integers(0, 9))
+def test_greedy_offsets_are_those_of_brute_force(rows, alignment, fewest, seed):
+    of = problem(*[(at, at + length, size) for at, length, size in rows], alignment=alignment)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spans_module, "_FEWEST", fewest)
+        patch.setattr(greedy_module, "_AHEAD", fewest)
+        check_greedy(of, seed)
+
+
+@pytest.mark.parametrize(("seed", "life"), [(0, 3), (1, 20), (2, 200)])
+def test_greedy_offsets_of_many_blocks_are_those_of_brute_force(seed, life):
+    random = np.random.default_rng(seed)
+    lower = random.integers(0, 300, 200)
+    upper = lower + 1 + random.exponential(life, 200).astype(np.int64)
+    of = problem(*zip(lower, upper, random.integers(1, 1000, 200), strict=True), alignment=64)
+    assert life == 200 or len(spans_of(of).counts) > 2
+    check_greedy(of, seed)
+
+
+def test_a_block_is_in_two_spans_on_average_at_most():
+    for life in (1, 30, 1000, 10**6):
+        random = np.random.default_rng(life)
+        lower = random.integers(0, 3000, 2000)
+        upper = lower + 1 + random.integers(0, life, 2000)
+        spans = spans_of(problem(*zip(lower, upper, lower + 1, strict=True)))
+        assert spans.counts.sum() <= 2 * 2000
 
 
 def test_blocks_without_size_or_life_lie_at_0_and_are_in_nobodys_way():
