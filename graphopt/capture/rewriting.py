@@ -15,9 +15,9 @@ from torch import Tensor
 
 from graphopt.ir.dataflow import region
 from graphopt.ir.dead_code import remove_dead
-from graphopt.ir.graph import Function, In, Node, Param, Value
+from graphopt.ir.graph import Function, Node, Param, Value
 from graphopt.ir.ops import get_op, is_aten
-from graphopt.ir.ops.aten import concretize
+from graphopt.ir.ops.aten import aten_argument, concretize
 from graphopt.ir.types import B, P, S, Type
 
 SMALL_SIZES: tuple[Mapping[sympy.Symbol, int], ...] = ({B: 2, S: 3, P: 0}, {B: 3, S: 5, P: 0})
@@ -91,16 +91,7 @@ class Raiser:
         slot = self.slot(value)
         return slot is not None and slot not in self.constants
 
-    def arg(self, node: Node, position: int, name: str = "", default: Any = None) -> Any:
-        """Return an argument of an ATen node: a Value, or a literal."""
-        args, kwargs = node.attrs["args"], node.attrs.get("kwargs", {})
-        if position < len(args):
-            leaf = args[position]
-        elif name in kwargs:
-            leaf = kwargs[name]
-        else:
-            return default
-        return node.inputs[leaf.index] if isinstance(leaf, In) else leaf
+    arg = staticmethod(aten_argument)
 
     def made_by(self, value: Value | None, *names: str) -> Node | None:
         """Return the node of `value` if its base name is one of `names`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -66,12 +67,11 @@ def reason_against(program: Program, call: Call, cache: Cache, policy: KVPolicy)
     attrs = resolve_attrs(node, call)
     if state.host is not None:
         return "some of its keys lie in the host's memory"
-    for name in ("window", "chunk"):
-        if attrs.get(name) is not None:
-            return f"it has a {name} of {attrs[name]} tokens: a step reads no more than that anyway"
-    if node.operand(BIAS) is not None or node.operand(SLOPES) is not None:
-        what = "a bias" if node.operand(SLOPES) is None else "slopes (ALiBi)"
-        return f"{what} is added to its scores, of which a policy does not know"
+    limited, added = limit_of_keys(attrs), added_to_scores(node)
+    if limited is not None:
+        return f"{limited}: a step reads no more than that anyway"
+    if added is not None:
+        return f"{added}, of which a policy does not know"
     if attrs.get("kv_bits", 16) != 16:
         return f"its cache holds codes of {attrs['kv_bits']} bits"
     if state.layout.kind == "ring":
@@ -82,6 +82,21 @@ def reason_against(program: Program, call: Call, cache: Cache, policy: KVPolicy)
             f"{policy.budget.page}"
         )
     return None
+
+
+def limit_of_keys(attrs: Mapping[str, Any]) -> str | None:
+    """Return what keeps an attention from reading all keys, as a clause; None for nothing."""
+    for name in ("window", "chunk"):
+        if attrs.get(name) is not None:
+            return f"it has a {name} of {attrs[name]} tokens"
+    return None
+
+
+def added_to_scores(node: Node) -> str | None:
+    """Return that something is added to an attention's scores, as a clause; None for nothing."""
+    if node.operand(SLOPES) is not None:
+        return "slopes (ALiBi) are added to its scores"
+    return None if node.operand(BIAS) is None else "a bias is added to its scores"
 
 
 def with_policies(

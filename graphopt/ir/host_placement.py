@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from graphopt.ir.attach_policy import reason_not_its_own
+from graphopt.ir.attach_policy import added_to_scores, limit_of_keys, reason_not_its_own
 from graphopt.ir.graph import Cache, Call, Program, resolve_attrs
 from graphopt.ir.kv_host import HostShare
-from graphopt.ir.ops.attention import BIAS, KEY, SLOPES, VALUE
+from graphopt.ir.ops.attention import KEY, VALUE
 from graphopt.ir.placement import Placement
 from graphopt.ir.verify import verify
 
@@ -24,15 +24,11 @@ def reason_to_stay(program: Program, call: Call, cache: Cache) -> str | None:
     if reason is not None or node is None:
         return reason
     attrs = resolve_attrs(node, call)
-    for name in ("window", "chunk"):
-        if attrs.get(name) is not None:
-            return (
-                f"it has a {name} of {attrs[name]} tokens: a step reads so few keys that they are "
-                "best on the device"
-            )
-    if node.operand(BIAS) is not None or node.operand(SLOPES) is not None:
-        what = "a bias" if node.operand(SLOPES) is None else "slopes (ALiBi)"
-        return f"{what} is added to its scores, by the numbers of keys that parts do not know"
+    limited, added = limit_of_keys(attrs), added_to_scores(node)
+    if limited is not None:
+        return f"{limited}: a step reads so few keys that they are best on the device"
+    if added is not None:
+        return f"{added}, by the numbers of keys that parts do not know"
     if state.layout.kind != "contiguous":
         return f"its state is {state.layout}, and parts have the order of tokens"
     if state.placement not in (None, ON_HOST):

@@ -134,19 +134,24 @@ class Site:
         attrs: dict[str, Any],
         *,
         before: Node,
+        outputs: Sequence[Value | None] | None = None,
     ) -> Match:
-        """Return the match that makes one node, whose outputs are those of `nodes` in order.
+        """Return the match that makes one node of several.
 
         Args:
             nodes: They go.
             before: The node in whose place the new one stands.
+            outputs: Its outputs, in their order; None among them for one that nothing reads. By
+                default all of `nodes`, in order.
         """
         given = list(inputs)
 
         def rewrite() -> None:
             function = self.function
             new = function.add(op, given, attrs, before=before)
-            new.outputs = [value for node in nodes for value in node.outputs]
+            made = [value for node in nodes for value in node.outputs]
+            kept = made if outputs is None else outputs
+            new.outputs = [new.output if value is None else value for value in kept]
             for index, value in enumerate(new.outputs):
                 value.node, value.index = new, index
             function.nodes = [node for node in function.nodes if node not in nodes]

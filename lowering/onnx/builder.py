@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -230,11 +230,15 @@ class GraphBuilder:
             return self.constant([expr])
         if expr in self._symbols:
             return self._symbols[expr]
-        if expr not in self._sizes:
+        return self._kept(expr, lambda: self._size(sympy.sympify(expr)))
+
+    def _kept(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
+        """Return what is made of sizes, once in a graph, under a name among sizes."""
+        if key not in self._sizes:
             scope, self.scope = self.scope, "sizes"
-            self._sizes[expr] = self._size(sympy.sympify(expr))
+            self._sizes[key] = make()
             self.scope = scope
-        return self._sizes[expr]
+        return self._sizes[key]
 
     def _size(self, expr: sympy.Expr) -> ir.Value:
         if expr.is_Integer:
@@ -288,22 +292,18 @@ class GraphBuilder:
                 parts.append(self.size(size))
             if run:
                 parts.append(self.constant(run))
-            scope, self.scope = self.scope, "sizes"
-            self._sizes[key] = parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=0)
-            self.scope = scope
+            self._kept(
+                key, lambda: parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=0)
+            )
         return self._sizes[key]
 
     def scalar(self, expr: Dim) -> ir.Value:
         """Return a size as an int64 scalar."""
         if isinstance(expr, int):
             return self.constant(expr)
-        key = ("scalar", expr)
-        if key not in self._sizes:
-            value = self.size(expr)
-            scope, self.scope = self.scope, "sizes"
-            self._sizes[key] = self.op("Squeeze", value, self.constant([0]))
-            self.scope = scope
-        return self._sizes[key]
+        return self._kept(
+            ("scalar", expr), lambda: self.op("Squeeze", self.size(expr), self.constant([0]))
+        )
 
     def reshape(self, x: ir.Value, sizes: Sequence[Dim]) -> ir.Value:
         """Reshape; one symbolic size becomes -1, B and S in front are copied where they stand."""

@@ -91,17 +91,9 @@ def fuse_front_with_transform(site: Site) -> Match | NoMatch:
             attrs["total"] = True
     operands = _trimmed([*given, *behind])
 
-    def rewrite() -> None:
-        function = site.function
-        outputs = [*front.outputs[:-1], *node.outputs]
-        # At the front's place: whatever reads the sum may stand before the transform.
-        fused = function.add("transformed", operands, attrs, before=front)
-        fused.outputs = outputs
-        for index, value in enumerate(outputs):
-            value.node, value.index = fused, index
-        function.nodes = [other for other in function.nodes if other not in (front, node)]
-
-    return Match(rewrite)
+    outputs = [*front.outputs[:-1], *node.outputs]
+    # At the front's place: whatever reads the sum may stand before the transform.
+    return site.join([front, node], "transformed", operands, attrs, before=front, outputs=outputs)
 
 
 @rule("act_mul")
@@ -123,16 +115,10 @@ def fuse_gate_with_linears(site: Site) -> Match | NoMatch:
     if first is linear.outputs[1]:
         factors = [factor for pair in _pairs(factors) for factor in reversed(pair)]
     operands = [*linear.inputs[:start], *factors]
-
-    def rewrite() -> None:
-        function = site.function
-        attrs = {**linear.attrs, "act": gate.attrs["act"]}
-        fused = function.add(linear.op, operands, attrs, before=linear)
-        fused.outputs = [*gate.outputs]
-        fused.output.node, fused.output.index = fused, 0
-        function.nodes = [node for node in function.nodes if node not in (linear, gate)]
-
-    return Match(rewrite)
+    attrs = {**linear.attrs, "act": gate.attrs["act"]}
+    return site.join(
+        [linear, gate], linear.op, operands, attrs, before=linear, outputs=gate.outputs
+    )
 
 
 @rule("packed_linear")
@@ -150,20 +136,12 @@ def fuse_norm_with_linears(site: Site) -> Match | NoMatch:
         given = [norm.inputs[0], None, site.operand(1, norm)]
     if given[2] is not None and not site.is_weight(given[2]):
         return site.no("the norm's gain is computed", norm)
-
-    def rewrite() -> None:
-        function = site.function
-        attrs = {**norm.attrs, **linear.attrs}
-        operands = [*given, *linear.inputs[1:]]
-        fused = function.add("norm_packed_linear", operands, attrs, before=norm)
-        # Of a norm without a sum the first result is what it reads: nothing reads that of this.
-        whole = [*norm.outputs[:-1]] or [fused.output]
-        fused.outputs = [*whole, *linear.outputs]
-        for index, value in enumerate(fused.outputs):
-            value.node, value.index = fused, index
-        function.nodes = [node for node in function.nodes if node not in (norm, linear)]
-
-    return Match(rewrite)
+    # Of a norm without a sum the first result is what it reads: nothing reads that of this.
+    whole: Sequence[Value | None] = norm.outputs[:-1] or [None]
+    return site.join(
+        [norm, linear], "norm_packed_linear", [*given, *linear.inputs[1:]],
+        {**norm.attrs, **linear.attrs}, before=norm, outputs=[*whole, *linear.outputs],
+    )  # fmt: skip
 
 
 def fuse_transform_with_linears(why_apart: WhyApart) -> Rule:
@@ -186,20 +164,13 @@ def fuse_transform_with_linears(why_apart: WhyApart) -> Rule:
             reason = why_apart(_front_shape(linear, made, types))
             if reason is not None:
                 return site.no(reason)
-
-        def rewrite() -> None:
-            function = site.function
-            attrs = {**made.attrs, **linear.attrs}
-            front = [*made.inputs, *[None] * 5][:5]
-            operands = [*front, *linear.inputs[1:]]
-            # At the transform's place: whatever reads the sum may stand before the product.
-            fused = function.add("transformed_packed_linear", operands, attrs, before=made)
-            fused.outputs = [*made.outputs[:-1], *linear.outputs]
-            for index, output in enumerate(fused.outputs):
-                output.node, output.index = fused, index
-            function.nodes = [node for node in function.nodes if node not in (made, linear)]
-
-        return Match(rewrite)
+        front = [*made.inputs, *[None] * 5][:5]
+        # At the transform's place: whatever reads the sum may stand before the product.
+        return site.join(
+            [made, linear], "transformed_packed_linear", [*front, *linear.inputs[1:]],
+            {**made.attrs, **linear.attrs}, before=made,
+            outputs=[*made.outputs[:-1], *linear.outputs],
+        )  # fmt: skip
 
     return fuse_transform_with_linears
 

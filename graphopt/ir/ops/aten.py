@@ -28,6 +28,18 @@ def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
+def aten_argument(node: Node, position: int, name: str = "", default: Any = None) -> Any:
+    """Return an argument of an ATen node: a Value, or a literal."""
+    args, kwargs = node.attrs["args"], node.attrs.get("kwargs", {})
+    if position < len(args):
+        leaf = args[position]
+    elif name in kwargs:
+        leaf = kwargs[name]
+    else:
+        return default
+    return node.inputs[leaf.index] if isinstance(leaf, In) else leaf
+
+
 _REGISTERED_BY = {"transformers.grouped_mm_fallback.default": "transformers.integrations.moe"}
 """Operators outside PyTorch that capture produces -> the module that registers them."""
 

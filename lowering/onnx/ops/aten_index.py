@@ -82,22 +82,28 @@ def index_select(lower: Lowering, node: Node) -> ir.Value:
 
 @translation("aten.index_add")
 def index_add(lower: Lowering, node: Node) -> ir.Value:
-    builder = lower.builder
-    x, axis, chosen, source = (lower.aten_arg(node, i) for i in range(4))
-    if axis != 0 or lower.aten_arg(node, 4, "alpha", 1) != 1:
-        raise ValueError("index_add on an axis other than the first")
-    rows = builder.op("Unsqueeze", lower.whole(chosen), builder.constant([-1]))
-    return builder.op("ScatterND", lower.whole(x), rows, lower.whole(source), reduction="add")
+    if lower.aten_arg(node, 4, "alpha", 1) != 1:
+        raise ValueError("index_add with a factor")
+    return _to_rows(lower, node, reduction="add")
 
 
 @translation("aten.index_copy")
 def index_copy(lower: Lowering, node: Node) -> ir.Value:
+    return _to_rows(lower, node)
+
+
+def _to_rows(lower: Lowering, node: Node, **reduction: Any) -> ir.Value:
+    """Write what an operator gives for rows that it chooses over these, or reduce it with them.
+
+    Raises:
+        ValueError: They are along another axis than the first.
+    """
     builder = lower.builder
     x, axis, chosen, source = (lower.aten_arg(node, i) for i in range(4))
     if axis % len(lower.types[x].shape) != 0:
-        raise ValueError("index_copy on an axis other than the first")
+        raise ValueError(f"{node.op} on an axis other than the first")
     rows = builder.op("Unsqueeze", lower.whole(chosen), builder.constant([-1]))
-    return builder.op("ScatterND", lower.whole(x), rows, lower.whole(source))
+    return builder.op("ScatterND", lower.whole(x), rows, lower.whole(source), **reduction)
 
 
 @translation("aten.embedding")

@@ -8,7 +8,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.ir.graph import Call, Function, In, Node, Program, Value, resolve_attrs
+from graphopt.ir.graph import Call, Function, Node, Program, Value, resolve_attrs
+from graphopt.ir.ops.aten import aten_argument
 from graphopt.ir.types import Type
 from graphopt.lowering.onnx.builder import GraphBuilder
 from graphopt.lowering.onnx.moe import Fused
@@ -127,16 +128,7 @@ class Lowering:
         )
         return Heads(flat, int(heads), int(width), True, lowered)
 
-    def aten_arg(self, node: Node, position: int, name: str = "", default: Any = None) -> Any:
-        """Return an argument of an ATen node: a Value, or a literal."""
-        args, kwargs = node.attrs["args"], node.attrs.get("kwargs", {})
-        if position < len(args):
-            leaf = args[position]
-        elif name in kwargs:
-            leaf = kwargs[name]
-        else:
-            return default
-        return node.inputs[leaf.index] if isinstance(leaf, In) else leaf
+    aten_arg = staticmethod(aten_argument)
 
 
 Translation = Callable[[Lowering, Node], Lowered | Sequence[Lowered]]
