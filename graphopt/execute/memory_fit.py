@@ -7,7 +7,7 @@ import torch
 from graphopt.execute.workloads import program_workload
 from graphopt.ir.graph import Program
 from graphopt.memory.capacity import Fit, largest
-from graphopt.memory.predict import HOPPER, Prediction, predict_peak
+from graphopt.memory.predict import HOPPER, Prediction, predict_peak, replay
 
 MOST_ROWS = 2**16
 """The largest batch that is asked for."""
@@ -64,6 +64,7 @@ def largest_batch(
         ),
         memory,
         most=most,
+        serve=lambda trace: replay(trace, capability=capability, limit=memory),
     )
 
 
@@ -84,4 +85,6 @@ def largest_seq(
         ),
         memory,
         most=most,
+        serve=lambda trace: replay(trace, capability=capability, limit=memory),
+        degree=2,
     )
