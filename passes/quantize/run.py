@@ -194,10 +194,16 @@ class Quantizing:
                 for errors in front of them.
             moments: See `round_to_grid`.
         """
+        dtypes = [self.source.weights[weight.name].dtype for weight in weights]
+        if len(set(dtypes)) > 1:  # scales are of each weight's own, and rows are independent
+            rows_of = matrix.split([weight.shape[0] for weight in weights])
+            for weight, own in zip(weights, rows_of, strict=True):
+                self._round([weight], bits, own, moments)
+            return
         for weight in weights:
             self._check_finite(weight.name, matrix)
         encodings = [self._encoding(weight, bits) for weight in weights]
-        encoding, dtype = encodings[0], self.source.weights[weights[0].name].dtype
+        encoding, dtype = encodings[0], dtypes[0]
         importance = None if moments is None else moments.diagonal()
         grid = choose_grid(matrix, encoding, dtype, self.options.clip, importance)
         grid, codes = round_to_grid(matrix, grid, dtype, moments)

@@ -327,6 +327,19 @@ def test_scaling_features_leaves_every_weight_in_its_dtype(dtype, method, text):
     assert result.statement.scaled.weights["layers.0.input_layernorm.weight"].dtype != dtype
 
 
+def test_linears_of_one_input_may_be_of_unlike_dtypes(text):
+    """As behind a pass that folded a scale into one of them: each has scales of its own dtype."""
+    program, context = text
+    program = program.copy()
+    for weight in list(program.weights):
+        if "gate_proj" in weight.name:
+            program.weights.replace(weight.with_producer(Array(weight.load().half())))
+    before = {weight.name: weight.dtype for weight in program.weights}
+    result = quantize(program, context, windows=2, seqlen=16)
+    assert {weight.name: weight.dtype for weight in result.program.weights} == before
+    assert result.statement.check(program, result.program) is None
+
+
 def test_it_is_the_same_every_time(text):
     program, context = text
     options = {"w": 4, "a": 8, "windows": 4, "seqlen": 32}
