@@ -111,15 +111,15 @@ def test_products_of_few_tokens(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("group", "act"), [(32, "silu"), (256, "")])
+@pytest.mark.parametrize(
+    ("group", "act"), [(32, "silu"), pytest.param(256, "", marks=pytest.mark.exhaustive)]
+)
 def test_codes_that_come_near_early_change_no_number(group: int, act: str) -> None:
     """Addresses behind a weight's end would end the emulation; 35 outputs end within a tile."""
     # Three spans of each of four warps.
     weight, _ = some_weight(70, 12 * 128, group, False, torch.bfloat16)
     x = random(1, 12 * 128)
-    made = [
-        launch_few(x, weight, None, FewTiles(8, 12, 2, 1, near), 1, act=act) for near in (0, 1, 5)
-    ]
+    made = [launch_few(x, weight, None, FewTiles(8, 12, 2, 1, near), 1, act=act) for near in (0, 5)]
     for found in made:
         assert found is not None and made[0] is not None and torch.equal(found[0], made[0][0])
 
@@ -470,8 +470,6 @@ def test_kernels_compile_without_spilling() -> None:
         assert "0 bytes spill stores" in log_of(FILES, form.constants)
     for warps, norm, front in (
         (16, True, ("", 32, 64, True, True)),
-        (4, True, ("", 32, 64, True, True)),
-        (16, False, ("", 32, 64, True, False)),
         (16, False, ("silu", 64, 88, True, True)),
     ):
         form = Form(True, False, False, norm, norm, "", warps, 2, 2, 1, 128, *front)
