@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -221,7 +222,7 @@ def main() -> None:
     name = args.name or args.folder.name
     row = {
         "command": "python tools/bench_arena.py "
-        + " ".join([args.folder.name, *sys.argv[2:]]).partition(" --out")[0],
+        + shlex.join([args.folder.name, *sys.argv[2:]]).partition(" --out")[0],
         "date": datetime.date.today().isoformat(),
         "device": device,
         "versions": {"torch": metadata.version("torch")},

@@ -16,6 +16,7 @@ Llama-2-7B's shape, with random weights, and tells its seconds and the memory th
 from __future__ import annotations
 
 import argparse
+import shlex
 import string
 import sys
 import time
@@ -191,7 +192,10 @@ def training_of(options: argparse.Namespace) -> str:
 
 
 def save(name: str, options: argparse.Namespace, found: Mapping[str, Any]) -> None:
-    command = ["python tools/bench_bits.py", f"--models {name} --device {options.device}"]
+    command = [
+        "python tools/bench_bits.py",
+        f"--models {shlex.quote(name)} --device {options.device}",
+    ]
     command += [
         f"--{option} {getattr(options, option).name}"
         for option in ("calib", "text", "piqa")

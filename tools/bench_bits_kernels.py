@@ -50,6 +50,7 @@ from bits_decode import cache_part, steps_part
 from bits_front import front_part
 from bits_model import model_part
 from bits_transform import DEVICE, DTYPE, TARGET, TILES, Transformed, kept, random, transform_part
+from results import given_words
 from turns import (
     ON_GPU,
     Result,
@@ -363,7 +364,7 @@ def main() -> None:
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in ("torch", "triton", "numpy")},
         "target": TARGET.name,
-        "command": " ".join(["python tools/bench_bits_kernels.py", *sys.argv[1:]]),
+        "command": "python tools/bench_bits_kernels.py " + given_words(),
     }
     # Parts that are not run again stay as they are.
     known = options.out.read_text(encoding="utf-8") if options.out.is_file() else "{}"

@@ -14,6 +14,8 @@ import datetime
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -59,7 +61,11 @@ def run(command: list[str]) -> dict[str, Any]:
     if os.waitstatus_to_exitcode(status) != 0:
         sys.exit(f"{' '.join(command)} failed:\n{log.decode()[-2000:]}")
     seconds = time.perf_counter() - start
-    named = " ".join(["python" if part == sys.executable else part for part in command])
+    # Folders are temporary ones, and named as if that were where one is.
+    place = re.compile(rf"{re.escape(tempfile.gettempdir())}/bench-demo-\w+/")
+    named = shlex.join(
+        ["python" if part == sys.executable else place.sub("", part) for part in command]
+    )
     return {"command": named, "seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}
 
 

@@ -30,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from genai_speed import decode_speed
+from results import given_words
 
 PROMPT = "Once upon a time, in a small village by the sea,"
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai", "numpy")
@@ -149,7 +150,7 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
                 speeds[name] += submitted.result()
     exact = found["level 1"]["greedy"]
     return {
-        "command": " ".join(["python", "tools/bench_int4_onnx.py", *sys.argv[1:]]),
+        "command": "python tools/bench_int4_onnx.py " + given_words(),
         "date": datetime.date.today().isoformat(),
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores, {platform.system()}",
         "versions": {name: metadata.version(name) for name in PACKAGES},

@@ -18,6 +18,7 @@ import datetime
 import functools
 import json
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -409,7 +410,7 @@ def measure(sections: Sections, only: str, out: Path) -> None:
     """
     torch.manual_seed(0)
     result: dict[str, Any] = {
-        "command": f"python tools/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:]),
+        "command": f"python tools/{Path(sys.argv[0]).name} " + shlex.join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor(),
         "versions": {name: metadata.version(name) for name in PACKAGES},

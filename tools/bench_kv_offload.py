@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -299,7 +300,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     result: dict[str, Any] = {
-        "command": "python tools/bench_kv_offload.py " + " ".join(sys.argv[1:]),
+        "command": "python tools/bench_kv_offload.py " + shlex.join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(),
         "versions": {name: metadata.version(name) for name in ("torch", "triton")},

@@ -39,6 +39,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measure import LLAMA_7B, keep
+from results import given_words
 
 import graphopt as go
 from graphopt.execute.memory_fit import largest_batch, largest_seq
@@ -156,7 +157,7 @@ class Bench:
         return "failed" not in found
 
     def save(self, part: str, found: dict[str, Any]) -> None:
-        command = ["python", "tools/bench_memory.py", *sys.argv[1:]]
+        command = ["python", "tools/bench_memory.py", given_words()]
         where = torch.device("cpu") if part == "overhead" else self.device
         keep(Path(self.options.out), part, command, where, found)
 

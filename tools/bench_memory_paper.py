@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from measure import keep
 from paper_models import MODELS, batch_of
+from results import given_words
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
@@ -53,6 +54,8 @@ SETTINGS = (
 
 BATCHES = (1, 4, 16, 64, 256, 1024, 2304)
 MLP_BATCHES = (1, 4, 16, 64, 1024, 16384, 262144, 1048576)
+
+COMMAND = ["python", "tools/bench_memory_paper.py", given_words()]
 
 ITERATIONS = 6
 POINTS = 300
@@ -237,7 +240,7 @@ def run_patterns(device: str, settings: Sequence[tuple[str, str, int]], out: Pat
             f"peak {run['peak_bytes'] / 2**20:.0f} MiB, {run['seconds']:.1f} s",
             flush=True,
         )
-        keep(out, "patterns", sys.argv, torch.device(device), result)
+        keep(out, "patterns", COMMAND, torch.device(device), result)
 
 
 def run_breakdown(limit: int | None, out: Path) -> None:
@@ -255,7 +258,7 @@ def run_breakdown(limit: int | None, out: Path) -> None:
                     }
                 )  # fmt: skip
                 print(name, data, batch, f"{size / 2**20:.2f} MiB", rows[-1]["by_kind"], flush=True)
-            keep(out, "breakdown", sys.argv, torch.device("cpu"), {"rows": rows})
+            keep(out, "breakdown", COMMAND, torch.device("cpu"), {"rows": rows})
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from measure import keep
+from results import given_words
 
 import graphopt as go
 from graphopt.capture import capture
@@ -82,7 +83,7 @@ def main() -> None:
             runs.append({"pass": name, **run(recipe, memory, arguments.calib, device)})
             print(runs[-1], flush=True)
             what = name if arguments.only else "passes"
-            command = ["python", "tools/bench_memory_passes.py", *sys.argv[1:]]
+            command = ["python", "tools/bench_memory_passes.py", given_words()]
             keep(arguments.out, what, command, device, {"runs": runs})
 
 

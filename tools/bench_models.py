@@ -20,6 +20,7 @@ import json
 import math
 import multiprocessing
 import random
+import shlex
 import string
 import sys
 import time
@@ -227,7 +228,10 @@ def kept_runs(name: str, yardstick: Yardstick, options: argparse.Namespace) -> l
 
 
 def save(name: str, options: argparse.Namespace, found: Mapping[str, Any]) -> None:
-    command = ["python tools/bench_models.py", f"--models {name} --device {options.device}"]
+    command = [
+        "python tools/bench_models.py",
+        f"--models {shlex.quote(name)} --device {options.device}",
+    ]
     command += [
         f"--{option} {getattr(options, option).name}"
         for option in ("calib", "text", "piqa")

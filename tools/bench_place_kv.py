@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import turns
 from measure import keep, random_llama, target_here
+from results import given_words
 
 from graphopt.backends.code import import_model
 from graphopt.ir.kv_host import HostShare, piece_tokens
@@ -508,7 +509,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
-    parts, command = args.only.split(","), ["python", "tools/bench_place_kv.py", *sys.argv[1:]]
+    parts, command = args.only.split(","), ["python tools/bench_place_kv.py", given_words()]
     started = time.perf_counter()
 
     def kept(name: str, found: Mapping[str, Any]) -> None:

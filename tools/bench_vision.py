@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from drawn_shapes import train, write_pictures, write_text
 from measure import keep
+from results import given_words
 
 import graphopt as go
 from graphopt.evaluate.perplexity import perplexity, read_text
@@ -199,7 +200,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = run(options, Path(folder))
-    command = ["python", "tools/bench_vision.py", *sys.argv[1:]]
+    command = ["python", "tools/bench_vision.py", given_words()]
     keep(options.out, f"shapes {options.seed}", command, torch.device("cpu"), found)
 
 

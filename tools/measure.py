@@ -249,7 +249,7 @@ def keep(
     Args:
         out: The file of results.
         name: The name of the part, under which and the device it stands.
-        command: What gave it.
+        command: What gave it, a line of a shell in pieces; see `given_words`.
     """
     cores = len(os.sched_getaffinity(0))
     gpu = device.type == "cuda"

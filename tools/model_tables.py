@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -101,7 +102,7 @@ def models() -> str:
         texts += asterisks
         by_settings: dict[str, list[str]] = {}
         for name, part in parts.items():
-            command = part["command"].replace(f"--models {name} ", "")
+            command = part["command"].replace(f"--models {shlex.quote(name)} ", "")
             text = measured_on({**part, "command": command}, "torch", "transformers")
             by_settings.setdefault(text, []).append(name)
         texts += [f"{', '.join(names)}: {text}" for text, names in by_settings.items()]

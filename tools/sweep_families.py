@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import shlex
 import sys
 import tempfile
 import time
@@ -132,7 +133,7 @@ def main() -> None:
     warm_up()
     names = args.families.split(",") if args.families else families()
     about = {
-        "command": "python tools/sweep_families.py " + " ".join(sys.argv[1:]),
+        "command": "python tools/sweep_families.py " + shlex.join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
         "device": f"{platform.machine()} CPU",
         "versions": {name: metadata.version(name) for name in PACKAGES},

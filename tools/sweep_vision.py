@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import platform
+import shlex
 import sys
 import tempfile
 import warnings
@@ -158,7 +159,7 @@ def main() -> None:
         said = {n: text for n, text in row["verdicts"].items() if text != "right"}
         print(f"{family}:", said or "right", flush=True)
     result = {
-        "command": " ".join(["python tools/sweep_vision.py", *sys.argv[1:]]),
+        "command": "python tools/sweep_vision.py " + shlex.join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
         "device": f"{platform.machine()} CPU",
         "versions": {name: metadata.version(name) for name in PACKAGES},
