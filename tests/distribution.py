@@ -14,7 +14,11 @@ import pytest
 
 TOGETHER = (
     # Captures of all families.
-    ("capture/test_families", "passes/test_shard", "passes/test_affine", "lowering/test_torch"),
+    (
+        "capture/test_families", "passes/test_shard", "passes/test_affine", "passes/test_flatquant",
+        "lowering/test_torch", "lowering/test_hf", "ir/test_feed_forward", "ir/test_blocks",
+        "test_behind_norm",
+    ),
     # The Llama of four layers that has learnt to spell.
     ("passes/test_carve_moe", "test_calibrate"),
     # That of two layers.
@@ -23,7 +27,7 @@ TOGETHER = (
     ("vision/",),
     # The process that ranks are forked from.
     ("test_rank_commands", "test_rank_passes", "lowering/test_ranks", "ir/test_collectives"),
-)
+)  # fmt: skip
 """Files and folders under tests/ that one worker runs one after another."""
 
 LONG = (

@@ -14,7 +14,7 @@ from graphopt.capture.layer_calls import LAYER, LayerCall
 from graphopt.ir.graph import Function, Node, Value
 from graphopt.ir.types import Type
 
-_MOST = 256
+_MOST = 512
 """How many exports are remembered: a few tens of kilobytes each."""
 
 
@@ -34,7 +34,7 @@ class _Known:
 
 
 class KnownExports:
-    """Exported functions by the digest of what they call; the oldest is forgotten first."""
+    """Exported functions by the digest of what they call; what was unused longest goes first."""
 
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
@@ -64,9 +64,9 @@ class KnownExports:
         Args:
             calls: Of its layers, by number, with sizes that are plain numbers.
         """
-        known = self._known.get(key) if key is not None else None
-        if known is None:
+        if key is None or key not in self._known:
             return None
+        known = self._known[key]
         constants: dict[str, Tensor] = {}
         for slot, made in known.constants.items():
             constant = held_constant(module, slot) if made is None else made
@@ -76,6 +76,7 @@ class KnownExports:
         # An argument that is a size is one number here, and an expression in a trace.
         if any(_arguments(calls[number]) != plain for number, (_, plain) in known.calls.items()):
             return None
+        self._known[key] = self._known.pop(key)  # to the end: it is the last to go
         exported = Exported(*_copy(known.function, known.types), constants)
         for node in exported.function.nodes:
             if node.op == LAYER:

@@ -132,9 +132,9 @@ def test_what_is_known_holds_no_module(exported: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_oldest_export_is_forgotten_first(exported: list[str], monkeypatch) -> None:
+def test_the_export_that_was_unused_longest_is_forgotten(exported: list[str], monkeypatch) -> None:
     monkeypatch.setattr(known_exports, "_MOST", 2)
-    for numbers in ([1.0] * 3, [2.0] * 3, [2.0] * 3):
+    for numbers in ([1.0] * 3, [2.0] * 3, [2.0] * 3, [1.0] * 3):
         check(decoder("factor", numbers))
-    # The outer graph of all three, a layer each of the first two; then the outer graph had to go.
+    # The outer graph of all, and a layer each: the first one's had to go for the second one's.
     assert len(exported) == 4
