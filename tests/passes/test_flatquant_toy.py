@@ -213,7 +213,7 @@ def test_logits_without_rounding_are_those_of_the_model(plain):
 @pytest.mark.exhaustive
 def test_a_short_distillation_lowers_the_divergence_it_learns_by(plain):
     """In three bits, where blocks leave more to learn than four do."""
-    options = FlatQuant(**USUAL | {"distil": 0.5, "steps": 20, "w": 3, "a": 3})
+    options = FlatQuant(**USUAL | {"windows": 64, "distil": 0.5, "steps": 20, "w": 3, "a": 3})
     context = Context(text=LEARNT, dense=plain.program, seed=0)
     record = options.run(plain.program.copy(), context).record
     (part,) = record.training
