@@ -55,6 +55,15 @@ def linear_all_reduce(
     return all_reduce(functional.linear(x, weight, bias), ranks=ranks)
 
 
+def attention_linear_all_reduce(x: Tensor, weight: Tensor, *, ranks: int) -> Tensor:
+    """Return the sum over the ranks of x weight^T, x [B, H, S, D] the output of an attention.
+
+    Raises:
+        UsageError: This process is not one of so many ranks.
+    """
+    return linear_all_reduce(functional.merge_heads(x), weight, ranks=ranks)
+
+
 def all_gather(x: Tensor, *, axis: int, ranks: int) -> Tensor:
     """Return the ranks' x one behind the other along an axis.
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from graphopt.ir import collectives, functional
+from graphopt.ir import collectives
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops.base import Attrs, Op, Tensors, Types, get_op, register
 from graphopt.ir.ops.collectives import Ranks
@@ -74,7 +74,7 @@ class AttentionLinearAllReduce(Op):
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         x, weight = tensors
         assert x is not None and weight is not None
-        return (collectives.linear_all_reduce(functional.merge_heads(x), weight, **attrs),)
+        return (collectives.attention_linear_all_reduce(x, weight, **attrs),)
 
     @staticmethod
     def _merged_types(types: Types) -> list[Type | None]:
