@@ -118,6 +118,8 @@ def folded_statement(
     for number, (header, suite) in enumerate(kept):
         if number == 0 and not header:
             made = reflowed(textwrap.dedent("\n".join(suite)), indent)
+            if [line.strip() for line in made] == ["pass"]:  # what was in it went before
+                made = []
         elif not header:
             made += [f"{indent}else:", *suite]
         else:

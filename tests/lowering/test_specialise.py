@@ -238,3 +238,18 @@ def test_a_suite_of_which_all_goes_at_once_is_a_pass():
         "        pass\n"
         "    return x\n"
     )
+
+
+def test_a_branch_that_is_taken_and_has_nothing_left_goes():
+    text = (
+        "def kernel(x, A: tl.constexpr, B: tl.constexpr):\n"
+        "    x += 1\n"
+        "    # Goes too.\n"
+        "    if A:\n"
+        "        if B:\n"
+        "            x += 2\n"
+        "    return x\n"
+    )
+    assert folded(text, {"A": True, "B": False}) == (
+        "def kernel(x):\n    x += 1\n    return x\n"
+    )  # fmt: skip

@@ -107,7 +107,7 @@ def test_pictures_for_a_model_of_text(tmp_path, folder):
 def test_generating_from_what_is_no_picture(folder):
     asked = ("generate", folder / "model", "--prompt", "<image>?", "--image")
     assert "text.png cannot be read as a picture" in refused(*asked, folder / "text.png")
-    assert "images cannot be read as a picture" in refused(*asked, folder / "images")
+    assert "images is a folder. Give a regular file." in refused(*asked, folder / "images")
     said = refused(*asked, folder / "images" / "0.png", "--image", folder / "images" / "1.png")
     assert "the prompt has 1 image tokens, and 2 pictures go with it" in said
 
