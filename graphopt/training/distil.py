@@ -34,14 +34,15 @@ from graphopt.support.devices import free_bytes
 from graphopt.support.quantities import counted
 from graphopt.support.ranks import here
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
+from graphopt.training.gradients import pass_gradients
 from graphopt.training.kept_files import kept_file
 from graphopt.training.losses import LogitObjective, Objective
 from graphopt.training.memory import REMEDY, StepSizes
 from graphopt.training.options import DEFAULT_SECONDS, TrainingOptions
-from graphopt.training.parametrisations import parametrisations_of
+from graphopt.training.parametrisations import assign, parametrisations_of
 from graphopt.training.record import TrainedPart, TrainingRecord
 from graphopt.training.schedule import Schedule, TrainingResult
-from graphopt.training.tuner import Tuner, pass_gradients
+from graphopt.training.tuner import Tuner
 from graphopt.training.written_text import windows_to_write
 
 RATE = 2.5e-3
@@ -442,10 +443,3 @@ class Distiller:
         self.clock("training", started)
         what = f"blocks {first} to {len(blocks) - 1}" if first else "all blocks"
         self.record.training = [TrainedPart.of(what, tuned)]
-
-
-def assign(program: Program, name: str, value: Tensor) -> None:
-    """Give a program's weight a new value of the same shape, kept in fp32."""
-    weight = program.weights[name]
-    array = Array(value.detach().to(torch.float32).clone())
-    program.weights.replace(weight.with_producer(array))

@@ -1,4 +1,4 @@
-"""Gradients of a step that ranks share: summed in a few flat buffers."""
+"""Gradients of a step: passed through roundings, and summed in a few flat buffers by ranks."""
 
 from __future__ import annotations
 
@@ -7,10 +7,26 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from graphopt.ir.graph import Program
+from graphopt.pass_manager.rounding_statements import ROUNDED
 from graphopt.support.ranks import Ranks
 
 BUFFER = 2**26
 """Elements of a buffer, about: 256 MB."""
+
+
+def pass_gradients(program: Program, *, passes: bool = True) -> None:
+    """Give the roundings in a program the gradient of the identity while it is trained, in place.
+
+    Args:
+        passes: Whether they are to have it; a program that is not trained is without.
+    """
+    for function in program.functions.values():
+        for node in function.nodes:
+            if node.op == ROUNDED and passes:
+                node.attrs["straight_through"] = True
+            elif node.op == ROUNDED:
+                node.attrs.pop("straight_through", None)
 
 
 class SharedGradients:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from graphopt.execute.block_runner import Parametrisation
 from graphopt.ir.graph import Call, Program
+from graphopt.ir.weights import Array
 from graphopt.pass_manager.contract import Skip
 
 SAMPLED = 65536
@@ -150,3 +151,10 @@ def parametrisations_of(
         else:
             found[name] = FullParametrisation(value, weight_scale(value))
     return found, left
+
+
+def assign(program: Program, name: str, value: Tensor) -> None:
+    """Give a program's weight a new value of the same shape, kept in fp32."""
+    weight = program.weights[name]
+    array = Array(value.detach().to(torch.float32).clone())
+    program.weights.replace(weight.with_producer(array))

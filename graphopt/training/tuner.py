@@ -15,16 +15,14 @@ from torch import Tensor, nn
 
 from graphopt.errors import first_line
 from graphopt.execute.block_runner import BlockRunner
-from graphopt.ir.graph import Program
 from graphopt.ir.mixture import has_experts
-from graphopt.pass_manager.rounding_statements import ROUNDED
 from graphopt.storage.snapshot import resuming_from
 from graphopt.support.boundary import out_of_memory
 from graphopt.support.devices import must_fit
 from graphopt.support.progress import Progress, silent
 from graphopt.support.ranks import ALONE, here
 from graphopt.training.distillation_data import DistillationData
-from graphopt.training.gradients import SharedGradients
+from graphopt.training.gradients import SharedGradients, pass_gradients
 from graphopt.training.held_out import held_out_loss
 from graphopt.training.losses import Objective
 from graphopt.training.schedule import Schedule, TrainingResult
@@ -61,20 +59,6 @@ WARM_UP = 3
 COMPILE_FROM = (30.0, 300)
 """Seconds and steps from which a training on a GPU is worth the time to compile its step, for every
 kind of block in it; blocks with experts take twice as long to compile."""
-
-
-def pass_gradients(program: Program, *, passes: bool = True) -> None:
-    """Give the roundings in a program the gradient of the identity while it is trained, in place.
-
-    Args:
-        passes: Whether they are to have it; a program that is not trained is without.
-    """
-    for function in program.functions.values():
-        for node in function.nodes:
-            if node.op == ROUNDED and passes:
-                node.attrs["straight_through"] = True
-            elif node.op == ROUNDED:
-                node.attrs.pop("straight_through", None)
 
 
 class Tuner:

@@ -26,6 +26,7 @@ from graphopt.ir.ops.attention import (
 from graphopt.ir.ops.policy_attention import STATE
 from graphopt.ir.printer import FunctionPrinter
 from graphopt.lowering.torch.aten_form import aten_form
+from graphopt.lowering.torch.cache_text import reads_present
 from graphopt.lowering.torch.forms import callee_of, form_of
 from graphopt.lowering.torch.packed import CLASS_NAME
 from graphopt.lowering.torch.text import (
@@ -327,8 +328,7 @@ class BodyPrinter(FunctionPrinter):
 
     def _by_rows(self, node: Node) -> bool:
         """Return whether what reads an attention's output asks for it row by row."""
-        readers = {reader.op for reader, _ in self._uses[node.outputs[0]]}
-        return readers == {"attention_linear_all_reduce"}
+        return {n.op for n, _ in self._uses[node.outputs[0]]} == {"attention_linear_all_reduce"}
 
     def policy_attention(self, node: Node) -> str:
         """Return an attention with a policy, which takes the whole cache.
@@ -448,10 +448,3 @@ class BodyPrinter(FunctionPrinter):
             return f"{text}.device"
         self._needs.add("device")
         return "device"
-
-
-def reads_present(function: Function, cache: Cache) -> bool:
-    """Return whether anything but a cache takes the keys or values that an attention leaves."""
-    uses = function.uses()
-    present = (cache.present_k, cache.present_v)
-    return any(uses[value] or value in function.results for value in present)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import astuple
 
-from graphopt.ir.graph import Function, Program, Value, resolve_attrs
+from graphopt.ir.graph import Cache, Function, Program, Value, resolve_attrs
 from graphopt.ir.kv_policies import policy_to_dict
 from graphopt.ir.ops.attention import PAST_K
 from graphopt.lowering.torch.text import literal, quoted, series, wrap
@@ -132,3 +132,10 @@ def kv_bits(program: Program, state: str) -> int:
 
 def _past_k(function: Function, slot: str) -> Value | None:
     return next((cache.past_k for cache in function.caches if cache.slot == slot), None)
+
+
+def reads_present(function: Function, cache: Cache) -> bool:
+    """Return whether anything but a cache takes the keys or values that an attention leaves."""
+    uses = function.uses()
+    present = (cache.present_k, cache.present_v)
+    return any(uses[value] or value in function.results for value in present)

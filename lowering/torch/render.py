@@ -22,7 +22,7 @@ from graphopt.lowering.torch import (
     step_template,
     template,
 )
-from graphopt.lowering.torch.body import reads_present
+from graphopt.lowering.torch.cache_text import reads_present
 from graphopt.lowering.torch.classes import ModuleClass
 from graphopt.lowering.torch.head import head_text
 from graphopt.lowering.torch.lowered_kernels import lower_attentions

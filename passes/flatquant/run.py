@@ -42,13 +42,13 @@ from graphopt.passes.quantize.quantize import Quantize
 from graphopt.support.per_device import on_device
 from graphopt.support.ranks import here
 from graphopt.training.affine import BlockTransforms, Rounding
-from graphopt.training.distil import Distiller, assign
+from graphopt.training.distil import Distiller
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
 from graphopt.training.held_out import held_out_loss
 from graphopt.training.kept_files import keep_state, kept_state
 from graphopt.training.losses import HiddenStateObjective, relative_mse
 from graphopt.training.memory import StepSizes
-from graphopt.training.parametrisations import FullParametrisation, weight_scale
+from graphopt.training.parametrisations import FullParametrisation, assign, weight_scale
 from graphopt.training.schedule import TrainingResult
 from graphopt.training.step_memory import StepMemory
 from graphopt.training.tuner import Tuner

@@ -24,10 +24,9 @@ from graphopt.ir.ops import get_op
 from graphopt.ir.verify import verify
 from graphopt.ir.weights import Array, Weight
 from graphopt.pass_manager.contract import make_pass
-from graphopt.training.distil import assign
 from graphopt.training.distillation_data import DistillationData, HiddenStateCache
 from graphopt.training.losses import LogitObjective
-from graphopt.training.parametrisations import FullParametrisation, LoadBalanceBias
+from graphopt.training.parametrisations import FullParametrisation, LoadBalanceBias, assign
 from graphopt.training.schedule import Schedule
 from graphopt.training.tuner import Tuner
 
