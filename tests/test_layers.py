@@ -105,3 +105,15 @@ def test_a_planted_import_is_found() -> None:
         assert forbidden("graphopt.ir.graph", text, allowed) == ["passes"]
     passes = "graphopt.passes.dead_code_elimination"
     assert forbidden(passes, "from graphopt.ir import graph", allowed) == []
+
+
+def test_long_modules_say_why_they_are_one_file() -> None:
+    """A file has one purpose and at most 450 lines; a longer one says why in its first text."""
+    texts = {module: path.read_text(encoding="utf-8") for module, path in sources().items()}
+    heads = {
+        module: ast.get_docstring(ast.parse(text)) or ""
+        for module, text in texts.items()
+        if text.count("\n") > 450
+    }
+    unexplained = [m for m, head in heads.items() if not re.search(r"one\s+file|as\s+one", head)]
+    assert not unexplained, "split them by purpose"
