@@ -223,7 +223,7 @@ SIZES = [{B: 2, S: 3, P: 2}, {B: 1, S: 5, P: 4}]
 
 
 def test_every_op_has_a_case():
-    assert {case.op for case in CASES} == set(OPS)
+    assert {case.op for case in CASES} == set(OPS), "a Case for every op: docs/add-an-op.md"
 
 
 # References -------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from graphopt.lowering.kernels import (
 from graphopt.lowering.kernels.triton import TritonFamily, expert_tiles
 from graphopt.lowering.torch.lowered_kernels import lower_attentions
 from graphopt.plan import AttentionSpec
+from graphopt.runtime import compiled
 from graphopt.runtime import expert_tiles as runtime_tiles
 from graphopt.runtime.attention import Extras, Keys
 from graphopt.targets import all_targets, get_target
@@ -120,3 +123,13 @@ def test_a_family_loads_what_runs_its_plan(phase, queries):
     expected = functional.attention(q.double(), k.double(), v.double(), scale=0.2)
     # Outputs of f16 are rounded once; weights of at most 1 are rounded before they are summed.
     torch.testing.assert_close(found.double(), expected, rtol=2**-10, atol=2**-9)
+
+
+def test_activations_of_kernels_in_cuda_are_those_that_gates_may_have():
+    source = (Path(compiled.__file__).parent / "kernels" / "activations.cu").read_text("utf-8")
+    (listed,) = re.findall(r"enum \{([^}]*)\}", source)
+    names = [name.strip().lower() for name in listed.split(",")]
+    assert tuple(names) == compiled.ACTIVATIONS and {*names} == {*functional.ACTIVATIONS}
+    # The last is what is left where no case is.
+    cases = [name.lower() for name in re.findall(r"case (\w+):", source)]
+    assert cases == names[:-1]

@@ -46,4 +46,4 @@ def test_the_recipe_and_the_table_are_of_this_version():
     ]
     listed = re.findall(r"^\| `([a-z-]+)` \|", PAGE, flags=re.MULTILINE)
     own = {n for n, c in declared_passes().items() if c.__module__.startswith("graphopt.passes.")}
-    assert set(listed) == own
+    assert set(listed) == own, f"docs/passes.md needs a row for each of {own ^ set(listed)}"
