@@ -7,7 +7,9 @@ token is computed. An event tells the next step of the layer that its pages are 
 copied is the difference of two sets, page for page.
 
 A step that reads everything (calibration, or no policy) gets a whole layer in one of two buffers,
-filled while the layers in front compute.
+filled while the layers in front compute, on another stream: pages do not queue behind layers.
+
+A step can be recorded in a CUDA graph, which begins and ends with no copy on its way (`settle`).
 
 Every key head of every row reads pages of its own: for the attention it is a row with one key head.
 
@@ -80,11 +82,11 @@ class OffloadedKV:
         capacity: Tokens that a row has room for.
         page: Tokens of a page.
         read: M, pages that a step reads for each key head.
-        copies: What runs copies; by default a stream on a GPU.
+        copies: What runs copies; by default two streams on a GPU, for pages and for layers.
 
     Attributes:
         pages_moved: int64 tensor: pages of one key head that were copied by `prefetch`.
-        layers_moved: How often a whole layer was copied by `stage`.
+        layers_moved: int64 tensor: how often a whole layer was copied by `stage`.
 
     Raises:
         GraphoptError: The host has less memory than `host_bytes`. Nothing is allocated then.
@@ -115,8 +117,10 @@ class OffloadedKV:
         self.pages, self.slots = -(-capacity // page), 2 * read
         on_gpu = device.type == "cuda"
         self._copies = copies_on(device) if copies is None else copies
-        self.pages_moved = torch.zeros((), dtype=torch.int64, device=device)
-        self.layers_moved = 0
+        self._stages = copies_on(device) if copies is None else copies
+        self.pages_moved, self.layers_moved = (
+            torch.zeros((), dtype=torch.int64, device=device) for _ in range(2)
+        )
         dims = (heads.k_dim, heads.v_dim)
 
         def memory(*shape: int) -> tuple[Tensor, Tensor]:
@@ -146,8 +150,17 @@ class OffloadedKV:
     @property
     def bytes_moved(self) -> int:
         """Bytes that were copied to the device so far: pages, and whole layers."""
-        whole = self.rows * self.pages * self.layers_moved
+        whole = self.rows * self.pages * int(self.layers_moved)
         return (int(self.pages_moved) + whole) * page_bytes(self.heads, self.page)
+
+    def moved(self) -> list[Tensor]:
+        """Return what a step writes beside keys and values: which pages lie where, and counts.
+
+        Pages in slots that no place speaks of are never read: with these as they were before a
+        step, it can be run again.
+        """
+        places = [x for own in self._layers for x in own.places.moved()]
+        return [self.pages_moved, self.layers_moved, *places]
 
     def fill(self, layer: int, k_BGTD: Tensor, v_BGTD: Tensor) -> None:
         """Put the keys and values of a text's front into host memory.
@@ -155,8 +168,7 @@ class OffloadedKV:
         Pages on the device are forgotten: they may hold those of another text.
         """
         self.wait(layer)
-        rows, pages = self._layers[layer].places.table.shape
-        self._layers[layer].places = Places.nowhere(rows, pages, self.read, self.device)
+        self._layers[layer].places.forget()
         for host, given in zip(self._layers[layer].host, (k_BGTD, v_BGTD), strict=True):
             # Row by row, each without gaps: copied from a device without a detour.
             for row, own in zip(host, given.flatten(0, 1), strict=True):
@@ -193,6 +205,11 @@ class OffloadedKV:
             self._copies.wait(own.fetched[0])
             own.fetched = None
 
+    def settle(self) -> None:
+        """Wait, on the device, for all pages that were asked for."""
+        for layer in range(len(self._layers)):
+            self.wait(layer)
+
     def stage(self, layer: int) -> None:
         """Begin to bring a whole layer.
 
@@ -209,7 +226,7 @@ class OffloadedKV:
             for host, there in zip(own.host, self._buffers[buffer], strict=True):
                 there.view(host.shape).copy_(host, non_blocking=True)
 
-        own.staged = buffer, self._copies.start(copy)
+        own.staged = buffer, self._stages.start(copy)
         self.layers_moved += 1
 
     def append(self, layer: int, k_BG1D: Tensor, v_BG1D: Tensor, last_B: Tensor) -> None:
@@ -223,7 +240,7 @@ class OffloadedKV:
         self.wait(layer)
         staged: tuple[Tensor | None, Tensor | None] = (None, None)
         if own.staged is not None:
-            self._copies.wait(own.staged[1])
+            self._stages.wait(own.staged[1])
             staged = self._buffers[own.staged[0]]
         for new, host, pool, buffer in zip(
             (k_BG1D, v_BG1D), own.host, own.pool, staged, strict=True
@@ -248,7 +265,7 @@ class OffloadedKV:
         own = self._layers[layer]
         assert own.staged is not None
         buffer, copied = own.staged
-        self._copies.wait(copied)
+        self._stages.wait(copied)
         own.staged = None
         return Keys(
             *self._buffers[buffer], kv_lens=self._lens(last_B), block_table=self._whole_table

@@ -42,6 +42,15 @@ class Places:
             torch.zeros(rows, pages, dtype=torch.int8, device=device),
         )
 
+    def moved(self) -> list[Tensor]:
+        """Return what `find_slots` changes."""
+        return [self.selected, self.slot_pages, self.table]
+
+    def forget(self) -> None:
+        """Say that no slot has a page, in the same memory."""
+        for x in self.moved():
+            x.fill_(-1)
+
 
 def fetch_plan(
     wanted_RM: Tensor, current_RM: Tensor, slot_pages_RS: Tensor, pages: int
@@ -83,7 +92,7 @@ def find_slots(places: Places, wanted_BGM: Tensor, moved: Tensor) -> tuple[Tenso
     row = torch.arange(rows, device=wanted.device)[:, None]
     here = row * places.slot_pages.shape[1] + slot
     places.table = _put(places.table, source, here)
-    places.selected = wanted
+    places.selected = wanted.clone()
     moved += (source >= 0).sum()
     return source, slot
 

@@ -25,7 +25,7 @@ class PolicyDecoder(Decoder):
 
     Args:
         offload: Keep keys and values of layers with a policy in host memory, of which the device
-            has the pages that a step reads. Steps are not recorded then.
+            has the pages that a step reads.
 
     Attributes:
         count: The steps since the prompt.
@@ -75,6 +75,8 @@ class PolicyDecoder(Decoder):
         if self.offload is not None:
             self.offload.held = self.used
         super()._read(texts)
+        if self.offload is not None:
+            self.offload.kv.settle()
         self.count.steps = 0
 
     def step(self, given: int | list[int] | None = None) -> int | list[int]:
@@ -88,10 +90,9 @@ class PolicyDecoder(Decoder):
             assert self.count.steps is not None
             self.offload.begin_step(self.count.steps)
         super()._advance()
-
-    def _records(self) -> bool:
-        # Copies are waited for in the step behind, which a recording does not hold.
-        return super()._records() and self.offload is None
+        if self.offload is not None:
+            # A recorded step has no copy on its way when it ends.
+            self.offload.kv.settle()
 
     def _turn(self) -> int:
         assert self.count.steps is not None
@@ -99,4 +100,5 @@ class PolicyDecoder(Decoder):
 
     def _moved(self) -> list[Tensor]:
         caches = [cache for cache in self.cache if isinstance(cache, PolicyKVCache)]
-        return [*super()._moved(), *(x for cache in caches for x in cache.state.values())]
+        states = [x for cache in caches for x in cache.state.values()]
+        return [*super()._moved(), *states, *(self.offload.kv.moved() if self.offload else [])]

@@ -5,7 +5,8 @@
 A model of Llama-3.1-8B's shape with random weights and a random cache of 65,536 tokens decodes one
 text: with the cache on the device (`device`), with all of it in host memory and read in full
 (`full`), and with a policy whose pages are brought ahead (`ema`), calibration steps included. What
-crosses the link is counted, and stands beside the closed form. The pages on the device are compared
+crosses the link is counted, and stands beside the closed form. A token is one CUDA graph each time,
+with a policy one for each turn of the layers that read all. The pages on the device are compared
 with those of the host at the end; the run ends with exit status 1 where one differs.
 """
 
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
+import itertools
 import json
 import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,10 +52,18 @@ def random(*shape: int, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, device=DEVICE, dtype=DTYPE) * scale
 
 
-def recorded(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Return the replay of a CUDA graph, and what the recorded run returned."""
-    graph, returned = record(run)
-    return graph.replay, returned
+def recorded(work: Callable[[int], None], turns: int = 1) -> Callable[[], None]:
+    """Return steps that take turns, each a CUDA graph of what `work` does when given its number."""
+    for turn in range(turns):
+        work(turn)
+    graphs: list[torch.cuda.CUDAGraph] = []
+    for turn in range(turns):
+        pool = graphs[0].pool() if graphs else None
+        graph, _ = record(functools.partial(work, turn), runs=0, pool=pool)
+        graph.replay()
+        graphs.append(graph)
+    order = itertools.cycle(graphs)
+    return lambda: next(order).replay()
 
 
 class Layers:
@@ -76,7 +86,6 @@ class Layers:
         self.embedding, self.head = random(VOCAB, HIDDEN), weight(VOCAB, HIDDEN)
         self.hidden = random(1, 1, HIDDEN)
         self.position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-        self.attended = random(1, HEADS, 1, WIDTH)
         self.frequencies = 500000.0 ** (-torch.arange(0, WIDTH, 2, device=DEVICE) / WIDTH)
 
     def before(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,30 +107,6 @@ class Layers:
         logits = F.linear(F.rms_norm(self.hidden, (HIDDEN,)), self.head)
         self.hidden.copy_(F.embedding(logits.argmax(-1), self.embedding))
         self.position += 1
-
-
-@dataclass
-class Recorded:
-    """The parts of `Layers` as CUDA graphs, to be run between attentions."""
-
-    model: Layers
-    before: list[tuple[Callable[[], None], Any]]
-    behind: list[Callable[[], None]]
-    next_token: Callable[[], None]
-
-    @classmethod
-    def of(cls, model: Layers) -> Recorded:
-        before = [recorded(lambda i=i: model.before(i)) for i in range(LAYERS)]
-        behind = [recorded(lambda i=i: model.behind(i, model.attended))[0] for i in range(LAYERS)]
-        return cls(model, before, behind, recorded(model.next_token)[0])
-
-    def step(self, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> None:
-        """Run a token through all layers; `attend` is given the layer, q, k and v."""
-        for layer, ((replay, new), behind) in enumerate(zip(self.before, self.behind, strict=True)):
-            replay()
-            self.model.attended.copy_(attend(layer, *new))
-            behind()
-        self.next_token()
 
 
 def attention(heads: int, groups: int, **fields: Any) -> Callable[..., Any]:
@@ -150,30 +135,39 @@ def seconds_a_token(step: Callable[[], None], tokens: int) -> float:
 # The three ways -----------------------------------------------------------------------------------
 
 
+def room_for(context: int, tokens: int, turns: int = 1) -> int:
+    """Return the tokens of a cache: steps run as they are and recorded before they are timed."""
+    return context + tokens + WARM_UP + 2 * turns + 2
+
+
+def step_of(model: Layers, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Run a token through all layers; `attend` is given the layer, q, k and v."""
+    for layer in range(LAYERS):
+        model.behind(layer, attend(layer, *model.before(layer)))
+    model.next_token()
+
+
 def on_device(model: Layers, context: int, tokens: int) -> dict[str, Any]:
-    """Decode with keys and values on the device, a token being one CUDA graph."""
-    room = context + tokens + WARM_UP + 2
+    """Decode with keys and values on the device."""
+    room = room_for(context, tokens)
     caches = [(random(1, GROUPS, room, WIDTH), random(1, GROUPS, room, WIDTH))
               for _ in range(LAYERS)]  # fmt: skip
     run = attention(HEADS, GROUPS)
     model.position.fill_(context)
 
-    def step() -> None:
-        for layer, (k_all, v_all) in enumerate(caches):
-            q, k, v = model.before(layer)
-            k_all.index_copy_(2, model.position, k)
-            v_all.index_copy_(2, model.position, v)
-            lens = (model.position + 1).to(torch.int32)
-            model.behind(layer, run(q, Keys(k_all, v_all, kv_lens=lens))[0])
-        model.next_token()
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for cache, new in zip(caches[layer], (k, v), strict=True):
+            cache.index_copy_(2, model.position, new)
+        lens = (model.position + 1).to(torch.int32)
+        return run(q, Keys(*caches[layer], kv_lens=lens))[0]
 
-    replay, _ = recorded(step)
-    return {"seconds": seconds_a_token(replay, tokens)}
+    return {"seconds": seconds_a_token(recorded(lambda _: step_of(model, attend)), tokens)}
 
 
 def offloaded(policy: Ema, context: int, tokens: int) -> tuple[OffloadedKV, list[State]]:
     """Return a random cache in host memory, and what the policy remembers of each layer."""
-    room = context + tokens + WARM_UP + 2
+    assert policy.calibrate_every is not None
+    room = room_for(context, tokens, policy.calibrate_every)
     kv = OffloadedKV(LAYERS, 1, KV, room, page=PAGE, read=policy.budget.pages, device=DEVICE)
     states = []
     for layer in range(LAYERS):
@@ -186,9 +180,8 @@ def offloaded(policy: Ema, context: int, tokens: int) -> tuple[OffloadedKV, list
     return kv, states
 
 
-def in_full(parts: Recorded, kv: OffloadedKV, context: int, tokens: int) -> dict[str, Any]:
+def in_full(model: Layers, kv: OffloadedKV, context: int, tokens: int) -> dict[str, Any]:
     """Decode with all keys brought from host memory, each layer while the one in front computes."""
-    model = parts.model
     run = attention(HEADS // GROUPS, 1, kv="paged", page=PAGE)
     model.position.fill_(context)
 
@@ -199,18 +192,19 @@ def in_full(parts: Recorded, kv: OffloadedKV, context: int, tokens: int) -> dict
         keys = kv.all_keys(layer, model.position)
         return kv.from_rows(run(kv.as_rows(q), keys)[0])
 
-    def step() -> None:
+    def work(_: int) -> None:
         kv.stage(0)
-        parts.step(attend)
+        step_of(model, attend)
 
+    step, before = recorded(work), kv.bytes_moved
     seconds = seconds_a_token(step, tokens)
-    moved = kv.bytes_moved / (tokens + WARM_UP)
+    moved = (kv.bytes_moved - before) / (tokens + WARM_UP)
     closed = host_bytes(LAYERS, 1, KV, kv.pages * PAGE, PAGE)
     return {"seconds": seconds, "bytes_a_token": moved, "closed_form": closed}
 
 
 def with_policy(
-    parts: Recorded,
+    model: Layers,
     kv: OffloadedKV,
     states: list[State],
     policy: Ema,
@@ -218,7 +212,7 @@ def with_policy(
     tokens: int,
 ) -> dict[str, Any]:
     """Decode with the pages that a policy selects brought while the token in front computes."""
-    model, slots = parts.model, kv.pages * PAGE
+    slots = kv.pages * PAGE
     selected = {"kv": "paged", "page": PAGE, "lse": True, "page_max": True}
     rows = HEADS // GROUPS
     run_selected = attention(rows, 1, selected_blocks=True, **selected)
@@ -228,12 +222,10 @@ def with_policy(
     here = Filled(first, model.position, slots)
     for layer, state in enumerate(states):
         kv.prefetch(layer, kv_policy.select(policy, state, None, None, here, SCORING))
+    kv.settle()
     every = policy.calibrate_every
     assert every is not None
-    before, taken = kv.bytes_moved, 0
-
-    def due() -> list[int]:
-        return [layer for layer in range(LAYERS) if (taken + layer) % every == 0]
+    waiting: list[int] = []
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         calibrating = layer in waiting
@@ -248,19 +240,19 @@ def with_policy(
                 kv.stage(waiting[1])
         return out
 
-    waiting: list[int] = []
-
-    def step() -> None:
-        nonlocal taken
-        waiting[:] = due()
+    def work(turn: int) -> None:
+        waiting[:] = [layer for layer in range(LAYERS) if (turn + layer) % every == 0]
         for layer in waiting[:2]:
             kv.stage(layer)
-        parts.step(attend)
-        taken += 1
+        step_of(model, attend)
+        kv.settle()
 
+    step = recorded(work, every)
+    before, staged = kv.bytes_moved, int(kv.layers_moved)
     seconds = seconds_a_token(step, tokens)
     count = tokens + WARM_UP
-    calibration = kv.layers_moved * host_bytes(1, 1, KV, slots, PAGE) / count
+    staged = int(kv.layers_moved) - staged
+    calibration = staged * host_bytes(1, 1, KV, slots, PAGE) / count
     moved = (kv.bytes_moved - before) / count
     pages = (moved - calibration) / page_bytes(KV, PAGE)
     most = LAYERS * GROUPS * policy.budget.pages
@@ -316,13 +308,11 @@ def main() -> None:
         model = Layers()
         keep("on_device", on_device(model, args.context, args.tokens))
         torch.cuda.empty_cache()
-        parts = Recorded.of(model)
         budget = PageBudget.of(PAGE, args.budget, SINK * PAGE, LOCAL * PAGE)
         policy = Ema(budget, calibrate_every=args.calibrate)
         kv, states = offloaded(policy, args.context, args.tokens)
-        keep("full", in_full(parts, kv, args.context, max(2, args.tokens // 6)))
-        kv.layers_moved = 0
-        keep("ema", with_policy(parts, kv, states, policy, args.context, args.tokens))
+        keep("full", in_full(model, kv, args.context, max(2, args.tokens // 6)))
+        keep("ema", with_policy(model, kv, states, policy, args.context, args.tokens))
     result["times_full"] = result["full"]["seconds"] / result["ema"]["seconds"]
     result["times_device"] = result["on_device"]["seconds"] / result["ema"]["seconds"]
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -116,7 +116,7 @@ def decode(policy: KVPolicy, copies: Copies, device: str = "cpu") -> tuple[float
                 after = policy.select(states[layer], None, None, lengths(t + 1), SCORING)
             expected_pages += len(pairs(after) - sets[layer])
             sets[layer] = pairs(after)
-    whole = kv.layers_moved * host_bytes(1, BATCH, HEADS, room, PAGE)
+    whole = int(kv.layers_moved) * host_bytes(1, BATCH, HEADS, room, PAGE)
     return worst, kv.bytes_moved, expected_pages * page_bytes(HEADS, PAGE) + whole
 
 
