@@ -61,12 +61,14 @@ class FrontFigures:
         launch: Seconds that one kernel more takes in a step, beside what it computes.
         start: Seconds of a transform's barriers, and until its first product is there.
         product: Seconds in which a core multiplies 16 x 16 by 16 x 8, operands in shared memory.
+        feature: Seconds of a feature that a block reads, adds up, and norms or gates.
     """
 
     tokens: int
     launch: float
     start: float
     product: float
+    feature: float
 
 
 LEAST_WARPS, MOST_WARPS = 4, 16

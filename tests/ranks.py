@@ -91,9 +91,11 @@ def ended_ranks(
         patience: Seconds that the others get to end by themselves when one has failed.
     """
     with tempfile.TemporaryDirectory() as folder:
+        # Multiprocessing would hand over a file descriptor for each tensor, and takes 256.
+        torch.save(args, Path(folder) / "args.pt")
         processes = [
             _CONTEXT.Process(
-                target=_rank, args=(function, args, environment, folder, limit, group),
+                target=_rank, args=(function, environment, folder, limit, group),
                 daemon=True,
             )
             for environment in rank_environments(ranks)
@@ -178,7 +180,6 @@ def _said(folder: Path, rank: int, exitcode: int | None) -> str:
 
 def _rank(
     function: Callable[..., Any],
-    args: Any,
     environment: dict[str, str],
     folder: str,
     limit: float,
@@ -194,6 +195,7 @@ def _rank(
             )  # fmt: skip
         else:
             os.environ.update(environment)
+        args = torch.load(Path(folder) / "args.pt", weights_only=False)
         torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
         if group:
             dist.destroy_process_group()

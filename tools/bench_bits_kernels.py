@@ -1,6 +1,6 @@
 """Measure kernels of four bits on a GPU beside bf16 torch: transforms, linears, decoding.
 
-    python tools/bench_bits_kernels.py [--only transform,w4a4] [--tune] [--in-front 1] [--out FILE]
+    python tools/bench_bits_kernels.py [--only transform,w4a4] [--tune] [--out FILE]
 
 Parts, on the shapes of Llama-7B and with random numbers:
 
@@ -334,7 +334,7 @@ PARTS: dict[str, Callable[[Rows, argparse.Namespace], None]] = {
     "steps": lambda rows, options: steps_part(rows),
     "front": lambda rows, options: front_part(rows, packed_weight, dense_of, COLD),
     "kv": lambda rows, options: cache_part(rows, TARGET),
-    "model": lambda rows, options: model_part(rows, TARGET.name, options.in_front, options.model),
+    "model": lambda rows, options: model_part(rows, TARGET.name, options.model),
 }
 
 
@@ -343,10 +343,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
     parser.add_argument("--tune", action="store_true", help="try other tiles than the target's")
-    parser.add_argument(
-        "--in-front", type=int, default=0, metavar="TOKENS",
-        help="decode a model too whose products of up to so many tokens do the transforms",
-    )  # fmt: skip
     parser.add_argument(
         "--model", action="append", default=[], metavar="LABEL",
         help="decode this one alone, such as 'int4 group 128'; may be given again",

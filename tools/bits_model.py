@@ -17,7 +17,6 @@ from measure import LLAMA_7B, random_llama
 from turns import ON_GPU, Result, Rows, median
 
 from graphopt.compiler import emit
-from graphopt.errors import UsageError
 from graphopt.ir import Array, Dequantised, Packed, Program, Weight
 from graphopt.pass_manager.contract import Context, make_pass
 from graphopt.targets import get_target
@@ -137,27 +136,24 @@ def _stem(label: str) -> str:
 
 
 @contextlib.contextmanager
-def transforms_in_front(target: str, tokens: int) -> Iterator[None]:
-    """Let products of up to so many tokens transform what they read, whatever the target says."""
+def transforms_apart(target: str) -> Iterator[None]:
+    """Let transforms be kernels of their own, whatever the target says."""
     table = get_target(target).quantised
     if table is None or table["front"] is None:
-        if not tokens:
-            yield
-            return
-        raise UsageError(f"{target}.toml has no [quantised.front].", "Take a target that has.")
+        yield
+        return
     before = table["front"]["tokens"]
-    table["front"]["tokens"] = tokens
+    table["front"]["tokens"] = 0
     try:
         yield
     finally:
         table["front"]["tokens"] = before
 
 
-def model_part(rows: Rows, target: str, in_front: int = 0, only: Collection[str] = ()) -> None:
+def model_part(rows: Rows, target: str, only: Collection[str] = ()) -> None:
     """Emit models and let them decode.
 
     Args:
-        in_front: Emit one too whose products of up to so many tokens do the transforms.
         only: Labels of the models, in their order; all by default.
     """
     program = random_llama(DEVICE, LLAMA_1B)
@@ -171,7 +167,7 @@ def model_part(rows: Rows, target: str, in_front: int = 0, only: Collection[str]
             module = emitted(made, folder, target)
             text = (folder / "model.py").read_text(encoding="utf-8")
             fronted = "transformed_packed_linear(" in text
-            assert fronted == ("front" in name), "not the model that it is called"
+            assert not (fronted and "apart" in name), "not the model that it is called"
             transforms = "transformed(" in text or fronted
             assert transforms == ("transforms" in name), "not the model that it is called"
             result, model = decode_rates(module, folder)
@@ -198,20 +194,18 @@ def model_part(rows: Rows, target: str, in_front: int = 0, only: Collection[str]
         for step, options in (("insert-affine", {"kind": "hadamard"}), ("fold-affine", {})):
             transformed = make_pass(step, options).run(transformed, Context()).program
         models = {
-            f"int4 group {group}": (program, group, 0),
-            "int4 group 32": (program, 32, 0),
-            f"int4 group {group}, transforms": (transformed, group, 0),
+            f"int4 group {group}": (program, group),
+            "int4 group 32": (program, 32),
+            f"int4 group {group}, transforms": (transformed, group),
+            f"int4 group {group}, transforms apart": (transformed, group),
         }
-        if in_front:
-            models[f"int4 group {group}, transforms in front"] = (transformed, group, in_front)
         for label in [label for label in only or models if label in models]:
-            made, size, tokens = models[label]
+            made, size = models[label]
             packed = with_codes(made, Packed(4, size))
 
-            def make(
-                packed: Program = packed, label: str = label, tokens: int = tokens
-            ) -> tuple[Result, str]:
-                with transforms_in_front(target, tokens):
+            def make(packed: Program = packed, label: str = label) -> tuple[Result, str]:
+                apart = "apart" in label
+                with transforms_apart(target) if apart else contextlib.nullcontext():
                     return run(_stem(label), packed, True)
 
             rows.add(f"model {label}", make)

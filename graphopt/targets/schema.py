@@ -162,6 +162,7 @@ class FrontTable(Schema):
     launch: Seconds
     start: Seconds
     product: Seconds
+    feature: Seconds
 
 
 class QuantisedTable(Schema):

@@ -48,8 +48,8 @@ def products_of(shape: FrontShape) -> int:
 def why_apart(shape: FrontShape, tiles: QuantisedTiles) -> str | None:
     """Return why a product does not transform what it reads; None where it does.
 
-    Every block transforms for itself, so that of a product with many blocks a core transforms a
-    token several times, and has to have room for all of them at once. A kernel of its own does so
+    Every block reads and transforms for itself, so that of a product with many blocks a core does
+    so several times, and has to have room for all of them at once. A kernel of its own does so
     once, but is one more to be waited for.
     """
     figures, few = tiles.front, tiles_for(1, tiles.few)
@@ -70,7 +70,7 @@ def why_apart(shape: FrontShape, tiles: QuantisedTiles) -> str | None:
     if room > tiles.shared_bytes + _RESERVED:
         factors = transform_bytes(n1, n2, shape.left, shape.right, 1)
         return f"a core has no room for {blocks} blocks with {factors} bytes of a transform each"
-    seconds = figures.product * products_of(shape)
+    seconds = figures.product * products_of(shape) + figures.feature * inputs
     here, apart = figures.start + blocks * seconds, figures.launch + figures.start + seconds
     if here >= apart:
         return (

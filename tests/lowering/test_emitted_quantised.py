@@ -143,6 +143,7 @@ def test_transforms_in_front_of_products_are_computed_as_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     program = with_transforms(bias=True)
+    in_front(0, monkeypatch)
     before = str(lower(program, "hopper"))
     assert before.count(" transformed(") == 4 and "transformed_packed_linear(" not in before
     in_front(1, monkeypatch)
