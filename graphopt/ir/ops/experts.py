@@ -141,12 +141,21 @@ def soft_choice(ranked: Tensor, count: int, mean: int = 0) -> Tensor:
 def routing_threshold(ranked: Tensor, mean: int) -> Tensor:
     """Return the router logit, a scalar, above which `mean` experts a token lie, over all tokens.
 
+    It is halfway between the highest logit below it and the lowest above, so that no token lies
+    within rounding of it: on the same tokens another order of adding up chooses the same experts.
+
     Args:
         ranked: [..., E]. Equal ones may make it fewer experts.
     """
     flat = ranked.flatten()
     below = len(flat) - mean * (len(flat) // ranked.shape[-1])
-    return flat.kthvalue(below).values if below else flat.min() - 1
+    if not below:
+        return flat.min() - 1
+    under = flat.kthvalue(below).values
+    over = torch.where(flat > under, flat, torch.inf).min()
+    halfway = under + (over - under) / 2
+    # Neighbours in a dtype have nothing between them, and the highest has nothing above it.
+    return torch.where(halfway < over, halfway, under)
 
 
 @torch.library.custom_op("graphopt::balanced", mutates_args=())
