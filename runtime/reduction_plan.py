@@ -70,6 +70,9 @@ class ReductionFigures:
         one_shot: Seconds that this takes.
         programs: Of the kernel that sums by two shots.
         attention_flops: Operations a second of attention over many tokens.
+        chunk_launch: Seconds in which the host launches a chunk's product and copies; None of a
+            recorded step, which launches nothing.
+        attention_chunk_launch: The same with attention in front.
         tiles: Of the persistent kernel; a plan takes what is fastest by the model.
     """
 
@@ -87,7 +90,13 @@ class ReductionFigures:
     one_shot: float
     programs: int
     attention_flops: float
+    chunk_launch: float | None
+    attention_chunk_launch: float | None
     tiles: tuple[LinearTiles, ...]
+
+    def recorded(self) -> ReductionFigures:
+        """Return the figures of steps in CUDA graphs."""
+        return replace(self, chunk_launch=None, attention_chunk_launch=None)
 
 
 @dataclass(frozen=True)
@@ -268,7 +277,8 @@ def plan_attention_linear(
         product = product_seconds(stop - start, columns, depth, figures)
         return attention.seconds(start, min(stop, rows), depth, figures) + product
 
-    cut = _best_chunks(rows + rows % 2, columns, ranks, figures, compute)
+    launch = figures.attention_chunk_launch
+    cut = _best_chunks(rows + rows % 2, columns, ranks, figures, compute, launch)
     if isinstance(cut, str):
         return replace(apart, others={"chunks": cut})
     if cut.seconds < apart.seconds:
@@ -343,7 +353,7 @@ def _chunks(
     def seconds(start: int, stop: int) -> float:
         return product_seconds(stop - start, columns, depth, figures)
 
-    return _best_chunks(rows, columns, ranks, figures, seconds)
+    return _best_chunks(rows, columns, ranks, figures, seconds, figures.chunk_launch)
 
 
 def _best_chunks(
@@ -352,11 +362,15 @@ def _best_chunks(
     ranks: int,
     figures: ReductionFigures,
     compute: Callable[[int, int], float],
+    launch: float | None,
 ) -> LinearPlan | str:
     """Return the fastest plan of chunks, or why there is none.
 
+    A host that launches chunks for longer than they take is what a layer waits for.
+
     Args:
         compute: From the first row and the one behind the last to seconds.
+        launch: Seconds of the host for a chunk.
     """
     if ranks != 2:
         return f"of 2 ranks, and there are {ranks}"
@@ -371,7 +385,7 @@ def _best_chunks(
             waits = figures.signal if number >= len(chunks) else 0.0
             stages.append(Stage(waits + compute(start, start + size), send))
             start += size
-        seconds = _chunk_seconds(stages)
+        seconds = max(_chunk_seconds(stages), len(stages) * (launch or 0.0))
         if best is None or seconds < best.seconds:
             best = LinearPlan("chunks", seconds, tuple(stages), chunks)
     return best or f"{rows} rows, which are not cut"

@@ -118,7 +118,7 @@ class Bench:
         self.waiting = Waiting(self.device, PATIENCE, trap=False)
         figures = reduction_figures(get_target("hopper"))
         assert figures is not None
-        self.figures: ReductionFigures = figures
+        self.figures: ReductionFigures = figures.recorded()
         self.cores = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.results: dict[str, Any] = {
             "command": "python tools/bench_all_reduce.py " + " ".join(_told(sys.argv[1:])),

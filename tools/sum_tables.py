@@ -31,7 +31,7 @@ def _figures() -> ReductionFigures:
     file = tomllib.loads(path.read_text(encoding="utf-8"))
     table = {**file["reductions"], "cores": file["cores"]}
     table["tiles"] = tuple(LinearTiles(**row) for row in table["tiles"])
-    return ReductionFigures(**table)
+    return ReductionFigures(**table).recorded()
 
 
 def sums_predicted() -> str:

@@ -235,6 +235,8 @@ class ReductionsTable(Schema):
     one_shot: Seconds
     programs: Size
     attention_flops: Rate
+    chunk_launch: Seconds | None = None
+    attention_chunk_launch: Seconds | None = None
     tiles: Annotated[list[LinearTilesTable], pydantic.Field(min_length=1)]
 
 

@@ -42,7 +42,7 @@ needs_triton = pytest.mark.skipif(
 def figures(**changes: object) -> ReductionFigures:
     found = reduction_figures(get_target("hopper"))
     assert found is not None
-    return dataclasses.replace(found, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(found.recorded(), **changes)  # type: ignore[arg-type]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

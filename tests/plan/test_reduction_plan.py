@@ -23,8 +23,9 @@ from graphopt.runtime.reduction_plan import (
 )
 from graphopt.targets import get_target
 
-FIGURES = reduction_figures(get_target("hopper"))
-assert FIGURES is not None
+LAUNCHED = reduction_figures(get_target("hopper"))
+assert LAUNCHED is not None
+FIGURES = LAUNCHED.recorded()
 SHAPES = [
     (1024, 8192, 4096), (4096, 8192, 4096), (16384, 8192, 4096),
     (1024, 8192, 14336), (4096, 8192, 14336), (16384, 8192, 14336),
@@ -136,6 +137,22 @@ def test_reasons_against_plans_are_told():
     biased = plan_linear(4096, 8192, 4096, 2, FIGURES, bias=True)
     assert "no place for a bias" in str(biased.others["chunks"])
     assert "no one-shot: for up to" in biased.line()
+
+
+def test_chunks_take_as_long_as_a_host_launches_them():
+    """Unless a CUDA graph does: of few tokens another plan is the faster one, of many the same."""
+    assert LAUNCHED.chunk_launch and LAUNCHED.attention_chunk_launch
+    launched = plan_linear(4096, 8192, 4096, 2, LAUNCHED)
+    recorded = plan_linear(4096, 8192, 4096, 2, FIGURES)
+    assert recorded.how == "chunks" and launched.how == "persistent"
+    assert launched.others["chunks"] >= 2 * LAUNCHED.chunk_launch
+    many = (16384, 8192, 14336, 2)
+    assert plan_linear(*many, LAUNCHED) == plan_linear(*many, FIGURES)
+    attention = CausalAttention(8192, heads=16)
+    launched, recorded = (
+        plan_attention_linear(attention, 4096, 2048, 2, known) for known in (LAUNCHED, FIGURES)
+    )
+    assert recorded.how == "attention-chunks" and launched.how == "persistent"
 
 
 @given(st.integers(128, 20000))
