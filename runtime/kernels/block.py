@@ -68,6 +68,24 @@ def _rows_of(right_ptr, row, inside, D: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _places_of_pairs(pair, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Return where the two features of each pair lie in a head."""
+    if INTERLEAVED:
+        one, two = 2 * pair, 2 * pair + 1
+    else:
+        one, two = pair, pair + HALF
+    return one, two
+
+
+@triton.jit
+def _rotated(one_ptr, two_ptr, inside, cos, sin):
+    """Return pairs of features, rotated, in fp32."""
+    first = tl.load(one_ptr, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(two_ptr, mask=inside, other=0.0).to(tl.float32)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
 def _rotate_and_transform(
     x_ptr, out_ptr, cos, sin, right_one, right_two, right_rest, x_stride_h, heads,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -77,16 +95,12 @@ def _rotate_and_transform(
     head = tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, BLOCK)[None, :]
     inside = (head < heads) & (pair < HALF)
-    if INTERLEAVED:
-        one, two = 2 * pair, 2 * pair + 1
-    else:
-        one, two = pair, pair + HALF
+    one, two = _places_of_pairs(pair, HALF, INTERLEAVED)
     source = x_ptr + head * x_stride_h
-    first = tl.load(source + one, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + two, mask=inside, other=0.0).to(tl.float32)
+    first, second = _rotated(source + one, source + two, inside, cos, sin)
     kind = out_ptr.dtype.element_ty
-    sums = tl.dot((first * cos - second * sin).to(kind), right_one)
-    sums = tl.dot((second * cos + first * sin).to(kind), right_two, sums)
+    sums = tl.dot(first.to(kind), right_one)
+    sums = tl.dot(second.to(kind), right_two, sums)
     if D > 2 * HALF:
         rest = 2 * HALF + tl.arange(0, TAIL)[None, :]
         passing = tl.load(source + rest, mask=(head < heads) & (rest < D), other=0.0)
@@ -106,16 +120,12 @@ def _rotate(
     head = tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, BLOCK)[None, :]
     inside = (head < heads) & (pair < HALF)
-    if INTERLEAVED:
-        one, two = 2 * pair, 2 * pair + 1
-    else:
-        one, two = pair, pair + HALF
+    one, two = _places_of_pairs(pair, HALF, INTERLEAVED)
     source, target = x_ptr + head * x_stride_h, out_ptr + head * D
-    first = tl.load(source + one, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + two, mask=inside, other=0.0).to(tl.float32)
+    first, second = _rotated(source + one, source + two, inside, cos, sin)
     kind = out_ptr.dtype.element_ty
-    tl.store(target + one, (first * cos - second * sin).to(kind), mask=inside)
-    tl.store(target + two, (second * cos + first * sin).to(kind), mask=inside)
+    tl.store(target + one, first.to(kind), mask=inside)
+    tl.store(target + two, second.to(kind), mask=inside)
     if D > 2 * HALF:
         rest = 2 * HALF + tl.arange(0, TAIL)[None, :]
         passing = (head < heads) & (rest < D)
@@ -180,10 +190,7 @@ def rope_and_transform(
     right_ptr = q_right_ptr
     if tl.program_id(1) != 0:
         right_ptr = k_right_ptr
-    if INTERLEAVED:
-        one, two = 2 * pair, 2 * pair + 1
-    else:
-        one, two = pair, pair + HALF
+    one, two = _places_of_pairs(pair, HALF, INTERLEAVED)
     right_one = _rows_of(right_ptr, one, pair < HALF, D, COLUMNS)
     right_two = _rows_of(right_ptr, two, pair < HALF, D, COLUMNS)
     right_rest = right_one
