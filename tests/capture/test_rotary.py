@@ -37,6 +37,9 @@ from graphopt.support.progress import silent
 ORIGINAL = 12
 """Tokens of the original length; one step more and the long factors hold."""
 
+OLD_NAMES = ("su", "yarn")
+"""What checkpoints of Phi-3 called LongRoPE before it had its name; transformers reads them so."""
+
 VOCAB = 64
 CPU = onnxruntime.SessionOptions()
 CPU.intra_op_num_threads = 1
@@ -68,7 +71,8 @@ def rope_parameters(kind: str, pairs: int, seed: int) -> dict[str, Any]:
 def rope_model(family: str, kind: str, seed: int) -> PreTrainedModel:
     """Return a random model of a family with one kind of rotary parameters."""
     head_dim, partial = 32, 0.5 if family in ("phi3", "stablelm") else 1.0
-    parameters = rope_parameters(kind, int(head_dim * partial) // 2, seed)
+    meant = "longrope" if family == "phi3" and kind in OLD_NAMES else kind
+    parameters = rope_parameters(meant, int(head_dim * partial) // 2, seed) | {"rope_type": kind}
     if partial < 1:
         parameters["partial_rotary_factor"] = partial
     config: dict[str, Any] = {
@@ -77,7 +81,7 @@ def rope_model(family: str, kind: str, seed: int) -> PreTrainedModel:
         "max_position_embeddings": ORIGINAL if kind == "dynamic" else 8 * ORIGINAL,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    if family == "phi3" and kind == "longrope":
+    if family == "phi3" and meant == "longrope":
         config["original_max_position_embeddings"] = ORIGINAL
     if family == "phimoe":
         config |= {"num_local_experts": 2, "original_max_position_embeddings": ORIGINAL}
@@ -209,7 +213,7 @@ REST = [
     ("gemma3_text", "longrope", 3),
     ("phimoe", "longrope", 4),
     *(("llama", kind, seed) for kind in KINDS for seed in (5, 6)),
-    *(("phi3", kind, 7) for kind in ("default", "yarn", "longrope")),
+    *(("phi3", kind, 7) for kind in ("default", *OLD_NAMES, "longrope")),
     *(("stablelm", kind, 8) for kind in ("linear", "longrope")),
     *(("gemma3_text", kind, 9) for kind in ("dynamic", "yarn", "llama3", "proportional")),
 ]
