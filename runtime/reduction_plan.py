@@ -73,6 +73,7 @@ class ReductionFigures:
         chunk_launch: Seconds in which the host launches a chunk's product and copies; None of a
             recorded step, which launches nothing.
         attention_chunk_launch: The same with attention in front.
+        least_gain: Share of the time that chunks of attention have to gain, as predicted.
         tiles: Of the persistent kernel; a plan takes what is fastest by the model.
     """
 
@@ -92,6 +93,7 @@ class ReductionFigures:
     attention_flops: float
     chunk_launch: float | None
     attention_chunk_launch: float | None
+    least_gain: float
     tiles: tuple[LinearTiles, ...]
 
     def recorded(self) -> ReductionFigures:
@@ -259,8 +261,9 @@ def plan_attention_linear(
     """Return the fastest plan of causal attention, its output projection and the sum over ranks.
 
     In chunks, attention of the next rows runs while a chunk's results are sent; else attention
-    comes first, as a whole, and the projection is summed as `plan_linear` says. An odd number of
-    rows has one more that is empty, so that ranks sum as many.
+    comes first, as a whole, and the projection is summed as `plan_linear` says: also where chunks
+    gain less than the model can tell. An odd number of rows has one more that is empty, so that
+    ranks sum as many.
 
     Args:
         columns: Outputs.
@@ -281,7 +284,7 @@ def plan_attention_linear(
     cut = _best_chunks(rows + rows % 2, columns, ranks, figures, compute, launch)
     if isinstance(cut, str):
         return replace(apart, others={"chunks": cut})
-    if cut.seconds < apart.seconds:
+    if cut.seconds < (1 - figures.least_gain) * apart.seconds:
         others: dict[str, float | str] = {f"attention, then {apart.how}": apart.seconds}
         return replace(cut, how="attention-chunks", others=others)
     return replace(apart, others={"chunks of attention": cut.seconds})

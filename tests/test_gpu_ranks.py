@@ -153,6 +153,7 @@ def by_rows(rank: int, folder: Path) -> dict[str, Any]:
     sums._figures = dataclasses.replace(
         sums._figures.recorded(), cores=1, tiles=(), one_shot_bytes=1, link=1e8, library=1e8,
         copy_engine=1e9, copy_start=0.0, signal=0.0, launch=0.0, attention_flops=1e9,
+        least_gain=0.0,
     )  # fmt: skip
     found: dict[str, Any] = {"logits": {}}
     for name, way in (("rows", noted), ("whole", whole)):

@@ -126,10 +126,12 @@ def _run_nodes(
         for value in node.inputs:
             if value is not None:
                 last_use[value] = index
+    # Where an operator makes a tensor of none, such as arange.
+    device = next((x.device for x in values.values() if isinstance(x, Tensor)), None)
     for index, node in enumerate(nodes):
         op, attrs = get_op(node.op), resolve_attrs(node, call)
         if is_aten(node.op):
-            attrs = {**concretize(attrs, sizes), "target": node.op}
+            attrs = {**concretize(attrs, sizes), "target": node.op, "device": device}
         operands = [None if v is None else values[v] for v in node.inputs]
         outputs = op.torch(operands, attrs) if mode == "torch" else op.reference(operands, attrs)
         for value, tensor in zip(node.outputs, outputs, strict=False):

@@ -237,6 +237,7 @@ class ReductionsTable(Schema):
     attention_flops: Rate
     chunk_launch: Seconds | None = None
     attention_chunk_launch: Seconds | None = None
+    least_gain: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
     tiles: Annotated[list[LinearTilesTable], pydantic.Field(min_length=1)]
 
 

@@ -32,7 +32,10 @@ from graphopt.targets import get_target
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 SLOW = {"flops": 1e13, "link": 1e9, "push": 1e9, "library": 1e9}
-BY_ROWS = {**SLOW, "cores": 1, "copy_start": 0.0, "copy_engine": 1e10, "attention_flops": 1e10}
+BY_ROWS = {
+    **SLOW, "cores": 1, "copy_start": 0.0, "copy_engine": 1e10, "attention_flops": 1e10,
+    "least_gain": 0.0,
+}  # fmt: skip
 """By which attention is cut into chunks that hide what is sent, however few its heads."""
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"

@@ -275,7 +275,7 @@ class Aten(Op):
     def reference(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         target = resolve_target(attrs["target"])
         anchor = next((t for t in tensors if t is not None), None)
-        device = anchor.device if anchor is not None else torch.device("cpu")
+        device = anchor.device if anchor is not None else attrs.get("device")
         floats = [t.dtype for t in tensors if t is not None and t.is_floating_point()]
         # Exported graphs name fp32; under an fp64 reference they mean "the working precision".
         wide = torch.float64 if torch.float64 in floats else torch.float32
