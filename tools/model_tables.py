@@ -104,6 +104,7 @@ def models() -> str:
         for name, part in parts.items():
             command = part["command"].replace(f"--models {shlex.quote(name)} ", "")
             text = measured_on({**part, "command": command}, "torch", "transformers")
+            text += f" {part['note']}" if "note" in part else ""
             by_settings.setdefault(text, []).append(name)
         texts += [f"{', '.join(names)}: {text}" for text, names in by_settings.items()]
     return "\n\n".join(texts) or "Not measured yet."
