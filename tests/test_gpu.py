@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from attention_programs import GENERAL, LAYOUTS, SIZES, errors
+from families import captured, cases
 from programs import tiny_program
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from trained import book
@@ -348,3 +349,19 @@ def test_steps_in_an_arena_allocate_nothing(target: str, tmp_path: Path) -> None
     longer = text * 3
     assert module.generate(model, longer, 12, arena=arena) == module.generate(model, longer, 12)
     assert module.generate(model, text, 12, arena=arena) == wanted
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss", "deepseek_v3", "gemma3"])
+def test_programs_compute_on_a_gpu_what_they_do_on_a_cpu(family: str) -> None:
+    """Mixtures among them, whose tokens are sorted and put back by places made of none."""
+    program = captured(family)[1]
+    inputs = cases((7,))[2].inputs
+    runners = [
+        Runner(program, dtype=torch.float64, device=torch.device(at)) for at in ("cpu", "cuda")
+    ]
+    here, there = (
+        runner.logits({name: value.to(runner.device) for name, value in inputs.items()}).cpu()
+        for runner in runners
+    )
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(there[real], here[real], rtol=1e-9, atol=1e-9)
