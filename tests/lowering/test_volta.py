@@ -59,7 +59,7 @@ def test_a_form(name):
 def test_a_form_at_more_lengths(name):
     constants = FORMS[name].constants()
     lengths, unequal = (1, 7, 63, 64, 65, 127), ((7, 64), (64, 7), (65, 127))
-    check(FORMS[name], emulated(constants), constants, kv_lens=lengths, unequal=unequal)
+    check(FORMS[name], emulated(constants), constants, lengths=lengths, unequal=unequal)
 
 
 @needs_gcc
