@@ -46,12 +46,12 @@ def program_of(name):
 
 @pytest.fixture(scope="module")
 def windows_of(test_text):
-    """Return a function that gives a model's windows of the test text."""
+    """Return a function that gives a model's first windows of the test text."""
     text = read_text(test_text)[:40_000]
 
     @functools.cache
-    def windows(name):
-        return text_windows(program_of(name), text, LENGTH)[:MEASURED]
+    def windows(name, count=MEASURED):
+        return text_windows(program_of(name), text, LENGTH)[:count]
 
     return windows
 
@@ -60,8 +60,8 @@ def windows_of(test_text):
 def perplexity(windows_of):
     """Return a function that gives the perplexity of what was made of a model."""
 
-    def measure(name, program):
-        windows = windows_of(name)
+    def measure(name, program, count=MEASURED):
+        windows = windows_of(name, count)
         return held_out_perplexity(program, windows, CPU, torch.float32, at_once=MEASURED)
 
     return measure
@@ -74,10 +74,10 @@ def after(perplexity, calibration_text, tmp_path_factory):
     # All that the passes read on a CPU; a megabyte takes a second to be tokenised.
     calib.write_text(calibration_text.read_text(encoding="utf-8")[:60_000], encoding="utf-8")
 
-    def measure(name, recipe):
+    def measure(name, recipe, count=MEASURED):
         options = go.RunOptions(calib=calib, verify=False)
         program, _ = go.Pipeline.parse(recipe).run(program_of(name), options)
-        return perplexity(name, program)
+        return perplexity(name, program, count)
 
     return measure
 
@@ -142,9 +142,12 @@ def test_the_chosen_blocks_are_within_a_twentieth_of_the_least_divergence(
 
 @pytest.mark.parametrize("name", mostly_slow(DENSE, (), others(("gemma3",))))
 def test_routed_experts_lose_less_than_static_ones(name, perplexity, after):
-    static = after(name, "carve-moe{shared=6,active=0,experts=8}")
-    routed = after(name, "carve-moe{shared=3,active=3,experts=8}")
-    assert perplexity(name, program_of(name)) < routed < static
+    # A token's loss is lower by 0.05 to 0.10 nats with a router, with a standard deviation of 0.5
+    # to 0.9, and windows of one article gain alike: the mean of 8 windows has a standard error of
+    # up to 0.03, and a family may lose by chance. That of 40 has one of a fifth of the gain.
+    static = after(name, "carve-moe{shared=6,active=0,experts=8}", 40)
+    routed = after(name, "carve-moe{shared=3,active=3,experts=8}", 40)
+    assert perplexity(name, program_of(name), 40) < routed < static
 
 
 @pytest.mark.slow
