@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from mixtures import MIXTURES
+from pretended_gpu import pretended_gpu
 from programs import tiny_program
 from tiny_models import save_tiny
 from torch import Tensor
@@ -80,16 +82,24 @@ def prepare(folder: Path) -> None:
     (folder / "text.txt").write_text(book(60), encoding="utf-8")
 
 
-def run_cases(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Return for each case its weights, what its passes told, and a digest of its program."""
+def run_cases(
+    folder: Path, names: list[str], *, pretend: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Return for each case its weights, what its passes told, and a digest of its program.
+
+    Args:
+        pretend: On a GPU that is pretended, in place of the CPU.
+    """
     found: dict[str, dict[str, Any]] = {}
     programs: dict[str, Program] = {}
     for name in names:
         model, recipe = CASES[name]
         if model not in programs:
             programs[model] = go.capture(str(folder / model))
-        options = go.RunOptions(calib=folder / "text.txt", verify=False)
-        program, report = go.Pipeline.parse(recipe).run(programs[model], options)
+        device = "cuda" if pretend else "cpu"
+        options = go.RunOptions(calib=folder / "text.txt", verify=False, device=device)
+        with pretended_gpu() if pretend else contextlib.nullcontext():
+            program, report = go.Pipeline.parse(recipe).run(programs[model], options)
         found[name] = {
             "weights": weights(program),
             "passes": [entry.to_json() for entry in report.passes],
