@@ -97,7 +97,7 @@ WRONG = {
         "[[quantised.integer_packed]]\nunroll = 2\ntokens = 16\nrows = 16\ncolumns = 16\n"
         "warps = 1\nstages = 1\nprograms = 1\n[[quantised.integer_packed]]\n",
         "it should have no unroll"),
-    "a host without all": ("link_beside = 50e9\n", "",
+    "a host without all": ("link_beside = 48e9\n", "",
         "it should have link_beside as well, or link alone"),
     "broken TOML": ("cores = 132", "cores = ", "is not valid TOML: Invalid value (at line"),
 }  # fmt: skip
