@@ -51,7 +51,7 @@ def test_the_gpu_that_is_pretended() -> None:
     ],
 )
 def test_a_pass_computes_on_the_gpu(name: str, folder: Path) -> None:
-    """Whatever the pass makes is as on a CPU, up to what it rounds and in which order it adds."""
+    """It changes as much as on a CPU, and what it makes has numbers and lies on the CPU again."""
     here: dict[str, Any] = run_cases(folder, [name])[name]
     there = run_cases(folder, [name], pretend=True)[name]
     assert [p["changed"] for p in there["passes"]] == [p["changed"] for p in here["passes"]]

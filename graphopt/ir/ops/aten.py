@@ -226,7 +226,8 @@ class Aten(Op):
     """Any torch operator.
 
     Attributes: `args` and `kwargs` as exported, with `In(i)` for operand i and sympy
-    expressions for sizes; `types`, the output types as exported.
+    expressions for sizes; `types`, the output types as exported; `device`, where the program runs,
+    for an operator of no tensor.
     """
 
     name = "aten"
