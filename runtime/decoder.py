@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -222,6 +222,45 @@ class Decoder:
         Raises:
             ValueError: The cache is full.
         """
+        self._next(given)
+        token = self._answer()
+        self._check()
+        return token
+
+    @torch.no_grad()
+    def steps(self, count: int) -> Iterator[int | list[int]]:
+        """Yield the `count` tokens after the one before, each the likeliest.
+
+        Where a step is a CUDA graph, the next one runs while the host reads a token. So whoever
+        stops before the last token leaves the decoder one token further than what was yielded.
+
+        Raises:
+            ValueError: The cache has no room for them, or nothing was read before.
+        """
+        if self.used + count > self.capacity:
+            raise ValueError(
+                f"{count} tokens behind {self.used} in a cache of {self.capacity}: there is no room"
+            )
+        if not self._records():
+            for _ in range(count):
+                yield self.step()
+            return
+        stream = torch.cuda.current_stream(self.token.device)
+        # The host reads one while a step writes the other.
+        read = [torch.empty(self.token.shape, dtype=torch.long, pin_memory=True) for _ in range(2)]
+        arrived = [torch.cuda.Event() for _ in range(2)]
+        for number in range(count + 1):
+            if number < count:
+                self._next()
+                read[number % 2].copy_(self.token, non_blocking=True)
+                arrived[number % 2].record(stream)
+            if number:
+                arrived[(number - 1) % 2].synchronize()
+                self._check()
+                yield self._told(read[(number - 1) % 2])
+
+    def _next(self, given: int | list[int] | None = None) -> None:
+        """Begin the next step, whose token is not waited for."""
         if not 0 < self.used < self.capacity:
             state = "full" if self.used else "empty: start with a prompt"
             raise ValueError(f"the cache of {self.capacity} tokens is {state}")
@@ -230,16 +269,18 @@ class Decoder:
             self.token.copy_(torch.tensor(given).view(self.batch, 1))
         if not self._records():
             self._advance()
-        else:
-            if self.arena is not None and self.arena.buffer is not self.buffer:
-                # A longer prompt made it grow: what was recorded writes to the one before.
-                self.graphs.clear()
-            turn = self._turn()
-            if turn not in self.graphs:
-                self.graphs[turn] = self._record()
-                self.buffer = None if self.arena is None else self.arena.buffer
-            self.graphs[turn].replay()
-        return self._answer()
+            return
+        if self.arena is not None and self.arena.buffer is not self.buffer:
+            # A longer prompt made it grow: what was recorded writes to the one before.
+            self.graphs.clear()
+        turn = self._turn()
+        if turn not in self.graphs:
+            self.graphs[turn] = self._record()
+            self.buffer = None if self.arena is None else self.arena.buffer
+        self.graphs[turn].replay()
+
+    def _check(self) -> None:
+        """Refuse a token of a step that failed in what the host does of it."""
 
     def _records(self) -> bool:
         """Return whether a step is a CUDA graph."""
@@ -254,7 +295,10 @@ class Decoder:
         return [self.token, self.seq_lens]
 
     def _answer(self) -> int | list[int]:
-        return self.token[:, 0].tolist() if self.several else int(self.token)
+        return self._told(self.token)
+
+    def _told(self, token: Tensor) -> int | list[int]:
+        return token[:, 0].tolist() if self.several else int(token)
 
     def _run(
         self, key: tuple[Any, ...], step: Callable[[int], tuple[Tensor, Tensor]]
@@ -285,6 +329,9 @@ class Decoder:
         self.seq_lens += 1
 
     def _record(self) -> torch.cuda.CUDAGraph:
+        if self.token.is_cuda:
+            # What the host's part of a step reads is changed: none may be on its way.
+            torch.cuda.synchronize(self.token.device)
         moved = self._moved()
         before = [x.clone() for x in moved]
         # One runs after the other, and what a step gives is copied out of their memory.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from graphopt.ir.kv_host import HostShare, prefill_chunk
@@ -71,11 +70,8 @@ class HostDecoder(Decoder):
         self.kv.begin_step([count - 1 for count in self.held], decoding=True)
         super()._advance()
 
-    @torch.no_grad()
-    def step(self, given: int | list[int] | None = None) -> int | list[int]:
-        token = super().step(given)
+    def _check(self) -> None:
         self.kv.check()
-        return token
 
     def _records(self) -> bool:
         return super()._records() and self.kv.records

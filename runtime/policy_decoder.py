@@ -79,11 +79,10 @@ class PolicyDecoder(Decoder):
             self.offload.kv.settle()
         self.count.steps = 0
 
-    def step(self, given: int | list[int] | None = None) -> int | list[int]:
-        token = super().step(given)
+    def _next(self, given: int | list[int] | None = None) -> None:
+        super()._next(given)
         assert self.count.steps is not None
         self.count.steps += 1
-        return token
 
     def _advance(self) -> None:
         if self.offload is not None:

@@ -155,6 +155,10 @@ def test_a_recorded_step_computes_what_a_step_does(target: str, tmp_path: Path) 
         text = torch.tensor([[token]]).cuda()
     with pytest.raises(ValueError, match="a prompt of 80 tokens in a cache of 80"):
         decoder.start([1] * 80)
+    # Ahead of the host's reading too, whether recorded before or meanwhile.
+    for again in (decoder, module.Decoder(model, 80)):
+        assert [again.start(prompt), *again.steps(29)] == tokens
+        assert again.used == 68
 
 
 LAYERS: list[dict[str, object]] = [

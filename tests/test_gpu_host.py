@@ -66,6 +66,11 @@ def test_answers_are_those_of_keys_on_the_device(shares: str, tmp_path: Path) ->
     assert error <= 24 * eps * float(logits.float().abs().max())
     assert decoder.graphs and decoder.kv.records
     assert not own_logits.isnan().any()
+    texts = [list(range(3, 90)), list(range(5, 40))]
+    one_by_one = [decoder.start(texts), *(decoder.step() for _ in range(9))]
+    # Recorded by the way too, with a step on its way.
+    for again in (decoder, decoder_class(model, ROOM, BATCH)):
+        assert [again.start(texts), *again.steps(9)] == one_by_one
 
 
 def test_a_decoder_leaves_no_memory_behind(tmp_path: Path) -> None:

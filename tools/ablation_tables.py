@@ -97,10 +97,14 @@ def bits_kernels() -> str:
                 row["name"],
                 f"{median(row['tokens_per_second']):.0f}",
                 f"{row.get('times_bf16', 1):.2f}",
+                f"{median(row['gpu_microseconds']):.0f}",
+                f"{row.get('times_bf16_by_gpu', 1):.2f}",
             ]
             for row in found["model"]["rows"]
         ]
-        tables.append(markdown_table(["1.1B Llama shape", "tokens a second", "times bf16"], rows))
+        heads = ["1.1B Llama shape", "tokens a second", "times bf16"]
+        heads += ["microseconds of the GPU a step", "times bf16"]
+        tables.append(markdown_table(heads, rows))
     tables += [measured_on(part, "torch", "triton") for part in _by_command(found)]
     return "\n\n".join(tables)
 

@@ -15,11 +15,11 @@ Parts, on the shapes of Llama-7B and with random numbers:
 * `model`: a Llama shape of 1.1B parameters, emitted with four-bit weights and in bf16, decoding.
 
 Times are of CUDA graphs, so without launches from Python, which a prompt's kernels outlast; the
-transforms are timed with them too. Of a model's step it is kept which kernels ran, how often and
-how long. Each kernel's result is compared with what torch computes in fp32 or fp64 before it is
-timed; a kernel that fails is kept with its traceback, and the next one runs. `--tune` tries other
-tiles than the target's. Without a GPU shapes are small and kernels interpreted: that says only
-whether this script runs.
+transforms are timed with them too. Models decode in turns, by the wall clock and by the GPU's own
+time; it is kept which kernels a step of each ran, how often and how long. Each kernel's result is
+compared with what torch computes in fp32 or fp64 before it is timed; a kernel that fails is kept
+with its traceback, and the next one runs. `--tune` tries other tiles than the target's. Without a
+GPU shapes are small and kernels interpreted: that says only whether this script runs.
 """
 
 from __future__ import annotations

@@ -86,27 +86,50 @@ def check_kernels(module: ModuleType, model: Any) -> Result:
     return found
 
 
-def decode_rates(module: ModuleType, folder: Path) -> tuple[Result, Any]:
-    """Return tokens a second of each turn, and the model."""
-    model = module.load(folder, device=DEVICE)
-    decoder = module.Decoder(model, PROMPT + NEW + 1)
-    rates = []
-    for turn in range(-1, TURNS):
-        decoder.start(list(range(1, PROMPT + 1)))
-        decoder.step()
+class Decoded:
+    """An emitted model that decodes, in turns with others.
+
+    Attributes:
+        model: What the package loads.
+        rates: Tokens a second of each turn, by the wall clock.
+        times: Microseconds of a step in each turn, of the GPU alone: steps that were queued.
+    """
+
+    def __init__(self, module: ModuleType, folder: Path) -> None:
+        self.model = module.load(folder, device=DEVICE)
+        self._decoder = module.Decoder(self.model, PROMPT + NEW + 1)
+        self.rates: list[float] = []
+        self.times: list[float] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._decoder.start(list(range(1, PROMPT + 1)))
+        self._decoder.step()
         if ON_GPU:
             torch.cuda.synchronize()
+
+    def turn(self) -> None:
+        """Decode an answer twice: as a user does, and with nobody who reads it."""
+        self._begin()
         started = time.perf_counter()
-        for _ in range(NEW - 1):
-            decoder.step()
-        if turn >= 0:
-            rates.append((NEW - 1) / (time.perf_counter() - started))
-    result: Result = {"tokens_per_second": rates}
-    if ON_GPU:
-        decoder.start(list(range(1, PROMPT + 1)))
-        decoder.step()
-        result["kernels_of_a_step"] = kernels_of(decoder.step)
-    return result, model
+        for _ in self._decoder.steps(NEW - 1):
+            pass
+        self.rates.append((NEW - 1) / (time.perf_counter() - started))
+        if ON_GPU:
+            self._begin()
+            (graph,) = self._decoder.graphs.values()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(NEW - 1):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            self.times.append(1e3 * start.elapsed_time(end) / (NEW - 1))
+
+    def kernels(self) -> dict[str, Result]:
+        """Return what `kernels_of` does of a step."""
+        self._begin()
+        return kernels_of(self._decoder.step)
 
 
 def kernels_of(step: Callable[[], Any], steps: int = 8) -> dict[str, Result]:
@@ -151,7 +174,7 @@ def transforms_apart(target: str) -> Iterator[None]:
 
 
 def model_part(rows: Rows, target: str, only: Collection[str] = ()) -> None:
-    """Emit models and let them decode.
+    """Emit models and let them decode, in turns.
 
     Args:
         only: Labels of the models, in their order; all by default.
@@ -159,53 +182,77 @@ def model_part(rows: Rows, target: str, only: Collection[str] = ()) -> None:
     program = random_llama(DEVICE, LLAMA_1B)
     for name in ("canonicalise", "insert-kv-cache"):
         program = make_pass(name, {}).run(program, Context()).program
-    rates: dict[str, list[float]] = {}
+    transformed = program.copy()  # which passes change in place
+    for step, options in (("insert-affine", {"kind": "hadamard"}), ("fold-affine", {})):
+        transformed = make_pass(step, options).run(transformed, Context()).program
+    group = 128 if ON_GPU else 32
+    models = {
+        "bf16": (program, None),
+        f"int4 group {group}": (program, group),
+        "int4 group 32": (program, 32),
+        f"int4 group {group}, transforms": (transformed, group),
+        f"int4 group {group}, transforms apart": (transformed, group),
+    }
+    decoded: dict[str, tuple[Decoded, Result]] = {}
     with tempfile.TemporaryDirectory() as work:
-
-        def run(name: str, made: Program, codes: bool) -> tuple[Result, str]:
-            folder = Path(work) / name
-            module = emitted(made, folder, target)
-            text = (folder / "model.py").read_text(encoding="utf-8")
-            fronted = "transformed_packed_linear(" in text
-            assert not (fronted and "apart" in name), "not the model that it is called"
-            transforms = "transformed(" in text or fronted
-            assert transforms == ("transforms" in name), "not the model that it is called"
-            result, model = decode_rates(module, folder)
-            if codes:
-                result |= check_kernels(module, model)
-            rates[name] = result["tokens_per_second"]
-            shown = f"{median(rates)[name]:.0f} tokens a second"
-            if "bf16" in rates and name != "bf16":
-                found = median(rates)
-                result["times_bf16"] = found[name] / found["bf16"]
-                shown += f", x{result['times_bf16']:.2f} of bf16"
-            if ON_GPU:
-                kernels = result["kernels_of_a_step"].values()
-                launches, spent = (
-                    sum(kernel[what] for kernel in kernels) for what in ("launches", "microseconds")
-                )
-                shown += f"; {launches:.0f} launches, {spent:.0f} us in kernels"
-            return result, shown
-
-        group = 128 if ON_GPU else 32
-        if not only or "bf16" in only:
-            rows.add("model bf16", lambda: run("bf16", program, False))
-        transformed = program.copy()  # which passes change in place
-        for step, options in (("insert-affine", {"kind": "hadamard"}), ("fold-affine", {})):
-            transformed = make_pass(step, options).run(transformed, Context()).program
-        models = {
-            f"int4 group {group}": (program, group),
-            "int4 group 32": (program, 32),
-            f"int4 group {group}, transforms": (transformed, group),
-            f"int4 group {group}, transforms apart": (transformed, group),
-        }
         for label in [label for label in only or models if label in models]:
             made, size = models[label]
-            packed = with_codes(made, Packed(4, size))
+            packed = made if size is None else with_codes(made, Packed(4, size))
+            apart = transforms_apart(target) if "apart" in label else contextlib.nullcontext()
+            try:
+                with apart:
+                    decoded[label] = _ready(label, packed, Path(work) / _stem(label), target)
+            except Exception as error:
+                rows.fail(f"model {label}", error)
+        for turn in range(-1, TURNS):
+            # Whose turn is first changes, so that none has always the warmer GPU.
+            for one, _ in [*decoded.values()][:: -1 if turn % 2 else 1]:
+                one.turn()
+        for one, _ in decoded.values():
+            del one.rates[0], one.times[:1]
+        base = decoded["bf16"][0] if "bf16" in decoded else None
+        for label, (one, result) in decoded.items():
+            rows.add(
+                f"model {label}", lambda one=one, result=result: _row(one, result, base)
+            )  # fmt: skip
 
-            def make(packed: Program = packed, label: str = label) -> tuple[Result, str]:
-                apart = "apart" in label
-                with transforms_apart(target) if apart else contextlib.nullcontext():
-                    return run(_stem(label), packed, True)
 
-            rows.add(f"model {label}", make)
+def _ready(label: str, program: Program, folder: Path, target: str) -> tuple[Decoded, Result]:
+    """Emit a model, check that it is the one of its label, and compare its kernels with torch's.
+
+    Raises:
+        AssertionError: It is another one, or its logits are wrong.
+    """
+    module = emitted(program, folder, target)
+    text = (folder / "model.py").read_text(encoding="utf-8")
+    fronted = "transformed_packed_linear(" in text
+    assert not (fronted and "apart" in label), "not the model that it is called"
+    transforms = "transformed(" in text or fronted
+    assert transforms == ("transforms" in label), "not the model that it is called"
+    made = Decoded(module, folder)
+    return made, check_kernels(module, made.model) if "int4" in label else {}
+
+
+def _row(one: Decoded, result: Result, base: Decoded | None) -> tuple[Result, str]:
+    """Return what is kept of a model, and a line of it.
+
+    Args:
+        base: What it is compared with.
+    """
+    result = {**result, "tokens_per_second": one.rates, "gpu_microseconds": one.times}
+    shown = f"{median({'': one.rates})['']:.0f} tokens a second"
+    if ON_GPU:
+        shown += f", a step {median({'': one.times})['']:.0f} us of the GPU"
+    if base is not None and base is not one:
+        found = median({"own": one.rates, "base": base.rates})
+        result["times_bf16"] = found["own"] / found["base"]
+        shown += f", x{result['times_bf16']:.2f} of bf16"
+        if ON_GPU:
+            found = median({"own": one.times, "base": base.times})
+            result["times_bf16_by_gpu"] = found["base"] / found["own"]
+            shown += f" (x{result['times_bf16_by_gpu']:.2f} by the GPU's time)"
+    if ON_GPU:
+        result["kernels_of_a_step"] = one.kernels()
+        launches = sum(kernel["launches"] for kernel in result["kernels_of_a_step"].values())
+        shown += f"; {launches:.0f} launches"
+    return result, shown

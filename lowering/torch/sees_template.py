@@ -93,8 +93,9 @@ _STATIC = '''
     """
     mask, _ = behind(prompt["attention_mask"], prompt["inputs_embeds"], prompt["position_ids"])
     decoder = Decoder(model, mask.shape[1] + max(count, 1), len(mask))
-    for number in range(count):
-        yield decoder.step() if number else decoder.look(**prompt | {"attention_mask": mask})
+    if count > 0:
+        yield decoder.look(**prompt | {"attention_mask": mask})
+        yield from decoder.steps(count - 1)
 '''
 
 _PARTS = {"growing": _GROWING, "static": _STATIC, "uncached": _UNCACHED}

@@ -89,8 +89,9 @@ class Decoder(kernels.Decoder):
 {steps}
     """Yield the likeliest next token of every text, `count` times."""
     decoder = Decoder(model, max(map(len, texts)) + max(count, 1), len(texts){argument})
-    for number in range(count):
-        yield decoder.step() if number else decoder.start(texts)
+    if count > 0:
+        yield decoder.start(texts)
+        yield from decoder.steps(count - 1)
 '''
 
 UNCACHED = '''

@@ -393,4 +393,7 @@ def test_on_a_gpu_keys_in_host_memory_give_the_programs_logits(kind, tmp_path):
             torch.testing.assert_close(one, other, rtol=0, atol=24 * 2.0**-11)
         first = torch.stack([row[0] for row in rows])
         torch.testing.assert_close(made[1][0], first, rtol=0, atol=24 * 2.0**-11)
+        for decoder in decoders:
+            one_by_one = [decoder.start(prompts), *(decoder.step() for _ in range(count))]
+            assert [decoder.start(prompts), *decoder.steps(count)] == one_by_one
     assert all(len(decoder.graphs) == decoder.period for decoder in decoders)
